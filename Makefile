@@ -1,0 +1,34 @@
+# Everything runs inside .venv, which the first target that needs it makes. `make quickstart` is the tour.
+VENV   := .venv
+BIN    := $(VENV)/bin
+PYTHON ?= python3
+STAMP  := $(VENV)/.installed
+
+.PHONY: quickstart install test check format clean
+
+quickstart: $(STAMP)  ## tiny experts, the merge, the result
+	$(BIN)/python tools/make_tiny_experts.py
+	$(BIN)/mergeopd run recipes/quickstart.yaml
+
+install: $(STAMP)  ## .venv with the package and the development tools
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+test: $(STAMP)  ## the CPU test suite
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## lint, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs experts build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,79 @@
+"""The project's one exception tree.
+
+Every error is also the standard-library type a caller would expect, says where, what and the remedy,
+and is shown by the command line without a traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+class MergeopdError(Exception):
+    """Base of every error that mergeopd raises on purpose."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Location:
+    """A place in a file (1-based line and column) or an override (`--set #2`, then line and column are 0)."""
+
+    file: str
+    line: int = 0
+    column: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One mistake: where it is, what the dotted recipe path is called, what is wrong, what to do.
+
+    `path` is written as in the recipe (`teachers.math.card`, `prompts[0].source`).
+    """
+
+    location: Location
+    path: str
+    message: str
+    remedy: str = field(default="")
+
+    def __str__(self) -> str:
+        text = f"{self.message}; {self.remedy}" if self.remedy else self.message
+        return f"{self.location}  {self.path}\n    {text}".replace("  \n", "\n")
+
+
+class RecipeError(MergeopdError, ValueError):
+    """The recipe, or something it names, cannot work. Carries *all* problems found, in file order."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class ModelError(MergeopdError, ValueError):
+    """A model folder is unusable: no weights, a missing shard, an unknown architecture."""
+
+
+class TokenizerError(MergeopdError, ValueError):
+    """A tokenizer cannot be read, or differs where it must be equal."""
+
+
+class DataError(MergeopdError, ValueError):
+    """A prompt file or one of its rows is unusable."""
+
+
+class VerifierError(MergeopdError, ValueError):
+    """A verifier is misconfigured, or a user's reward function failed."""
+
+
+class TeacherError(MergeopdError, RuntimeError):
+    """A teacher must not teach: NaN in its output, wrong shape, weights that are not what the card says."""
+
+
+class NumericsError(MergeopdError, ArithmeticError):
+    """The student's loss or gradient is not finite."""
+
+
+class StorageError(MergeopdError, OSError):
+    """A run folder or checkpoint cannot be written, read or trusted."""

@@ -1,0 +1,80 @@
+"""The resolved recipe: every path absolute, every default written out, every route known, hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from mergeopd.recipe.schema import (
+    Checkpoints,
+    LocalRollout,
+    Optimizer,
+    Phase,
+    Strict,
+    Student,
+    Verifier,
+)
+
+
+class TeacherPlan(Strict):
+    """One teacher, its card merged in. Folders and files are absolute paths."""
+
+    name: str
+    model: str
+    tokenizer: str
+    template: str | None
+    dtype: str
+
+
+class SourcePlan(Strict):
+    """One prompt file. `teachers` are the products of prompt weight and card weight, zeros dropped."""
+
+    name: str
+    source: str
+    domain: str
+    verifier: Verifier | None
+    prompt_field: str
+    reference_field: str
+    response_field: str | None
+    teachers: dict[str, float]
+    share: float
+    limit: int | None
+
+
+class EvaluationPlan(Strict):
+    """What is measured. `experts` maps each domain to the teacher it is compared with."""
+
+    sources: tuple[SourcePlan, ...]
+    experts: dict[str, str]
+    max_new_tokens: int
+    batch_size: int
+
+
+class Plan(Strict):
+    """Everything a run depends on except the contents of the files it names."""
+
+    name: str
+    recipe_file: str
+    seed: int
+    threads: int
+    student: Student
+    teachers: dict[str, TeacherPlan]
+    sources: tuple[SourcePlan, ...]
+    rollout: LocalRollout
+    phases: tuple[Phase, ...]
+    optimizer: Optimizer
+    evaluation: EvaluationPlan | None
+    checkpoint: Checkpoints
+    allow_code: tuple[str, ...]
+    output: str
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over the canonical JSON; where the recipe lies and where the run goes do not count."""
+        content = self.model_dump(mode="json", exclude={"recipe_file", "output"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates over all phases."""
+        return sum(phase.updates for phase in self.phases)

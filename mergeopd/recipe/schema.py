@@ -1,0 +1,351 @@
+"""What may stand in a recipe and in a teacher card. Only what is implemented is accepted.
+
+Descriptions here are user documentation: they become the JSON Schema that editors show.
+Validators raise ValueError only; another type would escape pydantic and lose the place in the file.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="letters, digits, _ . -")]
+PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+FunctionPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, values are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
+
+
+# --------------------------------------------------------------------------------------------- student
+
+
+class Student(Strict):
+    """The model that is trained."""
+
+    model: str = Field(description="Hugging Face folder, or a hub id that is in the local cache")
+    revision: str | None = Field(default=None, description="hub revision; not for folders")
+    backend: Literal["torch"] = Field(default="torch", description="where the student is trained")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="precision of the forward pass; master weights, gradients and AdamW state are float32",
+    )
+    micro_batch_tokens: PositiveInt = Field(
+        default=16384, description="most tokens (prompts, responses and padding) in one forward and backward"
+    )
+
+
+# -------------------------------------------------------------------------------------------- teachers
+
+
+class TeacherCard(Strict):
+    """A file under `teachers/`: what a teacher is, independent of any recipe."""
+
+    card: Literal[1] = Field(description="version of the card format")
+    name: str = Field(description="for people")
+    model: str = Field(description="Hugging Face folder, or a hub id that is in the local cache")
+    revision: str | None = Field(default=None, description="hub revision; not for folders")
+    tokenizer: str | None = Field(default=None, description="folder with the tokenizer; default: the model's")
+    template: str | None = Field(
+        default=None, description="file with a Jinja chat template; default: the tokenizer's own"
+    )
+    domains: tuple[Name, ...] = Field(
+        default=(), description="domains it teaches when a prompt source names no teachers"
+    )
+    licence: str | None = Field(default=None, description="licence of the weights, for people")
+
+
+class TeacherRef(Strict):
+    """A teacher in a recipe. Shorthand: the path of its card."""
+
+    card: str = Field(description="teacher card, a YAML file")
+    weight: Weight = Field(default=1.0, description="multiplies every prompt's weight for this teacher")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="precision of its forward pass and of its cached hidden states"
+    )
+
+
+def _card_shorthand(value: Any) -> Any:
+    return {"card": value} if isinstance(value, str) else value
+
+
+# ------------------------------------------------------------------------------------------- verifiers
+
+
+class ExactVerifier(Strict):
+    """Right when the answer, stripped of outer white space, equals the reference."""
+
+    kind: Literal["exact"]
+    ignore_case: bool = False
+
+
+class RegexVerifier(Strict):
+    """Right when the pattern matches; with a group named `answer`, that group must equal the reference."""
+
+    kind: Literal["regex"]
+    pattern: str = Field(description="Python regular expression, searched in the whole answer")
+
+    @model_validator(mode="after")
+    def _compiles(self) -> RegexVerifier:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return self
+
+
+class NumberVerifier(Strict):
+    """Right when the final number equals the reference's final number (after `####` where there is one)."""
+
+    kind: Literal["number"]
+    tolerance: Weight = Field(default=0.0, description="largest absolute difference that still counts")
+
+
+class JsonVerifier(Strict):
+    """Right when the answer is JSON and equal to the reference, key order and white space apart."""
+
+    kind: Literal["json"]
+    schema_file: str | None = Field(
+        default=None, description="JSON Schema file; then the answer must satisfy it and needs no reference"
+    )
+
+
+class UserVerifier(Strict):
+    """A function `(answer: str, reference: str | None) -> float` in [0, 1], named in `allow_code`."""
+
+    kind: Literal["user"]
+    function: FunctionPath = Field(description="`package.module:function`")
+
+
+Verifier = Annotated[
+    ExactVerifier | RegexVerifier | NumberVerifier | JsonVerifier | UserVerifier, Field(discriminator="kind")
+]
+
+
+def _kind_shorthand(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+# --------------------------------------------------------------------------------------------- prompts
+
+
+def _teachers_shorthand(value: Any) -> Any:
+    if isinstance(value, str):
+        return {value: 1.0}
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return dict.fromkeys(value, 1.0)
+    return value
+
+
+class PromptSource(Strict):
+    """A file of prompts of one domain."""
+
+    source: str = Field(description=".jsonl or .parquet file")
+    domain: Name = Field(description="the prompts' domain, for routing, budgets and the report")
+    verifier: Annotated[Verifier, BeforeValidator(_kind_shorthand)] | None = Field(
+        default=None, description="how an answer is checked; shorthand: its kind"
+    )
+    prompt_field: str = Field(
+        default="prompt", description="field with the prompt: text, or a list of {role, content} messages"
+    )
+    reference_field: str = Field(default="answer", description="field with the verifier's reference")
+
+
+class TrainSource(PromptSource):
+    """Prompts to train on."""
+
+    teachers: Annotated[dict[Name, Weight], BeforeValidator(_teachers_shorthand)] | None = Field(
+        default=None,
+        description="teacher or teachers with weights; default: every teacher whose card lists the domain",
+    )
+    share: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = Field(
+        default=1.0, description="how often prompts of this source are drawn, relative to the others"
+    )
+    response_field: str = Field(
+        default="response", description="field with a ready answer, for phases on dataset text"
+    )
+
+
+class EvalSource(PromptSource):
+    """Prompts to measure on; never trained on."""
+
+    verifier: Annotated[Verifier, BeforeValidator(_kind_shorthand)] = Field(
+        description="how an answer is checked; shorthand: its kind"
+    )
+    expert: Name | None = Field(
+        default=None, description="teacher to compare with; default: the domain's heaviest teacher"
+    )
+    limit: PositiveInt | None = Field(default=None, description="use the first N prompts only")
+
+
+# --------------------------------------------------------------------------------------- rollout, phases
+
+
+class LocalRollout(Strict):
+    """Sampling inside the training process."""
+
+    engine: Literal["local"] = "local"
+    samples_per_prompt: PositiveInt = Field(default=1, description="answers per prompt and round")
+    temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    max_new_tokens: PositiveInt = Field(default=256, description="longest answer, in tokens")
+    stop: tuple[str, ...] = Field(default=(), description="texts that end an answer, beside the EOS token")
+    batch_size: PositiveInt = Field(default=256, description="sequences decoded together")
+
+
+class Ramp(Strict):
+    """A value that moves linearly from `start` to `end` during the first `updates` of the phase."""
+
+    start: Fraction
+    end: Fraction
+    updates: PositiveInt
+
+
+class TextMixture(Strict):
+    """Some prompts are answered by the student, the others come from elsewhere."""
+
+    on_policy_fraction: Fraction | Ramp = Field(description="share of prompts that the student answers")
+    otherwise: Literal["teacher", "dataset"] = Field(description="where the other answers come from")
+
+
+Text = Literal["student", "teacher", "dataset"] | TextMixture
+
+
+class JsdTerm(Strict):
+    """Generalised Jensen-Shannon divergence `beta KL(T||M) + (1-beta) KL(S||M)`, M = beta T + (1-beta) S."""
+
+    weight: Weight = 1.0
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.5, description="weight of the teacher in the mixture; the ends are forward and reverse KL"
+    )
+
+
+def _weight_shorthand(value: Any) -> Any:
+    return {"weight": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+class Loss(Strict):
+    """Weighted sum of terms per response token. Shorthand for one term of weight 1: its name."""
+
+    reverse_kl: Weight = Field(default=0.0, description="KL(student || teacher), mode seeking")
+    forward_kl: Weight = Field(default=0.0, description="KL(teacher || student), mass covering")
+    jsd: Annotated[JsdTerm, BeforeValidator(_weight_shorthand)] | None = Field(
+        default=None, description="generalised Jensen-Shannon divergence; shorthand: its weight"
+    )
+    nll: Weight = Field(
+        default=0.0,
+        description="negative log-likelihood of the text; only for text the student did not write",
+    )
+    temperature: Annotated[float, Field(gt=0.0, le=100.0)] = Field(
+        default=1.0,
+        description="divides both logits in the divergences, which are multiplied by its square (Hinton 2015)",
+    )
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Loss:
+        if not (self.reverse_kl or self.forward_kl or self.nll or (self.jsd and self.jsd.weight)):
+            raise ValueError("all weights are zero: give at least one term a positive weight")
+        if self.nll and self.temperature != 1.0:
+            raise ValueError("nll is defined at temperature 1: remove the temperature or the nll term")
+        return self
+
+    @property
+    def has_divergence(self) -> bool:
+        """True when a teacher's distribution is needed, not only text."""
+        return bool(self.reverse_kl or self.forward_kl or (self.jsd and self.jsd.weight))
+
+
+def _loss_shorthand(value: Any) -> Any:
+    return {value: 1.0} if isinstance(value, str) else value
+
+
+class Balance(Strict):
+    """Budgets between domains."""
+
+    tokens: Literal["off", "equal"] | dict[Name, Weight] = Field(
+        default="off",
+        description="`equal` or target shares: weigh domains so that each gets its share of the loss, "
+        "whatever the answers' lengths (Open-MOPD M1)",
+    )
+
+
+class Phase(Strict):
+    """A stretch of training with one kind of text and one loss."""
+
+    name: Name
+    updates: PositiveInt = Field(description="optimizer updates")
+    text: Text = Field(
+        default="student",
+        description="who writes the answers: student (on-policy), teacher, dataset, mixture",
+    )
+    loss: Annotated[Loss, BeforeValidator(_loss_shorthand)] = Field(description="what is minimised")
+    prompts_per_round: PositiveInt = Field(default=64, description="prompts drawn and answered at a time")
+    updates_per_round: PositiveInt = Field(default=1, description="optimizer updates made from one round")
+    reduce: Literal["token", "sequence"] = Field(
+        default="token", description="mean over all tokens, or over answers of each one's token mean"
+    )
+    balance: Balance = Balance()
+    lr_scale: Weight = Field(default=1.0, description="multiplies the learning rate during the phase")
+
+
+class Optimizer(Strict):
+    """AdamW; the schedule spans all phases."""
+
+    lr: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 1e-6
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: Weight = 0.0
+    warmup_updates: Annotated[int, Field(ge=0, strict=True)] = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    final_lr_fraction: Fraction = Field(
+        default=0.0, description="where linear and cosine end, relative to lr"
+    )
+    clip_grad: Annotated[float, Field(gt=0.0)] | None = Field(
+        default=1.0, description="largest gradient norm"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- the rest
+
+
+class Evaluation(Strict):
+    """Greedy accuracy of base, experts, weight average and student, after the run and by `mergeopd eval`."""
+
+    prompts: Annotated[tuple[EvalSource, ...], Field(min_length=1)]
+    max_new_tokens: PositiveInt | None = Field(default=None, description="default: the rollout's")
+    batch_size: PositiveInt = 256
+
+
+class Checkpoints(Strict):
+    """When the run is saved."""
+
+    every: PositiveInt = Field(default=50, description="updates between checkpoints")
+    keep: PositiveInt = Field(default=3, description="newest checkpoints that are kept")
+
+
+class Recipe(Strict):
+    """A merge: one student, its teachers, prompts and phases."""
+
+    recipe: Literal[1] = Field(description="version of the recipe format")
+    name: Name
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
+    threads: PositiveInt | None = Field(default=None, description="CPU threads; default: the machine's cores")
+    student: Student
+    teachers: dict[Name, Annotated[TeacherRef, BeforeValidator(_card_shorthand)]] = Field(min_length=1)
+    prompts: Annotated[tuple[TrainSource, ...], Field(min_length=1)]
+    rollout: LocalRollout = LocalRollout()
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
+    optimizer: Optimizer = Optimizer()
+    evaluation: Evaluation | None = None
+    checkpoint: Checkpoints = Checkpoints()
+    allow_code: tuple[FunctionPath, ...] = Field(
+        default=(), description="functions of yours that this recipe may import and call"
+    )
+    output: str = Field(description="folder of the run")
