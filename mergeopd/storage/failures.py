@@ -1,0 +1,58 @@
+"""Operating-system failures, retold with the path, the cause and the remedy."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mergeopd.errors import StorageError
+
+_REMEDIES = {
+    errno.ENOSPC: "free space on this disk, or choose another `output`",
+    errno.EDQUOT: "free space in your quota, or choose another `output`",
+    errno.EFBIG: "raise the file size limit (`ulimit -f`), or choose another `output`",
+    errno.EROFS: "choose an `output` that can be written to",
+    errno.EACCES: "check the owner and the permissions, or choose another `output`",
+    errno.EPERM: "check the owner and the permissions, or choose another `output`",
+    errno.ENOTDIR: "a file is where a folder should be: move it away",
+    errno.EISDIR: "a folder is where a file should be: move it away",
+    errno.ENAMETOOLONG: "choose a shorter `output`",
+    errno.EIO: "the disk reports errors: check it, or choose another `output`",
+}
+_OTHER_REMEDY = "check the disk and the folder"
+# Rust libraries (safetensors, tokenizers) tell an operating-system error only in their text.
+_RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+def _errno_of(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    match = _RUST_OS_ERROR.search(str(error))
+    return int(match.group(1)) if match else None
+
+
+@contextmanager
+def named_failures(action: str, path: Path) -> Iterator[None]:
+    """Turn an operating-system error inside the block into a StorageError `cannot <action> <path>: ...`.
+
+    Libraries in Rust raise their own types for a full disk; those count too. Anything else passes through.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        number = _errno_of(error)
+        if number is None:
+            raise
+        named = getattr(error, "filename", None)
+        inside = f" ({named})" if named and str(named) != str(path) else ""
+        remedy = _REMEDIES.get(number, _OTHER_REMEDY)
+        raise StorageError(
+            f"cannot {action} {path}: {os.strerror(number)}{inside}; {remedy}, "
+            "then run the same command again"
+        ) from error

@@ -1,0 +1,277 @@
+"""Folders and files that are either complete or absent, whenever the process dies.
+
+A folder is written aside, every byte is brought to the disk, a manifest with sizes and SHA-256 is added, and
+one rename makes it visible. Reading trusts only what agrees with its manifest.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from mergeopd.errors import StorageError
+from mergeopd.storage.failures import named_failures
+
+MANIFEST = "manifest.json"
+FORMAT = "mergeopd-folder-1"
+_PARTIAL = ".partial"
+_BROKEN = ".broken"
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty temporary sibling of `target` that becomes `target` when the block succeeds.
+
+    On any exception (Ctrl-C included) the temporary is removed and `target` does not exist. A killed process
+    leaves the temporary behind; the next call for the same target removes it.
+
+    Raises:
+        StorageError: `target` exists, nothing was written, or the disk refuses.
+    """
+    _refuse_existing(target)
+    temporary = _partial_of(target)
+    with named_failures("write", target):
+        _make_folder(target.parent)
+        _remove_tree(temporary)
+        temporary.mkdir()
+        try:
+            yield temporary
+            _seal(temporary, target)
+            _refuse_existing(target)
+            temporary.rename(target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)  # the first failure is the one to tell
+            raise
+        _sync_folder(target.parent)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file by `text` (UTF-8): readers see the old content or the new, never a part of it.
+
+    Raises:
+        StorageError: the disk refuses.
+    """
+    temporary = _partial_of(path)
+    with named_failures("write", path):
+        _make_folder(path.parent)
+        try:
+            with temporary.open("w", encoding="utf-8", newline="") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def verify(folder: Path) -> str | None:
+    """None when every file of the manifest is there, byte for byte; else what is wrong, in words.
+
+    Files that the manifest does not list do no harm and are not looked at.
+    """
+    try:
+        return _first_fault(folder)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+
+
+def newest_valid(parent: Path, prefix: str = "step-") -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The valid folder `<prefix><number>` with the highest number, and the newer ones with their faults.
+
+    Raises:
+        StorageError: `parent` exists but cannot be listed.
+    """
+    skipped: list[tuple[Path, str]] = []
+    for folder in _numbered(parent, prefix):
+        fault = verify(folder)
+        if fault is None:
+            return folder, skipped
+        skipped.append((folder, fault))
+    return None, skipped
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a broken folder to `<name>.broken`, so that its number is free and a person can look at it.
+
+    Raises:
+        StorageError: the disk refuses.
+    """
+    aside = folder.with_name(folder.name + _BROKEN)
+    with named_failures("set aside", folder):
+        _remove_tree(aside)
+        folder.rename(aside)
+        _sync_folder(folder.parent)
+    return aside
+
+
+def prune(parent: Path, keep: int, prefix: str = "step-") -> tuple[Path, ...]:
+    """Remove all but the `keep` highest numbered folders, older ones that were set aside, and leftovers.
+
+    Each is renamed before it is emptied, so that a kill in between leaves nothing that looks like a result.
+    Returns the numbered folders that were removed, newest first.
+
+    Raises:
+        ValueError: `keep` is below 1.
+        StorageError: the disk refuses.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, not {keep}")
+    folders = _numbered(parent, prefix)
+    removed = tuple(folders[keep:])
+    oldest_kept = _number(folders[min(keep, len(folders)) - 1], prefix) if folders else 0
+    broken = [
+        folder
+        for folder in _numbered(parent, prefix, _BROKEN)
+        if _number(folder, prefix, _BROKEN) < oldest_kept
+    ]
+    for folder in (*removed, *broken):
+        with named_failures("remove", folder):
+            temporary = _partial_of(folder)
+            _remove_tree(temporary)
+            folder.rename(temporary)
+    with named_failures("clean", parent):
+        for leftover in parent.glob(f".{prefix}*{_PARTIAL}"):
+            _remove_tree(leftover)
+    return removed
+
+
+# ------------------------------------------------------------------------------------------ manifests
+
+
+def _seal(folder: Path, target: Path) -> None:
+    """Bring every file and folder to the disk and add the manifest."""
+    files: dict[str, dict[str, int | str]] = {}
+    folders = [folder]
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() and not path.is_symlink():
+            folders.append(path)
+        elif path.is_symlink() or not path.is_file():
+            raise StorageError(f"cannot write {target}: {path.relative_to(folder)} is not a plain file")
+        else:
+            files[path.relative_to(folder).as_posix()] = _measure(path, sync=True)
+    if not files:
+        raise StorageError(f"cannot write {target}: nothing was written into it")
+    if MANIFEST in files:
+        raise StorageError(f"cannot write {target}: the name {MANIFEST} is taken by the manifest")
+    with (folder / MANIFEST).open("w", encoding="utf-8", newline="") as file:
+        file.write(_manifest_text(files))
+        file.flush()
+        os.fsync(file.fileno())
+    for path in reversed(folders):
+        _sync_folder(path)
+
+
+def _measure(path: Path, *, sync: bool = False) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if sync:
+            os.fsync(file.fileno())
+        return {"bytes": file.tell(), "sha256": digest}
+
+
+def _manifest_text(files: Mapping[str, Mapping[str, int | str]]) -> str:
+    """The one spelling of a manifest. It carries its own hash, so a file cannot drop out of it unnoticed."""
+    own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"format": FORMAT, "files": files, "sha256": own}, indent=1, sort_keys=True) + "\n"
+
+
+def _first_fault(folder: Path) -> str | None:
+    if not folder.is_dir():
+        return "is not a folder"
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return f"{MANIFEST} is missing"
+    content = manifest.read_bytes()
+    if not content:
+        return f"{MANIFEST} is empty"
+    try:
+        record = json.loads(content)
+    except ValueError:
+        return f"{MANIFEST} is damaged: it is not JSON"
+    if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
+        return f"{MANIFEST} is damaged: it lists no files"
+    if record.get("format") != FORMAT:
+        return f"{MANIFEST} has format {record.get('format')!r}, not {FORMAT!r}"
+    if content != _manifest_text(record["files"]).encode() or not record["files"]:
+        return f"{MANIFEST} is damaged: it does not agree with its own hash"
+    for name, expected in record["files"].items():
+        fault = _file_fault(folder / name, expected)
+        if fault:
+            return f"{name} {fault}"
+    return None
+
+
+def _file_fault(path: Path, expected: Mapping[str, int | str]) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != expected["bytes"]:  # cheap, and says more than a hash
+        return f"has {path.stat().st_size} bytes instead of {expected['bytes']}"
+    if _measure(path) != expected:
+        return "is damaged: its SHA-256 differs from the manifest's"
+    return None
+
+
+# --------------------------------------------------------------------------------------- the file system
+
+
+def _partial_of(target: Path) -> Path:
+    """The hidden sibling in which `target` is prepared: on the same file system, always the same name."""
+    return target.with_name(f".{target.name}{_PARTIAL}")
+
+
+def _refuse_existing(target: Path) -> None:
+    if os.path.lexists(target):
+        raise StorageError(
+            f"cannot write {target}: it exists already; move it away or choose another `output`"
+        )
+
+
+def _numbered(parent: Path, prefix: str, suffix: str = "") -> list[Path]:
+    """Entries `<prefix><number><suffix>` of `parent`, highest number first; none when `parent` is missing."""
+    if not os.path.lexists(parent):
+        return []
+    pattern = re.compile(re.escape(prefix) + r"\d+" + re.escape(suffix))
+    with named_failures("list", parent):
+        found = [path for path in parent.iterdir() if pattern.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (_number(path, prefix, suffix), path.name), reverse=True)
+
+
+def _number(folder: Path, prefix: str, suffix: str = "") -> int:
+    return int(folder.name.removeprefix(prefix).removesuffix(suffix))
+
+
+def _make_folder(path: Path) -> None:
+    """`mkdir -p` whose every new entry reaches the disk."""
+    if path.is_dir():
+        return
+    _make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    _sync_folder(path.parent)
+
+
+def _remove_tree(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network and FUSE file systems have no fsync for folders; their renames are ordered anyway.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)

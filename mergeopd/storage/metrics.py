@@ -1,0 +1,123 @@
+"""metrics.jsonl: one JSON line an update, cut back to the checkpoint when a run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from mergeopd.errors import StorageError
+from mergeopd.storage.failures import named_failures
+from mergeopd.storage.folders import write_atomic
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """Standard JSON of plain data: NaN and the infinities, which JSON does not have, become null.
+
+    Finite floats are written so that reading gives the same bits.
+    """
+    return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False, indent=indent)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_finite(item) for item in value]
+    return value
+
+
+class MetricsFile:
+    """Append-only JSON lines, each with an integer `update`; every line is handed to the system at once.
+
+    Opening is put off until the first line. Usable as a context manager.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[str] | None = None
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one line. `record` needs an integer `update`.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        line = json_text({"update": int(record["update"]), **record}) + "\n"
+        with named_failures("write", self._path):
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("a", encoding="utf-8", newline="")
+            self._file.write(line)
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Bring all lines to the disk; before a checkpoint, so that it never is ahead of its metrics.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        if self._file is not None:
+            with named_failures("write", self._path):
+                os.fsync(self._file.fileno())
+
+    def truncate_to(self, update: int) -> int:
+        """Drop lines of later updates than `update`, and a torn end; return how many lines went.
+
+        Lines that stay keep their bytes.
+
+        Raises:
+            StorageError: a line before the cut is damaged, or the disk refuses.
+        """
+        self.close()
+        with named_failures("read", self._path):
+            content = self._path.read_bytes() if self._path.exists() else b""
+        lines = content.splitlines(keepends=True)
+        updates = [_update_of(line) for line in lines]
+        kept = next((i + 1 for i in reversed(range(len(lines))) if _within(updates[i], update)), 0)
+        for number, value in enumerate(updates[:kept], start=1):
+            if not _within(value, update):
+                fault = (
+                    "is damaged" if value is None else f"belongs to update {value}, but earlier ones follow"
+                )
+                raise StorageError(
+                    f"cannot go on with {self._path}: line {number} {fault}; "
+                    "correct or remove that line, then run the same command again"
+                )
+        if kept < len(lines):
+            write_atomic(self._path, b"".join(lines[:kept]).decode())
+        return len(lines) - kept
+
+    def close(self) -> None:
+        """Close the file; a later `append` opens it again."""
+        if self._file is not None:
+            file, self._file = self._file, None
+            with named_failures("write", self._path):
+                file.close()
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _within(value: int | None, update: int) -> bool:
+    return value is not None and value <= update
+
+
+def _update_of(line: bytes) -> int | None:
+    """The line's `update`, or None for a line that is torn (no newline, no JSON, no such key)."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    value = record.get("update") if isinstance(record, dict) else None
+    return value if isinstance(value, int) else None
