@@ -1,0 +1,188 @@
+"""What the engine tells while it works. Plain values only; whoever reports decides what to show.
+
+Means are per response token unless said otherwise; log-probs and divergences are in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+StageName = Literal["rollout", "teachers", "update", "evaluation", "export", "text"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted:
+    """A run begins or goes on. `phases` are (name, updates); `resumed_at` counts updates done before."""
+
+    name: str
+    recipe: str
+    num_updates: int
+    phases: tuple[tuple[str, int], ...]
+    teachers: tuple[str, ...]
+    domains: tuple[str, ...]
+    output: Path
+    resumed_at: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StageStarted:
+    """Work begins that may take a while; it ends where the next stage or event of the loop begins.
+
+    `detail` says on what (`math`, `merged on math`), `total` is how many `unit`s there are, None if unknown.
+    """
+
+    stage: StageName
+    detail: str = ""
+    total: int | None = None
+    unit: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StageProgress:
+    """`done` of the present stage's `total`."""
+
+    done: int
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherStats:
+    """One teacher in one update.
+
+    `divergence` maps `reverse_kl`, `forward_kl`, `jsd` to unweighted means over the teacher's tokens; the
+    first one is shown. `logprob_gap` is the mean of logprob_T - logprob_S at the sampled tokens.
+    """
+
+    num_tokens: int
+    divergence: Mapping[str, float]
+    logprob_gap: float
+    entropy_T: float | None = None  # noqa: N815  (whose it is, as in logprob_T)
+
+
+@dataclass(frozen=True, slots=True)
+class DomainStats:
+    """One domain in one update.
+
+    `mean_length` is in response tokens, `token_share` of the update's tokens, `weight` the balance factor.
+    `nll` is the mean of -logprob_S of the text, whoever wrote it; `reward` the mean over answers that were
+    checked; `truncated_fraction` the share of answers that ended at the length limit.
+    """
+
+    num_rollouts: int
+    num_tokens: int
+    mean_length: float
+    token_share: float
+    weight: float
+    nll: float
+    entropy_S: float  # noqa: N815
+    truncated_fraction: float
+    reward: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateDone:
+    """One optimizer update. `update` counts over the run from 1, `round` over the run from 0.
+
+    `num_tokens` are response tokens, `grad_norm` is before clipping, `on_policy_fraction` the share of
+    answers that the student wrote. `seconds` maps `rollout`, `teachers`, `update` (and `text`, once a
+    phase) to the wall time spent since the last update, so a round's rollout counts to its first update.
+    `teacher_bytes_read` counts from the start of the process.
+    """
+
+    update: int
+    phase: str
+    round: int
+    lr: float
+    loss: float
+    grad_norm: float
+    num_tokens: int
+    on_policy_fraction: float
+    teachers: Mapping[str, TeacherStats]
+    domains: Mapping[str, DomainStats]
+    seconds: Mapping[str, float]
+    teacher_bytes_read: int = 0
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of the work that every round repeats."""
+        return sum(seconds for name, seconds in self.seconds.items() if name != "text")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSaved:
+    """A checkpoint is complete on disk."""
+
+    update: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSkipped:
+    """A checkpoint was not trusted."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something a person should know."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationDone:
+    """Accuracy (0 to 1) of one model on one domain; `model` is base, expert, weight_average or merged."""
+
+    model: str
+    domain: str
+    accuracy: float
+    num_prompts: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunFinished:
+    """The end. `seconds` are of this process, by stage, with their sum as `total`.
+
+    `result` is `report.result.result_document`'s, None where the recipe evaluates nothing.
+    """
+
+    seconds: Mapping[str, float]
+    result: Mapping[str, Any] | None = None
+    result_path: Path | None = None
+    export_path: Path | None = None
+
+
+Event = (
+    RunStarted
+    | StageStarted
+    | StageProgress
+    | UpdateDone
+    | CheckpointSaved
+    | CheckpointSkipped
+    | Note
+    | EvaluationDone
+    | RunFinished
+)
+
+
+class Reporter(Protocol):
+    """Takes events as they happen, in order, from one thread."""
+
+    def emit(self, event: Event) -> None:
+        """Report the event. An error here stops the run."""
+
+
+class Reporters:
+    """Hands every event to each reporter, in the order given."""
+
+    def __init__(self, *reporters: Reporter) -> None:
+        self._reporters = reporters
+
+    def emit(self, event: Event) -> None:
+        """Pass the event on."""
+        for reporter in self._reporters:
+            reporter.emit(event)

@@ -1,0 +1,77 @@
+"""metrics.jsonl: each update as one line for plotting tools.
+
+    pandas.json_normalize(map(json.loads, open("metrics.jsonl")))   # columns like teachers.math.reverse_kl
+
+Everything that depends on the machine or on restarts stands under `cost`: two runs of one plan differ in that
+key only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mergeopd.report.events import CheckpointSaved, DomainStats, Event, TeacherStats, UpdateDone
+from mergeopd.storage.metrics import MetricsFile
+
+
+def update_record(event: UpdateDone) -> dict[str, Any]:
+    """The line of one update: always the same keys in the same order, teachers and domains sorted by name."""
+    seconds = dict(sorted(event.seconds.items()))
+    return {
+        "update": event.update,
+        "phase": event.phase,
+        "round": event.round,
+        "lr": event.lr,
+        "loss": event.loss,
+        "grad_norm": event.grad_norm,
+        "num_tokens": event.num_tokens,
+        "on_policy_fraction": event.on_policy_fraction,
+        "teachers": {name: _teacher_record(stats) for name, stats in sorted(event.teachers.items())},
+        "domains": {name: _domain_record(stats) for name, stats in sorted(event.domains.items())},
+        "cost": {
+            "seconds": seconds,
+            "tokens_per_s": event.num_tokens / event.step_s if event.step_s > 0 else None,
+            "teacher_bytes_read": event.teacher_bytes_read,
+        },
+    }
+
+
+def _teacher_record(stats: TeacherStats) -> dict[str, Any]:
+    return {
+        "num_tokens": stats.num_tokens,
+        **dict(sorted(stats.divergence.items())),
+        "logprob_gap": stats.logprob_gap,
+        "entropy_T": stats.entropy_T,
+    }
+
+
+def _domain_record(stats: DomainStats) -> dict[str, Any]:
+    return {
+        "num_rollouts": stats.num_rollouts,
+        "num_tokens": stats.num_tokens,
+        "mean_length": stats.mean_length,
+        "token_share": stats.token_share,
+        "weight": stats.weight,
+        "nll": stats.nll,
+        "entropy_S": stats.entropy_S,
+        "reward": stats.reward,
+        "truncated_fraction": stats.truncated_fraction,
+    }
+
+
+class JsonlReporter:
+    """Writes updates to a metrics file; checkpoints bring its lines to the disk."""
+
+    def __init__(self, file: MetricsFile) -> None:
+        self._file = file
+
+    def emit(self, event: Event) -> None:
+        """Append the line of an `UpdateDone`; other events have none.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        if isinstance(event, UpdateDone):
+            self._file.append(update_record(event))
+        elif isinstance(event, CheckpointSaved):
+            self._file.sync()

@@ -1,0 +1,74 @@
+"""Durations and where the time goes, for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from rich.text import Text
+
+from mergeopd.report.glyphs import Glyphs
+
+_STYLES = {
+    "rollout": "cyan",
+    "teachers": "magenta",
+    "update": "green",
+    "evaluation": "blue",
+    "text": "yellow",
+}
+_OTHER_STYLE = "bright_black"
+
+
+def clock_text(seconds: float) -> str:
+    """`0:07`, `12:34`, `1:02:03`, `2d 03:04`."""
+    if not math.isfinite(seconds):
+        return "-"
+    whole = max(0, round(seconds))
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours:02}:{minutes:02}"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def shares(seconds: Mapping[str, float]) -> dict[str, int]:
+    """Whole percentages that add up to 100 (largest remainders); empty when no time was spent."""
+    total = sum(seconds.values())
+    if not total > 0:
+        return {}
+    exact = {name: 100 * value / total for name, value in seconds.items()}
+    result = {name: int(value) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: result[name] - exact[name])
+    for name in by_remainder[: 100 - sum(result.values())]:
+        result[name] += 1
+    return result
+
+
+def split_line(
+    seconds: Mapping[str, float], glyphs: Glyphs, width: int, *, total: bool = False
+) -> Text | None:
+    """A coloured bar and its legend on one line of at most `width` cells; None when no time was spent."""
+    parts = shares(seconds)
+    if not parts:
+        return None
+    legend = Text()
+    for name, percent in parts.items():
+        legend.append(f"  {name}", style=_STYLES.get(name, _OTHER_STYLE))
+        legend.append(f" {percent}%")
+    line = Text.assemble((f"{'time':<8}", "dim"))
+    if total:
+        line.append(f"{clock_text(sum(seconds.values()))}  ")
+    room = min(40, width - len(line) - len(legend))
+    if room >= 8:
+        edge, covered = 0.0, 0
+        for name, percent in parts.items():
+            edge += percent * room / 100
+            line.append(glyphs.block * (round(edge) - covered), style=_STYLES.get(name, _OTHER_STYLE))
+            covered = round(edge)
+    else:  # the labels say the same
+        legend = legend[2:]
+    line.append_text(legend)
+    line.no_wrap = True
+    line.truncate(width)
+    return line
