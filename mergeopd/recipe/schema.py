@@ -2,20 +2,28 @@
 
 Descriptions here are user documentation: they become the JSON Schema that editors show.
 Validators raise ValueError only; another type would escape pydantic and lose the place in the file.
+
+Values are strict: a quoted number is text, a boolean is no number. Relative paths start from the project
+folder: the parent of the nearest folder named `recipes` (`teachers` for a card) above the file that contains
+the path, otherwise that file's own folder. `~` is the home folder.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="letters, digits, _ . -")]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+FUNCTION_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$"
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN, description="letters, digits, _ . -")]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-FunctionPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0, strict=True)]
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)]
+FunctionPath = Annotated[str, Field(pattern=FUNCTION_PATTERN, description="`package.module:function`")]
 
 
 class Strict(BaseModel):
@@ -76,6 +84,9 @@ def _card_shorthand(value: Any) -> Any:
     return {"card": value} if isinstance(value, str) else value
 
 
+Teacher = Annotated[TeacherRef, BeforeValidator(_card_shorthand, json_schema_input_type=TeacherRef | str)]
+
+
 # ------------------------------------------------------------------------------------------- verifiers
 
 
@@ -83,7 +94,9 @@ class ExactVerifier(Strict):
     """Right when the answer, stripped of outer white space, equals the reference."""
 
     kind: Literal["exact"]
-    ignore_case: bool = False
+    ignore_case: Annotated[bool, Field(strict=True)] = Field(
+        default=False, description="compare without regard to upper and lower case"
+    )
 
 
 class RegexVerifier(Strict):
@@ -133,6 +146,15 @@ def _kind_shorthand(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
+VerifierOrKind = Annotated[
+    Verifier,
+    BeforeValidator(
+        _kind_shorthand,
+        json_schema_input_type=Verifier | Literal["exact", "number", "json"],
+    ),
+]
+
+
 # --------------------------------------------------------------------------------------------- prompts
 
 
@@ -140,8 +162,21 @@ def _teachers_shorthand(value: Any) -> Any:
     if isinstance(value, str):
         return {value: 1.0}
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        if twice := [name for name in value if value.count(name) > 1]:
+            raise ValueError(f"teacher '{twice[0]}' is named twice: name it once, or give weights")
         return dict.fromkeys(value, 1.0)
     return value
+
+
+_Weights = Annotated[dict[Name, Weight], Field(min_length=1)]
+
+Routing = Annotated[
+    _Weights,
+    BeforeValidator(
+        _teachers_shorthand,
+        json_schema_input_type=Name | Annotated[list[Name], Field(min_length=1)] | _Weights,
+    ),
+]
 
 
 class PromptSource(Strict):
@@ -149,7 +184,7 @@ class PromptSource(Strict):
 
     source: str = Field(description=".jsonl or .parquet file")
     domain: Name = Field(description="the prompts' domain, for routing, budgets and the report")
-    verifier: Annotated[Verifier, BeforeValidator(_kind_shorthand)] | None = Field(
+    verifier: VerifierOrKind | None = Field(
         default=None, description="how an answer is checked; shorthand: its kind"
     )
     prompt_field: str = Field(
@@ -161,11 +196,11 @@ class PromptSource(Strict):
 class TrainSource(PromptSource):
     """Prompts to train on."""
 
-    teachers: Annotated[dict[Name, Weight], BeforeValidator(_teachers_shorthand)] | None = Field(
+    teachers: Routing | None = Field(
         default=None,
         description="teacher or teachers with weights; default: every teacher whose card lists the domain",
     )
-    share: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = Field(
+    share: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)] = Field(
         default=1.0, description="how often prompts of this source are drawn, relative to the others"
     )
     response_field: str = Field(
@@ -176,9 +211,7 @@ class TrainSource(PromptSource):
 class EvalSource(PromptSource):
     """Prompts to measure on; never trained on."""
 
-    verifier: Annotated[Verifier, BeforeValidator(_kind_shorthand)] = Field(
-        description="how an answer is checked; shorthand: its kind"
-    )
+    verifier: VerifierOrKind = Field(description="how an answer is checked; shorthand: its kind")
     expert: Name | None = Field(
         default=None, description="teacher to compare with; default: the domain's heaviest teacher"
     )
@@ -193,8 +226,12 @@ class LocalRollout(Strict):
 
     engine: Literal["local"] = "local"
     samples_per_prompt: PositiveInt = Field(default=1, description="answers per prompt and round")
-    temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    temperature: Annotated[float, Field(gt=0.0, le=10.0, strict=True)] = Field(
+        default=1.0, description="divides the logits that are sampled from"
+    )
+    top_p: Annotated[float, Field(gt=0.0, le=1.0, strict=True)] = Field(
+        default=1.0, description="sample from the fewest tokens that hold this much probability"
+    )
     max_new_tokens: PositiveInt = Field(default=256, description="longest answer, in tokens")
     stop: tuple[str, ...] = Field(default=(), description="texts that end an answer, beside the EOS token")
     batch_size: PositiveInt = Field(default=256, description="sequences decoded together")
@@ -222,7 +259,7 @@ class JsdTerm(Strict):
     """Generalised Jensen-Shannon divergence `beta KL(T||M) + (1-beta) KL(S||M)`, M = beta T + (1-beta) S."""
 
     weight: Weight = 1.0
-    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+    beta: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] = Field(
         default=0.5, description="weight of the teacher in the mixture; the ends are forward and reverse KL"
     )
 
@@ -236,16 +273,16 @@ class Loss(Strict):
 
     reverse_kl: Weight = Field(default=0.0, description="KL(student || teacher), mode seeking")
     forward_kl: Weight = Field(default=0.0, description="KL(teacher || student), mass covering")
-    jsd: Annotated[JsdTerm, BeforeValidator(_weight_shorthand)] | None = Field(
-        default=None, description="generalised Jensen-Shannon divergence; shorthand: its weight"
-    )
+    jsd: (
+        Annotated[JsdTerm, BeforeValidator(_weight_shorthand, json_schema_input_type=JsdTerm | Weight)] | None
+    ) = Field(default=None, description="generalised Jensen-Shannon divergence; shorthand: its weight")
     nll: Weight = Field(
         default=0.0,
         description="negative log-likelihood of the text; only for text the student did not write",
     )
-    temperature: Annotated[float, Field(gt=0.0, le=100.0)] = Field(
+    temperature: Annotated[float, Field(gt=0.0, le=100.0, strict=True)] = Field(
         default=1.0,
-        description="divides both logits in the divergences, which are multiplied by its square (Hinton 2015)",
+        description="divides both logits in divergences, which are multiplied by its square (Hinton 2015)",
     )
 
     @model_validator(mode="after")
@@ -266,6 +303,15 @@ def _loss_shorthand(value: Any) -> Any:
     return {value: 1.0} if isinstance(value, str) else value
 
 
+LossOrTerm = Annotated[
+    Loss,
+    BeforeValidator(
+        _loss_shorthand,
+        json_schema_input_type=Loss | Literal["reverse_kl", "forward_kl", "jsd", "nll"],
+    ),
+]
+
+
 class Balance(Strict):
     """Budgets between domains."""
 
@@ -279,13 +325,13 @@ class Balance(Strict):
 class Phase(Strict):
     """A stretch of training with one kind of text and one loss."""
 
-    name: Name
+    name: Name = Field(description="the phase's name, unique in the recipe")
     updates: PositiveInt = Field(description="optimizer updates")
     text: Text = Field(
         default="student",
         description="who writes the answers: student (on-policy), teacher, dataset, mixture",
     )
-    loss: Annotated[Loss, BeforeValidator(_loss_shorthand)] = Field(description="what is minimised")
+    loss: LossOrTerm = Field(description="what is minimised")
     prompts_per_round: PositiveInt = Field(default=64, description="prompts drawn and answered at a time")
     updates_per_round: PositiveInt = Field(default=1, description="optimizer updates made from one round")
     reduce: Literal["token", "sequence"] = Field(
@@ -298,16 +344,16 @@ class Phase(Strict):
 class Optimizer(Strict):
     """AdamW; the schedule spans all phases."""
 
-    lr: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 1e-6
+    lr: Weight = Field(default=1e-6, description="peak learning rate")
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    eps: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)] = 1e-8
     weight_decay: Weight = 0.0
     warmup_updates: Annotated[int, Field(ge=0, strict=True)] = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     final_lr_fraction: Fraction = Field(
         default=0.0, description="where linear and cosine end, relative to lr"
     )
-    clip_grad: Annotated[float, Field(gt=0.0)] | None = Field(
+    clip_grad: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)] | None = Field(
         default=1.0, description="largest gradient norm"
     )
 
@@ -334,14 +380,22 @@ class Recipe(Strict):
     """A merge: one student, its teachers, prompts and phases."""
 
     recipe: Literal[1] = Field(description="version of the recipe format")
-    name: Name
-    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
+    name: Name = Field(description="the merge's name, for people")
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = Field(
+        default=0, description="start of all randomness"
+    )
     threads: PositiveInt | None = Field(default=None, description="CPU threads; default: the machine's cores")
-    student: Student
-    teachers: dict[Name, Annotated[TeacherRef, BeforeValidator(_card_shorthand)]] = Field(min_length=1)
-    prompts: Annotated[tuple[TrainSource, ...], Field(min_length=1)]
+    student: Student = Field(description="the model that is trained")
+    teachers: dict[Name, Teacher] = Field(
+        min_length=1, description="the experts, each a card or the path of one, by the names used for routing"
+    )
+    prompts: Annotated[tuple[TrainSource, ...], Field(min_length=1)] = Field(
+        description="what to train on, one entry for each file"
+    )
     rollout: LocalRollout = LocalRollout()
-    phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = Field(
+        description="stretches of training, in order"
+    )
     optimizer: Optimizer = Optimizer()
     evaluation: Evaluation | None = None
     checkpoint: Checkpoints = Checkpoints()
@@ -349,3 +403,15 @@ class Recipe(Strict):
         default=(), description="functions of yours that this recipe may import and call"
     )
     output: str = Field(description="folder of the run")
+
+
+# Where a short form may stand, and what it is short for. `extends` and `--set` write a short form out before
+# they reach into it; `*` is any name or index.
+SHORTHANDS: dict[tuple[str, ...], Callable[[Any], Any]] = {
+    ("teachers", "*"): _card_shorthand,
+    ("prompts", "*", "verifier"): _kind_shorthand,
+    ("prompts", "*", "teachers"): _teachers_shorthand,
+    ("evaluation", "prompts", "*", "verifier"): _kind_shorthand,
+    ("phases", "*", "loss"): _loss_shorthand,
+    ("phases", "*", "loss", "jsd"): _weight_shorthand,
+}

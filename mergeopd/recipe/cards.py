@@ -1,0 +1,123 @@
+"""The teachers of a recipe, their cards read and their folders found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergeopd.errors import Problem
+from mergeopd.recipe.folders import Missing, absolute, existing_file, existing_model, project_folder
+from mergeopd.recipe.load import YAML_SUFFIXES, load_card
+from mergeopd.recipe.locate import Origins
+from mergeopd.recipe.plan import TeacherPlan
+from mergeopd.recipe.schema import TeacherCard, TeacherRef
+from mergeopd.recipe.suggest import closest
+from mergeopd.recipe.tree import Keys, Node, find, plain
+from mergeopd.recipe.validate import problems_of
+
+
+@dataclass(frozen=True, slots=True)
+class CardFile:
+    """A card's file as read for one teacher; of teachers that share a file, only the `first` is blamed."""
+
+    path: Path
+    root: Node | None
+    problems: tuple[Problem, ...]
+    first: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Staff:
+    """The teachers that resolved, the domains their cards list, and what is wrong with the others."""
+
+    plans: Mapping[str, TeacherPlan]
+    domains: Mapping[str, tuple[str, ...]]
+    problems: tuple[Problem, ...]
+
+
+def read_cards(
+    refs: Mapping[str, TeacherRef], recipe: Node, env: Mapping[str, str]
+) -> dict[str, CardFile | Missing]:
+    """Reads the card of every teacher, by the teacher's name."""
+    cards: dict[str, CardFile | Missing] = {}
+    by_path: dict[Path, CardFile] = {}
+    for name, ref in refs.items():
+        where: Keys = ("teachers", name, "card")
+        base = find(recipe, where).base
+        path = existing_file(ref.card, base, "card", YAML_SUFFIXES)
+        if isinstance(path, Missing):
+            cards[name] = _elsewhere(ref.card, base) or path
+        elif path in by_path:
+            cards[name] = CardFile(path, by_path[path].root, (), first=False)
+        else:
+            loaded = load_card(path, env, where)
+            cards[name] = by_path[path] = CardFile(path, loaded.root, loaded.problems, first=True)
+    return cards
+
+
+def _elsewhere(written: str, base: Path) -> Missing | None:
+    """A card that was named without its folder."""
+    wanted = absolute(written, base)
+    if wanted.parent != base:
+        return None
+    names = sorted(card.name for card in (base / "teachers").glob("*") if card.suffix in YAML_SUFFIXES)
+    near = closest(wanted.name, names)
+    return Missing(f"unknown card '{written}'", f"did you mean 'teachers/{near}'?") if near else None
+
+
+def hire(refs: Mapping[str, TeacherRef], cards: Mapping[str, CardFile | Missing], origins: Origins) -> Staff:
+    """Checks every card and finds the folders it names; the contents of the folders are not looked at."""
+    plans: dict[str, TeacherPlan] = {}
+    domains: dict[str, tuple[str, ...]] = {}
+    problems: list[Problem] = []
+    for name, ref in refs.items():
+        where: Keys = ("teachers", name, "card")
+        card = cards[name]
+        if isinstance(card, Missing):
+            problems.append(origins.problem(where, card.message, card.remedy))
+            continue
+        found = list(card.problems)
+        if card.root is not None:
+            data = plain(card.root)
+            wrong = problems_of(TeacherCard, data, origins, where)
+            found += wrong
+            if not wrong:
+                valid = TeacherCard.model_validate(data)
+                domains[name] = valid.domains
+                plan = _plan(name, ref, valid, card.path, origins, found)
+                if plan is not None and not found:
+                    plans[name] = plan
+        if card.first:
+            problems += found
+    return Staff(plans, domains, tuple(problems))
+
+
+def _plan(
+    name: str, ref: TeacherRef, card: TeacherCard, file: Path, origins: Origins, problems: list[Problem]
+) -> TeacherPlan | None:
+    """The teacher with absolute paths; what is missing is added to `problems`."""
+    where: Keys = ("teachers", name, "card")
+    base = project_folder(file, "teachers")
+    paths: dict[str, Path | None] = {"tokenizer": None, "template": None}
+    found: dict[str, Path | Missing] = {"model": existing_model(card.model, card.revision, base)}
+    if card.tokenizer is not None:
+        found["tokenizer"] = existing_model(card.tokenizer, None, base, "tokenizer")
+    if card.template is not None:
+        found["template"] = existing_file(card.template, base, "template")
+    for key, path in found.items():
+        if isinstance(path, Missing):
+            problems.append(origins.problem((*where, key), path.message, path.remedy))
+        else:
+            paths[key] = path
+    model = paths.get("model")
+    if model is None:
+        return None
+    template = paths["template"]
+    return TeacherPlan(
+        name=name,
+        model=str(model),
+        tokenizer=str(paths["tokenizer"] or model),
+        template=None if template is None else str(template),
+        dtype=ref.dtype,
+    )

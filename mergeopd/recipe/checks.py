@@ -1,0 +1,159 @@
+"""What no single value shows: phases, budgets, schedules and comparisons that cannot work together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from mergeopd.errors import Problem
+from mergeopd.recipe.locate import Origins, dotted
+from mergeopd.recipe.schema import EvalSource, LocalRollout, Optimizer, Phase, Ramp, TextMixture, TrainSource
+from mergeopd.recipe.suggest import did_you_mean
+from mergeopd.recipe.tree import Keys
+from mergeopd.recipe.words import joined
+
+
+def phase_problems(
+    phases: Mapping[int, Phase], rollout: LocalRollout | None, origins: Origins
+) -> Iterator[Problem]:
+    """Names, rounds and losses of the phases."""
+    first_with: dict[str, int] = {}
+    for index, phase in phases.items():
+        here: Keys = ("phases", index)
+        if first_with.setdefault(phase.name, index) != index:
+            message = f"phase '{phase.name}' already stands at {dotted(('phases', first_with[phase.name]))}"
+            yield origins.problem((*here, "name"), message, "give each phase its own name")
+        if phase.loss.nll and _only_student(phase):
+            message = "nll on the student's own text would only confirm what it writes"
+            remedy = "use a divergence, or `text: teacher` or `dataset`"
+            yield origins.problem((*here, "loss", "nll"), message, remedy, key=True)
+        yield from _round_problems(phase, here, rollout, origins)
+
+
+def _only_student(phase: Phase) -> bool:
+    if not isinstance(phase.text, TextMixture):
+        return phase.text == "student"
+    fraction = phase.text.on_policy_fraction
+    return fraction.start == fraction.end == 1.0 if isinstance(fraction, Ramp) else fraction == 1.0
+
+
+def _round_problems(
+    phase: Phase, here: Keys, rollout: LocalRollout | None, origins: Origins
+) -> Iterator[Problem]:
+    size, left = phase.updates_per_round, phase.updates % phase.updates_per_round
+    if left:
+        fewer, more = phase.updates - left, phase.updates - left + size
+        remedy = f"use {fewer} or {more} updates" if fewer else f"use {more} updates"
+        message = f"{phase.updates} updates cannot be made in rounds of {size}"
+        yield origins.problem((*here, "updates_per_round"), message, remedy)
+    if rollout is None:
+        return
+    answers = phase.prompts_per_round * rollout.samples_per_prompt
+    if answers < size:
+        message = f"a round has {answers} answers (prompts_per_round x samples_per_prompt) for {size} updates"
+        yield origins.problem((*here, "updates_per_round"), message, f"use {answers} or fewer")
+
+
+def balance_problems(
+    phases: Mapping[int, Phase], domains: tuple[str, ...], origins: Origins
+) -> Iterator[Problem]:
+    """Target shares that are not exactly those of the training domains."""
+    for index, phase in phases.items():
+        shares, here = phase.balance.tokens, ("phases", index, "balance", "tokens")
+        if isinstance(shares, str):
+            continue
+        for domain in shares:
+            if domain not in domains:
+                remedy = did_you_mean(domain, domains, f"domains are {', '.join(domains)}")
+                yield origins.problem((*here, domain), f"no prompts of domain '{domain}'", remedy, key=True)
+        if lacking := [domain for domain in domains if domain not in shares]:
+            if any(domain not in domains for domain in shares):
+                continue  # most likely the misspelt one
+            names = ", ".join(f"'{domain}'" for domain in lacking)
+            yield origins.problem(
+                here, f"no share for {names}", "give every training domain a share", key=True
+            )
+        elif not any(shares.values()):
+            yield origins.problem(here, "every share is 0", "give a positive share", key=True)
+
+
+def schedule_problems(optimizer: Optimizer, num_updates: int, origins: Origins) -> Iterator[Problem]:
+    """A warm-up that would never end."""
+    if optimizer.warmup_updates > num_updates:
+        message = (
+            f"{optimizer.warmup_updates} updates of warm-up, but only {num_updates} updates in all phases"
+        )
+        yield origins.problem(("optimizer", "warmup_updates"), message, f"use {num_updates} or fewer")
+
+
+def unused_teachers(
+    named: tuple[str, ...], weights: Mapping[int, Mapping[str, float]], origins: Origins
+) -> Iterator[Problem]:
+    """Teachers that no prompt reaches. A source without any weight has a problem of its own."""
+    used = {
+        name
+        for of_source in weights.values()
+        for name, weight in of_source.items()
+        if weight or not any(of_source.values())
+    }
+    for name in named:
+        if name not in used:
+            message = f"no prompts are routed to teacher '{name}'"
+            yield origins.problem(("teachers", name), message, "route prompts to it, or remove it", key=True)
+
+
+def experts(
+    measured: Mapping[int, EvalSource],
+    train: Mapping[int, TrainSource],
+    weights: Mapping[int, Mapping[str, float]] | None,
+    named: tuple[str, ...],
+    origins: Origins,
+) -> tuple[dict[str, str], list[Problem]]:
+    """The teacher that each measured domain is compared with: the named one, else the heaviest.
+
+    A teacher's weight in a domain is the sum of its weights times `share` over the domain's training sources.
+    With `weights` None (routes are not all known) only the named ones are judged.
+    """
+    chosen: dict[str, tuple[str, int]] = {}
+    problems: list[Problem] = []
+    for index, source in measured.items():
+        here: Keys = ("evaluation", "prompts", index, "expert")
+        if source.expert is None:
+            continue
+        first = chosen.setdefault(source.domain, (source.expert, index))
+        if source.expert not in named:
+            remedy = did_you_mean(source.expert, named, f"teachers are {', '.join(named)}")
+            problems.append(origins.problem(here, f"unknown teacher '{source.expert}'", remedy))
+        elif first[0] != source.expert:
+            other = dotted(("evaluation", "prompts", first[1]))
+            message = f"domain '{source.domain}' is compared with '{first[0]}' at {other}"
+            problems.append(origins.problem(here, message, "name one expert for a domain"))
+    result = {domain: name for domain, (name, _) in chosen.items()}
+    if weights is None:
+        return result, problems
+    for index, source in measured.items():
+        if source.domain in result:
+            continue
+        where: Keys = ("evaluation", "prompts", index, "domain")
+        best = _heaviest(source.domain, train, weights)
+        if not best:
+            trained = {of.domain for of in train.values()}
+            remedy = did_you_mean(source.domain, trained, "name the `expert` to compare with")
+            message = f"no training prompts of domain '{source.domain}', so no teacher to compare with"
+            problems.append(origins.problem(where, message, remedy))
+            continue
+        if len(best) > 1:
+            message = f"teachers {joined(best, 'and')} weigh the same in domain '{source.domain}'"
+            problems.append(origins.problem(where, message, "name the `expert` to compare with"))
+        result[source.domain] = best[0]
+    return result, problems
+
+
+def _heaviest(
+    domain: str, train: Mapping[int, TrainSource], weights: Mapping[int, Mapping[str, float]]
+) -> list[str]:
+    totals: dict[str, float] = {}
+    for index, source in train.items():
+        if source.domain == domain:
+            for name, weight in weights[index].items():
+                totals[name] = totals.get(name, 0.0) + weight * source.share
+    return [name for name, total in totals.items() if total == max(totals.values())]

@@ -1,0 +1,119 @@
+"""JSON Schema of recipes and teacher cards, for editors (`docs/schema/`) and for `mergeopd schema`.
+
+Recipe files name it in their first line: `# yaml-language-server: $schema=../docs/schema/recipe.schema.json`.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+from mergeopd.recipe.schema import Recipe, Strict, TeacherCard
+
+Schema = dict[str, Any]
+
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_VARIABLE: Schema = {
+    "type": "string",
+    "pattern": r"\$\{",
+    "description": "environment variable: ${NAME} or ${NAME:-default}",
+}
+_EXTENDS: Schema = {
+    "description": "recipe or recipes to build on, relative to this file; later ones win, this file over all",
+    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+}
+
+
+def recipe_schema() -> Schema:
+    """JSON Schema of a recipe file. One that extends another may leave out what the other has."""
+    schema = copy.deepcopy(model_schema(Recipe))
+    defs: Schema = schema.pop("$defs")
+    schema["properties"] = {"extends": _EXTENDS, **schema["properties"]}
+    partial = _partial(schema, defs)
+    document = {
+        "$schema": _DIALECT,
+        "title": "mergeopd recipe",
+        "description": schema["description"],
+        "type": "object",
+        "if": {"required": ["extends"]},
+        "then": {"$ref": "#/$defs/ExtendingRecipe"},
+        "else": {"$ref": "#/$defs/Recipe"},
+        "$defs": {**defs, "Recipe": schema, "ExtendingRecipe": partial},
+    }
+    document["$defs"] = {name: _with_variables(part) for name, part in sorted(document["$defs"].items())}
+    document["$defs"]["Variable"] = _VARIABLE
+    return document
+
+
+def card_schema() -> Schema:
+    """JSON Schema of a teacher card."""
+    schema = _with_variables(copy.deepcopy(model_schema(TeacherCard)))
+    return {**schema, "$schema": _DIALECT, "title": "mergeopd teacher card", "$defs": {"Variable": _VARIABLE}}
+
+
+@cache
+def model_schema(model: type[Strict]) -> Schema:
+    """The schema of what a model accepts, short forms included. Shared: do not change it."""
+    schema: Schema = _tidied(model.model_json_schema(mode="validation"))
+    return schema
+
+
+def _tidied(schema: Any) -> Any:
+    """Without the titles that pydantic makes up; names that do not fit their pattern are refused."""
+    if isinstance(schema, list):
+        return [_tidied(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    tidy = {
+        key: {name: _tidied(part) for name, part in value.items()}
+        if key in ("properties", "$defs", "patternProperties")
+        else _tidied(value)
+        for key, value in schema.items()
+        if key != "title"
+    }
+    if "patternProperties" in tidy:
+        tidy["additionalProperties"] = False
+    return tidy
+
+
+def _with_variables(schema: Any) -> Any:
+    """Wherever a typed value may stand, a `${VARIABLE}` may, too. Discriminating tags stay as they are."""
+    if isinstance(schema, list):
+        return [_with_variables(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    typed = schema.get("type") in ("integer", "number", "boolean") or "enum" in schema or "pattern" in schema
+    if typed:
+        outer = {key: schema[key] for key in ("description", "default") if key in schema}
+        inner = {key: value for key, value in schema.items() if key not in outer}
+        return {**outer, "anyOf": [inner, {"$ref": "#/$defs/Variable"}]}
+    return {
+        key: {name: _with_variables(part) for name, part in value.items()}
+        if key in ("properties", "patternProperties", "$defs")
+        else _with_variables(value)
+        if key in ("items", "prefixItems", "anyOf")
+        else value
+        for key, value in schema.items()
+    }
+
+
+def _partial(schema: Schema, defs: Schema) -> Schema:
+    """The schema with nothing required in it, down to where merging stops: at lists.
+
+    Adds the variants of the definitions that it needs to `defs`, as `Partial<Name>`.
+    """
+    part = {key: value for key, value in schema.items() if key != "required"}
+    for key in ("properties", "patternProperties"):
+        if key in part:
+            part[key] = {name: _partial(below, defs) for name, below in part[key].items()}
+    if "anyOf" in part:
+        part["anyOf"] = [_partial(below, defs) for below in part["anyOf"]]
+    if "$ref" in part:
+        name = part["$ref"].removeprefix("#/$defs/")
+        target = defs[name]
+        variant = _partial(target, defs)
+        if variant != target:
+            defs[f"Partial{name}"] = variant
+            part["$ref"] = f"#/$defs/Partial{name}"
+    return part

@@ -1,0 +1,281 @@
+"""From a recipe file to a Plan, or to everything that is wrong with it, in one go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from mergeopd.errors import Problem
+from mergeopd.recipe import checks
+from mergeopd.recipe.cards import CardFile, Staff, hire, read_cards
+from mergeopd.recipe.folders import Missing, absolute, existing_model
+from mergeopd.recipe.load import load
+from mergeopd.recipe.locate import Origins
+from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
+from mergeopd.recipe.schema import (
+    EvalSource,
+    FunctionPath,
+    LocalRollout,
+    Optimizer,
+    Phase,
+    Recipe,
+    Student,
+    Teacher,
+    TeacherRef,
+    TrainSource,
+)
+from mergeopd.recipe.sources import Desk, Router
+from mergeopd.recipe.tree import Keys, plain
+from mergeopd.recipe.validate import problems_of
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """A recipe with what could be made of it.
+
+    `plan` is None as soon as anything is wrong. `sources` and `eval_sources` hold the entries of `prompts`
+    and `evaluation.prompts` (by index) whose files and verifiers were found, `teachers` those whose card and
+    folders were: they can be looked into although something else is wrong. `student` has its model's folder.
+    """
+
+    plan: Plan | None
+    problems: tuple[Problem, ...]
+    origins: Origins
+    teachers: Mapping[str, TeacherPlan] = field(default_factory=dict)
+    sources: Mapping[int, SourcePlan] = field(default_factory=dict)
+    eval_sources: Mapping[int, SourcePlan] = field(default_factory=dict)
+    student: Student | None = None
+
+
+def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str] = os.environ) -> Resolution:
+    """Reads a recipe and the cards it names, and resolves it.
+
+    Args:
+        path: the recipe.
+        overrides: `a.b=c`, applied in order on top of the file.
+        env: what `${VARIABLE}` is looked up in.
+
+    Returns:
+        The plan, or every problem found: a bad recipe never raises. Prompt files, tokenizers and weights are
+        found but not opened.
+    """
+    file = Path(path)
+    loaded = load(file, overrides, env)
+    root = loaded.root
+    if root is None or not loaded.complete:
+        origins = Origins(file, root, {})
+        found = () if root is None else problems_of(Recipe, plain(root), origins, complete=False)
+        return Resolution(None, _settled(loaded.problems, found, origins), origins)
+    data = plain(root)
+    parts = _Parts.of(data)
+    cards = read_cards(parts.teachers, root, env)
+    roots = {n: c.root for n, c in cards.items() if isinstance(c, CardFile) and c.root is not None}
+    origins = Origins(file, root, roots)
+    schema_problems = problems_of(Recipe, data, origins)
+    staff = hire(parts.teachers, cards, origins)
+    unreadable = tuple(p for c in cards.values() if isinstance(c, CardFile) for p in c.problems)
+    sound = not (schema_problems or loaded.problems or unreadable)
+    resolved = _Resolver(parts, staff, origins, sound)
+    resolved.run()
+    found = (*schema_problems, *staff.problems, *resolved.problems)
+    problems = _settled((*loaded.problems, *unreadable), found, origins)
+    plan = None if problems else resolved.plan(Recipe.model_validate(data), file)
+    return Resolution(
+        plan, problems, origins, staff.plans, resolved.sources, resolved.eval_sources, resolved.student
+    )
+
+
+def _settled(first: Sequence[Problem], then: Sequence[Problem], origins: Origins) -> tuple[Problem, ...]:
+    """All problems in order. Where a value could not even be read, nothing further is said about it."""
+    spoilt = {problem.location for problem in first}
+    return origins.in_order([*first, *(problem for problem in then if problem.location not in spoilt)])
+
+
+_TEACHER: TypeAdapter[TeacherRef] = TypeAdapter(Teacher)
+_ALLOW_CODE: TypeAdapter[tuple[str, ...]] = TypeAdapter(tuple[FunctionPath, ...])
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The sections and entries that are valid by themselves, whatever is wrong with the others.
+
+    `names` are all teachers, also those whose entry is wrong; `all_*` say that no entry is missing here.
+    """
+
+    student: Student | None
+    names: tuple[str, ...]
+    teachers: Mapping[str, TeacherRef]
+    prompts: Mapping[int, TrainSource]
+    all_prompts: bool
+    rollout: LocalRollout | None
+    phases: Mapping[int, Phase]
+    all_phases: bool
+    optimizer: Optimizer | None
+    eval_sources: Mapping[int, EvalSource]
+    allow_code: tuple[str, ...] | None
+    output: str | None
+
+    @staticmethod
+    def of(data: Mapping[str, Any]) -> _Parts:
+        section = {name: data.get(name, {}) for name in ("rollout", "optimizer", "evaluation")}
+        teachers = data["teachers"] if isinstance(data.get("teachers"), dict) else {}
+        prompts, phases = _entries(data, "prompts"), _entries(data, "phases")
+        evaluation = section["evaluation"] if isinstance(section["evaluation"], dict) else {}
+        valid_prompts, valid_phases = _all_valid(TrainSource, prompts), _all_valid(Phase, phases)
+        return _Parts(
+            student=_valid(TypeAdapter(Student), data.get("student")),
+            names=tuple(teachers),
+            teachers={
+                n: ref for n, value in teachers.items() if (ref := _valid(_TEACHER, value)) is not None
+            },
+            prompts=valid_prompts,
+            all_prompts=bool(prompts) and len(valid_prompts) == len(prompts),
+            rollout=_valid(TypeAdapter(LocalRollout), section["rollout"]),
+            phases=valid_phases,
+            all_phases=bool(phases) and len(valid_phases) == len(phases),
+            optimizer=_valid(TypeAdapter(Optimizer), section["optimizer"]),
+            eval_sources=_all_valid(EvalSource, _entries(evaluation, "prompts")),
+            allow_code=_valid(_ALLOW_CODE, data.get("allow_code", [])),
+            output=data["output"] if isinstance(data.get("output"), str) else None,
+        )
+
+
+def _valid(adapter: TypeAdapter[T], value: Any) -> T | None:
+    """The value if it is valid; what is wrong with it is said elsewhere."""
+    try:
+        return adapter.validate_python(value)
+    except ValidationError:
+        return None
+
+
+def _entries(data: Mapping[str, Any], name: str) -> list[Any]:
+    return data[name] if isinstance(data.get(name), list) else []
+
+
+def _all_valid(model: type[T], values: list[Any]) -> dict[int, T]:
+    adapter = TypeAdapter(model)
+    return {i: part for i, value in enumerate(values) if (part := _valid(adapter, value)) is not None}
+
+
+class _Resolver:
+    """Finds what the parts name and checks them against each other."""
+
+    def __init__(self, parts: _Parts, staff: Staff, origins: Origins, sound: bool) -> None:
+        self.parts = parts
+        self.staff = staff
+        self.origins = origins
+        self.sound = sound
+        self.student: Student | None = None
+        self.sources: dict[int, SourcePlan] = {}
+        self.eval_sources: dict[int, SourcePlan] = {}
+        self.experts: dict[str, str] = {}
+        self.problems: list[Problem] = []
+
+    def run(self) -> None:
+        self._find_student()
+        self._check_output()
+        parts, origins = self.parts, self.origins
+        all_cards = all(name in self.staff.domains for name in parts.names)
+        router = Router(parts.names, parts.teachers, self.staff.domains, all_cards, origins)
+        weights = {index: router.weights(source) for index, source in parts.prompts.items()}
+        lost = [p for i, source in parts.prompts.items() for p in router.problems(source, ("prompts", i))]
+        self.problems += lost
+        self._take_sources(weights)
+        # What can only be said of the whole is said when the whole is there.
+        routed = parts.all_prompts and all_cards and not lost and self.sound
+        if routed:
+            self.problems += checks.unused_teachers(parts.names, weights, origins)
+        self.experts, problems = checks.experts(
+            parts.eval_sources, parts.prompts, weights if routed else None, parts.names, origins
+        )
+        self.problems += problems
+        self._check_phases()
+
+    def _find_student(self) -> None:
+        if self.parts.student is None:
+            return
+        where: Keys = ("student", "model")
+        written = self.parts.student
+        folder = existing_model(written.model, written.revision, self.origins.place(where).base)
+        if isinstance(folder, Missing):
+            self.problems.append(self.origins.problem(where, folder.message, folder.remedy))
+        else:
+            self.student = written.model_copy(update={"model": str(folder)})
+
+    def _output(self) -> Path | None:
+        if self.parts.output is None:
+            return None
+        return absolute(self.parts.output, self.origins.place(("output",)).base)
+
+    def _check_output(self) -> None:
+        path = self._output()
+        if path is not None and path.exists() and not path.is_dir():
+            message = f"'{self.parts.output}' is a file"
+            self.problems.append(self.origins.problem(("output",), message, "name a folder for the run"))
+
+    def _take_sources(self, weights: Mapping[int, Mapping[str, float]]) -> None:
+        desk = Desk(self.origins, self.parts.allow_code)
+        for index, source in self.parts.prompts.items():
+            teachers = {name: weight for name, weight in weights[index].items() if weight}
+            plan = desk.take(source, ("prompts", index), teachers)
+            if plan is not None:
+                self.sources[index] = plan
+        for index, measured in self.parts.eval_sources.items():
+            plan = desk.take(measured, ("evaluation", "prompts", index), {})
+            if plan is not None:
+                self.eval_sources[index] = plan
+        self.problems += desk.problems
+
+    def _check_phases(self) -> None:
+        parts, origins = self.parts, self.origins
+        self.problems += checks.phase_problems(parts.phases, parts.rollout, origins)
+        if parts.all_prompts:
+            domains = tuple(dict.fromkeys(source.domain for source in parts.prompts.values()))
+            self.problems += checks.balance_problems(parts.phases, domains, origins)
+        if parts.all_phases and parts.optimizer is not None:
+            num_updates = sum(phase.updates for phase in parts.phases.values())
+            self.problems += checks.schedule_problems(parts.optimizer, num_updates, origins)
+
+    def plan(self, recipe: Recipe, file: Path) -> Plan:
+        """The plan of a recipe without problems."""
+        output = self._output()
+        assert self.student is not None
+        assert output is not None
+        evaluation = None
+        if recipe.evaluation is not None:
+            evaluation = EvaluationPlan(
+                sources=tuple(self.eval_sources.values()),
+                experts=self.experts,
+                max_new_tokens=recipe.evaluation.max_new_tokens or recipe.rollout.max_new_tokens,
+                batch_size=recipe.evaluation.batch_size,
+            )
+        return Plan(
+            name=recipe.name,
+            recipe_file=os.path.abspath(file),
+            seed=recipe.seed,
+            threads=recipe.threads or _cores(),
+            student=self.student,
+            teachers=dict(self.staff.plans),
+            sources=tuple(self.sources.values()),
+            rollout=recipe.rollout,
+            phases=recipe.phases,
+            optimizer=recipe.optimizer,
+            evaluation=evaluation,
+            checkpoint=recipe.checkpoint,
+            allow_code=recipe.allow_code,
+            output=str(output),
+        )
+
+
+def _cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,164 @@
+"""Prompt sources: their files found, their prompts routed to teachers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mergeopd.errors import Problem
+from mergeopd.recipe.folders import Missing, existing_file
+from mergeopd.recipe.locate import Origins, dotted
+from mergeopd.recipe.plan import SourcePlan
+from mergeopd.recipe.schema import (
+    EvalSource,
+    JsonVerifier,
+    PromptSource,
+    TeacherRef,
+    TrainSource,
+    UserVerifier,
+    Verifier,
+)
+from mergeopd.recipe.suggest import did_you_mean
+from mergeopd.recipe.tree import Keys
+
+PROMPT_SUFFIXES = (".jsonl", ".parquet")
+
+
+@dataclass
+class Desk:
+    """Takes sources in one by one: unique names, no file twice."""
+
+    origins: Origins
+    allow_code: Collection[str] | None  # None: not valid itself, so nothing is said about it
+    names: set[str] = field(default_factory=set)
+    seen: dict[str, Keys] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def take(self, source: PromptSource, path: Keys, teachers: Mapping[str, float]) -> SourcePlan | None:
+        """The source with absolute paths, None when it cannot be used."""
+        before = len(self.problems)
+        file = self._file(source, path)
+        verifier = self._verifier(source.verifier, (*path, "verifier"))
+        if file is None or len(self.problems) > before:
+            return None
+        return SourcePlan(
+            name=self._name(file),
+            source=str(file),
+            domain=source.domain,
+            verifier=verifier,
+            prompt_field=source.prompt_field,
+            reference_field=source.reference_field,
+            response_field=source.response_field if isinstance(source, TrainSource) else None,
+            teachers=dict(teachers),
+            share=source.share if isinstance(source, TrainSource) else 1.0,
+            limit=source.limit if isinstance(source, EvalSource) else None,
+        )
+
+    def report(self, path: Keys, message: str, remedy: str = "") -> None:
+        self.problems.append(self.origins.problem(path, message, remedy))
+
+    def _name(self, file: Path) -> str:
+        name, number = file.stem, 1
+        while name in self.names:
+            number += 1
+            name = f"{file.stem}#{number}"
+        self.names.add(name)
+        return name
+
+    def _file(self, source: PromptSource, path: Keys) -> Path | None:
+        where: Keys = (*path, "source")
+        base = self.origins.place(where).base
+        file = existing_file(source.source, base, "prompt file", PROMPT_SUFFIXES)
+        if isinstance(file, Missing):
+            self.report(where, file.message, file.remedy)
+            return None
+        if file.suffix not in PROMPT_SUFFIXES:
+            self.report(
+                where, f"'{source.source}' is neither .jsonl nor .parquet", "convert it, one prompt a row"
+            )
+            return None
+        real = os.path.realpath(file)
+        first = self.seen.setdefault(real, path)
+        if first == path:
+            return file
+        if first[0] == path[0]:
+            remedy = (
+                "remove one; `share` sets how often its prompts are drawn"
+                if path[0] == "prompts"
+                else "remove one"
+            )
+            self.report(where, f"'{source.source}' already stands at {dotted(first)}", remedy)
+        else:
+            message = f"'{source.source}' is also trained on ({dotted(first)})"
+            self.report(where, message, "measure on prompts that are not trained on")
+        return None
+
+    def _verifier(self, verifier: Verifier | None, path: Keys) -> Verifier | None:
+        allowed = self.allow_code
+        if isinstance(verifier, UserVerifier) and allowed is not None and verifier.function not in allowed:
+            remedy = did_you_mean(verifier.function, allowed, f"add `allow_code: [{verifier.function}]`")
+            self.report(
+                (*path, "function"), f"the recipe does not allow '{verifier.function}' to be called", remedy
+            )
+        if isinstance(verifier, JsonVerifier) and verifier.schema_file is not None:
+            where: Keys = (*path, "schema_file")
+            file = existing_file(verifier.schema_file, self.origins.place(where).base, "JSON Schema file")
+            if isinstance(file, Missing):
+                self.report(where, file.message, file.remedy)
+            else:
+                return verifier.model_copy(update={"schema_file": str(file)})
+        return verifier
+
+
+@dataclass(frozen=True)
+class Router:
+    """Who teaches a source.
+
+    `named` are all teachers of the recipe, also broken ones; `domains` what the cards list; `all_cards` is
+    False when some card could not be read, so that nobody can say that no card lists a domain.
+    """
+
+    named: Collection[str]
+    refs: Mapping[str, TeacherRef]
+    domains: Mapping[str, tuple[str, ...]]
+    all_cards: bool
+    origins: Origins
+
+    def weights(self, source: TrainSource) -> dict[str, float]:
+        """Teachers with prompt weight times card weight, zeros included."""
+        written = source.teachers
+        if written is None:
+            written = {name: 1.0 for name, domains in self.domains.items() if source.domain in domains}
+        return {
+            name: weight * self.refs[name].weight for name, weight in written.items() if name in self.refs
+        }
+
+    def problems(self, source: TrainSource, path: Keys) -> list[Problem]:
+        """Teachers that do not exist, no teacher at all, no teacher with a weight."""
+        if source.teachers is None:
+            if self.weights(source) or not self.all_cards:
+                return self._silent(source, (*path, "domain"))
+            listed = {domain for domains in self.domains.values() for domain in domains}
+            remedy = did_you_mean(source.domain, listed, "name `teachers` here, or add the domain to a card")
+            message = f"no teacher: none is named, and no card lists the domain '{source.domain}'"
+            return [self.origins.problem((*path, "domain"), message, remedy)]
+        unknown = [
+            self.origins.problem(
+                (*path, "teachers", name),
+                f"unknown teacher '{name}'",
+                did_you_mean(name, self.named, f"teachers are {', '.join(self.named)}"),
+                key=True,
+            )
+            for name in source.teachers
+            if name not in self.named
+        ]
+        return unknown or self._silent(source, (*path, "teachers"))
+
+    def _silent(self, source: TrainSource, path: Keys) -> list[Problem]:
+        weights = self.weights(source)
+        if not weights or any(weights.values()) or any(n not in self.refs for n in source.teachers or ()):
+            return []
+        message = f"every teacher has weight 0 here ({', '.join(weights)})"
+        return [self.origins.problem(path, message, "give one a positive weight")]

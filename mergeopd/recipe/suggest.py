@@ -1,0 +1,49 @@
+"""Did you mean ...?"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def closest(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that `word` most likely was meant to be, upper and lower case apart."""
+    by_lower = {candidate.lower(): candidate for candidate in candidates}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[near[0]] if near else None
+
+
+def did_you_mean(word: str, candidates: Iterable[str], otherwise: str = "") -> str:
+    """A remedy: the closest candidate as a question, else `otherwise`."""
+    near = closest(word, candidates)
+    return f"did you mean '{near}'?" if near else otherwise
+
+
+def closest_path(
+    written: str, folder: Path, *, directory: bool = False, suffixes: tuple[str, ...] = ()
+) -> str:
+    """The existing path nearest to `written` (relative to `folder`), "" where there is none.
+
+    Each part that does not exist is replaced by its closest neighbour; the result must be a file with one of
+    the suffixes (any, if none are given), or a directory.
+    """
+    current, parts = folder, []
+    for part in Path(written).parts:
+        if not (current / part).exists():
+            try:
+                names = sorted(name for name in os.listdir(current) if not name.startswith("."))
+            except OSError:
+                return ""
+            near = closest(part, names)
+            if near is None:
+                return ""
+            part = near
+        current = current / part
+        parts.append(part)
+    if directory:
+        fits = current.is_dir()
+    else:
+        fits = current.is_file() and (not suffixes or current.suffix in suffixes)
+    return str(Path(*parts)) if fits and parts else ""

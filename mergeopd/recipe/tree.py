@@ -1,0 +1,125 @@
+"""A document as a tree in which every key and value knows where it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergeopd.errors import Location
+
+Keys = tuple[str | int, ...]
+"""A path into a document: `("prompts", 0, "source")`."""
+
+Value = None | bool | int | float | str
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where something was written, and the absolute folder that relative paths written there start from."""
+
+    location: Location
+    base: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Scalar:
+    """A single value."""
+
+    value: Value
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A key of a mapping with its value."""
+
+    key: Place
+    node: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A mapping, in the order it was written."""
+
+    entries: Mapping[str, Entry]
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """A list."""
+
+    nodes: tuple[Node, ...]
+    place: Place
+
+
+Node = Scalar | Table | Items
+
+Expand = Callable[[Keys, Any], Any]
+"""Writes a short form at a path out; returns other values as they are."""
+
+
+def plain(node: Node) -> Any:
+    """The tree as ordinary dicts, lists and values."""
+    match node:
+        case Table():
+            return {name: plain(entry.node) for name, entry in node.entries.items()}
+        case Items():
+            return [plain(item) for item in node.nodes]
+        case Scalar():
+            return node.value
+
+
+def planted(value: Any, place: Place) -> Node:
+    """Ordinary dicts, lists and values as a tree that was written in one place."""
+    if isinstance(value, dict):
+        return Table({str(k): Entry(place, planted(v, place)) for k, v in value.items()}, place)
+    if isinstance(value, list | tuple):
+        return Items(tuple(planted(item, place) for item in value), place)
+    return Scalar(value, place)
+
+
+def child(node: Node, step: str | int) -> Node | None:
+    """The value under a key or an index, None where there is none."""
+    if isinstance(node, Table) and isinstance(step, str):
+        entry = node.entries.get(step)
+        return entry.node if entry else None
+    if isinstance(node, Items) and isinstance(step, int) and 0 <= step < len(node.nodes):
+        return node.nodes[step]
+    return None
+
+
+def find(root: Node, path: Keys, *, key: bool = False) -> Place:
+    """Where the value at `path` (with `key`: its key) was written.
+
+    What is not there stands at its nearest existing parent: that parent's key, or its value where it is a
+    short form that was written as one value.
+    """
+    node, key_place = root, root.place
+    for step in path:
+        below = child(node, step)
+        if below is None:
+            return key_place if isinstance(node, Table) else node.place
+        key_place = node.entries[str(step)].key if isinstance(node, Table) else below.place
+        node = below
+    return key_place if key else node.place
+
+
+def merged(base: Node, over: Node, expand: Expand, path: Keys = ()) -> Node:
+    """`over` on `base`: mappings are merged key by key, anything else is replaced."""
+    if not isinstance(over, Table):
+        return over
+    if not isinstance(base, Table):
+        base = planted(expand(path, plain(base)), base.place)
+        if not isinstance(base, Table):
+            return over
+    entries = dict(base.entries)
+    for name, entry in over.entries.items():
+        if name in entries:
+            below = merged(entries[name].node, entry.node, expand, (*path, name))
+            entries[name] = Entry(entry.key, below)
+        else:
+            entries[name] = entry
+    return Table(entries, over.place)

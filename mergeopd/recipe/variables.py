@@ -1,0 +1,52 @@
+"""`${NAME}` and `${NAME:-default}` in a text, as in the shell; `$${` stands for a literal `${`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_TOKEN = re.compile(r"\$\$\{|\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^{}]*))?\}|\$\{")
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a text cannot be filled in, and what to do."""
+
+    message: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """The text with its variables filled in. `whole`: it was one variable and nothing else."""
+
+    text: str
+    whole: bool
+    faults: tuple[Fault, ...]
+
+
+def fill(text: str, env: Mapping[str, str]) -> Filled:
+    """Fills in variables. A default serves where the variable is unset or empty, as the shell does."""
+    faults: list[Fault] = []
+
+    def value(match: re.Match[str]) -> str:
+        if match[0] == "$${":
+            return "${"
+        name, default = match["name"], match["default"]
+        if name is None:
+            remedy = "write ${NAME} or ${NAME:-default}; $${ stands for a literal ${"
+            faults.append(Fault(f"malformed variable in {text!r}", remedy))
+            return match[0]
+        found = env.get(name)
+        if default is not None:
+            return found or default
+        if found is None:
+            remedy = f"set it, or give a default: ${{{name}:-default}}"
+            faults.append(Fault(f"environment variable '{name}' is not set", remedy))
+            return match[0]
+        return found
+
+    filled = _TOKEN.sub(value, text)
+    only = _TOKEN.fullmatch(text)
+    return Filled(filled, bool(only and only["name"]), tuple(faults))
