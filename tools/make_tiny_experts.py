@@ -1,0 +1,96 @@
+"""Trains a tiny base model and its domain experts, for the quick start and for tests.
+
+    python tools/make_tiny_experts.py [--out experts] [--seed 0]
+
+Everything follows from the seed. A second run finds the experts made and does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from tiny_experts.cache import cache_key, read_manifest, why_stale, written_aside
+from tiny_experts.settings import Settings
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:>8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
+def make(out: Path, settings: Settings, seed: int, console: Console) -> None:
+    """Makes the experts in `out`, whatever is there already.
+
+    Raises:
+        FileExistsError: `out` holds something that this tool did not write.
+    """
+    facts: dict[str, Any] = {"settings": settings.as_dict(), "seed": seed}
+    start = time.perf_counter()
+    with written_aside(out, cache_key(settings, seed), facts) as folder, _progress(console) as progress:
+        # Threads that wait by spinning bring a machine with another busy process to a crawl (20 times slower).
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # Importing torch and transformers takes seconds, which a run that finds everything made must not pay.
+        import torch
+        from tiny_experts.build import build
+
+        torch.set_num_threads(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
+
+        def watch(name: str, updates: int) -> Any:
+            task = progress.add_task(name, total=updates)
+            return lambda: progress.advance(task)
+
+        facts["accuracy"] = build(folder, settings, seed, watch)
+        facts["seconds"] = round(time.perf_counter() - start, 1)
+
+
+def show(out: Path, console: Console) -> None:
+    """Prints the accuracies that the manifest in `out` holds."""
+    manifest = read_manifest(out)
+    assert manifest is not None
+    accuracy: dict[str, dict[str, float]] = manifest["accuracy"]
+    table = Table(title="accuracy on the evaluation prompts, greedy", title_justify="left")
+    table.add_column("model")
+    for domain in accuracy["base"]:
+        table.add_column(domain, justify="right")
+    for model, by_domain in accuracy.items():
+        table.add_row(model, *(f"{value:.1%}" for value in by_domain.values()))
+    console.print(table)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--out", type=Path, default=Path("experts"), help="folder to write (default: experts)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="everything follows from it (default: 0)")
+    arguments = parser.parse_args()
+    console, settings, out = Console(), Settings(), arguments.out.resolve()
+    reason = why_stale(out, cache_key(settings, arguments.seed))
+    if reason is None:
+        console.print(f"The tiny experts are in {arguments.out} already.")
+    else:
+        console.print(f"Making the tiny experts in {arguments.out}: {reason}.")
+        try:
+            make(out, settings, arguments.seed, console)
+        except FileExistsError as error:
+            parser.error(str(error))
+    show(out, console)
+
+
+if __name__ == "__main__":
+    main()

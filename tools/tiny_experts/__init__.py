@@ -1,0 +1,1 @@
+"""Trains the tiny base and its domain experts that the quick start merges."""
