@@ -47,8 +47,7 @@ def existing_file(written: str, base: Path, what: str, suffixes: tuple[str, ...]
     if path.is_dir():
         return Missing(f"'{written}' is a folder", f"name a {what}")
     near = closest_path(written, base, suffixes=suffixes)
-    remedy = f"did you mean '{near}'?" if near else f"looked for {shown(path)}"
-    return Missing(f"unknown {what} '{written}'", remedy)
+    return Missing(f"unknown {what} '{written}'", _where_instead(near, written, path))
 
 
 def existing_model(written: str, revision: str | None, base: Path, what: str = "model") -> Path | Missing:
@@ -74,10 +73,13 @@ def existing_model(written: str, revision: str | None, base: Path, what: str = "
         return Missing(
             f"'{written}' is neither a folder nor{version} in the local cache of the Hugging Face hub", remedy
         )
-    return Missing(
-        f"unknown {what} folder '{written}'",
-        f"did you mean '{near}'?" if near else f"looked for {shown(path)}",
-    )
+    return Missing(f"unknown {what} folder '{written}'", _where_instead(near, written, path))
+
+
+def _where_instead(near: str, written: str, path: Path) -> str:
+    if near:
+        return f"did you mean '{near}'?"
+    return "nothing of that name exists" if shown(path) == written else f"looked for {shown(path)}"
 
 
 def _cached_snapshot(repo: str, revision: str | None) -> Path | None:

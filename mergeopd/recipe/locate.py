@@ -58,8 +58,9 @@ class Origins:
         """Each problem once: the recipe's, those of overrides, those of other files; by line and column."""
         recipe = shown(self._file)
 
-        def rank(problem: Problem) -> tuple[int, Location]:
+        def rank(problem: Problem) -> tuple[int, int, Location]:
             file = problem.location.file
-            return (0 if file == recipe else 1 if file.startswith("--set") else 2), problem.location
+            number = int(file.removeprefix("--set #")) if file.startswith("--set #") else 0
+            return (0 if file == recipe else 1 if number else 2), number, problem.location
 
         return tuple(sorted(dict.fromkeys(problems), key=rank))

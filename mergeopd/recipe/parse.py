@@ -91,7 +91,9 @@ class _Parser:
             remedy = "indent with spaces"
         elif "${" in line:
             remedy = 'inside {...} and [...] put variables in quotes: "${NAME}"'
-        message = str(error.problem).replace("'<stream end>'", "the end of the file").removeprefix("but ")
+        message = str(error.problem).removeprefix("but ")
+        for jargon, words in (("'<stream end>'", "the end"), ("the node content", "a value")):
+            message = message.replace(jargon, words)
         return Problem(place.location, "", f"not valid YAML: {message}", remedy)
 
     def convert(self, node: YamlNode, path: Keys) -> Node:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 FUNCTION_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$"
@@ -41,9 +41,10 @@ class Student(Strict):
     model: str = Field(description="Hugging Face folder, or a hub id that is in the local cache")
     revision: str | None = Field(default=None, description="hub revision; not for folders")
     backend: Literal["torch"] = Field(default="torch", description="where the student is trained")
-    dtype: Literal["float32", "bfloat16"] = Field(
+    dtype: Literal["float32", "bfloat16", "float64"] = Field(
         default="float32",
-        description="precision of the forward pass; master weights, gradients and AdamW state are float32",
+        description="precision of the forward pass; master weights, gradients and AdamW state are float32 "
+        "(float64 throughout is for tests of exactness)",
     )
     micro_batch_tokens: PositiveInt = Field(
         default=16384, description="most tokens (prompts, responses and padding) in one forward and backward"
@@ -75,7 +76,7 @@ class TeacherRef(Strict):
 
     card: str = Field(description="teacher card, a YAML file")
     weight: Weight = Field(default=1.0, description="multiplies every prompt's weight for this teacher")
-    dtype: Literal["float32", "bfloat16"] = Field(
+    dtype: Literal["float32", "bfloat16", "float64"] = Field(
         default="float32", description="precision of its forward pass and of its cached hidden states"
     )
 
@@ -84,7 +85,7 @@ def _card_shorthand(value: Any) -> Any:
     return {"card": value} if isinstance(value, str) else value
 
 
-Teacher = Annotated[TeacherRef, BeforeValidator(_card_shorthand, json_schema_input_type=TeacherRef | str)]
+Teacher = Annotated[TeacherRef, BeforeValidator(_card_shorthand, json_schema_input_type=str | TeacherRef)]
 
 
 # ------------------------------------------------------------------------------------------- verifiers
@@ -105,13 +106,14 @@ class RegexVerifier(Strict):
     kind: Literal["regex"]
     pattern: str = Field(description="Python regular expression, searched in the whole answer")
 
-    @model_validator(mode="after")
-    def _compiles(self) -> RegexVerifier:
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
         try:
-            re.compile(self.pattern)
+            re.compile(pattern)
         except re.error as error:
             raise ValueError(f"not a regular expression: {error}") from None
-        return self
+        return pattern
 
 
 class NumberVerifier(Strict):
@@ -150,7 +152,7 @@ VerifierOrKind = Annotated[
     Verifier,
     BeforeValidator(
         _kind_shorthand,
-        json_schema_input_type=Verifier | Literal["exact", "number", "json"],
+        json_schema_input_type=Literal["exact", "number", "json"] | Verifier,
     ),
 ]
 
@@ -274,7 +276,7 @@ class Loss(Strict):
     reverse_kl: Weight = Field(default=0.0, description="KL(student || teacher), mode seeking")
     forward_kl: Weight = Field(default=0.0, description="KL(teacher || student), mass covering")
     jsd: (
-        Annotated[JsdTerm, BeforeValidator(_weight_shorthand, json_schema_input_type=JsdTerm | Weight)] | None
+        Annotated[JsdTerm, BeforeValidator(_weight_shorthand, json_schema_input_type=Weight | JsdTerm)] | None
     ) = Field(default=None, description="generalised Jensen-Shannon divergence; shorthand: its weight")
     nll: Weight = Field(
         default=0.0,
@@ -307,7 +309,7 @@ LossOrTerm = Annotated[
     Loss,
     BeforeValidator(
         _loss_shorthand,
-        json_schema_input_type=Loss | Literal["reverse_kl", "forward_kl", "jsd", "nll"],
+        json_schema_input_type=Literal["reverse_kl", "forward_kl", "jsd", "nll"] | Loss,
     ),
 ]
 

@@ -95,11 +95,13 @@ def find(root: Node, path: Keys, *, key: bool = False) -> Place:
     """Where the value at `path` (with `key`: its key) was written.
 
     What is not there stands at its nearest existing parent: that parent's key, or its value where it is a
-    short form that was written as one value.
+    short form that was written as one value. A name in a list of names stands at its entry.
     """
     node, key_place = root, root.place
     for step in path:
         below = child(node, step)
+        if isinstance(node, Items) and isinstance(step, str):
+            below = next((n for n in node.nodes if isinstance(n, Scalar) and n.value == step), None)
         if below is None:
             return key_place if isinstance(node, Table) else node.place
         key_place = node.entries[str(step)].key if isinstance(node, Table) else below.place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ from mergeopd.recipe.words import (
     purpose,
     tagged,
 )
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 def problems_of(
@@ -140,9 +143,7 @@ def _finding(error: ErrorDetails, model: type[Strict], data: Any) -> _Finding | 
     if kind == "union_tag_invalid":
         return _unexpected(spot.path, {"enum": literals(spot.schema, root)}, spot.value, root)
     if kind == "union_tag_not_found" and isinstance(spot.value, dict):
-        union_schema = tagged(spot.schema, root) or {}
-        tag = union_schema["discriminator"]["propertyName"]
-        return _missing_key((*spot.path, tag), joined(literals(union_schema, root), "or"))
+        return _missing_tag(spot, root)
     if kind == "value_error":
         return _Finding(spot.path, str(error["ctx"]["error"]))
     if kind == "too_short" and spot.value:
@@ -157,6 +158,18 @@ def _missing_key(path: Keys, what_for: str) -> _Finding:
     return _Finding(path, f"missing key '{name}'", f"add it: {what_for}", missing=name, on_key=True)
 
 
+def _missing_tag(spot: _Spot, root: Schema) -> _Finding:
+    """No `kind` in a union by kind: most likely it is misspelt, else it is missing."""
+    union = tagged(spot.schema, root) or {}
+    tag = union["discriminator"]["propertyName"]
+    known = {key for branch in union["oneOf"] for key in allowed_keys(branch, root)}
+    near = closest(tag, [key for key in spot.value if key not in known])
+    if near is None:
+        return _missing_key((*spot.path, tag), joined(literals(union, root), "or"))
+    remedy = f"did you mean '{tag}'?"
+    return _Finding((*spot.path, near), f"unknown key '{near}'", remedy, on_key=True, meant=tag)
+
+
 def _unknown_key(spot: _Spot, model: type[Strict]) -> _Finding:
     name = str(spot.path[-1])
     extends = ("extends",) if model is Recipe and len(spot.path) == 1 else ()
@@ -167,7 +180,15 @@ def _unknown_key(spot: _Spot, model: type[Strict]) -> _Finding:
 
 
 def _unexpected(path: Keys, schema: Schema, value: Any, root: Schema) -> _Finding:
-    remedy = did_you_mean(value, literals(schema, root)) if isinstance(value, str) else ""
+    wanted = {option.get("type") for option in options(schema, root)}
+    remedy = ""
+    if value is None:
+        remedy = "give it a value, or leave the key out"
+    elif isinstance(value, str):
+        unquoted = _NUMBER.fullmatch(value) and wanted & {"integer", "number"}
+        remedy = "write it without quotes" if unquoted else did_you_mean(value, literals(schema, root))
+    elif wanted == {"string"} and not literals(schema, root) and isinstance(value, bool | int | float):
+        remedy = "put it in quotes"
     return _Finding(path, f"expected {expected(schema, root)}, found {found(value)}", remedy)
 
 

@@ -29,15 +29,14 @@ class Filled:
 def fill(text: str, env: Mapping[str, str]) -> Filled:
     """Fills in variables. A default serves where the variable is unset or empty, as the shell does."""
     faults: list[Fault] = []
+    if any(token[0] == "${" for token in _TOKEN.finditer(text)):
+        remedy = "write ${NAME} or ${NAME:-default}; $${ stands for a literal ${"
+        return Filled(text, False, (Fault(f"malformed variable in {text!r}", remedy),))
 
     def value(match: re.Match[str]) -> str:
         if match[0] == "$${":
             return "${"
         name, default = match["name"], match["default"]
-        if name is None:
-            remedy = "write ${NAME} or ${NAME:-default}; $${ stands for a literal ${"
-            faults.append(Fault(f"malformed variable in {text!r}", remedy))
-            return match[0]
         found = env.get(name)
         if default is not None:
             return found or default

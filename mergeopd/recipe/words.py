@@ -136,6 +136,10 @@ def found(value: Any) -> str:
         case dict():
             return "a mapping" if value else "an empty mapping"
         case list():
-            return "a list" if value else "an empty list"
+            return (
+                f"a list with {len(value)} {'entry' if len(value) == 1 else 'entries'}"
+                if value
+                else "an empty list"
+            )
         case _:
             return str(value)
