@@ -1,0 +1,290 @@
+"""Safetensors checkpoints: headers parsed here, without torch; tensors memory-mapped, one at a time.
+
+Format: 8 bytes little-endian header length, a JSON header, the tensors' bytes without gaps
+(https://github.com/huggingface/safetensors#format). Pickled weights are never opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from mergeopd.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_EDGE_BYTES = 65536
+_NUM_BLOCKS = 16
+_TENSOR_SAMPLE_BYTES = 4096
+
+_DTYPE_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies: `offset` and `num_bytes` count bytes in `file`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """One file: its size and that of its length field and header, in bytes."""
+
+    path: Path
+    size: int
+    header_bytes: int
+    tensors: Mapping[str, TensorInfo]
+
+
+class Checkpoint:
+    """The weights of a Hugging Face folder. Opening reads headers only.
+
+    `header_bytes` is the part of `file_bytes` that is not tensor data, over all files.
+    """
+
+    def __init__(self, folder: Path, shards: tuple[_Shard, ...], tensors: Mapping[str, TensorInfo]) -> None:
+        self.folder = folder
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
+        self.file_bytes = sum(shard.size for shard in shards)
+        self.header_bytes = sum(shard.header_bytes for shard in shards)
+        self._shards = shards
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read and check all headers of `folder`.
+
+        A single model.safetensors goes before an index, as in transformers. Raises ModelError when there are
+        no safetensors, a shard or a tensor is missing, or a file is truncated or damaged.
+        """
+        if (folder / SINGLE).is_file():
+            shard = _read_shard(folder / SINGLE)
+            return cls(folder, (shard,), shard.tensors)
+        if not (folder / INDEX).is_file():
+            raise ModelError(_no_weights(folder))
+        weight_map = _read_index(folder / INDEX)
+        files = sorted(set(weight_map.values()))
+        missing = [name for name in files if not (folder / name).is_file()]
+        if missing:
+            raise ModelError(
+                f"{folder}: {len(missing)} of {len(files)} weight files are missing: {_listed(missing)}; "
+                f"fetch them again ({INDEX} names them)"
+            )
+        shards = {name: _read_shard(folder / name) for name in files}
+        absent = [name for name, file in weight_map.items() if name not in shards[file].tensors]
+        if absent:
+            raise ModelError(
+                f"{folder / weight_map[absent[0]]}: {INDEX} says that tensors are here which are not: "
+                f"{_listed(absent)}; the index and the files are not of one checkpoint, fetch both again"
+            )
+        tensors = {name: shards[file].tensors[name] for name, file in weight_map.items()}
+        return cls(folder, tuple(shards.values()), tensors)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 that tells checkpoints apart without reading them whole; equal for copies of the files.
+
+        It covers every header, every file's size and samples of the data: the first and last 64 KiB and 16
+        evenly spaced blocks of 64 KiB of each file, and 4 KiB in the middle of every tensor, so that a
+        fine-tune of a single layer shows. A change elsewhere in a tensor is not seen.
+        """
+        digest = hashlib.sha256()
+        for shard in self._shards:
+            layout = [
+                [name, t.dtype, list(t.shape), t.offset - shard.header_bytes, t.num_bytes]
+                for name, t in sorted(shard.tensors.items())
+            ]
+            digest.update(json.dumps([shard.size, layout]).encode())
+            data_bytes = shard.size - shard.header_bytes
+            spots = [(0, _EDGE_BYTES), (max(0, data_bytes - _EDGE_BYTES), _EDGE_BYTES)]
+            spots += [(data_bytes * i // _NUM_BLOCKS, _EDGE_BYTES) for i in range(_NUM_BLOCKS)]
+            for info in shard.tensors.values():
+                length = min(info.num_bytes, _TENSOR_SAMPLE_BYTES)
+                spots.append((info.offset - shard.header_bytes + (info.num_bytes - length) // 2, length))
+            with shard.path.open("rb") as file:
+                for start, length in sorted(spots):
+                    file.seek(shard.header_bytes + start)
+                    digest.update(file.read(length))
+        return digest.hexdigest()
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, `[*shape]` in the file's dtype: a view of the memory-mapped file, no copy.
+
+        Raises ModelError when there is no such tensor.
+        """
+        from safetensors import safe_open
+
+        with safe_open(self._find(name).file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` (excluded) of the tensor `name`, `[stop - start, ...]`.
+
+        Raises ModelError when there is no such tensor or row.
+        """
+        from safetensors import safe_open
+
+        info = self._find(name)
+        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+            raise ModelError(
+                f"{info.file}: {name!r} of shape {list(info.shape)} has no rows {start} to {stop}"
+            )
+        with safe_open(info.file, framework="pt") as file:
+            rows: Tensor = file.get_slice(name)[start:stop]
+        return rows
+
+    def same_bytes(self, first: str, second: str) -> bool:
+        """True when two tensors are equal bit by bit, as a tied head that was saved twice is.
+
+        Raises ModelError when one of them does not exist.
+        """
+        a, b = self._find(first), self._find(second)
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        with a.file.open("rb") as file_a, b.file.open("rb") as file_b:
+            file_a.seek(a.offset)
+            file_b.seek(b.offset)
+            for done in range(0, a.num_bytes, 1 << 20):
+                length = min(1 << 20, a.num_bytes - done)
+                if file_a.read(length) != file_b.read(length):
+                    return False
+        return True
+
+    def _find(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise ModelError(f"{self.folder}: the checkpoint has no tensor {name!r}")
+        return self.tensors[name]
+
+
+def _listed(names: list[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(repr(name) for name in names[:limit]) + more
+
+
+def _no_weights(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder}: there is no such folder; name a Hugging Face model folder"
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if "adapter_model.safetensors" in others:
+        return (
+            f"{folder}: holds a PEFT adapter, not a model; merge it into its base model "
+            "(merge_and_unload, then save_pretrained)"
+        )
+    if others:
+        return (
+            f"{folder}: has {_listed(others)} but neither {SINGLE} nor {INDEX}; "
+            "load it with transformers and save_pretrained it"
+        )
+    if pickles:
+        return (
+            f"{folder}: has {_listed(pickles)} but no safetensors; pickled weights are refused, since "
+            "reading them can run code. Convert them where you trust them: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+    return f"{folder}: has no weights ({SINGLE} or {INDEX}); fetch the model again"
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not JSON: {error}; fetch the file again") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{path}: has no weight_map; fetch the file again")
+    for name, file in weight_map.items():
+        # A name with a folder in it could point anywhere on the disk.
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ModelError(
+                f"{path}: tensor {name!r} lies in {file!r}, which is not a .safetensors file beside it"
+            )
+    return weight_map
+
+
+def _read_shard(path: Path) -> _Shard:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > _MAX_HEADER_BYTES:
+                lfs = ", it is a Git LFS pointer" if prefix == b"version " else ""
+                raise ModelError(f"{path}: not a safetensors file ({size} bytes{lfs}); fetch it again")
+            raw = file.read(length)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(raw) < length:
+        raise ModelError(f"{path}: truncated within its header ({size} bytes); fetch it again")
+    tensors = _parse_header(path, raw)
+    expected = 8 + length + sum(info.num_bytes for info in tensors.values())
+    if size != expected:
+        kind = "truncated" if size < expected else "longer than its header says"
+        raise ModelError(f"{path}: {kind}: {size} bytes, {expected} expected; fetch it again")
+    return _Shard(path, size, 8 + length, tensors)
+
+
+def _parse_header(path: Path, raw: bytes) -> dict[str, TensorInfo]:
+    """Tensors by name. Their bytes must fill the data part without gaps, as the format demands."""
+    try:
+        header = json.loads(raw)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        tensors = {name: _parse_entry(path, entry, 8 + len(raw)) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{path}: damaged header ({error!r}); fetch it again") from error
+    end = 8 + len(raw)
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+        if info.offset != end:
+            raise ModelError(
+                f"{path}: damaged header (tensor {name!r} leaves a gap or overlaps); fetch it again"
+            )
+        end += info.num_bytes
+    return tensors
+
+
+def _parse_entry(path: Path, entry: Any, data_start: int) -> TensorInfo:
+    dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in _DTYPE_BITS:
+        raise ModelError(f"{path}: element type {dtype!r} is not supported; save the weights as BF16 or F32")
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+        raise ValueError(f"shape {shape} or offsets {start}, {stop}")
+    num_bytes = math.prod(shape) * _DTYPE_BITS[dtype] // 8
+    if stop - start != num_bytes:
+        raise ValueError(f"shape {shape} of {dtype} needs {num_bytes} bytes, has {stop - start}")
+    return TensorInfo(path, dtype, tuple(shape), data_start + start, num_bytes)

@@ -1,0 +1,240 @@
+"""What an architecture's logits are made of, read from config.json alone.
+
+For every known architecture `logits = softcap * tanh((scale * (hidden @ W.T + bias)) / softcap)`, where
+`hidden` is the state after the final norm; scale is 1, softcap and bias are absent unless said otherwise.
+Dense decoder-only models only: their checkpoint tensors carry the module's own names.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mergeopd.errors import ModelError
+from mergeopd.models.checkpoint import Checkpoint
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+HEAD_BIAS = "lm_head.bias"
+
+
+@dataclass(frozen=True, slots=True)
+class _Architecture:
+    """What differs from Llama. Numbers are what transformers assumes when config.json is silent."""
+
+    tied: bool = False
+    scale_key: str | None = None  # config key by which logits are multiplied
+    divisor_key: str | None = None  # config key by which logits are divided
+    scale_default: float = 1.0
+    softcap_key: str | None = None
+    softcap_default: float | None = None
+    head_bias: bool = False
+
+
+ARCHITECTURES = MappingProxyType(
+    {
+        "apertus": _Architecture(),
+        "arcee": _Architecture(),
+        "cohere": _Architecture(tied=True, scale_key="logit_scale", scale_default=0.0625),
+        "cohere2": _Architecture(tied=True, scale_key="logit_scale", scale_default=0.0625),
+        "ernie4_5": _Architecture(tied=True),
+        "exaone4": _Architecture(),
+        "gemma": _Architecture(tied=True),
+        "gemma2": _Architecture(tied=True, softcap_key="final_logit_softcapping", softcap_default=30.0),
+        "gemma3_text": _Architecture(tied=True, softcap_key="final_logit_softcapping"),
+        "glm": _Architecture(),
+        "glm4": _Architecture(),
+        "granite": _Architecture(divisor_key="logits_scaling"),
+        "helium": _Architecture(),
+        "llama": _Architecture(),
+        "ministral": _Architecture(),
+        "ministral3": _Architecture(),
+        "mistral": _Architecture(),
+        "nemotron": _Architecture(),
+        "olmo": _Architecture(),
+        "olmo2": _Architecture(),
+        "olmo3": _Architecture(),
+        "phi": _Architecture(head_bias=True),
+        "phi3": _Architecture(),
+        "qwen2": _Architecture(),
+        "qwen3": _Architecture(),
+        "seed_oss": _Architecture(),
+        "smollm3": _Architecture(tied=True),
+        "stablelm": _Architecture(),
+        "starcoder2": _Architecture(tied=True),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Facts of a Hugging Face folder that need no weights.
+
+    `vocab_rows` counts the head's rows, padding included; the true vocabulary is the tokenizer's business.
+    `tied` is what the config says: then the head is the tensor `embedding_name` and `head_name` need not
+    exist. `eos_ids` is empty when neither config.json nor generation_config.json names one.
+    """
+
+    folder: Path
+    model_type: str
+    hidden_size: int
+    vocab_rows: int
+    num_layers: int
+    max_positions: int
+    tied: bool
+    logit_scale: float
+    softcap: float | None
+    eos_ids: tuple[int, ...]
+    embedding_name: str = EMBEDDING
+    head_name: str = HEAD
+    head_bias_name: str | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> ModelFacts:
+        """Read `folder`/config.json and generation_config.json; no code of the folder is executed.
+
+        Raises ModelError when there is no config, it is damaged or quantised, or its architecture unknown.
+        """
+        path = folder / "config.json"
+        config = _read_object(path)
+        if config is None:
+            there = "the folder has no config.json" if folder.is_dir() else "there is no such folder"
+            raise ModelError(f"{folder}: {there}; name a Hugging Face model folder")
+        model_type = config.get("model_type")
+        architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+        if architecture is None:
+            raise ModelError(_unknown(path, model_type, config))
+        if config.get("quantization_config"):
+            raise ModelError(
+                f"{path}: the weights are quantised (quantization_config); name a folder with float weights"
+            )
+        return cls(
+            folder=folder,
+            model_type=str(model_type),
+            hidden_size=_count(path, config, "hidden_size"),
+            vocab_rows=_count(path, config, "vocab_size"),
+            num_layers=_count(path, config, "num_hidden_layers"),
+            max_positions=_count(path, config, "max_position_embeddings"),
+            tied=_tied(path, config, architecture),
+            logit_scale=_scale(path, config, architecture),
+            softcap=_softcap(path, config, architecture),
+            eos_ids=_eos_ids(folder, config),
+            head_bias_name=HEAD_BIAS if architecture.head_bias else None,
+        )
+
+
+def head_tensor(facts: ModelFacts, checkpoint: Checkpoint) -> str:
+    """Name of the tensor `[vocab_rows, hidden_size]` that makes logits; looks at headers, mostly.
+
+    A tied head may be saved as embedding, as head, or as both when they are equal. Raises ModelError when
+    the tensor is missing, has another shape than the config says, or both exist, differ, and are said to be
+    tied: transformers would untie them, other programs would not.
+    """
+    embedding, head = facts.embedding_name, facts.head_name
+    if not facts.tied:
+        name = head
+    elif embedding in checkpoint.tensors and head in checkpoint.tensors:
+        if not checkpoint.same_bytes(embedding, head):
+            raise ModelError(
+                f"{facts.folder}: config.json ties head and embedding, but {head!r} and {embedding!r} "
+                "differ; set tie_word_embeddings to false in it, or save the model again"
+            )
+        name = embedding
+    else:
+        name = embedding if embedding in checkpoint.tensors else head
+    if name not in checkpoint.tensors:
+        raise ModelError(f"{facts.folder}: the checkpoint has no tensor {name!r}, the prediction head")
+    shape, expected = checkpoint.tensors[name].shape, (facts.vocab_rows, facts.hidden_size)
+    if shape != expected:
+        raise ModelError(
+            f"{facts.folder}: {name!r} has shape {list(shape)}, config.json says {list(expected)}; "
+            "config.json and the weights are not of one checkpoint"
+        )
+    return name
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`, None when there is no such file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not JSON: {error}; fetch the file again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _unknown(path: Path, model_type: Any, config: dict[str, Any]) -> str:
+    known = ", ".join(ARCHITECTURES)
+    if "auto_map" in config:
+        return (
+            f"{path}: model_type {model_type!r} runs code shipped with the weights (auto_map), which is "
+            f"never executed; convert the checkpoint to an architecture of transformers. Known: {known}"
+        )
+    if model_type is None:
+        return f"{path}: has no model_type; add one of: {known}"
+    return f"{path}: unknown architecture {model_type!r}; known: {known}"
+
+
+def _count(path: Path, config: dict[str, Any], key: str) -> int:
+    if key not in config:
+        raise ModelError(f"{path}: {key} is missing; fetch the model's own config.json")
+    value = config[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelError(f"{path}: {key} must be a positive integer, not {value!r}")
+    return value
+
+
+def _tied(path: Path, config: dict[str, Any], architecture: _Architecture) -> bool:
+    value = config.get("tie_word_embeddings", architecture.tied)
+    if not isinstance(value, bool):
+        raise ModelError(f"{path}: tie_word_embeddings must be true or false, not {value!r}")
+    return value
+
+
+def _positive(path: Path, key: str, value: Any) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise ModelError(f"{path}: {key} must be a positive number, not {value!r}")
+    return float(value)
+
+
+def _scale(path: Path, config: dict[str, Any], architecture: _Architecture) -> float:
+    if architecture.scale_key:
+        value = config.get(architecture.scale_key, architecture.scale_default)
+        return _positive(path, architecture.scale_key, value)
+    if architecture.divisor_key:
+        value = config.get(architecture.divisor_key, architecture.scale_default)
+        return 1.0 / _positive(path, architecture.divisor_key, value)
+    return 1.0
+
+
+def _softcap(path: Path, config: dict[str, Any], architecture: _Architecture) -> float | None:
+    if architecture.softcap_key is None:
+        return None
+    value = config.get(architecture.softcap_key, architecture.softcap_default)
+    return None if value is None else _positive(path, architecture.softcap_key, value)
+
+
+def _eos_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    """generation_config.json comes first, as in transformers' generate; duplicates are dropped."""
+    path, value = folder / "generation_config.json", None
+    generation = _read_object(path)
+    if generation is not None:
+        value = generation.get("eos_token_id")
+    if value is None:
+        path, value = folder / "config.json", config.get("eos_token_id")
+    if value is None:
+        return ()
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ModelError(f"{path}: eos_token_id must be a token id or a list of them, not {value!r}")
+    return tuple(dict.fromkeys(ids))

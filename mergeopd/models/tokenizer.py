@@ -1,0 +1,212 @@
+"""Tokenizers read straight from tokenizer.json, in milliseconds and without transformers.
+
+Text maps to the same ids as with transformers' generic fast tokenizer and `add_special_tokens=False`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import tokenizers
+
+from mergeopd.errors import TokenizerError
+from mergeopd.models.tokenizer_difference import first_difference
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_TOKEN_OPTIONS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer folder. `vocab_size` is the true vocabulary: highest id + 1, added tokens included.
+
+    `special_tokens` maps names such as "eos_token" to texts, as chat templates see them.
+    """
+
+    folder: Path
+    vocab_size: int
+    eos_id: int
+    pad_id: int | None
+    special_tokens: Mapping[str, str]
+    chat_template: str | None
+    _backend: tokenizers.Tokenizer
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja.
+
+        Raises TokenizerError when tokenizer.json is missing or damaged, there is no EOS token, or the
+        configuration names a token that tokenizer.json does not have.
+        """
+        backend = _load_backend(folder)
+        config = _read_object(folder / "tokenizer_config.json")
+        special_tokens = _special_tokens(folder, config)
+        _add_declared_tokens(folder, backend, config, special_tokens)
+        if "eos_token" not in special_tokens:
+            raise TokenizerError(
+                f"{folder}: names no eos_token, so answers could not end; add it to tokenizer_config.json"
+            )
+        vocab = backend.get_vocab(with_added_tokens=True)
+        ids = {name: vocab[text] for name, text in special_tokens.items()}
+        return cls(
+            folder=folder,
+            vocab_size=max(vocab.values()) + 1,
+            eos_id=ids["eos_token"],
+            pad_id=ids.get("pad_token"),
+            special_tokens=MappingProxyType(special_tokens),
+            chat_template=_chat_template(folder, config),
+            _backend=backend,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`. Special tokens written in it are recognised; none are added."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of every text, on the tokenizers library's own threads."""
+        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def difference(self, other: Tokenizer) -> str | None:
+        """None when both map every text to the same ids; otherwise a sentence that says where they part.
+
+        Compared are ids, added tokens, normaliser, pre-tokeniser, model options, merges and scores, in the
+        form that the tokenizers library gives them, so that older and newer spellings of one tokenizer.json
+        are equal. Templates, EOS and what counts as special in decoding are not compared.
+        """
+        if self._state == other._state:
+            return None
+        return first_difference(
+            json.loads(self._state),
+            json.loads(other._state),
+            str(self.folder),
+            str(other.folder),
+        )
+
+    @cached_property
+    def _state(self) -> str:
+        """The tokenizer as the library writes it, all declared tokens included."""
+        text: str = self._backend.to_str()
+        return text
+
+
+def _load_backend(folder: Path) -> tokenizers.Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        there = "has no tokenizer.json" if folder.is_dir() else "there is no such folder"
+        raise TokenizerError(
+            f"{folder}: {there}; make one where the model comes from: "
+            "AutoTokenizer.from_pretrained(model).save_pretrained(folder)"
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise TokenizerError(f"{path}: not a tokenizer: {error}; fetch the file again") from error
+    # Both would silently change ids; a recipe decides about lengths, nobody else.
+    backend.no_truncation()
+    backend.no_padding()
+    if not backend.get_vocab_size():
+        raise TokenizerError(f"{path}: the vocabulary is empty; fetch the file again")
+    return backend
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; empty when there is no such file, since both configs are optional."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path}: not JSON: {error}; fetch the file again") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path}: must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _token_text(value: Any) -> str | None:
+    """A token is written as text or as an object with its `content`."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Named special tokens. As in transformers, special_tokens_map.json is read for older folders only."""
+    declared = {name: config.get(name) for name in SPECIAL_NAMES}
+    # transformers 5 keeps a model's own names, such as `image_token`, apart.
+    own = config.get("model_specific_special_tokens")
+    declared.update(own if isinstance(own, dict) else {})
+    if "added_tokens_decoder" not in config:
+        legacy = _read_object(folder / "special_tokens_map.json")
+        declared.update({name: value for name, value in legacy.items() if name in SPECIAL_NAMES})
+    texts = {name: _token_text(value) for name, value in declared.items()}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
+def _add_declared_tokens(
+    folder: Path, backend: tokenizers.Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]
+) -> None:
+    """Make the tokens that only the configuration declares known, without giving any a new id."""
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for token_id, token in _declared_tokens(folder, config):
+        if token.content not in added:
+            backend.add_tokens([token])
+            added.add(token.content)
+        found = backend.token_to_id(token.content)
+        if found != token_id:
+            raise TokenizerError(
+                f"{folder}: {token.content!r} is {token_id} in tokenizer_config.json and {found} in "
+                "tokenizer.json; the two files are not of one tokenizer, fetch both again"
+            )
+    for name, text in special_tokens.items():
+        if backend.token_to_id(text) is None:
+            raise TokenizerError(
+                f"{folder}: {name} is {text!r}, which tokenizer.json does not have; a new id would lie "
+                "outside the model's vocabulary. Name an existing token in tokenizer_config.json"
+            )
+        if text not in added:
+            backend.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False)])
+            added.add(text)
+
+
+def _declared_tokens(folder: Path, config: Mapping[str, Any]) -> list[tuple[int, tokenizers.AddedToken]]:
+    """`added_tokens_decoder` of the configuration, in order of the ids."""
+    tokens = []
+    for key, fields in (config.get("added_tokens_decoder") or {}).items():
+        try:
+            options = {name: fields[name] for name in _TOKEN_OPTIONS if name in fields}
+            tokens.append((int(key), tokenizers.AddedToken(fields["content"], **options)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise TokenizerError(
+                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder[{key!r}] is damaged ({error!r}); "
+                "fetch the file again"
+            ) from error
+    return sorted(tokens, key=lambda item: item[0])
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja, else the config's; of several named templates the one called `default`."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise TokenizerError(f"{path}: cannot be read: {error}") from error
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {item["name"]: item["template"] for item in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None

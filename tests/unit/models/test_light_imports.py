@@ -1,0 +1,20 @@
+"""`mergeopd check` must answer in about a second: what it needs may not load the heavy libraries."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+CODE = """
+import sys
+import mergeopd.data.draw, mergeopd.data.prompts, mergeopd.data.templates
+import mergeopd.models.checkpoint, mergeopd.models.facts, mergeopd.models.tokenizer
+import mergeopd.reward.verifiers
+heavy = {"torch", "transformers", "datasets", "pyarrow", "jsonschema", "numpy", "safetensors"}
+print(*sorted(heavy & sys.modules.keys()))
+"""
+
+
+def test_no_heavy_library_is_loaded() -> None:
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
