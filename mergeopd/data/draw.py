@@ -1,0 +1,112 @@
+"""Which prompts come when: an infinite stream that one integer resumes.
+
+Sources follow their shares as evenly as integers allow; inside a source every prompt comes once per epoch,
+in an order keyed by seed, source and epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from math import gcd, lcm
+
+from mergeopd.errors import DataError
+from mergeopd.types import Prompt
+
+
+class PromptDraw:
+    """The stream of prompts. What `draw` returns depends on its arguments and the constructor's only.
+
+    After n positions a source of share s (of a total of 1) has been drawn between sn - 1 and sn + 1 times,
+    for every n (R. Tijdeman, "The chairman assignment problem", Discrete Math. 32, 1980).
+    """
+
+    def __init__(
+        self, sources: Mapping[str, Sequence[Prompt]], shares: Mapping[str, float], seed: int
+    ) -> None:
+        """Raises DataError when a source has no prompts or no positive share."""
+        if not sources or sources.keys() != shares.keys():
+            raise DataError(f"shares for {sorted(shares)} do not fit the sources {sorted(sources)}")
+        # Sorted: the order in which sources are written is not part of the stream.
+        self._sources = {name: tuple(sources[name]) for name in sorted(sources)}
+        for name, prompts in self._sources.items():
+            if not prompts:
+                raise DataError(f"source {name!r} has no prompts")
+            if not 0.0 < shares[name] < float("inf"):
+                raise DataError(f"source {name!r} has the share {shares[name]}; it must be above 0")
+        self._weights = _integer_weights({name: shares[name] for name in self._sources})
+        self._period = sum(self._weights.values())
+        self._seed = seed
+        self._orders: dict[str, tuple[int, list[int]]] = {}
+        self._reached = (0, dict.fromkeys(self._weights, 0))
+
+    def draw(self, start: int, count: int) -> list[tuple[int, Prompt]]:
+        """Positions `start` to `start + count` (excluded) of the stream, as `(epoch, prompt)`.
+
+        `epoch` says how often the prompt has come before: it keys fresh samples for a repeated prompt.
+        """
+        counts = self._counts(start)
+        drawn = []
+        for position in range(start, start + count):
+            name = self._choose(position, counts)
+            epoch, place = divmod(counts[name], len(self._sources[name]))
+            drawn.append((epoch, self._sources[name][self._order(name, epoch)[place]]))
+            counts[name] += 1
+        self._reached = (start + count, counts)
+        return drawn
+
+    def _counts(self, position: int) -> dict[str, int]:
+        """How often each source was drawn before `position`."""
+        reached, counts = self._reached
+        if reached != position:
+            # After every whole period all counts are exact, so at most one period is walked.
+            periods, rest = divmod(position, self._period)
+            if reached // self._period == periods and reached < position:
+                walked, counts = reached, dict(counts)
+            else:
+                walked, counts = periods * self._period, {n: periods * w for n, w in self._weights.items()}
+            for earlier in range(walked, periods * self._period + rest):
+                counts[self._choose(earlier, counts)] += 1
+        return dict(counts)
+
+    def _choose(self, position: int, counts: Mapping[str, int]) -> str:
+        """Tijdeman's rule: of the sources that are due, the one whose deadline comes first.
+
+        In units of 1 / (total x (2k - 2)) everything is an integer, so that no rounding ever decides.
+        """
+        if len(self._weights) == 1:
+            return next(iter(self._weights))
+        slack, total = 2 * len(self._weights) - 2, self._period
+        best: str | None = None
+        best_gap = best_weight = 0
+        for name, weight in self._weights.items():
+            lag = (weight * (position + 1) - counts[name] * total) * slack
+            if lag < total:
+                continue
+            gap = total * (slack - 1) - lag
+            if best is None or gap * best_weight < best_gap * weight:
+                best, best_gap, best_weight = name, gap, weight
+        assert best is not None, "the lags of k sources sum to the total, so one is at least total / k"
+        return best
+
+    def _order(self, name: str, epoch: int) -> list[int]:
+        """The source's permutation of this epoch; sorted by hash, which no library version can change."""
+        if name not in self._orders or self._orders[name][0] != epoch:
+            root = hashlib.blake2b(f"{self._seed}\0{epoch}\0{name}\0".encode(), digest_size=16)
+            keys = []
+            for prompt in self._sources[name]:
+                digest = root.copy()
+                digest.update(prompt.key.encode())
+                keys.append(digest.digest())
+            self._orders[name] = (epoch, sorted(range(len(keys)), key=keys.__getitem__))
+        return self._orders[name][1]
+
+
+def _integer_weights(shares: Mapping[str, float]) -> dict[str, int]:
+    """Coprime integers in the same proportions; 0.1 counts as one tenth, as it was written."""
+    fractions = {name: Fraction(repr(float(share))) for name, share in shares.items()}
+    scale = lcm(*(f.denominator for f in fractions.values()))
+    weights = {name: int(f * scale) for name, f in fractions.items()}
+    divisor = gcd(*weights.values())
+    return {name: weight // divisor for name, weight in weights.items()}

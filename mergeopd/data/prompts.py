@@ -1,0 +1,228 @@
+"""Prompt files: every row becomes a Prompt, or all bad rows are told at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mergeopd.errors import DataError
+from mergeopd.recipe.plan import SourcePlan
+from mergeopd.recipe.schema import JsonVerifier, RegexVerifier, Verifier
+from mergeopd.types import Message, Prompt
+
+_ROLES = ("system", "user", "assistant", "tool")
+_SHOWN = 5
+_BATCH_ROWS = 4096
+
+
+class _RowError(Exception):
+    """What is wrong with one row; its place is known further out."""
+
+
+def needs_reference(verifier: Verifier | None) -> bool:
+    """True when the verifier compares with a reference, so that every prompt must have one."""
+    if verifier is None or verifier.kind == "user":
+        return False
+    if isinstance(verifier, JsonVerifier):
+        return verifier.schema_file is None
+    if isinstance(verifier, RegexVerifier):
+        return "answer" in re.compile(verifier.pattern).groupindex
+    return True
+
+
+def read_prompts(source: SourcePlan) -> tuple[Prompt, ...]:
+    """The prompts of a .jsonl or .parquet file, the first `limit` of them.
+
+    Keys are `"<source name>:<row>"`, where row counts lines (or parquet rows) from 0. Raises DataError,
+    naming the file and the first bad rows, when the file is missing, empty or unreadable, or a row lacks a
+    needed field or has the wrong type.
+    """
+    path = Path(source.source)
+    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    if path.suffix not in readers:
+        raise DataError(f"{path}: not a .jsonl or .parquet file; convert it to one of them")
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "there is no such file"
+        raise DataError(f"{path}: {kind}; name a file of prompts")
+    prompts: list[Prompt] = []
+    problems: list[str] = []
+    try:
+        for row, place, value in readers[path.suffix](path, source):
+            if source.limit is not None and len(prompts) + len(problems) >= source.limit:
+                break
+            try:
+                prompts.append(_prompt(source, row, value))
+            except _RowError as error:
+                problems.append(f"  {place}  {error}")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if problems:
+        raise DataError(_summary(path, problems, len(prompts)))
+    if not prompts:
+        raise DataError(f"{path}: has no prompts; a source needs at least one row")
+    return tuple(prompts)
+
+
+def _summary(path: Path, problems: list[str], num_good: int) -> str:
+    total = num_good + len(problems)
+    verb = "row cannot" if total == 1 else "rows cannot"
+    lines = [f"{path}: {len(problems)} of {total} {verb} be used", *problems[:_SHOWN]]
+    if len(problems) > _SHOWN:
+        lines.append(f"  and {len(problems) - _SHOWN} more")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def _jsonl_rows(path: Path, source: SourcePlan) -> Iterator[tuple[int, str, Any]]:
+    """Row, place and value of every line that is not blank. A line that is no JSON comes as its error."""
+    with path.open("rb") as file:
+        for row, raw in enumerate(file):
+            if row == 0:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if raw.strip():
+                yield row, f"{path}:{row + 1}", _parse(raw)
+
+
+def _parse(raw: bytes) -> Any:
+    """The line's value, or the _RowError that says why there is none."""
+    try:
+        return json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        return _RowError(f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8")
+    except json.JSONDecodeError as error:
+        return _RowError(f"not JSON: {error.msg} (column {error.colno})")
+    except (ValueError, RecursionError) as error:
+        return _RowError(f"not JSON: {error}")
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _parquet_rows(path: Path, source: SourcePlan) -> Iterator[tuple[int, str, Any]]:
+    """Row, place and value of every row; only the source's own columns are read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            needed = [source.prompt_field]
+            if needs_reference(source.verifier):
+                needed.append(source.reference_field)
+            absent = [f"{path}: {_missing(field, names)}" for field in needed if field not in names]
+            if absent:
+                raise DataError("\n".join(absent))
+            wanted = {source.prompt_field, source.reference_field, source.response_field}
+            columns = [name for name in names if name in wanted]
+            row = 0
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
+                for value in batch.to_pylist():
+                    yield row, f"{path}: row {row}", value
+                    row += 1
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a readable parquet file: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------- rows
+
+
+def _prompt(source: SourcePlan, row: int, value: Any) -> Prompt:
+    if isinstance(value, _RowError):
+        raise value
+    if not isinstance(value, dict):
+        raise _RowError(f"must be a JSON object, not {_kind(value)}")
+    if source.prompt_field not in value:
+        raise _RowError(_missing(source.prompt_field, list(value)))
+    messages = _messages(source.prompt_field, value[source.prompt_field])
+    reference = _text(source.reference_field, value)
+    if reference is None and needs_reference(source.verifier):
+        assert source.verifier is not None
+        if source.reference_field in value:
+            cause = f"field {source.reference_field!r} is null"
+        else:
+            cause = _missing(source.reference_field, list(value))
+        raise _RowError(f"verifier {source.verifier.kind!r} needs a reference: {cause}")
+    return Prompt(
+        key=f"{source.name}:{row}",
+        source=source.name,
+        domain=source.domain,
+        messages=messages,
+        teachers=source.teachers,
+        reference=reference,
+        response=None if source.response_field is None else _text(source.response_field, value),
+    )
+
+
+def _missing(field: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(field, names, n=1)
+    if close:
+        return f"field {field!r} is missing; did you mean {close[0]!r}?"
+    return f"field {field!r} is missing; there are {', '.join(map(repr, names)) or 'none'}"
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", bool: "a boolean", dict: "an object", list: "a list", str: "text"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+def _messages(field: str, value: Any) -> tuple[Message, ...]:
+    messages: tuple[Message, ...]
+    if isinstance(value, str):
+        messages = (Message("user", _checked(field, value)),)
+    elif isinstance(value, list):
+        messages = tuple(_message(f"{field}[{i}]", item) for i, item in enumerate(value))
+    else:
+        raise _RowError(f"field {field!r} must be text or a list of messages, not {_kind(value)}")
+    if not any(message.content.strip() for message in messages):
+        raise _RowError(f"field {field!r} is an empty prompt")
+    if messages[-1].role == "assistant":
+        raise _RowError(f"field {field!r} ends with the assistant's message; a prompt ends before the answer")
+    return messages
+
+
+def _message(place: str, value: Any) -> Message:
+    if not isinstance(value, Mapping):
+        raise _RowError(f"{place} must be an object with role and content, not {_kind(value)}")
+    for key in ("role", "content"):
+        if not isinstance(value.get(key), str):
+            raise _RowError(f"{place}.{key} must be text, not {_kind(value.get(key))}")
+    if value["role"] not in _ROLES:
+        close = difflib.get_close_matches(value["role"], _ROLES, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"must be one of {', '.join(_ROLES)}"
+        raise _RowError(f"{place}.role is {value['role']!r}; {hint}")
+    # Parquet fills the keys that a row lacks with null.
+    extra = [key for key, item in value.items() if key not in ("role", "content") and item is not None]
+    if extra:
+        raise _RowError(f"{place} has {', '.join(map(repr, extra))}; only role and content are supported")
+    return Message(value["role"], _checked(f"{place}.content", value["content"]))
+
+
+def _text(field: str, row: Mapping[str, Any]) -> str | None:
+    """A text as it is, null and a missing field as None, everything else as JSON."""
+    value = row.get(field)
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return _checked(field, value)
+    try:
+        return _checked(field, json.dumps(value, ensure_ascii=False, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise _RowError(f"field {field!r} cannot be written as JSON: {error}") from error
+
+
+def _checked(field: str, text: str) -> str:
+    """JSON can escape half a character; no tokenizer takes it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _RowError(
+            f"field {field!r} has half a surrogate pair at character {error.start + 1}"
+        ) from error
+    return text

@@ -1,0 +1,140 @@
+"""Chat templates, rendered as transformers does, without importing it.
+
+The environment is the one that model authors write their templates for: a sandbox with trimmed blocks, loop
+controls, `tojson`, `raise_exception`, `strftime_now` and the `{% generation %}` tag.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mergeopd.errors import DataError
+from mergeopd.types import Message
+
+
+class ChatTemplate:
+    """A compiled template. `name` (a file, a model) is for errors; `now` is the clock of `strftime_now`.
+
+    Raises DataError when the source is not a template.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        *,
+        name: str = "chat template",
+        now: Callable[[], datetime] = datetime.now,
+    ) -> None:
+        self.source = source
+        self.special_tokens = dict(special_tokens)
+        self.name = name
+        try:
+            self._template = _environment(now).from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(f"{name}:{error.lineno}: not a Jinja template: {error.message}") from error
+        except RecursionError as error:
+            raise DataError(f"{name}: nested too deeply for a Jinja template") from error
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The text of a conversation, by default up to where the assistant begins to write.
+
+        Raises DataError when the template refuses the conversation (an unsupported role, say) or fails.
+        """
+        try:
+            return self._template.render(
+                messages=[{"role": message.role, "content": message.content} for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.special_tokens,
+            )
+        except Exception as error:
+            roles = ", ".join(message.role for message in messages)
+            kind = "" if type(error) is jinja2.TemplateError else f"{type(error).__name__}: "
+            raise DataError(f"{self.name}: cannot render a conversation ({roles}): {kind}{error}") from error
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's text for training masks; here it renders what it contains.
+
+    A call block, not the bare body: variables set inside stay inside.
+    """
+
+    tags = {"generation"}  # noqa: RUF012  the type that jinja2 declares
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
+
+    def _content(self, caller: Macro) -> str:
+        return caller()
+
+
+class _Dict:
+    """`dict(...)` and `dict.fromkeys(...)`, without the type's other attributes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _SafeNamespace(jinja2.utils.Namespace):
+    """`namespace(...)` without names that begin with an underscore, the usual way out of a sandbox."""
+
+    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
+        attributes = dict(*args, **kwargs)
+        for name in attributes:
+            _refuse_underscore(name)
+        super().__init__(attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_underscore(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_underscore(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace may not have the attribute {name!r}")
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes <, > and &, which are ordinary characters in a prompt.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda format: now().strftime(format)
+    environment.globals["dict"] = _Dict()
+    environment.globals["namespace"] = _SafeNamespace
+    return environment

@@ -1,0 +1,231 @@
+"""Prompt files: what is read, and what is said of bad ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mergeopd.data.prompts import needs_reference, read_prompts
+from mergeopd.errors import DataError
+from mergeopd.recipe.plan import SourcePlan
+from mergeopd.types import Message
+
+
+def plan(path: Path, **fields: Any) -> SourcePlan:
+    defaults: dict[str, Any] = {
+        "name": "s",
+        "source": str(path),
+        "domain": "math",
+        "verifier": None,
+        "prompt_field": "prompt",
+        "reference_field": "answer",
+        "response_field": "response",
+        "teachers": {"t": 0.5},
+        "share": 1.0,
+        "limit": None,
+    }
+    return SourcePlan.model_validate(defaults | fields)
+
+
+def write(tmp_path: Path, *rows: Any, name: str = "p.jsonl") -> Path:
+    path = tmp_path / name
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
+    return path
+
+
+def message_of(source: SourcePlan) -> str:
+    with pytest.raises(DataError) as caught:
+        read_prompts(source)
+    return str(caught.value)
+
+
+def test_rows_become_prompts(tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": ""}, {"role": "user", "content": "hé🙂"}]
+    path = write(
+        tmp_path,
+        {"prompt": "one", "answer": 3, "response": "r"},
+        "",
+        {"prompt": chat, "answer": {"b": [1, None], "ä": True}},
+    )
+    first, second = read_prompts(plan(path))
+    assert (first.key, first.messages, first.reference, first.response) == (
+        "s:0",
+        (Message("user", "one"),),
+        "3",
+        "r",
+    )
+    assert (first.source, first.domain, first.teachers) == ("s", "math", {"t": 0.5})
+    assert (second.key, second.messages) == ("s:2", (Message("system", ""), Message("user", "hé🙂")))
+    assert (second.reference, second.response) == ('{"b": [1, null], "ä": true}', None)
+    assert read_prompts(plan(path, response_field=None))[0].response is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [("x", "x"), (1.5, "1.5"), (True, "true"), ([1], "[1]"), (None, None)]
+)
+def test_references_become_text(tmp_path: Path, value: Any, text: str | None) -> None:
+    assert read_prompts(plan(write(tmp_path, {"prompt": "p", "answer": value})))[0].reference == text
+
+
+def test_limit_stops_reading(tmp_path: Path) -> None:
+    path = write(tmp_path, {"prompt": "a"}, {"prompt": "b"}, "{broken")
+    assert [p.key for p in read_prompts(plan(path, limit=2))] == ["s:0", "s:1"]
+
+
+def test_byte_order_mark_and_line_separators(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(
+        b"\xef\xbb\xbf" + json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False).encode() + b"\r\n"
+    )
+    assert read_prompts(plan(path))[0].messages[0].content == "a\u2028b"
+
+
+def test_all_bad_rows_are_counted_and_the_first_ones_named(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        {"prompt": "fine"},
+        "{oops",
+        {"promt": "a"},
+        [1],
+        {"prompt": 5},
+        {"prompt": " \n"},
+        {"x": 1},
+        {},
+    )
+    assert message_of(plan(path)) == (
+        f"{path}: 7 of 8 rows cannot be used\n"
+        f"  {path}:2  not JSON: Expecting property name enclosed in double quotes (column 2)\n"
+        f"  {path}:3  field 'prompt' is missing; did you mean 'promt'?\n"
+        f"  {path}:4  must be a JSON object, not a list\n"
+        f"  {path}:5  field 'prompt' must be text or a list of messages, not a number\n"
+        f"  {path}:6  field 'prompt' is an empty prompt\n"
+        "  and 2 more"
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "is an empty prompt"),
+        ([{"role": "user", "content": " "}], "is an empty prompt"),
+        (["hi"], "prompt[0] must be an object with role and content, not text"),
+        ([{"role": "user"}], "prompt[0].content must be text, not null"),
+        ([{"role": "user", "content": ["parts"]}], "prompt[0].content must be text, not a list"),
+        ([{"role": "usr", "content": "a"}], "prompt[0].role is 'usr'; did you mean 'user'?"),
+        ([{"role": "human", "content": "a"}], "must be one of system, user, assistant, tool"),
+        ([{"role": "user", "content": "a", "name": "b"}], "prompt[0] has 'name'; only role and content"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            "ends with the assistant's message",
+        ),
+        ("half \ud800", "half a surrogate pair at character 6"),
+    ],
+)
+def test_bad_prompts(tmp_path: Path, prompt: Any, message: str) -> None:
+    assert message in message_of(plan(write(tmp_path, {"prompt": prompt})))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": NaN}', "NaN is not a JSON number"),
+        ("[" * 100_000, "not JSON"),
+        ('{"prompt": ' + "9" * 10_000 + "}", "not JSON"),
+    ],
+)
+def test_hostile_lines(tmp_path: Path, line: str, message: str) -> None:
+    assert message in message_of(plan(write(tmp_path, line)))
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"prompt": "caf\xe9"}\n')
+    assert f"{path}:1  not UTF-8 (byte 16)" in message_of(plan(path))
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_empty_file(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(content)
+    assert message_of(plan(path)) == f"{path}: has no prompts; a source needs at least one row"
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    assert "there is no such file" in message_of(plan(tmp_path / "no.jsonl"))
+    (tmp_path / "dir.jsonl").mkdir()
+    assert "is a folder" in message_of(plan(tmp_path / "dir.jsonl"))
+    (tmp_path / "p.csv").write_text("a")
+    assert "not a .jsonl or .parquet file" in message_of(plan(tmp_path / "p.csv"))
+    (tmp_path / "p.parquet").write_text("no parquet")
+    assert "not a readable parquet file" in message_of(plan(tmp_path / "p.parquet"))
+
+
+def test_references_where_the_verifier_needs_them(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        {"prompt": "a", "answer": "1"},
+        {"prompt": "b", "anwser": "1"},
+        {"prompt": "c", "answer": None},
+    )
+    assert len(read_prompts(plan(path, verifier={"kind": "user", "function": "m:f"}))) == 3
+    message = message_of(plan(path, verifier={"kind": "number"}))
+    assert (
+        f"{path}:2  verifier 'number' needs a reference: field 'answer' is missing; did you mean 'anwser'?"
+        in message
+    )
+    assert f"{path}:3  verifier 'number' needs a reference: field 'answer' is null" in message
+
+
+@pytest.mark.parametrize(
+    ("verifier", "needed"),
+    [
+        (None, False),
+        ({"kind": "exact"}, True),
+        ({"kind": "number"}, True),
+        ({"kind": "json"}, True),
+        ({"kind": "json", "schema_file": "/s.json"}, False),
+        ({"kind": "regex", "pattern": "a"}, False),
+        ({"kind": "regex", "pattern": "(?P<answer>a)"}, True),
+        ({"kind": "user", "function": "m:f"}, False),
+    ],
+)
+def test_needs_reference(verifier: dict[str, str] | None, needed: bool) -> None:
+    assert needs_reference(plan(Path("/p.jsonl"), verifier=verifier).verifier) is needed
+
+
+def test_parquet_reads_as_jsonl_does(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"{i}", "name": None}],
+            "answer": i,
+            "response": None,
+            "noise": b"\xff",
+        }
+        for i in range(10)
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet", row_group_size=3)
+    lines = write(tmp_path, *({k: v for k, v in row.items() if k != "noise"} for row in rows))
+    assert read_prompts(plan(tmp_path / "p.parquet")) == read_prompts(plan(lines))
+    assert len(read_prompts(plan(tmp_path / "p.parquet", limit=4))) == 4
+    assert "did you mean 'prompt'?" in message_of(plan(tmp_path / "p.parquet", prompt_field="prompts"))
+    needs = message_of(plan(tmp_path / "p.parquet", reference_field="answers", verifier={"kind": "number"}))
+    assert needs == f"{tmp_path / 'p.parquet'}: field 'answers' is missing; did you mean 'answer'?"
+
+
+def test_parquet_rows_are_named(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "p.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", None]}), path)
+    assert f"  {path}: row 1  field 'prompt' must be text or a list of messages, not null" in message_of(
+        plan(path)
+    )
