@@ -1,0 +1,265 @@
+"""Verifiers: from an answer, and a reference where one is needed, to a reward in [0, 1]."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import re
+from collections.abc import Callable, Collection
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mergeopd.errors import VerifierError
+from mergeopd.recipe.schema import (
+    ExactVerifier,
+    JsonVerifier,
+    NumberVerifier,
+    RegexVerifier,
+    UserVerifier,
+    Verifier,
+)
+from mergeopd.reward.numbers import final_number
+
+Verify = Callable[[str, str | None], float]
+
+_FENCE = re.compile(r"^[ \t]*```(?P<language>[^\n`]*)$", re.MULTILINE)
+
+
+def build_verifier(spec: Verifier, allow_code: Collection[str]) -> Verify:
+    """The function `(answer, reference) -> reward` that `spec` describes.
+
+    Raises VerifierError now for what cannot work (a schema that is none, a function that is not in
+    `allow_code` or cannot be imported), and when called for a missing or unusable reference.
+    """
+    return BUILDERS[spec.kind](spec, allow_code)
+
+
+def reference_problem(spec: Verifier, reference: str) -> str | None:
+    """Why `reference` can never be matched, None when it can: lets a run stop before its first answer."""
+    if isinstance(spec, NumberVerifier) and final_number(reference) is None:
+        return f"the reference {_short(reference)} has no number"
+    if isinstance(spec, JsonVerifier) and spec.schema_file is None:
+        try:
+            _parse_json(reference)
+        except (ValueError, RecursionError) as error:
+            return f"the reference {_short(reference)} is not JSON: {error}"
+    return None
+
+
+def _short(text: str, limit: int = 80) -> str:
+    return repr(text if len(text) <= limit else f"{text[: limit - 3]}...")
+
+
+def _required(kind: str, reference: str | None) -> str:
+    if reference is None:
+        raise VerifierError(
+            f"verifier {kind!r} needs a reference, and the prompt has none; see reference_field"
+        )
+    return reference
+
+
+# --------------------------------------------------------------------------------- exact, regex, number
+
+
+def _build_exact(spec: ExactVerifier, allow_code: Collection[str]) -> Verify:
+    def verify(answer: str, reference: str | None) -> float:
+        a, b = answer.strip(), _required("exact", reference).strip()
+        return float(a.casefold() == b.casefold() if spec.ignore_case else a == b)
+
+    return verify
+
+
+def _build_regex(spec: RegexVerifier, allow_code: Collection[str]) -> Verify:
+    pattern = re.compile(spec.pattern)
+    compares = "answer" in pattern.groupindex
+
+    def verify(answer: str, reference: str | None) -> float:
+        expected = _required("regex", reference).strip() if compares else ""
+        match = pattern.search(answer)
+        if match is None or not compares:
+            return float(match is not None)
+        found = match["answer"]
+        return float(found is not None and found.strip() == expected)
+
+    return verify
+
+
+def _build_number(spec: NumberVerifier, allow_code: Collection[str]) -> Verify:
+    tolerance = Fraction(repr(spec.tolerance))  # 0.1 is one tenth, as it was written
+
+    def verify(answer: str, reference: str | None) -> float:
+        text = _required("number", reference)
+        expected = final_number(text)
+        if expected is None:
+            raise VerifierError(
+                f"verifier 'number': {reference_problem(spec, text)}; correct the prompt file"
+            )
+        found = final_number(answer)
+        return float(found is not None and abs(found - expected) <= tolerance)
+
+    return verify
+
+
+# ------------------------------------------------------------------------------------------------- json
+
+
+def _build_json(spec: JsonVerifier, allow_code: Collection[str]) -> Verify:
+    if spec.schema_file is not None:
+        return _build_json_schema(Path(spec.schema_file))
+
+    def verify(answer: str, reference: str | None) -> float:
+        text = _required("json", reference)
+        try:
+            expected = _parse_json(text)
+        except (ValueError, RecursionError):
+            raise VerifierError(f"verifier 'json': {reference_problem(spec, text)}") from None
+        try:
+            return float(_equal(_answer_json(answer, _parse_json), expected))
+        except (ValueError, RecursionError):
+            return 0.0
+
+    return verify
+
+
+def _build_json_schema(path: Path) -> Verify:
+    import jsonschema
+    import referencing.exceptions
+
+    try:
+        schema = json.loads(path.read_text(encoding="utf-8"))
+        validator_class = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
+        validator_class.check_schema(schema)
+    except OSError as error:
+        raise VerifierError(f"{path}: the JSON Schema cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise VerifierError(f"{path}: not JSON: {error}") from error
+    except jsonschema.SchemaError as error:
+        raise VerifierError(f"{path}: not a JSON Schema: {error.json_path}: {error.message}") from error
+    # An empty registry: a $ref to a web address must not be fetched.
+    validator = validator_class(schema, registry=referencing.Registry())
+
+    def verify(answer: str, reference: str | None) -> float:
+        try:
+            return float(validator.is_valid(_answer_json(answer, _parse_plain_json)))
+        except referencing.exceptions.Unresolvable as error:
+            raise VerifierError(
+                f"{path}: $ref {error.ref!r} is not in the file; copy it into $defs"
+            ) from error
+        except (ValueError, RecursionError):
+            return 0.0
+
+    return verify
+
+
+def _answer_json(answer: str, parse: Callable[[str], Any]) -> Any:
+    """The whole answer, or else its last fenced block (```json or bare). Raises ValueError for neither."""
+    try:
+        return parse(answer)
+    except ValueError:
+        fences = list(_FENCE.finditer(answer))
+        # Fences come in pairs; an odd one at the end was cut off by the length limit.
+        for opening, closing in reversed(list(zip(fences[::2], fences[1::2], strict=False))):
+            if opening["language"].strip().lower() in ("", "json"):
+                return parse(answer[opening.end() : closing.start()])
+        raise
+
+
+def _parse_json(text: str) -> Any:
+    """Exact numbers (Decimal), no NaN or Infinity, no key twice. Raises ValueError or RecursionError."""
+    return json.loads(
+        text, parse_float=Decimal, parse_constant=_refuse_constant, object_pairs_hook=_unique_object
+    )
+
+
+def _parse_plain_json(text: str) -> Any:
+    """As `_parse_json`, with floats, which is what JSON Schema validators compute with."""
+    return json.loads(
+        text, parse_float=_finite, parse_constant=_refuse_constant, object_pairs_hook=_unique_object
+    )
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is out of range")
+    return value
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return value
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """JSON equality: 1 equals 1.0 and true does not, which Python's own == gets wrong."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(value, b[key]) for key, value in a.items())
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    return bool(a == b)
+
+
+# ------------------------------------------------------------------------------------------------- user
+
+
+def _build_user(spec: UserVerifier, allow_code: Collection[str]) -> Verify:
+    name = spec.function
+    if name not in allow_code:
+        raise VerifierError(
+            f"verifier function {name!r} is not allowed; add it to allow_code if you trust it"
+        )
+    function = _imported(name)
+
+    def verify(answer: str, reference: str | None) -> float:
+        try:
+            reward = function(answer, reference)
+        except Exception as error:
+            raise VerifierError(
+                f"verifier function {name!r} raised {type(error).__name__}: {error}"
+            ) from error
+        # As in typing, an int serves where a float is asked for; NaN fails the comparison.
+        if not isinstance(reward, int | float) or not 0.0 <= reward <= 1.0:
+            raise VerifierError(
+                f"verifier function {name!r} returned {reward!r}; it must be a float in [0, 1]"
+            )
+        return float(reward)
+
+    return verify
+
+
+def _imported(name: str) -> Callable[[str, str | None], object]:
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise VerifierError(
+            f"verifier function {name!r}: importing {module_name!r} raised {type(error).__name__}: {error}; "
+            "the folder that holds it must be on PYTHONPATH"
+        ) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise VerifierError(f"verifier function {name!r}: {module_name!r} has no function {attribute!r}")
+    return function  # type: ignore[no-any-return]
+
+
+BUILDERS: MappingProxyType[str, Callable[[Any, Collection[str]], Verify]] = MappingProxyType(
+    {
+        "exact": _build_exact,
+        "regex": _build_regex,
+        "number": _build_number,
+        "json": _build_json,
+        "user": _build_user,
+    }
+)
