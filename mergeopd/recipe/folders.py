@@ -42,9 +42,9 @@ def absolute(written: str, base: Path) -> Path:
 def existing_file(written: str, base: Path, what: str, suffixes: tuple[str, ...] = ()) -> Path | Missing:
     """The file that `written` names. `what` is its name in messages (`prompt file`)."""
     path = absolute(written, base)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         return Missing(f"'{written}' is a folder", f"name a {what}")
     near = closest_path(written, base, suffixes=suffixes)
     return Missing(f"unknown {what} '{written}'", _where_instead(near, written, path))
@@ -56,11 +56,11 @@ def existing_model(written: str, revision: str | None, base: Path, what: str = "
     Nothing is ever downloaded.
     """
     path = absolute(written, base)
-    if path.is_dir():
+    if os.path.isdir(path):
         if revision is not None:
             return Missing(f"'{written}' is a folder, and folders have no revision", "remove `revision`")
         return path
-    if path.exists():
+    if os.path.exists(path):
         return Missing(f"'{written}' is a file", f"name the {what}'s folder")
     near = closest_path(written, base, directory=True)
     if _HUB_ID.fullmatch(written):

@@ -141,7 +141,7 @@ def _base(item: Node, path: Path, env: Mapping[str, str], chain: tuple[Path, ...
     if _absolute(base) in chain:
         circle = [*chain[chain.index(_absolute(base)) :], _absolute(base)]
         return failed(f"extends itself: {' -> '.join(shown(file) for file in circle)}", "remove one of them")
-    if not base.is_file():
+    if not os.path.isfile(base):
         near = closest_path(item.value, path.parent, suffixes=YAML_SUFFIXES)
         return failed(f"unknown recipe '{item.value}'", f"did you mean '{near}'?" if near else "")
     return _extended(base, env, chain)

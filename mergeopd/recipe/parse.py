@@ -41,9 +41,12 @@ def parse(
         The tree, None where the text is not YAML or holds nothing, and every problem found.
     """
     yaml = YAML(typ="safe", pure=True)
-    parser = _Parser(yaml, text, where, env, fixed)
+    parser = _Parser(yaml, text, where, env, fixed, prefix)
     try:
         root = yaml.compose(text)
+        node = None if root is None else parser.convert(root, prefix)
+    except RecursionError:
+        return None, (Problem(where.location, dotted(prefix), "not a recipe: nested too deeply"),)
     except MarkedYAMLError as error:
         return None, (parser.broken(error),)
     except ReaderError as error:
@@ -51,12 +54,9 @@ def parse(
         line, column = before.count("\n") + 1, error.position - (before.rfind("\n") + 1) + 1
         place = where if fixed else parser.place_at(line, column)
         message = f"not valid YAML: control character U+{error.character:04X}"
-        return None, (Problem(place.location, "", message, "remove it"),)
+        return None, (Problem(place.location, dotted(prefix), message, "remove it"),)
     except YAMLError as error:
-        return None, (Problem(where.location, "", f"not valid YAML: {error}"),)
-    if root is None:
-        return None, ()
-    node = parser.convert(root, prefix)
+        return None, (Problem(where.location, dotted(prefix), f"not valid YAML: {error}"),)
     return node, tuple(parser.problems)
 
 
@@ -67,6 +67,7 @@ class _Parser:
     where: Place
     env: Mapping[str, str]
     fixed: bool
+    prefix: Keys
     problems: list[Problem] = field(default_factory=list)
     open_nodes: set[int] = field(default_factory=set)
 
@@ -94,7 +95,7 @@ class _Parser:
         message = str(error.problem).removeprefix("but ")
         for jargon, words in (("'<stream end>'", "the end"), ("the node content", "a value")):
             message = message.replace(jargon, words)
-        return Problem(place.location, "", f"not valid YAML: {message}", remedy)
+        return Problem(place.location, dotted(self.prefix), f"not valid YAML: {message}", remedy)
 
     def convert(self, node: YamlNode, path: Keys) -> Node:
         place = self.place(node)

@@ -196,7 +196,7 @@ class _Resolver:
             parts.eval_sources, parts.prompts, weights if routed else None, parts.names, origins
         )
         self.problems += problems
-        self._check_phases()
+        self._check_phases(any(problem.path.endswith(".domain") for problem in lost))
 
     def _find_student(self) -> None:
         if self.parts.student is None:
@@ -216,7 +216,7 @@ class _Resolver:
 
     def _check_output(self) -> None:
         path = self._output()
-        if path is not None and path.exists() and not path.is_dir():
+        if path is not None and os.path.exists(path) and not os.path.isdir(path):
             message = f"'{self.parts.output}' is a file"
             self.problems.append(self.origins.problem(("output",), message, "name a folder for the run"))
 
@@ -233,10 +233,10 @@ class _Resolver:
                 self.eval_sources[index] = plan
         self.problems += desk.problems
 
-    def _check_phases(self) -> None:
+    def _check_phases(self, domains_doubtful: bool) -> None:
         parts, origins = self.parts, self.origins
         self.problems += checks.phase_problems(parts.phases, parts.rollout, origins)
-        if parts.all_prompts:
+        if parts.all_prompts and not domains_doubtful:
             domains = tuple(dict.fromkeys(source.domain for source in parts.prompts.values()))
             self.problems += checks.balance_problems(parts.phases, domains, origins)
         if parts.all_phases and parts.optimizer is not None:

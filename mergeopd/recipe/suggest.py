@@ -31,7 +31,7 @@ def closest_path(
     """
     current, parts = folder, []
     for part in Path(written).parts:
-        if not (current / part).exists():
+        if not os.path.exists(current / part):
             try:
                 names = sorted(name for name in os.listdir(current) if not name.startswith("."))
             except OSError:
@@ -43,7 +43,7 @@ def closest_path(
         current = current / part
         parts.append(part)
     if directory:
-        fits = current.is_dir()
+        fits = os.path.isdir(current)
     else:
-        fits = current.is_file() and (not suffixes or current.suffix in suffixes)
+        fits = os.path.isfile(current) and (not suffixes or current.suffix in suffixes)
     return str(Path(*parts)) if fits and parts else ""

@@ -13,7 +13,7 @@ PROJECT = Path(__file__).parents[2] / "errors" / "project"
 Write = Callable[..., Path]
 
 
-@pytest.fixture()
+@pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the project, which is also the current folder."""
     folder = tmp_path / "project"
@@ -22,7 +22,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def variant(project: Path) -> Write:
     """`variant((old, new), ...)` writes the good recipe with some texts replaced and returns its path."""
 

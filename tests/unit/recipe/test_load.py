@@ -219,6 +219,7 @@ def test_bad_overrides(project: Path, override: str, path: str, message: str) ->
             "recipes/x.yaml:1:9 | not valid YAML: expected ',' or '}', but got '{';"
             ' inside {...} and [...] put variables in quotes: "${NAME}"',
         ),
+        (b"a: " + b"[" * 5000, "recipes/x.yaml | not a recipe: nested too deeply"),
         (b"a: 1\n---\nb: 2\n", "recipes/x.yaml:2:1 | not valid YAML: found another document"),
     ],
 )

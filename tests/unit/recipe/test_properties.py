@@ -151,3 +151,22 @@ def test_the_child_wins_over_its_parent_and_the_command_line_over_all(
     written = {**parent, **child, **command}
     assert plan.optimizer.model_dump(include=set(written)) == written
     assert plan.optimizer.model_fields_set == set(written)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, len(GOOD) - 1),
+    st.integers(0, 12),
+    st.one_of(
+        st.text(max_size=8),
+        st.sampled_from(
+            ["[]", "{}", "null", "~", "*a", "&a ", "<<: 3", "\n", "- ", ": ", "!!set ", "1e999", "${A}"]
+        ),
+    ),
+)
+def test_no_file_makes_the_reader_raise(folder: Path, at: int, cut: int, insert: str) -> None:
+    path = folder / "recipes" / "fuzzed.yaml"
+    path.write_text(GOOD[:at] + insert + GOOD[at + cut :], encoding="utf-8", newline="")
+    resolution = read(path, env={})
+    assert (resolution.plan is None) == bool(resolution.problems)
+    assert all(problem.message and problem.location.file for problem in resolution.problems)

@@ -164,7 +164,7 @@ def test_two_teachers_may_share_a_card_and_its_mistakes_are_told_once(variant, p
 # ------------------------------------------------------------------------------------------------- the hub
 
 
-@pytest.fixture()
+@pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A hub cache that holds `some-org/some-model`, branch main."""
     import huggingface_hub.constants
@@ -292,6 +292,7 @@ NLL = "nll on the student's own text would only confirm what it writes"
             "unknown JSON Schema file 'data/none'",
         ),
         ("teachers.math=math.yaml", "teachers.math.card", "unknown card 'math.yaml'"),
+        (f"prompts.0.source={'x' * 300}", "prompts[0].source", f"unknown prompt file '{'x' * 300}'"),
         ("output=data/math.jsonl", "output", "'data/math.jsonl' is a file"),
         ("student.model=data/math.jsonl", "student.model", "'data/math.jsonl' is a file"),
         ("teachers.spare=teachers/math.yaml", "teachers.spare", "no prompts are routed to teacher 'spare'"),
