@@ -1,0 +1,199 @@
+"""Prediction heads: hidden states to logits, and logit gradients back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergeopd.loss.workspace import Workspace
+
+_HALVES = (torch.bfloat16, torch.float16)
+# Head rows converted at a time where a head is not stored in the dtype that it is multiplied in.
+_TILE_ROWS = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A prediction head, or this rank's rows of it: `z = h W^T + bias`, then scale, then soft cap.
+
+    weight      `[V_rows, d]`; padding rows, if any, stand at the end
+    bias        `[V_rows]`
+    scale       multiplies the logits (Cohere's `logit_scale`; one over Granite's `logits_scaling`)
+    softcap     `z = softcap * tanh(z / softcap)`, after the scale (Gemma)
+    num_valid   rows that belong to the true vocabulary, 0 to V_rows; the rest is excluded from every softmax
+                and gets no gradient. None: all rows
+    vocab_start token id of row 0
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    num_valid: int | None = None
+    vocab_start: int = 0
+
+    def __post_init__(self) -> None:
+        if self.weight.dim() != 2:
+            raise ValueError(f"head weight must be [V, d], got {list(self.weight.shape)}")
+        rows = self.weight.shape[0]
+        if self.bias is not None and self.bias.shape != (rows,):
+            raise ValueError(
+                f"head bias must be [{rows}] like the weight's rows, got {list(self.bias.shape)}"
+            )
+        if self.num_valid is not None and not 0 <= self.num_valid <= rows:
+            raise ValueError(f"num_valid is {self.num_valid}, but the head has {rows} rows")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap is {self.softcap}, must be positive; None means no cap")
+
+    @property
+    def vocab(self) -> range:
+        """The true token ids that this head (shard) scores."""
+        num = self.weight.shape[0] if self.num_valid is None else self.num_valid
+        return range(self.vocab_start, self.vocab_start + num)
+
+
+@dataclass(frozen=True, eq=False)
+class Hidden:
+    """An exact target: a teacher's last hidden states `[N, d_T]` (after the final norm) and its head."""
+
+    hidden: Tensor
+    head: Head
+
+
+class Projection:
+    """One model's head at work: products in and out of logit space, padding rows left out.
+
+    Half-precision hidden states meet a head rounded to their dtype, as in the model's own forward pass, but
+    products accumulate in `dtype` and logits are `dtype`. CUDA multiplies halves natively; a CPU would round
+    the result, so there the (exactly representable) operands are widened, the head tile by tile.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        head: Head,
+        hidden_ND: Tensor,
+        temperature: float,
+        dtype: torch.dtype,
+        workspace: Workspace,
+    ) -> None:
+        self._name = name
+        self._workspace = workspace
+        self._hidden_ND = hidden_ND.detach()
+        self._weight_VD = head.weight.detach()[: len(head.vocab)]
+        self._bias_V = None if head.bias is None else head.bias.detach()[: len(head.vocab)].to(dtype)
+        self._scale = head.scale
+        self._softcap = head.softcap
+        self._temperature = temperature
+        self._dtype = dtype
+        is_half = hidden_ND.dtype in _HALVES
+        self._rounding = hidden_ND.dtype if is_half else self._weight_VD.dtype
+        self._operand = hidden_ND.dtype if is_half and _multiplies_halves(hidden_ND.device) else dtype
+
+    @property
+    def gain(self) -> float:
+        """d(tempered logit) / d(raw logit), the soft cap's slope apart."""
+        return self._scale / self._temperature
+
+    def take(self, name: str, rows: int) -> Tensor:
+        """A buffer `[rows, V]` of this projection."""
+        return self._workspace.take(
+            f"{self._name}.{name}", (rows, self._weight_VD.shape[0]), self._dtype, self._weight_VD.device
+        )
+
+    def raw_logits(self, rows: slice) -> Tensor:
+        """`h W^T` of the rows, `[n, V]`, in a buffer that the next call reuses."""
+        hidden = self._hidden_ND[rows].to(self._operand)
+        out = self.take("logits", hidden.shape[0])
+        for tile, weight in self._tiles():
+            _mm(hidden, weight.t(), out[:, tile])
+        return out
+
+    def finish_logits(self, raw_nV: Tensor, slope: Tensor | None = None) -> None:
+        """Bias, scale, soft cap and temperature, in place; `slope [n, V]` receives the soft cap's slope."""
+        if self._bias_V is not None:
+            raw_nV.add_(self._bias_V)
+        if self._softcap is None:
+            if self.gain != 1.0:
+                raw_nV.mul_(self.gain)
+            return
+        raw_nV.mul_(self._scale / self._softcap).tanh_()
+        if slope is not None:
+            torch.mul(raw_nV, raw_nV, out=slope).neg_().add_(1.0)
+        raw_nV.mul_(self._softcap / self._temperature)
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether a soft cap bends the logits."""
+        return self._softcap is not None
+
+    def grad_hidden(self, dz_nV: Tensor, out_nD: Tensor) -> None:
+        """`dH = dz W` of the rows; `out_nD` may have the hidden states' own, narrower dtype."""
+        wide = out_nD
+        if out_nD.dtype != self._dtype:
+            shape = (out_nD.shape[0], out_nD.shape[1])
+            wide = self._workspace.take(f"{self._name}.dH", shape, self._dtype, out_nD.device)
+        dz = self._narrow(dz_nV)
+        if not self._weight_VD.shape[0]:
+            wide.zero_()
+        for index, (tile, weight) in enumerate(self._tiles()):
+            _mm(dz[:, tile], weight, wide, accumulate=index > 0)
+        if wide is not out_nD:
+            out_nD.copy_(wide)
+
+    def grad_weight(self, dz_nV: Tensor, rows: slice, out_VD: Tensor, *, accumulate: bool) -> None:
+        """`dW (+)= dz^T h` of the rows, in `dtype`, true vocabulary only."""
+        hidden = self._hidden_ND[rows].to(self._operand)
+        dz = self._narrow(dz_nV)
+        for tile in self._tile_slices(whole=self._operand == self._dtype):
+            _mm(dz[:, tile].t(), hidden, out_VD[tile], accumulate=accumulate)
+
+    def _narrow(self, dz_nV: Tensor) -> Tensor:
+        if self._operand == dz_nV.dtype:
+            return dz_nV
+        shape = (dz_nV.shape[0], dz_nV.shape[1])
+        return self._workspace.take(f"{self._name}.dz", shape, self._operand, dz_nV.device).copy_(dz_nV)
+
+    def _tile_slices(self, *, whole: bool) -> Iterator[slice]:
+        rows = self._weight_VD.shape[0]
+        step = max(rows, 1) if whole else _TILE_ROWS
+        for start in range(0, rows, step):
+            yield slice(start, min(start + step, rows))
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """The head in the dtype of its products: as it stands, or converted into a small fixed buffer."""
+        weight = self._weight_VD
+        as_stored = weight.dtype == self._rounding == self._operand
+        for tile in self._tile_slices(whole=as_stored):
+            part = weight[tile]
+            if not as_stored:
+                for step, dtype in (("rounded", self._rounding), ("operand", self._operand)):
+                    if part.dtype != dtype:
+                        shape = (part.shape[0], part.shape[1])
+                        part = self._workspace.take(f"{self._name}.{step}", shape, dtype, part.device).copy_(
+                            part
+                        )
+            yield tile, part
+
+
+def _multiplies_halves(device: torch.device) -> bool:
+    """Whether halves can be multiplied there into a float32 result."""
+    return device.type == "cuda"
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+    """`out (+)= a b` in the precision of `out`, without a temporary unless halves are accumulated."""
+    if a.dtype == out.dtype:
+        if accumulate:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+        return
+    product = torch.mm(a, b, out_dtype=out.dtype)
+    if accumulate:
+        out.add_(product)
+    else:
+        out.copy_(product)

@@ -1,0 +1,167 @@
+"""One rank of `test_loss_tensor_parallel.py`: sharded against unsharded, errors as numbers in a JSON file.
+
+Ranks 0 and 1 also form a group of two; every rank computes the unsharded result itself, from the same seeds.
+"""
+
+import datetime
+import json
+import sys
+from dataclasses import fields
+
+import torch
+import torch.distributed as dist
+
+from mergeopd.loss import JSD, ForwardKL, Head, Hidden, ReverseKL, fused_loss
+
+VOCAB = 37
+# Rows of each shard: true ones, then all. Uneven, and one that is nothing but padding.
+LAYOUTS = {
+    "2 even": [(19, 19), (18, 19)],
+    "2 uneven": [(30, 30), (7, 9)],
+    "2 padding only": [(37, 37), (0, 5)],
+    "4 uneven": [(3, 3), (21, 21), (12, 12), (1, 4)],
+    "4 padding only": [(16, 16), (16, 16), (5, 16), (0, 16)],
+}
+DIVERGENCES = {
+    "forward": (ForwardKL(),),
+    "reverse": (ReverseKL(),),
+    "jsd": (JSD(0.3),),
+    "all": (ForwardKL(), JSD(0.8), ReverseKL()),
+    "none": (),
+}
+
+
+def make(dtype, num_teachers):
+    g = torch.Generator().manual_seed(7)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    options = {"softcap": 8.0, "scale": 1.3}
+    student = randn(11, 6), Head(randn(VOCAB, 6), randn(VOCAB), **options)
+    teachers = [
+        Hidden(randn(11, 4 + k), Head(2 * randn(VOCAB, 4 + k), randn(VOCAB), **options))
+        for k in range(num_teachers)
+    ]
+    return *student, teachers, torch.randint(VOCAB, (11,), generator=g)
+
+
+def shard(head, layout, rank, fill=1e4):
+    """This rank's rows; padding rows hold what would take over any softmax that saw them."""
+    start = sum(valid for valid, _ in layout[:rank])
+    valid, rows = layout[rank]
+    weight = torch.full((rows, head.weight.shape[1]), fill, dtype=head.weight.dtype)
+    bias = torch.full((rows,), fill, dtype=head.weight.dtype)
+    weight[:valid], bias[:valid] = head.weight[start : start + valid], head.bias[start : start + valid]
+    return Head(weight, bias, head.scale, head.softcap, num_valid=valid, vocab_start=start)
+
+
+def objective(stats, rows):
+    total = (stats.divergence.clamp(max=3.0) ** 2).sum((0, 1)) * stats.logprob_S.exp()
+    return total - 0.1 * stats.logprob_S * stats.entropy_S
+
+
+def run(hidden, head, teachers, labels, divergences, group):
+    leaves = [
+        hidden.clone().requires_grad_(),
+        head.weight.clone().requires_grad_(),
+        head.bias.clone().requires_grad_(),
+    ]
+    own = Head(leaves[1], leaves[2], head.scale, head.softcap, head.num_valid, head.vocab_start)
+    loss, stats = fused_loss(
+        leaves[0],
+        own,
+        teachers,
+        labels,
+        objective,
+        divergences=divergences,
+        temperature=1.5,
+        group=group,
+        chunk_rows=4,
+    )
+    loss.backward()
+    return loss.detach(), stats, [leaf.grad for leaf in leaves]
+
+
+def worst(found, wanted):
+    """Largest difference, relative to the largest wanted value."""
+    if wanted.numel() == 0:
+        return 0.0
+    return ((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()
+
+
+def compare(layout, divergences, dtype, num_teachers, group):
+    rank = dist.get_rank(group)
+    hidden, head, teachers, labels = make(dtype, num_teachers)
+    loss, stats, whole = run(hidden, head, teachers, labels, divergences, None)
+    parts = [Hidden(t.hidden, shard(t.head, layout, rank)) for t in teachers]
+    own = shard(head, layout, rank)
+    loss_tp, stats_tp, (d_hidden, d_weight, d_bias) = run(hidden, own, parts, labels, divergences, group)
+    dist.all_reduce(d_hidden, group=group)
+    valid, span = layout[rank][0], slice(own.vocab_start, own.vocab_start + layout[rank][0])
+    errors = {"loss": worst(loss_tp, loss), "dH": worst(d_hidden, whole[0])}
+    errors |= {
+        field.name: worst(getattr(stats_tp, field.name), getattr(stats, field.name))
+        for field in fields(stats)
+    }
+    scale = whole[1].abs().max(), whole[2].abs().max()
+    errors["dW"] = ((d_weight[:valid] - whole[1][span]).abs().sum() / scale[0]).item()
+    errors["dbias"] = ((d_bias[:valid] - whole[2][span]).abs().sum() / scale[1]).item()
+    errors["padding"] = d_weight[valid:].abs().sum().item() + d_bias[valid:].abs().sum().item()
+    return errors
+
+
+def refusals(group):
+    """Every rank must raise, though only one sees the cause."""
+    layout, rank = LAYOUTS["4 uneven"], dist.get_rank(group)
+    hidden, head, teachers, labels = make(torch.float64, 2)
+    parts = [Hidden(t.hidden, shard(t.head, layout, rank)) for t in teachers]
+    own = shard(head, layout, rank)
+
+    def message(parts, labels):
+        try:
+            run(hidden, own, parts, labels, DIVERGENCES["all"], group)
+        except (ValueError, ArithmeticError) as error:
+            return f"{type(error).__name__}: {error}"
+        return "nothing raised"
+
+    outside = labels.clone()
+    outside[3] = VOCAB
+    found = {"label": message(parts, outside)}
+    if rank == 2:
+        parts[1].head.weight[0, 0] = torch.nan
+    found["nan"] = message(parts, labels)
+    if rank == 1:
+        parts[0] = Hidden(parts[0].hidden, Head(parts[0].head.weight[:-1], None, vocab_start=own.vocab_start))
+    found["shards"] = message(parts, labels)
+    return found
+
+
+def main(rank, world, store, out):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    pair = dist.new_group([0, 1])
+    errors = {}
+    for layout_name, layout in LAYOUTS.items():
+        if len(layout) == 2 and rank > 1:
+            continue
+        group = pair if len(layout) == 2 else dist.group.WORLD
+        for name, divergences in DIVERGENCES.items():
+            for dtype in (torch.float64, torch.float32):
+                for num_teachers in (1, 2):
+                    key = f"{layout_name}|{name}|{dtype}|{num_teachers}"
+                    errors[key] = compare(layout, divergences, dtype, num_teachers, group)
+    report = {"errors": errors, "refusals": refusals(dist.group.WORLD)}
+    with open(out, "w") as file:
+        json.dump(report, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])

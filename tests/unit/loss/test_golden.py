@@ -1,0 +1,86 @@
+"""Golden vectors: five tokens, an identity head, so that hidden states are logits and dH is dz."""
+
+import pytest
+import torch
+
+from mergeopd.loss import JSD, ForwardKL, Head, Hidden, ReverseKL, fused_loss
+
+Z_S, Z_T = [2.0, 1.0, 0.0, -1.0, 0.5], [1.0, 1.5, -0.5, 0.0, -1.0]
+HEAD = Head(torch.eye(5, dtype=torch.float64))
+
+
+def run(divergence, teachers=(Z_T,), weights=(1.0,), temperature=1.0, dtype=torch.float64, z_S=Z_S):
+    head = Head(HEAD.weight.to(dtype))
+    hidden = torch.tensor([z_S], dtype=dtype, requires_grad=True)
+    targets = [Hidden(torch.tensor([z], dtype=dtype), head) for z in teachers]
+    factor = torch.tensor(weights, dtype=dtype)[:, None] * temperature**2
+
+    def objective(stats, rows):
+        return (factor * stats.divergence[:, 0]).sum(0)
+
+    loss, stats = fused_loss(
+        hidden, head, targets, torch.tensor([0]), objective, divergences=[divergence], temperature=temperature
+    )
+    loss.backward()
+    return loss.item(), hidden.grad[0].tolist(), stats
+
+
+GOLDEN = [
+    (ForwardKL(), 1.0, 0.321778, [0.266731, -0.281376, 0.010085, -0.080968, 0.085528]),
+    (ReverseKL(), 1.0, 0.299944, [0.192572, -0.239843, -0.012037, -0.046475, 0.105782]),
+    (JSD(0.5), 1.0, 0.074872, [0.054345, -0.061684, -0.000336, -0.013609, 0.021284]),
+    (JSD(0.1), 1.0, 0.028330, None),
+    (JSD(0.9), 1.0, 0.026832, None),
+    (ForwardKL(), 2.0, 0.372489, [0.213012, -0.233992, 0.022350, -0.158003, 0.156633]),
+]
+
+
+@pytest.mark.parametrize(("divergence", "temperature", "value", "gradient"), GOLDEN)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_values_and_gradients(divergence, temperature, value, gradient, dtype):
+    loss, dz, stats = run(divergence, temperature=temperature, dtype=dtype)
+    assert loss == pytest.approx(value, abs=1e-6)
+    if gradient is not None:
+        assert dz == pytest.approx(gradient, abs=1e-6)
+    assert sum(dz) == pytest.approx(0.0, abs=1e-14 if dtype == torch.float64 else 5e-7)
+    assert stats.loss.item() == loss
+
+
+def test_sampled_token_and_entropies():
+    _, _, stats = run(ReverseKL())
+    p_S = torch.tensor([0.563021, 0.207124, 0.076197, 0.028031, 0.125627], dtype=torch.float64)
+    p_T = torch.tensor([0.296290, 0.488500, 0.066111, 0.108999, 0.040099], dtype=torch.float64)
+    assert stats.logprob_S.item() == pytest.approx(p_S[0].log().item(), abs=2e-6)
+    assert (stats.logprob_T[0] - stats.logprob_S).item() == pytest.approx(-0.641977, abs=1e-6)
+    assert stats.entropy_S.item() == pytest.approx(-(p_S * p_S.log()).sum().item(), abs=5e-6)
+    assert stats.entropy_T.item() == pytest.approx(-(p_T * p_T.log()).sum().item(), abs=5e-6)
+    assert abs(stats.entropy_S - stats.entropy_T).item() == pytest.approx(0.054039, abs=1e-6)
+
+
+def test_two_weighted_teachers():
+    """Their sum has a floor, `-W log Z`: the mass that their geometric mean lacks."""
+    second = [0.0, 0.0, 2.0, 0.0, 0.0]
+    loss, _, _ = run(ReverseKL(), teachers=(Z_T, second), weights=(0.7, 0.3))
+    assert loss == pytest.approx(0.532092, abs=1e-6)
+    mean = 0.7 * torch.tensor(Z_T, dtype=torch.float64).log_softmax(0)
+    mean += 0.3 * torch.tensor(second, dtype=torch.float64).log_softmax(0)
+    floor, dz, _ = run(ReverseKL(), teachers=(Z_T, second), weights=(0.7, 0.3), z_S=mean.tolist())
+    assert floor == pytest.approx(0.246317, abs=1e-6)
+    assert dz == pytest.approx([0.0] * 5, abs=1e-14)
+    assert loss - floor == pytest.approx(0.285775, abs=1e-6)
+
+
+def test_jsd_limits():
+    """JSD_b / b -> forward KL at b -> 0, JSD_b / (1 - b) -> reverse KL at b -> 1; symmetric at 1/2; <= log 2."""
+    assert run(JSD(1e-7))[0] / 1e-7 == pytest.approx(0.321778, abs=2e-6)
+    assert run(JSD(1 - 1e-7))[0] / 1e-7 == pytest.approx(0.299944, abs=2e-6)
+    assert run(JSD(0.5))[0] == pytest.approx(run(JSD(0.5), teachers=(Z_S,), z_S=Z_T)[0], abs=1e-15)
+    far = run(JSD(0.5), teachers=([0.0, 0, 0, 0, 900.0],), z_S=[900.0, 0, 0, 0, 0])
+    assert far[0] == pytest.approx(0.6931471805599453, abs=1e-12)
+    assert far[1] == pytest.approx([0.0] * 5, abs=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, -0.1, float("nan")])
+def test_jsd_refuses_its_ends(beta):
+    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+        JSD(beta)
