@@ -39,7 +39,7 @@ def make(out: Path, settings: Settings, seed: int, console: Console) -> None:
     facts: dict[str, Any] = {"settings": settings.as_dict(), "seed": seed}
     start = time.perf_counter()
     with written_aside(out, cache_key(settings, seed), facts) as folder, _progress(console) as progress:
-        # Threads that wait by spinning bring a machine with another busy process to a crawl (20 times slower).
+        # Spinning threads wait for each other forever where another process keeps a core busy (20x slower).
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # Importing torch and transformers takes seconds, which a run that finds everything made must not pay.
         import torch

@@ -65,7 +65,7 @@ def build(folder: Path, settings: Settings, seed: int, watch: Watch) -> Accuraci
             base,
             {domain: encode(tokenizer, by_split["train"], system)},
             updates=settings.expert_updates[domain],
-            batch=settings.expert_batch,
+            batch={domain: settings.expert_batch},
             lr=settings.expert_lr,
             warmup_updates=settings.warmup_updates,
             seed=f"{seed}/{domain}",

@@ -73,16 +73,16 @@ def train(
     domains: Mapping[str, Sequence[Encoded]],
     *,
     updates: int,
-    batch: int,
+    batch: Mapping[str, int],
     lr: float,
     warmup_updates: int,
     seed: str,
     advance: Advance,
 ) -> Qwen3ForCausalLM:
-    """A trained copy: AdamW, linear warm-up and decay, mean cross entropy of each domain's answer tokens.
+    """A trained copy: AdamW, linear warm-up and decay, mean cross entropy over all answer tokens.
 
-    Every update takes the same number of rows from each domain, one domain at a time: their lengths are
-    alike within a domain, so little is padded.
+    An update takes `batch` rows of each domain, one domain at a time: lengths are alike within a domain, so
+    little is padded.
     """
     model = copy.deepcopy(model)
     random = Random(seed)
@@ -91,10 +91,11 @@ def train(
         factor = min(1.0, (update + 1) / warmup_updates) * (1.0 - update / updates)
         for group in optimizer.param_groups:
             group["lr"] = lr * factor
-        for rows in domains.values():
-            ids, predicts = _batch(random.sample(rows, batch // len(domains)))
-            loss = cross_entropy(*_answer_logits(model, ids, predicts)) / len(domains)
-            torch.autograd.backward(loss)
+        batches = [_batch(random.sample(rows, batch[domain])) for domain, rows in domains.items()]
+        num_answer_tokens = sum(int(predicts.sum()) for _, predicts in batches)
+        for ids, predicts in batches:
+            logits, targets = _answer_logits(model, ids, predicts)
+            torch.autograd.backward(cross_entropy(logits, targets, reduction="sum") / num_answer_tokens)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
