@@ -58,7 +58,7 @@ class TeacherStats:
     num_tokens: int
     divergence: Mapping[str, float]
     logprob_gap: float
-    entropy_T: float | None = None  # noqa: N815  (whose it is, as in logprob_T)
+    entropy_T: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class DomainStats:
     token_share: float
     weight: float
     nll: float
-    entropy_S: float  # noqa: N815
+    entropy_S: float
     truncated_fraction: float
     reward: float | None = None
 

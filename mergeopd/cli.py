@@ -1,0 +1,151 @@
+"""The command line: `mergeopd run | check | eval | schema`.
+
+Exit codes: 0 good, 2 the recipe is wrong, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from mergeopd import __version__
+from mergeopd.errors import MergeopdError, Problem, RecipeError
+
+app = typer.Typer(
+    help="Merge many expert language models into one student by on-policy distillation.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a value, e.g. optimizer.lr=2e-6. May be repeated."
+    ),
+]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"mergeopd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(recipe: RecipeArgument, overrides: SetOption = None) -> None:
+    """Run a merge, or go on with one.
+
+    Example: mergeopd run recipes/quickstart.yaml --set optimizer.lr=1e-3
+    """
+    from mergeopd.engine.command import run_recipe
+
+    run_recipe(recipe, overrides or [])
+
+
+@app.command()
+def check(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Find every mistake in a recipe and in all it names, without loading a model.
+
+    Example: mergeopd check recipes/quickstart.yaml
+    """
+    from mergeopd.engine.preflight import preflight
+
+    try:
+        inputs = preflight(recipe, overrides or [])
+    except RecipeError as error:
+        if as_json:
+            typer.echo(json.dumps({"ok": False, "problems": [_as_json(p) for p in error.problems]}, indent=2))
+            raise typer.Exit(2) from None
+        raise
+    plan = inputs.plan
+    if as_json:
+        document = {"ok": True, "plan": plan.hash, "notes": list(inputs.notes)}
+        typer.echo(json.dumps(document, indent=2))
+        return
+    num_prompts = sum(len(prompts) for prompts in inputs.prompts.values())
+    for note in inputs.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(
+        f"{recipe}: good. {len(plan.teachers)} teachers, {num_prompts} prompts, "
+        f"{plan.num_updates} updates in {len(plan.phases)} phases."
+    )
+
+
+@app.command(name="eval")
+def evaluate(
+    recipe: RecipeArgument,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Hugging Face folder to measure as the merged student; default: the run's export."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Measure base, experts, their weight average and a merged student on the recipe's evaluation prompts.
+
+    Example: mergeopd eval recipes/quickstart.yaml --model runs/quickstart/export
+    """
+    from mergeopd.engine.command import evaluate_recipe
+
+    evaluate_recipe(recipe, overrides or [], model, output)
+
+
+@app.command()
+def schema(
+    card: Annotated[bool, typer.Option("--card", help="The schema of teacher cards instead.")] = False,
+) -> None:
+    """Print the JSON Schema of recipes, for editors.
+
+    Example: mergeopd schema > recipe.schema.json
+    """
+    from mergeopd.recipe.jsonschema import card_schema, recipe_schema
+
+    typer.echo(json.dumps(card_schema() if card else recipe_schema(), indent=2))
+
+
+def _as_json(problem: Problem) -> dict[str, str | int]:
+    return {
+        "file": problem.location.file,
+        "line": problem.location.line,
+        "column": problem.location.column,
+        "path": problem.path,
+        "message": problem.message,
+        "remedy": problem.remedy,
+    }
+
+
+def _fail(error: MergeopdError) -> NoReturn:
+    if isinstance(error, RecipeError):
+        count = len(error.problems)
+        print(error, file=sys.stderr)
+        print(f"\n{count} problem{'s' if count > 1 else ''}.", file=sys.stderr)
+        sys.exit(2)
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)
+
+
+def main() -> None:
+    """Entry point. Errors that mergeopd raises on purpose are shown without a traceback."""
+    try:
+        app()
+    except MergeopdError as error:
+        _fail(error)

@@ -1,0 +1,42 @@
+"""How one model reads a conversation: its tokenizer, its chat template, the ids that end its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mergeopd.data.templates import ChatTemplate
+from mergeopd.models.tokenizer import Tokenizer
+from mergeopd.types import Prompt
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """Renders prompts for one model. Renderings are kept: a prompt comes back every epoch."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    eos_ids: frozenset[int]
+    max_positions: int
+    _rendered: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    def render(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids up to where the answer begins."""
+        ids = self._rendered.get(prompt.key)
+        if ids is None:
+            text = self.template.render(prompt.messages, add_generation_prompt=True)
+            ids = self._rendered[prompt.key] = tuple(self.tokenizer.encode(text))
+        return ids
+
+
+def masked_in_teacher_term(
+    response_ids: tuple[int, ...], student: Dialect, teachers: Mapping[str, Dialect]
+) -> frozenset[str]:
+    """Teachers that do not end their answers with the token that ended this one.
+
+    Such a teacher finds the student's stop token absurd, whatever it thinks of the answer, so the position
+    does not count in its term (it stays in the loss mask otherwise).
+    """
+    if not response_ids or response_ids[-1] not in student.eos_ids:
+        return frozenset()
+    return frozenset(name for name, dialect in teachers.items() if response_ids[-1] not in dialect.eos_ids)

@@ -1,0 +1,206 @@
+"""The run: rounds of prompts, answers, scores and updates; phases; checkpoints; the result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from mergeopd.engine.batch import prepare
+from mergeopd.engine.build import Parts, phase_objective
+from mergeopd.engine.checkpoint import save
+from mergeopd.engine.evaluate import Evaluation
+from mergeopd.engine.run_folder import RunFolder
+from mergeopd.engine.schedule import learning_rate, pack, split_updates
+from mergeopd.engine.scoring import rewards, score
+from mergeopd.engine.state import Progress, phase_at
+from mergeopd.engine.updating import accumulate
+from mergeopd.engine.writing import Task, TeacherTexts, dataset_rollout, plan_round, write_student
+from mergeopd.loss.objective import DistillationObjective
+from mergeopd.recipe.schema import Phase
+from mergeopd.report.events import Reporter, RunFinished, RunStarted, StageStarted, UpdateDone
+from mergeopd.report.result import result_document, write_result
+from mergeopd.storage.folders import atomic_folder
+from mergeopd.teacher.cache import HiddenCache
+from mergeopd.types import Rollout
+
+
+class Clock:
+    """Wall time per stage since the last reading, and over the run."""
+
+    def __init__(self) -> None:
+        self._lap: dict[str, float] = {}
+        self.total: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time inside under `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            self._lap[name] = self._lap.get(name, 0.0) + seconds
+            self.total[name] = self.total.get(name, 0.0) + seconds
+
+    def lap(self) -> dict[str, float]:
+        """Seconds per stage since the last call."""
+        lap, self._lap = self._lap, {}
+        return lap
+
+
+class Merge:
+    """One run of a plan, from wherever its folder stands to its end."""
+
+    def __init__(self, parts: Parts, folder: RunFolder, reporter: Reporter) -> None:
+        self._parts = parts
+        self._plan = parts.plan
+        self._folder = folder
+        self._reporter = reporter
+        self._clock = Clock()
+        self._texts = TeacherTexts(folder.texts)
+        self._prepared_phase = ""
+
+    def run(self, progress: Progress) -> None:
+        """Train from `progress` to the last update, export, evaluate, write the result."""
+        plan = self._plan
+        self._reporter.emit(
+            RunStarted(
+                name=plan.name,
+                recipe=plan.recipe_file,
+                num_updates=plan.num_updates,
+                phases=tuple((phase.name, phase.updates) for phase in plan.phases),
+                teachers=tuple(plan.teachers),
+                domains=tuple(sorted({source.domain for source in plan.sources})),
+                output=self._folder.path,
+                resumed_at=progress.update,
+            )
+        )
+        with self._clock.stage("training"):
+            while (now := phase_at(plan, progress.update)) is not None:
+                progress = self._round(*now, progress)
+                if self._is_due(progress):
+                    save(self._folder.checkpoints, self._parts.student, progress, plan, self._reporter)
+        self._finish()
+
+    def _round(self, phase: Phase, updates_done: int, progress: Progress) -> Progress:
+        """One round and its updates."""
+        if phase.name != self._prepared_phase:
+            self._prepare_texts(phase, updates_done, progress)
+        tasks = plan_round(self._parts, phase, progress, updates_done)
+        with self._clock.stage("rollout"):
+            rollouts = self._rollouts(tasks, progress)
+            verdicts = rewards(self._parts, rollouts)
+        objective = phase_objective(phase.loss)
+        cache = HiddenCache()
+        if objective.divergences:
+            with self._clock.stage("teachers"):
+                cache = score(self._parts, rollouts, progress.round, self._reporter)
+        for update in split_updates(rollouts, phase.updates_per_round):
+            self._update(phase, objective, rollouts, update, cache, verdicts, progress)
+            progress = replace(progress, update=progress.update + 1)
+        self._parts.store.heads(())
+        return replace(progress, round=progress.round + 1, drawn=progress.drawn + phase.prompts_per_round)
+
+    def _update(
+        self,
+        phase: Phase,
+        objective: DistillationObjective,
+        rollouts: Sequence[Rollout],
+        update: Sequence[int],
+        cache: HiddenCache,
+        verdicts: Sequence[float | None],
+        progress: Progress,
+    ) -> None:
+        """One optimizer update, and its event."""
+        parts, plan = self._parts, self._plan
+        lr = phase.lr_scale * learning_rate(
+            progress.update,
+            peak=plan.optimizer.lr,
+            warmup=plan.optimizer.warmup_updates,
+            total=plan.num_updates,
+            shape=plan.optimizer.schedule,
+            final_fraction=plan.optimizer.final_lr_fraction,
+        )
+        with self._clock.stage("update"):
+            prepared = prepare(rollouts, update, phase, parts.inputs.student, parts.inputs.teachers)
+            packs = pack(rollouts, update, plan.student.micro_batch_tokens, progress.round)
+            stats = accumulate(parts, objective, prepared, packs, cache, self._reporter)
+            grad_norm = parts.student.apply(lr)
+        members = [rollouts[i] for i in update]
+        self._reporter.emit(
+            UpdateDone(
+                update=progress.update + 1,
+                phase=phase.name,
+                round=progress.round,
+                lr=lr,
+                loss=stats.loss,
+                grad_norm=grad_norm,
+                num_tokens=sum(len(r.response_ids) for r in members),
+                on_policy_fraction=sum(r.origin == "student" for r in members) / len(members),
+                teachers=stats.teachers(),
+                domains=stats.domains(prepared, verdicts),
+                seconds=self._clock.lap(),
+                teacher_bytes_read=parts.store.bytes_read,
+            )
+        )
+
+    def _rollouts(self, tasks: Sequence[Task], progress: Progress) -> list[Rollout]:
+        """Answers to all tasks; the student's first, each kind in the order of the tasks."""
+        student, num_samples = self._parts.inputs.student, self._plan.rollout.samples_per_prompt
+        rollouts = write_student(self._parts, tasks, progress.update, self._reporter)
+        for task in tasks:
+            if task.origin == "teacher":
+                rollouts += self._texts.rollouts(task, num_samples, student)
+            elif task.origin == "dataset":
+                rollouts.append(dataset_rollout(task, student))
+        return rollouts
+
+    def _prepare_texts(self, phase: Phase, updates_done: int, progress: Progress) -> None:
+        """Have the teachers write, at once, all that the rest of this phase will ask of them."""
+        tasks: list[Task] = []
+        while updates_done < phase.updates:
+            tasks += plan_round(self._parts, phase, progress, updates_done)
+            progress = replace(progress, drawn=progress.drawn + phase.prompts_per_round)
+            updates_done += phase.updates_per_round
+        with self._clock.stage("text"):
+            self._texts.prepare(self._parts, tasks, self._reporter)
+        self._prepared_phase = phase.name
+
+    def _is_due(self, progress: Progress) -> bool:
+        """A checkpoint is due when a multiple of `every` was reached or passed, and at the end."""
+        every = self._plan.checkpoint.every
+        phase_now = phase_at(self._plan, progress.update)
+        if phase_now is None:
+            return True
+        reached = progress.update // every
+        before = (progress.update - phase_now[0].updates_per_round) // every
+        return reached > before
+
+    def _finish(self) -> None:
+        """Export the student, measure, write the result."""
+        folder = self._folder
+        if not folder.export.exists():
+            self._reporter.emit(StageStarted("export", "the student as a Hugging Face folder"))
+            with atomic_folder(folder.export) as target:
+                self._parts.student.export(target)
+        document = None
+        seconds = {k: v for k, v in self._clock.total.items() if k != "training"}
+        if self._plan.evaluation is not None:
+            with self._clock.stage("evaluation"):
+                evaluation = Evaluation(
+                    self._parts.inputs, self._plan.evaluation, self._parts.device, self._reporter
+                )
+                accuracies = evaluation.run(folder.export)
+            seconds = {**seconds, "evaluation": self._clock.total["evaluation"]}
+            document = result_document(accuracies, {**seconds, "total": sum(seconds.values())})
+            write_result(folder.result_file, document)
+        self._reporter.emit(
+            RunFinished(
+                seconds={**seconds, "total": sum(seconds.values())},
+                result=document,
+                result_path=folder.result_file if document is not None else None,
+                export_path=folder.export,
+            )
+        )

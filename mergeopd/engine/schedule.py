@@ -1,0 +1,110 @@
+"""Who is scored when, and who is updated with whom. Pure: no tensors, no IO, no clock, no randomness.
+
+Rollouts are named by their index in the round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mergeopd.models.batching import length_batches
+from mergeopd.types import Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One teacher's turn: the rollouts it scores."""
+
+    teacher: str
+    rollouts: tuple[int, ...]
+
+
+def by_teacher(rollouts: Sequence[Rollout], order: Sequence[str], round_index: int) -> tuple[Turn, ...]:
+    """Each teacher of the round exactly once, with all its rollouts.
+
+    Teachers follow `order`, backwards in odd rounds (serpentine): the teacher that came last comes first in
+    the next round, while the system still has its files in memory. The order depends on the round index
+    alone, so a restart changes nothing. Raises KeyError for a rollout whose teacher is not in `order`.
+    """
+    rollouts_of: dict[str, list[int]] = {name: [] for name in order}
+    for index, rollout in enumerate(rollouts):
+        for teacher in rollout.prompt.teachers:
+            rollouts_of[teacher].append(index)
+    names = order if round_index % 2 == 0 else tuple(reversed(order))
+    return tuple(Turn(name, tuple(rollouts_of[name])) for name in names if rollouts_of[name])
+
+
+def split_updates(rollouts: Sequence[Rollout], num_updates: int) -> tuple[tuple[int, ...], ...]:
+    """The round's rollouts dealt into `num_updates` updates, stratified over domains.
+
+    Every update gets each domain's rollouts in equal number, give or take one, and the updates' sizes differ
+    by at most one. Rollouts keep their order.
+    """
+    members: dict[str, list[int]] = {}
+    for index, rollout in enumerate(rollouts):
+        members.setdefault(rollout.prompt.domain, []).append(index)
+    updates: list[list[int]] = [[] for _ in range(num_updates)]
+    # Domains are dealt one after another without going back to the first update, like a deck of cards.
+    dealt = [index for domain in sorted(members) for index in members[domain]]
+    for position, index in enumerate(dealt):
+        updates[position % num_updates].append(index)
+    return tuple(tuple(sorted(update)) for update in updates)
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Rollouts of one micro-batch: one teacher set, similar lengths."""
+
+    teachers: tuple[str, ...]
+    rollouts: tuple[int, ...]
+
+
+def pack(
+    rollouts: Sequence[Rollout], update: Sequence[int], max_tokens: int, round_index: int
+) -> tuple[Pack, ...]:
+    """The micro-batches of an update, sorted by teacher set, so that a set's heads are fetched once.
+
+    Serpentine like the turns. A micro-batch padded to its longest member holds at most `max_tokens` tokens.
+    Empty responses carry no loss and are left out.
+    """
+    sets: dict[tuple[str, ...], list[int]] = {}
+    for index in update:
+        if rollouts[index].response_ids:
+            sets.setdefault(rollouts[index].teacher_set, []).append(index)
+    packs = []
+    for teachers in sorted(sets, reverse=round_index % 2 == 1):
+        members = sets[teachers]
+        for batch in length_batches([rollouts[i].num_tokens for i in members], max_tokens):
+            packs.append(Pack(teachers, tuple(members[i] for i in batch)))
+    return tuple(packs)
+
+
+def learning_rate(
+    update: int,
+    *,
+    peak: float,
+    warmup: int,
+    total: int,
+    shape: str,
+    final_fraction: float,
+) -> float:
+    """Learning rate of update number `update` (from 0) of `total`.
+
+    Linear warm-up over `warmup` updates, reaching the peak at the last of them; then constant, or linear or
+    cosine down to `final_fraction` of the peak, reached at the last update.
+    """
+    if update < warmup:
+        return peak * (update + 1) / warmup
+    if shape == "constant":
+        return peak
+    progress = (update - warmup + 1) / max(total - warmup, 1)
+    remaining = 1.0 - progress if shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return peak * (final_fraction + (1.0 - final_fraction) * remaining)
+
+
+def shares(values: Mapping[str, float]) -> dict[str, float]:
+    """Values divided by their sum; all zero stays all zero."""
+    total = sum(values.values())
+    return {name: value / total if total else 0.0 for name, value in values.items()}

@@ -1,0 +1,46 @@
+"""The teachers' turns of a round, and the verifiers'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mergeopd.engine.build import Parts
+from mergeopd.engine.schedule import by_teacher
+from mergeopd.engine.writing import answer_text
+from mergeopd.report.events import Reporter, StageProgress, StageStarted
+from mergeopd.teacher.cache import HiddenCache
+from mergeopd.types import Rollout
+
+
+def score(parts: Parts, rollouts: Sequence[Rollout], round_index: int, reporter: Reporter) -> HiddenCache:
+    """Last hidden states of every response token under each of its teachers.
+
+    Each teacher is loaded once, sees the prompt through its own template, and gets the response's ids as
+    they were written.
+    """
+    cache = HiddenCache()
+    turns = by_teacher(rollouts, tuple(sorted(parts.plan.teachers)), round_index)
+    for turn in turns:
+        dialect = parts.inputs.teachers[turn.teacher]
+        scored = [i for i in turn.rollouts if rollouts[i].response_ids]
+        reporter.emit(StageStarted("teachers", turn.teacher, len(scored), "answers"))
+        prompts = [dialect.render(rollouts[i].prompt) for i in scored]
+        responses = [rollouts[i].response_ids for i in scored]
+        with parts.store.open(turn.teacher) as teacher:
+            hidden = teacher.hidden(prompts, responses, parts.plan.student.micro_batch_tokens)
+            for done, (position, states) in enumerate(hidden, start=1):
+                cache.put(turn.teacher, scored[position], states)
+                reporter.emit(StageProgress(done))
+    return cache
+
+
+def rewards(parts: Parts, rollouts: Sequence[Rollout]) -> list[float | None]:
+    """The verifier's verdict on every answer the student wrote; None without verifier or for other text."""
+    decode = parts.inputs.student.tokenizer.decode
+    stop = parts.plan.rollout.stop
+    values: list[float | None] = []
+    for rollout in rollouts:
+        verify = parts.verifiers.get(rollout.prompt.source) if rollout.origin == "student" else None
+        text = answer_text(rollout.response_ids, decode, stop) if verify else ""
+        values.append(verify(text, rollout.prompt.reference) if verify else None)
+    return values

@@ -1,0 +1,29 @@
+"""Budgets between domains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+def token_share_weights(mass: Mapping[str, float], targets: Mapping[str, float] | None) -> dict[str, float]:
+    """Per-domain factors that give every domain its target share of the loss (Open-MOPD M1, 2608.19098).
+
+    `mass` is each domain's share of the loss before balancing: its token count for a token mean. `targets`
+    are relative; None means equal. Shares are taken over the domains that are present (mass > 0); absent
+    ones get no factor. The mass-weighted mean of the factors is 1, so the learning rate keeps its meaning.
+    Raises ValueError for a present domain without a target, or when all targets present are zero.
+    """
+    present = {domain: value for domain, value in mass.items() if value > 0}
+    if not present:
+        return {}
+    wanted = dict.fromkeys(present, 1.0) if targets is None else dict(targets)
+    missing = sorted(present.keys() - wanted.keys())
+    if missing:
+        raise ValueError(f"no target share for {', '.join(missing)}")
+    total_mass = sum(present.values())
+    total_target = sum(wanted[domain] for domain in present)
+    if total_target <= 0:
+        raise ValueError("the target shares of all domains present are zero")
+    return {
+        domain: (wanted[domain] / total_target) / (value / total_mass) for domain, value in present.items()
+    }

@@ -1,0 +1,125 @@
+"""Causal language models from transformers: bodies without weights, and last hidden states.
+
+A *body* is the transformer without its prediction head; its output is the hidden state after the final
+norm. The head is applied in the loss and in sampling, over the true vocabulary only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mergeopd.errors import ModelError
+from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.facts import ModelFacts, head_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def build_skeleton(folder: Path, device: torch.device) -> PreTrainedModel:
+    """The model of `folder` in evaluation mode, parameters on the meta device (no memory), buffers real.
+
+    Raises ModelError when transformers does not know the architecture. Code shipped with a checkpoint is
+    never executed.
+    """
+    from accelerate import init_empty_weights
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ModelError(f"{folder}: transformers cannot build this model: {reason}") from error
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def tensor_names(facts: ModelFacts, checkpoint: Checkpoint) -> dict[str, str]:
+    """Parameter name -> name of the tensor that holds it; a tied head is its embedding and has no entry.
+
+    Raises ModelError when the head's tensor is missing or ambiguous.
+    """
+    head = head_tensor(facts, checkpoint)
+    names = {name: name for name in checkpoint.tensors if name != facts.head_name}
+    names[facts.embedding_name if facts.tied else facts.head_name] = head
+    return names
+
+
+def check_fit(model: nn.Module, facts: ModelFacts, checkpoint: Checkpoint) -> None:
+    """Compare the tensors a checkpoint has with those its model wants, from headers alone.
+
+    Raises ModelError naming the first differences.
+    """
+    tied_head = {facts.head_name} if facts.tied else set()
+    parameters = model.named_parameters(remove_duplicate=False)
+    wanted = {name: tuple(p.shape) for name, p in parameters if name not in tied_head}
+    given = {name: checkpoint.tensors[t].shape for name, t in tensor_names(facts, checkpoint).items()}
+    problems = [f"has {name}, which the model does not know" for name in given if name not in wanted]
+    problems += [f"has no {name}" for name in wanted if name not in given]
+    problems += [
+        f"has {name} with shape {list(shape)}, the config says {list(wanted[name])}"
+        for name, shape in given.items()
+        if wanted.get(name, shape) != shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ModelError(
+            f"{facts.folder}: weights and config.json are not of one model: "
+            f"it {'; it '.join(problems[:3])}{more}"
+        )
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put `weights` (full parameter names) in place of the parameters of the same names, without a copy."""
+    for name, tensor in weights.items():
+        module_name, _, leaf = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        requires_grad = module.get_parameter(leaf).requires_grad
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=requires_grad)
+
+
+def empty(model: nn.Module) -> None:
+    """Put every parameter back on the meta device, so that its memory can be freed."""
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                meta = torch.empty_like(parameter, device="meta")
+                module._parameters[leaf] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
+
+
+def response_hidden(
+    body: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    device: torch.device,
+) -> Tensor:
+    """Hidden states that predict the response tokens: `[sum of response lengths, d]`, responses in order.
+
+    Row t of a response is the state after `prompt + response[:t]`, so it predicts `response[t]`. Sequences
+    are padded on the right, where causal attention never looks, so no mask is needed. Every prompt must
+    have a token. Rows keep their gradient when the body's parameters have one.
+    """
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    width = max(lengths)
+    ids = torch.zeros(len(lengths), width, dtype=torch.long)
+    rows: list[Tensor] = []
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        ids[i, : lengths[i]] = torch.tensor([*prompt, *response], dtype=torch.long)
+        first = i * width + len(prompt) - 1
+        rows.append(torch.arange(first, first + len(response)))
+    hidden = body(input_ids=ids.to(device), use_cache=False).last_hidden_state
+    rows_ND: Tensor = hidden.flatten(0, 1).index_select(0, torch.cat(rows).to(device))
+    return rows_ND

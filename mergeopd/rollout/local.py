@@ -1,0 +1,182 @@
+"""Batched sampling in the training process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mergeopd.loss.heads import Head, Projection
+from mergeopd.loss.workspace import Workspace
+from mergeopd.rollout.keyed import stream_key, uniforms
+from mergeopd.rollout.sampling import sample
+from mergeopd.types import Finish, Sampling
+
+# Rows that have finished are dropped from the batch once this share of it is still writing.
+_COMPACT_BELOW = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One answer to write: `key` and `sample` name its random stream."""
+
+    key: str
+    sample: int
+    prompt_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """Written ids (the stop token included), their log-probabilities when sampled, and why it ended."""
+
+    response_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish: Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """A model that writes: body, prediction head, the ids that end its answers, and its decoder."""
+
+    body: nn.Module
+    head: Head
+    eos_ids: Collection[int]
+    decode: Callable[[Sequence[int]], str]
+    device: torch.device
+
+
+def generate(
+    writer: Writer,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    *,
+    seed: int,
+    batch_size: int,
+    progress: Callable[[int], None],
+) -> list[Completion]:
+    """Write an answer to every request, in the order of the requests.
+
+    Requests are decoded in batches of similar prompt length; a sequence that ends leaves its batch. The
+    result does not depend on the batching beyond floating-point error of the logits. `progress` is called
+    with the number of answers written so far.
+    """
+    order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
+    completions: dict[int, Completion] = {}
+    was_training = writer.body.training
+    writer.body.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = _Decoding(writer, [requests[i] for i in chosen], sampling, seed)
+            completions.update(zip(chosen, batch.run(), strict=True))
+            progress(len(completions))
+    finally:
+        writer.body.train(was_training)
+    return [completions[i] for i in range(len(requests))]
+
+
+class _Decoding:
+    """One batch from prompt to last token. Prompts are padded on the left."""
+
+    def __init__(self, writer: Writer, requests: Sequence[Request], sampling: Sampling, seed: int) -> None:
+        self._writer = writer
+        self._sampling = sampling
+        device = writer.device
+        lengths = [len(request.prompt_ids) for request in requests]
+        width = max(lengths)
+        self._width = width
+        self._ids = torch.zeros(len(requests), width, dtype=torch.long)
+        self._mask = torch.ones(len(requests), width + sampling.max_new_tokens, dtype=torch.long)
+        for row, request in enumerate(requests):
+            self._ids[row, width - lengths[row] :] = torch.tensor(request.prompt_ids)
+            self._mask[row, : width - lengths[row]] = 0
+        self._padded = min(lengths) < width
+        self._ids, self._mask = self._ids.to(device), self._mask.to(device)
+        self._position = torch.tensor(lengths, device=device)
+        keys = [stream_key(seed, request.key, request.sample) for request in requests]
+        self._uniform = torch.from_numpy(uniforms(keys, sampling.max_new_tokens)).to(device)
+        self._rows = list(range(len(requests)))  # batch row -> index of the request
+        self._tokens: list[list[int]] = [[] for _ in requests]
+        self._logprobs: list[list[float]] = [[] for _ in requests]
+        self._finish: dict[int, Finish] = {}
+        self._workspace = Workspace()
+
+    @torch.no_grad()
+    def run(self) -> list[Completion]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self._writer.body.config)
+        first = torch.arange(self._width, device=self._ids.device)
+        pad = (self._width - self._position)[:, None]
+        hidden = self._forward(self._ids, (first[None] - pad).clamp(min=0), cache, self._width)
+        for step in range(self._sampling.max_new_tokens):
+            token = self._take(hidden, step)
+            alive = [i for i, row in enumerate(self._rows) if row not in self._finish]
+            if not alive:
+                break
+            if len(alive) < _COMPACT_BELOW * len(self._rows):
+                token = self._compact(alive, token, cache)
+            if step + 1 < self._sampling.max_new_tokens:
+                hidden = self._forward(token[:, None], self._position[:, None], cache, self._width + step + 1)
+                self._position = self._position + 1
+        return [
+            Completion(tuple(tokens), tuple(logprobs), self._finish.get(row, "length"))
+            for row, (tokens, logprobs) in enumerate(zip(self._tokens, self._logprobs, strict=True))
+        ]
+
+    def _forward(self, ids: Tensor, position: Tensor, cache: object, seen: int) -> Tensor:
+        """Hidden state of the last position, `[rows, d]`."""
+        output = self._writer.body(
+            input_ids=ids,
+            # Without padding a mask would only cost time.
+            attention_mask=self._mask[:, :seen] if self._padded else None,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        hidden: Tensor = output.last_hidden_state[:, -1]
+        return hidden
+
+    def _take(self, hidden: Tensor, step: int) -> Tensor:
+        """Sample the next token of every row and book it for the rows that still write."""
+        logits = self._logits(hidden)
+        token, logprob = sample(
+            logits, self._uniform[:, step], self._sampling.temperature, self._sampling.top_p
+        )
+        for row, one, lp in zip(self._rows, token.tolist(), logprob.tolist(), strict=True):
+            if row in self._finish:
+                continue
+            self._tokens[row].append(one)
+            self._logprobs[row].append(lp)
+            if one in self._writer.eos_ids:
+                self._finish[row] = "eos"
+            elif self._sampling.stop and self._has_stopped(self._tokens[row]):
+                self._finish[row] = "stop"
+        return token
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """`[rows, V]` over the true vocabulary, in a buffer that the next step reuses."""
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        projection = Projection("rollout", self._writer.head, hidden, 1.0, dtype, self._workspace)
+        logits = projection.raw_logits(slice(0, len(hidden)))
+        projection.finish_logits(logits)
+        return logits
+
+    def _has_stopped(self, tokens: list[int]) -> bool:
+        # A token stands for at least one byte, so this many of them hold any stop text that just ended.
+        longest = max(len(stop.encode()) for stop in self._sampling.stop)
+        tail = self._writer.decode(tokens[-longest - 1 :])
+        return any(stop in tail for stop in self._sampling.stop)
+
+    def _compact(self, alive: list[int], token: Tensor, cache: object) -> Tensor:
+        keep = torch.tensor(alive, device=token.device)
+        cache.batch_select_indices(keep)  # type: ignore[attr-defined]
+        self._rows = [self._rows[i] for i in alive]
+        self._mask, self._position, self._uniform = (
+            self._mask[keep],
+            self._position[keep],
+            self._uniform[keep],
+        )
+        return token[keep]

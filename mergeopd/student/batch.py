@@ -1,0 +1,26 @@
+"""What a student backend gets to see of an update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mergeopd.loss.heads import Hidden
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Answers that share one set of teachers; N is the number of their response tokens, in order.
+
+    `targets` holds one entry per teacher (K), `teacher_weight_KN` and `nll_weight_N` carry every factor and
+    denominator, so the loss of an update is the plain sum over its micro-batches.
+    """
+
+    rollouts: tuple[int, ...]
+    teachers: tuple[str, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    responses: tuple[tuple[int, ...], ...]
+    targets: tuple[Hidden, ...]
+    teacher_weight_KN: Tensor
+    nll_weight_N: Tensor

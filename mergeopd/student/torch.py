@@ -1,0 +1,196 @@
+"""The reference student: one process, one device, AdamW over float32 master weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mergeopd.errors import NumericsError, StorageError
+from mergeopd.loss.fused import TokenStats, fused_loss
+from mergeopd.loss.heads import Head
+from mergeopd.loss.objective import DistillationObjective
+from mergeopd.loss.workspace import Workspace
+from mergeopd.models.causal import DTYPES, build_skeleton, check_fit, fill, response_hidden, tensor_names
+from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.facts import ModelFacts
+from mergeopd.recipe.schema import Optimizer
+from mergeopd.student.batch import MicroBatch
+
+# Files beside the weights that belong to an exported model, where the source folder has them.
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+class TorchStudent:
+    """A Hugging Face model under training.
+
+    `dtype` is that of the forward pass. In bfloat16 the optimizer works on float32 master weights and on
+    gradients summed in float32, and the rounded weights follow after each update. Dropout stays off: the
+    student must be the policy that sampled.
+    """
+
+    def __init__(
+        self, folder: Path, *, dtype: str, num_valid: int, optimizer: Optimizer, device: torch.device
+    ) -> None:
+        self._folder = folder
+        self._device = device
+        self._facts = ModelFacts.read(folder)
+        self._model = build_skeleton(folder, device)
+        checkpoint = Checkpoint.open(folder)
+        check_fit(self._model, self._facts, checkpoint)
+        weights = {
+            # A copy: the file's pages are read-only and belong to the file cache.
+            name: checkpoint.read(tensor).to(device=device, dtype=DTYPES[dtype], copy=True)
+            for name, tensor in tensor_names(self._facts, checkpoint).items()
+        }
+        fill(self._model, weights)
+        self._model.tie_weights()
+        self._model.requires_grad_(True)
+        self.body = self._model.base_model
+        self._num_valid = num_valid
+        self._parameters = dict(self._model.named_parameters())
+        self._masters = {
+            name: p if p.dtype in (torch.float32, torch.float64) else p.detach().float()
+            for name, p in self._parameters.items()
+        }
+        matrices = [p for p in self._masters.values() if p.ndim > 1]
+        vectors = [p for p in self._masters.values() if p.ndim <= 1]
+        self._adamw = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": optimizer.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=0.0,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            fused=True,
+        )
+        self._masters_are_double = DTYPES[dtype] == torch.float64
+        self._clip_grad = optimizer.clip_grad
+        self._workspace = Workspace()
+
+    @property
+    def statistics_dtype(self) -> torch.dtype:
+        """Precision of losses and per-token weights."""
+        return torch.float64 if self._masters_are_double else torch.float32
+
+    @property
+    def head(self) -> Head:
+        """The prediction head as it is now, over the true vocabulary."""
+        facts = self._facts
+        weight = self._parameters[facts.embedding_name if facts.tied else facts.head_name]
+        return Head(
+            weight=weight,
+            bias=self._parameters[facts.head_bias_name] if facts.head_bias_name else None,
+            scale=facts.logit_scale,
+            softcap=facts.softcap,
+            num_valid=self._num_valid,
+        )
+
+    def accumulate(self, micro: MicroBatch, objective: DistillationObjective) -> TokenStats:
+        """Add the gradient of one micro-batch; returns the statistics of its response tokens."""
+        hidden = response_hidden(self.body, micro.prompts, micro.responses, self._device)
+        labels = torch.tensor([t for r in micro.responses for t in r], device=self._device)
+        loss, stats = fused_loss(
+            hidden,
+            self.head,
+            micro.targets,
+            labels,
+            objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N),
+            divergences=objective.divergences,
+            temperature=objective.temperature,
+            workspace=self._workspace,
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._collect_gradients()
+        return stats
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradient accumulated so far, by parameter name, in master precision."""
+        return {name: p.grad for name, p in self._masters.items() if p.grad is not None}
+
+    def apply(self, lr: float) -> float:
+        """One optimizer update with the accumulated gradient; returns its norm before clipping.
+
+        Raises NumericsError, and changes no weight, when the norm is not finite.
+        """
+        gradients = list(self.gradients().values())
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            raise NumericsError(
+                "the gradient is NaN or infinite; the weights are unchanged. "
+                "Lower optimizer.lr, or use student.dtype: float32"
+            )
+        if self._clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(list(self._masters.values()), self._clip_grad, norm)
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
+        self._publish()
+        return float(norm)
+
+    def state(self) -> dict[str, Tensor]:
+        """Master weights and optimizer moments, flat, for a checkpoint."""
+        tensors = {f"master.{name}": p.detach() for name, p in self._masters.items()}
+        for name, p in self._masters.items():
+            for key, value in self._adamw.state.get(p, {}).items():
+                tensors[f"adamw.{key}.{name}"] = value
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from `state()`. Raises StorageError when it belongs to another model."""
+        expected = {f"master.{name}" for name in self._masters}
+        found = {key for key in tensors if key.startswith("master.")}
+        if expected != found:
+            odd = ", ".join(sorted(expected ^ found)[:3])
+            raise StorageError(f"the checkpoint is not of this student: {odd} on one side only")
+        with torch.no_grad():
+            for name, p in self._masters.items():
+                p.copy_(tensors[f"master.{name}"])
+                moments = {
+                    key: tensors[f"adamw.{key}.{name}"].to(p.device if key != "step" else "cpu")
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"adamw.{key}.{name}" in tensors
+                }
+                if moments:
+                    self._adamw.state[p] = moments
+        self._publish()
+
+    def export(self, folder: Path) -> None:
+        """Write a Hugging Face folder: safetensors, config, tokenizer, generation config."""
+        self._model.save_pretrained(folder)
+        for name in _COMPANIONS:
+            if (self._folder / name).is_file():
+                shutil.copyfile(self._folder / name, folder / name)
+
+    def _collect_gradients(self) -> None:
+        """bfloat16 gradients are summed in float32, outside the parameters."""
+        for name, master in self._masters.items():
+            parameter = self._parameters[name]
+            if master is parameter or parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        for name, master in self._masters.items():
+            if master is not self._parameters[name]:
+                self._parameters[name].copy_(master)

@@ -1,0 +1,146 @@
+"""Teachers live on disk; one is in memory during its turn and gone after it.
+
+Weights are read tensor by tensor from memory-mapped safetensors. On a CPU, where the file already has the
+computing precision, nothing is copied: the pages belong to the file cache, not to the process. A teacher's
+prediction head is not part of its turn; the update fetches it, keyed by checkpoint, so teachers that share
+one checkpoint share one head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mergeopd.errors import TeacherError
+from mergeopd.loss.heads import Head
+from mergeopd.models.batching import length_batches
+from mergeopd.models.causal import (
+    DTYPES,
+    build_skeleton,
+    check_fit,
+    empty,
+    fill,
+    response_hidden,
+    tensor_names,
+)
+from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.facts import ModelFacts, head_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherSource:
+    """Where a teacher's weights lie and how they are used. `num_valid` is its true vocabulary."""
+
+    model: Path
+    dtype: str
+    num_valid: int
+
+
+class LoadedTeacher:
+    """A teacher during its turn."""
+
+    def __init__(self, name: str, body: nn.Module, device: torch.device) -> None:
+        self.name = name
+        self.body = body
+        self._device = device
+
+    @torch.no_grad()
+    def hidden(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], max_tokens: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield `(index, [response length, d_T])` for every pair, in batches of at most `max_tokens`.
+
+        Raises TeacherError when a hidden state is not finite.
+        """
+        lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+        for batch in length_batches(lengths, max_tokens):
+            sizes = [len(responses[i]) for i in batch]
+            states = response_hidden(
+                self.body, [prompts[i] for i in batch], [responses[i] for i in batch], self._device
+            )
+            if not torch.isfinite(states).all():
+                raise TeacherError(
+                    f"teacher {self.name!r} produced NaN or infinite hidden states; "
+                    "its weights are damaged or its dtype is too narrow (try dtype: float32)"
+                )
+            # A clone each: a view would keep the whole batch alive when most of it is spilled or dropped.
+            for index, rows in zip(batch, torch.split(states, sizes), strict=True):
+                yield index, rows.clone()
+
+
+class TeacherStore:
+    """All teachers of a run, by name. Raises ModelError when a checkpoint does not fit its config.
+
+    `bytes_read` counts checkpoint bytes brought in: headers and tensors of every turn, and every head.
+    """
+
+    def __init__(self, sources: Mapping[str, TeacherSource], device: torch.device) -> None:
+        self._sources = dict(sources)
+        self._device = device
+        self._checkpoints = {name: Checkpoint.open(s.model) for name, s in self._sources.items()}
+        self._facts = {name: ModelFacts.read(s.model) for name, s in self._sources.items()}
+        self._skeletons: dict[str, PreTrainedModel] = {}
+        self._heads: dict[tuple[str, str, int], Head] = {}
+        self.bytes_read = 0
+        for name, checkpoint in self._checkpoints.items():
+            check_fit(self._skeleton(name), self._facts[name], checkpoint)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[LoadedTeacher]:
+        """Bring a teacher's body in; it is dropped when the context ends."""
+        facts, checkpoint = self._facts[name], self._checkpoints[name]
+        model = self._skeleton(name)
+        head = {facts.head_name, facts.head_bias_name}
+        body = {p: t for p, t in tensor_names(facts, checkpoint).items() if p not in head}
+        try:
+            fill(model, {parameter: self._read(name, tensor) for parameter, tensor in body.items()})
+            self.bytes_read += checkpoint.header_bytes
+            yield LoadedTeacher(name, model.base_model, self._device)
+        finally:
+            empty(model)
+
+    def heads(self, names: Iterable[str]) -> dict[str, Head]:
+        """The prediction heads of these teachers; heads of all others are dropped."""
+        wanted = {name: self._head_key(name) for name in names}
+        self._heads = {key: head for key, head in self._heads.items() if key in wanted.values()}
+        for name, key in wanted.items():
+            if key not in self._heads:
+                self._heads[key] = self._load_head(name)
+        return {name: self._heads[key] for name, key in wanted.items()}
+
+    def _head_key(self, name: str) -> tuple[str, str, int]:
+        source = self._sources[name]
+        return self._checkpoints[name].fingerprint, source.dtype, source.num_valid
+
+    def _load_head(self, name: str) -> Head:
+        facts, checkpoint = self._facts[name], self._checkpoints[name]
+        return Head(
+            weight=self._read(name, head_tensor(facts, checkpoint)),
+            bias=self._read(name, facts.head_bias_name) if facts.head_bias_name else None,
+            scale=facts.logit_scale,
+            softcap=facts.softcap,
+            num_valid=self._sources[name].num_valid,
+        )
+
+    def _read(self, name: str, tensor_name: str) -> Tensor:
+        checkpoint = self._checkpoints[name]
+        tensor = checkpoint.read(tensor_name)
+        self.bytes_read += checkpoint.tensors[tensor_name].num_bytes
+        return tensor.to(device=self._device, dtype=DTYPES[self._sources[name].dtype])
+
+    def _skeleton(self, name: str) -> PreTrainedModel:
+        """Teachers with the same config share one skeleton; it weighs nothing between turns."""
+        folder = self._sources[name].model
+        config = (folder / "config.json").read_text(encoding="utf-8")
+        if config not in self._skeletons:
+            self._skeletons[config] = build_skeleton(folder, self._device)
+        return self._skeletons[config]

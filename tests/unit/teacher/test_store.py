@@ -1,0 +1,150 @@
+"""Teachers score as the Hugging Face model does, are gone after their turn, and are counted honestly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mergeopd.errors import ModelError, TeacherError
+from mergeopd.teacher.cache import HiddenCache
+from mergeopd.teacher.store import TeacherSource, TeacherStore
+
+CPU = torch.device("cpu")
+PROMPTS = [(1, 2, 3, 4), (5, 6), (7, 8, 9)]
+RESPONSES = [(10, 11), (12, 13, 14, 15, 16), (17,)]
+
+
+def scored(store: TeacherStore, name: str, max_tokens: int = 1000, prompts=PROMPTS) -> list[torch.Tensor]:
+    with store.open(name) as teacher:
+        found = dict(teacher.hidden(prompts, RESPONSES, max_tokens))
+    return [found[i] for i in range(len(prompts))]
+
+
+def reference_logits(folder: Path, prompts=PROMPTS) -> list[torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return [
+            model(torch.tensor([[*p, *r]])).logits[0, len(p) - 1 : len(p) + len(r) - 1]
+            for p, r in zip(prompts, RESPONSES, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("max_tokens", [1, 8, 1000])
+def test_hidden_states_times_head_are_the_models_logits(
+    make_model: Callable[..., Path], tied: bool, max_tokens: int
+) -> None:
+    folder = make_model("t", tied=tied)
+    store = TeacherStore({"t": TeacherSource(folder, "float32", 37)}, CPU)
+    hidden = scored(store, "t", max_tokens)
+    weight = store.heads(["t"])["t"].weight
+    for states, expected in zip(hidden, reference_logits(folder), strict=True):
+        assert torch.allclose(states @ weight.T, expected, atol=2e-5)
+
+
+def test_a_longer_template_scores_as_the_model_does_and_a_shift_explodes(
+    make_model: Callable[..., Path],
+) -> None:
+    """The teacher's prompt may be 7 tokens longer than the student's; rows still belong to the response."""
+    folder = make_model("t", seed=4, spread=0.6)
+    longer = [(20, 21, 22, 23, 24, 25, 26, *p) for p in PROMPTS]
+    store = TeacherStore({"t": TeacherSource(folder, "float32", 37)}, CPU)
+    weight = store.heads(["t"])["t"].weight
+    logits = torch.cat(scored(store, "t", prompts=longer)) @ weight.T
+    expected = torch.cat(reference_logits(folder, longer))
+
+    def divergence(a: torch.Tensor, b: torch.Tensor) -> float:
+        p, q = a.log_softmax(-1), b.log_softmax(-1)
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    assert divergence(expected, logits) < 1e-9
+    shifted = torch.cat([x.roll(1, 0) for x in logits.split([len(r) for r in RESPONSES]) if len(x) > 1])
+    unshifted = torch.cat([x for x in expected.split([len(r) for r in RESPONSES]) if len(x) > 1])
+    assert divergence(unshifted, shifted) > 0.5
+
+
+def test_bytes_read_are_the_files_bytes_for_a_round_of_scoring_and_update(
+    make_model: Callable[..., Path],
+) -> None:
+    folders = {name: make_model(name, tied=False, seed=i) for i, name in enumerate("abc")}
+    store = TeacherStore({n: TeacherSource(f, "float32", 37) for n, f in folders.items()}, CPU)
+    size = sum((f / "model.safetensors").stat().st_size for f in folders.values())
+    for rounds in (1, 2):
+        for name in folders:
+            scored(store, name)
+        for name in folders:
+            store.heads([name])
+        store.heads([])
+        assert store.bytes_read == rounds * size
+
+
+def test_nothing_stays_after_the_turn(make_model: Callable[..., Path]) -> None:
+    store = TeacherStore({"t": TeacherSource(make_model("t"), "float32", 37)}, CPU)
+    with store.open("t") as teacher:
+        body = teacher.body
+        assert not any(p.is_meta for p in body.parameters())
+    assert all(p.is_meta for p in body.parameters())
+
+
+def test_teachers_that_share_a_checkpoint_share_its_head_and_no_alias_reaches_another(
+    make_model: Callable[..., Path],
+) -> None:
+    one, other = make_model("one", seed=1), make_model("other", seed=2)
+    store = TeacherStore(
+        {
+            "a": TeacherSource(one, "float32", 37),
+            "b": TeacherSource(one, "float32", 37),
+            "c": TeacherSource(other, "float32", 37),
+        },
+        CPU,
+    )
+    heads = store.heads(["a", "b", "c"])
+    assert heads["a"] is heads["b"]
+    assert not torch.equal(heads["a"].weight, heads["c"].weight)
+
+
+def test_a_teacher_with_nan_is_named(make_model: Callable[..., Path]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = make_model("bad")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    store = TeacherStore({"broken": TeacherSource(folder, "float32", 37)}, CPU)
+    with pytest.raises(TeacherError, match="'broken' produced NaN"):
+        scored(store, "broken")
+
+
+def test_a_checkpoint_that_does_not_fit_its_config_is_refused(make_model: Callable[..., Path]) -> None:
+    import json
+
+    folder = make_model("odd")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(ModelError, match="must be equal to the number of `layer_types`"):
+        TeacherStore({"t": TeacherSource(folder, "float32", 37)}, CPU)
+    more = {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+    (folder / "config.json").write_text(json.dumps({**config, **more}))
+    with pytest.raises(ModelError, match=r"it has no model.layers.2\S+; .*and 8 more"):
+        TeacherStore({"t": TeacherSource(folder, "float32", 37)}, CPU)
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    with pytest.raises(
+        ModelError, match=r"gate_proj.weight with shape \[64, 32\], the config says \[48, 32\]"
+    ):
+        TeacherStore({"t": TeacherSource(folder, "float32", 37)}, CPU)
+
+
+def test_cache_keeps_rows_by_rollout_and_refuses_doubles() -> None:
+    cache = HiddenCache()
+    cache.put("t", 1, torch.ones(2, 3))
+    cache.put("t", 0, torch.zeros(1, 3))
+    assert cache.gather("t", [1, 0]).tolist() == [[1.0] * 3, [1.0] * 3, [0.0] * 3]
+    assert cache.num_bytes == 36
+    with pytest.raises(KeyError, match="already"):
+        cache.put("t", 1, torch.ones(2, 3))
+    with pytest.raises(KeyError):
+        cache.gather("other", [0])
