@@ -94,7 +94,7 @@ Teacher = Annotated[TeacherRef, BeforeValidator(_card_shorthand, json_schema_inp
 class ExactVerifier(Strict):
     """Right when the answer, stripped of outer white space, equals the reference."""
 
-    kind: Literal["exact"]
+    kind: Literal["exact"] = Field(description="names the verifier")
     ignore_case: Annotated[bool, Field(strict=True)] = Field(
         default=False, description="compare without regard to upper and lower case"
     )
@@ -103,7 +103,7 @@ class ExactVerifier(Strict):
 class RegexVerifier(Strict):
     """Right when the pattern matches; with a group named `answer`, that group must equal the reference."""
 
-    kind: Literal["regex"]
+    kind: Literal["regex"] = Field(description="names the verifier")
     pattern: str = Field(description="Python regular expression, searched in the whole answer")
 
     @field_validator("pattern")
@@ -119,14 +119,14 @@ class RegexVerifier(Strict):
 class NumberVerifier(Strict):
     """Right when the final number equals the reference's final number (after `####` where there is one)."""
 
-    kind: Literal["number"]
+    kind: Literal["number"] = Field(description="names the verifier")
     tolerance: Weight = Field(default=0.0, description="largest absolute difference that still counts")
 
 
 class JsonVerifier(Strict):
     """Right when the answer is JSON and equal to the reference, key order and white space apart."""
 
-    kind: Literal["json"]
+    kind: Literal["json"] = Field(description="names the verifier")
     schema_file: str | None = Field(
         default=None, description="JSON Schema file; then the answer must satisfy it and needs no reference"
     )
@@ -135,7 +135,7 @@ class JsonVerifier(Strict):
 class UserVerifier(Strict):
     """A function `(answer: str, reference: str | None) -> float` in [0, 1], named in `allow_code`."""
 
-    kind: Literal["user"]
+    kind: Literal["user"] = Field(description="names the verifier")
     function: FunctionPath = Field(description="`package.module:function`")
 
 
@@ -226,7 +226,7 @@ class EvalSource(PromptSource):
 class LocalRollout(Strict):
     """Sampling inside the training process."""
 
-    engine: Literal["local"] = "local"
+    engine: Literal["local"] = Field(default="local", description="what writes the student's answers")
     samples_per_prompt: PositiveInt = Field(default=1, description="answers per prompt and round")
     temperature: Annotated[float, Field(gt=0.0, le=10.0, strict=True)] = Field(
         default=1.0, description="divides the logits that are sampled from"
@@ -242,9 +242,9 @@ class LocalRollout(Strict):
 class Ramp(Strict):
     """A value that moves linearly from `start` to `end` during the first `updates` of the phase."""
 
-    start: Fraction
-    end: Fraction
-    updates: PositiveInt
+    start: Fraction = Field(description="value at the phase's first update")
+    end: Fraction = Field(description="value from then on")
+    updates: PositiveInt = Field(description="length of the ramp, in updates of the phase")
 
 
 class TextMixture(Strict):
@@ -260,7 +260,7 @@ Text = Literal["student", "teacher", "dataset"] | TextMixture
 class JsdTerm(Strict):
     """Generalised Jensen-Shannon divergence `beta KL(T||M) + (1-beta) KL(S||M)`, M = beta T + (1-beta) S."""
 
-    weight: Weight = 1.0
+    weight: Weight = Field(default=1.0, description="weight of the term")
     beta: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] = Field(
         default=0.5, description="weight of the teacher in the mixture; the ends are forward and reverse KL"
     )
@@ -339,7 +339,7 @@ class Phase(Strict):
     reduce: Literal["token", "sequence"] = Field(
         default="token", description="mean over all tokens, or over answers of each one's token mean"
     )
-    balance: Balance = Balance()
+    balance: Balance = Field(default=Balance(), description="how domains share the loss")
     lr_scale: Weight = Field(default=1.0, description="multiplies the learning rate during the phase")
 
 
@@ -347,16 +347,26 @@ class Optimizer(Strict):
     """AdamW; the schedule spans all phases."""
 
     lr: Weight = Field(default=1e-6, description="peak learning rate")
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)] = 1e-8
-    weight_decay: Weight = 0.0
-    warmup_updates: Annotated[int, Field(ge=0, strict=True)] = 0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    betas: tuple[Fraction, Fraction] = Field(
+        default=(0.9, 0.95), description="decay of the running means of gradient and squared gradient"
+    )
+    eps: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)] = Field(
+        default=1e-8, description="added to the root of the mean squared gradient"
+    )
+    weight_decay: Weight = Field(
+        default=0.0, description="decoupled decay of matrices; biases and norms have none"
+    )
+    warmup_updates: Annotated[int, Field(ge=0, strict=True)] = Field(
+        default=0, description="updates during which the learning rate rises linearly to its peak"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="the learning rate after the warm-up, until the last update"
+    )
     final_lr_fraction: Fraction = Field(
         default=0.0, description="where linear and cosine end, relative to lr"
     )
     clip_grad: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)] | None = Field(
-        default=1.0, description="largest gradient norm"
+        default=1.0, description="largest gradient norm; null: no clipping"
     )
 
 
@@ -366,9 +376,13 @@ class Optimizer(Strict):
 class Evaluation(Strict):
     """Greedy accuracy of base, experts, weight average and student, after the run and by `mergeopd eval`."""
 
-    prompts: Annotated[tuple[EvalSource, ...], Field(min_length=1)]
-    max_new_tokens: PositiveInt | None = Field(default=None, description="default: the rollout's")
-    batch_size: PositiveInt = 256
+    prompts: Annotated[tuple[EvalSource, ...], Field(min_length=1)] = Field(
+        description="what to measure on, one entry for each file"
+    )
+    max_new_tokens: PositiveInt | None = Field(
+        default=None, description="longest answer, in tokens; default: the rollout's"
+    )
+    batch_size: PositiveInt = Field(default=256, description="sequences decoded together")
 
 
 class Checkpoints(Strict):
@@ -394,13 +408,13 @@ class Recipe(Strict):
     prompts: Annotated[tuple[TrainSource, ...], Field(min_length=1)] = Field(
         description="what to train on, one entry for each file"
     )
-    rollout: LocalRollout = LocalRollout()
+    rollout: LocalRollout = Field(default=LocalRollout(), description="how answers are sampled")
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = Field(
         description="stretches of training, in order"
     )
-    optimizer: Optimizer = Optimizer()
-    evaluation: Evaluation | None = None
-    checkpoint: Checkpoints = Checkpoints()
+    optimizer: Optimizer = Field(default=Optimizer(), description="how the student is updated")
+    evaluation: Evaluation | None = Field(default=None, description="what is measured at the end")
+    checkpoint: Checkpoints = Field(default=Checkpoints(), description="when the run is saved")
     allow_code: tuple[FunctionPath, ...] = Field(
         default=(), description="functions of yours that this recipe may import and call"
     )
