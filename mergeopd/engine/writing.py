@@ -93,7 +93,7 @@ def dataset_rollout(task: Task, student: Dialect) -> Rollout:
         prompt=task.prompt,
         sample=task.occurrence,
         prompt_ids=student.render(task.prompt),
-        response_ids=(*ids, student.tokenizer.eos_id),
+        response_ids=(*ids, student.end_id),
         origin="dataset",
         finish="eos",
     )
@@ -177,7 +177,7 @@ class TeacherTexts:
 def _closed(text: Completion, student: Dialect) -> tuple[int, ...]:
     if text.finish != "eos" or text.response_ids[-1] in student.eos_ids:
         return text.response_ids
-    return (*text.response_ids[:-1], student.tokenizer.eos_id)
+    return (*text.response_ids[:-1], student.end_id)
 
 
 def answer_text(

@@ -101,19 +101,26 @@ class TorchStudent:
         )
 
     def accumulate(self, micro: MicroBatch, objective: DistillationObjective) -> TokenStats:
-        """Add the gradient of one micro-batch; returns the statistics of its response tokens."""
+        """Add the gradient of one micro-batch; returns the statistics of its response tokens.
+
+        Raises NumericsError when the student's or a teacher's distribution is not finite.
+        """
         hidden = response_hidden(self.body, micro.prompts, micro.responses, self._device)
         labels = torch.tensor([t for r in micro.responses for t in r], device=self._device)
-        loss, stats = fused_loss(
-            hidden,
-            self.head,
-            micro.targets,
-            labels,
-            objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N),
-            divergences=objective.divergences,
-            temperature=objective.temperature,
-            workspace=self._workspace,
-        )
+        try:
+            loss, stats = fused_loss(
+                hidden,
+                self.head,
+                micro.targets,
+                labels,
+                objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N),
+                divergences=objective.divergences,
+                temperature=objective.temperature,
+                workspace=self._workspace,
+            )
+        except ArithmeticError as error:
+            names = ", ".join(f"{k} = {name}" for k, name in enumerate(micro.teachers))
+            raise NumericsError(f"{error} (targets: {names or 'none'})") from error
         loss.backward()  # type: ignore[no-untyped-call]
         self._collect_gradients()
         return stats
