@@ -136,7 +136,7 @@ class UserVerifier(Strict):
     """A function `(answer: str, reference: str | None) -> float` in [0, 1], named in `allow_code`."""
 
     kind: Literal["user"] = Field(description="names the verifier")
-    function: FunctionPath = Field(description="`package.module:function`")
+    function: FunctionPath = Field(description="the function, as it stands in `allow_code`")
 
 
 Verifier = Annotated[
@@ -262,7 +262,8 @@ class JsdTerm(Strict):
 
     weight: Weight = Field(default=1.0, description="weight of the term")
     beta: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] = Field(
-        default=0.5, description="weight of the teacher in the mixture; the ends are forward and reverse KL"
+        default=0.5,
+        description="weight of the teacher in M; at the ends, 0 and 1, the divergence would vanish",
     )
 
 

@@ -1,0 +1,145 @@
+"""Writes docs/recipe.md, the reference of recipes and teacher cards, from the schema's own descriptions.
+
+python tools/make_recipe_reference.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mergeopd.recipe.jsonschema import model_schema
+from mergeopd.recipe.schema import FUNCTION_PATTERN, NAME_PATTERN, Recipe, Strict, TeacherCard
+
+OUT = Path(__file__).parents[1] / "docs" / "recipe.md"
+INTRODUCTION = """\
+# Recipe reference
+
+Made from `mergeopd/recipe/schema.py` by `tools/make_recipe_reference.py`; do not edit by hand.
+The [README](../README.md#a-recipe-of-your-own) explains how the parts belong together.
+
+What holds everywhere:
+
+- **Strict**: an unknown key is an error, a quoted number is text, a boolean is no number.
+- **Paths** start from the project folder: the parent of the nearest folder named `recipes` (`teachers` for a
+  card) above the file that contains the path; without one, that file's own folder. `~` is the home folder.
+- **Models** are folders, or hub ids that are in the local cache already. Nothing is downloaded.
+- **`extends: other.yaml`** at the top of a recipe takes another one, relative to this file, as the base (of a
+  list, later ones win). Mappings are merged key by key; lists and values are replaced.
+- **`${NAME}`** and `${NAME:-default}` are filled in from the environment; `$${` stands for a literal `${`.
+- **`--set key.path=value`** on the command line wins over all; entries of lists are named by their index:
+  `--set phases.1.updates=40`.
+- A **name** has letters, digits, `_`, `.` and `-`; a **function** is written `package.module:function`.
+"""
+
+Schema = Mapping[str, Any]
+
+
+def reference() -> str:
+    """The whole document."""
+    parts = [INTRODUCTION, *_document(Recipe, "Recipe", ""), *_document(TeacherCard, "Teacher card", "card:")]
+    return "\n".join(parts)
+
+
+def _document(model: type[Strict], title: str, prefix: str) -> Iterator[str]:
+    """Sections of a file format: its top level, then what it refers to, in the order of first mention."""
+    root = model_schema(model)
+    definitions: Mapping[str, Schema] = root.get("$defs", {})
+    places: dict[str, list[str]] = {}
+    _visit(root, "", definitions, places)
+    yield _section(title, root, [], prefix)
+    for name, where in places.items():
+        kind = definitions[name]["properties"].get("kind", {}).get("const")
+        heading = f"`{where[0]}`" + (f" of kind `{kind}`" if kind else "")
+        yield _section(heading, definitions[name], where[1:], name)
+
+
+def _visit(
+    schema: Schema, path: str, definitions: Mapping[str, Schema], places: dict[str, list[str]]
+) -> None:
+    """Notes at which paths each definition stands."""
+    if "$ref" in schema:
+        name = schema["$ref"].removeprefix("#/$defs/")
+        places.setdefault(name, []).append(path)
+        _visit(definitions[name], path, definitions, places)
+    for key, below in schema.get("properties", {}).items():
+        _visit(below, f"{path}.{key}" if path else key, definitions, places)
+    for below in schema.get("patternProperties", {}).values():
+        _visit(below, f"{path}.NAME", definitions, places)
+    if "items" in schema:
+        _visit(schema["items"], f"{path}[]", definitions, places)
+    for below in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
+        _visit(below, path, definitions, places)
+
+
+def _section(heading: str, schema: Schema, elsewhere: list[str], anchor: str) -> str:
+    lines = [f"## {heading}", ""]
+    if anchor:
+        lines.insert(0, f'<a id="{anchor.rstrip(":")}"></a>\n')
+    also = f" Also at {', '.join(f'`{path}`' for path in elsewhere)}." if elsewhere else ""
+    lines += [
+        _joined(schema["description"]) + also,
+        "",
+        "| key | value | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    required = schema.get("required", ())
+    for key, value in schema["properties"].items():
+        default = "**required**" if key in required else _default(value["default"])
+        cells = (f"`{key}`", _value(value), default, _joined(value["description"]))
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _joined(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _default(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return "its defaults"
+    return f"`{json.dumps(value) if not isinstance(value, str) else value}`"
+
+
+def _value(schema: Schema) -> str:
+    """What may stand there, in words."""
+    if "$ref" in schema:
+        return f"[mapping](#{schema['$ref'].removeprefix('#/$defs/')})"
+    if "discriminator" in schema:
+        kinds = schema["discriminator"]["mapping"].items()
+        links = ", ".join(f"[`{kind}`](#{ref.removeprefix('#/$defs/')})" for kind, ref in kinds)
+        return f"mapping of kind {links}"
+    if "anyOf" in schema:
+        # Where null is the default, leaving the key out says the same.
+        silent = {"type": "null"} if schema.get("default", "") is None else None
+        return " or ".join(_value(option) for option in schema["anyOf"] if option != silent)
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    if "enum" in schema:
+        return ", ".join(f"`{choice}`" for choice in schema["enum"])
+    if "patternProperties" in schema:
+        (below,) = schema["patternProperties"].values()
+        return f"{{name: {_value(below)}, ...}}"
+    if "prefixItems" in schema:
+        return f"[{', '.join(_value(item) for item in schema['prefixItems'])}]"
+    if "items" in schema:
+        return f"list of {_value(schema['items'])}"
+    return _scalar(schema)
+
+
+def _scalar(schema: Schema) -> str:
+    if schema["type"] == "string":
+        return {None: "text", NAME_PATTERN: "name", FUNCTION_PATTERN: "function"}[schema.get("pattern")]
+    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {schema[key]:g}" for key, sign in bounds.items() if key in schema]
+    # 2^63 is for machines; nobody chooses a seed near it.
+    limits = [limit for limit in limits if "e+18" not in limit]
+    return f"{schema['type']} {', '.join(limits)}".rstrip()
+
+
+if __name__ == "__main__":
+    OUT.write_text(reference(), encoding="utf-8")
