@@ -1,0 +1,88 @@
+"""The documents say what the code does: reference up to date, examples valid, error samples real."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from mergeopd.recipe.jsonschema import model_schema
+from mergeopd.recipe.schema import Recipe, TeacherCard
+
+ROOT = Path(__file__).parents[3]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_recipe_reference_is_up_to_date() -> None:
+    reference = runpy.run_path(str(ROOT / "tools" / "make_recipe_reference.py"))["reference"]
+    text = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    assert text == reference(), "run tools/make_recipe_reference.py"
+
+
+def described(schema: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    for name, part in {"": schema, **schema.get("$defs", {})}.items():
+        yield name, "description" in part
+        for key, value in part["properties"].items():
+            yield f"{name}.{key}", "description" in value
+
+
+@pytest.mark.parametrize("model", [Recipe, TeacherCard])
+def test_every_key_is_described(model: Any) -> None:
+    assert [key for key, has_text in described(model_schema(model)) if not has_text] == []
+
+
+def test_recipes_and_cards_in_the_readme_are_valid() -> None:
+    documents = [YAML(typ="safe").load(block) for block in blocks("yaml")]
+    models = [Recipe if "recipe" in d else TeacherCard for d in documents if {"recipe", "card"} & d.keys()]
+    assert set(models) == {Recipe, TeacherCard}
+    for document in documents:
+        if "recipe" in document:
+            Recipe.model_validate(document)
+        elif "card" in document:
+            TeacherCard.model_validate(document)
+
+
+def test_the_error_sample_in_the_readme_is_real() -> None:
+    expected = (ROOT / "tests/errors/several_sections/expected.txt").read_text(encoding="utf-8")
+    (sample,) = (block for block in blocks("text") if "did you mean" in block)
+    problems = re.findall(r"^\S.*\n    .*\n", sample, re.MULTILINE)
+    assert len(problems) >= 3
+    for problem in problems:
+        assert problem in expected
+
+
+def anchors(text: str) -> set[str]:
+    """Names that a link into this text may use: explicit ones, and headings as GitHub names them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return slugs | set(re.findall(r'<a id="([^"]+)">', text))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        path = document.parent / file if file else document
+        assert path.exists(), f"{document.name}: {target}"
+        if anchor:
+            assert anchor in anchors(path.read_text(encoding="utf-8")), f"{document.name}: {target}"
+
+
+def test_files_that_the_documents_name_exist() -> None:
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        for name in re.findall(r"`((?:mergeopd|tools|tests|docs|recipes)/[\w./]+)`", text):
+            assert (ROOT / name).exists(), f"{document.name} names {name}"
