@@ -1,6 +1,6 @@
 """The command line: `mergeopd run | check | eval | schema`.
 
-Exit codes: 0 good, 2 the recipe is wrong, 1 anything else.
+Exit codes: 0 good; 2 the recipe or the command's arguments are wrong; 130 interrupted; 1 anything else.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def check(
     Example: mergeopd check recipes/quickstart.yaml
     """
     from mergeopd.engine.preflight import preflight
+    from mergeopd.engine.run_folder import RunFolder
 
     try:
         inputs = preflight(recipe, overrides or [])
@@ -77,17 +78,20 @@ def check(
             raise typer.Exit(2) from None
         raise
     plan = inputs.plan
+    refusal = RunFolder(Path(plan.output)).refusal(plan, inputs.files)
+    notes = [*inputs.notes, *([refusal] if refusal else [])]
     if as_json:
-        document = {"ok": True, "plan": plan.hash, "notes": list(inputs.notes)}
-        typer.echo(json.dumps(document, indent=2))
+        typer.echo(json.dumps({"ok": True, "plan": plan.hash, "notes": notes}, indent=2))
         return
     num_prompts = sum(len(prompts) for prompts in inputs.prompts.values())
-    for note in inputs.notes:
+    for note in notes:
         typer.echo(f"note: {note}")
-    typer.echo(
-        f"{recipe}: good. {len(plan.teachers)} teachers, {num_prompts} prompts, "
-        f"{plan.num_updates} updates in {len(plan.phases)} phases."
+    counts = (
+        _count(len(plan.teachers), "teacher"),
+        _count(num_prompts, "prompt"),
+        f"{_count(plan.num_updates, 'update')} in {_count(len(plan.phases), 'phase')}",
     )
+    typer.echo(f"{recipe}: good. {', '.join(counts)}.")
 
 
 @app.command(name="eval")
@@ -133,14 +137,40 @@ def _as_json(problem: Problem) -> dict[str, str | int]:
     }
 
 
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def _fail(error: MergeopdError) -> NoReturn:
-    if isinstance(error, RecipeError):
-        count = len(error.problems)
-        print(error, file=sys.stderr)
-        print(f"\n{count} problem{'s' if count > 1 else ''}.", file=sys.stderr)
+    """Show an error on stderr, in colour where a person looks at it, and exit."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from mergeopd.recipe.locate import shown_in
+
+    if not isinstance(error, RecipeError):
+        text = shown_in(str(error))
+        if sys.stderr.isatty():
+            Console(stderr=True).print(Text.assemble(("error: ", "bold red"), text))
+        else:
+            print(f"error: {text}", file=sys.stderr)
+        sys.exit(1)
+    count = _count(len(error.problems), "problem")
+    if not sys.stderr.isatty():
+        print(f"{error}\n\n{count}.", file=sys.stderr)
         sys.exit(2)
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(1)
+    console = Console(stderr=True)
+    for problem in error.problems:
+        path = f"  {problem.path}" if problem.path else ""
+        # Not wrapped: terminals make a link of an unbroken file:line:column.
+        console.print(Text.assemble((str(problem.location), "bold"), (path, "dim")), soft_wrap=True)
+        message = Text(problem.message)
+        if problem.remedy:
+            message.append("; ").append(problem.remedy, "green")
+        console.print(Padding(message, (0, 0, 0, 4)))
+    console.print(Text(f"\n{count}.", "bold red"))
+    sys.exit(2)
 
 
 def main() -> None:

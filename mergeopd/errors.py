@@ -40,6 +40,7 @@ class Problem:
 
     def __str__(self) -> str:
         text = f"{self.message}; {self.remedy}" if self.remedy else self.message
+        text = text.replace("\n", "\n    ")
         return f"{self.location}  {self.path}\n    {text}".replace("  \n", "\n")
 
 

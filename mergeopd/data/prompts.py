@@ -49,31 +49,35 @@ def read_prompts(source: SourcePlan) -> tuple[Prompt, ...]:
         kind = "is a folder" if path.is_dir() else "there is no such file"
         raise DataError(f"{path}: {kind}; name a file of prompts")
     prompts: list[Prompt] = []
-    problems: list[str] = []
+    problems: dict[str, list[str]] = {}  # what is wrong, and the rows it is wrong with
+    num_rows = 0
     try:
         for row, place, value in readers[path.suffix](path, source):
-            if source.limit is not None and len(prompts) + len(problems) >= source.limit:
+            if source.limit is not None and num_rows >= source.limit:
                 break
+            num_rows += 1
             try:
                 prompts.append(_prompt(source, row, value))
             except _RowError as error:
-                problems.append(f"  {place}  {error}")
+                problems.setdefault(str(error), []).append(place)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     if problems:
-        raise DataError(_summary(path, problems, len(prompts)))
+        raise DataError(_summary(path, problems, num_rows))
     if not prompts:
         raise DataError(f"{path}: has no prompts; a source needs at least one row")
     return tuple(prompts)
 
 
-def _summary(path: Path, problems: list[str], num_good: int) -> str:
-    total = num_good + len(problems)
-    verb = "row cannot" if total == 1 else "rows cannot"
-    lines = [f"{path}: {len(problems)} of {total} {verb} be used", *problems[:_SHOWN]]
-    if len(problems) > _SHOWN:
-        lines.append(f"  and {len(problems) - _SHOWN} more")
-    return "\n".join(lines)
+def _summary(path: Path, problems: Mapping[str, list[str]], num_rows: int) -> str:
+    """The first problems, each with its first row: all rows of a file often lack the same field."""
+    num_bad = sum(map(len, problems.values()))
+    lines = [f"{path}: {num_bad} of {num_rows} {'row' if num_rows == 1 else 'rows'} cannot be used"]
+    for problem, places in list(problems.items())[:_SHOWN]:
+        alike = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        lines.append(f"  {places[0]}{alike}  {problem}")
+    rest = sum(len(places) for places in list(problems.values())[_SHOWN:])
+    return "\n".join([*lines, f"  and {rest} more"] if rest else lines)
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -83,6 +87,8 @@ def _jsonl_rows(path: Path, source: SourcePlan) -> Iterator[tuple[int, str, Any]
     """Row, place and value of every line that is not blank. A line that is no JSON comes as its error."""
     with path.open("rb") as file:
         for row, raw in enumerate(file):
+            if b"\0" in raw:
+                raise DataError(f"{path}: is not a text file; write one JSON object per line")
             if row == 0:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
             if raw.strip():
@@ -92,11 +98,11 @@ def _jsonl_rows(path: Path, source: SourcePlan) -> Iterator[tuple[int, str, Any]
 def _parse(raw: bytes) -> Any:
     """The line's value, or the _RowError that says why there is none."""
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        return json.loads(raw.decode("utf-8").rstrip("\r\n"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         return _RowError(f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8")
     except json.JSONDecodeError as error:
-        return _RowError(f"not JSON: {error.msg} (column {error.colno})")
+        return _RowError(f"not JSON: {error.msg} (column {error.colno}); write one JSON object per line")
     except (ValueError, RecursionError) as error:
         return _RowError(f"not JSON: {error}")
 
@@ -113,10 +119,10 @@ def _parquet_rows(path: Path, source: SourcePlan) -> Iterator[tuple[int, str, An
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            needed = [source.prompt_field]
+            needed = {source.prompt_field: "prompt_field"}
             if needs_reference(source.verifier):
-                needed.append(source.reference_field)
-            absent = [f"{path}: {_missing(field, names)}" for field in needed if field not in names]
+                needed[source.reference_field] = "reference_field"
+            absent = [f"{path}: {_missing(f, names, key)}" for f, key in needed.items() if f not in names]
             if absent:
                 raise DataError("\n".join(absent))
             wanted = {source.prompt_field, source.reference_field, source.response_field}
@@ -127,7 +133,9 @@ def _parquet_rows(path: Path, source: SourcePlan) -> Iterator[tuple[int, str, An
                     yield row, f"{path}: row {row}", value
                     row += 1
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable parquet file: {error}") from error
+        raise DataError(
+            f"{path}: not a readable parquet file: {str(error).removesuffix('.')}; write it again"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------- rows
@@ -139,7 +147,7 @@ def _prompt(source: SourcePlan, row: int, value: Any) -> Prompt:
     if not isinstance(value, dict):
         raise _RowError(f"must be a JSON object, not {_kind(value)}")
     if source.prompt_field not in value:
-        raise _RowError(_missing(source.prompt_field, list(value)))
+        raise _RowError(_missing(source.prompt_field, list(value), "prompt_field"))
     messages = _messages(source.prompt_field, value[source.prompt_field])
     reference = _text(source.reference_field, value)
     if reference is None and needs_reference(source.verifier):
@@ -147,7 +155,7 @@ def _prompt(source: SourcePlan, row: int, value: Any) -> Prompt:
         if source.reference_field in value:
             cause = f"field {source.reference_field!r} is null"
         else:
-            cause = _missing(source.reference_field, list(value))
+            cause = _missing(source.reference_field, list(value), "reference_field")
         raise _RowError(f"verifier {source.verifier.kind!r} needs a reference: {cause}")
     return Prompt(
         key=f"{source.name}:{row}",
@@ -160,11 +168,14 @@ def _prompt(source: SourcePlan, row: int, value: Any) -> Prompt:
     )
 
 
-def _missing(field: str, names: list[str]) -> str:
+def _missing(field: str, names: list[str], key: str) -> str:
+    """`key` is where the recipe may give the field another name."""
     close = difflib.get_close_matches(field, names, n=1)
     if close:
         return f"field {field!r} is missing; did you mean {close[0]!r}?"
-    return f"field {field!r} is missing; there are {', '.join(map(repr, names)) or 'none'}"
+    listed = ", ".join(map(repr, names)) or "none"
+    there = f"there {'is' if len(names) == 1 else 'are'} {listed}"
+    return f"field {field!r} is missing ({there}); name the right one with `{key}`"
 
 
 def _kind(value: Any) -> str:

@@ -16,11 +16,14 @@ from ruamel.yaml.error import YAMLError
 
 from mergeopd import __version__
 from mergeopd.errors import StorageError
+from mergeopd.recipe.locate import shown, shown_in
 from mergeopd.recipe.plan import Plan
 from mergeopd.report.result import ResultTable
 from mergeopd.storage.folders import write_atomic
 
 FORMAT = 1
+_SHOWN = 12
+_NOTHING = object()
 
 
 class RunFolder:
@@ -40,26 +43,46 @@ class RunFolder:
         record = self._record()
         return datetime.fromisoformat(record["started"]) if record else None
 
+    def refusal(self, plan: Plan, files: Mapping[str, str]) -> str | None:
+        """Why this plan with these files (path: digest) cannot run here; None when it can begin or go on.
+
+        Raises StorageError when plan.yaml is damaged.
+        """
+        before = self._record()
+        if before is None:
+            if self.path.is_dir() and any(self.path.iterdir()):
+                return (
+                    f"{shown(self.path)} is not empty and not a run folder; "
+                    "choose another with --set output=..."
+                )
+            return None
+        changes = _differences(before["plan"], _content(plan))
+        # A file that only one plan names shows in the plan.
+        changes += [
+            f"{shown(Path(file))} has other contents now"
+            for file, digest in before["files"].items()
+            if file in files and files[file] != digest
+        ]
+        if not changes:
+            return None
+        listed = "\n".join(f"    {change}" for change in changes[:_SHOWN])
+        if len(changes) > _SHOWN:
+            listed += f"\n    and {len(changes) - _SHOWN} more"
+        return (
+            f"{shown(self.path)} belongs to a run that began with other settings or files:\n{listed}\n"
+            "undo the changes to go on with it, or begin a new run with --set output=..."
+        )
+
     def claim(self, plan: Plan, files: Mapping[str, str], now: datetime) -> None:
         """Make the folder, or make sure that it belongs to this plan and to these files (path: digest).
 
         Raises StorageError naming what differs when it belongs to others.
         """
-        content = plan.model_dump(mode="json", exclude={"recipe_file", "output"})
-        before = self._record()
-        if before:
-            changes = _differences(before["plan"], content) + _differences(before["files"], dict(files))
-            if changes:
-                listed = "\n".join(f"    {change}" for change in changes[:12])
-                raise StorageError(
-                    f"{self.path} belongs to a run with another plan:\n{listed}\n"
-                    "    Undo the change, or choose another folder with --set output=..."
-                )
+        refusal = self.refusal(plan, files)
+        if refusal is not None:
+            raise StorageError(refusal)
+        if self.plan_file.is_file():
             return
-        if self.path.is_dir() and any(self.path.iterdir()):
-            raise StorageError(
-                f"{self.path} is not empty and not a run folder; choose another with --set output=..."
-            )
         document = {
             "mergeopd": __version__,
             "format": FORMAT,
@@ -67,7 +90,7 @@ class RunFolder:
             "hash": plan.hash,
             "recipe_file": plan.recipe_file,
             "versions": _versions(),
-            "plan": content,
+            "plan": _content(plan),
             "files": dict(files),
         }
         text = io.StringIO()
@@ -83,9 +106,13 @@ class RunFolder:
             record = YAML(typ="safe").load(self.plan_file.read_text(encoding="utf-8"))
         except (YAMLError, UnicodeDecodeError):
             record = None
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
+        if (
+            not isinstance(record, dict)
+            or record.get("format") != FORMAT
+            or not {"started", "plan", "files"} <= record.keys()
+        ):
             raise StorageError(
-                f"{self.plan_file} is damaged or of another version of mergeopd; "
+                f"{shown(self.plan_file)} is damaged or of another version of mergeopd; "
                 "choose another folder with --set output=..."
             )
         return record
@@ -96,10 +123,14 @@ class RunFolder:
 
     def show_finished(self, console: Console) -> None:
         """Tell that there is nothing left to do, and what came out."""
-        console.print(f"This run is finished: {self.path}", highlight=False)
+        console.print(f"This run is finished: {shown(self.path)}", highlight=False)
         if self.result_file.is_file():
             document = json.loads(self.result_file.read_text(encoding="utf-8"))
-            console.print(ResultTable(document, result_path=self.result_file, export_path=self.export))
+            console.print(
+                ResultTable(
+                    document, result_path=Path(shown(self.result_file)), export_path=Path(shown(self.export))
+                )
+            )
 
 
 def _versions() -> dict[str, str]:
@@ -109,18 +140,43 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
+def _content(plan: Plan) -> dict[str, Any]:
+    """What makes a run what it is: not where the recipe lies and where the run goes."""
+    return plan.model_dump(mode="json", exclude={"recipe_file", "output"})
+
+
 def _differences(before: Any, now: Any, path: str = "") -> list[str]:
-    """`path: old -> new` for every leaf that differs."""
-    if isinstance(before, dict) and isinstance(now, dict):
+    """`path: old -> new` for every leaf that differs, `nothing` where there is none."""
+    if before == now:
+        return []
+    old, new = _parts(before), _parts(now)
+    # Parts are compared where both sides have some; otherwise the whole was replaced, added or removed.
+    if old and new and isinstance(before, dict) == isinstance(now, dict):
+        keys = [*old, *(key for key in new if key not in old)]
         return [
             line
-            for key in sorted(before.keys() | now.keys(), key=str)
-            for line in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+            for key in keys
+            for line in _differences(old.get(key, _NOTHING), new.get(key, _NOTHING), _joined(path, key))
         ]
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        return [
-            line
-            for i, (old, new) in enumerate(zip(before, now, strict=True))
-            for line in _differences(old, new, f"{path}[{i}]")
-        ]
-    return [] if before == now else [f"{path}: {before!r} -> {now!r}"]
+    return [f"{path}: {_short(before)} -> {_short(now)}"]
+
+
+def _parts(value: Any) -> dict[str | int, Any]:
+    if isinstance(value, dict):
+        return value
+    return dict(enumerate(value)) if isinstance(value, list) else {}
+
+
+def _joined(path: str, key: str | int) -> str:
+    if isinstance(key, int):
+        return f"{path}[{key}]"
+    return f"{path}.{key}" if path else key
+
+
+def _short(value: Any, limit: int = 80) -> str:
+    if value is _NOTHING:
+        return "nothing"
+    if isinstance(value, str):
+        value = shown_in(value)
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

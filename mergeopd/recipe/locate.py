@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -24,6 +25,14 @@ def shown(file: Path) -> str:
         return str(Path(os.path.abspath(file)).relative_to(os.getcwd()))
     except ValueError:
         return str(file)
+
+
+def shown_in(text: str) -> str:
+    """A message in which the files below the current folder are shown as `shown` does."""
+    here = os.getcwd()
+    if here == os.sep:
+        return text
+    return re.sub(rf"(?<![^\s'\"(\[]){re.escape(here + os.sep)}", "", text)
 
 
 class Origins:

@@ -1,12 +1,14 @@
-"""Broken recipes and cards, and the exact text that a person gets to see.
+"""Broken recipes, cards, models and prompt files, and the exact text that a person gets to see.
 
 A case is a folder with `expected.txt`. Its files are laid over `project/`, and `recipes/merge.yaml` is read
-from there; `options.yaml` may give `set` (overrides) and `env`. Write the texts anew, then read them:
-`MERGEOPD_WRITE_EXPECTED=1 pytest tests/errors`.
+from there; `options.yaml` may give `set` (overrides), `env`, `remove` (files of the project) and `cut` (files
+cut to so many bytes). Cases under `preflight/` are about what the recipe names: there the models have weights.
+Write the texts anew, then read them: `MERGEOPD_WRITE_EXPECTED=1 pytest tests/errors`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +17,13 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from mergeopd.engine.preflight import preflight
 from mergeopd.errors import Problem, RecipeError
 from mergeopd.recipe.resolve import read
 
 HERE = Path(__file__).parent
 CASES = sorted(path.parent for path in HERE.glob("*/expected.txt"))
+PREFLIGHT_CASES = sorted(path.parent for path in HERE.glob("preflight/*/expected.txt"))
 Check = Callable[[Path, Sequence[str], Mapping[str, str]], Sequence[Problem]]
 
 
@@ -28,30 +32,75 @@ def check_recipe(recipe: Path, overrides: Sequence[str], env: Mapping[str, str])
     return read(recipe, overrides, env).problems
 
 
+def check_everything(recipe: Path, overrides: Sequence[str], env: Mapping[str, str]) -> Sequence[Problem]:
+    """What looking into all that the recipe names finds."""
+    assert not env, "preflight takes variables from the process"
+    try:
+        preflight(recipe, overrides)
+    except RecipeError as error:
+        return error.problems
+    return ()
+
+
+def write_weights(folder: Path) -> None:
+    """model.safetensors of zeros, with nothing in it but the head that config.json promises."""
+    config = json.loads((folder / "config.json").read_text())
+    shape = [config["vocab_size"], config["hidden_size"]]
+    num_bytes = 4 * shape[0] * shape[1]
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, num_bytes]}
+    header = json.dumps({"model.embed_tokens.weight": entry}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(num_bytes)
+    (folder / "model.safetensors").write_bytes(content)
+
+
+def lay_project() -> None:
+    """The good project, in the current folder."""
+    shutil.copytree(HERE / "project", ".", dirs_exist_ok=True)
+    for folder in Path("models").iterdir():
+        write_weights(folder)
+
+
 def rendered(case: Path, check: Check) -> str:
     """The text of all problems of a case; the current folder must be its copy of the project."""
-    shutil.copytree(HERE / "project", ".", dirs_exist_ok=True)
+    lay_project()
     shutil.copytree(case, ".", dirs_exist_ok=True)
-    options = case / "options.yaml"
-    chosen = {"set": [], "env": {}, **(YAML(typ="safe").load(options) if options.exists() else {})}
-    problems = check(Path("recipes/merge.yaml"), chosen["set"], chosen["env"])
+    read_options = YAML(typ="safe").load(case / "options.yaml") if (case / "options.yaml").exists() else {}
+    options = {"set": [], "env": {}, "remove": [], "cut": {}, **read_options}
+    for name in options["remove"]:
+        Path(name).unlink()
+    for name, num_bytes in options["cut"].items():
+        os.truncate(name, num_bytes)
+    problems = check(Path("recipes/merge.yaml"), options["set"], options["env"])
     return f"{RecipeError(problems)}\n"
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_text_is_exactly_as_expected(case: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    text = rendered(case, check_recipe)
+def compare(case: Path, check: Check, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)  # functions of the user's
+    text = rendered(case, check)
+    assert str(folder) not in text
     if os.environ.get("MERGEOPD_WRITE_EXPECTED"):
         (case / "expected.txt").write_text(text)
     assert text == (case / "expected.txt").read_text()
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_text_is_exactly_as_expected(case: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare(case, check_recipe, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("case", PREFLIGHT_CASES, ids=lambda case: case.name)
+def test_what_the_recipe_names(case: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare(case, check_everything, tmp_path, monkeypatch)
+
+
 def test_there_are_cases() -> None:
     assert len(CASES) >= 10
+    assert len(PREFLIGHT_CASES) >= 15
 
 
-def test_the_project_itself_is_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("check", [check_recipe, check_everything])
+def test_the_project_itself_is_good(check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(HERE / "project", ".", dirs_exist_ok=True)
-    assert check_recipe(Path("recipes/merge.yaml"), [], {}) == ()
+    lay_project()
+    assert check(Path("recipes/merge.yaml"), [], {}) == ()

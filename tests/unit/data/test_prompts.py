@@ -99,7 +99,8 @@ def test_all_bad_rows_are_counted_and_the_first_ones_named(tmp_path: Path) -> No
     )
     assert message_of(plan(path)) == (
         f"{path}: 7 of 8 rows cannot be used\n"
-        f"  {path}:2  not JSON: Expecting property name enclosed in double quotes (column 2)\n"
+        f"  {path}:2  not JSON: Expecting property name enclosed in double quotes (column 2); "
+        "write one JSON object per line\n"
         f"  {path}:3  field 'prompt' is missing; did you mean 'promt'?\n"
         f"  {path}:4  must be a JSON object, not a list\n"
         f"  {path}:5  field 'prompt' must be text or a list of messages, not a number\n"
@@ -140,6 +141,15 @@ def test_bad_prompts(tmp_path: Path, prompt: Any, message: str) -> None:
 )
 def test_hostile_lines(tmp_path: Path, line: str, message: str) -> None:
     assert message in message_of(plan(write(tmp_path, line)))
+
+
+def test_rows_with_the_same_problem_are_told_together(tmp_path: Path) -> None:
+    path = write(tmp_path, {"x": 1}, {"prompt": 5}, {"x": 2}, {"x": 3})
+    assert message_of(plan(path)) == (
+        f"{path}: 4 of 4 rows cannot be used\n"
+        f"  {path}:1 and 2 more  field 'prompt' is missing (there is 'x'); name the right one with `prompt_field`\n"
+        f"  {path}:2  field 'prompt' must be text or a list of messages, not a number"
+    )
 
 
 def test_not_utf8(tmp_path: Path) -> None:

@@ -1,0 +1,188 @@
+"""What can be wrong with prompts once they are read: references, ready answers, lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergeopd.engine.dialect import Dialect
+from mergeopd.engine.findings import Findings
+from mergeopd.engine.user_code import function_problem
+from mergeopd.errors import DataError
+from mergeopd.recipe.locate import shown
+from mergeopd.recipe.plan import SourcePlan
+from mergeopd.recipe.schema import JsonVerifier, Phase, UserVerifier
+from mergeopd.recipe.tree import Keys
+from mergeopd.reward.verifiers import build_verifier, reference_problem
+from mergeopd.types import Prompt
+
+
+def row_name(source: SourcePlan, prompt: Prompt) -> str:
+    """Where a prompt stands: `data/math.jsonl:3`, or `data/math.parquet: row 2`, as the readers count."""
+    row = int(prompt.key.rpartition(":")[2])
+    file = shown(Path(source.source))
+    return f"{file}:{row + 1}" if source.source.endswith(".jsonl") else f"{file}: row {row}"
+
+
+def check_verifier(findings: Findings, place: Keys, source: SourcePlan) -> None:
+    """Files and functions that a verifier names."""
+    match source.verifier:
+        case UserVerifier():
+            problem = function_problem(source.verifier.function)
+            if problem is not None:
+                findings.report((*place, "verifier", "function"), *problem)
+        case JsonVerifier(schema_file=str()):
+            verifier = source.verifier
+            where: Keys = (*place, "verifier", "schema_file")
+            findings.attempt(where, lambda: build_verifier(verifier, ()), "correct the file")
+        case _:
+            pass
+
+
+def check_references(findings: Findings, place: Keys, source: SourcePlan, prompts: Sequence[Prompt]) -> None:
+    """References that no answer could ever match."""
+    if source.verifier is None:
+        return
+    verifier = source.verifier
+    reasons = [
+        (prompt, reason)
+        for prompt in prompts
+        if prompt.reference is not None and (reason := reference_problem(verifier, prompt.reference))
+    ]
+    if reasons:
+        prompt, reason = reasons[0]
+        count = _counted(reasons, prompts, "reference", "can", "can")
+        findings.report(
+            (*place, "verifier"),
+            f"{count} never be matched: {_first(reasons)}{row_name(source, prompt)}: {reason}",
+            "correct the prompt file, or choose another verifier",
+        )
+
+
+def check_responses(
+    findings: Findings, place: Keys, source: SourcePlan, prompts: Sequence[Prompt], phases: Sequence[Phase]
+) -> None:
+    """A phase on dataset text needs a ready answer for every prompt."""
+    learners = [phase.name for phase in phases if reads_dataset(phase)]
+    lacking = [prompt for prompt in prompts if prompt.response is None]
+    if learners and lacking:
+        count = _counted(lacking, prompts, "row", "has", "have")
+        findings.report(
+            (*place, "source"),
+            f"phase '{learners[0]}' learns from the dataset's answers, but {count} no field "
+            f"'{source.response_field}': {_first(lacking)}{row_name(source, lacking[0])}",
+            "add the field, name the right one with `response_field`, or choose another `text` for the phase",
+        )
+
+
+def reads_dataset(phase: Phase) -> bool:
+    """Whether some of a phase's answers come from the prompt files."""
+    text = phase.text
+    return text == "dataset" if isinstance(text, str) else text.otherwise == "dataset"
+
+
+@dataclass(frozen=True)
+class Room:
+    """How long answers get: `num_new` tokens at most, as `limit_place` in the recipe says.
+
+    With `with_responses` the prompts' ready answers must fit too.
+    """
+
+    num_new: int
+    limit_place: Keys
+    with_responses: bool
+
+
+def check_lengths(
+    findings: Findings,
+    place: Keys,
+    source: SourcePlan,
+    prompts: Sequence[Prompt],
+    readers: Mapping[str, Dialect],
+    room: Room,
+) -> None:
+    """No prompt may outgrow a model that has to read it, and every model must be able to write it.
+
+    `readers` come in order; what is wrong with a prompt for one of them is not said again for the others.
+    """
+    left = list(prompts)
+    seen: set[tuple[object, ...]] = set()
+    for reader, dialect in readers.items():
+        template = dialect.template
+        voice = (
+            template.source,
+            *template.special_tokens.items(),
+            id(dialect.tokenizer),
+            dialect.max_positions,
+        )
+        if voice in seen:
+            continue
+        seen.add(voice)
+        if room.num_new >= dialect.max_positions:
+            findings.report(
+                room.limit_place,
+                f"answers of {room.num_new} tokens leave no room for a prompt in {reader}'s context of "
+                f"{dialect.max_positions} tokens",
+                "lower it",
+            )
+            continue
+        refused, long = _misfits(left, dialect, room)
+        if refused:
+            count = _counted(refused, prompts, "prompt", "cannot", "cannot")
+            prompt, reason = refused[0]
+            findings.report(
+                (*place, "source"),
+                f"{count} be written for {reader}: {_first(refused)}{row_name(source, prompt)}: {reason}",
+                "change the prompts or the template",
+            )
+        if long:
+            prompt, num_tokens, num_answer = long[0]
+            count = _counted(long, prompts, "prompt", "is", "are")
+            findings.report(
+                (*place, "source"),
+                f"{count} too long for {reader}: {_first(long)}{row_name(source, prompt)} takes {num_tokens} "
+                f"tokens in its chat template, the answer up to {num_answer}, and its context holds "
+                f"{dialect.max_positions}",
+                "shorten the prompts or their answers"
+                if num_answer > room.num_new
+                else f"shorten the prompts, or lower {'.'.join(map(str, room.limit_place))}",
+            )
+        bad = {prompt.key for prompt, _ in refused} | {prompt.key for prompt, _, _ in long}
+        left = [prompt for prompt in left if prompt.key not in bad]
+
+
+def _misfits(
+    prompts: Sequence[Prompt], dialect: Dialect, room: Room
+) -> tuple[list[tuple[Prompt, str]], list[tuple[Prompt, int, int]]]:
+    """Prompts that the template refuses, with the reason; prompts that are too long, with lengths."""
+    refused: list[tuple[Prompt, str]] = []
+    long: list[tuple[Prompt, int, int]] = []
+    for prompt in prompts:
+        try:
+            text = dialect.template.render(prompt.messages)
+        except DataError as error:
+            refused.append((prompt, str(error)))
+            continue
+        response = prompt.response if room.with_responses else None
+        # A token stands for a byte at least, so most texts are short enough at a glance.
+        glance = len(text.encode()) + max(room.num_new, len((response or "").encode()) + 1)
+        if glance <= dialect.max_positions:
+            continue
+        num_answer = room.num_new
+        if response is not None:
+            num_answer = max(num_answer, len(dialect.tokenizer.encode(response)) + 1)  # and the end of text
+        num_tokens = len(dialect.render(prompt))
+        if num_tokens + num_answer > dialect.max_positions:
+            long.append((prompt, num_tokens, num_answer))
+    return refused, long
+
+
+def _counted(some: Sequence[object], of: Sequence[object], thing: str, one: str, many: str) -> str:
+    """`1 of 3 prompts is`, with the verbs `one` and `many`."""
+    things = thing if len(of) == 1 else f"{thing}s"
+    return f"{len(some)} of {len(of)} {things} {one if len(some) == 1 else many}"
+
+
+def _first(some: Sequence[object]) -> str:
+    return "" if len(some) == 1 else "first "

@@ -1,0 +1,2 @@
+def scor(answer, reference):
+    return 1.0
