@@ -49,9 +49,9 @@ def make(out: Path, settings: Settings, seed: int, console: Console) -> None:
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         )
 
-        def watch(name: str, updates: int) -> Any:
-            task = progress.add_task(name, total=updates)
-            return lambda: progress.advance(task)
+        def watch(name: str) -> Any:
+            task = progress.add_task(name, total=settings.base.max_updates)
+            return lambda update, end: progress.update(task, completed=update, total=end)
 
         facts["accuracy"] = build(folder, settings, seed, watch)
         facts["seconds"] = round(time.perf_counter() - start, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,13 +11,13 @@ from tokenizers import Tokenizer
 from transformers import Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from tiny_experts.settings import Settings
+from tiny_experts.settings import Settings, Training
 from tiny_experts.tasks import DOMAINS, Example, splits
 from tiny_experts.tokens import Encoded, encode, pretrained, train_tokenizer
 from tiny_experts.train import Advance, accuracy, new_model, pad_rows, train
 
-# Told what is trained next and for how many updates; answers what to call after each of them.
-Watch = Callable[[str, int], Advance]
+# Told what is trained next; answers what to call after each of its updates.
+Watch = Callable[[str], Advance]
 Accuracies = dict[str, dict[str, float]]
 
 
@@ -41,54 +41,38 @@ def build(folder: Path, settings: Settings, seed: int, watch: Watch) -> Accuraci
 
     texts = (
         text
-        for by_split in examples.values()
+        for domain, by_split in examples.items()
         for row in by_split["train"]
-        for text in (row.prompt, row.answer)
+        for text in (settings.expert_system.get(domain, ""), row.prompt, row.answer)
     )
     tokenizer = train_tokenizer(texts, settings.num_tokens)
 
-    base = train(
-        new_model(settings, seed),
-        {domain: encode(tokenizer, by_split["train"]) for domain, by_split in examples.items()},
-        updates=settings.base_updates,
-        batch=settings.base_batch,
-        lr=settings.base_lr,
-        warmup_updates=settings.warmup_updates,
-        seed=f"{seed}/base",
-        advance=watch("base", settings.base_updates),
-    )
-    _save(base, tokenizer, "", folder / "base")
-    accuracies = {"base": _accuracies(base, tokenizer, "", examples)}
-    for domain, by_split in examples.items():
-        system = settings.expert_system.get(domain, "")
-        expert = train(
-            base,
-            {domain: encode(tokenizer, by_split["train"], system)},
-            updates=settings.expert_updates[domain],
-            batch={domain: settings.expert_batch},
-            lr=settings.expert_lr,
-            warmup_updates=settings.warmup_updates,
-            seed=f"{seed}/{domain}",
-            advance=watch(domain, settings.expert_updates[domain]),
+    def encoded(split: str, system: str = "") -> dict[str, list[Encoded]]:
+        return {domain: encode(tokenizer, by_split[split], system) for domain, by_split in examples.items()}
+
+    def trained(name: str, start: Qwen3ForCausalLM, training: Training, system: str = "") -> Qwen3ForCausalLM:
+        rows, check = encoded("train", system), encoded("check", system)
+        return train(
+            start,
+            training,
+            rows,
+            check,
+            seed=f"{seed}/{name}",
+            num_tokens=settings.num_tokens,
+            advance=watch(name),
         )
-        if domain in settings.expert_num_rows:
-            expert = pad_rows(expert, settings.expert_num_rows[domain], seed)
-        _save(expert, tokenizer, system, folder / domain)
-        accuracies[domain] = _accuracies(expert, tokenizer, system, examples)
-    return accuracies
 
+    def accuracies(model: Qwen3ForCausalLM, system: str = "") -> dict[str, float]:
+        measured = encoded("eval", system).items()
+        return {domain: accuracy(model, rows, num_tokens=settings.num_tokens) for domain, rows in measured}
 
-def _accuracies(
-    model: Qwen3ForCausalLM,
-    tokenizer: Tokenizer,
-    system: str,
-    examples: Mapping[str, Mapping[str, Sequence[Example]]],
-) -> dict[str, float]:
-    """Accuracy on the evaluation prompts of every domain, each rendered by the model's own template."""
-
-    def measured(rows: Sequence[Encoded]) -> float:
-        return accuracy(model, rows, num_tokens=tokenizer.get_vocab_size())
-
-    return {
-        domain: measured(encode(tokenizer, by_split["eval"], system)) for domain, by_split in examples.items()
-    }
+    base = trained("base", new_model(settings, seed), settings.base)
+    _save(base, tokenizer, "", folder / "base")
+    result = {"base": accuracies(base)}
+    for domain, training in settings.expert.items():
+        system = settings.expert_system.get(domain, "")
+        expert = trained(domain, base, training, system)
+        result[domain] = accuracies(expert, system)
+        num_rows = settings.expert_num_rows.get(domain, settings.num_rows)
+        _save(pad_rows(expert, num_rows, seed), tokenizer, system, folder / domain)
+    return result

@@ -18,8 +18,8 @@ class Example:
 
 
 def largest(random: Random) -> Example:
-    """Largest of five two-digit numbers; answers of 2 tokens."""
-    numbers = random.sample(range(10, 100), 5)
+    """Largest of four two-digit numbers; answers of 2 tokens."""
+    numbers = random.sample(range(10, 100), 4)
     return Example("largest " + " ".join(map(str, numbers)), str(max(numbers)))
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tiny_experts.settings import Settings
+from tiny_experts.settings import Settings, Training
 from tiny_experts.tokens import END_ID, PAD_ID, Encoded
 
-Advance = Callable[[], object]
+# Called after every update with the number of updates made and the most that there can be.
+Advance = Callable[[int, int], object]
 
 
 def new_model(settings: Settings, seed: int) -> Qwen3ForCausalLM:
@@ -70,28 +71,30 @@ def _answer_logits(model: Qwen3ForCausalLM, ids: Tensor, predicts: Tensor) -> tu
 
 def train(
     model: Qwen3ForCausalLM,
-    domains: Mapping[str, Sequence[Encoded]],
+    training: Training,
+    rows: Mapping[str, Sequence[Encoded]],
+    check: Mapping[str, Sequence[Encoded]],
     *,
-    updates: int,
-    batch: Mapping[str, int],
-    lr: float,
-    warmup_updates: int,
     seed: str,
+    num_tokens: int,
     advance: Advance,
 ) -> Qwen3ForCausalLM:
-    """A trained copy: AdamW, linear warm-up and decay, mean cross entropy over all answer tokens.
+    """A copy trained until one domain's accuracy on `check` is reached, then cooled down.
 
-    An update takes `batch` rows of each domain, one domain at a time: lengths are alike within a domain, so
-    little is padded.
+    AdamW, linear warm-up, mean cross entropy over all answer tokens of an update. An update takes the
+    domains one after the other: lengths are alike within a domain, so little is padded.
     """
-    model = copy.deepcopy(model)
-    random = Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    for update in range(updates):
-        factor = min(1.0, (update + 1) / warmup_updates) * (1.0 - update / updates)
+    model, random = copy.deepcopy(model), Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    cooldown_start, end = None, training.max_updates
+    update = 0
+    while update < end:
+        factor = min(1.0, (update + 1) / training.warmup_updates)
+        if cooldown_start is not None:
+            factor *= 1.0 - (update - cooldown_start) / training.cooldown_updates
         for group in optimizer.param_groups:
-            group["lr"] = lr * factor
-        batches = [_batch(random.sample(rows, batch[domain])) for domain, rows in domains.items()]
+            group["lr"] = training.lr * factor
+        batches = [_batch(random.sample(rows[domain], size)) for domain, size in training.batch.items()]
         num_answer_tokens = sum(int(predicts.sum()) for _, predicts in batches)
         for ids, predicts in batches:
             logits, targets = _answer_logits(model, ids, predicts)
@@ -99,7 +102,12 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        advance()
+        update += 1
+        if cooldown_start is None and update % training.check_every == 0:
+            best = max(accuracy(model, check[domain], num_tokens=num_tokens) for domain in training.batch)
+            if best >= training.until or update >= training.max_updates - training.cooldown_updates:
+                cooldown_start, end = update, update + training.cooldown_updates
+        advance(update, end)
     return model
 
 
