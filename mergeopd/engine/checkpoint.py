@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -17,24 +19,30 @@ from mergeopd.student.torch import TorchStudent
 FORMAT = 1
 
 
-def save(
-    checkpoints: Path, student: TorchStudent, progress: Progress, plan: Plan, reporter: Reporter
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Where a run stands, and the seconds it took to get there."""
+
+    progress: Progress
+    seconds: Mapping[str, float]
+
+
+def save(checkpoints: Path, student: TorchStudent, record: Record, plan: Plan, reporter: Reporter) -> None:
     """Write a checkpoint whole or not at all, then drop the oldest beyond `checkpoint.keep`.
 
     Raises StorageError when the disk refuses; earlier checkpoints are kept then.
     """
-    target = checkpoints / f"step-{progress.update}"
+    target = checkpoints / f"step-{record.progress.update}"
     with atomic_folder(target) as folder:
         tensors = {name: tensor.contiguous() for name, tensor in student.state().items()}
         save_file(tensors, folder / "student.safetensors")
-        record = {"format": FORMAT, "plan": plan.hash, "progress": progress.to_json()}
-        (folder / "state.json").write_text(json.dumps(record), encoding="utf-8")
+        state = {"format": FORMAT, "plan": plan.hash, **asdict(record)}
+        (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
     prune(checkpoints, plan.checkpoint.keep)
-    reporter.emit(CheckpointSaved(progress.update, target))
+    reporter.emit(CheckpointSaved(record.progress.update, target))
 
 
-def restore(checkpoints: Path, student: TorchStudent, plan: Plan, reporter: Reporter) -> Progress:
+def restore(checkpoints: Path, student: TorchStudent, plan: Plan, reporter: Reporter) -> Record:
     """Load the newest checkpoint that is whole; a fresh start when there is none.
 
     Damaged ones are told and set aside. Raises StorageError for a checkpoint of another plan.
@@ -44,9 +52,9 @@ def restore(checkpoints: Path, student: TorchStudent, plan: Plan, reporter: Repo
         set_aside(path)  # frees its number for the checkpoint that will be written in its place
         reporter.emit(CheckpointSkipped(path, reason))
     if newest is None:
-        return Progress()
-    record = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-    if record["format"] != FORMAT or record["plan"] != plan.hash:
+        return Record(Progress(), {})
+    state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+    if state["format"] != FORMAT or state["plan"] != plan.hash:
         raise StorageError(f"{newest} belongs to another plan; choose another folder with --set output=...")
     student.load_state(load_file(newest / "student.safetensors"))
-    return Progress(**record["progress"])
+    return Record(Progress(**state["progress"]), state["seconds"])

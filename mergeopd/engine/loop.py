@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from mergeopd.engine.batch import prepare
 from mergeopd.engine.build import Parts, phase_objective
-from mergeopd.engine.checkpoint import save
+from mergeopd.engine.checkpoint import Record, save
+from mergeopd.engine.clock import Clock
 from mergeopd.engine.evaluate import Evaluation
 from mergeopd.engine.run_folder import RunFolder
 from mergeopd.engine.schedule import learning_rate, pack, split_updates
@@ -18,6 +18,7 @@ from mergeopd.engine.state import Progress, phase_at
 from mergeopd.engine.updating import accumulate
 from mergeopd.engine.writing import Task, TeacherTexts, dataset_rollout, plan_round, write_student
 from mergeopd.loss.objective import DistillationObjective
+from mergeopd.recipe.locate import shown
 from mergeopd.recipe.schema import Phase
 from mergeopd.report.events import Reporter, RunFinished, RunStarted, StageStarted, UpdateDone
 from mergeopd.report.result import result_document, write_result
@@ -26,39 +27,15 @@ from mergeopd.teacher.cache import HiddenCache
 from mergeopd.types import Rollout
 
 
-class Clock:
-    """Wall time per stage since the last reading, and over the run."""
-
-    def __init__(self) -> None:
-        self._lap: dict[str, float] = {}
-        self.total: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Count the time inside under `name`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            seconds = time.perf_counter() - start
-            self._lap[name] = self._lap.get(name, 0.0) + seconds
-            self.total[name] = self.total.get(name, 0.0) + seconds
-
-    def lap(self) -> dict[str, float]:
-        """Seconds per stage since the last call."""
-        lap, self._lap = self._lap, {}
-        return lap
-
-
 class Merge:
     """One run of a plan, from wherever its folder stands to its end."""
 
-    def __init__(self, parts: Parts, folder: RunFolder, reporter: Reporter) -> None:
+    def __init__(self, parts: Parts, folder: RunFolder, reporter: Reporter, clock: Clock) -> None:
         self._parts = parts
         self._plan = parts.plan
         self._folder = folder
         self._reporter = reporter
-        self._clock = Clock()
+        self._clock = clock
         self._texts = TeacherTexts(folder.texts)
         self._prepared_phase = ""
 
@@ -77,11 +54,12 @@ class Merge:
                 resumed_at=progress.update,
             )
         )
-        with self._clock.stage("training"):
-            while (now := phase_at(plan, progress.update)) is not None:
-                progress = self._round(*now, progress)
-                if self._is_due(progress):
-                    save(self._folder.checkpoints, self._parts.student, progress, plan, self._reporter)
+        while (now := phase_at(plan, progress.update)) is not None:
+            progress = self._round(*now, progress)
+            if self._is_due(progress):
+                with self._clock.stage("checkpoint"):
+                    record = Record(progress, self._clock.seconds())
+                    save(self._folder.checkpoints, self._parts.student, record, plan, self._reporter)
         self._finish()
 
     def _round(self, phase: Phase, updates_done: int, progress: Progress) -> Progress:
@@ -186,21 +164,19 @@ class Merge:
             with atomic_folder(folder.export) as target:
                 self._parts.student.export(target)
         document = None
-        seconds = {k: v for k, v in self._clock.total.items() if k != "training"}
         if self._plan.evaluation is not None:
             with self._clock.stage("evaluation"):
                 evaluation = Evaluation(
                     self._parts.inputs, self._plan.evaluation, self._parts.device, self._reporter
                 )
                 accuracies = evaluation.run(folder.export)
-            seconds = {**seconds, "evaluation": self._clock.total["evaluation"]}
-            document = result_document(accuracies, {**seconds, "total": sum(seconds.values())})
+            document = result_document(accuracies, self._clock.seconds())
             write_result(folder.result_file, document)
         self._reporter.emit(
             RunFinished(
-                seconds={**seconds, "total": sum(seconds.values())},
+                seconds=self._clock.seconds(),
                 result=document,
-                result_path=folder.result_file if document is not None else None,
-                export_path=folder.export,
+                result_path=Path(shown(folder.result_file)) if document is not None else None,
+                export_path=Path(shown(folder.export)),
             )
         )

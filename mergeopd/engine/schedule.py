@@ -6,7 +6,7 @@ Rollouts are named by their index in the round.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mergeopd.models.batching import length_batches
@@ -93,18 +93,12 @@ def learning_rate(
     """Learning rate of update number `update` (from 0) of `total`.
 
     Linear warm-up over `warmup` updates, reaching the peak at the last of them; then constant, or linear or
-    cosine down to `final_fraction` of the peak, reached at the last update.
+    cosine down towards `final_fraction` of the peak, which an update after the last one would have.
     """
     if update < warmup:
         return peak * (update + 1) / warmup
     if shape == "constant":
         return peak
-    progress = (update - warmup + 1) / max(total - warmup, 1)
+    progress = (update - warmup) / (total - warmup)
     remaining = 1.0 - progress if shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return peak * (final_fraction + (1.0 - final_fraction) * remaining)
-
-
-def shares(values: Mapping[str, float]) -> dict[str, float]:
-    """Values divided by their sum; all zero stays all zero."""
-    total = sum(values.values())
-    return {name: value / total if total else 0.0 for name, value in values.items()}

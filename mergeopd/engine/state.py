@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.schema import Phase, Ramp, TextMixture
@@ -16,10 +16,6 @@ class Progress:
     update: int = 0
     round: int = 0
     drawn: int = 0
-
-    def to_json(self) -> dict[str, int]:
-        """For a checkpoint."""
-        return asdict(self)
 
 
 def phase_at(plan: Plan, update: int) -> tuple[Phase, int] | None:

@@ -1,7 +1,7 @@
 """From a block of logits to per-token statistics, and from their gradients back to logit gradients.
 
 Everything here is elementwise over `[n, V]` blocks that fit the processor's cache, plus row sums. A sharded
-vocabulary meets in two or three small all-reduces of per-token scalars (methods.md 5.1).
+vocabulary meets in two or three small all-reduces of per-token scalars.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Divergences between two next-token distributions, each one small pure function.
 
-Every logit gradient has the form `dz = p_S * (g - <p_S, g>)` with `g = dD/dp_S` (methods.md 0.3), and is the
+Every logit gradient has the form `dz = p_S * (g - <p_S, g>)` with `g = dD/dp_S`, and is the
 same for `g` plus any constant. So a divergence gives two things per row: its value, and its *direction*
 `p_S * g` as a matrix, from which the kernel makes `dz = direction - p_S * sum(direction)`.
 

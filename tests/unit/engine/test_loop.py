@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from mergeopd.engine.build import build
 from mergeopd.engine.checkpoint import restore
+from mergeopd.engine.clock import Clock
 from mergeopd.engine.loop import Merge
 from mergeopd.engine.preflight import preflight
 from mergeopd.engine.run_folder import RunFolder
@@ -71,11 +73,11 @@ def run(recipe: Path, *overrides: str, stop_after: int | None = None) -> tuple[R
     recorder, folder = Recorder(stop_after), RunFolder(Path(inputs.plan.output))
     folder.claim(inputs.plan, inputs.files, inputs.now)
     parts = build(inputs, CPU)
-    progress = restore(folder.checkpoints, parts.student, inputs.plan, recorder)
-    try:
-        Merge(parts, folder, recorder).run(progress)
-    except Stop:
-        pass
+    record = restore(folder.checkpoints, parts.student, inputs.plan, recorder)
+    clock = Clock()
+    clock.continue_from(record.seconds)
+    with contextlib.suppress(Stop):
+        Merge(parts, folder, recorder, clock).run(record.progress)
     return recorder, folder
 
 

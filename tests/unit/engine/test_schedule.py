@@ -93,10 +93,12 @@ def test_learning_rate_by_hand() -> None:
         return learning_rate(update, peak=2.0, warmup=warmup, total=12, shape=shape, final_fraction=0.1)
 
     assert [lr(u, "constant") for u in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
-    assert lr(7, "linear") == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
-    assert lr(11, "linear") == pytest.approx(0.2)
-    assert lr(7, "cosine") == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
-    assert lr(5, "cosine") == pytest.approx(2.0 * (0.1 + 0.9 * 0.8535533905932737))
-    assert lr(11, "cosine") == pytest.approx(0.2)
+    assert lr(4, "linear") == pytest.approx(2.0)
+    assert lr(8, "linear") == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert lr(11, "linear") == pytest.approx(2.0 * (0.1 + 0.9 * 0.125))
+    assert lr(4, "cosine") == pytest.approx(2.0)
+    assert lr(8, "cosine") == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert lr(6, "cosine") == pytest.approx(2.0 * (0.1 + 0.9 * 0.8535533905932737))
+    assert lr(12, "cosine") == pytest.approx(0.2)
     assert lr(0, "constant", warmup=0) == 2.0
     assert learning_rate(5, peak=0.0, warmup=2, total=9, shape="linear", final_fraction=0.0) == 0.0

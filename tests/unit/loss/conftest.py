@@ -1,4 +1,4 @@
-"""An independent reference: full logits, `log_softmax` and autograd, by the definitions of methods.md."""
+"""An independent reference: full logits, `log_softmax` and autograd, by the definitions."""
 
 from types import SimpleNamespace
 

@@ -154,7 +154,7 @@ def test_state_goes_on_bit_for_bit(make_model: Callable[..., Path]) -> None:
 def test_state_of_another_model_is_refused(make_model: Callable[..., Path]) -> None:
     student = student_of(make_model("s"))
     other = student_of(make_model("o", layers=3))
-    with pytest.raises(StorageError, match="not of this student: master.model.layers.2"):
+    with pytest.raises(StorageError, match=r"not of this student: master\.model\.layers\.2"):
         student.load_state(other.state())
 
 
