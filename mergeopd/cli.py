@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from typer.core import TyperOption
 
 from mergeopd import __version__
 from mergeopd.errors import MergeopdError, Problem, RecipeError
 
 app = typer.Typer(
     help="Merge many expert language models into one student by on-policy distillation.",
+    epilog="Completion in your shell: mergeopd --install-completion",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -54,7 +56,11 @@ def run(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     """
     from mergeopd.engine.command import run_recipe
 
-    run_recipe(recipe, overrides or [])
+    try:
+        run_recipe(recipe, overrides or [])
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. The same command goes on from the newest checkpoint.", err=True)
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -64,6 +70,8 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Find every mistake in a recipe and in all it names, without loading a model.
+
+    Exits with 0 when all is good and with 2 when the recipe is wrong.
 
     Example: mergeopd check recipes/quickstart.yaml
     """
@@ -175,7 +183,11 @@ def _fail(error: MergeopdError) -> NoReturn:
 
 def main() -> None:
     """Entry point. Errors that mergeopd raises on purpose are shown without a traceback."""
+    command = typer.main.get_command(app)
+    for parameter in command.params:
+        if isinstance(parameter, TyperOption) and parameter.name in ("install_completion", "show_completion"):
+            parameter.hidden = True  # asked for once, and in the way ever after
     try:
-        app()
+        command()
     except MergeopdError as error:
         _fail(error)

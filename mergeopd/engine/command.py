@@ -7,19 +7,26 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mergeopd.engine.clock import Clock
 from mergeopd.engine.preflight import Inputs, preflight
+from mergeopd.engine.reading import check_student_folder
 from mergeopd.engine.run_folder import RunFolder
-from mergeopd.errors import MergeopdError
+from mergeopd.errors import Location, ModelError, Problem, RecipeError, StorageError
+from mergeopd.recipe.locate import shown
 from mergeopd.report.console import console_reporter
 from mergeopd.report.events import Note, Reporter, Reporters
 from mergeopd.report.jsonl import JsonlReporter
 from mergeopd.report.result import ResultTable, result_document, write_result
+from mergeopd.reward.verifiers import build_verifier
 from mergeopd.storage.metrics import MetricsFile
 
 
 def run_recipe(recipe: Path, overrides: Sequence[str]) -> None:
     """Run a recipe from wherever its run folder stands."""
-    inputs = preflight(recipe, overrides)
+    clock = Clock()
+    with clock.stage("startup"):
+        inputs = preflight(recipe, overrides)
+        _try_verifiers(inputs)
     folder = RunFolder(Path(inputs.plan.output))
     folder.claim(inputs.plan, inputs.files, inputs.now)
     if folder.is_finished(inputs.plan):
@@ -32,30 +39,38 @@ def run_recipe(recipe: Path, overrides: Sequence[str]) -> None:
 
     _quiet_libraries()
     with console_reporter(Console()) as console:
-        parts = build(inputs, pick_device())
-        progress = restore(folder.checkpoints, parts.student, inputs.plan, console)
+        with clock.stage("startup"):
+            parts = build(inputs, pick_device())
+            record = restore(folder.checkpoints, parts.student, inputs.plan, console)
+        clock.continue_from(record.seconds)
         with MetricsFile(folder.metrics_file) as metrics:
-            metrics.truncate_to(progress.update)
+            metrics.truncate_to(record.progress.update)
             reporter = Reporters(JsonlReporter(metrics), console)
             _tell_notes(inputs, reporter)
-            Merge(parts, folder, reporter).run(progress)
+            Merge(parts, folder, reporter, clock).run(record.progress)
 
 
 def evaluate_recipe(recipe: Path, overrides: Sequence[str], model: Path | None, output: Path | None) -> None:
     """Measure a folder as the recipe's merged student and show the table."""
+    import time
+
     inputs = preflight(recipe, overrides)
     if inputs.plan.evaluation is None:
-        raise MergeopdError(f"{recipe} has no evaluation section; add evaluation.prompts")
-    import time
+        place = Location(shown(recipe))
+        raise RecipeError([Problem(place, "evaluation", "missing section", "add `evaluation.prompts`")])
+    _try_verifiers(inputs)
+    merged = model or Path(inputs.plan.output) / "export"
+    if model is None and not merged.is_dir():
+        raise ModelError(
+            f"{merged}: the run has not exported a student yet; run it, or name a folder with --model"
+        )
+    check_student_folder(merged, inputs.student)
+    if output is not None and output.is_dir():
+        raise StorageError(f"{output}: is a folder; name a file")
 
     from mergeopd.engine.build import pick_device
     from mergeopd.engine.evaluate import Evaluation
 
-    merged = model or Path(inputs.plan.output) / "export"
-    if not merged.is_dir():
-        raise MergeopdError(
-            f"there is no model folder {merged}; run the recipe first, or name one with --model"
-        )
     _quiet_libraries()
     console = Console()
     start = time.perf_counter()
@@ -63,9 +78,17 @@ def evaluate_recipe(recipe: Path, overrides: Sequence[str], model: Path | None, 
         _tell_notes(inputs, reporter)
         accuracies = Evaluation(inputs, inputs.plan.evaluation, pick_device(), reporter).run(merged)
     document = result_document(accuracies, {"evaluation": time.perf_counter() - start})
+    console.print(ResultTable(document, result_path=output, export_path=Path(shown(merged))))
     if output is not None:
         write_result(output, document)
-    console.print(ResultTable(document, result_path=output, export_path=merged))
+
+
+def _try_verifiers(inputs: Inputs) -> None:
+    """Import the functions that the recipe allows now: a mistake in them must not wait for the evaluation."""
+    plan = inputs.plan
+    for source in (*plan.sources, *(plan.evaluation.sources if plan.evaluation else ())):
+        if source.verifier is not None:
+            build_verifier(source.verifier, plan.allow_code)
 
 
 def _tell_notes(inputs: Inputs, reporter: Reporter) -> None:

@@ -16,9 +16,14 @@ class Dialect:
 
     tokenizer: Tokenizer
     template: ChatTemplate
-    eos_ids: frozenset[int]
+    eos_ids: tuple[int, ...]
     max_positions: int
     _rendered: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def end_id(self) -> int:
+        """The id that closes an answer which this model did not write itself."""
+        return self.tokenizer.eos_id if self.tokenizer.eos_id in self.eos_ids else self.eos_ids[0]
 
     def render(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids up to where the answer begins."""

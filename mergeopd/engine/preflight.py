@@ -26,6 +26,7 @@ from mergeopd.engine.run_folder import RunFolder
 from mergeopd.errors import RecipeError
 from mergeopd.recipe.plan import Plan, SourcePlan
 from mergeopd.recipe.resolve import Resolution, read
+from mergeopd.recipe.schema import JsonVerifier
 from mergeopd.recipe.tree import Keys
 from mergeopd.types import Prompt
 
@@ -35,8 +36,8 @@ class Inputs:
     """A plan that can work, with everything that was read to know so.
 
     `prompts` and `evaluation` are by source name; `notes` are no mistakes, but a person should know.
-    `files` maps model folders and every smaller file that counts to digests of their contents. `now` is what templates take
-    for the present: the start of the run, also when it goes on another day.
+    `files` maps model folders and every smaller file that counts to digests of their contents. `now` is what
+    templates take for the present: the start of the run, also when it goes on another day.
     """
 
     plan: Plan
@@ -117,6 +118,9 @@ class _Check:
             into[source.name] = prompts
             self.files[source.source] = file_digest(Path(source.source))
             check_references(self.findings, place, source, prompts)
+        if isinstance(source.verifier, JsonVerifier) and source.verifier.schema_file is not None:
+            schema = Path(source.verifier.schema_file)
+            self.findings.attempt(place, lambda: self.files.update({str(schema): file_digest(schema)}))
 
     def _readers(self, teachers: Sequence[str]) -> dict[str, Dialect]:
         """Who reads a prompt, as messages call them."""

@@ -104,15 +104,16 @@ class ModelReader:
                 self.files[str(file)] = file_digest(file)
 
     def _tokenizer(self, place: Keys, folder: Path) -> Tokenizer | None:
+        return self._findings.attempt(place, lambda: self._load_tokenizer(folder))
+
+    def _load_tokenizer(self, folder: Path) -> Tokenizer:
         """A folder's tokenizer; equal files are loaded once, since large vocabularies take a second."""
         self._remember(folder, TOKENIZER_FILES)
         for known, tokenizer in self._tokenizers.items():
             if all(_same_file(known / name, folder / name) for name in TOKENIZER_FILES):
                 return tokenizer
-        loaded = self._findings.attempt(place, lambda: Tokenizer.load(folder))
-        if loaded is not None:
-            self._tokenizers[folder] = loaded
-        return loaded
+        self._tokenizers[folder] = Tokenizer.load(folder)
+        return self._tokenizers[folder]
 
     def _fits(self, place: Keys, folder: Path, tokenizer: Tokenizer, facts: ModelFacts) -> bool:
         if tokenizer.vocab_size <= facts.vocab_rows:

@@ -1,0 +1,313 @@
+"""The command line as a person meets it: what it prints where, and how it exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mergeopd import __version__
+from mergeopd.cli import main
+
+ROOT = Path(__file__).parents[2]
+Command = Callable[..., tuple[int, str, str]]
+
+DATASET = {
+    "phases": [{"name": "merge", "updates": 1, "text": "dataset", "loss": "nll", "prompts_per_round": 4}]
+}
+EVALUATED = {
+    "evaluation": {
+        "prompts": [{"source": "held_out.jsonl", "domain": "right", "verifier": "exact"}],
+        "max_new_tokens": 2,
+    }
+}
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs `mergeopd ARGUMENTS` in this process: exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mergeopd", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return call
+
+
+@pytest.fixture
+def job(
+    write_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """`write_job`, in a folder that is also the current one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "a", "answer": "c"}\n')
+    return lambda *args, **kwargs: write_job(*args, **kwargs).relative_to(tmp_path)
+
+
+def test_help_names_the_commands_and_nothing_else(command: Command) -> None:
+    code, out, _ = command("--help")
+    assert code == 0
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", out)
+    assert [name for name in ("run", "check", "eval", "schema") if f" {name} " in plain] == [
+        "run",
+        "check",
+        "eval",
+        "schema",
+    ]
+    assert "--version" in plain
+    assert "--show-completion" not in plain
+
+
+def test_version(command: Command) -> None:
+    assert command("--version") == (0, f"mergeopd {__version__}\n", "")
+
+
+def test_a_good_recipe(command: Command, job: Callable[..., Path]) -> None:
+    recipe = job()
+    assert command("check", recipe) == (
+        0,
+        "job.yaml: good. 2 teachers, 4 prompts, 2 updates in 1 phase.\n",
+        "",
+    )
+    code, out, err = command("check", recipe, "--json", "--set", "optimizer.lr=0.02")
+    document = json.loads(out)
+    assert (code, err, document["ok"], document["notes"]) == (0, "", True, [])
+    assert re.fullmatch("[0-9a-f]{64}", document["plan"])
+
+
+def test_all_problems_go_to_stderr(command: Command, job: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = job()
+    (tmp_path / "left.jsonl").write_text("")
+    code, out, err = command("check", recipe, "--set", "optimizer.lrr=1", "--set", "seed=-1")
+    assert (code, out) == (2, "")
+    assert err == (
+        "job.yaml:21:14  prompts[0].source\n"
+        "    left.jsonl: has no prompts; a source needs at least one row\n"
+        "--set #1  optimizer.lrr\n"
+        "    unknown key 'lrr'; did you mean 'lr'?\n"
+        "--set #2  seed\n"
+        "    expected a whole number >= 0 and < 9223372036854775808, found -1\n"
+        "\n3 problems.\n"
+    )
+    code, out, err = command("check", recipe, "--json", "--set", "optimizer.lrr=1")
+    assert (code, err) == (2, "")
+    document = json.loads(out)
+    assert document["ok"] is False
+    assert [problem["path"] for problem in document["problems"]] == ["prompts[0].source", "optimizer.lrr"]
+    assert document["problems"][0]["line"] == 21
+
+
+@pytest.mark.parametrize("name", ["check", "run", "eval"])
+def test_a_recipe_that_is_not_there(command: Command, tmp_path: Path, name: str) -> None:
+    code, out, err = command(name, tmp_path / "none.yaml")
+    assert (code, out) == (2, "")
+    assert "none.yaml" in err
+    assert "1 problem." in err
+
+
+@pytest.mark.parametrize("arguments", [("check",), ("check", "x.yaml", "--jsn"), ("chek", "x.yaml")])
+def test_wrong_usage_exits_with_2(command: Command, arguments: tuple[str, ...]) -> None:
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("options", "name"), [((), "recipe"), (("--card",), "card")])
+def test_schema(command: Command, options: tuple[str, ...], name: str) -> None:
+    code, out, _ = command("schema", *options)
+    assert code == 0
+    assert json.loads(out) == json.loads((ROOT / "docs" / "schema" / f"{name}.schema.json").read_text())
+
+
+def test_prompts_that_are_measured_and_trained_on_are_told(
+    command: Command, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = job(EVALUATED)
+    (tmp_path / "held_out.jsonl").write_text(
+        '{"prompt": "b", "answer": "c"}\n{"prompt": "a", "answer": "c"}\n'
+    )
+    code, out, _ = command("check", recipe)
+    assert code == 0
+    assert out.splitlines()[0] == "note: 1 of 2 evaluation prompts of 'held_out' are also trained on"
+
+
+def test_check_is_light_and_quick(job: Callable[..., Path]) -> None:
+    """Through the installed console script, with tokenizers, templates, prompts and checkpoints to read."""
+    recipe = job(EVALUATED)
+    script = Path(sys.executable).with_name("mergeopd")
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['mergeopd', 'check', {str(recipe)!r}]\n"
+        "try:\n"
+        f"    runpy.run_path({str(script)!r}, run_name='__main__')\n"
+        "finally:\n"
+        "    heavy = {'torch', 'transformers', 'datasets', 'numpy', 'pyarrow'} & sys.modules.keys()\n"
+        "    print('heavy:', *sorted(heavy))\n"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith("job.yaml: good.")
+    assert done.stdout.splitlines()[1] == "heavy:"
+    assert seconds < 10, "about half a second on an idle machine; ten on one that is not"
+
+
+def test_interrupting_leaves_no_traceback(
+    command: Command, job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mergeopd.engine.command.preflight", interrupted)
+    assert command("run", job()) == (
+        130,
+        "",
+        "Interrupted. The same command goes on from the newest checkpoint.\n",
+    )
+    monkeypatch.setattr("mergeopd.engine.preflight.preflight", interrupted)
+    code, _, err = command("check", "job.yaml")
+    assert code == 130
+    assert "Traceback" not in err
+
+
+# -------------------------------------------------------------------------------------------- run folders
+
+
+@pytest.fixture
+def ran(command: Command, job: Callable[..., Path]) -> Path:
+    """The recipe of a run that is finished."""
+    recipe = job({**DATASET, **EVALUATED})
+    code, _, err = command("run", recipe)
+    assert code == 0, err
+    return recipe
+
+
+def test_a_finished_run_shows_its_result(command: Command, ran: Path) -> None:
+    code, out, err = command("run", ran)
+    assert (code, err) == (0, "")
+    assert out.startswith("This run is finished: run\n")
+    assert "right" in out
+    assert re.search(r"result +run/result\.json", out)
+    assert re.search(r"student +run/export", out)
+
+
+def test_a_changed_plan_is_refused_with_what_differs(command: Command, ran: Path) -> None:
+    code, out, err = command("run", ran, "--set", "optimizer.lr=0.02", "--set", "prompts.0.share=2")
+    assert (code, out) == (1, "")
+    assert err == (
+        "error: run belongs to a run that began with other settings or files:\n"
+        "    sources[0].share: 1.0 -> 2.0\n"
+        "    optimizer.lr: 0.01 -> 0.02\n"
+        "undo the changes to go on with it, or begin a new run with --set output=...\n"
+    )
+    code, out, _ = command("check", ran, "--set", "optimizer.lr=0.02")
+    assert code == 0
+    assert "note: run belongs to a run that began with other settings" in out
+
+
+def test_lists_and_sections_that_come_or_go(command: Command, ran: Path) -> None:
+    code, _, err = command("run", ran, "--set", 'rollout.stop=["d"]', "--set", "evaluation=null")
+    assert code == 1
+    assert '    rollout.stop: [] -> ["d"]\n' in err
+    assert re.search(r"\n    evaluation: \{.*\.\.\. -> null\n", err)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ("left.jsonl", "left.jsonl"),
+        ("base/model.safetensors", "base"),
+        ("two/tokenizer_config.json", "two/tokenizer_config.json"),
+        ("one/config.json", "one/config.json"),
+    ],
+)
+def test_changed_files_are_named(command: Command, ran: Path, changed: str, told: str) -> None:
+    file = Path(changed)
+    content = bytearray(file.read_bytes())
+    if file.suffix == ".safetensors":
+        content[-1] ^= 1
+    elif file.suffix == ".jsonl":
+        content += b'\n{"prompt": "d", "answer": "c", "response": "c"}\n'
+    else:
+        content += b"\n"
+    file.write_bytes(content)
+    code, out, err = command("run", ran)
+    assert (code, out) == (1, "")
+    assert err.splitlines()[1:-1] == [f"    {told} has other contents now"]
+
+
+def test_a_folder_that_is_no_run_is_left_alone(command: Command, job: Callable[..., Path]) -> None:
+    recipe = job()
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("")
+    code, out, err = command("run", recipe, "--set", "output=mine")
+    assert (code, out) == (1, "")
+    assert err == "error: mine is not empty and not a run folder; choose another with --set output=...\n"
+    assert os.listdir("mine") == ["thesis.txt"]
+
+
+def test_a_damaged_plan_is_told_with_the_rest(command: Command, job: Callable[..., Path]) -> None:
+    recipe = job()
+    Path("run").mkdir()
+    Path("run/plan.yaml").write_text("format: 1\n")
+    code, _, err = command("check", recipe)
+    assert code == 2
+    assert "output\n    run/plan.yaml is damaged or of another version of mergeopd" in err
+
+
+# ------------------------------------------------------------------------------------------------- eval
+
+
+def test_eval_measures_any_folder(command: Command, ran: Path) -> None:
+    code, out, err = command("eval", ran, "--model", "two", "--output", "measured.json")
+    assert code == 0, err
+    document = json.loads(Path("measured.json").read_text())
+    assert set(document["domains"]) == {"right"}
+    assert document["domains"]["right"]["merged"] == document["domains"]["right"]["expert"]
+    assert "right" in out
+
+
+def test_eval_needs_something_to_measure(command: Command, job: Callable[..., Path]) -> None:
+    code, _, err = command("eval", job())
+    assert (code, err) == (
+        2,
+        "job.yaml  evaluation\n    missing section; add `evaluation.prompts`\n\n1 problem.\n",
+    )
+    recipe = job(EVALUATED)
+    code, _, err = command("eval", recipe)
+    assert (code, err) == (
+        1,
+        "error: run/export: the run has not exported a student yet; run it, or name a folder with --model\n",
+    )
+    code, _, err = command("eval", recipe, "--model", "nowhere")
+    assert (code, err) == (1, "error: nowhere: there is no such folder; name a Hugging Face model folder\n")
+
+
+def test_a_function_with_a_mistake_is_found_before_the_run(
+    command: Command, job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "reward_of_test_cli.py").write_text(
+        "def score(answer, reference):\n    return 1.0\n\n1 / 0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    verifier = {"kind": "user", "function": "reward_of_test_cli:score"}
+    prompts = [{"source": "held_out.jsonl", "domain": "right", "verifier": verifier}]
+    recipe = job({"allow_code": ["reward_of_test_cli:score"], "evaluation": {"prompts": prompts}})
+    code, _, err = command("run", recipe)
+    assert code == 1
+    assert "ZeroDivisionError" in err
+    assert not Path("run").exists()
