@@ -1,6 +1,7 @@
 """The command line: `mergeopd run | check | eval | schema`.
 
-Exit codes: 0 good; 2 the recipe or the command's arguments are wrong; 130 interrupted; 1 anything else.
+Exit codes: 0 good; 2 the recipe or the command's arguments are wrong; 3 stopped on request (SIGTERM, Ctrl-C)
+with everything saved; 130 interrupted at once (second Ctrl-C); 1 anything else.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import typer
 from typer.core import TyperOption
 
 from mergeopd import __version__
-from mergeopd.errors import MergeopdError, Problem, RecipeError
+from mergeopd.errors import MergeopdError, Problem, RecipeError, Stopped
 
 app = typer.Typer(
     help="Merge many expert language models into one student by on-policy distillation.",
@@ -49,15 +50,29 @@ def _root(
 
 
 @app.command()
-def run(recipe: RecipeArgument, overrides: SetOption = None) -> None:
-    """Run a merge, or go on with one.
+def run(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    updates: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this many updates of this call, for a smoke run.")
+    ] = None,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help="Go on although this value of the plan, or file, has changed since the run began. "
+            "May be repeated.",
+        ),
+    ] = None,
+) -> None:
+    """Run a merge, or go on with one. Ctrl-C saves and stops; the same command goes on.
 
     Example: mergeopd run recipes/quickstart.yaml --set optimizer.lr=1e-3
     """
     from mergeopd.engine.command import run_recipe
 
     try:
-        run_recipe(recipe, overrides or [])
+        run_recipe(recipe, overrides or [], updates, allow_change or [])
     except KeyboardInterrupt:
         typer.echo("Interrupted. The same command goes on from the newest checkpoint.", err=True)
         raise typer.Exit(130) from None
@@ -189,5 +204,8 @@ def main() -> None:
             parameter.hidden = True  # asked for once, and in the way ever after
     try:
         command()
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        sys.exit(3)
     except MergeopdError as error:
         _fail(error)

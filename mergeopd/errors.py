@@ -76,5 +76,9 @@ class NumericsError(MergeopdError, ArithmeticError):
     """The student's loss or gradient is not finite."""
 
 
+class Stopped(MergeopdError, InterruptedError):  # noqa: N818 (a wish that was met, not a fault)
+    """The run was asked to stop, and did after saving; the same command goes on with it."""
+
+
 class StorageError(MergeopdError, OSError):
     """A run folder or checkpoint cannot be written, read or trusted."""

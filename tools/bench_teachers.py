@@ -116,6 +116,7 @@ def measure(recipe: Path, num_rounds: int) -> dict[str, int]:
 
     from mergeopd.engine.build import build
     from mergeopd.engine.clock import Clock
+    from mergeopd.engine.interrupt import Interrupt
     from mergeopd.engine.loop import Merge
     from mergeopd.engine.preflight import preflight
     from mergeopd.engine.run_folder import RunFolder
@@ -126,7 +127,7 @@ def measure(recipe: Path, num_rounds: int) -> dict[str, int]:
     parts = build(inputs, torch.device("cpu"))
     folder = RunFolder(Path(inputs.plan.output))
     with peak_anonymous() as peak:
-        Merge(parts, folder, Reporters(), Clock()).run(Progress())
+        Merge(parts, folder, Reporters(), Clock(), Interrupt()).run(Progress(), None)
     files = [Path(t.model) / "model.safetensors" for t in inputs.plan.teachers.values()]
     return {
         "num_teachers": len(files),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,10 +42,13 @@ def save(checkpoints: Path, student: TorchStudent, record: Record, plan: Plan, r
     reporter.emit(CheckpointSaved(record.progress.update, target))
 
 
-def restore(checkpoints: Path, student: TorchStudent, plan: Plan, reporter: Reporter) -> Record:
+def restore(
+    checkpoints: Path, student: TorchStudent, plan_hashes: Collection[str], reporter: Reporter
+) -> Record:
     """Load the newest checkpoint that is whole; a fresh start when there is none.
 
-    Damaged ones are told and set aside. Raises StorageError for a checkpoint of another plan.
+    Damaged ones are told and set aside. `plan_hashes` are those that the run folder has had. Raises
+    StorageError for a checkpoint of another plan.
     """
     newest, skipped = newest_valid(checkpoints)
     for path, reason in skipped:
@@ -54,7 +57,7 @@ def restore(checkpoints: Path, student: TorchStudent, plan: Plan, reporter: Repo
     if newest is None:
         return Record(Progress(), {})
     state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-    if state["format"] != FORMAT or state["plan"] != plan.hash:
+    if state["format"] != FORMAT or state["plan"] not in plan_hashes:
         raise StorageError(f"{newest} belongs to another plan; choose another folder with --set output=...")
     student.load_state(load_file(newest / "student.safetensors"))
     return Record(Progress(**state["progress"]), state["seconds"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mergeopd.engine.clock import Clock
+from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.preflight import Inputs, preflight
 from mergeopd.engine.reading import check_student_folder
 from mergeopd.engine.run_folder import RunFolder
@@ -18,36 +19,47 @@ from mergeopd.report.events import Note, Reporter, Reporters
 from mergeopd.report.jsonl import JsonlReporter
 from mergeopd.report.result import ResultTable, result_document, write_result
 from mergeopd.reward.verifiers import build_verifier
+from mergeopd.storage.lock import exclusive
 from mergeopd.storage.metrics import MetricsFile
 
 
-def run_recipe(recipe: Path, overrides: Sequence[str]) -> None:
-    """Run a recipe from wherever its run folder stands."""
+def run_recipe(
+    recipe: Path, overrides: Sequence[str], max_updates: int | None, allowed_changes: Sequence[str]
+) -> None:
+    """Run a recipe from wherever its run folder stands, at most `max_updates` updates further."""
     clock = Clock()
     with clock.stage("startup"):
         inputs = preflight(recipe, overrides)
         _try_verifiers(inputs)
     folder = RunFolder(Path(inputs.plan.output))
-    folder.claim(inputs.plan, inputs.files, inputs.now)
-    if folder.is_finished(inputs.plan):
-        folder.show_finished(Console())
-        return
+    folder.check(inputs.plan, inputs.files, allowed_changes)  # before a lock is left in a stranger's folder
+    with exclusive(folder.path):
+        folder.claim(inputs.plan, inputs.files, inputs.now, allowed_changes)
+        if folder.is_finished(inputs.plan):
+            folder.show_finished(Console())
+            return
+        _run(inputs, folder, clock, max_updates)
+
+
+def _run(inputs: Inputs, folder: RunFolder, clock: Clock, max_updates: int | None) -> None:
+    """Build the parts, go to where the folder stands, and on to the end."""
     # torch and transformers take seconds to import: after all that can go wrong without them.
     from mergeopd.engine.build import build, pick_device
     from mergeopd.engine.checkpoint import restore
     from mergeopd.engine.loop import Merge
 
     _quiet_libraries()
-    with console_reporter(Console()) as console:
+    interrupt = Interrupt()
+    with interrupt.listening(), console_reporter(Console()) as console:
         with clock.stage("startup"):
             parts = build(inputs, pick_device())
-            record = restore(folder.checkpoints, parts.student, inputs.plan, console)
+            record = restore(folder.checkpoints, parts.student, folder.plan_hashes(), console)
         clock.continue_from(record.seconds)
         with MetricsFile(folder.metrics_file) as metrics:
             metrics.truncate_to(record.progress.update)
             reporter = Reporters(JsonlReporter(metrics), console)
             _tell_notes(inputs, reporter)
-            Merge(parts, folder, reporter, clock).run(record.progress)
+            Merge(parts, folder, reporter, clock, interrupt).run(record.progress, max_updates)
 
 
 def evaluate_recipe(recipe: Path, overrides: Sequence[str], model: Path | None, output: Path | None) -> None:

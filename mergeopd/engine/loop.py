@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from mergeopd.engine.batch import prepare
 from mergeopd.engine.build import Parts, phase_objective
 from mergeopd.engine.checkpoint import Record, save
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.evaluate import Evaluation
+from mergeopd.engine.interrupt import Interrupt, StopNow, Watch
 from mergeopd.engine.run_folder import RunFolder
 from mergeopd.engine.schedule import learning_rate, pack, split_updates
 from mergeopd.engine.scoring import rewards, score
 from mergeopd.engine.state import Progress, phase_at
 from mergeopd.engine.updating import accumulate
 from mergeopd.engine.writing import Task, TeacherTexts, dataset_rollout, plan_round, write_student
+from mergeopd.errors import Stopped
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.recipe.locate import shown
 from mergeopd.recipe.schema import Phase
@@ -30,17 +33,24 @@ from mergeopd.types import Rollout
 class Merge:
     """One run of a plan, from wherever its folder stands to its end."""
 
-    def __init__(self, parts: Parts, folder: RunFolder, reporter: Reporter, clock: Clock) -> None:
+    def __init__(
+        self, parts: Parts, folder: RunFolder, reporter: Reporter, clock: Clock, interrupt: Interrupt
+    ) -> None:
         self._parts = parts
         self._plan = parts.plan
         self._folder = folder
-        self._reporter = reporter
+        self._interrupt = interrupt
+        self._reporter = Watch(reporter, interrupt)
         self._clock = clock
         self._texts = TeacherTexts(folder.texts)
         self._prepared_phase = ""
 
-    def run(self, progress: Progress) -> None:
-        """Train from `progress` to the last update, export, evaluate, write the result."""
+    def run(self, progress: Progress, max_updates: int | None) -> None:
+        """Train from `progress` to the last update, export, evaluate, write the result.
+
+        Raises Stopped, after a checkpoint, when a stop was requested or `max_updates` were made.
+        """
+        first = progress.update
         plan = self._plan
         self._reporter.emit(
             RunStarted(
@@ -55,12 +65,34 @@ class Merge:
             )
         )
         while (now := phase_at(plan, progress.update)) is not None:
-            progress = self._round(*now, progress)
+            try:
+                self._reporter.abandonable = True
+                progress = self._round(*now, progress)
+            except StopNow:
+                self._stop(progress)
+            self._reporter.abandonable = False
             if self._is_due(progress):
-                with self._clock.stage("checkpoint"):
-                    record = Record(progress, self._clock.seconds())
-                    save(self._folder.checkpoints, self._parts.student, record, plan, self._reporter)
+                self._save(progress)
+            if max_updates is not None and first + max_updates <= progress.update < plan.num_updates:
+                self._interrupt.requested = "--updates"
+            if self._interrupt.requested is not None:
+                self._stop(progress)
         self._finish()
+
+    def _save(self, progress: Progress) -> None:
+        with self._clock.stage("checkpoint"):
+            record = Record(progress, self._clock.seconds())
+            save(self._folder.checkpoints, self._parts.student, record, self._plan, self._reporter)
+
+    def _stop(self, progress: Progress) -> NoReturn:
+        """Save what is not saved yet and leave."""
+        self._reporter.abandonable = False
+        if progress.update and not (self._folder.checkpoints / f"step-{progress.update}").exists():
+            self._save(progress)
+        raise Stopped(
+            f"stopped by {self._interrupt.requested} after {progress.update} of {self._plan.num_updates} "
+            "updates, all saved; the same command goes on"
+        )
 
     def _round(self, phase: Phase, updates_done: int, progress: Progress) -> Progress:
         """One round and its updates."""
@@ -105,6 +137,7 @@ class Merge:
             prepared = prepare(rollouts, update, phase, parts.inputs.student, parts.inputs.teachers)
             packs = pack(rollouts, update, plan.student.micro_batch_tokens, progress.round)
             stats = accumulate(parts, objective, prepared, packs, cache, self._reporter)
+            self._reporter.abandonable = False
             grad_norm = parts.student.apply(lr)
         members = [rollouts[i] for i in update]
         self._reporter.emit(

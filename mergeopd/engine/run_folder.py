@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mergeopd.recipe.locate import shown, shown_in
 from mergeopd.recipe.plan import Plan
 from mergeopd.report.result import ResultTable
 from mergeopd.storage.folders import write_atomic
+from mergeopd.storage.lock import LOCK_NAME
 
 FORMAT = 1
 _SHOWN = 12
@@ -43,51 +44,69 @@ class RunFolder:
         record = self._record()
         return datetime.fromisoformat(record["started"]) if record else None
 
-    def refusal(self, plan: Plan, files: Mapping[str, str]) -> str | None:
+    def refusal(self, plan: Plan, files: Mapping[str, str], allowed: Sequence[str] = ()) -> str | None:
         """Why this plan with these files (path: digest) cannot run here; None when it can begin or go on.
 
-        Raises StorageError when plan.yaml is damaged.
+        `allowed` names changes that the user declares: dotted keys of the plan (with all below them) or
+        files. Raises StorageError when plan.yaml is damaged.
         """
         before = self._record()
         if before is None:
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and any(path.name != LOCK_NAME for path in self.path.iterdir()):
                 return (
                     f"{shown(self.path)} is not empty and not a run folder; "
                     "choose another with --set output=..."
                 )
             return None
-        changes = _differences(before["plan"], _content(plan))
-        # A file that only one plan names shows in the plan.
-        changes += [
-            f"{shown(Path(file))} has other contents now"
-            for file, digest in before["files"].items()
-            if file in files and files[file] != digest
-        ]
+        changes = {
+            key: text
+            for key, text in self._changes(before, plan, files).items()
+            if not any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in allowed)
+        }
         if not changes:
             return None
-        listed = "\n".join(f"    {change}" for change in changes[:_SHOWN])
+        listed = "\n".join(f"    {text}" for text in list(changes.values())[:_SHOWN])
         if len(changes) > _SHOWN:
             listed += f"\n    and {len(changes) - _SHOWN} more"
         return (
             f"{shown(self.path)} belongs to a run that began with other settings or files:\n{listed}\n"
-            "undo the changes to go on with it, or begin a new run with --set output=..."
+            "undo the changes to go on with it, declare them with --allow-change KEY, "
+            "or begin a new run with --set output=..."
         )
 
-    def claim(self, plan: Plan, files: Mapping[str, str], now: datetime) -> None:
-        """Make the folder, or make sure that it belongs to this plan and to these files (path: digest).
-
-        Raises StorageError naming what differs when it belongs to others.
-        """
-        refusal = self.refusal(plan, files)
+    def check(self, plan: Plan, files: Mapping[str, str], allowed: Sequence[str]) -> None:
+        """Raise StorageError where `refusal` has a reason; writes nothing."""
+        refusal = self.refusal(plan, files, allowed)
         if refusal is not None:
             raise StorageError(refusal)
-        if self.plan_file.is_file():
+
+    def _changes(self, before: Mapping[str, Any], plan: Plan, files: Mapping[str, str]) -> dict[str, str]:
+        """What differs from the plan on record, by key or file."""
+        changes = dict(_differences(before["plan"], _content(plan)))
+        # A file that only one plan names shows in the plan.
+        for file, digest in before["files"].items():
+            if file in files and files[file] != digest:
+                changes[shown(Path(file))] = f"{shown(Path(file))} has other contents now"
+        return changes
+
+    def claim(self, plan: Plan, files: Mapping[str, str], now: datetime, allowed: Sequence[str]) -> None:
+        """Make the folder, or make sure that it belongs to this plan and to these files (path: digest).
+
+        Declared changes are written down with the plan. Raises StorageError naming what else differs when
+        the folder belongs to others.
+        """
+        self.check(plan, files, allowed)
+        before = self._record()
+        changes = list(self._changes(before, plan, files).values()) if before else []
+        if before and not changes:
             return
         document = {
             "mergeopd": __version__,
             "format": FORMAT,
             "started": now.isoformat(timespec="seconds"),
             "hash": plan.hash,
+            "earlier_hashes": [*before["earlier_hashes"], before["hash"]] if before else [],
+            "declared_changes": [*before["declared_changes"], *changes] if before else [],
             "recipe_file": plan.recipe_file,
             "versions": _versions(),
             "plan": _content(plan),
@@ -97,6 +116,11 @@ class RunFolder:
         YAML().dump(document, text)
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.plan_file, text.getvalue())
+
+    def plan_hashes(self) -> list[str]:
+        """The plan's hash and those it had before declared changes."""
+        record = self._record()
+        return [record["hash"], *record["earlier_hashes"]] if record else []
 
     def _record(self) -> dict[str, Any] | None:
         """plan.yaml; None when there is none."""
@@ -109,7 +133,7 @@ class RunFolder:
         if (
             not isinstance(record, dict)
             or record.get("format") != FORMAT
-            or not {"started", "plan", "files"} <= record.keys()
+            or not {"started", "hash", "earlier_hashes", "declared_changes", "plan", "files"} <= record.keys()
         ):
             raise StorageError(
                 f"{shown(self.plan_file)} is damaged or of another version of mergeopd; "
@@ -145,8 +169,8 @@ def _content(plan: Plan) -> dict[str, Any]:
     return plan.model_dump(mode="json", exclude={"recipe_file", "output"})
 
 
-def _differences(before: Any, now: Any, path: str = "") -> list[str]:
-    """`path: old -> new` for every leaf that differs, `nothing` where there is none."""
+def _differences(before: Any, now: Any, path: str = "") -> list[tuple[str, str]]:
+    """`(path, "path: old -> new")` for every leaf that differs, `nothing` where there is none."""
     if before == now:
         return []
     old, new = _parts(before), _parts(now)
@@ -154,11 +178,11 @@ def _differences(before: Any, now: Any, path: str = "") -> list[str]:
     if old and new and isinstance(before, dict) == isinstance(now, dict):
         keys = [*old, *(key for key in new if key not in old)]
         return [
-            line
+            change
             for key in keys
-            for line in _differences(old.get(key, _NOTHING), new.get(key, _NOTHING), _joined(path, key))
+            for change in _differences(old.get(key, _NOTHING), new.get(key, _NOTHING), _joined(path, key))
         ]
-    return [f"{path}: {_short(before)} -> {_short(now)}"]
+    return [(path, f"{path}: {_short(before)} -> {_short(now)}")]
 
 
 def _parts(value: Any) -> dict[str | int, Any]:

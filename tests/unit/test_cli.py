@@ -212,7 +212,7 @@ def test_a_changed_plan_is_refused_with_what_differs(command: Command, ran: Path
         "error: run belongs to a run that began with other settings or files:\n"
         "    sources[0].share: 1.0 -> 2.0\n"
         "    optimizer.lr: 0.01 -> 0.02\n"
-        "undo the changes to go on with it, or begin a new run with --set output=...\n"
+        "undo the changes to go on with it, declare them with --allow-change KEY, or begin a new run with --set output=...\n"
     )
     code, out, _ = command("check", ran, "--set", "optimizer.lr=0.02")
     assert code == 0

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from mergeopd.engine.build import build
 from mergeopd.engine.checkpoint import restore
 from mergeopd.engine.clock import Clock
+from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.loop import Merge
 from mergeopd.engine.preflight import preflight
 from mergeopd.engine.run_folder import RunFolder
@@ -71,13 +72,13 @@ class Recorder:
 def run(recipe: Path, *overrides: str, stop_after: int | None = None) -> tuple[Recorder, RunFolder]:
     inputs = preflight(recipe, overrides)
     recorder, folder = Recorder(stop_after), RunFolder(Path(inputs.plan.output))
-    folder.claim(inputs.plan, inputs.files, inputs.now)
+    folder.claim(inputs.plan, inputs.files, inputs.now, ())
     parts = build(inputs, CPU)
-    record = restore(folder.checkpoints, parts.student, inputs.plan, recorder)
+    record = restore(folder.checkpoints, parts.student, folder.plan_hashes(), recorder)
     clock = Clock()
     clock.continue_from(record.seconds)
     with contextlib.suppress(Stop):
-        Merge(parts, folder, recorder, clock).run(record.progress)
+        Merge(parts, folder, recorder, clock, Interrupt()).run(record.progress, None)
     return recorder, folder
 
 

@@ -1,0 +1,64 @@
+"""Requests to stop: SIGTERM (pre-emption) and Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from mergeopd.report.events import Event, Reporter, StageProgress, StageStarted
+
+
+class Interrupt:
+    """Remembers a request to stop. A second Ctrl-C is an ordinary KeyboardInterrupt, at once."""
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGINT and SIGTERM inside; handlers can only be set in the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
+            signal.signal(number, self._take)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = signal.Signals(number).name
+
+
+class StopNow(Exception):  # noqa: N818 (control flow, not an error)
+    """Leaves a round that has changed no weight yet."""
+
+
+class Watch:
+    """Passes events on; in the middle of a stage it leaves the round when a stop was requested.
+
+    Only while `abandonable`: once an update of the round was made, the round is finished first.
+    """
+
+    def __init__(self, reporter: Reporter, interrupt: Interrupt) -> None:
+        self._reporter = reporter
+        self._interrupt = interrupt
+        self.abandonable = False
+
+    def emit(self, event: Event) -> None:
+        """Report the event, then raise StopNow where that is due and safe."""
+        self._reporter.emit(event)
+        if (
+            self.abandonable
+            and self._interrupt.requested is not None
+            and isinstance(event, StageStarted | StageProgress)
+        ):
+            raise StopNow

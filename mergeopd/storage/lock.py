@@ -1,0 +1,42 @@
+"""One process at a time on a folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mergeopd.errors import StorageError
+from mergeopd.storage.failures import named_failures
+
+LOCK_NAME = ".lock"
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the folder, making it where it is missing, until the context ends or the process dies.
+
+    The system gives the lock back with the process, however that ends. Raises StorageError naming the other
+    process when the folder is held, or when the disk refuses.
+    """
+    path = folder / LOCK_NAME
+    with named_failures("lock", path):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+            raise StorageError(
+                f"{folder}: another process (id {owner}) works on this run; "
+                "wait for it, stop it, or choose another folder with --set output=..."
+            ) from None
+        with named_failures("lock", path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
