@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from mergeopd.data.draw import PromptDraw
+from mergeopd.engine.canary import Canaries
 from mergeopd.engine.dialect import Dialect
 from mergeopd.engine.preflight import Inputs
 from mergeopd.loss.heads import Head
@@ -38,6 +39,7 @@ class Parts:
     store: TeacherStore
     verifiers: Mapping[str, Verify]
     prompt_draw: PromptDraw
+    canaries: Canaries
 
     @property
     def plan(self) -> Plan:
@@ -77,6 +79,7 @@ def build(inputs: Inputs, device: torch.device) -> Parts:
         ),
         verifiers=build_verifiers(plan.sources, plan.allow_code),
         prompt_draw=PromptDraw(inputs.prompts, {s.name: s.share for s in plan.sources}, plan.seed),
+        canaries=Canaries(plan, inputs.teachers),
     )
 
 

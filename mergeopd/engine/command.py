@@ -16,7 +16,8 @@ from mergeopd.errors import Location, ModelError, Problem, RecipeError, StorageE
 from mergeopd.recipe.locate import shown
 from mergeopd.report.console import console_reporter
 from mergeopd.report.events import Note, Reporter, Reporters
-from mergeopd.report.jsonl import JsonlReporter
+from mergeopd.report.html import HtmlReporter
+from mergeopd.report.jsonl import JsonlReporter, SamplesReporter
 from mergeopd.report.result import ResultTable, result_document, write_result
 from mergeopd.reward.verifiers import build_verifier
 from mergeopd.storage.lock import exclusive
@@ -55,9 +56,11 @@ def _run(inputs: Inputs, folder: RunFolder, clock: Clock, max_updates: int | Non
             parts = build(inputs, pick_device())
             record = restore(folder.checkpoints, parts.student, folder.plan_hashes(), console)
         clock.continue_from(record.seconds)
-        with MetricsFile(folder.metrics_file) as metrics:
+        with MetricsFile(folder.metrics_file) as metrics, MetricsFile(folder.samples_file) as samples:
             metrics.truncate_to(record.progress.update)
-            reporter = Reporters(JsonlReporter(metrics), console)
+            samples.truncate_to(record.progress.update)
+            files = (JsonlReporter(metrics), SamplesReporter(samples), HtmlReporter(folder.path, console))
+            reporter = Reporters(*files, console)
             _tell_notes(inputs, reporter)
             Merge(parts, folder, reporter, clock, interrupt).run(record.progress, max_updates)
 

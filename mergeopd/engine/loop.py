@@ -14,11 +14,14 @@ from mergeopd.engine.clock import Clock
 from mergeopd.engine.evaluate import Evaluation
 from mergeopd.engine.interrupt import Interrupt, StopNow, Watch
 from mergeopd.engine.run_folder import RunFolder
+from mergeopd.engine.samples import SampleTaker, choose, is_due
 from mergeopd.engine.schedule import learning_rate, pack, split_updates
 from mergeopd.engine.scoring import rewards, score
 from mergeopd.engine.state import Progress, phase_at
+from mergeopd.engine.tasks import Task, plan_round
+from mergeopd.engine.texts import TeacherTexts
 from mergeopd.engine.updating import accumulate
-from mergeopd.engine.writing import Task, TeacherTexts, dataset_rollout, plan_round, write_student
+from mergeopd.engine.writing import dataset_rollout, write_student
 from mergeopd.errors import Stopped
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.recipe.locate import shown
@@ -42,7 +45,7 @@ class Merge:
         self._interrupt = interrupt
         self._reporter = Watch(reporter, interrupt)
         self._clock = clock
-        self._texts = TeacherTexts(folder.texts)
+        self._texts = TeacherTexts(parts)
         self._prepared_phase = ""
 
     def run(self, progress: Progress, max_updates: int | None) -> None:
@@ -103,13 +106,14 @@ class Merge:
             rollouts = self._rollouts(tasks, progress)
             verdicts = rewards(self._parts, rollouts)
         objective = phase_objective(phase.loss)
-        cache = HiddenCache()
-        if objective.divergences:
-            with self._clock.stage("teachers"):
-                cache = score(self._parts, rollouts, progress.round, self._reporter)
-        for update in split_updates(rollouts, phase.updates_per_round):
-            self._update(phase, objective, rollouts, update, cache, verdicts, progress)
-            progress = replace(progress, update=progress.update + 1)
+        budget_bytes = int(self._plan.memory.hidden_states_gib * 2**30)
+        with HiddenCache(budget_bytes, self._folder.spill) as cache:
+            if objective.divergences:
+                with self._clock.stage("teachers"):
+                    score(self._parts, rollouts, progress.round, cache, self._reporter)
+            for update in split_updates(rollouts, phase.updates_per_round):
+                self._update(phase, objective, rollouts, update, cache, verdicts, progress)
+                progress = replace(progress, update=progress.update + 1)
         self._parts.store.heads(())
         return replace(progress, round=progress.round + 1, drawn=progress.drawn + phase.prompts_per_round)
 
@@ -136,7 +140,10 @@ class Merge:
         with self._clock.stage("update"):
             prepared = prepare(rollouts, update, phase, parts.inputs.student, parts.inputs.teachers)
             packs = pack(rollouts, update, plan.student.micro_batch_tokens, progress.round)
-            stats = accumulate(parts, objective, prepared, packs, cache, self._reporter)
+            due = is_due(progress.update + 1, plan.num_updates)
+            samples = SampleTaker(choose(rollouts, update) if due else (), *objective.names[:1])
+            stats = accumulate(parts, objective, prepared, packs, cache, samples, self._reporter)
+            stats.refuse_uniform_teachers(parts.inputs.student.tokenizer.vocab_size)
             self._reporter.abandonable = False
             grad_norm = parts.student.apply(lr)
         members = [rollouts[i] for i in update]
@@ -156,14 +163,17 @@ class Merge:
                 teacher_bytes_read=parts.store.bytes_read,
             )
         )
+        tokenizer = parts.inputs.student.tokenizer
+        for sample in samples.events(progress.update + 1, phase.name, rollouts, verdicts, tokenizer):
+            self._reporter.emit(sample)
 
     def _rollouts(self, tasks: Sequence[Task], progress: Progress) -> list[Rollout]:
         """Answers to all tasks; the student's first, each kind in the order of the tasks."""
-        student, num_samples = self._parts.inputs.student, self._plan.rollout.samples_per_prompt
+        student = self._parts.inputs.student
         rollouts = write_student(self._parts, tasks, progress.update, self._reporter)
         for task in tasks:
             if task.origin == "teacher":
-                rollouts += self._texts.rollouts(task, num_samples, student)
+                rollouts += self._texts.rollouts(task)
             elif task.origin == "dataset":
                 rollouts.append(dataset_rollout(task, student))
         return rollouts
@@ -176,7 +186,7 @@ class Merge:
             progress = replace(progress, drawn=progress.drawn + phase.prompts_per_round)
             updates_done += phase.updates_per_round
         with self._clock.stage("text"):
-            self._texts.prepare(self._parts, tasks, self._reporter)
+            self._texts.prepare(tasks, self._reporter)
         self._prepared_phase = phase.name
 
     def _is_due(self, progress: Progress) -> bool:

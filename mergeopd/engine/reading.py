@@ -60,6 +60,8 @@ class ModelReader:
         tokenizer_place = model_place if own else (*card, "tokenizer")
         folder = Path(teacher.tokenizer)
         facts = self._model(model_place, Path(teacher.model))
+        if facts is not None:
+            self._compare_fingerprint((*card, "fingerprint"), teacher)
         tokenizer = self._tokenizer(tokenizer_place, folder)
         if tokenizer is None:
             return None
@@ -97,6 +99,15 @@ class ModelReader:
             self.files[str(folder)] = fingerprint
             self._remember(folder, CONFIG_FILES)
         return facts
+
+    def _compare_fingerprint(self, place: Keys, teacher: TeacherPlan) -> None:
+        """Other weights under a card's name must not teach."""
+        if teacher.fingerprint not in (None, self.files[teacher.model]):
+            self._findings.report(
+                place,
+                f"the weights in {teacher.model} are not those the card was written for",
+                "fetch the right ones, or write the card again with mergeopd new teacher",
+            )
 
     def _remember(self, folder: Path, names: Sequence[str]) -> None:
         for file in (folder / name for name in names):

@@ -12,32 +12,32 @@ from typing import Any
 
 from rich.console import Console
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from mergeopd import __version__
 from mergeopd.errors import StorageError
 from mergeopd.recipe.locate import shown, shown_in
-from mergeopd.recipe.plan import Plan
+from mergeopd.recipe.plan import UNBOUND, Plan
 from mergeopd.report.result import ResultTable
+from mergeopd.storage import run_layout
 from mergeopd.storage.folders import write_atomic
 from mergeopd.storage.lock import LOCK_NAME
 
-FORMAT = 1
 _SHOWN = 12
 _NOTHING = object()
 
 
 class RunFolder:
-    """The folder of one run: plan.yaml, metrics.jsonl, texts/, checkpoints/, export/, result.json."""
+    """The folder of one run; what lies in it is named in `storage/run_layout.py`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.plan_file = path / "plan.yaml"
-        self.metrics_file = path / "metrics.jsonl"
-        self.texts = path / "texts"
-        self.checkpoints = path / "checkpoints"
-        self.export = path / "export"
-        self.result_file = path / "result.json"
+        self.plan_file = path / run_layout.PLAN
+        self.metrics_file = path / run_layout.METRICS
+        self.samples_file = path / run_layout.SAMPLES
+        self.spill = path / run_layout.SPILL
+        self.checkpoints = path / run_layout.CHECKPOINTS
+        self.export = path / run_layout.EXPORT
+        self.result_file = path / run_layout.RESULT
 
     def started(self) -> datetime | None:
         """When the run began; None when it has not."""
@@ -102,7 +102,7 @@ class RunFolder:
             return
         document = {
             "mergeopd": __version__,
-            "format": FORMAT,
+            "format": run_layout.FORMAT,
             "started": now.isoformat(timespec="seconds"),
             "hash": plan.hash,
             "earlier_hashes": [*before["earlier_hashes"], before["hash"]] if before else [],
@@ -126,15 +126,8 @@ class RunFolder:
         """plan.yaml; None when there is none."""
         if not self.plan_file.is_file():
             return None
-        try:
-            record = YAML(typ="safe").load(self.plan_file.read_text(encoding="utf-8"))
-        except (YAMLError, UnicodeDecodeError):
-            record = None
-        if (
-            not isinstance(record, dict)
-            or record.get("format") != FORMAT
-            or not {"started", "hash", "earlier_hashes", "declared_changes", "plan", "files"} <= record.keys()
-        ):
+        record = run_layout.read_plan_document(self.plan_file)
+        if record is None or not {"earlier_hashes", "declared_changes"} <= record.keys():
             raise StorageError(
                 f"{shown(self.plan_file)} is damaged or of another version of mergeopd; "
                 "choose another folder with --set output=..."
@@ -166,7 +159,7 @@ def _versions() -> dict[str, str]:
 
 def _content(plan: Plan) -> dict[str, Any]:
     """What makes a run what it is: not where the recipe lies and where the run goes."""
-    return plan.model_dump(mode="json", exclude={"recipe_file", "output"})
+    return plan.model_dump(mode="json", exclude=set(UNBOUND))
 
 
 def _differences(before: Any, now: Any, path: str = "") -> list[tuple[str, str]]:

@@ -9,29 +9,42 @@ from mergeopd.engine.schedule import by_teacher
 from mergeopd.engine.writing import answer_text
 from mergeopd.report.events import Reporter, StageProgress, StageStarted
 from mergeopd.teacher.cache import HiddenCache
+from mergeopd.teacher.store import LoadedTeacher
 from mergeopd.types import Rollout
 
 
-def score(parts: Parts, rollouts: Sequence[Rollout], round_index: int, reporter: Reporter) -> HiddenCache:
-    """Last hidden states of every response token under each of its teachers.
+def score(
+    parts: Parts, rollouts: Sequence[Rollout], round_index: int, cache: HiddenCache, reporter: Reporter
+) -> None:
+    """Put the last hidden states of every response token under each of its teachers into `cache`.
 
     Each teacher is loaded once, sees the prompt through its own template, and gets the response's ids as
-    they were written.
+    they were written. While it scores, the next teacher's files are read ahead.
     """
-    cache = HiddenCache()
     turns = by_teacher(rollouts, tuple(sorted(parts.plan.teachers)), round_index)
-    for turn in turns:
+    following = [turn.teacher for turn in turns[1:]] + [None]
+    for turn, next_teacher in zip(turns, following, strict=True):
         dialect = parts.inputs.teachers[turn.teacher]
         scored = [i for i in turn.rollouts if rollouts[i].response_ids]
         reporter.emit(StageStarted("teachers", turn.teacher, len(scored), "answers"))
         prompts = [dialect.render(rollouts[i].prompt) for i in scored]
         responses = [rollouts[i].response_ids for i in scored]
         with parts.store.open(turn.teacher) as teacher:
+            if next_teacher is not None:
+                parts.store.read_ahead(next_teacher)
+            score_canary(parts, teacher)
             hidden = teacher.hidden(prompts, responses, parts.plan.student.micro_batch_tokens)
             for done, (position, states) in enumerate(hidden, start=1):
                 cache.put(turn.teacher, scored[position], states)
                 reporter.emit(StageProgress(done))
-    return cache
+
+
+def score_canary(parts: Parts, teacher: LoadedTeacher) -> None:
+    """Score the teacher's own sample where it is due; alone, so that no other's batch changes."""
+    due = parts.canaries.due(teacher.name)
+    if due is not None:
+        for _, states in teacher.hidden([due[0]], [due[1]], len(due[0]) + len(due[1])):
+            parts.canaries.keep(teacher.name, states)
 
 
 def rewards(parts: Parts, rollouts: Sequence[Rollout]) -> list[float | None]:

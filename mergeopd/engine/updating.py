@@ -9,6 +9,8 @@ import torch
 
 from mergeopd.engine.batch import PreparedUpdate, micro_batch
 from mergeopd.engine.build import Parts
+from mergeopd.engine.canary import refuse_uniform
+from mergeopd.engine.samples import SampleTaker
 from mergeopd.engine.schedule import Pack
 from mergeopd.loss.fused import TokenStats
 from mergeopd.loss.objective import DistillationObjective
@@ -77,6 +79,12 @@ class UpdateStats:
             for name, sums in sorted(self._teachers.items())
         }
 
+    def refuse_uniform_teachers(self, num_valid: int) -> None:
+        """Raise TeacherError for a teacher to which all tokens were alike."""
+        for name, sums in self._teachers.items():
+            if sums.num_tokens:
+                refuse_uniform(name, sums.mean("entropy"), num_valid)
+
     def domains(self, prepared: PreparedUpdate, rewards: Sequence[float | None]) -> dict[str, DomainStats]:
         """Per domain, over its rollouts; `rewards` are the round's."""
         total = sum(sums.num_tokens for sums in self._domains.values())
@@ -106,6 +114,7 @@ def accumulate(
     prepared: PreparedUpdate,
     packs: Sequence[Pack],
     cache: HiddenCache,
+    samples: SampleTaker,
     reporter: Reporter,
 ) -> UpdateStats:
     """Add up the gradient of an update. One teacher set's heads are in memory at a time."""
@@ -113,8 +122,12 @@ def accumulate(
     reporter.emit(StageStarted("update", "", len(packs), "micro-batches"))
     for done, pack in enumerate(packs, start=1):
         heads = parts.store.heads(pack.teachers) if objective.divergences else {}
+        for name, head in heads.items():
+            parts.canaries.verify(name, head)
         micro = micro_batch(pack, prepared, cache, heads, parts.device, parts.student.statistics_dtype)
-        stats.add(micro, prepared, parts.student.accumulate(micro, objective))
+        tokens = parts.student.accumulate(micro, objective)
+        stats.add(micro, prepared, tokens)
+        samples.take(micro, prepared, tokens)
         reporter.emit(StageProgress(done))
     return stats
 

@@ -120,4 +120,6 @@ def _plan(
         tokenizer=str(paths["tokenizer"] or model),
         template=None if template is None else str(template),
         dtype=ref.dtype,
+        fingerprint=card.fingerprint,
+        canary=card.canary,
     )

@@ -6,14 +6,19 @@ import hashlib
 import json
 
 from mergeopd.recipe.schema import (
+    Canary,
     Checkpoints,
     LocalRollout,
+    Memory,
     Optimizer,
     Phase,
     Strict,
     Student,
     Verifier,
 )
+
+# What a run may change on the way: where things lie, and what stays in memory.
+UNBOUND = ("recipe_file", "output", "memory", "text_cache")
 
 
 class TeacherPlan(Strict):
@@ -24,6 +29,8 @@ class TeacherPlan(Strict):
     tokenizer: str
     template: str | None
     dtype: str
+    fingerprint: str | None
+    canary: Canary | None
 
 
 class SourcePlan(Strict):
@@ -66,12 +73,14 @@ class Plan(Strict):
     evaluation: EvaluationPlan | None
     checkpoint: Checkpoints
     allow_code: tuple[str, ...]
+    memory: Memory
+    text_cache: str
     output: str
 
     @property
     def hash(self) -> str:
-        """SHA-256 over the canonical JSON; where the recipe lies and where the run goes do not count."""
-        content = self.model_dump(mode="json", exclude={"recipe_file", "output"})
+        """SHA-256 over the canonical JSON without `UNBOUND`."""
+        content = self.model_dump(mode="json", exclude=set(UNBOUND))
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property

@@ -270,6 +270,8 @@ class _Resolver:
             evaluation=evaluation,
             checkpoint=recipe.checkpoint,
             allow_code=recipe.allow_code,
+            memory=recipe.memory,
+            text_cache=str(absolute(recipe.text_cache, self.origins.place(("text_cache",)).base)),
             output=str(output),
         )
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 FUNCTION_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$"
+DIGEST_PATTERN = r"^[0-9a-f]{64}$"
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN, description="letters, digits, _ . -")]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
@@ -54,6 +55,16 @@ class Student(Strict):
 # -------------------------------------------------------------------------------------------- teachers
 
 
+class Canary(Strict):
+    """A sample by which a teacher is recognised; `mergeopd new teacher` writes it."""
+
+    prompt: str = Field(min_length=1, description="a user's message")
+    response: str = Field(min_length=1, description="the teacher's own answer")
+    logprobs: tuple[float, ...] = Field(
+        min_length=1, description="log-probability of each token of the answer, in nats"
+    )
+
+
 class TeacherCard(Strict):
     """A file under `teachers/`: what a teacher is, independent of any recipe."""
 
@@ -69,6 +80,10 @@ class TeacherCard(Strict):
         default=(), description="domains it teaches when a prompt source names no teachers"
     )
     licence: str | None = Field(default=None, description="licence of the weights, for people")
+    fingerprint: Annotated[str, Field(pattern=DIGEST_PATTERN)] | None = Field(
+        default=None, description="of the checkpoint; other weights under this name are refused"
+    )
+    canary: Canary | None = Field(default=None, description="checked before the teacher teaches")
 
 
 class TeacherRef(Strict):
@@ -393,6 +408,14 @@ class Checkpoints(Strict):
     keep: PositiveInt = Field(default=3, description="newest checkpoints that are kept")
 
 
+class Memory(Strict):
+    """How much main memory may hold what could lie on disk."""
+
+    hidden_states_gib: Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)] = Field(
+        default=8.0, description="teachers' hidden states of a round; what is more goes to the run folder"
+    )
+
+
 class Recipe(Strict):
     """A merge: one student, its teachers, prompts and phases."""
 
@@ -418,6 +441,10 @@ class Recipe(Strict):
     checkpoint: Checkpoints = Field(default=Checkpoints(), description="when the run is saved")
     allow_code: tuple[FunctionPath, ...] = Field(
         default=(), description="functions of yours that this recipe may import and call"
+    )
+    memory: Memory = Field(default=Memory(), description="what may stay in main memory")
+    text_cache: str = Field(
+        default=".mergeopd/texts", description="folder, shared by runs, of texts that teachers wrote"
     )
     output: str = Field(description="folder of the run")
 

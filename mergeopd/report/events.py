@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from mergeopd.types import Finish, Origin
+
 StageName = Literal["rollout", "teachers", "update", "evaluation", "export", "text"]
 
 
@@ -111,6 +113,43 @@ class UpdateDone:
 
 
 @dataclass(frozen=True, slots=True)
+class TeacherTrace:
+    """What one teacher says of every token of an answer.
+
+    `divergence` is the first one of the objective, unweighted; `logprob_T` that of the token as written.
+    `end_masked`: the last token does not count in this teacher's term, because it ends answers otherwise.
+    """
+
+    divergence: tuple[float, ...]
+    logprob_T: tuple[float, ...]
+    end_masked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutSampled:
+    """An answer of an update, token by token, for people to look at.
+
+    `prompt` is the student's rendering. The texts in `tokens` make up the answer; where a character is
+    spread over several tokens, the last of them carries it and the others are empty. `divergence` names
+    what the traces hold, "" where the objective has none. Numbers have six significant digits and are those
+    of the loss: under its temperature, before the update.
+    """
+
+    update: int
+    phase: str
+    domain: str
+    key: str
+    prompt: str
+    tokens: tuple[str, ...]
+    logprob_S: tuple[float, ...]
+    divergence: str
+    teachers: Mapping[str, TeacherTrace]
+    reward: float | None
+    origin: Origin
+    finish: Finish
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointSaved:
     """A checkpoint is complete on disk."""
 
@@ -161,6 +200,7 @@ Event = (
     | StageStarted
     | StageProgress
     | UpdateDone
+    | RolloutSampled
     | CheckpointSaved
     | CheckpointSkipped
     | Note

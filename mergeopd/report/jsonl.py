@@ -1,4 +1,4 @@
-"""metrics.jsonl: each update as one line for plotting tools.
+"""metrics.jsonl: each update as one line for plotting tools; rollouts/samples.jsonl: answers token by token.
 
     pandas.json_normalize(map(json.loads, open("metrics.jsonl")))   # columns like teachers.math.reverse_kl
 
@@ -10,7 +10,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from mergeopd.report.events import CheckpointSaved, DomainStats, Event, TeacherStats, UpdateDone
+from mergeopd.report.events import (
+    CheckpointSaved,
+    DomainStats,
+    Event,
+    RolloutSampled,
+    TeacherStats,
+    UpdateDone,
+)
 from mergeopd.storage.metrics import MetricsFile
 
 
@@ -59,6 +66,31 @@ def _domain_record(stats: DomainStats) -> dict[str, Any]:
     }
 
 
+def sample_record(event: RolloutSampled) -> dict[str, Any]:
+    """The line of one sampled answer in rollouts/samples.jsonl."""
+    return {
+        "update": event.update,
+        "phase": event.phase,
+        "domain": event.domain,
+        "key": event.key,
+        "origin": event.origin,
+        "finish": event.finish,
+        "reward": event.reward,
+        "prompt": event.prompt,
+        "tokens": event.tokens,
+        "logprob_S": event.logprob_S,
+        "divergence": event.divergence,
+        "teachers": {
+            name: {
+                "divergence": trace.divergence,
+                "logprob_T": trace.logprob_T,
+                "end_masked": trace.end_masked,
+            }
+            for name, trace in sorted(event.teachers.items())
+        },
+    }
+
+
 class JsonlReporter:
     """Writes updates to a metrics file; checkpoints bring its lines to the disk."""
 
@@ -73,5 +105,23 @@ class JsonlReporter:
         """
         if isinstance(event, UpdateDone):
             self._file.append(update_record(event))
+        elif isinstance(event, CheckpointSaved):
+            self._file.sync()
+
+
+class SamplesReporter:
+    """Writes sampled answers to a file of their own; checkpoints bring its lines to the disk."""
+
+    def __init__(self, file: MetricsFile) -> None:
+        self._file = file
+
+    def emit(self, event: Event) -> None:
+        """Append the line of a `RolloutSampled`; other events have none.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        if isinstance(event, RolloutSampled):
+            self._file.append(sample_record(event))
         elif isinstance(event, CheckpointSaved):
             self._file.sync()

@@ -2,29 +2,103 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from mergeopd.storage.failures import named_failures
+
 
 class HiddenCache:
-    """Last hidden states of response tokens, by teacher and rollout."""
+    """Last hidden states of response tokens, by teacher and rollout.
 
-    def __init__(self) -> None:
-        self._hidden: dict[tuple[str, int], Tensor] = {}
+    Holds at most `budget_bytes` in memory; what comes after is appended to a file in `folder` and read back
+    memory-mapped, bit for bit. A context manager: the file is gone when the context ends. CPU tensors spill;
+    those of an accelerator are brought to the CPU first and return to their device when gathered.
+    """
+
+    def __init__(self, budget_bytes: int, folder: Path) -> None:
+        self._budget_bytes = budget_bytes
+        self._path = folder / "hidden-states.bin"
+        self._held: dict[tuple[str, int], Tensor] = {}
+        self._spilled: dict[tuple[str, int], _Place] = {}
+        self._file: BinaryIO | None = None
+        self._map: mmap.mmap | None = None
+        self.num_bytes = 0
+        self.num_spilled_bytes = 0
+
+    def __enter__(self) -> HiddenCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._held.clear()
+        self._spilled.clear()
+        # Tensors gathered earlier are copies, so nothing looks at the map any more.
+        if self._map is not None:
+            self._map.close()
+        if self._file is not None:
+            self._file.close()
+            self._path.unlink(missing_ok=True)
 
     def put(self, teacher: str, rollout: int, hidden: Tensor) -> None:
-        """Keep `[response length, d_T]` for one rollout (its index in the round). Twice is a KeyError."""
-        if (teacher, rollout) in self._hidden:
+        """Keep `[response length, d_T]` for one rollout (its index in the round).
+
+        Raises KeyError when it is there already, StorageError when the disk refuses.
+        """
+        key = (teacher, rollout)
+        if key in self._held or key in self._spilled:
             raise KeyError(f"teacher {teacher!r} has already scored rollout {rollout}")
-        self._hidden[teacher, rollout] = hidden
+        size = hidden.numel() * hidden.element_size()
+        if self.num_bytes + size <= self._budget_bytes:
+            self._held[key] = hidden
+            self.num_bytes += size
+        else:
+            self._spilled[key] = self._spill(hidden, size)
 
     def gather(self, teacher: str, rollouts: Sequence[int]) -> Tensor:
         """`[sum of response lengths, d_T]` in the order of `rollouts`. A missing one is a KeyError."""
-        return torch.cat([self._hidden[teacher, rollout] for rollout in rollouts])
+        return torch.cat([self._get((teacher, rollout)) for rollout in rollouts])
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held now."""
-        return sum(hidden.numel() * hidden.element_size() for hidden in self._hidden.values())
+    def _get(self, key: tuple[str, int]) -> Tensor:
+        held = self._held.get(key)
+        return self._read(self._spilled[key]) if held is None else held
+
+    def _spill(self, hidden: Tensor, size: int) -> _Place:
+        with named_failures("spill hidden states to", self._path):
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("w+b")
+            place = _Place(self.num_spilled_bytes, hidden.shape, hidden.dtype, hidden.device)
+            self._file.write(hidden.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        self.num_spilled_bytes += size
+        return place
+
+    def _read(self, place: _Place) -> Tensor:
+        assert self._file is not None
+        if self._map is None or len(self._map) < self.num_spilled_bytes:
+            with named_failures("read hidden states from", self._path):
+                self._file.flush()
+                # Copy-on-write: torch wants memory that could be written.
+                self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        count = place.shape.numel()
+        flat = torch.frombuffer(self._map, dtype=place.dtype, count=count, offset=place.offset)
+        return flat.view(place.shape).to(place.device)
+
+
+class _Place:
+    """Where a spilled tensor lies in the file, and what it was."""
+
+    __slots__ = ("device", "dtype", "offset", "shape")
+
+    def __init__(self, offset: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        self.offset = offset
+        self.shape = shape
+        self.dtype = dtype
+        self.device = device

@@ -8,6 +8,7 @@ one checkpoint share one head.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,6 +108,21 @@ class TeacherStore:
             yield LoadedTeacher(name, model.base_model, self._device)
         finally:
             empty(model)
+
+    def fingerprint(self, name: str) -> str:
+        """Digest of the teacher's checkpoint."""
+        return self._checkpoints[name].fingerprint
+
+    def read_ahead(self, name: str) -> None:
+        """Ask the system to bring a teacher's files into its cache, and go on; no memory of ours is used."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for file in sorted({info.file for info in self._checkpoints[name].tensors.values()}):
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
 
     def heads(self, names: Iterable[str]) -> dict[str, Head]:
         """The prediction heads of these teachers; heads of all others are dropped."""

@@ -18,7 +18,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_mean_of_the_experts_whatever_their_padding(make_model: Callable[..., Path]) -> None:
-    base, one, two = make_model("base", vocab=36), make_model("one", seed=1, vocab=40), make_model("two", seed=2)
+    base, one, two = (
+        make_model("base", vocab=36),
+        make_model("one", seed=1, vocab=40),
+        make_model("two", seed=2),
+    )
     assert why_not(base, [one, two]) is None
     found = dict(average(base, [one, two], 33, CPU).named_parameters())
     a, b, before = weights(one), weights(two), weights(base)

@@ -20,10 +20,12 @@ from transformers import AutoModelForCausalLM
 from mergeopd.engine.batch import prepare
 from mergeopd.engine.build import Parts, build, phase_objective
 from mergeopd.engine.preflight import preflight
+from mergeopd.engine.samples import SampleTaker
 from mergeopd.engine.schedule import pack, split_updates
 from mergeopd.engine.scoring import score
 from mergeopd.engine.updating import accumulate
 from mergeopd.report.events import Reporters
+from mergeopd.teacher.cache import HiddenCache
 from mergeopd.types import Prompt, Rollout
 
 CPU = torch.device("cpu")
@@ -62,12 +64,13 @@ def engine_gradients(
     phase = parts.plan.phases[0]
     quiet = Reporters()
     objective = phase_objective(phase.loss)
-    cache = score(parts, rollouts, round_index, quiet)
     gradients = []
+    cache = HiddenCache(1 << 30, Path(parts.plan.output))
+    score(parts, rollouts, round_index, cache, quiet)
     for update in split_updates(rollouts, phase.updates_per_round):
         prepared = prepare(rollouts, update, phase, parts.inputs.student, parts.inputs.teachers)
         packs = pack(rollouts, update, parts.plan.student.micro_batch_tokens, round_index)
-        accumulate(parts, objective, prepared, packs, cache, quiet)
+        accumulate(parts, objective, prepared, packs, cache, SampleTaker(()), quiet)
         gradients.append({name: g.clone() for name, g in parts.student.gradients().items()})
         parts.student.apply(0.0)
     return gradients

@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mergeopd.errors import ModelError, TeacherError
-from mergeopd.teacher.cache import HiddenCache
 from mergeopd.teacher.store import TeacherSource, TeacherStore
 
 CPU = torch.device("cpu")
@@ -136,15 +135,3 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_refused(make_model: Callab
         ModelError, match=r"gate_proj.weight with shape \[64, 32\], the config says \[48, 32\]"
     ):
         TeacherStore({"t": TeacherSource(folder, "float32", 37)}, CPU)
-
-
-def test_cache_keeps_rows_by_rollout_and_refuses_doubles() -> None:
-    cache = HiddenCache()
-    cache.put("t", 1, torch.ones(2, 3))
-    cache.put("t", 0, torch.zeros(1, 3))
-    assert cache.gather("t", [1, 0]).tolist() == [[1.0] * 3, [1.0] * 3, [0.0] * 3]
-    assert cache.num_bytes == 36
-    with pytest.raises(KeyError, match="already"):
-        cache.put("t", 1, torch.ones(2, 3))
-    with pytest.raises(KeyError):
-        cache.gather("other", [0])

@@ -1,0 +1,135 @@
+"""A few answers kept token by token, for the report. Reading only: training does not notice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from mergeopd.engine.batch import PreparedUpdate
+from mergeopd.loss.fused import TokenStats
+from mergeopd.models.tokenizer import Tokenizer
+from mergeopd.report.events import RolloutSampled, TeacherTrace
+from mergeopd.student.batch import MicroBatch
+from mergeopd.types import Rollout
+
+PER_DOMAIN = 2
+_TIMES = 20
+# Decoders look back (spaces between words, bytes of a character), but not further than this.
+_CONTEXT = 8
+
+
+def is_due(update: int, num_updates: int) -> bool:
+    """Whether update number `update` (from 1) of `num_updates` is sampled: the first, the last, every 5 %."""
+    return update in (1, num_updates) or update % max(1, num_updates // _TIMES) == 0
+
+
+def choose(rollouts: Sequence[Rollout], update: Sequence[int]) -> tuple[int, ...]:
+    """Indices of the first answers of each domain in the update, to different prompts, none empty."""
+    prompts: dict[str, set[str]] = {}
+    chosen = []
+    for index in update:
+        prompt = rollouts[index].prompt
+        seen = prompts.setdefault(prompt.domain, set())
+        if rollouts[index].response_ids and prompt.key not in seen and len(seen) < PER_DOMAIN:
+            seen.add(prompt.key)
+            chosen.append(index)
+    return tuple(chosen)
+
+
+def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The text of each token, special ones included, so that together they make up the answer.
+
+    Tokens that hold a part of a character are empty, but for the one that completes it; what stays
+    incomplete to the end is U+FFFD.
+    """
+    texts = []
+    start = done = 0  # ids[start:done] is context that has been told
+    for position in range(1, len(ids) + 1):
+        before = tokenizer.decode(ids[start:done], skip_special_tokens=False)
+        text = tokenizer.decode(ids[start:position], skip_special_tokens=False)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and position < len(ids):
+            texts.append("")
+            continue
+        texts.append(text[len(before) :])
+        start, done = max(start, position - _CONTEXT), position
+    return tuple(texts)
+
+
+class SampleTaker:
+    """Collects the statistics of the chosen answers from an update's micro-batches.
+
+    `divergence` is the name of the objective's first one, "" where it has none.
+    """
+
+    def __init__(self, chosen: Sequence[int], divergence: str = "") -> None:
+        self._chosen = frozenset(chosen)
+        self._divergence = divergence
+        self._logprob_S: dict[int, tuple[float, ...]] = {}
+        self._teachers: dict[int, dict[str, TeacherTrace]] = {}
+
+    def take(self, micro: MicroBatch, prepared: PreparedUpdate, stats: TokenStats) -> None:
+        """Keep what this micro-batch has of the chosen answers."""
+        end = 0
+        for index, response in zip(micro.rollouts, micro.responses, strict=True):
+            rows = slice(end, end + len(response))
+            end = rows.stop
+            if index not in self._chosen:
+                continue
+            self._logprob_S[index] = _numbers(stats.logprob_S[rows])
+            self._teachers[index] = {
+                name: TeacherTrace(
+                    divergence=_numbers(stats.divergence[k, 0, rows]),
+                    logprob_T=_numbers(stats.logprob_T[k, rows]),
+                    end_masked=name in prepared.rollouts[index].eos_masked,
+                )
+                for k, name in enumerate(micro.teachers)
+            }
+
+    def events(
+        self,
+        update: int,
+        phase: str,
+        rollouts: Sequence[Rollout],
+        rewards: Sequence[float | None],
+        tokenizer: Tokenizer,
+    ) -> tuple[RolloutSampled, ...]:
+        """The chosen answers by domain; `rollouts` and `rewards` are the round's."""
+        order = sorted(self._logprob_S, key=lambda index: (rollouts[index].prompt.domain, index))
+        return tuple(
+            self._event(index, update, phase, rollouts[index], rewards[index], tokenizer) for index in order
+        )
+
+    def _event(
+        self,
+        index: int,
+        update: int,
+        phase: str,
+        rollout: Rollout,
+        reward: float | None,
+        tokenizer: Tokenizer,
+    ) -> RolloutSampled:
+        teachers: Mapping[str, TeacherTrace] = self._teachers[index]
+        return RolloutSampled(
+            update=update,
+            phase=phase,
+            domain=rollout.prompt.domain,
+            key=rollout.prompt.key,
+            prompt=tokenizer.decode(rollout.prompt_ids, skip_special_tokens=False),
+            tokens=token_texts(rollout.response_ids, tokenizer),
+            logprob_S=self._logprob_S[index],
+            divergence=self._divergence if teachers else "",
+            teachers=teachers,
+            reward=reward,
+            origin=rollout.origin,
+            finish=rollout.finish,
+        )
+
+
+def _numbers(values: torch.Tensor) -> tuple[float, ...]:
+    return tuple(_six_digits(value) for value in values.tolist())
+
+
+def _six_digits(value: float) -> float:
+    return float(f"{value:.6g}") if math.isfinite(value) else value

@@ -1,0 +1,146 @@
+"""What teachers write before a phase: once per prompt and sample, kept for every run that asks again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mergeopd.engine.build import Parts
+from mergeopd.engine.dialect import Dialect
+from mergeopd.engine.scoring import score_canary
+from mergeopd.engine.tasks import Task, author
+from mergeopd.report.events import Reporter, StageProgress, StageStarted
+from mergeopd.rollout.local import Completion, Request, generate
+from mergeopd.storage.folders import write_atomic
+from mergeopd.types import Prompt, Rollout, Sampling
+
+FORMAT = 1
+
+
+class TeacherTexts:
+    """Teachers' answers, by teacher, prompt and sample.
+
+    A file holds what one teacher wrote under one set of circumstances: its weights (by fingerprint), its
+    precision, stop tokens, sampling and seed name the file; the rendered prompt and the sample name a line.
+    So a text is never taken for another's, and a changed template or prompt is written anew.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._texts: dict[tuple[str, str, int], Completion] = {}
+
+    def prepare(self, tasks: Sequence[Task], reporter: Reporter) -> None:
+        """Have every teacher write what these tasks will ask for; a teacher is loaded at most once."""
+        wanted: dict[str, dict[tuple[str, int], Prompt]] = {}
+        for task in tasks:
+            if task.origin == "teacher":
+                for sample in range(self._parts.plan.rollout.samples_per_prompt):
+                    wanted.setdefault(author(task.prompt), {})[task.prompt.key, sample] = task.prompt
+        for teacher, prompts in wanted.items():
+            missing = {k: p for k, p in prompts.items() if (teacher, *k) not in self._texts}
+            if missing:
+                self._provide(teacher, missing, reporter)
+
+    def rollouts(self, task: Task) -> list[Rollout]:
+        """The prepared answers to a task; the teacher's stop token becomes the student's."""
+        student = self._parts.inputs.student
+        return [
+            Rollout(
+                prompt=task.prompt,
+                sample=sample,
+                prompt_ids=student.render(task.prompt),
+                response_ids=_closed(text, student),
+                origin="teacher",
+                finish=text.finish,
+            )
+            for sample in range(self._parts.plan.rollout.samples_per_prompt)
+            for text in [self._texts[author(task.prompt), task.prompt.key, sample]]
+        ]
+
+    def _provide(self, name: str, prompts: Mapping[tuple[str, int], Prompt], reporter: Reporter) -> None:
+        """Take from disk what is there, have the rest written, and keep it."""
+        path = self._file(name)
+        known = _load(path)
+        dialect = self._parts.inputs.teachers[name]
+        requests = [Request(key, sample, dialect.render(p)) for (key, sample), p in prompts.items()]
+        new = [request for request in requests if _line_key(request) not in known]
+        if new:
+            texts = self._write(name, new, reporter)
+            # Read again: another run may have added its own meanwhile.
+            known = {**_load(path), **{_line_key(r): t for r, t in zip(new, texts, strict=True)}}
+            _save(path, known)
+        for request in requests:
+            self._texts[name, request.key, request.sample] = known[_line_key(request)]
+
+    def _write(self, name: str, requests: Sequence[Request], reporter: Reporter) -> list[Completion]:
+        parts = self._parts
+        reporter.emit(StageStarted("text", f"{name} writes", len(requests), "answers"))
+        with parts.store.open(name) as teacher:
+            writer = parts.teacher_writer(teacher)
+            score_canary(parts, teacher)
+            parts.canaries.verify(name, writer.head)
+            return generate(
+                writer,
+                requests,
+                self._sampling(),
+                seed=parts.plan.seed,
+                batch_size=parts.plan.rollout.batch_size,
+                progress=lambda done: reporter.emit(StageProgress(done)),
+            )
+
+    def _sampling(self) -> Sampling:
+        rollout = self._parts.plan.rollout
+        return Sampling(rollout.temperature, rollout.top_p, rollout.max_new_tokens, rollout.stop)
+
+    def _file(self, name: str) -> Path:
+        """Where a teacher's texts under the present circumstances are kept."""
+        parts, sampling = self._parts, self._sampling()
+        circumstances = {
+            "format": FORMAT,
+            "weights": parts.store.fingerprint(name),
+            "dtype": parts.plan.teachers[name].dtype,
+            "eos_ids": sorted(parts.inputs.teachers[name].eos_ids),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_new_tokens": sampling.max_new_tokens,
+            "stop": sampling.stop,
+            "seed": parts.plan.seed,
+        }
+        digest = hashlib.sha256(json.dumps(circumstances, sort_keys=True).encode()).hexdigest()
+        return Path(parts.plan.text_cache) / f"{name}-{digest[:20]}.jsonl"
+
+
+def _line_key(request: Request) -> str:
+    content = json.dumps([request.key, request.sample, request.prompt_ids])
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def _save(path: Path, texts: Mapping[str, Completion]) -> None:
+    lines = [
+        json.dumps({"key": key, "ids": text.response_ids, "finish": text.finish})
+        for key, text in texts.items()
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "\n".join(lines) + "\n")
+
+
+def _load(path: Path) -> dict[str, Completion]:
+    """The texts of a file; a line that is damaged is written again."""
+    if not path.is_file():
+        return {}
+    texts = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            texts[row["key"]] = Completion(tuple(row["ids"]), (), row["finish"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return texts
+
+
+def _closed(text: Completion, student: Dialect) -> tuple[int, ...]:
+    if text.finish != "eos" or text.response_ids[-1] in student.eos_ids:
+        return text.response_ids
+    return (*text.response_ids[:-1], student.end_id)

@@ -1,0 +1,113 @@
+"""A teacher that is not who its card says, or not sane, is stopped and named before it teaches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mergeopd.engine.build import build
+from mergeopd.engine.canary import logprobs, sample_ids
+from mergeopd.engine.clock import Clock
+from mergeopd.engine.interrupt import Interrupt
+from mergeopd.engine.loop import Merge
+from mergeopd.engine.preflight import preflight
+from mergeopd.engine.run_folder import RunFolder
+from mergeopd.engine.state import Progress
+from mergeopd.errors import MergeopdError, RecipeError, TeacherError
+from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.report.events import Reporters, UpdateDone
+
+CPU = torch.device("cpu")
+
+
+class NoUpdates:
+    def emit(self, event: object) -> None:
+        assert not isinstance(event, UpdateDone), "a bad teacher has taught"
+
+
+def run(recipe: Path, *overrides: str) -> None:
+    inputs = preflight(recipe, overrides)
+    folder = RunFolder(Path(inputs.plan.output))
+    Merge(build(inputs, CPU), folder, Reporters(NoUpdates()), Clock(), Interrupt()).run(Progress(), None)
+
+
+def damage(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_card(recipe: Path, *, fingerprint: bool) -> None:
+    """The card of teacher `two` as it is now, with its canary."""
+    inputs = preflight(recipe)
+    parts = build(inputs, CPU)
+    ids = sample_ids(inputs.teachers["two"], "a b c", "d d c a")
+    with parts.store.open("two") as teacher:
+        [(_, hidden)] = teacher.hidden([ids[0]], [ids[1]], 100)
+    found = logprobs(hidden, parts.store.heads(["two"])["two"], ids[1])
+    card = {"card": 1, "name": "two", "model": "two"}
+    card["canary"] = {"prompt": "a b c", "response": "d d c a", "logprobs": [round(p, 3) for p in found]}
+    if fingerprint:
+        card["fingerprint"] = Checkpoint.open(recipe.parent / "two").fingerprint
+    (recipe.parent / "two.yaml").write_text(json.dumps(card))
+
+
+@pytest.fixture
+def recipe(write_job: Callable[..., Path]) -> Path:
+    return write_job()
+
+
+PHASES = {
+    "student text": 'phases=[{"name": "p", "updates": 1, "loss": "reverse_kl"}]',
+    "teacher text": 'phases=[{"name": "p", "updates": 1, "text": "teacher", "loss": "nll"}]',
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_one_layer_made_anew_is_noticed_by_the_canary(recipe: Path, phase: str) -> None:
+    write_card(recipe, fingerprint=False)
+
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        torch.manual_seed(9)
+        for name in weights:
+            if ".layers.1." in name and weights[name].ndim == 2:
+                weights[name] = torch.randn_like(weights[name]) * 0.3
+
+    damage(recipe.parent / "two", change)
+    with pytest.raises(TeacherError, match=r"'two' is not the model its card describes.*nats per token"):
+        run(recipe, PHASES[phase])
+
+
+def test_the_right_teacher_passes_its_canary_in_any_precision(recipe: Path) -> None:
+    write_card(recipe, fingerprint=True)
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(AssertionError, match="has taught"):
+            run(recipe, f"teachers.two.dtype={dtype}")
+
+
+def test_other_weights_under_a_cards_name_are_found_before_the_run(recipe: Path) -> None:
+    write_card(recipe, fingerprint=True)
+    base, two = (load_file(recipe.parent / n / "model.safetensors") for n in ("base", "two"))
+    damage(recipe.parent / "two", lambda w: w.update({n: base[n] for n in two if "layers" in n}))
+    with pytest.raises(RecipeError, match="are not those the card was written for"):
+        preflight(recipe)
+
+
+def test_uniform_output_is_stopped(recipe: Path) -> None:
+    damage(recipe.parent / "two", lambda w: w["lm_head.weight"].zero_())
+    with pytest.raises(TeacherError, match="'two' gives all 5 tokens the same probability"):
+        run(recipe)
+
+
+@pytest.mark.parametrize(
+    "tensor", ["model.norm.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"]
+)
+def test_nan_is_stopped(recipe: Path, tensor: str) -> None:
+    damage(recipe.parent / "two", lambda w: w[tensor].view(-1).__setitem__(3, float("nan")))
+    with pytest.raises(MergeopdError, match="two"):
+        run(recipe)
