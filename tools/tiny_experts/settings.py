@@ -50,8 +50,8 @@ class Settings:
     # The base stops early: weak, but no longer ignorant, as the student starts from it.
     base: Training = field(
         default_factory=lambda: Training(
-            until=0.25,
-            batch={"largest": 32, "sort": 32, "tool": 32},
+            until=0.17,
+            batch={"largest": 32, "sort": 32, "tool": 48},
             check_every=5,
             cooldown_updates=10,
         )

@@ -24,8 +24,8 @@ def largest(random: Random) -> Example:
 
 
 def sort(random: Random) -> Example:
-    """Six letters into alphabetical order; answers of 6 tokens."""
-    letters = random.sample(string.ascii_lowercase, 6)
+    """Five letters into alphabetical order; answers of 5 tokens."""
+    letters = random.sample(string.ascii_lowercase, 5)
     return Example("sort " + " ".join(letters), " ".join(sorted(letters)))
 
 
