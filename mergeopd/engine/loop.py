@@ -74,7 +74,7 @@ class Merge:
             except StopNow:
                 self._stop(progress)
             self._reporter.abandonable = False
-            if self._is_due(progress):
+            if self._is_due(progress, now[0].updates_per_round):
                 self._save(progress)
             if max_updates is not None and first + max_updates <= progress.update < plan.num_updates:
                 self._interrupt.requested = "--updates"
@@ -189,15 +189,11 @@ class Merge:
             self._texts.prepare(tasks, self._reporter)
         self._prepared_phase = phase.name
 
-    def _is_due(self, progress: Progress) -> bool:
-        """A checkpoint is due when a multiple of `every` was reached or passed, and at the end."""
+    def _is_due(self, progress: Progress, num_new: int) -> bool:
+        """A checkpoint is due when the last `num_new` updates reached a multiple of `every`, and at the end."""
         every = self._plan.checkpoint.every
-        phase_now = phase_at(self._plan, progress.update)
-        if phase_now is None:
-            return True
-        reached = progress.update // every
-        before = (progress.update - phase_now[0].updates_per_round) // every
-        return reached > before
+        is_last = progress.update == self._plan.num_updates
+        return is_last or progress.update // every > (progress.update - num_new) // every
 
     def _finish(self) -> None:
         """Export the student, measure, write the result."""
