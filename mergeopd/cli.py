@@ -1,4 +1,4 @@
-"""The command line: `mergeopd run | check | eval | schema`.
+"""The command line: `mergeopd run | check | eval | report | schema`.
 
 Exit codes: 0 good; 2 the recipe or the command's arguments are wrong; 3 stopped on request (SIGTERM, Ctrl-C)
 with everything saved; 130 interrupted at once (second Ctrl-C); 1 anything else.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
+from enum import StrEnum
+from os import environ
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -134,6 +136,38 @@ def evaluate(
     from mergeopd.engine.command import evaluate_recipe
 
     evaluate_recipe(recipe, overrides or [], model, output)
+
+
+class Open(StrEnum):
+    """Whether to show a page in the browser; `auto` where a person sits at a desktop."""
+
+    auto = "auto"
+    yes = "yes"
+    no = "no"
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The run folder: a recipe's `output`.", show_default=False)],
+    show: Annotated[Open, typer.Option("--open", help="Show the page in the browser.")] = Open.auto,
+) -> None:
+    """Make a run folder's report.html again: result, curves, sampled answers, time, recipe.
+
+    Example: mergeopd report runs/quickstart --open no
+    """
+    from mergeopd.recipe.locate import shown
+    from mergeopd.report.html import write_report
+
+    path, notes = write_report(run)
+    for note in notes:
+        typer.echo(f"note: {note}")
+    typer.echo(shown(path))
+    if show is Open.yes or (show is Open.auto and sys.stdout.isatty() and _has_desktop()):
+        typer.launch(str(path))
+
+
+def _has_desktop() -> bool:
+    return sys.platform in ("darwin", "win32") or bool(environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"})
 
 
 @app.command()

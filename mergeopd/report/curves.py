@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,40 +10,82 @@ from mergeopd.report.run_data import Update
 
 MAX_POINTS = 1500
 """Longer runs are shown as means over equal stretches of updates: a page has no use for more."""
+ACCENT = -1
+"""The colour of a line that stands alone."""
+STAGE_COLOURS = {
+    "rollout": 5,
+    "teachers": 3,
+    "update": 4,
+    "text": 6,
+    "evaluation": 7,
+    "checkpoint": 8,
+    "startup": 1,
+    "other": 9,
+}
+"""Apart from the first ones, which teachers and domains get on the same page."""
+# What every round repeats; what comes once a run or phase would dwarf it.
+_REPEATED_STAGES = ("rollout", "teachers", "update", "checkpoint")
 
 Group = Literal["teachers", "domains", "run"]
 Read = Callable[[Update], float | None]
 
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """What a chart shows. `key` is its name in metrics.jsonl.
+
+    Series of a `stacked` one are areas on top of each other; a `steady` one has no noise to smooth; one that
+    never leaves `dull` says nothing. A `unit` of % shows fractions times 100.
+    """
+
+    key: str
+    title: str
+    subtitle: str = ""
+    unit: str = ""
+    stacked: bool = False
+    steady: bool = False
+    dull: float | None = None
+
+
 DIVERGENCES = {
-    "reverse_kl": ("Reverse KL", "KL(student ‖ teacher)"),
-    "forward_kl": ("Forward KL", "KL(teacher ‖ student)"),
-    "jsd": ("JSD", "generalised Jensen-Shannon divergence"),
+    "reverse_kl": Quantity("reverse_kl", "Reverse KL", "KL(student ‖ teacher)", "nats per token"),
+    "forward_kl": Quantity("forward_kl", "Forward KL", "KL(teacher ‖ student)", "nats per token"),
+    "jsd": Quantity("jsd", "JSD", "generalised Jensen-Shannon divergence", "nats per token"),
 }
-_TEACHER_CHARTS = (
-    *((name, *texts, "nats per token") for name, texts in DIVERGENCES.items()),
-    (
-        "logprob_gap",
-        "Log-prob gap",
-        "log p of teacher minus student, at the tokens as written",
-        "nats per token",
+_OF_TEACHERS = (
+    *DIVERGENCES.values(),
+    Quantity(
+        "logprob_gap", "Log-prob gap", "teacher minus student, at the tokens as written", "nats per token"
     ),
-    ("entropy_T", "Teacher entropy", "of the teacher's next-token distribution", "nats per token"),
+    Quantity("entropy_T", "Teacher entropy", "of the next-token distribution", "nats per token"),
 )
-_DOMAIN_CHARTS = (
-    ("reward", "Reward", "mean over answers that a verifier checked", ""),
-    ("nll", "NLL of the text", "-log p of the student, whoever wrote it", "nats per token"),
-    ("entropy_S", "Student entropy", "of the student's next-token distribution", "nats per token"),
-    ("mean_length", "Answer length", "mean response tokens", "tokens"),
-    ("token_share", "Token share", "of the update's response tokens", "%"),
-    ("weight", "Balance factor", "multiplies the domain's tokens in the loss", ""),
-    ("truncated_fraction", "Cut off", "answers that ended at the length limit", "%"),
+_OF_DOMAINS = (
+    Quantity("reward", "Reward", "mean over the answers that a verifier checked"),
+    Quantity("nll", "NLL of the text", "-log p of the student, whoever wrote it", "nats per token"),
+    Quantity("entropy_S", "Student entropy", "of the next-token distribution", "nats per token"),
+    Quantity("mean_length", "Answer length", "mean response tokens", "tokens"),
+    Quantity("token_share", "Token share", "of the update's response tokens", "%", stacked=True),
+    Quantity("weight", "Balance factor", "multiplies the domain's tokens in the loss", dull=1.0),
+    Quantity("truncated_fraction", "Cut off", "answers that ended at the length limit", "%", dull=0.0),
 )
-
-
-# Quantities that are left out while they never have another value.
-_TELLING_NOTHING = {"weight": 1.0, "truncated_fraction": 0.0}
-# What every round repeats; what comes once a run or phase would dwarf it.
-_STAGES = ("rollout", "teachers", "update", "checkpoint")
+_OF_RUN: tuple[tuple[Quantity, Read], ...] = (
+    (Quantity("loss", "Loss", "as minimised, every weight applied"), lambda u: u.loss),
+    (Quantity("grad_norm", "Gradient norm", "before clipping"), lambda u: u.grad_norm),
+    (Quantity("lr", "Learning rate", steady=True), lambda u: u.lr),
+    (
+        Quantity(
+            "on_policy_fraction", "On-policy", "answers that the student wrote", "%", steady=True, dull=1.0
+        ),
+        lambda u: u.on_policy_fraction,
+    ),
+    (
+        Quantity("tokens_per_s", "Speed", "response tokens through a round", "tokens/s"),
+        lambda u: u.cost.tokens_per_s,
+    ),
+)
+_SECONDS = Quantity(
+    "seconds", "Seconds per update", "a round's rollout counts to its first one", "s", stacked=True
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +99,16 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One quantity. `stacked` series are shown as areas on top of each other."""
+    """One quantity with its lines."""
 
-    id: str
     group: Group
-    title: str
-    subtitle: str
-    unit: str
+    quantity: Quantity
     series: tuple[Series, ...]
-    stacked: bool = False
+
+    @property
+    def id(self) -> str:
+        """Unique on the page."""
+        return f"{self.group}-{self.quantity.key}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +134,9 @@ class Curves:
             "phases": self.phases,
             "charts": {
                 chart.id: {
-                    "unit": chart.unit,
-                    "stacked": chart.stacked,
+                    "unit": chart.quantity.unit,
+                    "stacked": chart.quantity.stacked,
+                    "steady": chart.quantity.steady,
                     "series": [
                         {"name": s.name, "colour": s.colour, "values": s.values} for s in chart.series
                     ],
@@ -108,32 +152,19 @@ def build_curves(updates: Sequence[Update], max_points: int = MAX_POINTS) -> Cur
     Every number is the one of metrics.jsonl (fractions in %), as long as there are at most `max_points`
     updates; beyond that, the mean of the known numbers of a stretch, which stands at its last update.
     """
-    colours = colours_of(updates)
-    stretch = -(-len(updates) // max_points) if updates else 1
+    stretch = max(1, -(-len(updates) // max_points))
     stretches = [updates[i : i + stretch] for i in range(0, len(updates), stretch)]
-    charts: list[Chart] = []
-
-    def add(group: Group, key: str, texts: tuple[str, str, str], reads: dict[str, Read]) -> None:
-        factor = 100.0 if texts[2] == "%" else 1.0
+    charts = []
+    for group, quantity, reads, colours in _wanted(updates):
+        factor = 100.0 if quantity.unit == "%" else 1.0
         series = tuple(
-            Series(name, colours.get(name, index), tuple(_mean(part, read, factor) for part in stretches))
-            for index, (name, read) in enumerate(reads.items())
+            Series(name, colours[name], tuple(_mean(part, read, factor) for part in stretches))
+            for name, read in reads.items()
         )
-        shown = tuple(s for s in series if any(value is not None for value in s.values))
-        if shown:
-            stacked = key in ("token_share", "seconds")
-            charts.append(Chart(f"{group}-{key}", group, *texts, shown, stacked))
-
-    teachers = sorted({name for update in updates for name in update.teachers})
-    domains = sorted({name for update in updates for name in update.domains})
-    for key, *texts in _TEACHER_CHARTS:
-        add("teachers", key, (texts[0], texts[1], texts[2]), {t: _of_teacher(t, key) for t in teachers})
-    for key, *texts in _DOMAIN_CHARTS:
-        if key in _TELLING_NOTHING and _always(updates, key, _TELLING_NOTHING[key]):
-            continue
-        add("domains", key, (texts[0], texts[1], texts[2]), {d: _of_domain(d, key) for d in domains})
-    for key, texts_of_run, reads in _run_charts(updates):
-        add("run", key, texts_of_run, reads)
+        dull = {None, None if quantity.dull is None else factor * quantity.dull}
+        shown = tuple(s for s in series if not set(s.values) <= {None})
+        if any(not set(s.values) <= dull for s in shown):
+            charts.append(Chart(group, quantity, shown))
     return Curves(
         updates=tuple(part[-1].update for part in stretches),
         phases=_phases(updates),
@@ -142,33 +173,23 @@ def build_curves(updates: Sequence[Update], max_points: int = MAX_POINTS) -> Cur
     )
 
 
-def colours_of(updates: Sequence[Update]) -> dict[str, int]:
-    """A colour for every teacher and domain, by name: a teacher and its domain of one name share it."""
-    names = {name for update in updates for name in (*update.teachers, *update.domains)}
-    return {name: index for index, name in enumerate(sorted(names))}
-
-
-def _run_charts(updates: Sequence[Update]) -> list[tuple[str, tuple[str, str, str], dict[str, Read]]]:
-    stages = [name for name in _STAGES if any(name in update.cost.seconds for update in updates)]
-    charts: list[tuple[str, tuple[str, str, str], dict[str, Read]]] = [
-        ("loss", ("Loss", "as minimised, every weight applied", ""), {"loss": lambda u: u.loss}),
-        ("grad_norm", ("Gradient norm", "before clipping", ""), {"gradient norm": lambda u: u.grad_norm}),
-        ("lr", ("Learning rate", "", ""), {"learning rate": lambda u: u.lr}),
-        (
-            "tokens_per_s",
-            ("Speed", "response tokens through rollout, teachers and update", "tokens/s"),
-            {"tokens per second": lambda u: u.cost.tokens_per_s},
-        ),
-        (
-            "seconds",
-            ("Seconds per update", "a round's rollout and teachers count to its first update", "s"),
-            {stage: _of_stage(stage) for stage in stages},
-        ),
-    ]
-    if len({update.on_policy_fraction for update in updates}) > 1:
-        texts = ("On-policy fraction", "answers that the student wrote", "%")
-        charts.append(("on_policy_fraction", texts, {"on-policy": lambda u: u.on_policy_fraction}))
-    return charts
+def _wanted(
+    updates: Sequence[Update],
+) -> Iterator[tuple[Group, Quantity, dict[str, Read], Mapping[str, int]]]:
+    """Every chart that could be: where it stands, what it shows, how each line is read and coloured."""
+    teachers = sorted({name for update in updates for name in update.teachers})
+    domains = sorted({name for update in updates for name in update.domains})
+    # A teacher and a domain of one name share their colour.
+    colours = {name: index for index, name in enumerate(sorted({*teachers, *domains}))}
+    for quantity in _OF_TEACHERS:
+        yield "teachers", quantity, {name: _of_teacher(name, quantity.key) for name in teachers}, colours
+    for quantity in _OF_DOMAINS:
+        yield "domains", quantity, {name: _of_domain(name, quantity.key) for name in domains}, colours
+    for quantity, read in _OF_RUN:
+        name = quantity.title.lower()
+        yield "run", quantity, {name: read}, {name: ACCENT}
+    stages = [name for name in _REPEATED_STAGES if any(name in update.cost.seconds for update in updates)]
+    yield "run", _SECONDS, {name: _of_stage(name) for name in stages}, STAGE_COLOURS
 
 
 def _of_teacher(name: str, key: str) -> Read:
@@ -186,11 +207,6 @@ def _of_stage(name: str) -> Read:
 def _mean(part: Sequence[Update], read: Read, factor: float) -> float | None:
     known = [value for update in part if (value := read(update)) is not None]
     return factor * (sum(known) / len(known)) if known else None
-
-
-def _always(updates: Sequence[Update], key: str, value: float) -> bool:
-    """Whether a quantity never was anything else."""
-    return all(domain.get(key) in (None, value) for update in updates for domain in update.domains.values())
 
 
 def _phases(updates: Sequence[Update]) -> tuple[tuple[str, int], ...]:

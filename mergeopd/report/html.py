@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 
 from mergeopd import __version__
 from mergeopd.report.answers import LEVELS, build_answers, legend
-from mergeopd.report.curves import DIVERGENCES, build_curves
+from mergeopd.report.curves import ACCENT, DIVERGENCES, STAGE_COLOURS, build_curves
 from mergeopd.report.events import CheckpointSaved, Event, Note, Reporter, RunFinished, UpdateDone
 from mergeopd.report.result import MODELS
 from mergeopd.report.run_data import RunData, load_run
@@ -73,12 +73,13 @@ def render(data: RunData, now: datetime) -> str:
                 json_text(curves.document()).replace("<", "\\u003c")
             ),  # cannot end its element
             answers=build_answers(data.samples),
-            divergences={name: texts[0] for name, texts in DIVERGENCES.items()},
+            divergences={name: quantity.title for name, quantity in DIVERGENCES.items()},
             legend=legend,
             levels=LEVELS,
             seconds=seconds,
             total_s=data.result.seconds.get("total") if data.result else None,
             percents=shares(seconds),
+            stage_colours=STAGE_COLOURS,
             plan_text=_yaml(data.plan) if data.plan else "",
             clock_text=clock_text,
         )
@@ -167,9 +168,13 @@ def _environment() -> Environment:
     )
     environment.filters["percent"] = lambda value: "-" if value is None else f"{100 * value:.1f}"
     environment.filters["count"] = lambda value: f"{value:,}"
-    environment.filters["colour"] = lambda index: f"var(--c{index % _NUM_COLOURS})"
+    environment.filters["colour"] = _colour
     environment.filters["verdict"] = _verdict
     return environment
+
+
+def _colour(index: int) -> str:
+    return "var(--accent)" if index == ACCENT else f"var(--c{index % _NUM_COLOURS})"
 
 
 def _verdict(recovered: float | None) -> str:

@@ -30,22 +30,23 @@
     });
   }
 
-  function traces(chart, smooth) {
+  function traces(element, chart, smooth) {
+    const isOfRun = element.closest("section").id === "run";  // its series are no teachers or domains
     const alone = data.updates.length === 1;
     const result = [];
     for (const series of chart.series) {
-      const colour = css("--c" + (series.colour % NUM_COLOURS));
-      const line = {color: colour, width: 1.8, dash: DASHES[Math.floor(series.colour / NUM_COLOURS) % DASHES.length]};
+      const colour = css(series.colour < 0 ? "--accent" : "--c" + (series.colour % NUM_COLOURS));
+      const line = {color: colour, width: 1.8, dash: DASHES[Math.floor(Math.max(0, series.colour) / NUM_COLOURS) % DASHES.length]};
       const trace = {
         type: "scatter", mode: alone ? "markers" : "lines", name: series.name.replaceAll("<", "&lt;"), x: data.updates, y: series.values,
-        line, marker: {color: colour, size: 7}, hovertemplate: "%{y:.4~g}", visible: !hidden.has(series.name), showlegend: false,
+        line, marker: {color: colour, size: 7}, hovertemplate: "%{y:.4~g}", visible: isOfRun || !hidden.has(series.name), showlegend: false,
       };
       if (chart.stacked) {
         Object.assign(trace, {stackgroup: "all", line: {...line, width: 0.5}, fillcolor: colour});
         result.push(trace);
         continue;
       }
-      const wanted = smooth && data.updates.length > 20;
+      const wanted = smooth && !chart.steady && data.updates.length > 20;
       if (wanted) {
         result.push({...trace, line: {...line, width: 2.2}, y: smoothed(series.values), hoverinfo: "skip", hovertemplate: null});
         trace.line = {...line, width: 1};
@@ -80,7 +81,7 @@
   function draw(element) {
     const chart = data.charts[element.dataset.chart];
     const smooth = !rough.has(element.closest("section").id);
-    Plotly.react(element, traces(chart, smooth), layout(chart), {displayModeBar: false, responsive: true, doubleClick: "reset"});
+    Plotly.react(element, traces(element, chart, smooth), layout(chart), {displayModeBar: false, responsive: true, doubleClick: "reset"});
     drawn.add(element);
   }
   const redraw = () => drawn.forEach(draw);
