@@ -5,28 +5,79 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mergeopd.errors import NumericsError
+
+# The inverse of the distribution function is found in two steps: a segment of the vocabulary by the masses of
+# segments, then the token in it. Only these short sums are kept in float64; over a whole large vocabulary
+# that costs several times what the softmax does, and a float32 sum would lose the small probabilities.
+_SEGMENT = 256
+# Logits drawn from at a time, so that every pass over them finds them in the processor's cache.
+_BLOCK_ELEMENTS = 1 << 19
+# How many of the likeliest tokens are looked at for a nucleus, one after another while they do not suffice.
+_NUCLEUS_SIZES = (128, 1024)
+
 
 def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """Draw one token per row; returns `(token [B], logprob [B])`.
 
-    `logits_BV` covers the true vocabulary only. The log-probability is that of the distribution drawn from:
-    tempered, truncated to the smallest set of mass >= `top_p` and renormalised. `temperature` 0 takes the
-    largest logit (the first of equals) with log-probability 0.
+    `logits_BV` (float32 or float64) covers the true vocabulary only; `uniform_B` is in [0, 1). The
+    log-probability is that of the distribution drawn from: tempered, truncated to the smallest set of mass
+    >= `top_p` and renormalised. `temperature` 0 takes the largest logit (the first of equals) with
+    log-probability 0. Raises NumericsError when a row's logits make no distribution (NaN, +inf, all -inf).
     """
     if temperature == 0.0:
         token = logits_BV.argmax(-1)
         return token, torch.zeros_like(token, dtype=torch.float32)
-    logprob = torch.log_softmax(logits_BV.float() / temperature, dim=-1)
-    if top_p < 1.0:
-        logprob = _nucleus(logprob, top_p)
-    # float64: in float32 the running sum over a large vocabulary would lose the small probabilities.
-    cdf = logprob.double().exp().cumsum(-1)
-    drawn = torch.searchsorted(cdf, uniform_B.to(cdf)[:, None] * cdf[:, -1:], right=True)
-    return drawn.squeeze(1), logprob.gather(1, drawn).squeeze(1)
+    rows = max(_BLOCK_ELEMENTS // logits_BV.shape[1], 1)
+    parts = []
+    for logits, uniform in zip(torch.split(logits_BV, rows), torch.split(uniform_B, rows), strict=True):
+        mass = torch.softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+        parts.append(_draw(mass if top_p >= 1.0 else _nucleus(mass, top_p), uniform))
+    tokens, logprobs = zip(*parts, strict=True)
+    return torch.cat(tokens), torch.cat(logprobs)
 
 
-def _nucleus(logprob_BV: Tensor, top_p: float) -> Tensor:
-    ordered, index = logprob_BV.sort(dim=-1, descending=True, stable=True)
-    mass_before = ordered.exp().cumsum(-1) - ordered.exp()
-    dropped = torch.zeros_like(logprob_BV, dtype=torch.bool).scatter_(1, index, mass_before >= top_p)
-    return torch.log_softmax(logprob_BV.masked_fill(dropped, float("-inf")), dim=-1)
+def _draw(mass_nV: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and log-probabilities from masses that need not sum to one."""
+    num, vocab = mass_nV.shape
+    width = min(_SEGMENT, vocab)
+    segments = torch.nn.functional.pad(mass_nV, (0, -vocab % width)).view(num, -1, width)
+    size = segments.sum(2).double()
+    reach = size.cumsum(1)
+    total = reach[:, -1:].contiguous()
+    if not ((total > 0.0) & (total < torch.inf)).all():
+        raise NumericsError(
+            "a model that was writing an answer gave logits that are NaN or infinite; "
+            "its weights are damaged or its dtype is too narrow (try dtype: float32)"
+        )
+    target = uniform_n.to(total)[:, None] * total
+    segment = torch.searchsorted(reach, target, right=True)
+    within = segments.take_along_dim(segment[:, :, None], 1)[:, 0].double().cumsum(1)
+    whole = within[:, -1:].contiguous()
+    chosen = size.gather(1, segment)
+    # Masses were summed in float32 for the segments and in float64 in this one: as a share the target fits.
+    share = (target - (reach.gather(1, segment) - chosen)) / chosen
+    last = torch.searchsorted(within, whole)  # of the tokens with any probability
+    column = torch.searchsorted(within, share * whole, right=True).minimum(last)
+    token = segment * width + column
+    logprob = mass_nV.gather(1, token).log() - total.log().to(mass_nV.dtype)
+    return token.squeeze(1), logprob.squeeze(1)
+
+
+def _nucleus(mass_nV: Tensor, top_p: float) -> Tensor:
+    """The smallest set of mass >= `top_p` of every row, all else zero.
+
+    Sorting a large vocabulary takes far longer than drawing from it, and nearly always few tokens suffice.
+    """
+    kept = torch.zeros_like(mass_nV)
+    rows = torch.arange(len(mass_nV), device=mass_nV.device)
+    vocab = mass_nV.shape[1]
+    for num in (*(size for size in _NUCLEUS_SIZES if size < vocab), vocab):
+        largest, index = mass_nV[rows].topk(num, dim=1)
+        reach = largest.cumsum(1, dtype=torch.float64)
+        inside = torch.where(reach - largest < top_p, largest, 0.0)
+        kept[rows] = torch.zeros_like(mass_nV[rows]).scatter(1, index, inside)
+        rows = rows[reach[:, -1] < top_p]
+        if not len(rows):
+            break
+    return kept

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mergeopd.errors import NumericsError
 from mergeopd.rollout.keyed import stream_key, uniforms
 from mergeopd.rollout.sampling import sample
 
@@ -24,6 +25,44 @@ def test_every_token_is_drawn_as_often_as_its_probability_says(temperature: floa
     shares = torch.bincount(token, minlength=5) / n
     assert torch.allclose(shares.double(), expected, atol=2 / n)
     assert torch.allclose(logprob.double(), expected[token].log(), atol=1e-6)
+
+
+@pytest.mark.parametrize("vocab", [255, 256, 257, 1500])
+def test_a_large_vocabulary_is_drawn_from_like_a_float64_sum_over_all_of_it(vocab: int) -> None:
+    logits = 3 * torch.randn(vocab, generator=torch.Generator().manual_seed(vocab))
+    logits[vocab // 2] = 12.0
+    expected = torch.softmax(logits.double(), -1)
+    n = 4_000
+    token, logprob = sample(logits.expand(n, -1), grid(n), 1.0, 1.0)
+    assert (token == torch.searchsorted(expected.cumsum(0), grid(n), right=True)).double().mean() > 0.999
+    shares = torch.bincount(token, minlength=vocab) / n
+    assert torch.allclose(shares.double(), expected, atol=1.5 / n)
+    assert torch.allclose(logprob.double(), expected[token].log(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("top_p", "spread"), [(0.5, 8.0), (0.9, 2.0), (0.999, 0.1)])
+def test_the_nucleus_of_a_large_vocabulary_equals_that_of_a_full_sort(top_p: float, spread: float) -> None:
+    logits = spread * torch.randn(3, 3000, generator=torch.Generator().manual_seed(1)).double()
+    logits[1] *= 10  # rows of one batch whose nuclei differ in size by orders of magnitude
+    p = torch.softmax(logits, -1)
+    for row in p:
+        order = row.argsort(descending=True)
+        row[order[int((row[order].cumsum(0) < top_p).sum()) + 1 :]] = 0.0
+    p /= p.sum(-1, keepdim=True)
+    n = 200
+    token, logprob = sample(logits.repeat_interleave(n, 0), grid(n).repeat(3), 1.0, top_p)
+    expected = torch.searchsorted(p.cumsum(1), grid(n).expand(3, n).contiguous(), right=True)
+    assert torch.equal(token.view(3, n), expected)
+    assert torch.allclose(logprob.view(3, n), p.gather(1, expected).log(), atol=1e-9)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_no_distribution_are_refused(bad: float, top_p: float) -> None:
+    logits = torch.zeros(2, 400)
+    logits[1, 300] = bad
+    with pytest.raises(NumericsError, match="NaN or infinite"):
+        sample(logits, torch.full((2,), 0.3), 1.0, top_p)
 
 
 def test_nucleus_keeps_the_smallest_set_that_reaches_the_mass() -> None:
