@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mergeopd.loss.heads import Head, Projection
-from mergeopd.loss.workspace import Workspace
+from mergeopd.loss.heads import Head
+from mergeopd.rollout.head import DecodingHead
 from mergeopd.rollout.keyed import stream_key, uniforms
 from mergeopd.rollout.sampling import sample
 from mergeopd.types import Finish, Sampling
@@ -66,10 +66,11 @@ def generate(
     completions: dict[int, Completion] = {}
     was_training = writer.body.training
     writer.body.eval()
+    head = DecodingHead(writer.head)
     try:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            batch = _Decoding(writer, [requests[i] for i in chosen], sampling, seed)
+            batch = _Decoding(writer, head, [requests[i] for i in chosen], sampling, seed)
             completions.update(zip(chosen, batch.run(), strict=True))
             progress(len(completions))
     finally:
@@ -80,8 +81,11 @@ def generate(
 class _Decoding:
     """One batch from prompt to last token. Prompts are padded on the left."""
 
-    def __init__(self, writer: Writer, requests: Sequence[Request], sampling: Sampling, seed: int) -> None:
+    def __init__(
+        self, writer: Writer, head: DecodingHead, requests: Sequence[Request], sampling: Sampling, seed: int
+    ) -> None:
         self._writer = writer
+        self._head = head
         self._sampling = sampling
         device = writer.device
         lengths = [len(request.prompt_ids) for request in requests]
@@ -101,7 +105,6 @@ class _Decoding:
         self._tokens: list[list[int]] = [[] for _ in requests]
         self._logprobs: list[list[float]] = [[] for _ in requests]
         self._finish: dict[int, Finish] = {}
-        self._workspace = Workspace()
 
     @torch.no_grad()
     def run(self) -> list[Completion]:
@@ -141,7 +144,7 @@ class _Decoding:
 
     def _take(self, hidden: Tensor, step: int) -> Tensor:
         """Sample the next token of every row and book it for the rows that still write."""
-        logits = self._logits(hidden)
+        logits = self._head.logits(hidden)
         token, logprob = sample(
             logits, self._uniform[:, step], self._sampling.temperature, self._sampling.top_p
         )
@@ -155,14 +158,6 @@ class _Decoding:
             elif self._sampling.stop and self._has_stopped(self._tokens[row]):
                 self._finish[row] = "stop"
         return token
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """`[rows, V]` over the true vocabulary, in a buffer that the next step reuses."""
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        projection = Projection("rollout", self._writer.head, hidden, 1.0, dtype, self._workspace)
-        logits = projection.raw_logits(slice(0, len(hidden)))
-        projection.finish_logits(logits)
-        return logits
 
     def _has_stopped(self, tokens: list[int]) -> bool:
         # A token stands for at least one byte, so this many of them hold any stop text that just ended.
