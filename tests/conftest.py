@@ -81,28 +81,28 @@ SHORT = "{{ messages[0].content }}"
 LONGER = "a b c d a b c {{ messages[0].content }}"  # seven tokens more than SHORT
 
 
-@pytest.fixture
-def write_job(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a complete job over a five-token vocabulary and returns its recipe.
+@pytest.fixture(scope="session")
+def write_job_in() -> Callable[..., Path]:
+    """Writes a complete job over a five-token vocabulary into a folder and returns its recipe.
 
     Student `base`; teachers `one` (padded to 8 rows, template seven tokens longer) and `two` (untied head).
     The models are StableLM: its LayerNorm computes in float64 where the weights are, unlike the RMSNorms of
     transformers, so that exactness can be seen. Domain `left` is taught by both with weights 1 and 0.5, `right` by `two` with 0.7.
     """
 
-    def write(recipe: Mapping[str, object] = {}, **student: object) -> Path:
+    def write(folder: Path, recipe: Mapping[str, object] = {}, **student: object) -> Path:
         kind = {"model_type": "stablelm", "eos": 4}
-        write_model(tmp_path / "base", seed=1, vocab=6, **kind)
-        write_model(tmp_path / "one", seed=2, vocab=8, hidden=48, **kind)
-        write_model(tmp_path / "two", seed=3, vocab=5, tied=False, **kind)
+        write_model(folder / "base", seed=1, vocab=6, **kind)
+        write_model(folder / "one", seed=2, vocab=8, hidden=48, **kind)
+        write_model(folder / "two", seed=3, vocab=5, tied=False, **kind)
         for name, template in (("base", SHORT), ("one", LONGER), ("two", SHORT)):
-            write_word_tokenizer(tmp_path / name, template)
+            write_word_tokenizer(folder / name, template)
         for name in ("one", "two"):
             card = {"card": 1, "name": name, "model": name}
-            (tmp_path / f"{name}.yaml").write_text(json.dumps(card))
+            (folder / f"{name}.yaml").write_text(json.dumps(card))
         for name, prompts in (("left", ["a b", "c"]), ("right", ["d d a", "b"])):
             rows = [{"prompt": p, "answer": "c", "response": "c d"} for p in prompts]
-            (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+            (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
         document = {
             "recipe": 1,
             "name": "job",
@@ -123,8 +123,18 @@ def write_job(tmp_path: Path) -> Callable[..., Path]:
             "output": "run",
             **recipe,
         }
-        path = tmp_path / "job.yaml"
+        path = folder / "job.yaml"
         path.write_text(json.dumps(document, indent=1))  # JSON is YAML
         return path
+
+    return write
+
+
+@pytest.fixture
+def write_job(tmp_path: Path, write_job_in: Callable[..., Path]) -> Callable[..., Path]:
+    """`write_job_in` the test's own folder."""
+
+    def write(recipe: Mapping[str, object] = {}, **student: object) -> Path:
+        return write_job_in(tmp_path, recipe, **student)
 
     return write

@@ -14,6 +14,9 @@ from mergeopd.storage import run_layout
 from mergeopd.storage.failures import named_failures
 
 
+_SHOWN_OF_PLAN = {"name", "student", "teachers", "phases"}
+
+
 class _Line(BaseModel):
     """Keys of later versions of the same format are let be."""
 
@@ -153,7 +156,8 @@ def _document(path: Path, notes: list[str]) -> dict[str, Any] | None:
     fault = "is missing"
     if path.is_file():
         document = run_layout.read_plan_document(path)
-        if document is not None and isinstance(document["plan"], dict):
+        plan = document["plan"] if document is not None else None
+        if isinstance(plan, dict) and _SHOWN_OF_PLAN <= plan.keys():
             return document
         fault = "is damaged"
     notes.append(f"{path.name} {fault}: recipe, phases and versions cannot be shown")

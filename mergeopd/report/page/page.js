@@ -156,7 +156,7 @@
     if (answer.dataset.teacher) result.push([answer.dataset.value, `${value} nats`]);
     result.push(["p of student", student === "-" ? "not finite" : percent(student)]);
     if (answer.dataset.teacher) result.push([`p of ${answer.dataset.teacher}`, teacher === "-" ? "not finite" : percent(teacher)]);
-    else result.push(["−log p", `${value} nats`]);
+    else result.push(["-log p", `${value} nats`]);
     return result;
   }
 
