@@ -11,6 +11,7 @@ from mergeopd.report.run_data import Sample, Trace
 LEVELS = 12
 MAX_TIMES = 12
 MAX_TOKENS = 1000
+_LEGEND_STEPS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 _SCALES = {"reverse_kl": 1.0, "forward_kl": 1.0, "jsd": 0.2, "": 1.0}
 """Nats at which a token has 63 % of the full colour. JSD is bounded by log 2, the others are not."""
 
@@ -73,11 +74,22 @@ def level(value: float | None, divergence: str) -> int:
     return round(LEVELS * (1.0 - math.exp(-max(0.0, value) / _SCALES.get(divergence, 1.0))))
 
 
-def legend(divergence: str) -> tuple[tuple[float, int], ...]:
-    """Some values and their levels."""
-    scale = _SCALES.get(divergence, 1.0)
+@dataclass(frozen=True, slots=True)
+class Legend:
+    """Some values in nats, and their levels, for the divergences that share a scale."""
+
+    divergences: tuple[str, ...]
+    steps: tuple[tuple[float, int], ...]
+
+
+def build_legends(samples: Sequence[Sample]) -> tuple[Legend, ...]:
+    """The scales in use."""
+    by_scale: dict[float, list[str]] = {}
+    for divergence in dict.fromkeys(sample.divergence for sample in samples):
+        by_scale.setdefault(_SCALES.get(divergence, 1.0), []).append(divergence)
     return tuple(
-        (value * scale, level(value * scale, divergence)) for value in (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
+        Legend(tuple(names), tuple((f * scale, level(f * scale, names[0])) for f in _LEGEND_STEPS))
+        for scale, names in by_scale.items()
     )
 
 

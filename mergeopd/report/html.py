@@ -18,7 +18,7 @@ from markupsafe import Markup
 from ruamel.yaml import YAML
 
 from mergeopd import __version__
-from mergeopd.report.answers import LEVELS, build_answers, legend
+from mergeopd.report.answers import LEVELS, build_answers, build_legends
 from mergeopd.report.curves import ACCENT, DIVERGENCES, STAGE_COLOURS, build_curves
 from mergeopd.report.events import CheckpointSaved, Event, Note, Reporter, RunFinished, UpdateDone
 from mergeopd.report.result import MODELS
@@ -73,8 +73,9 @@ def render(data: RunData, now: datetime) -> str:
                 json_text(curves.document()).replace("<", "\\u003c")
             ),  # cannot end its element
             answers=build_answers(data.samples),
-            divergences={name: quantity.title for name, quantity in DIVERGENCES.items()},
-            legend=legend,
+            divergences={"": "-log p of the student"}
+            | {name: quantity.title for name, quantity in DIVERGENCES.items()},
+            legends=build_legends(data.samples),
             levels=LEVELS,
             seconds=seconds,
             total_s=data.result.seconds.get("total") if data.result else None,

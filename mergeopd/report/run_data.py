@@ -13,7 +13,6 @@ from mergeopd.errors import StorageError
 from mergeopd.storage import run_layout
 from mergeopd.storage.failures import named_failures
 
-
 _SHOWN_OF_PLAN = {"name", "student", "teachers", "phases"}
 
 
@@ -136,7 +135,9 @@ def load_run(folder: Path) -> RunData:
     elif not samples:
         notes.append(f"{run_layout.SAMPLES} is missing or empty: no answers can be shown")
     if exported and result is None and document is not None and document["plan"].get("evaluation"):
-        notes.append(f"{run_layout.RESULT} is missing; `mergeopd run` with the same recipe measures again")
+        notes.append(
+            f"{run_layout.RESULT} is not there yet; unless the run is at it, `mergeopd run` goes on with it"
+        )
     return RunData(folder, document, updates, samples, result, exported, tuple(notes))
 
 
@@ -157,7 +158,7 @@ def _document(path: Path, notes: list[str]) -> dict[str, Any] | None:
     if path.is_file():
         document = run_layout.read_plan_document(path)
         plan = document["plan"] if document is not None else None
-        if isinstance(plan, dict) and _SHOWN_OF_PLAN <= plan.keys():
+        if isinstance(plan, dict) and plan.keys() >= _SHOWN_OF_PLAN:
             return document
         fault = "is damaged"
     notes.append(f"{path.name} {fault}: recipe, phases and versions cannot be shown")

@@ -95,9 +95,17 @@ def test_the_page_works_alone(run_folder: Path, browser: Any, width: int, dark: 
     )
     assert small == []
 
+    # Colour grows with the divergence.
+    heat = "[...document.querySelectorAll('.heat-key i')].map(e => getComputedStyle(e).backgroundColor)"
+    alphas = [float(colour.rstrip(")").split("/")[1]) for colour in browser.evaluate(heat)]
+    assert alphas == sorted(alphas)
+    assert alphas[0] == 0.0
+    assert alphas[-1] > 0.7
+
     # Another update, then a token, then the other theme.
     browser.evaluate("document.querySelector('[data-tab=\"0\"]').click()")
-    assert browser.evaluate("document.querySelectorAll('[data-panel]:not([hidden])').length") == 2
+    panels = "[...document.querySelectorAll('[data-panel]')].filter(e => e.checkVisibility())"
+    assert browser.evaluate(f"{panels}.map(e => e.dataset.panel)") == ["0", "5"]  # of two domains
     token = "document.querySelector('[data-panel=\"0\"] .answer span')"
     browser.evaluate(f"{token}.dispatchEvent(new MouseEvent('mouseover', {{bubbles: true}}))")
     value = browser.evaluate(f"{token}.dataset.v").split()[0]

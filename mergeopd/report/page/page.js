@@ -42,7 +42,7 @@
         line, marker: {color: colour, size: 7}, hovertemplate: "%{y:.4~g}", visible: isOfRun || !hidden.has(series.name), showlegend: false,
       };
       if (chart.stacked) {
-        Object.assign(trace, {stackgroup: "all", line: {...line, width: 0.5}, fillcolor: colour});
+        Object.assign(trace, {stackgroup: "all", line: {...line, width: 0.5}, fillcolor: colour + "c8"});
         result.push(trace);
         continue;
       }
@@ -153,10 +153,9 @@
     const [value, student, teacher] = token.dataset.v.split(" ");
     const place = [...answer.children].indexOf(token) + 1;
     const result = [["token", `${place}`]];
-    if (answer.dataset.teacher) result.push([answer.dataset.value, `${value} nats`]);
+    result.push([answer.dataset.value, `${value} nats`]);
     result.push(["p of student", student === "-" ? "not finite" : percent(student)]);
     if (answer.dataset.teacher) result.push([`p of ${answer.dataset.teacher}`, teacher === "-" ? "not finite" : percent(teacher)]);
-    else result.push(["-log p", `${value} nats`]);
     return result;
   }
 

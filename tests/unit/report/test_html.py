@@ -390,7 +390,7 @@ def three(change: Callable[[list[str]], None]) -> str:
         ("metrics.jsonl", three(lambda t: t.__setitem__(1, t[1][50:])), "metrics.jsonl: line 2 is damaged and left out"),
         ("metrics.jsonl", three(lambda t: t.reverse()), "metrics.jsonl: updates are out of order or repeated; the last line of each counts"),
         ("rollouts/samples.jsonl", None, "rollouts/samples.jsonl is missing or empty: no answers can be shown"),
-        ("result.json", None, "result.json is missing; `mergeopd run` with the same recipe measures again"),
+        ("result.json", None, "result.json is not there yet; unless the run is at it, `mergeopd run` goes on with it"),
         ("result.json", "{", "result.json is damaged: the result cannot be shown; `mergeopd eval` measures again"),
     ],
 )  # fmt: skip
