@@ -13,19 +13,19 @@
 
   const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 
-  // A running mean that starts anew with each phase: another phase has another scale.
+  // A centred mean that stays inside each phase: another phase has another scale.
   function smoothed(values) {
-    const starts = new Set(data.phases.map((phase) => phase[1]));
-    const keep = 1 - 1 / Math.max(4, Math.min(50, values.length / 25));
-    let sum = 0, weight = 0, phase = 0;
+    const phaseOf = data.updates.map((update) => data.phases.filter((phase) => phase[1] <= update).length);
+    const reach = Math.round(Math.max(2, Math.min(25, values.length / 40)));
     return values.map((value, i) => {
-      while (phase < data.phases.length && data.phases[phase][1] <= data.updates[i]) {
-        phase += 1;
-        sum = weight = 0;
-      }
       if (value === null) return null;
-      sum = keep * sum + (1 - keep) * value;
-      weight = keep * weight + (1 - keep);
+      let sum = 0, weight = 0;
+      for (let j = Math.max(0, i - reach); j <= Math.min(values.length - 1, i + reach); j += 1) {
+        if (values[j] === null || phaseOf[j] !== phaseOf[i]) continue;
+        const share = reach + 1 - Math.abs(i - j);
+        sum += share * values[j];
+        weight += share;
+      }
       return sum / weight;
     });
   }
@@ -48,9 +48,11 @@
       }
       const wanted = smooth && !chart.steady && data.updates.length > 20;
       if (wanted) {
-        result.push({...trace, line: {...line, width: 2.2}, y: smoothed(series.values), hoverinfo: "skip", hovertemplate: null});
-        trace.line = {...line, width: 1};
-        trace.opacity = 0.35;
+        // The number shown is the measured one, not the mean.
+        const mean = {...trace, line: {...line, width: 2.2}, y: smoothed(series.values), customdata: series.values, hovertemplate: "%{customdata:.4~g}"};
+        Object.assign(trace, {line: {...line, width: 1}, opacity: 0.35, hoverinfo: "skip", hovertemplate: null});
+        result.push(trace, mean);
+        continue;
       }
       result.push(trace);
     }
@@ -67,7 +69,7 @@
       font: {family: "system-ui, sans-serif", color: css("--ink"), size: 12},
       hovermode: "x unified", hoverdistance: 60,
       hoverlabel: {bgcolor: css("--card"), bordercolor: css("--line"), font: {color: css("--ink"), size: 12}},
-      xaxis: {...axis, showgrid: false, nticks: 6, tickformat: ",d", hoverformat: ",d", unifiedhovertitle: {text: "update %{x}"}},
+      xaxis: {...axis, showgrid: false, spikecolor: soft, spikethickness: 1, spikedash: "dot", nticks: 6, tickformat: ",d", hoverformat: ",d", unifiedhovertitle: {text: "update %{x}"}},
       yaxis: {...axis, nticks: 5, exponentformat: "power", rangemode: "normal",
         ...(chart.stacked && chart.unit === "%" ? {range: [0, 100]} : {})},
       shapes: marks.slice(1).map((mark) => ({type: "line", x0: mark.update, x1: mark.update, yref: "paper", y0: 0, y1: 1, line: {color: soft, width: 1, dash: "dot"}})),

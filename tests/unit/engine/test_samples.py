@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,36 +16,48 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 from mergeopd.engine.build import build
+from mergeopd.engine.checkpoint import restore
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.loop import Merge
 from mergeopd.engine.preflight import preflight
 from mergeopd.engine.run_folder import RunFolder
 from mergeopd.engine.samples import PER_DOMAIN, choose, is_due, token_texts
-from mergeopd.engine.state import Progress
 from mergeopd.models.tokenizer import Tokenizer
-from mergeopd.report.events import Event, RolloutSampled
+from mergeopd.report.events import Event, RolloutSampled, UpdateDone
 from mergeopd.types import Prompt, Rollout
 
 CPU = torch.device("cpu")
 V = 5
 
 
+class Stop(BaseException):
+    """The machine goes down."""
+
+
 class Recorder:
-    def __init__(self) -> None:
-        self.events: list[Event] = []
+    """Keeps the samples; goes down at update `stop_at`, before its samples are told."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.samples: list[RolloutSampled] = []
+        self._stop_at = stop_at
 
     def emit(self, event: Event) -> None:
-        self.events.append(event)
+        if isinstance(event, RolloutSampled):
+            self.samples.append(event)
+        elif isinstance(event, UpdateDone) and event.update == self._stop_at:
+            raise Stop
 
 
-def samples_of(recipe: Path) -> list[RolloutSampled]:
-    inputs = preflight(recipe, ())
-    folder, recorder = RunFolder(Path(inputs.plan.output)), Recorder()
+def samples_of(recipe: Path, *overrides: str, stop_at: int | None = None) -> list[RolloutSampled]:
+    inputs = preflight(recipe, overrides)
+    folder, recorder = RunFolder(Path(inputs.plan.output)), Recorder(stop_at)
     folder.claim(inputs.plan, inputs.files, inputs.now, ())
     parts = build(inputs, CPU)
-    Merge(parts, folder, recorder, Clock(), Interrupt()).run(Progress(), None)
-    return [event for event in recorder.events if isinstance(event, RolloutSampled)]
+    progress = restore(folder.checkpoints, parts.student, folder.plan_hashes(), recorder).progress
+    with contextlib.suppress(Stop):
+        Merge(parts, folder, recorder, Clock(), Interrupt()).run(progress, None)
+    return recorder.samples
 
 
 def logprobs(folder: Path, ids: list[int], answer: int, tau: float) -> torch.Tensor:
@@ -77,6 +90,17 @@ def test_the_numbers_are_those_of_student_and_teachers(write_job: Callable[..., 
             assert trace.divergence == pytest.approx(reverse_kl.tolist(), rel=1e-3, abs=1e-5)
             assert trace.logprob_T == pytest.approx(teacher[rows, answer].tolist(), rel=1e-4)
             assert not trace.end_masked
+
+
+def test_a_resumed_run_samples_the_same(write_job: Callable[..., Path]) -> None:
+    phase = {"name": "merge", "updates": 4, "loss": "reverse_kl", "prompts_per_round": 4}
+    recipe = write_job({"phases": [phase], "checkpoint": {"every": 2}})
+    whole = samples_of(recipe, "output=straight")
+    before = samples_of(recipe, "output=broken", stop_at=4)
+    assert {sample.update for sample in before} == {1, 2, 3}
+    after = samples_of(recipe, "output=broken")
+    assert {sample.update for sample in after} == {3, 4}
+    assert [s for s in before if s.update < 3] + after == whole
 
 
 def test_without_divergences_there_are_no_teachers(write_job: Callable[..., Path]) -> None:
