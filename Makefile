@@ -31,7 +31,7 @@ format: $(STAMP)  ## what lint can repair by itself
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment, the experts, all runs and caches
-	rm -rf $(VENV) runs experts experts.partial build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) runs experts experts.partial .mergeopd build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 help:  ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  \1: \2/p' $(MAKEFILE_LIST)
