@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
 import torch
 from torch import Tensor
 
+from mergeopd.data.templates import ChatTemplate
 from mergeopd.engine.dialect import Dialect
 from mergeopd.errors import TeacherError
 from mergeopd.loss.heads import Head, Projection
@@ -20,6 +22,7 @@ from mergeopd.types import Message
 _TOLERANCE_NATS = 0.1
 # A share of the largest possible entropy, log V, that no trained model reaches over a whole batch.
 _UNIFORM = 0.995
+_DAY = datetime(2026, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +64,9 @@ class Canaries:
         sample = self._due.pop(teacher)
         if len(sample.response_ids) != len(sample.logprobs):
             raise TeacherError(
-                f"teacher {teacher!r} cuts its card's sample into {len(sample.response_ids)} tokens, the card has "
-                f"log-probabilities of {len(sample.logprobs)}; write the card again with mergeopd new teacher"
+                f"teacher {teacher!r} cuts its card's sample into {len(sample.response_ids)} tokens, the "
+                f"card has log-probabilities of {len(sample.logprobs)}; write the card again with "
+                "mergeopd new teacher"
             )
         found = logprobs(hidden, head, sample.response_ids)
         gap = sum(abs(a - b) for a, b in zip(found, sample.logprobs, strict=True)) / len(found)
@@ -80,13 +84,17 @@ def refuse_uniform(teacher: str, mean_entropy: float, num_valid: int) -> None:
     if mean_entropy >= _UNIFORM * largest:
         raise TeacherError(
             f"teacher {teacher!r} gives all {num_valid} tokens the same probability "
-            f"(entropy {mean_entropy:.3f} of at most {largest:.3f} nats); its weights are not trained, or damaged"
+            f"(entropy {mean_entropy:.3f} of at most {largest:.3f} nats); its weights are not trained, "
+            "or damaged"
         )
 
 
 def sample_ids(dialect: Dialect, prompt: str, response: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids of a sample, rendered as the model reads a user's message."""
-    text = dialect.template.render((Message("user", prompt),))
+    """Ids of a sample, rendered as the model reads a user's message; a template that writes the date gets one
+    and the same, whenever it is asked."""
+    own = dialect.template
+    template = ChatTemplate(own.source, own.special_tokens, name=own.name, now=lambda: _DAY)
+    text = template.render((Message("user", prompt),))
     return tuple(dialect.tokenizer.encode(text)), tuple(dialect.tokenizer.encode(response))
 
 
