@@ -14,12 +14,15 @@ from mergeopd.engine.reading import check_student_folder
 from mergeopd.engine.run_folder import RunFolder
 from mergeopd.errors import Location, ModelError, Problem, RecipeError, StorageError
 from mergeopd.recipe.locate import shown
+from mergeopd.recipe.plan import Plan
 from mergeopd.report.console import console_reporter
 from mergeopd.report.events import Note, Reporter, Reporters
 from mergeopd.report.html import HtmlReporter
 from mergeopd.report.jsonl import JsonlReporter, SamplesReporter
 from mergeopd.report.result import ResultTable, result_document, write_result
+from mergeopd.report.tensorboard import TensorBoardReporter
 from mergeopd.reward.verifiers import build_verifier
+from mergeopd.storage import run_layout
 from mergeopd.storage.lock import exclusive
 from mergeopd.storage.metrics import MetricsFile
 
@@ -60,9 +63,16 @@ def _run(inputs: Inputs, folder: RunFolder, clock: Clock, max_updates: int | Non
             metrics.truncate_to(record.progress.update)
             samples.truncate_to(record.progress.update)
             files = (JsonlReporter(metrics), SamplesReporter(samples), HtmlReporter(folder.path, console))
-            reporter = Reporters(*files, console)
+            reporter = Reporters(*files, *_asked_for(inputs.plan, folder, console), console)
             _tell_notes(inputs, reporter)
             Merge(parts, folder, reporter, clock, interrupt).run(record.progress, max_updates)
+
+
+def _asked_for(plan: Plan, folder: RunFolder, notes: Reporter) -> list[Reporter]:
+    """Reporters that a recipe may have besides."""
+    if not plan.report.tensorboard:
+        return []
+    return [TensorBoardReporter(folder.path / run_layout.TENSORBOARD, notes)]
 
 
 def evaluate_recipe(recipe: Path, overrides: Sequence[str], model: Path | None, output: Path | None) -> None:

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 
 from mergeopd.errors import Problem
 from mergeopd.recipe.locate import Origins, dotted
-from mergeopd.recipe.schema import EvalSource, LocalRollout, Optimizer, Phase, Ramp, TextMixture, TrainSource
+from mergeopd.recipe.schema import (
+    EvalSource,
+    LocalRollout,
+    Optimizer,
+    Phase,
+    Ramp,
+    Reports,
+    TextMixture,
+    TrainSource,
+)
 from mergeopd.recipe.suggest import did_you_mean
 from mergeopd.recipe.tree import Keys
 from mergeopd.recipe.words import joined
@@ -157,3 +167,12 @@ def _heaviest(
             for name, weight in weights[index].items():
                 totals[name] = totals.get(name, 0.0) + weight * source.share
     return [name for name, total in totals.items() if total == max(totals.values())]
+
+
+def report_problems(report: Reports | None, origins: Origins) -> list[Problem]:
+    """Reports whose packages are not installed here; found without an import."""
+    if report is None or not report.tensorboard or find_spec("tensorboard") is not None:
+        return []
+    message = "the package tensorboard is not installed"
+    remedy = "pip install 'mergeopd[tensorboard]', or remove the key"
+    return [origins.problem(("report", "tensorboard"), message, remedy)]

@@ -12,13 +12,14 @@ from mergeopd.recipe.schema import (
     Memory,
     Optimizer,
     Phase,
+    Reports,
     Strict,
     Student,
     Verifier,
 )
 
-# What a run may change on the way: where things lie, and what stays in memory.
-UNBOUND = ("recipe_file", "output", "memory", "text_cache")
+# What a run may change on the way: where things lie, what stays in memory, what is shown.
+UNBOUND = ("recipe_file", "output", "memory", "text_cache", "report")
 
 
 class TeacherPlan(Strict):
@@ -74,6 +75,7 @@ class Plan(Strict):
     checkpoint: Checkpoints
     allow_code: tuple[str, ...]
     memory: Memory
+    report: Reports
     text_cache: str
     output: str
 

@@ -24,6 +24,7 @@ from mergeopd.recipe.schema import (
     Optimizer,
     Phase,
     Recipe,
+    Reports,
     Student,
     Teacher,
     TeacherRef,
@@ -120,6 +121,7 @@ class _Parts:
     optimizer: Optimizer | None
     eval_sources: Mapping[int, EvalSource]
     allow_code: tuple[str, ...] | None
+    report: Reports | None
     output: str | None
 
     @staticmethod
@@ -143,6 +145,7 @@ class _Parts:
             optimizer=_valid(TypeAdapter(Optimizer), section["optimizer"]),
             eval_sources=_all_valid(EvalSource, _entries(evaluation, "prompts")),
             allow_code=_valid(_ALLOW_CODE, data.get("allow_code", [])),
+            report=_valid(TypeAdapter(Reports), data.get("report", {})),
             output=data["output"] if isinstance(data.get("output"), str) else None,
         )
 
@@ -196,6 +199,7 @@ class _Resolver:
             parts.eval_sources, parts.prompts, weights if routed else None, parts.names, origins
         )
         self.problems += problems
+        self.problems += checks.report_problems(parts.report, origins)
         self._check_phases(any(problem.path.endswith(".domain") for problem in lost))
 
     def _find_student(self) -> None:
@@ -271,6 +275,7 @@ class _Resolver:
             checkpoint=recipe.checkpoint,
             allow_code=recipe.allow_code,
             memory=recipe.memory,
+            report=recipe.report,
             text_cache=str(absolute(recipe.text_cache, self.origins.place(("text_cache",)).base)),
             output=str(output),
         )

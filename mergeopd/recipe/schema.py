@@ -416,6 +416,15 @@ class Memory(Strict):
     )
 
 
+class Reports(Strict):
+    """What is written for people beside the display, metrics.jsonl and report.html."""
+
+    tensorboard: Annotated[bool, Field(strict=True)] = Field(
+        default=False,
+        description="events for TensorBoard in the run's `tensorboard` folder; needs `mergeopd[tensorboard]`",
+    )
+
+
 class Recipe(Strict):
     """A merge: one student, its teachers, prompts and phases."""
 
@@ -443,6 +452,7 @@ class Recipe(Strict):
         default=(), description="functions of yours that this recipe may import and call"
     )
     memory: Memory = Field(default=Memory(), description="what may stay in main memory")
+    report: Reports = Field(default=Reports(), description="what is written for people")
     text_cache: str = Field(
         default=".mergeopd/texts", description="folder, shared by runs, of texts that teachers wrote"
     )

@@ -20,6 +20,7 @@ CHECKPOINTS = "checkpoints"
 EXPORT = "export"
 RESULT = "result.json"
 REPORT = "report.html"
+TENSORBOARD = "tensorboard"
 
 
 def read_plan_document(path: Path) -> dict[str, Any] | None:

@@ -32,6 +32,8 @@ def test_a_good_recipe_becomes_a_plan_with_absolute_paths_and_all_defaults(proje
         "tokenizer": str(project / "models" / "chat"),
         "template": None,
         "dtype": "bfloat16",
+        "fingerprint": None,
+        "canary": None,
     }
     assert [source.name for source in plan.sources] == ["math", "code", "chat"]
     # Prompt weight x card weight; the third source names no teacher, and chat's card lists its domain.
