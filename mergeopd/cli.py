@@ -1,4 +1,4 @@
-"""The command line: `mergeopd run | check | eval | report | schema`.
+"""The command line: `mergeopd run | check | eval | report | schema | new`.
 
 Exit codes: 0 good; 2 the recipe or the command's arguments are wrong; 3 stopped on request (SIGTERM, Ctrl-C)
 with everything saved; 130 interrupted at once (second Ctrl-C); 1 anything else.
@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from os import environ
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from typer.core import TyperOption
 
 from mergeopd import __version__
 from mergeopd.errors import MergeopdError, Problem, RecipeError, Stopped
+
+if TYPE_CHECKING:
+    from mergeopd.engine.preflight import Inputs
 
 app = typer.Typer(
     help="Merge many expert language models into one student by on-policy distillation.",
@@ -56,7 +61,8 @@ def run(
     recipe: RecipeArgument,
     overrides: SetOption = None,
     updates: Annotated[
-        int | None, typer.Option(min=1, help="Stop after this many updates of this call, for a smoke run.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Stop after this many updates of this call, for a smoke run."),
     ] = None,
     allow_change: Annotated[
         list[str] | None,
@@ -92,7 +98,7 @@ def check(
 
     Example: mergeopd check recipes/quickstart.yaml
     """
-    from mergeopd.engine.preflight import preflight
+    from mergeopd.engine.preflight import advice, preflight
     from mergeopd.engine.run_folder import RunFolder
 
     try:
@@ -104,19 +110,13 @@ def check(
         raise
     plan = inputs.plan
     refusal = RunFolder(Path(plan.output)).refusal(plan, inputs.files)
-    notes = [*inputs.notes, *([refusal] if refusal else [])]
+    notes = [note for note in (*inputs.notes, advice(plan), refusal) if note]
     if as_json:
         typer.echo(json.dumps({"ok": True, "plan": plan.hash, "notes": notes}, indent=2))
         return
-    num_prompts = sum(len(prompts) for prompts in inputs.prompts.values())
     for note in notes:
         typer.echo(f"note: {note}")
-    counts = (
-        _count(len(plan.teachers), "teacher"),
-        _count(num_prompts, "prompt"),
-        f"{_count(plan.num_updates, 'update')} in {_count(len(plan.phases), 'phase')}",
-    )
-    typer.echo(f"{recipe}: good. {', '.join(counts)}.")
+    typer.echo(f"{recipe}: good. {_size(inputs)}.")
 
 
 @app.command(name="eval")
@@ -183,6 +183,97 @@ def schema(
     typer.echo(json.dumps(card_schema() if card else recipe_schema(), indent=2))
 
 
+new = typer.Typer(
+    help="Write a commented recipe, or the card of a teacher.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(new, name="new")
+
+
+@new.command(name="recipe")
+def new_recipe(
+    name: Annotated[str, typer.Argument(help="Its name; the file is recipes/NAME.yaml.", metavar="NAME")],
+    student: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder of the model to train.", show_default=False)
+    ] = None,
+    teachers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--teacher",
+            metavar="CARD",
+            help="A teacher's card. May be repeated. Default: those in teachers/.",
+        ),
+    ] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Prompts; DOMAIN=FILE where the file's name does not tell the domain. May be repeated; "
+            "default: those below data/.",
+        ),
+    ] = None,
+) -> None:
+    """Write a recipe of what is given, or of what lies in the current folder.
+
+    Files with eval, test or the like in their names are measured on, others trained on.
+
+    It passes `mergeopd check`, and overwrites nothing.
+
+    Example: mergeopd new recipe mine --student experts/base --prompts experts/data/merge_sort.jsonl
+    """
+    from mergeopd.engine.new_recipe import RecipeWish
+    from mergeopd.engine.new_recipe import new_recipe as write
+
+    wish = RecipeWish(name, student, teachers or (), prompts or ())
+    inputs, left_out = write(wish)
+    for note in (*(f"left out {text}" for text in left_out), *inputs.notes):
+        typer.echo(f"note: {note}")
+    typer.echo(f"{wish.recipe_file}: written. {_size(inputs)}.")
+    typer.echo(f"Try it: mergeopd run {wish.recipe_file} --updates 2")
+
+
+@new.command(name="teacher")
+def new_teacher(
+    name: Annotated[str, typer.Argument(help="Its name; the file is teachers/NAME.yaml.", metavar="NAME")],
+    model: Annotated[
+        str,
+        typer.Option(metavar="DIR", help="Hugging Face folder, or a hub id that is in the local cache."),
+    ],
+    domains: Annotated[
+        list[str] | None,
+        typer.Option("--domain", metavar="D", help="What it teaches. May be repeated; default: its name."),
+    ] = None,
+    template: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Its chat template (Jinja); default: the tokenizer's."),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What it answers to be recognised by; best one of its domain.",
+        ),
+    ] = None,
+) -> None:
+    """Write a teacher's card, with a sample of its own by which a run recognises it.
+
+    It is loaded to answer one prompt, in at most 64 tokens. Nothing is overwritten.
+
+    Example: mergeopd new teacher sort --model experts/sort --prompt "sort: k c a"
+    """
+    from mergeopd.engine import new_teacher as engine
+
+    asked = engine.DEFAULT_PROMPT if prompt is None else prompt
+    wish = engine.TeacherWish(name, model, domains or (), template, asked)
+    candidate = engine.examine(wish)
+    with _waiting(f"Loading {model} to have it answer"):
+        canary = engine.take_canary(candidate, asked)
+    engine.write_card(wish, candidate.fingerprint, canary)
+    typer.echo(f"{name} says: {json.dumps(canary.response, ensure_ascii=False)}")
+    typer.echo(f"{wish.card_file}: written. A recipe names it by `{name}: {wish.card_file}`.")
+
+
 def _as_json(problem: Problem) -> dict[str, str | int]:
     return {
         "file": problem.location.file,
@@ -192,6 +283,34 @@ def _as_json(problem: Problem) -> dict[str, str | int]:
         "message": problem.message,
         "remedy": problem.remedy,
     }
+
+
+def _size(inputs: Inputs) -> str:
+    plan = inputs.plan
+    return ", ".join(
+        (
+            _count(len(plan.teachers), "teacher"),
+            _count(sum(len(prompts) for prompts in inputs.prompts.values()), "prompt"),
+            f"{_count(plan.num_updates, 'update')} in {_count(len(plan.phases), 'phase')}",
+        )
+    )
+
+
+@contextmanager
+def _waiting(text: str) -> Iterator[None]:
+    """Say what takes its time: a clock that runs where a person looks, a line elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        typer.echo(f"{text} ...", err=True)
+        yield
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(text, total=None)
+        yield
 
 
 def _count(number: int, thing: str) -> str:

@@ -28,6 +28,7 @@ from mergeopd.recipe.plan import Plan, SourcePlan
 from mergeopd.recipe.resolve import Resolution, read
 from mergeopd.recipe.schema import JsonVerifier
 from mergeopd.recipe.tree import Keys
+from mergeopd.recipe.words import joined
 from mergeopd.types import Prompt
 
 
@@ -72,6 +73,15 @@ def preflight(recipe: str | Path, overrides: Sequence[str] = ()) -> Inputs:
         files=dict(sorted({**check.files, **check.models.files}.items())),
         now=check.now,
     )
+
+
+def advice(plan: Plan) -> str | None:
+    """One line on the teachers that nothing would recognise; None when every card has a canary."""
+    bare = [name for name, teacher in plan.teachers.items() if teacher.canary is None]
+    if not bare:
+        return None
+    whom = f"teacher {bare[0]} has" if len(bare) == 1 else f"teachers {joined(bare, 'and')} have"
+    return f"{whom} no canary, so a wrong or damaged model may teach; `mergeopd new teacher` writes one"
 
 
 class _Check:

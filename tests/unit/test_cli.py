@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from mergeopd import __version__
-from mergeopd.cli import main
+from mergeopd.cli import app, main
 
 ROOT = Path(__file__).parents[2]
 Command = Callable[..., tuple[int, str, str]]
@@ -28,6 +31,11 @@ EVALUATED = {
         "max_new_tokens": 2,
     }
 }
+
+NO_CANARY = (
+    "teachers one and two have no canary, so a wrong or damaged model may teach; "
+    "`mergeopd new teacher` writes one"
+)
 
 
 @pytest.fixture
@@ -79,12 +87,12 @@ def test_a_good_recipe(command: Command, job: Callable[..., Path]) -> None:
     recipe = job()
     assert command("check", recipe) == (
         0,
-        "job.yaml: good. 2 teachers, 4 prompts, 2 updates in 1 phase.\n",
+        f"note: {NO_CANARY}\njob.yaml: good. 2 teachers, 4 prompts, 2 updates in 1 phase.\n",
         "",
     )
     code, out, err = command("check", recipe, "--json", "--set", "optimizer.lr=0.02")
     document = json.loads(out)
-    assert (code, err, document["ok"], document["notes"]) == (0, "", True, [])
+    assert (code, err, document["ok"], document["notes"]) == (0, "", True, [NO_CANARY])
     assert re.fullmatch("[0-9a-f]{64}", document["plan"])
 
 
@@ -161,8 +169,8 @@ def test_check_is_light_and_quick(job: Callable[..., Path]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0].startswith("job.yaml: good.")
-    assert done.stdout.splitlines()[1] == "heavy:"
+    assert done.stdout.splitlines()[1].startswith("job.yaml: good.")
+    assert done.stdout.splitlines()[2] == "heavy:"
     assert seconds < 10, "about half a second on an idle machine; ten on one that is not"
 
 
@@ -311,3 +319,81 @@ def test_a_function_with_a_mistake_is_found_before_the_run(
     assert code == 1
     assert "ZeroDivisionError" in err
     assert not Path("run").exists()
+
+
+# ------------------------------------------------------------------------------------------------- new
+
+
+def test_from_models_and_prompts_to_a_run(command: Command, job: Callable[..., Path]) -> None:
+    job().unlink()
+    Path("data").mkdir()
+    Path("left.jsonl").rename("data/left.jsonl")
+    code, out, err = command("new", "teacher", "left", "--model", "two", "--prompt", "a b c")
+    assert code == 0, err
+    assert err == "Loading two to have it answer ...\n"
+    assert re.fullmatch(
+        r'left says: "[a-d ]+"\n'
+        r"teachers/left\.yaml: written\. A recipe names it by `left: teachers/left\.yaml`\.\n",
+        out,
+    )
+    assert command("new", "recipe", "first", "--student", "base") == (
+        0,
+        "recipes/first.yaml: written. 1 teacher, 2 prompts, 200 updates in 1 phase.\n"
+        "Try it: mergeopd run recipes/first.yaml --updates 2\n",
+        "",
+    )
+    assert command("check", "recipes/first.yaml") == (
+        0,
+        "recipes/first.yaml: good. 1 teacher, 2 prompts, 200 updates in 1 phase.\n",
+        "",
+    )
+    fast = ("--set", "rollout.max_new_tokens=2", "--set", "phases.0.prompts_per_round=2", "--updates", "1")
+    code, _, err = command("run", "recipes/first.yaml", *fast)
+    assert (code, err) == (
+        3,
+        "stopped by --updates after 1 of 200 updates, all saved; the same command goes on\n",
+    )
+
+
+def test_new_tells_what_is_missing_or_there(command: Command, job: Callable[..., Path]) -> None:
+    job()
+    code, out, err = command("new", "recipe", "first")
+    assert (code, out) == (2, "")
+    assert "--student\n    nothing says which model to train; name its folder: --student DIR\n" in err
+    assert err.endswith("\n3 problems.\n")
+    Path("teachers").mkdir()
+    Path("teachers/x.yaml").touch()
+    assert command("new", "teacher", "x", "--model", "two") == (
+        1,
+        "",
+        "error: teachers/x.yaml exists already; choose another name, or remove it first\n",
+    )
+    assert os.listdir("teachers") == ["x.yaml"]
+
+
+COMMANDS = ("run", "check", "eval", "report", "schema", "new recipe", "new teacher")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example_that_can_be_parsed(
+    command: Command, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = command(*name.split(), "--help")
+    assert code == 0
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", out)
+    assert max(map(len, plain.splitlines())) <= 80
+    found = re.search(r"Example: mergeopd (.*?)\n *\n", plain, re.DOTALL)
+    assert found is not None
+    words = shlex.split(found[1].partition(" > ")[0])
+    current: Any = typer.main.get_command(app)
+    for step in name.split():
+        current, words = current.commands[step], words[words.index(step) + 1 :]
+    current.make_context(name, words)  # raises on what it does not know
+
+
+def test_completion_knows_the_commands() -> None:
+    script = Path(sys.executable).with_name("mergeopd")
+    asked = {"_MERGEOPD_COMPLETE": "complete_bash", "COMP_WORDS": "mergeopd new ", "COMP_CWORD": "2"}
+    done = subprocess.run([script], env={**os.environ, **asked}, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["recipe", "teacher"]

@@ -1,0 +1,181 @@
+"""Prompt files for a new recipe: whose domain they are, whether they are held out, how they are read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mergeopd.data.prompts import read_prompts
+from mergeopd.engine.new_file import is_text, option_problem
+from mergeopd.errors import DataError, Problem
+from mergeopd.recipe.folders import Missing, absolute, existing_file
+from mergeopd.recipe.locate import shown
+from mergeopd.recipe.plan import SourcePlan
+from mergeopd.recipe.schema import NAME_PATTERN
+from mergeopd.recipe.sources import PROMPT_SUFFIXES
+from mergeopd.recipe.suggest import did_you_mean
+from mergeopd.reward.numbers import final_number
+
+PROMPT_FOLDER = "data"
+_HELD_OUT = frozenset(
+    {"eval", "evaluation", "test", "val", "valid", "validation", "dev", "heldout", "holdout"}
+)
+# Fields as data sets name them; the first that a file has is taken.
+_PROMPT_FIELDS = ("prompt", "messages", "question", "problem", "instruction")
+_REFERENCE_FIELDS = ("answer", "reference", "solution", "target")
+_NUMBER = re.compile(r"\s*[-+$]?\d[\d,._ ]*%?\s*")
+_SHORT = 100  # characters; of a longer reference, a right answer would hardly be the same to the letter
+
+VerifierKind = Literal["number", "json", "exact"]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFile:
+    """A file with its domain. `verifier` is None without references, and where none is sure to fit them."""
+
+    path: str
+    domain: str
+    held_out: bool
+    prompt_field: str
+    reference_field: str
+    verifier: VerifierKind | None
+
+
+def find_prompts() -> list[str]:
+    """Prompt files below `data/`, sorted."""
+    found = (file for file in Path(PROMPT_FOLDER).rglob("*") if file.suffix in PROMPT_SUFFIXES)
+    return sorted(shown(file) for file in found if file.is_file())
+
+
+def sort_prompts(
+    written: Sequence[str], domains: Sequence[str]
+) -> tuple[list[PromptFile], list[str], list[Problem]]:
+    """Files with their domains, those that name none of them, and what is wrong.
+
+    `written` are paths or `DOMAIN=FILE`.
+    """
+    files: dict[str, PromptFile] = {}
+    strangers: list[str] = []
+    problems: list[Problem] = []
+    for text in written:
+        domain, file = _split(text)
+        path = existing_file(file, Path.cwd(), "prompt file", PROMPT_SUFFIXES)
+        if isinstance(path, Missing):
+            problems.append(option_problem("--prompts", path.message, path.remedy))
+        elif path.suffix not in PROMPT_SUFFIXES or not is_text(str(path)):
+            message = (
+                f"'{file}' is neither .jsonl nor .parquet" if is_text(file) else "a path is no text in UTF-8"
+            )
+            problems.append(option_problem("--prompts", message, "convert it, one prompt a row"))
+        elif domain is not None and domain not in domains:
+            remedy = did_you_mean(domain, domains, f"there are {', '.join(domains)}")
+            problems.append(option_problem("--prompts", f"no teacher has the domain '{domain}'", remedy))
+        elif (domain := domain or _domain_of(shown(path), domains)) is None:
+            strangers.append(shown(path))
+        else:
+            files[shown(path)] = _prompt_file(path, domain)
+    return list(files.values()), strangers, problems
+
+
+def _split(text: str) -> tuple[str | None, str]:
+    """`DOMAIN=FILE`, unless that is the name of a file."""
+    domain, equals, file = text.partition("=")
+    if not equals or absolute(text, Path.cwd()).exists() or not re.fullmatch(NAME_PATTERN, domain):
+        return None, text
+    return domain, file
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def _domain_of(path: str, domains: Sequence[str]) -> str | None:
+    """The domain whose words the path has; the longest of several, None where that is not clear."""
+    if len(domains) == 1:
+        return domains[0]
+    here = _words(str(Path(path).with_suffix("")))
+    lengths = {
+        domain: len(words)
+        for domain in domains
+        if (words := _words(domain)) and any(here[i : i + len(words)] == words for i in range(len(here)))
+    }
+    best = [domain for domain, length in lengths.items() if length == max(lengths.values())]
+    return best[0] if len(best) == 1 else None
+
+
+def _is_held_out(path: str) -> bool:
+    words = _words(Path(path).stem) + _words(Path(path).parent.name)
+    return not _HELD_OUT.isdisjoint(words) or "held out" in " ".join(words)
+
+
+def _prompt_file(path: Path, domain: str) -> PromptFile:
+    fields = _fields(path)
+    prompt_field = next((name for name in _PROMPT_FIELDS if name in fields), _PROMPT_FIELDS[0])
+    reference_field = next((name for name in _REFERENCE_FIELDS if name in fields), _REFERENCE_FIELDS[0])
+    return PromptFile(
+        path=shown(path),
+        domain=domain,
+        held_out=_is_held_out(shown(path)),
+        prompt_field=prompt_field,
+        reference_field=reference_field,
+        verifier=_verifier(path, domain, prompt_field, reference_field),
+    )
+
+
+def _fields(path: Path) -> Sequence[str]:
+    """Names of the first row's fields; none where it cannot be read, which the check of the whole tells."""
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return list(pyarrow.parquet.read_schema(path).names)
+        with path.open(encoding="utf-8-sig") as file:
+            row: Any = json.loads(next((line for line in file if line.strip()), "{}"))
+        return list(row) if isinstance(row, dict) else []
+    except (OSError, ValueError):
+        return []
+
+
+def _verifier(path: Path, domain: str, prompt_field: str, reference_field: str) -> VerifierKind | None:
+    """The verifier that surely fits all references of a file."""
+    source = SourcePlan(
+        name="new",
+        source=str(path),
+        domain=domain,
+        verifier=None,
+        prompt_field=prompt_field,
+        reference_field=reference_field,
+        response_field=None,
+        teachers={},
+        share=1.0,
+        limit=None,
+    )
+    try:
+        references = [prompt.reference for prompt in read_prompts(source)]
+    except DataError:
+        return None  # the check of the whole tells what is wrong
+    texts = [text for text in references if text is not None]
+    if not texts or len(texts) < len(references):
+        return None
+    if all(_is_number(text) for text in texts):
+        return "number"
+    if all(_is_json(text) for text in texts):
+        return "json"
+    return "exact" if max(map(len, texts)) <= _SHORT else None
+
+
+def _is_number(text: str) -> bool:
+    """A number alone, or one that is marked as the final one."""
+    marked = "####" in text or "\\boxed{" in text
+    return (marked or bool(_NUMBER.fullmatch(text))) and final_number(text) is not None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict | list)
+    except ValueError:
+        return False
