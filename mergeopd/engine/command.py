@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -23,6 +24,7 @@ from mergeopd.report.result import ResultTable, result_document, write_result
 from mergeopd.report.tensorboard import TensorBoardReporter
 from mergeopd.reward.verifiers import build_verifier
 from mergeopd.storage import run_layout
+from mergeopd.storage.folders import prune
 from mergeopd.storage.lock import exclusive
 from mergeopd.storage.metrics import MetricsFile
 
@@ -58,14 +60,22 @@ def _run(inputs: Inputs, folder: RunFolder, clock: Clock, max_updates: int | Non
         with clock.stage("startup"):
             parts = build(inputs, pick_device())
             record = restore(folder.checkpoints, parts.student, folder.plan_hashes(), console)
+            prune(folder.checkpoints, inputs.plan.checkpoint.keep)  # what a kill left of the last time
+            num_done = record.progress.update
+            if folder.settle_export(can_be_made_again=num_done > 0, reporter=console):
+                num_done = inputs.plan.num_updates  # also where its checkpoints were removed since
         clock.continue_from(record.seconds)
         with MetricsFile(folder.metrics_file) as metrics, MetricsFile(folder.samples_file) as samples:
-            metrics.truncate_to(record.progress.update)
-            samples.truncate_to(record.progress.update)
+            num_told = metrics.truncate_to(num_done)
+            samples.truncate_to(num_done)
+            if num_told < num_done:
+                name = shown(folder.metrics_file)
+                console.emit(Note(f"{name} has lines of {num_told} of the {num_done} updates made so far"))
             files = (JsonlReporter(metrics), SamplesReporter(samples), HtmlReporter(folder.path, console))
             reporter = Reporters(*files, *_asked_for(inputs.plan, folder, console), console)
             _tell_notes(inputs, reporter)
-            Merge(parts, folder, reporter, clock, interrupt).run(record.progress, max_updates)
+            progress = replace(record.progress, update=num_done)
+            Merge(parts, folder, reporter, clock, interrupt).run(progress, max_updates)
 
 
 def _asked_for(plan: Plan, folder: RunFolder, notes: Reporter) -> list[Reporter]:

@@ -11,7 +11,7 @@ from mergeopd.engine.batch import prepare
 from mergeopd.engine.build import Parts, phase_objective
 from mergeopd.engine.checkpoint import Record, save
 from mergeopd.engine.clock import Clock
-from mergeopd.engine.evaluate import Evaluation
+from mergeopd.engine.evaluate import Accuracies, Evaluation
 from mergeopd.engine.interrupt import Interrupt, StopNow, Watch
 from mergeopd.engine.run_folder import RunFolder
 from mergeopd.engine.samples import SampleTaker, choose, is_due
@@ -25,6 +25,7 @@ from mergeopd.engine.writing import dataset_rollout, write_student
 from mergeopd.errors import Stopped
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.recipe.locate import shown
+from mergeopd.recipe.plan import EvaluationPlan
 from mergeopd.recipe.schema import Phase
 from mergeopd.report.events import Reporter, RunFinished, RunStarted, StageStarted, UpdateDone
 from mergeopd.report.result import result_document, write_result
@@ -190,10 +191,25 @@ class Merge:
         self._prepared_phase = phase.name
 
     def _is_due(self, progress: Progress, num_new: int) -> bool:
-        """A checkpoint is due when the last `num_new` updates reached a multiple of `every`, and at the end."""
+        """Whether the last `num_new` updates reached a multiple of `checkpoint.every`, or the end."""
         every = self._plan.checkpoint.every
         is_last = progress.update == self._plan.num_updates
         return is_last or progress.update // every > (progress.update - num_new) // every
+
+    def _measure(self, plan: EvaluationPlan) -> Accuracies:
+        """Evaluate the export; everything is saved already, so a request to stop is met at once."""
+        try:
+            self._reporter.abandonable = True
+            with self._clock.stage("evaluation"):
+                evaluation = Evaluation(self._parts.inputs, plan, self._parts.device, self._reporter)
+                return evaluation.run(self._folder.export)
+        except StopNow:
+            raise Stopped(
+                f"stopped by {self._interrupt.requested} while the student was measured; training and export "
+                "are saved, and the same command measures again"
+            ) from None
+        finally:
+            self._reporter.abandonable = False
 
     def _finish(self) -> None:
         """Export the student, measure, write the result."""
@@ -204,12 +220,7 @@ class Merge:
                 self._parts.student.export(target)
         document = None
         if self._plan.evaluation is not None:
-            with self._clock.stage("evaluation"):
-                evaluation = Evaluation(
-                    self._parts.inputs, self._plan.evaluation, self._parts.device, self._reporter
-                )
-                accuracies = evaluation.run(folder.export)
-            document = result_document(accuracies, self._clock.seconds())
+            document = result_document(self._measure(self._plan.evaluation), self._clock.seconds())
             write_result(folder.result_file, document)
         self._reporter.emit(
             RunFinished(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import platform
@@ -10,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 from ruamel.yaml import YAML
 
@@ -17,9 +19,12 @@ from mergeopd import __version__
 from mergeopd.errors import StorageError
 from mergeopd.recipe.locate import shown, shown_in
 from mergeopd.recipe.plan import UNBOUND, Plan
+from mergeopd.report.events import Note, Reporter
 from mergeopd.report.result import ResultTable
+from mergeopd.report.run_data import Result
 from mergeopd.storage import run_layout
-from mergeopd.storage.folders import write_atomic
+from mergeopd.storage.failures import named_failures
+from mergeopd.storage.folders import is_leftover, set_aside, verify, write_atomic
 from mergeopd.storage.lock import LOCK_NAME
 
 _SHOWN = 12
@@ -52,17 +57,26 @@ class RunFolder:
         """
         before = self._record()
         if before is None:
-            if self.path.is_dir() and any(path.name != LOCK_NAME for path in self.path.iterdir()):
+            if self.path.is_dir() and any(
+                path.name != LOCK_NAME and not is_leftover(path) for path in self.path.iterdir()
+            ):
                 return (
                     f"{shown(self.path)} is not empty and not a run folder; "
                     "choose another with --set output=..."
                 )
             return None
+        all_changes = self._changes(before, plan, files)
         changes = {
             key: text
-            for key, text in self._changes(before, plan, files).items()
+            for key, text in all_changes.items()
             if not any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in allowed)
         }
+        if all_changes and not changes and self.export.exists():
+            return (
+                f"{shown(self.path)} has exported its student, so its settings can no longer change; measure "
+                "with others through mergeopd eval, move the export away to train on, "
+                "or begin a new run with --set output=..."
+            )
         if not changes:
             return None
         listed = "\n".join(f"    {text}" for text in list(changes.values())[:_SHOWN])
@@ -127,27 +141,74 @@ class RunFolder:
         if not self.plan_file.is_file():
             return None
         record = run_layout.read_plan_document(self.plan_file)
-        if record is None or not {"earlier_hashes", "declared_changes"} <= record.keys():
+        if record is None or not _is_sound(record):
             raise StorageError(
                 f"{shown(self.plan_file)} is damaged or of another version of mergeopd; "
-                "choose another folder with --set output=..."
+                "choose another folder with --set output=... (once a run has begun there, "
+                "the checkpoints of this one can be moved over)"
             )
         return record
 
     def is_finished(self, plan: Plan) -> bool:
-        """Whether the student was exported and, where the recipe evaluates, measured."""
-        return self.export.is_dir() and (plan.evaluation is None or self.result_file.is_file())
+        """Whether the student was exported and, where the recipe evaluates, measured; both whole."""
+        measured = plan.evaluation is None or self._result() is not None
+        return measured and self.export.exists() and verify(self.export) is None
+
+    def settle_export(self, *, can_be_made_again: bool, reporter: Reporter) -> bool:
+        """Whether there is a whole export. A damaged one is told and set aside, to be made again.
+
+        Raises StorageError for a damaged one that cannot be made again: to train from the beginning would
+        overwrite what is left of the run.
+        """
+        if not self.export.exists():
+            return False
+        fault = verify(self.export)
+        if fault is None:
+            return True
+        if not can_be_made_again:
+            raise StorageError(
+                f"{shown(self.export)}: {fault}, and no checkpoint is left to export from; "
+                "move it away to train from the beginning, or choose another folder with --set output=..."
+            )
+        aside = set_aside(self.export)
+        reporter.emit(Note(f"the export was damaged ({fault}); it is made again, and lies in {shown(aside)}"))
+        return False
 
     def show_finished(self, console: Console) -> None:
         """Tell that there is nothing left to do, and what came out."""
         console.print(f"This run is finished: {shown(self.path)}", highlight=False)
-        if self.result_file.is_file():
-            document = json.loads(self.result_file.read_text(encoding="utf-8"))
+        document = self._result()
+        if document is not None:
             console.print(
                 ResultTable(
                     document, result_path=Path(shown(self.result_file)), export_path=Path(shown(self.export))
                 )
             )
+
+    def _result(self) -> dict[str, Any] | None:
+        """result.json; None when it is missing or damaged."""
+        if not self.result_file.is_file():
+            return None
+        with named_failures("read", self.result_file):
+            content = self.result_file.read_bytes()
+        try:
+            return Result.model_validate_json(content).model_dump()
+        except ValidationError:
+            return None
+
+
+def _is_sound(record: Mapping[str, Any]) -> bool:
+    """Whether plan.yaml has all its parts, and a plan that agrees with its hash."""
+    parts = {"started": str, "hash": str, "plan": dict, "files": dict}
+    parts |= {"earlier_hashes": list, "declared_changes": list}
+    if not all(isinstance(record.get(key), kind) for key, kind in parts.items()):
+        return False
+    try:
+        datetime.fromisoformat(record["started"])
+    except ValueError:
+        return False
+    digest = hashlib.sha256(json.dumps(record["plan"], sort_keys=True).encode()).hexdigest()
+    return digest == str(record["hash"])
 
 
 def _versions() -> dict[str, str]:

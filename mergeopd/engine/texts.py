@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mergeopd.engine.build import Parts
@@ -17,6 +17,8 @@ from mergeopd.storage.folders import write_atomic
 from mergeopd.types import Prompt, Rollout, Sampling
 
 FORMAT = 1
+# Texts are saved once so many are new: a kill costs a twentieth, and the file is not rewritten too often.
+_SAVED_SHARE = 0.05
 
 
 class TeacherTexts:
@@ -67,28 +69,43 @@ class TeacherTexts:
         requests = [Request(key, sample, dialect.render(p)) for (key, sample), p in prompts.items()]
         new = [request for request in requests if _line_key(request) not in known]
         if new:
-            texts = self._write(name, new, reporter)
-            # Read again: another run may have added its own meanwhile.
-            known = {**_load(path), **{_line_key(r): t for r, t in zip(new, texts, strict=True)}}
-            _save(path, known)
+            fresh: dict[str, Completion] = {}
+            try:
+                for texts in self._write(name, new, reporter):
+                    fresh |= texts
+                    if len(fresh) >= _SAVED_SHARE * len(known):
+                        known, fresh = _keep(path, fresh), {}
+            finally:  # what was written before a request to stop is not written again
+                known = _keep(path, fresh)
         for request in requests:
             self._texts[name, request.key, request.sample] = known[_line_key(request)]
 
-    def _write(self, name: str, requests: Sequence[Request], reporter: Reporter) -> list[Completion]:
-        parts = self._parts
+    def _write(
+        self, name: str, requests: Sequence[Request], reporter: Reporter
+    ) -> Iterator[dict[str, Completion]]:
+        """Have the teacher write; yield batch by batch.
+
+        A run that goes on misses whole batches, and the last ones: it makes the same batches of the rest.
+        """
+        parts, size = self._parts, self._parts.plan.rollout.batch_size
+        in_order = sorted(requests, key=lambda request: len(request.prompt_ids))
         reporter.emit(StageStarted("text", f"{name} writes", len(requests), "answers"))
         with parts.store.open(name) as teacher:
             writer = parts.teacher_writer(teacher)
             score_canary(parts, teacher)
             parts.canaries.verify(name, writer.head)
-            return generate(
-                writer,
-                requests,
-                self._sampling(),
-                seed=parts.plan.seed,
-                batch_size=parts.plan.rollout.batch_size,
-                progress=lambda done: reporter.emit(StageProgress(done)),
-            )
+            for start in range(0, len(in_order), size):
+                batch = in_order[start : start + size]
+                texts = generate(
+                    writer,
+                    batch,
+                    self._sampling(),
+                    seed=parts.plan.seed,
+                    batch_size=size,
+                    progress=lambda _: None,
+                )
+                yield {_line_key(r): t for r, t in zip(batch, texts, strict=True)}
+                reporter.emit(StageProgress(start + len(batch)))
 
     def _sampling(self) -> Sampling:
         rollout = self._parts.plan.rollout
@@ -117,13 +134,16 @@ def _line_key(request: Request) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-def _save(path: Path, texts: Mapping[str, Completion]) -> None:
+def _keep(path: Path, texts: Mapping[str, Completion]) -> dict[str, Completion]:
+    """Add texts to a file; return all it holds, also what another run has added meanwhile."""
+    known = {**_load(path), **texts}
     lines = [
-        json.dumps({"key": key, "ids": text.response_ids, "finish": text.finish})
-        for key, text in texts.items()
+        json.dumps({"key": key, "ids": text.response_ids, "finish": text.finish}) + "\n"
+        for key, text in known.items()
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "\n".join(lines) + "\n")
+    if texts:
+        write_atomic(path, "".join(lines))
+    return known
 
 
 def _load(path: Path) -> dict[str, Completion]:

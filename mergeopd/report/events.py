@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from mergeopd.types import Finish, Origin
 
-StageName = Literal["rollout", "teachers", "update", "evaluation", "export", "text"]
+StageName = Literal["rollout", "teachers", "update", "evaluation", "export", "text", "checkpoint"]
 
 
 @dataclass(frozen=True, slots=True)

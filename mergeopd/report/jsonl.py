@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 from mergeopd.report.events import (
-    CheckpointSaved,
     DomainStats,
     Event,
     RolloutSampled,
+    StageStarted,
     TeacherStats,
     UpdateDone,
 )
@@ -92,7 +92,7 @@ def sample_record(event: RolloutSampled) -> dict[str, Any]:
 
 
 class JsonlReporter:
-    """Writes updates to a metrics file; checkpoints bring its lines to the disk."""
+    """Writes updates to a metrics file; its lines are on the disk before a checkpoint that counts them is."""
 
     def __init__(self, file: MetricsFile) -> None:
         self._file = file
@@ -105,12 +105,12 @@ class JsonlReporter:
         """
         if isinstance(event, UpdateDone):
             self._file.append(update_record(event))
-        elif isinstance(event, CheckpointSaved):
+        elif isinstance(event, StageStarted) and event.stage == "checkpoint":
             self._file.sync()
 
 
 class SamplesReporter:
-    """Writes sampled answers to a file of their own; checkpoints bring its lines to the disk."""
+    """Writes sampled answers to a file of their own; its lines are on the disk before a checkpoint is."""
 
     def __init__(self, file: MetricsFile) -> None:
         self._file = file
@@ -123,5 +123,5 @@ class SamplesReporter:
         """
         if isinstance(event, RolloutSampled):
             self._file.append(sample_record(event))
-        elif isinstance(event, CheckpointSaved):
+        elif isinstance(event, StageStarted) and event.stage == "checkpoint":
             self._file.sync()

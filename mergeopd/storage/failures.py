@@ -22,6 +22,8 @@ _REMEDIES = {
     errno.EISDIR: "a folder is where a file should be: move it away",
     errno.ENAMETOOLONG: "choose a shorter `output`",
     errno.EIO: "the disk reports errors: check it, or choose another `output`",
+    errno.ENOLCK: "this file system has no locks: choose an `output` on another one",
+    errno.ENOTSUP: "this file system cannot do that: choose an `output` on another one",
 }
 _OTHER_REMEDY = "check the disk and the folder"
 # Rust libraries (safetensors, tokenizers) tell an operating-system error only in their text.

@@ -223,6 +223,11 @@ def _file_fault(path: Path, expected: Mapping[str, int | str]) -> str | None:
 # --------------------------------------------------------------------------------------- the file system
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether this is what a killed process had not finished writing."""
+    return path.name.startswith(".") and path.name.endswith(_PARTIAL)
+
+
 def _partial_of(target: Path) -> Path:
     """The hidden sibling in which `target` is prepared: on the same file system, always the same name."""
     return target.with_name(f".{target.name}{_PARTIAL}")

@@ -57,7 +57,7 @@ class MetricsFile:
             self._file.flush()
 
     def sync(self) -> None:
-        """Bring all lines to the disk; before a checkpoint, so that it never is ahead of its metrics.
+        """Bring all lines to the disk; before a checkpoint, so that it is never ahead of its metrics.
 
         Raises:
             StorageError: the disk refuses.
@@ -67,7 +67,7 @@ class MetricsFile:
                 os.fsync(self._file.fileno())
 
     def truncate_to(self, update: int) -> int:
-        """Drop lines of later updates than `update`, and a torn end; return how many lines went.
+        """Drop lines of later updates than `update`, and a torn end; return how many lines stay.
 
         Lines that stay keep their bytes.
 
@@ -91,7 +91,7 @@ class MetricsFile:
                 )
         if kept < len(lines):
             write_atomic(self._path, b"".join(lines[:kept]).decode())
-        return len(lines) - kept
+        return kept
 
     def close(self) -> None:
         """Close the file; a later `append` opens it again."""

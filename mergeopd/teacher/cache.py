@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -18,13 +20,14 @@ class HiddenCache:
     """Last hidden states of response tokens, by teacher and rollout.
 
     Holds at most `budget_bytes` in memory; what comes after is appended to a file in `folder` and read back
-    memory-mapped, bit for bit. A context manager: the file is gone when the context ends. CPU tensors spill;
-    those of an accelerator are brought to the CPU first and return to their device when gathered.
+    memory-mapped, bit for bit. A context manager: the file is gone when the context or the process ends. CPU
+    tensors spill; those of an accelerator are brought to the CPU first and return to their device when
+    gathered.
     """
 
     def __init__(self, budget_bytes: int, folder: Path) -> None:
         self._budget_bytes = budget_bytes
-        self._path = folder / "hidden-states.bin"
+        self._folder = folder
         self._held: dict[tuple[str, int], Tensor] = {}
         self._spilled: dict[tuple[str, int], _Place] = {}
         self._file: BinaryIO | None = None
@@ -44,8 +47,8 @@ class HiddenCache:
         if self._map is not None:
             self._map.close()
         if self._file is not None:
-            self._file.close()
-            self._path.unlink(missing_ok=True)
+            with suppress(OSError):  # a full disk was told when it was met; nobody wants this data any more
+                self._file.close()
 
     def put(self, teacher: str, rollout: int, hidden: Tensor) -> None:
         """Keep `[response length, d_T]` for one rollout (its index in the round).
@@ -71,10 +74,11 @@ class HiddenCache:
         return self._read(self._spilled[key]) if held is None else held
 
     def _spill(self, hidden: Tensor, size: int) -> _Place:
-        with named_failures("spill hidden states to", self._path):
+        with named_failures("spill hidden states to", self._folder):
             if self._file is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._path.open("w+b")
+                self._folder.mkdir(parents=True, exist_ok=True)
+                # Without a name: it is gone with the process, however that ends.
+                self._file = cast(BinaryIO, TemporaryFile(dir=self._folder))  # noqa: SIM115 - closed by __exit__
             place = _Place(self.num_spilled_bytes, hidden.shape, hidden.dtype, hidden.device)
             self._file.write(hidden.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         self.num_spilled_bytes += size
@@ -83,7 +87,7 @@ class HiddenCache:
     def _read(self, place: _Place) -> Tensor:
         assert self._file is not None
         if self._map is None or len(self._map) < self.num_spilled_bytes:
-            with named_failures("read hidden states from", self._path):
+            with named_failures("spill hidden states to", self._folder):
                 self._file.flush()
                 # Copy-on-write: torch wants memory that could be written.
                 self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -1,0 +1,182 @@
+"""Runs mergeopd with a fault at a chosen place, put there from outside: nothing in mergeopd knows of it.
+
+    python tools/fault.py scoring:2:KILL run recipe.yaml
+
+A fault is PLACE:CALL:ACTION. PLACE is a key of `PLACES`, CALL counts its calls in this process from 1.
+ACTION is what happens at that call: KILL, TERM, INT or STOP send the process that signal, INT+INT sends two,
+and FULL=N lets no file grow beyond N bytes from there on (RLIMIT_FSIZE; writes fail as on a full disk).
+
+    python tools/fault.py --count FILE run recipe.yaml
+
+writes how often each place was called to FILE, as JSON.
+
+    python tools/fault.py --serve run recipe.yaml --set output=warm-up
+
+runs this once, unheard, then reads orders, one JSON document a line, and answers each with one:
+`{"argv": [...], "fault": "..."}` becomes `{"code": ..., "output": ...}`. Every order runs in a process of its
+own, forked from this one, which has paid for imports and caches; a code below 0 is the signal that ended it.
+POSIX only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import io
+import json
+import os
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+# Name: (function, looked up where it is called; whether the fault comes before or after the call).
+PLACES = {
+    "text": ("mergeopd.engine.texts:generate", "before"),
+    "rollout": ("mergeopd.rollout.local:sample", "before"),
+    "scoring": ("mergeopd.teacher.cache:HiddenCache.put", "before"),
+    "gradient": ("mergeopd.student.torch:TorchStudent.accumulate", "after"),
+    "update": ("mergeopd.student.torch:TorchStudent.apply", "before"),
+    "step": ("torch.optim:AdamW.step", "after"),
+    "metrics": ("mergeopd.storage.metrics:MetricsFile.append", "after"),
+    "checkpoint": ("mergeopd.engine.loop:save", "before"),
+    "files": ("mergeopd.engine.checkpoint:save_file", "after"),
+    "manifest": ("mergeopd.storage.folders:_manifest_text", "before"),
+    "rename": ("pathlib:Path.rename", "before"),
+    "renamed": ("pathlib:Path.rename", "after"),
+    "replace": ("pathlib:Path.replace", "before"),
+    "unlink": ("os:unlink", "after"),
+    "export": ("mergeopd.student.torch:TorchStudent.export", "after"),
+    "evaluation": ("mergeopd.engine.evaluate:generate", "before"),
+}
+_LONGEST_S = 120
+
+
+def watch(place: str, at_call: Callable[[int], None]) -> None:
+    """Have `at_call(number)` called at every call of a place."""
+    target, when = PLACES[place]
+    module, _, path = target.partition(":")
+    owner: Any = importlib.import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    original = getattr(owner, name)
+    calls = 0
+
+    @functools.wraps(original)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        number = calls
+        if when == "before":
+            at_call(number)
+        result = original(*args, **kwargs)
+        if when == "after":
+            at_call(number)
+        return result
+
+    setattr(owner, name, watched)
+
+
+def arm(fault: str) -> None:
+    """Put a fault in place. Raises ValueError or KeyError when it is not written as told above."""
+    place, number, action = fault.split(":")
+    at = int(number)
+
+    def strike(call: int) -> None:
+        if call == at:
+            act(action)
+
+    watch(place, strike)
+
+
+def act(action: str) -> None:
+    """Do what a fault does."""
+    kind, _, value = action.partition("=")
+    if kind == "FULL":
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(value), hard))
+        return
+    for name in kind.split("+"):
+        os.kill(os.getpid(), signal.Signals[f"SIG{name}"])
+
+
+def call_main(argv: Sequence[str]) -> int:
+    """Run the command line in this process; its exit code."""
+    from mergeopd.cli import main
+
+    sys.argv = ["mergeopd", *argv]
+    try:
+        main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def count(file: Path, argv: Sequence[str]) -> int:
+    """Run the command line and count the calls of every place."""
+    counts = dict.fromkeys(PLACES, 0)
+    for place in PLACES:
+        watch(place, lambda call, place=place: counts.update({place: call}))  # type: ignore[misc]
+    code = call_main(argv)
+    file.write_text(json.dumps(counts), encoding="utf-8")
+    return code
+
+
+def serve(warm_up: Sequence[str]) -> None:
+    """Run a command line, then answer orders until the input ends."""
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        code = call_main(warm_up)
+    if code:
+        sys.exit(told.getvalue())
+    for line in sys.stdin:
+        code, output = _forked(json.loads(line))
+        print(json.dumps({"code": code, "output": output}), flush=True)
+
+
+def _forked(order: dict[str, Any]) -> tuple[int, str]:
+    # A pipe, because a limit on file sizes must not hold for what the process tells.
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _be_the_child(order, writing)
+    os.close(writing)
+    with os.fdopen(reading, errors="replace") as pipe:
+        output = pipe.read()
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), output
+
+
+def _be_the_child(order: dict[str, Any], writing: int) -> NoReturn:
+    code = 1  # of a traceback
+    try:
+        signal.alarm(_LONGEST_S)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(writing, 1)
+        os.dup2(writing, 2)
+        if order["fault"] is not None:
+            arm(order["fault"])
+        code = call_main(order["argv"])
+    except BaseException:  # noqa: BLE001 - whatever it was, the parent's work is none of the child's
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve"]:
+        serve(sys.argv[2:])
+    elif sys.argv[1:2] == ["--count"]:
+        sys.exit(count(Path(sys.argv[2]), sys.argv[3:]))
+    elif len(sys.argv) > 2:
+        arm(sys.argv[1])
+        sys.exit(call_main(sys.argv[2:]))
+    else:
+        sys.exit(__doc__)
