@@ -260,7 +260,7 @@ def new_teacher(
 
     It is loaded to answer one prompt, in at most 64 tokens. Nothing is overwritten.
 
-    Example: mergeopd new teacher sort --model experts/sort --prompt "sort: k c a"
+    Example: mergeopd new teacher sort --model experts/sort --prompt "sort q v o r e"
     """
     from mergeopd.engine import new_teacher as engine
 
