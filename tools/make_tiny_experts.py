@@ -30,7 +30,12 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def make(out: Path, settings: Settings, seed: int, console: Console) -> None:
+def _num_cores() -> int:
+    """Cores that this process may use; fewer than the machine's in a container or under Slurm."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make(out: Path, settings: Settings, seed: int, threads: int, console: Console) -> None:
     """Makes the experts in `out`, whatever is there already.
 
     Raises:
@@ -45,9 +50,7 @@ def make(out: Path, settings: Settings, seed: int, console: Console) -> None:
         import torch
         from tiny_experts.build import build
 
-        torch.set_num_threads(
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )
+        torch.set_num_threads(threads)
 
         def watch(name: str) -> Any:
             task = progress.add_task(name, total=settings.base.max_updates)
@@ -86,7 +89,7 @@ def main() -> None:
     else:
         console.print(f"Making the tiny experts in {arguments.out}: {reason}.")
         try:
-            make(out, settings, arguments.seed, console)
+            make(out, settings, arguments.seed, _num_cores(), console)
         except FileExistsError as error:
             parser.error(str(error))
     show(out, console)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
-from statistics import mean
 
 import torch
 from torch import Tensor
@@ -80,7 +79,7 @@ def train(
     num_tokens: int,
     advance: Advance,
 ) -> Qwen3ForCausalLM:
-    """A copy trained until the mean accuracy of the domains on `check` is reached, then cooled down.
+    """A copy trained until the best domain's accuracy on `check` is reached, then cooled down.
 
     AdamW, linear warm-up, mean cross entropy over all answer tokens of an update. An update takes the
     domains one after the other: lengths are alike within a domain, so little is padded.
@@ -105,8 +104,8 @@ def train(
         optimizer.zero_grad()
         update += 1
         if cooldown_start is None and update % training.check_every == 0:
-            reached = [accuracy(model, check[domain], num_tokens=num_tokens) for domain in training.batch]
-            if mean(reached) >= training.until or update >= training.max_updates - training.cooldown_updates:
+            best = max(accuracy(model, check[domain], num_tokens=num_tokens) for domain in training.batch)
+            if best >= training.until or update >= training.max_updates - training.cooldown_updates:
                 cooldown_start, end = update, update + training.cooldown_updates
         advance(update, end)
     return model

@@ -1,0 +1,276 @@
+"""The tiny experts: checkable tasks, disjoint prompts, ordinary folders, and a cache that is never wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from rich.console import Console
+
+TOOLS = Path(__file__).parents[3] / "tools"
+sys.path.insert(0, str(TOOLS))  # the tool is a script beside its package, not an installed module
+
+from tiny_experts import tasks  # noqa: E402
+from tiny_experts.cache import cache_key, why_stale, written_aside  # noqa: E402
+from tiny_experts.settings import Settings, Training  # noqa: E402
+
+DOMAINS = ("largest", "sort", "tool")
+ROWS = {"eval": 40, "merge": 30, "check": 10, "train": 120}
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_tiny_experts", TOOLS / "make_tiny_experts.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def small_settings() -> Settings:
+    def training(*domains: str) -> Training:
+        batch = dict.fromkeys(domains, 4)
+        return Training(until=2.0, batch=batch, check_every=2, cooldown_updates=2, max_updates=6)
+
+    return replace(
+        Settings(),
+        rows=ROWS,
+        num_tokens=300,
+        num_rows=304,
+        expert_num_rows={"tool": 320},
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        base=training(*DOMAINS),
+        expert={domain: training(domain) for domain in DOMAINS},
+    )
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tiny") / "experts"
+    load_script().make(out, small_settings(), 3, 1, Console(quiet=True))
+    return out
+
+
+def read_rows(file: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_answers_are_right() -> None:
+    """Each answer follows from its prompt, worked out here from the prompt's text alone."""
+    for domain, splits in ((domain, tasks.splits(domain, {"eval": 300}, 5)) for domain in DOMAINS):
+        for row in splits["eval"]:
+            words = row.prompt.replace(",", "").split()
+            if domain == "largest":
+                assert row.answer == sorted(words[1:])[-1]
+            elif domain == "sort":
+                assert row.answer == " ".join(sorted(words[1:]))
+            else:
+                call = json.loads(row.answer)
+                used = {str(value) for key, value in call.items() if key != "tool"}
+                assert len(used) == 4
+                assert used <= set(words)
+                assert call["tool"] == {"table": "book", "wake": "alarm"}.get(words[0], "ride")
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_splits_of_the_quick_start_are_disjoint_and_whole(domain: str) -> None:
+    rows = Settings().rows
+    splits = tasks.splits(domain, rows, 0)
+    assert {name: len(examples) for name, examples in splits.items()} == dict(rows)
+    assert rows["eval"] >= 256
+    prompts = [example.prompt for examples in splits.values() for example in examples]
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_evaluation_does_not_depend_on_the_size_of_later_splits() -> None:
+    small = tasks.splits("sort", {"eval": 20, "train": 5}, 1)
+    large = tasks.splits("sort", {"eval": 20, "train": 50}, 1)
+    assert small["eval"] == large["eval"]
+    assert tasks.splits("sort", {"eval": 20}, 2)["eval"] != small["eval"]
+
+
+def test_written_prompts_are_disjoint(experts: Path) -> None:
+    for domain in DOMAINS:
+        files = {split: read_rows(experts / "data" / f"{split}_{domain}.jsonl") for split in ROWS}
+        assert {split: len(rows) for split, rows in files.items()} == ROWS
+        prompts = [row["prompt"] for rows in files.values() for row in rows]
+        assert len(set(prompts)) == sum(ROWS.values())
+        assert all(set(row) == {"prompt", "answer"} for rows in files.values() for row in rows)
+
+
+def test_answer_lengths_differ_by_five_and_more() -> None:
+    from tiny_experts.tokens import encode, train_tokenizer
+
+    examples = {domain: tasks.splits(domain, {"eval": 256}, 0)["eval"] for domain in DOMAINS}
+    texts = [text for rows in examples.values() for row in rows for text in (row.prompt, row.answer)]
+    tokenizer = train_tokenizer(texts, 400)
+    mean = {
+        domain: sum(len(row.answer_ids) for row in encode(tokenizer, rows)) / len(rows)
+        for domain, rows in examples.items()
+    }
+    assert mean["largest"] == 3.0  # two digits and the end token
+    assert mean["tool"] >= 5 * mean["largest"]
+
+
+def test_encoding_is_what_the_chat_template_gives(experts: Path) -> None:
+    from tiny_experts.tasks import Example
+    from tiny_experts.tokens import encode
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    prompt = "largest 31 62 17 48"
+    lengths = {}
+    for name in ("base", *DOMAINS):
+        loaded = AutoTokenizer.from_pretrained(experts / name)
+        message = [{"role": "user", "content": prompt}]
+        ids = loaded.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        system = small_settings().expert_system.get(name, "")
+        encoded = encode(
+            Tokenizer.from_file(str(experts / name / "tokenizer.json")), [Example(prompt, "62")], system
+        )
+        assert encoded[0].prompt_ids == ids
+        assert encoded[0].answer_ids[-1] == loaded.eos_token_id
+        assert loaded.decode(encoded[0].answer_ids[:-1]) == "62"
+        lengths[name] = len(ids)
+    assert lengths["base"] == lengths["sort"] == lengths["tool"] < lengths["largest"]
+
+
+def test_folders_are_ordinary_with_one_tokenizer_and_different_heads(experts: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    vocabularies = {(experts / name / "tokenizer.json").read_bytes() for name in ("base", *DOMAINS)}
+    assert len(vocabularies) == 1
+    num_rows = {}
+    for name in ("base", *DOMAINS):
+        model = AutoModelForCausalLM.from_pretrained(experts / name)
+        assert model.config.model_type == "qwen3"
+        assert model.generation_config.eos_token_id == 1
+        num_rows[name] = model.get_output_embeddings().weight.shape[0]
+        assert model.config.vocab_size == num_rows[name] > small_settings().num_tokens
+        assert not list((experts / name).glob("*.bin"))
+    assert num_rows == {"base": 304, "largest": 304, "sort": 304, "tool": 320}
+
+
+def test_padding_changes_no_logit_of_a_token() -> None:
+    import torch
+    from tiny_experts.train import new_model, pad_rows
+
+    model = new_model(small_settings(), 0).eval()
+    ids = torch.tensor([[5, 17, 250, 3]])
+    with torch.no_grad():
+        before, after = model(ids).logits, pad_rows(model, 320, 0)(ids).logits
+    assert after.shape[-1] == 320
+    torch.testing.assert_close(after[..., :304], before, rtol=0, atol=1e-6)
+    assert after[..., 304:].abs().min() > 0
+
+
+def test_accuracy_is_that_of_greedy_generation() -> None:
+    """The one-pass accuracy equals what transformers' own generate writes, right and wrong ones mixed."""
+    import torch
+    from tiny_experts.tokens import Encoded
+    from tiny_experts.train import accuracy, new_model
+
+    model = new_model(small_settings(), 1).eval()
+    prompts = [[2, 20 + number, 40 + number, 3] for number in range(8)]
+    rows = []
+    for number, prompt in enumerate(prompts):
+        written = model.generate(torch.tensor([prompt]), max_new_tokens=3, do_sample=False, eos_token_id=-1)
+        answer = written[0, 4:].tolist()
+        if number in (2, 5, 6):
+            answer[number % 3] += 1
+        rows.append(Encoded(prompt, answer))
+    assert accuracy(model, rows, num_tokens=304) == 5 / 8
+
+
+def test_same_seed_same_bytes_other_seed_other_weights(experts: Path, tmp_path: Path) -> None:
+    script = load_script()
+    for seed in (3, 4):
+        script.make(tmp_path / str(seed), small_settings(), seed, 1, Console(quiet=True))
+    first, again, other = (
+        json.loads((folder / "manifest.json").read_text())["files"]
+        for folder in (experts, tmp_path / "3", tmp_path / "4")
+    )
+    assert first == again
+    assert first["sort/model.safetensors"] != other["sort/model.safetensors"]
+
+
+def test_cache_notices_every_change(experts: Path, tmp_path: Path) -> None:
+    settings, key = small_settings(), cache_key(small_settings(), 3)
+    assert why_stale(experts, key) is None
+    assert why_stale(experts, cache_key(settings, 4)) == "the seed, the settings or the tool changed"
+    assert cache_key(replace(settings, num_layers=3), 3) != key
+    assert why_stale(tmp_path / "none", key) == "there are none yet"
+
+    copy = tmp_path / "copy"
+    shutil.copytree(experts, copy)
+    weights = copy / "base" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert why_stale(copy, key) == "a file is missing or was changed"
+    weights.unlink()
+    assert why_stale(copy, key) == "a file is missing or was changed"
+    (copy / "manifest.json").write_text("{")
+    assert why_stale(copy, key) == "the manifest is missing or damaged"
+
+
+def test_a_broken_off_run_leaves_what_was_there(tmp_path: Path) -> None:
+    out = tmp_path / "experts"
+    with written_aside(out, "first", {}) as folder:
+        (folder / "data").write_text("old")
+
+    def break_off() -> None:
+        with written_aside(out, "second", {}) as folder:
+            (folder / "data").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        break_off()
+    assert (out / "data").read_text() == "old"
+    assert why_stale(out, "first") is None
+    with written_aside(out, "third", {}) as folder:
+        assert not list(folder.iterdir())  # nothing of the broken-off run is taken over
+        (folder / "data").write_text("new")
+    assert why_stale(out, "third") is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["experts"]
+
+
+def test_a_folder_of_the_user_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with (
+        pytest.raises(FileExistsError, match="holds files of yours"),
+        written_aside(tmp_path / "mine", "", {}),
+    ):
+        pytest.fail("nothing may be written")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_second_run_loads_neither_torch_nor_transformers(experts: Path, tmp_path: Path) -> None:
+    """The real script, in a fresh process, with a manifest that matches its own settings."""
+    out = tmp_path / "experts"
+    with written_aside(out, cache_key(Settings(), 0), {"accuracy": {"base": {"sort": 0.25}}}):
+        pass
+    code = (
+        "import runpy, sys; sys.argv = ['make_tiny_experts.py', '--out', sys.argv[2]]; "
+        f"runpy.run_path({str(TOOLS / 'make_tiny_experts.py')!r}, run_name='__main__'); "
+        "print('heavy:', sorted({'torch', 'transformers', 'tokenizers'} & set(sys.modules)))"
+    )
+    script = f"import sys; sys.path.insert(0, {str(TOOLS)!r}); {code}"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "x", str(out)], capture_output=True, text=True, check=True
+    )
+    assert "already" in done.stdout
+    assert "25.0%" in done.stdout
+    assert "heavy: []" in done.stdout
