@@ -56,7 +56,7 @@ def _run(inputs: Inputs, folder: RunFolder, clock: Clock, max_updates: int | Non
 
     _quiet_libraries()
     interrupt = Interrupt()
-    with interrupt.listening(), console_reporter(Console()) as console:
+    with console_reporter(Console()) as console:
         with clock.stage("startup"):
             parts = build(inputs, pick_device())
             record = restore(folder.checkpoints, parts.student, folder.plan_hashes(), console)
@@ -65,7 +65,12 @@ def _run(inputs: Inputs, folder: RunFolder, clock: Clock, max_updates: int | Non
             if folder.settle_export(can_be_made_again=num_done > 0, reporter=console):
                 num_done = inputs.plan.num_updates  # also where its checkpoints were removed since
         clock.continue_from(record.seconds)
-        with MetricsFile(folder.metrics_file) as metrics, MetricsFile(folder.samples_file) as samples:
+        # Until here nothing is at stake, and a signal ends the process at once.
+        with (
+            interrupt.listening(),
+            MetricsFile(folder.metrics_file) as metrics,
+            MetricsFile(folder.samples_file) as samples,
+        ):
             num_told = metrics.truncate_to(num_done)
             samples.truncate_to(num_done)
             if num_told < num_done:

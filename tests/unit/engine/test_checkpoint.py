@@ -1,0 +1,70 @@
+"""Checkpoints: what is on the disk before what."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mergeopd.engine.build import build
+from mergeopd.engine.checkpoint import Record, restore, save
+from mergeopd.engine.preflight import preflight
+from mergeopd.engine.state import Progress
+from mergeopd.report.jsonl import JsonlReporter, SamplesReporter
+from mergeopd.storage.metrics import MetricsFile
+
+CPU = torch.device("cpu")
+
+
+class Silent:
+    def emit(self, event: object) -> None:
+        pass
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="what is synced is read from /proc (Linux)")
+@pytest.mark.parametrize("kind", [JsonlReporter, SamplesReporter])
+def test_the_metrics_are_on_the_disk_before_the_checkpoint_is(
+    write_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
+    """A machine that goes down in between must not find a checkpoint whose updates nobody told of."""
+    order: list[str] = []
+    real_fsync, real_rename = os.fsync, Path.rename
+
+    def fsync(descriptor: int) -> None:
+        order.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real_fsync(descriptor)
+
+    def rename(path: Path, target: Path) -> Path:
+        order.append(str(target))
+        return real_rename(path, target)
+
+    parts = build(preflight(write_job()), CPU)
+    path = tmp_path / "lines.jsonl"
+    with MetricsFile(path) as file:
+        file.append({"update": 1})
+        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(Path, "rename", rename)
+        save(tmp_path / "c", parts.student, Record(Progress(1, 1, 4), {"total": 0.1}), parts.plan, kind(file))
+    assert order.index(str(path)) < order.index(str(tmp_path / "c" / "step-1"))
+
+
+def test_what_was_saved_comes_back(write_job: Callable[..., Path], tmp_path: Path) -> None:
+    parts = build(preflight(write_job()), CPU)
+    record = Record(Progress(7, 5, 28), {"rollout": 0.1 + 0.2, "total": 1e300})
+    save(tmp_path, parts.student, record, parts.plan, Silent())
+    expected = {name: tensor.clone() for name, tensor in parts.student.state().items()}
+    with torch.no_grad():
+        for tensor in parts.student.state().values():
+            tensor += 1
+    assert restore(tmp_path, parts.student, [parts.plan.hash], Silent()) == record
+    found = parts.student.state()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_without_checkpoints_it_is_the_beginning(write_job: Callable[..., Path], tmp_path: Path) -> None:
+    parts = build(preflight(write_job()), CPU)
+    assert restore(tmp_path / "none", parts.student, [], Silent()) == Record(Progress(), {})
