@@ -3,8 +3,8 @@
     python tools/soak.py recipes/quickstart.yaml --kills 30 --seed 0
     python tools/soak.py recipe.yaml --minutes 600 --set rollout.batch_size=8
 
-Half of the starts are to be killed (SIGKILL) at a random moment of the process's life, imports included; half
-at a random call of a random place: between two tokens, in a teacher's turn, before or after an optimizer step,
+Half of the starts are to be killed (SIGKILL) at a random moment of the process's life, imports included, half
+at a random call of a random place: between two tokens, in a teacher's turn, around an optimizer step,
 between the files of a checkpoint, at a rename and so on (`tools/fault.py`). Some come to their end before.
 Then the next run begins in a new folder, with no text that teachers wrote before. Prints a line a kill and a
 summary; exits with 1 when any run fails, or ends otherwise than the undisturbed one.
