@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mergeopd.recipe.jsonschema import model_schema
-from mergeopd.recipe.schema import DIGEST_PATTERN, FUNCTION_PATTERN, NAME_PATTERN, Recipe, Strict, TeacherCard
+from mergeopd.recipe.schema import Recipe, TeacherCard
+from mergeopd.recipe.values import DIGEST_PATTERN, FUNCTION_PATTERN, NAME_PATTERN, Strict
 
 OUT = Path(__file__).parents[1] / "docs" / "recipe.md"
 INTRODUCTION = """\
@@ -133,8 +134,8 @@ def _value(schema: Schema) -> str:
 
 def _scalar(schema: Schema) -> str:
     if schema["type"] == "string":
-        names = {NAME_PATTERN: "name", FUNCTION_PATTERN: "function", DIGEST_PATTERN: "digest"}
-        return {None: "text", **names}[schema.get("pattern")]
+        names = {None: "text", NAME_PATTERN: "name", FUNCTION_PATTERN: "function", DIGEST_PATTERN: "digest"}
+        return names[schema.get("pattern")]
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     limits = [f"{sign} {schema[key]:g}" for key, sign in bounds.items() if key in schema]
     # 2^63 is for machines; nobody chooses a seed near it.

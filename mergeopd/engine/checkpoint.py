@@ -15,7 +15,7 @@ from torch import Tensor
 from mergeopd.engine.state import Progress
 from mergeopd.errors import StorageError
 from mergeopd.recipe.plan import Plan
-from mergeopd.recipe.schema import Strict
+from mergeopd.recipe.values import Strict
 from mergeopd.report.events import CheckpointSaved, CheckpointSkipped, Note, Reporter, StageStarted
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import atomic_folder, newest_valid, prune, set_aside

@@ -13,7 +13,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString, SingleQuotedScala
 from mergeopd.errors import Location, Problem, StorageError
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.recipe.locate import shown
-from mergeopd.recipe.schema import NAME_PATTERN
+from mergeopd.recipe.values import NAME_PATTERN
 from mergeopd.storage.failures import named_failures
 
 # Without quotes, YAML's readers disagree about some texts in `{...}` (`?0`), so few go without.

@@ -15,9 +15,9 @@ from mergeopd.errors import DataError, Problem
 from mergeopd.recipe.folders import Missing, absolute, existing_file
 from mergeopd.recipe.locate import shown
 from mergeopd.recipe.plan import SourcePlan
-from mergeopd.recipe.schema import NAME_PATTERN
 from mergeopd.recipe.sources import PROMPT_SUFFIXES
 from mergeopd.recipe.suggest import did_you_mean
+from mergeopd.recipe.values import NAME_PATTERN
 from mergeopd.reward.numbers import final_number
 
 PROMPT_FOLDER = "data"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -111,11 +111,19 @@ class JSD:
         return Terms(value, direction, student, scale=beta - 1.0)
 
 
-Divergence = ForwardKL | ReverseKL | JSD
-"""What the kernel can measure. Every one of them has
+class Divergence(Protocol):
+    """What the kernel can measure.
 
-`num_reductions`: how often ranks of a sharded vocabulary meet.
-`own_direction`: whether the direction needs memory of its own.
-`terms(pair, out, scratch)`: the arithmetic on a block of rows. It must leave `pair` as it is, except that
-    `out` may be the log-ratio's own memory: it is written last. `scratch()` lends one more `[n, V]` buffer.
-"""
+    `num_reductions`: how often ranks of a sharded vocabulary meet. `own_direction`: whether the direction
+    needs memory of its own.
+    """
+
+    num_reductions: ClassVar[Literal[2, 3]]
+    own_direction: ClassVar[bool]
+
+    def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
+        """The arithmetic on a block of rows.
+
+        It must leave `pair` as it is, except that `out` may be the log-ratio's own memory: it is written when
+        the log-ratio is needed no more. `scratch()` lends one more `[n, V]` buffer.
+        """

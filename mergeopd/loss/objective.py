@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from mergeopd.loss.blocks import BlockStats
-from mergeopd.loss.divergence import JSD, Divergence, ForwardKL, ReverseKL
+from mergeopd.loss.divergence import Divergence
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +44,10 @@ class DistillationObjective:
 
 
 def build_objective(
-    *,
-    reverse_kl: float,
-    forward_kl: float,
-    jsd: float,
-    jsd_beta: float,
-    nll: float,
-    temperature: float,
+    terms: Mapping[str, tuple[Divergence, float]], *, nll: float = 0.0, temperature: float = 1.0
 ) -> DistillationObjective:
-    """The objective with those weights; terms of weight 0 are not computed."""
-    terms: Sequence[tuple[str, Divergence, float]] = [
-        ("reverse_kl", ReverseKL(), reverse_kl),
-        ("forward_kl", ForwardKL(), forward_kl),
-        ("jsd", JSD(jsd_beta), jsd),
-    ]
-    used = [term for term in terms if term[2]]
+    """The objective with these divergences and weights, by name; terms of weight 0 are not computed."""
+    used = [(name, divergence, weight) for name, (divergence, weight) in terms.items() if weight]
     return DistillationObjective(
         names=tuple(name for name, _, _ in used),
         divergences=tuple(divergence for _, divergence, _ in used),

@@ -13,10 +13,10 @@ from mergeopd.recipe.schema import (
     Optimizer,
     Phase,
     Reports,
-    Strict,
     Student,
     Verifier,
 )
+from mergeopd.recipe.values import Strict
 
 # What a run may change on the way: where things lie, what stays in memory, what is shown.
 UNBOUND = ("recipe_file", "output", "memory", "text_cache", "report")

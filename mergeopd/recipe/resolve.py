@@ -19,7 +19,6 @@ from mergeopd.recipe.locate import Origins
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
 from mergeopd.recipe.schema import (
     EvalSource,
-    FunctionPath,
     LocalRollout,
     Optimizer,
     Phase,
@@ -33,6 +32,7 @@ from mergeopd.recipe.schema import (
 from mergeopd.recipe.sources import Desk, Router
 from mergeopd.recipe.tree import Keys, plain
 from mergeopd.recipe.validate import problems_of
+from mergeopd.recipe.values import FunctionPath
 
 T = TypeVar("T")
 

@@ -14,24 +14,10 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
-FUNCTION_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$"
-DIGEST_PATTERN = r"^[0-9a-f]{64}$"
-
-Name = Annotated[str, Field(pattern=NAME_PATTERN, description="letters, digits, _ . -")]
-PositiveInt = Annotated[int, Field(ge=1, strict=True)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0, strict=True)]
-Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)]
-FunctionPath = Annotated[str, Field(pattern=FUNCTION_PATTERN, description="`package.module:function`")]
-
-
-class Strict(BaseModel):
-    """Unknown keys are errors, values are immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
-
+from mergeopd.recipe.losses import PARAMETRIC_TERMS, LossOrTerm, loss_shorthand, weight_shorthand
+from mergeopd.recipe.values import DIGEST_PATTERN, Fraction, FunctionPath, Name, PositiveInt, Strict, Weight
 
 # --------------------------------------------------------------------------------------------- student
 
@@ -272,64 +258,6 @@ class TextMixture(Strict):
 Text = Literal["student", "teacher", "dataset"] | TextMixture
 
 
-class JsdTerm(Strict):
-    """Generalised Jensen-Shannon divergence `beta KL(T||M) + (1-beta) KL(S||M)`, M = beta T + (1-beta) S."""
-
-    weight: Weight = Field(default=1.0, description="weight of the term")
-    beta: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] = Field(
-        default=0.5,
-        description="weight of the teacher in M; at the ends, 0 and 1, the divergence would vanish",
-    )
-
-
-def _weight_shorthand(value: Any) -> Any:
-    return {"weight": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-class Loss(Strict):
-    """Weighted sum of terms per response token. Shorthand for one term of weight 1: its name."""
-
-    reverse_kl: Weight = Field(default=0.0, description="KL(student || teacher), mode seeking")
-    forward_kl: Weight = Field(default=0.0, description="KL(teacher || student), mass covering")
-    jsd: (
-        Annotated[JsdTerm, BeforeValidator(_weight_shorthand, json_schema_input_type=Weight | JsdTerm)] | None
-    ) = Field(default=None, description="generalised Jensen-Shannon divergence; shorthand: its weight")
-    nll: Weight = Field(
-        default=0.0,
-        description="negative log-likelihood of the text; only for text the student did not write",
-    )
-    temperature: Annotated[float, Field(gt=0.0, le=100.0, strict=True)] = Field(
-        default=1.0,
-        description="divides both logits in divergences, which are multiplied by its square (Hinton 2015)",
-    )
-
-    @model_validator(mode="after")
-    def _something_to_learn(self) -> Loss:
-        if not (self.reverse_kl or self.forward_kl or self.nll or (self.jsd and self.jsd.weight)):
-            raise ValueError("all weights are zero: give at least one term a positive weight")
-        if self.nll and self.temperature != 1.0:
-            raise ValueError("nll is defined at temperature 1: remove the temperature or the nll term")
-        return self
-
-    @property
-    def has_divergence(self) -> bool:
-        """True when a teacher's distribution is needed, not only text."""
-        return bool(self.reverse_kl or self.forward_kl or (self.jsd and self.jsd.weight))
-
-
-def _loss_shorthand(value: Any) -> Any:
-    return {value: 1.0} if isinstance(value, str) else value
-
-
-LossOrTerm = Annotated[
-    Loss,
-    BeforeValidator(
-        _loss_shorthand,
-        json_schema_input_type=Literal["reverse_kl", "forward_kl", "jsd", "nll"] | Loss,
-    ),
-]
-
-
 class Balance(Strict):
     """Budgets between domains."""
 
@@ -466,6 +394,6 @@ SHORTHANDS: dict[tuple[str, ...], Callable[[Any], Any]] = {
     ("prompts", "*", "verifier"): _kind_shorthand,
     ("prompts", "*", "teachers"): _teachers_shorthand,
     ("evaluation", "prompts", "*", "verifier"): _kind_shorthand,
-    ("phases", "*", "loss"): _loss_shorthand,
-    ("phases", "*", "loss", "jsd"): _weight_shorthand,
+    ("phases", "*", "loss"): loss_shorthand,
+    **{("phases", "*", "loss", term): weight_shorthand for term in PARAMETRIC_TERMS},
 }

@@ -12,9 +12,10 @@ from pydantic_core import ErrorDetails
 from mergeopd.errors import Problem
 from mergeopd.recipe.jsonschema import model_schema
 from mergeopd.recipe.locate import Origins
-from mergeopd.recipe.schema import Recipe, Strict
+from mergeopd.recipe.schema import Recipe
 from mergeopd.recipe.suggest import closest, did_you_mean
 from mergeopd.recipe.tree import Keys
+from mergeopd.recipe.values import Strict
 from mergeopd.recipe.words import (
     Schema,
     allowed_keys,

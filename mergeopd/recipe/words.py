@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mergeopd.recipe.schema import FUNCTION_PATTERN, NAME_PATTERN
+from mergeopd.recipe.values import FUNCTION_PATTERN, NAME_PATTERN
 
 Schema = dict[str, Any]
 

@@ -12,8 +12,8 @@ LEVELS = 12
 MAX_TIMES = 12
 MAX_TOKENS = 1000
 _LEGEND_STEPS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
-_SCALES = {"reverse_kl": 1.0, "forward_kl": 1.0, "jsd": 0.2, "": 1.0}
-"""Nats at which a token has 63 % of the full colour. JSD is bounded by log 2, the others are not."""
+_SCALES = {"jsd": 0.2, "tvd": 0.3, "clipped_forward_kl": 0.1}
+"""Nats at which a token has 63 % of the full colour. 1 but for those that are bounded."""
 
 
 @dataclass(frozen=True, slots=True)

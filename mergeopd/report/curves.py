@@ -50,7 +50,17 @@ class Quantity:
 DIVERGENCES = {
     "reverse_kl": Quantity("reverse_kl", "Reverse KL", "KL(student ‖ teacher)", "nats per token"),
     "forward_kl": Quantity("forward_kl", "Forward KL", "KL(teacher ‖ student)", "nats per token"),
+    "tvd": Quantity("tvd", "TVD", "total variation distance", "mean per token"),
     "jsd": Quantity("jsd", "JSD", "generalised Jensen-Shannon divergence", "nats per token"),
+    "skew_forward_kl": Quantity(
+        "skew_forward_kl", "Skew forward KL", "KL(teacher ‖ mixture)", "nats per token"
+    ),
+    "skew_reverse_kl": Quantity(
+        "skew_reverse_kl", "Skew reverse KL", "KL(student ‖ mixture)", "nats per token"
+    ),
+    "clipped_forward_kl": Quantity(
+        "clipped_forward_kl", "Clipped forward KL", "forward KL with capped entries", "nats per token"
+    ),
 }
 _OF_TEACHERS = (
     *DIVERGENCES.values(),

@@ -23,7 +23,15 @@ from mergeopd.report.view import RunView
 REFRESHES_PER_S = 4
 _STAGE_AFTER_S = 2.0  # shorter stages would only flicker
 _WIDEST = 110
-_TITLES = {"reverse_kl": "reverse KL", "forward_kl": "forward KL", "jsd": "JSD"}
+_TITLES = {
+    "reverse_kl": "reverse KL",
+    "forward_kl": "forward KL",
+    "tvd": "TVD",
+    "jsd": "JSD",
+    "skew_forward_kl": "skew fwd KL",
+    "skew_reverse_kl": "skew rev KL",
+    "clipped_forward_kl": "clipped KL",
+}
 
 
 class LiveReporter:

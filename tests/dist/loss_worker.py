@@ -11,7 +11,18 @@ from dataclasses import fields
 import torch
 import torch.distributed as dist
 
-from mergeopd.loss import JSD, ForwardKL, Head, Hidden, ReverseKL, fused_loss
+from mergeopd.loss import (
+    JSD,
+    TVD,
+    ClippedForwardKL,
+    ForwardKL,
+    Head,
+    Hidden,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    fused_loss,
+)
 
 VOCAB = 37
 # Rows of each shard: true ones, then all. Uneven, and one that is nothing but padding.
@@ -26,6 +37,7 @@ DIVERGENCES = {
     "forward": (ForwardKL(),),
     "reverse": (ReverseKL(),),
     "jsd": (JSD(0.3),),
+    "pointwise": (TVD(), SkewForwardKL(0.1), SkewReverseKL(0.2), ClippedForwardKL(0.05)),
     "all": (ForwardKL(), JSD(0.8), ReverseKL()),
     "none": (),
 }

@@ -53,7 +53,7 @@ def test_ranks_equal_one_process(reports, layout, divergence, dtype, bound):
 
 
 def test_two_ranks_report_only_their_cases(reports):
-    assert [len(report["errors"]) for report in reports] == [100, 100, 40, 40]
+    assert [len(report["errors"]) for report in reports] == [120, 120, 48, 48]
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,9 @@ LOSSES = {
     "reverse": {"reverse_kl": 1.0},
     "forward": {"forward_kl": 0.8},
     "jsd": {"jsd": {"weight": 2.0, "beta": 0.3}},
+    "tvd": {"tvd": 1.5},
+    "skewed": {"skew_forward_kl": {"alpha": 0.2}, "skew_reverse_kl": 0.5},
+    "clipped": {"clipped_forward_kl": {"weight": 1.0, "bound": 0.2}},
     "mixture": {"reverse_kl": 1.0, "forward_kl": 0.5, "temperature": 2.0},
     "nll": {"forward_kl": 1.0, "nll": 0.3},
 }
@@ -92,6 +95,12 @@ def divergences(loss: dict, log_s: Tensor, log_t: Tensor) -> Tensor:
         log_m = (beta * t + (1 - beta) * s).log()
         jsd = beta * (t * (log_t - log_m)).sum(-1) + (1 - beta) * (s * (log_s - log_m)).sum(-1)
         total = total + loss["jsd"]["weight"] * jsd
+    total = total + loss.get("tvd", 0.0) * 0.5 * (s - t).abs().sum(-1)
+    if "skew_forward_kl" in loss:  # alpha 0.2; the reverse one has its default, 0.1
+        total = total + (t * (log_t - (0.2 * t + 0.8 * s).log())).sum(-1)
+        total = total + 0.5 * (s * (log_s - (0.1 * s + 0.9 * t).log())).sum(-1)
+    if "clipped_forward_kl" in loss:
+        total = total + (t * (log_t - log_s)).clamp(max=0.2).sum(-1)
     return total * loss.get("temperature", 1.0) ** 2
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mergeopd.engine.batch import PreparedRollout, PreparedUpdate, micro_batch
 from mergeopd.engine.schedule import by_teacher, pack, split_updates
+from mergeopd.loss.divergence import JSD, ForwardKL, ReverseKL
 from mergeopd.loss.fused import fused_loss
 from mergeopd.loss.heads import Head
 from mergeopd.loss.objective import build_objective
@@ -21,7 +22,7 @@ from mergeopd.teacher.cache import HiddenCache
 from mergeopd.types import Message, Prompt, Rollout
 
 VOCAB, D = 6, 3
-OBJECTIVE = build_objective(reverse_kl=1.0, forward_kl=0.5, jsd=0.7, jsd_beta=0.2, nll=0.0, temperature=1.0)
+OBJECTIVE = build_objective({"a": (ReverseKL(), 1.0), "b": (ForwardKL(), 0.5), "c": (JSD(0.2), 0.7)})
 
 
 @st.composite

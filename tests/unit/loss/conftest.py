@@ -5,7 +5,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mergeopd.loss import JSD, BlockStats, ForwardKL, Head, Hidden, ReverseKL
+from mergeopd.loss import (
+    JSD,
+    TVD,
+    BlockStats,
+    ClippedForwardKL,
+    ForwardKL,
+    Head,
+    Hidden,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+)
 
 
 def logprobs(hidden, head, temperature):
@@ -29,6 +40,14 @@ def divergence(spec, log_S, log_T):
         case JSD(beta):
             log_M = (beta * p_T + (1 - beta) * p_S).log()
             return beta * (p_T * (log_T - log_M)).sum(1) + (1 - beta) * (p_S * (log_S - log_M)).sum(1)
+        case TVD():
+            return 0.5 * (p_S - p_T).abs().sum(1)
+        case SkewForwardKL(alpha):
+            return (p_T * (log_T - (alpha * p_T + (1 - alpha) * p_S).log())).sum(1)
+        case SkewReverseKL(alpha):
+            return (p_S * (log_S - (alpha * p_S + (1 - alpha) * p_T).log())).sum(1)
+        case ClippedForwardKL(bound):
+            return (p_T * (log_T - log_S)).clamp(max=bound).sum(1)
     raise AssertionError(spec)
 
 

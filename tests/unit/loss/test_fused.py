@@ -5,9 +5,24 @@ import itertools
 import pytest
 import torch
 
-from mergeopd.loss import JSD, ForwardKL, Head, Hidden, ReverseKL, Workspace, fused, fused_loss, heads
+from mergeopd.loss import (
+    JSD,
+    TVD,
+    ClippedForwardKL,
+    ForwardKL,
+    Head,
+    Hidden,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    Workspace,
+    fused,
+    fused_loss,
+    heads,
+)
 
-ALL = (ForwardKL(), ReverseKL(), JSD(0.3))
+KLS = (ForwardKL(), ReverseKL())
+ALL = (*KLS, JSD(0.3), TVD(), SkewForwardKL(0.1), SkewReverseKL(0.2), ClippedForwardKL(0.05))
 
 
 def linear(problem):
@@ -327,7 +342,7 @@ def test_no_tokens_keep_the_graph(reference):
         problem.hidden, problem.head, problem.targets, problem.labels, linear(problem), divergences=ALL
     )
     assert loss.item() == 0.0
-    assert stats.divergence.shape == (1, 3, 0)
+    assert stats.divergence.shape == (1, len(ALL), 0)
     assert all(not gradient.any() for gradient in reference.gradients(loss, problem))
 
 

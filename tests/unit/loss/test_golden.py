@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from mergeopd.loss import JSD, ForwardKL, Head, Hidden, ReverseKL, fused_loss
+from mergeopd.loss import (
+    JSD,
+    TVD,
+    ClippedForwardKL,
+    ForwardKL,
+    Head,
+    Hidden,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    fused_loss,
+)
 
 Z_S, Z_T = [2.0, 1.0, 0.0, -1.0, 0.5], [1.0, 1.5, -0.5, 0.0, -1.0]
 HEAD = Head(torch.eye(5, dtype=torch.float64))
@@ -31,6 +42,10 @@ GOLDEN = [
     (JSD(0.5), 1.0, 0.074872, [0.054345, -0.061684, -0.000336, -0.013609, 0.021284]),
     (JSD(0.1), 1.0, 0.028330, None),
     (JSD(0.9), 1.0, 0.026832, None),
+    (TVD(), 1.0, 0.362344, [0.132397, -0.158418, 0.017918, -0.021440, 0.029542]),
+    (SkewForwardKL(0.1), 1.0, 0.249983, None),
+    (SkewReverseKL(0.1), 1.0, 0.240421, None),
+    (ClippedForwardKL(0.05), 1.0, -0.145390, None),
     (ForwardKL(), 2.0, 0.372489, [0.213012, -0.233992, 0.022350, -0.158003, 0.156633]),
 ]
 
@@ -84,3 +99,23 @@ def test_jsd_limits():
 def test_jsd_refuses_its_ends(beta):
     with pytest.raises(ValueError, match="strictly between 0 and 1"):
         JSD(beta)
+
+
+def test_skewed_kls_reduce_to_the_plain_ones():
+    for skewed, plain in ((SkewForwardKL(0.0), ForwardKL()), (SkewReverseKL(0.0), ReverseKL())):
+        assert run(skewed)[0] == pytest.approx(run(plain)[0], abs=1e-14)
+        assert run(skewed)[1] == pytest.approx(run(plain)[1], abs=1e-14)
+    with pytest.raises(ValueError, match=r"\[0, 1\)"):
+        SkewForwardKL(1.0)
+
+
+def test_a_generous_cap_is_no_cap():
+    assert run(ClippedForwardKL(10.0))[0] == pytest.approx(run(ForwardKL())[0], abs=1e-15)
+    assert run(ClippedForwardKL(10.0))[1] == pytest.approx(run(ForwardKL())[1], abs=1e-15)
+
+
+def test_tvd_is_a_distance_of_at_most_one():
+    assert run(TVD())[0] == pytest.approx(run(TVD(), teachers=(Z_S,), z_S=Z_T)[0], abs=1e-15)
+    far, dz, _ = run(TVD(), teachers=([0.0, 0, 0, 0, 900.0],), z_S=[900.0, 0, 0, 0, 0])
+    assert far == pytest.approx(1.0, abs=1e-15)
+    assert dz == pytest.approx([0.0] * 5, abs=1e-15)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mergeopd.errors import NumericsError, StorageError
+from mergeopd.loss.divergence import ReverseKL
 from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.objective import build_objective
 from mergeopd.recipe.schema import Optimizer
@@ -19,7 +20,7 @@ from mergeopd.student.torch import TorchStudent
 
 CPU = torch.device("cpu")
 VALID = 33
-OBJECTIVE = build_objective(reverse_kl=1.0, forward_kl=0.0, jsd=0.0, jsd_beta=0.5, nll=0.0, temperature=1.0)
+OBJECTIVE = build_objective({"reverse_kl": (ReverseKL(), 1.0)})
 PROMPTS = ((1, 2, 3), (4, 5))
 RESPONSES = ((6, 7, 8), (9, 10, 11, 2))
 ADAM = {"betas": (0.9, 0.98), "eps": 1e-8}

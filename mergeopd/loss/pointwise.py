@@ -1,0 +1,120 @@
+"""Divergences beyond the KLs: each needs normalised log-probabilities, so three reductions.
+
+All are sums over the vocabulary of a function of (p_S, p_T); `g = dD/dp_S` up to a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from mergeopd.loss.divergence import Pair, Terms
+
+
+def _bound(like: Tensor) -> float:
+    """Log-ratios beyond this leave one of the probabilities negligible, but would overflow."""
+    return 700.0 if like.dtype == torch.float64 else 80.0
+
+
+@dataclass(frozen=True)
+class TVD:
+    """Total variation distance, `1/2 sum |p_S - p_T|`, in [0, 1]; `g = 1/2 sign(p_S - p_T)`."""
+
+    num_reductions: ClassVar[Literal[2, 3]] = 3
+    own_direction: ClassVar[bool] = True
+
+    def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
+        """See `Divergence`."""
+        sign = torch.sign(pair.log_ratio, out=scratch())
+        # sum |p_S - p_T| = sum sign (p_S - p_T)
+        teacher = torch.linalg.vecdot(sign, pair.mass_T)
+        direction = torch.mul(pair.mass_S, sign, out=out)
+        student = direction.sum(1)
+        return Terms((student - teacher).mul_(0.5), direction, student, scale=0.5)
+
+
+@dataclass(frozen=True)
+class SkewForwardKL:
+    """`KL(p_T ‖ alpha p_T + (1 - alpha) p_S)`, alpha in [0, 1) (DistiLLM, 2402.03898); 0 is the forward KL.
+
+    `g = -(1 - alpha) p_T / M`, bounded because M is nowhere smaller than alpha p_T.
+    """
+
+    alpha: float = 0.1
+
+    num_reductions: ClassVar[Literal[2, 3]] = 3
+    own_direction: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _require_skew(self, self.alpha)
+
+    def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
+        """See `Divergence`."""
+        alpha, bound = self.alpha, _bound(out)
+        # M / p_T = alpha + (1 - alpha) exp(log p_S - log p_T) = 1 + (1 - alpha) expm1(log-ratio)
+        ratio = torch.clamp(pair.log_ratio, min=-bound, max=bound, out=scratch())
+        ratio.expm1_().mul_(1.0 - alpha)
+        log_ratio = torch.log1p(ratio, out=out)
+        value = torch.linalg.vecdot(pair.mass_T, log_ratio).neg_()
+        # p_S p_T / M
+        direction = torch.div(pair.mass_S, ratio.add_(1.0), out=out)
+        return Terms(value, direction, direction.sum(1), scale=alpha - 1.0)
+
+
+@dataclass(frozen=True)
+class SkewReverseKL:
+    """`KL(p_S ‖ (1 - alpha) p_T + alpha p_S)`, alpha in [0, 1) (DistiLLM, 2402.03898); 0 is the reverse KL.
+
+    `g = log(p_S / M) - alpha p_S / M`.
+    """
+
+    alpha: float = 0.1
+
+    num_reductions: ClassVar[Literal[2, 3]] = 3
+    own_direction: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _require_skew(self, self.alpha)
+
+    def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
+        """See `Divergence`."""
+        alpha, bound = self.alpha, _bound(out)
+        # M / p_S = 1 + (1 - alpha) expm1(log p_T - log p_S)
+        ratio = torch.neg(pair.log_ratio, out=scratch()).clamp_(min=-bound, max=bound)
+        ratio.expm1_().mul_(1.0 - alpha)
+        # log(p_S / M); where the clamp bites, alpha 0 has lost the part beyond the bound, and p_S is nothing.
+        log_part = torch.log1p(ratio, out=out).neg_()
+        value = torch.linalg.vecdot(pair.mass_S, log_part)
+        log_part.sub_(ratio.add_(1.0).reciprocal_(), alpha=alpha)
+        direction = log_part.mul_(pair.mass_S)
+        return Terms(value, direction, direction.sum(1), scale=1.0)
+
+
+@dataclass(frozen=True)
+class ClippedForwardKL:
+    """`sum min(p_T log(p_T / p_S), bound)`: forward KL whose large entries are capped (OPSD, 2601.18734).
+
+    Capped entries have no gradient; negative ones are never capped, so the value can be negative and is no
+    divergence. `g = -p_T / p_S` on the others.
+    """
+
+    bound: float
+
+    num_reductions: ClassVar[Literal[2, 3]] = 3
+    own_direction: ClassVar[bool] = True
+
+    def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
+        """See `Divergence`."""
+        entry = torch.mul(pair.mass_T, pair.log_ratio, out=scratch()).neg_()
+        direction = torch.mul(pair.mass_T, entry < self.bound, out=out)
+        value = entry.clamp_(max=self.bound).sum(1)
+        return Terms(value, direction, direction.sum(1), scale=-1.0)
+
+
+def _require_skew(spec: object, alpha: float) -> None:
+    if not 0.0 <= alpha < 1.0:
+        raise ValueError(f"{spec}: alpha must lie in [0, 1); at 1 both arguments are the same")
