@@ -48,17 +48,23 @@ def shares(seconds: Mapping[str, float]) -> dict[str, int]:
 def split_line(
     seconds: Mapping[str, float], glyphs: Glyphs, width: int, *, total: bool = False
 ) -> Text | None:
-    """A coloured bar and its legend on one line of at most `width` cells; None when no time was spent."""
-    parts = shares(seconds)
+    """A coloured bar and its legend on one line of at most `width` cells; None when no time was spent.
+
+    Stages of less than half a per cent are not named; where the line is too short for all, the smallest ones
+    are told together, as `other`.
+    """
+    parts = {name: percent for name, percent in shares(seconds).items() if percent}
     if not parts:
         return None
-    legend = Text()
-    for name, percent in parts.items():
-        legend.append(f"  {name}", style=_STYLES.get(name, _OTHER_STYLE))
-        legend.append(f" {percent}%")
     line = Text.assemble((f"{'time':<8}", "dim"))
     if total:
         line.append(f"{clock_text(sum(seconds.values()))}  ")
+    legend = _legend(parts)
+    while len(line) + len(legend) > width and len(parts) > 2:
+        *rest, second, last = sorted(parts, key=lambda name: (name == "other", -parts[name]))
+        other = parts[second] + parts[last]
+        parts = {name: parts[name] for name in parts if name in rest} | {"other": other}
+        legend = _legend(parts)
     room = min(40, width - len(line) - len(legend))
     if room >= 8:
         edge, covered = 0.0, 0
@@ -72,3 +78,11 @@ def split_line(
     line.no_wrap = True
     line.truncate(width)
     return line
+
+
+def _legend(parts: Mapping[str, int]) -> Text:
+    legend = Text()
+    for name, percent in parts.items():
+        legend.append(f"  {name}", style=_STYLES.get(name, _OTHER_STYLE))
+        legend.append(f" {percent}%")
+    return legend
