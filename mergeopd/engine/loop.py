@@ -16,14 +16,13 @@ from mergeopd.engine.interrupt import Interrupt, StopNow, Watch
 from mergeopd.engine.run_folder import RunFolder
 from mergeopd.engine.samples import SampleTaker, choose, is_due
 from mergeopd.engine.schedule import learning_rate, pack, split_updates
-from mergeopd.engine.scoring import rewards, score
+from mergeopd.engine.scoring import ScoredRound, rewards, score
 from mergeopd.engine.state import Progress, phase_at
 from mergeopd.engine.tasks import Task, plan_round
 from mergeopd.engine.texts import TeacherTexts
 from mergeopd.engine.updating import accumulate
 from mergeopd.engine.writing import dataset_rollout, write_student
 from mergeopd.errors import Stopped
-from mergeopd.loss.objective import DistillationObjective
 from mergeopd.recipe.locate import shown
 from mergeopd.recipe.plan import EvaluationPlan
 from mergeopd.recipe.schema import Phase
@@ -106,67 +105,63 @@ class Merge:
         with self._clock.stage("rollout"):
             rollouts = self._rollouts(tasks, progress)
             verdicts = rewards(self._parts, rollouts)
-        objective = phase_objective(phase.loss)
         budget_bytes = int(self._plan.memory.hidden_states_gib * 2**30)
         with HiddenCache(budget_bytes, self._folder.spill) as cache:
-            if objective.divergences:
+            if phase.loss.has_divergence:
                 with self._clock.stage("teachers"):
                     score(self._parts, rollouts, progress.round, cache, self._reporter)
-            for update in split_updates(rollouts, phase.updates_per_round):
-                self._update(phase, objective, rollouts, update, cache, verdicts, progress)
+            scored = ScoredRound(phase, progress.round, rollouts, verdicts, cache)
+            for members in split_updates(rollouts, phase.updates_per_round):
+                self._update(scored, members, progress.update + 1)
                 progress = replace(progress, update=progress.update + 1)
         self._parts.store.heads(())
         return replace(progress, round=progress.round + 1, drawn=progress.drawn + phase.prompts_per_round)
 
-    def _update(
-        self,
-        phase: Phase,
-        objective: DistillationObjective,
-        rollouts: Sequence[Rollout],
-        update: Sequence[int],
-        cache: HiddenCache,
-        verdicts: Sequence[float | None],
-        progress: Progress,
-    ) -> None:
-        """One optimizer update, and its event."""
-        parts, plan = self._parts, self._plan
-        lr = phase.lr_scale * learning_rate(
-            progress.update,
-            peak=plan.optimizer.lr,
-            warmup=plan.optimizer.warmup_updates,
-            total=plan.num_updates,
-            shape=plan.optimizer.schedule,
-            final_fraction=plan.optimizer.final_lr_fraction,
-        )
+    def _update(self, scored: ScoredRound, members: Sequence[int], number: int) -> None:
+        """Update number `number` (from 1) of the run, on these rollouts of a round; then its events."""
+        parts, phase, rollouts = self._parts, scored.phase, scored.rollouts
+        objective = phase_objective(phase.loss)
+        lr = phase.lr_scale * self._learning_rate(number)
         with self._clock.stage("update"):
-            prepared = prepare(rollouts, update, phase, parts.inputs.student, parts.inputs.teachers)
-            packs = pack(rollouts, update, plan.student.micro_batch_tokens, progress.round)
-            due = is_due(progress.update + 1, plan.num_updates)
-            samples = SampleTaker(choose(rollouts, update) if due else (), *objective.names[:1])
-            stats = accumulate(parts, objective, prepared, packs, cache, samples, self._reporter)
+            prepared = prepare(rollouts, members, phase, parts.inputs.student, parts.inputs.teachers)
+            packs = pack(rollouts, members, self._plan.student.micro_batch_tokens, scored.index)
+            due = is_due(number, self._plan.num_updates)
+            samples = SampleTaker(choose(rollouts, members) if due else (), *objective.names[:1])
+            stats = accumulate(parts, objective, prepared, packs, scored.cache, samples, self._reporter)
             stats.refuse_uniform_teachers(parts.inputs.student.tokenizer.vocab_size)
             self._reporter.abandonable = False
             grad_norm = parts.student.apply(lr)
-        members = [rollouts[i] for i in update]
+        num_on_policy = sum(rollouts[i].origin == "student" for i in members)
         self._reporter.emit(
             UpdateDone(
-                update=progress.update + 1,
+                update=number,
                 phase=phase.name,
-                round=progress.round,
+                round=scored.index,
                 lr=lr,
                 loss=stats.loss,
                 grad_norm=grad_norm,
-                num_tokens=sum(len(r.response_ids) for r in members),
-                on_policy_fraction=sum(r.origin == "student" for r in members) / len(members),
+                num_tokens=sum(len(rollouts[i].response_ids) for i in members),
+                on_policy_fraction=num_on_policy / len(members),
                 teachers=stats.teachers(),
-                domains=stats.domains(prepared, verdicts),
+                domains=stats.domains(prepared, scored.verdicts),
                 seconds=self._clock.lap(),
                 teacher_bytes_read=parts.store.bytes_read,
             )
         )
         tokenizer = parts.inputs.student.tokenizer
-        for sample in samples.events(progress.update + 1, phase.name, rollouts, verdicts, tokenizer):
+        for sample in samples.events(number, phase.name, rollouts, scored.verdicts, tokenizer):
             self._reporter.emit(sample)
+
+    def _learning_rate(self, number: int) -> float:
+        optimizer = self._plan.optimizer
+        return learning_rate(
+            number - 1,
+            peak=optimizer.lr,
+            warmup=optimizer.warmup_updates,
+            total=self._plan.num_updates,
+            shape=optimizer.schedule,
+            final_fraction=optimizer.final_lr_fraction,
+        )
 
     def _rollouts(self, tasks: Sequence[Task], progress: Progress) -> list[Rollout]:
         """Answers to all tasks; the student's first, each kind in the order of the tasks."""

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mergeopd.engine.build import Parts
 from mergeopd.engine.schedule import by_teacher
 from mergeopd.engine.writing import answer_text
+from mergeopd.recipe.schema import Phase
 from mergeopd.report.events import Reporter, StageProgress, StageStarted
 from mergeopd.teacher.cache import HiddenCache
 from mergeopd.teacher.store import LoadedTeacher
 from mergeopd.types import Rollout
+
+
+@dataclass(frozen=True)
+class ScoredRound:
+    """A round before its updates. `verdicts` belong to the rollouts, `cache` has their teachers' states."""
+
+    phase: Phase
+    index: int
+    rollouts: Sequence[Rollout]
+    verdicts: Sequence[float | None]
+    cache: HiddenCache
 
 
 def score(
