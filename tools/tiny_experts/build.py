@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 from transformers import Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from tiny_experts.settings import Settings, Training
+from tiny_experts.settings import Settings
 from tiny_experts.tasks import DOMAINS, Example, splits
 from tiny_experts.tokens import Encoded, encode, pretrained, train_tokenizer
-from tiny_experts.train import Advance, accuracy, new_model, pad_rows, train
+from tiny_experts.train import Advance, Learner, accuracy, new_model, pad_rows, train_base, train_expert
 
 # Told what is trained next; answers what to call after each of its updates.
 Watch = Callable[[str], Advance]
@@ -50,28 +50,21 @@ def build(folder: Path, settings: Settings, seed: int, watch: Watch) -> Accuraci
     def encoded(split: str, system: str = "") -> dict[str, list[Encoded]]:
         return {domain: encode(tokenizer, by_split[split], system) for domain, by_split in examples.items()}
 
-    def trained(name: str, start: Qwen3ForCausalLM, training: Training, system: str = "") -> Qwen3ForCausalLM:
+    def learner(name: str, start: Qwen3ForCausalLM, system: str = "") -> Learner:
         rows, check = encoded("train", system), encoded("check", system)
-        return train(
-            start,
-            training,
-            rows,
-            check,
-            seed=f"{seed}/{name}",
-            num_tokens=settings.num_tokens,
-            advance=watch(name),
-        )
+        return Learner(start, rows, check, seed=f"{seed}/{name}", num_tokens=settings.num_tokens)
 
     def accuracies(model: Qwen3ForCausalLM, system: str = "") -> dict[str, float]:
         measured = encoded("eval", system).items()
         return {domain: accuracy(model, rows, num_tokens=settings.num_tokens) for domain, rows in measured}
 
-    base = trained("base", new_model(settings, seed), settings.base)
+    untrained = learner("base", new_model(settings, seed))
+    base = train_base(untrained, settings.base, watch("base"))
     _save(base, tokenizer, "", folder / "base")
     result = {"base": accuracies(base)}
     for domain, training in settings.expert.items():
         system = settings.expert_system.get(domain, "")
-        expert = trained(domain, base, training, system)
+        expert = train_expert(learner(domain, base, system), domain, training, watch(domain))
         result[domain] = accuracies(expert, system)
         num_rows = settings.expert_num_rows.get(domain, settings.num_rows)
         _save(pad_rows(expert, num_rows, seed), tokenizer, system, folder / domain)

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tiny_experts.settings import Settings, Training
+from tiny_experts.settings import BaseTraining, ExpertTraining, Settings
 from tiny_experts.tokens import END_ID, PAD_ID, Encoded
 
 # Called after every update with the number of updates made and the most that there can be.
 Advance = Callable[[int, int], object]
+Rows = Mapping[str, Sequence[Encoded]]
 
 
 def new_model(settings: Settings, seed: int) -> Qwen3ForCausalLM:
@@ -69,46 +70,86 @@ def _answer_logits(model: Qwen3ForCausalLM, ids: Tensor, predicts: Tensor) -> tu
     return model.lm_head(hidden[predicts]), ids.roll(-1, dims=1)[predicts]
 
 
-def train(
-    model: Qwen3ForCausalLM,
-    training: Training,
-    rows: Mapping[str, Sequence[Encoded]],
-    check: Mapping[str, Sequence[Encoded]],
-    *,
-    seed: str,
-    num_tokens: int,
-    advance: Advance,
-) -> Qwen3ForCausalLM:
-    """A copy trained until the best domain's accuracy on `check` is reached, then cooled down.
+class Learner:
+    """A copy of a model with its optimizer and its rows; draws batches, updates, and says what it can."""
 
-    AdamW, linear warm-up, mean cross entropy over all answer tokens of an update. An update takes the
-    domains one after the other: lengths are alike within a domain, so little is padded.
-    """
-    model, random = copy.deepcopy(model), Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    cooldown_start, end = None, training.max_updates
-    update = 0
-    while update < end:
-        factor = min(1.0, (update + 1) / training.warmup_updates)
-        if cooldown_start is not None:
-            factor *= 1.0 - (update - cooldown_start) / training.cooldown_updates
-        for group in optimizer.param_groups:
-            group["lr"] = training.lr * factor
-        batches = [_batch(random.sample(rows[domain], size)) for domain, size in training.batch.items()]
+    def __init__(
+        self, model: Qwen3ForCausalLM, rows: Rows, check: Rows, *, seed: str, num_tokens: int
+    ) -> None:
+        self.model = copy.deepcopy(model)
+        self._rows, self._check, self._random, self._num_tokens = rows, check, Random(seed), num_tokens
+        parameters = self.model.parameters()
+        self._optimizer = torch.optim.AdamW(
+            parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+        )
+
+    def update(self, lr: float, batch: Mapping[str, int]) -> None:
+        """One AdamW update on the mean cross entropy over all answer tokens of `batch` rows per domain.
+
+        The domains go one after the other: lengths are alike within a domain, so little is padded.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        batches = [_batch(self._random.sample(self._rows[domain], size)) for domain, size in batch.items()]
         num_answer_tokens = sum(int(predicts.sum()) for _, predicts in batches)
         for ids, predicts in batches:
-            logits, targets = _answer_logits(model, ids, predicts)
+            logits, targets = _answer_logits(self.model, ids, predicts)
             torch.autograd.backward(cross_entropy(logits, targets, reduction="sum") / num_answer_tokens)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def accuracy(self, domain: str) -> float:
+        """On the held-back rows."""
+        return accuracy(self.model, self._check[domain], num_tokens=self._num_tokens)
+
+
+def train_base(learner: Learner, training: BaseTraining, advance: Advance) -> Qwen3ForCausalLM:
+    """A model that knows a little of every domain, and of none more than `ceiling`.
+
+    A domain that is good enough sits out until it has fallen behind. A leap may pass the ceiling between
+    two looks, so the best of the states that were looked at is taken: the one whose weakest domain, as a
+    share of what is enough, is strongest.
+    """
+    best_share, best = -1.0, learner.model
+    learning = dict(training.batch)
+    for update in range(1, training.max_updates + 1):
+        learner.update(training.lr * min(1.0, update / training.warmup_updates), learning)
+        advance(update, training.max_updates)
+        if update % training.check_every:
+            continue
+        reached = {domain: learner.accuracy(domain) for domain in training.batch}
+        share = min(reached[domain] / training.enough[domain] for domain in reached)
+        if max(reached.values()) <= training.ceiling and share > best_share:
+            best_share, best = share, copy.deepcopy(learner.model)
+        learning = {
+            domain: size
+            for domain, size in training.batch.items()
+            if reached[domain] < training.enough[domain]
+        }
+        if not learning:
+            advance(update, update)
+            break
+    return best
+
+
+def train_expert(
+    learner: Learner, domain: str, training: ExpertTraining, advance: Advance
+) -> Qwen3ForCausalLM:
+    """A model trained until its domain's accuracy is `enough`, then while the learning rate falls to zero."""
+    update, start, end = 0, None, training.max_updates
+    while update < end:
+        factor = min(1.0, (update + 1) / training.warmup_updates)
+        if start is not None:
+            factor *= 1.0 - (update - start) / training.cooldown_updates
+        learner.update(training.lr * factor, {domain: training.batch})
         update += 1
-        if cooldown_start is None and update % training.check_every == 0:
-            best = max(accuracy(model, check[domain], num_tokens=num_tokens) for domain in training.batch)
-            if best >= training.until or update >= training.max_updates - training.cooldown_updates:
-                cooldown_start, end = update, update + training.cooldown_updates
+        if start is None and update % training.check_every == 0:
+            latest = training.max_updates - training.cooldown_updates
+            if update >= latest or learner.accuracy(domain) >= training.enough:
+                start, end = update, update + training.cooldown_updates
         advance(update, end)
-    return model
+    return learner.model
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ sys.path.insert(0, str(TOOLS))  # the tool is a script beside its package, not a
 
 from tiny_experts import tasks  # noqa: E402
 from tiny_experts.cache import cache_key, why_stale, written_aside  # noqa: E402
-from tiny_experts.settings import Settings, Training  # noqa: E402
+from tiny_experts.settings import BaseTraining, ExpertTraining, Settings  # noqa: E402
 
 DOMAINS = ("largest", "sort", "tool")
 ROWS = {"eval": 40, "merge": 30, "check": 10, "train": 120}
@@ -35,10 +35,6 @@ def load_script() -> ModuleType:
 
 
 def small_settings() -> Settings:
-    def training(*domains: str) -> Training:
-        batch = dict.fromkeys(domains, 4)
-        return Training(until=2.0, batch=batch, check_every=2, cooldown_updates=2, max_updates=6)
-
     return replace(
         Settings(),
         rows=ROWS,
@@ -51,8 +47,12 @@ def small_settings() -> Settings:
         num_heads=2,
         num_key_value_heads=1,
         head_dim=16,
-        base=training(*DOMAINS),
-        expert={domain: training(domain) for domain in DOMAINS},
+        base=BaseTraining(
+            dict.fromkeys(DOMAINS, 4), dict.fromkeys(DOMAINS, 1.0), check_every=2, max_updates=6
+        ),
+        expert=dict.fromkeys(
+            DOMAINS, ExpertTraining(4, 1.0, check_every=2, cooldown_updates=2, max_updates=6)
+        ),
     )
 
 
