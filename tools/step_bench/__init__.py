@@ -1,0 +1,1 @@
+"""The parts of bench_step.py: the job, and the sides that do it."""
