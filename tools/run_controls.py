@@ -59,7 +59,7 @@ def overrides() -> dict[str, list[str]]:
         "permuted_teachers": permuted,
         "base_as_teacher": [f"teachers.{t}={base}" for t in teachers],
         "cold_start_alone": [f"phases={json.dumps([cold])}"],
-        "cold_start_twice_as_long": [f"phases={json.dumps([{**cold, 'updates': length}])}"],
+        "cold_start_as_long": [f"phases={json.dumps([{**cold, 'updates': length}])}"],
         "plain_sft": [f"phases={json.dumps([{**cold, 'updates': length, 'loss': 'nll'}])}"],
         "on_policy_alone": [f"phases={json.dumps([{**merge, 'updates': length}])}"],
     }
@@ -70,7 +70,9 @@ def run(name: str, sets: list[str]) -> dict[str, Any]:
     output = FOLDER / name
     result = FOLDER / f"{name}.json"
     if not result.is_file():
-        arguments = [a for one in [*sets, "evaluation=null", f"output={output}"] for a in ("--set", one)]
+        arguments = [
+            a for one in [*sets, "threads=1", "evaluation=null", f"output={output}"] for a in ("--set", one)
+        ]
         print(f"== {name}", flush=True)
         mergeopd = [sys.executable, "-m", "mergeopd"]
         subprocess.run([*mergeopd, "run", str(RECIPE), *arguments], check=True)
