@@ -52,12 +52,14 @@ def overrides() -> dict[str, list[str]]:
         f"prompts.{i}.teachers={teachers[(teachers.index(next(iter(s.teachers))) + 1) % len(teachers)]}"
         for i, s in enumerate(plan.sources)
     ]
+    # The cards of the experts say what they teach; the base's does not.
+    routed = [f"prompts.{i}.teachers={next(iter(s.teachers))}" for i, s in enumerate(plan.sources)]
     length = plan.num_updates
     return {
         "quickstart": [],
         "lr_zero": ["optimizer.lr=0.0"],
         "permuted_teachers": permuted,
-        "base_as_teacher": [f"teachers.{t}={base}" for t in teachers],
+        "base_as_teacher": [*routed, *(f"teachers.{t}={base}" for t in teachers)],
         "cold_start_alone": [f"phases={json.dumps([cold])}"],
         "cold_start_as_long": [f"phases={json.dumps([{**cold, 'updates': length}])}"],
         "plain_sft": [f"phases={json.dumps([{**cold, 'updates': length, 'loss': 'nll'}])}"],
