@@ -46,7 +46,7 @@ def average(base: Path, experts: Sequence[Path], num_valid: int, device: torch.d
     for name, tensor in tensor_names(facts, checkpoint).items():
         mean = checkpoint.read(tensor).to(torch.float32, copy=True)
         rows = num_valid if name in vocabulary else len(mean)
-        parts = [o.read(n[name])[:rows].float() for o, n in zip(opened, names, strict=True)]
+        parts = [o.read_rows(n[name], 0, rows).float() for o, n in zip(opened, names, strict=True)]
         mean[:rows] = torch.stack(parts).mean(0)
         weights[name] = mean.to(device)
     model = build_skeleton(base, device)
