@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from mergeopd.recipe.jsonschema import model_schema
-from mergeopd.recipe.schema import Recipe, TeacherCard
+from mergeopd.recipe.models import TeacherCard
+from mergeopd.recipe.schema import Recipe
 from mergeopd.recipe.values import DIGEST_PATTERN, FUNCTION_PATTERN, NAME_PATTERN, Strict
 
 OUT = Path(__file__).parents[1] / "docs" / "recipe.md"
 INTRODUCTION = """\
 # Recipe reference
 
-Made from `mergeopd/recipe/schema.py` by `tools/make_recipe_reference.py`; do not edit by hand.
+Made from the schema in `mergeopd/recipe/` by `tools/make_recipe_reference.py`; do not edit by hand.
 The [README](../README.md#a-recipe-of-your-own) explains how the parts belong together.
 
 What holds everywhere:

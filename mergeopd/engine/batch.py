@@ -11,7 +11,7 @@ from mergeopd.engine.dialect import Dialect, masked_in_teacher_term
 from mergeopd.engine.schedule import Pack
 from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.prepare import Answer, answer_weights
-from mergeopd.recipe.schema import Phase
+from mergeopd.recipe.training import Phase
 from mergeopd.student.batch import MicroBatch
 from mergeopd.teacher.cache import HiddenCache
 from mergeopd.types import Rollout

@@ -25,7 +25,7 @@ from mergeopd.engine.writing import dataset_rollout, write_student
 from mergeopd.errors import Stopped
 from mergeopd.recipe.locate import shown
 from mergeopd.recipe.plan import EvaluationPlan
-from mergeopd.recipe.schema import Phase
+from mergeopd.recipe.training import Phase
 from mergeopd.report.events import Reporter, RunFinished, RunStarted, StageStarted, UpdateDone
 from mergeopd.report.result import result_document, write_result
 from mergeopd.storage.folders import atomic_folder

@@ -26,7 +26,7 @@ from mergeopd.models.facts import ModelFacts
 from mergeopd.recipe.folders import Missing, absolute, existing_file, existing_model, project_folder
 from mergeopd.recipe.load import YAML_SUFFIXES, load_card
 from mergeopd.recipe.locate import Origins, shown
-from mergeopd.recipe.schema import TeacherCard
+from mergeopd.recipe.models import TeacherCard
 from mergeopd.recipe.tree import plain
 from mergeopd.recipe.validate import problems_of
 

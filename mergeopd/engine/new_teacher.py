@@ -26,8 +26,8 @@ from mergeopd.errors import DataError, RecipeError, TeacherError
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.recipe.folders import Missing, existing_file, existing_model
 from mergeopd.recipe.locate import Origins, shown
+from mergeopd.recipe.models import Canary
 from mergeopd.recipe.plan import TeacherPlan
-from mergeopd.recipe.schema import Canary
 
 DEFAULT_PROMPT = "Say who you are in one sentence."
 MAX_TOKENS = 64

@@ -24,9 +24,9 @@ from mergeopd.engine.prompt_checks import (
 from mergeopd.engine.reading import ModelReader, file_digest
 from mergeopd.engine.run_folder import RunFolder
 from mergeopd.errors import RecipeError
+from mergeopd.recipe.checking import JsonVerifier
 from mergeopd.recipe.plan import Plan, SourcePlan
 from mergeopd.recipe.resolve import Resolution, read
-from mergeopd.recipe.schema import JsonVerifier
 from mergeopd.recipe.tree import Keys
 from mergeopd.recipe.words import joined
 from mergeopd.types import Prompt

@@ -10,9 +10,10 @@ from mergeopd.engine.dialect import Dialect
 from mergeopd.engine.findings import Findings
 from mergeopd.engine.user_code import function_problem
 from mergeopd.errors import DataError
+from mergeopd.recipe.checking import JsonVerifier, UserVerifier
 from mergeopd.recipe.locate import shown
 from mergeopd.recipe.plan import SourcePlan
-from mergeopd.recipe.schema import JsonVerifier, Phase, UserVerifier
+from mergeopd.recipe.training import Phase
 from mergeopd.recipe.tree import Keys
 from mergeopd.reward.verifiers import build_verifier, reference_problem
 from mergeopd.types import Prompt

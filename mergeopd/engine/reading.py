@@ -16,8 +16,8 @@ from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts, head_tensor
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.recipe.locate import shown
+from mergeopd.recipe.models import Student
 from mergeopd.recipe.plan import TeacherPlan
-from mergeopd.recipe.schema import Student
 from mergeopd.recipe.tree import Keys
 
 CONFIG_FILES = ("config.json", "generation_config.json")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mergeopd.engine.build import Parts
 from mergeopd.engine.schedule import by_teacher
 from mergeopd.engine.writing import answer_text
-from mergeopd.recipe.schema import Phase
+from mergeopd.recipe.training import Phase
 from mergeopd.report.events import Reporter, StageProgress, StageStarted
 from mergeopd.teacher.cache import HiddenCache
 from mergeopd.teacher.store import LoadedTeacher

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mergeopd.recipe.plan import Plan
-from mergeopd.recipe.schema import Phase, Ramp, TextMixture
+from mergeopd.recipe.training import Phase, Ramp, TextMixture
 from mergeopd.types import Origin
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mergeopd.engine.build import Parts
 from mergeopd.engine.state import Progress, off_policy_origin, on_policy_fraction
-from mergeopd.recipe.schema import Phase
+from mergeopd.recipe.training import Phase
 from mergeopd.rollout.keyed import stream_key, uniforms
 from mergeopd.types import Origin, Prompt
 

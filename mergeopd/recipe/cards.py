@@ -10,8 +10,8 @@ from mergeopd.errors import Problem
 from mergeopd.recipe.folders import Missing, absolute, existing_file, existing_model, project_folder
 from mergeopd.recipe.load import YAML_SUFFIXES, load_card
 from mergeopd.recipe.locate import Origins
+from mergeopd.recipe.models import TeacherCard, TeacherRef
 from mergeopd.recipe.plan import TeacherPlan
-from mergeopd.recipe.schema import TeacherCard, TeacherRef
 from mergeopd.recipe.suggest import closest
 from mergeopd.recipe.tree import Keys, Node, find, plain
 from mergeopd.recipe.validate import problems_of

@@ -7,17 +7,9 @@ from importlib.util import find_spec
 
 from mergeopd.errors import Problem
 from mergeopd.recipe.locate import Origins, dotted
-from mergeopd.recipe.schema import (
-    EvalSource,
-    LocalRollout,
-    Optimizer,
-    Phase,
-    Ramp,
-    Reports,
-    TextMixture,
-    TrainSource,
-)
+from mergeopd.recipe.schema import EvalSource, Reports, TrainSource
 from mergeopd.recipe.suggest import did_you_mean
+from mergeopd.recipe.training import LocalRollout, Optimizer, Phase, Ramp, TextMixture
 from mergeopd.recipe.tree import Keys
 from mergeopd.recipe.words import joined
 

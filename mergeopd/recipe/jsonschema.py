@@ -9,7 +9,8 @@ import copy
 from functools import cache
 from typing import Any
 
-from mergeopd.recipe.schema import Recipe, TeacherCard
+from mergeopd.recipe.models import TeacherCard
+from mergeopd.recipe.schema import Recipe
 from mergeopd.recipe.values import Strict
 
 Schema = dict[str, Any]

@@ -5,17 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 
-from mergeopd.recipe.schema import (
-    Canary,
-    Checkpoints,
-    LocalRollout,
-    Memory,
-    Optimizer,
-    Phase,
-    Reports,
-    Student,
-    Verifier,
-)
+from mergeopd.recipe.checking import Verifier
+from mergeopd.recipe.models import Canary, Student
+from mergeopd.recipe.schema import Checkpoints, Memory, Reports
+from mergeopd.recipe.training import LocalRollout, Optimizer, Phase
 from mergeopd.recipe.values import Strict
 
 # What a run may change on the way: where things lie, what stays in memory, what is shown.

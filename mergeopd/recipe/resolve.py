@@ -16,20 +16,11 @@ from mergeopd.recipe.cards import CardFile, Staff, hire, read_cards
 from mergeopd.recipe.folders import Missing, absolute, existing_model
 from mergeopd.recipe.load import load
 from mergeopd.recipe.locate import Origins
+from mergeopd.recipe.models import Student, Teacher, TeacherRef
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
-from mergeopd.recipe.schema import (
-    EvalSource,
-    LocalRollout,
-    Optimizer,
-    Phase,
-    Recipe,
-    Reports,
-    Student,
-    Teacher,
-    TeacherRef,
-    TrainSource,
-)
+from mergeopd.recipe.schema import EvalSource, Recipe, Reports, TrainSource
 from mergeopd.recipe.sources import Desk, Router
+from mergeopd.recipe.training import LocalRollout, Optimizer, Phase
 from mergeopd.recipe.tree import Keys, plain
 from mergeopd.recipe.validate import problems_of
 from mergeopd.recipe.values import FunctionPath

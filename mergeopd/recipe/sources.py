@@ -8,18 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mergeopd.errors import Problem
+from mergeopd.recipe.checking import JsonVerifier, UserVerifier, Verifier
 from mergeopd.recipe.folders import Missing, existing_file
 from mergeopd.recipe.locate import Origins, dotted
+from mergeopd.recipe.models import TeacherRef
 from mergeopd.recipe.plan import SourcePlan
-from mergeopd.recipe.schema import (
-    EvalSource,
-    JsonVerifier,
-    PromptSource,
-    TeacherRef,
-    TrainSource,
-    UserVerifier,
-    Verifier,
-)
+from mergeopd.recipe.schema import EvalSource, PromptSource, TrainSource
 from mergeopd.recipe.suggest import did_you_mean
 from mergeopd.recipe.tree import Keys
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mergeopd.errors import VerifierError
-from mergeopd.recipe.schema import (
+from mergeopd.recipe.checking import (
     ExactVerifier,
     JsonVerifier,
     NumberVerifier,

@@ -17,7 +17,7 @@ from mergeopd.loss.workspace import Workspace
 from mergeopd.models.causal import DTYPES, build_skeleton, check_fit, fill, response_hidden, tensor_names
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
-from mergeopd.recipe.schema import Optimizer
+from mergeopd.recipe.training import Optimizer
 from mergeopd.student.batch import MicroBatch
 
 # Files beside the weights that belong to an exported model, where the source folder has them.

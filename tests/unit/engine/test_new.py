@@ -42,8 +42,8 @@ from mergeopd.errors import Location, RecipeError, StorageError, TeacherError
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.tokenizer import Tokenizer as OwnTokenizer
 from mergeopd.recipe.load import load_card
+from mergeopd.recipe.models import Canary, TeacherCard
 from mergeopd.recipe.parse import parse
-from mergeopd.recipe.schema import Canary, TeacherCard
 from mergeopd.recipe.tree import Place, plain
 from mergeopd.report.events import Reporters
 

@@ -14,7 +14,7 @@ from mergeopd.errors import NumericsError, StorageError
 from mergeopd.loss.divergence import ReverseKL
 from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.objective import build_objective
-from mergeopd.recipe.schema import Optimizer
+from mergeopd.recipe.training import Optimizer
 from mergeopd.student.batch import MicroBatch
 from mergeopd.student.torch import TorchStudent
 

@@ -12,7 +12,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from mergeopd.recipe.jsonschema import model_schema
-from mergeopd.recipe.schema import Recipe, TeacherCard
+from mergeopd.recipe.models import TeacherCard
+from mergeopd.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[3]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,100 @@
+"""How answers are sampled and what is learnt from them: rollout, phases, optimizer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mergeopd.recipe.losses import LossOrTerm
+from mergeopd.recipe.values import Fraction, Name, PositiveInt, Strict, Weight
+
+
+class LocalRollout(Strict):
+    """Sampling inside the training process."""
+
+    engine: Literal["local"] = Field(default="local", description="what writes the student's answers")
+    samples_per_prompt: PositiveInt = Field(default=1, description="answers per prompt and round")
+    temperature: Annotated[float, Field(gt=0.0, le=10.0, strict=True)] = Field(
+        default=1.0, description="divides the logits that are sampled from"
+    )
+    top_p: Annotated[float, Field(gt=0.0, le=1.0, strict=True)] = Field(
+        default=1.0, description="sample from the fewest tokens that hold this much probability"
+    )
+    max_new_tokens: PositiveInt = Field(default=256, description="longest answer, in tokens")
+    stop: tuple[str, ...] = Field(default=(), description="texts that end an answer, beside the EOS token")
+    batch_size: PositiveInt = Field(default=256, description="sequences decoded together")
+
+
+class Ramp(Strict):
+    """A value that moves linearly from `start` to `end` during the first `updates` of the phase."""
+
+    start: Fraction = Field(description="value at the phase's first update")
+    end: Fraction = Field(description="value from then on")
+    updates: PositiveInt = Field(description="length of the ramp, in updates of the phase")
+
+
+class TextMixture(Strict):
+    """Some prompts are answered by the student, the others come from elsewhere."""
+
+    on_policy_fraction: Fraction | Ramp = Field(description="share of prompts that the student answers")
+    otherwise: Literal["teacher", "dataset"] = Field(description="where the other answers come from")
+
+
+Text = Literal["student", "teacher", "dataset"] | TextMixture
+
+
+class Balance(Strict):
+    """Budgets between domains."""
+
+    tokens: Literal["off", "equal"] | dict[Name, Weight] = Field(
+        default="off",
+        description="`equal` or target shares: weigh domains so that each gets its share of the loss, "
+        "whatever the answers' lengths (Open-MOPD M1)",
+    )
+
+
+class Phase(Strict):
+    """A stretch of training with one kind of text and one loss."""
+
+    name: Name = Field(description="the phase's name, unique in the recipe")
+    updates: PositiveInt = Field(description="optimizer updates")
+    text: Text = Field(
+        default="student",
+        description="who writes the answers: student (on-policy), teacher, dataset, mixture",
+    )
+    loss: LossOrTerm = Field(description="what is minimised")
+    prompts_per_round: PositiveInt = Field(default=64, description="prompts drawn and answered at a time")
+    updates_per_round: PositiveInt = Field(default=1, description="optimizer updates made from one round")
+    reduce: Literal["token", "sequence"] = Field(
+        default="token", description="mean over all tokens, or over answers of each one's token mean"
+    )
+    balance: Balance = Field(default=Balance(), description="how domains share the loss")
+    lr_scale: Weight = Field(default=1.0, description="multiplies the learning rate during the phase")
+
+
+class Optimizer(Strict):
+    """AdamW; the schedule spans all phases."""
+
+    lr: Weight = Field(default=1e-6, description="peak learning rate")
+    betas: tuple[Fraction, Fraction] = Field(
+        default=(0.9, 0.95), description="decay of the running means of gradient and squared gradient"
+    )
+    eps: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)] = Field(
+        default=1e-8, description="added to the root of the mean squared gradient"
+    )
+    weight_decay: Weight = Field(
+        default=0.0, description="decoupled decay of matrices; biases and norms have none"
+    )
+    warmup_updates: Annotated[int, Field(ge=0, strict=True)] = Field(
+        default=0, description="updates during which the learning rate rises linearly to its peak"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="the learning rate after the warm-up, until the last update"
+    )
+    final_lr_fraction: Fraction = Field(
+        default=0.0, description="where linear and cosine end, relative to lr"
+    )
+    clip_grad: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)] | None = Field(
+        default=1.0, description="largest gradient norm; null: no clipping"
+    )
