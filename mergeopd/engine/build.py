@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -13,18 +12,13 @@ from mergeopd.data.draw import PromptDraw
 from mergeopd.engine.canary import Canaries
 from mergeopd.engine.dialect import Dialect
 from mergeopd.engine.preflight import Inputs
-from mergeopd.loss.divergence import JSD, Divergence, ForwardKL, ReverseKL
 from mergeopd.loss.heads import Head
-from mergeopd.loss.objective import DistillationObjective, build_objective
-from mergeopd.loss.pointwise import TVD, ClippedForwardKL, SkewForwardKL, SkewReverseKL
-from mergeopd.recipe.losses import Loss
 from mergeopd.recipe.plan import Plan, SourcePlan
 from mergeopd.reward.verifiers import build_verifier
 from mergeopd.rollout.local import Writer
 from mergeopd.student.torch import TorchStudent
 from mergeopd.teacher.store import LoadedTeacher, TeacherSource, TeacherStore
 
-T = TypeVar("T")
 Verify = Callable[[str, str | None], float]
 
 
@@ -90,30 +84,6 @@ def build(inputs: Inputs, device: torch.device) -> Parts:
 def build_verifiers(sources: tuple[SourcePlan, ...], allow_code: tuple[str, ...]) -> dict[str, Verify]:
     """Verifiers by source name; sources without one are absent."""
     return {s.name: build_verifier(s.verifier, allow_code) for s in sources if s.verifier is not None}
-
-
-# Every divergence that a recipe can name, and how the kernel is told.
-DIVERGENCES: Mapping[str, Callable[[Loss], Divergence]] = {
-    "reverse_kl": lambda loss: ReverseKL(),
-    "forward_kl": lambda loss: ForwardKL(),
-    "tvd": lambda loss: TVD(),
-    "jsd": lambda loss: JSD(_term(loss.jsd).beta),
-    "skew_forward_kl": lambda loss: SkewForwardKL(_term(loss.skew_forward_kl).alpha),
-    "skew_reverse_kl": lambda loss: SkewReverseKL(_term(loss.skew_reverse_kl).alpha),
-    "clipped_forward_kl": lambda loss: ClippedForwardKL(_term(loss.clipped_forward_kl).bound),
-}
-
-
-def phase_objective(loss: Loss) -> DistillationObjective:
-    """A phase's loss as the function of the fused pass."""
-    terms = {name: (make(loss), loss.weight(name)) for name, make in DIVERGENCES.items() if loss.weight(name)}
-    return build_objective(terms, nll=loss.nll, temperature=loss.temperature)
-
-
-def _term(term: T | None) -> T:
-    """A term that has a weight is there."""
-    assert term is not None
-    return term
 
 
 def _writer(body: torch.nn.Module, head: Head, dialect: Dialect, device: torch.device) -> Writer:

@@ -7,12 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from mergeopd.engine.batch import prepare
-from mergeopd.engine.build import Parts, phase_objective
+from mergeopd.engine.batch import Dialects, prepare
+from mergeopd.engine.build import Parts
 from mergeopd.engine.checkpoint import Record, save
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.evaluate import Accuracies, Evaluation
 from mergeopd.engine.interrupt import Interrupt, StopNow, Watch
+from mergeopd.engine.lookback import is_needed, look_back
+from mergeopd.engine.objectives import phase_objective
+from mergeopd.engine.outcomes import outcomes
 from mergeopd.engine.run_folder import RunFolder
 from mergeopd.engine.samples import SampleTaker, choose, is_due
 from mergeopd.engine.schedule import learning_rate, pack, split_updates
@@ -107,27 +110,44 @@ class Merge:
             verdicts = rewards(self._parts, rollouts)
         budget_bytes = int(self._plan.memory.hidden_states_gib * 2**30)
         with HiddenCache(budget_bytes, self._folder.spill) as cache:
-            if phase.loss.has_divergence:
+            if phase.loss.needs_teacher:
                 with self._clock.stage("teachers"):
                     score(self._parts, rollouts, progress.round, cache, self._reporter)
-            scored = ScoredRound(phase, progress.round, rollouts, verdicts, cache)
-            for members in split_updates(rollouts, phase.updates_per_round):
-                self._update(scored, members, progress.update + 1)
+            before = {}
+            if is_needed(phase):
+                with self._clock.stage("update"):
+                    before = look_back(self._parts, rollouts, phase, progress.round, cache, self._reporter)
+            found = outcomes(rollouts, verdicts, phase)
+            scored = ScoredRound(phase, progress.round, rollouts, verdicts, cache, found, before)
+            for done, members in enumerate(split_updates(rollouts, phase.updates_per_round), updates_done):
+                self._update(scored, members, done, progress.update + 1)
                 progress = replace(progress, update=progress.update + 1)
         self._parts.store.heads(())
         return replace(progress, round=progress.round + 1, drawn=progress.drawn + phase.prompts_per_round)
 
-    def _update(self, scored: ScoredRound, members: Sequence[int], number: int) -> None:
-        """Update number `number` (from 1) of the run, on these rollouts of a round; then its events."""
+    def _update(self, scored: ScoredRound, members: Sequence[int], updates_done: int, number: int) -> None:
+        """Update number `number` (from 1) of the run, after `updates_done` of its phase; then its events."""
         parts, phase, rollouts = self._parts, scored.phase, scored.rollouts
-        objective = phase_objective(phase.loss)
+        objective = phase_objective(phase, updates_done)
         lr = phase.lr_scale * self._learning_rate(number)
         with self._clock.stage("update"):
-            prepared = prepare(rollouts, members, phase, parts.inputs.student, parts.inputs.teachers)
+            dialects = Dialects(parts.inputs.student, parts.inputs.teachers)
+            prepared = prepare(
+                rollouts, members, phase, updates_done, dialects, scored.outcomes, scored.before
+            )
             packs = pack(rollouts, members, self._plan.student.micro_batch_tokens, scored.index)
             due = is_due(number, self._plan.num_updates)
-            samples = SampleTaker(choose(rollouts, members) if due else (), *objective.names[:1])
-            stats = accumulate(parts, objective, prepared, packs, scored.cache, samples, self._reporter)
+            samples = SampleTaker(choose(rollouts, members) if due else (), objective)
+            stats = accumulate(
+                parts,
+                objective,
+                prepared,
+                packs,
+                scored.cache,
+                samples,
+                self._reporter,
+                needs_teacher=phase.loss.needs_teacher,
+            )
             stats.refuse_uniform_teachers(parts.inputs.student.tokenizer.vocab_size)
             self._reporter.abandonable = False
             grad_norm = parts.student.apply(lr)
@@ -146,6 +166,7 @@ class Merge:
                 domains=stats.domains(prepared, scored.verdicts),
                 seconds=self._clock.lap(),
                 teacher_bytes_read=parts.store.bytes_read,
+                policy=stats.policy(scored.outcomes.silent_fraction),
             )
         )
         tokenizer = parts.inputs.student.tokenizer

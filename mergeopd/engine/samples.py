@@ -9,6 +9,7 @@ import torch
 
 from mergeopd.engine.batch import PreparedUpdate
 from mergeopd.loss.fused import TokenStats
+from mergeopd.loss.objective import DistillationObjective
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.report.events import RolloutSampled, TeacherTrace
 from mergeopd.student.batch import MicroBatch
@@ -58,20 +59,18 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, ...]:
 
 
 class SampleTaker:
-    """Collects the statistics of the chosen answers from an update's micro-batches.
+    """Collects the statistics of the chosen answers from an update's micro-batches."""
 
-    `divergence` is the name of the objective's first one, "" where it has none.
-    """
-
-    def __init__(self, chosen: Sequence[int], divergence: str = "") -> None:
+    def __init__(self, chosen: Sequence[int], objective: DistillationObjective) -> None:
         self._chosen = frozenset(chosen)
-        self._divergence = divergence
+        self._objective = objective
         self._logprob_S: dict[int, tuple[float, ...]] = {}
         self._teachers: dict[int, dict[str, TeacherTrace]] = {}
 
     def take(self, micro: MicroBatch, prepared: PreparedUpdate, stats: TokenStats) -> None:
         """Keep what this micro-batch has of the chosen answers."""
         end = 0
+        measured = self._objective.measured(stats)
         for index, response in zip(micro.rollouts, micro.responses, strict=True):
             rows = slice(end, end + len(response))
             end = rows.stop
@@ -80,7 +79,7 @@ class SampleTaker:
             self._logprob_S[index] = _numbers(stats.logprob_S[rows])
             self._teachers[index] = {
                 name: TeacherTrace(
-                    divergence=_numbers(stats.divergence[k, 0, rows]),
+                    divergence=_numbers(measured[k, 0, rows]),
                     logprob_T=_numbers(stats.logprob_T[k, rows]),
                     end_masked=name in prepared.rollouts[index].eos_masked,
                 )
@@ -119,7 +118,7 @@ class SampleTaker:
             prompt=tokenizer.decode(rollout.prompt_ids, skip_special_tokens=False),
             tokens=token_texts(rollout.response_ids, tokenizer),
             logprob_S=self._logprob_S[index],
-            divergence=self._divergence if teachers else "",
+            divergence=self._objective.measures[0] if teachers else "",
             teachers=teachers,
             reward=reward,
             origin=rollout.origin,

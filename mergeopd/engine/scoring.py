@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mergeopd.engine.batch import Before
 from mergeopd.engine.build import Parts
+from mergeopd.engine.outcomes import Outcomes
 from mergeopd.engine.schedule import by_teacher
 from mergeopd.engine.writing import answer_text
 from mergeopd.recipe.training import Phase
@@ -17,13 +19,19 @@ from mergeopd.types import Rollout
 
 @dataclass(frozen=True)
 class ScoredRound:
-    """A round before its updates. `verdicts` belong to the rollouts, `cache` has their teachers' states."""
+    """A round before its updates.
+
+    `verdicts` belong to the rollouts, `outcomes` says what they mean, `cache` has the teachers' states, and
+    `before` the policy before the first update, where that is needed.
+    """
 
     phase: Phase
     index: int
     rollouts: Sequence[Rollout]
     verdicts: Sequence[float | None]
     cache: HiddenCache
+    outcomes: Outcomes
+    before: Mapping[int, Before]
 
 
 def score(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from mergeopd.engine.batch import PreparedUpdate, micro_batch
 from mergeopd.engine.build import Parts
@@ -14,7 +15,15 @@ from mergeopd.engine.samples import SampleTaker
 from mergeopd.engine.schedule import Pack
 from mergeopd.loss.fused import TokenStats
 from mergeopd.loss.objective import DistillationObjective
-from mergeopd.report.events import DomainStats, Reporter, StageProgress, StageStarted, TeacherStats
+from mergeopd.loss.policy import Policy, PolicyRows, policy_tokens
+from mergeopd.report.events import (
+    DomainStats,
+    PolicyStats,
+    Reporter,
+    StageProgress,
+    StageStarted,
+    TeacherStats,
+)
 from mergeopd.student.batch import MicroBatch
 from mergeopd.teacher.cache import HiddenCache
 from mergeopd.types import Rollout
@@ -40,7 +49,10 @@ class UpdateStats:
     """Collects the statistics of an update's micro-batches."""
 
     def __init__(self, objective: DistillationObjective) -> None:
-        self._names = objective.names
+        self._objective = objective
+        self._names = objective.measures
+        self._policy = _Sums()
+        self._largest_gap = 0.0
         self._teachers: dict[str, _Sums] = {}
         self._domains: dict[str, _Sums] = {}
         self.loss = 0.0
@@ -49,8 +61,9 @@ class UpdateStats:
         """Book one micro-batch."""
         self.loss += float(stats.loss.sum())
         gap = stats.logprob_T - stats.logprob_S
+        measured = self._objective.measured(stats)
         for k, name in enumerate(micro.teachers):
-            divergence = {d: float(stats.divergence[k, i].sum()) for i, d in enumerate(self._names)}
+            divergence = {d: float(measured[k, i].sum()) for i, d in enumerate(self._names)}
             self._teachers.setdefault(name, _Sums()).add(
                 gap.shape[1], gap=float(gap[k].sum()), entropy=float(stats.entropy_T[k].sum()), **divergence
             )
@@ -66,6 +79,37 @@ class UpdateStats:
             self._domains.setdefault(domain, _Sums()).add(
                 len(logprob), nll=-float(logprob.sum()), entropy=float(entropy.sum())
             )
+
+        if self._objective.policy is not None and micro.policy is not None:
+            self._add_policy(self._objective.policy, micro.policy, micro.teacher_weight_KN, stats)
+
+    def _add_policy(self, policy: Policy, rows: PolicyRows, weight_KN: Tensor, stats: TokenStats) -> None:
+        tokens = policy_tokens(
+            policy, rows, slice(0, len(rows.own_N)), stats.logprob_S, stats.logprob_T, weight_KN
+        )
+        gap = tokens.log_ratio_old.abs()
+        self._policy.add(
+            int(rows.own_N.sum()),
+            corrected=float(tokens.is_corrected.sum()),
+            clipped=float(tokens.is_clipped.sum()),
+            gap=float(gap.sum()),
+            weight=float((tokens.weight * rows.own_N).sum()),
+        )
+        if gap.numel():
+            self._largest_gap = max(self._largest_gap, float(gap.max()))
+
+    def policy(self, silent_fraction: float | None) -> PolicyStats | None:
+        """Of the tokens that the student wrote; None where the objective has no policy term."""
+        if self._objective.policy is None:
+            return None
+        return PolicyStats(
+            corrected_fraction=self._policy.mean("corrected"),
+            clipped_fraction=self._policy.mean("clipped"),
+            importance_weight=self._policy.mean("weight"),
+            behaviour_gap=self._policy.mean("gap"),
+            behaviour_gap_max=self._largest_gap,
+            silent_groups_fraction=silent_fraction,
+        )
 
     def teachers(self) -> dict[str, TeacherStats]:
         """Per teacher, over its tokens."""
@@ -116,15 +160,25 @@ def accumulate(
     cache: HiddenCache,
     samples: SampleTaker,
     reporter: Reporter,
+    *,
+    needs_teacher: bool,
 ) -> UpdateStats:
     """Add up the gradient of an update. One teacher set's heads are in memory at a time."""
     stats = UpdateStats(objective)
     reporter.emit(StageStarted("update", "", len(packs), "micro-batches"))
     for done, pack in enumerate(packs, start=1):
-        heads = parts.store.heads(pack.teachers) if objective.divergences else {}
+        heads = parts.store.heads(pack.teachers) if needs_teacher else {}
         for name, head in heads.items():
             parts.canaries.verify(name, head)
-        micro = micro_batch(pack, prepared, cache, heads, parts.device, parts.student.statistics_dtype)
+        micro = micro_batch(
+            pack,
+            prepared,
+            cache,
+            heads,
+            parts.device,
+            parts.student.statistics_dtype,
+            with_policy=objective.policy is not None,
+        )
         tokens = parts.student.accumulate(micro, objective)
         stats.add(micro, prepared, tokens)
         samples.take(micro, prepared, tokens)

@@ -27,3 +27,26 @@ def token_share_weights(mass: Mapping[str, float], targets: Mapping[str, float] 
     return {
         domain: (wanted[domain] / total_target) / (value / total_mass) for domain, value in present.items()
     }
+
+
+def follow_gap(
+    weights: Mapping[str, float], mass: Mapping[str, float], gaps: Mapping[str, float], alpha: float
+) -> dict[str, float]:
+    """Per-domain factors that follow the teachers' remaining gap (Open-MOPD M2, multiplying; 2608.19098).
+
+    `weights` are the domains' factors so far (M1's, or 1), `mass` their shares of the loss before them,
+    `gaps` how far student and teacher are apart on average. Each factor is multiplied by
+    `clip((gap / reference)^alpha, 0.05, 20)`, the reference being the gaps' mean under `weights`; then all
+    are scaled so that their mass-weighted mean is 1. With alpha 0, or without any gap, `weights` come back.
+    """
+    total = sum(weights.values())
+    reference = sum(weights[domain] * gaps[domain] for domain in weights) / total if total > 0 else 0.0
+    if not alpha or reference <= 0:
+        return dict(weights)
+    scaled = {
+        domain: weight * min(max((gaps[domain] / reference) ** alpha, 0.05), 20.0)
+        for domain, weight in weights.items()
+    }
+    present = sum(mass[domain] for domain in scaled)
+    norm = present / sum(weight * mass[domain] for domain, weight in scaled.items())
+    return {domain: weight * norm for domain, weight in scaled.items()}

@@ -9,11 +9,16 @@ from torch import Tensor
 
 from mergeopd.loss.blocks import BlockStats
 from mergeopd.loss.divergence import Divergence
+from mergeopd.loss.policy import Policy, PolicyRows, policy_tokens
+
+# What stands in for a divergence where only the written token's log-probabilities are known: k3, whose mean
+# over the student's own tokens is the reverse KL, and which is never negative (methods: docs/objectives.md).
+SAMPLED = "sampled_reverse_kl"
 
 
 @dataclass(frozen=True, slots=True)
 class DistillationObjective:
-    """`sum_k w_k sum_d c_d tau^2 D_d(teacher k, student) - w_nll log p_S(y)` per token.
+    """`sum_k w_k sum_d c_d tau^2 D_d(teacher k, student) - w_nll log p_S(y) + policy terms`, per token.
 
     `names`, `divergences` and `coefficients` belong together; `temperature` (tau) applies to the
     divergences, whose gradient scale the square keeps (Hinton 2015). The weights w come with the tokens,
@@ -25,26 +30,47 @@ class DistillationObjective:
     coefficients: tuple[float, ...]
     temperature: float = 1.0
     nll: float = 0.0
+    policy: Policy | None = None
 
     def per_token(
-        self, teacher_weight_KN: Tensor, nll_weight_N: Tensor
+        self, teacher_weight_KN: Tensor, nll_weight_N: Tensor, policy_rows: PolicyRows | None = None
     ) -> Callable[[BlockStats, slice], Tensor]:
         """The function that `fused_loss` calls for each block of rows."""
         scale = self.temperature**2
 
         def loss(stats: BlockStats, rows: slice) -> Tensor:
+            weight = teacher_weight_KN[:, rows]
             total = -self.nll * nll_weight_N[rows] * stats.logprob_S
             for d, coefficient in enumerate(self.coefficients):
-                total = total + scale * coefficient * (
-                    teacher_weight_KN[:, rows] * stats.divergence[:, d]
-                ).sum(0)
+                total = total + scale * coefficient * (weight * stats.divergence[:, d]).sum(0)
+            if self.policy is not None and policy_rows is not None:
+                tokens = policy_tokens(
+                    self.policy, policy_rows, rows, stats.logprob_S, stats.logprob_T, weight
+                )
+                total = total + tokens.loss
             return total
 
         return loss
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Names of what `measured` gives."""
+        return self.names or (SAMPLED,)
+
+    def measured(self, stats: BlockStats) -> Tensor:
+        """`[K, len(measures), n]`: the divergences, or k3 of the written token where there are none."""
+        if self.names:
+            return stats.divergence
+        gap = stats.logprob_T - stats.logprob_S
+        return (gap.clamp(max=20.0).exp() - gap - 1.0).unsqueeze(1)
+
 
 def build_objective(
-    terms: Mapping[str, tuple[Divergence, float]], *, nll: float = 0.0, temperature: float = 1.0
+    terms: Mapping[str, tuple[Divergence, float]],
+    *,
+    nll: float = 0.0,
+    temperature: float = 1.0,
+    policy: Policy | None = None,
 ) -> DistillationObjective:
     """The objective with these divergences and weights, by name; terms of weight 0 are not computed."""
     used = [(name, divergence, weight) for name, (divergence, weight) in terms.items() if weight]
@@ -54,4 +80,5 @@ def build_objective(
         coefficients=tuple(weight for _, _, weight in used),
         temperature=temperature,
         nll=nll,
+        policy=policy,
     )

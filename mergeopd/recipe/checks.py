@@ -17,7 +17,7 @@ from mergeopd.recipe.words import joined
 def phase_problems(
     phases: Mapping[int, Phase], rollout: LocalRollout | None, origins: Origins
 ) -> Iterator[Problem]:
-    """Names, rounds and losses of the phases."""
+    """Names, rounds and texts of the phases."""
     first_with: dict[str, int] = {}
     for index, phase in phases.items():
         here: Keys = ("phases", index)

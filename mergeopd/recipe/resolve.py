@@ -17,6 +17,7 @@ from mergeopd.recipe.folders import Missing, absolute, existing_model
 from mergeopd.recipe.load import load
 from mergeopd.recipe.locate import Origins
 from mergeopd.recipe.models import Student, Teacher, TeacherRef
+from mergeopd.recipe.objective_checks import objective_problems
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
 from mergeopd.recipe.schema import EvalSource, Recipe, Reports, TrainSource
 from mergeopd.recipe.sources import Desk, Router
@@ -231,6 +232,9 @@ class _Resolver:
     def _check_phases(self, domains_doubtful: bool) -> None:
         parts, origins = self.parts, self.origins
         self.problems += checks.phase_problems(parts.phases, parts.rollout, origins)
+        self.problems += objective_problems(
+            parts.phases, parts.prompts, parts.all_prompts, parts.rollout, origins
+        )
         if parts.all_prompts and not domains_doubtful:
             domains = tuple(dict.fromkeys(source.domain for source in parts.prompts.values()))
             self.problems += checks.balance_problems(parts.phases, domains, origins)

@@ -16,8 +16,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from mergeopd.recipe.checking import VerifierOrKind, kind_shorthand
-from mergeopd.recipe.losses import PARAMETRIC_TERMS, loss_shorthand, weight_shorthand
+from mergeopd.recipe.losses import SHORT_TERMS, loss_shorthand
 from mergeopd.recipe.models import Student, Teacher, card_shorthand
+from mergeopd.recipe.policies import correction_shorthand, weight_shorthand
 from mergeopd.recipe.training import LocalRollout, Optimizer, Phase
 from mergeopd.recipe.values import FunctionPath, Name, PositiveInt, Strict, Weight
 
@@ -165,5 +166,6 @@ SHORTHANDS: dict[tuple[str, ...], Callable[[Any], Any]] = {
     ("prompts", "*", "teachers"): _teachers_shorthand,
     ("evaluation", "prompts", "*", "verifier"): kind_shorthand,
     ("phases", "*", "loss"): loss_shorthand,
-    **{("phases", "*", "loss", term): weight_shorthand for term in PARAMETRIC_TERMS},
+    ("phases", "*", "correction"): correction_shorthand,
+    **{("phases", "*", "loss", term): weight_shorthand for term in SHORT_TERMS},
 }

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mergeopd.recipe.losses import LossOrTerm
+from mergeopd.recipe.policies import ClipRatio, Correction, NoCorrection
 from mergeopd.recipe.values import Fraction, Name, PositiveInt, Strict, Weight
 
 
@@ -44,13 +45,31 @@ class TextMixture(Strict):
 Text = Literal["student", "teacher", "dataset"] | TextMixture
 
 
+class PassRate(Strict):
+    """A prompt's weight for its teachers, p^a (1 - p)^b with p the share of its answers that are right."""
+
+    a: Weight = Field(default=1.0, description="how little prompts count that are never solved")
+    b: Weight = Field(default=1.0, description="how little prompts count that are always solved")
+
+
 class Balance(Strict):
-    """Budgets between domains."""
+    """How domains, prompts and answers share the loss."""
 
     tokens: Literal["off", "equal"] | dict[Name, Weight] = Field(
         default="off",
         description="`equal` or target shares: weigh domains so that each gets its share of the loss, "
         "whatever the answers' lengths (Open-MOPD M1)",
+    )
+    follow_gap: Annotated[float, Field(ge=0.0, le=2.0, strict=True)] = Field(
+        default=0.0,
+        description="exponent: domains whose teachers are further away get more (Open-MOPD M2); 0: off",
+    )
+    pass_rate: PassRate | None = Field(
+        default=None, description="weigh prompts by how often the student solves them (PACED); null: off"
+    )
+    teach: Literal["all", "wrong", "failed_groups"] = Field(
+        default="all",
+        description="answers that teachers comment: all, wrong ones, or those of prompts without a right one",
     )
 
 
@@ -69,7 +88,15 @@ class Phase(Strict):
     reduce: Literal["token", "sequence"] = Field(
         default="token", description="mean over all tokens, or over answers of each one's token mean"
     )
-    balance: Balance = Field(default=Balance(), description="how domains share the loss")
+    balance: Balance = Field(default=Balance(), description="how domains, prompts and answers share the loss")
+    clip_ratio: ClipRatio | None = Field(
+        default=ClipRatio(), description="PPO's bounds for policy terms; null: none"
+    )
+    correction: Correction = Field(
+        default=NoCorrection(kind="none"),
+        description="what policy terms do about answers that a slightly other policy wrote: importance "
+        "weights pi_old / behaviour policy; shorthand: the kind",
+    )
     lr_scale: Weight = Field(default=1.0, description="multiplies the learning rate during the phase")
 
 

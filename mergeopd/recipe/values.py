@@ -14,6 +14,7 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN, description="letters, digits, 
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, strict=True)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)]
 FunctionPath = Annotated[str, Field(pattern=FUNCTION_PATTERN, description="`package.module:function`")]
 
 

@@ -61,6 +61,9 @@ DIVERGENCES = {
     "clipped_forward_kl": Quantity(
         "clipped_forward_kl", "Clipped forward KL", "forward KL with capped entries", "nats per token"
     ),
+    "sampled_reverse_kl": Quantity(
+        "sampled_reverse_kl", "Reverse KL, sampled", "k3 at the tokens as written", "nats per token"
+    ),
 }
 _OF_TEACHERS = (
     *DIVERGENCES.values(),
@@ -78,6 +81,25 @@ _OF_DOMAINS = (
     Quantity("weight", "Balance factor", "multiplies the domain's tokens in the loss", dull=1.0),
     Quantity("truncated_fraction", "Cut off", "answers that ended at the length limit", "%", dull=0.0),
 )
+_OF_POLICY = (
+    Quantity(
+        "behaviour_gap",
+        "Engine gap",
+        "|log pi_old - log behaviour|, own tokens",
+        "nats per token",
+    ),
+    Quantity("behaviour_gap_max", "Largest engine gap", "of any token", "nats"),
+    Quantity("importance_weight", "Importance weight", "mean of the policy terms'", dull=1.0),
+    Quantity("corrected_fraction", "Corrected", "tokens whose importance weight was bounded", "%", dull=0.0),
+    Quantity("clipped_fraction", "Clipped", "tokens without gradient because of the clip", "%", dull=0.0),
+    Quantity("silent_groups_fraction", "Silent groups", "prompts whose answers all had one reward", "%"),
+)
+
+
+def _of_policy(key: str) -> Read:
+    return lambda update: update.policy.get(key)
+
+
 _OF_RUN: tuple[tuple[Quantity, Read], ...] = (
     (Quantity("loss", "Loss", "as minimised, every weight applied"), lambda u: u.loss),
     (Quantity("grad_norm", "Gradient norm", "before clipping"), lambda u: u.grad_norm),
@@ -88,6 +110,7 @@ _OF_RUN: tuple[tuple[Quantity, Read], ...] = (
         ),
         lambda u: u.on_policy_fraction,
     ),
+    *((quantity, _of_policy(quantity.key)) for quantity in _OF_POLICY),
     (
         Quantity("tokens_per_s", "Speed", "response tokens through a round", "tokens/s"),
         lambda u: u.cost.tokens_per_s,

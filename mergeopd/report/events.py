@@ -53,8 +53,9 @@ class StageProgress:
 class TeacherStats:
     """One teacher in one update.
 
-    `divergence` maps `reverse_kl`, `forward_kl`, `jsd` to unweighted means over the teacher's tokens; the
-    first one is shown. `logprob_gap` is the mean of logprob_T - logprob_S at the sampled tokens.
+    `divergence` maps the objective's divergences to unweighted means over the teacher's tokens; the first one
+    is shown. Where there are none, `sampled_reverse_kl` stands in (k3). `logprob_gap` is the mean of
+    logprob_T - logprob_S at the sampled tokens.
     """
 
     num_tokens: int
@@ -84,13 +85,31 @@ class DomainStats:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyStats:
+    """Policy terms in one update, over the tokens that the student wrote.
+
+    `corrected_fraction` is the share whose importance weight was bounded or masked, `clipped_fraction` the
+    share without gradient because of the clip, `importance_weight` the mean weight. `behaviour_gap` and
+    `behaviour_gap_max` are mean and maximum of |log pi_old - log behaviour|. `silent_groups_fraction` is the
+    share of the round's groups whose answers all had one reward; None without groups.
+    """
+
+    corrected_fraction: float
+    clipped_fraction: float
+    importance_weight: float
+    behaviour_gap: float
+    behaviour_gap_max: float
+    silent_groups_fraction: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class UpdateDone:
     """One optimizer update. `update` counts over the run from 1, `round` over the run from 0.
 
     `num_tokens` are response tokens, `grad_norm` is before clipping, `on_policy_fraction` the share of
     answers that the student wrote. `seconds` maps `rollout`, `teachers`, `update` (and `text`, once a
     phase) to the wall time spent since the last update, so a round's rollout counts to its first update.
-    `teacher_bytes_read` counts from the start of the process.
+    `teacher_bytes_read` counts from the start of the process; `policy` is None without policy terms.
     """
 
     update: int
@@ -105,6 +124,7 @@ class UpdateDone:
     domains: Mapping[str, DomainStats]
     seconds: Mapping[str, float]
     teacher_bytes_read: int = 0
+    policy: PolicyStats | None = None
 
     @property
     def step_s(self) -> float:

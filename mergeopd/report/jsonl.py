@@ -8,6 +8,7 @@ key only.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from mergeopd.report.events import (
@@ -35,6 +36,7 @@ def update_record(event: UpdateDone) -> dict[str, Any]:
         "on_policy_fraction": event.on_policy_fraction,
         "teachers": {name: _teacher_record(stats) for name, stats in sorted(event.teachers.items())},
         "domains": {name: _domain_record(stats) for name, stats in sorted(event.domains.items())},
+        "policy": {} if event.policy is None else asdict(event.policy),
         "cost": {
             "seconds": seconds,
             "tokens_per_s": event.num_tokens / event.step_s if event.step_s > 0 else None,

@@ -42,6 +42,7 @@ class Update(_Line):
     on_policy_fraction: float | None
     teachers: dict[str, dict[str, float | None]]
     domains: dict[str, dict[str, float | None]]
+    policy: dict[str, float | None] = {}
     cost: Cost
 
 

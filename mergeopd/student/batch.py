@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mergeopd.loss.heads import Hidden
+from mergeopd.loss.policy import PolicyRows
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """Answers that share one set of teachers; N is the number of their response tokens, in order.
 
-    `targets` holds one entry per teacher (K), `teacher_weight_KN` and `nll_weight_N` carry every factor and
-    denominator, so the loss of an update is the plain sum over its micro-batches.
+    `targets` holds one entry per teacher (K), `teacher_weight_KN`, `nll_weight_N` and `policy` carry every
+    factor and denominator, so the loss of an update is the plain sum over its micro-batches. `policy` is
+    None where the objective has no policy term.
     """
 
     rollouts: tuple[int, ...]
@@ -24,3 +26,4 @@ class MicroBatch:
     targets: tuple[Hidden, ...]
     teacher_weight_KN: Tensor
     nll_weight_N: Tensor
+    policy: PolicyRows | None = None

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mergeopd.errors import NumericsError, StorageError
+from mergeopd.loss.divergence import Divergence
 from mergeopd.loss.fused import TokenStats, fused_loss
-from mergeopd.loss.heads import Head
+from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.loss.workspace import Workspace
 from mergeopd.models.causal import DTYPES, build_skeleton, check_fit, fill, response_hidden, tensor_names
@@ -113,7 +114,7 @@ class TorchStudent:
                 self.head,
                 micro.targets,
                 labels,
-                objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N),
+                objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N, micro.policy),
                 divergences=objective.divergences,
                 temperature=objective.temperature,
                 workspace=self._workspace,
@@ -123,6 +124,35 @@ class TorchStudent:
             raise NumericsError(f"{error} (targets: {names or 'none'})") from error
         loss.backward()  # type: ignore[no-untyped-call]
         self._collect_gradients()
+        return stats
+
+    @torch.no_grad()
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        targets: Sequence[Hidden],
+        divergences: Sequence[Divergence],
+        temperature: float,
+    ) -> TokenStats:
+        """Statistics of the response tokens under the weights as they are; no gradient.
+
+        Raises NumericsError when a distribution is not finite.
+        """
+        labels = torch.tensor([t for r in responses for t in r], device=self._device)
+        try:
+            _, stats = fused_loss(
+                response_hidden(self.body, prompts, responses, self._device),
+                self.head,
+                targets,
+                labels,
+                lambda stats, rows: torch.zeros_like(stats.logprob_S),
+                divergences=divergences,
+                temperature=temperature,
+                workspace=self._workspace,
+            )
+        except ArithmeticError as error:
+            raise NumericsError(str(error)) from error
         return stats
 
     def gradients(self) -> dict[str, Tensor]:

@@ -7,31 +7,22 @@ Face models. No optimizer is in between: Adam would hide a wrong scale.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM
+from enumeration import ANSWERS, EOS, Reference, V, assert_equal, build_parts, engine_round, logprobs
 
-from mergeopd.engine.batch import prepare
-from mergeopd.engine.build import Parts, build, phase_objective
+from mergeopd.engine.build import Parts, build
 from mergeopd.engine.preflight import preflight
-from mergeopd.engine.samples import SampleTaker
-from mergeopd.engine.schedule import pack, split_updates
-from mergeopd.engine.scoring import score
-from mergeopd.engine.updating import accumulate
-from mergeopd.report.events import Reporters
-from mergeopd.teacher.cache import HiddenCache
+from mergeopd.engine.schedule import split_updates
 from mergeopd.types import Prompt, Rollout
 
 CPU = torch.device("cpu")
-V, EOS = 5, 4
-ANSWERS = [(EOS,), *((x, y) for x in range(V - 1) for y in range(V))]
-TEMPLATE_IDS = {"one": (0, 1, 2, 3, 0, 1, 2), "two": ()}
+
 LOSSES = {
     "reverse": {"reverse_kl": 1.0},
     "forward": {"forward_kl": 0.8},
@@ -44,12 +35,6 @@ LOSSES = {
 }
 
 
-def build_parts(write_job: Callable[..., Path], *overrides: str, **phase: object) -> Parts:
-    phases = [{"name": "merge", "updates": 2, "prompts_per_round": 4, "text": "dataset", **phase}]
-    recipe = write_job({"phases": phases}, dtype="float64")
-    return build(preflight(recipe, overrides), CPU)
-
-
 def all_answers(parts: Parts, origin: str = "student") -> list[Rollout]:
     prompts = [p for name in sorted(parts.inputs.prompts) for p in parts.inputs.prompts[name]]
     render = parts.inputs.student.render
@@ -58,87 +43,6 @@ def all_answers(parts: Parts, origin: str = "student") -> list[Rollout]:
         for p in prompts
         for i, answer in enumerate(ANSWERS)
     ]
-
-
-def engine_gradients(
-    parts: Parts, rollouts: Sequence[Rollout], round_index: int = 0
-) -> list[dict[str, Tensor]]:
-    """The raw gradient of every update of the round, by parameter."""
-    phase = parts.plan.phases[0]
-    quiet = Reporters()
-    objective = phase_objective(phase.loss)
-    gradients = []
-    cache = HiddenCache(1 << 30, Path(parts.plan.output))
-    score(parts, rollouts, round_index, cache, quiet)
-    for update in split_updates(rollouts, phase.updates_per_round):
-        prepared = prepare(rollouts, update, phase, parts.inputs.student, parts.inputs.teachers)
-        packs = pack(rollouts, update, parts.plan.student.micro_batch_tokens, round_index)
-        accumulate(parts, objective, prepared, packs, cache, SampleTaker(()), quiet)
-        gradients.append({name: g.clone() for name, g in parts.student.gradients().items()})
-        parts.student.apply(0.0)
-    return gradients
-
-
-def logprobs(model: torch.nn.Module, prompt: Sequence[int], answer: Sequence[int], tau: float) -> Tensor:
-    """Full-vocabulary log-probabilities of each answer position, `[len(answer), V]`."""
-    logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1, :V]
-    return torch.log_softmax(logits / tau, -1)
-
-
-def divergences(loss: dict, log_s: Tensor, log_t: Tensor) -> Tensor:
-    """Per position, by the definitions; `loss` as in a recipe."""
-    s, t = log_s.exp(), log_t.exp()
-    total = loss.get("reverse_kl", 0.0) * (s * (log_s - log_t)).sum(-1)
-    total = total + loss.get("forward_kl", 0.0) * (t * (log_t - log_s)).sum(-1)
-    if "jsd" in loss:
-        beta = loss["jsd"]["beta"]
-        log_m = (beta * t + (1 - beta) * s).log()
-        jsd = beta * (t * (log_t - log_m)).sum(-1) + (1 - beta) * (s * (log_s - log_m)).sum(-1)
-        total = total + loss["jsd"]["weight"] * jsd
-    total = total + loss.get("tvd", 0.0) * 0.5 * (s - t).abs().sum(-1)
-    if "skew_forward_kl" in loss:  # alpha 0.2; the reverse one has its default, 0.1
-        total = total + (t * (log_t - (0.2 * t + 0.8 * s).log())).sum(-1)
-        total = total + 0.5 * (s * (log_s - (0.1 * s + 0.9 * t).log())).sum(-1)
-    if "clipped_forward_kl" in loss:
-        total = total + (t * (log_t - log_s)).clamp(max=0.2).sum(-1)
-    return total * loss.get("temperature", 1.0) ** 2
-
-
-class Reference:
-    """Three Hugging Face models in float64 and plain autograd."""
-
-    def __init__(self, parts: Parts) -> None:
-        def load(folder: str) -> torch.nn.Module:
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-
-        self.student = load(parts.plan.student.model)
-        self.teachers = {name: load(t.model) for name, t in parts.plan.teachers.items()}
-
-    def token_losses(self, loss: dict, rollout: Rollout) -> Tensor:
-        """Per response token, teacher weights included, denominators not."""
-        tau = loss.get("temperature", 1.0)
-        prompt, answer = rollout.prompt_ids, rollout.response_ids
-        log_s = logprobs(self.student, prompt, answer, tau)
-        total = torch.zeros(len(answer), dtype=torch.float64)
-        for name, weight in rollout.prompt.teachers.items():
-            with torch.no_grad():
-                log_t = logprobs(self.teachers[name], (*TEMPLATE_IDS[name], *prompt), answer, tau)
-            total = total + weight * divergences(loss, log_s, log_t)
-        if rollout.origin != "student":
-            total = total - loss.get("nll", 0.0) * log_s.gather(1, torch.tensor(answer)[:, None])[:, 0]
-        return total
-
-    def gradient(self, total: Tensor) -> dict[str, Tensor]:
-        names, parameters = zip(*self.student.named_parameters(), strict=True)
-        return dict(zip(names, torch.autograd.grad(total, parameters), strict=True))
-
-
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:
-    assert found.keys() == expected.keys()
-    scale = max(float(g.abs().max()) for g in expected.values())
-    assert scale > 1e-3
-    for name, gradient in expected.items():
-        assert float((found[name] - gradient).abs().max()) <= tolerance * scale, name
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -151,7 +55,7 @@ def test_gradient_equals_autograd_for_every_micro_batch_split(
     reference = Reference(parts)
     total = sum(reference.token_losses(LOSSES[loss], r).sum() for r in rollouts)
     expected = reference.gradient(total / sum(len(r.response_ids) for r in rollouts))
-    assert_equal(engine_gradients(parts, rollouts)[0], expected)
+    assert_equal(engine_round(parts, rollouts)[0][0], expected)
 
 
 @pytest.mark.parametrize("round_index", [0, 1])
@@ -161,7 +65,7 @@ def test_neither_the_order_of_teachers_nor_of_answers_counts(
 ) -> None:
     parts = build_parts(write_job, loss=LOSSES["reverse"])
     rollouts = all_answers(parts)
-    found = engine_gradients(parts, rollouts[::-1] if reverse else rollouts, round_index)[0]
+    found, _ = engine_round(parts, rollouts[::-1] if reverse else rollouts, round_index=round_index)[0]
     reference = Reference(parts)
     total = sum(reference.token_losses(LOSSES["reverse"], r).sum() for r in rollouts)
     assert_equal(found, reference.gradient(total / sum(len(r.response_ids) for r in rollouts)))
@@ -178,7 +82,7 @@ def test_sequence_mean_budgets_and_several_updates(write_job: Callable[..., Path
     )
     rollouts = all_answers(parts)
     reference = Reference(parts)
-    gradients = engine_gradients(parts, rollouts)
+    gradients = [gradient for gradient, _ in engine_round(parts, rollouts)]
     assert len(gradients) == 2
     for update, found in zip(split_updates(rollouts, 2), gradients, strict=True):
         members = [rollouts[i] for i in update]
@@ -219,7 +123,7 @@ def test_answers_weighted_by_their_probability_give_the_expectation_over_states(
             state = Rollout(prompt, 0, ids, (x, 0), "student", "eos")
             total = total + first[x] * reference.token_losses(LOSSES["reverse"], state)[1]
     num_tokens = sum(len(r.response_ids) for r in rollouts)
-    assert_equal(engine_gradients(parts, rollouts)[0], reference.gradient(total / num_tokens))
+    assert_equal(engine_round(parts, rollouts)[0][0], reference.gradient(total / num_tokens))
 
 
 def test_a_teacher_equal_to_the_student_teaches_nothing(write_job: Callable[..., Path]) -> None:
@@ -227,5 +131,5 @@ def test_a_teacher_equal_to_the_student_teaches_nothing(write_job: Callable[...,
     (recipe.parent / "two.yaml").write_text('{"card": 1, "name": "self", "model": "base"}')
     overrides = ['prompts.0.teachers={"two": 1.0}', "prompts.1.teachers=two", 'teachers={"two": "two.yaml"}']
     parts = build(preflight(recipe, overrides), CPU)
-    [gradient] = engine_gradients(parts, all_answers(parts))
+    [(gradient, _)] = engine_round(parts, all_answers(parts))
     assert max(float(g.abs().max()) for g in gradient.values()) <= 1e-6

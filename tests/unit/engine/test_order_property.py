@@ -78,7 +78,9 @@ def gradient(
             )
             for one in pack(rollouts, update, max_tokens, index):
                 needed = {name: heads[name] for name in one.teachers}
-                micro = micro_batch(one, prepared, cache, needed, torch.device("cpu"), torch.float64)
+                micro = micro_batch(
+                    one, prepared, cache, needed, torch.device("cpu"), torch.float64, with_policy=False
+                )
                 loss, _ = fused_loss(
                     torch.cat([hidden[i] for i in one.rollouts]),
                     Head(weight),

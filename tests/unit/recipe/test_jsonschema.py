@@ -11,7 +11,7 @@ from jsonschema import Draft202012Validator
 from ruamel.yaml import YAML
 
 from mergeopd.recipe.jsonschema import card_schema, model_schema, recipe_schema
-from mergeopd.recipe.losses import PARAMETRIC_TERMS
+from mergeopd.recipe.losses import SHORT_TERMS
 from mergeopd.recipe.schema import SHORTHANDS, Recipe
 from mergeopd.recipe.words import below, options
 
@@ -111,7 +111,8 @@ def test_every_short_form_of_the_schema_is_in_the_table_and_works() -> None:
         ("prompts", "*", "teachers"): ["a", "b"],
         ("evaluation", "prompts", "*", "verifier"): "exact",
         ("phases", "*", "loss"): "nll",
-        **{("phases", "*", "loss", term): 0.5 for term in PARAMETRIC_TERMS},
+        ("phases", "*", "correction"): "mask",
+        **{("phases", "*", "loss", term): 0.5 for term in SHORT_TERMS},
     }
     assert samples.keys() == SHORTHANDS.keys()
     root = model_schema(Recipe)

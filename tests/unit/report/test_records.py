@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from mergeopd.errors import StorageError
-from mergeopd.report.events import CheckpointSaved, DomainStats, Note, Reporters, TeacherStats, UpdateDone
+from mergeopd.report.events import (
+    CheckpointSaved,
+    DomainStats,
+    Note,
+    PolicyStats,
+    Reporters,
+    TeacherStats,
+    UpdateDone,
+)
 from mergeopd.report.jsonl import JsonlReporter, update_record
 from mergeopd.report.result import recovered_headroom, result_document, write_result
 from mergeopd.storage.metrics import MetricsFile
@@ -31,6 +39,7 @@ UPDATE = UpdateDone(
     domains={"math": DomainStats(4, 400, 100.0, 2 / 3, 0.75, 1.5, 0.9, 0.25, 0.5)},
     seconds={"update": 2.0, "rollout": 1.0, "text": 30.0},
     teacher_bytes_read=4096,
+    policy=PolicyStats(0.125, 0.0, 0.9, 0.01, 0.5),
 )
 
 
@@ -52,6 +61,8 @@ def test_a_line_holds_every_figure_once_and_costs_apart(tmp_path: Path) -> None:
         "domains": {"math": {"num_rollouts": 4, "num_tokens": 400, "mean_length": 100.0, "token_share": 2 / 3,
                              "weight": 0.75, "nll": 1.5, "entropy_S": 0.9, "reward": 0.5,
                              "truncated_fraction": 0.25}},
+        "policy": {"corrected_fraction": 0.125, "clipped_fraction": 0.0, "importance_weight": 0.9,
+                   "behaviour_gap": 0.01, "behaviour_gap_max": 0.5, "silent_groups_fraction": None},
         "cost": {"seconds": {"rollout": 1.0, "text": 30.0, "update": 2.0}, "tokens_per_s": 200.0,
                  "teacher_bytes_read": 4096},
     }  # fmt: skip

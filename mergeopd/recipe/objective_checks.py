@@ -1,0 +1,115 @@
+"""Objectives whose needs a recipe does not meet: texts, verifiers, groups, teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from mergeopd.errors import Problem
+from mergeopd.recipe.locate import Origins
+from mergeopd.recipe.policies import POLICY_TERMS, ClipRatio, NoCorrection, TrustRegion
+from mergeopd.recipe.schema import TrainSource
+from mergeopd.recipe.training import LocalRollout, Phase, Ramp, TextMixture
+from mergeopd.recipe.tree import Keys
+
+
+def objective_problems(
+    phases: Mapping[int, Phase],
+    sources: Mapping[int, TrainSource],
+    all_sources: bool,
+    rollout: LocalRollout | None,
+    origins: Origins,
+) -> Iterator[Problem]:
+    """What each phase's terms and budgets need and do not get.
+
+    `all_sources` is False where some prompt source could not be read, so that nobody can say that none has a
+    verifier.
+    """
+    for index, phase in phases.items():
+        here: Keys = ("phases", index)
+        yield from _policy_problems(phase, here, origins)
+        yield from _budget_problems(phase, here, origins)
+        if needed := _reward_users(phase, here):
+            if all_sources:
+                yield from _verifier_problems(phase, needed, sources, origins)
+            if rollout is not None and rollout.samples_per_prompt == 1:
+                yield from _group_problems(phase, needed, origins)
+
+
+def _policy_problems(phase: Phase, here: Keys, origins: Origins) -> Iterator[Problem]:
+    terms = [term for term in POLICY_TERMS if phase.loss.uses(term)]
+    if terms and _never_student(phase):
+        message = "a policy term needs answers that the student wrote, and here it writes none"
+        remedy = "use a divergence, or `text: student`"
+        yield origins.problem((*here, "loss", terms[0]), message, remedy, key=True)
+    if not terms and not isinstance(phase.correction, NoCorrection):
+        message = "nothing to correct: an exact divergence at a visited state needs no importance weight"
+        remedy = f"remove it, or add a policy term ({', '.join(POLICY_TERMS)})"
+        yield origins.problem((*here, "correction"), message, remedy, key=True)
+    if not terms and phase.clip_ratio != ClipRatio():
+        message = "nothing to clip: only policy terms have a ratio"
+        remedy = f"remove it, or add a policy term ({', '.join(POLICY_TERMS)})"
+        yield origins.problem((*here, "clip_ratio"), message, remedy, key=True)
+    anchor = phase.loss.outcome.teacher if phase.loss.outcome is not None else None
+    if isinstance(anchor, TrustRegion) and phase.clip_ratio is None:
+        message = "a trust region without bounds only scales the gradient: its work is done by the clip"
+        yield origins.problem((*here, "clip_ratio"), message, "give bounds, or leave the key out")
+
+
+def _budget_problems(phase: Phase, here: Keys, origins: Origins) -> Iterator[Problem]:
+    if phase.loss.needs_teacher:
+        return
+    balance = phase.balance
+    used = {
+        "follow_gap": bool(balance.follow_gap),
+        "pass_rate": balance.pass_rate is not None,
+        "teach": balance.teach != "all",
+    }
+    for key in (name for name, is_used in used.items() if is_used):
+        message = f"{key} weighs what teachers say, and no term of the loss asks them"
+        yield origins.problem(
+            (*here, "balance", key), message, "add a teacher's term, or remove it", key=True
+        )
+
+
+def _reward_users(phase: Phase, here: Keys) -> dict[str, Keys]:
+    """What needs rewards, by its name in messages."""
+    users: dict[str, Keys] = {}
+    if phase.loss.has_outcome:
+        users["outcome"] = (*here, "loss", "outcome")
+    if phase.balance.pass_rate is not None:
+        users["pass_rate"] = (*here, "balance", "pass_rate")
+    if phase.balance.teach != "all":
+        users["teach"] = (*here, "balance", "teach")
+    return users
+
+
+def _verifier_problems(
+    phase: Phase, users: Mapping[str, Keys], sources: Mapping[int, TrainSource], origins: Origins
+) -> Iterator[Problem]:
+    unchecked = {index: source for index, source in sources.items() if source.verifier is None}
+    remedy = "give the sources a `verifier` (exact, regex, number, json, user)"
+    if len(unchecked) == len(sources):
+        for name, where in users.items():
+            message = f"{name} needs rewards, and no source of prompts has a verifier"
+            yield origins.problem(where, message, remedy, key=True)
+    elif unchecked and phase.loss.has_outcome and not phase.loss.needs_teacher:
+        names = ", ".join(f"'{source.source}'" for source in unchecked.values())
+        message = f"prompts without a verifier would teach nothing in phase '{phase.name}': {names}"
+        yield origins.problem(users["outcome"], message, f"{remedy}, or add a teacher's term", key=True)
+
+
+def _group_problems(phase: Phase, users: Mapping[str, Keys], origins: Origins) -> Iterator[Problem]:
+    remedy = "set rollout.samples_per_prompt to 2 or more (8 is usual)"
+    if "outcome" in users:
+        message = "an answer's advantage is relative to the others of its prompt, and there is one a prompt"
+        yield origins.problem(users["outcome"], message, remedy, key=True)
+    if "pass_rate" in users:
+        message = "of one answer a prompt the pass rate is 0 or 1, where the weight is 0"
+        yield origins.problem(users["pass_rate"], message, remedy, key=True)
+
+
+def _never_student(phase: Phase) -> bool:
+    if not isinstance(phase.text, TextMixture):
+        return phase.text != "student"
+    fraction = phase.text.on_policy_fraction
+    return fraction.start == fraction.end == 0.0 if isinstance(fraction, Ramp) else fraction == 0.0

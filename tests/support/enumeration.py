@@ -1,0 +1,140 @@
+"""The enumeration tests' two sides: a round through the engine, and Hugging Face models with plain autograd.
+
+All answers of at most two tokens over a five-token vocabulary, in float64. No optimizer is in between: Adam
+would hide a wrong scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from mergeopd.engine.batch import Dialects, prepare
+from mergeopd.engine.build import Parts, build
+from mergeopd.engine.lookback import is_needed, look_back
+from mergeopd.engine.objectives import phase_objective
+from mergeopd.engine.outcomes import outcomes
+from mergeopd.engine.preflight import preflight
+from mergeopd.engine.samples import SampleTaker
+from mergeopd.engine.schedule import pack, split_updates
+from mergeopd.engine.scoring import score
+from mergeopd.engine.updating import UpdateStats, accumulate
+from mergeopd.report.events import Reporters
+from mergeopd.teacher.cache import HiddenCache
+from mergeopd.types import Rollout
+
+CPU = torch.device("cpu")
+V, EOS = 5, 4
+ANSWERS = [(EOS,), *((x, y) for x in range(V - 1) for y in range(V))]
+TEMPLATE_IDS = {"one": (0, 1, 2, 3, 0, 1, 2), "two": ()}
+
+
+def build_parts(write_job: Callable[..., Path], *overrides: str, **phase: object) -> Parts:
+    phases = [{"name": "merge", "updates": 2, "prompts_per_round": 4, "text": "dataset", **phase}]
+    recipe = write_job({"phases": phases}, dtype="float64")
+    return build(preflight(recipe, overrides), CPU)
+
+
+def engine_round(
+    parts: Parts,
+    rollouts: Sequence[Rollout],
+    verdicts: Sequence[float | None] | None = None,
+    *,
+    round_index: int = 0,
+    sgd_lr: float = 0.0,
+) -> list[tuple[dict[str, Tensor], UpdateStats]]:
+    """Raw gradient by parameter and statistics of every update; a step of gradient descent after each."""
+    phase, quiet = parts.plan.phases[0], Reporters()
+    dialects = Dialects(parts.inputs.student, parts.inputs.teachers)
+    found = outcomes(rollouts, verdicts or [None] * len(rollouts), phase)
+    results = []
+    with HiddenCache(1 << 30, Path(parts.plan.output)) as cache:
+        if phase.loss.needs_teacher:
+            score(parts, rollouts, round_index, cache, quiet)
+        before = look_back(parts, rollouts, phase, round_index, cache, quiet) if is_needed(phase) else {}
+        for done, update in enumerate(split_updates(rollouts, phase.updates_per_round)):
+            objective = phase_objective(phase, done)
+            stats = accumulate(
+                parts,
+                objective,
+                prepare(rollouts, update, phase, done, dialects, found, before),
+                pack(rollouts, update, parts.plan.student.micro_batch_tokens, round_index),
+                cache,
+                SampleTaker((), objective),
+                quiet,
+                needs_teacher=phase.loss.needs_teacher,
+            )
+            gradients = {name: g.clone() for name, g in parts.student.gradients().items()}
+            results.append((gradients, stats))
+            parts.student.apply(0.0)
+            with torch.no_grad():
+                state = parts.student.state()
+                for name, gradient in gradients.items():
+                    state[f"master.{name}"].sub_(sgd_lr * gradient)
+    return results
+
+
+def logprobs(model: torch.nn.Module, prompt: Sequence[int], answer: Sequence[int], tau: float) -> Tensor:
+    """Full-vocabulary log-probabilities of each answer position, `[len(answer), V]`."""
+    logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1, :V]
+    return torch.log_softmax(logits / tau, -1)
+
+
+def divergences(loss: dict, log_s: Tensor, log_t: Tensor) -> Tensor:
+    """Per position, by the definitions; `loss` as in a recipe."""
+    s, t = log_s.exp(), log_t.exp()
+    total = loss.get("reverse_kl", 0.0) * (s * (log_s - log_t)).sum(-1)
+    total = total + loss.get("forward_kl", 0.0) * (t * (log_t - log_s)).sum(-1)
+    if "jsd" in loss:
+        beta = loss["jsd"]["beta"]
+        log_m = (beta * t + (1 - beta) * s).log()
+        jsd = beta * (t * (log_t - log_m)).sum(-1) + (1 - beta) * (s * (log_s - log_m)).sum(-1)
+        total = total + loss["jsd"]["weight"] * jsd
+    total = total + loss.get("tvd", 0.0) * 0.5 * (s - t).abs().sum(-1)
+    if "skew_forward_kl" in loss:  # alpha 0.2; the reverse one has its default, 0.1
+        total = total + (t * (log_t - (0.2 * t + 0.8 * s).log())).sum(-1)
+        total = total + 0.5 * (s * (log_s - (0.1 * s + 0.9 * t).log())).sum(-1)
+    if "clipped_forward_kl" in loss:
+        total = total + (t * (log_t - log_s)).clamp(max=0.2).sum(-1)
+    return total * loss.get("temperature", 1.0) ** 2
+
+
+class Reference:
+    """Three Hugging Face models in float64 and plain autograd."""
+
+    def __init__(self, parts: Parts) -> None:
+        def load(folder: str) -> torch.nn.Module:
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+        self.student = load(parts.plan.student.model)
+        self.teachers = {name: load(t.model) for name, t in parts.plan.teachers.items()}
+
+    def token_losses(self, loss: dict, rollout: Rollout) -> Tensor:
+        """Per response token, teacher weights included, denominators not."""
+        tau = loss.get("temperature", 1.0)
+        prompt, answer = rollout.prompt_ids, rollout.response_ids
+        log_s = logprobs(self.student, prompt, answer, tau)
+        total = torch.zeros(len(answer), dtype=torch.float64)
+        for name, weight in rollout.prompt.teachers.items():
+            with torch.no_grad():
+                log_t = logprobs(self.teachers[name], (*TEMPLATE_IDS[name], *prompt), answer, tau)
+            total = total + weight * divergences(loss, log_s, log_t)
+        if rollout.origin != "student":
+            total = total - loss.get("nll", 0.0) * log_s.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        return total
+
+    def gradient(self, total: Tensor) -> dict[str, Tensor]:
+        names, parameters = zip(*self.student.named_parameters(), strict=True)
+        return dict(zip(names, torch.autograd.grad(total, parameters), strict=True))
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    assert found.keys() == expected.keys()
+    scale = max(float(g.abs().max()) for g in expected.values())
+    assert scale > 1e-3
+    for name, gradient in expected.items():
+        assert float((found[name] - gradient).abs().max()) <= tolerance * scale, name

@@ -1,0 +1,355 @@
+"""Policy terms, corrections and budgets are exact through the whole path.
+
+As in test_exact_gradient: all answers of at most two tokens over a five-token vocabulary, in float64, raw
+gradients against autograd on full logits of independent Hugging Face models. The answers come from another
+policy than the student, some of them are cut off, and every prompt's answers are one group with rewards.
+Each method is written down once more here, from its paper, token by token in plain arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from enumeration import (
+    ANSWERS,
+    EOS,
+    TEMPLATE_IDS,
+    Reference,
+    assert_equal,
+    build_parts,
+    divergences,
+    engine_round,
+    logprobs,
+)
+from torch import Tensor
+
+from mergeopd.engine.build import Parts
+from mergeopd.engine.schedule import split_updates
+from mergeopd.types import Rollout
+
+SGD_LR = 0.5
+VERIFIER = {"kind": "regex", "pattern": "."}
+
+
+@dataclass
+class Token:
+    """What a method may look at. `lp` carries the gradient; all else is a number."""
+
+    lp: Tensor
+    old: float
+    mu: float
+    gaps: dict[str, float]  # log p_T - log p_S, under the weights as they are
+    old_gaps: list[dict[str, float]]  # of the whole answer, under the weights before the round
+    weights: dict[str, float]
+    position: int
+    advantage: float
+    right: bool
+    group_failed: bool
+    cut_off: bool
+
+    @property
+    def ratio(self) -> Tensor:
+        return (self.lp - self.old).exp()
+
+    @property
+    def rho(self) -> float:
+        return math.exp(self.old - self.mu)
+
+    def d(self, bound: float = math.inf) -> float:
+        return sum(w * max(-bound, min(bound, self.gaps[n])) for n, w in self.weights.items())
+
+    @property
+    def mean_d(self) -> float:
+        total = sum(self.weights.values())
+        return sum(w * self.gaps[n] for n, w in self.weights.items()) / total if total else 0.0
+
+
+def surrogate(ratio: Tensor, advantage: float, low: float = 0.2, high: float = 0.28) -> Tensor:
+    """PPO's objective, negative: a loss."""
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def reward_to_go(token: Token, gamma: float) -> float:
+    """MiniLLM without the token's own part, over the number of tokens that follow."""
+    future = token.old_gaps[token.position + 1 :]
+    total = 0.0
+    for steps, gaps in enumerate(future, start=1):
+        total += gamma**steps * sum(w * gaps[n] for n, w in token.weights.items())
+    return total / len(future) if future else 0.0
+
+
+def early(token: Token, gain: float) -> float:
+    total = 0.0
+    for name, weight in token.weights.items():
+        sizes = [abs(gaps[name]) for gaps in token.old_gaps]
+        factor = 1 + gain * (1 - sum(sizes[: token.position]) / sum(sizes))
+        total += weight * factor * token.old_gaps[token.position][name]
+    return total
+
+
+def trust_region(token: Token, alpha: float) -> Tensor:
+    """`r = pi / (pi_old^alpha pi_T^(1 - alpha))`, pi_T the geometric mean of the teachers."""
+    # log p_T from the gap under the weights as they are
+    log_t = token.mean_d + float(token.lp.detach())
+    if not sum(token.weights.values()):
+        log_t = token.old
+    return (token.lp - alpha * token.old - (1 - alpha) * log_t).exp()
+
+
+def credit(token: Token, mix: float, bound: float) -> float:
+    sign = (token.advantage > 0) - (token.advantage < 0)
+    share = min(max(math.exp(sign * token.mean_d), 1 - bound), 1 + bound)
+    return token.advantage * ((1 - mix) + mix * share)
+
+
+def inside(rho: float, low: float, high: float) -> float:
+    return rho if low <= rho <= high else 0.0
+
+
+# Phase as in a recipe -> the method, token by token. Divergences beside it are taken from the phase.
+METHODS: dict[str, tuple[dict, Callable[[Token], Tensor]]] = {
+    "sampled": ({"loss": "sampled_reverse_kl"}, lambda t: surrogate(t.ratio, t.d())),
+    "sampled, no clip": (
+        {"loss": "sampled_reverse_kl", "clip_ratio": None},
+        lambda t: -t.ratio * t.d(),
+    ),
+    "MiMo": (
+        {
+            "loss": {"sampled_reverse_kl": 1.0, "outcome": {"weight": 0.4, "std": "biased"}},
+            "correction": {"kind": "mask", "low": 0.7, "high": 1.4},
+            "clip_ratio": None,
+            "reduce": "sequence",
+        },
+        lambda t: -inside(t.rho, 0.7, 1.4) * (t.d() + 0.4 * t.advantage) * t.ratio,
+    ),
+    "GLM-5": (
+        {
+            "loss": {"sampled_reverse_kl": {"weight": 1.0, "bound": 0.3}},
+            "correction": {"kind": "mask", "low": 0.5, "high": 2.0},
+        },
+        lambda t: inside(t.rho, 0.5, 2.0) * surrogate(t.ratio, t.d(bound=0.3)),
+    ),
+    "truncated": (
+        {"loss": "sampled_reverse_kl", "correction": {"kind": "truncate", "low": 0.8, "high": 1.1}},
+        lambda t: min(max(t.rho, 0.8), 1.1) * surrogate(t.ratio, t.d()),
+    ),
+    "KDRL": (
+        {"loss": {"outcome": 1.0, "sampled_reverse_kl": {"weight": 0.3}}},
+        lambda t: surrogate(t.ratio, t.advantage + 0.3 * t.d()),
+    ),
+    "KDRL on wrong answers": (
+        {"loss": {"outcome": 1.0, "sampled_reverse_kl": 0.3}, "balance": {"teach": "wrong"}},
+        lambda t: surrogate(t.ratio, t.advantage + 0.3 * t.d()),
+    ),
+    "SRPO": (
+        {
+            "loss": {"outcome": {"weight": 1.0, "answers": "right"}, "sampled_reverse_kl": 1.0},
+            "balance": {"teach": "wrong"},
+        },
+        lambda t: surrogate(t.ratio, (t.advantage if t.right else 0.0) + t.d()),
+    ),
+    "HDPO": (
+        {"loss": {"outcome": 1.0, "sampled_reverse_kl": 0.5}, "balance": {"teach": "failed_groups"}},
+        lambda t: surrogate(t.ratio, t.advantage + 0.5 * t.d()),
+    ),
+    "RLAD": (
+        {"loss": {"outcome": {"weight": 1.0, "teacher": {"kind": "trust_region", "alpha": 0.5}}}},
+        lambda t: surrogate(trust_region(t, 0.5), t.advantage),
+    ),
+    "RLSD": (
+        {"loss": {"outcome": {"weight": 1.0, "teacher": {"kind": "credit", "mix": 0.5}}}},
+        lambda t: surrogate(t.ratio, credit(t, 0.5, 0.2)),
+    ),
+    "GRPO": ({"loss": "outcome"}, lambda t: surrogate(t.ratio, t.advantage)),
+    "Dr. GRPO, dual clip": (
+        {
+            "loss": {"outcome": {"weight": 1.0, "std": "none"}},
+            "clip_ratio": {"low": 0.2, "high": 0.2, "dual": 1.1},
+        },
+        lambda t: (
+            -torch.maximum(-surrogate(t.ratio, t.advantage, 0.2, 0.2), torch.tensor(1.1 * t.advantage))
+            if t.advantage < 0
+            else surrogate(t.ratio, t.advantage, 0.2, 0.2)
+        ),
+    ),
+    "MiniLLM": (
+        {
+            "loss": {
+                "reverse_kl": 1.0,
+                "sampled_reverse_kl": {
+                    "weight": 1.0,
+                    "discount": 0.9,
+                    "future_only": True,
+                    "per_remaining_token": True,
+                },
+            }
+        },
+        lambda t: surrogate(t.ratio, reward_to_go(t, 0.9)),
+    ),
+    "IW-OPD": (
+        {"loss": {"sampled_reverse_kl": {"weight": 1.0, "early_gain": 0.5}}},
+        lambda t: surrogate(t.ratio, early(t, 0.5)),
+    ),
+    "exact + outcome": (
+        {
+            "loss": {"reverse_kl": 1.0, "outcome": 0.3},
+            "correction": {"kind": "mask", "low": 0.6, "high": 1.5},
+        },
+        lambda t: inside(t.rho, 0.6, 1.5) * surrogate(t.ratio, 0.3 * t.advantage),
+    ),
+    "exact JSD + sampled + outcome": (
+        {"loss": {"jsd": {"beta": 0.3, "weight": 2.0}, "outcome": 0.3, "sampled_reverse_kl": 0.2}},
+        lambda t: surrogate(t.ratio, 0.3 * t.advantage + 0.2 * t.d()),
+    ),
+}
+
+
+def rollouts_of(parts: Parts, reference: Reference) -> list[Rollout]:
+    """Every answer to every prompt, written by teacher two at temperature 1.2; those that end in `a` are cut."""
+    prompts = [p for name in sorted(parts.inputs.prompts) for p in parts.inputs.prompts[name]]
+    rollouts = []
+    for prompt in prompts:
+        ids = parts.inputs.student.render(prompt)
+        for i, answer in enumerate(ANSWERS):
+            with torch.no_grad():
+                written = logprobs(reference.teachers["two"], ids, answer, 1.2)
+            mu = tuple(float(row[y]) for row, y in zip(written, answer, strict=True))
+            finish = "eos" if answer[-1] == EOS else "length" if answer[-1] == 0 else "stop"
+            rollouts.append(Rollout(prompt, i, ids, answer, "student", finish, mu))  # type: ignore[arg-type]
+    return rollouts
+
+
+def verdicts_of(rollouts: Sequence[Rollout]) -> list[float]:
+    """Right where the ids add up to a multiple of 3; nothing is right for the third prompt."""
+    keys = sorted({r.prompt.key for r in rollouts})
+    return [float(sum(r.response_ids) % 3 == 0 and keys.index(r.prompt.key) != 2) for r in rollouts]
+
+
+def methods_parts(write_job: Callable[..., Path], *overrides: str, **phase: object) -> Parts:
+    settings = ["rollout.samples_per_prompt=21"]
+    settings += [f"prompts.{i}.verifier={VERIFIER}".replace("'", '"') for i in range(2)]
+    return build_parts(write_job, *settings, *overrides, **{"text": "student", **phase})
+
+
+def advantages(rollouts: Sequence[Rollout], verdicts: Sequence[float], std: str) -> list[float]:
+    values = [0.0] * len(rollouts)
+    for key in {r.prompt.key for r in rollouts}:
+        group = [i for i, r in enumerate(rollouts) if r.prompt.key == key and r.finish != "length"]
+        rewards = [verdicts[i] for i in group]
+        mean = statistics.fmean(rewards)
+        spread = {"unbiased": statistics.stdev, "biased": statistics.pstdev, "none": lambda _: 1.0}[std](
+            rewards
+        )
+        for i in group:
+            epsilon = 0.0 if std == "none" else 1e-6
+            values[i] = (verdicts[i] - mean) / (spread + epsilon)
+    return values
+
+
+class Method:
+    """The reference: one method on Hugging Face models, over the updates of a round."""
+
+    def __init__(self, reference: Reference, document: dict, formula: Callable[[Token], Tensor]) -> None:
+        self.reference, self.document, self.formula = reference, document, formula
+        loss = document["loss"]
+        self.loss = {loss: 1.0} if isinstance(loss, str) else loss
+
+    def old(self, rollouts: Sequence[Rollout]) -> list[list[tuple[float, dict[str, float]]]]:
+        """Per answer and token: the student's log-prob and the teachers', before the round."""
+        table = []
+        for r in rollouts:
+            with torch.no_grad():
+                log_s = logprobs(self.reference.student, r.prompt_ids, r.response_ids, 1.0)
+                log_t = {n: self.teacher(n, r) for n in r.prompt.teachers}
+            table.append(
+                [
+                    (float(log_s[t, y]), {n: float(log_t[n][t, y]) for n in log_t})
+                    for t, y in enumerate(r.response_ids)
+                ]
+            )
+        return table
+
+    def teacher(self, name: str, r: Rollout) -> Tensor:
+        with torch.no_grad():
+            model, ids = self.reference.teachers[name], (*TEMPLATE_IDS[name], *r.prompt_ids)
+            return logprobs(model, ids, r.response_ids, 1.0)
+
+    def round(
+        self, rollouts: Sequence[Rollout], verdicts: Sequence[float], num_updates: int
+    ) -> list[dict[str, Tensor]]:
+        old = self.old(rollouts)
+        std = self.loss.get("outcome", {})
+        std = std.get("std", "unbiased") if isinstance(std, dict) else "unbiased"
+        scaled = advantages(rollouts, verdicts, std)
+        results = []
+        for update in split_updates(rollouts, num_updates):
+            members = [(rollouts[i], verdicts[i], scaled[i], old[i]) for i in update]
+            failed = {r.prompt.key: True for r, *_ in members}
+            for r, v in zip(rollouts, verdicts, strict=True):
+                if r.prompt.key in failed:
+                    failed[r.prompt.key] &= not v
+            total = torch.zeros((), dtype=torch.float64)
+            num_tokens = sum(len(r.response_ids) for r, *_ in members)
+            for r, v, a, past in members:
+                losses = self.answer(r, v, a, past, failed[r.prompt.key])
+                if self.document.get("reduce") == "sequence":
+                    total = total + losses.mean() / len(members)
+                else:
+                    total = total + losses.sum() / num_tokens
+            gradient = self.reference.gradient(total)
+            results.append(gradient)
+            with torch.no_grad():
+                for name, parameter in self.reference.student.named_parameters():
+                    parameter -= SGD_LR * gradient[name]
+        return results
+
+    def answer(self, r: Rollout, verdict: float, advantage: float, past: list, failed: bool) -> Tensor:
+        teach = self.document.get("balance", {}).get("teach", "all")
+        cut = r.finish == "length"
+        taught = {"all": True, "wrong": verdict == 0 or cut, "failed_groups": failed}[teach]
+        weights = {n: w if taught else 0.0 for n, w in r.prompt.teachers.items()}
+        log_s = logprobs(self.reference.student, r.prompt_ids, r.response_ids, 1.0)
+        log_t = {n: self.teacher(n, r) for n in weights}
+        losses = sum(w * divergences(self.loss, log_s, log_t[n]) for n, w in weights.items())
+        tokens = []
+        for t, y in enumerate(r.response_ids):
+            token = Token(
+                lp=log_s[t, y],
+                old=past[t][0],
+                mu=r.logprobs_behaviour[t],  # type: ignore[index]
+                gaps={n: float(log_t[n][t, y] - log_s[t, y].detach()) for n in weights},
+                old_gaps=[{n: lt[n] - ls for n in lt} for ls, lt in past],
+                weights=weights,
+                position=t,
+                advantage=0.0 if cut else advantage,
+                right=verdict > 0,
+                group_failed=failed,
+                cut_off=cut,
+            )
+            tokens.append(self.formula(token))
+        return losses + torch.stack(tokens)
+
+
+@pytest.mark.parametrize("num_updates", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_equals_the_method_as_its_paper_writes_it(
+    write_job: Callable[..., Path], method: str, num_updates: int
+) -> None:
+    document, formula = METHODS[method]
+    parts = methods_parts(
+        write_job, "student.micro_batch_tokens=300", **document, updates_per_round=num_updates
+    )
+    reference = Reference(parts)
+    rollouts = rollouts_of(parts, reference)
+    verdicts = verdicts_of(rollouts)
+    assert {True, False} == {v > 0 for v in verdicts}
+    found = engine_round(parts, rollouts, verdicts, sgd_lr=SGD_LR)
+    expected = Method(reference, document, formula).round(rollouts, verdicts, num_updates)
+    for (gradients, _), wanted in zip(found, expected, strict=True):
+        assert_equal(gradients, wanted, 1e-10)
