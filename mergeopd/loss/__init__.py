@@ -1,10 +1,13 @@
-"""The kernel: exact full-vocabulary divergences from hidden states, in one pass. Depends on torch alone."""
+"""The kernel: exact divergences, full-vocabulary or top-k, in one pass. Depends on torch alone."""
 
 from mergeopd.loss.blocks import BlockStats
 from mergeopd.loss.divergence import JSD, Divergence, ForwardKL, ReverseKL
 from mergeopd.loss.fused import Objective, TokenStats, fused_loss
 from mergeopd.loss.heads import Head, Hidden
+from mergeopd.loss.observe import observe
 from mergeopd.loss.pointwise import TVD, ClippedForwardKL, SkewForwardKL, SkewReverseKL
+from mergeopd.loss.support import Support
+from mergeopd.loss.targets import Sampled, Target, TopK
 from mergeopd.loss.workspace import Workspace
 
 __all__ = [
@@ -18,9 +21,14 @@ __all__ = [
     "Hidden",
     "Objective",
     "ReverseKL",
+    "Sampled",
     "SkewForwardKL",
     "SkewReverseKL",
+    "Support",
+    "Target",
     "TokenStats",
+    "TopK",
     "Workspace",
     "fused_loss",
+    "observe",
 ]

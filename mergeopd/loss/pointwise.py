@@ -107,6 +107,11 @@ class ClippedForwardKL:
     num_reductions: ClassVar[Literal[2, 3]] = 3
     own_direction: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        # Below 0, tokens of no mass would count with the bound, and the value with their number.
+        if not self.bound >= 0.0:
+            raise ValueError(f"{self}: bound must be at least 0")
+
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
         """See `Divergence`."""
         entry = torch.mul(pair.mass_T, pair.log_ratio, out=scratch()).neg_()

@@ -55,12 +55,12 @@ def entropy(log_p):
     return -(log_p.exp() * log_p).sum(-1)
 
 
-def naive_loss(hidden, head, targets, labels, per_token, *, divergences, temperature=1.0):
+def naive_loss(hidden, head, targets, labels, per_token, *, divergences, temperature=1.0, measure=divergence):
     """What `fused_loss` returns: the loss, with its graph, and the statistics."""
     log_S = logprobs(hidden, head, temperature)
     log_T = [logprobs(t.hidden, t.head, temperature).detach() for t in targets]
     num, labels = len(labels), labels[:, None]
-    measured = [divergence(spec, log_S, one) for one in log_T for spec in divergences]
+    measured = [measure(spec, log_S, one) for one in log_T for spec in divergences]
     stats = BlockStats(
         divergence=torch.stack(measured).view(len(targets), len(divergences), num)
         if measured
@@ -125,4 +125,11 @@ def gradients(loss, problem):
 
 @pytest.fixture
 def reference():
-    return SimpleNamespace(loss=naive_loss, problem=make_problem, gradients=gradients, logprobs=logprobs)
+    return SimpleNamespace(
+        loss=naive_loss,
+        problem=make_problem,
+        gradients=gradients,
+        logprobs=logprobs,
+        divergence=divergence,
+        entropy=entropy,
+    )

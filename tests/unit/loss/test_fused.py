@@ -16,9 +16,9 @@ from mergeopd.loss import (
     SkewForwardKL,
     SkewReverseKL,
     Workspace,
-    fused,
     fused_loss,
     heads,
+    slicing,
 )
 
 KLS = (ForwardKL(), ReverseKL())
@@ -115,7 +115,7 @@ def test_chunk_and_block_sizes_change_nothing(reference, monkeypatch):
     problem = reference.problem(d_T=(7, 4), bias=True)
 
     def run(chunk_rows, block_bytes):
-        monkeypatch.setattr(fused, "_BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(slicing, "_BLOCK_BYTES", block_bytes)
         loss, stats = fused_loss(
             problem.hidden,
             problem.head,

@@ -1,0 +1,151 @@
+"""What is refused: misfitting input at once, numbers that are not finite as soon as they are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mergeopd.loss.divergence import Divergence
+from mergeopd.loss.heads import Head, Hidden
+from mergeopd.loss.support import Support
+from mergeopd.loss.targets import Sampled, Target, TopK
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# A teacher's own rounding may make the sum of its probabilities this much more than 1, in nats.
+_ROUNDING = 1e-2
+
+
+def check_inputs(
+    hidden_ND: Tensor,
+    head: Head,
+    targets: Sequence[Target],
+    labels_N: Tensor,
+    temperature: float,
+    chunk_rows: int,
+) -> None:
+    """Raise ValueError for shapes, dtypes and numbers that do not fit."""
+    if hidden_ND.dim() != 2:
+        raise ValueError(
+            f"hidden_ND must be [N, d], got {list(hidden_ND.shape)}; flatten batch and time first"
+        )
+    num = hidden_ND.shape[0]
+    _check_hidden("the student", hidden_ND, head, num)
+    for k, target in enumerate(targets):
+        if isinstance(target, Hidden):
+            _check_hidden(f"target {k}", target.hidden, target.head, num)
+        elif target.logprob.shape != (num,):
+            raise ValueError(f"target {k}: it has {target.logprob.shape[0]} tokens, the student {num}")
+    if labels_N.shape != (num,) or labels_N.dtype != torch.int64:
+        raise ValueError(f"labels_N must be int64 [{num}], got {labels_N.dtype} {list(labels_N.shape)}")
+    if not temperature > 0.0:
+        raise ValueError(f"temperature is {temperature}, must be positive")
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows is {chunk_rows}, must be at least 1")
+
+
+def check_vocabulary(
+    labels_N: Tensor, head: Head, targets: Sequence[Target], group: dist.ProcessGroup | None
+) -> range:
+    """All token ids, over the group.
+
+    Raises ValueError unless every head scores the student's ids and every sampled id is a true token of
+    exactly one shard. One small all-reduce; all ranks raise.
+    """
+    vocab = head.vocab
+    problem = _vocab_problem(head, targets)
+    is_local = (labels_N >= vocab.start) & (labels_N < vocab.stop)
+    facts = is_local.new_tensor([problem is not None, len(vocab)], dtype=torch.int64)
+    owners = torch.cat([is_local.long(), facts])
+    if group is not None:
+        dist.all_reduce(owners, dist.ReduceOp.SUM, group=group)
+    num_problems, vocab_size = owners[-2:].tolist()
+    if num_problems:
+        raise ValueError(problem or "on another rank of the group, student and target shards do not match")
+    if torch.any(owners[:-2] != 1):
+        token = int((owners[:-2] != 1).nonzero()[0])
+        where = f"the true vocabulary [{vocab.start}, {vocab.stop})" if group is None else "exactly one shard"
+        raise ValueError(
+            f"labels_N[{token}] = {int(labels_N[token])} is not in {where}; "
+            "leave out padding and prompt tokens"
+        )
+    return vocab if group is None else range(vocab_size)
+
+
+def check_support(
+    targets: Sequence[Target], divergences: Sequence[Divergence], support: Support | None, all_ids: range
+) -> None:
+    """Raise ValueError where the divergences cannot be computed from what is known of a target."""
+    if not divergences:
+        return
+    if support is not None:
+        support.check(divergences)
+    for k, target in enumerate(targets):
+        if isinstance(target, Sampled):
+            raise ValueError(
+                f"target {k}: no divergence can be computed from the sampled token's log-probability alone; "
+                "give hidden states or the teacher's top k, or measure no divergences"
+            )
+        if isinstance(target, TopK):
+            _check_top_k(f"target {k}", target, support, all_ids)
+
+
+def require_finite(values: Tensor, rows: slice, what: str) -> None:
+    """Raise ArithmeticError naming `what` and the first of the tokens `rows` with NaN or infinity."""
+    bad = torch.isfinite(values).logical_not_()
+    if bad.any():
+        token = rows.start + int(bad.nonzero()[0])
+        raise ArithmeticError(
+            f"{what}: not finite at {int(bad.sum())} of the tokens {rows.start} to {rows.stop - 1}, "
+            f"first at {token}"
+        )
+
+
+def _check_hidden(name: str, hidden: Tensor, head: Head, num: int) -> None:
+    expected = (num, head.weight.shape[1])
+    if hidden.shape != expected:
+        raise ValueError(f"{name}: hidden states are {list(hidden.shape)}, its head needs {list(expected)}")
+    if hidden.dtype not in _DTYPES:
+        raise ValueError(f"{name}: hidden states are {hidden.dtype}, must be float64, 32, 16 or bfloat16")
+
+
+def _vocab_problem(head: Head, targets: Sequence[Target]) -> str | None:
+    for k, target in enumerate(targets):
+        if isinstance(target, Hidden) and target.head.vocab != head.vocab:
+            return (
+                f"target {k} scores token ids [{target.head.vocab.start}, {target.head.vocab.stop}), "
+                f"the student [{head.vocab.start}, {head.vocab.stop}); "
+                "give each head its num_valid and vocab_start"
+            )
+    return None
+
+
+def _check_top_k(name: str, target: TopK, support: Support | None, all_ids: range) -> None:
+    if support is None or support.of != "teacher":
+        asked = "the whole vocabulary" if support is None else f'a support of="{support.of}"'
+        raise ValueError(
+            f"{name}: divergences over {asked} need its hidden states, but only its own top {target.k} are "
+            f'known; use Support(k={target.k}, of="teacher", rest=...), or give hidden states'
+        )
+    if target.k != min(support.k, len(all_ids)):
+        raise ValueError(
+            f"{name}: it has its top {target.k}, the support is the top {support.k}; "
+            f"use Support(k={target.k}, ...), or have the teacher give {min(support.k, len(all_ids))}"
+        )
+    ids = target.ids.sort(1).values
+    if ids.numel() and not all_ids.start <= int(ids.min()) <= int(ids.max()) < all_ids.stop:
+        raise ValueError(
+            f"{name}: its ids reach from {int(ids.min())} to {int(ids.max())}, "
+            f"the true vocabulary is [{all_ids.start}, {all_ids.stop})"
+        )
+    repeated = (ids[:, 1:] == ids[:, :-1]).any(1)
+    if repeated.any():
+        raise ValueError(f"{name}: an id stands twice among the top k of token {int(repeated.nonzero()[0])}")
+    excess = target.logprobs.logsumexp(1) > _ROUNDING
+    if excess.any():
+        raise ValueError(
+            f"{name}: its top k have more than the whole probability at token {int(excess.nonzero()[0])}; "
+            "logprobs must be log-probabilities, not logits"
+        )

@@ -1,0 +1,68 @@
+"""What remains of a teacher that is observed once: a few numbers a token instead of a hidden state."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mergeopd.loss.checks import check_inputs, check_vocabulary, require_finite
+from mergeopd.loss.heads import Head, Projection
+from mergeopd.loss.slicing import compute_dtype, rows_in_cache, slices
+from mergeopd.loss.softmax import Softmaxes, entropy_and_logprob
+from mergeopd.loss.support import top_ids
+from mergeopd.loss.targets import Sampled, TopK
+from mergeopd.loss.workspace import Workspace
+
+
+@torch.no_grad()
+def observe(
+    hidden_ND: Tensor,
+    head: Head,
+    labels_N: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    chunk_rows: int = 256,
+    workspace: Workspace | None = None,
+) -> Sampled | TopK:
+    """Reduce a model to what `fused_loss` needs of it later, at this temperature; constants, no gradient.
+
+    hidden_ND   its last hidden states `[N, d]`; float64 computes in float64, others in float32
+    head        its whole head (not a shard)
+    labels_N    sampled token ids, int64
+    top_k       keep its k most probable tokens (at most the vocabulary), as `Support(of="teacher")` with this
+                k would choose them from the hidden states; None: only the sampled token
+    chunk_rows  tokens per matrix product; memory is about `chunk_rows * V` elements
+    workspace   buffers to reuse over calls
+
+    Raises ValueError for shapes or labels that do not fit, ArithmeticError for NaN or inf.
+    """
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}, must be at least 1; None keeps the sampled token alone")
+    check_inputs(hidden_ND, head, (), labels_N, temperature, chunk_rows)
+    check_vocabulary(labels_N, head, (), None)
+    dtype = compute_dtype(hidden_ND)
+    workspace = Workspace() if workspace is None else workspace
+    model = Projection("observed", head, hidden_ND, temperature, dtype, workspace)
+    softmaxes = Softmaxes(model, (), head.vocab, None)
+    num, k = hidden_ND.shape[0], min(top_k or 0, len(head.vocab))
+    logprob, entropy = hidden_ND.new_empty(2, num, dtype=dtype)
+    ids = labels_N.new_empty(num, k)
+    logprobs = logprob.new_empty(num, k)
+    on_cpu = hidden_ND.device.type == "cpu"
+    for rows in slices(0, num, chunk_rows):
+        raw = model.raw_logits(rows)
+        block_rows = rows_in_cache(len(head.vocab), dtype) if on_cpu else raw.shape[0]
+        for part in slices(0, raw.shape[0], block_rows):
+            tokens = slice(rows.start + part.start, rows.start + part.stop)
+            block = softmaxes.begin(raw[part], (), labels_N[tokens], with_grad=False)
+            log_mass, entropies, picked = entropy_and_logprob(torch.stack(block.sums).unsqueeze(0))
+            logprob[tokens], entropy[tokens] = picked[0], entropies[0]
+            if k:
+                centred = block.logits[0]
+                ids[tokens] = top_ids([centred], k, head.vocab, None)[0]
+                logprobs[tokens] = centred.gather(1, ids[tokens] - head.vocab.start) - log_mass[0].unsqueeze(
+                    1
+                )
+        require_finite(logprob[rows] + entropy[rows], rows, "the logits")
+    return Sampled(logprob, entropy) if top_k is None else TopK(ids, logprobs, logprob, entropy)

@@ -1,0 +1,115 @@
+"""What a teacher can be known by: everything, its own top k, or no more than the sampled token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from mergeopd.loss.heads import Hidden
+
+# A float32 tells integers below this apart; float64 more than any vocabulary has.
+_EXACT_IDS = 1 << 24
+_PACKED_DTYPES = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class TopK:
+    """A teacher's k most probable tokens at each of N positions, in nats, at the loss temperature.
+
+    ids      `[N, k]` int64 token ids, none twice at a position, in any order
+    logprobs `[N, k]` their log-probabilities over the whole vocabulary
+    logprob  `[N]` of the sampled token
+    entropy  `[N]` of the whole distribution
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    logprob: Tensor
+    entropy: Tensor
+
+    def __post_init__(self) -> None:
+        if self.ids.dim() != 2 or self.ids.shape[1] < 1 or self.ids.dtype != torch.int64:
+            raise ValueError(
+                f"TopK.ids must be int64 [N, k], k at least 1, got {self.ids.dtype} {list(self.ids.shape)}"
+            )
+        if self.logprobs.shape != self.ids.shape:
+            raise ValueError(
+                f"TopK.logprobs must be {list(self.ids.shape)} like ids, got {list(self.logprobs.shape)}"
+            )
+        _require_rows("TopK", self.ids.shape[0], self.logprob, self.entropy)
+
+    @property
+    def k(self) -> int:
+        """Tokens per position."""
+        return self.ids.shape[1]
+
+    def packed(self) -> Tensor:
+        """All of it as one matrix `[N, 2k + 2]` in the dtype of `logprobs`, float32 or float64, without loss.
+
+        Raises ValueError for half precision, and for ids of 2^24 and more in float32.
+        """
+        dtype = self.logprobs.dtype
+        _require_exact("TopK.packed", dtype)
+        if dtype == torch.float32 and self.ids.numel() and int(self.ids.max()) >= _EXACT_IDS:
+            raise ValueError(
+                f"TopK.packed: token id {int(self.ids.max())} is not exact in float32, which ends at 2^24; "
+                "give logprobs in float64"
+            )
+        scalars = torch.stack([self.logprob, self.entropy], 1).to(dtype)
+        return torch.cat([self.ids.to(dtype), self.logprobs, scalars], 1)
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> Self:
+        """What `packed` was made of; all but ids share its memory. Raises ValueError for another shape."""
+        width = packed.shape[1] if packed.dim() == 2 else 0
+        if width < 4 or width % 2:
+            raise ValueError(f"TopK.unpack: must be [N, 2k + 2], got {list(packed.shape)}")
+        _require_exact("TopK.unpack", packed.dtype)
+        k = (width - 2) // 2
+        return cls(packed[:, :k].long(), packed[:, k : 2 * k], packed[:, -2], packed[:, -1])
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """The least: `logprob [N]` of the sampled token and `entropy [N]`, in nats, at the loss temperature.
+
+    No divergence can be computed from it.
+    """
+
+    logprob: Tensor
+    entropy: Tensor
+
+    def __post_init__(self) -> None:
+        _require_rows(
+            "Sampled", self.logprob.shape[0] if self.logprob.dim() else 0, self.logprob, self.entropy
+        )
+
+    def packed(self) -> Tensor:
+        """Both as one matrix `[N, 2]`, float32 or float64. Raises ValueError for half precision."""
+        _require_exact("Sampled.packed", self.logprob.dtype)
+        return torch.stack([self.logprob, self.entropy], 1)
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> Self:
+        """What `packed` was made of; shares its memory. Raises ValueError for another shape."""
+        if packed.dim() != 2 or packed.shape[1] != 2:
+            raise ValueError(f"Sampled.unpack: must be [N, 2], got {list(packed.shape)}")
+        _require_exact("Sampled.unpack", packed.dtype)
+        return cls(packed[:, 0], packed[:, 1])
+
+
+Target = Hidden | TopK | Sampled
+
+
+def _require_rows(kind: str, num: int, logprob: Tensor, entropy: Tensor) -> None:
+    for name, values in (("logprob", logprob), ("entropy", entropy)):
+        if values.shape != (num,):
+            raise ValueError(f"{kind}.{name} must be [{num}], got {list(values.shape)}")
+
+
+def _require_exact(what: str, dtype: torch.dtype) -> None:
+    if dtype not in _PACKED_DTYPES:
+        raise ValueError(f"{what}: {dtype} cannot hold these numbers exactly; use float32 or float64")
