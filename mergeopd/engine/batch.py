@@ -12,12 +12,11 @@ from mergeopd.engine.dialect import Dialect, masked_in_teacher_term
 from mergeopd.engine.objectives import correction
 from mergeopd.engine.outcomes import Outcomes
 from mergeopd.engine.schedule import Pack
-from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.policy import PolicyRows, answers_advantage, sequence_kept
 from mergeopd.loss.prepare import Answer, answer_weights
+from mergeopd.loss.targets import Target
 from mergeopd.recipe.training import Phase
 from mergeopd.student.batch import MicroBatch
-from mergeopd.teacher.cache import HiddenCache
 from mergeopd.types import Rollout
 
 
@@ -151,41 +150,32 @@ def _with_past(plain: PreparedRollout, before: Before, phase: Phase, updates_don
     )
 
 
-def targets(
-    pack: Pack, names: Sequence[str], cache: HiddenCache, heads: Mapping[str, Head]
-) -> tuple[Hidden, ...]:
-    """What the cache has of these teachers for the pack's answers."""
-    return tuple(Hidden(cache.gather(name, pack.rollouts), heads[name]) for name in names)
-
-
 def micro_batch(
     pack: Pack,
     prepared: PreparedUpdate,
-    cache: HiddenCache,
-    heads: Mapping[str, Head],
-    device: torch.device,
-    dtype: torch.dtype,
+    targets: Mapping[str, Target],
+    like: Tensor,
     *,
     with_policy: bool,
 ) -> MicroBatch:
-    """The tensors of one pack. `heads` holds this pack's teachers, or nothing when none is needed.
+    """The tensors of one pack, weights in the dtype and on the device of `like`.
 
-    Text that the student wrote itself has no likelihood term.
+    `targets` holds this pack's teachers, or nothing when none is needed. Text that the student wrote itself
+    has no likelihood term.
     """
     members = [prepared.rollouts[i] for i in pack.rollouts]
-    names = tuple(name for name in pack.teachers if name in heads)
-    teacher_rows = [[weight for m in members for weight in m.teacher_token_weights(name)] for name in names]
+    teacher_rows = [[weight for m in members for weight in m.teacher_token_weights(name)] for name in targets]
     nll_row = _per_token(members, [0.0 if m.is_own else m.token_weight for m in members])
-    nll_N = torch.tensor(nll_row, dtype=dtype, device=device)
+    nll_N = like.new_tensor(nll_row)
     return MicroBatch(
         rollouts=pack.rollouts,
-        teachers=names,
+        teachers=tuple(targets),
         prompts=tuple(m.rollout.prompt_ids for m in members),
         responses=tuple(m.rollout.response_ids for m in members),
-        targets=targets(pack, names, cache, heads),
-        teacher_weight_KN=nll_N.new_tensor(teacher_rows).reshape(len(names), len(nll_row)),
+        targets=tuple(targets.values()),
+        teacher_weight_KN=like.new_tensor(teacher_rows).reshape(len(targets), len(nll_row)),
         nll_weight_N=nll_N,
-        policy=_policy_rows(members, nll_N) if with_policy else None,
+        policy=_policy_rows(members, like) if with_policy else None,
     )
 
 

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 
 import torch
 
-from mergeopd.engine.batch import Before, targets
+from mergeopd.engine.batch import Before
 from mergeopd.engine.build import Parts
+from mergeopd.engine.objectives import support
+from mergeopd.engine.observing import Observed
 from mergeopd.engine.schedule import pack
 from mergeopd.loss.divergence import ReverseKL
 from mergeopd.recipe.training import Phase
 from mergeopd.report.events import Reporter, StageProgress, StageStarted
-from mergeopd.teacher.cache import HiddenCache
 from mergeopd.types import Rollout
 
 
@@ -36,28 +37,27 @@ def look_back(
     rollouts: Sequence[Rollout],
     phase: Phase,
     round_index: int,
-    cache: HiddenCache,
+    observed: Observed,
     reporter: Reporter,
 ) -> dict[int, Before]:
     """`Before` of every answer with tokens, by its index in the round."""
-    needs_teacher = phase.loss.needs_teacher
     measure = (ReverseKL(),) if phase.balance.follow_gap and phase.loss.has_divergence else ()
     packs = pack(rollouts, range(len(rollouts)), parts.plan.student.micro_batch_tokens, round_index)
     reporter.emit(StageStarted("update", "the policy before", len(packs), "micro-batches"))
     found: dict[int, Before] = {}
     for done, part in enumerate(packs, start=1):
-        heads = parts.store.heads(part.teachers) if needs_teacher else {}
-        names = tuple(name for name in part.teachers if name in heads)
+        targets = observed.targets(parts, part)
         members = [rollouts[i] for i in part.rollouts]
         stats = parts.student.score(
             [m.prompt_ids for m in members],
             [m.response_ids for m in members],
-            targets(part, names, cache, heads),
+            tuple(targets.values()),
             measure,
+            support(phase.loss),
             phase.loss.temperature,
         )
         sizes = [len(m.response_ids) for m in members]
-        weights = torch.tensor([[m.prompt.teachers[name] for m in members] for name in names])
+        weights = torch.tensor([[m.prompt.teachers[name] for m in members] for name in targets])
         gaps = stats.divergence[:, 0] if measure else (stats.logprob_T - stats.logprob_S).abs()
         student = torch.split(stats.logprob_S, sizes)
         teachers = torch.split(stats.logprob_T, sizes, dim=1)
@@ -66,8 +66,8 @@ def look_back(
         ):
             found[index] = Before(
                 logprob_S,
-                dict(zip(names, logprob_T, strict=True)),
-                float((gap.sum(1).cpu() * weights[:, column]).sum()) if names else 0.0,
+                dict(zip(targets, logprob_T, strict=True)),
+                float((gap.sum(1).cpu() * weights[:, column]).sum()) if targets else 0.0,
             )
         reporter.emit(StageProgress(done))
     return found

@@ -15,6 +15,7 @@ from mergeopd.engine.evaluate import Accuracies, Evaluation
 from mergeopd.engine.interrupt import Interrupt, StopNow, Watch
 from mergeopd.engine.lookback import is_needed, look_back
 from mergeopd.engine.objectives import phase_objective
+from mergeopd.engine.observing import Observed, kept
 from mergeopd.engine.outcomes import outcomes
 from mergeopd.engine.run_folder import RunFolder
 from mergeopd.engine.samples import SampleTaker, choose, is_due
@@ -110,15 +111,16 @@ class Merge:
             verdicts = rewards(self._parts, rollouts)
         budget_bytes = int(self._plan.memory.hidden_states_gib * 2**30)
         with HiddenCache(budget_bytes, self._folder.spill) as cache:
-            if phase.loss.needs_teacher:
+            observed = Observed(cache, kept(phase.loss))
+            if observed.kept is not None:
                 with self._clock.stage("teachers"):
-                    score(self._parts, rollouts, progress.round, cache, self._reporter)
+                    score(self._parts, rollouts, progress.round, cache, observed.kept, self._reporter)
             before = {}
             if is_needed(phase):
                 with self._clock.stage("update"):
-                    before = look_back(self._parts, rollouts, phase, progress.round, cache, self._reporter)
+                    before = look_back(self._parts, rollouts, phase, progress.round, observed, self._reporter)
             found = outcomes(rollouts, verdicts, phase)
-            scored = ScoredRound(phase, progress.round, rollouts, verdicts, cache, found, before)
+            scored = ScoredRound(phase, progress.round, rollouts, verdicts, observed, found, before)
             for done, members in enumerate(split_updates(rollouts, phase.updates_per_round), updates_done):
                 self._update(scored, members, done, progress.update + 1)
                 progress = replace(progress, update=progress.update + 1)
@@ -143,10 +145,9 @@ class Merge:
                 objective,
                 prepared,
                 packs,
-                scored.cache,
+                scored.observed,
                 samples,
                 self._reporter,
-                needs_teacher=phase.loss.needs_teacher,
             )
             stats.refuse_uniform_teachers(parts.inputs.student.tokenizer.vocab_size)
             self._reporter.abandonable = False

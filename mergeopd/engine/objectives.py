@@ -9,6 +9,7 @@ from mergeopd.loss import policy
 from mergeopd.loss.divergence import JSD, Divergence, ForwardKL, ReverseKL
 from mergeopd.loss.objective import DistillationObjective, build_objective
 from mergeopd.loss.pointwise import TVD, ClippedForwardKL, SkewForwardKL, SkewReverseKL
+from mergeopd.loss.support import Support
 from mergeopd.recipe import policies
 from mergeopd.recipe.losses import Loss
 from mergeopd.recipe.training import Phase
@@ -36,7 +37,14 @@ def phase_objective(phase: Phase, updates_done: int) -> DistillationObjective:
         nll=loss.nll,
         temperature=loss.temperature,
         policy=_policy(phase, updates_done) if loss.has_policy else None,
+        support=support(loss),
     )
+
+
+def support(loss: Loss) -> Support | None:
+    """The kernel's view of `loss.support`."""
+    written = loss.support
+    return None if written is None else Support(written.top_k, written.of, written.rest)
 
 
 def correction(phase: Phase) -> policy.Correction:

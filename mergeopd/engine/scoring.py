@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mergeopd.engine.batch import Before
 from mergeopd.engine.build import Parts
+from mergeopd.engine.observing import Kept, Observed, reduced
 from mergeopd.engine.outcomes import Outcomes
 from mergeopd.engine.schedule import by_teacher
 from mergeopd.engine.writing import answer_text
@@ -21,26 +22,32 @@ from mergeopd.types import Rollout
 class ScoredRound:
     """A round before its updates.
 
-    `verdicts` belong to the rollouts, `outcomes` says what they mean, `cache` has the teachers' states, and
-    `before` the policy before the first update, where that is needed.
+    `verdicts` belong to the rollouts, `outcomes` says what they mean, `observed` is what the teachers left,
+    and `before` the policy before the first update, where that is needed.
     """
 
     phase: Phase
     index: int
     rollouts: Sequence[Rollout]
     verdicts: Sequence[float | None]
-    cache: HiddenCache
+    observed: Observed
     outcomes: Outcomes
     before: Mapping[int, Before]
 
 
 def score(
-    parts: Parts, rollouts: Sequence[Rollout], round_index: int, cache: HiddenCache, reporter: Reporter
+    parts: Parts,
+    rollouts: Sequence[Rollout],
+    round_index: int,
+    cache: HiddenCache,
+    what: Kept,
+    reporter: Reporter,
 ) -> None:
-    """Put the last hidden states of every response token under each of its teachers into `cache`.
+    """Put what is to be kept of every response token under each of its teachers into `cache`.
 
     Each teacher is loaded once, sees the prompt through its own template, and gets the response's ids as
-    they were written. While it scores, the next teacher's files are read ahead.
+    they were written. While it scores, the next teacher's files are read ahead. A teacher of which no hidden
+    states are kept has its head in memory during its turn, else only during the updates.
     """
     turns = by_teacher(rollouts, tuple(sorted(parts.plan.teachers)), round_index)
     following = [turn.teacher for turn in turns[1:]] + [None]
@@ -55,8 +62,12 @@ def score(
                 parts.store.read_ahead(next_teacher)
             score_canary(parts, teacher)
             hidden = teacher.hidden(prompts, responses, parts.plan.student.micro_batch_tokens)
-            for done, (position, states) in enumerate(hidden, start=1):
-                cache.put(turn.teacher, scored[position], states)
+            if what.kind != "hidden":
+                head = parts.store.heads([turn.teacher])[turn.teacher]
+                parts.canaries.verify(turn.teacher, head)
+                hidden = reduced(hidden, responses, head, what)
+            for done, (position, rows) in enumerate(hidden, start=1):
+                cache.put(turn.teacher, scored[position], rows)
                 reporter.emit(StageProgress(done))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from mergeopd.engine.batch import PreparedUpdate, micro_batch
 from mergeopd.engine.build import Parts
 from mergeopd.engine.canary import refuse_uniform
+from mergeopd.engine.observing import Observed
 from mergeopd.engine.samples import SampleTaker
 from mergeopd.engine.schedule import Pack
 from mergeopd.loss.fused import TokenStats
@@ -25,7 +26,6 @@ from mergeopd.report.events import (
     TeacherStats,
 )
 from mergeopd.student.batch import MicroBatch
-from mergeopd.teacher.cache import HiddenCache
 from mergeopd.types import Rollout
 
 
@@ -157,28 +157,17 @@ def accumulate(
     objective: DistillationObjective,
     prepared: PreparedUpdate,
     packs: Sequence[Pack],
-    cache: HiddenCache,
+    observed: Observed,
     samples: SampleTaker,
     reporter: Reporter,
-    *,
-    needs_teacher: bool,
 ) -> UpdateStats:
     """Add up the gradient of an update. One teacher set's heads are in memory at a time."""
     stats = UpdateStats(objective)
     reporter.emit(StageStarted("update", "", len(packs), "micro-batches"))
     for done, pack in enumerate(packs, start=1):
-        heads = parts.store.heads(pack.teachers) if needs_teacher else {}
-        for name, head in heads.items():
-            parts.canaries.verify(name, head)
-        micro = micro_batch(
-            pack,
-            prepared,
-            cache,
-            heads,
-            parts.device,
-            parts.student.statistics_dtype,
-            with_policy=objective.policy is not None,
-        )
+        targets = observed.targets(parts, pack)
+        like = torch.empty((), dtype=parts.student.statistics_dtype, device=parts.device)
+        micro = micro_batch(pack, prepared, targets, like, with_policy=objective.policy is not None)
         tokens = parts.student.accumulate(micro, objective)
         stats.add(micro, prepared, tokens)
         samples.take(micro, prepared, tokens)

@@ -10,6 +10,7 @@ from torch import Tensor
 from mergeopd.loss.blocks import BlockStats
 from mergeopd.loss.divergence import Divergence
 from mergeopd.loss.policy import Policy, PolicyRows, policy_tokens
+from mergeopd.loss.support import Support
 
 # What stands in for a divergence where only the written token's log-probabilities are known: k3, whose mean
 # over the student's own tokens is the reverse KL, and which is never negative (methods: docs/objectives.md).
@@ -20,8 +21,8 @@ SAMPLED = "sampled_reverse_kl"
 class DistillationObjective:
     """`sum_k w_k sum_d c_d tau^2 D_d(teacher k, student) - w_nll log p_S(y) + policy terms`, per token.
 
-    `names`, `divergences` and `coefficients` belong together; `temperature` (tau) applies to the
-    divergences, whose gradient scale the square keeps (Hinton 2015). The weights w come with the tokens,
+    `names`, `divergences` and `coefficients` belong together, taken on `support`; `temperature` (tau)
+    applies to the divergences, whose gradient scale the square keeps (Hinton 2015). The weights w come with the tokens,
     denominators included.
     """
 
@@ -31,6 +32,7 @@ class DistillationObjective:
     temperature: float = 1.0
     nll: float = 0.0
     policy: Policy | None = None
+    support: Support | None = None
 
     def per_token(
         self, teacher_weight_KN: Tensor, nll_weight_N: Tensor, policy_rows: PolicyRows | None = None
@@ -71,6 +73,7 @@ def build_objective(
     nll: float = 0.0,
     temperature: float = 1.0,
     policy: Policy | None = None,
+    support: Support | None = None,
 ) -> DistillationObjective:
     """The objective with these divergences and weights, by name; terms of weight 0 are not computed."""
     used = [(name, divergence, weight) for name, (divergence, weight) in terms.items() if weight]
@@ -81,4 +84,5 @@ def build_objective(
         temperature=temperature,
         nll=nll,
         policy=policy,
+        support=support,
     )

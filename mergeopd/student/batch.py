@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mergeopd.loss.heads import Hidden
 from mergeopd.loss.policy import PolicyRows
+from mergeopd.loss.targets import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class MicroBatch:
     teachers: tuple[str, ...]
     prompts: tuple[tuple[int, ...], ...]
     responses: tuple[tuple[int, ...], ...]
-    targets: tuple[Hidden, ...]
+    targets: tuple[Target, ...]
     teacher_weight_KN: Tensor
     nll_weight_N: Tensor
     policy: PolicyRows | None = None

@@ -12,8 +12,10 @@ from torch import Tensor
 from mergeopd.errors import NumericsError, StorageError
 from mergeopd.loss.divergence import Divergence
 from mergeopd.loss.fused import TokenStats, fused_loss
-from mergeopd.loss.heads import Head, Hidden
+from mergeopd.loss.heads import Head
 from mergeopd.loss.objective import DistillationObjective
+from mergeopd.loss.support import Support
+from mergeopd.loss.targets import Target
 from mergeopd.loss.workspace import Workspace
 from mergeopd.models.causal import DTYPES, build_skeleton, check_fit, fill, response_hidden, tensor_names
 from mergeopd.models.checkpoint import Checkpoint
@@ -116,6 +118,7 @@ class TorchStudent:
                 labels,
                 objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N, micro.policy),
                 divergences=objective.divergences,
+                support=objective.support,
                 temperature=objective.temperature,
                 workspace=self._workspace,
             )
@@ -131,8 +134,9 @@ class TorchStudent:
         self,
         prompts: Sequence[Sequence[int]],
         responses: Sequence[Sequence[int]],
-        targets: Sequence[Hidden],
+        targets: Sequence[Target],
         divergences: Sequence[Divergence],
+        support: Support | None,
         temperature: float,
     ) -> TokenStats:
         """Statistics of the response tokens under the weights as they are; no gradient.
@@ -148,6 +152,7 @@ class TorchStudent:
                 labels,
                 lambda stats, rows: torch.zeros_like(stats.logprob_S),
                 divergences=divergences,
+                support=support,
                 temperature=temperature,
                 workspace=self._workspace,
             )

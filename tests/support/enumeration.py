@@ -17,6 +17,7 @@ from mergeopd.engine.batch import Dialects, prepare
 from mergeopd.engine.build import Parts, build
 from mergeopd.engine.lookback import is_needed, look_back
 from mergeopd.engine.objectives import phase_objective
+from mergeopd.engine.observing import Observed, kept
 from mergeopd.engine.outcomes import outcomes
 from mergeopd.engine.preflight import preflight
 from mergeopd.engine.samples import SampleTaker
@@ -53,9 +54,10 @@ def engine_round(
     found = outcomes(rollouts, verdicts or [None] * len(rollouts), phase)
     results = []
     with HiddenCache(1 << 30, Path(parts.plan.output)) as cache:
-        if phase.loss.needs_teacher:
-            score(parts, rollouts, round_index, cache, quiet)
-        before = look_back(parts, rollouts, phase, round_index, cache, quiet) if is_needed(phase) else {}
+        observed = Observed(cache, kept(phase.loss))
+        if observed.kept is not None:
+            score(parts, rollouts, round_index, cache, observed.kept, quiet)
+        before = look_back(parts, rollouts, phase, round_index, observed, quiet) if is_needed(phase) else {}
         for done, update in enumerate(split_updates(rollouts, phase.updates_per_round)):
             objective = phase_objective(phase, done)
             stats = accumulate(
@@ -63,10 +65,9 @@ def engine_round(
                 objective,
                 prepare(rollouts, update, phase, done, dialects, found, before),
                 pack(rollouts, update, parts.plan.student.micro_batch_tokens, round_index),
-                cache,
+                observed,
                 SampleTaker((), objective),
                 quiet,
-                needs_teacher=phase.loss.needs_teacher,
             )
             gradients = {name: g.clone() for name, g in parts.student.gradients().items()}
             results.append((gradients, stats))

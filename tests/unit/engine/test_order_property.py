@@ -15,7 +15,7 @@ from mergeopd.engine.batch import PreparedRollout, PreparedUpdate, micro_batch
 from mergeopd.engine.schedule import by_teacher, pack, split_updates
 from mergeopd.loss.divergence import JSD, ForwardKL, ReverseKL
 from mergeopd.loss.fused import fused_loss
-from mergeopd.loss.heads import Head
+from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.objective import build_objective
 from mergeopd.loss.prepare import Answer, answer_weights
 from mergeopd.teacher.cache import HiddenCache
@@ -77,10 +77,9 @@ def gradient(
                 budgets,
             )
             for one in pack(rollouts, update, max_tokens, index):
-                needed = {name: heads[name] for name in one.teachers}
-                micro = micro_batch(
-                    one, prepared, cache, needed, torch.device("cpu"), torch.float64, with_policy=False
-                )
+                targets = {n: Hidden(cache.gather(n, one.rollouts), heads[n]) for n in one.teachers}
+                like = torch.empty((), dtype=torch.float64)
+                micro = micro_batch(one, prepared, targets, like, with_policy=False)
                 loss, _ = fused_loss(
                     torch.cat([hidden[i] for i in one.rollouts]),
                     Head(weight),
