@@ -21,14 +21,15 @@ from mergeopd.types import Rollout
 class PreparedRollout:
     """A rollout with its final weights.
 
-    `token_weight` multiplies every response token: denominator and domain budget. `teacher_weight` is the
-    prompt's weight of each teacher; `eos_masked` names the teachers whose term skips the last token.
+    `token_weight` multiplies every trained token: denominator and domain budget. `teacher_weight` is the
+    prompt's weight of each teacher; `eos_masked` has the trained tokens (by position) that a teacher's term
+    skips.
     """
 
     rollout: Rollout
     token_weight: float
     teacher_weight: Mapping[str, float]
-    eos_masked: frozenset[str]
+    eos_masked: Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def prepare(
     """All weights and global denominators of one update, before any gradient."""
     members = [rollouts[i] for i in update]
     weights, budgets = answer_weights(
-        [Answer(r.prompt.domain, len(r.response_ids)) for r in members], phase.reduce, phase.balance.tokens
+        [Answer(r.prompt.domain, r.num_trained) for r in members], phase.reduce, phase.balance.tokens
     )
     prepared = {
         index: PreparedRollout(
@@ -57,7 +58,7 @@ def prepare(
             token_weight=weight,
             teacher_weight=rollout.prompt.teachers,
             eos_masked=masked_in_teacher_term(
-                rollout.response_ids, student, {name: teachers[name] for name in rollout.prompt.teachers}
+                rollout.trained_ids, student, {name: teachers[name] for name in rollout.prompt.teachers}
             ),
         )
         for index, rollout, weight in zip(update, members, weights, strict=True)
@@ -83,7 +84,7 @@ def micro_batch(
     nll_row = [
         0.0 if m.rollout.origin == "student" else m.token_weight
         for m in members
-        for _ in m.rollout.response_ids
+        for _ in m.rollout.trained_ids
     ]
     return MicroBatch(
         rollouts=pack.rollouts,
@@ -95,12 +96,11 @@ def micro_batch(
             len(names), len(nll_row)
         ),
         nll_weight_N=torch.tensor(nll_row, dtype=dtype, device=device),
+        trained=tuple(m.rollout.trained for m in members),
     )
 
 
 def _teacher_token_weights(member: PreparedRollout, teacher: str) -> list[float]:
     weight = member.token_weight * member.teacher_weight[teacher]
-    weights = [weight] * len(member.rollout.response_ids)
-    if teacher in member.eos_masked:
-        weights[-1] = 0.0
-    return weights
+    masked = member.eos_masked.get(teacher, ())
+    return [0.0 if position in masked else weight for position in range(member.rollout.num_trained)]

@@ -11,10 +11,11 @@ from mergeopd.loss.heads import Hidden
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Answers that share one set of teachers; N is the number of their response tokens, in order.
+    """Answers that share one set of teachers; N is the number of their trained tokens, in order.
 
     `targets` holds one entry per teacher (K), `teacher_weight_KN` and `nll_weight_N` carry every factor and
-    denominator, so the loss of an update is the plain sum over its micro-batches.
+    denominator, so the loss of an update is the plain sum over its micro-batches. `trained` has flags for
+    the tokens of each response; None, as a whole or for a response: all of them are in the loss.
     """
 
     rollouts: tuple[int, ...]
@@ -24,3 +25,14 @@ class MicroBatch:
     targets: tuple[Hidden, ...]
     teacher_weight_KN: Tensor
     nll_weight_N: Tensor
+    trained: tuple[tuple[bool, ...] | None, ...] | None = None
+
+    @property
+    def labels(self) -> tuple[tuple[int, ...], ...]:
+        """The trained tokens of each response."""
+        if self.trained is None:
+            return self.responses
+        return tuple(
+            response if flags is None else tuple(i for i, own in zip(response, flags, strict=True) if own)
+            for response, flags in zip(self.responses, self.trained, strict=True)
+        )

@@ -101,12 +101,12 @@ class TorchStudent:
         )
 
     def accumulate(self, micro: MicroBatch, objective: DistillationObjective) -> TokenStats:
-        """Add the gradient of one micro-batch; returns the statistics of its response tokens.
+        """Add the gradient of one micro-batch; returns the statistics of its trained tokens.
 
         Raises NumericsError when the student's or a teacher's distribution is not finite.
         """
-        hidden = response_hidden(self.body, micro.prompts, micro.responses, self._device)
-        labels = torch.tensor([t for r in micro.responses for t in r], device=self._device)
+        hidden = response_hidden(self.body, micro.prompts, micro.responses, self._device, micro.trained)
+        labels = torch.tensor([t for r in micro.labels for t in r], device=self._device)
         try:
             loss, stats = fused_loss(
                 hidden,
