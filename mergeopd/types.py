@@ -25,7 +25,8 @@ class Prompt:
     `key` is unique in a run and stable over restarts (`"<source name>:<row>"`): randomness and caches hang
     on it. `teachers` maps a teacher's name to its weight for this prompt (prompt weight x card weight); a
     teacher with weight 0 does not appear. `reference` is what the verifier compares with, `response` a
-    ready answer from the dataset, each where the source has one.
+    ready answer from the dataset, each where the source has one: a text, or a logged trajectory, whose first
+    and last messages are the assistant's.
     """
 
     key: str
@@ -34,7 +35,7 @@ class Prompt:
     messages: tuple[Message, ...]
     teachers: Mapping[str, float] = field(default_factory=dict)
     reference: str | None = None
-    response: str | None = None
+    response: str | tuple[Message, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,8 @@ class Rollout:
     (true vocabulary, temperature and top-p applied), one per response token; None for text that no policy
     of this run wrote.
     `policy_version` counts the optimizer updates that the writing student had seen.
+    `trained` has a flag per response token: False for what others wrote between the assistant's turns (tools,
+    users, the template's headers), which is read but never in the loss. None: all of it is in the loss.
     """
 
     prompt: Prompt
@@ -56,6 +59,23 @@ class Rollout:
     finish: Finish
     logprobs_behaviour: tuple[float, ...] | None = None
     policy_version: int = 0
+    trained: tuple[bool, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.trained is not None and len(self.trained) != len(self.response_ids):
+            raise ValueError(f"{len(self.trained)} flags for {len(self.response_ids)} response tokens")
+
+    @property
+    def trained_ids(self) -> tuple[int, ...]:
+        """The response tokens that are in the loss, in order."""
+        if self.trained is None:
+            return self.response_ids
+        return tuple(i for i, own in zip(self.response_ids, self.trained, strict=True) if own)
+
+    @property
+    def num_trained(self) -> int:
+        """How many response tokens are in the loss."""
+        return len(self.response_ids) if self.trained is None else sum(self.trained)
 
     @property
     def num_tokens(self) -> int:

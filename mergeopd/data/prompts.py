@@ -164,7 +164,7 @@ def _prompt(source: SourcePlan, row: int, value: Any) -> Prompt:
         messages=messages,
         teachers=source.teachers,
         reference=reference,
-        response=None if source.response_field is None else _text(source.response_field, value),
+        response=None if source.response_field is None else _response(source.response_field, value),
     )
 
 
@@ -213,6 +213,35 @@ def _message(place: str, value: Any) -> Message:
     if extra:
         raise _RowError(f"{place} has {', '.join(map(repr, extra))}; only role and content are supported")
     return Message(value["role"], _checked(f"{place}.content", value["content"]))
+
+
+def _response(field: str, row: Mapping[str, Any]) -> str | tuple[Message, ...] | None:
+    """A text, or the messages of a trajectory; a list of anything else is JSON, as other values are."""
+    value = row.get(field)
+    if value == []:
+        raise _RowError(
+            f"field {field!r} is an empty list; a trajectory has an assistant's message at least, "
+            "and an answer of no JSON items is the text '[]'"
+        )
+    if not isinstance(value, list) or not any(
+        isinstance(item, Mapping) and ("role" in item or "content" in item) for item in value
+    ):
+        return _text(field, row)
+    turns = tuple(_message(f"{field}[{i}]", item) for i, item in enumerate(value))
+    for i, turn in enumerate(turns):
+        if turn.role == "system":
+            raise _RowError(f"{field}[{i}].role is 'system'; instructions belong to the prompt")
+    if turns[0].role != "assistant":
+        raise _RowError(
+            f"{field}[0].role is {turns[0].role!r}; a trajectory begins with the assistant's message, "
+            "what comes before belongs to the prompt"
+        )
+    if turns[-1].role != "assistant":
+        raise _RowError(
+            f"{field}[{len(turns) - 1}].role is {turns[-1].role!r}; a trajectory ends with the assistant's "
+            "message, leave out what comes after"
+        )
+    return turns
 
 
 def _text(field: str, row: Mapping[str, Any]) -> str | None:

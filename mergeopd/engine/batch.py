@@ -22,7 +22,7 @@ from mergeopd.types import Rollout
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """One answer before its round's first update; tensors have one number per response token.
+    """One answer before its round's first update; tensors have one number per trained token.
 
     `gap` is the sum over its tokens and teachers, weighted, of the reverse KL: exact where the teacher's
     whole distribution is at hand, else |log p_T - log p_S| of the token as written.
@@ -37,17 +37,17 @@ class Before:
 class PreparedRollout:
     """A rollout with its final weights.
 
-    `token_weight` multiplies every response token: denominator and domain budget. `teacher_weight` is the
-    prompt's weight of each teacher times what the verdict makes of it; `eos_masked` names the teachers whose
-    term skips the last token. `outcome` is the answer's advantage with all weights; `is_kept` is False where
-    a correction drops the answer from policy terms. `logprob_old` and `teacher_advantage` (with all weights)
-    have one number per response token, where they are needed.
+    `token_weight` multiplies every trained token: denominator and domain budget. `teacher_weight` is the
+    prompt's weight of each teacher times what the verdict makes of it; `eos_masked` has the trained tokens
+    (by position) that a teacher's term skips. `outcome` is the answer's advantage with all weights; `is_kept`
+    is False where a correction drops the answer from policy terms. `logprob_old` and `teacher_advantage`
+    (with all weights) have one number per trained token, where they are needed.
     """
 
     rollout: Rollout
     token_weight: float
     teacher_weight: Mapping[str, float]
-    eos_masked: frozenset[str]
+    eos_masked: Mapping[str, tuple[int, ...]]
     outcome: float = 0.0
     is_kept: bool = True
     logprob_old: Tensor | None = None
@@ -59,12 +59,10 @@ class PreparedRollout:
         return self.rollout.origin == "student"
 
     def teacher_token_weights(self, teacher: str) -> list[float]:
-        """The final weight of this teacher's term for every response token."""
+        """The final weight of this teacher's term for every trained token."""
         weight = self.token_weight * self.teacher_weight[teacher]
-        weights = [weight] * len(self.rollout.response_ids)
-        if teacher in self.eos_masked:
-            weights[-1] = 0.0
-        return weights
+        masked = self.eos_masked.get(teacher, ())
+        return [0.0 if position in masked else weight for position in range(self.rollout.num_trained)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +80,10 @@ class Dialects:
     student: Dialect
     teachers: Mapping[str, Dialect]
 
-    def eos_masked(self, rollout: Rollout) -> frozenset[str]:
-        """Teachers whose term skips the answer's last token."""
+    def eos_masked(self, rollout: Rollout) -> dict[str, tuple[int, ...]]:
+        """Trained tokens, by position, that a teacher's term skips."""
         mine = {name: self.teachers[name] for name in rollout.prompt.teachers}
-        return masked_in_teacher_term(rollout.response_ids, self.student, mine)
+        return masked_in_teacher_term(rollout.trained_ids, self.student, mine)
 
 
 def prepare(
@@ -103,9 +101,7 @@ def prepare(
     `updates_done` counts the updates of the phase.
     """
     answers = [
-        Answer(
-            rollouts[i].prompt.domain, len(rollouts[i].response_ids), before[i].gap if i in before else 0.0
-        )
+        Answer(rollouts[i].prompt.domain, rollouts[i].num_trained, before[i].gap if i in before else 0.0)
         for i in update
     ]
     weights, budgets = answer_weights(answers, phase.reduce, phase.balance.tokens, phase.balance.follow_gap)
@@ -176,6 +172,7 @@ def micro_batch(
         teacher_weight_KN=like.new_tensor(teacher_rows).reshape(len(targets), len(nll_row)),
         nll_weight_N=nll_N,
         policy=_policy_rows(members, like) if with_policy else None,
+        trained=tuple(m.rollout.trained for m in members),
     )
 
 
@@ -200,7 +197,7 @@ def _behaviour(member: PreparedRollout) -> Sequence[float]:
     known = member.rollout.logprobs_behaviour
     if known is None and member.is_own:
         raise ValueError(f"{member.rollout.prompt.key}: the student's answer has no behaviour log-probs")
-    return [0.0] * len(member.rollout.response_ids) if known is None else known
+    return [0.0] * member.rollout.num_trained if known is None else known
 
 
 def _joined(
@@ -210,13 +207,11 @@ def _joined(
     if all(part is None for part in parts):
         return None
     rows = [
-        like.new_zeros(len(m.rollout.response_ids)) if part is None else part
+        like.new_zeros(m.rollout.num_trained) if part is None else part
         for part, m in zip(parts, members, strict=True)
     ]
     return torch.cat(rows).to(dtype=like.dtype, device=like.device)
 
 
 def _per_token(members: Sequence[PreparedRollout], values: Sequence[float]) -> list[float]:
-    return [
-        value for m, value in zip(members, values, strict=True) for _ in range(len(m.rollout.response_ids))
-    ]
+    return [value for m, value in zip(members, values, strict=True) for _ in range(m.rollout.num_trained)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mergeopd.data.templates import ChatTemplate
@@ -35,13 +35,16 @@ class Dialect:
 
 
 def masked_in_teacher_term(
-    response_ids: tuple[int, ...], student: Dialect, teachers: Mapping[str, Dialect]
-) -> frozenset[str]:
-    """Teachers that do not end their answers with the token that ended this one.
+    trained_ids: Sequence[int], student: Dialect, teachers: Mapping[str, Dialect]
+) -> dict[str, tuple[int, ...]]:
+    """Positions in `trained_ids` of tokens that end the student's turns and not the teacher's, by teacher.
 
     Such a teacher finds the student's stop token absurd, whatever it thinks of the answer, so the position
-    does not count in its term (it stays in the loss mask otherwise).
+    does not count in its term (it stays in the loss mask otherwise). Teachers without any are absent.
     """
-    if not response_ids or response_ids[-1] not in student.eos_ids:
-        return frozenset()
-    return frozenset(name for name, dialect in teachers.items() if response_ids[-1] not in dialect.eos_ids)
+    ends = [(position, i) for position, i in enumerate(trained_ids) if i in student.eos_ids]
+    masked = {
+        name: tuple(position for position, i in ends if i not in dialect.eos_ids)
+        for name, dialect in teachers.items()
+    }
+    return {name: positions for name, positions in masked.items() if positions}

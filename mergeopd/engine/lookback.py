@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mergeopd.engine.batch import Before
+from mergeopd.engine.batch import Before, Dialects, PreparedRollout, PreparedUpdate, micro_batch
 from mergeopd.engine.build import Parts
 from mergeopd.engine.objectives import support
 from mergeopd.engine.observing import Observed
@@ -41,33 +41,31 @@ def look_back(
     reporter: Reporter,
 ) -> dict[int, Before]:
     """`Before` of every answer with tokens, by its index in the round."""
-    measure = (ReverseKL(),) if phase.balance.follow_gap and phase.loss.has_divergence else ()
+    loss, dialects = phase.loss, Dialects(parts.inputs.student, parts.inputs.teachers)
+    measure = (ReverseKL(),) if phase.balance.follow_gap and loss.has_divergence else ()
     packs = pack(rollouts, range(len(rollouts)), parts.plan.student.micro_batch_tokens, round_index)
+    # Weights are the prompts' own here: what the gap is taken under, before any denominator.
+    plain = {
+        i: PreparedRollout(r, 1.0, r.prompt.teachers, dialects.eos_masked(r)) for i, r in enumerate(rollouts)
+    }
+    like = torch.empty((), dtype=parts.student.statistics_dtype, device=parts.device)
     reporter.emit(StageStarted("update", "the policy before", len(packs), "micro-batches"))
     found: dict[int, Before] = {}
     for done, part in enumerate(packs, start=1):
         targets = observed.targets(parts, part)
-        members = [rollouts[i] for i in part.rollouts]
-        stats = parts.student.score(
-            [m.prompt_ids for m in members],
-            [m.response_ids for m in members],
-            tuple(targets.values()),
-            measure,
-            support(phase.loss),
-            phase.loss.temperature,
+        micro = micro_batch(part, PreparedUpdate(plain, {}), targets, like, with_policy=False)
+        stats = parts.student.score(micro, measure, support(loss), loss.temperature)
+        distance = stats.divergence[:, 0] if measure else (stats.logprob_T - stats.logprob_S).abs()
+        sizes = [len(labels) for labels in micro.labels]
+        by_answer = zip(
+            part.rollouts,
+            torch.split(stats.logprob_S, sizes),
+            torch.split(stats.logprob_T, sizes, dim=1),
+            torch.split((micro.teacher_weight_KN * distance).sum(0), sizes),
+            strict=True,
         )
-        sizes = [len(m.response_ids) for m in members]
-        weights = torch.tensor([[m.prompt.teachers[name] for m in members] for name in targets])
-        gaps = stats.divergence[:, 0] if measure else (stats.logprob_T - stats.logprob_S).abs()
-        student = torch.split(stats.logprob_S, sizes)
-        teachers = torch.split(stats.logprob_T, sizes, dim=1)
-        for column, (index, logprob_S, logprob_T, gap) in enumerate(
-            zip(part.rollouts, student, teachers, torch.split(gaps, sizes, dim=1), strict=True)
-        ):
-            found[index] = Before(
-                logprob_S,
-                dict(zip(targets, logprob_T, strict=True)),
-                float((gap.sum(1).cpu() * weights[:, column]).sum()) if targets else 0.0,
-            )
+        for index, logprob_S, logprob_T, gap in by_answer:
+            by_teacher = dict(zip(micro.teachers, logprob_T, strict=True))
+            found[index] = Before(logprob_S, by_teacher, float(gap.sum()))
         reporter.emit(StageProgress(done))
     return found

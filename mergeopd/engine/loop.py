@@ -161,7 +161,7 @@ class Merge:
                 lr=lr,
                 loss=stats.loss,
                 grad_norm=grad_norm,
-                num_tokens=sum(len(rollouts[i].response_ids) for i in members),
+                num_tokens=sum(rollouts[i].num_trained for i in members),
                 on_policy_fraction=num_on_policy / len(members),
                 teachers=stats.teachers(),
                 domains=stats.domains(prepared, scored.verdicts),

@@ -16,6 +16,7 @@ from mergeopd.engine.findings import Findings
 from mergeopd.engine.prompt_checks import (
     Room,
     check_lengths,
+    check_ready_answers,
     check_references,
     check_responses,
     check_verifier,
@@ -141,11 +142,15 @@ class _Check:
 
     def _check_training(self, plan: Plan) -> None:
         with_responses = any(reads_dataset(phase) for phase in plan.phases)
-        room = Room(plan.rollout.max_new_tokens, ("rollout", "max_new_tokens"), with_responses)
         for index, source in enumerate(plan.sources):
             place = ("prompts", index)
             prompts = self.prompts.get(source.name, ())
             check_responses(self.findings, place, source, prompts, plan.phases)
+            ready = None
+            if with_responses and self.student is not None:
+                ready = check_ready_answers(self.findings, place, source, prompts, self.student)
+                prompts = tuple(prompt for prompt in prompts if prompt.key in ready.bounds)
+            room = Room(plan.rollout.max_new_tokens, ("rollout", "max_new_tokens"), ready)
             check_lengths(self.findings, place, source, prompts, self._readers(tuple(source.teachers)), room)
 
     def _check_evaluation(self, plan: Plan) -> None:
@@ -153,7 +158,7 @@ class _Check:
             return
         own_limit = plan.evaluation.max_new_tokens != plan.rollout.max_new_tokens
         limit_place: Keys = ("evaluation" if own_limit else "rollout", "max_new_tokens")
-        room = Room(plan.evaluation.max_new_tokens, limit_place, with_responses=False)
+        room = Room(plan.evaluation.max_new_tokens, limit_place)
         trained = {p.messages for prompts in self.prompts.values() for p in prompts}
         for index, source in enumerate(plan.evaluation.sources):
             prompts = self.evaluation.get(source.name, ())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mergeopd.engine.dialect import Dialect
 from mergeopd.engine.findings import Findings
+from mergeopd.engine.ready_answers import ready_answer, size_bound
 from mergeopd.engine.user_code import function_problem
 from mergeopd.errors import DataError
 from mergeopd.recipe.checking import JsonVerifier, UserVerifier
@@ -77,6 +78,40 @@ def check_responses(
         )
 
 
+@dataclass(frozen=True)
+class ReadyAnswers:
+    """The sources' ready answers, as the student writes them.
+
+    `bounds` has for each prompt, by key, a number of tokens that its answer does not exceed.
+    """
+
+    student: Dialect
+    bounds: Mapping[str, int]
+
+
+def check_ready_answers(
+    findings: Findings, place: Keys, source: SourcePlan, prompts: Sequence[Prompt], student: Dialect
+) -> ReadyAnswers:
+    """Logged trajectories must come out of the student's template turn by turn; those that do not are absent
+    from the result."""
+    bounds: dict[str, int] = {}
+    refused: list[tuple[Prompt, str]] = []
+    for prompt in prompts:
+        try:
+            bounds[prompt.key] = size_bound(prompt, student)
+        except DataError as error:
+            refused.append((prompt, str(error)))
+    if refused:
+        prompt, reason = refused[0]
+        of = [p for p in prompts if isinstance(p.response, tuple)]
+        count = _counted(refused, of, "trajectory", "cannot", "cannot", plural="trajectories")
+        findings.report(
+            (*place, "source"),
+            f"{count} be written for the student: {_first(refused)}{row_name(source, prompt)}: {reason}",
+        )
+    return ReadyAnswers(student, bounds)
+
+
 def reads_dataset(phase: Phase) -> bool:
     """Whether some of a phase's answers come from the prompt files."""
     text = phase.text
@@ -87,12 +122,12 @@ def reads_dataset(phase: Phase) -> bool:
 class Room:
     """How long answers get: `num_new` tokens at most, as `limit_place` in the recipe says.
 
-    With `with_responses` the prompts' ready answers must fit too.
+    Where there are `ready` answers, they must fit too.
     """
 
     num_new: int
     limit_place: Keys
-    with_responses: bool
+    ready: ReadyAnswers | None = None
 
 
 def check_lengths(
@@ -165,23 +200,24 @@ def _misfits(
         except DataError as error:
             refused.append((prompt, str(error)))
             continue
-        response = prompt.response if room.with_responses else None
+        bound = 0 if room.ready is None else room.ready.bounds[prompt.key]
         # A token stands for a byte at least, so most texts are short enough at a glance.
-        glance = len(text.encode()) + max(room.num_new, len((response or "").encode()) + 1)
-        if glance <= dialect.max_positions:
+        if len(text.encode()) + max(room.num_new, bound) <= dialect.max_positions:
             continue
         num_answer = room.num_new
-        if response is not None:
-            num_answer = max(num_answer, len(dialect.tokenizer.encode(response)) + 1)  # and the end of text
+        if room.ready is not None and bound:
+            num_answer = max(num_answer, len(ready_answer(prompt, room.ready.student).ids))
         num_tokens = len(dialect.render(prompt))
         if num_tokens + num_answer > dialect.max_positions:
             long.append((prompt, num_tokens, num_answer))
     return refused, long
 
 
-def _counted(some: Sequence[object], of: Sequence[object], thing: str, one: str, many: str) -> str:
+def _counted(
+    some: Sequence[object], of: Sequence[object], thing: str, one: str, many: str, plural: str = ""
+) -> str:
     """`1 of 3 prompts is`, with the verbs `one` and `many`."""
-    things = thing if len(of) == 1 else f"{thing}s"
+    things = thing if len(of) == 1 else plural or f"{thing}s"
     return f"{len(some)} of {len(of)} {things} {one if len(some) == 1 else many}"
 
 

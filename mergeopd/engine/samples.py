@@ -33,7 +33,7 @@ def choose(rollouts: Sequence[Rollout], update: Sequence[int]) -> tuple[int, ...
     for index in update:
         prompt = rollouts[index].prompt
         seen = prompts.setdefault(prompt.domain, set())
-        if rollouts[index].response_ids and prompt.key not in seen and len(seen) < PER_DOMAIN:
+        if rollouts[index].num_trained and prompt.key not in seen and len(seen) < PER_DOMAIN:
             seen.add(prompt.key)
             chosen.append(index)
     return tuple(chosen)
@@ -64,24 +64,27 @@ class SampleTaker:
     def __init__(self, chosen: Sequence[int], objective: DistillationObjective) -> None:
         self._chosen = frozenset(chosen)
         self._objective = objective
-        self._logprob_S: dict[int, tuple[float, ...]] = {}
+        self._logprob_S: dict[int, tuple[float | None, ...]] = {}
         self._teachers: dict[int, dict[str, TeacherTrace]] = {}
 
     def take(self, micro: MicroBatch, prepared: PreparedUpdate, stats: TokenStats) -> None:
         """Keep what this micro-batch has of the chosen answers."""
         end = 0
         measured = self._objective.measured(stats)
-        for index, response in zip(micro.rollouts, micro.responses, strict=True):
-            rows = slice(end, end + len(response))
+        for index, labels in zip(micro.rollouts, micro.labels, strict=True):
+            rows = slice(end, end + len(labels))
             end = rows.stop
             if index not in self._chosen:
                 continue
-            self._logprob_S[index] = _numbers(stats.logprob_S[rows])
+            member = prepared.rollouts[index]
+            places = _places(member.rollout)
+            num_tokens = len(member.rollout.response_ids)
+            self._logprob_S[index] = _at(places, _numbers(stats.logprob_S[rows]), num_tokens)
             self._teachers[index] = {
                 name: TeacherTrace(
-                    divergence=_numbers(measured[k, 0, rows]),
-                    logprob_T=_numbers(stats.logprob_T[k, rows]),
-                    end_masked=name in prepared.rollouts[index].eos_masked,
+                    divergence=_at(places, _numbers(measured[k, 0, rows]), num_tokens),
+                    logprob_T=_at(places, _numbers(stats.logprob_T[k, rows]), num_tokens),
+                    masked=tuple(places[row] for row in member.eos_masked.get(name, ())),
                 )
                 for k, name in enumerate(micro.teachers)
             }
@@ -123,7 +126,22 @@ class SampleTaker:
             reward=reward,
             origin=rollout.origin,
             finish=rollout.finish,
+            trained=rollout.trained,
         )
+
+
+def _places(rollout: Rollout) -> list[int]:
+    """Where the trained tokens stand in the answer."""
+    flags = rollout.trained or (True,) * len(rollout.response_ids)
+    return [place for place, own in enumerate(flags) if own]
+
+
+def _at(places: Sequence[int], values: Sequence[float], length: int) -> tuple[float | None, ...]:
+    """`values` at their places, nothing elsewhere."""
+    numbers: list[float | None] = [None] * length
+    for place, value in zip(places, values, strict=True):
+        numbers[place] = value
+    return tuple(numbers)
 
 
 def _numbers(values: torch.Tensor) -> tuple[float, ...]:

@@ -67,11 +67,11 @@ def pack(
     """The micro-batches of an update, sorted by teacher set, so that a set's heads are fetched once.
 
     Serpentine like the turns. A micro-batch padded to its longest member holds at most `max_tokens` tokens.
-    Empty responses carry no loss and are left out.
+    Responses without a trained token carry no loss and are left out.
     """
     sets: dict[tuple[str, ...], list[int]] = {}
     for index in update:
-        if rollouts[index].response_ids:
+        if rollouts[index].num_trained:
             sets.setdefault(rollouts[index].teacher_set, []).append(index)
     packs = []
     for teachers in sorted(sets, reverse=round_index % 2 == 1):

@@ -43,7 +43,7 @@ def score(
     what: Kept,
     reporter: Reporter,
 ) -> None:
-    """Put what is to be kept of every response token under each of its teachers into `cache`.
+    """Put what is to be kept of every trained token under each of its teachers into `cache`.
 
     Each teacher is loaded once, sees the prompt through its own template, and gets the response's ids as
     they were written. While it scores, the next teacher's files are read ahead. A teacher of which no hidden
@@ -53,7 +53,7 @@ def score(
     following = [turn.teacher for turn in turns[1:]] + [None]
     for turn, next_teacher in zip(turns, following, strict=True):
         dialect = parts.inputs.teachers[turn.teacher]
-        scored = [i for i in turn.rollouts if rollouts[i].response_ids]
+        scored = [i for i in turn.rollouts if rollouts[i].num_trained]
         reporter.emit(StageStarted("teachers", turn.teacher, len(scored), "answers"))
         prompts = [dialect.render(rollouts[i].prompt) for i in scored]
         responses = [rollouts[i].response_ids for i in scored]
@@ -61,11 +61,12 @@ def score(
             if next_teacher is not None:
                 parts.store.read_ahead(next_teacher)
             score_canary(parts, teacher)
-            hidden = teacher.hidden(prompts, responses, parts.plan.student.micro_batch_tokens)
+            trained = [rollouts[i].trained for i in scored]
+            hidden = teacher.hidden(prompts, responses, parts.plan.student.micro_batch_tokens, trained)
             if what.kind != "hidden":
                 head = parts.store.heads([turn.teacher])[turn.teacher]
                 parts.canaries.verify(turn.teacher, head)
-                hidden = reduced(hidden, responses, head, what)
+                hidden = reduced(hidden, [rollouts[i].trained_ids for i in scored], head, what)
             for done, (position, rows) in enumerate(hidden, start=1):
                 cache.put(turn.teacher, scored[position], rows)
                 reporter.emit(StageProgress(done))

@@ -67,7 +67,7 @@ class UpdateStats:
             self._teachers.setdefault(name, _Sums()).add(
                 gap.shape[1], gap=float(gap[k].sum()), entropy=float(stats.entropy_T[k].sum()), **divergence
             )
-        sizes = [len(response) for response in micro.responses]
+        sizes = [len(labels) for labels in micro.labels]
         per_rollout = zip(
             micro.rollouts,
             torch.split(stats.logprob_S, sizes),

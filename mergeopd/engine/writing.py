@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from mergeopd.engine.build import Parts
 from mergeopd.engine.dialect import Dialect
+from mergeopd.engine.ready_answers import ready_answer
 from mergeopd.engine.tasks import Task
 from mergeopd.report.events import Reporter, StageProgress, StageStarted
 from mergeopd.rollout.local import Request, generate
@@ -53,15 +54,16 @@ def write_student(parts: Parts, tasks: Sequence[Task], version: int, reporter: R
 
 
 def dataset_rollout(task: Task, student: Dialect) -> Rollout:
-    """The dataset's own answer, closed with the student's end-of-text token."""
-    ids = student.tokenizer.encode(task.prompt.response or "")
+    """The dataset's own answer, in the student's ids."""
+    answer = ready_answer(task.prompt, student)
     return Rollout(
         prompt=task.prompt,
         sample=task.occurrence,
         prompt_ids=student.render(task.prompt),
-        response_ids=(*ids, student.end_id),
+        response_ids=answer.ids,
         origin="dataset",
         finish="eos",
+        trained=answer.trained,
     )
 
 

@@ -22,8 +22,8 @@ class DistillationObjective:
     """`sum_k w_k sum_d c_d tau^2 D_d(teacher k, student) - w_nll log p_S(y) + policy terms`, per token.
 
     `names`, `divergences` and `coefficients` belong together, taken on `support`; `temperature` (tau)
-    applies to the divergences, whose gradient scale the square keeps (Hinton 2015). The weights w come with the tokens,
-    denominators included.
+    applies to the divergences, whose gradient scale the square keeps (Hinton 2015). The weights w come with
+    the tokens, denominators included.
     """
 
     names: tuple[str, ...]

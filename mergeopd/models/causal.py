@@ -105,21 +105,25 @@ def response_hidden(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
     device: torch.device,
+    trained: Sequence[Sequence[bool] | None] | None = None,
 ) -> Tensor:
-    """Hidden states that predict the response tokens: `[sum of response lengths, d]`, responses in order.
+    """Hidden states that predict the trained response tokens: `[number of them, d]`, responses in order.
 
-    Row t of a response is the state after `prompt + response[:t]`, so it predicts `response[t]`. Sequences
-    are padded on the right, where causal attention never looks, so no mask is needed. Every prompt must
-    have a token. Rows keep their gradient when the body's parameters have one.
+    The state after `prompt + response[:t]` predicts `response[t]`; there is a row for every t that `trained`
+    flags (one flag per token; None, as a whole or for a response: every t). Sequences are padded on the
+    right, where causal attention never looks, so no mask is needed. Every prompt must have a token. Rows keep
+    their gradient when the body's parameters have one.
     """
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
     width = max(lengths)
     ids = torch.zeros(len(lengths), width, dtype=torch.long)
     rows: list[Tensor] = []
-    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+    flags = [None] * len(lengths) if trained is None else trained
+    for i, (prompt, response, own) in enumerate(zip(prompts, responses, flags, strict=True)):
         ids[i, : lengths[i]] = torch.tensor([*prompt, *response], dtype=torch.long)
         first = i * width + len(prompt) - 1
-        rows.append(torch.arange(first, first + len(response)))
+        positions = torch.arange(first, first + len(response))
+        rows.append(positions if own is None else positions[torch.tensor(own, dtype=torch.bool)])
     hidden = body(input_ids=ids.to(device), use_cache=False).last_hidden_state
     rows_ND: Tensor = hidden.flatten(0, 1).index_select(0, torch.cat(rows).to(device))
     return rows_ND

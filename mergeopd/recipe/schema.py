@@ -71,7 +71,10 @@ class TrainSource(PromptSource):
         default=1.0, description="how often prompts of this source are drawn, relative to the others"
     )
     response_field: str = Field(
-        default="response", description="field with a ready answer, for phases on dataset text"
+        default="response",
+        description="field with a ready answer, for phases on dataset text: text, or a trajectory, that is a "
+        "list of {role, content} messages from the assistant's first to its last; only the assistant's own "
+        "are learned from",
     )
 
 

@@ -18,12 +18,16 @@ _SCALES = {"jsd": 0.2, "tvd": 0.3, "clipped_forward_kl": 0.1}
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token. `level` goes from 0 to `LEVELS`; `numbers` are value, log p of student and of teacher."""
+    """One token. `level` goes from 0 to `LEVELS`; `numbers` are value, log p of student and of teacher.
+
+    `given`: others than the assistant wrote it, so it has no numbers.
+    """
 
     text: str
     level: int
     numbers: str
     in_loss: bool = True
+    given: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +41,15 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A sampled answer with a reading per teacher; `num_hidden` tokens at its end are not shown."""
+    """A sampled answer with a reading per teacher; `num_hidden` tokens at its end are not shown.
+
+    `num_given` of its tokens are not the assistant's.
+    """
 
     sample: Sample
     readings: tuple[Reading, ...]
     num_hidden: int
+    num_given: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +107,7 @@ def _answer(sample: Sample) -> Answer:
         sample=sample,
         readings=tuple(readings or [_reading(sample, "", None)]),
         num_hidden=max(0, len(sample.tokens) - MAX_TOKENS),
+        num_given=0 if sample.trained is None else len(sample.trained) - sum(sample.trained),
     )
 
 
@@ -106,19 +115,22 @@ def _reading(sample: Sample, teacher: str, trace: Trace | None) -> Reading:
     """A teacher's reading; without a trace, what the student itself thinks of each token."""
     values = trace.divergence if trace else tuple(None if v is None else -v for v in sample.logprob_S)
     teachers = trace.logprob_T if trace else (None,) * len(values)
-    last = len(values) - 1 if trace and trace.end_masked else len(values)
+    masked = frozenset(trace.masked if trace else ())
+    own = sample.trained or (True,) * len(values)
     tokens = tuple(
-        Token(
+        Token(text, 0, "", in_loss=False, given=True)
+        if not own[position]
+        else Token(
             text=text,
             level=level(value, sample.divergence),
             numbers=" ".join(_number(n) for n in (value, student, teacher_logprob)),
-            in_loss=position < last,
+            in_loss=position not in masked,
         )
         for position, (text, value, student, teacher_logprob) in enumerate(
             zip(sample.tokens, values, sample.logprob_S, teachers, strict=True)
         )
     )
-    known = [value for value in values[:last] if value is not None]
+    known = [value for i, value in enumerate(values) if value is not None and i not in masked and own[i]]
     return Reading(teacher, sum(known) / len(known) if known else None, tokens[:MAX_TOKENS])
 
 

@@ -68,7 +68,8 @@ class TeacherStats:
 class DomainStats:
     """One domain in one update.
 
-    `mean_length` is in response tokens, `token_share` of the update's tokens, `weight` the balance factor.
+    Tokens are those in the loss. `mean_length` is in tokens, `token_share` of the update's tokens, `weight`
+    the balance factor.
     `nll` is the mean of -logprob_S of the text, whoever wrote it; `reward` the mean over answers that were
     checked; `truncated_fraction` the share of answers that ended at the length limit.
     """
@@ -106,9 +107,9 @@ class PolicyStats:
 class UpdateDone:
     """One optimizer update. `update` counts over the run from 1, `round` over the run from 0.
 
-    `num_tokens` are response tokens, `grad_norm` is before clipping, `on_policy_fraction` the share of
-    answers that the student wrote. `seconds` maps `rollout`, `teachers`, `update` (and `text`, once a
-    phase) to the wall time spent since the last update, so a round's rollout counts to its first update.
+    `num_tokens` are response tokens in the loss, `grad_norm` is before clipping, `on_policy_fraction` the
+    share of answers that the student wrote. `seconds` maps `rollout`, `teachers`, `update` (and `text`, once
+    a phase) to the wall time spent since the last update, so a round's rollout counts to its first update.
     `teacher_bytes_read` counts from the start of the process; `policy` is None without policy terms.
     """
 
@@ -137,12 +138,13 @@ class TeacherTrace:
     """What one teacher says of every token of an answer.
 
     `divergence` is the first one of the objective, unweighted; `logprob_T` that of the token as written.
-    `end_masked`: the last token does not count in this teacher's term, because it ends answers otherwise.
+    Tokens that are not in the loss have no number. `masked` are positions of end tokens that do not count in
+    this teacher's term, because it ends answers otherwise.
     """
 
-    divergence: tuple[float, ...]
-    logprob_T: tuple[float, ...]
-    end_masked: bool = False
+    divergence: tuple[float | None, ...]
+    logprob_T: tuple[float | None, ...]
+    masked: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,8 @@ class RolloutSampled:
     `prompt` is the student's rendering. The texts in `tokens` make up the answer; where a character is
     spread over several tokens, the last of them carries it and the others are empty. `divergence` names
     what the traces hold, "" where the objective has none. Numbers have six significant digits and are those
-    of the loss: under its temperature, before the update.
+    of the loss: under its temperature, before the update. `trained` flags the tokens that are in the loss,
+    None where all are; others (of tools, users, the template) have no number.
     """
 
     update: int
@@ -161,12 +164,13 @@ class RolloutSampled:
     key: str
     prompt: str
     tokens: tuple[str, ...]
-    logprob_S: tuple[float, ...]
+    logprob_S: tuple[float | None, ...]
     divergence: str
     teachers: Mapping[str, TeacherTrace]
     reward: float | None
     origin: Origin
     finish: Finish
+    trained: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

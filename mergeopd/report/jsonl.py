@@ -80,13 +80,14 @@ def sample_record(event: RolloutSampled) -> dict[str, Any]:
         "reward": event.reward,
         "prompt": event.prompt,
         "tokens": event.tokens,
+        "trained": event.trained,
         "logprob_S": event.logprob_S,
         "divergence": event.divergence,
         "teachers": {
             name: {
                 "divergence": trace.divergence,
                 "logprob_T": trace.logprob_T,
-                "end_masked": trace.end_masked,
+                "masked": trace.masked,
             }
             for name, trace in sorted(event.teachers.items())
         },

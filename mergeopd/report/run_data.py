@@ -47,11 +47,11 @@ class Update(_Line):
 
 
 class Trace(_Line):
-    """One teacher on one sampled answer; one number per token."""
+    """One teacher on one sampled answer; one number per token, `masked` positions that do not count."""
 
     divergence: tuple[float | None, ...]
     logprob_T: tuple[float | None, ...]
-    end_masked: bool
+    masked: tuple[int, ...]
 
 
 class Sample(_Line):
@@ -65,13 +65,16 @@ class Sample(_Line):
     reward: float | None
     prompt: str
     tokens: tuple[str, ...]
+    trained: tuple[bool, ...] | None = None
     logprob_S: tuple[float | None, ...]
     divergence: str
     teachers: dict[str, Trace]
 
     @model_validator(mode="after")
     def _one_number_per_token(self) -> Sample:
-        rows = [self.logprob_S]
+        rows: list[tuple[object, ...]] = [self.logprob_S]
+        if self.trained is not None:
+            rows.append(self.trained)
         rows += [row for trace in self.teachers.values() for row in (trace.divergence, trace.logprob_T)]
         if any(len(row) != len(self.tokens) for row in rows):
             raise ValueError("other numbers of tokens and values")

@@ -12,11 +12,12 @@ from mergeopd.loss.targets import Target
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Answers that share one set of teachers; N is the number of their response tokens, in order.
+    """Answers that share one set of teachers; N is the number of their trained tokens, in order.
 
     `targets` holds one entry per teacher (K), `teacher_weight_KN`, `nll_weight_N` and `policy` carry every
     factor and denominator, so the loss of an update is the plain sum over its micro-batches. `policy` is
-    None where the objective has no policy term.
+    None where the objective has no policy term. `trained` has flags for the tokens of each response; None, as
+    a whole or for a response: all of them are in the loss.
     """
 
     rollouts: tuple[int, ...]
@@ -27,3 +28,14 @@ class MicroBatch:
     teacher_weight_KN: Tensor
     nll_weight_N: Tensor
     policy: PolicyRows | None = None
+    trained: tuple[tuple[bool, ...] | None, ...] | None = None
+
+    @property
+    def labels(self) -> tuple[tuple[int, ...], ...]:
+        """The trained tokens of each response."""
+        if self.trained is None:
+            return self.responses
+        return tuple(
+            response if flags is None else tuple(i for i, own in zip(response, flags, strict=True) if own)
+            for response, flags in zip(self.responses, self.trained, strict=True)
+        )

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from mergeopd.errors import NumericsError, StorageError
 from mergeopd.loss.divergence import Divergence
-from mergeopd.loss.fused import TokenStats, fused_loss
+from mergeopd.loss.fused import Objective, TokenStats, fused_loss
 from mergeopd.loss.heads import Head
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.loss.support import Support
-from mergeopd.loss.targets import Target
 from mergeopd.loss.workspace import Workspace
 from mergeopd.models.causal import DTYPES, build_skeleton, check_fit, fill, response_hidden, tensor_names
 from mergeopd.models.checkpoint import Checkpoint
@@ -104,27 +103,17 @@ class TorchStudent:
         )
 
     def accumulate(self, micro: MicroBatch, objective: DistillationObjective) -> TokenStats:
-        """Add the gradient of one micro-batch; returns the statistics of its response tokens.
+        """Add the gradient of one micro-batch; returns the statistics of its trained tokens.
 
         Raises NumericsError when the student's or a teacher's distribution is not finite.
         """
-        hidden = response_hidden(self.body, micro.prompts, micro.responses, self._device)
-        labels = torch.tensor([t for r in micro.responses for t in r], device=self._device)
-        try:
-            loss, stats = fused_loss(
-                hidden,
-                self.head,
-                micro.targets,
-                labels,
-                objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N, micro.policy),
-                divergences=objective.divergences,
-                support=objective.support,
-                temperature=objective.temperature,
-                workspace=self._workspace,
-            )
-        except ArithmeticError as error:
-            names = ", ".join(f"{k} = {name}" for k, name in enumerate(micro.teachers))
-            raise NumericsError(f"{error} (targets: {names or 'none'})") from error
+        loss, stats = self._fused(
+            micro,
+            objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N, micro.policy),
+            objective.divergences,
+            objective.support,
+            objective.temperature,
+        )
         loss.backward()  # type: ignore[no-untyped-call]
         self._collect_gradients()
         return stats
@@ -132,32 +121,22 @@ class TorchStudent:
     @torch.no_grad()
     def score(
         self,
-        prompts: Sequence[Sequence[int]],
-        responses: Sequence[Sequence[int]],
-        targets: Sequence[Target],
+        micro: MicroBatch,
         divergences: Sequence[Divergence],
         support: Support | None,
         temperature: float,
     ) -> TokenStats:
-        """Statistics of the response tokens under the weights as they are; no gradient.
+        """Statistics of the trained tokens under the weights as they are; no gradient.
 
-        Raises NumericsError when a distribution is not finite.
+        Raises NumericsError when the student's or a teacher's distribution is not finite.
         """
-        labels = torch.tensor([t for r in responses for t in r], device=self._device)
-        try:
-            _, stats = fused_loss(
-                response_hidden(self.body, prompts, responses, self._device),
-                self.head,
-                targets,
-                labels,
-                lambda stats, rows: torch.zeros_like(stats.logprob_S),
-                divergences=divergences,
-                support=support,
-                temperature=temperature,
-                workspace=self._workspace,
-            )
-        except ArithmeticError as error:
-            raise NumericsError(str(error)) from error
+        _, stats = self._fused(
+            micro,
+            lambda stats, rows: torch.zeros_like(stats.logprob_S),
+            divergences,
+            support,
+            temperature,
+        )
         return stats
 
     def gradients(self) -> dict[str, Tensor]:
@@ -218,6 +197,32 @@ class TorchStudent:
         for name in _COMPANIONS:
             if (self._folder / name).is_file():
                 shutil.copyfile(self._folder / name, folder / name)
+
+    def _fused(
+        self,
+        micro: MicroBatch,
+        per_token: Objective,
+        divergences: Sequence[Divergence],
+        support: Support | None,
+        temperature: float,
+    ) -> tuple[Tensor, TokenStats]:
+        """Student's forward pass and the kernel."""
+        labels = torch.tensor([t for r in micro.labels for t in r], device=self._device)
+        try:
+            return fused_loss(
+                response_hidden(self.body, micro.prompts, micro.responses, self._device, micro.trained),
+                self.head,
+                micro.targets,
+                labels,
+                per_token,
+                divergences=divergences,
+                support=support,
+                temperature=temperature,
+                workspace=self._workspace,
+            )
+        except ArithmeticError as error:
+            names = ", ".join(f"{k} = {name}" for k, name in enumerate(micro.teachers))
+            raise NumericsError(f"{error} (targets: {names or 'none'})") from error
 
     def _collect_gradients(self) -> None:
         """bfloat16 gradients are summed in float32, outside the parameters."""

@@ -17,7 +17,7 @@ from mergeopd.storage.failures import named_failures
 
 
 class HiddenCache:
-    """Last hidden states of response tokens, by teacher and rollout.
+    """Last hidden states of trained response tokens, by teacher and rollout.
 
     Holds at most `budget_bytes` in memory; what comes after is appended to a file in `folder` and read back
     memory-mapped, bit for bit. A context manager: the file is gone when the context or the process ends. CPU
@@ -51,7 +51,7 @@ class HiddenCache:
                 self._file.close()
 
     def put(self, teacher: str, rollout: int, hidden: Tensor) -> None:
-        """Keep `[response length, d_T]` for one rollout (its index in the round).
+        """Keep `[trained tokens, d_T]` for one rollout (its index in the round).
 
         Raises KeyError when it is there already, StorageError when the disk refuses.
         """
@@ -66,7 +66,7 @@ class HiddenCache:
             self._spilled[key] = self._spill(hidden, size)
 
     def gather(self, teacher: str, rollouts: Sequence[int]) -> Tensor:
-        """`[sum of response lengths, d_T]` in the order of `rollouts`. A missing one is a KeyError."""
+        """`[sum of their trained tokens, d_T]` in the order of `rollouts`. A missing one is a KeyError."""
         return torch.cat([self._get((teacher, rollout)) for rollout in rollouts])
 
     def _get(self, key: tuple[str, int]) -> Tensor:

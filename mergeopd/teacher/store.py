@@ -56,17 +56,23 @@ class LoadedTeacher:
 
     @torch.no_grad()
     def hidden(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], max_tokens: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        max_tokens: int,
+        trained: Sequence[Sequence[bool] | None] | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield `(index, [response length, d_T])` for every pair, in batches of at most `max_tokens`.
+        """Yield `(index, [trained tokens, d_T])` for every pair, in batches of at most `max_tokens`.
 
-        Raises TeacherError when a hidden state is not finite.
+        `trained` as in `response_hidden`. Raises TeacherError when a hidden state is not finite.
         """
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+        flags = [None] * len(lengths) if trained is None else trained
         for batch in length_batches(lengths, max_tokens):
-            sizes = [len(responses[i]) for i in batch]
+            own = [flags[i] for i in batch]
+            sizes = [len(responses[i]) if f is None else sum(f) for i, f in zip(batch, own, strict=True)]
             states = response_hidden(
-                self.body, [prompts[i] for i in batch], [responses[i] for i in batch], self._device
+                self.body, [prompts[i] for i in batch], [responses[i] for i in batch], self._device, own
             )
             if not torch.isfinite(states).all():
                 raise TeacherError(

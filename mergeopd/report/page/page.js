@@ -155,6 +155,7 @@
     const [value, student, teacher] = token.dataset.v.split(" ");
     const place = [...answer.children].indexOf(token) + 1;
     const result = [["token", `${place}`]];
+    if (token.classList.contains("given")) return result;
     result.push([answer.dataset.value, `${value} nats`]);
     result.push(["p of student", student === "-" ? "not finite" : percent(student)]);
     if (answer.dataset.teacher) result.push([`p of ${answer.dataset.teacher}`, teacher === "-" ? "not finite" : percent(teacher)]);
@@ -175,9 +176,10 @@
       for (const cell of row) line.insertCell().textContent = cell;
     }
     tip.replaceChildren(text, table);
-    if (token.classList.contains("out")) {
+    const outside = {given: "not in the loss: the assistant did not write it", out: "not in this teacher's loss: it ends answers otherwise"};
+    for (const kind of Object.keys(outside).filter((name) => token.classList.contains(name))) {
       const note = document.createElement("div");
-      note.textContent = "not in this teacher's loss: it ends answers otherwise";
+      note.textContent = outside[kind];
       tip.append(note);
     }
     const box = token.getBoundingClientRect(), size = tip.getBoundingClientRect();

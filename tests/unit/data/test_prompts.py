@@ -131,6 +131,68 @@ def test_bad_prompts(tmp_path: Path, prompt: Any, message: str) -> None:
     assert message in message_of(plan(write(tmp_path, {"prompt": prompt})))
 
 
+CALL = {"role": "assistant", "content": "f()"}
+RESULT = {"role": "tool", "content": ""}
+
+
+def test_ready_answers(tmp_path: Path) -> None:
+    """Messages are a trajectory; other lists and objects are JSON, which an answer may well be."""
+    turns = [CALL, RESULT, {"role": "user", "content": "a\r\nb"}, CALL]
+    answers = [
+        "text",
+        turns,
+        [CALL],
+        [{"name": "f"}],
+        {"role": "assistant", "content": "a"},
+        [1, [CALL]],
+        None,
+    ]
+    path = write(tmp_path, *({"prompt": "p", "response": answer} for answer in answers))
+    call = Message("assistant", "f()")
+    assert [prompt.response for prompt in read_prompts(plan(path))] == [
+        "text",
+        (call, Message("tool", ""), Message("user", "a\r\nb"), call),
+        (call,),
+        '[{"name": "f"}]',
+        '{"role": "assistant", "content": "a"}',
+        '[1, [{"role": "assistant", "content": "f()"}]]',
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("response", "message"),
+    [
+        ([], "field 'response' is an empty list; a trajectory has an assistant's message at least"),
+        ([RESULT, CALL], "response[0].role is 'tool'; a trajectory begins with the assistant's message"),
+        ([CALL, RESULT], "response[1].role is 'tool'; a trajectory ends with the assistant's message"),
+        (
+            [CALL, {"role": "system", "content": "s"}, CALL],
+            "response[1].role is 'system'; instructions belong",
+        ),
+        ([CALL, "text"], "response[1] must be an object with role and content, not text"),
+        ([{"content": "f()"}], "response[0].role must be text, not null"),
+        ([{**CALL, "content": None}], "response[0].content must be text, not null"),
+        (
+            [CALL, {**RESULT, "name": "f"}, CALL],
+            "response[1] has 'name'; only role and content are supported",
+        ),
+        ([{**CALL, "content": "\ud800"}], "field 'response[0].content' has half a surrogate pair"),
+    ],
+)
+def test_bad_trajectories(tmp_path: Path, response: Any, message: str) -> None:
+    assert message in message_of(plan(write(tmp_path, {"prompt": "p", "response": response})))
+
+
+def test_trajectories_in_parquet_read_as_in_jsonl(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"prompt": "p", "response": [CALL, RESULT, CALL]}, {"prompt": "q", "response": [CALL]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
+    assert read_prompts(plan(tmp_path / "p.parquet")) == read_prompts(plan(write(tmp_path, *rows)))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -71,7 +71,7 @@ def gradient(
             weights, budgets = answer_weights(answers, "token", "equal")
             prepared = PreparedUpdate(
                 {
-                    i: PreparedRollout(rollouts[i], w, rollouts[i].prompt.teachers, frozenset())
+                    i: PreparedRollout(rollouts[i], w, rollouts[i].prompt.teachers, {})
                     for i, w in zip(update, weights, strict=True)
                 },
                 budgets,

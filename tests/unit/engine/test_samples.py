@@ -89,7 +89,7 @@ def test_the_numbers_are_those_of_student_and_teachers(write_job: Callable[..., 
             reverse_kl = (student.exp() * (student - teacher)).sum(-1)
             assert trace.divergence == pytest.approx(reverse_kl.tolist(), rel=1e-3, abs=1e-5)
             assert trace.logprob_T == pytest.approx(teacher[rows, answer].tolist(), rel=1e-4)
-            assert not trace.end_masked
+            assert not trace.masked
 
 
 def test_a_resumed_run_samples_the_same(write_job: Callable[..., Path]) -> None:

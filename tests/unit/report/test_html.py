@@ -80,7 +80,7 @@ def sample(**changes: Any) -> RolloutSampled:
         "logprob_S": (-0.5, -1.0, -1.5, -2.0, -0.1),
         "divergence": "reverse_kl",
         "teachers": {
-            "math": TeacherTrace((0.0, 0.25, 1.0, 9.0, 5.0), (-0.1, -0.2, -0.3, -0.4, -9.0), end_masked=True)
+            "math": TeacherTrace((0.0, 0.25, 1.0, 9.0, 5.0), (-0.1, -0.2, -0.3, -0.4, -9.0), masked=(4,))
         },
         "reward": 1.0,
         "origin": "student",
@@ -255,6 +255,24 @@ def test_an_answer_has_a_colour_and_the_numbers_of_each_token(folder: Path) -> N
     assert [("out" in (t["class"] or "")) for t in tokens] == [False] * 4 + [True]
     # The last token is no part of this teacher's loss.
     assert f"mean {(0 + 0.25 + 1 + 9) / 4:.3g} nats" in page.text
+
+
+def test_tokens_of_tools_are_shown_without_numbers(folder: Path) -> None:
+    trace = TeacherTrace((0.5, None, None, 9.0, 1.5), (-0.1, None, None, -0.4, -0.2), masked=(3,))
+    told = sample(
+        teachers={"math": trace},
+        logprob_S=(-0.5, None, None, -2.0, -0.1),
+        trained=(True, False, False, True, True),
+    )
+    (folder / "rollouts/samples.jsonl").write_text(json.dumps(sample_record(told)) + "\n")
+    page = page_of(folder)
+    tokens = [a for tag, a in page.elements if tag == "span" and "data-v" in a]
+    assert [t["data-v"] for t in tokens] == ["0.5 -0.5 -0.1", "", "", "9 -2 -0.4", "1.5 -0.1 -0.2"]
+    assert [sorted({"out", "given", "h0"} & {*(t["class"] or "").split()}) for t in tokens] == [
+        [], ["given", "h0"], ["given", "h0"], ["out"], [],
+    ]  # fmt: skip
+    assert "mean 1 nats" in page.text
+    assert "5 tokens, 2 of them by others" in page.text
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
