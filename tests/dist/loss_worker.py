@@ -21,7 +21,9 @@ from mergeopd.loss import (
     ReverseKL,
     SkewForwardKL,
     SkewReverseKL,
+    Support,
     fused_loss,
+    observe,
 )
 
 VOCAB = 37
@@ -40,6 +42,19 @@ DIVERGENCES = {
     "pointwise": (TVD(), SkewForwardKL(0.1), SkewReverseKL(0.2), ClippedForwardKL(0.05)),
     "all": (ForwardKL(), JSD(0.8), ReverseKL()),
     "none": (),
+}
+
+EVERY = (*DIVERGENCES["all"], *DIVERGENCES["pointwise"])
+KLS = (ForwardKL(), ReverseKL())
+# More ids than some shards have, and than there are.
+SUPPORTS = {
+    "student tail": (Support(4, "student", "tail"), EVERY),
+    "teacher tail": (Support(25, "teacher", "tail"), EVERY),
+    "union tail": (Support(7, "union", "tail"), EVERY),
+    "union generalised": (Support(7, "union", "generalised"), KLS),
+    "all tail": (Support(40, "union", "tail"), EVERY),
+    "known tail": (Support(6, "teacher", "tail"), EVERY),
+    "known generalised": (Support(6, "teacher", "generalised"), KLS),
 }
 
 
@@ -73,7 +88,7 @@ def objective(stats, rows):
     return total - 0.1 * stats.logprob_S * stats.entropy_S
 
 
-def run(hidden, head, teachers, labels, divergences, group):
+def run(hidden, head, teachers, labels, divergences, group, support=None):
     leaves = [
         hidden.clone().requires_grad_(),
         head.weight.clone().requires_grad_(),
@@ -87,6 +102,7 @@ def run(hidden, head, teachers, labels, divergences, group):
         labels,
         objective,
         divergences=divergences,
+        support=support,
         temperature=1.5,
         group=group,
         chunk_rows=4,
@@ -102,13 +118,21 @@ def worst(found, wanted):
     return ((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()
 
 
-def compare(layout, divergences, dtype, num_teachers, group):
+def compare(layout, divergences, dtype, num_teachers, group, support=None, num_known=0):
+    """`num_known` of the teachers are known by their own top k alone."""
     rank = dist.get_rank(group)
     hidden, head, teachers, labels = make(dtype, num_teachers)
-    loss, stats, whole = run(hidden, head, teachers, labels, divergences, None)
+    known = [
+        observe(t.hidden, t.head, labels, temperature=1.5, top_k=support.k) for t in teachers[:num_known]
+    ]
+    loss, stats, whole = run(
+        hidden, head, [*known, *teachers[num_known:]], labels, divergences, None, support
+    )
     parts = [Hidden(t.hidden, shard(t.head, layout, rank)) for t in teachers]
     own = shard(head, layout, rank)
-    loss_tp, stats_tp, (d_hidden, d_weight, d_bias) = run(hidden, own, parts, labels, divergences, group)
+    loss_tp, stats_tp, (d_hidden, d_weight, d_bias) = run(
+        hidden, own, [*known, *parts[num_known:]], labels, divergences, group, support
+    )
     dist.all_reduce(d_hidden, group=group)
     valid, span = layout[rank][0], slice(own.vocab_start, own.vocab_start + layout[rank][0])
     errors = {"loss": worst(loss_tp, loss), "dH": worst(d_hidden, whole[0])}
@@ -159,7 +183,7 @@ def main(rank, world, store, out):
         timeout=datetime.timedelta(seconds=60),
     )
     pair = dist.new_group([0, 1])
-    errors = {}
+    errors, on_supports = {}, {}
     for layout_name, layout in LAYOUTS.items():
         if len(layout) == 2 and rank > 1:
             continue
@@ -169,7 +193,13 @@ def main(rank, world, store, out):
                 for num_teachers in (1, 2):
                     key = f"{layout_name}|{name}|{dtype}|{num_teachers}"
                     errors[key] = compare(layout, divergences, dtype, num_teachers, group)
-    report = {"errors": errors, "refusals": refusals(dist.group.WORLD)}
+        for name, (support, divergences) in SUPPORTS.items():
+            for dtype in (torch.float64, torch.float32):
+                num_known = 1 if name.startswith("known") else 0
+                on_supports[f"{layout_name}|{name}|{dtype}"] = compare(
+                    layout, divergences, dtype, 2, group, support, num_known
+                )
+    report = {"errors": errors, "supports": on_supports, "refusals": refusals(dist.group.WORLD)}
     with open(out, "w") as file:
         json.dump(report, file)
     dist.destroy_process_group()

@@ -52,6 +52,27 @@ def test_ranks_equal_one_process(reports, layout, divergence, dtype, bound):
             assert max(errors.values()) < bound, (rank, num_teachers, errors)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [("torch.float64", 1e-10), ("torch.float32", 2e-5)])
+@pytest.mark.parametrize(
+    "support",
+    [
+        "student tail",
+        "teacher tail",
+        "union tail",
+        "union generalised",
+        "all tail",
+        "known tail",
+        "known generalised",
+    ],
+)
+@pytest.mark.parametrize("layout", ["2 even", "2 uneven", "2 padding only", "4 uneven", "4 padding only"])
+def test_ranks_choose_one_support(reports, layout, support, dtype, bound):
+    for report in reports[: int(layout[0])]:
+        errors = dict(report["supports"][f"{layout}|{support}|{dtype}"])
+        assert errors.pop("padding") == 0.0
+        assert max(errors.values()) < bound, errors
+
+
 def test_two_ranks_report_only_their_cases(reports):
     assert [len(report["errors"]) for report in reports] == [120, 120, 48, 48]
 
