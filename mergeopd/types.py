@@ -25,7 +25,8 @@ class Prompt:
     `key` is unique in a run and stable over restarts (`"<source name>:<row>"`): randomness and caches hang
     on it. `teachers` maps a teacher's name to its weight for this prompt (prompt weight x card weight); a
     teacher with weight 0 does not appear. `reference` is what the verifier compares with, `response` a
-    ready answer from the dataset, each where the source has one.
+    ready answer from the dataset, each where the source has one. `fields` are the row's other columns that
+    some teacher's own prompt shows, by name.
     """
 
     key: str
@@ -35,6 +36,7 @@ class Prompt:
     teachers: Mapping[str, float] = field(default_factory=dict)
     reference: str | None = None
     response: str | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

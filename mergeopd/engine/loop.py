@@ -85,7 +85,8 @@ class Merge:
     def _save(self, progress: Progress) -> None:
         with self._clock.stage("checkpoint"):
             record = Record(progress, self._clock.seconds())
-            save(self._folder.checkpoints, self._parts.student, record, self._plan, self._reporter)
+            parts = self._parts
+            save(self._folder.checkpoints, parts.student, parts.past, record, self._plan, self._reporter)
 
     def _stop(self, progress: Progress) -> NoReturn:
         """Save what is not saved yet and leave."""
@@ -99,6 +100,7 @@ class Merge:
 
     def _round(self, phase: Phase, updates_done: int, progress: Progress) -> Progress:
         """One round and its updates."""
+        before = progress.update
         if phase.name != self._prepared_phase:
             self._prepare_texts(phase, updates_done, progress)
         tasks = plan_round(self._parts, phase, progress, updates_done)
@@ -115,6 +117,8 @@ class Merge:
                 self._update(scored, members, progress.update + 1)
                 progress = replace(progress, update=progress.update + 1)
         self._parts.store.heads(())
+        student = self._parts.student
+        self._parts.past.advance(student.weights, student.master_weights, before, progress.update)
         return replace(progress, round=progress.round + 1, drawn=progress.drawn + phase.prompts_per_round)
 
     def _update(self, scored: ScoredRound, members: Sequence[int], number: int) -> None:
