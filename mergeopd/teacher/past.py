@@ -91,8 +91,8 @@ class Past:
         odd = own.keys() ^ tensors.keys() or {n for n, t in own.items() if t.shape != tensors[n].shape}
         if odd:
             raise StorageError(
-                "the checkpoint has not the weights that the teachers of this recipe follow "
-                f"({', '.join(sorted(odd)[:3])})"
+                "its weights of teachers that follow the student are not those that this recipe has "
+                f"({', '.join(sorted(odd)[:3])} on one side only or of another shape)"
             )
         for follower in self.followers.values():
             follower.load({name: tensors[f"{follower.label}/{name}"] for name in follower.tensors})
