@@ -26,7 +26,8 @@ class Prompt:
     on it. `teachers` maps a teacher's name to its weight for this prompt (prompt weight x card weight); a
     teacher with weight 0 does not appear. `reference` is what the verifier compares with, `response` a
     ready answer from the dataset, each where the source has one: a text, or a logged trajectory, whose first
-    and last messages are the assistant's.
+    and last messages are the assistant's. `fields` are the row's other columns that some
+    teacher's own prompt shows, by name.
     """
 
     key: str
@@ -36,6 +37,7 @@ class Prompt:
     teachers: Mapping[str, float] = field(default_factory=dict)
     reference: str | None = None
     response: str | tuple[Message, ...] | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,11 @@ def needs_reference(verifier: Verifier | None) -> bool:
     return True
 
 
-def read_prompts(source: SourcePlan) -> tuple[Prompt, ...]:
+def read_prompts(source: SourcePlan, shown: Mapping[str, str] = {}) -> tuple[Prompt, ...]:
     """The prompts of a .jsonl or .parquet file, the first `limit` of them.
+
+    `shown` maps the fields that teachers' own prompts show to one such teacher each; "reference" stands for
+    the reference, whatever its field is called.
 
     Keys are `"<source name>:<row>"`, where row counts lines (or parquet rows) from 0. Raises DataError,
     naming the file and the first bad rows, when the file is missing, empty or unreadable, or a row lacks a
@@ -52,12 +55,12 @@ def read_prompts(source: SourcePlan) -> tuple[Prompt, ...]:
     problems: dict[str, list[str]] = {}  # what is wrong, and the rows it is wrong with
     num_rows = 0
     try:
-        for row, place, value in readers[path.suffix](path, source):
+        for row, place, value in readers[path.suffix](path, source, shown):
             if source.limit is not None and num_rows >= source.limit:
                 break
             num_rows += 1
             try:
-                prompts.append(_prompt(source, row, value))
+                prompts.append(_prompt(source, row, value, shown))
             except _RowError as error:
                 problems.setdefault(str(error), []).append(place)
     except OSError as error:
@@ -83,7 +86,7 @@ def _summary(path: Path, problems: Mapping[str, list[str]], num_rows: int) -> st
 # ------------------------------------------------------------------------------------------------ files
 
 
-def _jsonl_rows(path: Path, source: SourcePlan) -> Iterator[tuple[int, str, Any]]:
+def _jsonl_rows(path: Path, source: SourcePlan, shown: Mapping[str, str]) -> Iterator[tuple[int, str, Any]]:
     """Row, place and value of every line that is not blank. A line that is no JSON comes as its error."""
     with path.open("rb") as file:
         for row, raw in enumerate(file):
@@ -111,8 +114,8 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _parquet_rows(path: Path, source: SourcePlan) -> Iterator[tuple[int, str, Any]]:
-    """Row, place and value of every row; only the source's own columns are read."""
+def _parquet_rows(path: Path, source: SourcePlan, shown: Mapping[str, str]) -> Iterator[tuple[int, str, Any]]:
+    """Row, place and value of every row; only the source's own columns and those shown are read."""
     import pyarrow
     import pyarrow.parquet
 
@@ -120,12 +123,13 @@ def _parquet_rows(path: Path, source: SourcePlan) -> Iterator[tuple[int, str, An
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             needed = {source.prompt_field: "prompt_field"}
-            if needs_reference(source.verifier):
+            if needs_reference(source.verifier) or "reference" in shown:
                 needed[source.reference_field] = "reference_field"
+            needed |= {field: _own_prompt(shown[field]) for field in _columns(shown)}
             absent = [f"{path}: {_missing(f, names, key)}" for f, key in needed.items() if f not in names]
             if absent:
                 raise DataError("\n".join(absent))
-            wanted = {source.prompt_field, source.reference_field, source.response_field}
+            wanted = {source.prompt_field, source.reference_field, source.response_field, *_columns(shown)}
             columns = [name for name in names if name in wanted]
             row = 0
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
@@ -141,7 +145,7 @@ def _parquet_rows(path: Path, source: SourcePlan) -> Iterator[tuple[int, str, An
 # ------------------------------------------------------------------------------------------------- rows
 
 
-def _prompt(source: SourcePlan, row: int, value: Any) -> Prompt:
+def _prompt(source: SourcePlan, row: int, value: Any, shown: Mapping[str, str]) -> Prompt:
     if isinstance(value, _RowError):
         raise value
     if not isinstance(value, dict):
@@ -152,11 +156,11 @@ def _prompt(source: SourcePlan, row: int, value: Any) -> Prompt:
     reference = _text(source.reference_field, value)
     if reference is None and needs_reference(source.verifier):
         assert source.verifier is not None
-        if source.reference_field in value:
-            cause = f"field {source.reference_field!r} is null"
-        else:
-            cause = _missing(source.reference_field, list(value), "reference_field")
+        cause = _absence(source.reference_field, value, "reference_field")
         raise _RowError(f"verifier {source.verifier.kind!r} needs a reference: {cause}")
+    if reference is None and "reference" in shown:
+        cause = _absence(source.reference_field, value, "reference_field")
+        raise _RowError(f"the prompt of teacher {shown['reference']!r} needs a reference: {cause}")
     return Prompt(
         key=f"{source.name}:{row}",
         source=source.name,
@@ -165,7 +169,29 @@ def _prompt(source: SourcePlan, row: int, value: Any) -> Prompt:
         teachers=source.teachers,
         reference=reference,
         response=None if source.response_field is None else _response(source.response_field, value),
+        fields={field: _shown_text(field, value, shown[field]) for field in _columns(shown)},
     )
+
+
+def _columns(shown: Mapping[str, str]) -> tuple[str, ...]:
+    """The columns to read for teachers' own prompts, beside the reference's."""
+    return tuple(sorted(field for field in shown if field != "reference"))
+
+
+def _shown_text(field: str, row: Mapping[str, Any], teacher: str) -> str:
+    text = _text(field, row)
+    if text is None:
+        cause = _absence(field, row, _own_prompt(teacher))
+        raise _RowError(f"the prompt of teacher {teacher!r} needs a value: {cause}")
+    return text
+
+
+def _own_prompt(teacher: str) -> str:
+    return f"teachers.{teacher}.prompt"
+
+
+def _absence(field: str, row: Mapping[str, Any], key: str) -> str:
+    return f"field {field!r} is null" if field in row else _missing(field, list(row), key)
 
 
 def _missing(field: str, names: list[str], key: str) -> str:

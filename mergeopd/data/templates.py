@@ -40,7 +40,7 @@ class ChatTemplate:
         self.special_tokens = dict(special_tokens)
         self.name = name
         try:
-            self._template = _environment(now).from_string(source)
+            self._template = sandbox(now).from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"{name}:{error.lineno}: not a Jinja template: {error.message}") from error
         except RecursionError as error:
@@ -128,9 +128,12 @@ def _tojson(
     )
 
 
-def _environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
+def sandbox(
+    now: Callable[[], datetime], undefined: type[jinja2.Undefined] = jinja2.Undefined
+) -> ImmutableSandboxedEnvironment:
+    """The environment of all templates; `undefined` is what stands for an unknown name."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, undefined=undefined, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception

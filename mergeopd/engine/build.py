@@ -13,10 +13,11 @@ from mergeopd.engine.canary import Canaries
 from mergeopd.engine.dialect import Dialect
 from mergeopd.engine.preflight import Inputs
 from mergeopd.loss.heads import Head
-from mergeopd.recipe.plan import Plan, SourcePlan
+from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan
 from mergeopd.reward.verifiers import build_verifier
 from mergeopd.rollout.local import Writer
 from mergeopd.student.torch import TorchStudent
+from mergeopd.teacher.past import Past
 from mergeopd.teacher.store import LoadedTeacher, TeacherSource, TeacherStore
 
 Verify = Callable[[str, str | None], float]
@@ -35,6 +36,7 @@ class Parts:
     device: torch.device
     student: TorchStudent
     store: TeacherStore
+    past: Past
     verifiers: Mapping[str, Verify]
     prompt_draw: PromptDraw
     canaries: Canaries
@@ -58,27 +60,32 @@ def build(inputs: Inputs, device: torch.device) -> Parts:
     """Load the student and open the teachers. Raises ModelError for checkpoints that do not fit configs."""
     plan = inputs.plan
     torch.set_num_threads(plan.threads)
+    student = TorchStudent(
+        Path(plan.student.model),
+        dtype=plan.student.dtype,
+        num_valid=inputs.student.tokenizer.vocab_size,
+        optimizer=plan.optimizer,
+        device=device,
+    )
+    rules = [t.moving for t in plan.teachers.values() if t.moving is not None]
+    past = Past(rules, student.weights, student.master_weights)
     return Parts(
         inputs=inputs,
         device=device,
-        student=TorchStudent(
-            Path(plan.student.model),
-            dtype=plan.student.dtype,
-            num_valid=inputs.student.tokenizer.vocab_size,
-            optimizer=plan.optimizer,
-            device=device,
-        ),
+        student=student,
         store=TeacherStore(
-            {
-                name: TeacherSource(Path(t.model), t.dtype, inputs.teachers[name].tokenizer.vocab_size)
-                for name, t in plan.teachers.items()
-            },
-            device,
+            {n: _source(t, inputs.teachers[n], past) for n, t in plan.teachers.items()}, device
         ),
+        past=past,
         verifiers=build_verifiers(plan.sources, plan.allow_code),
         prompt_draw=PromptDraw(inputs.prompts, {s.name: s.share for s in plan.sources}, plan.seed),
         canaries=Canaries(plan, inputs.teachers),
     )
+
+
+def _source(teacher: TeacherPlan, dialect: Dialect, past: Past) -> TeacherSource:
+    follower = None if teacher.moving is None else past.followers[teacher.moving]
+    return TeacherSource(Path(teacher.model), teacher.dtype, dialect.tokenizer.vocab_size, follower)
 
 
 def build_verifiers(sources: tuple[SourcePlan, ...], allow_code: tuple[str, ...]) -> dict[str, Verify]:

@@ -1,4 +1,4 @@
-"""Checkpoints: the student, its optimizer and where the run stands."""
+"""Checkpoints: the student, its optimizer, weights that teachers follow, and where the run stands."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from mergeopd.report.events import CheckpointSaved, CheckpointSkipped, Note, Rep
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import atomic_folder, newest_valid, prune, set_aside
 from mergeopd.student.torch import TorchStudent
+from mergeopd.teacher.past import Past
 
 FORMAT = 1
+_PAST = "past.safetensors"
 _REMEDY = "move it away to go on from the one before, or choose another folder with --set output=..."
 
 
@@ -42,7 +44,9 @@ class _State(Strict):
     seconds: dict[str, float]
 
 
-def save(checkpoints: Path, student: TorchStudent, record: Record, plan: Plan, reporter: Reporter) -> None:
+def save(
+    checkpoints: Path, student: TorchStudent, past: Past, record: Record, plan: Plan, reporter: Reporter
+) -> None:
     """Write a checkpoint whole or not at all, then drop the oldest beyond `checkpoint.keep`.
 
     Raises StorageError when the disk refuses; earlier checkpoints are kept then.
@@ -50,8 +54,9 @@ def save(checkpoints: Path, student: TorchStudent, record: Record, plan: Plan, r
     reporter.emit(StageStarted("checkpoint"))
     target = checkpoints / f"step-{record.progress.update}"
     with atomic_folder(target) as folder:
-        tensors = {name: tensor.contiguous() for name, tensor in student.state().items()}
-        save_file(tensors, folder / "student.safetensors")
+        save_file(_contiguous(student.state()), folder / "student.safetensors")
+        if past.followers:
+            save_file(_contiguous(past.state()), folder / _PAST)
         state = _State(format=FORMAT, plan=plan.hash, progress=record.progress, seconds=dict(record.seconds))
         (folder / "state.json").write_text(state.model_dump_json(), encoding="utf-8")
     prune(checkpoints, plan.checkpoint.keep)
@@ -59,7 +64,7 @@ def save(checkpoints: Path, student: TorchStudent, record: Record, plan: Plan, r
 
 
 def restore(
-    checkpoints: Path, student: TorchStudent, plan_hashes: Collection[str], reporter: Reporter
+    checkpoints: Path, student: TorchStudent, past: Past, plan_hashes: Collection[str], reporter: Reporter
 ) -> Record:
     """Load the newest checkpoint that is whole; a fresh start when there is none.
 
@@ -74,23 +79,32 @@ def restore(
         if skipped:
             reporter.emit(Note("no checkpoint is left that can be trusted: the run begins anew"))
         return Record(Progress(), {})
-    state, tensors = _read(newest)
+    state, tensors, earlier = _read(newest)
     if state.plan not in plan_hashes:
         raise StorageError(f"{newest} belongs to another recipe, or to other settings of this one; {_REMEDY}")
     _check_fit(newest, student.state(), tensors)
     student.load_state(tensors)
+    try:
+        past.load_state(earlier)
+    except StorageError as error:
+        raise StorageError(f"{newest}: {error}; {_REMEDY}") from error
     return Record(state.progress, state.seconds)
 
 
-def _read(folder: Path) -> tuple[_State, dict[str, Tensor]]:
-    """The content of a checkpoint whose manifest agrees, and which may still be anybody's."""
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _read(folder: Path) -> tuple[_State, dict[str, Tensor], dict[str, Tensor]]:
+    """State, student and past of a checkpoint whose manifest agrees, and which may still be anybody's."""
     with named_failures("read", folder):
         try:
             document = json.loads((folder / "state.json").read_bytes())
             version = document.get("format") if isinstance(document, dict) else None
             if version == FORMAT:
                 state = _State.model_validate(document)
-                return state, load_file(folder / "student.safetensors")
+                earlier = load_file(folder / _PAST) if (folder / _PAST).is_file() else {}
+                return state, load_file(folder / "student.safetensors"), earlier
         except ValidationError as error:
             faults = ", ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise StorageError(f"{folder}/state.json is not that of a run ({faults}); {_REMEDY}") from error

@@ -59,7 +59,8 @@ def _run(inputs: Inputs, folder: RunFolder, clock: Clock, max_updates: int | Non
     with console_reporter(Console()) as console:
         with clock.stage("startup"):
             parts = build(inputs, pick_device())
-            record = restore(folder.checkpoints, parts.student, folder.plan_hashes(), console)
+            hashes = folder.plan_hashes()
+            record = restore(folder.checkpoints, parts.student, parts.past, hashes, console)
             prune(folder.checkpoints, inputs.plan.checkpoint.keep)  # what a kill left of the last time
             num_done = record.progress.update
             if folder.settle_export(can_be_made_again=num_done > 0, reporter=console):

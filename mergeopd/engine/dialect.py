@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from mergeopd.data.own_prompts import SAME, Script
 from mergeopd.data.templates import ChatTemplate
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.types import Prompt
@@ -12,25 +13,32 @@ from mergeopd.types import Prompt
 
 @dataclass(frozen=True)
 class Dialect:
-    """Renders prompts for one model. Renderings are kept: a prompt comes back every epoch."""
+    """Renders prompts for one model. Renderings are kept: a prompt comes back every epoch.
+
+    A teacher's `script` may show it another system message or more in the prompt than the student sees.
+    """
 
     tokenizer: Tokenizer
     template: ChatTemplate
     eos_ids: tuple[int, ...]
     max_positions: int
-    _rendered: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+    script: Script = SAME
+    _rendered: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     @property
     def end_id(self) -> int:
         """The id that closes an answer which this model did not write itself."""
         return self.tokenizer.eos_id if self.tokenizer.eos_id in self.eos_ids else self.eos_ids[0]
 
+    def text(self, prompt: Prompt) -> str:
+        """The text up to where the answer begins. Raises DataError when a template refuses the prompt."""
+        return self.template.render(self.script.messages(prompt), add_generation_prompt=True)
+
     def render(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids up to where the answer begins."""
         ids = self._rendered.get(prompt.key)
         if ids is None:
-            text = self.template.render(prompt.messages, add_generation_prompt=True)
-            ids = self._rendered[prompt.key] = tuple(self.tokenizer.encode(text))
+            ids = self._rendered[prompt.key] = tuple(self.tokenizer.encode(self.text(prompt)))
         return ids
 
 

@@ -68,10 +68,9 @@ class Evaluation:
         return result
 
     def _measure_average(self, base: Path, domains: Sequence[str], result: Accuracies) -> None:
-        experts = [
-            Path(self._inputs.plan.teachers[name].model) for name in sorted(set(self._plan.experts.values()))
-        ]
-        reason = why_not(base, experts)
+        teachers = [self._inputs.plan.teachers[name] for name in sorted(set(self._plan.experts.values()))]
+        experts = [Path(teacher.model) for teacher in teachers if teacher.student is None]
+        reason = why_not(base, experts) if experts else "the experts are the student itself"
         if reason is not None:
             self._reporter.emit(Note(f"no weight average: {reason}"))
             return

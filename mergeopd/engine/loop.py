@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from mergeopd.engine.batch import Dialects, prepare
+from mergeopd.engine.batch import Before, Dialects, prepare
 from mergeopd.engine.build import Parts
 from mergeopd.engine.checkpoint import Record, save
 from mergeopd.engine.clock import Clock
@@ -89,7 +89,8 @@ class Merge:
     def _save(self, progress: Progress) -> None:
         with self._clock.stage("checkpoint"):
             record = Record(progress, self._clock.seconds())
-            save(self._folder.checkpoints, self._parts.student, record, self._plan, self._reporter)
+            parts = self._parts
+            save(self._folder.checkpoints, parts.student, parts.past, record, self._plan, self._reporter)
 
     def _stop(self, progress: Progress) -> NoReturn:
         """Save what is not saved yet and leave."""
@@ -103,6 +104,7 @@ class Merge:
 
     def _round(self, phase: Phase, updates_done: int, progress: Progress) -> Progress:
         """One round and its updates."""
+        before = progress.update
         if phase.name != self._prepared_phase:
             self._prepare_texts(phase, updates_done, progress)
         tasks = plan_round(self._parts, phase, progress, updates_done)
@@ -111,21 +113,34 @@ class Merge:
             verdicts = rewards(self._parts, rollouts)
         budget_bytes = int(self._plan.memory.hidden_states_gib * 2**30)
         with HiddenCache(budget_bytes, self._folder.spill) as cache:
-            observed = Observed(cache, kept(phase.loss))
-            if observed.kept is not None:
-                with self._clock.stage("teachers"):
-                    score(self._parts, rollouts, progress.round, cache, observed.kept, self._reporter)
-            before = {}
-            if is_needed(phase):
-                with self._clock.stage("update"):
-                    before = look_back(self._parts, rollouts, phase, progress.round, observed, self._reporter)
-            found = outcomes(rollouts, verdicts, phase)
-            scored = ScoredRound(phase, progress.round, rollouts, verdicts, observed, found, before)
+            scored = self._scored(phase, rollouts, verdicts, progress.round, cache)
             for done, members in enumerate(split_updates(rollouts, phase.updates_per_round), updates_done):
                 self._update(scored, members, done, progress.update + 1)
                 progress = replace(progress, update=progress.update + 1)
         self._parts.store.heads(())
+        student = self._parts.student
+        self._parts.past.advance(student.weights, student.master_weights, before, progress.update)
         return replace(progress, round=progress.round + 1, drawn=progress.drawn + phase.prompts_per_round)
+
+    def _scored(
+        self,
+        phase: Phase,
+        rollouts: Sequence[Rollout],
+        verdicts: Sequence[float | None],
+        round_index: int,
+        cache: HiddenCache,
+    ) -> ScoredRound:
+        """All that is known of a round before its first update."""
+        observed = Observed(cache, kept(phase.loss))
+        if observed.kept is not None:
+            with self._clock.stage("teachers"):
+                score(self._parts, rollouts, round_index, cache, observed.kept, self._reporter)
+        past: Mapping[int, Before] = {}
+        if is_needed(phase):
+            with self._clock.stage("update"):
+                past = look_back(self._parts, rollouts, phase, round_index, observed, self._reporter)
+        found = outcomes(rollouts, verdicts, phase)
+        return ScoredRound(phase, round_index, rollouts, verdicts, observed, found, past)
 
     def _update(self, scored: ScoredRound, members: Sequence[int], updates_done: int, number: int) -> None:
         """Update number `number` (from 1) of the run, after `updates_done` of its phase; then its events."""

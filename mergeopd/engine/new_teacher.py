@@ -91,10 +91,13 @@ def _read(wish: TeacherWish, folder: Path, template: Path | None) -> Candidate:
     """Configuration, headers, tokenizer and template, and whether the canary's prompt can be written."""
     plan = TeacherPlan(
         name=wish.name,
+        student=None,
         model=str(folder),
         tokenizer=str(folder),
         template=None if template is None else str(template),
         dtype="float32",
+        system=None,
+        prompt=None,
         fingerprint=None,
         canary=None,
     )

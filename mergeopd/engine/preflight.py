@@ -78,7 +78,9 @@ def preflight(recipe: str | Path, overrides: Sequence[str] = ()) -> Inputs:
 
 def advice(plan: Plan) -> str | None:
     """One line on the teachers that nothing would recognise; None when every card has a canary."""
-    bare = [name for name, teacher in plan.teachers.items() if teacher.canary is None]
+    bare = [
+        name for name, teacher in plan.teachers.items() if teacher.canary is None and teacher.student is None
+    ]
     if not bare:
         return None
     whom = f"teacher {bare[0]} has" if len(bare) == 1 else f"teachers {joined(bare, 'and')} have"
@@ -109,9 +111,11 @@ class _Check:
             if dialect is not None:
                 self.teachers[name] = dialect
         for index, source in found.sources.items():
-            self._read(("prompts", index), source, self.prompts)
+            self._read(("prompts", index), source, tuple(source.teachers), self.prompts)
+        measured = None if found.plan is None else found.plan.evaluation
         for index, source in found.eval_sources.items():
-            self._read(("evaluation", "prompts", index), source, self.evaluation)
+            experts = () if measured is None else (measured.experts[source.domain],)
+            self._read(("evaluation", "prompts", index), source, experts, self.evaluation)
         if found.plan is not None:
             self._check_training(found.plan)
             self._check_evaluation(found.plan)
@@ -122,9 +126,12 @@ class _Check:
         folder = RunFolder(Path(self._resolution.plan.output))
         return self.findings.attempt(("output",), folder.started)
 
-    def _read(self, place: Keys, source: SourcePlan, into: dict[str, tuple[Prompt, ...]]) -> None:
+    def _read(
+        self, place: Keys, source: SourcePlan, teachers: Sequence[str], into: dict[str, tuple[Prompt, ...]]
+    ) -> None:
         check_verifier(self.findings, place, source)
-        prompts = self.findings.attempt((*place, "source"), lambda: read_prompts(source))
+        shown = self._shown(teachers)
+        prompts = self.findings.attempt((*place, "source"), lambda: read_prompts(source, shown))
         if prompts is not None:
             into[source.name] = prompts
             self.files[source.source] = file_digest(Path(source.source))
@@ -132,6 +139,15 @@ class _Check:
         if isinstance(source.verifier, JsonVerifier) and source.verifier.schema_file is not None:
             schema = Path(source.verifier.schema_file)
             self.findings.attempt(place, lambda: self.files.update({str(schema): file_digest(schema)}))
+
+    def _shown(self, teachers: Sequence[str]) -> dict[str, str]:
+        """The fields of a row that these teachers' own prompts show, each with the first such teacher."""
+        shown: dict[str, str] = {}
+        for name in teachers:
+            own = self.teachers[name].script.prompt if name in self.teachers else None
+            for field in () if own is None else sorted(own.fields):
+                shown.setdefault(field, name)
+        return shown
 
     def _readers(self, teachers: Sequence[str]) -> dict[str, Dialect]:
         """Who reads a prompt, as messages call them."""

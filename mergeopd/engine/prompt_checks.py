@@ -151,6 +151,8 @@ def check_lengths(
             *template.special_tokens.items(),
             id(dialect.tokenizer),
             dialect.max_positions,
+            dialect.script.system,
+            dialect.script.prompt and dialect.script.prompt.source,
         )
         if voice in seen:
             continue
@@ -196,7 +198,7 @@ def _misfits(
     long: list[tuple[Prompt, int, int]] = []
     for prompt in prompts:
         try:
-            text = dialect.template.render(prompt.messages)
+            text = dialect.text(prompt)
         except DataError as error:
             refused.append((prompt, str(error)))
             continue

@@ -5,9 +5,11 @@ from __future__ import annotations
 import filecmp
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+from mergeopd.data.own_prompts import PromptTemplate, Script
 from mergeopd.data.templates import ChatTemplate
 from mergeopd.engine.dialect import Dialect
 from mergeopd.engine.findings import Findings
@@ -19,6 +21,7 @@ from mergeopd.recipe.locate import shown
 from mergeopd.recipe.models import Student
 from mergeopd.recipe.plan import TeacherPlan
 from mergeopd.recipe.tree import Keys
+from mergeopd.types import Message
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
@@ -52,7 +55,42 @@ class ModelReader:
         return self._dialect(facts, tokenizer, place, self._own_template(place, folder, tokenizer))
 
     def teacher(self, teacher: TeacherPlan, student: Dialect | None) -> Dialect | None:
-        """A teacher's dialect; its tokenizer must cut every text into the ids that the student's gives."""
+        """A teacher's dialect; its tokenizer must cut every text into the ids that the student's gives.
+
+        A teacher that is the student reads and writes as the student does, its own script apart.
+        """
+        dialect = student if teacher.student is not None else self._other_model(teacher, student)
+        script = self._script(teacher)
+        if dialect is None or script is None:
+            return None
+        if script.system is not None:
+            self._hear(("teachers", teacher.name, "system"), dialect.template, script.system)
+        return replace(dialect, script=script)
+
+    def _script(self, teacher: TeacherPlan) -> Script | None:
+        """What the recipe shows this teacher alone; None when its prompt is not a template."""
+        if teacher.prompt is None:
+            return Script(teacher.system)
+        path: Keys = ("teachers", teacher.name, "prompt")
+        source, name = teacher.prompt, ".".join(map(str, path))
+        template = self._findings.attempt(
+            path, lambda: PromptTemplate(source, name=name, now=lambda: self._now), "correct the template"
+        )
+        return None if template is None else Script(teacher.system, template)
+
+    def _hear(self, place: Keys, template: ChatTemplate, system: str) -> None:
+        """Report a chat template that leaves system messages out; one that refuses them says so by itself."""
+        asked = Message("user", "?")
+        try:
+            deaf = template.render((asked,)) == template.render((Message("system", system), asked))
+        except DataError:
+            return
+        if deaf:
+            message = "the chat template leaves system messages out, so this teacher would not see it"
+            self._findings.report(place, message, "write it into the teacher's `prompt`")
+
+    def _other_model(self, teacher: TeacherPlan, student: Dialect | None) -> Dialect | None:
+        """The dialect of a teacher that has a card."""
         card: Keys = ("teachers", teacher.name, "card")
         model_place = (*card, "model")
         # A tokenizer that the card does not name is the model's; the place is where that is named.

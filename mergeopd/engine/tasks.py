@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mergeopd.engine.build import Parts
 from mergeopd.engine.state import Progress, off_policy_origin, on_policy_fraction
+from mergeopd.recipe import sources
 from mergeopd.recipe.training import Phase
 from mergeopd.rollout.keyed import stream_key, uniforms
 from mergeopd.types import Origin, Prompt
@@ -35,5 +36,5 @@ def plan_round(parts: Parts, phase: Phase, progress: Progress, updates_done: int
 
 
 def author(prompt: Prompt) -> str:
-    """The teacher that writes for a prompt: the heaviest, the first by name among equals."""
-    return min(prompt.teachers, key=lambda name: (-prompt.teachers[name], name))
+    """The teacher that writes for a prompt."""
+    return sources.author(prompt.teachers)

@@ -39,10 +39,12 @@ class Staff:
 def read_cards(
     refs: Mapping[str, TeacherRef], recipe: Node, env: Mapping[str, str]
 ) -> dict[str, CardFile | Missing]:
-    """Reads the card of every teacher, by the teacher's name."""
+    """Reads the card of every teacher that has one, by the teacher's name."""
     cards: dict[str, CardFile | Missing] = {}
     by_path: dict[Path, CardFile] = {}
     for name, ref in refs.items():
+        if ref.card is None:
+            continue
         where: Keys = ("teachers", name, "card")
         base = find(recipe, where).base
         path = existing_file(ref.card, base, "card", YAML_SUFFIXES)
@@ -67,11 +69,17 @@ def _elsewhere(written: str, base: Path) -> Missing | None:
 
 
 def hire(refs: Mapping[str, TeacherRef], cards: Mapping[str, CardFile | Missing], origins: Origins) -> Staff:
-    """Checks every card and finds the folders it names; the contents of the folders are not looked at."""
+    """Checks every card and finds the folders it names; the contents of the folders are not looked at.
+
+    Teachers without a card list no domain.
+    """
     plans: dict[str, TeacherPlan] = {}
     domains: dict[str, tuple[str, ...]] = {}
     problems: list[Problem] = []
     for name, ref in refs.items():
+        if ref.card is None:
+            domains[name] = ()
+            continue
         where: Keys = ("teachers", name, "card")
         card = cards[name]
         if isinstance(card, Missing):
@@ -116,10 +124,13 @@ def _plan(
     template = paths["template"]
     return TeacherPlan(
         name=name,
+        student=None,
         model=str(model),
         tokenizer=str(paths["tokenizer"] or model),
         template=None if template is None else str(template),
-        dtype=ref.dtype,
+        dtype=ref.dtype or "float32",
+        system=ref.system,
+        prompt=ref.prompt,
         fingerprint=card.fingerprint,
         canary=card.canary,
     )

@@ -24,14 +24,15 @@ def phase_problems(
         if first_with.setdefault(phase.name, index) != index:
             message = f"phase '{phase.name}' already stands at {dotted(('phases', first_with[phase.name]))}"
             yield origins.problem((*here, "name"), message, "give each phase its own name")
-        if phase.loss.nll and _only_student(phase):
+        if phase.loss.nll and only_student(phase):
             message = "nll on the student's own text would only confirm what it writes"
             remedy = "use a divergence, or `text: teacher` or `dataset`"
             yield origins.problem((*here, "loss", "nll"), message, remedy, key=True)
         yield from _round_problems(phase, here, rollout, origins)
 
 
-def _only_student(phase: Phase) -> bool:
+def only_student(phase: Phase) -> bool:
+    """Whether the student writes every answer of a phase."""
     if not isinstance(phase.text, TextMixture):
         return phase.text == "student"
     fraction = phase.text.on_policy_fraction

@@ -105,7 +105,9 @@ def _partial(schema: Schema, defs: Schema) -> Schema:
 
     Adds the variants of the definitions that it needs to `defs`, as `Partial<Name>`.
     """
-    part = {key: value for key, value in schema.items() if key != "required"}
+    # `oneOf` without a tag says which one of several keys is required.
+    demands = {"required"} if "discriminator" in schema else {"required", "oneOf"}
+    part = {key: value for key, value in schema.items() if key not in demands}
     for key in ("properties", "patternProperties"):
         if key in part:
             part[key] = {name: _partial(below, defs) for name, below in part[key].items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from mergeopd.recipe.values import DIGEST_PATTERN, Name, PositiveInt, Strict, Weight
 
@@ -56,14 +56,69 @@ class TeacherCard(Strict):
     canary: Canary | None = Field(default=None, description="checked before the teacher teaches")
 
 
-class TeacherRef(Strict):
-    """A teacher in a recipe. Shorthand: the path of its card."""
+class Moving(Strict):
+    """Weights that follow the student: `every` or `ema`. They change between rounds only."""
 
-    card: str = Field(description="teacher card, a YAML file")
-    weight: Weight = Field(default=1.0, description="multiplies every prompt's weight for this teacher")
-    dtype: Literal["float32", "bfloat16", "float64"] = Field(
-        default="float32", description="precision of its forward pass and of its cached hidden states"
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["every"]}, {"required": ["ema"]}]})
+
+    every: PositiveInt | None = Field(
+        default=None,
+        description="copied anew at the first start of a round at or after each multiple of so many updates; "
+        "1: at the start of every round",
     )
+    ema: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] | None = Field(
+        default=None,
+        description="moving average: after every round `ema` of the old average plus `1 - ema` of the "
+        "student's weights",
+    )
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Moving:
+        if (self.every is None) == (self.ema is None):
+            raise ValueError("give one of `every` and `ema`")
+        return self
+
+
+class TeacherRef(Strict):
+    """A teacher in a recipe: another model by its card, or the student itself. Shorthand: the card's path."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["card"]}, {"required": ["student"]}]}
+    )
+
+    card: str | None = Field(default=None, description="teacher card, a YAML file; this or `student`")
+    student: Literal["start"] | Moving | None = Field(
+        default=None,
+        description="the student as its own teacher, with its weights at the `start` of the run or with ones "
+        "that follow; where it is the expert of an evaluation, it is measured with those of the start",
+    )
+    weight: Weight = Field(default=1.0, description="multiplies every prompt's weight for this teacher")
+    dtype: Literal["float32", "bfloat16", "float64"] | None = Field(
+        default=None,
+        description="precision of its forward pass and of its cached hidden states; default: float32, with "
+        "`student` the student's",
+    )
+    system: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="system message that only this teacher sees, before the conversation or in place of the "
+        "prompt's own",
+    )
+    prompt: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="Jinja template of the last user message as only this teacher sees it; `prompt` is the "
+        "message's text, `reference` the row's reference, any other name a field of the row, which every row "
+        "must have",
+    )
+
+    @model_validator(mode="after")
+    def _one_model(self) -> TeacherRef:
+        if self.card is None and self.student is None:
+            raise ValueError(
+                "no model: name a `card`, or give `student: start` for the student as its own teacher"
+            )
+        if self.card is not None and self.student is not None:
+            raise ValueError("`card` and `student` name two models: remove one")
+        return self
 
 
 def card_shorthand(value: Any) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Literal
 
 from mergeopd.recipe.checking import Verifier
-from mergeopd.recipe.models import Canary, Student
+from mergeopd.recipe.models import Canary, Moving, Student
 from mergeopd.recipe.schema import Checkpoints, Memory, Reports
 from mergeopd.recipe.training import LocalRollout, Optimizer, Phase
 from mergeopd.recipe.values import Strict
@@ -16,15 +17,27 @@ UNBOUND = ("recipe_file", "output", "memory", "text_cache", "report")
 
 
 class TeacherPlan(Strict):
-    """One teacher, its card merged in. Folders and files are absolute paths."""
+    """One teacher, its card merged in. Folders and files are absolute paths.
+
+    `student` is None for another model; otherwise `model` is the student's folder and `student` says which of
+    the student's weights teach.
+    """
 
     name: str
+    student: Literal["start"] | Moving | None
     model: str
     tokenizer: str
     template: str | None
     dtype: str
+    system: str | None
+    prompt: str | None
     fingerprint: str | None
     canary: Canary | None
+
+    @property
+    def moving(self) -> Moving | None:
+        """How its weights follow the student's; None when they stay."""
+        return self.student if isinstance(self.student, Moving) else None
 
 
 class SourcePlan(Strict):

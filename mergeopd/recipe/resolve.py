@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from mergeopd.errors import Problem
-from mergeopd.recipe import checks
+from mergeopd.recipe import checks, selves
 from mergeopd.recipe.cards import CardFile, Staff, hire, read_cards
 from mergeopd.recipe.folders import Missing, absolute, existing_model
 from mergeopd.recipe.load import load
@@ -35,7 +35,8 @@ class Resolution:
 
     `plan` is None as soon as anything is wrong. `sources` and `eval_sources` hold the entries of `prompts`
     and `evaluation.prompts` (by index) whose files and verifiers were found, `teachers` those whose card and
-    folders were: they can be looked into although something else is wrong. `student` has its model's folder.
+    folders (or the student's) were: they can be looked into although something else is wrong. `student` has
+    its model's folder.
     """
 
     plan: Plan | None
@@ -81,7 +82,7 @@ def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str]
     problems = _settled((*loaded.problems, *unreadable), found, origins)
     plan = None if problems else resolved.plan(Recipe.model_validate(data), file)
     return Resolution(
-        plan, problems, origins, staff.plans, resolved.sources, resolved.eval_sources, resolved.student
+        plan, problems, origins, resolved.teachers, resolved.sources, resolved.eval_sources, resolved.student
     )
 
 
@@ -173,6 +174,13 @@ class _Resolver:
         self.experts: dict[str, str] = {}
         self.problems: list[Problem] = []
 
+    @property
+    def teachers(self) -> dict[str, TeacherPlan]:
+        """The teachers that resolved, in the recipe's order."""
+        own = {} if self.student is None else selves.self_plans(self.parts.teachers, self.student)
+        known = {**self.staff.plans, **own}
+        return {name: known[name] for name in self.parts.names if name in known}
+
     def run(self) -> None:
         self._find_student()
         self._check_output()
@@ -187,6 +195,9 @@ class _Resolver:
         routed = parts.all_prompts and all_cards and not lost and self.sound
         if routed:
             self.problems += checks.unused_teachers(parts.names, weights, origins)
+            self.problems += selves.author_problems(
+                parts.teachers, parts.phases, parts.prompts, weights, origins
+            )
         self.experts, problems = checks.experts(
             parts.eval_sources, parts.prompts, weights if routed else None, parts.names, origins
         )
@@ -238,6 +249,8 @@ class _Resolver:
         if parts.all_prompts and not domains_doubtful:
             domains = tuple(dict.fromkeys(source.domain for source in parts.prompts.values()))
             self.problems += checks.balance_problems(parts.phases, domains, origins)
+        if parts.all_phases:
+            self.problems += selves.rule_problems(parts.teachers, parts.phases, origins)
         if parts.all_phases and parts.optimizer is not None:
             num_updates = sum(phase.updates for phase in parts.phases.values())
             self.problems += checks.schedule_problems(parts.optimizer, num_updates, origins)
@@ -261,7 +274,7 @@ class _Resolver:
             seed=recipe.seed,
             threads=recipe.threads or _cores(),
             student=self.student,
-            teachers=dict(self.staff.plans),
+            teachers=self.teachers,
             sources=tuple(self.sources.values()),
             rollout=recipe.rollout,
             phases=recipe.phases,

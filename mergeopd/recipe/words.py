@@ -106,6 +106,8 @@ def _words(option: Schema) -> list[str]:
         return [f"a list of {len(option['prefixItems'])} values" if "prefixItems" in option else "a list"]
     if kind == "object":
         required = option.get("required", [])
+        if "oneOf" in option:  # one of several keys
+            return [f"a mapping with {joined([part['required'][0] for part in option['oneOf']], 'or')}"]
         return [f"a mapping with {joined(required, 'and')}" if required else "a mapping"]
     return []  # null: how to leave something out is by not writing it
 

@@ -102,6 +102,16 @@ class TorchStudent:
             num_valid=self._num_valid,
         )
 
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The weights of the forward pass as they are now, by parameter name; not copies."""
+        return {name: p.detach() for name, p in self._parameters.items()}
+
+    @property
+    def master_weights(self) -> dict[str, Tensor]:
+        """The optimizer's weights as they are now, by parameter name; not copies."""
+        return {name: p.detach() for name, p in self._masters.items()}
+
     def accumulate(self, micro: MicroBatch, objective: DistillationObjective) -> TokenStats:
         """Add the gradient of one micro-batch; returns the statistics of its trained tokens.
 

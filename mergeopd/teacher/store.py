@@ -1,4 +1,5 @@
-"""Teachers live on disk; one is in memory during its turn and gone after it.
+"""Teachers live on disk; one is in memory during its turn and gone after it. Those that follow the student
+live in memory.
 
 Weights are read tensor by tensor from memory-mapped safetensors. On a CPU, where the file already has the
 computing precision, nothing is copied: the pages belong to the file cache, not to the process. A teacher's
@@ -32,18 +33,27 @@ from mergeopd.models.causal import (
 )
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts, head_tensor
+from mergeopd.teacher.past import Follower
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# Checkpoint fingerprint; rule and version of weights that follow the student; dtype; true vocabulary.
+_HeadKey = tuple[str, tuple[str, int] | None, str, int]
+
+
 @dataclass(frozen=True, slots=True)
 class TeacherSource:
-    """Where a teacher's weights lie and how they are used. `num_valid` is its true vocabulary."""
+    """Where a teacher's weights lie and how they are used. `num_valid` is its true vocabulary.
+
+    With a `follower` the folder says what the model looks like, and the weights are the follower's.
+    """
 
     model: Path
     dtype: str
     num_valid: int
+    follower: Follower | None = None
 
 
 class LoadedTeacher:
@@ -96,7 +106,7 @@ class TeacherStore:
         self._checkpoints = {name: Checkpoint.open(s.model) for name, s in self._sources.items()}
         self._facts = {name: ModelFacts.read(s.model) for name, s in self._sources.items()}
         self._skeletons: dict[str, PreTrainedModel] = {}
-        self._heads: dict[tuple[str, str, int], Head] = {}
+        self._heads: dict[_HeadKey, Head] = {}
         self.bytes_read = 0
         for name, checkpoint in self._checkpoints.items():
             check_fit(self._skeleton(name), self._facts[name], checkpoint)
@@ -109,19 +119,23 @@ class TeacherStore:
         head = {facts.head_name, facts.head_bias_name}
         body = {p: t for p, t in tensor_names(facts, checkpoint).items() if p not in head}
         try:
-            fill(model, {parameter: self._read(name, tensor) for parameter, tensor in body.items()})
-            self.bytes_read += checkpoint.header_bytes
+            fill(
+                model, {parameter: self._read(name, parameter, tensor) for parameter, tensor in body.items()}
+            )
+            self.bytes_read += 0 if self._sources[name].follower else checkpoint.header_bytes
             yield LoadedTeacher(name, model.base_model, self._device)
         finally:
             empty(model)
 
     def fingerprint(self, name: str) -> str:
-        """Digest of the teacher's checkpoint."""
+        """Digest of the teacher's checkpoint. Weights that follow the student have none: ValueError."""
+        if self._sources[name].follower is not None:
+            raise ValueError(f"teacher {name!r} follows the student, so no checkpoint is its own")
         return self._checkpoints[name].fingerprint
 
     def read_ahead(self, name: str) -> None:
         """Ask the system to bring a teacher's files into its cache, and go on; no memory of ours is used."""
-        if not hasattr(os, "posix_fadvise"):
+        if not hasattr(os, "posix_fadvise") or self._sources[name].follower is not None:
             return
         for file in sorted({info.file for info in self._checkpoints[name].tensors.values()}):
             descriptor = os.open(file, os.O_RDONLY)
@@ -139,25 +153,33 @@ class TeacherStore:
                 self._heads[key] = self._load_head(name)
         return {name: self._heads[key] for name, key in wanted.items()}
 
-    def _head_key(self, name: str) -> tuple[str, str, int]:
-        source = self._sources[name]
-        return self._checkpoints[name].fingerprint, source.dtype, source.num_valid
+    def _head_key(self, name: str) -> _HeadKey:
+        source, follower = self._sources[name], self._sources[name].follower
+        # A follower's weights are never the folder's, nor its own of another round.
+        moved = None if follower is None else (follower.label, follower.version)
+        return self._checkpoints[name].fingerprint, moved, source.dtype, source.num_valid
 
     def _load_head(self, name: str) -> Head:
         facts, checkpoint = self._facts[name], self._checkpoints[name]
+        parameter = facts.embedding_name if facts.tied else facts.head_name
+        bias = facts.head_bias_name
         return Head(
-            weight=self._read(name, head_tensor(facts, checkpoint)),
-            bias=self._read(name, facts.head_bias_name) if facts.head_bias_name else None,
+            weight=self._read(name, parameter, head_tensor(facts, checkpoint)),
+            bias=self._read(name, bias, bias) if bias else None,
             scale=facts.logit_scale,
             softcap=facts.softcap,
             num_valid=self._sources[name].num_valid,
         )
 
-    def _read(self, name: str, tensor_name: str) -> Tensor:
-        checkpoint = self._checkpoints[name]
-        tensor = checkpoint.read(tensor_name)
-        self.bytes_read += checkpoint.tensors[tensor_name].num_bytes
-        return tensor.to(device=self._device, dtype=DTYPES[self._sources[name].dtype])
+    def _read(self, name: str, parameter: str, tensor_name: str) -> Tensor:
+        """A parameter's weights: the follower's where there is one, else the tensor of the checkpoint."""
+        source, checkpoint = self._sources[name], self._checkpoints[name]
+        if source.follower is not None:
+            tensor = source.follower.tensors[parameter]
+        else:
+            tensor = checkpoint.read(tensor_name)
+            self.bytes_read += checkpoint.tensors[tensor_name].num_bytes
+        return tensor.to(device=self._device, dtype=DTYPES[source.dtype])
 
     def _skeleton(self, name: str) -> PreTrainedModel:
         """Teachers with the same config share one skeleton; it weighs nothing between turns."""

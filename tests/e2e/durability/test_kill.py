@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,3 +44,45 @@ def test_kill(runs: Any, ends_well: Callable[..., str], point: str) -> None:
     assert (f"goes on after update {saved}" in printed) == (saved is not None)
     # Nothing that was not finished is left.
     assert [path for path in folder.rglob("*") if path.name.endswith(".partial")] == []
+
+
+# `lag` was copied anew after update 4, `mean` moves after every round; `right` is taught by `two` alone.
+FOLLOWING = (
+    *("--set", "teachers.lag={student: {every: 3}}"),
+    *("--set", "teachers.mean={student: {ema: 0.8}}"),
+    *("--set", "prompts.0.teachers={one: 1.0, two: 0.5, lag: 0.3, mean: 0.2}"),
+)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_following(runs: Any, outcome: Callable[[Path], dict[str, str]]) -> dict[str, str]:
+    """The outcome of a run whose teachers follow the student, and to which nothing happened."""
+    code, printed = runs("following", *FOLLOWING)
+    assert code == 0, printed
+    return outcome(runs.folder("following"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "saved"),
+    [
+        ("files:4:KILL", 2),  # the second checkpoint has these teachers' weights, but no state
+        ("renamed:2:KILL", 4),
+        ("update:6:KILL", 4),
+        ("scoring:110:TERM", 5),  # within a round, after another one that nothing has saved yet
+    ],
+)
+def test_weights_that_follow_the_student_come_back(
+    runs: Any,
+    outcome: Callable[[Path], dict[str, str]],
+    undisturbed_following: dict[str, str],
+    fault: str,
+    saved: int,
+) -> None:
+    name = "following-" + fault.replace(":", "-")
+    code, printed = runs(name, *FOLLOWING, fault=fault)
+    assert code == (-9 if fault.endswith("KILL") else 3), printed
+    code, printed = runs(name, *FOLLOWING)
+    assert code == 0, printed
+    assert f"goes on after update {saved}" in printed
+    found = outcome(runs.folder(name))
+    assert [key for key in undisturbed_following if found[key] != undisturbed_following[key]] == []

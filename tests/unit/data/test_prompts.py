@@ -292,6 +292,28 @@ def test_parquet_reads_as_jsonl_does(tmp_path: Path) -> None:
     assert needs == f"{tmp_path / 'p.parquet'}: field 'answers' is missing; did you mean 'answer'?"
 
 
+def test_fields_that_teachers_are_shown_are_read_as_text(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {"prompt": "p", "answer": 3, "steps": ["a", "b"], "note": f"n{i}", "noise": "x"} for i in range(3)
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
+    lines = write(tmp_path, *rows)
+    shown = {"steps": "t", "note": "t", "reference": "t"}
+    prompts = read_prompts(plan(lines), shown)
+    assert [dict(p.fields) for p in prompts] == [{"note": f"n{i}", "steps": '["a", "b"]'} for i in range(3)]
+    assert read_prompts(plan(tmp_path / "p.parquet"), shown) == prompts
+    assert read_prompts(plan(lines))[0].fields == {}
+    with pytest.raises(DataError, match=r"p.parquet: field 'nots' is missing; did you mean 'note'\?$"):
+        read_prompts(plan(tmp_path / "p.parquet"), {"nots": "t"})
+    with pytest.raises(DataError, match=r"field 'solution' is missing .*`teachers\.t\.prompt`$"):
+        read_prompts(plan(tmp_path / "p.parquet"), {"solution": "t"})
+    with pytest.raises(DataError, match=r"p\.parquet: field 'answers' is missing; did you mean 'answer'"):
+        read_prompts(plan(tmp_path / "p.parquet", reference_field="answers"), {"reference": "t"})
+
+
 def test_parquet_rows_are_named(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet

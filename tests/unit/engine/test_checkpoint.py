@@ -47,19 +47,26 @@ def test_the_metrics_are_on_the_disk_before_the_checkpoint_is(
         file.append({"update": 1})
         monkeypatch.setattr(os, "fsync", fsync)
         monkeypatch.setattr(Path, "rename", rename)
-        save(tmp_path / "c", parts.student, Record(Progress(1, 1, 4), {"total": 0.1}), parts.plan, kind(file))
+        save(
+            tmp_path / "c",
+            parts.student,
+            parts.past,
+            Record(Progress(1, 1, 4), {"total": 0.1}),
+            parts.plan,
+            kind(file),
+        )
     assert order.index(str(path)) < order.index(str(tmp_path / "c" / "step-1"))
 
 
 def test_what_was_saved_comes_back(write_job: Callable[..., Path], tmp_path: Path) -> None:
     parts = build(preflight(write_job()), CPU)
     record = Record(Progress(7, 5, 28), {"rollout": 0.1 + 0.2, "total": 1e300})
-    save(tmp_path, parts.student, record, parts.plan, Silent())
+    save(tmp_path, parts.student, parts.past, record, parts.plan, Silent())
     expected = {name: tensor.clone() for name, tensor in parts.student.state().items()}
     with torch.no_grad():
         for tensor in parts.student.state().values():
             tensor += 1
-    assert restore(tmp_path, parts.student, [parts.plan.hash], Silent()) == record
+    assert restore(tmp_path, parts.student, parts.past, [parts.plan.hash], Silent()) == record
     found = parts.student.state()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -67,4 +74,4 @@ def test_what_was_saved_comes_back(write_job: Callable[..., Path], tmp_path: Pat
 
 def test_without_checkpoints_it_is_the_beginning(write_job: Callable[..., Path], tmp_path: Path) -> None:
     parts = build(preflight(write_job()), CPU)
-    assert restore(tmp_path / "none", parts.student, [], Silent()) == Record(Progress(), {})
+    assert restore(tmp_path / "none", parts.student, parts.past, [], Silent()) == Record(Progress(), {})

@@ -74,7 +74,7 @@ def run(recipe: Path, *overrides: str, stop_after: int | None = None) -> tuple[R
     recorder, folder = Recorder(stop_after), RunFolder(Path(inputs.plan.output))
     folder.claim(inputs.plan, inputs.files, inputs.now, ())
     parts = build(inputs, CPU)
-    record = restore(folder.checkpoints, parts.student, folder.plan_hashes(), recorder)
+    record = restore(folder.checkpoints, parts.student, parts.past, folder.plan_hashes(), recorder)
     clock = Clock()
     clock.continue_from(record.seconds)
     with contextlib.suppress(Stop):

@@ -54,7 +54,7 @@ def samples_of(recipe: Path, *overrides: str, stop_at: int | None = None) -> lis
     folder, recorder = RunFolder(Path(inputs.plan.output)), Recorder(stop_at)
     folder.claim(inputs.plan, inputs.files, inputs.now, ())
     parts = build(inputs, CPU)
-    progress = restore(folder.checkpoints, parts.student, folder.plan_hashes(), recorder).progress
+    progress = restore(folder.checkpoints, parts.student, parts.past, folder.plan_hashes(), recorder).progress
     with contextlib.suppress(Stop):
         Merge(parts, folder, recorder, Clock(), Interrupt()).run(progress, None)
     return recorder.samples

@@ -58,6 +58,9 @@ GOOD = (ROOT / "tests/errors/project/recipes/merge.yaml").read_text()
         ("teachers: {code: 1.0, math: 0.2}", "teachers: [code, math]"),
         ("tokens: {math: 1.0, code: 1.0, chat: 0.5}", "tokens: equal"),
         ("on_policy_fraction: {start: 0.5, end: 1.0, updates: 10}", "on_policy_fraction: 0.5"),
+        ("math: teachers/math.yaml", "math: {student: start, prompt: x}"),
+        ("math: teachers/math.yaml", "math: {student: {every: 20}, system: x}"),
+        ("math: teachers/math.yaml", "math: {student: {ema: 0.9}}"),
         ("seed: 17", "seed: ${SEED}"),
         ("name: three-experts", "name: run-${SEED}"),
         ("schedule: cosine", 'schedule: "${SCHEDULE:-cosine}"'),
@@ -73,6 +76,7 @@ def test_short_forms_and_variables_are_accepted(old: str, new: str) -> None:
     [
         "extends: a.yaml\n",
         "extends: [a.yaml, b.yaml]\nstudent: {dtype: bfloat16}\nteachers: {math: {weight: 2}}\n",
+        "extends: a.yaml\nteachers: {past: {student: {every: 3}}, lag: {prompt: x}}\n",
     ],
 )
 def test_a_recipe_that_extends_may_leave_things_out(text: str) -> None:
@@ -92,6 +96,11 @@ def test_a_recipe_that_extends_may_leave_things_out(text: str) -> None:
         ("domain: chat", "domain: ch at"),
         ("  math: teachers", "  ma th: teachers"),
         ("weight: 0.8", "weigth: 0.8"),
+        ("card: teachers/code.yaml, weight", "weight"),
+        ("card: teachers/code.yaml", "card: teachers/code.yaml, student: start"),
+        ("card: teachers/code.yaml", "student: {}"),
+        ("card: teachers/code.yaml", "student: {every: 2, ema: 0.5}"),
+        ("card: teachers/code.yaml", "student: {ema: 1.0}"),
     ],
 )
 def test_what_the_loader_refuses_the_schema_refuses(old: str, new: str) -> None:

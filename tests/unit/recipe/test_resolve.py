@@ -28,10 +28,13 @@ def test_a_good_recipe_becomes_a_plan_with_absolute_paths_and_all_defaults(proje
     assert plan.student.model == str(project / "models" / "base")
     assert plan.teachers["chat"].model_dump() == {
         "name": "chat",
+        "student": None,
         "model": str(project / "models" / "chat"),
         "tokenizer": str(project / "models" / "chat"),
         "template": None,
         "dtype": "bfloat16",
+        "system": None,
+        "prompt": None,
         "fingerprint": None,
         "canary": None,
     }

@@ -1,0 +1,363 @@
+"""The student as its own teacher: exact gradients, when its weights move, what a run brings back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from enumeration import engine_round
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from mergeopd.engine.build import Parts, build
+from mergeopd.engine.checkpoint import restore
+from mergeopd.engine.clock import Clock
+from mergeopd.engine.evaluate import Evaluation
+from mergeopd.engine.interrupt import Interrupt
+from mergeopd.engine.loop import Merge
+from mergeopd.engine.preflight import advice, preflight
+from mergeopd.engine.run_folder import RunFolder
+from mergeopd.engine.tasks import Task
+from mergeopd.engine.texts import TeacherTexts
+from mergeopd.errors import RecipeError
+from mergeopd.recipe.models import Moving
+from mergeopd.report.events import Event, Reporters, UpdateDone
+from mergeopd.report.jsonl import update_record
+from mergeopd.types import Rollout
+
+CPU = torch.device("cpu")
+V, EOS = 5, 4
+ANSWERS = [(EOS,), *product(range(V - 1), range(V))]
+ALL_MESSAGES = "{% for m in messages %}{{ m.content }} {% endfor %}"
+WORDS = {"a": 0, "b": 1, "c": 2, "d": 3}
+
+
+@pytest.fixture
+def write_selves(write_job: Callable[..., Path]) -> Callable[..., Path]:
+    """A job whose student is its own only teacher, as `teacher` says; rows have a field `note`."""
+
+    def write(
+        teacher: Mapping[str, Any],
+        recipe: Mapping[str, Any] = {},
+        *,
+        more: Mapping[str, Any] = {},
+        **student: Any,
+    ) -> Path:
+        teachers = {"self": teacher, **more}
+        prompts = [
+            {"source": f"{name}.jsonl", "domain": name, "teachers": dict.fromkeys(teachers, 1.0)}
+            for name in ("left", "right")
+        ]
+        path = write_job({"teachers": teachers, "prompts": prompts, **recipe}, **student)
+        config = path.parent / "base" / "tokenizer_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": ALL_MESSAGES}))
+        for name in ("left", "right"):
+            file = path.parent / f"{name}.jsonl"
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            file.write_text("\n".join(json.dumps({**row, "note": "d a"}) for row in rows))
+        return path
+
+    return write
+
+
+def gradient(parts: Parts, rollouts: Sequence[Rollout]) -> tuple[dict[str, Tensor], float]:
+    """The raw gradient and the loss of one update on all rollouts, through the engine."""
+    [(found, stats)] = engine_round(parts, rollouts)
+    return found, stats.loss
+
+
+def all_answers(parts: Parts) -> list[Rollout]:
+    render = parts.inputs.student.render
+    return [
+        Rollout(p, i, render(p), answer, "student", "eos" if answer[-1] == EOS else "length")
+        for name in sorted(parts.inputs.prompts)
+        for p in parts.inputs.prompts[name]
+        for i, answer in enumerate(ANSWERS)
+    ]
+
+
+def ids(text: str) -> tuple[int, ...]:
+    return tuple(WORDS[word] for word in text.split())
+
+
+@pytest.mark.parametrize("loss", ["reverse_kl", "forward_kl"])
+@pytest.mark.parametrize(
+    ("teacher", "seen"),
+    [
+        ({"prompt": "b {{ prompt }} a {{ reference }} {{ note }}"}, "b {} a c d a"),  # OPSD
+        ({"system": "d c b a d"}, "d c b a d {}"),  # OPCD
+        ({"system": "d d", "prompt": "{{ note }} {{ prompt }}", "weight": 0.7}, "d d d a {}"),
+    ],
+)
+def test_the_gradient_is_autograds_on_a_model_that_reads_the_other_prompt(
+    write_selves: Callable[..., Path], teacher: dict[str, Any], seen: str, loss: str
+) -> None:
+    phase = {"name": "p", "updates": 1, "prompts_per_round": 4, "loss": loss}
+    recipe = write_selves({"student": "start", **teacher}, {"phases": [phase]}, dtype="float64")
+    parts = build(preflight(recipe), CPU)
+    rollouts = all_answers(parts)
+    found, _ = gradient(parts, rollouts)
+
+    student, frozen = (
+        AutoModelForCausalLM.from_pretrained(parts.plan.student.model, dtype=torch.float64).eval()
+        for _ in range(2)
+    )
+    total = torch.zeros((), dtype=torch.float64)
+    for rollout in rollouts:
+        own, answer = ids(rollout.prompt.messages[0].content), list(rollout.response_ids)
+        other = ids(seen.format(rollout.prompt.messages[0].content))
+        assert rollout.prompt_ids == own
+        log_s = student(torch.tensor([[*own, *answer]])).logits[0, len(own) - 1 : -1, :V].log_softmax(-1)
+        with torch.no_grad():
+            logits = frozen(torch.tensor([[*other, *answer]])).logits
+            log_t = logits[0, len(other) - 1 : -1, :V].log_softmax(-1)
+        p, d = (log_s, log_s - log_t) if loss == "reverse_kl" else (log_t, log_t - log_s)
+        total = total + teacher.get("weight", 1.0) * (p.exp() * d).sum()
+    names, parameters = zip(*student.named_parameters(), strict=True)
+    expected = torch.autograd.grad(total / sum(len(r.response_ids) for r in rollouts), parameters)
+    scale = max(float(g.abs().max()) for g in expected)
+    assert scale > 1e-3
+    for name, g in zip(names, expected, strict=True):
+        assert float((found[name] - g).abs().max()) <= 1e-12 * scale, name
+
+
+@pytest.mark.parametrize("teacher", [{}, {"prompt": "{{ prompt }}"}])
+def test_at_the_start_without_more_to_see_loss_and_gradient_are_zero(
+    write_selves: Callable[..., Path], teacher: dict[str, Any]
+) -> None:
+    parts = build(preflight(write_selves({"student": "start", **teacher}, dtype="float64")), CPU)
+    found, loss = gradient(parts, all_answers(parts))
+    assert abs(loss) <= 1e-14
+    assert max(float(g.abs().max()) for g in found.values()) <= 1e-14
+
+
+def test_weights_of_the_start_do_not_move_with_the_student(write_selves: Callable[..., Path]) -> None:
+    """What the teacher says after an update is, bit for bit, what it said before."""
+    parts = build(preflight(write_selves({"student": "start", "system": "d c"}, dtype="float64")), CPU)
+    rollouts = all_answers(parts)
+
+    def says() -> Tensor:
+        with parts.store.open("self") as teacher:
+            texts = [parts.inputs.teachers["self"].render(r.prompt) for r in rollouts]
+            states = dict(teacher.hidden(texts, [r.response_ids for r in rollouts], 1000))
+        return (
+            torch.cat([states[i] for i in range(len(rollouts))])
+            @ parts.store.heads(["self"])["self"].weight.T
+        )
+
+    before = says()
+    old = {name: w.clone() for name, w in parts.student.weights.items()}
+    engine_round(parts, rollouts, sgd_lr=0.1)
+    assert any(not torch.equal(old[name], w) for name, w in parts.student.weights.items())
+    parts.store.heads(())
+    assert torch.equal(says(), before)
+
+
+class Stop(BaseException):
+    """The machine goes down."""
+
+
+class Recorder:
+    """Keeps the updates and the student's weights after each; goes down after `stop_after` updates."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.updates: list[UpdateDone] = []
+        self.weights: list[dict[str, Tensor]] = []
+        self.parts: Parts | None = None
+        self._stop_after = stop_after
+
+    def emit(self, event: Event) -> None:
+        if isinstance(event, UpdateDone):
+            assert self.parts is not None
+            self.updates.append(event)
+            self.weights.append({n: w.clone() for n, w in self.parts.student.weights.items()})
+            if event.update == self._stop_after:
+                raise Stop
+
+    def records(self) -> list[dict[str, Any]]:
+        """The metrics, timings aside."""
+        return [{k: v for k, v in update_record(u).items() if k != "cost"} for u in self.updates]
+
+
+def run(recipe: Path, *overrides: str, stop_after: int | None = None) -> tuple[Recorder, Parts, RunFolder]:
+    inputs = preflight(recipe, overrides)
+    folder, recorder = RunFolder(Path(inputs.plan.output)), Recorder(stop_after)
+    folder.claim(inputs.plan, inputs.files, inputs.now, ())
+    parts = recorder.parts = build(inputs, CPU)
+    record = restore(folder.checkpoints, parts.student, parts.past, folder.plan_hashes(), recorder)
+    with contextlib.suppress(Stop):
+        Merge(parts, folder, recorder, Clock(), Interrupt()).run(record.progress, None)
+    return recorder, parts, folder
+
+
+ROUNDS_OF_TWO = {
+    "name": "p",
+    "updates": 6,
+    "updates_per_round": 2,
+    "prompts_per_round": 4,
+    "loss": "reverse_kl",
+}
+
+
+@pytest.mark.parametrize("student", [{}, {"dtype": "bfloat16"}])
+def test_copies_are_the_students_weights_at_the_start_of_the_round_that_reached_the_multiple(
+    write_selves: Callable[..., Path], student: dict[str, str]
+) -> None:
+    recipe = write_selves(
+        {"student": {"every": 3}, "system": "d c"},
+        {"phases": [ROUNDS_OF_TWO], "checkpoint": {"every": 2, "keep": 9}, "optimizer": {"lr": 0.01}},
+        **student,
+    )
+    recorder, parts, folder = run(recipe)
+    held = [load_file(folder.checkpoints / f"step-{n}" / "past.safetensors") for n in (2, 4, 6)]
+    base = load_file(recipe.parent / "base" / "model.safetensors")
+    dtype = parts.student.head.weight.dtype
+    # Rounds end after updates 2, 4 and 6: 3 is reached in the second, 6 in the third.
+    for tensors, source in zip(held, (base, recorder.weights[3], recorder.weights[5]), strict=True):
+        assert tensors.keys() == {f"every-3/{name}" for name in parts.student.weights}
+        assert all(torch.equal(t, source[n.removeprefix("every-3/")].to(dtype)) for n, t in tensors.items())
+
+
+def test_an_average_over_three_rounds_has_its_closed_form(write_selves: Callable[..., Path]) -> None:
+    recipe = write_selves(
+        {"student": {"ema": 0.8}, "system": "d c"},
+        {"phases": [ROUNDS_OF_TWO], "optimizer": {"lr": 0.01}},
+        dtype="float64",
+    )
+    recorder, parts, _ = run(recipe)
+    base = load_file(recipe.parent / "base" / "model.safetensors")
+    rounds = [recorder.weights[i] for i in (1, 3, 5)]
+    [follower] = parts.past.followers.values()
+    moved = 0.0
+    for name, found in follower.tensors.items():
+        terms = [0.2 * 0.8 ** (2 - k) * w[name] for k, w in enumerate(rounds)]
+        assert torch.allclose(found, 0.8**3 * base[name].double() + sum(terms), rtol=0, atol=1e-14), name
+        moved = max(moved, float((found - base[name]).abs().max()))
+    assert moved > 1e-3
+
+
+def test_without_more_to_see_only_a_student_that_moves_has_something_to_learn(
+    write_selves: Callable[..., Path],
+) -> None:
+    """The dataset's text moves it; the average pulls back from the second update on."""
+    phase = {**ROUNDS_OF_TWO, "text": "dataset", "loss": {"reverse_kl": 1.0, "nll": 0.5}}
+    recipe = write_selves(
+        {"student": {"ema": 0.8}}, {"phases": [phase], "optimizer": {"lr": 0.01}}, dtype="float64"
+    )
+    recorder, _, _ = run(recipe)
+    pulls = [u.teachers["self"].divergence["reverse_kl"] for u in recorder.updates]
+    assert abs(pulls[0]) <= 1e-14
+    assert min(pulls[1:]) > 1e-6
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 4, 5, 6, 7])
+def test_a_run_that_went_down_ends_as_if_it_had_not(
+    write_selves: Callable[..., Path], stop_after: int
+) -> None:
+    own = "{{ prompt }} {{ reference }}"
+    more = {"ema": {"student": {"ema": 0.9}}, "past": {"student": "start"}}
+    recipe = write_selves(
+        {"student": {"every": 3}, "prompt": own},
+        {
+            "phases": [
+                {**ROUNDS_OF_TWO, "updates": 4},
+                {"name": "q", "updates": 4, "prompts_per_round": 3, "loss": "forward_kl"},
+            ],
+            "checkpoint": {"every": 1, "keep": 2},
+            "optimizer": {"lr": 0.01},
+        },
+        more=more,
+    )
+    whole, _, straight = run(recipe, "output=straight")
+    before, _, _ = run(recipe, "output=broken", stop_after=stop_after)
+    after, _, resumed = run(recipe, "output=broken")
+    first = after.updates[0].update
+    assert stop_after - 1 <= first <= stop_after
+    assert before.records()[: first - 1] + after.records() == whole.records()
+    for file in ("export/model.safetensors", "checkpoints/step-8/past.safetensors"):
+        expected, found = load_file(straight.path / file), load_file(resumed.path / file)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_privileged_texts_are_not_taken_for_others(write_selves: Callable[..., Path]) -> None:
+    """`start` may write; what it wrote with one script is written anew with another."""
+    recipe = write_selves({"student": "start"}, {"rollout": {"max_new_tokens": 6}})
+
+    def written(*overrides: str) -> list[tuple[int, ...]]:
+        parts = build(preflight(recipe, overrides), CPU)
+        tasks = [Task(p, 0, "teacher") for ps in parts.inputs.prompts.values() for p in ps]
+        texts = TeacherTexts(parts)
+        texts.prepare(tasks, Reporters())
+        return [r.response_ids for task in tasks for r in texts.rollouts(task)]
+
+    plain = written()
+    shown = written('teachers.self.prompt="{{ prompt }} {{ reference }} c c c"')
+    assert shown != plain
+    assert written() == plain
+    assert written("teachers.self.system=b b b") not in (plain, shown)
+
+
+def test_the_start_under_its_prompt_is_the_expert_that_is_measured(write_selves: Callable[..., Path]) -> None:
+    """Its context is part of it; the student and the base are measured without."""
+    evaluation = {"prompts": [{"source": "held.jsonl", "domain": "left", "verifier": "exact"}]}
+    recipe = write_selves({"student": {"every": 1}, "prompt": "{{ note }}"}, {"evaluation": evaluation})
+    held = recipe.parent / "held.jsonl"
+    held.write_text(json.dumps({"prompt": "a c", "answer": "c"}))
+    with pytest.raises(
+        RecipeError, match="the prompt of teacher 'self' needs a value: field 'note' is missing"
+    ):
+        preflight(recipe)
+    held.write_text("\n".join(json.dumps({"prompt": p, "answer": "c", "note": "b"}) for p in ("a c", "d")))
+    inputs = preflight(recipe)
+    asked: list[tuple[str, set[tuple[int, ...]]]] = []
+    for name, dialect in (("student", inputs.student), ("self", inputs.teachers["self"])):
+        asked.append((name, {dialect.render(p) for p in inputs.evaluation["held"]}))
+    assert asked == [("student", {(0, 2), (3,)}), ("self", {(1,)})]
+    notes = _Notes()
+    assert inputs.plan.evaluation is not None
+    accuracies = Evaluation(inputs, inputs.plan.evaluation, CPU, notes).run(recipe.parent / "base")
+    assert accuracies["left"]["weight_average"] is None
+    assert "no weight average: the experts are the student itself" in notes.texts
+    assert accuracies["left"]["expert"] is not None
+
+
+class _Notes:
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def emit(self, event: Any) -> None:
+        self.texts.append(getattr(event, "text", ""))
+
+
+def test_a_teachers_own_prompt_is_what_is_measured_and_its_precision_is_the_students(
+    write_selves: Callable[..., Path],
+) -> None:
+    long = "{{ prompt }}{% for _ in range(120) %} a{% endfor %}"
+    recipe = write_selves({"student": "start", "prompt": long}, dtype="bfloat16")
+    assert preflight(recipe, ["rollout.max_new_tokens=4"]).plan.teachers["self"].dtype == "bfloat16"
+    with pytest.raises(
+        RecipeError, match=r"too long for teacher 'self': first left\.jsonl:1 takes 122 tokens|left"
+    ):
+        preflight(recipe, ["rollout.max_new_tokens=8"])
+
+
+def test_one_needs_no_card_so_none_lacks_a_canary(write_selves: Callable[..., Path]) -> None:
+    inputs = preflight(write_selves({"student": {"ema": 0.5}}))
+    assert advice(inputs.plan) is None
+    assert inputs.plan.teachers["self"].moving == Moving(ema=0.5)
+
+
+def test_a_live_teacher_may_teach_the_later_updates_of_a_round(write_selves: Callable[..., Path]) -> None:
+    """With one update a round it would always agree with the student, and is refused."""
+    recipe = write_selves({"student": {"every": 1}}, {"phases": [ROUNDS_OF_TWO], "optimizer": {"lr": 0.01}})
+    with pytest.raises(RecipeError, match="nothing to learn"):
+        preflight(recipe, ["phases.0.updates_per_round=1"])
+    preflight(recipe)
