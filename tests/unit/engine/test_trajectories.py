@@ -261,7 +261,7 @@ def test_a_run_tells_the_whole_trajectory_and_counts_its_own_tokens(write_job: C
     parts = build_parts(write_job)
     folder, recorder = RunFolder(Path(parts.plan.output)), Recorder()
     folder.claim(parts.plan, parts.inputs.files, parts.inputs.now, ())
-    progress = restore(folder.checkpoints, parts.student, folder.plan_hashes(), recorder).progress
+    progress = restore(folder.checkpoints, parts.student, parts.past, folder.plan_hashes(), recorder).progress
     Merge(parts, folder, recorder, Clock(), Interrupt()).run(progress, None)
     done = [event for event in recorder.events if isinstance(event, UpdateDone)]
     # Four prompts a round, one with a trajectory of 5 own tokens and three with texts of 3.
