@@ -257,9 +257,10 @@ def test_without_more_to_see_only_a_student_that_moves_has_something_to_learn(
     assert min(pulls[1:]) > 1e-6
 
 
+@pytest.mark.parametrize("loss", ["forward_kl", "sampled_reverse_kl"])  # hidden states kept, or log-probs
 @pytest.mark.parametrize("stop_after", [1, 2, 4, 5, 6, 7])
 def test_a_run_that_went_down_ends_as_if_it_had_not(
-    write_selves: Callable[..., Path], stop_after: int
+    write_selves: Callable[..., Path], stop_after: int, loss: str
 ) -> None:
     own = "{{ prompt }} {{ reference }}"
     more = {"ema": {"student": {"ema": 0.9}}, "past": {"student": "start"}}
@@ -268,7 +269,7 @@ def test_a_run_that_went_down_ends_as_if_it_had_not(
         {
             "phases": [
                 {**ROUNDS_OF_TWO, "updates": 4},
-                {"name": "q", "updates": 4, "prompts_per_round": 3, "loss": "forward_kl"},
+                {"name": "q", "updates": 4, "prompts_per_round": 3, "loss": loss},
             ],
             "checkpoint": {"every": 1, "keep": 2},
             "optimizer": {"lr": 0.01},
