@@ -176,3 +176,60 @@ def test_where_the_stop_tokens_differ_it_counts_for_the_student_alone(recipe: Pa
     # Same answer "c d <eos>" in both: three tokens, the same mean divergence, but one token less in the loss.
     assert masked.updates[0].num_tokens == counted.updates[0].num_tokens == 3
     assert masked.updates[0].loss < counted.updates[0].loss
+
+
+POLICY_PHASES = [
+    {
+        "name": "sampled",
+        "updates": 4,
+        "updates_per_round": 2,
+        "prompts_per_round": 4,
+        "loss": {
+            "sampled_reverse_kl": {"weight": {"start": 1.0, "end": 0.2, "updates": 3}},
+            "outcome": {"weight": 0.5, "std": "none"},
+        },
+        "balance": {"tokens": "equal", "follow_gap": 1.0, "teach": "wrong"},
+        "correction": {"kind": "mask", "low": 0.5, "high": 2.0},
+    },
+    {
+        "name": "top",
+        "updates": 4,
+        "updates_per_round": 2,
+        "prompts_per_round": 4,
+        "loss": {
+            "reverse_kl": 1.0,
+            "outcome": 0.5,
+            "support": {"top_k": 2, "of": "teacher", "rest": "tail"},
+        },
+        "correction": "sequence_mask",
+    },
+]
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 5, 7])
+def test_policy_terms_and_reduced_teachers_go_on_bit_for_bit(
+    write_job: Callable[..., Path], stop_after: int
+) -> None:
+    """Their look back, ramps and groups depend on position alone; a top-k teacher needs no head in updates."""
+    recipe = write_job(
+        {
+            "phases": POLICY_PHASES,
+            "checkpoint": {"every": 1, "keep": 2},
+            "rollout": {"max_new_tokens": 6, "samples_per_prompt": 3, "temperature": 1.3, "top_p": 0.95},
+            "optimizer": {"lr": 0.01},
+        }
+    )
+    verifiers = [f'prompts.{i}.verifier={{"kind": "regex", "pattern": "a"}}' for i in (0, 1)]
+    whole, straight = run(recipe, "output=straight", *verifiers)
+    before, _ = run(recipe, "output=broken", *verifiers, stop_after=stop_after)
+    after, resumed = run(recipe, "output=broken", *verifiers)
+    first = after.updates[0].update
+    assert before.records()[: first - 1] + after.records() == whole.records()
+    expected = load_file(straight.export / "model.safetensors")
+    found = load_file(resumed.export / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    told = [update.policy for update in whole.updates]
+    assert all(policy is not None and policy.behaviour_gap > 0.01 for policy in told)
+    assert any(policy.corrected_fraction > 0 for policy in told if policy is not None)
+    assert set(whole.updates[0].teachers["two"].divergence) == {"sampled_reverse_kl"}
+    assert set(whole.updates[-1].teachers["two"].divergence) == {"reverse_kl"}

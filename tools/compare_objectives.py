@@ -1,0 +1,159 @@
+"""Objectives beside each other: equal budgets, one cold start, recovered headroom per domain.
+
+    python tools/compare_objectives.py [--seeds 0 1] [--only exact sampled ...] [--updates 60]
+
+One cold start on teachers' texts makes the student that every run starts from. A run is 60 updates of 120
+on-policy answers, four to each of 30 prompts, with one learning rate for all; only the loss differs, and
+whether domains are balanced. Runs are in runs/objectives; finished ones are not run again. Prints mean and
+spread over the seeds, against the quickstart's base and experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "recipes" / "quickstart.yaml"
+FOLDER = ROOT / "runs" / "objectives"
+
+MASK = {"correction": {"kind": "mask", "low": 0.5, "high": 2.0}}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "exact": {"loss": {"reverse_kl": 1.0}},
+    "sampled": {"loss": {"sampled_reverse_kl": 1.0}},
+    "top16": {"loss": {"reverse_kl": 1.0, "support": {"top_k": 16, "of": "student", "rest": "tail"}}},
+    "forward": {"loss": {"forward_kl": 1.0}},
+    "jsd": {"loss": {"jsd": {"weight": 1.0, "beta": 0.5}}},
+    "exact+outcome": {"loss": {"reverse_kl": 1.0, "outcome": 0.3}, **MASK},
+    "mopd+outcome": {"loss": {"sampled_reverse_kl": 1.0, "outcome": 0.3}, **MASK},
+    "kdrl": {
+        "loss": {"outcome": 1.0, "sampled_reverse_kl": {"weight": {"start": 0.5, "end": 0.1, "updates": 60}}}
+    },
+}
+# KDRL's own weights, 5e-3 to 1e-3, are made for hundreds of updates; with 60 its teacher would be inaudible.
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--only", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+    parser.add_argument("--balance", nargs="+", choices=["on", "off"], default=["on", "off"])
+    parser.add_argument("--updates", type=int, default=60)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    arguments = parser.parse_args()
+    start = cold_start()
+    rows: dict[str, list[dict[str, Any]]] = {"cold start": [measure(start, "cold_start")]}
+    for balance in arguments.balance:
+        for name in arguments.only:
+            label = f"{name}, balance {balance}"
+            settings = phase(name, balance, arguments.updates)
+            rows[label] = [
+                run(
+                    f"{name}-{balance}-{arguments.updates}-{arguments.lr:g}-{seed}",
+                    start,
+                    settings,
+                    seed,
+                    arguments,
+                )
+                for seed in arguments.seeds
+            ]
+    show(rows)
+
+
+def phase(name: str, balance: str, updates: int) -> dict[str, Any]:
+    """The on-policy phase of an objective."""
+    shares = {"largest": 0.3, "sort": 0.3, "tool": 0.4} if balance == "on" else "off"
+    return {
+        "name": "merge",
+        "text": "student",
+        "updates": updates,
+        "prompts_per_round": 30,
+        "balance": {"tokens": shares},
+        **OBJECTIVES[name],
+    }
+
+
+def cold_start() -> Path:
+    """The student after 15 updates of the quickstart's cold start."""
+    folder = FOLDER / "cold_start"
+    from mergeopd.recipe.resolve import read
+
+    plan = read(RECIPE).plan
+    if plan is None:
+        sys.exit(f"{RECIPE} has problems; see mergeopd check")
+    cold = plan.phases[0].model_dump(mode="json", exclude_defaults=True)
+    # Shorter than the quickstart's, so that something is left to learn.
+    mergeopd(folder, [f"phases={json.dumps([{**cold, 'updates': 15}])}", "optimizer.warmup_updates=5"])
+    return folder / "export"
+
+
+def run(
+    name: str, start: Path, settings: dict[str, Any], seed: int, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """The result of one run."""
+    verifiers = ["number", "exact", "json"]
+    sets = [
+        f"student.model={start}",
+        f"phases={json.dumps([settings])}",
+        f"seed={seed}",
+        "rollout.samples_per_prompt=4",
+        f"optimizer.lr={arguments.lr}",
+        "optimizer.warmup_updates=5",
+        *(f"prompts.{i}.verifier={kind}" for i, kind in enumerate(verifiers)),
+    ]
+    mergeopd(FOLDER / name, sets)
+    return measure(FOLDER / name / "export", name)
+
+
+def mergeopd(output: Path, sets: list[str]) -> None:
+    """`mergeopd run` with these overrides, unless it is done."""
+    if (output / "export").is_dir():
+        return
+    print(f"== {output.name}", flush=True)
+    sets = [*sets, "threads=1", "evaluation=null", f"output={output}"]
+    options = [a for one in sets for a in ("--set", one)]
+    subprocess.run([sys.executable, "-m", "mergeopd", "run", str(RECIPE), *options], check=True)
+
+
+def measure(export: Path, name: str) -> dict[str, Any]:
+    """Accuracies of an export beside the quickstart's base and experts."""
+    result = FOLDER / f"{name}.json"
+    if not result.is_file():
+        options = ["--model", str(export), "--output", str(result), "--set", "threads=1"]
+        subprocess.run([sys.executable, "-m", "mergeopd", "eval", str(RECIPE), *options], check=True)
+    document: dict[str, Any] = json.loads(result.read_text())
+    return document
+
+
+def show(rows: dict[str, list[dict[str, Any]]]) -> None:
+    """Recovered headroom in per cent, mean and half the range over the seeds."""
+    domains = sorted(next(iter(rows.values()))[0]["domains"])
+    table = Table(title="Recovered headroom in %, mean +- half the range over seeds", title_justify="left")
+    table.add_column("objective")
+    for column in (*domains, "mean"):
+        table.add_column(column, justify="right")
+    for name, documents in rows.items():
+        columns = [[d["domains"][domain]["recovered"] for d in documents] for domain in domains]
+        columns.append([d["mean_recovered"] for d in documents])
+        table.add_row(name, *(_spread(values) for values in columns))
+    Console(width=110).print(table)
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{100 * statistics.fmean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} +- {50 * (max(values) - min(values)):.1f}"
+
+
+if __name__ == "__main__":
+    main()
