@@ -2,7 +2,7 @@
 
     python tools/bench_objectives.py [--json] [--repeats 9]
 
-Every objective accumulates the gradient of the same micro-batch (16 answers of 128 tokens after prompts of 64;
+Every objective accumulates the gradient of one micro-batch (16 answers of 128 tokens after prompts of 64;
 a random Qwen3 of hidden size 256, 6 layers, V = 32768, tied; one teacher of the same size), by turns in one
 process with one thread; medians of CPU seconds and of the ratios to plain exact reverse KL in the same turn.
 The optimizer step, the same for all, is left out, which makes the ratios larger than a whole update's. `look
