@@ -2,8 +2,8 @@
 
     python tools/compare_objectives.py [--seeds 0 1] [--only exact sampled ...] [--updates 60]
 
-One cold start on teachers' texts makes the student that every run starts from. A run is 60 updates of 120
-on-policy answers, four to each of 30 prompts, with one learning rate for all; only the loss differs, and
+One cold start on teachers' texts makes the student that every run starts from. A run is 60 updates of 80
+on-policy answers, four to each of 20 prompts, with one learning rate for all; only the loss differs, and
 whether domains are balanced. Runs are in runs/objectives; finished ones are not run again. Prints mean and
 spread over the seeds, against the quickstart's base and experts.
 """
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--balance", nargs="+", choices=["on", "off"], default=["on", "off"])
     parser.add_argument("--updates", type=int, default=60)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr", type=float, default=5e-4)
     arguments = parser.parse_args()
     start = cold_start()
     rows: dict[str, list[dict[str, Any]]] = {"cold start": [measure(start, "cold_start")]}
@@ -78,7 +78,7 @@ def phase(name: str, balance: str, updates: int) -> dict[str, Any]:
         "name": "merge",
         "text": "student",
         "updates": updates,
-        "prompts_per_round": 30,
+        "prompts_per_round": 20,
         "balance": {"tokens": shares},
         **OBJECTIVES[name],
     }
