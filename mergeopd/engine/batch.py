@@ -26,12 +26,21 @@ class Before:
     """One answer before its round's first update; tensors have one number per response token.
 
     `gap` is the sum over its tokens and teachers, weighted, of the reverse KL: exact where the teacher's
-    whole distribution is at hand, else |log p_T - log p_S| of the token as written.
+    whole distribution is at hand, else |log p_T - log p_S| of the token as written. A teacher that does not
+    know the token that ends the answer is not asked about it here either.
     """
 
     logprob_S: Tensor
     logprob_T: Mapping[str, Tensor]
     gap: float
+
+
+def term_weights(rollout: Rollout, weight: float, *, skips_last: bool) -> list[float]:
+    """A teacher's weight for every response token; `skips_last`: it does not know the one that ends it."""
+    weights = [weight] * len(rollout.response_ids)
+    if skips_last:
+        weights[-1] = 0.0
+    return weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +71,7 @@ class PreparedRollout:
     def teacher_token_weights(self, teacher: str) -> list[float]:
         """The final weight of this teacher's term for every response token."""
         weight = self.token_weight * self.teacher_weight[teacher]
-        weights = [weight] * len(self.rollout.response_ids)
-        if teacher in self.eos_masked:
-            weights[-1] = 0.0
-        return weights
+        return term_weights(self.rollout, weight, skips_last=teacher in self.eos_masked)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mergeopd.engine.batch import Before, targets
+from mergeopd.engine.batch import Before, Dialects, targets, term_weights
 from mergeopd.engine.build import Parts
 from mergeopd.engine.schedule import pack
 from mergeopd.loss.divergence import ReverseKL
@@ -41,6 +41,7 @@ def look_back(
 ) -> dict[int, Before]:
     """`Before` of every answer with tokens, by its index in the round."""
     needs_teacher = phase.loss.needs_teacher
+    dialects = Dialects(parts.inputs.student, parts.inputs.teachers)
     measure = (ReverseKL(),) if phase.balance.follow_gap and phase.loss.has_divergence else ()
     packs = pack(rollouts, range(len(rollouts)), parts.plan.student.micro_batch_tokens, round_index)
     reporter.emit(StageStarted("update", "the policy before", len(packs), "micro-batches"))
@@ -57,17 +58,25 @@ def look_back(
             phase.loss.temperature,
         )
         sizes = [len(m.response_ids) for m in members]
-        weights = torch.tensor([[m.prompt.teachers[name] for m in members] for name in names])
-        gaps = stats.divergence[:, 0] if measure else (stats.logprob_T - stats.logprob_S).abs()
+        masked = [dialects.eos_masked(m) for m in members]
+        weights = torch.tensor(
+            [
+                [
+                    weight
+                    for m, skip in zip(members, masked, strict=True)
+                    for weight in term_weights(m, m.prompt.teachers[name], skips_last=name in skip)
+                ]
+                for name in names
+            ],
+            dtype=torch.float64,
+        )
+        apart = stats.divergence[:, 0] if measure else (stats.logprob_T - stats.logprob_S).abs()
+        gaps = (weights.reshape(apart.shape) * apart.cpu()).sum(0)
         student = torch.split(stats.logprob_S, sizes)
         teachers = torch.split(stats.logprob_T, sizes, dim=1)
-        for column, (index, logprob_S, logprob_T, gap) in enumerate(
-            zip(part.rollouts, student, teachers, torch.split(gaps, sizes, dim=1), strict=True)
+        for index, logprob_S, logprob_T, gap in zip(
+            part.rollouts, student, teachers, torch.split(gaps, sizes), strict=True
         ):
-            found[index] = Before(
-                logprob_S,
-                dict(zip(names, logprob_T, strict=True)),
-                float((gap.sum(1).cpu() * weights[:, column]).sum()) if names else 0.0,
-            )
+            found[index] = Before(logprob_S, dict(zip(names, logprob_T, strict=True)), float(gap.sum()))
         reporter.emit(StageProgress(done))
     return found
