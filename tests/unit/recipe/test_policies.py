@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,10 @@ from pydantic import ValidationError
 
 from mergeopd.recipe.losses import Loss
 from mergeopd.recipe.policies import WeightRamp, amount_at
+from mergeopd.recipe.resolve import read
 from mergeopd.recipe.training import Phase
+
+PROJECT = Path(__file__).parents[2] / "errors" / "project"
 
 
 def test_the_fading_teacher_of_kdrl() -> None:
@@ -66,3 +71,22 @@ def test_short_forms_and_defaults() -> None:
     assert plain.clip_ratio is not None
     assert plain.clip_ratio.model_dump() == {"low": 0.2, "high": 0.28, "dual": None}
     assert plain.correction.kind == "none"
+
+
+def problems_of(*overrides: str) -> list[str]:
+    return [problem.message for problem in read(PROJECT / "recipes" / "merge.yaml", overrides, {}).problems]
+
+
+def test_what_is_not_refused() -> None:
+    """Settings next to the refused ones, which do have a meaning."""
+    one = "rollout.samples_per_prompt=1"
+    rates = "phases.1.balance.pass_rate={}"
+    assert problems_of(rates) == []
+    assert problems_of(one, rates) != []
+    assert problems_of(one, "phases.1.balance.pass_rate={a: 0.0}") == []  # only what is never solved counts
+    assert problems_of(one, "phases.1.balance.teach=wrong") == []
+    assert problems_of(one, "phases.1.loss={reverse_kl: 1.0, outcome: 0.0}") == []
+    mixed = "phases.1.text={on_policy_fraction: {start: 0.0, end: 0.5, updates: 4}, otherwise: dataset}"
+    assert problems_of(mixed, "phases.1.loss.outcome=0.5", rates) == []
+    # Without a verifier a source's prompts keep their teachers; rewards come from the others.
+    assert problems_of("prompts.2.verifier=null", "phases.1.loss.outcome=0.5", rates) == []
