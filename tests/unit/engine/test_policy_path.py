@@ -65,6 +65,15 @@ class Plain:
         """The weighted sum of the teachers' gaps."""
         return sum(w * self.gaps[i][n] for n, w in self.rollouts[i].prompt.teachers.items())  # type: ignore[return-value]
 
+    def early(self, i: int, gain: float) -> Tensor:
+        """The same, every teacher's by how much of it lies behind (IW-OPD)."""
+        total = torch.zeros_like(self.lp[i].detach())
+        for name, weight in self.rollouts[i].prompt.teachers.items():
+            gap = self.gaps[i][name]
+            behind = torch.stack([gap[:t].abs().sum() for t in range(len(gap))]) / gap.abs().sum()
+            total += weight * (1 + gain * (1 - behind)) * gap
+        return total
+
     def exact(self, i: int) -> Tensor:
         return sum(w * self.kl[i][n] for n, w in self.rollouts[i].prompt.teachers.items())  # type: ignore[return-value]
 
@@ -275,13 +284,14 @@ def value_of(
     return total
 
 
-def test_ramps_move_with_the_updates_of_the_phase(write_job: Write) -> None:
+@pytest.mark.parametrize("gain", [0.0, 0.5])
+def test_ramps_move_with_the_updates_of_the_phase(write_job: Write, gain: float) -> None:
     """Two updates of one round under weights that stay: KDRL's fading teacher beside a growing outcome."""
     parts = methods_parts(
         write_job,
         loss={
             "reverse_kl": {"start": 1.0, "end": 0.5, "updates": 1},
-            "sampled_reverse_kl": {"weight": {"start": 0.8, "end": 0.0, "updates": 4}},
+            "sampled_reverse_kl": {"weight": {"start": 0.8, "end": 0.0, "updates": 4}, "early_gain": gain},
             "outcome": {"weight": {"start": 0.0, "end": 1.0, "updates": 2}},
         },
         updates_per_round=2,
@@ -296,7 +306,7 @@ def test_ramps_move_with_the_updates_of_the_phase(write_job: Write) -> None:
     ):
         total = torch.zeros((), dtype=torch.float64)
         for i in update:
-            advantage = sampled * plain.d(i) + outcome * scaled[i]
+            advantage = sampled * plain.early(i, gain) + outcome * scaled[i]
             total = total + (exact * plain.exact(i) - advantage * plain.lp[i]).sum()
         assert_equal(gradient, plain.gradient(total / plain.num_tokens(update)), 1e-10)
 

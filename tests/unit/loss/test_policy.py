@@ -74,6 +74,17 @@ def test_the_ratio_of_a_trust_region() -> None:
     assert (-gradient).tolist() == pytest.approx([1.378490], abs=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_several_teachers_hold_a_trust_region_by_their_geometric_mean(scale: float) -> None:
+    """Weights 1 and 3, whatever denominators they carry: log p_T is (log p_1 + 3 log p_2) / 4."""
+    log_T, weight = row(-1.0, -3.0)[:, None], scale * row(1.0, 3.0)[:, None]
+    rows = rows_of(row(1.0), old_N=row(-2.0))
+    tokens, _ = evaluate(Policy(anchor=TrustRegion(0.5)), rows, row(-2.0), log_T, weight)
+    assert (-tokens.loss).item() == pytest.approx(math.exp(-2.0 - 0.5 * -2.0 - 0.5 * -2.5))
+    tokens, _ = evaluate(Policy(anchor=Credit(1.0, 0.9)), rows, row(-2.0), log_T, weight)
+    assert (-tokens.loss).item() == pytest.approx(math.exp(-2.5 + 2.0))
+
+
 @pytest.mark.parametrize(
     ("advantage", "mix", "bound", "expected"),
     [
