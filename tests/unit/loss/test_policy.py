@@ -19,13 +19,9 @@ from mergeopd.loss.policy import (
     PolicyRows,
     PolicyTokens,
     TrustRegion,
-    answers_advantage,
-    bounded,
     clipped,
-    early_weights,
     importance_weight,
     policy_tokens,
-    reward_to_go,
     sequence_kept,
     shaped,
 )
@@ -141,13 +137,6 @@ def test_a_sequence_is_judged_by_its_geometric_mean() -> None:
     assert not sequence_kept(row(0.5, 1.0).log(), correction)
     assert sequence_kept(row(), correction)
     assert sequence_kept(row(9.0).log(), Correction("mask", 0.9, 2.2))
-
-
-def test_early_weights() -> None:
-    assert early_weights(row(1.0, -1.0, 2.0), 0.5).tolist() == pytest.approx([1.5, 1.375, 1.25])
-    assert early_weights(row(1.0, -1.0, 2.0), 0.0).tolist() == [1.0, 1.0, 1.0]
-    assert early_weights(row(0.0, 0.0), 0.5).tolist() == [1.5, 1.5]
-    assert early_weights(row(), 0.5).tolist() == []
 
 
 # The clip by hand: columns are ratio, advantage, value, is_clipped.
@@ -338,42 +327,6 @@ def test_credit_keeps_the_sign_and_its_bounds(
     assert (found.abs() <= size * (1 + mix * bound) + 1e-12).all()
     assert (found.abs() >= size * (1 - mix * bound) - 1e-12).all()
     assert torch.allclose(shaped(advantage, 0 * gap, Credit(mix, bound)), advantage, atol=1e-15, rtol=1e-15)
-
-
-# Reward to go
-
-
-@given(st.lists(st.floats(-5, 5), max_size=7), st.floats(0, 1), st.booleans(), st.booleans())
-def test_reward_to_go_by_its_definition(
-    gaps: list[float], discount: float, future_only: bool, per_token: bool
-) -> None:
-    found = reward_to_go(row(*gaps), discount, future_only=future_only, per_token=per_token)
-    for t in range(len(gaps)):
-        terms = [discount ** (u - t) * gaps[u] for u in range(t, len(gaps)) if not (future_only and u == t)]
-        count = max(len(terms), 1) if per_token else 1
-        assert found[t].item() == pytest.approx(math.fsum(terms) / count, abs=1e-12)
-
-
-def test_without_discount_the_first_token_gets_the_log_ratio_of_the_whole_answer() -> None:
-    gap = row(0.3, -1.0, 2.0)
-    assert reward_to_go(gap, 1.0)[0].item() == pytest.approx(1.3)
-    assert reward_to_go(gap, 0.0).tolist() == gap.tolist()
-    assert reward_to_go(gap, 0.0, future_only=True).tolist() == [0.0, 0.0, 0.0]
-
-
-def test_advantages_of_whole_answers_reduce_to_the_tokens() -> None:
-    gaps, weights = [row(0.3, -4.0, 2.0), row(1.0, 1.0, -1.0)], [row(0.5, 0.5, 0.5), row(0.2, 0.2, 0.0)]
-    plain = {"bound": 1.5, "discount": 0.0, "future_only": False, "per_token": False, "gain": 0.0}
-    by_token = sum(w * bounded(g, 1.5) for g, w in zip(gaps, weights, strict=True))
-    assert torch.allclose(answers_advantage(gaps, weights, **plain), by_token, atol=1e-15)
-    # What the second teacher does not judge, the last token, is credited to nobody.
-    found = answers_advantage(gaps, weights, **{**plain, "discount": 1.0})
-    first, second = [0.3 - 1.5 + 1.5, 0.0, 1.5], [2.0, 1.0, 0.0]
-    expected = [0.5 * a + 0.2 * b for a, b in zip(first, second, strict=True)]
-    assert found.tolist() == pytest.approx(expected, abs=1e-15)
-    silent = answers_advantage(gaps, [0 * w for w in weights], **{**plain, "gain": 0.5})
-    assert silent.tolist() == [0.0, 0.0, 0.0]
-    assert answers_advantage([row()], [row()], **{**plain, "discount": 0.5}).tolist() == []
 
 
 # Who gets a policy term
