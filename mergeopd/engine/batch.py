@@ -25,7 +25,8 @@ class Before:
     """One answer before its round's first update; tensors have one number per trained token.
 
     `gap` is the sum over its tokens and teachers, weighted, of the reverse KL: exact where the teacher's
-    whole distribution is at hand, else |log p_T - log p_S| of the token as written.
+    whole distribution is at hand, else |log p_T - log p_S| of the token as written. A teacher that does not
+    know the token that ends the answer is not asked about it here either.
     """
 
     logprob_S: Tensor

@@ -56,19 +56,17 @@ def _policy_problems(phase: Phase, here: Keys, origins: Origins) -> Iterator[Pro
 
 
 def _budget_problems(phase: Phase, here: Keys, origins: Origins) -> Iterator[Problem]:
-    if phase.loss.needs_teacher:
-        return
     balance = phase.balance
-    used = {
-        "follow_gap": bool(balance.follow_gap),
-        "pass_rate": balance.pass_rate is not None,
-        "teach": balance.teach != "all",
-    }
-    for key in (name for name, is_used in used.items() if is_used):
-        message = f"{key} weighs what teachers say, and no term of the loss asks them"
-        yield origins.problem(
-            (*here, "balance", key), message, "add a teacher's term, or remove it", key=True
-        )
+    by_verdict = {"pass_rate": balance.pass_rate is not None, "teach": balance.teach != "all"}
+    used = [key for key, is_used in {"follow_gap": bool(balance.follow_gap), **by_verdict}.items() if is_used]
+    for key in used:
+        where = (*here, "balance", key)
+        if not phase.loss.needs_teacher:
+            message = f"{key} weighs what teachers say, and no term of the loss asks them"
+            yield origins.problem(where, message, "add a teacher's term, or remove it", key=True)
+        elif key in by_verdict and _never_student(phase):
+            message = f"{key} goes by the student's own answers, and here it writes none"
+            yield origins.problem(where, message, "remove it, or use `text: student`", key=True)
 
 
 def _reward_users(phase: Phase, here: Keys) -> dict[str, Keys]:
@@ -101,10 +99,11 @@ def _verifier_problems(
 def _group_problems(phase: Phase, users: Mapping[str, Keys], origins: Origins) -> Iterator[Problem]:
     remedy = "set rollout.samples_per_prompt to 2 or more (8 is usual)"
     if "outcome" in users:
-        message = "an answer's advantage is relative to the others of its prompt, and there is one a prompt"
+        message = "an answer's advantage is relative to the prompt's other answers, and here it has none"
         yield origins.problem(users["outcome"], message, remedy, key=True)
-    if "pass_rate" in users:
-        message = "of one answer a prompt the pass rate is 0 or 1, where the weight is 0"
+    rate = phase.balance.pass_rate
+    if rate is not None and rate.a and rate.b:
+        message = "of one answer a prompt the pass rate is 0 or 1, and p^a (1 - p)^b is 0 at both"
         yield origins.problem(users["pass_rate"], message, remedy, key=True)
 
 

@@ -158,7 +158,7 @@ class Band(Strict):
     @model_validator(mode="after")
     def _ordered(self) -> Band:
         if self.low >= self.high:
-            raise ValueError(f"low {self.low} is not below high {self.high}")
+            raise ValueError(f"low {self.low} is not below high {self.high}: give both bounds, low < high")
         return self
 
 

@@ -6,6 +6,7 @@ would hide a wrong scale.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -28,10 +29,12 @@ from mergeopd.report.events import Reporters
 from mergeopd.teacher.cache import HiddenCache
 from mergeopd.types import Rollout
 
+Gradients = dict[str, Tensor]
 CPU = torch.device("cpu")
 V, EOS = 5, 4
 ANSWERS = [(EOS,), *((x, y) for x in range(V - 1) for y in range(V))]
 TEMPLATE_IDS = {"one": (0, 1, 2, 3, 0, 1, 2), "two": ()}
+VERIFIER = {"kind": "regex", "pattern": "."}
 
 
 def build_parts(write_job: Callable[..., Path], *overrides: str, **phase: object) -> Parts:
@@ -139,3 +142,114 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
     assert scale > 1e-3
     for name, gradient in expected.items():
         assert float((found[name] - gradient).abs().max()) <= tolerance * scale, name
+
+
+def rollouts_of(parts: Parts, reference: Reference) -> list[Rollout]:
+    """Every answer to every prompt, written by teacher two at temperature 1.2; those that end in `a` are cut."""
+    prompts = [p for name in sorted(parts.inputs.prompts) for p in parts.inputs.prompts[name]]
+    rollouts = []
+    for prompt in prompts:
+        ids = parts.inputs.student.render(prompt)
+        for i, answer in enumerate(ANSWERS):
+            with torch.no_grad():
+                written = logprobs(reference.teachers["two"], ids, answer, 1.2)
+            mu = tuple(float(row[y]) for row, y in zip(written, answer, strict=True))
+            finish = "eos" if answer[-1] == EOS else "length" if answer[-1] == 0 else "stop"
+            rollouts.append(Rollout(prompt, i, ids, answer, "student", finish, mu))  # type: ignore[arg-type]
+    return rollouts
+
+
+def verdicts_of(rollouts: Sequence[Rollout]) -> list[float]:
+    """Right where the ids add up to a multiple of 3; nothing is right for the third prompt."""
+    keys = sorted({r.prompt.key for r in rollouts})
+    return [float(sum(r.response_ids) % 3 == 0 and keys.index(r.prompt.key) != 2) for r in rollouts]
+
+
+def methods_parts(write_job: Callable[..., Path], *overrides: str, **phase: object) -> Parts:
+    settings = ["rollout.samples_per_prompt=21"]
+    settings += [f"prompts.{i}.verifier={VERIFIER}".replace("'", '"') for i in range(2)]
+    return build_parts(write_job, *settings, *overrides, **{"text": "student", **phase})
+
+
+def advantages(rollouts: Sequence[Rollout], verdicts: Sequence[float], std: str) -> list[float]:
+    values = [0.0] * len(rollouts)
+    for key in {r.prompt.key for r in rollouts}:
+        group = [i for i, r in enumerate(rollouts) if r.prompt.key == key and r.finish != "length"]
+        rewards = [verdicts[i] for i in group]
+        mean = statistics.fmean(rewards)
+        spread = {"unbiased": statistics.stdev, "biased": statistics.pstdev, "none": lambda _: 1.0}[std](
+            rewards
+        )
+        for i in group:
+            epsilon = 0.0 if std == "none" else 1e-6
+            values[i] = (verdicts[i] - mean) / (spread + epsilon)
+    return values
+
+
+class Plain:
+    """What the Hugging Face models say of every answer, and sums over it."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.reference = Reference(parts)
+        self.rollouts = rollouts_of(parts, self.reference)
+        self.lp: list[Tensor] = []  # with a graph
+        self.gaps: list[dict[str, Tensor]] = []  # log p_T - log p_S of the written tokens
+        self.kl: list[dict[str, Tensor]] = []  # reverse KL by position, with a graph
+        for r in self.rollouts:
+            ids = torch.tensor(r.response_ids)[:, None]
+            log_s = logprobs(self.reference.student, r.prompt_ids, r.response_ids, 1.0)
+            self.lp.append(log_s.gather(1, ids)[:, 0])
+            gaps, kl = {}, {}
+            for name in r.prompt.teachers:
+                with torch.no_grad():
+                    model, prefix = self.reference.teachers[name], TEMPLATE_IDS[name]
+                    log_t = logprobs(model, (*prefix, *r.prompt_ids), r.response_ids, 1.0)
+                gaps[name] = (log_t - log_s.detach()).gather(1, ids)[:, 0]
+                kl[name] = (log_s.exp() * (log_s - log_t)).sum(-1)
+            self.gaps.append(gaps)
+            self.kl.append(kl)
+
+    def rho(self, i: int) -> Tensor:
+        return (self.lp[i].detach() - self.lp[i].new_tensor(self.rollouts[i].logprobs_behaviour)).exp()
+
+    def d(self, i: int) -> Tensor:
+        """The weighted sum of the teachers' gaps."""
+        return sum(w * self.gaps[i][n] for n, w in self.rollouts[i].prompt.teachers.items())  # type: ignore[return-value]
+
+    def early(self, i: int, gain: float) -> Tensor:
+        """The same, every teacher's by how much of it lies behind (IW-OPD)."""
+        total = torch.zeros_like(self.lp[i].detach())
+        for name, weight in self.rollouts[i].prompt.teachers.items():
+            gap = self.gaps[i][name]
+            behind = torch.stack([gap[:t].abs().sum() for t in range(len(gap))]) / gap.abs().sum()
+            total += weight * (1 + gain * (1 - behind)) * gap
+        return total
+
+    def exact(self, i: int) -> Tensor:
+        return sum(w * self.kl[i][n] for n, w in self.rollouts[i].prompt.teachers.items())  # type: ignore[return-value]
+
+    def num_tokens(self, members: Sequence[int] | None = None) -> int:
+        return sum(len(self.rollouts[i].response_ids) for i in members or range(len(self.rollouts)))
+
+    def domains(self, members: Sequence[int] | None = None) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for i in members or range(len(self.rollouts)):
+            found.setdefault(self.rollouts[i].prompt.domain, []).append(i)
+        return found
+
+    def gradient(self, total: Tensor) -> Gradients:
+        names, parameters = zip(*self.reference.student.named_parameters(), strict=True)
+        return dict(zip(names, torch.autograd.grad(total, parameters, retain_graph=True), strict=True))
+
+
+def first_update(
+    parts: Parts, rollouts: Sequence[Rollout], verdicts: Sequence[float | None] | None = None
+) -> Gradients:
+    """The gradient of a round of one update."""
+    [(gradient, _)] = engine_round(parts, rollouts, verdicts)
+    return gradient
+
+
+def is_zero(gradients: Gradients) -> bool:
+    """Exactly: nothing may leak, and NaN is not zero."""
+    return all(bool((g == 0).all()) for g in gradients.values())

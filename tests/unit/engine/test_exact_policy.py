@@ -9,7 +9,6 @@ Each method is written down once more here, from its paper, token by token in pl
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,24 +16,23 @@ from pathlib import Path
 import pytest
 import torch
 from enumeration import (
-    ANSWERS,
-    EOS,
     TEMPLATE_IDS,
     Reference,
+    advantages,
     assert_equal,
-    build_parts,
     divergences,
     engine_round,
     logprobs,
+    methods_parts,
+    rollouts_of,
+    verdicts_of,
 )
 from torch import Tensor
 
-from mergeopd.engine.build import Parts
 from mergeopd.engine.schedule import split_updates
 from mergeopd.types import Rollout
 
 SGD_LR = 0.5
-VERIFIER = {"kind": "regex", "pattern": "."}
 
 
 @dataclass
@@ -208,48 +206,6 @@ METHODS: dict[str, tuple[dict, Callable[[Token], Tensor]]] = {
         lambda t: surrogate(t.ratio, 0.3 * t.advantage + 0.2 * t.d()),
     ),
 }
-
-
-def rollouts_of(parts: Parts, reference: Reference) -> list[Rollout]:
-    """Every answer to every prompt, written by teacher two at temperature 1.2; those that end in `a` are cut."""
-    prompts = [p for name in sorted(parts.inputs.prompts) for p in parts.inputs.prompts[name]]
-    rollouts = []
-    for prompt in prompts:
-        ids = parts.inputs.student.render(prompt)
-        for i, answer in enumerate(ANSWERS):
-            with torch.no_grad():
-                written = logprobs(reference.teachers["two"], ids, answer, 1.2)
-            mu = tuple(float(row[y]) for row, y in zip(written, answer, strict=True))
-            finish = "eos" if answer[-1] == EOS else "length" if answer[-1] == 0 else "stop"
-            rollouts.append(Rollout(prompt, i, ids, answer, "student", finish, mu))  # type: ignore[arg-type]
-    return rollouts
-
-
-def verdicts_of(rollouts: Sequence[Rollout]) -> list[float]:
-    """Right where the ids add up to a multiple of 3; nothing is right for the third prompt."""
-    keys = sorted({r.prompt.key for r in rollouts})
-    return [float(sum(r.response_ids) % 3 == 0 and keys.index(r.prompt.key) != 2) for r in rollouts]
-
-
-def methods_parts(write_job: Callable[..., Path], *overrides: str, **phase: object) -> Parts:
-    settings = ["rollout.samples_per_prompt=21"]
-    settings += [f"prompts.{i}.verifier={VERIFIER}".replace("'", '"') for i in range(2)]
-    return build_parts(write_job, *settings, *overrides, **{"text": "student", **phase})
-
-
-def advantages(rollouts: Sequence[Rollout], verdicts: Sequence[float], std: str) -> list[float]:
-    values = [0.0] * len(rollouts)
-    for key in {r.prompt.key for r in rollouts}:
-        group = [i for i, r in enumerate(rollouts) if r.prompt.key == key and r.finish != "length"]
-        rewards = [verdicts[i] for i in group]
-        mean = statistics.fmean(rewards)
-        spread = {"unbiased": statistics.stdev, "biased": statistics.pstdev, "none": lambda _: 1.0}[std](
-            rewards
-        )
-        for i in group:
-            epsilon = 0.0 if std == "none" else 1e-6
-            values[i] = (verdicts[i] - mean) / (spread + epsilon)
-    return values
 
 
 class Method:
