@@ -90,6 +90,8 @@ def logprobs(model: torch.nn.Module, prompt: Sequence[int], answer: Sequence[int
 
 def divergences(loss: dict, log_s: Tensor, log_t: Tensor) -> Tensor:
     """Per position, by the definitions; `loss` as in a recipe."""
+    if "support" in loss:
+        return on_support(loss, log_s, log_t)
     s, t = log_s.exp(), log_t.exp()
     total = loss.get("reverse_kl", 0.0) * (s * (log_s - log_t)).sum(-1)
     total = total + loss.get("forward_kl", 0.0) * (t * (log_t - log_s)).sum(-1)
@@ -105,6 +107,28 @@ def divergences(loss: dict, log_s: Tensor, log_t: Tensor) -> Tensor:
     if "clipped_forward_kl" in loss:
         total = total + (t * (log_t - log_s)).clamp(max=0.2).sum(-1)
     return total * loss.get("temperature", 1.0) ** 2
+
+
+def on_support(loss: dict, log_s: Tensor, log_t: Tensor) -> Tensor:
+    """Divergences over the likeliest tokens, position by position: with a tail, or the generalised KLs."""
+    support, positions = loss["support"], []
+    for row_s, row_t in zip(log_s, log_t, strict=True):
+        best = {"student": set(row_s.topk(support["top_k"]).indices.tolist())}
+        best["teacher"] = set(row_t.topk(support["top_k"]).indices.tolist())
+        best["union"] = best["student"] | best["teacher"]
+        ids = sorted(best[support["of"]])
+        s, t = row_s[ids], row_t[ids]
+        if support["rest"] == "generalised":
+            p, q = s.exp(), t.exp()
+            value = loss.get("reverse_kl", 0.0) * (p * (s - t) - p + q).sum()
+            positions.append(value + loss.get("forward_kl", 0.0) * (q * (t - s) - q + p).sum())
+            continue
+        rest = [i for i in range(len(row_s)) if i not in ids]
+        s = torch.cat([s, row_s[rest].logsumexp(0, keepdim=True)])
+        t = torch.cat([t, row_t[rest].logsumexp(0, keepdim=True)])
+        whole = {key: value for key, value in loss.items() if key != "support"}
+        positions.append(divergences(whole, s[None], t[None])[0])
+    return torch.stack(positions)
 
 
 class Reference:

@@ -32,6 +32,18 @@ LOSSES = {
     "clipped": {"clipped_forward_kl": {"weight": 1.0, "bound": 0.2}},
     "mixture": {"reverse_kl": 1.0, "forward_kl": 0.5, "temperature": 2.0},
     "nll": {"forward_kl": 1.0, "nll": 0.3},
+    "top of the student": {"reverse_kl": 1.0, "support": {"top_k": 2, "of": "student", "rest": "tail"}},
+    "top of the teacher": {"forward_kl": 1.0, "support": {"top_k": 2, "of": "teacher", "rest": "tail"}},
+    "generalised": {
+        "reverse_kl": 1.0,
+        "forward_kl": 0.5,
+        "support": {"top_k": 1, "of": "union", "rest": "generalised"},
+    },
+    "jsd on the teacher's top": {
+        "jsd": {"weight": 1.0, "beta": 0.3},
+        "temperature": 1.5,
+        "support": {"top_k": 3, "of": "teacher", "rest": "tail"},
+    },
 }
 
 

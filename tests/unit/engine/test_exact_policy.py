@@ -201,6 +201,16 @@ METHODS: dict[str, tuple[dict, Callable[[Token], Tensor]]] = {
         },
         lambda t: inside(t.rho, 0.6, 1.5) * surrogate(t.ratio, 0.3 * t.advantage),
     ),
+    "top of the teacher + outcome": (
+        {
+            "loss": {
+                "reverse_kl": 1.0,
+                "outcome": 0.3,
+                "support": {"top_k": 2, "of": "teacher", "rest": "tail"},
+            }
+        },
+        lambda t: surrogate(t.ratio, 0.3 * t.advantage),
+    ),
     "exact JSD + sampled + outcome": (
         {"loss": {"jsd": {"beta": 0.3, "weight": 2.0}, "outcome": 0.3, "sampled_reverse_kl": 0.2}},
         lambda t: surrogate(t.ratio, 0.3 * t.advantage + 0.2 * t.d()),
