@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from enumeration import CPU, EOS, Reference, V, assert_equal, divergences, logprobs
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from mergeopd.engine.batch import Dialects, PreparedUpdate, prepare
 from mergeopd.engine.build import Parts, build
@@ -38,8 +38,6 @@ from mergeopd.report.run_data import Sample
 from mergeopd.teacher.cache import HiddenCache
 from mergeopd.types import Rollout
 
-CPU = torch.device("cpu")
-V, EOS = 5, 4
 TEACHERS = {"left": {"one": 1.0, "two": 0.5}, "right": {"two": 0.7}}
 LOSS = {"reverse_kl": 1.0, "forward_kl": 0.5, "nll": 0.3}
 # `d` asks for an answer; `c` after the end of a turn is the template's, like ChatML's line break.
@@ -102,49 +100,27 @@ def update(
     return gradient, stats, prepared, samples
 
 
-class Reference:
-    """Hugging Face models in float64 and plain autograd."""
+class Trajectories(Reference):
+    """The reference on some positions of an answer."""
 
     def __init__(self, parts: Parts) -> None:
-        def load(folder: str) -> torch.nn.Module:
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-
-        self.student = load(parts.plan.student.model)
-        self.teachers = {name: load(t.model) for name, t in parts.plan.teachers.items()}
+        super().__init__(parts)
         self.parts = parts
 
-    def token_losses(
+    def losses_at(
         self, rollout: Rollout, own: Sequence[int], unseen: dict[str, Sequence[int]] | None = None
     ) -> Tensor:
         """Losses at the positions `own` of the answer; `unseen` has those that a teacher skips."""
         answer, rows = rollout.response_ids, list(own)
-
-        def logprobs(model: torch.nn.Module, prompt: Sequence[int]) -> Tensor:
-            logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1, :V]
-            return torch.log_softmax(logits, -1)[rows]
-
-        log_s = logprobs(self.student, rollout.prompt_ids)
+        log_s = logprobs(self.student, rollout.prompt_ids, answer, 1.0)[rows]
         total = -LOSS["nll"] * log_s.gather(1, torch.tensor(answer)[rows, None])[:, 0]
         for name, weight in TEACHERS[rollout.prompt.domain].items():
             with torch.no_grad():
-                log_t = logprobs(self.teachers[name], self.parts.inputs.teachers[name].render(rollout.prompt))
-            reverse = (log_s.exp() * (log_s - log_t)).sum(-1)
-            forward = (log_t.exp() * (log_t - log_s)).sum(-1)
+                prompt = self.parts.inputs.teachers[name].render(rollout.prompt)
+                log_t = logprobs(self.teachers[name], prompt, answer, 1.0)[rows]
             seen = torch.tensor([row not in (unseen or {}).get(name, ()) for row in rows]).double()
-            total = total + weight * seen * (LOSS["reverse_kl"] * reverse + LOSS["forward_kl"] * forward)
+            total = total + weight * seen * divergences(LOSS, log_s, log_t)
         return total
-
-    def gradient(self, loss: Tensor) -> dict[str, Tensor]:
-        names, parameters = zip(*self.student.named_parameters(), strict=True)
-        return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-
-
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:
-    assert found.keys() == expected.keys()
-    scale = max(float(g.abs().max()) for g in expected.values())
-    assert scale > 1e-3
-    for name, gradient in expected.items():
-        assert float((found[name] - gradient).abs().max()) <= tolerance * scale, name
 
 
 def own_positions(rollout: Rollout) -> Sequence[int]:
@@ -167,9 +143,9 @@ def test_the_gradient_is_that_of_the_assistants_tokens_alone(
 ) -> None:
     override = f"student.micro_batch_tokens={micro_batch_tokens}"
     parts = build_parts(write_job, (LOGGED, "c d"), override, reduce=reduce)
-    rollouts, reference = dataset_rollouts(parts), Reference(parts)
+    rollouts, reference = dataset_rollouts(parts), Trajectories(parts)
     gradient, stats, _, _ = update(parts, rollouts)
-    losses = [reference.token_losses(r, own_positions(r)) for r in rollouts]
+    losses = [reference.losses_at(r, own_positions(r)) for r in rollouts]
     loss = torch.cat(losses).mean() if reduce == "token" else torch.stack([x.mean() for x in losses]).mean()
     assert stats.loss == pytest.approx(loss.item(), rel=1e-12)
     assert_equal(gradient, reference.gradient(loss))
@@ -181,7 +157,7 @@ def test_another_tool_text_of_the_same_length_is_read_but_not_learned(write_job:
     other = (*LOGGED_IDS[:4], 3, 2, *LOGGED_IDS[6:])
     first = dataset_rollouts(parts)[0]
     changed = replace(first, response_ids=other)
-    reference = Reference(parts)
+    reference = Trajectories(parts)
     with HiddenCache(1 << 30, Path(parts.plan.output)) as cache:
         score(parts, [first, changed], 0, cache, Kept("hidden", 1.0), Reporters())
         before, after = (cache.gather("two", [i]) for i in (0, 1))
@@ -190,7 +166,7 @@ def test_another_tool_text_of_the_same_length_is_read_but_not_learned(write_job:
     assert not torch.isclose(before[3:], after[3:]).all(1).any()
     for rollout in (first, changed):
         gradient = update(parts, [rollout])[0]
-        assert_equal(gradient, reference.gradient(reference.token_losses(rollout, OWN).mean()))
+        assert_equal(gradient, reference.gradient(reference.losses_at(rollout, OWN).mean()))
 
 
 def test_labels_that_are_not_the_assistants_never_enter(write_job: Callable[..., Path]) -> None:
@@ -238,10 +214,10 @@ def test_a_teacher_that_ends_otherwise_skips_every_turns_end(write_job: Callable
     two = replace(parts.inputs.teachers["two"], eos_ids=(3,))
     parts = replace(parts, inputs=replace(parts.inputs, teachers={**parts.inputs.teachers, "two": two}))
     rollout = dataset_rollouts(parts)[0]
-    reference = Reference(parts)
+    reference = Trajectories(parts)
     gradient, _, prepared, samples = update(parts, [rollout])
     assert prepared.rollouts[0].eos_masked == {"two": (2, 4)}
-    loss = reference.token_losses(rollout, OWN, {"two": (2, 8)}).mean()
+    loss = reference.losses_at(rollout, OWN, {"two": (2, 8)}).mean()
     assert_equal(gradient, reference.gradient(loss))
     [sample] = samples.events(1, "merge", [rollout], [None], parts.inputs.student.tokenizer)
     assert {name: trace.masked for name, trace in sample.teachers.items()} == {"one": (), "two": (2, 8)}
