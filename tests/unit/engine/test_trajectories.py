@@ -252,7 +252,7 @@ def test_a_run_tells_the_whole_trajectory_and_counts_its_own_tokens(write_job: C
         assert all(tuple(i for i, value in enumerate(row) if value is not None) == OWN for row in rows)
         line = Sample.model_validate_json(json.dumps(sample_record(sample)))
         assert (line.trained, line.logprob_S) == (sample.trained, sample.logprob_S)
-    student = AutoModelForCausalLM.from_pretrained(parts.plan.student.model, dtype=torch.float64)
+    student = Reference(parts).student
     with torch.no_grad():
         logits = student(torch.tensor([[0, 1, 3, *LOGGED_IDS]])).logits[0, 2:-1, :V]
     expected = logits.log_softmax(-1)[range(9), LOGGED_IDS][list(OWN)].tolist()
