@@ -16,8 +16,11 @@ from mergeopd.recipe.schema import SHORTHANDS, Recipe
 from mergeopd.recipe.words import below, options
 
 ROOT = Path(__file__).parents[3]
-HEADER = "# yaml-language-server: $schema=../docs/schema/{}.schema.json"
-RECIPES = sorted([*(ROOT / "recipes").glob("**/*.yaml"), ROOT / "tests/errors/project/recipes/merge.yaml"])
+HEADER = "# yaml-language-server: $schema={}docs/schema/recipe.schema.json"
+# A file whose name begins with an underscore is no recipe but what others extend.
+RECIPES = sorted(
+    [*(ROOT / "recipes").glob("**/[!_]*.yaml"), ROOT / "tests/errors/project/recipes/merge.yaml"]
+)
 CARDS = sorted(
     [*(ROOT / "teachers").glob("**/*.yaml"), *(ROOT / "tests/errors/project/teachers").glob("*.yaml")]
 )
@@ -39,7 +42,8 @@ def test_the_schema_files_are_up_to_date(name: str, schema: dict[str, Any]) -> N
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_satisfies_the_schema_and_names_it(path: Path) -> None:
     assert list(Draft202012Validator(recipe_schema()).iter_errors(load(path))) == []
-    assert path.read_text().splitlines()[0] == HEADER.format("recipe")
+    depth = len(path.parts) - 1 - path.parts.index("recipes", len(ROOT.parts))
+    assert path.read_text().splitlines()[0] == HEADER.format("../" * depth)
 
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.name)

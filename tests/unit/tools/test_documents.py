@@ -12,8 +12,11 @@ import pytest
 from ruamel.yaml import YAML
 
 from mergeopd.recipe.jsonschema import model_schema
-from mergeopd.recipe.models import TeacherCard
+from mergeopd.recipe.load import load
+from mergeopd.recipe.models import TeacherCard, TeacherRef
 from mergeopd.recipe.schema import Recipe
+from mergeopd.recipe.training import Phase
+from mergeopd.recipe.tree import plain
 
 ROOT = Path(__file__).parents[3]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -87,3 +90,34 @@ def test_files_that_the_documents_name_exist() -> None:
         text = document.read_text(encoding="utf-8")
         for name in re.findall(r"`((?:mergeopd|tools|tests|docs|recipes)/[\w./]+)`", text):
             assert (ROOT / name).exists(), f"{document.name} names {name}"
+
+
+METHODS = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
+# A row of the table: the recipe that it links, and its second cell.
+METHOD_ROWS = dict(
+    re.findall(r"^\| \[[^]]*\]\(\.\./(recipes/[\w/]+\.yaml)\)[^|]*\| ([^|]*) \|", METHODS, re.MULTILINE)
+)
+SIZES = {"name", "updates", "prompts_per_round"}
+
+
+def test_every_method_recipe_has_its_row() -> None:
+    files = (ROOT / "recipes" / "methods").glob("[!_]*.yaml")
+    methods = {str(file.relative_to(ROOT)) for file in files}
+    assert methods <= METHOD_ROWS.keys()
+
+
+@pytest.mark.parametrize("file", METHOD_ROWS)
+def test_lines_in_the_table_of_methods_are_those_of_the_recipe(file: str) -> None:
+    """Phases in their order and in full, sizes and budgets of the quick start apart; and its own teachers."""
+    root = load(ROOT / file, (), {}).root
+    assert root is not None
+    recipe = Recipe.model_validate(plain(root))
+    spans = re.findall(r"(teacher )?`([^`]+)`", METHOD_ROWS[file])
+    written = [(bool(teacher), YAML(typ="safe").load(f"{{{text}}}")) for teacher, text in spans]
+    apart = SIZES if "methods" in file else {*SIZES, "balance"}
+    phases = [fragment for is_teacher, fragment in written if not is_teacher]
+    for fragment, phase in zip(phases, recipe.phases, strict=True):
+        sizes = phase.model_dump(include=apart)
+        assert Phase.model_validate({**sizes, **fragment}) == phase
+    for fragment in (fragment for is_teacher, fragment in written if is_teacher):
+        assert TeacherRef.model_validate(fragment) in recipe.teachers.values()

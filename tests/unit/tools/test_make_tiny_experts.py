@@ -2,58 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from rich.console import Console
-
-TOOLS = Path(__file__).parents[3] / "tools"
-sys.path.insert(0, str(TOOLS))  # the tool is a script beside its package, not an installed module
-
-from tiny_experts import tasks  # noqa: E402
-from tiny_experts.cache import cache_key, why_stale, written_aside  # noqa: E402
-from tiny_experts.settings import BaseTraining, ExpertTraining, Settings  # noqa: E402
-
-DOMAINS = ("largest", "sort", "tool")
-ROWS = {"eval": 40, "merge": 30, "check": 10, "train": 120}
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_tiny_experts", TOOLS / "make_tiny_experts.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def small_settings() -> Settings:
-    return replace(
-        Settings(),
-        rows=ROWS,
-        num_tokens=300,
-        num_rows=304,
-        expert_num_rows={"tool": 320},
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        base=BaseTraining(
-            dict.fromkeys(DOMAINS, 4), dict.fromkeys(DOMAINS, 1.0), check_every=2, max_updates=6
-        ),
-        expert=dict.fromkeys(
-            DOMAINS, ExpertTraining(4, 1.0, check_every=2, cooldown_updates=2, max_updates=6)
-        ),
-    )
+from small_experts import DOMAINS, ROWS, TOOLS, load_script, small_settings  # puts TOOLS on the path
+from tiny_experts import tasks
+from tiny_experts.cache import cache_key, why_stale, written_aside
+from tiny_experts.settings import Settings
 
 
 @pytest.fixture(scope="module")

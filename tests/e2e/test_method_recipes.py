@@ -1,0 +1,95 @@
+"""Every recipe of this repository passes `check` and runs to its end, on experts that are hardly trained."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from small_experts import load_script, small_settings
+
+from mergeopd.engine.command import run_recipe
+from mergeopd.engine.preflight import preflight
+from mergeopd.recipe.models import Moving
+from mergeopd.recipe.plan import Plan
+
+ROOT = Path(__file__).parents[2]
+# A file whose name begins with an underscore is no recipe but what others extend.
+RECIPES = sorted(
+    str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml") if path.name[0] != "_"
+)
+PATTERNS = {"largest": "[1-4]", "sort": "[a-m]", "tool": "[KLM]"}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project folder with this repository's recipes and cards, and experts of its own."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("recipes", "teachers"):
+        shutil.copytree(ROOT / name, folder / name)
+    load_script().make(folder / "experts", small_settings(120), 0, 1, Console(quiet=True))
+    return folder
+
+
+def shortened(plan: Plan) -> list[str]:
+    """Overrides that keep everything about a recipe but its size: two rounds a phase, few short answers."""
+    changes = ["threads=1", "rollout.max_new_tokens=24", "optimizer.warmup_updates=1"]
+    # The small base never is right, and without a right answer no outcome teaches: half of its answers shall be.
+    for index, source in enumerate(plan.sources):
+        if source.verifier is not None:
+            changes.append(f"prompts.{index}.verifier={{kind: regex, pattern: {PATTERNS[source.domain]!r}}}")
+    if plan.rollout.samples_per_prompt > 1:
+        changes.append("rollout.samples_per_prompt=4")
+    for index, phase in enumerate(plan.phases):
+        changes.append(f"phases.{index}.updates={2 * phase.updates_per_round}")
+        changes.append(f"phases.{index}.prompts_per_round=6")
+    for name, teacher in plan.teachers.items():
+        if isinstance(teacher.student, Moving) and teacher.student.every is not None:
+            changes.append(f"teachers.{name}.student.every=1")
+    if plan.evaluation is not None:
+        sources = range(len(plan.evaluation.sources))
+        changes += [f"evaluation.prompts.{index}.limit=2" for index in sources]
+    return changes
+
+
+def unknown(line: dict[str, Any]) -> Iterator[str]:
+    """Names of metrics without a finite number; JSON has null for NaN and infinity."""
+    for name, value in line.items():
+        if isinstance(value, dict):
+            yield from unknown(value)
+        elif value is None or (isinstance(value, float) and not math.isfinite(value)):
+            yield name
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs_to_its_end(project: Path, name: str) -> None:
+    whole = preflight(project / name).plan  # raises where `check` finds a problem
+    assert whole.name == Path(name).stem
+    changes = shortened(whole)
+    run_recipe(project / name, changes, None, ())
+
+    plan, folder = preflight(project / name, changes).plan, Path(whole.output)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["phase"] for line in lines] == [p.name for p in plan.phases for _ in range(p.updates)]
+    # Teachers' and dataset text has no group, sources without a verifier have no reward.
+    assert {name for line in lines for name in unknown(line)} <= {"reward", "silent_groups_fraction"}
+    for phase in plan.phases:
+        mine = [line for line in lines if line["phase"] == phase.name]
+        assert all(set(line["teachers"]) <= set(plan.teachers) for line in mine)
+        assert all(bool(line["teachers"]) == phase.loss.needs_teacher for line in mine)
+        assert all(bool(line["policy"]) == phase.loss.has_policy for line in mine)
+        # A vanishing gradient would mean that the recipe asks for nothing.
+        assert any(line["grad_norm"] > 0 for line in mine)
+    before, after = (
+        load_file(path / "model.safetensors") for path in (project / "experts/base", folder / "export")
+    )
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    assert (folder / "result.json").is_file()

@@ -1,0 +1,49 @@
+"""The tiny experts in seconds: smaller, and hardly trained. Importing this puts `tools/` on the path."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+TOOLS = Path(__file__).parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))  # the tool is a script beside its package, not an installed module
+
+from tiny_experts.settings import BaseTraining, ExpertTraining, Settings  # noqa: E402
+
+DOMAINS = ("largest", "sort", "tool")
+ROWS = {"eval": 40, "merge": 30, "check": 10, "train": 120}
+
+
+def load_script() -> ModuleType:
+    """`tools/make_tiny_experts.py` as a module."""
+    spec = importlib.util.spec_from_file_location("make_tiny_experts", TOOLS / "make_tiny_experts.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def small_settings(num_updates: int = 6) -> Settings:
+    """Settings with which base and experts are made: each as it is after so many updates."""
+    # The base is the best of the states that are looked at, so one look, at the end.
+    base = {"check_every": num_updates, "max_updates": num_updates}
+    expert = {"check_every": 2, "cooldown_updates": 2, "max_updates": num_updates}
+    return replace(
+        Settings(),
+        rows=ROWS,
+        num_tokens=300,
+        num_rows=304,
+        expert_num_rows={"tool": 320},
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        base=BaseTraining(dict.fromkeys(DOMAINS, 4), dict.fromkeys(DOMAINS, 1.0), **base),
+        expert=dict.fromkeys(DOMAINS, ExpertTraining(4, 1.0, **expert)),
+    )
