@@ -190,22 +190,11 @@ def loss_shorthand(value: Any) -> Any:
     return {value: 1.0} if isinstance(value, str) else value
 
 
+_TermName: Any = Literal[(*DIVERGENCE_TERMS, *POLICY_TERMS, "nll")]
 LossOrTerm = Annotated[
     Loss,
     BeforeValidator(
         loss_shorthand,
-        json_schema_input_type=Literal[
-            "reverse_kl",
-            "forward_kl",
-            "tvd",
-            "jsd",
-            "skew_forward_kl",
-            "skew_reverse_kl",
-            "clipped_forward_kl",
-            "sampled_reverse_kl",
-            "outcome",
-            "nll",
-        ]
-        | Loss,
+        json_schema_input_type=_TermName | Loss,
     ),
 ]

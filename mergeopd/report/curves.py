@@ -65,8 +65,14 @@ DIVERGENCES = {
         "sampled_reverse_kl", "Reverse KL, sampled", "k3 at the tokens as written", "nats per token"
     ),
 }
-_OF_TEACHERS = (
-    *DIVERGENCES.values(),
+
+
+def divergence(key: str) -> Quantity:
+    """How a divergence is shown; one that has no words of its own goes by its name."""
+    return DIVERGENCES.get(key) or Quantity(key, key.replace("_", " "), "", "mean per token")
+
+
+_BESIDE_DIVERGENCES = (
     Quantity(
         "logprob_gap", "Log-prob gap", "teacher minus student, at the tokens as written", "nats per token"
     ),
@@ -214,7 +220,10 @@ def _wanted(
     domains = sorted({name for update in updates for name in update.domains})
     # A teacher and a domain of one name share their colour.
     colours = {name: index for index, name in enumerate(sorted({*teachers, *domains}))}
-    for quantity in _OF_TEACHERS:
+    known = {key for update in updates for record in update.teachers.values() for key in record}
+    beside = {"num_tokens", *(quantity.key for quantity in _BESIDE_DIVERGENCES)}
+    measured = [key for key in DIVERGENCES if key in known] + sorted(known - beside - DIVERGENCES.keys())
+    for quantity in (*map(divergence, measured), *_BESIDE_DIVERGENCES):
         yield "teachers", quantity, {name: _of_teacher(name, quantity.key) for name in teachers}, colours
     for quantity in _OF_DOMAINS:
         yield "domains", quantity, {name: _of_domain(name, quantity.key) for name in domains}, colours

@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 
 from mergeopd import __version__
 from mergeopd.report.answers import LEVELS, build_answers, build_legends
-from mergeopd.report.curves import ACCENT, DIVERGENCES, STAGE_COLOURS, build_curves
+from mergeopd.report.curves import ACCENT, STAGE_COLOURS, build_curves, divergence
 from mergeopd.report.events import CheckpointSaved, Event, Note, Reporter, RunFinished, UpdateDone
 from mergeopd.report.result import MODELS
 from mergeopd.report.run_data import RunData, load_run
@@ -74,7 +74,7 @@ def render(data: RunData, now: datetime) -> str:
             ),  # cannot end its element
             answers=build_answers(data.samples),
             divergences={"": "-log p of the student"}
-            | {name: quantity.title for name, quantity in DIVERGENCES.items()},
+            | {name: divergence(name).title for name in {s.divergence for s in data.samples} if name},
             legends=build_legends(data.samples),
             levels=LEVELS,
             seconds=seconds,

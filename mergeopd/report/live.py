@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mergeopd.report.curves import divergence
 from mergeopd.report.events import CheckpointSkipped, DomainStats, Event, Note, RunFinished, UpdateDone
 from mergeopd.report.glyphs import Glyphs, plain_text, sparkline
 from mergeopd.report.result import ResultTable, ending
@@ -23,14 +24,12 @@ from mergeopd.report.view import RunView
 REFRESHES_PER_S = 4
 _STAGE_AFTER_S = 2.0  # shorter stages would only flicker
 _WIDEST = 110
-_TITLES = {
-    "reverse_kl": "reverse KL",
-    "forward_kl": "forward KL",
-    "tvd": "TVD",
-    "jsd": "JSD",
+# Where the names of divergences are too long for a column.
+_SHORT = {
     "skew_forward_kl": "skew fwd KL",
     "skew_reverse_kl": "skew rev KL",
     "clipped_forward_kl": "clipped KL",
+    "sampled_reverse_kl": "sampled KL",
 }
 
 
@@ -179,9 +178,15 @@ def _fitting(names: Sequence[str], lines: int) -> tuple[Sequence[str], int]:
     return names[: lines - 1], len(names) - lines + 1
 
 
+def _title(quantity: str) -> str:
+    title = divergence(quantity).title
+    # Abbreviations stay capitals, words do not.
+    return _SHORT.get(quantity) or (title if title.isupper() else title[:1].lower() + title[1:])
+
+
 def _teacher_table(view: RunView, last: UpdateDone, width: int, lines: int, glyphs: Glyphs) -> RenderableType:
     quantity = next((name for stats in last.teachers.values() for name in stats.divergence), "")
-    table = _grid("teacher", [_TITLES.get(quantity, quantity), "gap", "tokens"], trend=True)
+    table = _grid("teacher", [_title(quantity), "gap", "tokens"], trend=True)
     names, hidden = _fitting(list(last.teachers), lines)
     longest = min(24, max((len(name) for name in (*names, "teacher")), default=0))
     for name in names:
