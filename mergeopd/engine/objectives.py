@@ -8,7 +8,7 @@ from typing import TypeVar
 from mergeopd.loss import policy
 from mergeopd.loss.divergence import JSD, Divergence, ForwardKL, ReverseKL
 from mergeopd.loss.objective import DistillationObjective, build_objective
-from mergeopd.loss.pointwise import TVD, ClippedForwardKL, SkewForwardKL, SkewReverseKL
+from mergeopd.loss.pointwise import TVD, AlphaDivergence, ClippedForwardKL, SkewForwardKL, SkewReverseKL
 from mergeopd.loss.support import Support
 from mergeopd.recipe import policies
 from mergeopd.recipe.losses import Loss
@@ -24,6 +24,7 @@ DIVERGENCES: Mapping[str, Callable[[Loss], Divergence]] = {
     "jsd": lambda loss: JSD(_term(loss.jsd).beta),
     "skew_forward_kl": lambda loss: SkewForwardKL(_term(loss.skew_forward_kl).alpha),
     "skew_reverse_kl": lambda loss: SkewReverseKL(_term(loss.skew_reverse_kl).alpha),
+    "alpha_divergence": lambda loss: AlphaDivergence(_term(loss.alpha_divergence).alpha),
     "clipped_forward_kl": lambda loss: ClippedForwardKL(_term(loss.clipped_forward_kl).bound),
 }
 

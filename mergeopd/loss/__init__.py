@@ -5,7 +5,7 @@ from mergeopd.loss.divergence import JSD, Divergence, ForwardKL, ReverseKL
 from mergeopd.loss.fused import Objective, TokenStats, fused_loss
 from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.observe import observe
-from mergeopd.loss.pointwise import TVD, ClippedForwardKL, SkewForwardKL, SkewReverseKL
+from mergeopd.loss.pointwise import TVD, AlphaDivergence, ClippedForwardKL, SkewForwardKL, SkewReverseKL
 from mergeopd.loss.support import Support
 from mergeopd.loss.targets import Sampled, Target, TopK
 from mergeopd.loss.workspace import Workspace
@@ -13,6 +13,7 @@ from mergeopd.loss.workspace import Workspace
 __all__ = [
     "JSD",
     "TVD",
+    "AlphaDivergence",
     "BlockStats",
     "ClippedForwardKL",
     "Divergence",

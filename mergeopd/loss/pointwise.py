@@ -120,6 +120,33 @@ class ClippedForwardKL:
         return Terms(value, direction, direction.sum(1), scale=-1.0)
 
 
+@dataclass(frozen=True)
+class AlphaDivergence:
+    """`(1 - sum p_T^alpha p_S^(1 - alpha)) / (alpha (1 - alpha))`, alpha in (0, 1) (Amari).
+
+    Tends to the reverse KL as alpha -> 0 and to the forward KL as alpha -> 1; at 1/2 it is 4 times the
+    squared Hellinger distance. `g = -(p_T / p_S)^alpha / alpha`.
+    """
+
+    alpha: float
+
+    num_reductions: ClassVar[Literal[2, 3]] = 3
+    own_direction: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.alpha < 1.0:
+            raise ValueError(f"{self}: alpha must lie strictly between 0 and 1; the ends are the two KLs")
+
+    def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
+        """See `Divergence`."""
+        alpha, bound = self.alpha, _bound(out)
+        # p_S ((p_T / p_S)^alpha - 1): g may have the -1, without which equal models would leave rounding.
+        power = torch.neg(pair.log_ratio, out=scratch()).clamp_(min=-bound, max=bound).mul_(alpha).expm1_()
+        direction = torch.mul(power, pair.mass_S, out=out)
+        total = direction.sum(1)
+        return Terms(total * (-1.0 / (alpha * (1.0 - alpha))), direction, total, scale=-1.0 / alpha)
+
+
 def _require_skew(spec: object, alpha: float) -> None:
     if not 0.0 <= alpha < 1.0:
         raise ValueError(f"{spec}: alpha must lie in [0, 1); at 1 both arguments are the same")

@@ -37,6 +37,14 @@ class SkewTerm(Term):
     )
 
 
+class AlphaTerm(Term):
+    """Alpha divergence, between reverse KL (alpha -> 0) and forward KL (alpha -> 1)."""
+
+    alpha: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] = Field(
+        default=0.5, description="at 1/2 the divergence is 4 times the squared Hellinger distance"
+    )
+
+
 class ClipTerm(Term):
     """Forward KL whose large entries are capped (OPSD); can be negative."""
 
@@ -47,11 +55,12 @@ class ClipTerm(Term):
 
 Jsd = Annotated[JsdTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Weight | JsdTerm)]
 Skew = Annotated[SkewTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Weight | SkewTerm)]
+Alpha = Annotated[AlphaTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Weight | AlphaTerm)]
 Clip = Annotated[ClipTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Weight | ClipTerm)]
 
 PLAIN_KLS = ("reverse_kl", "forward_kl")
 PLAIN_TERMS = ("reverse_kl", "forward_kl", "tvd")
-PARAMETRIC_TERMS = ("jsd", "skew_forward_kl", "skew_reverse_kl", "clipped_forward_kl")
+PARAMETRIC_TERMS = ("jsd", "skew_forward_kl", "skew_reverse_kl", "alpha_divergence", "clipped_forward_kl")
 DIVERGENCE_TERMS = (*PLAIN_TERMS, *PARAMETRIC_TERMS)
 # Terms that have a number as a short form.
 SHORT_TERMS = (*PARAMETRIC_TERMS, *POLICY_TERMS)
@@ -85,6 +94,9 @@ class Loss(Strict):
     )
     skew_reverse_kl: Skew | None = Field(
         default=None, description="KL(S || (1 - alpha) T + alpha S); shorthand: its weight"
+    )
+    alpha_divergence: Alpha | None = Field(
+        default=None, description="alpha divergence, between the two KLs; shorthand: its weight"
     )
     clipped_forward_kl: Clip | None = Field(
         default=None, description="forward KL with capped entries; shorthand: its weight"

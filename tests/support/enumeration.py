@@ -104,6 +104,9 @@ def divergences(loss: dict, log_s: Tensor, log_t: Tensor) -> Tensor:
     if "skew_forward_kl" in loss:  # alpha 0.2; the reverse one has its default, 0.1
         total = total + (t * (log_t - (0.2 * t + 0.8 * s).log())).sum(-1)
         total = total + 0.5 * (s * (log_s - (0.1 * s + 0.9 * t).log())).sum(-1)
+    if "alpha_divergence" in loss:
+        alpha = loss["alpha_divergence"]["alpha"]
+        total = total + (1 - (t**alpha * s ** (1 - alpha)).sum(-1)) / (alpha * (1 - alpha))
     if "clipped_forward_kl" in loss:
         total = total + (t * (log_t - log_s)).clamp(max=0.2).sum(-1)
     return total * loss.get("temperature", 1.0) ** 2

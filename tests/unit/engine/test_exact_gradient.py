@@ -29,6 +29,7 @@ LOSSES = {
     "jsd": {"jsd": {"weight": 2.0, "beta": 0.3}},
     "tvd": {"tvd": 1.5},
     "skewed": {"skew_forward_kl": {"alpha": 0.2}, "skew_reverse_kl": 0.5},
+    "alpha": {"alpha_divergence": {"alpha": 0.3}},
     "clipped": {"clipped_forward_kl": {"weight": 1.0, "bound": 0.2}},
     "mixture": {"reverse_kl": 1.0, "forward_kl": 0.5, "temperature": 2.0},
     "nll": {"forward_kl": 1.0, "nll": 0.3},

@@ -8,6 +8,7 @@ import torch
 from mergeopd.loss import (
     JSD,
     TVD,
+    AlphaDivergence,
     BlockStats,
     ClippedForwardKL,
     ForwardKL,
@@ -46,6 +47,8 @@ def divergence(spec, log_S, log_T):
             return (p_T * (log_T - (alpha * p_T + (1 - alpha) * p_S).log())).sum(1)
         case SkewReverseKL(alpha):
             return (p_S * (log_S - (alpha * p_S + (1 - alpha) * p_T).log())).sum(1)
+        case AlphaDivergence(alpha):
+            return (1 - (p_T**alpha * p_S ** (1 - alpha)).sum(1)) / (alpha * (1 - alpha))
         case ClippedForwardKL(bound):
             return (p_T * (log_T - log_S)).clamp(max=bound).sum(1)
     raise AssertionError(spec)

@@ -8,6 +8,7 @@ import torch
 from mergeopd.loss import (
     JSD,
     TVD,
+    AlphaDivergence,
     ClippedForwardKL,
     ForwardKL,
     Head,
@@ -22,7 +23,15 @@ from mergeopd.loss import (
 )
 
 KLS = (ForwardKL(), ReverseKL())
-ALL = (*KLS, JSD(0.3), TVD(), SkewForwardKL(0.1), SkewReverseKL(0.2), ClippedForwardKL(0.05))
+ALL = (
+    *KLS,
+    JSD(0.3),
+    TVD(),
+    SkewForwardKL(0.1),
+    SkewReverseKL(0.2),
+    AlphaDivergence(0.7),
+    ClippedForwardKL(0.05),
+)
 
 
 def linear(problem):

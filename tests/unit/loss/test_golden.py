@@ -6,6 +6,7 @@ import torch
 from mergeopd.loss import (
     JSD,
     TVD,
+    AlphaDivergence,
     ClippedForwardKL,
     ForwardKL,
     Head,
@@ -107,6 +108,17 @@ def test_skewed_kls_reduce_to_the_plain_ones():
         assert run(skewed)[1] == pytest.approx(run(plain)[1], abs=1e-14)
     with pytest.raises(ValueError, match=r"\[0, 1\)"):
         SkewForwardKL(1.0)
+
+
+def test_the_alpha_divergence_lies_between_the_kls():
+    for alpha, end in ((1e-7, ReverseKL()), (1 - 1e-7, ForwardKL())):
+        assert run(AlphaDivergence(alpha))[0] == pytest.approx(run(end)[0], abs=1e-6)
+        assert run(AlphaDivergence(alpha))[1] == pytest.approx(run(end)[1], abs=1e-6)
+    p_S, p_T = torch.tensor(Z_S).double().softmax(0), torch.tensor(Z_T).double().softmax(0)
+    hellinger = 0.5 * float((p_S.sqrt() - p_T.sqrt()).square().sum())
+    assert run(AlphaDivergence(0.5))[0] == pytest.approx(4 * hellinger, abs=1e-14)
+    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+        AlphaDivergence(1.0)
 
 
 def test_a_generous_cap_is_no_cap():

@@ -8,6 +8,7 @@ import torch
 from mergeopd.loss import (
     JSD,
     TVD,
+    AlphaDivergence,
     ClippedForwardKL,
     ForwardKL,
     Head,
@@ -26,7 +27,7 @@ from mergeopd.loss import (
 from mergeopd.loss.support import top_columns
 
 KLS = (ForwardKL(), ReverseKL())
-PROPER = (*KLS, JSD(0.3), TVD(), SkewForwardKL(0.1), SkewReverseKL(0.2))
+PROPER = (*KLS, JSD(0.3), TVD(), SkewForwardKL(0.1), SkewReverseKL(0.2), AlphaDivergence(0.7))
 ALL = (*PROPER, ClippedForwardKL(0.05))
 MEASURABLE = {"tail": ALL, "generalised": KLS}
 CHOOSERS = ("student", "teacher", "union")
