@@ -99,6 +99,12 @@ class PlainReporter:
         parts = [f"update {event.update}/{total}", event.phase, f"loss {event.loss:.4f}"]
         for name, stats in event.teachers.items():
             parts += [f"{name} {value:.4f}" for value in list(stats.divergence.values())[:1]]
+        rewards = [stats.reward for stats in event.domains.values() if stats.reward is not None]
+        if rewards:
+            parts.append(f"reward {sum(rewards) / len(rewards):.2f}")
+        if event.policy is not None:
+            parts.append(f"clipped {event.policy.clipped_fraction:.1%}")
+            parts.append(f"corrected {event.policy.corrected_fraction:.1%}")
         parts.append(f"grad {event.grad_norm:.3g}")
         speed, left = view.tokens_per_s, view.left_s(now)
         if speed is not None:

@@ -270,7 +270,7 @@ def test_plain_lines_for_ends_of_phases_and_now_and_then() -> None:
     numbers = [int(re.findall(r"update (\d+)/30", line)[0]) for line in lines[1:]]
     assert numbers == [1, 4, 7, 10, 11, 14, 17, 20, 23, 26, 29, 30]
     assert lines[8] == (
-        "update 20/30  merge  loss 0.0500  math 0.1000  sort 0.1000  grad 0.75  500 tokens/s  "
+        "update 20/30  merge  loss 0.0500  math 0.1000  sort 0.1000  reward 0.50  grad 0.75  500 tokens/s  "
         "rollout 50%, teachers 13%, update 37%  left 0:20"
     )
 
@@ -305,7 +305,7 @@ def test_plain_lines_after_a_resume_and_of_everything_else() -> None:
         "output runs/quick",
         "rollout math 64/256 answers",
     ]
-    assert lines[3].startswith("update 7/30  cold_start  loss 0.1429  grad")
+    assert lines[3].startswith("update 7/30  cold_start  loss 0.1429  reward 0.50")
     assert lines[4:8] == [
         "saved step-8",
         "note: something [bold]odd here",
