@@ -363,6 +363,19 @@ def test_golden_forward_kl_on_the_teachers_top_two():
     assert p_T[:2].sum().item() == pytest.approx(0.784791, abs=1e-6)
 
 
+def test_candidates_as_actions_pull_like_the_generalised_kl_over_the_mass_inside():
+    """Rethinking OPD and Open-MOPD: reward `-(log p_S - log p_T) pbar_S` for each of the student's top k."""
+    log_S = torch.tensor(Z_S, dtype=torch.float64).log_softmax(0).requires_grad_()
+    log_T = torch.tensor(Z_T, dtype=torch.float64).log_softmax(0)
+    inside = log_S.detach()[:2].exp()
+    rewards = (log_T - log_S.detach())[:2] * inside / inside.sum()
+    assert rewards.tolist() == pytest.approx([-0.469323, 0.230758], abs=1e-6)
+    z = torch.tensor(Z_S, dtype=torch.float64, requires_grad=True)
+    (-(rewards * z.log_softmax(0)[:2]).sum()).backward()
+    _, dz = golden(ReverseKL(), Support(2, "student", "generalised"))
+    torch.testing.assert_close(z.grad, dz / inside.sum())
+
+
 # ------------------------------------------------------------------------------------- targets
 
 
