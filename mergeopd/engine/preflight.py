@@ -157,6 +157,7 @@ class _Check:
         }
 
     def _check_training(self, plan: Plan) -> None:
+        self._note_sampling(plan)
         with_responses = any(reads_dataset(phase) for phase in plan.phases)
         for index, source in enumerate(plan.sources):
             place = ("prompts", index)
@@ -168,6 +169,19 @@ class _Check:
                 prompts = tuple(prompt for prompt in prompts if prompt.key in ready.bounds)
             room = Room(plan.rollout.max_new_tokens, ("rollout", "max_new_tokens"), ready)
             check_lengths(self.findings, place, source, prompts, self._readers(tuple(source.teachers)), room)
+
+    def _note_sampling(self, plan: Plan) -> None:
+        """Answers of another distribution than the one that policy terms train, and nothing done about it."""
+        rollout = plan.rollout
+        if rollout.temperature == 1.0 and rollout.top_p == 1.0:
+            return
+        for phase in plan.phases:
+            if phase.loss.has_policy and phase.correction.kind == "none":
+                self.findings.notes.append(
+                    f"phase '{phase.name}' has policy terms without correction, but answers are sampled at "
+                    f"temperature {rollout.temperature} and top_p {rollout.top_p}: its gradient is that of "
+                    "another policy; give the phase a `correction`, or sample at 1"
+                )
 
     def _check_evaluation(self, plan: Plan) -> None:
         if plan.evaluation is None:

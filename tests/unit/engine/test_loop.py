@@ -233,3 +233,13 @@ def test_policy_terms_and_reduced_teachers_go_on_bit_for_bit(
     assert any(policy.corrected_fraction > 0 for policy in told if policy is not None)
     assert set(whole.updates[0].teachers["two"].divergence) == {"sampled_reverse_kl"}
     assert set(whole.updates[-1].teachers["two"].divergence) == {"reverse_kl"}
+
+
+def test_uncorrected_policy_terms_on_tempered_answers_are_noted(write_job: Callable[..., Path]) -> None:
+    phase = {"name": "p", "updates": 1, "loss": "sampled_reverse_kl"}
+    recipe = write_job({"phases": [phase], "rollout": {"max_new_tokens": 6, "temperature": 0.7}})
+    [note] = [n for n in preflight(recipe).notes if "policy terms" in n]
+    assert "phase 'p'" in note
+    assert "temperature 0.7" in note
+    assert not [n for n in preflight(recipe, ["rollout.temperature=1.0"]).notes if "policy terms" in n]
+    assert not [n for n in preflight(recipe, ["phases.0.correction=mask"]).notes if "policy terms" in n]
