@@ -41,7 +41,9 @@ CLIP, MASK = ClipRatio(0.2, 0.28), Correction("mask", 0.5, 2.0)
 def student(folder: Path) -> TorchStudent:
     """A random Qwen3."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     config = AutoConfig.for_model(
         "qwen3",
         vocab_size=VOCAB,
