@@ -27,8 +27,9 @@ class Outcomes:
 def outcomes(rollouts: Sequence[Rollout], verdicts: Sequence[float | None], phase: Phase) -> Outcomes:
     """Advantages and teaching factors of a round; a group is the answers of the student to one prompt.
 
-    A cut-off answer has no outcome and is in no group, but keeps its teachers; so do answers that nothing
-    verifies.
+    A cut-off answer has no outcome and does not count in the others' advantages, but its reward does in the
+    group's pass rate, and its teachers stay where the group has any. What nothing verifies, or another hand
+    wrote, is taught in full.
     """
     groups: dict[str, list[int]] = {}
     for index, rollout in enumerate(rollouts):
