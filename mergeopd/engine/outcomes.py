@@ -61,17 +61,17 @@ def _teaching(rollouts: Sequence[Rollout], rewards: dict[int, float], phase: Pha
     rate = sum(rewards.values()) / len(rewards)
     exponents = balance.pass_rate
     factor = 1.0 if exponents is None else pass_rate_weight(rate, exponents.a, exponents.b)
-    solved = any(reward >= RIGHT for reward in rewards.values())
+    # Cut off is not right, whatever the verifier found in what there is.
+    right = {i for i, reward in rewards.items() if reward >= RIGHT and rollouts[i].finish != "length"}
     taught = {}
-    for index, reward in rewards.items():
-        is_cut_off = rollouts[index].finish == "length"
+    for index in rewards:
         match balance.teach:
             case "all":
                 is_taught = True
             case "wrong":
-                is_taught = reward < RIGHT or is_cut_off
+                is_taught = index not in right
             case "failed_groups":
-                is_taught = not solved
+                is_taught = not right
         taught[index] = factor if is_taught else 0.0
     return taught
 
