@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -78,10 +79,15 @@ class Canaries:
             )
 
 
-def refuse_uniform(teacher: str, mean_entropy: float, num_valid: int) -> None:
-    """Raise TeacherError for a teacher to which all tokens are alike (mean entropy in nats)."""
-    largest = float(torch.tensor(float(num_valid)).log())
-    if mean_entropy >= _UNIFORM * largest:
+def refuse_uniform(teacher: str, mean_entropy: float, num_valid: int, temperature: float = 1.0) -> None:
+    """Raise TeacherError for a teacher to which all tokens are alike.
+
+    `mean_entropy` in nats, of logits divided by `temperature`: near the largest entropy, what a trained
+    teacher lacks of it falls with the temperature's square.
+    """
+    largest = math.log(num_valid)
+    lack = (largest - mean_entropy) * max(temperature, 1.0) ** 2
+    if lack <= (1.0 - _UNIFORM) * largest:
         raise TeacherError(
             f"teacher {teacher!r} gives all {num_valid} tokens the same probability "
             f"(entropy {mean_entropy:.3f} of at most {largest:.3f} nats); its weights are not trained, "

@@ -27,8 +27,9 @@ class Outcomes:
 def outcomes(rollouts: Sequence[Rollout], verdicts: Sequence[float | None], phase: Phase) -> Outcomes:
     """Advantages and teaching factors of a round; a group is the answers of the student to one prompt.
 
-    A cut-off answer has no outcome and is in no group, but keeps its teachers; so do answers that nothing
-    verifies.
+    A cut-off answer has no outcome and does not count in the others' advantages, but its reward does in the
+    group's pass rate, and its teachers stay where the group has any. What nothing verifies, or another hand
+    wrote, is taught in full.
     """
     groups: dict[str, list[int]] = {}
     for index, rollout in enumerate(rollouts):
@@ -60,17 +61,17 @@ def _teaching(rollouts: Sequence[Rollout], rewards: dict[int, float], phase: Pha
     rate = sum(rewards.values()) / len(rewards)
     exponents = balance.pass_rate
     factor = 1.0 if exponents is None else pass_rate_weight(rate, exponents.a, exponents.b)
-    solved = any(reward >= RIGHT for reward in rewards.values())
+    # Cut off is not right, whatever the verifier found in what there is.
+    right = {i for i, reward in rewards.items() if reward >= RIGHT and rollouts[i].finish != "length"}
     taught = {}
-    for index, reward in rewards.items():
-        is_cut_off = rollouts[index].finish == "length"
+    for index in rewards:
         match balance.teach:
             case "all":
                 is_taught = True
             case "wrong":
-                is_taught = reward < RIGHT or is_cut_off
+                is_taught = index not in right
             case "failed_groups":
-                is_taught = not solved
+                is_taught = not right
         taught[index] = factor if is_taught else 0.0
     return taught
 

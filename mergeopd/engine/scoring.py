@@ -11,6 +11,7 @@ from mergeopd.engine.observing import Kept, Observed, reduced
 from mergeopd.engine.outcomes import Outcomes
 from mergeopd.engine.schedule import by_teacher
 from mergeopd.engine.writing import answer_text
+from mergeopd.loss.heads import Head
 from mergeopd.recipe.training import Phase
 from mergeopd.report.events import Reporter, StageProgress, StageStarted
 from mergeopd.teacher.cache import HiddenCache
@@ -64,12 +65,19 @@ def score(
             trained = [rollouts[i].trained for i in scored]
             hidden = teacher.hidden(prompts, responses, parts.plan.student.micro_batch_tokens, trained)
             if what.kind != "hidden":
-                head = parts.store.heads([turn.teacher])[turn.teacher]
-                parts.canaries.verify(turn.teacher, head)
-                hidden = reduced(hidden, [rollouts[i].trained_ids for i in scored], head, what)
+                answers = [rollouts[i].trained_ids for i in scored]
+                hidden = reduced(hidden, answers, _true_head(parts, turn.teacher), what)
             for done, (position, rows) in enumerate(hidden, start=1):
                 cache.put(turn.teacher, scored[position], rows)
                 reporter.emit(StageProgress(done))
+        parts.store.heads(())
+
+
+def _true_head(parts: Parts, teacher: str) -> Head:
+    """A teacher's head. Raises TeacherError where it shows that the teacher is not what its card says."""
+    head = parts.store.heads([teacher])[teacher]
+    parts.canaries.verify(teacher, head)
+    return head
 
 
 def score_canary(parts: Parts, teacher: LoadedTeacher) -> None:

@@ -127,7 +127,7 @@ class UpdateStats:
         """Raise TeacherError for a teacher to which all tokens were alike."""
         for name, sums in self._teachers.items():
             if sums.num_tokens:
-                refuse_uniform(name, sums.mean("entropy"), num_valid)
+                refuse_uniform(name, sums.mean("entropy"), num_valid, self._objective.temperature)
 
     def domains(self, prepared: PreparedUpdate, rewards: Sequence[float | None]) -> dict[str, DomainStats]:
         """Per domain, over its rollouts; `rewards` are the round's."""

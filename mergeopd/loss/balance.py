@@ -10,8 +10,9 @@ def token_share_weights(mass: Mapping[str, float], targets: Mapping[str, float] 
 
     `mass` is each domain's share of the loss before balancing: its token count for a token mean. `targets`
     are relative; None means equal. Shares are taken over the domains that are present (mass > 0); absent
-    ones get no factor. The mass-weighted mean of the factors is 1, so the learning rate keeps its meaning.
-    Raises ValueError for a present domain without a target, or when all targets present are zero.
+    ones get no factor. The mass-weighted mean of the factors is 1, so the learning rate keeps its meaning;
+    where all that are present have target 0, so has every factor. Raises ValueError for a present domain
+    without a target.
     """
     present = {domain: value for domain, value in mass.items() if value > 0}
     if not present:
@@ -22,8 +23,8 @@ def token_share_weights(mass: Mapping[str, float], targets: Mapping[str, float] 
         raise ValueError(f"no target share for {', '.join(missing)}")
     total_mass = sum(present.values())
     total_target = sum(wanted[domain] for domain in present)
-    if total_target <= 0:
-        raise ValueError("the target shares of all domains present are zero")
+    if total_target <= 0:  # a small round may have drawn no other domain: it teaches nothing
+        return dict.fromkeys(present, 0.0)
     return {
         domain: (wanted[domain] / total_target) / (value / total_mass) for domain, value in present.items()
     }
@@ -37,8 +38,10 @@ def follow_gap(
     `weights` are the domains' factors so far (M1's, or 1), `mass` their shares of the loss before them,
     `gaps` how far student and teacher are apart on average. Each factor is multiplied by
     `clip((gap / reference)^alpha, 0.05, 20)`, the reference being the gaps' mean under `weights`; then all
-    are scaled so that their mass-weighted mean is 1. With alpha 0, or without any gap, `weights` come back.
+    are scaled so that their mass-weighted mean is 1. With alpha 0, or without any gap, `weights` come back. A
+    gap below 0, which rounding leaves of a divergence where both models agree, is none.
     """
+    gaps = {domain: max(gap, 0.0) for domain, gap in gaps.items()}
     total = sum(weights.values())
     reference = sum(weights[domain] * gaps[domain] for domain in weights) / total if total > 0 else 0.0
     if not alpha or reference <= 0:

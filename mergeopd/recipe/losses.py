@@ -191,10 +191,15 @@ class Loss(Strict):
         return self.uses("outcome")
 
     @property
+    def has_teacher_term(self) -> bool:
+        """True when a teacher teaches without a reward."""
+        return self.has_divergence or self.uses("sampled_reverse_kl")
+
+    @property
     def needs_teacher(self) -> bool:
-        """True when a teacher has to read the answers."""
+        """True when a teacher has to read the answers, if only to shape what the reward teaches."""
         shaped = self.has_outcome and self.outcome is not None and self.outcome.teacher is not None
-        return self.has_divergence or self.uses("sampled_reverse_kl") or shaped
+        return self.has_teacher_term or shaped
 
 
 def loss_shorthand(value: Any) -> Any:

@@ -64,6 +64,11 @@ def _budget_problems(phase: Phase, here: Keys, origins: Origins) -> Iterator[Pro
         if not phase.loss.needs_teacher:
             message = f"{key} weighs what teachers say, and no term of the loss asks them"
             yield origins.problem(where, message, "add a teacher's term, or remove it", key=True)
+        elif key == "pass_rate" and not phase.loss.has_teacher_term:
+            message = (
+                "pass_rate weighs terms of teachers, and here they only shape the outcome: it does nothing"
+            )
+            yield origins.problem(where, message, "add a teacher's term, or remove it", key=True)
         elif key in by_verdict and _never_student(phase):
             message = f"{key} goes by the student's own answers, and here it writes none"
             yield origins.problem(where, message, "remove it, or use `text: student`", key=True)
@@ -90,7 +95,7 @@ def _verifier_problems(
         for name, where in users.items():
             message = f"{name} needs rewards, and no source of prompts has a verifier"
             yield origins.problem(where, message, remedy, key=True)
-    elif unchecked and phase.loss.has_outcome and not phase.loss.needs_teacher:
+    elif unchecked and phase.loss.has_outcome and not phase.loss.has_teacher_term:
         names = ", ".join(f"'{source.source}'" for source in unchecked.values())
         message = f"prompts without a verifier would teach nothing in phase '{phase.name}': {names}"
         yield origins.problem(users["outcome"], message, f"{remedy}, or add a teacher's term", key=True)

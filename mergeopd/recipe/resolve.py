@@ -250,7 +250,10 @@ class _Resolver:
             domains = tuple(dict.fromkeys(source.domain for source in parts.prompts.values()))
             self.problems += checks.balance_problems(parts.phases, domains, origins)
         if parts.all_phases:
-            self.problems += selves.rule_problems(parts.teachers, parts.phases, origins)
+            found = list(selves.rule_problems(parts.teachers, parts.phases, origins))
+            if not found and len(parts.teachers) == len(parts.names):
+                found += selves.idle_problems(parts.teachers, parts.phases, origins)
+            self.problems += found
         if parts.all_phases and parts.optimizer is not None:
             num_updates = sum(phase.updates for phase in parts.phases.values())
             self.problems += checks.schedule_problems(parts.optimizer, num_updates, origins)

@@ -65,6 +65,27 @@ def rule_problems(
             )
 
 
+def idle_problems(
+    refs: Mapping[str, TeacherRef], phases: Mapping[int, Phase], origins: Origins
+) -> Iterator[Problem]:
+    """A run that begins where all its teachers agree with it, and with nothing else to learn from.
+
+    Its gradient is rounding noise, which AdamW brings to full steps. `refs` and `phases` must be all.
+    """
+    first = phases[0]
+    # At the start of a run all of the student's weights are one.
+    differs = any(ref.student is None or ref.system or ref.prompt for ref in refs.values())
+    if differs or first.loss.has_outcome or first.loss.nll:
+        return
+    yield origins.problem(
+        ("phases", 0, "loss"),
+        "every teacher is the student itself with the same prompt, so at the start of the run nothing "
+        "differs, and there is nothing to learn",
+        "show a teacher more with `prompt` or `system`, add another teacher, or begin with a phase that has "
+        "`outcome` or `nll`",
+    )
+
+
 def author_problems(
     refs: Mapping[str, TeacherRef],
     phases: Mapping[int, Phase],

@@ -46,7 +46,7 @@ Text = Literal["student", "teacher", "dataset"] | TextMixture
 
 
 class PassRate(Strict):
-    """A prompt's weight for its teachers, p^a (1 - p)^b with p the share of its answers that are right."""
+    """A prompt's weight for its teachers, p^a (1 - p)^b with p the mean reward of its answers."""
 
     a: Weight = Field(default=1.0, description="how little prompts count that are never solved")
     b: Weight = Field(default=1.0, description="how little prompts count that are always solved")

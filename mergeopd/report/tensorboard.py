@@ -50,6 +50,9 @@ def scalars(event: UpdateDone) -> Iterator[tuple[str, float]]:
         yield f"update/{name}", record[name]
     yield from _by_name("teacher", record["teachers"])
     yield from _by_name("domain", record["domains"])
+    for name, value in record["policy"].items():
+        if value is not None:
+            yield f"policy/{name}", value
     for stage, seconds in record["cost"]["seconds"].items():
         yield f"seconds/{stage}", seconds
     for name in ("tokens_per_s", "teacher_bytes_read"):

@@ -104,6 +104,18 @@ def test_uniform_output_is_stopped(recipe: Path) -> None:
         run(recipe)
 
 
+@pytest.mark.parametrize("temperature", [10.0, 100.0])
+def test_a_high_temperature_makes_no_teacher_uniform(recipe: Path, temperature: float) -> None:
+    """All entropies are near log V there; what a teacher lacks of it still tells."""
+    phase = {"loss": {"reverse_kl": 1.0, "temperature": temperature}, "updates": 1, "prompts_per_round": 4}
+    override = f"phases={json.dumps([{'name': 'hot', **phase}])}"
+    with pytest.raises(AssertionError, match="has taught"):  # as these may
+        run(recipe, override, "output=hot")
+    damage(recipe.parent / "two", lambda w: w["lm_head.weight"].zero_())
+    with pytest.raises(TeacherError, match="'two' gives all 5 tokens the same probability"):
+        run(recipe, override, "output=damaged")
+
+
 @pytest.mark.parametrize(
     "tensor", ["model.norm.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"]
 )

@@ -87,3 +87,10 @@ def test_whom_teachers_comment(teach: str, expected: tuple[int, ...]) -> None:
     rates = found_in(ROUND, loss="reverse_kl", balance={"pass_rate": {}}).teaching
     product = tuple(a * b for a, b in zip(rates, expected, strict=True))
     assert found_in(ROUND, **both).teaching == pytest.approx(product)
+
+
+@pytest.mark.parametrize("teach", ["wrong", "failed_groups"])
+def test_what_was_cut_off_solves_no_prompt(teach: str) -> None:
+    """Otherwise the answers of a prompt that the student never finishes would lose their teachers."""
+    group = [("p", "student", "length", 1.0), ("p", "student", "eos", 0.0), ("p", "student", "length", 0.0)]
+    assert found_in(group, loss="reverse_kl", balance={"teach": teach}).teaching == (1.0,) * 3

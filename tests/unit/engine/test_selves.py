@@ -132,7 +132,11 @@ def test_the_gradient_is_autograds_on_a_model_that_reads_the_other_prompt(
 def test_at_the_start_without_more_to_see_loss_and_gradient_are_zero(
     write_selves: Callable[..., Path], teacher: dict[str, Any]
 ) -> None:
-    parts = build(preflight(write_selves({"student": "start", **teacher}, dtype="float64")), CPU)
+    """The likelihood term, without which the recipe is refused, is for the other answers."""
+    text = {"on_policy_fraction": 0.5, "otherwise": "dataset"}
+    phase = {"name": "p", "updates": 1, "text": text, "loss": {"reverse_kl": 1.0, "nll": 0.5}}
+    recipe = write_selves({"student": "start", **teacher}, {"phases": [phase]}, dtype="float64")
+    parts = build(preflight(recipe), CPU)
     found, loss = gradient(parts, all_answers(parts))
     assert abs(loss) <= 1e-14
     assert max(float(g.abs().max()) for g in found.values()) <= 1e-14
@@ -290,7 +294,8 @@ def test_a_run_that_went_down_ends_as_if_it_had_not(
 
 def test_privileged_texts_are_not_taken_for_others(write_selves: Callable[..., Path]) -> None:
     """`start` may write; what it wrote with one script is written anew with another."""
-    recipe = write_selves({"student": "start"}, {"rollout": {"max_new_tokens": 6}})
+    phase = {"name": "p", "updates": 1, "text": "teacher", "loss": "nll"}
+    recipe = write_selves({"student": "start"}, {"rollout": {"max_new_tokens": 6}, "phases": [phase]})
 
     def written(*overrides: str) -> list[tuple[int, ...]]:
         parts = build(preflight(recipe, overrides), CPU)
@@ -351,14 +356,15 @@ def test_a_teachers_own_prompt_is_what_is_measured_and_its_precision_is_the_stud
 
 
 def test_one_needs_no_card_so_none_lacks_a_canary(write_selves: Callable[..., Path]) -> None:
-    inputs = preflight(write_selves({"student": {"ema": 0.5}}))
+    inputs = preflight(write_selves({"student": {"ema": 0.5}, "system": "d c"}))
     assert advice(inputs.plan) is None
     assert inputs.plan.teachers["self"].moving == Moving(ema=0.5)
 
 
 def test_a_live_teacher_may_teach_the_later_updates_of_a_round(write_selves: Callable[..., Path]) -> None:
     """With one update a round it would always agree with the student, and is refused."""
-    recipe = write_selves({"student": {"every": 1}}, {"phases": [ROUNDS_OF_TWO], "optimizer": {"lr": 0.01}})
+    phase = {**ROUNDS_OF_TWO, "text": "dataset", "loss": {"reverse_kl": 1.0, "nll": 0.5}}
+    recipe = write_selves({"student": {"every": 1}}, {"phases": [phase]})
     with pytest.raises(RecipeError, match="nothing to learn"):
         preflight(recipe, ["phases.0.updates_per_round=1"])
     preflight(recipe)

@@ -68,6 +68,15 @@ def test_ratios_are_bounded() -> None:
     assert follow_gap({}, {}, {}, 1.0) == {}
 
 
+def test_a_gap_that_rounding_left_below_zero_is_none() -> None:
+    """An exact KL of equal models is a few 1e-7 on either side of 0, and roots of such are complex."""
+    m1 = {"a": 1.0, "b": 1.0}
+    for alpha in (0.5, 1.0, 1.5):
+        found = follow_gap(m1, m1, {"a": 0.1, "b": -3e-7}, alpha)
+        assert found == follow_gap(m1, m1, {"a": 0.1, "b": 0.0}, alpha)
+    assert follow_gap(m1, m1, {"a": -1e-9, "b": -3e-7}, 0.5) == m1
+
+
 def test_a_single_domain_and_absent_ones() -> None:
     assert follow_gap({"a": 1.0}, {"a": 5.0}, {"a": 0.3}, 1.0) == {"a": 1.0}
     weights, factors = answer_weights([Answer("a", 4, 1.0), Answer("b", 0)], "token", "equal", 1.0)

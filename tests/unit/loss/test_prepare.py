@@ -37,8 +37,9 @@ def test_m1_edges() -> None:
     assert token_share_weights({}, None) == {}
     with pytest.raises(ValueError, match="no target share for b"):
         token_share_weights({"a": 1, "b": 1}, {"a": 1.0})
-    with pytest.raises(ValueError, match="zero"):
-        token_share_weights({"a": 1}, {"a": 0.0, "b": 1.0})
+    # A round that drew only prompts whose share is 0.
+    assert token_share_weights({"a": 1}, {"a": 0.0, "b": 1.0}) == {"a": 0.0}
+    assert answer_weights([Answer("a", 3, 0.5)], "token", {"a": 0.0, "b": 1.0}, 1.0) == ([0.0], {"a": 0.0})
 
 
 ANSWERS = [Answer("a", 4), Answer("b", 1), Answer("a", 0), Answer("b", 5)]

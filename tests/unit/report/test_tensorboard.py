@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mergeopd.recipe.resolve import read
-from mergeopd.report.events import DomainStats, Event, Note, RunStarted, TeacherStats, UpdateDone
+from mergeopd.report.events import DomainStats, Event, Note, PolicyStats, RunStarted, TeacherStats, UpdateDone
 from mergeopd.report.tensorboard import TensorBoardReporter, scalars
 
 UPDATE = UpdateDone(
@@ -74,6 +74,15 @@ def test_every_number_has_a_tag() -> None:
     assert dict(scalars(UPDATE)) == WANTED
     with_reward = replace(UPDATE, domains={"math": replace(UPDATE.domains["math"], reward=0.5)})
     assert dict(scalars(with_reward)) == {**WANTED, "domain_reward/math": 0.5}
+    with_policy = replace(UPDATE, policy=PolicyStats(0.125, 0.25, 1.5, 0.01, 0.5, None))
+    assert dict(scalars(with_policy)) == {
+        **WANTED,
+        "policy/corrected_fraction": 0.125,
+        "policy/clipped_fraction": 0.25,
+        "policy/importance_weight": 1.5,
+        "policy/behaviour_gap": 0.01,
+        "policy/behaviour_gap_max": 0.5,
+    }
 
 
 @needs_tensorboard
