@@ -5,14 +5,18 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 warnings.filterwarnings("ignore")
 
+from safetensors.torch import load_file, save_file  # noqa: E402
+
 from mergeopd.errors import MergeopdError  # noqa: E402
 from mergeopd.loss import Head, Hidden  # noqa: E402
+from mergeopd.student.megatron import weights  # noqa: E402
 from mergeopd.student.megatron.grid import Grid  # noqa: E402
 from mergeopd.student.megatron.step import MegatronStudent  # noqa: E402
 
@@ -55,7 +59,7 @@ def training(case, student, grid):
         stats = [s for part in parts for s in student.accumulate(part, case["objective"])]
         counts = grid.is_last_stage and grid.tensor_rank == 0
         losses.append(sum(float(s.loss.sum()) for s in stats) if counts else 0.0)
-        if number == 0 and case["gradients"]:
+        if number == 0:
             gradients = {name: g.clone() for name, g in student.gradients().items()}
         norms.append(student.apply(lr))
     return {"losses": losses, "norms": norms, "gradients": gradients}
@@ -69,6 +73,16 @@ def scores(case, student, grid):
     return [{"logprob": s.logprob_S, "entropy": s.entropy_S, "divergence": s.divergence} for s in stats]
 
 
+def state_again(path, student):
+    """The state of another student's file, loaded and asked for again: is it the same, bit for bit?"""
+    given = load_file(path)
+    student.load_state(given)
+    found = dict(student.state())
+    if dist.get_rank() != 0:
+        return found == {}
+    return found.keys() == given.keys() and all(torch.equal(found[key], given[key]) for key in given)
+
+
 def failures(case, student, grid):
     """What every rank says when one sees a teacher with NaN, or an infinite gradient."""
     before = {name: w.clone() for name, w in student.weights.items()}
@@ -79,6 +93,7 @@ def failures(case, student, grid):
     if dist.get_rank() == 0:
         next(iter(student._ddp.parameters())).main_grad.fill_(torch.inf)
     found["gradient"] = said(lambda: student.apply(0.1))
+    found["state"] = said(lambda: student.load_state({"master.model.norm.weight": torch.zeros(48)}))
     found["unchanged"] = all(torch.equal(w, before[name]) for name, w in student.weights.items())
     return found
 
@@ -92,16 +107,25 @@ def run(case, grid):
         optimizer=case["optimizer"],
         grid=grid,
         device=CPU,
+        recompute=case["recompute"],
     )
     found = {"vocab": (student.vocab.start, student.vocab.stop)}
     if case["fails"]:
         return found | failures(case, student, grid)
+    folder = Path(case["export"])
+    if case["state"] is not None:
+        found["same state"] = state_again(case["state"], student)
+        found |= training(case, student, grid)
+        state = dict(student.state())
+        if state:
+            save_file(state, folder / "state.safetensors")
+        return found
+    found["fresh state"] = sorted(dict(student.state()))
     found["scores"] = scores(case, student, grid)
-    if case["export"] is not None:
-        student.export(Path(case["export"]) / "untouched")
+    with mock.patch.object(weights, "_MAX_FILE_BYTES", 20_000):
+        student.export(folder / "untouched")
     found |= training(case, student, grid)
-    if case["export"] is not None:
-        student.export(Path(case["export"]) / "trained")
+    student.export(folder / "trained")
     return found
 
 

@@ -50,14 +50,15 @@ class Case:
     dtype: str = "float32"
     sequence_parallel: bool = False
     split: bool = False
+    recompute: bool = False
     fails: bool = False
+    state: Path | None = None
 
-    def job(self, export: Path | None) -> dict[str, object]:
-        """What the worker reads."""
+    def job(self, export: Path) -> dict[str, object]:
+        """What the worker reads; it exports into `export`."""
         return {
             **{name: getattr(self, name) for name in self.__dataclass_fields__},
             "num_valid": VALID,
-            "gradients": True,
             "export": export,
         }
 
@@ -150,12 +151,14 @@ def torch_student(case: Case) -> TorchStudent:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Losses and norms of the updates, the first raw gradient, the last weights."""
+    """Losses and norms of the updates, the first raw gradient, the last weights; a further first update."""
 
     losses: list[float]
     norms: list[float]
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
+    next_loss: float
+    next_norm: float
 
 
 def trained(case: Case) -> Trajectory:
@@ -166,4 +169,6 @@ def trained(case: Case) -> Trajectory:
         losses.append(sum(float(student.accumulate(m, case.objective).loss.sum()) for m in micros))
         gradients = gradients or {name: g.clone() for name, g in student.gradients().items()}
         norms.append(student.apply(lr))
-    return Trajectory(losses, norms, gradients, {n: w.clone() for n, w in student.weights.items()})
+    weights = {name: w.clone() for name, w in student.weights.items()}
+    next_loss = sum(float(student.accumulate(m, case.objective).loss.sum()) for m in case.updates[0])
+    return Trajectory(losses, norms, gradients, weights, next_loss, student.apply(1e-3))

@@ -55,10 +55,16 @@ class Norm(nn.RMSNorm):
 
 
 def build_model(
-    arch: Architecture, grid: Grid, dtype: torch.dtype, device: torch.device, inv_freq: Tensor
+    arch: Architecture,
+    grid: Grid,
+    dtype: torch.dtype,
+    device: torch.device,
+    inv_freq: Tensor,
+    *,
+    recompute: bool,
 ) -> HiddenModel:
     """This rank's stage, its weights not set. `inv_freq [head_dim / 2]`: frequencies of the rotation."""
-    config = transformer_config(arch, grid, dtype, device)
+    config = transformer_config(arch, grid, dtype, device, recompute=recompute)
     model = HiddenModel(
         config,
         _block(config, grid, device),
@@ -77,9 +83,14 @@ def build_model(
 
 
 def transformer_config(
-    arch: Architecture, grid: Grid, dtype: torch.dtype, device: torch.device
+    arch: Architecture, grid: Grid, dtype: torch.dtype, device: torch.device, *, recompute: bool
 ) -> TransformerConfig:
     """Megatron's configuration of a dense model; `num_moe_experts` and its kin would stand here."""
+    layer_by_layer = {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
     return TransformerConfig(
         num_layers=arch.facts.num_layers,
         hidden_size=arch.facts.hidden_size,
@@ -120,6 +131,7 @@ def transformer_config(
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        **(layer_by_layer if recompute else {}),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
-from mergeopd.errors import NumericsError
+from mergeopd.errors import NumericsError, StorageError
 from mergeopd.loss.divergence import Divergence
 from mergeopd.loss.fused import Objective, TokenStats
 from mergeopd.loss.heads import Head
@@ -31,10 +30,11 @@ from mergeopd.recipe.training import Optimizer
 from mergeopd.student.batch import MicroBatch
 from mergeopd.student.megatron.architecture import Architecture
 from mergeopd.student.megatron.grid import Grid
-from mergeopd.student.megatron.layout import vocab_rows
+from mergeopd.student.megatron.layout import shard, tensor_shapes, vocab_rows
 from mergeopd.student.megatron.model import HiddenModel, build_model
+from mergeopd.student.megatron.optimizer import MOMENTS, MainParameters, build_adamw
 from mergeopd.student.megatron.passes import Passes
-from mergeopd.student.megatron.weights import export, fill, named, whole_tensors
+from mergeopd.student.megatron.weights import cut, export, fill, named, whole_tensors
 
 # Where Megatron adds up a parameter's gradient.
 _SUM = "main_grad"
@@ -56,8 +56,11 @@ class MegatronStudent:
         optimizer: Optimizer,
         grid: Grid,
         device: torch.device,
+        recompute: bool = False,
     ) -> None:
-        """Raises ModelError, before weights are read, for a model that is not mapped or does not fit."""
+        """`recompute` keeps of each layer its input alone and runs it again in the backward pass.
+
+        Raises ModelError, before weights are read, for a model that is not mapped or does not fit."""
         facts = ModelFacts.read(folder)
         self._arch = Architecture.read(facts)
         self._arch.require(grid.tensor, grid.pipeline, dist.get_world_size())
@@ -65,11 +68,13 @@ class MegatronStudent:
         skeleton = build_skeleton(folder, torch.device("cpu"))
         check_fit(skeleton, facts, Checkpoint.open(folder))
         inv_freq = skeleton.base_model.rotary_emb.inv_freq
-        self._model = build_model(self._arch, grid, DTYPES[dtype], device, inv_freq)
+        self._model = build_model(self._arch, grid, DTYPES[dtype], device, inv_freq, recompute=recompute)
         fill(self._model, self._arch, grid)
         self._ddp = _with_gradient_buffers(self._model, grid)
-        self._adamw = _adamw(self._ddp, optimizer, DTYPES[dtype], grid)
+        self._adamw = build_adamw(self._ddp, optimizer, DTYPES[dtype], grid)
+        self._main = MainParameters(self._adamw, grid)
         self._passes = Passes(self._ddp, self._model.config, self._head, grid, device)
+        self._like = torch.empty((), device=device)  # what gradients, main parameters and moments are in
         self._is_summed = False
 
     @property
@@ -140,8 +145,10 @@ class MegatronStudent:
         Collective. It is for inspection: rank 0 must have room for it.
         """
         self._sum_gradients(everywhere=True)
-        parts = {name: getattr(p, _SUM) for name, p in named(self._model).items()}
-        return dict(whole_tensors(parts, self._arch, self._grid))
+        parameters = named(self._model)
+        return dict(
+            whole_tensors(lambda name: getattr(parameters[name], _SUM), self._like, self._arch, self._grid)
+        )
 
     def apply(self, lr: float) -> float:
         """One optimizer update with the accumulated gradient; returns its norm before clipping. Collective.
@@ -170,6 +177,48 @@ class MegatronStudent:
         """Write a Hugging Face folder: safetensors, config, tokenizer, generation config. Collective."""
         export(self.weights, self._arch, self._grid, folder)
 
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Main parameters and moments as `TorchStudent.state` names them, whole, one by one, on rank 0.
+
+        Whatever grid wrote it, any grid or a `TorchStudent` can go on from it. Collective: every rank must
+        run the iterator to its end; others than rank 0 get nothing. Raises RuntimeError for an optimizer
+        other than torch's AdamW.
+        """
+        step, parameters = self._main.step(), named(self._model)
+        keys = {"param": "master"} | ({key: f"adamw.{key}" for key in MOMENTS} if step else {})
+        for key, prefix in keys.items():
+
+            def part_of(name: str, key: str = key) -> Tensor:
+                return self._main.read(parameters[name], key)
+
+            for name, tensor in whole_tensors(part_of, self._like, self._arch, self._grid):
+                yield f"{prefix}.{name}", tensor
+                if key == "param" and step:
+                    yield f"adamw.step.{name}", torch.tensor(float(step))
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from `state()`, a student's of either kind; of memory-mapped tensors a rank reads its slices.
+
+        Raises StorageError when it belongs to another model.
+        """
+        names = tensor_shapes(self._arch)
+        found = {key for key in tensors if key.startswith("master.")}
+        odd = found ^ {f"master.{name}" for name in names}
+        if odd:
+            listed = ", ".join(sorted(odd)[:3])
+            raise StorageError(f"the checkpoint is not of this student: {listed} on one side only")
+        steps = {int(tensors[key]) for key in tensors if key.startswith("adamw.step.")}
+        if len(steps) > 1:
+            raise StorageError(
+                f"the checkpoint's parameters differ in their number of updates: {sorted(steps)}"
+            )
+        step = next(iter(steps), 0)
+        keys = {"param": "master"} | ({key: f"adamw.{key}" for key in MOMENTS} if step else {})
+        for name, parameter in named(self._model).items():
+            part = shard(name, self._arch, self._grid.tensor, self._grid.tensor_rank)
+            values = {key: cut(part, tensors, f"{prefix}.") for key, prefix in keys.items()}
+            self._main.write(parameter, values, step)
+
     def _head(self) -> Head:
         vocab = self.vocab
         return Head(
@@ -196,22 +245,3 @@ def _with_gradient_buffers(model: HiddenModel, grid: Grid) -> Any:
         grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=grid.data > 1
     )
     return DistributedDataParallel(model.config, options, model, pg_collection=grid.groups)
-
-
-def _adamw(ddp: Any, optimizer: Optimizer, dtype: torch.dtype, grid: Grid) -> Any:
-    """AdamW over float32 parameters, grouped as in `TorchStudent`: matrices decay, vectors do not."""
-    options = OptimizerConfig(
-        optimizer="adam",
-        lr=0.0,
-        adam_beta1=optimizer.betas[0],
-        adam_beta2=optimizer.betas[1],
-        adam_eps=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        bf16=dtype == torch.bfloat16,
-        params_dtype=dtype,
-        use_distributed_optimizer=grid.data > 1,
-    )
-    adamw = get_megatron_optimizer(options, [ddp], use_gloo_process_groups=False, pg_collection=grid.groups)
-    for group in adamw.param_groups:  # Megatron leaves this to a scheduler that is not used here
-        group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
-    return adamw

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -51,7 +51,8 @@ def fill(model: HiddenModel, arch: Architecture, grid: Grid) -> None:
         raise RuntimeError(f"this megatron-core names its parameters otherwise: {odd}")
     for name, parameter in parameters.items():
         part = shard(name, arch, grid.tensor, grid.tensor_rank)
-        tensor = _read(checkpoint, stored, part)
+        read = checkpoint.read_columns if part.dim else checkpoint.read_rows
+        tensor = _joined(part, {n: read(stored[n], *span) for n, span in _spans(part).items()})
         if tensor.shape != parameter.shape:
             raise RuntimeError(f"{name}: {list(tensor.shape)} read, {list(parameter.shape)} expected")
         parameter.copy_(tensor)
@@ -59,28 +60,29 @@ def fill(model: HiddenModel, arch: Architecture, grid: Grid) -> None:
 
 @torch.no_grad()
 def whole_tensors(
-    parts: Mapping[str, Tensor], arch: Architecture, grid: Grid
+    part_of: Callable[[str], Tensor], like: Tensor, arch: Architecture, grid: Grid
 ) -> Iterator[tuple[str, Tensor]]:
-    """The folder's tensors one after another, put together on rank 0 from every rank's `parts`.
+    """The folder's tensors one after another, put together on rank 0 from every rank's parts.
 
-    `parts` has a tensor for each parameter of this rank's stage, by name, all of one dtype. Every rank must
-    run the iterator to its end; ranks other than 0 get nothing. Rank 0 holds one parameter at a time, on the
-    parts' device.
+    `part_of` gives this rank's part of a parameter of its stage, in the dtype and on the device of `like`;
+    every rank of the stage calls it for the same parameter at the same time. Every rank must run the iterator
+    to its end; ranks other than 0 get nothing. Rank 0 holds one parameter at a time.
     """
-    shapes, like = tensor_shapes(arch), next(iter(parts.values()))
-    rank = dist.get_rank()
+    shapes, rank = tensor_shapes(arch), dist.get_rank()
     for stage in range(grid.pipeline):
         for name in parameter_names(arch, stage, grid.pipeline):
             first = shard(name, arch, grid.tensor, 0)
             owners = [grid.rank_of(t, stage) for t in range(1 if first.is_replicated else grid.tensor)]
-            if rank in owners and rank != 0:
-                dist.send(parts[name].contiguous(), dst=0)
+            own = part_of(name) if stage == grid.stage else None
+            if own is not None and rank in owners and rank != 0:
+                dist.send(own.contiguous(), dst=0)
             if rank == 0:
-                received = [
-                    parts[name] if owner == 0 else _receive(owner, part, shapes, like)
-                    for owner, part in _parts(name, arch, grid, owners)
+                parts = [shard(name, arch, grid.tensor, t) for t in range(len(owners))]
+                tensors = [
+                    own if own is not None and owner == 0 else _receive(owner, part, shapes, like)
+                    for owner, part in zip(owners, parts, strict=True)
                 ]
-                yield from _join([part for _, part in _parts(name, arch, grid, owners)], received, shapes)
+                yield from _join(parts, tensors, shapes)
 
 
 def export(parts: Mapping[str, Tensor], arch: Architecture, grid: Grid, folder: Path) -> None:
@@ -94,7 +96,7 @@ def export(parts: Mapping[str, Tensor], arch: Architecture, grid: Grid, folder: 
         folder.mkdir(parents=True, exist_ok=True)
     pending: dict[str, dict[str, Tensor]] = {}
     counts = {file: sum(1 for f in files.values() if f == file) for file in files.values()}
-    for name, tensor in whole_tensors(parts, arch, grid):
+    for name, tensor in whole_tensors(lambda name: parts[name], like, arch, grid):
         held = pending.setdefault(files[name], {})
         held[name] = tensor.cpu()
         if len(held) == counts[files[name]]:
@@ -106,24 +108,36 @@ def export(parts: Mapping[str, Tensor], arch: Architecture, grid: Grid, folder: 
     dist.barrier()
 
 
-def _read(checkpoint: Checkpoint, stored: Mapping[str, str], part: Shard) -> Tensor:
-    """The shard `part`, read with one request for each tensor that it takes from."""
-    read = checkpoint.read_columns if part.dim else checkpoint.read_rows
+def cut(part: Shard, tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
+    """The shard `part` of whole tensors, whose names have a `prefix` here."""
+    spans = _spans(part)
+    return _joined(
+        part,
+        {
+            name: tensors[prefix + name].narrow(part.dim, start, stop - start)
+            for name, (start, stop) in spans.items()
+        },
+    )
+
+
+def _spans(part: Shard) -> dict[str, tuple[int, int]]:
+    """For each tensor that the shard takes from, the range that holds all its slices: one read."""
     spans: dict[str, tuple[int, int]] = {}
     for piece in part.slices:
         start, stop = spans.get(piece.tensor, (piece.start, piece.stop))
         spans[piece.tensor] = min(start, piece.start), max(stop, piece.stop)
-    blocks = {name: read(stored[name], start, stop) for name, (start, stop) in spans.items()}
+    return spans
+
+
+def _joined(part: Shard, blocks: Mapping[str, Tensor]) -> Tensor:
+    """The shard's slices out of the ranges `_spans`, in their order, and its padding."""
+    spans = _spans(part)
     pieces = [
         blocks[p.tensor].narrow(part.dim, p.start - spans[p.tensor][0], p.stop - p.start) for p in part.slices
     ]
     if part.padding:
         pieces.append(pieces[0].new_zeros(part.padding, *pieces[0].shape[1:]))
     return torch.cat(pieces, part.dim) if len(pieces) > 1 else pieces[0]
-
-
-def _parts(name: str, arch: Architecture, grid: Grid, owners: Sequence[int]) -> list[tuple[int, Shard]]:
-    return [(owner, shard(name, arch, grid.tensor, t)) for t, owner in enumerate(owners)]
 
 
 def _receive(owner: int, part: Shard, shapes: Mapping[str, tuple[int, ...]], like: Tensor) -> Tensor:
