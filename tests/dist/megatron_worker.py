@@ -44,14 +44,15 @@ def share(micros, student, grid):
 def said(action):
     try:
         action()
-    except MergeopdError as error:
+    except (MergeopdError, RuntimeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing raised"
 
 
 def training(case, student, grid):
     """Losses (this rank's share, 0 where another has it) and norms of the updates, the first raw gradient."""
-    losses, norms, gradients = [], [], {}
+    losses, norms, gradients, calls = [], [], {}, []
+    student._model.decoder.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
     for number, (micros, lr) in enumerate(zip(case["updates"], case["lrs"], strict=True)):
         mine = share(micros, student, grid)
         # Two calls add up like one.
@@ -62,7 +63,7 @@ def training(case, student, grid):
         if number == 0:
             gradients = {name: g.clone() for name, g in student.gradients().items()}
         norms.append(student.apply(lr))
-    return {"losses": losses, "norms": norms, "gradients": gradients}
+    return {"losses": losses, "norms": norms, "gradients": gradients, "calls": len(calls)}
 
 
 def scores(case, student, grid):
@@ -93,14 +94,15 @@ def failures(case, student, grid):
     if dist.get_rank() == 0:
         next(iter(student._ddp.parameters())).main_grad.fill_(torch.inf)
     found["gradient"] = said(lambda: student.apply(0.1))
+    found["summed"] = said(lambda: student.accumulate(micros, case["objective"]))
+    found["float64"] = said(lambda: made({**case, "dtype": "float64"}, grid))
     found["state"] = said(lambda: student.load_state({"master.model.norm.weight": torch.zeros(48)}))
     found["unchanged"] = all(torch.equal(w, before[name]) for name, w in student.weights.items())
     return found
 
 
-def run(case, grid):
-    grid = replace(grid, sequence_parallel=case["sequence_parallel"])
-    student = MegatronStudent(
+def made(case, grid):
+    return MegatronStudent(
         case["folder"],
         dtype=case["dtype"],
         num_valid=case["num_valid"],
@@ -109,6 +111,11 @@ def run(case, grid):
         device=CPU,
         recompute=case["recompute"],
     )
+
+
+def run(case, grid):
+    grid = replace(grid, sequence_parallel=case["sequence_parallel"])
+    student = made(case, grid)
     found = {"vocab": (student.vocab.start, student.vocab.stop)}
     if case["fails"]:
         return found | failures(case, student, grid)

@@ -10,15 +10,19 @@ import pytest
 pytest.importorskip("megatron.core", reason="the extra mergeopd[megatron] is not installed")
 
 import torch
+from enumeration import ANSWERS, EOS, Reference, V, assert_equal, engine_round
 from megatron_cases import MIXED, REVERSE, VALID, Case, micro_batches, torch_student, trained, with_policy, write_dense
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from mergeopd.engine.build import build
+from mergeopd.engine.preflight import preflight
 from mergeopd.recipe.training import Optimizer
+from mergeopd.types import Rollout
 
 WORKER = Path(__file__).with_name("megatron_worker.py")
-DEADLINE_S = 180
+DEADLINE_S = 300
 # tensor, pipeline, processes
 GRIDS = {
     "1x1": (1, 1, 1),
@@ -29,6 +33,7 @@ GRIDS = {
     "TP2xDP2": (2, 1, 4),
     "PP2xDP2": (1, 2, 4),
 }
+# In `make test`; the others in `make test-dist`.
 SHORT = ("TP2xPP2", "DP2")
 OPTIMIZER = Optimizer(weight_decay=0.1, clip_grad=0.3, betas=(0.9, 0.98), eps=1e-6)
 MODELS = {
@@ -51,7 +56,41 @@ def resumed(case, path):
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory):
+def enumerated(tmp_path_factory, write_job_in):
+    """Every answer of at most two tokens, as the engine packs them, and the gradient by plain autograd."""
+    folder = tmp_path_factory.mktemp("enumerated")
+    loss = {"reverse_kl": 1.0, "forward_kl": 0.5, "temperature": 2.0}
+    phase = {"name": "merge", "updates": 1, "text": "dataset", "loss": loss}
+    recipe = write_job_in(folder, {"phases": [phase]}, micro_batch_tokens=60)
+    for file in write_dense(folder / "qwen3", "qwen3", tied=True, vocab=V + 1, eos=EOS).glob("*.*"):
+        if file.name != "tokenizer.json":
+            file.replace(folder / "base" / file.name)
+    parts = build(preflight(recipe, ()), torch.device("cpu"))
+    render = parts.inputs.student.render
+    rollouts = [
+        Rollout(prompt, i, render(prompt), answer, "student", "eos" if answer[-1] == EOS else "length")
+        for name in sorted(parts.inputs.prompts)
+        for prompt in parts.inputs.prompts[name]
+        for i, answer in enumerate(ANSWERS)
+    ]
+    reference = Reference(parts)
+    total = sum(reference.token_losses(loss, rollout).sum() for rollout in rollouts)
+    expected = reference.gradient(total / sum(len(r.response_ids) for r in rollouts))
+    micros, objectives, plain = [], [], parts.student.accumulate
+
+    def recorded(micro, objective):
+        micros.append(micro)
+        objectives.append(objective)
+        return plain(micro, objective)
+
+    parts.student.accumulate = recorded
+    engine_round(parts, rollouts)
+    case = Case(folder / "base", objectives[0], [micros], OPTIMIZER, lrs=(0.0,), num_valid=V)
+    return case, expected
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory, enumerated):
     folder = tmp_path_factory.mktemp("models")
     found = {}
     for name, (family, tied) in MODELS.items():
@@ -78,6 +117,15 @@ def cases(tmp_path_factory):
     )
     for name in ("qwen3 tied mixed", "qwen2 untied reverse", "bfloat16"):
         found[f"{name} resumed"] = resumed(found[name], folder / f"{name}.safetensors")
+    generator = torch.Generator().manual_seed(20)
+    found["twenty"] = Case(
+        found["llama untied reverse"].folder,
+        REVERSE,
+        [micro_batches(generator, 2) for _ in range(20)],
+        OPTIMIZER,
+        lrs=(1e-3,) * 20,
+    )
+    found["enumerated"], _ = enumerated
     found["failures"] = replace(found["qwen3 untied reverse"], fails=True)
     return found
 
@@ -162,6 +210,18 @@ def test_updates_follow_the_torch_student(grids, references, cases, grid, case):
     assert float(apart / moved) < 1e-4
 
 
+@every_grid
+def test_twenty_updates_stay_together(grids, references, grid):
+    follows(grids, references, grid, "twenty", rel=1e-4)
+
+
+@every_grid
+def test_gradient_over_all_answers_equals_autograd(grids, enumerated, grid):
+    """The same enumeration as for the torch student, through the engine's own weights and packs; float32."""
+    _, ranks = grids(grid)
+    assert_equal(ranks[0]["enumerated"]["gradients"], enumerated[1], tolerance=1e-5)
+
+
 @tensor_grids
 @pytest.mark.parametrize("case", ["sequence parallel", "sequence parallel tied"])
 def test_sequence_parallel_changes_nothing(grids, references, grid, case):
@@ -171,6 +231,8 @@ def test_sequence_parallel_changes_nothing(grids, references, grid, case):
 @every_grid
 def test_recomputed_layers_change_nothing(grids, references, grid):
     follows(grids, references, grid, "recompute")
+    for rank in grids(grid)[1]:
+        assert rank["recompute"]["calls"] == 2 * rank["llama tied reverse"]["calls"]
 
 
 @every_grid
@@ -191,6 +253,14 @@ def test_a_state_passes_between_torch_and_every_grid(grids, references, cases, g
     assert student.apply(1e-3) == pytest.approx(expected.next_norm, rel=rel)
     second = {float(t) for key, t in student.state().items() if key.startswith("adamw.step.")}
     assert second == {len(expected.losses) + 1.0}
+
+
+@every_grid
+def test_ranks_share_the_true_vocabulary(grids, grid):
+    """37 rows are padded to 38 for two ranks; 35 of them are tokens."""
+    tensor, ranks = GRIDS[grid][0], grids(grid)[1]
+    expected = {1: [(0, 35)], 2: [(0, 19), (19, 35)]}[tensor]
+    assert [rank["qwen3 tied reverse"]["vocab"] for rank in ranks] == expected * (len(ranks) // tensor)
 
 
 @every_grid
@@ -266,4 +336,6 @@ def test_all_ranks_raise_alike_and_keep_their_weights(grids, grid):
     for rank in found:
         assert rank["gradient"].startswith("NumericsError: the gradient is NaN or infinite")
         assert rank["unchanged"]
+        assert rank["summed"] == "RuntimeError: the gradient is summed over the ranks already; apply it first"
+        assert rank["float64"] == "ValueError: student.dtype: float64 needs student.backend: torch"
         assert rank["state"].startswith("StorageError: the checkpoint is not of this student: master.")

@@ -47,6 +47,7 @@ class Case:
     updates: list[list[MicroBatch]]
     optimizer: Optimizer
     lrs: tuple[float, ...] = LRS
+    num_valid: int = VALID
     dtype: str = "float32"
     sequence_parallel: bool = False
     split: bool = False
@@ -58,12 +59,13 @@ class Case:
         """What the worker reads; it exports into `export`."""
         return {
             **{name: getattr(self, name) for name in self.__dataclass_fields__},
-            "num_valid": VALID,
             "export": export,
         }
 
 
-def write_dense(folder: Path, model_type: str, *, tied: bool, dtype: str = "float32") -> Path:
+def write_dense(
+    folder: Path, model_type: str, *, tied: bool, dtype: str = "float32", vocab: int = ROWS, eos: int = 2
+) -> Path:
     """A random model whose vectors (norms, biases) are not what they start with."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -72,7 +74,7 @@ def write_dense(folder: Path, model_type: str, *, tied: bool, dtype: str = "floa
     torch.manual_seed(5)
     config = AutoConfig.for_model(
         model_type,
-        vocab_size=ROWS,
+        vocab_size=vocab,
         hidden_size=48,
         intermediate_size=40,
         num_hidden_layers=4,
@@ -82,7 +84,7 @@ def write_dense(folder: Path, model_type: str, *, tied: bool, dtype: str = "floa
         tie_word_embeddings=tied,
         initializer_range=0.15,
         rms_norm_eps=1e-5,
-        eos_token_id=2,
+        eos_token_id=eos,
         **({"head_dim": 16} if model_type == "qwen3" else {}),
         **({"rope_parameters": ROPES[model_type]} if model_type in ROPES else {}),
     )
@@ -146,7 +148,9 @@ def with_policy(
 
 def torch_student(case: Case) -> TorchStudent:
     """The reference for `case`, untrained."""
-    return TorchStudent(case.folder, dtype=case.dtype, num_valid=VALID, optimizer=case.optimizer, device=CPU)
+    return TorchStudent(
+        case.folder, dtype=case.dtype, num_valid=case.num_valid, optimizer=case.optimizer, device=CPU
+    )
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,9 @@ class Grid:
         from megatron.core.process_groups_config import ProcessGroupCollection
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-        parallel_state.initialize_model_parallel(tensor, pipeline, order=_ORDER)
+        parallel_state.initialize_model_parallel(
+            tensor, pipeline, order=_ORDER, create_gloo_process_groups=False
+        )
         # Nothing is random in here (no dropout, weights are read), but Megatron forks this state anyway.
         model_parallel_cuda_manual_seed(0)
         groups = ProcessGroupCollection.use_mpu_process_groups()

@@ -60,7 +60,11 @@ class MegatronStudent:
     ) -> None:
         """`recompute` keeps of each layer its input alone and runs it again in the backward pass.
 
-        Raises ModelError, before weights are read, for a model that is not mapped or does not fit."""
+        Raises ModelError, before weights are read, for a model that is not mapped or does not fit the grid,
+        and ValueError for float64, which Megatron's layers do not keep.
+        """
+        if dtype == "float64":
+            raise ValueError("student.dtype: float64 needs student.backend: torch")
         facts = ModelFacts.read(folder)
         self._arch = Architecture.read(facts)
         self._arch.require(grid.tensor, grid.pipeline, dist.get_world_size())
