@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 PYTHON ?= python3
 STAMP  := $(VENV)/.installed
 
-.PHONY: quickstart install test check format clean help
+.PHONY: quickstart install test test-dist check format clean help
 
 quickstart: $(STAMP)  ## tiny experts, the merge, the result
 	$(BIN)/python tools/make_tiny_experts.py
@@ -18,7 +18,10 @@ $(STAMP): pyproject.toml
 	touch $@
 
 test: $(STAMP)  ## the CPU test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not long'
+
+test-dist: $(STAMP)  ## its long part: several processes, minutes
+	$(BIN)/python -m pytest -m long
 
 check: $(STAMP)  ## lint, types, import contracts
 	$(BIN)/ruff check .
@@ -34,4 +37,4 @@ clean:  ## remove the environment, the experts, all runs and caches
 	rm -rf $(VENV) runs experts experts.partial .mergeopd build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 help:  ## this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  \1: \2/p' $(MAKEFILE_LIST)
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1: \2/p' $(MAKEFILE_LIST)

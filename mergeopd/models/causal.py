@@ -114,8 +114,26 @@ def response_hidden(
     right, where causal attention never looks, so no mask is needed. Every prompt must have a token. Rows keep
     their gradient when the body's parameters have one.
     """
+    ids, rows = padded(prompts, responses, trained)
+    hidden = body(input_ids=ids.to(device), use_cache=False).last_hidden_state
+    rows_ND: Tensor = hidden.flatten(0, 1).index_select(0, rows.to(device))
+    return rows_ND
+
+
+def padded(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    trained: Sequence[Sequence[bool] | None] | None = None,
+    *,
+    multiple: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Token ids `[B, width]`, zeros on the right, and which positions of `[B * width]` to take `[N]`.
+
+    The positions are those that predict trained tokens, see `response_hidden`. `width` is a multiple of
+    `multiple`.
+    """
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-    width = max(lengths)
+    width = -(-max(lengths) // multiple) * multiple
     ids = torch.zeros(len(lengths), width, dtype=torch.long)
     rows: list[Tensor] = []
     flags = [None] * len(lengths) if trained is None else trained
@@ -124,6 +142,4 @@ def response_hidden(
         first = i * width + len(prompt) - 1
         positions = torch.arange(first, first + len(response))
         rows.append(positions if own is None else positions[torch.tensor(own, dtype=torch.bool)])
-    hidden = body(input_ids=ids.to(device), use_cache=False).last_hidden_state
-    rows_ND: Tensor = hidden.flatten(0, 1).index_select(0, torch.cat(rows).to(device))
-    return rows_ND
+    return ids, torch.cat(rows)

@@ -165,6 +165,22 @@ class Checkpoint:
             rows: Tensor = file.get_slice(name)[start:stop]
         return rows
 
+    def read_columns(self, name: str, start: int, stop: int) -> Tensor:
+        """Columns `start` to `stop` (excluded) of the matrix `name`, `[rows, stop - start]`.
+
+        Raises ModelError when there is no such matrix or column.
+        """
+        from safetensors import safe_open
+
+        info = self._find(name)
+        if len(info.shape) != 2 or not 0 <= start <= stop <= info.shape[1]:
+            raise ModelError(
+                f"{info.file}: {name!r} of shape {list(info.shape)} has no columns {start} to {stop}"
+            )
+        with safe_open(info.file, framework="pt") as file:
+            columns: Tensor = file.get_slice(name)[:, start:stop]
+        return columns
+
     def same_bytes(self, first: str, second: str) -> bool:
         """True when two tensors are equal bit by bit, as a tied head that was saved twice is.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,19 +20,7 @@ from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
 from mergeopd.recipe.training import Optimizer
 from mergeopd.student.batch import MicroBatch
-
-# Files beside the weights that belong to an exported model, where the source folder has them.
-_COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+from mergeopd.student.companions import copy_companions
 
 
 class TorchStudent:
@@ -204,9 +191,7 @@ class TorchStudent:
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder: safetensors, config, tokenizer, generation config."""
         self._model.save_pretrained(folder)
-        for name in _COMPANIONS:
-            if (self._folder / name).is_file():
-                shutil.copyfile(self._folder / name, folder / name)
+        copy_companions(self._folder, folder)
 
     def _fused(
         self,

@@ -1,13 +1,10 @@
 """`fused_loss` with the vocabulary on 2 and 4 gloo ranks equals one process, values and gradients."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 
 WORKER = Path(__file__).with_name("loss_worker.py")
 DEADLINE_S = 120
@@ -17,26 +14,7 @@ DEADLINE_S = 120
 def reports(tmp_path_factory):
     """One spawn of four ranks for all cases; a rank that hangs or dies fails the tests with its output."""
     folder = tmp_path_factory.mktemp("tensor_parallel")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    outputs = [folder / f"rank{rank}.json" for rank in range(4)]
-    logs = [folder / f"rank{rank}.log" for rank in range(4)]
-    ranks = []
-    for rank, (out, log) in enumerate(zip(outputs, logs, strict=True)):
-        command = [sys.executable, str(WORKER), str(rank), "4", str(folder / "store"), str(out)]
-        with log.open("wb") as sink:
-            ranks.append(subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=environment))
-    deadline = time.monotonic() + DEADLINE_S
-    try:
-        for process in ranks:
-            process.wait(timeout=max(deadline - time.monotonic(), 0.1))
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"no result after {DEADLINE_S} s:\n" + "\n".join(log.read_text()[-2000:] for log in logs))
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    failed = [log.read_text()[-2000:] for log, process in zip(logs, ranks, strict=True) if process.returncode]
-    assert not failed, "\n".join(failed)
+    outputs = run_ranks(WORKER, 4, folder, deadline_s=DEADLINE_S)
     return [json.loads(out.read_text()) for out in outputs]
 
 

@@ -83,6 +83,9 @@ def test_headers_and_tensors(layout: str, tensors: dict[str, Any], request: pyte
         assert torch.equal(found, expected)
     assert torch.equal(checkpoint.read_rows("a", 17, 40), tensors["a"][17:40])
     assert torch.equal(checkpoint.read_rows("b", 0, 7), tensors["b"])
+    columns = tensors["a"].shape[1]
+    assert torch.equal(checkpoint.read_columns("a", 1, columns - 1), tensors["a"][:, 1:-1])
+    assert torch.equal(checkpoint.read_columns("a", columns, columns), tensors["a"][:, :0])
     assert checkpoint.file_bytes == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert checkpoint.file_bytes == checkpoint.header_bytes + sum(
         t.num_bytes for t in checkpoint.tensors.values()
@@ -112,6 +115,9 @@ def test_unknown_tensors_and_rows(single: Path) -> None:
     for rows in ((-1, 2), (0, 301), (5, 4)):
         with pytest.raises(ModelError, match=f"has no rows {rows[0]} to {rows[1]}"):
             checkpoint.read_rows("a", *rows)
+    for name, columns in (("a", (-1, 2)), ("a", (0, 99)), ("a", (2, 1)), ("b", (0, 1))):
+        with pytest.raises(ModelError, match=f"has no columns {columns[0]} to {columns[1]}"):
+            checkpoint.read_columns(name, *columns)
 
 
 def test_a_single_file_goes_before_an_index(single: Path) -> None:

@@ -1,0 +1,1 @@
+"""The student on megatron-core: tensor, pipeline and data parallel. Megatron is touched in here alone."""

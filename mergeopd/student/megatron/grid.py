@@ -1,0 +1,79 @@
+"""The grid of processes: Megatron's groups, made in one place and handed on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from mergeopd.student.megatron import shim
+
+# Ranks count through tensor-parallel neighbours first, then data-parallel copies, then pipeline stages.
+_ORDER = "tp-cp-ep-dp-pp"
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """This process's place among `tensor` x `pipeline` x `data` processes.
+
+    `groups` is Megatron's ProcessGroupCollection; `sequence_parallel` splits activations between the
+    tensor-parallel regions along the sequence.
+    """
+
+    tensor: int
+    pipeline: int
+    data: int
+    tensor_rank: int
+    stage: int
+    data_rank: int
+    sequence_parallel: bool
+    groups: Any
+
+    @classmethod
+    def open(cls, *, tensor: int, pipeline: int, sequence_parallel: bool = False) -> Grid:
+        """Make the groups out of all processes of the (initialised) default group; once a process.
+
+        Raises ValueError when `tensor * pipeline` does not divide their number, or when a sequence is to be
+        split over a single rank.
+        """
+        world = dist.get_world_size()
+        if world % (tensor * pipeline):
+            raise ValueError(f"{world} processes cannot be split into {tensor} x {pipeline}")
+        if sequence_parallel and tensor == 1:
+            raise ValueError("sequence_parallel needs tensor > 1")
+        shim.install()
+        from megatron.core import parallel_state
+        from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        parallel_state.initialize_model_parallel(
+            tensor, pipeline, order=_ORDER, create_gloo_process_groups=False
+        )
+        # Nothing is random in here (no dropout, weights are read), but Megatron forks this state anyway.
+        model_parallel_cuda_manual_seed(0)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        return cls(
+            tensor=tensor,
+            pipeline=pipeline,
+            data=groups.dp.size(),
+            tensor_rank=groups.tp.rank(),
+            stage=groups.pp.rank(),
+            data_rank=groups.dp.rank(),
+            sequence_parallel=sequence_parallel,
+            groups=groups,
+        )
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this process embeds tokens."""
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this process has the last hidden states, the head and the loss."""
+        return self.stage == self.pipeline - 1
+
+    def rank_of(self, tensor_rank: int, stage: int) -> int:
+        """The process at this place in the first data-parallel copy."""
+        return tensor_rank + self.tensor * self.data * stage

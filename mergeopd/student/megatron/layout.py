@@ -1,0 +1,178 @@
+"""Where Megatron's parameters come from: every shard as slices of Hugging Face tensors. Pure, no torch.
+
+Names are those of Megatron's local layer spec with the layer's number in the whole model. One description
+serves both ways: reading takes the slices, export puts them back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mergeopd.student.megatron.architecture import Architecture
+
+EMBEDDING = "embedding.word_embeddings.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
+OUTPUT = "output_layer.weight"
+_LAYER = "decoder.layers."
+
+# Transformer engine keeps a norm inside the linear layer that follows it.
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Indices `start` to `stop` (excluded) of the tensor that the model folder calls `tensor`."""
+
+    tensor: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One rank's part of a parameter: slices along `dim`, one after another, then `padding` rows of zeros.
+
+    A parameter that every rank of the tensor-parallel group has whole is `is_replicated`.
+    """
+
+    slices: tuple[Slice, ...]
+    dim: int = 0
+    padding: int = 0
+    is_replicated: bool = False
+
+    @property
+    def size(self) -> int:
+        """Its length along `dim`, padding included."""
+        return sum(s.stop - s.start for s in self.slices) + self.padding
+
+
+def parameter_names(arch: Architecture, stage: int, stages: int) -> tuple[str, ...]:
+    """Parameters of a pipeline stage, in the order of the model, without a tied copy of the embedding."""
+    per_stage = arch.facts.num_layers // stages
+    names = [EMBEDDING] if stage == 0 else []
+    for layer in range(stage * per_stage, (stage + 1) * per_stage):
+        names += [f"{_LAYER}{layer}.{leaf}" for leaf in _leaves(arch)]
+    if stage == stages - 1:
+        names += [FINAL_NORM] if arch.facts.tied else [FINAL_NORM, OUTPUT]
+    return tuple(names)
+
+
+def global_name(local: str, first_layer: int) -> str:
+    """The whole model's name of a parameter that a stage, or transformer engine, calls `local`."""
+    if not local.startswith(_LAYER):
+        return local
+    number, _, leaf = local.removeprefix(_LAYER).partition(".")
+    return f"{_LAYER}{int(number) + first_layer}.{_FUSED_NORMS.get(leaf, leaf)}"
+
+
+def vocab_rows(arch: Architecture, tensor: int) -> int:
+    """Rows of embedding and head with what makes them divisible by the tensor-parallel size."""
+    return -(-arch.facts.vocab_rows // tensor) * tensor
+
+
+def shard(name: str, arch: Architecture, tensor: int, rank: int) -> Shard:
+    """What `rank` of `tensor` ranks holds of the parameter `name`."""
+    facts = arch.facts
+    if name == EMBEDDING or (name == OUTPUT and facts.tied):
+        return _vocabulary(facts.embedding_name, arch, tensor, rank)
+    if name == OUTPUT:
+        return _vocabulary(facts.head_name, arch, tensor, rank)
+    if name == FINAL_NORM:
+        return _whole("model.norm.weight", facts.hidden_size)
+    number, _, leaf = name.removeprefix(_LAYER).partition(".")
+    prefix = f"model.layers.{number}."
+    if leaf.startswith("mlp."):
+        return _feed_forward(leaf, prefix + "mlp.", arch, tensor, rank)
+    if leaf.startswith("self_attention."):
+        return _attention(leaf, prefix + "self_attn.", arch, tensor, rank)
+    norm = {
+        "input_layernorm.weight": "input_layernorm",
+        "pre_mlp_layernorm.weight": "post_attention_layernorm",
+    }
+    return _whole(f"{prefix}{norm[leaf]}.weight", facts.hidden_size)
+
+
+def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Shapes of the folder's tensors by name, in the order of the model."""
+    facts = arch.facts
+    hidden, queries, keys = facts.hidden_size, arch.num_heads * arch.head_dim, arch.num_groups * arch.head_dim
+    layer = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (queries, hidden),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.v_proj.weight": (keys, hidden),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (arch.ffn_size, hidden),
+        "mlp.up_proj.weight": (arch.ffn_size, hidden),
+        "mlp.down_proj.weight": (hidden, arch.ffn_size),
+    }
+    if arch.qkv_bias:
+        layer |= {"self_attn.q_proj.bias": (queries,)}
+        layer |= {f"self_attn.{x}_proj.bias": (keys,) for x in "kv"}
+    if arch.qk_norm:
+        layer |= {f"self_attn.{x}_norm.weight": (arch.head_dim,) for x in "qk"}
+    shapes: dict[str, tuple[int, ...]] = {facts.embedding_name: (facts.vocab_rows, hidden)}
+    for number in range(facts.num_layers):
+        shapes |= {f"model.layers.{number}.{leaf}": shape for leaf, shape in layer.items()}
+    shapes["model.norm.weight"] = (hidden,)
+    if not facts.tied:
+        shapes[facts.head_name] = (facts.vocab_rows, hidden)
+    return shapes
+
+
+def _leaves(arch: Architecture) -> list[str]:
+    attention = ["linear_qkv.weight"]
+    attention += ["linear_qkv.bias"] if arch.qkv_bias else []
+    attention += ["q_layernorm.weight", "k_layernorm.weight"] if arch.qk_norm else []
+    return [
+        "input_layernorm.weight",
+        *(f"self_attention.{leaf}" for leaf in [*attention, "linear_proj.weight"]),
+        "pre_mlp_layernorm.weight",
+        "mlp.linear_fc1.weight",
+        "mlp.linear_fc2.weight",
+    ]
+
+
+def _attention(leaf: str, prefix: str, arch: Architecture, tensor: int, rank: int) -> Shard:
+    module, _, kind = leaf.removeprefix("self_attention.").partition(".")
+    if module == "linear_proj":
+        span = arch.num_heads * arch.head_dim // tensor
+        return Shard((Slice(f"{prefix}o_proj.{kind}", rank * span, (rank + 1) * span),), dim=1)
+    if module in ("q_layernorm", "k_layernorm"):
+        return _whole(f"{prefix}{module[0]}_norm.{kind}", arch.head_dim)
+    # Group by group: the queries of the group, its keys, its values.
+    per_group = {
+        "q": arch.num_heads // arch.num_groups * arch.head_dim,
+        "k": arch.head_dim,
+        "v": arch.head_dim,
+    }
+    groups = arch.num_groups // tensor
+    return Shard(
+        tuple(
+            Slice(f"{prefix}{x}_proj.{kind}", group * rows, (group + 1) * rows)
+            for group in range(rank * groups, (rank + 1) * groups)
+            for x, rows in per_group.items()
+        )
+    )
+
+
+def _feed_forward(leaf: str, prefix: str, arch: Architecture, tensor: int, rank: int) -> Shard:
+    span = arch.ffn_size // tensor
+    start, stop = rank * span, (rank + 1) * span
+    if leaf.startswith("mlp.linear_fc2"):
+        return Shard((Slice(f"{prefix}down_proj.weight", start, stop),), dim=1)
+    return Shard(tuple(Slice(f"{prefix}{x}_proj.weight", start, stop) for x in ("gate", "up")))
+
+
+def _vocabulary(tensor_name: str, arch: Architecture, tensor: int, rank: int) -> Shard:
+    rows, span = arch.facts.vocab_rows, vocab_rows(arch, tensor) // tensor
+    start, stop = min(rank * span, rows), min((rank + 1) * span, rows)
+    return Shard((Slice(tensor_name, start, stop),), padding=span - (stop - start))
+
+
+def _whole(tensor_name: str, size: int) -> Shard:
+    return Shard((Slice(tensor_name, 0, size),), is_replicated=True)

@@ -1,0 +1,161 @@
+"""Megatron's GPT for a Hugging Face folder; it gives the hidden state after the final norm, no logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor, nn
+
+from mergeopd.student.megatron.architecture import Architecture
+from mergeopd.student.megatron.grid import Grid
+from mergeopd.student.megatron.layout import vocab_rows
+
+
+class HiddenModel(GPTModel):  # type: ignore[misc]
+    """A stage of the model: `[s, b, d]` to the next one; from the last one the normed last hidden states.
+
+    With sequence parallelism `s` is this rank's part of the sequence.
+    """
+
+    def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+    @property
+    def head_weight(self) -> Tensor:
+        """This rank's rows of the head `[V_padded / tensor, d]`; last stage only."""
+        if self.share_embeddings_and_output_weights:
+            weight: Tensor = self.shared_embedding_or_output_weight()
+        else:
+            weight = self.output_layer.weight
+        return weight
+
+    @property
+    def first_layer(self) -> int:
+        """Number, in the whole model, of this stage's first layer."""
+        return int(self.decoder.layers[0].layer_number) - 1
+
+
+class Norm(nn.RMSNorm):
+    """Torch's RMSNorm, told that its gradient is partial where each rank sees a part of the sequence.
+
+    Megatron's own wrapper refuses sequence parallelism.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def build_model(
+    arch: Architecture,
+    grid: Grid,
+    dtype: torch.dtype,
+    device: torch.device,
+    inv_freq: Tensor,
+    *,
+    recompute: bool,
+) -> HiddenModel:
+    """This rank's stage, its weights not set. `inv_freq [head_dim / 2]`: frequencies of the rotation."""
+    config = transformer_config(arch, grid, dtype, device, recompute=recompute)
+    model = HiddenModel(
+        config,
+        _block(config, grid, device),
+        vocab_size=vocab_rows(arch, grid.tensor),
+        max_sequence_length=arch.facts.max_positions,
+        pre_process=grid.is_first_stage,
+        post_process=grid.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=arch.facts.tied,
+        position_embedding_type="rope",
+        pg_collection=grid.groups,
+    )
+    model.rotary_pos_emb.inv_freq = torch.tensor(inv_freq.tolist(), device=device)
+    model.to(device)
+    return model
+
+
+def transformer_config(
+    arch: Architecture, grid: Grid, dtype: torch.dtype, device: torch.device, *, recompute: bool
+) -> TransformerConfig:
+    """Megatron's configuration of a dense model; `num_moe_experts` and its kin would stand here."""
+    layer_by_layer = {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
+    return TransformerConfig(
+        num_layers=arch.facts.num_layers,
+        hidden_size=arch.facts.hidden_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_groups,
+        kv_channels=arch.head_dim,
+        ffn_hidden_size=arch.ffn_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=arch.norm_eps,
+        gated_linear_unit=True,
+        activation_func=nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        # The student must be the policy that sampled. Megatron's default is 0.1.
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        # Weights are read: shards are allocated, never drawn. Skipping initialisation by Megatron's own
+        # switch would also skip the marks by which norms tell shards from copies.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        use_cpu_initialization=device.type == "cpu",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=grid.tensor,
+        pipeline_model_parallel_size=grid.pipeline,
+        sequence_parallel=grid.sequence_parallel,
+        # Micro-batches differ in shape. The dispatcher is of no use to a dense model, but asked for.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # With a token count of 0 gradients are plain sums: denominators are in the tokens' weights.
+        calculate_per_token_loss=True,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        **(layer_by_layer if recompute else {}),
+    )
+
+
+def _block(config: TransformerConfig, grid: Grid, device: torch.device) -> Any:
+    """Transformer engine's layers on a GPU that has it, else Megatron's own with `Norm`."""
+    if device.type == "cuda" and _has_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    parts, attention = layer.submodules, layer.submodules.self_attention.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = Norm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = Norm
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * (config.num_layers // grid.pipeline), layer_norm=Norm
+    )
+
+
+def _has_transformer_engine() -> bool:
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _leave(weight: Tensor) -> None:
+    """Initialises nothing."""

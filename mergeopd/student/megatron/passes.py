@@ -1,0 +1,134 @@
+"""Micro-batches through the pipeline: Megatron's schedule, the one kernel on the last stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor, nn
+
+from mergeopd.errors import NumericsError
+from mergeopd.loss.divergence import Divergence
+from mergeopd.loss.fused import Objective, TokenStats, fused_loss
+from mergeopd.loss.heads import Head
+from mergeopd.loss.support import Support
+from mergeopd.loss.workspace import Workspace
+from mergeopd.models.causal import padded
+from mergeopd.student.batch import MicroBatch
+from mergeopd.student.megatron.grid import Grid
+
+# What a copy runs that has no answers of its own: one token, nothing to learn.
+_EMPTY = MicroBatch((), (), ((0,),), ((),), (), torch.zeros(0, 0), torch.zeros(0))
+
+
+class Passes:
+    """Runs micro-batches forwards, or forwards and backwards, through this rank's stage.
+
+    `model` is the stage, wrapped so that gradients reach their buffers; `head` gives this rank's rows of the
+    head as they are now (last stage only).
+    """
+
+    def __init__(
+        self, model: nn.Module, config: Any, head: Callable[[], Head], grid: Grid, device: torch.device
+    ) -> None:
+        self._model, self._head, self._grid, self._device = model, head, grid, device
+        self._schedule = get_forward_backward_func(pp_size=grid.pipeline)
+        self._neighbours = P2PCommunicator(pp_group=grid.groups.pp, config=config)
+        self._workspace = Workspace()
+
+    def run(
+        self,
+        micros: Sequence[MicroBatch],
+        per_token: Callable[[MicroBatch], Objective],
+        divergences: Sequence[Divergence],
+        support: Support | None,
+        temperature: float,
+        *,
+        backward: bool,
+    ) -> tuple[TokenStats, ...]:
+        """Statistics of each micro-batch on the last stage, else nothing; with `backward`, gradients too.
+
+        Raises NumericsError on every rank when a distribution is not finite.
+        """
+        failures: list[str] = []
+
+        def loss(micro: MicroBatch, rows: Tensor, hidden_sbd: Tensor) -> tuple[Tensor, Tensor, Any]:
+            # Megatron would divide by the number of tokens: 0 makes it leave the sum alone.
+            no_division = torch.zeros((), dtype=torch.int, device=self._device)
+            try:
+                value, stats = fused_loss(
+                    self._rows(hidden_sbd, rows),
+                    self._head(),
+                    micro.targets,
+                    torch.tensor([t for r in micro.labels for t in r], dtype=torch.long, device=self._device),
+                    per_token(micro),
+                    divergences=divergences,
+                    support=support,
+                    temperature=temperature,
+                    group=self._grid.groups.tp if self._grid.tensor > 1 else None,
+                    workspace=self._workspace,
+                )
+            except ArithmeticError as error:
+                names = ", ".join(f"{k} = {name}" for k, name in enumerate(micro.teachers))
+                failures.append(f"{error} (targets: {names or 'none'})")
+                # The other stages wait for gradients of every micro-batch; what they get is thrown away.
+                return hidden_sbd.sum() * 0.0, no_division, None
+            return value, no_division, stats
+
+        def step(batches: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            micro = next(batches)
+            multiple = self._grid.tensor if self._grid.sequence_parallel else 1
+            ids, rows = padded(micro.prompts, micro.responses, micro.trained, multiple=multiple)
+            positions = torch.arange(ids.shape[1]).expand_as(ids)
+            hidden = model(ids.to(self._device), positions.to(self._device), None)
+            return hidden, lambda output: loss(micro, _sequence_first(rows, *ids.shape), output)
+
+        batches = list(micros) or [_EMPTY]
+        found = self._schedule(
+            forward_step_func=step,
+            data_iterator=iter(batches),
+            model=[self._model],
+            num_microbatches=len(batches),
+            seq_length=0,  # shapes travel with the tensors
+            micro_batch_size=0,
+            forward_only=not backward,
+            p2p_communicator=self._neighbours,
+            pg_collection=self._grid.groups,
+        )
+        _raise_together(failures)
+        return tuple(found) if micros and self._grid.is_last_stage else ()
+
+    def _rows(self, hidden_sbd: Tensor, rows_N: Tensor) -> Tensor:
+        """Hidden states that predict trained tokens `[N, d]`, whole on every tensor-parallel rank.
+
+        Their gradient comes back partial from the kernel; the region sums it.
+        """
+        group = self._grid.groups.tp
+        if self._grid.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden_sbd, group=group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden_sbd, group=group)
+        rows: Tensor = hidden.flatten(0, 1).index_select(0, rows_N.to(hidden.device))
+        return rows
+
+
+def _sequence_first(rows: Tensor, batch: int, width: int) -> Tensor:
+    """Positions of `[batch * width]` as positions of `[width * batch]`."""
+    return rows % width * batch + rows // width
+
+
+def _raise_together(failures: Sequence[str]) -> None:
+    """NumericsError on all ranks when one has a failure, with the first one's words."""
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, failures[0] if failures else None)
+    for rank, failure in enumerate(everyone):
+        if failure is not None:
+            raise NumericsError(f"rank {rank}: {failure}")

@@ -1,0 +1,89 @@
+"""CPU stand-ins for the CUDA calls that megatron-core 0.16 makes unconditionally.
+
+Megatron asks for `torch.cuda.current_device()`, makes tensors on "cuda" and compares `Tensor.type()` with
+`torch.cuda.FloatTensor`. `install` answers with the CPU. It changes the whole process, so it belongs in
+processes that a grid has to themselves; with a GPU it does nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+
+
+class _OnCpu(TorchFunctionMode):
+    """Redirects every torch call that names a CUDA device."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.backward:  # the mode stays on in what backward recomputes
+            renamed = {"grad_tensors" if k == "gradient" else k: v for k, v in kwargs.items()}
+            with self:
+                return torch.autograd.backward(args[0], *args[1:], **renamed)
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        return func(*args, **kwargs)
+
+
+def install() -> None:
+    """Make megatron-core run on the CPU in this process, for good. Does nothing where CUDA is present."""
+    if torch.cuda.is_available() or vars(torch.cuda)["current_device"] is _current_device:
+        return
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    replacements: dict[str, Callable[..., Any]] = {
+        "current_device": _current_device,
+        "synchronize": _nothing,
+        "empty_cache": _nothing,
+        "manual_seed": torch.manual_seed,
+        "get_rng_state": _get_rng_state,
+        "set_rng_state": _set_rng_state,
+    }
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
+    megatron_random._get_cuda_rng_state = _get_rng_state
+    megatron_random._set_cuda_rng_state = _set_rng_state
+    logging.getLogger(megatron_random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+    # torch.autograd.backward would hand itself to the mode, which calls it, without end.
+    vars(torch.autograd)["has_torch_function"] = _no_overrides
+    _OnCpu().__enter__()  # type: ignore[no-untyped-call]
+
+
+def _is_cuda(device: object) -> bool:
+    return isinstance(device, str | torch.device) and str(device).startswith("cuda")
+
+
+def _current_device() -> torch.device:
+    return _CPU
+
+
+def _no_overrides(_: Any) -> bool:
+    return False
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+    torch.set_rng_state(state)

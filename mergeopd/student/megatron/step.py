@@ -1,0 +1,251 @@
+"""The student on a grid of processes: weights, gradients, AdamW, export."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import Tensor
+
+from mergeopd.errors import NumericsError, StorageError
+from mergeopd.loss.divergence import Divergence
+from mergeopd.loss.fused import Objective, TokenStats
+from mergeopd.loss.heads import Head
+from mergeopd.loss.objective import DistillationObjective
+from mergeopd.loss.support import Support
+from mergeopd.models.causal import DTYPES, build_skeleton, check_fit
+from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.facts import ModelFacts
+from mergeopd.recipe.training import Optimizer
+from mergeopd.student.batch import MicroBatch
+from mergeopd.student.megatron.architecture import Architecture
+from mergeopd.student.megatron.grid import Grid
+from mergeopd.student.megatron.layout import shard, tensor_shapes, vocab_rows
+from mergeopd.student.megatron.model import HiddenModel, build_model
+from mergeopd.student.megatron.optimizer import MOMENTS, MainParameters, build_adamw
+from mergeopd.student.megatron.passes import Passes
+from mergeopd.student.megatron.weights import cut, export, fill, named, whole_tensors
+
+# Where Megatron adds up a parameter's gradient.
+_SUM = "main_grad"
+
+
+class MegatronStudent:
+    """A Hugging Face model under training on a grid; every rank makes one and calls it alike.
+
+    `dtype` is that of the forward pass: float32, or bfloat16 with float32 main parameters and gradients
+    summed in float32. With several data-parallel copies each holds its share of the optimizer's state.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: str,
+        num_valid: int,
+        optimizer: Optimizer,
+        grid: Grid,
+        device: torch.device,
+        recompute: bool = False,
+    ) -> None:
+        """`recompute` keeps of each layer its input alone and runs it again in the backward pass.
+
+        Raises ModelError, before weights are read, for a model that is not mapped or does not fit the grid,
+        and ValueError for float64, which Megatron's layers do not keep.
+        """
+        if dtype == "float64":
+            raise ValueError("student.dtype: float64 needs student.backend: torch")
+        facts = ModelFacts.read(folder)
+        self._arch = Architecture.read(facts)
+        self._arch.require(grid.tensor, grid.pipeline, dist.get_world_size())
+        self._grid, self._num_valid, self._clip_grad = grid, num_valid, optimizer.clip_grad
+        skeleton = build_skeleton(folder, torch.device("cpu"))
+        check_fit(skeleton, facts, Checkpoint.open(folder))
+        inv_freq = skeleton.base_model.rotary_emb.inv_freq
+        self._model = build_model(self._arch, grid, DTYPES[dtype], device, inv_freq, recompute=recompute)
+        fill(self._model, self._arch, grid)
+        self._ddp = _with_gradient_buffers(self._model, grid)
+        self._adamw = build_adamw(self._ddp, optimizer, DTYPES[dtype], grid)
+        self._main = MainParameters(self._adamw, grid)
+        self._passes = Passes(self._ddp, self._model.config, self._head, grid, device)
+        self._like = torch.empty((), device=device)  # what gradients, main parameters and moments are in
+        self._is_summed = False
+
+    @property
+    def statistics_dtype(self) -> torch.dtype:
+        """Precision of losses and per-token weights."""
+        return torch.float32
+
+    @property
+    def vocab(self) -> range:
+        """The true token ids of this rank's rows of the head; targets' heads must be cut alike."""
+        rows = vocab_rows(self._arch, self._grid.tensor) // self._grid.tensor
+        start = rows * self._grid.tensor_rank
+        return range(min(start, self._num_valid), min(start + rows, self._num_valid))
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """This rank's shards of the forward pass's weights as they are, by Megatron's names; not copies."""
+        return {name: p.detach() for name, p in named(self._model).items()}
+
+    def accumulate(
+        self, micros: Sequence[MicroBatch], objective: DistillationObjective
+    ) -> tuple[TokenStats, ...]:
+        """Add the gradient of this data-parallel copy's micro-batches, of which there may be none.
+
+        All ranks of a copy pass the same prompts, responses and flags. Targets and weights are read on the
+        last stage alone, where targets' heads are this rank's rows (`vocab`); there the statistics of each
+        micro-batch are returned, on other stages nothing. Collective: every rank calls it equally often.
+
+        Raises NumericsError on all ranks when the student's or a teacher's distribution is not finite, and
+        RuntimeError between `gradients` and `apply`.
+        """
+        if self._is_summed:
+            raise RuntimeError("the gradient is summed over the ranks already; apply it first")
+
+        def per_token(micro: MicroBatch) -> Objective:
+            return objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N, micro.policy)
+
+        return self._passes.run(
+            micros,
+            per_token,
+            objective.divergences,
+            objective.support,
+            objective.temperature,
+            backward=True,
+        )
+
+    @torch.no_grad()
+    def score(
+        self,
+        micros: Sequence[MicroBatch],
+        divergences: Sequence[Divergence],
+        support: Support | None,
+        temperature: float,
+    ) -> tuple[TokenStats, ...]:
+        """Statistics under the weights as they are; no gradient. Who passes and gets what: see `accumulate`.
+
+        Raises NumericsError on all ranks when the student's or a teacher's distribution is not finite.
+        """
+
+        def nothing(micro: MicroBatch) -> Objective:
+            return lambda stats, rows: torch.zeros_like(stats.logprob_S)
+
+        return self._passes.run(micros, nothing, divergences, support, temperature, backward=False)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradient accumulated so far, whole and float32, by the folder's names; on rank 0, else empty.
+
+        Collective. It is for inspection: rank 0 must have room for it.
+        """
+        self._sum_gradients(everywhere=True)
+        parameters = named(self._model)
+        return dict(
+            whole_tensors(lambda name: getattr(parameters[name], _SUM), self._like, self._arch, self._grid)
+        )
+
+    def apply(self, lr: float) -> float:
+        """One optimizer update with the accumulated gradient; returns its norm before clipping. Collective.
+
+        Raises NumericsError on all ranks, and changes no weight, when the norm is not finite.
+        """
+        self._sum_gradients(everywhere=False)
+        self._adamw.prepare_grads()
+        norm = float(self._adamw.get_grad_norm())
+        if not math.isfinite(norm):
+            raise NumericsError(
+                "the gradient is NaN or infinite; the weights are unchanged. "
+                "Lower optimizer.lr, or use student.dtype: float32"
+            )
+        if self._clip_grad is not None:
+            clip_grad_by_total_norm_fp32(self._adamw.get_parameters(), self._clip_grad, norm)
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._adamw.step_with_ready_grads()
+        self._adamw.zero_grad()
+        self._ddp.zero_grad_buffer()
+        self._is_summed = False
+        return norm
+
+    def export(self, folder: Path) -> None:
+        """Write a Hugging Face folder: safetensors, config, tokenizer, generation config. Collective."""
+        export(self.weights, self._arch, self._grid, folder)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Main parameters and moments as `TorchStudent.state` names them, whole, one by one, on rank 0.
+
+        Whatever grid wrote it, any grid or a `TorchStudent` can go on from it. Collective: every rank must
+        run the iterator to its end; others than rank 0 get nothing. Raises RuntimeError for an optimizer
+        other than torch's AdamW.
+        """
+        step, parameters = self._main.step(), named(self._model)
+        keys = {"param": "master"} | ({key: f"adamw.{key}" for key in MOMENTS} if step else {})
+        for key, prefix in keys.items():
+
+            def part_of(name: str, key: str = key) -> Tensor:
+                return self._main.read(parameters[name], key)
+
+            for name, tensor in whole_tensors(part_of, self._like, self._arch, self._grid):
+                yield f"{prefix}.{name}", tensor
+                if key == "param" and step:
+                    yield f"adamw.step.{name}", torch.tensor(float(step))
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from `state()`, a student's of either kind; of memory-mapped tensors a rank reads its slices.
+
+        Raises StorageError when it belongs to another model.
+        """
+        names = tensor_shapes(self._arch)
+        found = {key for key in tensors if key.startswith("master.")}
+        odd = found ^ {f"master.{name}" for name in names}
+        if odd:
+            listed = ", ".join(sorted(odd)[:3])
+            raise StorageError(f"the checkpoint is not of this student: {listed} on one side only")
+        steps = {int(tensors[key]) for key in tensors if key.startswith("adamw.step.")}
+        if len(steps) > 1:
+            raise StorageError(
+                f"the checkpoint's parameters differ in their number of updates: {sorted(steps)}"
+            )
+        step = next(iter(steps), 0)
+        keys = {"param": "master"} | ({key: f"adamw.{key}" for key in MOMENTS} if step else {})
+        for name, parameter in named(self._model).items():
+            part = shard(name, self._arch, self._grid.tensor, self._grid.tensor_rank)
+            values = {key: cut(part, tensors, f"{prefix}.") for key, prefix in keys.items()}
+            self._main.write(parameter, values, step)
+
+    def _head(self) -> Head:
+        vocab = self.vocab
+        return Head(
+            weight=self._model.head_weight,
+            scale=self._arch.facts.logit_scale,
+            softcap=self._arch.facts.softcap,
+            num_valid=len(vocab),
+            vocab_start=vocab.start,
+        )
+
+    def _sum_gradients(self, *, everywhere: bool) -> None:
+        """Over data-parallel copies, shared embeddings and split sequences; once an update.
+
+        It waits until the update is complete, since what is summed twice would count twice. A copy of the
+        model needs the sum for its share of the parameters; with `everywhere` it gets the others' too.
+        """
+        if not self._is_summed:
+            finalize_model_grads([self._ddp], pg_collection=self._grid.groups, force_all_reduce=everywhere)
+            self._is_summed = True
+
+
+def _with_gradient_buffers(model: HiddenModel, grid: Grid) -> Any:
+    options = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=grid.data > 1
+    )
+    return DistributedDataParallel(model.config, options, model, pg_collection=grid.groups)

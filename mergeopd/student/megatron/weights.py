@@ -1,0 +1,201 @@
+"""Weights between a Hugging Face folder and the shards of a grid, a parameter at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mergeopd.models.causal import DTYPES, tensor_names
+from mergeopd.models.checkpoint import INDEX, SINGLE, Checkpoint
+from mergeopd.models.facts import ModelFacts
+from mergeopd.student.companions import copy_companions
+from mergeopd.student.megatron.architecture import Architecture
+from mergeopd.student.megatron.grid import Grid
+from mergeopd.student.megatron.layout import (
+    OUTPUT,
+    Shard,
+    global_name,
+    parameter_names,
+    shard,
+    tensor_shapes,
+)
+from mergeopd.student.megatron.model import HiddenModel
+
+_MAX_FILE_BYTES = 5_000_000_000
+
+
+def named(model: HiddenModel) -> dict[str, torch.nn.Parameter]:
+    """This stage's parameters by their names in the whole model."""
+    return {global_name(name, model.first_layer): p for name, p in model.named_parameters()}
+
+
+@torch.no_grad()
+def fill(model: HiddenModel, arch: Architecture, grid: Grid) -> None:
+    """Read this rank's slices of the folder's tensors into the model, in the model's dtype.
+
+    Raises ModelError when the checkpoint lacks a tensor or a part of it.
+    """
+    checkpoint = Checkpoint.open(arch.facts.folder)
+    stored = tensor_names(arch.facts, checkpoint)
+    parameters = named(model)
+    expected = set(parameter_names(arch, grid.stage, grid.pipeline))
+    if arch.facts.tied and grid.is_last_stage and not grid.is_first_stage:
+        expected.add(OUTPUT)
+    if parameters.keys() != expected:
+        odd = ", ".join(sorted(parameters.keys() ^ expected)[:3])
+        raise RuntimeError(f"this megatron-core names its parameters otherwise: {odd}")
+    for name, parameter in parameters.items():
+        part = shard(name, arch, grid.tensor, grid.tensor_rank)
+        read = checkpoint.read_columns if part.dim else checkpoint.read_rows
+        tensor = _joined(part, {n: read(stored[n], *span) for n, span in _spans(part).items()})
+        if tensor.shape != parameter.shape:
+            raise RuntimeError(f"{name}: {list(tensor.shape)} read, {list(parameter.shape)} expected")
+        parameter.copy_(tensor)
+
+
+@torch.no_grad()
+def whole_tensors(
+    part_of: Callable[[str], Tensor], like: Tensor, arch: Architecture, grid: Grid
+) -> Iterator[tuple[str, Tensor]]:
+    """The folder's tensors one after another, put together on rank 0 from every rank's parts.
+
+    `part_of` gives this rank's part of a parameter of its stage, in the dtype and on the device of `like`;
+    every rank of the stage calls it for the same parameter at the same time. Every rank must run the iterator
+    to its end; ranks other than 0 get nothing. Rank 0 holds one parameter at a time.
+    """
+    shapes, rank = tensor_shapes(arch), dist.get_rank()
+    for stage in range(grid.pipeline):
+        for name in parameter_names(arch, stage, grid.pipeline):
+            first = shard(name, arch, grid.tensor, 0)
+            owners = [grid.rank_of(t, stage) for t in range(1 if first.is_replicated else grid.tensor)]
+            own = part_of(name) if stage == grid.stage else None
+            if own is not None and rank in owners and rank != 0:
+                dist.send(own.contiguous(), dst=0)
+            if rank == 0:
+                parts = [shard(name, arch, grid.tensor, t) for t in range(len(owners))]
+                tensors = [
+                    own if own is not None and owner == 0 else _receive(owner, part, shapes, like)
+                    for owner, part in zip(owners, parts, strict=True)
+                ]
+                yield from _join(parts, tensors, shapes)
+
+
+def export(parts: Mapping[str, Tensor], arch: Architecture, grid: Grid, folder: Path) -> None:
+    """Write a Hugging Face folder from all ranks' parameters: rank 0 writes, one file's worth in memory.
+
+    Every rank must call it; it returns when the folder is complete.
+    """
+    like = next(iter(parts.values()))
+    files = _files(arch, like.element_size(), _MAX_FILE_BYTES)
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    pending: dict[str, dict[str, Tensor]] = {}
+    counts = {file: sum(1 for f in files.values() if f == file) for file in files.values()}
+    for name, tensor in whole_tensors(lambda name: parts[name], like, arch, grid):
+        held = pending.setdefault(files[name], {})
+        held[name] = tensor.cpu()
+        if len(held) == counts[files[name]]:
+            _save(pending.pop(files[name]), folder / files[name])
+    if dist.get_rank() == 0:
+        _write_index(folder, files, arch, like.element_size())
+        _write_config(arch.facts, folder, like.dtype)
+        copy_companions(arch.facts.folder, folder)
+    dist.barrier()
+
+
+def cut(part: Shard, tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
+    """The shard `part` of whole tensors, whose names have a `prefix` here."""
+    spans = _spans(part)
+    return _joined(
+        part,
+        {
+            name: tensors[prefix + name].narrow(part.dim, start, stop - start)
+            for name, (start, stop) in spans.items()
+        },
+    )
+
+
+def _spans(part: Shard) -> dict[str, tuple[int, int]]:
+    """For each tensor that the shard takes from, the range that holds all its slices: one read."""
+    spans: dict[str, tuple[int, int]] = {}
+    for piece in part.slices:
+        start, stop = spans.get(piece.tensor, (piece.start, piece.stop))
+        spans[piece.tensor] = min(start, piece.start), max(stop, piece.stop)
+    return spans
+
+
+def _joined(part: Shard, blocks: Mapping[str, Tensor]) -> Tensor:
+    """The shard's slices out of the ranges `_spans`, in their order, and its padding."""
+    spans = _spans(part)
+    pieces = [
+        blocks[p.tensor].narrow(part.dim, p.start - spans[p.tensor][0], p.stop - p.start) for p in part.slices
+    ]
+    if part.padding:
+        pieces.append(pieces[0].new_zeros(part.padding, *pieces[0].shape[1:]))
+    return torch.cat(pieces, part.dim) if len(pieces) > 1 else pieces[0]
+
+
+def _receive(owner: int, part: Shard, shapes: Mapping[str, tuple[int, ...]], like: Tensor) -> Tensor:
+    shape = list(shapes[part.slices[0].tensor])
+    shape[part.dim] = part.size
+    tensor = like.new_empty(shape)
+    dist.recv(tensor, src=owner)
+    return tensor
+
+
+def _join(
+    parts: Sequence[Shard], tensors: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Put all shards of a parameter back where they were taken from."""
+    whole: dict[str, Tensor] = {}
+    for part, tensor in zip(parts, tensors, strict=True):
+        position = 0
+        for piece in part.slices:
+            if piece.tensor not in whole:
+                whole[piece.tensor] = tensor.new_empty(shapes[piece.tensor])
+            length = piece.stop - piece.start
+            target = whole[piece.tensor].narrow(part.dim, piece.start, length)
+            target.copy_(tensor.narrow(part.dim, position, length))
+            position += length
+    yield from whole.items()
+
+
+def _files(arch: Architecture, element_bytes: int, max_bytes: int) -> dict[str, str]:
+    """Tensor name -> file, files filled in the order of the model."""
+    shapes = tensor_shapes(arch)
+    numbers, number, filled = {}, 1, 0
+    for name, shape in shapes.items():
+        num_bytes = torch.Size(shape).numel() * element_bytes
+        if filled and filled + num_bytes > max_bytes:
+            number, filled = number + 1, 0
+        numbers[name], filled = number, filled + num_bytes
+    if number == 1:
+        return dict.fromkeys(shapes, SINGLE)
+    return {name: f"model-{n:05d}-of-{number:05d}.safetensors" for name, n in numbers.items()}
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def _write_index(folder: Path, files: Mapping[str, str], arch: Architecture, element_bytes: int) -> None:
+    if set(files.values()) == {SINGLE}:
+        return
+    total = sum(torch.Size(shape).numel() for shape in tensor_shapes(arch).values()) * element_bytes
+    index = {"metadata": {"total_size": total}, "weight_map": dict(files)}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_config(facts: ModelFacts, folder: Path, dtype: torch.dtype) -> None:
+    """The source's own config.json with the dtype of what was written."""
+    config = json.loads((facts.folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = next(name for name, value in DTYPES.items() if value == dtype)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,156 @@
+"""One rank of the Megatron tests: a list of cases on one grid, results as numbers in a file."""
+
+import datetime
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+warnings.filterwarnings("ignore")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from mergeopd.errors import MergeopdError  # noqa: E402
+from mergeopd.loss import Head, Hidden  # noqa: E402
+from mergeopd.student.megatron import weights  # noqa: E402
+from mergeopd.student.megatron.grid import Grid  # noqa: E402
+from mergeopd.student.megatron.step import MegatronStudent  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def rows_of(head, vocab):
+    part = slice(vocab.start, vocab.stop)
+    return Head(head.weight[part], None, head.scale, head.softcap, len(vocab), vocab.start)
+
+
+def own_part(micro, student, grid):
+    """What this rank may see: its rows of the teachers' heads on the last stage, elsewhere tokens alone."""
+    if not grid.is_last_stage:
+        nothing = torch.full_like(micro.nll_weight_N, torch.nan)
+        return replace(micro, teachers=(), targets=(), teacher_weight_KN=nothing, nll_weight_N=nothing, policy=None)
+    return replace(micro, targets=tuple(Hidden(t.hidden, rows_of(t.head, student.vocab)) for t in micro.targets))
+
+
+def share(micros, student, grid):
+    """Every `data`-th micro-batch: uneven, and none for some ranks where there are few."""
+    return [own_part(m, student, grid) for m in micros[grid.data_rank :: grid.data]]
+
+
+def said(action):
+    try:
+        action()
+    except (MergeopdError, RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing raised"
+
+
+def training(case, student, grid):
+    """Losses (this rank's share, 0 where another has it) and norms of the updates, the first raw gradient."""
+    losses, norms, gradients, calls = [], [], {}, []
+    student._model.decoder.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    for number, (micros, lr) in enumerate(zip(case["updates"], case["lrs"], strict=True)):
+        mine = share(micros, student, grid)
+        # Two calls add up like one.
+        parts = [mine[:1], mine[1:]] if case["split"] else [mine]
+        stats = [s for part in parts for s in student.accumulate(part, case["objective"])]
+        counts = grid.is_last_stage and grid.tensor_rank == 0
+        losses.append(sum(float(s.loss.sum()) for s in stats) if counts else 0.0)
+        if number == 0:
+            gradients = {name: g.clone() for name, g in student.gradients().items()}
+        norms.append(student.apply(lr))
+    return {"losses": losses, "norms": norms, "gradients": gradients, "calls": len(calls)}
+
+
+def scores(case, student, grid):
+    """Log-probability and entropy of the first update's tokens, on ranks that have them."""
+    stats = student.score(
+        [own_part(m, student, grid) for m in case["updates"][0]], case["objective"].divergences, None, 1.0
+    )
+    return [{"logprob": s.logprob_S, "entropy": s.entropy_S, "divergence": s.divergence} for s in stats]
+
+
+def state_again(path, student):
+    """The state of another student's file, loaded and asked for again: is it the same, bit for bit?"""
+    given = load_file(path)
+    student.load_state(given)
+    found = dict(student.state())
+    if dist.get_rank() != 0:
+        return found == {}
+    return found.keys() == given.keys() and all(torch.equal(found[key], given[key]) for key in given)
+
+
+def failures(case, student, grid):
+    """What every rank says when one sees a teacher with NaN, or an infinite gradient."""
+    before = {name: w.clone() for name, w in student.weights.items()}
+    micros = [own_part(m, student, grid) for m in case["updates"][0]]
+    if grid.is_last_stage and grid.data_rank == 0 and grid.tensor_rank == grid.tensor - 1:
+        micros[1].targets[0].head.weight[2] = torch.nan
+    found = {"teacher": said(lambda: student.accumulate(micros, case["objective"]))}
+    if dist.get_rank() == 0:
+        next(iter(student._ddp.parameters())).main_grad.fill_(torch.inf)
+    found["gradient"] = said(lambda: student.apply(0.1))
+    found["summed"] = said(lambda: student.accumulate(micros, case["objective"]))
+    found["float64"] = said(lambda: made({**case, "dtype": "float64"}, grid))
+    found["state"] = said(lambda: student.load_state({"master.model.norm.weight": torch.zeros(48)}))
+    found["unchanged"] = all(torch.equal(w, before[name]) for name, w in student.weights.items())
+    return found
+
+
+def made(case, grid):
+    return MegatronStudent(
+        case["folder"],
+        dtype=case["dtype"],
+        num_valid=case["num_valid"],
+        optimizer=case["optimizer"],
+        grid=grid,
+        device=CPU,
+        recompute=case["recompute"],
+    )
+
+
+def run(case, grid):
+    grid = replace(grid, sequence_parallel=case["sequence_parallel"])
+    student = made(case, grid)
+    found = {"vocab": (student.vocab.start, student.vocab.stop)}
+    if case["fails"]:
+        return found | failures(case, student, grid)
+    folder = Path(case["export"])
+    if case["state"] is not None:
+        found["same state"] = state_again(case["state"], student)
+        found |= training(case, student, grid)
+        state = dict(student.state())
+        if state:
+            save_file(state, folder / "state.safetensors")
+        return found
+    found["fresh state"] = sorted(dict(student.state()))
+    found["scores"] = scores(case, student, grid)
+    with mock.patch.object(weights, "_MAX_FILE_BYTES", 20_000):
+        student.export(folder / "untouched")
+    found |= training(case, student, grid)
+    student.export(folder / "trained")
+    return found
+
+
+def main(rank, world, store, out, jobs, tensor, pipeline):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    grid = Grid.open(tensor=tensor, pipeline=pipeline)
+    cases = torch.load(jobs, weights_only=False)
+    torch.save({name: run(case, grid) for name, case in cases.items()}, out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6], int(sys.argv[6]), int(sys.argv[7]))

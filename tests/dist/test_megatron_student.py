@@ -1,0 +1,341 @@
+"""The Megatron student on gloo grids follows the torch student and transformers: numbers, weights, errors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("megatron.core", reason="the extra mergeopd[megatron] is not installed")
+
+import torch
+from enumeration import ANSWERS, EOS, Reference, V, assert_equal, engine_round
+from megatron_cases import MIXED, REVERSE, VALID, Case, micro_batches, torch_student, trained, with_policy, write_dense
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from mergeopd.engine.build import build
+from mergeopd.engine.preflight import preflight
+from mergeopd.recipe.training import Optimizer
+from mergeopd.types import Rollout
+
+WORKER = Path(__file__).with_name("megatron_worker.py")
+DEADLINE_S = 300
+# tensor, pipeline, processes
+GRIDS = {
+    "1x1": (1, 1, 1),
+    "TP2": (2, 1, 2),
+    "PP2": (1, 2, 2),
+    "TP2xPP2": (2, 2, 4),
+    "DP2": (1, 1, 2),
+    "TP2xDP2": (2, 1, 4),
+    "PP2xDP2": (1, 2, 4),
+}
+# In `make test`; the others in `make test-dist`.
+SHORT = ("TP2xPP2", "DP2")
+OPTIMIZER = Optimizer(weight_decay=0.1, clip_grad=0.3, betas=(0.9, 0.98), eps=1e-6)
+MODELS = {
+    f"{family} {head}": (family, head == "tied")
+    for family in ("qwen3", "qwen2", "llama")
+    for head in ("tied", "untied")
+}
+PARITY = [f"{model} {loss}" for model in MODELS for loss in ("reverse", "mixed")]
+
+
+def resumed(case, path):
+    """The last two updates of `case`, from what the torch student has saved before them."""
+    student = torch_student(case)
+    for micros, lr in zip(case.updates[:-2], case.lrs[:-2], strict=True):
+        for micro in micros:
+            student.accumulate(micro, case.objective)
+        student.apply(lr)
+    save_file({key: tensor.clone() for key, tensor in student.state().items()}, path)
+    return replace(case, updates=case.updates[-2:], lrs=case.lrs[-2:], state=path)
+
+
+@pytest.fixture(scope="module")
+def enumerated(tmp_path_factory, write_job_in):
+    """Every answer of at most two tokens, as the engine packs them, and the gradient by plain autograd."""
+    folder = tmp_path_factory.mktemp("enumerated")
+    loss = {"reverse_kl": 1.0, "forward_kl": 0.5, "temperature": 2.0}
+    phase = {"name": "merge", "updates": 1, "text": "dataset", "loss": loss}
+    recipe = write_job_in(folder, {"phases": [phase]}, micro_batch_tokens=60)
+    for file in write_dense(folder / "qwen3", "qwen3", tied=True, vocab=V + 1, eos=EOS).glob("*.*"):
+        if file.name != "tokenizer.json":
+            file.replace(folder / "base" / file.name)
+    parts = build(preflight(recipe, ()), torch.device("cpu"))
+    render = parts.inputs.student.render
+    rollouts = [
+        Rollout(prompt, i, render(prompt), answer, "student", "eos" if answer[-1] == EOS else "length")
+        for name in sorted(parts.inputs.prompts)
+        for prompt in parts.inputs.prompts[name]
+        for i, answer in enumerate(ANSWERS)
+    ]
+    reference = Reference(parts)
+    total = sum(reference.token_losses(loss, rollout).sum() for rollout in rollouts)
+    expected = reference.gradient(total / sum(len(r.response_ids) for r in rollouts))
+    micros, objectives, plain = [], [], parts.student.accumulate
+
+    def recorded(micro, objective):
+        micros.append(micro)
+        objectives.append(objective)
+        return plain(micro, objective)
+
+    parts.student.accumulate = recorded
+    engine_round(parts, rollouts)
+    case = Case(folder / "base", objectives[0], [micros], OPTIMIZER, lrs=(0.0,), num_valid=V)
+    return case, expected
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory, enumerated):
+    folder = tmp_path_factory.mktemp("models")
+    found = {}
+    for name, (family, tied) in MODELS.items():
+        model = write_dense(folder / name.replace(" ", "_"), family, tied=tied)
+        generator = torch.Generator().manual_seed(len(found))
+        # Of three copies one has nothing to do in the last update.
+        updates = [micro_batches(generator, num) for num in (5, 4, 3, 1)]
+        found[f"{name} reverse"] = Case(model, REVERSE, updates, OPTIMIZER)
+        student = torch_student(found[f"{name} reverse"])
+        updates = [with_policy(micros, student, generator) for micros in updates]
+        found[f"{name} mixed"] = Case(model, MIXED, updates, OPTIMIZER, split=True)
+    base = found["qwen3 untied mixed"]
+    found["sequence parallel"] = replace(base, sequence_parallel=True)
+    found["sequence parallel tied"] = replace(found["qwen2 tied mixed"], sequence_parallel=True)
+    found["recompute"] = replace(found["llama tied reverse"], recompute=True)
+    half = write_dense(folder / "half", "qwen3", tied=True, dtype="bfloat16")
+    found["bfloat16"] = Case(
+        half,
+        REVERSE,
+        [micro_batches(torch.Generator().manual_seed(0), 2)] * 16,
+        Optimizer(clip_grad=None),
+        lrs=(4e-5,) * 16,
+        dtype="bfloat16",
+    )
+    for name in ("qwen3 tied mixed", "qwen2 untied reverse", "bfloat16"):
+        found[f"{name} resumed"] = resumed(found[name], folder / f"{name}.safetensors")
+    generator = torch.Generator().manual_seed(20)
+    found["twenty"] = Case(
+        found["llama untied reverse"].folder,
+        REVERSE,
+        [micro_batches(generator, 2) for _ in range(20)],
+        OPTIMIZER,
+        lrs=(1e-3,) * 20,
+    )
+    found["enumerated"], _ = enumerated
+    found["failures"] = replace(found["qwen3 untied reverse"], fails=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def references(cases):
+    """The torch student's trajectory, by case, made once."""
+    made = {}
+
+    def reference(name):
+        if name not in made:
+            made[name] = trained(cases[name])
+        return made[name]
+
+    return reference
+
+
+@pytest.fixture(scope="module")
+def grids(cases, tmp_path_factory):
+    """What the ranks of a grid found, by case, and where they exported; one spawn for each grid."""
+    made = {}
+
+    def grid(name):
+        if name not in made:
+            tensor, pipeline, world = GRIDS[name]
+            folder = tmp_path_factory.mktemp(name)
+            for case in cases:
+                (folder / case).mkdir()
+            jobs = {
+                case: settings.job(folder / case)
+                for case, settings in cases.items()
+                if tensor > 1 or not settings.sequence_parallel
+            }
+            torch.save(jobs, folder / "jobs")
+            arguments = (str(folder / "jobs"), str(tensor), str(pipeline))
+            outputs = run_ranks(WORKER, world, folder, *arguments, deadline_s=DEADLINE_S)
+            made[name] = folder, [torch.load(out, weights_only=False) for out in outputs]
+        return made[name]
+
+    return grid
+
+
+every_grid = pytest.mark.parametrize(
+    "grid", [pytest.param(name, marks=() if name in SHORT else pytest.mark.long) for name in GRIDS]
+)
+tensor_grids = pytest.mark.parametrize(
+    "grid",
+    [
+        pytest.param(name, marks=() if name in SHORT else pytest.mark.long)
+        for name, (tensor, _, _) in GRIDS.items()
+        if tensor > 1
+    ],
+)
+
+
+def follows(grids, references, grid, case, rel=1e-5, rel_gradient=1e-5):
+    """Losses, norms, raw gradient and what the weights have moved, against the torch student."""
+    folder, ranks = grids(grid)
+    expected = references(case)
+    losses = [sum(rank[case]["losses"][i] for rank in ranks) for i in range(len(expected.losses))]
+    assert losses == pytest.approx(expected.losses, rel=rel)
+    for rank in ranks:
+        assert rank[case]["norms"] == pytest.approx(expected.norms, rel=rel)
+        assert rank[case]["norms"] == ranks[0][case]["norms"]
+    gradients = ranks[0][case]["gradients"]
+    assert gradients.keys() == expected.gradients.keys()
+    largest = max(float(g.abs().max()) for g in expected.gradients.values())
+    for name, gradient in gradients.items():
+        assert float((gradient - expected.gradients[name]).abs().max()) <= rel_gradient * largest, name
+    return load_file(folder / case / "trained" / "model.safetensors"), expected.weights
+
+
+@every_grid
+@pytest.mark.parametrize("case", PARITY)
+def test_updates_follow_the_torch_student(grids, references, cases, grid, case):
+    """Four updates with clipping and weight decay; ranks with few micro-batches, or none, among them."""
+    found, expected = follows(grids, references, grid, case)
+    start = load_file(cases[case].folder / "model.safetensors")
+    assert found.keys() == start.keys()
+    moved = torch.stack([(expected[n] - start[n]).norm() for n in start]).norm()
+    apart = torch.stack([(expected[n] - found[n]).norm() for n in start]).norm()
+    assert float(apart / moved) < 1e-4
+
+
+@every_grid
+def test_twenty_updates_stay_together(grids, references, grid):
+    follows(grids, references, grid, "twenty", rel=1e-4)
+
+
+@every_grid
+def test_gradient_over_all_answers_equals_autograd(grids, enumerated, grid):
+    """The same enumeration as for the torch student, through the engine's own weights and packs; float32."""
+    _, ranks = grids(grid)
+    assert_equal(ranks[0]["enumerated"]["gradients"], enumerated[1], tolerance=1e-5)
+
+
+@tensor_grids
+@pytest.mark.parametrize("case", ["sequence parallel", "sequence parallel tied"])
+def test_sequence_parallel_changes_nothing(grids, references, grid, case):
+    follows(grids, references, grid, case)
+
+
+@every_grid
+def test_recomputed_layers_change_nothing(grids, references, grid):
+    follows(grids, references, grid, "recompute")
+    for rank in grids(grid)[1]:
+        assert rank["recompute"]["calls"] == 2 * rank["llama tied reverse"]["calls"]
+
+
+@every_grid
+@pytest.mark.parametrize("model", ["qwen3 tied mixed", "qwen2 untied reverse", "bfloat16"])
+def test_a_state_passes_between_torch_and_every_grid(grids, references, cases, grid, model):
+    """From the torch student's file, on the grid, and back; so from any grid to any other."""
+    folder, ranks = grids(grid)
+    case, expected = f"{model} resumed", references(model)
+    rel = 5e-2 if model == "bfloat16" else 1e-5
+    assert all(rank[case]["same state"] for rank in ranks)
+    losses = [sum(rank[case]["losses"][i] for rank in ranks) for i in range(2)]
+    assert losses == pytest.approx(expected.losses[-2:], rel=rel)
+    assert ranks[0][case]["norms"] == pytest.approx(expected.norms[-2:], rel=rel)
+    student = torch_student(cases[model])
+    student.load_state(load_file(folder / case / "state.safetensors"))
+    stats = [student.accumulate(micro, cases[model].objective) for micro in cases[model].updates[0]]
+    assert sum(float(s.loss.sum()) for s in stats) == pytest.approx(expected.next_loss, rel=rel)
+    assert student.apply(1e-3) == pytest.approx(expected.next_norm, rel=rel)
+    second = {float(t) for key, t in student.state().items() if key.startswith("adamw.step.")}
+    assert second == {len(expected.losses) + 1.0}
+
+
+@every_grid
+def test_ranks_share_the_true_vocabulary(grids, grid):
+    """37 rows are padded to 38 for two ranks; 35 of them are tokens."""
+    tensor, ranks = GRIDS[grid][0], grids(grid)[1]
+    expected = {1: [(0, 35)], 2: [(0, 19), (19, 35)]}[tensor]
+    assert [rank["qwen3 tied reverse"]["vocab"] for rank in ranks] == expected * (len(ranks) // tensor)
+
+
+@every_grid
+def test_a_new_state_has_no_moments(grids, cases, grid):
+    found = grids(grid)[1][0]["qwen3 untied reverse"]["fresh state"]
+    assert found == sorted(torch_student(cases["qwen3 untied reverse"]).state())
+
+
+@every_grid
+def test_bfloat16_keeps_float32_main_parameters(grids, references, cases, grid):
+    """Updates far below bfloat16's resolution add up, and move as many weights as in the torch student."""
+    found, expected = follows(grids, references, grid, "bfloat16", rel=5e-2, rel_gradient=0.1)
+    start = load_file(cases["bfloat16"].folder / "model.safetensors")
+
+    def moved(weights):
+        flat = torch.cat([(weights[n] != start[n]).flatten() for n in start if start[n].ndim > 1])
+        return float(flat.float().mean())
+
+    assert {t.dtype for t in found.values()} == {torch.bfloat16}
+    assert moved(expected) > 0.8  # 0.09 if each update were rounded
+    assert moved(found) == pytest.approx(moved(expected), abs=0.05)
+
+
+@every_grid
+@pytest.mark.parametrize("model", MODELS)
+def test_scores_equal_transformers(grids, cases, grid, model):
+    """Log-probabilities and entropies of every trained token against full logits of the Hugging Face model."""
+    case = f"{model} reverse"
+    reference = AutoModelForCausalLM.from_pretrained(cases[case].folder)
+    tensor, pipeline, world = GRIDS[grid]
+    for rank, found in enumerate(grids(grid)[1]):
+        scores = found[case]["scores"]
+        if rank < world - world // pipeline:  # not the last stage
+            assert scores == []
+            continue
+        for micro, score in zip(cases[case].updates[0], scores, strict=True):
+            flags = micro.trained or [None] * len(micro.prompts)
+            rows = []
+            for prompt, response, own in zip(micro.prompts, micro.responses, flags, strict=True):
+                with torch.no_grad():
+                    logits = reference(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+                rows.append(logits[:, :VALID].log_softmax(-1)[[True] * len(response) if own is None else list(own)])
+            logp = torch.cat(rows)
+            labels = torch.tensor([t for r in micro.labels for t in r])
+            torch.testing.assert_close(score["logprob"], logp.gather(1, labels[:, None])[:, 0], rtol=1e-5, atol=2e-5)
+            torch.testing.assert_close(score["entropy"], -(logp.exp() * logp).sum(1), rtol=1e-5, atol=2e-5)
+
+
+@every_grid
+@pytest.mark.parametrize("case", [*(f"{model} reverse" for model in MODELS), "bfloat16"])
+def test_export_of_untouched_weights_is_the_source_bit_for_bit(grids, cases, grid, case):
+    folder, _ = grids(grid)
+    source, exported = cases[case].folder, folder / case / "untouched"
+    expected = load_file(source / "model.safetensors")
+    files = sorted(exported.glob("*.safetensors"))
+    assert len(files) > 1  # the worker allows 20 kB a file
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == expected[name].dtype
+        assert torch.equal(tensor, expected[name]), name
+    assert (exported / "tokenizer.json").is_file()
+    loaded = AutoModelForCausalLM.from_pretrained(exported)
+    assert loaded.dtype == expected["model.norm.weight"].dtype
+
+
+@every_grid
+def test_all_ranks_raise_alike_and_keep_their_weights(grids, grid):
+    found = [rank["failures"] for rank in grids(grid)[1]]
+    teachers = {rank["teacher"] for rank in found}
+    assert len(teachers) == 1
+    assert "the logits of target 0: not finite" in teachers.pop()
+    for rank in found:
+        assert rank["gradient"].startswith("NumericsError: the gradient is NaN or infinite")
+        assert rank["unchanged"]
+        assert rank["summed"] == "RuntimeError: the gradient is summed over the ranks already; apply it first"
+        assert rank["float64"] == "ValueError: student.dtype: float64 needs student.backend: torch"
+        assert rank["state"].startswith("StorageError: the checkpoint is not of this student: master.")

@@ -1,0 +1,178 @@
+"""Models, micro-batches and reference results for the Megatron tests; nothing in here knows Megatron."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mergeopd.loss import ForwardKL, Head, Hidden, ReverseKL
+from mergeopd.loss.objective import DistillationObjective, build_objective
+from mergeopd.loss.policy import ClipRatio, Correction, Policy, PolicyRows
+from mergeopd.recipe.training import Optimizer
+from mergeopd.student.batch import MicroBatch
+from mergeopd.student.torch import TorchStudent
+
+CPU = torch.device("cpu")
+ROWS, VALID = 37, 35  # rows of the head, which no grid divides, and the true vocabulary
+LRS = (1e-3, 3e-3, 2e-3, 1e-3)
+REVERSE = build_objective({"reverse_kl": (ReverseKL(), 1.0)})
+MIXED = build_objective(
+    {"reverse_kl": (ReverseKL(), 0.7), "forward_kl": (ForwardKL(), 0.1)},
+    nll=0.2,
+    policy=Policy(
+        sampled=0.1, bound=5.0, clip=ClipRatio(0.2, 0.28), correction=Correction("mask", low=0.6, high=1.7)
+    ),
+)
+ROPES = {
+    "llama": {
+        "rope_theta": 10000.0,
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A job for the worker and for the torch student."""
+
+    folder: Path
+    objective: DistillationObjective
+    updates: list[list[MicroBatch]]
+    optimizer: Optimizer
+    lrs: tuple[float, ...] = LRS
+    num_valid: int = VALID
+    dtype: str = "float32"
+    sequence_parallel: bool = False
+    split: bool = False
+    recompute: bool = False
+    fails: bool = False
+    state: Path | None = None
+
+    def job(self, export: Path) -> dict[str, object]:
+        """What the worker reads; it exports into `export`."""
+        return {
+            **{name: getattr(self, name) for name in self.__dataclass_fields__},
+            "export": export,
+        }
+
+
+def write_dense(
+    folder: Path, model_type: str, *, tied: bool, dtype: str = "float32", vocab: int = ROWS, eos: int = 2
+) -> Path:
+    """A random model whose vectors (norms, biases) are not what they start with."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(5)
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=vocab,
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        initializer_range=0.15,
+        rms_norm_eps=1e-5,
+        eos_token_id=eos,
+        **({"head_dim": 16} if model_type == "qwen3" else {}),
+        **({"rope_parameters": ROPES[model_type]} if model_type in ROPES else {}),
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def micro_batches(generator: torch.Generator, num: int, first: int = 0) -> list[MicroBatch]:
+    """Micro-batches of other shapes and teacher sets each; the second has tokens that are not trained."""
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(VALID, (length,), generator=generator).tolist())
+
+    heads = [torch.randn(ROWS, 8 + k, generator=generator) for k in range(2)]
+    found = []
+    for number in range(first, first + num):
+        batch = 1 + number % 3
+        prompts = tuple(ids(2 + (number + i) % 4) for i in range(batch))
+        responses = tuple(ids(3 + (2 * number + i) % 5) for i in range(batch))
+        trained = None
+        if number == 1:
+            trained = tuple(tuple(t % 3 != 1 for t in range(len(r))) for r in responses)
+        n = sum(map(len, responses)) if trained is None else sum(map(sum, trained))
+        teachers = ("one", "two")[: 1 + number % 2]
+        targets = tuple(
+            Hidden(torch.randn(n, 8 + k, generator=generator), Head(heads[k], num_valid=VALID))
+            for k in range(len(teachers))
+        )
+        weight = torch.rand(len(teachers), n, generator=generator) / 40
+        nll = torch.rand(n, generator=generator) / 40
+        found.append(
+            MicroBatch(tuple(range(batch)), teachers, prompts, responses, targets, weight, nll, None, trained)
+        )
+    return found
+
+
+def with_policy(
+    micros: list[MicroBatch], student: TorchStudent, generator: torch.Generator
+) -> list[MicroBatch]:
+    """Outcome advantages of both signs; behaviour log-probs around the student's own, some outside the mask."""
+    found = []
+    for micro in micros:
+        now = student.score(micro, (), None, 1.0).logprob_S
+        n = len(now)
+        rows = PolicyRows(
+            own_N=(torch.rand(n, generator=generator) < 0.8).float(),
+            outcome_N=torch.randn(n, generator=generator) / 40,
+            behaviour_N=now + 0.5 * torch.randn(n, generator=generator),
+            keep_N=(torch.rand(n, generator=generator) < 0.9).float(),
+            old_N=now + 0.1 * torch.randn(n, generator=generator),
+        )
+        found.append(replace(micro, policy=rows))
+    return found
+
+
+def torch_student(case: Case) -> TorchStudent:
+    """The reference for `case`, untrained."""
+    return TorchStudent(
+        case.folder, dtype=case.dtype, num_valid=case.num_valid, optimizer=case.optimizer, device=CPU
+    )
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Losses and norms of the updates, the first raw gradient, the last weights; a further first update."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    next_loss: float
+    next_norm: float
+
+
+def trained(case: Case) -> Trajectory:
+    """The torch student's own way through the updates of `case`."""
+    student = torch_student(case)
+    losses, norms, gradients = [], [], {}
+    for micros, lr in zip(case.updates, case.lrs, strict=True):
+        losses.append(sum(float(student.accumulate(m, case.objective).loss.sum()) for m in micros))
+        gradients = gradients or {name: g.clone() for name, g in student.gradients().items()}
+        norms.append(student.apply(lr))
+    weights = {name: w.clone() for name, w in student.weights.items()}
+    next_loss = sum(float(student.accumulate(m, case.objective).loss.sum()) for m in case.updates[0])
+    return Trajectory(losses, norms, gradients, weights, next_loss, student.apply(1e-3))
