@@ -71,7 +71,9 @@ class Support(Strict):
 
     top_k: PositiveInt = Field(description="how many tokens")
     of: Literal["student", "teacher", "union"] = Field(
-        default="student", description="whose likeliest tokens: reverse KL needs the student's"
+        default="student",
+        description="whose likeliest tokens: the student's cover what a reverse KL weighs, the teacher's "
+        "what a forward KL weighs, and then no more is kept of the teacher",
     )
     rest: Literal["tail", "generalised"] = Field(
         default="tail",
