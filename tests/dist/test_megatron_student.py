@@ -212,7 +212,7 @@ def test_updates_follow_the_torch_student(grids, references, cases, grid, case):
 
 @every_grid
 def test_twenty_updates_stay_together(grids, references, grid):
-    follows(grids, references, grid, "twenty", rel=1e-4)
+    follows(grids, references, grid, "twenty")
 
 
 @every_grid
