@@ -24,6 +24,7 @@ from mergeopd.engine.prompt_checks import (
 )
 from mergeopd.engine.reading import ModelReader, file_digest
 from mergeopd.engine.run_folder import RunFolder
+from mergeopd.engine.state import off_policy_origin
 from mergeopd.errors import RecipeError
 from mergeopd.recipe.checking import JsonVerifier
 from mergeopd.recipe.plan import Plan, SourcePlan
@@ -158,6 +159,10 @@ class _Check:
 
     def _check_training(self, plan: Plan) -> None:
         self._note_sampling(plan)
+        if not any(
+            phase.loss.needs_teacher or off_policy_origin(phase) == "teacher" for phase in plan.phases
+        ):
+            self.findings.notes.append("no phase asks a teacher: none will be loaded to train")
         with_responses = any(reads_dataset(phase) for phase in plan.phases)
         for index, source in enumerate(plan.sources):
             place = ("prompts", index)

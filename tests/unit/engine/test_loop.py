@@ -243,3 +243,11 @@ def test_uncorrected_policy_terms_on_tempered_answers_are_noted(write_job: Calla
     assert "temperature 0.7" in note
     assert not [n for n in preflight(recipe, ["rollout.temperature=1.0"]).notes if "policy terms" in n]
     assert not [n for n in preflight(recipe, ["phases.0.correction=mask"]).notes if "policy terms" in n]
+
+
+def test_teachers_that_no_phase_asks_are_noted(write_job: Callable[..., Path]) -> None:
+    phase = {"name": "p", "updates": 1, "text": "dataset", "loss": "nll"}
+    recipe = write_job({"phases": [phase]})
+    assert [n for n in preflight(recipe).notes if "no phase asks a teacher" in n]
+    assert not [n for n in preflight(recipe, ["phases.0.text=teacher"]).notes if "no phase asks" in n]
+    assert not [n for n in preflight(recipe, ["phases.0.loss=forward_kl"]).notes if "no phase asks" in n]
