@@ -17,6 +17,7 @@ from mergeopd.engine.schedule import pack
 from mergeopd.loss.divergence import ReverseKL
 from mergeopd.recipe.training import Phase
 from mergeopd.report.events import Reporter, StageProgress, StageStarted
+from mergeopd.student.batch import with_statistics
 from mergeopd.types import Rollout
 
 
@@ -51,14 +52,18 @@ def look_back(
     like = torch.empty((), dtype=parts.student.statistics_dtype, device=parts.device)
     reporter.emit(StageStarted("update", "the policy before", len(packs), "micro-batches"))
     found: dict[int, Before] = {}
-    for done, part in enumerate(packs, start=1):
-        targets = observed.targets(parts, part)
-        micro = micro_batch(part, PreparedUpdate(plain, {}), targets, like, with_policy=False)
-        stats = parts.student.score(micro, measure, support(loss), loss.temperature)
+    update = PreparedUpdate(plain, {})
+    micros = (
+        micro_batch(part, update, observed.targets(parts, part), like, with_policy=False) for part in packs
+    )
+    scored = with_statistics(
+        micros, lambda them: parts.student.score(them, measure, support(loss), loss.temperature)
+    )
+    for done, (micro, stats) in enumerate(scored, start=1):
         distance = stats.divergence[:, 0] if measure else (stats.logprob_T - stats.logprob_S).abs()
         sizes = [len(labels) for labels in micro.labels]
         by_answer = zip(
-            part.rollouts,
+            micro.rollouts,
             torch.split(stats.logprob_S, sizes),
             torch.split(stats.logprob_T, sizes, dim=1),
             torch.split((micro.teacher_weight_KN * distance).sum(0), sizes),

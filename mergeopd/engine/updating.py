@@ -25,7 +25,7 @@ from mergeopd.report.events import (
     StageStarted,
     TeacherStats,
 )
-from mergeopd.student.batch import MicroBatch
+from mergeopd.student.batch import MicroBatch, with_statistics
 from mergeopd.types import Rollout
 
 
@@ -164,11 +164,14 @@ def accumulate(
     """Add up the gradient of an update. One teacher set's heads are in memory at a time."""
     stats = UpdateStats(objective)
     reporter.emit(StageStarted("update", "", len(packs), "micro-batches"))
-    for done, pack in enumerate(packs, start=1):
-        targets = observed.targets(parts, pack)
-        like = torch.empty((), dtype=parts.student.statistics_dtype, device=parts.device)
-        micro = micro_batch(pack, prepared, targets, like, with_policy=objective.policy is not None)
-        tokens = parts.student.accumulate(micro, objective)
+    like = torch.empty((), dtype=parts.student.statistics_dtype, device=parts.device)
+    with_policy = objective.policy is not None
+    micros = (
+        micro_batch(pack, prepared, observed.targets(parts, pack), like, with_policy=with_policy)
+        for pack in packs
+    )
+    found = with_statistics(micros, lambda them: parts.student.accumulate(them, objective))
+    for done, (micro, tokens) in enumerate(found, start=1):
         stats.add(micro, prepared, tokens)
         samples.take(micro, prepared, tokens)
         reporter.emit(StageProgress(done))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from mergeopd.loss.fused import TokenStats
 from mergeopd.loss.policy import PolicyRows
 from mergeopd.loss.targets import Target
 
@@ -39,3 +42,22 @@ class MicroBatch:
             response if flags is None else tuple(i for i, own in zip(response, flags, strict=True) if own)
             for response, flags in zip(self.responses, self.trained, strict=True)
         )
+
+
+def with_statistics(
+    micros: Iterable[MicroBatch], work: Callable[[Iterator[MicroBatch]], Iterable[TokenStats]]
+) -> Iterator[tuple[MicroBatch, TokenStats]]:
+    """Each micro-batch with what a student's `accumulate` or `score` found of it, in order.
+
+    `work` takes the micro-batches one by one or all at first, as the student likes; one that has been told
+    is held no longer than the student holds it.
+    """
+    taken: deque[MicroBatch] = deque()
+
+    def remembered() -> Iterator[MicroBatch]:
+        for micro in micros:
+            taken.append(micro)
+            yield micro
+
+    for stats in work(remembered()):
+        yield taken.popleft(), stats

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mergeopd.errors import NumericsError, StorageError
+from mergeopd.loss.blocks import BlockStats
 from mergeopd.loss.divergence import Divergence
 from mergeopd.loss.fused import Objective, TokenStats, fused_loss
 from mergeopd.loss.heads import Head
@@ -99,42 +100,42 @@ class TorchStudent:
         """The optimizer's weights as they are now, by parameter name; not copies."""
         return {name: p.detach() for name, p in self._masters.items()}
 
-    def accumulate(self, micro: MicroBatch, objective: DistillationObjective) -> TokenStats:
-        """Add the gradient of one micro-batch; returns the statistics of its trained tokens.
+    def accumulate(
+        self, micros: Iterable[MicroBatch], objective: DistillationObjective
+    ) -> Iterator[TokenStats]:
+        """Add the gradient of micro-batches, one after another; yields statistics of their trained tokens.
 
-        Raises NumericsError when the student's or a teacher's distribution is not finite.
+        A micro-batch is asked for when the one before is done, and its gradient is in when its statistics
+        come: run the iterator to its end. Raises NumericsError when the student's or a teacher's distribution
+        is not finite.
         """
-        loss, stats = self._fused(
-            micro,
-            objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N, micro.policy),
-            objective.divergences,
-            objective.support,
-            objective.temperature,
-        )
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._collect_gradients()
-        return stats
+        for micro in micros:
+            loss, stats = self._fused(
+                micro,
+                objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N, micro.policy),
+                objective.divergences,
+                objective.support,
+                objective.temperature,
+            )
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._collect_gradients()
+            yield stats
 
-    @torch.no_grad()
     def score(
         self,
-        micro: MicroBatch,
+        micros: Iterable[MicroBatch],
         divergences: Sequence[Divergence],
         support: Support | None,
         temperature: float,
-    ) -> TokenStats:
-        """Statistics of the trained tokens under the weights as they are; no gradient.
+    ) -> Iterator[TokenStats]:
+        """Statistics of the trained tokens under the weights as they are, one micro-batch after another.
 
         Raises NumericsError when the student's or a teacher's distribution is not finite.
         """
-        _, stats = self._fused(
-            micro,
-            lambda stats, rows: torch.zeros_like(stats.logprob_S),
-            divergences,
-            support,
-            temperature,
-        )
-        return stats
+        for micro in micros:
+            with torch.no_grad():
+                _, stats = self._fused(micro, _nothing, divergences, support, temperature)
+            yield stats
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradient accumulated so far, by parameter name, in master precision."""
@@ -236,3 +237,8 @@ class TorchStudent:
         for name, master in self._masters.items():
             if master is not self._parameters[name]:
                 self._parameters[name].copy_(master)
+
+
+def _nothing(stats: BlockStats, rows: slice) -> Tensor:
+    """The objective of a pass that only measures."""
+    return torch.zeros_like(stats.logprob_S)

@@ -48,8 +48,7 @@ def resumed(case, path):
     """The last two updates of `case`, from what the torch student has saved before them."""
     student = torch_student(case)
     for micros, lr in zip(case.updates[:-2], case.lrs[:-2], strict=True):
-        for micro in micros:
-            student.accumulate(micro, case.objective)
+        list(student.accumulate(micros, case.objective))
         student.apply(lr)
     save_file({key: tensor.clone() for key, tensor in student.state().items()}, path)
     return replace(case, updates=case.updates[-2:], lrs=case.lrs[-2:], state=path)
@@ -248,7 +247,7 @@ def test_a_state_passes_between_torch_and_every_grid(grids, references, cases, g
     assert ranks[0][case]["norms"] == pytest.approx(expected.norms[-2:], rel=rel)
     student = torch_student(cases[model])
     student.load_state(load_file(folder / case / "state.safetensors"))
-    stats = [student.accumulate(micro, cases[model].objective) for micro in cases[model].updates[0]]
+    stats = student.accumulate(cases[model].updates[0], cases[model].objective)
     assert sum(float(s.loss.sum()) for s in stats) == pytest.approx(expected.next_loss, rel=rel)
     assert student.apply(1e-3) == pytest.approx(expected.next_norm, rel=rel)
     second = {float(t) for key, t in student.state().items() if key.startswith("adamw.step.")}

@@ -133,7 +133,8 @@ def with_policy(
     """Outcome advantages of both signs; behaviour log-probs around the student's own, some outside the mask."""
     found = []
     for micro in micros:
-        now = student.score(micro, (), None, 1.0).logprob_S
+        [stats] = student.score([micro], (), None, 1.0)
+        now = stats.logprob_S
         n = len(now)
         rows = PolicyRows(
             own_N=(torch.rand(n, generator=generator) < 0.8).float(),
@@ -170,9 +171,9 @@ def trained(case: Case) -> Trajectory:
     student = torch_student(case)
     losses, norms, gradients = [], [], {}
     for micros, lr in zip(case.updates, case.lrs, strict=True):
-        losses.append(sum(float(student.accumulate(m, case.objective).loss.sum()) for m in micros))
+        losses.append(sum(float(s.loss.sum()) for s in student.accumulate(micros, case.objective)))
         gradients = gradients or {name: g.clone() for name, g in student.gradients().items()}
         norms.append(student.apply(lr))
     weights = {name: w.clone() for name, w in student.weights.items()}
-    next_loss = sum(float(student.accumulate(m, case.objective).loss.sum()) for m in case.updates[0])
+    next_loss = sum(float(s.loss.sum()) for s in student.accumulate(case.updates[0], case.objective))
     return Trajectory(losses, norms, gradients, weights, next_loss, student.apply(1e-3))

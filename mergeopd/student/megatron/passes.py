@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Passes:
 
     def run(
         self,
-        micros: Sequence[MicroBatch],
+        micros: Iterable[MicroBatch],
         per_token: Callable[[MicroBatch], Objective],
         divergences: Sequence[Divergence],
         support: Support | None,
@@ -91,7 +91,8 @@ class Passes:
             hidden = model(ids.to(self._device), positions.to(self._device), None)
             return hidden, lambda output: loss(micro, _sequence_first(rows, *ids.shape), output)
 
-        batches = list(micros) or [_EMPTY]
+        mine = list(micros)
+        batches = mine or [_EMPTY]
         found = self._schedule(
             forward_step_func=step,
             data_iterator=iter(batches),
@@ -104,7 +105,7 @@ class Passes:
             pg_collection=self._grid.groups,
         )
         _raise_together(failures)
-        return tuple(found) if micros and self._grid.is_last_stage else ()
+        return tuple(found) if mine and self._grid.is_last_stage else ()
 
     def _rows(self, hidden_sbd: Tensor, rows_N: Tensor) -> Tensor:
         """Hidden states that predict trained tokens `[N, d]`, whole on every tensor-parallel rank.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ class MegatronStudent:
         return {name: p.detach() for name, p in named(self._model).items()}
 
     def accumulate(
-        self, micros: Sequence[MicroBatch], objective: DistillationObjective
+        self, micros: Iterable[MicroBatch], objective: DistillationObjective
     ) -> tuple[TokenStats, ...]:
         """Add the gradient of this data-parallel copy's micro-batches, of which there may be none.
 
@@ -128,7 +128,7 @@ class MegatronStudent:
     @torch.no_grad()
     def score(
         self,
-        micros: Sequence[MicroBatch],
+        micros: Iterable[MicroBatch],
         divergences: Sequence[Divergence],
         support: Support | None,
         temperature: float,

@@ -63,7 +63,7 @@ def test_updates_equal_plain_pytorch(make_model: Callable[..., Path], tied: bool
     )
     micro = micro_batch()
     for lr in (1e-3, 3e-3, 2e-3):
-        stats = student.accumulate(micro, OBJECTIVE)
+        [stats] = student.accumulate([micro], OBJECTIVE)
         norm = student.apply(lr)
         loss = reference_loss(model, micro)
         loss.backward()
@@ -83,7 +83,7 @@ def test_updates_equal_plain_pytorch(make_model: Callable[..., Path], tied: bool
 def test_micro_batches_add_up(make_model: Callable[..., Path]) -> None:
     student = student_of(make_model("s"))
     whole = micro_batch()
-    student.accumulate(whole, OBJECTIVE)
+    list(student.accumulate([whole], OBJECTIVE))
     expected = {name: g.clone() for name, g in student.gradients().items()}
     student.apply(0.0)
     start = 0
@@ -95,7 +95,7 @@ def test_micro_batches_add_up(make_model: Callable[..., Path]) -> None:
             (i,), ("t",), PROMPTS[i : i + 1], RESPONSES[i : i + 1], (target,),
             whole.teacher_weight_KN[:, rows], whole.nll_weight_N[rows],
         )  # fmt: skip
-        student.accumulate(part, OBJECTIVE)
+        list(student.accumulate([part], OBJECTIVE))
     for name, gradient in student.gradients().items():
         assert torch.allclose(gradient, expected[name], rtol=1e-4, atol=2e-6), name
 
@@ -106,7 +106,7 @@ def test_bfloat16_keeps_what_rounding_would_lose(make_model: Callable[..., Path]
     before = {n: t.clone() for n, t in student.state().items() if n.startswith("master.")}
     compute_before = {n: p.detach().clone() for n, p in student.body.named_parameters()}
     for _ in range(60):
-        student.accumulate(micro_batch(), OBJECTIVE)
+        list(student.accumulate([micro_batch()], OBJECTIVE))
         student.apply(1e-5)
     after = student.state()
     name = "model.layers.0.mlp.up_proj.weight"
@@ -122,7 +122,7 @@ def test_bfloat16_keeps_what_rounding_would_lose(make_model: Callable[..., Path]
 def test_a_gradient_that_is_not_finite_changes_nothing(make_model: Callable[..., Path]) -> None:
     student = student_of(make_model("s"))
     before = {name: t.clone() for name, t in student.state().items()}
-    student.accumulate(micro_batch(), OBJECTIVE)
+    list(student.accumulate([micro_batch()], OBJECTIVE))
     student.gradients()["model.norm.weight"][2] = float("inf")
     with pytest.raises(NumericsError, match="weights are unchanged"):
         student.apply(1e-3)
@@ -133,19 +133,19 @@ def test_a_teacher_with_nan_is_named(make_model: Callable[..., Path]) -> None:
     micro = micro_batch()
     micro.targets[0].head.weight[3, 3] = float("nan")
     with pytest.raises(NumericsError, match=r"logits of target 0.*targets: 0 = t"):
-        student_of(make_model("s")).accumulate(micro, OBJECTIVE)
+        list(student_of(make_model("s")).accumulate([micro], OBJECTIVE))
 
 
 def test_state_goes_on_bit_for_bit(make_model: Callable[..., Path]) -> None:
     folder = make_model("s")
     straight, first = student_of(folder, **ADAM), student_of(folder, **ADAM)
     for student in (straight, first):
-        student.accumulate(micro_batch(), OBJECTIVE)
+        list(student.accumulate([micro_batch()], OBJECTIVE))
         student.apply(1e-3)
     second = student_of(folder, **ADAM)
     second.load_state({name: t.clone() for name, t in first.state().items()})
     for student in (straight, second):
-        student.accumulate(micro_batch(), OBJECTIVE)
+        list(student.accumulate([micro_batch()], OBJECTIVE))
         student.apply(1e-3)
     expected = straight.state()
     assert second.state().keys() == expected.keys()
@@ -166,7 +166,7 @@ def test_export_loads_in_transformers_with_the_students_logits(
     folder = make_model("s", tied=tied)
     (folder / "tokenizer.json").write_text("{}")
     student = student_of(folder)
-    student.accumulate(micro_batch(), OBJECTIVE)
+    list(student.accumulate([micro_batch()], OBJECTIVE))
     student.apply(1e-2)
     student.export(tmp_path / "export")
     assert (tmp_path / "export" / "tokenizer.json").is_file()
