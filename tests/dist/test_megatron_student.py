@@ -77,10 +77,11 @@ def enumerated(tmp_path_factory, write_job_in):
     expected = reference.gradient(total / sum(len(r.response_ids) for r in rollouts))
     micros, objectives, plain = [], [], parts.student.accumulate
 
-    def recorded(micro, objective):
-        micros.append(micro)
+    def recorded(them, objective):
         objectives.append(objective)
-        return plain(micro, objective)
+        for micro in them:
+            micros.append(micro)
+            yield from plain([micro], objective)
 
     parts.student.accumulate = recorded
     engine_round(parts, rollouts)
