@@ -39,7 +39,7 @@ PLACES = {
     "text": ("mergeopd.engine.texts:generate", "before"),
     "rollout": ("mergeopd.rollout.local:sample", "before"),
     "scoring": ("mergeopd.teacher.cache:HiddenCache.put", "before"),
-    "gradient": ("mergeopd.student.torch:TorchStudent.accumulate", "after"),
+    "gradient": ("mergeopd.student.torch:TorchStudent._collect_gradients", "after"),
     "update": ("mergeopd.student.torch:TorchStudent.apply", "before"),
     "step": ("torch.optim:AdamW.step", "after"),
     "metrics": ("mergeopd.storage.metrics:MetricsFile.append", "after"),
