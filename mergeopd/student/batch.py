@@ -43,6 +43,11 @@ class MicroBatch:
             for response, flags in zip(self.responses, self.trained, strict=True)
         )
 
+    def blamed(self, error: ArithmeticError) -> str:
+        """The kernel's complaint with the names of its targets."""
+        names = ", ".join(f"{k} = {name}" for k, name in enumerate(self.teachers))
+        return f"{error} (targets: {names or 'none'})"
+
 
 def with_statistics(
     micros: Iterable[MicroBatch], work: Callable[[Iterator[MicroBatch]], Iterable[TokenStats]]

@@ -217,8 +217,7 @@ class TorchStudent:
                 workspace=self._workspace,
             )
         except ArithmeticError as error:
-            names = ", ".join(f"{k} = {name}" for k, name in enumerate(micro.teachers))
-            raise NumericsError(f"{error} (targets: {names or 'none'})") from error
+            raise NumericsError(micro.blamed(error)) from error
 
     def _collect_gradients(self) -> None:
         """bfloat16 gradients are summed in float32, outside the parameters."""

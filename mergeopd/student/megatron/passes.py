@@ -77,8 +77,7 @@ class Passes:
                     workspace=self._workspace,
                 )
             except ArithmeticError as error:
-                names = ", ".join(f"{k} = {name}" for k, name in enumerate(micro.teachers))
-                failures.append(f"{error} (targets: {names or 'none'})")
+                failures.append(micro.blamed(error))
                 # The other stages wait for gradients of every micro-batch; what they get is thrown away.
                 return hidden_sbd.sum() * 0.0, no_division, None
             return value, no_division, stats
