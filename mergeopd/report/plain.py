@@ -36,7 +36,7 @@ class PlainReporter:
         self._console = console
         self._clock = clock
         self._view = RunView()
-        self._first_at = self._printed_at = clock()
+        self._first_at = self._printed_at = self._stage_at = clock()
 
     def __enter__(self) -> PlainReporter:
         return self
@@ -48,6 +48,8 @@ class PlainReporter:
         """Print what the event deserves."""
         now = self._clock()
         self._view.apply(event, now)
+        if isinstance(event, StageStarted):
+            self._stage_at = now
         match event:
             case RunStarted():
                 self._print(_opening(event))
@@ -58,7 +60,9 @@ class PlainReporter:
                 self._print(_stage_line(event, 0))
             case StageProgress():
                 stage = self._view.stage
-                if stage is not None and self._is_due(now):
+                # Where stages are short, the updates themselves tell that something moves.
+                is_long = now - self._stage_at >= _SHORTEST_S
+                if stage is not None and is_long and self._is_due(now):
                     self._print(_stage_line(stage.event, event.done))
             case EvaluationDone():
                 correct = f"{100 * event.accuracy:.1f} % of {event.num_prompts}"

@@ -275,6 +275,20 @@ def test_plain_lines_for_ends_of_phases_and_now_and_then() -> None:
     )
 
 
+def test_plain_lines_tell_of_stages_that_take_long_and_not_of_short_ones() -> None:
+    """A line is due at 40 s and at 60 s; the first time a stage has only begun, the second it goes on."""
+    lines = plain(
+        [
+            (0, START),
+            (30, update(1)),
+            (38, StageStarted("teachers", "math", 48, "answers")),
+            (40, StageProgress(1)),
+            (60, StageProgress(2)),
+        ]
+    )
+    assert [line for line in lines if line.startswith("teachers")] == ["teachers math 2/48 answers"]
+
+
 def test_plain_lines_grow_rare() -> None:
     long = replace(START, num_updates=100_000, phases=(("merge", 100_000),))
     lines = plain([(0, long), *((float(i), update(i)) for i in range(1, 7201))])
