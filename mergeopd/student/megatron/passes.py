@@ -91,12 +91,11 @@ class Passes:
             return hidden, lambda output: loss(micro, _sequence_first(rows, *ids.shape), output)
 
         mine = list(micros)
-        batches = mine or [_EMPTY]
         found = self._schedule(
             forward_step_func=step,
-            data_iterator=iter(batches),
+            data_iterator=iter(mine or [_EMPTY]),
             model=[self._model],
-            num_microbatches=len(batches),
+            num_microbatches=max(len(mine), 1),
             seq_length=0,  # shapes travel with the tensors
             micro_batch_size=0,
             forward_only=not backward,
