@@ -21,6 +21,11 @@ def did_you_mean(word: str, candidates: Iterable[str], otherwise: str = "") -> s
     return f"did you mean '{near}'?" if near else otherwise
 
 
+def _is_worth_naming(name: str) -> bool:
+    """Not what is hidden, nor what is still being written."""
+    return not name.startswith(".") and not name.endswith(".partial")
+
+
 def closest_path(
     written: str, folder: Path, *, directory: bool = False, suffixes: tuple[str, ...] = ()
 ) -> str:
@@ -33,7 +38,7 @@ def closest_path(
     for part in Path(written).parts:
         if not os.path.exists(current / part):
             try:
-                names = sorted(name for name in os.listdir(current) if not name.startswith("."))
+                names = sorted(filter(_is_worth_naming, os.listdir(current)))
             except OSError:
                 return ""
             near = closest(part, names)
