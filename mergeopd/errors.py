@@ -82,3 +82,10 @@ class Stopped(MergeopdError, InterruptedError):  # noqa: N818 (a wish that was m
 
 class StorageError(MergeopdError, OSError):
     """A run folder or checkpoint cannot be written, read or trusted."""
+
+
+class EndedElsewhere(MergeopdError, RuntimeError):  # noqa: N818 (says that, not what)
+    """Another process of the run has met an error, and tells it; this one ends without a word."""
+
+    def __init__(self) -> None:
+        super().__init__("another process of the run ended")

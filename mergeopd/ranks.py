@@ -1,0 +1,195 @@
+"""The processes of a run and how they agree. Importing this does not import torch.
+
+Every process runs the same program. They part for shares of a stage's work (`share`) and meet again; all
+else each of them computes alike. Objects travel between processes of one run only, which trust each other.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from mergeopd.errors import EndedElsewhere
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Agreed(Exception):  # noqa: N818 (control flow, not an error)
+    """Base of what one process raises within `share` and all then raise: made without arguments."""
+
+
+class Ranks(Protocol):
+    """The processes of a run, this one's number among them, from 0.
+
+    `machines` has a name for every process, equal where two share memory and disks. `is_apart` is True while
+    this process may leave its work by an exception without the others waiting for it in vain.
+    """
+
+    rank: int
+    size: int
+    machines: tuple[str, ...]
+    is_apart: bool
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files and tells."""
+
+    @property
+    def num_local(self) -> int:
+        """Processes on this one's machine."""
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, by rank, on all of them. Tensors must be on the CPU. Collective."""
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0, where alone it runs, on all of them. Collective.
+
+        Where it raises, the others raise the same `Agreed`, or EndedElsewhere.
+        """
+
+    def share(self, work: Callable[[], T]) -> list[T]:
+        """What `work`, which must not be collective, gives on every process, by rank. Collective.
+
+        Where one raises `Agreed`, all do; after any other exception of one, others raise EndedElsewhere.
+        """
+
+    def send(self, tensor: Tensor, rank: int) -> None:
+        """Hand a tensor to another process, which is waiting in `receive`."""
+
+    def receive(self, tensor: Tensor, rank: int) -> None:
+        """Fill a contiguous tensor with what another process sends."""
+
+
+class Alone:
+    """One process."""
+
+    rank = 0
+    size = 1
+    machines = ("",)
+    is_apart = True
+    is_first = True
+    num_local = 1
+
+    def gather(self, value: T) -> list[T]:
+        """The value alone."""
+        return [value]
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` gives."""
+        return work()
+
+    def share(self, work: Callable[[], T]) -> list[T]:
+        """What `work` gives, alone."""
+        return [work()]
+
+    def send(self, tensor: Tensor, rank: int) -> None:
+        """There is nobody: ValueError."""
+        raise ValueError(f"there is no process {rank} beside this one")
+
+    def receive(self, tensor: Tensor, rank: int) -> None:
+        """There is nobody: ValueError."""
+        raise ValueError(f"there is no process {rank} beside this one")
+
+
+class Processes:
+    """The processes of torch's default process group, which must be initialised (CPU tensors through gloo).
+
+    `machine` names this process's machine.
+    """
+
+    def __init__(self, machine: str) -> None:
+        import torch.distributed as dist
+
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self.is_apart = False
+        self.machines: tuple[str, ...] = ()
+        self.machines = tuple(self.gather(machine))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files and tells."""
+        return self.rank == 0
+
+    @property
+    def num_local(self) -> int:
+        """Processes on this one's machine."""
+        return self.machines.count(self.machines[self.rank])
+
+    def gather(self, value: T) -> list[T]:
+        """See `Ranks`."""
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def first(self, work: Callable[[], T]) -> T:
+        """See `Ranks`."""
+        import torch.distributed as dist
+
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome = [work(), None]
+            except BaseException as error:
+                dist.broadcast_object_list([None, _kind(error)], src=0)
+                raise
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]()
+        value: T = outcome[0]
+        return value
+
+    def share(self, work: Callable[[], T]) -> list[T]:
+        """See `Ranks`."""
+        self.is_apart = True
+        try:
+            value = work()
+        except Exception as error:
+            self.is_apart = False
+            self.gather((None, _kind(error)))
+            raise
+        finally:
+            self.is_apart = False
+        outcomes = self.gather((value, None))
+        for _, kind in outcomes:
+            if kind is not None:
+                raise kind()
+        return [value for value, _ in outcomes]
+
+    def send(self, tensor: Tensor, rank: int) -> None:
+        """See `Ranks`."""
+        import torch.distributed as dist
+
+        dist.send(tensor, dst=rank)
+
+    def receive(self, tensor: Tensor, rank: int) -> None:
+        """See `Ranks`."""
+        import torch.distributed as dist
+
+        dist.recv(tensor, src=rank)
+
+
+def this_machine() -> str:
+    """A name equal for processes that share memory and process numbers: host, boot and process namespace."""
+    parts = [socket.gethostname()]
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if boot.is_file():
+        parts += [boot.read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return " ".join(parts)
+
+
+def own_share(items: Sequence[T], ranks: Ranks) -> list[T]:
+    """This process's part of what all have in the same order: every `size`-th, from its rank on."""
+    return list(items[ranks.rank :: ranks.size])
+
+
+def _kind(error: BaseException) -> type[Exception]:
+    return type(error) if isinstance(error, Agreed) else EndedElsewhere
