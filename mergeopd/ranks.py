@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Agreed(Exception):  # noqa: N818 (control flow, not an error)
@@ -71,7 +72,7 @@ class Alone:
 
     rank = 0
     size = 1
-    machines = ("",)
+    machines: tuple[str, ...] = ("",)
     is_apart = True
     is_first = True
     num_local = 1
@@ -186,9 +187,13 @@ def this_machine() -> str:
     return " ".join(parts)
 
 
-def own_share(items: Sequence[T], ranks: Ranks) -> list[T]:
-    """This process's part of what all have in the same order: every `size`-th, from its rank on."""
-    return list(items[ranks.rank :: ranks.size])
+def spread(ranks: Ranks, items: Sequence[T], work: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
+    """Deal `items`, which all have in the same order, to the processes; all results, in that order, on all.
+
+    `work` gives a result for each item of its share, which may be empty. Collective; see `Ranks.share`.
+    """
+    shares = ranks.share(lambda: work(items[ranks.rank :: ranks.size]))
+    return [shares[position % ranks.size][position // ranks.size] for position in range(len(items))]
 
 
 def _kind(error: BaseException) -> type[Exception]:

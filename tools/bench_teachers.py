@@ -121,10 +121,11 @@ def measure(recipe: Path, num_rounds: int) -> dict[str, int]:
     from mergeopd.engine.preflight import preflight
     from mergeopd.engine.run_folder import RunFolder
     from mergeopd.engine.state import Progress
+    from mergeopd.ranks import Alone
     from mergeopd.report.events import Reporters
 
     inputs = preflight(recipe)
-    parts = build(inputs, torch.device("cpu"))
+    parts = build(inputs, torch.device("cpu"), Alone())
     folder = RunFolder(Path(inputs.plan.output))
     with peak_anonymous() as peak:
         Merge(parts, folder, Reporters(), Clock(), Interrupt()).run(Progress(), None)

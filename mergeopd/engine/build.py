@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +13,19 @@ from mergeopd.data.draw import PromptDraw
 from mergeopd.engine.canary import Canaries
 from mergeopd.engine.dialect import Dialect
 from mergeopd.engine.preflight import Inputs
+from mergeopd.engine.room import refuse_without_room
+from mergeopd.engine.schedule import RoundWork, round_work
 from mergeopd.loss.heads import Head
+from mergeopd.ranks import Ranks
 from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan
 from mergeopd.reward.verifiers import build_verifier
 from mergeopd.rollout.local import Writer
+from mergeopd.student.backend import Student
 from mergeopd.student.torch import TorchStudent
+from mergeopd.teacher.cache import HiddenCache
 from mergeopd.teacher.past import Past
 from mergeopd.teacher.store import LoadedTeacher, TeacherSource, TeacherStore
+from mergeopd.types import Rollout
 
 Verify = Callable[[str, str | None], float]
 
@@ -34,7 +41,8 @@ class Parts:
 
     inputs: Inputs
     device: torch.device
-    student: TorchStudent
+    ranks: Ranks
+    student: Student
     store: TeacherStore
     past: Past
     verifiers: Mapping[str, Verify]
@@ -46,9 +54,35 @@ class Parts:
         """The resolved recipe."""
         return self.inputs.plan
 
-    def student_writer(self) -> Writer:
-        """The student as it is now, ready to write."""
-        return _writer(self.student.body, self.student.head, self.inputs.student, self.device)
+    def work(self, rollouts: Sequence[Rollout], index: int, num_updates: int) -> RoundWork:
+        """Who does what in round number `index`."""
+        return round_work(
+            rollouts,
+            index,
+            num_updates=num_updates,
+            max_tokens=self.plan.student.micro_batch_tokens,
+            members=self.student.place.members,
+        )
+
+    def hidden_cache(self, work: RoundWork, spill: Path) -> HiddenCache:
+        """What keeps the teachers' hidden states of a round where they will be needed."""
+        return HiddenCache(int(self.plan.memory.hidden_states_gib * 2**30), spill)
+
+    def bytes_read(self) -> int:
+        """Checkpoint bytes of teachers brought in so far. Collective."""
+        return self.store.bytes_read
+
+    @property
+    def head_rows(self) -> range | None:
+        """The token ids of which this process needs a teacher's head; None: all."""
+        vocab = self.student.vocab
+        return None if len(vocab) == self.inputs.student.tokenizer.vocab_size else vocab
+
+    @contextmanager
+    def student_writer(self) -> Iterator[Writer]:
+        """The student as it is now, ready to write. Collective."""
+        with self.student.whole() as (body, head):
+            yield _writer(body, head, self.inputs.student, self.device)
 
     def teacher_writer(self, teacher: LoadedTeacher) -> Writer:
         """A teacher in its turn, ready to write."""
@@ -56,22 +90,21 @@ class Parts:
         return _writer(teacher.body, head, self.inputs.teachers[teacher.name], self.device)
 
 
-def build(inputs: Inputs, device: torch.device) -> Parts:
-    """Load the student and open the teachers. Raises ModelError for checkpoints that do not fit configs."""
+def build(inputs: Inputs, device: torch.device, ranks: Ranks) -> Parts:
+    """Load the student and open the teachers; the processes of a machine divide its threads. Collective.
+
+    Raises ModelError for checkpoints that do not fit configs, and for a student that does not fit the grid or
+    of which the machine cannot hold the copies that write.
+    """
     plan = inputs.plan
-    torch.set_num_threads(plan.threads)
-    student = TorchStudent(
-        Path(plan.student.model),
-        dtype=plan.student.dtype,
-        num_valid=inputs.student.tokenizer.vocab_size,
-        optimizer=plan.optimizer,
-        device=device,
-    )
+    torch.set_num_threads(max(1, plan.threads // ranks.num_local))
+    student = _student(inputs, device, ranks)
     rules = [t.moving for t in plan.teachers.values() if t.moving is not None]
-    past = Past(rules, student.weights, student.master_weights)
+    past = Past(rules, student.named_weights, student.named_masters)
     return Parts(
         inputs=inputs,
         device=device,
+        ranks=ranks,
         student=student,
         store=TeacherStore(
             {n: _source(t, inputs.teachers[n], past) for n, t in plan.teachers.items()}, device
@@ -79,7 +112,30 @@ def build(inputs: Inputs, device: torch.device) -> Parts:
         past=past,
         verifiers=build_verifiers(plan.sources, plan.allow_code),
         prompt_draw=PromptDraw(inputs.prompts, {s.name: s.share for s in plan.sources}, plan.seed),
-        canaries=Canaries(plan, inputs.teachers),
+        canaries=Canaries(plan, inputs.teachers if ranks.is_first else {}),
+    )
+
+
+def _student(inputs: Inputs, device: torch.device, ranks: Ranks) -> Student:
+    plan, num_valid = inputs.plan, inputs.student.tokenizer.vocab_size
+    folder, dtype = Path(plan.student.model), plan.student.dtype
+    if plan.student.backend == "torch":
+        return TorchStudent(folder, dtype=dtype, num_valid=num_valid, optimizer=plan.optimizer, device=device)
+    # Megatron is an extra, and changes the process it is imported into.
+    from mergeopd.student.megatron.grid import Grid
+    from mergeopd.student.megatron.step import MegatronStudent
+
+    parallel = plan.student.parallel
+    refuse_without_room(plan, device, ranks)
+    grid = Grid.open(tensor=parallel.tensor, pipeline=parallel.pipeline, sequence_parallel=parallel.sequence)
+    return MegatronStudent(
+        folder,
+        dtype=dtype,
+        num_valid=num_valid,
+        optimizer=plan.optimizer,
+        grid=grid,
+        device=device,
+        recompute=parallel.recompute,
     )
 
 

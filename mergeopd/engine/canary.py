@@ -34,13 +34,16 @@ class _Sample:
 
 
 class Canaries:
-    """The samples of all cards that have one; each is verified once per process."""
+    """The samples of all cards that have one; each is verified once per process.
+
+    Only teachers that have a dialect here are: of several processes, one verifies.
+    """
 
     def __init__(self, plan: Plan, dialects: Mapping[str, Dialect]) -> None:
         self._due: dict[str, _Sample] = {}
         self._hidden: dict[str, Tensor] = {}
         for name, teacher in plan.teachers.items():
-            if teacher.canary is not None:
+            if teacher.canary is not None and name in dialects:
                 prompt, response = teacher.canary.prompt, teacher.canary.response
                 ids = sample_ids(dialects[name], prompt, response)
                 self._due[name] = _Sample(*ids, teacher.canary.logprobs)

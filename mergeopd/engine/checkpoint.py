@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,18 +13,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mergeopd.engine.build import Parts
 from mergeopd.engine.state import Progress
 from mergeopd.errors import StorageError
-from mergeopd.recipe.plan import Plan
+from mergeopd.ranks import Ranks
 from mergeopd.recipe.values import Strict
 from mergeopd.report.events import CheckpointSaved, CheckpointSkipped, Note, Reporter, StageStarted
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import atomic_folder, newest_valid, prune, set_aside
-from mergeopd.student.torch import TorchStudent
-from mergeopd.teacher.past import Past
 
 FORMAT = 1
-_PAST = "past.safetensors"
+_STUDENT, _PAST = "student", "past"
+# A file's worth of tensors is in memory at a time where they come from other processes.
+_MAX_FILE_BYTES = 5_000_000_000
 _REMEDY = "move it away to go on from the one before, or choose another folder with --set output=..."
 
 
@@ -44,36 +46,35 @@ class _State(Strict):
     seconds: dict[str, float]
 
 
-def save(
-    checkpoints: Path, student: TorchStudent, past: Past, record: Record, plan: Plan, reporter: Reporter
-) -> None:
-    """Write a checkpoint whole or not at all, then drop the oldest beyond `checkpoint.keep`.
+def save(checkpoints: Path, parts: Parts, record: Record, reporter: Reporter) -> None:
+    """Write a checkpoint whole or not at all, then drop the oldest beyond `checkpoint.keep`. Collective.
 
     Raises StorageError when the disk refuses; earlier checkpoints are kept then.
     """
     reporter.emit(StageStarted("checkpoint"))
+    plan, past = parts.plan, parts.past
     target = checkpoints / f"step-{record.progress.update}"
-    with atomic_folder(target) as folder:
-        save_file(_contiguous(student.state()), folder / "student.safetensors")
-        if past.followers:
-            save_file(_contiguous(past.state()), folder / _PAST)
-        state = _State(format=FORMAT, plan=plan.hash, progress=record.progress, seconds=dict(record.seconds))
-        (folder / "state.json").write_text(state.model_dump_json(), encoding="utf-8")
-    prune(checkpoints, plan.checkpoint.keep)
+    with written_by_first(target, parts.ranks) as folder:
+        _write_tensors(parts.student.state(), folder, _STUDENT)
+        if parts.ranks.is_first:
+            _write_tensors(past.state().items(), folder, _PAST)
+            state = _State(
+                format=FORMAT, plan=plan.hash, progress=record.progress, seconds=dict(record.seconds)
+            )
+            (folder / "state.json").write_text(state.model_dump_json(), encoding="utf-8")
+    if parts.ranks.is_first:
+        prune(checkpoints, plan.checkpoint.keep)
     reporter.emit(CheckpointSaved(record.progress.update, target))
 
 
-def restore(
-    checkpoints: Path, student: TorchStudent, past: Past, plan_hashes: Collection[str], reporter: Reporter
-) -> Record:
-    """Load the newest checkpoint that is whole; a fresh start when there is none.
+def restore(checkpoints: Path, parts: Parts, plan_hashes: Collection[str], reporter: Reporter) -> Record:
+    """Load the newest checkpoint that is whole; a fresh start when there is none. Collective.
 
     Damaged ones are told and set aside. `plan_hashes` are those that the run folder has had. Raises
     StorageError for a checkpoint that is whole but of another plan, model or format.
     """
-    newest, skipped = newest_valid(checkpoints)
+    newest, skipped = parts.ranks.first(lambda: _newest(checkpoints))
     for path, reason in skipped:
-        set_aside(path)  # frees its number for the checkpoint that will be written in its place
         reporter.emit(CheckpointSkipped(path, reason))
     if newest is None:
         if skipped:
@@ -82,17 +83,63 @@ def restore(
     state, tensors, earlier = _read(newest)
     if state.plan not in plan_hashes:
         raise StorageError(f"{newest} belongs to another recipe, or to other settings of this one; {_REMEDY}")
-    _check_fit(newest, student.state(), tensors)
-    student.load_state(tensors)
+    _check_fit(newest, parts.student.state_shapes(), tensors)
+    parts.student.load_state(tensors)
     try:
-        past.load_state(earlier)
+        parts.past.load_state(earlier)
     except StorageError as error:
         raise StorageError(f"{newest}: {error}; {_REMEDY}") from error
     return Record(state.progress, state.seconds)
 
 
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+@contextmanager
+def written_by_first(target: Path, ranks: Ranks) -> Iterator[Path]:
+    """A folder that is there whole or not at all, which rank 0 writes and all see when the context ends.
+
+    Others get its name, and write nothing. Collective; raises what `atomic_folder` does.
+    """
+    if ranks.is_first:
+        with atomic_folder(target) as folder:
+            yield folder
+    else:
+        yield target
+    ranks.gather(None)
+
+
+def _newest(checkpoints: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest checkpoint that is whole, and newer ones, set aside, with what is wrong with them."""
+    newest, skipped = newest_valid(checkpoints)
+    for path, _ in skipped:
+        set_aside(path)  # frees its number for the checkpoint that will be written in its place
+    return newest, list(skipped)
+
+
+def _write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, stem: str) -> None:
+    """Write tensors as they come to `stem.safetensors`, of many also `stem-2.safetensors`, ..."""
+    held: dict[str, Tensor] = {}
+    number = num_bytes = 0
+
+    def flush() -> None:
+        name = stem if number == 1 else f"{stem}-{number}"
+        save_file(held, folder / f"{name}.safetensors")
+        held.clear()
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if held and num_bytes + size > _MAX_FILE_BYTES:
+            number, num_bytes = number + 1, 0
+            flush()
+        held[name] = tensor.cpu().contiguous()
+        num_bytes += size
+    if held:
+        number += 1
+        flush()
+
+
+def _read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
+    """What `_write_tensors` wrote, memory-mapped."""
+    files = [*folder.glob(f"{stem}.safetensors"), *folder.glob(f"{stem}-*.safetensors")]
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def _read(folder: Path) -> tuple[_State, dict[str, Tensor], dict[str, Tensor]]:
@@ -103,8 +150,7 @@ def _read(folder: Path) -> tuple[_State, dict[str, Tensor], dict[str, Tensor]]:
             version = document.get("format") if isinstance(document, dict) else None
             if version == FORMAT:
                 state = _State.model_validate(document)
-                earlier = load_file(folder / _PAST) if (folder / _PAST).is_file() else {}
-                return state, load_file(folder / "student.safetensors"), earlier
+                return state, _read_tensors(folder, _STUDENT), _read_tensors(folder, _PAST)
         except ValidationError as error:
             faults = ", ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise StorageError(f"{folder}/state.json is not that of a run ({faults}); {_REMEDY}") from error
@@ -115,11 +161,11 @@ def _read(folder: Path) -> tuple[_State, dict[str, Tensor], dict[str, Tensor]]:
     )
 
 
-def _check_fit(folder: Path, own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+def _check_fit(folder: Path, own: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> None:
     """Raise StorageError where the checkpoint's weights have other shapes than the student's."""
-    for name, tensor in own.items():
-        if name in found and found[name].shape != tensor.shape:
+    for name, shape in own.items():
+        if name in found and tuple(found[name].shape) != shape:
             raise StorageError(
                 f"{folder} is of another student: {name.removeprefix('master.')} is "
-                f"{list(found[name].shape)} there and {list(tensor.shape)} here; {_REMEDY}"
+                f"{list(found[name].shape)} there and {list(shape)} here; {_REMEDY}"
             )

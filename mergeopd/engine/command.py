@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +13,11 @@ from rich.console import Console
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.preflight import Inputs, preflight
+from mergeopd.engine.processes import open_ranks, refuse_grid
 from mergeopd.engine.reading import check_student_folder
 from mergeopd.engine.run_folder import RunFolder
 from mergeopd.errors import Location, ModelError, Problem, RecipeError, StorageError
+from mergeopd.ranks import Alone, Ranks
 from mergeopd.recipe.locate import shown
 from mergeopd.recipe.plan import Plan
 from mergeopd.report.console import console_reporter
@@ -32,22 +36,52 @@ from mergeopd.storage.metrics import MetricsFile
 def run_recipe(
     recipe: Path, overrides: Sequence[str], max_updates: int | None, allowed_changes: Sequence[str]
 ) -> None:
-    """Run a recipe from wherever its run folder stands, at most `max_updates` updates further."""
+    """Run a recipe from wherever its run folder stands, at most `max_updates` updates further.
+
+    Where it was started as one of several processes, all of them call it alike.
+    """
     clock = Clock()
-    with clock.stage("startup"):
-        inputs = preflight(recipe, overrides)
-        _try_verifiers(inputs)
+    with ExitStack() as held:
+        with clock.stage("startup"):
+            ranks = open_ranks()
+            mine: list[Inputs] = []
+
+            def begin() -> bool:
+                """Take the run folder; False where there is nothing left to do."""
+                inputs = preflight(recipe, overrides)
+                _try_verifiers(inputs)
+                refuse_grid(inputs.plan, ranks.size)
+                folder = RunFolder(Path(inputs.plan.output))
+                # Before a lock is left in a stranger's folder.
+                folder.check(inputs.plan, inputs.files, allowed_changes)
+                held.enter_context(exclusive(folder.path))
+                folder.claim(inputs.plan, inputs.files, inputs.now, allowed_changes)
+                mine.append(inputs)
+                if folder.is_finished(inputs.plan):
+                    folder.show_finished(Console())
+                    return False
+                return True
+
+            if not ranks.first(begin):
+                return
+            # The others read after the first has written when the run began, which templates may show.
+            inputs = mine[0] if mine else _same_inputs(recipe, overrides)
+        _run(inputs, RunFolder(Path(inputs.plan.output)), clock, max_updates, ranks)
+
+
+def _same_inputs(recipe: Path, overrides: Sequence[str]) -> Inputs:
+    """What this process reads. Raises StorageError where that is another run than the first process's."""
+    inputs = preflight(recipe, overrides)
     folder = RunFolder(Path(inputs.plan.output))
-    folder.check(inputs.plan, inputs.files, allowed_changes)  # before a lock is left in a stranger's folder
-    with exclusive(folder.path):
-        folder.claim(inputs.plan, inputs.files, inputs.now, allowed_changes)
-        if folder.is_finished(inputs.plan):
-            folder.show_finished(Console())
-            return
-        _run(inputs, folder, clock, max_updates)
+    if inputs.plan.hash not in folder.plan_hashes():
+        raise StorageError(
+            f"{platform.node()} does not find the run of the first process in {shown(folder.path)}; recipe, "
+            "models and run folder must lie on a file system that all machines share, under one path"
+        )
+    return inputs
 
 
-def _run(inputs: Inputs, folder: RunFolder, clock: Clock, max_updates: int | None) -> None:
+def _run(inputs: Inputs, folder: RunFolder, clock: Clock, max_updates: int | None, ranks: Ranks) -> None:
     """Build the parts, go to where the folder stands, and on to the end."""
     # torch and transformers take seconds to import: after all that can go wrong without them.
     from mergeopd.engine.build import build, pick_device
@@ -56,32 +90,44 @@ def _run(inputs: Inputs, folder: RunFolder, clock: Clock, max_updates: int | Non
 
     _quiet_libraries()
     interrupt = Interrupt()
-    with console_reporter(Console()) as console:
+    with console_reporter(Console()) if ranks.is_first else nullcontext(Reporters()) as console:
         with clock.stage("startup"):
-            parts = build(inputs, pick_device())
-            hashes = folder.plan_hashes()
-            record = restore(folder.checkpoints, parts.student, parts.past, hashes, console)
-            prune(folder.checkpoints, inputs.plan.checkpoint.keep)  # what a kill left of the last time
-            num_done = record.progress.update
-            if folder.settle_export(can_be_made_again=num_done > 0, reporter=console):
-                num_done = inputs.plan.num_updates  # also where its checkpoints were removed since
+            parts = build(inputs, pick_device(), ranks)
+            hashes = ranks.first(folder.plan_hashes)
+            record = restore(folder.checkpoints, parts, hashes, console)
+            num_done = ranks.first(lambda: _settled(inputs.plan, folder, record.progress.update, console))
         clock.continue_from(record.seconds)
         # Until here nothing is at stake, and a signal ends the process at once.
-        with (
-            interrupt.listening(),
-            MetricsFile(folder.metrics_file) as metrics,
-            MetricsFile(folder.samples_file) as samples,
-        ):
-            num_told = metrics.truncate_to(num_done)
-            samples.truncate_to(num_done)
-            if num_told < num_done:
-                name = shown(folder.metrics_file)
-                console.emit(Note(f"{name} has lines of {num_told} of the {num_done} updates made so far"))
-            files = (JsonlReporter(metrics), SamplesReporter(samples), HtmlReporter(folder.path, console))
-            reporter = Reporters(*files, *_asked_for(inputs.plan, folder, console), console)
-            _tell_notes(inputs, reporter)
+        with interrupt.listening(), ExitStack() as opened:
+            reporter: Reporter = Reporters()
+            if ranks.is_first:
+                reporter = _reporters(inputs, folder, num_done, opened, console)
+                _tell_notes(inputs, reporter)
             progress = replace(record.progress, update=num_done)
             Merge(parts, folder, reporter, clock, interrupt).run(progress, max_updates)
+
+
+def _settled(plan: Plan, folder: RunFolder, num_done: int, console: Reporter) -> int:
+    """Tidy what a kill left of the last time; how many updates are done."""
+    prune(folder.checkpoints, plan.checkpoint.keep)
+    if folder.settle_export(can_be_made_again=num_done > 0, reporter=console):
+        return plan.num_updates  # also where its checkpoints were removed since
+    return num_done
+
+
+def _reporters(
+    inputs: Inputs, folder: RunFolder, num_done: int, opened: ExitStack, console: Reporter
+) -> Reporter:
+    """All that tell of the run; files are cut back to `num_done` updates, and closed with `opened`."""
+    metrics = opened.enter_context(MetricsFile(folder.metrics_file))
+    samples = opened.enter_context(MetricsFile(folder.samples_file))
+    num_told = metrics.truncate_to(num_done)
+    samples.truncate_to(num_done)
+    if num_told < num_done:
+        name = shown(folder.metrics_file)
+        console.emit(Note(f"{name} has lines of {num_told} of the {num_done} updates made so far"))
+    files = (JsonlReporter(metrics), SamplesReporter(samples), HtmlReporter(folder.path, console))
+    return Reporters(*files, *_asked_for(inputs.plan, folder, console), console)
 
 
 def _asked_for(plan: Plan, folder: RunFolder, notes: Reporter) -> list[Reporter]:
@@ -117,7 +163,7 @@ def evaluate_recipe(recipe: Path, overrides: Sequence[str], model: Path | None, 
     start = time.perf_counter()
     with console_reporter(console) as reporter:
         _tell_notes(inputs, reporter)
-        accuracies = Evaluation(inputs, inputs.plan.evaluation, pick_device(), reporter).run(merged)
+        accuracies = Evaluation(inputs, inputs.plan.evaluation, pick_device(), Alone(), reporter).run(merged)
     document = result_document(accuracies, {"evaluation": time.perf_counter() - start})
     console.print(ResultTable(document, result_path=output, export_path=Path(shown(merged))))
     if output is not None:

@@ -13,11 +13,12 @@ from mergeopd.engine.average import average, why_not
 from mergeopd.engine.build import build_verifiers
 from mergeopd.engine.dialect import Dialect
 from mergeopd.engine.preflight import Inputs
-from mergeopd.engine.writing import answer_text
+from mergeopd.engine.writing import answer_text, progress
 from mergeopd.loss.heads import Head
 from mergeopd.models.facts import ModelFacts
+from mergeopd.ranks import Ranks, spread
 from mergeopd.recipe.plan import EvaluationPlan, SourcePlan
-from mergeopd.report.events import EvaluationDone, Note, Reporter, StageProgress, StageStarted
+from mergeopd.report.events import EvaluationDone, Note, Reporter, StageStarted
 from mergeopd.rollout.local import Request, Writer, generate
 from mergeopd.teacher.store import TeacherSource, TeacherStore
 from mergeopd.types import Prompt, Sampling
@@ -35,14 +36,18 @@ class _Contestant:
 
 
 class Evaluation:
-    """Measures models on the recipe's evaluation prompts, one model in memory at a time."""
+    """Measures models on the recipe's evaluation prompts, one model in memory at a time.
+
+    Every process has the model and measures its share of the prompts.
+    """
 
     def __init__(
-        self, inputs: Inputs, plan: EvaluationPlan, device: torch.device, reporter: Reporter
+        self, inputs: Inputs, plan: EvaluationPlan, device: torch.device, ranks: Ranks, reporter: Reporter
     ) -> None:
         self._inputs = inputs
         self._plan = plan
         self._device = device
+        self._ranks = ranks
         self._reporter = reporter
         self._verifiers = build_verifiers(plan.sources, inputs.plan.allow_code)
 
@@ -103,19 +108,23 @@ class Evaluation:
         self._reporter.emit(
             StageStarted("evaluation", f"{contestant.kind} on {source.domain}", len(prompts), "answers")
         )
-        completions = generate(
-            contestant.writer,
-            [Request(p.key, 0, contestant.dialect.render(p)) for p in prompts],
-            Sampling(0.0, 1.0, self._plan.max_new_tokens, stop),
-            seed=self._inputs.plan.seed,
-            batch_size=self._plan.batch_size,
-            progress=lambda done: self._reporter.emit(StageProgress(done)),
-        )
         verify, decode = self._verifiers[source.name], contestant.dialect.tokenizer.decode
-        return [
-            verify(answer_text(completion.response_ids, decode, stop), prompt.reference)
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
+
+        def verdicts(own: Sequence[Prompt]) -> list[float]:
+            completions = generate(
+                contestant.writer,
+                [Request(p.key, 0, contestant.dialect.render(p)) for p in own],
+                Sampling(0.0, 1.0, self._plan.max_new_tokens, stop),
+                seed=self._inputs.plan.seed,
+                batch_size=self._plan.batch_size,
+                progress=progress(self._reporter, len(prompts), self._ranks),
+            )
+            return [
+                verify(answer_text(completion.response_ids, decode, stop), prompt.reference)
+                for prompt, completion in zip(own, completions, strict=True)
+            ]
+
+        return spread(self._ranks, prompts, verdicts)
 
     @contextmanager
     def _model(self, folder: Path, dialect: Dialect) -> Iterator[Writer]:

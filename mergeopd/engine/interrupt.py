@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from mergeopd.ranks import Agreed, Ranks
 from mergeopd.report.events import Event, Reporter, StageProgress, StageStarted
 
 
@@ -38,19 +39,21 @@ class Interrupt:
         self.requested = signal.Signals(number).name
 
 
-class StopNow(Exception):  # noqa: N818 (control flow, not an error)
+class StopNow(Agreed):
     """Leaves a round that has changed no weight yet."""
 
 
 class Watch:
     """Passes events on; in the middle of a stage it leaves the round when a stop was requested.
 
-    Only while `abandonable`: once an update of the round was made, the round is finished first.
+    Only while `abandonable`: once an update of the round was made, the round is finished first. Of several
+    processes one leaves only where the others do not wait for it, and then all do.
     """
 
-    def __init__(self, reporter: Reporter, interrupt: Interrupt) -> None:
+    def __init__(self, reporter: Reporter, interrupt: Interrupt, ranks: Ranks) -> None:
         self._reporter = reporter
         self._interrupt = interrupt
+        self._ranks = ranks
         self.abandonable = False
 
     def emit(self, event: Event) -> None:
@@ -58,6 +61,7 @@ class Watch:
         self._reporter.emit(event)
         if (
             self.abandonable
+            and self._ranks.is_apart
             and self._interrupt.requested is not None
             and isinstance(event, StageStarted | StageProgress)
         ):

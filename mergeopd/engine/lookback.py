@@ -5,7 +5,7 @@ Only where an objective needs it, since it costs one more forward pass of the st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -13,11 +13,11 @@ from mergeopd.engine.batch import Before, Dialects, PreparedRollout, PreparedUpd
 from mergeopd.engine.build import Parts
 from mergeopd.engine.objectives import support
 from mergeopd.engine.observing import Observed
-from mergeopd.engine.schedule import pack
+from mergeopd.engine.schedule import RoundWork
 from mergeopd.loss.divergence import ReverseKL
 from mergeopd.recipe.training import Phase
 from mergeopd.report.events import Reporter, StageProgress, StageStarted
-from mergeopd.student.batch import with_statistics
+from mergeopd.student.batch import MicroBatch, Stream, with_statistics
 from mergeopd.types import Rollout
 
 
@@ -37,14 +37,15 @@ def look_back(
     parts: Parts,
     rollouts: Sequence[Rollout],
     phase: Phase,
-    round_index: int,
+    work: RoundWork,
     observed: Observed,
     reporter: Reporter,
 ) -> dict[int, Before]:
-    """`Before` of every answer with tokens, by its index in the round."""
+    """`Before` of every answer with tokens, by its index in the round. Collective."""
     loss, dialects = phase.loss, Dialects(parts.inputs.student, parts.inputs.teachers)
     measure = (ReverseKL(),) if phase.balance.follow_gap and loss.has_divergence else ()
-    packs = pack(rollouts, range(len(rollouts)), parts.plan.student.micro_batch_tokens, round_index)
+    place = parts.student.place
+    packs = work.packs_of(place.copy)
     # Weights are the prompts' own here: what the gap is taken under, before any denominator.
     plain = {
         i: PreparedRollout(r, 1.0, r.prompt.teachers, dialects.eos_masked(r)) for i, r in enumerate(rollouts)
@@ -53,24 +54,29 @@ def look_back(
     reporter.emit(StageStarted("update", "the policy before", len(packs), "micro-batches"))
     found: dict[int, Before] = {}
     update = PreparedUpdate(plain, {})
-    micros = (
-        micro_batch(part, update, observed.targets(parts, part), like, with_policy=False) for part in packs
-    )
+
+    def micros() -> Iterator[MicroBatch]:
+        for done, part in enumerate(packs):
+            reporter.emit(StageProgress(done))
+            yield micro_batch(part, update, observed.targets(parts, part), like, with_policy=False)
+
     scored = with_statistics(
-        micros, lambda them: parts.student.score(them, measure, support(loss), loss.temperature)
+        Stream(micros(), len(packs)),
+        lambda them: parts.student.score(them, measure, support(loss), loss.temperature),
     )
-    for done, (micro, stats) in enumerate(scored, start=1):
+    for micro, stats in scored:
+        if not place.tells:
+            continue
         distance = stats.divergence[:, 0] if measure else (stats.logprob_T - stats.logprob_S).abs()
         sizes = [len(labels) for labels in micro.labels]
         by_answer = zip(
             micro.rollouts,
-            torch.split(stats.logprob_S, sizes),
-            torch.split(stats.logprob_T, sizes, dim=1),
+            torch.split(stats.logprob_S.cpu(), sizes),
+            torch.split(stats.logprob_T.cpu(), sizes, dim=1),
             torch.split((micro.teacher_weight_KN * distance).sum(0), sizes),
             strict=True,
         )
         for index, logprob_S, logprob_T, gap in by_answer:
             by_teacher = dict(zip(micro.teachers, logprob_T, strict=True))
             found[index] = Before(logprob_S, by_teacher, float(gap.sum()))
-        reporter.emit(StageProgress(done))
-    return found
+    return {index: before for part in parts.ranks.gather(found) for index, before in part.items()}

@@ -9,17 +9,17 @@ from typing import NoReturn
 
 from mergeopd.engine.batch import Before, Dialects, prepare
 from mergeopd.engine.build import Parts
-from mergeopd.engine.checkpoint import Record, save
+from mergeopd.engine.checkpoint import Record, save, written_by_first
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.evaluate import Accuracies, Evaluation
 from mergeopd.engine.interrupt import Interrupt, StopNow, Watch
 from mergeopd.engine.lookback import is_needed, look_back
 from mergeopd.engine.objectives import phase_objective
-from mergeopd.engine.observing import Observed, kept
+from mergeopd.engine.observing import Cache, Observed, kept
 from mergeopd.engine.outcomes import outcomes
 from mergeopd.engine.run_folder import RunFolder
 from mergeopd.engine.samples import SampleTaker, choose, is_due
-from mergeopd.engine.schedule import learning_rate, pack, split_updates
+from mergeopd.engine.schedule import RoundWork, UpdateWork, learning_rate
 from mergeopd.engine.scoring import ScoredRound, rewards, score
 from mergeopd.engine.state import Progress, phase_at
 from mergeopd.engine.tasks import Task, plan_round
@@ -32,8 +32,6 @@ from mergeopd.recipe.plan import EvaluationPlan
 from mergeopd.recipe.training import Phase
 from mergeopd.report.events import Reporter, RunFinished, RunStarted, StageStarted, UpdateDone
 from mergeopd.report.result import result_document, write_result
-from mergeopd.storage.folders import atomic_folder
-from mergeopd.teacher.cache import HiddenCache
 from mergeopd.types import Rollout
 
 
@@ -46,14 +44,15 @@ class Merge:
         self._parts = parts
         self._plan = parts.plan
         self._folder = folder
+        self._ranks = parts.ranks
         self._interrupt = interrupt
-        self._reporter = Watch(reporter, interrupt)
+        self._reporter = Watch(reporter, interrupt, parts.ranks)
         self._clock = clock
         self._texts = TeacherTexts(parts)
         self._prepared_phase = ""
 
     def run(self, progress: Progress, max_updates: int | None) -> None:
-        """Train from `progress` to the last update, export, evaluate, write the result.
+        """Train from `progress` to the last update, export, evaluate, write the result. Collective.
 
         Raises Stopped, after a checkpoint, when a stop was requested or `max_updates` were made.
         """
@@ -82,20 +81,27 @@ class Merge:
                 self._save(progress)
             if max_updates is not None and first + max_updates <= progress.update < plan.num_updates:
                 self._interrupt.requested = "--updates"
-            if self._interrupt.requested is not None:
+            if self._is_stopping():
                 self._stop(progress)
         self._finish()
+
+    def _is_stopping(self) -> bool:
+        """Whether any process was asked to stop; then all of them were."""
+        asked = [request for request in self._ranks.gather(self._interrupt.requested) if request]
+        self._interrupt.requested = asked[0] if asked else None
+        return bool(asked)
 
     def _save(self, progress: Progress) -> None:
         with self._clock.stage("checkpoint"):
             record = Record(progress, self._clock.seconds())
-            parts = self._parts
-            save(self._folder.checkpoints, parts.student, parts.past, record, self._plan, self._reporter)
+            save(self._folder.checkpoints, self._parts, record, self._reporter)
 
     def _stop(self, progress: Progress) -> NoReturn:
         """Save what is not saved yet and leave."""
         self._reporter.abandonable = False
-        if progress.update and not (self._folder.checkpoints / f"step-{progress.update}").exists():
+        self._is_stopping()  # all know by whom
+        target = self._folder.checkpoints / f"step-{progress.update}"
+        if progress.update and not self._ranks.first(target.exists):
             self._save(progress)
         raise Stopped(
             f"stopped by {self._interrupt.requested} after {progress.update} of {self._plan.num_updates} "
@@ -111,15 +117,15 @@ class Merge:
         with self._clock.stage("rollout"):
             rollouts = self._rollouts(tasks, progress)
             verdicts = rewards(self._parts, rollouts)
-        budget_bytes = int(self._plan.memory.hidden_states_gib * 2**30)
-        with HiddenCache(budget_bytes, self._folder.spill) as cache:
-            scored = self._scored(phase, rollouts, verdicts, progress.round, cache)
-            for done, members in enumerate(split_updates(rollouts, phase.updates_per_round), updates_done):
-                self._update(scored, members, done, progress.update + 1)
+        student = self._parts.student
+        work = self._parts.work(rollouts, progress.round, phase.updates_per_round)
+        with self._parts.hidden_cache(work, self._folder.spill) as cache:
+            scored = self._scored(phase, rollouts, verdicts, work, cache)
+            for done, update in enumerate(work.updates, updates_done):
+                self._update(scored, update, done, progress.update + 1)
                 progress = replace(progress, update=progress.update + 1)
         self._parts.store.heads(())
-        student = self._parts.student
-        self._parts.past.advance(student.weights, student.master_weights, before, progress.update)
+        self._parts.past.advance(student.named_weights, student.named_masters, before, progress.update)
         return replace(progress, round=progress.round + 1, drawn=progress.drawn + phase.prompts_per_round)
 
     def _scored(
@@ -127,24 +133,24 @@ class Merge:
         phase: Phase,
         rollouts: Sequence[Rollout],
         verdicts: Sequence[float | None],
-        round_index: int,
-        cache: HiddenCache,
+        work: RoundWork,
+        cache: Cache,
     ) -> ScoredRound:
         """All that is known of a round before its first update."""
         observed = Observed(cache, kept(phase.loss))
         if observed.kept is not None:
             with self._clock.stage("teachers"):
-                score(self._parts, rollouts, round_index, cache, observed.kept, self._reporter)
+                score(self._parts, rollouts, work, cache, observed.kept, self._reporter)
         past: Mapping[int, Before] = {}
         if is_needed(phase):
             with self._clock.stage("update"):
-                past = look_back(self._parts, rollouts, phase, round_index, observed, self._reporter)
+                past = look_back(self._parts, rollouts, phase, work, observed, self._reporter)
         found = outcomes(rollouts, verdicts, phase)
-        return ScoredRound(phase, round_index, rollouts, verdicts, observed, found, past)
+        return ScoredRound(phase, work, rollouts, verdicts, observed, found, past)
 
-    def _update(self, scored: ScoredRound, members: Sequence[int], updates_done: int, number: int) -> None:
+    def _update(self, scored: ScoredRound, update: UpdateWork, updates_done: int, number: int) -> None:
         """Update number `number` (from 1) of the run, after `updates_done` of its phase; then its events."""
-        parts, phase, rollouts = self._parts, scored.phase, scored.rollouts
+        parts, phase, rollouts, members = self._parts, scored.phase, scored.rollouts, update.rollouts
         objective = phase_objective(phase, updates_done)
         lr = phase.lr_scale * self._learning_rate(number)
         with self._clock.stage("update"):
@@ -152,14 +158,13 @@ class Merge:
             prepared = prepare(
                 rollouts, members, phase, updates_done, dialects, scored.outcomes, scored.before
             )
-            packs = pack(rollouts, members, self._plan.student.micro_batch_tokens, scored.index)
             due = is_due(number, self._plan.num_updates)
             samples = SampleTaker(choose(rollouts, members) if due else (), objective)
             stats = accumulate(
                 parts,
                 objective,
                 prepared,
-                packs,
+                update.packs[parts.student.place.copy],
                 scored.observed,
                 samples,
                 self._reporter,
@@ -172,7 +177,7 @@ class Merge:
             UpdateDone(
                 update=number,
                 phase=phase.name,
-                round=scored.index,
+                round=scored.work.index,
                 lr=lr,
                 loss=stats.loss,
                 grad_norm=grad_norm,
@@ -181,7 +186,7 @@ class Merge:
                 teachers=stats.teachers(),
                 domains=stats.domains(prepared, scored.verdicts),
                 seconds=self._clock.lap(),
-                teacher_bytes_read=parts.store.bytes_read,
+                teacher_bytes_read=parts.bytes_read(),
                 policy=stats.policy(scored.outcomes.silent_fraction),
             )
         )
@@ -233,9 +238,11 @@ class Merge:
         try:
             self._reporter.abandonable = True
             with self._clock.stage("evaluation"):
-                evaluation = Evaluation(self._parts.inputs, plan, self._parts.device, self._reporter)
+                parts = self._parts
+                evaluation = Evaluation(parts.inputs, plan, parts.device, parts.ranks, self._reporter)
                 return evaluation.run(self._folder.export)
         except StopNow:
+            self._is_stopping()
             raise Stopped(
                 f"stopped by {self._interrupt.requested} while the student was measured; training and export "
                 "are saved, and the same command measures again"
@@ -246,14 +253,15 @@ class Merge:
     def _finish(self) -> None:
         """Export the student, measure, write the result."""
         folder = self._folder
-        if not folder.export.exists():
+        if not self._ranks.first(folder.export.exists):
             self._reporter.emit(StageStarted("export", "the student as a Hugging Face folder"))
-            with atomic_folder(folder.export) as target:
+            with written_by_first(folder.export, self._ranks) as target:
                 self._parts.student.export(target)
         document = None
         if self._plan.evaluation is not None:
             document = result_document(self._measure(self._plan.evaluation), self._clock.seconds())
-            write_result(folder.result_file, document)
+            if self._ranks.is_first:
+                write_result(folder.result_file, document)
         self._reporter.emit(
             RunFinished(
                 seconds=self._clock.seconds(),

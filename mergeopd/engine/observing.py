@@ -22,6 +22,7 @@ from mergeopd.loss.workspace import Workspace
 from mergeopd.recipe.losses import Loss
 from mergeopd.teacher.cache import HiddenCache
 
+Cache = HiddenCache
 # Answers are reduced together until they have this many tokens: a matrix product of a few rows is slow.
 _ROWS = 256
 
@@ -84,21 +85,24 @@ def reduced(
 class Observed:
     """What a round's teachers left; `kept` None where none was asked."""
 
-    cache: HiddenCache
+    cache: Cache
     kept: Kept | None
 
     def targets(self, parts: Parts, pack: Pack) -> dict[str, Target]:
         """The pack's teachers as the kernel wants them, by name; heads of all other teachers are dropped.
 
+        Nothing where this process computes no losses, and heads are cut to the token ids that it scores.
         Raises TeacherError for a teacher whose head shows that it is another model than its card says.
         """
         if self.kept is None:
+            return {}
+        if not parts.student.place.has_loss:
             return {}
         rows = {name: self.cache.gather(name, pack.rollouts) for name in pack.teachers}
         if self.kept.kind != "hidden":
             kind = TopK if self.kept.kind == "top_k" else Sampled
             return {name: kind.unpack(matrix) for name, matrix in rows.items()}
-        heads = parts.store.heads(pack.teachers)
+        heads = parts.store.heads(pack.teachers, parts.head_rows)
         for name, head in heads.items():
             parts.canaries.verify(name, head)
         return {name: Hidden(rows[name], heads[name]) for name in pack.teachers}

@@ -11,6 +11,7 @@ from mergeopd.engine.batch import PreparedUpdate
 from mergeopd.loss.fused import TokenStats
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.models.tokenizer import Tokenizer
+from mergeopd.ranks import Ranks
 from mergeopd.report.events import RolloutSampled, TeacherTrace
 from mergeopd.student.batch import MicroBatch
 from mergeopd.types import Rollout
@@ -88,6 +89,13 @@ class SampleTaker:
                 )
                 for k, name in enumerate(micro.teachers)
             }
+
+    def together(self, ranks: Ranks) -> None:
+        """Take in what all processes have kept. Collective, where anything was chosen."""
+        if self._chosen:
+            for logprob_S, teachers in ranks.gather((self._logprob_S, self._teachers)):
+                self._logprob_S |= logprob_S
+                self._teachers |= teachers
 
     def events(
         self,

@@ -6,7 +6,7 @@ Rollouts are named by their index in the round.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mergeopd.models.batching import length_batches
@@ -79,6 +79,64 @@ def pack(
         for batch in length_batches([rollouts[i].num_tokens for i in members], max_tokens):
             packs.append(Pack(teachers, tuple(members[i] for i in batch)))
     return tuple(packs)
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateWork:
+    """One update of a round: its rollouts, and its micro-batches for each copy of the student."""
+
+    rollouts: tuple[int, ...]
+    packs: tuple[tuple[Pack, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RoundWork:
+    """Round number `index`: what each of its updates takes, which copy trains a rollout, who scores it.
+
+    `copy_of` has every rollout with trained tokens, `scorer_of` the rank that scores it under its teachers.
+    """
+
+    index: int
+    updates: tuple[UpdateWork, ...]
+    copy_of: Mapping[int, int]
+    scorer_of: Mapping[int, int]
+
+    def scored_by(self, rank: int, rollouts: Sequence[int]) -> list[int]:
+        """Those of `rollouts`, in order, that this rank scores."""
+        return [i for i in rollouts if self.scorer_of.get(i) == rank]
+
+    def packs_of(self, copy: int) -> tuple[Pack, ...]:
+        """A copy's micro-batches of the whole round, sorted by teacher set as those of an update are."""
+        packs = [pack for update in self.updates for pack in update.packs[copy]]
+        return tuple(sorted(packs, key=lambda p: p.teachers, reverse=self.index % 2 == 1))
+
+
+def round_work(
+    rollouts: Sequence[Rollout],
+    index: int,
+    *,
+    num_updates: int,
+    max_tokens: int,
+    members: Sequence[Sequence[int]],
+) -> RoundWork:
+    """Deal a round's work.
+
+    `members` has the ranks of each copy of the student. An update's micro-batches are dealt to the copies in
+    their order, so every copy meets the teachers in the same order. A copy's rollouts are scored by its own
+    ranks, where their hidden states are needed, dealt by length.
+    """
+    updates = []
+    for chosen in split_updates(rollouts, num_updates):
+        packs = pack(rollouts, chosen, max_tokens, index)
+        updates.append(UpdateWork(chosen, tuple(packs[copy :: len(members)] for copy in range(len(members)))))
+    copy_of: dict[int, int] = {}
+    scorer_of: dict[int, int] = {}
+    for copy, ranks in enumerate(members):
+        own = [i for update in updates for part in update.packs[copy] for i in part.rollouts]
+        copy_of |= dict.fromkeys(own, copy)
+        for position, i in enumerate(sorted(own, key=lambda i: (-rollouts[i].num_tokens, i))):
+            scorer_of[i] = ranks[position % len(ranks)]
+    return RoundWork(index, tuple(updates), copy_of, scorer_of)
 
 
 def learning_rate(

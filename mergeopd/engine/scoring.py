@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from mergeopd.engine.batch import Before
 from mergeopd.engine.build import Parts
-from mergeopd.engine.observing import Kept, Observed, reduced
+from mergeopd.engine.observing import Cache, Kept, Observed, reduced
 from mergeopd.engine.outcomes import Outcomes
-from mergeopd.engine.schedule import by_teacher
-from mergeopd.engine.writing import answer_text
+from mergeopd.engine.schedule import RoundWork, Turn, by_teacher
+from mergeopd.engine.writing import answer_text, progress
 from mergeopd.loss.heads import Head
+from mergeopd.ranks import spread
 from mergeopd.recipe.training import Phase
-from mergeopd.report.events import Reporter, StageProgress, StageStarted
-from mergeopd.teacher.cache import HiddenCache
+from mergeopd.report.events import Reporter, StageStarted
 from mergeopd.teacher.store import LoadedTeacher
 from mergeopd.types import Rollout
+
+Told = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,11 @@ class ScoredRound:
     """A round before its updates.
 
     `verdicts` belong to the rollouts, `outcomes` says what they mean, `observed` is what the teachers left,
-    and `before` the policy before the first update, where that is needed.
+    and `before` the policy before the first update, where that is needed. `work` says what each update takes.
     """
 
     phase: Phase
-    index: int
+    work: RoundWork
     rollouts: Sequence[Rollout]
     verdicts: Sequence[float | None]
     observed: Observed
@@ -39,8 +43,8 @@ class ScoredRound:
 def score(
     parts: Parts,
     rollouts: Sequence[Rollout],
-    round_index: int,
-    cache: HiddenCache,
+    work: RoundWork,
+    cache: Cache,
     what: Kept,
     reporter: Reporter,
 ) -> None:
@@ -48,29 +52,46 @@ def score(
 
     Each teacher is loaded once, sees the prompt through its own template, and gets the response's ids as
     they were written. While it scores, the next teacher's files are read ahead. A teacher of which no hidden
-    states are kept has its head in memory during its turn, else only during the updates.
+    states are kept has its head in memory during its turn, else only during the updates. Every process
+    scores its share, and has what it will train on when the turn is over.
     """
-    turns = by_teacher(rollouts, tuple(sorted(parts.plan.teachers)), round_index)
+    turns = by_teacher(rollouts, tuple(sorted(parts.plan.teachers)), work.index)
     following = [turn.teacher for turn in turns[1:]] + [None]
     for turn, next_teacher in zip(turns, following, strict=True):
-        dialect = parts.inputs.teachers[turn.teacher]
-        scored = [i for i in turn.rollouts if rollouts[i].num_trained]
-        reporter.emit(StageStarted("teachers", turn.teacher, len(scored), "answers"))
-        prompts = [dialect.render(rollouts[i].prompt) for i in scored]
-        responses = [rollouts[i].response_ids for i in scored]
+        total = sum(rollouts[i].num_trained > 0 for i in turn.rollouts)
+        reporter.emit(StageStarted("teachers", turn.teacher, total, "answers"))
+        told = progress(reporter, total, parts.ranks)
         with parts.store.open(turn.teacher) as teacher:
             if next_teacher is not None:
                 parts.store.read_ahead(next_teacher)
-            score_canary(parts, teacher)
-            trained = [rollouts[i].trained for i in scored]
-            hidden = teacher.hidden(prompts, responses, parts.plan.student.micro_batch_tokens, trained)
-            if what.kind != "hidden":
-                answers = [rollouts[i].trained_ids for i in scored]
-                hidden = reduced(hidden, answers, _true_head(parts, turn.teacher), what)
-            for done, (position, rows) in enumerate(hidden, start=1):
-                cache.put(turn.teacher, scored[position], rows)
-                reporter.emit(StageProgress(done))
+
+            def own(teacher: LoadedTeacher = teacher, turn: Turn = turn, told: Told = told) -> None:
+                score_canary(parts, teacher)
+                mine = work.scored_by(parts.ranks.rank, turn.rollouts)
+                for done, (index, rows) in enumerate(_kept(parts, teacher, rollouts, mine, what), start=1):
+                    cache.put(turn.teacher, index, rows)
+                    told(done)
+
+            parts.ranks.share(own)
+        cache.publish()
         parts.store.heads(())
+
+
+def _kept(
+    parts: Parts, teacher: LoadedTeacher, rollouts: Sequence[Rollout], mine: Sequence[int], what: Kept
+) -> Iterator[tuple[int, Tensor]]:
+    """`(index, what is kept of its trained tokens)` of the rollouts `mine`."""
+    dialect = parts.inputs.teachers[teacher.name]
+    hidden = teacher.hidden(
+        [dialect.render(rollouts[i].prompt) for i in mine],
+        [rollouts[i].response_ids for i in mine],
+        parts.plan.student.micro_batch_tokens,
+        [rollouts[i].trained for i in mine],
+    )
+    if what.kind != "hidden":
+        answers = [rollouts[i].trained_ids for i in mine]
+        hidden = reduced(hidden, answers, _true_head(parts, teacher.name), what)
+    return ((mine[position], rows) for position, rows in hidden)
 
 
 def _true_head(parts: Parts, teacher: str) -> Head:
@@ -86,15 +107,19 @@ def score_canary(parts: Parts, teacher: LoadedTeacher) -> None:
     if due is not None:
         for _, states in teacher.hidden([due[0]], [due[1]], len(due[0]) + len(due[1])):
             parts.canaries.keep(teacher.name, states)
+        if parts.ranks.size > 1:  # whoever updates may have a part of the head alone
+            _true_head(parts, teacher.name)
 
 
 def rewards(parts: Parts, rollouts: Sequence[Rollout]) -> list[float | None]:
     """The verifier's verdict on every answer the student wrote; None without verifier or for other text."""
     decode = parts.inputs.student.tokenizer.decode
     stop = parts.plan.rollout.stop
-    values: list[float | None] = []
-    for rollout in rollouts:
+
+    def verdict(rollout: Rollout) -> float | None:
         verify = parts.verifiers.get(rollout.prompt.source) if rollout.origin == "student" else None
-        text = answer_text(rollout.response_ids, decode, stop) if verify else ""
-        values.append(verify(text, rollout.prompt.reference) if verify else None)
-    return values
+        if verify is None:
+            return None
+        return verify(answer_text(rollout.response_ids, decode, stop), rollout.prompt.reference)
+
+    return spread(parts.ranks, rollouts, lambda own: [verdict(rollout) for rollout in own])

@@ -11,9 +11,11 @@ from mergeopd.engine.build import Parts
 from mergeopd.engine.dialect import Dialect
 from mergeopd.engine.scoring import score_canary
 from mergeopd.engine.tasks import Task, author
+from mergeopd.ranks import spread
 from mergeopd.report.events import Reporter, StageProgress, StageStarted
-from mergeopd.rollout.local import Completion, Request, generate
+from mergeopd.rollout.local import Completion, Request, Writer, generate
 from mergeopd.storage.folders import write_atomic
+from mergeopd.teacher.store import LoadedTeacher
 from mergeopd.types import Prompt, Rollout, Sampling
 
 FORMAT = 1
@@ -64,7 +66,7 @@ class TeacherTexts:
     def _provide(self, name: str, prompts: Mapping[tuple[str, int], Prompt], reporter: Reporter) -> None:
         """Take from disk what is there, have the rest written, and keep it."""
         path = self._file(name)
-        known = _load(path)
+        known = self._parts.ranks.first(lambda: _load(path))
         dialect = self._parts.inputs.teachers[name]
         requests = [Request(key, sample, dialect.render(p)) for (key, sample), p in prompts.items()]
         new = [request for request in requests if _line_key(request) not in known]
@@ -74,38 +76,53 @@ class TeacherTexts:
                 for texts in self._write(name, new, reporter):
                     fresh |= texts
                     if len(fresh) >= _SAVED_SHARE * len(known):
-                        known, fresh = _keep(path, fresh), {}
+                        known, fresh = self._keep(path, known, fresh), {}
             finally:  # what was written before a request to stop is not written again
-                known = _keep(path, fresh)
+                known = self._keep(path, known, fresh)
         for request in requests:
             self._texts[name, request.key, request.sample] = known[_line_key(request)]
 
     def _write(
         self, name: str, requests: Sequence[Request], reporter: Reporter
     ) -> Iterator[dict[str, Completion]]:
-        """Have the teacher write; yield batch by batch.
+        """Have the teacher write; yield batch by batch, one of every process at a time. Collective.
 
         A run that goes on misses whole batches, and the last ones: it makes the same batches of the rest.
         """
-        parts, size = self._parts, self._parts.plan.rollout.batch_size
+        parts, ranks, size = self._parts, self._parts.ranks, self._parts.plan.rollout.batch_size
         in_order = sorted(requests, key=lambda request: len(request.prompt_ids))
         reporter.emit(StageStarted("text", f"{name} writes", len(requests), "answers"))
         with parts.store.open(name) as teacher:
             writer = parts.teacher_writer(teacher)
-            score_canary(parts, teacher)
-            parts.canaries.verify(name, writer.head)
-            for start in range(0, len(in_order), size):
-                batch = in_order[start : start + size]
-                texts = generate(
-                    writer,
-                    batch,
-                    self._sampling(),
-                    seed=parts.plan.seed,
-                    batch_size=size,
-                    progress=lambda _: None,
-                )
+            ranks.share(lambda: self._recognise(teacher, writer))
+            for start in range(0, len(in_order), size * ranks.size):
+                batch = in_order[start : start + size * ranks.size]
+                texts = spread(ranks, batch, lambda own: self._texts_of(writer, own))
                 yield {_line_key(r): t for r, t in zip(batch, texts, strict=True)}
-                reporter.emit(StageProgress(start + len(batch)))
+                done = StageProgress(start + len(batch))
+                ranks.share(lambda done=done: reporter.emit(done))  # type: ignore[misc]
+
+    def _recognise(self, teacher: LoadedTeacher, writer: Writer) -> None:
+        """Raise TeacherError for a teacher that is not what its card says."""
+        score_canary(self._parts, teacher)
+        self._parts.canaries.verify(teacher.name, writer.head)
+
+    def _texts_of(self, writer: Writer, requests: Sequence[Request]) -> list[Completion]:
+        plan = self._parts.plan
+        return generate(
+            writer,
+            requests,
+            self._sampling(),
+            seed=plan.seed,
+            batch_size=plan.rollout.batch_size,
+            progress=lambda _: None,
+        )
+
+    def _keep(
+        self, path: Path, known: Mapping[str, Completion], texts: Mapping[str, Completion]
+    ) -> dict[str, Completion]:
+        """Add texts, which all processes have, to the file; not collective. Returns all that is known."""
+        return _keep(path, texts) if self._parts.ranks.is_first else {**known, **texts}
 
     def _sampling(self) -> Sampling:
         rollout = self._parts.plan.rollout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,7 @@ from mergeopd.engine.schedule import Pack
 from mergeopd.loss.fused import TokenStats
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.loss.policy import Policy, PolicyRows, policy_tokens
+from mergeopd.ranks import Ranks
 from mergeopd.report.events import (
     DomainStats,
     PolicyStats,
@@ -25,12 +26,12 @@ from mergeopd.report.events import (
     StageStarted,
     TeacherStats,
 )
-from mergeopd.student.batch import MicroBatch, with_statistics
+from mergeopd.student.batch import MicroBatch, Stream, with_statistics
 from mergeopd.types import Rollout
 
 
 @dataclass
-class _Sums:
+class Sums:
     """Running sums over the tokens of one teacher or domain."""
 
     num_tokens: int = 0
@@ -45,26 +46,54 @@ class _Sums:
         return self.values[name] / self.num_tokens if self.num_tokens else 0.0
 
 
+@dataclass
+class Tally:
+    """All that is added up over an update; those of several copies of the student add up likewise."""
+
+    loss: float = 0.0
+    largest_gap: float = 0.0
+    policy: Sums = field(default_factory=Sums)
+    teachers: dict[str, Sums] = field(default_factory=dict)
+    domains: dict[str, Sums] = field(default_factory=dict)
+
+    def add(self, other: Tally) -> None:
+        """Book what another copy has."""
+        self.loss += other.loss
+        self.largest_gap = max(self.largest_gap, other.largest_gap)
+        self.policy.add(other.policy.num_tokens, **other.policy.values)
+        for mine, others in ((self.teachers, other.teachers), (self.domains, other.domains)):
+            for name, sums in others.items():
+                mine.setdefault(name, Sums()).add(sums.num_tokens, **sums.values)
+
+
 class UpdateStats:
     """Collects the statistics of an update's micro-batches."""
 
     def __init__(self, objective: DistillationObjective) -> None:
         self._objective = objective
         self._names = objective.measures
-        self._policy = _Sums()
-        self._largest_gap = 0.0
-        self._teachers: dict[str, _Sums] = {}
-        self._domains: dict[str, _Sums] = {}
-        self.loss = 0.0
+        self._tally = Tally()
+
+    @property
+    def loss(self) -> float:
+        """Of the update."""
+        return self._tally.loss
+
+    def together(self, ranks: Ranks) -> None:
+        """Add up what all processes have; each then knows all. Collective."""
+        first, *others = ranks.gather(self._tally)
+        for tally in others:
+            first.add(tally)
+        self._tally = first
 
     def add(self, micro: MicroBatch, prepared: PreparedUpdate, stats: TokenStats) -> None:
         """Book one micro-batch."""
-        self.loss += float(stats.loss.sum())
+        self._tally.loss += float(stats.loss.sum())
         gap = stats.logprob_T - stats.logprob_S
         measured = self._objective.measured(stats)
         for k, name in enumerate(micro.teachers):
             divergence = {d: float(measured[k, i].sum()) for i, d in enumerate(self._names)}
-            self._teachers.setdefault(name, _Sums()).add(
+            self._tally.teachers.setdefault(name, Sums()).add(
                 gap.shape[1], gap=float(gap[k].sum()), entropy=float(stats.entropy_T[k].sum()), **divergence
             )
         sizes = [len(labels) for labels in micro.labels]
@@ -76,7 +105,7 @@ class UpdateStats:
         )
         for index, logprob, entropy in per_rollout:
             domain = prepared.rollouts[index].rollout.prompt.domain
-            self._domains.setdefault(domain, _Sums()).add(
+            self._tally.domains.setdefault(domain, Sums()).add(
                 len(logprob), nll=-float(logprob.sum()), entropy=float(entropy.sum())
             )
 
@@ -88,7 +117,7 @@ class UpdateStats:
             policy, rows, slice(0, len(rows.own_N)), stats.logprob_S, stats.logprob_T, weight_KN
         )
         gap = tokens.log_ratio_old.abs()
-        self._policy.add(
+        self._tally.policy.add(
             int(rows.own_N.sum()),
             corrected=float(tokens.is_corrected.sum()),
             clipped=float(tokens.is_clipped.sum()),
@@ -96,18 +125,18 @@ class UpdateStats:
             weight=float((tokens.weight * rows.own_N).sum()),
         )
         if gap.numel():
-            self._largest_gap = max(self._largest_gap, float(gap.max()))
+            self._tally.largest_gap = max(self._tally.largest_gap, float(gap.max()))
 
     def policy(self, silent_fraction: float | None) -> PolicyStats | None:
         """Of the tokens that the student wrote; None where the objective has no policy term."""
         if self._objective.policy is None:
             return None
         return PolicyStats(
-            corrected_fraction=self._policy.mean("corrected"),
-            clipped_fraction=self._policy.mean("clipped"),
-            importance_weight=self._policy.mean("weight"),
-            behaviour_gap=self._policy.mean("gap"),
-            behaviour_gap_max=self._largest_gap,
+            corrected_fraction=self._tally.policy.mean("corrected"),
+            clipped_fraction=self._tally.policy.mean("clipped"),
+            importance_weight=self._tally.policy.mean("weight"),
+            behaviour_gap=self._tally.policy.mean("gap"),
+            behaviour_gap_max=self._tally.largest_gap,
             silent_groups_fraction=silent_fraction,
         )
 
@@ -120,20 +149,20 @@ class UpdateStats:
                 logprob_gap=sums.mean("gap"),
                 entropy_T=sums.mean("entropy"),
             )
-            for name, sums in sorted(self._teachers.items())
+            for name, sums in sorted(self._tally.teachers.items())
         }
 
     def refuse_uniform_teachers(self, num_valid: int) -> None:
         """Raise TeacherError for a teacher to which all tokens were alike."""
-        for name, sums in self._teachers.items():
+        for name, sums in self._tally.teachers.items():
             if sums.num_tokens:
                 refuse_uniform(name, sums.mean("entropy"), num_valid, self._objective.temperature)
 
     def domains(self, prepared: PreparedUpdate, rewards: Sequence[float | None]) -> dict[str, DomainStats]:
         """Per domain, over its rollouts; `rewards` are the round's."""
-        total = sum(sums.num_tokens for sums in self._domains.values())
+        total = sum(sums.num_tokens for sums in self._tally.domains.values())
         result = {}
-        for domain, sums in sorted(self._domains.items()):
+        for domain, sums in sorted(self._tally.domains.items()):
             members = {
                 i: p.rollout for i, p in prepared.rollouts.items() if p.rollout.prompt.domain == domain
             }
@@ -161,20 +190,30 @@ def accumulate(
     samples: SampleTaker,
     reporter: Reporter,
 ) -> UpdateStats:
-    """Add up the gradient of an update. One teacher set's heads are in memory at a time."""
+    """Add up the gradient of an update, of which `packs` are this copy's. Collective.
+
+    One teacher set's heads are in memory at a time.
+    """
     stats = UpdateStats(objective)
     reporter.emit(StageStarted("update", "", len(packs), "micro-batches"))
     like = torch.empty((), dtype=parts.student.statistics_dtype, device=parts.device)
     with_policy = objective.policy is not None
-    micros = (
-        micro_batch(pack, prepared, observed.targets(parts, pack), like, with_policy=with_policy)
-        for pack in packs
+
+    def micros() -> Iterator[MicroBatch]:
+        for done, pack in enumerate(packs):
+            reporter.emit(StageProgress(done))
+            targets = observed.targets(parts, pack)
+            yield micro_batch(pack, prepared, targets, like, with_policy=with_policy)
+
+    found = with_statistics(
+        Stream(micros(), len(packs)), lambda them: parts.student.accumulate(them, objective)
     )
-    found = with_statistics(micros, lambda them: parts.student.accumulate(them, objective))
-    for done, (micro, tokens) in enumerate(found, start=1):
-        stats.add(micro, prepared, tokens)
-        samples.take(micro, prepared, tokens)
-        reporter.emit(StageProgress(done))
+    for micro, tokens in found:
+        if parts.student.place.tells:
+            stats.add(micro, prepared, tokens)
+            samples.take(micro, prepared, tokens)
+    stats.together(parts.ranks)
+    samples.together(parts.ranks)
     return stats
 
 

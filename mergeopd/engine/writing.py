@@ -8,6 +8,7 @@ from mergeopd.engine.build import Parts
 from mergeopd.engine.dialect import Dialect
 from mergeopd.engine.ready_answers import ready_answer
 from mergeopd.engine.tasks import Task
+from mergeopd.ranks import Ranks, spread
 from mergeopd.report.events import Reporter, StageProgress, StageStarted
 from mergeopd.rollout.local import Request, generate
 from mergeopd.types import Rollout, Sampling
@@ -29,14 +30,19 @@ def write_student(parts: Parts, tasks: Sequence[Task], version: int, reporter: R
     if not requests:
         return []
     reporter.emit(StageStarted("rollout", "the student writes", len(requests), "answers"))
-    completions = generate(
-        parts.student_writer(),
-        requests,
-        Sampling(rollout.temperature, rollout.top_p, rollout.max_new_tokens, rollout.stop),
-        seed=parts.plan.seed,
-        batch_size=rollout.batch_size,
-        progress=lambda done: reporter.emit(StageProgress(done)),
-    )
+    with parts.student_writer() as writer:
+        completions = spread(
+            parts.ranks,
+            requests,
+            lambda own: generate(
+                writer,
+                own,
+                Sampling(rollout.temperature, rollout.top_p, rollout.max_new_tokens, rollout.stop),
+                seed=parts.plan.seed,
+                batch_size=rollout.batch_size,
+                progress=progress(reporter, len(requests), parts.ranks),
+            ),
+        )
     prompts = [task.prompt for task in mine for _ in range(rollout.samples_per_prompt)]
     return [
         Rollout(
@@ -51,6 +57,11 @@ def write_student(parts: Parts, tasks: Sequence[Task], version: int, reporter: R
         )
         for prompt, request, completion in zip(prompts, requests, completions, strict=True)
     ]
+
+
+def progress(reporter: Reporter, total: int, ranks: Ranks) -> Callable[[int], None]:
+    """Tells how much of `total` is done, when this process has done so much of its share."""
+    return lambda done: reporter.emit(StageProgress(min(total, done * ranks.size)))
 
 
 def dataset_rollout(task: Task, student: Dialect) -> Rollout:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from torch import Tensor
 
@@ -49,20 +50,42 @@ class MicroBatch:
         return f"{error} (targets: {names or 'none'})"
 
 
+class MicroBatches(Protocol):
+    """Micro-batches in order; their number is known before the first is made."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[MicroBatch]: ...
+
+
+class Stream:
+    """`count` micro-batches that are made one by one, as they are asked for; to be iterated once."""
+
+    def __init__(self, micros: Iterable[MicroBatch], count: int) -> None:
+        self._micros = micros
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return iter(self._micros)
+
+
 def with_statistics(
-    micros: Iterable[MicroBatch], work: Callable[[Iterator[MicroBatch]], Iterable[TokenStats]]
+    micros: MicroBatches, work: Callable[[MicroBatches], Iterable[TokenStats]]
 ) -> Iterator[tuple[MicroBatch, TokenStats]]:
     """Each micro-batch with what a student's `accumulate` or `score` found of it, in order.
 
-    `work` takes the micro-batches one by one or all at first, as the student likes; one that has been told
-    is held no longer than the student holds it.
+    `work` may take many micro-batches before it tells of the first; their targets are held no longer than
+    the student holds them, and are not given here. Where the student computes no losses nothing comes.
     """
     taken: deque[MicroBatch] = deque()
 
     def remembered() -> Iterator[MicroBatch]:
         for micro in micros:
-            taken.append(micro)
+            taken.append(replace(micro, targets=()))
             yield micro
 
-    for stats in work(remembered()):
+    for stats in work(Stream(remembered(), len(micros))):
         yield taken.popleft(), stats

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mergeopd.errors import NumericsError, StorageError
 from mergeopd.loss.blocks import BlockStats
@@ -20,7 +21,8 @@ from mergeopd.models.causal import DTYPES, build_skeleton, check_fit, fill, resp
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
 from mergeopd.recipe.training import Optimizer
-from mergeopd.student.batch import MicroBatch
+from mergeopd.student.backend import WHOLE, Place
+from mergeopd.student.batch import MicroBatch, MicroBatches
 from mergeopd.student.companions import copy_companions
 
 
@@ -73,6 +75,16 @@ class TorchStudent:
         self._workspace = Workspace()
 
     @property
+    def place(self) -> Place:
+        """All of it is here."""
+        return WHOLE
+
+    @property
+    def vocab(self) -> range:
+        """The true vocabulary."""
+        return range(self._num_valid)
+
+    @property
     def statistics_dtype(self) -> torch.dtype:
         """Precision of losses and per-token weights."""
         return torch.float64 if self._masters_are_double else torch.float32
@@ -90,19 +102,20 @@ class TorchStudent:
             num_valid=self._num_valid,
         )
 
-    @property
-    def weights(self) -> dict[str, Tensor]:
+    @contextmanager
+    def whole(self) -> Iterator[tuple[nn.Module, Head]]:
+        """Body and head as they are now; not copies."""
+        yield self.body, self.head
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The weights of the forward pass as they are now, by parameter name; not copies."""
-        return {name: p.detach() for name, p in self._parameters.items()}
+        return ((name, p.detach()) for name, p in self._parameters.items())
 
-    @property
-    def master_weights(self) -> dict[str, Tensor]:
+    def named_masters(self) -> Iterator[tuple[str, Tensor]]:
         """The optimizer's weights as they are now, by parameter name; not copies."""
-        return {name: p.detach() for name, p in self._masters.items()}
+        return ((name, p.detach()) for name, p in self._masters.items())
 
-    def accumulate(
-        self, micros: Iterable[MicroBatch], objective: DistillationObjective
-    ) -> Iterator[TokenStats]:
+    def accumulate(self, micros: MicroBatches, objective: DistillationObjective) -> Iterator[TokenStats]:
         """Add the gradient of micro-batches, one after another; yields statistics of their trained tokens.
 
         A micro-batch is asked for when the one before is done, and its gradient is in when its statistics
@@ -123,7 +136,7 @@ class TorchStudent:
 
     def score(
         self,
-        micros: Iterable[MicroBatch],
+        micros: MicroBatches,
         divergences: Sequence[Divergence],
         support: Support | None,
         temperature: float,
@@ -162,13 +175,17 @@ class TorchStudent:
         self._publish()
         return float(norm)
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> Iterator[tuple[str, Tensor]]:
         """Master weights and optimizer moments, flat, for a checkpoint."""
-        tensors = {f"master.{name}": p.detach() for name, p in self._masters.items()}
+        for name, p in self._masters.items():
+            yield f"master.{name}", p.detach()
         for name, p in self._masters.items():
             for key, value in self._adamw.state.get(p, {}).items():
-                tensors[f"adamw.{key}.{name}"] = value
-        return tensors
+                yield f"adamw.{key}.{name}", value
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the master weights in `state`."""
+        return {f"master.{name}": tuple(p.shape) for name, p in self._masters.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from `state()`. Raises StorageError when it belongs to another model."""

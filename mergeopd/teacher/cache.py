@@ -65,6 +65,9 @@ class HiddenCache:
         else:
             self._spilled[key] = self._spill(hidden, size)
 
+    def publish(self) -> None:
+        """Nothing to do."""
+
     def gather(self, teacher: str, rollouts: Sequence[int]) -> Tensor:
         """`[sum of their trained tokens, d_T]` in the order of `rollouts`. A missing one is a KeyError."""
         return torch.cat([self._get((teacher, rollout)) for rollout in rollouts])

@@ -5,13 +5,16 @@ They change between rounds only: a teacher's cached hidden states and its head m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from mergeopd.errors import StorageError
 from mergeopd.recipe.models import Moving
+
+# A student's weights as they are when it is called, by parameter name.
+NamedWeights = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
 class Follower:
@@ -22,10 +25,10 @@ class Follower:
     them, within a process.
     """
 
-    def __init__(self, rule: Moving, weights: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> None:
+    def __init__(self, rule: Moving, weights: NamedWeights, masters: NamedWeights) -> None:
         self.rule = rule
         self.version = 0
-        self.tensors = {name: t.detach().clone() for name, t in self._own(weights, masters).items()}
+        self.tensors = {name: t.detach().clone() for name, t in self._own(weights, masters)}
 
     @property
     def label(self) -> str:
@@ -33,14 +36,12 @@ class Follower:
         return f"ema-{self.rule.ema!r}" if self.rule.every is None else f"every-{self.rule.every}"
 
     @torch.no_grad()
-    def advance(
-        self, weights: Mapping[str, Tensor], masters: Mapping[str, Tensor], before: int, after: int
-    ) -> None:
+    def advance(self, weights: NamedWeights, masters: NamedWeights, before: int, after: int) -> None:
         """A round is over, in which the run went from `before` to `after` updates."""
         every, ema = self.rule.every, self.rule.ema
         if every is not None and after // every == before // every:
             return
-        for name, now in self._own(weights, masters).items():
+        for name, now in self._own(weights, masters):
             held = self.tensors[name]
             if ema is None:
                 held.copy_(now)
@@ -55,24 +56,21 @@ class Follower:
             held.copy_(tensors[name])
         self.version += 1
 
-    def _own(self, weights: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return masters if self.rule.every is None else weights
+    def _own(self, weights: NamedWeights, masters: NamedWeights) -> Iterator[tuple[str, Tensor]]:
+        return masters() if self.rule.every is None else weights()
 
 
 class Past:
     """All weights of a run that follow the student, one copy for each rule; most runs have none.
 
-    `weights` and `masters` are the student's at the start of the run.
+    `weights` and `masters` are the student's; what they give at the start of the run is where all begin. They
+    are called where a rule needs them, on every process alike.
     """
 
-    def __init__(
-        self, rules: Iterable[Moving], weights: Mapping[str, Tensor], masters: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, rules: Iterable[Moving], weights: NamedWeights, masters: NamedWeights) -> None:
         self.followers = {rule: Follower(rule, weights, masters) for rule in dict.fromkeys(rules)}
 
-    def advance(
-        self, weights: Mapping[str, Tensor], masters: Mapping[str, Tensor], before: int, after: int
-    ) -> None:
+    def advance(self, weights: NamedWeights, masters: NamedWeights, before: int, after: int) -> None:
         """A round is over, in which the run went from `before` to `after` updates."""
         for follower in self.followers.values():
             follower.advance(weights, masters, before, after)

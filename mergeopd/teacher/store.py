@@ -144,7 +144,7 @@ class TeacherStore:
             finally:
                 os.close(descriptor)
 
-    def heads(self, names: Iterable[str]) -> dict[str, Head]:
+    def heads(self, names: Iterable[str], vocab: range | None = None) -> dict[str, Head]:
         """The prediction heads of these teachers; heads of all others are dropped."""
         wanted = {name: self._head_key(name) for name in names}
         self._heads = {key: head for key, head in self._heads.items() if key in wanted.values()}

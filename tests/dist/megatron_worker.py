@@ -86,7 +86,7 @@ def state_again(path, student):
 
 def failures(case, student, grid):
     """What every rank says when one sees a teacher with NaN, or an infinite gradient."""
-    before = {name: w.clone() for name, w in student.weights.items()}
+    before = {name: w.clone() for name, w in student.shards.items()}
     micros = [own_part(m, student, grid) for m in case["updates"][0]]
     if grid.is_last_stage and grid.data_rank == 0 and grid.tensor_rank == grid.tensor - 1:
         micros[1].targets[0].head.weight[2] = torch.nan
@@ -97,7 +97,7 @@ def failures(case, student, grid):
     found["summed"] = said(lambda: student.accumulate(micros, case["objective"]))
     found["float64"] = said(lambda: made({**case, "dtype": "float64"}, grid))
     found["state"] = said(lambda: student.load_state({"master.model.norm.weight": torch.zeros(48)}))
-    found["unchanged"] = all(torch.equal(w, before[name]) for name, w in student.weights.items())
+    found["unchanged"] = all(torch.equal(w, before[name]) for name, w in student.shards.items())
     return found
 
 

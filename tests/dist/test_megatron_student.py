@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from mergeopd.engine.build import build
 from mergeopd.engine.preflight import preflight
+from mergeopd.ranks import Alone
 from mergeopd.recipe.training import Optimizer
 from mergeopd.types import Rollout
 
@@ -50,7 +51,7 @@ def resumed(case, path):
     for micros, lr in zip(case.updates[:-2], case.lrs[:-2], strict=True):
         list(student.accumulate(micros, case.objective))
         student.apply(lr)
-    save_file({key: tensor.clone() for key, tensor in student.state().items()}, path)
+    save_file({key: tensor.clone() for key, tensor in student.state()}, path)
     return replace(case, updates=case.updates[-2:], lrs=case.lrs[-2:], state=path)
 
 
@@ -64,7 +65,7 @@ def enumerated(tmp_path_factory, write_job_in):
     for file in write_dense(folder / "qwen3", "qwen3", tied=True, vocab=V + 1, eos=EOS).glob("*.*"):
         if file.name != "tokenizer.json":
             file.replace(folder / "base" / file.name)
-    parts = build(preflight(recipe, ()), torch.device("cpu"))
+    parts = build(preflight(recipe, ()), torch.device("cpu"), Alone())
     render = parts.inputs.student.render
     rollouts = [
         Rollout(prompt, i, render(prompt), answer, "student", "eos" if answer[-1] == EOS else "length")
@@ -251,7 +252,7 @@ def test_a_state_passes_between_torch_and_every_grid(grids, references, cases, g
     stats = student.accumulate(cases[model].updates[0], cases[model].objective)
     assert sum(float(s.loss.sum()) for s in stats) == pytest.approx(expected.next_loss, rel=rel)
     assert student.apply(1e-3) == pytest.approx(expected.next_norm, rel=rel)
-    second = {float(t) for key, t in student.state().items() if key.startswith("adamw.step.")}
+    second = {float(t) for key, t in student.state() if key.startswith("adamw.step.")}
     assert second == {len(expected.losses) + 1.0}
 
 
@@ -266,7 +267,7 @@ def test_ranks_share_the_true_vocabulary(grids, grid):
 @every_grid
 def test_a_new_state_has_no_moments(grids, cases, grid):
     found = grids(grid)[1][0]["qwen3 untied reverse"]["fresh state"]
-    assert found == sorted(torch_student(cases["qwen3 untied reverse"]).state())
+    assert found == sorted(dict(torch_student(cases["qwen3 untied reverse"]).state()))
 
 
 @every_grid

@@ -22,9 +22,9 @@ from mergeopd.engine.observing import Observed, kept
 from mergeopd.engine.outcomes import outcomes
 from mergeopd.engine.preflight import preflight
 from mergeopd.engine.samples import SampleTaker
-from mergeopd.engine.schedule import pack, split_updates
 from mergeopd.engine.scoring import score
 from mergeopd.engine.updating import UpdateStats, accumulate
+from mergeopd.ranks import Alone
 from mergeopd.report.events import Reporters
 from mergeopd.teacher.cache import HiddenCache
 from mergeopd.types import Rollout
@@ -40,7 +40,7 @@ VERIFIER = {"kind": "regex", "pattern": "."}
 def build_parts(write_job: Callable[..., Path], *overrides: str, **phase: object) -> Parts:
     phases = [{"name": "merge", "updates": 2, "prompts_per_round": 4, "text": "dataset", **phase}]
     recipe = write_job({"phases": phases}, dtype="float64")
-    return build(preflight(recipe, overrides), CPU)
+    return build(preflight(recipe, overrides), CPU, Alone())
 
 
 def engine_round(
@@ -56,18 +56,19 @@ def engine_round(
     dialects = Dialects(parts.inputs.student, parts.inputs.teachers)
     found = outcomes(rollouts, verdicts or [None] * len(rollouts), phase)
     results = []
+    work = parts.work(rollouts, round_index, phase.updates_per_round)
     with HiddenCache(1 << 30, Path(parts.plan.output)) as cache:
         observed = Observed(cache, kept(phase.loss))
         if observed.kept is not None:
-            score(parts, rollouts, round_index, cache, observed.kept, quiet)
-        before = look_back(parts, rollouts, phase, round_index, observed, quiet) if is_needed(phase) else {}
-        for done, update in enumerate(split_updates(rollouts, phase.updates_per_round)):
+            score(parts, rollouts, work, cache, observed.kept, quiet)
+        before = look_back(parts, rollouts, phase, work, observed, quiet) if is_needed(phase) else {}
+        for done, update in enumerate(work.updates):
             objective = phase_objective(phase, done)
             stats = accumulate(
                 parts,
                 objective,
-                prepare(rollouts, update, phase, done, dialects, found, before),
-                pack(rollouts, update, parts.plan.student.micro_batch_tokens, round_index),
+                prepare(rollouts, update.rollouts, phase, done, dialects, found, before),
+                update.packs[0],
                 observed,
                 SampleTaker((), objective),
                 quiet,
@@ -76,7 +77,7 @@ def engine_round(
             results.append((gradients, stats))
             parts.student.apply(0.0)
             with torch.no_grad():
-                state = parts.student.state()
+                state = dict(parts.student.state())
                 for name, gradient in gradients.items():
                     state[f"master.{name}"].sub_(sgd_lr * gradient)
     return results

@@ -174,6 +174,6 @@ def trained(case: Case) -> Trajectory:
         losses.append(sum(float(s.loss.sum()) for s in student.accumulate(micros, case.objective)))
         gradients = gradients or {name: g.clone() for name, g in student.gradients().items()}
         norms.append(student.apply(lr))
-    weights = {name: w.clone() for name, w in student.weights.items()}
+    weights = {name: w.clone() for name, w in student.named_weights()}
     next_loss = sum(float(s.loss.sum()) for s in student.accumulate(case.updates[0], case.objective))
     return Trajectory(losses, norms, gradients, weights, next_loss, student.apply(1e-3))

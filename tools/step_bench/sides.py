@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from step_bench.job import model_sizes
 
 if TYPE_CHECKING:
+    from mergeopd.ranks import Alone
     from mergeopd.report.events import Event
 
 NEVER = -1  # a stop token that no head can draw: every answer has its full length
@@ -79,7 +80,7 @@ def run_mergeopd(arguments: argparse.Namespace, steps: Steps) -> None:
     inputs = preflight(arguments.folder / "recipe.yaml")
     inputs = replace(inputs, student=replace(inputs.student, eos_ids=(NEVER,)))
     with tempfile.TemporaryDirectory() as output:
-        parts = build(inputs, torch.device("cpu"))
+        parts = build(inputs, torch.device("cpu"), Alone())
         Merge(parts, RunFolder(Path(output)), Watch(), Clock(), Interrupt()).run(Progress(), None)
 
 

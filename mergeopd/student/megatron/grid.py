@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from mergeopd.student.backend import Place
 from mergeopd.student.megatron import shim
 
 # Ranks count through tensor-parallel neighbours first, then data-parallel copies, then pipeline stages.
@@ -74,6 +75,25 @@ class Grid:
         """Whether this process has the last hidden states, the head and the loss."""
         return self.stage == self.pipeline - 1
 
-    def rank_of(self, tensor_rank: int, stage: int) -> int:
-        """The process at this place in the first data-parallel copy."""
-        return tensor_rank + self.tensor * self.data * stage
+    def rank_of(self, tensor_rank: int, stage: int, copy: int = 0) -> int:
+        """The process at this place."""
+        return tensor_rank + self.tensor * (copy + self.data * stage)
+
+    @property
+    def place(self) -> Place:
+        """This process's part in the work of all."""
+        readers = [self._of_stage(self.pipeline - 1, copy) for copy in range(self.data)]
+        members = [
+            sum((self._of_stage(stage, copy) for stage in range(self.pipeline)), ())
+            for copy in range(self.data)
+        ]
+        return Place(
+            copy=self.data_rank,
+            members=tuple(members),
+            readers=tuple(readers),
+            has_loss=self.is_last_stage,
+            tells=self.is_last_stage and self.tensor_rank == 0,
+        )
+
+    def _of_stage(self, stage: int, copy: int) -> tuple[int, ...]:
+        return tuple(self.rank_of(t, stage, copy) for t in range(self.tensor))

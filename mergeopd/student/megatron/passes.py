@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from mergeopd.loss.heads import Head
 from mergeopd.loss.support import Support
 from mergeopd.loss.workspace import Workspace
 from mergeopd.models.causal import padded
-from mergeopd.student.batch import MicroBatch
+from mergeopd.student.batch import MicroBatch, MicroBatches
 from mergeopd.student.megatron.grid import Grid
 
 # What a copy runs that has no answers of its own: one token, nothing to learn.
@@ -46,7 +46,7 @@ class Passes:
 
     def run(
         self,
-        micros: Iterable[MicroBatch],
+        micros: MicroBatches,
         per_token: Callable[[MicroBatch], Objective],
         divergences: Sequence[Divergence],
         support: Support | None,
@@ -90,12 +90,12 @@ class Passes:
             hidden = model(ids.to(self._device), positions.to(self._device), None)
             return hidden, lambda output: loss(micro, _sequence_first(rows, *ids.shape), output)
 
-        mine = list(micros)
+        num = len(micros)
         found = self._schedule(
             forward_step_func=step,
-            data_iterator=iter(mine or [_EMPTY]),
+            data_iterator=iter(micros if num else [_EMPTY]),
             model=[self._model],
-            num_microbatches=max(len(mine), 1),
+            num_microbatches=max(num, 1),
             seq_length=0,  # shapes travel with the tensors
             micro_batch_size=0,
             forward_only=not backward,
@@ -103,7 +103,7 @@ class Passes:
             pg_collection=self._grid.groups,
         )
         _raise_together(failures)
-        return tuple(found) if mine and self._grid.is_last_stage else ()
+        return tuple(found) if num and self._grid.is_last_stage else ()
 
     def _rows(self, hidden_sbd: Tensor, rows_N: Tensor) -> Tensor:
         """Hidden states that predict trained tokens `[N, d]`, whole on every tensor-parallel rank.

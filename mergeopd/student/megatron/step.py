@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from torch import Tensor
+from torch import Tensor, nn
 
 from mergeopd.errors import NumericsError, StorageError
 from mergeopd.loss.divergence import Divergence
@@ -23,18 +24,19 @@ from mergeopd.loss.fused import Objective, TokenStats
 from mergeopd.loss.heads import Head
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.loss.support import Support
-from mergeopd.models.causal import DTYPES, build_skeleton, check_fit
+from mergeopd.models.causal import DTYPES, build_skeleton, check_fit, empty, fill
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
 from mergeopd.recipe.training import Optimizer
-from mergeopd.student.batch import MicroBatch
+from mergeopd.student.backend import Place
+from mergeopd.student.batch import MicroBatch, MicroBatches
 from mergeopd.student.megatron.architecture import Architecture
 from mergeopd.student.megatron.grid import Grid
 from mergeopd.student.megatron.layout import shard, tensor_shapes, vocab_rows
 from mergeopd.student.megatron.model import HiddenModel, build_model
 from mergeopd.student.megatron.optimizer import MOMENTS, MainParameters, build_adamw
 from mergeopd.student.megatron.passes import Passes
-from mergeopd.student.megatron.weights import cut, export, fill, named, whole_tensors
+from mergeopd.student.megatron.weights import cut, export, named, read_shards, whole_tensors
 
 # Where Megatron adds up a parameter's gradient.
 _SUM = "main_grad"
@@ -69,11 +71,11 @@ class MegatronStudent:
         self._arch = Architecture.read(facts)
         self._arch.require(grid.tensor, grid.pipeline, dist.get_world_size())
         self._grid, self._num_valid, self._clip_grad = grid, num_valid, optimizer.clip_grad
-        skeleton = build_skeleton(folder, torch.device("cpu"))
-        check_fit(skeleton, facts, Checkpoint.open(folder))
-        inv_freq = skeleton.base_model.rotary_emb.inv_freq
+        self._skeleton = build_skeleton(folder, device)
+        check_fit(self._skeleton, facts, Checkpoint.open(folder))
+        inv_freq = self._skeleton.base_model.rotary_emb.inv_freq
         self._model = build_model(self._arch, grid, DTYPES[dtype], device, inv_freq, recompute=recompute)
-        fill(self._model, self._arch, grid)
+        read_shards(self._model, self._arch, grid)
         self._ddp = _with_gradient_buffers(self._model, grid)
         self._adamw = build_adamw(self._ddp, optimizer, DTYPES[dtype], grid)
         self._main = MainParameters(self._adamw, grid)
@@ -94,13 +96,49 @@ class MegatronStudent:
         return range(min(start, self._num_valid), min(start + rows, self._num_valid))
 
     @property
-    def weights(self) -> dict[str, Tensor]:
+    def place(self) -> Place:
+        """Copies of the model, and the last pipeline stage of each."""
+        return self._grid.place
+
+    @property
+    def shards(self) -> dict[str, Tensor]:
         """This rank's shards of the forward pass's weights as they are, by Megatron's names; not copies."""
         return {name: p.detach() for name, p in named(self._model).items()}
 
-    def accumulate(
-        self, micros: Iterable[MicroBatch], objective: DistillationObjective
-    ) -> tuple[TokenStats, ...]:
+    @contextmanager
+    def whole(self) -> Iterator[tuple[nn.Module, Head]]:
+        """The model as it is now on every rank, as transformers has it; gone when the context ends."""
+        facts = self._arch.facts
+        weights = dict(self.named_weights())
+        fill(self._skeleton, weights)
+        self._skeleton.tie_weights()
+        head = weights[facts.embedding_name if facts.tied else facts.head_name]
+        try:
+            yield (
+                self._skeleton.base_model,
+                Head(head, None, facts.logit_scale, facts.softcap, self._num_valid),
+            )
+        finally:
+            empty(self._skeleton)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The forward pass's weights as they are now, by the folder's names, whole on every rank."""
+        shards = self.shards
+        like = next(iter(shards.values()))
+        return whole_tensors(shards.__getitem__, like, self._arch, self._grid, everywhere=True)
+
+    def named_masters(self) -> Iterator[tuple[str, Tensor]]:
+        """The optimizer's weights as they are now, by the folder's names, float32, whole on every rank."""
+        parameters = named(self._model)
+        return whole_tensors(
+            lambda name: self._main.read(parameters[name], "param"),
+            self._like,
+            self._arch,
+            self._grid,
+            everywhere=True,
+        )
+
+    def accumulate(self, micros: MicroBatches, objective: DistillationObjective) -> tuple[TokenStats, ...]:
         """Add the gradient of this data-parallel copy's micro-batches, of which there may be none.
 
         All ranks of a copy pass the same prompts, responses and flags. Targets and weights are read on the
@@ -128,7 +166,7 @@ class MegatronStudent:
     @torch.no_grad()
     def score(
         self,
-        micros: Iterable[MicroBatch],
+        micros: MicroBatches,
         divergences: Sequence[Divergence],
         support: Support | None,
         temperature: float,
@@ -151,7 +189,13 @@ class MegatronStudent:
         self._sum_gradients(everywhere=True)
         parameters = named(self._model)
         return dict(
-            whole_tensors(lambda name: getattr(parameters[name], _SUM), self._like, self._arch, self._grid)
+            whole_tensors(
+                lambda name: getattr(parameters[name], _SUM),
+                self._like,
+                self._arch,
+                self._grid,
+                everywhere=False,
+            )
         )
 
     def apply(self, lr: float) -> float:
@@ -179,7 +223,7 @@ class MegatronStudent:
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder: safetensors, config, tokenizer, generation config. Collective."""
-        export(self.weights, self._arch, self._grid, folder)
+        export(self.shards, self._arch, self._grid, folder)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Main parameters and moments as `TorchStudent.state` names them, whole, one by one, on rank 0.
@@ -195,10 +239,14 @@ class MegatronStudent:
             def part_of(name: str, key: str = key) -> Tensor:
                 return self._main.read(parameters[name], key)
 
-            for name, tensor in whole_tensors(part_of, self._like, self._arch, self._grid):
+            for name, tensor in whole_tensors(part_of, self._like, self._arch, self._grid, everywhere=False):
                 yield f"{prefix}.{name}", tensor
                 if key == "param" and step:
                     yield f"adamw.step.{name}", torch.tensor(float(step))
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the main parameters in `state`; not collective."""
+        return {f"master.{name}": shape for name, shape in tensor_shapes(self._arch).items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from `state()`, a student's of either kind; of memory-mapped tensors a rank reads its slices.

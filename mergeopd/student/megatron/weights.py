@@ -35,7 +35,7 @@ def named(model: HiddenModel) -> dict[str, torch.nn.Parameter]:
 
 
 @torch.no_grad()
-def fill(model: HiddenModel, arch: Architecture, grid: Grid) -> None:
+def read_shards(model: HiddenModel, arch: Architecture, grid: Grid) -> None:
     """Read this rank's slices of the folder's tensors into the model, in the model's dtype.
 
     Raises ModelError when the checkpoint lacks a tensor or a part of it.
@@ -60,13 +60,14 @@ def fill(model: HiddenModel, arch: Architecture, grid: Grid) -> None:
 
 @torch.no_grad()
 def whole_tensors(
-    part_of: Callable[[str], Tensor], like: Tensor, arch: Architecture, grid: Grid
+    part_of: Callable[[str], Tensor], like: Tensor, arch: Architecture, grid: Grid, *, everywhere: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """The folder's tensors one after another, put together on rank 0 from every rank's parts.
 
     `part_of` gives this rank's part of a parameter of its stage, in the dtype and on the device of `like`;
     every rank of the stage calls it for the same parameter at the same time. Every rank must run the iterator
-    to its end; ranks other than 0 get nothing. Rank 0 holds one parameter at a time.
+    to its end. With `everywhere` all ranks get the tensors, else ranks other than 0 get nothing. A rank holds
+    one parameter at a time, besides those that its caller keeps.
     """
     shapes, rank = tensor_shapes(arch), dist.get_rank()
     for stage in range(grid.pipeline):
@@ -76,13 +77,21 @@ def whole_tensors(
             own = part_of(name) if stage == grid.stage else None
             if own is not None and rank in owners and rank != 0:
                 dist.send(own.contiguous(), dst=0)
+            parts = [shard(name, arch, grid.tensor, t) for t in range(len(owners))]
+            whole: dict[str, Tensor] = {}
             if rank == 0:
-                parts = [shard(name, arch, grid.tensor, t) for t in range(len(owners))]
                 tensors = [
                     own if own is not None and owner == 0 else _receive(owner, part, shapes, like)
                     for owner, part in zip(owners, parts, strict=True)
                 ]
-                yield from _join(parts, tensors, shapes)
+                whole = _join(parts, tensors, shapes)
+            elif everywhere:
+                names = dict.fromkeys(piece.tensor for part in parts for piece in part.slices)
+                whole = {tensor: like.new_empty(shapes[tensor]) for tensor in names}
+            if everywhere:
+                for tensor in whole.values():
+                    dist.broadcast(tensor, src=0)
+            yield from whole.items()
 
 
 def export(parts: Mapping[str, Tensor], arch: Architecture, grid: Grid, folder: Path) -> None:
@@ -96,7 +105,7 @@ def export(parts: Mapping[str, Tensor], arch: Architecture, grid: Grid, folder: 
         folder.mkdir(parents=True, exist_ok=True)
     pending: dict[str, dict[str, Tensor]] = {}
     counts = {file: sum(1 for f in files.values() if f == file) for file in files.values()}
-    for name, tensor in whole_tensors(lambda name: parts[name], like, arch, grid):
+    for name, tensor in whole_tensors(parts.__getitem__, like, arch, grid, everywhere=False):
         held = pending.setdefault(files[name], {})
         held[name] = tensor.cpu()
         if len(held) == counts[files[name]]:
@@ -150,7 +159,7 @@ def _receive(owner: int, part: Shard, shapes: Mapping[str, tuple[int, ...]], lik
 
 def _join(
     parts: Sequence[Shard], tensors: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, Tensor]]:
+) -> dict[str, Tensor]:
     """Put all shards of a parameter back where they were taken from."""
     whole: dict[str, Tensor] = {}
     for part, tensor in zip(parts, tensors, strict=True):
@@ -162,7 +171,7 @@ def _join(
             target = whole[piece.tensor].narrow(part.dim, piece.start, length)
             target.copy_(tensor.narrow(part.dim, position, length))
             position += length
-    yield from whole.items()
+    return whole
 
 
 def _files(arch: Architecture, element_bytes: int, max_bytes: int) -> dict[str, str]:

@@ -20,6 +20,7 @@ from mergeopd.engine.run_folder import RunFolder
 from mergeopd.engine.state import Progress
 from mergeopd.errors import MergeopdError, RecipeError, TeacherError
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.ranks import Alone
 from mergeopd.report.events import Reporters, UpdateDone
 
 CPU = torch.device("cpu")
@@ -33,7 +34,9 @@ class NoUpdates:
 def run(recipe: Path, *overrides: str) -> None:
     inputs = preflight(recipe, overrides)
     folder = RunFolder(Path(inputs.plan.output))
-    Merge(build(inputs, CPU), folder, Reporters(NoUpdates()), Clock(), Interrupt()).run(Progress(), None)
+    Merge(build(inputs, CPU, Alone()), folder, Reporters(NoUpdates()), Clock(), Interrupt()).run(
+        Progress(), None
+    )
 
 
 def damage(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -45,7 +48,7 @@ def damage(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> N
 def write_card(recipe: Path, *, fingerprint: bool) -> None:
     """The card of teacher `two` as it is now, with its canary."""
     inputs = preflight(recipe)
-    parts = build(inputs, CPU)
+    parts = build(inputs, CPU, Alone())
     ids = sample_ids(inputs.teachers["two"], "a b c", "d d c a")
     with parts.store.open("two") as teacher:
         [(_, hidden)] = teacher.hidden([ids[0]], [ids[1]], 100)

@@ -13,6 +13,7 @@ from mergeopd.engine.build import build
 from mergeopd.engine.checkpoint import Record, restore, save
 from mergeopd.engine.preflight import preflight
 from mergeopd.engine.state import Progress
+from mergeopd.ranks import Alone
 from mergeopd.report.jsonl import JsonlReporter, SamplesReporter
 from mergeopd.storage.metrics import MetricsFile
 
@@ -41,7 +42,7 @@ def test_the_metrics_are_on_the_disk_before_the_checkpoint_is(
         order.append(str(target))
         return real_rename(path, target)
 
-    parts = build(preflight(write_job()), CPU)
+    parts = build(preflight(write_job()), CPU, Alone())
     path = tmp_path / "lines.jsonl"
     with MetricsFile(path) as file:
         file.append({"update": 1})
@@ -49,29 +50,27 @@ def test_the_metrics_are_on_the_disk_before_the_checkpoint_is(
         monkeypatch.setattr(Path, "rename", rename)
         save(
             tmp_path / "c",
-            parts.student,
-            parts.past,
+            parts,
             Record(Progress(1, 1, 4), {"total": 0.1}),
-            parts.plan,
             kind(file),
         )
     assert order.index(str(path)) < order.index(str(tmp_path / "c" / "step-1"))
 
 
 def test_what_was_saved_comes_back(write_job: Callable[..., Path], tmp_path: Path) -> None:
-    parts = build(preflight(write_job()), CPU)
+    parts = build(preflight(write_job()), CPU, Alone())
     record = Record(Progress(7, 5, 28), {"rollout": 0.1 + 0.2, "total": 1e300})
-    save(tmp_path, parts.student, parts.past, record, parts.plan, Silent())
-    expected = {name: tensor.clone() for name, tensor in parts.student.state().items()}
+    save(tmp_path, parts, record, Silent())
+    expected = {name: tensor.clone() for name, tensor in parts.student.state()}
     with torch.no_grad():
-        for tensor in parts.student.state().values():
+        for tensor in dict(parts.student.state()).values():
             tensor += 1
-    assert restore(tmp_path, parts.student, parts.past, [parts.plan.hash], Silent()) == record
-    found = parts.student.state()
+    assert restore(tmp_path, parts, [parts.plan.hash], Silent()) == record
+    found = dict(parts.student.state())
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_without_checkpoints_it_is_the_beginning(write_job: Callable[..., Path], tmp_path: Path) -> None:
-    parts = build(preflight(write_job()), CPU)
-    assert restore(tmp_path / "none", parts.student, parts.past, [], Silent()) == Record(Progress(), {})
+    parts = build(preflight(write_job()), CPU, Alone())
+    assert restore(tmp_path / "none", parts, [], Silent()) == Record(Progress(), {})

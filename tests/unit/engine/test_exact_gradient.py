@@ -19,6 +19,7 @@ from enumeration import ANSWERS, EOS, Reference, V, assert_equal, build_parts, e
 from mergeopd.engine.build import Parts, build
 from mergeopd.engine.preflight import preflight
 from mergeopd.engine.schedule import split_updates
+from mergeopd.ranks import Alone
 from mergeopd.types import Prompt, Rollout
 
 CPU = torch.device("cpu")
@@ -143,6 +144,6 @@ def test_a_teacher_equal_to_the_student_teaches_nothing(write_job: Callable[...,
     recipe = write_job()
     (recipe.parent / "two.yaml").write_text('{"card": 1, "name": "self", "model": "base"}')
     overrides = ['prompts.0.teachers={"two": 1.0}', "prompts.1.teachers=two", 'teachers={"two": "two.yaml"}']
-    parts = build(preflight(recipe, overrides), CPU)
+    parts = build(preflight(recipe, overrides), CPU, Alone())
     [(gradient, _)] = engine_round(parts, all_answers(parts))
     assert max(float(g.abs().max()) for g in gradient.values()) <= 1e-6

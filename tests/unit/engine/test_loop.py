@@ -19,6 +19,7 @@ from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.loop import Merge
 from mergeopd.engine.preflight import preflight
 from mergeopd.engine.run_folder import RunFolder
+from mergeopd.ranks import Alone
 from mergeopd.report.events import Event, UpdateDone
 from mergeopd.report.jsonl import update_record
 
@@ -73,8 +74,8 @@ def run(recipe: Path, *overrides: str, stop_after: int | None = None) -> tuple[R
     inputs = preflight(recipe, overrides)
     recorder, folder = Recorder(stop_after), RunFolder(Path(inputs.plan.output))
     folder.claim(inputs.plan, inputs.files, inputs.now, ())
-    parts = build(inputs, CPU)
-    record = restore(folder.checkpoints, parts.student, parts.past, folder.plan_hashes(), recorder)
+    parts = build(inputs, CPU, Alone())
+    record = restore(folder.checkpoints, parts, folder.plan_hashes(), recorder)
     clock = Clock()
     clock.continue_from(record.seconds)
     with contextlib.suppress(Stop):

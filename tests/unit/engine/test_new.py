@@ -41,6 +41,7 @@ from mergeopd.engine.state import Progress
 from mergeopd.errors import Location, RecipeError, StorageError, TeacherError
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.tokenizer import Tokenizer as OwnTokenizer
+from mergeopd.ranks import Alone
 from mergeopd.recipe.load import load_card
 from mergeopd.recipe.models import Canary, TeacherCard
 from mergeopd.recipe.parse import parse
@@ -110,7 +111,7 @@ def read_card(path: Path) -> TeacherCard:
 
 def run(recipe: Path, *overrides: str) -> None:
     inputs = preflight(recipe, overrides)
-    parts = build(inputs, torch.device("cpu"))
+    parts = build(inputs, torch.device("cpu"), Alone())
     Merge(parts, RunFolder(Path(inputs.plan.output)), Reporters(), Clock(), Interrupt()).run(Progress(), None)
 
 

@@ -34,16 +34,16 @@ def test_a_reduced_teacher_leaves_a_few_numbers_and_no_head(
     alive: list[int] = []
     original = parts.store.heads
 
-    def spy(names: Iterable[str]) -> dict[str, Head]:
+    def spy(names: Iterable[str], vocab: range | None = None) -> dict[str, Head]:
         gc.collect()
         alive.append(sum(ref() is not None for ref in fetched))
-        found = original(names)
+        found = original(names, vocab)
         fetched.extend(weakref.ref(head) for head in found.values())
         return found
 
     parts.store.heads = spy  # type: ignore[method-assign]
     with HiddenCache(1 << 30, Path(parts.plan.output)) as cache:
-        score(parts, rollouts, 0, cache, what, Reporters())
+        score(parts, rollouts, parts.work(rollouts, 0, 1), cache, what, Reporters())
         gc.collect()
         assert len(fetched) == 2  # one for each teacher
         assert not any(ref() is not None for ref in fetched)

@@ -24,6 +24,7 @@ from mergeopd.engine.preflight import preflight
 from mergeopd.engine.run_folder import RunFolder
 from mergeopd.engine.samples import PER_DOMAIN, choose, is_due, token_texts
 from mergeopd.models.tokenizer import Tokenizer
+from mergeopd.ranks import Alone
 from mergeopd.report.events import Event, RolloutSampled, UpdateDone
 from mergeopd.types import Prompt, Rollout
 
@@ -53,8 +54,8 @@ def samples_of(recipe: Path, *overrides: str, stop_at: int | None = None) -> lis
     inputs = preflight(recipe, overrides)
     folder, recorder = RunFolder(Path(inputs.plan.output)), Recorder(stop_at)
     folder.claim(inputs.plan, inputs.files, inputs.now, ())
-    parts = build(inputs, CPU)
-    progress = restore(folder.checkpoints, parts.student, parts.past, folder.plan_hashes(), recorder).progress
+    parts = build(inputs, CPU, Alone())
+    progress = restore(folder.checkpoints, parts, folder.plan_hashes(), recorder).progress
     with contextlib.suppress(Stop):
         Merge(parts, folder, recorder, Clock(), Interrupt()).run(progress, None)
     return recorder.samples

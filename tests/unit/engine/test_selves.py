@@ -27,6 +27,7 @@ from mergeopd.engine.run_folder import RunFolder
 from mergeopd.engine.tasks import Task
 from mergeopd.engine.texts import TeacherTexts
 from mergeopd.errors import RecipeError
+from mergeopd.ranks import Alone
 from mergeopd.recipe.models import Moving
 from mergeopd.report.events import Event, Reporters, UpdateDone
 from mergeopd.report.jsonl import update_record
@@ -101,7 +102,7 @@ def test_the_gradient_is_autograds_on_a_model_that_reads_the_other_prompt(
 ) -> None:
     phase = {"name": "p", "updates": 1, "prompts_per_round": 4, "loss": loss}
     recipe = write_selves({"student": "start", **teacher}, {"phases": [phase]}, dtype="float64")
-    parts = build(preflight(recipe), CPU)
+    parts = build(preflight(recipe), CPU, Alone())
     rollouts = all_answers(parts)
     found, _ = gradient(parts, rollouts)
 
@@ -136,7 +137,7 @@ def test_at_the_start_without_more_to_see_loss_and_gradient_are_zero(
     text = {"on_policy_fraction": 0.5, "otherwise": "dataset"}
     phase = {"name": "p", "updates": 1, "text": text, "loss": {"reverse_kl": 1.0, "nll": 0.5}}
     recipe = write_selves({"student": "start", **teacher}, {"phases": [phase]}, dtype="float64")
-    parts = build(preflight(recipe), CPU)
+    parts = build(preflight(recipe), CPU, Alone())
     found, loss = gradient(parts, all_answers(parts))
     assert abs(loss) <= 1e-14
     assert max(float(g.abs().max()) for g in found.values()) <= 1e-14
@@ -144,7 +145,9 @@ def test_at_the_start_without_more_to_see_loss_and_gradient_are_zero(
 
 def test_weights_of_the_start_do_not_move_with_the_student(write_selves: Callable[..., Path]) -> None:
     """What the teacher says after an update is, bit for bit, what it said before."""
-    parts = build(preflight(write_selves({"student": "start", "system": "d c"}, dtype="float64")), CPU)
+    parts = build(
+        preflight(write_selves({"student": "start", "system": "d c"}, dtype="float64")), CPU, Alone()
+    )
     rollouts = all_answers(parts)
 
     def says() -> Tensor:
@@ -157,9 +160,9 @@ def test_weights_of_the_start_do_not_move_with_the_student(write_selves: Callabl
         )
 
     before = says()
-    old = {name: w.clone() for name, w in parts.student.weights.items()}
+    old = {name: w.clone() for name, w in parts.student.named_weights()}
     engine_round(parts, rollouts, sgd_lr=0.1)
-    assert any(not torch.equal(old[name], w) for name, w in parts.student.weights.items())
+    assert any(not torch.equal(old[name], w) for name, w in parts.student.named_weights())
     parts.store.heads(())
     assert torch.equal(says(), before)
 
@@ -181,7 +184,7 @@ class Recorder:
         if isinstance(event, UpdateDone):
             assert self.parts is not None
             self.updates.append(event)
-            self.weights.append({n: w.clone() for n, w in self.parts.student.weights.items()})
+            self.weights.append({n: w.clone() for n, w in self.parts.student.named_weights()})
             if event.update == self._stop_after:
                 raise Stop
 
@@ -194,8 +197,8 @@ def run(recipe: Path, *overrides: str, stop_after: int | None = None) -> tuple[R
     inputs = preflight(recipe, overrides)
     folder, recorder = RunFolder(Path(inputs.plan.output)), Recorder(stop_after)
     folder.claim(inputs.plan, inputs.files, inputs.now, ())
-    parts = recorder.parts = build(inputs, CPU)
-    record = restore(folder.checkpoints, parts.student, parts.past, folder.plan_hashes(), recorder)
+    parts = recorder.parts = build(inputs, CPU, Alone())
+    record = restore(folder.checkpoints, parts, folder.plan_hashes(), recorder)
     with contextlib.suppress(Stop):
         Merge(parts, folder, recorder, Clock(), Interrupt()).run(record.progress, None)
     return recorder, parts, folder
@@ -225,7 +228,7 @@ def test_copies_are_the_students_weights_at_the_start_of_the_round_that_reached_
     dtype = parts.student.head.weight.dtype
     # Rounds end after updates 2, 4 and 6: 3 is reached in the second, 6 in the third.
     for tensors, source in zip(held, (base, recorder.weights[3], recorder.weights[5]), strict=True):
-        assert tensors.keys() == {f"every-3/{name}" for name in parts.student.weights}
+        assert tensors.keys() == {f"every-3/{name}" for name in dict(parts.student.named_weights())}
         assert all(torch.equal(t, source[n.removeprefix("every-3/")].to(dtype)) for n, t in tensors.items())
 
 
@@ -298,7 +301,7 @@ def test_privileged_texts_are_not_taken_for_others(write_selves: Callable[..., P
     recipe = write_selves({"student": "start"}, {"rollout": {"max_new_tokens": 6}, "phases": [phase]})
 
     def written(*overrides: str) -> list[tuple[int, ...]]:
-        parts = build(preflight(recipe, overrides), CPU)
+        parts = build(preflight(recipe, overrides), CPU, Alone())
         tasks = [Task(p, 0, "teacher") for ps in parts.inputs.prompts.values() for p in ps]
         texts = TeacherTexts(parts)
         texts.prepare(tasks, Reporters())
@@ -329,7 +332,7 @@ def test_the_start_under_its_prompt_is_the_expert_that_is_measured(write_selves:
     assert asked == [("student", {(0, 2), (3,)}), ("self", {(1,)})]
     notes = _Notes()
     assert inputs.plan.evaluation is not None
-    accuracies = Evaluation(inputs, inputs.plan.evaluation, CPU, notes).run(recipe.parent / "base")
+    accuracies = Evaluation(inputs, inputs.plan.evaluation, CPU, Alone(), notes).run(recipe.parent / "base")
     assert accuracies["left"]["weight_average"] is None
     assert "no weight average: the experts are the student itself" in notes.texts
     assert accuracies["left"]["expert"] is not None

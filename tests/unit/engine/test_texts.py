@@ -12,6 +12,7 @@ from mergeopd.engine.build import build
 from mergeopd.engine.preflight import preflight
 from mergeopd.engine.tasks import Task
 from mergeopd.engine.texts import TeacherTexts
+from mergeopd.ranks import Alone
 from mergeopd.report.events import Event, StageStarted
 from mergeopd.types import Rollout
 
@@ -28,7 +29,7 @@ class Recorder:
 
 
 def texts(recipe: Path, *overrides: str) -> tuple[list[tuple[str, int | None]], list[Sequence[Rollout]]]:
-    parts = build(preflight(recipe, overrides), CPU)
+    parts = build(preflight(recipe, overrides), CPU, Alone())
     tasks = [Task(p, 0, "teacher") for ps in parts.inputs.prompts.values() for p in ps]
     recorder, store = Recorder(), TeacherTexts(parts)
     store.prepare(tasks, recorder)

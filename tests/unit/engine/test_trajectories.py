@@ -32,6 +32,7 @@ from mergeopd.engine.scoring import score
 from mergeopd.engine.tasks import Task
 from mergeopd.engine.updating import UpdateStats, accumulate
 from mergeopd.engine.writing import dataset_rollout
+from mergeopd.ranks import Alone
 from mergeopd.report.events import Event, Reporters, RolloutSampled, UpdateDone
 from mergeopd.report.jsonl import sample_record
 from mergeopd.report.run_data import Sample
@@ -72,7 +73,7 @@ def build_parts(
     config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": TURNS}))
     rows = [{"prompt": p, "answer": "c", "response": r} for p, r in zip(("a b", "c"), left, strict=True)]
     (recipe.parent / "left.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return build(preflight(recipe, overrides), CPU)
+    return build(preflight(recipe, overrides), CPU, Alone())
 
 
 def dataset_rollouts(parts: Parts) -> list[Rollout]:
@@ -88,7 +89,7 @@ def update(
     objective, what = phase_objective(phase, 0), kept(phase.loss)
     assert what is not None
     with HiddenCache(1 << 30, Path(parts.plan.output)) as cache:
-        score(parts, rollouts, 0, cache, what, quiet)
+        score(parts, rollouts, parts.work(rollouts, 0, 1), cache, what, quiet)
         dialects = Dialects(parts.inputs.student, parts.inputs.teachers)
         found = outcomes(rollouts, [None] * len(rollouts), phase)
         prepared = prepare(rollouts, everything, phase, 0, dialects, found, {})
@@ -159,7 +160,14 @@ def test_another_tool_text_of_the_same_length_is_read_but_not_learned(write_job:
     changed = replace(first, response_ids=other)
     reference = Trajectories(parts)
     with HiddenCache(1 << 30, Path(parts.plan.output)) as cache:
-        score(parts, [first, changed], 0, cache, Kept("hidden", 1.0), Reporters())
+        score(
+            parts,
+            [first, changed],
+            parts.work([first, changed], 0, 1),
+            cache,
+            Kept("hidden", 1.0),
+            Reporters(),
+        )
         before, after = (cache.gather("two", [i]) for i in (0, 1))
     assert before.shape == after.shape == (len(OWN), 32)
     assert torch.equal(before[:3], after[:3])
@@ -237,7 +245,7 @@ def test_a_run_tells_the_whole_trajectory_and_counts_its_own_tokens(write_job: C
     parts = build_parts(write_job)
     folder, recorder = RunFolder(Path(parts.plan.output)), Recorder()
     folder.claim(parts.plan, parts.inputs.files, parts.inputs.now, ())
-    progress = restore(folder.checkpoints, parts.student, parts.past, folder.plan_hashes(), recorder).progress
+    progress = restore(folder.checkpoints, parts, folder.plan_hashes(), recorder).progress
     Merge(parts, folder, recorder, Clock(), Interrupt()).run(progress, None)
     done = [event for event in recorder.events if isinstance(event, UpdateDone)]
     # Four prompts a round, one with a trajectory of 5 own tokens and three with texts of 3.

@@ -75,7 +75,7 @@ def test_updates_equal_plain_pytorch(make_model: Callable[..., Path], tied: bool
         assert float(stats.loss.sum()) == pytest.approx(loss.item(), rel=1e-5)
         assert norm == pytest.approx(float(expected_norm), rel=1e-4)
     expected = dict(model.named_parameters())
-    for name, parameter in student.state().items():
+    for name, parameter in student.state():
         if name.startswith("master."):
             assert torch.allclose(parameter, expected[name.removeprefix("master.")], atol=2e-6), name
 
@@ -103,12 +103,12 @@ def test_micro_batches_add_up(make_model: Callable[..., Path]) -> None:
 def test_bfloat16_keeps_what_rounding_would_lose(make_model: Callable[..., Path]) -> None:
     """Updates far below bfloat16's resolution add up in the float32 masters and reach the weights at last."""
     student = student_of(make_model("s"), dtype="bfloat16", clip_grad=None)
-    before = {n: t.clone() for n, t in student.state().items() if n.startswith("master.")}
+    before = {n: t.clone() for n, t in student.state() if n.startswith("master.")}
     compute_before = {n: p.detach().clone() for n, p in student.body.named_parameters()}
     for _ in range(60):
         list(student.accumulate([micro_batch()], OBJECTIVE))
         student.apply(1e-5)
-    after = student.state()
+    after = dict(student.state())
     name = "model.layers.0.mlp.up_proj.weight"
     moved = (after[f"master.{name}"] - before[f"master.{name}"]).abs()
     assert float(moved.median()) > 3e-4  # 60 x 1e-5, had every step the same sign
@@ -121,12 +121,12 @@ def test_bfloat16_keeps_what_rounding_would_lose(make_model: Callable[..., Path]
 
 def test_a_gradient_that_is_not_finite_changes_nothing(make_model: Callable[..., Path]) -> None:
     student = student_of(make_model("s"))
-    before = {name: t.clone() for name, t in student.state().items()}
+    before = {name: t.clone() for name, t in student.state()}
     list(student.accumulate([micro_batch()], OBJECTIVE))
     student.gradients()["model.norm.weight"][2] = float("inf")
     with pytest.raises(NumericsError, match="weights are unchanged"):
         student.apply(1e-3)
-    assert all(torch.equal(t, before[name]) for name, t in student.state().items())
+    assert all(torch.equal(t, before[name]) for name, t in student.state())
 
 
 def test_a_teacher_with_nan_is_named(make_model: Callable[..., Path]) -> None:
@@ -143,20 +143,20 @@ def test_state_goes_on_bit_for_bit(make_model: Callable[..., Path]) -> None:
         list(student.accumulate([micro_batch()], OBJECTIVE))
         student.apply(1e-3)
     second = student_of(folder, **ADAM)
-    second.load_state({name: t.clone() for name, t in first.state().items()})
+    second.load_state({name: t.clone() for name, t in first.state()})
     for student in (straight, second):
         list(student.accumulate([micro_batch()], OBJECTIVE))
         student.apply(1e-3)
-    expected = straight.state()
-    assert second.state().keys() == expected.keys()
-    assert all(torch.equal(t, expected[name]) for name, t in second.state().items())
+    expected = dict(straight.state())
+    assert dict(second.state()).keys() == expected.keys()
+    assert all(torch.equal(t, expected[name]) for name, t in second.state())
 
 
 def test_state_of_another_model_is_refused(make_model: Callable[..., Path]) -> None:
     student = student_of(make_model("s"))
     other = student_of(make_model("o", layers=3))
     with pytest.raises(StorageError, match=r"not of this student: master\.model\.layers\.2"):
-        student.load_state(other.state())
+        student.load_state(dict(other.state()))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,11 @@ def weights(value: float, dtype: torch.dtype = torch.float32) -> dict[str, Tenso
     }
 
 
+def named(value: float, dtype: torch.dtype = torch.float32) -> Callable[[], Iterator[tuple[str, Tensor]]]:
+    """A student whose weights all have one value."""
+    return lambda: iter(weights(value, dtype).items())
+
+
 def held(past: Past, rule: Moving) -> float:
     tensors = past.followers[rule].tensors
     [value] = tensors["a.weight"].unique().tolist()
@@ -34,33 +39,33 @@ def held(past: Past, rule: Moving) -> float:
 
 
 def test_copies_are_made_at_the_first_round_at_or_after_a_multiple() -> None:
-    past = Past([EVERY], weights(0.0), weights(0.0))
+    past = Past([EVERY], named(0.0), named(0.0))
     seen = []
     for after in range(8, 73, 8):  # rounds of eight updates
-        past.advance(weights(after), weights(after), after - 8, after)
+        past.advance(named(after), named(after), after - 8, after)
         seen.append(held(past, EVERY))
     assert seen == [0, 0, 24, 24, 40, 40, 40, 64, 64]
 
 
 def test_an_average_has_its_closed_form_and_moves_once_a_round() -> None:
-    past = Past([EMA], weights(2.0), weights(2.0))
+    past = Past([EMA], named(2.0), named(2.0))
     for round_index, value in enumerate((3.0, 5.0, 4.0)):
-        past.advance(weights(value), weights(value), 4 * round_index, 4 * round_index + 4)
+        past.advance(named(value), named(value), 4 * round_index, 4 * round_index + 4)
     assert held(past, EMA) == pytest.approx(0.75**3 * 2 + 0.25 * (0.75**2 * 3 + 0.75 * 5 + 4), abs=1e-6)
 
 
 def test_averages_keep_the_precision_of_the_masters_and_copies_that_of_the_student() -> None:
     """In bfloat16 steps of a thousandth at 1 would be lost."""
     slow = Moving(ema=0.5)
-    past = Past([EVERY, slow], weights(1.0, torch.bfloat16), weights(1.0))
-    past.advance(weights(1.0, torch.bfloat16), weights(1.001), 0, 20)
+    past = Past([EVERY, slow], named(1.0, torch.bfloat16), named(1.0))
+    past.advance(named(1.0, torch.bfloat16), named(1.001), 0, 20)
     assert held(past, slow) == pytest.approx(1.0005, abs=1e-7)
     assert past.followers[EVERY].tensors["a.weight"].dtype == torch.bfloat16
 
 
 def test_teachers_with_one_rule_share_one_copy_and_it_is_a_copy() -> None:
     now = weights(1.0)
-    past = Past([EVERY, Moving(every=20), EMA], now, now)
+    past = Past([EVERY, Moving(every=20), EMA], lambda: iter(now.items()), lambda: iter(now.items()))
     assert len(past.followers) == 2
     now["a.weight"].fill_(9.0)
     now["b.bias"].fill_(-9.0)
@@ -68,23 +73,23 @@ def test_teachers_with_one_rule_share_one_copy_and_it_is_a_copy() -> None:
 
 
 def test_what_was_saved_comes_back() -> None:
-    past = Past([EVERY, EMA], weights(1.0), weights(1.0))
-    past.advance(weights(3.0), weights(3.0), 0, 20)
+    past = Past([EVERY, EMA], named(1.0), named(1.0))
+    past.advance(named(3.0), named(3.0), 0, 20)
     state = {name: tensor.clone() for name, tensor in past.state().items()}
-    fresh = Past([EMA, EVERY], weights(1.0), weights(1.0))
+    fresh = Past([EMA, EVERY], named(1.0), named(1.0))
     before = {rule: f.version for rule, f in fresh.followers.items()}
     fresh.load_state(state)
     assert held(fresh, EVERY) == 3.0
     assert held(fresh, EMA) == 1.5
     assert all(f.version != before[rule] for rule, f in fresh.followers.items())
-    Past([], {}, {}).load_state({})
+    Past([], named(1.0), named(1.0)).load_state({})
 
 
 @pytest.mark.parametrize("rules", [[], [EVERY], [EVERY, Moving(ema=0.5)]])
 def test_the_state_of_other_rules_is_refused(rules: list[Moving]) -> None:
-    state = Past([EVERY, EMA], weights(1.0), weights(1.0)).state()
+    state = Past([EVERY, EMA], named(1.0), named(1.0)).state()
     with pytest.raises(StorageError, match=r"ema-0\.75/a\.weight"):
-        Past(rules, weights(1.0), weights(1.0)).load_state(state)
+        Past(rules, named(1.0), named(1.0)).load_state(state)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -96,7 +101,7 @@ def test_a_follower_teaches_with_its_own_weights_not_the_folders(
     folder, later = make_model("start", seed=1, tied=tied), make_model("later", seed=2, tied=tied)
     models = [AutoModelForCausalLM.from_pretrained(f).eval() for f in (folder, later)]
     first, second = ({n: p.detach() for n, p in m.named_parameters()} for m in models)
-    past = Past([Moving(every=1)], first, first)
+    past = Past([Moving(every=1)], lambda: iter(first.items()), lambda: iter(first.items()))
     store = TeacherStore(
         {
             "moves": TeacherSource(folder, dtype, 37, past.followers[Moving(every=1)]),
@@ -115,7 +120,7 @@ def test_a_follower_teaches_with_its_own_weights_not_the_folders(
         expected = [m(torch.tensor([ids + answer])).logits[0, 2:-1] for m in models]
     assert torch.allclose(logits("moves"), expected[0], atol=2e-5)
     assert store.bytes_read == store.heads(["moves", "stays"])["stays"].weight.nbytes  # of `stays` alone
-    past.advance(second, second, 0, 1)
+    past.advance(lambda: iter(second.items()), lambda: iter(second.items()), 0, 1)
     assert torch.allclose(logits("moves"), expected[1], atol=2e-5)
     assert torch.allclose(logits("stays"), expected[0], atol=2e-5)
     with pytest.raises(ValueError, match="'moves' follows the student"):
