@@ -136,6 +136,7 @@ def _student(inputs: Inputs, device: torch.device, ranks: Ranks) -> Student:
         grid=grid,
         device=device,
         recompute=parallel.recompute,
+        layers=parallel.layers,
     )
 
 

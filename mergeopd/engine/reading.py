@@ -13,6 +13,7 @@ from mergeopd.data.own_prompts import PromptTemplate, Script
 from mergeopd.data.templates import ChatTemplate
 from mergeopd.engine.dialect import Dialect
 from mergeopd.engine.findings import Findings
+from mergeopd.engine.grid_checks import check_backend
 from mergeopd.errors import DataError, ModelError, TokenizerError
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts, head_tensor
@@ -50,6 +51,8 @@ class ModelReader:
         place: Keys = ("student", "model")
         folder = Path(student.model)
         facts, tokenizer = self._model(place, folder), self._tokenizer(place, folder)
+        if facts is not None:
+            check_backend(self._findings, student, facts)
         if facts is None or tokenizer is None or not self._fits(place, folder, tokenizer, facts):
             return None
         return self._dialect(facts, tokenizer, place, self._own_template(place, folder, tokenizer))

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from mergeopd import __version__
 from mergeopd.errors import StorageError
 from mergeopd.recipe.locate import shown, shown_in
-from mergeopd.recipe.plan import UNBOUND, Plan
+from mergeopd.recipe.plan import Plan
 from mergeopd.report.events import Note, Reporter
 from mergeopd.report.result import ResultTable
 from mergeopd.report.run_data import Result
@@ -96,7 +96,7 @@ class RunFolder:
 
     def _changes(self, before: Mapping[str, Any], plan: Plan, files: Mapping[str, str]) -> dict[str, str]:
         """What differs from the plan on record, by key or file."""
-        changes = dict(_differences(before["plan"], _content(plan)))
+        changes = dict(_differences(before["plan"], plan.content))
         # A file that only one plan names shows in the plan.
         for file, digest in before["files"].items():
             if file in files and files[file] != digest:
@@ -123,7 +123,7 @@ class RunFolder:
             "declared_changes": [*before["declared_changes"], *changes] if before else [],
             "recipe_file": plan.recipe_file,
             "versions": _versions(),
-            "plan": _content(plan),
+            "plan": plan.content,
             "files": dict(files),
         }
         text = io.StringIO()
@@ -216,11 +216,6 @@ def _versions() -> dict[str, str]:
 
     names = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def _content(plan: Plan) -> dict[str, Any]:
-    """What makes a run what it is: not where the recipe lies and where the run goes."""
-    return plan.model_dump(mode="json", exclude=set(UNBOUND))
 
 
 def _differences(before: Any, now: Any, path: str = "") -> list[tuple[str, str]]:

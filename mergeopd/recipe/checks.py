@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 from mergeopd.errors import Problem
 from mergeopd.recipe.locate import Origins, dotted
+from mergeopd.recipe.models import Parallel, Student
 from mergeopd.recipe.schema import EvalSource, Reports, TrainSource
 from mergeopd.recipe.suggest import did_you_mean
 from mergeopd.recipe.training import LocalRollout, Optimizer, Phase, Ramp, TextMixture
@@ -164,8 +165,42 @@ def _heaviest(
 
 def report_problems(report: Reports | None, origins: Origins) -> list[Problem]:
     """Reports whose packages are not installed here; found without an import."""
-    if report is None or not report.tensorboard or find_spec("tensorboard") is not None:
+    if report is None or not report.tensorboard or is_installed("tensorboard"):
         return []
     message = "the package tensorboard is not installed"
     remedy = "pip install 'mergeopd[tensorboard]', or remove the key"
     return [origins.problem(("report", "tensorboard"), message, remedy)]
+
+
+def student_problems(student: Student, origins: Origins) -> Iterator[Problem]:
+    """Settings of a backend that contradict each other, or need packages that are not installed here."""
+    grid = student.parallel
+    here: Keys = ("student", "parallel")
+    if student.backend == "torch":
+        if grid != Parallel():
+            message = "`backend: torch` trains in one process"
+            remedy = "set `backend: megatron` beside it, or remove the section"
+            yield origins.problem(here, message, remedy, key=True)
+        return
+    if not is_installed("megatron.core"):
+        message = "the package megatron-core is not installed"
+        remedy = "pip install 'mergeopd[megatron]', or use `backend: torch`"
+        yield origins.problem(("student", "backend"), message, remedy)
+    if student.dtype == "float64":
+        remedy = "use float32 or bfloat16, or `backend: torch`"
+        yield origins.problem(("student", "dtype"), "Megatron's layers do not keep float64", remedy)
+    if grid.sequence and grid.tensor == 1:
+        message = "a sequence is split among the processes of `tensor`, and `tensor` is 1"
+        yield origins.problem((*here, "sequence"), message, "raise `tensor`, or remove the key")
+    if grid.layers == "transformer_engine" and not is_installed("transformer_engine"):
+        message = "the package transformer-engine is not installed"
+        remedy = "pip install 'transformer-engine[pytorch]', or use `auto` or `local`"
+        yield origins.problem((*here, "layers"), message, remedy)
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module could be imported; found without importing it (its parent packages are)."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

@@ -9,12 +9,45 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from mergeopd.recipe.values import DIGEST_PATTERN, Name, PositiveInt, Strict, Weight
 
 
+class Parallel(Strict):
+    """How a student on Megatron is spread over processes; `tensor` x `pipeline` of them hold a copy of it."""
+
+    tensor: PositiveInt = Field(
+        default=1,
+        description="processes that share each matrix; divides attention heads, key-value heads and "
+        "feed-forward units",
+    )
+    pipeline: PositiveInt = Field(
+        default=1, description="stages of the model, one after another; divides its layers"
+    )
+    sequence: bool = Field(
+        default=False, description="also split activations between matrices along the sequence"
+    )
+    recompute: bool = Field(
+        default=False,
+        description="keep of each layer its input alone and run it again in the backward pass: less memory, "
+        "about a third more time",
+    )
+    layers: Literal["auto", "local", "transformer_engine"] = Field(
+        default="auto",
+        description="whose layers: transformer engine's, or Megatron's own; `auto`: transformer engine's on "
+        "a GPU where it can be imported",
+    )
+
+
 class Student(Strict):
     """The model that is trained."""
 
     model: str = Field(description="Hugging Face folder, or a hub id that is in the local cache")
     revision: str | None = Field(default=None, description="hub revision; not for folders")
-    backend: Literal["torch"] = Field(default="torch", description="where the student is trained")
+    backend: Literal["torch", "megatron"] = Field(
+        default="torch",
+        description="what trains the student: torch, in one process, or megatron-core, in one or several",
+    )
+    parallel: Parallel = Field(
+        default=Parallel(),
+        description="the grid of processes, with `backend: megatron`; it may change when a run goes on",
+    )
     dtype: Literal["float32", "bfloat16", "float64"] = Field(
         default="float32",
         description="precision of the forward pass; master weights, gradients and AdamW state are float32 "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from mergeopd.recipe.checking import Verifier
 from mergeopd.recipe.models import Canary, Moving, Student
@@ -12,8 +13,15 @@ from mergeopd.recipe.schema import Checkpoints, Memory, Reports
 from mergeopd.recipe.training import LocalRollout, Optimizer, Phase
 from mergeopd.recipe.values import Strict
 
-# What a run may change on the way: where things lie, what stays in memory, what is shown.
-UNBOUND = ("recipe_file", "output", "memory", "text_cache", "report")
+# What a run may change on the way: where things lie, what stays in memory, what is shown, the processes.
+UNBOUND: Mapping[str, Any] = {
+    "recipe_file": True,
+    "output": True,
+    "memory": True,
+    "text_cache": True,
+    "report": True,
+    "student": {"parallel": True},
+}
 
 
 class TeacherPlan(Strict):
@@ -86,10 +94,14 @@ class Plan(Strict):
     output: str
 
     @property
+    def content(self) -> dict[str, Any]:
+        """What makes a run what it is, in values of JSON: all but `UNBOUND`."""
+        return self.model_dump(mode="json", exclude=dict(UNBOUND))
+
+    @property
     def hash(self) -> str:
-        """SHA-256 over the canonical JSON without `UNBOUND`."""
-        content = self.model_dump(mode="json", exclude=set(UNBOUND))
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        """SHA-256 over the canonical JSON of `content`."""
+        return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()
 
     @property
     def num_updates(self) -> int:

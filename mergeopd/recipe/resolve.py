@@ -210,6 +210,7 @@ class _Resolver:
             return
         where: Keys = ("student", "model")
         written = self.parts.student
+        self.problems += checks.student_problems(written, self.origins)
         folder = existing_model(written.model, written.revision, self.origins.place(where).base)
         if isinstance(folder, Missing):
             self.problems.append(self.origins.problem(where, folder.message, folder.remedy))

@@ -96,6 +96,7 @@ def failures(case, student, grid):
     found["gradient"] = said(lambda: student.apply(0.1))
     found["summed"] = said(lambda: student.accumulate(micros, case["objective"]))
     found["float64"] = said(lambda: made({**case, "dtype": "float64"}, grid))
+    found["layers"] = said(lambda: made({**case, "layers": "transformer_engine"}, grid))
     found["state"] = said(lambda: student.load_state({"master.model.norm.weight": torch.zeros(48)}))
     found["unchanged"] = all(torch.equal(w, before[name]) for name, w in student.shards.items())
     return found
@@ -110,6 +111,7 @@ def made(case, grid):
         grid=grid,
         device=CPU,
         recompute=case["recompute"],
+        layers=case.get("layers", "auto"),
     )
 
 

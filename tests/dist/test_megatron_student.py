@@ -339,4 +339,8 @@ def test_all_ranks_raise_alike_and_keep_their_weights(grids, grid):
         assert rank["unchanged"]
         assert rank["summed"] == "RuntimeError: the gradient is summed over the ranks already; apply it first"
         assert rank["float64"] == "ValueError: student.dtype: float64 needs student.backend: torch"
+        assert rank["layers"] == (
+            "ModelError: student.parallel.layers: transformer_engine, but there is no GPU in this process; "
+            "use auto or local"
+        )
         assert rank["state"].startswith("StorageError: the checkpoint is not of this student: master.")

@@ -1,8 +1,9 @@
 """Broken recipes, cards, models and prompt files, and the exact text that a person gets to see.
 
 A case is a folder with `expected.txt`. Its files are laid over `project/`, and `recipes/merge.yaml` is read
-from there; `options.yaml` may give `set` (overrides), `env`, `remove` (files of the project) and `cut` (files
-cut to so many bytes). Cases under `preflight/` are about what the recipe names: there the models have weights.
+from there; `options.yaml` may give `set` (overrides), `env`, `remove` (files of the project), `cut` (files cut
+to so many bytes) and `missing` (packages to take for not installed; all others are taken for installed). Cases
+under `preflight/` are about what the recipe names: there the models have weights.
 Write the texts anew, then read them: `MERGEOPD_WRITE_EXPECTED=1 pytest tests/errors`.
 """
 
@@ -60,12 +61,14 @@ def lay_project() -> None:
         write_weights(folder)
 
 
-def rendered(case: Path, check: Check) -> str:
+def rendered(case: Path, check: Check, monkeypatch: pytest.MonkeyPatch) -> str:
     """The text of all problems of a case; the current folder must be its copy of the project."""
     lay_project()
     shutil.copytree(case, ".", dirs_exist_ok=True)
     read_options = YAML(typ="safe").load(case / "options.yaml") if (case / "options.yaml").exists() else {}
-    options = {"set": [], "env": {}, "remove": [], "cut": {}, **read_options}
+    options = {"set": [], "env": {}, "remove": [], "cut": {}, "missing": [], **read_options}
+    missing = options["missing"]
+    monkeypatch.setattr("mergeopd.recipe.checks.is_installed", lambda name: name not in missing)
     for name in options["remove"]:
         Path(name).unlink()
     for name, num_bytes in options["cut"].items():
@@ -77,7 +80,7 @@ def rendered(case: Path, check: Check) -> str:
 def compare(case: Path, check: Check, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)  # functions of the user's
-    text = rendered(case, check)
+    text = rendered(case, check, monkeypatch)
     assert str(folder) not in text
     if os.environ.get("MERGEOPD_WRITE_EXPECTED"):
         (case / "expected.txt").write_text(text)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from mergeopd.errors import ModelError
 from mergeopd.models.facts import ModelFacts
+from mergeopd.recipe.words import joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,15 @@ class _Family:
 FAMILIES = MappingProxyType(
     {"llama": _Family(), "qwen2": _Family(qkv_bias=True), "qwen3": _Family(qk_norm=True)}
 )
+
+
+@dataclass(frozen=True, slots=True)
+class SplitProblem:
+    """Why a model cannot be cut: which of `tensor` and `pipeline` is wrong, and what would be right."""
+
+    key: str
+    message: str
+    remedy: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,31 +84,43 @@ class Architecture:
         )
 
     def require(self, tensor: int, pipeline: int, world: int) -> None:
-        """Raises ModelError with all of `grid_problems`."""
-        problems = self.grid_problems(tensor, pipeline, world)
+        """Raises ModelError where `tensor` x `pipeline` over `world` processes cannot hold this model."""
+        problems = [f"{p.key}: {p.message}" for p in self.split_problems(tensor, pipeline)]
+        count = count_problem(tensor, pipeline, world)
+        if count is not None:
+            problems.append(count)
         if problems:
             raise ModelError(f"{self.facts.folder}: {'; '.join(problems)}")
 
-    def grid_problems(self, tensor: int, pipeline: int, world: int) -> list[str]:
-        """Why `tensor` x `pipeline` over `world` processes cannot hold this model; empty when it can."""
-        facts = self.facts
-        problems = [
-            f"tensor: {tensor} does not divide the model's {count} {what}"
-            for what, count in (
-                ("attention heads", self.num_heads),
-                ("key-value heads", self.num_groups),
-                ("feed-forward units", self.ffn_size),
-            )
-            if count % tensor
-        ]
-        if facts.num_layers % pipeline:
-            problems.append(f"pipeline: {pipeline} does not divide the model's {facts.num_layers} layers")
-        if world % (tensor * pipeline):
-            problems.append(
-                f"tensor {tensor} x pipeline {pipeline} = {tensor * pipeline} does not divide the number of "
-                f"processes, {world}"
-            )
-        return problems
+    def split_problems(self, tensor: int, pipeline: int) -> list[SplitProblem]:
+        """Why this model cannot be cut so, whatever the number of processes; empty when it can."""
+        parts = {
+            "tensor": {
+                "attention heads": self.num_heads,
+                "key-value heads": self.num_groups,
+                "feed-forward units": self.ffn_size,
+            },
+            "pipeline": {"layers": self.facts.num_layers},
+        }
+        found = []
+        for key, ways in (("tensor", tensor), ("pipeline", pipeline)):
+            whole = [f"{count} {what}" for what, count in parts[key].items() if count % ways]
+            if whole:
+                common = math.gcd(*parts[key].values())
+                fits = [str(n) for n in range(1, common + 1) if common % n == 0]
+                message = f"{ways} does not divide the model's {joined(whole, 'and')}"
+                found.append(SplitProblem(key, message, f"use {joined(fits, 'or')}"))
+        return found
+
+
+def count_problem(tensor: int, pipeline: int, world: int) -> str | None:
+    """Why `world` processes do not form a grid; None when they do."""
+    if world % (tensor * pipeline) == 0:
+        return None
+    return (
+        f"tensor {tensor} x pipeline {pipeline} = {tensor * pipeline} does not divide the number of "
+        f"processes, {world}"
+    )
 
 
 def _given(config: dict[str, Any]) -> dict[str, Any]:

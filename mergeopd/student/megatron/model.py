@@ -14,6 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
 
+from mergeopd.errors import ModelError
 from mergeopd.student.megatron.architecture import Architecture
 from mergeopd.student.megatron.grid import Grid
 from mergeopd.student.megatron.layout import vocab_rows
@@ -62,12 +63,17 @@ def build_model(
     inv_freq: Tensor,
     *,
     recompute: bool,
+    layers: str = "auto",
 ) -> HiddenModel:
-    """This rank's stage, its weights not set. `inv_freq [head_dim / 2]`: frequencies of the rotation."""
+    """This rank's stage, its weights not set. `inv_freq [head_dim / 2]`: frequencies of the rotation.
+
+    `layers` is `student.parallel.layers` of a recipe. Raises ModelError where transformer engine's are asked
+    for and cannot be had.
+    """
     config = transformer_config(arch, grid, dtype, device, recompute=recompute)
     model = HiddenModel(
         config,
-        _block(config, grid, device),
+        _block(config, grid, device, layers),
         vocab_size=vocab_rows(arch, grid.tensor),
         max_sequence_length=arch.facts.max_positions,
         pre_process=grid.is_first_stage,
@@ -135,9 +141,15 @@ def transformer_config(
     )
 
 
-def _block(config: TransformerConfig, grid: Grid, device: torch.device) -> Any:
-    """Transformer engine's layers on a GPU that has it, else Megatron's own with `Norm`."""
-    if device.type == "cuda" and _has_transformer_engine():
+def _block(config: TransformerConfig, grid: Grid, device: torch.device, layers: str) -> Any:
+    """Transformer engine's layers, or Megatron's own with `Norm`."""
+    on_gpu = device.type == "cuda"
+    if layers == "transformer_engine" and not (on_gpu and _has_transformer_engine()):
+        cause = "transformer-engine cannot be imported" if on_gpu else "there is no GPU"
+        raise ModelError(
+            f"student.parallel.layers: transformer_engine, but {cause} in this process; use auto or local"
+        )
+    if layers != "local" and on_gpu and _has_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     parts, attention = layer.submodules, layer.submodules.self_attention.submodules

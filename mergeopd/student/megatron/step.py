@@ -59,8 +59,11 @@ class MegatronStudent:
         grid: Grid,
         device: torch.device,
         recompute: bool = False,
+        layers: str = "auto",
     ) -> None:
         """`recompute` keeps of each layer its input alone and runs it again in the backward pass.
+
+        `layers`: `local` for Megatron's own, `transformer_engine`, or `auto` for the latter where it runs.
 
         Raises ModelError, before weights are read, for a model that is not mapped or does not fit the grid,
         and ValueError for float64, which Megatron's layers do not keep.
@@ -74,7 +77,9 @@ class MegatronStudent:
         self._skeleton = build_skeleton(folder, device)
         check_fit(self._skeleton, facts, Checkpoint.open(folder))
         inv_freq = self._skeleton.base_model.rotary_emb.inv_freq
-        self._model = build_model(self._arch, grid, DTYPES[dtype], device, inv_freq, recompute=recompute)
+        self._model = build_model(
+            self._arch, grid, DTYPES[dtype], device, inv_freq, recompute=recompute, layers=layers
+        )
         read_shards(self._model, self._arch, grid)
         self._ddp = _with_gradient_buffers(self._model, grid)
         self._adamw = build_adamw(self._ddp, optimizer, DTYPES[dtype], grid)

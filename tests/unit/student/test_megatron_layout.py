@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mergeopd.errors import ModelError
 from mergeopd.models.facts import ModelFacts
-from mergeopd.student.megatron.architecture import Architecture
+from mergeopd.student.megatron.architecture import Architecture, SplitProblem
 from mergeopd.student.megatron.layout import global_name, parameter_names, shard, tensor_shapes
 
 SIZES = {
@@ -145,16 +145,23 @@ def test_what_is_not_mapped_is_refused(
 
 def test_grids_that_do_not_fit_are_told_at_once(read: Callable[..., Architecture]) -> None:
     arch = read()
-    assert arch.grid_problems(2, 3, 12) == []
-    assert arch.grid_problems(3, 4, 16) == [
-        "tensor: 3 does not divide the model's 8 attention heads",
-        "tensor: 3 does not divide the model's 4 key-value heads",
-        "tensor: 3 does not divide the model's 20 feed-forward units",
-        "pipeline: 4 does not divide the model's 6 layers",
-        "tensor 3 x pipeline 4 = 12 does not divide the number of processes, 16",
+    assert arch.split_problems(2, 3) == []
+    assert arch.split_problems(8, 4) == [
+        SplitProblem(
+            "tensor",
+            "8 does not divide the model's 4 key-value heads and 20 feed-forward units",
+            "use 1, 2 or 4",
+        ),
+        SplitProblem("pipeline", "4 does not divide the model's 6 layers", "use 1, 2, 3 or 6"),
     ]
-    with pytest.raises(ModelError, match="pipeline: 4 does not divide"):
-        arch.require(1, 4, 4)
+    arch.require(2, 3, 12)
+    with pytest.raises(ModelError) as caught:
+        arch.require(3, 4, 16)
+    assert str(caught.value).split(": ", 1)[1] == (
+        "tensor: 3 does not divide the model's 8 attention heads, 4 key-value heads and 20 feed-forward "
+        "units; pipeline: 4 does not divide the model's 6 layers; "
+        "tensor 3 x pipeline 4 = 12 does not divide the number of processes, 16"
+    )
 
 
 def test_asking_needs_neither_torch_nor_megatron() -> None:
