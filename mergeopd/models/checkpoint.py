@@ -181,6 +181,28 @@ class Checkpoint:
             columns: Tensor = file.get_slice(name)[:, start:stop]
         return columns
 
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with bytes of the tensor `name`, from its byte `start` on, as they are in the file.
+
+        Raises ModelError when there is no such tensor or byte, or the file cannot be read.
+        """
+        info, stop = self._find(name), start + len(buffer)
+        if not 0 <= start <= stop <= info.num_bytes:
+            raise ModelError(
+                f"{info.file}: {name!r} of {info.num_bytes} bytes has no bytes {start} to {stop}"
+            )
+        try:
+            with info.file.open("rb", buffering=0) as file:
+                file.seek(info.offset + start)
+                done = 0
+                while done < len(buffer):
+                    count = file.readinto(buffer[done:])
+                    if not count:
+                        raise ModelError(f"{info.file}: was cut while {name!r} was read; fetch it again")
+                    done += count
+        except OSError as error:
+            raise ModelError(f"{info.file}: cannot be read: {error.strerror}") from error
+
     def same_bytes(self, first: str, second: str) -> bool:
         """True when two tensors are equal bit by bit, as a tied head that was saved twice is.
 

@@ -8,12 +8,28 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
-from typing import BinaryIO, cast
+from typing import BinaryIO, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from mergeopd.storage.failures import named_failures
+
+
+class RoundCache(Protocol):
+    """What the caches of a round have in common. Bytes are this process's, in memory and on disk."""
+
+    num_bytes: int
+    num_spilled_bytes: int
+
+    def put(self, teacher: str, rollout: int, hidden: Tensor) -> None:
+        """Keep `[trained tokens, d_T]` for one rollout (its index in the round)."""
+
+    def publish(self) -> None:
+        """Let those who gather find what was put since the last time. Collective."""
+
+    def gather(self, teacher: str, rollouts: Sequence[int]) -> Tensor:
+        """`[sum of their trained tokens, d_T]` in the order of `rollouts`. A missing one is a KeyError."""
 
 
 class HiddenCache:
@@ -66,7 +82,7 @@ class HiddenCache:
             self._spilled[key] = self._spill(hidden, size)
 
     def publish(self) -> None:
-        """Nothing to do."""
+        """Nothing: one process finds at once what it has put."""
 
     def gather(self, teacher: str, rollouts: Sequence[int]) -> Tensor:
         """`[sum of their trained tokens, d_T]` in the order of `rollouts`. A missing one is a KeyError."""

@@ -1,15 +1,14 @@
 """Teachers live on disk; one is in memory during its turn and gone after it. Those that follow the student
 live in memory.
 
-Weights are read tensor by tensor from memory-mapped safetensors. On a CPU, where the file already has the
-computing precision, nothing is copied: the pages belong to the file cache, not to the process. A teacher's
-prediction head is not part of its turn; the update fetches it, keyed by checkpoint, so teachers that share
-one checkpoint share one head.
+How a body's weights are read is a `Reader`'s business. By default they are memory-mapped safetensors: on a
+CPU, where the file already has the computing precision, nothing is copied, and the pages belong to the file
+cache, not to the process. A teacher's prediction head is not part of its turn; the update fetches it, whole
+or some of its rows, keyed by checkpoint, so teachers that share one checkpoint share one head.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,13 +33,14 @@ from mergeopd.models.causal import (
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts, head_tensor
 from mergeopd.teacher.past import Follower
+from mergeopd.teacher.reading import MappedReader, Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Checkpoint fingerprint; rule and version of weights that follow the student; dtype; true vocabulary.
-_HeadKey = tuple[str, tuple[str, int] | None, str, int]
+# Checkpoint fingerprint; rule and version of weights that follow the student; dtype; true vocabulary; rows.
+_HeadKey = tuple[str, tuple[str, int] | None, str, int, tuple[int, int] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +97,16 @@ class LoadedTeacher:
 class TeacherStore:
     """All teachers of a run, by name. Raises ModelError when a checkpoint does not fit its config.
 
-    `bytes_read` counts checkpoint bytes brought in: headers and tensors of every turn, and every head.
+    `bytes_read` counts checkpoint bytes that this process brought in: headers and its part of the tensors of
+    every turn, and every head or its rows. `reader` is memory-mapped by default.
     """
 
-    def __init__(self, sources: Mapping[str, TeacherSource], device: torch.device) -> None:
+    def __init__(
+        self, sources: Mapping[str, TeacherSource], device: torch.device, reader: Reader | None = None
+    ) -> None:
         self._sources = dict(sources)
         self._device = device
+        self._reader = MappedReader() if reader is None else reader
         self._checkpoints = {name: Checkpoint.open(s.model) for name, s in self._sources.items()}
         self._facts = {name: ModelFacts.read(s.model) for name, s in self._sources.items()}
         self._skeletons: dict[str, PreTrainedModel] = {}
@@ -113,16 +117,10 @@ class TeacherStore:
 
     @contextmanager
     def open(self, name: str) -> Iterator[LoadedTeacher]:
-        """Bring a teacher's body in; it is dropped when the context ends."""
-        facts, checkpoint = self._facts[name], self._checkpoints[name]
+        """Bring a teacher's body in; it is dropped when the context ends. Collective where the reader is."""
         model = self._skeleton(name)
-        head = {facts.head_name, facts.head_bias_name}
-        body = {p: t for p, t in tensor_names(facts, checkpoint).items() if p not in head}
         try:
-            fill(
-                model, {parameter: self._read(name, parameter, tensor) for parameter, tensor in body.items()}
-            )
-            self.bytes_read += 0 if self._sources[name].follower else checkpoint.header_bytes
+            fill(model, self._body(name))
             yield LoadedTeacher(name, model.base_model, self._device)
         finally:
             empty(model)
@@ -135,51 +133,76 @@ class TeacherStore:
 
     def read_ahead(self, name: str) -> None:
         """Ask the system to bring a teacher's files into its cache, and go on; no memory of ours is used."""
-        if not hasattr(os, "posix_fadvise") or self._sources[name].follower is not None:
-            return
-        for file in sorted({info.file for info in self._checkpoints[name].tensors.values()}):
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(descriptor)
+        if self._sources[name].follower is None:
+            self._reader.read_ahead(self._checkpoints[name], list(self._body_tensors(name).values()))
 
     def heads(self, names: Iterable[str], vocab: range | None = None) -> dict[str, Head]:
-        """The prediction heads of these teachers; heads of all others are dropped."""
-        wanted = {name: self._head_key(name) for name in names}
+        """The prediction heads of these teachers; heads of all others are dropped. Not collective.
+
+        With `vocab` only the rows of these token ids, which must belong to every teacher's true vocabulary
+        (else ValueError), as one rank of a tensor-parallel group scores them.
+        """
+        wanted = {name: self._head_key(name, vocab) for name in names}
         self._heads = {key: head for key, head in self._heads.items() if key in wanted.values()}
         for name, key in wanted.items():
             if key not in self._heads:
-                self._heads[key] = self._load_head(name)
+                self._heads[key] = self._load_head(name, vocab)
         return {name: self._heads[key] for name, key in wanted.items()}
 
-    def _head_key(self, name: str) -> _HeadKey:
+    def _head_key(self, name: str, vocab: range | None) -> _HeadKey:
         source, follower = self._sources[name], self._sources[name].follower
         # A follower's weights are never the folder's, nor its own of another round.
         moved = None if follower is None else (follower.label, follower.version)
-        return self._checkpoints[name].fingerprint, moved, source.dtype, source.num_valid
+        # Not the range itself: all empty ones are equal.
+        rows = None if vocab is None else (vocab.start, vocab.stop)
+        return self._checkpoints[name].fingerprint, moved, source.dtype, source.num_valid, rows
 
-    def _load_head(self, name: str) -> Head:
+    def _load_head(self, name: str, vocab: range | None) -> Head:
         facts, checkpoint = self._facts[name], self._checkpoints[name]
+        num_valid = self._sources[name].num_valid
+        if vocab is not None and not (vocab.step == 1 and 0 <= vocab.start <= vocab.stop <= num_valid):
+            raise ValueError(f"teacher {name!r} has {num_valid} true tokens, so none in {vocab}")
         parameter = facts.embedding_name if facts.tied else facts.head_name
         bias = facts.head_bias_name
         return Head(
-            weight=self._read(name, parameter, head_tensor(facts, checkpoint)),
-            bias=self._read(name, bias, bias) if bias else None,
+            weight=self._head_rows(name, parameter, head_tensor(facts, checkpoint), vocab),
+            bias=self._head_rows(name, bias, bias, vocab) if bias else None,
             scale=facts.logit_scale,
             softcap=facts.softcap,
-            num_valid=self._sources[name].num_valid,
+            num_valid=num_valid if vocab is None else len(vocab),
+            vocab_start=0 if vocab is None else vocab.start,
         )
 
-    def _read(self, name: str, parameter: str, tensor_name: str) -> Tensor:
-        """A parameter's weights: the follower's where there is one, else the tensor of the checkpoint."""
-        source, checkpoint = self._sources[name], self._checkpoints[name]
-        if source.follower is not None:
-            tensor = source.follower.tensors[parameter]
-        else:
-            tensor = checkpoint.read(tensor_name)
-            self.bytes_read += checkpoint.tensors[tensor_name].num_bytes
-        return tensor.to(device=self._device, dtype=DTYPES[source.dtype])
+    def _head_rows(self, name: str, parameter: str, tensor_name: str, vocab: range | None) -> Tensor:
+        """Rows of a follower's parameter where there is one, else of the checkpoint's tensor."""
+        follower, checkpoint = self._sources[name].follower, self._checkpoints[name]
+        info = checkpoint.tensors[tensor_name]
+        rows = range(info.shape[0]) if vocab is None else vocab
+        if follower is not None:
+            return self._converted(name, follower.tensors[parameter][rows.start : rows.stop])
+        self.bytes_read += info.num_bytes * len(rows) // info.shape[0]
+        return self._converted(name, checkpoint.read_rows(tensor_name, rows.start, rows.stop))
+
+    def _body_tensors(self, name: str) -> dict[str, str]:
+        """Parameter of the body -> name of its tensor."""
+        facts = self._facts[name]
+        head = {facts.head_name, facts.head_bias_name}
+        return {p: t for p, t in tensor_names(facts, self._checkpoints[name]).items() if p not in head}
+
+    def _body(self, name: str) -> dict[str, Tensor]:
+        """Parameters of the body: the follower's where there is one, else those of the checkpoint."""
+        follower, checkpoint = self._sources[name].follower, self._checkpoints[name]
+        tensors = self._body_tensors(name)
+        if follower is not None:
+            return {p: self._converted(name, follower.tensors[p]) for p in tensors}
+        parameters = {tensor: parameter for parameter, tensor in tensors.items()}
+        read = self._reader.read(checkpoint, list(parameters), self._device)
+        weights = {parameters[tensor]: self._converted(name, values) for tensor, values in read}
+        self.bytes_read += checkpoint.header_bytes + self._reader.num_bytes(checkpoint, list(parameters))
+        return weights
+
+    def _converted(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.to(device=self._device, dtype=DTYPES[self._sources[name].dtype])
 
     def _skeleton(self, name: str) -> PreTrainedModel:
         """Teachers with the same config share one skeleton; it weighs nothing between turns."""

@@ -120,6 +120,30 @@ def test_unknown_tensors_and_rows(single: Path) -> None:
             checkpoint.read_columns(name, *columns)
 
 
+def test_any_span_of_bytes_is_read_into_a_buffer(single: Path, tensors: dict[str, Any]) -> None:
+    import torch
+
+    checkpoint = Checkpoint.open(single)
+    for name, start, stop in (("a", 0, 76800), ("a", 5, 1003), ("b", 209, 210), ("empty", 0, 0)):
+        buffer = bytearray(stop - start)
+        checkpoint.read_into(name, start, memoryview(buffer))
+        whole = tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert bytes(buffer) == whole[start:stop]
+    for name, start, length in (("a", -1, 4), ("a", 76799, 2), ("empty", 0, 1)):
+        with pytest.raises(ModelError, match=f"has no bytes {start} to {start + length}"):
+            checkpoint.read_into(name, start, memoryview(bytearray(length)))
+    with pytest.raises(ModelError, match="no tensor 'absent'"):
+        checkpoint.read_into("absent", 0, memoryview(bytearray(1)))
+    info = checkpoint.tensors["a"]
+    with info.file.open("r+b") as file:
+        file.truncate(info.offset + 10)
+    with pytest.raises(ModelError, match="was cut while 'a' was read; fetch it again"):
+        checkpoint.read_into("a", 0, memoryview(bytearray(20)))
+    info.file.unlink()
+    with pytest.raises(ModelError, match="cannot be read: No such file"):
+        checkpoint.read_into("a", 0, memoryview(bytearray(20)))
+
+
 def test_a_single_file_goes_before_an_index(single: Path) -> None:
     (single / "model.safetensors.index.json").write_text("{")
     assert "a" in Checkpoint.open(single).tensors

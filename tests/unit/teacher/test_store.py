@@ -135,3 +135,67 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_refused(make_model: Callab
         ModelError, match=r"gate_proj.weight with shape \[64, 32\], the config says \[48, 32\]"
     ):
         TeacherStore({"t": TeacherSource(folder, "float32", 37)}, CPU)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("vocab", [range(12), range(12, 31), range(31, 35), range(35, 35)])
+def test_a_rank_of_the_vocabulary_reads_its_rows_alone(
+    make_model: Callable[..., Path], tied: bool, vocab: range
+) -> None:
+    folder = make_model("t", tied=tied)
+    store = TeacherStore({"t": TeacherSource(folder, "float32", 35)}, CPU)
+    whole = store.heads(["t"])["t"]
+    assert store.bytes_read == 37 * 32 * 4
+    part = store.heads(["t"], vocab)["t"]
+    assert torch.equal(part.weight, whole.weight[vocab.start : vocab.stop])
+    assert part.vocab == vocab
+    assert part.vocab_start == vocab.start
+    assert store.bytes_read == (37 + len(vocab)) * 32 * 4
+    assert store.heads(["t"], vocab)["t"] is part
+    assert store.bytes_read == (37 + len(vocab)) * 32 * 4
+
+
+def test_rows_of_a_bias_are_those_of_the_weight_and_scale_and_cap_stay(
+    make_model: Callable[..., Path],
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = make_model("t", model_type="phi", tied=False)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.bias"] = torch.arange(37.0)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    store = TeacherStore({"t": TeacherSource(folder, "bfloat16", 37)}, CPU)
+    part = store.heads(["t"], range(5, 9))["t"]
+    assert part.bias is not None
+    assert part.bias.tolist() == [5.0, 6.0, 7.0, 8.0]
+    assert torch.equal(part.weight, weights["lm_head.weight"][5:9].bfloat16())
+    assert store.bytes_read == 4 * (32 + 1) * 4
+
+
+def test_rows_outside_the_true_vocabulary_are_refused(make_model: Callable[..., Path]) -> None:
+    store = TeacherStore({"t": TeacherSource(make_model("t"), "float32", 35)}, CPU)
+    for vocab in (range(30, 36), range(0, 10, 2), range(-1, 3)):
+        with pytest.raises(ValueError, match="'t' has 35 true tokens"):
+            store.heads(["t"], vocab)
+
+
+def test_empty_shards_of_other_places_are_other_heads(make_model: Callable[..., Path]) -> None:
+    store = TeacherStore({"t": TeacherSource(make_model("t"), "float32", 37)}, CPU)
+    assert store.heads(["t"], range(3, 3))["t"].vocab_start == 3
+    assert store.heads(["t"], range(37, 37))["t"].vocab_start == 37
+
+
+def test_rows_of_a_follower_are_views_of_its_weights(make_model: Callable[..., Path]) -> None:
+    from mergeopd.recipe.models import Moving
+    from mergeopd.teacher.past import Follower
+
+    folder = make_model("t", tied=False)
+    weight = torch.randn(37, 32)
+    follower = Follower(Moving(every=2), {"lm_head.weight": weight}, {})
+    store = TeacherStore({"t": TeacherSource(folder, "float32", 37, follower)}, CPU)
+    part = store.heads(["t"], range(7, 20))["t"]
+    assert torch.equal(part.weight, weight[7:20])
+    assert part.weight.data_ptr() == follower.tensors["lm_head.weight"][7:].data_ptr()
+    assert store.bytes_read == 0
+    follower.load({"lm_head.weight": weight + 1})
+    assert store.heads(["t"], range(7, 20))["t"] is not part
