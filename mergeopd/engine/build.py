@@ -23,7 +23,9 @@ from mergeopd.rollout.local import Writer
 from mergeopd.student.backend import Student
 from mergeopd.student.torch import TorchStudent
 from mergeopd.teacher.cache import HiddenCache
+from mergeopd.teacher.node_cache import NodeCache
 from mergeopd.teacher.past import Past
+from mergeopd.teacher.reading import MappedReader, Reader, ShardedReader
 from mergeopd.teacher.store import LoadedTeacher, TeacherSource, TeacherStore
 from mergeopd.types import Rollout
 
@@ -64,13 +66,18 @@ class Parts:
             members=self.student.place.members,
         )
 
-    def hidden_cache(self, work: RoundWork, spill: Path) -> HiddenCache:
+    def hidden_cache(self, work: RoundWork, spill: Path) -> HiddenCache | NodeCache:
         """What keeps the teachers' hidden states of a round where they will be needed."""
-        return HiddenCache(int(self.plan.memory.hidden_states_gib * 2**30), spill)
+        budget_bytes = int(self.plan.memory.hidden_states_gib * 2**30)
+        if self.ranks.size == 1:
+            return HiddenCache(budget_bytes, spill)
+        readers = self.student.place.readers
+        return NodeCache(budget_bytes, spill, self.ranks, lambda i: readers[work.copy_of[i]], self.device)
 
     def bytes_read(self) -> int:
-        """Checkpoint bytes of teachers brought in so far. Collective."""
-        return self.store.bytes_read
+        """Bytes of teachers brought in so far; pages that processes share count once. Collective."""
+        counts = self.ranks.gather(self.store.bytes_read)
+        return max(counts) if _shares_pages(self.device, self.ranks) else sum(counts)
 
     @property
     def head_rows(self) -> range | None:
@@ -107,7 +114,9 @@ def build(inputs: Inputs, device: torch.device, ranks: Ranks) -> Parts:
         ranks=ranks,
         student=student,
         store=TeacherStore(
-            {n: _source(t, inputs.teachers[n], past) for n, t in plan.teachers.items()}, device
+            {n: _source(t, inputs.teachers[n], past) for n, t in plan.teachers.items()},
+            device,
+            _reader(device, ranks),
         ),
         past=past,
         verifiers=build_verifiers(plan.sources, plan.allow_code),
@@ -138,6 +147,19 @@ def _student(inputs: Inputs, device: torch.device, ranks: Ranks) -> Student:
         recompute=parallel.recompute,
         layers=parallel.layers,
     )
+
+
+def _reader(device: torch.device, ranks: Ranks) -> Reader:
+    """Each process reads a part of the bytes where several need copies of their own.
+
+    On one machine's CPUs they share the pages of mapped files, so that these are read once as it is.
+    """
+    is_mapped = ranks.size == 1 or _shares_pages(device, ranks)
+    return MappedReader() if is_mapped else ShardedReader(ranks)
+
+
+def _shares_pages(device: torch.device, ranks: Ranks) -> bool:
+    return device.type == "cpu" and len(set(ranks.machines)) == 1
 
 
 def _source(teacher: TeacherPlan, dialect: Dialect, past: Past) -> TeacherSource:

@@ -11,9 +11,10 @@ from pathlib import Path
 from rich.console import Console
 
 from mergeopd.engine.clock import Clock
+from mergeopd.engine.grid_checks import check_processes
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.preflight import Inputs, preflight
-from mergeopd.engine.processes import open_ranks, refuse_grid
+from mergeopd.engine.processes import Place, open_ranks
 from mergeopd.engine.reading import check_student_folder
 from mergeopd.engine.run_folder import RunFolder
 from mergeopd.errors import Location, ModelError, Problem, RecipeError, StorageError
@@ -43,14 +44,16 @@ def run_recipe(
     clock = Clock()
     with ExitStack() as held:
         with clock.stage("startup"):
-            ranks = open_ranks()
+            place = Place.of()
+            alone = place.world == 1
+            ranks = Alone() if alone else held.enter_context(open_ranks(place, grouped=True))
             mine: list[Inputs] = []
 
             def begin() -> bool:
                 """Take the run folder; False where there is nothing left to do."""
                 inputs = preflight(recipe, overrides)
                 _try_verifiers(inputs)
-                refuse_grid(inputs.plan, ranks.size)
+                check_processes(inputs.plan, place.world)
                 folder = RunFolder(Path(inputs.plan.output))
                 # Before a lock is left in a stranger's folder.
                 folder.check(inputs.plan, inputs.files, allowed_changes)
@@ -66,6 +69,10 @@ def run_recipe(
                 return
             # The others read after the first has written when the run began, which templates may show.
             inputs = mine[0] if mine else _same_inputs(recipe, overrides)
+            if alone:
+                ranks = held.enter_context(
+                    open_ranks(place, grouped=inputs.plan.student.backend == "megatron")
+                )
         _run(inputs, RunFolder(Path(inputs.plan.output)), clock, max_updates, ranks)
 
 
@@ -184,8 +191,12 @@ def _tell_notes(inputs: Inputs, reporter: Reporter) -> None:
 
 
 def _quiet_libraries() -> None:
-    """transformers draws progress bars of its own, across ours."""
+    """transformers draws progress bars across ours, Megatron warns of what it lacks, torch of Megatron."""
+    import warnings
+
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

@@ -21,8 +21,9 @@ from mergeopd.loss.targets import Sampled, Target, TopK
 from mergeopd.loss.workspace import Workspace
 from mergeopd.recipe.losses import Loss
 from mergeopd.teacher.cache import HiddenCache
+from mergeopd.teacher.node_cache import NodeCache
 
-Cache = HiddenCache
+Cache = HiddenCache | NodeCache
 # Answers are reduced together until they have this many tokens: a matrix product of a few rows is slow.
 _ROWS = 256
 
