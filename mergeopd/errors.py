@@ -84,6 +84,10 @@ class StorageError(MergeopdError, OSError):
     """A run folder or checkpoint cannot be written, read or trusted."""
 
 
+class ProcessError(MergeopdError, RuntimeError):
+    """The processes of a run cannot find each other, or one was lost."""
+
+
 class EndedElsewhere(MergeopdError, RuntimeError):  # noqa: N818 (says that, not what)
     """Another process of the run has met an error, and tells it; this one ends without a word."""
 

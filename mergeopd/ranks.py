@@ -71,7 +71,7 @@ class Alone:
 
     rank = 0
     size = 1
-    machines = ("",)
+    machines: tuple[str, ...] = ("",)
     is_apart = True
     is_first = True
     num_local = 1
