@@ -19,7 +19,9 @@ import typer
 from typer.core import TyperOption
 
 from mergeopd import __version__
-from mergeopd.errors import MergeopdError, Problem, RecipeError, Stopped
+from mergeopd.engine.processes import Place, Told, claims_before_meeting, join_launcher
+from mergeopd.errors import EndedElsewhere, MergeopdError, Problem, ProcessError, RecipeError, Stopped
+from mergeopd.report.failure import show_error
 
 if TYPE_CHECKING:
     from mergeopd.engine.preflight import Inputs
@@ -72,18 +74,31 @@ def run(
             "May be repeated.",
         ),
     ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="In N processes on this machine, for student.parallel."),
+    ] = None,
 ) -> None:
     """Run a merge, or go on with one. Ctrl-C saves and stops; the same command goes on.
 
     Example: mergeopd run recipes/quickstart.yaml --set optimizer.lr=1e-3
     """
-    from mergeopd.engine.command import run_recipe
+    place = Place.of()
+    with _told_once(place):
+        if nproc is not None and place.world > 1:
+            raise ProcessError(f"--nproc {nproc}, but this is {place.name} already; leave it out")
+        try:
+            if nproc is not None and nproc > 1:
+                from mergeopd.engine.launch import launch_run
 
-    try:
-        run_recipe(recipe, overrides or [], updates, allow_change or [])
-    except KeyboardInterrupt:
-        typer.echo("Interrupted. The same command goes on from the newest checkpoint.", err=True)
-        raise typer.Exit(130) from None
+                raise typer.Exit(launch_run(recipe, overrides or [], updates, allow_change or [], nproc))
+            from mergeopd.engine.command import run_recipe
+
+            run_recipe(recipe, overrides or [], updates, allow_change or [])
+        except KeyboardInterrupt:
+            if place.rank == 0:
+                typer.echo("Interrupted. The same command goes on from the newest checkpoint.", err=True)
+            raise typer.Exit(130) from None
 
 
 @app.command()
@@ -317,40 +332,52 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
+@contextmanager
+def _told_once(place: Place) -> Iterator[None]:
+    """Of several processes that end for an error one shows it; each ends with the code it has alone."""
+    if place.world == 1:
+        yield
+        return
+    # torch's warnings of peers that closed connections come with pages of addresses, from every process.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    code = 0
+    try:
+        yield
+    except typer.Exit as exit_:
+        code = exit_.exit_code
+    except Stopped as error:
+        code = 3
+        if place.rank == 0:
+            print(error, file=sys.stderr)
+    except EndedElsewhere:
+        code = 1
+    except Told as told:
+        code = _code(told.error)
+        show_error(told.error)
+    except Exception as error:  # noqa: BLE001 (is shown, and the process ends)
+        code = _code(error)
+        if claims_before_meeting(place).claim():
+            show_error(error)
+    if code:
+        # Threads of a group that has lost a process may never end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def _fail(error: MergeopdError) -> NoReturn:
-    """Show an error on stderr, in colour where a person looks at it, and exit."""
-    from rich.console import Console
-    from rich.padding import Padding
-    from rich.text import Text
+    """Show an error on stderr and exit."""
+    show_error(error)
+    sys.exit(_code(error))
 
-    from mergeopd.recipe.locate import shown_in
 
-    if not isinstance(error, RecipeError):
-        text = shown_in(str(error))
-        if sys.stderr.isatty():
-            Console(stderr=True).print(Text.assemble(("error: ", "bold red"), text))
-        else:
-            print(f"error: {text}", file=sys.stderr)
-        sys.exit(1)
-    count = _count(len(error.problems), "problem")
-    if not sys.stderr.isatty():
-        print(f"{error}\n\n{count}.", file=sys.stderr)
-        sys.exit(2)
-    console = Console(stderr=True)
-    for problem in error.problems:
-        path = f"  {problem.path}" if problem.path else ""
-        # Not wrapped: terminals make a link of an unbroken file:line:column.
-        console.print(Text.assemble((str(problem.location), "bold"), (path, "dim")), soft_wrap=True)
-        message = Text(problem.message)
-        if problem.remedy:
-            message.append("; ").append(problem.remedy, "green")
-        console.print(Padding(message, (0, 0, 0, 4)))
-    console.print(Text(f"\n{count}.", "bold red"))
-    sys.exit(2)
+def _code(error: BaseException) -> int:
+    return 2 if isinstance(error, RecipeError) else 1
 
 
 def main() -> None:
     """Entry point. Errors that mergeopd raises on purpose are shown without a traceback."""
+    join_launcher()
     # Before torch is imported. OpenMP threads that wait by spinning take the cores from each other as soon as
     # anything else runs: the same merge took 3 to 8 times as long on two cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -140,7 +140,11 @@ class _Group:
 
     def _is_killed(self, code: int) -> bool:
         """Whether a signal that nobody asked for ended a process."""
-        asked = {-signal.SIGTERM: self._has_terminated, -signal.SIGINT: self._interrupts > 0}
+        asked = {
+            -signal.SIGTERM: self._has_terminated,
+            -signal.SIGINT: self._interrupts > 0,
+            -signal.SIGKILL: self._interrupts > 1,
+        }
         return code < 0 and not asked.get(code, False)
 
     def _tell_killed(self, process: subprocess.Popen[bytes]) -> None:

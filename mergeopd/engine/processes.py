@@ -21,7 +21,7 @@ from mergeopd.errors import EndedElsewhere, MergeopdError, ProcessError, Stopped
 from mergeopd.ranks import Alone, Processes, Ranks, this_machine
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 # What `mergeopd run --nproc` sets besides torchrun's names: its process number, and a file to meet through.
 LAUNCHER = "MERGEOPD_LAUNCHER"
@@ -177,7 +177,8 @@ def open_ranks(place: Place, *, grouped: bool) -> Iterator[Ranks]:
 def _group_of_one() -> Iterator[None]:
     import torch.distributed as dist
 
-    dist.init_process_group(_backend(0), store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group(_backend(0), store=store, rank=0, world_size=1)
     try:
         yield
     finally:
@@ -190,7 +191,9 @@ def _meet(place: Place) -> Store:
     from torch.distributed.distributed_c10d import _get_default_store
 
     backend = _backend(place.local_rank)
-    store = None if place.rendezvous is None else dist.FileStore(str(place.rendezvous), place.world)
+    store = None
+    if place.rendezvous is not None:
+        store = dist.FileStore(str(place.rendezvous), place.world)  # type: ignore[attr-defined]
     try:
         dist.init_process_group(
             backend, store=store, rank=place.rank, world_size=place.world, timeout=_TIMEOUT

@@ -1,0 +1,47 @@
+"""How an error is shown."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+from mergeopd.errors import MergeopdError, RecipeError
+
+
+def show_error(error: BaseException) -> None:
+    """Print it on stderr, in colour where a person looks at it; a bug with its traceback."""
+    # Here, because most commands need none of it: `mergeopd --help` answers at once.
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from mergeopd.recipe.locate import shown_in
+
+    if not isinstance(error, MergeopdError):
+        traceback.print_exception(error)
+        return
+    if not isinstance(error, RecipeError):
+        text = shown_in(str(error))
+        if sys.stderr.isatty():
+            Console(stderr=True).print(Text.assemble(("error: ", "bold red"), text))
+        else:
+            print(f"error: {text}", file=sys.stderr)
+        return
+    count = _problems(len(error.problems))
+    if not sys.stderr.isatty():
+        print(f"{error}\n\n{count}.", file=sys.stderr)
+        return
+    console = Console(stderr=True)
+    for problem in error.problems:
+        path = f"  {problem.path}" if problem.path else ""
+        # Not wrapped: terminals make a link of an unbroken file:line:column.
+        console.print(Text.assemble((str(problem.location), "bold"), (path, "dim")), soft_wrap=True)
+        message = Text(problem.message)
+        if problem.remedy:
+            message.append("; ").append(problem.remedy, "green")
+        console.print(Padding(message, (0, 0, 0, 4)))
+    console.print(Text(f"\n{count}.", "bold red"))
+
+
+def _problems(number: int) -> str:
+    return "1 problem" if number == 1 else f"{number} problems"
