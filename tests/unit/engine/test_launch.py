@@ -170,8 +170,8 @@ def test_a_second_ctrl_c_ends_also_those_that_do_not_hear(launched: Launch) -> N
 @pytest.mark.skipif(
     sys.platform != "linux", reason="the system tells processes of their parent's end on Linux"
 )
-def test_nothing_outlives_a_launcher_that_is_killed(launched: Launch) -> None:
-    process = launched(WAITS, 2)
+def test_nothing_outlives_a_launcher_that_is_killed(launched: Launch, tmp_path: Path) -> None:
+    process = launched(WAITS, 2, TMPDIR=str(tmp_path))  # its folder stays behind
     ready(process, 2)
     process.kill()
     assert ended(process) == (-signal.SIGKILL, "", "")  # reads to the end: nobody has the pipe any more
