@@ -1,7 +1,7 @@
 """One rank of runs on grids: the engine's own way from recipe to result, for one job after another.
 
 A job is a JSON object: `name`, `recipe`, `overrides`, and where wanted `max_updates`, `machines` (a name for
-every rank), `stop` ({"rank", "call"}: who gets SIGTERM in which call to write), `round` (a file of rollouts
+every rank), `stop` ({"rank", "call", "module"}: who gets SIGTERM in which call to write of whom), `round` (a file of rollouts
 and verdicts: the gradient of one round instead of a run). What a rank tells of it lies in OUT.
 """
 
@@ -22,7 +22,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 warnings.filterwarnings("ignore")
 
-from mergeopd.engine import writing  # noqa: E402
+from mergeopd.engine import evaluate, texts, writing  # noqa: E402
 from mergeopd.engine.build import build  # noqa: E402
 from mergeopd.engine.clock import Clock  # noqa: E402
 from mergeopd.engine.command import begin, go_on  # noqa: E402
@@ -31,6 +31,7 @@ from mergeopd.errors import MergeopdError  # noqa: E402
 from mergeopd.ranks import Alone, Processes  # noqa: E402
 
 DEADLINE = datetime.timedelta(seconds=60)
+MODULES = {"writing": writing, "texts": texts, "evaluate": evaluate}
 
 
 def whole_run(job, ranks):
@@ -41,9 +42,9 @@ def whole_run(job, ranks):
             go_on(inputs, Clock(), job.get("max_updates"), ranks)
 
 
-def stopping(at):
-    """`generate`, with a signal to this process in the call number `at` (from 0)."""
-    true, calls = writing.generate, []
+def stopping(module, at):
+    """A module's `generate`, with a signal to this process in the call number `at` (from 0)."""
+    true, calls = module.generate, []
 
     def generate(*arguments, **options):
         if len(calls) == at:
@@ -51,7 +52,7 @@ def stopping(at):
         calls.append(None)
         return true(*arguments, **options)
 
-    return mock.patch.object(writing, "generate", generate)
+    return mock.patch.object(module, "generate", generate)
 
 
 def one_round(job, ranks, out):
@@ -71,12 +72,13 @@ def told(job, rank, world, out):
 
     machines = job.get("machines", ["here"] * world)
     ranks = Alone() if world == 1 else Processes(machines[rank])
-    stop = job.get("stop", {"rank": None, "call": None})
+    stop = job.get("stop", {"rank": None})
     found = {"error": None}
     try:
         with ExitStack() as held:
             if stop["rank"] == rank:
-                held.enter_context(stopping(stop["call"]))
+                module = MODULES[stop.get("module", "writing")]
+                held.enter_context(stopping(module, stop["call"]))
             if "round" in job:
                 found["losses"] = one_round(job, ranks, out)
             else:

@@ -17,9 +17,9 @@ from mergeopd.models.checkpoint import Checkpoint
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's")
 
 RELATIVE = 1e-5
-# Log-probabilities are known to float32's resolution of a logit, so a difference of two near nothing is not known
-# to a share of itself.
-FLOOR = 0.3
+# Log-probabilities are known to float32's resolution of a logit: differences of two are compared on the scale of one
+# nat where they are smaller.
+FLOOR = 1.0
 LAUNCH = {2: "two", 4: "four"}
 long = pytest.mark.long
 CASES = [*SHORT, *(pytest.param(*case, marks=long) for case in LONG)]
@@ -95,10 +95,7 @@ def test_processes_of_two_machines_read_each_byte_of_a_teacher_once(grid_folder,
 
 
 @long
-@pytest.mark.parametrize(
-    ("name", "recipe"),
-    [("copies apart", "mixed"), ("mixed, stages apart", "mixed"), ("selves, all apart", "selves")],
-)
+@pytest.mark.parametrize(("name", "recipe"), [("copies apart", "mixed"), ("selves, all apart", "selves")])
 def test_what_travels_between_machines_changes_nothing(grid_folder, alone, told, name, recipe):
     assert told("four")[name] == [None] * 4
     follows(grid_folder, name, alone(recipe))

@@ -28,8 +28,8 @@ GRIDS = {
 SHORT = (("mixed", "TP2xDP2"), ("reduced", "PP2xDP2"))
 LONG = (
     *(("cold start", grid) for grid in ("TP2", "DP2", "TP2xPP2", "TP2xDP2 sequence", "DP4")),
-    *(("mixed", grid) for grid in ("TP2", "PP2", "DP2", "TP2xPP2", "PP2xDP2", "DP4")),
-    *(("reduced", grid) for grid in ("TP2", "TP2xPP2 sequence", "TP2xDP2", "DP4")),
+    *(("mixed", grid) for grid in ("PP2", "DP2", "TP2xPP2", "PP2xDP2")),
+    *(("reduced", grid) for grid in ("TP2", "TP2xPP2 sequence", "DP4")),
     *(("selves", grid) for grid in ("DP2", "TP2xPP2", "TP2xDP2")),
 )
 # Machines of the four ranks: both stages of TP2xPP2 apart, or both copies of TP2xDP2.
@@ -79,8 +79,18 @@ BROKEN: dict[str, dict[str, Any]] = {
         ],
     },
 }
-# Who gets SIGTERM, and in which round that the student answers: its third, the fifth of the run.
-STOP = {"rank": 1, "call": 2}
+SHORT_BROKEN = (("NaN in a body", "TP2xDP2"), ("verifier", "TP2xDP2"))
+LONG_BROKEN = (
+    *((name, "TP2xPP2") for name in BROKEN),
+    *((name, "DP4") for name in ("NaN in a head", "uniform", "canary of a writer")),
+)
+# Who gets SIGTERM, and in which call to write: while the student answers its third round, the fifth of the run;
+# while the second teacher writes; while the second expert is measured.
+STOPS = {
+    "rollout": {"rank": 1, "call": 2, "module": "writing"},
+    "text": {"rank": 3, "call": 1, "module": "texts"},
+    "evaluation": {"rank": 1, "call": 4, "module": "evaluate"},
+}
 
 
 def refusing(answer: str, reference: str | None) -> float:
@@ -129,9 +139,8 @@ def jobs(folder: Path, launch: str) -> tuple[int, list[dict[str, Any]]]:
             *(_run(folder, *case) for case in SHORT),
             *_in_parts(folder, "short chain", ("TP2xPP2", 2), ("DP4", 2), ("TP2xDP2", None)),
             _run(folder, "counted", "TP2xPP2", name="stages apart", machines=APART),
-            _run(folder, "NaN in a body", "TP2xDP2"),
-            _run(folder, "verifier", "TP2xDP2"),
-            *_stopped(folder, "TP2xPP2"),
+            *(_run(folder, *case) for case in SHORT_BROKEN),
+            *_stopped(folder, "rollout", "TP2xPP2"),
         ],
         "two": lambda: [
             *(_run(folder, *case) for case in LONG if GRIDS[case[1]][2] == 2),
@@ -147,9 +156,10 @@ def jobs(folder: Path, launch: str) -> tuple[int, list[dict[str, Any]]]:
             *_in_parts(folder, "plain chain", ("TP2xPP2", None)),
             *_in_parts(folder, "distributed chain", ("PP2xDP2", None)),
             _run(folder, "mixed", "TP2xDP2", name="copies apart", machines=APART),
-            _run(folder, "mixed", "TP2xPP2", name="mixed, stages apart", machines=APART),
             _run(folder, "selves", "TP2xPP2", name="selves, all apart", machines=("a", "b", "c", "d")),
-            *(_run(folder, name, grid) for name in BROKEN for grid in ("TP2xPP2", "DP4")),
+            *(_run(folder, *case) for case in LONG_BROKEN),
+            *_stopped(folder, "text", "TP2xPP2"),
+            *_stopped(folder, "evaluation", "TP2xPP2"),
         ],
     }
     return {"short": 4, "two": 2, "one": 1, "four": 4}[launch], found[launch]()
@@ -174,10 +184,13 @@ def _in_parts(folder: Path, into: str, *steps: tuple[str, int | None]) -> Iterat
         yield _run(folder, "cold start", grid, name=f"{into}, {grid}", into=into, max_updates=updates)
 
 
-def _stopped(folder: Path, grid: str) -> Iterator[dict[str, Any]]:
-    """A run that one rank is asked to stop while the student writes, and the same command again."""
-    yield _run(folder, "cold start", grid, name="stopped", into="stopped", stop=STOP)
-    yield _run(folder, "cold start", grid, name="again", into="stopped")
+def _stopped(folder: Path, stage: str, grid: str) -> Iterator[dict[str, Any]]:
+    """A run that one rank is asked to stop in the middle of a stage, and the same command again."""
+    name = f"stopped in {stage}"
+    own = [f"text_cache={folder / name}"]
+    for suffix, options in (("", {"stop": STOPS[stage]}), (", again", {})):
+        found = _run(folder, "cold start", grid, name=name + suffix, into=name, **options)
+        yield {**found, "overrides": [*found["overrides"], *own]}
 
 
 def complaint(recipe: Path) -> str:
@@ -187,4 +200,3 @@ def complaint(recipe: Path) -> str:
     except MergeopdError as error:
         return f"{type(error).__name__}: {error}"
     raise AssertionError("nothing raised")
-

@@ -127,9 +127,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 def write_grid_job(folder: Path) -> Path:
     """Models, cards, prompts and one recipe file for each of `RECIPES` in `folder`, which comes back."""
     for seed, (name, (family, tied, rows, template)) in enumerate(MODELS.items()):
-        write_dense(
-            folder / name, family, tied=tied, vocab=rows, eos=EOS, seed=seed, layers=2, spread=0.25
-        )
+        write_dense(folder / name, family, tied=tied, vocab=rows, eos=EOS, seed=seed, layers=2, spread=0.25)
         _write_tokenizer(folder / name, template)
         card = {"card": 1, "name": name, "model": name}
         (folder / f"{name}.yaml").write_text(json.dumps(card))
@@ -160,7 +158,13 @@ def write_recipe(folder: Path, name: str, recipe: Mapping[str, Any]) -> Path:
             for domain, teachers in ROUTES.items()
         ],
         "rollout": {"max_new_tokens": 8},
-        "optimizer": {"lr": 3e-3, "warmup_updates": 2, "schedule": "cosine", "eps": 1e-6, "weight_decay": 0.1},
+        "optimizer": {
+            "lr": 3e-3,
+            "warmup_updates": 2,
+            "schedule": "cosine",
+            "eps": 1e-6,
+            "weight_decay": 0.1,
+        },
         "checkpoint": {"every": 2, "keep": 2},
         "text_cache": "texts",
         "output": "runs/unnamed",
@@ -239,4 +243,3 @@ def weights_gap(found: Path, expected: Path, start: Path) -> float:
     moved = math.sqrt(sum(float((b[n] - origin[n]).square().sum()) for n in b))
     apart = math.sqrt(sum(float((a[n] - b[n]).square().sum()) for n in b))
     return apart / moved
-
