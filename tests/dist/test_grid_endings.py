@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("megatron.core", reason="the extra mergeopd[megatron] is not installed")
 
 from grid_jobs import LONG_BROKEN, SHORT_BROKEN, complaint
-from grid_runs import gap, metrics, samples
+from grid_runs import assert_same_figures, metrics, samples
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's")
 
@@ -65,9 +65,7 @@ def test_a_request_to_one_rank_stops_all_in_the_middle_of_a_stage_and_they_go_on
     name = f"stopped in {stage}"
     assert told(launch)[name] == [f"Stopped: stopped by SIGTERM {rest}"] * 4
     assert told(launch)[f"{name}, again"] == [None] * 4
-    run = grid_folder / "runs" / name
-    for read in (metrics, samples):
-        assert gap(read(run), read(alone("cold start")), floor=1.0)[0] <= 1e-5
+    assert_same_figures(grid_folder / "runs" / name, alone("cold start"))
 
 
 @pytest.mark.long

@@ -36,7 +36,7 @@ LONG = (
 APART = ("m0", "m0", "m1", "m1")
 # A round meets every domain, and every prompt has one teacher: what is read can be counted.
 COUNTED: dict[str, Any] = {
-    "phases": [{"name": "merge", "updates": 3, "prompts_per_round": 12, "loss": "reverse_kl"}],
+    "phases": [{"name": "merge", "updates": 2, "prompts_per_round": 12, "loss": "reverse_kl"}],
     "prompts": [
         {"source": f"{domain}.jsonl", "domain": domain, "teachers": {next(iter(ROUTES[domain])): 1.0}}
         for domain in DOMAINS

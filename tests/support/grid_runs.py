@@ -39,6 +39,9 @@ ROUTES = {"left": {"one": 1.0, "two": 0.5}, "mid": {"three": 0.8}, "right": {"tw
 EVALUATED = {"left": ("b a", "i", "j c"), "mid": ("h", "a f"), "right": ("f e d", "c c")}
 # Right about as often as wrong, whoever writes.
 VERIFIER = {"kind": "regex", "pattern": "^[a-e]"}
+RELATIVE = 1e-5
+# Of the way that training went: AdamW makes whole steps of gradients that are hardly more than rounding.
+OF_THE_WAY = 1e-4
 
 # Every way through the engine: who writes, what is kept of teachers, what is asked before the update.
 COLD_START = {
@@ -64,7 +67,7 @@ MIXED = {
     "phases": [
         {
             "name": "mixed",
-            "updates": 6,
+            "updates": 4,
             "updates_per_round": 2,
             "prompts_per_round": 6,
             "loss": {"reverse_kl": 0.7, "outcome": 0.5, "sampled_reverse_kl": 0.4},
@@ -228,6 +231,20 @@ def gap(found: Any, expected: Any, *, floor: float, path: str = "") -> tuple[flo
         assert found == expected, (path, found, expected)
         return 0.0, path
     return max((gap(a, b, floor=floor, path=where) for where, a, b in pairs), default=(0.0, path))
+
+
+def assert_same_figures(found: Path, expected: Path) -> None:
+    """Metrics and samples of two runs to 1e-5 of their size, on the scale of 1 nat where they are smaller.
+
+    A difference of log-probabilities is known to float32's resolution of a logit, not to a share of itself.
+    Losses and gradient norms are. Samples are written with six digits, so the last one may differ by one.
+    """
+    for read, tolerance in ((metrics, RELATIVE), (samples, RELATIVE + 1e-5)):
+        difference, where = gap(read(found), read(expected), floor=1.0)
+        assert difference <= tolerance, (where, difference)
+    for key in ("loss", "grad_norm"):
+        for line, wanted in zip(metrics(found), metrics(expected), strict=True):
+            assert abs(line[key] - wanted[key]) <= RELATIVE * abs(wanted[key]), (key, line["update"])
 
 
 def weights_gap(found: Path, expected: Path, start: Path) -> float:
