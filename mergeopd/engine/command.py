@@ -47,33 +47,41 @@ def run_recipe(
             place = Place.of()
             alone = place.world == 1
             ranks = Alone() if alone else held.enter_context(open_ranks(place, grouped=True))
-            mine: list[Inputs] = []
-
-            def begin() -> bool:
-                """Take the run folder; False where there is nothing left to do."""
-                inputs = preflight(recipe, overrides)
-                _try_verifiers(inputs)
-                check_processes(inputs.plan, place.world)
-                folder = RunFolder(Path(inputs.plan.output))
-                # Before a lock is left in a stranger's folder.
-                folder.check(inputs.plan, inputs.files, allowed_changes)
-                held.enter_context(exclusive(folder.path))
-                folder.claim(inputs.plan, inputs.files, inputs.now, allowed_changes)
-                mine.append(inputs)
-                if folder.is_finished(inputs.plan):
-                    folder.show_finished(Console())
-                    return False
-                return True
-
-            if not ranks.first(begin):
+            inputs = begin(recipe, overrides, allowed_changes, ranks, held)
+            if inputs is None:
                 return
-            # The others read after the first has written when the run began, which templates may show.
-            inputs = mine[0] if mine else _same_inputs(recipe, overrides)
             if alone:
                 ranks = held.enter_context(
                     open_ranks(place, grouped=inputs.plan.student.backend == "megatron")
                 )
-        _run(inputs, RunFolder(Path(inputs.plan.output)), clock, max_updates, ranks)
+        go_on(inputs, clock, max_updates, ranks)
+
+
+def begin(
+    recipe: Path, overrides: Sequence[str], allowed_changes: Sequence[str], ranks: Ranks, held: ExitStack
+) -> Inputs | None:
+    """Take the run folder, until `held` is closed; None where there is nothing left to do. Collective."""
+    mine: list[Inputs] = []
+
+    def take() -> bool:
+        inputs = preflight(recipe, overrides)
+        _try_verifiers(inputs)
+        check_processes(inputs.plan, ranks.size)
+        folder = RunFolder(Path(inputs.plan.output))
+        # Before a lock is left in a stranger's folder.
+        folder.check(inputs.plan, inputs.files, allowed_changes)
+        held.enter_context(exclusive(folder.path))
+        folder.claim(inputs.plan, inputs.files, inputs.now, allowed_changes)
+        mine.append(inputs)
+        if folder.is_finished(inputs.plan):
+            folder.show_finished(Console())
+            return False
+        return True
+
+    if not ranks.first(take):
+        return None
+    # The others read after the first has written when the run began, which templates may show.
+    return mine[0] if mine else _same_inputs(recipe, overrides)
 
 
 def _same_inputs(recipe: Path, overrides: Sequence[str]) -> Inputs:
@@ -88,15 +96,18 @@ def _same_inputs(recipe: Path, overrides: Sequence[str]) -> Inputs:
     return inputs
 
 
-def _run(inputs: Inputs, folder: RunFolder, clock: Clock, max_updates: int | None, ranks: Ranks) -> None:
-    """Build the parts, go to where the folder stands, and on to the end."""
+def go_on(inputs: Inputs, clock: Clock, max_updates: int | None, ranks: Ranks) -> None:
+    """Build the parts, go to where the run folder stands, and on to the end. Collective.
+
+    A student on Megatron needs torch's default process group, which must be that of `ranks`.
+    """
     # torch and transformers take seconds to import: after all that can go wrong without them.
     from mergeopd.engine.build import build, pick_device
     from mergeopd.engine.checkpoint import restore
     from mergeopd.engine.loop import Merge
 
     _quiet_libraries()
-    interrupt = Interrupt()
+    interrupt, folder = Interrupt(), RunFolder(Path(inputs.plan.output))
     with console_reporter(Console()) if ranks.is_first else nullcontext(Reporters()) as console:
         with clock.stage("startup"):
             parts = build(inputs, pick_device(), ranks)

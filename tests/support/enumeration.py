@@ -26,7 +26,6 @@ from mergeopd.engine.scoring import score
 from mergeopd.engine.updating import UpdateStats, accumulate
 from mergeopd.ranks import Alone
 from mergeopd.report.events import Reporters
-from mergeopd.teacher.cache import HiddenCache
 from mergeopd.types import Rollout
 
 Gradients = dict[str, Tensor]
@@ -51,13 +50,16 @@ def engine_round(
     round_index: int = 0,
     sgd_lr: float = 0.0,
 ) -> list[tuple[dict[str, Tensor], UpdateStats]]:
-    """Raw gradient by parameter and statistics of every update; a step of gradient descent after each."""
+    """Raw gradient by parameter and statistics of every update; a step of gradient descent after each.
+
+    On a grid of processes, where it is collective, rank 0 has the gradients, and there is no step.
+    """
     phase, quiet = parts.plan.phases[0], Reporters()
     dialects = Dialects(parts.inputs.student, parts.inputs.teachers)
     found = outcomes(rollouts, verdicts or [None] * len(rollouts), phase)
     results = []
     work = parts.work(rollouts, round_index, phase.updates_per_round)
-    with HiddenCache(1 << 30, Path(parts.plan.output)) as cache:
+    with parts.hidden_cache(work, Path(parts.plan.output)) as cache:
         observed = Observed(cache, kept(phase.loss))
         if observed.kept is not None:
             score(parts, rollouts, work, cache, observed.kept, quiet)
@@ -68,7 +70,7 @@ def engine_round(
                 parts,
                 objective,
                 prepare(rollouts, update.rollouts, phase, done, dialects, found, before),
-                update.packs[0],
+                update.packs[parts.student.place.copy],
                 observed,
                 SampleTaker((), objective),
                 quiet,
@@ -76,6 +78,8 @@ def engine_round(
             gradients = {name: g.clone() for name, g in parts.student.gradients().items()}
             results.append((gradients, stats))
             parts.student.apply(0.0)
+            if not sgd_lr:
+                continue
             with torch.no_grad():
                 state = dict(parts.student.state())
                 for name, gradient in gradients.items():

@@ -64,25 +64,34 @@ class Case:
 
 
 def write_dense(
-    folder: Path, model_type: str, *, tied: bool, dtype: str = "float32", vocab: int = ROWS, eos: int = 2
+    folder: Path,
+    model_type: str,
+    *,
+    tied: bool,
+    dtype: str = "float32",
+    vocab: int = ROWS,
+    eos: int = 2,
+    seed: int = 5,
+    layers: int = 4,
+    spread: float = 0.15,
 ) -> Path:
     """A random model whose vectors (norms, biases) are not what they start with."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    torch.manual_seed(5)
+    torch.manual_seed(seed)
     config = AutoConfig.for_model(
         model_type,
         vocab_size=vocab,
         hidden_size=48,
         intermediate_size=40,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
         tie_word_embeddings=tied,
-        initializer_range=0.15,
+        initializer_range=spread,
         rms_norm_eps=1e-5,
         eos_token_id=eos,
         **({"head_dim": 16} if model_type == "qwen3" else {}),

@@ -1,0 +1,59 @@
+"""The launches of the worker for whole runs: each is made once, when the first test asks for it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("run_worker.py")
+DEADLINE_S = {"short": 300, "two": 600, "one": 300, "four": 1200}
+# Whose runs a launch goes on with.
+AFTER = {"one": "two", "four": "one"}
+
+
+@pytest.fixture(scope="session")
+def grid_folder(tmp_path_factory):
+    """Models, recipes, and in `runs` what came of them."""
+    from grid_jobs import write_recipes
+    from grid_runs import write_grid_job
+
+    folder = write_grid_job(tmp_path_factory.mktemp("grid"))
+    write_recipes(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def alone(grid_folder):
+    """The run folder of a recipe in one process."""
+    from grid_runs import run_alone
+
+    def run(name):
+        path = grid_folder / "runs" / f"{name}, torch"
+        if not path.exists():
+            run_alone(grid_folder / f"{name}.recipe.yaml", f"output={path}")
+        return path
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def told(grid_folder, tmp_path_factory):
+    """By job, what became of it on every rank of a launch: an error, or None."""
+    from grid_jobs import jobs
+    from ranks import run_ranks
+
+    done = {}
+
+    def launch(name):
+        if name not in done:
+            if name in AFTER:
+                launch(AFTER[name])
+            world, work = jobs(grid_folder, name)
+            place = tmp_path_factory.mktemp(name)
+            (place / "jobs.json").write_text(json.dumps(work))
+            outputs = run_ranks(WORKER, world, place, str(place / "jobs.json"), deadline_s=DEADLINE_S[name])
+            ranks = [json.loads(out.read_text()) for out in outputs]
+            done[name] = {job: [rank[job]["error"] for rank in ranks] for job in ranks[0]}
+        return done[name]
+
+    return launch

@@ -1,0 +1,111 @@
+"""One rank of runs on grids: the engine's own way from recipe to result, for one job after another.
+
+A job is a JSON object: `name`, `recipe`, `overrides`, and where wanted `max_updates`, `machines` (a name for
+every rank), `stop` ({"rank", "call", "module"}: who gets SIGTERM in which call to write of whom), `round` (a file of rollouts
+and verdicts: the gradient of one round instead of a run). What a rank tells of it lies in OUT.
+"""
+
+import datetime
+import json
+import os
+import signal
+import sys
+import traceback
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+warnings.filterwarnings("ignore")
+
+from mergeopd.engine import evaluate, texts, writing  # noqa: E402
+from mergeopd.engine.build import build  # noqa: E402
+from mergeopd.engine.clock import Clock  # noqa: E402
+from mergeopd.engine.command import begin, go_on  # noqa: E402
+from mergeopd.engine.preflight import preflight  # noqa: E402
+from mergeopd.errors import MergeopdError  # noqa: E402
+from mergeopd.ranks import Alone, Processes  # noqa: E402
+
+DEADLINE = datetime.timedelta(seconds=60)
+MODULES = {"writing": writing, "texts": texts, "evaluate": evaluate}
+
+
+def whole_run(job, ranks):
+    """`mergeopd run`, but for opening the group."""
+    with ExitStack() as held:
+        inputs = begin(Path(job["recipe"]), job["overrides"], (), ranks, held)
+        if inputs is not None:
+            go_on(inputs, Clock(), job.get("max_updates"), ranks)
+
+
+def stopping(module, at):
+    """A module's `generate`, with a signal to this process in the call number `at` (from 0)."""
+    true, calls = module.generate, []
+
+    def generate(*arguments, **options):
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        calls.append(None)
+        return true(*arguments, **options)
+
+    return mock.patch.object(module, "generate", generate)
+
+
+def one_round(job, ranks, out):
+    """The raw gradients of a round's updates, on rank 0."""
+    from enumeration import engine_round
+
+    rollouts, verdicts = torch.load(job["round"], weights_only=False)
+    parts = build(preflight(Path(job["recipe"]), job["overrides"]), torch.device("cpu"), ranks)
+    found = engine_round(parts, rollouts, verdicts)
+    torch.save([gradient for gradient, _ in found], out.with_name(f"{out.stem}.{job['name']}.gradients"))
+    return [stats.loss for _, stats in found]
+
+
+def told(job, rank, world, out):
+    """What became of a job on this rank."""
+    from megatron.core import parallel_state
+
+    machines = job.get("machines", ["here"] * world)
+    ranks = Alone() if world == 1 else Processes(machines[rank])
+    stop = job.get("stop", {"rank": None})
+    found = {"error": None}
+    try:
+        with ExitStack() as held:
+            if stop["rank"] == rank:
+                module = MODULES[stop.get("module", "writing")]
+                held.enter_context(stopping(module, stop["call"]))
+            if "round" in job:
+                found["losses"] = one_round(job, ranks, out)
+            else:
+                whole_run(job, ranks)
+    except MergeopdError as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    except Exception:
+        traceback.print_exc()
+        raise
+    finally:
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def main(rank, world, store, out, jobs):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=DEADLINE
+    )
+    found = {}
+    for job in json.loads(Path(jobs).read_text()):
+        print(job["name"], flush=True)
+        found[job["name"]] = told(job, rank, world, Path(out))
+        dist.barrier()
+    Path(out).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6])

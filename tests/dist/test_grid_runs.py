@@ -1,0 +1,91 @@
+"""Whole runs on gloo grids, from recipe to result, are those of one process: every figure, answer and weight."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+pytest.importorskip("megatron.core", reason="the extra mergeopd[megatron] is not installed")
+
+from grid_jobs import GRIDS, LONG, SHORT
+from grid_runs import MODELS, OF_THE_WAY, ROUTES, WORDS, assert_same_figures, lines, metrics, weights_gap
+
+from mergeopd.models.checkpoint import Checkpoint
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's")
+
+LAUNCH = {2: "two", 4: "four"}
+long = pytest.mark.long
+CASES = [*SHORT, *(pytest.param(*case, marks=long) for case in LONG)]
+
+
+def follows(folder, name, expected):
+    """A run's figures, student and result against those of another folder."""
+    found = folder / "runs" / name
+    assert_same_figures(found, expected)
+    assert weights_gap(found / "export", expected / "export", folder / "base") <= OF_THE_WAY
+    results = [run / "result.json" for run in (found, expected)]
+    if results[1].exists():
+        measured, wanted = (json.loads(path.read_text())["domains"] for path in results)
+        assert measured == wanted
+
+
+@pytest.mark.parametrize(("recipe", "grid"), CASES)
+def test_a_run_on_a_grid_is_that_of_one_process(grid_folder, alone, told, recipe, grid):
+    launch = "short" if (recipe, grid) in SHORT else LAUNCH[GRIDS[grid][2]]
+    name = f"{recipe}, {grid}"
+    assert told(launch)[name] == [None] * GRIDS[grid][2]
+    follows(grid_folder, name, alone(recipe))
+
+
+def stops(updates):
+    return f"Stopped: stopped by --updates after {updates} of 6 updates, all saved; the same command goes on"
+
+
+@pytest.mark.parametrize(
+    ("chain", "steps"),
+    [
+        ("short chain", (("short", "TP2xPP2", 2), ("short", "DP4", 4), ("short", "TP2xDP2", None))),
+        *(
+            pytest.param(*case, marks=long)
+            for case in (
+                ("plain chain", (("two", "TP2", 2), ("one", "alone", 4), ("four", "TP2xPP2", None))),
+                ("distributed chain", (("two", "DP2", 2), ("one", "alone", 4), ("four", "PP2xDP2", None))),
+            )
+        ),
+    ],
+)
+def test_a_run_goes_on_with_other_grids_as_if_it_were_one(grid_folder, alone, told, chain, steps):
+    for launch, grid, updates in steps:
+        end = None if updates is None else stops(updates)
+        assert told(launch)[f"{chain}, {grid}"] == [end] * GRIDS[grid][2]
+    follows(grid_folder, chain, alone("cold start"))
+    curve = [line["loss"] for line in metrics(grid_folder / "runs" / chain)]
+    assert curve == pytest.approx([line["loss"] for line in metrics(alone("cold start"))], rel=1e-6, abs=0)
+
+
+def test_processes_of_two_machines_read_each_byte_of_a_teacher_once(grid_folder, alone, told):
+    """Of each round: every body once over all ranks, the head's rows that both ranks of the last stage score."""
+    assert told("short")["stages apart"] == [None] * 4
+    follows(grid_folder, "stages apart", alone("counted"))
+    per_round = 0
+    for name in {next(iter(teachers)) for teachers in ROUTES.values()}:
+        checkpoint = Checkpoint.open(grid_folder / name)
+        sizes = {tensor: info.num_bytes for tensor, info in checkpoint.tensors.items()}
+        head = sizes.pop("lm_head.weight") if not MODELS[name][1] else sizes["model.embed_tokens.weight"]
+        per_round += sum(sizes.values()) + 4 * checkpoint.header_bytes
+        per_round += head // MODELS[name][2] * len(WORDS)
+    read = [
+        line["cost"]["teacher_bytes_read"]
+        for line in lines(grid_folder / "runs" / "stages apart" / "metrics.jsonl")
+    ]
+    assert read == [per_round, 2 * per_round]
+
+
+@long
+@pytest.mark.parametrize(("name", "recipe"), [("copies apart", "mixed"), ("selves, all apart", "selves")])
+def test_what_travels_between_machines_changes_nothing(grid_folder, alone, told, name, recipe):
+    assert told("four")[name] == [None] * 4
+    follows(grid_folder, name, alone(recipe))

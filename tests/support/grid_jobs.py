@@ -1,0 +1,202 @@
+"""What is run on which grid, and in which launch of the worker: many jobs in each, as a start takes seconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from grid_runs import DOMAINS, ROUTES, VERIFIER, run_alone, write_recipe
+
+from mergeopd.errors import MergeopdError
+
+# Tensor, pipeline, processes.
+GRIDS = {
+    "alone": (1, 1, 1),
+    "TP2": (2, 1, 2),
+    "PP2": (1, 2, 2),
+    "DP2": (1, 1, 2),
+    "TP2xPP2": (2, 2, 4),
+    "TP2xDP2": (2, 1, 4),
+    "PP2xDP2": (1, 2, 4),
+    "DP4": (1, 1, 4),
+    "TP2xPP2 sequence": (2, 2, 4),
+    "TP2xDP2 sequence": (2, 1, 4),
+}
+# Recipes on grids: in `make test`, and in `make test-dist`.
+SHORT = (("mixed", "TP2xDP2"), ("reduced", "PP2xDP2"))
+LONG = (
+    *(("cold start", grid) for grid in ("TP2", "DP2", "TP2xPP2", "TP2xDP2 sequence", "DP4")),
+    *(("mixed", grid) for grid in ("PP2", "DP2", "TP2xPP2", "PP2xDP2")),
+    *(("reduced", grid) for grid in ("TP2", "TP2xPP2 sequence", "DP4")),
+    *(("selves", grid) for grid in ("DP2", "TP2xPP2", "TP2xDP2")),
+)
+# Machines of the four ranks: both stages of TP2xPP2 apart, or both copies of TP2xDP2.
+APART = ("m0", "m0", "m1", "m1")
+# A round meets every domain, and every prompt has one teacher: what is read can be counted.
+COUNTED: dict[str, Any] = {
+    "phases": [{"name": "merge", "updates": 2, "prompts_per_round": 12, "loss": "reverse_kl"}],
+    "prompts": [
+        {"source": f"{domain}.jsonl", "domain": domain, "teachers": {next(iter(ROUTES[domain])): 1.0}}
+        for domain in DOMAINS
+    ],
+}
+REFUSING = "grid_jobs:refusing"
+_CARDS = {name: f"{name}.yaml" for name in ("one", "two", "three")}
+_MERGE = {"name": "p", "updates": 3, "prompts_per_round": 13, "loss": "reverse_kl"}
+_REWARDED = {
+    "phases": [{**_MERGE, "loss": {"reverse_kl": 1.0, "outcome": 1.0}}],
+    "rollout": {"max_new_tokens": 4, "samples_per_prompt": 2},
+}
+# Recipes that end with an error, by which teacher is another one than its name says.
+_STAND_INS = {
+    "NaN in a body": ("one", "nan_body"),
+    "NaN in a head": ("two", "nan_head"),
+    "uniform": ("two", "uniform"),
+    "canary": ("three", "stranger"),
+}
+BROKEN: dict[str, dict[str, Any]] = {
+    **{
+        name: {"phases": [_MERGE], "teachers": {**_CARDS, teacher: f"{card}.yaml"}}
+        for name, (teacher, card) in _STAND_INS.items()
+    },
+    "canary of a writer": {
+        "phases": [{**_MERGE, "text": "teacher"}],
+        "teachers": {**_CARDS, "three": "stranger.yaml"},
+    },
+    "verifier": {
+        **_REWARDED,
+        "allow_code": [REFUSING],
+        "prompts": [
+            {
+                "source": f"{domain}.jsonl",
+                "domain": domain,
+                "teachers": ROUTES[domain],
+                "verifier": {"kind": "user", "function": REFUSING} if domain == "mid" else VERIFIER,
+            }
+            for domain in DOMAINS
+        ],
+    },
+}
+SHORT_BROKEN = (("NaN in a body", "TP2xDP2"), ("verifier", "TP2xDP2"))
+LONG_BROKEN = (
+    *((name, "TP2xPP2") for name in BROKEN),
+    *((name, "DP4") for name in ("NaN in a head", "uniform", "canary of a writer")),
+)
+# Who gets SIGTERM, and in which call to write: while the student answers its third round, the fifth of the run;
+# while the second teacher writes; while the second expert is measured.
+STOPS = {
+    "rollout": {"rank": 1, "call": 2, "module": "writing"},
+    "text": {"rank": 3, "call": 1, "module": "texts"},
+    "evaluation": {"rank": 1, "call": 4, "module": "evaluate"},
+}
+
+
+def refusing(answer: str, reference: str | None) -> float:
+    """A verifier that trips over one prompt's answers."""
+    if reference == "j":
+        raise RuntimeError("cannot read this")
+    return float(len(answer) % 2)
+
+
+def write_recipes(folder: Path) -> None:
+    """All recipes of this module, beside the job's models."""
+    write_recipe(folder, "counted", COUNTED)
+    for name, recipe in BROKEN.items():
+        write_recipe(folder, name, recipe)
+    _write_bad_teachers(folder)
+
+
+def _write_bad_teachers(folder: Path) -> None:
+    """`two` with NaN in a layer or the head, and with an idle head; `three` with another one's card."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    for name, source, tensor, value in (
+        ("nan_body", "one", "model.layers.1.mlp.down_proj.weight", torch.nan),
+        ("nan_head", "two", "lm_head.weight", torch.nan),
+        ("uniform", "two", "lm_head.weight", 0.0),
+    ):
+        shutil.copytree(folder / source, folder / name)
+        weights = load_file(folder / name / "model.safetensors")
+        weights[tensor][:3] = value
+        if name == "uniform":
+            weights[tensor][:] = value
+        save_file(weights, folder / name / "model.safetensors", metadata={"format": "pt"})
+        (folder / f"{name}.yaml").write_text(json.dumps({"card": 1, "name": name, "model": name}))
+    canary = {"prompt": "a b", "response": "c d", "logprobs": [-0.01, -9.0]}
+    card = {"card": 1, "name": "stranger", "model": "three", "canary": canary}
+    (folder / "stranger.yaml").write_text(json.dumps(card))
+
+
+def jobs(folder: Path, launch: str) -> tuple[int, list[dict[str, Any]]]:
+    """The number of processes of a launch, and what they do one after another (see `run_worker.py`)."""
+    found = {
+        "short": lambda: [
+            *(_run(folder, *case) for case in SHORT),
+            *_in_parts(folder, "short chain", ("TP2xPP2", 2), ("DP4", 2), ("TP2xDP2", None)),
+            _run(folder, "counted", "TP2xPP2", name="stages apart", machines=APART),
+            *(_run(folder, *case) for case in SHORT_BROKEN),
+            *_stopped(folder, "rollout", "TP2xPP2"),
+        ],
+        "two": lambda: [
+            *(_run(folder, *case) for case in LONG if GRIDS[case[1]][2] == 2),
+            *_in_parts(folder, "plain chain", ("TP2", 2)),
+            *_in_parts(folder, "distributed chain", ("DP2", 2)),
+        ],
+        "one": lambda: [
+            *_in_parts(folder, "plain chain", ("alone", 2)),
+            *_in_parts(folder, "distributed chain", ("alone", 2)),
+        ],
+        "four": lambda: [
+            *(_run(folder, *case) for case in LONG if GRIDS[case[1]][2] == 4),
+            *_in_parts(folder, "plain chain", ("TP2xPP2", None)),
+            *_in_parts(folder, "distributed chain", ("PP2xDP2", None)),
+            _run(folder, "mixed", "TP2xDP2", name="copies apart", machines=APART),
+            _run(folder, "selves", "TP2xPP2", name="selves, all apart", machines=("a", "b", "c", "d")),
+            *(_run(folder, *case) for case in LONG_BROKEN),
+            *_stopped(folder, "text", "TP2xPP2"),
+            *_stopped(folder, "evaluation", "TP2xPP2"),
+        ],
+    }
+    return {"short": 4, "two": 2, "one": 1, "four": 4}[launch], found[launch]()
+
+
+def _run(folder: Path, recipe: str, grid: str, name: str = "", **options: Any) -> dict[str, Any]:
+    """`recipe` on `grid`, into `runs/NAME` or, with `into`, another one's folder."""
+    name = name or f"{recipe}, {grid}"
+    tensor, pipeline, _ = GRIDS[grid]
+    parallel = {"tensor": tensor, "pipeline": pipeline, "sequence": "sequence" in grid}
+    overrides = [
+        "student.backend=megatron",
+        f"student.parallel={json.dumps(parallel)}",
+        f"output={folder / 'runs' / options.pop('into', name)}",
+    ]
+    return {"name": name, "recipe": str(folder / f"{recipe}.recipe.yaml"), "overrides": overrides, **options}
+
+
+def _in_parts(folder: Path, into: str, *steps: tuple[str, int | None]) -> Iterator[dict[str, Any]]:
+    """One run of `cold start` that goes on with another grid after so many updates."""
+    for grid, updates in steps:
+        yield _run(folder, "cold start", grid, name=f"{into}, {grid}", into=into, max_updates=updates)
+
+
+def _stopped(folder: Path, stage: str, grid: str) -> Iterator[dict[str, Any]]:
+    """A run that one rank is asked to stop in the middle of a stage, and the same command again."""
+    name = f"stopped in {stage}"
+    own = [f"text_cache={folder / name}"]
+    for suffix, options in (("", {"stop": STOPS[stage]}), (", again", {})):
+        found = _run(folder, "cold start", grid, name=name + suffix, into=name, **options)
+        yield {**found, "overrides": [*found["overrides"], *own]}
+
+
+def complaint(recipe: Path) -> str:
+    """What a recipe that cannot go well says in one process."""
+    try:
+        run_alone(recipe, f"output={recipe.parent / 'runs' / recipe.stem}")
+    except MergeopdError as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("nothing raised")
