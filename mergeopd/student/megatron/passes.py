@@ -128,6 +128,6 @@ def _raise_together(failures: Sequence[str]) -> None:
     """NumericsError on all ranks when one has a failure, with the first one's words."""
     everyone: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, failures[0] if failures else None)
-    for rank, failure in enumerate(everyone):
-        if failure is not None:
-            raise NumericsError(f"rank {rank}: {failure}")
+    failure = next((words for words in everyone if words is not None), None)
+    if failure is not None:
+        raise NumericsError(failure)
