@@ -1,0 +1,53 @@
+"""A teacher's tokenizer for aligning: texts to ids, and what the ids stand for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import tokenizers
+
+from mergeopd.align.inversion import without_prefix
+from mergeopd.align.token_bytes import TokenBytes
+
+Encode = Callable[[Sequence[str]], Sequence[Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class ByteTokenizer:
+    """Texts to ids, many at a time, and the bytes of the ids.
+
+    `encode` adds no special tokens and recognises none: what a student wrote is text, even where it looks
+    like the mark that ends a teacher's turn. `encode_inside` is the same as `encode` in the middle of a text:
+    no space is put before it.
+    """
+
+    tokens: TokenBytes
+    encode: Encode
+    encode_inside: Encode
+
+    @classmethod
+    def of(cls, tokenizer: tokenizers.Tokenizer, name: str) -> ByteTokenizer:
+        """From a tokenizer of the tokenizers library, which stays as it is.
+
+        Raises:
+            TokenizerError: its tokens cannot be turned back into bytes.
+        """
+        tokens = TokenBytes.from_tokenizer(tokenizer, name)
+        state = tokenizer.to_str()
+        encode = _encoder(state)
+        inside = _encoder(json.dumps(without_prefix(json.loads(state)))) if tokens.prefix else encode
+        return cls(tokens, encode, inside)
+
+
+def _encoder(state: str) -> Encode:
+    backend = tokenizers.Tokenizer.from_str(state)
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+
+    def encode(texts: Sequence[str]) -> Sequence[Sequence[int]]:
+        return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    return encode
