@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -48,9 +48,9 @@ class Alignment:
 
 @dataclass(frozen=True, slots=True)
 class EndTokens:
-    """The student's ids that end an answer, and the teacher's own."""
+    """The ids that end a student's answer, its own before others, and the one that ends the teacher's."""
 
-    student: Collection[int]
+    student: Sequence[int]
     teacher: int
 
 

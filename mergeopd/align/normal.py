@@ -6,6 +6,7 @@ import sys
 import unicodedata
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +45,7 @@ def normalised(text: str, form: NormalForm) -> Normalised:
     with what stands before it (Unicode Standard Annex 15, normalization contexts).
     """
     cuts = [i for i, character in enumerate(text) if i == 0 or _begins(character, form)]
-    stretches = [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+    stretches = [text[a:b] for a, b in pairwise([*cuts, len(text)])]
     normal = [unicodedata.normalize(form, stretch) for stretch in stretches]
     return Normalised(
         "".join(normal).encode(),
