@@ -58,7 +58,7 @@ class TokenBytes:
         state = json.loads(text)
         rules = read_inversion(state, name)
         added = {token["id"]: token for token in state["added_tokens"]}
-        vocab = tokenizer.get_vocab(with_added_tokens=True)
+        vocab = _vocabulary(state)
         kind = np.full(max(vocab.values(), default=-1) + 1, UNUSED, np.uint8)
         pieces = [b""] * len(kind)
         plain = {written: i for written, i in vocab.items() if i not in added}
@@ -191,6 +191,13 @@ def _pieces(written: Sequence[str], rules: Inversion) -> list[bytes]:
     for i in np.unique(np.searchsorted(ends, np.flatnonzero(values < 0), side="right")).tolist():
         pieces[i] = written[i].encode()
     return pieces
+
+
+def _vocabulary(state: Mapping[str, Any]) -> dict[str, int]:
+    """Every written token and its id. Unigram lists tokens in the order of their ids."""
+    listed = state["model"]["vocab"]
+    model = {row[0]: i for i, row in enumerate(listed)} if isinstance(listed, list) else listed
+    return {**model, **{token["content"]: token["id"] for token in state["added_tokens"]}}
 
 
 def _byte_tokens(vocab: Mapping[str, int]) -> Iterable[tuple[int, bytes]]:
