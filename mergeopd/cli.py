@@ -1,4 +1,4 @@
-"""The command line: `mergeopd run | check | eval | report | schema | new`.
+"""The command line: `mergeopd run | check | eval | report | schema | tokenizers | new`.
 
 Exit codes: 0 good; 2 the recipe or the command's arguments are wrong; 3 stopped on request (SIGTERM, Ctrl-C)
 with everything saved; 130 interrupted at once (second Ctrl-C); 1 anything else.
@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -41,6 +41,8 @@ SetOption = Annotated[
         "--set", metavar="KEY=VALUE", help="Override a value, e.g. optimizer.lr=2e-6. May be repeated."
     ),
 ]
+
+_LARGE_TEXT = 1 << 20  # bytes; more takes longer than a person expects
 
 
 def _version(value: bool) -> None:
@@ -196,6 +198,33 @@ def schema(
     from mergeopd.recipe.jsonschema import card_schema, recipe_schema
 
     typer.echo(json.dumps(card_schema() if card else recipe_schema(), indent=2))
+
+
+@app.command()
+def tokenizers(
+    a: Annotated[str, typer.Argument(metavar="A", help="Tokenizer folder, or a hub id in the local cache.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text in UTF-8 to measure on; default: a short sample."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Compare two tokenizers: shared tokens, how their cuts of a text meet, special tokens, templates.
+
+    Example: mergeopd tokenizers experts/base experts/sort --text README.md
+    """
+    from rich.console import Console
+
+    from mergeopd.engine.tokenizer_pair import compare_tokenizers
+
+    large = text is not None and text.is_file() and text.stat().st_size > _LARGE_TEXT
+    with _waiting(f"Reading {text} with both") if large else nullcontext():
+        pair = compare_tokenizers(a, b, text)
+    if as_json:
+        typer.echo(json.dumps(pair.document(), indent=2))
+    else:
+        Console().print(pair)
 
 
 new = typer.Typer(

@@ -74,6 +74,11 @@ class Tokenizer:
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The tokenizer of the tokenizers library, declared tokens included; not to be changed."""
+        return self._backend
+
     def difference(self, other: Tokenizer) -> str | None:
         """None when both map every text to the same ids; otherwise a sentence that says where they part.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import typer
+from byte_tokenizers import byte_level
 
 from mergeopd import __version__
 from mergeopd.cli import app, main
@@ -397,3 +398,22 @@ def test_completion_knows_the_commands() -> None:
     asked = {"_MERGEOPD_COMPLETE": "complete_bash", "COMP_WORDS": "mergeopd new ", "COMP_CWORD": "2"}
     done = subprocess.run([script], env={**os.environ, **asked}, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["recipe", "teacher"]
+
+
+def test_tokenizers_are_compared(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "own"
+    folder.mkdir()
+    byte_level().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    (tmp_path / "some.txt").write_text("hello 1\n")
+    code, out, err = command("tokenizers", "own", "own", "--text", "some.txt", "--json")
+    document = json.loads(out)
+    assert (code, err, document["difference"]) == (0, "", None)
+    assert document["coverage"][0]["num_writer"] == 5  # he|ll|o| 1|newline
+    code, out, err = command("tokenizers", "own", "own", "--text", "some.txt")
+    assert (code, err) == (0, "")
+    assert "Both give every text the same ids: a teacher needs no bridge." in out
+    code, out, err = command("tokenizers", "own", "owl")
+    assert (code, out) == (2, "")
+    assert err == "B\n    unknown tokenizer folder 'owl'; did you mean 'own'?\n\n1 problem.\n"

@@ -18,3 +18,9 @@ print(*sorted(heavy & sys.modules.keys()))
 def test_no_heavy_library_is_loaded() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_aligning_needs_neither_torch_nor_transformers() -> None:
+    code = "import sys, mergeopd.align.vocab; print(*sorted({'torch', 'transformers'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -1,0 +1,87 @@
+"""How far a teacher's tokens give back the text they were made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mergeopd.align.normal import normalised
+from mergeopd.align.token_bytes import ADDED, UNKNOWN, TokenBytes
+
+Ints = NDArray[np.int64]
+_SPACE = 0x20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Agreement:
+    """Where the teacher's tokens that stand for text end in the student's text, and up to where they may.
+
+    Places are counted `scale` times: twice for a text that was brought to a normal form, so that inside what
+    this changed there is a place (an odd one) at which no token of the student can end. `whole`: all of the
+    text is given back.
+    """
+
+    ends: Ints  # [tokens with bytes]
+    limit: int
+    scale: int
+    whole: bool
+
+
+def agreement(text: str, ids: Sequence[int], teacher: TokenBytes) -> Agreement:
+    """Compare a text with what its tokens stand for, where these are not simply equal.
+
+    Tokens agree up to the first byte that differs from the text's normal form, and before the first unknown
+    token. Tokenizers that put a space before every piece of text between added tokens are read with and
+    without these.
+    """
+    own = text.encode()
+    form = None if teacher.normal is None else normalised(text, teacher.normal)
+    expected = np.frombuffer(own if form is None else form.content, np.uint8)
+    ids_T = np.array(ids, np.int64)
+    best = max(
+        (_compared(expected, ids_T, widths, teacher) for widths in _readings(ids_T, teacher)),
+        key=lambda found: found[1],
+    )
+    ends, common, whole = best
+    ends = ends[teacher.widths[ids_T] > 0]
+    if form is None:
+        return Agreement(ends, common, 1, whole)
+    limit = int(form.places(np.array([common]))[0])
+    return Agreement(form.places(ends), limit, 2, whole)
+
+
+def _readings(ids: Ints, teacher: TokenBytes) -> Iterator[Ints]:
+    """How many bytes each token stands for, with spaces that encoding may have put before it taken off."""
+    widths = teacher.widths[ids]
+    yield widths
+    if not teacher.prefix or not len(ids):
+        return
+    wide = np.flatnonzero(widths)
+    begins = np.zeros(len(ids), bool)
+    begins[wide] = teacher.flat[teacher.starts[ids[wide]]] == _SPACE
+    begins &= teacher.kind[ids] != ADDED
+    after_added = np.concatenate([[True], teacher.kind[ids[:-1]] == ADDED])
+    first = np.arange(len(ids)) == 0
+    yield widths - (begins & first)
+    yield widths - (begins & after_added)
+
+
+def _compared(
+    expected: NDArray[np.uint8], ids: Ints, widths: Ints, teacher: TokenBytes
+) -> tuple[Ints, int, bool]:
+    """Ends of the tokens, how many bytes agree, and whether all do."""
+    ends = np.cumsum(widths)
+    full = teacher.widths[ids]
+    taken_off = (np.cumsum(full) - full)[widths < full]
+    given = np.delete(teacher.joined(ids), taken_off)
+    length = min(len(given), len(expected))
+    differing = given[:length] != expected[:length]
+    common = int(differing.argmax()) if differing.any() else length
+    whole = common == len(given) == len(expected)
+    unknown = np.flatnonzero(teacher.kind[ids] == UNKNOWN)
+    if len(unknown):
+        common, whole = min(common, int(ends[unknown[0]])), False
+    return ends, common, whole

@@ -1,0 +1,212 @@
+"""Answers of a student as a teacher's tokenizer reads them, and which tokens cover the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mergeopd.align.agreement import agreement
+from mergeopd.align.encoding import Encode
+from mergeopd.align.groups import Closed, Ends, close_groups
+from mergeopd.align.sides import Side
+from mergeopd.align.token_bytes import TokenBytes
+
+Ints = NDArray[np.int64]
+
+
+class Unaligned(StrEnum):
+    """Why a token of the student is in no group."""
+
+    NO_TEXT = "no text"  # a special token inside the answer, or a space that decoding takes away
+    INTERRUPTED = "interrupted"  # in a group with a special token inside, which the other side never saw
+    NOT_UTF8 = "not UTF-8"  # behind the first byte that begins no whole character
+    ROUND_TRIP = "round trip"  # behind the place up to which the teacher's tokens give the text back
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Alignment:
+    """One answer on both sides.
+
+    `teacher_ids` is the answer in the teacher's tokens, as far as groups reach; where the student ended it,
+    it ends with the teacher's own end token. Group g is the student's tokens `student_starts[g]` to
+    `student_stops[g] - 1`, counted in the answer, and the teacher's likewise. Groups are in order, do not
+    overlap, have tokens on both sides and cover the same bytes of the text; the end tokens are a group of
+    their own. `unaligned` counts the student's tokens that are in no group; it has no zeros.
+    """
+
+    teacher_ids: Ints  # [T]
+    student_starts: Ints  # [G]
+    student_stops: Ints
+    teacher_starts: Ints
+    teacher_stops: Ints
+    unaligned: Mapping[Unaligned, int]
+
+
+@dataclass(frozen=True, slots=True)
+class EndTokens:
+    """The ids that end a student's answer, its own before others, and the one that ends the teacher's."""
+
+    student: Sequence[int]
+    teacher: int
+
+
+def align(
+    answers: Sequence[Sequence[int]],
+    student: TokenBytes,
+    teacher: TokenBytes,
+    encode: Encode,
+    ends: EndTokens,
+) -> list[Alignment]:
+    """Have the teacher's tokenizer read the student's answers, and group the tokens of both by bytes.
+
+    The text of an answer is what the student's tokens stand for, canonical or not, without special tokens;
+    where decoding takes a leading space away, without that. It is encoded on its own, never together with a
+    prompt, so no token lies across the seam. An id of `ends.student` at the end of an answer is no text, but
+    its end; one that is followed by more is a special token like others. Bytes that are not UTF-8 end what
+    is aligned, and so does the place from which on the teacher's tokens do not give the text back. For a
+    teacher that normalises text, "give back" means its normal form, and groups close only where the text and
+    its normal form agree on a place.
+
+    `encode` adds no special tokens and recognises none in the text (`ByteTokenizer.encode`).
+
+    Raises:
+        TokenizerError: an id is not in its tokenizer.
+    """
+    if not answers:
+        return []
+    own_end_ids = frozenset(ends.student)
+    own = Side.of(answers, [len(a) > 0 and int(a[-1]) in own_end_ids for a in answers], student)
+    texts = [_Text.of(own.bytes_of(row), student.strip) for row in range(len(answers))]
+    encoded = _encoded([text.text for text in texts], encode)
+    ended = [bool(end) and text.whole for end, text in zip(own.ended, texts, strict=True)]
+    theirs = [[*ids, ends.teacher] if end else ids for ids, end in zip(encoded, ended, strict=True)]
+    other = Side.of(theirs, ended, teacher)
+    matched = _matched(texts, own, other, encoded, teacher)
+    closed = close_groups(Ends(matched.own, own.rows), Ends(matched.other, other.rows), matched.limits)
+    return _assembled(closed, own, other, theirs, matched.broken)
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """The part of an answer that is text. `dropped` leading bytes belong to no text."""
+
+    text: str
+    num_bytes: int
+    dropped: int
+    whole: bool
+
+    @classmethod
+    def of(cls, content: bytes, strip: bool) -> _Text:
+        dropped = int(strip and content[:1] == b" ")
+        content = content[dropped:]
+        try:
+            return cls(content.decode(), len(content), dropped, True)
+        except UnicodeDecodeError as error:
+            return cls(content[: error.start].decode(), error.start, dropped, False)
+
+
+def _encoded(texts: Sequence[str], encode: Encode) -> list[Sequence[int]]:
+    """The teacher's ids; an empty text has none, whatever a tokenizer would put before it."""
+    asked = [i for i, text in enumerate(texts) if text]
+    ids: list[Sequence[int]] = [()] * len(texts)
+    for i, found in zip(asked, encode([texts[i] for i in asked]) if asked else (), strict=True):
+        ids[i] = found
+    return ids
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Matched:
+    """Ends of both sides in the places of one text, the last place of each, and what broke it off."""
+
+    own: Ints
+    other: Ints
+    limits: Ints
+    broken: list[Unaligned | None]
+
+
+def _matched(
+    texts: Sequence[_Text],
+    own: Side,
+    other: Side,
+    encoded: Sequence[Sequence[int]],
+    teacher: TokenBytes,
+) -> _Matched:
+    own_ends, other_ends = own.ends.copy(), other.ends.copy()
+    limits = np.empty(len(texts), np.int64)
+    broken: list[Unaligned | None] = []
+    for row, text in enumerate(texts):
+        here, there = slice(*own.rows[row : row + 2]), slice(*other.rows[row : row + 2])
+        if text.dropped:
+            own_ends[here] -= text.dropped
+        whole, limit = True, text.num_bytes
+        behind = _read_behind(text, own, other, row, teacher)
+        if behind is not None:
+            other_ends[there] -= behind
+        else:
+            found = agreement(text.text, encoded[row], teacher)
+            own_ends[here] *= found.scale
+            other_ends[there][: len(found.ends)] = found.ends
+            whole, limit = found.whole, found.limit
+        broken.append(Unaligned.ROUND_TRIP if not whole else None if text.whole else Unaligned.NOT_UTF8)
+        # The end is one place behind the text, or nowhere where something is missing before it.
+        end = limit + 1 if broken[-1] is None else 0
+        if own.ended[row]:
+            own_ends[own.rows[row + 1] - 1] = end
+        if other.ended[row]:
+            other_ends[other.rows[row + 1] - 1] = end
+        limits[row] = max(limit, end)
+    return _Matched(own_ends, other_ends, limits, broken)
+
+
+def _read_behind(text: _Text, own: Side, other: Side, row: int, teacher: TokenBytes) -> int | None:
+    """How many bytes before the text the teacher's tokens begin; None where they are not simply the text."""
+    begin = own.byte_rows[row] + text.dropped
+    expected, given = own.content[begin : begin + text.num_bytes], other.bytes_of(row)
+    if given == expected:
+        return 0
+    return 1 if teacher.prefix and expected and given == b" " + expected else None
+
+
+def _assembled(
+    closed: Closed,
+    own: Side,
+    other: Side,
+    theirs: Sequence[Sequence[int]],
+    broken: Sequence[Unaligned | None],
+) -> list[Alignment]:
+    """Groups in the tokens of the answers as they are, without those that a special token lies in."""
+    num, sides = len(theirs), []
+    whole = np.ones(len(closed.row), bool)
+    for side, starts, stops in (
+        (own, closed.student_starts, closed.student_stops),
+        (other, closed.teacher_starts, closed.teacher_stops),
+    ):
+        is_end = np.zeros(len(side.where), bool)
+        is_end[side.last] = True
+        starts = np.where(is_end[stops - 1], stops - 1, starts)  # an end swallows no text
+        placed = side.where[starts], side.where[stops - 1] + 1
+        whole &= placed[1] - placed[0] == stops - starts
+        sides.append((*placed, stops - starts))
+    (student_starts, student_stops, sizes), (teacher_starts, teacher_stops, _) = sides
+    aligned = np.bincount(closed.row[whole], sizes[whole], num).astype(np.int64)
+    interrupted = np.bincount(closed.row[~whole], sizes[~whole], num).astype(np.int64)
+    no_text = own.lengths - np.diff(own.rows)
+    rest = own.lengths - aligned - interrupted - no_text
+    bounds = np.searchsorted(closed.row[whole], np.arange(num + 1))
+    arrays = [array[whole] for array in (student_starts, student_stops, teacher_starts, teacher_stops)]
+    result = []
+    for row, reason in enumerate(broken):
+        mine = slice(bounds[row], bounds[row + 1])
+        starts_S, stops_S, starts_T, stops_T = (array[mine] for array in arrays)
+        used = int(stops_T[-1]) if len(stops_T) else 0
+        counts = {Unaligned.NO_TEXT: int(no_text[row]), Unaligned.INTERRUPTED: int(interrupted[row])}
+        why = reason or Unaligned.NO_TEXT
+        counts[why] = counts.get(why, 0) + int(rest[row])
+        ids = np.array(theirs[row][:used], np.int64)
+        unaligned = {key: count for key, count in counts.items() if count}
+        result.append(Alignment(ids, starts_S, stops_S, starts_T, stops_T, unaligned))
+    return result

@@ -1,0 +1,76 @@
+"""Groups of tokens that cover the same bytes: they close where tokens of both sides end at one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ends:
+    """Where the tokens of R texts end, on one side.
+
+    Token n of text r, `rows[r] <= n < rows[r + 1]`, ends at `ends[n]`, counted from the text's beginning and
+    never before the token ahead of it.
+    """
+
+    ends: Ints  # [N]
+    rows: Ints  # [R + 1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Closed:
+    """G groups of all texts in order: tokens `starts[g]` to `stops[g] - 1` of each side, of text `row[g]`."""
+
+    row: Ints  # [G]
+    student_starts: Ints
+    student_stops: Ints
+    teacher_starts: Ints
+    teacher_stops: Ints
+
+
+def close_groups(student: Ends, teacher: Ends, limits: Ints) -> Closed:
+    """Cut the texts wherever a token of both sides ends, in linear time and without a loop over tokens.
+
+    `limits` `[R]`: the last place of each text at which a group may close. Tokens that end at 0 stand for no
+    text yet and belong to the first group. What lies behind the last common end is in no group: it is never
+    forced into one. Unlike an alignment by text, nothing a token looks like matters, so pieces of one
+    character, different cuts of a number and a BOS on one side only are no special cases (TRL issues 4392
+    and 4393 are about aligners that decode).
+    """
+    bases = np.zeros(len(limits) + 1, np.int64)
+    np.cumsum(limits + 1, out=bases[1:])
+    ends, may_close = zip(*(_places(side, bases, limits) for side in (student, teacher)), strict=True)
+    stops = _common(ends, may_close, int(bases[-1]))
+    row = np.searchsorted(bases, ends[0][stops[0] - 1], side="right") - 1
+    starts = []
+    for side, stop in zip((student, teacher), stops, strict=True):
+        before = np.zeros_like(stop)
+        before[1:] = stop[:-1]
+        starts.append(np.maximum(before, side.rows[row]))
+    return Closed(row, starts[0], stops[0], starts[1], stops[1])
+
+
+def _places(side: Ends, bases: Ints, limits: Ints) -> tuple[Ints, NDArray[np.bool_]]:
+    """Ends counted from the beginning of all texts, and whether a group may close there."""
+    lengths = np.diff(side.rows)
+    may_close = side.ends > 0
+    may_close &= side.ends <= np.repeat(limits, lengths)
+    return side.ends + np.repeat(bases[:-1], lengths), may_close
+
+
+def _common(ends: tuple[Ints, ...], may_close: tuple[NDArray[np.bool_], ...], size: int) -> tuple[Ints, Ints]:
+    """One past the tokens, on each side, that end where one of the other side does."""
+    marked = np.zeros(size, bool)
+    marked[ends[1][may_close[1]]] = True
+    closing = may_close[0].copy()
+    closing[closing] = marked[ends[0][closing]]
+    marked[:] = False
+    marked[ends[0][closing]] = True
+    other = may_close[1].copy()
+    other[other] = marked[ends[1][other]]
+    return np.flatnonzero(closing) + 1, np.flatnonzero(other) + 1

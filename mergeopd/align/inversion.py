@@ -1,0 +1,168 @@
+"""Whether tokens can be turned back into the bytes that they were read from, and how.
+
+Read from the tokenizers library's own JSON (`Tokenizer.to_str()`). What is not known to be invertible is
+refused: a guess would shift every later token of an answer without a sound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NoReturn, cast
+
+from mergeopd.errors import TokenizerError
+
+NormalForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
+_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
+# Pre-tokenizers that cut and change nothing. Split and Punctuation do so unless they remove what they find.
+_CUTS = ("Digits", "UnicodeScripts", "FixedLength", "Split", "Punctuation")
+_REFUSED_NORMALIZERS = {
+    "Precompiled": "replaces characters by a table of its own (SentencePiece's nmt_nfkc or the like)",
+    "Lowercase": "lowers case",
+    "BertNormalizer": "changes characters, spaces or case",
+    "StripAccents": "takes accents away",
+    "Strip": "takes spaces away",
+    "Nmt": "changes control characters and spaces",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Inversion:
+    """How written tokens stand for bytes.
+
+    `byte_level`: every character is a byte in GPT-2's alphabet. `space`: the character written for a space.
+    `byte_fallback`: "<0xEE>" is one byte. `normal`: text is brought to this Unicode form before it is cut.
+    `prefix`: encoding may put a space before the text. `strip`: decoding takes one leading space away.
+    """
+
+    byte_level: bool = False
+    space: str | None = None
+    byte_fallback: bool = False
+    normal: NormalForm | None = None
+    prefix: bool = False
+    strip: bool = False
+
+
+def read_inversion(state: Mapping[str, Any], name: str) -> Inversion:
+    """The rules of a tokenizer. Raises TokenizerError naming the part that cannot be inverted."""
+    rules = Inversion()
+    for step in _steps(state["normalizer"]):
+        rules = _after_normalizer(rules, step, name)
+    for step in _steps(state["pre_tokenizer"]):
+        rules = _after_pre_tokenizer(rules, step, name)
+    rules = _after_model(rules, state["model"], name)
+    for step in _steps(state["decoder"]):
+        rules = _after_decoder(rules, step, name)
+    if rules.byte_level and rules.space is not None:
+        _refuse(name, f"writes bytes as characters and spaces as {rules.space!r} at once")
+    return rules
+
+
+def without_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The same tokenizer as it reads text in the middle of a sentence: no space is put before it."""
+
+    def changed(part: Any) -> Any:
+        if isinstance(part, list):
+            return [changed(item) for item in part if not _prepends(item)]
+        if not isinstance(part, dict):
+            return part
+        kept = {key: changed(value) for key, value in part.items()}
+        if kept.get("type") == "Metaspace":
+            kept["prepend_scheme"] = "never"
+        elif kept.get("type") == "ByteLevel":
+            kept["add_prefix_space"] = False
+        return kept
+
+    normalizer = state["normalizer"]
+    return {
+        **state,
+        "normalizer": None if _prepends(normalizer) else changed(normalizer),
+        "pre_tokenizer": changed(state["pre_tokenizer"]),
+    }
+
+
+def _prepends(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "Prepend"
+
+
+def _steps(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """The parts of a pipeline in order, sequences taken apart."""
+    if part is None:
+        return
+    if part["type"] != "Sequence":
+        yield part
+        return
+    for key in ("normalizers", "pretokenizers", "decoders"):
+        for step in part.get(key, ()):
+            yield from _steps(step)
+
+
+def _after_normalizer(rules: Inversion, step: Mapping[str, Any], name: str) -> Inversion:
+    kind = step["type"]
+    if kind in _FORMS:
+        if rules.normal not in (None, kind):
+            _refuse(name, f"the normalizer brings text to {rules.normal} and to {kind}")
+        return replace(rules, normal=cast(NormalForm, kind))
+    if kind == "ByteLevel":
+        return replace(rules, byte_level=True)
+    if kind == "Prepend":
+        if step["prepend"] not in (" ", "▁", rules.space):
+            _refuse(name, f"the normalizer writes {step['prepend']!r} before every text")
+        return replace(rules, prefix=True)
+    if kind == "Replace":
+        if step["pattern"] != {"String": " "} or len(step["content"]) != 1:
+            _refuse(name, f"the normalizer replaces {step['pattern']} by {step['content']!r}")
+        return _with_space(rules, step["content"], name)
+    return _refuse(name, f"the normalizer {kind} {_REFUSED_NORMALIZERS.get(kind, 'is not known')}")
+
+
+def _after_pre_tokenizer(rules: Inversion, step: Mapping[str, Any], name: str) -> Inversion:
+    kind = step["type"]
+    if kind == "ByteLevel":
+        return replace(rules, byte_level=True, prefix=rules.prefix or step["add_prefix_space"])
+    if kind == "Metaspace":
+        prefix = step["prepend_scheme"] != "never"
+        return _with_space(replace(rules, prefix=rules.prefix or prefix), step["replacement"], name)
+    if kind in _CUTS and step.get("behavior") != "Removed":
+        return rules
+    return _refuse(name, f"the pre-tokenizer {kind} drops the spaces or characters between words")
+
+
+def _after_model(rules: Inversion, model: Mapping[str, Any], name: str) -> Inversion:
+    kind = model["type"]
+    if kind == "WordPiece":
+        _refuse(name, "WordPiece joins pieces by '##' and does not say where spaces were")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            _refuse(name, f"the model marks pieces of words by {key} {model[key]!r}")
+    if model.get("dropout"):
+        _refuse(name, f"the model cuts words at random (dropout {model['dropout']})")
+    return replace(rules, byte_fallback=bool(model.get("byte_fallback")))
+
+
+def _after_decoder(rules: Inversion, step: Mapping[str, Any], name: str) -> Inversion:
+    kind = step["type"]
+    if kind == "ByteLevel":
+        return replace(rules, byte_level=True)
+    if kind == "Metaspace":
+        return _with_space(replace(rules, strip=step["prepend_scheme"] != "never"), step["replacement"], name)
+    if kind == "Replace" and step["content"] == " " and set(step["pattern"]) == {"String"}:
+        return _with_space(rules, step["pattern"]["String"], name)
+    if kind == "Strip" and step["content"] == " " and step["start"] <= 1 and not step["stop"]:
+        return replace(rules, strip=rules.strip or step["start"] == 1)
+    if kind in ("ByteFallback", "Fuse"):
+        return rules
+    return _refuse(name, f"the decoder {kind} does more than to join pieces")
+
+
+def _with_space(rules: Inversion, character: str, name: str) -> Inversion:
+    if rules.space not in (None, character):
+        _refuse(name, f"spaces are written as {rules.space!r} and as {character!r}")
+    return replace(rules, space=character)
+
+
+def _refuse(name: str, why: str) -> NoReturn:
+    raise TokenizerError(
+        f"{name}: its tokens cannot be turned back into the bytes they were read from: {why}; such a model "
+        "can teach only students that share its tokenizer"
+    )

@@ -1,0 +1,75 @@
+"""Where places in a text's normal form lie in the text itself, for tokenizers that normalise."""
+
+from __future__ import annotations
+
+import sys
+import unicodedata
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mergeopd.align.inversion import NormalForm
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Normalised:
+    """A text in a Unicode normal form, with the places (in bytes) that both texts have in common.
+
+    Places are counted double, so that inside a stretch that the normal form changed there is an odd one,
+    which nothing in the text itself can be at.
+    """
+
+    content: bytes
+    _own: Ints  # [B] places in the text
+    _normal: Ints  # [B] the same places in the normal form
+    _same: NDArray[np.bool_]  # [B - 1] whether the stretch behind a place is as it was
+
+    def places(self, ends: Ints) -> Ints:
+        """Doubled places in the text of places in the normal form."""
+        behind = np.searchsorted(self._normal, ends, side="right") - 1
+        offsets = ends - self._normal[behind]
+        same = np.append(self._same, True)[behind]
+        inside = np.where(same, 2 * offsets, 1)
+        return 2 * self._own[behind] + np.where(offsets > 0, inside, 0)
+
+
+def normalised(text: str, form: NormalForm) -> Normalised:
+    """The normal form of `text`, stretch by stretch: no character of one acts on one of another.
+
+    A stretch ends before a character whose full decomposition begins with one that neither moves nor joins
+    with what stands before it (Unicode Standard Annex 15, normalization contexts).
+    """
+    cuts = [i for i, character in enumerate(text) if i == 0 or _begins(character, form)]
+    stretches = [text[a:b] for a, b in pairwise([*cuts, len(text)])]
+    normal = [unicodedata.normalize(form, stretch) for stretch in stretches]
+    return Normalised(
+        "".join(normal).encode(),
+        _running([len(stretch.encode()) for stretch in stretches]),
+        _running([len(stretch.encode()) for stretch in normal]),
+        np.array([a == b for a, b in zip(stretches, normal, strict=True)], bool),
+    )
+
+
+def _running(lengths: list[int]) -> Ints:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+
+
+def _begins(character: str, form: NormalForm) -> bool:
+    if character < "\u0300":
+        return True
+    first = unicodedata.normalize("NFKD" if "K" in form else "NFD", character)[0]
+    return unicodedata.combining(first) == 0 and first not in _joining()
+
+
+@cache
+def _joining() -> frozenset[str]:
+    """Characters that can join with the one before them when a text is composed."""
+    jamo = {chr(code) for code in (*range(0x1161, 0x1176), *range(0x11A8, 0x11C3))}
+    decompositions = (unicodedata.decomposition(chr(code)) for code in range(sys.maxunicode + 1))
+    pairs = (parts.split() for parts in decompositions if parts and not parts.startswith("<"))
+    return frozenset(jamo | {chr(int(pair[1], 16)) for pair in pairs if len(pair) == 2})

@@ -1,0 +1,231 @@
+"""The bytes that every token stands for, for a whole vocabulary at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from mergeopd.align.inversion import Inversion, NormalForm, read_inversion
+from mergeopd.errors import TokenizerError
+
+# Kinds of ids. Only the first three stand for bytes.
+TEXT, BYTE, ADDED, SPECIAL, UNKNOWN, UNUSED = range(6)
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBytes:
+    """What the ids of one tokenizer stand for.
+
+    Token i stands for `flat[starts[i]:starts[i + 1]]`. Special tokens, the unknown token and ids that no
+    token has stand for no bytes at all, whatever is written for them. `kind[i]` is TEXT, BYTE ("<0xEE>" and
+    the like), ADDED (cut out of the text before the model sees it, but text), SPECIAL, UNKNOWN or UNUSED.
+
+    `normal`: the Unicode form that encoding brings a text to. `prefix`: encoding may put a space before the
+    text. `strip`: decoding takes one leading space of an answer away. `fingerprint` differs where any text
+    could get other ids.
+    """
+
+    name: str
+    flat: NDArray[np.uint8] = field(repr=False)  # [bytes of all tokens]
+    starts: NDArray[np.int64] = field(repr=False)  # [V + 1]
+    kind: NDArray[np.uint8] = field(repr=False)  # [V]
+    fingerprint: str
+    normal: NormalForm | None = None
+    prefix: bool = False
+    strip: bool = False
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: tokenizers.Tokenizer, name: str) -> TokenBytes:
+        """Read a tokenizer of the tokenizers library; `name` is what errors call it.
+
+        Byte-level BPE, and BPE or Unigram with SentencePiece's "▁" and byte fallback.
+
+        Raises:
+            TokenizerError: its tokens cannot be turned back into bytes, or on a trial were not what was read.
+        """
+        text = tokenizer.to_str()
+        state = json.loads(text)
+        rules = read_inversion(state, name)
+        added = {token["id"]: token for token in state["added_tokens"]}
+        vocab = _vocabulary(state)
+        kind = np.full(max(vocab.values(), default=-1) + 1, UNUSED, np.uint8)
+        pieces = [b""] * len(kind)
+        plain = {written: i for written, i in vocab.items() if i not in added}
+        for i, piece in zip(plain.values(), _pieces(list(plain), rules), strict=True):
+            pieces[i], kind[i] = piece, TEXT
+        if rules.byte_fallback:
+            for i, value in _byte_tokens(plain):
+                pieces[i], kind[i] = value, BYTE
+        for i, token in added.items():
+            pieces[i] = b"" if token["special"] else token["content"].encode()
+            kind[i] = SPECIAL if token["special"] else ADDED
+        unknown = _unknown_id(state["model"], vocab)
+        if unknown is not None:
+            pieces[unknown], kind[unknown] = b"", UNKNOWN
+        fingerprint = hashlib.sha256(text.encode()).hexdigest()
+        found = cls._of(name, pieces, kind, fingerprint, rules)
+        _try_out(tokenizer, found)
+        return found
+
+    @classmethod
+    def from_ranks(
+        cls,
+        ranks: Mapping[bytes, int],
+        specials: Collection[int],
+        name: str,
+        normal: NormalForm | None = None,
+    ) -> TokenBytes:
+        """A tiktoken or tekken vocabulary: bytes to id, and the ids of special tokens.
+
+        Raises:
+            TokenizerError: an id stands for two things.
+        """
+        size = max((*ranks.values(), *specials), default=-1) + 1
+        kind = np.full(size, UNUSED, np.uint8)
+        pieces = [b""] * size
+        for piece, i in ranks.items():
+            if kind[i] != UNUSED:
+                raise TokenizerError(f"{name}: {piece!r} and {pieces[i]!r} are both {i}; fetch it again")
+            pieces[i], kind[i] = piece, TEXT
+        for i in specials:
+            if kind[i] == TEXT:
+                raise TokenizerError(
+                    f"{name}: {i} is both special and {pieces[i]!r}; ranks begin after the special tokens in "
+                    "some files, so add their number"
+                )
+            kind[i] = SPECIAL
+        digest = hashlib.sha256(repr((sorted(specials), normal)).encode())
+        for piece, i in ranks.items():
+            digest.update(b"%d %d " % (i, len(piece)) + piece)
+        return cls._of(name, pieces, kind, digest.hexdigest(), Inversion(normal=normal))
+
+    @classmethod
+    def _of(
+        cls,
+        name: str,
+        pieces: Sequence[bytes],
+        kind: NDArray[np.uint8],
+        fingerprint: str,
+        rules: Inversion,
+    ) -> TokenBytes:
+        starts = np.zeros(len(pieces) + 1, np.int64)
+        np.cumsum(np.fromiter(map(len, pieces), np.int64, len(pieces)), out=starts[1:])
+        kind = np.where((starts[1:] == starts[:-1]) & (kind < SPECIAL), SPECIAL, kind).astype(np.uint8)
+        flat = np.frombuffer(b"".join(pieces), np.uint8)
+        for array in (starts, kind):
+            array.flags.writeable = False
+        return cls(name, flat, starts, kind, fingerprint, rules.normal, rules.prefix, rules.strip)
+
+    def __len__(self) -> int:
+        """V: the highest id + 1."""
+        return len(self.kind)
+
+    @cached_property
+    def widths(self) -> NDArray[np.int64]:
+        """`[V]`: how many bytes each token stands for."""
+        return np.diff(self.starts)
+
+    @cached_property
+    def pieces(self) -> tuple[bytes, ...]:
+        """Each token's bytes, one object per id."""
+        whole, starts = self.flat.tobytes(), self.starts.tolist()
+        return tuple(whole[a:b] for a, b in pairwise(starts))
+
+    @cached_property
+    def ids(self) -> dict[bytes, int]:
+        """Bytes to the id that encoding gives them: text before byte tokens, the lowest id of equal ones."""
+        found: dict[bytes, int] = {}
+        for kind in (TEXT, ADDED, BYTE):
+            for i in np.flatnonzero(self.kind == kind).tolist():
+                found.setdefault(self.pieces[i], i)
+        return found
+
+    def joined(self, ids: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The bytes of tokens `[N]`, one after another. Raises IndexError for an id that is not below V."""
+        widths = self.widths[ids]
+        ends = np.cumsum(widths)
+        # Byte j of token n lies at starts[n] + j; arange counts on over all tokens, `ends` takes that off.
+        where = np.repeat(self.starts[ids] - ends + widths, widths)
+        where += np.arange(len(where))
+        return self.flat[where]
+
+
+def _byte_alphabet() -> NDArray[np.int16]:
+    """GPT-2's byte of a character, by code point; -1 for all others.
+
+    Printable bytes are written as themselves, the other 68 in order as the characters from U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    table = np.full(0x100 + len(others) + 1, -1, np.int16)
+    for byte in printable:
+        table[byte] = byte
+    table[0x100 : 0x100 + len(others)] = others
+    return table
+
+
+_ALPHABET = _byte_alphabet()
+
+
+def _pieces(written: Sequence[str], rules: Inversion) -> list[bytes]:
+    """The bytes that written tokens of the model stand for."""
+    if not rules.byte_level:
+        return [token.replace(rules.space or " ", " ").encode() for token in written]
+    codes = np.frombuffer("".join(written).encode("utf-32-le"), np.uint32)
+    values = _ALPHABET[np.minimum(codes, len(_ALPHABET) - 1)]
+    whole = values.astype(np.uint8).tobytes()
+    ends = np.cumsum(np.fromiter(map(len, written), np.int64, len(written)))
+    pieces = [whole[a:b] for a, b in pairwise([0, *ends.tolist()])]
+    # The library's decoder takes a token with other characters in it as it is written.
+    for i in np.unique(np.searchsorted(ends, np.flatnonzero(values < 0), side="right")).tolist():
+        pieces[i] = written[i].encode()
+    return pieces
+
+
+def _vocabulary(state: Mapping[str, Any]) -> dict[str, int]:
+    """Every written token and its id. Unigram lists tokens in the order of their ids."""
+    listed = state["model"]["vocab"]
+    model = {row[0]: i for i, row in enumerate(listed)} if isinstance(listed, list) else listed
+    return {**model, **{token["content"]: token["id"] for token in state["added_tokens"]}}
+
+
+def _byte_tokens(vocab: Mapping[str, int]) -> Iterable[tuple[int, bytes]]:
+    for written, i in vocab.items():
+        match = _BYTE_TOKEN.fullmatch(written)
+        if match:
+            yield i, bytes([int(match[1], 16)])
+
+
+def _unknown_id(model: Mapping[str, Any], vocab: Mapping[str, int]) -> int | None:
+    if model["type"] == "Unigram":
+        unknown: int | None = model.get("unk_id")
+        return unknown
+    return vocab.get(model.get("unk_token") or "")
+
+
+_TRIALS = ("Hello, world! 12 345", "  two  spaces\n\nand\ttabs ", "naïve é 漢字 🙂", "x = [1, 2];\n")
+
+
+def _try_out(tokenizer: tokenizers.Tokenizer, found: TokenBytes) -> None:
+    """Encode a few texts; what has no unknown token must come back byte for byte."""
+    for text, encoded in zip(_TRIALS, tokenizer.encode_batch(_TRIALS, add_special_tokens=False), strict=True):
+        ids = np.array(encoded.ids, np.int64)
+        if (found.kind[ids] == UNKNOWN).any():
+            continue
+        read, given = text.encode(), found.joined(ids).tobytes()
+        if given != read and not (found.prefix and given == b" " + read):
+            raise TokenizerError(
+                f"{found.name}: {text!r} comes back as {given!r} from its tokens, though no part of the "
+                "tokenizer says why; such a model can teach only students that share its tokenizer"
+            )

@@ -1,0 +1,246 @@
+"""Which tokens of two vocabularies are the same, and which of the teacher's a student's token is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mergeopd.align.answers import EndTokens
+from mergeopd.align.encoding import ByteTokenizer
+from mergeopd.align.token_bytes import ADDED, BYTE, TEXT, TokenBytes
+from mergeopd.errors import TokenizerError
+
+Ints = NDArray[np.int64]
+FORMAT = "mergeopd-vocabulary-map-1"
+# Of the pieces that a token is cut into, each counts a tenth of the one before it (X-Token, 2605.21699).
+_DECAY = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class MadeFor:
+    """All that a map depends on, as one line of JSON."""
+
+    text: str
+
+    @classmethod
+    def of(cls, student: TokenBytes, teacher: TokenBytes, ends: EndTokens, k: int) -> MadeFor:
+        """For this pair of tokenizers, these ends and this many weights a row."""
+        facts = {
+            "student": student.fingerprint,
+            "teacher": teacher.fingerprint,
+            "ends": [list(ends.student), ends.teacher],
+            "k": k,
+        }
+        return cls(json.dumps(facts, sort_keys=True))
+
+    @property
+    def digest(self) -> str:
+        """A name for files."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:20]
+
+
+@dataclass(frozen=True, eq=False)
+class VocabularyMap:
+    """Two vocabularies onto each other, by the bytes that tokens stand for and never by how they are written.
+
+    `student_ids[m]` and `teacher_ids[m]` stand for the same bytes, or both end an answer; no id comes twice.
+    `student_rest` and `teacher_rest` are all other ids. Row s of the projection says which of the teacher's
+    tokens the student's token s is: `projection_weights[s]` sums to 1, or is 0 throughout where it is none
+    (special and unused ids). Unused columns have id 0 and weight 0.
+    """
+
+    made_for: MadeFor
+    student_ids: Ints  # [M], ascending
+    teacher_ids: Ints  # [M]
+    student_rest: Ints  # [V_S - M], ascending
+    teacher_rest: Ints  # [V_T - M], ascending
+    projection_ids: Ints  # [V_S, k]
+    projection_weights: NDArray[np.float32]  # [V_S, k], descending in a row
+
+    @classmethod
+    def build(
+        cls, student: ByteTokenizer, teacher: ByteTokenizer, ends: EndTokens, k: int = 4
+    ) -> VocabularyMap:
+        """Match by bytes, then cut what is left of both vocabularies into tokens of the other (X-Token).
+
+        A token of the student that the teacher has too weighs 1 there. Any other is cut as the teacher's
+        tokenizer cuts it in the middle of a text, and shares its weight among the pieces, each a tenth of the
+        one before; pieces of characters are cut into bytes. A teacher's token that the student has not is
+        cut by the student's tokenizer in turn, and adds to the rows of its pieces. The `k` largest weights
+        stay. The student's ends are the teacher's end; the first of them is matched with it.
+
+        Raises:
+            ValueError: `k` is below 1.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, not {k}")
+        matched = _matched(student.tokens, teacher.tokens, ends)
+        pinned = _pinned(student.tokens, teacher.tokens, ends)
+        entries = [
+            _pieces_of(student.tokens, teacher, np.flatnonzero(~pinned.known)),
+            _pieces_of(teacher.tokens, student, _complement(list(matched.values()), len(teacher.tokens))),
+        ]
+        own = np.concatenate([entries[0][0], entries[1][1]])
+        other = np.concatenate([entries[0][1], entries[1][0]])
+        weights = np.concatenate([entries[0][2], entries[1][2]])
+        free = ~pinned.known[own]
+        ids, shares = _largest(
+            own[free], other[free], weights[free], len(student.tokens), len(teacher.tokens), k
+        )
+        ids[pinned.known, 0], shares[pinned.known, 0] = pinned.ids[pinned.known], 1.0
+        student_ids = np.array(sorted(matched), np.int64)
+        return cls(
+            MadeFor.of(student.tokens, teacher.tokens, ends, k),
+            student_ids,
+            np.array([matched[i] for i in student_ids.tolist()], np.int64),
+            _complement(list(matched), len(student.tokens)),
+            _complement(list(matched.values()), len(teacher.tokens)),
+            ids,
+            shares,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file."""
+        from safetensors.numpy import save_file
+
+        arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+        save_file(arrays, str(path), metadata={"format": FORMAT, "made_for": self.made_for.text})
+
+    @classmethod
+    def load(cls, path: Path, made_for: MadeFor, student: TokenBytes, teacher: TokenBytes) -> VocabularyMap:
+        """Read what `save` wrote.
+
+        Raises:
+            TokenizerError: the file is damaged, or was made for other tokenizers, revisions of them or ends.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        remedy = "delete it, and it is made again"
+        try:
+            with safe_open(str(path), framework="numpy") as file:
+                written = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        except (OSError, SafetensorError) as error:
+            raise TokenizerError(f"{path}: not a vocabulary map: {error}; {remedy}") from error
+        if written.get("format") != FORMAT or arrays.keys() != set(_ARRAYS):
+            raise TokenizerError(f"{path}: not a vocabulary map of this version ({FORMAT}); {remedy}")
+        if written.get("made_for") != made_for.text:
+            raise TokenizerError(
+                f"{path}: made for other tokenizers than {student.name} and {teacher.name}, or other "
+                f"revisions or end tokens of them; {remedy}"
+            )
+        found = cls(made_for, **arrays)
+        fault = _fault(found, len(student), len(teacher))
+        if fault:
+            raise TokenizerError(f"{path}: damaged: {fault}; {remedy}")
+        return found
+
+
+_ARRAYS = tuple(field.name for field in fields(VocabularyMap) if field.name != "made_for")
+
+
+def _fault(found: VocabularyMap, num_student: int, num_teacher: int) -> str | None:
+    """What no map of these vocabularies can be: ids outside would be read from elsewhere in a kernel."""
+    sides = (
+        ("student", found.student_ids, found.student_rest, num_student),
+        ("teacher", found.teacher_ids, found.teacher_rest, num_teacher),
+    )
+    for side, ids, rest, num in sides:
+        if not np.array_equal(np.sort(np.concatenate([ids, rest])), np.arange(num)):
+            return f"the {side}'s ids are not each of 0 to {num - 1} once"
+    shape = found.projection_ids.shape
+    if len(shape) != 2 or shape[0] != num_student or found.projection_weights.shape != shape:
+        return f"the projection has shape {list(shape)}"
+    if found.projection_ids.min() < 0 or found.projection_ids.max() >= num_teacher:
+        return "the projection leads outside the teacher's vocabulary"
+    return None
+
+
+def _matched(student: TokenBytes, teacher: TokenBytes, ends: EndTokens) -> dict[int, int]:
+    """Pairs one to one."""
+    end_ids = set(ends.student)
+    pairs = {ends.student[0]: ends.teacher} if ends.student else {}
+    for piece, i in student.ids.items():
+        other = teacher.ids.get(piece)
+        if other is not None and other != ends.teacher and i not in end_ids:
+            pairs[i] = other
+    return pairs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pinned:
+    """The student's tokens that are one of the teacher's, several of them perhaps the same."""
+
+    known: NDArray[np.bool_]  # [V_S]
+    ids: Ints  # [V_S]
+
+
+def _pinned(student: TokenBytes, teacher: TokenBytes, ends: EndTokens) -> _Pinned:
+    ids = np.full(len(student), -1, np.int64)
+    for i in np.flatnonzero(np.isin(student.kind, (TEXT, ADDED, BYTE))).tolist():
+        ids[i] = teacher.ids.get(student.pieces[i], -1)
+    ids[list(ends.student)] = ends.teacher
+    return _Pinned(ids >= 0, ids)
+
+
+def _pieces_of(tokens: TokenBytes, other: ByteTokenizer, ids: Ints) -> tuple[Ints, Ints, NDArray[np.float64]]:
+    """For each of `ids` that stands for text, its tokens on the other side: source, target, weight."""
+    sources = ids[np.isin(tokens.kind[ids], (TEXT, ADDED, BYTE))].tolist()
+    texts = {i: text for i in sources if (text := _as_text(tokens.pieces[i])) is not None}
+    cut: dict[int, Sequence[int]] = dict(zip(texts, other.encode_inside(list(texts.values())), strict=True))
+    pieces = other.tokens.pieces
+    for i in sources:
+        # A tokenizer that normalises, or has an unknown token, may read something else.
+        if i not in cut or b"".join(pieces[j] for j in cut[i]) != tokens.pieces[i]:
+            cut[i] = _bytewise(tokens.pieces[i], other.tokens.ids)
+    lengths = np.fromiter((len(cut[i]) for i in sources), np.int64, len(sources))
+    ends = np.cumsum(lengths)
+    position = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+    weights = _DECAY ** position.astype(np.float64)
+    totals = (1 - _DECAY**lengths) / (1 - _DECAY)
+    targets = np.fromiter(chain.from_iterable(cut[i] for i in sources), np.int64, len(position))
+    return np.repeat(np.array(sources, np.int64), lengths), targets, weights / np.repeat(totals, lengths)
+
+
+def _as_text(piece: bytes) -> str | None:
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _bytewise(piece: bytes, ids: Mapping[bytes, int]) -> list[int]:
+    """One token a byte; none at all where the other side lacks one, since half a token is another."""
+    found = [ids.get(piece[at : at + 1]) for at in range(len(piece))]
+    return [i for i in found if i is not None] if None not in found else []
+
+
+def _largest(
+    rows: Ints, columns: Ints, weights: NDArray[np.float64], num_rows: int, num_columns: int, k: int
+) -> tuple[Ints, NDArray[np.float32]]:
+    """The k largest weights of each row, made to sum to 1; weights of one place add up."""
+    places, inverse = np.unique(rows * num_columns + columns, return_inverse=True)
+    sums = np.bincount(inverse, weights, len(places))
+    row, column = places // num_columns, places % num_columns
+    order = np.lexsort((column, -sums, row))
+    row, column, sums = row[order], column[order], sums[order]
+    rank = np.arange(len(row)) - np.searchsorted(row, row)
+    kept = rank < k
+    row, column, sums, rank = row[kept], column[kept], sums[kept], rank[kept]
+    ids, shares = np.zeros((num_rows, k), np.int64), np.zeros((num_rows, k), np.float32)
+    ids[row, rank] = column
+    shares[row, rank] = sums / np.bincount(row, sums, num_rows)[row]
+    return ids, shares
+
+
+def _complement(ids: Sequence[int], size: int) -> Ints:
+    rest = np.ones(size, bool)
+    rest[list(ids)] = False
+    return np.flatnonzero(rest)

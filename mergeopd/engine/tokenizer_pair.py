@@ -1,0 +1,195 @@
+"""`mergeopd tokenizers A B`: how well two tokenizers read what is written with the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mergeopd.align.answers import EndTokens, align
+from mergeopd.align.encoding import ByteTokenizer
+from mergeopd.align.token_bytes import SPECIAL
+from mergeopd.data.templates import ChatTemplate
+from mergeopd.engine.new_file import option_problem
+from mergeopd.errors import DataError, Problem, RecipeError, TokenizerError
+from mergeopd.models.tokenizer import Tokenizer
+from mergeopd.recipe.folders import Missing, existing_file, existing_model
+from mergeopd.recipe.locate import shown
+from mergeopd.report.tokenizer_pair import Coverage, TokenizerFacts, TokenizerPair
+from mergeopd.types import Message
+
+# About as long as an answer: texts are encoded one by one, and in batches.
+_TEXT_CHARACTERS = 4000
+_BATCH = 256
+SAMPLE = """\
+The cat sat on the mat; it didn't move. "Why?", she asked — nobody knew (not even in 2011).
+Compute 12,345 + 678 = 13,023, and 3.14159 * 2.5e-10. The answer is \\boxed{42}.
+def merge(xs: list[int]) -> dict[str, float]:
+    \"\"\"Sum of squares.\"\"\"
+    return {"total": sum(x ** 2 for x in xs if x != 0)}  # O(n)
+<table><tr><td>1</td></tr></table>\t{"name": "search", "arguments": {"query": "weather"}}
+Der Fluß führt übermäßig viel Wasser. L'été dernier, j'ai mangé à Besançon. ¿Qué pasó mañana?
+Съешь же ещё этих мягких французских булок. 今天天气很好,我们去公园。日本語の文章です。한국어 문장입니다.
+สวัสดีครับ नमस्ते दुनिया مرحبا بالعالم שלום עולם 🙂 👩‍👩‍👧 🇩🇪 naïve café ∑ x ≤ y → ∞
+"""
+
+
+@dataclass(frozen=True)
+class _Side:
+    name: str
+    tokenizer: Tokenizer
+    reader: ByteTokenizer
+    vocab: Mapping[str, int]
+
+
+def compare_tokenizers(first: str, second: str, text: Path | None) -> TokenizerPair:
+    """Read two tokenizer folders (or hub ids in the local cache), and a text in UTF-8 or the built-in sample.
+
+    Raises:
+        RecipeError: every mistake, by argument: no such folder, no tokenizer, one that cannot be turned back
+            into bytes, a text that cannot be read.
+    """
+    problems: list[Problem] = []
+    sides = [_side(argument, written, problems) for argument, written in (("A", first), ("B", second))]
+    content = SAMPLE if text is None else _content(text, problems)
+    a, b = sides
+    if problems or a is None or b is None:
+        raise RecipeError(problems)
+    if a.name == b.name:
+        a, b = replace(a, name=f"{a.name} (A)"), replace(b, name=f"{b.name} (B)")
+    written = [_spellings(side) for side in (a, b)]
+    return TokenizerPair(
+        _facts(a),
+        _facts(b),
+        a.tokenizer.difference(b.tokenizer),
+        len(a.reader.tokens.ids.keys() & b.reader.tokens.ids.keys()),
+        len(written[0] & written[1]),
+        "a built-in sample of languages, numbers and code" if text is None else shown(text),
+        (_coverage(a, b, content), _coverage(b, a, content)),
+    )
+
+
+def _side(argument: str, written: str, problems: list[Problem]) -> _Side | None:
+    folder = existing_model(written, None, Path.cwd(), "tokenizer")
+    if isinstance(folder, Missing):
+        problems.append(option_problem(argument, folder.message, folder.remedy))
+        return None
+    try:
+        tokenizer = Tokenizer.load(folder)
+        reader = ByteTokenizer.of(tokenizer.backend, shown(folder))
+    except TokenizerError as error:
+        problems.append(option_problem(argument, str(error)))
+        return None
+    return _Side(written, tokenizer, reader, tokenizer.backend.get_vocab(with_added_tokens=True))
+
+
+def _content(text: Path, problems: list[Problem]) -> str:
+    """The text of a file; what is wrong with it joins `problems`."""
+    found = existing_file(str(text), Path.cwd(), "text file")
+    if isinstance(found, Missing):
+        problems.append(option_problem("--text", found.message, found.remedy))
+        return ""
+    try:
+        content = found.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        place = f"{shown(found)}: not UTF-8 (byte {error.start + 1})"
+        problems.append(option_problem("--text", place, "save the file as UTF-8"))
+        return ""
+    except OSError as error:
+        problems.append(option_problem("--text", f"{shown(found)}: cannot be read: {error.strerror}"))
+        return ""
+    if not content:
+        problems.append(option_problem("--text", f"{shown(found)}: is empty", "name a file with text"))
+    return content
+
+
+def _spellings(side: _Side) -> set[str]:
+    """Tokens that stand for text, as the vocabulary writes them."""
+    kind = side.reader.tokens.kind
+    return {written for written, i in side.vocab.items() if kind[i] < SPECIAL}
+
+
+def _facts(side: _Side) -> TokenizerFacts:
+    tokenizer, tokens = side.tokenizer, side.reader.tokens
+    named = {name: (text, side.vocab[text]) for name, text in tokenizer.special_tokens.items()}
+    opening, takes_system = _openings(tokenizer)
+    return TokenizerFacts(
+        name=side.name,
+        num_ids=len(tokens),
+        num_special=int(np.count_nonzero(tokens.kind == SPECIAL)),
+        normal=tokens.normal,
+        prefix=tokens.prefix,
+        named=named,
+        opening=opening,
+        takes_system=takes_system,
+        fingerprint=tokens.fingerprint,
+    )
+
+
+def _openings(tokenizer: Tokenizer) -> tuple[str | None, bool]:
+    """How the template renders a prompt, and whether a system message before it reaches the model."""
+    if tokenizer.chat_template is None:
+        return None, False
+    template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, name=str(tokenizer.folder))
+    prompt = Message("user", "Hi")
+    mark = "Answer briefly."
+    try:
+        heard = mark in template.render([Message("system", mark), prompt])
+    except DataError:
+        heard = False
+    return template.render([prompt]), heard
+
+
+def _coverage(writer: _Side, reader: _Side, content: str) -> Coverage:
+    """Align a text as the writer's tokenizer cuts it with how the reader's does."""
+    own, other = writer.reader, reader.reader
+    num_writer = num_reader = num_groups = one_to_one = 0
+    unaligned: dict[str, int] = {}
+    for texts in _batches(_cut(content)):
+        answers = own.encode(texts)
+        num_writer += sum(map(len, answers))
+        for found in align(answers, own.tokens, other.tokens, other.encode, EndTokens((), 0)):
+            sizes_S = found.student_stops - found.student_starts
+            sizes_T = found.teacher_stops - found.teacher_starts
+            num_groups += len(sizes_S)
+            num_reader += int(sizes_T.sum())
+            one_to_one += int(np.count_nonzero((sizes_S == 1) & (sizes_T == 1)))
+            for reason, count in found.unaligned.items():
+                unaligned[reason.value] = unaligned.get(reason.value, 0) + count
+    return Coverage(
+        writer=writer.name,
+        reader=reader.name,
+        num_bytes=len(content.encode()),
+        num_writer=num_writer,
+        num_reader=num_reader,
+        num_groups=num_groups,
+        num_one_to_one=one_to_one,
+        unaligned=unaligned,
+    )
+
+
+def _cut(content: str) -> Iterator[str]:
+    """Whole lines, about as many as an answer has."""
+    lines: list[str] = []
+    length = 0
+    for line in content.splitlines(keepends=True):
+        lines.append(line)
+        length += len(line)
+        if length >= _TEXT_CHARACTERS:
+            yield "".join(lines)
+            lines, length = [], 0
+    if lines:
+        yield "".join(lines)
+
+
+def _batches(texts: Iterator[str]) -> Iterator[Sequence[str]]:
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
