@@ -393,3 +393,24 @@ def test_numbers_that_are_not_finite_are_named(name, side):
         (problem.hidden if side == "student" else problem.target.hidden)[4] = torch.nan
     with pytest.raises(ArithmeticError, match=f"the {side}'s log-probability: not finite at 1 of the groups"):
         run(problem, BRIDGES[name])
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_what_underflows_has_no_gradient_however_large_the_weight(direction):
+    """`1 / (p_S W)` at the end of float32 times the weight is infinite, and p_S there is 0."""
+    hidden = torch.tensor([[0.0, -300.0, -1.0]], requires_grad=True)
+    target = Hidden(torch.tensor([[-300.0, 0.0, -300.0]]), Head(torch.eye(3)))
+    table = SparseMap(torch.arange(3)[:, None], torch.ones(3, 1), 3)
+    label = torch.tensor([1])
+    loss, _ = bridge_loss(
+        hidden,
+        Head(torch.eye(3)),
+        target,
+        reference.groups_of((1,), (1,)),
+        label,
+        label,
+        Projected(table, direction),
+        torch.tensor([1e4]),
+    )
+    loss.backward()
+    assert torch.isfinite(hidden.grad).all()
