@@ -92,13 +92,13 @@ def check_support(
             _check_top_k(f"target {k}", target, support, all_ids)
 
 
-def require_finite(values: Tensor, rows: slice, what: str) -> None:
-    """Raise ArithmeticError naming `what` and the first of the tokens `rows` with NaN or infinity."""
+def require_finite(values: Tensor, rows: slice, what: str, of: str = "tokens") -> None:
+    """Raise ArithmeticError naming `what` and the first of the tokens (or so) `rows` with NaN or infinity."""
     bad = torch.isfinite(values).logical_not_()
     if bad.any():
         token = rows.start + int(bad.nonzero()[0])
         raise ArithmeticError(
-            f"{what}: not finite at {int(bad.sum())} of the tokens {rows.start} to {rows.stop - 1}, "
+            f"{what}: not finite at {int(bad.sum())} of the {of} {rows.start} to {rows.stop - 1}, "
             f"first at {token}"
         )
 

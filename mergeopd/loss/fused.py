@@ -10,16 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mergeopd.loss.blocks import BlockScorer, BlockStats, Scorer
 from mergeopd.loss.checks import check_inputs, check_support, check_vocabulary, require_finite
 from mergeopd.loss.divergence import Divergence
+from mergeopd.loss.gradients import HeadGradients
 from mergeopd.loss.heads import Head, Hidden, Projection
 from mergeopd.loss.reduced import SupportScorer
 from mergeopd.loss.slicing import compute_dtype, rows_in_cache, slices
@@ -81,20 +80,18 @@ def fused_loss(
     check_inputs(hidden_ND, head, targets, labels_N, temperature, chunk_rows)
     all_ids = check_vocabulary(labels_N, head, targets, group)
     check_support(targets, divergences, support, all_ids)
-    wanted = (hidden_ND, head.weight, head.bias)
-    needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in wanted]
+    gradients = HeadGradients(hidden_ND, head)
     with torch.no_grad():
         projections = _project(hidden_ND, head, targets, temperature, workspace)
         softmaxes = Softmaxes(projections[0], projections[1:], head.vocab, group)
         scorer = _scorer(softmaxes, targets, divergences, support, all_ids)
-        run = _Run(hidden_ND, head, labels_N, per_token, softmaxes, scorer, len(targets), divergences, needs)
+        run = _Run(
+            hidden_ND, head, labels_N, per_token, softmaxes, scorer, len(targets), divergences, gradients
+        )
         for rows in slices(0, hidden_ND.shape[0], chunk_rows):
             run.chunk(rows)
         loss = run.stats.loss.sum()
-        gradients = run.gradients()
-    if any(needs):
-        loss = _Attach.apply(loss, *wanted, *gradients)  # type: ignore[no-untyped-call]
-    return loss, run.stats
+    return gradients.attach(loss), run.stats
 
 
 class _Run:
@@ -110,7 +107,7 @@ class _Run:
         scorer: Scorer,
         num_targets: int,
         divergences: Sequence[Divergence],
-        needs: Sequence[bool],
+        gradients: HeadGradients,
     ) -> None:
         dtype = compute_dtype(hidden_ND)
         self._labels_N, self._per_token, self._divergences = labels_N, per_token, divergences
@@ -132,21 +129,8 @@ class _Run:
             entropy_T=empty(num_T, num),
             loss=empty(num),
         )
-        self._dtypes = [
-            tensor.dtype
-            for tensor in (hidden_ND, head.weight, head.weight if head.bias is None else head.bias)
-        ]
-        self._dH = torch.empty_like(hidden_ND, requires_grad=False) if needs[0] else None
-        self._dW = empty(*head.weight.shape) if needs[1] else None
-        self._dbias = empty(head.weight.shape[0]).zero_() if needs[2] else None
+        self._gradients = gradients
         self._gradient_sum = empty().zero_()
-        self._is_first = True
-        if self._dW is not None:
-            self._dW[len(self._vocab) if num else 0 :].zero_()
-
-    @property
-    def _needs_grad(self) -> bool:
-        return any(gradient is not None for gradient in (self._dH, self._dW, self._dbias))
 
     def chunk(self, rows: slice) -> None:
         """All products and blocks of the tokens `rows`."""
@@ -156,18 +140,11 @@ class _Run:
             tokens = slice(rows.start + block.start, rows.start + block.stop)
             self._block(logits_S[block], [logits[block] for logits in logits_T], tokens)
         self._check_finite(rows)
-        if self._dH is not None:
-            self._student.grad_hidden(logits_S, self._dH[rows])
-        if self._dW is not None:
-            valid = self._dW[: len(self._vocab)]
-            self._student.grad_weight(logits_S, rows, valid, accumulate=not self._is_first)
-        if self._dbias is not None:
-            self._dbias[: len(self._vocab)].add_(logits_S.sum(0))
-        self._is_first = False
+        self._gradients.add(self._student, logits_S, rows)
 
     def _block(self, logits_S: Tensor, logits_T: Sequence[Tensor], rows: slice) -> None:
         """Statistics, objective, and the logit gradient in place of the student's logits."""
-        scored = self._scorer.score(logits_S, logits_T, self._labels_N, rows, with_grad=self._needs_grad)
+        scored = self._scorer.score(logits_S, logits_T, self._labels_N, rows, with_grad=self._gradients.any)
         block, stats = scored.stats, self.stats
         for name in ("divergence", "logprob_S", "logprob_T", "entropy_S", "entropy_T"):
             getattr(stats, name)[..., rows] = getattr(block, name)
@@ -178,7 +155,7 @@ class _Run:
 
     def _objective(self, stats: BlockStats, rows: slice) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         num = rows.stop - rows.start
-        if not self._needs_grad:
+        if not self._gradients.any:
             return _checked(self._per_token(stats, rows), num), None
         leaves = (stats.divergence.requires_grad_(), stats.logprob_S.requires_grad_())
         with torch.enable_grad():
@@ -205,33 +182,6 @@ class _Run:
                 f"the objective's derivative is not finite in the tokens {rows.start} to {rows.stop - 1}, "
                 "though its value is; look for torch.where around an infinite branch"
             )
-
-    def gradients(self) -> list[Tensor | None]:
-        """dH, dW and dbias in their inputs' dtypes, None where not wanted."""
-        found = (self._dH, self._dW, self._dbias)
-        return [
-            None if gradient is None else gradient.to(dtype)
-            for gradient, dtype in zip(found, self._dtypes, strict=True)
-        ]
-
-
-class _Attach(torch.autograd.Function):
-    """Hangs gradients that are known already on the loss."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, *inputs_and_gradients: Tensor | None) -> Tensor:
-        """`inputs_and_gradients`: the three inputs, then the gradient of each."""
-        ctx.save_for_backward(*inputs_and_gradients[3:])
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients times `grad_loss`; for a plain `loss.backward()` they are handed over, not copied."""
-        gradients = ctx.saved_tensors
-        if grad_loss != 1.0:
-            gradients = [None if gradient is None else gradient * grad_loss for gradient in gradients]
-        return (None, *gradients, None, None, None)
 
 
 def _project(

@@ -1,0 +1,133 @@
+"""What two vocabularies have to do with each other, as index tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# Weights are rounded: a row's sum may exceed 1 by this much.
+_ROUNDING = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class ExactPairs:
+    """Token ids that stand for the same bytes: `ids_S[i]` is `ids_T[i]`, int64 `[M]`, none twice on a side.
+
+    vocab_S, vocab_T  sizes of the true vocabularies
+    rest_S, rest_T    made here: the ids without a partner, ascending
+
+    Raises ValueError for ids that do not fit.
+    """
+
+    ids_S: Tensor
+    ids_T: Tensor
+    vocab_S: int
+    vocab_T: int
+    rest_S: Tensor = field(init=False)
+    rest_T: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.ids_S.shape != self.ids_T.shape:
+            raise ValueError(
+                f"ExactPairs: ids_S {list(self.ids_S.shape)} and ids_T {list(self.ids_T.shape)} must pair up"
+            )
+        for side, ids, size in (("S", self.ids_S, self.vocab_S), ("T", self.ids_T, self.vocab_T)):
+            if ids.dtype != torch.int64 or ids.dim() != 1:
+                raise ValueError(
+                    f"ExactPairs.ids_{side} must be int64 [M], got {ids.dtype} {list(ids.shape)}"
+                )
+            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+                raise ValueError(
+                    f"ExactPairs.ids_{side} reach from {int(ids.min())} to {int(ids.max())}, "
+                    f"the vocabulary is [0, {size})"
+                )
+            is_rest = torch.ones(size, dtype=torch.bool, device=ids.device)
+            is_rest[ids] = False
+            rest = is_rest.nonzero().squeeze(1)
+            if rest.shape[0] + ids.shape[0] != size:
+                twice = int(ids.bincount().argmax())
+                raise ValueError(f"ExactPairs.ids_{side}: id {twice} has two partners; keep one of them")
+            object.__setattr__(self, f"rest_{side}", rest)
+
+
+@dataclass(frozen=True, eq=False)
+class SparseMap:
+    """X-Token's projection W of student probabilities into the teacher's vocabulary (2605.21699).
+
+    ids      `[V_S, k]` int64 teacher ids; an entry of weight 0 is none, whatever its id
+    weights  `[V_S, k]` float, at least 0; a row sums to 1 at most: what it lacks is mass that leads nowhere
+    vocab_T  size of the teacher's true vocabulary
+
+    Made here: `vocab_S`; `covered` `[C]`, the teacher ids with any weight, ascending; `by_T`, W transposed
+    and cut to them, and `by_S`, W cut to them, as products.
+
+    Raises ValueError for entries that do not fit.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    vocab_T: int
+    vocab_S: int = field(init=False)
+    covered: Tensor = field(init=False)
+    by_T: Bags = field(init=False)
+    by_S: Bags = field(init=False)
+
+    def __post_init__(self) -> None:
+        ids, weights = self.ids, self.weights
+        if ids.dim() != 2 or ids.dtype != torch.int64 or weights.shape != ids.shape:
+            raise ValueError(
+                "SparseMap: ids must be int64 [V_S, k] and weights alike, "
+                f"got {ids.dtype} {list(ids.shape)} and {list(weights.shape)}"
+            )
+        sums = weights.double().sum(1)
+        # Written so that NaN is refused as well.
+        wrong = ~((weights >= 0).all(1) & (sums <= 1 + _ROUNDING))
+        if wrong.any():
+            v = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"SparseMap: the weights of student id {v} are {weights[v].tolist()}; "
+                "must not be negative, nor sum to more than 1"
+            )
+        student, slot = (weights > 0).nonzero(as_tuple=True)
+        teacher, weight = ids[student, slot], weights[student, slot]
+        if teacher.numel() and not 0 <= int(teacher.min()) <= int(teacher.max()) < self.vocab_T:
+            raise ValueError(
+                f"SparseMap.ids reach from {int(teacher.min())} to {int(teacher.max())}, "
+                f"the teacher's vocabulary is [0, {self.vocab_T})"
+            )
+        covered, column = torch.unique(teacher, return_inverse=True)
+        order = column.argsort(stable=True)
+        by_T = Bags.collect(student[order], weight[order], column, covered.shape[0])
+        by_S = Bags.collect(column, weight, student, ids.shape[0])
+        made = {"vocab_S": ids.shape[0], "covered": covered, "by_T": by_T, "by_S": by_S}
+        for name, value in made.items():
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, eq=False)
+class Bags:
+    """A sparse matrix by rows: row r sums `weights * x[columns]` from entry `starts[r]` on."""
+
+    columns: Tensor
+    weights: Tensor
+    starts: Tensor
+
+    @classmethod
+    def collect(cls, columns: Tensor, weights: Tensor, rows: Tensor, num_rows: int) -> Bags:
+        """Of entries that stand in the order of their rows."""
+        counts = rows.bincount(minlength=num_rows)
+        return cls(columns.contiguous(), weights.contiguous(), counts.cumsum(0) - counts)
+
+    def times(self, matrix_cn: Tensor) -> Tensor:
+        """The product with a dense matrix `[columns, n]`, `[rows, n]`; deterministic on every device."""
+        if not self.columns.numel():
+            return matrix_cn.new_zeros(self.starts.shape[0], matrix_cn.shape[1])
+        return torch.nn.functional.embedding_bag(
+            self.columns,
+            matrix_cn,
+            self.starts,
+            mode="sum",
+            per_sample_weights=self.weights.to(matrix_cn.dtype),
+        )

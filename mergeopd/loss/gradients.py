@@ -1,0 +1,78 @@
+"""Gradients that are known before backward: gathered chunk by chunk, then hung on the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mergeopd.loss.heads import Head, Projection
+from mergeopd.loss.slicing import compute_dtype
+
+
+class HeadGradients:
+    """dH, dW and dbias of one head, of those that something requires."""
+
+    def __init__(self, hidden_ND: Tensor, head: Head) -> None:
+        inputs = (hidden_ND, head.weight, head.bias)
+        needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
+        dtype, num_valid = compute_dtype(hidden_ND), len(head.vocab)
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=hidden_ND.device)
+
+        self._inputs = inputs
+        self._num_valid = num_valid
+        self._dH = torch.empty_like(hidden_ND, requires_grad=False) if needs[0] else None
+        self._dW = empty(*head.weight.shape) if needs[1] else None
+        self._dbias = empty(head.weight.shape[0]).zero_() if needs[2] else None
+        self._is_first = True
+        if self._dW is not None:
+            self._dW[num_valid if hidden_ND.shape[0] else 0 :].zero_()
+
+    @property
+    def any(self) -> bool:
+        """Whether anything requires a gradient."""
+        return any(gradient is not None for gradient in (self._dH, self._dW, self._dbias))
+
+    def add(self, projection: Projection, dz_nV: Tensor, rows: slice) -> None:
+        """The products back of one chunk; every row of the hidden states must come once."""
+        if self._dH is not None:
+            projection.grad_hidden(dz_nV, self._dH[rows])
+        if self._dW is not None:
+            projection.grad_weight(dz_nV, rows, self._dW[: self._num_valid], accumulate=not self._is_first)
+        if self._dbias is not None:
+            self._dbias[: self._num_valid].add_(dz_nV.sum(0))
+        self._is_first = False
+
+    def attach(self, loss: Tensor) -> Tensor:
+        """`loss` with a backward that hands out these gradients, in their inputs' dtypes."""
+        if not self.any:
+            return loss
+        gradients = [
+            None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+            for gradient, tensor in zip((self._dH, self._dW, self._dbias), self._inputs, strict=True)
+        ]
+        attached: Tensor = _Attach.apply(loss, *self._inputs, *gradients)  # type: ignore[no-untyped-call]
+        return attached
+
+
+class _Attach(torch.autograd.Function):
+    """Hangs gradients that are known already on the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *inputs_and_gradients: Tensor | None) -> Tensor:
+        """`inputs_and_gradients`: the three inputs, then the gradient of each."""
+        ctx.save_for_backward(*inputs_and_gradients[3:])
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients times `grad_loss`; for a plain `loss.backward()` they are handed over, not copied."""
+        gradients = ctx.saved_tensors
+        if grad_loss != 1.0:
+            gradients = [None if gradient is None else gradient * grad_loss for gradient in gradients]
+        return (None, *gradients, None, None, None)
