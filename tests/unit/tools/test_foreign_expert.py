@@ -29,7 +29,7 @@ SMALL = LlamaSettings(
 )
 SETTINGS = replace(small_settings(2), rows={"eval": 40, "check": 10, "train": 400})
 TEXTS = (
-    "", " ", "a", " a", "a b", "  a  b ", "a\nb\t", "é", "e\u0301", "漢字", "👩‍👩‍👧 ☃", "x = {'a': 201}\n", "[USER", "c d e f",
+    "", " ", "a", " a", "a b", "  a  b ", "a\nb\t", "é", "e\u0301", "漢字", "👩‍👩‍👧 ☃", "x = {'a': 201}\n", "[USER", "x y c",
 )  # fmt: skip
 
 

@@ -34,7 +34,8 @@ def train_tokenizer(texts: Iterable[str], num_tokens: int) -> Tokenizer:
     """BPE of exactly `num_tokens` entries: special tokens, all bytes, characters, merges.
 
     Spaces part no words, so merges reach across them, as with SentencePiece's split_by_whitespace=false.
-    A text that does not follow a special token gets a space before it, which decoding takes away.
+    A text that follows no special token gets a space before it, unless it begins with one; decoding takes one
+    away.
     """
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="always", split=False)
