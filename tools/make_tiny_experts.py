@@ -1,8 +1,9 @@
 """Trains a tiny base model and its domain experts, for the quick start and for tests.
 
-    python tools/make_tiny_experts.py [--out experts] [--seed 0]
+    python tools/make_tiny_experts.py [--out experts] [--seed 0] [--foreign]
 
-Everything follows from the seed. A second run finds the experts made and does nothing.
+Everything follows from the seed. A second run finds the experts made and does nothing. With --foreign there
+is one more, a Llama with a tokenizer of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from tiny_experts.cache import cache_key, read_manifest, why_stale, written_aside
+from tiny_experts.llama.settings import DOMAIN, FOLDER, LlamaSettings, llama_key
 from tiny_experts.settings import Settings
 
 
@@ -35,6 +37,15 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _torch(threads: int) -> None:
+    """Imports torch, which takes seconds that a run that finds everything made must not pay."""
+    # Spinning threads wait for each other forever where another process keeps a core busy (20x slower).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
+    torch.set_num_threads(threads)
+
+
 def make(out: Path, settings: Settings, seed: int, threads: int, console: Console) -> None:
     """Makes the experts in `out`, whatever is there already.
 
@@ -44,13 +55,8 @@ def make(out: Path, settings: Settings, seed: int, threads: int, console: Consol
     facts: dict[str, Any] = {"settings": settings.as_dict(), "seed": seed}
     start = time.perf_counter()
     with written_aside(out, cache_key(settings, seed), facts) as folder, _progress(console) as progress:
-        # Spinning threads wait for each other forever where another process keeps a core busy (20x slower).
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        # Importing torch and transformers takes seconds, which a run that finds everything made must not pay.
-        import torch
+        _torch(threads)
         from tiny_experts.build import build
-
-        torch.set_num_threads(threads)
 
         def watch(name: str) -> Any:
             task = progress.add_task(name, total=settings.base.max_updates)
@@ -60,17 +66,46 @@ def make(out: Path, settings: Settings, seed: int, threads: int, console: Consol
         facts["seconds"] = round(time.perf_counter() - start, 1)
 
 
-def show(out: Path, console: Console) -> None:
-    """Prints the accuracies that the manifest in `out` holds."""
-    manifest = read_manifest(out)
-    assert manifest is not None
-    accuracy: dict[str, dict[str, float]] = manifest["accuracy"]
+def make_foreign(
+    out: Path, settings: Settings, llama: LlamaSettings, seed: int, threads: int, console: Console
+) -> None:
+    """Makes the foreign expert in `out`, its own folder among the experts, whatever is there already.
+
+    Raises:
+        FileExistsError: `out` holds something that this tool did not write.
+    """
+    facts: dict[str, Any] = {"settings": llama.as_dict(), "seed": seed}
+    start = time.perf_counter()
+    with (
+        written_aside(out, llama_key(settings, llama, seed), facts) as folder,
+        _progress(console) as progress,
+    ):
+        _torch(threads)
+        from tiny_experts.llama.build import build
+
+        task = progress.add_task(FOLDER, total=llama.training.max_updates)
+
+        def advance(update: int, end: int) -> None:
+            progress.update(task, completed=update, total=end)
+
+        facts["accuracy"] = {FOLDER: {DOMAIN: build(folder, settings, llama, seed, advance)}}
+        facts["seconds"] = round(time.perf_counter() - start, 1)
+
+
+def show(out: Path, console: Console, *, foreign: bool) -> None:
+    """Prints the accuracies that the manifests in `out` hold."""
+    accuracy: dict[str, dict[str, float]] = {}
+    for folder in (out, out / FOLDER) if foreign else (out,):
+        manifest = read_manifest(folder)
+        assert manifest is not None
+        accuracy |= manifest["accuracy"]
     table = Table(title="accuracy on the evaluation prompts, greedy", title_justify="left")
     table.add_column("model")
     for domain in accuracy["base"]:
         table.add_column(domain, justify="right")
     for model, by_domain in accuracy.items():
-        table.add_row(model, *(f"{value:.1%}" for value in by_domain.values()))
+        row = (f"{by_domain[domain]:.1%}" if domain in by_domain else "" for domain in accuracy["base"])
+        table.add_row(model, *row)
     console.print(table)
 
 
@@ -81,18 +116,30 @@ def main() -> None:
         "--out", type=Path, default=Path("experts"), help="folder to write (default: experts)"
     )
     parser.add_argument("--seed", type=int, default=0, help="everything follows from it (default: 0)")
+    parser.add_argument(
+        "--foreign", action="store_true", help=f"also {FOLDER}: another architecture, another tokenizer"
+    )
     arguments = parser.parse_args()
-    console, settings, out = Console(), Settings(), arguments.out.resolve()
-    reason = why_stale(out, cache_key(settings, arguments.seed))
-    if reason is None:
-        console.print(f"The tiny experts are in {arguments.out} already.")
-    else:
-        console.print(f"Making the tiny experts in {arguments.out}: {reason}.")
-        try:
-            make(out, settings, arguments.seed, _num_cores(), console)
-        except FileExistsError as error:
-            parser.error(str(error))
-    show(out, console)
+    console, settings, out, seed = Console(), Settings(), arguments.out.resolve(), arguments.seed
+    llama, threads = LlamaSettings(), _num_cores()
+    try:
+        reason = why_stale(out, cache_key(settings, seed))
+        if reason is None:
+            console.print(f"The tiny experts are in {arguments.out} already.")
+        else:
+            console.print(f"Making the tiny experts in {arguments.out}: {reason}.")
+            make(out, settings, seed, threads, console)
+        if arguments.foreign:
+            shown = arguments.out / FOLDER
+            reason = why_stale(out / FOLDER, llama_key(settings, llama, seed))
+            if reason is None:
+                console.print(f"The foreign expert is in {shown} already.")
+            else:
+                console.print(f"Making the foreign expert in {shown}: {reason}.")
+                make_foreign(out / FOLDER, settings, llama, seed, threads, console)
+    except FileExistsError as error:
+        parser.error(str(error))
+    show(out, console, foreign=arguments.foreign)
 
 
 if __name__ == "__main__":
