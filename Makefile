@@ -4,11 +4,15 @@ BIN    := $(VENV)/bin
 PYTHON ?= python3
 STAMP  := $(VENV)/.installed
 
-.PHONY: quickstart install test test-dist check format clean help
+.PHONY: quickstart cross-family install test test-dist check format clean help
 
 quickstart: $(STAMP)  ## tiny experts, the merge, the result
 	$(BIN)/python tools/make_tiny_experts.py
 	$(BIN)/mergeopd run recipes/quickstart.yaml
+
+cross-family: $(STAMP)  ## the same, with a teacher of another architecture and tokenizer
+	$(BIN)/python tools/make_tiny_experts.py --foreign
+	$(BIN)/mergeopd run recipes/cross_family.yaml
 
 install: $(STAMP)  ## .venv with the package and the development tools
 

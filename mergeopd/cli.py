@@ -150,9 +150,16 @@ def evaluate(
 
     Example: mergeopd eval recipes/quickstart.yaml --model runs/quickstart/export
     """
-    from mergeopd.engine.command import evaluate_recipe
+    place = Place.of()
+    with _told_once(place):
+        from mergeopd.engine.command import evaluate_recipe
 
-    evaluate_recipe(recipe, overrides or [], model, output)
+        try:
+            evaluate_recipe(recipe, overrides or [], model, output)
+        except KeyboardInterrupt:
+            if place.world == 1:
+                raise
+            raise typer.Exit(130) from None
 
 
 class Open(StrEnum):

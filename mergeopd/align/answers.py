@@ -24,6 +24,9 @@ class Unaligned(StrEnum):
     NO_TEXT = "no text"  # a special token inside the answer, or a space that decoding takes away
     INTERRUPTED = "interrupted"  # in a group with a special token inside, which the other side never saw
     NOT_UTF8 = "not UTF-8"  # behind the first byte that begins no whole character
+    TOO_LONG = "too long"  # in a group of more tokens, on either side, than are compared at once
+    LEADING_SPACE = "leading space"  # in a first group whose distributions are about other tokens
+    NO_ROOM = "no room"  # behind the end of the teacher's context
     ROUND_TRIP = "round trip"  # behind the place up to which the teacher's tokens give the text back
 
 
@@ -36,6 +39,8 @@ class Alignment:
     `student_stops[g] - 1`, counted in the answer, and the teacher's likewise. Groups are in order, do not
     overlap, have tokens on both sides and cover the same bytes of the text; the end tokens are a group of
     their own. `unaligned` counts the student's tokens that are in no group; it has no zeros.
+    `space_on_one_side`: the tokens of one side begin with a space that is no part of the text, so that its
+    first token and the other side's are different ones even where they mean the same.
     """
 
     teacher_ids: Ints  # [T]
@@ -44,6 +49,7 @@ class Alignment:
     teacher_starts: Ints
     teacher_stops: Ints
     unaligned: Mapping[Unaligned, int]
+    space_on_one_side: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +93,13 @@ def align(
     other = Side.of(theirs, ended, teacher)
     matched = _matched(texts, own, other, encoded, teacher)
     closed = close_groups(Ends(matched.own, own.rows), Ends(matched.other, other.rows), matched.limits)
-    return _assembled(closed, own, other, theirs, matched.broken)
+    return _assembled(closed, own, other, theirs, matched)
+
+
+def written_text(ids: Sequence[int], tokens: TokenBytes) -> tuple[str, bool]:
+    """What tokens say, up to the first byte that begins no whole character, and whether that is all of it."""
+    found = _Text.of(tokens.joined(np.array(ids, np.int64)).tobytes(), tokens.strip)
+    return found.text, found.whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +132,16 @@ def _encoded(texts: Sequence[str], encode: Encode) -> list[Sequence[int]]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Matched:
-    """Ends of both sides in the places of one text, the last place of each, and what broke it off."""
+    """Ends of both sides in the places of one text, the last place of each, and what broke it off.
+
+    `lopsided`: one side alone has a space before the text.
+    """
 
     own: Ints
     other: Ints
     limits: Ints
     broken: list[Unaligned | None]
+    lopsided: list[bool]
 
 
 def _matched(
@@ -138,6 +154,7 @@ def _matched(
     own_ends, other_ends = own.ends.copy(), other.ends.copy()
     limits = np.empty(len(texts), np.int64)
     broken: list[Unaligned | None] = []
+    lopsided: list[bool] = []
     for row, text in enumerate(texts):
         here, there = slice(*own.rows[row : row + 2]), slice(*other.rows[row : row + 2])
         if text.dropped:
@@ -151,6 +168,8 @@ def _matched(
             own_ends[here] *= found.scale
             other_ends[there][: len(found.ends)] = found.ends
             whole, limit = found.whole, found.limit
+            behind = int(other.bytes_of(row)[:1] == b" " and text.text[:1] != " ")
+        lopsided.append(bool(text.num_bytes) and text.dropped != behind)
         broken.append(Unaligned.ROUND_TRIP if not whole else None if text.whole else Unaligned.NOT_UTF8)
         # The end is one place behind the text, or nowhere where something is missing before it.
         end = limit + 1 if broken[-1] is None else 0
@@ -159,7 +178,7 @@ def _matched(
         if other.ended[row]:
             other_ends[other.rows[row + 1] - 1] = end
         limits[row] = max(limit, end)
-    return _Matched(own_ends, other_ends, limits, broken)
+    return _Matched(own_ends, other_ends, limits, broken, lopsided)
 
 
 def _read_behind(text: _Text, own: Side, other: Side, row: int, teacher: TokenBytes) -> int | None:
@@ -176,7 +195,7 @@ def _assembled(
     own: Side,
     other: Side,
     theirs: Sequence[Sequence[int]],
-    broken: Sequence[Unaligned | None],
+    matched: _Matched,
 ) -> list[Alignment]:
     """Groups in the tokens of the answers as they are, without those that a special token lies in."""
     num, sides = len(theirs), []
@@ -199,7 +218,7 @@ def _assembled(
     bounds = np.searchsorted(closed.row[whole], np.arange(num + 1))
     arrays = [array[whole] for array in (student_starts, student_stops, teacher_starts, teacher_stops)]
     result = []
-    for row, reason in enumerate(broken):
+    for row, reason in enumerate(matched.broken):
         mine = slice(bounds[row], bounds[row + 1])
         starts_S, stops_S, starts_T, stops_T = (array[mine] for array in arrays)
         used = int(stops_T[-1]) if len(stops_T) else 0
@@ -208,5 +227,6 @@ def _assembled(
         counts[why] = counts.get(why, 0) + int(rest[row])
         ids = np.array(theirs[row][:used], np.int64)
         unaligned = {key: count for key, count in counts.items() if count}
-        result.append(Alignment(ids, starts_S, stops_S, starts_T, stops_T, unaligned))
+        lopsided = matched.lopsided[row]
+        result.append(Alignment(ids, starts_S, stops_S, starts_T, stops_T, unaligned, lopsided))
     return result

@@ -209,6 +209,26 @@ def _pieces_of(tokens: TokenBytes, other: ByteTokenizer, ids: Ints) -> tuple[Int
     return np.repeat(np.array(sources, np.int64), lengths), targets, weights / np.repeat(totals, lengths)
 
 
+def teacher_pieces(student: ByteTokenizer, teacher: TokenBytes, ends: EndTokens) -> Ints:
+    """`[V_T, P]`: the student's tokens that spell each of the teacher's in the middle of a text, then -1.
+
+    A token that the student has too is one piece; the teacher's end is the student's. Rows of special and
+    unused tokens, and of those that the student cannot spell, are -1 throughout.
+    """
+    rows, columns, _ = _pieces_of(teacher, student, np.arange(len(teacher)))
+    rank = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    table = np.full((len(teacher), int(rank.max(initial=0)) + 1), -1, np.int64)
+    table[rows, rank] = columns
+    for i in np.flatnonzero(np.isin(teacher.kind, (TEXT, ADDED, BYTE))).tolist():
+        same = student.tokens.ids.get(teacher.pieces[i])
+        if same is not None:
+            table[i], table[i, 0] = -1, same
+    table[ends.teacher] = -1
+    if ends.student:
+        table[ends.teacher, 0] = ends.student[0]
+    return table
+
+
 def _as_text(piece: bytes) -> str | None:
     try:
         return piece.decode()

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from mergeopd.align.answers import Alignment
+from mergeopd.engine.crossing import Alignments, Crossing
 from mergeopd.engine.dialect import Dialect, masked_in_teacher_term
 from mergeopd.engine.objectives import correction
 from mergeopd.engine.outcomes import Outcomes
+from mergeopd.engine.preflight import Inputs
 from mergeopd.engine.schedule import Pack
-from mergeopd.loss.policy import PolicyRows, answers_advantage, sequence_kept
+from mergeopd.loss.bridge import Bridge, Groups
+from mergeopd.loss.heads import Hidden
+from mergeopd.loss.policy import PolicyRows, answers_advantage, bounded, sequence_kept
 from mergeopd.loss.prepare import Answer, answer_weights
 from mergeopd.loss.targets import Target
 from mergeopd.recipe.training import Phase
-from mergeopd.student.batch import MicroBatch
+from mergeopd.student.batch import BridgedTarget, MicroBatch
 from mergeopd.types import Rollout
 
 
@@ -26,12 +34,14 @@ class Before:
 
     `gap` is the sum over its tokens and teachers, weighted, of the reverse KL: exact where the teacher's
     whole distribution is at hand, else |log p_T - log p_S| of the token as written. A teacher that does not
-    know the token that ends the answer is not asked about it here either.
+    know the token that ends the answer is not asked about it here either. `spans`: of teachers whose bridge
+    is a policy term, each group's log-ratio at each of its tokens.
     """
 
     logprob_S: Tensor
     logprob_T: Mapping[str, Tensor]
     gap: float
+    spans: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +52,9 @@ class PreparedRollout:
     prompt's weight of each teacher times what the verdict makes of it; `eos_masked` has the trained tokens
     (by position) that a teacher's term skips. `outcome` is the answer's advantage with all weights; `is_kept`
     is False where a correction drops the answer from policy terms. `logprob_old` and `teacher_advantage`
-    (with all weights) have one number per trained token, where they are needed.
+    (with all weights) have one number per trained token, where they are needed; so has `span_advantage`, from
+    the `spans` of `Before`. `alignments` has what teachers with other tokenizers read of the answer; their
+    weights contain the objective's.
     """
 
     rollout: Rollout
@@ -53,6 +65,9 @@ class PreparedRollout:
     is_kept: bool = True
     logprob_old: Tensor | None = None
     teacher_advantage: Tensor | None = None
+    span_advantage: Tensor | None = None
+    spans: Mapping[str, Tensor] = field(default_factory=dict)
+    alignments: Mapping[str, Alignment] = field(default_factory=dict)
 
     @property
     def is_own(self) -> bool:
@@ -76,14 +91,20 @@ class PreparedUpdate:
 
 @dataclass(frozen=True, slots=True)
 class Dialects:
-    """How the student and its teachers read."""
+    """How the student and its teachers read; those that are `crossed` have other tokens."""
 
     student: Dialect
     teachers: Mapping[str, Dialect]
+    crossed: Mapping[str, Crossing]
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> Dialects:
+        """Those of a run."""
+        return cls(inputs.student, inputs.teachers, inputs.crossings)
 
     def eos_masked(self, rollout: Rollout) -> dict[str, tuple[int, ...]]:
-        """Trained tokens, by position, that a teacher's term skips."""
-        mine = {name: self.teachers[name] for name in rollout.prompt.teachers}
+        """Trained tokens, by position, that a teacher's term skips. A bridge has its own rule for ends."""
+        mine = {name: self.teachers[name] for name in rollout.prompt.teachers if name not in self.crossed}
         return masked_in_teacher_term(rollout.trained_ids, self.student, mine)
 
 
@@ -95,10 +116,11 @@ def prepare(
     dialects: Dialects,
     found: Outcomes,
     before: Mapping[int, Before],
+    alignments: Alignments = MappingProxyType({}),
 ) -> PreparedUpdate:
     """All weights and global denominators of one update, before any gradient.
 
-    `update` names its rollouts; `found` and `before` (empty where not needed) are those of the round;
+    `update` names its rollouts; `found`, `before` and `alignments` (empty where not needed) are the round's;
     `updates_done` counts the updates of the phase.
     """
     answers = [
@@ -107,29 +129,39 @@ def prepare(
     ]
     weights, budgets = answer_weights(answers, phase.reduce, phase.balance.tokens, phase.balance.follow_gap)
     outcome_weight = phase.loss.weight("outcome", updates_done)
+    bridge_weight = phase.loss.teachers_weight(updates_done)
     prepared = {}
     for index, weight in zip(update, weights, strict=True):
         rollout = rollouts[index]
         plain = PreparedRollout(
             rollout=rollout,
             token_weight=weight,
-            teacher_weight={n: w * found.teaching[index] for n, w in rollout.prompt.teachers.items()},
+            teacher_weight={
+                name: w * found.teaching[index] * (bridge_weight if name in dialects.crossed else 1.0)
+                for name, w in rollout.prompt.teachers.items()
+            },
             eos_masked=dialects.eos_masked(rollout),
             outcome=weight * outcome_weight * found.advantage[index],
+            alignments={n: own[index] for n, own in alignments.items() if index in own},
         )
-        looks_back = plain.is_own and index in before and phase.loss.has_policy
-        prepared[index] = _with_past(plain, before[index], phase, updates_done) if looks_back else plain
+        looks_back = plain.is_own and index in before
+        if looks_back and (phase.loss.has_policy or before[index].spans):
+            prepared[index] = _with_past(plain, before[index], phase, updates_done, dialects)
+        else:
+            prepared[index] = plain
     return PreparedUpdate(prepared, budgets)
 
 
-def _with_past(plain: PreparedRollout, before: Before, phase: Phase, updates_done: int) -> PreparedRollout:
+def _with_past(
+    plain: PreparedRollout, before: Before, phase: Phase, updates_done: int, dialects: Dialects
+) -> PreparedRollout:
     """The student's own answer with what only the look back knows."""
     behaviour = before.logprob_S.new_tensor(plain.rollout.logprobs_behaviour or ())
     sampled = phase.loss.sampled_reverse_kl
     advantage = None
     if sampled is not None and sampled.needs_whole_answers:
         coefficient = phase.loss.weight("sampled_reverse_kl", updates_done)
-        names = tuple(plain.teacher_weight)
+        names = tuple(before.logprob_T)
         advantage = coefficient * answers_advantage(
             [before.logprob_T[name] - before.logprob_S for name in names],
             [behaviour.new_tensor(plain.teacher_token_weights(name)) for name in names],
@@ -144,7 +176,19 @@ def _with_past(plain: PreparedRollout, before: Before, phase: Phase, updates_don
         is_kept=sequence_kept(before.logprob_S - behaviour, correction(phase)),
         logprob_old=before.logprob_S,
         teacher_advantage=advantage,
+        span_advantage=_span_advantage(plain, before, dialects) if before.spans else None,
+        spans=before.spans,
     )
+
+
+def _span_advantage(plain: PreparedRollout, before: Before, dialects: Dialects) -> Tensor:
+    """Every token of a group has the group's log-ratio as its advantage, with all weights."""
+    total = torch.zeros_like(before.logprob_S)
+    for name, ratio in before.spans.items():
+        span = dialects.crossed[name].bridge.span
+        bound = None if span is None else span.bound
+        total += plain.token_weight * plain.teacher_weight[name] * bounded(ratio, bound)
+    return total
 
 
 def micro_batch(
@@ -154,26 +198,75 @@ def micro_batch(
     like: Tensor,
     *,
     with_policy: bool,
+    measures: Mapping[str, Bridge] = MappingProxyType({}),
 ) -> MicroBatch:
     """The tensors of one pack, weights in the dtype and on the device of `like`.
 
-    `targets` holds this pack's teachers, or nothing when none is needed. Text that the student wrote itself
+    `targets` holds this pack's teachers, or nothing when none is needed; those in `measures` have other
+    tokens than the student. Text that the student wrote itself
     has no likelihood term.
     """
     members = [prepared.rollouts[i] for i in pack.rollouts]
-    teacher_rows = [[weight for m in members for weight in m.teacher_token_weights(name)] for name in targets]
+    own = {name: target for name, target in targets.items() if name not in measures}
+    teacher_rows = [[weight for m in members for weight in m.teacher_token_weights(name)] for name in own]
     nll_row = _per_token(members, [0.0 if m.is_own else m.token_weight for m in members])
     nll_N = like.new_tensor(nll_row)
     return MicroBatch(
         rollouts=pack.rollouts,
-        teachers=tuple(targets),
+        teachers=tuple(own),
         prompts=tuple(m.rollout.prompt_ids for m in members),
         responses=tuple(m.rollout.response_ids for m in members),
-        targets=tuple(targets.values()),
-        teacher_weight_KN=like.new_tensor(teacher_rows).reshape(len(targets), len(nll_row)),
+        targets=tuple(own.values()),
+        teacher_weight_KN=like.new_tensor(teacher_rows).reshape(len(own), len(nll_row)),
         nll_weight_N=nll_N,
         policy=_policy_rows(members, like) if with_policy else None,
         trained=tuple(m.rollout.trained for m in members),
+        bridged=tuple(
+            _bridged(name, members, target, measures[name], like)
+            for name, target in targets.items()
+            if name in measures and isinstance(target, Hidden)
+        ),
+    )
+
+
+def pack_groups(alignments: Sequence[Alignment], lengths: Sequence[int], device: torch.device) -> Groups:
+    """The groups of a micro-batch's answers, in rows of both sides; `lengths` are the student's."""
+    columns: tuple[list[NDArray[np.int64]], ...] = ([], [], [], [])
+    follows: list[NDArray[np.bool_]] = []
+    row_S = row_T = 0
+    for own, length in zip(alignments, lengths, strict=True):
+        columns[0].append(own.student_starts + row_S)
+        columns[1].append(own.student_stops - own.student_starts)
+        columns[2].append(own.teacher_starts + row_T)
+        columns[3].append(own.teacher_stops - own.teacher_starts)
+        row_S, row_T = row_S + length, row_T + len(own.teacher_ids)
+        goes_on = np.zeros(len(own.student_starts), bool)
+        goes_on[1:] = own.student_starts[1:] == own.student_stops[:-1]
+        goes_on[1:] &= own.teacher_starts[1:] == own.teacher_stops[:-1]
+        follows.append(goes_on)
+    first_S, num_S, first_T, num_T = (
+        torch.from_numpy(np.concatenate(column)).to(device, torch.int64) for column in columns
+    )
+    return Groups(first_S, num_S, first_T, num_T, torch.from_numpy(np.concatenate(follows)).to(device))
+
+
+def _bridged(
+    name: str, members: Sequence[PreparedRollout], target: Hidden, measure: Bridge, like: Tensor
+) -> BridgedTarget:
+    """A teacher with other tokens on one micro-batch. A group weighs as much as its student tokens."""
+    own = [m.alignments[name] for m in members]
+    groups = pack_groups(own, [m.rollout.num_trained for m in members], like.device)
+    weights = like.new_tensor([m.token_weight * m.teacher_weight[name] for m in members])
+    per_group = weights.repeat_interleave(
+        torch.tensor([len(a.student_starts) for a in own], device=like.device)
+    )
+    return BridgedTarget(
+        teacher=name,
+        target=target,
+        labels=torch.from_numpy(np.concatenate([a.teacher_ids for a in own])).to(like.device),
+        groups=groups,
+        measure=measure,
+        weight_G=per_group * groups.num_S.to(like),
     )
 
 
@@ -191,6 +284,7 @@ def _policy_rows(members: Sequence[PreparedRollout], like: Tensor) -> PolicyRows
         keep_N=row([float(m.is_kept) for m in members]),
         old_N=_joined([m.logprob_old for m in members], members, like),
         teacher_N=_joined([m.teacher_advantage for m in members], members, like),
+        span_N=_joined([m.span_advantage for m in members], members, like),
     )
 
 

@@ -12,9 +12,11 @@ import torch
 from mergeopd.data.draw import PromptDraw
 from mergeopd.engine.canary import Canaries
 from mergeopd.engine.dialect import Dialect
+from mergeopd.engine.measures import measure
 from mergeopd.engine.preflight import Inputs
 from mergeopd.engine.room import refuse_without_room
 from mergeopd.engine.schedule import RoundWork, round_work
+from mergeopd.loss.bridge import Bridge
 from mergeopd.loss.heads import Head
 from mergeopd.ranks import Ranks
 from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan
@@ -50,6 +52,7 @@ class Parts:
     verifiers: Mapping[str, Verify]
     prompt_draw: PromptDraw
     canaries: Canaries
+    measures: Mapping[str, Bridge]
 
     @property
     def plan(self) -> Plan:
@@ -122,6 +125,7 @@ def build(inputs: Inputs, device: torch.device, ranks: Ranks) -> Parts:
         verifiers=build_verifiers(plan.sources, plan.allow_code),
         prompt_draw=PromptDraw(inputs.prompts, {s.name: s.share for s in plan.sources}, plan.seed),
         canaries=Canaries(plan, inputs.teachers if ranks.is_first else {}),
+        measures=_measures(inputs, device, ranks),
     )
 
 
@@ -147,6 +151,24 @@ def _student(inputs: Inputs, device: torch.device, ranks: Ranks) -> Student:
         recompute=parallel.recompute,
         layers=parallel.layers,
     )
+
+
+def _measures(inputs: Inputs, device: torch.device, ranks: Ranks) -> dict[str, Bridge]:
+    """How distributions are compared with those of each teacher with another tokenizer; `span` compares none.
+
+    The first process makes the maps that are not there yet.
+    """
+    cache = Path(inputs.plan.text_cache)
+
+    def all_of_them() -> dict[str, Bridge]:
+        found = {n: measure(crossing, cache, device) for n, crossing in inputs.crossings.items()}
+        return {name: one for name, one in found.items() if one is not None}
+
+    if not inputs.crossings:
+        return {}
+    made: list[dict[str, Bridge]] = []
+    ranks.first(lambda: made.append(all_of_them()))
+    return made[0] if made else all_of_them()
 
 
 def _reader(device: torch.device, ranks: Ranks) -> Reader:

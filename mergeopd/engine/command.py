@@ -20,7 +20,8 @@ from mergeopd.engine.run_folder import RunFolder
 from mergeopd.errors import Location, ModelError, Problem, RecipeError, StorageError
 from mergeopd.ranks import Alone, Ranks
 from mergeopd.recipe.locate import shown
-from mergeopd.recipe.plan import Plan
+from mergeopd.recipe.plan import EvaluationPlan, Plan
+from mergeopd.recipe.words import joined
 from mergeopd.report.console import console_reporter
 from mergeopd.report.events import Note, Reporter, Reporters
 from mergeopd.report.html import HtmlReporter
@@ -85,13 +86,19 @@ def begin(
 
 
 def _same_inputs(recipe: Path, overrides: Sequence[str]) -> Inputs:
-    """What this process reads. Raises StorageError where that is another run than the first process's."""
+    """What this process reads. Raises StorageError where the first one has another run or other files."""
     inputs = preflight(recipe, overrides)
     folder = RunFolder(Path(inputs.plan.output))
     if inputs.plan.hash not in folder.plan_hashes():
         raise StorageError(
             f"{platform.node()} does not find the run of the first process in {shown(folder.path)}; recipe, "
             "models and run folder must lie on a file system that all machines share, under one path"
+        )
+    others = [shown(Path(file)) for file in folder.other_files(inputs.files)]
+    if others:
+        raise StorageError(
+            f"{platform.node()} has other contents in {joined(others, 'and')} "
+            "than the machine of the first process; give every machine the same files"
         )
     return inputs
 
@@ -156,35 +163,44 @@ def _asked_for(plan: Plan, folder: RunFolder, notes: Reporter) -> list[Reporter]
 
 
 def evaluate_recipe(recipe: Path, overrides: Sequence[str], model: Path | None, output: Path | None) -> None:
-    """Measure a folder as the recipe's merged student and show the table."""
-    import time
+    """Measure a folder as the recipe's merged student and show the table.
 
-    inputs = preflight(recipe, overrides)
-    if inputs.plan.evaluation is None:
-        place = Location(shown(recipe))
-        raise RecipeError([Problem(place, "evaluation", "missing section", "add `evaluation.prompts`")])
-    _try_verifiers(inputs)
-    merged = model or Path(inputs.plan.output) / "export"
-    if model is None and not merged.is_dir():
-        raise ModelError(
-            f"{merged}: the run has not exported a student yet; run it, or name a folder with --model"
-        )
-    check_student_folder(merged, inputs.student)
-    if output is not None and output.is_dir():
-        raise StorageError(f"{output}: is a folder; name a file")
+    Where it was started as one of several processes, all of them call it alike and measure a share each.
+    """
+    place = Place.of()
+    with open_ranks(place, grouped=False) as ranks:
+        inputs = preflight(recipe, overrides)
+        if inputs.plan.evaluation is None:
+            where = Location(shown(recipe))
+            raise RecipeError([Problem(where, "evaluation", "missing section", "add `evaluation.prompts`")])
+        _try_verifiers(inputs)
+        merged = model or Path(inputs.plan.output) / "export"
+        if model is None and not merged.is_dir():
+            raise ModelError(
+                f"{merged}: the run has not exported a student yet; run it, or name a folder with --model"
+            )
+        check_student_folder(merged, inputs.student)
+        if output is not None and output.is_dir():
+            raise StorageError(f"{output}: is a folder; name a file")
+        _measure(inputs, inputs.plan.evaluation, merged, output, ranks)
+
+
+def _measure(inputs: Inputs, plan: EvaluationPlan, merged: Path, output: Path | None, ranks: Ranks) -> None:
+    """Measure; the first process shows the table and writes the result. Collective."""
+    import time
 
     from mergeopd.engine.build import pick_device
     from mergeopd.engine.evaluate import Evaluation
 
     _quiet_libraries()
-    console = Console()
+    console = Console(quiet=not ranks.is_first)
     start = time.perf_counter()
-    with console_reporter(console) as reporter:
+    with console_reporter(console) if ranks.is_first else nullcontext(Reporters()) as reporter:
         _tell_notes(inputs, reporter)
-        accuracies = Evaluation(inputs, inputs.plan.evaluation, pick_device(), Alone(), reporter).run(merged)
+        accuracies = Evaluation(inputs, plan, pick_device(), ranks, reporter).run(merged)
     document = result_document(accuracies, {"evaluation": time.perf_counter() - start})
     console.print(ResultTable(document, result_path=output, export_path=Path(shown(merged))))
-    if output is not None:
+    if output is not None and ranks.is_first:
         write_result(output, document)
 
 

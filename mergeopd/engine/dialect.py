@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from mergeopd.data.own_prompts import SAME, Script
 from mergeopd.data.templates import ChatTemplate
+from mergeopd.errors import DataError
 from mergeopd.models.tokenizer import Tokenizer
-from mergeopd.types import Prompt
+from mergeopd.types import Message, Prompt
+
+_ANSWER = "Yes, it is."
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,22 @@ class Dialect:
     script: Script = SAME
     _rendered: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict, repr=False, compare=False)
 
-    @property
+    @cached_property
     def end_id(self) -> int:
-        """The id that closes an answer which this model did not write itself."""
-        return self.tokenizer.eos_id if self.tokenizer.eos_id in self.eos_ids else self.eos_ids[0]
+        """The id that closes an answer which this model did not write itself: its template's end of a turn.
+
+        Of several end tokens the tokenizer's EOS is often not the one that ends a turn (Gemma, Phi). Where
+        the template writes none of them behind an answer, it is that one all the same, or the first.
+        """
+        asked, answered = Message("user", "?"), Message("assistant", _ANSWER)
+        try:
+            text = self.template.render((asked, answered), add_generation_prompt=False)
+        except DataError:
+            text = ""
+        behind = text.rpartition(_ANSWER)[2] if _ANSWER in text else ""
+        written = (i for i in self.tokenizer.encode(behind) if i in self.eos_ids)
+        own = self.tokenizer.eos_id
+        return next(written, own if own in self.eos_ids else self.eos_ids[0])
 
     def text(self, prompt: Prompt) -> str:
         """The text up to where the answer begins. Raises DataError when a template refuses the prompt."""

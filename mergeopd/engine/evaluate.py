@@ -75,7 +75,13 @@ class Evaluation:
     def _measure_average(self, base: Path, domains: Sequence[str], result: Accuracies) -> None:
         teachers = [self._inputs.plan.teachers[name] for name in sorted(set(self._plan.experts.values()))]
         experts = [Path(teacher.model) for teacher in teachers if teacher.student is None]
-        reason = why_not(base, experts) if experts else "the experts are the student itself"
+        foreign = [
+            name for name in sorted(set(self._plan.experts.values())) if name in self._inputs.crossings
+        ]
+        if foreign:  # also where all shapes fit: a row of theirs is another token's
+            reason: str | None = f"{foreign[0]} has another tokenizer than the student"
+        else:
+            reason = why_not(base, experts) if experts else "the experts are the student itself"
         if reason is not None:
             self._reporter.emit(Note(f"no weight average: {reason}"))
             return

@@ -11,6 +11,7 @@ from mergeopd.engine.batch import Before, Dialects, prepare
 from mergeopd.engine.build import Parts
 from mergeopd.engine.checkpoint import Record, save, written_by_first
 from mergeopd.engine.clock import Clock
+from mergeopd.engine.crossing import align_round
 from mergeopd.engine.evaluate import Accuracies, Evaluation
 from mergeopd.engine.interrupt import Interrupt, StopNow, Watch
 from mergeopd.engine.lookback import is_needed, look_back
@@ -137,12 +138,14 @@ class Merge:
         cache: Cache,
     ) -> ScoredRound:
         """All that is known of a round before its first update."""
-        observed = Observed(cache, kept(phase.loss))
+        wanted = kept(phase.loss)
+        crossings = self._parts.inputs.crossings
+        observed = Observed(cache, wanted, align_round(crossings, rollouts) if wanted is not None else {})
         if observed.kept is not None:
             with self._clock.stage("teachers"):
-                score(self._parts, rollouts, work, cache, observed.kept, self._reporter)
+                score(self._parts, rollouts, work, observed, self._reporter)
         past: Mapping[int, Before] = {}
-        if is_needed(phase):
+        if is_needed(phase, spans=self._has_spans(phase)):
             with self._clock.stage("update"):
                 past = look_back(self._parts, rollouts, phase, work, observed, self._reporter)
         found = outcomes(rollouts, verdicts, phase)
@@ -151,12 +154,19 @@ class Merge:
     def _update(self, scored: ScoredRound, update: UpdateWork, updates_done: int, number: int) -> None:
         """Update number `number` (from 1) of the run, after `updates_done` of its phase; then its events."""
         parts, phase, rollouts, members = self._parts, scored.phase, scored.rollouts, update.rollouts
-        objective = phase_objective(phase, updates_done)
+        objective = phase_objective(phase, updates_done, spans=self._has_spans(phase))
         lr = phase.lr_scale * self._learning_rate(number)
         with self._clock.stage("update"):
-            dialects = Dialects(parts.inputs.student, parts.inputs.teachers)
+            dialects = Dialects.of(parts.inputs)
             prepared = prepare(
-                rollouts, members, phase, updates_done, dialects, scored.outcomes, scored.before
+                rollouts,
+                members,
+                phase,
+                updates_done,
+                dialects,
+                scored.outcomes,
+                scored.before,
+                scored.observed.alignments,
             )
             due = is_due(number, self._plan.num_updates)
             samples = SampleTaker(choose(rollouts, members) if due else (), objective)
@@ -183,7 +193,7 @@ class Merge:
                 grad_norm=grad_norm,
                 num_tokens=sum(rollouts[i].num_trained for i in members),
                 on_policy_fraction=num_on_policy / len(members),
-                teachers=stats.teachers(),
+                teachers=stats.teachers(parts.inputs.crossings),
                 domains=stats.domains(prepared, scored.verdicts),
                 seconds=self._clock.lap(),
                 teacher_bytes_read=parts.bytes_read(),
@@ -193,6 +203,11 @@ class Merge:
         tokenizer = parts.inputs.student.tokenizer
         for sample in samples.events(number, phase.name, rollouts, scored.verdicts, tokenizer):
             self._reporter.emit(sample)
+
+    def _has_spans(self, phase: Phase) -> bool:
+        """Whether a teacher's bridge is a policy term of this phase."""
+        crossings = self._parts.inputs.crossings.values()
+        return phase.loss.needs_teacher and any(c.bridge.kind == "span" for c in crossings)
 
     def _learning_rate(self, number: int) -> float:
         optimizer = self._plan.optimizer

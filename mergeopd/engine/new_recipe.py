@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mergeopd.engine.new_file import (
@@ -20,9 +20,10 @@ from mergeopd.engine.new_file import (
 from mergeopd.engine.new_prompts import PROMPT_FOLDER, PromptFile, find_prompts, sort_prompts
 from mergeopd.engine.preflight import Inputs, preflight
 from mergeopd.engine.recipe_text import Expert, Sketch, recipe_text
-from mergeopd.errors import ModelError, Problem, RecipeError
+from mergeopd.errors import ModelError, Problem, RecipeError, TokenizerError
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
+from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.recipe.folders import Missing, absolute, existing_file, existing_model, project_folder
 from mergeopd.recipe.load import YAML_SUFFIXES, load_card
 from mergeopd.recipe.locate import Origins, shown
@@ -81,7 +82,7 @@ def new_recipe(wish: RecipeWish) -> tuple[Inputs, tuple[str, ...]]:
         name=wish.name,
         student=_as_written(wish.student or ""),
         student_dtype=native_dtype(Checkpoint.open(student)),
-        experts=used,
+        experts=[replace(expert, crossed=_is_crossed(expert, student)) for expert in used],
         trained=trained,
         measured=[file for file in measured if file.verifier],
         max_new_tokens=_longest_answer([student, *(expert.folder for expert in used)]),
@@ -161,7 +162,24 @@ def _expert(card: str, path: Path, taken: set[str], search: _Search) -> Expert |
         dtype=_dtype(folder),
         domains=valid.domains or (name,),
         listed=bool(valid.domains),
+        tokenizer=_tokenizer(valid, path, folder),
     )
+
+
+def _tokenizer(card: TeacherCard, path: Path, folder: Path) -> Path:
+    """The folder of a card's tokenizer; the model's where the named one is missing, which `check` tells."""
+    if card.tokenizer is None:
+        return folder
+    named = existing_model(card.tokenizer, None, project_folder(path, "teachers"), "tokenizer")
+    return folder if isinstance(named, Missing) else named
+
+
+def _is_crossed(expert: Expert, student: Path) -> bool:
+    """Whether a teacher cuts texts otherwise than the student; a tokenizer that is damaged is told later."""
+    try:
+        return Tokenizer.load(student).difference(Tokenizer.load(expert.tokenizer)) is not None
+    except TokenizerError:
+        return False
 
 
 def _name_of(stem: str, taken: set[str]) -> str:

@@ -100,6 +100,7 @@ def _read(wish: TeacherWish, folder: Path, template: Path | None) -> Candidate:
         prompt=None,
         fingerprint=None,
         canary=None,
+        bridge=None,
     )
     findings = Findings(Origins(wish.card_file, None, {}))
     reader = ModelReader(findings, datetime.now())

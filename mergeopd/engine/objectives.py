@@ -29,15 +29,18 @@ DIVERGENCES: Mapping[str, Callable[[Loss], Divergence]] = {
 }
 
 
-def phase_objective(phase: Phase, updates_done: int) -> DistillationObjective:
-    """The objective after `updates_done` updates of the phase: weights may be ramps."""
+def phase_objective(phase: Phase, updates_done: int, *, spans: bool = False) -> DistillationObjective:
+    """The objective after `updates_done` updates of the phase: weights may be ramps.
+
+    `spans`: some teacher's bridge is a policy term.
+    """
     loss = phase.loss
     weights = {name: loss.weight(name, updates_done) for name in DIVERGENCES}
     return build_objective(
         {name: (DIVERGENCES[name](loss), weight) for name, weight in weights.items() if weight},
         nll=loss.nll,
         temperature=loss.temperature,
-        policy=_policy(phase, updates_done) if loss.has_policy else None,
+        policy=_policy(phase, updates_done) if loss.has_policy or spans else None,
         support=support(loss),
     )
 

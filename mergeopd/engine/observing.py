@@ -7,13 +7,14 @@ where that is all that the loss asks for: a few numbers a token, and no head whi
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mergeopd.engine.build import Parts
+from mergeopd.engine.crossing import Alignments
 from mergeopd.engine.schedule import Pack
 from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.observe import observe
@@ -84,26 +85,64 @@ def reduced(
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What a round's teachers left; `kept` None where none was asked."""
+    """What a round's teachers left; `kept` None where none was asked.
+
+    `alignments` has what teachers with other tokenizers read.
+    """
 
     cache: Cache
     kept: Kept | None
+    alignments: Alignments = field(default_factory=dict)
+
+    def kept_of(self, parts: Parts, teacher: str) -> Kept:
+        """What is kept of a teacher: `kept`, or what its bridge needs. ValueError where none was asked."""
+        if self.kept is None:
+            raise ValueError(f"teacher {teacher!r} was not asked")
+        crossing = parts.inputs.crossings.get(teacher)
+        if crossing is None:
+            return self.kept
+        return Kept("sampled" if crossing.bridge.kind == "span" else "hidden", 1.0)
 
     def targets(self, parts: Parts, pack: Pack) -> dict[str, Target]:
         """The pack's teachers as the kernel wants them, by name; heads of all other teachers are dropped.
 
-        Nothing where this process computes no losses, and heads are cut to the token ids that it scores.
+        Of a teacher with another tokenizer the hidden states have a row for each of its own tokens; one whose
+        bridge is a policy term is not here (`spans`). Nothing where this process computes no losses; heads
+        are cut to the token ids that it scores.
+
         Raises TeacherError for a teacher whose head shows that it is another model than its card says.
         """
-        if self.kept is None:
+        if self.kept is None or not parts.student.place.has_loss:
             return {}
-        if not parts.student.place.has_loss:
-            return {}
-        rows = {name: self.cache.gather(name, pack.rollouts) for name in pack.teachers}
-        if self.kept.kind != "hidden":
-            kind = TopK if self.kept.kind == "top_k" else Sampled
-            return {name: kind.unpack(matrix) for name, matrix in rows.items()}
-        heads = parts.store.heads(pack.teachers, parts.head_rows)
+        kinds = {name: self.kept_of(parts, name).kind for name in pack.teachers}
+        heads = parts.store.heads([n for n, kind in kinds.items() if kind == "hidden"], parts.head_rows)
         for name, head in heads.items():
             parts.canaries.verify(name, head)
-        return {name: Hidden(rows[name], heads[name]) for name in pack.teachers}
+        found: dict[str, Target] = {}
+        for name, kind in kinds.items():
+            read = self._read(name, pack)
+            if name in self.alignments and (kind != "hidden" or not read):
+                continue
+            rows = self.cache.gather(name, read)
+            if kind == "hidden":
+                found[name] = Hidden(rows, heads[name])
+            else:
+                found[name] = (TopK if kind == "top_k" else Sampled).unpack(rows)
+        return found
+
+    def spans(self, parts: Parts, pack: Pack) -> dict[str, Tensor]:
+        """Log-probabilities of their own tokens under the pack's teachers whose bridge is a policy term."""
+        if self.kept is None:
+            return {}
+        return {
+            name: Sampled.unpack(self.cache.gather(name, self._read(name, pack))).logprob
+            for name in pack.teachers
+            if name in self.alignments
+            and self.kept_of(parts, name).kind == "sampled"
+            and self._read(name, pack)
+        }
+
+    def _read(self, teacher: str, pack: Pack) -> Sequence[int]:
+        """The pack's answers that a teacher has read: not those without a token that both know."""
+        own = self.alignments.get(teacher)
+        return pack.rollouts if own is None else [i for i in pack.rollouts if len(own[i].teacher_ids)]

@@ -11,10 +11,12 @@ from datetime import datetime
 from pathlib import Path
 
 from mergeopd.data.prompts import read_prompts
+from mergeopd.engine.crossing import Crossing
 from mergeopd.engine.dialect import Dialect
 from mergeopd.engine.findings import Findings
 from mergeopd.engine.prompt_checks import (
     Room,
+    check_crossed_responses,
     check_lengths,
     check_ready_answers,
     check_references,
@@ -27,7 +29,7 @@ from mergeopd.engine.run_folder import RunFolder
 from mergeopd.engine.state import off_policy_origin
 from mergeopd.errors import RecipeError
 from mergeopd.recipe.checking import JsonVerifier
-from mergeopd.recipe.plan import Plan, SourcePlan
+from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan
 from mergeopd.recipe.resolve import Resolution, read
 from mergeopd.recipe.tree import Keys
 from mergeopd.recipe.words import joined
@@ -38,7 +40,8 @@ from mergeopd.types import Prompt
 class Inputs:
     """A plan that can work, with everything that was read to know so.
 
-    `prompts` and `evaluation` are by source name; `notes` are no mistakes, but a person should know.
+    `crossings` has the teachers with a bridge, `prompts` and `evaluation` go by source name; `notes` are no
+    mistakes, but a person should know.
     `files` maps model folders and every smaller file that counts to digests of their contents. `now` is what
     templates take for the present: the start of the run, also when it goes on another day.
     """
@@ -46,6 +49,7 @@ class Inputs:
     plan: Plan
     student: Dialect
     teachers: Mapping[str, Dialect]
+    crossings: Mapping[str, Crossing]
     prompts: Mapping[str, tuple[Prompt, ...]]
     evaluation: Mapping[str, tuple[Prompt, ...]]
     notes: tuple[str, ...]
@@ -69,6 +73,7 @@ def preflight(recipe: str | Path, overrides: Sequence[str] = ()) -> Inputs:
         plan=resolution.plan,
         student=check.student,
         teachers=check.teachers,
+        crossings=check.crossings,
         prompts=check.prompts,
         evaluation=check.evaluation,
         notes=tuple(check.findings.notes),
@@ -98,6 +103,7 @@ class _Check:
         self.models = ModelReader(self.findings, self.now)
         self.student: Dialect | None = None
         self.teachers: dict[str, Dialect] = {}
+        self.crossings: dict[str, Crossing] = {}
         self.prompts: dict[str, tuple[Prompt, ...]] = {}
         self.evaluation: dict[str, tuple[Prompt, ...]] = {}
         self.files: dict[str, str] = {}
@@ -111,6 +117,7 @@ class _Check:
             dialect = self.models.teacher(teacher, self.student)
             if dialect is not None:
                 self.teachers[name] = dialect
+                self._cross(teacher, dialect)
         for index, source in found.sources.items():
             self._read(("prompts", index), source, tuple(source.teachers), self.prompts)
         measured = None if found.plan is None else found.plan.evaluation
@@ -120,6 +127,18 @@ class _Check:
         if found.plan is not None:
             self._check_training(found.plan)
             self._check_evaluation(found.plan)
+
+    def _cross(self, teacher: TeacherPlan, dialect: Dialect) -> None:
+        student, bridge = self.student, teacher.bridge
+        if bridge is None or student is None:
+            return
+        crossing = self.findings.attempt(
+            ("teachers", teacher.name, "bridge"),
+            lambda: Crossing.of(teacher.name, bridge, student, dialect),
+            "choose a teacher of the student's family",
+        )
+        if crossing is not None:
+            self.crossings[teacher.name] = crossing
 
     def _start(self) -> datetime | None:
         if self._resolution.plan is None:
@@ -169,6 +188,8 @@ class _Check:
             prompts = self.prompts.get(source.name, ())
             check_responses(self.findings, place, source, prompts, plan.phases)
             ready = None
+            if with_responses:
+                check_crossed_responses(self.findings, place, source, prompts, self.crossings)
             if with_responses and self.student is not None:
                 ready = check_ready_answers(self.findings, place, source, prompts, self.student)
                 prompts = tuple(prompt for prompt in prompts if prompt.key in ready.bounds)
@@ -180,8 +201,11 @@ class _Check:
         rollout = plan.rollout
         if rollout.temperature == 1.0 and rollout.top_p == 1.0:
             return
+        bridges = [teacher.bridge for teacher in plan.teachers.values() if teacher.bridge is not None]
+        spans = any(bridge.kind == "span" for bridge in bridges)
         for phase in plan.phases:
-            if phase.loss.has_policy and phase.correction.kind == "none":
+            has_policy = phase.loss.has_policy or (spans and phase.loss.needs_teacher)
+            if has_policy and phase.correction.kind == "none":
                 self.findings.notes.append(
                     f"phase '{phase.name}' has policy terms without correction, but answers are sampled at "
                     f"temperature {rollout.temperature} and top_p {rollout.top_p}: its gradient is that of "

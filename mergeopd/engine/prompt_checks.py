@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,6 +110,26 @@ def check_ready_answers(
             f"{count} be written for the student: {_first(refused)}{row_name(source, prompt)}: {reason}",
         )
     return ReadyAnswers(student, bounds)
+
+
+def check_crossed_responses(
+    findings: Findings,
+    place: Keys,
+    source: SourcePlan,
+    prompts: Sequence[Prompt],
+    crossed: Collection[str],
+) -> None:
+    """A logged trajectory has turns between the assistant's, which no alignment of one answer covers."""
+    foreign = [name for name in source.teachers if name in crossed]
+    logged = [prompt for prompt in prompts if isinstance(prompt.response, tuple)]
+    if foreign and logged:
+        findings.report(
+            (*place, "source"),
+            f"teacher '{foreign[0]}' has a bridge, which aligns answers of one turn, but "
+            f"{_counted(logged, prompts, 'ready answer', 'is', 'are')} a conversation: "
+            f"{_first(logged)}{row_name(source, logged[0])}",
+            "give these prompts a teacher of the student's family",
+        )
 
 
 def reads_dataset(phase: Phase) -> bool:

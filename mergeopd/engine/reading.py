@@ -18,6 +18,7 @@ from mergeopd.errors import DataError, ModelError, TokenizerError
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts, head_tensor
 from mergeopd.models.tokenizer import Tokenizer
+from mergeopd.recipe.bridges import KINDS
 from mergeopd.recipe.locate import shown
 from mergeopd.recipe.models import Student
 from mergeopd.recipe.plan import TeacherPlan
@@ -108,13 +109,7 @@ class ModelReader:
             return None
         fits = facts is None or self._fits(tokenizer_place, folder, tokenizer, facts)
         if student is not None:
-            difference = student.tokenizer.difference(tokenizer)
-            if difference is not None:
-                self._findings.report(
-                    tokenizer_place,
-                    f"the tokenizer differs from the student's: {difference}",
-                    "choose a teacher of the student's family",
-                )
+            self._compare(teacher, student.tokenizer, tokenizer, tokenizer_place)
         if teacher.template is None:
             template_place, template = tokenizer_place, self._own_template(tokenizer_place, folder, tokenizer)
         else:
@@ -122,6 +117,21 @@ class ModelReader:
         if facts is None or not fits:
             return None
         return self._dialect(facts, tokenizer, template_place, template)
+
+    def _compare(self, teacher: TeacherPlan, student: Tokenizer, own: Tokenizer, place: Keys) -> None:
+        """Report a tokenizer that differs without a bridge; note a bridge that crosses nothing."""
+        difference = student.difference(own)
+        if difference is not None and teacher.bridge is None:
+            self._findings.report(
+                place,
+                f"the tokenizer differs from the student's: {difference}",
+                f"choose a teacher of the student's family, or say how to learn from this one: "
+                f"`bridge: {KINDS[0]}` at teachers.{teacher.name} (or {', '.join(KINDS[1:])})",
+            )
+        elif difference is None and teacher.bridge is not None:
+            self._findings.notes.append(
+                f"teacher '{teacher.name}' has the student's tokenizer: it teaches exactly without a bridge"
+            )
 
     def _model(self, place: Keys, folder: Path) -> ModelFacts | None:
         """Facts of a folder whose weights are all there."""

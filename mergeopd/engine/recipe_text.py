@@ -8,11 +8,15 @@ from pathlib import Path
 
 from mergeopd.engine.new_file import quoted
 from mergeopd.engine.new_prompts import PromptFile
+from mergeopd.recipe.bridges import KINDS
 
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """A teacher. `listed`: its card names its domains, so that the recipe need not."""
+    """A teacher. `listed`: its card names its domains, so that the recipe need not.
+
+    `tokenizer` is the folder of its tokenizer; `crossed`: that is another one than the student's.
+    """
 
     name: str
     card: str
@@ -20,6 +24,8 @@ class Expert:
     dtype: str
     domains: tuple[str, ...]
     listed: bool
+    tokenizer: Path
+    crossed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +110,8 @@ output: {quoted(f"runs/{sketch.name}")}
 
 def _teachers(experts: Sequence[Expert]) -> str:
     return "".join(
-        f"  {quoted(expert.name)}: {{card: {quoted(expert.card)}, dtype: {expert.dtype}}}\n"
+        f"  {quoted(expert.name)}: {{card: {quoted(expert.card)}, dtype: {expert.dtype}"
+        f"{f', bridge: {KINDS[0]}' if expert.crossed else ''}}}\n"
         for expert in experts
     )
 

@@ -136,6 +136,12 @@ class RunFolder:
         record = self._record()
         return [record["hash"], *record["earlier_hashes"]] if record else []
 
+    def other_files(self, files: Mapping[str, str]) -> list[str]:
+        """Those of `files` (path: digest) that the run has with other contents."""
+        record = self._record()
+        own = record["files"] if record else {}
+        return [file for file, digest in files.items() if own.get(file, digest) != digest]
+
     def _record(self) -> dict[str, Any] | None:
         """plan.yaml; None when there is none."""
         if not self.plan_file.is_file():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mergeopd.engine.batch import Before
 from mergeopd.engine.build import Parts
-from mergeopd.engine.observing import Cache, Kept, Observed, reduced
+from mergeopd.engine.observing import Observed, reduced
 from mergeopd.engine.outcomes import Outcomes
 from mergeopd.engine.schedule import RoundWork, Turn, by_teacher
 from mergeopd.engine.writing import answer_text, progress
@@ -44,11 +44,10 @@ def score(
     parts: Parts,
     rollouts: Sequence[Rollout],
     work: RoundWork,
-    cache: Cache,
-    what: Kept,
+    observed: Observed,
     reporter: Reporter,
 ) -> None:
-    """Put what is to be kept of every trained token under each of its teachers into `cache`.
+    """Put what is to be kept of every trained token under each of its teachers into the cache.
 
     Each teacher is loaded once, sees the prompt through its own template, and gets the response's ids as
     they were written. While it scores, the next teacher's files are read ahead. A teacher of which no hidden
@@ -68,30 +67,37 @@ def score(
             def own(teacher: LoadedTeacher = teacher, turn: Turn = turn, told: Told = told) -> None:
                 score_canary(parts, teacher)
                 mine = work.scored_by(parts.ranks.rank, turn.rollouts)
-                for done, (index, rows) in enumerate(_kept(parts, teacher, rollouts, mine, what), start=1):
-                    cache.put(turn.teacher, index, rows)
+                for done, (index, rows) in enumerate(
+                    _kept(parts, teacher, rollouts, mine, observed), start=1
+                ):
+                    observed.cache.put(turn.teacher, index, rows)
                     told(done)
 
             parts.ranks.share(own)
-        cache.publish()
+        observed.cache.publish()
         parts.store.heads(())
 
 
 def _kept(
-    parts: Parts, teacher: LoadedTeacher, rollouts: Sequence[Rollout], mine: Sequence[int], what: Kept
+    parts: Parts, teacher: LoadedTeacher, rollouts: Sequence[Rollout], mine: Sequence[int], observed: Observed
 ) -> Iterator[tuple[int, Tensor]]:
-    """`(index, what is kept of its trained tokens)` of the rollouts `mine`."""
-    dialect = parts.inputs.teachers[teacher.name]
+    """`(index, what is kept of its tokens)` of the rollouts `mine`, in the tokens that the teacher reads."""
+    dialect, what = parts.inputs.teachers[teacher.name], observed.kept_of(parts, teacher.name)
+    aligned = observed.alignments.get(teacher.name)
+    read = [i for i in mine if aligned is None or len(aligned[i].teacher_ids)]
+    responses = [
+        rollouts[i].response_ids if aligned is None else aligned[i].teacher_ids.tolist() for i in read
+    ]
     hidden = teacher.hidden(
-        [dialect.render(rollouts[i].prompt) for i in mine],
-        [rollouts[i].response_ids for i in mine],
+        [dialect.render(rollouts[i].prompt) for i in read],
+        responses,
         parts.plan.student.micro_batch_tokens,
-        [rollouts[i].trained for i in mine],
+        [rollouts[i].trained for i in read],
     )
     if what.kind != "hidden":
-        answers = [rollouts[i].trained_ids for i in mine]
+        answers = [rollouts[i].trained_ids for i in read] if aligned is None else responses
         hidden = reduced(hidden, answers, _true_head(parts, teacher.name), what)
-    return ((mine[position], rows) for position, rows in hidden)
+    return ((read[position], rows) for position, rows in hidden)
 
 
 def _true_head(parts: Parts, teacher: str) -> Head:

@@ -16,7 +16,7 @@ from mergeopd.report.events import Reporter, StageProgress, StageStarted
 from mergeopd.rollout.local import Completion, Request, Writer, generate
 from mergeopd.storage.folders import write_atomic
 from mergeopd.teacher.store import LoadedTeacher
-from mergeopd.types import Prompt, Rollout, Sampling
+from mergeopd.types import Finish, Prompt, Rollout, Sampling
 
 FORMAT = 1
 # Texts are saved once so many are new: a kill costs a twentieth, and the file is not rewritten too often.
@@ -55,13 +55,27 @@ class TeacherTexts:
                 prompt=task.prompt,
                 sample=sample,
                 prompt_ids=student.render(task.prompt),
-                response_ids=_closed(text, student),
+                response_ids=ids,
                 origin="teacher",
-                finish=text.finish,
+                finish=finish,
             )
             for sample in range(self._parts.plan.rollout.samples_per_prompt)
-            for text in [self._texts[author(task.prompt), task.prompt.key, sample]]
+            for ids, finish in [self._in_student_ids(author(task.prompt), task.prompt, sample)]
         ]
+
+    def _in_student_ids(self, name: str, prompt: Prompt, sample: int) -> tuple[tuple[int, ...], Finish]:
+        """What a teacher wrote in the student's ids, and how that ends.
+
+        Of a teacher with other tokens the text is encoded anew, which may take more tokens; where it is not
+        given back whole, or would outgrow the student's context, it is cut.
+        """
+        student = self._parts.inputs.student
+        text, crossing = self._texts[name, prompt.key, sample], self._parts.inputs.crossings.get(name)
+        if crossing is None:
+            return _closed(text, student), text.finish
+        room = student.max_positions - len(student.render(prompt))
+        ids, whole = crossing.in_student_ids(text.response_ids, ended=text.finish == "eos")
+        return ids[:room], text.finish if whole and len(ids) <= room else "length"
 
     def _provide(self, name: str, prompts: Mapping[tuple[str, int], Prompt], reporter: Reporter) -> None:
         """Take from disk what is there, have the rest written, and keep it."""
@@ -121,8 +135,13 @@ class TeacherTexts:
     def _keep(
         self, path: Path, known: Mapping[str, Completion], texts: Mapping[str, Completion]
     ) -> dict[str, Completion]:
-        """Add texts, which all processes have, to the file; not collective. Returns all that is known."""
-        return _keep(path, texts) if self._parts.ranks.is_first else {**known, **texts}
+        """Add texts, which all processes have, to the file; not collective. Returns both.
+
+        Not what another run has put there meanwhile: only one process would see it.
+        """
+        if self._parts.ranks.is_first:
+            _keep(path, texts)
+        return {**known, **texts}
 
     def _sampling(self) -> Sampling:
         rollout = self._parts.plan.rollout
@@ -151,16 +170,15 @@ def _line_key(request: Request) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-def _keep(path: Path, texts: Mapping[str, Completion]) -> dict[str, Completion]:
-    """Add texts to a file; return all it holds, also what another run has added meanwhile."""
-    known = {**_load(path), **texts}
+def _keep(path: Path, texts: Mapping[str, Completion]) -> None:
+    """Add texts to a file, also to what another run has added meanwhile."""
+    if not texts:
+        return
     lines = [
         json.dumps({"key": key, "ids": text.response_ids, "finish": text.finish}) + "\n"
-        for key, text in known.items()
+        for key, text in {**_load(path), **texts}.items()
     ]
-    if texts:
-        write_atomic(path, "".join(lines))
-    return known
+    write_atomic(path, "".join(lines))
 
 
 def _load(path: Path) -> dict[str, Completion]:
@@ -178,6 +196,7 @@ def _load(path: Path) -> dict[str, Completion]:
 
 
 def _closed(text: Completion, student: Dialect) -> tuple[int, ...]:
+    """The teacher's ids; its stop token becomes the student's."""
     if text.finish != "eos" or text.response_ids[-1] in student.eos_ids:
         return text.response_ids
     return (*text.response_ids[:-1], student.end_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,14 +11,15 @@ from torch import Tensor
 from mergeopd.engine.batch import PreparedUpdate, micro_batch
 from mergeopd.engine.build import Parts
 from mergeopd.engine.canary import refuse_uniform
+from mergeopd.engine.crossing import Crossing
 from mergeopd.engine.observing import Observed
 from mergeopd.engine.samples import SampleTaker
 from mergeopd.engine.schedule import Pack
-from mergeopd.loss.fused import TokenStats
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.loss.policy import Policy, PolicyRows, policy_tokens
 from mergeopd.ranks import Ranks
 from mergeopd.report.events import (
+    BridgeFigures,
     DomainStats,
     PolicyStats,
     Reporter,
@@ -27,6 +28,7 @@ from mergeopd.report.events import (
     TeacherStats,
 )
 from mergeopd.student.batch import MicroBatch, Stream, with_statistics
+from mergeopd.student.losses import MicroStats
 from mergeopd.types import Rollout
 
 
@@ -43,7 +45,7 @@ class Sums:
             self.values[name] = self.values.get(name, 0.0) + value
 
     def mean(self, name: str) -> float:
-        return self.values[name] / self.num_tokens if self.num_tokens else 0.0
+        return self.values.get(name, 0.0) / self.num_tokens if self.num_tokens else 0.0
 
 
 @dataclass
@@ -86,8 +88,9 @@ class UpdateStats:
             first.add(tally)
         self._tally = first
 
-    def add(self, micro: MicroBatch, prepared: PreparedUpdate, stats: TokenStats) -> None:
+    def add(self, micro: MicroBatch, prepared: PreparedUpdate, stats: MicroStats) -> None:
         """Book one micro-batch."""
+        self._add_bridged(micro, prepared, stats)
         self._tally.loss += float(stats.loss.sum())
         gap = stats.logprob_T - stats.logprob_S
         measured = self._objective.measured(stats)
@@ -112,7 +115,28 @@ class UpdateStats:
         if self._objective.policy is not None and micro.policy is not None:
             self._add_policy(self._objective.policy, micro.policy, micro.teacher_weight_KN, stats)
 
-    def _add_policy(self, policy: Policy, rows: PolicyRows, weight_KN: Tensor, stats: TokenStats) -> None:
+    def _add_bridged(self, micro: MicroBatch, prepared: PreparedUpdate, stats: MicroStats) -> None:
+        """Teachers with other tokens: means are over groups."""
+        for name, seen in stats.bridged:
+            self._tally.loss += float(seen.loss.sum())
+            self._tally.teachers.setdefault(name, Sums()).add(
+                len(seen.value),
+                gap=float((seen.logprob_T - seen.logprob_S).sum()),
+                matched=float(seen.matched_T.sum()),
+                bridge=float(seen.value.sum()),
+            )
+        for index in micro.rollouts:
+            member = prepared.rollouts[index]
+            for name, own in member.alignments.items():
+                sums = self._tally.teachers.setdefault(name, Sums())
+                in_groups = int((own.student_stops - own.student_starts).sum())
+                sums.add(0, tokens=member.rollout.num_trained, aligned=in_groups)
+            for name, ratio in member.spans.items():
+                starts = torch.from_numpy(member.alignments[name].student_starts)
+                total = float(ratio[starts].sum())
+                self._tally.teachers.setdefault(name, Sums()).add(len(starts), gap=total, bridge=-total)
+
+    def _add_policy(self, policy: Policy, rows: PolicyRows, weight_KN: Tensor, stats: MicroStats) -> None:
         tokens = policy_tokens(
             policy, rows, slice(0, len(rows.own_N)), stats.logprob_S, stats.logprob_T, weight_KN
         )
@@ -140,22 +164,41 @@ class UpdateStats:
             silent_groups_fraction=silent_fraction,
         )
 
-    def teachers(self) -> dict[str, TeacherStats]:
-        """Per teacher, over its tokens."""
+    def teachers(self, crossings: Mapping[str, Crossing]) -> dict[str, TeacherStats]:
+        """Per teacher, over its tokens, or over the groups of one with other tokens."""
         return {
-            name: TeacherStats(
-                num_tokens=sums.num_tokens,
-                divergence={d: sums.mean(d) for d in self._names},
-                logprob_gap=sums.mean("gap"),
-                entropy_T=sums.mean("entropy"),
-            )
+            name: self._crossed(crossings[name], sums) if name in crossings else self._plain(sums)
             for name, sums in sorted(self._tally.teachers.items())
         }
 
+    def _plain(self, sums: Sums) -> TeacherStats:
+        return TeacherStats(
+            num_tokens=sums.num_tokens,
+            divergence={d: sums.mean(d) for d in self._names},
+            logprob_gap=sums.mean("gap"),
+            entropy_T=sums.mean("entropy"),
+        )
+
+    def _crossed(self, crossing: Crossing, sums: Sums) -> TeacherStats:
+        tokens, aligned = sums.values.get("tokens", 0.0), sums.values.get("aligned", 0.0)
+        compares = bool(sums.num_tokens) and crossing.bridge.kind in ("pieces", "gold", "projection")
+        return TeacherStats(
+            num_tokens=int(tokens),
+            # The mean over no group is no 0, which would look like a student that has learned it all.
+            divergence={crossing.bridge.kind: sums.mean("bridge") if sums.num_tokens else None},
+            logprob_gap=sums.mean("gap") if sums.num_tokens else None,
+            bridge=BridgeFigures(
+                num_groups=sums.num_tokens,
+                unaligned_fraction=1.0 - aligned / tokens if tokens else 0.0,
+                tokens_per_group=aligned / sums.num_tokens if sums.num_tokens else 0.0,
+                matched_fraction=sums.mean("matched") if compares else None,
+            ),
+        )
+
     def refuse_uniform_teachers(self, num_valid: int) -> None:
-        """Raise TeacherError for a teacher to which all tokens were alike."""
+        """Raise TeacherError for a teacher to which all tokens were alike, where its entropy is known."""
         for name, sums in self._tally.teachers.items():
-            if sums.num_tokens:
+            if sums.num_tokens and "entropy" in sums.values:
                 refuse_uniform(name, sums.mean("entropy"), num_valid, self._objective.temperature)
 
     def domains(self, prepared: PreparedUpdate, rewards: Sequence[float | None]) -> dict[str, DomainStats]:
@@ -203,7 +246,7 @@ def accumulate(
         for done, pack in enumerate(packs):
             reporter.emit(StageProgress(done))
             targets = observed.targets(parts, pack)
-            yield micro_batch(pack, prepared, targets, like, with_policy=with_policy)
+            yield micro_batch(pack, prepared, targets, like, with_policy=with_policy, measures=parts.measures)
 
     found = with_statistics(
         Stream(micros(), len(packs)), lambda them: parts.student.accumulate(them, objective)

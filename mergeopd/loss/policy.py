@@ -71,6 +71,7 @@ class PolicyRows:
     keep_N       0 where a correction drops the whole answer, else 1
     old_N        log-probability before the round's first update; None: the update at hand is the first
     teacher_N    teachers' advantage with all weights where it depends on whole answers; None: on the token
+    span_N       advantage, with all weights, from teachers with other tokens; None: there are none
     """
 
     own_N: Tensor
@@ -79,6 +80,7 @@ class PolicyRows:
     keep_N: Tensor
     old_N: Tensor | None = None
     teacher_N: Tensor | None = None
+    span_N: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,8 @@ def policy_tokens(
     elif policy.sampled:
         gap = bounded(logprob_T - current, policy.bound)
         advantage = advantage + policy.sampled * own * (teacher_weight * gap).sum(0)
+    if rows.span_N is not None:
+        advantage = advantage + rows.span_N[slice_]
     log_rho = torch.where(own > 0, old - rows.behaviour_N[slice_], 0.0)
     weight, is_corrected = importance_weight(log_rho, policy.correction)
     keep = rows.keep_N[slice_]

@@ -133,4 +133,5 @@ def _plan(
         prompt=ref.prompt,
         fingerprint=card.fingerprint,
         canary=card.canary,
+        bridge=ref.bridge,
     )

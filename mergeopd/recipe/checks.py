@@ -40,6 +40,14 @@ def only_student(phase: Phase) -> bool:
     return fraction.start == fraction.end == 1.0 if isinstance(fraction, Ramp) else fraction == 1.0
 
 
+def never_student(phase: Phase) -> bool:
+    """Whether the student writes no answer of a phase."""
+    if not isinstance(phase.text, TextMixture):
+        return phase.text != "student"
+    fraction = phase.text.on_policy_fraction
+    return fraction.start == fraction.end == 0.0 if isinstance(fraction, Ramp) else fraction == 0.0
+
+
 def _round_problems(
     phase: Phase, here: Keys, rollout: LocalRollout | None, origins: Origins
 ) -> Iterator[Problem]:

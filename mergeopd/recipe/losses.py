@@ -197,6 +197,10 @@ class Loss(Strict):
         """True when a teacher teaches without a reward."""
         return self.has_divergence or self.uses("sampled_reverse_kl")
 
+    def teachers_weight(self, updates_done: int) -> float:
+        """Sum of the weights of the terms by which teachers teach, after so many updates of the phase."""
+        return sum(self.weight(term, updates_done) for term in (*DIVERGENCE_TERMS, "sampled_reverse_kl"))
+
     @property
     def needs_teacher(self) -> bool:
         """True when a teacher has to read the answers, if only to shape what the reward teaches."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from mergeopd.recipe.bridges import BridgeOrKind
 from mergeopd.recipe.values import DIGEST_PATTERN, Name, PositiveInt, Strict, Weight
 
 
@@ -143,6 +144,12 @@ class TeacherRef(Strict):
         "must have",
     )
 
+    bridge: BridgeOrKind | None = Field(
+        default=None,
+        description="how to learn from a teacher with another tokenizer (a name, or one with its settings): "
+        "in phases that ask teachers it stands for the teachers' terms, with the sum of their weights",
+    )
+
     @model_validator(mode="after")
     def _one_model(self) -> TeacherRef:
         if self.card is None and self.student is None:
@@ -151,6 +158,8 @@ class TeacherRef(Strict):
             )
         if self.card is not None and self.student is not None:
             raise ValueError("`card` and `student` name two models: remove one")
+        if self.student is not None and self.bridge is not None:
+            raise ValueError("the student's own tokenizer needs no `bridge`: remove it")
         return self
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from mergeopd.errors import Problem
+from mergeopd.recipe.checks import never_student
 from mergeopd.recipe.locate import Origins
 from mergeopd.recipe.policies import POLICY_TERMS, ClipRatio, NoCorrection, TrustRegion
 from mergeopd.recipe.schema import TrainSource
-from mergeopd.recipe.training import LocalRollout, Phase, Ramp, TextMixture
+from mergeopd.recipe.training import LocalRollout, Phase
 from mergeopd.recipe.tree import Keys
 
 
@@ -18,15 +19,18 @@ def objective_problems(
     all_sources: bool,
     rollout: LocalRollout | None,
     origins: Origins,
+    *,
+    spans: bool,
 ) -> Iterator[Problem]:
     """What each phase's terms and budgets need and do not get.
 
+    `spans`: some teacher's bridge is a policy term in every phase that asks teachers.
     `all_sources` is False where some prompt source could not be read, so that nobody can say that none has a
     verifier.
     """
     for index, phase in phases.items():
         here: Keys = ("phases", index)
-        yield from _policy_problems(phase, here, origins)
+        yield from _policy_problems(phase, here, origins, spans=spans)
         yield from _budget_problems(phase, here, origins)
         if needed := _reward_users(phase, here):
             if all_sources:
@@ -35,17 +39,18 @@ def objective_problems(
                 yield from _group_problems(phase, needed, origins)
 
 
-def _policy_problems(phase: Phase, here: Keys, origins: Origins) -> Iterator[Problem]:
+def _policy_problems(phase: Phase, here: Keys, origins: Origins, *, spans: bool) -> Iterator[Problem]:
     terms = [term for term in POLICY_TERMS if phase.loss.uses(term)]
-    if terms and _never_student(phase):
+    if terms and never_student(phase):
         message = "a policy term needs answers that the student wrote, and here it writes none"
         remedy = "use a divergence, or `text: student`"
         yield origins.problem((*here, "loss", terms[0]), message, remedy, key=True)
-    if not terms and not isinstance(phase.correction, NoCorrection):
+    has_ratio = bool(terms) or (spans and phase.loss.needs_teacher)
+    if not has_ratio and not isinstance(phase.correction, NoCorrection):
         message = "nothing to correct: an exact divergence at a visited state needs no importance weight"
         remedy = f"remove it, or add a policy term ({', '.join(POLICY_TERMS)})"
         yield origins.problem((*here, "correction"), message, remedy, key=True)
-    if not terms and phase.clip_ratio != ClipRatio():
+    if not has_ratio and phase.clip_ratio != ClipRatio():
         message = "nothing to clip: only policy terms have a ratio"
         remedy = f"remove it, or add a policy term ({', '.join(POLICY_TERMS)})"
         yield origins.problem((*here, "clip_ratio"), message, remedy, key=True)
@@ -69,7 +74,7 @@ def _budget_problems(phase: Phase, here: Keys, origins: Origins) -> Iterator[Pro
                 "pass_rate weighs terms of teachers, and here they only shape the outcome: it does nothing"
             )
             yield origins.problem(where, message, "add a teacher's term, or remove it", key=True)
-        elif key in by_verdict and _never_student(phase):
+        elif key in by_verdict and never_student(phase):
             message = f"{key} goes by the student's own answers, and here it writes none"
             yield origins.problem(where, message, "remove it, or use `text: student`", key=True)
 
@@ -110,10 +115,3 @@ def _group_problems(phase: Phase, users: Mapping[str, Keys], origins: Origins) -
     if rate is not None and rate.a and rate.b:
         message = "of one answer a prompt the pass rate is 0 or 1, and p^a (1 - p)^b is 0 at both"
         yield origins.problem(users["pass_rate"], message, remedy, key=True)
-
-
-def _never_student(phase: Phase) -> bool:
-    if not isinstance(phase.text, TextMixture):
-        return phase.text != "student"
-    fraction = phase.text.on_policy_fraction
-    return fraction.start == fraction.end == 0.0 if isinstance(fraction, Ramp) else fraction == 0.0

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from mergeopd.recipe.bridges import Bridge
 from mergeopd.recipe.checking import Verifier
 from mergeopd.recipe.models import Canary, Moving, Student
 from mergeopd.recipe.schema import Checkpoints, Memory, Reports
@@ -41,6 +42,7 @@ class TeacherPlan(Strict):
     prompt: str | None
     fingerprint: str | None
     canary: Canary | None
+    bridge: Bridge | None
 
     @property
     def moving(self) -> Moving | None:

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mergeopd.errors import Problem
 from mergeopd.recipe import checks, selves
+from mergeopd.recipe.bridge_checks import bridge_problems
 from mergeopd.recipe.cards import CardFile, Staff, hire, read_cards
 from mergeopd.recipe.folders import Missing, absolute, existing_model
 from mergeopd.recipe.load import load
@@ -244,9 +245,12 @@ class _Resolver:
     def _check_phases(self, domains_doubtful: bool) -> None:
         parts, origins = self.parts, self.origins
         self.problems += checks.phase_problems(parts.phases, parts.rollout, origins)
+        bridges = [ref.bridge for ref in parts.teachers.values() if ref.bridge is not None]
+        spans = any(bridge.kind == "span" for bridge in bridges)
         self.problems += objective_problems(
-            parts.phases, parts.prompts, parts.all_prompts, parts.rollout, origins
+            parts.phases, parts.prompts, parts.all_prompts, parts.rollout, origins, spans=spans
         )
+        self.problems += bridge_problems(parts.teachers, parts.phases, parts.student, origins)
         if parts.all_prompts and not domains_doubtful:
             domains = tuple(dict.fromkeys(source.domain for source in parts.prompts.values()))
             self.problems += checks.balance_problems(parts.phases, domains, origins)

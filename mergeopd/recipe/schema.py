@@ -156,7 +156,8 @@ class Recipe(Strict):
     memory: Memory = Field(default=Memory(), description="what may stay in main memory")
     report: Reports = Field(default=Reports(), description="what is written for people")
     text_cache: str = Field(
-        default=".mergeopd/texts", description="folder, shared by runs, of texts that teachers wrote"
+        default=".mergeopd/texts",
+        description="folder, shared by runs, of texts that teachers wrote, and of vocabulary maps",
     )
     output: str = Field(description="folder of the run")
 

@@ -28,6 +28,7 @@ def self_plans(refs: Mapping[str, TeacherRef], student: Student) -> dict[str, Te
             prompt=ref.prompt,
             fingerprint=None,
             canary=None,
+            bridge=None,
         )
         for name, ref in refs.items()
         if ref.student is not None

@@ -61,6 +61,11 @@ DIVERGENCES = {
     "clipped_forward_kl": Quantity(
         "clipped_forward_kl", "Clipped forward KL", "forward KL with capped entries", "nats per token"
     ),
+    "pieces": Quantity("pieces", "KL of pieces", "or JSD, in the student's vocabulary", "nats per group"),
+    "gold": Quantity("gold", "GOLD", "JSD of shared tokens, the others by rank", "mean per group"),
+    "uld": Quantity("uld", "ULD", "probabilities by rank", "mean per group"),
+    "projection": Quantity("projection", "Projected KL", "in the teacher's vocabulary", "nats per group"),
+    "span": Quantity("span", "Span log-ratio", "student minus teacher, of aligned groups", "nats per group"),
     "sampled_reverse_kl": Quantity(
         "sampled_reverse_kl", "Reverse KL, sampled", "k3 at the tokens as written", "nats per token"
     ),
@@ -77,6 +82,10 @@ _BESIDE_DIVERGENCES = (
         "logprob_gap", "Log-prob gap", "teacher minus student, at the tokens as written", "nats per token"
     ),
     Quantity("entropy_T", "Teacher entropy", "of the next-token distribution", "nats per token"),
+    Quantity("num_groups", "Aligned groups", "that both tokenizers cut alike"),
+    Quantity("tokens_per_group", "Tokens per group", "of the student's"),
+    Quantity("unaligned_fraction", "Unaligned", "student tokens in no group", "%", dull=0.0),
+    Quantity("matched_fraction", "Matched mass", "of the teacher's, on shared tokens", "%"),
 )
 _OF_DOMAINS = (
     Quantity("reward", "Reward", "mean over the answers that a verifier checked"),

@@ -50,18 +50,35 @@ class StageProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class BridgeFigures:
+    """A teacher with another tokenizer in one update.
+
+    Groups are stretches of tokens of both sides that stand for the same bytes. `unaligned_fraction` of the
+    student's tokens is in none and learns nothing from this teacher; `matched_fraction` is the mass of the
+    teacher's distributions on tokens that are compared by identity, None where the bridge compares none so.
+    """
+
+    num_groups: int
+    unaligned_fraction: float
+    tokens_per_group: float
+    matched_fraction: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class TeacherStats:
     """One teacher in one update.
 
     `divergence` maps the objective's divergences to unweighted means over the teacher's tokens; the first one
     is shown. Where there are none, `sampled_reverse_kl` stands in (k3). `logprob_gap` is the mean of
-    logprob_T - logprob_S at the sampled tokens.
+    logprob_T - logprob_S at the sampled tokens. With a `bridge` both are means over groups, None where there
+    was none to compare, and the divergence is the bridge's measure (of `span`, minus the gap).
     """
 
     num_tokens: int
-    divergence: Mapping[str, float]
-    logprob_gap: float
+    divergence: Mapping[str, float | None]
+    logprob_gap: float | None
     entropy_T: float | None = None
+    bridge: BridgeFigures | None = None
 
 
 @dataclass(frozen=True, slots=True)

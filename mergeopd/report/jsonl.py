@@ -46,12 +46,14 @@ def update_record(event: UpdateDone) -> dict[str, Any]:
 
 
 def _teacher_record(stats: TeacherStats) -> dict[str, Any]:
-    return {
+    record = {
         "num_tokens": stats.num_tokens,
         **dict(sorted(stats.divergence.items())),
         "logprob_gap": stats.logprob_gap,
-        "entropy_T": stats.entropy_T,
     }
+    if stats.bridge is None:
+        return {**record, "entropy_T": stats.entropy_T}
+    return record | {key: value for key, value in asdict(stats.bridge).items() if value is not None}
 
 
 def _domain_record(stats: DomainStats) -> dict[str, Any]:

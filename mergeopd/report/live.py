@@ -191,10 +191,13 @@ def _teacher_table(view: RunView, last: UpdateDone, width: int, lines: int, glyp
     longest = min(24, max((len(name) for name in (*names, "teacher")), default=0))
     for name in names:
         stats = last.teachers[name]
-        trend = view.trends.get((name, quantity))
+        # A bridge has a measure of its own.
+        own = quantity if quantity in stats.divergence else next(iter(stats.divergence), quantity)
+        trend = view.trends.get((name, own))
+        value = _number(stats.divergence.get(own))
         table.add_row(
             Text(plain_text(name, glyphs)),
-            _number(stats.divergence.get(quantity)),
+            value if own == quantity else value.append(f" {_title(own)}", "dim"),
             _number(stats.logprob_gap),
             Text(f"{stats.num_tokens:,}"),
             sparkline(trend.points if trend else (), min(48, width - longest - 38), glyphs),

@@ -102,7 +102,8 @@ class PlainReporter:
         total = view.run.num_updates if view.run else event.update
         parts = [f"update {event.update}/{total}", event.phase, f"loss {event.loss:.4f}"]
         for name, stats in event.teachers.items():
-            parts += [f"{name} {value:.4f}" for value in list(stats.divergence.values())[:1]]
+            for value in list(stats.divergence.values())[:1]:
+                parts.append(f"{name} -" if value is None else f"{name} {value:.4f}")
         rewards = [stats.reward for stats in event.domains.values() if stats.reward is not None]
         if rewards:
             parts.append(f"reward {sum(rewards) / len(rewards):.2f}")

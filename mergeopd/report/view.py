@@ -119,7 +119,8 @@ class RunView:
         for name, seconds in event.seconds.items():
             self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + seconds
         for teacher, stats in event.teachers.items():
-            for quantity, value in stats.divergence.items():
+            known = {name: value for name, value in stats.divergence.items() if value is not None}
+            for quantity, value in known.items():
                 self.trends.setdefault((teacher, quantity), Trend()).add(value)
         for domain, domain_stats in event.domains.items():
             self.trends.setdefault((domain, "nll"), Trend()).add(domain_stats.nll)

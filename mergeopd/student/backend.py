@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from mergeopd.loss.divergence import Divergence
-from mergeopd.loss.fused import TokenStats
 from mergeopd.loss.heads import Head
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.loss.support import Support
 from mergeopd.student.batch import MicroBatches
+from mergeopd.student.losses import MicroStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Student(Protocol):
     def statistics_dtype(self) -> torch.dtype:
         """Precision of losses and per-token weights."""
 
-    def accumulate(self, micros: MicroBatches, objective: DistillationObjective) -> Iterable[TokenStats]:
+    def accumulate(self, micros: MicroBatches, objective: DistillationObjective) -> Iterable[MicroStats]:
         """Add the gradient of this copy's micro-batches; where there are losses, their statistics."""
 
     def score(
@@ -71,7 +71,7 @@ class Student(Protocol):
         divergences: Sequence[Divergence],
         support: Support | None,
         temperature: float,
-    ) -> Iterable[TokenStats]:
+    ) -> Iterable[MicroStats]:
         """Statistics of this copy's micro-batches under the weights as they are, where there are losses."""
 
     def apply(self, lr: float) -> float:

@@ -5,13 +5,30 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from mergeopd.loss.fused import TokenStats
+from mergeopd.loss.bridge import Bridge, Groups
+from mergeopd.loss.heads import Hidden
 from mergeopd.loss.policy import PolicyRows
 from mergeopd.loss.targets import Target
+
+
+@dataclass(frozen=True, slots=True)
+class BridgedTarget:
+    """A teacher with another tokenizer, on the answers of one micro-batch.
+
+    `target` has a row for each of its own tokens, whose ids are `labels`; `groups` says which rows of both
+    sides belong together, and `weight_G` carries every factor and denominator.
+    """
+
+    teacher: str
+    target: Hidden
+    labels: Tensor
+    groups: Groups
+    measure: Bridge
+    weight_G: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +37,9 @@ class MicroBatch:
 
     `targets` holds one entry per teacher (K), `teacher_weight_KN`, `nll_weight_N` and `policy` carry every
     factor and denominator, so the loss of an update is the plain sum over its micro-batches. `policy` is
-    None where the objective has no policy term. `trained` has flags for the tokens of each response; None, as
-    a whole or for a response: all of them are in the loss.
+    None where the objective has no policy term. `bridged` are the teachers with other tokenizers.
+    `trained` has flags for the tokens of each response; None, as a whole or for a response: all of them are
+    in the loss.
     """
 
     rollouts: tuple[int, ...]
@@ -33,6 +51,7 @@ class MicroBatch:
     nll_weight_N: Tensor
     policy: PolicyRows | None = None
     trained: tuple[tuple[bool, ...] | None, ...] | None = None
+    bridged: tuple[BridgedTarget, ...] = ()
 
     @property
     def labels(self) -> tuple[tuple[int, ...], ...]:
@@ -48,6 +67,9 @@ class MicroBatch:
         """The kernel's complaint with the names of its targets."""
         names = ", ".join(f"{k} = {name}" for k, name in enumerate(self.teachers))
         return f"{error} (targets: {names or 'none'})"
+
+
+S = TypeVar("S")
 
 
 class MicroBatches(Protocol):
@@ -73,8 +95,8 @@ class Stream:
 
 
 def with_statistics(
-    micros: MicroBatches, work: Callable[[MicroBatches], Iterable[TokenStats]]
-) -> Iterator[tuple[MicroBatch, TokenStats]]:
+    micros: MicroBatches, work: Callable[[MicroBatches], Iterable[S]]
+) -> Iterator[tuple[MicroBatch, S]]:
     """Each micro-batch with what a student's `accumulate` or `score` found of it, in order.
 
     `work` may take many micro-batches before it tells of the first; their targets are held no longer than
@@ -84,7 +106,7 @@ def with_statistics(
 
     def remembered() -> Iterator[MicroBatch]:
         for micro in micros:
-            taken.append(replace(micro, targets=()))
+            taken.append(replace(micro, targets=(), bridged=()))
             yield micro
 
     for stats in work(Stream(remembered(), len(micros))):

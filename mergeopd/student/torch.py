@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mergeopd.errors import NumericsError, StorageError
 from mergeopd.loss.blocks import BlockStats
 from mergeopd.loss.divergence import Divergence
-from mergeopd.loss.fused import Objective, TokenStats, fused_loss
+from mergeopd.loss.fused import Objective
 from mergeopd.loss.heads import Head
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.loss.support import Support
@@ -24,6 +24,7 @@ from mergeopd.recipe.training import Optimizer
 from mergeopd.student.backend import WHOLE, Place
 from mergeopd.student.batch import MicroBatch, MicroBatches
 from mergeopd.student.companions import copy_companions
+from mergeopd.student.losses import Measured, MicroStats, micro_loss
 
 
 class TorchStudent:
@@ -115,7 +116,7 @@ class TorchStudent:
         """The optimizer's weights as they are now, by parameter name; not copies."""
         return ((name, p.detach()) for name, p in self._masters.items())
 
-    def accumulate(self, micros: MicroBatches, objective: DistillationObjective) -> Iterator[TokenStats]:
+    def accumulate(self, micros: MicroBatches, objective: DistillationObjective) -> Iterator[MicroStats]:
         """Add the gradient of micro-batches, one after another; yields statistics of their trained tokens.
 
         A micro-batch is asked for when the one before is done, and its gradient is in when its statistics
@@ -123,13 +124,9 @@ class TorchStudent:
         is not finite.
         """
         for micro in micros:
-            loss, stats = self._fused(
-                micro,
-                objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N, micro.policy),
-                objective.divergences,
-                objective.support,
-                objective.temperature,
-            )
+            per_token = objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N, micro.policy)
+            what = Measured(objective.divergences, objective.support, objective.temperature)
+            loss, stats = self._fused(micro, per_token, what)
             loss.backward()  # type: ignore[no-untyped-call]
             self._collect_gradients()
             yield stats
@@ -140,14 +137,14 @@ class TorchStudent:
         divergences: Sequence[Divergence],
         support: Support | None,
         temperature: float,
-    ) -> Iterator[TokenStats]:
+    ) -> Iterator[MicroStats]:
         """Statistics of the trained tokens under the weights as they are, one micro-batch after another.
 
         Raises NumericsError when the student's or a teacher's distribution is not finite.
         """
         for micro in micros:
             with torch.no_grad():
-                _, stats = self._fused(micro, _nothing, divergences, support, temperature)
+                _, stats = self._fused(micro, _nothing, Measured(divergences, support, temperature))
             yield stats
 
     def gradients(self) -> dict[str, Tensor]:
@@ -211,30 +208,10 @@ class TorchStudent:
         self._model.save_pretrained(folder)
         copy_companions(self._folder, folder)
 
-    def _fused(
-        self,
-        micro: MicroBatch,
-        per_token: Objective,
-        divergences: Sequence[Divergence],
-        support: Support | None,
-        temperature: float,
-    ) -> tuple[Tensor, TokenStats]:
+    def _fused(self, micro: MicroBatch, per_token: Objective, what: Measured) -> tuple[Tensor, MicroStats]:
         """Student's forward pass and the kernel."""
-        labels = torch.tensor([t for r in micro.labels for t in r], device=self._device)
-        try:
-            return fused_loss(
-                response_hidden(self.body, micro.prompts, micro.responses, self._device, micro.trained),
-                self.head,
-                micro.targets,
-                labels,
-                per_token,
-                divergences=divergences,
-                support=support,
-                temperature=temperature,
-                workspace=self._workspace,
-            )
-        except ArithmeticError as error:
-            raise NumericsError(micro.blamed(error)) from error
+        hidden = response_hidden(self.body, micro.prompts, micro.responses, self._device, micro.trained)
+        return micro_loss(hidden, self.head, micro, per_token, what, self._workspace)
 
     def _collect_gradients(self) -> None:
         """bfloat16 gradients are summed in float32, outside the parameters."""

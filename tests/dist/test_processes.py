@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -139,3 +141,54 @@ def test_a_process_alone_can_have_a_group() -> None:
         [sys.executable, str(WORKER), "group"], capture_output=True, text=True, timeout=DEADLINE_S, env=environment, check=False
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "alone 1\n", "")
+
+
+EVALUATED = {
+    "evaluation": {
+        "prompts": [{"source": "held_out.jsonl", "domain": "right", "verifier": "exact"}],
+        "max_new_tokens": 2,
+    }
+}
+
+
+def test_processes_measure_together(
+    write_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `mergeopd eval` finds in one, they find as well; they tell it once. One of three has no prompt."""
+    (tmp_path / "held_out.jsonl").write_text(
+        "".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in (("a", "c"), ("b a", "b")))
+    )
+    recipe = write_job(EVALUATED).relative_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    command = ["-m", "mergeopd", "eval", str(recipe), "--model", "two", "--output"]
+    told, documents = [], []
+    for size in (1, 3):
+        done = subprocess.run(
+            [sys.executable, "-c", LAUNCHER, str(size), "20", *command, f"{size}.json"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        told.append(done.stdout.replace(f"{size}.json", "FILE"))
+        documents.append(json.loads((tmp_path / f"{size}.json").read_text()))
+    assert documents[0]["domains"] == documents[1]["domains"]
+    assert told[1].count("right") == told[0].count("right") > 0
+
+
+def test_what_eval_lacks_is_told_once(
+    write_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_job().relative_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, "2", "20", "-m", "mergeopd", "eval", str(recipe)],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    text = "job.yaml  evaluation\n    missing section; add `evaluation.prompts`\n\n1 problem.\n"
+    assert (done.stdout, done.stderr) == ("", text)

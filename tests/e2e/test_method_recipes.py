@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from small_experts import load_script, small_settings
+from small_experts import load_script, small_llama, small_settings
+from tiny_experts.llama.settings import FOLDER
 
 from mergeopd.engine.command import run_recipe
 from mergeopd.engine.preflight import preflight
@@ -34,7 +36,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     for name in ("recipes", "teachers"):
         shutil.copytree(ROOT / name, folder / name)
-    load_script().make(folder / "experts", small_settings(120), 0, 1, Console(quiet=True))
+    script, settings, quiet = load_script(), small_settings(120), Console(quiet=True)
+    script.make(folder / "experts", settings, 0, 1, quiet)
+    more_rows = replace(settings, rows={**settings.rows, "train": 400})  # its tokenizer is learned from them
+    script.make_foreign(folder / "experts" / FOLDER, more_rows, small_llama(4), 0, 1, quiet)
     return folder
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from mergeopd.engine.batch import Dialects, prepare
 from mergeopd.engine.build import Parts, build
+from mergeopd.engine.crossing import align_round
 from mergeopd.engine.lookback import is_needed, look_back
 from mergeopd.engine.objectives import phase_objective
 from mergeopd.engine.observing import Observed, kept
@@ -55,21 +56,25 @@ def engine_round(
     On a grid of processes, where it is collective, rank 0 has the gradients, and there is no step.
     """
     phase, quiet = parts.plan.phases[0], Reporters()
-    dialects = Dialects(parts.inputs.student, parts.inputs.teachers)
+    dialects = Dialects.of(parts.inputs)
     found = outcomes(rollouts, verdicts or [None] * len(rollouts), phase)
     results = []
     work = parts.work(rollouts, round_index, phase.updates_per_round)
     with parts.hidden_cache(work, Path(parts.plan.output)) as cache:
-        observed = Observed(cache, kept(phase.loss))
+        wanted = kept(phase.loss)
+        aligned = align_round(parts.inputs.crossings, rollouts) if wanted is not None else {}
+        observed = Observed(cache, wanted, aligned)
+        spans = any(crossing.bridge.kind == "span" for crossing in parts.inputs.crossings.values())
         if observed.kept is not None:
-            score(parts, rollouts, work, cache, observed.kept, quiet)
-        before = look_back(parts, rollouts, phase, work, observed, quiet) if is_needed(phase) else {}
+            score(parts, rollouts, work, observed, quiet)
+        looks_back = is_needed(phase, spans=spans)
+        before = look_back(parts, rollouts, phase, work, observed, quiet) if looks_back else {}
         for done, update in enumerate(work.updates):
-            objective = phase_objective(phase, done)
+            objective = phase_objective(phase, done, spans=spans)
             stats = accumulate(
                 parts,
                 objective,
-                prepare(rollouts, update.rollouts, phase, done, dialects, found, before),
+                prepare(rollouts, update.rollouts, phase, done, dialects, found, before, aligned),
                 update.packs[parts.student.place.copy],
                 observed,
                 SampleTaker((), objective),

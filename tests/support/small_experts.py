@@ -11,6 +11,7 @@ from types import ModuleType
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))  # the tool is a script beside its package, not an installed module
 
+from tiny_experts.llama.settings import LlamaSettings  # noqa: E402
 from tiny_experts.settings import BaseTraining, ExpertTraining, Settings  # noqa: E402
 
 DOMAINS = ("largest", "sort", "tool")
@@ -46,4 +47,17 @@ def small_settings(num_updates: int = 6) -> Settings:
         head_dim=16,
         base=BaseTraining(dict.fromkeys(DOMAINS, 4), dict.fromkeys(DOMAINS, 1.0), **base),
         expert=dict.fromkeys(DOMAINS, ExpertTraining(4, 1.0, **expert)),
+    )
+
+
+def small_llama(num_updates: int) -> LlamaSettings:
+    """The foreign expert likewise."""
+    return LlamaSettings(
+        num_tokens=396,
+        hidden_size=24,
+        intermediate_size=40,
+        num_layers=1,
+        num_heads=2,
+        num_key_value_heads=1,
+        training=ExpertTraining(4, 1.0, check_every=2, cooldown_updates=2, max_updates=num_updates),
     )

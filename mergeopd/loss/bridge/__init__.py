@@ -2,8 +2,8 @@
 
 from mergeopd.loss.bridge.fused import BridgeStats, bridge_loss
 from mergeopd.loss.bridge.groups import Groups, group_logratio
-from mergeopd.loss.bridge.kinds import Bridge, Gold, Projected, Uld
-from mergeopd.loss.bridge.maps import ExactPairs, SparseMap
+from mergeopd.loss.bridge.kinds import Bridge, Gold, Pieces, Projected, Uld
+from mergeopd.loss.bridge.maps import ExactPairs, PieceTable, SparseMap
 
 __all__ = [
     "Bridge",
@@ -11,6 +11,8 @@ __all__ = [
     "ExactPairs",
     "Gold",
     "Groups",
+    "PieceTable",
+    "Pieces",
     "Projected",
     "SparseMap",
     "Uld",

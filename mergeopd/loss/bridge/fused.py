@@ -138,6 +138,7 @@ class _Run:
             self._labels[1][rows_T],
             self._groups.num_S[groups],
             self._groups.num_T[groups],
+            None if self._groups.follows is None else self._groups.follows[groups],
             self._weight_G[groups] if self._gradients.any else None,
         )
         scored = scorer.score(block)

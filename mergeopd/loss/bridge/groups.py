@@ -15,6 +15,8 @@ class Groups:
 
     first_S, num_S  first row and number of rows (at least 1) among the student's tokens
     first_T, num_T  the same among the teacher's
+    follows         bool `[G]`: the group goes on, in the same text, where the one before it in this order
+                    ends on both sides, so that `Pieces` may look back across it. None: none does
 
     A row is a position that predicts a token; no row may be in two groups, rows in none are left out.
     Raises ValueError for tensors that do not fit together.
@@ -24,9 +26,17 @@ class Groups:
     num_S: Tensor
     first_T: Tensor
     num_T: Tensor
+    follows: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        if self.follows is not None and (
+            self.follows.dtype != torch.bool or self.follows.shape != self.first_S.shape
+        ):
+            raise ValueError(
+                f"Groups.follows must be bool {list(self.first_S.shape)} like first_S, "
+                f"got {self.follows.dtype} {list(self.follows.shape)}"
+            )
+        for field in fields(self)[:4]:
             value = getattr(self, field.name)
             if value.dtype != torch.int64 or value.dim() != 1 or value.shape != self.first_S.shape:
                 raise ValueError(

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import get_args
 
 from mergeopd.loss.bridge.gold import RankScorer
-from mergeopd.loss.bridge.maps import ExactPairs, SparseMap
+from mergeopd.loss.bridge.maps import ExactPairs, PieceTable, SparseMap
+from mergeopd.loss.bridge.pieces import PieceScorer
 from mergeopd.loss.bridge.projection import Direction, ProjectionScorer
 from mergeopd.loss.bridge.sides import Merge, Scorer
-from mergeopd.loss.divergence import JSD
+from mergeopd.loss.divergence import JSD, ForwardKL
 from mergeopd.loss.heads import Projection
 from mergeopd.loss.workspace import Workspace
 
@@ -130,7 +131,44 @@ class Projected:
         return ProjectionScorer(student, teacher, workspace, self.table, self.direction, self.top_k)
 
 
-Bridge = Gold | Uld | Projected
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """The teacher's next token cut into the student's tokens, compared with the student's next token.
+
+        q_T(s) = sum of p_T(t) over the teacher's tokens t whose text the student begins with s
+
+    on a group's first row, where both models have read the same text; the group's own probability, known
+    exactly by the chain rule, goes to the token that the student wrote. Where a longer token of the teacher,
+    begun in an earlier group, would cover the boundary, it counts with its probability over that of the path
+    as it stands: a teacher that would have written `ab` in one token says little about what follows an `a`
+    alone, and would teach to leave the `b` out. Inside a group of one teacher token, later rows are compared
+    with the same row of the teacher, given the pieces so far; the token at hand is taken in the
+    pieces that the student wrote, canonical or not.
+
+    A group's value is the mean over its rows of KL(q_T ‖ p_S), or of `JSD(beta)`. With the same vocabulary
+    twice and one token per group it is exactly that. Reverse KL would be infinite: no token of the teacher
+    begins with most of the student's.
+
+    Nothing is ranked, spread or averaged: for a teacher with longer tokens than the student's it is the
+    distribution of the student's next token, but for tokens of the teacher that end where the student's
+    would go on. Those are taken as they stand (the approximation), so a teacher with much shorter tokens
+    would teach to write shorter ones. Groups of several tokens on both sides count with their first row.
+    """
+
+    table: PieceTable
+    divergence: ForwardKL | JSD
+
+    @property
+    def vocabularies(self) -> tuple[int, int]:
+        """Sizes that it was made for, the student's and the teacher's."""
+        return self.table.vocab_S, self.table.ids.shape[0]
+
+    def scorer(self, student: Projection, teacher: Projection, workspace: Workspace) -> Scorer:
+        """It at work on two heads."""
+        return PieceScorer(student, teacher, workspace, self.table, self.divergence)
+
+
+Bridge = Gold | Uld | Projected | Pieces
 
 
 def _require_merge(merge: Merge) -> None:

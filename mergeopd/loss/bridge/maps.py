@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -104,6 +105,55 @@ class SparseMap:
         made = {"vocab_S": ids.shape[0], "covered": covered, "by_T": by_T, "by_S": by_S}
         for name, value in made.items():
             object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, eq=False)
+class PieceTable:
+    """The student's tokens that spell each token of the teacher: `ids` int64 `[V_T, P]`, in order, then -1.
+
+    vocab_S  size of the student's true vocabulary
+    covered  made here: the student's ids with which a teacher's token begins, ascending
+
+    A row of -1 is a token that stands for no text. Raises ValueError for entries that do not fit.
+    """
+
+    ids: Tensor
+    vocab_S: int
+    covered: Tensor = field(init=False)
+    _several: Mapping[int, Tensor] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        ids = self.ids
+        if ids.dtype != torch.int64 or ids.dim() != 2 or not ids.shape[1]:
+            raise ValueError(
+                f"PieceTable.ids must be int64 [V_T, P], P at least 1, got {ids.dtype} {list(ids.shape)}"
+            )
+        if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < self.vocab_S:
+            raise ValueError(
+                f"PieceTable.ids reach from {int(ids.min())} to {int(ids.max())}, "
+                f"the vocabulary is [0, {self.vocab_S}), and -1 is none"
+            )
+        if ((ids[:, :-1] < 0) & (ids[:, 1:] >= 0)).any():
+            raise ValueError("PieceTable.ids: pieces stand first in their row, then -1")
+        begins = ids[:, 0]
+        object.__setattr__(self, "covered", torch.unique(begins[begins >= 0]))
+        several = (ids[:, 1] >= 0).nonzero().squeeze(1) if ids.shape[1] > 1 else ids.new_empty(0)
+        by_first: dict[int, list[int]] = {}
+        for token, first in zip(several.tolist(), begins[several].tolist(), strict=True):
+            by_first.setdefault(first, []).append(token)
+        tables = {token: torch.tensor(own, device=ids.device) for token, own in by_first.items()}
+        object.__setattr__(self, "_several", tables)
+
+    def longer(self, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The teacher's tokens that begin with these pieces and go on, and each one's next piece."""
+        found = self._several.get(tokens[0])
+        if found is None:
+            return self.ids.new_empty(0), self.ids.new_empty(0)
+        rows = self.ids[found]
+        fits = rows[:, len(tokens)] >= 0
+        for position, token in enumerate(tokens[1:], start=1):
+            fits = fits & (rows[:, position] == token)
+        return found[fits], rows[fits, len(tokens)]
 
 
 @dataclass(frozen=True, eq=False)

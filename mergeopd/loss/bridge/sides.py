@@ -27,6 +27,7 @@ class Block:
     labels_T: Tensor
     num_S: Tensor
     num_T: Tensor
+    follows: Tensor | None
     weight_g: Tensor | None
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import optimizer as library
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor, nn
 
@@ -18,8 +19,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def build_adamw(ddp: Any, optimizer: Optimizer, dtype: torch.dtype, grid: Grid) -> Any:
     """AdamW over float32 parameters, grouped as in `TorchStudent`: matrices decay, vectors do not.
 
-    Several data-parallel copies share its state among them.
+    Several data-parallel copies share its state among them. It is torch's, also where transformer engine or
+    Apex has one: those keep the number of updates elsewhere, and a checkpoint could not be written.
     """
+    library.USING_PYTORCH_OPTIMIZER = True
     options = OptimizerConfig(
         optimizer="adam",
         lr=0.0,

@@ -16,13 +16,12 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from mergeopd.errors import NumericsError
-from mergeopd.loss.divergence import Divergence
-from mergeopd.loss.fused import Objective, TokenStats, fused_loss
+from mergeopd.loss.fused import Objective
 from mergeopd.loss.heads import Head
-from mergeopd.loss.support import Support
 from mergeopd.loss.workspace import Workspace
 from mergeopd.models.causal import padded
 from mergeopd.student.batch import MicroBatch, MicroBatches
+from mergeopd.student.losses import Measured, MicroStats, micro_loss
 from mergeopd.student.megatron.grid import Grid
 
 # What a copy runs that has no answers of its own: one token, nothing to learn.
@@ -48,12 +47,10 @@ class Passes:
         self,
         micros: MicroBatches,
         per_token: Callable[[MicroBatch], Objective],
-        divergences: Sequence[Divergence],
-        support: Support | None,
-        temperature: float,
+        what: Measured,
         *,
         backward: bool,
-    ) -> tuple[TokenStats, ...]:
+    ) -> tuple[MicroStats, ...]:
         """Statistics of each micro-batch on the last stage, else nothing; with `backward`, gradients too.
 
         Raises NumericsError on every rank when a distribution is not finite.
@@ -64,20 +61,17 @@ class Passes:
             # Megatron would divide by the number of tokens: 0 makes it leave the sum alone.
             no_division = torch.zeros((), dtype=torch.int, device=self._device)
             try:
-                value, stats = fused_loss(
+                value, stats = micro_loss(
                     self._rows(hidden_sbd, rows),
                     self._head(),
-                    micro.targets,
-                    torch.tensor([t for r in micro.labels for t in r], dtype=torch.long, device=self._device),
+                    micro,
                     per_token(micro),
-                    divergences=divergences,
-                    support=support,
-                    temperature=temperature,
-                    group=self._grid.groups.tp if self._grid.tensor > 1 else None,
-                    workspace=self._workspace,
+                    what,
+                    self._workspace,
+                    self._grid.groups.tp if self._grid.tensor > 1 else None,
                 )
-            except ArithmeticError as error:
-                failures.append(micro.blamed(error))
+            except NumericsError as error:
+                failures.append(str(error))
                 # The other stages wait for gradients of every micro-batch; what they get is thrown away.
                 return hidden_sbd.sum() * 0.0, no_division, None
             return value, no_division, stats

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mergeopd.errors import NumericsError, StorageError
 from mergeopd.loss.divergence import Divergence
-from mergeopd.loss.fused import Objective, TokenStats
+from mergeopd.loss.fused import Objective
 from mergeopd.loss.heads import Head
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.loss.support import Support
@@ -30,6 +30,7 @@ from mergeopd.models.facts import ModelFacts
 from mergeopd.recipe.training import Optimizer
 from mergeopd.student.backend import Place
 from mergeopd.student.batch import MicroBatch, MicroBatches
+from mergeopd.student.losses import Measured, MicroStats
 from mergeopd.student.megatron.architecture import Architecture
 from mergeopd.student.megatron.grid import Grid
 from mergeopd.student.megatron.layout import shard, tensor_shapes, vocab_rows
@@ -143,7 +144,7 @@ class MegatronStudent:
             everywhere=True,
         )
 
-    def accumulate(self, micros: MicroBatches, objective: DistillationObjective) -> tuple[TokenStats, ...]:
+    def accumulate(self, micros: MicroBatches, objective: DistillationObjective) -> tuple[MicroStats, ...]:
         """Add the gradient of this data-parallel copy's micro-batches, of which there may be none.
 
         All ranks of a copy pass the same prompts, responses and flags. Targets and weights are read on the
@@ -159,14 +160,8 @@ class MegatronStudent:
         def per_token(micro: MicroBatch) -> Objective:
             return objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N, micro.policy)
 
-        return self._passes.run(
-            micros,
-            per_token,
-            objective.divergences,
-            objective.support,
-            objective.temperature,
-            backward=True,
-        )
+        what = Measured(objective.divergences, objective.support, objective.temperature)
+        return self._passes.run(micros, per_token, what, backward=True)
 
     @torch.no_grad()
     def score(
@@ -175,7 +170,7 @@ class MegatronStudent:
         divergences: Sequence[Divergence],
         support: Support | None,
         temperature: float,
-    ) -> tuple[TokenStats, ...]:
+    ) -> tuple[MicroStats, ...]:
         """Statistics under the weights as they are; no gradient. Who passes and gets what: see `accumulate`.
 
         Raises NumericsError on all ranks when the student's or a teacher's distribution is not finite.
@@ -184,7 +179,7 @@ class MegatronStudent:
         def nothing(micro: MicroBatch) -> Objective:
             return lambda stats, rows: torch.zeros_like(stats.logprob_S)
 
-        return self._passes.run(micros, nothing, divergences, support, temperature, backward=False)
+        return self._passes.run(micros, nothing, Measured(divergences, support, temperature), backward=False)
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradient accumulated so far, whole and float32, by the folder's names; on rank 0, else empty.

@@ -261,3 +261,26 @@ def test_an_id_of_another_tokenizer_is_refused() -> None:
         TokenizerError, match=r"sentencepiece: an answer has the token 100000, but ids end at 32767"
     ):
         aligned("sentencepiece", "tekken", [[100000]])
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "inside", "expected"),
+    [
+        ("qwen", "sentencepiece", False, True),
+        ("qwen", "sentencepiece", True, False),
+        ("sentencepiece", "qwen", False, True),
+        ("sentencepiece", "sentencepiece", False, False),
+        ("sentencepiece", "sentencepiece", True, True),
+        ("qwen", "tekken", False, False),
+    ],
+)
+@pytest.mark.parametrize("text", ["Hello, world", " a", "漢字", "e\u0301"])
+def test_a_space_that_one_side_alone_begins_with_is_told(
+    student: str, teacher: str, inside: bool, expected: bool, text: str
+) -> None:
+    encode = side(teacher).encode_inside if inside else side(teacher).encode
+    [ids, *_] = side(student).encode([text])
+    ends = EndTokens((ENDS[student],), ENDS[teacher])
+    found, nothing = align([ids, ()], side(student).tokens, side(teacher).tokens, encode, ends)
+    assert found.space_on_one_side is expected
+    assert not nothing.space_on_one_side

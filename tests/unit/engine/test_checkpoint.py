@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from mergeopd.engine import checkpoint
 from mergeopd.engine.build import build
 from mergeopd.engine.checkpoint import Record, restore, save
 from mergeopd.engine.preflight import preflight
@@ -57,10 +59,20 @@ def test_the_metrics_are_on_the_disk_before_the_checkpoint_is(
     assert order.index(str(path)) < order.index(str(tmp_path / "c" / "step-1"))
 
 
-def test_what_was_saved_comes_back(write_job: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_bytes", [2_000, checkpoint._MAX_FILE_BYTES])
+def test_what_was_saved_comes_back(
+    write_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_bytes: int
+) -> None:
+    """In one file or in many, of which none is larger than it may be or has more than one tensor that is."""
+    monkeypatch.setattr(checkpoint, "_MAX_FILE_BYTES", max_bytes)
     parts = build(preflight(write_job()), CPU, Alone())
     record = Record(Progress(7, 5, 28), {"rollout": 0.1 + 0.2, "total": 1e300})
     save(tmp_path, parts, record, Silent())
+    files = list((tmp_path / "step-7").glob("*.safetensors"))
+    assert (len(files) > 9) == (max_bytes == 2_000)
+    for file in files:
+        tensors = load_file(file).values()
+        assert len(tensors) == 1 or sum(t.nbytes for t in tensors) <= max_bytes
     expected = {name: tensor.clone() for name, tensor in parts.student.state()}
     with torch.no_grad():
         for tensor in dict(parts.student.state()).values():

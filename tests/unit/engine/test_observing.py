@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from enumeration import Plain, methods_parts
 
-from mergeopd.engine.observing import kept
+from mergeopd.engine.observing import Observed, kept
 from mergeopd.engine.scoring import score
 from mergeopd.loss.heads import Head
 from mergeopd.report.events import Reporters
@@ -43,7 +43,7 @@ def test_a_reduced_teacher_leaves_a_few_numbers_and_no_head(
 
     parts.store.heads = spy  # type: ignore[method-assign]
     with HiddenCache(1 << 30, Path(parts.plan.output)) as cache:
-        score(parts, rollouts, parts.work(rollouts, 0, 1), cache, what, Reporters())
+        score(parts, rollouts, parts.work(rollouts, 0, 1), Observed(cache, what), Reporters())
         gc.collect()
         assert len(fetched) == 2  # one for each teacher
         assert not any(ref() is not None for ref in fetched)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from mergeopd.engine import texts as texts_module
 from mergeopd.engine.build import build
 from mergeopd.engine.preflight import preflight
 from mergeopd.engine.tasks import Task
 from mergeopd.engine.texts import TeacherTexts
 from mergeopd.ranks import Alone
 from mergeopd.report.events import Event, StageStarted
+from mergeopd.rollout.local import Completion
 from mergeopd.types import Rollout
 
 CPU = torch.device("cpu")
@@ -67,8 +71,6 @@ def test_what_the_text_depends_on_is_in_its_key(recipe: Path, override: str, wri
 
 
 def test_changed_weights_templates_and_prompts_are_written_anew(recipe: Path) -> None:
-    import json
-
     from safetensors.torch import load_file, save_file
 
     texts(recipe)
@@ -93,6 +95,31 @@ def test_a_damaged_line_is_written_again(recipe: Path) -> None:
     written, same = texts(recipe)
     assert written == [("one writes", 1)]
     assert same == answers
+
+
+def test_what_another_run_writes_meanwhile_is_kept_and_not_taken(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several processes one alone sees the file: what all began with must stay."""
+    _, answers = texts(recipe)
+    [file] = (recipe.parent / ".mergeopd" / "texts").glob("one-*.jsonl")
+    *others, last = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(others))
+    foreign = json.dumps({"key": "of another prompt", "ids": [1], "finish": "eos"}) + "\n"
+
+    def generate(*arguments: Any, **options: Any) -> list[Completion]:
+        changed = [json.dumps({**json.loads(line), "ids": [0, 0]}) + "\n" for line in others]
+        file.write_text("".join([*changed, foreign]))
+        return written(*arguments, **options)
+
+    written = texts_module.generate
+    monkeypatch.setattr(texts_module, "generate", generate)
+    wrote, same = texts(recipe)
+    assert wrote == [("one writes", 1)]
+    assert same == answers
+    lines = file.read_text().splitlines(keepends=True)
+    assert foreign in lines
+    assert last in lines
 
 
 def test_the_teachers_stop_token_becomes_the_students(recipe: Path) -> None:

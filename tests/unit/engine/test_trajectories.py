@@ -89,8 +89,8 @@ def update(
     objective, what = phase_objective(phase, 0), kept(phase.loss)
     assert what is not None
     with HiddenCache(1 << 30, Path(parts.plan.output)) as cache:
-        score(parts, rollouts, parts.work(rollouts, 0, 1), cache, what, quiet)
-        dialects = Dialects(parts.inputs.student, parts.inputs.teachers)
+        score(parts, rollouts, parts.work(rollouts, 0, 1), Observed(cache, what), quiet)
+        dialects = Dialects.of(parts.inputs)
         found = outcomes(rollouts, [None] * len(rollouts), phase)
         prepared = prepare(rollouts, everything, phase, 0, dialects, found, {})
         packs = pack(rollouts, everything, parts.plan.student.micro_batch_tokens, 0)
@@ -160,14 +160,8 @@ def test_another_tool_text_of_the_same_length_is_read_but_not_learned(write_job:
     changed = replace(first, response_ids=other)
     reference = Trajectories(parts)
     with HiddenCache(1 << 30, Path(parts.plan.output)) as cache:
-        score(
-            parts,
-            [first, changed],
-            parts.work([first, changed], 0, 1),
-            cache,
-            Kept("hidden", 1.0),
-            Reporters(),
-        )
+        observed = Observed(cache, Kept("hidden", 1.0))
+        score(parts, [first, changed], parts.work([first, changed], 0, 1), observed, Reporters())
         before, after = (cache.gather("two", [i]) for i in (0, 1))
     assert before.shape == after.shape == (len(OWN), 32)
     assert torch.equal(before[:3], after[:3])

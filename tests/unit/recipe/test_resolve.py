@@ -33,6 +33,7 @@ def test_a_good_recipe_becomes_a_plan_with_absolute_paths_and_all_defaults(proje
         "tokenizer": str(project / "models" / "chat"),
         "template": None,
         "dtype": "bfloat16",
+        "bridge": None,
         "system": None,
         "prompt": None,
         "fingerprint": None,

@@ -11,22 +11,14 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from small_experts import TOOLS, load_script, small_settings  # puts TOOLS on the path
+from small_experts import TOOLS, load_script, small_llama, small_settings  # puts TOOLS on the path
 from tiny_experts import tasks
 from tiny_experts.cache import cache_key, why_stale, written_aside
 from tiny_experts.llama.settings import FOLDER, LlamaSettings, llama_key
-from tiny_experts.settings import ExpertTraining, Settings
+from tiny_experts.settings import Settings
 from tokenizers import Tokenizer
 
-SMALL = LlamaSettings(
-    num_tokens=396,
-    hidden_size=24,
-    intermediate_size=40,
-    num_layers=1,
-    num_heads=2,
-    num_key_value_heads=1,
-    training=ExpertTraining(4, 1.0, check_every=2, cooldown_updates=2, max_updates=4),
-)
+SMALL = small_llama(4)
 SETTINGS = replace(small_settings(2), rows={"eval": 40, "check": 10, "train": 400})
 TEXTS = (
     "", " ", "a", " a", "a b", "  a  b ", "a\nb\t", "é", "e\u0301", "漢字", "👩‍👩‍👧 ☃", "x = {'a': 201}\n", "[USER", "x y c",
