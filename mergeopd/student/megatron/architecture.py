@@ -19,10 +19,17 @@ class _Family:
 
     qkv_bias: bool = False
     qk_norm: bool = False
+    # What transformers takes where the key is missing: Llama's first generation has no groups. The others have
+    # a number of their own there.
+    groups_are_heads: bool = False
+
+    def key_value_heads(self, heads: int) -> dict[str, int]:
+        """The default of `num_key_value_heads`, if there is one."""
+        return {"num_key_value_heads": heads} if self.groups_are_heads else {}
 
 
 FAMILIES = MappingProxyType(
-    {"llama": _Family(), "qwen2": _Family(qkv_bias=True), "qwen3": _Family(qk_norm=True)}
+    {"llama": _Family(groups_are_heads=True), "qwen2": _Family(qkv_bias=True), "qwen3": _Family(qk_norm=True)}
 )
 
 
@@ -73,7 +80,9 @@ class Architecture:
         return cls(
             facts=facts,
             num_heads=heads,
-            num_groups=_positive_int(config, "num_key_value_heads", path),
+            num_groups=_positive_int(
+                {**family.key_value_heads(heads), **_given(config)}, "num_key_value_heads", path
+            ),
             head_dim=_positive_int(
                 {"head_dim": facts.hidden_size // heads, **_given(config)}, "head_dim", path
             ),

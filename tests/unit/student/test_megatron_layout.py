@@ -143,6 +143,12 @@ def test_what_is_not_mapped_is_refused(
     assert text in str(caught.value)
 
 
+def test_the_first_llamas_have_a_key_for_every_head(read: Callable[..., Architecture]) -> None:
+    """Their configs do not name key-value heads, and transformers takes the number of heads."""
+    assert read("llama", num_key_value_heads=None).num_groups == 8
+    assert read("llama").num_groups == 4
+
+
 def test_grids_that_do_not_fit_are_told_at_once(read: Callable[..., Architecture]) -> None:
     arch = read()
     assert arch.split_problems(2, 3) == []
