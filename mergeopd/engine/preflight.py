@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mergeopd.data.prompts import read_prompts
-from mergeopd.engine.crossing import Crossing
 from mergeopd.engine.dialect import Dialect
 from mergeopd.engine.findings import Findings
 from mergeopd.engine.prompt_checks import (
@@ -34,6 +34,9 @@ from mergeopd.recipe.resolve import Resolution, read
 from mergeopd.recipe.tree import Keys
 from mergeopd.recipe.words import joined
 from mergeopd.types import Prompt
+
+if TYPE_CHECKING:
+    from mergeopd.engine.crossing import Crossing
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,9 @@ class _Check:
         student, bridge = self.student, teacher.bridge
         if bridge is None or student is None:
             return
+        # numpy, for those alone who have a bridge.
+        from mergeopd.engine.crossing import Crossing
+
         crossing = self.findings.attempt(
             ("teachers", teacher.name, "bridge"),
             lambda: Crossing.of(teacher.name, bridge, student, dialect),

@@ -31,8 +31,8 @@ HELD_BACK = (signal.SIGINT, signal.SIGTERM)
 
 _PR_SET_PDEATHSIG = 1
 # A collective call fails when a process has been waited for so long: longer than the first may work alone,
-# which brings checkpoints to the disk (840 GB for 70 billion weights) while others wait. A process that ends is
-# noticed at once; this is for one that hangs.
+# which brings checkpoints to the disk (840 GB for 70 billion weights) while others wait. A process that ends
+# is noticed at once; this is for one that hangs.
 _TIMEOUT = timedelta(hours=2)
 # How long a process that lost another one waits for somebody to tell why.
 _HEARSAY_S = 3.0

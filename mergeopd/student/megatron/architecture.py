@@ -19,8 +19,8 @@ class _Family:
 
     qkv_bias: bool = False
     qk_norm: bool = False
-    # What transformers takes where the key is missing: Llama's first generation has no groups. The others have
-    # a number of their own there.
+    # What transformers takes where the key is missing: Llama's first generation has no groups. The others
+    # have a number of their own there.
     groups_are_heads: bool = False
 
     def key_value_heads(self, heads: int) -> dict[str, int]:

@@ -191,7 +191,7 @@ def test_rows_of_a_follower_are_views_of_its_weights(make_model: Callable[..., P
 
     folder = make_model("t", tied=False)
     weight = torch.randn(37, 32)
-    follower = Follower(Moving(every=2), {"lm_head.weight": weight}, {})
+    follower = Follower(Moving(every=2), lambda: iter([("lm_head.weight", weight)]), lambda: iter(()))
     store = TeacherStore({"t": TeacherSource(folder, "float32", 37, follower)}, CPU)
     part = store.heads(["t"], range(7, 20))["t"]
     assert torch.equal(part.weight, weight[7:20])
