@@ -16,7 +16,7 @@ from mergeopd.engine.evaluate import Accuracies, Evaluation
 from mergeopd.engine.interrupt import Interrupt, StopNow, Watch
 from mergeopd.engine.lookback import is_needed, look_back
 from mergeopd.engine.objectives import phase_objective
-from mergeopd.engine.observing import Cache, Observed, kept
+from mergeopd.engine.observing import Observed, kept
 from mergeopd.engine.outcomes import outcomes
 from mergeopd.engine.run_folder import RunFolder
 from mergeopd.engine.samples import SampleTaker, choose, is_due
@@ -33,6 +33,7 @@ from mergeopd.recipe.plan import EvaluationPlan
 from mergeopd.recipe.training import Phase
 from mergeopd.report.events import Reporter, RunFinished, RunStarted, StageStarted, UpdateDone
 from mergeopd.report.result import result_document, write_result
+from mergeopd.teacher.cache import RoundCache
 from mergeopd.types import Rollout
 
 
@@ -135,7 +136,7 @@ class Merge:
         rollouts: Sequence[Rollout],
         verdicts: Sequence[float | None],
         work: RoundWork,
-        cache: Cache,
+        cache: RoundCache,
     ) -> ScoredRound:
         """All that is known of a round before its first update."""
         wanted = kept(phase.loss)

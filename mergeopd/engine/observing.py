@@ -21,10 +21,8 @@ from mergeopd.loss.observe import observe
 from mergeopd.loss.targets import Sampled, Target, TopK
 from mergeopd.loss.workspace import Workspace
 from mergeopd.recipe.losses import Loss
-from mergeopd.teacher.cache import HiddenCache
-from mergeopd.teacher.node_cache import NodeCache
+from mergeopd.teacher.cache import RoundCache
 
-Cache = HiddenCache | NodeCache
 # Answers are reduced together until they have this many tokens: a matrix product of a few rows is slow.
 _ROWS = 256
 
@@ -90,7 +88,7 @@ class Observed:
     `alignments` has what teachers with other tokenizers read.
     """
 
-    cache: Cache
+    cache: RoundCache
     kept: Kept | None
     alignments: Alignments = field(default_factory=dict)
 
