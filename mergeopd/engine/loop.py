@@ -101,12 +101,14 @@ class Merge:
     def _stop(self, progress: Progress) -> NoReturn:
         """Save what is not saved yet and leave."""
         self._reporter.abandonable = False
-        self._is_stopping()  # all know by whom
+        self._is_stopping()  # all know by whom, whatever a starter of processes sends when the first has left
+        reason = self._interrupt.requested
         target = self._folder.checkpoints / f"step-{progress.update}"
         if progress.update and not self._ranks.first(target.exists):
             self._save(progress)
+        self._ranks.gather(None)  # none leaves while another still has something to write
         raise Stopped(
-            f"stopped by {self._interrupt.requested} after {progress.update} of {self._plan.num_updates} "
+            f"stopped by {reason} after {progress.update} of {self._plan.num_updates} "
             "updates, all saved; the same command goes on"
         )
 
