@@ -123,11 +123,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model, whole = student(Path(folder)), micro_batch()
         works: dict[str, Callable[[], object]] = {
-            name: lambda objective=objective, micro=micro: list(model.accumulate([micro], objective))  # type: ignore[misc]
+            name: lambda objective=objective, micro=micro: model.accumulate_gradients([micro], objective)  # type: ignore[misc]
             for name, (objective, micro) in contestants(whole).items()
         }
         alone = replace(whole, targets=(), teachers=(), teacher_weight_KN=torch.zeros(0, ANSWERS * RESPONSE))
-        works["look back"] = lambda: list(model.score([alone], (), None, 1.0))
+        works["look back"] = lambda: model.score([alone], (), None, 1.0)
         found = measure(works, arguments.repeats)
     if arguments.json:
         print(json.dumps(found))

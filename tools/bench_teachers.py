@@ -116,25 +116,23 @@ def measure(recipe: Path, num_rounds: int) -> dict[str, int]:
 
     from mergeopd.check.preflight import preflight
     from mergeopd.distributed.ranks import Alone
-    from mergeopd.engine.build import build
+    from mergeopd.engine.build import Machine, build, load_models
     from mergeopd.engine.clock import Clock
     from mergeopd.engine.interrupt import Interrupt
-    from mergeopd.engine.loop import Merge
     from mergeopd.engine.progress import Progress
     from mergeopd.report.events import Reporters
-    from mergeopd.storage.run_folder import RunFolder
 
     inputs = preflight(recipe)
-    parts = build(inputs, torch.device("cpu"), Alone())
-    folder = RunFolder(Path(inputs.plan.output))
+    parts = load_models(inputs, Machine(torch.device("cpu"), Alone()))
     with peak_anonymous() as peak:
-        Merge(parts, folder, Reporters(), Clock(), Interrupt()).run(Progress(), None)
+        trainer = build(parts, reporter=Reporters(), clock=Clock(), interrupt=Interrupt())
+        trainer.run(Progress(), None)
     files = [Path(t.model) / "model.safetensors" for t in inputs.plan.teachers.values()]
     return {
         "num_teachers": len(files),
         "num_rounds": num_rounds,
         "file_bytes": sum(file.stat().st_size for file in files),
-        "bytes_read": parts.store.bytes_read,
+        "bytes_read": sum(teacher.bytes_read for teacher in parts.teachers.values()),
         "peak_anonymous_bytes": peak[0],
     }
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
@@ -95,19 +94,18 @@ class Stream:
 
 
 def with_statistics(
-    micros: MicroBatches, work: Callable[[MicroBatches], Iterable[S]]
-) -> Iterator[tuple[MicroBatch, S]]:
-    """Each micro-batch with what a student's `accumulate` or `score` found of it, in order.
+    micros: MicroBatches, work: Callable[[MicroBatches], Sequence[S]]
+) -> list[tuple[MicroBatch, S]]:
+    """Each micro-batch, without its targets, with the statistics that a student's method returns for it.
 
-    `work` may take many micro-batches before it tells of the first; their targets are held no longer than
-    the student holds them, and are not given here. Where the student computes no losses nothing comes.
+    Targets are held no longer than the student holds them. Empty where the student computes no losses.
     """
-    taken: deque[MicroBatch] = deque()
+    taken: list[MicroBatch] = []
 
     def remembered() -> Iterator[MicroBatch]:
         for micro in micros:
             taken.append(replace(micro, targets=(), bridged=()))
             yield micro
 
-    for stats in work(Stream(remembered(), len(micros))):
-        yield taken.popleft(), stats
+    stats = work(Stream(remembered(), len(micros)))
+    return list(zip(taken, stats, strict=True)) if stats else []

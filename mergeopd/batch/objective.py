@@ -29,10 +29,10 @@ DIVERGENCES: Mapping[str, Callable[[Loss], Divergence]] = {
 }
 
 
-def phase_objective(phase: Phase, updates_done: int, *, spans: bool = False) -> DistillationObjective:
+def phase_objective(phase: Phase, updates_done: int, *, has_policy: bool) -> DistillationObjective:
     """The objective after `updates_done` updates of the phase: weights may be ramps.
 
-    `spans`: some teacher's bridge is a policy term.
+    `has_policy`: there are policy terms, bridges that are one included (`Plan.has_policy`).
     """
     loss = phase.loss
     weights = {name: loss.weight(name, updates_done) for name in DIVERGENCES}
@@ -40,7 +40,7 @@ def phase_objective(phase: Phase, updates_done: int, *, spans: bool = False) -> 
         {name: (DIVERGENCES[name](loss), weight) for name, weight in weights.items() if weight},
         nll=loss.nll,
         temperature=loss.temperature,
-        policy=_policy(phase, updates_done) if loss.has_policy or spans else None,
+        policy=_policy(phase, updates_done) if has_policy else None,
         support=support(loss),
     )
 

@@ -35,7 +35,7 @@ from mergeopd.storage.run_folder import RunFolder
 from mergeopd.types import Prompt
 
 if TYPE_CHECKING:
-    from mergeopd.teacher.token_view import Crossing
+    from mergeopd.teacher.cross_tokenizer import Crossing
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class _Check:
         if bridge is None or student is None:
             return
         # numpy, for those alone who have a bridge.
-        from mergeopd.teacher.token_view import Crossing
+        from mergeopd.teacher.cross_tokenizer import Crossing
 
         crossing = self.findings.attempt(
             ("teachers", teacher.name, "bridge"),

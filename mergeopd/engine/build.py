@@ -1,11 +1,13 @@
-"""The only composition root: from checked inputs to the parts that a run is made of."""
+"""The only composition root: from checked inputs to a run, each stage with what it uses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -13,118 +15,240 @@ from mergeopd.check.memory import refuse_without_room
 from mergeopd.check.preflight import Inputs
 from mergeopd.data.draw import PromptDraw
 from mergeopd.data.renderer import Dialect
-from mergeopd.distributed.ranks import Ranks
-from mergeopd.engine.schedule import RoundWork, round_work
+from mergeopd.distributed.ranks import Ranks, spread
+from mergeopd.engine.checkpoint import Checkpoints
+from mergeopd.engine.clock import Clock
+from mergeopd.engine.evaluate import Evaluation
+from mergeopd.engine.interrupt import Interrupt, StopGuard
+from mergeopd.engine.loop import Trainer
+from mergeopd.engine.pipeline import SynchronousPipeline
+from mergeopd.engine.prior_policy import PriorPolicy
+from mergeopd.engine.rollouts import Rewards, StudentRollouts
+from mergeopd.engine.schedule import RoundWork
+from mergeopd.engine.score import Scorer
+from mergeopd.engine.stages import Stages
+from mergeopd.engine.teacher_rollouts import TeacherRolloutCache
+from mergeopd.engine.update import Updater
 from mergeopd.loss.cross_tokenizer import Bridge
 from mergeopd.loss.heads import Head
-from mergeopd.recipe.plan import Plan, TeacherPlan
-from mergeopd.reward.verifiers import Verify, build_verifiers
-from mergeopd.rollout.local import Writer
+from mergeopd.models.facts import ModelFacts
+from mergeopd.models.weight_average import average
+from mergeopd.recipe.plan import EvaluationPlan, Plan, TeacherPlan
+from mergeopd.report.events import Reporter
+from mergeopd.reward.verifiers import build_verifiers
+from mergeopd.rollout.local import FixedWeights, LocalEngine
+from mergeopd.rollout.protocol import RolloutEngine, WeightSource
+from mergeopd.storage.run_folder import RunFolder
 from mergeopd.student.protocol import Student
 from mergeopd.student.torch import TorchStudent
 from mergeopd.teacher.bridges import measure
-from mergeopd.teacher.canary import Canaries
-from mergeopd.teacher.hidden_cache import HiddenCache
-from mergeopd.teacher.local import LoadedTeacher, TeacherSource, TeacherStore
+from mergeopd.teacher.canary import Canary
+from mergeopd.teacher.hidden_cache import HiddenCache, RoundCache
+from mergeopd.teacher.local import LocalTeacher, ResidentHeads, TeacherSource, TeacherStore
+from mergeopd.teacher.protocol import Teacher, capabilities
 from mergeopd.teacher.shared_cache import NodeCache
 from mergeopd.teacher.snapshots import Past
+from mergeopd.teacher.token_view import AlignedTokens, SameTokens, TokenView
 from mergeopd.teacher.weight_reader import MappedReader, Reader, ShardedReader
-from mergeopd.types import Rollout
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Everything a run works with."""
+class Machine:
+    """Where a run computes: its device and its processes."""
 
-    inputs: Inputs
     device: torch.device
     ranks: Ranks
+
+    @property
+    def shares_pages(self) -> bool:
+        """Whether all processes read mapped files through the same pages."""
+        return self.device.type == "cpu" and len(set(self.ranks.machines)) == 1
+
+
+def _local_engine(
+    source: WeightSource, renderer: Dialect, inputs: Inputs, machine: Machine, batch_size: int
+) -> RolloutEngine:
+    return LocalEngine(
+        source,
+        eos_ids=renderer.eos_ids,
+        decode=renderer.tokenizer.decode,
+        device=machine.device,
+        seed=inputs.plan.seed,
+        batch_size=batch_size,
+        deal=partial(spread, machine.ranks),
+    )
+
+
+MakeEngine = Callable[[WeightSource, Dialect, Inputs, Machine, int], RolloutEngine]
+
+ENGINES: Mapping[str, MakeEngine] = MappingProxyType({"local": _local_engine})
+"""Engines that generate the student's responses, by the recipe's `rollout.engine`."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a run in their roles, and how each teacher reads the student's responses."""
+
+    inputs: Inputs
+    machine: Machine
     student: Student
-    store: TeacherStore
-    past: Past
-    verifiers: Mapping[str, Verify]
-    prompt_draw: PromptDraw
-    canaries: Canaries
-    measures: Mapping[str, Bridge]
+    snapshots: Past
+    teachers: Mapping[str, Teacher]
+    views: Mapping[str, TokenView]
 
     @property
     def plan(self) -> Plan:
         """The resolved recipe."""
         return self.inputs.plan
 
-    def work(self, rollouts: Sequence[Rollout], index: int, num_updates: int) -> RoundWork:
-        """Who does what in round number `index`."""
-        return round_work(
-            rollouts,
-            index,
-            num_updates=num_updates,
-            max_tokens=self.plan.student.micro_batch_tokens,
-            members=self.student.place.members,
-        )
-
-    def hidden_cache(self, work: RoundWork, spill: Path) -> HiddenCache | NodeCache:
-        """What keeps the teachers' hidden states of a round where they will be needed."""
-        budget_bytes = int(self.plan.memory.hidden_states_gib * 2**30)
-        if self.ranks.size == 1:
-            return HiddenCache(budget_bytes, spill)
-        readers = self.student.place.readers
-        return NodeCache(budget_bytes, spill, self.ranks, lambda i: readers[work.copy_of[i]], self.device)
-
-    def bytes_read(self) -> int:
-        """Bytes of teachers brought in so far; pages that processes share count once. Collective."""
-        counts = self.ranks.gather(self.store.bytes_read)
-        return max(counts) if _shares_pages(self.device, self.ranks) else sum(counts)
-
-    @property
-    def head_rows(self) -> range | None:
-        """The token ids of which this process needs a teacher's head; None: all."""
-        vocab = self.student.vocab
-        return None if len(vocab) == self.inputs.student.tokenizer.vocab_size else vocab
-
-    @contextmanager
-    def student_writer(self) -> Iterator[Writer]:
-        """The student as it is now, ready to write. Collective."""
-        with self.student.whole() as (body, head):
-            yield _writer(body, head, self.inputs.student, self.device)
-
-    def teacher_writer(self, teacher: LoadedTeacher) -> Writer:
-        """A teacher in its turn, ready to write."""
-        head = self.store.heads([teacher.name])[teacher.name]
-        return _writer(teacher.body, head, self.inputs.teachers[teacher.name], self.device)
+    def checkpoints(self) -> Checkpoints:
+        """The checkpoints of the run's folder."""
+        folder = RunFolder(Path(self.plan.output)).checkpoints
+        return Checkpoints(folder, self.plan, self.student, self.snapshots, self.machine.ranks)
 
 
-def build(inputs: Inputs, device: torch.device, ranks: Ranks) -> Parts:
+def load_models(
+    inputs: Inputs, machine: Machine, teachers: Mapping[str, Teacher] = MappingProxyType({})
+) -> Models:
     """Load the student and open the teachers; the processes of a machine divide its threads. Collective.
 
+    `teachers` take the place of the recipe's teachers of these names.
+
     Raises ModelError for checkpoints that do not fit configs, and for a student that does not fit the grid or
-    of which the machine cannot hold the copies that write.
+    for whose unsharded replicas the machine has no memory.
     """
     plan = inputs.plan
-    torch.set_num_threads(max(1, plan.threads // ranks.num_local))
-    student = _student(inputs, device, ranks)
+    torch.set_num_threads(max(1, plan.threads // machine.ranks.num_local))
+    student = _student(inputs, machine)
     rules = [t.moving for t in plan.teachers.values() if t.moving is not None]
-    past = Past(rules, student.named_weights, student.named_masters)
-    return Parts(
+    snapshots = Past(rules, student.weights, student.master_weights)
+    return Models(
         inputs=inputs,
-        device=device,
-        ranks=ranks,
+        machine=machine,
         student=student,
-        store=TeacherStore(
-            {n: _source(t, inputs.teachers[n], past) for n, t in plan.teachers.items()},
-            device,
-            _reader(device, ranks),
-        ),
-        past=past,
-        verifiers=build_verifiers(plan.sources, plan.allow_code),
-        prompt_draw=PromptDraw(inputs.prompts, {s.name: s.share for s in plan.sources}, plan.seed),
-        canaries=Canaries(plan, inputs.teachers if ranks.is_first else {}),
-        measures=_measures(inputs, device, ranks),
+        snapshots=snapshots,
+        teachers={**_teachers(inputs, machine, snapshots, skip=teachers.keys()), **teachers},
+        views=_views(inputs, machine),
     )
 
 
-def _student(inputs: Inputs, device: torch.device, ranks: Ranks) -> Student:
+def build(
+    models: Models,
+    *,
+    reporter: Reporter,
+    clock: Clock,
+    interrupt: Interrupt,
+    engines: Mapping[str, MakeEngine] = ENGINES,
+) -> Trainer:
+    """Compose a run. `engines` are the rollout engines that a recipe can name."""
+    inputs, machine, student = models.inputs, models.machine, models.student
+    plan, ranks, teachers, views = models.plan, machine.ranks, models.teachers, models.views
+    guard = StopGuard(interrupt, ranks)
+    stages = Stages(reporter, clock, ranks, guard)
+    engine = engines[plan.rollout.engine](student, inputs.student, inputs, machine, plan.rollout.batch_size)
+    vocab = None if len(student.vocab) == inputs.student.tokenizer.vocab_size else student.vocab
+    pipeline = SynchronousPipeline(
+        plan,
+        draw=PromptDraw(inputs.prompts, {s.name: s.share for s in plan.sources}, plan.seed),
+        student=inputs.student,
+        weights=student,
+        engine=engine,
+        rollouts=StudentRollouts(engine, plan.rollout, inputs.student, stages),
+        teacher_rollouts=TeacherRolloutCache(
+            plan,
+            student=inputs.student,
+            renderers=inputs.teachers,
+            teachers=teachers,
+            views=views,
+            ranks=ranks,
+            stages=stages,
+        ),
+        rewards=Rewards(
+            build_verifiers(plan.sources, plan.allow_code),
+            inputs.student.tokenizer.decode,
+            plan.rollout.stop,
+            ranks,
+        ),
+        placement=student.placement,
+        stages=stages,
+    )
+    folder = RunFolder(Path(plan.output))
+    scorer = Scorer(
+        needs_prior_policy=plan.needs_prior_policy,
+        max_tokens=plan.student.micro_batch_tokens,
+        teachers=teachers,
+        views=views,
+        heads=ResidentHeads(teachers, vocab),
+        prior_policy=PriorPolicy(student, machine.device, ranks, stages),
+        make_cache=_cache_maker(inputs, machine, student, folder.spill),
+        ranks=ranks,
+        stages=stages,
+    )
+    updater = Updater(
+        plan,
+        student=student,
+        tokenizer=inputs.student.tokenizer,
+        device=machine.device,
+        bytes_read=partial(_bytes_read, teachers, machine),
+        ranks=ranks,
+        stages=stages,
+    )
+    return Trainer(
+        plan=plan,
+        folder=folder,
+        student=student,
+        snapshots=models.snapshots,
+        pipeline=pipeline,
+        scorer=scorer,
+        updater=updater,
+        checkpoints=models.checkpoints(),
+        evaluate=None
+        if plan.evaluation is None
+        else build_evaluation(inputs, plan.evaluation, machine, stages).run,
+        stop=guard,
+        stages=stages,
+        ranks=ranks,
+    )
+
+
+def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, stages: Stages) -> Evaluation:
+    """What measures models on the recipe's evaluation prompts."""
+    engine = partial(_local_engine, inputs=inputs, machine=machine, batch_size=plan.batch_size)
+
+    @contextmanager
+    def open_model(folder: Path, renderer: Dialect) -> Iterator[RolloutEngine]:
+        source = TeacherSource(folder, inputs.plan.student.dtype, renderer.tokenizer.vocab_size)
+        store = TeacherStore({"model": source}, machine.device)
+        with store.open("model") as model:
+            head = store.head("model")
+            yield engine(FixedWeights(model.body, lambda: head), renderer)
+
+    @contextmanager
+    def open_average(base: Path, experts: Sequence[Path]) -> Iterator[RolloutEngine]:
+        num_valid, facts = inputs.student.tokenizer.vocab_size, ModelFacts.read(base)
+        model = average(base, experts, num_valid, machine.device)
+        head = Head(
+            weight=model.get_parameter(facts.embedding_name if facts.tied else facts.head_name),
+            bias=model.get_parameter(facts.head_bias_name) if facts.head_bias_name else None,
+            scale=facts.logit_scale,
+            softcap=facts.softcap,
+            num_valid=num_valid,
+        )
+        yield engine(FixedWeights(model.base_model, lambda: head), inputs.student)
+
+    return Evaluation(
+        inputs,
+        plan,
+        open_model=open_model,
+        open_average=open_average,
+        ranks=machine.ranks,
+        stages=stages,
+    )
+
+
+def _student(inputs: Inputs, machine: Machine) -> Student:
     plan, num_valid = inputs.plan, inputs.student.tokenizer.vocab_size
-    folder, dtype = Path(plan.student.model), plan.student.dtype
+    folder, dtype, device = Path(plan.student.model), plan.student.dtype, machine.device
     if plan.student.backend == "torch":
         return TorchStudent(folder, dtype=dtype, num_valid=num_valid, optimizer=plan.optimizer, device=device)
     # Megatron is an extra, and changes the process it is imported into.
@@ -132,7 +256,7 @@ def _student(inputs: Inputs, device: torch.device, ranks: Ranks) -> Student:
     from mergeopd.student.megatron.step import MegatronStudent
 
     parallel = plan.student.parallel
-    refuse_without_room(plan, device, ranks)
+    refuse_without_room(plan, device, machine.ranks)
     grid = Grid.open(tensor=parallel.tensor, pipeline=parallel.pipeline, sequence_parallel=parallel.sequence)
     return MegatronStudent(
         folder,
@@ -146,41 +270,84 @@ def _student(inputs: Inputs, device: torch.device, ranks: Ranks) -> Student:
     )
 
 
-def _measures(inputs: Inputs, device: torch.device, ranks: Ranks) -> dict[str, Bridge]:
-    """How distributions are compared with those of each teacher with another tokenizer; `span` compares none.
+def _teachers(
+    inputs: Inputs, machine: Machine, snapshots: Past, *, skip: Collection[str]
+) -> dict[str, Teacher]:
+    """The recipe's teachers, whose weights are read by one store."""
+    plans = {name: teacher for name, teacher in inputs.plan.teachers.items() if name not in skip}
+    sources = {name: _source(teacher, inputs.teachers[name], snapshots) for name, teacher in plans.items()}
+    store = TeacherStore(sources, machine.device, _reader(machine))
 
-    The first process makes the maps that are not there yet.
-    """
-    cache = Path(inputs.plan.text_cache)
+    def make_engine(name: str, source: WeightSource) -> RolloutEngine:
+        return _local_engine(source, inputs.teachers[name], inputs, machine, inputs.plan.rollout.batch_size)
 
-    def all_of_them() -> dict[str, Bridge]:
-        found = {n: measure(crossing, cache, device) for n, crossing in inputs.crossings.items()}
-        return {name: one for name, one in found.items() if one is not None}
+    return {
+        name: LocalTeacher(
+            name,
+            store,
+            capabilities(teacher),
+            canary=Canary.of(teacher, inputs.teachers[name]),
+            run_on_first=machine.ranks.first,
+            make_engine=partial(make_engine, name),
+        )
+        for name, teacher in plans.items()
+    }
 
-    if not inputs.crossings:
-        return {}
-    made: list[dict[str, Bridge]] = []
-    ranks.first(lambda: made.append(all_of_them()))
-    return made[0] if made else all_of_them()
+
+def _source(teacher: TeacherPlan, renderer: Dialect, snapshots: Past) -> TeacherSource:
+    follower = None if teacher.moving is None else snapshots.followers[teacher.moving]
+    return TeacherSource(Path(teacher.model), teacher.dtype, renderer.tokenizer.vocab_size, follower)
 
 
-def _reader(device: torch.device, ranks: Ranks) -> Reader:
+def _reader(machine: Machine) -> Reader:
     """Each process reads a part of the bytes where several need copies of their own.
 
     On one machine's CPUs they share the pages of mapped files, so that these are read once as it is.
     """
-    is_mapped = ranks.size == 1 or _shares_pages(device, ranks)
-    return MappedReader() if is_mapped else ShardedReader(ranks)
+    is_mapped = machine.ranks.size == 1 or machine.shares_pages
+    return MappedReader() if is_mapped else ShardedReader(machine.ranks)
 
 
-def _shares_pages(device: torch.device, ranks: Ranks) -> bool:
-    return device.type == "cpu" and len(set(ranks.machines)) == 1
+def _views(inputs: Inputs, machine: Machine) -> dict[str, TokenView]:
+    """How each teacher reads the student's responses. Collective.
+
+    The first process makes the vocabulary maps that are not there yet.
+    """
+    cache, student = Path(inputs.plan.text_cache), inputs.student
+
+    def bridges() -> dict[str, Bridge | None]:
+        return {name: measure(cross, cache, machine.device) for name, cross in inputs.crossings.items()}
+
+    made: list[dict[str, Bridge | None]] = []
+    if inputs.crossings:
+        machine.ranks.first(lambda: made.append(bridges()))
+        made = made or [bridges()]
+    views: dict[str, TokenView] = {}
+    for name, renderer in inputs.teachers.items():
+        if name in inputs.crossings:
+            views[name] = AlignedTokens(inputs.crossings[name], student, made[0][name])
+        else:
+            views[name] = SameTokens(renderer, student)
+    return views
 
 
-def _source(teacher: TeacherPlan, dialect: Dialect, past: Past) -> TeacherSource:
-    follower = None if teacher.moving is None else past.followers[teacher.moving]
-    return TeacherSource(Path(teacher.model), teacher.dtype, dialect.tokenizer.vocab_size, follower)
+def _cache_maker(
+    inputs: Inputs, machine: Machine, student: Student, spill: Path
+) -> Callable[[RoundWork], AbstractContextManager[RoundCache]]:
+    """What keeps a round's targets where they will be needed."""
+    budget_bytes, readers = int(inputs.plan.memory.hidden_states_gib * 2**30), student.placement.loss_ranks
+
+    def make(work: RoundWork) -> AbstractContextManager[RoundCache]:
+        if machine.ranks.size == 1:
+            return HiddenCache(budget_bytes, spill)
+        return NodeCache(
+            budget_bytes, spill, machine.ranks, lambda i: readers[work.copy_of[i]], machine.device
+        )
+
+    return make
 
 
-def _writer(body: torch.nn.Module, head: Head, dialect: Dialect, device: torch.device) -> Writer:
-    return Writer(body, head, dialect.eos_ids, dialect.tokenizer.decode, device)
+def _bytes_read(teachers: Mapping[str, Teacher], machine: Machine) -> int:
+    """Bytes of teachers read so far; pages that processes share count once. Collective."""
+    counts = machine.ranks.gather(sum(teacher.bytes_read for teacher in teachers.values()))
+    return max(counts) if machine.shares_pages else sum(counts)

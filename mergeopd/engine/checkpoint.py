@@ -15,12 +15,14 @@ from torch import Tensor
 
 from mergeopd.config.values import Strict
 from mergeopd.distributed.ranks import Ranks
-from mergeopd.engine.build import Parts
 from mergeopd.engine.progress import Progress
 from mergeopd.errors import StorageError
+from mergeopd.recipe.plan import Plan
 from mergeopd.report.events import CheckpointSaved, CheckpointSkipped, Note, Reporter, StageStarted
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import atomic_folder, newest_valid, prune, set_aside
+from mergeopd.student.protocol import Stateful
+from mergeopd.teacher.snapshots import Past
 
 FORMAT = 1
 _STUDENT, _PAST = "student", "past"
@@ -46,50 +48,70 @@ class _State(Strict):
     seconds: dict[str, float]
 
 
-def save(checkpoints: Path, parts: Parts, record: Record, reporter: Reporter) -> None:
-    """Write a checkpoint whole or not at all, then drop the oldest beyond `checkpoint.keep`. Collective.
+class Checkpoints:
+    """The checkpoints of a run in a folder, of which the newest `keep` are kept."""
 
-    Raises StorageError when the disk refuses; earlier checkpoints are kept then.
-    """
-    reporter.emit(StageStarted("checkpoint"))
-    plan, past = parts.plan, parts.past
-    target = checkpoints / f"step-{record.progress.update}"
-    with written_by_first(target, parts.ranks) as folder:
-        _write_tensors(parts.student.state(), folder, _STUDENT)
-        if parts.ranks.is_first:
-            _write_tensors(past.state().items(), folder, _PAST)
-            state = _State(
-                format=FORMAT, plan=plan.hash, progress=record.progress, seconds=dict(record.seconds)
+    def __init__(self, folder: Path, plan: Plan, student: Stateful, snapshots: Past, ranks: Ranks) -> None:
+        self._folder = folder
+        self._plan = plan
+        self._student = student
+        self._snapshots = snapshots
+        self._ranks = ranks
+
+    def has(self, progress: Progress) -> bool:
+        """Whether there is a checkpoint of this update."""
+        return self._path(progress).exists()
+
+    def save(self, record: Record, reporter: Reporter) -> None:
+        """Write a checkpoint whole or not at all, then drop the oldest beyond `checkpoint.keep`. Collective.
+
+        Raises StorageError when the disk refuses; earlier checkpoints are kept then.
+        """
+        reporter.emit(StageStarted("checkpoint"))
+        target = self._path(record.progress)
+        with written_by_first(target, self._ranks) as folder:
+            _write_tensors(self._student.state(), folder, _STUDENT)
+            if self._ranks.is_first:
+                _write_tensors(self._snapshots.state().items(), folder, _PAST)
+                state = _State(
+                    format=FORMAT,
+                    plan=self._plan.hash,
+                    progress=record.progress,
+                    seconds=dict(record.seconds),
+                )
+                (folder / "state.json").write_text(state.model_dump_json(), encoding="utf-8")
+        if self._ranks.is_first:
+            prune(self._folder, self._plan.checkpoint.keep)
+        reporter.emit(CheckpointSaved(record.progress.update, target))
+
+    def restore(self, plan_hashes: Collection[str], reporter: Reporter) -> Record:
+        """Load the newest checkpoint that is whole; a fresh start when there is none. Collective.
+
+        Damaged ones are reported and set aside. `plan_hashes` are those that the run folder has had. Raises
+        StorageError for a checkpoint that is whole but of another plan, model or format.
+        """
+        newest, skipped = self._ranks.first(lambda: _newest(self._folder))
+        for path, reason in skipped:
+            reporter.emit(CheckpointSkipped(path, reason))
+        if newest is None:
+            if skipped:
+                reporter.emit(Note("no checkpoint is left that can be trusted: the run begins anew"))
+            return Record(Progress(), {})
+        state, tensors, earlier = _read(newest)
+        if state.plan not in plan_hashes:
+            raise StorageError(
+                f"{newest} belongs to another recipe, or to other settings of this one; {_REMEDY}"
             )
-            (folder / "state.json").write_text(state.model_dump_json(), encoding="utf-8")
-    if parts.ranks.is_first:
-        prune(checkpoints, plan.checkpoint.keep)
-    reporter.emit(CheckpointSaved(record.progress.update, target))
+        _check_fit(newest, self._student.state_shapes(), tensors)
+        self._student.load_state(tensors)
+        try:
+            self._snapshots.load_state(earlier)
+        except StorageError as error:
+            raise StorageError(f"{newest}: {error}; {_REMEDY}") from error
+        return Record(state.progress, state.seconds)
 
-
-def restore(checkpoints: Path, parts: Parts, plan_hashes: Collection[str], reporter: Reporter) -> Record:
-    """Load the newest checkpoint that is whole; a fresh start when there is none. Collective.
-
-    Damaged ones are told and set aside. `plan_hashes` are those that the run folder has had. Raises
-    StorageError for a checkpoint that is whole but of another plan, model or format.
-    """
-    newest, skipped = parts.ranks.first(lambda: _newest(checkpoints))
-    for path, reason in skipped:
-        reporter.emit(CheckpointSkipped(path, reason))
-    if newest is None:
-        if skipped:
-            reporter.emit(Note("no checkpoint is left that can be trusted: the run begins anew"))
-        return Record(Progress(), {})
-    state, tensors, earlier = _read(newest)
-    if state.plan not in plan_hashes:
-        raise StorageError(f"{newest} belongs to another recipe, or to other settings of this one; {_REMEDY}")
-    _check_fit(newest, parts.student.state_shapes(), tensors)
-    parts.student.load_state(tensors)
-    try:
-        parts.past.load_state(earlier)
-    except StorageError as error:
-        raise StorageError(f"{newest}: {error}; {_REMEDY}") from error
-    return Record(state.progress, state.seconds)
+    def _path(self, progress: Progress) -> Path:
+        return self._folder / f"step-{progress.update}"
 
 
 @contextmanager

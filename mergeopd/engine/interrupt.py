@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from types import FrameType
 
 from mergeopd.distributed.ranks import Agreed, Ranks
-from mergeopd.report.events import Event, Reporter, StageProgress, StageStarted
 
 
 class Interrupt:
@@ -39,30 +38,33 @@ class Interrupt:
         self.requested = signal.Signals(number).name
 
 
-class StopNow(Agreed):
+class AbandonRound(Agreed):
     """Leaves a round that has changed no weight yet."""
 
 
-class Watch:
-    """Passes events on; in the middle of a stage it leaves the round when a stop was requested.
+class StopGuard:
+    """Carries out requests to stop between units of work that can be repeated."""
 
-    Only while `abandonable`: once an update of the round was made, the round is finished first. Of several
-    processes one leaves only where the others do not wait for it, and then all do.
-    """
-
-    def __init__(self, reporter: Reporter, interrupt: Interrupt, ranks: Ranks) -> None:
-        self._reporter = reporter
+    def __init__(self, interrupt: Interrupt, ranks: Ranks) -> None:
         self._interrupt = interrupt
         self._ranks = ranks
-        self.abandonable = False
 
-    def emit(self, event: Event) -> None:
-        """Report the event, then raise StopNow where that is due and safe."""
-        self._reporter.emit(event)
-        if (
-            self.abandonable
-            and self._ranks.is_apart
-            and self._interrupt.requested is not None
-            and isinstance(event, StageStarted | StageProgress)
-        ):
-            raise StopNow
+    @property
+    def requested(self) -> str | None:
+        """What asked this process to stop: a signal's name, an option, or None."""
+        return self._interrupt.requested
+
+    def request(self, by: str) -> None:
+        """Ask to stop at the end of the round."""
+        self._interrupt.requested = by
+
+    def check(self) -> None:
+        """Raise AbandonRound where a stop was requested and no other process is waiting for this one."""
+        if self._interrupt.requested is not None and self._ranks.is_apart:
+            raise AbandonRound
+
+    def is_requested_anywhere(self) -> bool:
+        """Whether any process was asked to stop; then all of them are. Collective."""
+        asked = [request for request in self._ranks.gather(self._interrupt.requested) if request]
+        self._interrupt.requested = asked[0] if asked else None
+        return bool(asked)

@@ -133,9 +133,11 @@ def take_canary(candidate: Candidate, prompt: str) -> Canary:
     """
     # torch and transformers take seconds to import: after all that can go wrong without them.
     from mergeopd.models.causal import pick_device
-    from mergeopd.rollout.local import Request, Writer, generate
+    from mergeopd.rollout.local import Generator, generate
+    from mergeopd.rollout.protocol import GenerationRequest
     from mergeopd.teacher.canary import logprobs, refuse_uniform, sample_ids
     from mergeopd.teacher.local import TeacherSource, TeacherStore
+    from mergeopd.teacher.protocol import TeacherSequence
     from mergeopd.types import Sampling
 
     plan, dialect, device = candidate.plan, candidate.dialect, pick_device()
@@ -152,12 +154,12 @@ def take_canary(candidate: Candidate, prompt: str) -> Canary:
         )
     store = TeacherStore({plan.name: TeacherSource(Path(plan.model), plan.dtype, vocab)}, device)
     with store.open(plan.name) as teacher:
-        head = store.heads([plan.name])[plan.name]
-        writer = Writer(teacher.body, head, dialect.eos_ids, dialect.tokenizer.decode, device)
+        head = store.head(plan.name)
+        generator = Generator(teacher.body, head, dialect.eos_ids, dialect.tokenizer.decode, device)
         sampling = Sampling(temperature=0.0, max_new_tokens=room)
         [answer] = generate(
-            writer,
-            [Request("canary", 0, prompt_ids)],
+            generator,
+            [GenerationRequest("canary", 0, prompt_ids)],
             sampling,
             seed=0,
             batch_size=1,
@@ -169,7 +171,7 @@ def take_canary(candidate: Candidate, prompt: str) -> Canary:
             text = text[:-1]
         if not ids:
             raise _bad_prompt("the teacher answers it with nothing at all", "choose another prompt")
-        [(_, hidden)] = teacher.hidden([prompt_ids], [ids], len(prompt_ids) + len(ids))
+        [(_, hidden)] = teacher.hidden([TeacherSequence(prompt_ids, ids)], len(prompt_ids) + len(ids))
         values = logprobs(hidden, head, ids)
     if not all(map(math.isfinite, values)):
         raise TeacherError(

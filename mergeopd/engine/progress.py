@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mergeopd.data.draw import PromptDraw
 from mergeopd.recipe.plan import Plan
-from mergeopd.recipe.training import Phase
+from mergeopd.recipe.training import Phase, off_policy_origin, on_policy_fraction
+from mergeopd.rollout.keyed import stream_key, uniforms
+from mergeopd.types import Origin, Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +18,15 @@ class Progress:
     update: int = 0
     round: int = 0
     drawn: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A prompt of a round: how often it came before, and where its responses come from this time."""
+
+    prompt: Prompt
+    occurrence: int
+    origin: Origin
 
 
 def phase_at(plan: Plan, update: int) -> tuple[Phase, int] | None:
@@ -28,3 +40,18 @@ def phase_at(plan: Plan, update: int) -> tuple[Phase, int] | None:
             return phase, update - start
         start += phase.updates
     return None
+
+
+def draw_tasks(
+    draw: PromptDraw, seed: int, phase: Phase, progress: Progress, updates_done: int
+) -> list[Task]:
+    """The next round's prompts and where responses come from: a function of seed and cursor alone."""
+    drawn = draw.draw(progress.drawn, phase.prompts_per_round)
+    fraction = on_policy_fraction(phase, updates_done)
+    other = off_policy_origin(phase)
+    keys = [stream_key(seed, "who answers", progress.drawn + i) for i in range(len(drawn))]
+    chances = uniforms(keys, 1)[:, 0]
+    return [
+        Task(prompt, occurrence, "student" if other is None or chance < fraction else other)
+        for (occurrence, prompt), chance in zip(drawn, chances.tolist(), strict=True)
+    ]

@@ -109,23 +109,20 @@ def _same_inputs(recipe: Path, overrides: Sequence[str]) -> Inputs:
 
 
 def go_on(inputs: Inputs, clock: Clock, max_updates: int | None, ranks: Ranks) -> None:
-    """Build the parts, go to where the run folder stands, and on to the end. Collective.
+    """Build the run, resume where its folder stands, and run to the end. Collective.
 
     A student on Megatron needs torch's default process group, which must be that of `ranks`.
     """
     # torch and transformers take seconds to import: after all that can go wrong without them.
-    from mergeopd.engine.build import build
-    from mergeopd.engine.checkpoint import restore
-    from mergeopd.engine.loop import Merge
+    from mergeopd.engine.build import Machine, build, load_models
     from mergeopd.models.causal import pick_device
 
     _quiet_libraries()
     interrupt, folder = Interrupt(), RunFolder(Path(inputs.plan.output))
     with console_reporter(Console()) if ranks.is_first else nullcontext(Reporters()) as console:
         with clock.stage("startup"):
-            parts = build(inputs, pick_device(), ranks)
-            hashes = ranks.first(folder.plan_hashes)
-            record = restore(folder.checkpoints, parts, hashes, console)
+            models = load_models(inputs, Machine(pick_device(), ranks))
+            record = models.checkpoints().restore(ranks.first(folder.plan_hashes), console)
             num_done = ranks.first(lambda: _settled(inputs.plan, folder, record.progress.update, console))
         clock.continue_from(record.seconds)
         # Until here nothing is at stake, and a signal ends the process at once.
@@ -134,8 +131,8 @@ def go_on(inputs: Inputs, clock: Clock, max_updates: int | None, ranks: Ranks) -
             if ranks.is_first:
                 reporter = _reporters(inputs, folder, num_done, opened, console)
                 _tell_notes(inputs, reporter)
-            progress = replace(record.progress, update=num_done)
-            Merge(parts, folder, reporter, clock, interrupt).run(progress, max_updates)
+            trainer = build(models, reporter=reporter, clock=clock, interrupt=interrupt)
+            trainer.run(replace(record.progress, update=num_done), max_updates)
 
 
 def _settled(plan: Plan, folder: RunFolder, num_done: int, console: Reporter) -> int:
@@ -195,7 +192,8 @@ def _measure(inputs: Inputs, plan: EvaluationPlan, merged: Path, output: Path | 
     """Measure; the first process shows the table and writes the result. Collective."""
     import time
 
-    from mergeopd.engine.evaluate import Evaluation
+    from mergeopd.engine.build import Machine, build_evaluation
+    from mergeopd.engine.stages import Stages
     from mergeopd.models.causal import pick_device
 
     _quiet_libraries()
@@ -203,7 +201,9 @@ def _measure(inputs: Inputs, plan: EvaluationPlan, merged: Path, output: Path | 
     start = time.perf_counter()
     with console_reporter(console) if ranks.is_first else nullcontext(Reporters()) as reporter:
         _tell_notes(inputs, reporter)
-        accuracies = Evaluation(inputs, plan, pick_device(), ranks, reporter).run(merged)
+        stages = Stages(reporter, Clock(), ranks, None)
+        evaluation = build_evaluation(inputs, plan, Machine(pick_device(), ranks), stages)
+        accuracies = evaluation.run(merged)
     document = result_document(accuracies, {"evaluation": time.perf_counter() - start})
     console.print(ResultTable(document, result_path=output, export_path=Path(shown(merged))))
     if output is not None and ranks.is_first:

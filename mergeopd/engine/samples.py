@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from mergeopd.batch.collate import PreparedUpdate
 from mergeopd.batch.micro_batch import MicroBatch
+from mergeopd.batch.records import PreparedUpdate
 from mergeopd.distributed.ranks import Ranks
 from mergeopd.loss.fused import TokenStats
 from mergeopd.loss.objective import DistillationObjective

@@ -1,131 +1,141 @@
-"""The teachers' turns of a round, and the verifiers'."""
+"""The teachers' passes of a round, and all that is known of it before its first update."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 
-from torch import Tensor
-
-from mergeopd.batch.advantages import Outcomes
-from mergeopd.batch.collate import Before
-from mergeopd.distributed.ranks import spread
-from mergeopd.engine.build import Parts
-from mergeopd.engine.rollouts import answer_text
-from mergeopd.engine.schedule import RoundWork, Turn, by_teacher
-from mergeopd.engine.targets import Observed, reduced
-from mergeopd.loss.heads import Head
+from mergeopd.batch.advantages import Outcomes, outcomes
+from mergeopd.batch.records import Alignments, OldLogProbs
+from mergeopd.distributed.ranks import Ranks
+from mergeopd.engine.prior_policy import PriorPolicy
+from mergeopd.engine.schedule import RoundWork, by_teacher
+from mergeopd.engine.stages import Stages
+from mergeopd.engine.targets import TeacherTargets
 from mergeopd.recipe.training import Phase
-from mergeopd.report.events import Reporter, StageStarted, progress
-from mergeopd.teacher.local import LoadedTeacher
+from mergeopd.teacher.hidden_cache import RoundCache
+from mergeopd.teacher.local import ResidentHeads
+from mergeopd.teacher.protocol import Teacher, TeacherSession, required_target
+from mergeopd.teacher.token_view import TokenView
 from mergeopd.types import Rollout
 
-Told = Callable[[int], None]
+MakeCache = Callable[[RoundWork], AbstractContextManager[RoundCache]]
+
+
+@dataclass(frozen=True)
+class CollectedRound:
+    """Prompts with responses, before the teachers. `updates_done` counts the updates of the phase."""
+
+    phase: Phase
+    updates_done: int
+    rollouts: Sequence[Rollout]
+    rewards: Sequence[float | None]
+    work: RoundWork
 
 
 @dataclass(frozen=True)
 class ScoredRound:
-    """A round before its updates.
-
-    `verdicts` belong to the rollouts, `outcomes` says what they mean, `observed` is what the teachers left,
-    and `before` the policy before the first update, where that is needed. `work` says what each update takes.
+    """A round before its updates: what its rewards mean, the teachers' targets, and the prior policy's
+    log-probabilities where the phase needs them.
     """
 
-    phase: Phase
-    work: RoundWork
-    rollouts: Sequence[Rollout]
-    verdicts: Sequence[float | None]
-    observed: Observed
+    collected: CollectedRound
     outcomes: Outcomes
-    before: Mapping[int, Before]
+    targets: TeacherTargets
+    old: Mapping[int, OldLogProbs] = field(default_factory=dict)
 
 
-def score(
-    parts: Parts,
-    rollouts: Sequence[Rollout],
-    work: RoundWork,
-    observed: Observed,
-    reporter: Reporter,
-) -> None:
-    """Put what is to be kept of every trained token under each of its teachers into the cache.
+class Scorer:
+    """Scores rounds with their teachers, each opened once per round.
 
-    Each teacher is loaded once, sees the prompt through its own template, and gets the response's ids as
-    they were written. While it scores, the next teacher's files are read ahead. A teacher of which no hidden
-    states are kept has its head in memory during its turn, else only during the updates. Every process
-    scores its share, and has what it will train on when the turn is over.
+    `make_cache` makes what keeps a round's targets. Passes take at most `max_tokens` tokens.
     """
-    turns = by_teacher(rollouts, tuple(sorted(parts.plan.teachers)), work.index)
-    following = [turn.teacher for turn in turns[1:]] + [None]
-    for turn, next_teacher in zip(turns, following, strict=True):
-        total = sum(rollouts[i].num_trained > 0 for i in turn.rollouts)
-        reporter.emit(StageStarted("teachers", turn.teacher, total, "answers"))
-        told = progress(reporter, total, parts.ranks)
-        with parts.store.open(turn.teacher) as teacher:
-            if next_teacher is not None:
-                parts.store.read_ahead(next_teacher)
 
-            def own(teacher: LoadedTeacher = teacher, turn: Turn = turn, told: Told = told) -> None:
-                score_canary(parts, teacher)
-                mine = work.scored_by(parts.ranks.rank, turn.rollouts)
-                for done, (index, rows) in enumerate(
-                    _kept(parts, teacher, rollouts, mine, observed), start=1
-                ):
-                    observed.cache.put(turn.teacher, index, rows)
-                    told(done)
+    def __init__(
+        self,
+        *,
+        needs_prior_policy: Callable[[Phase], bool],
+        max_tokens: int,
+        teachers: Mapping[str, Teacher],
+        views: Mapping[str, TokenView],
+        heads: ResidentHeads,
+        prior_policy: PriorPolicy,
+        make_cache: MakeCache,
+        ranks: Ranks,
+        stages: Stages,
+    ) -> None:
+        self._needs_prior_policy = needs_prior_policy
+        self._max_tokens = max_tokens
+        self._teachers = teachers
+        self._views = views
+        self._heads = heads
+        self._prior_policy = prior_policy
+        self._make_cache = make_cache
+        self._ranks = ranks
+        self._stages = stages
 
-            parts.ranks.share(own)
-        observed.cache.publish()
-        parts.store.heads(())
+    @contextmanager
+    def score(self, collected: CollectedRound) -> Iterator[ScoredRound]:
+        """All that is known of a round before its first update; released when the context ends. Collective.
 
+        Raises AbandonRound where a stop was requested.
+        """
+        phase, rollouts, work = collected.phase, collected.rollouts, collected.work
+        spec = required_target(phase.loss)
+        alignments = self.align(rollouts) if spec is not None else {}
+        with self._make_cache(work) as cache:
+            targets = TeacherTargets(cache, spec, self._views, self._heads, alignments)
+            if spec is not None:
+                with self._stages.timed("teachers"):
+                    self.fill(targets, rollouts, work)
+            old: Mapping[int, OldLogProbs] = {}
+            if self._needs_prior_policy(phase):
+                with self._stages.timed("update"):
+                    old = self._prior_policy.score(rollouts, phase, work, targets)
+            try:
+                yield ScoredRound(collected, outcomes(rollouts, collected.rewards, phase), targets, old)
+            finally:
+                self._heads.release()
 
-def _kept(
-    parts: Parts, teacher: LoadedTeacher, rollouts: Sequence[Rollout], mine: Sequence[int], observed: Observed
-) -> Iterator[tuple[int, Tensor]]:
-    """`(index, what is kept of its tokens)` of the rollouts `mine`, in the tokens that the teacher reads."""
-    dialect, what = parts.inputs.teachers[teacher.name], observed.kept_of(parts, teacher.name)
-    aligned = observed.alignments.get(teacher.name)
-    read = [i for i in mine if aligned is None or len(aligned[i].teacher_ids)]
-    responses = [
-        rollouts[i].response_ids if aligned is None else aligned[i].teacher_ids.tolist() for i in read
-    ]
-    hidden = teacher.hidden(
-        [dialect.render(rollouts[i].prompt) for i in read],
-        responses,
-        parts.plan.student.micro_batch_tokens,
-        [rollouts[i].trained for i in read],
-    )
-    if what.kind != "hidden":
-        answers = [rollouts[i].trained_ids for i in read] if aligned is None else responses
-        hidden = reduced(hidden, answers, _true_head(parts, teacher.name), what)
-    return ((read[position], rows) for position, rows in hidden)
+    def align(self, rollouts: Sequence[Rollout]) -> Alignments:
+        """What teachers with other tokenizers read of a round, by teacher and rollout; not collective."""
+        found = {}
+        for name, view in self._views.items():
+            own = {i: r for i, r in enumerate(rollouts) if name in r.prompt.teachers and r.num_trained}
+            aligned = view.align(own)
+            if aligned or view.bridge_kind is not None:
+                found[name] = aligned
+        return found
 
+    def fill(self, targets: TeacherTargets, rollouts: Sequence[Rollout], work: RoundWork) -> None:
+        """Put what is kept of every trained token under each of its teachers into the cache. Collective.
 
-def _true_head(parts: Parts, teacher: str) -> Head:
-    """A teacher's head. Raises TeacherError where it shows that the teacher is not what its card says."""
-    head = parts.store.heads([teacher])[teacher]
-    parts.canaries.verify(teacher, head)
-    return head
+        While one teacher scores, the next one's files are read ahead. Every process scores its share, and has
+        what it trains on when the pass is over.
+        """
+        passes = by_teacher(rollouts, tuple(sorted(self._teachers)), work.index)
+        following = [one.teacher for one in passes[1:]] + [None]
+        for one, next_teacher in zip(passes, following, strict=True):
+            total = sum(rollouts[i].num_trained > 0 for i in one.rollouts)
+            on_progress = self._stages.begin("teachers", one.teacher, total, "answers")
+            with self._teachers[one.teacher].open() as session:
+                if next_teacher is not None:
+                    self._teachers[next_teacher].prefetch()
 
+                def share(
+                    name: str = one.teacher,
+                    indices: Sequence[int] = one.rollouts,
+                    session: TeacherSession = session,
+                    on_progress: Callable[[int], None] = on_progress,
+                ) -> None:
+                    mine = work.scored_by(self._ranks.rank, indices)
+                    sequences = targets.sequences(name, rollouts, mine)
+                    order = list(sequences)
+                    scored = session.score(list(sequences.values()), targets.spec_of(name), self._max_tokens)
+                    for done, (position, rows) in enumerate(scored, start=1):
+                        targets.cache.put(name, order[position], rows)
+                        on_progress(done)
 
-def score_canary(parts: Parts, teacher: LoadedTeacher) -> None:
-    """Score the teacher's own sample where it is due; alone, so that no other's batch changes."""
-    due = parts.canaries.due(teacher.name)
-    if due is not None:
-        for _, states in teacher.hidden([due[0]], [due[1]], len(due[0]) + len(due[1])):
-            parts.canaries.keep(teacher.name, states)
-        if parts.ranks.size > 1:  # whoever updates may have a part of the head alone
-            _true_head(parts, teacher.name)
-
-
-def rewards(parts: Parts, rollouts: Sequence[Rollout]) -> list[float | None]:
-    """The verifier's verdict on every answer the student wrote; None without verifier or for other text."""
-    decode = parts.inputs.student.tokenizer.decode
-    stop = parts.plan.rollout.stop
-
-    def verdict(rollout: Rollout) -> float | None:
-        verify = parts.verifiers.get(rollout.prompt.source) if rollout.origin == "student" else None
-        if verify is None:
-            return None
-        return verify(answer_text(rollout.response_ids, decode, stop), rollout.prompt.reference)
-
-    return spread(parts.ranks, rollouts, lambda own: [verdict(rollout) for rollout in own])
+                self._ranks.share(share)
+            targets.cache.publish()

@@ -1,146 +1,87 @@
-"""What is kept of a teacher between its turn and the updates, and how an update gets to see it.
-
-Hidden states where its whole distribution is needed; its own top k, or the written token's log-probability,
-where that is all that the loss asks for: a few numbers a token, and no head while the student is updated.
-"""
+"""What a round keeps of its teachers between their passes and the updates."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
-import torch
 from torch import Tensor
 
 from mergeopd.batch.packing import Pack
-from mergeopd.engine.build import Parts
-from mergeopd.loss.buffers import Workspace
-from mergeopd.loss.heads import Head, Hidden
-from mergeopd.loss.observe import observe
+from mergeopd.batch.records import Alignments
+from mergeopd.loss.heads import Hidden
 from mergeopd.loss.targets import Sampled, Target, TopK
-from mergeopd.recipe.loss_terms import Loss
 from mergeopd.teacher.hidden_cache import RoundCache
-from mergeopd.teacher.token_view import Alignments
-
-# Answers are reduced together until they have this many tokens: a matrix product of a few rows is slow.
-_ROWS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """`hidden`: last hidden states; `top_k`: the teacher's k likeliest tokens; `sampled`: the written one."""
-
-    kind: Literal["hidden", "top_k", "sampled"]
-    temperature: float
-    k: int | None = None
-
-
-def kept(loss: Loss) -> Kept | None:
-    """The least that a loss needs of every teacher; None where it asks none."""
-    if not loss.needs_teacher:
-        return None
-    if not loss.has_divergence:
-        return Kept("sampled", loss.temperature)
-    if loss.support is not None and loss.support.of == "teacher":
-        return Kept("top_k", loss.temperature, loss.support.top_k)
-    return Kept("hidden", loss.temperature)
-
-
-def reduced(
-    states: Iterable[tuple[int, Tensor]],
-    responses: Sequence[Sequence[int]],
-    head: Head,
-    what: Kept,
-) -> Iterator[tuple[int, Tensor]]:
-    """`(index, numbers to keep [response length, w])` for every `(index, hidden states)`, in their order."""
-    workspace = Workspace()
-    waiting: list[tuple[int, Tensor]] = []
-
-    def flush() -> Iterator[tuple[int, Tensor]]:
-        labels = [t for index, _ in waiting for t in responses[index]]
-        hidden = torch.cat([rows for _, rows in waiting])
-        seen = observe(
-            hidden,
-            head,
-            torch.tensor(labels, device=hidden.device),
-            temperature=what.temperature,
-            top_k=what.k,
-            workspace=workspace,
-        )
-        parts = torch.split(seen.packed(), [len(rows) for _, rows in waiting])
-        for (index, _), part in zip(waiting, parts, strict=True):
-            yield index, part.clone()
-        waiting.clear()
-
-    for index, rows in states:
-        waiting.append((index, rows))
-        if sum(len(rows) for _, rows in waiting) >= _ROWS:
-            yield from flush()
-    if waiting:
-        yield from flush()
+from mergeopd.teacher.local import ResidentHeads
+from mergeopd.teacher.protocol import TargetSpec, TeacherSequence
+from mergeopd.teacher.token_view import TokenView
+from mergeopd.types import Rollout
 
 
 @dataclass(frozen=True, slots=True)
-class Observed:
-    """What a round's teachers left; `kept` None where none was asked.
+class TeacherTargets:
+    """The targets of a round by teacher; `spec` None where no teacher is needed.
 
-    `alignments` has what teachers with other tokenizers read.
+    Hidden states are kept where a whole distribution is needed; a teacher's top k, or the sampled token's
+    log-probability, where that is all that the loss reads: a few numbers per token, and no head in memory
+    during the updates. `alignments` has what teachers with other tokenizers read.
     """
 
     cache: RoundCache
-    kept: Kept | None
+    spec: TargetSpec | None
+    views: Mapping[str, TokenView]
+    heads: ResidentHeads
     alignments: Alignments = field(default_factory=dict)
 
-    def kept_of(self, parts: Parts, teacher: str) -> Kept:
-        """What is kept of a teacher: `kept`, or what its bridge needs. ValueError where none was asked."""
-        if self.kept is None:
-            raise ValueError(f"teacher {teacher!r} was not asked")
-        crossing = parts.inputs.crossings.get(teacher)
-        if crossing is None:
-            return self.kept
-        return Kept("sampled" if crossing.bridge.kind == "span" else "hidden", 1.0)
+    def spec_of(self, teacher: str) -> TargetSpec:
+        """What is kept of a teacher. ValueError where none is needed."""
+        if self.spec is None:
+            raise ValueError(f"the phase needs no teacher, so nothing is kept of {teacher!r}")
+        return self.views[teacher].required(self.spec)
 
-    def targets(self, parts: Parts, pack: Pack) -> dict[str, Target]:
-        """The pack's teachers as the kernel wants them, by name; heads of all other teachers are dropped.
+    def sequences(
+        self, teacher: str, rollouts: Sequence[Rollout], indices: Sequence[int]
+    ) -> dict[int, TeacherSequence]:
+        """What the teacher reads of these rollouts, by index; those without tokens are left out."""
+        alignments = self.alignments.get(teacher, {})
+        read = {i: self.views[teacher].read(rollouts[i], alignments.get(i)) for i in indices}
+        return {i: sequence for i, sequence in read.items() if sequence is not None}
 
-        Of a teacher with another tokenizer the hidden states have a row for each of its own tokens; one whose
-        bridge is a policy term is not here (`spans`). Nothing where this process computes no losses; heads
-        are cut to the token ids that it scores.
+    def of(self, pack: Pack) -> dict[str, Target]:
+        """The pack's teachers as the kernel takes them, by name; heads of all other teachers are dropped.
 
-        Raises TeacherError for a teacher whose head shows that it is another model than its card says.
+        A teacher with another tokenizer has a row per token of its own, and is absent where it has none.
         """
-        if self.kept is None or not parts.student.place.has_loss:
+        if self.spec is None:
             return {}
-        kinds = {name: self.kept_of(parts, name).kind for name in pack.teachers}
-        heads = parts.store.heads([n for n, kind in kinds.items() if kind == "hidden"], parts.head_rows)
-        for name, head in heads.items():
-            parts.canaries.verify(name, head)
+        specs = {name: self.spec_of(name) for name in pack.teachers}
+        heads = self.heads.of([name for name, spec in specs.items() if spec.kind == "hidden"])
         found: dict[str, Target] = {}
-        for name, kind in kinds.items():
-            read = self._read(name, pack)
-            if name in self.alignments and (kind != "hidden" or not read):
+        for name, spec in specs.items():
+            rows = self._rows(name, pack)
+            if rows is None:
                 continue
-            rows = self.cache.gather(name, read)
-            if kind == "hidden":
-                found[name] = Hidden(rows, heads[name])
-            else:
-                found[name] = (TopK if kind == "top_k" else Sampled).unpack(rows)
+            match spec.kind:
+                case "hidden":
+                    found[name] = Hidden(rows, heads[name])
+                case "top_k":
+                    found[name] = TopK.unpack(rows)
+                case "sampled":
+                    found[name] = Sampled.unpack(rows)
         return found
 
-    def spans(self, parts: Parts, pack: Pack) -> dict[str, Tensor]:
+    def span_logprobs(self, pack: Pack) -> dict[str, Tensor]:
         """Log-probabilities of their own tokens under the pack's teachers whose bridge is a policy term."""
-        if self.kept is None:
-            return {}
-        return {
-            name: Sampled.unpack(self.cache.gather(name, self._read(name, pack))).logprob
-            for name in pack.teachers
-            if name in self.alignments
-            and self.kept_of(parts, name).kind == "sampled"
-            and self._read(name, pack)
-        }
+        found = {}
+        for name in pack.teachers:
+            if self.spec is not None and name in self.alignments and self.spec_of(name).kind == "sampled":
+                rows = self._rows(name, pack)
+                if rows is not None:
+                    found[name] = Sampled.unpack(rows).logprob
+        return found
 
-    def _read(self, teacher: str, pack: Pack) -> Sequence[int]:
-        """The pack's answers that a teacher has read: not those without a token that both know."""
+    def _rows(self, teacher: str, pack: Pack) -> Tensor | None:
+        """What was kept of a pack under a teacher; None where the teacher read none of it."""
         own = self.alignments.get(teacher)
-        return pack.rollouts if own is None else [i for i in pack.rollouts if len(own[i].teacher_ids)]
+        read = pack.rollouts if own is None else [i for i in pack.rollouts if len(own[i].teacher_ids)]
+        return self.cache.gather(teacher, read) if read else None

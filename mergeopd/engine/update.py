@@ -1,264 +1,161 @@
-"""One optimizer update: packs by teacher set, their gradients, and what is worth telling about them."""
+"""Optimizer updates: the gradient of prepared micro-batches, the step, and its events."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from mergeopd.batch.collate import PreparedUpdate, micro_batch
+from mergeopd.batch.collate import micro_batch
 from mergeopd.batch.micro_batch import MicroBatch, Stream, with_statistics
+from mergeopd.batch.objective import phase_objective
 from mergeopd.batch.packing import Pack
+from mergeopd.batch.prepare import prepare
+from mergeopd.batch.records import PreparedUpdate
 from mergeopd.distributed.ranks import Ranks
-from mergeopd.engine.build import Parts
-from mergeopd.engine.samples import SampleTaker
-from mergeopd.engine.targets import Observed
+from mergeopd.engine.progress import Progress
+from mergeopd.engine.samples import SampleTaker, choose, is_due
+from mergeopd.engine.schedule import UpdateWork, learning_rate
+from mergeopd.engine.score import ScoredRound
+from mergeopd.engine.stages import Stages
+from mergeopd.engine.targets import TeacherTargets
+from mergeopd.engine.update_stats import UpdateStats
 from mergeopd.loss.objective import DistillationObjective
-from mergeopd.loss.policy import Policy, PolicyRows, policy_tokens
-from mergeopd.report.events import (
-    BridgeFigures,
-    DomainStats,
-    PolicyStats,
-    Reporter,
-    StageProgress,
-    StageStarted,
-    TeacherStats,
-)
-from mergeopd.student.loss import MicroStats
-from mergeopd.teacher.canary import refuse_uniform
-from mergeopd.teacher.token_view import Crossing
-from mergeopd.types import Rollout
+from mergeopd.models.tokenizer import Tokenizer
+from mergeopd.recipe.plan import Plan
+from mergeopd.report.events import UpdateDone
+from mergeopd.student.protocol import Trainable
 
 
-@dataclass
-class Sums:
-    """Running sums over the tokens of one teacher or domain."""
+class Updater:
+    """Makes the updates of scored rounds.
 
-    num_tokens: int = 0
-    values: dict[str, float] = field(default_factory=dict)
-
-    def add(self, num_tokens: int, **sums: float) -> None:
-        self.num_tokens += num_tokens
-        for name, value in sums.items():
-            self.values[name] = self.values.get(name, 0.0) + value
-
-    def mean(self, name: str) -> float:
-        return self.values.get(name, 0.0) / self.num_tokens if self.num_tokens else 0.0
-
-
-@dataclass
-class Tally:
-    """All that is added up over an update; those of several copies of the student add up likewise."""
-
-    loss: float = 0.0
-    largest_gap: float = 0.0
-    policy: Sums = field(default_factory=Sums)
-    teachers: dict[str, Sums] = field(default_factory=dict)
-    domains: dict[str, Sums] = field(default_factory=dict)
-
-    def add(self, other: Tally) -> None:
-        """Book what another copy has."""
-        self.loss += other.loss
-        self.largest_gap = max(self.largest_gap, other.largest_gap)
-        self.policy.add(other.policy.num_tokens, **other.policy.values)
-        for mine, others in ((self.teachers, other.teachers), (self.domains, other.domains)):
-            for name, sums in others.items():
-                mine.setdefault(name, Sums()).add(sums.num_tokens, **sums.values)
-
-
-class UpdateStats:
-    """Collects the statistics of an update's micro-batches."""
-
-    def __init__(self, objective: DistillationObjective) -> None:
-        self._objective = objective
-        self._names = objective.measures
-        self._tally = Tally()
-
-    @property
-    def loss(self) -> float:
-        """Of the update."""
-        return self._tally.loss
-
-    def together(self, ranks: Ranks) -> None:
-        """Add up what all processes have; each then knows all. Collective."""
-        first, *others = ranks.gather(self._tally)
-        for tally in others:
-            first.add(tally)
-        self._tally = first
-
-    def add(self, micro: MicroBatch, prepared: PreparedUpdate, stats: MicroStats) -> None:
-        """Book one micro-batch."""
-        self._add_bridged(micro, prepared, stats)
-        self._tally.loss += float(stats.loss.sum())
-        gap = stats.logprob_T - stats.logprob_S
-        measured = self._objective.measured(stats)
-        for k, name in enumerate(micro.teachers):
-            divergence = {d: float(measured[k, i].sum()) for i, d in enumerate(self._names)}
-            self._tally.teachers.setdefault(name, Sums()).add(
-                gap.shape[1], gap=float(gap[k].sum()), entropy=float(stats.entropy_T[k].sum()), **divergence
-            )
-        sizes = [len(labels) for labels in micro.labels]
-        per_rollout = zip(
-            micro.rollouts,
-            torch.split(stats.logprob_S, sizes),
-            torch.split(stats.entropy_S, sizes),
-            strict=True,
-        )
-        for index, logprob, entropy in per_rollout:
-            domain = prepared.rollouts[index].rollout.prompt.domain
-            self._tally.domains.setdefault(domain, Sums()).add(
-                len(logprob), nll=-float(logprob.sum()), entropy=float(entropy.sum())
-            )
-
-        if self._objective.policy is not None and micro.policy is not None:
-            self._add_policy(self._objective.policy, micro.policy, micro.teacher_weight_KN, stats)
-
-    def _add_bridged(self, micro: MicroBatch, prepared: PreparedUpdate, stats: MicroStats) -> None:
-        """Teachers with other tokens: means are over groups."""
-        for name, seen in stats.bridged:
-            self._tally.loss += float(seen.loss.sum())
-            self._tally.teachers.setdefault(name, Sums()).add(
-                len(seen.value),
-                gap=float((seen.logprob_T - seen.logprob_S).sum()),
-                matched=float(seen.matched_T.sum()),
-                bridge=float(seen.value.sum()),
-            )
-        for index in micro.rollouts:
-            member = prepared.rollouts[index]
-            for name, own in member.alignments.items():
-                sums = self._tally.teachers.setdefault(name, Sums())
-                in_groups = int((own.student_stops - own.student_starts).sum())
-                sums.add(0, tokens=member.rollout.num_trained, aligned=in_groups)
-            for name, ratio in member.spans.items():
-                starts = torch.from_numpy(member.alignments[name].student_starts)
-                total = float(ratio[starts].sum())
-                self._tally.teachers.setdefault(name, Sums()).add(len(starts), gap=total, bridge=-total)
-
-    def _add_policy(self, policy: Policy, rows: PolicyRows, weight_KN: Tensor, stats: MicroStats) -> None:
-        tokens = policy_tokens(
-            policy, rows, slice(0, len(rows.own_N)), stats.logprob_S, stats.logprob_T, weight_KN
-        )
-        gap = tokens.log_ratio_old.abs()
-        self._tally.policy.add(
-            int(rows.own_N.sum()),
-            corrected=float(tokens.is_corrected.sum()),
-            clipped=float(tokens.is_clipped.sum()),
-            gap=float(gap.sum()),
-            weight=float((tokens.weight * rows.own_N).sum()),
-        )
-        if gap.numel():
-            self._tally.largest_gap = max(self._tally.largest_gap, float(gap.max()))
-
-    def policy(self, silent_fraction: float | None) -> PolicyStats | None:
-        """Of the tokens that the student wrote; None where the objective has no policy term."""
-        if self._objective.policy is None:
-            return None
-        return PolicyStats(
-            corrected_fraction=self._tally.policy.mean("corrected"),
-            clipped_fraction=self._tally.policy.mean("clipped"),
-            importance_weight=self._tally.policy.mean("weight"),
-            behaviour_gap=self._tally.policy.mean("gap"),
-            behaviour_gap_max=self._tally.largest_gap,
-            silent_groups_fraction=silent_fraction,
-        )
-
-    def teachers(self, crossings: Mapping[str, Crossing]) -> dict[str, TeacherStats]:
-        """Per teacher, over its tokens, or over the groups of one with other tokens."""
-        return {
-            name: self._crossed(crossings[name], sums) if name in crossings else self._plain(sums)
-            for name, sums in sorted(self._tally.teachers.items())
-        }
-
-    def _plain(self, sums: Sums) -> TeacherStats:
-        return TeacherStats(
-            num_tokens=sums.num_tokens,
-            divergence={d: sums.mean(d) for d in self._names},
-            logprob_gap=sums.mean("gap"),
-            entropy_T=sums.mean("entropy"),
-        )
-
-    def _crossed(self, crossing: Crossing, sums: Sums) -> TeacherStats:
-        tokens, aligned = sums.values.get("tokens", 0.0), sums.values.get("aligned", 0.0)
-        compares = bool(sums.num_tokens) and crossing.bridge.kind in ("pieces", "gold", "projection")
-        return TeacherStats(
-            num_tokens=int(tokens),
-            # The mean over no group is no 0, which would look like a student that has learned it all.
-            divergence={crossing.bridge.kind: sums.mean("bridge") if sums.num_tokens else None},
-            logprob_gap=sums.mean("gap") if sums.num_tokens else None,
-            bridge=BridgeFigures(
-                num_groups=sums.num_tokens,
-                unaligned_fraction=1.0 - aligned / tokens if tokens else 0.0,
-                tokens_per_group=aligned / sums.num_tokens if sums.num_tokens else 0.0,
-                matched_fraction=sums.mean("matched") if compares else None,
-            ),
-        )
-
-    def refuse_uniform_teachers(self, num_valid: int) -> None:
-        """Raise TeacherError for a teacher to which all tokens were alike, where its entropy is known."""
-        for name, sums in self._tally.teachers.items():
-            if sums.num_tokens and "entropy" in sums.values:
-                refuse_uniform(name, sums.mean("entropy"), num_valid, self._objective.temperature)
-
-    def domains(self, prepared: PreparedUpdate, rewards: Sequence[float | None]) -> dict[str, DomainStats]:
-        """Per domain, over its rollouts; `rewards` are the round's."""
-        total = sum(sums.num_tokens for sums in self._tally.domains.values())
-        result = {}
-        for domain, sums in sorted(self._tally.domains.items()):
-            members = {
-                i: p.rollout for i, p in prepared.rollouts.items() if p.rollout.prompt.domain == domain
-            }
-            known = [r for i in members if (r := rewards[i]) is not None]
-            result[domain] = DomainStats(
-                num_rollouts=len(members),
-                num_tokens=sums.num_tokens,
-                mean_length=sums.num_tokens / len(members),
-                token_share=sums.num_tokens / total,
-                weight=prepared.budgets.get(domain, 0.0),
-                nll=sums.mean("nll"),
-                entropy_S=sums.mean("entropy"),
-                truncated_fraction=_truncated(list(members.values())),
-                reward=sum(known) / len(known) if known else None,
-            )
-        return result
-
-
-def accumulate(
-    parts: Parts,
-    objective: DistillationObjective,
-    prepared: PreparedUpdate,
-    packs: Sequence[Pack],
-    observed: Observed,
-    samples: SampleTaker,
-    reporter: Reporter,
-) -> UpdateStats:
-    """Add up the gradient of an update, of which `packs` are this copy's. Collective.
-
-    One teacher set's heads are in memory at a time.
+    `bytes_read` gives the checkpoint bytes of teachers read so far, over all processes.
     """
-    stats = UpdateStats(objective)
-    reporter.emit(StageStarted("update", "", len(packs), "micro-batches"))
-    like = torch.empty((), dtype=parts.student.statistics_dtype, device=parts.device)
-    with_policy = objective.policy is not None
 
-    def micros() -> Iterator[MicroBatch]:
-        for done, pack in enumerate(packs):
-            reporter.emit(StageProgress(done))
-            targets = observed.targets(parts, pack)
-            yield micro_batch(pack, prepared, targets, like, with_policy=with_policy, measures=parts.measures)
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        student: Trainable,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        bytes_read: Callable[[], int],
+        ranks: Ranks,
+        stages: Stages,
+    ) -> None:
+        self._plan = plan
+        self._student = student
+        self._tokenizer = tokenizer
+        self._device = device
+        self._bytes_read = bytes_read
+        self._ranks = ranks
+        self._stages = stages
 
-    found = with_statistics(
-        Stream(micros(), len(packs)), lambda them: parts.student.accumulate(them, objective)
-    )
-    for micro, tokens in found:
-        if parts.student.place.tells:
-            stats.add(micro, prepared, tokens)
-            samples.take(micro, prepared, tokens)
-    stats.together(parts.ranks)
-    samples.together(parts.ranks)
-    return stats
+    def step(self, scored: ScoredRound, update: UpdateWork, progress: Progress) -> Progress:
+        """Make the round's next update and report it. Collective.
+
+        Raises AbandonRound where a stop was requested and the round has changed no weight yet.
+        """
+        collected = scored.collected
+        phase, rollouts, position = collected.phase, collected.rollouts, collected.work.updates.index(update)
+        updates_done = collected.updates_done + position
+        number = progress.update + 1
+        stages = self._stages if position == 0 else self._stages.uninterrupted()
+        objective = phase_objective(phase, updates_done, has_policy=self._plan.has_policy(phase))
+        lr = phase.lr_scale * self._learning_rate(progress.update)
+        with stages.timed("update"):
+            prepared = self.prepare(scored, update, updates_done)
+            due = is_due(number, self._plan.num_updates)
+            samples = SampleTaker(choose(rollouts, update.rollouts) if due else (), objective)
+            packs = update.packs[self._student.placement.dp_rank]
+            stats = self.accumulate(objective, prepared, packs, scored.targets, samples, stages)
+            stats.refuse_uniform_teachers(self._tokenizer.vocab_size)
+            grad_norm = self._student.optimizer_step(lr)
+        num_on_policy = sum(rollouts[i].origin == "student" for i in update.rollouts)
+        stages.reporter.emit(
+            UpdateDone(
+                update=number,
+                phase=phase.name,
+                round=collected.work.index,
+                lr=lr,
+                loss=stats.loss,
+                grad_norm=grad_norm,
+                num_tokens=sum(rollouts[i].num_trained for i in update.rollouts),
+                on_policy_fraction=num_on_policy / len(update.rollouts),
+                teachers=stats.teachers(_bridge_kinds(scored.targets)),
+                domains=stats.domains(prepared, collected.rewards),
+                seconds=stages.clock.lap(),
+                teacher_bytes_read=self._bytes_read(),
+                policy=stats.policy(scored.outcomes.zero_advantage_fraction),
+            )
+        )
+        for sample in samples.events(number, phase.name, rollouts, collected.rewards, self._tokenizer):
+            stages.reporter.emit(sample)
+        return replace(progress, update=number)
+
+    def prepare(self, scored: ScoredRound, update: UpdateWork, updates_done: int) -> PreparedUpdate:
+        """All weights and denominators of an update, after `updates_done` updates of its phase."""
+        return prepare(
+            scored.collected.rollouts,
+            update.rollouts,
+            scored.collected.phase,
+            updates_done,
+            scored.targets.views,
+            scored.outcomes,
+            scored.old,
+            scored.targets.alignments,
+        )
+
+    def accumulate(
+        self,
+        objective: DistillationObjective,
+        prepared: PreparedUpdate,
+        packs: Sequence[Pack],
+        targets: TeacherTargets,
+        samples: SampleTaker,
+        stages: Stages,
+    ) -> UpdateStats:
+        """Add up the gradient of an update, of which `packs` are this copy's. Collective.
+
+        One teacher set's heads are in memory at a time.
+        """
+        stats = UpdateStats(objective)
+        on_progress = stages.begin("update", "", len(packs), "micro-batches")
+        like = torch.empty((), dtype=self._student.statistics_dtype, device=self._device)
+        has_loss, with_policy = self._student.placement.has_loss, objective.policy is not None
+
+        def micro_batches() -> Iterator[MicroBatch]:
+            for done, pack in enumerate(packs):
+                on_progress(done)
+                own = targets.of(pack) if has_loss else {}
+                yield micro_batch(pack, prepared, own, targets.views, like, with_policy=with_policy)
+
+        found = with_statistics(
+            Stream(micro_batches(), len(packs)),
+            lambda them: self._student.accumulate_gradients(them, objective),
+        )
+        for micro, tokens in found:
+            if self._student.placement.reports_stats:
+                stats.add(micro, prepared, tokens)
+                samples.take(micro, prepared, tokens)
+        stats.together(self._ranks)
+        samples.together(self._ranks)
+        return stats
+
+    def _learning_rate(self, updates_done: int) -> float:
+        optimizer = self._plan.optimizer
+        return learning_rate(
+            updates_done,
+            peak=optimizer.lr,
+            warmup=optimizer.warmup_updates,
+            total=self._plan.num_updates,
+            shape=optimizer.schedule,
+            final_fraction=optimizer.final_lr_fraction,
+        )
 
 
-def _truncated(rollouts: Sequence[Rollout]) -> float:
-    return sum(r.finish == "length" for r in rollouts) / len(rollouts)
+def _bridge_kinds(targets: TeacherTargets) -> Mapping[str, str]:
+    """The recipe's names of the bridges, by teacher that has one."""
+    return {n: view.bridge_kind for n, view in targets.views.items() if view.bridge_kind is not None}

@@ -6,7 +6,6 @@ surrogate allows because it is homogeneous in them: `min(r c A, clip(r) c A) = c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -168,14 +167,6 @@ def importance_weight(log_rho: Tensor, correction: Correction) -> tuple[Tensor, 
     return rho.clamp(correction.low, correction.high), outside
 
 
-def sequence_kept(log_rho: Tensor, correction: Correction) -> bool:
-    """Whether an answer's geometric mean ratio lies inside the correction's band; `log_rho` of its tokens."""
-    if correction.kind != "sequence_mask" or not log_rho.numel():
-        return True
-    mean = float(torch.exp(log_rho.mean()))
-    return correction.low <= mean <= correction.high
-
-
 def bounded(gap: Tensor, bound: float | None) -> Tensor:
     """Log-ratios brought to +-`bound` (MOPD, 2606.30406)."""
     return gap if bound is None else gap.clamp(-bound, bound)
@@ -186,62 +177,6 @@ def shaped(advantage: Tensor, gap: Tensor, credit: Credit) -> Tensor:
     weight = torch.exp((advantage.sign() * gap).clamp(-_LOG_BOUND, _LOG_BOUND))
     share = weight.clamp(1.0 - credit.bound, 1.0 + credit.bound)
     return advantage * ((1.0 - credit.mix) + credit.mix * share)
-
-
-def reward_to_go(
-    gap: Tensor, discount: float, *, future_only: bool = False, per_token: bool = False
-) -> Tensor:
-    """`A_t = sum over u >= t of discount^(u - t) gap_u` of one answer `[n]` (MiniLLM, 2306.08543).
-
-    `future_only` leaves out u = t; `per_token` divides by the number of tokens summed over.
-    """
-    sums, later = [], 0.0
-    for value in reversed(gap.tolist()):  # plain numbers: thousands of tiny tensor operations take seconds
-        later = value + discount * later
-        sums.append(later)
-    total = gap.new_tensor(sums[::-1])
-    if future_only:
-        total = total - gap
-    if per_token:
-        remaining = torch.arange(len(gap), 0, -1, dtype=gap.dtype, device=gap.device) - float(future_only)
-        total = total / remaining.clamp(min=1.0)
-    return total
-
-
-def early_weights(gap: Tensor, gain: float) -> Tensor:
-    """`1 + gain (1 - C_t / C)`, C_t the sum of |gap| before t, C that of the answer (IW-OPD, 2606.22600)."""
-    size = gap.abs()
-    total = size.sum()
-    before = size.cumsum(0) - size
-    return 1.0 + gain * (1.0 - torch.where(total > 0, before / total.clamp(min=1e-30), 0.0))
-
-
-def answers_advantage(
-    gaps: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    *,
-    bound: float | None,
-    discount: float,
-    future_only: bool,
-    per_token: bool,
-    gain: float,
-) -> Tensor:
-    """The teachers' advantage of one answer's tokens where it depends on all of them, `[n]`.
-
-    `gaps` (log p_T - log p_S) and `weights` are one row per teacher; weights carry denominators. A token that
-    a teacher does not judge (weight 0) adds nothing to what comes before it.
-    """
-    total = torch.zeros_like(gaps[0])
-    for gap, weight in zip(gaps, weights, strict=True):
-        judged = torch.where(weight > 0, bounded(gap, bound), 0.0)
-        # The weight is one number per answer but for masked tokens, so that of any judged token serves all.
-        scale = weight.max() if len(weight) else weight.sum()
-        if discount:
-            credited = reward_to_go(judged, discount, future_only=future_only, per_token=per_token)
-        else:
-            credited = early_weights(judged, gain) * judged
-        total = total + scale * credited
-    return total
 
 
 def _mean_gap(logprob_T: Tensor, logprob: Tensor, weight: Tensor) -> Tensor:

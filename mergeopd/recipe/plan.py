@@ -105,6 +105,25 @@ class Plan(Strict):
         """SHA-256 over the canonical JSON of `content`."""
         return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()
 
+    def has_policy(self, phase: Phase) -> bool:
+        """Whether a phase has policy terms, bridges that are one (`span`) included."""
+        return phase.loss.has_policy or self._has_spans(phase)
+
+    def _has_spans(self, phase: Phase) -> bool:
+        spans = any(t.bridge is not None and t.bridge.kind == "span" for t in self.teachers.values())
+        return spans and phase.loss.needs_teacher
+
+    def needs_prior_policy(self, phase: Phase) -> bool:
+        """Whether a phase needs the student's log-probabilities from before a round's first update."""
+        loss, sampled = phase.loss, phase.loss.sampled_reverse_kl
+        return bool(
+            self._has_spans(phase)
+            or phase.balance.follow_gap
+            or (loss.has_policy and phase.updates_per_round > 1)
+            or (loss.has_policy and phase.correction.kind == "sequence_mask")
+            or (sampled is not None and sampled.needs_whole_answers)
+        )
+
     @property
     def num_updates(self) -> int:
         """Optimizer updates over all phases."""

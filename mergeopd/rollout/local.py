@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from mergeopd.loss.heads import Head
 from mergeopd.rollout.head import DecodingHead
 from mergeopd.rollout.keyed import stream_key, uniforms
+from mergeopd.rollout.protocol import Completion, GenerationRequest, WeightSource
 from mergeopd.rollout.sampling import sample
 from mergeopd.types import Finish, Sampling
 
@@ -19,26 +22,8 @@ _COMPACT_BELOW = 0.75
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """One answer to write: `key` and `sample` name its random stream."""
-
-    key: str
-    sample: int
-    prompt_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """Written ids (the stop token included), their log-probabilities when sampled, and why it ended."""
-
-    response_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finish: Finish
-
-
-@dataclass(frozen=True, slots=True)
-class Writer:
-    """A model that writes: body, prediction head, the ids that end its answers, and its decoder."""
+class Generator:
+    """A model that generates: body, prediction head, the ids that end its responses, and its decoder."""
 
     body: nn.Module
     head: Head
@@ -47,34 +32,135 @@ class Writer:
     device: torch.device
 
 
+@dataclass(frozen=True, slots=True)
+class FixedWeights:
+    """A model whose weights stay: one that was loaded to be measured, or a teacher in its pass."""
+
+    body: nn.Module
+    head: Callable[[], Head]
+
+    @contextmanager
+    def unsharded(self) -> Iterator[tuple[nn.Module, Head]]:
+        """Body and head; not copies."""
+        yield self.body, self.head()
+
+
+class Deal(Protocol):
+    """Deals items to the processes and puts their results together: `distributed.scatter_gather`."""
+
+    def __call__(
+        self,
+        items: Sequence[GenerationRequest],
+        work: Callable[[Sequence[GenerationRequest]], list[Completion]],
+    ) -> list[Completion]: ...
+
+
+class LocalEngine:
+    """Sampling inside the training processes: each has a whole copy of the model and a share of the requests.
+
+    `source` is what `sync_weights` replaces. Weights are read when responses are waited for.
+    """
+
+    returns_logprobs = True
+    is_reproducible = True
+
+    def __init__(
+        self,
+        source: WeightSource,
+        *,
+        eos_ids: Collection[int],
+        decode: Callable[[Sequence[int]], str],
+        device: torch.device,
+        seed: int,
+        batch_size: int,
+        deal: Deal,
+    ) -> None:
+        self._source = source
+        self._version = 0
+        self._eos_ids = eos_ids
+        self._decode = decode
+        self._device = device
+        self._seed = seed
+        self._batch_size = batch_size
+        self._deal = deal
+
+    def submit(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> LocalRollouts:
+        """Ask for one response per request."""
+        return LocalRollouts(lambda on_progress: self._generate(requests, sampling, on_progress))
+
+    def sync_weights(self, source: WeightSource, version: int) -> None:
+        """Generate with these weights from now on; nothing is copied."""
+        self._source, self._version = source, version
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling,
+        on_progress: Callable[[int], None],
+    ) -> list[Completion]:
+        if not requests:
+            return []
+        with self._source.unsharded() as (body, head):
+            generator = Generator(body, head, self._eos_ids, self._decode, self._device)
+            completions = self._deal(
+                requests,
+                lambda own: generate(
+                    generator,
+                    own,
+                    sampling,
+                    seed=self._seed,
+                    batch_size=self._batch_size,
+                    progress=on_progress,
+                ),
+            )
+        return [replace(completion, policy_version=self._version) for completion in completions]
+
+
+class LocalRollouts:
+    """Responses that are generated when they are waited for."""
+
+    def __init__(self, generate: Callable[[Callable[[int], None]], list[Completion]]) -> None:
+        self._generate = generate
+
+    def wait(self, on_progress: Callable[[int], None]) -> list[Completion]:
+        """Generate all responses. Collective."""
+        return self._generate(on_progress)
+
+    def cancel(self) -> None:
+        """Nothing was begun."""
+
+
 def generate(
-    writer: Writer,
-    requests: Sequence[Request],
+    generator: Generator,
+    requests: Sequence[GenerationRequest],
     sampling: Sampling,
     *,
     seed: int,
     batch_size: int,
     progress: Callable[[int], None],
 ) -> list[Completion]:
-    """Write an answer to every request, in the order of the requests.
+    """Generate a response to every request, in the order of the requests.
 
     Requests are decoded in batches of similar prompt length; a sequence that ends leaves its batch. The
     result does not depend on the batching beyond floating-point error of the logits. `progress` is called
-    with the number of answers written so far.
+    with the number of responses generated so far.
     """
     order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
     completions: dict[int, Completion] = {}
-    was_training = writer.body.training
-    writer.body.eval()
-    head = DecodingHead(writer.head)
+    was_training = generator.body.training
+    generator.body.eval()
+    head = DecodingHead(generator.head)
     try:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            batch = _Decoding(writer, head, [requests[i] for i in chosen], sampling, seed)
+            batch = _Decoding(generator, head, [requests[i] for i in chosen], sampling, seed)
             completions.update(zip(chosen, batch.run(), strict=True))
             progress(len(completions))
     finally:
-        writer.body.train(was_training)
+        generator.body.train(was_training)
     return [completions[i] for i in range(len(requests))]
 
 
@@ -82,12 +168,17 @@ class _Decoding:
     """One batch from prompt to last token. Prompts are padded on the left."""
 
     def __init__(
-        self, writer: Writer, head: DecodingHead, requests: Sequence[Request], sampling: Sampling, seed: int
+        self,
+        generator: Generator,
+        head: DecodingHead,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling,
+        seed: int,
     ) -> None:
-        self._writer = writer
+        self._generator = generator
         self._head = head
         self._sampling = sampling
-        device = writer.device
+        device = generator.device
         lengths = [len(request.prompt_ids) for request in requests]
         width = max(lengths)
         self._width = width
@@ -110,7 +201,7 @@ class _Decoding:
     def run(self) -> list[Completion]:
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=self._writer.body.config)
+        cache = DynamicCache(config=self._generator.body.config)
         first = torch.arange(self._width, device=self._ids.device)
         pad = (self._width - self._position)[:, None]
         hidden = self._forward(self._ids, (first[None] - pad).clamp(min=0), cache, self._width)
@@ -131,7 +222,7 @@ class _Decoding:
 
     def _forward(self, ids: Tensor, position: Tensor, cache: object, seen: int) -> Tensor:
         """Hidden state of the last position, `[rows, d]`."""
-        output = self._writer.body(
+        output = self._generator.body(
             input_ids=ids,
             # Without padding a mask would only cost time.
             attention_mask=self._mask[:, :seen] if self._padded else None,
@@ -153,7 +244,7 @@ class _Decoding:
                 continue
             self._tokens[row].append(one)
             self._logprobs[row].append(lp)
-            if one in self._writer.eos_ids:
+            if one in self._generator.eos_ids:
                 self._finish[row] = "eos"
             elif self._sampling.stop and self._has_stopped(self._tokens[row]):
                 self._finish[row] = "stop"
@@ -162,7 +253,7 @@ class _Decoding:
     def _has_stopped(self, tokens: list[int]) -> bool:
         # A token stands for at least one byte, so this many of them hold any stop text that just ended.
         longest = max(len(stop.encode()) for stop in self._sampling.stop)
-        tail = self._writer.decode(tokens[-longest - 1 :])
+        tail = self._generator.decode(tokens[-longest - 1 :])
         return any(stop in tail for stop in self._sampling.stop)
 
     def _compact(self, alive: list[int], token: Tensor, cache: object) -> Tensor:

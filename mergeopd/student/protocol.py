@@ -1,99 +1,112 @@
-"""What the engine asks of a student, whatever trains it."""
+"""The roles of a student, whatever trains it: each stage takes the one it needs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mergeopd.batch.micro_batch import MicroBatches
 from mergeopd.loss.divergence import Divergence
-from mergeopd.loss.heads import Head
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.loss.support import Support
+from mergeopd.rollout import protocol as rollout
 from mergeopd.student.loss import MicroStats
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Placement:
     """Which part of the work is this process's.
 
-    The student has `len(members)` data-parallel copies and this process belongs to number `copy`; `members`
-    and `readers` have, for each copy, the ranks that make it up and those of them that see targets and
-    compute losses. `tells` is True on one process of each copy: its statistics are the copy's.
+    The student has `len(replica_ranks)` data-parallel copies and this process belongs to number `dp_rank`;
+    `replica_ranks` and `loss_ranks` have, for each copy, the ranks that make it up and those of them that see
+    targets and compute losses. `reports_stats` is True on one process of each copy, whose statistics count.
     """
 
-    copy: int
-    members: tuple[tuple[int, ...], ...]
-    readers: tuple[tuple[int, ...], ...]
+    dp_rank: int
+    replica_ranks: tuple[tuple[int, ...], ...]
+    loss_ranks: tuple[tuple[int, ...], ...]
     has_loss: bool
-    tells: bool
+    reports_stats: bool
 
     @property
-    def copies(self) -> int:
+    def num_replicas(self) -> int:
         """Number of data-parallel copies."""
-        return len(self.members)
+        return len(self.replica_ranks)
 
 
-WHOLE = Place(copy=0, members=((0,),), readers=((0,),), has_loss=True, tells=True)
+UNSHARDED = Placement(dp_rank=0, replica_ranks=((0,),), loss_ranks=((0,),), has_loss=True, reports_stats=True)
 
 
-class Student(Protocol):
-    """A model under training. On several processes each has one and all call it alike.
+class Trainable(Protocol):
+    """What an update asks of a student. On several processes all call it together.
 
-    `vocab` are the true token ids whose rows of the head are here: targets' heads must be cut alike.
     Everything but the properties is collective.
     """
 
     @property
-    def place(self) -> Place:
-        """This process's part."""
+    def placement(self) -> Placement:
+        """This process's part of the work."""
 
     @property
     def vocab(self) -> range:
-        """Token ids that this process scores."""
+        """True token ids whose rows of the head are here: targets' heads must be cut to them."""
 
     @property
     def statistics_dtype(self) -> torch.dtype:
         """Precision of losses and per-token weights."""
 
-    def accumulate(self, micros: MicroBatches, objective: DistillationObjective) -> Iterable[MicroStats]:
-        """Add the gradient of this copy's micro-batches; where there are losses, their statistics."""
+    def accumulate_gradients(
+        self, micro_batches: MicroBatches, objective: DistillationObjective
+    ) -> Sequence[MicroStats]:
+        """Add the gradient of this copy's micro-batches; their statistics, where losses are computed."""
 
     def score(
         self,
-        micros: MicroBatches,
+        micro_batches: MicroBatches,
         divergences: Sequence[Divergence],
         support: Support | None,
         temperature: float,
-    ) -> Iterable[MicroStats]:
-        """Statistics of this copy's micro-batches under the weights as they are, where there are losses."""
+    ) -> Sequence[MicroStats]:
+        """Statistics of this copy's micro-batches under the present weights, where losses are computed."""
 
-    def apply(self, lr: float) -> float:
+    def optimizer_step(self, lr: float) -> float:
         """One optimizer update; the gradient's norm before clipping."""
 
-    def whole(self) -> AbstractContextManager[tuple[nn.Module, Head]]:
-        """Body and head as they are now, whole on every process, to write with."""
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+class WeightSource(rollout.WeightSource, Protocol):
+    """A student's weights, for engines that generate and teachers that follow. Everything is collective."""
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The forward pass's weights as they are now, whole on every process, by parameter name."""
 
-    def named_masters(self) -> Iterator[tuple[str, Tensor]]:
+    def master_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The optimizer's weights as they are now, whole on every process, by parameter name."""
 
+
+class Stateful(Protocol):
+    """What a checkpoint holds of a student."""
+
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Master weights (`master.NAME`) and optimizer moments, whole, one by one, on rank 0 alone."""
+        """Master weights (`master.NAME`) and optimizer moments, whole, one by one, on rank 0. Collective."""
 
     def state_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shapes of the master weights in `state`; not collective."""
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from `state()`."""
+        """Continue from `state()`."""
+
+
+class Exportable(Protocol):
+    """A student that can be written down."""
 
     def export(self, folder: Path) -> None:
-        """Write a Hugging Face folder; rank 0 writes."""
+        """Write a Hugging Face folder; rank 0 writes. Collective."""
+
+
+class Student(Trainable, WeightSource, Stateful, Exportable, Protocol):
+    """A model under training."""

@@ -24,7 +24,7 @@ from mergeopd.models.facts import ModelFacts
 from mergeopd.models.hf_folder import copy_companions
 from mergeopd.recipe.training import Optimizer
 from mergeopd.student.loss import Measured, MicroStats, micro_loss
-from mergeopd.student.protocol import WHOLE, Place
+from mergeopd.student.protocol import UNSHARDED, Placement
 
 
 class TorchStudent:
@@ -76,9 +76,9 @@ class TorchStudent:
         self._workspace = Workspace()
 
     @property
-    def place(self) -> Place:
+    def placement(self) -> Placement:
         """All of it is here."""
-        return WHOLE
+        return UNSHARDED
 
     @property
     def vocab(self) -> range:
@@ -104,54 +104,59 @@ class TorchStudent:
         )
 
     @contextmanager
-    def whole(self) -> Iterator[tuple[nn.Module, Head]]:
+    def unsharded(self) -> Iterator[tuple[nn.Module, Head]]:
         """Body and head as they are now; not copies."""
         yield self.body, self.head
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The weights of the forward pass as they are now, by parameter name; not copies."""
         return ((name, p.detach()) for name, p in self._parameters.items())
 
-    def named_masters(self) -> Iterator[tuple[str, Tensor]]:
+    def master_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The optimizer's weights as they are now, by parameter name; not copies."""
         return ((name, p.detach()) for name, p in self._masters.items())
 
-    def accumulate(self, micros: MicroBatches, objective: DistillationObjective) -> Iterator[MicroStats]:
-        """Add the gradient of micro-batches, one after another; yields statistics of their trained tokens.
+    def accumulate_gradients(
+        self, micro_batches: MicroBatches, objective: DistillationObjective
+    ) -> list[MicroStats]:
+        """Add the gradient of micro-batches, one after another; the statistics of their trained tokens.
 
-        A micro-batch is asked for when the one before is done, and its gradient is in when its statistics
-        come: run the iterator to its end. Raises NumericsError when the student's or a teacher's distribution
-        is not finite.
+        A micro-batch is taken when the one before is done. Raises NumericsError when the student's or a
+        teacher's distribution is not finite.
         """
-        for micro in micros:
+        found = []
+        for micro in micro_batches:
             per_token = objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N, micro.policy)
             what = Measured(objective.divergences, objective.support, objective.temperature)
             loss, stats = self._fused(micro, per_token, what)
             loss.backward()  # type: ignore[no-untyped-call]
             self._collect_gradients()
-            yield stats
+            found.append(stats)
+        return found
 
     def score(
         self,
-        micros: MicroBatches,
+        micro_batches: MicroBatches,
         divergences: Sequence[Divergence],
         support: Support | None,
         temperature: float,
-    ) -> Iterator[MicroStats]:
+    ) -> list[MicroStats]:
         """Statistics of the trained tokens under the weights as they are, one micro-batch after another.
 
         Raises NumericsError when the student's or a teacher's distribution is not finite.
         """
-        for micro in micros:
+        found = []
+        for micro in micro_batches:
             with torch.no_grad():
                 _, stats = self._fused(micro, _nothing, Measured(divergences, support, temperature))
-            yield stats
+            found.append(stats)
+        return found
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradient accumulated so far, by parameter name, in master precision."""
         return {name: p.grad for name, p in self._masters.items() if p.grad is not None}
 
-    def apply(self, lr: float) -> float:
+    def optimizer_step(self, lr: float) -> float:
         """One optimizer update with the accumulated gradient; returns its norm before clipping.
 
         Raises NumericsError, and changes no weight, when the norm is not finite.

@@ -18,7 +18,7 @@ from mergeopd.loss.cross_tokenizer import (
     Uld,
 )
 from mergeopd.loss.divergence import JSD, ForwardKL
-from mergeopd.teacher.token_view import Crossing
+from mergeopd.teacher.cross_tokenizer import Crossing
 
 
 def measure(crossing: Crossing, cache: Path, device: torch.device) -> Bridge | None:

@@ -1,9 +1,9 @@
-"""Is a teacher who its card says? Its view of a sample of its own, compared before it teaches."""
+"""Check that a loaded teacher is the model its card describes, by log-probabilities on a recorded sample."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -15,7 +15,8 @@ from mergeopd.data.renderer import Dialect
 from mergeopd.errors import TeacherError
 from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.heads import Head, Projection
-from mergeopd.recipe.plan import Plan
+from mergeopd.recipe.plan import TeacherPlan
+from mergeopd.teacher.protocol import TeacherSequence
 from mergeopd.types import Message
 
 # Between precisions (bfloat16 beside float32) log-probabilities move by a few hundredths of a nat; a model
@@ -27,58 +28,38 @@ _DAY = datetime(2026, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
-class _Sample:
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
+class Canary:
+    """A card's sample: a response with the log-probabilities that the described model gives its tokens."""
+
+    teacher: str
+    sequence: TeacherSequence
     logprobs: tuple[float, ...]
 
+    @classmethod
+    def of(cls, teacher: TeacherPlan, dialect: Dialect) -> Canary | None:
+        """The canary of a teacher's card, in the teacher's ids; None where the card has none."""
+        if teacher.canary is None:
+            return None
+        ids = sample_ids(dialect, teacher.canary.prompt, teacher.canary.response)
+        return cls(teacher.name, TeacherSequence(*ids), teacher.canary.logprobs)
 
-class Canaries:
-    """The samples of all cards that have one; each is verified once per process.
-
-    Only teachers that have a dialect here are: of several processes, one verifies.
-    """
-
-    def __init__(self, plan: Plan, dialects: Mapping[str, Dialect]) -> None:
-        self._due: dict[str, _Sample] = {}
-        self._hidden: dict[str, Tensor] = {}
-        for name, teacher in plan.teachers.items():
-            if teacher.canary is not None and name in dialects:
-                prompt, response = teacher.canary.prompt, teacher.canary.response
-                ids = sample_ids(dialects[name], prompt, response)
-                self._due[name] = _Sample(*ids, teacher.canary.logprobs)
-
-    def due(self, teacher: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """Prompt and response to score in the teacher's turn; None when there is nothing to verify."""
-        sample = self._due.get(teacher)
-        return None if sample is None else (sample.prompt_ids, sample.response_ids)
-
-    def keep(self, teacher: str, hidden: Tensor) -> None:
-        """Hidden states of the sample, until the head is there."""
-        self._hidden[teacher] = hidden
-
-    def verify(self, teacher: str, head: Head) -> None:
-        """Compare the teacher's log-probabilities of its sample with the card's, when they are due.
+    def verify(self, found: Sequence[float]) -> None:
+        """Compare a loaded teacher's log-probabilities of the sample with the card's.
 
         Raises TeacherError when they differ by more than rounding.
         """
-        hidden = self._hidden.pop(teacher, None)
-        if hidden is None:
-            return
-        sample = self._due.pop(teacher)
-        if len(sample.response_ids) != len(sample.logprobs):
+        if len(found) != len(self.logprobs):
             raise TeacherError(
-                f"teacher {teacher!r} cuts its card's sample into {len(sample.response_ids)} tokens, the "
-                f"card has log-probabilities of {len(sample.logprobs)}; write the card again with "
+                f"teacher {self.teacher!r} cuts its card's sample into {len(found)} tokens, the "
+                f"card has log-probabilities of {len(self.logprobs)}; write the card again with "
                 "mergeopd new teacher"
             )
-        found = logprobs(hidden, head, sample.response_ids)
-        gap = sum(abs(a - b) for a, b in zip(found, sample.logprobs, strict=True)) / len(found)
+        gap = sum(abs(a - b) for a, b in zip(found, self.logprobs, strict=True)) / len(found)
         if not gap <= _TOLERANCE_NATS:
             raise TeacherError(
-                f"teacher {teacher!r} is not the model its card describes: the log-probabilities of its own "
-                f"sample are off by {gap:.2f} nats per token, rounding aside by at most {_TOLERANCE_NATS}; "
-                "check the weights, or write the card again with mergeopd new teacher"
+                f"teacher {self.teacher!r} is not the model its card describes: the log-probabilities of its "
+                f"own sample are off by {gap:.2f} nats per token, rounding aside by at most "
+                f"{_TOLERANCE_NATS}; check the weights, or write the card again with mergeopd new teacher"
             )
 
 

@@ -9,9 +9,11 @@ or some of its rows, keyed by checkpoint, so teachers that share one checkpoint 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,9 @@ from torch import Tensor, nn
 
 from mergeopd.batch.packing import length_batches
 from mergeopd.errors import TeacherError
+from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.heads import Head
+from mergeopd.loss.observe import observe
 from mergeopd.models.causal import (
     DTYPES,
     build_skeleton,
@@ -32,6 +36,10 @@ from mergeopd.models.causal import (
 )
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts, head_tensor
+from mergeopd.rollout.local import FixedWeights
+from mergeopd.rollout.protocol import RolloutEngine, WeightSource
+from mergeopd.teacher.canary import Canary
+from mergeopd.teacher.protocol import TargetSpec, Teacher, TeacherCapabilities, TeacherSequence
 from mergeopd.teacher.snapshots import Follower
 from mergeopd.teacher.weight_reader import MappedReader, Reader
 
@@ -39,8 +47,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Checkpoint fingerprint; rule and version of weights that follow the student; dtype; true vocabulary; rows.
-_HeadKey = tuple[str, tuple[str, int] | None, str, int, tuple[int, int] | None]
+# Checkpoint fingerprint; rule and version of weights that follow the student; dtype; true vocabulary.
+HeadKey = tuple[str, tuple[str, int] | None, str, int]
+# Responses are reduced together until they have this many tokens: a matrix product of a few rows is slow.
+_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,24 +75,20 @@ class LoadedTeacher:
         self._device = device
 
     @torch.no_grad()
-    def hidden(
-        self,
-        prompts: Sequence[Sequence[int]],
-        responses: Sequence[Sequence[int]],
-        max_tokens: int,
-        trained: Sequence[Sequence[bool] | None] | None = None,
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Yield `(index, [trained tokens, d_T])` for every pair, in batches of at most `max_tokens`.
+    def hidden(self, sequences: Sequence[TeacherSequence], max_tokens: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield `(index, [trained tokens, d_T])` for every sequence, in batches of at most `max_tokens`.
 
-        `trained` as in `response_hidden`. Raises TeacherError when a hidden state is not finite.
+        Raises TeacherError when a hidden state is not finite.
         """
-        lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-        flags = [None] * len(lengths) if trained is None else trained
-        for batch in length_batches(lengths, max_tokens):
-            own = [flags[i] for i in batch]
-            sizes = [len(responses[i]) if f is None else sum(f) for i, f in zip(batch, own, strict=True)]
+        for batch in length_batches([sequence.num_tokens for sequence in sequences], max_tokens):
+            own = [sequences[i] for i in batch]
+            sizes = [sequence.num_trained for sequence in own]
             states = response_hidden(
-                self.body, [prompts[i] for i in batch], [responses[i] for i in batch], self._device, own
+                self.body,
+                [sequence.prompt_ids for sequence in own],
+                [sequence.response_ids for sequence in own],
+                self._device,
+                [sequence.trained for sequence in own],
             )
             if not torch.isfinite(states).all():
                 raise TeacherError(
@@ -94,11 +100,168 @@ class LoadedTeacher:
                 yield index, rows.clone()
 
 
+class LocalSession:
+    """A teacher in its pass; `head` reads its whole prediction head."""
+
+    def __init__(
+        self,
+        loaded: LoadedTeacher,
+        head: Callable[[], Head],
+        make_engine: Callable[[WeightSource], RolloutEngine],
+    ) -> None:
+        self._loaded = loaded
+        self._read_head = head
+        self._make_engine = make_engine
+
+    @cached_property
+    def head(self) -> Head:
+        """The whole prediction head; in memory until the session ends."""
+        return self._read_head()
+
+    def score(
+        self, sequences: Sequence[TeacherSequence], spec: TargetSpec, max_tokens: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield `(index, [trained tokens, width])` for every sequence, as `TeacherSession.score` says.
+
+        Raises TeacherError when a hidden state is not finite.
+        """
+        states = self._loaded.hidden(sequences, max_tokens)
+        return states if spec.kind == "hidden" else _reduced(states, sequences, self._read_head(), spec)
+
+    def generator(self) -> RolloutEngine:
+        """An engine that generates with this teacher's weights until the session ends."""
+        return self._make_engine(FixedWeights(self._loaded.body, lambda: self.head))
+
+
+class LocalTeacher:
+    """A teacher whose weights are in a folder of this machine, or are the student's own of some update.
+
+    `canary` is compared the first time that the teacher is opened, on the first process (`run_on_first`).
+    `make_engine` makes an engine that generates with a model's weights and this teacher's end tokens.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        store: TeacherStore,
+        capabilities: TeacherCapabilities,
+        *,
+        canary: Canary | None,
+        run_on_first: Callable[[Callable[[], None]], None],
+        make_engine: Callable[[WeightSource], RolloutEngine],
+    ) -> None:
+        self.name = name
+        self.capabilities = capabilities
+        self._store = store
+        self._canary = canary
+        self._run_on_first = run_on_first
+        self._make_engine = make_engine
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Digest of the checkpoint; None for weights that follow the student."""
+        return self._store.fingerprint(self.name)
+
+    @property
+    def bytes_read(self) -> int:
+        """Checkpoint bytes that this process brought in so far."""
+        return self._store.bytes_read(self.name)
+
+    @property
+    def head_key(self) -> HeadKey:
+        """Equal for teachers whose heads are equal."""
+        return self._store.head_key(self.name)
+
+    @contextmanager
+    def open(self) -> Iterator[LocalSession]:
+        """Bring the body in; it is dropped when the context ends. Collective.
+
+        Raises TeacherError where the canary does not agree.
+        """
+        with self._store.open(self.name) as loaded:
+            session = LocalSession(loaded, lambda: self._store.head(self.name), self._make_engine)
+            if self._canary is not None:
+                canary, self._canary = self._canary, None
+                self._run_on_first(lambda: _verify(canary, session))
+            yield session
+
+    def prefetch(self) -> None:
+        """Ask the system to bring the files into its cache; no memory of the process is used."""
+        self._store.read_ahead(self.name)
+
+    def head(self, vocab: range | None) -> Head:
+        """Read the prediction head, whole or the rows of these token ids. Not collective."""
+        return self._store.head(self.name, vocab)
+
+
+class ResidentHeads:
+    """The prediction heads in memory: those of one set of teachers at a time, equal ones once.
+
+    `vocab`: token ids whose rows this process scores; None: all.
+    """
+
+    def __init__(self, teachers: Mapping[str, Teacher], vocab: range | None) -> None:
+        self._teachers = dict(teachers)
+        self._vocab = vocab
+        self._heads: dict[Hashable, Head] = {}
+
+    def of(self, names: Iterable[str]) -> dict[str, Head]:
+        """The heads of these teachers; all others are dropped."""
+        wanted = {name: self._teachers[name].head_key for name in names}
+        self._heads = {key: head for key, head in self._heads.items() if key in wanted.values()}
+        for name, key in wanted.items():
+            if key not in self._heads:
+                self._heads[key] = self._teachers[name].head(self._vocab)
+        return {name: self._heads[key] for name, key in wanted.items()}
+
+    def release(self) -> None:
+        """Drop all heads."""
+        self._heads = {}
+
+
+def _verify(canary: Canary, session: LocalSession) -> None:
+    """Score the canary alone, so that no other sequence's batch changes, and compare."""
+    spec = TargetSpec("sampled")
+    [(_, rows)] = session.score([canary.sequence], spec, canary.sequence.num_tokens)
+    canary.verify(rows[:, 0].tolist())
+
+
+def _reduced(
+    states: Iterable[tuple[int, Tensor]], sequences: Sequence[TeacherSequence], head: Head, spec: TargetSpec
+) -> Iterator[tuple[int, Tensor]]:
+    """`(index, numbers to keep [trained tokens, w])` for every `(index, hidden states)`, in their order."""
+    workspace = Workspace()
+    waiting: list[tuple[int, Tensor]] = []
+
+    def flush() -> Iterator[tuple[int, Tensor]]:
+        labels = [t for index, _ in waiting for t in sequences[index].trained_ids]
+        hidden = torch.cat([rows for _, rows in waiting])
+        seen = observe(
+            hidden,
+            head,
+            torch.tensor(labels, device=hidden.device),
+            temperature=spec.temperature,
+            top_k=spec.k,
+            workspace=workspace,
+        )
+        parts = torch.split(seen.packed(), [len(rows) for _, rows in waiting])
+        for (index, _), part in zip(waiting, parts, strict=True):
+            yield index, part.clone()
+        waiting.clear()
+
+    for index, rows in states:
+        waiting.append((index, rows))
+        if sum(len(rows) for _, rows in waiting) >= _ROWS:
+            yield from flush()
+    if waiting:
+        yield from flush()
+
+
 class TeacherStore:
     """All teachers of a run, by name. Raises ModelError when a checkpoint does not fit its config.
 
-    `bytes_read` counts checkpoint bytes that this process brought in: headers and its part of the tensors of
-    every turn, and every head or its rows. `reader` is memory-mapped by default.
+    `reader` is memory-mapped by default. Bytes read are headers and this process's part of the tensors of
+    every pass, and every head or its rows.
     """
 
     def __init__(
@@ -110,8 +273,7 @@ class TeacherStore:
         self._checkpoints = {name: Checkpoint.open(s.model) for name, s in self._sources.items()}
         self._facts = {name: ModelFacts.read(s.model) for name, s in self._sources.items()}
         self._skeletons: dict[str, PreTrainedModel] = {}
-        self._heads: dict[_HeadKey, Head] = {}
-        self.bytes_read = 0
+        self._bytes_read = Counter[str]()
         for name, checkpoint in self._checkpoints.items():
             check_fit(self._skeleton(name), self._facts[name], checkpoint)
 
@@ -125,39 +287,32 @@ class TeacherStore:
         finally:
             empty(model)
 
-    def fingerprint(self, name: str) -> str:
-        """Digest of the teacher's checkpoint. Weights that follow the student have none: ValueError."""
-        if self._sources[name].follower is not None:
-            raise ValueError(f"teacher {name!r} follows the student, so no checkpoint is its own")
-        return self._checkpoints[name].fingerprint
+    def fingerprint(self, name: str) -> str | None:
+        """Digest of the teacher's checkpoint; None for weights that follow the student."""
+        return None if self._sources[name].follower is not None else self._checkpoints[name].fingerprint
+
+    def bytes_read(self, name: str) -> int:
+        """Checkpoint bytes of this teacher that this process brought in so far."""
+        return self._bytes_read[name]
 
     def read_ahead(self, name: str) -> None:
         """Ask the system to bring a teacher's files into its cache, and go on; no memory of ours is used."""
         if self._sources[name].follower is None:
             self._reader.read_ahead(self._checkpoints[name], list(self._body_tensors(name).values()))
 
-    def heads(self, names: Iterable[str], vocab: range | None = None) -> dict[str, Head]:
-        """The prediction heads of these teachers; heads of all others are dropped. Not collective.
-
-        With `vocab` only the rows of these token ids, which must belong to every teacher's true vocabulary
-        (else ValueError), as one rank of a tensor-parallel group scores them.
-        """
-        wanted = {name: self._head_key(name, vocab) for name in names}
-        self._heads = {key: head for key, head in self._heads.items() if key in wanted.values()}
-        for name, key in wanted.items():
-            if key not in self._heads:
-                self._heads[key] = self._load_head(name, vocab)
-        return {name: self._heads[key] for name, key in wanted.items()}
-
-    def _head_key(self, name: str, vocab: range | None) -> _HeadKey:
+    def head_key(self, name: str) -> HeadKey:
+        """Equal for teachers whose heads are equal: one checkpoint, precision and true vocabulary."""
         source, follower = self._sources[name], self._sources[name].follower
         # A follower's weights are never the folder's, nor its own of another round.
         moved = None if follower is None else (follower.label, follower.version)
-        # Not the range itself: all empty ones are equal.
-        rows = None if vocab is None else (vocab.start, vocab.stop)
-        return self._checkpoints[name].fingerprint, moved, source.dtype, source.num_valid, rows
+        return self._checkpoints[name].fingerprint, moved, source.dtype, source.num_valid
 
-    def _load_head(self, name: str, vocab: range | None) -> Head:
+    def head(self, name: str, vocab: range | None = None) -> Head:
+        """Read a teacher's prediction head. Not collective.
+
+        With `vocab` only the rows of these token ids, which must belong to the teacher's true vocabulary
+        (else ValueError), as one rank of a tensor-parallel group scores them.
+        """
         facts, checkpoint = self._facts[name], self._checkpoints[name]
         num_valid = self._sources[name].num_valid
         if vocab is not None and not (vocab.step == 1 and 0 <= vocab.start <= vocab.stop <= num_valid):
@@ -180,7 +335,7 @@ class TeacherStore:
         rows = range(info.shape[0]) if vocab is None else vocab
         if follower is not None:
             return self._converted(name, follower.tensors[parameter][rows.start : rows.stop])
-        self.bytes_read += info.num_bytes * len(rows) // info.shape[0]
+        self._bytes_read[name] += info.num_bytes * len(rows) // info.shape[0]
         return self._converted(name, checkpoint.read_rows(tensor_name, rows.start, rows.stop))
 
     def _body_tensors(self, name: str) -> dict[str, str]:
@@ -198,7 +353,9 @@ class TeacherStore:
         parameters = {tensor: parameter for parameter, tensor in tensors.items()}
         read = self._reader.read(checkpoint, list(parameters), self._device)
         weights = {parameters[tensor]: self._converted(name, values) for tensor, values in read}
-        self.bytes_read += checkpoint.header_bytes + self._reader.num_bytes(checkpoint, list(parameters))
+        self._bytes_read[name] += checkpoint.header_bytes + self._reader.num_bytes(
+            checkpoint, list(parameters)
+        )
         return weights
 
     def _converted(self, name: str, tensor: Tensor) -> Tensor:

@@ -1,173 +1,174 @@
-"""Teachers with another tokenizer: what they read of an answer, and which of its tokens that is. No torch."""
+"""How a teacher reads the student's responses, and how its targets meet the student's tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from mergeopd.align.answers import Alignment, EndTokens, Unaligned, align, written_text
-from mergeopd.align.encoding import ByteTokenizer
-from mergeopd.align.vocab import MadeFor, VocabularyMap
-from mergeopd.data.renderer import Dialect
-from mergeopd.errors import StorageError
-from mergeopd.recipe.bridges import Bridge, ProjectionBridge
-from mergeopd.storage.folders import atomic_folder, verify
-from mergeopd.types import Message, Rollout
+from mergeopd.align.answers import Alignment
+from mergeopd.batch import records
+from mergeopd.batch.collate import pack_groups
+from mergeopd.batch.micro_batch import BridgedTarget
+from mergeopd.batch.records import OldLogProbs, PreparedRollout
+from mergeopd.data.renderer import Dialect, masked_in_teacher_term
+from mergeopd.loss.cross_tokenizer import Bridge
+from mergeopd.loss.heads import Hidden
+from mergeopd.loss.policy import bounded
+from mergeopd.loss.targets import Target
+from mergeopd.recipe.loss_terms import Loss
+from mergeopd.rollout.protocol import Completion
+from mergeopd.teacher.cross_tokenizer import Crossing
+from mergeopd.teacher.protocol import TargetSpec, TeacherSequence
+from mergeopd.types import Finish, Prompt, Rollout
 
-# Rows that `bridge_loss` compares at once; a group of more is no alignment worth learning from.
-_LONGEST_GROUP = 256
-_MAP_FILE = "map.safetensors"
-_PROBES = ("The", "a", "1")
-# By teacher, then by the rollout's index in the round.
-Alignments = Mapping[str, Mapping[int, Alignment]]
+
+class TokenView(records.TokenView, Protocol):
+    """How one teacher reads the student's responses, and how its targets meet the student's tokens."""
+
+    @property
+    def bridge_kind(self) -> str | None:
+        """The recipe's name of the bridge to another tokenizer; None for the student's own."""
+
+    def align(self, rollouts: Mapping[int, Rollout]) -> dict[int, Alignment]:
+        """Which tokens of both sides cover the same bytes, by rollout; empty for the same tokens."""
+
+    def read(self, rollout: Rollout, alignment: Alignment | None) -> TeacherSequence | None:
+        """The response as the teacher reads it; None where it reads nothing of it."""
+
+    def required(self, spec: TargetSpec) -> TargetSpec:
+        """What must be kept of this teacher where the loss needs `spec`."""
+
+    def student_ids(self, completion: Completion, prompt: Prompt) -> tuple[tuple[int, ...], Finish]:
+        """What the teacher generated in the student's ids, and how it ends."""
 
 
 @dataclass(frozen=True)
-class Crossing:
-    """One teacher with another tokenizer than the student's, and the recipe's bridge to it.
+class SameTokens:
+    """A teacher with the student's tokenizer: it reads the response's ids as they are."""
 
-    `inside`: behind a prompt the teacher's tokenizer cuts an answer as in the middle of a text, and not as
-    one that begins there, to which some tokenizers (SentencePiece's) put a space.
+    renderer: Dialect
+    student: Dialect
+
+    @property
+    def bridge_kind(self) -> str | None:
+        """None: there is none."""
+        return None
+
+    def align(self, rollouts: Mapping[int, Rollout]) -> dict[int, Alignment]:
+        """Nothing: the tokens are the same."""
+        return {}
+
+    def read(self, rollout: Rollout, alignment: Alignment | None) -> TeacherSequence:
+        """The response behind the teacher's own rendering of the prompt."""
+        return TeacherSequence(self.renderer.render(rollout.prompt), rollout.response_ids, rollout.trained)
+
+    def required(self, spec: TargetSpec) -> TargetSpec:
+        """What the loss needs of every teacher."""
+        return spec
+
+    def loss_weight(self, loss: Loss, updates_done: int) -> float:
+        """1: the objective has the weights of its terms."""
+        return 1.0
+
+    def masked(self, rollout: Rollout) -> tuple[int, ...]:
+        """Trained tokens, by position, that this teacher's term skips: end tokens that are not its own."""
+        own = {"": self.renderer}
+        return masked_in_teacher_term(rollout.trained_ids, self.student, own).get("", ())
+
+    def advantage(self, old: OldLogProbs) -> Tensor | None:
+        """None: divergences and policy terms read this teacher's log-probabilities themselves."""
+        return None
+
+    def target(
+        self, target: Target, members: Sequence[PreparedRollout], like: Tensor
+    ) -> Target | BridgedTarget | None:
+        """The target as it is: its rows are those of the student."""
+        return target
+
+    def student_ids(self, completion: Completion, prompt: Prompt) -> tuple[tuple[int, ...], Finish]:
+        """What the teacher generated, with the student's end token in place of its own, and how it ends."""
+        ids = completion.response_ids
+        if completion.finish != "eos" or ids[-1] in self.student.eos_ids:
+            return ids, completion.finish
+        return (*ids[:-1], self.student.end_id), completion.finish
+
+
+@dataclass(frozen=True)
+class AlignedTokens:
+    """A teacher with another tokenizer: it reads the text, and tokens that cover the same bytes meet.
+
+    `bridge` compares the distributions of a group; None where the bridge is a policy term (`span`).
     """
 
-    teacher: str
-    bridge: Bridge
-    dialect: Dialect
-    student: ByteTokenizer
-    other: ByteTokenizer
-    ends: EndTokens
-    inside: bool
+    crossing: Crossing
+    student: Dialect
+    bridge: Bridge | None
 
-    @classmethod
-    def of(cls, name: str, bridge: Bridge, student: Dialect, teacher: Dialect) -> Crossing:
-        """Raises TokenizerError where the tokens of one of them cannot be turned back into bytes."""
-        other = ByteTokenizer.of(teacher.tokenizer.backend, f"the tokenizer of teacher '{name}'")
-        return cls(
-            teacher=name,
-            bridge=bridge,
-            dialect=teacher,
-            student=ByteTokenizer.of(student.tokenizer.backend, "the student's tokenizer"),
-            other=other,
-            inside=_cuts_inside(teacher, other),
-            ends=EndTokens(
-                (student.end_id, *(i for i in student.eos_ids if i != student.end_id)), teacher.end_id
-            ),
+    @property
+    def bridge_kind(self) -> str | None:
+        """The recipe's name of the bridge."""
+        return self.crossing.bridge.kind
+
+    def align(self, rollouts: Mapping[int, Rollout]) -> dict[int, Alignment]:
+        """What the teacher reads of these responses."""
+        return dict(zip(rollouts, self.crossing.align(list(rollouts.values())), strict=True))
+
+    def read(self, rollout: Rollout, alignment: Alignment | None) -> TeacherSequence | None:
+        """The aligned text in the teacher's ids; None where none of its tokens are aligned."""
+        if alignment is None or not len(alignment.teacher_ids):
+            return None
+        prompt_ids = self.crossing.dialect.render(rollout.prompt)
+        return TeacherSequence(prompt_ids, alignment.teacher_ids.tolist())
+
+    def required(self, spec: TargetSpec) -> TargetSpec:
+        """Hidden states for a bridge between distributions, sampled tokens for a policy term."""
+        return TargetSpec("sampled" if self.bridge is None else "hidden")
+
+    def loss_weight(self, loss: Loss, updates_done: int) -> float:
+        """The summed weight of the terms that the bridge stands for."""
+        return loss.teachers_weight(updates_done)
+
+    def masked(self, rollout: Rollout) -> tuple[int, ...]:
+        """None: end tokens are aligned with each other."""
+        return ()
+
+    def advantage(self, old: OldLogProbs) -> Tensor | None:
+        """Each group's log-ratio at each of its tokens, bounded; None where the bridge is no policy term."""
+        span = self.crossing.bridge.span
+        if span is None or self.crossing.teacher not in old.spans:
+            return None
+        return bounded(old.spans[self.crossing.teacher], span.bound)
+
+    def target(
+        self, target: Target, members: Sequence[PreparedRollout], like: Tensor
+    ) -> Target | BridgedTarget | None:
+        """The groups of a micro-batch with their weights: a group weighs as much as its student tokens."""
+        if self.bridge is None or not isinstance(target, Hidden):
+            return None
+        own = [m.alignments[self.crossing.teacher] for m in members]
+        groups = pack_groups(own, [m.rollout.num_trained for m in members], like.device)
+        weights = like.new_tensor([m.token_weight * m.teacher_weight[self.crossing.teacher] for m in members])
+        sizes = torch.tensor([len(a.student_starts) for a in own], device=like.device)
+        return BridgedTarget(
+            teacher=self.crossing.teacher,
+            target=target,
+            labels=torch.from_numpy(np.concatenate([a.teacher_ids for a in own])).to(like.device),
+            groups=groups,
+            measure=self.bridge,
+            weight_G=weights.repeat_interleave(sizes) * groups.num_S.to(like),
         )
 
-    def align(self, rollouts: Sequence[Rollout]) -> list[Alignment]:
-        """The answers as the teacher reads them, as far as its context reaches behind its prompts."""
-        encode = self.other.encode_inside if self.inside else self.other.encode
-        answers = [rollout.response_ids for rollout in rollouts]
-        found = align(answers, self.student.tokens, self.other.tokens, encode, self.ends)
-        rooms = [self.dialect.max_positions - len(self.dialect.render(r.prompt)) for r in rollouts]
-        by_identity = self.bridge.kind in ("pieces", "gold", "projection")
-        return [_usable(one, room, by_identity) for one, room in zip(found, rooms, strict=True)]
+    def student_ids(self, completion: Completion, prompt: Prompt) -> tuple[tuple[int, ...], Finish]:
+        """The generated text in the student's ids, and how it ends.
 
-    def in_student_ids(self, written: Sequence[int], *, ended: bool) -> tuple[tuple[int, ...], bool]:
-        """What the teacher wrote in the student's ids, and whether that is all of it.
-
-        `ended`: the last token is the teacher's end; the student's takes its place. What looks like a special
-        token is text here too. An answer that breaks off within a character, or is no UTF-8, is taken up to
-        there and does not end.
+        It may take more tokens of the student's. Where it is not given back whole, or would outgrow the
+        student's context, it is cut.
         """
-        text, whole = written_text(written[:-1] if ended else written, self.other.tokens)
-        [ids] = self.student.encode([text])
-        return (*ids, *self.ends.student[: int(ended and whole)]), whole
-
-    def vocabulary_map(self, cache: Path) -> VocabularyMap:
-        """The two vocabularies onto each other, kept in `cache`. Raises what `vocabulary_map` does."""
-        pieces = ProjectionBridge() if self.bridge.projection is None else self.bridge.projection
-        return vocabulary_map(cache, self.student, self.other, self.ends, pieces.pieces)
-
-
-def _usable(found: Alignment, room: int, by_identity: bool) -> Alignment:
-    """Groups that a bridge could not take in one piece, or the teacher not read, are left out and counted.
-
-    The teacher's tokens are often more than the student's, whose number the recipe limits. Where one side
-    begins with a space that the other has not, a bridge that goes by identity would teach to begin answers
-    with a space, or without the student's own, so it leaves the first group out.
-    """
-    sizes = found.student_stops - found.student_starts
-    short = np.maximum(sizes, found.teacher_stops - found.teacher_starts) <= _LONGEST_GROUP
-    read = found.teacher_stops <= room
-    same = np.ones(len(sizes), bool)
-    same[:1] = not (by_identity and found.space_on_one_side and found.teacher_starts[:1].tolist() == [0])
-    keep = short & read & same
-    if keep.all():
-        return found
-    left_out = {
-        Unaligned.TOO_LONG: int(sizes[~short & read].sum()),
-        Unaligned.NO_ROOM: int(sizes[~read].sum()),
-        Unaligned.LEADING_SPACE: int(sizes[~same & short & read].sum()),
-    }
-    stops = found.teacher_stops[keep]
-    return replace(
-        found,
-        teacher_ids=found.teacher_ids[: int(stops[-1]) if len(stops) else 0],
-        student_starts=found.student_starts[keep],
-        student_stops=found.student_stops[keep],
-        teacher_starts=found.teacher_starts[keep],
-        teacher_stops=stops,
-        unaligned={**found.unaligned, **{reason: n for reason, n in left_out.items() if n}},
-    )
-
-
-def _cuts_inside(teacher: Dialect, tokenizer: ByteTokenizer) -> bool:
-    """Whether an answer behind the teacher's prompt gets the ids of a text that goes on.
-
-    Tried with the template's own words. Where the prompt's last token and an answer would grow together, the
-    answer counts as going on: what the teacher then sees is the prompt as it is rendered for it to answer.
-    """
-    if not tokenizer.tokens.prefix:
-        return False
-    prompt = teacher.template.render((Message("user", "?"),), add_generation_prompt=True)
-    before = teacher.tokenizer.encode(prompt)
-    for probe in _PROBES:
-        if teacher.tokenizer.encode(prompt + probe) == [*before, *tokenizer.encode([probe])[0]]:
-            return False
-    return True
-
-
-def align_round(crossings: Mapping[str, Crossing], rollouts: Sequence[Rollout]) -> Alignments:
-    """What every teacher with another tokenizer reads of its answers; only those with trained tokens."""
-    found = {}
-    for name, crossing in crossings.items():
-        own = [i for i, r in enumerate(rollouts) if name in r.prompt.teachers and r.num_trained]
-        aligned = crossing.align([rollouts[i] for i in own])
-        found[name] = dict(zip(own, aligned, strict=True))
-    return found
-
-
-def vocabulary_map(
-    cache: Path, student: ByteTokenizer, teacher: ByteTokenizer, ends: EndTokens, k: int = 4
-) -> VocabularyMap:
-    """The map of a pair from `cache`, or made (seconds for 150,000 tokens) and kept there.
-
-    Its folder is named by the fingerprints of both tokenizers, the end tokens and `k`, so that a changed
-    tokenizer has a map of its own.
-
-    Raises:
-        StorageError: what is kept is damaged, or the disk refuses.
-        TokenizerError: what is kept was made for another pair.
-    """
-    made_for = MadeFor.of(student.tokens, teacher.tokens, ends, k)
-    folder = cache / made_for.digest
-    if not folder.exists():
-        made = VocabularyMap.build(student, teacher, ends, k)
-        try:
-            with atomic_folder(folder) as temporary:
-                made.save(temporary / _MAP_FILE)
-        except StorageError:
-            # Another run may have made the same map meanwhile. Any other failure is one.
-            if not folder.exists():
-                raise
-        return made
-    fault = verify(folder)
-    if fault is not None:
-        raise StorageError(
-            f"{folder}: the vocabulary map is damaged: {fault}; delete it, and it is made again"
-        )
-    return VocabularyMap.load(folder / _MAP_FILE, made_for, student.tokens, teacher.tokens)
+        room = self.student.max_positions - len(self.student.render(prompt))
+        ids, whole = self.crossing.in_student_ids(completion.response_ids, ended=completion.finish == "eos")
+        return ids[:room], completion.finish if whole and len(ids) <= room else "length"

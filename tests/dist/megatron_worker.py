@@ -57,12 +57,12 @@ def training(case, student, grid):
         mine = share(micros, student, grid)
         # Two calls add up like one.
         parts = [mine[:1], mine[1:]] if case["split"] else [mine]
-        stats = [s for part in parts for s in student.accumulate(part, case["objective"])]
+        stats = [s for part in parts for s in student.accumulate_gradients(part, case["objective"])]
         counts = grid.is_last_stage and grid.tensor_rank == 0
         losses.append(sum(float(s.loss.sum()) for s in stats) if counts else 0.0)
         if number == 0:
             gradients = {name: g.clone() for name, g in student.gradients().items()}
-        norms.append(student.apply(lr))
+        norms.append(student.optimizer_step(lr))
     return {"losses": losses, "norms": norms, "gradients": gradients, "calls": len(calls)}
 
 
@@ -90,11 +90,11 @@ def failures(case, student, grid):
     micros = [own_part(m, student, grid) for m in case["updates"][0]]
     if grid.is_last_stage and grid.data_rank == 0 and grid.tensor_rank == grid.tensor - 1:
         micros[1].targets[0].head.weight[2] = torch.nan
-    found = {"teacher": said(lambda: student.accumulate(micros, case["objective"]))}
+    found = {"teacher": said(lambda: student.accumulate_gradients(micros, case["objective"]))}
     if dist.get_rank() == 0:
         next(iter(student._ddp.parameters())).main_grad.fill_(torch.inf)
-    found["gradient"] = said(lambda: student.apply(0.1))
-    found["summed"] = said(lambda: student.accumulate(micros, case["objective"]))
+    found["gradient"] = said(lambda: student.optimizer_step(0.1))
+    found["summed"] = said(lambda: student.accumulate_gradients(micros, case["objective"]))
     found["float64"] = said(lambda: made({**case, "dtype": "float64"}, grid))
     found["layers"] = said(lambda: made({**case, "layers": "transformer_engine"}, grid))
     found["state"] = said(lambda: student.load_state({"master.model.norm.weight": torch.zeros(48)}))

@@ -1,7 +1,7 @@
 """One rank of runs on grids: the engine's own way from recipe to result, for one job after another.
 
 A job is a JSON object: `name`, `recipe`, `overrides`, and where wanted `max_updates`, `machines` (a name for
-every rank), `stop` ({"rank", "call", "module"}: who gets SIGTERM in which call to write of whom), `round` (a file of rollouts
+every rank), `stop` ({"rank", "call", "stage"}: who gets SIGTERM when which part of a stage begins), `round` (a file of rollouts
 and verdicts: the gradient of one round instead of a run). What a rank tells of it lies in OUT.
 """
 
@@ -22,8 +22,8 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 warnings.filterwarnings("ignore")
 
-from mergeopd.engine import evaluate, texts, writing  # noqa: E402
-from mergeopd.engine.build import build  # noqa: E402
+from mergeopd.engine.build import Machine, load_models  # noqa: E402
+from mergeopd.engine.stages import Stages  # noqa: E402
 from mergeopd.engine.clock import Clock  # noqa: E402
 from mergeopd.engine.run import begin, go_on  # noqa: E402
 from mergeopd.check.preflight import preflight  # noqa: E402
@@ -31,7 +31,6 @@ from mergeopd.errors import MergeopdError  # noqa: E402
 from mergeopd.distributed.ranks import Alone, Processes  # noqa: E402
 
 DEADLINE = datetime.timedelta(seconds=60)
-MODULES = {"writing": writing, "texts": texts, "evaluate": evaluate}
 
 
 def whole_run(job, ranks):
@@ -42,17 +41,18 @@ def whole_run(job, ranks):
             go_on(inputs, Clock(), job.get("max_updates"), ranks)
 
 
-def stopping(module, at):
-    """A module's `generate`, with a signal to this process in the call number `at` (from 0)."""
-    true, calls = module.generate, []
+def stopping(stage, at):
+    """A signal to this process when number `at` (from 0) of this stage's parts begins."""
+    true, calls = Stages.begin, []
 
-    def generate(*arguments, **options):
-        if len(calls) == at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        calls.append(None)
-        return true(*arguments, **options)
+    def begin(self, name, *arguments):
+        if name == stage:
+            if len(calls) == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            calls.append(None)
+        return true(self, name, *arguments)
 
-    return mock.patch.object(module, "generate", generate)
+    return mock.patch.object(Stages, "begin", begin)
 
 
 def one_round(job, ranks, out):
@@ -60,7 +60,7 @@ def one_round(job, ranks, out):
     from enumeration import engine_round
 
     rollouts, verdicts = torch.load(job["round"], weights_only=False)
-    parts = build(preflight(Path(job["recipe"]), job["overrides"]), torch.device("cpu"), ranks)
+    parts = load_models(preflight(Path(job["recipe"]), job["overrides"]), Machine(torch.device("cpu"), ranks))
     found = engine_round(parts, rollouts, verdicts)
     torch.save([gradient for gradient, _ in found], out.with_name(f"{out.stem}.{job['name']}.gradients"))
     return [stats.loss for _, stats in found]
@@ -77,8 +77,7 @@ def told(job, rank, world, out):
     try:
         with ExitStack() as held:
             if stop["rank"] == rank:
-                module = MODULES[stop.get("module", "writing")]
-                held.enter_context(stopping(module, stop["call"]))
+                held.enter_context(stopping(stop.get("stage", "rollout"), stop["call"]))
             if "round" in job:
                 found["losses"] = one_round(job, ranks, out)
             else:

@@ -17,6 +17,7 @@ from mergeopd.teacher import shared_cache as node_cache
 from mergeopd.teacher.shared_cache import NodeCache
 from mergeopd.teacher.weight_reader import ShardedReader
 from mergeopd.teacher.local import TeacherSource, TeacherStore
+from mergeopd.teacher.protocol import TeacherSequence
 
 CPU = torch.device("cpu")
 NUM_ROLLOUTS = 11
@@ -175,11 +176,11 @@ def read_in_parts(model, dtype, batch_bytes):
                 found, expected = teacher.body.state_dict(), whole.body.state_dict()
                 right = found.keys() == expected.keys()
                 right = right and all(same(found[n], expected[n]) for n in expected)
-                ids = [(1, 2, 3)], [(4, 5)], 100
+                ids = [TeacherSequence((1, 2, 3), (4, 5))], 100
                 rows = [dict(t.hidden(*ids))[0] for t in (teacher, whole)]
                 right = right and same(*rows)
         with sharded.open("t"):
-            twice = sharded.bytes_read
+            twice = sharded.bytes_read("t")
     finally:
         Checkpoint.read_into = read_into
     header = Checkpoint.open(model).header_bytes
@@ -187,7 +188,7 @@ def read_in_parts(model, dtype, batch_bytes):
         "right": right,
         "truly": sum(counted),
         "told": twice - 2 * header,
-        "mapped": mapped.bytes_read - header,
+        "mapped": mapped.bytes_read("t") - header,
         "reads": len(counted),
     }
 

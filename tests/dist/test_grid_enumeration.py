@@ -19,7 +19,7 @@ from enumeration import ANSWERS, EOS, Plain, V, advantages, assert_equal, verdic
 from megatron_cases import write_dense
 from ranks import run_ranks
 
-from mergeopd.engine.build import build
+from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.check.preflight import preflight
 from mergeopd.engine.schedule import split_updates
 from mergeopd.distributed.ranks import Alone
@@ -76,7 +76,7 @@ def rounds(tmp_path_factory, write_job_in):
         for file in write_dense(folder / "qwen3", "qwen3", tied=True, vocab=V + 1, eos=EOS).glob("*.*"):
             if file.name != "tokenizer.json":
                 file.replace(folder / "base" / file.name)
-        plain = Plain(build(preflight(recipe, ()), torch.device("cpu"), Alone()))
+        plain = Plain(load_models(preflight(recipe, ()), Machine(torch.device("cpu"), Alone())))
         verdicts = verdicts_of(plain.rollouts)
         torch.save((plain.rollouts, verdicts), folder / "round.pt")
         of_answers = list(losses(plain, name, verdicts))

@@ -16,7 +16,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mergeopd.engine.build import build
+from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.check.preflight import preflight
 from mergeopd.distributed.ranks import Alone
 from mergeopd.recipe.training import Optimizer
@@ -49,8 +49,8 @@ def resumed(case, path):
     """The last two updates of `case`, from what the torch student has saved before them."""
     student = torch_student(case)
     for micros, lr in zip(case.updates[:-2], case.lrs[:-2], strict=True):
-        list(student.accumulate(micros, case.objective))
-        student.apply(lr)
+        list(student.accumulate_gradients(micros, case.objective))
+        student.optimizer_step(lr)
     save_file({key: tensor.clone() for key, tensor in student.state()}, path)
     return replace(case, updates=case.updates[-2:], lrs=case.lrs[-2:], state=path)
 
@@ -65,7 +65,7 @@ def enumerated(tmp_path_factory, write_job_in):
     for file in write_dense(folder / "qwen3", "qwen3", tied=True, vocab=V + 1, eos=EOS).glob("*.*"):
         if file.name != "tokenizer.json":
             file.replace(folder / "base" / file.name)
-    parts = build(preflight(recipe, ()), torch.device("cpu"), Alone())
+    parts = load_models(preflight(recipe, ()), Machine(torch.device("cpu"), Alone()))
     render = parts.inputs.student.render
     rollouts = [
         Rollout(prompt, i, render(prompt), answer, "student", "eos" if answer[-1] == EOS else "length")
@@ -249,9 +249,9 @@ def test_a_state_passes_between_torch_and_every_grid(grids, references, cases, g
     assert ranks[0][case]["norms"] == pytest.approx(expected.norms[-2:], rel=rel)
     student = torch_student(cases[model])
     student.load_state(load_file(folder / case / "state.safetensors"))
-    stats = student.accumulate(cases[model].updates[0], cases[model].objective)
+    stats = student.accumulate_gradients(cases[model].updates[0], cases[model].objective)
     assert sum(float(s.loss.sum()) for s in stats) == pytest.approx(expected.next_loss, rel=rel)
-    assert student.apply(1e-3) == pytest.approx(expected.next_norm, rel=rel)
+    assert student.optimizer_step(1e-3) == pytest.approx(expected.next_norm, rel=rel)
     second = {float(t) for key, t in student.state() if key.startswith("adamw.step.")}
     assert second == {len(expected.losses) + 1.0}
 

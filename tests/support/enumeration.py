@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mergeopd.batch.advantages import outcomes
-from mergeopd.batch.collate import Dialects, prepare
 from mergeopd.batch.objective import phase_objective
 from mergeopd.check.preflight import preflight
 from mergeopd.distributed.ranks import Alone
-from mergeopd.engine.build import Parts, build
-from mergeopd.engine.prior_policy import is_needed, look_back
+from mergeopd.engine.build import Machine, Models, build, load_models
+from mergeopd.engine.clock import Clock
+from mergeopd.engine.interrupt import Interrupt
+from mergeopd.engine.loop import Trainer
 from mergeopd.engine.samples import SampleTaker
-from mergeopd.engine.score import score
-from mergeopd.engine.targets import Observed, kept
-from mergeopd.engine.update import UpdateStats, accumulate
-from mergeopd.report.events import Reporters
-from mergeopd.teacher.token_view import align_round
+from mergeopd.engine.score import CollectedRound
+from mergeopd.engine.stages import Stages
+from mergeopd.engine.teacher_rollouts import TeacherRolloutCache
+from mergeopd.engine.update_stats import UpdateStats
+from mergeopd.report.events import Reporter, Reporters
 from mergeopd.types import Rollout
 
 Gradients = dict[str, Tensor]
@@ -37,14 +37,31 @@ TEMPLATE_IDS = {"one": (0, 1, 2, 3, 0, 1, 2), "two": ()}
 VERIFIER = {"kind": "regex", "pattern": "."}
 
 
-def build_parts(write_job: Callable[..., Path], *overrides: str, **phase: object) -> Parts:
+def build_parts(write_job: Callable[..., Path], *overrides: str, **phase: object) -> Models:
     phases = [{"name": "merge", "updates": 2, "prompts_per_round": 4, "text": "dataset", **phase}]
     recipe = write_job({"phases": phases}, dtype="float64")
-    return build(preflight(recipe, overrides), CPU, Alone())
+    return load_models(preflight(recipe, overrides), Machine(CPU, Alone()))
+
+
+def trainer_of(parts: Models, reporter: Reporter | None = None) -> Trainer:
+    return build(parts, reporter=reporter or Reporters(), clock=Clock(), interrupt=Interrupt())
+
+
+def teacher_rollouts_of(parts: Models, reporter: Reporter | None = None) -> TeacherRolloutCache:
+    stages = Stages(reporter or Reporters(), Clock(), Alone(), None)
+    return TeacherRolloutCache(
+        parts.plan,
+        student=parts.inputs.student,
+        renderers=parts.inputs.teachers,
+        teachers=parts.teachers,
+        views=parts.views,
+        ranks=Alone(),
+        stages=stages,
+    )
 
 
 def engine_round(
-    parts: Parts,
+    parts: Models,
     rollouts: Sequence[Rollout],
     verdicts: Sequence[float | None] | None = None,
     *,
@@ -55,34 +72,24 @@ def engine_round(
 
     On a grid of processes, where it is collective, rank 0 has the gradients, and there is no step.
     """
-    phase, quiet = parts.plan.phases[0], Reporters()
-    dialects = Dialects.of(parts.inputs)
-    found = outcomes(rollouts, verdicts or [None] * len(rollouts), phase)
+    phase, trainer = parts.plan.phases[0], trainer_of(parts)
+    work = trainer.pipeline.work(rollouts, round_index, phase.updates_per_round)
+    collected = CollectedRound(phase, 0, rollouts, verdicts or [None] * len(rollouts), work)
     results = []
-    work = parts.work(rollouts, round_index, phase.updates_per_round)
-    with parts.hidden_cache(work, Path(parts.plan.output)) as cache:
-        wanted = kept(phase.loss)
-        aligned = align_round(parts.inputs.crossings, rollouts) if wanted is not None else {}
-        observed = Observed(cache, wanted, aligned)
-        spans = any(crossing.bridge.kind == "span" for crossing in parts.inputs.crossings.values())
-        if observed.kept is not None:
-            score(parts, rollouts, work, observed, quiet)
-        looks_back = is_needed(phase, spans=spans)
-        before = look_back(parts, rollouts, phase, work, observed, quiet) if looks_back else {}
+    with trainer.scorer.score(collected) as scored:
         for done, update in enumerate(work.updates):
-            objective = phase_objective(phase, done, spans=spans)
-            stats = accumulate(
-                parts,
+            objective = phase_objective(phase, done, has_policy=parts.plan.has_policy(phase))
+            stats = trainer.updater.accumulate(
                 objective,
-                prepare(rollouts, update.rollouts, phase, done, dialects, found, before, aligned),
-                update.packs[parts.student.place.copy],
-                observed,
+                trainer.updater.prepare(scored, update, done),
+                update.packs[parts.student.placement.dp_rank],
+                scored.targets,
                 SampleTaker((), objective),
-                quiet,
+                trainer.stages,
             )
             gradients = {name: g.clone() for name, g in parts.student.gradients().items()}
             results.append((gradients, stats))
-            parts.student.apply(0.0)
+            parts.student.optimizer_step(0.0)
             if not sgd_lr:
                 continue
             with torch.no_grad():
@@ -147,7 +154,7 @@ def on_support(loss: dict, log_s: Tensor, log_t: Tensor) -> Tensor:
 class Reference:
     """Three Hugging Face models in float64 and plain autograd."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Models) -> None:
         def load(folder: str) -> torch.nn.Module:
             return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
 
@@ -181,7 +188,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         assert float((found[name] - gradient).abs().max()) <= tolerance * scale, name
 
 
-def rollouts_of(parts: Parts, reference: Reference) -> list[Rollout]:
+def rollouts_of(parts: Models, reference: Reference) -> list[Rollout]:
     """Every answer to every prompt, written by teacher two at temperature 1.2; those that end in `a` are cut."""
     prompts = [p for name in sorted(parts.inputs.prompts) for p in parts.inputs.prompts[name]]
     rollouts = []
@@ -202,7 +209,7 @@ def verdicts_of(rollouts: Sequence[Rollout]) -> list[float]:
     return [float(sum(r.response_ids) % 3 == 0 and keys.index(r.prompt.key) != 2) for r in rollouts]
 
 
-def methods_parts(write_job: Callable[..., Path], *overrides: str, **phase: object) -> Parts:
+def methods_parts(write_job: Callable[..., Path], *overrides: str, **phase: object) -> Models:
     settings = ["rollout.samples_per_prompt=21"]
     settings += [f"prompts.{i}.verifier={VERIFIER}".replace("'", '"') for i in range(2)]
     return build_parts(write_job, *settings, *overrides, **{"text": "student", **phase})
@@ -226,7 +233,7 @@ def advantages(rollouts: Sequence[Rollout], verdicts: Sequence[float], std: str)
 class Plain:
     """What the Hugging Face models say of every answer, and sums over it."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Models) -> None:
         self.reference = Reference(parts)
         self.rollouts = rollouts_of(parts, self.reference)
         self.lp: list[Tensor] = []  # with a graph
@@ -280,7 +287,7 @@ class Plain:
 
 
 def first_update(
-    parts: Parts, rollouts: Sequence[Rollout], verdicts: Sequence[float | None] | None = None
+    parts: Models, rollouts: Sequence[Rollout], verdicts: Sequence[float | None] | None = None
 ) -> Gradients:
     """The gradient of a round of one update."""
     [(gradient, _)] = engine_round(parts, rollouts, verdicts)

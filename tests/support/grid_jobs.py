@@ -86,9 +86,9 @@ LONG_BROKEN = (
 # Who gets SIGTERM, and in which call to write: while the student answers its third round, the fifth of the run;
 # while the second teacher writes; while the second expert is measured.
 STOPS = {
-    "rollout": {"rank": 1, "call": 2, "module": "writing"},
-    "text": {"rank": 3, "call": 1, "module": "texts"},
-    "evaluation": {"rank": 1, "call": 4, "module": "evaluate"},
+    "rollout": {"rank": 1, "call": 2, "stage": "rollout"},
+    "text": {"rank": 3, "call": 1, "stage": "text"},
+    "evaluation": {"rank": 1, "call": 4, "stage": "evaluation"},
 }
 
 

@@ -180,9 +180,11 @@ def trained(case: Case) -> Trajectory:
     student = torch_student(case)
     losses, norms, gradients = [], [], {}
     for micros, lr in zip(case.updates, case.lrs, strict=True):
-        losses.append(sum(float(s.loss.sum()) for s in student.accumulate(micros, case.objective)))
+        losses.append(sum(float(s.loss.sum()) for s in student.accumulate_gradients(micros, case.objective)))
         gradients = gradients or {name: g.clone() for name, g in student.gradients().items()}
-        norms.append(student.apply(lr))
-    weights = {name: w.clone() for name, w in student.named_weights()}
-    next_loss = sum(float(s.loss.sum()) for s in student.accumulate(case.updates[0], case.objective))
-    return Trajectory(losses, norms, gradients, weights, next_loss, student.apply(1e-3))
+        norms.append(student.optimizer_step(lr))
+    weights = {name: w.clone() for name, w in student.weights()}
+    next_loss = sum(
+        float(s.loss.sum()) for s in student.accumulate_gradients(case.updates[0], case.objective)
+    )
+    return Trajectory(losses, norms, gradients, weights, next_loss, student.optimizer_step(1e-3))

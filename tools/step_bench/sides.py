@@ -51,10 +51,9 @@ def run_mergeopd(arguments: argparse.Namespace, steps: Steps) -> None:
     import torch
 
     from mergeopd.check.preflight import preflight
-    from mergeopd.engine.build import build
+    from mergeopd.engine.build import Machine, build, load_models
     from mergeopd.engine.clock import Clock
     from mergeopd.engine.interrupt import Interrupt
-    from mergeopd.engine.loop import Merge
     from mergeopd.engine.progress import Progress
     from mergeopd.report.events import RunStarted, UpdateDone
     from mergeopd.storage.run_folder import RunFolder
@@ -80,8 +79,9 @@ def run_mergeopd(arguments: argparse.Namespace, steps: Steps) -> None:
     inputs = preflight(arguments.folder / "recipe.yaml")
     inputs = replace(inputs, student=replace(inputs.student, eos_ids=(NEVER,)))
     with tempfile.TemporaryDirectory() as output:
-        parts = build(inputs, torch.device("cpu"), Alone())
-        Merge(parts, RunFolder(Path(output)), Watch(), Clock(), Interrupt()).run(Progress(), None)
+        parts = load_models(inputs, Machine(torch.device("cpu"), Alone()))
+        trainer = build(parts, reporter=Watch(), clock=Clock(), interrupt=Interrupt())
+        replace(trainer, folder=RunFolder(Path(output))).run(Progress(), None)
 
 
 def run_trl(arguments: argparse.Namespace, steps: Steps) -> None:

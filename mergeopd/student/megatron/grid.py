@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mergeopd.student.megatron import shim
-from mergeopd.student.protocol import Place
+from mergeopd.student.protocol import Placement
 
 # Ranks count through tensor-parallel neighbours first, then data-parallel copies, then pipeline stages.
 _ORDER = "tp-cp-ep-dp-pp"
@@ -80,19 +80,19 @@ class Grid:
         return tensor_rank + self.tensor * (copy + self.data * stage)
 
     @property
-    def place(self) -> Place:
+    def placement(self) -> Placement:
         """This process's part in the work of all."""
         readers = [self._of_stage(self.pipeline - 1, copy) for copy in range(self.data)]
         members = [
             sum((self._of_stage(stage, copy) for stage in range(self.pipeline)), ())
             for copy in range(self.data)
         ]
-        return Place(
-            copy=self.data_rank,
-            members=tuple(members),
-            readers=tuple(readers),
+        return Placement(
+            dp_rank=self.data_rank,
+            replica_ranks=tuple(members),
+            loss_ranks=tuple(readers),
             has_loss=self.is_last_stage,
-            tells=self.is_last_stage and self.tensor_rank == 0,
+            reports_stats=self.is_last_stage and self.tensor_rank == 0,
         )
 
     def _of_stage(self, stage: int, copy: int) -> tuple[int, ...]:

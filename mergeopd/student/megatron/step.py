@@ -37,7 +37,7 @@ from mergeopd.student.megatron.model import HiddenModel, build_model
 from mergeopd.student.megatron.optimizer import MOMENTS, MainParameters, build_adamw
 from mergeopd.student.megatron.passes import Passes
 from mergeopd.student.megatron.weights import cut, export, named, read_shards, whole_tensors
-from mergeopd.student.protocol import Place
+from mergeopd.student.protocol import Placement
 
 # Where Megatron adds up a parameter's gradient.
 _SUM = "main_grad"
@@ -102,9 +102,9 @@ class MegatronStudent:
         return range(min(start, self._num_valid), min(start + rows, self._num_valid))
 
     @property
-    def place(self) -> Place:
+    def placement(self) -> Placement:
         """Copies of the model, and the last pipeline stage of each."""
-        return self._grid.place
+        return self._grid.placement
 
     @property
     def shards(self) -> dict[str, Tensor]:
@@ -112,10 +112,10 @@ class MegatronStudent:
         return {name: p.detach() for name, p in named(self._model).items()}
 
     @contextmanager
-    def whole(self) -> Iterator[tuple[nn.Module, Head]]:
+    def unsharded(self) -> Iterator[tuple[nn.Module, Head]]:
         """The model as it is now on every rank, as transformers has it; gone when the context ends."""
         facts = self._arch.facts
-        weights = dict(self.named_weights())
+        weights = dict(self.weights())
         fill(self._skeleton, weights)
         self._skeleton.tie_weights()
         head = weights[facts.embedding_name if facts.tied else facts.head_name]
@@ -127,13 +127,13 @@ class MegatronStudent:
         finally:
             empty(self._skeleton)
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The forward pass's weights as they are now, by the folder's names, whole on every rank."""
         shards = self.shards
         like = next(iter(shards.values()))
         return whole_tensors(shards.__getitem__, like, self._arch, self._grid, everywhere=True)
 
-    def named_masters(self) -> Iterator[tuple[str, Tensor]]:
+    def master_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The optimizer's weights as they are now, by the folder's names, float32, whole on every rank."""
         parameters = named(self._model)
         return whole_tensors(
@@ -144,7 +144,9 @@ class MegatronStudent:
             everywhere=True,
         )
 
-    def accumulate(self, micros: MicroBatches, objective: DistillationObjective) -> tuple[MicroStats, ...]:
+    def accumulate_gradients(
+        self, micro_batches: MicroBatches, objective: DistillationObjective
+    ) -> tuple[MicroStats, ...]:
         """Add the gradient of this data-parallel copy's micro-batches, of which there may be none.
 
         All ranks of a copy pass the same prompts, responses and flags. Targets and weights are read on the
@@ -152,7 +154,7 @@ class MegatronStudent:
         micro-batch are returned, on other stages nothing. Collective: every rank calls it equally often.
 
         Raises NumericsError on all ranks when the student's or a teacher's distribution is not finite, and
-        RuntimeError between `gradients` and `apply`.
+        RuntimeError between `gradients` and `optimizer_step`.
         """
         if self._is_summed:
             raise RuntimeError("the gradient is summed over the ranks already; apply it first")
@@ -161,17 +163,17 @@ class MegatronStudent:
             return objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N, micro.policy)
 
         what = Measured(objective.divergences, objective.support, objective.temperature)
-        return self._passes.run(micros, per_token, what, backward=True)
+        return self._passes.run(micro_batches, per_token, what, backward=True)
 
     @torch.no_grad()
     def score(
         self,
-        micros: MicroBatches,
+        micro_batches: MicroBatches,
         divergences: Sequence[Divergence],
         support: Support | None,
         temperature: float,
     ) -> tuple[MicroStats, ...]:
-        """Statistics under the weights as they are; no gradient. Who passes and gets what: see `accumulate`.
+        """Statistics under the weights as they are; no gradient. Arguments are as in `accumulate_gradients`.
 
         Raises NumericsError on all ranks when the student's or a teacher's distribution is not finite.
         """
@@ -179,7 +181,9 @@ class MegatronStudent:
         def nothing(micro: MicroBatch) -> Objective:
             return lambda stats, rows: torch.zeros_like(stats.logprob_S)
 
-        return self._passes.run(micros, nothing, Measured(divergences, support, temperature), backward=False)
+        return self._passes.run(
+            micro_batches, nothing, Measured(divergences, support, temperature), backward=False
+        )
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradient accumulated so far, whole and float32, by the folder's names; on rank 0, else empty.
@@ -198,7 +202,7 @@ class MegatronStudent:
             )
         )
 
-    def apply(self, lr: float) -> float:
+    def optimizer_step(self, lr: float) -> float:
         """One optimizer update with the accumulated gradient; returns its norm before clipping. Collective.
 
         Raises NumericsError on all ranks, and changes no weight, when the norm is not finite.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from mergeopd.batch.objective import correction, phase_objective
-from mergeopd.engine.prior_policy import is_needed
 from mergeopd.loss import policy
 from mergeopd.loss.objective import DistillationObjective
+from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.training import Phase
 
 FADING = {"start": 1.0, "end": 0.0, "updates": 4}
@@ -16,7 +16,7 @@ def phase(**document: object) -> Phase:
 
 
 def told(document: Phase, updates_done: int = 0) -> policy.Policy:
-    found = phase_objective(document, updates_done).policy
+    found = phase_objective(document, updates_done, has_policy=document.loss.has_policy).policy
     assert found is not None
     return found
 
@@ -50,20 +50,23 @@ def test_every_weight_may_move() -> None:
         }
     )
     for done, amount in ((0, 1.0), (1, 0.75), (3, 0.25), (4, 0.0), (7, 0.0)):
-        objective = phase_objective(moving, done)
+        objective = phase_objective(moving, done, has_policy=True)
         assert objective.coefficients == ((amount,) if amount else ())
         assert told(moving, done).sampled == amount
         assert told(moving, done).anchor == policy.Credit(amount, 0.2)
 
 
 def test_a_loss_without_policy_terms_has_none() -> None:
-    found: DistillationObjective = phase_objective(phase(loss={"reverse_kl": 0.5, "jsd": 1.0}), 0)
+    found: DistillationObjective = phase_objective(
+        phase(loss={"reverse_kl": 0.5, "jsd": 1.0}), 0, has_policy=False
+    )
     assert found.policy is None
     assert (found.names, found.coefficients) == (("reverse_kl", "jsd"), (0.5, 1.0))
 
 
 def test_the_policy_before_a_round_is_measured_only_where_needed() -> None:
     """It costs a forward pass of the student."""
+    is_needed = Plan.model_construct(teachers={}).needs_prior_policy
     assert not is_needed(phase(loss="reverse_kl", updates_per_round=2))
     assert not is_needed(phase(loss={"reverse_kl": 1.0, "outcome": 1.0}, correction="mask"))
     assert not is_needed(phase(loss="sampled_reverse_kl"))

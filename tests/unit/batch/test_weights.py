@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergeopd.batch.weights import Answer, answer_weights
-from mergeopd.loss.balance import token_share_weights
+from mergeopd.batch.weights import Answer, answer_weights, token_share_weights
 
 
 def test_m1_golden_vector() -> None:

@@ -12,16 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from mergeopd.check.preflight import preflight
 from mergeopd.distributed.ranks import Alone
-from mergeopd.engine.build import build
+from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
-from mergeopd.engine.loop import Merge
 from mergeopd.engine.progress import Progress
 from mergeopd.errors import MergeopdError, RecipeError, TeacherError
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.report.events import Reporters, UpdateDone
-from mergeopd.storage.run_folder import RunFolder
 from mergeopd.teacher.canary import logprobs, sample_ids
+from mergeopd.teacher.protocol import TargetSpec, TeacherSequence
 
 CPU = torch.device("cpu")
 
@@ -33,10 +32,8 @@ class NoUpdates:
 
 def run(recipe: Path, *overrides: str) -> None:
     inputs = preflight(recipe, overrides)
-    folder = RunFolder(Path(inputs.plan.output))
-    Merge(build(inputs, CPU, Alone()), folder, Reporters(NoUpdates()), Clock(), Interrupt()).run(
-        Progress(), None
-    )
+    models = load_models(inputs, Machine(CPU, Alone()))
+    build(models, reporter=Reporters(NoUpdates()), clock=Clock(), interrupt=Interrupt()).run(Progress(), None)
 
 
 def damage(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -48,11 +45,11 @@ def damage(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> N
 def write_card(recipe: Path, *, fingerprint: bool) -> None:
     """The card of teacher `two` as it is now, with its canary."""
     inputs = preflight(recipe)
-    parts = build(inputs, CPU, Alone())
+    parts = load_models(inputs, Machine(CPU, Alone()))
     ids = sample_ids(inputs.teachers["two"], "a b c", "d d c a")
-    with parts.store.open("two") as teacher:
-        [(_, hidden)] = teacher.hidden([ids[0]], [ids[1]], 100)
-    found = logprobs(hidden, parts.store.heads(["two"])["two"], ids[1])
+    with parts.teachers["two"].open() as session:
+        [(_, hidden)] = session.score([TeacherSequence(*ids)], TargetSpec("hidden"), 100)
+    found = logprobs(hidden, parts.teachers["two"].head(None), ids[1])
     card = {"card": 1, "name": "two", "model": "two"}
     card["canary"] = {"prompt": "a b c", "response": "d d c a", "logprobs": [round(p, 3) for p in found]}
     if fingerprint:

@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 from mergeopd.align.answers import Unaligned
 from mergeopd.check.preflight import preflight
 from mergeopd.distributed.ranks import Alone
-from mergeopd.engine.build import Parts, build
-from mergeopd.engine.evaluate import Evaluation
+from mergeopd.engine.build import Machine, Models, build_evaluation, load_models
+from mergeopd.engine.clock import Clock
 from mergeopd.engine.new_recipe import RecipeWish, new_recipe
-from mergeopd.engine.tasks import Task
-from mergeopd.engine.teacher_rollouts import TeacherTexts
+from mergeopd.engine.stages import Stages
 from mergeopd.report.events import Event, Note
-from mergeopd.rollout.local import Completion
+from mergeopd.rollout.protocol import Completion
+from mergeopd.teacher.token_view import AlignedTokens
 from mergeopd.types import Rollout
 
 CPU = torch.device("cpu")
@@ -34,16 +34,18 @@ ANSWERS = ("abcab", "bcb", "é\u0301 z", "a", "cabcabcab")
 
 def parts_of(
     folder: Path, *, merges=OTHER, turned: bool = True, bridge: object = None, **phase: object
-) -> Parts:
+) -> Models:
     teacher = {"card": "other.yaml", "dtype": "float64"} | ({} if bridge is None else {"bridge": bridge})
     recipe = {
         "teachers": {"other": teacher},
         "phases": [{"name": "merge", "updates": 1, "prompts_per_round": 3, **phase}],
     }
-    return build(preflight(write_byte_job(folder, recipe, merges=merges, turned=turned)), CPU, Alone())
+    return load_models(
+        preflight(write_byte_job(folder, recipe, merges=merges, turned=turned)), Machine(CPU, Alone())
+    )
 
 
-def rollouts_of(parts: Parts, *, cut: Sequence[int] = ()) -> list[Rollout]:
+def rollouts_of(parts: Models, *, cut: Sequence[int] = ()) -> list[Rollout]:
     """Every answer to every prompt, as the student's tokens; those of `cut` without an end."""
     student = parts.inputs.student
     [prompts] = parts.inputs.prompts.values()
@@ -58,7 +60,7 @@ def rollouts_of(parts: Parts, *, cut: Sequence[int] = ()) -> list[Rollout]:
     return found
 
 
-def gradient(parts: Parts, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
+def gradient(parts: Models, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
     [(found, _)] = engine_round(parts, rollouts)
     return found
 
@@ -93,7 +95,7 @@ def pieces(ids: Sequence[int], table: dict[int, bytes]) -> list[bytes]:
     return [table[i] for i in ids]
 
 
-def byte_table(parts: Parts, *, teacher: bool) -> dict[int, bytes]:
+def byte_table(parts: Models, *, teacher: bool) -> dict[int, bytes]:
     from tokenizers.pre_tokenizers import ByteLevel
 
     tokenizer = (parts.inputs.teachers["other"] if teacher else parts.inputs.student).tokenizer
@@ -206,11 +208,11 @@ def test_answers_without_a_common_token_teach_nothing_and_are_counted(tmp_path: 
     cut = replace(whole, response_ids=tuple(half * 14), finish="length", logprobs_behaviour=(-1.0,) * 14)
     [(alone, nothing)] = engine_round(parts, [cut])
     assert all(float(g.abs().max()) == 0.0 for g in alone.values())
-    told = nothing.teachers(parts.inputs.crossings)["other"]
+    told = nothing.teachers({"other": bridge})["other"]
     assert (told.divergence, told.logprob_gap) == ({bridge: None}, None)
     [(together, stats)] = engine_round(parts, [whole, cut])
     assert any(float(g.abs().max()) > 0.0 for g in together.values())
-    figures = stats.teachers(parts.inputs.crossings)["other"].bridge
+    figures = stats.teachers({"other": bridge})["other"].bridge
     assert figures is not None
     assert figures.unaligned_fraction == pytest.approx(14 / (14 + len(whole.response_ids)))
 
@@ -267,15 +269,14 @@ def test_a_text_that_takes_more_tokens_of_the_student_ends_with_its_context(tmp_
     [[prompt, *_]] = parts.inputs.prompts.values()
     [ids] = crossing.other.encode(["bc" * 70])
     assert len(ids) == 70
-    texts = TeacherTexts(parts)
+    view = AlignedTokens(crossing, student, None)
     for written, length, finish in (
         (ids, student.max_positions - len(student.render(prompt)), "length"),
         (ids[:20], 41, "eos"),
     ):
         found = Completion((*written, crossing.ends.teacher), (), "eos")
-        texts._texts["other", prompt.key, 0] = found
-        [rollout] = texts.rollouts(Task(prompt, 0, "teacher"))
-        assert (len(rollout.response_ids), rollout.finish) == (length, finish)
+        translated, how = view.student_ids(found, prompt)
+        assert (len(translated), how) == (length, finish)
 
 
 def test_a_new_recipe_has_a_bridge_where_the_tokenizer_differs(
@@ -312,7 +313,8 @@ def test_weights_of_another_tokenizer_are_not_averaged(tmp_path: Path) -> None:
     write_model(tmp_path / "other", seed=3, vocab=260, hidden=32)
     inputs, notes = preflight(inputs_file), Notes()
     assert inputs.plan.evaluation is not None
-    evaluation = Evaluation(inputs, inputs.plan.evaluation, CPU, Alone(), notes)
+    stages = Stages(notes, Clock(), Alone(), None)
+    evaluation = build_evaluation(inputs, inputs.plan.evaluation, Machine(CPU, Alone()), stages)
     result = evaluation.run(tmp_path / "base")
     assert notes.texts == ["no weight average: other has another tokenizer than the student"]
     assert result["d"]["weight_average"] is None

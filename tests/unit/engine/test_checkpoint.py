@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from mergeopd.check.preflight import preflight
 from mergeopd.distributed.ranks import Alone
 from mergeopd.engine import checkpoint
-from mergeopd.engine.build import build
-from mergeopd.engine.checkpoint import Record, restore, save
+from mergeopd.engine.build import Machine, load_models
+from mergeopd.engine.checkpoint import Checkpoints, Record
 from mergeopd.engine.progress import Progress
 from mergeopd.report.jsonl import JsonlReporter, SamplesReporter
 from mergeopd.storage.metrics import MetricsFile
@@ -44,18 +44,14 @@ def test_the_metrics_are_on_the_disk_before_the_checkpoint_is(
         order.append(str(target))
         return real_rename(path, target)
 
-    parts = build(preflight(write_job()), CPU, Alone())
+    parts = load_models(preflight(write_job()), Machine(CPU, Alone()))
     path = tmp_path / "lines.jsonl"
     with MetricsFile(path) as file:
         file.append({"update": 1})
         monkeypatch.setattr(os, "fsync", fsync)
         monkeypatch.setattr(Path, "rename", rename)
-        save(
-            tmp_path / "c",
-            parts,
-            Record(Progress(1, 1, 4), {"total": 0.1}),
-            kind(file),
-        )
+        kept = Checkpoints(tmp_path / "c", parts.plan, parts.student, parts.snapshots, Alone())
+        kept.save(Record(Progress(1, 1, 4), {"total": 0.1}), kind(file))
     assert order.index(str(path)) < order.index(str(tmp_path / "c" / "step-1"))
 
 
@@ -65,9 +61,10 @@ def test_what_was_saved_comes_back(
 ) -> None:
     """In one file or in many, of which none is larger than it may be or has more than one tensor that is."""
     monkeypatch.setattr(checkpoint, "_MAX_FILE_BYTES", max_bytes)
-    parts = build(preflight(write_job()), CPU, Alone())
+    parts = load_models(preflight(write_job()), Machine(CPU, Alone()))
     record = Record(Progress(7, 5, 28), {"rollout": 0.1 + 0.2, "total": 1e300})
-    save(tmp_path, parts, record, Silent())
+    kept = Checkpoints(tmp_path, parts.plan, parts.student, parts.snapshots, Alone())
+    kept.save(record, Silent())
     files = list((tmp_path / "step-7").glob("*.safetensors"))
     assert (len(files) > 9) == (max_bytes == 2_000)
     for file in files:
@@ -77,12 +74,13 @@ def test_what_was_saved_comes_back(
     with torch.no_grad():
         for tensor in dict(parts.student.state()).values():
             tensor += 1
-    assert restore(tmp_path, parts, [parts.plan.hash], Silent()) == record
+    assert kept.restore([parts.plan.hash], Silent()) == record
     found = dict(parts.student.state())
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_without_checkpoints_it_is_the_beginning(write_job: Callable[..., Path], tmp_path: Path) -> None:
-    parts = build(preflight(write_job()), CPU, Alone())
-    assert restore(tmp_path / "none", parts, [], Silent()) == Record(Progress(), {})
+    parts = load_models(preflight(write_job()), Machine(CPU, Alone()))
+    kept = Checkpoints(tmp_path / "none", parts.plan, parts.student, parts.snapshots, Alone())
+    assert kept.restore([], Silent()) == Record(Progress(), {})

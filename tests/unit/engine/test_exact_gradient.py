@@ -18,7 +18,7 @@ from enumeration import ANSWERS, EOS, Reference, V, assert_equal, build_parts, e
 
 from mergeopd.check.preflight import preflight
 from mergeopd.distributed.ranks import Alone
-from mergeopd.engine.build import Parts, build
+from mergeopd.engine.build import Machine, Models, load_models
 from mergeopd.engine.schedule import split_updates
 from mergeopd.types import Prompt, Rollout
 
@@ -49,7 +49,7 @@ LOSSES = {
 }
 
 
-def all_answers(parts: Parts, origin: str = "student") -> list[Rollout]:
+def all_answers(parts: Models, origin: str = "student") -> list[Rollout]:
     prompts = [p for name in sorted(parts.inputs.prompts) for p in parts.inputs.prompts[name]]
     render = parts.inputs.student.render
     return [
@@ -144,6 +144,6 @@ def test_a_teacher_equal_to_the_student_teaches_nothing(write_job: Callable[...,
     recipe = write_job()
     (recipe.parent / "two.yaml").write_text('{"card": 1, "name": "self", "model": "base"}')
     overrides = ['prompts.0.teachers={"two": 1.0}', "prompts.1.teachers=two", 'teachers={"two": "two.yaml"}']
-    parts = build(preflight(recipe, overrides), CPU, Alone())
+    parts = load_models(preflight(recipe, overrides), Machine(CPU, Alone()))
     [(gradient, _)] = engine_round(parts, all_answers(parts))
     assert max(float(g.abs().max()) for g in gradient.values()) <= 1e-6

@@ -14,11 +14,9 @@ from safetensors.torch import load_file
 
 from mergeopd.check.preflight import preflight
 from mergeopd.distributed.ranks import Alone
-from mergeopd.engine.build import build
-from mergeopd.engine.checkpoint import restore
+from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
-from mergeopd.engine.loop import Merge
 from mergeopd.report.events import Event, UpdateDone
 from mergeopd.report.jsonl import update_record
 from mergeopd.storage.run_folder import RunFolder
@@ -74,12 +72,12 @@ def run(recipe: Path, *overrides: str, stop_after: int | None = None) -> tuple[R
     inputs = preflight(recipe, overrides)
     recorder, folder = Recorder(stop_after), RunFolder(Path(inputs.plan.output))
     folder.claim(inputs.plan, inputs.files, inputs.now, ())
-    parts = build(inputs, CPU, Alone())
-    record = restore(folder.checkpoints, parts, folder.plan_hashes(), recorder)
+    parts = load_models(inputs, Machine(CPU, Alone()))
+    record = parts.checkpoints().restore(folder.plan_hashes(), recorder)
     clock = Clock()
     clock.continue_from(record.seconds)
     with contextlib.suppress(Stop):
-        Merge(parts, folder, recorder, clock, Interrupt()).run(record.progress, None)
+        build(parts, reporter=recorder, clock=clock, interrupt=Interrupt()).run(record.progress, None)
     return recorder, folder
 
 

@@ -25,10 +25,9 @@ from mergeopd.config.tree import Place, plain
 from mergeopd.data.chat_template import ChatTemplate
 from mergeopd.data.renderer import Dialect
 from mergeopd.distributed.ranks import Alone
-from mergeopd.engine.build import build
+from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
-from mergeopd.engine.loop import Merge
 from mergeopd.engine.new_file import quoted
 from mergeopd.engine.new_recipe import RecipeWish, new_recipe
 from mergeopd.engine.new_teacher import (
@@ -45,7 +44,6 @@ from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.tokenizer import Tokenizer as OwnTokenizer
 from mergeopd.recipe.models import Canary, TeacherCard
 from mergeopd.report.events import Reporters
-from mergeopd.storage.run_folder import RunFolder
 from mergeopd.teacher.canary import sample_ids
 
 NASTY = [
@@ -111,8 +109,8 @@ def read_card(path: Path) -> TeacherCard:
 
 def run(recipe: Path, *overrides: str) -> None:
     inputs = preflight(recipe, overrides)
-    parts = build(inputs, torch.device("cpu"), Alone())
-    Merge(parts, RunFolder(Path(inputs.plan.output)), Reporters(), Clock(), Interrupt()).run(Progress(), None)
+    parts = load_models(inputs, Machine(torch.device("cpu"), Alone()))
+    build(parts, reporter=Reporters(), clock=Clock(), interrupt=Interrupt()).run(Progress(), None)
 
 
 TWO_UPDATES = (

@@ -24,7 +24,7 @@ from enumeration import (
     verdicts_of,
 )
 
-from mergeopd.engine.build import Parts
+from mergeopd.engine.build import Models
 from mergeopd.engine.schedule import split_updates
 from mergeopd.types import Rollout
 
@@ -83,7 +83,7 @@ def test_cut_off_answers_have_no_outcome_but_their_teachers(write_job: Write) ->
     assert_equal(found, plain.gradient(total / plain.num_tokens()), 1e-10)
 
 
-def with_other_eos(parts: Parts, name: str) -> Parts:
+def with_other_eos(parts: Models, name: str) -> Models:
     """As if this teacher ended its answers with another token."""
     teachers = {n: replace(d, eos_ids=(3,)) if n == name else d for n, d in parts.inputs.teachers.items()}
     return replace(parts, inputs=replace(parts.inputs, teachers=teachers))

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from enumeration import EOS, methods_parts
+from enumeration import CPU, EOS, methods_parts, trainer_of
 
-from mergeopd.engine.prior_policy import look_back
-from mergeopd.engine.score import score
-from mergeopd.engine.targets import Observed, kept
-from mergeopd.report.events import Reporters
-from mergeopd.teacher.hidden_cache import HiddenCache
+from mergeopd.distributed.ranks import Alone
+from mergeopd.engine.prior_policy import PriorPolicy
+from mergeopd.engine.score import CollectedRound
 from mergeopd.types import Rollout
 
 
@@ -23,13 +21,13 @@ def test_an_answer_travels_without_its_micro_batch(write_job: Callable[..., Path
     answer = (0, 1, 2, 3) * 4 + (EOS,)
     mu = (-1.0,) * len(answer)
     rollouts = [Rollout(prompt, i, ids, answer, "student", "eos", mu) for i in range(50)]
-    phase, quiet = parts.plan.phases[0], Reporters()
-    work = parts.work(rollouts, 0, 1)
+    trainer = trainer_of(parts)
+    work = trainer.pipeline.work(rollouts, 0, 1)
     assert len(work.packs_of(0)) == 1
-    with HiddenCache(1 << 30, tmp_path) as cache:
-        observed = Observed(cache, kept(phase.loss))
-        score(parts, rollouts, work, observed, quiet)
-        found = look_back(parts, rollouts, phase, work, observed, quiet)
+    phase = parts.plan.phases[0]
+    with trainer.scorer.score(CollectedRound(phase, 0, rollouts, [None] * 50, work)) as scored:
+        prior_policy = PriorPolicy(parts.student, CPU, Alone(), trainer.stages)
+        found = prior_policy.score(rollouts, phase, work, scored.targets)
     assert len(found) == 50
     for before in found.values():
         tensors = [before.logprob_S, *before.logprob_T.values()]

@@ -17,11 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from mergeopd.check.preflight import preflight
 from mergeopd.distributed.ranks import Alone
-from mergeopd.engine.build import build
-from mergeopd.engine.checkpoint import restore
+from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
-from mergeopd.engine.loop import Merge
 from mergeopd.engine.samples import PER_DOMAIN, choose, is_due, token_texts
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.report.events import Event, RolloutSampled, UpdateDone
@@ -54,10 +52,10 @@ def samples_of(recipe: Path, *overrides: str, stop_at: int | None = None) -> lis
     inputs = preflight(recipe, overrides)
     folder, recorder = RunFolder(Path(inputs.plan.output)), Recorder(stop_at)
     folder.claim(inputs.plan, inputs.files, inputs.now, ())
-    parts = build(inputs, CPU, Alone())
-    progress = restore(folder.checkpoints, parts, folder.plan_hashes(), recorder).progress
+    parts = load_models(inputs, Machine(CPU, Alone()))
+    progress = parts.checkpoints().restore(folder.plan_hashes(), recorder).progress
     with contextlib.suppress(Stop):
-        Merge(parts, folder, recorder, Clock(), Interrupt()).run(progress, None)
+        build(parts, reporter=recorder, clock=Clock(), interrupt=Interrupt()).run(progress, None)
     return recorder.samples
 
 

@@ -11,26 +11,24 @@ from typing import Any
 
 import pytest
 import torch
-from enumeration import engine_round
+from enumeration import engine_round, teacher_rollouts_of
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mergeopd.check.preflight import advice, preflight
 from mergeopd.distributed.ranks import Alone
-from mergeopd.engine.build import Parts, build
-from mergeopd.engine.checkpoint import restore
+from mergeopd.engine.build import Machine, Models, build, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.evaluate import Evaluation
 from mergeopd.engine.interrupt import Interrupt
-from mergeopd.engine.loop import Merge
-from mergeopd.engine.tasks import Task
-from mergeopd.engine.teacher_rollouts import TeacherTexts
+from mergeopd.engine.progress import Task
 from mergeopd.errors import RecipeError
 from mergeopd.recipe.models import Moving
-from mergeopd.report.events import Event, Reporters, UpdateDone
+from mergeopd.report.events import Event, UpdateDone
 from mergeopd.report.jsonl import update_record
 from mergeopd.storage.run_folder import RunFolder
+from mergeopd.teacher.protocol import TargetSpec, TeacherSequence
 from mergeopd.types import Rollout
 
 CPU = torch.device("cpu")
@@ -68,13 +66,13 @@ def write_selves(write_job: Callable[..., Path]) -> Callable[..., Path]:
     return write
 
 
-def gradient(parts: Parts, rollouts: Sequence[Rollout]) -> tuple[dict[str, Tensor], float]:
+def gradient(parts: Models, rollouts: Sequence[Rollout]) -> tuple[dict[str, Tensor], float]:
     """The raw gradient and the loss of one update on all rollouts, through the engine."""
     [(found, stats)] = engine_round(parts, rollouts)
     return found, stats.loss
 
 
-def all_answers(parts: Parts) -> list[Rollout]:
+def all_answers(parts: Models) -> list[Rollout]:
     render = parts.inputs.student.render
     return [
         Rollout(p, i, render(p), answer, "student", "eos" if answer[-1] == EOS else "length")
@@ -102,7 +100,7 @@ def test_the_gradient_is_autograds_on_a_model_that_reads_the_other_prompt(
 ) -> None:
     phase = {"name": "p", "updates": 1, "prompts_per_round": 4, "loss": loss}
     recipe = write_selves({"student": "start", **teacher}, {"phases": [phase]}, dtype="float64")
-    parts = build(preflight(recipe), CPU, Alone())
+    parts = load_models(preflight(recipe), Machine(CPU, Alone()))
     rollouts = all_answers(parts)
     found, _ = gradient(parts, rollouts)
 
@@ -137,7 +135,7 @@ def test_at_the_start_without_more_to_see_loss_and_gradient_are_zero(
     text = {"on_policy_fraction": 0.5, "otherwise": "dataset"}
     phase = {"name": "p", "updates": 1, "text": text, "loss": {"reverse_kl": 1.0, "nll": 0.5}}
     recipe = write_selves({"student": "start", **teacher}, {"phases": [phase]}, dtype="float64")
-    parts = build(preflight(recipe), CPU, Alone())
+    parts = load_models(preflight(recipe), Machine(CPU, Alone()))
     found, loss = gradient(parts, all_answers(parts))
     assert abs(loss) <= 1e-14
     assert max(float(g.abs().max()) for g in found.values()) <= 1e-14
@@ -145,25 +143,22 @@ def test_at_the_start_without_more_to_see_loss_and_gradient_are_zero(
 
 def test_weights_of_the_start_do_not_move_with_the_student(write_selves: Callable[..., Path]) -> None:
     """What the teacher says after an update is, bit for bit, what it said before."""
-    parts = build(
-        preflight(write_selves({"student": "start", "system": "d c"}, dtype="float64")), CPU, Alone()
-    )
+    recipe = write_selves({"student": "start", "system": "d c"}, dtype="float64")
+    parts = load_models(preflight(recipe), Machine(CPU, Alone()))
     rollouts = all_answers(parts)
 
     def says() -> Tensor:
-        with parts.store.open("self") as teacher:
-            texts = [parts.inputs.teachers["self"].render(r.prompt) for r in rollouts]
-            states = dict(teacher.hidden(texts, [r.response_ids for r in rollouts], 1000))
-        return (
-            torch.cat([states[i] for i in range(len(rollouts))])
-            @ parts.store.heads(["self"])["self"].weight.T
-        )
+        render = parts.inputs.teachers["self"].render
+        sequences = [TeacherSequence(render(r.prompt), r.response_ids) for r in rollouts]
+        with parts.teachers["self"].open() as session:
+            states = dict(session.score(sequences, TargetSpec("hidden"), 1000))
+        head = parts.teachers["self"].head(None)
+        return torch.cat([states[i] for i in range(len(rollouts))]) @ head.weight.T
 
     before = says()
-    old = {name: w.clone() for name, w in parts.student.named_weights()}
+    old = {name: w.clone() for name, w in parts.student.weights()}
     engine_round(parts, rollouts, sgd_lr=0.1)
-    assert any(not torch.equal(old[name], w) for name, w in parts.student.named_weights())
-    parts.store.heads(())
+    assert any(not torch.equal(old[name], w) for name, w in parts.student.weights())
     assert torch.equal(says(), before)
 
 
@@ -177,14 +172,14 @@ class Recorder:
     def __init__(self, stop_after: int | None = None) -> None:
         self.updates: list[UpdateDone] = []
         self.weights: list[dict[str, Tensor]] = []
-        self.parts: Parts | None = None
+        self.parts: Models | None = None
         self._stop_after = stop_after
 
     def emit(self, event: Event) -> None:
         if isinstance(event, UpdateDone):
             assert self.parts is not None
             self.updates.append(event)
-            self.weights.append({n: w.clone() for n, w in self.parts.student.named_weights()})
+            self.weights.append({n: w.clone() for n, w in self.parts.student.weights()})
             if event.update == self._stop_after:
                 raise Stop
 
@@ -193,14 +188,14 @@ class Recorder:
         return [{k: v for k, v in update_record(u).items() if k != "cost"} for u in self.updates]
 
 
-def run(recipe: Path, *overrides: str, stop_after: int | None = None) -> tuple[Recorder, Parts, RunFolder]:
+def run(recipe: Path, *overrides: str, stop_after: int | None = None) -> tuple[Recorder, Models, RunFolder]:
     inputs = preflight(recipe, overrides)
     folder, recorder = RunFolder(Path(inputs.plan.output)), Recorder(stop_after)
     folder.claim(inputs.plan, inputs.files, inputs.now, ())
-    parts = recorder.parts = build(inputs, CPU, Alone())
-    record = restore(folder.checkpoints, parts, folder.plan_hashes(), recorder)
+    parts = recorder.parts = load_models(inputs, Machine(CPU, Alone()))
+    record = parts.checkpoints().restore(folder.plan_hashes(), recorder)
     with contextlib.suppress(Stop):
-        Merge(parts, folder, recorder, Clock(), Interrupt()).run(record.progress, None)
+        build(parts, reporter=recorder, clock=Clock(), interrupt=Interrupt()).run(record.progress, None)
     return recorder, parts, folder
 
 
@@ -228,7 +223,7 @@ def test_copies_are_the_students_weights_at_the_start_of_the_round_that_reached_
     dtype = parts.student.head.weight.dtype
     # Rounds end after updates 2, 4 and 6: 3 is reached in the second, 6 in the third.
     for tensors, source in zip(held, (base, recorder.weights[3], recorder.weights[5]), strict=True):
-        assert tensors.keys() == {f"every-3/{name}" for name in dict(parts.student.named_weights())}
+        assert tensors.keys() == {f"every-3/{name}" for name in dict(parts.student.weights())}
         assert all(torch.equal(t, source[n.removeprefix("every-3/")].to(dtype)) for n, t in tensors.items())
 
 
@@ -241,7 +236,7 @@ def test_an_average_over_three_rounds_has_its_closed_form(write_selves: Callable
     recorder, parts, _ = run(recipe)
     base = load_file(recipe.parent / "base" / "model.safetensors")
     rounds = [recorder.weights[i] for i in (1, 3, 5)]
-    [follower] = parts.past.followers.values()
+    [follower] = parts.snapshots.followers.values()
     moved = 0.0
     for name, found in follower.tensors.items():
         terms = [0.2 * 0.8 ** (2 - k) * w[name] for k, w in enumerate(rounds)]
@@ -301,11 +296,11 @@ def test_privileged_texts_are_not_taken_for_others(write_selves: Callable[..., P
     recipe = write_selves({"student": "start"}, {"rollout": {"max_new_tokens": 6}, "phases": [phase]})
 
     def written(*overrides: str) -> list[tuple[int, ...]]:
-        parts = build(preflight(recipe, overrides), CPU, Alone())
+        parts = load_models(preflight(recipe, overrides), Machine(CPU, Alone()))
         tasks = [Task(p, 0, "teacher") for ps in parts.inputs.prompts.values() for p in ps]
-        texts = TeacherTexts(parts)
-        texts.prepare(tasks, Reporters())
-        return [r.response_ids for task in tasks for r in texts.rollouts(task)]
+        cache = teacher_rollouts_of(parts)
+        cache.prepare(tasks)
+        return [r.response_ids for task in tasks for r in cache.of(task)]
 
     plain = written()
     shown = written('teachers.self.prompt="{{ prompt }} {{ reference }} c c c"')

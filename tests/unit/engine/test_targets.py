@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from enumeration import Plain, methods_parts
+from enumeration import Plain, methods_parts, trainer_of
 
-from mergeopd.engine.score import score
-from mergeopd.engine.targets import Observed, kept
+from mergeopd.engine.score import CollectedRound
 from mergeopd.loss.heads import Head
-from mergeopd.report.events import Reporters
-from mergeopd.teacher.hidden_cache import HiddenCache
+from mergeopd.teacher.local import TeacherStore
 
 
 @pytest.mark.parametrize(
@@ -25,27 +23,30 @@ from mergeopd.teacher.hidden_cache import HiddenCache
     ],
 )
 def test_a_reduced_teacher_leaves_a_few_numbers_and_no_head(
-    write_job: Callable[..., Path], loss: dict[str, object], width: int
+    write_job: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    loss: dict[str, object],
+    width: int,
 ) -> None:
     parts = methods_parts(write_job, loss=loss)
-    rollouts, what = Plain(parts).rollouts, kept(parts.plan.phases[0].loss)
-    assert what is not None
+    rollouts, trainer = Plain(parts).rollouts, trainer_of(parts)
     fetched: list[weakref.ref[Head]] = []
     alive: list[int] = []
-    original = parts.store.heads
+    original = TeacherStore.head
 
-    def spy(names: Iterable[str], vocab: range | None = None) -> dict[str, Head]:
+    def spy(store: TeacherStore, name: str, vocab: range | None = None) -> Head:
         gc.collect()
         alive.append(sum(ref() is not None for ref in fetched))
-        found = original(names, vocab)
-        fetched.extend(weakref.ref(head) for head in found.values())
+        found = original(store, name, vocab)
+        fetched.append(weakref.ref(found))
         return found
 
-    parts.store.heads = spy  # type: ignore[method-assign]
-    with HiddenCache(1 << 30, Path(parts.plan.output)) as cache:
-        score(parts, rollouts, parts.work(rollouts, 0, 1), Observed(cache, what), Reporters())
+    monkeypatch.setattr(TeacherStore, "head", spy)
+    work = trainer.pipeline.work(rollouts, 0, 1)
+    collected = CollectedRound(parts.plan.phases[0], 0, rollouts, [None] * len(rollouts), work)
+    with trainer.scorer.score(collected) as scored:
         gc.collect()
         assert len(fetched) == 2  # one for each teacher
         assert not any(ref() is not None for ref in fetched)
-        assert alive == [0, 1, 0, 1]  # and never both
-        assert cache.gather("two", [0]).shape == (rollouts[0].num_trained, width)
+        assert alive == [0, 0]  # and never both
+        assert scored.targets.cache.gather("two", [0]).shape == (rollouts[0].num_trained, width)

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from enumeration import teacher_rollouts_of
 
 from mergeopd.check.preflight import preflight
 from mergeopd.distributed.ranks import Alone
-from mergeopd.engine import teacher_rollouts as texts_module
-from mergeopd.engine.build import build
-from mergeopd.engine.tasks import Task
-from mergeopd.engine.teacher_rollouts import TeacherTexts
+from mergeopd.engine.build import Machine, load_models
+from mergeopd.engine.progress import Task
 from mergeopd.report.events import Event, StageStarted
-from mergeopd.rollout.local import Completion
+from mergeopd.rollout import local
+from mergeopd.rollout.protocol import Completion
 from mergeopd.types import Rollout
 
 CPU = torch.device("cpu")
@@ -33,11 +33,12 @@ class Recorder:
 
 
 def texts(recipe: Path, *overrides: str) -> tuple[list[tuple[str, int | None]], list[Sequence[Rollout]]]:
-    parts = build(preflight(recipe, overrides), CPU, Alone())
+    parts = load_models(preflight(recipe, overrides), Machine(CPU, Alone()))
     tasks = [Task(p, 0, "teacher") for ps in parts.inputs.prompts.values() for p in ps]
-    recorder, store = Recorder(), TeacherTexts(parts)
-    store.prepare(tasks, recorder)
-    return recorder.written, [store.rollouts(task) for task in tasks]
+    recorder = Recorder()
+    cache = teacher_rollouts_of(parts, recorder)
+    cache.prepare(tasks)
+    return recorder.written, [cache.of(task) for task in tasks]
 
 
 @pytest.fixture
@@ -112,8 +113,8 @@ def test_what_another_run_writes_meanwhile_is_kept_and_not_taken(
         file.write_text("".join([*changed, foreign]))
         return written(*arguments, **options)
 
-    written = texts_module.generate
-    monkeypatch.setattr(texts_module, "generate", generate)
+    written = local.generate
+    monkeypatch.setattr(local, "generate", generate)
     wrote, same = texts(recipe)
     assert wrote == [("one writes", 1)]
     assert same == answers

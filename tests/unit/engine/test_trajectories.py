@@ -12,31 +12,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from enumeration import CPU, EOS, Reference, V, assert_equal, divergences, logprobs
+from enumeration import CPU, EOS, Reference, V, assert_equal, divergences, logprobs, trainer_of
 from torch import Tensor
 
-from mergeopd.batch.advantages import outcomes
-from mergeopd.batch.collate import Dialects, PreparedUpdate, prepare
+from mergeopd.batch.collate import PreparedUpdate
 from mergeopd.batch.objective import phase_objective
-from mergeopd.batch.packing import pack
 from mergeopd.check.preflight import preflight
 from mergeopd.distributed.ranks import Alone
-from mergeopd.engine.build import Parts, build
-from mergeopd.engine.checkpoint import restore
+from mergeopd.engine.build import Machine, Models, build, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
-from mergeopd.engine.loop import Merge
+from mergeopd.engine.progress import Task
 from mergeopd.engine.rollouts import dataset_rollout
 from mergeopd.engine.samples import SampleTaker
-from mergeopd.engine.score import score
-from mergeopd.engine.targets import Kept, Observed, kept
-from mergeopd.engine.tasks import Task
-from mergeopd.engine.update import UpdateStats, accumulate
-from mergeopd.report.events import Event, Reporters, RolloutSampled, UpdateDone
+from mergeopd.engine.score import CollectedRound
+from mergeopd.engine.update import UpdateStats
+from mergeopd.report.events import Event, RolloutSampled, UpdateDone
 from mergeopd.report.jsonl import sample_record
 from mergeopd.report.run_data import Sample
 from mergeopd.storage.run_folder import RunFolder
-from mergeopd.teacher.hidden_cache import HiddenCache
 from mergeopd.types import Rollout
 
 TEACHERS = {"left": {"one": 1.0, "two": 0.5}, "right": {"two": 0.7}}
@@ -58,7 +52,7 @@ OWN = (0, 1, 2, 7, 8)
 
 def build_parts(
     write_job: Callable[..., Path], left: Sequence[object] = (LOGGED, "c d"), *overrides: str, **phase: object
-) -> Parts:
+) -> Models:
     """The house's job on dataset text; the answers of `left` are given, those of `right` are `c d`."""
     changes = {
         "name": "merge",
@@ -73,38 +67,37 @@ def build_parts(
     config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": TURNS}))
     rows = [{"prompt": p, "answer": "c", "response": r} for p, r in zip(("a b", "c"), left, strict=True)]
     (recipe.parent / "left.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return build(preflight(recipe, overrides), CPU, Alone())
+    return load_models(preflight(recipe, overrides), Machine(CPU, Alone()))
 
 
-def dataset_rollouts(parts: Parts) -> list[Rollout]:
+def dataset_rollouts(parts: Models) -> list[Rollout]:
     prompts = [p for name in sorted(parts.inputs.prompts) for p in parts.inputs.prompts[name]]
     return [dataset_rollout(Task(p, 0, "dataset"), parts.inputs.student) for p in prompts]
 
 
 def update(
-    parts: Parts, rollouts: Sequence[Rollout]
+    parts: Models, rollouts: Sequence[Rollout]
 ) -> tuple[dict[str, Tensor], UpdateStats, PreparedUpdate, SampleTaker]:
     """One update's raw gradient, statistics, weights and samples."""
-    phase, quiet, everything = parts.plan.phases[0], Reporters(), range(len(rollouts))
-    objective, what = phase_objective(phase, 0), kept(phase.loss)
-    assert what is not None
-    with HiddenCache(1 << 30, Path(parts.plan.output)) as cache:
-        score(parts, rollouts, parts.work(rollouts, 0, 1), Observed(cache, what), quiet)
-        dialects = Dialects.of(parts.inputs)
-        found = outcomes(rollouts, [None] * len(rollouts), phase)
-        prepared = prepare(rollouts, everything, phase, 0, dialects, found, {})
-        packs = pack(rollouts, everything, parts.plan.student.micro_batch_tokens, 0)
+    phase, trainer, everything = parts.plan.phases[0], trainer_of(parts), range(len(rollouts))
+    objective = phase_objective(phase, 0, has_policy=False)
+    work = trainer.pipeline.work(rollouts, 0, 1)
+    with trainer.scorer.score(CollectedRound(phase, 0, rollouts, [None] * len(rollouts), work)) as scored:
+        prepared = trainer.updater.prepare(scored, work.updates[0], 0)
         samples = SampleTaker(everything, objective)
-        stats = accumulate(parts, objective, prepared, packs, Observed(cache, what), samples, quiet)
+        packs = work.updates[0].packs[0]
+        stats = trainer.updater.accumulate(
+            objective, prepared, packs, scored.targets, samples, trainer.stages
+        )
     gradient = {name: g.clone() for name, g in parts.student.gradients().items()}
-    parts.student.apply(0.0)
+    parts.student.optimizer_step(0.0)
     return gradient, stats, prepared, samples
 
 
 class Trajectories(Reference):
     """The reference on some positions of an answer."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Models) -> None:
         super().__init__(parts)
         self.parts = parts
 
@@ -159,10 +152,10 @@ def test_another_tool_text_of_the_same_length_is_read_but_not_learned(write_job:
     first = dataset_rollouts(parts)[0]
     changed = replace(first, response_ids=other)
     reference = Trajectories(parts)
-    with HiddenCache(1 << 30, Path(parts.plan.output)) as cache:
-        observed = Observed(cache, Kept("hidden", 1.0))
-        score(parts, [first, changed], parts.work([first, changed], 0, 1), observed, Reporters())
-        before, after = (cache.gather("two", [i]) for i in (0, 1))
+    trainer, both = trainer_of(parts), [first, changed]
+    work = trainer.pipeline.work(both, 0, 1)
+    with trainer.scorer.score(CollectedRound(parts.plan.phases[0], 0, both, [None] * 2, work)) as scored:
+        before, after = (scored.targets.cache.gather("two", [i]) for i in (0, 1))
     assert before.shape == after.shape == (len(OWN), 32)
     assert torch.equal(before[:3], after[:3])
     assert not torch.isclose(before[3:], after[3:]).all(1).any()
@@ -239,8 +232,8 @@ def test_a_run_tells_the_whole_trajectory_and_counts_its_own_tokens(write_job: C
     parts = build_parts(write_job)
     folder, recorder = RunFolder(Path(parts.plan.output)), Recorder()
     folder.claim(parts.plan, parts.inputs.files, parts.inputs.now, ())
-    progress = restore(folder.checkpoints, parts, folder.plan_hashes(), recorder).progress
-    Merge(parts, folder, recorder, Clock(), Interrupt()).run(progress, None)
+    progress = parts.checkpoints().restore(folder.plan_hashes(), recorder).progress
+    build(parts, reporter=recorder, clock=Clock(), interrupt=Interrupt()).run(progress, None)
     done = [event for event in recorder.events if isinstance(event, UpdateDone)]
     # Four prompts a round, one with a trajectory of 5 own tokens and three with texts of 3.
     assert [(event.num_tokens, event.domains["left"].mean_length) for event in done] == [(14, 4.0)] * 2

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mergeopd.batch.advantages import sequence_kept
 from mergeopd.loss.policy import (
     ClipRatio,
     Correction,
@@ -22,7 +23,6 @@ from mergeopd.loss.policy import (
     clipped,
     importance_weight,
     policy_tokens,
-    sequence_kept,
     shaped,
 )
 

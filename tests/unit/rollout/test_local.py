@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mergeopd.loss.heads import Head
-from mergeopd.rollout.local import Completion, Request, Writer, generate
+from mergeopd.rollout.local import Generator, generate
+from mergeopd.rollout.protocol import Completion, GenerationRequest
 from mergeopd.types import Sampling
 
 VALID = 33  # of 37 rows
@@ -23,30 +24,30 @@ def decode(ids: Sequence[int]) -> str:
 
 @pytest.fixture(scope="module")
 def model(make_model: Callable[..., Path]):
-    return AutoModelForCausalLM.from_pretrained(make_model("writer", seed=3)).eval()
+    return AutoModelForCausalLM.from_pretrained(make_model("generator", seed=3)).eval()
 
 
 @pytest.fixture(scope="module")
-def writer(model) -> Writer:
+def generator(model) -> Generator:
     head = Head(model.lm_head.weight.detach(), num_valid=VALID)
-    return Writer(model.base_model, head, {EOS}, decode, torch.device("cpu"))
+    return Generator(model.base_model, head, {EOS}, decode, torch.device("cpu"))
 
 
 REQUESTS = [
-    Request(f"p:{i}", s, tuple((7 * i + 3 * j + s) % VALID for j in range(2 + 3 * (i % 4))))
+    GenerationRequest(f"p:{i}", s, tuple((7 * i + 3 * j + s) % VALID for j in range(2 + 3 * (i % 4))))
     for i in range(6)
     for s in range(2)
 ]
 
 
 def run(
-    writer: Writer, requests: Sequence[Request], sampling: Sampling, batch_size: int = 64
+    generator: Generator, requests: Sequence[GenerationRequest], sampling: Sampling, batch_size: int = 64
 ) -> list[Completion]:
-    return generate(writer, requests, sampling, seed=5, batch_size=batch_size, progress=lambda done: None)
+    return generate(generator, requests, sampling, seed=5, batch_size=batch_size, progress=lambda done: None)
 
 
-def test_greedy_equals_transformers(writer: Writer, model) -> None:
-    ours = run(writer, REQUESTS, Sampling(temperature=0.0, max_new_tokens=12))
+def test_greedy_equals_transformers(generator: Generator, model) -> None:
+    ours = run(generator, REQUESTS, Sampling(temperature=0.0, max_new_tokens=12))
     for request, completion in zip(REQUESTS, ours, strict=True):
         ids = list(request.prompt_ids)
         for _ in range(12):
@@ -59,9 +60,9 @@ def test_greedy_equals_transformers(writer: Writer, model) -> None:
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.3, 0.8)])
 def test_logprobs_are_those_of_the_distribution_drawn_from(
-    writer: Writer, model, temperature: float, top_p: float
+    generator: Generator, model, temperature: float, top_p: float
 ) -> None:
-    completions = run(writer, REQUESTS, Sampling(temperature, top_p, max_new_tokens=10))
+    completions = run(generator, REQUESTS, Sampling(temperature, top_p, max_new_tokens=10))
     for request, completion in zip(REQUESTS, completions, strict=True):
         ids = torch.tensor([[*request.prompt_ids, *completion.response_ids]])
         with torch.no_grad():
@@ -77,18 +78,18 @@ def test_logprobs_are_those_of_the_distribution_drawn_from(
         assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=2e-5)
 
 
-def test_batching_and_order_change_nothing(writer: Writer) -> None:
+def test_batching_and_order_change_nothing(generator: Generator) -> None:
     sampling = Sampling(max_new_tokens=14)
-    together = run(writer, REQUESTS, sampling)
-    small = run(writer, REQUESTS, sampling, batch_size=5)
-    backwards = run(writer, REQUESTS[::-1], sampling)[::-1]
+    together = run(generator, REQUESTS, sampling)
+    small = run(generator, REQUESTS, sampling, batch_size=5)
+    backwards = run(generator, REQUESTS[::-1], sampling)[::-1]
     assert [c.response_ids for c in together] == [c.response_ids for c in small]
     assert [c.response_ids for c in together] == [c.response_ids for c in backwards]
 
 
-def test_samples_of_one_prompt_differ_and_the_stop_token_is_kept(writer: Writer) -> None:
-    requests = [Request("p", s, (5, 6, 7)) for s in range(64)]
-    completions = run(writer, requests, Sampling(max_new_tokens=30))
+def test_samples_of_one_prompt_differ_and_the_stop_token_is_kept(generator: Generator) -> None:
+    requests = [GenerationRequest("p", s, (5, 6, 7)) for s in range(64)]
+    completions = run(generator, requests, Sampling(max_new_tokens=30))
     assert len({c.response_ids for c in completions}) > 32
     ended = [c for c in completions if c.finish == "eos"]
     assert ended
@@ -106,14 +107,14 @@ def test_pad_rows_are_never_written(make_model: Callable[..., Path]) -> None:
     with torch.no_grad():  # a head that would nearly always choose a pad row
         model.lm_head.weight[VALID:] *= 100
     head = Head(model.lm_head.weight.detach(), num_valid=VALID)
-    writer = Writer(model.base_model, head, {EOS}, decode, torch.device("cpu"))
-    completions = run(writer, REQUESTS, Sampling(max_new_tokens=8))
+    generator = Generator(model.base_model, head, {EOS}, decode, torch.device("cpu"))
+    completions = run(generator, REQUESTS, Sampling(max_new_tokens=8))
     assert max(i for c in completions for i in c.response_ids) < VALID
 
 
-def test_stop_text_ends_an_answer(writer: Writer) -> None:
+def test_stop_text_ends_an_answer(generator: Generator) -> None:
     sampling = Sampling(max_new_tokens=40, stop=("k", "xy"))
-    for c in run(writer, [Request("p", s, (5, 6)) for s in range(20)], sampling):
+    for c in run(generator, [GenerationRequest("p", s, (5, 6)) for s in range(20)], sampling):
         text = decode(c.response_ids)
         found = [text.find(s) + len(s) for s in sampling.stop if s in text]
         assert (c.finish == "stop") == bool(found) or c.finish == "eos"

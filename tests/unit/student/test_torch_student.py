@@ -63,8 +63,8 @@ def test_updates_equal_plain_pytorch(make_model: Callable[..., Path], tied: bool
     )
     micro = micro_batch()
     for lr in (1e-3, 3e-3, 2e-3):
-        [stats] = student.accumulate([micro], OBJECTIVE)
-        norm = student.apply(lr)
+        [stats] = student.accumulate_gradients([micro], OBJECTIVE)
+        norm = student.optimizer_step(lr)
         loss = reference_loss(model, micro)
         loss.backward()
         expected_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
@@ -83,9 +83,9 @@ def test_updates_equal_plain_pytorch(make_model: Callable[..., Path], tied: bool
 def test_micro_batches_add_up(make_model: Callable[..., Path]) -> None:
     student = student_of(make_model("s"))
     whole = micro_batch()
-    list(student.accumulate([whole], OBJECTIVE))
+    list(student.accumulate_gradients([whole], OBJECTIVE))
     expected = {name: g.clone() for name, g in student.gradients().items()}
-    student.apply(0.0)
+    student.optimizer_step(0.0)
     start = 0
     for i, response in enumerate(RESPONSES):
         rows = slice(start, start + len(response))
@@ -95,7 +95,7 @@ def test_micro_batches_add_up(make_model: Callable[..., Path]) -> None:
             (i,), ("t",), PROMPTS[i : i + 1], RESPONSES[i : i + 1], (target,),
             whole.teacher_weight_KN[:, rows], whole.nll_weight_N[rows],
         )  # fmt: skip
-        list(student.accumulate([part], OBJECTIVE))
+        list(student.accumulate_gradients([part], OBJECTIVE))
     for name, gradient in student.gradients().items():
         assert torch.allclose(gradient, expected[name], rtol=1e-4, atol=2e-6), name
 
@@ -106,8 +106,8 @@ def test_bfloat16_keeps_what_rounding_would_lose(make_model: Callable[..., Path]
     before = {n: t.clone() for n, t in student.state() if n.startswith("master.")}
     compute_before = {n: p.detach().clone() for n, p in student.body.named_parameters()}
     for _ in range(60):
-        list(student.accumulate([micro_batch()], OBJECTIVE))
-        student.apply(1e-5)
+        list(student.accumulate_gradients([micro_batch()], OBJECTIVE))
+        student.optimizer_step(1e-5)
     after = dict(student.state())
     name = "model.layers.0.mlp.up_proj.weight"
     moved = (after[f"master.{name}"] - before[f"master.{name}"]).abs()
@@ -122,10 +122,10 @@ def test_bfloat16_keeps_what_rounding_would_lose(make_model: Callable[..., Path]
 def test_a_gradient_that_is_not_finite_changes_nothing(make_model: Callable[..., Path]) -> None:
     student = student_of(make_model("s"))
     before = {name: t.clone() for name, t in student.state()}
-    list(student.accumulate([micro_batch()], OBJECTIVE))
+    list(student.accumulate_gradients([micro_batch()], OBJECTIVE))
     student.gradients()["model.norm.weight"][2] = float("inf")
     with pytest.raises(NumericsError, match="weights are unchanged"):
-        student.apply(1e-3)
+        student.optimizer_step(1e-3)
     assert all(torch.equal(t, before[name]) for name, t in student.state())
 
 
@@ -140,13 +140,13 @@ def test_state_goes_on_bit_for_bit(make_model: Callable[..., Path]) -> None:
     folder = make_model("s")
     straight, first = student_of(folder, **ADAM), student_of(folder, **ADAM)
     for student in (straight, first):
-        list(student.accumulate([micro_batch()], OBJECTIVE))
-        student.apply(1e-3)
+        list(student.accumulate_gradients([micro_batch()], OBJECTIVE))
+        student.optimizer_step(1e-3)
     second = student_of(folder, **ADAM)
     second.load_state({name: t.clone() for name, t in first.state()})
     for student in (straight, second):
-        list(student.accumulate([micro_batch()], OBJECTIVE))
-        student.apply(1e-3)
+        list(student.accumulate_gradients([micro_batch()], OBJECTIVE))
+        student.optimizer_step(1e-3)
     expected = dict(straight.state())
     assert dict(second.state()).keys() == expected.keys()
     assert all(torch.equal(t, expected[name]) for name, t in second.state())
@@ -166,8 +166,8 @@ def test_export_loads_in_transformers_with_the_students_logits(
     folder = make_model("s", tied=tied)
     (folder / "tokenizer.json").write_text("{}")
     student = student_of(folder)
-    list(student.accumulate([micro_batch()], OBJECTIVE))
-    student.apply(1e-2)
+    list(student.accumulate_gradients([micro_batch()], OBJECTIVE))
+    student.optimizer_step(1e-2)
     student.export(tmp_path / "export")
     assert (tmp_path / "export" / "tokenizer.json").is_file()
     assert list((tmp_path / "export").glob("*.bin")) == []

@@ -12,7 +12,7 @@ from mergeopd.align.answers import EndTokens
 from mergeopd.align.encoding import ByteTokenizer
 from mergeopd.align.vocab import VocabularyMap
 from mergeopd.errors import StorageError, TokenizerError
-from mergeopd.teacher.token_view import vocabulary_map
+from mergeopd.teacher.cross_tokenizer import vocabulary_map
 
 ENDS = EndTokens((259,), 1)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from mergeopd.errors import ModelError, TeacherError
-from mergeopd.teacher.local import TeacherSource, TeacherStore
+from mergeopd.teacher.local import LocalTeacher, ResidentHeads, TeacherSource, TeacherStore
+from mergeopd.teacher.protocol import LOCAL, TeacherSequence
 
 CPU = torch.device("cpu")
 PROMPTS = [(1, 2, 3, 4), (5, 6), (7, 8, 9)]
@@ -19,8 +21,21 @@ RESPONSES = [(10, 11), (12, 13, 14, 15, 16), (17,)]
 
 def scored(store: TeacherStore, name: str, max_tokens: int = 1000, prompts=PROMPTS) -> list[torch.Tensor]:
     with store.open(name) as teacher:
-        found = dict(teacher.hidden(prompts, RESPONSES, max_tokens))
+        sequences = [TeacherSequence(p, r) for p, r in zip(prompts, RESPONSES, strict=True)]
+        found = dict(teacher.hidden(sequences, max_tokens))
     return [found[i] for i in range(len(prompts))]
+
+
+def never(source: object) -> NoReturn:
+    raise AssertionError("this teacher generates nothing")
+
+
+def teacher_of(store: TeacherStore, name: str) -> LocalTeacher:
+    return LocalTeacher(name, store, LOCAL, canary=None, run_on_first=lambda work: work(), make_engine=never)
+
+
+def heads_of(store: TeacherStore, names: Iterable[str], vocab: range | None = None) -> ResidentHeads:
+    return ResidentHeads({name: teacher_of(store, name) for name in names}, vocab)
 
 
 def reference_logits(folder: Path, prompts=PROMPTS) -> list[torch.Tensor]:
@@ -40,7 +55,7 @@ def test_hidden_states_times_head_are_the_models_logits(
     folder = make_model("t", tied=tied)
     store = TeacherStore({"t": TeacherSource(folder, "float32", 37)}, CPU)
     hidden = scored(store, "t", max_tokens)
-    weight = store.heads(["t"])["t"].weight
+    weight = store.head("t").weight
     for states, expected in zip(hidden, reference_logits(folder), strict=True):
         assert torch.allclose(states @ weight.T, expected, atol=2e-5)
 
@@ -52,7 +67,7 @@ def test_a_longer_template_scores_as_the_model_does_and_a_shift_explodes(
     folder = make_model("t", seed=4, spread=0.6)
     longer = [(20, 21, 22, 23, 24, 25, 26, *p) for p in PROMPTS]
     store = TeacherStore({"t": TeacherSource(folder, "float32", 37)}, CPU)
-    weight = store.heads(["t"])["t"].weight
+    weight = store.head("t").weight
     logits = torch.cat(scored(store, "t", prompts=longer)) @ weight.T
     expected = torch.cat(reference_logits(folder, longer))
 
@@ -75,10 +90,10 @@ def test_bytes_read_are_the_files_bytes_for_a_round_of_scoring_and_update(
     for rounds in (1, 2):
         for name in folders:
             scored(store, name)
+        heads = heads_of(store, folders)
         for name in folders:
-            store.heads([name])
-        store.heads([])
-        assert store.bytes_read == rounds * size
+            heads.of([name])
+        assert sum(store.bytes_read(name) for name in folders) == rounds * size
 
 
 def test_nothing_stays_after_the_turn(make_model: Callable[..., Path]) -> None:
@@ -101,7 +116,7 @@ def test_teachers_that_share_a_checkpoint_share_its_head_and_no_alias_reaches_an
         },
         CPU,
     )
-    heads = store.heads(["a", "b", "c"])
+    heads = heads_of(store, "abc").of(["a", "b", "c"])
     assert heads["a"] is heads["b"]
     assert not torch.equal(heads["a"].weight, heads["c"].weight)
 
@@ -144,15 +159,16 @@ def test_a_rank_of_the_vocabulary_reads_its_rows_alone(
 ) -> None:
     folder = make_model("t", tied=tied)
     store = TeacherStore({"t": TeacherSource(folder, "float32", 35)}, CPU)
-    whole = store.heads(["t"])["t"]
-    assert store.bytes_read == 37 * 32 * 4
-    part = store.heads(["t"], vocab)["t"]
+    whole = store.head("t")
+    assert store.bytes_read("t") == 37 * 32 * 4
+    heads = heads_of(store, ["t"], vocab)
+    part = heads.of(["t"])["t"]
     assert torch.equal(part.weight, whole.weight[vocab.start : vocab.stop])
     assert part.vocab == vocab
     assert part.vocab_start == vocab.start
-    assert store.bytes_read == (37 + len(vocab)) * 32 * 4
-    assert store.heads(["t"], vocab)["t"] is part
-    assert store.bytes_read == (37 + len(vocab)) * 32 * 4
+    assert store.bytes_read("t") == (37 + len(vocab)) * 32 * 4
+    assert heads.of(["t"])["t"] is part
+    assert store.bytes_read("t") == (37 + len(vocab)) * 32 * 4
 
 
 def test_rows_of_a_bias_are_those_of_the_weight_and_scale_and_cap_stay(
@@ -165,24 +181,24 @@ def test_rows_of_a_bias_are_those_of_the_weight_and_scale_and_cap_stay(
     weights["lm_head.bias"] = torch.arange(37.0)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     store = TeacherStore({"t": TeacherSource(folder, "bfloat16", 37)}, CPU)
-    part = store.heads(["t"], range(5, 9))["t"]
+    part = store.head("t", range(5, 9))
     assert part.bias is not None
     assert part.bias.tolist() == [5.0, 6.0, 7.0, 8.0]
     assert torch.equal(part.weight, weights["lm_head.weight"][5:9].bfloat16())
-    assert store.bytes_read == 4 * (32 + 1) * 4
+    assert store.bytes_read("t") == 4 * (32 + 1) * 4
 
 
 def test_rows_outside_the_true_vocabulary_are_refused(make_model: Callable[..., Path]) -> None:
     store = TeacherStore({"t": TeacherSource(make_model("t"), "float32", 35)}, CPU)
     for vocab in (range(30, 36), range(0, 10, 2), range(-1, 3)):
         with pytest.raises(ValueError, match="'t' has 35 true tokens"):
-            store.heads(["t"], vocab)
+            store.head("t", vocab)
 
 
 def test_empty_shards_of_other_places_are_other_heads(make_model: Callable[..., Path]) -> None:
     store = TeacherStore({"t": TeacherSource(make_model("t"), "float32", 37)}, CPU)
-    assert store.heads(["t"], range(3, 3))["t"].vocab_start == 3
-    assert store.heads(["t"], range(37, 37))["t"].vocab_start == 37
+    assert store.head("t", range(3, 3)).vocab_start == 3
+    assert store.head("t", range(37, 37)).vocab_start == 37
 
 
 def test_rows_of_a_follower_are_views_of_its_weights(make_model: Callable[..., Path]) -> None:
@@ -193,9 +209,10 @@ def test_rows_of_a_follower_are_views_of_its_weights(make_model: Callable[..., P
     weight = torch.randn(37, 32)
     follower = Follower(Moving(every=2), lambda: iter([("lm_head.weight", weight)]), lambda: iter(()))
     store = TeacherStore({"t": TeacherSource(folder, "float32", 37, follower)}, CPU)
-    part = store.heads(["t"], range(7, 20))["t"]
+    heads = heads_of(store, ["t"], range(7, 20))
+    part = heads.of(["t"])["t"]
     assert torch.equal(part.weight, weight[7:20])
     assert part.weight.data_ptr() == follower.tensors["lm_head.weight"][7:].data_ptr()
-    assert store.bytes_read == 0
+    assert store.bytes_read("t") == 0
     follower.load({"lm_head.weight": weight + 1})
-    assert store.heads(["t"], range(7, 20))["t"] is not part
+    assert heads.of(["t"])["t"] is not part

@@ -11,7 +11,7 @@ from byte_tokenizers import byte_level, sentencepiece
 from mergeopd.align.answers import EndTokens, Unaligned
 from mergeopd.align.encoding import ByteTokenizer
 from mergeopd.recipe.bridges import KINDS, Bridge
-from mergeopd.teacher.token_view import Crossing
+from mergeopd.teacher.cross_tokenizer import Crossing
 
 
 def crossing(kind: str, *, inside: bool) -> Crossing:

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mergeopd.loss.policy import answers_advantage, bounded, early_weights, reward_to_go
+from mergeopd.batch.advantages import answers_advantage, early_weights, reward_to_go
+from mergeopd.loss.policy import bounded
 
 
 def row(*values: float) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergeopd.reward.groups import group_advantages, pass_rate_weight
+from mergeopd.batch.advantages import group_advantages, pass_rate_weight
 
 REWARDS = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=2, max_size=9)
 

@@ -1,0 +1,102 @@
+"""Records of a round between scoring and the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from mergeopd.align.answers import Alignment
+from mergeopd.batch.micro_batch import BridgedTarget
+from mergeopd.loss.targets import Target
+from mergeopd.recipe.loss_terms import Loss
+from mergeopd.types import Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class OldLogProbs:
+    """Log-probabilities of one response before its round's first update; tensors `[trained tokens]`.
+
+    `gap` is the sum over its tokens and teachers, weighted, of the reverse KL: exact where the teacher's
+    whole distribution is kept, else |log p_T - log p_S| of the sampled token. Positions that a teacher's term
+    skips are left out here too. `spans`: of teachers whose bridge is a policy term, each group's log-ratio at
+    each of its tokens.
+    """
+
+    logprob_S: Tensor
+    logprob_T: Mapping[str, Tensor]
+    gap: float
+    spans: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRollout:
+    """A rollout with its final weights.
+
+    `token_weight` multiplies every trained token: denominator and domain budget. `teacher_weight` is the
+    prompt's weight of each teacher times what the rewards make of it; `eos_masked` has the trained tokens
+    (by position) that a teacher's term skips. `outcome` is the response's advantage with all weights;
+    `is_kept` is False where a correction drops the response from policy terms. `logprob_old` and
+    `teacher_advantage` (with all weights) have one number per trained token, where they are needed; so has
+    `span_advantage`, from the `spans` of `OldLogProbs`. `alignments` has what teachers with other tokenizers
+    read of the response; their weights contain the objective's.
+    """
+
+    rollout: Rollout
+    token_weight: float
+    teacher_weight: Mapping[str, float]
+    eos_masked: Mapping[str, tuple[int, ...]]
+    outcome: float = 0.0
+    is_kept: bool = True
+    logprob_old: Tensor | None = None
+    teacher_advantage: Tensor | None = None
+    span_advantage: Tensor | None = None
+    spans: Mapping[str, Tensor] = field(default_factory=dict)
+    alignments: Mapping[str, Alignment] = field(default_factory=dict)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the student generated it."""
+        return self.rollout.origin == "student"
+
+    def teacher_token_weights(self, teacher: str) -> list[float]:
+        """The final weight of this teacher's term for every trained token."""
+        weight = self.token_weight * self.teacher_weight[teacher]
+        masked = self.eos_masked.get(teacher, ())
+        return [0.0 if position in masked else weight for position in range(self.rollout.num_trained)]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedUpdate:
+    """One update of a round; `rollouts` by their index in the round, `budgets` by domain."""
+
+    rollouts: Mapping[int, PreparedRollout]
+    budgets: Mapping[str, float]
+
+
+class TokenView(Protocol):
+    """What weights and micro-batches need to know of how a teacher reads responses.
+
+    `teacher.token_view` has the implementations.
+    """
+
+    def loss_weight(self, loss: Loss, updates_done: int) -> float:
+        """A factor of this teacher's weights after `updates_done` updates of the phase."""
+
+    def masked(self, rollout: Rollout) -> tuple[int, ...]:
+        """Trained tokens, by position, that this teacher's term skips."""
+
+    def advantage(self, old: OldLogProbs) -> Tensor | None:
+        """The teacher's own policy advantage `[trained tokens]`, without weights; None where it has none."""
+
+    def target(
+        self, target: Target, members: Sequence[PreparedRollout], like: Tensor
+    ) -> Target | BridgedTarget | None:
+        """What the loss gets of this teacher on a micro-batch; None: nothing beside `advantage`."""
+
+
+# By teacher, then by the rollout's index in the round.
+Alignments = Mapping[str, Mapping[int, Alignment]]
+TokenViews = Mapping[str, TokenView]

@@ -1,0 +1,118 @@
+"""Collects rounds: draws prompts, has responses generated, grades them, and deals the work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from mergeopd.data.draw import PromptDraw
+from mergeopd.data.renderer import Dialect
+from mergeopd.engine.progress import Progress, Task, draw_tasks, phase_at
+from mergeopd.engine.rollouts import Rewards, StudentRollouts, dataset_rollout
+from mergeopd.engine.schedule import RoundWork, round_work
+from mergeopd.engine.score import CollectedRound
+from mergeopd.engine.stages import Stages
+from mergeopd.engine.teacher_rollouts import TeacherRolloutCache
+from mergeopd.recipe.plan import Plan
+from mergeopd.recipe.training import Phase
+from mergeopd.rollout.protocol import RolloutEngine
+from mergeopd.student.protocol import Placement, WeightSource
+from mergeopd.types import Rollout
+
+
+class RoundPipeline(Protocol):
+    """Gives the next round to score and train on."""
+
+    def next(self, progress: Progress) -> CollectedRound:
+        """The round at `progress`. Collective; raises AbandonRound where a stop was requested."""
+
+    def trained(self, version: int) -> None:
+        """The student was trained to `version` updates: generate with its new weights. Collective."""
+
+    def close(self) -> None:
+        """Release what generates."""
+
+
+class SynchronousPipeline:
+    """Generates every round with the weights of the last update, while nothing else runs."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        draw: PromptDraw,
+        student: Dialect,
+        weights: WeightSource,
+        engine: RolloutEngine,
+        rollouts: StudentRollouts,
+        teacher_rollouts: TeacherRolloutCache,
+        rewards: Rewards,
+        placement: Placement,
+        stages: Stages,
+    ) -> None:
+        self._plan = plan
+        self._draw = draw
+        self._student = student
+        self._weights = weights
+        self._engine = engine
+        self._rollouts = rollouts
+        self._teacher_rollouts = teacher_rollouts
+        self._rewards = rewards
+        self._placement = placement
+        self._stages = stages
+        self._prepared_phase = ""
+
+    def next(self, progress: Progress) -> CollectedRound:
+        """Draw prompts, get their responses, grade them and deal the work. Collective."""
+        at = phase_at(self._plan, progress.update)
+        if at is None:
+            raise ValueError(f"the run is complete after {progress.update} updates")
+        phase, updates_done = at
+        if phase.name != self._prepared_phase:
+            self._prepare_teacher_rollouts(phase, updates_done, progress)
+        tasks = draw_tasks(self._draw, self._plan.seed, phase, progress, updates_done)
+        with self._stages.timed("rollout"):
+            rollouts = self._collect(tasks)
+            rewards = self._rewards.of(rollouts)
+        work = self.work(rollouts, progress.round, phase.updates_per_round)
+        return CollectedRound(phase, updates_done, rollouts, rewards, work)
+
+    def work(self, rollouts: Sequence[Rollout], index: int, num_updates: int) -> RoundWork:
+        """Who does what in round number `index`."""
+        return round_work(
+            rollouts,
+            index,
+            num_updates=num_updates,
+            max_tokens=self._plan.student.micro_batch_tokens,
+            members=self._placement.replica_ranks,
+        )
+
+    def trained(self, version: int) -> None:
+        """Generate with the student's weights as they are now. Collective."""
+        self._engine.sync_weights(self._weights, version)
+
+    def close(self) -> None:
+        """Release the engine."""
+        self._engine.close()
+
+    def _collect(self, tasks: Sequence[Task]) -> list[Rollout]:
+        """Responses to all tasks; the student's first, each kind in the order of the tasks."""
+        rollouts = self._rollouts.generate(tasks)
+        for task in tasks:
+            if task.origin == "teacher":
+                rollouts += self._teacher_rollouts.of(task)
+            elif task.origin == "dataset":
+                rollouts.append(dataset_rollout(task, self._student))
+        return rollouts
+
+    def _prepare_teacher_rollouts(self, phase: Phase, updates_done: int, progress: Progress) -> None:
+        """Have the teachers generate, at once, all that the rest of this phase will ask of them."""
+        tasks: list[Task] = []
+        while updates_done < phase.updates:
+            tasks += draw_tasks(self._draw, self._plan.seed, phase, progress, updates_done)
+            progress = replace(progress, drawn=progress.drawn + phase.prompts_per_round)
+            updates_done += phase.updates_per_round
+        with self._stages.timed("text"):
+            self._teacher_rollouts.prepare(tasks)
+        self._prepared_phase = phase.name

@@ -1,0 +1,94 @@
+"""The seam between the round and whatever generates its text. Importing this does not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Protocol
+
+from mergeopd.types import Finish, Sampling
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mergeopd.loss.heads import Head
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One response to generate: `key` and `sample` name its random stream."""
+
+    key: str
+    sample: int
+    prompt_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A generated response.
+
+    `response_ids` include the stop token. `logprobs` has one number per id, under the distribution that was
+    sampled from; empty where the engine returns none. `policy_version` counts the optimizer updates of the
+    weights that generated it.
+    """
+
+    response_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish: Finish
+    policy_version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCapabilities:
+    """What `check` must know of an engine before one is started.
+
+    `returns_logprobs`: policy terms are refused without. `is_reproducible`: randomness is keyed by seed,
+    prompt and sample, so that a resumed run generates the same responses.
+    """
+
+    returns_logprobs: bool
+    is_reproducible: bool
+
+
+CAPABILITIES: Mapping[str, EngineCapabilities] = MappingProxyType(
+    {"local": EngineCapabilities(returns_logprobs=True, is_reproducible=True)}
+)
+"""By the recipe's `rollout.engine`."""
+
+
+class WeightSource(Protocol):
+    """A model whose weights an engine generates with."""
+
+    def unsharded(self) -> AbstractContextManager[tuple[nn.Module, Head]]:
+        """Body and head with the weights as they are now, whole on every process. Collective."""
+
+
+class PendingRollouts(Protocol):
+    """Responses that were asked for."""
+
+    def wait(self, on_progress: Callable[[int], None]) -> list[Completion]:
+        """All responses, in the order of the requests; every process gets them. Collective.
+
+        `on_progress` is called with the number of responses that this process has generated so far.
+        """
+
+    def cancel(self) -> None:
+        """Give up what is not generated yet."""
+
+
+class RolloutEngine(Protocol):
+    """Generates responses. All processes of a run call it with the same arguments."""
+
+    returns_logprobs: bool
+    is_reproducible: bool
+
+    def submit(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> PendingRollouts:
+        """Ask for one response per request. Collective."""
+
+    def sync_weights(self, source: WeightSource, version: int) -> None:
+        """Generate with these weights from now on; `version` counts their optimizer updates. Collective."""
+
+    def close(self) -> None:
+        """Release what the engine holds."""

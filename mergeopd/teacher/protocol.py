@@ -1,0 +1,143 @@
+"""The seam between the round and its teachers. Importing this does not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from mergeopd.recipe.loss_terms import Loss
+from mergeopd.recipe.plan import TeacherPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergeopd.loss.heads import Head
+    from mergeopd.rollout.protocol import RolloutEngine
+
+TargetKind = Literal["hidden", "top_k", "sampled"]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetSpec:
+    """What is kept of a teacher for every trained token.
+
+    `hidden`: last hidden states `[d_T]`. `top_k`: log-probabilities and ids of its `k` likeliest tokens, its
+    entropy and the log-probability of the sampled token. `sampled`: the last two alone. Log-probabilities are
+    of logits divided by `temperature`.
+    """
+
+    kind: TargetKind
+    temperature: float = 1.0
+    k: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherSequence:
+    """One response as a teacher reads it: its own rendering of the prompt, its own token ids.
+
+    `trained` has a flag per response token; None: all of them are scored.
+    """
+
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+    trained: Sequence[bool] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response tokens."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def num_trained(self) -> int:
+        """Response tokens that are scored."""
+        return len(self.response_ids) if self.trained is None else sum(self.trained)
+
+    @property
+    def trained_ids(self) -> Sequence[int]:
+        """The response tokens that are scored."""
+        if self.trained is None:
+            return self.response_ids
+        return [i for i, own in zip(self.response_ids, self.trained, strict=True) if own]
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherCapabilities:
+    """What `check` must know of a teacher before it is opened."""
+
+    can_provide: frozenset[TargetKind]
+    can_generate: bool
+
+
+LOCAL = TeacherCapabilities(frozenset(("hidden", "top_k", "sampled")), can_generate=True)
+# Its responses would be generated before the phase, with weights that have changed when they are learned.
+SNAPSHOT = TeacherCapabilities(LOCAL.can_provide, can_generate=False)
+
+
+def capabilities(teacher: TeacherPlan) -> TeacherCapabilities:
+    """What a resolved teacher can do."""
+    return LOCAL if teacher.moving is None else SNAPSHOT
+
+
+def required_target(loss: Loss) -> TargetSpec | None:
+    """The least that a loss needs of every teacher; None where it needs no teacher."""
+    if not loss.needs_teacher:
+        return None
+    if not loss.has_divergence:
+        return TargetSpec("sampled", loss.temperature)
+    if loss.support is not None and loss.support.of == "teacher":
+        return TargetSpec("top_k", loss.temperature, loss.support.top_k)
+    return TargetSpec("hidden", loss.temperature)
+
+
+class TeacherSession(Protocol):
+    """A teacher that is ready to score and generate."""
+
+    def score(
+        self, sequences: Sequence[TeacherSequence], spec: TargetSpec, max_tokens: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield `(index, [trained tokens, width])` for every sequence, in any order.
+
+        The width is d_T for hidden states, 2k + 3 for top k and 2 for sampled tokens (`loss.targets`).
+        Forward passes take at most `max_tokens` tokens, padding included.
+        """
+
+    def generator(self) -> RolloutEngine:
+        """An engine that generates with this teacher's weights."""
+
+
+class Teacher(Protocol):
+    """A model to learn from. All processes of a run have it and open it together."""
+
+    @property
+    def name(self) -> str:
+        """The recipe's name of the teacher."""
+
+    @property
+    def fingerprint(self) -> str | None:
+        """A digest of its weights; None where they change."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Checkpoint bytes that this process has read for it so far."""
+
+    @property
+    def capabilities(self) -> TeacherCapabilities:
+        """What it can provide."""
+
+    @property
+    def head_key(self) -> Hashable:
+        """Equal for teachers whose prediction heads are equal; changes with the weights."""
+
+    def open(self) -> AbstractContextManager[TeacherSession]:
+        """Make the teacher ready; its memory is released when the context ends. Collective.
+
+        Raises TeacherError where it is not the model that its card describes.
+        """
+
+    def prefetch(self) -> None:
+        """Start reading ahead what `open` will need; returns at once."""
+
+    def head(self, vocab: range | None) -> Head:
+        """The prediction head for `hidden` targets, whole or the rows of these token ids. Not collective."""
