@@ -22,12 +22,13 @@ from mergeopd.ranks import Alone, Ranks
 from mergeopd.recipe.locate import shown
 from mergeopd.recipe.plan import EvaluationPlan, Plan
 from mergeopd.recipe.words import joined
-from mergeopd.report.console import console_reporter
 from mergeopd.report.events import Note, Reporter, Reporters
-from mergeopd.report.html import HtmlReporter
 from mergeopd.report.jsonl import JsonlReporter, SamplesReporter
-from mergeopd.report.result import ResultTable, result_document, write_result
+from mergeopd.report.page.html import HtmlReporter
+from mergeopd.report.result import result_document, write_result
 from mergeopd.report.tensorboard import TensorBoardReporter
+from mergeopd.report.terminal.console import console_reporter
+from mergeopd.report.terminal.result import ResultTable
 from mergeopd.reward.verifiers import build_verifier
 from mergeopd.storage import run_layout
 from mergeopd.storage.folders import prune

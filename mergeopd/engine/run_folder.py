@@ -20,8 +20,8 @@ from mergeopd.errors import StorageError
 from mergeopd.recipe.locate import shown, shown_in
 from mergeopd.recipe.plan import Plan
 from mergeopd.report.events import Note, Reporter
-from mergeopd.report.result import ResultTable
-from mergeopd.report.run_data import Result
+from mergeopd.report.page.run_data import Result
+from mergeopd.report.terminal.result import ResultTable
 from mergeopd.storage import run_layout
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import is_leftover, set_aside, verify, write_atomic

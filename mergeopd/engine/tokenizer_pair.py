@@ -17,7 +17,7 @@ from mergeopd.errors import DataError, Problem, RecipeError, TokenizerError
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.recipe.folders import Missing, existing_file, existing_model
 from mergeopd.recipe.locate import shown
-from mergeopd.report.tokenizer_pair import Coverage, TokenizerFacts, TokenizerPair
+from mergeopd.report.terminal.tokenizers import Coverage, TokenizerFacts, TokenizerPair
 from mergeopd.types import Message
 
 # About as long as an answer: texts are encoded one by one, and in batches.

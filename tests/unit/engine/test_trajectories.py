@@ -35,7 +35,7 @@ from mergeopd.engine.writing import dataset_rollout
 from mergeopd.ranks import Alone
 from mergeopd.report.events import Event, Reporters, RolloutSampled, UpdateDone
 from mergeopd.report.jsonl import sample_record
-from mergeopd.report.run_data import Sample
+from mergeopd.report.page.run_data import Sample
 from mergeopd.teacher.cache import HiddenCache
 from mergeopd.types import Rollout
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mergeopd.report.console import console_reporter
 from mergeopd.report.events import (
     CheckpointSaved,
     CheckpointSkipped,
@@ -27,12 +26,14 @@ from mergeopd.report.events import (
     TeacherStats,
     UpdateDone,
 )
-from mergeopd.report.glyphs import Glyphs, plain_text, sparkline
-from mergeopd.report.live import LiveReporter
-from mergeopd.report.plain import PlainReporter
-from mergeopd.report.result import ResultTable, result_document
-from mergeopd.report.timing import clock_text, shares, split_line
-from mergeopd.report.view import RunView, Trend
+from mergeopd.report.result import result_document
+from mergeopd.report.terminal.console import console_reporter
+from mergeopd.report.terminal.glyphs import Glyphs, plain_text, sparkline
+from mergeopd.report.terminal.live import LiveReporter
+from mergeopd.report.terminal.plain import PlainReporter
+from mergeopd.report.terminal.result import ResultTable
+from mergeopd.report.terminal.timing import clock_text, shares, split_line
+from mergeopd.report.terminal.view import RunView, Trend
 
 START = RunStarted(
     name="quick",
@@ -403,7 +404,7 @@ def test_speed_and_time_left_follow_the_phase() -> None:
 
 def test_report_needs_no_torch() -> None:
     code = (
-        "import sys; import mergeopd.report.console, mergeopd.report.jsonl, mergeopd.report.result; "
+        "import sys; import mergeopd.report.terminal.console, mergeopd.report.jsonl, mergeopd.report.result; "
         "print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"

@@ -15,9 +15,6 @@ from typing import Any
 import pytest
 
 from mergeopd.errors import StorageError
-from mergeopd.report import html
-from mergeopd.report.answers import LEVELS, level
-from mergeopd.report.curves import build_curves
 from mergeopd.report.events import (
     CheckpointSaved,
     Event,
@@ -27,9 +24,12 @@ from mergeopd.report.events import (
     TeacherTrace,
     UpdateDone,
 )
-from mergeopd.report.html import HtmlReporter, write_report
 from mergeopd.report.jsonl import sample_record
-from mergeopd.report.run_data import Update, load_run
+from mergeopd.report.page import html
+from mergeopd.report.page.answers import LEVELS, level
+from mergeopd.report.page.curves import build_curves
+from mergeopd.report.page.html import HtmlReporter, write_report
+from mergeopd.report.page.run_data import Update, load_run
 
 EVIL = "</script><script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)>"
 
@@ -342,7 +342,7 @@ def test_text_of_others_stays_text(folder: Path, place: str) -> None:
 
 def test_making_a_report_imports_no_torch(folder: Path) -> None:
     code = (
-        "import sys, pathlib; from mergeopd.report.html import write_report;"
+        "import sys, pathlib; from mergeopd.report.page.html import write_report;"
         "write_report(pathlib.Path(sys.argv[1]));"
         "print([m for m in ('torch', 'transformers', 'datasets', 'pandas') if m in sys.modules])"
     )

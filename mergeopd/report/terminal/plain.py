@@ -19,10 +19,10 @@ from mergeopd.report.events import (
     StageStarted,
     UpdateDone,
 )
-from mergeopd.report.glyphs import Glyphs, plain_text
-from mergeopd.report.result import ending
-from mergeopd.report.timing import clock_text, shares
-from mergeopd.report.view import RunView
+from mergeopd.report.terminal.glyphs import Glyphs, plain_text
+from mergeopd.report.terminal.result import ending
+from mergeopd.report.terminal.timing import clock_text, shares
+from mergeopd.report.terminal.view import RunView
 
 _SHORTEST_S = 5.0
 _LONGEST_S = 60.0

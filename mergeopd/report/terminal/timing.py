@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from rich.text import Text
 
-from mergeopd.report.glyphs import Glyphs
+from mergeopd.report.terminal.glyphs import Glyphs
 
 _STYLES = {
     "rollout": "cyan",

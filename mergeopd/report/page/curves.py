@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mergeopd.report.run_data import Update
+from mergeopd.report.page.run_data import Update
 
 MAX_POINTS = 1500
 """Longer runs are shown as means over equal stretches of updates: a page has no use for more."""

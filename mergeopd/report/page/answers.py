@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mergeopd.report.run_data import Sample, Trace
+from mergeopd.report.page.run_data import Sample, Trace
 
 LEVELS = 12
 MAX_TIMES = 12

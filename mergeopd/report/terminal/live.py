@@ -14,12 +14,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mergeopd.report.curves import divergence
 from mergeopd.report.events import CheckpointSkipped, DomainStats, Event, Note, RunFinished, UpdateDone
-from mergeopd.report.glyphs import Glyphs, plain_text, sparkline
-from mergeopd.report.result import ResultTable, ending
-from mergeopd.report.timing import clock_text, split_line
-from mergeopd.report.view import RunView
+from mergeopd.report.page.curves import divergence
+from mergeopd.report.terminal.glyphs import Glyphs, plain_text, sparkline
+from mergeopd.report.terminal.result import ResultTable, ending
+from mergeopd.report.terminal.timing import clock_text, split_line
+from mergeopd.report.terminal.view import RunView
 
 REFRESHES_PER_S = 4
 _STAGE_AFTER_S = 2.0  # shorter stages would only flicker

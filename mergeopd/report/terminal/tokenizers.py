@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from mergeopd.report.glyphs import Glyphs, plain_text
+from mergeopd.report.terminal.glyphs import Glyphs, plain_text
 
 _SHOWN_CHARACTERS = 300
 

@@ -18,12 +18,12 @@ from markupsafe import Markup
 from ruamel.yaml import YAML
 
 from mergeopd import __version__
-from mergeopd.report.answers import LEVELS, build_answers, build_legends
-from mergeopd.report.curves import ACCENT, STAGE_COLOURS, build_curves, divergence
 from mergeopd.report.events import CheckpointSaved, Event, Note, Reporter, RunFinished, UpdateDone
+from mergeopd.report.page.answers import LEVELS, build_answers, build_legends
+from mergeopd.report.page.curves import ACCENT, STAGE_COLOURS, build_curves, divergence
+from mergeopd.report.page.run_data import RunData, load_run
 from mergeopd.report.result import MODELS
-from mergeopd.report.run_data import RunData, load_run
-from mergeopd.report.timing import clock_text, shares
+from mergeopd.report.terminal.timing import clock_text, shares
 from mergeopd.storage import run_layout
 from mergeopd.storage.folders import write_atomic
 from mergeopd.storage.metrics import json_text
@@ -161,7 +161,7 @@ def _yaml(value: Mapping[str, Any]) -> str:
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("mergeopd.report", "page"),
+        loader=PackageLoader("mergeopd.report.page", "assets"),
         autoescape=True,  # prompts and answers are anybody's text
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -187,7 +187,7 @@ def _verdict(recovered: float | None) -> str:
 
 @cache
 def _part(name: str) -> str:
-    return (files("mergeopd.report") / "page" / name).read_text(encoding="utf-8")
+    return (files("mergeopd.report.page") / "assets" / name).read_text(encoding="utf-8")
 
 
 @cache

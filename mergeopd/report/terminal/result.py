@@ -1,0 +1,88 @@
+"""The result table of a run, as the terminal shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from mergeopd.report.events import RunFinished
+from mergeopd.report.result import MODELS, complete_mean
+from mergeopd.report.terminal.glyphs import Glyphs, plain_text
+from mergeopd.report.terminal.timing import split_line
+
+_MISSING = "-"
+_HEADINGS = {"base": "base", "expert": "expert", "weight_average": "weight avg", "merged": "merged"}
+
+
+@dataclass(frozen=True, slots=True)
+class ResultTable:
+    """Renders a result document, finished or with values still missing."""
+
+    document: Mapping[str, Any]
+    result_path: Path | None = None
+    export_path: Path | None = None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        glyphs = Glyphs.of(options)
+        rows = self.document["domains"].values()
+        if rows:
+            yield self._table(glyphs)
+        if any("recovered" in row and row["recovered"] is None for row in rows):
+            yield Text(f"{_MISSING}  the expert is not better than the base", style="yellow")
+        seconds = {stage: value for stage, value in self.document["seconds"].items() if stage != "total"}
+        line = split_line(seconds, glyphs, options.max_width, total=True)
+        if line is not None:
+            yield line
+        for label, path in (("result", self.result_path), ("student", self.export_path)):
+            if path is not None:
+                yield Text.assemble((f"{label:<8}", "dim"), plain_text(str(path), glyphs), overflow="fold")
+
+    def _table(self, glyphs: Glyphs) -> Table:
+        domains: Mapping[str, Mapping[str, float | None]] = self.document["domains"]
+        table = Table(
+            title="Accuracy, greedy, in %",
+            title_justify="left",
+            title_style="bold",
+            box=glyphs.table_box,
+            header_style="dim",
+            pad_edge=False,
+        )
+        table.add_column("domain", overflow="fold")
+        for model in MODELS:
+            table.add_column(_HEADINGS[model], justify="right", style="bold" if model == "merged" else "")
+        table.add_column("recovered", justify="right")
+        for name, row in domains.items():
+            cells = [_percent(row.get(model)) for model in MODELS]
+            table.add_row(plain_text(name, glyphs), *cells, _recovered(row.get("recovered")))
+        if len(domains) > 1:
+            means = [complete_mean(row.get(model) for row in domains.values()) for model in MODELS]
+            table.add_section()
+            table.add_row(
+                "mean",
+                *(_percent(mean) for mean in means),
+                _recovered(self.document["mean_recovered"]),
+            )
+        return table
+
+
+def ending(event: RunFinished) -> ResultTable:
+    """The last thing that a run shows: its result if any, where the time went, what lies where."""
+    document = event.result or {"domains": {}, "mean_recovered": None}
+    return ResultTable({**document, "seconds": event.seconds}, event.result_path, event.export_path)
+
+
+def _percent(value: float | None) -> str:
+    return _MISSING if value is None else f"{100 * value:.1f}"
+
+
+def _recovered(value: float | None) -> Text:
+    if value is None:
+        return Text(_MISSING, style="dim")
+    style = "bold green" if value >= 0.9 else "bold yellow" if value >= 0.5 else "bold red"
+    return Text(f"{100 * value:.1f} %", style=style)
