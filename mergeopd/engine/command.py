@@ -23,7 +23,7 @@ from mergeopd.recipe.locate import shown
 from mergeopd.recipe.plan import EvaluationPlan, Plan
 from mergeopd.recipe.words import joined
 from mergeopd.report.events import Note, Reporter, Reporters
-from mergeopd.report.jsonl import JsonlReporter, SamplesReporter
+from mergeopd.report.jsonl import RecordsReporter
 from mergeopd.report.page.html import HtmlReporter
 from mergeopd.report.result import result_document, write_result
 from mergeopd.report.tensorboard import TensorBoardReporter
@@ -152,7 +152,7 @@ def _reporters(
     if num_told < num_done:
         name = shown(folder.metrics_file)
         console.emit(Note(f"{name} has lines of {num_told} of the {num_done} updates made so far"))
-    files = (JsonlReporter(metrics), SamplesReporter(samples), HtmlReporter(folder.path, console))
+    files = (RecordsReporter(metrics, samples), HtmlReporter(folder.path, console))
     return Reporters(*files, *_asked_for(inputs.plan, folder, console), console)
 
 
@@ -200,7 +200,7 @@ def _measure(inputs: Inputs, plan: EvaluationPlan, merged: Path, output: Path | 
         _tell_notes(inputs, reporter)
         accuracies = Evaluation(inputs, plan, pick_device(), ranks, reporter).run(merged)
     document = result_document(accuracies, {"evaluation": time.perf_counter() - start})
-    console.print(ResultTable(document, result_path=output, export_path=Path(shown(merged))))
+    console.print(ResultTable(document, {"result": output, "student": Path(shown(merged))}))
     if output is not None and ranks.is_first:
         write_result(output, document)
 

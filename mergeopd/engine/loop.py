@@ -286,5 +286,6 @@ class Merge:
                 result=document,
                 result_path=Path(shown(folder.result_file)) if document is not None else None,
                 export_path=Path(shown(folder.export)),
+                report_path=Path(shown(folder.report_file)),
             )
         )

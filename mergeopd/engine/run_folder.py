@@ -11,7 +11,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from rich.console import Console
 from ruamel.yaml import YAML
 
@@ -20,10 +19,9 @@ from mergeopd.errors import StorageError
 from mergeopd.recipe.locate import shown, shown_in
 from mergeopd.recipe.plan import Plan
 from mergeopd.report.events import Note, Reporter
-from mergeopd.report.page.run_data import Result
+from mergeopd.report.result import Result, read_result
 from mergeopd.report.terminal.result import ResultTable
 from mergeopd.storage import run_layout
-from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import is_leftover, set_aside, verify, write_atomic
 from mergeopd.storage.lock import LOCK_NAME
 
@@ -43,6 +41,7 @@ class RunFolder:
         self.checkpoints = path / run_layout.CHECKPOINTS
         self.export = path / run_layout.EXPORT
         self.result_file = path / run_layout.RESULT
+        self.report_file = path / run_layout.REPORT
 
     def started(self) -> datetime | None:
         """When the run began; None when it has not."""
@@ -183,23 +182,17 @@ class RunFolder:
     def show_finished(self, console: Console) -> None:
         """Tell that there is nothing left to do, and what came out."""
         console.print(f"This run is finished: {shown(self.path)}", highlight=False)
-        document = self._result()
-        if document is not None:
-            console.print(
-                ResultTable(
-                    document, result_path=Path(shown(self.result_file)), export_path=Path(shown(self.export))
-                )
-            )
+        result = self._result()
+        if result is not None:
+            files = {"result": self.result_file, "student": self.export, "report": self.report_file}
+            paths = {name: Path(shown(path)) for name, path in files.items() if path.exists()}
+            console.print(ResultTable(result, paths))
 
-    def _result(self) -> dict[str, Any] | None:
+    def _result(self) -> Result | None:
         """result.json; None when it is missing or damaged."""
-        if not self.result_file.is_file():
-            return None
-        with named_failures("read", self.result_file):
-            content = self.result_file.read_bytes()
         try:
-            return Result.model_validate_json(content).model_dump()
-        except ValidationError:
+            return read_result(self.result_file)
+        except ValueError:
             return None
 
 

@@ -159,9 +159,9 @@ class UpdateStats:
             corrected_fraction=self._tally.policy.mean("corrected"),
             clipped_fraction=self._tally.policy.mean("clipped"),
             importance_weight=self._tally.policy.mean("weight"),
-            behaviour_gap=self._tally.policy.mean("gap"),
-            behaviour_gap_max=self._tally.largest_gap,
-            silent_groups_fraction=silent_fraction,
+            rollout_logprob_gap=self._tally.policy.mean("gap"),
+            rollout_logprob_gap_max=self._tally.largest_gap,
+            zero_advantage_fraction=silent_fraction,
         )
 
     def teachers(self, crossings: Mapping[str, Crossing]) -> dict[str, TeacherStats]:

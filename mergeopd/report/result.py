@@ -1,15 +1,34 @@
-"""The result of a merge: accuracies, and the share of each expert's headroom that was recovered."""
+"""result.json: accuracies, and the share of each expert's headroom over the base that was recovered."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from pydantic import TypeAdapter
+
+from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import write_atomic
 from mergeopd.storage.metrics import json_text
 
 MODELS = ("base", "expert", "weight_average", "merged")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Accuracies (0 to 1) and `recovered` per domain, and wall seconds by stage.
+
+    Each domain gives `base`, `expert`, `merged` and `weight_average`; the last is None where the experts
+    cannot be averaged (different shapes). `mean_recovered` is over the domains that have headroom.
+    """
+
+    domains: Mapping[str, Mapping[str, float | None]]
+    mean_recovered: float | None
+    seconds: Mapping[str, float]
+
+
+_RESULT = TypeAdapter(Result)
 
 
 def recovered_headroom(base: float, expert: float, merged: float) -> float | None:
@@ -19,11 +38,8 @@ def recovered_headroom(base: float, expert: float, merged: float) -> float | Non
 
 def result_document(
     domains: Mapping[str, Mapping[str, float | None]], seconds: Mapping[str, float]
-) -> dict[str, Any]:
-    """`result.json`: accuracies (0 to 1) per domain, recovered headroom and its mean, where the time went.
-
-    Each domain gives `base`, `expert`, `merged` and `weight_average`; the last is None or left out where the
-    experts cannot be averaged (different shapes). `mean_recovered` is over the domains that have headroom.
+) -> Result:
+    """The result of a run from the accuracies of each domain; `weight_average` may be missing.
 
     Raises:
         ValueError: a domain has other keys, or lacks a value.
@@ -39,22 +55,31 @@ def result_document(
             **{model: given.get(model) for model in MODELS},
             "recovered": recovered_headroom(base, expert, merged),
         }
-    return {
-        "domains": rows,
-        "mean_recovered": complete_mean(
-            row["recovered"] for row in rows.values() if row["recovered"] is not None
-        ),
-        "seconds": dict(seconds),
-    }
+    recovered = [row["recovered"] for row in rows.values() if row["recovered"] is not None]
+    return Result(rows, complete_mean(recovered), dict(seconds))
 
 
-def write_result(path: Path, document: Mapping[str, Any]) -> None:
-    """Write `result.json`, whole or not at all.
+def write_result(path: Path, result: Result) -> None:
+    """Write `result.json` atomically.
 
     Raises:
         StorageError: the disk refuses.
     """
-    write_atomic(path, json_text(document, indent=2) + "\n")
+    write_atomic(path, json_text(asdict(result), indent=2) + "\n")
+
+
+def read_result(path: Path) -> Result | None:
+    """Read `result.json`; None where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+        StorageError: the disk refuses.
+    """
+    if not path.is_file():
+        return None
+    with named_failures("read", path):
+        content = path.read_bytes()
+    return _RESULT.validate_json(content)
 
 
 def complete_mean(values: Iterable[float | None]) -> float | None:

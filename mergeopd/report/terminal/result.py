@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from mergeopd.report.events import RunFinished
-from mergeopd.report.result import MODELS, complete_mean
+from mergeopd.report.result import MODELS, Result, complete_mean
 from mergeopd.report.terminal.glyphs import Glyphs, plain_text
 from mergeopd.report.terminal.timing import split_line
 
@@ -22,29 +21,28 @@ _HEADINGS = {"base": "base", "expert": "expert", "weight_average": "weight avg",
 
 @dataclass(frozen=True, slots=True)
 class ResultTable:
-    """Renders a result document, finished or with values still missing."""
+    """Renders a result, finished or with values still missing, and the paths of what was written."""
 
-    document: Mapping[str, Any]
-    result_path: Path | None = None
-    export_path: Path | None = None
+    result: Result
+    paths: Mapping[str, Path | None] = field(default_factory=dict)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         glyphs = Glyphs.of(options)
-        rows = self.document["domains"].values()
+        rows = self.result.domains.values()
         if rows:
             yield self._table(glyphs)
         if any("recovered" in row and row["recovered"] is None for row in rows):
             yield Text(f"{_MISSING}  the expert is not better than the base", style="yellow")
-        seconds = {stage: value for stage, value in self.document["seconds"].items() if stage != "total"}
+        seconds = {stage: value for stage, value in self.result.seconds.items() if stage != "total"}
         line = split_line(seconds, glyphs, options.max_width, total=True)
         if line is not None:
             yield line
-        for label, path in (("result", self.result_path), ("student", self.export_path)):
+        for label, path in self.paths.items():
             if path is not None:
                 yield Text.assemble((f"{label:<8}", "dim"), plain_text(str(path), glyphs), overflow="fold")
 
     def _table(self, glyphs: Glyphs) -> Table:
-        domains: Mapping[str, Mapping[str, float | None]] = self.document["domains"]
+        domains = self.result.domains
         table = Table(
             title="Accuracy, greedy, in %",
             title_justify="left",
@@ -66,15 +64,16 @@ class ResultTable:
             table.add_row(
                 "mean",
                 *(_percent(mean) for mean in means),
-                _recovered(self.document["mean_recovered"]),
+                _recovered(self.result.mean_recovered),
             )
         return table
 
 
 def ending(event: RunFinished) -> ResultTable:
-    """The last thing that a run shows: its result if any, where the time went, what lies where."""
-    document = event.result or {"domains": {}, "mean_recovered": None}
-    return ResultTable({**document, "seconds": event.seconds}, event.result_path, event.export_path)
+    """The end of a run: its result if any, the time by stage, the paths of what was written."""
+    result = replace(event.result or Result({}, None, {}), seconds=event.seconds)
+    paths = {"result": event.result_path, "student": event.export_path, "report": event.report_path}
+    return ResultTable(result, paths)
 
 
 def _percent(value: float | None) -> str:
