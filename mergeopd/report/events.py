@@ -16,8 +16,14 @@ from mergeopd.types import Finish, Origin
 StageName = Literal["rollout", "teachers", "update", "evaluation", "export", "text", "checkpoint"]
 
 
+class Event:
+    """Base of all events."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
-class RunStarted:
+class RunStarted(Event):
     """A run starts or resumes. `phases` are (name, updates); `resumed_at` counts updates done before."""
 
     name: str
@@ -31,7 +37,7 @@ class RunStarted:
 
 
 @dataclass(frozen=True, slots=True)
-class StageStarted:
+class StageStarted(Event):
     """Start of work that may take a while; it ends with the next stage or event of the loop.
 
     `detail` is its subject (`math`, `merged on math`), `total` the number of `unit`s, None if unknown.
@@ -44,7 +50,7 @@ class StageStarted:
 
 
 @dataclass(frozen=True, slots=True)
-class StageProgress:
+class StageProgress(Event):
     """`done` of the current stage's `total`."""
 
     done: int
@@ -122,7 +128,7 @@ class PolicyStats:
 
 
 @dataclass(frozen=True, slots=True)
-class UpdateDone:
+class UpdateDone(Event):
     """One optimizer update. `update` counts over the run from 1, `round` over the run from 0.
 
     `num_tokens` are response tokens in the loss, `grad_norm` is before clipping, `on_policy_fraction` the
@@ -166,7 +172,7 @@ class TeacherTrace:
 
 
 @dataclass(frozen=True, slots=True)
-class RolloutSampled:
+class RolloutSampled(Event):
     """A response of an update, token by token; also the record of a line in rollouts/samples.jsonl.
 
     `prompt` is the student's rendering. The texts in `tokens` make up the response; a character that is
@@ -202,7 +208,7 @@ class RolloutSampled:
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointSaved:
+class CheckpointSaved(Event):
     """A checkpoint is complete on disk."""
 
     update: int
@@ -210,7 +216,7 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointSkipped:
+class CheckpointSkipped(Event):
     """A checkpoint is incomplete or damaged and was not used."""
 
     path: Path
@@ -218,14 +224,14 @@ class CheckpointSkipped:
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class Note(Event):
     """A remark for the user."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class EvaluationDone:
+class EvaluationDone(Event):
     """Accuracy (0 to 1) of one model on one domain; `model` is base, expert, weight_average or merged."""
 
     model: str
@@ -235,7 +241,7 @@ class EvaluationDone:
 
 
 @dataclass(frozen=True, slots=True)
-class RunFinished:
+class RunFinished(Event):
     """The end. `seconds` are wall seconds by stage, with their sum as `total`.
 
     `result` is None where the recipe evaluates nothing. Paths are those to show.
@@ -246,20 +252,6 @@ class RunFinished:
     result_path: Path | None = None
     export_path: Path | None = None
     report_path: Path | None = None
-
-
-Event = (
-    RunStarted
-    | StageStarted
-    | StageProgress
-    | UpdateDone
-    | RolloutSampled
-    | CheckpointSaved
-    | CheckpointSkipped
-    | Note
-    | EvaluationDone
-    | RunFinished
-)
 
 
 class Reporter(Protocol):

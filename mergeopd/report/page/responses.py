@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mergeopd.recipe.term_display import MEASURES
@@ -38,40 +38,17 @@ class Reading:
     tokens: tuple[Token, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Response:
-    """A sampled response with a reading per teacher; the last `num_hidden` tokens are not shown.
-
-    `num_given` of its tokens are not the assistant's.
-    """
-
-    sample: RolloutSampled
-    readings: tuple[Reading, ...]
-    num_hidden: int
-    num_given: int
+Response = tuple[RolloutSampled, list[Reading]]
 
 
-@dataclass(frozen=True, slots=True)
-class DomainResponses:
-    """One domain's responses by update, in order."""
-
-    domain: str
-    by_update: tuple[tuple[int, tuple[Response, ...]], ...]
-
-
-def build_responses(samples: Sequence[RolloutSampled]) -> tuple[DomainResponses, ...]:
-    """The responses to show, of at most `MAX_TIMES` updates per domain, first and last included."""
-    result = []
+def build_responses(samples: Sequence[RolloutSampled]) -> Mapping[str, Mapping[int, Sequence[Response]]]:
+    """The responses to show by domain and update: at most `MAX_TIMES` updates, first and last included."""
+    result: dict[str, dict[int, list[Response]]] = {}
     for domain in sorted({sample.domain for sample in samples}):
         own = [sample for sample in samples if sample.domain == domain]
         updates = _spread(sorted({sample.update for sample in own}), MAX_TIMES)
-        result.append(
-            DomainResponses(
-                domain,
-                tuple((u, tuple(_response(sample) for sample in own if sample.update == u)) for u in updates),
-            )
-        )
-    return tuple(result)
+        result[domain] = {u: [(s, _readings(s)) for s in own if s.update == u] for u in updates}
+    return result
 
 
 def level(value: float | None, divergence: str) -> int:
@@ -85,33 +62,20 @@ def _scale(divergence: str) -> float:
     return MEASURES[divergence].colour_scale if divergence in MEASURES else 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Legend:
-    """Some values in nats with their levels, for the divergences that share a scale."""
-
-    divergences: tuple[str, ...]
-    steps: tuple[tuple[float, int], ...]
-
-
-def build_legends(samples: Sequence[RolloutSampled]) -> tuple[Legend, ...]:
-    """The scales in use."""
+def build_legends(samples: Sequence[RolloutSampled]) -> list[tuple[list[str], list[tuple[float, int]]]]:
+    """The scales in use: divergences that share one, and some values in nats with their levels."""
     by_scale: dict[float, list[str]] = {}
     for divergence in dict.fromkeys(sample.divergence for sample in samples):
         by_scale.setdefault(_scale(divergence), []).append(divergence)
-    return tuple(
-        Legend(tuple(names), tuple((f * scale, level(f * scale, names[0])) for f in _LEGEND_STEPS))
+    return [
+        (names, [(part * scale, level(part * scale, names[0])) for part in _LEGEND_STEPS])
         for scale, names in by_scale.items()
-    )
+    ]
 
 
-def _response(sample: RolloutSampled) -> Response:
+def _readings(sample: RolloutSampled) -> list[Reading]:
     readings = [_reading(sample, name, trace) for name, trace in sorted(sample.teachers.items())]
-    return Response(
-        sample=sample,
-        readings=tuple(readings or [_reading(sample, "", None)]),
-        num_hidden=max(0, len(sample.tokens) - MAX_TOKENS),
-        num_given=0 if sample.trained is None else len(sample.trained) - sum(sample.trained),
-    )
+    return readings or [_reading(sample, "", None)]
 
 
 def _reading(sample: RolloutSampled, teacher: str, trace: TeacherTrace | None) -> Reading:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
+from rich.table import Table
 from rich.text import Text
 
 _WIDEST_SPARKLINE = 48
@@ -28,6 +29,17 @@ class Glyphs:
     def of(options: ConsoleOptions) -> Glyphs:
         """The set for a console."""
         return _ASCII if options.ascii_only else _UNICODE
+
+    def table(self, title: str) -> Table:
+        """An empty table."""
+        return Table(
+            title=plain_text(title, self) or None,
+            title_justify="left",
+            title_style="bold",
+            box=self.table_box,
+            header_style="dim",
+            pad_edge=False,
+        )
 
 
 _UNICODE = Glyphs(levels="▁▂▃▄▅▆▇█", block="━", dot="·", table_box=box.SIMPLE_HEAD, ascii_only=False)

@@ -14,26 +14,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Column, Table
 from rich.text import Text
 
-from mergeopd.report.events import (
-    CheckpointSaved,
-    CheckpointSkipped,
-    Event,
-    Note,
-    RunFinished,
-    RunStarted,
-    StageProgress,
-    StageStarted,
-    UpdateDone,
-)
-from mergeopd.report.figures import (
-    DOMAIN_FIGURES,
-    MEASURE_FIGURES,
-    NUM_TOKENS,
-    RUN_FIGURES,
-    TEACHER_FIGURES,
-    Figure,
-    run_value,
-)
+from mergeopd.report import events, figures
+from mergeopd.report.figures import MEASURE_FIGURES, Figure
 from mergeopd.report.jsonl import Numbers, UpdateRecord
 from mergeopd.report.result import Result
 from mergeopd.report.terminal.glyphs import Glyphs, Sparkline, plain_text
@@ -44,7 +26,7 @@ from mergeopd.report.terminal.view import RunView, Trend, measure_of
 REFRESHES_PER_S = 4
 _STAGE_AFTER_S = 2.0  # shorter stages would only flicker
 _WIDEST = 110
-_FIXED_LINES = 7  # progress, gaps, the line of numbers, the time, the cursor
+_FIXED_LINES = 7  # run, stage, time, the run's numbers with a gap, and two to spare
 
 
 class LiveReporter:
@@ -55,12 +37,10 @@ class LiveReporter:
         self._clock = clock
         self._view = RunView()
         self._glyphs = Glyphs.of(console.options)
-        no_wrap = Column(no_wrap=True, overflow="ellipsis")
         self._progress = Progress(
-            TextColumn("{task.description}", markup=False, table_column=no_wrap),
+            TextColumn("{task.description}", markup=False, table_column=_one_line()),
             BarColumn(None, table_column=Column(ratio=1)),
-            _Count(no_wrap.copy()),
-            _Times(lambda: self._view.left_s(clock()), no_wrap.copy()),
+            _CountAndTimes(lambda: self._view.left_s(clock())),
             console=console,
             get_time=clock,
             auto_refresh=False,
@@ -68,7 +48,6 @@ class LiveReporter:
         )
         self._run_task: TaskID | None = None
         self._stage_task: TaskID | None = None
-        self._saved_at: int | None = None
         # The refresh thread draws while the run's thread reports. Never print while holding the lock: the
         # refresh thread takes rich's lock first, then this one.
         self._lock = threading.Lock()
@@ -89,70 +68,57 @@ class LiveReporter:
             self._end_stage()
         self._live.stop()
 
-    def emit(self, event: Event) -> None:
+    def emit(self, event: events.Event) -> None:
         """Take the event in; the next refresh shows it. Notes and the result are printed at once."""
         with self._lock:
             self._view.apply(event, self._clock())
-            self._apply(event)
+            self._move_bars(event)
         match event:
-            case Note():
+            case events.Note():
                 self._print("note", "cyan", event.text)
-            case CheckpointSkipped():
+            case events.CheckpointSkipped():
                 self._print("warning", "yellow", f"skipped {event.path}: {event.reason}")
-            case RunFinished():
+            case events.RunFinished():
                 self._live.stop()
                 self._console.print()
                 self._console.print(ending(event))
             case _ if not self._live.is_started:
                 self._live.start()
-            case _:
-                pass
 
     def _print(self, label: str, style: str, text: str) -> None:
         self._console.print(Text.assemble((f"{label:<8}", style), plain_text(text, self._glyphs)))
 
-    def _apply(self, event: Event) -> None:
-        """Bring the progress bars up to date."""
+    def _move_bars(self, event: events.Event) -> None:
         match event:
-            case RunStarted():
+            case events.RunStarted():
                 self._run_task = self._progress.add_task("", total=event.num_updates, unit="updates")
-                self._show_position()
-            case StageStarted():
+                self._show_position(event)
+            case events.StageStarted():
                 self._end_stage()
-                what = f"{event.stage}  {event.detail}" if event.detail else event.stage
-                self._stage_task = self._progress.add_task(
-                    plain_text(what, self._glyphs), total=event.total or None, unit=event.unit, visible=False
-                )
-            case StageProgress() if self._stage_task is not None:
+                what = plain_text(f"{event.stage}  {event.detail}".rstrip(), self._glyphs)
+                total = event.total or None
+                self._stage_task = self._progress.add_task(what, total=total, unit=event.unit, visible=False)
+            case events.StageProgress() if self._stage_task is not None:
                 self._progress.update(self._stage_task, completed=event.done)
-            case UpdateDone():
+            case events.UpdateDone() | events.RunFinished():
                 self._end_stage()
-                self._show_position()
-            case CheckpointSaved():
-                self._saved_at = event.update
-            case RunFinished():
-                self._end_stage()
-            case _:
-                pass
+                if self._view.run is not None:
+                    self._show_position(self._view.run)
 
     def _end_stage(self) -> None:
         if self._stage_task is not None:
             self._progress.remove_task(self._stage_task)
             self._stage_task = None
 
-    def _show_position(self) -> None:
-        """Name run and phase beside the bar, and set how far it is."""
-        view = self._view
-        if view.run is None or self._run_task is None:
-            return
-        phase = view.phase_of(min(view.done + 1, view.run.num_updates))
-        title = view.run.name
-        if phase is not None and len(view.run.phases) > 1:
-            done = phase.done - (view.done < view.run.num_updates)  # `phase` is that of the next update
-            title += f" {self._glyphs.dot} {phase.name} {done}/{phase.updates}"
-        self._progress.update(
-            self._run_task, completed=view.done, description=plain_text(title, self._glyphs)
-        )
+    def _show_position(self, run: events.RunStarted) -> None:
+        """Show the phase and the updates made so far."""
+        assert self._run_task is not None
+        title, done = run.name, self._view.done
+        phase = self._view.phase_of(min(done + 1, run.num_updates))
+        if phase is not None and len(run.phases) > 1:
+            in_phase = phase.done - (done < run.num_updates)  # `phase` is that of the next update
+            title += f" {self._glyphs.dot} {phase.name} {in_phase}/{phase.updates}"
+        self._progress.update(self._run_task, completed=done, description=plain_text(title, self._glyphs))
 
     def _frame(self) -> RenderableType:
         """The display as it is now, fitted to the size of the console."""
@@ -162,62 +128,63 @@ class LiveReporter:
             return Constrain(Group(*self._parts(width, height)), width)
 
     def _parts(self, width: int, height: int) -> list[RenderableType]:
-        stage = next((task for task in self._progress.tasks if task.id == self._stage_task), None)
-        if stage is not None:
-            stage.visible = (stage.elapsed or 0.0) >= _STAGE_AFTER_S
-        parts: list[RenderableType] = [self._progress.make_tasks_table(self._progress.tasks)]
-        if stage is None or not stage.visible:
-            parts.append(Text())  # so that the frame keeps its height
-        if self._view.evaluations:
-            return [*parts, Text(), ResultTable(Result(self._view.evaluations, None, {}))]
-        if self._view.last is not None:
-            parts += self._figures(self._view.last, width, height - _FIXED_LINES)
+        tasks = self._progress.tasks
+        for task in tasks:
+            task.visible = task.id == self._run_task or (task.elapsed or 0.0) >= _STAGE_AFTER_S
+        parts: list[RenderableType] = [self._progress.make_tasks_table(tasks)]
+        if self._stage_task is None or not tasks[-1].visible:
+            parts.append(Text())  # the frame keeps its height
+        view = self._view
+        if view.evaluations and not view.is_finished:
+            return [*parts, Text(), ResultTable(Result(view.evaluations, None, {}))]
+        if view.last is not None:
+            parts += self._numbers(view.last, width, height - _FIXED_LINES)
         return parts
 
-    def _figures(self, last: UpdateRecord, width: int, room: int) -> list[RenderableType]:
-        """Tables of teachers and domains in at most `room` lines, the numbers of the run, a legend."""
+    def _numbers(self, last: UpdateRecord, width: int, room: int) -> list[RenderableType]:
+        """Tables of teachers and domains in at most `room` lines, the run's numbers, a legend if it fits."""
         view = self._view
-        measure = next((key for key in map(measure_of, last.teachers.values()) if key), "")
-        of_teachers = [figure for figure in (*TEACHER_FIGURES, NUM_TOKENS) if figure.column]
+        measure = next((key for key in map(measure_of, last.teachers.values()) if key), None)
+        of_teachers = [figure for figure in figures.TEACHER_FIGURES if figure.column] + [figures.NUM_TOKENS]
         of_teachers = [MEASURE_FIGURES[measure], *of_teachers] if measure else of_teachers
-        of_domains = view.columns(DOMAIN_FIGURES)
-        tables = [("teacher", last.teachers, of_teachers), ("domain", last.domains, of_domains)]
-        tables = [table for table in tables if table[1]]
-        lines = max(0, room - 2 * len(tables))
-        # Teachers come first; domains get half of the lines, or what teachers leave.
-        for_domains = min(len(last.domains), max(lines // max(1, len(tables)), lines - len(last.teachers)))
+        of_domains = view.columns(figures.DOMAIN_FIGURES)
+        lines = max(0, room - (4 if last.teachers else 2))
+        half = lines // 2 if last.teachers else lines
+        for_domains = min(len(last.domains), max(half, lines - len(last.teachers)))
+        for_teachers = min(len(last.teachers), lines - for_domains)
         parts: list[RenderableType] = []
-        for kind, rows, figures in tables:
-            share = for_domains if kind == "domain" else min(len(rows), lines - for_domains)
-            if share > 0:
-                trend = measure_of if kind == "teacher" else _nll if not last.teachers else None
-                parts += [Text(), self._table(kind, rows, figures, trend, share)]
-                room -= 2 + share
+        if for_teachers > 0:
+            parts += [Text(), self._table("teacher", last.teachers, of_teachers, measure_of, for_teachers)]
+        if for_domains > 0:
+            trend = None if last.teachers else _nll
+            parts += [Text(), self._table("domain", last.domains, of_domains, trend, for_domains)]
         parts += [Text(), self._run_line(last)]
-        parts += [line for line in [split_line(view.phase_seconds, self._glyphs, width)] if line is not None]
-        legend = self._legend([*of_teachers, *of_domains] if last.teachers else of_domains)
-        if 1 + len(legend.wrap(self._console, width)) <= room:
-            parts += [Text(), legend]
+        parts += filter(None, [split_line(view.phase_seconds, self._glyphs, width)])
+        explained = [*of_teachers, *of_domains] if last.teachers else of_domains
+        legend = "; ".join(f"{figure.column}: {figure.subtitle}" for figure in explained)
+        text = Text(plain_text(legend, self._glyphs), style="dim")
+        if 1 + len(text.wrap(self._console, width)) <= lines - for_teachers - for_domains:
+            parts += [Text(), text]
         return parts
 
     def _table(
         self,
         kind: str,
         rows: Mapping[str, Numbers],
-        figures: Sequence[Figure],
+        columns: Sequence[Figure],
         trend: Callable[[Numbers], str] | None,
         lines: int,
     ) -> Table:
         """A row per teacher or domain in `lines` lines, with the history of the figure that `trend` names."""
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
         table.add_column(kind, no_wrap=True, overflow="ellipsis", min_width=8, max_width=24)
-        for figure in figures:
+        for figure in columns:
             table.add_column(figure.column, justify="right", no_wrap=True)
         if trend is not None:
             table.add_column("trend", style="cyan")
         shown = list(rows) if len(rows) <= lines else list(rows)[: lines - 1]
         for name in shown:
-            cells: list[RenderableType] = [_cell(figure, rows[name]) for figure in figures]
+            cells: list[RenderableType] = [_cell(figure, rows[name]) for figure in columns]
             if trend is not None:
                 history = self._view.trends.get((name, trend(rows[name])), Trend())
                 cells.append(Sparkline(history.points, self._glyphs))
@@ -227,44 +194,40 @@ class LiveReporter:
         return table
 
     def _run_line(self, last: UpdateRecord) -> Text:
-        pairs = [(f.column, _number(run_value(last, f.key), f.unit)) for f in self._view.columns(RUN_FIGURES)]
-        if (speed := self._view.tokens_per_s) is not None:
-            pairs.append(("tokens/s", Text(f"{speed:,.0f}")))
-        if self._saved_at is not None:
-            pairs.append(("saved at", Text(str(self._saved_at))))
+        view = self._view
+        pairs = [
+            (figure.column, _number(figures.run_value(last, figure.key), figure.unit))
+            for figure in view.columns(figures.RUN_FIGURES)
+        ]
+        if view.tokens_per_s is not None:
+            pairs.append(("tokens/s", Text(f"{view.tokens_per_s:,.0f}")))
+        if view.saved_at is not None:
+            pairs.append(("saved at", Text(str(view.saved_at))))
         return Text("   ", no_wrap=True, overflow="ellipsis").join(
             Text.assemble((f"{label} ", "dim"), value) for label, value in pairs
         )
 
-    def _legend(self, figures: Sequence[Figure]) -> Text:
-        parts = [f"{figure.column}: {figure.subtitle}" for figure in figures if figure.subtitle]
-        return Text(plain_text("; ".join(parts), self._glyphs), style="dim")
 
+class _CountAndTimes(ProgressColumn):
+    """`64/256 responses  0:02`; for the run with an estimate of the time left."""
 
-class _Count(ProgressColumn):
-    """`64/256 responses`; empty without a total."""
-
-    def render(self, task: Task) -> Text:
-        if task.total is None:
-            return Text()
-        return Text(f"{int(task.completed):,}/{int(task.total):,} {task.fields['unit']}".rstrip())
-
-
-class _Times(ProgressColumn):
-    """Elapsed time, and for the run the estimated rest."""
-
-    def __init__(self, left_s: Callable[[], float | None], table_column: Column) -> None:
-        super().__init__(table_column)
+    def __init__(self, left_s: Callable[[], float | None]) -> None:
+        super().__init__(_one_line())
         self._left_s = left_s
 
     def render(self, task: Task) -> Text:
-        text = clock_text(task.elapsed or 0.0)
+        count = f"{int(task.completed):,}/{int(task.total):,} {task.fields['unit']}" if task.total else ""
         left = self._left_s() if task.fields["unit"] == "updates" and not task.finished else None
-        return Text(text if left is None else f"{text}, about {clock_text(left)} left", style="dim")
+        rest = "" if left is None else f", about {clock_text(left)} left"
+        return Text.assemble(count.rstrip(), (f"  {clock_text(task.elapsed or 0.0)}{rest}", "dim"))
+
+
+def _one_line() -> Column:
+    return Column(no_wrap=True, overflow="ellipsis")
 
 
 def _nll(numbers: Numbers) -> str:
-    """Without teachers, the text's NLL is what falls."""
+    """The key of the trend of domains, where there are no teachers."""
     return "nll"
 
 

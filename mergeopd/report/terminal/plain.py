@@ -7,18 +7,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.text import Text
 
-from mergeopd.report.events import (
-    CheckpointSaved,
-    CheckpointSkipped,
-    EvaluationDone,
-    Event,
-    Note,
-    RunFinished,
-    RunStarted,
-    StageProgress,
-    StageStarted,
-    UpdateDone,
-)
+from mergeopd.report import events
 from mergeopd.report.figures import MEASURE_FIGURES, POLICY_FIGURES
 from mergeopd.report.terminal.glyphs import Glyphs, plain_text
 from mergeopd.report.terminal.result import ending
@@ -37,7 +26,7 @@ class PlainReporter:
         self._console = console
         self._clock = clock
         self._view = RunView()
-        self._stage: StageStarted | None = None
+        self._stage: events.StageStarted | None = None
         self._first_at = self._printed_at = self._stage_at = clock()
 
     def __enter__(self) -> PlainReporter:
@@ -46,35 +35,35 @@ class PlainReporter:
     def __exit__(self, *_: object) -> None:
         return
 
-    def emit(self, event: Event) -> None:
+    def emit(self, event: events.Event) -> None:
         """Print the line of the event, if it has one and one is due."""
         now = self._clock()
         self._view.apply(event, now)
         match event:
-            case RunStarted():
+            case events.RunStarted():
                 self._print(_opening(event))
-            case UpdateDone():
+            case events.UpdateDone():
                 if self._is_edge(event.update) or self._is_due(now):
                     self._print(self._update_line(event, now))
-            case StageStarted():
+            case events.StageStarted():
                 self._stage, self._stage_at = event, now
                 if event.stage in _PRINTED_STAGES:
                     self._print(_stage_line(event, 0))
-            case StageProgress():
+            case events.StageProgress():
                 # Where stages are short, the updates themselves show progress.
                 is_long = now - self._stage_at >= _SHORTEST_S
                 if self._stage is not None and is_long and self._is_due(now):
                     self._print(_stage_line(self._stage, event.done))
-            case EvaluationDone():
+            case events.EvaluationDone():
                 correct = f"{100 * event.accuracy:.1f} % of {event.num_prompts}"
                 self._print(f"evaluation {event.model} on {event.domain}: {correct}")
-            case CheckpointSaved():
+            case events.CheckpointSaved():
                 self._print(f"saved {event.path}")
-            case CheckpointSkipped():
+            case events.CheckpointSkipped():
                 self._print(f"warning: skipped {event.path}: {event.reason}")
-            case Note():
+            case events.Note():
                 self._print(f"note: {event.text}")
-            case RunFinished():
+            case events.RunFinished():
                 self._console.print(ending(event))
 
     def _is_edge(self, update: int) -> bool:
@@ -94,7 +83,7 @@ class PlainReporter:
         line = f"{self._console.get_datetime():%Y-%m-%d %H:%M:%S}  {text}"
         self._console.print(Text(plain_text(line, Glyphs.of(self._console.options))), soft_wrap=True)
 
-    def _update_line(self, event: UpdateDone, now: float) -> str:
+    def _update_line(self, event: events.UpdateDone, now: float) -> str:
         view, last = self._view, self._view.last
         assert last is not None
         total = view.run.num_updates if view.run else event.update
@@ -121,7 +110,7 @@ class PlainReporter:
         return "  ".join(parts)
 
 
-def _opening(event: RunStarted) -> str:
+def _opening(event: events.RunStarted) -> str:
     phases = ", ".join(f"{name} {updates}" for name, updates in event.phases)
     resumed = f", resumes after update {event.resumed_at}" if event.resumed_at else ""
     return (
@@ -130,6 +119,6 @@ def _opening(event: RunStarted) -> str:
     )
 
 
-def _stage_line(event: StageStarted, done: int) -> str:
+def _stage_line(event: events.StageStarted, done: int) -> str:
     of_total = f" {done:,}/{event.total:,} {event.unit}".rstrip() if event.total else ""
     return f"{event.stage} {event.detail}".rstrip() + of_total

@@ -43,14 +43,7 @@ class ResultTable:
 
     def _table(self, glyphs: Glyphs) -> Table:
         domains = self.result.domains
-        table = Table(
-            title="Accuracy, greedy, in %",
-            title_justify="left",
-            title_style="bold",
-            box=glyphs.table_box,
-            header_style="dim",
-            pad_edge=False,
-        )
+        table = glyphs.table("Accuracy, greedy, in %")
         table.add_column("domain", overflow="fold")
         for model in MODELS:
             table.add_column(_HEADINGS[model], justify="right", style="bold" if model == "merged" else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from mergeopd.report.events import EvaluationDone, Event, RunStarted, UpdateDone
+from mergeopd.report import events
 from mergeopd.report.figures import DOMAIN_FIGURES, MEASURE_FIGURES, RUN_FIGURES, Figure, run_value
 from mergeopd.report.jsonl import Numbers, UpdateRecord
 
@@ -56,8 +56,10 @@ class RunView:
     phase, `trends` the history of the phase by teacher or domain and key.
     """
 
-    run: RunStarted | None = None
+    run: events.RunStarted | None = None
     last: UpdateRecord | None = None
+    saved_at: int | None = None
+    is_finished: bool = False
     evaluations: dict[str, dict[str, float | None]] = field(default_factory=dict)
     informative: set[str] = field(default_factory=set)
     trends: dict[tuple[str, str], Trend] = field(default_factory=dict)
@@ -66,20 +68,22 @@ class RunView:
     _last_update_at: float = 0.0
     _recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
 
-    def apply(self, event: Event, now: float) -> None:
+    def apply(self, event: events.Event, now: float) -> None:
         """Take in an event."""
         match event:
-            case RunStarted():
+            case events.RunStarted():
                 self.run = event
                 self._last_update_at = now
-            case UpdateDone():
+            case events.UpdateDone():
                 self._apply_update(event, now)
-            case EvaluationDone():
+            case events.EvaluationDone():
                 self.evaluations.setdefault(event.domain, {})[event.model] = event.accuracy
-            case _:
-                pass
+            case events.CheckpointSaved():
+                self.saved_at = event.update
+            case events.RunFinished():
+                self.is_finished = True
 
-    def _apply_update(self, event: UpdateDone, now: float) -> None:
+    def _apply_update(self, event: events.UpdateDone, now: float) -> None:
         self.last = UpdateRecord.of(event)
         phase = self.phase_of(event.update)
         if phase is not None and phase.index != self._phase_index:
