@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mergeopd.recipe.term_display import MEASURES, TERMS, TermDisplay
@@ -72,6 +73,18 @@ RUN_FIGURES = (
 )
 NUM_TOKENS = Figure("num_tokens", "tokens", "Tokens", "response tokens in the loss")
 SECONDS = Figure("seconds", "", "Seconds per update", "rollouts count to a round's first", "s", stacked=True)
+
+STAGES: Mapping[str, tuple[int, str]] = {
+    "rollout": (5, "cyan"),
+    "teachers": (3, "magenta"),
+    "update": (4, "green"),
+    "text": (6, "yellow"),
+    "evaluation": (7, "blue"),
+    "checkpoint": (8, "bright_black"),
+    "startup": (1, "bright_black"),
+    "other": (9, "bright_black"),
+}
+"""Colours of stages: an index into the page's palette, apart from its first ones, and a terminal style."""
 
 
 def run_value(record: UpdateRecord, key: str) -> float | None:

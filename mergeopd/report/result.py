@@ -36,6 +36,13 @@ def recovered_headroom(base: float, expert: float, merged: float) -> float | Non
     return (merged - base) / (expert - base) if expert > base else None
 
 
+def grade(recovered: float | None) -> str:
+    """How a recovered headroom is coloured: good, fair, poor, or none where there is no headroom."""
+    if recovered is None:
+        return "none"
+    return "good" if recovered >= 0.9 else "fair" if recovered >= 0.5 else "poor"
+
+
 def result_document(
     domains: Mapping[str, Mapping[str, float | None]], seconds: Mapping[str, float]
 ) -> Result:

@@ -12,6 +12,7 @@ from mergeopd.report.figures import (
     MEASURE_FIGURES,
     RUN_FIGURES,
     SECONDS,
+    STAGES,
     TEACHER_FIGURES,
     Figure,
     run_value,
@@ -22,17 +23,6 @@ MAX_POINTS = 1500
 """Longer runs are shown as means over equal stretches of updates."""
 ACCENT = -1
 """The colour of a line that is alone in its chart."""
-STAGE_COLOURS = {
-    "rollout": 5,
-    "teachers": 3,
-    "update": 4,
-    "text": 6,
-    "evaluation": 7,
-    "checkpoint": 8,
-    "startup": 1,
-    "other": 9,
-}
-"""They differ from the first colours, which teachers and domains have on the same page."""
 # What every round repeats; stages that come once a run or phase would dwarf it.
 _REPEATED_STAGES = ("rollout", "teachers", "update", "checkpoint")
 
@@ -143,7 +133,7 @@ def _candidates(
     for figure in RUN_FIGURES:
         yield "run", figure, [(figure.title.lower(), ACCENT, partial(run_value, key=figure.key))]
     stages = [name for name in _REPEATED_STAGES if any(name in update.cost.seconds for update in updates)]
-    yield "run", SECONDS, [(name, STAGE_COLOURS[name], partial(_of_stage, name=name)) for name in stages]
+    yield "run", SECONDS, [(name, STAGES[name][0], partial(_of_stage, name=name)) for name in stages]
 
 
 def _of_part(update: UpdateRecord, group: str, name: str, key: str) -> float | None:

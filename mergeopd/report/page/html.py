@@ -20,10 +20,11 @@ from ruamel.yaml import YAML
 from mergeopd import __version__
 from mergeopd.recipe.term_display import MEASURES
 from mergeopd.report.events import CheckpointSaved, Event, Note, Reporter, RunFinished, UpdateDone
-from mergeopd.report.page.curves import ACCENT, STAGE_COLOURS, build_curves
+from mergeopd.report.figures import STAGES
+from mergeopd.report.page.curves import ACCENT, build_curves
 from mergeopd.report.page.responses import LEVELS, build_legends, build_responses
 from mergeopd.report.page.run_data import RunData, load_run
-from mergeopd.report.result import MODELS
+from mergeopd.report.result import MODELS, grade
 from mergeopd.report.terminal.timing import clock_text, shares
 from mergeopd.storage import run_layout
 from mergeopd.storage.folders import write_atomic
@@ -79,7 +80,7 @@ def render(data: RunData, now: datetime) -> str:
             seconds=seconds,
             total_s=data.result.seconds.get("total") if data.result else None,
             percents=shares(seconds),
-            stage_colours=STAGE_COLOURS,
+            stage_colours={name: colour for name, (colour, _) in STAGES.items()},
             plan_text=_yaml(data.plan) if data.plan else "",
             clock_text=clock_text,
         )
@@ -166,19 +167,12 @@ def _environment() -> Environment:
     environment.filters["percent"] = lambda value: "-" if value is None else f"{100 * value:.1f}"
     environment.filters["count"] = lambda value: f"{value:,}"
     environment.filters["colour"] = _colour
-    environment.filters["grade"] = _grade
+    environment.filters["grade"] = grade
     return environment
 
 
 def _colour(index: int) -> str:
     return "var(--accent)" if index == ACCENT else f"var(--c{index % _NUM_COLOURS})"
-
-
-def _grade(recovered: float | None) -> str:
-    """The CSS class of a recovered headroom; the terminal's colours have the same limits."""
-    if recovered is None:
-        return "none"
-    return "good" if recovered >= 0.9 else "fair" if recovered >= 0.5 else "poor"
 
 
 @cache

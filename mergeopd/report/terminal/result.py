@@ -11,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from mergeopd.report.events import RunFinished
-from mergeopd.report.result import MODELS, Result, complete_mean
+from mergeopd.report.result import MODELS, Result, complete_mean, grade
 from mergeopd.report.terminal.glyphs import Glyphs, plain_text
 from mergeopd.report.terminal.timing import split_line
 
 _MISSING = "-"
+_STYLES = {"good": "bold green", "fair": "bold yellow", "poor": "bold red", "none": "dim"}
 _HEADINGS = {"base": "base", "expert": "expert", "weight_average": "weight avg", "merged": "merged"}
 
 
@@ -74,7 +75,4 @@ def _percent(value: float | None) -> str:
 
 
 def _recovered(value: float | None) -> Text:
-    if value is None:
-        return Text(_MISSING, style="dim")
-    style = "bold green" if value >= 0.9 else "bold yellow" if value >= 0.5 else "bold red"
-    return Text(f"{100 * value:.1f} %", style=style)
+    return Text(_MISSING if value is None else f"{100 * value:.1f} %", style=_STYLES[grade(value)])
