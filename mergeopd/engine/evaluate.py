@@ -112,7 +112,7 @@ class Evaluation:
         prompts: Sequence[Prompt] = self._inputs.evaluation[source.name]
         stop = self._inputs.plan.rollout.stop
         self._reporter.emit(
-            StageStarted("evaluation", f"{contestant.kind} on {source.domain}", len(prompts), "answers")
+            StageStarted("evaluation", f"{contestant.kind} on {source.domain}", len(prompts), "responses")
         )
         verify, decode = self._verifiers[source.name], contestant.dialect.tokenizer.decode
 

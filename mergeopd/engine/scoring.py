@@ -58,7 +58,7 @@ def score(
     following = [turn.teacher for turn in turns[1:]] + [None]
     for turn, next_teacher in zip(turns, following, strict=True):
         total = sum(rollouts[i].num_trained > 0 for i in turn.rollouts)
-        reporter.emit(StageStarted("teachers", turn.teacher, total, "answers"))
+        reporter.emit(StageStarted("teachers", turn.teacher, total, "responses"))
         told = progress(reporter, total, parts.ranks)
         with parts.store.open(turn.teacher) as teacher:
             if next_teacher is not None:

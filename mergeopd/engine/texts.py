@@ -105,7 +105,7 @@ class TeacherTexts:
         """
         parts, ranks, size = self._parts, self._parts.ranks, self._parts.plan.rollout.batch_size
         in_order = sorted(requests, key=lambda request: len(request.prompt_ids))
-        reporter.emit(StageStarted("text", f"{name} writes", len(requests), "answers"))
+        reporter.emit(StageStarted("text", f"{name} generates", len(requests), "responses"))
         with parts.store.open(name) as teacher:
             writer = parts.teacher_writer(teacher)
             ranks.share(lambda: self._recognise(teacher, writer))

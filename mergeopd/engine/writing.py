@@ -29,7 +29,7 @@ def write_student(parts: Parts, tasks: Sequence[Task], version: int, reporter: R
     ]
     if not requests:
         return []
-    reporter.emit(StageStarted("rollout", "the student writes", len(requests), "answers"))
+    reporter.emit(StageStarted("rollout", "the student", len(requests), "responses"))
     with parts.student_writer() as writer:
         completions = spread(
             parts.ranks,
