@@ -153,8 +153,8 @@ class UpdateDone(Event):
 
     @property
     def step_s(self) -> float:
-        """Seconds of the work that every round repeats."""
-        return sum(seconds for name, seconds in self.seconds.items() if name != "text")
+        """Seconds of the stages that recur, without those of the first update of a process or phase."""
+        return sum(seconds for name, seconds in self.seconds.items() if name not in ("startup", "text"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -414,10 +414,12 @@ def test_speed_and_time_left_follow_the_phase() -> None:
         view.apply(update(number), float(number))
     assert view.tokens_per_s == 1000.0
     assert view.left_s(10.0) == 20.0
-    view.apply(replace(update(11), seconds={"rollout": 3.0, "update": 1.0, "text": 50.0}), 20.0)
-    assert view.tokens_per_s == 250.0  # text is written once a phase
+    view.apply(
+        replace(update(11), seconds={"rollout": 3.0, "update": 1.0, "text": 50.0, "startup": 9.0}), 20.0
+    )
+    assert view.tokens_per_s == 250.0  # once a phase or process
     assert view.left_s(22.0) == 4.0 * 19 - 2.0
-    assert view.phase_seconds == {"rollout": 3.0, "update": 1.0, "text": 50.0}
+    assert view.phase_seconds == {"rollout": 3.0, "update": 1.0, "text": 50.0, "startup": 9.0}
 
 
 def test_report_needs_no_torch() -> None:
