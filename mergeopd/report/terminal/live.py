@@ -158,10 +158,12 @@ class LiveReporter:
         parts += [Text(), self._run_line(last)]
         parts += filter(None, [split_line(view.phase_seconds, self._glyphs, width)])
         explained = [*of_teachers, *of_domains] if last.teachers else of_domains
-        legend = "; ".join(f"{figure.column}: {figure.subtitle}" for figure in explained)
-        text = Text(plain_text(legend, self._glyphs), style="dim")
-        if 1 + len(text.wrap(self._console, width)) <= lines - for_teachers - for_domains:
-            parts += [Text(), text]
+        legend = Text("   ").join(
+            Text.assemble(figure.column, (f" {plain_text(figure.subtitle, self._glyphs)}", "dim"))
+            for figure in explained
+        )
+        if 1 + len(legend.wrap(self._console, width)) <= lines - for_teachers - for_domains:
+            parts += [Text(), legend]
         return parts
 
     def _table(

@@ -129,7 +129,7 @@ def test_frame_shows_where_the_run_is() -> None:
     assert re.search(r"time    ━+  rollout 50%  teachers 13%  update 37%", table)
     assert max(map(len, lines)) <= 80
     assert (
-        "gap: log p of teacher minus student at sampled tokens; tokens: response tokens in the loss;"
+        "gap log p of teacher minus student at sampled tokens tokens response tokens in the loss"
         in " ".join(table.split())
     )
 
