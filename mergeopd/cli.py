@@ -19,12 +19,12 @@ import typer
 from typer.core import TyperOption
 
 from mergeopd import __version__
-from mergeopd.engine.processes import Place, Told, claims_before_meeting, join_launcher
+from mergeopd.distributed.rendezvous import Place, Told, claims_before_meeting, join_launcher
 from mergeopd.errors import EndedElsewhere, MergeopdError, Problem, ProcessError, RecipeError, Stopped
 from mergeopd.report.failure import show_error
 
 if TYPE_CHECKING:
-    from mergeopd.engine.preflight import Inputs
+    from mergeopd.check.preflight import Inputs
 
 app = typer.Typer(
     help="Merge many expert language models into one student by on-policy distillation.",
@@ -91,10 +91,10 @@ def run(
             raise ProcessError(f"--nproc {nproc}, but this is {place.name} already; leave it out")
         try:
             if nproc is not None and nproc > 1:
-                from mergeopd.engine.launch import launch_run
+                from mergeopd.engine.run import launch_run
 
                 raise typer.Exit(launch_run(recipe, overrides or [], updates, allow_change or [], nproc))
-            from mergeopd.engine.command import run_recipe
+            from mergeopd.engine.run import run_recipe
 
             run_recipe(recipe, overrides or [], updates, allow_change or [])
         except KeyboardInterrupt:
@@ -115,8 +115,8 @@ def check(
 
     Example: mergeopd check recipes/quickstart.yaml
     """
-    from mergeopd.engine.preflight import advice, preflight
-    from mergeopd.engine.run_folder import RunFolder
+    from mergeopd.check.preflight import advice, preflight
+    from mergeopd.storage.run_folder import RunFolder
 
     try:
         inputs = preflight(recipe, overrides or [])
@@ -152,7 +152,7 @@ def evaluate(
     """
     place = Place.of()
     with _told_once(place):
-        from mergeopd.engine.command import evaluate_recipe
+        from mergeopd.engine.run import evaluate_recipe
 
         try:
             evaluate_recipe(recipe, overrides or [], model, output)
@@ -179,7 +179,7 @@ def report(
 
     Example: mergeopd report runs/quickstart --open no
     """
-    from mergeopd.recipe.locate import shown
+    from mergeopd.messages import shown
     from mergeopd.report.page.html import write_report
 
     path, notes = write_report(run)

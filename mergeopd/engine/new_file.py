@@ -10,10 +10,10 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString, SingleQuotedScalarString
 
+from mergeopd.config.values import NAME_PATTERN
 from mergeopd.errors import Location, Problem, StorageError
+from mergeopd.messages import shown
 from mergeopd.models.checkpoint import Checkpoint
-from mergeopd.recipe.locate import shown
-from mergeopd.recipe.values import NAME_PATTERN
 from mergeopd.storage.failures import named_failures
 
 # Without quotes, YAML's readers disagree about some texts in `{...}` (`?0`), so few go without.

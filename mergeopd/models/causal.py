@@ -143,3 +143,8 @@ def padded(
         positions = torch.arange(first, first + len(response))
         rows.append(positions if own is None else positions[torch.tensor(own, dtype=torch.bool)])
     return ids, torch.cat(rows)
+
+
+def pick_device() -> torch.device:
+    """The first GPU where torch sees one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

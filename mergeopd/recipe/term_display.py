@@ -1,7 +1,7 @@
 """Titles, units and colour scales of the loss terms and of the bridges: one row each.
 
 Metrics, terminal, report page and TensorBoard read this table. The kernel's factory of each divergence is in
-`engine/objectives.py`, under the same keys.
+`batch/objective.py`, under the same keys.
 """
 
 from __future__ import annotations

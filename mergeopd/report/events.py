@@ -5,11 +5,12 @@ Means are per response token unless said otherwise; log-probs and divergences ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from mergeopd.distributed.ranks import Ranks
 from mergeopd.report.result import Result
 from mergeopd.types import Finish, Origin
 
@@ -275,3 +276,8 @@ class Reporters:
         """Pass the event on."""
         for reporter in self._reporters:
             reporter.emit(event)
+
+
+def progress(reporter: Reporter, total: int, ranks: Ranks) -> Callable[[int], None]:
+    """A callback that takes the items done on this rank and reports the estimate for all of `total`."""
+    return lambda done: reporter.emit(StageProgress(min(total, done * ranks.size)))

@@ -6,11 +6,11 @@ import os
 import signal
 import sys
 
-import mergeopd.engine.command
+import mergeopd.engine.run
 from mergeopd.cli import main
-from mergeopd.engine.processes import Place, open_ranks
+from mergeopd.distributed.rendezvous import Place, open_ranks
 from mergeopd.errors import Location, ModelError, Problem, RecipeError, Stopped
-from mergeopd.ranks import Alone
+from mergeopd.distributed.ranks import Alone
 
 
 def meet_for_ever(ranks):
@@ -102,5 +102,5 @@ def scene(*_):
 if __name__ == "__main__":
     name = sys.argv[1]
     sys.argv = ["mergeopd", "run", name]
-    mergeopd.engine.command.run_recipe = scene
+    mergeopd.engine.run.run_recipe = scene
     main()

@@ -181,13 +181,13 @@ def test_interrupting_leaves_no_traceback(
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mergeopd.engine.command.preflight", interrupted)
+    monkeypatch.setattr("mergeopd.engine.run.preflight", interrupted)
     assert command("run", job()) == (
         130,
         "",
         "Interrupted. The same command goes on from the newest checkpoint.\n",
     )
-    monkeypatch.setattr("mergeopd.engine.preflight.preflight", interrupted)
+    monkeypatch.setattr("mergeopd.check.preflight.preflight", interrupted)
     code, _, err = command("check", "job.yaml")
     assert code == 130
     assert "Traceback" not in err

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mergeopd.engine.objectives import DIVERGENCES
+from mergeopd.batch.objective import DIVERGENCES
 from mergeopd.recipe.bridges import KINDS
-from mergeopd.recipe.losses import DIVERGENCE_TERMS, Loss
-from mergeopd.recipe.policies import POLICY_TERMS
+from mergeopd.recipe.loss_terms import DIVERGENCE_TERMS, Loss
+from mergeopd.recipe.policy_terms import POLICY_TERMS
 from mergeopd.recipe.term_display import BRIDGES, MEASURES, TERMS
 from mergeopd.report.events import BridgeFigures, DomainStats, PolicyStats, TeacherStats, UpdateDone
 from mergeopd.report.figures import (

@@ -1,0 +1,29 @@
+"""Text helpers of messages: file names as people see them, and lists in words."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def shown(file: Path) -> str:
+    """A file as messages name it: relative to the current folder when it is below it."""
+    try:
+        return str(Path(os.path.abspath(file)).relative_to(os.getcwd()))
+    except ValueError:
+        return str(file)
+
+
+def shown_in(text: str) -> str:
+    """A message in which the files below the current folder are shown as `shown` does."""
+    here = os.getcwd()
+    if here == os.sep:
+        return text
+    return re.sub(rf"(?<![^\s'\"(\[]){re.escape(here + os.sep)}", "", text)
+
+
+def joined(words: Sequence[str], last: str) -> str:
+    """`a, b or c`."""
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
