@@ -180,7 +180,7 @@ def report(
     Example: mergeopd report runs/quickstart --open no
     """
     from mergeopd.messages import shown
-    from mergeopd.report.html import write_report
+    from mergeopd.report.page.html import write_report
 
     path, notes = write_report(run)
     for note in notes:

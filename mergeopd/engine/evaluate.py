@@ -109,7 +109,7 @@ class Evaluation:
         prompts: Sequence[Prompt] = self._inputs.evaluation[source.name]
         stop = self._inputs.plan.rollout.stop
         on_progress = self._stages.begin(
-            "evaluation", f"{contestant.kind} on {source.domain}", len(prompts), "answers"
+            "evaluation", f"{contestant.kind} on {source.domain}", len(prompts), "responses"
         )
         verify, decode = self._verifiers[source.name], contestant.renderer.tokenizer.decode
         requests = [GenerationRequest(p.key, 0, contestant.renderer.render(p)) for p in prompts]

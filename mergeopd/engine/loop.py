@@ -150,5 +150,6 @@ class Trainer:
                 result=document,
                 result_path=Path(shown(folder.result_file)) if document is not None else None,
                 export_path=Path(shown(folder.export)),
+                report_path=Path(shown(folder.report_file)),
             )
         )

@@ -40,7 +40,7 @@ class StudentRollouts:
         ]
         if not requests:
             return []
-        on_progress = self._stages.begin("rollout", "the student writes", len(requests), "answers")
+        on_progress = self._stages.begin("rollout", "the student", len(requests), "responses")
         completions = self._engine.submit(requests, sampling(self._settings)).wait(on_progress)
         return [
             Rollout(

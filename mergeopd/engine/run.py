@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
 from rich.console import Console
 
 from mergeopd.check.models import check_student_folder
@@ -24,16 +22,15 @@ from mergeopd.engine.interrupt import Interrupt
 from mergeopd.errors import Location, ModelError, Problem, RecipeError, StorageError
 from mergeopd.messages import joined, shown
 from mergeopd.recipe.plan import EvaluationPlan, Plan
-from mergeopd.report.console import console_reporter
 from mergeopd.report.events import Note, Reporter, Reporters
-from mergeopd.report.html import HtmlReporter
-from mergeopd.report.jsonl import JsonlReporter, SamplesReporter
-from mergeopd.report.result import ResultTable, result_document, write_result
-from mergeopd.report.run_data import Result
+from mergeopd.report.jsonl import RecordsReporter
+from mergeopd.report.page.html import HtmlReporter
+from mergeopd.report.result import Result, read_result, result_document, write_result
 from mergeopd.report.tensorboard import TensorBoardReporter
+from mergeopd.report.terminal.console import console_reporter
+from mergeopd.report.terminal.result import ResultTable
 from mergeopd.reward.verifiers import build_verifier
 from mergeopd.storage import run_layout
-from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import prune, set_aside, verify
 from mergeopd.storage.lock import exclusive
 from mergeopd.storage.metrics import MetricsFile
@@ -154,7 +151,7 @@ def _reporters(
     if num_told < num_done:
         name = shown(folder.metrics_file)
         console.emit(Note(f"{name} has lines of {num_told} of the {num_done} updates made so far"))
-    files = (JsonlReporter(metrics), SamplesReporter(samples), HtmlReporter(folder.path, console))
+    files = (RecordsReporter(metrics, samples), HtmlReporter(folder.path, console))
     return Reporters(*files, *_asked_for(inputs.plan, folder, console), console)
 
 
@@ -205,7 +202,7 @@ def _measure(inputs: Inputs, plan: EvaluationPlan, merged: Path, output: Path | 
         evaluation = build_evaluation(inputs, plan, Machine(pick_device(), ranks), stages)
         accuracies = evaluation.run(merged)
     document = result_document(accuracies, {"evaluation": time.perf_counter() - start})
-    console.print(ResultTable(document, result_path=output, export_path=Path(shown(merged))))
+    console.print(ResultTable(document, {"result": output, "student": Path(shown(merged))}))
     if output is not None and ranks.is_first:
         write_result(output, document)
 
@@ -286,22 +283,16 @@ def _settle_export(folder: RunFolder, reporter: Reporter, *, can_be_made_again: 
 def _show_finished(folder: RunFolder, console: Console) -> None:
     """Print that nothing is left to do, and the result."""
     console.print(f"This run is finished: {shown(folder.path)}", highlight=False)
-    document = _result(folder)
-    if document is not None:
-        console.print(
-            ResultTable(
-                document, result_path=Path(shown(folder.result_file)), export_path=Path(shown(folder.export))
-            )
-        )
+    result = _result(folder)
+    if result is not None:
+        files = {"result": folder.result_file, "student": folder.export, "report": folder.report_file}
+        paths = {name: Path(shown(path)) for name, path in files.items() if path.exists()}
+        console.print(ResultTable(result, paths))
 
 
-def _result(folder: RunFolder) -> dict[str, Any] | None:
-    """Read result.json; None when it is missing or damaged."""
-    if not folder.result_file.is_file():
-        return None
-    with named_failures("read", folder.result_file):
-        content = folder.result_file.read_bytes()
+def _result(folder: RunFolder) -> Result | None:
+    """result.json; None when it is missing or damaged."""
     try:
-        return Result.model_validate_json(content).model_dump()
-    except ValidationError:
+        return read_result(folder.result_file)
+    except ValueError:
         return None

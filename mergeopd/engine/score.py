@@ -118,7 +118,7 @@ class Scorer:
         following = [one.teacher for one in passes[1:]] + [None]
         for one, next_teacher in zip(passes, following, strict=True):
             total = sum(rollouts[i].num_trained > 0 for i in one.rollouts)
-            on_progress = self._stages.begin("teachers", one.teacher, total, "answers")
+            on_progress = self._stages.begin("teachers", one.teacher, total, "responses")
             with self._teachers[one.teacher].open() as session:
                 if next_teacher is not None:
                     self._teachers[next_teacher].prefetch()

@@ -104,7 +104,7 @@ class TeacherRolloutCache:
         """
         size = self._plan.rollout.batch_size * self._ranks.size
         in_order = sorted(requests, key=lambda request: len(request.prompt_ids))
-        on_progress = self._stages.begin("text", f"{name} writes", len(requests), "answers")
+        on_progress = self._stages.begin("text", f"{name} generates", len(requests), "responses")
         with self._teachers[name].open() as session:
             engine = session.generator()
             for start in range(0, len(in_order), size):

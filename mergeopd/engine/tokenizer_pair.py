@@ -17,7 +17,7 @@ from mergeopd.engine.new_file import option_problem
 from mergeopd.errors import DataError, Problem, RecipeError, TokenizerError
 from mergeopd.messages import shown
 from mergeopd.models.tokenizer import Tokenizer
-from mergeopd.report.tokenizer_pair import Coverage, TokenizerFacts, TokenizerPair
+from mergeopd.report.terminal.tokenizers import Coverage, TokenizerFacts, TokenizerPair
 from mergeopd.types import Message
 
 # About as long as an answer: texts are encoded one by one, and in batches.

@@ -138,7 +138,7 @@ class UpdateStats:
         if gap.numel():
             self._tally.largest_gap = max(self._tally.largest_gap, float(gap.max()))
 
-    def policy(self, silent_fraction: float | None) -> PolicyStats | None:
+    def policy(self, zero_advantage_fraction: float | None) -> PolicyStats | None:
         """Of the tokens that the student wrote; None where the objective has no policy term."""
         if self._objective.policy is None:
             return None
@@ -146,9 +146,9 @@ class UpdateStats:
             corrected_fraction=self._tally.policy.mean("corrected"),
             clipped_fraction=self._tally.policy.mean("clipped"),
             importance_weight=self._tally.policy.mean("weight"),
-            behaviour_gap=self._tally.policy.mean("gap"),
-            behaviour_gap_max=self._tally.largest_gap,
-            silent_groups_fraction=silent_fraction,
+            rollout_logprob_gap=self._tally.policy.mean("gap"),
+            rollout_logprob_gap_max=self._tally.largest_gap,
+            zero_advantage_fraction=zero_advantage_fraction,
         )
 
     def teachers(self, bridge_kinds: Mapping[str, str]) -> dict[str, TeacherStats]:

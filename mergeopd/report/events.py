@@ -1,4 +1,4 @@
-"""What the engine tells while it works. Plain values only; whoever reports decides what to show.
+"""Events that the engine emits. Plain values only; reporters decide what to show.
 
 Means are per response token unless said otherwise; log-probs and divergences are in nats.
 """
@@ -8,17 +8,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from mergeopd.distributed.ranks import Ranks
+from mergeopd.report.result import Result
 from mergeopd.types import Finish, Origin
 
 StageName = Literal["rollout", "teachers", "update", "evaluation", "export", "text", "checkpoint"]
 
 
+class Event:
+    """Base of all events."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
-class RunStarted:
-    """A run begins or goes on. `phases` are (name, updates); `resumed_at` counts updates done before."""
+class RunStarted(Event):
+    """A run starts or resumes. `phases` are (name, updates); `resumed_at` counts updates done before."""
 
     name: str
     recipe: str
@@ -31,10 +38,10 @@ class RunStarted:
 
 
 @dataclass(frozen=True, slots=True)
-class StageStarted:
-    """Work begins that may take a while; it ends where the next stage or event of the loop begins.
+class StageStarted(Event):
+    """Start of work that may take a while; it ends with the next stage or event of the loop.
 
-    `detail` says on what (`math`, `merged on math`), `total` is how many `unit`s there are, None if unknown.
+    `detail` is its subject (`math`, `merged on math`), `total` the number of `unit`s, None if unknown.
     """
 
     stage: StageName
@@ -44,8 +51,8 @@ class StageStarted:
 
 
 @dataclass(frozen=True, slots=True)
-class StageProgress:
-    """`done` of the present stage's `total`."""
+class StageProgress(Event):
+    """`done` of the current stage's `total`."""
 
     done: int
 
@@ -54,9 +61,9 @@ class StageProgress:
 class BridgeFigures:
     """A teacher with another tokenizer in one update.
 
-    Groups are stretches of tokens of both sides that stand for the same bytes. `unaligned_fraction` of the
-    student's tokens is in none and learns nothing from this teacher; `matched_fraction` is the mass of the
-    teacher's distributions on tokens that are compared by identity, None where the bridge compares none so.
+    Groups are stretches of tokens of both sides with the same bytes. `unaligned_fraction` of the student's
+    tokens is in no group and has no term of this teacher; `matched_fraction` is the mass of the teacher's
+    distributions on tokens that are compared by identity, None for bridges without such tokens.
     """
 
     num_groups: int
@@ -70,9 +77,9 @@ class TeacherStats:
     """One teacher in one update.
 
     `divergence` maps the objective's divergences to unweighted means over the teacher's tokens; the first one
-    is shown. Where there are none, `sampled_reverse_kl` stands in (k3). `logprob_gap` is the mean of
-    logprob_T - logprob_S at the sampled tokens. With a `bridge` both are means over groups, None where there
-    was none to compare, and the divergence is the bridge's measure (of `span`, minus the gap).
+    is shown. An objective without divergences has `sampled_reverse_kl` (k3). `logprob_gap` is the mean of
+    logprob_T - logprob_S at the sampled tokens. With a `bridge` both are means over groups, None without
+    groups, and the divergence is the bridge's measure (of `span`, minus the gap).
     """
 
     num_tokens: int
@@ -87,9 +94,8 @@ class DomainStats:
     """One domain in one update.
 
     Tokens are those in the loss. `mean_length` is in tokens, `token_share` of the update's tokens, `weight`
-    the balance factor.
-    `nll` is the mean of -logprob_S of the text, whoever wrote it; `reward` the mean over answers that were
-    checked; `truncated_fraction` the share of answers that ended at the length limit.
+    the balance factor. `nll` is the mean of -logprob_S of the text, whoever generated it; `reward` the mean
+    over verified responses; `truncated_fraction` the share of responses that ended at the length limit.
     """
 
     num_rollouts: int
@@ -105,29 +111,30 @@ class DomainStats:
 
 @dataclass(frozen=True, slots=True)
 class PolicyStats:
-    """Policy terms in one update, over the tokens that the student wrote.
+    """Policy terms in one update, over the tokens that the student generated.
 
     `corrected_fraction` is the share whose importance weight was bounded or masked, `clipped_fraction` the
-    share without gradient because of the clip, `importance_weight` the mean weight. `behaviour_gap` and
-    `behaviour_gap_max` are mean and maximum of |log pi_old - log behaviour|. `silent_groups_fraction` is the
-    share of the round's groups whose answers all had one reward; None without groups.
+    share without gradient because of the clip, `importance_weight` the mean weight. `rollout_logprob_gap`
+    and `rollout_logprob_gap_max` are mean and maximum of |log pi_old - log behaviour|.
+    `zero_advantage_fraction` is the share of the round's groups whose responses all had one reward; None
+    without groups.
     """
 
     corrected_fraction: float
     clipped_fraction: float
     importance_weight: float
-    behaviour_gap: float
-    behaviour_gap_max: float
-    silent_groups_fraction: float | None = None
+    rollout_logprob_gap: float
+    rollout_logprob_gap_max: float
+    zero_advantage_fraction: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class UpdateDone:
+class UpdateDone(Event):
     """One optimizer update. `update` counts over the run from 1, `round` over the run from 0.
 
     `num_tokens` are response tokens in the loss, `grad_norm` is before clipping, `on_policy_fraction` the
-    share of answers that the student wrote. `seconds` maps `rollout`, `teachers`, `update` (and `text`, once
-    a phase) to the wall time spent since the last update, so a round's rollout counts to its first update.
+    share of responses that the student generated. `seconds` maps `rollout`, `teachers`, `update` (and `text`,
+    once a phase) to the wall time since the last update, so a round's rollout counts to its first update.
     `teacher_bytes_read` counts from the start of the process; `policy` is None without policy terms.
     """
 
@@ -147,17 +154,17 @@ class UpdateDone:
 
     @property
     def step_s(self) -> float:
-        """Seconds of the work that every round repeats."""
-        return sum(seconds for name, seconds in self.seconds.items() if name != "text")
+        """Seconds of the stages that recur, without those of the first update of a process or phase."""
+        return sum(seconds for name, seconds in self.seconds.items() if name not in ("startup", "text"))
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherTrace:
-    """What one teacher says of every token of an answer.
+    """One teacher's numbers for every token of a response.
 
-    `divergence` is the first one of the objective, unweighted; `logprob_T` that of the token as written.
-    Tokens that are not in the loss have no number. `masked` are positions of end tokens that do not count in
-    this teacher's term, because it ends answers otherwise.
+    `divergence` is the first one of the objective, unweighted; `logprob_T` that of the sampled token.
+    Tokens that are not in the loss have no number. `masked` are positions of end tokens that are left out of
+    this teacher's term, because its own end token differs.
     """
 
     divergence: tuple[float | None, ...]
@@ -166,33 +173,43 @@ class TeacherTrace:
 
 
 @dataclass(frozen=True, slots=True)
-class RolloutSampled:
-    """An answer of an update, token by token, for people to look at.
+class RolloutSampled(Event):
+    """A response of an update, token by token; also the record of a line in rollouts/samples.jsonl.
 
-    `prompt` is the student's rendering. The texts in `tokens` make up the answer; where a character is
-    spread over several tokens, the last of them carries it and the others are empty. `divergence` names
-    what the traces hold, "" where the objective has none. Numbers have six significant digits and are those
+    `prompt` is the student's rendering. The texts in `tokens` make up the response; a character that is
+    spread over several tokens is in the last of them, and the others are empty. `divergence` names the
+    values of the traces, "" where the objective has none. Numbers have six significant digits and are those
     of the loss: under its temperature, before the update. `trained` flags the tokens that are in the loss,
     None where all are; others (of tools, users, the template) have no number.
+
+    Raises:
+        ValueError: the numbers of tokens and values differ.
     """
 
     update: int
     phase: str
     domain: str
     key: str
+    origin: Origin
+    finish: Finish
+    reward: float | None
     prompt: str
     tokens: tuple[str, ...]
     logprob_S: tuple[float | None, ...]
     divergence: str
     teachers: Mapping[str, TeacherTrace]
-    reward: float | None
-    origin: Origin
-    finish: Finish
     trained: tuple[bool, ...] | None = None
+
+    def __post_init__(self) -> None:
+        rows: list[tuple[object, ...]] = [self.logprob_S]
+        rows += [self.trained] if self.trained is not None else []
+        rows += [row for trace in self.teachers.values() for row in (trace.divergence, trace.logprob_T)]
+        if any(len(row) != len(self.tokens) for row in rows):
+            raise ValueError("the numbers of tokens and values differ")
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointSaved:
+class CheckpointSaved(Event):
     """A checkpoint is complete on disk."""
 
     update: int
@@ -200,22 +217,22 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointSkipped:
-    """A checkpoint was not trusted."""
+class CheckpointSkipped(Event):
+    """A checkpoint is incomplete or damaged and was not used."""
 
     path: Path
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
-    """Something a person should know."""
+class Note(Event):
+    """A remark for the user."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class EvaluationDone:
+class EvaluationDone(Event):
     """Accuracy (0 to 1) of one model on one domain; `model` is base, expert, weight_average or merged."""
 
     model: str
@@ -225,41 +242,32 @@ class EvaluationDone:
 
 
 @dataclass(frozen=True, slots=True)
-class RunFinished:
-    """The end. `seconds` are of this process, by stage, with their sum as `total`.
+class RunFinished(Event):
+    """The end. `seconds` are wall seconds by stage, with their sum as `total`.
 
-    `result` is `report.result.result_document`'s, None where the recipe evaluates nothing.
+    `result` is None where the recipe evaluates nothing. Paths are those to show.
     """
 
     seconds: Mapping[str, float]
-    result: Mapping[str, Any] | None = None
+    result: Result | None = None
     result_path: Path | None = None
     export_path: Path | None = None
-
-
-Event = (
-    RunStarted
-    | StageStarted
-    | StageProgress
-    | UpdateDone
-    | RolloutSampled
-    | CheckpointSaved
-    | CheckpointSkipped
-    | Note
-    | EvaluationDone
-    | RunFinished
-)
+    report_path: Path | None = None
 
 
 class Reporter(Protocol):
     """Takes events as they happen, in order, from one thread."""
 
     def emit(self, event: Event) -> None:
-        """Report the event. An error here stops the run."""
+        """Report the event.
+
+        Raises:
+            StorageError: a file that belongs to the run cannot be written.
+        """
 
 
 class Reporters:
-    """Hands every event to each reporter, in the order given."""
+    """Passes every event to each reporter, in the order given."""
 
     def __init__(self, *reporters: Reporter) -> None:
         self._reporters = reporters
@@ -271,5 +279,5 @@ class Reporters:
 
 
 def progress(reporter: Reporter, total: int, ranks: Ranks) -> Callable[[int], None]:
-    """Tells how much of `total` is done, when this process has done so much of its share."""
+    """A callback that takes the items done on this rank and reports the estimate for all of `total`."""
     return lambda done: reporter.emit(StageProgress(min(total, done * ranks.size)))

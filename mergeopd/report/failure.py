@@ -1,4 +1,4 @@
-"""How an error is shown."""
+"""Print errors on stderr."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from mergeopd.errors import MergeopdError, RecipeError
 
 
 def show_error(error: BaseException) -> None:
-    """Print it on stderr, in colour where a person looks at it; a bug with its traceback."""
-    # Here, because most commands need none of it: `mergeopd --help` answers at once.
+    """Print an error on stderr, in colour on a terminal; an unexpected one with its traceback."""
+    # Imported here, since most commands need none of it: `mergeopd --help` answers at once.
     from rich.console import Console
     from rich.padding import Padding
     from rich.text import Text

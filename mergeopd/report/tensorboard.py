@@ -1,23 +1,23 @@
-"""Events for TensorBoard: the numbers of metrics.jsonl as curves, in the run's `tensorboard` folder.
+"""Write the numbers of metrics.jsonl as TensorBoard scalars to the run's `tensorboard` folder.
 
-Needs the package tensorboard (`pip install 'mergeopd[tensorboard]'`), imported when a run begins.
+Needs the package tensorboard (`pip install 'mergeopd[tensorboard]'`), imported when a run starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mergeopd.report.events import Event, Note, Reporter, RunStarted, UpdateDone
-from mergeopd.report.jsonl import update_record
+from mergeopd.report.jsonl import UpdateRecord
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
 class TensorBoardReporter:
-    """Writes every update's scalars at once. No failure of it ends a run: `notes` is told, and it stops."""
+    """Writes every update's scalars. An error becomes a note and ends the writing, not the run."""
 
     def __init__(self, folder: Path, notes: Reporter) -> None:
         self._folder = folder
@@ -25,7 +25,7 @@ class TensorBoardReporter:
         self._writer: SummaryWriter | None = None
 
     def emit(self, event: Event) -> None:
-        """Open a file of events at the start of the process, add to it at updates."""
+        """Open an event file when the run starts, and add to it at updates."""
         try:
             if isinstance(event, RunStarted):
                 self._writer = _open(self._folder, event.resumed_at)
@@ -41,35 +41,28 @@ class TensorBoardReporter:
 
 
 def scalars(event: UpdateDone) -> Iterator[tuple[str, float]]:
-    """Tags with values, as `teacher_reverse_kl/math`: TensorBoard shows what stands before `/` side by side.
+    """Tags with values, as `teacher_reverse_kl/math`: TensorBoard groups charts by the part before `/`.
 
-    The same numbers under the same names as in metrics.jsonl; what an update does not have is left out.
+    Keys are those of metrics.jsonl; missing values are left out.
     """
-    record = update_record(event)
-    for name in ("loss", "lr", "grad_norm", "num_tokens", "on_policy_fraction"):
-        yield f"update/{name}", record[name]
-    yield from _by_name("teacher", record["teachers"])
-    yield from _by_name("domain", record["domains"])
-    for name, value in record["policy"].items():
-        if value is not None:
-            yield f"policy/{name}", value
-    for stage, seconds in record["cost"]["seconds"].items():
-        yield f"seconds/{stage}", seconds
-    for name in ("tokens_per_s", "teacher_bytes_read"):
-        if record["cost"][name] is not None:
-            yield f"cost/{name}", record["cost"][name]
-
-
-def _by_name(kind: str, parts: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
-    for name, numbers in parts.items():
-        for quantity, value in numbers.items():
-            if value is not None:
-                yield f"{kind}_{quantity}/{name}", value
+    record = UpdateRecord.of(event)
+    numbers: dict[str, float | None] = {
+        f"update/{key}": getattr(record, key)
+        for key in ("loss", "lr", "grad_norm", "num_tokens", "on_policy_fraction")
+    }
+    for kind, parts in (("teacher", record.teachers), ("domain", record.domains)):
+        numbers |= {
+            f"{kind}_{key}/{name}": value for name, own in parts.items() for key, value in own.items()
+        }
+    numbers |= {f"policy/{key}": value for key, value in record.policy.items()}
+    numbers |= {f"seconds/{stage}": value for stage, value in record.cost.seconds.items()}
+    numbers |= {f"cost/{key}": getattr(record.cost, key) for key in ("tokens_per_s", "teacher_bytes_read")}
+    yield from ((tag, value) for tag, value in numbers.items() if value is not None)
 
 
 def _open(folder: Path, num_done: int) -> SummaryWriter:
     # Here, since torch takes seconds to import, and tensorboard is an extra.
     from torch.utils.tensorboard import SummaryWriter
 
-    # What an interrupted process wrote after its last checkpoint is done again, and shown once.
+    # Updates after the last checkpoint of an interrupted process are made again: drop the first ones.
     return SummaryWriter(str(folder), purge_step=num_done + 1)

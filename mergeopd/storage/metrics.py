@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON line an update, cut back to the checkpoint when a run goes on."""
+"""Append-only JSON lines with an `update` each, cut back to the checkpoint when a run resumes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import IO, Any
 from mergeopd.errors import StorageError
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import write_atomic
+
+_DAMAGED = math.inf
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
@@ -33,9 +35,9 @@ def _finite(value: Any) -> Any:
 
 
 class MetricsFile:
-    """Append-only JSON lines, each with an integer `update`; every line is handed to the system at once.
+    """Append-only JSON lines, each with an integer `update` and flushed at once. A context manager.
 
-    Opening is put off until the first line. Usable as a context manager.
+    The file is opened with the first line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,7 +59,7 @@ class MetricsFile:
             self._file.flush()
 
     def sync(self) -> None:
-        """Bring all lines to the disk; before a checkpoint, so that it is never ahead of its metrics.
+        """Sync all lines to the disk; before a checkpoint, so that it is never ahead of its metrics.
 
         Raises:
             StorageError: the disk refuses.
@@ -67,9 +69,9 @@ class MetricsFile:
                 os.fsync(self._file.fileno())
 
     def truncate_to(self, update: int) -> int:
-        """Drop lines of later updates than `update`, and a torn end; return how many lines stay.
+        """Drop lines of later updates than `update` and an incomplete last line; return how many remain.
 
-        Lines that stay keep their bytes.
+        Remaining lines keep their bytes.
 
         Raises:
             StorageError: a line before the cut is damaged, or the disk refuses.
@@ -78,15 +80,15 @@ class MetricsFile:
         with named_failures("read", self._path):
             content = self._path.read_bytes() if self._path.exists() else b""
         lines = content.splitlines(keepends=True)
+        # Damaged lines count as later updates: they are dropped at the end and refused before it.
         updates = [_update_of(line) for line in lines]
-        kept = next((i + 1 for i in reversed(range(len(lines))) if _within(updates[i], update)), 0)
-        for number, value in enumerate(updates[:kept], start=1):
-            if not _within(value, update):
-                fault = (
-                    "is damaged" if value is None else f"belongs to update {value}, but earlier ones follow"
-                )
+        kept = max((i for i, number in enumerate(updates, start=1) if number <= update), default=0)
+        for i, number in enumerate(updates[:kept], start=1):
+            if number > update:
+                later = f"belongs to update {number}, but earlier ones follow"
+                fault = "is damaged" if number == _DAMAGED else later
                 raise StorageError(
-                    f"cannot go on with {self._path}: line {number} {fault}; "
+                    f"cannot resume with {self._path}: line {i} {fault}; "
                     "correct or remove that line, then run the same command again"
                 )
         if kept < len(lines):
@@ -107,17 +109,10 @@ class MetricsFile:
         self.close()
 
 
-def _within(value: int | None, update: int) -> bool:
-    return value is not None and value <= update
-
-
-def _update_of(line: bytes) -> int | None:
-    """The line's `update`, or None for a line that is torn (no newline, no JSON, no such key)."""
-    if not line.endswith(b"\n"):
-        return None
+def _update_of(line: bytes) -> float:
+    """The line's `update`; `_DAMAGED` for a line that is incomplete (no newline, no JSON, no such key)."""
     try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    value = record.get("update") if isinstance(record, dict) else None
-    return value if isinstance(value, int) else None
+        value = json.loads(line)["update"] if line.endswith(b"\n") else None
+    except (ValueError, TypeError, KeyError):
+        value = None
+    return value if isinstance(value, int) else _DAMAGED

@@ -84,7 +84,7 @@ def test_a_recipe_runs_to_its_end(project: Path, name: str) -> None:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["phase"] for line in lines] == [p.name for p in plan.phases for _ in range(p.updates)]
     # Teachers' and dataset text has no group, sources without a verifier have no reward.
-    assert {name for line in lines for name in unknown(line)} <= {"reward", "silent_groups_fraction"}
+    assert {name for line in lines for name in unknown(line)} <= {"reward", "zero_advantage_fraction"}
     for phase in plan.phases:
         mine = [line for line in lines if line["phase"] == phase.name]
         assert all(set(line["teachers"]) <= set(plan.teachers) for line in mine)

@@ -71,7 +71,7 @@ def test_a_run_leaves_a_report_of_its_own_numbers(run_folder: Path) -> None:
     samples = [json.loads(line) for line in (run_folder / "rollouts/samples.jsonl").read_text().splitlines()]
     # Both prompts of each of two domains at every one of six updates.
     assert [s["update"] for s in samples] == [n for n in range(1, 7) for _ in range(4)]
-    assert page.count('class="answer"') == sum(len(s["teachers"]) for s in samples)
+    assert page.count('class="response"') == sum(len(s["teachers"]) for s in samples)
     assert ">finished</span>" in page
 
 
@@ -103,10 +103,10 @@ def test_the_page_works_alone(run_folder: Path, browser: Any, width: int, dark: 
     assert alphas[-1] > 0.7
 
     # Another update, then a token, then the other theme.
-    browser.evaluate("document.querySelector('[data-tab=\"0\"]').click()")
+    browser.evaluate("document.querySelector('[data-tab=\"5\"]').click()")
     panels = "[...document.querySelectorAll('[data-panel]')].filter(e => e.checkVisibility())"
-    assert browser.evaluate(f"{panels}.map(e => e.dataset.panel)") == ["0", "5"]  # of two domains
-    token = "document.querySelector('[data-panel=\"0\"] .answer span')"
+    assert browser.evaluate(f"{panels}.map(e => e.dataset.panel)") == ["5", "0"]  # of two domains
+    token = "document.querySelector('[data-panel=\"5\"] .response span')"
     browser.evaluate(f"{token}.dispatchEvent(new MouseEvent('mouseover', {{bubbles: true}}))")
     value = browser.evaluate(f"{token}.dataset.v").split()[0]
     assert f"{value} nats" in browser.evaluate("document.getElementById('tip').innerText")

@@ -70,10 +70,10 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_used(
     checkpoint = runs.folder(name) / "checkpoints" / "step-4"
     spoil(checkpoint)
     printed = ends_well(name)
-    [warning] = [line for line in printed.splitlines() if line.startswith("warning: skipped")]
+    [warning] = [line for line in printed.splitlines() if "  warning: skipped" in line]
     assert str(checkpoint) in warning
     assert reason in warning
-    assert "goes on after update 2" in printed
+    assert "resumes after update 2" in printed
 
 
 def test_without_any_whole_checkpoint_the_run_begins_anew(

@@ -41,7 +41,7 @@ def test_kill(runs: Any, ends_well: Callable[..., str], point: str) -> None:
     steps = [int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*")]
     assert max(steps, default=None) == saved
     printed = ends_well(name)
-    assert (f"goes on after update {saved}" in printed) == (saved is not None)
+    assert (f"resumes after update {saved}" in printed) == (saved is not None)
     # Nothing that was not finished is left.
     assert [path for path in folder.rglob("*") if path.name.endswith(".partial")] == []
 
@@ -83,6 +83,6 @@ def test_weights_that_follow_the_student_come_back(
     assert code == (-9 if fault.endswith("KILL") else 3), printed
     code, printed = runs(name, *FOLLOWING)
     assert code == 0, printed
-    assert f"goes on after update {saved}" in printed
+    assert f"resumes after update {saved}" in printed
     found = outcome(runs.folder(name))
     assert [key for key in undisturbed_following if found[key] != undisturbed_following[key]] == []

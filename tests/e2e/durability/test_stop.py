@@ -108,7 +108,7 @@ def test_a_declared_change_goes_on_and_is_on_record(runs: Any, undisturbed: dict
     assert "optimizer.lr: 0.01 -> 0.02" in printed
     code, printed = runs("changed", *change, "--allow-change", "optimizer.lr")
     assert code == 0, printed
-    assert "goes on after update 2" in printed
+    assert "resumes after update 2" in printed
     record = YAML(typ="safe").load((runs.folder("changed") / "plan.yaml").read_text())
     assert record["declared_changes"] == ["optimizer.lr: 0.01 -> 0.02"]
     assert len(record["earlier_hashes"]) == 1

@@ -39,8 +39,8 @@ def test_advantages_of_a_round() -> None:
     found = found_in(ROUND, loss={"outcome": {"std": "none"}})
     third = 1 / 3
     assert found.advantage == pytest.approx((third, -2 * third, 0, 0, 0, 0, third, 0, 0, 0))
-    assert found.silent_fraction == 0.5
-    assert found.teaching == (1.0,) * len(ROUND)
+    assert found.zero_advantage_fraction == 0.5
+    assert found.teacher_loss_weight == (1.0,) * len(ROUND)
     unbiased = found_in(ROUND).advantage
     assert unbiased[0] == pytest.approx(third / (third**0.5), rel=1e-5)  # variance 1/3 with n - 1
     biased = found_in(ROUND, loss={"outcome": {"std": "biased"}}).advantage
@@ -59,7 +59,7 @@ def test_rounds_without_groups() -> None:
     assert found_in([]) == Outcomes((), (), None)
     lonely = [("p", "student", "length", 1.0), ("p", "student", "eos", 0.0), ("q", "teacher", "eos", 1.0)]
     assert found_in(lonely) == Outcomes((0.0,) * 3, (1.0,) * 3, None)
-    assert found_in(ROUND, loss="reverse_kl").silent_fraction is None
+    assert found_in(ROUND, loss="reverse_kl").zero_advantage_fraction is None
     assert not any(found_in(ROUND, loss="reverse_kl").advantage)
 
 
@@ -67,9 +67,9 @@ def test_pass_rates_count_cut_off_answers_as_they_were_judged() -> None:
     """p: 3 of 4; q: none; r: 0.25; what is not verified, or not the student's, is taught in full."""
     phase = {"loss": "reverse_kl", "balance": {"pass_rate": {"a": 1.0, "b": 1.0}}}
     p, q, r = 0.75 * 0.25, 0.0, 0.25 * 0.75
-    assert found_in(ROUND, **phase).teaching == pytest.approx((p, p, p, q, 1, q, p, r, 1, 1))
+    assert found_in(ROUND, **phase).teacher_loss_weight == pytest.approx((p, p, p, q, 1, q, p, r, 1, 1))
     uniform = {"loss": "reverse_kl", "balance": {"pass_rate": {"a": 0.0, "b": 0.0}}}
-    assert found_in(ROUND, **uniform).teaching == (1.0,) * len(ROUND)
+    assert found_in(ROUND, **uniform).teacher_loss_weight == (1.0,) * len(ROUND)
 
 
 @pytest.mark.parametrize(
@@ -82,15 +82,15 @@ def test_pass_rates_count_cut_off_answers_as_they_were_judged() -> None:
 )
 def test_whom_teachers_comment(teach: str, expected: tuple[int, ...]) -> None:
     phase = {"loss": "reverse_kl", "balance": {"teach": teach}}
-    assert found_in(ROUND, **phase).teaching == expected
+    assert found_in(ROUND, **phase).teacher_loss_weight == expected
     both = {"loss": "reverse_kl", "balance": {"teach": teach, "pass_rate": {}}}
-    rates = found_in(ROUND, loss="reverse_kl", balance={"pass_rate": {}}).teaching
+    rates = found_in(ROUND, loss="reverse_kl", balance={"pass_rate": {}}).teacher_loss_weight
     product = tuple(a * b for a, b in zip(rates, expected, strict=True))
-    assert found_in(ROUND, **both).teaching == pytest.approx(product)
+    assert found_in(ROUND, **both).teacher_loss_weight == pytest.approx(product)
 
 
 @pytest.mark.parametrize("teach", ["wrong", "failed_groups"])
 def test_what_was_cut_off_solves_no_prompt(teach: str) -> None:
     """Otherwise the answers of a prompt that the student never finishes would lose their teachers."""
     group = [("p", "student", "length", 1.0), ("p", "student", "eos", 0.0), ("p", "student", "length", 0.0)]
-    assert found_in(group, loss="reverse_kl", balance={"teach": teach}).teaching == (1.0,) * 3
+    assert found_in(group, loss="reverse_kl", balance={"teach": teach}).teacher_loss_weight == (1.0,) * 3

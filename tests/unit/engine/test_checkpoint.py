@@ -16,7 +16,7 @@ from mergeopd.engine import checkpoint
 from mergeopd.engine.build import Machine, load_models
 from mergeopd.engine.checkpoint import Checkpoints, Record
 from mergeopd.engine.progress import Progress
-from mergeopd.report.jsonl import JsonlReporter, SamplesReporter
+from mergeopd.report.jsonl import RecordsReporter
 from mergeopd.storage.metrics import MetricsFile
 
 CPU = torch.device("cpu")
@@ -28,9 +28,9 @@ class Silent:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="what is synced is read from /proc (Linux)")
-@pytest.mark.parametrize("kind", [JsonlReporter, SamplesReporter])
+@pytest.mark.parametrize("name", ["metrics", "samples"])
 def test_the_metrics_are_on_the_disk_before_the_checkpoint_is(
-    write_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type
+    write_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """A machine that goes down in between must not find a checkpoint whose updates nobody told of."""
     order: list[str] = []
@@ -45,13 +45,14 @@ def test_the_metrics_are_on_the_disk_before_the_checkpoint_is(
         return real_rename(path, target)
 
     parts = load_models(preflight(write_job()), Machine(CPU, Alone()))
-    path = tmp_path / "lines.jsonl"
-    with MetricsFile(path) as file:
-        file.append({"update": 1})
+    files = {kind: MetricsFile(tmp_path / f"{kind}.jsonl") for kind in ("metrics", "samples")}
+    path = tmp_path / f"{name}.jsonl"
+    with files[name]:
+        files[name].append({"update": 1})
         monkeypatch.setattr(os, "fsync", fsync)
         monkeypatch.setattr(Path, "rename", rename)
         kept = Checkpoints(tmp_path / "c", parts.plan, parts.student, parts.snapshots, Alone())
-        kept.save(Record(Progress(1, 1, 4), {"total": 0.1}), kind(file))
+        kept.save(Record(Progress(1, 1, 4), {"total": 0.1}), RecordsReporter(**files))
     assert order.index(str(path)) < order.index(str(tmp_path / "c" / "step-1"))
 
 

@@ -228,7 +228,7 @@ def test_policy_terms_and_reduced_teachers_go_on_bit_for_bit(
     found = load_file(resumed.export / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     told = [update.policy for update in whole.updates]
-    assert all(policy is not None and policy.behaviour_gap > 0.01 for policy in told)
+    assert all(policy is not None and policy.rollout_logprob_gap > 0.01 for policy in told)
     assert any(policy.corrected_fraction > 0 for policy in told if policy is not None)
     assert set(whole.updates[0].teachers["two"].divergence) == {"sampled_reverse_kl"}
     assert set(whole.updates[-1].teachers["two"].divergence) == {"reverse_kl"}

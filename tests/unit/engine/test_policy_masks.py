@@ -57,8 +57,8 @@ def test_what_others_wrote_has_divergences_but_no_policy_term(write_job: Write) 
     assert found is not None
     assert found.importance_weight == pytest.approx(float(rho.clamp(max=1.5).mean()))
     assert found.corrected_fraction == pytest.approx(float((rho > 1.5).double().mean()))
-    assert found.behaviour_gap == pytest.approx(float(rho.log().abs().mean()))
-    assert found.behaviour_gap_max == pytest.approx(float(rho.log().abs().max()))
+    assert found.rollout_logprob_gap == pytest.approx(float(rho.log().abs().mean()))
+    assert found.rollout_logprob_gap_max == pytest.approx(float(rho.log().abs().max()))
     # What a verifier thinks of the others' answers is nobody's business.
     others = [v if r.origin == "student" else 1.0 - v for r, v in zip(mixed, verdicts, strict=True)]
     again = first_update(parts, mixed, others)
@@ -190,7 +190,7 @@ def test_empty_answers_change_nothing(write_job: Write) -> None:
     assert is_zero(gradient)
     found = stats.policy(None)
     assert found is not None
-    assert found.importance_weight == found.behaviour_gap_max == 0.0
+    assert found.importance_weight == found.rollout_logprob_gap_max == 0.0
 
 
 @pytest.mark.parametrize("num_updates", [1, 2])
@@ -213,6 +213,6 @@ def test_an_update_without_an_own_answer_has_no_policy_gradient(write_job: Write
     assert is_zero(found[0][0])
     statistics_ = found[0][1].policy(None)
     assert statistics_ is not None
-    assert statistics_.importance_weight == statistics_.behaviour_gap == 0.0
+    assert statistics_.importance_weight == statistics_.rollout_logprob_gap == 0.0
     if num_updates == 2:
         assert not is_zero(found[1][0])

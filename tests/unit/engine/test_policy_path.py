@@ -59,10 +59,10 @@ def test_sequence_mask_and_its_figures(write_job: Write) -> None:
     dropped = plain.num_tokens([i for i, is_kept in enumerate(kept) if not is_kept])
     assert found.corrected_fraction == pytest.approx(dropped / plain.num_tokens())
     assert found.importance_weight == pytest.approx(statistics.fmean(weights))
-    assert found.behaviour_gap == pytest.approx(statistics.fmean(gaps))
-    assert found.behaviour_gap_max == pytest.approx(max(gaps))
+    assert found.rollout_logprob_gap == pytest.approx(statistics.fmean(gaps))
+    assert found.rollout_logprob_gap_max == pytest.approx(max(gaps))
     assert found.clipped_fraction == 0.0
-    assert found.silent_groups_fraction == 0.25
+    assert found.zero_advantage_fraction == 0.25
 
 
 def test_figures_of_the_second_update(write_job: Write) -> None:

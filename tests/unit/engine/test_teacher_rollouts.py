@@ -49,7 +49,7 @@ def recipe(write_job: Callable[..., Path]) -> Path:
 def test_the_second_time_nothing_is_written(recipe: Path) -> None:
     first, answers = texts(recipe)
     # `left` is written by its heavier teacher, `right` by its only one; two prompts, two samples each.
-    assert first == [("one writes", 4), ("two writes", 4)]
+    assert first == [("one generates", 4), ("two generates", 4)]
     again, same = texts(recipe)
     assert again == []
     assert same == answers
@@ -59,10 +59,10 @@ def test_the_second_time_nothing_is_written(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "written"),
     [
-        ("seed=4", ["one writes", "two writes"]),
-        ("rollout.temperature=0.5", ["one writes", "two writes"]),
-        ("rollout.max_new_tokens=5", ["one writes", "two writes"]),
-        ("teachers.two.dtype=bfloat16", ["two writes"]),
+        ("seed=4", ["one generates", "two generates"]),
+        ("rollout.temperature=0.5", ["one generates", "two generates"]),
+        ("rollout.max_new_tokens=5", ["one generates", "two generates"]),
+        ("teachers.two.dtype=bfloat16", ["two generates"]),
         ("optimizer.lr=0.5", []),
     ],
 )
@@ -79,14 +79,14 @@ def test_changed_weights_templates_and_prompts_are_written_anew(recipe: Path) ->
     weights = load_file(file)
     weights["model.norm.weight"] *= 2
     save_file(weights, file, metadata={"format": "pt"})
-    assert texts(recipe)[0] == [("two writes", 4)]
+    assert texts(recipe)[0] == [("two generates", 4)]
     settings = recipe.parent / "one" / "tokenizer_config.json"
     config = json.loads(settings.read_text())
     settings.write_text(json.dumps({**config, "chat_template": "d {{ messages[0].content }}"}))
-    assert texts(recipe)[0] == [("one writes", 4)]
+    assert texts(recipe)[0] == [("one generates", 4)]
     prompts = recipe.parent / "right.jsonl"
     prompts.write_text(prompts.read_text().replace('"b"', '"c c"'))
-    assert texts(recipe)[0] == [("two writes", 2)]
+    assert texts(recipe)[0] == [("two generates", 2)]
 
 
 def test_a_damaged_line_is_written_again(recipe: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_damaged_line_is_written_again(recipe: Path) -> None:
     [file] = (recipe.parent / ".mergeopd" / "texts").glob("one-*.jsonl")
     file.write_text(file.read_text()[:-30])
     written, same = texts(recipe)
-    assert written == [("one writes", 1)]
+    assert written == [("one generates", 1)]
     assert same == answers
 
 
@@ -116,7 +116,7 @@ def test_what_another_run_writes_meanwhile_is_kept_and_not_taken(
     written = local.generate
     monkeypatch.setattr(local, "generate", generate)
     wrote, same = texts(recipe)
-    assert wrote == [("one writes", 1)]
+    assert wrote == [("one generates", 1)]
     assert same == answers
     lines = file.read_text().splitlines(keepends=True)
     assert foreign in lines

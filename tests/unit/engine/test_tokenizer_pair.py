@@ -63,8 +63,7 @@ def test_what_two_tokenizers_share(write: Write, tmp_path: Path) -> None:
     console.print(pair)
     shown = console.export_text()
     assert (
-        "258 tokens stand for the same bytes, 98.1% of the smaller vocabulary; 4 are spelled the same."
-        in shown
+        "258 tokens have the same bytes, 98.1% of the smaller vocabulary; 4 have the same spelling." in shown
     )
     assert "85.71%" in shown
     assert "other: '[Hi]'" in shown

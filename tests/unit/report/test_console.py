@@ -7,12 +7,12 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from mergeopd.report.console import console_reporter
 from mergeopd.report.events import (
     CheckpointSaved,
     CheckpointSkipped,
@@ -27,12 +27,14 @@ from mergeopd.report.events import (
     TeacherStats,
     UpdateDone,
 )
-from mergeopd.report.glyphs import Glyphs, plain_text, sparkline
-from mergeopd.report.live import LiveReporter
-from mergeopd.report.plain import PlainReporter
-from mergeopd.report.result import ResultTable, result_document
-from mergeopd.report.timing import clock_text, shares, split_line
-from mergeopd.report.view import RunView, Trend
+from mergeopd.report.result import result_document
+from mergeopd.report.terminal.console import console_reporter
+from mergeopd.report.terminal.glyphs import Glyphs, plain_text, sparkline
+from mergeopd.report.terminal.live import LiveReporter
+from mergeopd.report.terminal.plain import PlainReporter
+from mergeopd.report.terminal.result import ResultTable
+from mergeopd.report.terminal.timing import clock_text, shares, split_line
+from mergeopd.report.terminal.view import RunView, Trend
 
 START = RunStarted(
     name="quick",
@@ -116,17 +118,20 @@ def test_frame_shows_where_the_run_is() -> None:
             reporter.emit(update(number))
         reporter.emit(CheckpointSaved(15, Path("x")))
         lines = drawn(reporter, file)
-    assert lines[0].startswith("quick · merge 5/20 · update 15/30")
-    assert lines[0].endswith("0:30, about 0:30 left")
-    assert set(lines[1]) == {"━", "╸", "╺"} or set(lines[1]) <= {"━", "╸", "╺"}
+    assert re.fullmatch(r"quick · merge 5/20 [━╸╺ ]{20,} 15/30 updates  0:30, about 0:30 left", lines[0])
+    assert lines[1] == ""  # the place of a stage
     table = "\n".join(lines)
     assert re.search(r"teacher +reverse KL +gap +tokens +trend\n", table)
     assert re.search(r"\nmath +0\.1333 +-0\.5000 +500 +█▆▄▂▁\n", table)
-    assert re.search(r"\ndomain +NLL +entropy +length +cut +share +reward\n", table)
-    assert re.search(r"\nsort +0\.2000 +0\.2500 +62\.5 +12 % +50 % +0\.5000\n", table)
+    assert re.search(r"\ndomain +reward +NLL +entropy +length +cut +share\n", table)
+    assert re.search(r"\nsort +0\.5000 +0\.2000 +0\.2500 +62\.5 +12 % +50 %\n", table)
     assert "loss 0.0667   grad 0.7500   lr 3.0e-04   tokens/s 500   saved at 15" in table
     assert re.search(r"time    ━+  rollout 50%  teachers 13%  update 37%", table)
     assert max(map(len, lines)) <= 80
+    assert (
+        "gap log p of teacher minus student at sampled tokens tokens response tokens in the loss"
+        in " ".join(table.split())
+    )
 
 
 def test_frame_of_text_without_teachers_shows_the_domains_trend() -> None:
@@ -146,14 +151,14 @@ def test_stage_appears_once_it_lasts() -> None:
     reporter, clock, file = live()
     with reporter:
         reporter.emit(START)
-        reporter.emit(StageStarted("rollout", "math", 256, "answers"))
+        reporter.emit(StageStarted("rollout", "math", 256, "responses"))
         height = len(drawn(reporter, file))
         clock.now += 1.9
         assert "rollout" not in "\n".join(drawn(reporter, file))
         clock.now += 0.2
         reporter.emit(StageProgress(64))
         lines = drawn(reporter, file)
-        assert re.fullmatch(r"rollout  math  [━╸╺ ]{20}  64/256 answers  0:02", lines[-1])
+        assert re.fullmatch(r"rollout  math +[━╸╺ ]{10,} 64/256 responses  0:02", lines[1])
         assert len(lines) == height  # nothing jumps
         reporter.emit(update(1))
         clock.now += 10
@@ -217,21 +222,23 @@ def test_evaluation_fills_a_table_and_the_result_ends_the_display() -> None:
         assert any(re.match(r" math +10\.0 +- +- +- +- *$", line) for line in lines)
         seconds = {"rollout": 30.0, "evaluation": 10.0, "total": 40.0}
         document = result_document({"math": ACCURACIES}, seconds)
-        reporter.emit(
-            RunFinished(seconds, document, Path("runs/quick/result.json"), Path("runs/quick/export"))
-        )
+        paths = [Path("runs/quick") / name for name in ("result.json", "export", "report.html")]
+        reporter.emit(RunFinished(seconds, document, *paths))
         assert not reporter._live.is_started
     text = written(file)
     assert re.search(r"\n math +10\.0 +90\.0 +30\.0 +86\.0 +95\.0 % *\n", text)
     assert re.search(r"\ntime    0:40  ━+  rollout 75%  evaluation 25%", text)
-    assert re.search(r"\nresult  runs/quick/result.json *\nstudent runs/quick/export", text)
+    assert re.search(
+        r"\nresult  runs/quick/result.json *\nstudent runs/quick/export *\nreport  runs/quick/report.html",
+        text,
+    )
 
 
 def test_evaluation_alone_is_shown_too() -> None:
     """`mergeopd eval` has no run."""
     reporter, clock, file = live()
     with reporter:
-        reporter.emit(StageStarted("evaluation", "base on math", 256, "answers"))
+        reporter.emit(StageStarted("evaluation", "base on math", 256, "responses"))
         clock.now += 3
         assert "evaluation  base on math" in "\n".join(drawn(reporter, file))
         reporter.emit(EvaluationDone("base", "math", 0.1, 256))
@@ -245,17 +252,22 @@ def test_ascii_terminals_get_ascii() -> None:
         for number in range(1, 14):
             reporter.emit(update(number, ("größe",)))
         reporter.emit(Note("naïve"))
-        reporter.emit(StageStarted("rollout", "größe", 256, "answers"))
+        reporter.emit(StageStarted("rollout", "größe", 256, "responses"))
         clock.now += 3
         "\n".join(drawn(reporter, file)).encode("ascii")
         reporter.emit(RunFinished({"rollout": 1.0}, result_document({"größe": ACCURACIES}, {"rollout": 1.0})))
     assert "gr??e" in written(file)
 
 
+def untimed(line: str) -> str:
+    return line.removeprefix("2026-01-02 03:04:05  ")
+
+
 def plain(events: list[tuple[float, Event]]) -> list[str]:
     file = io.StringIO()
     clock = Clock()
-    reporter = console_reporter(Console(file=file, width=80, _environ={}), clock)
+    console = Console(file=file, width=80, _environ={}, get_datetime=lambda: datetime(2026, 1, 2, 3, 4, 5))
+    reporter = console_reporter(console, clock)
     assert isinstance(reporter, PlainReporter)
     with reporter:
         for at, event in events:
@@ -266,11 +278,15 @@ def plain(events: list[tuple[float, Event]]) -> list[str]:
 
 def test_plain_lines_for_ends_of_phases_and_now_and_then() -> None:
     lines = plain([(0, START), *((i * 2.0, update(i)) for i in range(1, 31))])
-    assert lines[0] == ("quick: 30 updates (cold_start 10, merge 20); teachers math, sort; output runs/quick")
+    assert lines[0] == (
+        "2026-01-02 03:04:05  "
+        "quick: 30 updates (cold_start 10, merge 20); teachers math, sort; output runs/quick"
+    )
     numbers = [int(re.findall(r"update (\d+)/30", line)[0]) for line in lines[1:]]
     assert numbers == [1, 4, 7, 10, 11, 14, 17, 20, 23, 26, 29, 30]
     assert lines[8] == (
-        "update 20/30  merge  loss 0.0500  math 0.1000  sort 0.1000  reward 0.50  grad 0.75  500 tokens/s  "
+        "2026-01-02 03:04:05  update 20/30  merge  loss 0.0500  reverse KL: math 0.1000, sort 0.1000  "
+        "reward 0.50  grad 0.75  500 tokens/s  "
         "rollout 50%, teachers 13%, update 37%  left 0:20"
     )
 
@@ -281,12 +297,14 @@ def test_plain_lines_tell_of_stages_that_take_long_and_not_of_short_ones() -> No
         [
             (0, START),
             (30, update(1)),
-            (38, StageStarted("teachers", "math", 48, "answers")),
+            (38, StageStarted("teachers", "math", 48, "responses")),
             (40, StageProgress(1)),
             (60, StageProgress(2)),
         ]
     )
-    assert [line for line in lines if line.startswith("teachers")] == ["teachers math 2/48 answers"]
+    assert [untimed(line) for line in lines if "teachers math 2" in line or "teachers math 1" in line] == [
+        "teachers math 2/48 responses"
+    ]
 
 
 def test_plain_lines_grow_rare() -> None:
@@ -301,7 +319,7 @@ def test_plain_lines_after_a_resume_and_of_everything_else() -> None:
         [
             (0, CheckpointSkipped(Path("step-9"), "weights.bin is missing")),
             (1, replace(START, resumed_at=6)),
-            (1, StageStarted("rollout", "math", 256, "answers")),
+            (1, StageStarted("rollout", "math", 256, "responses")),
             (2, StageProgress(8)),
             (20, StageProgress(64)),
             (21, update(7)),
@@ -313,11 +331,12 @@ def test_plain_lines_after_a_resume_and_of_everything_else() -> None:
             (27, RunFinished(seconds, result_document({"math": ACCURACIES}, seconds), Path("result.json"))),
         ]
     )
+    lines = [untimed(line) for line in lines]
     assert lines[:3] == [
         "warning: skipped step-9: weights.bin is missing",
-        "quick: 30 updates (cold_start 10, merge 20), goes on after update 6; teachers math, sort; "
+        "quick: 30 updates (cold_start 10, merge 20), resumes after update 6; teachers math, sort; "
         "output runs/quick",
-        "rollout math 64/256 answers",
+        "rollout math 64/256 responses",
     ]
     assert lines[3].startswith("update 7/30  cold_start  loss 0.1429  reward 0.50")
     assert lines[4:8] == [
@@ -395,15 +414,17 @@ def test_speed_and_time_left_follow_the_phase() -> None:
         view.apply(update(number), float(number))
     assert view.tokens_per_s == 1000.0
     assert view.left_s(10.0) == 20.0
-    view.apply(replace(update(11), seconds={"rollout": 3.0, "update": 1.0, "text": 50.0}), 20.0)
-    assert view.tokens_per_s == 250.0  # text is written once a phase
+    view.apply(
+        replace(update(11), seconds={"rollout": 3.0, "update": 1.0, "text": 50.0, "startup": 9.0}), 20.0
+    )
+    assert view.tokens_per_s == 250.0  # once a phase or process
     assert view.left_s(22.0) == 4.0 * 19 - 2.0
-    assert view.phase_seconds == {"rollout": 3.0, "update": 1.0, "text": 50.0}
+    assert view.phase_seconds == {"rollout": 3.0, "update": 1.0, "text": 50.0, "startup": 9.0}
 
 
 def test_report_needs_no_torch() -> None:
     code = (
-        "import sys; import mergeopd.report.console, mergeopd.report.jsonl, mergeopd.report.result; "
+        "import sys; import mergeopd.report.terminal.console, mergeopd.report.jsonl, mergeopd.report.result; "
         "print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"

@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from mergeopd.errors import StorageError
-from mergeopd.report import html
-from mergeopd.report.answers import LEVELS, level
-from mergeopd.report.curves import build_curves
 from mergeopd.report.events import (
     CheckpointSaved,
     Event,
@@ -27,10 +25,14 @@ from mergeopd.report.events import (
     TeacherTrace,
     UpdateDone,
 )
-from mergeopd.report.html import HtmlReporter, write_report
-from mergeopd.report.jsonl import sample_record
-from mergeopd.report.run_data import Update, load_run
+from mergeopd.report.jsonl import UpdateRecord, sample_record
+from mergeopd.report.page import html
+from mergeopd.report.page.curves import build_curves
+from mergeopd.report.page.html import HtmlReporter, write_report
+from mergeopd.report.page.responses import LEVELS, level
+from mergeopd.report.page.run_data import load_run
 
+UPDATES = TypeAdapter(UpdateRecord)
 EVIL = "</script><script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)>"
 
 
@@ -61,6 +63,7 @@ def update_line(update: int, phase: str = "merge") -> dict[str, Any]:
             }
             for domain, share in (("math", 1 / 3), ("code", 2 / 3))
         },
+        "policy": {},
         "cost": {
             "seconds": {"rollout": 1.5, "update": 0.5},
             "tokens_per_s": 50.0 * update,
@@ -212,13 +215,13 @@ def test_quantities_that_say_nothing_have_no_chart(folder: Path) -> None:
     lines = [update_line(1), update_line(2)]
     lines[1]["domains"]["code"]["truncated_fraction"] = 0.5
     lines[0]["domains"]["math"]["reward"] = 1.0
-    ids = {c.id: c for c in build_curves([Update.model_validate(line) for line in lines]).charts}
+    ids = {c.id: c for c in build_curves([UPDATES.validate_python(line) for line in lines]).charts}
     assert ids["domains-truncated_fraction"].series[0].values == (0.0, 50.0)
     assert [(s.name, s.values) for s in ids["domains-reward"].series] == [("math", (1.0, None))]
 
 
 def test_long_runs_are_means_over_equal_stretches() -> None:
-    updates = [Update.model_validate(update_line(n)) for n in range(1, 8)]
+    updates = [UPDATES.validate_python(update_line(n)) for n in range(1, 8)]
     curves = build_curves(updates, max_points=3)
     assert curves.stretch == 3
     assert curves.updates == (3, 6, 7)
@@ -272,7 +275,7 @@ def test_tokens_of_tools_are_shown_without_numbers(folder: Path) -> None:
         [], ["given", "h0"], ["given", "h0"], ["out"], [],
     ]  # fmt: skip
     assert "mean 1 nats" in page.text
-    assert "5 tokens, 2 of them by others" in page.text
+    assert "5 tokens, 2 not by the assistant" in page.text
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
@@ -342,7 +345,7 @@ def test_text_of_others_stays_text(folder: Path, place: str) -> None:
 
 def test_making_a_report_imports_no_torch(folder: Path) -> None:
     code = (
-        "import sys, pathlib; from mergeopd.report.html import write_report;"
+        "import sys, pathlib; from mergeopd.report.page.html import write_report;"
         "write_report(pathlib.Path(sys.argv[1]));"
         "print([m for m in ('torch', 'transformers', 'datasets', 'pandas') if m in sys.modules])"
     )
@@ -364,7 +367,7 @@ def refused(folder: Path) -> str:
 def test_what_is_no_run_folder_is_refused(tmp_path: Path, folder: Path) -> None:
     assert "no such folder; name a run folder" in refused(tmp_path / "nowhere")
     assert "is a file; name a run folder" in refused(folder / "plan.yaml")
-    assert "is no run folder, it has none of plan.yaml, metrics.jsonl, result.json" in refused(
+    assert "not a run folder, it has none of plan.yaml, metrics.jsonl, result.json" in refused(
         folder / "export"
     )
     assert not (folder / "export/report.html").exists()
@@ -403,12 +406,12 @@ def three(change: Callable[[list[str]], None]) -> str:
     [
         ("plan.yaml", None, "plan.yaml is missing: recipe, phases and versions cannot be shown"),
         ("plan.yaml", "format: [", "plan.yaml is damaged: recipe, phases and versions cannot be shown"),
-        ("metrics.jsonl", None, "metrics.jsonl holds no update, although the run is past its last one"),
-        ("metrics.jsonl", three(lambda t: t.__setitem__(2, t[2][:50])), "metrics.jsonl: the last line is torn and left out"),
+        ("metrics.jsonl", None, "metrics.jsonl has no updates, although training is finished"),
+        ("metrics.jsonl", three(lambda t: t.__setitem__(2, t[2][:50])), "metrics.jsonl: the last line is incomplete and left out"),
         ("metrics.jsonl", three(lambda t: t.__setitem__(1, t[1][50:])), "metrics.jsonl: line 2 is damaged and left out"),
         ("metrics.jsonl", three(lambda t: t.reverse()), "metrics.jsonl: updates are out of order or repeated; the last line of each counts"),
-        ("rollouts/samples.jsonl", None, "rollouts/samples.jsonl is missing or empty: no answers can be shown"),
-        ("result.json", None, "result.json is not there yet; unless the run is at it, `mergeopd run` goes on with it"),
+        ("rollouts/samples.jsonl", None, "rollouts/samples.jsonl is missing or empty: no responses can be shown"),
+        ("result.json", None, "result.json is missing: the evaluation is running, or `mergeopd run` resumes with it"),
         ("result.json", "{", "result.json is damaged: the result cannot be shown; `mergeopd eval` measures again"),
     ],
 )  # fmt: skip
@@ -419,6 +422,8 @@ def test_a_damaged_folder_gives_what_is_left_and_tells_the_rest(
 
 
 def test_a_sample_whose_numbers_do_not_fit_its_tokens_is_left_out(folder: Path) -> None:
+    with pytest.raises(ValueError, match="the numbers of tokens and values differ"):
+        sample(logprob_S=(-1.0,))
     record = {**sample_record(sample()), "logprob_S": [-1.0]}
     notes = damage(folder, "rollouts/samples.jsonl", json.dumps(record) + "\n")
     assert "rollouts/samples.jsonl: line 1 is damaged and left out" in notes

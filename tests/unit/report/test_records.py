@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 from mergeopd.errors import StorageError
 from mergeopd.report.events import (
@@ -19,8 +20,8 @@ from mergeopd.report.events import (
     TeacherStats,
     UpdateDone,
 )
-from mergeopd.report.jsonl import JsonlReporter, update_record
-from mergeopd.report.result import recovered_headroom, result_document, write_result
+from mergeopd.report.jsonl import RecordsReporter, UpdateRecord, update_record
+from mergeopd.report.result import read_result, recovered_headroom, result_document, write_result
 from mergeopd.storage.metrics import MetricsFile
 
 UPDATE = UpdateDone(
@@ -46,7 +47,7 @@ UPDATE = UpdateDone(
 def test_a_line_holds_every_figure_once_and_costs_apart(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsFile(path) as file:
-        reporter = JsonlReporter(file)
+        reporter = RecordsReporter(file, MetricsFile(tmp_path / "samples.jsonl"))
         for event in (Note("x"), UPDATE, CheckpointSaved(3, tmp_path)):
             reporter.emit(event)
     (line,) = path.read_text().splitlines()
@@ -62,10 +63,19 @@ def test_a_line_holds_every_figure_once_and_costs_apart(tmp_path: Path) -> None:
                              "weight": 0.75, "nll": 1.5, "entropy_S": 0.9, "reward": 0.5,
                              "truncated_fraction": 0.25}},
         "policy": {"corrected_fraction": 0.125, "clipped_fraction": 0.0, "importance_weight": 0.9,
-                   "behaviour_gap": 0.01, "behaviour_gap_max": 0.5, "silent_groups_fraction": None},
+                   "rollout_logprob_gap": 0.01, "rollout_logprob_gap_max": 0.5, "zero_advantage_fraction": None},
         "cost": {"seconds": {"rollout": 1.0, "text": 30.0, "update": 2.0}, "tokens_per_s": 200.0,
                  "teacher_bytes_read": 4096},
     }  # fmt: skip
+
+
+def test_lines_are_read_back_through_the_type_that_writes_them(tmp_path: Path) -> None:
+    with MetricsFile(tmp_path / "metrics.jsonl") as file:
+        file.append(update_record(UPDATE))
+    read = TypeAdapter(UpdateRecord).validate_json((tmp_path / "metrics.jsonl").read_bytes())
+    written = UpdateRecord.of(UPDATE)
+    teachers = {**written.teachers, "math": {**written.teachers["math"], "reverse_kl": None}}  # not finite
+    assert read == replace(written, grad_norm=None, teachers=teachers)
 
 
 def test_no_field_of_the_event_is_forgotten() -> None:
@@ -111,7 +121,7 @@ def test_recovered_headroom() -> None:
 
 def test_result_document() -> None:
     row = {"base": 0.0, "expert": 0.5, "weight_average": 0.25, "merged": 0.5}
-    document = result_document(
+    result = result_document(
         {
             "math": row,
             "sort": {"base": 0.25, "expert": 0.75, "merged": 0.625},
@@ -119,7 +129,7 @@ def test_result_document() -> None:
         },
         {"rollout": 1.5, "total": 1.5},
     )
-    assert document == {
+    assert asdict(result) == {
         "domains": {
             "math": {**row, "recovered": 1.0},
             "sort": {
@@ -134,7 +144,7 @@ def test_result_document() -> None:
         "mean_recovered": 0.875,
         "seconds": {"rollout": 1.5, "total": 1.5},
     }
-    assert result_document({"flat": {**row, "base": 0.5}}, {})["mean_recovered"] is None
+    assert result_document({"flat": {**row, "base": 0.5}}, {}).mean_recovered is None
 
 
 @pytest.mark.parametrize(
@@ -151,9 +161,15 @@ def test_incomplete_results_are_refused(row: dict[str, float | None], message: s
 
 
 def test_result_file(tmp_path: Path) -> None:
-    document = result_document({"math": {"base": 0.0, "expert": 1.0, "merged": 1 / 3}}, {"rollout": 0.1})
-    write_result(tmp_path / "run" / "result.json", document)
-    assert json.loads((tmp_path / "run" / "result.json").read_text()) == document
+    result = result_document({"math": {"base": 0.0, "expert": 1.0, "merged": 1 / 3}}, {"rollout": 0.1})
+    path = tmp_path / "run" / "result.json"
+    assert read_result(path) is None
+    write_result(path, result)
+    assert json.loads(path.read_text()) == asdict(result)
+    assert read_result(path) == result
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="3 validation errors"):
+        read_result(path)
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="cannot write"):
-        write_result(tmp_path / "file" / "result.json", document)
+        write_result(tmp_path / "file" / "result.json", result)

@@ -80,8 +80,8 @@ def test_every_number_has_a_tag() -> None:
         "policy/corrected_fraction": 0.125,
         "policy/clipped_fraction": 0.25,
         "policy/importance_weight": 1.5,
-        "policy/behaviour_gap": 0.01,
-        "policy/behaviour_gap_max": 0.5,
+        "policy/rollout_logprob_gap": 0.01,
+        "policy/rollout_logprob_gap_max": 0.5,
     }
 
 

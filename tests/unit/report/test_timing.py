@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich import box
 
-from mergeopd.report.glyphs import Glyphs
-from mergeopd.report.timing import split_line
+from mergeopd.report.terminal.glyphs import Glyphs
+from mergeopd.report.terminal.timing import split_line
 
 GLYPHS = Glyphs(levels="12345678", block="=", dot=".", table_box=box.ASCII, ascii_only=True)
 

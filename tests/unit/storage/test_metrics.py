@@ -98,7 +98,7 @@ def test_damage_before_the_cut_is_told_not_dropped(tmp_path: Path, line: str, fa
     lines[1] = line
     path.write_text("\n".join(lines) + "\n")
     before = path.read_bytes()
-    with pytest.raises(StorageError, match=rf"cannot go on with .*metrics.jsonl: line 2 {fault}"):
+    with pytest.raises(StorageError, match=rf"cannot resume with .*metrics.jsonl: line 2 {fault}"):
         MetricsFile(path).truncate_to(4)
     assert path.read_bytes() == before
     if fault == "is damaged":

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from mergeopd.report.live import LiveReporter
-from mergeopd.report.plain import PlainReporter
+from mergeopd.report.terminal.live import LiveReporter
+from mergeopd.report.terminal.plain import PlainReporter
 
 
 def console_reporter(

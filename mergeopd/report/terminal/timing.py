@@ -1,4 +1,4 @@
-"""Durations and where the time goes, for people."""
+"""Durations, and the wall time by stage on one line."""
 
 from __future__ import annotations
 
@@ -7,16 +7,8 @@ from collections.abc import Mapping
 
 from rich.text import Text
 
-from mergeopd.report.glyphs import Glyphs
-
-_STYLES = {
-    "rollout": "cyan",
-    "teachers": "magenta",
-    "update": "green",
-    "evaluation": "blue",
-    "text": "yellow",
-}
-_OTHER_STYLE = "bright_black"
+from mergeopd.report.figures import STAGES
+from mergeopd.report.terminal.glyphs import Glyphs
 
 
 def clock_text(seconds: float) -> str:
@@ -50,8 +42,8 @@ def split_line(
 ) -> Text | None:
     """A coloured bar and its legend on one line of at most `width` cells; None when no time was spent.
 
-    Stages of less than half a per cent are not named; where the line is too short for all, the smallest ones
-    are told together, as `other`.
+    Stages below half a per cent are left out; the smallest ones are added up as `other` where the line is too
+    short for all.
     """
     parts = {name: percent for name, percent in shares(seconds).items() if percent}
     if not parts:
@@ -70,9 +62,9 @@ def split_line(
         edge, covered = 0.0, 0
         for name, percent in parts.items():
             edge += percent * room / 100
-            line.append(glyphs.block * (round(edge) - covered), style=_STYLES.get(name, _OTHER_STYLE))
+            line.append(glyphs.block * (round(edge) - covered), style=STAGES.get(name, STAGES["other"])[1])
             covered = round(edge)
-    else:  # the labels say the same
+    else:  # no room: the legend has the same numbers
         legend = legend[2:]
     line.append_text(legend)
     line.no_wrap = True
@@ -83,6 +75,6 @@ def split_line(
 def _legend(parts: Mapping[str, int]) -> Text:
     legend = Text()
     for name, percent in parts.items():
-        legend.append(f"  {name}", style=_STYLES.get(name, _OTHER_STYLE))
+        legend.append(f"  {name}", style=STAGES.get(name, STAGES["other"])[1])
         legend.append(f" {percent}%")
     return legend

@@ -1,4 +1,4 @@
-"""report.html: one file, no network, made from the run folder alone."""
+"""Write report.html: one file that loads nothing, made from the run folder alone."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from markupsafe import Markup
 from ruamel.yaml import YAML
 
 from mergeopd import __version__
-from mergeopd.report.answers import LEVELS, build_answers, build_legends
-from mergeopd.report.curves import ACCENT, STAGE_COLOURS, build_curves, divergence
+from mergeopd.recipe.term_display import MEASURES
 from mergeopd.report.events import CheckpointSaved, Event, Note, Reporter, RunFinished, UpdateDone
-from mergeopd.report.result import MODELS
-from mergeopd.report.run_data import RunData, load_run
-from mergeopd.report.timing import clock_text, shares
+from mergeopd.report.figures import STAGES
+from mergeopd.report.page.curves import ACCENT, build_curves
+from mergeopd.report.page.responses import LEVELS, build_legends, build_responses
+from mergeopd.report.page.run_data import RunData, load_run
+from mergeopd.report.result import MODELS, grade
+from mergeopd.report.terminal.timing import clock_text, shares
 from mergeopd.storage import run_layout
 from mergeopd.storage.folders import write_atomic
 from mergeopd.storage.metrics import json_text
@@ -34,7 +36,7 @@ _MAX_SHARE = 0.02
 
 
 def write_report(folder: Path) -> tuple[Path, tuple[str, ...]]:
-    """Write `report.html` into a run folder; return its path and what is missing or damaged in the folder.
+    """Write `report.html` into a run folder; return its path and notes on missing or damaged files.
 
     Raises:
         StorageError: there is no such run folder, it is of another format version, or the disk refuses.
@@ -46,7 +48,7 @@ def write_report(folder: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def render(data: RunData, now: datetime) -> str:
-    """The whole page. Only scripts whose hash its policy names can run, and nothing can be loaded."""
+    """The whole page. Its policy admits the page's own scripts by hash, and nothing can be loaded."""
     curves = build_curves(data.updates)
     scripts = (_plotly(), _part("page.js"))
     hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
@@ -69,18 +71,16 @@ def render(data: RunData, now: datetime) -> str:
             num_tokens=sum(update.num_tokens for update in data.updates),
             models=MODELS,
             curves=curves,
-            curves_json=Markup(
-                json_text(curves.document()).replace("<", "\\u003c")
-            ),  # cannot end its element
-            answers=build_answers(data.samples),
-            divergences={"": "-log p of the student"}
-            | {name: divergence(name).title for name in {s.divergence for s in data.samples} if name},
+            # Escaped, so that no text can end the element.
+            curves_json=Markup(json_text(curves.document()).replace("<", "\\u003c")),
+            responses=build_responses(data.samples),
+            divergences={"": "-log p of the student"} | {key: row.title for key, row in MEASURES.items()},
             legends=build_legends(data.samples),
             levels=LEVELS,
             seconds=seconds,
             total_s=data.result.seconds.get("total") if data.result else None,
             percents=shares(seconds),
-            stage_colours=STAGE_COLOURS,
+            stage_colours={name: colour for name, (colour, _) in STAGES.items()},
             plan_text=_yaml(data.plan) if data.plan else "",
             clock_text=clock_text,
         )
@@ -88,9 +88,9 @@ def render(data: RunData, now: datetime) -> str:
 
 
 class HtmlReporter:
-    """Keeps report.html up to date: at checkpoints and where phases end, if time allows, and at the end.
+    """Writes report.html at checkpoints and ends of phases, if time allows, and at the end of the run.
 
-    It never takes more than a fiftieth of the run's time, and no failure of it ends a run: `notes` is told.
+    It takes at most 2 % of the run's time. A failure becomes a note and does not end the run.
     """
 
     def __init__(self, folder: Path, notes: Reporter, clock: Callable[[], float] = time.monotonic) -> None:
@@ -101,7 +101,7 @@ class HtmlReporter:
         self._phase = ""
 
     def emit(self, event: Event) -> None:
-        """Write the report where one is due."""
+        """Write the report if one is due."""
         if isinstance(event, UpdateDone):
             phase, self._phase = self._phase, event.phase
             due = bool(phase) and phase != event.phase
@@ -114,7 +114,7 @@ class HtmlReporter:
         start = self._clock()
         try:
             write_report(self._folder)
-        except Exception as error:  # noqa: BLE001 - a page for people must not cost them their run
+        except Exception as error:  # noqa: BLE001 - the run is worth more than its page
             self._notes.emit(Note(f"{run_layout.REPORT} was not written: {error or type(error).__name__}"))
         took = self._clock() - start
         self._not_before = start + max(_MIN_PAUSE_S, took / _MAX_SHARE)
@@ -132,7 +132,7 @@ def _status(data: RunData) -> str:
 
 
 def _seconds(data: RunData) -> dict[str, float]:
-    """Seconds by stage: the result's, else what the updates so far took. Time between stages is `other`."""
+    """Seconds by stage: the result's, else those of the updates so far. Time between stages is `other`."""
     seconds: dict[str, float] = {}
     if data.result is not None:
         seconds = dict(data.result.seconds)
@@ -155,14 +155,11 @@ def _yaml(value: Mapping[str, Any]) -> str:
     return text.getvalue()
 
 
-# ------------------------------------------------------------------------------------------- the parts
-
-
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("mergeopd.report", "page"),
-        autoescape=True,  # prompts and answers are anybody's text
+        loader=PackageLoader("mergeopd.report.page", "assets"),
+        autoescape=True,  # prompts and responses are untrusted text
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -170,7 +167,7 @@ def _environment() -> Environment:
     environment.filters["percent"] = lambda value: "-" if value is None else f"{100 * value:.1f}"
     environment.filters["count"] = lambda value: f"{value:,}"
     environment.filters["colour"] = _colour
-    environment.filters["verdict"] = _verdict
+    environment.filters["grade"] = grade
     return environment
 
 
@@ -178,16 +175,9 @@ def _colour(index: int) -> str:
     return "var(--accent)" if index == ACCENT else f"var(--c{index % _NUM_COLOURS})"
 
 
-def _verdict(recovered: float | None) -> str:
-    """How good a recovered headroom is, as the terminal colours it."""
-    if recovered is None:
-        return "none"
-    return "good" if recovered >= 0.9 else "fair" if recovered >= 0.5 else "poor"
-
-
 @cache
 def _part(name: str) -> str:
-    return (files("mergeopd.report") / "page" / name).read_text(encoding="utf-8")
+    return (files("mergeopd.report.page") / "assets" / name).read_text(encoding="utf-8")
 
 
 @cache
@@ -196,7 +186,7 @@ def _plotly() -> str:
 
     text: str = get_plotlyjs()
     if "</script" in text or "<!--" in text:
-        raise RuntimeError("this plotly.js cannot stand inside a page; install another version of plotly")
+        raise RuntimeError("this plotly.js cannot be embedded in a page; install another version of plotly")
     return text
 
 

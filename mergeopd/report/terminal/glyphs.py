@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from rich import box
-from rich.console import ConsoleOptions
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+_WIDEST_SPARKLINE = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,17 @@ class Glyphs:
         """The set for a console."""
         return _ASCII if options.ascii_only else _UNICODE
 
+    def table(self, title: str) -> Table:
+        """An empty table."""
+        return Table(
+            title=plain_text(title, self) or None,
+            title_justify="left",
+            title_style="bold",
+            box=self.table_box,
+            header_style="dim",
+            pad_edge=False,
+        )
+
 
 _UNICODE = Glyphs(levels="▁▂▃▄▅▆▇█", block="━", dot="·", table_box=box.SIMPLE_HEAD, ascii_only=False)
 _ASCII = Glyphs(levels="_.-=+*#@", block="=", dot="|", table_box=box.ASCII2, ascii_only=True)
@@ -33,7 +49,7 @@ _ASCII = Glyphs(levels="_.-=+*#@", block="=", dot="|", table_box=box.ASCII2, asc
 def plain_text(text: str, glyphs: Glyphs) -> str:
     """`text` on one line, without characters that the terminal would act on or cannot encode."""
     line = "".join(char if char.isprintable() else " " for char in text)
-    return line.encode("ascii", "replace").decode() if glyphs.ascii_only else line
+    return line.replace("‖", "||").encode("ascii", "replace").decode() if glyphs.ascii_only else line
 
 
 def sparkline(values: Sequence[float], width: int, glyphs: Glyphs) -> str:
@@ -48,3 +64,17 @@ def sparkline(values: Sequence[float], width: int, glyphs: Glyphs) -> str:
         return glyphs.levels[0] * count
     top = len(glyphs.levels) - 1
     return "".join(glyphs.levels[round((mean - low) / (high - low) * top)] for mean in means)
+
+
+@dataclass(frozen=True, slots=True)
+class Sparkline:
+    """A history as wide as its table column allows."""
+
+    values: Sequence[float]
+    glyphs: Glyphs
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(sparkline(self.values, min(_WIDEST_SPARKLINE, options.max_width), self.glyphs))
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(1, min(_WIDEST_SPARKLINE, max(1, len(self.values))))

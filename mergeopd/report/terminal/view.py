@@ -1,20 +1,13 @@
-"""What the terminal shows, gathered from events: no drawing here, and time only as an argument."""
+"""State of the terminal display, collected from events. No drawing; time is an argument."""
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
 
-from mergeopd.report.events import (
-    CheckpointSaved,
-    EvaluationDone,
-    Event,
-    RunFinished,
-    RunStarted,
-    StageProgress,
-    StageStarted,
-    UpdateDone,
-)
+from mergeopd.report import events
+from mergeopd.report.figures import DOMAIN_FIGURES, MEASURE_FIGURES, RUN_FIGURES, Figure, run_value
+from mergeopd.report.jsonl import Numbers, UpdateRecord
 
 _WINDOW = 32  # updates over which speed is averaged: several rounds, so that their bursts even out
 _TREND_POINTS = 256
@@ -46,8 +39,8 @@ class Trend:
 
 
 @dataclass(frozen=True, slots=True)
-class PhasePlace:
-    """Where in the phases the run is: `done` of `updates` in the phase `name`."""
+class PhasePosition:
+    """A position in the phases: `done` of `updates` in the phase `name`."""
 
     index: int
     name: str
@@ -56,81 +49,70 @@ class PhasePlace:
 
 
 @dataclass(slots=True)
-class StageView:
-    """The present stage."""
-
-    event: StageStarted
-    started_at: float
-    done: int = 0
-
-
-@dataclass(slots=True)
 class RunView:
-    """State of the display; `now` is a monotonic clock in seconds."""
+    """State of the display; `now` is a monotonic clock in seconds.
 
-    run: RunStarted | None = None
-    started_at: float = 0.0
-    last: UpdateDone | None = None
-    stage: StageView | None = None
-    checkpoint: CheckpointSaved | None = None
-    finished: RunFinished | None = None
-    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+    `informative` has the keys of the domain and run figures that differed from `hidden_when_constant` in this
+    phase, `trends` the history of the phase by teacher or domain and key.
+    """
+
+    run: events.RunStarted | None = None
+    last: UpdateRecord | None = None
+    saved_at: int | None = None
+    is_finished: bool = False
+    evaluations: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    informative: set[str] = field(default_factory=set)
     trends: dict[tuple[str, str], Trend] = field(default_factory=dict)
     phase_seconds: dict[str, float] = field(default_factory=dict)
     _phase_index: int = -1
     _last_update_at: float = 0.0
     _recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
 
-    def apply(self, event: Event, now: float) -> None:
+    def apply(self, event: events.Event, now: float) -> None:
         """Take in an event."""
         match event:
-            case RunStarted():
+            case events.RunStarted():
                 self.run = event
-                self.started_at = self._last_update_at = now
-            case StageStarted():
-                self.stage = StageView(event, now)
-            case StageProgress():
-                if self.stage is not None:
-                    self.stage.done = event.done
-            case UpdateDone():
+                self._last_update_at = now
+            case events.UpdateDone():
                 self._apply_update(event, now)
-            case CheckpointSaved():
-                self.checkpoint = event
-            case EvaluationDone():
+            case events.EvaluationDone():
                 self.evaluations.setdefault(event.domain, {})[event.model] = event.accuracy
-            case RunFinished():
-                self.finished = event
-                self.stage = None
-            case _:
-                pass
+            case events.CheckpointSaved():
+                self.saved_at = event.update
+            case events.RunFinished():
+                self.is_finished = True
 
-    def _apply_update(self, event: UpdateDone, now: float) -> None:
-        self.stage = None
-        self.last = event
+    def _apply_update(self, event: events.UpdateDone, now: float) -> None:
+        self.last = UpdateRecord.of(event)
         phase = self.phase_of(event.update)
         if phase is not None and phase.index != self._phase_index:
-            # Another phase has another speed, other terms and another scale.
+            # Speed, terms and scale differ between phases.
             self._phase_index = phase.index
-            self._recent.clear()
-            self.trends.clear()
-            self.phase_seconds.clear()
+            for of_phase in (self._recent, self.trends, self.phase_seconds, self.informative):
+                of_phase.clear()
         self._recent.append((event.num_tokens, event.step_s))
         self._last_update_at = now
         for name, seconds in event.seconds.items():
             self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + seconds
-        for teacher, stats in event.teachers.items():
-            known = {name: value for name, value in stats.divergence.items() if value is not None}
-            for quantity, value in known.items():
-                self.trends.setdefault((teacher, quantity), Trend()).add(value)
-        for domain, domain_stats in event.domains.items():
-            self.trends.setdefault((domain, "nll"), Trend()).add(domain_stats.nll)
+        for name, numbers in (*self.last.teachers.items(), *self.last.domains.items()):
+            for key in numbers.keys() & {"nll", *MEASURE_FIGURES}:
+                if (value := numbers[key]) is not None:
+                    self.trends.setdefault((name, key), Trend()).add(value)
+        for numbers in self.last.domains.values():
+            self.informative |= {f.key for f in DOMAIN_FIGURES if f.is_informative(numbers.get(f.key))}
+        self.informative |= {f.key for f in RUN_FIGURES if f.is_informative(run_value(self.last, f.key))}
 
-    def phase_of(self, update: int) -> PhasePlace | None:
+    def columns(self, figures: tuple[Figure, ...]) -> list[Figure]:
+        """Those of `figures` that the terminal shows now."""
+        return [figure for figure in figures if figure.column and figure.key in self.informative]
+
+    def phase_of(self, update: int) -> PhasePosition | None:
         """The phase that update number `update` (from 1) belongs to."""
         first = 0
         for index, (name, updates) in enumerate(self.run.phases if self.run else ()):
             if update <= first + updates:
-                return PhasePlace(index, name, update - first, updates)
+                return PhasePosition(index, name, update - first, updates)
             first += updates
         return None
 
@@ -150,6 +132,11 @@ class RunView:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Response tokens per second of rollout, teachers and update together, lately."""
+        """Response tokens per second of rollout, teachers and update together, over recent updates."""
         seconds = sum(seconds for _, seconds in self._recent)
         return sum(tokens for tokens, _ in self._recent) / seconds if seconds > 0 else None
+
+
+def measure_of(numbers: Numbers) -> str:
+    """The key of a teacher's first divergence, or of its bridge's measure; "" without one."""
+    return next((key for key in MEASURE_FIGURES if key in numbers), "")
