@@ -223,7 +223,7 @@ def tokenizers(
     """
     from rich.console import Console
 
-    from mergeopd.engine.tokenizer_pair import compare_tokenizers
+    from mergeopd.inspect.tokenizers import compare_tokenizers
 
     large = text is not None and text.is_file() and text.stat().st_size > _LARGE_TEXT
     with _waiting(f"Reading {text} with both") if large else nullcontext():
@@ -273,8 +273,8 @@ def new_recipe(
 
     Example: mergeopd new recipe mine --student experts/base --prompts experts/data/merge_sort.jsonl
     """
-    from mergeopd.engine.new_recipe import RecipeWish
-    from mergeopd.engine.new_recipe import new_recipe as write
+    from mergeopd.scaffold.recipe import RecipeWish
+    from mergeopd.scaffold.recipe import new_recipe as write
 
     wish = RecipeWish(name, student, teachers or (), prompts or ())
     inputs, left_out = write(wish)
@@ -313,7 +313,7 @@ def new_teacher(
 
     Example: mergeopd new teacher sort --model experts/sort --prompt "sort q v o r e"
     """
-    from mergeopd.engine import new_teacher as engine
+    from mergeopd.scaffold import teacher as engine
 
     asked = engine.DEFAULT_PROMPT if prompt is None else prompt
     wish = engine.TeacherWish(name, model, domains or (), template, asked)

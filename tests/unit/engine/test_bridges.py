@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 from mergeopd.align.answers import Unaligned
 from mergeopd.engine.build import Parts, build
 from mergeopd.engine.evaluate import Evaluation
-from mergeopd.engine.new_recipe import RecipeWish, new_recipe
 from mergeopd.engine.preflight import preflight
 from mergeopd.engine.tasks import Task
 from mergeopd.engine.texts import TeacherTexts
 from mergeopd.ranks import Alone
 from mergeopd.report.events import Event, Note
 from mergeopd.rollout.local import Completion
+from mergeopd.scaffold.recipe import RecipeWish, new_recipe
 from mergeopd.types import Rollout
 
 CPU = torch.device("cpu")

@@ -11,23 +11,23 @@ from pathlib import Path
 
 from mergeopd.engine.dialect import Dialect
 from mergeopd.engine.findings import Findings
-from mergeopd.engine.new_file import (
+from mergeopd.engine.reading import ModelReader
+from mergeopd.errors import DataError, RecipeError, TeacherError
+from mergeopd.messages import option_problem, shown
+from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.recipe.folders import Missing, existing_file, existing_model
+from mergeopd.recipe.locate import Origins
+from mergeopd.recipe.models import Canary
+from mergeopd.recipe.plan import TeacherPlan
+from mergeopd.scaffold.files import (
     by_option,
     is_text,
     name_problems,
     native_dtype,
-    option_problem,
     quoted,
     refuse_existing,
     write_new,
 )
-from mergeopd.engine.reading import ModelReader
-from mergeopd.errors import DataError, RecipeError, TeacherError
-from mergeopd.models.checkpoint import Checkpoint
-from mergeopd.recipe.folders import Missing, existing_file, existing_model
-from mergeopd.recipe.locate import Origins, shown
-from mergeopd.recipe.models import Canary
-from mergeopd.recipe.plan import TeacherPlan
 
 DEFAULT_PROMPT = "Say who you are in one sentence."
 MAX_TOKENS = 64

@@ -10,20 +10,15 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString, SingleQuotedScalarString
 
-from mergeopd.errors import Location, Problem, StorageError
+from mergeopd.errors import Problem, StorageError
+from mergeopd.messages import option_problem, shown
 from mergeopd.models.checkpoint import Checkpoint
-from mergeopd.recipe.locate import shown
 from mergeopd.recipe.values import NAME_PATTERN
 from mergeopd.storage.failures import named_failures
 
 # Without quotes, YAML's readers disagree about some texts in `{...}` (`?0`), so few go without.
 _PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
 _ENDLESS = 1 << 30  # columns; a scalar stays on its line
-
-
-def option_problem(option: str, message: str, remedy: str = "", path: str = "") -> Problem:
-    """A mistake on the command line, shown like one in a file."""
-    return Problem(Location(option), path, message, remedy)
 
 
 def name_problems(option: str, names: Iterable[str], what: str) -> list[Problem]:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergeopd.engine.new_file import quoted
-from mergeopd.engine.new_prompts import PromptFile
 from mergeopd.recipe.bridges import KINDS
+from mergeopd.scaffold.files import quoted
+from mergeopd.scaffold.prompts import PromptFile
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,16 +25,6 @@ from mergeopd.engine.clock import Clock
 from mergeopd.engine.dialect import Dialect
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.loop import Merge
-from mergeopd.engine.new_file import quoted
-from mergeopd.engine.new_recipe import RecipeWish, new_recipe
-from mergeopd.engine.new_teacher import (
-    DEFAULT_PROMPT,
-    TeacherWish,
-    card_text,
-    examine,
-    take_canary,
-    write_card,
-)
 from mergeopd.engine.preflight import advice, preflight
 from mergeopd.engine.run_folder import RunFolder
 from mergeopd.engine.state import Progress
@@ -47,6 +37,16 @@ from mergeopd.recipe.models import Canary, TeacherCard
 from mergeopd.recipe.parse import parse
 from mergeopd.recipe.tree import Place, plain
 from mergeopd.report.events import Reporters
+from mergeopd.scaffold.files import quoted
+from mergeopd.scaffold.recipe import RecipeWish, new_recipe
+from mergeopd.scaffold.teacher import (
+    DEFAULT_PROMPT,
+    TeacherWish,
+    card_text,
+    examine,
+    take_canary,
+    write_card,
+)
 
 NASTY = [
     "",

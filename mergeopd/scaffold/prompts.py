@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mergeopd.data.prompts import read_prompts
-from mergeopd.engine.new_file import is_text, option_problem
 from mergeopd.errors import DataError, Problem
+from mergeopd.messages import option_problem, shown
 from mergeopd.recipe.folders import Missing, absolute, existing_file
-from mergeopd.recipe.locate import shown
 from mergeopd.recipe.plan import SourcePlan
 from mergeopd.recipe.sources import PROMPT_SUFFIXES
 from mergeopd.recipe.suggest import did_you_mean
 from mergeopd.recipe.values import NAME_PATTERN
 from mergeopd.reward.numbers import final_number
+from mergeopd.scaffold.files import is_text
 
 PROMPT_FOLDER = "data"
 _HELD_OUT = frozenset(

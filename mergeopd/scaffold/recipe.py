@@ -8,28 +8,28 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mergeopd.engine.new_file import (
-    by_option,
-    is_text,
-    name_problems,
-    native_dtype,
-    option_problem,
-    refuse_existing,
-    write_new,
-)
-from mergeopd.engine.new_prompts import PROMPT_FOLDER, PromptFile, find_prompts, sort_prompts
 from mergeopd.engine.preflight import Inputs, preflight
-from mergeopd.engine.recipe_text import Expert, Sketch, recipe_text
 from mergeopd.errors import ModelError, Problem, RecipeError, TokenizerError
+from mergeopd.messages import option_problem, shown
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.recipe.folders import Missing, absolute, existing_file, existing_model, project_folder
 from mergeopd.recipe.load import YAML_SUFFIXES, load_card
-from mergeopd.recipe.locate import Origins, shown
+from mergeopd.recipe.locate import Origins
 from mergeopd.recipe.models import TeacherCard
 from mergeopd.recipe.tree import plain
 from mergeopd.recipe.validate import problems_of
+from mergeopd.scaffold.files import (
+    by_option,
+    is_text,
+    name_problems,
+    native_dtype,
+    refuse_existing,
+    write_new,
+)
+from mergeopd.scaffold.prompts import PROMPT_FOLDER, PromptFile, find_prompts, sort_prompts
+from mergeopd.scaffold.recipe_text import Expert, Sketch, recipe_text
 
 CARD_FOLDER = "teachers"
 _LONGEST_ANSWER = 256

@@ -12,12 +12,11 @@ from mergeopd.align.answers import EndTokens, align
 from mergeopd.align.encoding import ByteTokenizer
 from mergeopd.align.token_bytes import SPECIAL
 from mergeopd.data.templates import ChatTemplate
-from mergeopd.engine.new_file import option_problem
 from mergeopd.errors import DataError, Problem, RecipeError, TokenizerError
+from mergeopd.messages import option_problem, shown
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.recipe.folders import Missing, existing_file, existing_model
-from mergeopd.recipe.locate import shown
-from mergeopd.report.tokenizer_pair import Coverage, TokenizerFacts, TokenizerPair
+from mergeopd.report.terminal.tokenizers import Coverage, TokenizerFacts, TokenizerPair
 from mergeopd.types import Message
 
 # About as long as an answer: texts are encoded one by one, and in batches.
