@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,9 +35,14 @@ from mergeopd.types import Rollout
 Verify = Callable[[str, str | None], float]
 
 
+_log = logging.getLogger(__name__)
+
+
 def pick_device() -> torch.device:
     """The first GPU where torch sees one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _log.debug("device %s, %d CPU threads", device, torch.get_num_threads())
+    return device
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from mergeopd.engine.tasks import Task, plan_round
 from mergeopd.engine.texts import TeacherTexts
 from mergeopd.engine.updating import accumulate
 from mergeopd.engine.writing import dataset_rollout, write_student
-from mergeopd.errors import Stopped
+from mergeopd.errors import Stopped, UpdateLimitReached
 from mergeopd.recipe.locate import shown
 from mergeopd.recipe.plan import EvaluationPlan
 from mergeopd.recipe.training import Phase
@@ -35,6 +35,8 @@ from mergeopd.report.events import Reporter, RunFinished, RunStarted, StageStart
 from mergeopd.report.result import result_document, write_result
 from mergeopd.teacher.cache import RoundCache
 from mergeopd.types import Rollout
+
+UPDATE_LIMIT = "--updates"  # who asked a run to stop, where that was its own limit
 
 
 class Merge:
@@ -82,7 +84,7 @@ class Merge:
             if self._is_due(progress, now[0].updates_per_round):
                 self._save(progress)
             if max_updates is not None and first + max_updates <= progress.update < plan.num_updates:
-                self._interrupt.requested = "--updates"
+                self._interrupt.requested = UPDATE_LIMIT
             if self._is_stopping():
                 self._stop(progress)
         self._finish()
@@ -107,7 +109,8 @@ class Merge:
         if progress.update and not self._ranks.first(target.exists):
             self._save(progress)
         self._ranks.gather(None)  # none leaves while another still has something to write
-        raise Stopped(
+        error = UpdateLimitReached if reason == UPDATE_LIMIT else Stopped
+        raise error(
             f"stopped by {reason} after {progress.update} of {self._plan.num_updates} "
             "updates, all saved; the same command goes on"
         )

@@ -29,14 +29,14 @@ from mergeopd.scaffold.files import (
     write_new,
 )
 from mergeopd.scaffold.prompts import PROMPT_FOLDER, PromptFile, find_prompts, sort_prompts
-from mergeopd.scaffold.recipe_text import Expert, Sketch, recipe_text
+from mergeopd.scaffold.recipe_text import Expert, RecipeDraft, recipe_text
 
 CARD_FOLDER = "teachers"
 _LONGEST_ANSWER = 256
 
 
 @dataclass(frozen=True, slots=True)
-class RecipeWish:
+class NewRecipeOptions:
     """What was asked for; what is None or empty is looked for in `teachers/` and `data/`.
 
     `prompts` are files, or `DOMAIN=FILE` where the name of a file does not tell.
@@ -61,7 +61,7 @@ class _Search:
     notes: list[str] = field(default_factory=list)
 
 
-def new_recipe(wish: RecipeWish) -> tuple[Inputs, tuple[str, ...]]:
+def new_recipe(options: NewRecipeOptions) -> tuple[Inputs, tuple[str, ...]]:
     """Write `recipes/NAME.yaml`; return what `check` makes of it, and what was left out, in words.
 
     A file is kept only when it passes. Raises:
@@ -69,18 +69,18 @@ def new_recipe(wish: RecipeWish) -> tuple[Inputs, tuple[str, ...]]:
         StorageError: the file exists, or the disk refuses.
     """
     search = _Search()
-    search.problems += name_problems("NAME", [wish.name], "recipe")
+    search.problems += name_problems("NAME", [options.name], "recipe")
     if not search.problems:
-        refuse_existing(wish.recipe_file)
-    experts = _experts(wish, search)
-    student = _student(wish, experts, search)
-    trained, measured = _prompts(wish, experts, search)
-    used = _used(wish, experts, trained, search)
+        refuse_existing(options.recipe_file)
+    experts = _experts(options, search)
+    student = _student(options, experts, search)
+    trained, measured = _prompts(options, experts, search)
+    used = _used(options, experts, trained, search)
     if search.problems or student is None:
         raise RecipeError(search.problems)
-    sketch = Sketch(
-        name=wish.name,
-        student=_as_written(wish.student or ""),
+    draft = RecipeDraft(
+        name=options.name,
+        student=_as_written(options.student or ""),
         student_dtype=native_dtype(Checkpoint.open(student)),
         experts=[replace(expert, crossed=_is_crossed(expert, student)) for expert in used],
         trained=trained,
@@ -89,12 +89,12 @@ def new_recipe(wish: RecipeWish) -> tuple[Inputs, tuple[str, ...]]:
         left_out=search.notes,
         schema=Path("docs/schema/recipe.schema.json").is_file(),
     )
-    return _written(wish, recipe_text(sketch)), tuple(search.notes)
+    return _written(options, recipe_text(draft)), tuple(search.notes)
 
 
-def _written(wish: RecipeWish, text: str) -> Inputs:
+def _written(options: NewRecipeOptions, text: str) -> Inputs:
     """Write the file and check it; take it back when it does not pass."""
-    path = wish.recipe_file
+    path = options.recipe_file
     write_new(path, text)
     try:
         return preflight(path)
@@ -106,17 +106,17 @@ def _written(wish: RecipeWish, text: str) -> Inputs:
             raise
         own = [p for p in error.problems if p.location.file == shown(path)]
         others = [p for p in error.problems if p.location.file != shown(path)]
-        options = {"student": "--student", "teachers": "--teacher", "prompts": "--prompts"}
-        options |= {"evaluation": "--prompts", "rollout": "--prompts"}
-        raise RecipeError([*by_option(own, options, "NAME"), *others]) from None
+        places = {"student": "--student", "teachers": "--teacher", "prompts": "--prompts"}
+        places |= {"evaluation": "--prompts", "rollout": "--prompts"}
+        raise RecipeError([*by_option(own, places, "NAME"), *others]) from None
 
 
 # -------------------------------------------------------------------------------------------- teachers
 
 
-def _experts(wish: RecipeWish, search: _Search) -> list[Expert]:
+def _experts(options: NewRecipeOptions, search: _Search) -> list[Expert]:
     """The teachers of all cards given or found; a card with mistakes is told like `check` does."""
-    written = wish.teachers or sorted(
+    written = options.teachers or sorted(
         shown(file) for file in Path(CARD_FOLDER).glob("*") if file.suffix in YAML_SUFFIXES
     )
     if not written:
@@ -202,7 +202,7 @@ def _dtype(folder: Path) -> str:
 
 
 def _used(
-    wish: RecipeWish, experts: Sequence[Expert], trained: Sequence[PromptFile], search: _Search
+    options: NewRecipeOptions, experts: Sequence[Expert], trained: Sequence[PromptFile], search: _Search
 ) -> list[Expert]:
     """Teachers with prompts. One that was named must have some, one that was found need not."""
     domains = {file.domain for file in trained}
@@ -211,7 +211,7 @@ def _used(
         if expert in used or search.problems:
             continue
         what = f"no prompts for teacher '{expert.name}' ({_listed(expert.domains, 'domain')})"
-        if wish.teachers or not used:
+        if options.teachers or not used:
             remedy = f"name a file: --prompts {expert.domains[0]}=FILE"
             search.problems.append(option_problem("--prompts", what, remedy))
         else:
@@ -226,21 +226,21 @@ def _listed(names: Sequence[str], what: str) -> str:
 # --------------------------------------------------------------------------------------------- the rest
 
 
-def _student(wish: RecipeWish, experts: Sequence[Expert], search: _Search) -> Path | None:
+def _student(options: NewRecipeOptions, experts: Sequence[Expert], search: _Search) -> Path | None:
     """The student's folder. It is never guessed: it is what will be trained."""
-    if wish.student is None:
+    if options.student is None:
         candidates = _candidates(experts)
         remedy = "name its folder: --student DIR"
         if candidates:
             remedy += f", perhaps {' or '.join(candidates)}"
         search.problems.append(option_problem("--student", "nothing says which model to train", remedy))
         return None
-    folder = existing_model(wish.student, None, Path.cwd())
+    folder = existing_model(options.student, None, Path.cwd())
     if isinstance(folder, Missing):
         search.problems.append(option_problem("--student", folder.message, folder.remedy))
         return None
     try:
-        if not is_text(wish.student):
+        if not is_text(options.student):
             raise ModelError("the path is no text in UTF-8; rename the folder")
         Checkpoint.open(folder)
     except ModelError as error:
@@ -257,12 +257,12 @@ def _candidates(experts: Sequence[Expert]) -> list[str]:
 
 
 def _prompts(
-    wish: RecipeWish, experts: Sequence[Expert], search: _Search
+    options: NewRecipeOptions, experts: Sequence[Expert], search: _Search
 ) -> tuple[list[PromptFile], list[PromptFile]]:
     """Prompt files to train and to measure on, each with its domain."""
-    given = bool(wish.prompts)
+    given = bool(options.prompts)
     domains = tuple(dict.fromkeys(domain for expert in experts for domain in expert.domains))
-    written = list(wish.prompts) or find_prompts()
+    written = list(options.prompts) or find_prompts()
     if not written:
         remedy = "name files (--prompts FILE or --prompts DOMAIN=FILE)"
         message = f"no prompt file was given, and there is none below {PROMPT_FOLDER}/"

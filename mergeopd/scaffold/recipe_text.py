@@ -29,7 +29,7 @@ class Expert:
 
 
 @dataclass(frozen=True, slots=True)
-class Sketch:
+class RecipeDraft:
     """What goes into a recipe. Paths as they are to be written; `schema`: the project has one for editors."""
 
     name: str
@@ -43,44 +43,44 @@ class Sketch:
     schema: bool
 
 
-def recipe_text(sketch: Sketch) -> str:
+def recipe_text(draft: RecipeDraft) -> str:
     """The whole file."""
-    several = len({file.domain for file in sketch.trained}) > 1
+    several = len({file.domain for file in draft.trained}) > 1
     editor = (
         "# yaml-language-server: $schema=../docs/schema/recipe.schema.json"
-        if sketch.schema
+        if draft.schema
         else "# Editors complete and check this file by `mergeopd schema`, saved where you tell them."
     )
-    left_out = "".join(f"  # left out: {quoted(note)}\n" for note in sketch.left_out)
-    verifiers = any(file.verifier for file in sketch.trained)
+    left_out = "".join(f"  # left out: {quoted(note)}\n" for note in draft.left_out)
+    verifiers = any(file.verifier for file in draft.trained)
     return f"""\
 {editor}
 # Paths start at the folder above recipes/. Every key: docs/recipe.md of mergeopd.
-#   mergeopd check recipes/{sketch.name}.yaml             finds mistakes, loads nothing
-#   mergeopd run recipes/{sketch.name}.yaml --updates 2   a smoke run; without --updates it goes on
+#   mergeopd check recipes/{draft.name}.yaml             finds mistakes, loads nothing
+#   mergeopd run recipes/{draft.name}.yaml --updates 2   a smoke run; without --updates it goes on
 recipe: 1
-name: {quoted(sketch.name)}
+name: {quoted(draft.name)}
 seed: 0
 # threads: 8                # CPU threads are part of the plan; fix them where the machine may change
 
 # What is trained. Weights, gradient and optimizer are float32 whatever `dtype` the passes have.
 student:
-  model: {quoted(sketch.student)}
-  dtype: {sketch.student_dtype}
+  model: {quoted(draft.student)}
+  dtype: {draft.student_dtype}
   micro_batch_tokens: 16384   # most tokens in one forward and backward; lower it when memory is short
 
 # The experts, by the names this recipe uses. `dtype` is that of their files, so nothing is copied.
 teachers:
-{_teachers(sketch.experts)}
+{_teachers(draft.experts)}
 # What is trained on. A prompt is taught by every teacher whose card lists its domain, unless `teachers` says.
 # `share: 2` draws a file's prompts twice as often.{_verifier_remark(verifiers)}
 prompts:
-{"".join(f"  - {_source(file, _explicit(file, sketch.experts))}" for file in sketch.trained)}{left_out}
+{"".join(f"  - {_source(file, _explicit(file, draft.experts))}" for file in draft.trained)}{left_out}
 # How the student answers.
 rollout:
   samples_per_prompt: 1
   temperature: 1.0
-  max_new_tokens: {sketch.max_new_tokens}
+  max_new_tokens: {draft.max_new_tokens}
 
 phases:
   # A student that seldom gets an answer right imitates its teachers' answers first:
@@ -97,14 +97,14 @@ optimizer:
   warmup_updates: 10
   schedule: cosine          # over all phases together, to zero
 
-{_evaluation(sketch.measured, sketch.experts)}
+{_evaluation(draft.measured, draft.experts)}
 checkpoint:
   every: 50                 # updates; an interrupted run goes on from the newest one
   keep: 3
 
 # report: {{tensorboard: true}}   # events for TensorBoard; needs pip install 'mergeopd[tensorboard]'
 
-output: {quoted(f"runs/{sketch.name}")}
+output: {quoted(f"runs/{draft.name}")}
 """
 
 

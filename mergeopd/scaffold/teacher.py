@@ -36,7 +36,7 @@ _OWN_TEMPLATE = "name one in the card (`template: FILE.jinja`)"  # what check sa
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherWish:
+class NewTeacherOptions:
     """What was asked for. `model` is a folder or a hub id in the local cache; no domains: one of its name."""
 
     name: str
@@ -52,7 +52,7 @@ class TeacherWish:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ProbedModel:
     """A model that can teach, as far as can be seen without reading its weights."""
 
     plan: TeacherPlan
@@ -60,37 +60,37 @@ class Candidate:
     fingerprint: str
 
 
-def examine(wish: TeacherWish) -> Candidate:
+def probe(options: NewTeacherOptions) -> ProbedModel:
     """Check all that `mergeopd check` would of a card, before a weight is read.
 
     Raises:
         RecipeError: every mistake, by option.
         StorageError: the card exists.
     """
-    problems = name_problems("NAME", [wish.name], "teacher")
-    problems += name_problems("--domain", wish.domains, "domain")
-    if not is_text(wish.prompt) or not wish.prompt:
+    problems = name_problems("NAME", [options.name], "teacher")
+    problems += name_problems("--domain", options.domains, "domain")
+    if not is_text(options.prompt) or not options.prompt:
         problems.append(option_problem("--prompt", "is empty or no text", "write a message of a user"))
     if not problems:
-        refuse_existing(wish.card_file)
+        refuse_existing(options.card_file)
     here = Path.cwd()
-    model = existing_model(wish.model, None, here)
+    model = existing_model(options.model, None, here)
     if isinstance(model, Missing):
         problems.append(option_problem("--model", model.message, model.remedy))
-    elif not is_text(wish.model):
+    elif not is_text(options.model):
         problems.append(option_problem("--model", "the path is no text in UTF-8", "rename the folder"))
-    template = None if wish.template is None else existing_file(str(wish.template), here, "template")
+    template = None if options.template is None else existing_file(str(options.template), here, "template")
     if isinstance(template, Missing):
         problems.append(option_problem("--template", template.message, template.remedy))
     if isinstance(model, Missing) or isinstance(template, Missing) or problems:
         raise RecipeError(problems)
-    return _read(wish, model, template)
+    return _read(options, model, template)
 
 
-def _read(wish: TeacherWish, folder: Path, template: Path | None) -> Candidate:
+def _read(options: NewTeacherOptions, folder: Path, template: Path | None) -> ProbedModel:
     """Configuration, headers, tokenizer and template, and whether the canary's prompt can be written."""
     plan = TeacherPlan(
-        name=wish.name,
+        name=options.name,
         student=None,
         model=str(folder),
         tokenizer=str(folder),
@@ -102,11 +102,11 @@ def _read(wish: TeacherWish, folder: Path, template: Path | None) -> Candidate:
         canary=None,
         bridge=None,
     )
-    findings = Findings(Origins(wish.card_file, None, {}))
+    findings = Findings(Origins(options.card_file, None, {}))
     reader = ModelReader(findings, datetime.now())
     dialect = reader.teacher(plan, None)
     if dialect is None or findings.problems:
-        card = f"teachers.{wish.name}.card"
+        card = f"teachers.{options.name}.card"
         found = by_option(findings.problems, {f"{card}.template": "--template"}, "--model")
         advice = "name one with --template FILE.jinja"
         raise RecipeError(
@@ -116,10 +116,10 @@ def _read(wish: TeacherWish, folder: Path, template: Path | None) -> Candidate:
             ]
         )
     dtype = native_dtype(Checkpoint.open(folder))
-    return Candidate(plan.model_copy(update={"dtype": dtype}), dialect, reader.files[plan.model])
+    return ProbedModel(plan.model_copy(update={"dtype": dtype}), dialect, reader.files[plan.model])
 
 
-def take_canary(candidate: Candidate, prompt: str) -> Canary:
+def take_canary(probed: ProbedModel, prompt: str) -> Canary:
     """Load the teacher, have it answer greedily, and measure the log-probabilities of its answer.
 
     They are taken in the precision of the file, rounded to 0.001 nats. An answer that its tokenizer would
@@ -137,7 +137,7 @@ def take_canary(candidate: Candidate, prompt: str) -> Canary:
     from mergeopd.teacher.store import TeacherSource, TeacherStore
     from mergeopd.types import Sampling
 
-    plan, dialect, device = candidate.plan, candidate.dialect, pick_device()
+    plan, dialect, device = probed.plan, probed.dialect, pick_device()
     vocab = dialect.tokenizer.vocab_size
     try:
         prompt_ids, _ = sample_ids(dialect, prompt, "")
@@ -189,13 +189,13 @@ def _whole_characters(text: str) -> str:
     return text.rstrip("\ufffd") or text
 
 
-def card_text(wish: TeacherWish, fingerprint: str, canary: Canary) -> str:
+def card_text(options: NewTeacherOptions, fingerprint: str, canary: Canary) -> str:
     """The card, commented."""
-    domains = ", ".join(map(quoted, dict.fromkeys(wish.domains or (wish.name,))))
+    domains = ", ".join(map(quoted, dict.fromkeys(options.domains or (options.name,))))
     template = (
         "# template: FILE.jinja   # a chat template of its own; default: the tokenizer's"
-        if wish.template is None
-        else f"template: {quoted(shown(wish.template))}   # its chat template"
+        if options.template is None
+        else f"template: {quoted(shown(options.template))}   # its chat template"
     )
     numbers = textwrap.fill(
         ", ".join(str(value) for value in canary.logprobs),
@@ -205,10 +205,10 @@ def card_text(wish: TeacherWish, fingerprint: str, canary: Canary) -> str:
         break_on_hyphens=False,
     )
     return f"""\
-# What teacher {wish.name} is, whatever recipe uses it. Paths start at the folder above teachers/.
+# What teacher {options.name} is, whatever recipe uses it. Paths start at the folder above teachers/.
 card: 1
-name: {quoted(wish.name)}   # for people
-model: {quoted(_as_written(wish.model))}   # Hugging Face folder, or a hub id that is in the local cache
+name: {quoted(options.name)}   # for people
+model: {quoted(_as_written(options.model))}   # Hugging Face folder, or a hub id that is in the local cache
 {template}
 domains: [{domains}]   # taught by it unless a recipe says otherwise
 # licence: Apache-2.0   # of the weights, for people
@@ -232,6 +232,6 @@ def _as_written(model: str) -> str:
     return shown(Path(model)) if Path(model).is_dir() else model
 
 
-def write_card(wish: TeacherWish, fingerprint: str, canary: Canary) -> None:
+def write_card(options: NewTeacherOptions, fingerprint: str, canary: Canary) -> None:
     """Write the card. Raises StorageError when it exists or the disk refuses."""
-    write_new(wish.card_file, card_text(wish, fingerprint, canary))
+    write_new(options.card_file, card_text(options, fingerprint, canary))

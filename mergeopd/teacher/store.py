@@ -9,6 +9,7 @@ or some of its rows, keyed by checkpoint, so teachers that share one checkpoint 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 
 # Checkpoint fingerprint; rule and version of weights that follow the student; dtype; true vocabulary; rows.
+_log = logging.getLogger(__name__)
 _HeadKey = tuple[str, tuple[str, int] | None, str, int, tuple[int, int] | None]
 
 
@@ -198,7 +200,9 @@ class TeacherStore:
         parameters = {tensor: parameter for parameter, tensor in tensors.items()}
         read = self._reader.read(checkpoint, list(parameters), self._device)
         weights = {parameters[tensor]: self._converted(name, values) for tensor, values in read}
-        self.bytes_read += checkpoint.header_bytes + self._reader.num_bytes(checkpoint, list(parameters))
+        num_bytes = checkpoint.header_bytes + self._reader.num_bytes(checkpoint, list(parameters))
+        _log.debug("read %d bytes of teacher %s", num_bytes, name)
+        self.bytes_read += num_bytes
         return weights
 
     def _converted(self, name: str, tensor: Tensor) -> Tensor:

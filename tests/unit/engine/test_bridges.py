@@ -23,7 +23,7 @@ from mergeopd.engine.texts import TeacherTexts
 from mergeopd.ranks import Alone
 from mergeopd.report.events import Event, Note
 from mergeopd.rollout.local import Completion
-from mergeopd.scaffold.recipe import RecipeWish, new_recipe
+from mergeopd.scaffold.recipe import NewRecipeOptions, new_recipe
 from mergeopd.types import Rollout
 
 CPU = torch.device("cpu")
@@ -286,7 +286,7 @@ def test_a_new_recipe_has_a_bridge_where_the_tokenizer_differs(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "q.jsonl").write_bytes((tmp_path / "p.jsonl").read_bytes())
     files = ["other=p.jsonl", "same=q.jsonl"]
-    inputs, _ = new_recipe(RecipeWish("both", "base", ["other.yaml", "same.yaml"], files))
+    inputs, _ = new_recipe(NewRecipeOptions("both", "base", ["other.yaml", "same.yaml"], files))
     assert {name: crossing.bridge.kind for name, crossing in inputs.crossings.items()} == {"other": "pieces"}
 
 
