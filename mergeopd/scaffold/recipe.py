@@ -1,9 +1,9 @@
-"""`mergeopd new recipe`: a commented recipe of what is given, or of what lies about, that `check` accepts."""
+"""`mergeopd new recipe`: write a commented recipe that passes `mergeopd check`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from mergeopd.messages import option_problem, shown
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
 from mergeopd.models.tokenizer import Tokenizer
+from mergeopd.recipe.bridges import KINDS
 from mergeopd.recipe.folders import Missing, absolute, existing_file, existing_model, project_folder
 from mergeopd.recipe.load import YAML_SUFFIXES, load_card
 from mergeopd.recipe.locate import Origins
@@ -26,20 +27,29 @@ from mergeopd.scaffold.files import (
     name_problems,
     native_dtype,
     refuse_existing,
+    render,
     write_new,
+    write_schema,
 )
 from mergeopd.scaffold.prompts import PROMPT_FOLDER, PromptFile, find_prompts, sort_prompts
-from mergeopd.scaffold.recipe_text import Expert, RecipeDraft, recipe_text
 
 CARD_FOLDER = "teachers"
-_LONGEST_ANSWER = 256
+_MAX_NEW_TOKENS = 256
+# Which option a problem of the written recipe comes from, by the beginning of its path.
+_OPTIONS = {
+    "student": "--student",
+    "teachers": "--teacher",
+    "prompts": "--prompts",
+    "evaluation": "--prompts",
+    "rollout": "--prompts",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class NewRecipeOptions:
-    """What was asked for; what is None or empty is looked for in `teachers/` and `data/`.
+    """The options of the command; what is None or empty is looked for in `teachers/` and `data/`.
 
-    `prompts` are files, or `DOMAIN=FILE` where the name of a file does not tell.
+    `prompts` are files, or `DOMAIN=FILE` where the name of a file does not contain the domain.
     """
 
     name: str
@@ -53,253 +63,275 @@ class NewRecipeOptions:
         return Path("recipes", f"{self.name}.yaml")
 
 
-@dataclass
-class _Search:
-    """What has been found so far, and what is wrong or left out."""
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """A teacher. `listed`: its card names its domains, so that the recipe need not.
 
-    problems: list[Problem] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    `tokenizer` is the folder of its tokenizer; `bridge` is set if that differs from the student's.
+    """
+
+    name: str
+    card: str
+    folder: Path
+    dtype: str
+    domains: tuple[str, ...]
+    listed: bool
+    tokenizer: Path
+    bridge: str | None = None
+
+    @property
+    def entry(self) -> Mapping[str, str | None]:
+        """Its value under `teachers`."""
+        return {"card": self.card, "dtype": self.dtype, "bridge": self.bridge}
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeDraft:
+    """What goes into a recipe. Paths as they are to be written."""
+
+    name: str
+    student: str
+    student_dtype: str
+    experts: Sequence[Expert]
+    trained: Sequence[PromptFile]
+    measured: Sequence[PromptFile]
+    max_new_tokens: int
+
+    def source(self, file: PromptFile) -> Mapping[str, str | Sequence[str] | None]:
+        """An entry of `prompts`, with `teachers` where their cards do not all list its domain."""
+        teachers = self._teachers(file)
+        names = [] if all(expert.listed for expert in teachers) else [expert.name for expert in teachers]
+        return _entry(file, teachers=names)
+
+    def evaluation_source(self, file: PromptFile) -> Mapping[str, str | Sequence[str] | None]:
+        """An entry of `evaluation.prompts`, with `expert` where its domain has several teachers."""
+        names = [expert.name for expert in self._teachers(file)]
+        return _entry(file, expert=names[0] if len(names) > 1 else None)
+
+    def _teachers(self, file: PromptFile) -> list[Expert]:
+        return [expert for expert in self.experts if file.domain in expert.domains]
+
+
+def _entry(
+    file: PromptFile, *, teachers: Sequence[str] = (), expert: str | None = None
+) -> Mapping[str, str | Sequence[str] | None]:
+    """Fields that have their defaults are left out."""
+    return {
+        "source": file.path,
+        "domain": file.domain,
+        "teachers": teachers,
+        "verifier": file.verifier,
+        "expert": expert,
+        "prompt_field": file.prompt_field if file.prompt_field != "prompt" else None,
+        "reference_field": file.reference_field
+        if file.verifier and file.reference_field != "answer"
+        else None,
+    }
 
 
 def new_recipe(options: NewRecipeOptions) -> tuple[Inputs, tuple[str, ...]]:
-    """Write `recipes/NAME.yaml`; return what `check` makes of it, and what was left out, in words.
+    """Write `recipes/NAME.yaml`; return what `check` reads from it, and what was left out, in words.
 
-    A file is kept only when it passes. Raises:
-        RecipeError: what is missing, or wrong with what was given, by option; or with a card, by its place.
+    A file that does not pass the check is removed. Raises:
+        RecipeError: what is missing or wrong, by option; mistakes in a card, by their place.
         StorageError: the file exists, or the disk refuses.
     """
-    search = _Search()
-    search.problems += name_problems("NAME", [options.name], "recipe")
+    search = _Search(options)
     if not search.problems:
         refuse_existing(options.recipe_file)
-    experts = _experts(options, search)
-    student = _student(options, experts, search)
-    trained, measured = _prompts(options, experts, search)
-    used = _used(options, experts, trained, search)
+    experts = search.experts()
+    student = search.student(experts)
+    trained, measured = search.prompts(experts)
+    used = search.used(experts, trained)
     if search.problems or student is None:
         raise RecipeError(search.problems)
     draft = RecipeDraft(
         name=options.name,
-        student=_as_written(options.student or ""),
+        student=_relative(options.student or ""),
         student_dtype=native_dtype(Checkpoint.open(student)),
-        experts=[replace(expert, crossed=_is_crossed(expert, student)) for expert in used],
+        experts=[_with_bridge(expert, student) for expert in used],
         trained=trained,
         measured=[file for file in measured if file.verifier],
-        max_new_tokens=_longest_answer([student, *(expert.folder for expert in used)]),
-        left_out=search.notes,
-        schema=Path("docs/schema/recipe.schema.json").is_file(),
+        max_new_tokens=_max_new_tokens([student, *(expert.folder for expert in used)]),
     )
-    return _written(options, recipe_text(draft)), tuple(search.notes)
+    inputs = _write(options.recipe_file, render("recipe", draft=draft, left_out=search.notes))
+    write_schema("recipe")
+    return inputs, tuple(search.notes)
 
 
-def _written(options: NewRecipeOptions, text: str) -> Inputs:
-    """Write the file and check it; take it back when it does not pass."""
-    path = options.recipe_file
+def _write(path: Path, text: str) -> Inputs:
+    """Write the file and check it; remove it if it does not pass."""
     write_new(path, text)
     try:
         return preflight(path)
     except BaseException as error:
         path.unlink(missing_ok=True)
         with suppress(OSError):
-            path.parent.rmdir()  # goes only if nothing else is in it
+            path.parent.rmdir()  # only if it is empty
         if not isinstance(error, RecipeError):
             raise
         own = [p for p in error.problems if p.location.file == shown(path)]
         others = [p for p in error.problems if p.location.file != shown(path)]
-        places = {"student": "--student", "teachers": "--teacher", "prompts": "--prompts"}
-        places |= {"evaluation": "--prompts", "rollout": "--prompts"}
-        raise RecipeError([*by_option(own, places, "NAME"), *others]) from None
+        raise RecipeError([*by_option(own, _OPTIONS, "NAME"), *others]) from None
 
 
-# -------------------------------------------------------------------------------------------- teachers
+@dataclass
+class _Search:
+    """Looks for what the options leave out. `notes` name the files that are left out."""
 
+    options: NewRecipeOptions
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
-def _experts(options: NewRecipeOptions, search: _Search) -> list[Expert]:
-    """The teachers of all cards given or found; a card with mistakes is told like `check` does."""
-    written = options.teachers or sorted(
-        shown(file) for file in Path(CARD_FOLDER).glob("*") if file.suffix in YAML_SUFFIXES
-    )
-    if not written:
-        search.problems.append(
-            option_problem(
-                "--teacher",
-                f"no card was given, and there is none in {CARD_FOLDER}/",
-                "name cards (--teacher FILE), or make one (`mergeopd new teacher NAME --model DIR`)",
-            )
+    def __post_init__(self) -> None:
+        self.problems += name_problems("NAME", [self.options.name], "recipe")
+
+    def report(self, option: str, message: str, remedy: str = "") -> None:
+        self.problems.append(option_problem(option, message, remedy))
+
+    def experts(self) -> list[Expert]:
+        """The teachers of all cards given or found; mistakes in cards are reported as `check` does."""
+        found = (shown(file) for file in Path(CARD_FOLDER).glob("*") if file.suffix in YAML_SUFFIXES)
+        written = self.options.teachers or sorted(found)
+        if not written:
+            remedy = "name cards (--teacher FILE), or make one (`mergeopd new teacher NAME --model DIR`)"
+            self.report("--teacher", f"no card was given, and there is none in {CARD_FOLDER}/", remedy)
+        experts: dict[str, Expert] = {}
+        for card in dict.fromkeys(map(_relative, written)):
+            path = existing_file(card, Path.cwd(), "card", YAML_SUFFIXES)
+            if isinstance(path, Missing):
+                self.report("--teacher", path.message, path.remedy)
+            elif expert := self._expert(card, path, experts):
+                experts[expert.name] = expert
+        return list(experts.values())
+
+    def _expert(self, card: str, path: Path, taken: Mapping[str, Expert]) -> Expert | None:
+        loaded = load_card(path, os.environ, ())
+        problems = list(loaded.problems)
+        if loaded.root is not None and not problems:
+            problems += problems_of(TeacherCard, plain(loaded.root), Origins(path, loaded.root, {}))
+        if loaded.root is None or problems:
+            self.problems += problems
+            return None
+        valid = TeacherCard.model_validate(plain(loaded.root))
+        project = project_folder(path, "teachers")
+        folder = existing_model(valid.model, valid.revision, project)
+        if isinstance(folder, Missing):
+            place = Origins(path, loaded.root, {}).at("model")
+            self.problems.append(Problem(place, "model", folder.message, folder.remedy))
+            return None
+        tokenizer = existing_model(valid.tokenizer or valid.model, None, project, "tokenizer")
+        name = _unused_name(path.stem, taken)
+        # What is wrong with a checkpoint or a tokenizer is reported by the check of the written recipe.
+        dtype = "float32"
+        with suppress(ModelError):
+            dtype = native_dtype(Checkpoint.open(folder))
+        return Expert(
+            name=name,
+            card=card,
+            folder=folder,
+            dtype=dtype,
+            domains=valid.domains or (name,),
+            listed=bool(valid.domains),
+            tokenizer=tokenizer if valid.tokenizer and not isinstance(tokenizer, Missing) else folder,
         )
-    experts: list[Expert] = []
-    for card in dict.fromkeys(_as_written(text) for text in written):
-        path = existing_file(card, Path.cwd(), "card", YAML_SUFFIXES)
-        if isinstance(path, Missing):
-            search.problems.append(option_problem("--teacher", path.message, path.remedy))
-        else:
-            expert = _expert(card, path, {e.name for e in experts}, search)
-            if expert is not None:
-                experts.append(expert)
-    return experts
 
-
-def _expert(card: str, path: Path, taken: set[str], search: _Search) -> Expert | None:
-    loaded = load_card(path, os.environ, ())
-    problems = list(loaded.problems)
-    if loaded.root is not None and not problems:
-        problems = list(problems_of(TeacherCard, plain(loaded.root), Origins(path, loaded.root, {})))
-    if loaded.root is None or problems:
-        search.problems += problems
-        return None
-    valid = TeacherCard.model_validate(plain(loaded.root))
-    name = _name_of(path.stem, taken)
-    folder = existing_model(valid.model, valid.revision, project_folder(path, "teachers"))
-    if isinstance(folder, Missing):
-        place = Origins(path, loaded.root, {}).at("model")
-        search.problems.append(Problem(place, "model", folder.message, folder.remedy))
-        return None
-    # A card that lists no domain teaches one of its own name, which the recipe then has to say.
-    return Expert(
-        name=name,
-        card=card,
-        folder=folder,
-        dtype=_dtype(folder),
-        domains=valid.domains or (name,),
-        listed=bool(valid.domains),
-        tokenizer=_tokenizer(valid, path, folder),
-    )
-
-
-def _tokenizer(card: TeacherCard, path: Path, folder: Path) -> Path:
-    """The folder of a card's tokenizer; the model's where the named one is missing, which `check` tells."""
-    if card.tokenizer is None:
+    def student(self, experts: Sequence[Expert]) -> Path | None:
+        """The folder of the model to train, which is never guessed."""
+        written = self.options.student
+        if written is None:
+            taken = {expert.folder for expert in experts}
+            beside = {config.parent for f in taken for config in f.parent.glob("*/config.json")} - taken
+            perhaps = " or ".join([shown(folder) for folder in sorted(beside)][:3])
+            remedy = "name its folder: --student DIR" + (f", perhaps {perhaps}" if perhaps else "")
+            self.report("--student", "missing option: the model to train", remedy)
+            return None
+        folder = existing_model(written, None, Path.cwd())
+        if isinstance(folder, Missing):
+            self.report("--student", folder.message, folder.remedy)
+            return None
+        try:
+            if not is_text(written):
+                raise ModelError("the path is no text in UTF-8; rename the folder")
+            Checkpoint.open(folder)
+        except ModelError as error:
+            self.report("--student", str(error).replace(str(folder), shown(folder)))
+            return None
         return folder
-    named = existing_model(card.tokenizer, None, project_folder(path, "teachers"), "tokenizer")
-    return folder if isinstance(named, Missing) else named
+
+    def prompts(self, experts: Sequence[Expert]) -> tuple[list[PromptFile], list[PromptFile]]:
+        """Prompt files for training and for evaluation, each with its domain."""
+        given = self.options.prompts
+        domains = tuple(dict.fromkeys(domain for expert in experts for domain in expert.domains))
+        written = given or find_prompts()
+        if not written:
+            message = f"no prompt file was given, and there is none below {PROMPT_FOLDER}/"
+            self.report("--prompts", message, "name files (--prompts FILE or --prompts DOMAIN=FILE)")
+        if not written or not domains:
+            return [], []
+        files, unknown, problems = sort_prompts(written, domains)
+        self.problems += problems
+        names = ", ".join(domains)
+        for file in unknown:
+            if given:
+                message = f"the name '{file}' contains none of the domains {names}"
+                self.report("--prompts", message, f"name the domain: --prompts {domains[0]}={file}")
+            else:
+                self.notes.append(f"{file}: its name contains none of the domains {names}")
+        trained = [file for file in files if not file.held_out]
+        measured = [file for file in files if file.held_out]
+        known = {file.domain for file in trained}
+        for held_out in measured:
+            if not held_out.verifier:
+                self.notes.append(f"{held_out.path}: no verifier fits all of its references")
+            elif held_out.domain not in known:
+                self.notes.append(f"{held_out.path}: its domain {held_out.domain} has no training prompts")
+        return trained, [file for file in measured if file.domain in known]
+
+    def used(self, experts: Sequence[Expert], trained: Sequence[PromptFile]) -> list[Expert]:
+        """Teachers with prompts. One that was given must have some, one that was found need not."""
+        domains = {file.domain for file in trained}
+        used = [expert for expert in experts if not domains.isdisjoint(expert.domains)]
+        if self.problems:
+            return used
+        for expert in (expert for expert in experts if expert not in used):
+            noun = "domain" if len(expert.domains) == 1 else "domains"
+            what = f"no prompts for teacher '{expert.name}' ({noun} {', '.join(expert.domains)})"
+            if self.options.teachers or not used:
+                self.report("--prompts", what, f"name a file: --prompts {expert.domains[0]}=FILE")
+            else:
+                self.notes.append(f"{expert.card}: {what}")
+        return used
 
 
-def _is_crossed(expert: Expert, student: Path) -> bool:
-    """Whether a teacher cuts texts otherwise than the student; a tokenizer that is damaged is told later."""
-    try:
-        return Tokenizer.load(student).difference(Tokenizer.load(expert.tokenizer)) is not None
-    except TokenizerError:
-        return False
+def _with_bridge(expert: Expert, student: Path) -> Expert:
+    """The expert with the default bridge if its tokenizer differs from the student's."""
+    with suppress(TokenizerError):  # damaged: the check of the written recipe reports it
+        if Tokenizer.load(student).difference(Tokenizer.load(expert.tokenizer)) is not None:
+            return replace(expert, bridge=KINDS[0])
+    return expert
 
 
-def _name_of(stem: str, taken: set[str]) -> str:
-    """A teacher's name in the recipe: its card's, with letters that a name may have, once."""
+def _unused_name(stem: str, taken: Mapping[str, Expert]) -> str:
+    """A teacher's name in the recipe: its card's, reduced to what names may contain, and unique."""
     base = "".join(c if c.isascii() and (c.isalnum() or c in "_.-") else "-" for c in stem).lstrip("_.-")
-    base = base or "teacher"
-    name, number = base, 1
+    name, number = base or "teacher", 1
     while name in taken:
         number += 1
-        name = f"{base}-{number}"
+        name = f"{base or 'teacher'}-{number}"
     return name
 
 
-def _dtype(folder: Path) -> str:
-    """What is wrong with a checkpoint is said by the check of the whole."""
-    try:
-        return native_dtype(Checkpoint.open(folder))
-    except ModelError:
-        return "float32"
-
-
-def _used(
-    options: NewRecipeOptions, experts: Sequence[Expert], trained: Sequence[PromptFile], search: _Search
-) -> list[Expert]:
-    """Teachers with prompts. One that was named must have some, one that was found need not."""
-    domains = {file.domain for file in trained}
-    used = [expert for expert in experts if domains & set(expert.domains)]
-    for expert in experts:
-        if expert in used or search.problems:
-            continue
-        what = f"no prompts for teacher '{expert.name}' ({_listed(expert.domains, 'domain')})"
-        if options.teachers or not used:
-            remedy = f"name a file: --prompts {expert.domains[0]}=FILE"
-            search.problems.append(option_problem("--prompts", what, remedy))
-        else:
-            search.notes.append(f"{expert.card}: {what}")
-    return used
-
-
-def _listed(names: Sequence[str], what: str) -> str:
-    return f"{what}{'' if len(names) == 1 else 's'} {', '.join(names)}"
-
-
-# --------------------------------------------------------------------------------------------- the rest
-
-
-def _student(options: NewRecipeOptions, experts: Sequence[Expert], search: _Search) -> Path | None:
-    """The student's folder. It is never guessed: it is what will be trained."""
-    if options.student is None:
-        candidates = _candidates(experts)
-        remedy = "name its folder: --student DIR"
-        if candidates:
-            remedy += f", perhaps {' or '.join(candidates)}"
-        search.problems.append(option_problem("--student", "nothing says which model to train", remedy))
-        return None
-    folder = existing_model(options.student, None, Path.cwd())
-    if isinstance(folder, Missing):
-        search.problems.append(option_problem("--student", folder.message, folder.remedy))
-        return None
-    try:
-        if not is_text(options.student):
-            raise ModelError("the path is no text in UTF-8; rename the folder")
-        Checkpoint.open(folder)
-    except ModelError as error:
-        search.problems.append(option_problem("--student", str(error).replace(str(folder), shown(folder))))
-        return None
-    return folder
-
-
-def _candidates(experts: Sequence[Expert]) -> list[str]:
-    """Model folders beside the teachers' that are no teacher's."""
-    taken = {expert.folder for expert in experts}
-    beside = sorted({config.parent for f in taken for config in f.parent.glob("*/config.json")} - taken)
-    return [shown(folder) for folder in beside][:3]
-
-
-def _prompts(
-    options: NewRecipeOptions, experts: Sequence[Expert], search: _Search
-) -> tuple[list[PromptFile], list[PromptFile]]:
-    """Prompt files to train and to measure on, each with its domain."""
-    given = bool(options.prompts)
-    domains = tuple(dict.fromkeys(domain for expert in experts for domain in expert.domains))
-    written = list(options.prompts) or find_prompts()
-    if not written:
-        remedy = "name files (--prompts FILE or --prompts DOMAIN=FILE)"
-        message = f"no prompt file was given, and there is none below {PROMPT_FOLDER}/"
-        search.problems.append(option_problem("--prompts", message, remedy))
-    if not written or not domains:
-        return [], []
-    files, strangers, problems = sort_prompts(written, domains)
-    search.problems += problems
-    for stranger in strangers:
-        message = f"'{stranger}' names none of the domains {', '.join(domains)}"
-        if given:
-            search.problems.append(
-                option_problem("--prompts", message, f"say it: --prompts {domains[0]}={stranger}")
-            )
-        else:
-            search.notes.append(f"{stranger}: its name has none of the domains {', '.join(domains)}")
-    trained = [file for file in files if not file.held_out]
-    measured = [file for file in files if file.held_out]
-    for file in measured:
-        if not file.verifier:
-            search.notes.append(f"{file.path}: no verifier is sure to fit its references")
-        elif file.domain not in {other.domain for other in trained}:
-            search.notes.append(f"{file.path}: nothing is trained on for its domain {file.domain}")
-    known = {file.domain for file in trained}
-    return trained, [file for file in measured if file.domain in known]
-
-
-def _longest_answer(folders: Sequence[Path]) -> int:
-    """Tokens of the longest answer: at most half of the smallest context, so that prompts have room."""
-    smallest = 2 * _LONGEST_ANSWER
+def _max_new_tokens(folders: Sequence[Path]) -> int:
+    """At most half of the smallest context, which leaves room for prompts."""
+    smallest = 2 * _MAX_NEW_TOKENS
     for folder in folders:
-        with suppress(ModelError):  # the check of the whole tells
+        with suppress(ModelError):  # the check of the written recipe reports it
             smallest = min(smallest, ModelFacts.read(folder).max_positions)
     return max(smallest // 2, 1)
 
 
-def _as_written(path: str) -> str:
+def _relative(path: str) -> str:
     """A path below the current folder made relative to it, so that the project can move."""
     file = absolute(path, Path.cwd())
     return shown(file) if file.exists() else path

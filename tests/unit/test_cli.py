@@ -432,7 +432,7 @@ def test_new_tells_what_is_missing_or_there(command: Command, job: Callable[...,
     job()
     code, out, err = command("new", "recipe", "first")
     assert (code, out) == (2, "")
-    assert "--student\n    nothing says which model to train; name its folder: --student DIR\n" in err
+    assert "--student\n    missing option: the model to train; name its folder: --student DIR\n" in err
     assert err.endswith("\n3 problems.\n")
     Path("teachers").mkdir()
     Path("teachers/x.yaml").touch()

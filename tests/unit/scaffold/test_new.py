@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from hypothesis import example, given
@@ -32,6 +34,7 @@ from mergeopd.errors import Location, RecipeError, StorageError, TeacherError
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.tokenizer import Tokenizer as OwnTokenizer
 from mergeopd.ranks import Alone
+from mergeopd.recipe.jsonschema import card_schema, recipe_schema
 from mergeopd.recipe.load import load_card
 from mergeopd.recipe.models import Canary, TeacherCard
 from mergeopd.recipe.parse import parse
@@ -263,7 +266,7 @@ def test_a_card_that_is_there_is_left_alone(project: Path) -> None:
         (("x", "two", (), None, "\udcff"), "--prompt\n    is empty or no text"),
         (("x", "two", (), None, "a " * 200), "--prompt\n    takes 200 tokens, and the teacher's context holds 128"),
         (("x", "two", (), None, " "), "--prompt\n    takes 0 tokens"),
-        (("x", "one", (), None, "a b c"), "--prompt\n    the teacher answers it with nothing at all; choose another"),
+        (("x", "one", (), None, "a b c"), "--prompt\n    the teacher responds with no token; choose another"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_by_option(project: Path, options: tuple[object, ...], told: str) -> None:
@@ -370,8 +373,8 @@ def test_what_is_found_but_does_not_fit_is_left_out_and_told(project: Path) -> N
     inputs, left_out = new_recipe(NewRecipeOptions("r", "base", (), ()))
     assert set(inputs.plan.teachers) == {"a", "b"}
     assert left_out == (
-        "data/misc.jsonl: its name has none of the domains left, right, poems",
-        "data/right_eval.jsonl: no verifier is sure to fit its references",
+        "data/misc.jsonl: its name contains none of the domains left, right, poems",
+        "data/right_eval.jsonl: no verifier fits all of its references",
         "teachers/c.yaml: no prompts for teacher 'c' (domain poems)",
     )
     text = Path("recipes/r.yaml").read_text()
@@ -409,7 +412,7 @@ def test_all_that_is_missing_is_asked_for_at_once(project: Path) -> None:
         new_recipe(NewRecipeOptions("r", None, (), ()))
     assert [(p.location.file, p.message) for p in error.value.problems] == [
         ("--teacher", "no card was given, and there is none in teachers/"),
-        ("--student", "nothing says which model to train"),
+        ("--student", "missing option: the model to train"),
         ("--prompts", "no prompt file was given, and there is none below data/"),
     ]
     write_cards(a=["left"])
@@ -427,7 +430,7 @@ def test_all_that_is_missing_is_asked_for_at_once(project: Path) -> None:
         (("r", "base", ["teachers/d.yaml"]), "--teacher\n    unknown card 'teachers/d.yaml'"),
         (("r", "base", (), ["data/no.jsonl"]), "--prompts\n    unknown prompt file 'data/no.jsonl'"),
         (("r", "base", (), ["lef=data/left.jsonl"]), "--prompts\n    no teacher has the domain 'lef'; did you mean 'left'?"),
-        (("r", "base", (), ["x.jsonl"]), "--prompts\n    'x.jsonl' names none of the domains left, right; say it: --prompts left=x.jsonl"),
+        (("r", "base", (), ["x.jsonl"]), "--prompts\n    the name 'x.jsonl' contains none of the domains left, right; name the domain: --prompts left=x.jsonl"),
         (("r", "base", ["teachers/b.yaml"], ["right=data/bad.jsonl"]), "--prompts  prompts[0].source\n    data/bad.jsonl: 1 of 1 row cannot be used"),
         (("r", "base", ["teachers/a.yaml", "teachers/b.yaml"], ["data/left.jsonl"]), "--prompts\n    no prompts for teacher 'b' (domain right); name a file: --prompts right=FILE"),
         (("r", "base", ["wrong.yaml"]), "wrong.yaml:2:1  nam\n"),
@@ -459,6 +462,24 @@ def test_a_recipe_that_is_there_is_left_alone(project: Path) -> None:
     ):
         new_recipe(NewRecipeOptions("r", "base", (), ()))
     assert Path("recipes/r.yaml").read_text() == "mine"
+
+
+def schema_of(file: Path) -> Any:
+    """The schema that a file names in its first line, as editors find it."""
+    line = file.read_text().splitlines()[0]
+    return json.loads((file.parent / line.removeprefix("# yaml-language-server: $schema=")).read_text())
+
+
+def test_new_files_name_a_schema_that_is_there_and_accepts_them(project: Path) -> None:
+    make_card("one", "one", ["left", "right"], prompt="d")
+    new_recipe(NewRecipeOptions("r", "base", (), ()))
+    for file, schema in (("teachers/one.yaml", card_schema()), ("recipes/r.yaml", recipe_schema())):
+        assert schema_of(Path(file)) == schema
+        jsonschema.validate(YAML(typ="safe").load(Path(file).read_text()), schema)
+    Path("docs/schema").mkdir(parents=True)
+    Path("docs/schema/recipe.schema.json").write_text('"of the project"')
+    new_recipe(NewRecipeOptions("s", "base", (), ()))
+    assert schema_of(Path("recipes/s.yaml")) == "of the project"
 
 
 def test_every_line_of_a_recipe_fits_a_screen(project: Path) -> None:
