@@ -12,20 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeopd.engine.preflight import advice, preflight
-from mergeopd.engine.run_folder import RunFolder
+from mergeopd.check.preflight import advice, preflight
 from mergeopd.errors import RecipeError, StorageError, UpdateLimitReached
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.resolve import read
 from mergeopd.report.events import Event
 from mergeopd.storage import run_layout
+from mergeopd.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import pandas
     import pyarrow
     from rich.console import Console
 
-    from mergeopd.engine.preflight import Inputs
+    from mergeopd.check.preflight import Inputs
 
 Overrides = Mapping[str, object] | Sequence[str]
 """Values that replace those of a recipe: `{"optimizer.lr": 1e-5}`, or texts as for `--set`."""
@@ -90,7 +90,7 @@ class RunResult:
 def load(path: str | Path, *, set: Overrides = ()) -> Plan:
     """Read a recipe and the teacher cards that it names, and resolve every default.
 
-    Model folders and prompt files must exist, but are not opened; `check` opens them.
+    Model folders and prompt files must exist, but are not opened; `check_recipe` opens them.
 
     Raises:
         RecipeError: with every problem found, each with its place and remedy.
@@ -101,7 +101,7 @@ def load(path: str | Path, *, set: Overrides = ()) -> Plan:
     return resolution.plan
 
 
-def check(path: str | Path, *, set: Overrides = ()) -> CheckResult:
+def check_recipe(path: str | Path, *, set: Overrides = ()) -> CheckResult:
     """Find every mistake in a recipe and in the files that it names, without loading a model.
 
     Raises:
@@ -140,7 +140,7 @@ def run(
     """
     from rich.console import Console
 
-    from mergeopd.engine.command import run_recipe
+    from mergeopd.engine.run import run_recipe
 
     texts = _as_texts(set)
     shown_on = Console(quiet=True) if console is None else console
@@ -163,7 +163,7 @@ def launch(
     Raises:
         RecipeError, StorageError, ProcessError: what can be found before a process is started.
     """
-    from mergeopd.engine.launch import launch_run
+    from mergeopd.engine.run import launch_run
 
     return launch_run(Path(path), _as_texts(set), updates, allow_change, num_processes)
 
@@ -196,7 +196,7 @@ def evaluate(
     """
     from rich.console import Console
 
-    from mergeopd.engine.command import evaluate_recipe
+    from mergeopd.engine.run import evaluate_recipe
 
     folder = None if model is None else Path(model)
     file = None if output is None else Path(output)

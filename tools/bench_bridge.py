@@ -24,7 +24,16 @@ from rich.table import Table
 from torch import Tensor
 
 from mergeopd.loss import Head, Hidden, Workspace
-from mergeopd.loss.bridge import Bridge, ExactPairs, Gold, Groups, Projected, SparseMap, Uld, bridge_loss
+from mergeopd.loss.cross_tokenizer import (
+    Bridge,
+    ExactPairs,
+    Gold,
+    Groups,
+    Projected,
+    SparseMap,
+    Uld,
+    bridge_loss,
+)
 
 
 class Problem:

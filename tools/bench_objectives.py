@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mergeopd.batch.micro_batch import MicroBatch
 from mergeopd.loss.divergence import JSD, ForwardKL, ReverseKL
 from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.objective import DistillationObjective, build_objective
@@ -31,7 +32,6 @@ from mergeopd.loss.observe import observe
 from mergeopd.loss.policy import ClipRatio, Correction, Credit, Policy, PolicyRows
 from mergeopd.loss.support import Support
 from mergeopd.recipe.training import Optimizer
-from mergeopd.student.batch import MicroBatch
 from mergeopd.student.torch import TorchStudent
 
 VOCAB, ANSWERS, PROMPT, RESPONSE, HIDDEN = 32768, 16, 64, 128, 256

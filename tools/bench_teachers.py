@@ -114,15 +114,15 @@ def measure(recipe: Path, num_rounds: int) -> dict[str, int]:
     """Run the recipe in this process while another thread watches its memory."""
     import torch
 
+    from mergeopd.check.preflight import preflight
+    from mergeopd.distributed.ranks import Alone
     from mergeopd.engine.build import build
     from mergeopd.engine.clock import Clock
     from mergeopd.engine.interrupt import Interrupt
     from mergeopd.engine.loop import Merge
-    from mergeopd.engine.preflight import preflight
-    from mergeopd.engine.run_folder import RunFolder
-    from mergeopd.engine.state import Progress
-    from mergeopd.ranks import Alone
+    from mergeopd.engine.progress import Progress
     from mergeopd.report.events import Reporters
+    from mergeopd.storage.run_folder import RunFolder
 
     inputs = preflight(recipe)
     parts = build(inputs, torch.device("cpu"), Alone())

@@ -36,9 +36,9 @@ from typing import Any, NoReturn
 
 # Name: (function, looked up where it is called; whether the fault comes before or after the call).
 PLACES = {
-    "text": ("mergeopd.engine.texts:generate", "before"),
+    "text": ("mergeopd.engine.teacher_rollouts:generate", "before"),
     "rollout": ("mergeopd.rollout.local:sample", "before"),
-    "scoring": ("mergeopd.teacher.cache:HiddenCache.put", "before"),
+    "scoring": ("mergeopd.teacher.hidden_cache:HiddenCache.put", "before"),
     "gradient": ("mergeopd.student.torch:TorchStudent._collect_gradients", "after"),
     "update": ("mergeopd.student.torch:TorchStudent.apply", "before"),
     "step": ("torch.optim:AdamW.step", "after"),

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mergeopd.recipe.jsonschema import model_schema
+from mergeopd.config.schema import model_schema
+from mergeopd.config.values import DIGEST_PATTERN, FUNCTION_PATTERN, NAME_PATTERN, Strict
 from mergeopd.recipe.models import TeacherCard
 from mergeopd.recipe.schema import Recipe
-from mergeopd.recipe.values import DIGEST_PATTERN, FUNCTION_PATTERN, NAME_PATTERN, Strict
 
 OUT = Path(__file__).parents[1] / "docs" / "recipe.md"
 INTRODUCTION = """\

@@ -25,7 +25,7 @@ from mergeopd.cli.report import report
 from mergeopd.cli.run import run
 from mergeopd.cli.schema import schema
 from mergeopd.cli.tokenizers import tokenizers
-from mergeopd.engine.processes import join_launcher
+from mergeopd.distributed.rendezvous import join_launcher
 
 app = typer.Typer(
     help="Merge many expert language models into one student by on-policy distillation.",

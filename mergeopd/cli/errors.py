@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import typer
 
-from mergeopd.engine.processes import Place, Told, claims_before_meeting
+from mergeopd.distributed.rendezvous import Place, Told, claims_before_meeting
 from mergeopd.errors import EndedElsewhere, MergeopdError, RecipeError, Stopped
 from mergeopd.report.failure import show_error
 

@@ -9,7 +9,7 @@ import typer
 
 from mergeopd.cli.errors import one_process_reports
 from mergeopd.cli.options import RecipeArgument, SetOption
-from mergeopd.engine.processes import Place
+from mergeopd.distributed.rendezvous import Place
 
 
 def evaluate(

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mergeopd.errors import DataError
-from mergeopd.recipe.checking import JsonVerifier, RegexVerifier, Verifier
 from mergeopd.recipe.plan import SourcePlan
+from mergeopd.recipe.verifiers import JsonVerifier, RegexVerifier, Verifier
 from mergeopd.types import Message, Prompt
 
 _ROLES = ("system", "user", "assistant", "tool")

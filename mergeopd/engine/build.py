@@ -2,47 +2,34 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from mergeopd.check.memory import refuse_without_room
+from mergeopd.check.preflight import Inputs
 from mergeopd.data.draw import PromptDraw
-from mergeopd.engine.canary import Canaries
-from mergeopd.engine.dialect import Dialect
-from mergeopd.engine.measures import measure
-from mergeopd.engine.preflight import Inputs
-from mergeopd.engine.room import refuse_without_room
+from mergeopd.data.renderer import Dialect
+from mergeopd.distributed.ranks import Ranks
 from mergeopd.engine.schedule import RoundWork, round_work
-from mergeopd.loss.bridge import Bridge
+from mergeopd.loss.cross_tokenizer import Bridge
 from mergeopd.loss.heads import Head
-from mergeopd.ranks import Ranks
-from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan
-from mergeopd.reward.verifiers import build_verifier
+from mergeopd.recipe.plan import Plan, TeacherPlan
+from mergeopd.reward.verifiers import Verify, build_verifiers
 from mergeopd.rollout.local import Writer
-from mergeopd.student.backend import Student
+from mergeopd.student.protocol import Student
 from mergeopd.student.torch import TorchStudent
-from mergeopd.teacher.cache import HiddenCache
-from mergeopd.teacher.node_cache import NodeCache
-from mergeopd.teacher.past import Past
-from mergeopd.teacher.reading import MappedReader, Reader, ShardedReader
-from mergeopd.teacher.store import LoadedTeacher, TeacherSource, TeacherStore
+from mergeopd.teacher.bridges import measure
+from mergeopd.teacher.canary import Canaries
+from mergeopd.teacher.hidden_cache import HiddenCache
+from mergeopd.teacher.local import LoadedTeacher, TeacherSource, TeacherStore
+from mergeopd.teacher.shared_cache import NodeCache
+from mergeopd.teacher.snapshots import Past
+from mergeopd.teacher.weight_reader import MappedReader, Reader, ShardedReader
 from mergeopd.types import Rollout
-
-Verify = Callable[[str, str | None], float]
-
-
-_log = logging.getLogger(__name__)
-
-
-def pick_device() -> torch.device:
-    """The first GPU where torch sees one, else the CPU."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _log.debug("device %s, %d CPU threads", device, torch.get_num_threads())
-    return device
 
 
 @dataclass(frozen=True)
@@ -193,11 +180,6 @@ def _shares_pages(device: torch.device, ranks: Ranks) -> bool:
 def _source(teacher: TeacherPlan, dialect: Dialect, past: Past) -> TeacherSource:
     follower = None if teacher.moving is None else past.followers[teacher.moving]
     return TeacherSource(Path(teacher.model), teacher.dtype, dialect.tokenizer.vocab_size, follower)
-
-
-def build_verifiers(sources: tuple[SourcePlan, ...], allow_code: tuple[str, ...]) -> dict[str, Verify]:
-    """Verifiers by source name; sources without one are absent."""
-    return {s.name: build_verifier(s.verifier, allow_code) for s in sources if s.verifier is not None}
 
 
 def _writer(body: torch.nn.Module, head: Head, dialect: Dialect, device: torch.device) -> Writer:

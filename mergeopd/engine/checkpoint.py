@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mergeopd.config.values import Strict
+from mergeopd.distributed.ranks import Ranks
 from mergeopd.engine.build import Parts
-from mergeopd.engine.state import Progress
+from mergeopd.engine.progress import Progress
 from mergeopd.errors import StorageError
-from mergeopd.ranks import Ranks
-from mergeopd.recipe.values import Strict
 from mergeopd.report.events import CheckpointSaved, CheckpointSkipped, Note, Reporter, StageStarted
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import atomic_folder, newest_valid, prune, set_aside

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch
 
-from mergeopd.engine.average import average, why_not
-from mergeopd.engine.build import build_verifiers
-from mergeopd.engine.dialect import Dialect
-from mergeopd.engine.preflight import Inputs
-from mergeopd.engine.writing import answer_text, progress
+from mergeopd.check.preflight import Inputs
+from mergeopd.data.renderer import Dialect
+from mergeopd.distributed.ranks import Ranks, spread
+from mergeopd.engine.rollouts import answer_text
 from mergeopd.loss.heads import Head
 from mergeopd.models.facts import ModelFacts
-from mergeopd.ranks import Ranks, spread
+from mergeopd.models.weight_average import average, why_not
 from mergeopd.recipe.plan import EvaluationPlan, SourcePlan
-from mergeopd.report.events import EvaluationDone, Note, Reporter, StageStarted
+from mergeopd.report.events import EvaluationDone, Note, Reporter, StageStarted, progress
+from mergeopd.reward.verifiers import build_verifiers
 from mergeopd.rollout.local import Request, Writer, generate
-from mergeopd.teacher.store import TeacherSource, TeacherStore
+from mergeopd.teacher.local import TeacherSource, TeacherStore
 from mergeopd.types import Prompt, Sampling
 
 Accuracies = dict[str, dict[str, float | None]]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from mergeopd.ranks import Agreed, Ranks
+from mergeopd.distributed.ranks import Agreed, Ranks
 from mergeopd.report.events import Event, Reporter, StageProgress, StageStarted
 
 

@@ -7,33 +7,33 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from mergeopd.engine.batch import Before, Dialects, prepare
+from mergeopd.batch.advantages import outcomes
+from mergeopd.batch.collate import Before, Dialects, prepare
+from mergeopd.batch.objective import phase_objective
 from mergeopd.engine.build import Parts
 from mergeopd.engine.checkpoint import Record, save, written_by_first
 from mergeopd.engine.clock import Clock
-from mergeopd.engine.crossing import align_round
 from mergeopd.engine.evaluate import Accuracies, Evaluation
 from mergeopd.engine.interrupt import Interrupt, StopNow, Watch
-from mergeopd.engine.lookback import is_needed, look_back
-from mergeopd.engine.objectives import phase_objective
-from mergeopd.engine.observing import Observed, kept
-from mergeopd.engine.outcomes import outcomes
-from mergeopd.engine.run_folder import RunFolder
+from mergeopd.engine.prior_policy import is_needed, look_back
+from mergeopd.engine.progress import Progress, phase_at
+from mergeopd.engine.rollouts import dataset_rollout, write_student
 from mergeopd.engine.samples import SampleTaker, choose, is_due
 from mergeopd.engine.schedule import RoundWork, UpdateWork, learning_rate
-from mergeopd.engine.scoring import ScoredRound, rewards, score
-from mergeopd.engine.state import Progress, phase_at
+from mergeopd.engine.score import ScoredRound, rewards, score
+from mergeopd.engine.targets import Observed, kept
 from mergeopd.engine.tasks import Task, plan_round
-from mergeopd.engine.texts import TeacherTexts
-from mergeopd.engine.updating import accumulate
-from mergeopd.engine.writing import dataset_rollout, write_student
+from mergeopd.engine.teacher_rollouts import TeacherTexts
+from mergeopd.engine.update import accumulate
 from mergeopd.errors import Stopped, UpdateLimitReached
-from mergeopd.recipe.locate import shown
+from mergeopd.messages import shown
 from mergeopd.recipe.plan import EvaluationPlan
 from mergeopd.recipe.training import Phase
 from mergeopd.report.events import Reporter, RunFinished, RunStarted, StageStarted, UpdateDone
 from mergeopd.report.result import result_document, write_result
-from mergeopd.teacher.cache import RoundCache
+from mergeopd.storage.run_folder import RunFolder
+from mergeopd.teacher.hidden_cache import RoundCache
+from mergeopd.teacher.token_view import align_round
 from mergeopd.types import Rollout
 
 UPDATE_LIMIT = "--updates"  # who asked a run to stop, where that was its own limit

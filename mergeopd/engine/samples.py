@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from mergeopd.engine.batch import PreparedUpdate
+from mergeopd.batch.collate import PreparedUpdate
+from mergeopd.batch.micro_batch import MicroBatch
+from mergeopd.distributed.ranks import Ranks
 from mergeopd.loss.fused import TokenStats
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.models.tokenizer import Tokenizer
-from mergeopd.ranks import Ranks
 from mergeopd.report.events import RolloutSampled, TeacherTrace
-from mergeopd.student.batch import MicroBatch
 from mergeopd.types import Rollout
 
 PER_DOMAIN = 2

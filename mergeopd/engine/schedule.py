@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mergeopd.models.batching import length_batches
+from mergeopd.batch.packing import Pack, pack
 from mergeopd.types import Rollout
 
 
@@ -51,34 +51,6 @@ def split_updates(rollouts: Sequence[Rollout], num_updates: int) -> tuple[tuple[
     for position, index in enumerate(dealt):
         updates[position % num_updates].append(index)
     return tuple(tuple(sorted(update)) for update in updates)
-
-
-@dataclass(frozen=True, slots=True)
-class Pack:
-    """Rollouts of one micro-batch: one teacher set, similar lengths."""
-
-    teachers: tuple[str, ...]
-    rollouts: tuple[int, ...]
-
-
-def pack(
-    rollouts: Sequence[Rollout], update: Sequence[int], max_tokens: int, round_index: int
-) -> tuple[Pack, ...]:
-    """The micro-batches of an update, sorted by teacher set, so that a set's heads are fetched once.
-
-    Serpentine like the turns. A micro-batch padded to its longest member holds at most `max_tokens` tokens.
-    Responses without a trained token carry no loss and are left out.
-    """
-    sets: dict[tuple[str, ...], list[int]] = {}
-    for index in update:
-        if rollouts[index].num_trained:
-            sets.setdefault(rollouts[index].teacher_set, []).append(index)
-    packs = []
-    for teachers in sorted(sets, reverse=round_index % 2 == 1):
-        members = sets[teachers]
-        for batch in length_batches([rollouts[i].num_tokens for i in members], max_tokens):
-            packs.append(Pack(teachers, tuple(members[i] for i in batch)))
-    return tuple(packs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mergeopd.engine.build import Parts
-from mergeopd.engine.state import Progress, off_policy_origin, on_policy_fraction
+from mergeopd.engine.progress import Progress
 from mergeopd.recipe import sources
-from mergeopd.recipe.training import Phase
+from mergeopd.recipe.training import Phase, off_policy_origin, on_policy_fraction
 from mergeopd.rollout.keyed import stream_key, uniforms
 from mergeopd.types import Origin, Prompt
 

@@ -11,11 +11,11 @@ import numpy as np
 from mergeopd.align.answers import EndTokens, align
 from mergeopd.align.encoding import ByteTokenizer
 from mergeopd.align.token_bytes import SPECIAL
-from mergeopd.data.templates import ChatTemplate
+from mergeopd.config.folders import Missing, existing_file, existing_model
+from mergeopd.data.chat_template import ChatTemplate
 from mergeopd.errors import DataError, Problem, RecipeError, TokenizerError
 from mergeopd.messages import option_problem, shown
 from mergeopd.models.tokenizer import Tokenizer
-from mergeopd.recipe.folders import Missing, existing_file, existing_model
 from mergeopd.report.terminal.tokenizers import Coverage, TokenizerFacts, TokenizerPair
 from mergeopd.types import Message
 

@@ -1,14 +1,14 @@
 """The kernel: exact divergences, full-vocabulary or top-k, in one pass. Depends on torch alone."""
 
-from mergeopd.loss.blocks import BlockStats
+from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.divergence import JSD, Divergence, ForwardKL, ReverseKL
+from mergeopd.loss.full_vocabulary import BlockStats
 from mergeopd.loss.fused import Objective, TokenStats, fused_loss
 from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.observe import observe
 from mergeopd.loss.pointwise import TVD, AlphaDivergence, ClippedForwardKL, SkewForwardKL, SkewReverseKL
 from mergeopd.loss.support import Support
 from mergeopd.loss.targets import Sampled, Target, TopK
-from mergeopd.loss.workspace import Workspace
 
 __all__ = [
     "JSD",

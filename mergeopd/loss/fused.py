@@ -15,17 +15,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mergeopd.loss.blocks import BlockScorer, BlockStats, Scorer
+from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.checks import check_inputs, check_support, check_vocabulary, require_finite
 from mergeopd.loss.divergence import Divergence
+from mergeopd.loss.full_vocabulary import BlockScorer, BlockStats, Scorer
 from mergeopd.loss.gradients import HeadGradients
 from mergeopd.loss.heads import Head, Hidden, Projection
-from mergeopd.loss.reduced import SupportScorer
 from mergeopd.loss.slicing import compute_dtype, rows_in_cache, slices
 from mergeopd.loss.softmax import Softmaxes
 from mergeopd.loss.support import Support
 from mergeopd.loss.targets import Target
-from mergeopd.loss.workspace import Workspace
+from mergeopd.loss.top_k import SupportScorer
 
 Objective = Callable[[BlockStats, slice], Tensor]
 

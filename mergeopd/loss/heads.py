@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergeopd.loss.workspace import Workspace
+from mergeopd.loss.buffers import Workspace
 
 _HALVES = (torch.bfloat16, torch.float16)
 # Head rows converted at a time where a head is not stored in the dtype that it is multiplied in.

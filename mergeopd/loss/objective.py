@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mergeopd.loss.blocks import BlockStats
 from mergeopd.loss.divergence import Divergence
+from mergeopd.loss.full_vocabulary import BlockStats
 from mergeopd.loss.policy import Policy, PolicyRows, policy_tokens
 from mergeopd.loss.support import Support
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.checks import check_inputs, check_vocabulary, require_finite
 from mergeopd.loss.heads import Head, Projection
 from mergeopd.loss.slicing import compute_dtype, rows_in_cache, slices
 from mergeopd.loss.softmax import Softmaxes, entropy_and_logprob
 from mergeopd.loss.support import top_ids
 from mergeopd.loss.targets import Sampled, TopK
-from mergeopd.loss.workspace import Workspace
 
 
 @torch.no_grad()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from mergeopd.config.locate import Origins
+from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
-from mergeopd.recipe.checks import never_student
-from mergeopd.recipe.locate import Origins
 from mergeopd.recipe.models import Student, TeacherRef
-from mergeopd.recipe.training import Phase
-from mergeopd.recipe.tree import Keys
+from mergeopd.recipe.training import Phase, never_student
 
 
 def bridge_problems(

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mergeopd.recipe.values import PositiveInt, Strict, Weight
+from mergeopd.config.values import PositiveInt, Strict, Weight
 
 Merge = Literal["observed", "bayesian"]
 _MERGE = (

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergeopd.config.folders import Missing, absolute, existing_file, existing_model, project_folder
+from mergeopd.config.load import YAML_SUFFIXES, load_card
+from mergeopd.config.locate import Origins
+from mergeopd.config.suggest import closest
+from mergeopd.config.tree import Keys, Node, find, plain
+from mergeopd.config.validate import problems_of
 from mergeopd.errors import Problem
-from mergeopd.recipe.folders import Missing, absolute, existing_file, existing_model, project_folder
-from mergeopd.recipe.load import YAML_SUFFIXES, load_card
-from mergeopd.recipe.locate import Origins
 from mergeopd.recipe.models import TeacherCard, TeacherRef
 from mergeopd.recipe.plan import TeacherPlan
-from mergeopd.recipe.suggest import closest
-from mergeopd.recipe.tree import Keys, Node, find, plain
-from mergeopd.recipe.validate import problems_of
 
 
 @dataclass(frozen=True, slots=True)

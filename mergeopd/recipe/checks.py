@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 
+from mergeopd.config.locate import Origins, dotted
+from mergeopd.config.suggest import did_you_mean
+from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
-from mergeopd.recipe.locate import Origins, dotted
+from mergeopd.messages import joined
 from mergeopd.recipe.models import Parallel, Student
 from mergeopd.recipe.schema import EvalSource, Reports, TrainSource
-from mergeopd.recipe.suggest import did_you_mean
-from mergeopd.recipe.training import LocalRollout, Optimizer, Phase, Ramp, TextMixture
-from mergeopd.recipe.tree import Keys
-from mergeopd.recipe.words import joined
+from mergeopd.recipe.training import LocalRollout, Optimizer, Phase, only_student
 
 
 def phase_problems(
@@ -30,22 +30,6 @@ def phase_problems(
             remedy = "use a divergence, or `text: teacher` or `dataset`"
             yield origins.problem((*here, "loss", "nll"), message, remedy, key=True)
         yield from _round_problems(phase, here, rollout, origins)
-
-
-def only_student(phase: Phase) -> bool:
-    """Whether the student writes every answer of a phase."""
-    if not isinstance(phase.text, TextMixture):
-        return phase.text == "student"
-    fraction = phase.text.on_policy_fraction
-    return fraction.start == fraction.end == 1.0 if isinstance(fraction, Ramp) else fraction == 1.0
-
-
-def never_student(phase: Phase) -> bool:
-    """Whether the student writes no answer of a phase."""
-    if not isinstance(phase.text, TextMixture):
-        return phase.text != "student"
-    fraction = phase.text.on_policy_fraction
-    return fraction.start == fraction.end == 0.0 if isinstance(fraction, Ramp) else fraction == 0.0
 
 
 def _round_problems(

@@ -6,14 +6,11 @@ Recipe files name it in their first line: `# yaml-language-server: $schema=../do
 from __future__ import annotations
 
 import copy
-from functools import cache
 from typing import Any
 
+from mergeopd.config.schema import Schema, model_schema
 from mergeopd.recipe.models import TeacherCard
 from mergeopd.recipe.schema import Recipe
-from mergeopd.recipe.values import Strict
-
-Schema = dict[str, Any]
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _VARIABLE: Schema = {
@@ -53,31 +50,6 @@ def card_schema() -> Schema:
     schema = _with_variables(copy.deepcopy(model_schema(TeacherCard)))
     defs = {**schema["$defs"], "Variable": _VARIABLE}
     return {**schema, "$schema": _DIALECT, "title": "mergeopd teacher card", "$defs": defs}
-
-
-@cache
-def model_schema(model: type[Strict]) -> Schema:
-    """The schema of what a model accepts, short forms included. Shared: do not change it."""
-    schema: Schema = _tidied(model.model_json_schema(mode="validation"))
-    return schema
-
-
-def _tidied(schema: Any) -> Any:
-    """Without the titles that pydantic makes up; names that do not fit their pattern are refused."""
-    if isinstance(schema, list):
-        return [_tidied(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    tidy = {
-        key: {name: _tidied(part) for name, part in value.items()}
-        if key in ("properties", "$defs", "patternProperties")
-        else _tidied(value)
-        for key, value in schema.items()
-        if key != "title"
-    }
-    if "patternProperties" in tidy:
-        tidy["additionalProperties"] = False
-    return tidy
 
 
 def _with_variables(schema: Any) -> Any:

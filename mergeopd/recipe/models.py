@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from mergeopd.config.values import DIGEST_PATTERN, Name, PositiveInt, Strict, Weight
 from mergeopd.recipe.bridges import BridgeOrKind
-from mergeopd.recipe.values import DIGEST_PATTERN, Name, PositiveInt, Strict, Weight
 
 
 class Parallel(Strict):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from mergeopd.config.locate import Origins
+from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
-from mergeopd.recipe.checks import never_student
-from mergeopd.recipe.locate import Origins
-from mergeopd.recipe.policies import POLICY_TERMS, ClipRatio, NoCorrection, TrustRegion
+from mergeopd.recipe.policy_terms import POLICY_TERMS, ClipRatio, NoCorrection, TrustRegion
 from mergeopd.recipe.schema import TrainSource
-from mergeopd.recipe.training import LocalRollout, Phase
-from mergeopd.recipe.tree import Keys
+from mergeopd.recipe.training import LocalRollout, Phase, never_student
 
 
 def objective_problems(

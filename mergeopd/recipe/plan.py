@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from mergeopd.config.values import Strict
 from mergeopd.recipe.bridges import Bridge
-from mergeopd.recipe.checking import Verifier
 from mergeopd.recipe.models import Canary, Moving, Student
 from mergeopd.recipe.schema import Checkpoints, Memory, Reports
 from mergeopd.recipe.training import LocalRollout, Optimizer, Phase
-from mergeopd.recipe.values import Strict
+from mergeopd.recipe.verifiers import Verifier
 
 # What a run may change on the way: where things lie, what stays in memory, what is shown, the processes.
 UNBOUND: Mapping[str, Any] = {

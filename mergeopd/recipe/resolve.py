@@ -10,22 +10,23 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from mergeopd.config.folders import Missing, absolute, existing_model
+from mergeopd.config.load import load
+from mergeopd.config.locate import Origins
+from mergeopd.config.tree import Keys, plain
+from mergeopd.config.validate import problems_of
+from mergeopd.config.values import FunctionPath
 from mergeopd.errors import Problem
-from mergeopd.recipe import checks, selves
+from mergeopd.recipe import checks
+from mergeopd.recipe import self_teacher_checks as selves
 from mergeopd.recipe.bridge_checks import bridge_problems
 from mergeopd.recipe.cards import CardFile, Staff, hire, read_cards
-from mergeopd.recipe.folders import Missing, absolute, existing_model
-from mergeopd.recipe.load import load
-from mergeopd.recipe.locate import Origins
 from mergeopd.recipe.models import Student, Teacher, TeacherRef
 from mergeopd.recipe.objective_checks import objective_problems
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
-from mergeopd.recipe.schema import EvalSource, Recipe, Reports, TrainSource
+from mergeopd.recipe.schema import SHORTHANDS, EvalSource, Recipe, Reports, TrainSource
 from mergeopd.recipe.sources import Desk, Router
 from mergeopd.recipe.training import LocalRollout, Optimizer, Phase
-from mergeopd.recipe.tree import Keys, plain
-from mergeopd.recipe.validate import problems_of
-from mergeopd.recipe.values import FunctionPath
 
 T = TypeVar("T")
 
@@ -62,18 +63,22 @@ def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str]
         found but not opened.
     """
     file = Path(path)
-    loaded = load(file, overrides, env)
+    loaded = load(file, overrides, env, SHORTHANDS)
     root = loaded.root
     if root is None or not loaded.complete:
         origins = Origins(file, root, {})
-        found = () if root is None else problems_of(Recipe, plain(root), origins, complete=False)
+        found = (
+            ()
+            if root is None
+            else problems_of(Recipe, plain(root), origins, complete=False, also_allowed=("extends",))
+        )
         return Resolution(None, _settled(loaded.problems, found, origins), origins)
     data = plain(root)
     parts = _Parts.of(data)
     cards = read_cards(parts.teachers, root, env)
     roots = {n: c.root for n, c in cards.items() if isinstance(c, CardFile) and c.root is not None}
     origins = Origins(file, root, roots)
-    schema_problems = problems_of(Recipe, data, origins)
+    schema_problems = problems_of(Recipe, data, origins, also_allowed=("extends",))
     staff = hire(parts.teachers, cards, origins)
     unreadable = tuple(p for c in cards.values() if isinstance(c, CardFile) for p in c.problems)
     sound = not (schema_problems or loaded.problems or unreadable)

@@ -15,12 +15,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from mergeopd.recipe.checking import VerifierOrKind, kind_shorthand
-from mergeopd.recipe.losses import SHORT_TERMS, loss_shorthand
+from mergeopd.config.values import FunctionPath, Name, PositiveInt, Strict, Weight
+from mergeopd.recipe.loss_terms import SHORT_TERMS, loss_shorthand
 from mergeopd.recipe.models import Student, Teacher, card_shorthand
-from mergeopd.recipe.policies import correction_shorthand, weight_shorthand
+from mergeopd.recipe.policy_terms import correction_shorthand, weight_shorthand
 from mergeopd.recipe.training import LocalRollout, Optimizer, Phase
-from mergeopd.recipe.values import FunctionPath, Name, PositiveInt, Strict, Weight
+from mergeopd.recipe.verifiers import VerifierOrKind, kind_shorthand
 
 # --------------------------------------------------------------------------------------------- prompts
 

@@ -7,15 +7,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mergeopd.config.folders import Missing, existing_file
+from mergeopd.config.locate import Origins, dotted
+from mergeopd.config.suggest import did_you_mean
+from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
-from mergeopd.recipe.checking import JsonVerifier, UserVerifier, Verifier
-from mergeopd.recipe.folders import Missing, existing_file
-from mergeopd.recipe.locate import Origins, dotted
 from mergeopd.recipe.models import TeacherRef
 from mergeopd.recipe.plan import SourcePlan
 from mergeopd.recipe.schema import EvalSource, PromptSource, TrainSource
-from mergeopd.recipe.suggest import did_you_mean
-from mergeopd.recipe.tree import Keys
+from mergeopd.recipe.verifiers import JsonVerifier, UserVerifier, Verifier
 
 PROMPT_SUFFIXES = (".jsonl", ".parquet")
 

@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mergeopd.recipe.losses import LossOrTerm
-from mergeopd.recipe.policies import ClipRatio, Correction, NoCorrection
-from mergeopd.recipe.values import Fraction, Name, PositiveInt, Strict, Weight
+from mergeopd.config.values import Fraction, Name, PositiveInt, Strict, Weight
+from mergeopd.recipe.loss_terms import LossOrTerm
+from mergeopd.recipe.policy_terms import ClipRatio, Correction, NoCorrection
+from mergeopd.types import Origin
 
 
 class LocalRollout(Strict):
@@ -125,3 +126,43 @@ class Optimizer(Strict):
     clip_grad: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)] | None = Field(
         default=1.0, description="largest gradient norm; null: no clipping"
     )
+
+
+def on_policy_fraction(phase: Phase, updates_done: int) -> float:
+    """Share of prompts that the student answers after `updates_done` updates of the phase."""
+    if not isinstance(phase.text, TextMixture):
+        return 1.0 if phase.text == "student" else 0.0
+    fraction = phase.text.on_policy_fraction
+    if isinstance(fraction, Ramp):
+        progress = min(updates_done / fraction.updates, 1.0)
+        return fraction.start + (fraction.end - fraction.start) * progress
+    return fraction
+
+
+def off_policy_origin(phase: Phase) -> Origin | None:
+    """Where the answers come from that the student does not write: teacher, dataset, or None."""
+    if isinstance(phase.text, TextMixture):
+        return phase.text.otherwise
+    return None if phase.text == "student" else phase.text
+
+
+def only_student(phase: Phase) -> bool:
+    """Whether the student writes every answer of a phase."""
+    if not isinstance(phase.text, TextMixture):
+        return phase.text == "student"
+    fraction = phase.text.on_policy_fraction
+    return fraction.start == fraction.end == 1.0 if isinstance(fraction, Ramp) else fraction == 1.0
+
+
+def never_student(phase: Phase) -> bool:
+    """Whether the student writes no answer of a phase."""
+    if not isinstance(phase.text, TextMixture):
+        return phase.text != "student"
+    fraction = phase.text.on_policy_fraction
+    return fraction.start == fraction.end == 0.0 if isinstance(fraction, Ramp) else fraction == 0.0
+
+
+def reads_dataset(phase: Phase) -> bool:
+    """Whether some of a phase's answers come from the prompt files."""
+    text = phase.text
+    return text == "dataset" if isinstance(text, str) else text.otherwise == "dataset"

@@ -5,11 +5,12 @@ Means are per response token unless said otherwise; log-probs and divergences ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from mergeopd.distributed.ranks import Ranks
 from mergeopd.types import Finish, Origin
 
 StageName = Literal["rollout", "teachers", "update", "evaluation", "export", "text", "checkpoint"]
@@ -267,3 +268,8 @@ class Reporters:
         """Pass the event on."""
         for reporter in self._reporters:
             reporter.emit(event)
+
+
+def progress(reporter: Reporter, total: int, ranks: Ranks) -> Callable[[int], None]:
+    """Tells how much of `total` is done, when this process has done so much of its share."""
+    return lambda done: reporter.emit(StageProgress(min(total, done * ranks.size)))

@@ -15,7 +15,7 @@ def show_error(error: BaseException) -> None:
     from rich.padding import Padding
     from rich.text import Text
 
-    from mergeopd.recipe.locate import shown_in
+    from mergeopd.messages import shown_in
 
     if not isinstance(error, MergeopdError):
         traceback.print_exception(error)

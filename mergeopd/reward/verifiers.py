@@ -14,7 +14,8 @@ from types import MappingProxyType
 from typing import Any
 
 from mergeopd.errors import VerifierError
-from mergeopd.recipe.checking import (
+from mergeopd.recipe.plan import SourcePlan
+from mergeopd.recipe.verifiers import (
     ExactVerifier,
     JsonVerifier,
     NumberVerifier,
@@ -263,3 +264,8 @@ BUILDERS: MappingProxyType[str, Callable[[Any, Collection[str]], Verify]] = Mapp
         "user": _build_user,
     }
 )
+
+
+def build_verifiers(sources: tuple[SourcePlan, ...], allow_code: tuple[str, ...]) -> dict[str, Verify]:
+    """Verifiers by source name; sources without one are absent."""
+    return {s.name: build_verifier(s.verifier, allow_code) for s in sources if s.verifier is not None}

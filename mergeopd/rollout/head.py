@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.heads import Head, Projection
-from mergeopd.loss.workspace import Workspace
 
 # Rows for which the packed layout is chosen; other numbers work with it too.
 _TYPICAL_ROWS = 16

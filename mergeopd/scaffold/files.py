@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +14,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString, SingleQuotedScalarString
 
+from mergeopd.config.values import NAME_PATTERN
 from mergeopd.errors import Problem, StorageError
 from mergeopd.messages import option_problem, shown
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.recipe.jsonschema import card_schema, recipe_schema
-from mergeopd.recipe.values import NAME_PATTERN
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import write_atomic
 
@@ -68,18 +69,21 @@ def write_new(path: Path, text: str) -> None:
 
 def render(document: Document, **values: object) -> str:
     """Fill the template of a recipe or card. Its filters `quoted` and `flow` write YAML."""
-    loader = PackageLoader("mergeopd.scaffold")
+    template = _environment().get_template(f"{document}.yaml.j2")
+    return template.render(schema=Path("..", schema_file(document)).as_posix(), **values)
+
+
+@cache
+def _environment() -> Environment:
     environment = Environment(
-        loader=loader,
+        loader=PackageLoader("mergeopd.scaffold"),
         undefined=StrictUndefined,
         keep_trailing_newline=True,
         trim_blocks=True,
         lstrip_blocks=True,
-        autoescape=False,
     )
     environment.filters |= {"quoted": quoted, "flow": flow}
-    template = environment.get_template(f"{document}.yaml.j2")
-    return template.render(schema=Path("..", schema_file(document)).as_posix(), **values)
+    return environment
 
 
 def schema_file(document: Document) -> Path:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mergeopd.config.folders import Missing, absolute, existing_file
+from mergeopd.config.suggest import did_you_mean
+from mergeopd.config.values import NAME_PATTERN
 from mergeopd.data.prompts import read_prompts
 from mergeopd.errors import DataError, Problem
 from mergeopd.messages import option_problem, shown
-from mergeopd.recipe.folders import Missing, absolute, existing_file
 from mergeopd.recipe.plan import SourcePlan
 from mergeopd.recipe.sources import PROMPT_SUFFIXES
-from mergeopd.recipe.suggest import did_you_mean
-from mergeopd.recipe.values import NAME_PATTERN
 from mergeopd.reward.numbers import final_number
 from mergeopd.scaffold.files import is_text
 

@@ -8,19 +8,19 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mergeopd.engine.preflight import Inputs, preflight
+from mergeopd.check.preflight import Inputs, preflight
+from mergeopd.config.folders import Missing, absolute, existing_file, existing_model, project_folder
+from mergeopd.config.load import YAML_SUFFIXES, load_card
+from mergeopd.config.locate import Origins
+from mergeopd.config.tree import plain
+from mergeopd.config.validate import problems_of
 from mergeopd.errors import ModelError, Problem, RecipeError, TokenizerError
 from mergeopd.messages import option_problem, shown
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.recipe.bridges import KINDS
-from mergeopd.recipe.folders import Missing, absolute, existing_file, existing_model, project_folder
-from mergeopd.recipe.load import YAML_SUFFIXES, load_card
-from mergeopd.recipe.locate import Origins
 from mergeopd.recipe.models import TeacherCard
-from mergeopd.recipe.tree import plain
-from mergeopd.recipe.validate import problems_of
 from mergeopd.scaffold.files import (
     by_option,
     is_text,

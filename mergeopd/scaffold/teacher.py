@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from mergeopd.engine.dialect import Dialect
-from mergeopd.engine.findings import Findings
-from mergeopd.engine.reading import ModelReader
+from mergeopd.check.models import ModelReader
+from mergeopd.check.problems import Findings
+from mergeopd.config.folders import Missing, existing_file, existing_model
+from mergeopd.config.locate import Origins
+from mergeopd.data.renderer import Dialect
 from mergeopd.errors import DataError, RecipeError, TeacherError
 from mergeopd.messages import option_problem, shown
 from mergeopd.models.checkpoint import Checkpoint
-from mergeopd.recipe.folders import Missing, existing_file, existing_model
-from mergeopd.recipe.locate import Origins
 from mergeopd.recipe.models import Canary
 from mergeopd.recipe.plan import TeacherPlan
 from mergeopd.scaffold.files import (
@@ -132,10 +132,10 @@ def take_canary(probed: ProbedModel, prompt: str) -> Canary:
         ModelError: weights and configuration are not of one model.
     """
     # torch and transformers take seconds to import: only after every check that needs neither.
-    from mergeopd.engine.build import pick_device
-    from mergeopd.engine.canary import logprobs, refuse_uniform, sample_ids
+    from mergeopd.models.causal import pick_device
     from mergeopd.rollout.local import Request, Writer, generate
-    from mergeopd.teacher.store import TeacherSource, TeacherStore
+    from mergeopd.teacher.canary import logprobs, refuse_uniform, sample_ids
+    from mergeopd.teacher.local import TeacherSource, TeacherStore
     from mergeopd.types import Sampling
 
     plan, dialect, device = probed.plan, probed.dialect, pick_device()

@@ -9,22 +9,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mergeopd.batch.micro_batch import MicroBatch, MicroBatches
 from mergeopd.errors import NumericsError, StorageError
-from mergeopd.loss.blocks import BlockStats
+from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.divergence import Divergence
+from mergeopd.loss.full_vocabulary import BlockStats
 from mergeopd.loss.fused import Objective
 from mergeopd.loss.heads import Head
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.loss.support import Support
-from mergeopd.loss.workspace import Workspace
 from mergeopd.models.causal import DTYPES, build_skeleton, check_fit, fill, response_hidden, tensor_names
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
+from mergeopd.models.hf_folder import copy_companions
 from mergeopd.recipe.training import Optimizer
-from mergeopd.student.backend import WHOLE, Place
-from mergeopd.student.batch import MicroBatch, MicroBatches
-from mergeopd.student.companions import copy_companions
-from mergeopd.student.losses import Measured, MicroStats, micro_loss
+from mergeopd.student.loss import Measured, MicroStats, micro_loss
+from mergeopd.student.protocol import WHOLE, Place
 
 
 class TorchStudent:

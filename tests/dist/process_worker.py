@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import mergeopd.api
 from mergeopd.cli import main
-from mergeopd.engine.processes import Place, open_ranks
+from mergeopd.distributed.rendezvous import Place, open_ranks
 from mergeopd.errors import Location, ModelError, Problem, RecipeError, Stopped
-from mergeopd.ranks import Alone
+from mergeopd.distributed.ranks import Alone
 
 
 def meet_for_ever(ranks):

@@ -25,10 +25,10 @@ warnings.filterwarnings("ignore")
 from mergeopd.engine import evaluate, texts, writing  # noqa: E402
 from mergeopd.engine.build import build  # noqa: E402
 from mergeopd.engine.clock import Clock  # noqa: E402
-from mergeopd.engine.command import begin, go_on  # noqa: E402
-from mergeopd.engine.preflight import preflight  # noqa: E402
+from mergeopd.engine.run import begin, go_on  # noqa: E402
+from mergeopd.check.preflight import preflight  # noqa: E402
 from mergeopd.errors import MergeopdError  # noqa: E402
-from mergeopd.ranks import Alone, Processes  # noqa: E402
+from mergeopd.distributed.ranks import Alone, Processes  # noqa: E402
 
 DEADLINE = datetime.timedelta(seconds=60)
 MODULES = {"writing": writing, "texts": texts, "evaluate": evaluate}

@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 from mergeopd.errors import MergeopdError
 from mergeopd.models.checkpoint import Checkpoint
-from mergeopd.ranks import Processes, this_machine
-from mergeopd.teacher import node_cache
-from mergeopd.teacher.node_cache import NodeCache
-from mergeopd.teacher.reading import ShardedReader
-from mergeopd.teacher.store import TeacherSource, TeacherStore
+from mergeopd.distributed.ranks import Processes, this_machine
+from mergeopd.teacher import shared_cache as node_cache
+from mergeopd.teacher.shared_cache import NodeCache
+from mergeopd.teacher.weight_reader import ShardedReader
+from mergeopd.teacher.local import TeacherSource, TeacherStore
 
 CPU = torch.device("cpu")
 NUM_ROLLOUTS = 11

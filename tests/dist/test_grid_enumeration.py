@@ -20,9 +20,9 @@ from megatron_cases import write_dense
 from ranks import run_ranks
 
 from mergeopd.engine.build import build
-from mergeopd.engine.preflight import preflight
+from mergeopd.check.preflight import preflight
 from mergeopd.engine.schedule import split_updates
-from mergeopd.ranks import Alone
+from mergeopd.distributed.ranks import Alone
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's"),

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mergeopd.engine.build import build
-from mergeopd.engine.preflight import preflight
-from mergeopd.ranks import Alone
+from mergeopd.check.preflight import preflight
+from mergeopd.distributed.ranks import Alone
 from mergeopd.recipe.training import Optimizer
 from mergeopd.types import Rollout
 

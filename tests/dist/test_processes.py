@@ -17,7 +17,7 @@ WORKER = Path(__file__).with_name("process_worker.py")
 DEADLINE_S = 90
 LAUNCHER = """
 import sys
-from mergeopd.engine import launch
+from mergeopd.distributed import launch
 launch._GRACE_S = int(sys.argv[2])
 sys.exit(launch.launch([sys.executable, *sys.argv[3:]], int(sys.argv[1])))
 """

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from small_experts import load_script, small_llama, small_settings
 from tiny_experts.llama.settings import FOLDER
 
-from mergeopd.engine.command import run_recipe
-from mergeopd.engine.preflight import preflight
+from mergeopd.check.preflight import preflight
+from mergeopd.engine.run import run_recipe
 from mergeopd.recipe.models import Moving
 from mergeopd.recipe.plan import Plan
 

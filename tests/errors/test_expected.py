@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from mergeopd.engine.preflight import preflight
+from mergeopd.check.preflight import preflight
 from mergeopd.errors import Problem, RecipeError
 from mergeopd.recipe.resolve import read
 

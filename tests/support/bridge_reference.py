@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from mergeopd.loss import Head, Hidden
-from mergeopd.loss.bridge import ExactPairs, Gold, Groups, Projected, SparseMap, Uld
+from mergeopd.loss.cross_tokenizer import ExactPairs, Gold, Groups, Projected, SparseMap, Uld
 
 
 def logprobs(hidden, head, temperature):

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mergeopd.engine.batch import Dialects, prepare
+from mergeopd.batch.advantages import outcomes
+from mergeopd.batch.collate import Dialects, prepare
+from mergeopd.batch.objective import phase_objective
+from mergeopd.check.preflight import preflight
+from mergeopd.distributed.ranks import Alone
 from mergeopd.engine.build import Parts, build
-from mergeopd.engine.crossing import align_round
-from mergeopd.engine.lookback import is_needed, look_back
-from mergeopd.engine.objectives import phase_objective
-from mergeopd.engine.observing import Observed, kept
-from mergeopd.engine.outcomes import outcomes
-from mergeopd.engine.preflight import preflight
+from mergeopd.engine.prior_policy import is_needed, look_back
 from mergeopd.engine.samples import SampleTaker
-from mergeopd.engine.scoring import score
-from mergeopd.engine.updating import UpdateStats, accumulate
-from mergeopd.ranks import Alone
+from mergeopd.engine.score import score
+from mergeopd.engine.targets import Observed, kept
+from mergeopd.engine.update import UpdateStats, accumulate
 from mergeopd.report.events import Reporters
+from mergeopd.teacher.token_view import align_round
 from mergeopd.types import Rollout
 
 Gradients = dict[str, Tensor]

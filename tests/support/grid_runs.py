@@ -14,9 +14,9 @@ from typing import Any
 
 from megatron_cases import write_dense
 
+from mergeopd.distributed.ranks import Alone
 from mergeopd.engine.clock import Clock
-from mergeopd.engine.command import begin, go_on
-from mergeopd.ranks import Alone
+from mergeopd.engine.run import begin, go_on
 
 WORDS = ("a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "<eos>")  # 11: two ranks get 6 and 5 of 12
 EOS = len(WORDS) - 1

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mergeopd.batch.micro_batch import MicroBatch
 from mergeopd.loss import ForwardKL, Head, Hidden, ReverseKL
 from mergeopd.loss.objective import DistillationObjective, build_objective
 from mergeopd.loss.policy import ClipRatio, Correction, Policy, PolicyRows
 from mergeopd.recipe.training import Optimizer
-from mergeopd.student.batch import MicroBatch
 from mergeopd.student.torch import TorchStudent
 
 CPU = torch.device("cpu")

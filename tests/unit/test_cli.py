@@ -198,7 +198,7 @@ def test_verbose_logs_stages_and_details_to_stderr(
     assert [stage for stage in stages if " " not in stage][:2] == ["startup", "startup"]
     assert "rollout" in stages
     weights = Path("one/model.safetensors").stat().st_size
-    read = re.search(r"mergeopd\.teacher\.store: read (\d+) bytes of teacher one", err)
+    read = re.search(r"mergeopd\.teacher\.local: read (\d+) bytes of teacher one", err)
     assert read is not None
     assert 0 < int(read[1]) <= weights
     assert "device cpu" in err
@@ -253,7 +253,7 @@ def test_interrupting_leaves_no_traceback(
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mergeopd.engine.command.preflight", interrupted)
+    monkeypatch.setattr("mergeopd.engine.run.preflight", interrupted)
     assert command("run", job()) == (
         130,
         "",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from step_bench.job import model_sizes
 
 if TYPE_CHECKING:
-    from mergeopd.ranks import Alone
+    from mergeopd.distributed.ranks import Alone
     from mergeopd.report.events import Event
 
 NEVER = -1  # a stop token that no head can draw: every answer has its full length
@@ -50,14 +50,14 @@ def run_mergeopd(arguments: argparse.Namespace, steps: Steps) -> None:
     """The engine's own loop over the recipe."""
     import torch
 
+    from mergeopd.check.preflight import preflight
     from mergeopd.engine.build import build
     from mergeopd.engine.clock import Clock
     from mergeopd.engine.interrupt import Interrupt
     from mergeopd.engine.loop import Merge
-    from mergeopd.engine.preflight import preflight
-    from mergeopd.engine.run_folder import RunFolder
-    from mergeopd.engine.state import Progress
+    from mergeopd.engine.progress import Progress
     from mergeopd.report.events import RunStarted, UpdateDone
+    from mergeopd.storage.run_folder import RunFolder
 
     expected = arguments.batch * arguments.new_tokens
 

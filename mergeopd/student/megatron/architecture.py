@@ -9,8 +9,8 @@ from types import MappingProxyType
 from typing import Any
 
 from mergeopd.errors import ModelError
+from mergeopd.messages import joined
 from mergeopd.models.facts import ModelFacts
-from mergeopd.recipe.words import joined
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mergeopd.student.backend import Place
 from mergeopd.student.megatron import shim
+from mergeopd.student.protocol import Place
 
 # Ranks count through tensor-parallel neighbours first, then data-parallel copies, then pipeline stages.
 _ORDER = "tp-cp-ep-dp-pp"

@@ -15,13 +15,13 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
+from mergeopd.batch.micro_batch import MicroBatch, MicroBatches
 from mergeopd.errors import NumericsError
+from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.fused import Objective
 from mergeopd.loss.heads import Head
-from mergeopd.loss.workspace import Workspace
 from mergeopd.models.causal import padded
-from mergeopd.student.batch import MicroBatch, MicroBatches
-from mergeopd.student.losses import Measured, MicroStats, micro_loss
+from mergeopd.student.loss import Measured, MicroStats, micro_loss
 from mergeopd.student.megatron.grid import Grid
 
 # What a copy runs that has no answers of its own: one token, nothing to learn.

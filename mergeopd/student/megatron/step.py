@@ -18,6 +18,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor, nn
 
+from mergeopd.batch.micro_batch import MicroBatch, MicroBatches
 from mergeopd.errors import NumericsError, StorageError
 from mergeopd.loss.divergence import Divergence
 from mergeopd.loss.fused import Objective
@@ -28,9 +29,7 @@ from mergeopd.models.causal import DTYPES, build_skeleton, check_fit, empty, fil
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
 from mergeopd.recipe.training import Optimizer
-from mergeopd.student.backend import Place
-from mergeopd.student.batch import MicroBatch, MicroBatches
-from mergeopd.student.losses import Measured, MicroStats
+from mergeopd.student.loss import Measured, MicroStats
 from mergeopd.student.megatron.architecture import Architecture
 from mergeopd.student.megatron.grid import Grid
 from mergeopd.student.megatron.layout import shard, tensor_shapes, vocab_rows
@@ -38,6 +37,7 @@ from mergeopd.student.megatron.model import HiddenModel, build_model
 from mergeopd.student.megatron.optimizer import MOMENTS, MainParameters, build_adamw
 from mergeopd.student.megatron.passes import Passes
 from mergeopd.student.megatron.weights import cut, export, named, read_shards, whole_tensors
+from mergeopd.student.protocol import Place
 
 # Where Megatron adds up a parameter's gradient.
 _SUM = "main_grad"

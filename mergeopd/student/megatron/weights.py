@@ -13,7 +13,7 @@ from torch import Tensor
 from mergeopd.models.causal import DTYPES, tensor_names
 from mergeopd.models.checkpoint import INDEX, SINGLE, Checkpoint
 from mergeopd.models.facts import ModelFacts
-from mergeopd.student.companions import copy_companions
+from mergeopd.models.hf_folder import copy_companions
 from mergeopd.student.megatron.architecture import Architecture
 from mergeopd.student.megatron.grid import Grid
 from mergeopd.student.megatron.layout import (

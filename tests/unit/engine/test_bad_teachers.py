@@ -10,18 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mergeopd.check.preflight import preflight
+from mergeopd.distributed.ranks import Alone
 from mergeopd.engine.build import build
-from mergeopd.engine.canary import logprobs, sample_ids
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.loop import Merge
-from mergeopd.engine.preflight import preflight
-from mergeopd.engine.run_folder import RunFolder
-from mergeopd.engine.state import Progress
+from mergeopd.engine.progress import Progress
 from mergeopd.errors import MergeopdError, RecipeError, TeacherError
 from mergeopd.models.checkpoint import Checkpoint
-from mergeopd.ranks import Alone
 from mergeopd.report.events import Reporters, UpdateDone
+from mergeopd.storage.run_folder import RunFolder
+from mergeopd.teacher.canary import logprobs, sample_ids
 
 CPU = torch.device("cpu")
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mergeopd.align.answers import Unaligned
+from mergeopd.check.preflight import preflight
+from mergeopd.distributed.ranks import Alone
 from mergeopd.engine.build import Parts, build
 from mergeopd.engine.evaluate import Evaluation
-from mergeopd.engine.preflight import preflight
 from mergeopd.engine.tasks import Task
-from mergeopd.engine.texts import TeacherTexts
-from mergeopd.ranks import Alone
+from mergeopd.engine.teacher_rollouts import TeacherTexts
 from mergeopd.report.events import Event, Note
 from mergeopd.rollout.local import Completion
 from mergeopd.scaffold.recipe import NewRecipeOptions, new_recipe

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mergeopd.check.preflight import preflight
+from mergeopd.distributed.ranks import Alone
 from mergeopd.engine import checkpoint
 from mergeopd.engine.build import build
 from mergeopd.engine.checkpoint import Record, restore, save
-from mergeopd.engine.preflight import preflight
-from mergeopd.engine.state import Progress
-from mergeopd.ranks import Alone
+from mergeopd.engine.progress import Progress
 from mergeopd.report.jsonl import JsonlReporter, SamplesReporter
 from mergeopd.storage.metrics import MetricsFile
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 from enumeration import ANSWERS, EOS, Reference, V, assert_equal, build_parts, engine_round, logprobs
 
+from mergeopd.check.preflight import preflight
+from mergeopd.distributed.ranks import Alone
 from mergeopd.engine.build import Parts, build
-from mergeopd.engine.preflight import preflight
 from mergeopd.engine.schedule import split_updates
-from mergeopd.ranks import Alone
 from mergeopd.types import Prompt, Rollout
 
 CPU = torch.device("cpu")

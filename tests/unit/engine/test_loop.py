@@ -12,16 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mergeopd.check.preflight import preflight
+from mergeopd.distributed.ranks import Alone
 from mergeopd.engine.build import build
 from mergeopd.engine.checkpoint import restore
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.loop import Merge
-from mergeopd.engine.preflight import preflight
-from mergeopd.engine.run_folder import RunFolder
-from mergeopd.ranks import Alone
 from mergeopd.report.events import Event, UpdateDone
 from mergeopd.report.jsonl import update_record
+from mergeopd.storage.run_folder import RunFolder
 
 CPU = torch.device("cpu")
 PHASES = [

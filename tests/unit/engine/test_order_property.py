@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mergeopd.engine.batch import PreparedRollout, PreparedUpdate, micro_batch
-from mergeopd.engine.schedule import by_teacher, pack, split_updates
+from mergeopd.batch.collate import PreparedRollout, PreparedUpdate, micro_batch
+from mergeopd.batch.packing import pack
+from mergeopd.batch.weights import Answer, answer_weights
+from mergeopd.engine.schedule import by_teacher, split_updates
 from mergeopd.loss.divergence import JSD, ForwardKL, ReverseKL
 from mergeopd.loss.fused import fused_loss
 from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.objective import build_objective
-from mergeopd.loss.prepare import Answer, answer_weights
-from mergeopd.teacher.cache import HiddenCache
+from mergeopd.teacher.hidden_cache import HiddenCache
 from mergeopd.types import Message, Prompt, Rollout
 
 VOCAB, D = 6, 3

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mergeopd.engine import command
-from mergeopd.engine.preflight import preflight
-from mergeopd.engine.run_folder import RunFolder
+from mergeopd.check.preflight import preflight
+from mergeopd.engine import run as command
 from mergeopd.errors import StorageError
+from mergeopd.storage.run_folder import RunFolder
 
 
 @pytest.fixture

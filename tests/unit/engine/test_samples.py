@@ -15,17 +15,17 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
+from mergeopd.check.preflight import preflight
+from mergeopd.distributed.ranks import Alone
 from mergeopd.engine.build import build
 from mergeopd.engine.checkpoint import restore
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.loop import Merge
-from mergeopd.engine.preflight import preflight
-from mergeopd.engine.run_folder import RunFolder
 from mergeopd.engine.samples import PER_DOMAIN, choose, is_due, token_texts
 from mergeopd.models.tokenizer import Tokenizer
-from mergeopd.ranks import Alone
 from mergeopd.report.events import Event, RolloutSampled, UpdateDone
+from mergeopd.storage.run_folder import RunFolder
 from mergeopd.types import Prompt, Rollout
 
 CPU = torch.device("cpu")

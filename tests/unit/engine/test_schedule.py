@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergeopd.engine.schedule import by_teacher, learning_rate, pack, split_updates
-from mergeopd.models.batching import length_batches
+from mergeopd.batch.packing import length_batches, pack
+from mergeopd.engine.schedule import by_teacher, learning_rate, split_updates
 from mergeopd.types import Message, Prompt, Rollout
 
 TEACHERS = ("code", "math", "search", "tools")

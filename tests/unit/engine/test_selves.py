@@ -16,21 +16,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from mergeopd.check.preflight import advice, preflight
+from mergeopd.distributed.ranks import Alone
 from mergeopd.engine.build import Parts, build
 from mergeopd.engine.checkpoint import restore
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.evaluate import Evaluation
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.loop import Merge
-from mergeopd.engine.preflight import advice, preflight
-from mergeopd.engine.run_folder import RunFolder
 from mergeopd.engine.tasks import Task
-from mergeopd.engine.texts import TeacherTexts
+from mergeopd.engine.teacher_rollouts import TeacherTexts
 from mergeopd.errors import RecipeError
-from mergeopd.ranks import Alone
 from mergeopd.recipe.models import Moving
 from mergeopd.report.events import Event, Reporters, UpdateDone
 from mergeopd.report.jsonl import update_record
+from mergeopd.storage.run_folder import RunFolder
 from mergeopd.types import Rollout
 
 CPU = torch.device("cpu")

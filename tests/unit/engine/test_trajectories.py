@@ -15,28 +15,28 @@ import torch
 from enumeration import CPU, EOS, Reference, V, assert_equal, divergences, logprobs
 from torch import Tensor
 
-from mergeopd.engine.batch import Dialects, PreparedUpdate, prepare
+from mergeopd.batch.advantages import outcomes
+from mergeopd.batch.collate import Dialects, PreparedUpdate, prepare
+from mergeopd.batch.objective import phase_objective
+from mergeopd.batch.packing import pack
+from mergeopd.check.preflight import preflight
+from mergeopd.distributed.ranks import Alone
 from mergeopd.engine.build import Parts, build
 from mergeopd.engine.checkpoint import restore
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.loop import Merge
-from mergeopd.engine.objectives import phase_objective
-from mergeopd.engine.observing import Kept, Observed, kept
-from mergeopd.engine.outcomes import outcomes
-from mergeopd.engine.preflight import preflight
-from mergeopd.engine.run_folder import RunFolder
+from mergeopd.engine.rollouts import dataset_rollout
 from mergeopd.engine.samples import SampleTaker
-from mergeopd.engine.schedule import pack
-from mergeopd.engine.scoring import score
+from mergeopd.engine.score import score
+from mergeopd.engine.targets import Kept, Observed, kept
 from mergeopd.engine.tasks import Task
-from mergeopd.engine.updating import UpdateStats, accumulate
-from mergeopd.engine.writing import dataset_rollout
-from mergeopd.ranks import Alone
+from mergeopd.engine.update import UpdateStats, accumulate
 from mergeopd.report.events import Event, Reporters, RolloutSampled, UpdateDone
 from mergeopd.report.jsonl import sample_record
 from mergeopd.report.run_data import Sample
-from mergeopd.teacher.cache import HiddenCache
+from mergeopd.storage.run_folder import RunFolder
+from mergeopd.teacher.hidden_cache import HiddenCache
 from mergeopd.types import Rollout
 
 TEACHERS = {"left": {"one": 1.0, "two": 0.5}, "right": {"two": 0.7}}

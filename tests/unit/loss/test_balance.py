@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mergeopd.batch.weights import Answer, answer_weights
 from mergeopd.loss.balance import follow_gap, token_share_weights
-from mergeopd.loss.prepare import Answer, answer_weights
 
 MASS = {"math": 10000.0, "code": 9000.0, "if": 400.0}
 GAPS = {"math": 0.2, "code": 0.1, "if": 0.05}

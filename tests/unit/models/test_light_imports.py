@@ -7,7 +7,7 @@ import sys
 
 CODE = """
 import sys
-import mergeopd.data.draw, mergeopd.data.prompts, mergeopd.data.templates
+import mergeopd.data.draw, mergeopd.data.prompts, mergeopd.data.chat_template
 import mergeopd.models.checkpoint, mergeopd.models.facts, mergeopd.models.tokenizer
 import mergeopd.reward.verifiers
 heavy = {"torch", "transformers", "datasets", "pyarrow", "jsonschema", "numpy", "safetensors"}

@@ -10,10 +10,11 @@ import pytest
 from jsonschema import Draft202012Validator
 from ruamel.yaml import YAML
 
-from mergeopd.recipe.jsonschema import card_schema, model_schema, recipe_schema
-from mergeopd.recipe.losses import SHORT_TERMS
+from mergeopd.config.schema import model_schema
+from mergeopd.config.words import below, options
+from mergeopd.recipe.jsonschema import card_schema, recipe_schema
+from mergeopd.recipe.loss_terms import SHORT_TERMS
 from mergeopd.recipe.schema import SHORTHANDS, Recipe
-from mergeopd.recipe.words import below, options
 
 ROOT = Path(__file__).parents[3]
 HEADER = "# yaml-language-server: $schema={}docs/schema/recipe.schema.json"

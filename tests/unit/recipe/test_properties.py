@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from mergeopd.recipe.jsonschema import model_schema
+from mergeopd.config.schema import model_schema
 from mergeopd.recipe.resolve import read
 from mergeopd.recipe.schema import Recipe
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mergeopd.config.folders import project_folder
 from mergeopd.errors import Location
-from mergeopd.recipe.folders import project_folder
 from mergeopd.recipe.resolve import read
 
 

@@ -13,7 +13,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from mergeopd.errors import VerifierError
-from mergeopd.recipe.checking import Verifier
+from mergeopd.recipe.verifiers import Verifier
 from mergeopd.reward.numbers import final_number
 from mergeopd.reward.verifiers import BUILDERS, Verify, build_verifier, reference_problem
 

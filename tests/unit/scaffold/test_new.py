@@ -20,25 +20,23 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
-from mergeopd.data.templates import ChatTemplate
+from mergeopd.check.preflight import advice, preflight
+from mergeopd.config.load import load_card
+from mergeopd.config.parse import parse
+from mergeopd.config.tree import Place, plain
+from mergeopd.data.chat_template import ChatTemplate
+from mergeopd.data.renderer import Dialect
+from mergeopd.distributed.ranks import Alone
 from mergeopd.engine.build import build
-from mergeopd.engine.canary import sample_ids
 from mergeopd.engine.clock import Clock
-from mergeopd.engine.dialect import Dialect
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.loop import Merge
-from mergeopd.engine.preflight import advice, preflight
-from mergeopd.engine.run_folder import RunFolder
-from mergeopd.engine.state import Progress
+from mergeopd.engine.progress import Progress
 from mergeopd.errors import Location, RecipeError, StorageError, TeacherError
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.tokenizer import Tokenizer as OwnTokenizer
-from mergeopd.ranks import Alone
 from mergeopd.recipe.jsonschema import card_schema, recipe_schema
-from mergeopd.recipe.load import load_card
 from mergeopd.recipe.models import Canary, TeacherCard
-from mergeopd.recipe.parse import parse
-from mergeopd.recipe.tree import Place, plain
 from mergeopd.report.events import Reporters
 from mergeopd.scaffold.files import quoted
 from mergeopd.scaffold.recipe import NewRecipeOptions, new_recipe
@@ -50,6 +48,8 @@ from mergeopd.scaffold.teacher import (
     take_canary,
     write_card,
 )
+from mergeopd.storage.run_folder import RunFolder
+from mergeopd.teacher.canary import sample_ids
 
 NASTY = [
     "",

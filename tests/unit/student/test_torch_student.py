@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from mergeopd.batch.micro_batch import MicroBatch
 from mergeopd.errors import NumericsError, StorageError
 from mergeopd.loss.divergence import ReverseKL
 from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.objective import build_objective
 from mergeopd.recipe.training import Optimizer
-from mergeopd.student.batch import MicroBatch
 from mergeopd.student.torch import TorchStudent
 
 CPU = torch.device("cpu")

@@ -1,0 +1,87 @@
+"""A phase's loss as the function of the fused pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from mergeopd.loss import policy
+from mergeopd.loss.divergence import JSD, Divergence, ForwardKL, ReverseKL
+from mergeopd.loss.objective import DistillationObjective, build_objective
+from mergeopd.loss.pointwise import TVD, AlphaDivergence, ClippedForwardKL, SkewForwardKL, SkewReverseKL
+from mergeopd.loss.support import Support
+from mergeopd.recipe import policy_terms as policies
+from mergeopd.recipe.loss_terms import Loss
+from mergeopd.recipe.training import Phase
+
+T = TypeVar("T")
+
+# Every divergence that a recipe can name, and how the kernel is told.
+DIVERGENCES: Mapping[str, Callable[[Loss], Divergence]] = {
+    "reverse_kl": lambda loss: ReverseKL(),
+    "forward_kl": lambda loss: ForwardKL(),
+    "tvd": lambda loss: TVD(),
+    "jsd": lambda loss: JSD(_term(loss.jsd).beta),
+    "skew_forward_kl": lambda loss: SkewForwardKL(_term(loss.skew_forward_kl).alpha),
+    "skew_reverse_kl": lambda loss: SkewReverseKL(_term(loss.skew_reverse_kl).alpha),
+    "alpha_divergence": lambda loss: AlphaDivergence(_term(loss.alpha_divergence).alpha),
+    "clipped_forward_kl": lambda loss: ClippedForwardKL(_term(loss.clipped_forward_kl).bound),
+}
+
+
+def phase_objective(phase: Phase, updates_done: int, *, spans: bool = False) -> DistillationObjective:
+    """The objective after `updates_done` updates of the phase: weights may be ramps.
+
+    `spans`: some teacher's bridge is a policy term.
+    """
+    loss = phase.loss
+    weights = {name: loss.weight(name, updates_done) for name in DIVERGENCES}
+    return build_objective(
+        {name: (DIVERGENCES[name](loss), weight) for name, weight in weights.items() if weight},
+        nll=loss.nll,
+        temperature=loss.temperature,
+        policy=_policy(phase, updates_done) if loss.has_policy or spans else None,
+        support=support(loss),
+    )
+
+
+def support(loss: Loss) -> Support | None:
+    """The kernel's view of `loss.support`."""
+    written = loss.support
+    return None if written is None else Support(written.top_k, written.of, written.rest)
+
+
+def correction(phase: Phase) -> policy.Correction:
+    """The importance weights of a phase's policy terms."""
+    written = phase.correction
+    if isinstance(written, policies.Band):
+        return policy.Correction(written.kind, written.low, written.high)
+    return policy.Correction("none")
+
+
+def _policy(phase: Phase, updates_done: int) -> policy.Policy:
+    loss, clip = phase.loss, phase.clip_ratio
+    sampled = loss.sampled_reverse_kl
+    return policy.Policy(
+        sampled=loss.weight("sampled_reverse_kl", updates_done),
+        bound=None if sampled is None else sampled.bound,
+        clip=None if clip is None else policy.ClipRatio(clip.low, clip.high, clip.dual),
+        correction=correction(phase),
+        anchor=_anchor(loss, updates_done),
+    )
+
+
+def _anchor(loss: Loss, updates_done: int) -> policy.TrustRegion | policy.Credit | None:
+    match loss.outcome.teacher if loss.outcome is not None else None:
+        case policies.TrustRegion(alpha=alpha):
+            return policy.TrustRegion(alpha)
+        case policies.Credit(mix=mix, bound=bound):
+            return policy.Credit(policies.amount_at(mix, updates_done), bound)
+        case _:
+            return None
+
+
+def _term(term: T | None) -> T:
+    """A term that has a weight is there."""
+    assert term is not None
+    return term

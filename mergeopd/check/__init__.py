@@ -1,0 +1,1 @@
+"""Preflight: check what a plan names (models, prompts, parallelism, memory) before weights are read."""

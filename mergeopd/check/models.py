@@ -1,0 +1,271 @@
+"""From model folders to dialects: configs, headers, tokenizers and templates, but no weights."""
+
+from __future__ import annotations
+
+import filecmp
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from mergeopd.check.parallelism import check_backend
+from mergeopd.check.problems import Findings
+from mergeopd.config.tree import Keys
+from mergeopd.data.chat_template import ChatTemplate
+from mergeopd.data.renderer import Dialect
+from mergeopd.data.teacher_prompt import PromptTemplate, Script
+from mergeopd.errors import DataError, ModelError, TokenizerError
+from mergeopd.messages import shown
+from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.facts import ModelFacts, head_tensor
+from mergeopd.models.tokenizer import Tokenizer
+from mergeopd.recipe.bridges import KINDS
+from mergeopd.recipe.models import Student
+from mergeopd.recipe.plan import TeacherPlan
+from mergeopd.types import Message
+
+CONFIG_FILES = ("config.json", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+class ModelReader:
+    """Reads how each model of a recipe speaks; what is wrong goes to `findings`.
+
+    `files` maps model folders to digests of their weights, and the small files that were read to digests of
+    their bytes. `now` is what templates take for the present.
+    """
+
+    def __init__(self, findings: Findings, now: datetime) -> None:
+        self._findings = findings
+        self._now = now
+        self._tokenizers: dict[Path, Tokenizer] = {}
+        self.files: dict[str, str] = {}
+
+    def student(self, student: Student) -> Dialect | None:
+        """The student's dialect; None when a part of it is unusable."""
+        place: Keys = ("student", "model")
+        folder = Path(student.model)
+        facts, tokenizer = self._model(place, folder), self._tokenizer(place, folder)
+        if facts is not None:
+            check_backend(self._findings, student, facts)
+        if facts is None or tokenizer is None or not self._fits(place, folder, tokenizer, facts):
+            return None
+        return self._dialect(facts, tokenizer, place, self._own_template(place, folder, tokenizer))
+
+    def teacher(self, teacher: TeacherPlan, student: Dialect | None) -> Dialect | None:
+        """A teacher's dialect; its tokenizer must cut every text into the ids that the student's gives.
+
+        A teacher that is the student reads and writes as the student does, its own script apart.
+        """
+        dialect = student if teacher.student is not None else self._other_model(teacher, student)
+        script = self._script(teacher)
+        if dialect is None or script is None:
+            return None
+        if script.system is not None:
+            self._hear(("teachers", teacher.name, "system"), dialect.template, script.system)
+        return replace(dialect, script=script)
+
+    def _script(self, teacher: TeacherPlan) -> Script | None:
+        """What the recipe shows this teacher alone; None when its prompt is not a template."""
+        if teacher.prompt is None:
+            return Script(teacher.system)
+        path: Keys = ("teachers", teacher.name, "prompt")
+        source, name = teacher.prompt, ".".join(map(str, path))
+        template = self._findings.attempt(
+            path, lambda: PromptTemplate(source, name=name, now=lambda: self._now), "correct the template"
+        )
+        return None if template is None else Script(teacher.system, template)
+
+    def _hear(self, place: Keys, template: ChatTemplate, system: str) -> None:
+        """Report a chat template that leaves system messages out; one that refuses them says so by itself."""
+        asked = Message("user", "?")
+        try:
+            deaf = template.render((asked,)) == template.render((Message("system", system), asked))
+        except DataError:
+            return
+        if deaf:
+            message = "the chat template leaves system messages out, so this teacher would not see it"
+            self._findings.report(place, message, "write it into the teacher's `prompt`")
+
+    def _other_model(self, teacher: TeacherPlan, student: Dialect | None) -> Dialect | None:
+        """The dialect of a teacher that has a card."""
+        card: Keys = ("teachers", teacher.name, "card")
+        model_place = (*card, "model")
+        # A tokenizer that the card does not name is the model's; the place is where that is named.
+        own = teacher.tokenizer == teacher.model
+        tokenizer_place = model_place if own else (*card, "tokenizer")
+        folder = Path(teacher.tokenizer)
+        facts = self._model(model_place, Path(teacher.model))
+        if facts is not None:
+            self._compare_fingerprint((*card, "fingerprint"), teacher)
+        tokenizer = self._tokenizer(tokenizer_place, folder)
+        if tokenizer is None:
+            return None
+        fits = facts is None or self._fits(tokenizer_place, folder, tokenizer, facts)
+        if student is not None:
+            self._compare(teacher, student.tokenizer, tokenizer, tokenizer_place)
+        if teacher.template is None:
+            template_place, template = tokenizer_place, self._own_template(tokenizer_place, folder, tokenizer)
+        else:
+            template_place, template = (*card, "template"), self._card_template(card, teacher.template)
+        if facts is None or not fits:
+            return None
+        return self._dialect(facts, tokenizer, template_place, template)
+
+    def _compare(self, teacher: TeacherPlan, student: Tokenizer, own: Tokenizer, place: Keys) -> None:
+        """Report a tokenizer that differs without a bridge; note a bridge that crosses nothing."""
+        difference = student.difference(own)
+        if difference is not None and teacher.bridge is None:
+            self._findings.report(
+                place,
+                f"the tokenizer differs from the student's: {difference}",
+                f"choose a teacher of the student's family, or say how to learn from this one: "
+                f"`bridge: {KINDS[0]}` at teachers.{teacher.name} (or {', '.join(KINDS[1:])})",
+            )
+        elif difference is None and teacher.bridge is not None:
+            self._findings.notes.append(
+                f"teacher '{teacher.name}' has the student's tokenizer: it teaches exactly without a bridge"
+            )
+
+    def _model(self, place: Keys, folder: Path) -> ModelFacts | None:
+        """Facts of a folder whose weights are all there."""
+        facts = self._findings.attempt(place, lambda: ModelFacts.read(folder))
+        if facts is None and not (folder / "config.json").exists():
+            return None
+        checkpoint = self._findings.attempt(place, lambda: Checkpoint.open(folder))
+        if facts is None or checkpoint is None:
+            return None
+        if self._findings.attempt(place, lambda: head_tensor(facts, checkpoint)) is None:
+            return None
+        if str(folder) not in self.files:
+            fingerprint = self._findings.attempt(place, lambda: checkpoint.fingerprint)
+            if fingerprint is None:
+                return None
+            self.files[str(folder)] = fingerprint
+            self._remember(folder, CONFIG_FILES)
+        return facts
+
+    def _compare_fingerprint(self, place: Keys, teacher: TeacherPlan) -> None:
+        """Other weights under a card's name must not teach."""
+        if teacher.fingerprint not in (None, self.files[teacher.model]):
+            self._findings.report(
+                place,
+                f"the weights in {teacher.model} are not those the card was written for",
+                "fetch the right ones, or write the card again with mergeopd new teacher",
+            )
+
+    def _remember(self, folder: Path, names: Sequence[str]) -> None:
+        for file in (folder / name for name in names):
+            if file.is_file():
+                self.files[str(file)] = file_digest(file)
+
+    def _tokenizer(self, place: Keys, folder: Path) -> Tokenizer | None:
+        return self._findings.attempt(place, lambda: self._load_tokenizer(folder))
+
+    def _load_tokenizer(self, folder: Path) -> Tokenizer:
+        """A folder's tokenizer; equal files are loaded once, since large vocabularies take a second."""
+        self._remember(folder, TOKENIZER_FILES)
+        for known, tokenizer in self._tokenizers.items():
+            if all(_same_file(known / name, folder / name) for name in TOKENIZER_FILES):
+                return tokenizer
+        self._tokenizers[folder] = Tokenizer.load(folder)
+        return self._tokenizers[folder]
+
+    def _fits(self, place: Keys, folder: Path, tokenizer: Tokenizer, facts: ModelFacts) -> bool:
+        if tokenizer.vocab_size <= facts.vocab_rows:
+            return True
+        self._findings.report(
+            place,
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, but the model only "
+            f"{facts.vocab_rows} (vocab_size in {facts.folder / 'config.json'})",
+            "use the tokenizer that belongs to the model",
+        )
+        return False
+
+    def _own_template(self, place: Keys, folder: Path, tokenizer: Tokenizer) -> tuple[str, str] | None:
+        """The template that comes with a tokenizer, and its name."""
+        file = folder / "chat_template.jinja"
+        if tokenizer.chat_template is not None:
+            config = shown(folder / "tokenizer_config.json")
+            return tokenizer.chat_template, shown(file) if file.is_file() else f"{config}, chat_template"
+        remedy = f"add {shown(file)}"
+        if place[0] == "teachers":
+            remedy += ", or name one in the card (`template: FILE.jinja`)"
+        self._findings.report(place, f"{folder}: has no chat template to write prompts with", remedy)
+        return None
+
+    def _card_template(self, card: Keys, file: str) -> tuple[str, str] | None:
+        def read() -> str:
+            try:
+                self.files[file] = file_digest(Path(file))
+                return Path(file).read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{file}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8"
+                ) from error
+
+        text = self._findings.attempt((*card, "template"), read)
+        return None if text is None else (text, shown(Path(file)))
+
+    def _dialect(
+        self, facts: ModelFacts, tokenizer: Tokenizer, place: Keys, template: tuple[str, str] | None
+    ) -> Dialect | None:
+        if template is None:
+            return None
+        text, name = template
+        compiled = self._findings.attempt(
+            place,
+            lambda: ChatTemplate(text, tokenizer.special_tokens, name=name, now=lambda: self._now),
+            "correct the template",
+        )
+        # As in transformers' generate, the model's configuration decides which tokens end an answer.
+        eos_ids = facts.eos_ids or (tokenizer.eos_id,)
+        unknown = [i for i in eos_ids if i >= tokenizer.vocab_size]
+        if unknown:
+            self._findings.report(
+                place,
+                f"{facts.folder}: eos_token_id {unknown[0]} does not exist, the tokenizer has "
+                f"{tokenizer.vocab_size} ids",
+                "correct it in generation_config.json, or in config.json where there is none",
+            )
+            return None
+        return None if compiled is None else Dialect(tokenizer, compiled, eos_ids, facts.max_positions)
+
+
+def check_student_folder(folder: Path, student: Dialect) -> None:
+    """Whether a folder holds a model that reads and writes as the recipe's student does.
+
+    Raises ModelError or TokenizerError where it does not. A folder without a tokenizer is taken at its word.
+    """
+    facts, checkpoint = ModelFacts.read(folder), Checkpoint.open(folder)
+    head_tensor(facts, checkpoint)
+    num_ids = student.tokenizer.vocab_size
+    if facts.vocab_rows < num_ids:
+        raise ModelError(
+            f"{folder}: the model has {facts.vocab_rows} ids, the student's tokenizer {num_ids}; "
+            "choose a model that the recipe's student became"
+        )
+    if (folder / "tokenizer.json").is_file():
+        difference = student.tokenizer.difference(Tokenizer.load(folder))
+        if difference is not None:
+            raise TokenizerError(
+                f"{folder}: the tokenizer differs from the student's: {difference}; "
+                "choose a model that the recipe's student became"
+            )
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes. Raises OSError."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    if not (one.is_file() and other.is_file()):
+        return not one.exists() and not other.exists()
+    return filecmp.cmp(one, other, shallow=False)

@@ -1,0 +1,35 @@
+"""JSON Schemas of strict models, as messages and editors use them."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from mergeopd.config.values import Strict
+
+Schema = dict[str, Any]
+
+
+@cache
+def model_schema(model: type[Strict]) -> Schema:
+    """The schema of what a model accepts, short forms included. Shared: do not change it."""
+    schema: Schema = _tidied(model.model_json_schema(mode="validation"))
+    return schema
+
+
+def _tidied(schema: Any) -> Any:
+    """Without the titles that pydantic makes up; names that do not fit their pattern are refused."""
+    if isinstance(schema, list):
+        return [_tidied(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    tidy = {
+        key: {name: _tidied(part) for name, part in value.items()}
+        if key in ("properties", "$defs", "patternProperties")
+        else _tidied(value)
+        for key, value in schema.items()
+        if key != "title"
+    }
+    if "patternProperties" in tidy:
+        tidy["additionalProperties"] = False
+    return tidy

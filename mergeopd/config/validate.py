@@ -1,0 +1,209 @@
+"""Pydantic's verdict on a document, as problems in plain words at the places they were written."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from mergeopd.config.locate import Origins
+from mergeopd.config.schema import Schema, model_schema
+from mergeopd.config.suggest import closest, did_you_mean
+from mergeopd.config.tree import Keys
+from mergeopd.config.values import Strict
+from mergeopd.config.words import (
+    allowed_keys,
+    below,
+    expected,
+    found,
+    literals,
+    options,
+    purpose,
+    tagged,
+)
+from mergeopd.errors import Problem
+from mergeopd.messages import joined
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def problems_of(
+    model: type[Strict],
+    data: Any,
+    origins: Origins,
+    prefix: Keys = (),
+    *,
+    complete: bool = True,
+    also_allowed: tuple[str, ...] = (),
+) -> tuple[Problem, ...]:
+    """Everything that is wrong with `data` as a `model`, one problem for each mistake.
+
+    Args:
+        prefix: the path of `data` in the recipe.
+        complete: False when parts of the document could not be read, so that nothing counts as missing.
+        also_allowed: keys at the top that are no field of the model (`extends`).
+    """
+    try:
+        model.model_validate(data)
+    except ValidationError as error:
+        findings = [_finding(e, model, data, also_allowed) for e in error.errors(include_url=False)]
+    else:
+        return ()
+    kept = _without_echoes([f for f in findings if f is not None])
+    return tuple(
+        origins.problem((*prefix, *f.path), f.message, f.remedy, key=f.on_key)
+        for f in kept
+        if complete or f.missing is None
+    )
+
+
+@dataclass(frozen=True)
+class _Finding:
+    path: Keys
+    message: str
+    remedy: str = ""
+    on_key: bool = False
+    missing: str | None = None
+    meant: str | None = None  # for an unknown key: the known one that it resembles
+
+
+@dataclass(frozen=True)
+class _Union:
+    """A union that an error passed through: where, its schema and value, whether the error lies deeper."""
+
+    path: Keys
+    schema: Schema
+    value: Any
+    deeper: bool
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """Where one of pydantic's errors is: its `loc` freed from tags and from the labels of union branches."""
+
+    path: Keys
+    schema: Schema
+    value: Any
+    parent: Schema
+    parent_value: Any
+    unions: tuple[_Union, ...]
+
+
+def _spot(loc: tuple[int | str, ...], root: Schema, data: Any) -> _Spot:
+    path: list[int | str] = []
+    schema = parent = root
+    value = parent_value = data
+    unions: list[_Union] = []
+    for number, step in enumerate(loc):
+        union = tagged(schema, root)
+        if union is not None and step in union["discriminator"]["mapping"]:
+            schema = {"$ref": union["discriminator"]["mapping"][step]}
+            continue
+        inside, known = _inside(value, step), below(schema, step, root)
+        branch = next((o for o in options(schema, root) if o.get("type") == "object"), None)
+        if not inside and known is None and branch is not None:
+            # Neither written nor known: the name of a union's branch, or a wrong short form written out.
+            unions.append(_Union(tuple(path), schema, value, number < len(loc) - 1))
+            schema = branch
+            continue
+        path.append(step)
+        parent, parent_value = schema, value
+        schema, value = known or {}, inside[0] if inside else None
+    return _Spot(tuple(path), schema, value, parent, parent_value, tuple(unions))
+
+
+def _inside(value: Any, step: int | str) -> tuple[Any, ...]:
+    """The value under a key or index as a tuple of one, empty where there is none."""
+    if isinstance(value, dict) and step in value:
+        return (value[step],)
+    if isinstance(value, list) and isinstance(step, int) and step < len(value):
+        return (value[step],)
+    return ()
+
+
+def _finding(
+    error: ErrorDetails, model: type[Strict], data: Any, also_allowed: tuple[str, ...]
+) -> _Finding | None:
+    """One of pydantic's errors in plain words; None when it only repeats another."""
+    root, kind, loc = model_schema(model), error["type"], error["loc"]
+    on_key = bool(loc) and loc[-1] == "[key]"
+    spot = _spot(loc[:-1] if on_key else loc, root, data)
+    for union in spot.unions:
+        if not isinstance(union.value, dict):
+            return _unexpected(union.path, union.schema, union.value, root)
+        if not union.deeper and kind != "value_error":
+            return None  # another branch than the one that was meant
+    if on_key:
+        return _Finding(spot.path, f"'{spot.path[-1]}' is no name", "use letters, digits, _ . -", on_key=True)
+    if kind == "extra_forbidden":
+        return _unknown_key(spot, root, also_allowed if len(spot.path) == 1 else ())
+    if kind == "missing" and isinstance(spot.parent_value, dict):
+        return _missing_key(spot.path, purpose(spot.schema, root))
+    if kind == "missing":  # too few entries in a list of fixed length
+        return _unexpected(spot.path[:-1], spot.parent, spot.parent_value, root)
+    if kind == "union_tag_invalid" and isinstance(spot.value, dict):
+        union_schema = tagged(spot.schema, root) or {}
+        tag = union_schema["discriminator"]["propertyName"]
+        return _unexpected((*spot.path, tag), {"enum": literals(union_schema, root)}, spot.value[tag], root)
+    if kind == "union_tag_invalid":
+        return _unexpected(spot.path, {"enum": literals(spot.schema, root)}, spot.value, root)
+    if kind == "union_tag_not_found" and isinstance(spot.value, dict):
+        return _missing_tag(spot, root)
+    if kind == "value_error":
+        return _Finding(spot.path, str(error["ctx"]["error"]))
+    if kind == "too_short" and spot.value:
+        return None  # pydantic counts valid entries; the invalid ones have errors of their own
+    if kind == "too_short":
+        return _Finding(spot.path, f"expected at least one entry, found {found(spot.value)}")
+    return _unexpected(spot.path, spot.schema, spot.value, root)
+
+
+def _missing_key(path: Keys, what_for: str) -> _Finding:
+    name = str(path[-1])
+    return _Finding(path, f"missing key '{name}'", f"add it: {what_for}", missing=name, on_key=True)
+
+
+def _missing_tag(spot: _Spot, root: Schema) -> _Finding:
+    """No `kind` in a union by kind: most likely it is misspelt, else it is missing."""
+    union = tagged(spot.schema, root) or {}
+    tag = union["discriminator"]["propertyName"]
+    known = {key for branch in union["oneOf"] for key in allowed_keys(branch, root)}
+    near = closest(tag, [key for key in spot.value if key not in known])
+    if near is None:
+        return _missing_key((*spot.path, tag), joined(literals(union, root), "or"))
+    remedy = f"did you mean '{tag}'?"
+    return _Finding((*spot.path, near), f"unknown key '{near}'", remedy, on_key=True, meant=tag)
+
+
+def _unknown_key(spot: _Spot, root: Schema, also_allowed: tuple[str, ...]) -> _Finding:
+    name = str(spot.path[-1])
+    allowed = (*also_allowed, *allowed_keys(spot.parent, root))
+    meant = closest(name, [key for key in allowed if key not in spot.parent_value]) or closest(name, allowed)
+    remedy = f"did you mean '{meant}'?" if meant else f"allowed here: {', '.join(allowed)}"
+    return _Finding(spot.path, f"unknown key '{name}'", remedy, on_key=True, meant=meant)
+
+
+def _unexpected(path: Keys, schema: Schema, value: Any, root: Schema) -> _Finding:
+    wanted = {option.get("type") for option in options(schema, root)}
+    remedy = ""
+    if value is None:
+        remedy = "give it a value, or leave the key out"
+    elif isinstance(value, str):
+        unquoted = _NUMBER.fullmatch(value) and wanted & {"integer", "number"}
+        remedy = "write it without quotes" if unquoted else did_you_mean(value, literals(schema, root))
+    elif wanted == {"string"} and not literals(schema, root) and isinstance(value, bool | int | float):
+        remedy = "put it in quotes"
+    return _Finding(path, f"expected {expected(schema, root)}, found {found(value)}", remedy)
+
+
+def _without_echoes(findings: list[_Finding]) -> list[_Finding]:
+    """Each finding once, and no missing key where a misspelt one stands (or where `extends` is misspelt)."""
+    misspelt = {(f.path[:-1], f.meant) for f in findings if f.meant is not None}
+    if ((), "extends") in misspelt:
+        return [f for f in dict.fromkeys(findings) if f.missing is None]
+    return [
+        f for f in dict.fromkeys(findings) if f.missing is None or (f.path[:-1], f.missing) not in misspelt
+    ]

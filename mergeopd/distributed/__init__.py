@@ -1,0 +1,1 @@
+"""The processes of a run: rendezvous, launch, and collectives over Python objects and tensors."""

@@ -1,0 +1,333 @@
+"""What the commands `run` and `eval` do, from recipe to exit."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from mergeopd.check.models import check_student_folder
+from mergeopd.check.parallelism import check_processes
+from mergeopd.check.preflight import Inputs, preflight
+from mergeopd.distributed.launch import launch
+from mergeopd.distributed.ranks import Alone, Ranks
+from mergeopd.distributed.rendezvous import Place, open_ranks
+from mergeopd.engine.clock import Clock
+from mergeopd.engine.interrupt import Interrupt
+from mergeopd.errors import Location, ModelError, Problem, RecipeError, StorageError
+from mergeopd.messages import joined, shown
+from mergeopd.recipe.plan import EvaluationPlan, Plan
+from mergeopd.report.console import console_reporter
+from mergeopd.report.events import Note, Reporter, Reporters
+from mergeopd.report.html import HtmlReporter
+from mergeopd.report.jsonl import JsonlReporter, SamplesReporter
+from mergeopd.report.result import ResultTable, result_document, write_result
+from mergeopd.report.run_data import Result
+from mergeopd.report.tensorboard import TensorBoardReporter
+from mergeopd.reward.verifiers import build_verifier
+from mergeopd.storage import run_layout
+from mergeopd.storage.failures import named_failures
+from mergeopd.storage.folders import prune, set_aside, verify
+from mergeopd.storage.lock import exclusive
+from mergeopd.storage.metrics import MetricsFile
+from mergeopd.storage.run_folder import RunFolder
+
+
+def run_recipe(
+    recipe: Path,
+    overrides: Sequence[str],
+    max_updates: int | None,
+    allowed_changes: Sequence[str],
+    console: Console | None = None,
+    listener: Reporter | None = None,
+) -> None:
+    """Run a recipe or resume it, for at most `max_updates` updates.
+
+    The first process shows progress on `console` (default: stdout); `listener` gets every event before that.
+    If the run has several processes, all of them call this with the same arguments.
+    """
+    console = Console() if console is None else console
+    clock = Clock()
+    with ExitStack() as held:
+        with clock.stage("startup"):
+            place = Place.of()
+            alone = place.world == 1
+            ranks = Alone() if alone else held.enter_context(open_ranks(place, grouped=True))
+            inputs = begin(recipe, overrides, allowed_changes, ranks, held, console)
+            if inputs is None:
+                return
+            if alone:
+                ranks = held.enter_context(
+                    open_ranks(place, grouped=inputs.plan.student.backend == "megatron")
+                )
+        go_on(inputs, clock, max_updates, ranks, console, listener)
+
+
+def begin(
+    recipe: Path,
+    overrides: Sequence[str],
+    allowed_changes: Sequence[str],
+    ranks: Ranks,
+    held: ExitStack,
+    console: Console | None = None,
+) -> Inputs | None:
+    """Take the run folder, until `held` is closed; None where there is nothing left to do. Collective."""
+    mine: list[Inputs] = []
+
+    def take() -> bool:
+        inputs = preflight(recipe, overrides)
+        _try_verifiers(inputs)
+        check_processes(inputs.plan, ranks.size)
+        folder = RunFolder(Path(inputs.plan.output))
+        # Before a lock is left in a stranger's folder.
+        folder.check(inputs.plan, inputs.files, allowed_changes)
+        held.enter_context(exclusive(folder.path))
+        folder.claim(inputs.plan, inputs.files, inputs.now, allowed_changes)
+        mine.append(inputs)
+        if _is_finished(folder, inputs.plan):
+            _show_finished(folder, Console() if console is None else console)
+            return False
+        return True
+
+    if not ranks.first(take):
+        return None
+    # The others read after the first has written when the run began, which templates may show.
+    return mine[0] if mine else _same_inputs(recipe, overrides)
+
+
+def _same_inputs(recipe: Path, overrides: Sequence[str]) -> Inputs:
+    """What this process reads. Raises StorageError where the first one has another run or other files."""
+    inputs = preflight(recipe, overrides)
+    folder = RunFolder(Path(inputs.plan.output))
+    if inputs.plan.hash not in folder.plan_hashes():
+        raise StorageError(
+            f"{platform.node()} does not find the run of the first process in {shown(folder.path)}; recipe, "
+            "models and run folder must lie on a file system that all machines share, under one path"
+        )
+    others = [shown(Path(file)) for file in folder.other_files(inputs.files)]
+    if others:
+        raise StorageError(
+            f"{platform.node()} has other contents in {joined(others, 'and')} "
+            "than the machine of the first process; give every machine the same files"
+        )
+    return inputs
+
+
+def go_on(
+    inputs: Inputs,
+    clock: Clock,
+    max_updates: int | None,
+    ranks: Ranks,
+    console: Console | None = None,
+    listener: Reporter | None = None,
+) -> None:
+    """Build the parts, go to where the run folder stands, and on to the end. Collective.
+
+    A student on Megatron needs torch's default process group, which must be that of `ranks`.
+    """
+    # torch and transformers take seconds to import: after all that can go wrong without them.
+    from mergeopd.engine.build import build
+    from mergeopd.engine.checkpoint import restore
+    from mergeopd.engine.loop import Merge
+    from mergeopd.models.causal import pick_device
+
+    _quiet_libraries()
+    interrupt, folder = Interrupt(), RunFolder(Path(inputs.plan.output))
+    shown_on = Console() if console is None else console
+    with console_reporter(shown_on) if ranks.is_first else nullcontext(Reporters()) as display:
+        told = display if listener is None or not ranks.is_first else Reporters(listener, display)
+        with clock.stage("startup"):
+            parts = build(inputs, pick_device(), ranks)
+            hashes = ranks.first(folder.plan_hashes)
+            record = restore(folder.checkpoints, parts, hashes, told)
+            num_done = ranks.first(lambda: _settled(inputs.plan, folder, record.progress.update, told))
+        clock.continue_from(record.seconds)
+        # Until here nothing is at stake, and a signal ends the process at once.
+        with interrupt.listening(), ExitStack() as opened:
+            reporter: Reporter = Reporters()
+            if ranks.is_first:
+                reporter = _reporters(inputs, folder, num_done, opened, told)
+                _tell_notes(inputs, reporter)
+            progress = replace(record.progress, update=num_done)
+            Merge(parts, folder, reporter, clock, interrupt).run(progress, max_updates)
+
+
+def _settled(plan: Plan, folder: RunFolder, num_done: int, console: Reporter) -> int:
+    """Tidy what a kill left of the last time; how many updates are done."""
+    prune(folder.checkpoints, plan.checkpoint.keep)
+    if _settle_export(folder, console, can_be_made_again=num_done > 0):
+        return plan.num_updates  # also where its checkpoints were removed since
+    return num_done
+
+
+def _reporters(
+    inputs: Inputs, folder: RunFolder, num_done: int, opened: ExitStack, console: Reporter
+) -> Reporter:
+    """All that tell of the run; files are cut back to `num_done` updates, and closed with `opened`."""
+    metrics = opened.enter_context(MetricsFile(folder.metrics_file))
+    samples = opened.enter_context(MetricsFile(folder.samples_file))
+    num_told = metrics.truncate_to(num_done)
+    samples.truncate_to(num_done)
+    if num_told < num_done:
+        name = shown(folder.metrics_file)
+        console.emit(Note(f"{name} has lines of {num_told} of the {num_done} updates made so far"))
+    files = (JsonlReporter(metrics), SamplesReporter(samples), HtmlReporter(folder.path, console))
+    return Reporters(*files, *_asked_for(inputs.plan, folder, console), console)
+
+
+def _asked_for(plan: Plan, folder: RunFolder, notes: Reporter) -> list[Reporter]:
+    """Reporters that a recipe may have besides."""
+    if not plan.report.tensorboard:
+        return []
+    return [TensorBoardReporter(folder.path / run_layout.TENSORBOARD, notes)]
+
+
+def evaluate_recipe(
+    recipe: Path, overrides: Sequence[str], model: Path | None, output: Path | None, console: Console
+) -> dict[str, Any]:
+    """Evaluate a folder as the recipe's merged student, show the table and return the result document.
+
+    If there are several processes, all of them call this with the same arguments and evaluate a share each.
+    """
+    place = Place.of()
+    with open_ranks(place, grouped=False) as ranks:
+        inputs = preflight(recipe, overrides)
+        if inputs.plan.evaluation is None:
+            where = Location(shown(recipe))
+            raise RecipeError([Problem(where, "evaluation", "missing section", "add `evaluation.prompts`")])
+        _try_verifiers(inputs)
+        merged = model or Path(inputs.plan.output) / "export"
+        if model is None and not merged.is_dir():
+            raise ModelError(
+                f"{merged}: the run has not exported a student yet; run it, or name a folder with --model"
+            )
+        check_student_folder(merged, inputs.student)
+        if output is not None and output.is_dir():
+            raise StorageError(f"{output}: is a folder; name a file")
+        return _measure(inputs, inputs.plan.evaluation, merged, output, ranks, console)
+
+
+def _measure(
+    inputs: Inputs, plan: EvaluationPlan, merged: Path, output: Path | None, ranks: Ranks, console: Console
+) -> dict[str, Any]:
+    """Evaluate; the first process shows the table and writes the result. Collective."""
+    import time
+
+    from mergeopd.engine.evaluate import Evaluation
+    from mergeopd.models.causal import pick_device
+
+    _quiet_libraries()
+    console = console if ranks.is_first else Console(quiet=True)
+    start = time.perf_counter()
+    with console_reporter(console) if ranks.is_first else nullcontext(Reporters()) as reporter:
+        _tell_notes(inputs, reporter)
+        accuracies = Evaluation(inputs, plan, pick_device(), ranks, reporter).run(merged)
+    document = result_document(accuracies, {"evaluation": time.perf_counter() - start})
+    console.print(ResultTable(document, result_path=output, export_path=Path(shown(merged))))
+    if output is not None and ranks.is_first:
+        write_result(output, document)
+    return document
+
+
+def _try_verifiers(inputs: Inputs) -> None:
+    """Import the functions that the recipe allows now: a mistake in them must not wait for the evaluation."""
+    plan = inputs.plan
+    for source in (*plan.sources, *(plan.evaluation.sources if plan.evaluation else ())):
+        if source.verifier is not None:
+            build_verifier(source.verifier, plan.allow_code)
+
+
+def _tell_notes(inputs: Inputs, reporter: Reporter) -> None:
+    for note in inputs.notes:
+        reporter.emit(Note(note))
+
+
+def _quiet_libraries() -> None:
+    """transformers draws progress bars across ours, Megatron warns of what it lacks, torch of Megatron."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+def launch_run(
+    recipe: Path,
+    overrides: Sequence[str],
+    max_updates: int | None,
+    allowed_changes: Sequence[str],
+    num_processes: int,
+) -> int:
+    """Run a recipe in so many processes; the exit code of the whole.
+
+    What is wrong with the recipe, or with this number of processes, is raised here, before any is started.
+    """
+    inputs = preflight(recipe, overrides)
+    check_processes(inputs.plan, num_processes)
+    RunFolder(Path(inputs.plan.output)).check(inputs.plan, inputs.files, allowed_changes)
+    command = [sys.executable, "-m", "mergeopd", "run", str(recipe)]
+    command += [word for override in overrides for word in ("--set", override)]
+    command += [] if max_updates is None else ["--updates", str(max_updates)]
+    command += [word for key in allowed_changes for word in ("--allow-change", key)]
+    return launch(command, num_processes)
+
+
+def _is_finished(folder: RunFolder, plan: Plan) -> bool:
+    """Whether the student was exported and, where the recipe evaluates, measured; both whole."""
+    measured = plan.evaluation is None or _result(folder) is not None
+    return measured and folder.export.exists() and verify(folder.export) is None
+
+
+def _settle_export(folder: RunFolder, reporter: Reporter, *, can_be_made_again: bool) -> bool:
+    """Whether there is a whole export. A damaged one is reported and set aside, to be written again.
+
+    Raises StorageError for a damaged one that cannot be written again: training from the beginning would
+    overwrite what is left of the run.
+    """
+    if not folder.export.exists():
+        return False
+    fault = verify(folder.export)
+    if fault is None:
+        return True
+    if not can_be_made_again:
+        raise StorageError(
+            f"{shown(folder.export)}: {fault}, and no checkpoint is left to export from; "
+            "move it away to train from the beginning, or choose another folder with --set output=..."
+        )
+    aside = set_aside(folder.export)
+    reporter.emit(Note(f"the export was damaged ({fault}); it is made again, and lies in {shown(aside)}"))
+    return False
+
+
+def _show_finished(folder: RunFolder, console: Console) -> None:
+    """Print that nothing is left to do, and the result."""
+    console.print(f"This run is finished: {shown(folder.path)}", highlight=False)
+    document = _result(folder)
+    if document is not None:
+        console.print(
+            ResultTable(
+                document, result_path=Path(shown(folder.result_file)), export_path=Path(shown(folder.export))
+            )
+        )
+
+
+def _result(folder: RunFolder) -> dict[str, Any] | None:
+    """Read result.json; None when it is missing or damaged."""
+    if not folder.result_file.is_file():
+        return None
+    with named_failures("read", folder.result_file):
+        content = folder.result_file.read_bytes()
+    try:
+        return Result.model_validate_json(content).model_dump()
+    except ValidationError:
+        return None

@@ -1,0 +1,264 @@
+"""One optimizer update: packs by teacher set, their gradients, and what is worth telling about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mergeopd.batch.collate import PreparedUpdate, micro_batch
+from mergeopd.batch.micro_batch import MicroBatch, Stream, with_statistics
+from mergeopd.batch.packing import Pack
+from mergeopd.distributed.ranks import Ranks
+from mergeopd.engine.build import Parts
+from mergeopd.engine.samples import SampleTaker
+from mergeopd.engine.targets import Observed
+from mergeopd.loss.objective import DistillationObjective
+from mergeopd.loss.policy import Policy, PolicyRows, policy_tokens
+from mergeopd.report.events import (
+    BridgeFigures,
+    DomainStats,
+    PolicyStats,
+    Reporter,
+    StageProgress,
+    StageStarted,
+    TeacherStats,
+)
+from mergeopd.student.loss import MicroStats
+from mergeopd.teacher.canary import refuse_uniform
+from mergeopd.teacher.token_view import Crossing
+from mergeopd.types import Rollout
+
+
+@dataclass
+class Sums:
+    """Running sums over the tokens of one teacher or domain."""
+
+    num_tokens: int = 0
+    values: dict[str, float] = field(default_factory=dict)
+
+    def add(self, num_tokens: int, **sums: float) -> None:
+        self.num_tokens += num_tokens
+        for name, value in sums.items():
+            self.values[name] = self.values.get(name, 0.0) + value
+
+    def mean(self, name: str) -> float:
+        return self.values.get(name, 0.0) / self.num_tokens if self.num_tokens else 0.0
+
+
+@dataclass
+class Tally:
+    """All that is added up over an update; those of several copies of the student add up likewise."""
+
+    loss: float = 0.0
+    largest_gap: float = 0.0
+    policy: Sums = field(default_factory=Sums)
+    teachers: dict[str, Sums] = field(default_factory=dict)
+    domains: dict[str, Sums] = field(default_factory=dict)
+
+    def add(self, other: Tally) -> None:
+        """Book what another copy has."""
+        self.loss += other.loss
+        self.largest_gap = max(self.largest_gap, other.largest_gap)
+        self.policy.add(other.policy.num_tokens, **other.policy.values)
+        for mine, others in ((self.teachers, other.teachers), (self.domains, other.domains)):
+            for name, sums in others.items():
+                mine.setdefault(name, Sums()).add(sums.num_tokens, **sums.values)
+
+
+class UpdateStats:
+    """Collects the statistics of an update's micro-batches."""
+
+    def __init__(self, objective: DistillationObjective) -> None:
+        self._objective = objective
+        self._names = objective.measures
+        self._tally = Tally()
+
+    @property
+    def loss(self) -> float:
+        """Of the update."""
+        return self._tally.loss
+
+    def together(self, ranks: Ranks) -> None:
+        """Add up what all processes have; each then knows all. Collective."""
+        first, *others = ranks.gather(self._tally)
+        for tally in others:
+            first.add(tally)
+        self._tally = first
+
+    def add(self, micro: MicroBatch, prepared: PreparedUpdate, stats: MicroStats) -> None:
+        """Book one micro-batch."""
+        self._add_bridged(micro, prepared, stats)
+        self._tally.loss += float(stats.loss.sum())
+        gap = stats.logprob_T - stats.logprob_S
+        measured = self._objective.measured(stats)
+        for k, name in enumerate(micro.teachers):
+            divergence = {d: float(measured[k, i].sum()) for i, d in enumerate(self._names)}
+            self._tally.teachers.setdefault(name, Sums()).add(
+                gap.shape[1], gap=float(gap[k].sum()), entropy=float(stats.entropy_T[k].sum()), **divergence
+            )
+        sizes = [len(labels) for labels in micro.labels]
+        per_rollout = zip(
+            micro.rollouts,
+            torch.split(stats.logprob_S, sizes),
+            torch.split(stats.entropy_S, sizes),
+            strict=True,
+        )
+        for index, logprob, entropy in per_rollout:
+            domain = prepared.rollouts[index].rollout.prompt.domain
+            self._tally.domains.setdefault(domain, Sums()).add(
+                len(logprob), nll=-float(logprob.sum()), entropy=float(entropy.sum())
+            )
+
+        if self._objective.policy is not None and micro.policy is not None:
+            self._add_policy(self._objective.policy, micro.policy, micro.teacher_weight_KN, stats)
+
+    def _add_bridged(self, micro: MicroBatch, prepared: PreparedUpdate, stats: MicroStats) -> None:
+        """Teachers with other tokens: means are over groups."""
+        for name, seen in stats.bridged:
+            self._tally.loss += float(seen.loss.sum())
+            self._tally.teachers.setdefault(name, Sums()).add(
+                len(seen.value),
+                gap=float((seen.logprob_T - seen.logprob_S).sum()),
+                matched=float(seen.matched_T.sum()),
+                bridge=float(seen.value.sum()),
+            )
+        for index in micro.rollouts:
+            member = prepared.rollouts[index]
+            for name, own in member.alignments.items():
+                sums = self._tally.teachers.setdefault(name, Sums())
+                in_groups = int((own.student_stops - own.student_starts).sum())
+                sums.add(0, tokens=member.rollout.num_trained, aligned=in_groups)
+            for name, ratio in member.spans.items():
+                starts = torch.from_numpy(member.alignments[name].student_starts)
+                total = float(ratio[starts].sum())
+                self._tally.teachers.setdefault(name, Sums()).add(len(starts), gap=total, bridge=-total)
+
+    def _add_policy(self, policy: Policy, rows: PolicyRows, weight_KN: Tensor, stats: MicroStats) -> None:
+        tokens = policy_tokens(
+            policy, rows, slice(0, len(rows.own_N)), stats.logprob_S, stats.logprob_T, weight_KN
+        )
+        gap = tokens.log_ratio_old.abs()
+        self._tally.policy.add(
+            int(rows.own_N.sum()),
+            corrected=float(tokens.is_corrected.sum()),
+            clipped=float(tokens.is_clipped.sum()),
+            gap=float(gap.sum()),
+            weight=float((tokens.weight * rows.own_N).sum()),
+        )
+        if gap.numel():
+            self._tally.largest_gap = max(self._tally.largest_gap, float(gap.max()))
+
+    def policy(self, silent_fraction: float | None) -> PolicyStats | None:
+        """Of the tokens that the student wrote; None where the objective has no policy term."""
+        if self._objective.policy is None:
+            return None
+        return PolicyStats(
+            corrected_fraction=self._tally.policy.mean("corrected"),
+            clipped_fraction=self._tally.policy.mean("clipped"),
+            importance_weight=self._tally.policy.mean("weight"),
+            behaviour_gap=self._tally.policy.mean("gap"),
+            behaviour_gap_max=self._tally.largest_gap,
+            silent_groups_fraction=silent_fraction,
+        )
+
+    def teachers(self, crossings: Mapping[str, Crossing]) -> dict[str, TeacherStats]:
+        """Per teacher, over its tokens, or over the groups of one with other tokens."""
+        return {
+            name: self._crossed(crossings[name], sums) if name in crossings else self._plain(sums)
+            for name, sums in sorted(self._tally.teachers.items())
+        }
+
+    def _plain(self, sums: Sums) -> TeacherStats:
+        return TeacherStats(
+            num_tokens=sums.num_tokens,
+            divergence={d: sums.mean(d) for d in self._names},
+            logprob_gap=sums.mean("gap"),
+            entropy_T=sums.mean("entropy"),
+        )
+
+    def _crossed(self, crossing: Crossing, sums: Sums) -> TeacherStats:
+        tokens, aligned = sums.values.get("tokens", 0.0), sums.values.get("aligned", 0.0)
+        compares = bool(sums.num_tokens) and crossing.bridge.kind in ("pieces", "gold", "projection")
+        return TeacherStats(
+            num_tokens=int(tokens),
+            # The mean over no group is no 0, which would look like a student that has learned it all.
+            divergence={crossing.bridge.kind: sums.mean("bridge") if sums.num_tokens else None},
+            logprob_gap=sums.mean("gap") if sums.num_tokens else None,
+            bridge=BridgeFigures(
+                num_groups=sums.num_tokens,
+                unaligned_fraction=1.0 - aligned / tokens if tokens else 0.0,
+                tokens_per_group=aligned / sums.num_tokens if sums.num_tokens else 0.0,
+                matched_fraction=sums.mean("matched") if compares else None,
+            ),
+        )
+
+    def refuse_uniform_teachers(self, num_valid: int) -> None:
+        """Raise TeacherError for a teacher to which all tokens were alike, where its entropy is known."""
+        for name, sums in self._tally.teachers.items():
+            if sums.num_tokens and "entropy" in sums.values:
+                refuse_uniform(name, sums.mean("entropy"), num_valid, self._objective.temperature)
+
+    def domains(self, prepared: PreparedUpdate, rewards: Sequence[float | None]) -> dict[str, DomainStats]:
+        """Per domain, over its rollouts; `rewards` are the round's."""
+        total = sum(sums.num_tokens for sums in self._tally.domains.values())
+        result = {}
+        for domain, sums in sorted(self._tally.domains.items()):
+            members = {
+                i: p.rollout for i, p in prepared.rollouts.items() if p.rollout.prompt.domain == domain
+            }
+            known = [r for i in members if (r := rewards[i]) is not None]
+            result[domain] = DomainStats(
+                num_rollouts=len(members),
+                num_tokens=sums.num_tokens,
+                mean_length=sums.num_tokens / len(members),
+                token_share=sums.num_tokens / total,
+                weight=prepared.budgets.get(domain, 0.0),
+                nll=sums.mean("nll"),
+                entropy_S=sums.mean("entropy"),
+                truncated_fraction=_truncated(list(members.values())),
+                reward=sum(known) / len(known) if known else None,
+            )
+        return result
+
+
+def accumulate(
+    parts: Parts,
+    objective: DistillationObjective,
+    prepared: PreparedUpdate,
+    packs: Sequence[Pack],
+    observed: Observed,
+    samples: SampleTaker,
+    reporter: Reporter,
+) -> UpdateStats:
+    """Add up the gradient of an update, of which `packs` are this copy's. Collective.
+
+    One teacher set's heads are in memory at a time.
+    """
+    stats = UpdateStats(objective)
+    reporter.emit(StageStarted("update", "", len(packs), "micro-batches"))
+    like = torch.empty((), dtype=parts.student.statistics_dtype, device=parts.device)
+    with_policy = objective.policy is not None
+
+    def micros() -> Iterator[MicroBatch]:
+        for done, pack in enumerate(packs):
+            reporter.emit(StageProgress(done))
+            targets = observed.targets(parts, pack)
+            yield micro_batch(pack, prepared, targets, like, with_policy=with_policy, measures=parts.measures)
+
+    found = with_statistics(
+        Stream(micros(), len(packs)), lambda them: parts.student.accumulate(them, objective)
+    )
+    for micro, tokens in found:
+        if parts.student.place.tells:
+            stats.add(micro, prepared, tokens)
+            samples.take(micro, prepared, tokens)
+    stats.together(parts.ranks)
+    samples.together(parts.ranks)
+    return stats
+
+
+def _truncated(rollouts: Sequence[Rollout]) -> float:
+    return sum(r.finish == "length" for r in rollouts) / len(rollouts)

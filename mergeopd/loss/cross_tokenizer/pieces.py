@@ -1,0 +1,151 @@
+"""The teacher's next token, cut into the student's: distributions that the student can be compared with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergeopd.loss.buffers import Workspace
+from mergeopd.loss.cross_tokenizer.maps import PieceTable
+from mergeopd.loss.cross_tokenizer.rows import Block, Scored, Side
+from mergeopd.loss.divergence import JSD, ForwardKL, Pair
+from mergeopd.loss.heads import Projection
+
+# Of a longer token's probability over that of the path as it stands.
+_LARGEST_LOG = 60.0
+# Below this a probability's logarithm ends; a teacher's mass of 0 must stay 0 when it meets one.
+_LEAST = 1e-30
+
+
+@dataclass(frozen=True, eq=False)
+class _Begun:
+    """The teacher at an earlier boundary of the same text: `p_T [V_T]`, the student's tokens since, and the
+    teacher's log-probability of the same stretch."""
+
+    p_T: Tensor
+    tokens: tuple[int, ...]
+    logprob: float
+
+
+class PieceScorer:
+    """A divergence in the student's vocabulary on each row of which a group's first teacher row tells."""
+
+    def __init__(
+        self,
+        student: Projection,
+        teacher: Projection,
+        workspace: Workspace,
+        table: PieceTable,
+        divergence: ForwardKL | JSD,
+    ) -> None:
+        self._student, self._teacher, self._workspace = student, teacher, workspace
+        self._table, self._divergence = table, divergence
+        self._begun: list[_Begun] = []
+
+    def score(self, block: Block) -> Scored:
+        """See `Scorer`."""
+        with_grad = block.weight_g is not None
+        s = Side.begin(self._student, block.raw_S, block.labels_S, block.num_S, with_slope=with_grad)
+        t = Side.begin(self._teacher, block.raw_T, block.labels_T, block.num_T)
+        first_S, first_T = s.base_rows("observed"), t.base_rows("observed")
+        p_T = t.mass[first_T] / t.log_mass[first_T].exp().unsqueeze(1)
+        rows, groups, targets = [first_S], [torch.arange(len(first_S), device=p_T.device)], []
+        first = self._first(p_T, block.labels_S[first_S], block.labels_T[first_T], t.group_logprob())
+        targets.append(self._with_longer(first, p_T, block, t.group_logprob()))
+        for position in range(1, int(block.num_S.max())):
+            later = (block.num_S > position) & (block.num_T == 1)
+            group = later.nonzero().squeeze(1)
+            if not len(group):
+                continue
+            label_T = block.labels_T[first_T[group]]
+            found, known = self._later(p_T[group], label_T, block.labels_S, first_S[group], position)
+            rows.append(first_S[group][known] + position)
+            groups.append(group[known])
+            targets.append(found[known])
+        row, group, q_T = torch.cat(rows), torch.cat(groups), torch.cat(targets)
+        share = 1.0 / torch.bincount(group, minlength=len(first_S)).to(q_T.dtype)
+        log_S = s.logits[row] - s.log_mass[row].unsqueeze(1)
+        pair = Pair(log_S.exp(), q_T, log_S - q_T.clamp_min(_LEAST).log())
+        terms = self._divergence.terms(pair, torch.empty_like(log_S), lambda: torch.empty_like(log_S))
+        value = torch.zeros_like(share).index_add_(0, group, terms.value * share[group])
+        is_first = slice(0, len(first_S))
+        matched_S = pair.mass_S[is_first].index_select(1, self._table.covered).sum(1)
+        if block.weight_g is not None:
+            weight = terms.scale * (block.weight_g.to(share.dtype) * share)[group]
+            u = terms.direction * weight.unsqueeze(1)
+            dz = u - pair.mass_S * u.sum(1, keepdim=True)
+            block.raw_S.zero_()
+            block.raw_S.index_add_(0, row, dz)
+            s.finish_gradient(block.raw_S)
+        return Scored(value, s.group_logprob(), t.group_logprob(), matched_S, q_T[is_first].sum(1))
+
+    def _first(self, p_T: Tensor, label_S: Tensor, label_T: Tensor, logprob_T: Tensor) -> Tensor:
+        """`[g, V_S]`: the student's first token, as the teacher's next tokens begin.
+
+        The group as it stands is known exactly: its probability goes to the token that the student wrote,
+        from the one with which the teacher's first token would begin by itself.
+        """
+        q = self._pieces(p_T, 0)
+        begins, chain = self._table.ids[label_T, 0], logprob_T.exp()
+        moved = torch.where(begins >= 0, chain, 0.0)
+        q.scatter_add_(1, begins.clamp_min(0).unsqueeze(1), -moved.unsqueeze(1)).clamp_min_(0.0)
+        return q.scatter_add_(1, label_S.unsqueeze(1), chain.unsqueeze(1))
+
+    def _with_longer(self, q: Tensor, p_T: Tensor, block: Block, logprob_T: Tensor) -> Tensor:
+        """Add what the teacher would have said with a token that began earlier and covers this boundary.
+
+        That no longer token stands here is no news about the text: the student never chose among those. Given
+        the text alone, the teacher goes on as a mixture of the path as it stands (weight 1 here) and of every
+        longer token that begins with the same pieces (its probability over that of the path).
+        """
+        widest = self._table.ids.shape[1]
+        labels, sizes = block.labels_S.tolist(), block.num_S.tolist()
+        follows = [False] * len(sizes) if block.follows is None else block.follows.tolist()
+        at, q_sums = 0, q.sum(1)
+        for g, (size, goes_on, chain) in enumerate(zip(sizes, follows, logprob_T.tolist(), strict=True)):
+            own, at = labels[at : at + size], at + size
+            if not goes_on:
+                self._begun = []
+            for begun in self._begun:
+                ids, piece = self._table.longer(begun.tokens)
+                if not len(ids):
+                    continue
+                mass = begun.p_T[ids] * math.exp(min(-begun.logprob, _LARGEST_LOG))
+                q[g] = q[g].index_add(0, piece, mass)
+            q[g] /= 1.0 + (q[g].sum() - q_sums[g])
+            moved = [_Begun(b.p_T, (*b.tokens, *own), b.logprob + chain) for b in self._begun]
+            moved.append(_Begun(p_T[g], tuple(own), chain))
+            self._begun = [b for b in moved if len(b.tokens) < widest]
+        return q
+
+    def _later(
+        self, p_T: Tensor, label_T: Tensor, labels_S: Tensor, first: Tensor, position: int
+    ) -> tuple[Tensor, Tensor]:
+        """The student's token number `position` of each group, given those before it in one teacher token.
+
+        `[r, V_S]`, and where there is anything to compare with. The teacher's token at hand counts as the
+        student cut it, which need not be how the table spells it: or all its mass would go to others that
+        begin as the student did.
+        """
+        ids, label_T = self._table.ids, label_T.unsqueeze(1)
+        own = p_T.gather(1, label_T)
+        if position < ids.shape[1]:
+            fits = (ids[:, position] >= 0).expand(len(first), -1)
+            for before in range(position):
+                fits = fits & (ids[:, before] == labels_S[first + before].unsqueeze(1))
+            others = (p_T * fits).scatter_(1, label_T, 0.0)
+            total, q = others.sum(1, keepdim=True) + own, self._pieces(others, position)
+        else:
+            total, q = own, p_T.new_zeros(len(first), self._table.vocab_S)
+        q.scatter_add_(1, labels_S[first + position].unsqueeze(1), own)
+        return q / total.clamp_min(_LEAST), total.squeeze(1) > _LEAST
+
+    def _pieces(self, mass: Tensor, position: int) -> Tensor:
+        """`[n, V_S]`: the mass `[n, V_T]` of the teacher's tokens at their piece number `position`."""
+        ids = self._table.ids[:, position]
+        known = (ids >= 0).nonzero().squeeze(1)
+        out = mass.new_zeros(mass.shape[0], self._table.vocab_S)
+        return out.index_add_(1, ids[known], mass.index_select(1, known))

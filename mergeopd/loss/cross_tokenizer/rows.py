@@ -1,0 +1,112 @@
+"""A block of whole groups, and what both models say in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from mergeopd.loss.cross_tokenizer.groups import group_of_rows, sum_rows
+from mergeopd.loss.heads import Projection
+
+Merge = Literal["observed", "bayesian"]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """g whole groups: raw logits of their rows, labels, rows per group.
+
+    weight_g: the groups' factors in the loss, if gradients are wanted; they take the place of `raw_S`.
+    """
+
+    raw_S: Tensor
+    raw_T: Tensor
+    labels_S: Tensor
+    labels_T: Tensor
+    num_S: Tensor
+    num_T: Tensor
+    follows: Tensor | None
+    weight_g: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Per group `[g]`; see `BridgeStats`."""
+
+    value: Tensor
+    logprob_S: Tensor
+    logprob_T: Tensor
+    matched_S: Tensor
+    matched_T: Tensor
+
+
+class Scorer(Protocol):
+    """One kind of bridge at work."""
+
+    def score(self, block: Block) -> Scored:
+        """Values of the groups and, if the block has weights, the logit gradient over `raw_S`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One model's rows in a block.
+
+    logits `[n, V]` are centred, in the memory of the raw ones; mass `[n, V]` are their exponentials, in a
+    buffer that the next block reuses; log_mass `[n]`; logprob `[n]` of the labels; group `[n]`; num `[g]`.
+    """
+
+    projection: Projection
+    logits: Tensor
+    mass: Tensor
+    log_mass: Tensor
+    logprob: Tensor
+    labels_n1: Tensor
+    group: Tensor
+    num: Tensor
+
+    @classmethod
+    def begin(
+        cls, projection: Projection, raw: Tensor, labels: Tensor, num: Tensor, *, with_slope: bool = False
+    ) -> Side:
+        """The softmaxes of a block's rows. `with_slope` keeps the soft cap's slope for the gradient."""
+        slope = projection.take("slope", raw.shape[0]) if with_slope and projection.is_capped else None
+        projection.finish_logits(raw, slope)
+        raw.sub_(raw.amax(1, keepdim=True))
+        mass = torch.exp(raw, out=projection.take("mass", raw.shape[0]))
+        log_mass = mass.sum(1).log_()
+        labels_n1 = labels.unsqueeze(1)
+        logprob = raw.gather(1, labels_n1).squeeze(1) - log_mass
+        return cls(projection, raw, mass, log_mass, logprob, labels_n1, group_of_rows(num), num)
+
+    @property
+    def is_single(self) -> bool:
+        """Whether every group is one row."""
+        return self.logits.shape[0] == self.num.shape[0]
+
+    def group_logprob(self) -> Tensor:
+        """`[g]`: the groups' log-probabilities by the chain rule."""
+        return sum_rows(self.logprob, self.num)
+
+    def base_rows(self, merge: Merge) -> Tensor:
+        """`[g]`: the row of each group whose whole distribution is kept."""
+        stop = self.num.cumsum(0)
+        return stop - 1 if merge == "bayesian" else stop - self.num
+
+    def merged(self, base: Tensor) -> Tensor:
+        """`[g, V]` log-probabilities of the base rows, plus those of the others' labels. May end `logits`."""
+        if self.is_single:
+            return self.logits.sub_(self.log_mass.unsqueeze(1))
+        is_base = torch.zeros_like(self.group, dtype=torch.bool)
+        is_base[base] = True
+        others = sum_rows(torch.where(is_base, 0.0, self.logprob), self.num)
+        out = torch.index_select(self.logits, 0, base, out=self.projection.take("merged", base.shape[0]))
+        return out.add_((others - self.log_mass[base]).unsqueeze(1))
+
+    def finish_gradient(self, dz_nV: Tensor) -> None:
+        """From tempered to raw logits, in place."""
+        if self.projection.gain != 1.0:
+            dz_nV.mul_(self.projection.gain)
+        if self.projection.is_capped:
+            dz_nV.mul_(self.projection.take("slope", dz_nV.shape[0]))

@@ -1,0 +1,216 @@
+"""Divergences on top-k supports, and teachers of whom only a few numbers are known.
+
+Per token, each teacher's divergence is that of two small distributions over the members of a set A and, with
+a tail, one category for all other tokens. If P_c are the student's probabilities of these categories and
+g_c = dD/dP_c, then `dz_v = p_v (g_c - sum_c P_c g_c)` with v's own category c: a sparse correction on A, and
+one number per row that multiplies p_S elsewhere. Without a tail, g is 0 outside A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergeopd.loss.divergence import Divergence, ForwardKL, Pair, ReverseKL
+from mergeopd.loss.full_vocabulary import BlockStats
+from mergeopd.loss.heads import Hidden
+from mergeopd.loss.softmax import Block, Softmaxes, entropy_and_logprob
+from mergeopd.loss.support import Members, Support, top_ids
+from mergeopd.loss.targets import Target, TopK
+
+# A tail mass below this is this: its logarithm and its reciprocal stay finite, and times any teacher's mass
+# nothing is left of it.
+_LEAST_TAIL = {torch.float64: 1e-300, torch.float32: 1e-30}
+# Top-k log-probabilities say of their own sum only so much: 1 - sum cancels down to the last digits.
+_NEAREST_TO_ALL = {torch.float64: -1e-14, torch.float32: -1e-7}
+
+
+@dataclass(frozen=True, eq=False)
+class Reduced:
+    """One teacher's divergences on its support: `inside [D, n, a]` and `outside [D, n]` make `dz`.
+
+    Without the objective's factors, `dz = inside` on the members and `p_S * outside` elsewhere.
+    """
+
+    members: Members
+    value: Tensor  # [D, n]
+    inside: Tensor
+    outside: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SupportScored:
+    """A block between its statistics and its gradient."""
+
+    stats: BlockStats
+    block: Block
+    per_mass_S: Tensor  # [n]: p_S = block.masses[0] * per_mass_S
+    reduced: tuple[Reduced, ...]  # one per target, none without divergences
+
+    def logit_gradient(self, grad_divergence: Tensor, grad_logprob: Tensor, out: Tensor) -> None:
+        """See `ScoredBlock`."""
+        mass, gain = self.block.masses[0], self.block.student.gain
+        per_mass = self.per_mass_S * gain
+        torch.mul(mass, (-grad_logprob * per_mass).unsqueeze(1), out=out)
+        for reduced, grad_Dn in zip(self.reduced, grad_divergence[: len(self.reduced)], strict=True):
+            members = reduced.members
+            inside = torch.linalg.vecdot(grad_Dn.unsqueeze(2), reduced.inside, dim=0).mul_(gain)
+            outside = torch.linalg.vecdot(grad_Dn, reduced.outside, dim=0).mul_(per_mass)
+            # Written over the members, not added: both parts can be large there, and cancel.
+            at_members = out[members.row, members.column] + inside[members.row, members.slot]
+            out.addcmul_(mass, outside.unsqueeze(1))
+            out[members.row, members.column] = at_members
+        self.block.finish_gradient(grad_logprob, out)
+
+
+class SupportScorer:
+    """Scores blocks of rows against targets of any kind; with divergences, on a support."""
+
+    def __init__(
+        self,
+        softmaxes: Softmaxes,
+        targets: Sequence[Target],
+        divergences: Sequence[Divergence],
+        support: Support | None,
+        all_ids: range,
+    ) -> None:
+        self._softmaxes = softmaxes
+        self._targets = tuple(targets)
+        self._divergences = tuple(divergences)
+        self._support = support if divergences else None
+        self._all_ids = all_ids
+        # Where each target's logits stand in a block, after the student's; 0 for the others.
+        place = iter(range(1, len(targets) + 1))
+        self._places = [next(place) if isinstance(target, Hidden) else 0 for target in targets]
+
+    def score(
+        self, raw_S: Tensor, raw_T: Sequence[Tensor], labels_N: Tensor, rows: slice, *, with_grad: bool
+    ) -> SupportScored:
+        """See `Scorer`."""
+        block = self._softmaxes.begin(raw_S, raw_T, labels_N[rows], with_grad=with_grad)
+        moments = self._softmaxes.sum(torch.stack(block.sums)).view(len(block.logits), 3, -1)
+        log_mass, entropy, logprob = entropy_and_logprob(moments)
+        logprob_T, entropy_T = raw_S.new_empty(2, len(self._targets), raw_S.shape[0])
+        for k, (target, place) in enumerate(zip(self._targets, self._places, strict=True)):
+            if isinstance(target, Hidden):
+                logprob_T[k], entropy_T[k] = logprob[place], entropy[place]
+            else:
+                logprob_T[k], entropy_T[k] = target.logprob[rows], target.entropy[rows]
+        reduced: tuple[Reduced, ...] = ()
+        divergence = raw_S.new_empty(len(self._targets), 0, raw_S.shape[0])
+        if self._support is not None:
+            reduced = self._reduce(self._support, block, log_mass, rows)
+            divergence = torch.stack([one.value for one in reduced])
+        stats = BlockStats(divergence, logprob[0], logprob_T, entropy[0], entropy_T)
+        return SupportScored(stats, block, moments[0, 0].reciprocal(), reduced)
+
+    def _reduce(self, support: Support, block: Block, log_mass: Tensor, rows: slice) -> tuple[Reduced, ...]:
+        """All divergences of all targets, from centred logits and masses. Takes two rounds over the group."""
+        supports = self._members(support, block, rows)
+        local = [
+            _categories(support, members, block.logits[m], block.masses[m])
+            for members, place in zip(supports, self._places, strict=True)
+            for m in ((0, place) if place else (0,))
+        ]
+        summed = self._softmaxes.sum(torch.cat(local, 1))
+        sums = iter(torch.split(summed, [part.shape[1] for part in local], dim=1))
+        found = []
+        for members, target, place in zip(supports, self._targets, self._places, strict=True):
+            log_S = _log_categories(support, next(sums), log_mass[0])
+            if isinstance(target, TopK):
+                log_T = _known_log_categories(support, target, rows, log_S.dtype)
+            else:
+                log_T = _log_categories(support, next(sums), log_mass[place])
+            has_tail = members.num < len(self._all_ids)
+            is_category = members.is_first_na
+            if support.rest == "tail":
+                is_category = torch.cat([is_category, has_tail.unsqueeze(1)], 1)
+            pair = Pair(
+                torch.where(is_category, log_S.exp(), 0.0),
+                torch.where(is_category, log_T.exp(), 0.0),
+                torch.where(is_category, log_S - log_T, 0.0),
+            )
+            found.append(_measure(self._divergences, support, members, has_tail, pair))
+        return tuple(found)
+
+    def _members(self, support: Support, block: Block, rows: slice) -> list[Members]:
+        """Each target's support. Models choose together, in one round over the group."""
+        softmaxes = self._softmaxes
+        places = [m for m in self._places if m and support.of != "student"]
+        choosers = [*([] if support.of == "teacher" else [0]), *places]
+        if support.k >= len(self._all_ids):
+            everything = torch.tensor(self._all_ids, device=block.logits[0].device)
+            chosen = {m: everything.expand(block.logits[0].shape[0], -1) for m in choosers}
+        else:
+            ids = top_ids([block.logits[m] for m in choosers], support.k, softmaxes.vocab, softmaxes.group)
+            chosen = dict(zip(choosers, ids, strict=True))
+        if support.of == "student":
+            return [Members.locate(chosen[0], softmaxes.vocab)] * len(self._targets)
+        found = []
+        for target, place in zip(self._targets, self._places, strict=True):
+            own = target.ids[rows] if isinstance(target, TopK) else chosen[place]
+            both = own if support.of == "teacher" else torch.cat([chosen[0], own], 1)
+            found.append(Members.locate(both, softmaxes.vocab))
+        return found
+
+
+def _categories(support: Support, members: Members, logits: Tensor, mass: Tensor) -> Tensor:
+    """This shard's part of the members' centred logits and, with a tail, the others' mass, `[n, a + 1]`."""
+    inside = members.take(logits)
+    if support.rest == "generalised":
+        return inside
+    return torch.cat([inside, members.sum_outside(mass).unsqueeze(1)], 1)
+
+
+def _log_categories(support: Support, sums: Tensor, log_mass_n: Tensor) -> Tensor:
+    """Log-probabilities of the categories from what `_categories` has given, summed over the shards."""
+    if support.rest == "tail":
+        sums[:, -1].clamp_(min=_LEAST_TAIL[sums.dtype]).log_()
+    return sums - log_mass_n.unsqueeze(1)
+
+
+def _known_log_categories(support: Support, target: TopK, rows: slice, dtype: torch.dtype) -> Tensor:
+    """Log-probabilities of the categories as the teacher gave them, in the order of the sorted ids."""
+    logs = target.logprobs[rows].gather(1, target.ids[rows].argsort(1)).to(dtype)
+    if support.rest == "generalised":
+        return logs
+    together = logs.logsumexp(1, keepdim=True).clamp_(max=_NEAREST_TO_ALL[dtype])
+    return torch.cat([logs, together.expm1_().neg_().log_()], 1)
+
+
+def _measure(
+    divergences: Sequence[Divergence], support: Support, members: Members, has_tail: Tensor, pair: Pair
+) -> Reduced:
+    """Each divergence between the two small distributions, and its logit gradient's two parts."""
+    num_members = members.ids_na.shape[1]
+    mass_S = pair.mass_S[:, :num_members]
+    values, insides, outsides = [], [], []
+    for divergence in divergences:
+        terms = divergence.terms(
+            pair, torch.empty_like(pair.log_ratio), lambda: torch.empty_like(pair.log_ratio)
+        )
+        value, push = terms.value, terms.direction * terms.scale
+        if support.rest == "generalised":
+            value, push = _generalised(divergence, pair, value, push)
+        total = push.sum(1)
+        outside = -total
+        if support.rest == "tail":
+            outside = outside + torch.where(has_tail, push[:, -1] / pair.mass_S[:, -1], 0.0)
+        values.append(value)
+        insides.append(push[:, :num_members] - mass_S * total.unsqueeze(1))
+        outsides.append(outside)
+    return Reduced(members, torch.stack(values), torch.stack(insides), torch.stack(outsides))
+
+
+def _generalised(divergence: Divergence, pair: Pair, value: Tensor, push: Tensor) -> tuple[Tensor, Tensor]:
+    """A KL's sum over the members, and `p_S g`, made zero and stationary where both models agree."""
+    lack = pair.mass_T - pair.mass_S
+    match divergence:
+        case ForwardKL():
+            return value - lack.sum(1), -lack
+        case ReverseKL():  # its -p_S takes away the constant 1 that terms() leaves out of g
+            return value + lack.sum(1), push
+    raise AssertionError(f"{divergence} was to be refused by Support.check")

@@ -1,0 +1,223 @@
+"""What a phase may minimise. `Strict` and the number types are the schema's own."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from mergeopd.config.values import PositiveInt, Strict, Weight
+from mergeopd.recipe.policy_terms import (
+    POLICY_TERMS,
+    Amount,
+    Outcome,
+    Sampled,
+    Term,
+    TrustRegion,
+    WeightRamp,
+    amount_at,
+    weight_shorthand,
+)
+
+
+class JsdTerm(Term):
+    """Generalised Jensen-Shannon divergence `beta KL(T||M) + (1-beta) KL(S||M)`, M = beta T + (1-beta) S."""
+
+    beta: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] = Field(
+        default=0.5,
+        description="weight of the teacher in M; at the ends, 0 and 1, the divergence would vanish",
+    )
+
+
+class SkewTerm(Term):
+    """A KL against a mixture of both distributions, so that its gradient is bounded (DistiLLM)."""
+
+    alpha: Annotated[float, Field(ge=0.0, lt=1.0, strict=True)] = Field(
+        default=0.1, description="share of the KL's own first argument in the mixture; 0 is the plain KL"
+    )
+
+
+class AlphaTerm(Term):
+    """Alpha divergence, between reverse KL (alpha -> 0) and forward KL (alpha -> 1)."""
+
+    alpha: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] = Field(
+        default=0.5, description="at 1/2 the divergence is 4 times the squared Hellinger distance"
+    )
+
+
+class ClipTerm(Term):
+    """Forward KL whose large entries are capped (OPSD); can be negative."""
+
+    bound: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)] = Field(
+        default=0.05, description="largest contribution of one vocabulary entry, in nats"
+    )
+
+
+Jsd = Annotated[JsdTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Weight | JsdTerm)]
+Skew = Annotated[SkewTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Weight | SkewTerm)]
+Alpha = Annotated[AlphaTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Weight | AlphaTerm)]
+Clip = Annotated[ClipTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Weight | ClipTerm)]
+
+PLAIN_KLS = ("reverse_kl", "forward_kl")
+PLAIN_TERMS = ("reverse_kl", "forward_kl", "tvd")
+PARAMETRIC_TERMS = ("jsd", "skew_forward_kl", "skew_reverse_kl", "alpha_divergence", "clipped_forward_kl")
+DIVERGENCE_TERMS = (*PLAIN_TERMS, *PARAMETRIC_TERMS)
+# Terms that have a number as a short form.
+SHORT_TERMS = (*PARAMETRIC_TERMS, *POLICY_TERMS)
+
+
+class Support(Strict):
+    """Divergences over the likeliest tokens only, their probabilities not renormalised."""
+
+    top_k: PositiveInt = Field(description="how many tokens")
+    of: Literal["student", "teacher", "union"] = Field(
+        default="student",
+        description="whose likeliest tokens: the student's cover what a reverse KL weighs, the teacher's "
+        "what a forward KL weighs, and then no more is kept of the teacher",
+    )
+    rest: Literal["tail", "generalised"] = Field(
+        default="tail",
+        description="`tail`: all other tokens count as one; `generalised`: KL with the masses put right "
+        "(p log(p/q) - p + q), for the two KLs",
+    )
+
+
+class Loss(Strict):
+    """Weighted sum of terms per response token. Shorthand for one term of weight 1: its name."""
+
+    reverse_kl: Amount = Field(default=0.0, description="KL(student || teacher), mode seeking")
+    forward_kl: Amount = Field(default=0.0, description="KL(teacher || student), mass covering")
+    tvd: Amount = Field(default=0.0, description="total variation distance, half the sum of |S - T|")
+    jsd: Jsd | None = Field(
+        default=None, description="generalised Jensen-Shannon divergence; shorthand: its weight"
+    )
+    skew_forward_kl: Skew | None = Field(
+        default=None, description="KL(T || alpha T + (1 - alpha) S); shorthand: its weight"
+    )
+    skew_reverse_kl: Skew | None = Field(
+        default=None, description="KL(S || (1 - alpha) T + alpha S); shorthand: its weight"
+    )
+    alpha_divergence: Alpha | None = Field(
+        default=None, description="alpha divergence, between the two KLs; shorthand: its weight"
+    )
+    clipped_forward_kl: Clip | None = Field(
+        default=None, description="forward KL with capped entries; shorthand: its weight"
+    )
+    sampled_reverse_kl: Sampled | None = Field(
+        default=None,
+        description="reverse KL as a policy gradient at the written token; shorthand: its weight",
+    )
+    outcome: Outcome | None = Field(
+        default=None,
+        description="the verifier's reward as a policy gradient (GRPO); shorthand: its weight",
+    )
+    nll: Weight = Field(
+        default=0.0,
+        description="negative log-likelihood of the text; only for text the student did not write",
+    )
+    temperature: Annotated[float, Field(gt=0.0, le=100.0, strict=True)] = Field(
+        default=1.0,
+        description="divides both logits in divergences, which are multiplied by its square (Hinton 2015)",
+    )
+
+    support: Support | None = Field(
+        default=None,
+        description="over which tokens divergences are taken; null: the whole vocabulary, exactly",
+    )
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Loss:
+        if not (self.has_divergence or self.nll or self.has_policy):
+            raise ValueError("all weights are zero: give at least one term a positive weight")
+        if self.nll and self.temperature != 1.0:
+            raise ValueError("nll is defined at temperature 1: remove the temperature or the nll term")
+        if self.has_policy and self.temperature != 1.0:
+            raise ValueError(
+                "policy terms are about the policy itself, at temperature 1: remove the temperature, or "
+                + " and ".join(term for term in POLICY_TERMS if self.uses(term))
+            )
+        anchor = self.outcome.teacher if self.outcome is not None else None
+        if isinstance(anchor, TrustRegion) and self.uses("sampled_reverse_kl"):
+            raise ValueError(
+                "outcome.teacher: trust_region puts the teacher into the ratio, sampled_reverse_kl into the "
+                "advantage: choose one"
+            )
+        sampled = self.sampled_reverse_kl
+        if sampled is not None and sampled.future_only and not self.uses("reverse_kl"):
+            raise ValueError(
+                "sampled_reverse_kl.future_only leaves each token's own part to an exact term: add "
+                "`reverse_kl` with the same weight"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _support_fits(self) -> Loss:
+        if self.support is None:
+            return self
+        if not self.has_divergence:
+            raise ValueError("support is about divergences, and there is none: remove it")
+        others = [term for term in DIVERGENCE_TERMS if self.uses(term) and term not in PLAIN_KLS]
+        if self.support.rest == "generalised" and others:
+            raise ValueError(
+                f"rest: generalised is defined for {' and '.join(PLAIN_KLS)} only: use `rest: tail`, or "
+                f"remove {' and '.join(others)}"
+            )
+        return self
+
+    def weight(self, term: str, updates_done: int) -> float:
+        """Weight of a divergence or policy term after so many updates of the phase; 0 where not used."""
+        value = getattr(self, term)
+        if value is None:
+            return 0.0
+        return float(amount_at(value.weight if isinstance(value, Term) else value, updates_done))
+
+    def uses(self, term: str) -> bool:
+        """Whether a divergence or policy term has a weight at some time of the phase."""
+        value = getattr(self, term)
+        amount = value.weight if isinstance(value, Term) else value
+        return bool(amount) if not isinstance(amount, WeightRamp) else bool(amount.start or amount.end)
+
+    @property
+    def has_divergence(self) -> bool:
+        """True when a teacher's distribution is needed, not only text or single log-probabilities."""
+        return any(self.uses(term) for term in DIVERGENCE_TERMS)
+
+    @property
+    def has_policy(self) -> bool:
+        """True when answers of the student itself are needed, with their log-probabilities."""
+        return any(self.uses(term) for term in POLICY_TERMS)
+
+    @property
+    def has_outcome(self) -> bool:
+        """True when rewards are needed."""
+        return self.uses("outcome")
+
+    @property
+    def has_teacher_term(self) -> bool:
+        """True when a teacher teaches without a reward."""
+        return self.has_divergence or self.uses("sampled_reverse_kl")
+
+    def teachers_weight(self, updates_done: int) -> float:
+        """Sum of the weights of the terms by which teachers teach, after so many updates of the phase."""
+        return sum(self.weight(term, updates_done) for term in (*DIVERGENCE_TERMS, "sampled_reverse_kl"))
+
+    @property
+    def needs_teacher(self) -> bool:
+        """True when a teacher has to read the answers, if only to shape what the reward teaches."""
+        shaped = self.has_outcome and self.outcome is not None and self.outcome.teacher is not None
+        return self.has_teacher_term or shaped
+
+
+def loss_shorthand(value: Any) -> Any:
+    """A name stands for that term with weight 1."""
+    return {value: 1.0} if isinstance(value, str) else value
+
+
+_TermName: Any = Literal[(*DIVERGENCE_TERMS, *POLICY_TERMS, "nll")]
+LossOrTerm = Annotated[
+    Loss,
+    BeforeValidator(
+        loss_shorthand,
+        json_schema_input_type=_TermName | Loss,
+    ),
+]

@@ -1,0 +1,208 @@
+"""Run folders: whose they are, when they began, whether they are finished."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from mergeopd import __version__
+from mergeopd.errors import StorageError
+from mergeopd.messages import shown, shown_in
+from mergeopd.recipe.plan import Plan
+from mergeopd.storage import run_layout
+from mergeopd.storage.folders import is_leftover, write_atomic
+from mergeopd.storage.lock import LOCK_NAME
+
+_SHOWN = 12
+_NOTHING = object()
+
+
+class RunFolder:
+    """The folder of one run; what lies in it is named in `storage/run_layout.py`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.plan_file = path / run_layout.PLAN
+        self.metrics_file = path / run_layout.METRICS
+        self.samples_file = path / run_layout.SAMPLES
+        self.spill = path / run_layout.SPILL
+        self.checkpoints = path / run_layout.CHECKPOINTS
+        self.export = path / run_layout.EXPORT
+        self.result_file = path / run_layout.RESULT
+
+    def started(self) -> datetime | None:
+        """When the run began; None when it has not."""
+        record = self._record()
+        return datetime.fromisoformat(record["started"]) if record else None
+
+    def refusal(self, plan: Plan, files: Mapping[str, str], allowed: Sequence[str] = ()) -> str | None:
+        """Why this plan with these files (path: digest) cannot run here; None when it can begin or go on.
+
+        `allowed` names changes that the user declares: dotted keys of the plan (with all below them) or
+        files. Raises StorageError when plan.yaml is damaged.
+        """
+        before = self._record()
+        if before is None:
+            if self.path.is_dir() and any(
+                path.name != LOCK_NAME and not is_leftover(path) for path in self.path.iterdir()
+            ):
+                return (
+                    f"{shown(self.path)} is not empty and not a run folder; "
+                    "choose another with --set output=..."
+                )
+            return None
+        all_changes = self._changes(before, plan, files)
+        changes = {
+            key: text
+            for key, text in all_changes.items()
+            if not any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in allowed)
+        }
+        if all_changes and not changes and self.export.exists():
+            return (
+                f"{shown(self.path)} has exported its student, so its settings can no longer change; measure "
+                "with others through mergeopd eval, move the export away to train on, "
+                "or begin a new run with --set output=..."
+            )
+        if not changes:
+            return None
+        listed = "\n".join(f"    {text}" for text in list(changes.values())[:_SHOWN])
+        if len(changes) > _SHOWN:
+            listed += f"\n    and {len(changes) - _SHOWN} more"
+        return (
+            f"{shown(self.path)} belongs to a run that began with other settings or files:\n{listed}\n"
+            "undo the changes to go on with it, declare them with --allow-change KEY, "
+            "or begin a new run with --set output=..."
+        )
+
+    def check(self, plan: Plan, files: Mapping[str, str], allowed: Sequence[str]) -> None:
+        """Raise StorageError where `refusal` has a reason; writes nothing."""
+        refusal = self.refusal(plan, files, allowed)
+        if refusal is not None:
+            raise StorageError(refusal)
+
+    def _changes(self, before: Mapping[str, Any], plan: Plan, files: Mapping[str, str]) -> dict[str, str]:
+        """What differs from the plan on record, by key or file."""
+        changes = dict(_differences(before["plan"], plan.content))
+        # A file that only one plan names shows in the plan.
+        for file, digest in before["files"].items():
+            if file in files and files[file] != digest:
+                changes[shown(Path(file))] = f"{shown(Path(file))} has other contents now"
+        return changes
+
+    def claim(self, plan: Plan, files: Mapping[str, str], now: datetime, allowed: Sequence[str]) -> None:
+        """Make the folder, or make sure that it belongs to this plan and to these files (path: digest).
+
+        Declared changes are written down with the plan. Raises StorageError naming what else differs when
+        the folder belongs to others.
+        """
+        self.check(plan, files, allowed)
+        before = self._record()
+        changes = list(self._changes(before, plan, files).values()) if before else []
+        if before and not changes:
+            return
+        document = {
+            "mergeopd": __version__,
+            "format": run_layout.FORMAT,
+            "started": now.isoformat(timespec="seconds"),
+            "hash": plan.hash,
+            "earlier_hashes": [*before["earlier_hashes"], before["hash"]] if before else [],
+            "declared_changes": [*before["declared_changes"], *changes] if before else [],
+            "recipe_file": plan.recipe_file,
+            "versions": _versions(),
+            "plan": plan.content,
+            "files": dict(files),
+        }
+        text = io.StringIO()
+        YAML().dump(document, text)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.plan_file, text.getvalue())
+
+    def plan_hashes(self) -> list[str]:
+        """The plan's hash and those it had before declared changes."""
+        record = self._record()
+        return [record["hash"], *record["earlier_hashes"]] if record else []
+
+    def other_files(self, files: Mapping[str, str]) -> list[str]:
+        """Those of `files` (path: digest) that the run has with other contents."""
+        record = self._record()
+        own = record["files"] if record else {}
+        return [file for file, digest in files.items() if own.get(file, digest) != digest]
+
+    def _record(self) -> dict[str, Any] | None:
+        """plan.yaml; None when there is none."""
+        if not self.plan_file.is_file():
+            return None
+        record = run_layout.read_plan_document(self.plan_file)
+        if record is None or not _is_sound(record):
+            raise StorageError(
+                f"{shown(self.plan_file)} is damaged or of another version of mergeopd; "
+                "choose another folder with --set output=... (once a run has begun there, "
+                "the checkpoints of this one can be moved over)"
+            )
+        return record
+
+
+def _is_sound(record: Mapping[str, Any]) -> bool:
+    """Whether plan.yaml has all its parts, and a plan that agrees with its hash."""
+    parts = {"started": str, "hash": str, "plan": dict, "files": dict}
+    parts |= {"earlier_hashes": list, "declared_changes": list}
+    if not all(isinstance(record.get(key), kind) for key, kind in parts.items()):
+        return False
+    try:
+        datetime.fromisoformat(record["started"])
+    except ValueError:
+        return False
+    digest = hashlib.sha256(json.dumps(record["plan"], sort_keys=True).encode()).hexdigest()
+    return digest == str(record["hash"])
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _differences(before: Any, now: Any, path: str = "") -> list[tuple[str, str]]:
+    """`(path, "path: old -> new")` for every leaf that differs, `nothing` where there is none."""
+    if before == now:
+        return []
+    old, new = _parts(before), _parts(now)
+    # Parts are compared where both sides have some; otherwise the whole was replaced, added or removed.
+    if old and new and isinstance(before, dict) == isinstance(now, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [
+            change
+            for key in keys
+            for change in _differences(old.get(key, _NOTHING), new.get(key, _NOTHING), _joined(path, key))
+        ]
+    return [(path, f"{path}: {_short(before)} -> {_short(now)}")]
+
+
+def _parts(value: Any) -> dict[str | int, Any]:
+    if isinstance(value, dict):
+        return value
+    return dict(enumerate(value)) if isinstance(value, list) else {}
+
+
+def _joined(path: str, key: str | int) -> str:
+    if isinstance(key, int):
+        return f"{path}[{key}]"
+    return f"{path}.{key}" if path else key
+
+
+def _short(value: Any, limit: int = 80) -> str:
+    if value is _NOTHING:
+        return "nothing"
+    if isinstance(value, str):
+        value = shown_in(value)
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

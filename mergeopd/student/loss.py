@@ -1,0 +1,86 @@
+"""The kernel on one micro-batch: the fused loss, and a bridge for each teacher with another tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mergeopd.batch.micro_batch import MicroBatch
+from mergeopd.errors import NumericsError
+from mergeopd.loss.buffers import Workspace
+from mergeopd.loss.cross_tokenizer import BridgeStats, bridge_loss
+from mergeopd.loss.divergence import Divergence
+from mergeopd.loss.fused import Objective, TokenStats, fused_loss
+from mergeopd.loss.heads import Head
+from mergeopd.loss.support import Support
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is to be measured, for all micro-batches of a pass alike; arguments as in `fused_loss`."""
+
+    divergences: Sequence[Divergence]
+    support: Support | None
+    temperature: float
+
+
+@dataclass(frozen=True, eq=False)
+class MicroStats(TokenStats):
+    """Statistics of a micro-batch's trained tokens, and of the groups of each bridged teacher, by name."""
+
+    bridged: tuple[tuple[str, BridgeStats], ...] = ()
+
+
+def micro_loss(
+    hidden_ND: Tensor,
+    head: Head,
+    micro: MicroBatch,
+    per_token: Objective,
+    what: Measured,
+    workspace: Workspace,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, MicroStats]:
+    """The loss of a micro-batch and its statistics; `hidden_ND` has a row for each trained token.
+
+    Raises NumericsError, with the names of the teachers, for distributions that are not finite.
+    """
+    labels = torch.tensor([t for r in micro.labels for t in r], dtype=torch.long, device=hidden_ND.device)
+    try:
+        loss, stats = fused_loss(
+            hidden_ND,
+            head,
+            micro.targets,
+            labels,
+            per_token,
+            divergences=what.divergences,
+            support=what.support,
+            temperature=what.temperature,
+            group=group,
+            workspace=workspace,
+        )
+    except ArithmeticError as error:
+        raise NumericsError(micro.blamed(error)) from error
+    found: list[tuple[str, BridgeStats]] = []
+    for bridged in micro.bridged:
+        try:
+            value, of_groups = bridge_loss(
+                hidden_ND,
+                head,
+                bridged.target,
+                bridged.groups,
+                labels,
+                bridged.labels,
+                bridged.measure,
+                bridged.weight_G,
+                temperature=what.temperature,
+                workspace=workspace,
+            )
+        except ArithmeticError as error:
+            raise NumericsError(f"teacher {bridged.teacher}: {error}") from error
+        loss = loss + value
+        found.append((bridged.teacher, of_groups))
+    return loss, MicroStats(**vars(stats), bridged=tuple(found))

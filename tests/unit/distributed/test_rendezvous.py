@@ -1,0 +1,56 @@
+"""What the environment says of a process: the launcher's and torchrun's variables, and Slurm's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mergeopd.distributed.rendezvous import Place
+from mergeopd.errors import ProcessError
+
+ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
+TORCHRUN = {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}
+
+
+@pytest.mark.parametrize(
+    ("env", "place"),
+    [
+        ({}, Place()),
+        (SLURM, Place()),  # a job that starts one process by itself
+        ({**TORCHRUN, **ADDRESS}, Place(2, 0, 4)),
+        ({**TORCHRUN, "MERGEOPD_RENDEZVOUS": "/tmp/x/meet"}, Place(2, 0, 4, Path("/tmp/x/meet"))),
+        ({**SLURM, **ADDRESS}, Place(5, 1, 8)),
+        ({**SLURM, **TORCHRUN, **ADDRESS}, Place(2, 0, 4)),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, Place()),
+    ],
+)
+def test_what_it_says(env: dict[str, str], place: Place) -> None:
+    assert Place.of(env) == place
+
+
+@pytest.mark.parametrize(
+    ("env", "text"),
+    [
+        (
+            {"RANK": "2"},
+            "the environment does not say which process this is: RANK=2, LOCAL_RANK=, WORLD_SIZE=; "
+            "start the run with mergeopd run --nproc N, or with torchrun",
+        ),
+        (
+            {**TORCHRUN, "WORLD_SIZE": "four"},
+            "the environment does not say which process this is: RANK=2, LOCAL_RANK=0, WORLD_SIZE=four; "
+            "start the run with mergeopd run --nproc N, or with torchrun",
+        ),
+        (
+            {**TORCHRUN, "MASTER_ADDR": "node0"},
+            "RANK and WORLD_SIZE are set, MASTER_PORT not, so the 4 processes cannot meet; "
+            "start the run with mergeopd run --nproc N, or with torchrun",
+        ),
+    ],
+)
+def test_what_says_too_little(env: dict[str, str], text: str) -> None:
+    with pytest.raises(ProcessError) as caught:
+        Place.of(env)
+    assert str(caught.value) == text

@@ -1,0 +1,133 @@
+"""Texts that teachers write are written once and never taken for another's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mergeopd.check.preflight import preflight
+from mergeopd.distributed.ranks import Alone
+from mergeopd.engine import teacher_rollouts as texts_module
+from mergeopd.engine.build import build
+from mergeopd.engine.tasks import Task
+from mergeopd.engine.teacher_rollouts import TeacherTexts
+from mergeopd.report.events import Event, StageStarted
+from mergeopd.rollout.local import Completion
+from mergeopd.types import Rollout
+
+CPU = torch.device("cpu")
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.written: list[tuple[str, int | None]] = []
+
+    def emit(self, event: Event) -> None:
+        if isinstance(event, StageStarted) and event.stage == "text":
+            self.written.append((event.detail, event.total))
+
+
+def texts(recipe: Path, *overrides: str) -> tuple[list[tuple[str, int | None]], list[Sequence[Rollout]]]:
+    parts = build(preflight(recipe, overrides), CPU, Alone())
+    tasks = [Task(p, 0, "teacher") for ps in parts.inputs.prompts.values() for p in ps]
+    recorder, store = Recorder(), TeacherTexts(parts)
+    store.prepare(tasks, recorder)
+    return recorder.written, [store.rollouts(task) for task in tasks]
+
+
+@pytest.fixture
+def recipe(write_job: Callable[..., Path]) -> Path:
+    return write_job({"rollout": {"max_new_tokens": 6, "samples_per_prompt": 2}})
+
+
+def test_the_second_time_nothing_is_written(recipe: Path) -> None:
+    first, answers = texts(recipe)
+    # `left` is written by its heavier teacher, `right` by its only one; two prompts, two samples each.
+    assert first == [("one writes", 4), ("two writes", 4)]
+    again, same = texts(recipe)
+    assert again == []
+    assert same == answers
+    assert all(len(samples) == 2 for samples in answers)
+
+
+@pytest.mark.parametrize(
+    ("override", "written"),
+    [
+        ("seed=4", ["one writes", "two writes"]),
+        ("rollout.temperature=0.5", ["one writes", "two writes"]),
+        ("rollout.max_new_tokens=5", ["one writes", "two writes"]),
+        ("teachers.two.dtype=bfloat16", ["two writes"]),
+        ("optimizer.lr=0.5", []),
+    ],
+)
+def test_what_the_text_depends_on_is_in_its_key(recipe: Path, override: str, written: list[str]) -> None:
+    texts(recipe)
+    assert [detail for detail, _ in texts(recipe, override)[0]] == written
+
+
+def test_changed_weights_templates_and_prompts_are_written_anew(recipe: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    texts(recipe)
+    file = recipe.parent / "two" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"] *= 2
+    save_file(weights, file, metadata={"format": "pt"})
+    assert texts(recipe)[0] == [("two writes", 4)]
+    settings = recipe.parent / "one" / "tokenizer_config.json"
+    config = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**config, "chat_template": "d {{ messages[0].content }}"}))
+    assert texts(recipe)[0] == [("one writes", 4)]
+    prompts = recipe.parent / "right.jsonl"
+    prompts.write_text(prompts.read_text().replace('"b"', '"c c"'))
+    assert texts(recipe)[0] == [("two writes", 2)]
+
+
+def test_a_damaged_line_is_written_again(recipe: Path) -> None:
+    _, answers = texts(recipe)
+    [file] = (recipe.parent / ".mergeopd" / "texts").glob("one-*.jsonl")
+    file.write_text(file.read_text()[:-30])
+    written, same = texts(recipe)
+    assert written == [("one writes", 1)]
+    assert same == answers
+
+
+def test_what_another_run_writes_meanwhile_is_kept_and_not_taken(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several processes one alone sees the file: what all began with must stay."""
+    _, answers = texts(recipe)
+    [file] = (recipe.parent / ".mergeopd" / "texts").glob("one-*.jsonl")
+    *others, last = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(others))
+    foreign = json.dumps({"key": "of another prompt", "ids": [1], "finish": "eos"}) + "\n"
+
+    def generate(*arguments: Any, **options: Any) -> list[Completion]:
+        changed = [json.dumps({**json.loads(line), "ids": [0, 0]}) + "\n" for line in others]
+        file.write_text("".join([*changed, foreign]))
+        return written(*arguments, **options)
+
+    written = texts_module.generate
+    monkeypatch.setattr(texts_module, "generate", generate)
+    wrote, same = texts(recipe)
+    assert wrote == [("one writes", 1)]
+    assert same == answers
+    lines = file.read_text().splitlines(keepends=True)
+    assert foreign in lines
+    assert last in lines
+
+
+def test_the_teachers_stop_token_becomes_the_students(recipe: Path) -> None:
+    """Teacher `two` ends with token 3; what it wrote ends, for the student, with token 4."""
+    (recipe.parent / "two" / "generation_config.json").write_text('{"eos_token_id": 3}')
+    _, answers = texts(recipe)
+    ended = [r for samples in answers for r in samples if r.prompt.domain == "right" and r.finish == "eos"]
+    assert ended
+    for rollout in ended:
+        assert rollout.response_ids[-1] == 4
+        assert 3 not in rollout.response_ids
