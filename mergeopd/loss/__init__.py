@@ -1,7 +1,7 @@
 """Exact divergences between language models, without a `[tokens, vocabulary]` matrix. Depends on torch alone.
 
 `fused_loss` takes last hidden states and prediction heads of a student and of any number of teachers, and
-returns a scalar to call `backward` on and statistics per token. `build_objective` says which divergences to sum.
+returns a scalar to call `backward` on and statistics per token. `build_objective` sums divergences.
 
     objective = build_objective({"reverse_kl": (ReverseKL(), 1.0)})
     loss, stats = fused_loss(
@@ -16,7 +16,7 @@ returns a scalar to call `backward` on and statistics per token. `build_objectiv
 inputs       `Head` (weight, bias, scale, soft cap, padding rows); targets `Hidden` (exact), `TopK`, `Sampled`
 divergences  `ReverseKL`, `ForwardKL`, `JSD`, `TVD`, `SkewForwardKL`, `SkewReverseKL`, `AlphaDivergence`,
              `ClippedForwardKL`, all of the type `Divergence`; `Support` restricts them to top-k token ids
-objective    `build_objective` returns a `DistillationObjective`; an `Objective` is any function of `BlockStats`
+objective    `build_objective` gives a `DistillationObjective`; an `Objective` is any function of `BlockStats`
 results      `TokenStats`: divergences `[K, D, N]`, log-probabilities, entropies and the loss per token
 others       `observe` computes what targets need without gradients; `Workspace` reuses buffers over calls
 

@@ -99,7 +99,7 @@ def build_objective(
 ) -> DistillationObjective:
     """A weighted sum of divergences, each given as name: (divergence, weight).
 
-    Terms of weight 0 are not computed. `nll` weighs the negative log-likelihood of the labels. The result holds
+    Terms of weight 0 are not computed. `nll` weighs the negative log-likelihood of the labels. The result has
     what `fused_loss` needs: a function per token (`mean_over`), `divergences`, `temperature` and `support`.
     """
     used = [(name, divergence, weight) for name, (divergence, weight) in terms.items() if weight]

@@ -1,15 +1,16 @@
-"""Two tokenizers side by side: what they share, how well one reads what the other's model writes."""
+"""Two tokenizers side by side: shared tokens, and how their tokens of one text align."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from mergeopd.recipe.bridges import KINDS
 from mergeopd.report.glyphs import Glyphs, plain_text
 
 _SHOWN_CHARACTERS = 300
@@ -32,7 +33,7 @@ class TokenizerFacts:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """What `writer` writes, as `reader` reads it. All but `num_bytes` and `num_groups` count tokens."""
+    """Text in the writer's tokens, aligned with the reader's; `num_writer` and `unaligned` count tokens."""
 
     writer: str
     reader: str
@@ -56,7 +57,7 @@ class Coverage:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerPair:
-    """All that is told of two tokenizers. `difference` is None where every text has the same ids."""
+    """The comparison. `difference` is None where every text has the same ids in both."""
 
     first: TokenizerFacts
     second: TokenizerFacts
@@ -69,45 +70,70 @@ class TokenizerPair:
     def document(self) -> dict[str, Any]:
         """The same as plain values, for JSON."""
         return {
-            "tokenizers": [_plain(self.first), _plain(self.second)],
+            "tokenizers": [asdict(self.first), asdict(self.second)],
             "difference": self.difference,
             "shared_tokens": {"by_bytes": self.num_shared_bytes, "by_spelling": self.num_shared_written},
             "text": self.text,
-            "coverage": [
-                {**_plain(side), "one_to_one": side.one_to_one, "lost": side.lost} for side in self.coverage
-            ],
+            "coverage": [{**asdict(c), "one_to_one": c.one_to_one, "lost": c.lost} for c in self.coverage],
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         glyphs = Glyphs.of(options)
-        yield self._facts(glyphs)
-        yield from self._verdict(glyphs)
-        yield self._coverage(glyphs)
-        yield from self._openings(glyphs)
-
-    def _facts(self, glyphs: Glyphs) -> Table:
-        table = _table(glyphs, "", self.first.name, self.second.name)
-        rows: dict[str, Callable[[TokenizerFacts], str]] = {
-            "ids": lambda side: f"{side.num_ids:,}",
-            "special tokens": lambda side: f"{side.num_special:,}",
-            "brings text to": lambda side: side.normal or "nothing else",
-            "space before a text": lambda side: "yes" if side.prefix else "no",
-            "system message": lambda side: "yes" if side.takes_system else "no",
-            "fingerprint": lambda side: side.fingerprint[:12],
-        }
-        for name, shown in rows.items():
-            table.add_row(name, shown(self.first), shown(self.second))
-        table.add_section()
+        sides = (self.first, self.second)
+        for mark, side in zip("AB", sides, strict=True):
+            yield Text(f"{mark}  {plain_text(side.name, glyphs)}", style="bold", overflow="fold")
         names = dict.fromkeys((*self.first.named, *self.second.named))
-        for name in names:
-            cells = (_named(side, name) for side in (self.first, self.second))
-            table.add_row(name, *(plain_text(cell, glyphs) for cell in cells))
-        return table
+        yield _table(
+            glyphs,
+            ("", "A", "B"),
+            [
+                ("ids", *(f"{side.num_ids:,}" for side in sides)),
+                ("special tokens", *(f"{side.num_special:,}" for side in sides)),
+                ("Unicode normalization", *(side.normal or "none" for side in sides)),
+                ("adds a leading space", *("yes" if side.prefix else "no" for side in sides)),
+                ("template has a system message", *("yes" if s.takes_system else "no" for s in sides)),
+                ("fingerprint", *(side.fingerprint[:12] for side in sides)),
+                *((name, *(_named(side, name) for side in sides)) for name in names),
+            ],
+        )
+        yield from self._verdict(glyphs)
+        there, back = self.coverage
+        reasons = dict.fromkeys((*there.unaligned, *back.unaligned))
+        yield _table(
+            glyphs,
+            (f"Text: {self.text}", "A to B", "B to A"),
+            [
+                ("tokens", *(f"{c.num_writer:,}" for c in self.coverage)),
+                ("tokens of the other side", *(f"{c.num_reader:,}" for c in self.coverage)),
+                ("aligned groups", *(f"{c.num_groups:,}" for c in self.coverage)),
+                ("bytes per group", *(_ratio(c.num_bytes, c.num_groups) for c in self.coverage)),
+                ("tokens per group", *(_ratio(c.num_writer, c.num_groups) for c in self.coverage)),
+                ("other tokens per group", *(_ratio(c.num_reader, c.num_groups) for c in self.coverage)),
+                ("tokens aligned one to one", *(_share(c.one_to_one) for c in self.coverage)),
+                ("tokens in no group", *(_share(c.lost) for c in self.coverage)),
+                *((f"  {why}", *(f"{c.unaligned.get(why, 0):,}" for c in self.coverage)) for why in reasons),
+            ],
+        )
+        same = self.first.opening == self.second.opening
+        yield Text(f"Templates render the prompt 'Hi' {'the same' if same else 'differently'}:", style="bold")
+        for side in sides[: 1 if same else 2]:
+            text = "no chat template" if side.opening is None else repr(side.opening)
+            if len(text) > _SHOWN_CHARACTERS:
+                text = f"{text[: _SHOWN_CHARACTERS // 2]} ... {text[-_SHOWN_CHARACTERS // 2 :]}"
+            name = "" if same else f"{plain_text(side.name, glyphs)}: "
+            yield Text.assemble((name, "dim"), plain_text(text, glyphs), overflow="fold")
 
     def _verdict(self, glyphs: Glyphs) -> Iterator[Text]:
         if self.difference is None:
             yield Text("Both give every text the same ids: a teacher needs no bridge.\n", style="green")
             return
+        there = self.coverage[0]
+        yield Text(
+            f"They differ: a teacher with the other one needs a bridge, for example `bridge: {KINDS[0]}`. "
+            f"With student A, {_share(there.one_to_one)} of its tokens align one to one, and "
+            f"{_share(there.lost)} cannot be compared.",
+            style="yellow",
+        )
         smaller = min(self.first.num_ids, self.second.num_ids)
         yield Text(
             f"{self.num_shared_bytes:,} tokens stand for the same bytes, "
@@ -116,58 +142,19 @@ class TokenizerPair:
         )
         yield Text(plain_text(self.difference, glyphs) + "\n", style="dim")
 
-    def _coverage(self, glyphs: Glyphs) -> Table:
-        headings = [f"{side.writer} writes, {side.reader} reads" for side in self.coverage]
-        table = _table(glyphs, f"Text: {self.text}", *headings)
-        rows: dict[str, Callable[[Coverage], str]] = {
-            "tokens written": lambda side: f"{side.num_writer:,}",
-            "tokens read": lambda side: f"{side.num_reader:,}",
-            "groups": lambda side: f"{side.num_groups:,}",
-            "bytes a group": lambda side: _ratio(side.num_bytes, side.num_groups),
-            "written tokens a group": lambda side: _ratio(side.num_writer, side.num_groups),
-            "read tokens a group": lambda side: _ratio(side.num_reader, side.num_groups),
-            "one to one": lambda side: _share(side.one_to_one),
-            "in no group": lambda side: _share(side.lost),
-        }
-        for name, shown in rows.items():
-            table.add_row(name, *(shown(side) for side in self.coverage))
-        for reason in dict.fromkeys(reason for side in self.coverage for reason in side.unaligned):
-            counts = (f"{side.unaligned.get(reason, 0):,}" for side in self.coverage)
-            table.add_row(f"  {reason}", *counts, style="yellow")
-        return table
 
-    def _openings(self, glyphs: Glyphs) -> Iterator[Text]:
-        same = self.first.opening == self.second.opening
-        yield Text(f"A prompt 'Hi' is rendered {'the same' if same else 'differently'}:", style="bold")
-        for side in (self.first, self.second)[: 1 if same else 2]:
-            text = "no chat template" if side.opening is None else repr(side.opening)
-            if len(text) > _SHOWN_CHARACTERS:
-                half = _SHOWN_CHARACTERS // 2
-                text = f"{text[:half]} ... {text[-half:]}"
-            name = "" if same else f"{side.name}: "
-            yield Text.assemble((name, "dim"), plain_text(text, glyphs), overflow="fold")
-
-
-def _table(glyphs: Glyphs, title: str, *headings: str) -> Table:
-    table = Table(
-        title=plain_text(title, glyphs) or None,
-        title_justify="left",
-        title_style="bold",
-        box=glyphs.table_box,
-        header_style="dim",
-        pad_edge=False,
-    )
-    table.add_column("")
-    for heading in headings:
-        table.add_column(plain_text(heading, glyphs), justify="right", overflow="fold")
+def _table(glyphs: Glyphs, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=glyphs.table_box, header_style="dim", pad_edge=False)
+    for i, heading in enumerate(headings):
+        table.add_column(plain_text(heading, glyphs), justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(plain_text(cell, glyphs) for cell in row))
     return table
 
 
 def _named(side: TokenizerFacts, name: str) -> str:
-    if name not in side.named:
-        return "-"
-    text, i = side.named[name]
-    return f"{text} ({i})"
+    text, i = side.named.get(name, ("", -1))
+    return "-" if i < 0 else f"{text} ({i})"
 
 
 def _ratio(tokens: int, groups: int) -> str:
@@ -176,8 +163,3 @@ def _ratio(tokens: int, groups: int) -> str:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.2%}"
-
-
-def _plain(record: TokenizerFacts | Coverage) -> dict[str, Any]:
-    """Fields of a record; slots have no `__dict__`."""
-    return {name: getattr(record, name) for name in record.__dataclass_fields__}
