@@ -1,3 +1,37 @@
-"""mergeopd: merge many expert language models into one student by on-policy distillation."""
+"""mergeopd: merge many expert language models into one student by on-policy distillation.
+
+    result = mergeopd.run("recipes/quickstart.yaml", set={"optimizer.lr": 2e-6})
+    result.export, result.accuracies, result.to_pandas()
+
+Names are imported on first use, and torch by the functions that need it, so `import mergeopd` is quick.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mergeopd.api import CheckResult, RunResult, check_recipe, evaluate, load, load_run, run, write_report
 
 __version__ = "0.1.0"
+__all__ = [
+    "CheckResult",
+    "RunResult",
+    "__version__",
+    "check_recipe",
+    "evaluate",
+    "load",
+    "load_run",
+    "run",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'mergeopd' has no attribute {name!r}")
+    from mergeopd import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -80,6 +80,10 @@ class Stopped(MergeopdError, InterruptedError):  # noqa: N818 (a wish that was m
     """The run was asked to stop, and did after saving; the same command goes on with it."""
 
 
+class UpdateLimitReached(Stopped):
+    """The run made as many updates as it was asked for, and did not reach its end."""
+
+
 class StorageError(MergeopdError, OSError):
     """A run folder or checkpoint cannot be written, read or trusted."""
 

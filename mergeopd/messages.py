@@ -1,4 +1,4 @@
-"""Text helpers of messages: file names as people see them, and lists in words."""
+"""Text helpers for messages: paths as people know them, lists in words, problems of command-line options."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from mergeopd.errors import Location, Problem
+
+
+def option_problem(option: str, message: str, remedy: str = "", path: str = "") -> Problem:
+    """A mistake on the command line, shown like one in a file."""
+    return Problem(Location(option), path, message, remedy)
 
 
 def shown(file: Path) -> str:

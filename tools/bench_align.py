@@ -83,7 +83,7 @@ def run_mergeopd(arguments: argparse.Namespace) -> tuple[list[str], dict[str, An
     from mergeopd.align.encoding import ByteTokenizer
     from mergeopd.align.groups import Ends, close_groups
     from mergeopd.align.sides import Side
-    from mergeopd.engine.tokenizer_pair import SAMPLE
+    from mergeopd.inspect.tokenizers import SAMPLE
 
     own, other = (
         ByteTokenizer.of(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), str(folder))

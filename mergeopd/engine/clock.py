@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+
+_log = logging.getLogger(__name__)
 
 
 class Clock:
@@ -23,11 +26,13 @@ class Clock:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Count the time inside under `name`. Stages do not nest."""
+        _log.info("%s", name)
         start = time.perf_counter()
         try:
             yield
         finally:
             seconds = time.perf_counter() - start
+            _log.debug("%s took %.3f s", name, seconds)
             self._lap[name] = self._lap.get(name, 0.0) + seconds
             self._total[name] = self._total.get(name, 0.0) + seconds
 

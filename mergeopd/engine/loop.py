@@ -16,7 +16,7 @@ from mergeopd.engine.progress import Progress, phase_at
 from mergeopd.engine.score import Scorer
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.update import Updater
-from mergeopd.errors import Stopped
+from mergeopd.errors import Stopped, UpdateLimitReached
 from mergeopd.messages import shown
 from mergeopd.recipe.plan import Plan
 from mergeopd.report.events import RunFinished, RunStarted, StageStarted
@@ -25,7 +25,10 @@ from mergeopd.storage.run_folder import RunFolder
 from mergeopd.student.protocol import Student
 from mergeopd.teacher.snapshots import Past
 
+UPDATE_LIMIT = "--updates"  # what asks a run to stop at its own limit
 Evaluate = Callable[[Path], Accuracies]
+
+UPDATE_LIMIT = "--updates"  # who asked a run to stop, where that was its own limit
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Trainer:
             if self._is_due(before, progress):
                 self._save(progress)
             if max_updates is not None and first + max_updates <= progress.update < self.plan.num_updates:
-                self.stop.request("--updates")
+                self.stop.request(UPDATE_LIMIT)
             if self.stop.is_requested_anywhere():
                 self._stop(progress)
         self.pipeline.close()
@@ -115,7 +118,8 @@ class Trainer:
         if progress.update and not self.ranks.first(lambda: self.checkpoints.has(progress)):
             self._save(progress)
         self.ranks.gather(None)  # none leaves while another still has something to write
-        raise Stopped(
+        error = UpdateLimitReached if reason == UPDATE_LIMIT else Stopped
+        raise error(
             f"stopped by {reason} after {progress.update} of {self.plan.num_updates} "
             "updates, all saved; the same command goes on"
         )

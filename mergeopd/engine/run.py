@@ -38,30 +38,42 @@ from mergeopd.storage.run_folder import RunFolder
 
 
 def run_recipe(
-    recipe: Path, overrides: Sequence[str], max_updates: int | None, allowed_changes: Sequence[str]
+    recipe: Path,
+    overrides: Sequence[str],
+    max_updates: int | None,
+    allowed_changes: Sequence[str],
+    console: Console | None = None,
+    listener: Reporter | None = None,
 ) -> None:
-    """Run a recipe from wherever its run folder stands, at most `max_updates` updates further.
+    """Run a recipe or resume it, for at most `max_updates` updates.
 
-    Where it was started as one of several processes, all of them call it alike.
+    The first process shows progress on `console` (default: stdout); `listener` gets every event before that.
+    If the run has several processes, all of them call this with the same arguments.
     """
+    console = Console() if console is None else console
     clock = Clock()
     with ExitStack() as held:
         with clock.stage("startup"):
             place = Place.of()
             alone = place.world == 1
             ranks = Alone() if alone else held.enter_context(open_ranks(place, grouped=True))
-            inputs = begin(recipe, overrides, allowed_changes, ranks, held)
+            inputs = begin(recipe, overrides, allowed_changes, ranks, held, console)
             if inputs is None:
                 return
             if alone:
                 ranks = held.enter_context(
                     open_ranks(place, grouped=inputs.plan.student.backend == "megatron")
                 )
-        go_on(inputs, clock, max_updates, ranks)
+        go_on(inputs, clock, max_updates, ranks, console, listener)
 
 
 def begin(
-    recipe: Path, overrides: Sequence[str], allowed_changes: Sequence[str], ranks: Ranks, held: ExitStack
+    recipe: Path,
+    overrides: Sequence[str],
+    allowed_changes: Sequence[str],
+    ranks: Ranks,
+    held: ExitStack,
+    console: Console | None = None,
 ) -> Inputs | None:
     """Take the run folder, until `held` is closed; None where there is nothing left to do. Collective."""
     mine: list[Inputs] = []
@@ -77,7 +89,7 @@ def begin(
         folder.claim(inputs.plan, inputs.files, inputs.now, allowed_changes)
         mine.append(inputs)
         if _is_finished(folder, inputs.plan):
-            _show_finished(folder, Console())
+            _show_finished(folder, Console() if console is None else console)
             return False
         return True
 
@@ -105,8 +117,15 @@ def _same_inputs(recipe: Path, overrides: Sequence[str]) -> Inputs:
     return inputs
 
 
-def go_on(inputs: Inputs, clock: Clock, max_updates: int | None, ranks: Ranks) -> None:
-    """Build the run, resume where its folder stands, and run to the end. Collective.
+def go_on(
+    inputs: Inputs,
+    clock: Clock,
+    max_updates: int | None,
+    ranks: Ranks,
+    console: Console | None = None,
+    listener: Reporter | None = None,
+) -> None:
+    """Build the parts, go to where the run folder stands, and on to the end. Collective.
 
     A student on Megatron needs torch's default process group, which must be that of `ranks`.
     """
@@ -116,17 +135,19 @@ def go_on(inputs: Inputs, clock: Clock, max_updates: int | None, ranks: Ranks) -
 
     _quiet_libraries()
     interrupt, folder = Interrupt(), RunFolder(Path(inputs.plan.output))
-    with console_reporter(Console()) if ranks.is_first else nullcontext(Reporters()) as console:
+    shown_on = Console() if console is None else console
+    with console_reporter(shown_on) if ranks.is_first else nullcontext(Reporters()) as display:
+        told = display if listener is None or not ranks.is_first else Reporters(listener, display)
         with clock.stage("startup"):
             models = load_models(inputs, Machine(pick_device(), ranks))
-            record = models.checkpoints().restore(ranks.first(folder.plan_hashes), console)
-            num_done = ranks.first(lambda: _settled(inputs.plan, folder, record.progress.update, console))
+            record = models.checkpoints().restore(ranks.first(folder.plan_hashes), told)
+            num_done = ranks.first(lambda: _settled(inputs.plan, folder, record.progress.update, told))
         clock.continue_from(record.seconds)
         # Until here nothing is at stake, and a signal ends the process at once.
         with interrupt.listening(), ExitStack() as opened:
             reporter: Reporter = Reporters()
             if ranks.is_first:
-                reporter = _reporters(inputs, folder, num_done, opened, console)
+                reporter = _reporters(inputs, folder, num_done, opened, told)
                 _tell_notes(inputs, reporter)
             trainer = build(models, reporter=reporter, clock=clock, interrupt=interrupt)
             trainer.run(replace(record.progress, update=num_done), max_updates)
@@ -162,10 +183,12 @@ def _asked_for(plan: Plan, folder: RunFolder, notes: Reporter) -> list[Reporter]
     return [TensorBoardReporter(folder.path / run_layout.TENSORBOARD, notes)]
 
 
-def evaluate_recipe(recipe: Path, overrides: Sequence[str], model: Path | None, output: Path | None) -> None:
-    """Measure a folder as the recipe's merged student and show the table.
+def evaluate_recipe(
+    recipe: Path, overrides: Sequence[str], model: Path | None, output: Path | None, console: Console
+) -> Result:
+    """Evaluate a folder as the recipe's merged student, show the table and return the result document.
 
-    Where it was started as one of several processes, all of them call it alike and measure a share each.
+    If there are several processes, all of them call this with the same arguments and evaluate a share each.
     """
     place = Place.of()
     with open_ranks(place, grouped=False) as ranks:
@@ -182,11 +205,13 @@ def evaluate_recipe(recipe: Path, overrides: Sequence[str], model: Path | None, 
         check_student_folder(merged, inputs.student)
         if output is not None and output.is_dir():
             raise StorageError(f"{output}: is a folder; name a file")
-        _measure(inputs, inputs.plan.evaluation, merged, output, ranks)
+        return _measure(inputs, inputs.plan.evaluation, merged, output, ranks, console)
 
 
-def _measure(inputs: Inputs, plan: EvaluationPlan, merged: Path, output: Path | None, ranks: Ranks) -> None:
-    """Measure; the first process shows the table and writes the result. Collective."""
+def _measure(
+    inputs: Inputs, plan: EvaluationPlan, merged: Path, output: Path | None, ranks: Ranks, console: Console
+) -> Result:
+    """Evaluate; the first process shows the table and writes the result. Collective."""
     import time
 
     from mergeopd.engine.build import Machine, build_evaluation
@@ -194,7 +219,7 @@ def _measure(inputs: Inputs, plan: EvaluationPlan, merged: Path, output: Path | 
     from mergeopd.models.causal import pick_device
 
     _quiet_libraries()
-    console = Console(quiet=not ranks.is_first)
+    console = console if ranks.is_first else Console(quiet=True)
     start = time.perf_counter()
     with console_reporter(console) if ranks.is_first else nullcontext(Reporters()) as reporter:
         _tell_notes(inputs, reporter)
@@ -205,6 +230,7 @@ def _measure(inputs: Inputs, plan: EvaluationPlan, merged: Path, output: Path | 
     console.print(ResultTable(document, {"result": output, "student": Path(shown(merged))}))
     if output is not None and ranks.is_first:
         write_result(output, document)
+    return document
 
 
 def _try_verifiers(inputs: Inputs) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mergeopd.loss.divergence import Divergence
@@ -54,6 +55,27 @@ class DistillationObjective:
 
         return loss
 
+    def mean_over(
+        self,
+        mask_N: Tensor,
+        teacher_weights: Sequence[float] = (1.0,),
+        num_tokens: float | None = None,
+    ) -> Callable[[BlockStats, slice], Tensor]:
+        """The function that `fused_loss` calls, for the mean over the tokens that `mask_N` selects.
+
+        mask_N           booleans or weights `[N]`; 0 leaves a token out
+        teacher_weights  one weight for each target
+        num_tokens       the denominator; default: the sum of the mask. With gradient accumulation or several
+                         ranks, pass the sum over the whole batch
+
+        Raises ValueError where the mask selects no token and no denominator is given.
+        """
+        total = float(mask_N.sum()) if num_tokens is None else num_tokens
+        if not total > 0:
+            raise ValueError("the mask selects no token; leave such a batch out, or pass num_tokens")
+        weight_N = mask_N / total
+        return self.per_token(torch.stack([weight * weight_N for weight in teacher_weights]), weight_N)
+
     @property
     def measures(self) -> tuple[str, ...]:
         """Names of what `measured` gives."""
@@ -75,7 +97,11 @@ def build_objective(
     policy: Policy | None = None,
     support: Support | None = None,
 ) -> DistillationObjective:
-    """The objective with these divergences and weights, by name; terms of weight 0 are not computed."""
+    """A weighted sum of divergences, each given as name: (divergence, weight).
+
+    Terms of weight 0 are not computed. `nll` weighs the negative log-likelihood of the labels. The result has
+    what `fused_loss` needs: a function per token (`mean_over`), `divergences`, `temperature` and `support`.
+    """
     used = [(name, divergence, weight) for name, (divergence, weight) in terms.items() if weight]
     return DistillationObjective(
         names=tuple(name for name, _, _ in used),

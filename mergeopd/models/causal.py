@@ -6,6 +6,7 @@ norm. The head is applied in the loss and in sampling, over the true vocabulary 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ from mergeopd.models.facts import ModelFacts, head_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -147,4 +150,6 @@ def padded(
 
 def pick_device() -> torch.device:
     """The first GPU where torch sees one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _log.debug("device %s, %d CPU threads", device, torch.get_num_threads())
+    return device

@@ -48,7 +48,8 @@ def recipe_schema() -> Schema:
 def card_schema() -> Schema:
     """JSON Schema of a teacher card."""
     schema = _with_variables(copy.deepcopy(model_schema(TeacherCard)))
-    return {**schema, "$schema": _DIALECT, "title": "mergeopd teacher card", "$defs": {"Variable": _VARIABLE}}
+    defs = {**schema["$defs"], "Variable": _VARIABLE}
+    return {**schema, "$schema": _DIALECT, "title": "mergeopd teacher card", "$defs": defs}
 
 
 def _with_variables(schema: Any) -> Any:

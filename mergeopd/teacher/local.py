@@ -9,6 +9,7 @@ or some of its rows, keyed by checkpoint, so teachers that share one checkpoint 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_log = logging.getLogger(__name__)
 # Checkpoint fingerprint; rule and version of weights that follow the student; dtype; true vocabulary.
 HeadKey = tuple[str, tuple[str, int] | None, str, int]
 # Responses are reduced together until they have this many tokens: a matrix product of a few rows is slow.
@@ -353,9 +355,9 @@ class TeacherStore:
         parameters = {tensor: parameter for parameter, tensor in tensors.items()}
         read = self._reader.read(checkpoint, list(parameters), self._device)
         weights = {parameters[tensor]: self._converted(name, values) for tensor, values in read}
-        self._bytes_read[name] += checkpoint.header_bytes + self._reader.num_bytes(
-            checkpoint, list(parameters)
-        )
+        num_bytes = checkpoint.header_bytes + self._reader.num_bytes(checkpoint, list(parameters))
+        _log.debug("read %d bytes of teacher %s", num_bytes, name)
+        self._bytes_read[name] += num_bytes
         return weights
 
     def _converted(self, name: str, tensor: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
-import mergeopd.engine.run
+import mergeopd.api
 from mergeopd.cli import main
 from mergeopd.distributed.rendezvous import Place, open_ranks
 from mergeopd.errors import Location, ModelError, Problem, RecipeError, Stopped
@@ -84,7 +85,12 @@ def bug_before():
 BEFORE = {"recipe_error": recipe_error, "own_error": own_error, "bug_before": bug_before}
 
 
-def scene(*_):
+def scene(*_, **__):
+    play()
+    return SimpleNamespace(is_finished=True)
+
+
+def play():
     name = sys.argv[-1]
     BEFORE.get(name, lambda: None)()
     with open_ranks(Place.of(), grouped=True) as ranks:
@@ -102,5 +108,5 @@ def scene(*_):
 if __name__ == "__main__":
     name = sys.argv[1]
     sys.argv = ["mergeopd", "run", name]
-    mergeopd.engine.run.run_recipe = scene
+    mergeopd.api.run = scene
     main()

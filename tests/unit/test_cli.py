@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import pty
 import re
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +91,7 @@ def test_a_good_recipe(command: Command, job: Callable[..., Path]) -> None:
     recipe = job()
     assert command("check", recipe) == (
         0,
-        f"note: {NO_CANARY}\njob.yaml: good. 2 teachers, 4 prompts, 2 updates in 1 phase.\n",
+        f"note: {NO_CANARY}\njob.yaml: OK. 2 teachers, 4 prompts, 2 updates in 1 phase.\n",
         "",
     )
     code, out, err = command("check", recipe, "--json", "--set", "optimizer.lr=0.02")
@@ -119,6 +122,35 @@ def test_all_problems_go_to_stderr(command: Command, job: Callable[..., Path], t
     assert document["problems"][0]["line"] == 21
 
 
+def test_help_is_light() -> None:
+    code = (
+        "import sys\nfrom mergeopd.cli import main\nsys.argv = ['mergeopd', '--help']\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'numpy', 'pydantic', 'ruamel', 'tokenizers', 'jinja2', 'mergeopd.api'}\n"
+        "print('heavy:', *sorted(heavy & sys.modules.keys()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "heavy:"
+
+
+def test_run_shows_that_it_works_before_anything_slow(tmp_path: Path) -> None:
+    """On a terminal; with a recipe that is not there, so that nothing else is shown before the error."""
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "mergeopd", "run", "none.yaml"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=slave, stderr=slave)
+    os.close(slave)
+    shown = b""
+    with suppress(OSError):  # Linux's end of a terminal
+        while part := os.read(master, 4096):
+            shown += part
+    os.close(master)
+    assert process.wait() == 2
+    first = shown.index(b"Reading the recipe and the models that it names")
+    assert first < shown.index(b"no such file")
+    assert b"1 problem." in shown[shown.index(b"no such file") :]
+
+
 @pytest.mark.parametrize("name", ["check", "run", "eval"])
 def test_a_recipe_that_is_not_there(command: Command, tmp_path: Path, name: str) -> None:
     code, out, err = command(name, tmp_path / "none.yaml")
@@ -132,6 +164,46 @@ def test_wrong_usage_exits_with_2(command: Command, arguments: tuple[str, ...]) 
     code, out, err = command(*arguments)
     assert (code, out) == (2, "")
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (("--set", "optimizer.lr", "2"), "--set takes one word; write --set optimizer.lr=2"),
+        (("-v",), "write -v before the command: mergeopd -v check"),
+    ],
+)
+def test_misplaced_words_have_a_remedy(command: Command, arguments: tuple[str, ...], remedy: str) -> None:
+    code, out, err = command("check", "x.yaml", *arguments)
+    assert (code, out) == (2, "")
+    assert remedy in err
+    # Neither is in the way of what is meant otherwise.
+    assert "no such file" in command("check", "--set", "seed", "x.yaml")[2]
+
+
+def test_verbose_logs_stages_and_details_to_stderr(
+    command: Command, job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERGEOPD_VERBOSE", "0")  # put back afterwards
+    recipe = job({"phases": [{**DATASET["phases"][0], "loss": "reverse_kl"}]})
+    logger = logging.getLogger("mergeopd")
+    try:
+        code, _, err = command("-vv", "run", recipe)
+    finally:
+        logger.handlers.clear()
+        logger.setLevel(logging.NOTSET)
+    assert code == 0
+    lines = [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in err.splitlines()]
+    stages = [line.removeprefix("mergeopd.engine.clock: ") for line in lines if "engine.clock" in line]
+    assert [stage for stage in stages if " " not in stage][:2] == ["startup", "startup"]
+    assert "rollout" in stages
+    weights = Path("one/model.safetensors").stat().st_size
+    read = re.search(r"mergeopd\.teacher\.local: read (\d+) bytes of teacher one", err)
+    assert read is not None
+    assert 0 < int(read[1]) <= weights
+    assert "device cpu" in err
+    monkeypatch.setenv("MERGEOPD_VERBOSE", "0")
+    assert command("run", recipe, "--set", "output=other")[2] == ""
 
 
 @pytest.mark.parametrize(("options", "name"), [((), "recipe"), (("--card",), "card")])
@@ -170,7 +242,7 @@ def test_check_is_light_and_quick(job: Callable[..., Path]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1].startswith("job.yaml: good.")
+    assert done.stdout.splitlines()[1].startswith("job.yaml: OK.")
     assert done.stdout.splitlines()[2] == "heavy:"
     assert seconds < 10, "about half a second on an idle machine; ten on one that is not"
 
@@ -185,9 +257,9 @@ def test_interrupting_leaves_no_traceback(
     assert command("run", job()) == (
         130,
         "",
-        "Interrupted. The same command goes on from the newest checkpoint.\n",
+        "Interrupted. The same command resumes from the newest checkpoint.\n",
     )
-    monkeypatch.setattr("mergeopd.check.preflight.preflight", interrupted)
+    monkeypatch.setattr("mergeopd.api.preflight", interrupted)
     code, _, err = command("check", "job.yaml")
     assert code == 130
     assert "Traceback" not in err
@@ -331,10 +403,10 @@ def test_from_models_and_prompts_to_a_run(command: Command, job: Callable[..., P
     Path("left.jsonl").rename("data/left.jsonl")
     code, out, err = command("new", "teacher", "left", "--model", "two", "--prompt", "a b c")
     assert code == 0, err
-    assert err == "Loading two to have it answer ...\n"
+    assert err == "Loading two to generate a sample ...\n"
     assert re.fullmatch(
-        r'left says: "[a-d ]+"\n'
-        r"teachers/left\.yaml: written\. A recipe names it by `left: teachers/left\.yaml`\.\n",
+        r'left responds: "[a-d ]+"\n'
+        r"teachers/left\.yaml: written\. A recipe uses it by `left: teachers/left\.yaml`\.\n",
         out,
     )
     assert command("new", "recipe", "first", "--student", "base") == (
@@ -345,7 +417,7 @@ def test_from_models_and_prompts_to_a_run(command: Command, job: Callable[..., P
     )
     assert command("check", "recipes/first.yaml") == (
         0,
-        "recipes/first.yaml: good. 1 teacher, 2 prompts, 200 updates in 1 phase.\n",
+        "recipes/first.yaml: OK. 1 teacher, 2 prompts, 200 updates in 1 phase.\n",
         "",
     )
     fast = ("--set", "rollout.max_new_tokens=2", "--set", "phases.0.prompts_per_round=2", "--updates", "1")
@@ -360,7 +432,7 @@ def test_new_tells_what_is_missing_or_there(command: Command, job: Callable[...,
     job()
     code, out, err = command("new", "recipe", "first")
     assert (code, out) == (2, "")
-    assert "--student\n    nothing says which model to train; name its folder: --student DIR\n" in err
+    assert "--student\n    missing option: the model to train; name its folder: --student DIR\n" in err
     assert err.endswith("\n3 problems.\n")
     Path("teachers").mkdir()
     Path("teachers/x.yaml").touch()

@@ -1,8 +1,8 @@
-"""Two tokenizers side by side: shared tokens, and how well one reads text that the other has encoded."""
+"""Two tokenizers side by side: shared tokens, and how their tokens of one text align."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from mergeopd.recipe.bridges import KINDS
 from mergeopd.report.terminal.glyphs import Glyphs, plain_text
 
 _SHOWN_CHARACTERS = 300
@@ -17,7 +18,7 @@ _SHOWN_CHARACTERS = 300
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFacts:
-    """One tokenizer. `named` maps names like "eos_token" to text and id; `opening` is a rendered prompt."""
+    """One side. `named` maps names such as "eos_token" to text and id; `opening` is a rendered prompt."""
 
     name: str
     num_ids: int
@@ -32,7 +33,7 @@ class TokenizerFacts:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """Text encoded by `writer` and read by `reader`. All but `num_bytes` and `num_groups` count tokens."""
+    """Text in the writer's tokens, aligned with the reader's; `num_writer` and `unaligned` count tokens."""
 
     writer: str
     reader: str
@@ -56,7 +57,7 @@ class Coverage:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerPair:
-    """The comparison of two tokenizers. `difference` is None where every text has the same ids."""
+    """The comparison. `difference` is None where every text has the same ids in both."""
 
     first: TokenizerFacts
     second: TokenizerFacts
@@ -73,91 +74,87 @@ class TokenizerPair:
             "difference": self.difference,
             "shared_tokens": {"by_bytes": self.num_shared_bytes, "by_spelling": self.num_shared_written},
             "text": self.text,
-            "coverage": [
-                {**asdict(side), "one_to_one": side.one_to_one, "lost": side.lost} for side in self.coverage
-            ],
+            "coverage": [{**asdict(c), "one_to_one": c.one_to_one, "lost": c.lost} for c in self.coverage],
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         glyphs = Glyphs.of(options)
         sides = (self.first, self.second)
-        table = _table(glyphs, "", [side.name for side in sides])
-        rows = {
-            "ids": [f"{side.num_ids:,}" for side in sides],
-            "special tokens": [f"{side.num_special:,}" for side in sides],
-            "normalization": [side.normal or "none" for side in sides],
-            "space before a text": ["yes" if side.prefix else "no" for side in sides],
-            "system message": ["yes" if side.takes_system else "no" for side in sides],
-            "fingerprint": [side.fingerprint[:12] for side in sides],
-        }
-        _add_rows(table, glyphs, rows)
-        table.add_section()
+        for mark, side in zip("AB", sides, strict=True):
+            yield Text(f"{mark}  {plain_text(side.name, glyphs)}", style="bold", overflow="fold")
         names = dict.fromkeys((*self.first.named, *self.second.named))
-        _add_rows(table, glyphs, {name: [_named(side, name) for side in sides] for name in names})
-        yield table
-        yield from self._shared(glyphs)
-        yield self._coverage(glyphs)
-        yield from self._openings(glyphs)
+        yield _table(
+            glyphs,
+            ("", "A", "B"),
+            [
+                ("ids", *(f"{side.num_ids:,}" for side in sides)),
+                ("special tokens", *(f"{side.num_special:,}" for side in sides)),
+                ("Unicode normalization", *(side.normal or "none" for side in sides)),
+                ("adds a leading space", *("yes" if side.prefix else "no" for side in sides)),
+                ("template has a system message", *("yes" if s.takes_system else "no" for s in sides)),
+                ("fingerprint", *(side.fingerprint[:12] for side in sides)),
+                *((name, *(_named(side, name) for side in sides)) for name in names),
+            ],
+        )
+        yield from self._verdict(glyphs)
+        there, back = self.coverage
+        reasons = dict.fromkeys((*there.unaligned, *back.unaligned))
+        yield _table(
+            glyphs,
+            (f"Text: {self.text}", "A to B", "B to A"),
+            [
+                ("tokens", *(f"{c.num_writer:,}" for c in self.coverage)),
+                ("tokens of the other side", *(f"{c.num_reader:,}" for c in self.coverage)),
+                ("aligned groups", *(f"{c.num_groups:,}" for c in self.coverage)),
+                ("bytes per group", *(_ratio(c.num_bytes, c.num_groups) for c in self.coverage)),
+                ("tokens per group", *(_ratio(c.num_writer, c.num_groups) for c in self.coverage)),
+                ("other tokens per group", *(_ratio(c.num_reader, c.num_groups) for c in self.coverage)),
+                ("tokens aligned one to one", *(_share(c.one_to_one) for c in self.coverage)),
+                ("tokens in no group", *(_share(c.lost) for c in self.coverage)),
+                *((f"  {why}", *(f"{c.unaligned.get(why, 0):,}" for c in self.coverage)) for why in reasons),
+            ],
+        )
+        same = self.first.opening == self.second.opening
+        yield Text(f"Templates render the prompt 'Hi' {'the same' if same else 'differently'}:", style="bold")
+        for side in sides[: 1 if same else 2]:
+            text = "no chat template" if side.opening is None else repr(side.opening)
+            if len(text) > _SHOWN_CHARACTERS:
+                text = f"{text[: _SHOWN_CHARACTERS // 2]} ... {text[-_SHOWN_CHARACTERS // 2 :]}"
+            name = "" if same else f"{plain_text(side.name, glyphs)}: "
+            yield Text.assemble((name, "dim"), plain_text(text, glyphs), overflow="fold")
 
-    def _shared(self, glyphs: Glyphs) -> Iterator[Text]:
+    def _verdict(self, glyphs: Glyphs) -> Iterator[Text]:
         if self.difference is None:
             yield Text("Both give every text the same ids: a teacher needs no bridge.\n", style="green")
             return
+        there = self.coverage[0]
+        yield Text(
+            f"They differ: a teacher with the other one needs a bridge, for example `bridge: {KINDS[0]}`. "
+            f"With student A, {_share(there.one_to_one)} of its tokens align one to one, and "
+            f"{_share(there.lost)} cannot be compared.",
+            style="yellow",
+        )
         smaller = min(self.first.num_ids, self.second.num_ids)
         yield Text(
-            f"{self.num_shared_bytes:,} tokens have the same bytes, "
+            f"{self.num_shared_bytes:,} tokens stand for the same bytes, "
             f"{self.num_shared_bytes / smaller:.1%} of the smaller vocabulary; "
-            f"{self.num_shared_written:,} have the same spelling."
+            f"{self.num_shared_written:,} are spelled the same."
         )
         yield Text(plain_text(self.difference, glyphs) + "\n", style="dim")
 
-    def _coverage(self, glyphs: Glyphs) -> Table:
-        sides = self.coverage
-        table = _table(glyphs, f"Text: {self.text}", [f"{s.writer} writes, {s.reader} reads" for s in sides])
-        rows = {
-            "tokens written": [f"{s.num_writer:,}" for s in sides],
-            "tokens read": [f"{s.num_reader:,}" for s in sides],
-            "groups": [f"{s.num_groups:,}" for s in sides],
-            "bytes per group": [_ratio(s.num_bytes, s.num_groups) for s in sides],
-            "written tokens per group": [_ratio(s.num_writer, s.num_groups) for s in sides],
-            "read tokens per group": [_ratio(s.num_reader, s.num_groups) for s in sides],
-            "one to one": [_share(s.one_to_one) for s in sides],
-            "in no group": [_share(s.lost) for s in sides],
-        }
-        _add_rows(table, glyphs, rows)
-        reasons = dict.fromkeys(reason for side in sides for reason in side.unaligned)
-        lost = {f"  {reason}": [f"{s.unaligned.get(reason, 0):,}" for s in sides] for reason in reasons}
-        _add_rows(table, glyphs, lost, "yellow")
-        return table
 
-    def _openings(self, glyphs: Glyphs) -> Iterator[Text]:
-        same = self.first.opening == self.second.opening
-        yield Text(f"The prompt 'Hi' is rendered {'identically' if same else 'differently'}:", style="bold")
-        for side in (self.first, self.second)[: 1 if same else 2]:
-            text = "no chat template" if side.opening is None else repr(side.opening)
-            if len(text) > _SHOWN_CHARACTERS:
-                half = _SHOWN_CHARACTERS // 2
-                text = f"{text[:half]} ... {text[-half:]}"
-            name = "" if same else f"{side.name}: "
-            yield Text.assemble((name, "dim"), plain_text(text, glyphs), overflow="fold")
-
-
-def _table(glyphs: Glyphs, title: str, headings: list[str]) -> Table:
-    table = glyphs.table(title)
-    table.add_column("")
-    for heading in headings:
-        table.add_column(plain_text(heading, glyphs), justify="right", overflow="fold")
+def _table(glyphs: Glyphs, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=glyphs.table_box, header_style="dim", pad_edge=False)
+    for i, heading in enumerate(headings):
+        table.add_column(plain_text(heading, glyphs), justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(plain_text(cell, glyphs) for cell in row))
     return table
 
 
-def _add_rows(table: Table, glyphs: Glyphs, rows: Mapping[str, list[str]], style: str = "") -> None:
-    for name, cells in rows.items():
-        table.add_row(name, *(plain_text(cell, glyphs) for cell in cells), style=style)
-
-
 def _named(side: TokenizerFacts, name: str) -> str:
-    text, i = side.named.get(name, ("", 0))
-    return f"{text} ({i})" if name in side.named else "-"
+    text, i = side.named.get(name, ("", -1))
+    return "-" if i < 0 else f"{text} ({i})"
 
 
 def _ratio(tokens: int, groups: int) -> str:

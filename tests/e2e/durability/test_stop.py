@@ -58,7 +58,7 @@ def test_a_second_ctrl_c_stops_at_once(runs: Any, ends_well: Callable[..., str],
     name = "twice-" + place.replace(":", "-")
     code, printed = runs(name, fault=f"{place}:INT+INT")
     assert code == 130, printed
-    assert printed.endswith("Interrupted. The same command goes on from the newest checkpoint.\n")
+    assert printed.endswith("Interrupted. The same command resumes from the newest checkpoint.\n")
     assert list(runs.folder(name).rglob("*.partial")) == []
     ends_well(name)
 

@@ -19,10 +19,10 @@ from mergeopd.check.preflight import preflight
 from mergeopd.distributed.ranks import Alone
 from mergeopd.engine.build import Machine, Models, build_evaluation, load_models
 from mergeopd.engine.clock import Clock
-from mergeopd.engine.new_recipe import RecipeWish, new_recipe
 from mergeopd.engine.stages import Stages
 from mergeopd.report.events import Event, Note
 from mergeopd.rollout.protocol import Completion
+from mergeopd.scaffold.recipe import NewRecipeOptions, new_recipe
 from mergeopd.teacher.token_view import AlignedTokens
 from mergeopd.types import Rollout
 
@@ -287,7 +287,7 @@ def test_a_new_recipe_has_a_bridge_where_the_tokenizer_differs(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "q.jsonl").write_bytes((tmp_path / "p.jsonl").read_bytes())
     files = ["other=p.jsonl", "same=q.jsonl"]
-    inputs, _ = new_recipe(RecipeWish("both", "base", ["other.yaml", "same.yaml"], files))
+    inputs, _ = new_recipe(NewRecipeOptions("both", "base", ["other.yaml", "same.yaml"], files))
     assert {name: crossing.bridge.kind for name, crossing in inputs.crossings.items()} == {"other": "pieces"}
 
 

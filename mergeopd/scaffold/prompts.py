@@ -1,4 +1,4 @@
-"""Prompt files for a new recipe: whose domain they are, whether they are held out, how they are read."""
+"""Prompt files for a new recipe: domain, held out or not, fields, verifier."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from mergeopd.config.folders import Missing, absolute, existing_file
 from mergeopd.config.suggest import did_you_mean
 from mergeopd.config.values import NAME_PATTERN
 from mergeopd.data.prompts import read_prompts
-from mergeopd.engine.new_file import is_text, option_problem
 from mergeopd.errors import DataError, Problem
-from mergeopd.messages import shown
+from mergeopd.messages import option_problem, shown
 from mergeopd.recipe.plan import SourcePlan
 from mergeopd.recipe.sources import PROMPT_SUFFIXES
 from mergeopd.reward.numbers import final_number
+from mergeopd.scaffold.files import is_text
 
 PROMPT_FOLDER = "data"
 _HELD_OUT = frozenset(
     {"eval", "evaluation", "test", "val", "valid", "validation", "dev", "heldout", "holdout"}
 )
-# Fields as data sets name them; the first that a file has is taken.
+# Usual names of fields; the first that a file has is used.
 _PROMPT_FIELDS = ("prompt", "messages", "question", "problem", "instruction")
 _REFERENCE_FIELDS = ("answer", "reference", "solution", "target")
 _NUMBER = re.compile(r"\s*[-+$]?\d[\d,._ ]*%?\s*")
-_SHORT = 100  # characters; of a longer reference, a right answer would hardly be the same to the letter
+_SHORT = 100  # characters; responses rarely equal a longer reference to the letter
 
 VerifierKind = Literal["number", "json", "exact"]
 
 
 @dataclass(frozen=True, slots=True)
 class PromptFile:
-    """A file with its domain. `verifier` is None without references, and where none is sure to fit them."""
+    """A file with its domain. `verifier` is None without references, and if none fits all of them."""
 
     path: str
     domain: str
@@ -54,12 +54,12 @@ def find_prompts() -> list[str]:
 def sort_prompts(
     written: Sequence[str], domains: Sequence[str]
 ) -> tuple[list[PromptFile], list[str], list[Problem]]:
-    """Files with their domains, those that name none of them, and what is wrong.
+    """Return files with their domains, files of no known domain, and problems.
 
     `written` are paths or `DOMAIN=FILE`.
     """
     files: dict[str, PromptFile] = {}
-    strangers: list[str] = []
+    unknown: list[str] = []
     problems: list[Problem] = []
     for text in written:
         domain, file = _split(text)
@@ -75,10 +75,10 @@ def sort_prompts(
             remedy = did_you_mean(domain, domains, f"there are {', '.join(domains)}")
             problems.append(option_problem("--prompts", f"no teacher has the domain '{domain}'", remedy))
         elif (domain := domain or _domain_of(shown(path), domains)) is None:
-            strangers.append(shown(path))
+            unknown.append(shown(path))
         else:
             files[shown(path)] = _prompt_file(path, domain)
-    return list(files.values()), strangers, problems
+    return list(files.values()), unknown, problems
 
 
 def _split(text: str) -> tuple[str | None, str]:
@@ -94,7 +94,7 @@ def _words(text: str) -> list[str]:
 
 
 def _domain_of(path: str, domains: Sequence[str]) -> str | None:
-    """The domain whose words the path has; the longest of several, None where that is not clear."""
+    """The domain whose words the path contains; the longest of several, None if there is no single one."""
     if len(domains) == 1:
         return domains[0]
     here = _words(str(Path(path).with_suffix("")))
@@ -127,7 +127,7 @@ def _prompt_file(path: Path, domain: str) -> PromptFile:
 
 
 def _fields(path: Path) -> Sequence[str]:
-    """Names of the first row's fields; none where it cannot be read, which the check of the whole tells."""
+    """Names of the first row's fields; none if it cannot be read, which the check of the recipe reports."""
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
@@ -141,7 +141,7 @@ def _fields(path: Path) -> Sequence[str]:
 
 
 def _verifier(path: Path, domain: str, prompt_field: str, reference_field: str) -> VerifierKind | None:
-    """The verifier that surely fits all references of a file."""
+    """The verifier that fits all references of a file, if there is one."""
     source = SourcePlan(
         name="new",
         source=str(path),
@@ -157,7 +157,7 @@ def _verifier(path: Path, domain: str, prompt_field: str, reference_field: str) 
     try:
         references = [prompt.reference for prompt in read_prompts(source)]
     except DataError:
-        return None  # the check of the whole tells what is wrong
+        return None  # the check of the recipe reports it
     texts = [text for text in references if text is not None]
     if not texts or len(texts) < len(references):
         return None
@@ -169,7 +169,7 @@ def _verifier(path: Path, domain: str, prompt_field: str, reference_field: str) 
 
 
 def _is_number(text: str) -> bool:
-    """A number alone, or one that is marked as the final one."""
+    """A number alone, or one marked as final."""
     marked = "####" in text or "\\boxed{" in text
     return (marked or bool(_NUMBER.fullmatch(text))) and final_number(text) is not None
 

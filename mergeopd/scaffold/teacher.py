@@ -1,4 +1,4 @@
-"""`mergeopd new teacher`: a card, with what the teacher is recognised by."""
+"""`mergeopd new teacher`: write a card with a sample response, by which runs verify the model."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from mergeopd.check.problems import Findings
 from mergeopd.config.folders import Missing, existing_file, existing_model
 from mergeopd.config.locate import Origins
 from mergeopd.data.renderer import Dialect
-from mergeopd.engine.new_file import (
+from mergeopd.errors import DataError, RecipeError, TeacherError
+from mergeopd.messages import option_problem, shown
+from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.recipe.models import Canary
+from mergeopd.recipe.plan import TeacherPlan
+from mergeopd.scaffold.files import (
     by_option,
     is_text,
     name_problems,
     native_dtype,
-    option_problem,
-    quoted,
     refuse_existing,
+    render,
     write_new,
+    write_schema,
 )
-from mergeopd.errors import DataError, RecipeError, TeacherError
-from mergeopd.messages import shown
-from mergeopd.models.checkpoint import Checkpoint
-from mergeopd.recipe.models import Canary
-from mergeopd.recipe.plan import TeacherPlan
 
 DEFAULT_PROMPT = "Say who you are in one sentence."
 MAX_TOKENS = 64
 _COLUMNS = 100
-_OWN_TEMPLATE = "name one in the card (`template: FILE.jinja`)"  # what check says of a card that exists
+_OWN_TEMPLATE = "name one in the card (`template: FILE.jinja`)"  # the remedy of check, for a card that exists
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherWish:
-    """What was asked for. `model` is a folder or a hub id in the local cache; no domains: one of its name."""
+class NewTeacherOptions:
+    """The options of the command. `model` is a folder or a cached hub id; default domain: its name."""
 
     name: str
     model: str
@@ -53,45 +53,45 @@ class TeacherWish:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A model that can teach, as far as can be seen without reading its weights."""
+class ProbedModel:
+    """A model that passed every check that needs no weights."""
 
     plan: TeacherPlan
     dialect: Dialect
     fingerprint: str
 
 
-def examine(wish: TeacherWish) -> Candidate:
-    """Check all that `mergeopd check` would of a card, before a weight is read.
+def probe(options: NewTeacherOptions) -> ProbedModel:
+    """Check the model as `mergeopd check` checks a card, without reading weights.
 
     Raises:
         RecipeError: every mistake, by option.
         StorageError: the card exists.
     """
-    problems = name_problems("NAME", [wish.name], "teacher")
-    problems += name_problems("--domain", wish.domains, "domain")
-    if not is_text(wish.prompt) or not wish.prompt:
-        problems.append(option_problem("--prompt", "is empty or no text", "write a message of a user"))
+    problems = name_problems("NAME", [options.name], "teacher")
+    problems += name_problems("--domain", options.domains, "domain")
+    if not is_text(options.prompt) or not options.prompt:
+        problems.append(option_problem("--prompt", "is empty or no text in UTF-8", "write a user message"))
     if not problems:
-        refuse_existing(wish.card_file)
+        refuse_existing(options.card_file)
     here = Path.cwd()
-    model = existing_model(wish.model, None, here)
+    model = existing_model(options.model, None, here)
     if isinstance(model, Missing):
         problems.append(option_problem("--model", model.message, model.remedy))
-    elif not is_text(wish.model):
+    elif not is_text(options.model):
         problems.append(option_problem("--model", "the path is no text in UTF-8", "rename the folder"))
-    template = None if wish.template is None else existing_file(str(wish.template), here, "template")
+    template = None if options.template is None else existing_file(str(options.template), here, "template")
     if isinstance(template, Missing):
         problems.append(option_problem("--template", template.message, template.remedy))
     if isinstance(model, Missing) or isinstance(template, Missing) or problems:
         raise RecipeError(problems)
-    return _read(wish, model, template)
+    return _read(options, model, template)
 
 
-def _read(wish: TeacherWish, folder: Path, template: Path | None) -> Candidate:
-    """Configuration, headers, tokenizer and template, and whether the canary's prompt can be written."""
+def _read(options: NewTeacherOptions, folder: Path, template: Path | None) -> ProbedModel:
+    """Read configuration, tensor headers, tokenizer and template."""
     plan = TeacherPlan(
-        name=wish.name,
+        name=options.name,
         student=None,
         model=str(folder),
         tokenizer=str(folder),
@@ -103,11 +103,11 @@ def _read(wish: TeacherWish, folder: Path, template: Path | None) -> Candidate:
         canary=None,
         bridge=None,
     )
-    findings = Findings(Origins(wish.card_file, None, {}))
+    findings = Findings(Origins(options.card_file, None, {}))
     reader = ModelReader(findings, datetime.now())
     dialect = reader.teacher(plan, None)
     if dialect is None or findings.problems:
-        card = f"teachers.{wish.name}.card"
+        card = f"teachers.{options.name}.card"
         found = by_option(findings.problems, {f"{card}.template": "--template"}, "--model")
         advice = "name one with --template FILE.jinja"
         raise RecipeError(
@@ -117,21 +117,21 @@ def _read(wish: TeacherWish, folder: Path, template: Path | None) -> Candidate:
             ]
         )
     dtype = native_dtype(Checkpoint.open(folder))
-    return Candidate(plan.model_copy(update={"dtype": dtype}), dialect, reader.files[plan.model])
+    return ProbedModel(plan.model_copy(update={"dtype": dtype}), dialect, reader.files[plan.model])
 
 
-def take_canary(candidate: Candidate, prompt: str) -> Canary:
-    """Load the teacher, have it answer greedily, and measure the log-probabilities of its answer.
+def take_canary(probed: ProbedModel, prompt: str) -> Canary:
+    """Load the teacher, generate a greedy response, and measure the log-probabilities of its tokens.
 
-    They are taken in the precision of the file, rounded to 0.001 nats. An answer that its tokenizer would
-    cut otherwise than it was written is measured as the tokenizer cuts it, since a run sees the text alone.
+    They are computed in the checkpoint's precision and rounded to 0.001 nats. The response is encoded from
+    its text, as a run does, also where that gives other tokens than those generated.
 
     Raises:
-        RecipeError: the prompt does not fit, or the answer is empty.
+        RecipeError: the prompt does not fit, or the response is empty.
         TeacherError: the output is NaN or uniform.
         ModelError: weights and configuration are not of one model.
     """
-    # torch and transformers take seconds to import: after all that can go wrong without them.
+    # torch and transformers take seconds to import: only after every check that needs neither.
     from mergeopd.models.causal import pick_device
     from mergeopd.rollout.local import Generator, generate
     from mergeopd.rollout.protocol import GenerationRequest
@@ -140,7 +140,7 @@ def take_canary(candidate: Candidate, prompt: str) -> Canary:
     from mergeopd.teacher.protocol import TeacherSequence
     from mergeopd.types import Sampling
 
-    plan, dialect, device = candidate.plan, candidate.dialect, pick_device()
+    plan, dialect, device = probed.plan, probed.dialect, pick_device()
     vocab = dialect.tokenizer.vocab_size
     try:
         prompt_ids, _ = sample_ids(dialect, prompt, "")
@@ -150,14 +150,14 @@ def take_canary(candidate: Candidate, prompt: str) -> Canary:
     if not prompt_ids or room < 1:
         raise _bad_prompt(
             f"takes {len(prompt_ids)} tokens, and the teacher's context holds {dialect.max_positions}",
-            "choose one that leaves room for an answer",
+            "choose one that leaves room for a response",
         )
     store = TeacherStore({plan.name: TeacherSource(Path(plan.model), plan.dtype, vocab)}, device)
     with store.open(plan.name) as teacher:
         head = store.head(plan.name)
         generator = Generator(teacher.body, head, dialect.eos_ids, dialect.tokenizer.decode, device)
         sampling = Sampling(temperature=0.0, max_new_tokens=room)
-        [answer] = generate(
+        [response] = generate(
             generator,
             [GenerationRequest("canary", 0, prompt_ids)],
             sampling,
@@ -165,7 +165,7 @@ def take_canary(candidate: Candidate, prompt: str) -> Canary:
             batch_size=1,
             progress=lambda _: None,
         )
-        written = tuple(i for i in answer.response_ids if i not in dialect.eos_ids)
+        written = tuple(i for i in response.response_ids if i not in dialect.eos_ids)
         text = _whole_characters(dialect.tokenizer.decode(written))
         while len(ids := sample_ids(dialect, prompt, text)[1]) > room:
             text = text[:-1]
@@ -174,11 +174,9 @@ def take_canary(candidate: Candidate, prompt: str) -> Canary:
         [(_, hidden)] = teacher.hidden([TeacherSequence(prompt_ids, ids)], len(prompt_ids) + len(ids))
         values = logprobs(hidden, head, ids)
     if not all(map(math.isfinite, values)):
-        raise TeacherError(
-            f"{shown(Path(plan.model))}: gives probabilities that are NaN; the weights are damaged"
-        )
+        raise TeacherError(f"{shown(Path(plan.model))}: its probabilities are NaN; the weights are damaged")
     if ids == written:
-        # The likeliest token is at least as likely as the entropy says: this never blames a sane teacher.
+        # The negative log-probability of the likeliest token is at most the entropy: no false alarm.
         refuse_uniform(plan.name, -sum(values) / len(values), vocab)
     return Canary(prompt=prompt, response=text, logprobs=tuple(round(v, 3) + 0.0 for v in values))
 
@@ -188,53 +186,27 @@ def _bad_prompt(message: str, remedy: str) -> RecipeError:
 
 
 def _whole_characters(text: str) -> str:
-    """Without a character that the length limit cut in two, unless there is nothing else."""
+    """Without a last character that the length limit truncated, unless there is nothing else."""
     return text.rstrip("\ufffd") or text
 
 
-def card_text(wish: TeacherWish, fingerprint: str, canary: Canary) -> str:
-    """The card, commented."""
-    domains = ", ".join(map(quoted, dict.fromkeys(wish.domains or (wish.name,))))
-    template = (
-        "# template: FILE.jinja   # a chat template of its own; default: the tokenizer's"
-        if wish.template is None
-        else f"template: {quoted(shown(wish.template))}   # its chat template"
+def card_text(options: NewTeacherOptions, fingerprint: str, canary: Canary) -> str:
+    """Return the text of the card."""
+    numbers = ", ".join(map(str, canary.logprobs))
+    return render(
+        "card",
+        options=options,
+        # Relative to the current folder where it can be, so that the project can move.
+        model=shown(Path(options.model)) if Path(options.model).is_dir() else options.model,
+        template=None if options.template is None else shown(options.template),
+        domains=list(dict.fromkeys(options.domains or (options.name,))),
+        fingerprint=fingerprint,
+        canary=canary,
+        logprobs=textwrap.indent(textwrap.fill(numbers, _COLUMNS, break_on_hyphens=False), "    "),
     )
-    numbers = textwrap.fill(
-        ", ".join(str(value) for value in canary.logprobs),
-        _COLUMNS,
-        initial_indent="    ",
-        subsequent_indent="    ",
-        break_on_hyphens=False,
-    )
-    return f"""\
-# What teacher {wish.name} is, whatever recipe uses it. Paths start at the folder above teachers/.
-card: 1
-name: {quoted(wish.name)}   # for people
-model: {quoted(_as_written(wish.model))}   # Hugging Face folder, or a hub id that is in the local cache
-{template}
-domains: [{domains}]   # taught by it unless a recipe says otherwise
-# licence: Apache-2.0   # of the weights, for people
-
-# Other weights in its place are refused before a run begins.
-fingerprint: {quoted(fingerprint)}
-
-# Its own answer, and the log-probability (nats) of each token of it. A model that sees it otherwise does not
-# teach. When you change the model or its template, have a new card written.
-canary:
-  prompt: {quoted(canary.prompt)}
-  response: {quoted(canary.response)}
-  logprobs: [
-{numbers}
-  ]
-"""
 
 
-def _as_written(model: str) -> str:
-    """A folder below the current one by its relative path, so that the project can move."""
-    return shown(Path(model)) if Path(model).is_dir() else model
-
-
-def write_card(wish: TeacherWish, fingerprint: str, canary: Canary) -> None:
-    """Write the card. Raises StorageError when it exists or the disk refuses."""
-    write_new(wish.card_file, card_text(wish, fingerprint, canary))
+def write_card(options: NewTeacherOptions, fingerprint: str, canary: Canary) -> None:
+    """Write the card. Raises StorageError if it exists or the disk refuses."""
+    write_new(options.card_file, card_text(options, fingerprint, canary))
+    write_schema("card")

@@ -1,29 +1,33 @@
-"""What `mergeopd new` writes with: names, quoting, files that replace no other, mistakes told by option."""
+"""Shared by both `mergeopd new` commands: names, YAML quoting, templates, and files that replace no other."""
 
 from __future__ import annotations
 
 import io
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any, Literal
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString, SingleQuotedScalarString
 
 from mergeopd.config.values import NAME_PATTERN
-from mergeopd.errors import Location, Problem, StorageError
-from mergeopd.messages import shown
+from mergeopd.errors import Problem, StorageError
+from mergeopd.messages import option_problem, shown
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.recipe.jsonschema import card_schema, recipe_schema
 from mergeopd.storage.failures import named_failures
+from mergeopd.storage.folders import write_atomic
 
 # Without quotes, YAML's readers disagree about some texts in `{...}` (`?0`), so few go without.
 _PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
 _ENDLESS = 1 << 30  # columns; a scalar stays on its line
 
-
-def option_problem(option: str, message: str, remedy: str = "", path: str = "") -> Problem:
-    """A mistake on the command line, shown like one in a file."""
-    return Problem(Location(option), path, message, remedy)
+Document = Literal["recipe", "card"]
+_SCHEMAS: Mapping[Document, Callable[[], dict[str, Any]]] = {"recipe": recipe_schema, "card": card_schema}
 
 
 def name_problems(option: str, names: Iterable[str], what: str) -> list[Problem]:
@@ -38,7 +42,7 @@ def name_problems(option: str, names: Iterable[str], what: str) -> list[Problem]
 def by_option(problems: Iterable[Problem], options: Mapping[str, str], other: str) -> list[Problem]:
     """Problems of a file that is not kept, at the options it was made from.
 
-    `options` maps beginnings of recipe paths to options; what none fits stands at `other`.
+    `options` maps beginnings of recipe paths to options; problems that fit none are placed at `other`.
     """
     placed = []
     for problem in problems:
@@ -48,16 +52,13 @@ def by_option(problems: Iterable[Problem], options: Mapping[str, str], other: st
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise StorageError when there is something at `path`: people's edits are never overwritten."""
+    """Raise StorageError if something exists at `path`: people's edits are never overwritten."""
     if path.exists() or path.is_symlink():
         raise StorageError(f"{shown(path)} exists already; choose another name, or remove it first")
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a file that was not there, with the folders above it.
-
-    Raises StorageError when it exists or the disk refuses.
-    """
+    """Write a new file and the folders above it. Raises StorageError if it exists or the disk refuses."""
     refuse_existing(path)
     data = text.encode("utf-8")
     with named_failures("write", path):
@@ -66,10 +67,42 @@ def write_new(path: Path, text: str) -> None:
             file.write(data)
 
 
+def render(document: Document, **values: object) -> str:
+    """Fill the template of a recipe or card. Its filters `quoted` and `flow` write YAML."""
+    template = _environment().get_template(f"{document}.yaml.j2")
+    return template.render(schema=Path("..", schema_file(document)).as_posix(), **values)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("mergeopd.scaffold"),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"quoted": quoted, "flow": flow}
+    return environment
+
+
+def schema_file(document: Document) -> Path:
+    """The schema for editors, below the current folder: the project's own, or the one of `write_schema`."""
+    own = Path("docs/schema", f"{document}.schema.json")
+    return own if own.is_file() else Path(".mergeopd", own.name)
+
+
+def write_schema(document: Document) -> None:
+    """Write the schema that a new file names in its first line, unless docs/schema/ has it."""
+    file = schema_file(document)
+    if file.parts[0] == ".mergeopd":  # a cache: an older version may be replaced
+        write_atomic(file, json.dumps(_SCHEMAS[document](), indent=2) + "\n")
+
+
 def quoted(value: str) -> str:
     """`value` as a YAML scalar on one line, quoted where YAML or recipes would read something else.
 
-    Safe within `{...}` and `[...]`, and no comment or variable to mergeopd.
+    Safe within `{...}` and `[...]`, and never read as a comment or variable.
     """
     text = value.replace("${", "$${")
     yaml = YAML(pure=True)
@@ -82,6 +115,16 @@ def quoted(value: str) -> str:
         text = SingleQuotedScalarString(text)
     yaml.dump([text], stream)
     return stream.getvalue().strip()[1:-1]
+
+
+def flow(values: Mapping[str, str | Sequence[str] | None]) -> str:
+    """`{key: value, other: [a, b]}` in YAML, without the keys whose values are None or empty."""
+    parts = []
+    for key, value in values.items():
+        if value:
+            text = quoted(value) if isinstance(value, str) else f"[{', '.join(map(quoted, value))}]"
+            parts.append(f"{key}: {text}")
+    return f"{{{', '.join(parts)}}}"
 
 
 def is_text(value: str) -> bool:

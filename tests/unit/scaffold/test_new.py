@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from hypothesis import example, given
@@ -28,22 +30,23 @@ from mergeopd.distributed.ranks import Alone
 from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
-from mergeopd.engine.new_file import quoted
-from mergeopd.engine.new_recipe import RecipeWish, new_recipe
-from mergeopd.engine.new_teacher import (
-    DEFAULT_PROMPT,
-    TeacherWish,
-    card_text,
-    examine,
-    take_canary,
-    write_card,
-)
 from mergeopd.engine.progress import Progress
 from mergeopd.errors import Location, RecipeError, StorageError, TeacherError
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.tokenizer import Tokenizer as OwnTokenizer
+from mergeopd.recipe.jsonschema import card_schema, recipe_schema
 from mergeopd.recipe.models import Canary, TeacherCard
 from mergeopd.report.events import Reporters
+from mergeopd.scaffold.files import quoted
+from mergeopd.scaffold.recipe import NewRecipeOptions, new_recipe
+from mergeopd.scaffold.teacher import (
+    DEFAULT_PROMPT,
+    NewTeacherOptions,
+    card_text,
+    probe,
+    take_canary,
+    write_card,
+)
 from mergeopd.teacher.canary import sample_ids
 
 NASTY = [
@@ -94,10 +97,10 @@ def project(
 
 def make_card(name: str, model: str, domains: Sequence[str] = (), prompt: str = "a b c") -> TeacherCard:
     """What `mergeopd new teacher` does; the card as it is read again."""
-    wish = TeacherWish(name, model, domains, None, prompt)
-    candidate = examine(wish)
-    write_card(wish, candidate.fingerprint, take_canary(candidate, prompt))
-    return read_card(wish.card_file)
+    options = NewTeacherOptions(name, model, domains, None, prompt)
+    probed = probe(options)
+    write_card(options, probed.fingerprint, take_canary(probed, prompt))
+    return read_card(options.card_file)
 
 
 def read_card(path: Path) -> TeacherCard:
@@ -151,7 +154,9 @@ def check_quoting(text: str) -> None:
 @example('say "a": #b', "${HOME}\n\n- c", [-0.0])
 def test_a_card_holds_any_prompt_and_answer(prompt: str, response: str, logprobs: list[float]) -> None:
     canary = Canary(prompt=prompt, response=response, logprobs=tuple(logprobs))
-    text = card_text(TeacherWish("123", "null", ("yes", "1.0"), Path("a: b.jinja"), prompt), "0" * 64, canary)
+    text = card_text(
+        NewTeacherOptions("123", "null", ("yes", "1.0"), Path("a: b.jinja"), prompt), "0" * 64, canary
+    )
     root, problems = parse(text, Place(Location("x.yaml"), Path()), {})
     assert problems == ()
     assert root is not None
@@ -214,16 +219,16 @@ def write_byte_tokenizer(folder: Path) -> None:
 def test_answers_that_are_no_text_guard_all_the_same(project: Path, make_model: Callable[..., Path]) -> None:
     folder = make_model("bytes", seed=1, vocab=257, eos=256, tied=False, spread=1.0)
     write_byte_tokenizer(folder)
-    wish = TeacherWish("bytes", str(folder), (), None, DEFAULT_PROMPT)
-    candidate = examine(wish)
-    canary = take_canary(candidate, wish.prompt)
-    ids = sample_ids(candidate.dialect, wish.prompt, canary.response)[1]
+    options = NewTeacherOptions("bytes", str(folder), (), None, DEFAULT_PROMPT)
+    probed = probe(options)
+    canary = take_canary(probed, options.prompt)
+    ids = sample_ids(probed.dialect, options.prompt, canary.response)[1]
     assert 1 <= len(ids) == len(canary.logprobs) <= 64
-    write_card(wish, candidate.fingerprint, canary)
-    assert read_card(wish.card_file).canary == canary
+    write_card(options, probed.fingerprint, canary)
+    assert read_card(options.card_file).canary == canary
     # As a teacher of itself it passes its canary.
     Path("data/own.jsonl").write_text('{"prompt": "hello"}\n')
-    new_recipe(RecipeWish("bytes", str(folder), ["teachers/bytes.yaml"], ["bytes=data/own.jsonl"]))
+    new_recipe(NewRecipeOptions("bytes", str(folder), ["teachers/bytes.yaml"], ["bytes=data/own.jsonl"]))
     run(Path("recipes/bytes.yaml"), *TWO_UPDATES, "phases.0.updates=1")
 
 
@@ -246,7 +251,7 @@ def test_a_card_that_is_there_is_left_alone(project: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "told"),
+    ("options", "told"),
     [
         (("a b", "two"), "NAME\n    'a b' cannot be the name of a teacher; use letters"),
         (("../x", "two"), "NAME\n    '../x' cannot be the name of a teacher; use letters"),
@@ -259,16 +264,16 @@ def test_a_card_that_is_there_is_left_alone(project: Path) -> None:
         (("x", "two", (), None, "\udcff"), "--prompt\n    is empty or no text"),
         (("x", "two", (), None, "a " * 200), "--prompt\n    takes 200 tokens, and the teacher's context holds 128"),
         (("x", "two", (), None, " "), "--prompt\n    takes 0 tokens"),
-        (("x", "one", (), None, "a b c"), "--prompt\n    the teacher answers it with nothing at all; choose another"),
+        (("x", "one", (), None, "a b c"), "--prompt\n    the teacher responds with no token; choose another"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told_by_option(project: Path, wish: tuple[object, ...], told: str) -> None:
+def test_mistakes_are_told_by_option(project: Path, options: tuple[object, ...], told: str) -> None:
     Path("bad.jinja").write_text("{% if %}")
     defaults = ("x", "two", (), None, "a")
-    name, model, domains, template, prompt = (*wish, *defaults[len(wish) :])
-    asked = TeacherWish(name, model, domains, template, prompt)  # type: ignore[arg-type]
+    name, model, domains, template, prompt = (*options, *defaults[len(options) :])
+    asked = NewTeacherOptions(name, model, domains, template, prompt)  # type: ignore[arg-type]
     with pytest.raises(RecipeError) as error:
-        take_canary(examine(asked), asked.prompt)
+        take_canary(probe(asked), asked.prompt)
     assert str(error.value).startswith(told)
     assert not Path("teachers").exists()
 
@@ -280,10 +285,10 @@ def test_a_tokenizer_without_template_asks_for_one(project: Path) -> None:
     with pytest.raises(RecipeError, match=r"no chat template.*or name one with --template FILE.jinja"):
         make_card("two", "two")
     Path("own #1.jinja").write_text("a {{ messages[0].content }}")
-    wish = TeacherWish("two", "two", (), Path("own #1.jinja"), "a")
-    candidate = examine(wish)
-    write_card(wish, candidate.fingerprint, take_canary(candidate, "a"))
-    assert read_card(wish.card_file).template == "own #1.jinja"
+    options = NewTeacherOptions("two", "two", (), Path("own #1.jinja"), "a")
+    probed = probe(options)
+    write_card(options, probed.fingerprint, take_canary(probed, "a"))
+    assert read_card(options.card_file).template == "own #1.jinja"
 
 
 def damage(folder: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -313,7 +318,7 @@ def test_a_bad_model_gets_no_card(project: Path, change: Callable[..., object], 
 def test_what_lies_about_becomes_a_recipe_that_runs(project: Path) -> None:
     make_card("one", "one", ["left", "right"], prompt="d")
     make_card("two", "two", ["right"])
-    inputs, left_out = new_recipe(RecipeWish("both", "base", (), ()))
+    inputs, left_out = new_recipe(NewRecipeOptions("both", "base", (), ()))
     plan = inputs.plan
     assert left_out == ()
     assert inputs.notes == ()
@@ -333,7 +338,7 @@ def test_what_lies_about_becomes_a_recipe_that_runs(project: Path) -> None:
 
 def test_a_new_card_stops_other_weights(project: Path) -> None:
     make_card("one", "one", ["left"], prompt="d")
-    new_recipe(RecipeWish("r", "base", (), ()))
+    new_recipe(NewRecipeOptions("r", "base", (), ()))
     card = Path("teachers/one.yaml")
     card.write_text("\n".join(line for line in card.read_text().splitlines() if "fingerprint:" not in line))
     torch.manual_seed(5)
@@ -351,10 +356,10 @@ def write_cards(**domains: Sequence[str]) -> None:
 
 def test_what_is_given_is_used_and_nothing_else(project: Path) -> None:
     write_cards(a=["left"], b=["right"], c=[])
-    wish = RecipeWish(
+    options = NewRecipeOptions(
         "r", "base", ["teachers/a.yaml", "teachers/c.yaml"], ["data/left.jsonl", "c=data/right.jsonl"]
     )
-    plan = new_recipe(wish)[0].plan
+    plan = new_recipe(options)[0].plan
     assert {s.name: s.teachers for s in plan.sources} == {"left": {"a": 1.0}, "right": {"c": 1.0}}
     assert plan.evaluation is None
 
@@ -363,11 +368,11 @@ def test_what_is_found_but_does_not_fit_is_left_out_and_told(project: Path) -> N
     write_cards(a=["left"], b=["right"], c=["poems"])
     Path("data/misc.jsonl").write_text('{"prompt": "a"}\n')
     Path("data/right_eval.jsonl").write_text('{"prompt": "a"}\n')
-    inputs, left_out = new_recipe(RecipeWish("r", "base", (), ()))
+    inputs, left_out = new_recipe(NewRecipeOptions("r", "base", (), ()))
     assert set(inputs.plan.teachers) == {"a", "b"}
     assert left_out == (
-        "data/misc.jsonl: its name has none of the domains left, right, poems",
-        "data/right_eval.jsonl: no verifier is sure to fit its references",
+        "data/misc.jsonl: its name contains none of the domains left, right, poems",
+        "data/right_eval.jsonl: no verifier fits all of its references",
         "teachers/c.yaml: no prompts for teacher 'c' (domain poems)",
     )
     text = Path("recipes/r.yaml").read_text()
@@ -385,7 +390,7 @@ def test_the_names_and_fields_of_data_sets(project: Path) -> None:
     for file, row in rows.items():
         Path(file).parent.mkdir(exist_ok=True)
         Path(file).write_text(json.dumps(row) + "\n")
-    inputs, _ = new_recipe(RecipeWish("r", "base", (), ()))
+    inputs, _ = new_recipe(NewRecipeOptions("r", "base", (), ()))
     found = [*inputs.plan.sources, *(inputs.plan.evaluation.sources if inputs.plan.evaluation else ())]
     assert {
         s.name: (s.domain, s.verifier.kind if s.verifier else None, s.prompt_field, s.reference_field)
@@ -402,20 +407,20 @@ def test_all_that_is_missing_is_asked_for_at_once(project: Path) -> None:
     for file in Path("data").iterdir():
         file.unlink()
     with pytest.raises(RecipeError) as error:
-        new_recipe(RecipeWish("r", None, (), ()))
+        new_recipe(NewRecipeOptions("r", None, (), ()))
     assert [(p.location.file, p.message) for p in error.value.problems] == [
         ("--teacher", "no card was given, and there is none in teachers/"),
-        ("--student", "nothing says which model to train"),
+        ("--student", "missing option: the model to train"),
         ("--prompts", "no prompt file was given, and there is none below data/"),
     ]
     write_cards(a=["left"])
     with pytest.raises(RecipeError, match="name its folder: --student DIR, perhaps base or one"):
-        new_recipe(RecipeWish("r", None, (), ()))
+        new_recipe(NewRecipeOptions("r", None, (), ()))
     assert not Path("recipes").exists()
 
 
 @pytest.mark.parametrize(
-    ("wish", "told"),
+    ("options", "told"),
     [
         (("r/s",), "NAME\n    'r/s' cannot be the name of a recipe"),
         (("r", "bas"), "--student\n    unknown model folder 'bas'; did you mean 'base'?"),
@@ -423,20 +428,24 @@ def test_all_that_is_missing_is_asked_for_at_once(project: Path) -> None:
         (("r", "base", ["teachers/d.yaml"]), "--teacher\n    unknown card 'teachers/d.yaml'"),
         (("r", "base", (), ["data/no.jsonl"]), "--prompts\n    unknown prompt file 'data/no.jsonl'"),
         (("r", "base", (), ["lef=data/left.jsonl"]), "--prompts\n    no teacher has the domain 'lef'; did you mean 'left'?"),
-        (("r", "base", (), ["x.jsonl"]), "--prompts\n    'x.jsonl' names none of the domains left, right; say it: --prompts left=x.jsonl"),
+        (("r", "base", (), ["x.jsonl"]), "--prompts\n    the name 'x.jsonl' contains none of the domains left, right; name the domain: --prompts left=x.jsonl"),
         (("r", "base", ["teachers/b.yaml"], ["right=data/bad.jsonl"]), "--prompts  prompts[0].source\n    data/bad.jsonl: 1 of 1 row cannot be used"),
         (("r", "base", ["teachers/a.yaml", "teachers/b.yaml"], ["data/left.jsonl"]), "--prompts\n    no prompts for teacher 'b' (domain right); name a file: --prompts right=FILE"),
         (("r", "base", ["wrong.yaml"]), "wrong.yaml:2:1  nam\n"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_a_recipe_is_told_and_not_written(
-    project: Path, wish: tuple[object, ...], told: str
+    project: Path, options: tuple[object, ...], told: str
 ) -> None:
     write_cards(a=["left"], b=["right"])
     Path("x.jsonl").write_text('{"prompt": "a"}\n')
     Path("data/bad.jsonl").write_text("{}\n")
     Path("wrong.yaml").write_text("card: 1\nnam: x\nmodel: two\n")
-    asked = RecipeWish(*(*wish, None, (), ())[:4]) if len(wish) < 2 else RecipeWish(*(*wish, (), ())[:4])  # type: ignore[arg-type]
+    asked = (
+        NewRecipeOptions(*(*options, None, (), ())[:4])
+        if len(options) < 2
+        else NewRecipeOptions(*(*options, (), ())[:4])
+    )  # type: ignore[arg-type]
     with pytest.raises(RecipeError) as error:
         new_recipe(asked)
     assert str(error.value).startswith(told)
@@ -449,13 +458,31 @@ def test_a_recipe_that_is_there_is_left_alone(project: Path) -> None:
     with pytest.raises(
         StorageError, match=r"recipes/r.yaml exists already; choose another name, or remove it"
     ):
-        new_recipe(RecipeWish("r", "base", (), ()))
+        new_recipe(NewRecipeOptions("r", "base", (), ()))
     assert Path("recipes/r.yaml").read_text() == "mine"
+
+
+def schema_of(file: Path) -> Any:
+    """The schema that a file names in its first line, as editors find it."""
+    line = file.read_text().splitlines()[0]
+    return json.loads((file.parent / line.removeprefix("# yaml-language-server: $schema=")).read_text())
+
+
+def test_new_files_name_a_schema_that_is_there_and_accepts_them(project: Path) -> None:
+    make_card("one", "one", ["left", "right"], prompt="d")
+    new_recipe(NewRecipeOptions("r", "base", (), ()))
+    for file, schema in (("teachers/one.yaml", card_schema()), ("recipes/r.yaml", recipe_schema())):
+        assert schema_of(Path(file)) == schema
+        jsonschema.validate(YAML(typ="safe").load(Path(file).read_text()), schema)
+    Path("docs/schema").mkdir(parents=True)
+    Path("docs/schema/recipe.schema.json").write_text('"of the project"')
+    new_recipe(NewRecipeOptions("s", "base", (), ()))
+    assert schema_of(Path("recipes/s.yaml")) == "of the project"
 
 
 def test_every_line_of_a_recipe_fits_a_screen(project: Path) -> None:
     write_cards(a=["left"], b=["right"])
-    new_recipe(RecipeWish("r", "base", (), ()))
+    new_recipe(NewRecipeOptions("r", "base", (), ()))
     text = Path("recipes/r.yaml").read_text()
     assert max(map(len, text.splitlines())) <= 110
     assert not [line for line in text.splitlines() if line != line.rstrip()]

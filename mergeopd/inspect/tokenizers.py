@@ -1,4 +1,4 @@
-"""`mergeopd tokenizers A B`: how well two tokenizers read what is written with the other."""
+"""`mergeopd tokenizers A B`: compare two tokenizers, and how their tokens of a text align."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from mergeopd.align.encoding import ByteTokenizer
 from mergeopd.align.token_bytes import SPECIAL
 from mergeopd.config.folders import Missing, existing_file, existing_model
 from mergeopd.data.chat_template import ChatTemplate
-from mergeopd.engine.new_file import option_problem
 from mergeopd.errors import DataError, Problem, RecipeError, TokenizerError
-from mergeopd.messages import shown
+from mergeopd.messages import option_problem, shown
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.report.terminal.tokenizers import Coverage, TokenizerFacts, TokenizerPair
 from mergeopd.types import Message
 
-# About as long as an answer: texts are encoded one by one, and in batches.
+# About as long as a response: texts are aligned one by one, and encoded in batches.
 _TEXT_CHARACTERS = 4000
 _BATCH = 256
 SAMPLE = """\
@@ -45,11 +44,11 @@ class _Side:
 
 
 def compare_tokenizers(first: str, second: str, text: Path | None) -> TokenizerPair:
-    """Read two tokenizer folders (or hub ids in the local cache), and a text in UTF-8 or the built-in sample.
+    """Compare two tokenizer folders (or hub ids in the local cache) on a UTF-8 text or a built-in sample.
 
     Raises:
-        RecipeError: every mistake, by argument: no such folder, no tokenizer, one that cannot be turned back
-            into bytes, a text that cannot be read.
+        RecipeError: every mistake, by argument: no such folder, no tokenizer, tokens that cannot be mapped
+            back to bytes, a text that cannot be read.
     """
     problems: list[Problem] = []
     sides = [_side(argument, written, problems) for argument, written in (("A", first), ("B", second))]
@@ -86,7 +85,7 @@ def _side(argument: str, written: str, problems: list[Problem]) -> _Side | None:
 
 
 def _content(text: Path, problems: list[Problem]) -> str:
-    """The text of a file; what is wrong with it joins `problems`."""
+    """Read a text file; problems are appended."""
     found = existing_file(str(text), Path.cwd(), "text file")
     if isinstance(found, Missing):
         problems.append(option_problem("--text", found.message, found.remedy))
@@ -106,7 +105,7 @@ def _content(text: Path, problems: list[Problem]) -> str:
 
 
 def _spellings(side: _Side) -> set[str]:
-    """Tokens that stand for text, as the vocabulary writes them."""
+    """Tokens that stand for text, in the vocabulary's spelling."""
     kind = side.reader.tokens.kind
     return {written for written, i in side.vocab.items() if kind[i] < SPECIAL}
 
@@ -129,28 +128,28 @@ def _facts(side: _Side) -> TokenizerFacts:
 
 
 def _openings(tokenizer: Tokenizer) -> tuple[str | None, bool]:
-    """How the template renders a prompt, and whether a system message before it reaches the model."""
+    """Render a prompt with the template; also whether a system message before it is rendered."""
     if tokenizer.chat_template is None:
         return None, False
     template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, name=str(tokenizer.folder))
     prompt = Message("user", "Hi")
     mark = "Answer briefly."
     try:
-        heard = mark in template.render([Message("system", mark), prompt])
+        is_rendered = mark in template.render([Message("system", mark), prompt])
     except DataError:
-        heard = False
-    return template.render([prompt]), heard
+        is_rendered = False
+    return template.render([prompt]), is_rendered
 
 
 def _coverage(writer: _Side, reader: _Side, content: str) -> Coverage:
-    """Align a text as the writer's tokenizer cuts it with how the reader's does."""
+    """Align a text in the writer's tokens with the same text in the reader's."""
     own, other = writer.reader, reader.reader
     num_writer = num_reader = num_groups = one_to_one = 0
     unaligned: dict[str, int] = {}
-    for texts in _batches(_cut(content)):
-        answers = own.encode(texts)
-        num_writer += sum(map(len, answers))
-        for found in align(answers, own.tokens, other.tokens, other.encode, EndTokens((), 0)):
+    for texts in _batches(content):
+        responses = own.encode(texts)
+        num_writer += sum(map(len, responses))
+        for found in align(responses, own.tokens, other.tokens, other.encode, EndTokens((), 0)):
             sizes_S = found.student_stops - found.student_starts
             sizes_T = found.teacher_stops - found.teacher_starts
             num_groups += len(sizes_S)
@@ -170,26 +169,19 @@ def _coverage(writer: _Side, reader: _Side, content: str) -> Coverage:
     )
 
 
-def _cut(content: str) -> Iterator[str]:
-    """Whole lines, about as many as an answer has."""
-    lines: list[str] = []
-    length = 0
+def _batches(content: str) -> Iterator[Sequence[str]]:
+    """Texts of whole lines, each about as long as a response, in batches."""
+    texts: list[str] = []
+    text = ""
     for line in content.splitlines(keepends=True):
-        lines.append(line)
-        length += len(line)
-        if length >= _TEXT_CHARACTERS:
-            yield "".join(lines)
-            lines, length = [], 0
-    if lines:
-        yield "".join(lines)
-
-
-def _batches(texts: Iterator[str]) -> Iterator[Sequence[str]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+        text += line
+        if len(text) >= _TEXT_CHARACTERS:
+            texts.append(text)
+            text = ""
+            if len(texts) == _BATCH:
+                yield texts
+                texts = []
+    if text:
+        texts.append(text)
+    if texts:
+        yield texts

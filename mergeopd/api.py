@@ -1,0 +1,297 @@
+"""The Python API: what `import mergeopd` gives. The command line calls the same functions.
+
+Importing this module imports neither torch nor transformers; `run` and `evaluate` do when they are called.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergeopd.check.preflight import advice, preflight
+from mergeopd.errors import RecipeError, StorageError, UpdateLimitReached
+from mergeopd.recipe.plan import Plan
+from mergeopd.recipe.resolve import read
+from mergeopd.report.events import Event
+from mergeopd.storage import run_layout
+from mergeopd.storage.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+    from rich.console import Console
+
+    from mergeopd.check.preflight import Inputs
+    from mergeopd.report.result import Result
+
+Overrides = Mapping[str, object] | Sequence[str]
+"""Values that replace those of a recipe: `{"optimizer.lr": 1e-5}`, or texts as for `--set`."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """A recipe that can run. `notes` are remarks in words; `num_prompts` counts prompts for training."""
+
+    plan: Plan
+    notes: tuple[str, ...]
+    num_prompts: int
+
+    @classmethod
+    def of(cls, inputs: Inputs, *more_notes: str | None) -> CheckResult:
+        """Summarize what a check has read."""
+        notes = (*inputs.notes, *(note for note in more_notes if note))
+        return cls(inputs.plan, notes, sum(map(len, inputs.prompts.values())))
+
+    def __str__(self) -> str:
+        plan = self.plan
+        return ", ".join(
+            (
+                _counted(len(plan.teachers), "teacher"),
+                _counted(self.num_prompts, "prompt"),
+                f"{_counted(plan.num_updates, 'update')} in {_counted(len(plan.phases), 'phase')}",
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run folder holds.
+
+    `export` is the trained student, a Hugging Face folder; None until the run has reached its last update.
+    `accuracies` maps domain to model (`base`, `expert`, `weight_average`, `merged`) to greedy accuracy from 0
+    to 1; empty where nothing was evaluated. `metrics` has a row per update with dotted keys, for example
+    `row["teachers.math.reverse_kl"]`. `is_finished`: exported and, if the recipe asks, evaluated.
+    `num_updates` counts the optimizer updates made so far, `planned_updates` those of all phases.
+    """
+
+    folder: Path
+    is_finished: bool
+    num_updates: int
+    planned_updates: int
+    export: Path | None
+    accuracies: Mapping[str, Mapping[str, float | None]]
+    metrics: tuple[Mapping[str, Any], ...]
+
+    def to_arrow(self) -> pyarrow.Table:
+        """The metrics as a table with a column per key; null where an update lacks one."""
+        import pyarrow
+
+        keys = dict.fromkeys(key for row in self.metrics for key in row)
+        return pyarrow.table({key: [row.get(key) for row in self.metrics] for key in keys})
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The metrics as a pandas data frame. Raises ModuleNotFoundError where pandas is not installed."""
+        return self.to_arrow().to_pandas()
+
+
+def load(path: str | Path, *, set: Overrides = ()) -> Plan:
+    """Read a recipe and the teacher cards that it names, and resolve every default.
+
+    Model folders and prompt files must exist, but are not opened; `check_recipe` opens them.
+
+    Raises:
+        RecipeError: with every problem found, each with its place and remedy.
+    """
+    resolution = read(path, _as_texts(set))
+    if resolution.plan is None or resolution.problems:
+        raise RecipeError(resolution.origins.in_order(resolution.problems))
+    return resolution.plan
+
+
+def check_recipe(path: str | Path, *, set: Overrides = ()) -> CheckResult:
+    """Find every mistake in a recipe and in the files that it names, without loading a model.
+
+    Raises:
+        RecipeError: with every problem found, each with its place and remedy.
+        StorageError: the plan in the run folder is damaged.
+    """
+    inputs = preflight(path, _as_texts(set))
+    refusal = RunFolder(Path(inputs.plan.output)).refusal(inputs.plan, inputs.files)
+    return CheckResult.of(inputs, advice(inputs.plan), refusal)
+
+
+def run(
+    path: str | Path,
+    *,
+    set: Overrides = (),
+    updates: int | None = None,
+    allow_change: Sequence[str] = (),
+    on_event: Callable[[Event], None] | None = None,
+    console: Console | None = None,
+) -> RunResult:
+    """Run a recipe, or resume its run, and return what the run folder holds.
+
+    Args:
+        path: the recipe.
+        set: values that replace those of the recipe.
+        updates: stop after this many more updates; the same call resumes the run.
+        allow_change: keys of the plan, or files, that may differ from those the run began with.
+        on_event: called with every event (`mergeopd.report.events`), before it is shown; must not raise.
+        console: a `rich.console.Console` on which progress is shown; None shows none.
+
+    Raises:
+        RecipeError: with every problem of the recipe and the files that it names.
+        StorageError: the run folder belongs to other settings, is in use, or cannot be written.
+        TeacherError, ModelError, NumericsError, VerifierError: what stopped the run; checkpoints remain.
+        Stopped: by SIGINT (Ctrl-C) or SIGTERM, after a checkpoint; the same call resumes the run.
+    """
+    from rich.console import Console
+
+    from mergeopd.engine.run import run_recipe
+
+    texts = _as_texts(set)
+    shown_on = Console(quiet=True) if console is None else console
+    listener = None if on_event is None else _Listener(on_event)
+    with suppress(UpdateLimitReached):  # that is what `updates` asks for
+        run_recipe(Path(path), texts, updates, allow_change, shown_on, listener)
+    return load_run(load(path, set=texts).output)
+
+
+def launch(
+    path: str | Path,
+    num_processes: int,
+    *,
+    set: Overrides = (),
+    updates: int | None = None,
+    allow_change: Sequence[str] = (),
+) -> int:
+    """Run a recipe in several processes of this machine; return the exit code of `mergeopd run`.
+
+    Raises:
+        RecipeError, StorageError, ProcessError: what can be found before a process is started.
+    """
+    from mergeopd.engine.run import launch_run
+
+    return launch_run(Path(path), _as_texts(set), updates, allow_change, num_processes)
+
+
+def evaluate(
+    path: str | Path,
+    *,
+    set: Overrides = (),
+    model: str | Path | None = None,
+    output: str | Path | None = None,
+    console: Console | None = None,
+) -> Result:
+    """Measure base, experts, their weight average and a merged student on the recipe's evaluation prompts.
+
+    Args:
+        path: the recipe.
+        set: values that replace those of the recipe.
+        model: Hugging Face folder of the merged student; default: the run's export.
+        output: JSON file to write the result to.
+        console: a `rich.console.Console` on which progress and the table are shown; None shows none.
+
+    Returns:
+        What result.json holds: `domains` (accuracies from 0 to 1 and `recovered` headroom), `mean_recovered`
+        and `seconds`.
+
+    Raises:
+        RecipeError: with every problem of the recipe and the files that it names, or without `evaluation`.
+        ModelError: there is no such model, or it does not fit the student's tokenizer.
+        StorageError: `output` cannot be written.
+    """
+    from rich.console import Console
+
+    from mergeopd.engine.run import evaluate_recipe
+
+    folder = None if model is None else Path(model)
+    file = None if output is None else Path(output)
+    shown_on = Console(quiet=True) if console is None else console
+    return evaluate_recipe(Path(path), _as_texts(set), folder, file, shown_on)
+
+
+def load_run(folder: str | Path) -> RunResult:
+    """Read a run folder, finished or not.
+
+    Raises:
+        StorageError: there is no such run, or one of its files is damaged.
+    """
+    folder = Path(folder)
+    plan_file = folder / run_layout.PLAN
+    document = run_layout.read_plan_document(plan_file) if plan_file.is_file() else None
+    if document is None:
+        raise StorageError(f"{folder}: not a run folder; name the `output` of a recipe that was run")
+    plan, result, export = document["plan"], folder / run_layout.RESULT, folder / run_layout.EXPORT
+    metrics = tuple(_flat(row) for row in _read_lines(folder / run_layout.METRICS))
+    is_exported, is_evaluated = export.is_dir(), result.is_file()
+    domains = _parsed(result, result.read_text(encoding="utf-8"))["domains"] if is_evaluated else {}
+    return RunResult(
+        folder=folder,
+        is_finished=is_exported and (is_evaluated or plan["evaluation"] is None),
+        num_updates=int(metrics[-1]["update"]) if metrics else 0,
+        planned_updates=sum(phase["updates"] for phase in plan["phases"]),
+        export=export if is_exported else None,
+        accuracies={
+            name: {model: value for model, value in row.items() if model != "recovered"}
+            for name, row in domains.items()
+        },
+        metrics=metrics,
+    )
+
+
+def write_report(folder: str | Path) -> tuple[Path, tuple[str, ...]]:
+    """Write a run folder's report.html again; return its path and what is missing or damaged, in words.
+
+    Raises:
+        StorageError: there is no such run folder, it has another format version, or the disk refuses.
+    """
+    from mergeopd.report.page import html
+
+    return html.write_report(Path(folder))
+
+
+class _Listener:
+    """A function as a reporter."""
+
+    def __init__(self, on_event: Callable[[Event], None]) -> None:
+        self.emit = on_event
+
+
+def _as_texts(overrides: Overrides) -> list[str]:
+    """Overrides as `--set` takes them. JSON is YAML; `${` is no variable here."""
+    if isinstance(overrides, str):
+        raise TypeError(f"set takes a mapping or a list of texts; write set=[{overrides!r}]")
+    if not isinstance(overrides, Mapping):
+        return list(overrides)
+    return [
+        f"{key}={json.dumps(value, ensure_ascii=False, default=str).replace('${', '$${')}"
+        for key, value in overrides.items()
+    ]
+
+
+def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    # A running or killed run may leave its last line incomplete.
+    return [_parsed(file, line) for line in lines if line.endswith("\n")]
+
+
+def _parsed(file: Path, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise StorageError(f"{file}: not JSON: {error}; run the recipe again to repair it") from error
+    if not isinstance(value, dict):
+        raise StorageError(f"{file}: must hold JSON objects; run the recipe again to repair it")
+    return value
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

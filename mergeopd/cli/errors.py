@@ -1,0 +1,65 @@
+"""How commands end: which error gives which exit code, and which of several processes shows it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from mergeopd.distributed.rendezvous import Place, Told, claims_before_meeting
+from mergeopd.errors import EndedElsewhere, MergeopdError, RecipeError, Stopped
+from mergeopd.report.failure import show_error
+
+
+def exit_code(error: BaseException) -> int:
+    """2 for a wrong recipe, 3 for a run that was stopped on request, else 1."""
+    return 2 if isinstance(error, RecipeError) else 3 if isinstance(error, Stopped) else 1
+
+
+@contextmanager
+def errors_shown() -> Iterator[None]:
+    """Show errors that mergeopd raises on purpose without a traceback, and exit with their code."""
+    try:
+        yield
+    except MergeopdError as error:
+        if isinstance(error, Stopped):
+            print(error, file=sys.stderr)
+        else:
+            show_error(error)
+        sys.exit(exit_code(error))
+
+
+@contextmanager
+def one_process_reports(place: Place) -> Iterator[None]:
+    """If a run has several processes, let one of them show an error; each exits with its code."""
+    if place.world == 1:
+        yield
+        return
+    # torch's warnings of peers that closed connections come with pages of addresses, from every process.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    code = 0
+    try:
+        yield
+    except typer.Exit as exit_:
+        code = exit_.exit_code
+    except Stopped as error:
+        code = exit_code(error)
+        if place.rank == 0:
+            print(error, file=sys.stderr)
+    except EndedElsewhere:
+        code = 1
+    except Told as told:
+        code = exit_code(told.error)
+        show_error(told.error)
+    except Exception as error:  # noqa: BLE001 (is shown, and the process ends)
+        code = exit_code(error)
+        if claims_before_meeting(place).claim():
+            show_error(error)
+    if code:
+        # Threads of a group that has lost a process may never end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

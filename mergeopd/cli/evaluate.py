@@ -1,0 +1,39 @@
+"""`mergeopd eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mergeopd.cli.errors import one_process_reports
+from mergeopd.cli.options import RecipeArgument, SetOption
+from mergeopd.distributed.rendezvous import Place
+
+
+def evaluate(
+    recipe: RecipeArgument,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Hugging Face folder to measure as the merged student; default: the run's export."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Measure base, experts, their weight average and a merged student on the recipe's evaluation prompts.
+
+    Example: mergeopd eval recipes/quickstart.yaml --model runs/quickstart/export
+    """
+    place = Place.of()
+    with one_process_reports(place):
+        from rich.console import Console
+
+        from mergeopd import api
+
+        try:
+            api.evaluate(recipe, set=overrides or (), model=model, output=output, console=Console())
+        except KeyboardInterrupt:
+            if place.world == 1:
+                raise
+            raise typer.Exit(130) from None

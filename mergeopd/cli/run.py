@@ -1,0 +1,91 @@
+"""`mergeopd run`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mergeopd.cli.errors import one_process_reports
+from mergeopd.cli.options import RecipeArgument, SetOption
+from mergeopd.distributed.rendezvous import Place
+from mergeopd.errors import ProcessError, Stopped
+
+if TYPE_CHECKING:
+    from mergeopd.api import RunResult
+
+
+def run(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    updates: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Stop after N more updates, e.g. for a smoke run."),
+    ] = None,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help="Resume although this key of the plan, or file, has changed since the run began. "
+            "Repeatable.",
+        ),
+    ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Start N processes on this machine, for student.parallel."),
+    ] = None,
+) -> None:
+    """Run a merge, or resume it. Ctrl-C saves a checkpoint and stops; the same command resumes.
+
+    Example: mergeopd run recipes/quickstart.yaml --set optimizer.lr=1e-3
+    """
+    place = Place.of()
+    with one_process_reports(place):
+        if nproc is not None and place.world > 1:
+            raise ProcessError(f"--nproc {nproc}, but this is {place.name} already; leave it out")
+        try:
+            if nproc is not None and nproc > 1:
+                from mergeopd import api
+
+                raise typer.Exit(
+                    api.launch(
+                        recipe, nproc, set=overrides or (), updates=updates, allow_change=allow_change or ()
+                    )
+                )
+            result = _run(recipe, overrides or (), updates, allow_change or (), place)
+        except KeyboardInterrupt:
+            if place.rank == 0:
+                typer.echo("Interrupted. The same command resumes from the newest checkpoint.", err=True)
+            raise typer.Exit(130) from None
+        if not result.is_finished:
+            raise Stopped(
+                f"stopped by --updates after {result.num_updates} of {result.planned_updates} updates, "
+                "all saved; the same command goes on"
+            )
+
+
+def _run(
+    recipe: Path, overrides: Sequence[str], updates: int | None, allow_change: Sequence[str], place: Place
+) -> RunResult:
+    """Run with progress on stdout; a terminal shows a spinner until the run's first event."""
+    from rich.console import Console
+
+    console = Console()
+    status = console.status("Reading the recipe and the models that it names")
+    if place.rank == 0 and console.is_terminal and not console.is_dumb_terminal:
+        status.start()  # before the import of torch, which takes seconds
+    try:
+        from mergeopd import api
+
+        return api.run(
+            recipe,
+            set=overrides,
+            updates=updates,
+            allow_change=allow_change,
+            on_event=lambda _: status.stop(),
+            console=console,
+        )
+    finally:
+        status.stop()
