@@ -257,8 +257,9 @@ def _bridged(
     own = [m.alignments[name] for m in members]
     groups = pack_groups(own, [m.rollout.num_trained for m in members], like.device)
     weights = like.new_tensor([m.token_weight * m.teacher_weight[name] for m in members])
+    num_groups = [len(a.student_starts) for a in own]
     per_group = weights.repeat_interleave(
-        torch.tensor([len(a.student_starts) for a in own], device=like.device)
+        torch.tensor(num_groups, device=like.device), output_size=sum(num_groups)
     )
     return BridgedTarget(
         teacher=name,
@@ -298,14 +299,15 @@ def _behaviour(member: PreparedRollout) -> Sequence[float]:
 def _joined(
     parts: Sequence[Tensor | None], members: Sequence[PreparedRollout], like: Tensor
 ) -> Tensor | None:
-    """The answers' rows one after another, zeros where another hand wrote; None where no answer has any."""
+    """The responses' rows one after another, zeros for text of others; None where no response has any."""
     if all(part is None for part in parts):
         return None
     rows = [
-        like.new_zeros(m.rollout.num_trained) if part is None else part
+        # Rows of the prior policy are on the CPU, where they are kept for a round.
+        like.new_zeros(m.rollout.num_trained) if part is None else part.to(like)
         for part, m in zip(parts, members, strict=True)
     ]
-    return torch.cat(rows).to(dtype=like.dtype, device=like.device)
+    return torch.cat(rows)
 
 
 def _per_token(members: Sequence[PreparedRollout], values: Sequence[float]) -> list[float]:

@@ -195,7 +195,8 @@ class TorchStudent:
             for name, p in self._masters.items():
                 p.copy_(tensors[f"master.{name}"])
                 moments = {
-                    key: tensors[f"adamw.{key}.{name}"].to(p.device if key != "step" else "cpu")
+                    # Fused AdamW keeps its step count on the device of the parameter, too.
+                    key: tensors[f"adamw.{key}.{name}"].to(p.device)
                     for key in ("step", "exp_avg", "exp_avg_sq")
                     if f"adamw.{key}.{name}" in tensors
                 }

@@ -176,3 +176,17 @@ def test_export_loads_in_transformers_with_the_students_logits(
     with torch.no_grad():
         expected = student.body(input_ids=ids).last_hidden_state @ student.head.weight.T
         assert torch.equal(loaded(ids).logits, expected)
+
+
+def test_a_resumed_optimizer_lives_where_the_weights_do(make_model: Callable[..., Path]) -> None:
+    """Fused AdamW wants its step counts on the device of the weights; a checkpoint is read onto the CPU."""
+    folder = make_model("s")
+    first, second = student_of(folder), student_of(folder)
+    list(first.accumulate([micro_batch()], OBJECTIVE))
+    first.apply(1e-3)
+    second._masters = {name: p.to("meta") for name, p in second._masters.items()}
+    second._parameters = second._masters
+    second.load_state(dict(first.state()))
+    moments = [value for of_one in second._adamw.state.values() for value in of_one.values()]
+    assert len(moments) == 3 * len(second._masters)
+    assert {moment.device.type for moment in moments} == {"meta"}
