@@ -7,9 +7,10 @@ from torch import Tensor
 
 from mergeopd.loss.checks import check_inputs, check_vocabulary, require_finite
 from mergeopd.loss.heads import Head, Projection
+from mergeopd.loss.reduced import log_tail_mass
 from mergeopd.loss.slicing import compute_dtype, rows_in_cache, slices
 from mergeopd.loss.softmax import Softmaxes, entropy_and_logprob
-from mergeopd.loss.support import top_ids
+from mergeopd.loss.support import Members, top_ids
 from mergeopd.loss.targets import Sampled, TopK
 from mergeopd.loss.workspace import Workspace
 
@@ -48,7 +49,7 @@ def observe(
     num, k = hidden_ND.shape[0], min(top_k or 0, len(head.vocab))
     logprob, entropy = hidden_ND.new_empty(2, num, dtype=dtype)
     ids = labels_N.new_empty(num, k)
-    logprobs = logprob.new_empty(num, k)
+    logprobs, log_tail = logprob.new_empty(num, k), torch.empty_like(logprob)
     on_cpu = hidden_ND.device.type == "cpu"
     for rows in slices(0, num, chunk_rows):
         raw = model.raw_logits(rows)
@@ -59,10 +60,11 @@ def observe(
             log_mass, entropies, picked = entropy_and_logprob(torch.stack(block.sums).unsqueeze(0))
             logprob[tokens], entropy[tokens] = picked[0], entropies[0]
             if k:
-                centred = block.logits[0]
+                [centred], [mass] = block.logits, block.masses
                 ids[tokens] = top_ids([centred], k, head.vocab, None)[0]
-                logprobs[tokens] = centred.gather(1, ids[tokens] - head.vocab.start) - log_mass[0].unsqueeze(
-                    1
-                )
+                columns = ids[tokens] - head.vocab.start
+                logprobs[tokens] = centred.gather(1, columns) - log_mass[0].unsqueeze(1)
+                tail = Members.locate(ids[tokens], head.vocab).sum_outside(mass)
+                log_tail[tokens] = log_tail_mass(tail) - log_mass[0]
         require_finite(logprob[rows] + entropy[rows], rows, "the logits")
-    return Sampled(logprob, entropy) if top_k is None else TopK(ids, logprobs, logprob, entropy)
+    return Sampled(logprob, entropy) if top_k is None else TopK(ids, logprobs, logprob, entropy, log_tail)
