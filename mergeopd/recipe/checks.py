@@ -59,10 +59,20 @@ def _round_problems(
         yield origins.problem((*here, "updates_per_round"), message, remedy)
     if rollout is None:
         return
-    answers = phase.prompts_per_round * rollout.samples_per_prompt
+    answers, counted = phase.prompts_per_round, "prompts_per_round: a data set has one answer per prompt"
+    if not _reads_dataset(phase):
+        answers, counted = answers * rollout.samples_per_prompt, "prompts_per_round x samples_per_prompt"
     if answers < size:
-        message = f"a round has {answers} answers (prompts_per_round x samples_per_prompt) for {size} updates"
+        least = "has at least" if isinstance(phase.text, TextMixture) and _reads_dataset(phase) else "has"
+        message = f"a round {least} {answers} answers ({counted}) for {size} updates"
         yield origins.problem((*here, "updates_per_round"), message, f"use {answers} or fewer")
+
+
+def _reads_dataset(phase: Phase) -> bool:
+    """Whether answers of a data set may be among those of a round."""
+    if isinstance(phase.text, TextMixture):
+        return phase.text.otherwise == "dataset" and not only_student(phase)
+    return phase.text == "dataset"
 
 
 def balance_problems(

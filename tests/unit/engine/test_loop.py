@@ -202,7 +202,7 @@ POLICY_PHASES = [
             "outcome": 0.5,
             "support": {"top_k": 2, "of": "teacher", "rest": "tail"},
         },
-        "correction": "sequence_mask",
+        "correction": "truncate",
     },
 ]
 
@@ -243,7 +243,9 @@ def test_uncorrected_policy_terms_on_tempered_answers_are_noted(write_job: Calla
     assert "phase 'p'" in note
     assert "temperature 0.7" in note
     assert not [n for n in preflight(recipe, ["rollout.temperature=1.0"]).notes if "policy terms" in n]
-    assert not [n for n in preflight(recipe, ["phases.0.correction=mask"]).notes if "policy terms" in n]
+    assert not [n for n in preflight(recipe, ["phases.0.correction=truncate"]).notes if "phase 'p'" in n]
+    [note] = [n for n in preflight(recipe, ["phases.0.correction=mask"]).notes if "phase 'p'" in n]
+    assert "masks tokens by their ratio" in note
 
 
 def test_teachers_that_no_phase_asks_are_noted(write_job: Callable[..., Path]) -> None:
