@@ -41,7 +41,7 @@ class TorchStudent:
         self._folder = folder
         self._device = device
         self._facts = ModelFacts.read(folder)
-        self._model = build_skeleton(folder, device)
+        self._model = build_skeleton(folder, device, DTYPES[dtype])
         checkpoint = Checkpoint.open(folder)
         check_fit(self._model, self._facts, checkpoint)
         weights = {

@@ -75,7 +75,7 @@ class MegatronStudent:
         self._arch = Architecture.read(facts)
         self._arch.require(grid.tensor, grid.pipeline, dist.get_world_size())
         self._grid, self._num_valid, self._clip_grad = grid, num_valid, optimizer.clip_grad
-        self._skeleton = build_skeleton(folder, device)
+        self._skeleton = build_skeleton(folder, device, DTYPES[dtype])
         check_fit(self._skeleton, facts, Checkpoint.open(folder))
         inv_freq = self._skeleton.base_model.rotary_emb.inv_freq
         self._model = build_model(
