@@ -73,7 +73,7 @@ class Parts:
         """What keeps the teachers' hidden states of a round where they will be needed."""
         budget_bytes = int(self.plan.memory.hidden_states_gib * 2**30)
         if self.ranks.size == 1:
-            return HiddenCache(budget_bytes, spill)
+            return HiddenCache(budget_bytes, spill, self.device)
         readers = self.student.place.readers
         return NodeCache(budget_bytes, spill, self.ranks, lambda i: readers[work.copy_of[i]], self.device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -268,6 +269,13 @@ class Merge:
         finally:
             self._reporter.abandonable = False
 
+    def _release_training(self) -> None:
+        """Free what only training needs: evaluation loads whole models of its own."""
+        self._parts.store.heads(())
+        self._parts.past.release()
+        self._parts.student.release()
+        gc.collect()  # a model and its optimizer refer to themselves
+
     def _finish(self) -> None:
         """Export the student, measure, write the result."""
         folder = self._folder
@@ -277,6 +285,7 @@ class Merge:
                 self._parts.student.export(target)
         document = None
         if self._plan.evaluation is not None:
+            self._release_training()
             document = result_document(self._measure(self._plan.evaluation), self._clock.seconds())
             if self._ranks.is_first:
                 write_result(folder.result_file, document)

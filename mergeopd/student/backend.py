@@ -97,3 +97,6 @@ class Student(Protocol):
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder; rank 0 writes."""
+
+    def release(self) -> None:
+        """Free weights, gradients and optimizer state; nothing can be called afterwards. Not collective."""

@@ -209,6 +209,10 @@ class TorchStudent:
         self._model.save_pretrained(folder)
         copy_companions(self._folder, folder)
 
+    def release(self) -> None:
+        """Free weights, gradients and optimizer state; nothing can be called afterwards."""
+        self.__dict__.clear()
+
     def _fused(self, micro: MicroBatch, per_token: Objective, what: Measured) -> tuple[Tensor, MicroStats]:
         """Student's forward pass and the kernel."""
         hidden = response_hidden(self.body, micro.prompts, micro.responses, self._device, micro.trained)

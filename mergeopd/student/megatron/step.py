@@ -225,6 +225,10 @@ class MegatronStudent:
         """Write a Hugging Face folder: safetensors, config, tokenizer, generation config. Collective."""
         export(self.shards, self._arch, self._grid, folder)
 
+    def release(self) -> None:
+        """Free weights, gradients and optimizer state; nothing can be called afterwards."""
+        self.__dict__.clear()
+
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Main parameters and moments as `TorchStudent.state` names them, whole, one by one, on rank 0.
 

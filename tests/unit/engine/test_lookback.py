@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from enumeration import EOS, methods_parts
 
 from mergeopd.engine.lookback import look_back
@@ -26,7 +27,7 @@ def test_an_answer_travels_without_its_micro_batch(write_job: Callable[..., Path
     phase, quiet = parts.plan.phases[0], Reporters()
     work = parts.work(rollouts, 0, 1)
     assert len(work.packs_of(0)) == 1
-    with HiddenCache(1 << 30, tmp_path) as cache:
+    with HiddenCache(1 << 30, tmp_path, torch.device("cpu")) as cache:
         observed = Observed(cache, kept(phase.loss))
         score(parts, rollouts, work, observed, quiet)
         found = look_back(parts, rollouts, phase, work, observed, quiet)

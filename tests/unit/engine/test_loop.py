@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from safetensors.torch import load_file
 from mergeopd.engine.build import build
 from mergeopd.engine.checkpoint import restore
 from mergeopd.engine.clock import Clock
+from mergeopd.engine.evaluate import Accuracies, Evaluation
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.loop import Merge
 from mergeopd.engine.preflight import preflight
 from mergeopd.engine.run_folder import RunFolder
+from mergeopd.engine.state import Progress
 from mergeopd.ranks import Alone
 from mergeopd.report.events import Event, UpdateDone
 from mergeopd.report.jsonl import update_record
+from mergeopd.student.torch import TorchStudent
 
 CPU = torch.device("cpu")
 PHASES = [
@@ -107,6 +111,47 @@ def test_a_run_that_went_down_ends_as_if_it_had_not(recipe: Path, stop_after: in
     expected = load_file(straight.export / "model.safetensors")
     found = load_file(resumed.export / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_training_is_freed_before_the_evaluation(
+    write_job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, optimizer state and followed weights would lie beside each model that is measured."""
+    recipe = write_job(
+        {
+            "teachers": {"self": {"student": {"ema": 0.9}}, "two": "two.yaml"},
+            "prompts": [
+                {"source": "left.jsonl", "domain": "left", "teachers": {"self": 1.0, "two": 0.5}},
+                {"source": "right.jsonl", "domain": "right", "teachers": "two"},
+            ],
+            "evaluation": {
+                "prompts": [
+                    {"source": "held_out.jsonl", "domain": "right", "verifier": "exact", "expert": "two"}
+                ]
+            },
+        }
+    )
+    (recipe.parent / "held_out.jsonl").write_text('{"prompt": "c c", "answer": "c"}')
+    inputs = preflight(recipe)
+    recorder, folder = Recorder(), RunFolder(Path(inputs.plan.output))
+    folder.claim(inputs.plan, inputs.files, inputs.now, ())
+    parts = build(inputs, CPU, Alone())
+    assert isinstance(parts.student, TorchStudent)
+    [follower] = parts.past.followers.values()
+    held = [weakref.ref(t) for t in (*follower.tensors.values(), *parts.student._masters.values())]
+    held += [weakref.ref(parts.student._adamw)]
+    alive: list[int] = []
+
+    class Measured(Evaluation):
+        def run(self, merged: Path) -> Accuracies:
+            alive.append(sum(ref() is not None for ref in held))
+            return super().run(merged)
+
+    monkeypatch.setattr("mergeopd.engine.loop.Evaluation", Measured)
+    Merge(parts, folder, recorder, Clock(), Interrupt()).run(Progress(), None)
+    assert len(held) > 20
+    assert alive == [0]
+    assert folder.result_file.is_file()
 
 
 def test_phases_follow_each_other_and_say_what_they_did(recipe: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+import torch
 from enumeration import Plain, methods_parts
 
 from mergeopd.engine.observing import Observed, kept
@@ -42,7 +43,7 @@ def test_a_reduced_teacher_leaves_a_few_numbers_and_no_head(
         return found
 
     parts.store.heads = spy  # type: ignore[method-assign]
-    with HiddenCache(1 << 30, Path(parts.plan.output)) as cache:
+    with HiddenCache(1 << 30, Path(parts.plan.output), torch.device("cpu")) as cache:
         score(parts, rollouts, parts.work(rollouts, 0, 1), Observed(cache, what), Reporters())
         gc.collect()
         assert len(fetched) == 2  # one for each teacher

@@ -88,7 +88,7 @@ def update(
     phase, quiet, everything = parts.plan.phases[0], Reporters(), range(len(rollouts))
     objective, what = phase_objective(phase, 0), kept(phase.loss)
     assert what is not None
-    with HiddenCache(1 << 30, Path(parts.plan.output)) as cache:
+    with HiddenCache(1 << 30, Path(parts.plan.output), torch.device("cpu")) as cache:
         score(parts, rollouts, parts.work(rollouts, 0, 1), Observed(cache, what), quiet)
         dialects = Dialects.of(parts.inputs)
         found = outcomes(rollouts, [None] * len(rollouts), phase)
@@ -159,7 +159,7 @@ def test_another_tool_text_of_the_same_length_is_read_but_not_learned(write_job:
     first = dataset_rollouts(parts)[0]
     changed = replace(first, response_ids=other)
     reference = Trajectories(parts)
-    with HiddenCache(1 << 30, Path(parts.plan.output)) as cache:
+    with HiddenCache(1 << 30, Path(parts.plan.output), torch.device("cpu")) as cache:
         observed = Observed(cache, Kept("hidden", 1.0))
         score(parts, [first, changed], parts.work([first, changed], 0, 1), observed, Reporters())
         before, after = (cache.gather("two", [i]) for i in (0, 1))
