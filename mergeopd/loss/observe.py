@@ -8,7 +8,7 @@ from torch import Tensor
 from mergeopd.loss.checks import check_inputs, check_vocabulary, require_finite
 from mergeopd.loss.heads import Head, Projection
 from mergeopd.loss.reduced import log_tail_mass
-from mergeopd.loss.slicing import compute_dtype, rows_in_cache, slices
+from mergeopd.loss.slicing import compute_dtype, rows_in_cache, rows_in_chunk, slices
 from mergeopd.loss.softmax import Softmaxes, entropy_and_logprob
 from mergeopd.loss.support import Members, top_ids
 from mergeopd.loss.targets import Sampled, TopK
@@ -23,7 +23,7 @@ def observe(
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
-    chunk_rows: int = 256,
+    chunk_rows: int | None = None,
     workspace: Workspace | None = None,
 ) -> Sampled | TopK:
     """Reduce a model to what `fused_loss` needs of it later, at this temperature; constants, no gradient.
@@ -33,16 +33,19 @@ def observe(
     labels_N    sampled token ids, int64
     top_k       keep its k most probable tokens (at most the vocabulary), as `Support(of="teacher")` with this
                 k would choose them from the hidden states; None: only the sampled token
-    chunk_rows  tokens per matrix product; memory is about `chunk_rows * V` elements
+    chunk_rows  tokens per matrix product, None for what suits the device; memory is about `chunk_rows * V`
+                elements
     workspace   buffers to reuse over calls
 
     Raises ValueError for shapes or labels that do not fit, ArithmeticError for NaN or inf.
     """
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}, must be at least 1; None keeps the sampled token alone")
+    dtype = compute_dtype(hidden_ND)
+    if chunk_rows is None:
+        chunk_rows = rows_in_chunk(hidden_ND.device, len(head.vocab), dtype)
     check_inputs(hidden_ND, head, (), labels_N, temperature, chunk_rows)
     check_vocabulary(labels_N, head, (), None)
-    dtype = compute_dtype(hidden_ND)
     workspace = Workspace() if workspace is None else workspace
     model = Projection("observed", head, hidden_ND, temperature, dtype, workspace)
     softmaxes = Softmaxes(model, (), head.vocab, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -126,7 +127,7 @@ class TorchStudent:
         for micro in micros:
             per_token = objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N, micro.policy)
             what = Measured(objective.divergences, objective.support, objective.temperature)
-            loss, stats = self._fused(micro, per_token, what)
+            loss, stats = self._fused(micro, per_token, what, self._head_to_train())
             loss.backward()  # type: ignore[no-untyped-call]
             self._collect_gradients()
             yield stats
@@ -144,7 +145,8 @@ class TorchStudent:
         """
         for micro in micros:
             with torch.no_grad():
-                _, stats = self._fused(micro, _nothing, Measured(divergences, support, temperature))
+                what = Measured(divergences, support, temperature)
+                _, stats = self._fused(micro, _nothing, what, self.head)
             yield stats
 
     def gradients(self) -> dict[str, Tensor]:
@@ -213,10 +215,22 @@ class TorchStudent:
         """Free weights, gradients and optimizer state; nothing can be called afterwards."""
         self.__dict__.clear()
 
-    def _fused(self, micro: MicroBatch, per_token: Objective, what: Measured) -> tuple[Tensor, MicroStats]:
+    def _fused(
+        self, micro: MicroBatch, per_token: Objective, what: Measured, head: Head
+    ) -> tuple[Tensor, MicroStats]:
         """Student's forward pass and the kernel."""
         hidden = response_hidden(self.body, micro.prompts, micro.responses, self._device, micro.trained)
-        return micro_loss(hidden, self.head, micro, per_token, what, self._workspace)
+        return micro_loss(hidden, head, micro, per_token, what, self._workspace)
+
+    def _head_to_train(self) -> Head:
+        """The head, whose gradient in float32 must not be rounded to bfloat16 before it is summed."""
+        name = self._facts.embedding_name if self._facts.tied else self._facts.head_name
+        master = self._masters[name]
+        if master is self._parameters[name]:
+            return self.head
+        if master.grad is None:
+            master.grad = torch.zeros_like(master)
+        return replace(self.head, weight_grad=master.grad)
 
     def _collect_gradients(self) -> None:
         """bfloat16 gradients are summed in float32, outside the parameters."""
