@@ -200,8 +200,7 @@ def _mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
         else:
             torch.mm(a, b, out=out)
         return
-    product = torch.mm(a, b, out_dtype=out.dtype)
     if accumulate:
-        out.add_(product)
+        out.add_(torch.mm(a, b, out_dtype=out.dtype))
     else:
-        out.copy_(product)
+        torch.mm(a, b, out_dtype=out.dtype, out=out)

@@ -318,7 +318,7 @@ def test_native_half_products(reference, monkeypatch):
         if out_dtype is None:
             return plain_mm(a, b, **options)
         kinds.add((a.dtype, b.dtype, out_dtype))
-        return plain_mm(a.float(), b.float())
+        return plain_mm(a.float(), b.float(), **options)
 
     monkeypatch.setattr(heads, "_multiplies_halves", lambda device: True)
     monkeypatch.setattr(torch, "mm", mm)
