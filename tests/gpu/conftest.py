@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-Figures = dict[str, Any]
+Record = Callable[[str, object], None]
 
 
 @pytest.fixture(scope="session")
@@ -29,18 +29,22 @@ def device() -> Any:
 
 
 @pytest.fixture(scope="session")
-def figures(device: Any) -> Iterator[Figures]:
-    """Figures by name; written when the last test is done."""
+def record(device: Any) -> Record:
+    """Keeps a figure by its name; the file is written each time, so that a broken-off session leaves some."""
     import torch
     import transformers
 
-    found: Figures = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
+    figures: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    yield found
-    path = os.environ.get("MERGEOPD_GPU_FIGURES")
-    if path:
-        Path(path).write_text(json.dumps(found, indent=1) + "\n")
+
+    def keep(name: str, value: object) -> None:
+        figures[name] = value
+        path = os.environ.get("MERGEOPD_GPU_FIGURES")
+        if path:
+            Path(path).write_text(json.dumps(figures, indent=1) + "\n")
+
+    return keep

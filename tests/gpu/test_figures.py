@@ -115,7 +115,7 @@ class Problem:
         return work
 
 
-def test_kernel_against_its_products(device: torch.device, figures: dict[str, Any]) -> None:
+def test_kernel_against_its_products(device: torch.device, record: Callable[[str, object], None]) -> None:
     on_gpu = device.type == "cuda"
     num, width, vocab = (16384, 4096, 151936) if on_gpu else (300, 64, 1500)
     problem = Problem(device, num, width, vocab)
@@ -140,7 +140,7 @@ def test_kernel_against_its_products(device: torch.device, figures: dict[str, An
     }
     if on_gpu:
         found["accumulate_in_product"] = accumulation(problem, rows)
-    figures["kernel"] = found
+    record("kernel", found)
     assert bool(torch.isfinite(problem.weight_grad).all())
     assert not on_gpu or found["reverse_kl"]["ratio_to_products"] < 10
 
@@ -164,23 +164,17 @@ def accumulation(problem: Problem, rows: int) -> dict[str, Any]:
     return found
 
 
-def test_sampling(device: torch.device, figures: dict[str, Any]) -> None:
+def test_sampling(device: torch.device, record: Callable[[str, object], None]) -> None:
     """A step of decoding beside the model: 256 sequences over a large vocabulary."""
     rows, vocab = (256, 151936) if device.type == "cuda" else (8, 1500)
     logits = torch.randn(rows, vocab, device=device)
     uniform = torch.rand(rows, device=device, dtype=torch.float64)
-    figures["sampling"] = {
-        "rows": rows,
-        "vocabulary": vocab,
-        **{
-            name: seconds(device, lambda s=settings: sample(logits, uniform, *s))  # type: ignore[misc]
-            for name, settings in {
-                "greedy_seconds": (0.0, 1.0),
-                "plain_seconds": (1.0, 1.0),
-                "top_p_seconds": (1.0, 0.9),
-            }.items()
-        },
+    settings = {"greedy_seconds": (0.0, 1.0), "plain_seconds": (1.0, 1.0), "top_p_seconds": (1.0, 0.9)}
+    taken = {
+        name: seconds(device, lambda s=one: sample(logits, uniform, *s))  # type: ignore[misc]
+        for name, one in settings.items()
     }
+    record("sampling", {"rows": rows, "vocabulary": vocab, **taken})
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +201,9 @@ def command(*arguments: str, cwd: Path, returns: int = 0) -> float:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_quickstart(device: torch.device, project: Path, figures: dict[str, Any], dtype: str) -> None:
+def test_quickstart(
+    device: torch.device, project: Path, record: Callable[[str, object], None], dtype: str
+) -> None:
     """Stopped and resumed on the way. MERGEOPD_GPU_WHOLE=1 makes all of its updates, in float32."""
     whole = os.environ.get("MERGEOPD_GPU_WHOLE") == "1" and dtype == "float32"
     cold, merge = (40, 180) if whole else (4, 6)
@@ -225,7 +221,7 @@ def test_quickstart(device: torch.device, project: Path, figures: dict[str, Any]
     # The first updates of a process pay for what is loaded and compiled once.
     steady = [r for r in records if r["phase"] == "merge"][2:]
     spent = sum(sum(r["cost"]["seconds"].values()) for r in steady)
-    figures[f"quickstart_{dtype}"] = {
+    found = {
         "updates": len(records),
         "seconds": taken,
         "merge_updates_per_second": len(steady) / spent,
@@ -234,3 +230,4 @@ def test_quickstart(device: torch.device, project: Path, figures: dict[str, Any]
         "mean_recovered": result["mean_recovered"],
         "last_loss": records[-1]["loss"],
     }
+    record(f"quickstart_{dtype}", found)

@@ -13,7 +13,7 @@ from mergeopd.loss.bridge.sides import Block, Scored, Scorer
 from mergeopd.loss.checks import require_finite
 from mergeopd.loss.gradients import HeadGradients
 from mergeopd.loss.heads import Head, Hidden, Projection
-from mergeopd.loss.slicing import compute_dtype, rows_in_cache, rows_in_chunk
+from mergeopd.loss.slicing import compute_dtype, rows_in_cache
 from mergeopd.loss.workspace import Workspace
 
 # A sparse product reads the vocabulary's rows in a scattered order: each should fill a cache line.
@@ -44,7 +44,7 @@ def bridge_loss(
     weight_G: Tensor,
     *,
     temperature: float = 1.0,
-    chunk_rows: int | None = None,
+    chunk_rows: int = 256,
     workspace: Workspace | None = None,
 ) -> tuple[Tensor, BridgeStats]:
     """`sum_g weight_g temperature^2 D_g` over aligned groups, D as `Gold`, `Uld` or `Projected` say.
@@ -58,8 +58,7 @@ def bridge_loss(
     bridge      what is measured; its map's tensors on the device of the hidden states
     weight_G    `[G]` weights, global denominators included; constants
     temperature divides both sides' logits
-    chunk_rows  rows per side and matrix product, None for what suits the device; memory is about
-                `chunk_rows * (V_S + V_T)` elements
+    chunk_rows  rows per side and matrix product; memory is about `chunk_rows * (V_S + V_T)` elements
     workspace   buffers to reuse over calls
 
     Returns the loss, whose backward hands out gradients for `hidden_SD`, `head.weight` and `head.bias` (once
@@ -71,9 +70,6 @@ def bridge_loss(
     _check(hidden_SD, head, target, groups, bridge, weight_G, temperature)
     _check_labels("student", labels_S, head, hidden_SD.shape[0])
     _check_labels("teacher", labels_T, target.head, target.hidden.shape[0])
-    if chunk_rows is None:
-        widest = max(len(head.vocab), len(target.head.vocab))
-        chunk_rows = rows_in_chunk(hidden_SD.device, widest, compute_dtype(hidden_SD))
     portions_in_chunks = _plan(groups, chunk_rows)
     rows_S, rows_T = groups.student_rows(), groups.teacher_rows()
     # Through autograd: rows in no group have gradient 0.
