@@ -3,8 +3,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PYTHON ?= python3
 STAMP  := $(VENV)/.installed
+GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_FIGURES ?=
 
-.PHONY: quickstart cross-family install test test-dist check format clean help
+.PHONY: quickstart cross-family install test test-dist test-gpu check format clean help
 
 quickstart: $(STAMP)  ## tiny experts, the merge, the result
 	$(BIN)/python tools/make_tiny_experts.py
@@ -26,6 +28,14 @@ test: $(STAMP)  ## the CPU test suite
 
 test-dist: $(STAMP)  ## its long part: several processes, minutes
 	$(BIN)/python -m pytest -m long
+
+# Not through the stamp: a machine with a GPU often has Python and torch of its own, and no network. There
+# `make test-gpu PYTHON=python3` runs the checkout as it is.
+test-gpu:  ## the tests that need a GPU; GPU_FIGURES=FILE keeps what they measure
+	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		PYTHONPATH="$(CURDIR):$$PYTHONPATH" MERGEOPD_GPU_FIGURES="$(GPU_FIGURES)" \
+		$(GPU_PYTHON) -m pytest tests/gpu --durations=10; \
+	else echo "test-gpu: torch sees no CUDA device, nothing was tested"; fi
 
 check: $(STAMP)  ## lint, types, import contracts
 	$(BIN)/ruff check .

@@ -106,14 +106,15 @@ def _behaviour(member: PreparedRollout) -> Sequence[float]:
 def _joined(
     parts: Sequence[Tensor | None], members: Sequence[PreparedRollout], like: Tensor
 ) -> Tensor | None:
-    """The answers' rows one after another, zeros where another hand wrote; None where no answer has any."""
+    """The responses' rows one after another, zeros for text of others; None where no response has any."""
     if all(part is None for part in parts):
         return None
     rows = [
-        like.new_zeros(m.rollout.num_trained) if part is None else part
+        # Rows of the prior policy are on the CPU, where they are kept for a round.
+        like.new_zeros(m.rollout.num_trained) if part is None else part.to(like)
         for part, m in zip(parts, members, strict=True)
     ]
-    return torch.cat(rows).to(dtype=like.dtype, device=like.device)
+    return torch.cat(rows)
 
 
 def _per_token(members: Sequence[PreparedRollout], values: Sequence[float]) -> list[float]:

@@ -22,11 +22,16 @@ DIVERGENCES: Mapping[str, Callable[[Loss], Divergence]] = {
     "forward_kl": lambda loss: ForwardKL(),
     "tvd": lambda loss: TVD(),
     "jsd": lambda loss: JSD(_term(loss.jsd).beta),
-    "skew_forward_kl": lambda loss: SkewForwardKL(_term(loss.skew_forward_kl).alpha),
-    "skew_reverse_kl": lambda loss: SkewReverseKL(_term(loss.skew_reverse_kl).alpha),
+    "skew_forward_kl": lambda loss: _skewed(SkewForwardKL, ForwardKL(), _term(loss.skew_forward_kl).alpha),
+    "skew_reverse_kl": lambda loss: _skewed(SkewReverseKL, ReverseKL(), _term(loss.skew_reverse_kl).alpha),
     "alpha_divergence": lambda loss: AlphaDivergence(_term(loss.alpha_divergence).alpha),
     "clipped_forward_kl": lambda loss: ClippedForwardKL(_term(loss.clipped_forward_kl).bound),
 }
+
+
+def _skewed(skewed: Callable[[float], Divergence], plain: Divergence, alpha: float) -> Divergence:
+    """Without a share of the other distribution a skew KL is the plain one."""
+    return skewed(alpha) if alpha else plain
 
 
 def phase_objective(phase: Phase, updates_done: int, *, has_policy: bool) -> DistillationObjective:

@@ -72,7 +72,8 @@ def _with_past(
     behaviour = before.logprob_S.new_tensor(plain.rollout.logprobs_behaviour or ())
     sampled = phase.loss.sampled_reverse_kl
     advantage = None
-    if sampled is not None and sampled.needs_whole_answers:
+    # Prompts whose teachers all have other tokens have no log-ratio of a single token.
+    if sampled is not None and sampled.needs_whole_answers and before.logprob_T:
         coefficient = phase.loss.weight("sampled_reverse_kl", updates_done)
         names = tuple(before.logprob_T)
         advantage = coefficient * answers_advantage(

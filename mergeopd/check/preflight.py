@@ -210,11 +210,16 @@ class _Check:
         spans = any(bridge.kind == "span" for bridge in bridges)
         for phase in plan.phases:
             has_policy = phase.loss.has_policy or (spans and phase.loss.needs_teacher)
+            where = f"answers are sampled at temperature {rollout.temperature} and top_p {rollout.top_p}"
             if has_policy and phase.correction.kind == "none":
                 self.findings.notes.append(
-                    f"phase '{phase.name}' has policy terms without correction, but answers are sampled at "
-                    f"temperature {rollout.temperature} and top_p {rollout.top_p}: its gradient is that of "
-                    "another policy; give the phase a `correction`, or sample at 1"
+                    f"phase '{phase.name}' has policy terms without correction, but {where}: its gradient is "
+                    "that of another policy; give the phase `correction: truncate`, or sample at 1"
+                )
+            if has_policy and phase.correction.kind == "mask":
+                self.findings.notes.append(
+                    f"phase '{phase.name}' masks tokens by their ratio, but {where}: tokens are dropped for "
+                    "the sampling settings, not for a mismatch; use `correction: truncate`, or sample at 1"
                 )
 
     def _check_evaluation(self, plan: Plan) -> None:

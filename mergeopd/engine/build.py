@@ -339,7 +339,7 @@ def _cache_maker(
 
     def make(work: RoundWork) -> AbstractContextManager[RoundCache]:
         if machine.ranks.size == 1:
-            return HiddenCache(budget_bytes, spill)
+            return HiddenCache(budget_bytes, spill, machine.device)
         return NodeCache(
             budget_bytes, spill, machine.ranks, lambda i: readers[work.copy_of[i]], machine.device
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,6 +137,12 @@ class Trainer:
                 "are saved, and the same command measures again"
             ) from None
 
+    def _release_training(self) -> None:
+        """Free what only training needs: evaluation loads whole models of its own."""
+        self.snapshots.release()
+        self.student.release()
+        gc.collect()  # a model and its optimizer refer to themselves
+
     def _finish(self) -> None:
         """Export the student, measure, write the result."""
         folder, reporter, clock = self.folder, self.stages.reporter, self.stages.clock
@@ -145,6 +152,7 @@ class Trainer:
                 self.student.export(target)
         document = None
         if self.evaluate is not None:
+            self._release_training()
             document = result_document(self._measure(self.evaluate), clock.seconds())
             if self.ranks.is_first:
                 write_result(folder.result_file, document)

@@ -143,7 +143,7 @@ def _check_top_k(name: str, target: TopK, support: Support | None, all_ids: rang
     repeated = (ids[:, 1:] == ids[:, :-1]).any(1)
     if repeated.any():
         raise ValueError(f"{name}: an id stands twice among the top k of token {int(repeated.nonzero()[0])}")
-    excess = target.logprobs.logsumexp(1) > _ROUNDING
+    excess = torch.cat([target.logprobs, target.log_tail.unsqueeze(1)], 1).logsumexp(1) > _ROUNDING
     if excess.any():
         raise ValueError(
             f"{name}: its top k have more than the whole probability at token {int(excess.nonzero()[0])}; "

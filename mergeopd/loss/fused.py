@@ -21,7 +21,7 @@ from mergeopd.loss.divergence import Divergence
 from mergeopd.loss.full_vocabulary import BlockScorer, BlockStats, Scorer
 from mergeopd.loss.gradients import HeadGradients
 from mergeopd.loss.heads import Head, Hidden, Projection
-from mergeopd.loss.slicing import compute_dtype, rows_in_cache, slices
+from mergeopd.loss.slicing import compute_dtype, rows_in_cache, rows_in_chunk, slices
 from mergeopd.loss.softmax import Softmaxes
 from mergeopd.loss.support import Support
 from mergeopd.loss.targets import Target
@@ -48,7 +48,7 @@ def fused_loss(
     support: Support | None = None,
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
-    chunk_rows: int = 256,
+    chunk_rows: int | None = None,
     workspace: Workspace | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """Sum over tokens of an objective on exact full-vocabulary statistics (DeepSeek-V4, 2606.19348 5.1.2).
@@ -67,16 +67,20 @@ def fused_loss(
     temperature  divides both sides' logits in all statistics; a factor tau^2 is the objective's business
     group        ranks that share the vocabulary: heads are shards of ids from 0, all else is replicated. dH
                  comes back *partial* (sum it over the group), dW belongs to the shard
-    chunk_rows   tokens per matrix product; memory is about `chunk_rows * V * (1 + K)` elements
+    chunk_rows   tokens per matrix product, None for what suits the device; memory is about
+                 `chunk_rows * V * (1 + K)` elements
     workspace    buffers to reuse over calls
 
     Returns the loss, a scalar whose backward hands out gradients for `hidden_ND`, `head.weight` and
-    `head.bias` (once differentiable; none are computed where nothing requires grad), and the statistics.
+    `head.bias` (once differentiable; none are computed where nothing requires grad), and the statistics. The
+    weight's gradient is added to `head.weight_grad` instead where the head has one.
 
     Raises ValueError for shapes, vocabularies or labels that do not fit, and for divergences that the support
     or a target does not allow; ArithmeticError for NaN or inf in the student's or a named target's
     statistics, or from the objective. Under a group all ranks raise.
     """
+    if chunk_rows is None:
+        chunk_rows = rows_in_chunk(hidden_ND.device, len(head.vocab), compute_dtype(hidden_ND))
     check_inputs(hidden_ND, head, targets, labels_N, temperature, chunk_rows)
     all_ids = check_vocabulary(labels_N, head, targets, group)
     check_support(targets, divergences, support, all_ids)

@@ -24,6 +24,7 @@ class HeadGradients:
             return torch.empty(shape, dtype=dtype, device=hidden_ND.device)
 
         self._inputs = inputs
+        self._weight_grad = head.weight_grad
         self._num_valid = num_valid
         self._dH = torch.empty_like(hidden_ND, requires_grad=False) if needs[0] else None
         self._dW = empty(*head.weight.shape) if needs[1] else None
@@ -48,14 +49,22 @@ class HeadGradients:
         self._is_first = False
 
     def attach(self, loss: Tensor) -> Tensor:
-        """`loss` with a backward that hands out these gradients, in their inputs' dtypes."""
+        """`loss` with a backward that hands out these gradients, in their inputs' dtypes.
+
+        That of the weight goes to the head's `weight_grad` as it is, where there is one.
+        """
         if not self.any:
             return loss
+        like = [*self._inputs]
+        if self._weight_grad is not None:
+            like[1] = self._weight_grad
         gradients = [
             None if gradient is None or tensor is None else gradient.to(tensor.dtype)
-            for gradient, tensor in zip((self._dH, self._dW, self._dbias), self._inputs, strict=True)
+            for gradient, tensor in zip((self._dH, self._dW, self._dbias), like, strict=True)
         ]
-        attached: Tensor = _Attach.apply(loss, *self._inputs, *gradients)  # type: ignore[no-untyped-call]
+        attached: Tensor = _Attach.apply(  # type: ignore[no-untyped-call]
+            loss, self._weight_grad, *self._inputs, *gradients
+        )
         return attached
 
 
@@ -63,8 +72,11 @@ class _Attach(torch.autograd.Function):
     """Hangs gradients that are known already on the loss."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, *inputs_and_gradients: Tensor | None) -> Tensor:
-        """`inputs_and_gradients`: the three inputs, then the gradient of each."""
+    def forward(
+        ctx: Any, loss: Tensor, weight_grad: Tensor | None, *inputs_and_gradients: Tensor | None
+    ) -> Tensor:
+        """`inputs_and_gradients`: hidden states, weight and bias, then the gradient of each."""
+        ctx.weight_grad = weight_grad
         ctx.save_for_backward(*inputs_and_gradients[3:])
         return loss.clone()
 
@@ -75,4 +87,8 @@ class _Attach(torch.autograd.Function):
         gradients = ctx.saved_tensors
         if grad_loss != 1.0:
             gradients = [None if gradient is None else gradient * grad_loss for gradient in gradients]
-        return (None, *gradients, None, None, None)
+        of_hidden, of_weight, of_bias = gradients
+        if ctx.weight_grad is not None and of_weight is not None:
+            ctx.weight_grad.add_(of_weight)
+            of_weight = None
+        return (None, None, of_hidden, of_weight, of_bias, None, None, None)

@@ -26,6 +26,8 @@ class Head:
     num_valid   rows that belong to the true vocabulary, 0 to V_rows; the rest is excluded from every softmax
                 and gets no gradient. None: all rows
     vocab_start token id of row 0
+    weight_grad `[V_rows, d]` of the caller's, to which backward adds the weight's gradient instead of handing
+                it out: handed to a half-precision weight it is rounded before micro-batches are summed
     """
 
     weight: Tensor
@@ -34,6 +36,7 @@ class Head:
     softcap: float | None = None
     num_valid: int | None = None
     vocab_start: int = 0
+    weight_grad: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.weight.dim() != 2:
@@ -42,6 +45,11 @@ class Head:
         if self.bias is not None and self.bias.shape != (rows,):
             raise ValueError(
                 f"head bias must be [{rows}] like the weight's rows, got {list(self.bias.shape)}"
+            )
+        if self.weight_grad is not None and self.weight_grad.shape != self.weight.shape:
+            raise ValueError(
+                f"weight_grad must be {list(self.weight.shape)} like the weight, "
+                f"got {list(self.weight_grad.shape)}"
             )
         if self.num_valid is not None and not 0 <= self.num_valid <= rows:
             raise ValueError(f"num_valid is {self.num_valid}, but the head has {rows} rows")
@@ -192,8 +200,7 @@ def _mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
         else:
             torch.mm(a, b, out=out)
         return
-    product = torch.mm(a, b, out_dtype=out.dtype)
     if accumulate:
-        out.add_(product)
+        out.add_(torch.mm(a, b, out_dtype=out.dtype))
     else:
-        out.copy_(product)
+        torch.mm(a, b, out_dtype=out.dtype, out=out)

@@ -8,10 +8,11 @@ from torch import Tensor
 from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.checks import check_inputs, check_vocabulary, require_finite
 from mergeopd.loss.heads import Head, Projection
-from mergeopd.loss.slicing import compute_dtype, rows_in_cache, slices
+from mergeopd.loss.slicing import compute_dtype, rows_in_cache, rows_in_chunk, slices
 from mergeopd.loss.softmax import Softmaxes, entropy_and_logprob
-from mergeopd.loss.support import top_ids
+from mergeopd.loss.support import Members, top_ids
 from mergeopd.loss.targets import Sampled, TopK
+from mergeopd.loss.top_k import log_tail_mass
 
 
 @torch.no_grad()
@@ -22,7 +23,7 @@ def observe(
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
-    chunk_rows: int = 256,
+    chunk_rows: int | None = None,
     workspace: Workspace | None = None,
 ) -> Sampled | TopK:
     """Reduce a model to what `fused_loss` needs of it later, at this temperature; constants, no gradient.
@@ -32,23 +33,26 @@ def observe(
     labels_N    sampled token ids, int64
     top_k       keep its k most probable tokens (at most the vocabulary), as `Support(of="teacher")` with this
                 k would choose them from the hidden states; None: only the sampled token
-    chunk_rows  tokens per matrix product; memory is about `chunk_rows * V` elements
+    chunk_rows  tokens per matrix product, None for what suits the device; memory is about `chunk_rows * V`
+                elements
     workspace   buffers to reuse over calls
 
     Raises ValueError for shapes or labels that do not fit, ArithmeticError for NaN or inf.
     """
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}, must be at least 1; None keeps the sampled token alone")
+    dtype = compute_dtype(hidden_ND)
+    if chunk_rows is None:
+        chunk_rows = rows_in_chunk(hidden_ND.device, len(head.vocab), dtype)
     check_inputs(hidden_ND, head, (), labels_N, temperature, chunk_rows)
     check_vocabulary(labels_N, head, (), None)
-    dtype = compute_dtype(hidden_ND)
     workspace = Workspace() if workspace is None else workspace
     model = Projection("observed", head, hidden_ND, temperature, dtype, workspace)
     softmaxes = Softmaxes(model, (), head.vocab, None)
     num, k = hidden_ND.shape[0], min(top_k or 0, len(head.vocab))
     logprob, entropy = hidden_ND.new_empty(2, num, dtype=dtype)
     ids = labels_N.new_empty(num, k)
-    logprobs = logprob.new_empty(num, k)
+    logprobs, log_tail = logprob.new_empty(num, k), torch.empty_like(logprob)
     on_cpu = hidden_ND.device.type == "cpu"
     for rows in slices(0, num, chunk_rows):
         raw = model.raw_logits(rows)
@@ -59,10 +63,11 @@ def observe(
             log_mass, entropies, picked = entropy_and_logprob(torch.stack(block.sums).unsqueeze(0))
             logprob[tokens], entropy[tokens] = picked[0], entropies[0]
             if k:
-                centred = block.logits[0]
+                [centred], [mass] = block.logits, block.masses
                 ids[tokens] = top_ids([centred], k, head.vocab, None)[0]
-                logprobs[tokens] = centred.gather(1, ids[tokens] - head.vocab.start) - log_mass[0].unsqueeze(
-                    1
-                )
+                columns = ids[tokens] - head.vocab.start
+                logprobs[tokens] = centred.gather(1, columns) - log_mass[0].unsqueeze(1)
+                tail = Members.locate(ids[tokens], head.vocab).sum_outside(mass)
+                log_tail[tokens] = log_tail_mass(tail) - log_mass[0]
         require_finite(logprob[rows] + entropy[rows], rows, "the logits")
-    return Sampled(logprob, entropy) if top_k is None else TopK(ids, logprobs, logprob, entropy)
+    return Sampled(logprob, entropy) if top_k is None else TopK(ids, logprobs, logprob, entropy, log_tail)

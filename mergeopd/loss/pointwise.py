@@ -14,6 +14,9 @@ from torch import Tensor
 
 from mergeopd.loss.divergence import Pair, Terms
 
+# 1 + (1 - alpha) expm1(x) cancels to alpha far from equality: below this, float32 keeps under four digits.
+_LEAST_SKEW = 1e-3
+
 
 def _bound(like: Tensor) -> float:
     """Log-ratios beyond this leave one of the probabilities negligible, but would overflow."""
@@ -39,7 +42,7 @@ class TVD:
 
 @dataclass(frozen=True)
 class SkewForwardKL:
-    """`KL(p_T ‖ alpha p_T + (1 - alpha) p_S)`, alpha in [0, 1) (DistiLLM, 2402.03898); 0 is the forward KL.
+    """`KL(p_T ‖ alpha p_T + (1 - alpha) p_S)`, alpha in [0.001, 1) (DistiLLM, 2402.03898).
 
     `g = -(1 - alpha) p_T / M`, bounded because M is nowhere smaller than alpha p_T.
     """
@@ -67,7 +70,7 @@ class SkewForwardKL:
 
 @dataclass(frozen=True)
 class SkewReverseKL:
-    """`KL(p_S ‖ (1 - alpha) p_T + alpha p_S)`, alpha in [0, 1) (DistiLLM, 2402.03898); 0 is the reverse KL.
+    """`KL(p_S ‖ (1 - alpha) p_T + alpha p_S)`, alpha in [0.001, 1) (DistiLLM, 2402.03898).
 
     `g = log(p_S / M) - alpha p_S / M`.
     """
@@ -86,7 +89,7 @@ class SkewReverseKL:
         # M / p_S = 1 + (1 - alpha) expm1(log p_T - log p_S)
         ratio = torch.neg(pair.log_ratio, out=scratch()).clamp_(min=-bound, max=bound)
         ratio.expm1_().mul_(1.0 - alpha)
-        # log(p_S / M); where the clamp bites, alpha 0 has lost the part beyond the bound, and p_S is nothing.
+        # log(p_S / M)
         log_part = torch.log1p(ratio, out=out).neg_()
         value = torch.linalg.vecdot(pair.mass_S, log_part)
         log_part.sub_(ratio.add_(1.0).reciprocal_(), alpha=alpha)
@@ -148,5 +151,7 @@ class AlphaDivergence:
 
 
 def _require_skew(spec: object, alpha: float) -> None:
-    if not 0.0 <= alpha < 1.0:
-        raise ValueError(f"{spec}: alpha must lie in [0, 1); at 1 both arguments are the same")
+    if not _LEAST_SKEW <= alpha < 1.0:
+        raise ValueError(
+            f"{spec}: alpha must lie in [{_LEAST_SKEW}, 1); at 0 use the plain KL, at 1 it vanishes"
+        )

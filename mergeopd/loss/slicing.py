@@ -10,11 +10,22 @@ from torch import Tensor
 # About four such matrices are alive at a time; together they should stay in the last-level cache, while
 # each block should be long enough to hide the cost of some fifty small torch calls.
 _BLOCK_BYTES = 2 << 20
+# Rows of a matrix product. On a CPU more make it no faster. An accelerator reads the head and adds to its
+# gradient once per chunk, so there the chunk's logits may take as much memory as these.
+_CPU_ROWS = 256
+_CHUNK_BYTES = 1 << 30
 
 
 def compute_dtype(hidden_ND: Tensor) -> torch.dtype:
     """Float64 hidden states compute in float64, all others in float32."""
     return torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+
+
+def rows_in_chunk(device: torch.device, vocab_size: int, dtype: torch.dtype) -> int:
+    """Tokens per matrix product where the caller does not say."""
+    if device.type == "cpu":
+        return _CPU_ROWS
+    return max(_CHUNK_BYTES // (max(vocab_size, 1) * dtype.itemsize), _CPU_ROWS)
 
 
 def rows_in_cache(vocab_size: int, dtype: torch.dtype) -> int:

@@ -23,12 +23,15 @@ class TopK:
     logprobs `[N, k]` their log-probabilities over the whole vocabulary
     logprob  `[N]` of the sampled token
     entropy  `[N]` of the whole distribution
+    log_tail `[N]` log of the mass of all other tokens; 1 minus the sum of `logprobs` loses it where it is
+             small. Unused where there are no others
     """
 
     ids: Tensor
     logprobs: Tensor
     logprob: Tensor
     entropy: Tensor
+    log_tail: Tensor
 
     def __post_init__(self) -> None:
         if self.ids.dim() != 2 or self.ids.shape[1] < 1 or self.ids.dtype != torch.int64:
@@ -39,7 +42,9 @@ class TopK:
             raise ValueError(
                 f"TopK.logprobs must be {list(self.ids.shape)} like ids, got {list(self.logprobs.shape)}"
             )
-        _require_rows("TopK", self.ids.shape[0], self.logprob, self.entropy)
+        _require_rows(
+            "TopK", self.ids.shape[0], logprob=self.logprob, entropy=self.entropy, log_tail=self.log_tail
+        )
 
     @property
     def k(self) -> int:
@@ -47,7 +52,7 @@ class TopK:
         return self.ids.shape[1]
 
     def packed(self) -> Tensor:
-        """All of it as one matrix `[N, 2k + 2]` in the dtype of `logprobs`, float32 or float64, without loss.
+        """All of it as one matrix `[N, 2k + 3]` in the dtype of `logprobs`, float32 or float64, without loss.
 
         Raises ValueError for half precision, and for ids of 2^24 and more in float32.
         """
@@ -58,18 +63,18 @@ class TopK:
                 f"TopK.packed: token id {int(self.ids.max())} is not exact in float32, which ends at 2^24; "
                 "give logprobs in float64"
             )
-        scalars = torch.stack([self.logprob, self.entropy], 1).to(dtype)
+        scalars = torch.stack([self.logprob, self.entropy, self.log_tail], 1).to(dtype)
         return torch.cat([self.ids.to(dtype), self.logprobs, scalars], 1)
 
     @classmethod
     def unpack(cls, packed: Tensor) -> Self:
         """What `packed` was made of; all but ids share its memory. Raises ValueError for another shape."""
         width = packed.shape[1] if packed.dim() == 2 else 0
-        if width < 4 or width % 2:
-            raise ValueError(f"TopK.unpack: must be [N, 2k + 2], got {list(packed.shape)}")
+        if width < 5 or not width % 2:
+            raise ValueError(f"TopK.unpack: must be [N, 2k + 3], got {list(packed.shape)}")
         _require_exact("TopK.unpack", packed.dtype)
-        k = (width - 2) // 2
-        return cls(packed[:, :k].long(), packed[:, k : 2 * k], packed[:, -2], packed[:, -1])
+        k = (width - 3) // 2
+        return cls(packed[:, :k].long(), packed[:, k : 2 * k], *packed[:, 2 * k :].unbind(1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,9 +88,8 @@ class Sampled:
     entropy: Tensor
 
     def __post_init__(self) -> None:
-        _require_rows(
-            "Sampled", self.logprob.shape[0] if self.logprob.dim() else 0, self.logprob, self.entropy
-        )
+        num = self.logprob.shape[0] if self.logprob.dim() else 0
+        _require_rows("Sampled", num, logprob=self.logprob, entropy=self.entropy)
 
     def packed(self) -> Tensor:
         """Both as one matrix `[N, 2]`, float32 or float64. Raises ValueError for half precision."""
@@ -104,8 +108,8 @@ class Sampled:
 Target = Hidden | TopK | Sampled
 
 
-def _require_rows(kind: str, num: int, logprob: Tensor, entropy: Tensor) -> None:
-    for name, values in (("logprob", logprob), ("entropy", entropy)):
+def _require_rows(kind: str, num: int, **rows: Tensor) -> None:
+    for name, values in rows.items():
         if values.shape != (num,):
             raise ValueError(f"{kind}.{name} must be [{num}], got {list(values.shape)}")
 

@@ -24,8 +24,6 @@ from mergeopd.loss.targets import Target, TopK
 # A tail mass below this is this: its logarithm and its reciprocal stay finite, and times any teacher's mass
 # nothing is left of it.
 _LEAST_TAIL = {torch.float64: 1e-300, torch.float32: 1e-30}
-# Top-k log-probabilities say of their own sum only so much: 1 - sum cancels down to the last digits.
-_NEAREST_TO_ALL = {torch.float64: -1e-14, torch.float32: -1e-7}
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +155,11 @@ class SupportScorer:
         return found
 
 
+def log_tail_mass(mass: Tensor) -> Tensor:
+    """Log of a tail's mass, finite also where nothing of it is left; masses are relative to the largest."""
+    return mass.clamp(min=_LEAST_TAIL[mass.dtype]).log_()
+
+
 def _categories(support: Support, members: Members, logits: Tensor, mass: Tensor) -> Tensor:
     """This shard's part of the members' centred logits and, with a tail, the others' mass, `[n, a + 1]`."""
     inside = members.take(logits)
@@ -168,17 +171,16 @@ def _categories(support: Support, members: Members, logits: Tensor, mass: Tensor
 def _log_categories(support: Support, sums: Tensor, log_mass_n: Tensor) -> Tensor:
     """Log-probabilities of the categories from what `_categories` has given, summed over the shards."""
     if support.rest == "tail":
-        sums[:, -1].clamp_(min=_LEAST_TAIL[sums.dtype]).log_()
+        sums[:, -1] = log_tail_mass(sums[:, -1])
     return sums - log_mass_n.unsqueeze(1)
 
 
 def _known_log_categories(support: Support, target: TopK, rows: slice, dtype: torch.dtype) -> Tensor:
     """Log-probabilities of the categories as the teacher gave them, in the order of the sorted ids."""
-    logs = target.logprobs[rows].gather(1, target.ids[rows].argsort(1)).to(dtype)
-    if support.rest == "generalised":
-        return logs
-    together = logs.logsumexp(1, keepdim=True).clamp_(max=_NEAREST_TO_ALL[dtype])
-    return torch.cat([logs, together.expm1_().neg_().log_()], 1)
+    logs = target.logprobs[rows].gather(1, target.ids[rows].argsort(1))
+    if support.rest == "tail":
+        logs = torch.cat([logs, target.log_tail[rows].unsqueeze(1)], 1)
+    return logs.to(dtype)
 
 
 def _measure(

@@ -7,7 +7,7 @@ norm. The head is applied in the loss and in sampling, over the true vocabulary 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mergeopd.errors import ModelError
 from mergeopd.models.checkpoint import Checkpoint
-from mergeopd.models.facts import ModelFacts, head_tensor
+from mergeopd.models.facts import ModelFacts, head_tensor, is_ignored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,8 +26,10 @@ _log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def build_skeleton(folder: Path, device: torch.device) -> PreTrainedModel:
+def build_skeleton(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The model of `folder` in evaluation mode, parameters on the meta device (no memory), buffers real.
+
+    `dtype` is that in which it will compute, whatever config.json says: buffers may be rounded to it.
 
     Raises ModelError when transformers does not know the architecture. Code shipped with a checkpoint is
     never executed.
@@ -39,7 +41,7 @@ def build_skeleton(folder: Path, device: torch.device) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ModelError(f"{folder}: transformers cannot build this model: {reason}") from error
@@ -51,12 +53,12 @@ def build_skeleton(folder: Path, device: torch.device) -> PreTrainedModel:
 
 
 def tensor_names(facts: ModelFacts, checkpoint: Checkpoint) -> dict[str, str]:
-    """Parameter name -> name of the tensor that holds it; a tied head is its embedding and has no entry.
+    """Parameter or buffer -> name of the tensor that holds it; a tied head is its embedding: it has no entry.
 
     Raises ModelError when the head's tensor is missing or ambiguous.
     """
     head = head_tensor(facts, checkpoint)
-    names = {name: name for name in checkpoint.tensors if name != facts.head_name}
+    names = {name: name for name in checkpoint.tensors if name != facts.head_name and not is_ignored(name)}
     names[facts.embedding_name if facts.tied else facts.head_name] = head
     return names
 
@@ -70,8 +72,9 @@ def check_fit(model: nn.Module, facts: ModelFacts, checkpoint: Checkpoint) -> No
     parameters = model.named_parameters(remove_duplicate=False)
     wanted = {name: tuple(p.shape) for name, p in parameters if name not in tied_head}
     given = {name: checkpoint.tensors[t].shape for name, t in tensor_names(facts, checkpoint).items()}
-    problems = [f"has {name}, which the model does not know" for name in given if name not in wanted]
-    problems += [f"has no {name}" for name in wanted if name not in given]
+    problems = [f"has no {name}" for name in wanted if name not in given]
+    wanted |= {name: tuple(buffer.shape) for name, buffer in _saved_buffers(model)}
+    problems += [f"has {name}, which the model does not know" for name in given if name not in wanted]
     problems += [
         f"has {name} with shape {list(shape)}, the config says {list(wanted[name])}"
         for name, shape in given.items()
@@ -86,12 +89,23 @@ def check_fit(model: nn.Module, facts: ModelFacts, checkpoint: Checkpoint) -> No
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put `weights` (full parameter names) in place of the parameters of the same names, without a copy."""
+    """Put `weights` in place of the parameters (without a copy) and buffers of the same full names."""
     for name, tensor in weights.items():
         module_name, _, leaf = name.rpartition(".")
         module = model.get_submodule(module_name)
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor
+            continue
         requires_grad = module.get_parameter(leaf).requires_grad
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=requires_grad)
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that belong into a checkpoint, by full name."""
+    for prefix, module in model.named_modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and leaf not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{leaf}" if prefix else leaf, buffer
 
 
 def empty(model: nn.Module) -> None:

@@ -127,6 +127,11 @@ class ModelFacts:
         )
 
 
+def is_ignored(tensor: str) -> bool:
+    """Whether transformers leaves this tensor of a checkpoint out: it computes rotary frequencies itself."""
+    return tensor.endswith("rotary_emb.inv_freq")
+
+
 def head_tensor(facts: ModelFacts, checkpoint: Checkpoint) -> str:
     """Name of the tensor `[vocab_rows, hidden_size]` that makes logits; looks at headers, mostly.
 

@@ -42,14 +42,18 @@ def average(base: Path, experts: Sequence[Path], num_valid: int, device: torch.d
     opened = [Checkpoint.open(expert) for expert in experts]
     names = [tensor_names(ModelFacts.read(expert), o) for expert, o in zip(experts, opened, strict=True)]
     vocabulary = {facts.embedding_name, facts.head_name, facts.head_bias_name}
+    model = build_skeleton(base, device, torch.float32)
+    parameters = {name for name, _ in model.named_parameters()}
     weights: dict[str, Tensor] = {}
     for name, tensor in tensor_names(facts, checkpoint).items():
+        if name not in parameters:  # a constant of the architecture
+            weights[name] = checkpoint.read(tensor).to(device)
+            continue
         mean = checkpoint.read(tensor).to(torch.float32, copy=True)
         rows = num_valid if name in vocabulary else len(mean)
         parts = [o.read_rows(n[name], 0, rows).float() for o, n in zip(opened, names, strict=True)]
         mean[:rows] = torch.stack(parts).mean(0)
         weights[name] = mean.to(device)
-    model = build_skeleton(base, device)
     fill(model, weights)
     model.tie_weights()
     return model

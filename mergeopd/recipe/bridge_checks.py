@@ -29,6 +29,12 @@ def bridge_problems(
             message = f"outcome.teacher needs a log-probability of each token, and '{first}' has other tokens"
             remedy = "remove it: a bridge teaches beside the outcome"
             yield origins.problem((*here, "loss", "outcome", "teacher"), message, remedy, key=True)
+        sampled = phase.loss.sampled_reverse_kl
+        if sampled is not None and sampled.needs_whole_answers and len(bridged) == len(refs):
+            key = "discount" if sampled.discount else "early_gain"
+            message = f"{key} weighs log-ratios of single tokens, and every teacher has other tokens"
+            remedy = "remove it: the bridges use the weight of the term alone"
+            yield origins.problem((*here, "loss", "sampled_reverse_kl", key), message, remedy, key=True)
     for name, bridge in bridged.items():
         if bridge.kind == "span":
             yield from _span_problems(name, phases, origins)

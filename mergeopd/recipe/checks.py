@@ -12,7 +12,7 @@ from mergeopd.errors import Problem
 from mergeopd.messages import joined
 from mergeopd.recipe.models import Parallel, Student
 from mergeopd.recipe.schema import EvalSource, Reports, TrainSource
-from mergeopd.recipe.training import LocalRollout, Optimizer, Phase, only_student
+from mergeopd.recipe.training import LocalRollout, Optimizer, Phase, TextMixture, only_student, reads_dataset
 
 
 def phase_problems(
@@ -43,9 +43,12 @@ def _round_problems(
         yield origins.problem((*here, "updates_per_round"), message, remedy)
     if rollout is None:
         return
-    answers = phase.prompts_per_round * rollout.samples_per_prompt
+    answers, counted = phase.prompts_per_round, "prompts_per_round: a data set has one answer per prompt"
+    if not reads_dataset(phase):
+        answers, counted = answers * rollout.samples_per_prompt, "prompts_per_round x samples_per_prompt"
     if answers < size:
-        message = f"a round has {answers} answers (prompts_per_round x samples_per_prompt) for {size} updates"
+        least = "has at least" if isinstance(phase.text, TextMixture) and reads_dataset(phase) else "has"
+        message = f"a round {least} {answers} answers ({counted}) for {size} updates"
         yield origins.problem((*here, "updates_per_round"), message, f"use {answers} or fewer")
 
 

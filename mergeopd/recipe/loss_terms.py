@@ -36,6 +36,12 @@ class SkewTerm(Term):
         default=0.1, description="share of the KL's own first argument in the mixture; 0 is the plain KL"
     )
 
+    @model_validator(mode="after")
+    def _can_be_computed(self) -> SkewTerm:
+        if 0.0 < self.alpha < 0.001:
+            raise ValueError("alpha below 0.001 is lost in float32: use 0 (the plain KL), or 0.001 and more")
+        return self
+
 
 class AlphaTerm(Term):
     """Alpha divergence, between reverse KL (alpha -> 0) and forward KL (alpha -> 1)."""

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from mergeopd.config.locate import Origins
 from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
-from mergeopd.recipe.policy_terms import POLICY_TERMS, ClipRatio, NoCorrection, TrustRegion
+from mergeopd.messages import joined
+from mergeopd.recipe.policy_terms import POLICY_TERMS, ClipRatio, NoCorrection, SequenceMask, TrustRegion
 from mergeopd.recipe.schema import TrainSource
 from mergeopd.recipe.training import LocalRollout, Phase, never_student
 
@@ -31,6 +32,8 @@ def objective_problems(
         here: Keys = ("phases", index)
         yield from _policy_problems(phase, here, origins, spans=spans)
         yield from _budget_problems(phase, here, origins)
+        if rollout is not None:
+            yield from _sequence_mask_problems(phase, here, rollout, origins)
         if needed := _reward_users(phase, here):
             if all_sources:
                 yield from _verifier_problems(phase, needed, sources, origins)
@@ -57,6 +60,21 @@ def _policy_problems(phase: Phase, here: Keys, origins: Origins, *, spans: bool)
     if isinstance(anchor, TrustRegion) and phase.clip_ratio is None:
         message = "a trust region without bounds only scales the gradient: its work is done by the clip"
         yield origins.problem((*here, "clip_ratio"), message, "give bounds, or leave the key out")
+
+
+def _sequence_mask_problems(
+    phase: Phase, here: Keys, rollout: LocalRollout, origins: Origins
+) -> Iterator[Problem]:
+    """Its band is about numerical mismatch: sampling settings move every answer out of it."""
+    settings = {"temperature": rollout.temperature, "top_p": rollout.top_p}
+    other = [f"{name} {value:g}" for name, value in settings.items() if value != 1.0]
+    if other and isinstance(phase.correction, SequenceMask):
+        message = (
+            f"answers are sampled at {joined(other, 'and')}, so their mean ratio to the policy shows the "
+            "sampling settings, not a mismatch, and sequence_mask would drop nearly all of them"
+        )
+        remedy = "sample at temperature 1 and top_p 1, or use `truncate`"
+        yield origins.problem((*here, "correction"), message, remedy)
 
 
 def _budget_problems(phase: Phase, here: Keys, origins: Origins) -> Iterator[Problem]:

@@ -164,5 +164,4 @@ def never_student(phase: Phase) -> bool:
 
 def reads_dataset(phase: Phase) -> bool:
     """Whether some of a phase's answers come from the prompt files."""
-    text = phase.text
-    return text == "dataset" if isinstance(text, str) else text.otherwise == "dataset"
+    return off_policy_origin(phase) == "dataset" and not only_student(phase)

@@ -77,6 +77,9 @@ class Trainable(Protocol):
     def optimizer_step(self, lr: float) -> float:
         """One optimizer update; the gradient's norm before clipping."""
 
+    def release(self) -> None:
+        """Free weights, gradients and optimizer state; nothing can be called afterwards. Not collective."""
+
 
 class WeightSource(rollout.WeightSource, Protocol):
     """A student's weights, for engines that generate and teachers that follow. Everything is collective."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ class TorchStudent:
         self._folder = folder
         self._device = device
         self._facts = ModelFacts.read(folder)
-        self._model = build_skeleton(folder, device)
+        self._model = build_skeleton(folder, device, DTYPES[dtype])
         checkpoint = Checkpoint.open(folder)
         check_fit(self._model, self._facts, checkpoint)
         weights = {
@@ -128,7 +129,7 @@ class TorchStudent:
         for micro in micro_batches:
             per_token = objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N, micro.policy)
             what = Measured(objective.divergences, objective.support, objective.temperature)
-            loss, stats = self._fused(micro, per_token, what)
+            loss, stats = self._fused(micro, per_token, what, self._head_to_train())
             loss.backward()  # type: ignore[no-untyped-call]
             self._collect_gradients()
             found.append(stats)
@@ -148,7 +149,8 @@ class TorchStudent:
         found = []
         for micro in micro_batches:
             with torch.no_grad():
-                _, stats = self._fused(micro, _nothing, Measured(divergences, support, temperature))
+                what = Measured(divergences, support, temperature)
+                _, stats = self._fused(micro, _nothing, what, self.head)
             found.append(stats)
         return found
 
@@ -200,7 +202,8 @@ class TorchStudent:
             for name, p in self._masters.items():
                 p.copy_(tensors[f"master.{name}"])
                 moments = {
-                    key: tensors[f"adamw.{key}.{name}"].to(p.device if key != "step" else "cpu")
+                    # Fused AdamW keeps its step count on the device of the parameter, too.
+                    key: tensors[f"adamw.{key}.{name}"].to(p.device)
                     for key in ("step", "exp_avg", "exp_avg_sq")
                     if f"adamw.{key}.{name}" in tensors
                 }
@@ -213,10 +216,26 @@ class TorchStudent:
         self._model.save_pretrained(folder)
         copy_companions(self._folder, folder)
 
-    def _fused(self, micro: MicroBatch, per_token: Objective, what: Measured) -> tuple[Tensor, MicroStats]:
+    def release(self) -> None:
+        """Free weights, gradients and optimizer state; nothing can be called afterwards."""
+        self.__dict__.clear()
+
+    def _fused(
+        self, micro: MicroBatch, per_token: Objective, what: Measured, head: Head
+    ) -> tuple[Tensor, MicroStats]:
         """Student's forward pass and the kernel."""
         hidden = response_hidden(self.body, micro.prompts, micro.responses, self._device, micro.trained)
-        return micro_loss(hidden, self.head, micro, per_token, what, self._workspace)
+        return micro_loss(hidden, head, micro, per_token, what, self._workspace)
+
+    def _head_to_train(self) -> Head:
+        """The head, whose gradient in float32 must not be rounded to bfloat16 before it is summed."""
+        name = self._facts.embedding_name if self._facts.tied else self._facts.head_name
+        master = self._masters[name]
+        if master is self._parameters[name]:
+            return self.head
+        if master.grad is None:
+            master.grad = torch.zeros_like(master)
+        return replace(self.head, weight_grad=master.grad)
 
     def _collect_gradients(self) -> None:
         """bfloat16 gradients are summed in float32, outside the parameters."""

@@ -35,15 +35,15 @@ class RoundCache(Protocol):
 class HiddenCache:
     """Last hidden states of trained response tokens, by teacher and rollout.
 
-    Holds at most `budget_bytes` in memory; what comes after is appended to a file in `folder` and read back
-    memory-mapped, bit for bit. A context manager: the file is gone when the context or the process ends. CPU
-    tensors spill; those of an accelerator are brought to the CPU first and return to their device when
-    gathered.
+    Holds at most `budget_bytes` in main memory; what comes after is appended to a file in `folder` and read
+    back memory-mapped, bit for bit. A context manager: the file is gone when the context or the process ends.
+    An accelerator keeps nothing: what is put leaves it at once, and what is gathered arrives on `device`.
     """
 
-    def __init__(self, budget_bytes: int, folder: Path) -> None:
+    def __init__(self, budget_bytes: int, folder: Path, device: torch.device) -> None:
         self._budget_bytes = budget_bytes
         self._folder = folder
+        self._device = device
         self._held: dict[tuple[str, int], Tensor] = {}
         self._spilled: dict[tuple[str, int], _Place] = {}
         self._file: BinaryIO | None = None
@@ -74,6 +74,7 @@ class HiddenCache:
         key = (teacher, rollout)
         if key in self._held or key in self._spilled:
             raise KeyError(f"teacher {teacher!r} has already scored rollout {rollout}")
+        hidden = hidden.cpu()
         size = hidden.numel() * hidden.element_size()
         if self.num_bytes + size <= self._budget_bytes:
             self._held[key] = hidden
@@ -86,7 +87,7 @@ class HiddenCache:
 
     def gather(self, teacher: str, rollouts: Sequence[int]) -> Tensor:
         """`[sum of their trained tokens, d_T]` in the order of `rollouts`. A missing one is a KeyError."""
-        return torch.cat([self._get((teacher, rollout)) for rollout in rollouts])
+        return torch.cat([self._get((teacher, rollout)) for rollout in rollouts]).to(self._device)
 
     def _get(self, key: tuple[str, int]) -> Tensor:
         held = self._held.get(key)
@@ -98,8 +99,8 @@ class HiddenCache:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 # Without a name: it is gone with the process, however that ends.
                 self._file = cast(BinaryIO, TemporaryFile(dir=self._folder))  # noqa: SIM115 - closed by __exit__
-            place = _Place(self.num_spilled_bytes, hidden.shape, hidden.dtype, hidden.device)
-            self._file.write(hidden.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            place = _Place(self.num_spilled_bytes, hidden.shape, hidden.dtype)
+            self._file.write(hidden.contiguous().view(torch.uint8).numpy().tobytes())
         self.num_spilled_bytes += size
         return place
 
@@ -112,16 +113,15 @@ class HiddenCache:
                 self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
         count = place.shape.numel()
         flat = torch.frombuffer(self._map, dtype=place.dtype, count=count, offset=place.offset)
-        return flat.view(place.shape).to(place.device)
+        return flat.view(place.shape)
 
 
 class _Place:
     """Where a spilled tensor lies in the file, and what it was."""
 
-    __slots__ = ("device", "dtype", "offset", "shape")
+    __slots__ = ("dtype", "offset", "shape")
 
-    def __init__(self, offset: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, offset: int, shape: torch.Size, dtype: torch.dtype) -> None:
         self.offset = offset
         self.shape = shape
         self.dtype = dtype
-        self.device = device

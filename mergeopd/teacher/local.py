@@ -274,7 +274,7 @@ class TeacherStore:
         self._reader = MappedReader() if reader is None else reader
         self._checkpoints = {name: Checkpoint.open(s.model) for name, s in self._sources.items()}
         self._facts = {name: ModelFacts.read(s.model) for name, s in self._sources.items()}
-        self._skeletons: dict[str, PreTrainedModel] = {}
+        self._skeletons: dict[tuple[str, str], PreTrainedModel] = {}
         self._bytes_read = Counter[str]()
         for name, checkpoint in self._checkpoints.items():
             check_fit(self._skeleton(name), self._facts[name], checkpoint)
@@ -347,11 +347,12 @@ class TeacherStore:
         return {p: t for p, t in tensor_names(facts, self._checkpoints[name]).items() if p not in head}
 
     def _body(self, name: str) -> dict[str, Tensor]:
-        """Parameters of the body: the follower's where there is one, else those of the checkpoint."""
+        """Weights of the body: the follower's where there is one, else those of the checkpoint."""
         follower, checkpoint = self._sources[name].follower, self._checkpoints[name]
         tensors = self._body_tensors(name)
         if follower is not None:
-            return {p: self._converted(name, follower.tensors[p]) for p in tensors}
+            # Buffers do not move with the student: those of the skeleton are the folder's.
+            return {p: self._converted(name, follower.tensors[p]) for p in tensors if p in follower.tensors}
         parameters = {tensor: parameter for parameter, tensor in tensors.items()}
         read = self._reader.read(checkpoint, list(parameters), self._device)
         weights = {parameters[tensor]: self._converted(name, values) for tensor, values in read}
@@ -364,9 +365,9 @@ class TeacherStore:
         return tensor.to(device=self._device, dtype=DTYPES[self._sources[name].dtype])
 
     def _skeleton(self, name: str) -> PreTrainedModel:
-        """Teachers with the same config share one skeleton; it weighs nothing between turns."""
-        folder = self._sources[name].model
-        config = (folder / "config.json").read_text(encoding="utf-8")
-        if config not in self._skeletons:
-            self._skeletons[config] = build_skeleton(folder, self._device)
-        return self._skeletons[config]
+        """Teachers with the same config and dtype share one skeleton; it weighs nothing between passes."""
+        source = self._sources[name]
+        key = (source.model / "config.json").read_text(encoding="utf-8"), source.dtype
+        if key not in self._skeletons:
+            self._skeletons[key] = build_skeleton(source.model, self._device, DTYPES[source.dtype])
+        return self._skeletons[key]

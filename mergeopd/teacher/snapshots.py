@@ -75,6 +75,11 @@ class Past:
         for follower in self.followers.values():
             follower.advance(weights, masters, before, after)
 
+    def release(self) -> None:
+        """Free all weights; teachers that follow the student cannot be loaded afterwards."""
+        for follower in self.followers.values():
+            follower.tensors.clear()
+
     def state(self) -> dict[str, Tensor]:
         """All weights, flat, for a checkpoint."""
         return {

@@ -153,14 +153,15 @@ class AlignedTokens:
         own = [m.alignments[self.crossing.teacher] for m in members]
         groups = pack_groups(own, [m.rollout.num_trained for m in members], like.device)
         weights = like.new_tensor([m.token_weight * m.teacher_weight[self.crossing.teacher] for m in members])
-        sizes = torch.tensor([len(a.student_starts) for a in own], device=like.device)
+        num_groups = [len(a.student_starts) for a in own]
+        sizes = torch.tensor(num_groups, device=like.device)
         return BridgedTarget(
             teacher=self.crossing.teacher,
             target=target,
             labels=torch.from_numpy(np.concatenate([a.teacher_ids for a in own])).to(like.device),
             groups=groups,
             measure=self.bridge,
-            weight_G=weights.repeat_interleave(sizes) * groups.num_S.to(like),
+            weight_G=weights.repeat_interleave(sizes, output_size=sum(num_groups)) * groups.num_S.to(like),
         )
 
     def student_ids(self, completion: Completion, prompt: Prompt) -> tuple[tuple[int, ...], Finish]:

@@ -109,8 +109,8 @@ def test_metrics_as_tables(recipe: Path) -> None:
 def test_evaluate_and_report(recipe: Path) -> None:
     result = mergeopd.run(recipe)
     document = mergeopd.evaluate(recipe, model="two", output="measured.json")
-    assert document["domains"]["right"]["merged"] == document["domains"]["right"]["expert"]
-    assert json.loads(Path("measured.json").read_text())["domains"] == document["domains"]
+    assert document.domains["right"]["merged"] == document.domains["right"]["expert"]
+    assert json.loads(Path("measured.json").read_text())["domains"] == document.domains
     (result.folder / "report.html").unlink()
     path, notes = mergeopd.write_report(result.folder)
     assert path == result.folder / "report.html"

@@ -75,7 +75,7 @@ class MegatronStudent:
         self._arch = Architecture.read(facts)
         self._arch.require(grid.tensor, grid.pipeline, dist.get_world_size())
         self._grid, self._num_valid, self._clip_grad = grid, num_valid, optimizer.clip_grad
-        self._skeleton = build_skeleton(folder, device)
+        self._skeleton = build_skeleton(folder, device, DTYPES[dtype])
         check_fit(self._skeleton, facts, Checkpoint.open(folder))
         inv_freq = self._skeleton.base_model.rotary_emb.inv_freq
         self._model = build_model(
@@ -228,6 +228,10 @@ class MegatronStudent:
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder: safetensors, config, tokenizer, generation config. Collective."""
         export(self.shards, self._arch, self._grid, folder)
+
+    def release(self) -> None:
+        """Free weights, gradients and optimizer state; nothing can be called afterwards."""
+        self.__dict__.clear()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Main parameters and moments as `TorchStudent.state` names them, whole, one by one, on rank 0.

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+from pydantic import ValidationError
+
 from mergeopd.batch.objective import correction, phase_objective
 from mergeopd.loss import policy
+from mergeopd.loss.divergence import ForwardKL, ReverseKL
 from mergeopd.loss.objective import DistillationObjective
+from mergeopd.loss.pointwise import SkewForwardKL, SkewReverseKL
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.training import Phase
 
@@ -54,6 +59,16 @@ def test_every_weight_may_move() -> None:
         assert objective.coefficients == ((amount,) if amount else ())
         assert told(moving, done).sampled == amount
         assert told(moving, done).anchor == policy.Credit(amount, 0.2)
+
+
+def test_a_skew_term_without_skew_is_the_plain_kl() -> None:
+    terms = ("skew_forward_kl", "skew_reverse_kl")
+    plain = phase_objective(phase(loss={name: {"alpha": 0.0} for name in terms}), 0, has_policy=False)
+    assert (plain.names, plain.divergences) == (terms, (ForwardKL(), ReverseKL()))
+    skewed = phase_objective(phase(loss={name: {"alpha": 0.3} for name in terms}), 0, has_policy=False)
+    assert skewed.divergences == (SkewForwardKL(0.3), SkewReverseKL(0.3))
+    with pytest.raises(ValidationError, match="lost in float32"):
+        phase(loss={"skew_forward_kl": {"alpha": 1e-7}})
 
 
 def test_a_loss_without_policy_terms_has_none() -> None:

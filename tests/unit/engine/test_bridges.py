@@ -91,6 +91,55 @@ def test_over_one_tokenizer_a_bridge_is_what_it_stands_for(
         assert torch.allclose(found[name], value, rtol=1e-9, atol=1e-9 * largest), name
 
 
+@pytest.mark.parametrize("bridge", ["span", "gold"])
+@pytest.mark.parametrize("whole", [{"discount": 0.9}, {"early_gain": 0.5}])
+def test_prompts_of_bridged_teachers_beside_advantages_of_whole_answers(
+    tmp_path: Path, bridge: str, whole: dict[str, float]
+) -> None:
+    """Log-ratios of single tokens are credited to other tokens; a bridge has none, and teaches as ever."""
+
+    def parts_with(**sampled: float) -> Models:
+        recipe = {
+            "teachers": {
+                "other": {"card": "other.yaml", "dtype": "float64", "bridge": bridge},
+                "self": {"student": "start"},
+            },
+            "prompts": [
+                {"source": "p.jsonl", "domain": "d", "teachers": {"other": 0.7}},
+                {"source": "q.jsonl", "domain": "q", "teachers": {"self": 1.0}},
+            ],
+            "phases": [
+                {
+                    "name": "merge",
+                    "updates": 1,
+                    "prompts_per_round": 3,
+                    "loss": {"sampled_reverse_kl": sampled},
+                }
+            ],
+        }
+        tmp_path.mkdir(exist_ok=True)
+        (tmp_path / "q.jsonl").write_text('{"prompt": "bb"}')
+        return load_models(
+            preflight(write_byte_job(tmp_path, recipe, merges=OTHER, turned=True)), Machine(CPU, Alone())
+        )
+
+    def gradient_of(parts: Models) -> dict[str, Tensor]:
+        rollouts = []
+        for [prompt, *_] in parts.inputs.prompts.values():
+            student = parts.inputs.student
+            ids = (*student.tokenizer.encode("abcab"), student.end_id)
+            mu = (-1.0,) * len(ids)
+            rollouts.append(Rollout(prompt, 0, student.render(prompt), ids, "student", "eos", mu))
+        return gradient(parts, rollouts)
+
+    # The student itself has nothing to say to its own answer, so all of the gradient is the bridge's.
+    expected, found = gradient_of(parts_with(weight=1.0)), gradient_of(parts_with(weight=1.0, **whole))
+    largest = max(float(g.abs().max()) for g in expected.values())
+    assert largest > 1e-4
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=1e-9, atol=1e-9 * largest), name
+
+
 def pieces(ids: Sequence[int], table: dict[int, bytes]) -> list[bytes]:
     return [table[i] for i in ids]
 

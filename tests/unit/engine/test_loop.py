@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from mergeopd.check.preflight import preflight
 from mergeopd.distributed.ranks import Alone
 from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.engine.clock import Clock
+from mergeopd.engine.evaluate import Accuracies, Evaluation
 from mergeopd.engine.interrupt import Interrupt
+from mergeopd.engine.progress import Progress
 from mergeopd.report.events import Event, UpdateDone
 from mergeopd.report.jsonl import update_record
 from mergeopd.storage.run_folder import RunFolder
+from mergeopd.student.torch import TorchStudent
 
 CPU = torch.device("cpu")
 PHASES = [
@@ -105,6 +109,48 @@ def test_a_run_that_went_down_ends_as_if_it_had_not(recipe: Path, stop_after: in
     expected = load_file(straight.export / "model.safetensors")
     found = load_file(resumed.export / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_training_is_freed_before_the_evaluation(
+    write_job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, optimizer state and followed weights would lie beside each model that is measured."""
+    recipe = write_job(
+        {
+            "teachers": {"self": {"student": {"ema": 0.9}}, "two": "two.yaml"},
+            "prompts": [
+                {"source": "left.jsonl", "domain": "left", "teachers": {"self": 1.0, "two": 0.5}},
+                {"source": "right.jsonl", "domain": "right", "teachers": "two"},
+            ],
+            "evaluation": {
+                "prompts": [
+                    {"source": "held_out.jsonl", "domain": "right", "verifier": "exact", "expert": "two"}
+                ]
+            },
+        }
+    )
+    (recipe.parent / "held_out.jsonl").write_text('{"prompt": "c c", "answer": "c"}')
+    inputs = preflight(recipe)
+    recorder, folder = Recorder(), RunFolder(Path(inputs.plan.output))
+    folder.claim(inputs.plan, inputs.files, inputs.now, ())
+    parts = load_models(inputs, Machine(CPU, Alone()))
+    assert isinstance(parts.student, TorchStudent)
+    [follower] = parts.snapshots.followers.values()
+    held = [weakref.ref(t) for t in (*follower.tensors.values(), *parts.student._masters.values())]
+    held += [weakref.ref(parts.student._adamw)]
+    alive: list[int] = []
+
+    measure = Evaluation.run
+
+    def measured(evaluation: Evaluation, merged: Path) -> Accuracies:
+        alive.append(sum(ref() is not None for ref in held))
+        return measure(evaluation, merged)
+
+    monkeypatch.setattr(Evaluation, "run", measured)
+    build(parts, reporter=recorder, clock=Clock(), interrupt=Interrupt()).run(Progress(), None)
+    assert len(held) > 20
+    assert alive == [0]
+    assert folder.result_file.is_file()
 
 
 def test_phases_follow_each_other_and_say_what_they_did(recipe: Path) -> None:
@@ -200,7 +246,7 @@ POLICY_PHASES = [
             "outcome": 0.5,
             "support": {"top_k": 2, "of": "teacher", "rest": "tail"},
         },
-        "correction": "sequence_mask",
+        "correction": "truncate",
     },
 ]
 
@@ -241,7 +287,9 @@ def test_uncorrected_policy_terms_on_tempered_answers_are_noted(write_job: Calla
     assert "phase 'p'" in note
     assert "temperature 0.7" in note
     assert not [n for n in preflight(recipe, ["rollout.temperature=1.0"]).notes if "policy terms" in n]
-    assert not [n for n in preflight(recipe, ["phases.0.correction=mask"]).notes if "policy terms" in n]
+    assert not [n for n in preflight(recipe, ["phases.0.correction=truncate"]).notes if "phase 'p'" in n]
+    [note] = [n for n in preflight(recipe, ["phases.0.correction=mask"]).notes if "phase 'p'" in n]
+    assert "masks tokens by their ratio" in note
 
 
 def test_teachers_that_no_phase_asks_are_noted(write_job: Callable[..., Path]) -> None:

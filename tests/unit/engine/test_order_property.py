@@ -62,7 +62,10 @@ def gradient(
     hidden = [noise(len(r.response_ids), D).requires_grad_() for r in rollouts]
     weight = noise(VOCAB, D).requires_grad_()
     rollouts = renamed(rollouts, names)
-    with tempfile.TemporaryDirectory() as folder, HiddenCache(200, Path(folder)) as cache:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        HiddenCache(200, Path(folder), torch.device("cpu")) as cache,
+    ):
         for turn in by_teacher(rollouts, sorted(names.values()), index):
             letter = next(n for n in "abc" if names[n] == turn.teacher)
             for i in turn.rollouts:

@@ -1,6 +1,7 @@
 """`fused_loss` against full logits and autograd in float64, and what must not change its result."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -317,7 +318,7 @@ def test_native_half_products(reference, monkeypatch):
         if out_dtype is None:
             return plain_mm(a, b, **options)
         kinds.add((a.dtype, b.dtype, out_dtype))
-        return plain_mm(a.float(), b.float())
+        return plain_mm(a.float(), b.float(), **options)
 
     monkeypatch.setattr(heads, "_multiplies_halves", lambda device: True)
     monkeypatch.setattr(torch, "mm", mm)
@@ -422,6 +423,29 @@ def test_backward_scales_and_accumulates(reference):
     (run() * 3.0 + run()).backward()
     torch.testing.assert_close(problem.hidden.grad, 4.0 * plain[0])
     torch.testing.assert_close(problem.head.weight.grad, 4.0 * plain[1])
+
+
+@pytest.mark.parametrize("pad", [0, 3])
+def test_the_weights_gradient_can_be_summed_elsewhere(reference, pad):
+    """In float32 over calls, with whatever loss is made of them; the weight itself gets none."""
+    problem = reference.problem(dtype=torch.bfloat16, pad_S=pad, bias=True)
+
+    def loss_with(head):
+        arguments = (problem.hidden, head, problem.targets, problem.labels, linear(problem))
+        return fused_loss(*arguments, divergences=[ReverseKL()], chunk_rows=5)[0]
+
+    weight = problem.head.weight.detach().float().requires_grad_()
+    (2.0 * loss_with(replace(problem.head, weight=weight))).backward()
+    expected = weight.grad
+    assert not torch.equal(expected, expected.bfloat16().float())
+    total = torch.ones_like(expected)
+    for _ in range(2):
+        loss_with(replace(problem.head, weight_grad=total)).backward()
+    torch.testing.assert_close(total, 1.0 + expected, rtol=1e-6, atol=1e-6)
+    assert problem.head.weight.grad is None
+    assert problem.head.bias.grad is not None
+    with pytest.raises(ValueError, match=r"weight_grad must be \[\d+, 5\] like the weight"):
+        replace(problem.head, weight_grad=total[1:])
 
 
 def test_workspace_is_bounded_by_chunk_and_vocabulary(reference):

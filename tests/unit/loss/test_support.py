@@ -387,7 +387,7 @@ def test_observed_top_k_equals_hidden_states(reference, option, k, rest):
     support, divergences = Support(k, "teacher", rest), MEASURABLE[rest]
     tops = observed(problem, k, temperature=1.5, chunk_rows=4)
     shuffled = [
-        TopK(top.ids.flip(1), top.logprobs.flip(1), top.logprob, top.entropy)
+        TopK(top.ids.flip(1), top.logprobs.flip(1), top.logprob, top.entropy, top.log_tail)
         if i
         else TopK.unpack(top.packed())
         for i, top in enumerate(tops)
@@ -413,6 +413,34 @@ def test_observed_top_k_equals_hidden_states_in_float32(reference, vocab, k, res
         assert (one - other).abs().max() < 1e-5 * other.abs().max()
 
 
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("confidence", [14.0, 25.0, 40.0])
+def test_the_tail_of_a_sure_teacher_is_kept(confidence, dtype, rtol):
+    """One minus the top two's mass says nothing of a tail of 1e-10; closed form over two tokens and a tail."""
+    num_others = 48
+    z_T = torch.tensor([[confidence, confidence - 2.0, *[0.0] * num_others]], dtype=torch.float64)
+    z_S = torch.tensor([[6.0, 4.0, *[0.0] * num_others]], dtype=torch.float64)
+
+    def categories(z):
+        log_p = z.log_softmax(1)[0]
+        return torch.cat([log_p[:2], log_p[2:].logsumexp(0, keepdim=True)])
+
+    z_S.requires_grad_()
+    log_S, log_T = categories(z_S), categories(z_T)
+    expected = (log_S.exp() * (log_S - log_T)).sum()
+    (expected_dz,) = torch.autograd.grad(expected, z_S)
+    head = Head(torch.eye(50, dtype=dtype))
+    hidden = z_S.detach().to(dtype).requires_grad_()
+    top = observe(z_T.to(dtype), head, torch.tensor([0]), top_k=2)
+    loss, _ = fused_loss(
+        hidden, head, [TopK.unpack(top.packed())], torch.tensor([0]), plain,
+        divergences=[ReverseKL()], support=Support(2, "teacher", "tail"),
+    )  # fmt: skip
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=rtol)
+    torch.testing.assert_close(hidden.grad.double(), expected_dz, rtol=rtol, atol=rtol / 100)
+
+
 def test_observed_numbers_are_those_of_the_definition(reference):
     problem = reference.problem(num=30, **OPTIONS["all"])
     for target in problem.targets:
@@ -424,6 +452,8 @@ def test_observed_numbers_are_those_of_the_definition(reference):
             torch.testing.assert_close(one.logprob, log_p.gather(1, problem.labels[:, None])[:, 0])
             torch.testing.assert_close(one.entropy, reference.entropy(log_p))
         torch.testing.assert_close(top.logprobs, log_p.gather(1, top.ids))
+        others = log_p.scatter(1, top.ids, -torch.inf).logsumexp(1)
+        torch.testing.assert_close(top.log_tail, others)
         assert torch.equal(top.ids.sort(1).values, log_p.topk(4).indices.sort(1).values)
 
 
@@ -431,29 +461,29 @@ def test_observed_numbers_are_those_of_the_definition(reference):
 def test_packed_and_back(dtype):
     g = torch.Generator().manual_seed(0)
     ids = torch.tensor([[0, (1 << 24) - 1], [151935, 7]])
-    numbers = torch.randn(2, 4, generator=g, dtype=torch.float64).to(dtype)
-    top = TopK(ids, numbers[:, :2], numbers[:, 2], numbers[:, 3])
+    numbers = torch.randn(2, 5, generator=g, dtype=torch.float64).to(dtype)
+    top = TopK(ids, numbers[:, :2], *numbers[:, 2:].T)
     back = TopK.unpack(top.packed())
-    assert top.packed().shape == (2, 6)
-    for name in ("ids", "logprobs", "logprob", "entropy"):
+    assert top.packed().shape == (2, 7)
+    for name in ("ids", "logprobs", "logprob", "entropy", "log_tail"):
         assert torch.equal(getattr(back, name), getattr(top, name))
     sampled = Sampled(numbers[:, 2], numbers[:, 3])
     back = Sampled.unpack(sampled.packed())
     assert sampled.packed().shape == (2, 2)
     assert torch.equal(back.logprob, sampled.logprob)
     assert torch.equal(back.entropy, sampled.entropy)
-    empty = TopK.unpack(TopK(ids[:0], numbers[:0, :2], numbers[:0, 2], numbers[:0, 3]).packed())
+    empty = TopK.unpack(TopK(ids[:0], numbers[:0, :2], *numbers[:0, 2:].T).packed())
     assert empty.ids.shape == (0, 2)
 
 
 def test_packed_refuses_what_it_would_lose():
-    large = TopK(torch.tensor([[1 << 24]]), torch.zeros(1, 1), torch.zeros(1), torch.zeros(1))
+    large = TopK(torch.tensor([[1 << 24]]), torch.zeros(1, 1), *torch.zeros(3, 1))
     with pytest.raises(ValueError, match=r"token id 16777216 is not exact in float32, which ends at 2\^24"):
         large.packed()
     with pytest.raises(ValueError, match="bfloat16 cannot hold these numbers exactly"):
         Sampled(torch.zeros(1).bfloat16(), torch.zeros(1).bfloat16()).packed()
-    with pytest.raises(ValueError, match=r"must be \[N, 2k \+ 2\], got \[3, 5\]"):
-        TopK.unpack(torch.zeros(3, 5))
+    with pytest.raises(ValueError, match=r"must be \[N, 2k \+ 3\], got \[3, 6\]"):
+        TopK.unpack(torch.zeros(3, 6))
     with pytest.raises(ValueError, match=r"must be \[N, 2\], got \[3, 4\]"):
         Sampled.unpack(torch.zeros(3, 4))
 
@@ -539,7 +569,7 @@ def test_broken_top_k(reference):
 
     def call(error, text, **changes):
         top = observed(problem, 3)[0]
-        names = ("ids", "logprobs", "logprob", "entropy")
+        names = ("ids", "logprobs", "logprob", "entropy", "log_tail")
         target = TopK(**{name: changes.get(name, getattr(top, name)) for name in names})
         with pytest.raises(error, match=text):
             run(problem, plain, KLS, support, [target])
@@ -556,7 +586,7 @@ def test_broken_top_k(reference):
     broken[6, 1] = -torch.inf
     call(ArithmeticError, r"from target 0: not finite at 1 of .*first at 6", logprobs=broken)
     call(ArithmeticError, "target 0: not finite at 13", entropy=top.entropy * torch.nan)
-    short = TopK(top.ids[1:], top.logprobs[1:], top.logprob[1:], top.entropy[1:])
+    short = TopK(top.ids[1:], top.logprobs[1:], top.logprob[1:], top.entropy[1:], top.log_tail[1:])
     with pytest.raises(ValueError, match="target 0: it has 12 tokens, the student 13"):
         run(problem, plain, KLS, support, [short])
 
@@ -568,6 +598,7 @@ def test_broken_top_k(reference):
         ({"ids": torch.zeros(4, 0, dtype=torch.int64)}, "k at least 1"),
         ({"logprobs": torch.zeros(4, 3)}, r"TopK.logprobs must be \[4, 2\] like ids, got \[4, 3\]"),
         ({"entropy": torch.zeros(3)}, r"TopK.entropy must be \[4\], got \[3\]"),
+        ({"log_tail": torch.zeros(3)}, r"TopK.log_tail must be \[4\], got \[3\]"),
     ],
 )
 def test_misfitting_top_k(changes, text):
@@ -576,6 +607,7 @@ def test_misfitting_top_k(changes, text):
         "logprobs": torch.zeros(4, 2),
         "logprob": torch.zeros(4),
         "entropy": torch.zeros(4),
+        "log_tail": torch.zeros(4),
     }
     with pytest.raises(ValueError, match=text):
         TopK(**{**fitting, **changes})

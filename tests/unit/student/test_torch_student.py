@@ -15,6 +15,7 @@ from mergeopd.errors import NumericsError, StorageError
 from mergeopd.loss.divergence import ReverseKL
 from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.objective import build_objective
+from mergeopd.models.causal import response_hidden
 from mergeopd.recipe.training import Optimizer
 from mergeopd.student.torch import TorchStudent
 
@@ -176,3 +177,37 @@ def test_export_loads_in_transformers_with_the_students_logits(
     with torch.no_grad():
         expected = student.body(input_ids=ids).last_hidden_state @ student.head.weight.T
         assert torch.equal(loaded(ids).logits, expected)
+
+
+def test_a_resumed_optimizer_lives_where_the_weights_do(make_model: Callable[..., Path]) -> None:
+    """Fused AdamW wants its step counts on the device of the weights; a checkpoint is read onto the CPU."""
+    folder = make_model("s")
+    first, second = student_of(folder), student_of(folder)
+    list(first.accumulate([micro_batch()], OBJECTIVE))
+    first.apply(1e-3)
+    second._masters = {name: p.to("meta") for name, p in second._masters.items()}
+    second._parameters = second._masters
+    second.load_state(dict(first.state()))
+    moments = [value for of_one in second._adamw.state.values() for value in of_one.values()]
+    assert len(moments) == 3 * len(second._masters)
+    assert {moment.device.type for moment in moments} == {"meta"}
+
+
+def test_the_heads_gradient_is_summed_in_float32(make_model: Callable[..., Path]) -> None:
+    """Of a bfloat16 student: what the kernel knows in float32 reaches the masters, micro-batch by micro-batch."""
+    folder = make_model("s", tied=False)
+    student, once = student_of(folder, dtype="bfloat16"), student_of(folder, dtype="bfloat16")
+    list(once.accumulate([micro_batch()], OBJECTIVE))
+    one = once.gradients()["lm_head.weight"]
+    assert one.dtype == torch.float32
+    assert not torch.equal(one, one.bfloat16().float())
+    list(student.accumulate_gradients([micro_batch(), micro_batch()], OBJECTIVE))
+    torch.testing.assert_close(student.gradients()["lm_head.weight"], 2 * one, rtol=1e-6, atol=0.0)
+    # In float64 from the same rounded hidden states and weights.
+    hidden = response_hidden(student.body, PROMPTS, RESPONSES, CPU).detach()
+    weight = student.head.weight.detach().double().requires_grad_()
+    target = micro_batch().targets[0]
+    log_s = (hidden.double() @ weight.T)[:, :VALID].log_softmax(-1)
+    log_t = (target.hidden @ target.head.weight.T).double().log_softmax(-1)
+    (log_s.exp() * (log_s - log_t)).sum(-1).mean().backward()
+    torch.testing.assert_close(one.double(), weight.grad, rtol=1e-5, atol=1e-7)

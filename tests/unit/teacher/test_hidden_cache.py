@@ -18,7 +18,7 @@ GENEROUS = 1 << 30
 def test_every_budget_gives_the_same_bits(tmp_path: Path, dtype: torch.dtype, budget_bytes: int) -> None:
     torch.manual_seed(0)
     states = {("ab"[i % 2], i // 2): torch.randn(i % 5 + 1, 7).to(dtype) for i in range(20)}
-    with HiddenCache(budget_bytes, tmp_path / "spill") as cache:
+    with HiddenCache(budget_bytes, tmp_path / "spill", torch.device("cpu")) as cache:
         for (teacher, rollout), hidden in list(states.items())[:12]:
             cache.put(teacher, rollout, hidden)
         early = cache.gather("a", [0, 2])
@@ -38,8 +38,18 @@ def test_every_budget_gives_the_same_bits(tmp_path: Path, dtype: torch.dtype, bu
     assert list(tmp_path.rglob("*.bin")) == []
 
 
+@pytest.mark.parametrize("budget_bytes", [0, GENEROUS])
+def test_hidden_states_come_back_on_the_device_of_the_updates(tmp_path: Path, budget_bytes: int) -> None:
+    """Kept in main memory, whatever device computed them: a round's do not fit beside the student."""
+    with HiddenCache(budget_bytes, tmp_path, torch.device("meta")) as cache:
+        cache.put("t", 1, torch.ones(2, 3))
+        assert cache.gather("t", [1, 1]).device.type == "meta"
+        with pytest.raises(NotImplementedError, match="meta tensor"):  # nothing is held there
+            cache.put("t", 2, torch.ones(2, 3, device="meta"))
+
+
 def test_memory_alone_makes_no_file(tmp_path: Path) -> None:
-    with HiddenCache(GENEROUS, tmp_path / "spill") as cache:
+    with HiddenCache(GENEROUS, tmp_path / "spill", torch.device("cpu")) as cache:
         cache.put("t", 1, torch.ones(2, 3))
         assert cache.gather("t", [1]).tolist() == [[1.0] * 3] * 2
     assert not (tmp_path / "spill").exists()
@@ -47,7 +57,7 @@ def test_memory_alone_makes_no_file(tmp_path: Path) -> None:
 
 def test_doubles_and_strangers_are_errors(tmp_path: Path) -> None:
     for budget_bytes in (0, GENEROUS):
-        with HiddenCache(budget_bytes, tmp_path) as cache:
+        with HiddenCache(budget_bytes, tmp_path, torch.device("cpu")) as cache:
             cache.put("t", 1, torch.ones(2, 3))
             with pytest.raises(KeyError, match="already"):
                 cache.put("t", 1, torch.ones(2, 3))
@@ -57,5 +67,8 @@ def test_doubles_and_strangers_are_errors(tmp_path: Path) -> None:
 
 def test_a_disk_that_refuses_is_named(tmp_path: Path) -> None:
     (tmp_path / "spill").write_text("a file where the folder should be")
-    with HiddenCache(0, tmp_path / "spill") as cache, pytest.raises(StorageError, match="cannot spill"):
+    with (
+        HiddenCache(0, tmp_path / "spill", torch.device("cpu")) as cache,
+        pytest.raises(StorageError, match="cannot spill"),
+    ):
         cache.put("t", 0, torch.ones(1, 1))

@@ -50,7 +50,7 @@ def test_it_is_the_cache_of_one_process_bit_for_bit(
         gathered += [cache.gather(teacher, [7, 0, 9, 3]) for teacher in "ab"]
         return gathered, (cache.num_bytes, cache.num_spilled_bytes)
 
-    with HiddenCache(budget_bytes, tmp_path / "one") as cache:
+    with HiddenCache(budget_bytes, tmp_path / "one", torch.device("cpu")) as cache:
         expected, counted = told(cache)
     with alone(budget_bytes, tmp_path / "several") as cache:
         found, found_counted = told(cache)

@@ -1,0 +1,233 @@
+"""What the device does in a second: the kernel against its matrix products, sampling, and the quick start."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergeopd.loss import (
+    JSD,
+    BlockStats,
+    Divergence,
+    ForwardKL,
+    Head,
+    Hidden,
+    ReverseKL,
+    Workspace,
+    fused_loss,
+)
+from mergeopd.loss.slicing import rows_in_chunk
+from mergeopd.rollout.sampling import sample
+
+ROOT = Path(__file__).parents[2]
+DIVERGENCES: dict[str, Divergence] = {"reverse_kl": ReverseKL(), "forward_kl": ForwardKL(), "jsd": JSD(0.5)}
+REPEATS = 5
+STOPPED = 3  # exit code of a run that was asked to stop
+
+
+def seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """Median over some repetitions, after one to warm up."""
+    times = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return median(times[1:])
+
+
+def peak_bytes(device: torch.device, work: Callable[[], object]) -> int | None:
+    """Most memory of the device in use during `work` beyond that before it."""
+    if device.type != "cuda":
+        work()
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+class Problem:
+    """Random hidden states and heads in bfloat16; one teacher."""
+
+    def __init__(self, device: torch.device, num: int, width: int, vocab: int) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+        self.num, self.vocab, self.device = num, vocab, device
+        self.hidden, self.weight = randn(num, width).requires_grad_(), randn(vocab, width).mul_(0.02)
+        self.weight.requires_grad_()
+        self.hidden_T, self.weight_T = randn(num, width), randn(vocab, width).mul_(0.02)
+        self.labels = torch.randint(vocab, (num,), device=device, generator=generator)
+        self.weight_grad = torch.zeros(vocab, width, device=device)
+        self.workspace = Workspace()
+
+    def fused(self, divergence: Divergence, chunk_rows: int | None) -> None:
+        """Forward and backward; the head's gradient is added to a float32 sum, as in training."""
+        self.hidden.grad = None
+
+        def objective(stats: BlockStats, rows: slice) -> Tensor:
+            return stats.divergence[0, 0].div(self.num)
+
+        loss, _ = fused_loss(
+            self.hidden,
+            Head(self.weight, weight_grad=self.weight_grad),
+            [Hidden(self.hidden_T, Head(self.weight_T))],
+            self.labels,
+            objective,
+            divergences=[divergence],
+            chunk_rows=chunk_rows,
+            workspace=self.workspace,
+        )
+        loss.backward()
+
+    def products(self, rows: int) -> Callable[[], None]:
+        """The four matrix products that any such loss takes, chunk by chunk, and nothing else."""
+        hidden, weight = self.hidden.detach(), self.weight.detach()
+        dz = torch.zeros(rows, self.vocab, device=self.device, dtype=torch.bfloat16)
+
+        def work() -> None:
+            for start in range(0, self.num, rows):
+                tile = slice(start, min(start + rows, self.num))
+                own = dz[: tile.stop - tile.start]
+                torch.mm(hidden[tile], weight.t())
+                torch.mm(self.hidden_T[tile], self.weight_T.t())
+                torch.mm(own, weight)
+                torch.mm(own.t(), hidden[tile])
+
+        return work
+
+
+def test_kernel_against_its_products(device: torch.device, record: Callable[[str, object], None]) -> None:
+    on_gpu = device.type == "cuda"
+    num, width, vocab = (16384, 4096, 151936) if on_gpu else (300, 64, 1500)
+    problem = Problem(device, num, width, vocab)
+    rows = rows_in_chunk(device, vocab, torch.float32)
+    floor = seconds(device, problem.products(rows))
+    found: dict[str, Any] = {
+        "tokens": num, "width": width, "vocabulary": vocab, "dtype": "bfloat16",
+        "chunk_rows": rows, "products_seconds": floor,
+        "products_tflops": 8 * num * width * vocab / floor / 1e12,
+    }  # fmt: skip
+    for name, divergence in DIVERGENCES.items():
+        peak = peak_bytes(device, lambda d=divergence: problem.fused(d, None))  # type: ignore[misc]
+        taken = seconds(device, lambda d=divergence: problem.fused(d, None))  # type: ignore[misc]
+        found[name] = {
+            "seconds": taken, "ratio_to_products": taken / floor, "tokens_per_second": num / taken,
+            "first_call_peak_bytes": peak, "workspace_bytes": problem.workspace.num_bytes,
+        }  # fmt: skip
+        problem.workspace.clear()
+    found["seconds_by_chunk_rows"] = {
+        str(rows): seconds(device, lambda r=rows: problem.fused(ReverseKL(), r))  # type: ignore[misc]
+        for rows in (256, 1024, 4096)
+    }
+    if on_gpu:
+        found["accumulate_in_product"] = accumulation(problem, rows)
+    record("kernel", found)
+    assert bool(torch.isfinite(problem.weight_grad).all())
+    assert not on_gpu or found["reverse_kl"]["ratio_to_products"] < 10
+
+
+def accumulation(problem: Problem, rows: int) -> dict[str, Any]:
+    """Whether this torch adds a product of halves to a float32 sum in one kernel, and what that saves."""
+    dz = torch.zeros(rows, problem.vocab, device=problem.device, dtype=torch.bfloat16)
+    hidden, total = problem.hidden.detach()[:rows], problem.weight_grad
+    found: dict[str, Any] = {
+        "two_kernels_seconds": seconds(
+            problem.device, lambda: total.add_(torch.mm(dz.t(), hidden, out_dtype=torch.float32))
+        )
+    }
+    try:
+        found["one_kernel_seconds"] = seconds(
+            problem.device,
+            lambda: torch.addmm(total, dz.t(), hidden, out_dtype=torch.float32, out=total),
+        )
+    except (RuntimeError, TypeError) as error:
+        found["one_kernel_error"] = str(error).splitlines()[0]
+    return found
+
+
+def test_sampling(device: torch.device, record: Callable[[str, object], None]) -> None:
+    """A step of decoding beside the model: 256 sequences over a large vocabulary."""
+    rows, vocab = (256, 151936) if device.type == "cuda" else (8, 1500)
+    logits = torch.randn(rows, vocab, device=device)
+    uniform = torch.rand(rows, device=device, dtype=torch.float64)
+    settings = {"greedy_seconds": (0.0, 1.0), "plain_seconds": (1.0, 1.0), "top_p_seconds": (1.0, 0.9)}
+    taken = {
+        name: seconds(device, lambda s=one: sample(logits, uniform, *s))  # type: ignore[misc]
+        for name, one in settings.items()
+    }
+    record("sampling", {"rows": rows, "vocabulary": vocab, **taken})
+
+
+@pytest.fixture(scope="module")
+def project(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the recipes, the cards, and the experts: those of the checkout, or new ones."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("recipes", "teachers"):
+        shutil.copytree(ROOT / name, folder / name)
+    if (ROOT / "experts").is_dir():
+        shutil.copytree(ROOT / "experts", folder / "experts")
+    command("tools/make_tiny_experts.py", "--out", str(folder / "experts"), cwd=ROOT)
+    return folder
+
+
+def command(*arguments: str, cwd: Path, returns: int = 0) -> float:
+    """Run Python in a new process; how long it took. Its output is shown where it ends otherwise."""
+    start = time.perf_counter()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == returns, done.stdout[-3000:] + done.stderr[-3000:]
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_quickstart(
+    device: torch.device, project: Path, record: Callable[[str, object], None], dtype: str
+) -> None:
+    """Stopped and resumed on the way. MERGEOPD_GPU_WHOLE=1 makes all of its updates, in float32."""
+    whole = os.environ.get("MERGEOPD_GPU_WHOLE") == "1" and dtype == "float32"
+    cold, merge = (40, 180) if whole else (4, 6)
+    settings = [f"phases.0.updates={cold}", f"phases.1.updates={merge}", f"student.dtype={dtype}"]
+    if not whole:
+        settings += ["optimizer.warmup_updates=2", *(f"evaluation.prompts.{i}.limit=16" for i in range(3))]
+    output = f"runs/{dtype}"
+    options = [part for one in (*settings, f"output={output}") for part in ("--set", one)]
+    run = ("-m", "mergeopd", "run", "recipes/quickstart.yaml", *options)
+    taken = command(*run, "--updates", str(cold // 2), cwd=project, returns=STOPPED)
+    taken += command(*run, cwd=project)
+    records = [json.loads(line) for line in (project / output / "metrics.jsonl").read_text().splitlines()]
+    result = json.loads((project / output / "result.json").read_text())
+    assert len(records) == cold + merge
+    # The first updates of a process pay for what is loaded and compiled once.
+    steady = [r for r in records if r["phase"] == "merge"][2:]
+    spent = sum(sum(r["cost"]["seconds"].values()) for r in steady)
+    found = {
+        "updates": len(records),
+        "seconds": taken,
+        "merge_updates_per_second": len(steady) / spent,
+        "seconds_by_stage": result["seconds"],
+        "domains": result["domains"],
+        "mean_recovered": result["mean_recovered"],
+        "last_loss": records[-1]["loss"],
+    }
+    record(f"quickstart_{dtype}", found)
