@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
@@ -20,7 +20,16 @@ from typer.core import TyperOption
 
 from mergeopd import __version__
 from mergeopd.engine.processes import Place, Told, claims_before_meeting, join_launcher
-from mergeopd.errors import EndedElsewhere, MergeopdError, Problem, ProcessError, RecipeError, Stopped
+from mergeopd.errors import (
+    MAX_SHOWN,
+    EndedElsewhere,
+    MergeopdError,
+    Problem,
+    ProcessError,
+    RecipeError,
+    Stopped,
+    printable,
+)
 from mergeopd.report.failure import show_error
 
 if TYPE_CHECKING:
@@ -131,8 +140,7 @@ def check(
     if as_json:
         typer.echo(json.dumps({"ok": True, "plan": plan.hash, "notes": notes}, indent=2))
         return
-    for note in notes:
-        typer.echo(f"note: {note}")
+    _show_notes(notes)
     typer.echo(f"{recipe}: good. {_size(inputs)}.")
 
 
@@ -183,8 +191,7 @@ def report(
     from mergeopd.report.html import write_report
 
     path, notes = write_report(run)
-    for note in notes:
-        typer.echo(f"note: {note}")
+    _show_notes(notes)
     typer.echo(shown(path))
     if show is Open.yes or (show is Open.auto and sys.stdout.isatty() and _has_desktop()):
         typer.launch(str(path))
@@ -278,8 +285,7 @@ def new_recipe(
 
     wish = RecipeWish(name, student, teachers or (), prompts or ())
     inputs, left_out = write(wish)
-    for note in (*(f"left out {text}" for text in left_out), *inputs.notes):
-        typer.echo(f"note: {note}")
+    _show_notes((*(f"left out {text}" for text in left_out), *inputs.notes))
     typer.echo(f"{wish.recipe_file}: written. {_size(inputs)}.")
     typer.echo(f"Try it: mergeopd run {wish.recipe_file} --updates 2")
 
@@ -323,6 +329,13 @@ def new_teacher(
     engine.write_card(wish, candidate.fingerprint, canary)
     typer.echo(f"{name} says: {json.dumps(canary.response, ensure_ascii=False)}")
     typer.echo(f"{wish.card_file}: written. A recipe names it by `{name}: {wish.card_file}`.")
+
+
+def _show_notes(notes: Sequence[str]) -> None:
+    for note in notes[:MAX_SHOWN]:
+        typer.echo(f"note: {printable(note)}")
+    if len(notes) > MAX_SHOWN:
+        typer.echo(f"note: ... and {len(notes) - MAX_SHOWN:,} more notes")
 
 
 def _as_json(problem: Problem) -> dict[str, str | int]:
