@@ -188,19 +188,23 @@ class _Parser:
             value: Value = self.yaml.constructor.construct_object(ScalarNode(tag, text))
         except (ValueError, KeyError, IndexError):
             if tag == str(self.yaml.resolver.resolve(ScalarNode, text, (True, False))):
-                self.report(place, path, f"{text!r} is a number too large to read")
+                self.report(place, path, f"{_start(text)!r} is a number too large to read")
             else:
-                message = f"{text!r} is not what its tag '{_shown(tag)}' says"
+                message = f"{_start(text)!r} is not what its tag '{_shown(tag)}' says"
                 self.report(place, path, message, "remove the tag")
             return Scalar(None, place)
         if isinstance(value, int) and value.bit_length() > _MAX_INT_BITS:
-            self.report(place, path, f"{text!r} is a number too large to read")
+            self.report(place, path, f"{_start(text)!r} is a number too large to read")
             return Scalar(None, place)
         return Scalar(value, place)
 
 
 def _is_empty(node: YamlNode) -> bool:
     return isinstance(node, ScalarNode) and not node.value and str(node.tag) == _TAG + "null"
+
+
+def _start(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _shown(tag: str) -> str:

@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mergeopd.recipe.values import FUNCTION_PATTERN, NAME_PATTERN
+from mergeopd.recipe.values import FUNCTION_PATTERN, NAME_PATTERN, REVISION_PATTERN
 
 Schema = dict[str, Any]
 
 _PATTERNS = {
     NAME_PATTERN: "a name (letters, digits, _ . -)",
+    REVISION_PATTERN: "a branch, a tag or a commit",
     FUNCTION_PATTERN: "a function as package.module:function",
 }
 

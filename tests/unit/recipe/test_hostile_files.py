@@ -105,3 +105,33 @@ def test_a_number_that_cannot_be_printed_is_too_large(project: Path, number: str
 @pytest.mark.parametrize("tag", ["!!int", "!!float"])
 def test_an_empty_number_is_not_what_its_tag_says(project: Path, tag: str) -> None:
     assert f"'' is not what its tag '{tag}' says" in messages("recipes/merge.yaml", f'seed={tag} ""')
+
+
+@pytest.mark.parametrize(
+    "revision", ["/", "/dev/zero", "..", "a/../../../x", "~/x", ".hidden", "a//b", "a b", ""]
+)
+def test_a_revision_is_no_path(project: Path, revision: str) -> None:
+    overrides = ("student.model=org/model", f"student.revision='{revision}'")
+    assert "expected a branch, a tag or a commit, found" in messages("recipes/merge.yaml", *overrides)
+    card = Path("teachers/math.yaml")
+    card.write_text(f"{card.read_text()}\nrevision: '{revision}'\n")
+    assert "teachers.math.card.revision\n    expected a branch" in messages("recipes/merge.yaml")
+
+
+@pytest.mark.parametrize("revision", ["main", "refs/pr/3", "v1.0-rc_1", "8" * 40])
+def test_branches_tags_and_commits_are_revisions(project: Path, revision: str) -> None:
+    found = messages("recipes/merge.yaml", "student.model=org/model", f"student.revision='{revision}'")
+    assert f"'org/model' is neither a folder nor at revision '{revision}' in the local cache" in found
+
+
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+        ("a{99999999999999999999}", "the repetition number is too large"),
+        ("(" * 4000 + ")" * 4000, "nested too deeply"),
+        ("x" * 10_001, "a regular expression of more than 10,000 characters"),
+        ("(", "missing ), unterminated subpattern"),
+    ],
+)
+def test_a_pattern_that_cannot_be_compiled_is_refused(project: Path, pattern: str, why: str) -> None:
+    assert why in messages("recipes/merge.yaml", f"prompts.2.verifier={{kind: regex, pattern: '{pattern}'}}")
