@@ -1,9 +1,10 @@
 """Jinja templates of strangers: a sandbox that bounds their work, their values and their output.
 
 Every rendering has a budget of steps, so a template that would loop for ever or build gigabytes ends with an
-error, the same on every machine. The syntax tree is rewritten before it is compiled: loops, comparisons, slices
-and literals pass through filters of the sandbox. The environment intercepts filters, tests, calls and operators.
-No value grows beyond `max_size`, and an operation is refused where the sizes of its operands allow more.
+error, the same on every machine. The syntax tree is rewritten before it is compiled, so that loops,
+comparisons, slices and literals pass through filters of the sandbox; the environment intercepts filters,
+tests, calls and operators. No value grows beyond `max_size`, and an operation is refused where the sizes of
+its operands would allow more.
 """
 
 from __future__ import annotations

@@ -6,19 +6,21 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 from mergeopd.engine.build import Parts
 from mergeopd.engine.dialect import Dialect
 from mergeopd.engine.scoring import score_canary
 from mergeopd.engine.tasks import Task, author
 from mergeopd.ranks import spread
-from mergeopd.report.events import Reporter, StageProgress, StageStarted
+from mergeopd.report.events import Note, Reporter, StageProgress, StageStarted
 from mergeopd.rollout.local import Completion, Request, Writer, generate
 from mergeopd.storage.folders import write_atomic
+from mergeopd.storage.lock import waiting
 from mergeopd.teacher.store import LoadedTeacher
 from mergeopd.types import Finish, Prompt, Rollout, Sampling
 
-FORMAT = 1
+FORMAT = 2
 # Texts are saved once so many are new: a kill costs a twentieth, and the file is not rewritten too often.
 _SAVED_SHARE = 0.05
 
@@ -80,8 +82,11 @@ class TeacherTexts:
     def _provide(self, name: str, prompts: Mapping[tuple[str, int], Prompt], reporter: Reporter) -> None:
         """Take from disk what is there, have the rest written, and keep it."""
         path = self._file(name)
-        known = self._parts.ranks.first(lambda: _load(path))
         dialect = self._parts.inputs.teachers[name]
+        known, num_discarded = self._parts.ranks.first(lambda: self._load(path, dialect))
+        if num_discarded:
+            kept = "kept text" if num_discarded == 1 else "kept texts"
+            reporter.emit(Note(f"discarded {num_discarded} damaged {kept} of teacher {name} in {path}"))
         requests = [Request(key, sample, dialect.render(p)) for (key, sample), p in prompts.items()]
         new = [request for request in requests if _line_key(request) not in known]
         if new:
@@ -143,6 +148,29 @@ class TeacherTexts:
             _keep(path, texts)
         return {**known, **texts}
 
+    def _load(self, path: Path, dialect: Dialect) -> tuple[dict[str, Completion], int]:
+        """The texts of a file, and how many lines were removed that this teacher cannot have written."""
+        if not path.is_file():
+            return {}, 0
+        with waiting(path):
+            lines = _lines(path)
+            read = {line: text for line in lines if (text := _text(line)) is not None}
+            texts = {key: text for key, text in read.values() if self._is_possible(text, dialect)}
+            if len(texts) < len(lines):
+                _write(path, texts)
+        return texts, len(lines) - len(texts)
+
+    def _is_possible(self, text: Completion, dialect: Dialect) -> bool:
+        """Whether ids, length and end of a text agree with the vocabulary and with the sampling."""
+        ids, sampling = text.response_ids, self._sampling()
+        if not 0 < len(ids) <= sampling.max_new_tokens or max(ids) >= dialect.tokenizer.vocab_size:
+            return False
+        ended = [i in dialect.eos_ids for i in ids]
+        if text.finish == "eos":
+            return ended[-1] and not any(ended[:-1])
+        reached = bool(sampling.stop) if text.finish == "stop" else len(ids) == sampling.max_new_tokens
+        return reached and not any(ended)
+
     def _sampling(self) -> Sampling:
         rollout = self._parts.plan.rollout
         return Sampling(rollout.temperature, rollout.top_p, rollout.max_new_tokens, rollout.stop)
@@ -174,25 +202,41 @@ def _keep(path: Path, texts: Mapping[str, Completion]) -> None:
     """Add texts to a file, also to what another run has added meanwhile."""
     if not texts:
         return
-    lines = [
-        json.dumps({"key": key, "ids": text.response_ids, "finish": text.finish}) + "\n"
-        for key, text in {**_load(path), **texts}.items()
-    ]
-    write_atomic(path, "".join(lines))
+    with waiting(path):
+        _write(path, {**dict(filter(None, map(_text, _lines(path)))), **texts})
 
 
-def _load(path: Path) -> dict[str, Completion]:
-    """The texts of a file; a line that is damaged is written again."""
-    if not path.is_file():
-        return {}
-    texts = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            texts[row["key"]] = Completion(tuple(row["ids"]), (), row["finish"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return texts
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+
+
+def _write(path: Path, texts: Mapping[str, Completion]) -> None:
+    write_atomic(path, "".join(f"{_line(key, text)}\n" for key, text in texts.items()))
+
+
+def _line(key: str, text: Completion) -> str:
+    content = {"key": key, "ids": text.response_ids, "finish": text.finish}
+    return json.dumps({**content, "sha256": _digest(content)})
+
+
+def _digest(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _text(line: str) -> tuple[str, Completion] | None:
+    """Key and text of a line; None where it is damaged or holds something else."""
+    try:
+        row = json.loads(line)
+        key, ids, finish = row["key"], row["ids"], row["finish"]
+        whole = row == {"key": key, "ids": ids, "finish": finish, "sha256": row["sha256"]}
+        whole = whole and row["sha256"] == _digest({"key": key, "ids": ids, "finish": finish})
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not whole or finish not in get_args(Finish) or not isinstance(ids, list):
+        return None
+    if not all(type(i) is int and i >= 0 for i in ids):
+        return None
+    return str(key), Completion(tuple(ids), (), finish)
 
 
 def _closed(text: Completion, student: Dialect) -> tuple[int, ...]:
