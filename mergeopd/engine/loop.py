@@ -107,6 +107,7 @@ class Merge:
         if progress.update and not self._ranks.first(target.exists):
             self._save(progress)
         self._ranks.gather(None)  # none leaves while another still has something to write
+        self._interrupt.met()
         raise Stopped(
             f"stopped by {reason} after {progress.update} of {self._plan.num_updates} "
             "updates, all saved; the same command goes on"
@@ -261,6 +262,7 @@ class Merge:
                 return evaluation.run(self._folder.export)
         except StopNow:
             self._is_stopping()
+            self._interrupt.met()
             raise Stopped(
                 f"stopped by {self._interrupt.requested} while the student was measured; training and export "
                 "are saved, and the same command measures again"

@@ -18,9 +18,9 @@ from mergeopd.recipe.folders import project_folder
 from mergeopd.recipe.locate import dotted, shown
 from mergeopd.recipe.overrides import apply
 from mergeopd.recipe.parse import parse
-from mergeopd.recipe.schema import SHORTHANDS
+from mergeopd.recipe.schema import NAMED, SHORTHANDS
 from mergeopd.recipe.suggest import closest_path
-from mergeopd.recipe.tree import Items, Keys, Node, Place, Scalar, Table, merged
+from mergeopd.recipe.tree import Entry, Items, Keys, Node, Place, Scalar, Table, child, merged
 
 YAML_SUFFIXES = (".yaml", ".yml")
 MAX_BYTES = 1 << 20  # parsing takes seconds a mebibyte
@@ -48,7 +48,8 @@ def load(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -> Loaded
     root, problems = loaded.root, list(loaded.problems)
     for number, text in enumerate(overrides, start=1):
         where = Place(Location(f"--set #{number}"), project_folder(path, "recipes"))
-        root, found = apply(root, text, where, env, expand_shorthand)
+        changed, found = apply(root, text, where, env, expand_shorthand)
+        root = _without_removed(root, changed)
         problems += found
     return Loaded(root, tuple(problems), loaded.complete)
 
@@ -123,6 +124,30 @@ def _read(path: Path, env: Mapping[str, str], marker: str, prefix: Keys = ()) ->
     return Loaded(root, problems)
 
 
+def _on(base: Table, over: Table) -> Table:
+    """A recipe on the one that it extends."""
+    root = merged(base, over, expand_shorthand)
+    assert isinstance(root, Table)
+    return _without_removed(base, root)
+
+
+def _without_removed(before: Table, root: Table) -> Table:
+    """Without the named entries that `before` has and that are null now."""
+    entries = dict(root.entries)
+    for section in NAMED:
+        old, new = child(before, section), child(root, section)
+        if isinstance(old, Table) and isinstance(new, Table):
+            kept = {
+                name: entry
+                for name, entry in new.entries.items()
+                if name not in old.entries
+                or not isinstance(entry.node, Scalar)
+                or entry.node.value is not None
+            }
+            entries[section] = Entry(entries[section].key, Table(kept, new.place))
+    return Table(entries, root.place)
+
+
 class _Recipes:
     """Recipes and what they extend; each file is read once, however often it is named."""
 
@@ -146,15 +171,14 @@ class _Recipes:
         written = entries.pop("extends").node
         own = Table(entries, loaded.root.place)
         problems, complete = list(loaded.problems), True
-        base: Node | None = None
+        base: Table | None = None
         for item in written.nodes if isinstance(written, Items) else (written,):
             below = self._base(item, path, chain)
             problems += below.problems
             complete = complete and below.complete
             if below.root is not None:
-                base = below.root if base is None else merged(base, below.root, expand_shorthand)
-        root = own if base is None else merged(base, own, expand_shorthand)
-        assert isinstance(root, Table)
+                base = below.root if base is None else _on(base, below.root)
+        root = own if base is None else _on(base, own)
         return Loaded(root, tuple(dict.fromkeys(problems)), complete)
 
     def _base(self, item: Node, path: Path, chain: tuple[Path, ...]) -> Loaded:

@@ -37,6 +37,21 @@ def test_extends_merges_mappings_and_replaces_lists_and_values(project: Path) ->
     assert child.sources[1].teachers == {"code": 0.8, "math": pytest.approx(0.6)}
 
 
+def test_null_removes_a_teacher_of_the_base(project: Path) -> None:
+    prompts = "prompts:\n  - {source: data/math.jsonl, domain: math, teachers: math}\n"
+    rest = "evaluation: null\nphases: [{name: merge, updates: 9, loss: reverse_kl}]\n"
+    Path("recipes/child.yaml").write_text(
+        f"extends: merge.yaml\n{prompts}{rest}teachers: {{code: null, chat: null}}\n"
+    )
+    assert list(plan(read("recipes/child.yaml")).teachers) == ["math"]
+    Path("recipes/child.yaml").write_text(f"extends: merge.yaml\n{prompts}{rest}")
+    removed = ("teachers.code=null", "teachers.chat=null")
+    assert list(plan(read("recipes/child.yaml", removed)).teachers) == ["math"]
+    unknown = lines(read("recipes/merge.yaml", ["teachers.cod=null"]))
+    assert len(unknown) == 1
+    assert "teachers.cod | expected" in unknown[0]
+
+
 def test_of_several_bases_the_later_wins_and_each_value_keeps_its_file(project: Path) -> None:
     Path("recipes/fast.yaml").write_text("optimizer:\n  lr: 3e-5\nseed: 5\n")
     Path("recipes/child.yaml").write_text("extends: [merge.yaml, fast.yaml]\nseed: 6\n")
