@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mergeopd.errors import ModelError
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts, head_tensor
+from mergeopd.models.layout import differences, is_constant, is_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +54,7 @@ def tensor_names(facts: ModelFacts, checkpoint: Checkpoint) -> dict[str, str]:
     Raises ModelError when the head's tensor is missing or ambiguous.
     """
     head = head_tensor(facts, checkpoint)
-    names = {name: name for name in checkpoint.tensors if name != facts.head_name}
+    names = {name: name for name in checkpoint.tensors if name != facts.head_name and is_weight(name)}
     names[facts.embedding_name if facts.tied else facts.head_name] = head
     return names
 
@@ -74,12 +75,18 @@ def check_fit(model: nn.Module, facts: ModelFacts, checkpoint: Checkpoint) -> No
         for name, shape in given.items()
         if wanted.get(name, shape) != shape
     ]
+    buffers = dict(model.named_buffers())
+    problems += [
+        f"has {name} with a value that the model's code does not have"
+        for name in filter(is_constant, checkpoint.tensors)
+        if name in buffers and not _is_equal(buffers[name], checkpoint.read(name))
+    ]
     if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise ModelError(
-            f"{facts.folder}: weights and config.json are not of one model: "
-            f"it {'; it '.join(problems[:3])}{more}"
-        )
+        raise ModelError(differences(facts, problems))
+
+
+def _is_equal(own: Tensor, saved: Tensor) -> bool:
+    return own.shape == saved.shape and bool((own.cpu().to(saved.dtype) == saved).all())
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -127,6 +127,14 @@ class ModelFacts:
         )
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises ModelError where there is none."""
+    config = _read_object(folder / "config.json")
+    if config is None:
+        raise ModelError(f"{folder}: the folder has no config.json; name a Hugging Face model folder")
+    return config
+
+
 def head_tensor(facts: ModelFacts, checkpoint: Checkpoint) -> str:
     """Name of the tensor `[vocab_rows, hidden_size]` that makes logits; looks at headers, mostly.
 

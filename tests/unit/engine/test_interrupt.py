@@ -32,7 +32,7 @@ def test_ctrl_c_after_sigterm_is_the_first_one() -> None:
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_once_all_is_saved_signals_are_ignored(first: signal.Signals) -> None:
     interrupt = Interrupt()
-    with pytest.raises(Stopped), interrupt.listening():
+    with pytest.raises(Stopped), interrupt.listening():  # noqa: PT012
         signal.raise_signal(first)
         interrupt.met()
         signal.raise_signal(signal.SIGINT)
@@ -44,7 +44,7 @@ def test_once_all_is_saved_signals_are_ignored(first: signal.Signals) -> None:
 def test_after_other_endings_the_handlers_are_as_before() -> None:
     before = signal.getsignal(signal.SIGINT)
     interrupt = Interrupt()
-    with pytest.raises(Stopped), interrupt.listening():
+    with pytest.raises(Stopped), interrupt.listening():  # noqa: PT012
         interrupt.requested = "--updates"
         interrupt.met()
         raise Stopped("saved")
