@@ -6,8 +6,32 @@ and is shown by the command line without a traceback.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+MAX_SHOWN = 100  # problems
+_MAX_CHARACTERS = 2000  # of one text in a message
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal: control and direction characters escaped, a very long text cut.
+
+    Line breaks are kept. What a file contains could otherwise move the cursor, or hide what follows.
+    """
+    if len(text) > _MAX_CHARACTERS:
+        text = f"{text[:_MAX_CHARACTERS]}... ({len(text) - _MAX_CHARACTERS:,} more characters)"
+    if text.isprintable():
+        return text
+    return "".join(c if c == "\n" or unicodedata.category(c) not in _HIDDEN else _escaped(c) for c in text)
+
+
+# Control, format, surrogate, line and paragraph separators.
+_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 class MergeopdError(Exception):
@@ -41,15 +65,22 @@ class Problem:
     def __str__(self) -> str:
         text = f"{self.message}; {self.remedy}" if self.remedy else self.message
         text = text.replace("\n", "\n    ")
-        return f"{self.location}  {self.path}\n    {text}".replace("  \n", "\n")
+        place = f"{self.location}  {self.path}".rstrip().replace("\n", "\\n")
+        return f"{printable(place)}\n    {printable(text)}"
 
 
 class RecipeError(MergeopdError, ValueError):
-    """The recipe, or something it names, cannot work. Carries *all* problems found, in file order."""
+    """The recipe, or something it names, cannot work. Carries *all* problems found, in file order.
+
+    Its text has the first `MAX_SHOWN` of them.
+    """
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
-        super().__init__("\n".join(str(problem) for problem in self.problems))
+        shown = [str(problem) for problem in self.problems[:MAX_SHOWN]]
+        if len(self.problems) > MAX_SHOWN:
+            shown.append(f"... and {len(self.problems) - MAX_SHOWN:,} more problems")
+        super().__init__("\n".join(shown))
 
 
 class ModelError(MergeopdError, ValueError):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeopd.config.schema import model_schema
-from mergeopd.config.values import DIGEST_PATTERN, FUNCTION_PATTERN, NAME_PATTERN, Strict
+from mergeopd.config.values import DIGEST_PATTERN, FUNCTION_PATTERN, NAME_PATTERN, REVISION_PATTERN, Strict
 from mergeopd.recipe.models import TeacherCard
 from mergeopd.recipe.schema import Recipe
 
@@ -135,7 +135,13 @@ def _value(schema: Schema) -> str:
 
 def _scalar(schema: Schema) -> str:
     if schema["type"] == "string":
-        names = {None: "text", NAME_PATTERN: "name", FUNCTION_PATTERN: "function", DIGEST_PATTERN: "digest"}
+        names = {
+            None: "text",
+            NAME_PATTERN: "name",
+            REVISION_PATTERN: "revision",
+            FUNCTION_PATTERN: "function",
+            DIGEST_PATTERN: "digest",
+        }
         return names[schema.get("pattern")]
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     limits = [f"{sign} {schema[key]:g}" for key, sign in bounds.items() if key in schema]

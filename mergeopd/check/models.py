@@ -19,6 +19,7 @@ from mergeopd.errors import DataError, ModelError, TokenizerError
 from mergeopd.messages import shown
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts, head_tensor
+from mergeopd.models.layout import check_layout
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.recipe.bridges import KINDS
 from mergeopd.recipe.models import Student
@@ -144,6 +145,7 @@ class ModelReader:
         if self._findings.attempt(place, lambda: head_tensor(facts, checkpoint)) is None:
             return None
         if str(folder) not in self.files:
+            self._findings.attempt(place, lambda: check_layout(facts, checkpoint))
             fingerprint = self._findings.attempt(place, lambda: checkpoint.fingerprint)
             if fingerprint is None:
                 return None

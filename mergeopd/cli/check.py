@@ -6,6 +6,7 @@ import json
 
 import typer
 
+from mergeopd.cli.display import show_notes
 from mergeopd.cli.options import JsonOption, RecipeArgument, SetOption
 from mergeopd.errors import Problem, RecipeError
 
@@ -29,8 +30,7 @@ def check(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOpti
     if as_json:
         typer.echo(json.dumps({"ok": True, "plan": found.plan.hash, "notes": found.notes}, indent=2))
         return
-    for note in found.notes:
-        typer.echo(f"note: {note}")
+    show_notes(found.notes)
     typer.echo(f"{recipe}: OK. {found}.")
 
 

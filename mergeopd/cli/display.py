@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import typer
+
+from mergeopd.errors import MAX_SHOWN, printable
 
 
 @contextmanager
@@ -23,3 +25,11 @@ def waiting(text: str) -> Iterator[None]:
     with Progress(*columns, console=console, transient=True) as progress:
         progress.add_task(text, total=None)
         yield
+
+
+def show_notes(notes: Sequence[str]) -> None:
+    """Print notes with control characters escaped, at most `MAX_SHOWN` of them."""
+    for note in notes[:MAX_SHOWN]:
+        typer.echo(f"note: {printable(note)}")
+    if len(notes) > MAX_SHOWN:
+        typer.echo(f"note: ... and {len(notes) - MAX_SHOWN:,} more notes")

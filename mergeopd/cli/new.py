@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mergeopd.cli.display import waiting
+from mergeopd.cli.display import show_notes, waiting
 
 new = typer.Typer(help="Write a commented recipe, or the card of a teacher.", no_args_is_help=True)
 
@@ -49,8 +49,7 @@ def recipe(
 
     options = NewRecipeOptions(name, student, teachers or (), prompts or ())
     inputs, left_out = new_recipe(options)
-    for note in (*(f"left out {text}" for text in left_out), *inputs.notes):
-        typer.echo(f"note: {note}")
+    show_notes((*(f"left out {text}" for text in left_out), *inputs.notes))
     typer.echo(f"{options.recipe_file}: written. {CheckResult.of(inputs)}.")
     typer.echo(f"Try it: mergeopd run {options.recipe_file} --updates 2")
 

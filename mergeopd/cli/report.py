@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from mergeopd.cli.display import show_notes
+
 
 class Open(StrEnum):
     """Whether to open a page in the browser; `auto`: if the command runs in a desktop terminal."""
@@ -33,8 +35,7 @@ def report(
     from mergeopd.messages import shown
 
     path, notes = api.write_report(run)
-    for note in notes:
-        typer.echo(f"note: {note}")
+    show_notes(notes)
     typer.echo(shown(path))
     if show is Open.yes or (show is Open.auto and sys.stdout.isatty() and _has_desktop()):
         typer.launch(str(path))

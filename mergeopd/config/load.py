@@ -7,6 +7,7 @@ by key, lists and values are replaced. It is relative to the file that contains 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,14 @@ from mergeopd.config.locate import dotted
 from mergeopd.config.overrides import apply
 from mergeopd.config.parse import parse
 from mergeopd.config.suggest import closest_path
-from mergeopd.config.tree import Expand, Items, Keys, Node, Place, Scalar, Table, merged
+from mergeopd.config.tree import Entry, Expand, Items, Keys, Node, Place, Scalar, Table, child, merged
 from mergeopd.errors import Location, Problem
 from mergeopd.messages import shown
 
 Shorthands = Mapping[tuple[str, ...], Callable[[Any], Any]]
 YAML_SUFFIXES = (".yaml", ".yml")
+MAX_BYTES = 1 << 20  # parsing takes seconds a mebibyte
+MAX_FILES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +41,23 @@ class Loaded:
     complete: bool = True
 
 
-def load(path: Path, overrides: Sequence[str], env: Mapping[str, str], shorthands: Shorthands) -> Loaded:
+def load(
+    path: Path, overrides: Sequence[str], env: Mapping[str, str], shorthands: Shorthands, named: Sequence[str]
+) -> Loaded:
     """Load a document with what it extends; every problem found is in the result, nothing is raised.
 
     `shorthands` maps a path pattern (`*` is any name or index) to the function that writes a short form out.
+    `named` are the sections in which null removes an entry of an extended document.
     """
     expand = _expander(shorthands)
-    loaded = _extended(path, env, (), expand)
+    loaded = _Documents(env, expand, named).extended(path, ())
     if loaded.root is None:
         return loaded
     root, problems = loaded.root, list(loaded.problems)
     for number, text in enumerate(overrides, start=1):
         where = Place(Location(f"--set #{number}"), project_folder(path, "recipes"))
-        root, found = apply(root, text, where, env, expand)
+        changed, found = apply(root, text, where, env, expand)
+        root = _without_removed(root, changed, named)
         problems += found
     return Loaded(root, tuple(problems), loaded.complete)
 
@@ -83,10 +90,19 @@ def _failed(
     return Loaded(None, (Problem(location, dotted(prefix), message, remedy),), complete=False)
 
 
+def _bytes(path: Path) -> bytes | None:
+    """Up to one byte more than a file may have; None for a pipe or a device, which may never end."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        return None
+    with path.open("rb") as file:
+        return file.read(MAX_BYTES + 1)
+
+
 def _read(path: Path, env: Mapping[str, str], marker: str, prefix: Keys = ()) -> Loaded:
     """One file, without what it extends; `marker` names the folder kind that its paths start beside."""
     try:
-        data = path.read_bytes()
+        data = _bytes(path)
     except FileNotFoundError:
         near = closest_path(path.name, path.parent, suffixes=YAML_SUFFIXES)
         remedy = f"did you mean '{shown(path.parent / near)}'?" if near else ""
@@ -95,6 +111,10 @@ def _read(path: Path, env: Mapping[str, str], marker: str, prefix: Keys = ()) ->
         return _failed(path, prefix, "this is a folder", "name a YAML file")
     except OSError as error:
         return _failed(path, prefix, f"cannot be read: {error.strerror}")
+    if data is None:
+        return _failed(path, prefix, "this is a pipe, a device or a socket", "name a YAML file")
+    if len(data) > MAX_BYTES:
+        return _failed(path, prefix, f"larger than {MAX_BYTES >> 20} MiB", "name a YAML file")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -116,41 +136,84 @@ def _read(path: Path, env: Mapping[str, str], marker: str, prefix: Keys = ()) ->
     return Loaded(root, problems)
 
 
-def _extended(path: Path, env: Mapping[str, str], above: tuple[Path, ...], expand: Expand) -> Loaded:
-    """A recipe on top of what it extends; `above` are the files that led here."""
-    loaded = _read(path, env, "recipes")
-    if loaded.root is None or "extends" not in loaded.root.entries:
-        return loaded
-    entries = dict(loaded.root.entries)
-    written = entries.pop("extends").node
-    own = Table(entries, loaded.root.place)
-    problems, complete = list(loaded.problems), True
-    chain = (*above, _absolute(path))
-    base: Node | None = None
-    for item in written.nodes if isinstance(written, Items) else (written,):
-        below = _base(item, path, env, chain, expand)
-        problems += below.problems
-        complete = complete and below.complete
-        if below.root is not None:
-            base = below.root if base is None else merged(base, below.root, expand)
-    root = own if base is None else merged(base, own, expand)
-    assert isinstance(root, Table)
-    return Loaded(root, tuple(problems), complete)
+def _without_removed(before: Table, root: Table, named: Sequence[str]) -> Table:
+    """Without the named entries that `before` has and that are null now."""
+    entries = dict(root.entries)
+    for section in named:
+        old, new = child(before, section), child(root, section)
+        if isinstance(old, Table) and isinstance(new, Table):
+            kept = {
+                name: entry
+                for name, entry in new.entries.items()
+                if name not in old.entries
+                or not isinstance(entry.node, Scalar)
+                or entry.node.value is not None
+            }
+            entries[section] = Entry(entries[section].key, Table(kept, new.place))
+    return Table(entries, root.place)
 
 
-def _base(item: Node, path: Path, env: Mapping[str, str], chain: tuple[Path, ...], expand: Expand) -> Loaded:
-    """One recipe named under `extends`."""
+class _Documents:
+    """Documents and what they extend; each file is read once, however often it is named."""
 
-    def failed(message: str, remedy: str = "") -> Loaded:
-        return Loaded(None, (Problem(item.place.location, "extends", message, remedy),), complete=False)
+    def __init__(self, env: Mapping[str, str], expand: Expand, named: Sequence[str]) -> None:
+        self._env = env
+        self._expand = expand
+        self._named = named
+        self._loaded: dict[Path, Loaded] = {}
+        self._num_bytes = 0
 
-    if not isinstance(item, Scalar) or not isinstance(item.value, str):
-        return failed("expected the path of a recipe, or a list of them")
-    base = path.parent / os.path.expanduser(item.value)
-    if _absolute(base) in chain:
-        circle = [*chain[chain.index(_absolute(base)) :], _absolute(base)]
-        return failed(f"extends itself: {' -> '.join(shown(file) for file in circle)}", "remove one of them")
-    if not os.path.isfile(base):
-        near = closest_path(item.value, path.parent, suffixes=YAML_SUFFIXES)
-        return failed(f"unknown recipe '{item.value}'", f"did you mean '{near}'?" if near else "")
-    return _extended(base, env, chain, expand)
+    def extended(self, path: Path, above: tuple[Path, ...]) -> Loaded:
+        """A recipe on top of what it extends; `above` are the files that led here."""
+        file = _absolute(path)
+        if file not in self._loaded:
+            self._loaded[file] = _read(path, self._env, "recipes")
+            self._loaded[file] = self._merged(self._loaded[file], path, (*above, file))
+        return self._loaded[file]
+
+    def _merged(self, loaded: Loaded, path: Path, chain: tuple[Path, ...]) -> Loaded:
+        if loaded.root is None or "extends" not in loaded.root.entries:
+            return loaded
+        entries = dict(loaded.root.entries)
+        written = entries.pop("extends").node
+        own = Table(entries, loaded.root.place)
+        problems, complete = list(loaded.problems), True
+        base: Table | None = None
+        for item in written.nodes if isinstance(written, Items) else (written,):
+            below = self._base(item, path, chain)
+            problems += below.problems
+            complete = complete and below.complete
+            if below.root is not None:
+                base = below.root if base is None else self._on(base, below.root)
+        root = own if base is None else self._on(base, own)
+        return Loaded(root, tuple(dict.fromkeys(problems)), complete)
+
+    def _on(self, base: Table, over: Table) -> Table:
+        """A document on the one that it extends."""
+        root = merged(base, over, self._expand)
+        assert isinstance(root, Table)
+        return _without_removed(base, root, self._named)
+
+    def _base(self, item: Node, path: Path, chain: tuple[Path, ...]) -> Loaded:
+        """One recipe named under `extends`."""
+
+        def failed(message: str, remedy: str = "") -> Loaded:
+            problem = Problem(item.place.location, "extends", message, remedy)
+            return Loaded(None, (problem,), complete=False)
+
+        if not isinstance(item, Scalar) or not isinstance(item.value, str):
+            return failed("expected the path of a recipe, or a list of them")
+        base = path.parent / os.path.expanduser(item.value)
+        file = _absolute(base)
+        if file in chain:
+            circle = [*chain[chain.index(file) :], file]
+            return failed(f"extends itself: {' -> '.join(shown(f) for f in circle)}", "remove one of them")
+        if not os.path.isfile(base):
+            near = closest_path(item.value, path.parent, suffixes=YAML_SUFFIXES)
+            return failed(f"unknown recipe '{item.value}'", f"did you mean '{near}'?" if near else "")
+        if file not in self._loaded:
+            self._num_bytes += os.path.getsize(base)
+            if len(self._loaded) == MAX_FILES or self._num_bytes > MAX_BYTES:
+                message = f"what a recipe extends is at most {MAX_FILES} files and {MAX_BYTES >> 20} MiB"
+                return failed(message, "extend fewer recipes")
+        return self.extended(base, chain)

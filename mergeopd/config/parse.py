@@ -19,12 +19,17 @@ from ruamel.yaml.reader import ReaderError
 from mergeopd.config.locate import dotted
 from mergeopd.config.tree import Entry, Items, Keys, Node, Place, Scalar, Table, Value
 from mergeopd.config.variables import fill
+from mergeopd.config.yaml_errors import syntax_mistake
 from mergeopd.errors import Location, Problem
 
 _TAG = "tag:yaml.org,2002:"
 # Dates, and `=` from YAML 1.1, are just text in a recipe.
 _TEXT_TAGS = {_TAG + "str", _TAG + "timestamp", _TAG + "value"}
 _TAGGED = re.compile(r"(&\S+\s+)?!")
+# Aliases can make a short text grow without bound.
+MAX_VALUES = 100_000
+MAX_DEPTH = 100
+_MAX_INT_BITS = 1024
 _SIMPLE_TAGS = {_TAG + "int", _TAG + "float", _TAG + "bool", _TAG + "null"}
 
 
@@ -45,8 +50,9 @@ def parse(
     try:
         root = yaml.compose(text)
         node = None if root is None else parser.convert(root, prefix)
-    except RecursionError:
-        return None, (Problem(where.location, dotted(prefix), "not a recipe: nested too deeply"),)
+    except (RecursionError, _UnboundedError) as error:
+        reason = str(error) if isinstance(error, _UnboundedError) else "nested too deeply"
+        return None, (Problem(where.location, dotted(prefix), f"not a recipe: {reason}"),)
     except MarkedYAMLError as error:
         return None, (parser.broken(error),)
     except ReaderError as error:
@@ -60,6 +66,10 @@ def parse(
     return node, tuple(parser.problems)
 
 
+class _UnboundedError(ValueError):
+    """The document has more values, or more levels, than any recipe needs."""
+
+
 @dataclass
 class _Parser:
     yaml: YAML
@@ -70,6 +80,7 @@ class _Parser:
     prefix: Keys
     problems: list[Problem] = field(default_factory=list)
     open_nodes: set[int] = field(default_factory=set)
+    num_values: int = 0
 
     def place_at(self, line: int, column: int) -> Place:
         return Place(Location(self.where.location.file, line, column), self.where.base)
@@ -83,22 +94,19 @@ class _Parser:
         self.problems.append(Problem(place.location, dotted(path), message, remedy))
 
     def broken(self, error: MarkedYAMLError) -> Problem:
-        mark, place, line = error.problem_mark, self.where, self.text
-        if mark is not None and not self.fixed:
-            place = self.place_at(mark.line + 1, mark.column + 1)
-            line = [*self.text.split("\n"), ""][mark.line]
-        remedy = ""
-        if "\\t" in str(error.problem):
-            remedy = "indent with spaces"
-        elif "${" in line:
-            remedy = 'inside {...} and [...] put variables in quotes: "${NAME}"'
-        message = str(error.problem).removeprefix("but ")
-        for jargon, words in (("'<stream end>'", "the end"), ("the node content", "a value")):
-            message = message.replace(jargon, words)
-        return Problem(place.location, dotted(self.prefix), f"not valid YAML: {message}", remedy)
+        mistake, place = syntax_mistake(error, self.text), self.where
+        if mistake.line is not None and mistake.column is not None and not self.fixed:
+            place = self.place_at(mistake.line, mistake.column)
+        message = f"not valid YAML: {mistake.message}"
+        return Problem(place.location, dotted(self.prefix), message, mistake.remedy)
 
     def convert(self, node: YamlNode, path: Keys) -> Node:
         place = self.place(node)
+        self.num_values += 1
+        if self.num_values > MAX_VALUES:
+            raise _UnboundedError(f"more than {MAX_VALUES:,} values, those behind aliases included")
+        if len(path) > MAX_DEPTH:
+            raise _UnboundedError(f"nested more than {MAX_DEPTH} levels deep")
         if id(node) in self.open_nodes:
             self.report(place, path, "this alias contains itself", "write the value out")
             return Scalar(None, place)
@@ -127,7 +135,7 @@ class _Parser:
             if str(key.tag) == _TAG + "merge":
                 self.inherit(value, path, inherited)
                 continue
-            name = str(key.value)
+            name = self.checked(str(key.value), at, path)
             below = self.convert(value, (*path, name))
             if _is_empty(value):  # ruamel marks a missing value at the next token, which may be lines away
                 below = Scalar(None, at)
@@ -148,13 +156,24 @@ class _Parser:
             else:
                 self.report(self.place(source), path, "'<<' takes a mapping or a list of mappings")
 
+    def checked(self, text: str, place: Place, path: Keys) -> str:
+        """The text with its surrogate pairs joined, as JSON writes them; half a pair is reported."""
+        if "\0" in text:
+            self.report(place, path, "the text has a NUL character", "remove it")
+        try:
+            return text.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            half = next(c for c in text if "\ud800" <= c <= "\udfff")
+            self.report(place, path, f"half of a character (U+{ord(half):04X})", "write the character itself")
+            return text.encode("utf-8", "replace").decode()
+
     def scalar(self, node: ScalarNode, place: Place, path: Keys) -> Scalar:
         text, tag = str(node.value), str(node.tag)
         if tag in _TEXT_TAGS:
             filled = fill(text, self.env)
             for fault in filled.faults:
                 self.report(place, path, fault.message, fault.remedy)
-            text = filled.text
+            text = self.checked(filled.text, place, path)
             # A composed node does not say whether `!!str` was written or worked out; its text does.
             tagged = _TAGGED.match(self.text, node.start_mark.index)
             if not filled.whole or filled.faults or tagged:
@@ -167,14 +186,25 @@ class _Parser:
             return Scalar(text, place)
         try:
             value: Value = self.yaml.constructor.construct_object(ScalarNode(tag, text))
-        except (ValueError, KeyError):
-            self.report(place, path, f"{text!r} is not what its tag '{_shown(tag)}' says", "remove the tag")
-            return Scalar(text, place)
+        except (ValueError, KeyError, IndexError):
+            if tag == str(self.yaml.resolver.resolve(ScalarNode, text, (True, False))):
+                self.report(place, path, f"{_start(text)!r} is a number too large to read")
+            else:
+                message = f"{_start(text)!r} is not what its tag '{_shown(tag)}' says"
+                self.report(place, path, message, "remove the tag")
+            return Scalar(None, place)
+        if isinstance(value, int) and value.bit_length() > _MAX_INT_BITS:
+            self.report(place, path, f"{_start(text)!r} is a number too large to read")
+            return Scalar(None, place)
         return Scalar(value, place)
 
 
 def _is_empty(node: YamlNode) -> bool:
     return isinstance(node, ScalarNode) and not node.value and str(node.tag) == _TAG + "null"
+
+
+def _start(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _shown(tag: str) -> str:

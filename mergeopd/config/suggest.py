@@ -7,12 +7,19 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+# Comparing takes the product of the lengths, for every candidate.
+_MAX_LENGTH = 200
+_MAX_CANDIDATES = 1000
+
 
 def closest(word: str, candidates: Iterable[str]) -> str | None:
     """The candidate that `word` most likely was meant to be, upper and lower case apart."""
-    by_lower = {candidate.lower(): candidate for candidate in candidates}
-    near = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    return by_lower[near[0]] if near else None
+    if len(word) > _MAX_LENGTH:
+        return None
+    short = [candidate for candidate in candidates if len(candidate) <= _MAX_LENGTH]
+    by_lower = {candidate.lower(): candidate for candidate in short[:_MAX_CANDIDATES]}
+    best = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[best[0]] if best else None
 
 
 def did_you_mean(word: str, candidates: Iterable[str], otherwise: str = "") -> str:

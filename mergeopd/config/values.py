@@ -8,9 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 FUNCTION_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$"
+# Each part of a revision begins with a letter or digit: it becomes a path in the hub's cache.
+REVISION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.+-]*(/[A-Za-z0-9][A-Za-z0-9_.+-]*)*$"
 DIGEST_PATTERN = r"^[0-9a-f]{64}$"
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN, description="letters, digits, _ . -")]
+Revision = Annotated[str, Field(pattern=REVISION_PATTERN)]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, strict=True)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)]

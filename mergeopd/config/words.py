@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from mergeopd.config.schema import Schema
-from mergeopd.config.values import FUNCTION_PATTERN, NAME_PATTERN
+from mergeopd.config.values import FUNCTION_PATTERN, NAME_PATTERN, REVISION_PATTERN
 from mergeopd.messages import joined
 
 _PATTERNS = {
     NAME_PATTERN: "a name (letters, digits, _ . -)",
+    REVISION_PATTERN: "a branch, a tag or a commit",
     FUNCTION_PATTERN: "a function as package.module:function",
 }
 

@@ -7,7 +7,8 @@ controls, `tojson`, `raise_exception`, `strftime_now` and the `{% generation %}`
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -16,8 +17,8 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from mergeopd.data.sandbox import BoundedSandbox
 from mergeopd.errors import DataError
 from mergeopd.types import Message
 
@@ -39,12 +40,9 @@ class ChatTemplate:
         self.source = source
         self.special_tokens = dict(special_tokens)
         self.name = name
-        try:
-            self._template = sandbox(now).from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise DataError(f"{name}:{error.lineno}: not a Jinja template: {error.message}") from error
-        except RecursionError as error:
-            raise DataError(f"{name}: nested too deeply for a Jinja template") from error
+        self._sandbox = sandbox(now)
+        with not_a_template(name):
+            self._template = self._sandbox.compiled(source)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The text of a conversation, by default up to where the assistant begins to write.
@@ -52,17 +50,31 @@ class ChatTemplate:
         Raises DataError when the template refuses the conversation (an unsupported role, say) or fails.
         """
         try:
-            return self._template.render(
-                messages=[{"role": message.role, "content": message.content} for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
+            values = {
+                "messages": [{"role": message.role, "content": message.content} for message in messages],
+                "tools": None,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
                 **self.special_tokens,
-            )
+            }
+            return self._sandbox.render(self._template, values)
         except Exception as error:
             roles = ", ".join(message.role for message in messages)
             kind = "" if type(error) is jinja2.TemplateError else f"{type(error).__name__}: "
             raise DataError(f"{self.name}: cannot render a conversation ({roles}): {kind}{error}") from error
+
+
+@contextmanager
+def not_a_template(name: str) -> Iterator[None]:
+    """Raise DataError for whatever goes wrong while a template called `name` is compiled."""
+    try:
+        yield
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f"{name}:{error.lineno}: not a Jinja template: {error.message}") from error
+    except RecursionError as error:
+        raise DataError(f"{name}: nested too deeply for a Jinja template") from error
+    except Exception as error:  # Python's own compiler refuses some of what Jinja makes of a template
+        raise DataError(f"{name}: not a Jinja template: {error}") from error
 
 
 class _Generation(Extension):
@@ -105,6 +117,9 @@ class _SafeNamespace(jinja2.utils.Namespace):
         _refuse_underscore(name)
         super().__setitem__(name, value)
 
+    def __repr__(self) -> str:
+        return "<Namespace>"  # namespaces that hold each other could be written at any length
+
 
 def _refuse_underscore(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
@@ -130,9 +145,9 @@ def _tojson(
 
 def sandbox(
     now: Callable[[], datetime], undefined: type[jinja2.Undefined] = jinja2.Undefined
-) -> ImmutableSandboxedEnvironment:
-    """The environment of all templates; `undefined` is what stands for an unknown name."""
-    environment = ImmutableSandboxedEnvironment(
+) -> BoundedSandbox:
+    """The environment of one template; `undefined` is what stands for an unknown name."""
+    environment = BoundedSandbox(
         trim_blocks=True, lstrip_blocks=True, undefined=undefined, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson

@@ -12,7 +12,7 @@ from datetime import datetime
 import jinja2
 from jinja2 import meta
 
-from mergeopd.data.chat_template import sandbox
+from mergeopd.data.chat_template import not_a_template, sandbox
 from mergeopd.errors import DataError
 from mergeopd.types import Message, Prompt
 
@@ -28,15 +28,11 @@ class PromptTemplate:
     def __init__(self, source: str, *, name: str, now: Callable[[], datetime]) -> None:
         self.source = source
         self.name = name
-        environment = sandbox(now, jinja2.StrictUndefined)
-        try:
-            names = meta.find_undeclared_variables(environment.parse(source))
-            self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise DataError(f"{name}:{error.lineno}: not a Jinja template: {error.message}") from error
-        except RecursionError as error:
-            raise DataError(f"{name}: nested too deeply for a Jinja template") from error
-        self.fields = frozenset(names) - set(environment.globals) - {"prompt"}
+        self._sandbox = sandbox(now, jinja2.StrictUndefined)
+        with not_a_template(name):
+            self._template = self._sandbox.compiled(source)
+            names = meta.find_undeclared_variables(self._sandbox.parse(source))
+        self.fields = frozenset(names) - set(self._sandbox.globals) - {"prompt"}
 
     def render(self, prompt: Prompt) -> str:
         """The message for one prompt. Raises DataError when the template fails or no user speaks."""
@@ -46,7 +42,7 @@ class PromptTemplate:
             values["reference"] = prompt.reference
         values["prompt"] = prompt.messages[position].content
         try:
-            return self._template.render(values)
+            return self._sandbox.render(self._template, values)
         except Exception as error:
             kind = "" if type(error) is jinja2.TemplateError else f"{type(error).__name__}: "
             raise DataError(f"{self.name}: {kind}{str(error).removesuffix('.')}") from error

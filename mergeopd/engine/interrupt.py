@@ -10,16 +10,23 @@ from types import FrameType
 
 from mergeopd.distributed.ranks import Agreed, Ranks
 
+_SIGNALS = {signal.SIGINT.name, signal.SIGTERM.name}
+
 
 class Interrupt:
     """Remembers a request to stop. A second Ctrl-C is an ordinary KeyboardInterrupt, at once."""
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self._num_ctrl_c = 0
+        self._is_met = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM inside; handlers can only be set in the main thread."""
+        """Take SIGINT and SIGTERM inside; handlers can only be set in the main thread.
+
+        After a request of theirs was met, both stay ignored: the process ends, and says that all is saved.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -30,12 +37,17 @@ class Interrupt:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if self._is_met else handler)
+
+    def met(self) -> None:
+        """Everything is saved: further signals change nothing."""
+        self._is_met = self.requested in _SIGNALS
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is not None and number == signal.SIGINT:
+        self._num_ctrl_c += number == signal.SIGINT
+        if self._num_ctrl_c > 1 and not self._is_met:
             raise KeyboardInterrupt
-        self.requested = signal.Signals(number).name
+        self.requested = self.requested or signal.Signals(number).name
 
 
 class AbandonRound(Agreed):
@@ -53,6 +65,10 @@ class StopGuard:
     def requested(self) -> str | None:
         """What asked this process to stop: a signal's name, an option, or None."""
         return self._interrupt.requested
+
+    def met(self) -> None:
+        """Everything is saved: further signals change nothing."""
+        self._interrupt.met()
 
     def request(self, by: str) -> None:
         """Ask to stop at the end of the round."""

@@ -119,6 +119,7 @@ class Trainer:
         if progress.update and not self.ranks.first(lambda: self.checkpoints.has(progress)):
             self._save(progress)
         self.ranks.gather(None)  # none leaves while another still has something to write
+        self.stop.met()
         error = UpdateLimitReached if reason == UPDATE_LIMIT else Stopped
         raise error(
             f"stopped by {reason} after {progress.update} of {self.plan.num_updates} "
@@ -132,6 +133,7 @@ class Trainer:
                 return evaluate(self.folder.export)
         except AbandonRound:
             self.stop.is_requested_anywhere()
+            self.stop.met()
             raise Stopped(
                 f"stopped by {self.stop.requested} while the student was measured; training and export "
                 "are saved, and the same command measures again"

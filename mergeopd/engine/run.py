@@ -165,10 +165,16 @@ def _reporters(
     inputs: Inputs, folder: RunFolder, num_done: int, opened: ExitStack, console: Reporter
 ) -> Reporter:
     """All that tell of the run; files are cut back to `num_done` updates, and closed with `opened`."""
+    from mergeopd.engine.samples import is_due
+
     metrics = opened.enter_context(MetricsFile(folder.metrics_file))
     samples = opened.enter_context(MetricsFile(folder.samples_file))
     num_told = metrics.truncate_to(num_done)
-    samples.truncate_to(num_done)
+    num_sampled = samples.truncate_to(num_done)
+    num_due = sum(is_due(update, inputs.plan.num_updates) for update in range(1, num_done + 1))
+    if num_sampled < num_due:
+        name = shown(folder.samples_file)
+        console.emit(Note(f"{name} lacks sampled responses of the {num_done} updates made so far"))
     if num_told < num_done:
         name = shown(folder.metrics_file)
         console.emit(Note(f"{name} has lines of {num_told} of the {num_done} updates made so far"))

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 from mergeopd.data.renderer import Dialect
 from mergeopd.distributed.ranks import Ranks
@@ -14,13 +15,15 @@ from mergeopd.engine.rollouts import sampling
 from mergeopd.engine.stages import Stages
 from mergeopd.recipe import sources
 from mergeopd.recipe.plan import Plan
+from mergeopd.report.events import Note
 from mergeopd.rollout.protocol import Completion, GenerationRequest
 from mergeopd.storage.folders import write_atomic
+from mergeopd.storage.lock import waiting
 from mergeopd.teacher.protocol import Teacher
 from mergeopd.teacher.token_view import TokenView
-from mergeopd.types import Prompt, Rollout
+from mergeopd.types import Finish, Prompt, Rollout
 
-FORMAT = 1
+FORMAT = 2
 # Texts are saved once so many are new: a kill costs a twentieth, and the file is not rewritten too often.
 _SAVED_SHARE = 0.05
 
@@ -79,8 +82,12 @@ class TeacherRolloutCache:
     def _provide(self, name: str, prompts: Mapping[tuple[str, int], Prompt]) -> None:
         """Take from disk what is there, generate the rest, and keep it."""
         path = self._file(name)
-        known = self._ranks.first(lambda: _load(path))
         renderer = self._renderers[name]
+        known, num_discarded = self._ranks.first(lambda: self._load(path, renderer))
+        if num_discarded:
+            kept = "response" if num_discarded == 1 else "responses"
+            note = f"discarded {num_discarded} damaged kept {kept} of teacher {name} in {path}"
+            self._stages.reporter.emit(Note(note))
         requests = [
             GenerationRequest(key, sample, renderer.render(p)) for (key, sample), p in prompts.items()
         ]
@@ -125,6 +132,29 @@ class TeacherRolloutCache:
             _keep(path, texts)
         return {**known, **texts}
 
+    def _load(self, path: Path, renderer: Dialect) -> tuple[dict[str, Completion], int]:
+        """The responses of a file, and how many lines were removed that this teacher cannot have written."""
+        if not path.is_file():
+            return {}, 0
+        with waiting(path):
+            lines = _lines(path)
+            read = {line: text for line in lines if (text := _text(line)) is not None}
+            texts = {key: text for key, text in read.values() if self._is_possible(text, renderer)}
+            if len(texts) < len(lines):
+                _write(path, texts)
+        return texts, len(lines) - len(texts)
+
+    def _is_possible(self, text: Completion, renderer: Dialect) -> bool:
+        """Whether ids, length and end of a response agree with the vocabulary and with the sampling."""
+        ids, how = text.response_ids, sampling(self._plan.rollout)
+        if not 0 < len(ids) <= how.max_new_tokens or max(ids) >= renderer.tokenizer.vocab_size:
+            return False
+        ended = [i in renderer.eos_ids for i in ids]
+        if text.finish == "eos":
+            return ended[-1] and not any(ended[:-1])
+        reached = bool(how.stop) if text.finish == "stop" else len(ids) == how.max_new_tokens
+        return reached and not any(ended)
+
     def _file(self, name: str) -> Path:
         """Where a teacher's responses under the present circumstances are kept."""
         how = sampling(self._plan.rollout)
@@ -157,22 +187,38 @@ def _keep(path: Path, texts: Mapping[str, Completion]) -> None:
     """Add texts to a file, also to what another run has added meanwhile."""
     if not texts:
         return
-    lines = [
-        json.dumps({"key": key, "ids": text.response_ids, "finish": text.finish}) + "\n"
-        for key, text in {**_load(path), **texts}.items()
-    ]
-    write_atomic(path, "".join(lines))
+    with waiting(path):
+        _write(path, {**dict(filter(None, map(_text, _lines(path)))), **texts})
 
 
-def _load(path: Path) -> dict[str, Completion]:
-    """The texts of a file; a line that is damaged is written again."""
-    if not path.is_file():
-        return {}
-    texts = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            texts[row["key"]] = Completion(tuple(row["ids"]), (), row["finish"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return texts
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+
+
+def _write(path: Path, texts: Mapping[str, Completion]) -> None:
+    write_atomic(path, "".join(f"{_line(key, text)}\n" for key, text in texts.items()))
+
+
+def _line(key: str, text: Completion) -> str:
+    content = {"key": key, "ids": text.response_ids, "finish": text.finish}
+    return json.dumps({**content, "sha256": _digest(content)})
+
+
+def _digest(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _text(line: str) -> tuple[str, Completion] | None:
+    """Key and text of a line; None where it is damaged or holds something else."""
+    try:
+        row = json.loads(line)
+        key, ids, finish = row["key"], row["ids"], row["finish"]
+        whole = row == {"key": key, "ids": ids, "finish": finish, "sha256": row["sha256"]}
+        whole = whole and row["sha256"] == _digest({"key": key, "ids": ids, "finish": finish})
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not whole or finish not in get_args(Finish) or not isinstance(ids, list):
+        return None
+    if not all(type(i) is int and i >= 0 for i in ids):
+        return None
+    return str(key), Completion(tuple(ids), (), finish)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from mergeopd.errors import ModelError
 from mergeopd.models.checkpoint import Checkpoint
-from mergeopd.models.facts import ModelFacts, head_tensor, is_ignored
+from mergeopd.models.facts import ModelFacts, head_tensor
+from mergeopd.models.layout import differences, is_ignored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,11 +82,7 @@ def check_fit(model: nn.Module, facts: ModelFacts, checkpoint: Checkpoint) -> No
         if wanted.get(name, shape) != shape
     ]
     if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise ModelError(
-            f"{facts.folder}: weights and config.json are not of one model: "
-            f"it {'; it '.join(problems[:3])}{more}"
-        )
+        raise ModelError(differences(facts, problems))
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

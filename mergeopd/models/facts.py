@@ -127,9 +127,12 @@ class ModelFacts:
         )
 
 
-def is_ignored(tensor: str) -> bool:
-    """Whether transformers leaves this tensor of a checkpoint out: it computes rotary frequencies itself."""
-    return tensor.endswith("rotary_emb.inv_freq")
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises ModelError where there is none."""
+    config = _read_object(folder / "config.json")
+    if config is None:
+        raise ModelError(f"{folder}: the folder has no config.json; name a Hugging Face model folder")
+    return config
 
 
 def head_tensor(facts: ModelFacts, checkpoint: Checkpoint) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from mergeopd.config.values import DIGEST_PATTERN, Name, PositiveInt, Strict, Weight
+from mergeopd.config.values import DIGEST_PATTERN, Name, PositiveInt, Revision, Strict, Weight
 from mergeopd.recipe.bridges import BridgeOrKind
 
 
@@ -40,7 +40,7 @@ class Student(Strict):
     """The model that is trained."""
 
     model: str = Field(description="Hugging Face folder, or a hub id that is in the local cache")
-    revision: str | None = Field(default=None, description="hub revision; not for folders")
+    revision: Revision | None = Field(default=None, description="hub revision; not for folders")
     backend: Literal["torch", "megatron"] = Field(
         default="torch",
         description="what trains the student: torch, in one process, or megatron-core, in one or several",
@@ -75,7 +75,7 @@ class TeacherCard(Strict):
     card: Literal[1] = Field(description="version of the card format")
     name: str = Field(description="for people")
     model: str = Field(description="Hugging Face folder, or a hub id that is in the local cache")
-    revision: str | None = Field(default=None, description="hub revision; not for folders")
+    revision: Revision | None = Field(default=None, description="hub revision; not for folders")
     tokenizer: str | None = Field(default=None, description="folder with the tokenizer; default: the model's")
     template: str | None = Field(
         default=None, description="file with a Jinja chat template; default: the tokenizer's own"

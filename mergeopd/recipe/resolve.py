@@ -24,7 +24,7 @@ from mergeopd.recipe.cards import CardFile, Staff, hire, read_cards
 from mergeopd.recipe.models import Student, Teacher, TeacherRef
 from mergeopd.recipe.objective_checks import objective_problems
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
-from mergeopd.recipe.schema import SHORTHANDS, EvalSource, Recipe, Reports, TrainSource
+from mergeopd.recipe.schema import NAMED, SHORTHANDS, EvalSource, Recipe, Reports, TrainSource
 from mergeopd.recipe.sources import Desk, Router
 from mergeopd.recipe.training import LocalRollout, Optimizer, Phase
 
@@ -63,7 +63,7 @@ def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str]
         found but not opened.
     """
     file = Path(path)
-    loaded = load(file, overrides, env, SHORTHANDS)
+    loaded = load(file, overrides, env, SHORTHANDS, NAMED)
     root = loaded.root
     if root is None or not loaded.complete:
         origins = Origins(file, root, {})

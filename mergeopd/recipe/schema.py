@@ -162,6 +162,9 @@ class Recipe(Strict):
     output: str = Field(description="folder of the run")
 
 
+# Sections of named entries. null removes an entry that an extended recipe has: `teachers: {math: null}`.
+NAMED = ("teachers",)
+
 # Where a short form may stand, and what it is short for. `extends` and `--set` write a short form out before
 # they reach into it; `*` is any name or index.
 SHORTHANDS: dict[tuple[str, ...], Callable[[Any], Any]] = {

@@ -9,6 +9,8 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from mergeopd.config.values import FunctionPath, Strict, Weight
 
+_MAX_PATTERN = 10_000
+
 
 class ExactVerifier(Strict):
     """Right when the answer, stripped of outer white space, equals the reference."""
@@ -28,9 +30,13 @@ class RegexVerifier(Strict):
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, pattern: str) -> str:
+        if len(pattern) > _MAX_PATTERN:
+            raise ValueError(f"a regular expression of more than {_MAX_PATTERN:,} characters")
         try:
             re.compile(pattern)
-        except re.error as error:
+        except RecursionError:
+            raise ValueError("not a regular expression: nested too deeply") from None
+        except (re.error, OverflowError) as error:
             raise ValueError(f"not a regular expression: {error}") from None
         return pattern
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 
-from mergeopd.errors import MergeopdError, RecipeError
+from mergeopd.errors import MAX_SHOWN, MergeopdError, RecipeError, printable
 
 
 def show_error(error: BaseException) -> None:
@@ -21,7 +21,7 @@ def show_error(error: BaseException) -> None:
         traceback.print_exception(error)
         return
     if not isinstance(error, RecipeError):
-        text = shown_in(str(error))
+        text = printable(shown_in(str(error)))
         if sys.stderr.isatty():
             Console(stderr=True).print(Text.assemble(("error: ", "bold red"), text))
         else:
@@ -32,16 +32,20 @@ def show_error(error: BaseException) -> None:
         print(f"{error}\n\n{count}.", file=sys.stderr)
         return
     console = Console(stderr=True)
-    for problem in error.problems:
-        path = f"  {problem.path}" if problem.path else ""
+    for problem in error.problems[:MAX_SHOWN]:
+        path = f"  {printable(problem.path)}" if problem.path else ""
         # Not wrapped: terminals make a link of an unbroken file:line:column.
-        console.print(Text.assemble((str(problem.location), "bold"), (path, "dim")), soft_wrap=True)
-        message = Text(problem.message)
+        console.print(
+            Text.assemble((printable(str(problem.location)), "bold"), (path, "dim")), soft_wrap=True
+        )
+        message = Text(printable(problem.message))
         if problem.remedy:
-            message.append("; ").append(problem.remedy, "green")
+            message.append("; ").append(printable(problem.remedy), "green")
         console.print(Padding(message, (0, 0, 0, 4)))
     console.print(Text(f"\n{count}.", "bold red"))
 
 
 def _problems(number: int) -> str:
+    if number > MAX_SHOWN:
+        return f"{number:,} problems, the first {MAX_SHOWN} are shown"
     return "1 problem" if number == 1 else f"{number} problems"

@@ -1,4 +1,4 @@
-"""One process at a time on a folder."""
+"""One process at a time on a folder or a file."""
 
 from __future__ import annotations
 
@@ -28,6 +28,24 @@ def exclusive(folder: Path) -> Iterator[None]:
     try:
         with named_failures("lock", path):
             _take(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def waiting(file: Path) -> Iterator[None]:
+    """Hold a lock beside `file`, after whoever holds it now, while it is read and written again.
+
+    Raises StorageError when the disk refuses.
+    """
+    path = file.with_name(f".{file.name}.lock")
+    with named_failures("lock", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with named_failures("lock", path):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

@@ -9,7 +9,9 @@ Write the texts anew, then read them: `MERGEOPD_WRITE_EXPECTED=1 pytest tests/er
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +21,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from mergeopd.check.preflight import preflight
-from mergeopd.errors import Problem, RecipeError
+from mergeopd.errors import ModelError, Problem, RecipeError
+from mergeopd.models.facts import ModelFacts, read_config
+from mergeopd.models.layout import expected_shapes
 from mergeopd.recipe.resolve import read
 
 HERE = Path(__file__).parent
@@ -44,14 +48,18 @@ def check_everything(recipe: Path, overrides: Sequence[str], env: Mapping[str, s
 
 
 def write_weights(folder: Path) -> None:
-    """model.safetensors of zeros, with nothing in it but the head that config.json promises."""
-    config = json.loads((folder / "config.json").read_text())
-    shape = [config["vocab_size"], config["hidden_size"]]
-    num_bytes = 4 * shape[0] * shape[1]
-    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, num_bytes]}
-    header = json.dumps({"model.embed_tokens.weight": entry}).encode()
-    content = len(header).to_bytes(8, "little") + header + bytes(num_bytes)
-    (folder / "model.safetensors").write_bytes(content)
+    """model.safetensors of zeros, with the tensors that config.json promises; sizes that it leaves open are 1."""
+    facts = ModelFacts.read(folder)
+    shapes = {"model.embed_tokens.weight": (facts.vocab_rows, facts.hidden_size)}
+    for name, sizes in expected_shapes(facts, read_config(folder)).items():
+        shapes[name] = tuple(size or 1 for size in sizes)
+    entries, offset = {}, 0
+    for name, shape in shapes.items():
+        end = offset + 4 * math.prod(shape)
+        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    header = json.dumps(entries).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(offset))
 
 
 def lay_project() -> None:
@@ -65,6 +73,10 @@ def rendered(case: Path, check: Check, monkeypatch: pytest.MonkeyPatch) -> str:
     """The text of all problems of a case; the current folder must be its copy of the project."""
     lay_project()
     shutil.copytree(case, ".", dirs_exist_ok=True)
+    for config in case.glob("models/*/config.json"):
+        with contextlib.suppress(ModelError):  # what the case is about, then
+            if Path("models", config.parent.name, "model.safetensors").exists():
+                write_weights(Path("models", config.parent.name))
     read_options = YAML(typ="safe").load(case / "options.yaml") if (case / "options.yaml").exists() else {}
     options = {"set": [], "env": {}, "remove": [], "cut": {}, "missing": [], **read_options}
     missing = options["missing"]

@@ -157,6 +157,7 @@ def test_metrics_that_are_lost_are_told_and_cost_nothing_else(
     metrics = runs.folder(name) / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text(lines[0] + lines[1][:50] + "\n" + "".join(lines[2:]))
+    shutil.rmtree(runs.folder(name) / "rollouts")
     code, printed = runs(name)
     assert code == 1
     assert "metrics.jsonl: line 2 is damaged; correct or remove that line" in printed
@@ -164,12 +165,13 @@ def test_metrics_that_are_lost_are_told_and_cost_nothing_else(
         metrics.write_text("".join(left))
         code, printed = runs(name, "--updates", "1")
         assert told in printed
+        assert "samples.jsonl lacks sampled responses of the 4 updates made so far" in printed
         shutil.rmtree(runs.folder(name) / "checkpoints" / "step-5", ignore_errors=True)
     metrics.unlink()
     code, printed = runs(name)
     assert code == 0
     found = outcome(runs.folder(name))
-    assert [key for key in found if found[key] != undisturbed[key]] == ["metrics"]
+    assert [key for key in found if found[key] != undisturbed[key]] == ["metrics", "samples"]
     assert found["metrics"] == "\n".join(undisturbed["metrics"].splitlines()[4:])
 
 

@@ -37,6 +37,21 @@ def test_extends_merges_mappings_and_replaces_lists_and_values(project: Path) ->
     assert child.sources[1].teachers == {"code": 0.8, "math": pytest.approx(0.6)}
 
 
+def test_null_removes_a_teacher_of_the_base(project: Path) -> None:
+    prompts = "prompts:\n  - {source: data/math.jsonl, domain: math, teachers: math}\n"
+    rest = "evaluation: null\nphases: [{name: merge, updates: 9, loss: reverse_kl}]\n"
+    Path("recipes/child.yaml").write_text(
+        f"extends: merge.yaml\n{prompts}{rest}teachers: {{code: null, chat: null}}\n"
+    )
+    assert list(plan(read("recipes/child.yaml")).teachers) == ["math"]
+    Path("recipes/child.yaml").write_text(f"extends: merge.yaml\n{prompts}{rest}")
+    removed = ("teachers.code=null", "teachers.chat=null")
+    assert list(plan(read("recipes/child.yaml", removed)).teachers) == ["math"]
+    unknown = lines(read("recipes/merge.yaml", ["teachers.cod=null"]))
+    assert len(unknown) == 1
+    assert "teachers.cod | expected" in unknown[0]
+
+
 def test_of_several_bases_the_later_wins_and_each_value_keeps_its_file(project: Path) -> None:
     Path("recipes/fast.yaml").write_text("optimizer:\n  lr: 3e-5\nseed: 5\n")
     Path("recipes/child.yaml").write_text("extends: [merge.yaml, fast.yaml]\nseed: 6\n")
@@ -188,7 +203,7 @@ def test_paths_in_overrides_start_from_the_recipes_project(
         ("prompts.3.share=1", "prompts", "'3' is no entry of this list"),
         ("optimizer.lrr=1", "optimizer.lrr", "unknown key 'lrr'"),
         ("optimzer.lr=1", "optimzer", "unknown key 'optimzer'"),
-        ("seed=[1", "", "not valid YAML: expected ',' or ']', but got the end"),
+        ("seed=[1", "", "not valid YAML: '[' is not closed"),
         ("seed=", "seed", "expected a whole number >= 0 and < 9223372036854775808, found nothing"),
     ],
 )
@@ -209,7 +224,29 @@ def test_bad_overrides(project: Path, override: str, path: str, message: str) ->
         (b"\n  abc\n", "recipes/x.yaml:2:3 | expected keys with values at the top, found the value 'abc'"),
         (b"a: 1\nbc: \xff\n", "recipes/x.yaml:2:5 | not UTF-8 text: byte 0xFF; save the file as UTF-8"),
         (b"a: 1\nb: c\x01\n", "recipes/x.yaml:2:5 | not valid YAML: control character U+0001; remove it"),
-        (b"a: b: c\n", "recipes/x.yaml:1:5 | not valid YAML: mapping values are not allowed here"),
+        (
+            b"a: b: c\n",
+            "recipes/x.yaml:1:5 | not valid YAML: a second ': ' in one line; put it on a line of its own, or quote "
+            'the value: "..."',
+        ),
+        (b"a: 1\nb: {c: 2\nd: 3\n", "recipes/x.yaml:2:4 | not valid YAML: '{' is not closed; add '}'"),
+        (b"a: 1\nb:2\nc: 3\n", "recipes/x.yaml:2:1 | not valid YAML: no space behind 'b:'; write 'b: ...'"),
+        (b"a:2\nc: 3\n", "recipes/x.yaml:1:1 | not valid YAML: no space behind 'a:'; write 'a: ...'"),
+        (
+            b"a:\n  b: 1\n c: 2\n",
+            "recipes/x.yaml:3:2 | not valid YAML: the indentation fits no line above; indent the entries of a section "
+            "equally",
+        ),
+        (
+            b'a: "\\d+"\n',
+            "recipes/x.yaml:1:6 | not valid YAML: a backslash in double quotes cannot stand before 'd'; use single "
+            "quotes: '...'",
+        ),
+        (
+            b'a: "b\nc: d\n',
+            "recipes/x.yaml:1:4 | not valid YAML: a quote is opened here and not closed; close it, or quote the whole "
+            "value",
+        ),
         (
             b"a:\n\tb: c\n",
             "recipes/x.yaml:2:1 | not valid YAML: found character '\\t' that cannot start any token; indent with spaces",

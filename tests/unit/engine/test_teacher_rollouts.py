@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from enumeration import teacher_rollouts_of
 
 from mergeopd.check.preflight import preflight
 from mergeopd.distributed.ranks import Alone
+from mergeopd.engine import teacher_rollouts as texts_module
 from mergeopd.engine.build import Machine, load_models
 from mergeopd.engine.progress import Task
-from mergeopd.report.events import Event, StageStarted
+from mergeopd.report.events import Event, Note, StageStarted
 from mergeopd.rollout import local
 from mergeopd.rollout.protocol import Completion
 from mergeopd.types import Rollout
@@ -26,19 +28,27 @@ CPU = torch.device("cpu")
 class Recorder:
     def __init__(self) -> None:
         self.written: list[tuple[str, int | None]] = []
+        self.notes: list[str] = []
 
     def emit(self, event: Event) -> None:
         if isinstance(event, StageStarted) and event.stage == "text":
             self.written.append((event.detail, event.total))
+        if isinstance(event, Note):
+            self.notes.append(event.text)
 
 
 def texts(recipe: Path, *overrides: str) -> tuple[list[tuple[str, int | None]], list[Sequence[Rollout]]]:
+    recorder, answers = recorded(recipe, *overrides)
+    return recorder.written, answers
+
+
+def recorded(recipe: Path, *overrides: str) -> tuple[Recorder, list[Sequence[Rollout]]]:
     parts = load_models(preflight(recipe, overrides), Machine(CPU, Alone()))
     tasks = [Task(p, 0, "teacher") for ps in parts.inputs.prompts.values() for p in ps]
     recorder = Recorder()
     cache = teacher_rollouts_of(parts, recorder)
     cache.prepare(tasks)
-    return recorder.written, [cache.of(task) for task in tasks]
+    return recorder, [cache.of(task) for task in tasks]
 
 
 @pytest.fixture
@@ -106,10 +116,11 @@ def test_what_another_run_writes_meanwhile_is_kept_and_not_taken(
     [file] = (recipe.parent / ".mergeopd" / "texts").glob("one-*.jsonl")
     *others, last = file.read_text().splitlines(keepends=True)
     file.write_text("".join(others))
-    foreign = json.dumps({"key": "of another prompt", "ids": [1], "finish": "eos"}) + "\n"
+    foreign = texts_module._line("of another prompt", Completion((1,), (), "eos")) + "\n"
 
     def generate(*arguments: Any, **options: Any) -> list[Completion]:
-        changed = [json.dumps({**json.loads(line), "ids": [0, 0]}) + "\n" for line in others]
+        keys = [json.loads(line)["key"] for line in others]
+        changed = [texts_module._line(key, Completion((0, 0), (), "length")) + "\n" for key in keys]
         file.write_text("".join([*changed, foreign]))
         return written(*arguments, **options)
 
@@ -132,3 +143,63 @@ def test_the_teachers_stop_token_becomes_the_students(recipe: Path) -> None:
     for rollout in ended:
         assert rollout.response_ids[-1] == 4
         assert 3 not in rollout.response_ids
+
+
+def damaged(key: str, ids: list[int], finish: str) -> dict[str, Any]:
+    """Lines that some program, or a disk, has left: each with its name and what it is made of."""
+    content: dict[str, Any] = {"key": key, "ids": ids, "finish": finish}
+
+    def hashed(**changes: Any) -> str:
+        row = {**content, **changes}
+        return json.dumps({**row, "sha256": texts_module._digest(row)})
+
+    return {
+        "no hash": json.dumps(content),
+        "other ids": json.dumps({**json.loads(hashed()), "ids": [1, *ids[1:]]}),
+        "other key": json.dumps({**json.loads(hashed()), "key": "0" * 32}),
+        "outside the vocabulary": hashed(ids=[10**6, *ids[1:]]),
+        "negative": hashed(ids=[-1, *ids[1:]]),
+        "nested": hashed(ids=[ids]),
+        "a boolean": hashed(ids=[True, *ids[1:]]),
+        "null": hashed(ids=None),
+        "text": hashed(ids="abc"),
+        "too long": hashed(ids=ids * 50, finish="length"),
+        "empty": hashed(ids=[]),
+        "unknown finish": hashed(finish="done"),
+        "no end token": hashed(ids=[0], finish="eos"),
+        "cut short": hashed(ids=[0], finish="length"),
+        "no stop text asked for": hashed(ids=[0], finish="stop"),
+        "another value": "[1, 2]",
+        "nested without end": "[" * 100_000,
+    }
+
+
+@pytest.mark.parametrize("name", list(damaged("", [0], "eos")))
+def test_a_kept_text_that_cannot_be_is_replaced_and_counted(recipe: Path, name: str) -> None:
+    _, answers = texts(recipe)
+    [file] = (recipe.parent / ".mergeopd" / "texts").glob("one-*.jsonl")
+    first, *others = file.read_text().splitlines()
+    row = json.loads(first)
+    file.write_text("\n".join([damaged(row["key"], row["ids"], row["finish"])[name], *others]))
+    recorder, same = recorded(recipe)
+    assert recorder.written == [("one writes", 1)]
+    assert same == answers
+    [note] = recorder.notes
+    assert note.startswith("discarded 1 damaged kept response of teacher one in ")
+    assert recorded(recipe)[0].notes == []
+
+
+def test_two_runs_that_keep_texts_lose_none(tmp_path: Path) -> None:
+    """Both read the file before either writes, unless one waits for the other."""
+    file = tmp_path / "texts.jsonl"
+
+    def write(number: int) -> None:
+        for i in range(40):
+            texts_module._keep(file, {f"{number}-{i}": Completion((1,), (), "length")})
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(texts_module._lines(file)) == 120

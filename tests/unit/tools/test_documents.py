@@ -15,7 +15,7 @@ from mergeopd.config.load import load
 from mergeopd.config.schema import model_schema
 from mergeopd.config.tree import plain
 from mergeopd.recipe.models import TeacherCard, TeacherRef
-from mergeopd.recipe.schema import SHORTHANDS, Recipe
+from mergeopd.recipe.schema import NAMED, SHORTHANDS, Recipe
 from mergeopd.recipe.training import Phase
 
 ROOT = Path(__file__).parents[3]
@@ -109,7 +109,7 @@ def test_every_method_recipe_has_its_row() -> None:
 @pytest.mark.parametrize("file", METHOD_ROWS)
 def test_lines_in_the_table_of_methods_are_those_of_the_recipe(file: str) -> None:
     """Phases in their order and in full, sizes and budgets of the quick start apart; and its own teachers."""
-    root = load(ROOT / file, (), {}, SHORTHANDS).root
+    root = load(ROOT / file, (), {}, SHORTHANDS, NAMED).root
     assert root is not None
     recipe = Recipe.model_validate(plain(root))
     spans = re.findall(r"(teacher )?`([^`]+)`", METHOD_ROWS[file])

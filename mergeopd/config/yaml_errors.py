@@ -1,0 +1,106 @@
+"""The YAML library's syntax errors in plain words, at the line in which the mistake was made."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ruamel.yaml.error import MarkedYAMLError, StringMark
+
+_LINE_BREAK = re.compile("\r\n|[\r\n\x85\u2028\u2029]")
+_GLUED = re.compile(r"\s*([\w.-]+):\S")
+_QUOTE = 'quote the value: "..."'
+
+
+@dataclass(frozen=True, slots=True)
+class SyntaxMistake:
+    """What is wrong and what to do; `line` and `column` count from 1 and are None where no place is known."""
+
+    message: str
+    remedy: str = ""
+    line: int | None = None
+    column: int | None = None
+
+
+def syntax_mistake(error: MarkedYAMLError, text: str) -> SyntaxMistake:
+    """Describe the error that the YAML library raised for `text`.
+
+    Where the library notices an error only in a later line, the place is that of the construct it was in.
+    """
+    problem, context = str(error.problem), str(error.context)
+    here, start = error.problem_mark, error.context_mark
+    if ("flow mapping" in context or "flow sequence" in context) and start is not None:
+        if "${" in _line(text, here):
+            return _at(here, *_other(problem, _line(text, here)))
+        return _unclosed(context, problem, here, start)
+    if "quoted scalar" in context and "end of stream" in problem:
+        return _at(start, "a quote is opened here and not closed", "close it, or quote the whole value")
+    if "unknown escape character" in problem:
+        message = f"a backslash in double quotes cannot stand before {problem.rpartition(' ')[2]}"
+        return _at(here, message, "use single quotes: '...'")
+    if "simple key" in context and "':'" in problem:
+        return _at(start, *_no_colon(_line(text, start)))
+    if "expected <block end>" in problem:
+        found = re.search(r"found '(.)'$", problem)
+        if found:
+            return _at(here, f"'{found[1]}' closes nothing that is open", "remove it")
+        return _at(here, "the indentation fits no line above", "indent the entries of a section equally")
+    if "mapping values are not allowed" in problem:
+        if _second_colon(_line(text, here), here):
+            return _at(here, "a second ': ' in one line", f"put it on a line of its own, or {_QUOTE}")
+        above = here.line - 1 if here is not None else 0
+        if _GLUED.match(_lines(text)[above]):
+            message, remedy = _no_colon(_lines(text)[above])
+            return SyntaxMistake(message, remedy, above + 1, 1)
+        remedy = "indent the keys of a section equally, with `: ` behind every key"
+        return _at(here, "a key cannot stand here: the line above has another indentation or no ': '", remedy)
+    return _at(here, *_other(problem, _line(text, here)))
+
+
+def _unclosed(context: str, problem: str, here: StringMark | None, start: StringMark) -> SyntaxMistake:
+    opened, closing = ("{", "}") if "mapping" in context else ("[", "]")
+    if here is not None and here.line == start.line and "end>" not in problem:
+        wrong = re.search(r"got '([\]}])'$", problem)
+        if wrong:
+            return _at(here, f"'{opened}' is closed by '{wrong[1]}'", f"write '{closing}'")
+        return _at(here, f"expected ',' or '{closing}'", "put a comma between the entries")
+    return _at(start, f"'{opened}' is not closed", f"add '{closing}'")
+
+
+def _no_colon(line: str) -> tuple[str, str]:
+    key = _GLUED.match(line)
+    if key:
+        return f"no space behind '{key[1]}:'", f"write '{key[1]}: ...'"
+    return "a line without ': '", "write it as `key: value`"
+
+
+def _second_colon(line: str, mark: StringMark | None) -> bool:
+    return mark is not None and ": " in line[: mark.column] + " "
+
+
+def _other(problem: str, line: str) -> tuple[str, str]:
+    message = problem.removeprefix("but ")
+    for jargon, words in (("'<stream end>'", "the end"), ("the node content", "a value")):
+        message = message.replace(jargon, words)
+    if "\\t" in problem:
+        return message, "indent with spaces"
+    if "${" in line:
+        return message, 'inside {...} and [...] put variables in quotes: "${NAME}"'
+    if "cannot start any token" in problem:
+        return message, _QUOTE
+    return message, ""
+
+
+def _at(mark: StringMark | None, message: str, remedy: str) -> SyntaxMistake:
+    if mark is None:
+        return SyntaxMistake(message, remedy)
+    return SyntaxMistake(message, remedy, mark.line + 1, mark.column + 1)
+
+
+def _lines(text: str) -> list[str]:
+    return _LINE_BREAK.split(text)
+
+
+def _line(text: str, mark: StringMark | None) -> str:
+    lines = _lines(text)
+    return lines[mark.line] if mark is not None and mark.line < len(lines) else ""

@@ -1,0 +1,51 @@
+"""Signals while a run stops: a second one neither cuts the saving off nor the line that says so."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from mergeopd.engine.interrupt import Interrupt
+from mergeopd.errors import Stopped
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_ctrl_c_after_sigterm_is_the_first_one() -> None:
+    interrupt = Interrupt()
+    with interrupt.listening():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.requested == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_once_all_is_saved_signals_are_ignored(first: signal.Signals) -> None:
+    interrupt = Interrupt()
+    with pytest.raises(Stopped), interrupt.listening():  # noqa: PT012
+        signal.raise_signal(first)
+        interrupt.met()
+        signal.raise_signal(signal.SIGINT)
+        raise Stopped("saved")
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+
+
+def test_after_other_endings_the_handlers_are_as_before() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    interrupt = Interrupt()
+    with pytest.raises(Stopped), interrupt.listening():  # noqa: PT012
+        interrupt.requested = "--updates"
+        interrupt.met()
+        raise Stopped("saved")
+    assert signal.getsignal(signal.SIGINT) is before

@@ -1,0 +1,107 @@
+"""What a checkpoint must hold, worked out from config.json, is what transformers' own model holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mergeopd.errors import ModelError
+from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.facts import ARCHITECTURES, ModelFacts
+from mergeopd.models.layout import check_layout
+
+SIZES = {
+    "vocab_size": 33,
+    "hidden_size": 24,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+}
+KEYS = (
+    *("attention_bias", "attention_out_bias", "mlp_bias", "use_bias", "use_qkv_bias", "use_qk_norm"),
+    *("qk_layernorm", "use_parallel_residual"),
+)
+
+
+def save(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Checkpoint:
+    """A checkpoint of zero-size dtype BOOL tensors: headers are all that is read."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, shape in shapes.items():
+        size = 1
+        for n in shape:
+            size *= n
+        header[name] = {"dtype": "U8", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(offset))
+    return Checkpoint.open(folder)
+
+
+def transformers_shapes(folder: Path, model_type: str, **changes: Any) -> dict[str, tuple[int, ...]]:
+    """Writes config.json; the shapes of what transformers saves of such a model."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(model_type, **SIZES, **changes)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config)
+    config.save_pretrained(folder)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_every_architecture_has_what_transformers_saves(tmp_path: Path, model_type: str) -> None:
+    shapes = transformers_shapes(tmp_path, model_type)
+    config = json.loads((tmp_path / "config.json").read_text())
+    check_layout(ModelFacts.read(tmp_path), save(tmp_path, shapes))
+    for key in KEYS:
+        if key in config and not (model_type == "phi" and key == "use_qk_norm"):
+            changed = transformers_shapes(tmp_path, model_type, **{key: not config[key]})
+            check_layout(ModelFacts.read(tmp_path), save(tmp_path, changed))
+    for name in [name for name in shapes if name.startswith("model.layers.1.") and ".act_fn." not in name][
+        ::4
+    ]:
+        transformers_shapes(tmp_path, model_type)
+        kept = {other: shape for other, shape in shapes.items() if other != name}
+        if "_norm." not in name:
+            with pytest.raises(ModelError, match=f"has no {name}"):
+                check_layout(ModelFacts.read(tmp_path), save(tmp_path, kept))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 3}, "has no model.layers.2.self_attn.q_proj.weight"),
+        (
+            {"num_hidden_layers": 1},
+            "has model.layers.1.self_attn.q_proj.weight, which the config does not call for",
+        ),
+        (
+            {"intermediate_size": 57},
+            r"mlp.gate_proj.weight with shape \[56, 24\], the config says \[57, 24\]",
+        ),
+        ({"num_attention_heads": 4}, r"q_proj.weight with shape \[60, 24\], the config says \[40, 24\]"),
+        ({"num_key_value_heads": 6}, r"k_proj.weight with shape \[20, 24\], the config says \[60, 24\]"),
+        ({"attention_bias": True}, "has no model.layers.0.self_attn.q_proj.bias"),
+    ],
+)
+def test_weights_and_config_that_disagree(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    checkpoint = save(tmp_path, transformers_shapes(tmp_path, "llama"))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ModelError, match=message):
+        check_layout(ModelFacts.read(tmp_path), checkpoint)
+
+
+def test_what_transformers_ignores_is_ignored(tmp_path: Path) -> None:
+    shapes = transformers_shapes(tmp_path, "llama")
+    extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": (5,) for i in range(2)}
+    check_layout(ModelFacts.read(tmp_path), save(tmp_path, {**shapes, **extra}))
