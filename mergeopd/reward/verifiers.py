@@ -22,7 +22,7 @@ from mergeopd.recipe.checking import (
     UserVerifier,
     Verifier,
 )
-from mergeopd.reward.numbers import final_number
+from mergeopd.reward.numbers import final_number, reference_number
 
 Verify = Callable[[str, str | None], float]
 
@@ -40,8 +40,8 @@ def build_verifier(spec: Verifier, allow_code: Collection[str]) -> Verify:
 
 def reference_problem(spec: Verifier, reference: str) -> str | None:
     """Why `reference` can never be matched, None when it can: lets a run stop before its first answer."""
-    if isinstance(spec, NumberVerifier) and final_number(reference) is None:
-        return f"the reference {_short(reference)} has no number"
+    if isinstance(spec, NumberVerifier) and reference_number(reference) is None:
+        return f"the reference {_short(reference)} is not one number"
     if isinstance(spec, JsonVerifier) and spec.schema_file is None:
         try:
             _parse_json(reference)
@@ -93,7 +93,7 @@ def _build_number(spec: NumberVerifier, allow_code: Collection[str]) -> Verify:
 
     def verify(answer: str, reference: str | None) -> float:
         text = _required("number", reference)
-        expected = final_number(text)
+        expected = reference_number(text)
         if expected is None:
             raise VerifierError(
                 f"verifier 'number': {reference_problem(spec, text)}; correct the prompt file"

@@ -71,7 +71,7 @@ def test_number_is_exact_or_within_tolerance() -> None:
 
 
 def test_number_refuses_a_reference_without_one() -> None:
-    with pytest.raises(VerifierError, match="the reference 'none' has no number"):
+    with pytest.raises(VerifierError, match="the reference 'none' is not one number"):
         build("number")("5", "none")
 
 
@@ -237,7 +237,7 @@ def test_user_function_cannot_be_found(name: str, message: str) -> None:
 
 def test_reference_problem() -> None:
     assert reference_problem(spec("number"), "#### 5") is None
-    assert reference_problem(spec("number"), "five") == "the reference 'five' has no number"
+    assert reference_problem(spec("number"), "five") == "the reference 'five' is not one number"
     assert reference_problem(spec("json"), "[1]") is None
     assert "is not JSON" in str(reference_problem(spec("json"), "[1"))
     assert reference_problem(spec("exact"), "anything") is None
