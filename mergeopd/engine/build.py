@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from mergeopd.loss.bridge import Bridge
 from mergeopd.loss.heads import Head
 from mergeopd.ranks import Ranks
 from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan
-from mergeopd.reward.verifiers import build_verifier
+from mergeopd.reward.grading import Verifiers
 from mergeopd.rollout.local import Writer
 from mergeopd.student.backend import Student
 from mergeopd.student.torch import TorchStudent
@@ -30,8 +30,6 @@ from mergeopd.teacher.past import Past
 from mergeopd.teacher.reading import MappedReader, Reader, ShardedReader
 from mergeopd.teacher.store import LoadedTeacher, TeacherSource, TeacherStore
 from mergeopd.types import Rollout
-
-Verify = Callable[[str, str | None], float]
 
 
 def pick_device() -> torch.device:
@@ -49,7 +47,7 @@ class Parts:
     student: Student
     store: TeacherStore
     past: Past
-    verifiers: Mapping[str, Verify]
+    verifiers: Verifiers
     prompt_draw: PromptDraw
     canaries: Canaries
     measures: Mapping[str, Bridge]
@@ -122,7 +120,7 @@ def build(inputs: Inputs, device: torch.device, ranks: Ranks) -> Parts:
             _reader(device, ranks),
         ),
         past=past,
-        verifiers=build_verifiers(plan.sources, plan.allow_code),
+        verifiers=build_verifiers(plan.sources, plan, ranks),
         prompt_draw=PromptDraw(inputs.prompts, {s.name: s.share for s in plan.sources}, plan.seed),
         canaries=Canaries(plan, inputs.teachers if ranks.is_first else {}),
         measures=_measures(inputs, device, ranks),
@@ -189,9 +187,10 @@ def _source(teacher: TeacherPlan, dialect: Dialect, past: Past) -> TeacherSource
     return TeacherSource(Path(teacher.model), teacher.dtype, dialect.tokenizer.vocab_size, follower)
 
 
-def build_verifiers(sources: tuple[SourcePlan, ...], allow_code: tuple[str, ...]) -> dict[str, Verify]:
-    """Verifiers by source name; sources without one are absent."""
-    return {s.name: build_verifier(s.verifier, allow_code) for s in sources if s.verifier is not None}
+def build_verifiers(sources: Sequence[SourcePlan], plan: Plan, ranks: Ranks) -> Verifiers:
+    """Build the verifiers of these sources; the processes of a machine divide its cores."""
+    specs = {s.name: s.verifier for s in sources if s.verifier is not None}
+    return Verifiers(specs, plan.allow_code, plan.threads // ranks.num_local)
 
 
 def _writer(body: torch.nn.Module, head: Head, dialect: Dialect, device: torch.device) -> Writer:

@@ -28,7 +28,7 @@ from mergeopd.report.html import HtmlReporter
 from mergeopd.report.jsonl import JsonlReporter, SamplesReporter
 from mergeopd.report.result import ResultTable, result_document, write_result
 from mergeopd.report.tensorboard import TensorBoardReporter
-from mergeopd.reward.verifiers import build_verifier
+from mergeopd.reward.grading import Verifiers
 from mergeopd.storage import run_layout
 from mergeopd.storage.folders import prune
 from mergeopd.storage.lock import exclusive
@@ -124,6 +124,7 @@ def go_on(inputs: Inputs, clock: Clock, max_updates: int | None, ranks: Ranks) -
         clock.continue_from(record.seconds)
         # Until here nothing is at stake, and a signal ends the process at once.
         with interrupt.listening(), ExitStack() as opened:
+            opened.callback(parts.verifiers.close)
             reporter: Reporter = Reporters()
             if ranks.is_first:
                 reporter = _reporters(inputs, folder, num_done, opened, console)
@@ -207,9 +208,10 @@ def _measure(inputs: Inputs, plan: EvaluationPlan, merged: Path, output: Path | 
 def _try_verifiers(inputs: Inputs) -> None:
     """Import the functions that the recipe allows now: a mistake in them must not wait for the evaluation."""
     plan = inputs.plan
-    for source in (*plan.sources, *(plan.evaluation.sources if plan.evaluation else ())):
-        if source.verifier is not None:
-            build_verifier(source.verifier, plan.allow_code)
+    sources = (*plan.sources, *(plan.evaluation.sources if plan.evaluation else ()))
+    specs = {str(index): s.verifier for index, s in enumerate(sources) if s.verifier is not None}
+    with Verifiers(specs, plan.allow_code, 1) as verifiers:
+        verifiers.start()
 
 
 def _tell_notes(inputs: Inputs, reporter: Reporter) -> None:

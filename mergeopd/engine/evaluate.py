@@ -19,6 +19,8 @@ from mergeopd.models.facts import ModelFacts
 from mergeopd.ranks import Ranks, spread
 from mergeopd.recipe.plan import EvaluationPlan, SourcePlan
 from mergeopd.report.events import EvaluationDone, Note, Reporter, StageStarted
+from mergeopd.reward.grading import Submission
+from mergeopd.reward.pool import Verdict, failures_note
 from mergeopd.rollout.local import Request, Writer, generate
 from mergeopd.teacher.store import TeacherSource, TeacherStore
 from mergeopd.types import Prompt, Sampling
@@ -49,13 +51,17 @@ class Evaluation:
         self._device = device
         self._ranks = ranks
         self._reporter = reporter
-        self._verifiers = build_verifiers(plan.sources, inputs.plan.allow_code)
+        self._verifiers = build_verifiers(plan.sources, inputs.plan, ranks)
 
     def run(self, merged: Path) -> Accuracies:
         """Accuracy (0 to 1) by domain and kind of model; `merged` is the folder of the trained student.
 
         `weight_average` is None, with a note, where the experts' weights do not fit together.
         """
+        with self._verifiers:
+            return self._run(merged)
+
+    def _run(self, merged: Path) -> Accuracies:
         domains = sorted({source.domain for source in self._plan.sources})
         kinds = ("base", "expert", "weight_average", "merged")
         result: Accuracies = {d: dict.fromkeys(kinds) for d in domains}
@@ -114,23 +120,35 @@ class Evaluation:
         self._reporter.emit(
             StageStarted("evaluation", f"{contestant.kind} on {source.domain}", len(prompts), "answers")
         )
-        verify, decode = self._verifiers[source.name], contestant.dialect.tokenizer.decode
+        decode = contestant.dialect.tokenizer.decode
+        tick = progress(self._reporter, len(prompts), self._ranks)
 
-        def verdicts(own: Sequence[Prompt]) -> list[float]:
+        def verdicts(own: Sequence[Prompt]) -> list[Verdict]:
             completions = generate(
                 contestant.writer,
                 [Request(p.key, 0, contestant.dialect.render(p)) for p in own],
                 Sampling(0.0, 1.0, self._plan.max_new_tokens, stop),
                 seed=self._inputs.plan.seed,
                 batch_size=self._plan.batch_size,
-                progress=progress(self._reporter, len(prompts), self._ranks),
+                progress=tick,
             )
-            return [
-                verify(answer_text(completion.response_ids, decode, stop), prompt.reference)
+            submissions = [
+                Submission(
+                    source.name,
+                    answer_text(completion.response_ids, decode, stop),
+                    prompt.reference,
+                    truncated=completion.finish == "length",
+                )
                 for prompt, completion in zip(own, completions, strict=True)
             ]
+            # Emitted again, so that a request to stop is met while verifiers are slow.
+            return self._verifiers.verify(submissions, lambda _: tick(len(own)))
 
-        return spread(self._ranks, prompts, verdicts)
+        found = spread(self._ranks, prompts, verdicts)
+        failures = [verdict.failure for verdict in found if verdict.failure is not None]
+        if failures:
+            self._reporter.emit(Note(failures_note(source.name, failures) + "; they count as incorrect"))
+        return [verdict.reward or 0.0 for verdict in found]
 
     @contextmanager
     def _model(self, folder: Path, dialect: Dialect) -> Iterator[Writer]:

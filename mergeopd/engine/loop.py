@@ -31,8 +31,9 @@ from mergeopd.errors import Stopped
 from mergeopd.recipe.locate import shown
 from mergeopd.recipe.plan import EvaluationPlan
 from mergeopd.recipe.training import Phase
-from mergeopd.report.events import Reporter, RunFinished, RunStarted, StageStarted, UpdateDone
+from mergeopd.report.events import Note, Reporter, RunFinished, RunStarted, StageStarted, UpdateDone
 from mergeopd.report.result import result_document, write_result
+from mergeopd.reward.pool import Verdict, failures_note
 from mergeopd.teacher.cache import RoundCache
 from mergeopd.types import Rollout
 
@@ -52,6 +53,7 @@ class Merge:
         self._clock = clock
         self._texts = TeacherTexts(parts)
         self._prepared_phase = ""
+        self._noted_sources: set[str] = set()
 
     def run(self, progress: Progress, max_updates: int | None) -> None:
         """Train from `progress` to the last update, export, evaluate, write the result. Collective.
@@ -120,7 +122,8 @@ class Merge:
         tasks = plan_round(self._parts, phase, progress, updates_done)
         with self._clock.stage("rollout"):
             rollouts = self._rollouts(tasks, progress)
-            verdicts = rewards(self._parts, rollouts)
+            verdicts = rewards(self._parts, rollouts, self._reporter)
+            self._note_failures(rollouts, verdicts)
         student = self._parts.student
         work = self._parts.work(rollouts, progress.round, phase.updates_per_round)
         with self._parts.hidden_cache(work, self._folder.spill) as cache:
@@ -132,11 +135,22 @@ class Merge:
         self._parts.past.advance(student.named_weights, student.named_masters, before, progress.update)
         return replace(progress, round=progress.round + 1, drawn=progress.drawn + phase.prompts_per_round)
 
+    def _note_failures(self, rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) -> None:
+        """Report the first failures of each source's verifier; metrics count all."""
+        failures: dict[str, list[str]] = {}
+        for rollout, verdict in zip(rollouts, verdicts, strict=True):
+            if verdict.failure is not None and rollout.prompt.source not in self._noted_sources:
+                failures.setdefault(rollout.prompt.source, []).append(verdict.failure)
+        for source, found in failures.items():
+            self._noted_sources.add(source)
+            note = failures_note(source, found)
+            self._reporter.emit(Note(f"{note}; such responses have no reward, and metrics count them"))
+
     def _scored(
         self,
         phase: Phase,
         rollouts: Sequence[Rollout],
-        verdicts: Sequence[float | None],
+        verdicts: Sequence[Verdict],
         work: RoundWork,
         cache: RoundCache,
     ) -> ScoredRound:
@@ -151,7 +165,7 @@ class Merge:
         if is_needed(phase, spans=self._has_spans(phase)):
             with self._clock.stage("update"):
                 past = look_back(self._parts, rollouts, phase, work, observed, self._reporter)
-        found = outcomes(rollouts, verdicts, phase)
+        found = outcomes(rollouts, [verdict.reward for verdict in verdicts], phase)
         return ScoredRound(phase, work, rollouts, verdicts, observed, found, past)
 
     def _update(self, scored: ScoredRound, update: UpdateWork, updates_done: int, number: int) -> None:
@@ -197,14 +211,15 @@ class Merge:
                 num_tokens=sum(rollouts[i].num_trained for i in members),
                 on_policy_fraction=num_on_policy / len(members),
                 teachers=stats.teachers(parts.inputs.crossings),
-                domains=stats.domains(prepared, scored.verdicts),
+                domains=stats.domains(prepared, scored.rewards),
                 seconds=self._clock.lap(),
                 teacher_bytes_read=parts.bytes_read(),
                 policy=stats.policy(scored.outcomes.silent_fraction),
+                verifier_failures=scored.failures(members),
             )
         )
         tokenizer = parts.inputs.student.tokenizer
-        for sample in samples.events(number, phase.name, rollouts, scored.verdicts, tokenizer):
+        for sample in samples.events(number, phase.name, rollouts, scored.rewards, tokenizer):
             self._reporter.emit(sample)
 
     def _has_spans(self, phase: Phase) -> bool:

@@ -17,6 +17,8 @@ from mergeopd.loss.heads import Head
 from mergeopd.ranks import spread
 from mergeopd.recipe.training import Phase
 from mergeopd.report.events import Reporter, StageStarted
+from mergeopd.reward.grading import Submission
+from mergeopd.reward.pool import Verdict
 from mergeopd.teacher.store import LoadedTeacher
 from mergeopd.types import Rollout
 
@@ -34,10 +36,24 @@ class ScoredRound:
     phase: Phase
     work: RoundWork
     rollouts: Sequence[Rollout]
-    verdicts: Sequence[float | None]
+    verdicts: Sequence[Verdict]
     observed: Observed
     outcomes: Outcomes
     before: Mapping[int, Before]
+
+    @property
+    def rewards(self) -> list[float | None]:
+        """The reward of every rollout; None without a verifier, or where it failed."""
+        return [verdict.reward for verdict in self.verdicts]
+
+    def failures(self, members: Sequence[int]) -> dict[str, int]:
+        """Count the rollouts among `members` whose verification failed, by source."""
+        counts: dict[str, int] = {}
+        for index in members:
+            if self.verdicts[index].failure is not None:
+                source = self.rollouts[index].prompt.source
+                counts[source] = counts.get(source, 0) + 1
+        return counts
 
 
 def score(
@@ -117,15 +133,31 @@ def score_canary(parts: Parts, teacher: LoadedTeacher) -> None:
             _true_head(parts, teacher.name)
 
 
-def rewards(parts: Parts, rollouts: Sequence[Rollout]) -> list[float | None]:
-    """The verifier's verdict on every answer the student wrote; None without verifier or for other text."""
+def rewards(parts: Parts, rollouts: Sequence[Rollout], reporter: Reporter) -> list[Verdict]:
+    """Verify the responses that the student generated; others, and those without a verifier, have no reward.
+
+    Collective: each process verifies its share.
+    """
     decode = parts.inputs.student.tokenizer.decode
-    stop = parts.plan.rollout.stop
+    stop, verifiers = parts.plan.rollout.stop, parts.verifiers
+    verified = {
+        i: r for i, r in enumerate(rollouts) if r.origin == "student" and r.prompt.source in verifiers
+    }
+    num_slow = sum(verifiers.is_slow(rollout.prompt.source) for rollout in verified.values())
+    if num_slow:
+        reporter.emit(StageStarted("rollout", "verifying", num_slow, "answers"))
 
-    def verdict(rollout: Rollout) -> float | None:
-        verify = parts.verifiers.get(rollout.prompt.source) if rollout.origin == "student" else None
-        if verify is None:
-            return None
-        return verify(answer_text(rollout.response_ids, decode, stop), rollout.prompt.reference)
+    def verify(own: Sequence[Rollout]) -> list[Verdict]:
+        submissions = [
+            Submission(
+                rollout.prompt.source,
+                answer_text(rollout.response_ids, decode, stop),
+                rollout.prompt.reference,
+                truncated=rollout.finish == "length",
+            )
+            for rollout in own
+        ]
+        return verifiers.verify(submissions, progress(reporter, num_slow, parts.ranks))
 
-    return spread(parts.ranks, rollouts, lambda own: [verdict(rollout) for rollout in own])
+    verdicts = dict(zip(verified, spread(parts.ranks, list(verified.values()), verify), strict=True))
+    return [verdicts.get(index, Verdict(None)) for index in range(len(rollouts))]

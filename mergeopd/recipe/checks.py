@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 
 from mergeopd.errors import Problem
+from mergeopd.recipe.checking import MathVerifier, Verifier
 from mergeopd.recipe.locate import Origins, dotted
 from mergeopd.recipe.models import Parallel, Student
 from mergeopd.recipe.schema import EvalSource, Reports, TrainSource
@@ -204,6 +205,13 @@ def student_problems(student: Student, origins: Origins) -> Iterator[Problem]:
         message = "the package transformer-engine is not installed"
         remedy = "pip install 'transformer-engine[pytorch]', or use `auto` or `local`"
         yield origins.problem((*here, "layers"), message, remedy)
+
+
+def missing_package(verifier: Verifier) -> tuple[str, str] | None:
+    """Cause and remedy where a verifier needs a package that is not installed here."""
+    if not isinstance(verifier, MathVerifier) or is_installed("math_verify"):
+        return None
+    return "the package math-verify is not installed", "pip install 'mergeopd[math]', or use another verifier"
 
 
 def is_installed(module: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mergeopd.errors import Problem
 from mergeopd.recipe.checking import JsonVerifier, UserVerifier, Verifier
+from mergeopd.recipe.checks import missing_package
 from mergeopd.recipe.folders import Missing, existing_file
 from mergeopd.recipe.locate import Origins, dotted
 from mergeopd.recipe.models import TeacherRef
@@ -96,6 +97,9 @@ class Desk:
             self.report(
                 (*path, "function"), f"the recipe does not allow '{verifier.function}' to be called", remedy
             )
+        missing = None if verifier is None else missing_package(verifier)
+        if missing is not None:
+            self.report((*path, "kind"), *missing)
         if isinstance(verifier, JsonVerifier) and verifier.schema_file is not None:
             where: Keys = (*path, "schema_file")
             file = existing_file(verifier.schema_file, self.origins.place(where).base, "JSON Schema file")

@@ -6,7 +6,7 @@ Means are per response token unless said otherwise; log-probs and divergences ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -128,6 +128,7 @@ class UpdateDone:
     share of answers that the student wrote. `seconds` maps `rollout`, `teachers`, `update` (and `text`, once
     a phase) to the wall time spent since the last update, so a round's rollout counts to its first update.
     `teacher_bytes_read` counts from the start of the process; `policy` is None without policy terms.
+    `verifier_failures` counts, by source, responses that have no reward because their verifier failed.
     """
 
     update: int
@@ -143,6 +144,7 @@ class UpdateDone:
     seconds: Mapping[str, float]
     teacher_bytes_read: int = 0
     policy: PolicyStats | None = None
+    verifier_failures: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def step_s(self) -> float:

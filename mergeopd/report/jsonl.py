@@ -37,6 +37,7 @@ def update_record(event: UpdateDone) -> dict[str, Any]:
         "teachers": {name: _teacher_record(stats) for name, stats in sorted(event.teachers.items())},
         "domains": {name: _domain_record(stats) for name, stats in sorted(event.domains.items())},
         "policy": {} if event.policy is None else asdict(event.policy),
+        "verifier_failures": dict(sorted(event.verifier_failures.items())),
         "cost": {
             "seconds": seconds,
             "tokens_per_s": event.num_tokens / event.step_s if event.step_s > 0 else None,

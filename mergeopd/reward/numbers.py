@@ -78,7 +78,7 @@ def final_number(text: str, *, truncated: bool = False) -> Fraction | None:
     marked = _after_hashes(text, truncated)
     if marked is not None:
         return marked[0]
-    boxed = _last_boxed(text)
+    boxed = last_boxed(text)
     if boxed is not None or truncated:
         return read_number(boxed or "")
     whole = None if _BULLET.match(text) else read_number(text.strip())
@@ -136,7 +136,7 @@ def _at(text: str, start: int) -> tuple[Fraction | None] | None:
     return None if match is None else (_in_context(plain, match),)
 
 
-def _last_boxed(text: str) -> str | None:
+def last_boxed(text: str) -> str | None:
     """The content of the last box that is closed and not empty; "" where there are only others."""
     starts = [match.end() for match in _BOXED.finditer(text)]
     for start in reversed(starts[-_MAX_MARKS:]):
@@ -182,9 +182,12 @@ def _in_context(text: str, match: re.Match[str]) -> Fraction | None:
     # `$` lets a pattern match the end of `before`; the number itself is for its lookahead.
     before = text[max(0, start - _CONTEXT) : start]
     written = match[0].lstrip(f"+{MINUS}$€£¥ ")
-    is_part = _BEFORE.search(before) or _BEHIND.match(text, end)
-    is_part = is_part or (_OPEN_TUPLE.search(before) and text[end : end + 1] in (")", "]", "}"))
-    if is_part or ("/" in written and _FRACTION_OF_DIFFERENCE.search(before)):
+    if (
+        _BEFORE.search(before)
+        or _BEHIND.match(text, end)
+        or ("/" in written and _FRACTION_OF_DIFFERENCE.search(before))
+        or (text[end : end + 1] in (")", "]", "}") and _OPEN_TUPLE.search(before))
+    ):
         return None
     value = read_number(match[0])
     return -value if value is not None and value > 0 and _NEGATED.search(before) else value
