@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergeopd.align.normal import normalised
-from mergeopd.align.token_bytes import ADDED, UNKNOWN, TokenBytes
+from mergeopd.align.token_bytes import ADDED, TokenBytes
 
 Ints = NDArray[np.int64]
 _SPACE = 0x20
@@ -21,42 +21,46 @@ class Agreement:
 
     Places are counted `scale` times: twice for a text that was brought to a normal form, so that inside what
     this changed there is a place (an odd one) at which no token of the student can end. `whole`: all of the
-    text is given back.
+    text is given back. `num_before`: bytes of the first token that encoding put before the text.
     """
 
     ends: Ints  # [tokens with bytes]
     limit: int
     scale: int
     whole: bool
+    num_before: int
 
 
 def agreement(text: str, ids: Sequence[int], teacher: TokenBytes) -> Agreement:
     """Compare a text with what its tokens stand for, where these are not simply equal.
 
-    Tokens agree up to the first byte that differs from the text's normal form, and before the first unknown
-    token. Tokenizers that put a space before every piece of text between added tokens are read with and
-    without these.
+    Tokens agree up to the first byte that differs from the text's normal form, and before the first token
+    that stands for no bytes (unknown or special), as it can stand for any part of the text. Tokenizers that
+    put a space before every piece of text between added tokens are read with and without these.
     """
     own = text.encode()
     form = None if teacher.normal is None else normalised(text, teacher.normal)
     expected = np.frombuffer(own if form is None else form.content, np.uint8)
     ids_T = np.array(ids, np.int64)
-    best = max(
-        (_compared(expected, ids_T, widths, teacher) for widths in _readings(ids_T, teacher)),
-        key=lambda found: found[1],
-    )
-    ends, common, whole = best
+    readings = [
+        (*_compared(expected, ids_T, widths, teacher), num_before)
+        for widths, num_before in _readings(ids_T, teacher)
+    ]
+    ends, common, whole, num_before = max(readings, key=lambda found: found[1])
     ends = ends[teacher.widths[ids_T] > 0]
     if form is None:
-        return Agreement(ends, common, 1, whole)
+        return Agreement(ends, common, 1, whole, num_before)
     limit = int(form.places(np.array([common]))[0])
-    return Agreement(form.places(ends), limit, 2, whole)
+    return Agreement(form.places(ends), limit, 2, whole, num_before)
 
 
-def _readings(ids: Ints, teacher: TokenBytes) -> Iterator[Ints]:
-    """How many bytes each token stands for, with spaces that encoding may have put before it taken off."""
+def _readings(ids: Ints, teacher: TokenBytes) -> Iterator[tuple[Ints, int]]:
+    """Yield the bytes that each token stands for, less spaces that encoding may have put before it.
+
+    Each comes with the number of bytes that were taken off before the text.
+    """
     widths = teacher.widths[ids]
-    yield widths
+    yield widths, 0
     if not teacher.prefix or not len(ids):
         return
     wide = np.flatnonzero(widths)
@@ -65,8 +69,8 @@ def _readings(ids: Ints, teacher: TokenBytes) -> Iterator[Ints]:
     begins &= teacher.kind[ids] != ADDED
     after_added = np.concatenate([[True], teacher.kind[ids[:-1]] == ADDED])
     first = np.arange(len(ids)) == 0
-    yield widths - (begins & first)
-    yield widths - (begins & after_added)
+    yield widths - (begins & first), int(begins[0])
+    yield widths - (begins & after_added), int(begins[0])
 
 
 def _compared(
@@ -81,7 +85,7 @@ def _compared(
     differing = given[:length] != expected[:length]
     common = int(differing.argmax()) if differing.any() else length
     whole = common == len(given) == len(expected)
-    unknown = np.flatnonzero(teacher.kind[ids] == UNKNOWN)
-    if len(unknown):
-        common, whole = min(common, int(ends[unknown[0]])), False
+    silent = np.flatnonzero(full == 0)
+    if len(silent):
+        common, whole = min(common, int(ends[silent[0]])), False
     return ends, common, whole

@@ -168,7 +168,7 @@ def _matched(
             own_ends[here] *= found.scale
             other_ends[there][: len(found.ends)] = found.ends
             whole, limit = found.whole, found.limit
-            behind = int(other.bytes_of(row)[:1] == b" " and text.text[:1] != " ")
+            behind = found.num_before
         lopsided.append(bool(text.num_bytes) and text.dropped != behind)
         broken.append(Unaligned.ROUND_TRIP if not whole else None if text.whole else Unaligned.NOT_UTF8)
         # The end is one place behind the text, or nowhere where something is missing before it.

@@ -34,13 +34,13 @@ class Closed:
 
 
 def close_groups(student: Ends, teacher: Ends, limits: Ints) -> Closed:
-    """Cut the texts wherever a token of both sides ends, in linear time and without a loop over tokens.
+    """Cut texts wherever a token of both sides ends, in linear time and without a loop over tokens.
 
-    `limits` `[R]`: the last place of each text at which a group may close. Tokens that end at 0 stand for no
-    text yet and belong to the first group. What lies behind the last common end is in no group: it is never
-    forced into one. Unlike an alignment by text, nothing a token looks like matters, so pieces of one
-    character, different cuts of a number and a BOS on one side only are no special cases (TRL issues 4392
-    and 4393 are about aligners that decode).
+    `limits` `[R]`: the last place of each text at which a group may close. A token that ends where the one
+    before it does, such as a space that encoding put there, belongs to the group of the token after it.
+    Tokens behind the last common end are in no group. Only bytes are compared, never decoded strings, so
+    pieces of one character, different cuts of a number and a BOS on one side are no special cases (TRL issues
+    4392 and 4393 are about aligners that decode).
     """
     bases = np.zeros(len(limits) + 1, np.int64)
     np.cumsum(limits + 1, out=bases[1:])
@@ -58,7 +58,10 @@ def close_groups(student: Ends, teacher: Ends, limits: Ints) -> Closed:
 def _places(side: Ends, bases: Ints, limits: Ints) -> tuple[Ints, NDArray[np.bool_]]:
     """Ends counted from the beginning of all texts, and whether a group may close there."""
     lengths = np.diff(side.rows)
-    may_close = side.ends > 0
+    before = np.zeros_like(side.ends)
+    before[1:] = side.ends[:-1]
+    before[side.rows[:-1][lengths > 0]] = 0
+    may_close = side.ends > before
     may_close &= side.ends <= np.repeat(limits, lengths)
     return side.ends + np.repeat(bases[:-1], lengths), may_close
 

@@ -81,6 +81,33 @@ def without_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+# A Unicode noncharacter, with which no token of a text begins.
+_UNMATCHABLE = "\ufdd0"
+
+
+def without_special_pieces(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tokenizer of a Unigram model that does not match special tokens in text; others as they are.
+
+    The tokenizers library matches every piece of a Unigram vocabulary, control symbols included, whatever
+    `encode_special_tokens` says. SentencePiece itself does not.
+    """
+    model = state["model"]
+    if model["type"] != "Unigram":
+        return dict(state)
+    listed = {piece: i for i, (piece, _) in enumerate(model["vocab"])}
+    inside = {
+        listed[token["content"]]
+        for token in state["added_tokens"]
+        if token["special"] and listed.get(token["content"]) == token["id"]
+    }
+    vocab = [
+        [f"{_UNMATCHABLE}{i}" if i in inside else piece, score]
+        for i, (piece, score) in enumerate(model["vocab"])
+    ]
+    added = [token for token in state["added_tokens"] if token["id"] not in inside]
+    return {**state, "model": {**model, "vocab": vocab}, "added_tokens": added, "post_processor": None}
+
+
 def _prepends(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "Prepend"
 

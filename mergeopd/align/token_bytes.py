@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -77,38 +77,6 @@ class TokenBytes:
         found = cls._of(name, pieces, kind, fingerprint, rules)
         _try_out(tokenizer, found)
         return found
-
-    @classmethod
-    def from_ranks(
-        cls,
-        ranks: Mapping[bytes, int],
-        specials: Collection[int],
-        name: str,
-        normal: NormalForm | None = None,
-    ) -> TokenBytes:
-        """A tiktoken or tekken vocabulary: bytes to id, and the ids of special tokens.
-
-        Raises:
-            TokenizerError: an id stands for two things.
-        """
-        size = max((*ranks.values(), *specials), default=-1) + 1
-        kind = np.full(size, UNUSED, np.uint8)
-        pieces = [b""] * size
-        for piece, i in ranks.items():
-            if kind[i] != UNUSED:
-                raise TokenizerError(f"{name}: {piece!r} and {pieces[i]!r} are both {i}; fetch it again")
-            pieces[i], kind[i] = piece, TEXT
-        for i in specials:
-            if kind[i] == TEXT:
-                raise TokenizerError(
-                    f"{name}: {i} is both special and {pieces[i]!r}; ranks begin after the special tokens in "
-                    "some files, so add their number"
-                )
-            kind[i] = SPECIAL
-        digest = hashlib.sha256(repr((sorted(specials), normal)).encode())
-        for piece, i in ranks.items():
-            digest.update(b"%d %d " % (i, len(piece)) + piece)
-        return cls._of(name, pieces, kind, digest.hexdigest(), Inversion(normal=normal))
 
     @classmethod
     def _of(

@@ -20,8 +20,7 @@ from mergeopd.recipe.locate import shown
 from mergeopd.report.tokenizer_pair import Coverage, TokenizerFacts, TokenizerPair
 from mergeopd.types import Message
 
-# About as long as an answer: texts are encoded one by one, and in batches.
-_TEXT_CHARACTERS = 4000
+# Every line is a sample of its own: what cannot be aligned breaks off one line, not the rest of the file.
 _BATCH = 256
 SAMPLE = """\
 The cat sat on the mat; it didn't move. "Why?", she asked — nobody knew (not even in 2011).
@@ -147,7 +146,7 @@ def _coverage(writer: _Side, reader: _Side, content: str) -> Coverage:
     own, other = writer.reader, reader.reader
     num_writer = num_reader = num_groups = one_to_one = 0
     unaligned: dict[str, int] = {}
-    for texts in _batches(_cut(content)):
+    for texts in _batches(iter(content.splitlines(keepends=True))):
         answers = own.encode(texts)
         num_writer += sum(map(len, answers))
         for found in align(answers, own.tokens, other.tokens, other.encode, EndTokens((), 0)):
@@ -168,20 +167,6 @@ def _coverage(writer: _Side, reader: _Side, content: str) -> Coverage:
         num_one_to_one=one_to_one,
         unaligned=unaligned,
     )
-
-
-def _cut(content: str) -> Iterator[str]:
-    """Whole lines, about as many as an answer has."""
-    lines: list[str] = []
-    length = 0
-    for line in content.splitlines(keepends=True):
-        lines.append(line)
-        length += len(line)
-        if length >= _TEXT_CHARACTERS:
-            yield "".join(lines)
-            lines, length = [], 0
-    if lines:
-        yield "".join(lines)
 
 
 def _batches(texts: Iterator[str]) -> Iterator[Sequence[str]]:
