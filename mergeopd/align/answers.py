@@ -1,4 +1,4 @@
-"""Answers of a student as a teacher's tokenizer reads them, and which tokens cover the same bytes."""
+"""Encode a student's responses with a teacher's tokenizer, and group the tokens that cover the same bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergeopd.align.agreement import agreement
-from mergeopd.align.encoding import Encode
+from mergeopd.align.encoding import ByteTokenizer, Encode
 from mergeopd.align.groups import Closed, Ends, close_groups
 from mergeopd.align.sides import Side
 from mergeopd.align.token_bytes import TokenBytes
@@ -19,28 +19,28 @@ Ints = NDArray[np.int64]
 
 
 class Unaligned(StrEnum):
-    """Why a token of the student is in no group."""
+    """The reason why a token of the student is in no group."""
 
-    NO_TEXT = "no text"  # a special token inside the answer, or a space that decoding takes away
-    INTERRUPTED = "interrupted"  # in a group with a special token inside, which the other side never saw
-    NOT_UTF8 = "not UTF-8"  # behind the first byte that begins no whole character
+    NO_TEXT = "no text"  # a special token inside the response, or a leading space that decoding strips
+    INTERRUPTED = "interrupted"  # in a group that a special token lies in, which the other side never saw
+    NOT_UTF8 = "not UTF-8"  # after the first byte that is part of no complete character
     TOO_LONG = "too long"  # in a group of more tokens, on either side, than are compared at once
-    LEADING_SPACE = "leading space"  # in a first group whose distributions are about other tokens
-    NO_ROOM = "no room"  # behind the end of the teacher's context
-    ROUND_TRIP = "round trip"  # behind the place up to which the teacher's tokens give the text back
+    LEADING_SPACE = "leading space"  # in a first group in which only one side has a leading space
+    NO_ROOM = "no room"  # after the end of the teacher's context
+    ROUND_TRIP = "round trip"  # after the point up to which decoding the teacher's tokens restores the text
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Alignment:
-    """One answer on both sides.
+    """A response in the tokens of both sides.
 
-    `teacher_ids` is the answer in the teacher's tokens, as far as groups reach; where the student ended it,
-    it ends with the teacher's own end token. Group g is the student's tokens `student_starts[g]` to
-    `student_stops[g] - 1`, counted in the answer, and the teacher's likewise. Groups are in order, do not
-    overlap, have tokens on both sides and cover the same bytes of the text; the end tokens are a group of
-    their own. `unaligned` counts the student's tokens that are in no group; it has no zeros.
-    `space_on_one_side`: the tokens of one side begin with a space that is no part of the text, so that its
-    first token and the other side's are different ones even where they mean the same.
+    `teacher_ids` is the response in the teacher's tokens, up to the last group; if the student ended it, it
+    ends with the teacher's end token. Group g is the student's tokens `student_starts[g]` to
+    `student_stops[g] - 1` of the response, and likewise the teacher's. Groups are in order, do not overlap,
+    have tokens on both sides and cover the same bytes of the text; the end tokens are a group of their own.
+    `unaligned` counts the student's tokens that are in no group, by reason, without zeros.
+    `space_on_one_side`: only one side's tokens begin with a space that is not part of the text, so the first
+    tokens of the two sides differ even where they mean the same.
     """
 
     teacher_ids: Ints  # [T]
@@ -51,13 +51,39 @@ class Alignment:
     unaligned: Mapping[Unaligned, int]
     space_on_one_side: bool
 
+    def groups(self) -> list[tuple[slice, slice]]:
+        """Return each group as slices of the response and of `teacher_ids`."""
+        bounds = (self.student_starts, self.student_stops, self.teacher_starts, self.teacher_stops)
+        rows = zip(*(array.tolist() for array in bounds), strict=True)
+        return [(slice(a, b), slice(c, d)) for a, b, c, d in rows]
+
 
 @dataclass(frozen=True, slots=True)
 class EndTokens:
-    """The ids that end a student's answer, its own before others, and the one that ends the teacher's."""
+    """The ids that end a student's response, the one it generates first, and the teacher's end token."""
 
     student: Sequence[int]
     teacher: int
+
+
+def align_responses(
+    responses: Sequence[Sequence[int]],
+    student: ByteTokenizer,
+    teacher: ByteTokenizer,
+    ends: EndTokens,
+    *,
+    as_continuation: bool = False,
+) -> list[Alignment]:
+    """Align a student's responses, as token ids, with the tokens of a teacher. See `align`.
+
+    `as_continuation`: the teacher's prompt ends within a text, so its tokenizer puts no space before the
+    response.
+
+    Raises:
+        TokenizerError: an id is not in its tokenizer.
+    """
+    encode = teacher.encode_inside if as_continuation else teacher.encode
+    return align(responses, student.tokens, teacher.tokens, encode, ends)
 
 
 def align(
@@ -67,15 +93,14 @@ def align(
     encode: Encode,
     ends: EndTokens,
 ) -> list[Alignment]:
-    """Have the teacher's tokenizer read the student's answers, and group the tokens of both by bytes.
+    """Encode the student's responses with the teacher's tokenizer, and group the tokens of both by bytes.
 
-    The text of an answer is what the student's tokens stand for, canonical or not, without special tokens;
-    where decoding takes a leading space away, without that. It is encoded on its own, never together with a
-    prompt, so no token lies across the seam. An id of `ends.student` at the end of an answer is no text, but
-    its end; one that is followed by more is a special token like others. Bytes that are not UTF-8 end what
-    is aligned, and so does the place from which on the teacher's tokens do not give the text back. For a
-    teacher that normalises text, "give back" means its normal form, and groups close only where the text and
-    its normal form agree on a place.
+    The text of a response is the bytes of the student's tokens, canonical or not, without special tokens and
+    without the leading space that decoding strips. It is encoded on its own, never together with a prompt,
+    so no token crosses from the prompt into the response. An id of `ends.student` at the end of a response is
+    its end; elsewhere it is a special token like others. Alignment stops at bytes that are not UTF-8, and
+    where the bytes of the teacher's tokens differ from the text. For a teacher that normalises text they are
+    compared with its normal form, and groups close only at positions that both texts share.
 
     `encode` adds no special tokens and recognises none in the text (`ByteTokenizer.encode`).
 

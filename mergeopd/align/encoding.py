@@ -11,6 +11,7 @@ import tokenizers
 
 from mergeopd.align.inversion import without_prefix, without_special_pieces
 from mergeopd.align.token_bytes import TokenBytes
+from mergeopd.errors import TokenizerError
 
 Encode = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 
@@ -27,13 +28,21 @@ class ByteTokenizer:
     _backend: tokenizers.Tokenizer = field(repr=False)
 
     @classmethod
-    def of(cls, tokenizer: tokenizers.Tokenizer, name: str) -> ByteTokenizer:
-        """Read a tokenizer of the tokenizers library, which is not changed. Errors call it `name`.
+    def of(cls, tokenizer: object, name: str) -> ByteTokenizer:
+        """Read a `tokenizers.Tokenizer`, or a fast tokenizer of transformers; it is not changed.
+
+        `name` is what errors call it.
 
         Raises:
             TokenizerError: its tokens cannot be turned back into bytes.
         """
-        return cls(TokenBytes.from_tokenizer(tokenizer, name), tokenizer)
+        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        if not isinstance(backend, tokenizers.Tokenizer):
+            raise TokenizerError(
+                f"{name}: a {type(tokenizer).__name__} is not backed by the tokenizers library; "
+                "load a fast tokenizer"
+            )
+        return cls(TokenBytes.from_tokenizer(backend, name), backend)
 
     @cached_property
     def encode(self) -> Encode:
