@@ -1,4 +1,4 @@
-"""How far a teacher's tokens give back the text they were made of."""
+"""Find how far the bytes of a teacher's tokens agree with the text that they encode."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _SPACE = 0x20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Agreement:
-    """Where the teacher's tokens that stand for text end in the student's text, and up to where they may.
+    """Where the teacher's text tokens end in the student's text, and the last position at which they agree.
 
-    Places are counted `scale` times: twice for a text that was brought to a normal form, so that inside what
-    this changed there is a place (an odd one) at which no token of the student can end. `whole`: all of the
-    text is given back. `num_before`: bytes of the first token that encoding put before the text.
+    Positions are byte offsets times `scale`: 2 for a text that was normalised, so that inside a stretch that
+    normalisation changed there is an odd position, at which no token of the student can end. `whole`: all of
+    the text agrees. `num_before`: bytes of the first token that encoding put before the text.
     """
 
     ends: Ints  # [tokens with bytes]
@@ -32,7 +32,7 @@ class Agreement:
 
 
 def agreement(text: str, ids: Sequence[int], teacher: TokenBytes) -> Agreement:
-    """Compare a text with what its tokens stand for, where these are not simply equal.
+    """Compare a text with the bytes of its tokens, where these are not simply equal.
 
     Tokens agree up to the first byte that differs from the text's normal form, and before the first token
     that stands for no bytes (unknown or special), as it can stand for any part of the text. Tokenizers that
@@ -76,7 +76,7 @@ def _readings(ids: Ints, teacher: TokenBytes) -> Iterator[tuple[Ints, int]]:
 def _compared(
     expected: NDArray[np.uint8], ids: Ints, widths: Ints, teacher: TokenBytes
 ) -> tuple[Ints, int, bool]:
-    """Ends of the tokens, how many bytes agree, and whether all do."""
+    """Return the ends of the tokens, how many bytes agree, and whether all do."""
     ends = np.cumsum(widths)
     full = teacher.widths[ids]
     taken_off = (np.cumsum(full) - full)[widths < full]
@@ -85,7 +85,7 @@ def _compared(
     differing = given[:length] != expected[:length]
     common = int(differing.argmax()) if differing.any() else length
     whole = common == len(given) == len(expected)
-    silent = np.flatnonzero(full == 0)
-    if len(silent):
-        common, whole = min(common, int(ends[silent[0]])), False
+    without_bytes = np.flatnonzero(full == 0)
+    if len(without_bytes):
+        common, whole = min(common, int(ends[without_bytes[0]])), False
     return ends, common, whole

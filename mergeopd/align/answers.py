@@ -122,14 +122,14 @@ def align(
 
 
 def written_text(ids: Sequence[int], tokens: TokenBytes) -> tuple[str, bool]:
-    """What tokens say, up to the first byte that begins no whole character, and whether that is all of it."""
+    """Decode tokens up to the first byte that is part of no complete character; also whether that is all."""
     found = _Text.of(tokens.joined(np.array(ids, np.int64)).tobytes(), tokens.strip)
     return found.text, found.whole
 
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """The part of an answer that is text. `dropped` leading bytes belong to no text."""
+    """The part of a response that is text, after `dropped` leading bytes."""
 
     text: str
     num_bytes: int
@@ -147,7 +147,7 @@ class _Text:
 
 
 def _encoded(texts: Sequence[str], encode: Encode) -> list[Sequence[int]]:
-    """The teacher's ids; an empty text has none, whatever a tokenizer would put before it."""
+    """Encode with the teacher's tokenizer; an empty text has no ids, even if a space is put before it."""
     asked = [i for i, text in enumerate(texts) if text]
     ids: list[Sequence[int]] = [()] * len(texts)
     for i, found in zip(asked, encode([texts[i] for i in asked]) if asked else (), strict=True):
@@ -157,16 +157,16 @@ def _encoded(texts: Sequence[str], encode: Encode) -> list[Sequence[int]]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Matched:
-    """Ends of both sides in the places of one text, the last place of each, and what broke it off.
+    """Ends of both sides as positions in one text, the last position of each, and why it is the last.
 
-    `lopsided`: one side alone has a space before the text.
+    `leading_space_differs`: only one side has a space before the text.
     """
 
     own: Ints
     other: Ints
     limits: Ints
     broken: list[Unaligned | None]
-    lopsided: list[bool]
+    leading_space_differs: list[bool]
 
 
 def _matched(
@@ -179,7 +179,7 @@ def _matched(
     own_ends, other_ends = own.ends.copy(), other.ends.copy()
     limits = np.empty(len(texts), np.int64)
     broken: list[Unaligned | None] = []
-    lopsided: list[bool] = []
+    leading_space_differs: list[bool] = []
     for row, text in enumerate(texts):
         here, there = slice(*own.rows[row : row + 2]), slice(*other.rows[row : row + 2])
         if text.dropped:
@@ -194,20 +194,20 @@ def _matched(
             other_ends[there][: len(found.ends)] = found.ends
             whole, limit = found.whole, found.limit
             behind = found.num_before
-        lopsided.append(bool(text.num_bytes) and text.dropped != behind)
+        leading_space_differs.append(bool(text.num_bytes) and text.dropped != behind)
         broken.append(Unaligned.ROUND_TRIP if not whole else None if text.whole else Unaligned.NOT_UTF8)
-        # The end is one place behind the text, or nowhere where something is missing before it.
+        # The end is one position after the text, or none where something is missing before it.
         end = limit + 1 if broken[-1] is None else 0
         if own.ended[row]:
             own_ends[own.rows[row + 1] - 1] = end
         if other.ended[row]:
             other_ends[other.rows[row + 1] - 1] = end
         limits[row] = max(limit, end)
-    return _Matched(own_ends, other_ends, limits, broken, lopsided)
+    return _Matched(own_ends, other_ends, limits, broken, leading_space_differs)
 
 
 def _read_behind(text: _Text, own: Side, other: Side, row: int, teacher: TokenBytes) -> int | None:
-    """How many bytes before the text the teacher's tokens begin; None where they are not simply the text."""
+    """Count the bytes of the teacher's tokens before the text; None where the rest is not simply the text."""
     begin = own.byte_rows[row] + text.dropped
     expected, given = own.content[begin : begin + text.num_bytes], other.bytes_of(row)
     if given == expected:
@@ -222,7 +222,7 @@ def _assembled(
     theirs: Sequence[Sequence[int]],
     matched: _Matched,
 ) -> list[Alignment]:
-    """Groups in the tokens of the answers as they are, without those that a special token lies in."""
+    """Express groups in positions of all tokens, without groups that a special token lies in."""
     num, sides = len(theirs), []
     whole = np.ones(len(closed.row), bool)
     for side, starts, stops in (
@@ -231,7 +231,7 @@ def _assembled(
     ):
         is_end = np.zeros(len(side.where), bool)
         is_end[side.last] = True
-        starts = np.where(is_end[stops - 1], stops - 1, starts)  # an end swallows no text
+        starts = np.where(is_end[stops - 1], stops - 1, starts)  # an end token covers no text
         placed = side.where[starts], side.where[stops - 1] + 1
         whole &= placed[1] - placed[0] == stops - starts
         sides.append((*placed, stops - starts))
@@ -252,6 +252,6 @@ def _assembled(
         counts[why] = counts.get(why, 0) + int(rest[row])
         ids = np.array(theirs[row][:used], np.int64)
         unaligned = {key: count for key, count in counts.items() if count}
-        lopsided = matched.lopsided[row]
-        result.append(Alignment(ids, starts_S, stops_S, starts_T, stops_T, unaligned, lopsided))
+        leading_space_differs = matched.leading_space_differs[row]
+        result.append(Alignment(ids, starts_S, stops_S, starts_T, stops_T, unaligned, leading_space_differs))
     return result

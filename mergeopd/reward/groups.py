@@ -1,4 +1,4 @@
-"""From the rewards of a group of answers to one prompt: advantages and pass rates."""
+"""Turn the rewards of a group of responses to one prompt into advantages and pass-rate weights."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from typing import Literal
 
 RIGHT = 0.5
-"""Rewards from here on count as right where an answer must be one or the other."""
+"""The smallest reward that counts as correct."""
 
 _EPSILON = 1e-6
 
 
 def group_advantages(rewards: Sequence[float], std: Literal["unbiased", "biased", "none"]) -> list[float]:
-    """Rewards relative to their group (GRPO, 2402.03300): less the mean, over the standard deviation + 1e-6.
+    """Return advantages (GRPO, 2402.03300): reward minus group mean, over its standard deviation + 1e-6.
 
-    `std`: with n - 1 (`unbiased`), with n (`biased`), or not divided at all (`none`; Dr. GRPO, 2503.20783).
-    A group of one answer, or of equal rewards, has advantage 0.
+    `std` divides by n - 1 (`unbiased`) or n (`biased`); `none` does not divide (Dr. GRPO, 2503.20783). A
+    group of one response, or of equal rewards, has advantage 0.
     """
     num = len(rewards)
     if num < 2:
@@ -32,5 +32,5 @@ def group_advantages(rewards: Sequence[float], std: Literal["unbiased", "biased"
 
 
 def pass_rate_weight(pass_rate: float, a: float, b: float) -> float:
-    """`p^a (1 - p)^b` (PACED, 2603.11178): most for prompts that are sometimes solved; 1 with a = b = 0."""
+    """Return `p^a (1 - p)^b` (PACED, 2603.11178): largest for prompts that are sometimes solved."""
     return float(pass_rate**a * (1.0 - pass_rate) ** b)

@@ -187,28 +187,28 @@ def _patterns(schema: object) -> Iterator[str]:
             yield from _patterns(item)
 
 
-def _answer_json(answer: str, parse: Callable[[str], Any]) -> Any:
-    """The whole answer, or else its last fenced block (```json or bare). Raises ValueError for neither."""
+def _answer_json(response: str, parse: Callable[[str], Any]) -> Any:
+    """Parse the whole response, or else its last fenced block (```json or bare), or raise ValueError."""
     try:
-        return parse(answer)
+        return parse(response)
     except ValueError:
-        fences = list(_FENCE.finditer(answer))
-        # Fences come in pairs; an odd one at the end was cut off by the length limit.
+        fences = list(_FENCE.finditer(response))
+        # Fences come in pairs; an odd one at the end was truncated by the length limit.
         for opening, closing in reversed(list(zip(fences[::2], fences[1::2], strict=False))):
             if opening["language"].strip().lower() in ("", "json"):
-                return parse(answer[opening.end() : closing.start()])
+                return parse(response[opening.end() : closing.start()])
         raise
 
 
 def _parse_json(text: str) -> Any:
-    """Exact numbers (Decimal), no NaN or Infinity, no key twice. Raises ValueError or RecursionError."""
+    """Parse with exact numbers (Decimal); raise ValueError for NaN, Infinity or a duplicate key."""
     return json.loads(
         text, parse_float=Decimal, parse_constant=_refuse_constant, object_pairs_hook=_unique_object
     )
 
 
 def _parse_plain_json(text: str) -> Any:
-    """As `_parse_json`, with floats, which is what JSON Schema validators compute with."""
+    """Parse like `_parse_json`, but with the floats that JSON Schema validators expect."""
     return json.loads(
         text, parse_float=_finite, parse_constant=_refuse_constant, object_pairs_hook=_unique_object
     )
@@ -233,7 +233,7 @@ def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """JSON equality: 1 equals 1.0 and true does not, which Python's own == gets wrong."""
+    """Compare as JSON: 1 equals 1.0 but not true, unlike Python's own ==."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_equal(value, b[key]) for key, value in a.items())
     if isinstance(a, list) and isinstance(b, list):

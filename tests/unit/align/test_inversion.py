@@ -73,7 +73,7 @@ REFUSED = {
     "the decoder CTC does more": byte_level(decoder=decoders.CTC()),
     "writes bytes as characters and spaces as": byte_level(normalizer=normalizers.Replace(" ", "▁")),
     # Says it is byte-level in its decoder alone: what it reads is not what its tokens say.
-    "no part of the tokenizer says why": byte_level(("é", "漢"), pre_tokenizer=None),
+    "no part of the tokenizer explains why": byte_level(("é", "漢"), pre_tokenizer=None),
 }
 
 
