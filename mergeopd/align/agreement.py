@@ -1,4 +1,4 @@
-"""How far a teacher's tokens give back the text they were made of."""
+"""Find how far the bytes of a teacher's tokens agree with the text that they encode."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergeopd.align.normal import normalised
-from mergeopd.align.token_bytes import ADDED, UNKNOWN, TokenBytes
+from mergeopd.align.token_bytes import ADDED, TokenBytes
 
 Ints = NDArray[np.int64]
 _SPACE = 0x20
@@ -17,46 +17,50 @@ _SPACE = 0x20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Agreement:
-    """Where the teacher's tokens that stand for text end in the student's text, and up to where they may.
+    """Where the teacher's text tokens end in the student's text, and the last position at which they agree.
 
-    Places are counted `scale` times: twice for a text that was brought to a normal form, so that inside what
-    this changed there is a place (an odd one) at which no token of the student can end. `whole`: all of the
-    text is given back.
+    Positions are byte offsets times `scale`: 2 for a text that was normalised, so that inside a stretch that
+    normalisation changed there is an odd position, at which no token of the student can end. `whole`: all of
+    the text agrees. `num_before`: bytes of the first token that encoding put before the text.
     """
 
     ends: Ints  # [tokens with bytes]
     limit: int
     scale: int
     whole: bool
+    num_before: int
 
 
 def agreement(text: str, ids: Sequence[int], teacher: TokenBytes) -> Agreement:
-    """Compare a text with what its tokens stand for, where these are not simply equal.
+    """Compare a text with the bytes of its tokens, where these are not simply equal.
 
-    Tokens agree up to the first byte that differs from the text's normal form, and before the first unknown
-    token. Tokenizers that put a space before every piece of text between added tokens are read with and
-    without these.
+    Tokens agree up to the first byte that differs from the text's normal form, and before the first token
+    that stands for no bytes (unknown or special), as it can stand for any part of the text. Tokenizers that
+    put a space before every piece of text between added tokens are read with and without these.
     """
     own = text.encode()
     form = None if teacher.normal is None else normalised(text, teacher.normal)
     expected = np.frombuffer(own if form is None else form.content, np.uint8)
     ids_T = np.array(ids, np.int64)
-    best = max(
-        (_compared(expected, ids_T, widths, teacher) for widths in _readings(ids_T, teacher)),
-        key=lambda found: found[1],
-    )
-    ends, common, whole = best
+    readings = [
+        (*_compared(expected, ids_T, widths, teacher), num_before)
+        for widths, num_before in _readings(ids_T, teacher)
+    ]
+    ends, common, whole, num_before = max(readings, key=lambda found: found[1])
     ends = ends[teacher.widths[ids_T] > 0]
     if form is None:
-        return Agreement(ends, common, 1, whole)
+        return Agreement(ends, common, 1, whole, num_before)
     limit = int(form.places(np.array([common]))[0])
-    return Agreement(form.places(ends), limit, 2, whole)
+    return Agreement(form.places(ends), limit, 2, whole, num_before)
 
 
-def _readings(ids: Ints, teacher: TokenBytes) -> Iterator[Ints]:
-    """How many bytes each token stands for, with spaces that encoding may have put before it taken off."""
+def _readings(ids: Ints, teacher: TokenBytes) -> Iterator[tuple[Ints, int]]:
+    """Yield the bytes that each token stands for, less spaces that encoding may have put before it.
+
+    Each comes with the number of bytes that were taken off before the text.
+    """
     widths = teacher.widths[ids]
-    yield widths
+    yield widths, 0
     if not teacher.prefix or not len(ids):
         return
     wide = np.flatnonzero(widths)
@@ -65,14 +69,14 @@ def _readings(ids: Ints, teacher: TokenBytes) -> Iterator[Ints]:
     begins &= teacher.kind[ids] != ADDED
     after_added = np.concatenate([[True], teacher.kind[ids[:-1]] == ADDED])
     first = np.arange(len(ids)) == 0
-    yield widths - (begins & first)
-    yield widths - (begins & after_added)
+    yield widths - (begins & first), int(begins[0])
+    yield widths - (begins & after_added), int(begins[0])
 
 
 def _compared(
     expected: NDArray[np.uint8], ids: Ints, widths: Ints, teacher: TokenBytes
 ) -> tuple[Ints, int, bool]:
-    """Ends of the tokens, how many bytes agree, and whether all do."""
+    """Return the ends of the tokens, how many bytes agree, and whether all do."""
     ends = np.cumsum(widths)
     full = teacher.widths[ids]
     taken_off = (np.cumsum(full) - full)[widths < full]
@@ -81,7 +85,7 @@ def _compared(
     differing = given[:length] != expected[:length]
     common = int(differing.argmax()) if differing.any() else length
     whole = common == len(given) == len(expected)
-    unknown = np.flatnonzero(teacher.kind[ids] == UNKNOWN)
-    if len(unknown):
-        common, whole = min(common, int(ends[unknown[0]])), False
+    without_bytes = np.flatnonzero(full == 0)
+    if len(without_bytes):
+        common, whole = min(common, int(ends[without_bytes[0]])), False
     return ends, common, whole

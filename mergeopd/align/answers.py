@@ -1,4 +1,4 @@
-"""Answers of a student as a teacher's tokenizer reads them, and which tokens cover the same bytes."""
+"""Encode a student's responses with a teacher's tokenizer, and group the tokens that cover the same bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergeopd.align.agreement import agreement
-from mergeopd.align.encoding import Encode
+from mergeopd.align.encoding import ByteTokenizer, Encode
 from mergeopd.align.groups import Closed, Ends, close_groups
 from mergeopd.align.sides import Side
 from mergeopd.align.token_bytes import TokenBytes
@@ -19,28 +19,28 @@ Ints = NDArray[np.int64]
 
 
 class Unaligned(StrEnum):
-    """Why a token of the student is in no group."""
+    """The reason why a token of the student is in no group."""
 
-    NO_TEXT = "no text"  # a special token inside the answer, or a space that decoding takes away
-    INTERRUPTED = "interrupted"  # in a group with a special token inside, which the other side never saw
-    NOT_UTF8 = "not UTF-8"  # behind the first byte that begins no whole character
+    NO_TEXT = "no text"  # a special token inside the response, or a leading space that decoding strips
+    INTERRUPTED = "interrupted"  # in a group that a special token lies in, which the other side never saw
+    NOT_UTF8 = "not UTF-8"  # after the first byte that is part of no complete character
     TOO_LONG = "too long"  # in a group of more tokens, on either side, than are compared at once
-    LEADING_SPACE = "leading space"  # in a first group whose distributions are about other tokens
-    NO_ROOM = "no room"  # behind the end of the teacher's context
-    ROUND_TRIP = "round trip"  # behind the place up to which the teacher's tokens give the text back
+    LEADING_SPACE = "leading space"  # in a first group in which only one side has a leading space
+    NO_ROOM = "no room"  # after the end of the teacher's context
+    ROUND_TRIP = "round trip"  # after the point up to which decoding the teacher's tokens restores the text
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Alignment:
-    """One answer on both sides.
+    """A response in the tokens of both sides.
 
-    `teacher_ids` is the answer in the teacher's tokens, as far as groups reach; where the student ended it,
-    it ends with the teacher's own end token. Group g is the student's tokens `student_starts[g]` to
-    `student_stops[g] - 1`, counted in the answer, and the teacher's likewise. Groups are in order, do not
-    overlap, have tokens on both sides and cover the same bytes of the text; the end tokens are a group of
-    their own. `unaligned` counts the student's tokens that are in no group; it has no zeros.
-    `space_on_one_side`: the tokens of one side begin with a space that is no part of the text, so that its
-    first token and the other side's are different ones even where they mean the same.
+    `teacher_ids` is the response in the teacher's tokens, up to the last group; if the student ended it, it
+    ends with the teacher's end token. Group g is the student's tokens `student_starts[g]` to
+    `student_stops[g] - 1` of the response, and likewise the teacher's. Groups are in order, do not overlap,
+    have tokens on both sides and cover the same bytes of the text; the end tokens are a group of their own.
+    `unaligned` counts the student's tokens that are in no group, by reason, without zeros.
+    `space_on_one_side`: only one side's tokens begin with a space that is not part of the text, so the first
+    tokens of the two sides differ even where they mean the same.
     """
 
     teacher_ids: Ints  # [T]
@@ -51,13 +51,39 @@ class Alignment:
     unaligned: Mapping[Unaligned, int]
     space_on_one_side: bool
 
+    def groups(self) -> list[tuple[slice, slice]]:
+        """Return each group as slices of the response and of `teacher_ids`."""
+        bounds = (self.student_starts, self.student_stops, self.teacher_starts, self.teacher_stops)
+        rows = zip(*(array.tolist() for array in bounds), strict=True)
+        return [(slice(a, b), slice(c, d)) for a, b, c, d in rows]
+
 
 @dataclass(frozen=True, slots=True)
 class EndTokens:
-    """The ids that end a student's answer, its own before others, and the one that ends the teacher's."""
+    """The ids that end a student's response, the one it generates first, and the teacher's end token."""
 
     student: Sequence[int]
     teacher: int
+
+
+def align_responses(
+    responses: Sequence[Sequence[int]],
+    student: ByteTokenizer,
+    teacher: ByteTokenizer,
+    ends: EndTokens,
+    *,
+    as_continuation: bool = False,
+) -> list[Alignment]:
+    """Align a student's responses, as token ids, with the tokens of a teacher. See `align`.
+
+    `as_continuation`: the teacher's prompt ends within a text, so its tokenizer puts no space before the
+    response.
+
+    Raises:
+        TokenizerError: an id is not in its tokenizer.
+    """
+    encode = teacher.encode_inside if as_continuation else teacher.encode
+    return align(responses, student.tokens, teacher.tokens, encode, ends)
 
 
 def align(
@@ -67,15 +93,14 @@ def align(
     encode: Encode,
     ends: EndTokens,
 ) -> list[Alignment]:
-    """Have the teacher's tokenizer read the student's answers, and group the tokens of both by bytes.
+    """Encode the student's responses with the teacher's tokenizer, and group the tokens of both by bytes.
 
-    The text of an answer is what the student's tokens stand for, canonical or not, without special tokens;
-    where decoding takes a leading space away, without that. It is encoded on its own, never together with a
-    prompt, so no token lies across the seam. An id of `ends.student` at the end of an answer is no text, but
-    its end; one that is followed by more is a special token like others. Bytes that are not UTF-8 end what
-    is aligned, and so does the place from which on the teacher's tokens do not give the text back. For a
-    teacher that normalises text, "give back" means its normal form, and groups close only where the text and
-    its normal form agree on a place.
+    The text of a response is the bytes of the student's tokens, canonical or not, without special tokens and
+    without the leading space that decoding strips. It is encoded on its own, never together with a prompt,
+    so no token crosses from the prompt into the response. An id of `ends.student` at the end of a response is
+    its end; elsewhere it is a special token like others. Alignment stops at bytes that are not UTF-8, and
+    where the bytes of the teacher's tokens differ from the text. For a teacher that normalises text they are
+    compared with its normal form, and groups close only at positions that both texts share.
 
     `encode` adds no special tokens and recognises none in the text (`ByteTokenizer.encode`).
 
@@ -97,14 +122,14 @@ def align(
 
 
 def written_text(ids: Sequence[int], tokens: TokenBytes) -> tuple[str, bool]:
-    """What tokens say, up to the first byte that begins no whole character, and whether that is all of it."""
+    """Decode tokens up to the first byte that is part of no complete character; also whether that is all."""
     found = _Text.of(tokens.joined(np.array(ids, np.int64)).tobytes(), tokens.strip)
     return found.text, found.whole
 
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """The part of an answer that is text. `dropped` leading bytes belong to no text."""
+    """The part of a response that is text, after `dropped` leading bytes."""
 
     text: str
     num_bytes: int
@@ -122,7 +147,7 @@ class _Text:
 
 
 def _encoded(texts: Sequence[str], encode: Encode) -> list[Sequence[int]]:
-    """The teacher's ids; an empty text has none, whatever a tokenizer would put before it."""
+    """Encode with the teacher's tokenizer; an empty text has no ids, even if a space is put before it."""
     asked = [i for i, text in enumerate(texts) if text]
     ids: list[Sequence[int]] = [()] * len(texts)
     for i, found in zip(asked, encode([texts[i] for i in asked]) if asked else (), strict=True):
@@ -132,16 +157,16 @@ def _encoded(texts: Sequence[str], encode: Encode) -> list[Sequence[int]]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Matched:
-    """Ends of both sides in the places of one text, the last place of each, and what broke it off.
+    """Ends of both sides as positions in one text, the last position of each, and why it is the last.
 
-    `lopsided`: one side alone has a space before the text.
+    `leading_space_differs`: only one side has a space before the text.
     """
 
     own: Ints
     other: Ints
     limits: Ints
     broken: list[Unaligned | None]
-    lopsided: list[bool]
+    leading_space_differs: list[bool]
 
 
 def _matched(
@@ -154,7 +179,7 @@ def _matched(
     own_ends, other_ends = own.ends.copy(), other.ends.copy()
     limits = np.empty(len(texts), np.int64)
     broken: list[Unaligned | None] = []
-    lopsided: list[bool] = []
+    leading_space_differs: list[bool] = []
     for row, text in enumerate(texts):
         here, there = slice(*own.rows[row : row + 2]), slice(*other.rows[row : row + 2])
         if text.dropped:
@@ -168,21 +193,21 @@ def _matched(
             own_ends[here] *= found.scale
             other_ends[there][: len(found.ends)] = found.ends
             whole, limit = found.whole, found.limit
-            behind = int(other.bytes_of(row)[:1] == b" " and text.text[:1] != " ")
-        lopsided.append(bool(text.num_bytes) and text.dropped != behind)
+            behind = found.num_before
+        leading_space_differs.append(bool(text.num_bytes) and text.dropped != behind)
         broken.append(Unaligned.ROUND_TRIP if not whole else None if text.whole else Unaligned.NOT_UTF8)
-        # The end is one place behind the text, or nowhere where something is missing before it.
+        # The end is one position after the text, or none where something is missing before it.
         end = limit + 1 if broken[-1] is None else 0
         if own.ended[row]:
             own_ends[own.rows[row + 1] - 1] = end
         if other.ended[row]:
             other_ends[other.rows[row + 1] - 1] = end
         limits[row] = max(limit, end)
-    return _Matched(own_ends, other_ends, limits, broken, lopsided)
+    return _Matched(own_ends, other_ends, limits, broken, leading_space_differs)
 
 
 def _read_behind(text: _Text, own: Side, other: Side, row: int, teacher: TokenBytes) -> int | None:
-    """How many bytes before the text the teacher's tokens begin; None where they are not simply the text."""
+    """Count the bytes of the teacher's tokens before the text; None where the rest is not simply the text."""
     begin = own.byte_rows[row] + text.dropped
     expected, given = own.content[begin : begin + text.num_bytes], other.bytes_of(row)
     if given == expected:
@@ -197,7 +222,7 @@ def _assembled(
     theirs: Sequence[Sequence[int]],
     matched: _Matched,
 ) -> list[Alignment]:
-    """Groups in the tokens of the answers as they are, without those that a special token lies in."""
+    """Express groups in positions of all tokens, without groups that a special token lies in."""
     num, sides = len(theirs), []
     whole = np.ones(len(closed.row), bool)
     for side, starts, stops in (
@@ -206,7 +231,7 @@ def _assembled(
     ):
         is_end = np.zeros(len(side.where), bool)
         is_end[side.last] = True
-        starts = np.where(is_end[stops - 1], stops - 1, starts)  # an end swallows no text
+        starts = np.where(is_end[stops - 1], stops - 1, starts)  # an end token covers no text
         placed = side.where[starts], side.where[stops - 1] + 1
         whole &= placed[1] - placed[0] == stops - starts
         sides.append((*placed, stops - starts))
@@ -227,6 +252,6 @@ def _assembled(
         counts[why] = counts.get(why, 0) + int(rest[row])
         ids = np.array(theirs[row][:used], np.int64)
         unaligned = {key: count for key, count in counts.items() if count}
-        lopsided = matched.lopsided[row]
-        result.append(Alignment(ids, starts_S, stops_S, starts_T, stops_T, unaligned, lopsided))
+        leading_space_differs = matched.leading_space_differs[row]
+        result.append(Alignment(ids, starts_S, stops_S, starts_T, stops_T, unaligned, leading_space_differs))
     return result

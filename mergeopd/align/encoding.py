@@ -1,4 +1,4 @@
-"""A tokenizer for aligning: texts to ids, and what the ids stand for."""
+"""Encode texts for alignment, and find the bytes of the ids."""
 
 from __future__ import annotations
 
@@ -9,49 +9,60 @@ from functools import cached_property
 
 import tokenizers
 
-from mergeopd.align.inversion import without_prefix
+from mergeopd.align.inversion import without_prefix, without_special_pieces
 from mergeopd.align.token_bytes import TokenBytes
+from mergeopd.errors import TokenizerError
 
 Encode = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 
 
 @dataclass(frozen=True)
 class ByteTokenizer:
-    """Texts to ids, many at a time, and the bytes of the ids.
+    """A tokenizer that encodes batches of texts, with the bytes that its ids stand for.
 
-    `encode` adds no special tokens and recognises none: what a student wrote is text, even where it looks
-    like the mark that ends a teacher's turn. `encode_inside` is the same in the middle of a text: no space
-    is put before it.
+    `encode` adds no special tokens and recognises none: a student's response is text, even where it contains
+    the string of the teacher's end token. `encode_inside` encodes a continuation: no space is put before it.
     """
 
     tokens: TokenBytes
     _backend: tokenizers.Tokenizer = field(repr=False)
 
     @classmethod
-    def of(cls, tokenizer: tokenizers.Tokenizer, name: str) -> ByteTokenizer:
-        """From a tokenizer of the tokenizers library, which stays as it is; `name` is what errors call it.
+    def of(cls, tokenizer: object, name: str) -> ByteTokenizer:
+        """Read a `tokenizers.Tokenizer`, or a fast tokenizer of transformers; it is not changed.
+
+        `name` is what errors call it.
 
         Raises:
             TokenizerError: its tokens cannot be turned back into bytes.
         """
-        return cls(TokenBytes.from_tokenizer(tokenizer, name), tokenizer)
+        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        if not isinstance(backend, tokenizers.Tokenizer):
+            raise TokenizerError(
+                f"{name}: a {type(tokenizer).__name__} is not backed by the tokenizers library; "
+                "load a fast tokenizer"
+            )
+        return cls(TokenBytes.from_tokenizer(backend, name), backend)
 
     @cached_property
     def encode(self) -> Encode:
-        """Ids of each text as a text of its own."""
+        """Encode each text on its own."""
         return _encoder(_twin(self._backend))
 
     @cached_property
     def encode_inside(self) -> Encode:
-        """Ids of each text as if other text stood before it."""
+        """Encode each text as the continuation of another."""
         if not self.tokens.prefix:
             return self.encode
         state = without_prefix(json.loads(self._backend.to_str()))
-        return _encoder(tokenizers.Tokenizer.from_str(json.dumps(state)))
+        return _encoder(tokenizers.Tokenizer.from_str(json.dumps(without_special_pieces(state))))
 
 
 def _twin(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer with switches of its own; a deep copy takes a second for 130,000 tokens."""
+    """Copy a tokenizer, to set switches on the copy; a deep copy takes a second for 130,000 tokens."""
+    if isinstance(backend.model, tokenizers.models.Unigram):
+        state = without_special_pieces(json.loads(backend.to_str()))
+        return tokenizers.Tokenizer.from_str(json.dumps(state))
     twin = tokenizers.Tokenizer(backend.model)
     for part in ("normalizer", "pre_tokenizer"):
         if getattr(backend, part) is not None:

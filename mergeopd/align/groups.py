@@ -1,4 +1,4 @@
-"""Groups of tokens that cover the same bytes: they close where tokens of both sides end at one place."""
+"""Group tokens that cover the same bytes: a group closes where tokens of both sides end at one position."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Ints = NDArray[np.int64]
 class Ends:
     """Where the tokens of R texts end, on one side.
 
-    Token n of text r, `rows[r] <= n < rows[r + 1]`, ends at `ends[n]`, counted from the text's beginning and
-    never before the token ahead of it.
+    Token n of text r, `rows[r] <= n < rows[r + 1]`, ends at `ends[n]`, counted from the start of the text.
+    Ends do not decrease within a text.
     """
 
     ends: Ints  # [N]
@@ -24,7 +24,7 @@ class Ends:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Closed:
-    """G groups of all texts in order: tokens `starts[g]` to `stops[g] - 1` of each side, of text `row[g]`."""
+    """G groups in order: tokens `starts[g]` to `stops[g] - 1` of each side, in text `row[g]`."""
 
     row: Ints  # [G]
     student_starts: Ints
@@ -34,17 +34,17 @@ class Closed:
 
 
 def close_groups(student: Ends, teacher: Ends, limits: Ints) -> Closed:
-    """Cut the texts wherever a token of both sides ends, in linear time and without a loop over tokens.
+    """Cut texts wherever a token of both sides ends, in linear time and without a loop over tokens.
 
-    `limits` `[R]`: the last place of each text at which a group may close. Tokens that end at 0 stand for no
-    text yet and belong to the first group. What lies behind the last common end is in no group: it is never
-    forced into one. Unlike an alignment by text, nothing a token looks like matters, so pieces of one
-    character, different cuts of a number and a BOS on one side only are no special cases (TRL issues 4392
-    and 4393 are about aligners that decode).
+    `limits` `[R]`: the last position of each text at which a group may close. A token that ends where the one
+    before it does, such as a space that encoding put there, belongs to the group of the token after it.
+    Tokens behind the last common end are in no group. Only bytes are compared, never decoded strings, so
+    pieces of one character, different cuts of a number and a BOS on one side are no special cases (TRL issues
+    4392 and 4393 are about aligners that decode).
     """
     bases = np.zeros(len(limits) + 1, np.int64)
     np.cumsum(limits + 1, out=bases[1:])
-    ends, may_close = zip(*(_places(side, bases, limits) for side in (student, teacher)), strict=True)
+    ends, may_close = zip(*(_positions(side, bases, limits) for side in (student, teacher)), strict=True)
     stops = _common(ends, may_close, int(bases[-1]))
     row = np.searchsorted(bases, ends[0][stops[0] - 1], side="right") - 1
     starts = []
@@ -55,16 +55,19 @@ def close_groups(student: Ends, teacher: Ends, limits: Ints) -> Closed:
     return Closed(row, starts[0], stops[0], starts[1], stops[1])
 
 
-def _places(side: Ends, bases: Ints, limits: Ints) -> tuple[Ints, NDArray[np.bool_]]:
-    """Ends counted from the beginning of all texts, and whether a group may close there."""
+def _positions(side: Ends, bases: Ints, limits: Ints) -> tuple[Ints, NDArray[np.bool_]]:
+    """Return ends counted from the start of all texts, and whether a group may close there."""
     lengths = np.diff(side.rows)
-    may_close = side.ends > 0
+    before = np.zeros_like(side.ends)
+    before[1:] = side.ends[:-1]
+    before[side.rows[:-1][lengths > 0]] = 0
+    may_close = side.ends > before
     may_close &= side.ends <= np.repeat(limits, lengths)
     return side.ends + np.repeat(bases[:-1], lengths), may_close
 
 
 def _common(ends: tuple[Ints, ...], may_close: tuple[NDArray[np.bool_], ...], size: int) -> tuple[Ints, Ints]:
-    """One past the tokens, on each side, that end where one of the other side does."""
+    """Return, for each side, one past the tokens that end where a token of the other side does."""
     marked = np.zeros(size, bool)
     marked[ends[1][may_close[1]]] = True
     closing = may_close[0].copy()

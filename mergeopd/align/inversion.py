@@ -1,7 +1,7 @@
-"""Whether tokens can be turned back into the bytes that they were read from, and how.
+"""Derive, from a tokenizer's JSON (`Tokenizer.to_str()`), how its tokens map back to bytes.
 
-Read from the tokenizers library's own JSON (`Tokenizer.to_str()`). What is not known to be invertible is
-refused: a guess would shift every later token of an answer without a sound.
+A part that is not known to be invertible is refused: a wrong guess would shift every later token of a
+response silently.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mergeopd.errors import TokenizerError
 
 NormalForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
 _FORMS = ("NFC", "NFD", "NFKC", "NFKD")
-# Pre-tokenizers that cut and change nothing. Split and Punctuation do so unless they remove what they find.
+# Pre-tokenizers that split text without changing it: Split and Punctuation unless they remove their matches.
 _CUTS = ("Digits", "UnicodeScripts", "FixedLength", "Split", "Punctuation")
 _REFUSED_NORMALIZERS = {
     "Precompiled": "replaces characters by a table of its own (SentencePiece's nmt_nfkc or the like)",
@@ -28,11 +28,11 @@ _REFUSED_NORMALIZERS = {
 
 @dataclass(frozen=True, slots=True)
 class Inversion:
-    """How written tokens stand for bytes.
+    """How token strings map to bytes.
 
-    `byte_level`: every character is a byte in GPT-2's alphabet. `space`: the character written for a space.
-    `byte_fallback`: "<0xEE>" is one byte. `normal`: text is brought to this Unicode form before it is cut.
-    `prefix`: encoding may put a space before the text. `strip`: decoding takes one leading space away.
+    `byte_level`: every character is a byte in GPT-2's alphabet. `space`: the character for a space.
+    `byte_fallback`: "<0xEE>" is one byte. `normal`: text is normalised to this Unicode form first. `prefix`:
+    encoding may put a space before the text. `strip`: decoding removes one leading space.
     """
 
     byte_level: bool = False
@@ -44,7 +44,7 @@ class Inversion:
 
 
 def read_inversion(state: Mapping[str, Any], name: str) -> Inversion:
-    """The rules of a tokenizer. Raises TokenizerError naming the part that cannot be inverted."""
+    """Read the rules of a tokenizer. Raises TokenizerError naming the part that cannot be inverted."""
     rules = Inversion()
     for step in _steps(state["normalizer"]):
         rules = _after_normalizer(rules, step, name)
@@ -59,7 +59,7 @@ def read_inversion(state: Mapping[str, Any], name: str) -> Inversion:
 
 
 def without_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The same tokenizer as it reads text in the middle of a sentence: no space is put before it."""
+    """Return a tokenizer that puts no space before a text."""
 
     def changed(part: Any) -> Any:
         if isinstance(part, list):
@@ -81,12 +81,39 @@ def without_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+# A Unicode noncharacter, with which no token of a text begins.
+_UNMATCHABLE = "\ufdd0"
+
+
+def without_special_pieces(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tokenizer of a Unigram model that does not match special tokens in text; others as they are.
+
+    The tokenizers library matches every piece of a Unigram vocabulary, control symbols included, whatever
+    `encode_special_tokens` says. SentencePiece itself does not.
+    """
+    model = state["model"]
+    if model["type"] != "Unigram":
+        return dict(state)
+    listed = {piece: i for i, (piece, _) in enumerate(model["vocab"])}
+    inside = {
+        listed[token["content"]]
+        for token in state["added_tokens"]
+        if token["special"] and listed.get(token["content"]) == token["id"]
+    }
+    vocab = [
+        [f"{_UNMATCHABLE}{i}" if i in inside else piece, score]
+        for i, (piece, score) in enumerate(model["vocab"])
+    ]
+    added = [token for token in state["added_tokens"] if token["id"] not in inside]
+    return {**state, "model": {**model, "vocab": vocab}, "added_tokens": added, "post_processor": None}
+
+
 def _prepends(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "Prepend"
 
 
 def _steps(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """The parts of a pipeline in order, sequences taken apart."""
+    """Yield the parts of a pipeline in order, with sequences flattened."""
     if part is None:
         return
     if part["type"] != "Sequence":

@@ -1,4 +1,4 @@
-"""Where places in a text's normal form lie in the text itself, for tokenizers that normalise."""
+"""Map positions in the normal form of a text to the text itself, for tokenizers that normalise."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Normalised:
-    """A text in a Unicode normal form, with the places (in bytes) that both texts have in common.
+    """A text in a Unicode normal form, with the positions (in bytes) that both texts have in common.
 
-    Places are counted double, so that inside a stretch that the normal form changed there is an odd one,
-    which nothing in the text itself can be at.
+    Positions are counted double, so that inside a stretch that normalisation changed there is an odd one,
+    which no position of the text itself equals.
     """
 
     content: bytes
-    _own: Ints  # [B] places in the text
-    _normal: Ints  # [B] the same places in the normal form
-    _same: NDArray[np.bool_]  # [B - 1] whether the stretch behind a place is as it was
+    _own: Ints  # [B] positions in the text
+    _normal: Ints  # [B] the same positions in the normal form
+    _same: NDArray[np.bool_]  # [B - 1] whether the stretch after a position is unchanged
 
     def places(self, ends: Ints) -> Ints:
-        """Doubled places in the text of places in the normal form."""
+        """Return doubled positions in the text for positions in the normal form."""
         behind = np.searchsorted(self._normal, ends, side="right") - 1
         offsets = ends - self._normal[behind]
         same = np.append(self._same, True)[behind]
@@ -39,10 +39,10 @@ class Normalised:
 
 
 def normalised(text: str, form: NormalForm) -> Normalised:
-    """The normal form of `text`, stretch by stretch: no character of one acts on one of another.
+    """Normalise `text` in stretches whose characters do not interact with those of other stretches.
 
-    A stretch ends before a character whose full decomposition begins with one that neither moves nor joins
-    with what stands before it (Unicode Standard Annex 15, normalization contexts).
+    A stretch ends before a character whose full decomposition begins with one that is neither reordered nor
+    composed with a character before it (Unicode Standard Annex 15, normalization contexts).
     """
     cuts = [i for i, character in enumerate(text) if i == 0 or _begins(character, form)]
     stretches = [text[a:b] for a, b in pairwise([*cuts, len(text)])]
@@ -68,7 +68,7 @@ def _begins(character: str, form: NormalForm) -> bool:
 
 @cache
 def _joining() -> frozenset[str]:
-    """Characters that can join with the one before them when a text is composed."""
+    """Return the characters that can be composed with the one before them."""
     jamo = {chr(code) for code in (*range(0x1161, 0x1176), *range(0x11A8, 0x11C3))}
     decompositions = (unicodedata.decomposition(chr(code)) for code in range(sys.maxunicode + 1))
     pairs = (parts.split() for parts in decompositions if parts and not parts.startswith("<"))

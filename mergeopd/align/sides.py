@@ -1,4 +1,4 @@
-"""The tokens of one side that stand for text: where they are, where they end, what they say."""
+"""Look up the tokens of one side that stand for text: their positions, where they end, their bytes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Side:
-    """R answers in the tokens of one side. Of their tokens, those that stand for text or end an answer count.
+    """R responses in the tokens of one side: only tokens that stand for text or end a response are listed.
 
-    Token n of answer r, `rows[r] <= n < rows[r + 1]`, is number `where[n]` of all tokens of its answer and
-    ends at byte `ends[n]` of it. The bytes of answer r are `content[byte_rows[r]:byte_rows[r + 1]]`. An end
-    token (`ended`) has no bytes and comes last.
+    Token n of response r, `rows[r] <= n < rows[r + 1]`, has position `where[n]` among all tokens of its
+    response and ends at byte `ends[n]` of it. The bytes of response r are
+    `content[byte_rows[r]:byte_rows[r + 1]]`. An end token (`ended`) has no bytes and comes last.
     """
 
     lengths: Ints  # [R] all tokens
@@ -33,15 +33,15 @@ class Side:
     byte_rows: list[int]  # [R + 1]
 
     @classmethod
-    def of(cls, answers: Sequence[Sequence[int]], ended: Sequence[bool], tokens: TokenBytes) -> Side:
-        """Look all tokens up; `ended` tells whose last token is an end token, of whatever kind it is.
+    def of(cls, responses: Sequence[Sequence[int]], ended: Sequence[bool], tokens: TokenBytes) -> Side:
+        """Look up all tokens. `ended`: the last token of a response is an end token, of whatever kind.
 
         Raises:
             TokenizerError: an id is not in the tokenizer.
         """
-        lengths = np.fromiter(map(len, answers), np.int64, len(answers))
-        ids = np.fromiter(chain.from_iterable(answers), np.int64, int(lengths.sum()))
-        _refuse_strangers(ids, tokens)
+        lengths = np.fromiter(map(len, responses), np.int64, len(responses))
+        ids = np.fromiter(chain.from_iterable(responses), np.int64, int(lengths.sum()))
+        _check_ids_known(ids, tokens)
         offsets = _running(lengths)
         with_end = np.array(ended, bool)
         end_tokens = offsets[1:][with_end] - 1
@@ -65,12 +65,12 @@ class Side:
         )
 
     def bytes_of(self, row: int) -> bytes:
-        """What the tokens of one answer stand for."""
+        """Return the bytes of one response."""
         return self.content[self.byte_rows[row] : self.byte_rows[row + 1]]
 
     @property
     def last(self) -> Ints:
-        """The tokens that end an answer."""
+        """The end tokens, as indices."""
         return self.rows[1:][self.ended] - 1
 
 
@@ -80,10 +80,10 @@ def _running(lengths: NDArray[np.generic]) -> Ints:
     return total
 
 
-def _refuse_strangers(ids: Ints, tokens: TokenBytes) -> None:
+def _check_ids_known(ids: Ints, tokens: TokenBytes) -> None:
     if len(ids) and not 0 <= ids.min() <= ids.max() < len(tokens):
-        stranger = ids[(ids < 0) | (ids >= len(tokens))][0]
+        unknown = ids[(ids < 0) | (ids >= len(tokens))][0]
         raise TokenizerError(
-            f"{tokens.name}: an answer has the token {stranger}, but ids end at {len(tokens) - 1}; it was "
-            "written with another tokenizer, or by a head with more rows than there are tokens"
+            f"{tokens.name}: a response has the token {unknown}, but ids end at {len(tokens) - 1}; it was "
+            "generated with another tokenizer, or by a head with more rows than there are tokens"
         )

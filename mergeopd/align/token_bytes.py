@@ -1,11 +1,11 @@
-"""The bytes that every token stands for, for a whole vocabulary at once."""
+"""Read the bytes that every token of a vocabulary stands for."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -25,15 +25,15 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 @dataclass(frozen=True, eq=False)
 class TokenBytes:
-    """What the ids of one tokenizer stand for.
+    """The bytes of the ids of one tokenizer.
 
-    Token i stands for `flat[starts[i]:starts[i + 1]]`. Special tokens, the unknown token and ids that no
-    token has stand for no bytes at all, whatever is written for them. `kind[i]` is TEXT, BYTE ("<0xEE>" and
-    the like), ADDED (cut out of the text before the model sees it, but text), SPECIAL, UNKNOWN or UNUSED.
+    Token i stands for `flat[starts[i]:starts[i + 1]]`. Special tokens, the unknown token and unused ids stand
+    for no bytes, whatever their strings are. `kind[i]` is TEXT, BYTE ("<0xEE>" and the like), ADDED (text
+    that is split off before the model), SPECIAL, UNKNOWN or UNUSED.
 
-    `normal`: the Unicode form that encoding brings a text to. `prefix`: encoding may put a space before the
-    text. `strip`: decoding takes one leading space of an answer away. `fingerprint` differs where any text
-    could get other ids.
+    `normal`: the Unicode form that encoding normalises text to. `prefix`: encoding may put a space before the
+    text. `strip`: decoding removes one leading space of a response. `fingerprint` differs between tokenizers
+    that could give a text different ids.
     """
 
     name: str
@@ -52,7 +52,7 @@ class TokenBytes:
         Byte-level BPE, and BPE or Unigram with SentencePiece's "▁" and byte fallback.
 
         Raises:
-            TokenizerError: its tokens cannot be turned back into bytes, or on a trial were not what was read.
+            TokenizerError: its tokens cannot be mapped to bytes, or do not restore the text in a trial.
         """
         text = tokenizer.to_str()
         state = json.loads(text)
@@ -77,38 +77,6 @@ class TokenBytes:
         found = cls._of(name, pieces, kind, fingerprint, rules)
         _try_out(tokenizer, found)
         return found
-
-    @classmethod
-    def from_ranks(
-        cls,
-        ranks: Mapping[bytes, int],
-        specials: Collection[int],
-        name: str,
-        normal: NormalForm | None = None,
-    ) -> TokenBytes:
-        """A tiktoken or tekken vocabulary: bytes to id, and the ids of special tokens.
-
-        Raises:
-            TokenizerError: an id stands for two things.
-        """
-        size = max((*ranks.values(), *specials), default=-1) + 1
-        kind = np.full(size, UNUSED, np.uint8)
-        pieces = [b""] * size
-        for piece, i in ranks.items():
-            if kind[i] != UNUSED:
-                raise TokenizerError(f"{name}: {piece!r} and {pieces[i]!r} are both {i}; fetch it again")
-            pieces[i], kind[i] = piece, TEXT
-        for i in specials:
-            if kind[i] == TEXT:
-                raise TokenizerError(
-                    f"{name}: {i} is both special and {pieces[i]!r}; ranks begin after the special tokens in "
-                    "some files, so add their number"
-                )
-            kind[i] = SPECIAL
-        digest = hashlib.sha256(repr((sorted(specials), normal)).encode())
-        for piece, i in ranks.items():
-            digest.update(b"%d %d " % (i, len(piece)) + piece)
-        return cls._of(name, pieces, kind, digest.hexdigest(), Inversion(normal=normal))
 
     @classmethod
     def _of(
@@ -144,7 +112,7 @@ class TokenBytes:
 
     @cached_property
     def ids(self) -> dict[bytes, int]:
-        """Bytes to the id that encoding gives them: text before byte tokens, the lowest id of equal ones."""
+        """The id of each byte string: text before byte tokens, the lowest id of equal ones."""
         found: dict[bytes, int] = {}
         for kind in (TEXT, ADDED, BYTE):
             for i in np.flatnonzero(self.kind == kind).tolist():
@@ -152,19 +120,19 @@ class TokenBytes:
         return found
 
     def joined(self, ids: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """The bytes of tokens `[N]`, one after another. Raises IndexError for an id that is not below V."""
+        """Concatenate the bytes of tokens `[N]`. Raises IndexError for an id that is not below V."""
         widths = self.widths[ids]
         ends = np.cumsum(widths)
-        # Byte j of token n lies at starts[n] + j; arange counts on over all tokens, `ends` takes that off.
+        # Byte j of token n is at starts[n] + j; arange runs on, so earlier widths are subtracted.
         where = np.repeat(self.starts[ids] - ends + widths, widths)
         where += np.arange(len(where))
         return self.flat[where]
 
 
 def _byte_alphabet() -> NDArray[np.int16]:
-    """GPT-2's byte of a character, by code point; -1 for all others.
+    """Return the byte of each character of GPT-2's alphabet, by code point; -1 for all others.
 
-    Printable bytes are written as themselves, the other 68 in order as the characters from U+0100 on.
+    Printable bytes are represented by themselves, the other 68 in order by the characters from U+0100 on.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
@@ -179,7 +147,7 @@ _ALPHABET = _byte_alphabet()
 
 
 def _pieces(written: Sequence[str], rules: Inversion) -> list[bytes]:
-    """The bytes that written tokens of the model stand for."""
+    """Return the bytes of the model's token strings."""
     if not rules.byte_level:
         return [token.replace(rules.space or " ", " ").encode() for token in written]
     codes = np.frombuffer("".join(written).encode("utf-32-le"), np.uint32)
@@ -187,14 +155,14 @@ def _pieces(written: Sequence[str], rules: Inversion) -> list[bytes]:
     whole = values.astype(np.uint8).tobytes()
     ends = np.cumsum(np.fromiter(map(len, written), np.int64, len(written)))
     pieces = [whole[a:b] for a, b in pairwise([0, *ends.tolist()])]
-    # The library's decoder takes a token with other characters in it as it is written.
+    # The library's decoder leaves a token with other characters unchanged.
     for i in np.unique(np.searchsorted(ends, np.flatnonzero(values < 0), side="right")).tolist():
         pieces[i] = written[i].encode()
     return pieces
 
 
 def _vocabulary(state: Mapping[str, Any]) -> dict[str, int]:
-    """Every written token and its id. Unigram lists tokens in the order of their ids."""
+    """Map every token string to its id. Unigram lists tokens in the order of their ids."""
     listed = state["model"]["vocab"]
     model = {row[0]: i for i, row in enumerate(listed)} if isinstance(listed, list) else listed
     return {**model, **{token["content"]: token["id"] for token in state["added_tokens"]}}
@@ -218,7 +186,7 @@ _TRIALS = ("Hello, world! 12 345", "  two  spaces\n\nand\ttabs ", "naïve é 漢
 
 
 def _try_out(tokenizer: tokenizers.Tokenizer, found: TokenBytes) -> None:
-    """Encode a few texts; what has no unknown token must come back byte for byte."""
+    """Encode a few texts: where there is no unknown token, the bytes must equal the text."""
     for text, encoded in zip(_TRIALS, tokenizer.encode_batch(_TRIALS, add_special_tokens=False), strict=True):
         ids = np.array(encoded.ids, np.int64)
         if (found.kind[ids] == UNKNOWN).any():
@@ -226,6 +194,6 @@ def _try_out(tokenizer: tokenizers.Tokenizer, found: TokenBytes) -> None:
         read, given = text.encode(), found.joined(ids).tobytes()
         if given != read and not (found.prefix and given == b" " + read):
             raise TokenizerError(
-                f"{found.name}: {text!r} comes back as {given!r} from its tokens, though no part of the "
-                "tokenizer says why; such a model can teach only students that share its tokenizer"
+                f"{found.name}: the tokens of {text!r} stand for {given!r}, and no part of the tokenizer "
+                "explains why; such a model can teach only students that share its tokenizer"
             )

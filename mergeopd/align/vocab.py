@@ -1,4 +1,4 @@
-"""Which tokens of two vocabularies are the same, and which of the teacher's a student's token is made of."""
+"""Match the tokens of two vocabularies, and project each of the student's onto the teacher's."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from mergeopd.errors import TokenizerError
 
 Ints = NDArray[np.int64]
 FORMAT = "mergeopd-vocabulary-map-1"
-# Of the pieces that a token is cut into, each counts a tenth of the one before it (X-Token, 2605.21699).
+# Each piece of a token weighs a tenth of the one before it (X-Token, 2605.21699).
 _DECAY = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class MadeFor:
-    """All that a map depends on, as one line of JSON."""
+    """Everything that a map depends on, as one line of JSON."""
 
     text: str
 
     @classmethod
     def of(cls, student: TokenBytes, teacher: TokenBytes, ends: EndTokens, k: int) -> MadeFor:
-        """For this pair of tokenizers, these ends and this many weights a row."""
+        """Describe a pair of tokenizers, their end tokens and the number of weights in a row."""
         facts = {
             "student": student.fingerprint,
             "teacher": teacher.fingerprint,
@@ -42,18 +42,18 @@ class MadeFor:
 
     @property
     def digest(self) -> str:
-        """A name for files."""
+        """A short digest for file names."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:20]
 
 
 @dataclass(frozen=True, eq=False)
 class VocabularyMap:
-    """Two vocabularies onto each other, by the bytes that tokens stand for and never by how they are written.
+    """A mapping between two vocabularies by the bytes of tokens, not by their strings.
 
-    `student_ids[m]` and `teacher_ids[m]` stand for the same bytes, or both end an answer; no id comes twice.
-    `student_rest` and `teacher_rest` are all other ids. Row s of the projection says which of the teacher's
-    tokens the student's token s is: `projection_weights[s]` sums to 1, or is 0 throughout where it is none
-    (special and unused ids). Unused columns have id 0 and weight 0.
+    `student_ids[m]` and `teacher_ids[m]` stand for the same bytes, or both are end tokens; ids are unique.
+    `student_rest` and `teacher_rest` are all other ids. Row s of the projection distributes the student's
+    token s over the teacher's tokens: `projection_weights[s]` sums to 1, or is all 0 for special and unused
+    ids. Unused columns have id 0 and weight 0.
     """
 
     made_for: MadeFor
@@ -68,13 +68,13 @@ class VocabularyMap:
     def build(
         cls, student: ByteTokenizer, teacher: ByteTokenizer, ends: EndTokens, k: int = 4
     ) -> VocabularyMap:
-        """Match by bytes, then cut what is left of both vocabularies into tokens of the other (X-Token).
+        """Match tokens by bytes, then encode the rest of each vocabulary with the other tokenizer (X-Token).
 
-        A token of the student that the teacher has too weighs 1 there. Any other is cut as the teacher's
-        tokenizer cuts it in the middle of a text, and shares its weight among the pieces, each a tenth of the
-        one before; pieces of characters are cut into bytes. A teacher's token that the student has not is
-        cut by the student's tokenizer in turn, and adds to the rows of its pieces. The `k` largest weights
-        stay. The student's ends are the teacher's end; the first of them is matched with it.
+        A token that both have has weight 1. Any other token of the student is encoded with the teacher's
+        tokenizer, as a continuation, and its weight is split among the pieces, each a tenth of the one
+        before; parts of characters are split into bytes. A token that only the teacher has is encoded with
+        the student's tokenizer and adds to the rows of its pieces. The `k` largest weights are kept. The
+        student's end tokens map to the teacher's; the first of them is matched with it.
 
         Raises:
             ValueError: `k` is below 1.
@@ -115,14 +115,14 @@ class VocabularyMap:
 
     @classmethod
     def load(cls, path: Path, made_for: MadeFor, student: TokenBytes, teacher: TokenBytes) -> VocabularyMap:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            TokenizerError: the file is damaged, or was made for other tokenizers, revisions of them or ends.
+            TokenizerError: the file is damaged, or was made for other tokenizers, revisions or end tokens.
         """
         from safetensors import SafetensorError, safe_open
 
-        remedy = "delete it, and it is made again"
+        remedy = "delete it to have it rebuilt"
         try:
             with safe_open(str(path), framework="numpy") as file:
                 written = file.metadata() or {}
@@ -147,7 +147,7 @@ _ARRAYS = tuple(field.name for field in fields(VocabularyMap) if field.name != "
 
 
 def _fault(found: VocabularyMap, num_student: int, num_teacher: int) -> str | None:
-    """What no map of these vocabularies can be: ids outside would be read from elsewhere in a kernel."""
+    """Find damage in a map: ids outside the vocabularies would be read out of bounds in a kernel."""
     sides = (
         ("student", found.student_ids, found.student_rest, num_student),
         ("teacher", found.teacher_ids, found.teacher_rest, num_teacher),
@@ -159,12 +159,12 @@ def _fault(found: VocabularyMap, num_student: int, num_teacher: int) -> str | No
     if len(shape) != 2 or shape[0] != num_student or found.projection_weights.shape != shape:
         return f"the projection has shape {list(shape)}"
     if found.projection_ids.min() < 0 or found.projection_ids.max() >= num_teacher:
-        return "the projection leads outside the teacher's vocabulary"
+        return "the projection has ids outside the teacher's vocabulary"
     return None
 
 
 def _matched(student: TokenBytes, teacher: TokenBytes, ends: EndTokens) -> dict[int, int]:
-    """Pairs one to one."""
+    """Pair student ids with teacher ids, one to one."""
     end_ids = set(ends.student)
     pairs = {ends.student[0]: ends.teacher} if ends.student else {}
     for piece, i in student.ids.items():
@@ -176,7 +176,7 @@ def _matched(student: TokenBytes, teacher: TokenBytes, ends: EndTokens) -> dict[
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pinned:
-    """The student's tokens that are one of the teacher's, several of them perhaps the same."""
+    """The student's tokens that equal one of the teacher's; several can equal the same one."""
 
     known: NDArray[np.bool_]  # [V_S]
     ids: Ints  # [V_S]
@@ -191,13 +191,13 @@ def _pinned(student: TokenBytes, teacher: TokenBytes, ends: EndTokens) -> _Pinne
 
 
 def _pieces_of(tokens: TokenBytes, other: ByteTokenizer, ids: Ints) -> tuple[Ints, Ints, NDArray[np.float64]]:
-    """For each of `ids` that stands for text, its tokens on the other side: source, target, weight."""
+    """Encode each of `ids` that stands for text with the other tokenizer: source, target, weight."""
     sources = ids[np.isin(tokens.kind[ids], (TEXT, ADDED, BYTE))].tolist()
     texts = {i: text for i in sources if (text := _as_text(tokens.pieces[i])) is not None}
     cut: dict[int, Sequence[int]] = dict(zip(texts, other.encode_inside(list(texts.values())), strict=True))
     pieces = other.tokens.pieces
     for i in sources:
-        # A tokenizer that normalises, or has an unknown token, may read something else.
+        # A tokenizer that normalises, or has an unknown token, may encode other bytes.
         if i not in cut or b"".join(pieces[j] for j in cut[i]) != tokens.pieces[i]:
             cut[i] = _bytewise(tokens.pieces[i], other.tokens.ids)
     lengths = np.fromiter((len(cut[i]) for i in sources), np.int64, len(sources))
@@ -210,10 +210,10 @@ def _pieces_of(tokens: TokenBytes, other: ByteTokenizer, ids: Ints) -> tuple[Int
 
 
 def teacher_pieces(student: ByteTokenizer, teacher: TokenBytes, ends: EndTokens) -> Ints:
-    """`[V_T, P]`: the student's tokens that spell each of the teacher's in the middle of a text, then -1.
+    """Return `[V_T, P]`: the student's tokens for each of the teacher's, as a continuation, padded with -1.
 
-    A token that the student has too is one piece; the teacher's end is the student's. Rows of special and
-    unused tokens, and of those that the student cannot spell, are -1 throughout.
+    A token that the student has too is one piece; the teacher's end token is the student's. Rows of special
+    and unused tokens, and of those that the student cannot encode, are all -1.
     """
     rows, columns, _ = _pieces_of(teacher, student, np.arange(len(teacher)))
     rank = np.arange(len(rows)) - np.searchsorted(rows, rows)
@@ -237,7 +237,7 @@ def _as_text(piece: bytes) -> str | None:
 
 
 def _bytewise(piece: bytes, ids: Mapping[bytes, int]) -> list[int]:
-    """One token a byte; none at all where the other side lacks one, since half a token is another."""
+    """Return one token per byte, or none where a byte has no token, since part of a token is another one."""
     found = [ids.get(piece[at : at + 1]) for at in range(len(piece))]
     return [i for i in found if i is not None] if None not in found else []
 
@@ -245,7 +245,7 @@ def _bytewise(piece: bytes, ids: Mapping[bytes, int]) -> list[int]:
 def _largest(
     rows: Ints, columns: Ints, weights: NDArray[np.float64], num_rows: int, num_columns: int, k: int
 ) -> tuple[Ints, NDArray[np.float32]]:
-    """The k largest weights of each row, made to sum to 1; weights of one place add up."""
+    """Keep the k largest weights of each row and normalise them; weights of one column are added."""
     places, inverse = np.unique(rows * num_columns + columns, return_inverse=True)
     sums = np.bincount(inverse, weights, len(places))
     row, column = places // num_columns, places % num_columns

@@ -33,9 +33,9 @@ from mergeopd.loss.cross_tokenizer import Bridge
 from mergeopd.loss.heads import Head
 from mergeopd.models.facts import ModelFacts
 from mergeopd.models.weight_average import average
-from mergeopd.recipe.plan import EvaluationPlan, Plan, TeacherPlan
+from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
 from mergeopd.report.events import Reporter
-from mergeopd.reward.verifiers import build_verifiers
+from mergeopd.reward.grading import Verifiers
 from mergeopd.rollout.local import FixedWeights, LocalEngine
 from mergeopd.rollout.protocol import RolloutEngine, WeightSource
 from mergeopd.storage.run_folder import RunFolder
@@ -164,10 +164,11 @@ def build(
             stages=stages,
         ),
         rewards=Rewards(
-            build_verifiers(plan.sources, plan.allow_code),
+            build_verifiers(plan.sources, plan, ranks),
             inputs.student.tokenizer.decode,
             plan.rollout.stop,
             ranks,
+            stages,
         ),
         placement=student.placement,
         stages=stages,
@@ -241,9 +242,16 @@ def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, sta
         plan,
         open_model=open_model,
         open_average=open_average,
+        verifiers=build_verifiers(plan.sources, inputs.plan, machine.ranks),
         ranks=machine.ranks,
         stages=stages,
     )
+
+
+def build_verifiers(sources: Sequence[SourcePlan], plan: Plan, ranks: Ranks) -> Verifiers:
+    """Build the verifiers of these sources; the processes of a machine divide its cores."""
+    specs = {s.name: s.verifier for s in sources if s.verifier is not None}
+    return Verifiers(specs, plan.allow_code, plan.threads // ranks.num_local)
 
 
 def _student(inputs: Inputs, machine: Machine) -> Student:

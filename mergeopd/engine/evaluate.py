@@ -15,7 +15,8 @@ from mergeopd.engine.stages import Stages
 from mergeopd.models.weight_average import why_not
 from mergeopd.recipe.plan import EvaluationPlan, SourcePlan
 from mergeopd.report.events import EvaluationDone, Note
-from mergeopd.reward.verifiers import build_verifiers
+from mergeopd.reward.grading import Submission, Verifiers
+from mergeopd.reward.pool import failures_note
 from mergeopd.rollout.protocol import GenerationRequest, RolloutEngine
 from mergeopd.types import Prompt, Sampling
 
@@ -47,6 +48,7 @@ class Evaluation:
         *,
         open_model: OpenModel,
         open_average: OpenAverage,
+        verifiers: Verifiers,
         ranks: Ranks,
         stages: Stages,
     ) -> None:
@@ -56,7 +58,7 @@ class Evaluation:
         self._open_average = open_average
         self._ranks = ranks
         self._stages = stages
-        self._verifiers = build_verifiers(plan.sources, inputs.plan.allow_code)
+        self._verifiers = verifiers
 
     def run(self, merged: Path) -> Accuracies:
         """Accuracy (0 to 1) by domain and kind of model; `merged` is the folder of the trained student.
@@ -64,6 +66,14 @@ class Evaluation:
         `weight_average` is None, with a note, where the experts' weights do not fit together. Collective;
         raises AbandonRound where a stop was requested.
         """
+        with self._verifiers:
+            return self._run(merged)
+
+    def _run(self, merged: Path) -> Accuracies:
+        with self._verifiers:
+            return self._run(merged)
+
+    def _run(self, merged: Path) -> Accuracies:
         domains = sorted({source.domain for source in self._plan.sources})
         kinds = ("base", "expert", "weight_average", "merged")
         result: Accuracies = {d: dict.fromkeys(kinds) for d in domains}
@@ -111,15 +121,27 @@ class Evaluation:
         on_progress = self._stages.begin(
             "evaluation", f"{contestant.kind} on {source.domain}", len(prompts), "responses"
         )
-        verify, decode = self._verifiers[source.name], contestant.renderer.tokenizer.decode
+        decode = contestant.renderer.tokenizer.decode
         requests = [GenerationRequest(p.key, 0, contestant.renderer.render(p)) for p in prompts]
         greedy = Sampling(0.0, 1.0, self._plan.max_new_tokens, stop)
         completions = contestant.engine.submit(requests, greedy).wait(on_progress)
-        return spread(
+        submissions = [
+            Submission(
+                source.name,
+                response_text(completion.response_ids, decode, stop),
+                prompt.reference,
+                truncated=completion.finish == "length",
+            )
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        found = spread(
             self._ranks,
-            list(zip(prompts, completions, strict=True)),
-            lambda own: [
-                verify(response_text(completion.response_ids, decode, stop), prompt.reference)
-                for prompt, completion in own
-            ],
+            submissions,
+            # Progress is reported again, so that a request to stop is met while verifiers are slow.
+            lambda own: self._verifiers.verify(own, lambda _: on_progress(len(own))),
         )
+        failures = [verdict.failure for verdict in found if verdict.failure is not None]
+        if failures:
+            note = failures_note(source.name, failures)
+            self._stages.reporter.emit(Note(f"{note}; they count as incorrect"))
+        return [verdict.reward or 0.0 for verdict in found]

@@ -72,7 +72,6 @@ class Trainer:
                 self.stop.request(UPDATE_LIMIT)
             if self.stop.is_requested_anywhere():
                 self._stop(progress)
-        self.pipeline.close()
         self._finish()
 
     def _round(self, progress: Progress) -> Progress:
@@ -141,6 +140,7 @@ class Trainer:
 
     def _release_training(self) -> None:
         """Free what only training needs: evaluation loads whole models of its own."""
+        self.pipeline.close()
         self.snapshots.release()
         self.student.release()
         gc.collect()  # a model and its optimizer refer to themselves

@@ -74,9 +74,11 @@ class SynchronousPipeline:
         tasks = draw_tasks(self._draw, self._plan.seed, phase, progress, updates_done)
         with self._stages.timed("rollout"):
             rollouts = self._collect(tasks)
-            rewards = self._rewards.of(rollouts)
+            verdicts = self._rewards.of(rollouts)
         work = self.work(rollouts, progress.round, phase.updates_per_round)
-        return CollectedRound(phase, updates_done, rollouts, rewards, work)
+        rewards = [verdict.reward for verdict in verdicts]
+        failures = {i: v.failure for i, v in enumerate(verdicts) if v.failure is not None}
+        return CollectedRound(phase, updates_done, rollouts, rewards, work, failures)
 
     def work(self, rollouts: Sequence[Rollout], index: int, num_updates: int) -> RoundWork:
         """Who does what in round number `index`."""
@@ -93,8 +95,9 @@ class SynchronousPipeline:
         self._engine.sync_weights(self._weights, version)
 
     def close(self) -> None:
-        """Release the engine."""
+        """Release the engine and the verifiers' processes."""
         self._engine.close()
+        self._rewards.close()
 
     def _collect(self, tasks: Sequence[Task]) -> list[Rollout]:
         """Responses to all tasks; the student's first, each kind in the order of the tasks."""

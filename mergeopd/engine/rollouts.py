@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from mergeopd.data.renderer import Dialect
 from mergeopd.data.trajectory import ready_answer
@@ -10,7 +10,9 @@ from mergeopd.distributed.ranks import Ranks, spread
 from mergeopd.engine.progress import Task
 from mergeopd.engine.stages import Stages
 from mergeopd.recipe.training import LocalRollout
-from mergeopd.reward.verifiers import Verify
+from mergeopd.report.events import Note
+from mergeopd.reward.grading import Submission, Verifiers
+from mergeopd.reward.pool import Verdict, failures_note
 from mergeopd.rollout.protocol import GenerationRequest, RolloutEngine
 from mergeopd.types import Rollout, Sampling
 
@@ -77,32 +79,75 @@ def dataset_rollout(task: Task, student: Dialect) -> Rollout:
 
 
 class Rewards:
-    """Grades responses with the verifiers of their sources."""
+    """Grades the student's responses with the verifiers of their sources.
+
+    A verifier that fails costs its response the reward, is counted, and is reported once for each source.
+    """
 
     def __init__(
         self,
-        verifiers: Mapping[str, Verify],
+        verifiers: Verifiers,
         decode: Callable[[Sequence[int]], str],
         stop: Sequence[str],
         ranks: Ranks,
+        stages: Stages,
     ) -> None:
         self._verifiers = verifiers
         self._decode = decode
         self._stop = stop
         self._ranks = ranks
+        self._stages = stages
+        self._noted_sources: set[str] = set()
 
-    def of(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """The reward of every response that the student generated; None without a verifier, and for others.
+    def of(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        """Grade the student's responses; others, and those without a verifier, have no reward.
 
-        Every process grades its share. Collective.
+        Every process grades its share. Collective; raises AbandonRound where a stop was requested.
         """
-        return spread(self._ranks, rollouts, lambda own: [self._reward(rollout) for rollout in own])
+        graded = {
+            i: r
+            for i, r in enumerate(rollouts)
+            if r.origin == "student" and r.prompt.source in self._verifiers
+        }
+        num_slow = sum(self._verifiers.is_slow(rollout.prompt.source) for rollout in graded.values())
+        on_progress: Callable[[int], None] = _nothing
+        if num_slow:
+            on_progress = self._stages.begin("rollout", "verifying", num_slow, "responses")
 
-    def _reward(self, rollout: Rollout) -> float | None:
-        verify = self._verifiers.get(rollout.prompt.source) if rollout.origin == "student" else None
-        if verify is None:
-            return None
-        return verify(response_text(rollout.response_ids, self._decode, self._stop), rollout.prompt.reference)
+        def verify(own: Sequence[Rollout]) -> list[Verdict]:
+            return self._verifiers.verify([self._submission(rollout) for rollout in own], on_progress)
+
+        found = dict(zip(graded, spread(self._ranks, list(graded.values()), verify), strict=True))
+        verdicts = [found.get(index, Verdict(None)) for index in range(len(rollouts))]
+        self._note_failures(rollouts, verdicts)
+        return verdicts
+
+    def close(self) -> None:
+        """End the verifiers' worker processes."""
+        self._verifiers.close()
+
+    def _submission(self, rollout: Rollout) -> Submission:
+        return Submission(
+            rollout.prompt.source,
+            response_text(rollout.response_ids, self._decode, self._stop),
+            rollout.prompt.reference,
+            truncated=rollout.finish == "length",
+        )
+
+    def _note_failures(self, rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) -> None:
+        """Report the first failures of each source's verifier; metrics count all."""
+        failures: dict[str, list[str]] = {}
+        for rollout, verdict in zip(rollouts, verdicts, strict=True):
+            if verdict.failure is not None and rollout.prompt.source not in self._noted_sources:
+                failures.setdefault(rollout.prompt.source, []).append(verdict.failure)
+        for source, found in failures.items():
+            self._noted_sources.add(source)
+            note = failures_note(source, found)
+            self._stages.reporter.emit(Note(f"{note}; such responses have no reward, and metrics count them"))
+
+
+def _nothing(num_own: int) -> None:
+    pass
 
 
 def response_text(

@@ -29,7 +29,7 @@ from mergeopd.report.result import Result, read_result, result_document, write_r
 from mergeopd.report.tensorboard import TensorBoardReporter
 from mergeopd.report.terminal.console import console_reporter
 from mergeopd.report.terminal.result import ResultTable
-from mergeopd.reward.verifiers import build_verifier
+from mergeopd.reward.grading import Verifiers
 from mergeopd.storage import run_layout
 from mergeopd.storage.folders import prune, set_aside, verify
 from mergeopd.storage.lock import exclusive
@@ -150,6 +150,7 @@ def go_on(
                 reporter = _reporters(inputs, folder, num_done, opened, told)
                 _tell_notes(inputs, reporter)
             trainer = build(models, reporter=reporter, clock=clock, interrupt=interrupt)
+            opened.callback(trainer.pipeline.close)
             trainer.run(replace(record.progress, update=num_done), max_updates)
 
 
@@ -242,9 +243,10 @@ def _measure(
 def _try_verifiers(inputs: Inputs) -> None:
     """Import the functions that the recipe allows now: a mistake in them must not wait for the evaluation."""
     plan = inputs.plan
-    for source in (*plan.sources, *(plan.evaluation.sources if plan.evaluation else ())):
-        if source.verifier is not None:
-            build_verifier(source.verifier, plan.allow_code)
+    sources = (*plan.sources, *(plan.evaluation.sources if plan.evaluation else ()))
+    specs = {str(index): s.verifier for index, s in enumerate(sources) if s.verifier is not None}
+    with Verifiers(specs, plan.allow_code, 1) as verifiers:
+        verifiers.start()
 
 
 def _tell_notes(inputs: Inputs, reporter: Reporter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -25,13 +26,21 @@ MakeCache = Callable[[RoundWork], AbstractContextManager[RoundCache]]
 
 @dataclass(frozen=True)
 class CollectedRound:
-    """Prompts with responses, before the teachers. `updates_done` counts the updates of the phase."""
+    """Prompts with responses, before the teachers. `updates_done` counts the updates of the phase.
+
+    `rewards` are None without a verifier, or where it failed; `failures` has the reasons by rollout.
+    """
 
     phase: Phase
     updates_done: int
     rollouts: Sequence[Rollout]
     rewards: Sequence[float | None]
     work: RoundWork
+    failures: Mapping[int, str] = field(default_factory=dict)
+
+    def num_failures(self, members: Sequence[int]) -> dict[str, int]:
+        """Count the rollouts among `members` whose verifier failed, by source."""
+        return dict(Counter(self.rollouts[i].prompt.source for i in members if i in self.failures))
 
 
 @dataclass(frozen=True)

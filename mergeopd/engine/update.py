@@ -89,6 +89,7 @@ class Updater:
                 seconds=stages.clock.lap(),
                 teacher_bytes_read=self._bytes_read(),
                 policy=stats.policy(scored.outcomes.zero_advantage_fraction),
+                verifier_failures=collected.num_failures(update.rollouts),
             )
         )
         for sample in samples.events(number, phase.name, rollouts, collected.rewards, self._tokenizer):

@@ -19,8 +19,7 @@ from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.report.terminal.tokenizers import Coverage, TokenizerFacts, TokenizerPair
 from mergeopd.types import Message
 
-# About as long as a response: texts are aligned one by one, and encoded in batches.
-_TEXT_CHARACTERS = 4000
+# Every line is a sample of its own: what cannot be aligned breaks off one line, not the rest of the file.
 _BATCH = 256
 SAMPLE = """\
 The cat sat on the mat; it didn't move. "Why?", she asked — nobody knew (not even in 2011).
@@ -146,10 +145,10 @@ def _coverage(writer: _Side, reader: _Side, content: str) -> Coverage:
     own, other = writer.reader, reader.reader
     num_writer = num_reader = num_groups = one_to_one = 0
     unaligned: dict[str, int] = {}
-    for texts in _batches(content):
-        responses = own.encode(texts)
-        num_writer += sum(map(len, responses))
-        for found in align(responses, own.tokens, other.tokens, other.encode, EndTokens((), 0)):
+    for texts in _batches(iter(content.splitlines(keepends=True))):
+        answers = own.encode(texts)
+        num_writer += sum(map(len, answers))
+        for found in align(answers, own.tokens, other.tokens, other.encode, EndTokens((), 0)):
             sizes_S = found.student_stops - found.student_starts
             sizes_T = found.teacher_stops - found.teacher_starts
             num_groups += len(sizes_S)
@@ -169,19 +168,12 @@ def _coverage(writer: _Side, reader: _Side, content: str) -> Coverage:
     )
 
 
-def _batches(content: str) -> Iterator[Sequence[str]]:
-    """Texts of whole lines, each about as long as a response, in batches."""
-    texts: list[str] = []
-    text = ""
-    for line in content.splitlines(keepends=True):
-        text += line
-        if len(text) >= _TEXT_CHARACTERS:
-            texts.append(text)
-            text = ""
-            if len(texts) == _BATCH:
-                yield texts
-                texts = []
-    if text:
-        texts.append(text)
-    if texts:
-        yield texts
+def _batches(texts: Iterator[str]) -> Iterator[Sequence[str]]:
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -13,6 +13,7 @@ from mergeopd.messages import joined
 from mergeopd.recipe.models import Parallel, Student
 from mergeopd.recipe.schema import EvalSource, Reports, TrainSource
 from mergeopd.recipe.training import LocalRollout, Optimizer, Phase, TextMixture, only_student, reads_dataset
+from mergeopd.recipe.verifiers import MathVerifier, Verifier
 
 
 def phase_problems(
@@ -191,6 +192,13 @@ def student_problems(student: Student, origins: Origins) -> Iterator[Problem]:
         message = "the package transformer-engine is not installed"
         remedy = "pip install 'transformer-engine[pytorch]', or use `auto` or `local`"
         yield origins.problem((*here, "layers"), message, remedy)
+
+
+def missing_package(verifier: Verifier) -> tuple[str, str] | None:
+    """Cause and remedy where a verifier needs a package that is not installed here."""
+    if not isinstance(verifier, MathVerifier) or is_installed("math_verify"):
+        return None
+    return "the package math-verify is not installed", "pip install 'mergeopd[math]', or use another verifier"
 
 
 def is_installed(module: str) -> bool:

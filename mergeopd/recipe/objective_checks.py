@@ -112,7 +112,7 @@ def _verifier_problems(
     phase: Phase, users: Mapping[str, Keys], sources: Mapping[int, TrainSource], origins: Origins
 ) -> Iterator[Problem]:
     unchecked = {index: source for index, source in sources.items() if source.verifier is None}
-    remedy = "give the sources a `verifier` (exact, regex, number, json, user)"
+    remedy = "give the sources a `verifier` (exact, regex, number, math, json, user)"
     if len(unchecked) == len(sources):
         for name, where in users.items():
             message = f"{name} needs rewards, and no source of prompts has a verifier"

@@ -12,6 +12,7 @@ from mergeopd.config.locate import Origins, dotted
 from mergeopd.config.suggest import did_you_mean
 from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
+from mergeopd.recipe.checks import missing_package
 from mergeopd.recipe.models import TeacherRef
 from mergeopd.recipe.plan import SourcePlan
 from mergeopd.recipe.schema import EvalSource, PromptSource, TrainSource
@@ -96,6 +97,9 @@ class Desk:
             self.report(
                 (*path, "function"), f"the recipe does not allow '{verifier.function}' to be called", remedy
             )
+        missing = None if verifier is None else missing_package(verifier)
+        if missing is not None:
+            self.report((*path, "kind"), *missing)
         if isinstance(verifier, JsonVerifier) and verifier.schema_file is not None:
             where: Keys = (*path, "schema_file")
             file = existing_file(verifier.schema_file, self.origins.place(where).base, "JSON Schema file")

@@ -11,6 +11,31 @@ from mergeopd.config.values import FunctionPath, Strict, Weight
 
 _MAX_PATTERN = 10_000
 
+MAX_PATTERN_LENGTH = 10_000
+
+Timeout = Annotated[
+    float,
+    Field(
+        gt=0.0,
+        allow_inf_nan=False,
+        strict=True,
+        description="seconds for one response, in a worker process; one that takes longer has no reward",
+    ),
+]
+
+
+def pattern_problem(pattern: str) -> str | None:
+    """Why a text is not a usable regular expression, None when it is one."""
+    if len(pattern) > MAX_PATTERN_LENGTH:
+        return f"{len(pattern)} characters long; at most {MAX_PATTERN_LENGTH} are allowed"
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError) as error:
+        return f"not a regular expression: {error}"
+    except RecursionError:
+        return "not a usable regular expression: groups are nested too deeply"
+    return None
+
 
 class ExactVerifier(Strict):
     """Right when the answer, stripped of outer white space, equals the reference."""
@@ -26,23 +51,23 @@ class RegexVerifier(Strict):
 
     kind: Literal["regex"] = Field(description="names the verifier")
     pattern: str = Field(description="Python regular expression, searched in the whole answer")
+    timeout_s: Timeout = 2.0
 
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, pattern: str) -> str:
-        if len(pattern) > _MAX_PATTERN:
-            raise ValueError(f"a regular expression of more than {_MAX_PATTERN:,} characters")
-        try:
-            re.compile(pattern)
-        except RecursionError:
-            raise ValueError("not a regular expression: nested too deeply") from None
-        except (re.error, OverflowError) as error:
-            raise ValueError(f"not a regular expression: {error}") from None
+        problem = pattern_problem(pattern)
+        if problem is not None:
+            raise ValueError(problem)
         return pattern
 
 
 class NumberVerifier(Strict):
-    """Right when the final number equals the reference's final number (after `####` where there is one)."""
+    """Right when the final number equals the reference, which must be one number.
+
+    The final number is that after `####`, else in `\\boxed{}`, else after "answer is", else the last one.
+    Of a response that was cut off, only a complete `####` line or box counts.
+    """
 
     kind: Literal["number"] = Field(description="names the verifier")
     tolerance: Weight = Field(default=0.0, description="largest absolute difference that still counts")
@@ -55,6 +80,17 @@ class JsonVerifier(Strict):
     schema_file: str | None = Field(
         default=None, description="JSON Schema file; then the answer must satisfy it and needs no reference"
     )
+    timeout_s: Timeout = 2.0
+
+
+class MathVerifier(Strict):
+    """Right when the answer equals the reference as a mathematical expression, by math-verify.
+
+    Needs the package: `pip install 'mergeopd[math]'`.
+    """
+
+    kind: Literal["math"] = Field(description="names the verifier")
+    timeout_s: Timeout = 5.0
 
 
 class UserVerifier(Strict):
@@ -62,10 +98,16 @@ class UserVerifier(Strict):
 
     kind: Literal["user"] = Field(description="names the verifier")
     function: FunctionPath = Field(description="the function, as it stands in `allow_code`")
+    timeout_s: Timeout = 10.0
+
+
+IsolatedVerifier = RegexVerifier | JsonVerifier | MathVerifier | UserVerifier
+"""Verifiers that run in worker processes: patterns and code that may hang."""
 
 
 Verifier = Annotated[
-    ExactVerifier | RegexVerifier | NumberVerifier | JsonVerifier | UserVerifier, Field(discriminator="kind")
+    ExactVerifier | RegexVerifier | NumberVerifier | JsonVerifier | MathVerifier | UserVerifier,
+    Field(discriminator="kind"),
 ]
 
 
@@ -77,6 +119,6 @@ VerifierOrKind = Annotated[
     Verifier,
     BeforeValidator(
         kind_shorthand,
-        json_schema_input_type=Literal["exact", "number", "json"] | Verifier,
+        json_schema_input_type=Literal["exact", "number", "json", "math"] | Verifier,
     ),
 ]

@@ -6,7 +6,7 @@ Means are per response token unless said otherwise; log-probs and divergences ar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -136,6 +136,7 @@ class UpdateDone(Event):
     share of responses that the student generated. `seconds` maps `rollout`, `teachers`, `update` (and `text`,
     once a phase) to the wall time since the last update, so a round's rollout counts to its first update.
     `teacher_bytes_read` counts from the start of the process; `policy` is None without policy terms.
+    `verifier_failures` counts, by source, responses that have no reward because their verifier failed.
     """
 
     update: int
@@ -151,6 +152,7 @@ class UpdateDone(Event):
     seconds: Mapping[str, float]
     teacher_bytes_read: int = 0
     policy: PolicyStats | None = None
+    verifier_failures: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def step_s(self) -> float:

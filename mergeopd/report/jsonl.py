@@ -42,6 +42,7 @@ class UpdateRecord:
     teachers: Mapping[str, Numbers]
     domains: Mapping[str, Numbers]
     policy: Numbers
+    verifier_failures: Mapping[str, int]
     cost: Cost
 
     @staticmethod
@@ -59,6 +60,7 @@ class UpdateRecord:
             teachers={name: _teacher_numbers(stats) for name, stats in sorted(event.teachers.items())},
             domains={name: asdict(stats) for name, stats in sorted(event.domains.items())},
             policy={} if event.policy is None else asdict(event.policy),
+            verifier_failures=dict(sorted(event.verifier_failures.items())),
             cost=Cost(
                 seconds=dict(sorted(event.seconds.items())),
                 tokens_per_s=event.num_tokens / event.step_s if event.step_s > 0 else None,

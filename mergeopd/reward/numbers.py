@@ -1,52 +1,167 @@
-"""The final number of a text, exactly, as GSM8K-style answers write it (arXiv:2110.14168)."""
+"""The final number of a response, exactly, as GSM8K (arXiv:2110.14168) and MATH (2103.03874) write it."""
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
 
-# Longer ones are refused by Python's own int() and are no answer to anything.
-_MAX_DIGITS = 1000
+from mergeopd.reward.expression import MAX_LENGTH, MINUS, MULTIPLIERS, read_number
 
 # Every alternative starts at a digit or dot that no other number reaches into, so the search is linear in
 # the text's length. Signs count only where no letter, digit or bracket stands before them: 10-5 is no -5.
 _NUMBER = re.compile(
-    r"""
-    (?:(?<![A-Za-z0-9_)\]}])(?P<sign>[-+\u2212]))?
-    (?:[$€£¥]\s?(?P<inner_sign>[-+\u2212])?)?
+    rf"""
+    (?:(?<![A-Za-z0-9_)\]}}])[-+{MINUS[1:]}])?
+    (?:[$€£¥]\s?[-+{MINUS[1:]}]?)?
     (?<![A-Za-z0-9_])(?<!\d\.)
     (?:
-        (?:(?P<whole>\d{1,6})[ ])?
-        (?<!\d/)(?P<numerator>\d{1,3}(?:,\d{3})+|\d+)/(?P<denominator>\d+)(?![\d/]|[.,]\d)
-      | (?P<integer>\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?P<decimals>\.\d+)?(?P<exponent>[eE][-+]?\d{1,3}(?!\w))?
-      | (?P<bare>(?<!\.)\.\d+)
+        (?:\d{{1,3}}[ ])?
+        (?<!\d/)(?:\d{{1,3}}(?:,\d{{3}})+|\d+)[ ]?/[ ]?\d+(?![\d/]|[.,]\d)
+      | (?:\d{{1,3}}(?:\.\d{{3}}){{2,}}(?!\d)|(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?)
+        (?:[eE][-+]?\d{{1,4}}(?!\w))?
+      | (?<!\.)\.\d+
+      | [\u00bc-\u00be\u2150-\u215e]
     )
     """,
     re.VERBOSE,
 )
-_MARKED = re.compile(r"####[ \t]*")
-_BOXED = re.compile(r"\\boxed\s*\{")
-_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([\d,]{1,40})\s*\}\s*\{\s*(\d{1,40})\s*\}")
-_LATEX_SPACES = re.compile(r"\\[,!;: ]")
+_HASHES = re.compile(r"#{4,}")
+_ANSWER = re.compile(r"answer(?:[ ]is|[ ]?[:=])[ \t*:]*", re.IGNORECASE)
+_BOXED = re.compile(r"\\f?box(?:ed)?\s*\{")
+_MATH = re.compile(
+    r"\\\((.{1,300}?)\\\)|\\\[(.{1,300}?)\\\]|(?<![\\$])\$(?![\s$])([^$]{1,300})(?<![\s\\])\$(?!\d)"
+)
+_FRACTION = re.compile(r"\\[dtc]?frac\s*\{\s*([-\d,]{1,40})\s*\}\s*\{\s*(\d{1,40})\s*\}")
+
+# Marks that are looked at, from the last one on.
+_MAX_MARKS = 8
+
+# What makes a number part of something else: an operand, a root, a power, a time, a date, a list.
+_CONTEXT = 24
+_BEFORE = re.compile(
+    rf"""(?:
+        [\w)\]}}][ \t]*[+*\u00d7·÷/^][ \t]*
+      | [\d)\]}}][ \t]+[{MINUS}][ \t]+
+      | (?<![A-Za-z])[A-Za-z][ \t]*[{MINUS}][ \t]*
+      | \d[:,] | \d[_ \u00a0\u202f](?=\d{{3}}(?!\d))
+      | [√±≤≥^_{{π] | \\(?:times|cdot|pm|sqrt|div|leq?|geq?|pi|log|ln)[ ]?
+      | \bdollars[ ]and[ ]
+    )$""",
+    re.VERBOSE,
+)
+_BEHIND = re.compile(
+    rf"""
+        [ \t]*(?:[\^√π²³⁴-⁹±°]|\\(?:sqrt|pi|times|cdot|pm|overline|[dtc]?frac|begin)|_\d)
+      | [ \t]*[*\u00d7·÷/][ \t]*(?:\d|\(|\\|[a-z](?![A-Za-z])) | [ \t]*\+[ \t]*(?:\d|\(|\\|[a-z](?![A-Za-z]))
+      | [ \t]*[{MINUS}][ \t]*[a-z](?![A-Za-z])
+      | [.,:]\d | \.?[inxyz](?![A-Za-z]) | [ \t]+(?:{MULTIPLIERS})\b
+    """,
+    re.VERBOSE,
+)
+_BULLET = re.compile(r"\s*[-*] ")
+_OPEN_TUPLE = re.compile(r"[(\[{][^()\[\]{}]*,\s*$")
+_FRACTION_OF_DIFFERENCE = re.compile(rf"\d[{MINUS}]$")
+_NEGATED = re.compile(r"\b(?:negative|minus)[ ]$", re.IGNORECASE)
 
 
-def final_number(text: str) -> Fraction | None:
-    r"""The number right after the last `####`, else in the last `\boxed{...}`, else the last one at all.
+def final_number(text: str, *, truncated: bool = False) -> Fraction | None:
+    r"""Return the number that a response gives as its answer, or None.
 
-    Understands signs, thousands separators, `$` and `%` (which do not change the value), decimals,
-    exponents, `a/b`, `1 1/2` and `\frac{a}{b}`. None when there is no number.
+    That is, in this order: the number after the last `####`; the content of the last `\boxed{...}`, which
+    must be one number (`read_number`); the number after the last "answer is" or "answer:"; the last number of
+    the text, unless it is part of an expression, a time or a list. Text up to `</think>` is not the answer.
+
+    A response that was `truncated` by the length limit has a number only where it is marked by a complete
+    `####` line or box: the last number of unfinished reasoning is not an answer.
     """
+    text = _without_thoughts(text)
+    marked = _after_hashes(text, truncated)
+    if marked is not None:
+        return marked[0]
+    boxed = last_boxed(text)
+    if boxed is not None or truncated:
+        return read_number(boxed or "")
+    whole = None if _BULLET.match(text) else read_number(text.strip())
+    if whole is not None:
+        return whole
+    for mark in reversed(list(_ANSWER.finditer(text))[-_MAX_MARKS:]):
+        found = _at(text, mark.end())
+        if found is not None:
+            return found[0]
+    return _last(text)
+
+
+def reference_number(text: str) -> Fraction | None:
+    r"""Return the value of a reference, or None where it is not one number.
+
+    A reference is one number as a whole, or marks one with `####` or `\boxed{...}`. The last number of a
+    sentence does not count: a reference `2\sqrt{3}` would otherwise reward every response that ends in 3.
+    """
+    text = text.strip()
+    whole = read_number(text)
+    return final_number(f"{text}\n", truncated=True) if whole is None else whole
+
+
+def _without_thoughts(text: str) -> str:
+    """The text behind reasoning in `<think>` tags; nothing where the reasoning has no end."""
+    _, closed, behind = text.rpartition("</think>")
+    rest = behind if closed else text
+    return rest.partition("<think>")[0]
+
+
+def _after_hashes(text: str, truncated: bool) -> tuple[Fraction | None] | None:
+    """The value behind the last `####` with a number, in a tuple; None where there is no such mark."""
+    for mark in reversed(list(_HASHES.finditer(text))[-_MAX_MARKS:]):
+        # The last line of a truncated text may have the first digits of a number only.
+        if not truncated or "\n" in text[mark.end() :]:
+            found = _at(text, mark.end())
+            if found is not None:
+                return found
+    return None
+
+
+def _at(text: str, start: int) -> tuple[Fraction | None] | None:
+    """The number that begins at `start`, in a tuple with None for an expression; None where none begins."""
+    stop = text.find("\n", start)
+    line = text[start : min(len(text) if stop < 0 else stop, start + MAX_LENGTH)]
+    line = line.lstrip(" \t").rstrip(" \t*")
+    whole = read_number(line)
+    if whole is not None:
+        return (whole,)
+    segment = _MATH.match(line)
+    if segment is not None:
+        return (read_number(segment[segment.lastindex or 0]),)
+    plain = _plain(line)
+    match = _NUMBER.match(plain)
+    return None if match is None else (_in_context(plain, match),)
+
+
+def last_boxed(text: str) -> str | None:
+    """The content of the last box that is closed and not empty; "" where there are only others."""
+    starts = [match.end() for match in _BOXED.finditer(text)]
+    for start in reversed(starts[-_MAX_MARKS:]):
+        depth = 1
+        for position in range(start, min(len(text), start + MAX_LENGTH)):
+            depth += (text[position] == "{") - (text[position] == "}")
+            if depth == 0:
+                if text[start:position].strip():
+                    return text[start:position]
+                break
+    return "" if starts else None
+
+
+def _last(text: str) -> Fraction | None:
+    """The last number of prose; None where it is part of an expression."""
+    digit = max((match.end() for match in re.finditer(r"\d(?=\D*\Z)", text[-MAX_LENGTH:])), default=0)
+    place = max(0, len(text) - MAX_LENGTH) + digit
+    for segment in _MATH.finditer(text, max(0, place - 400)) if digit else ():
+        if segment.start() < place <= segment.end():
+            return read_number(segment[segment.lastindex or 0])
     plain = _plain(text)
-    for mark in reversed(list(_MARKED.finditer(plain))):
-        match = _NUMBER.match(plain, mark.end())
-        if match is not None:
-            return _value(match)
-    boxed = _last_boxed(plain)
-    if boxed is not None:
-        value = _last(boxed)
-        if value is not None:
-            return value
-    return _last(plain)
+    match = None
+    for match in _NUMBER.finditer(plain):  # noqa: B007  only the last one is wanted
+        pass
+    return None if match is None else _in_context(plain, match)
 
 
 def _plain(text: str) -> str:
@@ -55,44 +170,24 @@ def _plain(text: str) -> str:
         return text
     text = text.replace("{,}", ",").replace(r"\$", "$").replace(r"\%", "%")
     text = re.sub(r"(?<=\d)\\[,!;:](?=\d{3})", "", text)
-    text = _LATEX_SPACES.sub(" ", text)
+    text = re.sub(r"\\[,!;: ]", " ", text)
     # A digit before \frac makes a mixed number, which needs its blank.
-    text = re.sub(r"(?<=\d)(?=\\[dt]?frac)", " ", text)
+    text = re.sub(r"(?<=\d)(?=\\[dtc]?frac)", " ", text)
     return _FRACTION.sub(r"\1/\2", text)
 
 
-def _last_boxed(text: str) -> str | None:
-    """What is inside the last box, up to its own closing brace; None when there is none or it is open."""
-    starts = [match.end() for match in _BOXED.finditer(text)]
-    if not starts:
+def _in_context(text: str, match: re.Match[str]) -> Fraction | None:
+    """The value of a number in prose; None where what stands around it changes the value."""
+    start, end = match.span()
+    # `$` lets a pattern match the end of `before`; the number itself is for its lookahead.
+    before = text[max(0, start - _CONTEXT) : start]
+    written = match[0].lstrip(f"+{MINUS}$€£¥ ")
+    if (
+        _BEFORE.search(before)
+        or _BEHIND.match(text, end)
+        or ("/" in written and _FRACTION_OF_DIFFERENCE.search(before))
+        or (text[end : end + 1] in (")", "]", "}") and _OPEN_TUPLE.search(before))
+    ):
         return None
-    depth = 1
-    for position in range(starts[-1], len(text)):
-        depth += (text[position] == "{") - (text[position] == "}")
-        if depth == 0:
-            return text[starts[-1] : position]
-    return None
-
-
-def _last(text: str) -> Fraction | None:
-    match = None
-    for match in _NUMBER.finditer(text):  # noqa: B007  only the last one is wanted
-        pass
-    return None if match is None else _value(match)
-
-
-def _value(match: re.Match[str]) -> Fraction | None:
-    """None for a division by zero and for absurdly long numbers."""
-    if match.end() - match.start() > _MAX_DIGITS:
-        return None
-    part = {name: (text or "").replace(",", "") for name, text in match.groupdict().items()}
-    if part["denominator"]:
-        if int(part["denominator"]) == 0:
-            return None
-        value = Fraction(int(part["numerator"]), int(part["denominator"])) + int(part["whole"] or 0)
-    elif part["bare"]:
-        value = Fraction("0" + part["bare"])
-    else:
-        value = Fraction(part["integer"] + part["decimals"] + part["exponent"])
-    minus = {"-", "\u2212"}
-    return -value if (part["sign"] in minus) != (part["inner_sign"] in minus) else value
+    value = read_number(match[0])
+    return -value if value is not None and value > 0 and _NEGATED.search(before) else value

@@ -1,4 +1,4 @@
-"""Verifiers: from an answer, and a reference where one is needed, to a reward in [0, 1]."""
+"""Verifiers: functions from a response, and a reference where one is needed, to a reward in [0, 1]."""
 
 from __future__ import annotations
 
@@ -6,43 +6,51 @@ import importlib
 import json
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from mergeopd.errors import VerifierError
-from mergeopd.recipe.plan import SourcePlan
 from mergeopd.recipe.verifiers import (
     ExactVerifier,
     JsonVerifier,
+    MathVerifier,
     NumberVerifier,
     RegexVerifier,
     UserVerifier,
     Verifier,
+    pattern_problem,
 )
-from mergeopd.reward.numbers import final_number
+from mergeopd.reward.numbers import final_number, last_boxed, reference_number
 
-Verify = Callable[[str, str | None], float]
 
+class Verify(Protocol):
+    """From a response to a reward in [0, 1]."""
+
+    def __call__(self, response: str, reference: str | None, /, *, truncated: bool = False) -> float:
+        """Verify one response; `truncated`: it ended at the length limit."""
+
+
+_MAX_SCHEMA_BYTES = 1_000_000
 _FENCE = re.compile(r"^[ \t]*```(?P<language>[^\n`]*)$", re.MULTILINE)
 
 
 def build_verifier(spec: Verifier, allow_code: Collection[str]) -> Verify:
-    """The function `(answer, reference) -> reward` that `spec` describes.
+    """Build the function that `spec` describes.
 
-    Raises VerifierError now for what cannot work (a schema that is none, a function that is not in
-    `allow_code` or cannot be imported), and when called for a missing or unusable reference.
+    Raises VerifierError now for what cannot work (an invalid schema, a function that is not in `allow_code`
+    or cannot be imported), and when called for a missing or unusable reference.
     """
     return BUILDERS[spec.kind](spec, allow_code)
 
 
 def reference_problem(spec: Verifier, reference: str) -> str | None:
-    """Why `reference` can never be matched, None when it can: lets a run stop before its first answer."""
-    if isinstance(spec, NumberVerifier) and final_number(reference) is None:
-        return f"the reference {_short(reference)} has no number"
+    """Return why no response can ever match `reference`, None when one can."""
+    if isinstance(spec, NumberVerifier) and reference_number(reference) is None:
+        return f"the reference {_short(reference)} is not one number"
     if isinstance(spec, JsonVerifier) and spec.schema_file is None:
         try:
             _parse_json(reference)
@@ -67,8 +75,8 @@ def _required(kind: str, reference: str | None) -> str:
 
 
 def _build_exact(spec: ExactVerifier, allow_code: Collection[str]) -> Verify:
-    def verify(answer: str, reference: str | None) -> float:
-        a, b = answer.strip(), _required("exact", reference).strip()
+    def verify(response: str, reference: str | None, /, *, truncated: bool = False) -> float:
+        a, b = response.strip(), _required("exact", reference).strip()
         return float(a.casefold() == b.casefold() if spec.ignore_case else a == b)
 
     return verify
@@ -78,9 +86,9 @@ def _build_regex(spec: RegexVerifier, allow_code: Collection[str]) -> Verify:
     pattern = re.compile(spec.pattern)
     compares = "answer" in pattern.groupindex
 
-    def verify(answer: str, reference: str | None) -> float:
+    def verify(response: str, reference: str | None, /, *, truncated: bool = False) -> float:
         expected = _required("regex", reference).strip() if compares else ""
-        match = pattern.search(answer)
+        match = pattern.search(response)
         if match is None or not compares:
             return float(match is not None)
         found = match["answer"]
@@ -92,14 +100,14 @@ def _build_regex(spec: RegexVerifier, allow_code: Collection[str]) -> Verify:
 def _build_number(spec: NumberVerifier, allow_code: Collection[str]) -> Verify:
     tolerance = Fraction(repr(spec.tolerance))  # 0.1 is one tenth, as it was written
 
-    def verify(answer: str, reference: str | None) -> float:
+    def verify(response: str, reference: str | None, /, *, truncated: bool = False) -> float:
         text = _required("number", reference)
-        expected = final_number(text)
+        expected = reference_number(text)
         if expected is None:
             raise VerifierError(
                 f"verifier 'number': {reference_problem(spec, text)}; correct the prompt file"
             )
-        found = final_number(answer)
+        found = final_number(response, truncated=truncated)
         return float(found is not None and abs(found - expected) <= tolerance)
 
     return verify
@@ -112,14 +120,14 @@ def _build_json(spec: JsonVerifier, allow_code: Collection[str]) -> Verify:
     if spec.schema_file is not None:
         return _build_json_schema(Path(spec.schema_file))
 
-    def verify(answer: str, reference: str | None) -> float:
+    def verify(response: str, reference: str | None, /, *, truncated: bool = False) -> float:
         text = _required("json", reference)
         try:
             expected = _parse_json(text)
         except (ValueError, RecursionError):
             raise VerifierError(f"verifier 'json': {reference_problem(spec, text)}") from None
         try:
-            return float(_equal(_answer_json(answer, _parse_json), expected))
+            return float(_equal(_answer_json(response, _parse_json), expected))
         except (ValueError, RecursionError):
             return 0.0
 
@@ -131,7 +139,16 @@ def _build_json_schema(path: Path) -> Verify:
     import referencing.exceptions
 
     try:
-        schema = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        if len(content) > _MAX_SCHEMA_BYTES:
+            raise VerifierError(f"{path}: {len(content):,} bytes are too many for a JSON Schema")
+        schema = json.loads(content)
+        if not isinstance(schema, dict | bool):
+            raise VerifierError(f"{path}: not a JSON Schema: it must be an object, or true or false")
+        for pattern in _patterns(schema):
+            problem = pattern_problem(pattern)
+            if problem is not None:
+                raise VerifierError(f"{path}: pattern {_short(pattern)}: {problem}")
         validator_class = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
         validator_class.check_schema(schema)
     except OSError as error:
@@ -143,9 +160,9 @@ def _build_json_schema(path: Path) -> Verify:
     # An empty registry: a $ref to a web address must not be fetched.
     validator = validator_class(schema, registry=referencing.Registry())
 
-    def verify(answer: str, reference: str | None) -> float:
+    def verify(response: str, reference: str | None, /, *, truncated: bool = False) -> float:
         try:
-            return float(validator.is_valid(_answer_json(answer, _parse_plain_json)))
+            return float(validator.is_valid(_answer_json(response, _parse_plain_json)))
         except referencing.exceptions.Unresolvable as error:
             raise VerifierError(
                 f"{path}: $ref {error.ref!r} is not in the file; copy it into $defs"
@@ -156,28 +173,42 @@ def _build_json_schema(path: Path) -> Verify:
     return verify
 
 
-def _answer_json(answer: str, parse: Callable[[str], Any]) -> Any:
-    """The whole answer, or else its last fenced block (```json or bare). Raises ValueError for neither."""
+def _patterns(schema: object) -> Iterator[str]:
+    """Every regular expression of a schema."""
+    if isinstance(schema, list):
+        for item in schema:
+            yield from _patterns(item)
+    elif isinstance(schema, dict):
+        if isinstance(schema.get("pattern"), str):
+            yield schema["pattern"]
+        if isinstance(schema.get("patternProperties"), dict):
+            yield from schema["patternProperties"]
+        for item in schema.values():
+            yield from _patterns(item)
+
+
+def _answer_json(response: str, parse: Callable[[str], Any]) -> Any:
+    """Parse the whole response, or else its last fenced block (```json or bare), or raise ValueError."""
     try:
-        return parse(answer)
+        return parse(response)
     except ValueError:
-        fences = list(_FENCE.finditer(answer))
-        # Fences come in pairs; an odd one at the end was cut off by the length limit.
+        fences = list(_FENCE.finditer(response))
+        # Fences come in pairs; an odd one at the end was truncated by the length limit.
         for opening, closing in reversed(list(zip(fences[::2], fences[1::2], strict=False))):
             if opening["language"].strip().lower() in ("", "json"):
-                return parse(answer[opening.end() : closing.start()])
+                return parse(response[opening.end() : closing.start()])
         raise
 
 
 def _parse_json(text: str) -> Any:
-    """Exact numbers (Decimal), no NaN or Infinity, no key twice. Raises ValueError or RecursionError."""
+    """Parse with exact numbers (Decimal); raise ValueError for NaN, Infinity or a duplicate key."""
     return json.loads(
         text, parse_float=Decimal, parse_constant=_refuse_constant, object_pairs_hook=_unique_object
     )
 
 
 def _parse_plain_json(text: str) -> Any:
-    """As `_parse_json`, with floats, which is what JSON Schema validators compute with."""
+    """Parse like `_parse_json`, but with the floats that JSON Schema validators expect."""
     return json.loads(
         text, parse_float=_finite, parse_constant=_refuse_constant, object_pairs_hook=_unique_object
     )
@@ -202,7 +233,7 @@ def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """JSON equality: 1 equals 1.0 and true does not, which Python's own == gets wrong."""
+    """Compare as JSON: 1 equals 1.0 but not true, unlike Python's own ==."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_equal(value, b[key]) for key, value in a.items())
     if isinstance(a, list) and isinstance(b, list):
@@ -210,6 +241,30 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
     return bool(a == b)
+
+
+# ------------------------------------------------------------------------------------------------- math
+
+
+def _build_math(spec: MathVerifier, allow_code: Collection[str]) -> Verify:
+    from math_verify import parse
+    from math_verify import verify as equal
+
+    def verify(response: str, reference: str | None, /, *, truncated: bool = False) -> float:
+        text = _required("math", reference).strip()
+        boxed = last_boxed(text)
+        written = text.rpartition("####")[2].strip() if boxed is None else f"\\boxed{{{boxed}}}"
+        # Its own time limit is by signals; the worker process has one already.
+        expected = parse(written if "$" in written or boxed else f"${written}$", parsing_timeout=None)
+        if not expected:
+            raise VerifierError(f"the reference {_short(text)} is no mathematical expression")
+        answer = last_boxed(response)
+        if answer is None and truncated:
+            return 0.0
+        found = parse(response if answer is None else f"\\boxed{{{answer}}}", parsing_timeout=None)
+        return float(equal(expected, found, timeout_seconds=None))
+
+    return verify
 
 
 # ------------------------------------------------------------------------------------------------- user
@@ -223,9 +278,9 @@ def _build_user(spec: UserVerifier, allow_code: Collection[str]) -> Verify:
         )
     function = _imported(name)
 
-    def verify(answer: str, reference: str | None) -> float:
+    def verify(response: str, reference: str | None, /, *, truncated: bool = False) -> float:
         try:
-            reward = function(answer, reference)
+            reward = function(response, reference)
         except Exception as error:
             raise VerifierError(
                 f"verifier function {name!r} raised {type(error).__name__}: {error}"
@@ -261,11 +316,7 @@ BUILDERS: MappingProxyType[str, Callable[[Any, Collection[str]], Verify]] = Mapp
         "regex": _build_regex,
         "number": _build_number,
         "json": _build_json,
+        "math": _build_math,
         "user": _build_user,
     }
 )
-
-
-def build_verifiers(sources: tuple[SourcePlan, ...], allow_code: tuple[str, ...]) -> dict[str, Verify]:
-    """Verifiers by source name; sources without one are absent."""
-    return {s.name: build_verifier(s.verifier, allow_code) for s in sources if s.verifier is not None}

@@ -17,7 +17,7 @@ from mergeopd.errors import DataError, Problem
 from mergeopd.messages import option_problem, shown
 from mergeopd.recipe.plan import SourcePlan
 from mergeopd.recipe.sources import PROMPT_SUFFIXES
-from mergeopd.reward.numbers import final_number
+from mergeopd.reward.numbers import reference_number
 from mergeopd.scaffold.files import is_text
 
 PROMPT_FOLDER = "data"
@@ -27,7 +27,6 @@ _HELD_OUT = frozenset(
 # Usual names of fields; the first that a file has is used.
 _PROMPT_FIELDS = ("prompt", "messages", "question", "problem", "instruction")
 _REFERENCE_FIELDS = ("answer", "reference", "solution", "target")
-_NUMBER = re.compile(r"\s*[-+$]?\d[\d,._ ]*%?\s*")
 _SHORT = 100  # characters; responses rarely equal a longer reference to the letter
 
 VerifierKind = Literal["number", "json", "exact"]
@@ -161,17 +160,11 @@ def _verifier(path: Path, domain: str, prompt_field: str, reference_field: str) 
     texts = [text for text in references if text is not None]
     if not texts or len(texts) < len(references):
         return None
-    if all(_is_number(text) for text in texts):
+    if all(reference_number(text) is not None for text in texts):
         return "number"
     if all(_is_json(text) for text in texts):
         return "json"
     return "exact" if max(map(len, texts)) <= _SHORT else None
-
-
-def _is_number(text: str) -> bool:
-    """A number alone, or one marked as final."""
-    marked = "####" in text or "\\boxed{" in text
-    return (marked or bool(_NUMBER.fullmatch(text))) and final_number(text) is not None
 
 
 def _is_json(text: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from grid_runs import DOMAINS, ROUTES, VERIFIER, run_alone, write_recipe
+from grid_runs import DOMAINS, ROUTES, run_alone, write_recipe
 
 from mergeopd.errors import MergeopdError
 
@@ -41,13 +41,8 @@ COUNTED: dict[str, Any] = {
         for domain in DOMAINS
     ],
 }
-REFUSING = "grid_jobs:refusing"
 _CARDS = {name: f"{name}.yaml" for name in ("one", "two", "three")}
 _MERGE = {"name": "p", "updates": 3, "prompts_per_round": 13, "loss": "reverse_kl"}
-_REWARDED = {
-    "phases": [{**_MERGE, "loss": {"reverse_kl": 1.0, "outcome": 1.0}}],
-    "rollout": {"max_new_tokens": 4, "samples_per_prompt": 2},
-}
 # Recipes that end with an error, by which teacher is another one than its name says.
 _STAND_INS = {
     "NaN in a body": ("one", "nan_body"),
@@ -64,21 +59,8 @@ BROKEN: dict[str, dict[str, Any]] = {
         "phases": [{**_MERGE, "text": "teacher"}],
         "teachers": {**_CARDS, "three": "stranger.yaml"},
     },
-    "verifier": {
-        **_REWARDED,
-        "allow_code": [REFUSING],
-        "prompts": [
-            {
-                "source": f"{domain}.jsonl",
-                "domain": domain,
-                "teachers": ROUTES[domain],
-                "verifier": {"kind": "user", "function": REFUSING} if domain == "mid" else VERIFIER,
-            }
-            for domain in DOMAINS
-        ],
-    },
 }
-SHORT_BROKEN = (("NaN in a body", "TP2xDP2"), ("verifier", "TP2xDP2"))
+SHORT_BROKEN = (("NaN in a body", "TP2xDP2"),)
 LONG_BROKEN = (
     *((name, "TP2xPP2") for name in BROKEN),
     ("canary of a writer", "DP4"),
@@ -90,13 +72,6 @@ STOPS = {
     "text": {"rank": 3, "call": 1, "stage": "text"},
     "evaluation": {"rank": 1, "call": 4, "stage": "evaluation"},
 }
-
-
-def refusing(answer: str, reference: str | None) -> float:
-    """A verifier that trips over one prompt's answers."""
-    if reference == "j":
-        raise RuntimeError("cannot read this")
-    return float(len(answer) % 2)
 
 
 def write_recipes(folder: Path) -> None:

@@ -121,6 +121,7 @@ class PieceTable:
     vocab_S: int
     covered: Tensor = field(init=False)
     _several: Mapping[int, Tensor] = field(init=False, repr=False)
+    _ids_cpu: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         ids = self.ids
@@ -141,15 +142,19 @@ class PieceTable:
         by_first: dict[int, list[int]] = {}
         for token, first in zip(several.tolist(), begins[several].tolist(), strict=True):
             by_first.setdefault(first, []).append(token)
-        tables = {token: torch.tensor(own, device=ids.device) for token, own in by_first.items()}
+        tables = {token: torch.tensor(own) for token, own in by_first.items()}
         object.__setattr__(self, "_several", tables)
+        object.__setattr__(self, "_ids_cpu", ids.cpu())
 
     def longer(self, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """The teacher's tokens that begin with these pieces and go on, and each one's next piece."""
+        """Return the teacher's tokens that begin with these pieces and have more, and each one's next piece.
+
+        Both are on the CPU. Where they are empty, they are so for every extension of `tokens`.
+        """
         found = self._several.get(tokens[0])
-        if found is None:
-            return self.ids.new_empty(0), self.ids.new_empty(0)
-        rows = self.ids[found]
+        if found is None or len(tokens) >= self.ids.shape[1]:
+            return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        rows = self._ids_cpu[found]
         fits = rows[:, len(tokens)] >= 0
         for position, token in enumerate(tokens[1:], start=1):
             fits = fits & (rows[:, position] == token)

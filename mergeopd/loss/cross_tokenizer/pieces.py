@@ -101,25 +101,32 @@ class PieceScorer:
         the text alone, the teacher goes on as a mixture of the path as it stands (weight 1 here) and of every
         longer token that begins with the same pieces (its probability over that of the path).
         """
-        widest = self._table.ids.shape[1]
         labels, sizes = block.labels_S.tolist(), block.num_S.tolist()
         follows = [False] * len(sizes) if block.follows is None else block.follows.tolist()
-        at, q_sums = 0, q.sum(1)
+        # Of every group and boundary: the teacher's distribution, its factor, where it goes in q, its tokens.
+        sources: list[tuple[Tensor, float]] = []
+        places: list[Tensor] = []
+        token_ids: list[Tensor] = []
+        at = 0
         for g, (size, goes_on, chain) in enumerate(zip(sizes, follows, logprob_T.tolist(), strict=True)):
             own, at = labels[at : at + size], at + size
-            if not goes_on:
-                self._begun = []
-            for begun in self._begun:
+            moved = []
+            for begun in self._begun if goes_on else ():
                 ids, piece = self._table.longer(begun.tokens)
                 if not len(ids):
                     continue
-                mass = begun.p_T[ids] * math.exp(min(-begun.logprob, _LARGEST_LOG))
-                q[g] = q[g].index_add(0, piece, mass)
-            q[g] /= 1.0 + (q[g].sum() - q_sums[g])
-            moved = [_Begun(b.p_T, (*b.tokens, *own), b.logprob + chain) for b in self._begun]
-            moved.append(_Begun(p_T[g], tuple(own), chain))
-            self._begun = [b for b in moved if len(b.tokens) < widest]
-        return q
+                sources.append((begun.p_T, math.exp(min(-begun.logprob, _LARGEST_LOG))))
+                places.append(g * q.shape[1] + piece)
+                token_ids.append(ids)
+                moved.append(_Begun(begun.p_T, (*begun.tokens, *own), begun.logprob + chain))
+            self._begun = [*moved, _Begun(p_T[g], tuple(own), chain)]
+        if not sources:
+            return q
+        q_sums = q.sum(1)
+        each = torch.split(torch.cat(token_ids).to(q.device), [len(ids) for ids in token_ids])
+        mass = [p[ids] * factor for (p, factor), ids in zip(sources, each, strict=True)]
+        q.view(-1).index_add_(0, torch.cat(places).to(q.device), torch.cat(mass))
+        return q.div_((1.0 + (q.sum(1) - q_sums)).unsqueeze(1))
 
     def _later(
         self, p_T: Tensor, label_T: Tensor, labels_S: Tensor, first: Tensor, position: int

@@ -258,7 +258,7 @@ def test_marks_of_turns_in_an_answer_are_text_to_the_teacher() -> None:
 
 def test_an_id_of_another_tokenizer_is_refused() -> None:
     with pytest.raises(
-        TokenizerError, match=r"sentencepiece: an answer has the token 100000, but ids end at 32767"
+        TokenizerError, match=r"sentencepiece: a response has the token 100000, but ids end at 32767"
     ):
         aligned("sentencepiece", "tekken", [[100000]])
 

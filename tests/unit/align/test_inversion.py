@@ -18,7 +18,7 @@ from mergeopd.align.agreement import agreement
 from mergeopd.align.answers import EndTokens, Unaligned, align
 from mergeopd.align.encoding import ByteTokenizer
 from mergeopd.align.normal import normalised
-from mergeopd.align.token_bytes import ADDED, BYTE, SPECIAL, TEXT, UNKNOWN, UNUSED, TokenBytes
+from mergeopd.align.token_bytes import ADDED, BYTE, SPECIAL, TEXT, UNKNOWN, TokenBytes
 from mergeopd.errors import TokenizerError
 
 
@@ -53,18 +53,6 @@ def test_bytes_of_unigram_with_byte_fallback(scheme: str) -> None:
     assert tokens.ids[b" "] == 258  # not <0x20>
 
 
-def test_ranks_as_tiktoken_has_them() -> None:
-    tokens = TokenBytes.from_ranks({b"a": 0, b"\xe6": 1, b" a": 4}, [3], "t")
-    assert tokens.kind.tolist() == [TEXT, TEXT, UNUSED, SPECIAL, TEXT]
-    assert tokens.pieces == (b"a", b"\xe6", b"", b"", b" a")
-    other = TokenBytes.from_ranks({b"a": 0, b"\xe6": 1, b" b": 4}, [3], "t")
-    assert tokens.fingerprint != other.fingerprint
-    with pytest.raises(TokenizerError, match="0 is both special and b'a'"):
-        TokenBytes.from_ranks({b"a": 0}, [0], "t")
-    with pytest.raises(TokenizerError, match="b'b' and b'a' are both 0"):
-        TokenBytes.from_ranks({b"a": 0, b"b": 0}, [], "t")
-
-
 WORDS = {"a": 0, "##b": 1, "[UNK]": 2}
 REFUSED = {
     "WordPiece joins pieces by '##'": tokenizers.Tokenizer(models.WordPiece(WORDS, unk_token="[UNK]")),
@@ -85,7 +73,7 @@ REFUSED = {
     "the decoder CTC does more": byte_level(decoder=decoders.CTC()),
     "writes bytes as characters and spaces as": byte_level(normalizer=normalizers.Replace(" ", "▁")),
     # Says it is byte-level in its decoder alone: what it reads is not what its tokens say.
-    "no part of the tokenizer says why": byte_level(("é", "漢"), pre_tokenizer=None),
+    "no part of the tokenizer explains why": byte_level(("é", "漢"), pre_tokenizer=None),
 }
 
 
@@ -179,6 +167,36 @@ def test_spaces_before_a_text_and_after_added_tokens(kind: str) -> None:
     assert not unaligned
 
 
+@pytest.mark.parametrize(
+    ("text", "form", "prefix", "expected"),
+    [
+        ("\u00a0ab", normalizers.NFKC(), False, False),
+        ("\u3000ab", normalizers.NFKC(), False, False),
+        ("\u00a0ab", normalizers.NFKC(), True, True),
+        (" ab", None, True, True),
+        (" abX", None, True, True),
+        ("abX", None, True, True),
+        ("abX", None, False, False),
+        (" abX", None, False, False),
+    ],
+)
+def test_whether_one_side_has_a_space_before_the_text(
+    text: str, form: normalizers.Normalizer | None, prefix: bool, expected: bool
+) -> None:
+    """Found from what encoding put there, not from the first byte; "X" is unknown to the teacher."""
+    words = ["▁", "a", "b", "<unk>"]
+    teacher = tokenizers.Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>"))
+    steps = [*([form] if form else []), *([normalizers.Prepend("▁")] if prefix else [])]
+    teacher.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    teacher.decoder = decoders.Replace("▁", " ")
+    other = ByteTokenizer.of(teacher, "other")
+    own = byte_level()
+    tokens = TokenBytes.from_tokenizer(own, "own")
+    [found] = align([encode(own, text)], tokens, other.tokens, other.encode, NO_ENDS)
+    assert len(found.student_starts)
+    assert found.space_on_one_side is expected
+
+
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_a_student_that_writes_a_space_before_its_text(kind: str) -> None:
     student, teacher = sentencepiece(kind), byte_level()
@@ -190,13 +208,33 @@ def test_a_student_that_writes_a_space_before_its_text(kind: str) -> None:
     assert unaligned == {Unaligned.NO_TEXT: 1}
 
 
-def test_nothing_is_believed_behind_an_unknown_token() -> None:
-    """Even where the next token begins like the character that nobody knows: é and ê share a byte."""
-    teacher = TokenBytes.from_ranks({b"a": 1, b"\xc3": 2, b"\xaa": 3}, [0], "t")
-    kind = teacher.kind.copy()
-    kind[0] = UNKNOWN
-    found = agreement("aéê", [1, 0, 2, 3], replace(teacher, kind=kind))
+@pytest.mark.parametrize("kind", [UNKNOWN, SPECIAL])
+def test_nothing_is_believed_behind_a_token_without_bytes(kind: int) -> None:
+    """Even where the next token begins like the character that it stands for: é and ê share a byte."""
+    teacher = TokenBytes.from_tokenizer(byte_level(), "t")
+    ids = [teacher.ids[piece] for piece in (b"a", b"\xc3", b"\xaa")]
+    kinds = teacher.kind.copy()
+    kinds[259] = kind
+    found = agreement("aéê", [ids[0], 259, *ids[1:]], replace(teacher, kind=kinds))
     assert (found.limit, found.whole) == (1, False)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_unigram_teacher_reads_special_tokens_as_text(inside: bool) -> None:
+    """Its library matches `</s>` in the vocabulary, and would align the second `</` with the first."""
+    student, backend = byte_level(), sentencepiece("unigram")
+    backend.add_special_tokens(["<mask>"])
+    backend.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    teacher = ByteTokenizer.of(backend, "teacher")
+    text = "a</s></a<mask><think>b"
+    [ids] = (teacher.encode_inside if inside else teacher.encode)([text])
+    assert teacher.tokens.joined(np.array(ids)).tobytes().decode().replace(" ", "") == text
+    assert backend.token_to_id("<think>") in ids
+    own = TokenBytes.from_tokenizer(student, "own")
+    [found] = align([encode(student, text)], own, teacher.tokens, teacher.encode, NO_ENDS)
+    assert not found.unaligned
+    # The space that encoding puts behind <think> is a token of its own: it belongs to the next group.
+    assert found.teacher_stops[-1] - found.teacher_starts[-1] == 2
 
 
 @settings(max_examples=200, deadline=None)

@@ -118,7 +118,7 @@ def test_a_map_is_kept_whole_and_for_one_pair(tmp_path: Path) -> None:
     arrays = load_file(path)
     arrays["projection_ids"][5, 0] = len(teacher.tokens)
     save_file(arrays, path, metadata={"format": "mergeopd-vocabulary-map-1", "made_for": made.made_for.text})
-    with pytest.raises(TokenizerError, match="leads outside the teacher's vocabulary; delete it"):
+    with pytest.raises(TokenizerError, match="has ids outside the teacher's vocabulary; delete it"):
         VocabularyMap.load(path, made.made_for, student.tokens, teacher.tokens)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(TokenizerError, match="not a vocabulary map"):

@@ -20,7 +20,7 @@ from mergeopd.engine.clock import Clock
 from mergeopd.engine.evaluate import Accuracies, Evaluation
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.progress import Progress
-from mergeopd.report.events import Event, UpdateDone
+from mergeopd.report.events import Event, Note, RolloutSampled, UpdateDone
 from mergeopd.report.jsonl import update_record
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.student.torch import TorchStudent
@@ -278,6 +278,39 @@ def test_policy_terms_and_reduced_teachers_go_on_bit_for_bit(
     assert any(policy.corrected_fraction > 0 for policy in told if policy is not None)
     assert set(whole.updates[0].teachers["two"].divergence) == {"sampled_reverse_kl"}
     assert set(whole.updates[-1].teachers["two"].divergence) == {"reverse_kl"}
+
+
+CODE = """
+def score(answer, reference):
+    if "a" in answer:
+        raise KeyError("a")
+    return float("b" in answer) if "c" in answer else float("nan")
+"""
+
+
+def test_a_verifier_that_fails_costs_its_answers_and_is_counted(
+    write_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "reward_of_test_loop.py").write_text(CODE)
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "reward_of_test_loop:score"
+    phase = {"name": "p", "updates": 2, "loss": {"reverse_kl": 1.0, "outcome": 0.5}, "prompts_per_round": 6}
+    rollout = {"max_new_tokens": 6, "samples_per_prompt": 3}
+    recipe = write_job({"phases": [phase], "rollout": rollout, "allow_code": [name]})
+    verifiers = [f'prompts.{i}.verifier={{"kind": "user", "function": "{name}"}}' for i in (0, 1)]
+    recorder, folder = run(recipe, "output=run", *verifiers)
+    assert folder.export.exists()
+    assert len(recorder.updates) == 2
+    for update in recorder.updates:
+        samples = [e for e in recorder.events if isinstance(e, RolloutSampled) and e.update == update.update]
+        for sample in samples:
+            text = "".join(sample.tokens)
+            reward = None if "a" in text or "c" not in text else float("b" in text)
+            assert sample.reward == reward
+        assert sum(update.verifier_failures.values()) >= sum(sample.reward is None for sample in samples) > 0
+    notes = [e.text for e in recorder.events if isinstance(e, Note) and "failed on" in e.text]
+    assert len(notes) == 2
+    assert all("raised KeyError: 'a'" in note or "returned nan" in note for note in notes)
 
 
 def test_uncorrected_policy_terms_on_tempered_answers_are_noted(write_job: Callable[..., Path]) -> None:

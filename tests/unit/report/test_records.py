@@ -41,6 +41,7 @@ UPDATE = UpdateDone(
     seconds={"update": 2.0, "rollout": 1.0, "text": 30.0},
     teacher_bytes_read=4096,
     policy=PolicyStats(0.125, 0.0, 0.9, 0.01, 0.5),
+    verifier_failures={"code": 2},
 )
 
 
@@ -64,6 +65,7 @@ def test_a_line_holds_every_figure_once_and_costs_apart(tmp_path: Path) -> None:
                              "truncated_fraction": 0.25}},
         "policy": {"corrected_fraction": 0.125, "clipped_fraction": 0.0, "importance_weight": 0.9,
                    "rollout_logprob_gap": 0.01, "rollout_logprob_gap_max": 0.5, "zero_advantage_fraction": None},
+        "verifier_failures": {"code": 2},
         "cost": {"seconds": {"rollout": 1.0, "text": 30.0, "update": 2.0}, "tokens_per_s": 200.0,
                  "teacher_bytes_read": 4096},
     }  # fmt: skip

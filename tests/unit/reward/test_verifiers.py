@@ -71,7 +71,7 @@ def test_number_is_exact_or_within_tolerance() -> None:
 
 
 def test_number_refuses_a_reference_without_one() -> None:
-    with pytest.raises(VerifierError, match="the reference 'none' has no number"):
+    with pytest.raises(VerifierError, match="the reference 'none' is not one number"):
         build("number")("5", "none")
 
 
@@ -158,7 +158,15 @@ def test_json_schema(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not JSON"), ('{"type": "objekt"}', "not a JSON Schema"), (None, "cannot be read")],
+    [
+        ("5", "not a JSON Schema: it must be"),
+        ('{"items": [{"pattern": "a{99999999999}"}]}', "not a regular expression"),
+        ('{"pattern": "' + "a" * 20_000 + '"}', "at most 10000"),
+        (" " * 1_000_001, "too many"),
+        ("{", "not JSON"),
+        ('{"type": "objekt"}', "not a JSON Schema"),
+        (None, "cannot be read"),
+    ],
 )
 def test_bad_schema_files_fail_when_built(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "schema.json"
@@ -167,6 +175,31 @@ def test_bad_schema_files_fail_when_built(tmp_path: Path, content: str | None, m
     with pytest.raises(VerifierError, match=message) as caught:
         build("json", schema_file=str(path))
     assert str(path) in str(caught.value)
+
+
+MATH = [
+    (r"so $\boxed{\sqrt{12}}$", r"2\sqrt{3}", 1.0),
+    (r"\boxed{7\sqrt{3}}", r"2\sqrt{3}", 0.0),
+    (r"\boxed{1 + x^2}", r"so it is \boxed{x^2+1}.", 1.0),
+    (r"\boxed{\{3,2,1\}}", r"\{1,2,3\}", 1.0),
+    ("5 apples", "2 + 3\n#### 5", 1.0),
+]
+
+
+@pytest.mark.parametrize(("response", "reference", "reward"), MATH)
+def test_math(response: str, reference: str, reward: float) -> None:
+    pytest.importorskip("math_verify")
+    assert build("math")(response, reference) == reward
+
+
+def test_math_of_a_truncated_response_counts_what_is_boxed() -> None:
+    pytest.importorskip("math_verify")
+    verify = build("math")
+    assert verify("so $5$", "5") == 1.0
+    assert verify("so $5$", "5", truncated=True) == 0.0
+    assert verify(r"\boxed{5}, as", "5", truncated=True) == 1.0
+    with pytest.raises(VerifierError, match="needs a reference"):
+        verify("5", None)
 
 
 def test_a_schema_never_reaches_the_network(tmp_path: Path) -> None:
@@ -237,7 +270,7 @@ def test_user_function_cannot_be_found(name: str, message: str) -> None:
 
 def test_reference_problem() -> None:
     assert reference_problem(spec("number"), "#### 5") is None
-    assert reference_problem(spec("number"), "five") == "the reference 'five' has no number"
+    assert reference_problem(spec("number"), "five") == "the reference 'five' is not one number"
     assert reference_problem(spec("json"), "[1]") is None
     assert "is not JSON" in str(reference_problem(spec("json"), "[1"))
     assert reference_problem(spec("exact"), "anything") is None

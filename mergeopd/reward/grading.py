@@ -1,0 +1,104 @@
+"""Verify responses: cheap built-in verifiers in this process, all others in worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from mergeopd.recipe.verifiers import IsolatedVerifier, Verifier
+from mergeopd.reward.pool import Job, Verdict, WorkerPool
+from mergeopd.reward.verifiers import build_verifier
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A response to verify. `truncated`: it ended at the length limit. `source` names the verifier."""
+
+    source: str
+    response: str
+    reference: str | None
+    truncated: bool = False
+
+
+class Verifiers:
+    """The verifiers of the sources of a recipe.
+
+    Verifiers that run code or patterns of the user, or a library that may hang, run in worker processes with
+    a time limit (`timeout_s` of the recipe). What one of them does costs at most the reward of a response.
+    """
+
+    def __init__(
+        self, verifiers: Mapping[str, Verifier], allow_code: Collection[str], num_workers: int
+    ) -> None:
+        """Build them; `num_workers` processes at most. Raises VerifierError for what cannot work."""
+        isolated = {name: spec for name, spec in verifiers.items() if isinstance(spec, IsolatedVerifier)}
+        self._local = {
+            name: build_verifier(spec, ()) for name, spec in verifiers.items() if name not in isolated
+        }
+        self._timeouts = {name: spec.timeout_s for name, spec in isolated.items()}
+        setup = {
+            "verifiers": {name: spec.model_dump() for name, spec in isolated.items()},
+            "allow_code": sorted(allow_code),
+        }
+        self._pool = WorkerPool(setup, max(1, num_workers)) if isolated else None
+
+    def __enter__(self) -> Verifiers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __contains__(self, source: str) -> bool:
+        return source in self._local or source in self._timeouts
+
+    def is_slow(self, source: str) -> bool:
+        """Whether a source's verifier runs in worker processes."""
+        return source in self._timeouts
+
+    def start(self) -> None:
+        """Build the verifiers of a worker process now, to fail before a run rather than in it.
+
+        Raises:
+            VerifierError: a function cannot be imported, a schema cannot be read.
+        """
+        if self._pool is not None:
+            self._pool.start()
+
+    def close(self) -> None:
+        """End the worker processes. They start again when needed."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def verify(self, submissions: Sequence[Submission], on_progress: Callable[[int], None]) -> list[Verdict]:
+        """Return a verdict for each submission, in order.
+
+        `on_progress` gets the number of responses that workers have verified, and may raise to leave.
+
+        Raises:
+            VerifierError: a reference is missing or unusable, or workers can no longer be started.
+        """
+        jobs = {
+            index: Job(
+                {
+                    "source": one.source,
+                    "response": one.response,
+                    "reference": one.reference,
+                    "truncated": one.truncated,
+                },
+                self._timeouts[one.source],
+            )
+            for index, one in enumerate(submissions)
+            if one.source in self._timeouts
+        }
+        done: dict[int, Verdict] = {}
+        if self._pool is not None and jobs:
+            done = dict(zip(jobs, self._pool.run(list(jobs.values()), on_progress), strict=True))
+        return [
+            done[index]
+            if index in done
+            else Verdict(self._local[one.source](one.response, one.reference, truncated=one.truncated))
+            for index, one in enumerate(submissions)
+        ]
