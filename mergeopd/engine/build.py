@@ -195,4 +195,4 @@ def build_verifiers(sources: tuple[SourcePlan, ...], allow_code: tuple[str, ...]
 
 
 def _writer(body: torch.nn.Module, head: Head, dialect: Dialect, device: torch.device) -> Writer:
-    return Writer(body, head, dialect.eos_ids, dialect.tokenizer.decode, device)
+    return Writer(body, head, dialect.eos_ids, dialect.tokenizer, device)

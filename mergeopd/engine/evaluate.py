@@ -114,7 +114,7 @@ class Evaluation:
         self._reporter.emit(
             StageStarted("evaluation", f"{contestant.kind} on {source.domain}", len(prompts), "answers")
         )
-        verify, decode = self._verifiers[source.name], contestant.dialect.tokenizer.decode
+        verify, tokenizer = self._verifiers[source.name], contestant.dialect.tokenizer
 
         def verdicts(own: Sequence[Prompt]) -> list[float]:
             completions = generate(
@@ -126,7 +126,7 @@ class Evaluation:
                 progress=progress(self._reporter, len(prompts), self._ranks),
             )
             return [
-                verify(answer_text(completion.response_ids, decode, stop), prompt.reference)
+                verify(answer_text(completion.response_ids, tokenizer, stop), prompt.reference)
                 for prompt, completion in zip(own, completions, strict=True)
             ]
 
@@ -140,4 +140,4 @@ class Evaluation:
             yield self._writer(model.body, store.heads(["model"])["model"], dialect)
 
     def _writer(self, body: torch.nn.Module, head: Head, dialect: Dialect) -> Writer:
-        return Writer(body, head, dialect.eos_ids, dialect.tokenizer.decode, self._device)
+        return Writer(body, head, dialect.eos_ids, dialect.tokenizer, self._device)

@@ -152,7 +152,7 @@ def take_canary(candidate: Candidate, prompt: str) -> Canary:
     store = TeacherStore({plan.name: TeacherSource(Path(plan.model), plan.dtype, vocab)}, device)
     with store.open(plan.name) as teacher:
         head = store.heads([plan.name])[plan.name]
-        writer = Writer(teacher.body, head, dialect.eos_ids, dialect.tokenizer.decode, device)
+        writer = Writer(teacher.body, head, dialect.eos_ids, dialect.tokenizer, device)
         sampling = Sampling(temperature=0.0, max_new_tokens=room)
         [answer] = generate(
             writer,

@@ -119,13 +119,13 @@ def score_canary(parts: Parts, teacher: LoadedTeacher) -> None:
 
 def rewards(parts: Parts, rollouts: Sequence[Rollout]) -> list[float | None]:
     """The verifier's verdict on every answer the student wrote; None without verifier or for other text."""
-    decode = parts.inputs.student.tokenizer.decode
+    tokenizer = parts.inputs.student.tokenizer
     stop = parts.plan.rollout.stop
 
     def verdict(rollout: Rollout) -> float | None:
         verify = parts.verifiers.get(rollout.prompt.source) if rollout.origin == "student" else None
         if verify is None:
             return None
-        return verify(answer_text(rollout.response_ids, decode, stop), rollout.prompt.reference)
+        return verify(answer_text(rollout.response_ids, tokenizer, stop), rollout.prompt.reference)
 
     return spread(parts.ranks, rollouts, lambda own: [verdict(rollout) for rollout in own])

@@ -8,6 +8,7 @@ from mergeopd.engine.build import Parts
 from mergeopd.engine.dialect import Dialect
 from mergeopd.engine.ready_answers import ready_answer
 from mergeopd.engine.tasks import Task
+from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.ranks import Ranks, spread
 from mergeopd.report.events import Reporter, StageProgress, StageStarted
 from mergeopd.rollout.local import Request, generate
@@ -78,10 +79,18 @@ def dataset_rollout(task: Task, student: Dialect) -> Rollout:
     )
 
 
-def answer_text(
-    rollout_ids: Sequence[int], decode: Callable[[Sequence[int]], str], stop: Sequence[str]
-) -> str:
-    """The answer as a person reads it: special tokens removed, cut at the first stop text."""
-    text = decode(rollout_ids)
-    cuts = [text.find(s) for s in stop if s in text]
-    return text[: min(cuts)] if cuts else text
+def answer_text(response_ids: Sequence[int], tokenizer: Tokenizer, stop: Sequence[str]) -> str:
+    """The answer as a person reads it: cut at the first stop text, special tokens removed.
+
+    Stop texts may hold special tokens, so they are looked for before those are removed.
+    """
+    whole = tokenizer.decode(response_ids, skip_special_tokens=False)
+    cuts = [found for text in stop if (found := whole.find(text)) >= 0]
+    if not cuts:
+        return tokenizer.decode(response_ids)
+    # A stop text mostly ends the answer, so the last whole token before it is near the end.
+    num, before = len(response_ids), whole
+    while len(before) > min(cuts):
+        num -= 1
+        before = tokenizer.decode(response_ids[:num], skip_special_tokens=False)
+    return tokenizer.decode(response_ids[:num]) + whole[len(before) : min(cuts)]

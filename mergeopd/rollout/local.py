@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mergeopd.loss.heads import Head
+from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.rollout.head import DecodingHead
 from mergeopd.rollout.keyed import stream_key, uniforms
 from mergeopd.rollout.sampling import sample
@@ -38,12 +39,12 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """A model that writes: body, prediction head, the ids that end its answers, and its decoder."""
+    """A model that writes: body, prediction head, the ids that end its answers, and its tokenizer."""
 
     body: nn.Module
     head: Head
     eos_ids: Collection[int]
-    decode: Callable[[Sequence[int]], str]
+    tokenizer: Tokenizer
     device: torch.device
 
 
@@ -162,7 +163,7 @@ class _Decoding:
     def _has_stopped(self, tokens: list[int]) -> bool:
         # A token stands for at least one byte, so this many of them hold any stop text that just ended.
         longest = max(len(stop.encode()) for stop in self._sampling.stop)
-        tail = self._writer.decode(tokens[-longest - 1 :])
+        tail = self._writer.tokenizer.decode(tokens[-longest - 1 :], skip_special_tokens=False)
         return any(stop in tail for stop in self._sampling.stop)
 
     def _compact(self, alive: list[int], token: Tensor, cache: object) -> Tensor:
