@@ -33,6 +33,7 @@ from mergeopd.recipe.plan import EvaluationPlan
 from mergeopd.recipe.training import Phase
 from mergeopd.report.events import Reporter, RunFinished, RunStarted, StageStarted, UpdateDone
 from mergeopd.report.result import result_document, write_result
+from mergeopd.student.companions import write_turns
 from mergeopd.teacher.cache import RoundCache
 from mergeopd.types import Rollout
 
@@ -275,6 +276,9 @@ class Merge:
             self._reporter.emit(StageStarted("export", "the student as a Hugging Face folder"))
             with written_by_first(folder.export, self._ranks) as target:
                 self._parts.student.export(target)
+                if self._ranks.is_first:
+                    student, own = self._parts.inputs.student, self._plan.student.template
+                    write_turns(target, student.eos_ids, None if own is None else student.template.source)
         document = None
         if self._plan.evaluation is not None:
             document = result_document(self._measure(self._plan.evaluation), self._clock.seconds())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mergeopd.data.own_prompts import PromptTemplate, Script
 from mergeopd.data.templates import ChatTemplate
-from mergeopd.engine.dialect import Dialect
+from mergeopd.engine.dialect import Dialect, turn_end
 from mergeopd.engine.findings import Findings
 from mergeopd.engine.grid_checks import check_backend
 from mergeopd.errors import DataError, ModelError, TokenizerError
@@ -56,7 +56,40 @@ class ModelReader:
             check_backend(self._findings, student, facts)
         if facts is None or tokenizer is None or not self._fits(place, folder, tokenizer, facts):
             return None
-        return self._dialect(facts, tokenizer, place, self._own_template(place, folder, tokenizer))
+        if student.template is None:
+            template = self._own_template(place, folder, tokenizer)
+        else:
+            place, template = ("student", "template"), self._file_template(("student",), student.template)
+        if student.end_tokens is None:
+            dialect = self._dialect(facts, tokenizer, place, template)
+            if dialect is not None:
+                self._note_ends(facts, dialect)
+            return dialect
+        ends = self._ends(student.end_tokens, tokenizer)
+        return None if ends is None else self._dialect(facts, tokenizer, place, template, ends)
+
+    def _ends(self, tokens: Sequence[str], tokenizer: Tokenizer) -> tuple[int, ...] | None:
+        """Ids of the end tokens that a recipe names; None where one does not exist."""
+        ids = []
+        for index, token in enumerate(tokens):
+            found = tokenizer.encode(token)
+            if len(found) != 1:
+                self._findings.report(
+                    ("student", "end_tokens", index),
+                    f"{token!r} is not one token of {shown(tokenizer.folder)}, but {len(found)}",
+                    "name a token of its tokenizer.json",
+                )
+                return None
+            ids += found
+        return tuple(dict.fromkeys(ids))
+
+    def _note_ends(self, facts: ModelFacts, student: Dialect) -> None:
+        """Note an end token that the template alone names."""
+        if student.end_id not in _configured(facts, student.tokenizer):
+            self._findings.notes.append(
+                f"the student's chat template ends turns with {student.end_token!r}, which its "
+                "generation_config.json does not name: its responses end there too, and the export names it"
+            )
 
     def teacher(self, teacher: TeacherPlan, student: Dialect | None) -> Dialect | None:
         """A teacher's dialect; its tokenizer must cut every text into the ids that the student's gives.
@@ -67,6 +100,12 @@ class ModelReader:
         script = self._script(teacher)
         if dialect is None or script is None:
             return None
+        if student is not None and teacher.bridge is None and student.end_id not in dialect.closing_ids:
+            self._findings.notes.append(
+                f"teacher '{teacher.name}' ends turns with {dialect.end_token!r}, the student with "
+                f"{student.end_token!r}: the token that ends a response is left out of this teacher's terms; "
+                "`student.template` can give the student the teacher's chat template"
+            )
         if script.system is not None:
             self._hear(("teachers", teacher.name, "system"), dialect.template, script.system)
         return replace(dialect, script=script)
@@ -113,7 +152,7 @@ class ModelReader:
         if teacher.template is None:
             template_place, template = tokenizer_place, self._own_template(tokenizer_place, folder, tokenizer)
         else:
-            template_place, template = (*card, "template"), self._card_template(card, teacher.template)
+            template_place, template = (*card, "template"), self._file_template(card, teacher.template)
         if facts is None or not fits:
             return None
         return self._dialect(facts, tokenizer, template_place, template)
@@ -194,13 +233,14 @@ class ModelReader:
         if tokenizer.chat_template is not None:
             config = shown(folder / "tokenizer_config.json")
             return tokenizer.chat_template, shown(file) if file.is_file() else f"{config}, chat_template"
-        remedy = f"add {shown(file)}"
-        if place[0] == "teachers":
-            remedy += ", or name one in the card (`template: FILE.jinja`)"
+        where, key = ("card", "template") if place[0] == "teachers" else ("recipe", "student.template")
+        remedy = f"add {shown(file)}, or name one in the {where} (`{key}: FILE.jinja`)"
         self._findings.report(place, f"{folder}: has no chat template to write prompts with", remedy)
         return None
 
-    def _card_template(self, card: Keys, file: str) -> tuple[str, str] | None:
+    def _file_template(self, place: Keys, file: str) -> tuple[str, str] | None:
+        """A template that a card or recipe names at `place`, and its name."""
+
         def read() -> str:
             try:
                 self.files[file] = file_digest(Path(file))
@@ -210,12 +250,18 @@ class ModelReader:
                     f"{file}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8"
                 ) from error
 
-        text = self._findings.attempt((*card, "template"), read)
+        text = self._findings.attempt((*place, "template"), read)
         return None if text is None else (text, shown(Path(file)))
 
     def _dialect(
-        self, facts: ModelFacts, tokenizer: Tokenizer, place: Keys, template: tuple[str, str] | None
+        self,
+        facts: ModelFacts,
+        tokenizer: Tokenizer,
+        place: Keys,
+        template: tuple[str, str] | None,
+        ends: tuple[int, ...] | None = None,
     ) -> Dialect | None:
+        """Responses end at `ends`; by default where the configuration says, or as the template ends turns."""
         if template is None:
             return None
         text, name = template
@@ -224,8 +270,7 @@ class ModelReader:
             lambda: ChatTemplate(text, tokenizer.special_tokens, name=name, now=lambda: self._now),
             "correct the template",
         )
-        # As in transformers' generate, the model's configuration decides which tokens end an answer.
-        eos_ids = facts.eos_ids or (tokenizer.eos_id,)
+        eos_ids = ends or _configured(facts, tokenizer)
         unknown = [i for i in eos_ids if i >= tokenizer.vocab_size]
         if unknown:
             self._findings.report(
@@ -235,7 +280,16 @@ class ModelReader:
                 "correct it in generation_config.json, or in config.json where there is none",
             )
             return None
-        return None if compiled is None else Dialect(tokenizer, compiled, eos_ids, facts.max_positions)
+        if compiled is None:
+            return None
+        written = turn_end(tokenizer, compiled, eos_ids) if ends is None else None
+        added = () if written is None or written in eos_ids else (written,)
+        return Dialect(tokenizer, compiled, (*eos_ids, *added), facts.max_positions)
+
+
+def _configured(facts: ModelFacts, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The end tokens that a model's configuration names, as transformers' generate takes them, else EOS."""
+    return facts.eos_ids or (tokenizer.eos_id,)
 
 
 def check_student_folder(folder: Path, student: Dialect) -> None:

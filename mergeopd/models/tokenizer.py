@@ -79,6 +79,11 @@ class Tokenizer:
         """The tokenizer of the tokenizers library, declared tokens included; not to be changed."""
         return self._backend
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that decoding skips."""
+        return frozenset(i for i, t in self._backend.get_added_tokens_decoder().items() if t.special)
+
     def difference(self, other: Tokenizer) -> str | None:
         """None when both map every text to the same ids; otherwise a sentence that says where they part.
 

@@ -41,6 +41,18 @@ class Student(Strict):
 
     model: str = Field(description="Hugging Face folder, or a hub id that is in the local cache")
     revision: str | None = Field(default=None, description="hub revision; not for folders")
+    template: str | None = Field(
+        default=None,
+        description="file with a Jinja chat template, also for the export; default: the tokenizer's own",
+    )
+    end_tokens: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = (
+        Field(
+            default=None,
+            description="tokens that end its responses, also of the export; default: those of its "
+            "generation_config.json and the special token that the chat template writes behind an "
+            "assistant's turn",
+        )
+    )
     backend: Literal["torch", "megatron"] = Field(
         default="torch",
         description="what trains the student: torch, in one process, or megatron-core, in one or several",

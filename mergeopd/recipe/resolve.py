@@ -14,7 +14,7 @@ from mergeopd.errors import Problem
 from mergeopd.recipe import checks, selves
 from mergeopd.recipe.bridge_checks import bridge_problems
 from mergeopd.recipe.cards import CardFile, Staff, hire, read_cards
-from mergeopd.recipe.folders import Missing, absolute, existing_model
+from mergeopd.recipe.folders import Missing, absolute, existing_file, existing_model
 from mergeopd.recipe.load import load
 from mergeopd.recipe.locate import Origins
 from mergeopd.recipe.models import Student, Teacher, TeacherRef
@@ -215,8 +215,16 @@ class _Resolver:
         folder = existing_model(written.model, written.revision, self.origins.place(where).base)
         if isinstance(folder, Missing):
             self.problems.append(self.origins.problem(where, folder.message, folder.remedy))
-        else:
-            self.student = written.model_copy(update={"model": str(folder)})
+            return
+        paths = {"model": str(folder)}
+        if written.template is not None:
+            where = ("student", "template")
+            template = existing_file(written.template, self.origins.place(where).base, "template")
+            if isinstance(template, Missing):
+                self.problems.append(self.origins.problem(where, template.message, template.remedy))
+                return
+            paths["template"] = str(template)
+        self.student = written.model_copy(update=paths)
 
     def _output(self) -> Path | None:
         if self.parts.output is None:
