@@ -127,7 +127,7 @@ class _Parser:
             if str(key.tag) == _TAG + "merge":
                 self.inherit(value, path, inherited)
                 continue
-            name = str(key.value)
+            name = self.whole(str(key.value), at, path)
             below = self.convert(value, (*path, name))
             if _is_empty(value):  # ruamel marks a missing value at the next token, which may be lines away
                 below = Scalar(None, at)
@@ -148,13 +148,24 @@ class _Parser:
             else:
                 self.report(self.place(source), path, "'<<' takes a mapping or a list of mappings")
 
+    def whole(self, text: str, place: Place, path: Keys) -> str:
+        """Text whose escaped surrogate pairs, which are JSON's way to write a character, are characters.
+
+        Half of one is reported: no file, tokenizer or terminal takes it.
+        """
+        joined = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+        known = joined.encode("utf-8", "replace").decode("utf-8")
+        if known != joined:
+            self.report(place, path, "holds half a surrogate pair", "write the character itself")
+        return known
+
     def scalar(self, node: ScalarNode, place: Place, path: Keys) -> Scalar:
         text, tag = str(node.value), str(node.tag)
         if tag in _TEXT_TAGS:
             filled = fill(text, self.env)
             for fault in filled.faults:
                 self.report(place, path, fault.message, fault.remedy)
-            text = filled.text
+            text = self.whole(filled.text, place, path)
             # A composed node does not say whether `!!str` was written or worked out; its text does.
             tagged = _TAGGED.match(self.text, node.start_mark.index)
             if not filled.whole or filled.faults or tagged:

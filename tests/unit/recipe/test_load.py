@@ -277,3 +277,19 @@ def test_an_alias_in_itself_and_unknown_tags(variant) -> None:
 def test_yaml_12_has_no_surprising_booleans_or_dates(variant) -> None:
     path = variant(('stop: ["\\n\\n"]', "stop: [on, no, 2024-01-01, 12:30:45, =]"))
     assert plan(read(path)).rollout.stop == ("on", "no", "2024-01-01", "12:30:45", "=")
+
+
+@pytest.mark.parametrize("written", [r'"\ud83d\ude42"', '"\U0001f642"', r'"\U0001f642"'])
+def test_json_escapes_of_a_character_are_that_character(variant, written: str) -> None:
+    resolution = read(variant((r'stop: ["\n\n"]', f"stop: [{written}]")))
+    assert plan(resolution).rollout.stop == ("\N{SLIGHTLY SMILING FACE}",)
+
+
+@pytest.mark.parametrize("written", [r'"\ud83d"', r'"a\ude42b"', r'"\ude42\ud83d"'])
+def test_half_a_character_is_refused_where_it_stands(variant, written: str) -> None:
+    resolution = read(variant((r'stop: ["\n\n"]', f"stop: [{written}]")))
+    [line] = lines(resolution)
+    assert line.endswith("rollout.stop[0] | holds half a surrogate pair; write the character itself")
+    assert lines(read("recipes/merge.yaml", [f"name={written}"])) == [
+        "--set #1 | holds half a surrogate pair; write the character itself"
+    ]
