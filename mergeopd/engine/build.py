@@ -86,7 +86,7 @@ class Parts:
     def head_rows(self) -> range | None:
         """The token ids of which this process needs a teacher's head; None: all."""
         vocab = self.student.vocab
-        return None if len(vocab) == self.inputs.student.tokenizer.vocab_size else vocab
+        return None if len(vocab) == self.inputs.vocab_size else vocab
 
     @contextmanager
     def student_writer(self) -> Iterator[Writer]:
@@ -117,7 +117,7 @@ def build(inputs: Inputs, device: torch.device, ranks: Ranks) -> Parts:
         ranks=ranks,
         student=student,
         store=TeacherStore(
-            {n: _source(t, inputs.teachers[n], past) for n, t in plan.teachers.items()},
+            {n: _source(t, inputs, past) for n, t in plan.teachers.items()},
             device,
             _reader(device, ranks),
         ),
@@ -130,7 +130,7 @@ def build(inputs: Inputs, device: torch.device, ranks: Ranks) -> Parts:
 
 
 def _student(inputs: Inputs, device: torch.device, ranks: Ranks) -> Student:
-    plan, num_valid = inputs.plan, inputs.student.tokenizer.vocab_size
+    plan, num_valid = inputs.plan, inputs.vocab_size
     folder, dtype = Path(plan.student.model), plan.student.dtype
     if plan.student.backend == "torch":
         return TorchStudent(folder, dtype=dtype, num_valid=num_valid, optimizer=plan.optimizer, device=device)
@@ -184,9 +184,11 @@ def _shares_pages(device: torch.device, ranks: Ranks) -> bool:
     return device.type == "cpu" and len(set(ranks.machines)) == 1
 
 
-def _source(teacher: TeacherPlan, dialect: Dialect, past: Past) -> TeacherSource:
+def _source(teacher: TeacherPlan, inputs: Inputs, past: Past) -> TeacherSource:
     follower = None if teacher.moving is None else past.followers[teacher.moving]
-    return TeacherSource(Path(teacher.model), teacher.dtype, dialect.tokenizer.vocab_size, follower)
+    is_crossed = teacher.name in inputs.crossings
+    num_valid = inputs.teachers[teacher.name].vocab_size if is_crossed else inputs.vocab_size
+    return TeacherSource(Path(teacher.model), teacher.dtype, num_valid, follower)
 
 
 def build_verifiers(sources: tuple[SourcePlan, ...], allow_code: tuple[str, ...]) -> dict[str, Verify]:

@@ -19,12 +19,14 @@ _ANSWER = "Yes, it is."
 class Dialect:
     """Renders prompts for one model. Renderings are kept: a prompt comes back every epoch.
 
-    Its responses end at any of `eos_ids`. A teacher's `script` may show it another system message or more in
-    the prompt than the student sees.
+    Its true vocabulary are the first `vocab_size` ids, which both its tokenizer and its head have. Its
+    responses end at any of `eos_ids`. A teacher's `script` may show it another system message or more in the
+    prompt than the student sees.
     """
 
     tokenizer: Tokenizer
     template: ChatTemplate
+    vocab_size: int
     eos_ids: tuple[int, ...]
     max_positions: int
     script: Script = SAME

@@ -85,15 +85,14 @@ class Evaluation:
         if reason is not None:
             self._reporter.emit(Note(f"no weight average: {reason}"))
             return
-        num_valid = self._inputs.student.tokenizer.vocab_size
-        model = average(base, experts, num_valid, self._device)
+        model = average(base, experts, self._inputs.vocab_size, self._device)
         facts = ModelFacts.read(base)
         head = Head(
             weight=model.get_parameter(facts.embedding_name if facts.tied else facts.head_name),
             bias=model.get_parameter(facts.head_bias_name) if facts.head_bias_name else None,
             scale=facts.logit_scale,
             softcap=facts.softcap,
-            num_valid=num_valid,
+            num_valid=self._inputs.student.vocab_size,
         )
         writer = self._writer(model.base_model, head, self._inputs.student)
         self._measure(_Contestant("weight_average", writer, self._inputs.student), domains, result)
@@ -134,7 +133,7 @@ class Evaluation:
 
     @contextmanager
     def _model(self, folder: Path, dialect: Dialect) -> Iterator[Writer]:
-        source = TeacherSource(folder, self._inputs.plan.student.dtype, dialect.tokenizer.vocab_size)
+        source = TeacherSource(folder, self._inputs.plan.student.dtype, dialect.vocab_size)
         store = TeacherStore({"model": source}, self._device)
         with store.open("model") as model:
             yield self._writer(model.body, store.heads(["model"])["model"], dialect)

@@ -183,7 +183,7 @@ class Merge:
                 samples,
                 self._reporter,
             )
-            stats.refuse_uniform_teachers(parts.inputs.student.tokenizer.vocab_size)
+            stats.refuse_uniform_teachers(parts.inputs.vocab_size)
             self._reporter.abandonable = False
             grad_norm = parts.student.apply(lr)
         num_on_policy = sum(rollouts[i].origin == "student" for i in members)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from mergeopd.engine.new_file import (
     write_new,
 )
 from mergeopd.engine.reading import ModelReader
-from mergeopd.errors import DataError, RecipeError, TeacherError
+from mergeopd.errors import DataError, NumericsError, RecipeError, TeacherError
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.recipe.folders import Missing, existing_file, existing_model
 from mergeopd.recipe.locate import Origins, shown
@@ -138,7 +137,7 @@ def take_canary(candidate: Candidate, prompt: str) -> Canary:
     from mergeopd.types import Sampling
 
     plan, dialect, device = candidate.plan, candidate.dialect, pick_device()
-    vocab = dialect.tokenizer.vocab_size
+    vocab = dialect.vocab_size
     try:
         prompt_ids, _ = sample_ids(dialect, prompt, "")
     except DataError as error:
@@ -154,14 +153,19 @@ def take_canary(candidate: Candidate, prompt: str) -> Canary:
         head = store.heads([plan.name])[plan.name]
         writer = Writer(teacher.body, head, dialect.eos_ids, dialect.tokenizer, device)
         sampling = Sampling(temperature=0.0, max_new_tokens=room)
-        [answer] = generate(
-            writer,
-            [Request("canary", 0, prompt_ids)],
-            sampling,
-            seed=0,
-            batch_size=1,
-            progress=lambda _: None,
-        )
+        try:
+            [answer] = generate(
+                writer,
+                [Request("canary", 0, prompt_ids)],
+                sampling,
+                seed=0,
+                batch_size=1,
+                progress=lambda _: None,
+            )
+        except NumericsError as error:
+            raise TeacherError(
+                f"{shown(Path(plan.model))}: gives probabilities that are NaN; the weights are damaged"
+            ) from error
         written = tuple(i for i in answer.response_ids if i not in dialect.eos_ids)
         text = _whole_characters(dialect.tokenizer.decode(written))
         while len(ids := sample_ids(dialect, prompt, text)[1]) > room:
@@ -170,10 +174,6 @@ def take_canary(candidate: Candidate, prompt: str) -> Canary:
             raise _bad_prompt("the teacher answers it with nothing at all", "choose another prompt")
         [(_, hidden)] = teacher.hidden([prompt_ids], [ids], len(prompt_ids) + len(ids))
         values = logprobs(hidden, head, ids)
-    if not all(map(math.isfinite, values)):
-        raise TeacherError(
-            f"{shown(Path(plan.model))}: gives probabilities that are NaN; the weights are damaged"
-        )
     if ids == written:
         # The likeliest token is at least as likely as the entropy says: this never blames a sane teacher.
         refuse_uniform(plan.name, -sum(values) / len(values), vocab)

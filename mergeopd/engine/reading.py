@@ -37,8 +37,9 @@ TOKENIZER_FILES = (
 class ModelReader:
     """Reads how each model of a recipe speaks; what is wrong goes to `findings`.
 
-    `files` maps model folders to digests of their weights, and the small files that were read to digests of
-    their bytes. `now` is what templates take for the present.
+    `num_shared` has how many ids, from 0 on, a teacher without a bridge shares with the student. `files` maps
+    model folders to digests of their weights, and the small files that were read to digests of their bytes.
+    `now` is what templates take for the present.
     """
 
     def __init__(self, findings: Findings, now: datetime) -> None:
@@ -46,6 +47,7 @@ class ModelReader:
         self._now = now
         self._tokenizers: dict[Path, Tokenizer] = {}
         self.files: dict[str, str] = {}
+        self.num_shared: dict[str, int] = {}
 
     def student(self, student: Student) -> Dialect | None:
         """The student's dialect; None when a part of it is unusable."""
@@ -100,6 +102,8 @@ class ModelReader:
         script = self._script(teacher)
         if dialect is None or script is None:
             return None
+        if student is not None and teacher.name in self.num_shared:
+            self._check_shared(teacher, student, dialect)
         if student is not None and teacher.bridge is None and student.end_id not in dialect.closing_ids:
             self._findings.notes.append(
                 f"teacher '{teacher.name}' ends turns with {dialect.end_token!r}, the student with "
@@ -159,17 +163,47 @@ class ModelReader:
 
     def _compare(self, teacher: TeacherPlan, student: Tokenizer, own: Tokenizer, place: Keys) -> None:
         """Report a tokenizer that differs without a bridge; note a bridge that crosses nothing."""
-        difference = student.difference(own)
-        if difference is not None and teacher.bridge is None:
-            self._findings.report(
-                place,
-                f"the tokenizer differs from the student's: {difference}",
-                f"choose a teacher of the student's family, or say how to learn from this one: "
-                f"`bridge: {KINDS[0]}` at teachers.{teacher.name} (or {', '.join(KINDS[1:])})",
-            )
-        elif difference is None and teacher.bridge is not None:
+        if teacher.bridge is not None:
+            if student.difference(own) is None:
+                self._findings.notes.append(
+                    f"teacher '{teacher.name}' has the student's tokenizer: "
+                    "it teaches exactly without a bridge"
+                )
+            return
+        shared = student.num_shared(own)
+        if shared is None:
+            self._report_difference(teacher, place, f"the student's: {student.difference(own)}")
+        else:
+            self.num_shared[teacher.name] = shared
+
+    def _report_difference(self, teacher: TeacherPlan, place: Keys, what: str) -> None:
+        self._findings.report(
+            place,
+            f"the tokenizer differs from {what}",
+            f"choose a teacher of the student's family, or say how to learn from this one: "
+            f"`bridge: {KINDS[0]}` at teachers.{teacher.name} (or {', '.join(KINDS[1:])})",
+        )
+
+    def _check_shared(self, teacher: TeacherPlan, student: Dialect, own: Dialect) -> None:
+        """Report an end token that only one of two tokenizers has; note other tokens that only one has."""
+        num = min(self.num_shared[teacher.name], student.vocab_size, own.vocab_size)
+        self.num_shared[teacher.name] = num
+        ends = [d.end_token for d in (student, own) if d.end_id >= num]
+        if ends:
+            place = ("teachers", teacher.name, "card")
+            what = f"the student's in added tokens, and one of them ends responses: {ends[0]!r}"
+            self._report_difference(teacher, place, what)
+            return
+        theirs, mine = (d.tokenizer.added_from(num) if d.vocab_size > num else () for d in (own, student))
+        if theirs:
             self._findings.notes.append(
-                f"teacher '{teacher.name}' has the student's tokenizer: it teaches exactly without a bridge"
+                f"teacher '{teacher.name}' has {_tokens(theirs)} that the student does not have: its "
+                f"distributions are those over the {num} ids that both have, without these"
+            )
+        if mine:
+            self._findings.notes.append(
+                f"the student has {_tokens(mine)} that teacher '{teacher.name}' does not have: rollouts and "
+                f"losses are over the {num} ids that both have, without these; evaluation has all"
             )
 
     def _model(self, place: Keys, folder: Path) -> ModelFacts | None:
@@ -217,7 +251,8 @@ class ModelReader:
         return self._tokenizers[folder]
 
     def _fits(self, place: Keys, folder: Path, tokenizer: Tokenizer, facts: ModelFacts) -> bool:
-        if tokenizer.vocab_size <= facts.vocab_rows:
+        """Whether the head has a row for every id, a few added tokens apart, of which texts are kept free."""
+        if tokenizer.added_from(facts.vocab_rows) is not None:
             return True
         self._findings.report(
             place,
@@ -271,25 +306,32 @@ class ModelReader:
             "correct the template",
         )
         eos_ids = ends or _configured(facts, tokenizer)
-        unknown = [i for i in eos_ids if i >= tokenizer.vocab_size]
+        vocab_size = min(tokenizer.vocab_size, facts.vocab_rows)
+        unknown = [i for i in eos_ids if i >= vocab_size]
         if unknown:
             self._findings.report(
                 place,
-                f"{facts.folder}: eos_token_id {unknown[0]} does not exist, the tokenizer has "
-                f"{tokenizer.vocab_size} ids",
+                f"{facts.folder}: eos_token_id {unknown[0]} does not exist, the model has {vocab_size} ids",
                 "correct it in generation_config.json, or in config.json where there is none",
             )
             return None
         if compiled is None:
             return None
         written = turn_end(tokenizer, compiled, eos_ids) if ends is None else None
-        added = () if written is None or written in eos_ids else (written,)
-        return Dialect(tokenizer, compiled, (*eos_ids, *added), facts.max_positions)
+        added = () if written is None or written in eos_ids or written >= vocab_size else (written,)
+        return Dialect(tokenizer, compiled, vocab_size, (*eos_ids, *added), facts.max_positions)
 
 
 def _configured(facts: ModelFacts, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The end tokens that a model's configuration names, as transformers' generate takes them, else EOS."""
     return facts.eos_ids or (tokenizer.eos_id,)
+
+
+def _tokens(texts: Sequence[str]) -> str:
+    """`2 tokens ('<think>', '</think>')`; of many, the first."""
+    more = f", and {len(texts) - 3} more" if len(texts) > 3 else ""
+    named = ", ".join(map(repr, texts[:3]))
+    return f"{len(texts)} {'token' if len(texts) == 1 else 'tokens'} ({named}{more})"
 
 
 def check_student_folder(folder: Path, student: Dialect) -> None:
@@ -299,7 +341,7 @@ def check_student_folder(folder: Path, student: Dialect) -> None:
     """
     facts, checkpoint = ModelFacts.read(folder), Checkpoint.open(folder)
     head_tensor(facts, checkpoint)
-    num_ids = student.tokenizer.vocab_size
+    num_ids = student.vocab_size
     if facts.vocab_rows < num_ids:
         raise ModelError(
             f"{folder}: the model has {facts.vocab_rows} ids, the student's tokenizer {num_ids}; "

@@ -89,7 +89,8 @@ def speak(folder: Path) -> Callable[..., Dialect]:
 
     def make(template: str, eos: Sequence[str] = ("<|im_end|>",)) -> Dialect:
         compiled = ChatTemplate(template, tokenizer.special_tokens, name="t.jinja")
-        return Dialect(tokenizer, compiled, tuple(tokenizer.encode(e)[0] for e in eos), 4096)
+        ends = tuple(tokenizer.encode(e)[0] for e in eos)
+        return Dialect(tokenizer, compiled, tokenizer.vocab_size, ends, 4096)
 
     return make
 
