@@ -20,7 +20,7 @@ from mergeopd.engine.observing import Observed, kept
 from mergeopd.engine.outcomes import outcomes
 from mergeopd.engine.run_folder import RunFolder
 from mergeopd.engine.samples import SampleTaker, choose, is_due
-from mergeopd.engine.schedule import RoundWork, UpdateWork, learning_rate
+from mergeopd.engine.schedule import RoundWork, UpdateWork, clip_factor, learning_rate
 from mergeopd.engine.scoring import ScoredRound, rewards, score
 from mergeopd.engine.state import Progress, phase_at
 from mergeopd.engine.tasks import Task, plan_round
@@ -202,6 +202,7 @@ class Merge:
                 seconds=self._clock.lap(),
                 teacher_bytes_read=parts.bytes_read(),
                 policy=stats.policy(scored.outcomes.silent_fraction),
+                clip_factor=clip_factor(grad_norm, self._plan.optimizer.clip_grad),
             )
         )
         tokenizer = parts.inputs.student.tokenizer

@@ -86,7 +86,7 @@ class DomainStats:
     """One domain in one update.
 
     Tokens are those in the loss. `mean_length` is in tokens, `token_share` of the update's tokens, `weight`
-    the balance factor.
+    the balance factor. `loss_share` is its part of the tokens' absolute losses, None where all are zero.
     `nll` is the mean of -logprob_S of the text, whoever wrote it; `reward` the mean over answers that were
     checked; `truncated_fraction` the share of answers that ended at the length limit.
     """
@@ -100,6 +100,7 @@ class DomainStats:
     entropy_S: float
     truncated_fraction: float
     reward: float | None = None
+    loss_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +125,11 @@ class PolicyStats:
 class UpdateDone:
     """One optimizer update. `update` counts over the run from 1, `round` over the run from 0.
 
-    `num_tokens` are response tokens in the loss, `grad_norm` is before clipping, `on_policy_fraction` the
-    share of answers that the student wrote. `seconds` maps `rollout`, `teachers`, `update` (and `text`, once
-    a phase) to the wall time spent since the last update, so a round's rollout counts to its first update.
-    `teacher_bytes_read` counts from the start of the process; `policy` is None without policy terms.
+    `num_tokens` are response tokens in the loss, `grad_norm` is before clipping, `clip_factor` what clipping
+    multiplied the gradient with (1: it was not clipped), `on_policy_fraction` the share of answers that the
+    student wrote. `seconds` maps `rollout`, `teachers`, `update` (and `text`, once a phase) to the wall time
+    spent since the last update, so a round's rollout counts to its first update. `teacher_bytes_read` counts
+    from the start of the process; `policy` is None without policy terms.
     """
 
     update: int
@@ -143,6 +145,7 @@ class UpdateDone:
     seconds: Mapping[str, float]
     teacher_bytes_read: int = 0
     policy: PolicyStats | None = None
+    clip_factor: float = 1.0
 
     @property
     def step_s(self) -> float:
