@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from mergeopd.data.own_prompts import SAME, Script
@@ -56,6 +56,12 @@ class Dialect:
     def end_token(self) -> str:
         """The text of `end_id`."""
         return self.tokenizer.decode([self.end_id], skip_special_tokens=False)
+
+    @property
+    def as_measured(self) -> Dialect:
+        """Without a prompt of its own that shows more of a row (its reference) than the student sees."""
+        own = self.script.prompt
+        return self if own is None or not own.fields else replace(self, script=Script(self.script.system))
 
     def text(self, prompt: Prompt) -> str:
         """The text up to where the answer begins. Raises DataError when a template refuses the prompt."""

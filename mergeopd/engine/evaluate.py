@@ -64,7 +64,7 @@ class Evaluation:
             self._measure(_Contestant("base", writer, self._inputs.student), domains, result)
         for name in sorted(set(self._plan.experts.values())):
             own = [d for d in domains if self._plan.experts[d] == name]
-            dialect = self._inputs.teachers[name]
+            dialect = self._inputs.teachers[name].as_measured
             with self._model(Path(self._inputs.plan.teachers[name].model), dialect) as writer:
                 self._measure(_Contestant("expert", writer, dialect), own, result)
         self._measure_average(base, domains, result)

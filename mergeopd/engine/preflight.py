@@ -128,10 +128,8 @@ class _Check:
             self._cross(found.teachers[name], dialect)
         for index, source in found.sources.items():
             self._read(("prompts", index), source, tuple(source.teachers), self.prompts)
-        measured = None if found.plan is None else found.plan.evaluation
         for index, source in found.eval_sources.items():
-            experts = () if measured is None else (measured.experts[source.domain],)
-            self._read(("evaluation", "prompts", index), source, experts, self.evaluation)
+            self._read(("evaluation", "prompts", index), source, (), self.evaluation)
         if found.plan is not None:
             self._check_training(found.plan)
             self._check_evaluation(found.plan)
@@ -232,13 +230,21 @@ class _Check:
     def _check_evaluation(self, plan: Plan) -> None:
         if plan.evaluation is None:
             return
+        for name in sorted(set(plan.evaluation.experts.values()) & self.teachers.keys()):
+            own = self.teachers[name].script.prompt
+            if own is not None and own.fields:
+                self.findings.notes.append(
+                    f"expert '{name}' is measured with the prompt that the student sees: its own shows "
+                    f"{joined([repr(field) for field in sorted(own.fields)], 'and')} of each row"
+                )
         own_limit = plan.evaluation.max_new_tokens != plan.rollout.max_new_tokens
         limit_place: Keys = ("evaluation" if own_limit else "rollout", "max_new_tokens")
         room = Room(plan.evaluation.max_new_tokens, limit_place)
         trained = {p.messages for prompts in self.prompts.values() for p in prompts}
         for index, source in enumerate(plan.evaluation.sources):
             prompts = self.evaluation.get(source.name, ())
-            readers = self._readers((plan.evaluation.experts[source.domain],))
+            expert = plan.evaluation.experts[source.domain]
+            readers = {who: dialect.as_measured for who, dialect in self._readers((expert,)).items()}
             check_lengths(self.findings, ("evaluation", "prompts", index), source, prompts, readers, room)
             num_seen = sum(prompt.messages in trained for prompt in prompts)
             if num_seen:

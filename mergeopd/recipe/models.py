@@ -153,7 +153,7 @@ class TeacherRef(Strict):
         default=None,
         description="Jinja template of the last user message as only this teacher sees it; `prompt` is the "
         "message's text, `reference` the row's reference, any other name a field of the row, which every row "
-        "must have",
+        "must have. Evaluation does not use one that shows more than `prompt`",
     )
 
     bridge: BridgeOrKind | None = Field(
