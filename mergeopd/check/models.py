@@ -13,7 +13,7 @@ from mergeopd.check.parallelism import check_backend
 from mergeopd.check.problems import Findings
 from mergeopd.config.tree import Keys
 from mergeopd.data.chat_template import ChatTemplate
-from mergeopd.data.renderer import Dialect
+from mergeopd.data.renderer import Dialect, turn_end
 from mergeopd.data.teacher_prompt import PromptTemplate, Script
 from mergeopd.errors import DataError, ModelError, TokenizerError
 from mergeopd.messages import shown
@@ -38,8 +38,9 @@ TOKENIZER_FILES = (
 class ModelReader:
     """Reads how each model of a recipe speaks; what is wrong goes to `findings`.
 
-    `files` maps model folders to digests of their weights, and the small files that were read to digests of
-    their bytes. `now` is what templates take for the present.
+    `num_shared` has how many ids, from 0 on, a teacher without a bridge shares with the student. `files` maps
+    model folders to digests of their weights, and the small files that were read to digests of their bytes.
+    `now` is what templates take for the present.
     """
 
     def __init__(self, findings: Findings, now: datetime) -> None:
@@ -47,6 +48,7 @@ class ModelReader:
         self._now = now
         self._tokenizers: dict[Path, Tokenizer] = {}
         self.files: dict[str, str] = {}
+        self.num_shared: dict[str, int] = {}
 
     def student(self, student: Student) -> Dialect | None:
         """The student's dialect; None when a part of it is unusable."""
@@ -57,7 +59,40 @@ class ModelReader:
             check_backend(self._findings, student, facts)
         if facts is None or tokenizer is None or not self._fits(place, folder, tokenizer, facts):
             return None
-        return self._dialect(facts, tokenizer, place, self._own_template(place, folder, tokenizer))
+        if student.template is None:
+            template = self._own_template(place, folder, tokenizer)
+        else:
+            place, template = ("student", "template"), self._file_template(("student",), student.template)
+        if student.end_tokens is None:
+            dialect = self._dialect(facts, tokenizer, place, template)
+            if dialect is not None:
+                self._note_ends(facts, dialect)
+            return dialect
+        ends = self._ends(student.end_tokens, tokenizer)
+        return None if ends is None else self._dialect(facts, tokenizer, place, template, ends)
+
+    def _ends(self, tokens: Sequence[str], tokenizer: Tokenizer) -> tuple[int, ...] | None:
+        """Ids of the end tokens that a recipe names; None where one does not exist."""
+        ids = []
+        for index, token in enumerate(tokens):
+            found = tokenizer.encode(token)
+            if len(found) != 1:
+                self._findings.report(
+                    ("student", "end_tokens", index),
+                    f"{token!r} is not one token of {shown(tokenizer.folder)}, but {len(found)}",
+                    "name a token of its tokenizer.json",
+                )
+                return None
+            ids += found
+        return tuple(dict.fromkeys(ids))
+
+    def _note_ends(self, facts: ModelFacts, student: Dialect) -> None:
+        """Note an end token that the template alone names."""
+        if student.end_id not in _configured(facts, student.tokenizer):
+            self._findings.notes.append(
+                f"the student's chat template ends turns with {student.end_token!r}, which its "
+                "generation_config.json does not name: its responses end there too, and the export names it"
+            )
 
     def teacher(self, teacher: TeacherPlan, student: Dialect | None) -> Dialect | None:
         """A teacher's dialect; its tokenizer must cut every text into the ids that the student's gives.
@@ -68,6 +103,14 @@ class ModelReader:
         script = self._script(teacher)
         if dialect is None or script is None:
             return None
+        if student is not None and teacher.name in self.num_shared:
+            self._check_shared(teacher, student, dialect)
+        if student is not None and teacher.bridge is None and student.end_id not in dialect.closing_ids:
+            self._findings.notes.append(
+                f"teacher '{teacher.name}' ends turns with {dialect.end_token!r}, the student with "
+                f"{student.end_token!r}: the token that ends a response is left out of this teacher's terms; "
+                "`student.template` can give the student the teacher's chat template"
+            )
         if script.system is not None:
             self._hear(("teachers", teacher.name, "system"), dialect.template, script.system)
         return replace(dialect, script=script)
@@ -114,24 +157,54 @@ class ModelReader:
         if teacher.template is None:
             template_place, template = tokenizer_place, self._own_template(tokenizer_place, folder, tokenizer)
         else:
-            template_place, template = (*card, "template"), self._card_template(card, teacher.template)
+            template_place, template = (*card, "template"), self._file_template(card, teacher.template)
         if facts is None or not fits:
             return None
         return self._dialect(facts, tokenizer, template_place, template)
 
     def _compare(self, teacher: TeacherPlan, student: Tokenizer, own: Tokenizer, place: Keys) -> None:
         """Report a tokenizer that differs without a bridge; note a bridge that crosses nothing."""
-        difference = student.difference(own)
-        if difference is not None and teacher.bridge is None:
-            self._findings.report(
-                place,
-                f"the tokenizer differs from the student's: {difference}",
-                f"choose a teacher of the student's family, or say how to learn from this one: "
-                f"`bridge: {KINDS[0]}` at teachers.{teacher.name} (or {', '.join(KINDS[1:])})",
-            )
-        elif difference is None and teacher.bridge is not None:
+        if teacher.bridge is not None:
+            if student.difference(own) is None:
+                self._findings.notes.append(
+                    f"teacher '{teacher.name}' has the student's tokenizer: "
+                    "it teaches exactly without a bridge"
+                )
+            return
+        shared = student.num_shared(own)
+        if shared is None:
+            self._report_difference(teacher, place, f"the student's: {student.difference(own)}")
+        else:
+            self.num_shared[teacher.name] = shared
+
+    def _report_difference(self, teacher: TeacherPlan, place: Keys, what: str) -> None:
+        self._findings.report(
+            place,
+            f"the tokenizer differs from {what}",
+            f"choose a teacher of the student's family, or say how to learn from this one: "
+            f"`bridge: {KINDS[0]}` at teachers.{teacher.name} (or {', '.join(KINDS[1:])})",
+        )
+
+    def _check_shared(self, teacher: TeacherPlan, student: Dialect, own: Dialect) -> None:
+        """Report an end token that only one of two tokenizers has; note other tokens that only one has."""
+        num = min(self.num_shared[teacher.name], student.vocab_size, own.vocab_size)
+        self.num_shared[teacher.name] = num
+        ends = [d.end_token for d in (student, own) if d.end_id >= num]
+        if ends:
+            place = ("teachers", teacher.name, "card")
+            what = f"the student's in added tokens, and one of them ends responses: {ends[0]!r}"
+            self._report_difference(teacher, place, what)
+            return
+        theirs, mine = (d.tokenizer.added_from(num) if d.vocab_size > num else () for d in (own, student))
+        if theirs:
             self._findings.notes.append(
-                f"teacher '{teacher.name}' has the student's tokenizer: it teaches exactly without a bridge"
+                f"teacher '{teacher.name}' has {_tokens(theirs)} that the student does not have: its "
+                f"distributions are those over the {num} ids that both have, without these"
+            )
+        if mine:
+            self._findings.notes.append(
+                f"the student has {_tokens(mine)} that teacher '{teacher.name}' does not have: rollouts and "
+                f"losses are over the {num} ids that both have, without these; evaluation has all"
             )
 
     def _model(self, place: Keys, folder: Path) -> ModelFacts | None:
@@ -180,7 +253,8 @@ class ModelReader:
         return self._tokenizers[folder]
 
     def _fits(self, place: Keys, folder: Path, tokenizer: Tokenizer, facts: ModelFacts) -> bool:
-        if tokenizer.vocab_size <= facts.vocab_rows:
+        """Whether the head has a row for every id, a few added tokens apart, of which texts are kept free."""
+        if tokenizer.added_from(facts.vocab_rows) is not None:
             return True
         self._findings.report(
             place,
@@ -196,13 +270,14 @@ class ModelReader:
         if tokenizer.chat_template is not None:
             config = shown(folder / "tokenizer_config.json")
             return tokenizer.chat_template, shown(file) if file.is_file() else f"{config}, chat_template"
-        remedy = f"add {shown(file)}"
-        if place[0] == "teachers":
-            remedy += ", or name one in the card (`template: FILE.jinja`)"
+        where, key = ("card", "template") if place[0] == "teachers" else ("recipe", "student.template")
+        remedy = f"add {shown(file)}, or name one in the {where} (`{key}: FILE.jinja`)"
         self._findings.report(place, f"{folder}: has no chat template to write prompts with", remedy)
         return None
 
-    def _card_template(self, card: Keys, file: str) -> tuple[str, str] | None:
+    def _file_template(self, place: Keys, file: str) -> tuple[str, str] | None:
+        """A template that a card or recipe names at `place`, and its name."""
+
         def read() -> str:
             try:
                 self.files[file] = file_digest(Path(file))
@@ -212,12 +287,18 @@ class ModelReader:
                     f"{file}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8"
                 ) from error
 
-        text = self._findings.attempt((*card, "template"), read)
+        text = self._findings.attempt((*place, "template"), read)
         return None if text is None else (text, shown(Path(file)))
 
     def _dialect(
-        self, facts: ModelFacts, tokenizer: Tokenizer, place: Keys, template: tuple[str, str] | None
+        self,
+        facts: ModelFacts,
+        tokenizer: Tokenizer,
+        place: Keys,
+        template: tuple[str, str] | None,
+        ends: tuple[int, ...] | None = None,
     ) -> Dialect | None:
+        """Responses end at `ends`; by default where the configuration says, or as the template ends turns."""
         if template is None:
             return None
         text, name = template
@@ -226,18 +307,33 @@ class ModelReader:
             lambda: ChatTemplate(text, tokenizer.special_tokens, name=name, now=lambda: self._now),
             "correct the template",
         )
-        # As in transformers' generate, the model's configuration decides which tokens end an answer.
-        eos_ids = facts.eos_ids or (tokenizer.eos_id,)
-        unknown = [i for i in eos_ids if i >= tokenizer.vocab_size]
+        eos_ids = ends or _configured(facts, tokenizer)
+        vocab_size = min(tokenizer.vocab_size, facts.vocab_rows)
+        unknown = [i for i in eos_ids if i >= vocab_size]
         if unknown:
             self._findings.report(
                 place,
-                f"{facts.folder}: eos_token_id {unknown[0]} does not exist, the tokenizer has "
-                f"{tokenizer.vocab_size} ids",
+                f"{facts.folder}: eos_token_id {unknown[0]} does not exist, the model has {vocab_size} ids",
                 "correct it in generation_config.json, or in config.json where there is none",
             )
             return None
-        return None if compiled is None else Dialect(tokenizer, compiled, eos_ids, facts.max_positions)
+        if compiled is None:
+            return None
+        written = turn_end(tokenizer, compiled, eos_ids) if ends is None else None
+        added = () if written is None or written in eos_ids or written >= vocab_size else (written,)
+        return Dialect(tokenizer, compiled, vocab_size, (*eos_ids, *added), facts.max_positions)
+
+
+def _configured(facts: ModelFacts, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The end tokens that a model's configuration names, as transformers' generate takes them, else EOS."""
+    return facts.eos_ids or (tokenizer.eos_id,)
+
+
+def _tokens(texts: Sequence[str]) -> str:
+    """`2 tokens ('<think>', '</think>')`; of many, the first."""
+    more = f", and {len(texts) - 3} more" if len(texts) > 3 else ""
+    named = ", ".join(map(repr, texts[:3]))
+    return f"{len(texts)} {'token' if len(texts) == 1 else 'tokens'} ({named}{more})"
 
 
 def check_student_folder(folder: Path, student: Dialect) -> None:
@@ -247,7 +343,7 @@ def check_student_folder(folder: Path, student: Dialect) -> None:
     """
     facts, checkpoint = ModelFacts.read(folder), Checkpoint.open(folder)
     head_tensor(facts, checkpoint)
-    num_ids = student.tokenizer.vocab_size
+    num_ids = student.vocab_size
     if facts.vocab_rows < num_ids:
         raise ModelError(
             f"{folder}: the model has {facts.vocab_rows} ids, the student's tokenizer {num_ids}; "

@@ -19,6 +19,7 @@ from mergeopd.check.prompts import (
     check_lengths,
     check_ready_answers,
     check_references,
+    check_response_tokens,
     check_responses,
     check_verifier,
 )
@@ -42,14 +43,16 @@ if TYPE_CHECKING:
 class Inputs:
     """A plan that can work, with everything that was read to know so.
 
-    `crossings` has the teachers with a bridge, `prompts` and `evaluation` go by source name; `notes` are no
-    mistakes, but a person should know.
+    Distributions are over the first `vocab_size` ids: those of the student that every teacher without a
+    bridge has too. `crossings` has the teachers with a bridge, `prompts` and `evaluation` go by source name;
+    `notes` are no mistakes, but a person should know.
     `files` maps model folders and every smaller file that counts to digests of their contents. `now` is what
     templates take for the present: the start of the run, also when it goes on another day.
     """
 
     plan: Plan
     student: Dialect
+    vocab_size: int
     teachers: Mapping[str, Dialect]
     crossings: Mapping[str, Crossing]
     prompts: Mapping[str, tuple[Prompt, ...]]
@@ -74,6 +77,7 @@ def preflight(recipe: str | Path, overrides: Sequence[str] = ()) -> Inputs:
     return Inputs(
         plan=resolution.plan,
         student=check.student,
+        vocab_size=check.vocab_size(check.student),
         teachers=check.teachers,
         crossings=check.crossings,
         prompts=check.prompts,
@@ -119,16 +123,19 @@ class _Check:
             dialect = self.models.teacher(teacher, self.student)
             if dialect is not None:
                 self.teachers[name] = dialect
-                self._cross(teacher, dialect)
+        for name, dialect in self.teachers.items():
+            self._cross(found.teachers[name], dialect)
         for index, source in found.sources.items():
             self._read(("prompts", index), source, tuple(source.teachers), self.prompts)
-        measured = None if found.plan is None else found.plan.evaluation
         for index, source in found.eval_sources.items():
-            experts = () if measured is None else (measured.experts[source.domain],)
-            self._read(("evaluation", "prompts", index), source, experts, self.evaluation)
+            self._read(("evaluation", "prompts", index), source, (), self.evaluation)
         if found.plan is not None:
             self._check_training(found.plan)
             self._check_evaluation(found.plan)
+
+    def vocab_size(self, student: Dialect) -> int:
+        """How many ids, from 0 on, the student and every teacher without a bridge have."""
+        return min((student.vocab_size, *self.models.num_shared.values()))
 
     def _cross(self, teacher: TeacherPlan, dialect: Dialect) -> None:
         student, bridge = self.student, teacher.bridge
@@ -139,7 +146,7 @@ class _Check:
 
         crossing = self.findings.attempt(
             ("teachers", teacher.name, "bridge"),
-            lambda: Crossing.of(teacher.name, bridge, student, dialect),
+            lambda: Crossing.of(teacher.name, bridge, student, self.vocab_size(student), dialect),
             "choose a teacher of the student's family",
         )
         if crossing is not None:
@@ -198,6 +205,8 @@ class _Check:
             if with_responses and self.student is not None:
                 ready = check_ready_answers(self.findings, place, source, prompts, self.student)
                 prompts = tuple(prompt for prompt in prompts if prompt.key in ready.bounds)
+                num_ids = self.vocab_size(self.student)
+                check_response_tokens(self.findings, place, source, prompts, self.student, num_ids)
             room = Room(plan.rollout.max_new_tokens, ("rollout", "max_new_tokens"), ready)
             check_lengths(self.findings, place, source, prompts, self._readers(tuple(source.teachers)), room)
 
@@ -225,13 +234,21 @@ class _Check:
     def _check_evaluation(self, plan: Plan) -> None:
         if plan.evaluation is None:
             return
+        for name in sorted(set(plan.evaluation.experts.values()) & self.teachers.keys()):
+            own = self.teachers[name].script.prompt
+            if own is not None and own.fields:
+                self.findings.notes.append(
+                    f"expert '{name}' is measured with the prompt that the student sees: its own shows "
+                    f"{joined([repr(field) for field in sorted(own.fields)], 'and')} of each row"
+                )
         own_limit = plan.evaluation.max_new_tokens != plan.rollout.max_new_tokens
         limit_place: Keys = ("evaluation" if own_limit else "rollout", "max_new_tokens")
         room = Room(plan.evaluation.max_new_tokens, limit_place)
         trained = {p.messages for prompts in self.prompts.values() for p in prompts}
         for index, source in enumerate(plan.evaluation.sources):
             prompts = self.evaluation.get(source.name, ())
-            readers = self._readers((plan.evaluation.experts[source.domain],))
+            expert = plan.evaluation.experts[source.domain]
+            readers = {who: dialect.as_measured for who, dialect in self._readers((expert,)).items()}
             check_lengths(self.findings, ("evaluation", "prompts", index), source, prompts, readers, room)
             num_seen = sum(prompt.messages in trained for prompt in prompts)
             if num_seen:

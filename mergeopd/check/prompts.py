@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from mergeopd.check.problems import Findings
 from mergeopd.check.user_code import function_problem
 from mergeopd.config.tree import Keys
 from mergeopd.data.renderer import Dialect
-from mergeopd.data.trajectory import ready_answer, size_bound
+from mergeopd.data.trajectory import ready_answer, ready_text, size_bound
 from mergeopd.errors import DataError
 from mergeopd.messages import shown
 from mergeopd.recipe.plan import SourcePlan
@@ -112,6 +112,31 @@ def check_ready_answers(
     return ReadyAnswers(student, bounds)
 
 
+def check_response_tokens(
+    findings: Findings,
+    place: Keys,
+    source: SourcePlan,
+    prompts: Sequence[Prompt],
+    student: Dialect,
+    num_ids: int,
+) -> None:
+    """Ready answers may have the first `num_ids` ids alone, which every model of the run has."""
+    beyond = student.tokenizer.added_from(num_ids) or ()
+    if not beyond:
+        return
+    texts = ((prompt, ready_text(prompt, student)) for prompt in prompts)
+    found = [(prompt, token) for prompt, text in texts for token in beyond if token in text]
+    if found:
+        prompt, token = found[0]
+        count = _counted({p.key for p, _ in found}, prompts, "ready answer", "has", "have")
+        findings.report(
+            (*place, "source"),
+            f"{count} tokens that not every model of the run has: {_first(found)}{row_name(source, prompt)}: "
+            f"{token!r}",
+            "remove it, or choose teachers of the student's family",
+        )
+
+
 def check_crossed_responses(
     findings: Findings,
     place: Keys,
@@ -164,6 +189,7 @@ def check_lengths(
             template.source,
             *template.special_tokens.items(),
             id(dialect.tokenizer),
+            dialect.vocab_size,
             dialect.max_positions,
             dialect.script.system,
             dialect.script.prompt and dialect.script.prompt.source,
@@ -210,11 +236,16 @@ def _misfits(
     """Prompts that the template refuses, with the reason; prompts that are too long, with lengths."""
     refused: list[tuple[Prompt, str]] = []
     long: list[tuple[Prompt, int, int]] = []
+    beyond = dialect.tokenizer.added_from(dialect.vocab_size) or ()
     for prompt in prompts:
         try:
             text = dialect.text(prompt)
         except DataError as error:
             refused.append((prompt, str(error)))
+            continue
+        odd = next((token for token in beyond if token in text), None)
+        if odd is not None:
+            refused.append((prompt, f"has the token {odd!r}, for which the model has no row"))
             continue
         bound = 0 if room.ready is None else room.ready.bounds[prompt.key]
         # A token stands for a byte at least, so most texts are short enough at a glance.
@@ -229,13 +260,11 @@ def _misfits(
     return refused, long
 
 
-def _counted(
-    some: Sequence[object], of: Sequence[object], thing: str, one: str, many: str, plural: str = ""
-) -> str:
+def _counted(some: Sized, of: Sized, thing: str, one: str, many: str, plural: str = "") -> str:
     """`1 of 3 prompts is`, with the verbs `one` and `many`."""
     things = thing if len(of) == 1 else plural or f"{thing}s"
     return f"{len(some)} of {len(of)} {things} {one if len(some) == 1 else many}"
 
 
-def _first(some: Sequence[object]) -> str:
+def _first(some: Sized) -> str:
     return "" if len(some) == 1 else "first "

@@ -110,20 +110,27 @@ def ready_answer(prompt: Prompt, student: Dialect) -> ReadyAnswer:
     return ReadyAnswer(tuple(ids[:end]), tuple(trained[:end]))
 
 
+def ready_text(prompt: Prompt, student: Dialect) -> str:
+    """The ready answer as the student's template writes it; empty where there is none.
+
+    Raises DataError as `segments` does.
+    """
+    match prompt.response:
+        case None:
+            return ""
+        case str(text):
+            return text
+        case turns:
+            return "".join(piece.text for piece in segments(prompt.messages, turns, student.template))
+
+
 def size_bound(prompt: Prompt, student: Dialect) -> int:
     """The ready answer has at most so many tokens, told without encoding it; 0 where there is none.
 
     A token stands for a byte at least, and one may be added to end the answer. Raises DataError as `segments`
     does.
     """
-    match prompt.response:
-        case None:
-            return 0
-        case str(text):
-            return len(text.encode()) + 1
-        case turns:
-            pieces = segments(prompt.messages, turns, student.template)
-            return sum(len(piece.text.encode()) for piece in pieces) + 1
+    return 0 if prompt.response is None else len(ready_text(prompt, student).encode()) + 1
 
 
 def _turn_length(ids: Sequence[int], student: Dialect) -> int:

@@ -32,6 +32,7 @@ from mergeopd.engine.update import Updater
 from mergeopd.loss.cross_tokenizer import Bridge
 from mergeopd.loss.heads import Head
 from mergeopd.models.facts import ModelFacts
+from mergeopd.models.hf_folder import write_turns
 from mergeopd.models.weight_average import average
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
 from mergeopd.report.events import Reporter
@@ -71,7 +72,7 @@ def _local_engine(
     return LocalEngine(
         source,
         eos_ids=renderer.eos_ids,
-        decode=renderer.tokenizer.decode,
+        tokenizer=renderer.tokenizer,
         device=machine.device,
         seed=inputs.plan.seed,
         batch_size=batch_size,
@@ -146,7 +147,7 @@ def build(
     guard = StopGuard(interrupt, ranks)
     stages = Stages(reporter, clock, ranks, guard)
     engine = engines[plan.rollout.engine](student, inputs.student, inputs, machine, plan.rollout.batch_size)
-    vocab = None if len(student.vocab) == inputs.student.tokenizer.vocab_size else student.vocab
+    vocab = None if len(student.vocab) == inputs.vocab_size else student.vocab
     pipeline = SynchronousPipeline(
         plan,
         draw=PromptDraw(inputs.prompts, {s.name: s.share for s in plan.sources}, plan.seed),
@@ -165,7 +166,7 @@ def build(
         ),
         rewards=Rewards(
             build_verifiers(plan.sources, plan, ranks),
-            inputs.student.tokenizer.decode,
+            inputs.student.tokenizer,
             plan.rollout.stop,
             ranks,
             stages,
@@ -189,6 +190,7 @@ def build(
         plan,
         student=student,
         tokenizer=inputs.student.tokenizer,
+        vocab_size=inputs.vocab_size,
         device=machine.device,
         bytes_read=partial(_bytes_read, teachers, machine),
         ranks=ranks,
@@ -206,6 +208,7 @@ def build(
         evaluate=None
         if plan.evaluation is None
         else build_evaluation(inputs, plan.evaluation, machine, stages).run,
+        write_turns=partial(_write_turns, inputs),
         stop=guard,
         stages=stages,
         ranks=ranks,
@@ -218,7 +221,7 @@ def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, sta
 
     @contextmanager
     def open_model(folder: Path, renderer: Dialect) -> Iterator[RolloutEngine]:
-        source = TeacherSource(folder, inputs.plan.student.dtype, renderer.tokenizer.vocab_size)
+        source = TeacherSource(folder, inputs.plan.student.dtype, renderer.vocab_size)
         store = TeacherStore({"model": source}, machine.device)
         with store.open("model") as model:
             head = store.head("model")
@@ -226,14 +229,14 @@ def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, sta
 
     @contextmanager
     def open_average(base: Path, experts: Sequence[Path]) -> Iterator[RolloutEngine]:
-        num_valid, facts = inputs.student.tokenizer.vocab_size, ModelFacts.read(base)
-        model = average(base, experts, num_valid, machine.device)
+        facts = ModelFacts.read(base)
+        model = average(base, experts, inputs.vocab_size, machine.device)
         head = Head(
             weight=model.get_parameter(facts.embedding_name if facts.tied else facts.head_name),
             bias=model.get_parameter(facts.head_bias_name) if facts.head_bias_name else None,
             scale=facts.logit_scale,
             softcap=facts.softcap,
-            num_valid=num_valid,
+            num_valid=inputs.student.vocab_size,
         )
         yield engine(FixedWeights(model.base_model, lambda: head), inputs.student)
 
@@ -254,8 +257,14 @@ def build_verifiers(sources: Sequence[SourcePlan], plan: Plan, ranks: Ranks) -> 
     return Verifiers(specs, plan.allow_code, plan.threads // ranks.num_local)
 
 
+def _write_turns(inputs: Inputs, folder: Path) -> None:
+    """Write the student's end tokens, and the recipe's chat template, into an exported folder."""
+    student, own = inputs.student, inputs.plan.student.template
+    write_turns(folder, student.eos_ids, None if own is None else student.template.source)
+
+
 def _student(inputs: Inputs, machine: Machine) -> Student:
-    plan, num_valid = inputs.plan, inputs.student.tokenizer.vocab_size
+    plan, num_valid = inputs.plan, inputs.vocab_size
     folder, dtype, device = Path(plan.student.model), plan.student.dtype, machine.device
     if plan.student.backend == "torch":
         return TorchStudent(folder, dtype=dtype, num_valid=num_valid, optimizer=plan.optimizer, device=device)
@@ -283,7 +292,7 @@ def _teachers(
 ) -> dict[str, Teacher]:
     """The recipe's teachers, whose weights are read by one store."""
     plans = {name: teacher for name, teacher in inputs.plan.teachers.items() if name not in skip}
-    sources = {name: _source(teacher, inputs.teachers[name], snapshots) for name, teacher in plans.items()}
+    sources = {name: _source(teacher, inputs, snapshots) for name, teacher in plans.items()}
     store = TeacherStore(sources, machine.device, _reader(machine))
 
     def make_engine(name: str, source: WeightSource) -> RolloutEngine:
@@ -302,9 +311,11 @@ def _teachers(
     }
 
 
-def _source(teacher: TeacherPlan, renderer: Dialect, snapshots: Past) -> TeacherSource:
+def _source(teacher: TeacherPlan, inputs: Inputs, snapshots: Past) -> TeacherSource:
     follower = None if teacher.moving is None else snapshots.followers[teacher.moving]
-    return TeacherSource(Path(teacher.model), teacher.dtype, renderer.tokenizer.vocab_size, follower)
+    is_crossed = teacher.name in inputs.crossings
+    num_valid = inputs.teachers[teacher.name].vocab_size if is_crossed else inputs.vocab_size
+    return TeacherSource(Path(teacher.model), teacher.dtype, num_valid, follower)
 
 
 def _reader(machine: Machine) -> Reader:

@@ -70,10 +70,6 @@ class Evaluation:
             return self._run(merged)
 
     def _run(self, merged: Path) -> Accuracies:
-        with self._verifiers:
-            return self._run(merged)
-
-    def _run(self, merged: Path) -> Accuracies:
         domains = sorted({source.domain for source in self._plan.sources})
         kinds = ("base", "expert", "weight_average", "merged")
         result: Accuracies = {d: dict.fromkeys(kinds) for d in domains}
@@ -83,7 +79,7 @@ class Evaluation:
             self._measure(_Contestant("base", engine, student), domains, result)
         for name in sorted(set(self._plan.experts.values())):
             own = [d for d in domains if self._plan.experts[d] == name]
-            renderer = self._inputs.teachers[name]
+            renderer = self._inputs.teachers[name].as_measured
             with self._open_model(Path(self._inputs.plan.teachers[name].model), renderer) as engine:
                 self._measure(_Contestant("expert", engine, renderer), own, result)
         self._measure_average(base, domains, result)
@@ -121,14 +117,14 @@ class Evaluation:
         on_progress = self._stages.begin(
             "evaluation", f"{contestant.kind} on {source.domain}", len(prompts), "responses"
         )
-        decode = contestant.renderer.tokenizer.decode
+        tokenizer = contestant.renderer.tokenizer
         requests = [GenerationRequest(p.key, 0, contestant.renderer.render(p)) for p in prompts]
         greedy = Sampling(0.0, 1.0, self._plan.max_new_tokens, stop)
         completions = contestant.engine.submit(requests, greedy).wait(on_progress)
         submissions = [
             Submission(
                 source.name,
-                response_text(completion.response_ids, decode, stop),
+                response_text(completion.response_ids, tokenizer, stop),
                 prompt.reference,
                 truncated=completion.finish == "length",
             )

@@ -36,7 +36,8 @@ UPDATE_LIMIT = "--updates"  # who asked a run to stop, where that was its own li
 class Trainer:
     """One run of a plan, from wherever its folder stands to its end.
 
-    `evaluate` measures an exported student; None where the recipe measures nothing.
+    `evaluate` measures an exported student; None where the recipe measures nothing. `write_turns` writes the
+    end tokens and the chat template into an exported folder.
     """
 
     plan: Plan
@@ -50,6 +51,7 @@ class Trainer:
     evaluate: Evaluate | None
     stop: StopGuard
     stages: Stages
+    write_turns: Callable[[Path], None]
     ranks: Ranks
 
     def run(self, progress: Progress, max_updates: int | None) -> None:
@@ -152,6 +154,8 @@ class Trainer:
             reporter.emit(StageStarted("export", "the student as a Hugging Face folder"))
             with written_by_first(folder.export, self.ranks) as target:
                 self.student.export(target)
+                if self.ranks.is_first:
+                    self.write_turns(target)
         document = None
         if self.evaluate is not None:
             self._release_training()

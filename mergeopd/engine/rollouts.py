@@ -9,6 +9,7 @@ from mergeopd.data.trajectory import ready_answer
 from mergeopd.distributed.ranks import Ranks, spread
 from mergeopd.engine.progress import Task
 from mergeopd.engine.stages import Stages
+from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.recipe.training import LocalRollout
 from mergeopd.report.events import Note
 from mergeopd.reward.grading import Submission, Verifiers
@@ -87,13 +88,13 @@ class Rewards:
     def __init__(
         self,
         verifiers: Verifiers,
-        decode: Callable[[Sequence[int]], str],
+        tokenizer: Tokenizer,
         stop: Sequence[str],
         ranks: Ranks,
         stages: Stages,
     ) -> None:
         self._verifiers = verifiers
-        self._decode = decode
+        self._tokenizer = tokenizer
         self._stop = stop
         self._ranks = ranks
         self._stages = stages
@@ -129,7 +130,7 @@ class Rewards:
     def _submission(self, rollout: Rollout) -> Submission:
         return Submission(
             rollout.prompt.source,
-            response_text(rollout.response_ids, self._decode, self._stop),
+            response_text(rollout.response_ids, self._tokenizer, self._stop),
             rollout.prompt.reference,
             truncated=rollout.finish == "length",
         )
@@ -150,10 +151,18 @@ def _nothing(num_own: int) -> None:
     pass
 
 
-def response_text(
-    response_ids: Sequence[int], decode: Callable[[Sequence[int]], str], stop: Sequence[str]
-) -> str:
-    """A response as a person reads it: special tokens removed, cut at the first stop text."""
-    text = decode(response_ids)
-    cuts = [text.find(s) for s in stop if s in text]
-    return text[: min(cuts)] if cuts else text
+def response_text(response_ids: Sequence[int], tokenizer: Tokenizer, stop: Sequence[str]) -> str:
+    """A response as a person reads it: cut at the first stop text, special tokens removed.
+
+    Stop texts may hold special tokens, so they are looked for before those are removed.
+    """
+    whole = tokenizer.decode(response_ids, skip_special_tokens=False)
+    cuts = [found for text in stop if (found := whole.find(text)) >= 0]
+    if not cuts:
+        return tokenizer.decode(response_ids)
+    # A stop text mostly ends the response, so the last whole token before it is near the end.
+    num, before = len(response_ids), whole
+    while len(before) > min(cuts):
+        num -= 1
+        before = tokenizer.decode(response_ids[:num], skip_special_tokens=False)
+    return tokenizer.decode(response_ids[:num]) + whole[len(before) : min(cuts)]

@@ -132,3 +132,8 @@ def learning_rate(
     progress = (update - warmup) / (total - warmup)
     remaining = 1.0 - progress if shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
     return peak * (final_fraction + (1.0 - final_fraction) * remaining)
+
+
+def clip_factor(grad_norm: float, limit: float | None) -> float:
+    """What a gradient of this norm is multiplied with so that its norm is at most `limit`, as in torch."""
+    return 1.0 if limit is None else min(1.0, limit / (grad_norm + 1e-6))

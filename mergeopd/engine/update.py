@@ -16,7 +16,7 @@ from mergeopd.batch.records import PreparedUpdate
 from mergeopd.distributed.ranks import Ranks
 from mergeopd.engine.progress import Progress
 from mergeopd.engine.samples import SampleTaker, choose, is_due
-from mergeopd.engine.schedule import UpdateWork, learning_rate
+from mergeopd.engine.schedule import UpdateWork, clip_factor, learning_rate
 from mergeopd.engine.score import ScoredRound
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.targets import TeacherTargets
@@ -40,6 +40,7 @@ class Updater:
         *,
         student: Trainable,
         tokenizer: Tokenizer,
+        vocab_size: int,
         device: torch.device,
         bytes_read: Callable[[], int],
         ranks: Ranks,
@@ -48,6 +49,7 @@ class Updater:
         self._plan = plan
         self._student = student
         self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
         self._device = device
         self._bytes_read = bytes_read
         self._ranks = ranks
@@ -71,7 +73,7 @@ class Updater:
             samples = SampleTaker(choose(rollouts, update.rollouts) if due else (), objective)
             packs = update.packs[self._student.placement.dp_rank]
             stats = self.accumulate(objective, prepared, packs, scored.targets, samples, stages)
-            stats.refuse_uniform_teachers(self._tokenizer.vocab_size)
+            stats.refuse_uniform_teachers(self._vocab_size)
             grad_norm = self._student.optimizer_step(lr)
         num_on_policy = sum(rollouts[i].origin == "student" for i in update.rollouts)
         stages.reporter.emit(
@@ -89,6 +91,7 @@ class Updater:
                 seconds=stages.clock.lap(),
                 teacher_bytes_read=self._bytes_read(),
                 policy=stats.policy(scored.outcomes.zero_advantage_fraction),
+                clip_factor=clip_factor(grad_norm, self._plan.optimizer.clip_grad),
                 verifier_failures=collected.num_failures(update.rollouts),
             )
         )

@@ -91,12 +91,13 @@ class UpdateStats:
             micro.rollouts,
             torch.split(stats.logprob_S, sizes),
             torch.split(stats.entropy_S, sizes),
+            torch.split(stats.loss.abs(), sizes),
             strict=True,
         )
-        for index, logprob, entropy in per_rollout:
+        for index, logprob, entropy, loss in per_rollout:
             domain = prepared.rollouts[index].rollout.prompt.domain
             self._tally.domains.setdefault(domain, Sums()).add(
-                len(logprob), nll=-float(logprob.sum()), entropy=float(entropy.sum())
+                len(logprob), nll=-float(logprob.sum()), entropy=float(entropy.sum()), loss=float(loss.sum())
             )
 
         if self._objective.policy is not None and micro.policy is not None:
@@ -112,6 +113,10 @@ class UpdateStats:
                 matched=float(seen.matched_T.sum()),
                 bridge=float(seen.value.sum()),
             )
+            sizes = [len(prepared.rollouts[i].alignments[name].student_starts) for i in micro.rollouts]
+            for index, loss in zip(micro.rollouts, torch.split(seen.loss.abs(), sizes), strict=True):
+                domain = prepared.rollouts[index].rollout.prompt.domain
+                self._tally.domains.setdefault(domain, Sums()).add(0, loss=float(loss.sum()))
         for index in micro.rollouts:
             member = prepared.rollouts[index]
             for name, own in member.alignments.items():
@@ -191,6 +196,7 @@ class UpdateStats:
     def domains(self, prepared: PreparedUpdate, rewards: Sequence[float | None]) -> dict[str, DomainStats]:
         """Per domain, over its rollouts; `rewards` are the round's."""
         total = sum(sums.num_tokens for sums in self._tally.domains.values())
+        loss = sum(sums.values["loss"] for sums in self._tally.domains.values())
         result = {}
         for domain, sums in sorted(self._tally.domains.items()):
             members = {
@@ -207,6 +213,7 @@ class UpdateStats:
                 entropy_S=sums.mean("entropy"),
                 truncated_fraction=_truncated(list(members.values())),
                 reward=sum(known) / len(known) if known else None,
+                loss_share=sums.values["loss"] / loss if loss else None,
             )
         return result
 

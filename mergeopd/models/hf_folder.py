@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
+
+from mergeopd.models.facts import ModelFacts
 
 _COMPANIONS = (
     "tokenizer.json",
@@ -23,3 +27,19 @@ def copy_companions(source: Path, target: Path) -> None:
     for name in _COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def write_turns(folder: Path, eos_ids: Collection[int], template: str | None) -> None:
+    """Make an exported folder end responses at `eos_ids`, and give it a chat template where one is named.
+
+    Programs that serve the folder would otherwise stop where its base model did, not where it was trained to.
+    """
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    if set(ModelFacts.read(folder).eos_ids) == set(eos_ids):
+        return
+    path = folder / "generation_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    ids = list(eos_ids)
+    config["eos_token_id"] = ids[0] if len(ids) == 1 else ids
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ from typing import Any
 import tokenizers
 
 from mergeopd.errors import TokenizerError
-from mergeopd.models.tokenizer_difference import first_difference
+from mergeopd.models.tokenizer_difference import MAX_ADDED, first_difference, first_ids, num_shared
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TOKEN_OPTIONS = ("lstrip", "rstrip", "single_word", "normalized", "special")
@@ -24,7 +24,7 @@ _TOKEN_OPTIONS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer folder. `vocab_size` is the true vocabulary: highest id + 1, added tokens included.
+    """A tokenizer folder. `vocab_size` is its highest id + 1, added tokens included.
 
     `special_tokens` maps names such as "eos_token" to texts, as chat templates see them.
     """
@@ -79,6 +79,11 @@ class Tokenizer:
         """The tokenizer of the tokenizers library, declared tokens included; not to be changed."""
         return self._backend
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that decoding skips."""
+        return frozenset(i for i, t in self._backend.get_added_tokens_decoder().items() if t.special)
+
     def difference(self, other: Tokenizer) -> str | None:
         """None when both map every text to the same ids; otherwise a sentence that says where they part.
 
@@ -94,6 +99,29 @@ class Tokenizer:
             str(self.folder),
             str(other.folder),
         )
+
+    def num_shared(self, other: Tokenizer) -> int | None:
+        """How many ids, from 0 on, both have alike; None where more differs than a few added tokens."""
+        if self._state == other._state:
+            return self.vocab_size
+        return num_shared(json.loads(self._state), json.loads(other._state))
+
+    def added_from(self, num_ids: int) -> tuple[str, ...] | None:
+        """The tokens from id `num_ids` on; None where they are not just a few added ones."""
+        if num_ids >= self.vocab_size:
+            return ()
+        added = {i: t.content for i, t in self._backend.get_added_tokens_decoder().items() if i >= num_ids}
+        ids = {i for i in self._backend.get_vocab(with_added_tokens=True).values() if i >= num_ids}
+        if len(ids) > MAX_ADDED or not ids <= added.keys():
+            return None
+        return tuple(added[i] for i in sorted(ids))
+
+    def first(self, num_ids: int) -> tokenizers.Tokenizer:
+        """The tokenizer of the tokenizers library without added tokens from id `num_ids` on."""
+        if num_ids >= self.vocab_size:
+            return self._backend
+        state = first_ids(json.loads(self._state), num_ids)
+        return tokenizers.Tokenizer.from_str(json.dumps(state))
 
     @cached_property
     def _state(self) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 _SHOWN = 3
 # These change offsets or decoding, never which ids a text becomes.
 _IRRELEVANT = {"trim_offsets"}
+# More added tokens than these on one side alone are another tokenizer, not a fine-tune's additions.
+MAX_ADDED = 64
 # Model fields that are compared on their own.
 _VOCABULARY = {"vocab", "merges"}
 
@@ -26,6 +28,36 @@ def first_difference(a: Mapping[str, Any], b: Mapping[str, Any], here: str, ther
         or _merges(a["model"], b["model"], here, there)
         or _scores(a["model"], b["model"], here, there)
     )
+
+
+def num_shared(a: Mapping[str, Any], b: Mapping[str, Any]) -> int | None:
+    """How many ids, from 0 on, two tokenizers share; None where a text without the others gets other ids.
+
+    Behind the shared ones each may have a few added tokens of its own.
+    """
+    ids_a, ids_b = _ids(a), _ids(b)
+    stop = max(*ids_a, *ids_b) + 1
+    first = next((i for i in range(stop) if ids_a.get(i) != ids_b.get(i)), stop)
+    for state, ids in ((a, ids_a), (b, ids_b)):
+        beyond = {i for i in ids if i >= first}
+        if len(beyond) > MAX_ADDED or not beyond <= {token["id"] for token in state["added_tokens"]}:
+            return None
+    return first if first_difference(first_ids(a, first), first_ids(b, first), "", "") is None else None
+
+
+def first_ids(state: Mapping[str, Any], num_ids: int) -> dict[str, Any]:
+    """A tokenizer without its added tokens from id `num_ids` on."""
+    gone = {token["content"] for token in state["added_tokens"] if token["id"] >= num_ids}
+    vocab = state["model"]["vocab"]
+    if isinstance(vocab, dict):
+        kept: Any = {token: i for token, i in vocab.items() if token not in gone}
+    else:
+        kept = [entry for i, entry in enumerate(vocab) if i < num_ids or entry[0] not in gone]
+    return {
+        **state,
+        "model": {**state["model"], "vocab": kept},
+        "added_tokens": [token for token in state["added_tokens"] if token["id"] < num_ids],
+    }
 
 
 def _model_ids(model: Mapping[str, Any]) -> dict[str, int]:

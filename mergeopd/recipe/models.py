@@ -41,6 +41,18 @@ class Student(Strict):
 
     model: str = Field(description="Hugging Face folder, or a hub id that is in the local cache")
     revision: Revision | None = Field(default=None, description="hub revision; not for folders")
+    template: str | None = Field(
+        default=None,
+        description="file with a Jinja chat template, also for the export; default: the tokenizer's own",
+    )
+    end_tokens: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = (
+        Field(
+            default=None,
+            description="tokens that end its responses, also of the export; default: those of its "
+            "generation_config.json and the special token that the chat template writes behind an "
+            "assistant's turn",
+        )
+    )
     backend: Literal["torch", "megatron"] = Field(
         default="torch",
         description="what trains the student: torch, in one process, or megatron-core, in one or several",
@@ -141,7 +153,7 @@ class TeacherRef(Strict):
         default=None,
         description="Jinja template of the last user message as only this teacher sees it; `prompt` is the "
         "message's text, `reference` the row's reference, any other name a field of the row, which every row "
-        "must have",
+        "must have. Evaluation does not use one that shows more than `prompt`",
     )
 
     bridge: BridgeOrKind | None = Field(

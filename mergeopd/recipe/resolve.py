@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from mergeopd.config.folders import Missing, absolute, existing_model
+from mergeopd.config.folders import Missing, absolute, existing_file, existing_model
 from mergeopd.config.load import load
 from mergeopd.config.locate import Origins
 from mergeopd.config.tree import Keys, plain
@@ -220,8 +220,16 @@ class _Resolver:
         folder = existing_model(written.model, written.revision, self.origins.place(where).base)
         if isinstance(folder, Missing):
             self.problems.append(self.origins.problem(where, folder.message, folder.remedy))
-        else:
-            self.student = written.model_copy(update={"model": str(folder)})
+            return
+        paths = {"model": str(folder)}
+        if written.template is not None:
+            where = ("student", "template")
+            template = existing_file(written.template, self.origins.place(where).base, "template")
+            if isinstance(template, Missing):
+                self.problems.append(self.origins.problem(where, template.message, template.remedy))
+                return
+            paths["template"] = str(template)
+        self.student = written.model_copy(update=paths)
 
     def _output(self) -> Path | None:
         if self.parts.output is None:

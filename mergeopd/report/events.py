@@ -94,8 +94,9 @@ class DomainStats:
     """One domain in one update.
 
     Tokens are those in the loss. `mean_length` is in tokens, `token_share` of the update's tokens, `weight`
-    the balance factor. `nll` is the mean of -logprob_S of the text, whoever generated it; `reward` the mean
-    over verified responses; `truncated_fraction` the share of responses that ended at the length limit.
+    the balance factor. `loss_share` is its part of the tokens' absolute losses, None where all are zero.
+    `nll` is the mean of -logprob_S of the text, whoever wrote it; `reward` the mean over answers that were
+    checked; `truncated_fraction` the share of answers that ended at the length limit.
     """
 
     num_rollouts: int
@@ -107,6 +108,7 @@ class DomainStats:
     entropy_S: float
     truncated_fraction: float
     reward: float | None = None
+    loss_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,7 @@ class UpdateDone(Event):
     teacher_bytes_read: int = 0
     policy: PolicyStats | None = None
     verifier_failures: Mapping[str, int] = field(default_factory=dict)
+    clip_factor: float = 1.0
 
     @property
     def step_s(self) -> float:

@@ -37,6 +37,7 @@ class UpdateRecord:
     lr: float | None
     loss: float | None
     grad_norm: float | None
+    clip_factor: float | None
     num_tokens: int
     on_policy_fraction: float | None
     teachers: Mapping[str, Numbers]
@@ -55,6 +56,7 @@ class UpdateRecord:
             lr=event.lr,
             loss=event.loss,
             grad_norm=event.grad_norm,
+            clip_factor=event.clip_factor,
             num_tokens=event.num_tokens,
             on_policy_fraction=event.on_policy_fraction,
             teachers={name: _teacher_numbers(stats) for name, stats in sorted(event.teachers.items())},

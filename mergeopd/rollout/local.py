@@ -21,14 +21,21 @@ from mergeopd.types import Finish, Sampling
 _COMPACT_BELOW = 0.75
 
 
+class Decoder(Protocol):
+    """The part of a tokenizer that finds stop texts."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of these ids."""
+
+
 @dataclass(frozen=True, slots=True)
 class Generator:
-    """A model that generates: body, prediction head, the ids that end its responses, and its decoder."""
+    """A model that generates: body, prediction head, the ids that end its responses, and its tokenizer."""
 
     body: nn.Module
     head: Head
     eos_ids: Collection[int]
-    decode: Callable[[Sequence[int]], str]
+    tokenizer: Decoder
     device: torch.device
 
 
@@ -69,7 +76,7 @@ class LocalEngine:
         source: WeightSource,
         *,
         eos_ids: Collection[int],
-        decode: Callable[[Sequence[int]], str],
+        tokenizer: Decoder,
         device: torch.device,
         seed: int,
         batch_size: int,
@@ -78,7 +85,7 @@ class LocalEngine:
         self._source = source
         self._version = 0
         self._eos_ids = eos_ids
-        self._decode = decode
+        self._tokenizer = tokenizer
         self._device = device
         self._seed = seed
         self._batch_size = batch_size
@@ -104,7 +111,7 @@ class LocalEngine:
         if not requests:
             return []
         with self._source.unsharded() as (body, head):
-            generator = Generator(body, head, self._eos_ids, self._decode, self._device)
+            generator = Generator(body, head, self._eos_ids, self._tokenizer, self._device)
             completions = self._deal(
                 requests,
                 lambda own: generate(
@@ -253,7 +260,7 @@ class _Decoding:
     def _has_stopped(self, tokens: list[int]) -> bool:
         # A token stands for at least one byte, so this many of them hold any stop text that just ended.
         longest = max(len(stop.encode()) for stop in self._sampling.stop)
-        tail = self._generator.decode(tokens[-longest - 1 :])
+        tail = self._generator.tokenizer.decode(tokens[-longest - 1 :], skip_special_tokens=False)
         return any(stop in tail for stop in self._sampling.stop)
 
     def _compact(self, alive: list[int], token: Tensor, cache: object) -> Tensor:

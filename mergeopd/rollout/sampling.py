@@ -26,15 +26,21 @@ def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: floa
     log-probability 0. Raises NumericsError when a row's logits make no distribution (NaN, +inf, all -inf).
     """
     if temperature == 0.0:
-        token = logits_BV.argmax(-1)
+        largest, token = logits_BV.max(-1)  # NaN where a row has any
+        _require_distribution(torch.isfinite(largest))
         return token, torch.zeros_like(token, dtype=torch.float32)
-    rows = max(_BLOCK_ELEMENTS // logits_BV.shape[1], 1)
+    rows = _block_rows(len(logits_BV), logits_BV.shape[1], logits_BV.device)
     parts = []
     for logits, uniform in zip(torch.split(logits_BV, rows), torch.split(uniform_B, rows), strict=True):
         mass = torch.softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
         parts.append(_draw(mass if top_p >= 1.0 else _nucleus(mass, top_p), uniform))
     tokens, logprobs = zip(*parts, strict=True)
     return torch.cat(tokens), torch.cat(logprobs)
+
+
+def _block_rows(num_rows: int, vocab: int, device: torch.device) -> int:
+    """Rows to draw from at a time: on a GPU all, as a block costs some 25 kernel launches and a host sync."""
+    return max(_BLOCK_ELEMENTS // vocab, 1) if device.type == "cpu" else max(num_rows, 1)
 
 
 def _draw(mass_nV: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,11 +51,7 @@ def _draw(mass_nV: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
     size = segments.sum(2).double()
     reach = size.cumsum(1)
     total = reach[:, -1:].contiguous()
-    if not ((total > 0.0) & (total < torch.inf)).all():
-        raise NumericsError(
-            "a model that was writing an answer gave logits that are NaN or infinite; "
-            "its weights are damaged or its dtype is too narrow (try dtype: float32)"
-        )
+    _require_distribution((total > 0.0) & (total < torch.inf))
     target = uniform_n.to(total)[:, None] * total
     segment = torch.searchsorted(reach, target, right=True)
     within = segments.take_along_dim(segment[:, :, None], 1)[:, 0].double().cumsum(1)
@@ -62,6 +64,14 @@ def _draw(mass_nV: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
     token = segment * width + column
     logprob = mass_nV.gather(1, token).log() - total.log().to(mass_nV.dtype)
     return token.squeeze(1), logprob.squeeze(1)
+
+
+def _require_distribution(is_one: Tensor) -> None:
+    if not is_one.all():
+        raise NumericsError(
+            "a model that was writing an answer gave logits that are NaN or infinite; "
+            "its weights are damaged or its dtype is too narrow (try dtype: float32)"
+        )
 
 
 def _nucleus(mass_nV: Tensor, top_p: float) -> Tensor:

@@ -307,7 +307,7 @@ class _Search:
 def _with_bridge(expert: Expert, student: Path) -> Expert:
     """The expert with the default bridge if its tokenizer differs from the student's."""
     with suppress(TokenizerError):  # damaged: the check of the written recipe reports it
-        if Tokenizer.load(student).difference(Tokenizer.load(expert.tokenizer)) is not None:
+        if Tokenizer.load(student).num_shared(Tokenizer.load(expert.tokenizer)) is None:
             return replace(expert, bridge=KINDS[0])
     return expert
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from mergeopd.check.problems import Findings
 from mergeopd.config.folders import Missing, existing_file, existing_model
 from mergeopd.config.locate import Origins
 from mergeopd.data.renderer import Dialect
-from mergeopd.errors import DataError, RecipeError, TeacherError
+from mergeopd.errors import DataError, NumericsError, RecipeError, TeacherError
 from mergeopd.messages import option_problem, shown
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.recipe.models import Canary
@@ -141,7 +140,7 @@ def take_canary(probed: ProbedModel, prompt: str) -> Canary:
     from mergeopd.types import Sampling
 
     plan, dialect, device = probed.plan, probed.dialect, pick_device()
-    vocab = dialect.tokenizer.vocab_size
+    vocab = dialect.vocab_size
     try:
         prompt_ids, _ = sample_ids(dialect, prompt, "")
     except DataError as error:
@@ -155,16 +154,21 @@ def take_canary(probed: ProbedModel, prompt: str) -> Canary:
     store = TeacherStore({plan.name: TeacherSource(Path(plan.model), plan.dtype, vocab)}, device)
     with store.open(plan.name) as teacher:
         head = store.head(plan.name)
-        generator = Generator(teacher.body, head, dialect.eos_ids, dialect.tokenizer.decode, device)
+        generator = Generator(teacher.body, head, dialect.eos_ids, dialect.tokenizer, device)
         sampling = Sampling(temperature=0.0, max_new_tokens=room)
-        [response] = generate(
-            generator,
-            [GenerationRequest("canary", 0, prompt_ids)],
-            sampling,
-            seed=0,
-            batch_size=1,
-            progress=lambda _: None,
-        )
+        try:
+            [response] = generate(
+                generator,
+                [GenerationRequest("canary", 0, prompt_ids)],
+                sampling,
+                seed=0,
+                batch_size=1,
+                progress=lambda _: None,
+            )
+        except NumericsError as error:
+            raise TeacherError(
+                f"{shown(Path(plan.model))}: gives probabilities that are NaN; the weights are damaged"
+            ) from error
         written = tuple(i for i in response.response_ids if i not in dialect.eos_ids)
         text = _whole_characters(dialect.tokenizer.decode(written))
         while len(ids := sample_ids(dialect, prompt, text)[1]) > room:
@@ -173,8 +177,6 @@ def take_canary(probed: ProbedModel, prompt: str) -> Canary:
             raise _bad_prompt("the teacher answers it with nothing at all", "choose another prompt")
         [(_, hidden)] = teacher.hidden([TeacherSequence(prompt_ids, ids)], len(prompt_ids) + len(ids))
         values = logprobs(hidden, head, ids)
-    if not all(map(math.isfinite, values)):
-        raise TeacherError(f"{shown(Path(plan.model))}: its probabilities are NaN; the weights are damaged")
     if ids == written:
         # The negative log-probability of the likeliest token is at most the entropy: no false alarm.
         refuse_uniform(plan.name, -sum(values) / len(values), vocab)

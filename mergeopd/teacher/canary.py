@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 import torch
@@ -34,6 +33,7 @@ class Canary:
     teacher: str
     sequence: TeacherSequence
     logprobs: tuple[float, ...]
+    vocab_size: int
 
     @classmethod
     def of(cls, teacher: TeacherPlan, dialect: Dialect) -> Canary | None:
@@ -41,13 +41,19 @@ class Canary:
         if teacher.canary is None:
             return None
         ids = sample_ids(dialect, teacher.canary.prompt, teacher.canary.response)
-        return cls(teacher.name, TeacherSequence(*ids), teacher.canary.logprobs)
+        return cls(teacher.name, TeacherSequence(*ids), teacher.canary.logprobs, dialect.vocab_size)
 
-    def verify(self, found: Sequence[float]) -> None:
+    def verify(self, hidden_ND: Tensor, head: Head) -> None:
         """Compare a loaded teacher's log-probabilities of the sample with the card's.
+
+        A run may leave out ids that the student does not have; the card's numbers are over all ids of the
+        teacher.
 
         Raises TeacherError when they differ by more than rounding.
         """
+        found = logprobs(
+            hidden_ND, replace(head, num_valid=self.vocab_size), tuple(self.sequence.response_ids)
+        )
         if len(found) != len(self.logprobs):
             raise TeacherError(
                 f"teacher {self.teacher!r} cuts its card's sample into {len(found)} tokens, the "

@@ -40,14 +40,18 @@ class Crossing:
     inside: bool
 
     @classmethod
-    def of(cls, name: str, bridge: Bridge, student: Dialect, teacher: Dialect) -> Crossing:
-        """Raises TokenizerError where the tokens of one of them cannot be turned back into bytes."""
-        other = ByteTokenizer.of(teacher.tokenizer.backend, f"the tokenizer of teacher '{name}'")
+    def of(cls, name: str, bridge: Bridge, student: Dialect, num_ids: int, teacher: Dialect) -> Crossing:
+        """Of the student the first `num_ids` ids are used.
+
+        Raises TokenizerError where the tokens of one of them cannot be turned back into bytes.
+        """
+        backend = teacher.tokenizer.first(teacher.vocab_size)
+        other = ByteTokenizer.of(backend, f"the tokenizer of teacher '{name}'")
         return cls(
             teacher=name,
             bridge=bridge,
             dialect=teacher,
-            student=ByteTokenizer.of(student.tokenizer.backend, "the student's tokenizer"),
+            student=ByteTokenizer.of(student.tokenizer.first(num_ids), "the student's tokenizer"),
             other=other,
             inside=_cuts_inside(teacher, other),
             ends=EndTokens(

@@ -223,9 +223,9 @@ class ResidentHeads:
 
 def _verify(canary: Canary, session: LocalSession) -> None:
     """Score the canary alone, so that no other sequence's batch changes, and compare."""
-    spec = TargetSpec("sampled")
-    [(_, rows)] = session.score([canary.sequence], spec, canary.sequence.num_tokens)
-    canary.verify(rows[:, 0].tolist())
+    spec = TargetSpec("hidden")
+    [(_, hidden)] = session.score([canary.sequence], spec, canary.sequence.num_tokens)
+    canary.verify(hidden, session.head)
 
 
 def _reduced(

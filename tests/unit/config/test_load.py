@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -314,3 +315,20 @@ def test_an_alias_in_itself_and_unknown_tags(variant) -> None:
 def test_yaml_12_has_no_surprising_booleans_or_dates(variant) -> None:
     path = variant(('stop: ["\\n\\n"]', "stop: [on, no, 2024-01-01, 12:30:45, =]"))
     assert plan(read(path)).rollout.stop == ("on", "no", "2024-01-01", "12:30:45", "=")
+
+
+@pytest.mark.parametrize("written", [r'"\ud83d\ude42"', '"\U0001f642"', r'"\U0001f642"'])
+def test_json_escapes_of_a_character_are_that_character(variant, written: str) -> None:
+    resolution = read(variant((r'stop: ["\n\n"]', f"stop: [{written}]")))
+    assert plan(resolution).rollout.stop == ("\N{SLIGHTLY SMILING FACE}",)
+
+
+@pytest.mark.parametrize("written", [r'"\ud83d"', r'"a\ude42b"', r'"\ude42\ud83d"'])
+def test_half_a_character_is_refused_where_it_stands(variant, written: str) -> None:
+    resolution = read(variant((r'stop: ["\n\n"]', f"stop: [{written}]")))
+    [line] = lines(resolution)
+    assert re.search(
+        r"rollout\.stop\[0\] \| half of a character \(U\+D[89A-F]..\); write the character", line
+    )
+    [line] = lines(read("recipes/merge.yaml", [f"name={written}"]))
+    assert re.match(r"--set #1 \| half of a character", line)

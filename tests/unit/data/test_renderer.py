@@ -24,7 +24,7 @@ def dialect(folder: Path, template: str, ends: tuple[str, ...]) -> tuple[Dialect
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
     ids = {name: backend.token_to_id(name) for name in ("<end>", "<turn>", "<other>")}
     text = ChatTemplate(template, {}, name="test")
-    return Dialect(Tokenizer.load(folder), text, tuple(ids[name] for name in ends), 64), ids
+    return Dialect(Tokenizer.load(folder), text, 259, tuple(ids[name] for name in ends), 64), ids
 
 
 @pytest.mark.parametrize(

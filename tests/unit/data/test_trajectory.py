@@ -89,7 +89,8 @@ def speak(folder: Path) -> Callable[..., Dialect]:
 
     def make(template: str, eos: Sequence[str] = ("<|im_end|>",)) -> Dialect:
         compiled = ChatTemplate(template, tokenizer.special_tokens, name="t.jinja")
-        return Dialect(tokenizer, compiled, tuple(tokenizer.encode(e)[0] for e in eos), 4096)
+        ends = tuple(tokenizer.encode(e)[0] for e in eos)
+        return Dialect(tokenizer, compiled, tokenizer.vocab_size, ends, 4096)
 
     return make
 
@@ -281,5 +282,9 @@ def test_every_end_token_is_masked_for_teachers_that_end_otherwise(speak: Callab
     end, other = student.eos_ids
     ids = (1, end, 2, other, 3, end)
     teachers = {"same": same, "one": one, "none": none}
-    assert masked_in_teacher_term(ids, student, teachers) == {"one": (1, 5), "none": (1, 3, 5)}
+    assert masked_in_teacher_term(ids, student, teachers) == {
+        "same": (3,),  # a token that it may stop at, and never expects
+        "one": (1, 5),
+        "none": (1, 3, 5),
+    }
     assert masked_in_teacher_term((1, 2), student, teachers) == {}

@@ -331,3 +331,39 @@ def test_teachers_that_no_phase_asks_are_noted(write_job: Callable[..., Path]) -
     assert [n for n in preflight(recipe).notes if "no phase asks a teacher" in n]
     assert not [n for n in preflight(recipe, ["phases.0.text=teacher"]).notes if "no phase asks" in n]
     assert not [n for n in preflight(recipe, ["phases.0.loss=forward_kl"]).notes if "no phase asks" in n]
+
+
+def test_each_domains_share_of_the_loss_and_the_clipping_are_recorded(
+    write_job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_job(
+        {
+            "prompts": [
+                {"source": "left.jsonl", "domain": "left", "teachers": "one"},
+                {"source": "right.jsonl", "domain": "right", "teachers": "two"},
+            ],
+            "phases": [{"name": "merge", "updates": 2, "loss": "reverse_kl", "prompts_per_round": 4}],
+            "optimizer": {"lr": 0.01, "clip_grad": 0.05},
+        }
+    )
+    clip, seen = torch.nn.utils.clip_grads_with_norm_, []
+
+    def watched(parameters: list[torch.Tensor], limit: float, norm: torch.Tensor) -> None:
+        before = [p.grad.clone() for p in parameters]
+        clip(parameters, limit, norm)
+        seen.append(max(float((p.grad / b).nanmean()) for p, b in zip(parameters, before, strict=True)))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", watched)
+    recorder, _ = run(recipe)
+    assert [u.clip_factor for u in recorder.updates] == pytest.approx(seen, rel=1e-4)
+    assert all(0 < u.clip_factor < 1 for u in recorder.updates)
+    for record in recorder.records():
+        # Every domain has a teacher of its own, and all tokens weigh the same.
+        loss = {
+            domain: record["teachers"][name]["reverse_kl"] * record["teachers"][name]["num_tokens"]
+            for domain, name in (("left", "one"), ("right", "two"))
+        }
+        found = {domain: row["loss_share"] for domain, row in record["domains"].items()}
+        assert found == pytest.approx({d: value / sum(loss.values()) for d, value in loss.items()}, rel=1e-5)
+    recorder, _ = run(recipe, "optimizer.clip_grad=null", "output=free")
+    assert {u.clip_factor for u in recorder.updates} == {1.0}

@@ -18,15 +18,16 @@ from transformers import AutoModelForCausalLM
 
 from mergeopd.check.preflight import advice, preflight
 from mergeopd.distributed.ranks import Alone
-from mergeopd.engine.build import Machine, Models, build, load_models
+from mergeopd.engine.build import Machine, Models, build, build_evaluation, load_models
 from mergeopd.engine.clock import Clock
-from mergeopd.engine.evaluate import Evaluation
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.progress import Task
+from mergeopd.engine.stages import Stages
 from mergeopd.errors import RecipeError
 from mergeopd.recipe.models import Moving
 from mergeopd.report.events import Event, UpdateDone
 from mergeopd.report.jsonl import update_record
+from mergeopd.rollout.local import generate
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.teacher.protocol import TargetSpec, TeacherSequence
 from mergeopd.types import Rollout
@@ -309,25 +310,41 @@ def test_privileged_texts_are_not_taken_for_others(write_selves: Callable[..., P
     assert written("teachers.self.system=b b b") not in (plain, shown)
 
 
-def test_the_start_under_its_prompt_is_the_expert_that_is_measured(write_selves: Callable[..., Path]) -> None:
-    """Its context is part of it; the student and the base are measured without."""
+@pytest.mark.parametrize(
+    ("prompt", "seen"),
+    [
+        ("{{ note }}", {(0, 2), (3,)}),  # told the answer, it would be an expert of nothing
+        ("{{ prompt }} {{ reference }}", {(0, 2), (3,)}),
+        ("b {{ prompt }}", {(1, 0, 2), (1, 3)}),
+    ],
+)
+def test_an_expert_is_not_shown_more_of_a_row_than_the_student(
+    write_selves: Callable[..., Path], prompt: str, seen: set[tuple[int, ...]]
+) -> None:
     evaluation = {"prompts": [{"source": "held.jsonl", "domain": "left", "verifier": "exact"}]}
-    recipe = write_selves({"student": {"every": 1}, "prompt": "{{ note }}"}, {"evaluation": evaluation})
+    recipe = write_selves({"student": {"every": 1}, "prompt": prompt}, {"evaluation": evaluation})
     held = recipe.parent / "held.jsonl"
-    held.write_text(json.dumps({"prompt": "a c", "answer": "c"}))
-    with pytest.raises(
-        RecipeError, match="the prompt of teacher 'self' needs a value: field 'note' is missing"
-    ):
-        preflight(recipe)
-    held.write_text("\n".join(json.dumps({"prompt": p, "answer": "c", "note": "b"}) for p in ("a c", "d")))
+    held.write_text("\n".join(json.dumps({"prompt": p, "answer": "c"}) for p in ("a c", "d")))
     inputs = preflight(recipe)
-    asked: list[tuple[str, set[tuple[int, ...]]]] = []
-    for name, dialect in (("student", inputs.student), ("self", inputs.teachers["self"])):
-        asked.append((name, {dialect.render(p) for p in inputs.evaluation["held"]}))
-    assert asked == [("student", {(0, 2), (3,)}), ("self", {(1,)})]
+    measured = "expert 'self' is measured with the prompt that the student sees: its own shows "
+    assert any(note.startswith(measured) for note in inputs.notes) == ("b" not in prompt)
     notes = _Notes()
+    asked: list[tuple[int, ...]] = []
     assert inputs.plan.evaluation is not None
-    accuracies = Evaluation(inputs, inputs.plan.evaluation, CPU, Alone(), notes).run(recipe.parent / "base")
+    with pytest.MonkeyPatch.context() as patch:
+
+        def watched(writer: Any, requests: Any, *rest: Any, **options: Any) -> Any:
+            asked.extend(request.prompt_ids for request in requests)
+            return generate(writer, requests, *rest, **options)
+
+        patch.setattr("mergeopd.rollout.local.generate", watched)
+        stages = Stages(notes, Clock(), Alone(), None)
+        measuring = build_evaluation(inputs, inputs.plan.evaluation, Machine(CPU, Alone()), stages)
+        accuracies = measuring.run(recipe.parent / "base")
+    # Base, expert and student, two prompts each.
+    assert len(asked) == 6
+    assert set(asked[2:4]) == seen
+    assert set(asked[:2]) == set(asked[4:]) == {(0, 2), (3,)}
     assert accuracies["left"]["weight_average"] is None
     assert "no weight average: the experts are the student itself" in notes.texts
     assert accuracies["left"]["expert"] is not None

@@ -37,11 +37,12 @@ UPDATE = UpdateDone(
         "sort": TeacherStats(200, {"reverse_kl": 0.25}, -0.125, 0.5),
         "math": TeacherStats(400, {"reverse_kl": math.nan, "forward_kl": 0.75}, 0.0625),
     },
-    domains={"math": DomainStats(4, 400, 100.0, 2 / 3, 0.75, 1.5, 0.9, 0.25, 0.5)},
+    domains={"math": DomainStats(4, 400, 100.0, 2 / 3, 0.75, 1.5, 0.9, 0.25, 0.5, 0.88)},
     seconds={"update": 2.0, "rollout": 1.0, "text": 30.0},
     teacher_bytes_read=4096,
     policy=PolicyStats(0.125, 0.0, 0.9, 0.01, 0.5),
     verifier_failures={"code": 2},
+    clip_factor=0.4,
 )
 
 
@@ -54,6 +55,7 @@ def test_a_line_holds_every_figure_once_and_costs_apart(tmp_path: Path) -> None:
     (line,) = path.read_text().splitlines()
     assert json.loads(line) == {
         "update": 3, "phase": "merge", "round": 1, "lr": 3e-4, "loss": 0.30000000000000004, "grad_norm": None,
+        "clip_factor": 0.4,
         "num_tokens": 600, "on_policy_fraction": 1.0,
         "teachers": {
             "math": {"num_tokens": 400, "forward_kl": 0.75, "reverse_kl": None, "logprob_gap": 0.0625,
@@ -61,7 +63,7 @@ def test_a_line_holds_every_figure_once_and_costs_apart(tmp_path: Path) -> None:
             "sort": {"num_tokens": 200, "reverse_kl": 0.25, "logprob_gap": -0.125, "entropy_T": 0.5},
         },
         "domains": {"math": {"num_rollouts": 4, "num_tokens": 400, "mean_length": 100.0, "token_share": 2 / 3,
-                             "weight": 0.75, "nll": 1.5, "entropy_S": 0.9, "reward": 0.5,
+                             "weight": 0.75, "loss_share": 0.88, "nll": 1.5, "entropy_S": 0.9, "reward": 0.5,
                              "truncated_fraction": 0.25}},
         "policy": {"corrected_fraction": 0.125, "clipped_fraction": 0.0, "importance_weight": 0.9,
                    "rollout_logprob_gap": 0.01, "rollout_logprob_gap_max": 0.5, "zero_advantage_fraction": None},

@@ -18,8 +18,12 @@ VALID = 33  # of 37 rows
 EOS = 2
 
 
-def decode(ids: Sequence[int]) -> str:
-    return "".join(chr(ord("a") + i % 26) for i in ids)
+class Letters:
+    """A tokenizer without special tokens."""
+
+    @staticmethod
+    def decode(ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return "".join(chr(ord("a") + i % 26) for i in ids)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,7 @@ def model(make_model: Callable[..., Path]):
 @pytest.fixture(scope="module")
 def generator(model) -> Generator:
     head = Head(model.lm_head.weight.detach(), num_valid=VALID)
-    return Generator(model.base_model, head, {EOS}, decode, torch.device("cpu"))
+    return Generator(model.base_model, head, {EOS}, Letters, torch.device("cpu"))
 
 
 REQUESTS = [
@@ -107,7 +111,7 @@ def test_pad_rows_are_never_written(make_model: Callable[..., Path]) -> None:
     with torch.no_grad():  # a head that would nearly always choose a pad row
         model.lm_head.weight[VALID:] *= 100
     head = Head(model.lm_head.weight.detach(), num_valid=VALID)
-    generator = Generator(model.base_model, head, {EOS}, decode, torch.device("cpu"))
+    generator = Generator(model.base_model, head, {EOS}, Letters, torch.device("cpu"))
     completions = run(generator, REQUESTS, Sampling(max_new_tokens=8))
     assert max(i for c in completions for i in c.response_ids) < VALID
 
@@ -115,7 +119,7 @@ def test_pad_rows_are_never_written(make_model: Callable[..., Path]) -> None:
 def test_stop_text_ends_an_answer(generator: Generator) -> None:
     sampling = Sampling(max_new_tokens=40, stop=("k", "xy"))
     for c in run(generator, [GenerationRequest("p", s, (5, 6)) for s in range(20)], sampling):
-        text = decode(c.response_ids)
+        text = Letters.decode(c.response_ids)
         found = [text.find(s) + len(s) for s in sampling.stop if s in text]
         assert (c.finish == "stop") == bool(found) or c.finish == "eos"
         if c.finish == "stop":

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mergeopd.errors import NumericsError
+from mergeopd.rollout import sampling
 from mergeopd.rollout.keyed import stream_key, uniforms
 from mergeopd.rollout.sampling import sample
 
@@ -63,6 +64,18 @@ def test_logits_that_are_no_distribution_are_refused(bad: float, top_p: float) -
     logits[1, 300] = bad
     with pytest.raises(NumericsError, match="NaN or infinite"):
         sample(logits, torch.full((2,), 0.3), 1.0, top_p)
+    with pytest.raises(NumericsError, match="NaN or infinite"):
+        sample(logits, torch.full((2,), 0.3), 0.0, top_p)
+
+
+def test_only_a_cpu_draws_in_blocks_of_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sampling._block_rows(256, 152_064, torch.device("cpu")) == 3
+    assert sampling._block_rows(256, 152_064, torch.device("cuda")) == 256
+    logits = torch.randn(7, 300, generator=torch.Generator().manual_seed(2))
+    whole = sample(logits, grid(7), 0.8, 0.9)
+    monkeypatch.setattr(sampling, "_BLOCK_ELEMENTS", 600)
+    for one, other in zip(whole, sample(logits, grid(7), 0.8, 0.9), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_nucleus_keeps_the_smallest_set_that_reaches_the_mass() -> None:

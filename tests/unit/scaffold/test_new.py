@@ -236,7 +236,9 @@ def test_the_date_does_not_change_a_canary(project: Path) -> None:
     tokenizer = OwnTokenizer.load(project / "one")
     source = "{% if strftime_now('%Y-%m-%d') == '2026-01-01' %}a b{% else %}c d{% endif %}"
     samples = {
-        sample_ids(Dialect(tokenizer, ChatTemplate(source, {}, now=lambda day=day: day), (4,), 64), "a", "b")
+        sample_ids(
+            Dialect(tokenizer, ChatTemplate(source, {}, now=lambda day=day: day), 5, (4,), 64), "a", "b"
+        )
         for day in (datetime(1999, 1, 1), datetime(2026, 6, 1))
     }
     assert samples == {((0, 1), (1,))}
