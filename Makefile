@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 PYTHON ?= python3
 STAMP  := $(VENV)/.installed
 
-.PHONY: quickstart cross-family install test test-dist check format clean help
+.PHONY: quickstart cross-family install test test-dist check docs format clean help
 
 quickstart: $(STAMP)  ## tiny experts, the merge, the result
 	$(BIN)/python tools/make_tiny_experts.py
@@ -27,11 +27,14 @@ test: $(STAMP)  ## the CPU test suite
 test-dist: $(STAMP)  ## its long part: several processes, minutes
 	$(BIN)/python -m pytest -m long
 
-check: $(STAMP)  ## lint, types, import contracts
+check: $(STAMP) docs  ## lint, types, import contracts, documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(STAMP)  ## the documentation as a site in build/docs; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(STAMP)  ## what lint can repair by itself
 	$(BIN)/ruff check --fix .
