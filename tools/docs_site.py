@@ -1,7 +1,7 @@
 """Hooks of mkdocs: pages and files from outside docs/ that the documentation links to.
 
-README.md becomes the front page. Links such as `../recipes/quickstart.yaml`, which work in the repository, are
-rewritten to a copy of the file inside the site.
+README.md becomes the front page. Links such as `../recipes/quickstart.yaml`, valid in the repository, lead
+to a copy of the file inside the site.
 """
 
 from __future__ import annotations
