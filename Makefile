@@ -37,11 +37,14 @@ test-gpu:  ## the tests that need a GPU; GPU_FIGURES=FILE keeps what they measur
 		$(GPU_PYTHON) -m pytest tests/gpu --durations=10; \
 	else echo "test-gpu: torch sees no CUDA device, nothing was tested"; fi
 
-check: $(STAMP)  ## lint, types, import contracts
+check: $(STAMP) docs  ## lint, types, import contracts, documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(STAMP)  ## the documentation as a site in build/docs; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(STAMP)  ## what lint can repair by itself
 	$(BIN)/ruff check --fix .

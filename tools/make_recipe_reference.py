@@ -1,4 +1,6 @@
-"""Writes docs/recipe.md, the reference of recipes and teacher cards, from the schema's own descriptions.
+"""Write docs/recipe.md, the reference of recipes and teacher cards, from the schema's descriptions.
+
+Examples come from recipe_examples.yaml beside this file.
 
 python tools/make_recipe_reference.py
 """
@@ -10,58 +12,61 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ruamel.yaml import YAML
+
 from mergeopd.config.schema import model_schema
 from mergeopd.config.values import DIGEST_PATTERN, FUNCTION_PATTERN, NAME_PATTERN, REVISION_PATTERN, Strict
 from mergeopd.recipe.models import TeacherCard
 from mergeopd.recipe.schema import Recipe
 
+EXAMPLES: Mapping[str, str] = YAML(typ="safe").load(Path(__file__).with_name("recipe_examples.yaml"))
 OUT = Path(__file__).parents[1] / "docs" / "recipe.md"
 INTRODUCTION = """\
 # Recipe reference
 
-Made from the schema in `mergeopd/recipe/` by `tools/make_recipe_reference.py`; do not edit by hand.
-The [README](../README.md#a-recipe-of-your-own) explains how the parts belong together.
+Generated from the schema in `mergeopd/recipe/` by `tools/make_recipe_reference.py`; do not edit by hand.
+[Writing recipes](writing-recipes.md) explains how the parts work together.
 
-What holds everywhere:
+Rules for all files:
 
-- **Strict**: an unknown key is an error, a quoted number is text, a boolean is no number.
-- **Paths** start from the project folder: the parent of the nearest folder named `recipes` (`teachers` for a
-  card) above the file that contains the path; without one, that file's own folder. `~` is the home folder.
-- **Models** are folders, or hub ids that are in the local cache already. Nothing is downloaded.
-- **`extends: other.yaml`** at the top of a recipe takes another one, relative to this file, as the base (of a
-  list, later ones win). Mappings are merged key by key; lists and values are replaced.
-- **`${NAME}`** and `${NAME:-default}` are filled in from the environment; `$${` stands for a literal `${`.
-- **`--set key.path=value`** on the command line wins over all; entries of lists are named by their index:
+- **Strict types**: unknown keys are errors, a quoted number is text, and a boolean is not a number.
+- **Paths** are relative to the project folder: the parent of the nearest folder named `recipes` (`teachers`
+  for a card) above the file that contains the path, or else that file's own folder. `~` is the home folder.
+- **Models** are folders, or hub ids that are in the local cache. Nothing is downloaded.
+- **`extends: other.yaml`** at the top of a recipe uses another recipe, relative to this file, as its base. In
+  a list, later entries win. Mappings are merged key by key; lists and values are replaced.
+- **`${NAME}`** and `${NAME:-default}` are replaced by environment variables; `$${` is a literal `${`.
+- **`--set key.path=value`** on the command line overrides the file. List entries are addressed by index:
   `--set phases.1.updates=40`.
-- A **name** has letters, digits, `_`, `.` and `-`; a **function** is written `package.module:function`.
+- A **name** consists of letters, digits, `_`, `.` and `-`; a **function** is `package.module:function`.
 """
 
 Schema = Mapping[str, Any]
 
 
 def reference() -> str:
-    """The whole document."""
+    """Return the whole document."""
     parts = [INTRODUCTION, *_document(Recipe, "Recipe", ""), *_document(TeacherCard, "Teacher card", "card:")]
     return "\n".join(parts)
 
 
 def _document(model: type[Strict], title: str, prefix: str) -> Iterator[str]:
-    """Sections of a file format: its top level, then what it refers to, in the order of first mention."""
+    """Yield the sections of a file format: its top level, then its definitions in order of first mention."""
     root = model_schema(model)
     definitions: Mapping[str, Schema] = root.get("$defs", {})
     places: dict[str, list[str]] = {}
     _visit(root, "", definitions, places)
-    yield _section(title, root, [], prefix)
+    yield _section(title, root, [], prefix, EXAMPLES.get(model.__name__))
     for name, where in places.items():
         kind = definitions[name]["properties"].get("kind", {}).get("const")
         heading = f"`{where[0]}`" + (f" of kind `{kind}`" if kind else "")
-        yield _section(heading, definitions[name], where[1:], name)
+        yield _section(heading, definitions[name], where[1:], name, EXAMPLES.get(name))
 
 
 def _visit(
     schema: Schema, path: str, definitions: Mapping[str, Schema], places: dict[str, list[str]]
 ) -> None:
-    """Notes at which paths each definition stands."""
+    """Collect the paths at which each definition is used."""
     if "$ref" in schema:
         name = schema["$ref"].removeprefix("#/$defs/")
         places.setdefault(name, []).append(path)
@@ -76,7 +81,7 @@ def _visit(
         _visit(below, path, definitions, places)
 
 
-def _section(heading: str, schema: Schema, elsewhere: list[str], anchor: str) -> str:
+def _section(heading: str, schema: Schema, elsewhere: list[str], anchor: str, example: str | None) -> str:
     lines = [f"## {heading}", ""]
     if anchor:
         lines.insert(0, f'<a id="{anchor.rstrip(":")}"></a>\n')
@@ -92,6 +97,8 @@ def _section(heading: str, schema: Schema, elsewhere: list[str], anchor: str) ->
         default = "**required**" if key in required else _default(value["default"])
         cells = (f"`{key}`", _value(value), default, _joined(value["description"]))
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    if example is not None:
+        lines += ["", "```yaml", *example.splitlines(), "```"]
     return "\n".join([*lines, ""])
 
 
@@ -108,7 +115,7 @@ def _default(value: Any) -> str:
 
 
 def _value(schema: Schema) -> str:
-    """What may stand there, in words."""
+    """Describe the accepted values in words."""
     if "$ref" in schema:
         return f"[mapping](#{schema['$ref'].removeprefix('#/$defs/')})"
     if "discriminator" in schema:

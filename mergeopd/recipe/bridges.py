@@ -10,13 +10,13 @@ from mergeopd.config.values import PositiveInt, Strict, Weight
 
 Merge = Literal["observed", "bayesian"]
 _MERGE = (
-    "which of a group's rows keeps its whole distribution: the first (`observed`) or the last (`bayesian`); "
-    "the others count with the probability of their token"
+    "row of a group that keeps its whole distribution: the first (`observed`) or the last "
+    "(`bayesian`); the other rows contribute the probability of their token"
 )
 
 
 class GoldBridge(Strict):
-    """Tokens of both vocabularies by identity, the others by rank (GOLD)."""
+    """Compare tokens that both vocabularies share by identity, and all others by rank (GOLD)."""
 
     beta: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] = Field(
         default=0.5, description="weight of the teacher in the mixture of the Jensen-Shannon divergence"
@@ -24,8 +24,8 @@ class GoldBridge(Strict):
     merge: Merge = Field(default="observed", description=_MERGE)
     weights: tuple[Weight, Weight] | None = Field(
         default=None,
-        description="of the part by identity and of the part by rank; default: the share of the teacher's "
-        "vocabulary that is matched, and the rest",
+        description="weights of the identity part and of the rank part; default: the fraction of the "
+        "teacher's vocabulary that is matched, and the remainder",
     )
 
     @model_validator(mode="after")
@@ -36,60 +36,63 @@ class GoldBridge(Strict):
 
 
 class UldBridge(Strict):
-    """All tokens by rank (ULD): how certain the models are, not of what."""
+    """Compare all tokens by rank (ULD): only the shape of the distributions, not their tokens."""
 
     merge: Merge = Field(default="observed", description=_MERGE)
 
 
 class ProjectionBridge(Strict):
-    """The student's probabilities carried into the teacher's vocabulary by a sparse map (X-Token)."""
+    """Map the student's probabilities into the teacher's vocabulary with a sparse matrix (X-Token)."""
 
     direction: Literal["forward", "reverse"] = Field(
-        default="forward", description="which KL: forward is KL(teacher || student)"
+        default="forward", description="KL direction: `forward` is KL(teacher || student)"
     )
     top_k: PositiveInt | None = Field(
-        default=None, description="compare only so many of the teacher's likeliest tokens; null: all"
+        default=None, description="compare only the teacher's k most probable tokens; null: all"
     )
     pieces: PositiveInt = Field(
-        default=4, description="teacher tokens that one of the student's is spread over, at most"
+        default=4, description="maximum number of teacher tokens to which one student token is mapped"
     )
 
 
 class PiecesBridge(Strict):
-    """The teacher's next token cut into the student's tokens, compared with the student's next token."""
+    """Split the teacher's next token into student tokens, and compare with the student's next token."""
 
     jsd: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] | None = Field(
         default=None,
-        description="take a generalised Jensen-Shannon divergence with this beta, in place of "
-        "KL(teacher || student); its gradient is about beta (1 - beta) as large",
+        description="use a generalised Jensen-Shannon divergence with this beta instead of KL(teacher || "
+        "student); its gradient is about beta (1 - beta) times as large",
     )
 
 
 class SpanBridge(Strict):
-    """The log-ratio of each aligned group as an advantage: exact, needs no map, one sample a group."""
+    """Use the log-ratio of each aligned group as an advantage: unbiased, needs no vocabulary map, one
+    sample per group.
+    """
 
     bound: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)] | None = Field(
-        default=None, description="log-ratios of groups are brought to plus or minus this, in nats"
+        default=None, description="clip the log-ratio of each group to plus or minus this value, in nats"
     )
 
 
 class Bridge(Strict):
-    """One of the kinds. Shorthand: its name."""
+    """Exactly one bridge. Shorthand: its name."""
 
     pieces: PiecesBridge | None = Field(
         default=None,
-        description="the teacher's tokens cut into the student's, in the student's vocabulary",
+        description="split the teacher's tokens into student tokens and compare in the student's vocabulary",
     )
     gold: GoldBridge | None = Field(
         default=None, description="shared tokens by identity (generalised JSD), the others by rank (GOLD)"
     )
     uld: UldBridge | None = Field(default=None, description="all tokens by rank (ULD)")
     projection: ProjectionBridge | None = Field(
-        default=None, description="KL in the teacher's vocabulary, over a sparse map (X-Token)"
+        default=None, description="KL in the teacher's vocabulary through a sparse map (X-Token)"
     )
     span: SpanBridge | None = Field(
         default=None,
-        description="log-ratio of each aligned group as its tokens' advantage; for the student's own text",
+        description="log-ratio of each aligned group as the advantage of its tokens; only for the "
+        "student's own text",
     )
 
     @model_validator(mode="after")

@@ -25,15 +25,15 @@ class JsdTerm(Term):
 
     beta: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] = Field(
         default=0.5,
-        description="weight of the teacher in M; at the ends, 0 and 1, the divergence would vanish",
+        description="weight of the teacher in M; the divergence vanishes at 0 and 1, so both are refused",
     )
 
 
 class SkewTerm(Term):
-    """A KL against a mixture of both distributions, so that its gradient is bounded (DistiLLM)."""
+    """A KL divergence against a mixture of both distributions, which bounds its gradient (DistiLLM)."""
 
     alpha: Annotated[float, Field(ge=0.0, lt=1.0, strict=True)] = Field(
-        default=0.1, description="share of the KL's own first argument in the mixture; 0 is the plain KL"
+        default=0.1, description="weight of the KL's first argument in the mixture; 0 is the plain KL"
     )
 
     @model_validator(mode="after")
@@ -47,15 +47,16 @@ class AlphaTerm(Term):
     """Alpha divergence, between reverse KL (alpha -> 0) and forward KL (alpha -> 1)."""
 
     alpha: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] = Field(
-        default=0.5, description="at 1/2 the divergence is 4 times the squared Hellinger distance"
+        default=0.5,
+        description="order of the divergence; at 1/2 it is 4 times the squared Hellinger distance",
     )
 
 
 class ClipTerm(Term):
-    """Forward KL whose large entries are capped (OPSD); can be negative."""
+    """Forward KL with capped entries (OPSD); can be negative."""
 
     bound: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)] = Field(
-        default=0.05, description="largest contribution of one vocabulary entry, in nats"
+        default=0.05, description="maximum contribution of one vocabulary entry, in nats"
     )
 
 
@@ -73,23 +74,24 @@ SHORT_TERMS = (*PARAMETRIC_TERMS, *POLICY_TERMS)
 
 
 class Support(Strict):
-    """Divergences over the likeliest tokens only, their probabilities not renormalised."""
+    """Restrict divergences to the most probable tokens, without renormalising their probabilities."""
 
-    top_k: PositiveInt = Field(description="how many tokens")
+    top_k: PositiveInt = Field(description="number of tokens")
     of: Literal["student", "teacher", "union"] = Field(
         default="student",
-        description="whose likeliest tokens: the student's cover what a reverse KL weighs, the teacher's "
-        "what a forward KL weighs, and then no more is kept of the teacher",
+        description="whose most probable tokens: `student` covers the mass that reverse KL weighs, "
+        "`teacher` the mass that forward KL weighs. With `teacher`, only its top k are kept "
+        "instead of hidden states",
     )
     rest: Literal["tail", "generalised"] = Field(
         default="tail",
-        description="`tail`: all other tokens count as one; `generalised`: KL with the masses put right "
-        "(p log(p/q) - p + q), for the two KLs",
+        description="`tail`: all other tokens form one extra category; `generalised`: generalised KL for "
+        "unnormalised masses, p log(p/q) - p + q, for `reverse_kl` and `forward_kl` only",
     )
 
 
 class Loss(Strict):
-    """Weighted sum of terms per response token. Shorthand for one term of weight 1: its name."""
+    """Weighted sum of terms per response token. Shorthand for one term with weight 1: its name."""
 
     reverse_kl: Amount = Field(default=0.0, description="KL(student || teacher), mode seeking")
     forward_kl: Amount = Field(default=0.0, description="KL(teacher || student), mass covering")
@@ -111,24 +113,26 @@ class Loss(Strict):
     )
     sampled_reverse_kl: Sampled | None = Field(
         default=None,
-        description="reverse KL as a policy gradient at the written token; shorthand: its weight",
+        description="single-sample reverse KL as a policy gradient: the sampled token's log-ratio is its "
+        "advantage; shorthand: its weight",
     )
     outcome: Outcome | None = Field(
         default=None,
-        description="the verifier's reward as a policy gradient (GRPO); shorthand: its weight",
+        description="policy gradient from the verifier's reward (GRPO); shorthand: its weight",
     )
     nll: Weight = Field(
         default=0.0,
-        description="negative log-likelihood of the text; only for text the student did not write",
+        description="negative log-likelihood of the text; only for text that the student did not generate",
     )
     temperature: Annotated[float, Field(gt=0.0, le=100.0, strict=True)] = Field(
         default=1.0,
-        description="divides both logits in divergences, which are multiplied by its square (Hinton 2015)",
+        description="softmax temperature of both models in the divergences; the loss is multiplied by its "
+        "square (Hinton 2015). Not the sampling temperature",
     )
 
     support: Support | None = Field(
         default=None,
-        description="over which tokens divergences are taken; null: the whole vocabulary, exactly",
+        description="tokens over which divergences are computed; null: the whole vocabulary, exactly",
     )
 
     @model_validator(mode="after")

@@ -11,36 +11,38 @@ from mergeopd.recipe.bridges import BridgeOrKind
 
 
 class Parallel(Strict):
-    """How a student on Megatron is spread over processes; `tensor` x `pipeline` of them hold a copy of it."""
+    """Process grid of a Megatron student; `tensor` x `pipeline` processes hold one replica."""
 
     tensor: PositiveInt = Field(
         default=1,
-        description="processes that share each matrix; divides attention heads, key-value heads and "
-        "feed-forward units",
+        description="tensor-parallel size: processes that share each weight matrix; must divide the "
+        "attention heads, key-value heads and feed-forward size",
     )
     pipeline: PositiveInt = Field(
-        default=1, description="stages of the model, one after another; divides its layers"
+        default=1,
+        description="pipeline-parallel size: number of model stages; must divide the number of layers",
     )
     sequence: bool = Field(
-        default=False, description="also split activations between matrices along the sequence"
+        default=False,
+        description="sequence parallelism: split activations along the sequence outside the matrix products",
     )
     recompute: bool = Field(
         default=False,
-        description="keep of each layer its input alone and run it again in the backward pass: less memory, "
-        "about a third more time",
+        description="activation checkpointing: keep only each layer's input and recompute the layer in "
+        "the backward pass; less memory, about a third more time",
     )
     layers: Literal["auto", "local", "transformer_engine"] = Field(
         default="auto",
-        description="whose layers: transformer engine's, or Megatron's own; `auto`: transformer engine's on "
-        "a GPU where it can be imported",
+        description="layer implementation: Transformer Engine's or Megatron's own; `auto` uses "
+        "Transformer Engine on a GPU where it can be imported",
     )
 
 
 class Student(Strict):
-    """The model that is trained."""
+    """The model to train."""
 
     model: str = Field(description="Hugging Face folder, or a hub id that is in the local cache")
-    revision: Revision | None = Field(default=None, description="hub revision; not for folders")
+    revision: Revision | None = Field(default=None, description="hub revision; only with a hub id")
     template: str | None = Field(
         default=None,
         description="file with a Jinja chat template, also for the export; default: the tokenizer's own",
@@ -55,67 +57,76 @@ class Student(Strict):
     )
     backend: Literal["torch", "megatron"] = Field(
         default="torch",
-        description="what trains the student: torch, in one process, or megatron-core, in one or several",
+        description="training backend: `torch` (one process) or `megatron` (megatron-core, one or more "
+        "processes)",
     )
     parallel: Parallel = Field(
         default=Parallel(),
-        description="the grid of processes, with `backend: megatron`; it may change when a run goes on",
+        description="process grid for `backend: megatron`; it may change when a run is resumed",
     )
     dtype: Literal["float32", "bfloat16", "float64"] = Field(
         default="float32",
         description="precision of the forward pass; master weights, gradients and AdamW state are float32 "
-        "(float64 throughout is for tests of exactness)",
+        "(`float64` uses float64 for everything and is meant for tests)",
     )
     micro_batch_tokens: PositiveInt = Field(
-        default=16384, description="most tokens (prompts, responses and padding) in one forward and backward"
+        default=16384,
+        description="maximum number of tokens (prompts, responses and padding) in one forward and "
+        "backward pass",
     )
 
 
 class Canary(Strict):
-    """A sample by which a teacher is recognised; `mergeopd new teacher` writes it."""
+    """Recorded sample for checking a teacher's identity, written by `mergeopd new teacher`."""
 
-    prompt: str = Field(min_length=1, description="a user's message")
-    response: str = Field(min_length=1, description="the teacher's own answer")
+    prompt: str = Field(min_length=1, description="user message")
+    response: str = Field(min_length=1, description="the teacher's own response")
     logprobs: tuple[float, ...] = Field(
-        min_length=1, description="log-probability of each token of the answer, in nats"
+        min_length=1, description="log-probability of each response token, in nats"
     )
 
 
 class TeacherCard(Strict):
-    """A file under `teachers/`: what a teacher is, independent of any recipe."""
+    """A file in `teachers/` that describes a teacher, independent of any recipe."""
 
     card: Literal[1] = Field(description="version of the card format")
-    name: str = Field(description="for people")
+    name: str = Field(description="display name")
     model: str = Field(description="Hugging Face folder, or a hub id that is in the local cache")
-    revision: Revision | None = Field(default=None, description="hub revision; not for folders")
-    tokenizer: str | None = Field(default=None, description="folder with the tokenizer; default: the model's")
+    revision: Revision | None = Field(default=None, description="hub revision; only with a hub id")
+    tokenizer: str | None = Field(default=None, description="tokenizer folder; default: the model's folder")
     template: str | None = Field(
-        default=None, description="file with a Jinja chat template; default: the tokenizer's own"
+        default=None, description="file with a Jinja chat template; default: the tokenizer's chat template"
     )
     domains: tuple[Name, ...] = Field(
-        default=(), description="domains it teaches when a prompt source names no teachers"
+        default=(),
+        description="domains for which this teacher is used when a prompt source names no teachers",
     )
-    licence: str | None = Field(default=None, description="licence of the weights, for people")
+    licence: str | None = Field(default=None, description="licence of the weights; informational")
     fingerprint: Annotated[str, Field(pattern=DIGEST_PATTERN)] | None = Field(
-        default=None, description="of the checkpoint; other weights under this name are refused"
+        default=None, description="digest of the checkpoint; other weights at this path are refused"
     )
-    canary: Canary | None = Field(default=None, description="checked before the teacher teaches")
+    canary: Canary | None = Field(
+        default=None, description="sample that is compared before the teacher is used"
+    )
 
 
 class Moving(Strict):
-    """Weights that follow the student: `every` or `ema`. They change between rounds only."""
+    """Student weights that are updated during the run, by `every` or `ema`.
+
+    They change between rounds only.
+    """
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["every"]}, {"required": ["ema"]}]})
 
     every: PositiveInt | None = Field(
         default=None,
-        description="copied anew at the first start of a round at or after each multiple of so many updates; "
-        "1: at the start of every round",
+        description="take a new snapshot of the student every N updates, at the start of the next round; "
+        "1: at every round",
     )
     ema: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] | None = Field(
         default=None,
-        description="moving average: after every round `ema` of the old average plus `1 - ema` of the "
-        "student's weights",
+        description="decay of an exponential moving average: after each round, `ema` x average + (1 - "
+        "`ema`) x student",
     )
 
     @model_validator(mode="after")
@@ -126,40 +137,47 @@ class Moving(Strict):
 
 
 class TeacherRef(Strict):
-    """A teacher in a recipe: another model by its card, or the student itself. Shorthand: the card's path."""
+    """A teacher in a recipe: another model by its card, or the student itself (self-distillation).
+
+    Shorthand: the card's path.
+    """
 
     model_config = ConfigDict(
         json_schema_extra={"oneOf": [{"required": ["card"]}, {"required": ["student"]}]}
     )
 
-    card: str | None = Field(default=None, description="teacher card, a YAML file; this or `student`")
+    card: str | None = Field(
+        default=None, description="path of a teacher card; either `card` or `student` is required"
+    )
     student: Literal["start"] | Moving | None = Field(
         default=None,
-        description="the student as its own teacher, with its weights at the `start` of the run or with ones "
-        "that follow; where it is the expert of an evaluation, it is measured with those of the start",
+        description="use the student as the teacher: `start` for its weights at the start of the run, or "
+        "a rule that updates them during the run. In an evaluation, its weights at the start "
+        "are measured",
     )
-    weight: Weight = Field(default=1.0, description="multiplies every prompt's weight for this teacher")
+    weight: Weight = Field(default=1.0, description="factor on every prompt's weight for this teacher")
     dtype: Literal["float32", "bfloat16", "float64"] | None = Field(
         default=None,
-        description="precision of its forward pass and of its cached hidden states; default: float32, with "
-        "`student` the student's",
+        description="precision of the forward pass and of cached hidden states; default: float32, or the "
+        "student's dtype for a self-teacher. For large teachers, use the checkpoint's dtype "
+        "to avoid a copy",
     )
     system: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
-        description="system message that only this teacher sees, before the conversation or in place of the "
-        "prompt's own",
+        description="system message for this teacher only; replaces the one of the prompt, if it has one",
     )
     prompt: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
-        description="Jinja template of the last user message as only this teacher sees it; `prompt` is the "
-        "message's text, `reference` the row's reference, any other name a field of the row, which every row "
-        "must have. Evaluation does not use one that shows more than `prompt`",
+        description="Jinja template that replaces the last user message for this teacher only. Variables: "
+        "`prompt` (the message text), `reference` (the row's reference answer), and any other field that "
+        "every row has. Evaluation ignores a template that shows more than `prompt`",
     )
 
     bridge: BridgeOrKind | None = Field(
         default=None,
-        description="how to learn from a teacher with another tokenizer (a name, or one with its settings): "
-        "in phases that ask teachers it stands for the teachers' terms, with the sum of their weights",
+        description="loss for a teacher with another tokenizer: a bridge name, or a bridge with settings. "
+        "It replaces the divergences and `sampled_reverse_kl` of the phase for this teacher, "
+        "with the sum of their weights",
     )
 
     @model_validator(mode="after")

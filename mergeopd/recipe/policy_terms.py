@@ -16,7 +16,7 @@ class WeightRamp(Strict):
     """A weight that moves linearly from `start` to `end` during the first `updates` of the phase."""
 
     start: Weight = Field(description="weight at the phase's first update")
-    end: Weight = Field(description="weight from then on")
+    end: Weight = Field(description="weight after the ramp")
     updates: PositiveInt = Field(description="length of the ramp, in updates of the phase")
 
     def at(self, updates_done: int) -> float:
@@ -45,26 +45,31 @@ def weight_shorthand(value: Any) -> Any:
 
 
 class SampledTerm(Term):
-    """Reverse KL by its value at the written token alone: `log p_T - log p_S` is the token's advantage."""
+    """Single-sample reverse KL: the log-ratio `log p_T - log p_S` of the sampled token is its advantage."""
 
     bound: Positive | None = Field(
-        default=None, description="largest absolute log-ratio of one token, in nats (MOPD); null: none"
+        default=None,
+        description="clip each token's log-ratio to plus or minus this value, in nats (MOPD); null: no "
+        "clipping",
     )
     discount: Fraction = Field(
-        default=0.0, description="how much of the later tokens' log-ratios a token is credited with (MiniLLM)"
+        default=0.0,
+        description="discount factor with which later tokens' log-ratios are added to a token's advantage "
+        "(MiniLLM); 0: off",
     )
     future_only: Annotated[bool, Field(strict=True)] = Field(
         default=False,
-        description="leave out the token's own log-ratio, which an exact reverse_kl beside it takes "
-        "(MiniLLM's single-step decomposition)",
+        description="leave out the token's own log-ratio, because an exact `reverse_kl` beside this term "
+        "covers it (MiniLLM's single-step decomposition)",
     )
     per_remaining_token: Annotated[bool, Field(strict=True)] = Field(
-        default=False, description="divide what is credited by the number of tokens it comes from (MiniLLM)"
+        default=False, description="divide the discounted sum by the number of tokens it covers (MiniLLM)"
     )
     early_gain: Weight = Field(
         default=0.0,
-        description="early tokens count up to 1 + this, the last about 1, by the share of the answer's "
-        "absolute log-ratios that lie behind them (IW-OPD)",
+        description="extra weight of early tokens (IW-OPD): the weight falls from 1 + `early_gain` at the "
+        "first token to about 1 at the last, in proportion to the sum of absolute log-ratios "
+        "already passed; 0: off",
     )
 
     @model_validator(mode="after")
@@ -85,39 +90,41 @@ class SampledTerm(Term):
 
 
 class TrustRegion(Strict):
-    """The teacher holds one end of the ratio that is clipped (RLAD): the reward says where to go."""
+    """Put the teacher into the denominator of the clipped ratio (RLAD); the reward sets the direction."""
 
-    kind: Literal["trust_region"] = Field(description="names what the teacher is for")
+    kind: Literal["trust_region"] = Field(description="how the teacher shapes the outcome")
     alpha: Annotated[float, Field(ge=0.0, le=1.0, strict=True)] = Field(
-        default=0.5, description="share of the old policy in the ratio's denominator; 1 is GRPO"
+        default=0.5,
+        description="exponent of the old policy in the denominator `pi_old^alpha T^(1 - alpha)`; 1 is GRPO",
     )
 
 
 class Credit(Strict):
-    """The teacher says how much each token gets of its answer's advantage, never its sign (RLSD)."""
+    """Scale each token's outcome advantage by the teacher's log-ratio, without changing its sign (RLSD)."""
 
-    kind: Literal["credit"] = Field(description="names what the teacher is for")
+    kind: Literal["credit"] = Field(description="how the teacher shapes the outcome")
     mix: Amount = Field(
-        default=0.5, description="share of the advantage that is shaped, or a ramp; 0 is GRPO"
+        default=0.5, description="fraction of the advantage that is scaled, or a ramp; 0 is GRPO"
     )
     bound: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] = Field(
-        default=0.2, description="a token gets 1 - bound to 1 + bound of it"
+        default=0.2, description="the scale factor is clipped to 1 - bound ... 1 + bound"
     )
 
 
 class OutcomeTerm(Term):
-    """The verifier's reward, relative to the other answers to the same prompt, as every token's advantage."""
+    """Group advantage of the verifier's reward, relative to the other responses to the same prompt."""
 
     std: Literal["unbiased", "biased", "none"] = Field(
         default="unbiased",
-        description="divide by the group's standard deviation with n - 1 (unbiased) or n (biased), or not at "
-        "all (Dr. GRPO)",
+        description="normalise by the group's standard deviation with n - 1 (`unbiased`) or n (`biased`), "
+        "or not at all (`none`, Dr. GRPO)",
     )
     answers: Literal["all", "right"] = Field(
-        default="all", description="answers whose advantage counts (`right`: SRPO)"
+        default="all",
+        description="responses whose advantage counts: all, or only correct ones (`right`: SRPO)",
     )
     teacher: Annotated[TrustRegion | Credit, Field(discriminator="kind")] | None = Field(
-        default=None, description="what the teacher's log-probabilities do to the outcome; null: nothing"
+        default=None, description="how the teacher's log-probabilities shape the outcome; null: not at all"
     )
 
 
@@ -132,25 +139,26 @@ POLICY_TERMS = ("sampled_reverse_kl", "outcome")
 
 
 class ClipRatio(Strict):
-    """Bounds of pi / pi_old beyond which a policy term no longer pulls (PPO)."""
+    """PPO clipping range of the ratio pi / pi_old in policy terms."""
 
     low: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] = Field(
-        default=0.2, description="the ratio counts down to 1 - low"
+        default=0.2, description="lower bound is 1 - low"
     )
-    high: Positive = Field(default=0.28, description="the ratio counts up to 1 + high")
+    high: Positive = Field(default=0.28, description="upper bound is 1 + high")
     dual: Annotated[float, Field(gt=1.0, allow_inf_nan=False, strict=True)] | None = Field(
-        default=None, description="with a negative advantage the ratio counts up to this; null: without bound"
+        default=None,
+        description="upper bound of the ratio for negative advantages (dual-clip PPO); null: no bound",
     )
 
 
 class NoCorrection(Strict):
-    """Answers are taken as if the policy in training had written them."""
+    """No importance weights: responses are treated as sampled by the policy in training."""
 
-    kind: Literal["none"] = Field(description="names the correction")
+    kind: Literal["none"] = Field(description="correction kind")
 
 
 class Band(Strict):
-    """Bounds of pi_old / behaviour policy."""
+    """Bounds of the importance ratio pi_old / behaviour policy."""
 
     low: Weight
     high: Positive
@@ -163,27 +171,27 @@ class Band(Strict):
 
 
 class Truncate(Band):
-    """Truncated importance sampling: the weight is the ratio, brought into [low, high]."""
+    """Truncated importance sampling: the weight is the ratio, clipped to [low, high]."""
 
-    kind: Literal["truncate"] = Field(description="names the correction")
-    low: Weight = Field(default=0.0, description="smallest weight")
-    high: Positive = Field(default=2.0, description="largest weight")
+    kind: Literal["truncate"] = Field(description="correction kind")
+    low: Weight = Field(default=0.0, description="minimum weight")
+    high: Positive = Field(default=2.0, description="maximum weight")
 
 
 class Mask(Band):
-    """The weight is the ratio inside [low, high] and 0 outside (IcePop, GLM-5, MiMo, Nemotron)."""
+    """The weight is the ratio inside [low, high], and 0 outside (IcePop, GLM-5, MiMo, Nemotron)."""
 
-    kind: Literal["mask"] = Field(description="names the correction")
-    low: Weight = Field(default=0.5, description="smallest ratio that counts")
-    high: Positive = Field(default=2.0, description="largest ratio that counts")
+    kind: Literal["mask"] = Field(description="correction kind")
+    low: Weight = Field(default=0.5, description="smallest ratio that is not masked")
+    high: Positive = Field(default=2.0, description="largest ratio that is not masked")
 
 
 class SequenceMask(Band):
-    """The weight is the ratio; answers whose mean ratio (geometric) leaves [low, high] do not count."""
+    """The weight is the ratio; responses whose geometric mean ratio is outside [low, high] are masked."""
 
-    kind: Literal["sequence_mask"] = Field(description="names the correction")
-    low: Weight = Field(default=0.999, description="smallest mean ratio that counts")
-    high: Positive = Field(default=1.002, description="largest mean ratio that counts")
+    kind: Literal["sequence_mask"] = Field(description="correction kind")
+    low: Weight = Field(default=0.999, description="smallest mean ratio that is not masked")
+    high: Positive = Field(default=1.002, description="largest mean ratio that is not masked")
 
 
 def correction_shorthand(value: Any) -> Any:

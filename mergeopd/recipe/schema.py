@@ -49,15 +49,19 @@ Routing = Annotated[
 class PromptSource(Strict):
     """A file of prompts of one domain."""
 
-    source: str = Field(description=".jsonl or .parquet file")
-    domain: Name = Field(description="the prompts' domain, for routing, budgets and the report")
+    source: str = Field(description="prompt file, `.jsonl` or `.parquet`")
+    domain: Name = Field(
+        description="domain of the prompts; selects teachers, and groups budgets and reports"
+    )
     verifier: VerifierOrKind | None = Field(
-        default=None, description="how an answer is checked; shorthand: its kind"
+        default=None, description="verifier that grades responses; shorthand: its kind"
     )
     prompt_field: str = Field(
-        default="prompt", description="field with the prompt: text, or a list of {role, content} messages"
+        default="prompt", description="field with the prompt: text, or a list of `{role, content}` messages"
     )
-    reference_field: str = Field(default="answer", description="field with the verifier's reference")
+    reference_field: str = Field(
+        default="answer", description="field with the reference answer that the verifier compares with"
+    )
 
 
 class TrainSource(PromptSource):
@@ -65,101 +69,109 @@ class TrainSource(PromptSource):
 
     teachers: Routing | None = Field(
         default=None,
-        description="teacher or teachers with weights; default: every teacher whose card lists the domain",
+        description="teacher, or teachers with weights; default: every teacher whose card lists the domain",
     )
     share: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)] = Field(
-        default=1.0, description="how often prompts of this source are drawn, relative to the others"
+        default=1.0, description="how often prompts of this source are drawn, relative to the other sources"
     )
     response_field: str = Field(
         default="response",
-        description="field with a ready answer, for phases on dataset text: text, or a trajectory, that is a "
-        "list of {role, content} messages from the assistant's first to its last; only the assistant's own "
-        "are learned from",
+        description="field with a prepared response, for phases with `text: dataset`: text, or a "
+        "trajectory (a list of `{role, content}` messages from the assistant's first to its "
+        "last; only assistant messages are in the loss)",
     )
 
 
 class EvalSource(PromptSource):
-    """Prompts to measure on; never trained on."""
+    """Held-out prompts for evaluation; never trained on."""
 
-    verifier: VerifierOrKind = Field(description="how an answer is checked; shorthand: its kind")
+    verifier: VerifierOrKind = Field(description="verifier that grades responses; shorthand: its kind")
     expert: Name | None = Field(
-        default=None, description="teacher to compare with; default: the domain's heaviest teacher"
+        default=None,
+        description="teacher to compare with; default: the teacher with the largest weight for the domain",
     )
-    limit: PositiveInt | None = Field(default=None, description="use the first N prompts only")
+    limit: PositiveInt | None = Field(default=None, description="evaluate on the first N prompts only")
 
 
 # ---------------------------------------------------------------------------------------------- the rest
 
 
 class Evaluation(Strict):
-    """Greedy accuracy of base, experts, weight average and student, after the run and by `mergeopd eval`."""
+    """Greedy accuracy of base, experts, weight average and student, measured after the run and by
+    `mergeopd eval`.
+    """
 
     prompts: Annotated[tuple[EvalSource, ...], Field(min_length=1)] = Field(
-        description="what to measure on, one entry for each file"
+        description="evaluation sources, one entry per file"
     )
     max_new_tokens: PositiveInt | None = Field(
-        default=None, description="longest answer, in tokens; default: the rollout's"
+        default=None, description="maximum response length, in tokens; default: `rollout.max_new_tokens`"
     )
     batch_size: PositiveInt = Field(default=256, description="sequences decoded together")
 
 
 class Checkpoints(Strict):
-    """When the run is saved."""
+    """How often the run is saved."""
 
     every: PositiveInt = Field(default=50, description="updates between checkpoints")
-    keep: PositiveInt = Field(default=3, description="newest checkpoints that are kept")
+    keep: PositiveInt = Field(default=3, description="number of newest checkpoints to keep")
 
 
 class Memory(Strict):
-    """How much main memory may hold what could lie on disk."""
+    """Limit on main memory for data that can be spilled to disk."""
 
     hidden_states_gib: Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)] = Field(
-        default=8.0, description="teachers' hidden states of a round; what is more goes to the run folder"
+        default=8.0,
+        description="GiB of main memory for one round's teacher hidden states; the rest is written to the "
+        "run folder",
     )
 
 
 class Reports(Strict):
-    """What is written for people beside the display, metrics.jsonl and report.html."""
+    """Output besides the terminal display, metrics.jsonl and report.html."""
 
     tensorboard: Annotated[bool, Field(strict=True)] = Field(
         default=False,
-        description="events for TensorBoard in the run's `tensorboard` folder; needs `mergeopd[tensorboard]`",
+        description="write TensorBoard events to `tensorboard/` in the run folder; requires "
+        "`mergeopd[tensorboard]`",
     )
 
 
 class Recipe(Strict):
-    """A merge: one student, its teachers, prompts and phases."""
+    """A merge: one student, its teachers, prompts and training phases."""
 
     recipe: Literal[1] = Field(description="version of the recipe format")
-    name: Name = Field(description="the merge's name, for people")
+    name: Name = Field(description="display name of the merge")
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = Field(
-        default=0, description="start of all randomness"
+        default=0, description="seed of all random numbers"
     )
-    threads: PositiveInt | None = Field(default=None, description="CPU threads; default: the machine's cores")
-    student: Student = Field(description="the model that is trained")
+    threads: PositiveInt | None = Field(
+        default=None, description="number of CPU threads; default: the number of cores"
+    )
+    student: Student = Field(description="the model to train")
     teachers: dict[Name, Teacher] = Field(
-        min_length=1, description="the experts, each a card or the path of one, by the names used for routing"
+        min_length=1,
+        description="the experts, by the names that `prompts` use; each entry is a mapping or the path of "
+        "a card",
     )
     prompts: Annotated[tuple[TrainSource, ...], Field(min_length=1)] = Field(
-        description="what to train on, one entry for each file"
+        description="training sources, one entry per file"
     )
-    rollout: LocalRollout = Field(default=LocalRollout(), description="how answers are sampled")
-    phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = Field(
-        description="stretches of training, in order"
-    )
-    optimizer: Optimizer = Field(default=Optimizer(), description="how the student is updated")
-    evaluation: Evaluation | None = Field(default=None, description="what is measured at the end")
-    checkpoint: Checkpoints = Field(default=Checkpoints(), description="when the run is saved")
+    rollout: LocalRollout = Field(default=LocalRollout(), description="how responses are sampled")
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = Field(description="training phases, in order")
+    optimizer: Optimizer = Field(default=Optimizer(), description="optimizer settings")
+    evaluation: Evaluation | None = Field(default=None, description="evaluation after the run; default: none")
+    checkpoint: Checkpoints = Field(default=Checkpoints(), description="how often the run is saved")
     allow_code: tuple[FunctionPath, ...] = Field(
-        default=(), description="functions of yours that this recipe may import and call"
+        default=(), description="Python functions that this recipe may import and call"
     )
-    memory: Memory = Field(default=Memory(), description="what may stay in main memory")
-    report: Reports = Field(default=Reports(), description="what is written for people")
+    memory: Memory = Field(default=Memory(), description="limit on main memory")
+    report: Reports = Field(default=Reports(), description="additional reports")
     text_cache: str = Field(
         default=".mergeopd/texts",
-        description="folder, shared by runs, of texts that teachers wrote, and of vocabulary maps",
+        description="folder for teacher responses and vocabulary maps, shared between runs",
     )
-    output: str = Field(description="folder of the run")
+    output: str = Field(description="run folder")
 
 
 # Sections of named entries. null removes an entry that an extended recipe has: `teachers: {math: null}`.

@@ -15,16 +15,21 @@ from mergeopd.types import Origin
 class LocalRollout(Strict):
     """Sampling inside the training process."""
 
-    engine: Literal["local"] = Field(default="local", description="what writes the student's answers")
-    samples_per_prompt: PositiveInt = Field(default=1, description="answers per prompt and round")
+    engine: Literal["local"] = Field(
+        default="local", description="rollout engine that generates the student's responses"
+    )
+    samples_per_prompt: PositiveInt = Field(default=1, description="responses per prompt and round")
     temperature: Annotated[float, Field(gt=0.0, le=10.0, strict=True)] = Field(
-        default=1.0, description="divides the logits that are sampled from"
+        default=1.0, description="sampling temperature"
     )
     top_p: Annotated[float, Field(gt=0.0, le=1.0, strict=True)] = Field(
-        default=1.0, description="sample from the fewest tokens that hold this much probability"
+        default=1.0,
+        description="nucleus sampling: sample from the smallest set of tokens with this total probability",
     )
-    max_new_tokens: PositiveInt = Field(default=256, description="longest answer, in tokens")
-    stop: tuple[str, ...] = Field(default=(), description="texts that end an answer, beside the EOS token")
+    max_new_tokens: PositiveInt = Field(default=256, description="maximum response length, in tokens")
+    stop: tuple[str, ...] = Field(
+        default=(), description="strings that end a response, in addition to the end token"
+    )
     batch_size: PositiveInt = Field(default=256, description="sequences decoded together")
 
 
@@ -32,99 +37,113 @@ class Ramp(Strict):
     """A value that moves linearly from `start` to `end` during the first `updates` of the phase."""
 
     start: Fraction = Field(description="value at the phase's first update")
-    end: Fraction = Field(description="value from then on")
+    end: Fraction = Field(description="value after the ramp")
     updates: PositiveInt = Field(description="length of the ramp, in updates of the phase")
 
 
 class TextMixture(Strict):
-    """Some prompts are answered by the student, the others come from elsewhere."""
+    """Mix on-policy responses with off-policy ones."""
 
-    on_policy_fraction: Fraction | Ramp = Field(description="share of prompts that the student answers")
-    otherwise: Literal["teacher", "dataset"] = Field(description="where the other answers come from")
+    on_policy_fraction: Fraction | Ramp = Field(
+        description="fraction of prompts to which the student responds (lambda in GKD)"
+    )
+    otherwise: Literal["teacher", "dataset"] = Field(description="origin of the other responses")
 
 
 Text = Literal["student", "teacher", "dataset"] | TextMixture
 
 
 class PassRate(Strict):
-    """A prompt's weight for its teachers, p^a (1 - p)^b with p the mean reward of its answers."""
+    """Weight of a prompt's distillation loss: p^a (1 - p)^b, with p the mean reward of its responses."""
 
-    a: Weight = Field(default=1.0, description="how little prompts count that are never solved")
-    b: Weight = Field(default=1.0, description="how little prompts count that are always solved")
+    a: Weight = Field(
+        default=1.0,
+        description="exponent of p: larger values reduce the weight of prompts that are rarely solved",
+    )
+    b: Weight = Field(
+        default=1.0,
+        description="exponent of 1 - p: larger values reduce the weight of prompts that are mostly solved",
+    )
 
 
 class Balance(Strict):
-    """How domains, prompts and answers share the loss."""
+    """Distribution of the loss over domains, prompts and responses."""
 
     tokens: Literal["off", "equal"] | dict[Name, Weight] = Field(
         default="off",
-        description="`equal` or target shares: weigh domains so that each gets its share of the loss, "
-        "whatever the answers' lengths (Open-MOPD M1)",
+        description="domain shares of the loss, independent of response lengths (Open-MOPD M1): `equal`, "
+        "or a target share per domain",
     )
     follow_gap: Annotated[float, Field(ge=0.0, le=2.0, strict=True)] = Field(
         default=0.0,
-        description="exponent: domains whose teachers are further away get more (Open-MOPD M2); 0: off",
+        description="exponent with which a domain's weight follows its remaining teacher-student gap "
+        "(Open-MOPD M2); 0: off",
     )
     pass_rate: PassRate | None = Field(
-        default=None, description="weigh prompts by how often the student solves them (PACED); null: off"
+        default=None, description="weight prompts by how often the student solves them (PACED); null: off"
     )
     teach: Literal["all", "wrong", "failed_groups"] = Field(
         default="all",
-        description="answers that teachers comment: all, wrong ones, or those of prompts without a right one",
+        description="responses with a distillation loss: `all`, only incorrect ones (`wrong`), or only "
+        "those of prompts with no correct response (`failed_groups`)",
     )
 
 
 class Phase(Strict):
-    """A stretch of training with one kind of text and one loss."""
+    """A training phase with one origin of text and one loss."""
 
-    name: Name = Field(description="the phase's name, unique in the recipe")
-    updates: PositiveInt = Field(description="optimizer updates")
+    name: Name = Field(description="phase name, unique in the recipe")
+    updates: PositiveInt = Field(description="number of optimizer updates")
     text: Text = Field(
         default="student",
-        description="who writes the answers: student (on-policy), teacher, dataset, mixture",
+        description="origin of the responses: `student` (on-policy), `teacher`, `dataset`, or a mixture",
     )
-    loss: LossOrTerm = Field(description="what is minimised")
-    prompts_per_round: PositiveInt = Field(default=64, description="prompts drawn and answered at a time")
-    updates_per_round: PositiveInt = Field(default=1, description="optimizer updates made from one round")
+    loss: LossOrTerm = Field(description="loss to minimise")
+    prompts_per_round: PositiveInt = Field(default=64, description="prompts per round")
+    updates_per_round: PositiveInt = Field(default=1, description="optimizer updates per round")
     reduce: Literal["token", "sequence"] = Field(
-        default="token", description="mean over all tokens, or over answers of each one's token mean"
+        default="token",
+        description="`token`: mean over all tokens of an update; `sequence`: mean over responses of each "
+        "response's token mean",
     )
-    balance: Balance = Field(default=Balance(), description="how domains, prompts and answers share the loss")
+    balance: Balance = Field(
+        default=Balance(), description="distribution of the loss over domains, prompts and responses"
+    )
     clip_ratio: ClipRatio | None = Field(
-        default=ClipRatio(), description="PPO's bounds for policy terms; null: none"
+        default=ClipRatio(), description="PPO clipping of policy terms; null: no clipping"
     )
     correction: Correction = Field(
         default=NoCorrection(kind="none"),
-        description="what policy terms do about answers that a slightly other policy wrote: importance "
-        "weights pi_old / behaviour policy; shorthand: the kind",
+        description="importance weights pi_old / behaviour policy for policy terms, which correct for "
+        "responses sampled by a slightly different policy; shorthand: the kind",
     )
-    lr_scale: Weight = Field(default=1.0, description="multiplies the learning rate during the phase")
+    lr_scale: Weight = Field(default=1.0, description="factor on the learning rate during this phase")
 
 
 class Optimizer(Strict):
-    """AdamW; the schedule spans all phases."""
+    """AdamW; the learning-rate schedule spans all phases."""
 
     lr: Weight = Field(default=1e-6, description="peak learning rate")
     betas: tuple[Fraction, Fraction] = Field(
-        default=(0.9, 0.95), description="decay of the running means of gradient and squared gradient"
+        default=(0.9, 0.95), description="decay rates of the running means of the gradient and of its square"
     )
     eps: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)] = Field(
-        default=1e-8, description="added to the root of the mean squared gradient"
+        default=1e-8, description="constant added to the denominator"
     )
     weight_decay: Weight = Field(
-        default=0.0, description="decoupled decay of matrices; biases and norms have none"
+        default=0.0, description="decoupled weight decay of matrices; biases and norms are not decayed"
     )
     warmup_updates: Annotated[int, Field(ge=0, strict=True)] = Field(
-        default=0, description="updates during which the learning rate rises linearly to its peak"
+        default=0, description="updates of linear warm-up"
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="the learning rate after the warm-up, until the last update"
+        default="constant", description="learning-rate schedule after the warm-up, until the last update"
     )
     final_lr_fraction: Fraction = Field(
-        default=0.0, description="where linear and cosine end, relative to lr"
+        default=0.0, description="final learning rate of `linear` and `cosine`, as a fraction of `lr`"
     )
     clip_grad: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)] | None = Field(
-        default=1.0, description="largest gradient norm; null: no clipping"
+        default=1.0, description="maximum gradient norm; null: no clipping"
     )
 
 

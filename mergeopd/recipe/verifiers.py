@@ -38,19 +38,21 @@ def pattern_problem(pattern: str) -> str | None:
 
 
 class ExactVerifier(Strict):
-    """Right when the answer, stripped of outer white space, equals the reference."""
+    """Correct when the response, stripped of surrounding white space, equals the reference."""
 
-    kind: Literal["exact"] = Field(description="names the verifier")
+    kind: Literal["exact"] = Field(description="verifier kind")
     ignore_case: Annotated[bool, Field(strict=True)] = Field(
-        default=False, description="compare without regard to upper and lower case"
+        default=False, description="compare case-insensitively"
     )
 
 
 class RegexVerifier(Strict):
-    """Right when the pattern matches; with a group named `answer`, that group must equal the reference."""
+    """Correct when the pattern matches; if it has a group named `answer`, that group must equal the
+    reference.
+    """
 
-    kind: Literal["regex"] = Field(description="names the verifier")
-    pattern: str = Field(description="Python regular expression, searched in the whole answer")
+    kind: Literal["regex"] = Field(description="verifier kind")
+    pattern: str = Field(description="Python regular expression, searched in the whole response")
     timeout_s: Timeout = 2.0
 
     @field_validator("pattern")
@@ -63,22 +65,23 @@ class RegexVerifier(Strict):
 
 
 class NumberVerifier(Strict):
-    """Right when the final number equals the reference, which must be one number.
+    """Correct when the final number equals the reference, which must be one number.
 
     The final number is that after `####`, else in `\\boxed{}`, else after "answer is", else the last one.
     Of a response that was cut off, only a complete `####` line or box counts.
     """
 
-    kind: Literal["number"] = Field(description="names the verifier")
-    tolerance: Weight = Field(default=0.0, description="largest absolute difference that still counts")
+    kind: Literal["number"] = Field(description="verifier kind")
+    tolerance: Weight = Field(default=0.0, description="largest absolute difference that counts as equal")
 
 
 class JsonVerifier(Strict):
-    """Right when the answer is JSON and equal to the reference, key order and white space apart."""
+    """Correct when the response is JSON and equal to the reference, ignoring key order and white space."""
 
-    kind: Literal["json"] = Field(description="names the verifier")
+    kind: Literal["json"] = Field(description="verifier kind")
     schema_file: str | None = Field(
-        default=None, description="JSON Schema file; then the answer must satisfy it and needs no reference"
+        default=None,
+        description="JSON Schema file; the response must then satisfy the schema, and no reference is needed",
     )
     timeout_s: Timeout = 2.0
 
@@ -89,15 +92,15 @@ class MathVerifier(Strict):
     Needs the package: `pip install 'mergeopd[math]'`.
     """
 
-    kind: Literal["math"] = Field(description="names the verifier")
+    kind: Literal["math"] = Field(description="verifier kind")
     timeout_s: Timeout = 5.0
 
 
 class UserVerifier(Strict):
-    """A function `(answer: str, reference: str | None) -> float` in [0, 1], named in `allow_code`."""
+    """A function `(answer: str, reference: str | None) -> float` in [0, 1], listed in `allow_code`."""
 
-    kind: Literal["user"] = Field(description="names the verifier")
-    function: FunctionPath = Field(description="the function, as it stands in `allow_code`")
+    kind: Literal["user"] = Field(description="verifier kind")
+    function: FunctionPath = Field(description="function path, as listed in `allow_code`")
     timeout_s: Timeout = 10.0
 
 

@@ -1,4 +1,4 @@
-"""The documents say what the code does: reference up to date, examples valid, error samples real."""
+"""Compare the documents with the code: reference up to date, examples valid, error samples real, sizes kept."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 
 from mergeopd.config.load import load
@@ -19,12 +20,13 @@ from mergeopd.recipe.schema import NAMED, SHORTHANDS, Recipe
 from mergeopd.recipe.training import Phase
 
 ROOT = Path(__file__).parents[3]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+README = ROOT / "README.md"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, *documents: Path) -> list[str]:
+    text = "\n".join(document.read_text(encoding="utf-8") for document in documents or DOCUMENTS)
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def test_the_recipe_reference_is_up_to_date() -> None:
@@ -45,24 +47,64 @@ def test_every_key_is_described(model: Any) -> None:
     assert [key for key, has_text in described(model_schema(model)) if not has_text] == []
 
 
-def test_recipes_and_cards_in_the_readme_are_valid() -> None:
+def validate(document: dict[str, Any]) -> None:
+    model = Recipe if "recipe" in document else TeacherCard
+    model.model_validate(document)
+
+
+def test_recipes_and_cards_in_the_documents_are_valid() -> None:
     documents = [YAML(typ="safe").load(block) for block in blocks("yaml")]
-    models = [Recipe if "recipe" in d else TeacherCard for d in documents if {"recipe", "card"} & d.keys()]
-    assert set(models) == {Recipe, TeacherCard}
-    for document in documents:
-        if "recipe" in document:
-            Recipe.model_validate(document)
-        elif "card" in document:
-            TeacherCard.model_validate(document)
+    whole = [document for document in documents if document and {"recipe", "card"} & document.keys()]
+    assert len(whole) >= 5
+    for document in whole:
+        validate(document)
 
 
-def test_the_error_sample_in_the_readme_is_real() -> None:
+REFERENCE = ROOT / "tools" / "recipe_examples.yaml"
+EXAMPLES: dict[str, str] = YAML(typ="safe").load(REFERENCE)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_of_the_reference_are_valid(name: str) -> None:
+    example = YAML(typ="safe").load(EXAMPLES[name])
+    whole: dict[str, Any] = {} if "card" in example else YAML(typ="safe").load(EXAMPLES["Recipe"])
+    validate({**whole, **example})
+
+
+def test_every_example_belongs_to_a_section_of_the_reference() -> None:
+    sections = {"Recipe", "TeacherCard", *model_schema(Recipe)["$defs"], *model_schema(TeacherCard)["$defs"]}
+    assert EXAMPLES.keys() <= sections
+
+
+def test_the_example_of_the_kernel_gives_the_reverse_kl() -> None:
+    (example,) = (block for block in blocks("python", ROOT / "docs/api.md") if "fused_loss(" in block)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(compile(example, "docs/api.md", "exec"), names)
+    logits = [
+        names["hidden_S"].detach() @ names["weight_S"].detach().T,
+        names["hidden_T"] @ names["weight_T"].T,
+    ]
+    S, T = (logit.log_softmax(-1) for logit in logits)
+    expected = float((S.exp() * (S - T)).sum(-1).mean())
+    assert float(names["loss"].detach()) == pytest.approx(expected, rel=1e-5)
+    assert names["hidden_S"].grad.abs().sum() > 0
+
+
+def test_the_error_sample_is_real() -> None:
     expected = (ROOT / "tests/errors/several_sections/expected.txt").read_text(encoding="utf-8")
     (sample,) = (block for block in blocks("text") if "did you mean" in block)
     problems = re.findall(r"^\S.*\n    .*\n", sample, re.MULTILINE)
     assert len(problems) >= 3
     for problem in problems:
         assert problem in expected
+
+
+def test_front_page_architecture_and_pictures_stay_small() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+    assert len((ROOT / "docs/architecture.md").read_text(encoding="utf-8").split()) <= 1500
+    for picture in (ROOT / "docs/pictures").iterdir():
+        assert picture.stat().st_size < 300_000, picture.name
 
 
 def anchors(text: str) -> set[str]:
@@ -72,10 +114,11 @@ def anchors(text: str) -> set[str]:
     return slugs | set(re.findall(r'<a id="([^"]+)">', text))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    linked = re.findall(r"""\]\(([^)\s]+)\)|\bsrc(?:set)?="([^"]+)\"""", text)
+    for target in (one or other for one, other in linked):
         if re.match(r"https?:", target):
             continue
         file, _, anchor = target.partition("#")
