@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 from step_bench.job import model_sizes
 
 if TYPE_CHECKING:
-    from mergeopd.ranks import Alone
     from mergeopd.report.events import Event
 
 NEVER = -1  # a stop token that no head can draw: every answer has its full length
@@ -57,6 +56,7 @@ def run_mergeopd(arguments: argparse.Namespace, steps: Steps) -> None:
     from mergeopd.engine.preflight import preflight
     from mergeopd.engine.run_folder import RunFolder
     from mergeopd.engine.state import Progress
+    from mergeopd.ranks import Alone
     from mergeopd.report.events import RunStarted, UpdateDone
 
     expected = arguments.batch * arguments.new_tokens
