@@ -3,6 +3,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PYTHON ?= python3
 STAMP  := $(VENV)/.installed
+# Tests of one file run in one process, and files in the order of their folders: the longest come first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: quickstart cross-family install test test-dist check format clean help
 
@@ -22,10 +24,10 @@ $(STAMP): pyproject.toml
 	touch $@
 
 test: $(STAMP)  ## the CPU test suite
-	$(BIN)/python -m pytest -m 'not long'
+	$(PYTEST) -m 'not long'
 
 test-dist: $(STAMP)  ## its long part: several processes, minutes
-	$(BIN)/python -m pytest -m long
+	$(PYTEST) -m long
 
 check: $(STAMP)  ## lint, types, import contracts
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ and verdicts: the gradient of one round instead of a run). What a rank tells of 
 """
 
 import datetime
+import importlib
 import json
 import os
 import signal
@@ -29,6 +30,10 @@ from mergeopd.engine.command import begin, go_on  # noqa: E402
 from mergeopd.engine.preflight import preflight  # noqa: E402
 from mergeopd.errors import MergeopdError  # noqa: E402
 from mergeopd.ranks import Alone, Processes  # noqa: E402
+
+# What a run imports when it needs it; here before the ranks are forked.
+for _name in ("mergeopd.student.megatron.step", "transformers.models.qwen3.modeling_qwen3", "grid_jobs"):
+    importlib.import_module(_name)
 
 DEADLINE = datetime.timedelta(seconds=60)
 MODULES = {"writing": writing, "texts": texts, "evaluate": evaluate}
