@@ -12,10 +12,7 @@ pytest.importorskip("megatron.core", reason="the extra mergeopd[megatron] is not
 from grid_jobs import LONG_BROKEN, SHORT_BROKEN, complaint
 from grid_runs import assert_same_figures, metrics, samples
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's"),
-    pytest.mark.xdist_group("grid"),
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's")
 
 ELSEWHERE = "EndedElsewhere: another process of the run ended"
 

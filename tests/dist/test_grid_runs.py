@@ -14,10 +14,7 @@ from grid_runs import MODELS, OF_THE_WAY, ROUTES, WORDS, assert_same_figures, li
 
 from mergeopd.models.checkpoint import Checkpoint
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's"),
-    pytest.mark.xdist_group("grid"),
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's")
 
 long = pytest.mark.long
 CASES = [*SHORT, *(pytest.param(*case, marks=long) for case in LONG)]
