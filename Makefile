@@ -5,6 +5,8 @@ PYTHON ?= python3
 STAMP  := $(VENV)/.installed
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_FIGURES ?=
+# Tests of one file run in one process, and files in the order of their folders: the longest come first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --no-loadscope-reorder
 
 .PHONY: quickstart cross-family install test test-dist test-gpu check format clean help
 
@@ -24,10 +26,10 @@ $(STAMP): pyproject.toml
 	touch $@
 
 test: $(STAMP)  ## the CPU test suite
-	$(BIN)/python -m pytest -m 'not long'
+	$(PYTEST) -m 'not long'
 
 test-dist: $(STAMP)  ## its long part: several processes, minutes
-	$(BIN)/python -m pytest -m long
+	$(PYTEST) -m long
 
 # Not through the stamp: a machine with a GPU often has Python and torch of its own, and no network. There
 # `make test-gpu PYTHON=python3` runs the checkout as it is.

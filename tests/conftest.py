@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -13,8 +14,25 @@ WORDS = ("a", "b", "c", "d", "<eos>")
 
 
 # The same examples every time: a red run can be repeated, and a green one was no luck.
-settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("repeatable", derandomize=True, max_examples=50)
 settings.load_profile("repeatable")
+
+
+# Files that share an expensive fixture, by the name under which one process runs them all.
+TOGETHER = {"test_grid_endings.py": "grid", "test_grid_runs.py": "grid"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give all tests of a file to one process, as they share what is expensive."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc, unused-ignore]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return TOGETHER.get(file.rsplit("/", 1)[-1], file)
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True, scope="session")

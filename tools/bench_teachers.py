@@ -30,6 +30,7 @@ def main() -> None:
     )
     parser.add_argument("--teachers", type=int, default=8, help="how many (about 200 MB each)")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--prompts", type=int, default=160, help="of a round, over all teachers")
     parser.add_argument("--folder", type=Path, help="where to make them; default: a temporary folder")
     parser.add_argument("--json", action="store_true", help="print one JSON line")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
@@ -39,7 +40,7 @@ def main() -> None:
         return
     with contextlib.ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        recipe = write_job(folder, arguments.teachers, arguments.rounds)
+        recipe = write_job(folder, arguments.teachers, arguments.rounds, arguments.prompts)
         # A fresh process: what making the models left in this one's allocator is not the engine's.
         command = [sys.executable, __file__, "--measure", str(recipe), "--rounds", str(arguments.rounds)]
         result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -50,7 +51,7 @@ def main() -> None:
             print(f"{name:>22}  {value:,}")
 
 
-def write_job(folder: Path, num_teachers: int, num_rounds: int) -> Path:
+def write_job(folder: Path, num_teachers: int, num_rounds: int, num_prompts: int) -> Path:
     """Student, teachers, prompts and recipe; every teacher has a domain of its own."""
     from transformers.utils import logging
 
@@ -74,7 +75,9 @@ def write_job(folder: Path, num_teachers: int, num_rounds: int) -> Path:
         "teachers": {name: f"{name}.yaml" for name in names},
         "prompts": [{"source": f"{name}.jsonl", "domain": name, "teachers": name} for name in names],
         "rollout": {"max_new_tokens": 16},
-        "phases": [{"name": "merge", "updates": num_rounds, "loss": "reverse_kl", "prompts_per_round": 160}],
+        "phases": [
+            {"name": "merge", "updates": num_rounds, "loss": "reverse_kl", "prompts_per_round": num_prompts}
+        ],
         "checkpoint": {"every": num_rounds},
         "output": f"run-{num_teachers}-{num_rounds}",
     }

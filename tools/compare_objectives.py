@@ -150,7 +150,11 @@ def show(rows: dict[str, list[dict[str, Any]]]) -> None:
     Console(width=110).print(table)
 
 
-def _spread(values: list[float]) -> str:
+def _spread(recovered: list[float | None]) -> str:
+    """A dash where the expert is no better than the base."""
+    values = [value for value in recovered if value is not None]
+    if not values:
+        return "-"
     mean = f"{100 * statistics.fmean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} +- {50 * (max(values) - min(values)):.1f}"
 

@@ -18,6 +18,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mergeopd.report.result import recovered_headroom
+
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 FOLDER = ROOT / "runs" / "controls"
@@ -93,16 +95,18 @@ def show(results: dict[str, dict[str, Any]]) -> None:
         table.add_column(column, justify="right")
     for name, document in results.items():
         values = [document["domains"][d]["recovered"] for d in domains]
-        table.add_row(name, *(f"{100 * v:.1f}" for v in [*values, document["mean_recovered"]]))
-    first = next(iter(results.values()))["domains"]
-    average = [recovered(first[d], "weight_average") for d in domains]
-    table.add_row("weight average", *(f"{100 * v:.1f}" for v in [*average, sum(average) / len(average)]))
+        table.add_row(name, *_percentages([*values, document["mean_recovered"]]))
+    rows = [next(iter(results.values()))["domains"][d] for d in domains]
+    average = [recovered_headroom(row["base"], row["expert"], row["weight_average"]) for row in rows]
+    with_headroom = [value for value in average if value is not None]
+    mean = sum(with_headroom) / len(with_headroom) if with_headroom else None
+    table.add_row("weight average", *_percentages([*average, mean]))
     Console().print(table)
 
 
-def recovered(row: dict[str, float], kind: str) -> float:
-    """(model - base) / (expert - base)."""
-    return (row[kind] - row["base"]) / (row["expert"] - row["base"])
+def _percentages(values: list[float | None]) -> list[str]:
+    """A dash where the expert is no better than the base."""
+    return ["-" if value is None else f"{100 * value:.1f}" for value in values]
 
 
 if __name__ == "__main__":

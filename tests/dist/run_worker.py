@@ -6,6 +6,8 @@ and verdicts: the gradient of one round instead of a run). What a rank tells of 
 """
 
 import datetime
+import gc
+import importlib
 import json
 import os
 import signal
@@ -29,6 +31,10 @@ from mergeopd.engine.run import begin, go_on  # noqa: E402
 from mergeopd.check.preflight import preflight  # noqa: E402
 from mergeopd.errors import MergeopdError  # noqa: E402
 from mergeopd.distributed.ranks import Alone, Processes  # noqa: E402
+
+# What a run imports when it needs it; here before the ranks are forked.
+for _name in ("mergeopd.student.megatron.step", "transformers.models.qwen3.modeling_qwen3", "grid_jobs"):
+    importlib.import_module(_name)
 
 DEADLINE = datetime.timedelta(seconds=60)
 
@@ -94,16 +100,17 @@ def told(job, rank, world, out):
 
 def main(rank, world, store, out, jobs):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=DEADLINE
-    )
     found = {}
-    for job in json.loads(Path(jobs).read_text()):
+    for number, job in enumerate(json.loads(Path(jobs).read_text())):
         print(job["name"], flush=True)
+        # Groups of their own for every job: those of gloo have threads that wake up a hundred times a second.
+        where = f"file://{store}-{number}"
+        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world, timeout=DEADLINE)
         found[job["name"]] = told(job, rank, world, Path(out))
         dist.barrier()
+        dist.destroy_process_group()
+        gc.collect()
     Path(out).write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

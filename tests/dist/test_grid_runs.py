@@ -16,7 +16,6 @@ from mergeopd.models.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's")
 
-LAUNCH = {2: "two", 4: "four"}
 long = pytest.mark.long
 CASES = [*SHORT, *(pytest.param(*case, marks=long) for case in LONG)]
 
@@ -34,7 +33,7 @@ def follows(folder, name, expected):
 
 @pytest.mark.parametrize(("recipe", "grid"), CASES)
 def test_a_run_on_a_grid_is_that_of_one_process(grid_folder, alone, told, recipe, grid):
-    launch = "short" if (recipe, grid) in SHORT else LAUNCH[GRIDS[grid][2]]
+    launch = "short" if (recipe, grid) in SHORT else "four"
     name = f"{recipe}, {grid}"
     assert told(launch)[name] == [None] * GRIDS[grid][2]
     follows(grid_folder, name, alone(recipe))
@@ -48,12 +47,8 @@ def stops(updates):
     ("chain", "steps"),
     [
         ("short chain", (("short", "TP2xPP2", 2), ("short", "DP4", 4), ("short", "TP2xDP2", None))),
-        *(
-            pytest.param(*case, marks=long)
-            for case in (
-                ("plain chain", (("two", "TP2", 2), ("one", "alone", 4), ("four", "TP2xPP2", None))),
-                ("distributed chain", (("two", "DP2", 2), ("one", "alone", 4), ("four", "PP2xDP2", None))),
-            )
+        pytest.param(
+            "long chain", (("one", "alone", 2), ("four", "PP2xDP2", 4), ("four", "TP2xPP2", None)), marks=long
         ),
     ],
 )

@@ -14,9 +14,6 @@ from mergeopd.errors import MergeopdError
 # Tensor, pipeline, processes.
 GRIDS = {
     "alone": (1, 1, 1),
-    "TP2": (2, 1, 2),
-    "PP2": (1, 2, 2),
-    "DP2": (1, 1, 2),
     "TP2xPP2": (2, 2, 4),
     "TP2xDP2": (2, 1, 4),
     "PP2xDP2": (1, 2, 4),
@@ -24,12 +21,14 @@ GRIDS = {
     "TP2xPP2 sequence": (2, 2, 4),
 }
 # Recipes on grids: in `make test`, and in `make test-dist`.
-SHORT = (("mixed", "TP2xDP2"), ("reduced", "PP2xDP2"))
+SHORT = (("cold start", "TP2xPP2"), ("mixed", "TP2xDP2"), ("reduced", "PP2xDP2"))
 LONG = (
-    *(("cold start", grid) for grid in ("TP2", "DP2", "TP2xPP2", "DP4")),
-    *(("mixed", grid) for grid in ("PP2", "DP2", "TP2xPP2", "PP2xDP2")),
-    *(("reduced", grid) for grid in ("TP2", "TP2xPP2 sequence")),
-    *(("selves", grid) for grid in ("DP2", "TP2xDP2")),
+    ("cold start", "DP4"),
+    ("mixed", "TP2xPP2"),
+    ("mixed", "PP2xDP2"),
+    ("reduced", "TP2xPP2 sequence"),
+    ("selves", "TP2xDP2"),
+    ("recorded", "TP2xPP2"),
 )
 # Machines of the four ranks: both stages of TP2xPP2 apart, or both copies of TP2xDP2.
 APART = ("m0", "m0", "m1", "m1")
@@ -116,19 +115,10 @@ def jobs(folder: Path, launch: str) -> tuple[int, list[dict[str, Any]]]:
             *(_run(folder, *case) for case in SHORT_BROKEN),
             *_stopped(folder, "rollout", "TP2xPP2"),
         ],
-        "two": lambda: [
-            *(_run(folder, *case) for case in LONG if GRIDS[case[1]][2] == 2),
-            *_in_parts(folder, "plain chain", ("TP2", 2)),
-            *_in_parts(folder, "distributed chain", ("DP2", 2)),
-        ],
-        "one": lambda: [
-            *_in_parts(folder, "plain chain", ("alone", 2)),
-            *_in_parts(folder, "distributed chain", ("alone", 2)),
-        ],
+        "one": lambda: [*_in_parts(folder, "long chain", ("alone", 2))],
         "four": lambda: [
-            *(_run(folder, *case) for case in LONG if GRIDS[case[1]][2] == 4),
-            *_in_parts(folder, "plain chain", ("TP2xPP2", None)),
-            *_in_parts(folder, "distributed chain", ("PP2xDP2", None)),
+            *(_run(folder, *case) for case in LONG),
+            *_in_parts(folder, "long chain", ("PP2xDP2", 4), ("TP2xPP2", None)),
             _run(folder, "mixed", "TP2xDP2", name="copies apart", machines=APART),
             _run(folder, "selves", "TP2xPP2", name="selves, all apart", machines=("a", "b", "c", "d")),
             *(_run(folder, *case) for case in LONG_BROKEN),
@@ -136,7 +126,7 @@ def jobs(folder: Path, launch: str) -> tuple[int, list[dict[str, Any]]]:
             *_stopped(folder, "evaluation", "TP2xPP2"),
         ],
     }
-    return {"short": 4, "two": 2, "one": 1, "four": 4}[launch], found[launch]()
+    return {"short": 4, "one": 1, "four": 4}[launch], found[launch]()
 
 
 def _run(folder: Path, recipe: str, grid: str, name: str = "", **options: Any) -> dict[str, Any]:

@@ -119,11 +119,38 @@ SELVES = {
     ],
     "phases": [{"name": "merge", "updates": 5, "prompts_per_round": 7, "loss": "reverse_kl"}],
 }
+# Nothing is sampled: the answers are the prompt files' own.
+RECORDED = {
+    "phases": [
+        {
+            "name": "tokens",
+            "text": "dataset",
+            "updates": 10,
+            "prompts_per_round": 9,
+            "loss": {"reverse_kl": 1.0, "forward_kl": 0.3, "nll": 0.1},
+            "balance": {"tokens": "equal", "follow_gap": 0.5},
+        },
+        {
+            "name": "answers",
+            "text": "dataset",
+            "updates": 10,
+            "updates_per_round": 2,
+            "prompts_per_round": 10,
+            "loss": {
+                "jsd": {"weight": 1.0, "beta": 0.4},
+                "support": {"top_k": 4, "of": "union", "rest": "tail"},
+            },
+            "reduce": "sequence",
+        },
+    ],
+    "checkpoint": {"every": 20, "keep": 1},
+}
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     "cold start": COLD_START,
     "mixed": MIXED,
     "reduced": REDUCED,
     "selves": SELVES,
+    "recorded": RECORDED,
 }
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+LAUNCHER = Path(__file__).with_name("fork_ranks.py")
 
 
 def run_ranks(worker: Path, world: int, folder: Path, *arguments: str, deadline_s: float) -> list[Path]:
@@ -17,27 +19,25 @@ def run_ranks(worker: Path, world: int, folder: Path, *arguments: str, deadline_
     A rank that hangs or dies fails the test with its output; none survives.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    outputs = [folder / f"rank{rank}.out" for rank in range(world)]
+    command = [sys.executable, str(LAUNCHER), str(worker), str(world), str(folder), *arguments]
     logs = [folder / f"rank{rank}.log" for rank in range(world)]
-    ranks = []
-    for rank, (out, log) in enumerate(zip(outputs, logs, strict=True)):
-        command = [sys.executable, str(worker), str(rank), str(world), str(folder / "store"), str(out)]
-        with log.open("wb") as sink:
-            process = subprocess.Popen(
-                [*command, *arguments], stdout=sink, stderr=subprocess.STDOUT, env=environment
-            )
-        ranks.append(process)
-    deadline = time.monotonic() + deadline_s
+    with (folder / "launcher.log").open("wb") as sink:
+        launcher = subprocess.Popen(
+            command, stdout=sink, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
     try:
-        for process in ranks:
-            process.wait(timeout=max(deadline - time.monotonic(), 0.1))
+        code = launcher.wait(timeout=deadline_s)
     except subprocess.TimeoutExpired:
-        said = "\n".join(log.read_text()[-2000:] for log in logs)
-        pytest.fail(f"no result after {deadline_s} s:\n{said}")
+        pytest.fail(f"no result after {deadline_s} s:\n{_ends(folder, logs)}")
     finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    failed = [log.read_text()[-2000:] for log, process in zip(logs, ranks, strict=True) if process.returncode]
-    assert not failed, "\n".join(failed)
-    return outputs
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait()
+    assert code == 0, _ends(folder, logs)
+    return [folder / f"rank{rank}.out" for rank in range(world)]
+
+
+def _ends(folder: Path, logs: list[Path]) -> str:
+    """The last lines that the launcher and its ranks wrote."""
+    written = [log for log in (folder / "launcher.log", *logs) if log.exists()]
+    return "\n".join(log.read_text(errors="replace")[-2000:] for log in written)

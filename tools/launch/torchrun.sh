@@ -13,8 +13,8 @@
 # Every machine needs the same installation, and must see the same files under the same paths: the project, the
 # models and the run folder lie on a file system that all share. On one machine `mergeopd run --nproc N` does it all.
 #
-# SIGTERM to torchrun saves and stops, but torchrun kills what has not ended after 30 seconds. The same command goes
-# on from the newest checkpoint.
+# SIGTERM to torchrun saves and stops, but torchrun kills what has not ended after 30 seconds. The same command
+# resumes from the newest checkpoint.
 set -euo pipefail
 
 : "${NODES:?how many machines}"

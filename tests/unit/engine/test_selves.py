@@ -260,10 +260,16 @@ def test_without_more_to_see_only_a_student_that_moves_has_something_to_learn(
     assert min(pulls[1:]) > 1e-6
 
 
-@pytest.mark.parametrize("loss", ["forward_kl", "sampled_reverse_kl"])  # hidden states kept, or log-probs
-@pytest.mark.parametrize("stop_after", [1, 2, 4, 5, 6, 7])
+# Hidden states are kept for the one, log-probs for the other.
+STOPS = [
+    *(("forward_kl", update) for update in (1, 4, 6)),
+    *(("sampled_reverse_kl", update) for update in (2, 5, 7)),
+]
+
+
+@pytest.mark.parametrize(("loss", "stop_after"), STOPS)
 def test_a_run_that_went_down_ends_as_if_it_had_not(
-    write_selves: Callable[..., Path], stop_after: int, loss: str
+    write_selves: Callable[..., Path], loss: str, stop_after: int
 ) -> None:
     own = "{{ prompt }} {{ reference }}"
     more = {"ema": {"student": {"ema": 0.9}}, "past": {"student": "start"}}

@@ -1,0 +1,197 @@
+"""Every tool runs its smallest job: in this process, except where the tool itself starts others."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from byte_tokenizers import byte_level
+from small_experts import TOOLS  # puts TOOLS on the path
+
+ROOT = TOOLS.parent
+# Tools whose smallest job another test runs.
+ELSEWHERE = {"bench_teachers", "fault", "make_recipe_reference", "make_tiny_experts"}
+SMALL_STEP = "--hidden 64 --layers 1 --vocab 64 --batch 2 --prompt 8 --new-tokens 3 --steps 1"
+SMALL_LOSS = "--tokens 256 --vocab 2048 --d-student 8 --d-teacher 8 --repeats 1"
+SMALL_BRIDGE = "--groups 32 --vocab-s 60 --vocab-t 70 --d-student 8 --d-teacher 8 --repeats 1"
+SHORT_ANSWERS = "--answers 2 --tokens 16 --repeats 1"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a tool's command line in this process and returns what it prints."""
+
+    def call(module: ModuleType, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        capsys.readouterr()
+        module.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def run_here(command: list[str], **_: Any) -> None:
+    """What `subprocess.run(command, check=True)` does with `python -m mergeopd ...`, without a process."""
+    from mergeopd.cli import main
+
+    assert command[:3] == [sys.executable, "-m", "mergeopd"]
+    before, sys.argv = sys.argv, ["mergeopd", *command[3:]]
+    code: object = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv = before
+    assert code in (0, None), command
+
+
+def test_no_tool_is_left_out() -> None:
+    text = Path(__file__).read_text(encoding="utf-8")
+    tools = {path.stem for path in TOOLS.glob("*.py")}
+    assert {
+        name for name in tools - ELSEWHERE if f'"{name}"' not in text and f"{name}.py" not in text
+    } == set()
+    tested = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    assert {name for name in ELSEWHERE if f"{name}.py" not in tested} == set()
+
+
+def test_bench_step(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = load("bench_step")
+    monkeypatch.setattr(tool, "KEEPING", {})
+    measured: list[dict[str, Any]] = []
+
+    def once(*arguments: Any) -> dict[str, Any]:
+        if not measured:
+            measured.append(measure(*arguments))
+        return dict(measured[0])
+
+    measure = tool.measure
+    monkeypatch.setattr(tool, "measure", once)
+    monkeypatch.setattr(tool, "trl_problem", lambda: "trl is not tested here")
+    result = json.loads(call(tool, *SMALL_STEP.split(), "--json"))
+    assert result["mergeopd_s"] > result["bound_s"] > 0
+    assert "generation" in call(tool, *SMALL_STEP.split())
+
+
+def test_bench_loss(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = load("bench_loss")
+    assert json.loads(call(tool, *SMALL_LOSS.split(), "--json"))["ratio_to_floor"] > 0
+    monkeypatch.setattr(tool, "peak_in_fresh_process", lambda *_: 1 << 20)
+    assert "fused_loss" in call(tool, *SMALL_LOSS.split(), "--divergence", "jsd")
+
+
+def test_bench_bridge(call: Callable[..., str]) -> None:
+    tool = load("bench_bridge")
+    rows = json.loads(call(tool, *SMALL_BRIDGE.split(), "--threads", 1, "--json"))
+    assert [row["kind"] for row in rows] == ["gold", "uld", "forward", "reverse"]
+    assert "32 groups" in call(
+        tool, *SMALL_BRIDGE.split(), "--threads", 1, "--kinds", "uld", "--clock", "cpu"
+    )
+
+
+def test_bench_objectives(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = load("bench_objectives")
+    for name, size in {"VOCAB": 80, "ANSWERS": 2, "PROMPT": 3, "RESPONSE": 4, "HIDDEN": 64}.items():
+        monkeypatch.setattr(tool, name, size)
+    rows = json.loads(call(tool, "--repeats", 1, "--json"))
+    assert rows["exact reverse KL"]["ratio"] == 1.0
+    assert all(row["seconds"] > 0 for row in rows.values())
+
+
+def test_bench_align(call: Callable[..., str], tmp_path: Path) -> None:
+    tool = load("bench_align")
+    for name, extra in (("one", ()), ("two", ("abc",))):
+        (tmp_path / name).mkdir()
+        byte_level(extra).save(str(tmp_path / name / "tokenizer.json"))
+    text = tmp_path / "text.txt"
+    text.write_text("hello\nall 1\n", encoding="utf-8")
+    options = [*SHORT_ANSWERS.split(), "--text", text, "--trl-python", shutil.which("false")]
+    result = json.loads(call(tool, tmp_path / "one", tmp_path / "two", *options, "--json"))
+    assert (result["num_answers"], result["num_student_tokens"]) == (2, 32)
+    assert "trl_skipped" in result
+    assert "Without TRL" in call(tool, tmp_path / "one", tmp_path / "two", *options)
+
+
+@pytest.fixture(scope="module")
+def project(
+    tmp_path_factory: pytest.TempPathFactory,
+    write_job_in: Callable[..., Path],
+    make_model: Callable[..., Path],
+) -> Path:
+    """The smallest recipe with the quickstart's domains and phases, and experts that can be averaged."""
+    folder = tmp_path_factory.mktemp("project")
+    teachers = {"largest": "one", "sort": "two", "tool": "two"}
+    phase = {"updates": 1, "prompts_per_round": 3}
+    recipe = {
+        "prompts": [
+            {"source": f"{domain}.jsonl", "domain": domain, "teachers": name}
+            for domain, name in teachers.items()
+        ],
+        "rollout": {"max_new_tokens": 2},
+        "phases": [
+            {**phase, "name": "cold", "text": "teacher", "loss": "forward_kl"},
+            {**phase, "name": "merge", "loss": "reverse_kl"},
+        ],
+        "evaluation": {
+            "prompts": [
+                {"source": f"eval_{domain}.jsonl", "domain": domain, "verifier": "exact", "expert": name}
+                for domain, name in teachers.items()
+            ],
+            "max_new_tokens": 2,
+        },
+    }
+    path = write_job_in(folder, recipe)
+    for seed, name in enumerate(("one", "two"), start=2):
+        made = make_model(name, seed=seed, vocab=6, model_type="stablelm", eos=4)
+        shutil.copytree(made, folder / name, dirs_exist_ok=True)
+    for domain in teachers:
+        row = {"prompt": "a", "answer": json.dumps(domain if domain == "sort" else 1)}
+        for prefix in ("", "eval_"):
+            (folder / f"{prefix}{domain}.jsonl").write_text(json.dumps({**row, "prompt": prefix or "b"}))
+    return path
+
+
+@pytest.mark.parametrize("name", ["run_controls", "compare_objectives"])
+def test_runs_beside_each_other(
+    project: Path, tmp_path: Path, call: Callable[..., str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    tool = load(name)
+    monkeypatch.setattr(tool, "RECIPE", project)
+    monkeypatch.setattr(tool, "FOLDER", tmp_path / "runs")
+    monkeypatch.setattr(tool, "subprocess", SimpleNamespace(run=run_here))
+    options = ["--only", "permuted_teachers"]
+    if name == "compare_objectives":
+        options = ["--only", "exact", "--balance", "on", "--seeds", "0", "--updates", "5"]
+    printed = call(tool, *options)
+    assert "Recovered headroom in %" in printed
+    exports = [folder.parent.name for folder in (tmp_path / "runs").glob("*/export")]
+    assert len(exports) == {"run_controls": 1, "compare_objectives": 2}[name]
+
+
+@pytest.mark.long
+def test_soak_and_fault(project: Path, tmp_path: Path) -> None:
+    """Four processes: the undisturbed run, the counted one, one that is killed, one that ends it."""
+    options = ["--set", "evaluation=null", "--kills", "1", "--folder", str(tmp_path)]
+    command = [sys.executable, str(TOOLS / "soak.py"), str(project), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kills 1, runs 1, differences 0" in done.stdout
