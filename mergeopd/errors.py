@@ -123,7 +123,7 @@ class ProcessError(MergeopdError, RuntimeError):
     """The processes of a run cannot find each other, or one was lost."""
 
 
-class EndedElsewhere(MergeopdError, RuntimeError):  # noqa: N818 (says that, not what)
+class PeerFailed(MergeopdError, RuntimeError):  # noqa: N818 (says that, not what)
     """Another process of the run has met an error, and tells it; this one ends without a word."""
 
     def __init__(self) -> None:

@@ -118,7 +118,7 @@ def measure(recipe: Path, num_rounds: int) -> dict[str, int]:
     import torch
 
     from mergeopd.check.preflight import preflight
-    from mergeopd.distributed.ranks import Alone
+    from mergeopd.distributed.communicator import SingleProcess
     from mergeopd.engine.build import Machine, build, load_models
     from mergeopd.engine.clock import Clock
     from mergeopd.engine.interrupt import Interrupt
@@ -126,7 +126,7 @@ def measure(recipe: Path, num_rounds: int) -> dict[str, int]:
     from mergeopd.report.events import Reporters
 
     inputs = preflight(recipe)
-    parts = load_models(inputs, Machine(torch.device("cpu"), Alone()))
+    parts = load_models(inputs, Machine(torch.device("cpu"), SingleProcess()))
     with peak_anonymous() as peak:
         trainer = build(parts, reporter=Reporters(), clock=Clock(), interrupt=Interrupt())
         trainer.run(Progress(), None)

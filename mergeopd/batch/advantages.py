@@ -72,7 +72,7 @@ def _teacher_loss_weights(
     right = {i for i, reward in rewards.items() if reward >= RIGHT and rollouts[i].finish != "length"}
     taught = {}
     for index in rewards:
-        match balance.teach:
+        match balance.distill_on:
             case "all":
                 is_taught = True
             case "wrong":
@@ -83,9 +83,9 @@ def _teacher_loss_weights(
     return taught
 
 
-def _known(verdict: float | None) -> float:
-    assert verdict is not None
-    return verdict
+def _known(grade: float | None) -> float:
+    assert grade is not None
+    return grade
 
 
 def sequence_kept(log_rho: Tensor, correction: Correction) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergeopd.align.answers import Alignment
 from mergeopd.batch.micro_batch import BridgedTarget, MicroBatch
-from mergeopd.batch.packing import Pack
+from mergeopd.batch.packing import MicroBatchPlan
 from mergeopd.batch.records import PreparedRollout, PreparedUpdate, TokenViews
 from mergeopd.loss.cross_tokenizer import Groups
 from mergeopd.loss.policy import PolicyRows
@@ -19,7 +19,7 @@ from mergeopd.loss.targets import Target
 
 
 def micro_batch(
-    pack: Pack,
+    pack: MicroBatchPlan,
     prepared: PreparedUpdate,
     targets: Mapping[str, Target],
     views: TokenViews,

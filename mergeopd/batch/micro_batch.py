@@ -62,7 +62,7 @@ class MicroBatch:
             for response, flags in zip(self.responses, self.trained, strict=True)
         )
 
-    def blamed(self, error: ArithmeticError) -> str:
+    def with_teacher_names(self, error: ArithmeticError) -> str:
         """The kernel's complaint with the names of its targets."""
         names = ", ".join(f"{k} = {name}" for k, name in enumerate(self.teachers))
         return f"{error} (targets: {names or 'none'})"
@@ -82,8 +82,8 @@ class MicroBatches(Protocol):
 class Stream:
     """`count` micro-batches that are made one by one, as they are asked for; to be iterated once."""
 
-    def __init__(self, micros: Iterable[MicroBatch], count: int) -> None:
-        self._micros = micros
+    def __init__(self, micro_batches: Iterable[MicroBatch], count: int) -> None:
+        self._micros = micro_batches
         self._count = count
 
     def __len__(self) -> int:
@@ -94,7 +94,7 @@ class Stream:
 
 
 def with_statistics(
-    micros: MicroBatches, work: Callable[[MicroBatches], Sequence[S]]
+    micro_batches: MicroBatches, work: Callable[[MicroBatches], Sequence[S]]
 ) -> list[tuple[MicroBatch, S]]:
     """Each micro-batch, without its targets, with the statistics that a student's method returns for it.
 
@@ -103,9 +103,9 @@ def with_statistics(
     taken: list[MicroBatch] = []
 
     def remembered() -> Iterator[MicroBatch]:
-        for micro in micros:
+        for micro in micro_batches:
             taken.append(replace(micro, targets=(), bridged=()))
             yield micro
 
-    stats = work(Stream(remembered(), len(micros)))
+    stats = work(Stream(remembered(), len(micro_batches)))
     return list(zip(taken, stats, strict=True)) if stats else []

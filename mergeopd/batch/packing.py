@@ -46,7 +46,7 @@ def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Pack:
+class MicroBatchPlan:
     """Rollouts of one micro-batch: one teacher set, similar lengths."""
 
     teachers: tuple[str, ...]
@@ -55,7 +55,7 @@ class Pack:
 
 def pack(
     rollouts: Sequence[Rollout], update: Sequence[int], max_tokens: int, round_index: int
-) -> tuple[Pack, ...]:
+) -> tuple[MicroBatchPlan, ...]:
     """The micro-batches of an update, sorted by teacher set, so that a set's heads are fetched once.
 
     Serpentine like the turns. A micro-batch padded to its longest member holds at most `max_tokens` tokens.
@@ -69,5 +69,5 @@ def pack(
     for teachers in sorted(sets, reverse=round_index % 2 == 1):
         members = sets[teachers]
         for batch in length_batches([rollouts[i].num_tokens for i in members], max_tokens):
-            packs.append(Pack(teachers, tuple(members[i] for i in batch)))
+            packs.append(MicroBatchPlan(teachers, tuple(members[i] for i in batch)))
     return tuple(packs)

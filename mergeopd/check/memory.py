@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mergeopd.distributed.ranks import Ranks
+from mergeopd.distributed.communicator import Communicator
 from mergeopd.errors import ModelError
 from mergeopd.messages import joined
 from mergeopd.models.causal import DTYPES
@@ -20,7 +20,7 @@ _CGROUP, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _GRADIENT, _MOMENTS, _MAIN = 4, 8, 4
 
 
-def refuse_without_room(plan: Plan, device: torch.device, ranks: Ranks) -> None:
+def refuse_without_room(plan: Plan, device: torch.device, ranks: Communicator) -> None:
     """Raise ModelError where a process's whole copies of the student, beside its training, do not fit.
 
     Every process writes its share of the answers with a copy of its own, and keeps one for each rule by which
@@ -49,7 +49,7 @@ def refuse_without_room(plan: Plan, device: torch.device, ranks: Ranks) -> None:
 
 def _follower_bytes(plan: Plan, width: int) -> int:
     """Of all weights that follow the student, for each of its own: averages are float32."""
-    rules = {t.moving for t in plan.teachers.values() if t.moving is not None}
+    rules = {t.snapshot_rule for t in plan.teachers.values() if t.snapshot_rule is not None}
     return sum(width if rule.ema is None else _MAIN for rule in rules)
 
 

@@ -13,8 +13,8 @@ from mergeopd.check.parallelism import check_backend
 from mergeopd.check.problems import Findings
 from mergeopd.config.tree import Keys
 from mergeopd.data.chat_template import ChatTemplate
-from mergeopd.data.renderer import Dialect, turn_end
-from mergeopd.data.teacher_prompt import PromptTemplate, Script
+from mergeopd.data.renderer import Renderer, turn_end
+from mergeopd.data.teacher_prompt import PromptTemplate, TeacherPrompt
 from mergeopd.errors import DataError, ModelError, TokenizerError
 from mergeopd.messages import shown
 from mergeopd.models.checkpoint import Checkpoint
@@ -50,7 +50,7 @@ class ModelReader:
         self.files: dict[str, str] = {}
         self.num_shared: dict[str, int] = {}
 
-    def student(self, student: Student) -> Dialect | None:
+    def student(self, student: Student) -> Renderer | None:
         """The student's dialect; None when a part of it is unusable."""
         place: Keys = ("student", "model")
         folder = Path(student.model)
@@ -86,7 +86,7 @@ class ModelReader:
             ids += found
         return tuple(dict.fromkeys(ids))
 
-    def _note_ends(self, facts: ModelFacts, student: Dialect) -> None:
+    def _note_ends(self, facts: ModelFacts, student: Renderer) -> None:
         """Note an end token that the template alone names."""
         if student.end_id not in _configured(facts, student.tokenizer):
             self._findings.notes.append(
@@ -94,7 +94,7 @@ class ModelReader:
                 "generation_config.json does not name: its responses end there too, and the export names it"
             )
 
-    def teacher(self, teacher: TeacherPlan, student: Dialect | None) -> Dialect | None:
+    def teacher(self, teacher: TeacherPlan, student: Renderer | None) -> Renderer | None:
         """A teacher's dialect; its tokenizer must cut every text into the ids that the student's gives.
 
         A teacher that is the student reads and writes as the student does, its own script apart.
@@ -112,32 +112,32 @@ class ModelReader:
                 "`student.template` can give the student the teacher's chat template"
             )
         if script.system is not None:
-            self._hear(("teachers", teacher.name, "system"), dialect.template, script.system)
+            self._check_system_message(("teachers", teacher.name, "system"), dialect.template, script.system)
         return replace(dialect, script=script)
 
-    def _script(self, teacher: TeacherPlan) -> Script | None:
+    def _script(self, teacher: TeacherPlan) -> TeacherPrompt | None:
         """What the recipe shows this teacher alone; None when its prompt is not a template."""
         if teacher.prompt is None:
-            return Script(teacher.system)
+            return TeacherPrompt(teacher.system)
         path: Keys = ("teachers", teacher.name, "prompt")
         source, name = teacher.prompt, ".".join(map(str, path))
         template = self._findings.attempt(
             path, lambda: PromptTemplate(source, name=name, now=lambda: self._now), "correct the template"
         )
-        return None if template is None else Script(teacher.system, template)
+        return None if template is None else TeacherPrompt(teacher.system, template)
 
-    def _hear(self, place: Keys, template: ChatTemplate, system: str) -> None:
+    def _check_system_message(self, place: Keys, template: ChatTemplate, system: str) -> None:
         """Report a chat template that leaves system messages out; one that refuses them says so by itself."""
         asked = Message("user", "?")
         try:
-            deaf = template.render((asked,)) == template.render((Message("system", system), asked))
+            ignores_system = template.render((asked,)) == template.render((Message("system", system), asked))
         except DataError:
             return
-        if deaf:
+        if ignores_system:
             message = "the chat template leaves system messages out, so this teacher would not see it"
             self._findings.report(place, message, "write it into the teacher's `prompt`")
 
-    def _other_model(self, teacher: TeacherPlan, student: Dialect | None) -> Dialect | None:
+    def _other_model(self, teacher: TeacherPlan, student: Renderer | None) -> Renderer | None:
         """The dialect of a teacher that has a card."""
         card: Keys = ("teachers", teacher.name, "card")
         model_place = (*card, "model")
@@ -185,7 +185,7 @@ class ModelReader:
             f"`bridge: {KINDS[0]}` at teachers.{teacher.name} (or {', '.join(KINDS[1:])})",
         )
 
-    def _check_shared(self, teacher: TeacherPlan, student: Dialect, own: Dialect) -> None:
+    def _check_shared(self, teacher: TeacherPlan, student: Renderer, own: Renderer) -> None:
         """Report an end token that only one of two tokenizers has; note other tokens that only one has."""
         num = min(self.num_shared[teacher.name], student.vocab_size, own.vocab_size)
         self.num_shared[teacher.name] = num
@@ -297,7 +297,7 @@ class ModelReader:
         place: Keys,
         template: tuple[str, str] | None,
         ends: tuple[int, ...] | None = None,
-    ) -> Dialect | None:
+    ) -> Renderer | None:
         """Responses end at `ends`; by default where the configuration says, or as the template ends turns."""
         if template is None:
             return None
@@ -321,7 +321,7 @@ class ModelReader:
             return None
         written = turn_end(tokenizer, compiled, eos_ids) if ends is None else None
         added = () if written is None or written in eos_ids or written >= vocab_size else (written,)
-        return Dialect(tokenizer, compiled, vocab_size, (*eos_ids, *added), facts.max_positions)
+        return Renderer(tokenizer, compiled, vocab_size, (*eos_ids, *added), facts.max_positions)
 
 
 def _configured(facts: ModelFacts, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -336,7 +336,7 @@ def _tokens(texts: Sequence[str]) -> str:
     return f"{len(texts)} {'token' if len(texts) == 1 else 'tokens'} ({named}{more})"
 
 
-def check_student_folder(folder: Path, student: Dialect) -> None:
+def check_student_folder(folder: Path, student: Renderer) -> None:
     """Whether a folder holds a model that reads and writes as the recipe's student does.
 
     Raises ModelError or TokenizerError where it does not. A folder without a tokenizer is taken at its word.

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from mergeopd.check.models import ModelReader, file_digest
 from mergeopd.check.problems import Findings
 from mergeopd.check.prompts import (
-    Room,
-    check_crossed_responses,
+    LengthBudget,
+    check_cross_tokenizer_responses,
+    check_dataset_responses,
     check_lengths,
-    check_ready_answers,
     check_references,
     check_response_tokens,
     check_responses,
@@ -25,7 +25,7 @@ from mergeopd.check.prompts import (
 )
 from mergeopd.config.tree import Keys
 from mergeopd.data.prompts import read_prompts
-from mergeopd.data.renderer import Dialect
+from mergeopd.data.renderer import Renderer
 from mergeopd.errors import RecipeError
 from mergeopd.messages import joined
 from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan
@@ -36,7 +36,7 @@ from mergeopd.storage.run_folder import RunFolder
 from mergeopd.types import Prompt
 
 if TYPE_CHECKING:
-    from mergeopd.teacher.cross_tokenizer import Crossing
+    from mergeopd.teacher.cross_tokenizer import CrossTokenizer
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,17 @@ class Inputs:
     """A plan that can work, with everything that was read to know so.
 
     Distributions are over the first `vocab_size` ids: those of the student that every teacher without a
-    bridge has too. `crossings` has the teachers with a bridge, `prompts` and `evaluation` go by source name;
-    `notes` are no mistakes, but a person should know.
+    bridge has too. `cross_tokenizers` has the teachers with a bridge; `prompts` and `evaluation` are by
+    source name. `notes` are remarks for people, not mistakes.
     `files` maps model folders and every smaller file that counts to digests of their contents. `now` is what
     templates take for the present: the start of the run, also when it goes on another day.
     """
 
     plan: Plan
-    student: Dialect
+    student: Renderer
     vocab_size: int
-    teachers: Mapping[str, Dialect]
-    crossings: Mapping[str, Crossing]
+    teachers: Mapping[str, Renderer]
+    cross_tokenizers: Mapping[str, CrossTokenizer]
     prompts: Mapping[str, tuple[Prompt, ...]]
     evaluation: Mapping[str, tuple[Prompt, ...]]
     notes: tuple[str, ...]
@@ -79,7 +79,7 @@ def preflight(recipe: str | Path, overrides: Sequence[str] = ()) -> Inputs:
         student=check.student,
         vocab_size=check.vocab_size(check.student),
         teachers=check.teachers,
-        crossings=check.crossings,
+        cross_tokenizers=check.cross_tokenizers,
         prompts=check.prompts,
         evaluation=check.evaluation,
         notes=tuple(check.findings.notes),
@@ -107,9 +107,9 @@ class _Check:
         self.findings = Findings(resolution.origins)
         self.now = self._start() or datetime.now()
         self.models = ModelReader(self.findings, self.now)
-        self.student: Dialect | None = None
-        self.teachers: dict[str, Dialect] = {}
-        self.crossings: dict[str, Crossing] = {}
+        self.student: Renderer | None = None
+        self.teachers: dict[str, Renderer] = {}
+        self.cross_tokenizers: dict[str, CrossTokenizer] = {}
         self.prompts: dict[str, tuple[Prompt, ...]] = {}
         self.evaluation: dict[str, tuple[Prompt, ...]] = {}
         self.files: dict[str, str] = {}
@@ -133,24 +133,24 @@ class _Check:
             self._check_training(found.plan)
             self._check_evaluation(found.plan)
 
-    def vocab_size(self, student: Dialect) -> int:
+    def vocab_size(self, student: Renderer) -> int:
         """How many ids, from 0 on, the student and every teacher without a bridge have."""
         return min((student.vocab_size, *self.models.num_shared.values()))
 
-    def _cross(self, teacher: TeacherPlan, dialect: Dialect) -> None:
+    def _cross(self, teacher: TeacherPlan, dialect: Renderer) -> None:
         student, bridge = self.student, teacher.bridge
         if bridge is None or student is None:
             return
         # numpy, for those alone who have a bridge.
-        from mergeopd.teacher.cross_tokenizer import Crossing
+        from mergeopd.teacher.cross_tokenizer import CrossTokenizer
 
         crossing = self.findings.attempt(
             ("teachers", teacher.name, "bridge"),
-            lambda: Crossing.of(teacher.name, bridge, student, self.vocab_size(student), dialect),
+            lambda: CrossTokenizer.of(teacher.name, bridge, student, self.vocab_size(student), dialect),
             "choose a teacher of the student's family",
         )
         if crossing is not None:
-            self.crossings[teacher.name] = crossing
+            self.cross_tokenizers[teacher.name] = crossing
 
     def _start(self) -> datetime | None:
         if self._resolution.plan is None:
@@ -181,7 +181,7 @@ class _Check:
                 shown.setdefault(field, name)
         return shown
 
-    def _readers(self, teachers: Sequence[str]) -> dict[str, Dialect]:
+    def _readers(self, teachers: Sequence[str]) -> dict[str, Renderer]:
         """Who reads a prompt, as messages call them."""
         readers = {} if self.student is None else {"the student": self.student}
         return readers | {
@@ -201,13 +201,13 @@ class _Check:
             check_responses(self.findings, place, source, prompts, plan.phases)
             ready = None
             if with_responses:
-                check_crossed_responses(self.findings, place, source, prompts, self.crossings)
+                check_cross_tokenizer_responses(self.findings, place, source, prompts, self.cross_tokenizers)
             if with_responses and self.student is not None:
-                ready = check_ready_answers(self.findings, place, source, prompts, self.student)
+                ready = check_dataset_responses(self.findings, place, source, prompts, self.student)
                 prompts = tuple(prompt for prompt in prompts if prompt.key in ready.bounds)
                 num_ids = self.vocab_size(self.student)
                 check_response_tokens(self.findings, place, source, prompts, self.student, num_ids)
-            room = Room(plan.rollout.max_new_tokens, ("rollout", "max_new_tokens"), ready)
+            room = LengthBudget(plan.rollout.max_new_tokens, ("rollout", "max_new_tokens"), ready)
             check_lengths(self.findings, place, source, prompts, self._readers(tuple(source.teachers)), room)
 
     def _note_sampling(self, plan: Plan) -> None:
@@ -243,7 +243,7 @@ class _Check:
                 )
         own_limit = plan.evaluation.max_new_tokens != plan.rollout.max_new_tokens
         limit_place: Keys = ("evaluation" if own_limit else "rollout", "max_new_tokens")
-        room = Room(plan.evaluation.max_new_tokens, limit_place)
+        room = LengthBudget(plan.evaluation.max_new_tokens, limit_place)
         trained = {p.messages for prompts in self.prompts.values() for p in prompts}
         for index, source in enumerate(plan.evaluation.sources):
             prompts = self.evaluation.get(source.name, ())

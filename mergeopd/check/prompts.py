@@ -9,8 +9,8 @@ from pathlib import Path
 from mergeopd.check.problems import Findings
 from mergeopd.check.user_code import function_problem
 from mergeopd.config.tree import Keys
-from mergeopd.data.renderer import Dialect
-from mergeopd.data.trajectory import ready_answer, ready_text, size_bound
+from mergeopd.data.renderer import Renderer
+from mergeopd.data.trajectory import dataset_response, dataset_text, length_bound
 from mergeopd.errors import DataError
 from mergeopd.messages import shown
 from mergeopd.recipe.plan import SourcePlan
@@ -79,26 +79,26 @@ def check_responses(
 
 
 @dataclass(frozen=True)
-class ReadyAnswers:
+class DatasetResponses:
     """The sources' ready answers, as the student writes them.
 
     `bounds` has for each prompt, by key, a number of tokens that its answer does not exceed.
     """
 
-    student: Dialect
+    student: Renderer
     bounds: Mapping[str, int]
 
 
-def check_ready_answers(
-    findings: Findings, place: Keys, source: SourcePlan, prompts: Sequence[Prompt], student: Dialect
-) -> ReadyAnswers:
+def check_dataset_responses(
+    findings: Findings, place: Keys, source: SourcePlan, prompts: Sequence[Prompt], student: Renderer
+) -> DatasetResponses:
     """Logged trajectories must come out of the student's template turn by turn; those that do not are absent
     from the result."""
     bounds: dict[str, int] = {}
     refused: list[tuple[Prompt, str]] = []
     for prompt in prompts:
         try:
-            bounds[prompt.key] = size_bound(prompt, student)
+            bounds[prompt.key] = length_bound(prompt, student)
         except DataError as error:
             refused.append((prompt, str(error)))
     if refused:
@@ -109,7 +109,7 @@ def check_ready_answers(
             (*place, "source"),
             f"{count} be written for the student: {_first(refused)}{row_name(source, prompt)}: {reason}",
         )
-    return ReadyAnswers(student, bounds)
+    return DatasetResponses(student, bounds)
 
 
 def check_response_tokens(
@@ -117,14 +117,14 @@ def check_response_tokens(
     place: Keys,
     source: SourcePlan,
     prompts: Sequence[Prompt],
-    student: Dialect,
+    student: Renderer,
     num_ids: int,
 ) -> None:
     """Ready answers may have the first `num_ids` ids alone, which every model of the run has."""
     beyond = student.tokenizer.added_from(num_ids) or ()
     if not beyond:
         return
-    texts = ((prompt, ready_text(prompt, student)) for prompt in prompts)
+    texts = ((prompt, dataset_text(prompt, student)) for prompt in prompts)
     found = [(prompt, token) for prompt, text in texts for token in beyond if token in text]
     if found:
         prompt, token = found[0]
@@ -137,7 +137,7 @@ def check_response_tokens(
         )
 
 
-def check_crossed_responses(
+def check_cross_tokenizer_responses(
     findings: Findings,
     place: Keys,
     source: SourcePlan,
@@ -158,7 +158,7 @@ def check_crossed_responses(
 
 
 @dataclass(frozen=True)
-class Room:
+class LengthBudget:
     """How long answers get: `num_new` tokens at most, as `limit_place` in the recipe says.
 
     Where there are `ready` answers, they must fit too.
@@ -166,7 +166,7 @@ class Room:
 
     num_new: int
     limit_place: Keys
-    ready: ReadyAnswers | None = None
+    ready: DatasetResponses | None = None
 
 
 def check_lengths(
@@ -174,8 +174,8 @@ def check_lengths(
     place: Keys,
     source: SourcePlan,
     prompts: Sequence[Prompt],
-    readers: Mapping[str, Dialect],
-    room: Room,
+    readers: Mapping[str, Renderer],
+    room: LengthBudget,
 ) -> None:
     """No prompt may outgrow a model that has to read it, and every model must be able to write it.
 
@@ -231,7 +231,7 @@ def check_lengths(
 
 
 def _misfits(
-    prompts: Sequence[Prompt], dialect: Dialect, room: Room
+    prompts: Sequence[Prompt], dialect: Renderer, room: LengthBudget
 ) -> tuple[list[tuple[Prompt, str]], list[tuple[Prompt, int, int]]]:
     """Prompts that the template refuses, with the reason; prompts that are too long, with lengths."""
     refused: list[tuple[Prompt, str]] = []
@@ -253,7 +253,7 @@ def _misfits(
             continue
         num_answer = room.num_new
         if room.ready is not None and bound:
-            num_answer = max(num_answer, len(ready_answer(prompt, room.ready.student).ids))
+            num_answer = max(num_answer, len(dataset_response(prompt, room.ready.student).ids))
         num_tokens = len(dialect.render(prompt))
         if num_tokens + num_answer > dialect.max_positions:
             long.append((prompt, num_tokens, num_answer))

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import typer
 
-from mergeopd.distributed.rendezvous import Place, Told, claims_before_meeting
-from mergeopd.errors import EndedElsewhere, MergeopdError, RecipeError, Stopped
+from mergeopd.distributed.rendezvous import ErrorToReport, RankInfo, claims_before_meeting
+from mergeopd.errors import MergeopdError, PeerFailed, RecipeError, Stopped
 from mergeopd.report.failure import show_error
 
 
@@ -33,7 +33,7 @@ def errors_shown() -> Iterator[None]:
 
 
 @contextmanager
-def one_process_reports(place: Place) -> Iterator[None]:
+def one_process_reports(place: RankInfo) -> Iterator[None]:
     """If a run has several processes, let one of them show an error; each exits with its code."""
     if place.world == 1:
         yield
@@ -49,9 +49,9 @@ def one_process_reports(place: Place) -> Iterator[None]:
         code = exit_code(error)
         if place.rank == 0:
             print(error, file=sys.stderr)
-    except EndedElsewhere:
+    except PeerFailed:
         code = 1
-    except Told as told:
+    except ErrorToReport as told:
         code = exit_code(told.error)
         show_error(told.error)
     except Exception as error:  # noqa: BLE001 (is shown, and the process ends)

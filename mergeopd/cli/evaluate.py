@@ -9,7 +9,7 @@ import typer
 
 from mergeopd.cli.errors import one_process_reports
 from mergeopd.cli.options import RecipeArgument, SetOption
-from mergeopd.distributed.rendezvous import Place
+from mergeopd.distributed.rendezvous import RankInfo
 
 
 def evaluate(
@@ -25,7 +25,7 @@ def evaluate(
 
     Example: mergeopd eval recipes/quickstart.yaml --model runs/quickstart/export
     """
-    place = Place.of()
+    place = RankInfo.of()
     with one_process_reports(place):
         from rich.console import Console
 

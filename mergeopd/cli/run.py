@@ -10,7 +10,7 @@ import typer
 
 from mergeopd.cli.errors import one_process_reports
 from mergeopd.cli.options import RecipeArgument, SetOption
-from mergeopd.distributed.rendezvous import Place
+from mergeopd.distributed.rendezvous import RankInfo
 from mergeopd.errors import ProcessError, Stopped
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def run(
 
     Example: mergeopd run recipes/quickstart.yaml --set optimizer.lr=1e-3
     """
-    place = Place.of()
+    place = RankInfo.of()
     with one_process_reports(place):
         if nproc is not None and place.world > 1:
             raise ProcessError(f"--nproc {nproc}, but this is {place.name} already; leave it out")
@@ -67,7 +67,7 @@ def run(
 
 
 def _run(
-    recipe: Path, overrides: Sequence[str], updates: int | None, allow_change: Sequence[str], place: Place
+    recipe: Path, overrides: Sequence[str], updates: int | None, allow_change: Sequence[str], place: RankInfo
 ) -> RunResult:
     """Run with progress on stdout; a terminal shows a spinner until the run's first event."""
     from rich.console import Console

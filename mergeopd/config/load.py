@@ -18,7 +18,18 @@ from mergeopd.config.locate import dotted
 from mergeopd.config.overrides import apply
 from mergeopd.config.parse import parse
 from mergeopd.config.suggest import closest_path
-from mergeopd.config.tree import Entry, Expand, Items, Keys, Node, Place, Scalar, Table, child, merged
+from mergeopd.config.tree import (
+    Entry,
+    Expand,
+    Items,
+    Keys,
+    Node,
+    Scalar,
+    SourceLocation,
+    Table,
+    child,
+    merged,
+)
 from mergeopd.errors import Location, Problem
 from mergeopd.messages import shown
 
@@ -55,7 +66,7 @@ def load(
         return loaded
     root, problems = loaded.root, list(loaded.problems)
     for number, text in enumerate(overrides, start=1):
-        where = Place(Location(f"--set #{number}"), project_folder(path, "recipes"))
+        where = SourceLocation(Location(f"--set #{number}"), project_folder(path, "recipes"))
         changed, found = apply(root, text, where, env, expand)
         root = _without_removed(root, changed, named)
         problems += found
@@ -122,7 +133,7 @@ def _read(path: Path, env: Mapping[str, str], marker: str, prefix: Keys = ()) ->
         line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
         message = f"not UTF-8 text: byte 0x{data[error.start]:02X}"
         return _failed(path, prefix, message, "save the file as UTF-8", line, column)
-    where = Place(Location(shown(path)), project_folder(path, marker))
+    where = SourceLocation(Location(shown(path)), project_folder(path, marker))
     root, problems = parse(text, where, env, prefix=prefix)
     if root is None:
         return (

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from mergeopd.config.tree import Keys, Node, Place, find
+from mergeopd.config.tree import Keys, Node, SourceLocation, find
 from mergeopd.errors import Location, Problem
 from mergeopd.messages import shown
 
@@ -31,12 +31,12 @@ class Origins:
         self._root = root
         self._cards = cards
 
-    def place(self, path: Keys, *, key: bool = False) -> Place:
+    def place(self, path: Keys, *, key: bool = False) -> SourceLocation:
         """Where the value at `path` was written (with `key`: its key)."""
         if len(path) > 3 and path[0] == "teachers" and path[2] == "card" and path[1] in self._cards:
             return find(self._cards[str(path[1])], path[3:], key=key)
         if self._root is None:
-            return Place(Location(shown(self._file)), Path(os.path.abspath(self._file)).parent)
+            return SourceLocation(Location(shown(self._file)), Path(os.path.abspath(self._file)).parent)
         return find(self._root, path, key=key)
 
     def at(self, *path: str | int) -> Location:

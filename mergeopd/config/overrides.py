@@ -7,7 +7,18 @@ from collections.abc import Mapping
 
 from mergeopd.config.locate import dotted
 from mergeopd.config.parse import parse
-from mergeopd.config.tree import Entry, Expand, Items, Keys, Node, Place, Scalar, Table, plain, planted
+from mergeopd.config.tree import (
+    Entry,
+    Expand,
+    Items,
+    Keys,
+    Node,
+    Scalar,
+    SourceLocation,
+    Table,
+    plain,
+    planted,
+)
 from mergeopd.errors import Problem
 
 _FORM = re.compile(r"\s*([^=\s]+?)\s*=(.*)", re.DOTALL)
@@ -24,7 +35,7 @@ class _RefusedError(ValueError):
 
 
 def apply(
-    root: Table, text: str, where: Place, env: Mapping[str, str], expand: Expand
+    root: Table, text: str, where: SourceLocation, env: Mapping[str, str], expand: Expand
 ) -> tuple[Table, tuple[Problem, ...]]:
     """Sets one value: `optimizer.lr=1e-5`, `prompts.0.share=2` or `prompts[0].share=2`; the value is YAML.
 
@@ -47,7 +58,9 @@ def apply(
     return changed, ()
 
 
-def _set(node: Node, steps: list[str], path: Keys, value: Node, where: Place, expand: Expand) -> Node:
+def _set(
+    node: Node, steps: list[str], path: Keys, value: Node, where: SourceLocation, expand: Expand
+) -> Node:
     if not steps:
         return value
     if not isinstance(node, Table) and not (isinstance(node, Items) and steps[0].isdecimal()):

@@ -17,7 +17,7 @@ from ruamel.yaml.nodes import Node as YamlNode
 from ruamel.yaml.reader import ReaderError
 
 from mergeopd.config.locate import dotted
-from mergeopd.config.tree import Entry, Items, Keys, Node, Place, Scalar, Table, Value
+from mergeopd.config.tree import Entry, Items, Keys, Node, Scalar, SourceLocation, Table, Value
 from mergeopd.config.variables import fill
 from mergeopd.config.yaml_errors import syntax_mistake
 from mergeopd.errors import Location, Problem
@@ -34,7 +34,7 @@ _SIMPLE_TAGS = {_TAG + "int", _TAG + "float", _TAG + "bool", _TAG + "null"}
 
 
 def parse(
-    text: str, where: Place, env: Mapping[str, str], *, prefix: Keys = (), fixed: bool = False
+    text: str, where: SourceLocation, env: Mapping[str, str], *, prefix: Keys = (), fixed: bool = False
 ) -> tuple[Node | None, tuple[Problem, ...]]:
     """Parses one document.
 
@@ -74,7 +74,7 @@ class _UnboundedError(ValueError):
 class _Parser:
     yaml: YAML
     text: str
-    where: Place
+    where: SourceLocation
     env: Mapping[str, str]
     fixed: bool
     prefix: Keys
@@ -82,15 +82,15 @@ class _Parser:
     open_nodes: set[int] = field(default_factory=set)
     num_values: int = 0
 
-    def place_at(self, line: int, column: int) -> Place:
-        return Place(Location(self.where.location.file, line, column), self.where.base)
+    def place_at(self, line: int, column: int) -> SourceLocation:
+        return SourceLocation(Location(self.where.location.file, line, column), self.where.base)
 
-    def place(self, node: YamlNode) -> Place:
+    def place(self, node: YamlNode) -> SourceLocation:
         if self.fixed:
             return self.where
         return self.place_at(node.start_mark.line + 1, node.start_mark.column + 1)
 
-    def report(self, place: Place, path: Keys, message: str, remedy: str = "") -> None:
+    def report(self, place: SourceLocation, path: Keys, message: str, remedy: str = "") -> None:
         self.problems.append(Problem(place.location, dotted(path), message, remedy))
 
     def broken(self, error: MarkedYAMLError) -> Problem:
@@ -156,7 +156,7 @@ class _Parser:
             else:
                 self.report(self.place(source), path, "'<<' takes a mapping or a list of mappings")
 
-    def checked(self, text: str, place: Place, path: Keys) -> str:
+    def checked(self, text: str, place: SourceLocation, path: Keys) -> str:
         """The text with its surrogate pairs joined, as JSON writes them; half a pair is reported."""
         if "\0" in text:
             self.report(place, path, "the text has a NUL character", "remove it")
@@ -167,7 +167,7 @@ class _Parser:
             self.report(place, path, f"half of a character (U+{ord(half):04X})", "write the character itself")
             return text.encode("utf-8", "replace").decode()
 
-    def scalar(self, node: ScalarNode, place: Place, path: Keys) -> Scalar:
+    def scalar(self, node: ScalarNode, place: SourceLocation, path: Keys) -> Scalar:
         text, tag = str(node.value), str(node.tag)
         if tag in _TEXT_TAGS:
             filled = fill(text, self.env)

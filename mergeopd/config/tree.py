@@ -16,7 +16,7 @@ Value = None | bool | int | float | str
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SourceLocation:
     """Where something was written, and the absolute folder that relative paths written there start from."""
 
     location: Location
@@ -28,14 +28,14 @@ class Scalar:
     """A single value."""
 
     value: Value
-    place: Place
+    place: SourceLocation
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A key of a mapping with its value."""
 
-    key: Place
+    key: SourceLocation
     node: Node
 
 
@@ -44,7 +44,7 @@ class Table:
     """A mapping, in the order it was written."""
 
     entries: Mapping[str, Entry]
-    place: Place
+    place: SourceLocation
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Items:
     """A list."""
 
     nodes: tuple[Node, ...]
-    place: Place
+    place: SourceLocation
 
 
 Node = Scalar | Table | Items
@@ -72,7 +72,7 @@ def plain(node: Node) -> Any:
             return node.value
 
 
-def planted(value: Any, place: Place) -> Node:
+def planted(value: Any, place: SourceLocation) -> Node:
     """Ordinary dicts, lists and values as a tree that was written in one place."""
     if isinstance(value, dict):
         return Table({str(k): Entry(place, planted(v, place)) for k, v in value.items()}, place)
@@ -91,7 +91,7 @@ def child(node: Node, step: str | int) -> Node | None:
     return None
 
 
-def find(root: Node, path: Keys, *, key: bool = False) -> Place:
+def find(root: Node, path: Keys, *, key: bool = False) -> SourceLocation:
     """Where the value at `path` (with `key`: its key) was written.
 
     What is not there stands at its nearest existing parent: that parent's key, or its value where it is a

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,10 +13,7 @@ from pydantic_core import ErrorDetails
 
 from mergeopd.config.locate import Origins
 from mergeopd.config.schema import Schema, model_schema
-from mergeopd.config.suggest import closest, did_you_mean
-from mergeopd.config.tree import Keys
-from mergeopd.config.values import Strict
-from mergeopd.config.words import (
+from mergeopd.config.schema_text import (
     allowed_keys,
     below,
     expected,
@@ -24,6 +23,9 @@ from mergeopd.config.words import (
     purpose,
     tagged,
 )
+from mergeopd.config.suggest import closest, did_you_mean
+from mergeopd.config.tree import Keys
+from mergeopd.config.values import Strict
 from mergeopd.errors import Problem
 from mergeopd.messages import joined
 
@@ -38,6 +40,7 @@ def problems_of(
     *,
     complete: bool = True,
     also_allowed: tuple[str, ...] = (),
+    renamed: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Problem, ...]:
     """Everything that is wrong with `data` as a `model`, one problem for each mistake.
 
@@ -45,11 +48,12 @@ def problems_of(
         prefix: the path of `data` in the recipe.
         complete: False when parts of the document could not be read, so that nothing counts as missing.
         also_allowed: keys at the top that are no field of the model (`extends`).
+        renamed: new names of keys that earlier versions had.
     """
     try:
         model.model_validate(data)
     except ValidationError as error:
-        findings = [_finding(e, model, data, also_allowed) for e in error.errors(include_url=False)]
+        findings = [_finding(e, model, data, also_allowed, renamed) for e in error.errors(include_url=False)]
     else:
         return ()
     kept = _without_echoes([f for f in findings if f is not None])
@@ -125,7 +129,11 @@ def _inside(value: Any, step: int | str) -> tuple[Any, ...]:
 
 
 def _finding(
-    error: ErrorDetails, model: type[Strict], data: Any, also_allowed: tuple[str, ...]
+    error: ErrorDetails,
+    model: type[Strict],
+    data: Any,
+    also_allowed: tuple[str, ...],
+    renamed: Mapping[str, str],
 ) -> _Finding | None:
     """One of pydantic's errors in plain words; None when it only repeats another."""
     root, kind, loc = model_schema(model), error["type"], error["loc"]
@@ -139,7 +147,7 @@ def _finding(
     if on_key:
         return _Finding(spot.path, f"'{spot.path[-1]}' is no name", "use letters, digits, _ . -", on_key=True)
     if kind == "extra_forbidden":
-        return _unknown_key(spot, root, also_allowed if len(spot.path) == 1 else ())
+        return _unknown_key(spot, root, also_allowed if len(spot.path) == 1 else (), renamed)
     if kind == "missing" and isinstance(spot.parent_value, dict):
         return _missing_key(spot.path, purpose(spot.schema, root))
     if kind == "missing":  # too few entries in a list of fixed length
@@ -178,10 +186,18 @@ def _missing_tag(spot: _Spot, root: Schema) -> _Finding:
     return _Finding((*spot.path, near), f"unknown key '{near}'", remedy, on_key=True, meant=tag)
 
 
-def _unknown_key(spot: _Spot, root: Schema, also_allowed: tuple[str, ...]) -> _Finding:
+def _unknown_key(
+    spot: _Spot, root: Schema, also_allowed: tuple[str, ...], renamed: Mapping[str, str]
+) -> _Finding:
     name = str(spot.path[-1])
     allowed = (*also_allowed, *allowed_keys(spot.parent, root))
-    meant = closest(name, [key for key in allowed if key not in spot.parent_value]) or closest(name, allowed)
+    new = renamed.get(name)
+    meant = new if new in allowed else None
+    meant = (
+        meant
+        or closest(name, [key for key in allowed if key not in spot.parent_value])
+        or closest(name, allowed)
+    )
     remedy = f"did you mean '{meant}'?" if meant else f"allowed here: {', '.join(allowed)}"
     return _Finding(spot.path, f"unknown key '{name}'", remedy, on_key=True, meant=meant)
 

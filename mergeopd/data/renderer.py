@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from mergeopd.data.chat_template import ChatTemplate
-from mergeopd.data.teacher_prompt import SAME, Script
+from mergeopd.data.teacher_prompt import SAME, TeacherPrompt
 from mergeopd.errors import DataError
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.types import Message, Prompt
@@ -16,7 +16,7 @@ _ANSWER = "Yes, it is."
 
 
 @dataclass(frozen=True)
-class Dialect:
+class Renderer:
     """Renders prompts for one model. Renderings are kept: a prompt comes back every epoch.
 
     Its true vocabulary are the first `vocab_size` ids, which both its tokenizer and its head have. Its
@@ -29,7 +29,7 @@ class Dialect:
     vocab_size: int
     eos_ids: tuple[int, ...]
     max_positions: int
-    script: Script = SAME
+    script: TeacherPrompt = SAME
     _rendered: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -58,10 +58,12 @@ class Dialect:
         return self.tokenizer.decode([self.end_id], skip_special_tokens=False)
 
     @property
-    def as_measured(self) -> Dialect:
+    def as_measured(self) -> Renderer:
         """Without a prompt of its own that shows more of a row (its reference) than the student sees."""
         own = self.script.prompt
-        return self if own is None or not own.fields else replace(self, script=Script(self.script.system))
+        return (
+            self if own is None or not own.fields else replace(self, script=TeacherPrompt(self.script.system))
+        )
 
     def text(self, prompt: Prompt) -> str:
         """The text up to where the answer begins. Raises DataError when a template refuses the prompt."""
@@ -92,7 +94,7 @@ def turn_end(tokenizer: Tokenizer, template: ChatTemplate, eos_ids: Collection[i
 
 
 def masked_in_teacher_term(
-    trained_ids: Sequence[int], student: Dialect, teachers: Mapping[str, Dialect]
+    trained_ids: Sequence[int], student: Renderer, teachers: Mapping[str, Renderer]
 ) -> dict[str, tuple[int, ...]]:
     """Positions in `trained_ids` of tokens that end the student's turns and not the teacher's, by teacher.
 

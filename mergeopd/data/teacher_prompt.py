@@ -49,7 +49,7 @@ class PromptTemplate:
 
 
 @dataclass(frozen=True, slots=True)
-class Script:
+class TeacherPrompt:
     """How a conversation is changed for one teacher: its own system message, its own last user message."""
 
     system: str | None = None
@@ -66,7 +66,7 @@ class Script:
         return tuple(messages)
 
 
-SAME = Script()
+SAME = TeacherPrompt()
 """A teacher that sees what the student sees."""
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mergeopd.data.chat_template import ChatTemplate
-from mergeopd.data.renderer import Dialect
+from mergeopd.data.renderer import Renderer
 from mergeopd.errors import DataError
 from mergeopd.types import Message, Prompt
 
@@ -27,7 +27,7 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class ReadyAnswer:
+class DatasetResponse:
     """An answer in the student's ids. `trained` flags those in the loss; None: all."""
 
     ids: tuple[int, ...]
@@ -84,7 +84,7 @@ def segments(
     return tuple(parts)
 
 
-def ready_answer(prompt: Prompt, student: Dialect) -> ReadyAnswer:
+def dataset_response(prompt: Prompt, student: Renderer) -> DatasetResponse:
     """The prompt's ready answer as ids.
 
     A text is closed with the student's end token. A trajectory comes from the student's template, encoded
@@ -95,7 +95,7 @@ def ready_answer(prompt: Prompt, student: Dialect) -> ReadyAnswer:
     """
     encode = student.tokenizer.encode
     if not isinstance(prompt.response, tuple):
-        return ReadyAnswer((*encode(prompt.response or ""), student.end_id), None)
+        return DatasetResponse((*encode(prompt.response or ""), student.end_id), None)
     ids: list[int] = []
     trained: list[bool] = []
     end = 0
@@ -106,11 +106,11 @@ def ready_answer(prompt: Prompt, student: Dialect) -> ReadyAnswer:
         trained += [True] * num_own + [False] * (len(new) - num_own)
         end = len(ids) - len(new) + num_own
     if not end or ids[end - 1] not in student.eos_ids or not trained[end - 1]:
-        return ReadyAnswer((*ids[:end], student.end_id), (*trained[:end], True))
-    return ReadyAnswer(tuple(ids[:end]), tuple(trained[:end]))
+        return DatasetResponse((*ids[:end], student.end_id), (*trained[:end], True))
+    return DatasetResponse(tuple(ids[:end]), tuple(trained[:end]))
 
 
-def ready_text(prompt: Prompt, student: Dialect) -> str:
+def dataset_text(prompt: Prompt, student: Renderer) -> str:
     """The ready answer as the student's template writes it; empty where there is none.
 
     Raises DataError as `segments` does.
@@ -124,16 +124,16 @@ def ready_text(prompt: Prompt, student: Dialect) -> str:
             return "".join(piece.text for piece in segments(prompt.messages, turns, student.template))
 
 
-def size_bound(prompt: Prompt, student: Dialect) -> int:
+def length_bound(prompt: Prompt, student: Renderer) -> int:
     """The ready answer has at most so many tokens, told without encoding it; 0 where there is none.
 
     A token stands for a byte at least, and one may be added to end the answer. Raises DataError as `segments`
     does.
     """
-    return 0 if prompt.response is None else len(ready_text(prompt, student).encode()) + 1
+    return 0 if prompt.response is None else len(dataset_text(prompt, student).encode()) + 1
 
 
-def _turn_length(ids: Sequence[int], student: Dialect) -> int:
+def _turn_length(ids: Sequence[int], student: Renderer) -> int:
     """Tokens of a turn up to the one that ends it."""
     ends = (position for position, i in enumerate(ids, start=1) if i in student.eos_ids)
     return next(ends, len(ids))

@@ -17,8 +17,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from mergeopd.distributed.ranks import Alone, Processes, Ranks, this_machine
-from mergeopd.errors import EndedElsewhere, MergeopdError, ProcessError, Stopped
+from mergeopd.distributed.communicator import Communicator, SingleProcess, TorchCommunicator, this_machine
+from mergeopd.errors import MergeopdError, PeerFailed, ProcessError, Stopped
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -51,7 +51,7 @@ def join_launcher() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
 
 
-class Told(Exception):  # noqa: N818 (a wrapper)
+class ErrorToReport(Exception):  # noqa: N818 (a wrapper)
     """An error that this process, of several, is to show: `error`."""
 
     def __init__(self, error: BaseException) -> None:
@@ -60,7 +60,7 @@ class Told(Exception):  # noqa: N818 (a wrapper)
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """What the environment says of this process; alone where it says nothing.
 
     `rendezvous` is a file on this machine, made by `mergeopd run --nproc`; without it MASTER_ADDR and
@@ -73,7 +73,7 @@ class Place:
     rendezvous: Path | None = None
 
     @classmethod
-    def of(cls, env: Mapping[str, str] = os.environ) -> Place:
+    def of(cls, env: Mapping[str, str] = os.environ) -> RankInfo:
         """Read the variables of the launcher and of torchrun, with MASTER_ADDR also those of Slurm.
 
         Raises ProcessError for variables that are incomplete or no numbers.
@@ -123,36 +123,36 @@ class Claims(Protocol):
         """Whether any has asked; True where nobody can be asked any more."""
 
 
-def claims_before_meeting(place: Place) -> Claims:
+def claims_before_meeting(place: RankInfo) -> Claims:
     """Without torch: through the launcher's folder; else each machine's first process may."""
     return _FileClaims(place.told) if place.told is not None else _FirstOfMachine(place)
 
 
 @contextmanager
-def open_ranks(place: Place, *, grouped: bool) -> Iterator[Ranks]:
+def open_communicator(place: RankInfo, *, grouped: bool) -> Iterator[Communicator]:
     """The processes of this run, which all enter and leave; torch's default group is theirs inside.
 
     A process alone has a group of its own with `grouped` only, which a student on Megatron needs. On a GPU
     machine each process takes the one of its local number.
 
     What is raised inside comes out as it was from a process alone. Of several the first one to meet an error
-    raises `Told` with it, others raise EndedElsewhere; Stopped and KeyboardInterrupt pass. Raises
+    raises `ErrorToReport` with it, others raise PeerFailed; Stopped and KeyboardInterrupt pass. Raises
     ProcessError where the processes cannot meet.
     """
     if place.world == 1:
         if not grouped:
-            yield Alone()
+            yield SingleProcess()
             return
         with _group_of_one():
-            yield Alone()
+            yield SingleProcess()
         return
     import torch.distributed as dist
 
     store = _meet(place)
     claims = _StoreClaims(store) if place.told is None else _FileClaims(place.told)
     try:
-        yield Processes(this_machine())
-    except (EndedElsewhere, Stopped):
+        yield TorchCommunicator(this_machine())
+    except (PeerFailed, Stopped):
         raise
     except KeyboardInterrupt:
         claims.claim()
@@ -161,7 +161,7 @@ def open_ranks(place: Place, *, grouped: bool) -> Iterator[Ranks]:
         own = error
         if _is_of_a_lost_process(error):
             if _is_claimed_soon(claims):
-                raise EndedElsewhere from error
+                raise PeerFailed from error
             own = ProcessError(
                 f"{place.name} lost another one, which ended or does not answer; the same command goes on "
                 f"from the newest checkpoint ({str(error).splitlines()[0]})"
@@ -169,8 +169,8 @@ def open_ranks(place: Place, *, grouped: bool) -> Iterator[Ranks]:
         elif not isinstance(error, MergeopdError):
             own.add_note(f"(in {place.name})")
         if claims.claim():
-            raise Told(own) from error
-        raise EndedElsewhere from error
+            raise ErrorToReport(own) from error
+        raise PeerFailed from error
     # Not where something was raised: others may be waiting in the group, and to end it could wait for them.
     dist.destroy_process_group()
 
@@ -187,7 +187,7 @@ def _group_of_one() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _meet(place: Place) -> Store:
+def _meet(place: RankInfo) -> Store:
     """Open torch's default group; its store."""
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _get_default_store
@@ -265,7 +265,7 @@ class _FileClaims:
 class _FirstOfMachine:
     """Before processes of several machines have met: what they find is mostly found by all."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: RankInfo) -> None:
         self._may = place.local_rank == 0
 
     def claim(self) -> bool:

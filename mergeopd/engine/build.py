@@ -14,8 +14,8 @@ import torch
 from mergeopd.check.memory import refuse_without_room
 from mergeopd.check.preflight import Inputs
 from mergeopd.data.draw import PromptDraw
-from mergeopd.data.renderer import Dialect
-from mergeopd.distributed.ranks import Ranks, spread
+from mergeopd.data.renderer import Renderer
+from mergeopd.distributed.communicator import Communicator, scatter_gather
 from mergeopd.engine.checkpoint import Checkpoints
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.evaluate import Evaluation
@@ -24,7 +24,7 @@ from mergeopd.engine.loop import Trainer
 from mergeopd.engine.pipeline import SynchronousPipeline
 from mergeopd.engine.prior_policy import PriorPolicy
 from mergeopd.engine.rollouts import Rewards, StudentRollouts
-from mergeopd.engine.schedule import RoundWork
+from mergeopd.engine.schedule import RoundSchedule
 from mergeopd.engine.score import Scorer
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.teacher_rollouts import TeacherRolloutCache
@@ -47,8 +47,8 @@ from mergeopd.teacher.canary import Canary
 from mergeopd.teacher.hidden_cache import HiddenCache, RoundCache
 from mergeopd.teacher.local import LocalTeacher, ResidentHeads, TeacherSource, TeacherStore
 from mergeopd.teacher.protocol import Teacher, capabilities
-from mergeopd.teacher.shared_cache import NodeCache
-from mergeopd.teacher.snapshots import Past
+from mergeopd.teacher.shared_cache import SharedHiddenCache
+from mergeopd.teacher.snapshots import StudentSnapshots
 from mergeopd.teacher.token_view import AlignedTokens, SameTokens, TokenView
 from mergeopd.teacher.weight_reader import MappedReader, Reader, ShardedReader
 
@@ -58,7 +58,7 @@ class Machine:
     """Where a run computes: its device and its processes."""
 
     device: torch.device
-    ranks: Ranks
+    ranks: Communicator
 
     @property
     def shares_pages(self) -> bool:
@@ -67,7 +67,7 @@ class Machine:
 
 
 def _local_engine(
-    source: WeightSource, renderer: Dialect, inputs: Inputs, machine: Machine, batch_size: int
+    source: WeightSource, renderer: Renderer, inputs: Inputs, machine: Machine, batch_size: int
 ) -> RolloutEngine:
     return LocalEngine(
         source,
@@ -76,11 +76,11 @@ def _local_engine(
         device=machine.device,
         seed=inputs.plan.seed,
         batch_size=batch_size,
-        deal=partial(spread, machine.ranks),
+        deal=partial(scatter_gather, machine.ranks),
     )
 
 
-MakeEngine = Callable[[WeightSource, Dialect, Inputs, Machine, int], RolloutEngine]
+MakeEngine = Callable[[WeightSource, Renderer, Inputs, Machine, int], RolloutEngine]
 
 ENGINES: Mapping[str, MakeEngine] = MappingProxyType({"local": _local_engine})
 """Engines that generate the student's responses, by the recipe's `rollout.engine`."""
@@ -93,7 +93,7 @@ class Models:
     inputs: Inputs
     machine: Machine
     student: Student
-    snapshots: Past
+    snapshots: StudentSnapshots
     teachers: Mapping[str, Teacher]
     views: Mapping[str, TokenView]
 
@@ -121,8 +121,8 @@ def load_models(
     plan = inputs.plan
     torch.set_num_threads(max(1, plan.threads // machine.ranks.num_local))
     student = _student(inputs, machine)
-    rules = [t.moving for t in plan.teachers.values() if t.moving is not None]
-    snapshots = Past(rules, student.weights, student.master_weights)
+    rules = [t.snapshot_rule for t in plan.teachers.values() if t.snapshot_rule is not None]
+    snapshots = StudentSnapshots(rules, student.weights, student.master_weights)
     return Models(
         inputs=inputs,
         machine=machine,
@@ -220,7 +220,7 @@ def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, sta
     engine = partial(_local_engine, inputs=inputs, machine=machine, batch_size=plan.batch_size)
 
     @contextmanager
-    def open_model(folder: Path, renderer: Dialect) -> Iterator[RolloutEngine]:
+    def open_model(folder: Path, renderer: Renderer) -> Iterator[RolloutEngine]:
         source = TeacherSource(folder, inputs.plan.student.dtype, renderer.vocab_size)
         store = TeacherStore({"model": source}, machine.device)
         with store.open("model") as model:
@@ -251,7 +251,7 @@ def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, sta
     )
 
 
-def build_verifiers(sources: Sequence[SourcePlan], plan: Plan, ranks: Ranks) -> Verifiers:
+def build_verifiers(sources: Sequence[SourcePlan], plan: Plan, ranks: Communicator) -> Verifiers:
     """Build the verifiers of these sources; the processes of a machine divide its cores."""
     specs = {s.name: s.verifier for s in sources if s.verifier is not None}
     return Verifiers(specs, plan.allow_code, plan.threads // ranks.num_local)
@@ -288,7 +288,7 @@ def _student(inputs: Inputs, machine: Machine) -> Student:
 
 
 def _teachers(
-    inputs: Inputs, machine: Machine, snapshots: Past, *, skip: Collection[str]
+    inputs: Inputs, machine: Machine, snapshots: StudentSnapshots, *, skip: Collection[str]
 ) -> dict[str, Teacher]:
     """The recipe's teachers, whose weights are read by one store."""
     plans = {name: teacher for name, teacher in inputs.plan.teachers.items() if name not in skip}
@@ -304,18 +304,18 @@ def _teachers(
             store,
             capabilities(teacher),
             canary=Canary.of(teacher, inputs.teachers[name]),
-            run_on_first=machine.ranks.first,
+            run_on_first=machine.ranks.run_on_first,
             make_engine=partial(make_engine, name),
         )
         for name, teacher in plans.items()
     }
 
 
-def _source(teacher: TeacherPlan, inputs: Inputs, snapshots: Past) -> TeacherSource:
-    follower = None if teacher.moving is None else snapshots.followers[teacher.moving]
-    is_crossed = teacher.name in inputs.crossings
+def _source(teacher: TeacherPlan, inputs: Inputs, snapshots: StudentSnapshots) -> TeacherSource:
+    snapshot = None if teacher.snapshot_rule is None else snapshots.snapshots[teacher.snapshot_rule]
+    is_crossed = teacher.name in inputs.cross_tokenizers
     num_valid = inputs.teachers[teacher.name].vocab_size if is_crossed else inputs.vocab_size
-    return TeacherSource(Path(teacher.model), teacher.dtype, num_valid, follower)
+    return TeacherSource(Path(teacher.model), teacher.dtype, num_valid, snapshot)
 
 
 def _reader(machine: Machine) -> Reader:
@@ -335,16 +335,18 @@ def _views(inputs: Inputs, machine: Machine) -> dict[str, TokenView]:
     cache, student = Path(inputs.plan.text_cache), inputs.student
 
     def bridges() -> dict[str, Bridge | None]:
-        return {name: measure(cross, cache, machine.device) for name, cross in inputs.crossings.items()}
+        return {
+            name: measure(cross, cache, machine.device) for name, cross in inputs.cross_tokenizers.items()
+        }
 
     made: list[dict[str, Bridge | None]] = []
-    if inputs.crossings:
-        machine.ranks.first(lambda: made.append(bridges()))
+    if inputs.cross_tokenizers:
+        machine.ranks.run_on_first(lambda: made.append(bridges()))
         made = made or [bridges()]
     views: dict[str, TokenView] = {}
     for name, renderer in inputs.teachers.items():
-        if name in inputs.crossings:
-            views[name] = AlignedTokens(inputs.crossings[name], student, made[0][name])
+        if name in inputs.cross_tokenizers:
+            views[name] = AlignedTokens(inputs.cross_tokenizers[name], student, made[0][name])
         else:
             views[name] = SameTokens(renderer, student)
     return views
@@ -352,14 +354,14 @@ def _views(inputs: Inputs, machine: Machine) -> dict[str, TokenView]:
 
 def _cache_maker(
     inputs: Inputs, machine: Machine, student: Student, spill: Path
-) -> Callable[[RoundWork], AbstractContextManager[RoundCache]]:
+) -> Callable[[RoundSchedule], AbstractContextManager[RoundCache]]:
     """What keeps a round's targets where they will be needed."""
     budget_bytes, readers = int(inputs.plan.memory.hidden_states_gib * 2**30), student.placement.loss_ranks
 
-    def make(work: RoundWork) -> AbstractContextManager[RoundCache]:
+    def make(work: RoundSchedule) -> AbstractContextManager[RoundCache]:
         if machine.ranks.size == 1:
             return HiddenCache(budget_bytes, spill, machine.device)
-        return NodeCache(
+        return SharedHiddenCache(
             budget_bytes, spill, machine.ranks, lambda i: readers[work.copy_of[i]], machine.device
         )
 

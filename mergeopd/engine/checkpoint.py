@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergeopd.config.values import Strict
-from mergeopd.distributed.ranks import Ranks
+from mergeopd.distributed.communicator import Communicator
 from mergeopd.engine.progress import Progress
 from mergeopd.errors import StorageError
 from mergeopd.recipe.plan import Plan
@@ -22,7 +22,7 @@ from mergeopd.report.events import CheckpointSaved, CheckpointSkipped, Note, Rep
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import atomic_folder, newest_valid, prune, set_aside
 from mergeopd.student.protocol import Stateful
-from mergeopd.teacher.snapshots import Past
+from mergeopd.teacher.snapshots import StudentSnapshots
 
 FORMAT = 1
 _STUDENT, _PAST = "student", "past"
@@ -51,7 +51,9 @@ class _State(Strict):
 class Checkpoints:
     """The checkpoints of a run in a folder, of which the newest `keep` are kept."""
 
-    def __init__(self, folder: Path, plan: Plan, student: Stateful, snapshots: Past, ranks: Ranks) -> None:
+    def __init__(
+        self, folder: Path, plan: Plan, student: Stateful, snapshots: StudentSnapshots, ranks: Communicator
+    ) -> None:
         self._folder = folder
         self._plan = plan
         self._student = student
@@ -90,7 +92,7 @@ class Checkpoints:
         Damaged ones are reported and set aside. `plan_hashes` are those that the run folder has had. Raises
         StorageError for a checkpoint that is whole but of another plan, model or format.
         """
-        newest, skipped = self._ranks.first(lambda: _newest(self._folder))
+        newest, skipped = self._ranks.run_on_first(lambda: _newest(self._folder))
         for path, reason in skipped:
             reporter.emit(CheckpointSkipped(path, reason))
         if newest is None:
@@ -115,7 +117,7 @@ class Checkpoints:
 
 
 @contextmanager
-def written_by_first(target: Path, ranks: Ranks) -> Iterator[Path]:
+def written_by_first(target: Path, ranks: Communicator) -> Iterator[Path]:
     """A folder that is there whole or not at all, which rank 0 writes and all see when the context ends.
 
     Others get its name, and write nothing. Collective; raises what `atomic_folder` does.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergeopd.check.preflight import Inputs
-from mergeopd.data.renderer import Dialect
-from mergeopd.distributed.ranks import Ranks, spread
+from mergeopd.data.renderer import Renderer
+from mergeopd.distributed.communicator import Communicator, scatter_gather
 from mergeopd.engine.rollouts import response_text
 from mergeopd.engine.stages import Stages
 from mergeopd.models.weight_average import why_not
@@ -21,7 +21,7 @@ from mergeopd.rollout.protocol import GenerationRequest, RolloutEngine
 from mergeopd.types import Prompt, Sampling
 
 Accuracies = dict[str, dict[str, float | None]]
-OpenModel = Callable[[Path, Dialect], AbstractContextManager[RolloutEngine]]
+OpenModel = Callable[[Path, Renderer], AbstractContextManager[RolloutEngine]]
 OpenAverage = Callable[[Path, Sequence[Path]], AbstractContextManager[RolloutEngine]]
 
 
@@ -31,7 +31,7 @@ class _Contestant:
 
     kind: str
     engine: RolloutEngine
-    renderer: Dialect
+    renderer: Renderer
 
 
 class Evaluation:
@@ -49,7 +49,7 @@ class Evaluation:
         open_model: OpenModel,
         open_average: OpenAverage,
         verifiers: Verifiers,
-        ranks: Ranks,
+        ranks: Communicator,
         stages: Stages,
     ) -> None:
         self._inputs = inputs
@@ -130,14 +130,14 @@ class Evaluation:
             )
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        found = spread(
+        found = scatter_gather(
             self._ranks,
             submissions,
             # Progress is reported again, so that a request to stop is met while verifiers are slow.
             lambda own: self._verifiers.verify(own, lambda _: on_progress(len(own))),
         )
-        failures = [verdict.failure for verdict in found if verdict.failure is not None]
+        failures = [grade.failure for grade in found if grade.failure is not None]
         if failures:
             note = failures_note(source.name, failures)
             self._stages.reporter.emit(Note(f"{note}; they count as incorrect"))
-        return [verdict.reward or 0.0 for verdict in found]
+        return [grade.reward or 0.0 for grade in found]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from mergeopd.distributed.ranks import Agreed, Ranks
+from mergeopd.distributed.communicator import CollectiveAbort, Communicator
 
 _SIGNALS = {signal.SIGINT.name, signal.SIGTERM.name}
 
@@ -50,14 +50,14 @@ class Interrupt:
         self.requested = self.requested or signal.Signals(number).name
 
 
-class AbandonRound(Agreed):
+class AbandonRound(CollectiveAbort):
     """Leaves a round that has changed no weight yet."""
 
 
 class StopGuard:
     """Carries out requests to stop between units of work that can be repeated."""
 
-    def __init__(self, interrupt: Interrupt, ranks: Ranks) -> None:
+    def __init__(self, interrupt: Interrupt, ranks: Communicator) -> None:
         self._interrupt = interrupt
         self._ranks = ranks
 
@@ -76,7 +76,7 @@ class StopGuard:
 
     def check(self) -> None:
         """Raise AbandonRound where a stop was requested and no other process is waiting for this one."""
-        if self._interrupt.requested is not None and self._ranks.is_apart:
+        if self._interrupt.requested is not None and self._ranks.outside_collective:
             raise AbandonRound
 
     def is_requested_anywhere(self) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
-from mergeopd.distributed.ranks import Ranks
+from mergeopd.distributed.communicator import Communicator
 from mergeopd.engine.checkpoint import Checkpoints, Record, written_by_first
 from mergeopd.engine.evaluate import Accuracies
 from mergeopd.engine.interrupt import AbandonRound, StopGuard
@@ -24,7 +24,7 @@ from mergeopd.report.events import RunFinished, RunStarted, StageStarted
 from mergeopd.report.result import result_document, write_result
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.student.protocol import Student
-from mergeopd.teacher.snapshots import Past
+from mergeopd.teacher.snapshots import StudentSnapshots
 
 UPDATE_LIMIT = "--updates"  # what asks a run to stop at its own limit
 Evaluate = Callable[[Path], Accuracies]
@@ -43,7 +43,7 @@ class Trainer:
     plan: Plan
     folder: RunFolder
     student: Student
-    snapshots: Past
+    snapshots: StudentSnapshots
     pipeline: RoundPipeline
     scorer: Scorer
     updater: Updater
@@ -52,7 +52,7 @@ class Trainer:
     stop: StopGuard
     stages: Stages
     write_turns: Callable[[Path], None]
-    ranks: Ranks
+    ranks: Communicator
 
     def run(self, progress: Progress, max_updates: int | None) -> None:
         """Train from `progress` to the last update, export, evaluate, write the result. Collective.
@@ -117,7 +117,7 @@ class Trainer:
         """Save what is not saved yet and leave."""
         self.stop.is_requested_anywhere()  # all agree on the reason, whatever a launcher sends after one left
         reason = self.stop.requested
-        if progress.update and not self.ranks.first(lambda: self.checkpoints.has(progress)):
+        if progress.update and not self.ranks.run_on_first(lambda: self.checkpoints.has(progress)):
             self._save(progress)
         self.ranks.gather(None)  # none leaves while another still has something to write
         self.stop.met()
@@ -150,7 +150,7 @@ class Trainer:
     def _finish(self) -> None:
         """Export the student, measure, write the result."""
         folder, reporter, clock = self.folder, self.stages.reporter, self.stages.clock
-        if not self.ranks.first(folder.export.exists):
+        if not self.ranks.run_on_first(folder.export.exists):
             reporter.emit(StageStarted("export", "the student as a Hugging Face folder"))
             with written_by_first(folder.export, self.ranks) as target:
                 self.student.export(target)

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Protocol
 
 from mergeopd.data.draw import PromptDraw
-from mergeopd.data.renderer import Dialect
+from mergeopd.data.renderer import Renderer
 from mergeopd.engine.progress import Progress, Task, draw_tasks, phase_at
 from mergeopd.engine.rollouts import Rewards, StudentRollouts, dataset_rollout
-from mergeopd.engine.schedule import RoundWork, round_work
+from mergeopd.engine.schedule import RoundSchedule, schedule_round
 from mergeopd.engine.score import CollectedRound
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.teacher_rollouts import TeacherRolloutCache
@@ -42,7 +42,7 @@ class SynchronousPipeline:
         plan: Plan,
         *,
         draw: PromptDraw,
-        student: Dialect,
+        student: Renderer,
         weights: WeightSource,
         engine: RolloutEngine,
         rollouts: StudentRollouts,
@@ -74,15 +74,15 @@ class SynchronousPipeline:
         tasks = draw_tasks(self._draw, self._plan.seed, phase, progress, updates_done)
         with self._stages.timed("rollout"):
             rollouts = self._collect(tasks)
-            verdicts = self._rewards.of(rollouts)
+            grades = self._rewards.of(rollouts)
         work = self.work(rollouts, progress.round, phase.updates_per_round)
-        rewards = [verdict.reward for verdict in verdicts]
-        failures = {i: v.failure for i, v in enumerate(verdicts) if v.failure is not None}
+        rewards = [grade.reward for grade in grades]
+        failures = {i: v.failure for i, v in enumerate(grades) if v.failure is not None}
         return CollectedRound(phase, updates_done, rollouts, rewards, work, failures)
 
-    def work(self, rollouts: Sequence[Rollout], index: int, num_updates: int) -> RoundWork:
+    def work(self, rollouts: Sequence[Rollout], index: int, num_updates: int) -> RoundSchedule:
         """Who does what in round number `index`."""
-        return round_work(
+        return schedule_round(
             rollouts,
             index,
             num_updates=num_updates,

@@ -14,11 +14,11 @@ from torch import Tensor
 from mergeopd.batch.collate import micro_batch, pack_groups
 from mergeopd.batch.micro_batch import MicroBatch, Stream, with_statistics
 from mergeopd.batch.objective import support
-from mergeopd.batch.packing import Pack
+from mergeopd.batch.packing import MicroBatchPlan
 from mergeopd.batch.prepare import masked_tokens
 from mergeopd.batch.records import OldLogProbs, PreparedRollout, PreparedUpdate
-from mergeopd.distributed.ranks import Ranks
-from mergeopd.engine.schedule import RoundWork
+from mergeopd.distributed.communicator import Communicator
+from mergeopd.engine.schedule import RoundSchedule
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.targets import TeacherTargets
 from mergeopd.loss.cross_tokenizer import group_logratio
@@ -31,14 +31,14 @@ from mergeopd.types import Rollout
 class PriorPolicy:
     """Scores a round under the student as it is."""
 
-    def __init__(self, student: Trainable, device: torch.device, ranks: Ranks, stages: Stages) -> None:
+    def __init__(self, student: Trainable, device: torch.device, ranks: Communicator, stages: Stages) -> None:
         self._student = student
         self._device = device
         self._ranks = ranks
         self._stages = stages
 
     def score(
-        self, rollouts: Sequence[Rollout], phase: Phase, work: RoundWork, targets: TeacherTargets
+        self, rollouts: Sequence[Rollout], phase: Phase, work: RoundSchedule, targets: TeacherTargets
     ) -> dict[int, OldLogProbs]:
         """`OldLogProbs` of every response with trained tokens, by its index in the round. Collective."""
         loss, placement = phase.loss, self._student.placement
@@ -89,7 +89,7 @@ class PriorPolicy:
 
 
 def _spans(
-    pack: Pack, logprob_S: Tensor, rollouts: Sequence[Rollout], targets: TeacherTargets
+    pack: MicroBatchPlan, logprob_S: Tensor, rollouts: Sequence[Rollout], targets: TeacherTargets
 ) -> dict[str, dict[int, Tensor]]:
     """By teacher whose bridge is a policy term and by response: the log-ratio of each token's group."""
     lengths = [rollouts[i].num_trained for i in pack.rollouts]

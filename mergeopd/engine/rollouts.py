@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mergeopd.data.renderer import Dialect
-from mergeopd.data.trajectory import ready_answer
-from mergeopd.distributed.ranks import Ranks, spread
+from mergeopd.data.renderer import Renderer
+from mergeopd.data.trajectory import dataset_response
+from mergeopd.distributed.communicator import Communicator, scatter_gather
 from mergeopd.engine.progress import Task
 from mergeopd.engine.stages import Stages
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.recipe.training import LocalRollout
 from mergeopd.report.events import Note
 from mergeopd.reward.grading import Submission, Verifiers
-from mergeopd.reward.pool import Verdict, failures_note
+from mergeopd.reward.pool import Grade, failures_note
 from mergeopd.rollout.protocol import GenerationRequest, RolloutEngine
 from mergeopd.types import Rollout, Sampling
 
@@ -22,7 +22,7 @@ class StudentRollouts:
     """Generates the student's responses, `samples_per_prompt` for each prompt."""
 
     def __init__(
-        self, engine: RolloutEngine, settings: LocalRollout, student: Dialect, stages: Stages
+        self, engine: RolloutEngine, settings: LocalRollout, student: Renderer, stages: Stages
     ) -> None:
         self._engine = engine
         self._settings = settings
@@ -65,9 +65,9 @@ def sampling(settings: LocalRollout) -> Sampling:
     return Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, settings.stop)
 
 
-def dataset_rollout(task: Task, student: Dialect) -> Rollout:
+def dataset_rollout(task: Task, student: Renderer) -> Rollout:
     """The dataset's own response, in the student's ids."""
-    answer = ready_answer(task.prompt, student)
+    answer = dataset_response(task.prompt, student)
     return Rollout(
         prompt=task.prompt,
         sample=task.occurrence,
@@ -90,7 +90,7 @@ class Rewards:
         verifiers: Verifiers,
         tokenizer: Tokenizer,
         stop: Sequence[str],
-        ranks: Ranks,
+        ranks: Communicator,
         stages: Stages,
     ) -> None:
         self._verifiers = verifiers
@@ -100,7 +100,7 @@ class Rewards:
         self._stages = stages
         self._noted_sources: set[str] = set()
 
-    def of(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
+    def of(self, rollouts: Sequence[Rollout]) -> list[Grade]:
         """Grade the student's responses; others, and those without a verifier, have no reward.
 
         Every process grades its share. Collective; raises AbandonRound where a stop was requested.
@@ -115,13 +115,13 @@ class Rewards:
         if num_slow:
             on_progress = self._stages.begin("rollout", "verifying", num_slow, "responses")
 
-        def verify(own: Sequence[Rollout]) -> list[Verdict]:
+        def verify(own: Sequence[Rollout]) -> list[Grade]:
             return self._verifiers.verify([self._submission(rollout) for rollout in own], on_progress)
 
-        found = dict(zip(graded, spread(self._ranks, list(graded.values()), verify), strict=True))
-        verdicts = [found.get(index, Verdict(None)) for index in range(len(rollouts))]
-        self._note_failures(rollouts, verdicts)
-        return verdicts
+        found = dict(zip(graded, scatter_gather(self._ranks, list(graded.values()), verify), strict=True))
+        grades = [found.get(index, Grade(None)) for index in range(len(rollouts))]
+        self._note_failures(rollouts, grades)
+        return grades
 
     def close(self) -> None:
         """End the verifiers' worker processes."""
@@ -135,12 +135,12 @@ class Rewards:
             truncated=rollout.finish == "length",
         )
 
-    def _note_failures(self, rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) -> None:
+    def _note_failures(self, rollouts: Sequence[Rollout], grades: Sequence[Grade]) -> None:
         """Report the first failures of each source's verifier; metrics count all."""
         failures: dict[str, list[str]] = {}
-        for rollout, verdict in zip(rollouts, verdicts, strict=True):
-            if verdict.failure is not None and rollout.prompt.source not in self._noted_sources:
-                failures.setdefault(rollout.prompt.source, []).append(verdict.failure)
+        for rollout, grade in zip(rollouts, grades, strict=True):
+            if grade.failure is not None and rollout.prompt.source not in self._noted_sources:
+                failures.setdefault(rollout.prompt.source, []).append(grade.failure)
         for source, found in failures.items():
             self._noted_sources.add(source)
             note = failures_note(source, found)

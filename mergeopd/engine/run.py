@@ -14,9 +14,9 @@ from rich.console import Console
 from mergeopd.check.models import check_student_folder
 from mergeopd.check.parallelism import check_processes
 from mergeopd.check.preflight import Inputs, preflight
+from mergeopd.distributed.communicator import Communicator, SingleProcess
 from mergeopd.distributed.launch import launch
-from mergeopd.distributed.ranks import Alone, Ranks
-from mergeopd.distributed.rendezvous import Place, open_ranks
+from mergeopd.distributed.rendezvous import RankInfo, open_communicator
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.errors import Location, ModelError, Problem, RecipeError, StorageError
@@ -54,15 +54,15 @@ def run_recipe(
     clock = Clock()
     with ExitStack() as held:
         with clock.stage("startup"):
-            place = Place.of()
+            place = RankInfo.of()
             alone = place.world == 1
-            ranks = Alone() if alone else held.enter_context(open_ranks(place, grouped=True))
+            ranks = SingleProcess() if alone else held.enter_context(open_communicator(place, grouped=True))
             inputs = begin(recipe, overrides, allowed_changes, ranks, held, console)
             if inputs is None:
                 return
             if alone:
                 ranks = held.enter_context(
-                    open_ranks(place, grouped=inputs.plan.student.backend == "megatron")
+                    open_communicator(place, grouped=inputs.plan.student.backend == "megatron")
                 )
         go_on(inputs, clock, max_updates, ranks, console, listener)
 
@@ -71,7 +71,7 @@ def begin(
     recipe: Path,
     overrides: Sequence[str],
     allowed_changes: Sequence[str],
-    ranks: Ranks,
+    ranks: Communicator,
     held: ExitStack,
     console: Console | None = None,
 ) -> Inputs | None:
@@ -93,7 +93,7 @@ def begin(
             return False
         return True
 
-    if not ranks.first(take):
+    if not ranks.run_on_first(take):
         return None
     # The others read after the first has written when the run began, which templates may show.
     return mine[0] if mine else _same_inputs(recipe, overrides)
@@ -121,7 +121,7 @@ def go_on(
     inputs: Inputs,
     clock: Clock,
     max_updates: int | None,
-    ranks: Ranks,
+    ranks: Communicator,
     console: Console | None = None,
     listener: Reporter | None = None,
 ) -> None:
@@ -140,8 +140,8 @@ def go_on(
         told = display if listener is None or not ranks.is_first else Reporters(listener, display)
         with clock.stage("startup"):
             models = load_models(inputs, Machine(pick_device(), ranks))
-            record = models.checkpoints().restore(ranks.first(folder.plan_hashes), told)
-            num_done = ranks.first(lambda: _settled(inputs.plan, folder, record.progress.update, told))
+            record = models.checkpoints().restore(ranks.run_on_first(folder.plan_hashes), told)
+            num_done = ranks.run_on_first(lambda: _settled(inputs.plan, folder, record.progress.update, told))
         clock.continue_from(record.seconds)
         # Until here nothing is at stake, and a signal ends the process at once.
         with interrupt.listening(), ExitStack() as opened:
@@ -197,8 +197,8 @@ def evaluate_recipe(
 
     If there are several processes, all of them call this with the same arguments and evaluate a share each.
     """
-    place = Place.of()
-    with open_ranks(place, grouped=False) as ranks:
+    place = RankInfo.of()
+    with open_communicator(place, grouped=False) as ranks:
         inputs = preflight(recipe, overrides)
         if inputs.plan.evaluation is None:
             where = Location(shown(recipe))
@@ -216,7 +216,12 @@ def evaluate_recipe(
 
 
 def _measure(
-    inputs: Inputs, plan: EvaluationPlan, merged: Path, output: Path | None, ranks: Ranks, console: Console
+    inputs: Inputs,
+    plan: EvaluationPlan,
+    merged: Path,
+    output: Path | None,
+    ranks: Communicator,
+    console: Console,
 ) -> Result:
     """Evaluate; the first process shows the table and writes the result. Collective."""
     import time

@@ -9,7 +9,7 @@ import torch
 
 from mergeopd.batch.micro_batch import MicroBatch
 from mergeopd.batch.records import PreparedUpdate
-from mergeopd.distributed.ranks import Ranks
+from mergeopd.distributed.communicator import Communicator
 from mergeopd.loss.fused import TokenStats
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.models.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ class SampleTaker:
                 for k, name in enumerate(micro.teachers)
             }
 
-    def together(self, ranks: Ranks) -> None:
+    def together(self, ranks: Communicator) -> None:
         """Take in what all processes have kept. Collective, where anything was chosen."""
         if self._chosen:
             for logprob_S, teachers in ranks.gather((self._logprob_S, self._teachers)):

@@ -9,19 +9,21 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mergeopd.batch.packing import Pack, pack
+from mergeopd.batch.packing import MicroBatchPlan, pack
 from mergeopd.types import Rollout
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class TeacherPass:
     """One teacher's turn: the rollouts it scores."""
 
     teacher: str
     rollouts: tuple[int, ...]
 
 
-def by_teacher(rollouts: Sequence[Rollout], order: Sequence[str], round_index: int) -> tuple[Turn, ...]:
+def by_teacher(
+    rollouts: Sequence[Rollout], order: Sequence[str], round_index: int
+) -> tuple[TeacherPass, ...]:
     """Each teacher of the round exactly once, with all its rollouts.
 
     Teachers follow `order`, backwards in odd rounds (serpentine): the teacher that came last comes first in
@@ -33,7 +35,7 @@ def by_teacher(rollouts: Sequence[Rollout], order: Sequence[str], round_index: i
         for teacher in rollout.prompt.teachers:
             rollouts_of[teacher].append(index)
     names = order if round_index % 2 == 0 else tuple(reversed(order))
-    return tuple(Turn(name, tuple(rollouts_of[name])) for name in names if rollouts_of[name])
+    return tuple(TeacherPass(name, tuple(rollouts_of[name])) for name in names if rollouts_of[name])
 
 
 def split_updates(rollouts: Sequence[Rollout], num_updates: int) -> tuple[tuple[int, ...], ...]:
@@ -54,22 +56,22 @@ def split_updates(rollouts: Sequence[Rollout], num_updates: int) -> tuple[tuple[
 
 
 @dataclass(frozen=True, slots=True)
-class UpdateWork:
+class UpdatePlan:
     """One update of a round: its rollouts, and its micro-batches for each copy of the student."""
 
     rollouts: tuple[int, ...]
-    packs: tuple[tuple[Pack, ...], ...]
+    packs: tuple[tuple[MicroBatchPlan, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class RoundWork:
+class RoundSchedule:
     """Round number `index`: what each of its updates takes, which copy trains a rollout, who scores it.
 
     `copy_of` has every rollout with trained tokens, `scorer_of` the rank that scores it under its teachers.
     """
 
     index: int
-    updates: tuple[UpdateWork, ...]
+    updates: tuple[UpdatePlan, ...]
     copy_of: Mapping[int, int]
     scorer_of: Mapping[int, int]
 
@@ -77,20 +79,20 @@ class RoundWork:
         """Those of `rollouts`, in order, that this rank scores."""
         return [i for i in rollouts if self.scorer_of.get(i) == rank]
 
-    def packs_of(self, copy: int) -> tuple[Pack, ...]:
+    def packs_of(self, copy: int) -> tuple[MicroBatchPlan, ...]:
         """A copy's micro-batches of the whole round, sorted by teacher set as those of an update are."""
         packs = [pack for update in self.updates for pack in update.packs[copy]]
         return tuple(sorted(packs, key=lambda p: p.teachers, reverse=self.index % 2 == 1))
 
 
-def round_work(
+def schedule_round(
     rollouts: Sequence[Rollout],
     index: int,
     *,
     num_updates: int,
     max_tokens: int,
     members: Sequence[Sequence[int]],
-) -> RoundWork:
+) -> RoundSchedule:
     """Deal a round's work.
 
     `members` has the ranks of each copy of the student. An update's micro-batches are dealt to the copies in
@@ -100,7 +102,7 @@ def round_work(
     updates = []
     for chosen in split_updates(rollouts, num_updates):
         packs = pack(rollouts, chosen, max_tokens, index)
-        updates.append(UpdateWork(chosen, tuple(packs[copy :: len(members)] for copy in range(len(members)))))
+        updates.append(UpdatePlan(chosen, tuple(packs[copy :: len(members)] for copy in range(len(members)))))
     copy_of: dict[int, int] = {}
     scorer_of: dict[int, int] = {}
     for copy, ranks in enumerate(members):
@@ -108,7 +110,7 @@ def round_work(
         copy_of |= dict.fromkeys(own, copy)
         for position, i in enumerate(sorted(own, key=lambda i: (-rollouts[i].num_tokens, i))):
             scorer_of[i] = ranks[position % len(ranks)]
-    return RoundWork(index, tuple(updates), copy_of, scorer_of)
+    return RoundSchedule(index, tuple(updates), copy_of, scorer_of)
 
 
 def learning_rate(

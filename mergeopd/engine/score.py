@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from mergeopd.batch.advantages import Outcomes, outcomes
 from mergeopd.batch.records import Alignments, OldLogProbs
-from mergeopd.distributed.ranks import Ranks
+from mergeopd.distributed.communicator import Communicator
 from mergeopd.engine.prior_policy import PriorPolicy
-from mergeopd.engine.schedule import RoundWork, by_teacher
+from mergeopd.engine.schedule import RoundSchedule, by_teacher
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.targets import TeacherTargets
 from mergeopd.recipe.training import Phase
@@ -21,7 +21,7 @@ from mergeopd.teacher.protocol import Teacher, TeacherSession, required_target
 from mergeopd.teacher.token_view import TokenView
 from mergeopd.types import Rollout
 
-MakeCache = Callable[[RoundWork], AbstractContextManager[RoundCache]]
+MakeCache = Callable[[RoundSchedule], AbstractContextManager[RoundCache]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class CollectedRound:
     updates_done: int
     rollouts: Sequence[Rollout]
     rewards: Sequence[float | None]
-    work: RoundWork
+    work: RoundSchedule
     failures: Mapping[int, str] = field(default_factory=dict)
 
     def num_failures(self, members: Sequence[int]) -> dict[str, int]:
@@ -71,7 +71,7 @@ class Scorer:
         heads: ResidentHeads,
         prior_policy: PriorPolicy,
         make_cache: MakeCache,
-        ranks: Ranks,
+        ranks: Communicator,
         stages: Stages,
     ) -> None:
         self._needs_prior_policy = needs_prior_policy
@@ -117,7 +117,7 @@ class Scorer:
                 found[name] = aligned
         return found
 
-    def fill(self, targets: TeacherTargets, rollouts: Sequence[Rollout], work: RoundWork) -> None:
+    def fill(self, targets: TeacherTargets, rollouts: Sequence[Rollout], work: RoundSchedule) -> None:
         """Put what is kept of every trained token under each of its teachers into the cache. Collective.
 
         While one teacher scores, the next one's files are read ahead. Every process scores its share, and has
@@ -146,5 +146,5 @@ class Scorer:
                         targets.cache.put(name, order[position], rows)
                         on_progress(done)
 
-                self._ranks.share(share)
+                self._ranks.run_and_gather(share)
             targets.cache.publish()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from mergeopd.distributed.ranks import Ranks
+from mergeopd.distributed.communicator import Communicator
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import StopGuard
 from mergeopd.report.events import Reporter, StageName, StageProgress, StageStarted
@@ -14,7 +14,9 @@ from mergeopd.report.events import Reporter, StageName, StageProgress, StageStar
 class Stages:
     """Measures and reports stages. `guard`: None where work that has begun must be finished."""
 
-    def __init__(self, reporter: Reporter, clock: Clock, ranks: Ranks, guard: StopGuard | None) -> None:
+    def __init__(
+        self, reporter: Reporter, clock: Clock, ranks: Communicator, guard: StopGuard | None
+    ) -> None:
         self.reporter = reporter
         self.clock = clock
         self._ranks = ranks

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from mergeopd.batch.packing import Pack
+from mergeopd.batch.packing import MicroBatchPlan
 from mergeopd.batch.records import Alignments
 from mergeopd.loss.heads import Hidden
 from mergeopd.loss.targets import Sampled, Target, TopK
@@ -47,7 +47,7 @@ class TeacherTargets:
         read = {i: self.views[teacher].read(rollouts[i], alignments.get(i)) for i in indices}
         return {i: sequence for i, sequence in read.items() if sequence is not None}
 
-    def of(self, pack: Pack) -> dict[str, Target]:
+    def of(self, pack: MicroBatchPlan) -> dict[str, Target]:
         """The pack's teachers as the kernel takes them, by name; heads of all other teachers are dropped.
 
         A teacher with another tokenizer has a row per token of its own, and is absent where it has none.
@@ -70,7 +70,7 @@ class TeacherTargets:
                     found[name] = Sampled.unpack(rows)
         return found
 
-    def span_logprobs(self, pack: Pack) -> dict[str, Tensor]:
+    def span_logprobs(self, pack: MicroBatchPlan) -> dict[str, Tensor]:
         """Log-probabilities of their own tokens under the pack's teachers whose bridge is a policy term."""
         found = {}
         for name in pack.teachers:
@@ -80,7 +80,7 @@ class TeacherTargets:
                     found[name] = Sampled.unpack(rows).logprob
         return found
 
-    def _rows(self, teacher: str, pack: Pack) -> Tensor | None:
+    def _rows(self, teacher: str, pack: MicroBatchPlan) -> Tensor | None:
         """What was kept of a pack under a teacher; None where the teacher read none of it."""
         own = self.alignments.get(teacher)
         read = pack.rollouts if own is None else [i for i in pack.rollouts if len(own[i].teacher_ids)]

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
-from mergeopd.data.renderer import Dialect
-from mergeopd.distributed.ranks import Ranks
+from mergeopd.data.renderer import Renderer
+from mergeopd.distributed.communicator import Communicator
 from mergeopd.engine.progress import Task
 from mergeopd.engine.rollouts import sampling
 from mergeopd.engine.stages import Stages
@@ -40,11 +40,11 @@ class TeacherRolloutCache:
         self,
         plan: Plan,
         *,
-        student: Dialect,
-        renderers: Mapping[str, Dialect],
+        student: Renderer,
+        renderers: Mapping[str, Renderer],
         teachers: Mapping[str, Teacher],
         views: Mapping[str, TokenView],
-        ranks: Ranks,
+        ranks: Communicator,
         stages: Stages,
     ) -> None:
         self._plan = plan
@@ -83,7 +83,7 @@ class TeacherRolloutCache:
         """Take from disk what is there, generate the rest, and keep it."""
         path = self._file(name)
         renderer = self._renderers[name]
-        known, num_discarded = self._ranks.first(lambda: self._load(path, renderer))
+        known, num_discarded = self._ranks.run_on_first(lambda: self._load(path, renderer))
         if num_discarded:
             kept = "response" if num_discarded == 1 else "responses"
             note = f"discarded {num_discarded} damaged kept {kept} of teacher {name} in {path}"
@@ -119,7 +119,7 @@ class TeacherRolloutCache:
                 texts = engine.submit(batch, sampling(self._plan.rollout)).wait(lambda _: None)
                 yield {_line_key(r): t for r, t in zip(batch, texts, strict=True)}
                 done = -(-(start + len(batch)) // self._ranks.size)
-                self._ranks.share(lambda done=done: on_progress(done))  # type: ignore[misc]
+                self._ranks.run_and_gather(lambda done=done: on_progress(done))  # type: ignore[misc]
 
     def _keep(
         self, path: Path, known: Mapping[str, Completion], texts: Mapping[str, Completion]
@@ -132,7 +132,7 @@ class TeacherRolloutCache:
             _keep(path, texts)
         return {**known, **texts}
 
-    def _load(self, path: Path, renderer: Dialect) -> tuple[dict[str, Completion], int]:
+    def _load(self, path: Path, renderer: Renderer) -> tuple[dict[str, Completion], int]:
         """The responses of a file, and how many lines were removed that this teacher cannot have written."""
         if not path.is_file():
             return {}, 0
@@ -144,7 +144,7 @@ class TeacherRolloutCache:
                 _write(path, texts)
         return texts, len(lines) - len(texts)
 
-    def _is_possible(self, text: Completion, renderer: Dialect) -> bool:
+    def _is_possible(self, text: Completion, renderer: Renderer) -> bool:
         """Whether ids, length and end of a response agree with the vocabulary and with the sampling."""
         ids, how = text.response_ids, sampling(self._plan.rollout)
         if not 0 < len(ids) <= how.max_new_tokens or max(ids) >= renderer.tokenizer.vocab_size:

@@ -10,13 +10,13 @@ import torch
 from mergeopd.batch.collate import micro_batch
 from mergeopd.batch.micro_batch import MicroBatch, Stream, with_statistics
 from mergeopd.batch.objective import phase_objective
-from mergeopd.batch.packing import Pack
+from mergeopd.batch.packing import MicroBatchPlan
 from mergeopd.batch.prepare import prepare
 from mergeopd.batch.records import PreparedUpdate
-from mergeopd.distributed.ranks import Ranks
+from mergeopd.distributed.communicator import Communicator
 from mergeopd.engine.progress import Progress
 from mergeopd.engine.samples import SampleTaker, choose, is_due
-from mergeopd.engine.schedule import UpdateWork, clip_factor, learning_rate
+from mergeopd.engine.schedule import UpdatePlan, clip_factor, learning_rate
 from mergeopd.engine.score import ScoredRound
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.targets import TeacherTargets
@@ -43,7 +43,7 @@ class Updater:
         vocab_size: int,
         device: torch.device,
         bytes_read: Callable[[], int],
-        ranks: Ranks,
+        ranks: Communicator,
         stages: Stages,
     ) -> None:
         self._plan = plan
@@ -55,7 +55,7 @@ class Updater:
         self._ranks = ranks
         self._stages = stages
 
-    def step(self, scored: ScoredRound, update: UpdateWork, progress: Progress) -> Progress:
+    def step(self, scored: ScoredRound, update: UpdatePlan, progress: Progress) -> Progress:
         """Make the round's next update and report it. Collective.
 
         Raises AbandonRound where a stop was requested and the round has changed no weight yet.
@@ -99,7 +99,7 @@ class Updater:
             stages.reporter.emit(sample)
         return replace(progress, update=number)
 
-    def prepare(self, scored: ScoredRound, update: UpdateWork, updates_done: int) -> PreparedUpdate:
+    def prepare(self, scored: ScoredRound, update: UpdatePlan, updates_done: int) -> PreparedUpdate:
         """All weights and denominators of an update, after `updates_done` updates of its phase."""
         return prepare(
             scored.collected.rollouts,
@@ -116,7 +116,7 @@ class Updater:
         self,
         objective: DistillationObjective,
         prepared: PreparedUpdate,
-        packs: Sequence[Pack],
+        packs: Sequence[MicroBatchPlan],
         targets: TeacherTargets,
         samples: SampleTaker,
         stages: Stages,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mergeopd.batch.micro_batch import MicroBatch
 from mergeopd.batch.records import PreparedUpdate
-from mergeopd.distributed.ranks import Ranks
+from mergeopd.distributed.communicator import Communicator
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.loss.policy import Policy, PolicyRows, policy_tokens
 from mergeopd.report.events import BridgeFigures, DomainStats, PolicyStats, TeacherStats
@@ -68,7 +68,7 @@ class UpdateStats:
         """Of the update."""
         return self._tally.loss
 
-    def together(self, ranks: Ranks) -> None:
+    def together(self, ranks: Communicator) -> None:
         """Add up what all processes have; each then knows all. Collective."""
         first, *others = ranks.gather(self._tally)
         for tally in others:

@@ -19,7 +19,7 @@ from mergeopd.recipe.plan import TeacherPlan
 
 @dataclass(frozen=True, slots=True)
 class CardFile:
-    """A card's file as read for one teacher; of teachers that share a file, only the `first` is blamed."""
+    """A card's file as read for one teacher. Problems of a shared file are reported once, at the `first`."""
 
     path: Path
     root: Node | None
@@ -28,7 +28,7 @@ class CardFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Staff:
+class ResolvedTeachers:
     """The teachers that resolved, the domains their cards list, and what is wrong with the others."""
 
     plans: Mapping[str, TeacherPlan]
@@ -68,7 +68,9 @@ def _elsewhere(written: str, base: Path) -> Missing | None:
     return Missing(f"unknown card '{written}'", f"did you mean 'teachers/{near}'?") if near else None
 
 
-def hire(refs: Mapping[str, TeacherRef], cards: Mapping[str, CardFile | Missing], origins: Origins) -> Staff:
+def resolve_teachers(
+    refs: Mapping[str, TeacherRef], cards: Mapping[str, CardFile | Missing], origins: Origins
+) -> ResolvedTeachers:
     """Checks every card and finds the folders it names; the contents of the folders are not looked at.
 
     Teachers without a card list no domain.
@@ -98,7 +100,7 @@ def hire(refs: Mapping[str, TeacherRef], cards: Mapping[str, CardFile | Missing]
                     plans[name] = plan
         if card.first:
             problems += found
-    return Staff(plans, domains, tuple(problems))
+    return ResolvedTeachers(plans, domains, tuple(problems))
 
 
 def _plan(

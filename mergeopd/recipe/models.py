@@ -110,7 +110,7 @@ class TeacherCard(Strict):
     )
 
 
-class Moving(Strict):
+class SnapshotRule(Strict):
     """Student weights that are updated during the run, by `every` or `ema`.
 
     They change between rounds only.
@@ -130,7 +130,7 @@ class Moving(Strict):
     )
 
     @model_validator(mode="after")
-    def _one_rule(self) -> Moving:
+    def _one_rule(self) -> SnapshotRule:
         if (self.every is None) == (self.ema is None):
             raise ValueError("give one of `every` and `ema`")
         return self
@@ -149,7 +149,7 @@ class TeacherRef(Strict):
     card: str | None = Field(
         default=None, description="path of a teacher card; either `card` or `student` is required"
     )
-    student: Literal["start"] | Moving | None = Field(
+    student: Literal["start"] | SnapshotRule | None = Field(
         default=None,
         description="use the student as the teacher: `start` for its weights at the start of the run, or "
         "a rule that updates them during the run. In an evaluation, its weights at the start "

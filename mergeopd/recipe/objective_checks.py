@@ -79,7 +79,7 @@ def _sequence_mask_problems(
 
 def _budget_problems(phase: Phase, here: Keys, origins: Origins) -> Iterator[Problem]:
     balance = phase.balance
-    by_verdict = {"pass_rate": balance.pass_rate is not None, "teach": balance.teach != "all"}
+    by_verdict = {"pass_rate": balance.pass_rate is not None, "distill_on": balance.distill_on != "all"}
     used = [key for key, is_used in {"follow_gap": bool(balance.follow_gap), **by_verdict}.items() if is_used]
     for key in used:
         where = (*here, "balance", key)
@@ -103,8 +103,8 @@ def _reward_users(phase: Phase, here: Keys) -> dict[str, Keys]:
         users["outcome"] = (*here, "loss", "outcome")
     if phase.balance.pass_rate is not None:
         users["pass_rate"] = (*here, "balance", "pass_rate")
-    if phase.balance.teach != "all":
-        users["teach"] = (*here, "balance", "teach")
+    if phase.balance.distill_on != "all":
+        users["distill_on"] = (*here, "balance", "distill_on")
     return users
 
 

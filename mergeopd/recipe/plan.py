@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from mergeopd.config.values import Strict
 from mergeopd.recipe.bridges import Bridge
-from mergeopd.recipe.models import Canary, Moving, Student
+from mergeopd.recipe.models import Canary, SnapshotRule, Student
 from mergeopd.recipe.schema import Checkpoints, Memory, Reports
 from mergeopd.recipe.training import LocalRollout, Optimizer, Phase
 from mergeopd.recipe.verifiers import Verifier
@@ -33,7 +33,7 @@ class TeacherPlan(Strict):
     """
 
     name: str
-    student: Literal["start"] | Moving | None
+    student: Literal["start"] | SnapshotRule | None
     model: str
     tokenizer: str
     template: str | None
@@ -45,9 +45,9 @@ class TeacherPlan(Strict):
     bridge: Bridge | None
 
     @property
-    def moving(self) -> Moving | None:
+    def snapshot_rule(self) -> SnapshotRule | None:
         """How its weights follow the student's; None when they stay."""
-        return self.student if isinstance(self.student, Moving) else None
+        return self.student if isinstance(self.student, SnapshotRule) else None
 
 
 class SourcePlan(Strict):

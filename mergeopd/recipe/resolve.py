@@ -20,12 +20,12 @@ from mergeopd.errors import Problem
 from mergeopd.recipe import checks
 from mergeopd.recipe import self_teacher_checks as selves
 from mergeopd.recipe.bridge_checks import bridge_problems
-from mergeopd.recipe.cards import CardFile, Staff, hire, read_cards
+from mergeopd.recipe.cards import CardFile, ResolvedTeachers, read_cards, resolve_teachers
 from mergeopd.recipe.models import Student, Teacher, TeacherRef
 from mergeopd.recipe.objective_checks import objective_problems
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
-from mergeopd.recipe.schema import NAMED, SHORTHANDS, EvalSource, Recipe, Reports, TrainSource
-from mergeopd.recipe.sources import Desk, Router
+from mergeopd.recipe.schema import NAMED, RENAMED, SHORTHANDS, EvalSource, Recipe, Reports, TrainSource
+from mergeopd.recipe.sources import Router, SourceResolver
 from mergeopd.recipe.training import LocalRollout, Optimizer, Phase
 
 T = TypeVar("T")
@@ -70,7 +70,9 @@ def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str]
         found = (
             ()
             if root is None
-            else problems_of(Recipe, plain(root), origins, complete=False, also_allowed=("extends",))
+            else problems_of(
+                Recipe, plain(root), origins, complete=False, also_allowed=("extends",), renamed=RENAMED
+            )
         )
         return Resolution(None, _settled(loaded.problems, found, origins), origins)
     data = plain(root)
@@ -78,8 +80,8 @@ def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str]
     cards = read_cards(parts.teachers, root, env)
     roots = {n: c.root for n, c in cards.items() if isinstance(c, CardFile) and c.root is not None}
     origins = Origins(file, root, roots)
-    schema_problems = problems_of(Recipe, data, origins, also_allowed=("extends",))
-    staff = hire(parts.teachers, cards, origins)
+    schema_problems = problems_of(Recipe, data, origins, also_allowed=("extends",), renamed=RENAMED)
+    staff = resolve_teachers(parts.teachers, cards, origins)
     unreadable = tuple(p for c in cards.values() if isinstance(c, CardFile) for p in c.problems)
     sound = not (schema_problems or loaded.problems or unreadable)
     resolved = _Resolver(parts, staff, origins, sound)
@@ -169,7 +171,7 @@ def _all_valid(model: type[T], values: list[Any]) -> dict[int, T]:
 class _Resolver:
     """Finds what the parts name and checks them against each other."""
 
-    def __init__(self, parts: _Parts, staff: Staff, origins: Origins, sound: bool) -> None:
+    def __init__(self, parts: _Parts, staff: ResolvedTeachers, origins: Origins, sound: bool) -> None:
         self.parts = parts
         self.staff = staff
         self.origins = origins
@@ -243,7 +245,7 @@ class _Resolver:
             self.problems.append(self.origins.problem(("output",), message, "name a folder for the run"))
 
     def _take_sources(self, weights: Mapping[int, Mapping[str, float]]) -> None:
-        desk = Desk(self.origins, self.parts.allow_code)
+        desk = SourceResolver(self.origins, self.parts.allow_code)
         for index, source in self.parts.prompts.items():
             teachers = {name: weight for name, weight in weights[index].items() if weight}
             plan = desk.take(source, ("prompts", index), teachers)

@@ -177,6 +177,9 @@ class Recipe(Strict):
 # Sections of named entries. null removes an entry that an extended recipe has: `teachers: {math: null}`.
 NAMED = ("teachers",)
 
+# Keys that had another name in earlier versions, wherever they stand.
+RENAMED = {"teach": "distill_on"}
+
 # Where a short form may stand, and what it is short for. `extends` and `--set` write a short form out before
 # they reach into it; `*` is any name or index.
 SHORTHANDS: dict[tuple[str, ...], Callable[[Any], Any]] = {

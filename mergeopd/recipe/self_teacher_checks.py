@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from mergeopd.config.locate import Origins
 from mergeopd.errors import Problem
-from mergeopd.recipe.models import Moving, Student, TeacherRef
+from mergeopd.recipe.models import SnapshotRule, Student, TeacherRef
 from mergeopd.recipe.plan import TeacherPlan
 from mergeopd.recipe.schema import TrainSource
 from mergeopd.recipe.sources import author
@@ -44,7 +44,7 @@ def rule_problems(
     num_updates = sum(phase.updates for phase in phases.values())
     last_start = num_updates - phases[len(phases) - 1].updates_per_round
     for name, ref in refs.items():
-        every = ref.student.every if isinstance(ref.student, Moving) else None
+        every = ref.student.every if isinstance(ref.student, SnapshotRule) else None
         if every is None:
             continue
         where = ("teachers", name, "student")
@@ -100,7 +100,7 @@ def author_problems(
         if other != "teacher" or only_student(phase):
             continue
         for index, name in writers.items():
-            if isinstance(refs[name].student, Moving):
+            if isinstance(refs[name].student, SnapshotRule):
                 yield origins.problem(
                     ("phases", number, "text"),
                     f"teacher '{name}' would write for '{sources[index].source}', but teachers write before "

@@ -22,7 +22,7 @@ PROMPT_SUFFIXES = (".jsonl", ".parquet")
 
 
 @dataclass
-class Desk:
+class SourceResolver:
     """Takes sources in one by one: unique names, no file twice."""
 
     origins: Origins

@@ -82,7 +82,7 @@ class Balance(Strict):
     pass_rate: PassRate | None = Field(
         default=None, description="weight prompts by how often the student solves them (PACED); null: off"
     )
-    teach: Literal["all", "wrong", "failed_groups"] = Field(
+    distill_on: Literal["all", "wrong", "failed_groups"] = Field(
         default="all",
         description="responses with a distillation loss: `all`, only incorrect ones (`wrong`), or only "
         "those of prompts with no correct response (`failed_groups`)",

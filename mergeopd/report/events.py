@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from mergeopd.distributed.ranks import Ranks
+from mergeopd.distributed.communicator import Communicator
 from mergeopd.report.result import Result
 from mergeopd.types import Finish, Origin
 
@@ -283,6 +283,6 @@ class Reporters:
             reporter.emit(event)
 
 
-def progress(reporter: Reporter, total: int, ranks: Ranks) -> Callable[[int], None]:
+def progress(reporter: Reporter, total: int, ranks: Communicator) -> Callable[[int], None]:
     """A callback that takes the items done on this rank and reports the estimate for all of `total`."""
     return lambda done: reporter.emit(StageProgress(min(total, done * ranks.size)))

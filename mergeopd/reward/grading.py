@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from mergeopd.recipe.verifiers import IsolatedVerifier, Verifier
-from mergeopd.reward.pool import Job, Verdict, WorkerPool
+from mergeopd.reward.pool import Grade, Job, WorkerPool
 from mergeopd.reward.verifiers import build_verifier
 
 
@@ -72,7 +72,7 @@ class Verifiers:
         if self._pool is not None:
             self._pool.close()
 
-    def verify(self, submissions: Sequence[Submission], on_progress: Callable[[int], None]) -> list[Verdict]:
+    def verify(self, submissions: Sequence[Submission], on_progress: Callable[[int], None]) -> list[Grade]:
         """Return a verdict for each submission, in order.
 
         `on_progress` gets the number of responses that workers have verified, and may raise to leave.
@@ -93,12 +93,12 @@ class Verifiers:
             for index, one in enumerate(submissions)
             if one.source in self._timeouts
         }
-        done: dict[int, Verdict] = {}
+        done: dict[int, Grade] = {}
         if self._pool is not None and jobs:
             done = dict(zip(jobs, self._pool.run(list(jobs.values()), on_progress), strict=True))
         return [
             done[index]
             if index in done
-            else Verdict(self._local[one.source](one.response, one.reference, truncated=one.truncated))
+            else Grade(self._local[one.source](one.response, one.reference, truncated=one.truncated))
             for index, one in enumerate(submissions)
         ]

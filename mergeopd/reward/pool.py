@@ -35,7 +35,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Grade:
     """A reward in [0, 1], or None and why there is none."""
 
     reward: float | None
@@ -96,7 +96,7 @@ class WorkerPool:
                         self._take_start(worker, reply, max_failures=1)
                 self._expire_starts(max_failures=1)
 
-    def run(self, jobs: Sequence[Job], on_progress: Callable[[int], None]) -> list[Verdict]:
+    def run(self, jobs: Sequence[Job], on_progress: Callable[[int], None]) -> list[Grade]:
         """Return the verdicts of all jobs, in their order.
 
         A job that fails, ends its worker or exceeds its time limit has a verdict without a reward; the worker
@@ -105,22 +105,22 @@ class WorkerPool:
         Raises:
             VerifierError: workers can no longer be started.
         """
-        verdicts: dict[int, Verdict] = {}
+        grades: dict[int, Grade] = {}
         attempts = [0] * len(jobs)
         waiting = deque(range(len(jobs)))
         try:
-            while len(verdicts) < len(jobs):
-                self._assign(jobs, waiting, attempts, verdicts)
+            while len(grades) < len(jobs):
+                self._assign(jobs, waiting, attempts, grades)
                 with self._selector() as selector:
                     for worker in self._readable(selector):
                         for reply in self._replies(worker):
-                            self._take(worker, reply, verdicts)
-                self._expire(jobs, verdicts)
-                on_progress(len(verdicts))
+                            self._take(worker, reply, grades)
+                self._expire(jobs, grades)
+                on_progress(len(grades))
         finally:
             for worker in [worker for worker in self._workers if worker.job is not None]:
                 self._drop(worker)
-        return [verdicts[index] for index in range(len(jobs))]
+        return [grades[index] for index in range(len(jobs))]
 
     def close(self) -> None:
         """End all workers."""
@@ -157,7 +157,7 @@ class WorkerPool:
         return True
 
     def _assign(
-        self, jobs: Sequence[Job], waiting: deque[int], attempts: list[int], verdicts: dict[int, Verdict]
+        self, jobs: Sequence[Job], waiting: deque[int], attempts: list[int], grades: dict[int, Grade]
     ) -> None:
         """Give every idle worker a job, and start as many workers as there is work for."""
         for worker in [worker for worker in self._workers if worker.is_ready and worker.job is None]:
@@ -174,7 +174,7 @@ class WorkerPool:
             if attempts[index] < _MAX_ATTEMPTS:
                 waiting.appendleft(index)
             else:
-                verdicts[index] = Verdict(None, "its process ended before it read the response")
+                grades[index] = Grade(None, "its process ended before it read the response")
         num_starting = sum(not worker.is_ready for worker in self._workers)
         room = self._num_workers - len(self._workers)
         for _ in range(min(room, len(waiting) - num_starting)):
@@ -202,7 +202,7 @@ class WorkerPool:
         *lines, worker.received = (worker.received + content).split(b"\n")
         return [json.loads(line) for line in lines]
 
-    def _take(self, worker: _Worker, reply: dict[str, Any] | None, verdicts: dict[int, Verdict]) -> None:
+    def _take(self, worker: _Worker, reply: dict[str, Any] | None, grades: dict[int, Grade]) -> None:
         if not worker.is_ready:
             self._take_start(worker, reply, _MAX_FAILED_STARTS)
             return
@@ -210,10 +210,10 @@ class WorkerPool:
         if index is None:
             return
         if reply is None:
-            verdicts[index] = Verdict(None, "it ended its process")
+            grades[index] = Grade(None, "it ended its process")
             self._drop(worker)
         else:
-            verdicts[index] = Verdict(reply.get("reward"), reply.get("failure"))
+            grades[index] = Grade(reply.get("reward"), reply.get("failure"))
 
     def _take_start(self, worker: _Worker, reply: dict[str, Any] | None, max_failures: int) -> None:
         if reply == {}:
@@ -240,14 +240,14 @@ class WorkerPool:
                 max_failures,
             )
 
-    def _expire(self, jobs: Sequence[Job], verdicts: dict[int, Verdict]) -> None:
+    def _expire(self, jobs: Sequence[Job], grades: dict[int, Grade]) -> None:
         self._expire_starts(_MAX_FAILED_STARTS)
         now = time.monotonic()
         for worker in [worker for worker in self._workers if worker.job is not None]:
             if worker.deadline <= now:
                 assert worker.job is not None
                 limit = jobs[worker.job].timeout_s
-                verdicts[worker.job] = Verdict(None, f"it took more than {limit:g} s (timeout_s)")
+                grades[worker.job] = Grade(None, f"it took more than {limit:g} s (timeout_s)")
                 self._drop(worker)
 
     def _drop(self, worker: _Worker) -> None:

@@ -12,7 +12,7 @@ from mergeopd.check.models import ModelReader
 from mergeopd.check.problems import Findings
 from mergeopd.config.folders import Missing, existing_file, existing_model
 from mergeopd.config.locate import Origins
-from mergeopd.data.renderer import Dialect
+from mergeopd.data.renderer import Renderer
 from mergeopd.errors import DataError, NumericsError, RecipeError, TeacherError
 from mergeopd.messages import option_problem, shown
 from mergeopd.models.checkpoint import Checkpoint
@@ -56,7 +56,7 @@ class ProbedModel:
     """A model that passed every check that needs no weights."""
 
     plan: TeacherPlan
-    dialect: Dialect
+    dialect: Renderer
     fingerprint: str
 
 

@@ -63,7 +63,7 @@ def micro_loss(
             workspace=workspace,
         )
     except ArithmeticError as error:
-        raise NumericsError(micro.blamed(error)) from error
+        raise NumericsError(micro.with_teacher_names(error)) from error
     found: list[tuple[str, BridgeStats]] = []
     for bridged in micro.bridged:
         try:

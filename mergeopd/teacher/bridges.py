@@ -18,11 +18,11 @@ from mergeopd.loss.cross_tokenizer import (
     Uld,
 )
 from mergeopd.loss.divergence import JSD, ForwardKL
-from mergeopd.teacher.cross_tokenizer import Crossing
+from mergeopd.teacher.cross_tokenizer import CrossTokenizer
 
 
-def measure(crossing: Crossing, cache: Path, device: torch.device) -> Bridge | None:
-    """None for `span`, which compares no distributions. Raises what `Crossing.vocabulary_map` does."""
+def measure(crossing: CrossTokenizer, cache: Path, device: torch.device) -> Bridge | None:
+    """None for `span`, which compares no distributions. Raises what `CrossTokenizer.vocabulary_map` does."""
     written = crossing.bridge
     if written.span is not None:
         return None

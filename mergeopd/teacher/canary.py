@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergeopd.data.chat_template import ChatTemplate
-from mergeopd.data.renderer import Dialect
+from mergeopd.data.renderer import Renderer
 from mergeopd.errors import TeacherError
 from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.heads import Head, Projection
@@ -36,7 +36,7 @@ class Canary:
     vocab_size: int
 
     @classmethod
-    def of(cls, teacher: TeacherPlan, dialect: Dialect) -> Canary | None:
+    def of(cls, teacher: TeacherPlan, dialect: Renderer) -> Canary | None:
         """The canary of a teacher's card, in the teacher's ids; None where the card has none."""
         if teacher.canary is None:
             return None
@@ -85,7 +85,7 @@ def refuse_uniform(teacher: str, mean_entropy: float, num_valid: int, temperatur
         )
 
 
-def sample_ids(dialect: Dialect, prompt: str, response: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def sample_ids(dialect: Renderer, prompt: str, response: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Ids of a sample, rendered as the model reads a user's message; a template that writes the date gets one
     and the same, whenever it is asked."""
     own = dialect.template

@@ -11,7 +11,7 @@ import numpy as np
 from mergeopd.align.answers import Alignment, EndTokens, Unaligned, align, written_text
 from mergeopd.align.encoding import ByteTokenizer
 from mergeopd.align.vocab import MadeFor, VocabularyMap
-from mergeopd.data.renderer import Dialect
+from mergeopd.data.renderer import Renderer
 from mergeopd.errors import StorageError
 from mergeopd.recipe.bridges import Bridge, ProjectionBridge
 from mergeopd.storage.folders import atomic_folder, verify
@@ -24,7 +24,7 @@ _PROBES = ("The", "a", "1")
 
 
 @dataclass(frozen=True)
-class Crossing:
+class CrossTokenizer:
     """One teacher with another tokenizer than the student's, and the recipe's bridge to it.
 
     `inside`: behind a prompt the teacher's tokenizer cuts an answer as in the middle of a text, and not as
@@ -33,14 +33,16 @@ class Crossing:
 
     teacher: str
     bridge: Bridge
-    dialect: Dialect
+    dialect: Renderer
     student: ByteTokenizer
     other: ByteTokenizer
     ends: EndTokens
     inside: bool
 
     @classmethod
-    def of(cls, name: str, bridge: Bridge, student: Dialect, num_ids: int, teacher: Dialect) -> Crossing:
+    def of(
+        cls, name: str, bridge: Bridge, student: Renderer, num_ids: int, teacher: Renderer
+    ) -> CrossTokenizer:
         """Of the student the first `num_ids` ids are used.
 
         Raises TokenizerError where the tokens of one of them cannot be turned back into bytes.
@@ -117,7 +119,7 @@ def _usable(found: Alignment, room: int, by_identity: bool) -> Alignment:
     )
 
 
-def _cuts_inside(teacher: Dialect, tokenizer: ByteTokenizer) -> bool:
+def _cuts_inside(teacher: Renderer, tokenizer: ByteTokenizer) -> bool:
     """Whether an answer behind the teacher's prompt gets the ids of a text that goes on.
 
     Tried with the template's own words. Where the prompt's last token and an answer would grow together, the

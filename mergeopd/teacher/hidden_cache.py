@@ -45,7 +45,7 @@ class HiddenCache:
         self._folder = folder
         self._device = device
         self._held: dict[tuple[str, int], Tensor] = {}
-        self._spilled: dict[tuple[str, int], _Place] = {}
+        self._spilled: dict[tuple[str, int], _SpillSlot] = {}
         self._file: BinaryIO | None = None
         self._map: mmap.mmap | None = None
         self.num_bytes = 0
@@ -93,18 +93,18 @@ class HiddenCache:
         held = self._held.get(key)
         return self._read(self._spilled[key]) if held is None else held
 
-    def _spill(self, hidden: Tensor, size: int) -> _Place:
+    def _spill(self, hidden: Tensor, size: int) -> _SpillSlot:
         with named_failures("spill hidden states to", self._folder):
             if self._file is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 # Without a name: it is gone with the process, however that ends.
                 self._file = cast(BinaryIO, TemporaryFile(dir=self._folder))  # noqa: SIM115 - closed by __exit__
-            place = _Place(self.num_spilled_bytes, hidden.shape, hidden.dtype)
+            place = _SpillSlot(self.num_spilled_bytes, hidden.shape, hidden.dtype)
             self._file.write(hidden.contiguous().view(torch.uint8).numpy().tobytes())
         self.num_spilled_bytes += size
         return place
 
-    def _read(self, place: _Place) -> Tensor:
+    def _read(self, place: _SpillSlot) -> Tensor:
         assert self._file is not None
         if self._map is None or len(self._map) < self.num_spilled_bytes:
             with named_failures("spill hidden states to", self._folder):
@@ -116,7 +116,7 @@ class HiddenCache:
         return flat.view(place.shape)
 
 
-class _Place:
+class _SpillSlot:
     """Where a spilled tensor lies in the file, and what it was."""
 
     __slots__ = ("dtype", "offset", "shape")

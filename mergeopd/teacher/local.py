@@ -41,7 +41,7 @@ from mergeopd.rollout.local import FixedWeights
 from mergeopd.rollout.protocol import RolloutEngine, WeightSource
 from mergeopd.teacher.canary import Canary
 from mergeopd.teacher.protocol import TargetSpec, Teacher, TeacherCapabilities, TeacherSequence
-from mergeopd.teacher.snapshots import Follower
+from mergeopd.teacher.snapshots import Snapshot
 from mergeopd.teacher.weight_reader import MappedReader, Reader
 
 if TYPE_CHECKING:
@@ -59,13 +59,13 @@ _ROWS = 256
 class TeacherSource:
     """Where a teacher's weights lie and how they are used. `num_valid` is its true vocabulary.
 
-    With a `follower` the folder says what the model looks like, and the weights are the follower's.
+    With a `snapshot` the folder says what the model looks like, and the weights are the follower's.
     """
 
     model: Path
     dtype: str
     num_valid: int
-    follower: Follower | None = None
+    snapshot: Snapshot | None = None
 
 
 class LoadedTeacher:
@@ -291,7 +291,7 @@ class TeacherStore:
 
     def fingerprint(self, name: str) -> str | None:
         """Digest of the teacher's checkpoint; None for weights that follow the student."""
-        return None if self._sources[name].follower is not None else self._checkpoints[name].fingerprint
+        return None if self._sources[name].snapshot is not None else self._checkpoints[name].fingerprint
 
     def bytes_read(self, name: str) -> int:
         """Checkpoint bytes of this teacher that this process brought in so far."""
@@ -299,14 +299,14 @@ class TeacherStore:
 
     def read_ahead(self, name: str) -> None:
         """Ask the system to bring a teacher's files into its cache, and go on; no memory of ours is used."""
-        if self._sources[name].follower is None:
+        if self._sources[name].snapshot is None:
             self._reader.read_ahead(self._checkpoints[name], list(self._body_tensors(name).values()))
 
     def head_key(self, name: str) -> HeadKey:
         """Equal for teachers whose heads are equal: one checkpoint, precision and true vocabulary."""
-        source, follower = self._sources[name], self._sources[name].follower
+        source, snapshot = self._sources[name], self._sources[name].snapshot
         # A follower's weights are never the folder's, nor its own of another round.
-        moved = None if follower is None else (follower.label, follower.version)
+        moved = None if snapshot is None else (snapshot.label, snapshot.version)
         return self._checkpoints[name].fingerprint, moved, source.dtype, source.num_valid
 
     def head(self, name: str, vocab: range | None = None) -> Head:
@@ -332,11 +332,11 @@ class TeacherStore:
 
     def _head_rows(self, name: str, parameter: str, tensor_name: str, vocab: range | None) -> Tensor:
         """Rows of a follower's parameter where there is one, else of the checkpoint's tensor."""
-        follower, checkpoint = self._sources[name].follower, self._checkpoints[name]
+        snapshot, checkpoint = self._sources[name].snapshot, self._checkpoints[name]
         info = checkpoint.tensors[tensor_name]
         rows = range(info.shape[0]) if vocab is None else vocab
-        if follower is not None:
-            return self._converted(name, follower.tensors[parameter][rows.start : rows.stop])
+        if snapshot is not None:
+            return self._converted(name, snapshot.tensors[parameter][rows.start : rows.stop])
         self._bytes_read[name] += info.num_bytes * len(rows) // info.shape[0]
         return self._converted(name, checkpoint.read_rows(tensor_name, rows.start, rows.stop))
 
@@ -348,11 +348,11 @@ class TeacherStore:
 
     def _body(self, name: str) -> dict[str, Tensor]:
         """Weights of the body: the follower's where there is one, else those of the checkpoint."""
-        follower, checkpoint = self._sources[name].follower, self._checkpoints[name]
+        snapshot, checkpoint = self._sources[name].snapshot, self._checkpoints[name]
         tensors = self._body_tensors(name)
-        if follower is not None:
+        if snapshot is not None:
             # Buffers do not move with the student: those of the skeleton are the folder's.
-            return {p: self._converted(name, follower.tensors[p]) for p in tensors if p in follower.tensors}
+            return {p: self._converted(name, snapshot.tensors[p]) for p in tensors if p in snapshot.tensors}
         parameters = {tensor: parameter for parameter, tensor in tensors.items()}
         read = self._reader.read(checkpoint, list(parameters), self._device)
         weights = {parameters[tensor]: self._converted(name, values) for tensor, values in read}

@@ -77,7 +77,7 @@ SNAPSHOT = TeacherCapabilities(LOCAL.can_provide, can_generate=False)
 
 def capabilities(teacher: TeacherPlan) -> TeacherCapabilities:
     """What a resolved teacher can do."""
-    return LOCAL if teacher.moving is None else SNAPSHOT
+    return LOCAL if teacher.snapshot_rule is None else SNAPSHOT
 
 
 def required_target(loss: Loss) -> TargetSpec | None:

@@ -19,7 +19,7 @@ from typing import BinaryIO, cast
 import torch
 from torch import Tensor
 
-from mergeopd.distributed.ranks import Ranks
+from mergeopd.distributed.communicator import Communicator
 from mergeopd.errors import StorageError
 from mergeopd.storage.failures import named_failures
 
@@ -30,7 +30,7 @@ _Key = tuple[str, int]  # teacher, rollout
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _SpillSlot:
     """Where hidden states lie: `file` can be opened by every process of the machine that holds it."""
 
     file: str
@@ -43,7 +43,7 @@ class _Place:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-_Entry = tuple[_Key, _Place]
+_Entry = tuple[_Key, _SpillSlot]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class _Parcel:
         return sum(place.num_bytes for _, place in self.entries)
 
 
-class NodeCache:
+class SharedHiddenCache:
     """Last hidden states of trained response tokens, by teacher and rollout, for the processes of a run.
 
     `readers(rollout)` are the ranks that will gather a rollout; every rank must find the same. The machine
@@ -75,7 +75,7 @@ class NodeCache:
         self,
         budget_bytes: int,
         folder: Path,
-        ranks: Ranks,
+        ranks: Communicator,
         readers: Callable[[int], Collection[int]],
         device: torch.device,
     ) -> None:
@@ -91,15 +91,15 @@ class NodeCache:
         self._device = device
         self._memory: _GrowingFile | None = None
         self._disk: _GrowingFile | None = None
-        self._fresh: dict[_Key, _Place] = {}
+        self._fresh: dict[_Key, _SpillSlot] = {}
         self._scorers: dict[_Key, int] = {}
-        self._places: dict[_Key, _Place] = {}
+        self._places: dict[_Key, _SpillSlot] = {}
         self._opened: dict[str, int] = {}
         self._open_files = ExitStack()
         self.num_bytes = 0
         self.num_spilled_bytes = 0
 
-    def __enter__(self) -> NodeCache:
+    def __enter__(self) -> SharedHiddenCache:
         return self
 
     def __exit__(
@@ -126,7 +126,7 @@ class NodeCache:
 
         What readers on other machines need goes to each of these machines once, to the lowest of its readers.
         Raises KeyError on all ranks when two have scored the same; StorageError on the rank whose memory or
-        disk refuses, and EndedElsewhere on the others.
+        disk refuses, and PeerFailed on the others.
         """
         scored = self._ranks.gather(tuple(self._fresh.items()))
         self._fresh = {}
@@ -141,7 +141,7 @@ class NodeCache:
         parcels = self._parcels(scored)
         if parcels:
             relayed, failure = self._exchange(parcels)
-            told.append(self._ranks.share(lambda: _unless(failure, relayed)))
+            told.append(self._ranks.run_and_gather(lambda: _unless(failure, relayed)))
         machines, rank = self._ranks.machines, self._ranks.rank
         mine = [
             (key, place)
@@ -152,7 +152,7 @@ class NodeCache:
             if rank in self._readers(key[1])
         ]
         # Sharing makes all wait until every file is open: its owner may close it from then on.
-        self._ranks.share(lambda: self._open(place.file for _, place in mine))
+        self._ranks.run_and_gather(lambda: self._open(place.file for _, place in mine))
         self._places.update(mine)
 
     def gather(self, teacher: str, rollouts: Sequence[int]) -> Tensor:
@@ -176,7 +176,7 @@ class NodeCache:
         self._read(places, _bytes_of(gathered))
         return gathered.to(self._device)
 
-    def _keep(self, data: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> _Place:
+    def _keep(self, data: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> _SpillSlot:
         """Append to the memory file while the budget lasts, else to the one on disk."""
         if self.num_bytes + len(data) <= self._budget_bytes:
             file, offset = self._keep_in_memory(data)
@@ -189,7 +189,7 @@ class NodeCache:
                     self._disk = _GrowingFile(self._open_files.enter_context(cast(BinaryIO, nameless)))
                 file, offset = self._disk.path, self._disk.append(data)
             self.num_spilled_bytes += len(data)
-        return _Place(file, offset, shape, dtype)
+        return _SpillSlot(file, offset, shape, dtype)
 
     def _keep_in_memory(self, data: memoryview) -> tuple[str, int]:
         try:
@@ -284,7 +284,7 @@ class NodeCache:
             self._opened[file] = descriptor
         return self._opened[file]
 
-    def _read(self, places: Sequence[_Place], buffer: memoryview) -> None:
+    def _read(self, places: Sequence[_SpillSlot], buffer: memoryview) -> None:
         """The bytes of `places`, one after another, into `buffer`."""
         start = 0
         for place in places:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from mergeopd.errors import StorageError
-from mergeopd.recipe.models import Moving
+from mergeopd.recipe.models import SnapshotRule
 
 # A student's weights as they are when it is called, by parameter name.
 NamedWeights = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
-class Follower:
+class Snapshot:
     """One set of weights that follows the student by a rule, shared by all teachers with that rule.
 
     `tensors` are by parameter name: for `every` in the precision of the student's forward pass, for `ema` in
@@ -25,7 +25,7 @@ class Follower:
     them, within a process.
     """
 
-    def __init__(self, rule: Moving, weights: NamedWeights, masters: NamedWeights) -> None:
+    def __init__(self, rule: SnapshotRule, weights: NamedWeights, masters: NamedWeights) -> None:
         self.rule = rule
         self.version = 0
         self.tensors = {name: t.detach().clone() for name, t in self._own(weights, masters)}
@@ -60,32 +60,32 @@ class Follower:
         return masters() if self.rule.every is None else weights()
 
 
-class Past:
+class StudentSnapshots:
     """All weights of a run that follow the student, one copy for each rule; most runs have none.
 
     `weights` and `masters` are the student's; what they give at the start of the run is where all begin. They
     are called where a rule needs them, on every process alike.
     """
 
-    def __init__(self, rules: Iterable[Moving], weights: NamedWeights, masters: NamedWeights) -> None:
-        self.followers = {rule: Follower(rule, weights, masters) for rule in dict.fromkeys(rules)}
+    def __init__(self, rules: Iterable[SnapshotRule], weights: NamedWeights, masters: NamedWeights) -> None:
+        self.snapshots = {rule: Snapshot(rule, weights, masters) for rule in dict.fromkeys(rules)}
 
     def advance(self, weights: NamedWeights, masters: NamedWeights, before: int, after: int) -> None:
         """A round is over, in which the run went from `before` to `after` updates."""
-        for follower in self.followers.values():
-            follower.advance(weights, masters, before, after)
+        for snapshot in self.snapshots.values():
+            snapshot.advance(weights, masters, before, after)
 
     def release(self) -> None:
         """Free all weights; teachers that follow the student cannot be loaded afterwards."""
-        for follower in self.followers.values():
-            follower.tensors.clear()
+        for snapshot in self.snapshots.values():
+            snapshot.tensors.clear()
 
     def state(self) -> dict[str, Tensor]:
         """All weights, flat, for a checkpoint."""
         return {
-            f"{follower.label}/{name}": tensor
-            for follower in self.followers.values()
-            for name, tensor in follower.tensors.items()
+            f"{snapshot.label}/{name}": tensor
+            for snapshot in self.snapshots.values()
+            for name, tensor in snapshot.tensors.items()
         }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -97,5 +97,5 @@ class Past:
                 "its weights of teachers that follow the student are not those that this recipe has "
                 f"({', '.join(sorted(odd)[:3])} on one side only or of another shape)"
             )
-        for follower in self.followers.values():
-            follower.load({name: tensors[f"{follower.label}/{name}"] for name in follower.tensors})
+        for snapshot in self.snapshots.values():
+            snapshot.load({name: tensors[f"{snapshot.label}/{name}"] for name in snapshot.tensors})

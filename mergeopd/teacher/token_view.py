@@ -15,14 +15,14 @@ from mergeopd.batch import records
 from mergeopd.batch.collate import pack_groups
 from mergeopd.batch.micro_batch import BridgedTarget
 from mergeopd.batch.records import OldLogProbs, PreparedRollout
-from mergeopd.data.renderer import Dialect, masked_in_teacher_term
+from mergeopd.data.renderer import Renderer, masked_in_teacher_term
 from mergeopd.loss.cross_tokenizer import Bridge
 from mergeopd.loss.heads import Hidden
 from mergeopd.loss.policy import bounded
 from mergeopd.loss.targets import Target
 from mergeopd.recipe.loss_terms import Loss
 from mergeopd.rollout.protocol import Completion
-from mergeopd.teacher.cross_tokenizer import Crossing
+from mergeopd.teacher.cross_tokenizer import CrossTokenizer
 from mergeopd.teacher.protocol import TargetSpec, TeacherSequence
 from mergeopd.types import Finish, Prompt, Rollout
 
@@ -51,8 +51,8 @@ class TokenView(records.TokenView, Protocol):
 class SameTokens:
     """A teacher with the student's tokenizer: it reads the response's ids as they are."""
 
-    renderer: Dialect
-    student: Dialect
+    renderer: Renderer
+    student: Renderer
 
     @property
     def bridge_kind(self) -> str | None:
@@ -105,8 +105,8 @@ class AlignedTokens:
     `bridge` compares the distributions of a group; None where the bridge is a policy term (`span`).
     """
 
-    crossing: Crossing
-    student: Dialect
+    crossing: CrossTokenizer
+    student: Renderer
     bridge: Bridge | None
 
     @property

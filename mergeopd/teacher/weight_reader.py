@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mergeopd.distributed.ranks import Ranks
+from mergeopd.distributed.communicator import Communicator
 from mergeopd.errors import ModelError
 from mergeopd.models.checkpoint import Checkpoint
 
@@ -86,7 +86,7 @@ class ShardedReader:
     time: beside the tensors there is at most a W-th of a batch, and two batches where they are converted.
     """
 
-    def __init__(self, ranks: Ranks, batch_bytes: int = _BATCH_BYTES) -> None:
+    def __init__(self, ranks: Communicator, batch_bytes: int = _BATCH_BYTES) -> None:
         self._ranks = ranks
         self._batch_bytes = batch_bytes
 
@@ -96,7 +96,7 @@ class ShardedReader:
         """Every tensor on `device`. Collective.
 
         Raises ModelError on all ranks when their files differ; ModelError on a rank that cannot read its part
-        and EndedElsewhere on the others.
+        and PeerFailed on the others.
         """
         self._agree(checkpoint)
         for batch in self._batches(checkpoint, names):
@@ -126,7 +126,7 @@ class ShardedReader:
 
     def _agree(self, checkpoint: Checkpoint) -> None:
         """Parts of different checkpoints would make a model that nobody trained."""
-        found = self._ranks.share(lambda: checkpoint.fingerprint)
+        found = self._ranks.run_and_gather(lambda: checkpoint.fingerprint)
         odd = [str(rank) for rank, fingerprint in enumerate(found) if fingerprint != found[0]]
         if odd:
             raise ModelError(
@@ -153,7 +153,7 @@ class ShardedReader:
         """The batch's bytes, put together from every rank's part."""
         part = torch.empty(batch.part_bytes(self._ranks.size), dtype=torch.uint8)
         # Before the parts meet, so that nobody waits for one who cannot read.
-        self._ranks.share(partial(self._read_part, checkpoint, batch, part.numpy().data))
+        self._ranks.run_and_gather(partial(self._read_part, checkpoint, batch, part.numpy().data))
         own = part.to(device)
         if self._ranks.size == 1 or not len(own):
             return own

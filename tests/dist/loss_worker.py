@@ -1,6 +1,6 @@
 """One rank of `test_loss_tensor_parallel.py`: sharded against unsharded, errors as numbers in a JSON file.
 
-Ranks 0 and 1 also form a group of two; every rank computes the unsharded result itself, from the same seeds.
+Communicator 0 and 1 also form a group of two; every rank computes the unsharded result itself, from the same seeds.
 """
 
 import datetime

@@ -36,9 +36,9 @@ def own_part(micro, student, grid):
     return replace(micro, targets=tuple(Hidden(t.hidden, rows_of(t.head, student.vocab)) for t in micro.targets))
 
 
-def share(micros, student, grid):
+def share(micro_batches, student, grid):
     """Every `data`-th micro-batch: uneven, and none for some ranks where there are few."""
-    return [own_part(m, student, grid) for m in micros[grid.data_rank :: grid.data]]
+    return [own_part(m, student, grid) for m in micro_batches[grid.data_rank :: grid.data]]
 
 
 def said(action):
@@ -53,8 +53,8 @@ def training(case, student, grid):
     """Losses (this rank's share, 0 where another has it) and norms of the updates, the first raw gradient."""
     losses, norms, gradients, calls = [], [], {}, []
     student._model.decoder.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    for number, (micros, lr) in enumerate(zip(case["updates"], case["lrs"], strict=True)):
-        mine = share(micros, student, grid)
+    for number, (micro_batches, lr) in enumerate(zip(case["updates"], case["lrs"], strict=True)):
+        mine = share(micro_batches, student, grid)
         # Two calls add up like one.
         parts = [mine[:1], mine[1:]] if case["split"] else [mine]
         stats = [s for part in parts for s in student.accumulate_gradients(part, case["objective"])]
@@ -87,14 +87,14 @@ def state_again(path, student):
 def failures(case, student, grid):
     """What every rank says when one sees a teacher with NaN, or an infinite gradient."""
     before = {name: w.clone() for name, w in student.shards.items()}
-    micros = [own_part(m, student, grid) for m in case["updates"][0]]
+    micro_batches = [own_part(m, student, grid) for m in case["updates"][0]]
     if grid.is_last_stage and grid.data_rank == 0 and grid.tensor_rank == grid.tensor - 1:
-        micros[1].targets[0].head.weight[2] = torch.nan
-    found = {"teacher": said(lambda: student.accumulate_gradients(micros, case["objective"]))}
+        micro_batches[1].targets[0].head.weight[2] = torch.nan
+    found = {"teacher": said(lambda: student.accumulate_gradients(micro_batches, case["objective"]))}
     if dist.get_rank() == 0:
         next(iter(student._ddp.parameters())).main_grad.fill_(torch.inf)
     found["gradient"] = said(lambda: student.optimizer_step(0.1))
-    found["summed"] = said(lambda: student.accumulate_gradients(micros, case["objective"]))
+    found["summed"] = said(lambda: student.accumulate_gradients(micro_batches, case["objective"]))
     found["float64"] = said(lambda: made({**case, "dtype": "float64"}, grid))
     found["layers"] = said(lambda: made({**case, "layers": "transformer_engine"}, grid))
     found["state"] = said(lambda: student.load_state({"master.model.norm.weight": torch.zeros(48)}))

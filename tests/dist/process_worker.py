@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import mergeopd.api
 from mergeopd.cli import main
-from mergeopd.distributed.rendezvous import Place, open_ranks
+from mergeopd.distributed.rendezvous import RankInfo, open_communicator
 from mergeopd.errors import Location, ModelError, Problem, RecipeError, Stopped
-from mergeopd.distributed.ranks import Alone
+from mergeopd.distributed.communicator import SingleProcess
 
 
 def meet_for_ever(ranks):
@@ -41,7 +41,7 @@ def error_in_a_share(ranks):
         if ranks.rank == 1:
             raise ModelError("models/x: has no weights")
 
-    ranks.share(work)
+    ranks.run_and_gather(work)
 
 
 def bug(ranks):
@@ -93,11 +93,11 @@ def scene(*_, **__):
 def play():
     name = sys.argv[-1]
     BEFORE.get(name, lambda: None)()
-    with open_ranks(Place.of(), grouped=True) as ranks:
+    with open_communicator(RankInfo.of(), grouped=True) as ranks:
         if name == "group":
             import torch.distributed as dist
 
-            assert isinstance(ranks, Alone)
+            assert isinstance(ranks, SingleProcess)
             objects = [None]
             dist.all_gather_object(objects, "alone")
             print(*objects, dist.get_world_size(), flush=True)

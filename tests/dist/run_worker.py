@@ -30,7 +30,7 @@ from mergeopd.engine.clock import Clock  # noqa: E402
 from mergeopd.engine.run import begin, go_on  # noqa: E402
 from mergeopd.check.preflight import preflight  # noqa: E402
 from mergeopd.errors import MergeopdError  # noqa: E402
-from mergeopd.distributed.ranks import Alone, Processes  # noqa: E402
+from mergeopd.distributed.communicator import SingleProcess, TorchCommunicator  # noqa: E402
 
 # What a run imports when it needs it; here before the ranks are forked.
 for _name in ("mergeopd.student.megatron.step", "transformers.models.qwen3.modeling_qwen3", "grid_jobs"):
@@ -65,9 +65,9 @@ def one_round(job, ranks, out):
     """The raw gradients of a round's updates, on rank 0."""
     from enumeration import engine_round
 
-    rollouts, verdicts = torch.load(job["round"], weights_only=False)
+    rollouts, grades = torch.load(job["round"], weights_only=False)
     parts = load_models(preflight(Path(job["recipe"]), job["overrides"]), Machine(torch.device("cpu"), ranks))
-    found = engine_round(parts, rollouts, verdicts)
+    found = engine_round(parts, rollouts, grades)
     torch.save([gradient for gradient, _ in found], out.with_name(f"{out.stem}.{job['name']}.gradients"))
     return [stats.loss for _, stats in found]
 
@@ -77,7 +77,7 @@ def told(job, rank, world, out):
     from megatron.core import parallel_state
 
     machines = job.get("machines", ["here"] * world)
-    ranks = Alone() if world == 1 else Processes(machines[rank])
+    ranks = SingleProcess() if world == 1 else TorchCommunicator(machines[rank])
     stop = job.get("stop", {"rank": None})
     found = {"error": None}
     try:

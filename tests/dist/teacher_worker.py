@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from mergeopd.errors import MergeopdError
 from mergeopd.models.checkpoint import Checkpoint
-from mergeopd.distributed.ranks import Processes, this_machine
+from mergeopd.distributed.communicator import TorchCommunicator, this_machine
 from mergeopd.teacher import shared_cache as node_cache
-from mergeopd.teacher.shared_cache import NodeCache
+from mergeopd.teacher.shared_cache import SharedHiddenCache
 from mergeopd.teacher.weight_reader import ShardedReader
 from mergeopd.teacher.local import TeacherSource, TeacherStore
 from mergeopd.teacher.protocol import TeacherSequence
@@ -35,7 +35,7 @@ GENEROUS = 1 << 30
 SMALL_BYTES = 24
 
 
-class Counted(Processes):
+class Counted(TorchCommunicator):
     """Processes that remember what they send."""
 
     def __init__(self, machine):
@@ -73,7 +73,7 @@ def attempt(work):
 def one_round(ranks, readers, budget_bytes, folder):
     """Three teachers' turns; everything this rank may read is read after each of them."""
     right, refused = [], []
-    with NodeCache(budget_bytes, folder, ranks, lambda rollout: readers[rollout % 2], CPU) as cache:
+    with SharedHiddenCache(budget_bytes, folder, ranks, lambda rollout: readers[rollout % 2], CPU) as cache:
         own = [i for i in range(NUM_ROLLOUTS) if ranks.rank in readers[i % 2]]
         others = [i for i in range(NUM_ROLLOUTS) if ranks.rank not in readers[i % 2]]
         published = []
@@ -95,9 +95,9 @@ def one_round(ranks, readers, budget_bytes, folder):
 
 def leaving_early(folder):
     """Rank 0 leaves as soon as it has published; others gather what it scored."""
-    ranks = Processes("m")
+    ranks = TorchCommunicator("m")
     with contextlib.ExitStack() as stack:
-        cache = stack.enter_context(NodeCache(100, folder, ranks, lambda rollout: {0, 1, 2, 3}, CPU))
+        cache = stack.enter_context(SharedHiddenCache(100, folder, ranks, lambda rollout: {0, 1, 2, 3}, CPU))
         if ranks.rank == 0:
             for rollout in range(NUM_ROLLOUTS):
                 cache.put("a", rollout, states("a", rollout))
@@ -112,8 +112,8 @@ def leaving_early(folder):
 
 
 def scored_twice(folder):
-    ranks = Processes("m")
-    with NodeCache(GENEROUS, folder, ranks, lambda rollout: {0}, CPU) as cache:
+    ranks = TorchCommunicator("m")
+    with SharedHiddenCache(GENEROUS, folder, ranks, lambda rollout: {0}, CPU) as cache:
         if ranks.rank in (1, 3):
             cache.put("a", 5, states("a", 5))
         return attempt(cache.publish)
@@ -121,12 +121,12 @@ def scored_twice(folder):
 
 def full_disk(folder):
     """What reaches rank 2's machine finds no place there; the message after it must not be lost."""
-    ranks = Processes("ab"[ranks_half()])
+    ranks = TorchCommunicator("ab"[ranks_half()])
     blocked = folder / "blocked"
     if ranks.rank == 2:
         blocked.write_text("a file where the folder should be")
     own = blocked if ranks.rank == 2 else folder / "free"
-    with NodeCache(0, own, ranks, lambda rollout: {2 + rollout % 2}, CPU) as cache:
+    with SharedHiddenCache(0, own, ranks, lambda rollout: {2 + rollout % 2}, CPU) as cache:
         if ranks.rank < 2:
             for rollout in range(ranks.rank, NUM_ROLLOUTS, 2):
                 cache.put("a", rollout, states("a", rollout))
@@ -152,13 +152,13 @@ def caches(folder):
         "early": leaving_early(folder / "spill"),
         "twice": scored_twice(folder / "spill"),
         "full": full_disk(folder),
-        "machines": Processes(this_machine()).num_local,
+        "machines": TorchCommunicator(this_machine()).num_local,
     }
 
 
 def read_in_parts(model, dtype, batch_bytes):
     """This rank's bytes, truly read and as told, and whether body and hidden states are those of mapped files."""
-    ranks = Processes("m")
+    ranks = TorchCommunicator("m")
     sources = {"t": TeacherSource(model, dtype, 37)}
     mapped = TeacherStore(sources, CPU)
     sharded = TeacherStore(sources, CPU, ShardedReader(ranks, batch_bytes))
@@ -195,7 +195,7 @@ def read_in_parts(model, dtype, batch_bytes):
 
 def odd_files(folder, model):
     """Rank 1's own copy is cut after it was opened; rank 2's is of another model from the start."""
-    ranks, found = Processes("m"), {}
+    ranks, found = TorchCommunicator("m"), {}
     for case in ("cut", "other"):
         own = folder / f"{case}{ranks.rank}"
         shutil.copytree(model, own)

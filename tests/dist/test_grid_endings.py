@@ -14,7 +14,7 @@ from grid_runs import assert_same_figures, metrics, samples
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's")
 
-ELSEWHERE = "EndedElsewhere: another process of the run ended"
+ELSEWHERE = "PeerFailed: another process of the run ended"
 
 
 # By recipe: how the complaint begins.

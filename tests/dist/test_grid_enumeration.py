@@ -15,14 +15,14 @@ import pytest
 pytest.importorskip("megatron.core", reason="the extra mergeopd[megatron] is not installed")
 
 import torch
-from enumeration import ANSWERS, EOS, Plain, V, advantages, assert_equal, verdicts_of
+from enumeration import ANSWERS, EOS, Plain, V, advantages, assert_equal, rewards_of
 from megatron_cases import write_dense
 from ranks import run_ranks
 
 from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.check.preflight import preflight
 from mergeopd.engine.schedule import split_updates
-from mergeopd.distributed.ranks import Alone
+from mergeopd.distributed.communicator import SingleProcess
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's"),
@@ -44,12 +44,12 @@ PHASES = {
 }
 
 
-def losses(plain, phase, verdicts):
+def losses(plain, phase, grades):
     """Every answer's loss before denominators, as the definitions have it; only its gradient counts.
 
     At the weights before the round the ratio is 1, so the surrogate's gradient is the advantage's times log p.
     """
-    scaled = advantages(plain.rollouts, verdicts, "unbiased")
+    scaled = advantages(plain.rollouts, grades, "unbiased")
     for i, (rollout, advantage) in enumerate(zip(plain.rollouts, scaled, strict=True)):
         outcome = 0.0 if rollout.finish == "length" else advantage
         rho, d, lp, exact = plain.rho(i), plain.d(i), plain.lp[i], plain.exact(i).sum()
@@ -76,10 +76,10 @@ def rounds(tmp_path_factory, write_job_in):
         for file in write_dense(folder / "qwen3", "qwen3", tied=True, vocab=V + 1, eos=EOS).glob("*.*"):
             if file.name != "tokenizer.json":
                 file.replace(folder / "base" / file.name)
-        plain = Plain(load_models(preflight(recipe, ()), Machine(torch.device("cpu"), Alone())))
-        verdicts = verdicts_of(plain.rollouts)
-        torch.save((plain.rollouts, verdicts), folder / "round.pt")
-        of_answers = list(losses(plain, name, verdicts))
+        plain = Plain(load_models(preflight(recipe, ()), Machine(torch.device("cpu"), SingleProcess())))
+        grades = rewards_of(plain.rollouts)
+        torch.save((plain.rollouts, grades), folder / "round.pt")
+        of_answers = list(losses(plain, name, grades))
         expected = [
             plain.gradient(sum(of_answers[i] for i in update) / plain.num_tokens(update))
             for update in split_updates(plain.rollouts, phase.get("updates_per_round", 1))

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.check.preflight import preflight
-from mergeopd.distributed.ranks import Alone
+from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.recipe.training import Optimizer
 from mergeopd.types import Rollout
 
@@ -48,8 +48,8 @@ PARITY = (
 def resumed(case, path):
     """The last two updates of `case`, from what the torch student has saved before them."""
     student = torch_student(case)
-    for micros, lr in zip(case.updates[:-2], case.lrs[:-2], strict=True):
-        list(student.accumulate_gradients(micros, case.objective))
+    for micro_batches, lr in zip(case.updates[:-2], case.lrs[:-2], strict=True):
+        list(student.accumulate_gradients(micro_batches, case.objective))
         student.optimizer_step(lr)
     save_file({key: tensor.clone() for key, tensor in student.state()}, path)
     return replace(case, updates=case.updates[-2:], lrs=case.lrs[-2:], state=path)
@@ -65,7 +65,7 @@ def enumerated(tmp_path_factory, write_job_in):
     for file in write_dense(folder / "qwen3", "qwen3", tied=True, vocab=V + 1, eos=EOS).glob("*.*"):
         if file.name != "tokenizer.json":
             file.replace(folder / "base" / file.name)
-    parts = load_models(preflight(recipe, ()), Machine(torch.device("cpu"), Alone()))
+    parts = load_models(preflight(recipe, ()), Machine(torch.device("cpu"), SingleProcess()))
     render = parts.inputs.student.render
     rollouts = [
         Rollout(prompt, i, render(prompt), answer, "student", "eos" if answer[-1] == EOS else "length")
@@ -76,17 +76,17 @@ def enumerated(tmp_path_factory, write_job_in):
     reference = Reference(parts)
     total = sum(reference.token_losses(loss, rollout).sum() for rollout in rollouts)
     expected = reference.gradient(total / sum(len(r.response_ids) for r in rollouts))
-    micros, objectives, plain = [], [], parts.student.accumulate
+    micro_batches, objectives, plain = [], [], parts.student.accumulate
 
     def recorded(them, objective):
         objectives.append(objective)
         for micro in them:
-            micros.append(micro)
+            micro_batches.append(micro)
             yield from plain([micro], objective)
 
     parts.student.accumulate = recorded
     engine_round(parts, rollouts)
-    case = Case(folder / "base", objectives[0], [micros], OPTIMIZER, lrs=(0.0,), num_valid=V)
+    case = Case(folder / "base", objectives[0], [micro_batches], OPTIMIZER, lrs=(0.0,), num_valid=V)
     return case, expected
 
 
@@ -103,7 +103,7 @@ def cases(tmp_path_factory, enumerated):
         found[name] = Case(model, REVERSE, updates, OPTIMIZER)
         if loss == "mixed":
             student = torch_student(found[name])
-            updates = [with_policy(micros, student, generator) for micros in updates]
+            updates = [with_policy(micro_batches, student, generator) for micro_batches in updates]
             found[name] = Case(model, MIXED, updates, OPTIMIZER, split=True)
     found["sequence parallel"] = replace(found["llama untied mixed"], sequence_parallel=True)
     found["sequence parallel tied"] = replace(found["qwen2 tied mixed"], sequence_parallel=True)

@@ -148,7 +148,7 @@ def test_ranks_that_score_the_same_all_stop(reports):
 def test_a_disk_that_refuses_on_one_rank_stops_all(reports):
     found = [report["caches"]["full"] for report in reports]
     assert found[2].startswith("StorageError: cannot spill hidden states to")
-    assert [f.partition(":")[0] for i, f in enumerate(found) if i != 2] == ["EndedElsewhere"] * 3
+    assert [f.partition(":")[0] for i, f in enumerate(found) if i != 2] == ["PeerFailed"] * 3
 
 
 @pytest.mark.parametrize("batch_bytes", [1, 20_000, 1 << 28])
@@ -173,7 +173,7 @@ def test_weights_read_in_parts_are_those_of_the_files(reports, models, index, dt
 def test_a_file_that_one_rank_cannot_read_stops_all(reports):
     found = [report["odd"]["cut"] for report in reports]
     assert found[1].startswith("ModelError: /cut1/model.safetensors: was cut while 'model.")
-    assert [f.partition(":")[0] for i, f in enumerate(found) if i != 1] == ["EndedElsewhere"] * 3
+    assert [f.partition(":")[0] for i, f in enumerate(found) if i != 1] == ["PeerFailed"] * 3
 
 
 def test_parts_of_different_models_are_never_put_together(reports):

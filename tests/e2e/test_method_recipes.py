@@ -19,7 +19,7 @@ from tiny_experts.llama.settings import FOLDER
 
 from mergeopd.check.preflight import preflight
 from mergeopd.engine.run import run_recipe
-from mergeopd.recipe.models import Moving
+from mergeopd.recipe.models import SnapshotRule
 from mergeopd.recipe.plan import Plan
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +56,7 @@ def shortened(plan: Plan) -> list[str]:
         changes.append(f"phases.{index}.updates={2 * phase.updates_per_round}")
         changes.append(f"phases.{index}.prompts_per_round=6")
     for name, teacher in plan.teachers.items():
-        if isinstance(teacher.student, Moving) and teacher.student.every is not None:
+        if isinstance(teacher.student, SnapshotRule) and teacher.student.every is not None:
             changes.append(f"teachers.{name}.student.every=1")
     if plan.evaluation is not None:
         sources = range(len(plan.evaluation.sources))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mergeopd.check.preflight import preflight
-from mergeopd.distributed.ranks import Alone
+from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
@@ -111,7 +111,7 @@ def run(
     inputs = preflight(recipe, overrides)
     recorder, folder = Recorder(stop_after), RunFolder(Path(inputs.plan.output))
     folder.claim(inputs.plan, inputs.files, inputs.now, ())
-    parts = load_models(inputs, Machine(device, Alone()))
+    parts = load_models(inputs, Machine(device, SingleProcess()))
     record = parts.checkpoints().restore(folder.plan_hashes(), recorder)
     with contextlib.suppress(Down):
         build(parts, reporter=recorder, clock=Clock(), interrupt=Interrupt()).run(record.progress, None)
@@ -209,7 +209,7 @@ def test_decoding_equals_that_of_the_cpu(
     recipe = job(write_job, {})
     found = {}
     for where in (CPU, device):
-        parts = load_models(preflight(recipe, [f"output={where.type}"]), Machine(where, Alone()))
+        parts = load_models(preflight(recipe, [f"output={where.type}"]), Machine(where, SingleProcess()))
         requests = [Request(f"k{i}", 0, tuple(j % 4 for j in range(i % 7 + 1))) for i in range(40)]
         with parts.student_writer() as writer:
             found[where] = generate(

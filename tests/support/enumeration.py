@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from mergeopd.batch.objective import phase_objective
 from mergeopd.check.preflight import preflight
-from mergeopd.distributed.ranks import Alone
+from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, Models, build, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
@@ -40,7 +40,7 @@ VERIFIER = {"kind": "regex", "pattern": "."}
 def build_parts(write_job: Callable[..., Path], *overrides: str, **phase: object) -> Models:
     phases = [{"name": "merge", "updates": 2, "prompts_per_round": 4, "text": "dataset", **phase}]
     recipe = write_job({"phases": phases}, dtype="float64")
-    return load_models(preflight(recipe, overrides), Machine(CPU, Alone()))
+    return load_models(preflight(recipe, overrides), Machine(CPU, SingleProcess()))
 
 
 def trainer_of(parts: Models, reporter: Reporter | None = None) -> Trainer:
@@ -48,14 +48,14 @@ def trainer_of(parts: Models, reporter: Reporter | None = None) -> Trainer:
 
 
 def teacher_rollouts_of(parts: Models, reporter: Reporter | None = None) -> TeacherRolloutCache:
-    stages = Stages(reporter or Reporters(), Clock(), Alone(), None)
+    stages = Stages(reporter or Reporters(), Clock(), SingleProcess(), None)
     return TeacherRolloutCache(
         parts.plan,
         student=parts.inputs.student,
         renderers=parts.inputs.teachers,
         teachers=parts.teachers,
         views=parts.views,
-        ranks=Alone(),
+        ranks=SingleProcess(),
         stages=stages,
     )
 
@@ -63,7 +63,7 @@ def teacher_rollouts_of(parts: Models, reporter: Reporter | None = None) -> Teac
 def engine_round(
     parts: Models,
     rollouts: Sequence[Rollout],
-    verdicts: Sequence[float | None] | None = None,
+    grades: Sequence[float | None] | None = None,
     *,
     round_index: int = 0,
     sgd_lr: float = 0.0,
@@ -74,7 +74,7 @@ def engine_round(
     """
     phase, trainer = parts.plan.phases[0], trainer_of(parts)
     work = trainer.pipeline.work(rollouts, round_index, phase.updates_per_round)
-    collected = CollectedRound(phase, 0, rollouts, verdicts or [None] * len(rollouts), work)
+    collected = CollectedRound(phase, 0, rollouts, grades or [None] * len(rollouts), work)
     results = []
     with trainer.scorer.score(collected) as scored:
         for done, update in enumerate(work.updates):
@@ -203,7 +203,7 @@ def rollouts_of(parts: Models, reference: Reference) -> list[Rollout]:
     return rollouts
 
 
-def verdicts_of(rollouts: Sequence[Rollout]) -> list[float]:
+def rewards_of(rollouts: Sequence[Rollout]) -> list[float]:
     """Right where the ids add up to a multiple of 3; nothing is right for the third prompt."""
     keys = sorted({r.prompt.key for r in rollouts})
     return [float(sum(r.response_ids) % 3 == 0 and keys.index(r.prompt.key) != 2) for r in rollouts]
@@ -215,18 +215,18 @@ def methods_parts(write_job: Callable[..., Path], *overrides: str, **phase: obje
     return build_parts(write_job, *settings, *overrides, **{"text": "student", **phase})
 
 
-def advantages(rollouts: Sequence[Rollout], verdicts: Sequence[float], std: str) -> list[float]:
+def advantages(rollouts: Sequence[Rollout], grades: Sequence[float], std: str) -> list[float]:
     values = [0.0] * len(rollouts)
     for key in {r.prompt.key for r in rollouts}:
         group = [i for i, r in enumerate(rollouts) if r.prompt.key == key and r.finish != "length"]
-        rewards = [verdicts[i] for i in group]
+        rewards = [grades[i] for i in group]
         mean = statistics.fmean(rewards)
         spread = {"unbiased": statistics.stdev, "biased": statistics.pstdev, "none": lambda _: 1.0}[std](
             rewards
         )
         for i in group:
             epsilon = 0.0 if std == "none" else 1e-6
-            values[i] = (verdicts[i] - mean) / (spread + epsilon)
+            values[i] = (grades[i] - mean) / (spread + epsilon)
     return values
 
 
@@ -287,10 +287,10 @@ class Plain:
 
 
 def first_update(
-    parts: Models, rollouts: Sequence[Rollout], verdicts: Sequence[float | None] | None = None
+    parts: Models, rollouts: Sequence[Rollout], grades: Sequence[float | None] | None = None
 ) -> Gradients:
     """The gradient of a round of one update."""
-    [(gradient, _)] = engine_round(parts, rollouts, verdicts)
+    [(gradient, _)] = engine_round(parts, rollouts, grades)
     return gradient
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_cases import write_dense
 
-from mergeopd.distributed.ranks import Alone
+from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.run import begin, go_on
 
@@ -219,9 +219,9 @@ def _write_tokenizer(folder: Path, template: str) -> None:
 def run_alone(recipe: Path, *overrides: str, max_updates: int | None = None) -> None:
     """What `mergeopd run` does in one process."""
     with ExitStack() as held:
-        inputs = begin(recipe, overrides, (), Alone(), held)
+        inputs = begin(recipe, overrides, (), SingleProcess(), held)
         assert inputs is not None
-        go_on(inputs, Clock(), max_updates, Alone())
+        go_on(inputs, Clock(), max_updates, SingleProcess())
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

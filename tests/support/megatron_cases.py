@@ -137,11 +137,11 @@ def micro_batches(generator: torch.Generator, num: int, first: int = 0) -> list[
 
 
 def with_policy(
-    micros: list[MicroBatch], student: TorchStudent, generator: torch.Generator
+    micro_batches: list[MicroBatch], student: TorchStudent, generator: torch.Generator
 ) -> list[MicroBatch]:
     """Outcome advantages of both signs; behaviour log-probs around the student's own, some outside the mask."""
     found = []
-    for micro in micros:
+    for micro in micro_batches:
         [stats] = student.score([micro], (), None, 1.0)
         now = stats.logprob_S
         n = len(now)
@@ -179,8 +179,10 @@ def trained(case: Case) -> Trajectory:
     """The torch student's own way through the updates of `case`."""
     student = torch_student(case)
     losses, norms, gradients = [], [], {}
-    for micros, lr in zip(case.updates, case.lrs, strict=True):
-        losses.append(sum(float(s.loss.sum()) for s in student.accumulate_gradients(micros, case.objective)))
+    for micro_batches, lr in zip(case.updates, case.lrs, strict=True):
+        losses.append(
+            sum(float(s.loss.sum()) for s in student.accumulate_gradients(micro_batches, case.objective))
+        )
         gradients = gradients or {name: g.clone() for name, g in student.gradients().items()}
         norms.append(student.optimizer_step(lr))
     weights = {name: w.clone() for name, w in student.weights()}

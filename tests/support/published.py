@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mergeopd.check.preflight import preflight
-from mergeopd.distributed.ranks import Alone
+from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
@@ -186,7 +186,7 @@ def run_to_the_end(recipe: Path, *overrides: str, reporter: Reporter | None = No
     inputs = preflight(recipe, overrides)
     folder = RunFolder(Path(inputs.plan.output))
     folder.claim(inputs.plan, inputs.files, inputs.now, ())
-    parts = load_models(inputs, Machine(torch.device("cpu"), Alone()))
+    parts = load_models(inputs, Machine(torch.device("cpu"), SingleProcess()))
     trainer = build(parts, reporter=reporter or Reporters(), clock=Clock(), interrupt=Interrupt())
     trainer.run(Progress(), None)
     return folder

@@ -52,7 +52,7 @@ REPLACED = (
     ("name", "_refuse_strangers", "_check_ids_known"),
     ("name", "lopsided", "leading_space_differs"),
     ("name", "blamed", "with_teacher_names"),
-    ("name", "teach", "distill_on"),
+    ("name", "distill_on", "distill_on"),
     ("name", "Dialect", "Renderer"),
     ("name", "Script", "TeacherPrompt"),
     ("module", "own_prompts", "teacher_prompt"),

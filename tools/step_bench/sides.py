@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from step_bench.job import model_sizes
 
 if TYPE_CHECKING:
-    from mergeopd.distributed.ranks import Alone
+    from mergeopd.distributed.communicator import SingleProcess
     from mergeopd.report.events import Event
 
 NEVER = -1  # a stop token that no head can draw: every answer has its full length
@@ -79,7 +79,7 @@ def run_mergeopd(arguments: argparse.Namespace, steps: Steps) -> None:
     inputs = preflight(arguments.folder / "recipe.yaml")
     inputs = replace(inputs, student=replace(inputs.student, eos_ids=(NEVER,)))
     with tempfile.TemporaryDirectory() as output:
-        parts = load_models(inputs, Machine(torch.device("cpu"), Alone()))
+        parts = load_models(inputs, Machine(torch.device("cpu"), SingleProcess()))
         trainer = build(parts, reporter=Watch(), clock=Clock(), interrupt=Interrupt())
         replace(trainer, folder=RunFolder(Path(output))).run(Progress(), None)
 

@@ -45,7 +45,7 @@ class Passes:
 
     def run(
         self,
-        micros: MicroBatches,
+        micro_batches: MicroBatches,
         per_token: Callable[[MicroBatch], Objective],
         what: Measured,
         *,
@@ -84,10 +84,10 @@ class Passes:
             hidden = model(ids.to(self._device), positions.to(self._device), None)
             return hidden, lambda output: loss(micro, _sequence_first(rows, *ids.shape), output)
 
-        num = len(micros)
+        num = len(micro_batches)
         found = self._schedule(
             forward_step_func=step,
-            data_iterator=iter(micros if num else [_EMPTY]),
+            data_iterator=iter(micro_batches if num else [_EMPTY]),
             model=[self._model],
             num_microbatches=max(num, 1),
             seq_length=0,  # shapes travel with the tensors

@@ -31,7 +31,7 @@ def found_in(answers: Sequence[tuple[str, str, str, float | None]], **phase: obj
         for i, (key, origin, finish, _) in enumerate(answers)
     ]
     whole = Phase.model_validate({"name": "phase", "updates": 1, "loss": "outcome", **phase})
-    return outcomes(rollouts, [verdict for *_, verdict in answers], whole)
+    return outcomes(rollouts, [grade for *_, grade in answers], whole)
 
 
 def test_advantages_of_a_round() -> None:
@@ -73,7 +73,7 @@ def test_pass_rates_count_cut_off_answers_as_they_were_judged() -> None:
 
 
 @pytest.mark.parametrize(
-    ("teach", "expected"),
+    ("distill_on", "expected"),
     [
         ("all", (1, 1, 1, 1, 1, 1, 1, 1, 1, 1)),
         ("wrong", (0, 1, 1, 1, 1, 1, 0, 1, 1, 1)),  # cut off is not right
@@ -81,16 +81,16 @@ def test_pass_rates_count_cut_off_answers_as_they_were_judged() -> None:
     ],
 )
 def test_whom_teachers_comment(teach: str, expected: tuple[int, ...]) -> None:
-    phase = {"loss": "reverse_kl", "balance": {"teach": teach}}
+    phase = {"loss": "reverse_kl", "balance": {"distill_on": teach}}
     assert found_in(ROUND, **phase).teacher_loss_weight == expected
-    both = {"loss": "reverse_kl", "balance": {"teach": teach, "pass_rate": {}}}
+    both = {"loss": "reverse_kl", "balance": {"distill_on": teach, "pass_rate": {}}}
     rates = found_in(ROUND, loss="reverse_kl", balance={"pass_rate": {}}).teacher_loss_weight
     product = tuple(a * b for a, b in zip(rates, expected, strict=True))
     assert found_in(ROUND, **both).teacher_loss_weight == pytest.approx(product)
 
 
-@pytest.mark.parametrize("teach", ["wrong", "failed_groups"])
+@pytest.mark.parametrize("distill_on", ["wrong", "failed_groups"])
 def test_what_was_cut_off_solves_no_prompt(teach: str) -> None:
     """Otherwise the answers of a prompt that the student never finishes would lose their teachers."""
     group = [("p", "student", "length", 1.0), ("p", "student", "eos", 0.0), ("p", "student", "length", 0.0)]
-    assert found_in(group, loss="reverse_kl", balance={"teach": teach}).teacher_loss_weight == (1.0,) * 3
+    assert found_in(group, loss="reverse_kl", balance={"distill_on": teach}).teacher_loss_weight == (1.0,) * 3

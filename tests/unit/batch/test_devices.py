@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mergeopd.align.answers import Alignment
 from mergeopd.batch.collate import micro_batch
-from mergeopd.batch.packing import Pack
+from mergeopd.batch.packing import MicroBatchPlan
 from mergeopd.batch.records import PreparedRollout, PreparedUpdate
 from mergeopd.loss.cross_tokenizer import Uld
 from mergeopd.loss.heads import Head, Hidden
@@ -44,13 +44,15 @@ def tensors_of(record: object) -> dict[str, Tensor]:
 def test_prior_policy_beside_text_of_others() -> None:
     """The prior policy's rows come from the CPU, zeros for other text from the device."""
     members = {0: prepared("student", (3, 4, 5), {}), 1: prepared("dataset", (6, 7), {})}
-    micro = micro_batch(Pack((), (0, 1)), PreparedUpdate(members, {}), {}, {}, META, with_policy=True)
+    micro = micro_batch(
+        MicroBatchPlan((), (0, 1)), PreparedUpdate(members, {}), {}, {}, META, with_policy=True
+    )
     assert micro.policy is not None
     rows = tensors_of(micro.policy)
     assert len(rows) == 7
     assert {(t.device.type, t.dtype, t.shape) for t in rows.values()} == {("meta", torch.float32, (5,))}
     on_cpu = micro_batch(
-        Pack((), (0, 1)), PreparedUpdate(members, {}), {}, {}, torch.empty(()), with_policy=True
+        MicroBatchPlan((), (0, 1)), PreparedUpdate(members, {}), {}, {}, torch.empty(()), with_policy=True
     )
     assert on_cpu.policy is not None
     assert on_cpu.policy.old_N is not None
@@ -67,7 +69,7 @@ def test_teachers_with_other_tokens() -> None:
     crossing: Any = SimpleNamespace(teacher="t")
     view = AlignedTokens(crossing, student=crossing, bridge=Uld())
     micro = micro_batch(
-        Pack(("t",), (0, 1)),
+        MicroBatchPlan(("t",), (0, 1)),
         PreparedUpdate(members, {}),
         {"t": hidden},
         {"t": view},

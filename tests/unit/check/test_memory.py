@@ -14,7 +14,7 @@ from mergeopd.check import memory as room
 from mergeopd.check.memory import refuse_without_room
 from mergeopd.errors import ModelError
 from mergeopd.models.checkpoint import Checkpoint
-from mergeopd.recipe.models import Moving, Parallel
+from mergeopd.recipe.models import Parallel, SnapshotRule
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.resolve import read
 
@@ -27,7 +27,7 @@ def plan(write_job: Callable[..., Path]) -> Callable[..., Plan]:
     plan = read(write_job()).plan
     assert plan is not None
 
-    def changed(*rules: Moving, **student: object) -> Plan:
+    def changed(*rules: SnapshotRule, **student: object) -> Plan:
         teachers = dict(plan.teachers)
         some = next(iter(teachers.values()))
         for number, rule in enumerate(rules):
@@ -45,7 +45,7 @@ def num_weights(plan: Plan) -> int:
 
 FLOAT32, BFLOAT16 = {"dtype": "float32"}, {"dtype": "bfloat16"}
 HALF = {"parallel": Parallel(tensor=2, pipeline=1)}
-AVERAGE, SLOWER, COPY = Moving(ema=0.5), Moving(ema=0.9), Moving(every=3)
+AVERAGE, SLOWER, COPY = SnapshotRule(ema=0.5), SnapshotRule(ema=0.9), SnapshotRule(every=3)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_what_a_process_holds(
     plan: Callable[..., Plan],
     monkeypatch: pytest.MonkeyPatch,
     student: dict[str, object],
-    rules: tuple[Moving, ...],
+    rules: tuple[SnapshotRule, ...],
     world: int,
     per_weight: float,
 ) -> None:

@@ -10,13 +10,13 @@ from byte_jobs import write_byte_tokenizer
 from tokenizers import Tokenizer as Backend
 
 from mergeopd.data.chat_template import ChatTemplate
-from mergeopd.data.renderer import Dialect
+from mergeopd.data.renderer import Renderer
 from mergeopd.models.tokenizer import Tokenizer
 
 TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}END\n{% endfor %}"
 
 
-def dialect(folder: Path, template: str, ends: tuple[str, ...]) -> tuple[Dialect, dict[str, int]]:
+def dialect(folder: Path, template: str, ends: tuple[str, ...]) -> tuple[Renderer, dict[str, int]]:
     write_byte_tokenizer(folder, [])
     backend = Backend.from_file(str(folder / "tokenizer.json"))
     backend.add_special_tokens(["<turn>", "<other>"])
@@ -24,7 +24,7 @@ def dialect(folder: Path, template: str, ends: tuple[str, ...]) -> tuple[Dialect
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
     ids = {name: backend.token_to_id(name) for name in ("<end>", "<turn>", "<other>")}
     text = ChatTemplate(template, {}, name="test")
-    return Dialect(Tokenizer.load(folder), text, 259, tuple(ids[name] for name in ends), 64), ids
+    return Renderer(Tokenizer.load(folder), text, 259, tuple(ids[name] for name in ends), 64), ids
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from datetime import datetime
 
 import pytest
 
-from mergeopd.data.teacher_prompt import SAME, PromptTemplate, Script
+from mergeopd.data.teacher_prompt import SAME, PromptTemplate, TeacherPrompt
 from mergeopd.errors import DataError
 from mergeopd.types import Message, Prompt
 
@@ -38,15 +38,15 @@ def test_names_that_a_template_makes_itself_are_no_fields() -> None:
 
 
 def test_only_the_last_user_message_is_replaced() -> None:
-    script = Script(None, template("[{{ prompt }}]"))
+    script = TeacherPrompt(None, template("[{{ prompt }}]"))
     assert script.messages(prompt(*CHAT)) == (*CHAT[:-1], Message("user", "[last]"))
     tool = Message("tool", "t")
     assert script.messages(prompt(*CHAT, tool))[3:] == (Message("user", "[last]"), tool)
 
 
 def test_a_system_message_is_put_before_or_in_place_of_the_prompts_own() -> None:
-    assert Script("x").messages(prompt(*CHAT)) == (Message("system", "x"), *CHAT[1:])
-    assert Script("x").messages(prompt(*CHAT[1:])) == (Message("system", "x"), *CHAT[1:])
+    assert TeacherPrompt("x").messages(prompt(*CHAT)) == (Message("system", "x"), *CHAT[1:])
+    assert TeacherPrompt("x").messages(prompt(*CHAT[1:])) == (Message("system", "x"), *CHAT[1:])
     assert SAME.messages(prompt(*CHAT)) == CHAT
 
 
@@ -76,7 +76,7 @@ def test_what_cannot_be_rendered_is_told() -> None:
     with pytest.raises(DataError, match="no attribute 'solution'"):
         template("{{ hint.solution }}").render(prompt(hint="x"))
     with pytest.raises(DataError, match="no user message"):
-        Script(None, template("x")).messages(prompt(Message("system", "s")))
+        TeacherPrompt(None, template("x")).messages(prompt(Message("system", "s")))
     with pytest.raises(DataError, match=r"^teachers\.t\.prompt:2: not a Jinja template: "):
         template("\n{{ prompt")
     with pytest.raises(DataError, match="nested too deeply"):

@@ -15,8 +15,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mergeopd.data.chat_template import ChatTemplate
-from mergeopd.data.renderer import Dialect, masked_in_teacher_term
-from mergeopd.data.trajectory import ready_answer, segments, size_bound
+from mergeopd.data.renderer import Renderer, masked_in_teacher_term
+from mergeopd.data.trajectory import dataset_response, length_bound, segments
 from mergeopd.errors import DataError
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.types import Message, Prompt
@@ -84,13 +84,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def speak(folder: Path) -> Callable[..., Dialect]:
+def speak(folder: Path) -> Callable[..., Renderer]:
     tokenizer = Tokenizer.load(folder)
 
-    def make(template: str, eos: Sequence[str] = ("<|im_end|>",)) -> Dialect:
+    def make(template: str, eos: Sequence[str] = ("<|im_end|>",)) -> Renderer:
         compiled = ChatTemplate(template, tokenizer.special_tokens, name="t.jinja")
         ends = tuple(tokenizer.encode(e)[0] for e in eos)
-        return Dialect(tokenizer, compiled, tokenizer.vocab_size, ends, 4096)
+        return Renderer(tokenizer, compiled, tokenizer.vocab_size, ends, 4096)
 
     return make
 
@@ -108,7 +108,7 @@ def prompt(response: Any = None, messages: tuple[Message, ...] = PROMPT) -> Prom
     return Prompt("s:0", "s", "d", messages, response=response)
 
 
-def shown(dialect: Dialect, answer: Any) -> list[tuple[bool, str]]:
+def shown(dialect: Renderer, answer: Any) -> list[tuple[bool, str]]:
     """Runs of equal flags, decoded."""
     runs: list[tuple[bool, list[int]]] = []
     for i, own in zip(answer.ids, answer.trained, strict=True):
@@ -118,9 +118,9 @@ def shown(dialect: Dialect, answer: Any) -> list[tuple[bool, str]]:
     return [(own, dialect.tokenizer.decode(ids, skip_special_tokens=False)) for own, ids in runs]
 
 
-def test_only_what_the_assistant_writes_is_trained(speak: Callable[..., Dialect]) -> None:
+def test_only_what_the_assistant_writes_is_trained(speak: Callable[..., Renderer]) -> None:
     dialect = speak(CHATML)
-    assert shown(dialect, ready_answer(prompt(TRAJECTORY), dialect)) == [
+    assert shown(dialect, dataset_response(prompt(TRAJECTORY), dialect)) == [
         (True, '<call>{"open": "box"}</call><|im_end|>'),
         (
             False,
@@ -133,10 +133,10 @@ def test_only_what_the_assistant_writes_is_trained(speak: Callable[..., Dialect]
     ]
 
 
-def test_a_template_that_trims_trims_what_is_trained(speak: Callable[..., Dialect]) -> None:
+def test_a_template_that_trims_trims_what_is_trained(speak: Callable[..., Renderer]) -> None:
     dialect = speak(TRIMMING)
     header = "<|start|>assistant<|end|>\n\n"
-    assert shown(dialect, ready_answer(prompt(TRAJECTORY), dialect)) == [
+    assert shown(dialect, dataset_response(prompt(TRAJECTORY), dialect)) == [
         (True, '<call>{"open": "box"}</call><|im_end|>'),
         (
             False,
@@ -150,13 +150,13 @@ def test_a_template_that_trims_trims_what_is_trained(speak: Callable[..., Dialec
 
 
 @pytest.mark.parametrize("template", [CHATML, TRIMMING], ids=["chatml", "trimming"])
-def test_ids_are_those_of_transformers(speak: Callable[..., Dialect], reference: Any, template: str) -> None:
+def test_ids_are_those_of_transformers(speak: Callable[..., Renderer], reference: Any, template: str) -> None:
     dialect = speak(template)
     example = prompt(TRAJECTORY)
     whole = reference.apply_chat_template(
         as_dicts((*PROMPT, *TRAJECTORY)), chat_template=template, tokenize=True, return_dict=False
     )
-    found = [*dialect.render(example), *ready_answer(example, dialect).ids]
+    found = [*dialect.render(example), *dataset_response(example, dialect).ids]
     end = len(whole) - whole[::-1].index(dialect.end_id)  # the template's last line break answers nothing
     assert found == whole[:end]
 
@@ -171,7 +171,7 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
 @pytest.mark.parametrize("template", [CHATML, TRIMMING], ids=["chatml", "trimming"])
 def test_multi_turn_prompts_are_those_of_transformers(
-    speak: Callable[..., Dialect], reference: Any, template: str, messages: tuple[Message, ...]
+    speak: Callable[..., Renderer], reference: Any, template: str, messages: tuple[Message, ...]
 ) -> None:
     expected = reference.apply_chat_template(
         as_dicts(messages),
@@ -195,7 +195,7 @@ turns = st.lists(
 @given(turns=turns, template=st.sampled_from([CHATML, TRIMMING]), first=st.text(max_size=8))
 @settings(max_examples=150, deadline=None)
 def test_pieces_make_up_the_whole_rendering(
-    speak: Callable[..., Dialect], turns: list[tuple[list[str], str]], template: str, first: str
+    speak: Callable[..., Renderer], turns: list[tuple[list[str], str]], template: str, first: str
 ) -> None:
     trajectory = [Message("assistant", first)]
     for roles, text in turns:
@@ -207,76 +207,76 @@ def test_pieces_make_up_the_whole_rendering(
     assert dialect.template.render(PROMPT) + "".join(piece.text for piece in pieces) == whole
     assert sum(piece.is_own for piece in pieces) == sum(turn.role == "assistant" for turn in trajectory)
     example = prompt(tuple(trajectory))
-    answer = ready_answer(example, dialect)
+    answer = dataset_response(example, dialect)
     text = dialect.tokenizer.decode([*dialect.render(example), *answer.ids], skip_special_tokens=False)
     assert text == whole.removesuffix("\n")
     assert answer.ids[-1] == dialect.end_id
-    assert len(answer.ids) <= size_bound(example, dialect)
+    assert len(answer.ids) <= length_bound(example, dialect)
     assert answer.trained is not None
     ends = [i for i, own in zip(answer.ids, answer.trained, strict=True) if own and i == dialect.end_id]
     assert len(ends) == sum(turn.role == "assistant" for turn in trajectory)
 
 
-def test_a_turn_without_text_is_its_end_token(speak: Callable[..., Dialect]) -> None:
+def test_a_turn_without_text_is_its_end_token(speak: Callable[..., Renderer]) -> None:
     dialect = speak(CHATML)
     turns = (Message("assistant", ""), Message("tool", ""), Message("assistant", ""))
-    runs = shown(dialect, ready_answer(prompt(turns), dialect))
+    runs = shown(dialect, dataset_response(prompt(turns), dialect))
     assert [text for own, text in runs if own] == ["<|im_end|>", "<|im_end|>"]
 
 
-def test_a_template_that_ends_no_answer_gets_the_end_token_once(speak: Callable[..., Dialect]) -> None:
+def test_a_template_that_ends_no_answer_gets_the_end_token_once(speak: Callable[..., Renderer]) -> None:
     dialect = speak(BARE)
     turns = (Message("assistant", "a"), Message("user", "b"), Message("assistant", "c"))
-    assert shown(dialect, ready_answer(prompt(turns), dialect)) == [
+    assert shown(dialect, dataset_response(prompt(turns), dialect)) == [
         (True, "a\n"),
         (False, "user: b\nassistant: "),
         (True, "c\n<|im_end|>"),
     ]
 
 
-def test_an_answer_ends_at_whichever_end_token_comes_first(speak: Callable[..., Dialect]) -> None:
+def test_an_answer_ends_at_whichever_end_token_comes_first(speak: Callable[..., Renderer]) -> None:
     dialect = speak(
         CHATML.replace("<|im_end|>\\n", "<|endoftext|><|im_end|>\\n"), ("<|im_end|>", "<|endoftext|>")
     )
-    runs = shown(dialect, ready_answer(prompt(TRAJECTORY[-1:]), dialect))
+    runs = shown(dialect, dataset_response(prompt(TRAJECTORY[-1:]), dialect))
     assert runs == [(True, "Yes.<|endoftext|>")]
 
 
-def test_a_text_is_all_trained_and_closed(speak: Callable[..., Dialect]) -> None:
+def test_a_text_is_all_trained_and_closed(speak: Callable[..., Renderer]) -> None:
     dialect = speak(CHATML)
-    answer = ready_answer(prompt("Yes."), dialect)
+    answer = dataset_response(prompt("Yes."), dialect)
     assert (answer.ids, answer.trained) == ((*dialect.tokenizer.encode("Yes."), dialect.end_id), None)
-    assert size_bound(prompt("Yes."), dialect) == 5
-    assert size_bound(prompt(), dialect) == 0
+    assert length_bound(prompt("Yes."), dialect) == 5
+    assert length_bound(prompt(), dialect) == 0
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(speak: Callable[..., Dialect]) -> None:
+def test_a_template_that_rewrites_earlier_turns_is_refused(speak: Callable[..., Renderer]) -> None:
     turns = (Message("assistant", "<think>hm</think>A"), Message("user", "?"), Message("assistant", "B"))
     with pytest.raises(DataError) as caught:
-        ready_answer(prompt(turns), speak(FORGETFUL))
+        dataset_response(prompt(turns), speak(FORGETFUL))
     assert str(caught.value) == (
         "t.jinja: response[0] is written otherwise once response[1] follows: "
         '"<think>hm</think>A<|im_end|>\\n" becomes "A<|im_end|>\\n<|im_start|>user\\n?"; '
         "make a row of each of the assistant's turns, with the turns before it in the prompt and its text as the "
         "response, or give the student a template that keeps earlier turns as they are"
     )
-    assert shown(speak(FORGETFUL), ready_answer(prompt(turns[:1]), speak(FORGETFUL)))
+    assert shown(speak(FORGETFUL), dataset_response(prompt(turns[:1]), speak(FORGETFUL)))
 
 
-def test_an_answer_must_begin_as_it_is_asked_for(speak: Callable[..., Dialect]) -> None:
+def test_an_answer_must_begin_as_it_is_asked_for(speak: Callable[..., Renderer]) -> None:
     dialect = speak(CHATML.replace("assistant\\n' }}{%- endif %}", "assistant\\n<think>' }}{%- endif %}"))
     with pytest.raises(DataError, match=r"response\[0\] does not begin as the template asks for an answer"):
-        ready_answer(prompt(TRAJECTORY), dialect)
+        dataset_response(prompt(TRAJECTORY), dialect)
 
 
-def test_a_message_must_not_be_left_out(speak: Callable[..., Dialect]) -> None:
+def test_a_message_must_not_be_left_out(speak: Callable[..., Renderer]) -> None:
     with pytest.raises(
         DataError, match=r"^t\.jinja: leaves out response\[1\], a message of role 'tool'; choose a "
     ):
-        ready_answer(prompt(TRAJECTORY), speak(BARE))
+        dataset_response(prompt(TRAJECTORY), speak(BARE))
 
 
-def test_every_end_token_is_masked_for_teachers_that_end_otherwise(speak: Callable[..., Dialect]) -> None:
+def test_every_end_token_is_masked_for_teachers_that_end_otherwise(speak: Callable[..., Renderer]) -> None:
     student = speak(CHATML, ("<|im_end|>", "<|endoftext|>"))
     same, one, none = student, speak(CHATML, ("<|endoftext|>",)), speak(CHATML, ("<s>",))
     end, other = student.eos_ids

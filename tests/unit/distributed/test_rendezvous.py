@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mergeopd.distributed.rendezvous import Place
+from mergeopd.distributed.rendezvous import RankInfo
 from mergeopd.errors import ProcessError
 
 ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
@@ -17,17 +17,17 @@ TORCHRUN = {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}
 @pytest.mark.parametrize(
     ("env", "place"),
     [
-        ({}, Place()),
-        (SLURM, Place()),  # a job that starts one process by itself
-        ({**TORCHRUN, **ADDRESS}, Place(2, 0, 4)),
-        ({**TORCHRUN, "MERGEOPD_RENDEZVOUS": "/tmp/x/meet"}, Place(2, 0, 4, Path("/tmp/x/meet"))),
-        ({**SLURM, **ADDRESS}, Place(5, 1, 8)),
-        ({**SLURM, **TORCHRUN, **ADDRESS}, Place(2, 0, 4)),
-        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, Place()),
+        ({}, RankInfo()),
+        (SLURM, RankInfo()),  # a job that starts one process by itself
+        ({**TORCHRUN, **ADDRESS}, RankInfo(2, 0, 4)),
+        ({**TORCHRUN, "MERGEOPD_RENDEZVOUS": "/tmp/x/meet"}, RankInfo(2, 0, 4, Path("/tmp/x/meet"))),
+        ({**SLURM, **ADDRESS}, RankInfo(5, 1, 8)),
+        ({**SLURM, **TORCHRUN, **ADDRESS}, RankInfo(2, 0, 4)),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, RankInfo()),
     ],
 )
-def test_what_it_says(env: dict[str, str], place: Place) -> None:
-    assert Place.of(env) == place
+def test_what_it_says(env: dict[str, str], place: RankInfo) -> None:
+    assert RankInfo.of(env) == place
 
 
 @pytest.mark.parametrize(
@@ -52,5 +52,5 @@ def test_what_it_says(env: dict[str, str], place: Place) -> None:
 )
 def test_what_says_too_little(env: dict[str, str], text: str) -> None:
     with pytest.raises(ProcessError) as caught:
-        Place.of(env)
+        RankInfo.of(env)
     assert str(caught.value) == text

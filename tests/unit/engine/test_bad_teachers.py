@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergeopd.check.preflight import preflight
-from mergeopd.distributed.ranks import Alone
+from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
@@ -32,7 +32,7 @@ class NoUpdates:
 
 def run(recipe: Path, *overrides: str) -> None:
     inputs = preflight(recipe, overrides)
-    models = load_models(inputs, Machine(CPU, Alone()))
+    models = load_models(inputs, Machine(CPU, SingleProcess()))
     build(models, reporter=Reporters(NoUpdates()), clock=Clock(), interrupt=Interrupt()).run(Progress(), None)
 
 
@@ -45,7 +45,7 @@ def damage(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> N
 def write_card(recipe: Path, *, fingerprint: bool) -> None:
     """The card of teacher `two` as it is now, with its canary."""
     inputs = preflight(recipe)
-    parts = load_models(inputs, Machine(CPU, Alone()))
+    parts = load_models(inputs, Machine(CPU, SingleProcess()))
     ids = sample_ids(inputs.teachers["two"], "a b c", "d d c a")
     with parts.teachers["two"].open() as session:
         [(_, hidden)] = session.score([TeacherSequence(*ids)], TargetSpec("hidden"), 100)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from mergeopd.align.answers import Unaligned
 from mergeopd.check.preflight import preflight
-from mergeopd.distributed.ranks import Alone
+from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, Models, build_evaluation, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.stages import Stages
@@ -41,7 +41,7 @@ def parts_of(
         "phases": [{"name": "merge", "updates": 1, "prompts_per_round": 3, **phase}],
     }
     return load_models(
-        preflight(write_byte_job(folder, recipe, merges=merges, turned=turned)), Machine(CPU, Alone())
+        preflight(write_byte_job(folder, recipe, merges=merges, turned=turned)), Machine(CPU, SingleProcess())
     )
 
 
@@ -120,7 +120,8 @@ def test_prompts_of_bridged_teachers_beside_advantages_of_whole_answers(
         tmp_path.mkdir(exist_ok=True)
         (tmp_path / "q.jsonl").write_text('{"prompt": "bb"}')
         return load_models(
-            preflight(write_byte_job(tmp_path, recipe, merges=OTHER, turned=True)), Machine(CPU, Alone())
+            preflight(write_byte_job(tmp_path, recipe, merges=OTHER, turned=True)),
+            Machine(CPU, SingleProcess()),
         )
 
     def gradient_of(parts: Models) -> dict[str, Tensor]:
@@ -269,7 +270,7 @@ def test_answers_without_a_common_token_teach_nothing_and_are_counted(tmp_path: 
 def test_what_such_a_teacher_wrote_is_text_whatever_it_looks_like(tmp_path: Path) -> None:
     """The student's end token spelled out ends nothing; half a character at the limit is left out."""
     parts = parts_of(tmp_path, bridge="gold", loss="forward_kl")
-    crossing, student = parts.inputs.crossings["other"], parts.inputs.student
+    crossing, student = parts.inputs.cross_tokenizers["other"], parts.inputs.student
     [spelled] = crossing.other.encode([f"ab{END}c é"])
     ids, whole = crossing.in_student_ids([*spelled, crossing.ends.teacher], ended=True)
     assert whole
@@ -299,7 +300,7 @@ def test_a_span_is_a_policy_term_also_beside_a_divergence(tmp_path: Path) -> Non
 def test_the_teachers_context_ends_what_it_reads(tmp_path: Path) -> None:
     """Within the recipe's limit in the student's tokens an answer may be far longer in the teacher's."""
     parts = parts_of(tmp_path, merges=[("b", "c")], bridge="gold", loss="reverse_kl")
-    crossing, whole = parts.inputs.crossings["other"], rollouts_of(parts)[0]
+    crossing, whole = parts.inputs.cross_tokenizers["other"], rollouts_of(parts)[0]
     student, teacher = parts.inputs.student, parts.inputs.teachers["other"]
     room = teacher.max_positions - len(teacher.render(whole.prompt))
     num_pairs = room // 2 + 5
@@ -314,7 +315,7 @@ def test_the_teachers_context_ends_what_it_reads(tmp_path: Path) -> None:
 
 def test_a_text_that_takes_more_tokens_of_the_student_ends_with_its_context(tmp_path: Path) -> None:
     parts = parts_of(tmp_path, bridge="gold", loss="forward_kl")
-    crossing, student = parts.inputs.crossings["other"], parts.inputs.student
+    crossing, student = parts.inputs.cross_tokenizers["other"], parts.inputs.student
     [[prompt, *_]] = parts.inputs.prompts.values()
     [ids] = crossing.other.encode(["bc" * 70])
     assert len(ids) == 70
@@ -337,7 +338,9 @@ def test_a_new_recipe_has_a_bridge_where_the_tokenizer_differs(
     (tmp_path / "q.jsonl").write_bytes((tmp_path / "p.jsonl").read_bytes())
     files = ["other=p.jsonl", "same=q.jsonl"]
     inputs, _ = new_recipe(NewRecipeOptions("both", "base", ["other.yaml", "same.yaml"], files))
-    assert {name: crossing.bridge.kind for name, crossing in inputs.crossings.items()} == {"other": "pieces"}
+    assert {name: crossing.bridge.kind for name, crossing in inputs.cross_tokenizers.items()} == {
+        "other": "pieces"
+    }
 
 
 class Notes:
@@ -362,8 +365,8 @@ def test_weights_of_another_tokenizer_are_not_averaged(tmp_path: Path) -> None:
     write_model(tmp_path / "other", seed=3, vocab=260, hidden=32)
     inputs, notes = preflight(inputs_file), Notes()
     assert inputs.plan.evaluation is not None
-    stages = Stages(notes, Clock(), Alone(), None)
-    evaluation = build_evaluation(inputs, inputs.plan.evaluation, Machine(CPU, Alone()), stages)
+    stages = Stages(notes, Clock(), SingleProcess(), None)
+    evaluation = build_evaluation(inputs, inputs.plan.evaluation, Machine(CPU, SingleProcess()), stages)
     result = evaluation.run(tmp_path / "base")
     assert notes.texts == ["no weight average: other has another tokenizer than the student"]
     assert result["d"]["weight_average"] is None

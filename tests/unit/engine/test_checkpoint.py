@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from mergeopd.check.preflight import preflight
-from mergeopd.distributed.ranks import Alone
+from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine import checkpoint
 from mergeopd.engine.build import Machine, load_models
 from mergeopd.engine.checkpoint import Checkpoints, Record
@@ -44,14 +44,14 @@ def test_the_metrics_are_on_the_disk_before_the_checkpoint_is(
         order.append(str(target))
         return real_rename(path, target)
 
-    parts = load_models(preflight(write_job()), Machine(CPU, Alone()))
+    parts = load_models(preflight(write_job()), Machine(CPU, SingleProcess()))
     files = {kind: MetricsFile(tmp_path / f"{kind}.jsonl") for kind in ("metrics", "samples")}
     path = tmp_path / f"{name}.jsonl"
     with files[name]:
         files[name].append({"update": 1})
         monkeypatch.setattr(os, "fsync", fsync)
         monkeypatch.setattr(Path, "rename", rename)
-        kept = Checkpoints(tmp_path / "c", parts.plan, parts.student, parts.snapshots, Alone())
+        kept = Checkpoints(tmp_path / "c", parts.plan, parts.student, parts.snapshots, SingleProcess())
         kept.save(Record(Progress(1, 1, 4), {"total": 0.1}), RecordsReporter(**files))
     assert order.index(str(path)) < order.index(str(tmp_path / "c" / "step-1"))
 
@@ -62,9 +62,9 @@ def test_what_was_saved_comes_back(
 ) -> None:
     """In one file or in many, of which none is larger than it may be or has more than one tensor that is."""
     monkeypatch.setattr(checkpoint, "_MAX_FILE_BYTES", max_bytes)
-    parts = load_models(preflight(write_job()), Machine(CPU, Alone()))
+    parts = load_models(preflight(write_job()), Machine(CPU, SingleProcess()))
     record = Record(Progress(7, 5, 28), {"rollout": 0.1 + 0.2, "total": 1e300})
-    kept = Checkpoints(tmp_path, parts.plan, parts.student, parts.snapshots, Alone())
+    kept = Checkpoints(tmp_path, parts.plan, parts.student, parts.snapshots, SingleProcess())
     kept.save(record, Silent())
     files = list((tmp_path / "step-7").glob("*.safetensors"))
     assert (len(files) > 9) == (max_bytes == 2_000)
@@ -82,6 +82,6 @@ def test_what_was_saved_comes_back(
 
 
 def test_without_checkpoints_it_is_the_beginning(write_job: Callable[..., Path], tmp_path: Path) -> None:
-    parts = load_models(preflight(write_job()), Machine(CPU, Alone()))
-    kept = Checkpoints(tmp_path / "none", parts.plan, parts.student, parts.snapshots, Alone())
+    parts = load_models(preflight(write_job()), Machine(CPU, SingleProcess()))
+    kept = Checkpoints(tmp_path / "none", parts.plan, parts.student, parts.snapshots, SingleProcess())
     assert kept.restore([], Silent()) == Record(Progress(), {})

@@ -9,11 +9,11 @@ from published import LLAMA, run_to_the_end, write_project
 from transformers import GenerationConfig
 
 from mergeopd.check.preflight import Inputs, preflight
-from mergeopd.data.renderer import Dialect, masked_in_teacher_term
+from mergeopd.data.renderer import Renderer, masked_in_teacher_term
 from mergeopd.errors import RecipeError
 
 
-def tokens(dialect: Dialect, ids: tuple[int, ...]) -> list[str]:
+def tokens(dialect: Renderer, ids: tuple[int, ...]) -> list[str]:
     return [dialect.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
 
 

@@ -17,7 +17,7 @@ import torch
 from enumeration import ANSWERS, EOS, Reference, V, assert_equal, build_parts, engine_round, logprobs
 
 from mergeopd.check.preflight import preflight
-from mergeopd.distributed.ranks import Alone
+from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, Models, load_models
 from mergeopd.engine.schedule import split_updates
 from mergeopd.types import Prompt, Rollout
@@ -154,6 +154,6 @@ def test_a_teacher_equal_to_the_student_teaches_nothing(write_job: Callable[...,
     recipe = write_job()
     (recipe.parent / "two.yaml").write_text('{"card": 1, "name": "self", "model": "base"}')
     overrides = ['prompts.0.teachers={"two": 1.0}', "prompts.1.teachers=two", 'teachers={"two": "two.yaml"}']
-    parts = load_models(preflight(recipe, overrides), Machine(CPU, Alone()))
+    parts = load_models(preflight(recipe, overrides), Machine(CPU, SingleProcess()))
     [(gradient, _)] = engine_round(parts, all_answers(parts))
     assert max(float(g.abs().max()) for g in gradient.values()) <= 1e-6

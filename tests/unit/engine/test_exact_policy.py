@@ -24,8 +24,8 @@ from enumeration import (
     engine_round,
     logprobs,
     methods_parts,
+    rewards_of,
     rollouts_of,
-    verdicts_of,
 )
 from torch import Tensor
 
@@ -142,18 +142,18 @@ METHODS: dict[str, tuple[dict, Callable[[Token], Tensor]]] = {
         lambda t: surrogate(t.ratio, t.advantage + 0.3 * t.d()),
     ),
     "KDRL on wrong answers": (
-        {"loss": {"outcome": 1.0, "sampled_reverse_kl": 0.3}, "balance": {"teach": "wrong"}},
+        {"loss": {"outcome": 1.0, "sampled_reverse_kl": 0.3}, "balance": {"distill_on": "wrong"}},
         lambda t: surrogate(t.ratio, t.advantage + 0.3 * t.d()),
     ),
     "SRPO": (
         {
             "loss": {"outcome": {"weight": 1.0, "answers": "right"}, "sampled_reverse_kl": 1.0},
-            "balance": {"teach": "wrong"},
+            "balance": {"distill_on": "wrong"},
         },
         lambda t: surrogate(t.ratio, (t.advantage if t.right else 0.0) + t.d()),
     ),
     "HDPO": (
-        {"loss": {"outcome": 1.0, "sampled_reverse_kl": 0.5}, "balance": {"teach": "failed_groups"}},
+        {"loss": {"outcome": 1.0, "sampled_reverse_kl": 0.5}, "balance": {"distill_on": "failed_groups"}},
         lambda t: surrogate(t.ratio, t.advantage + 0.5 * t.d()),
     ),
     "RLAD": (
@@ -251,17 +251,17 @@ class Method:
         return self._of_teachers[key]
 
     def round(
-        self, rollouts: Sequence[Rollout], verdicts: Sequence[float], num_updates: int
+        self, rollouts: Sequence[Rollout], grades: Sequence[float], num_updates: int
     ) -> list[dict[str, Tensor]]:
         old = self.old(rollouts)
         std = self.loss.get("outcome", {})
         std = std.get("std", "unbiased") if isinstance(std, dict) else "unbiased"
-        scaled = advantages(rollouts, verdicts, std)
+        scaled = advantages(rollouts, grades, std)
         results = []
         for update in split_updates(rollouts, num_updates):
-            members = [(rollouts[i], verdicts[i], scaled[i], old[i]) for i in update]
+            members = [(rollouts[i], grades[i], scaled[i], old[i]) for i in update]
             failed = {r.prompt.key: True for r, *_ in members}
-            for r, v in zip(rollouts, verdicts, strict=True):
+            for r, v in zip(rollouts, grades, strict=True):
                 if r.prompt.key in failed:
                     failed[r.prompt.key] &= not v
             total = torch.zeros((), dtype=torch.float64)
@@ -279,10 +279,10 @@ class Method:
                     parameter -= SGD_LR * gradient[name]
         return results
 
-    def answer(self, r: Rollout, verdict: float, advantage: float, past: list, failed: bool) -> Tensor:
-        teach = self.document.get("balance", {}).get("teach", "all")
+    def answer(self, r: Rollout, grade: float, advantage: float, past: list, failed: bool) -> Tensor:
+        teach = self.document.get("balance", {}).get("distill_on", "all")
         cut = r.finish == "length"
-        taught = {"all": True, "wrong": verdict == 0 or cut, "failed_groups": failed}[teach]
+        taught = {"all": True, "wrong": grade == 0 or cut, "failed_groups": failed}[teach]
         weights = {n: w if taught else 0.0 for n, w in r.prompt.teachers.items()}
         log_s = logprobs(self.reference.student, r.prompt_ids, r.response_ids, 1.0)
         log_t = {n: self.teacher(n, r) for n in weights}
@@ -298,7 +298,7 @@ class Method:
                 weights=weights,
                 position=t,
                 advantage=0.0 if cut else advantage,
-                right=verdict > 0,
+                right=grade > 0,
                 group_failed=failed,
                 cut_off=cut,
             )
@@ -323,9 +323,9 @@ def test_gradient_equals_the_method_as_its_paper_writes_it(
     )
     reference = Reference(parts)
     rollouts = rollouts_of(parts, reference)
-    verdicts = verdicts_of(rollouts)
-    assert {True, False} == {v > 0 for v in verdicts}
-    found = engine_round(parts, rollouts, verdicts, sgd_lr=SGD_LR)
-    expected = Method(reference, document, formula).round(rollouts, verdicts, num_updates)
+    grades = rewards_of(rollouts)
+    assert {True, False} == {v > 0 for v in grades}
+    found = engine_round(parts, rollouts, grades, sgd_lr=SGD_LR)
+    expected = Method(reference, document, formula).round(rollouts, grades, num_updates)
     for (gradients, _), wanted in zip(found, expected, strict=True):
         assert_equal(gradients, wanted, 1e-10)

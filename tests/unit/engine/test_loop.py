@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from mergeopd.check.preflight import preflight
-from mergeopd.distributed.ranks import Alone
+from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.evaluate import Accuracies, Evaluation
@@ -76,7 +76,7 @@ def run(recipe: Path, *overrides: str, stop_after: int | None = None) -> tuple[R
     inputs = preflight(recipe, overrides)
     recorder, folder = Recorder(stop_after), RunFolder(Path(inputs.plan.output))
     folder.claim(inputs.plan, inputs.files, inputs.now, ())
-    parts = load_models(inputs, Machine(CPU, Alone()))
+    parts = load_models(inputs, Machine(CPU, SingleProcess()))
     record = parts.checkpoints().restore(folder.plan_hashes(), recorder)
     clock = Clock()
     clock.continue_from(record.seconds)
@@ -133,10 +133,10 @@ def test_training_is_freed_before_the_evaluation(
     inputs = preflight(recipe)
     recorder, folder = Recorder(), RunFolder(Path(inputs.plan.output))
     folder.claim(inputs.plan, inputs.files, inputs.now, ())
-    parts = load_models(inputs, Machine(CPU, Alone()))
+    parts = load_models(inputs, Machine(CPU, SingleProcess()))
     assert isinstance(parts.student, TorchStudent)
-    [follower] = parts.snapshots.followers.values()
-    held = [weakref.ref(t) for t in (*follower.tensors.values(), *parts.student._masters.values())]
+    [snapshot] = parts.snapshots.snapshots.values()
+    held = [weakref.ref(t) for t in (*snapshot.tensors.values(), *parts.student._masters.values())]
     held += [weakref.ref(parts.student._adamw)]
     alive: list[int] = []
 
@@ -233,7 +233,7 @@ POLICY_PHASES = [
             "sampled_reverse_kl": {"weight": {"start": 1.0, "end": 0.2, "updates": 3}},
             "outcome": {"weight": 0.5, "std": "none"},
         },
-        "balance": {"tokens": "equal", "follow_gap": 1.0, "teach": "wrong"},
+        "balance": {"tokens": "equal", "follow_gap": 1.0, "distill_on": "wrong"},
         "correction": {"kind": "mask", "low": 0.5, "high": 2.0},
     },
     {

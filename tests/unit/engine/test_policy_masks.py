@@ -20,8 +20,8 @@ from enumeration import (
     first_update,
     is_zero,
     methods_parts,
+    rewards_of,
     rollouts_of,
-    verdicts_of,
 )
 
 from mergeopd.engine.build import Models
@@ -45,12 +45,12 @@ def test_what_others_wrote_has_divergences_but_no_policy_term(write_job: Write) 
         origin = ("student", "dataset", "student", "teacher")[i % 4]
         mixed.append(r if origin == "student" else replace(r, origin=origin, logprobs_behaviour=None))  # type: ignore[arg-type]
     own = [i for i, r in enumerate(mixed) if r.origin == "student"]
-    verdicts = verdicts_of(mixed)
-    mine = advantages([mixed[i] for i in own], [verdicts[i] for i in own], "unbiased")
+    grades = rewards_of(mixed)
+    mine = advantages([mixed[i] for i in own], [grades[i] for i in own], "unbiased")
     total = torch.stack([plain.exact(i).sum() for i in range(len(mixed))]).sum()
     for i, a in zip(own, mine, strict=True):
         total = total - (plain.rho(i).clamp(max=1.5) * (0.5 * plain.d(i) + a) * plain.lp[i]).sum()
-    [(gradient, stats)] = engine_round(parts, mixed, verdicts)
+    [(gradient, stats)] = engine_round(parts, mixed, grades)
     assert_equal(gradient, plain.gradient(total / plain.num_tokens()), 1e-10)
     rho = torch.cat([plain.rho(i) for i in own])
     found = stats.policy(None)
@@ -60,7 +60,7 @@ def test_what_others_wrote_has_divergences_but_no_policy_term(write_job: Write) 
     assert found.rollout_logprob_gap == pytest.approx(float(rho.log().abs().mean()))
     assert found.rollout_logprob_gap_max == pytest.approx(float(rho.log().abs().max()))
     # What a verifier thinks of the others' answers is nobody's business.
-    others = [v if r.origin == "student" else 1.0 - v for r, v in zip(mixed, verdicts, strict=True)]
+    others = [v if r.origin == "student" else 1.0 - v for r, v in zip(mixed, grades, strict=True)]
     again = first_update(parts, mixed, others)
     assert all(torch.equal(again[name], gradient[name]) for name in gradient)
 
@@ -68,15 +68,15 @@ def test_what_others_wrote_has_divergences_but_no_policy_term(write_job: Write) 
 def test_cut_off_answers_have_no_outcome_but_their_teachers(write_job: Write) -> None:
     parts = methods_parts(write_job, loss={"reverse_kl": 1.0, "outcome": 1.0})
     plain = Plain(parts)
-    verdicts = verdicts_of(plain.rollouts)
+    grades = rewards_of(plain.rollouts)
     cut = [r.finish == "length" for r in plain.rollouts]
     assert 0 < sum(cut) < len(cut)
-    found = first_update(parts, plain.rollouts, verdicts)
+    found = first_update(parts, plain.rollouts, grades)
     # Their verdicts move nothing, neither their own advantage nor the group's mean.
-    other = [1.0 - v if is_cut else v for v, is_cut in zip(verdicts, cut, strict=True)]
+    other = [1.0 - v if is_cut else v for v, is_cut in zip(grades, cut, strict=True)]
     again = first_update(parts, plain.rollouts, other)
     assert all(torch.equal(again[name], found[name]) for name in found)
-    scaled = advantages(plain.rollouts, verdicts, "unbiased")
+    scaled = advantages(plain.rollouts, grades, "unbiased")
     total = torch.zeros((), dtype=torch.float64)
     for i, is_cut in enumerate(cut):
         total = total + (plain.exact(i) - (0.0 if is_cut else scaled[i]) * plain.lp[i]).sum()
@@ -103,8 +103,8 @@ def test_a_teacher_is_not_asked_about_an_end_that_is_not_its_own(write_job: Writ
         "two",
     )
     plain = Plain(parts)
-    verdicts = verdicts_of(plain.rollouts)
-    scaled = advantages(plain.rollouts, verdicts, "unbiased")
+    grades = rewards_of(plain.rollouts)
+    scaled = advantages(plain.rollouts, grades, "unbiased")
     for i, r in enumerate(plain.rollouts):
         if r.response_ids[-1] == 4:
             plain.gaps[i]["two"][-1] = 0.0
@@ -138,7 +138,7 @@ def test_a_teacher_is_not_asked_about_an_end_that_is_not_its_own(write_job: Writ
                     credit = float(gap[t])
                 advantage[t] += weight * credit
         total = total - factors[r.prompt.domain] * (advantage * plain.lp[i]).sum()
-    found = first_update(parts, plain.rollouts, verdicts)
+    found = first_update(parts, plain.rollouts, grades)
     assert_equal(found, plain.gradient(total / plain.num_tokens()), 1e-10)
 
 
@@ -153,15 +153,15 @@ def test_a_teacher_is_not_asked_about_an_end_that_is_not_its_own(write_job: Writ
 def test_groups_of_one_mind_teach_nothing(write_job: Write, term: dict) -> None:
     parts = methods_parts(write_job, loss={"outcome": {"weight": 1.0, **term}})
     rollouts = rollouts_of(parts, Reference(parts))
-    for verdict in (0.0, 1.0, None):
-        assert is_zero(first_update(parts, rollouts, [verdict] * len(rollouts)))
+    for grade in (0.0, 1.0, None):
+        assert is_zero(first_update(parts, rollouts, [grade] * len(rollouts)))
 
 
 def test_a_group_of_one_after_cutting_keeps_its_teacher_only(write_job: Write) -> None:
     parts = methods_parts(write_job, loss={"outcome": 1.0, "sampled_reverse_kl": 0.5})
     plain = Plain(parts)
     rollouts = [r if r.sample == 7 else replace(r, finish="length") for r in plain.rollouts]  # type: ignore[arg-type]
-    found = first_update(parts, rollouts, verdicts_of(rollouts))
+    found = first_update(parts, rollouts, rewards_of(rollouts))
     total = sum(-0.5 * (plain.d(i) * lp).sum() for i, lp in enumerate(plain.lp)) / plain.num_tokens()
     assert_equal(found, plain.gradient(total), 1e-10)  # type: ignore[arg-type]
 
@@ -176,13 +176,13 @@ def test_empty_answers_change_nothing(write_job: Write) -> None:
         balance={"follow_gap": 1.0, "tokens": "equal"},
     )
     rollouts = rollouts_of(parts, Reference(parts))
-    verdicts: list[float | None] = [*verdicts_of(rollouts)]
+    grades: list[float | None] = [*rewards_of(rollouts)]
     empty = replace(rollouts[0], response_ids=(), logprobs_behaviour=(), finish="stop", sample=99)
-    plain = first_update(parts, rollouts, verdicts)
-    beside = first_update(parts, [*rollouts, empty], [*verdicts, None])
+    plain = first_update(parts, rollouts, grades)
+    beside = first_update(parts, [*rollouts, empty], [*grades, None])
     for name, gradient in plain.items():
         assert torch.allclose(beside[name], gradient, rtol=1e-9, atol=1e-13)
-    judged = first_update(parts, [*rollouts, empty], [*verdicts, 0.0])
+    judged = first_update(parts, [*rollouts, empty], [*grades, 0.0])
     assert any(not torch.allclose(judged[name], plain[name]) for name in plain)
     nothing = [replace(empty, sample=i) for i in range(4)]
     parts_again = methods_parts(write_job, loss={"outcome": 1.0, "sampled_reverse_kl": 1.0})
@@ -209,7 +209,7 @@ def test_an_update_without_an_own_answer_has_no_policy_gradient(write_job: Write
         replace(r, origin="dataset", logprobs_behaviour=None) if i in foreign else r
         for i, r in enumerate(rollouts)
     ]
-    found = engine_round(parts, mixed, verdicts_of(mixed))
+    found = engine_round(parts, mixed, rewards_of(mixed))
     assert is_zero(found[0][0])
     statistics_ = found[0][1].policy(None)
     assert statistics_ is not None

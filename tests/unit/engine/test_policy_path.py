@@ -23,7 +23,7 @@ from enumeration import (
     is_zero,
     logprobs,
     methods_parts,
-    verdicts_of,
+    rewards_of,
 )
 
 from mergeopd.engine.schedule import split_updates
@@ -42,8 +42,8 @@ def test_sequence_mask_and_its_figures(write_job: Write) -> None:
         correction={"kind": "sequence_mask", "low": low, "high": high},
     )
     plain = Plain(parts)
-    verdicts = verdicts_of(plain.rollouts)
-    scaled = advantages(plain.rollouts, verdicts, "unbiased")
+    grades = rewards_of(plain.rollouts)
+    scaled = advantages(plain.rollouts, grades, "unbiased")
     total, kept, weights, gaps = torch.zeros((), dtype=torch.float64), [], [], []
     for i, lp in enumerate(plain.lp):
         rho = plain.rho(i)
@@ -52,7 +52,7 @@ def test_sequence_mask_and_its_figures(write_job: Write) -> None:
         weights += [kept[i] * float(x) for x in rho]
         gaps += [abs(float(x)) for x in rho.log()]
     assert 10 < sum(kept) < len(kept) - 10
-    [(gradient, stats)] = engine_round(parts, plain.rollouts, verdicts)
+    [(gradient, stats)] = engine_round(parts, plain.rollouts, grades)
     assert_equal(gradient, plain.gradient(total / plain.num_tokens()), 1e-10)
     found = stats.policy(0.25)
     assert found is not None
@@ -76,9 +76,9 @@ def test_figures_of_the_second_update(write_job: Write) -> None:
         updates_per_round=2,
     )
     plain = Plain(parts)
-    verdicts = verdicts_of(plain.rollouts)
-    scaled = advantages(plain.rollouts, verdicts, "unbiased")
-    (first, _), (_, stats) = engine_round(parts, plain.rollouts, verdicts, sgd_lr=sgd_lr)
+    grades = rewards_of(plain.rollouts)
+    scaled = advantages(plain.rollouts, grades, "unbiased")
+    (first, _), (_, stats) = engine_round(parts, plain.rollouts, grades, sgd_lr=sgd_lr)
     with torch.no_grad():
         for name, parameter in plain.reference.student.named_parameters():
             parameter -= sgd_lr * first[name]
@@ -111,15 +111,15 @@ def test_a_band_that_nothing_meets_leaves_the_exact_term_alone(write_job: Write)
     band = {"correction": {"kind": "mask", "low": 5e5, "high": 1e6}}
     exact = methods_parts(write_job, loss="reverse_kl")
     plain = Plain(exact)
-    verdicts = verdicts_of(plain.rollouts)
-    alone = first_update(exact, plain.rollouts, verdicts)
+    grades = rewards_of(plain.rollouts)
+    alone = first_update(exact, plain.rollouts, grades)
     mixed = methods_parts(write_job, loss={"reverse_kl": 1.0, "outcome": 1.0}, **band)
-    beside = first_update(mixed, plain.rollouts, verdicts)
+    beside = first_update(mixed, plain.rollouts, grades)
     assert all(torch.equal(beside[name], alone[name]) for name in alone)
     for kind in ("mask", "sequence_mask"):
         band["correction"]["kind"] = kind
         policy = methods_parts(write_job, loss={"sampled_reverse_kl": 1.0, "outcome": 1.0}, **band)
-        [(gradient, stats)] = engine_round(policy, plain.rollouts, verdicts)
+        [(gradient, stats)] = engine_round(policy, plain.rollouts, grades)
         assert is_zero(gradient)
         found = stats.policy(None)
         assert found is not None
@@ -134,22 +134,22 @@ def test_pass_rates_weigh_teachers_and_not_outcomes(write_job: Write) -> None:
         write_job, loss={"reverse_kl": 1.0, "outcome": 0.5}, balance={"pass_rate": {"a": 1.0, "b": 2.0}}
     )
     plain = Plain(parts)
-    verdicts = verdicts_of(plain.rollouts)
-    scaled = advantages(plain.rollouts, verdicts, "unbiased")
+    grades = rewards_of(plain.rollouts)
+    scaled = advantages(plain.rollouts, grades, "unbiased")
     total = torch.zeros((), dtype=torch.float64)
     for i, r in enumerate(plain.rollouts):
-        group = [v for s, v in zip(plain.rollouts, verdicts, strict=True) if s.prompt.key == r.prompt.key]
+        group = [v for s, v in zip(plain.rollouts, grades, strict=True) if s.prompt.key == r.prompt.key]
         p = statistics.fmean(group)
         total = total + (p * (1 - p) ** 2 * plain.exact(i) - 0.5 * scaled[i] * plain.lp[i]).sum()
     expected = plain.gradient(total / plain.num_tokens())
-    assert_equal(first_update(parts, plain.rollouts, verdicts), expected, 1e-10)
+    assert_equal(first_update(parts, plain.rollouts, grades), expected, 1e-10)
 
 
 def test_prompts_that_are_all_solved_or_all_failed_teach_nothing(write_job: Write) -> None:
     parts = methods_parts(write_job, loss="reverse_kl", balance={"pass_rate": {}})
     plain = Plain(parts)
-    for verdict in (0.0, 1.0):
-        assert is_zero(first_update(parts, plain.rollouts, [verdict] * len(plain.rollouts)))
+    for grade in (0.0, 1.0):
+        assert is_zero(first_update(parts, plain.rollouts, [grade] * len(plain.rollouts)))
 
 
 @pytest.mark.parametrize(
@@ -171,8 +171,8 @@ def test_budgets_that_follow_the_gap(write_job: Write, reduce: str, kind: str, t
         balance={"follow_gap": alpha, "tokens": tokens},
     )
     plain = Plain(parts)
-    verdicts = verdicts_of(plain.rollouts)
-    scaled = advantages(plain.rollouts, verdicts, "unbiased")
+    grades = rewards_of(plain.rollouts)
+    scaled = advantages(plain.rollouts, grades, "unbiased")
     domains, num = plain.domains(), len(plain.rollouts)
     shares, gaps = {}, {}
     for domain, members in domains.items():
@@ -196,7 +196,7 @@ def test_budgets_that_follow_the_gap(write_job: Write, reduce: str, kind: str, t
         losses = teacher - 0.5 * scaled[i] * plain.lp[i]
         one = losses.sum() / plain.num_tokens() if reduce == "token" else losses.mean() / num
         total = total + factors[r.prompt.domain] * one
-    [(gradient, stats)] = engine_round(parts, plain.rollouts, verdicts)
+    [(gradient, stats)] = engine_round(parts, plain.rollouts, grades)
     assert_equal(gradient, plain.gradient(total), 1e-10)
     assert stats.loss == pytest.approx(value_of(plain, factors, scaled, kind, reduce), rel=1e-9)
 
@@ -227,9 +227,9 @@ def test_ramps_move_with_the_updates_of_the_phase(write_job: Write, gain: float)
         updates_per_round=2,
     )
     plain = Plain(parts)
-    verdicts = verdicts_of(plain.rollouts)
-    scaled = advantages(plain.rollouts, verdicts, "unbiased")
-    found = engine_round(parts, plain.rollouts, verdicts)
+    grades = rewards_of(plain.rollouts)
+    scaled = advantages(plain.rollouts, grades, "unbiased")
+    found = engine_round(parts, plain.rollouts, grades)
     amounts = [(1.0, 0.8, 0.0), (0.5, 0.6, 0.5)]
     for update, (gradient, _), (exact, sampled, outcome) in zip(
         split_updates(plain.rollouts, 2), found, amounts, strict=True
@@ -248,7 +248,7 @@ def test_an_outcome_counts_once_whatever_the_number_of_teachers(write_job: Write
     for loss in losses:
         parts = methods_parts(write_job, loss=loss)
         plain = plain or Plain(parts)
-        found.append(first_update(parts, plain.rollouts, verdicts_of(plain.rollouts)))
+        found.append(first_update(parts, plain.rollouts, rewards_of(plain.rollouts)))
     both, exact, outcome = found
     assert {len(r.prompt.teachers) for r in plain.rollouts} == {1, 2}  # type: ignore[union-attr]
     assert_equal({name: both[name] - exact[name] for name in both}, outcome, 1e-12)

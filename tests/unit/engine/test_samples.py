@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 from mergeopd.check.preflight import preflight
-from mergeopd.distributed.ranks import Alone
+from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
@@ -52,7 +52,7 @@ def samples_of(recipe: Path, *overrides: str, stop_at: int | None = None) -> lis
     inputs = preflight(recipe, overrides)
     folder, recorder = RunFolder(Path(inputs.plan.output)), Recorder(stop_at)
     folder.claim(inputs.plan, inputs.files, inputs.now, ())
-    parts = load_models(inputs, Machine(CPU, Alone()))
+    parts = load_models(inputs, Machine(CPU, SingleProcess()))
     progress = parts.checkpoints().restore(folder.plan_hashes(), recorder).progress
     with contextlib.suppress(Stop):
         build(parts, reporter=recorder, clock=Clock(), interrupt=Interrupt()).run(progress, None)

@@ -17,14 +17,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mergeopd.check.preflight import advice, preflight
-from mergeopd.distributed.ranks import Alone
+from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, Models, build, build_evaluation, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.progress import Task
 from mergeopd.engine.stages import Stages
 from mergeopd.errors import RecipeError
-from mergeopd.recipe.models import Moving
+from mergeopd.recipe.models import SnapshotRule
 from mergeopd.report.events import Event, UpdateDone
 from mergeopd.report.jsonl import update_record
 from mergeopd.rollout.local import generate
@@ -101,7 +101,7 @@ def test_the_gradient_is_autograds_on_a_model_that_reads_the_other_prompt(
 ) -> None:
     phase = {"name": "p", "updates": 1, "prompts_per_round": 4, "loss": loss}
     recipe = write_selves({"student": "start", **teacher}, {"phases": [phase]}, dtype="float64")
-    parts = load_models(preflight(recipe), Machine(CPU, Alone()))
+    parts = load_models(preflight(recipe), Machine(CPU, SingleProcess()))
     rollouts = all_answers(parts)
     found, _ = gradient(parts, rollouts)
 
@@ -136,7 +136,7 @@ def test_at_the_start_without_more_to_see_loss_and_gradient_are_zero(
     text = {"on_policy_fraction": 0.5, "otherwise": "dataset"}
     phase = {"name": "p", "updates": 1, "text": text, "loss": {"reverse_kl": 1.0, "nll": 0.5}}
     recipe = write_selves({"student": "start", **teacher}, {"phases": [phase]}, dtype="float64")
-    parts = load_models(preflight(recipe), Machine(CPU, Alone()))
+    parts = load_models(preflight(recipe), Machine(CPU, SingleProcess()))
     found, loss = gradient(parts, all_answers(parts))
     assert abs(loss) <= 1e-14
     assert max(float(g.abs().max()) for g in found.values()) <= 1e-14
@@ -145,7 +145,7 @@ def test_at_the_start_without_more_to_see_loss_and_gradient_are_zero(
 def test_weights_of_the_start_do_not_move_with_the_student(write_selves: Callable[..., Path]) -> None:
     """What the teacher says after an update is, bit for bit, what it said before."""
     recipe = write_selves({"student": "start", "system": "d c"}, dtype="float64")
-    parts = load_models(preflight(recipe), Machine(CPU, Alone()))
+    parts = load_models(preflight(recipe), Machine(CPU, SingleProcess()))
     rollouts = all_answers(parts)
 
     def says() -> Tensor:
@@ -193,7 +193,7 @@ def run(recipe: Path, *overrides: str, stop_after: int | None = None) -> tuple[R
     inputs = preflight(recipe, overrides)
     folder, recorder = RunFolder(Path(inputs.plan.output)), Recorder(stop_after)
     folder.claim(inputs.plan, inputs.files, inputs.now, ())
-    parts = recorder.parts = load_models(inputs, Machine(CPU, Alone()))
+    parts = recorder.parts = load_models(inputs, Machine(CPU, SingleProcess()))
     record = parts.checkpoints().restore(folder.plan_hashes(), recorder)
     with contextlib.suppress(Stop):
         build(parts, reporter=recorder, clock=Clock(), interrupt=Interrupt()).run(record.progress, None)
@@ -237,9 +237,9 @@ def test_an_average_over_three_rounds_has_its_closed_form(write_selves: Callable
     recorder, parts, _ = run(recipe)
     base = load_file(recipe.parent / "base" / "model.safetensors")
     rounds = [recorder.weights[i] for i in (1, 3, 5)]
-    [follower] = parts.snapshots.followers.values()
+    [snapshot] = parts.snapshots.snapshots.values()
     moved = 0.0
-    for name, found in follower.tensors.items():
+    for name, found in snapshot.tensors.items():
         terms = [0.2 * 0.8 ** (2 - k) * w[name] for k, w in enumerate(rounds)]
         assert torch.allclose(found, 0.8**3 * base[name].double() + sum(terms), rtol=0, atol=1e-14), name
         moved = max(moved, float((found - base[name]).abs().max()))
@@ -303,7 +303,7 @@ def test_privileged_texts_are_not_taken_for_others(write_selves: Callable[..., P
     recipe = write_selves({"student": "start"}, {"rollout": {"max_new_tokens": 6}, "phases": [phase]})
 
     def written(*overrides: str) -> list[tuple[int, ...]]:
-        parts = load_models(preflight(recipe, overrides), Machine(CPU, Alone()))
+        parts = load_models(preflight(recipe, overrides), Machine(CPU, SingleProcess()))
         tasks = [Task(p, 0, "teacher") for ps in parts.inputs.prompts.values() for p in ps]
         cache = teacher_rollouts_of(parts)
         cache.prepare(tasks)
@@ -344,8 +344,8 @@ def test_an_expert_is_not_shown_more_of_a_row_than_the_student(
             return generate(writer, requests, *rest, **options)
 
         patch.setattr("mergeopd.rollout.local.generate", watched)
-        stages = Stages(notes, Clock(), Alone(), None)
-        measuring = build_evaluation(inputs, inputs.plan.evaluation, Machine(CPU, Alone()), stages)
+        stages = Stages(notes, Clock(), SingleProcess(), None)
+        measuring = build_evaluation(inputs, inputs.plan.evaluation, Machine(CPU, SingleProcess()), stages)
         accuracies = measuring.run(recipe.parent / "base")
     # Base, expert and student, two prompts each.
     assert len(asked) == 6
@@ -379,7 +379,7 @@ def test_a_teachers_own_prompt_is_what_is_measured_and_its_precision_is_the_stud
 def test_one_needs_no_card_so_none_lacks_a_canary(write_selves: Callable[..., Path]) -> None:
     inputs = preflight(write_selves({"student": {"ema": 0.5}, "system": "d c"}))
     assert advice(inputs.plan) is None
-    assert inputs.plan.teachers["self"].moving == Moving(ema=0.5)
+    assert inputs.plan.teachers["self"].snapshot_rule == SnapshotRule(ema=0.5)
 
 
 def test_a_live_teacher_may_teach_the_later_updates_of_a_round(write_selves: Callable[..., Path]) -> None:

@@ -13,7 +13,7 @@ import torch
 from enumeration import teacher_rollouts_of
 
 from mergeopd.check.preflight import preflight
-from mergeopd.distributed.ranks import Alone
+from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine import teacher_rollouts as texts_module
 from mergeopd.engine.build import Machine, load_models
 from mergeopd.engine.progress import Task
@@ -43,7 +43,7 @@ def texts(recipe: Path, *overrides: str) -> tuple[list[tuple[str, int | None]], 
 
 
 def recorded(recipe: Path, *overrides: str) -> tuple[Recorder, list[Sequence[Rollout]]]:
-    parts = load_models(preflight(recipe, overrides), Machine(CPU, Alone()))
+    parts = load_models(preflight(recipe, overrides), Machine(CPU, SingleProcess()))
     tasks = [Task(p, 0, "teacher") for ps in parts.inputs.prompts.values() for p in ps]
     recorder = Recorder()
     cache = teacher_rollouts_of(parts, recorder)

@@ -19,7 +19,7 @@ from torch import Tensor
 from mergeopd.batch.collate import PreparedUpdate
 from mergeopd.batch.objective import phase_objective
 from mergeopd.check.preflight import preflight
-from mergeopd.distributed.ranks import Alone
+from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, Models, build, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
@@ -67,7 +67,7 @@ def build_parts(
     config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": TURNS}))
     rows = [{"prompt": p, "answer": "c", "response": r} for p, r in zip(("a b", "c"), left, strict=True)]
     (recipe.parent / "left.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return load_models(preflight(recipe, overrides), Machine(CPU, Alone()))
+    return load_models(preflight(recipe, overrides), Machine(CPU, SingleProcess()))
 
 
 def dataset_rollouts(parts: Models) -> list[Rollout]:

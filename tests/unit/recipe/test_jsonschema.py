@@ -11,7 +11,7 @@ from jsonschema import Draft202012Validator
 from ruamel.yaml import YAML
 
 from mergeopd.config.schema import model_schema
-from mergeopd.config.words import below, options
+from mergeopd.config.schema_text import below, options
 from mergeopd.recipe.jsonschema import card_schema, recipe_schema
 from mergeopd.recipe.loss_terms import SHORT_TERMS
 from mergeopd.recipe.schema import SHORTHANDS, Recipe

@@ -84,7 +84,7 @@ def test_what_is_not_refused() -> None:
     assert problems_of(rates) == []
     assert problems_of(one, rates) != []
     assert problems_of(one, "phases.1.balance.pass_rate={a: 0.0}") == []  # only what is never solved counts
-    assert problems_of(one, "phases.1.balance.teach=wrong") == []
+    assert problems_of(one, "phases.1.balance.distill_on=wrong") == []
     assert problems_of(one, "phases.1.loss={reverse_kl: 1.0, outcome: 0.0}") == []
     mixed = "phases.1.text={on_policy_fraction: {start: 0.0, end: 0.5, updates: 4}, otherwise: dataset}"
     assert problems_of(mixed, "phases.1.loss.outcome=0.5", rates) == []

@@ -441,7 +441,7 @@ def test_a_run_without_updates_says_so(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------- during the run
 
 
-class Told:
+class ErrorToReport:
     """Keeps what is emitted."""
 
     def __init__(self) -> None:
@@ -457,7 +457,7 @@ def update_event(update: int, phase: str) -> UpdateDone:
 
 def test_it_is_written_at_checkpoints_phase_ends_and_the_end_if_time_allows(folder: Path) -> None:
     now = 1000.0
-    reporter = HtmlReporter(folder, Told(), clock=lambda: now)
+    reporter = HtmlReporter(folder, ErrorToReport(), clock=lambda: now)
     path = folder / "report.html"
 
     def written(event: Event) -> bool:
@@ -487,7 +487,7 @@ def test_a_slow_report_is_written_seldom(folder: Path, monkeypatch: pytest.Monke
         now += 10.0
 
     monkeypatch.setattr(html, "write_report", slow)
-    reporter = HtmlReporter(folder, Told(), clock=lambda: now)
+    reporter = HtmlReporter(folder, ErrorToReport(), clock=lambda: now)
     for _ in range(100):
         reporter.emit(CheckpointSaved(1, folder))
         now += 60.0
@@ -497,7 +497,7 @@ def test_a_slow_report_is_written_seldom(folder: Path, monkeypatch: pytest.Monke
 
 def test_a_failure_is_told_and_does_not_end_the_run(folder: Path) -> None:
     (folder / "report.html").mkdir()
-    told = Told()
+    told = ErrorToReport()
     HtmlReporter(folder, told).emit(RunFinished({}))
     (note,) = told.events
     assert isinstance(note, Note)

@@ -86,7 +86,7 @@ def verifiers(module: None) -> Iterator[Verifiers]:
 
 
 def rewards(verifiers: Verifiers, *submissions: Submission) -> list[float | None]:
-    return [verdict.reward for verdict in verifiers.verify(submissions, lambda done: None)]
+    return [grade.reward for grade in verifiers.verify(submissions, lambda done: None)]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_failure_costs_its_response_alone(verifiers: Verifiers, response: str,
     found = verifiers.verify(
         [Submission("patient", t, None) for t in ("a", response, "b")], lambda done: None
     )
-    assert [verdict.reward for verdict in found] == [1.0, None, 1.0]
+    assert [grade.reward for grade in found] == [1.0, None, 1.0]
     assert found[1].failure is not None
     assert found[1].failure.startswith(failure)
 
@@ -118,7 +118,7 @@ def test_what_hangs_is_ended_at_its_time_limit(verifiers: Verifiers) -> None:
         ],
         lambda done: None,
     )
-    assert [verdict.reward for verdict in found] == [None, None, 1.0]
+    assert [grade.reward for grade in found] == [None, None, 1.0]
     assert found[0].failure == found[1].failure == "it took more than 0.2 s (timeout_s)"
 
 
@@ -152,7 +152,7 @@ def test_verdicts_come_in_order_whatever_worker_gave_them(verifiers: Verifiers) 
     ]
     done: list[int] = []
     found = verifiers.verify(submissions, done.append)
-    assert [verdict.reward for verdict in found] == [1.0 if i % 7 == 0 else i / 100 for i in range(60)]
+    assert [grade.reward for grade in found] == [1.0 if i % 7 == 0 else i / 100 for i in range(60)]
     assert done == sorted(done)
     assert done[-1] == sum(i % 7 != 0 for i in range(60))
 

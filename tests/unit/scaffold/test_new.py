@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM
 from mergeopd.check.preflight import advice, preflight
 from mergeopd.config.load import load_card
 from mergeopd.config.parse import parse
-from mergeopd.config.tree import Place, plain
+from mergeopd.config.tree import SourceLocation, plain
 from mergeopd.data.chat_template import ChatTemplate
-from mergeopd.data.renderer import Dialect
-from mergeopd.distributed.ranks import Alone
+from mergeopd.data.renderer import Renderer
+from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
@@ -112,7 +112,7 @@ def read_card(path: Path) -> TeacherCard:
 
 def run(recipe: Path, *overrides: str) -> None:
     inputs = preflight(recipe, overrides)
-    parts = load_models(inputs, Machine(torch.device("cpu"), Alone()))
+    parts = load_models(inputs, Machine(torch.device("cpu"), SingleProcess()))
     build(parts, reporter=Reporters(), clock=Clock(), interrupt=Interrupt()).run(Progress(), None)
 
 
@@ -140,7 +140,7 @@ def check_quoting(text: str) -> None:
     scalar = quoted(text)
     assert "\n" not in scalar
     document = f"block: {scalar}   # comment\nflow: {{a: {scalar}, b: [{scalar}]}}\n"
-    root, problems = parse(document, Place(Location("x.yaml"), Path()), {})
+    root, problems = parse(document, SourceLocation(Location("x.yaml"), Path()), {})
     assert problems == ()
     assert root is not None
     assert plain(root) == {"block": text, "flow": {"a": text, "b": [text]}}
@@ -157,7 +157,7 @@ def test_a_card_holds_any_prompt_and_answer(prompt: str, response: str, logprobs
     text = card_text(
         NewTeacherOptions("123", "null", ("yes", "1.0"), Path("a: b.jinja"), prompt), "0" * 64, canary
     )
-    root, problems = parse(text, Place(Location("x.yaml"), Path()), {})
+    root, problems = parse(text, SourceLocation(Location("x.yaml"), Path()), {})
     assert problems == ()
     assert root is not None
     card = TeacherCard.model_validate(plain(root))
@@ -237,7 +237,7 @@ def test_the_date_does_not_change_a_canary(project: Path) -> None:
     source = "{% if strftime_now('%Y-%m-%d') == '2026-01-01' %}a b{% else %}c d{% endif %}"
     samples = {
         sample_ids(
-            Dialect(tokenizer, ChatTemplate(source, {}, now=lambda day=day: day), 5, (4,), 64), "a", "b"
+            Renderer(tokenizer, ChatTemplate(source, {}, now=lambda day=day: day), 5, (4,), 64), "a", "b"
         )
         for day in (datetime(1999, 1, 1), datetime(2026, 6, 1))
     }

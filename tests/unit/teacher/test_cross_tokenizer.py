@@ -11,13 +11,13 @@ from byte_tokenizers import byte_level, sentencepiece
 from mergeopd.align.answers import EndTokens, Unaligned
 from mergeopd.align.encoding import ByteTokenizer
 from mergeopd.recipe.bridges import KINDS, Bridge
-from mergeopd.teacher.cross_tokenizer import Crossing
+from mergeopd.teacher.cross_tokenizer import CrossTokenizer
 
 
-def crossing(kind: str, *, inside: bool) -> Crossing:
+def crossing(kind: str, *, inside: bool) -> CrossTokenizer:
     own, other = byte_level(), sentencepiece("bpe")
     dialect: Any = SimpleNamespace(max_positions=64, render=lambda prompt: ())
-    return Crossing(
+    return CrossTokenizer(
         teacher="other",
         bridge=Bridge.model_validate({kind: {}}),
         dialect=dialect,

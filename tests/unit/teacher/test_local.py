@@ -202,17 +202,17 @@ def test_empty_shards_of_other_places_are_other_heads(make_model: Callable[..., 
 
 
 def test_rows_of_a_follower_are_views_of_its_weights(make_model: Callable[..., Path]) -> None:
-    from mergeopd.recipe.models import Moving
-    from mergeopd.teacher.snapshots import Follower
+    from mergeopd.recipe.models import SnapshotRule
+    from mergeopd.teacher.snapshots import Snapshot
 
     folder = make_model("t", tied=False)
     weight = torch.randn(37, 32)
-    follower = Follower(Moving(every=2), lambda: iter([("lm_head.weight", weight)]), lambda: iter(()))
-    store = TeacherStore({"t": TeacherSource(folder, "float32", 37, follower)}, CPU)
+    snapshot = Snapshot(SnapshotRule(every=2), lambda: iter([("lm_head.weight", weight)]), lambda: iter(()))
+    store = TeacherStore({"t": TeacherSource(folder, "float32", 37, snapshot)}, CPU)
     heads = heads_of(store, ["t"], range(7, 20))
     part = heads.of(["t"])["t"]
     assert torch.equal(part.weight, weight[7:20])
-    assert part.weight.data_ptr() == follower.tensors["lm_head.weight"][7:].data_ptr()
+    assert part.weight.data_ptr() == snapshot.tensors["lm_head.weight"][7:].data_ptr()
     assert store.bytes_read("t") == 0
-    follower.load({"lm_head.weight": weight + 1})
+    snapshot.load({"lm_head.weight": weight + 1})
     assert heads.of(["t"])["t"] is not part

@@ -13,19 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergeopd.distributed.ranks import Alone
+from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.errors import StorageError
 from mergeopd.teacher import shared_cache as node_cache
 from mergeopd.teacher.hidden_cache import HiddenCache, RoundCache
-from mergeopd.teacher.shared_cache import NodeCache
+from mergeopd.teacher.shared_cache import SharedHiddenCache
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's")
 
 GENEROUS = 1 << 30
 
 
-def alone(budget_bytes: int, folder: Path) -> NodeCache:
-    return NodeCache(budget_bytes, folder, Alone(), lambda rollout: {0}, torch.device("cpu"))
+def alone(budget_bytes: int, folder: Path) -> SharedHiddenCache:
+    return SharedHiddenCache(budget_bytes, folder, SingleProcess(), lambda rollout: {0}, torch.device("cpu"))
 
 
 def some_states(dtype: torch.dtype) -> dict[tuple[str, int], Tensor]:
@@ -132,7 +132,7 @@ def test_a_file_that_others_cannot_open_or_that_was_cut_is_named(tmp_path: Path)
 
 def test_what_goes_to_another_machine_is_cut_into_parcels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_cache, "_PARCEL_BYTES", 40)
-    places = [node_cache._Place("f", 0, (rows, 4), torch.bfloat16) for rows in (1, 2, 3, 9, 1, 4)]
+    places = [node_cache._SpillSlot("f", 0, (rows, 4), torch.bfloat16) for rows in (1, 2, 3, 9, 1, 4)]
     batches = list(node_cache._batches([(("t", i), p) for i, p in enumerate(places)]))
     assert [[key[1] for key, _ in batch] for batch in batches] == [[0, 1], [2], [3], [4, 5]]
     assert list(node_cache._batches([])) == []
@@ -141,9 +141,9 @@ def test_what_goes_to_another_machine_is_cut_into_parcels(monkeypatch: pytest.Mo
 VICTIM = """
 import os, sys, torch
 from pathlib import Path
-from mergeopd.distributed.ranks import Alone
-from mergeopd.teacher.shared_cache import NodeCache
-cache = NodeCache(400, Path(sys.argv[1]), Alone(), lambda rollout: {0}, torch.device("cpu"))
+from mergeopd.distributed.communicator import Alone
+from mergeopd.teacher.shared_cache import SharedHiddenCache
+cache = SharedHiddenCache(400, Path(sys.argv[1]), Alone(), lambda rollout: {0}, torch.device("cpu"))
 for rollout in range(8):
     cache.put("t", rollout, torch.full((1, 25), float(rollout)))
 cache.publish()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from mergeopd.distributed.ranks import Alone
+from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.models import checkpoint as checkpoint_module
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.teacher.weight_reader import STORED_DTYPES, MappedReader, ShardedReader, _Batch
@@ -38,7 +38,7 @@ def test_batches_of_every_size_give_the_mapped_tensors(tmp_path: Path, batch_byt
     save_file(tensors, tmp_path / "model.safetensors")
     opened = Checkpoint.open(tmp_path)
     names = list(tensors)
-    found = dict(ShardedReader(Alone(), batch_bytes).read(opened, names, CPU))
+    found = dict(ShardedReader(SingleProcess(), batch_bytes).read(opened, names, CPU))
     mapped = dict(MappedReader().read(opened, names, CPU))
     assert found.keys() == mapped.keys() == tensors.keys()
     for name, expected in mapped.items():
@@ -46,7 +46,7 @@ def test_batches_of_every_size_give_the_mapped_tensors(tmp_path: Path, batch_byt
         assert torch.equal(found[name], expected)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     assert MappedReader().num_bytes(opened, names) == size
-    assert ShardedReader(Alone(), batch_bytes).num_bytes(opened, names) == size
+    assert ShardedReader(SingleProcess(), batch_bytes).num_bytes(opened, names) == size
 
 
 @given(st.lists(st.integers(0, 400), min_size=1, max_size=8), st.integers(1, 9))
@@ -81,7 +81,7 @@ def test_ranks_read_every_byte_once(sizes: list[int], world: int) -> None:
 def test_only_own_parts_are_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
-    class Second(Alone):
+    class Second(SingleProcess):
         rank = 1
         size = 2
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from mergeopd.errors import EndedElsewhere
+from mergeopd.errors import PeerFailed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,21 +21,21 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Agreed(Exception):  # noqa: N818 (control flow, not an error)
+class CollectiveAbort(Exception):  # noqa: N818 (control flow, not an error)
     """Base of what one process raises within `share` and all then raise: made without arguments."""
 
 
-class Ranks(Protocol):
+class Communicator(Protocol):
     """The processes of a run, this one's number among them, from 0.
 
-    `machines` has a name for every process, equal where two share memory and disks. `is_apart` is True while
-    this process may leave its work by an exception without the others waiting for it in vain.
+    `machines` has a name for every process, equal where two share memory and disks. `outside_collective` is
+    True while this rank is outside a collective and may raise without deadlocking the others.
     """
 
     rank: int
     size: int
     machines: tuple[str, ...]
-    is_apart: bool
+    outside_collective: bool
 
     @property
     def is_first(self) -> bool:
@@ -48,16 +48,16 @@ class Ranks(Protocol):
     def gather(self, value: T) -> list[T]:
         """Every process's value, by rank, on all of them. Tensors must be on the CPU. Collective."""
 
-    def first(self, work: Callable[[], T]) -> T:
+    def run_on_first(self, work: Callable[[], T]) -> T:
         """What `work` gives on rank 0, where alone it runs, on all of them. Collective.
 
-        Where it raises, the others raise the same `Agreed`, or EndedElsewhere.
+        Where it raises, the others raise the same `CollectiveAbort`, or PeerFailed.
         """
 
-    def share(self, work: Callable[[], T]) -> list[T]:
+    def run_and_gather(self, work: Callable[[], T]) -> list[T]:
         """What `work`, which must not be collective, gives on every process, by rank. Collective.
 
-        Where one raises `Agreed`, all do; after any other exception of one, others raise EndedElsewhere.
+        Where one raises `CollectiveAbort`, all do; after any other exception of one, others raise PeerFailed.
         """
 
     def send(self, tensor: Tensor, rank: int) -> None:
@@ -67,13 +67,13 @@ class Ranks(Protocol):
         """Fill a contiguous tensor with what another process sends."""
 
 
-class Alone:
+class SingleProcess:
     """One process."""
 
     rank = 0
     size = 1
     machines: tuple[str, ...] = ("",)
-    is_apart = True
+    outside_collective = True
     is_first = True
     num_local = 1
 
@@ -81,11 +81,11 @@ class Alone:
         """The value alone."""
         return [value]
 
-    def first(self, work: Callable[[], T]) -> T:
+    def run_on_first(self, work: Callable[[], T]) -> T:
         """What `work` gives."""
         return work()
 
-    def share(self, work: Callable[[], T]) -> list[T]:
+    def run_and_gather(self, work: Callable[[], T]) -> list[T]:
         """What `work` gives, alone."""
         return [work()]
 
@@ -98,7 +98,7 @@ class Alone:
         raise ValueError(f"there is no process {rank} beside this one")
 
 
-class Processes:
+class TorchCommunicator:
     """The processes of torch's default process group, which must be initialised (CPU tensors through gloo).
 
     `machine` names this process's machine.
@@ -109,7 +109,7 @@ class Processes:
 
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
-        self.is_apart = False
+        self.outside_collective = False
         self.machines: tuple[str, ...] = ()
         self.machines = tuple(self.gather(machine))
 
@@ -124,15 +124,15 @@ class Processes:
         return self.machines.count(self.machines[self.rank])
 
     def gather(self, value: T) -> list[T]:
-        """See `Ranks`."""
+        """See `Communicator`."""
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
-    def first(self, work: Callable[[], T]) -> T:
-        """See `Ranks`."""
+    def run_on_first(self, work: Callable[[], T]) -> T:
+        """See `Communicator`."""
         import torch.distributed as dist
 
         outcome: list[Any] = [None, None]
@@ -148,17 +148,17 @@ class Processes:
         value: T = outcome[0]
         return value
 
-    def share(self, work: Callable[[], T]) -> list[T]:
-        """See `Ranks`."""
-        self.is_apart = True
+    def run_and_gather(self, work: Callable[[], T]) -> list[T]:
+        """See `Communicator`."""
+        self.outside_collective = True
         try:
             value = work()
         except Exception as error:
-            self.is_apart = False
+            self.outside_collective = False
             self.gather((None, _kind(error)))
             raise
         finally:
-            self.is_apart = False
+            self.outside_collective = False
         outcomes = self.gather((value, None))
         for _, kind in outcomes:
             if kind is not None:
@@ -166,13 +166,13 @@ class Processes:
         return [value for value, _ in outcomes]
 
     def send(self, tensor: Tensor, rank: int) -> None:
-        """See `Ranks`."""
+        """See `Communicator`."""
         import torch.distributed as dist
 
         dist.send(tensor, dst=rank)
 
     def receive(self, tensor: Tensor, rank: int) -> None:
-        """See `Ranks`."""
+        """See `Communicator`."""
         import torch.distributed as dist
 
         dist.recv(tensor, src=rank)
@@ -187,14 +187,16 @@ def this_machine() -> str:
     return " ".join(parts)
 
 
-def spread(ranks: Ranks, items: Sequence[T], work: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
+def scatter_gather(
+    ranks: Communicator, items: Sequence[T], work: Callable[[Sequence[T]], Sequence[R]]
+) -> list[R]:
     """Deal `items`, which all have in the same order, to the processes; all results, in that order, on all.
 
-    `work` gives a result for each item of its share, which may be empty. Collective; see `Ranks.share`.
+    `work` gives a result for each item of its share, which may be empty. Collective.
     """
-    shares = ranks.share(lambda: work(items[ranks.rank :: ranks.size]))
+    shares = ranks.run_and_gather(lambda: work(items[ranks.rank :: ranks.size]))
     return [shares[position % ranks.size][position // ranks.size] for position in range(len(items))]
 
 
 def _kind(error: BaseException) -> type[Exception]:
-    return type(error) if isinstance(error, Agreed) else EndedElsewhere
+    return type(error) if isinstance(error, CollectiveAbort) else PeerFailed
