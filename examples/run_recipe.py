@@ -6,14 +6,14 @@ Usage: python examples/run_recipe.py recipes/quickstart.yaml [OUTPUT]
 import sys
 
 import mergeopd
-from mergeopd.report.events import Event, UpdateDone
+from mergeopd.reporting.events import Event, UpdateDone
 
 recipe = sys.argv[1]
 changes: dict[str, object] = {"phases[0].updates": 2}
 if len(sys.argv) > 2:
     changes["output"] = sys.argv[2]
 
-found = mergeopd.check_recipe(recipe, set=changes)  # raises RecipeError with every mistake
+found = mergeopd.check(recipe, set=changes)  # raises RecipeError with every mistake
 print(f"{recipe}: {found}")
 for note in found.notes:
     print("note:", note)

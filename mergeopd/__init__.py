@@ -9,19 +9,19 @@ Names are imported on first use, and torch by the functions that need it, so `im
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mergeopd.api import CheckResult, RunResult, check_recipe, evaluate, load, load_run, run, write_report
+    from mergeopd.api import CheckResult, RunResult, check, evaluate, load, load_run, report, run
 
 __version__ = "0.1.0"
 __all__ = [
     "CheckResult",
     "RunResult",
     "__version__",
-    "check_recipe",
+    "check",
     "evaluate",
     "load",
     "load_run",
+    "report",
     "run",
-    "write_report",
 ]
 
 

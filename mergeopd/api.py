@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeopd.check.preflight import advice, preflight
 from mergeopd.errors import RecipeError, StorageError, UpdateLimitReached
+from mergeopd.preflight.inputs import advice, preflight
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.resolve import read
-from mergeopd.report.events import Event
+from mergeopd.reporting.events import Event
 from mergeopd.storage import run_layout
 from mergeopd.storage.run_folder import RunFolder
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import pyarrow
     from rich.console import Console
 
-    from mergeopd.check.preflight import Inputs
-    from mergeopd.report.result import Result
+    from mergeopd.preflight.inputs import Inputs
+    from mergeopd.reporting.result import Result
 
 Overrides = Mapping[str, object] | Sequence[str]
 """Values that replace those of a recipe: `{"optimizer.lr": 1e-5}`, or texts as for `--set`."""
@@ -91,7 +91,7 @@ class RunResult:
 def load(path: str | Path, *, set: Overrides = ()) -> Plan:
     """Read a recipe and the teacher cards that it names, and resolve every default.
 
-    Model folders and prompt files must exist, but are not opened; `check_recipe` opens them.
+    Model folders and prompt files must exist, but are not opened; `check` opens them.
 
     Raises:
         RecipeError: with every problem found, each with its place and remedy.
@@ -102,7 +102,7 @@ def load(path: str | Path, *, set: Overrides = ()) -> Plan:
     return resolution.plan
 
 
-def check_recipe(path: str | Path, *, set: Overrides = ()) -> CheckResult:
+def check(path: str | Path, *, set: Overrides = ()) -> CheckResult:
     """Find every mistake in a recipe and in the files that it names, without loading a model.
 
     Raises:
@@ -130,7 +130,7 @@ def run(
         set: values that replace those of the recipe.
         updates: stop after this many more updates; the same call resumes the run.
         allow_change: keys of the plan, or files, that may differ from those the run began with.
-        on_event: called with every event (`mergeopd.report.events`), before it is shown; must not raise.
+        on_event: called with every event (`mergeopd.reporting.events`), before it is shown; must not raise.
         console: a `rich.console.Console` on which progress is shown; None shows none.
 
     Raises:
@@ -234,13 +234,13 @@ def load_run(folder: str | Path) -> RunResult:
     )
 
 
-def write_report(folder: str | Path) -> tuple[Path, tuple[str, ...]]:
+def report(folder: str | Path) -> tuple[Path, tuple[str, ...]]:
     """Write a run folder's report.html again; return its path and what is missing or damaged, in words.
 
     Raises:
         StorageError: there is no such run folder, it has another format version, or the disk refuses.
     """
-    from mergeopd.report.page import html
+    from mergeopd.reporting.page import html
 
     return html.write_report(Path(folder))
 

@@ -117,13 +117,13 @@ def measure(recipe: Path, num_rounds: int) -> dict[str, int]:
     """Run the recipe in this process while another thread watches its memory."""
     import torch
 
-    from mergeopd.check.preflight import preflight
     from mergeopd.distributed.communicator import SingleProcess
     from mergeopd.engine.build import Machine, build, load_models
     from mergeopd.engine.clock import Clock
     from mergeopd.engine.interrupt import Interrupt
     from mergeopd.engine.progress import Progress
-    from mergeopd.report.events import Reporters
+    from mergeopd.preflight.inputs import preflight
+    from mergeopd.reporting.events import Reporters
 
     inputs = preflight(recipe)
     parts = load_models(inputs, Machine(torch.device("cpu"), SingleProcess()))

@@ -21,7 +21,7 @@ def check(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOpti
     from mergeopd import api
 
     try:
-        found = api.check_recipe(recipe, set=overrides or ())
+        found = api.check(recipe, set=overrides or ())
     except RecipeError as error:
         if not as_json:
             raise

@@ -11,7 +11,7 @@ import typer
 
 from mergeopd.distributed.rendezvous import ErrorToReport, RankInfo, claims_before_meeting
 from mergeopd.errors import MergeopdError, PeerFailed, RecipeError, Stopped
-from mergeopd.report.failure import show_error
+from mergeopd.reporting.failure import show_error
 
 
 def exit_code(error: BaseException) -> int:

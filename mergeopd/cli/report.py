@@ -34,7 +34,7 @@ def report(
     from mergeopd import api
     from mergeopd.messages import shown
 
-    path, notes = api.write_report(run)
+    path, notes = api.report(run)
     show_notes(notes)
     typer.echo(shown(path))
     if show is Open.yes or (show is Open.auto and sys.stdout.isatty() and _has_desktop()):

@@ -11,8 +11,6 @@ from types import MappingProxyType
 
 import torch
 
-from mergeopd.check.memory import refuse_without_room
-from mergeopd.check.preflight import Inputs
 from mergeopd.data.draw import PromptDraw
 from mergeopd.data.renderer import Renderer
 from mergeopd.distributed.communicator import Communicator, scatter_gather
@@ -34,8 +32,10 @@ from mergeopd.loss.heads import Head
 from mergeopd.models.facts import ModelFacts
 from mergeopd.models.hf_folder import write_turns
 from mergeopd.models.weight_average import average
+from mergeopd.preflight.inputs import Inputs
+from mergeopd.preflight.memory import refuse_without_room
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
-from mergeopd.report.events import Reporter
+from mergeopd.reporting.events import Reporter
 from mergeopd.reward.grading import Verifiers
 from mergeopd.rollout.local import FixedWeights, LocalEngine
 from mergeopd.rollout.protocol import RolloutEngine, WeightSource

@@ -18,7 +18,7 @@ from mergeopd.distributed.communicator import Communicator
 from mergeopd.engine.progress import Progress
 from mergeopd.errors import StorageError
 from mergeopd.recipe.plan import Plan
-from mergeopd.report.events import CheckpointSaved, CheckpointSkipped, Note, Reporter, StageStarted
+from mergeopd.reporting.events import CheckpointSaved, CheckpointSkipped, Note, Reporter, StageStarted
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import atomic_folder, newest_valid, prune, set_aside
 from mergeopd.student.protocol import Stateful

@@ -7,14 +7,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergeopd.check.preflight import Inputs
 from mergeopd.data.renderer import Renderer
 from mergeopd.distributed.communicator import Communicator, scatter_gather
 from mergeopd.engine.rollouts import response_text
 from mergeopd.engine.stages import Stages
 from mergeopd.models.weight_average import why_not
+from mergeopd.preflight.inputs import Inputs
 from mergeopd.recipe.plan import EvaluationPlan, SourcePlan
-from mergeopd.report.events import EvaluationDone, Note
+from mergeopd.reporting.events import EvaluationDone, Note
 from mergeopd.reward.grading import Submission, Verifiers
 from mergeopd.reward.pool import failures_note
 from mergeopd.rollout.protocol import GenerationRequest, RolloutEngine

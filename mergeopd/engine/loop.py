@@ -20,8 +20,8 @@ from mergeopd.engine.update import Updater
 from mergeopd.errors import Stopped, UpdateLimitReached
 from mergeopd.messages import shown
 from mergeopd.recipe.plan import Plan
-from mergeopd.report.events import RunFinished, RunStarted, StageStarted
-from mergeopd.report.result import result_document, write_result
+from mergeopd.reporting.events import RunFinished, RunStarted, StageStarted
+from mergeopd.reporting.result import result_document, write_result
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.student.protocol import Student
 from mergeopd.teacher.snapshots import StudentSnapshots

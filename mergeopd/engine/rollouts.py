@@ -11,7 +11,7 @@ from mergeopd.engine.progress import Task
 from mergeopd.engine.stages import Stages
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.recipe.training import LocalRollout
-from mergeopd.report.events import Note
+from mergeopd.reporting.events import Note
 from mergeopd.reward.grading import Submission, Verifiers
 from mergeopd.reward.pool import Grade, failures_note
 from mergeopd.rollout.protocol import GenerationRequest, RolloutEngine

@@ -11,9 +11,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mergeopd.check.models import check_student_folder
-from mergeopd.check.parallelism import check_processes
-from mergeopd.check.preflight import Inputs, preflight
 from mergeopd.distributed.communicator import Communicator, SingleProcess
 from mergeopd.distributed.launch import launch
 from mergeopd.distributed.rendezvous import RankInfo, open_communicator
@@ -21,14 +18,17 @@ from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.errors import Location, ModelError, Problem, RecipeError, StorageError
 from mergeopd.messages import joined, shown
+from mergeopd.preflight.inputs import Inputs, preflight
+from mergeopd.preflight.models import check_student_folder
+from mergeopd.preflight.parallelism import check_processes
 from mergeopd.recipe.plan import EvaluationPlan, Plan
-from mergeopd.report.events import Note, Reporter, Reporters
-from mergeopd.report.jsonl import RecordsReporter
-from mergeopd.report.page.html import HtmlReporter
-from mergeopd.report.result import Result, read_result, result_document, write_result
-from mergeopd.report.tensorboard import TensorBoardReporter
-from mergeopd.report.terminal.console import console_reporter
-from mergeopd.report.terminal.result import ResultTable
+from mergeopd.reporting.events import Note, Reporter, Reporters
+from mergeopd.reporting.jsonl import RecordsReporter
+from mergeopd.reporting.page.html import HtmlReporter
+from mergeopd.reporting.result import Result, read_result, result_document, write_result
+from mergeopd.reporting.tensorboard import TensorBoardReporter
+from mergeopd.reporting.terminal.console import console_reporter
+from mergeopd.reporting.terminal.result import ResultTable
 from mergeopd.reward.grading import Verifiers
 from mergeopd.storage import run_layout
 from mergeopd.storage.folders import prune, set_aside, verify

@@ -13,7 +13,7 @@ from mergeopd.distributed.communicator import Communicator
 from mergeopd.loss.fused import TokenStats
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.models.tokenizer import Tokenizer
-from mergeopd.report.events import RolloutSampled, TeacherTrace
+from mergeopd.reporting.events import RolloutSampled, TeacherTrace
 from mergeopd.types import Rollout
 
 PER_DOMAIN = 2

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from mergeopd.distributed.communicator import Communicator
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import StopGuard
-from mergeopd.report.events import Reporter, StageName, StageProgress, StageStarted
+from mergeopd.reporting.events import Reporter, StageName, StageProgress, StageStarted
 
 
 class Stages:

@@ -15,7 +15,7 @@ from mergeopd.engine.rollouts import sampling
 from mergeopd.engine.stages import Stages
 from mergeopd.recipe import sources
 from mergeopd.recipe.plan import Plan
-from mergeopd.report.events import Note
+from mergeopd.reporting.events import Note
 from mergeopd.rollout.protocol import Completion, GenerationRequest
 from mergeopd.storage.folders import write_atomic
 from mergeopd.storage.lock import waiting

@@ -24,7 +24,7 @@ from mergeopd.engine.update_stats import UpdateStats
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.recipe.plan import Plan
-from mergeopd.report.events import UpdateDone
+from mergeopd.reporting.events import UpdateDone
 from mergeopd.student.protocol import Trainable
 
 

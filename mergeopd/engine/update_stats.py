@@ -13,7 +13,7 @@ from mergeopd.batch.records import PreparedUpdate
 from mergeopd.distributed.communicator import Communicator
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.loss.policy import Policy, PolicyRows, policy_tokens
-from mergeopd.report.events import BridgeFigures, DomainStats, PolicyStats, TeacherStats
+from mergeopd.reporting.events import BridgeFigures, DomainStats, PolicyStats, TeacherStats
 from mergeopd.student.loss import MicroStats
 from mergeopd.teacher.canary import refuse_uniform
 from mergeopd.types import Rollout

@@ -16,7 +16,7 @@ from mergeopd.data.chat_template import ChatTemplate
 from mergeopd.errors import DataError, Problem, RecipeError, TokenizerError
 from mergeopd.messages import option_problem, shown
 from mergeopd.models.tokenizer import Tokenizer
-from mergeopd.report.terminal.tokenizers import Coverage, TokenizerFacts, TokenizerPair
+from mergeopd.reporting.terminal.tokenizers import Coverage, TokenizerFacts, TokenizerPair
 from mergeopd.types import Message
 
 # Every line is a sample of its own: what cannot be aligned breaks off one line, not the rest of the file.

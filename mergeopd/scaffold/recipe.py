@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mergeopd.check.preflight import Inputs, preflight
 from mergeopd.config.folders import Missing, absolute, existing_file, existing_model, project_folder
 from mergeopd.config.load import YAML_SUFFIXES, load_card
 from mergeopd.config.locate import Origins
@@ -19,6 +18,7 @@ from mergeopd.messages import option_problem, shown
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
 from mergeopd.models.tokenizer import Tokenizer
+from mergeopd.preflight.inputs import Inputs, preflight
 from mergeopd.recipe.bridges import KINDS
 from mergeopd.recipe.models import TeacherCard
 from mergeopd.scaffold.files import (

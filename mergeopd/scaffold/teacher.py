@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from mergeopd.check.models import ModelReader
-from mergeopd.check.problems import Findings
 from mergeopd.config.folders import Missing, existing_file, existing_model
 from mergeopd.config.locate import Origins
 from mergeopd.data.renderer import Renderer
 from mergeopd.errors import DataError, NumericsError, RecipeError, TeacherError
 from mergeopd.messages import option_problem, shown
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.preflight.models import ModelReader
+from mergeopd.preflight.problems import Findings
 from mergeopd.recipe.models import Canary
 from mergeopd.recipe.plan import TeacherPlan
 from mergeopd.scaffold.files import (

@@ -28,7 +28,7 @@ from mergeopd.engine.build import Machine, load_models  # noqa: E402
 from mergeopd.engine.stages import Stages  # noqa: E402
 from mergeopd.engine.clock import Clock  # noqa: E402
 from mergeopd.engine.run import begin, go_on  # noqa: E402
-from mergeopd.check.preflight import preflight  # noqa: E402
+from mergeopd.preflight.inputs import preflight  # noqa: E402
 from mergeopd.errors import MergeopdError  # noqa: E402
 from mergeopd.distributed.communicator import SingleProcess, TorchCommunicator  # noqa: E402
 

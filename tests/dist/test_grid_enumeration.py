@@ -20,7 +20,7 @@ from megatron_cases import write_dense
 from ranks import run_ranks
 
 from mergeopd.engine.build import Machine, build, load_models
-from mergeopd.check.preflight import preflight
+from mergeopd.preflight.inputs import preflight
 from mergeopd.engine.schedule import split_updates
 from mergeopd.distributed.communicator import SingleProcess
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mergeopd.engine.build import Machine, build, load_models
-from mergeopd.check.preflight import preflight
+from mergeopd.preflight.inputs import preflight
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.recipe.training import Optimizer
 from mergeopd.types import Rollout

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from small_experts import load_script, small_llama, small_settings
 from tiny_experts.llama.settings import FOLDER
 
-from mergeopd.check.preflight import preflight
 from mergeopd.engine.run import run_recipe
+from mergeopd.preflight.inputs import preflight
 from mergeopd.recipe.models import SnapshotRule
 from mergeopd.recipe.plan import Plan
 

@@ -20,10 +20,10 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from mergeopd.check.preflight import preflight
 from mergeopd.errors import ModelError, Problem, RecipeError
 from mergeopd.models.facts import ModelFacts, read_config
 from mergeopd.models.layout import expected_shapes
+from mergeopd.preflight.inputs import preflight
 from mergeopd.recipe.resolve import read
 
 HERE = Path(__file__).parent
@@ -32,7 +32,7 @@ PREFLIGHT_CASES = sorted(path.parent for path in HERE.glob("preflight/*/expected
 Check = Callable[[Path, Sequence[str], Mapping[str, str]], Sequence[Problem]]
 
 
-def check_recipe(recipe: Path, overrides: Sequence[str], env: Mapping[str, str]) -> Sequence[Problem]:
+def check(recipe: Path, overrides: Sequence[str], env: Mapping[str, str]) -> Sequence[Problem]:
     """What reading the recipe and its cards finds."""
     return read(recipe, overrides, env).problems
 
@@ -101,7 +101,7 @@ def compare(case: Path, check: Check, folder: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_text_is_exactly_as_expected(case: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare(case, check_recipe, tmp_path, monkeypatch)
+    compare(case, check, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("case", PREFLIGHT_CASES, ids=lambda case: case.name)
@@ -114,7 +114,7 @@ def test_there_are_cases() -> None:
     assert len(PREFLIGHT_CASES) >= 15
 
 
-@pytest.mark.parametrize("check", [check_recipe, check_everything])
+@pytest.mark.parametrize("check", [check, check_everything])
 def test_the_project_itself_is_good(check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lay_project()

@@ -17,12 +17,12 @@ from byte_jobs import write_byte_job
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mergeopd.check.preflight import preflight
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
-from mergeopd.report.events import EvaluationDone, Event, UpdateDone
+from mergeopd.preflight.inputs import preflight
+from mergeopd.reporting.events import EvaluationDone, Event, UpdateDone
 from mergeopd.rollout.local import Request, generate
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.types import Sampling

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mergeopd.batch.objective import phase_objective
-from mergeopd.check.preflight import preflight
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, Models, build, load_models
 from mergeopd.engine.clock import Clock
@@ -26,7 +25,8 @@ from mergeopd.engine.score import CollectedRound
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.teacher_rollouts import TeacherRolloutCache
 from mergeopd.engine.update_stats import UpdateStats
-from mergeopd.report.events import Reporter, Reporters
+from mergeopd.preflight.inputs import preflight
+from mergeopd.reporting.events import Reporter, Reporters
 from mergeopd.types import Rollout
 
 Gradients = dict[str, Tensor]

@@ -16,13 +16,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mergeopd.check.preflight import preflight
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.progress import Progress
-from mergeopd.report.events import Reporter, Reporters
+from mergeopd.preflight.inputs import preflight
+from mergeopd.reporting.events import Reporter, Reporters
 from mergeopd.storage.run_folder import RunFolder
 
 QWEN = """

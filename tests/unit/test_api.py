@@ -12,7 +12,7 @@ import pytest
 
 import mergeopd
 from mergeopd.errors import RecipeError, StorageError
-from mergeopd.report.events import RunFinished, RunStarted, UpdateDone
+from mergeopd.reporting.events import RunFinished, RunStarted, UpdateDone
 
 PHASES = [{"name": "merge", "updates": 2, "text": "dataset", "loss": "reverse_kl", "prompts_per_round": 4}]
 EVALUATION = {
@@ -32,7 +32,7 @@ def test_importing_is_light_until_a_name_is_used() -> None:
     code = (
         "import sys, mergeopd\n"
         "print(*sorted({'mergeopd.api', 'pydantic', 'torch'} & sys.modules.keys()))\n"
-        "mergeopd.load, mergeopd.check_recipe, mergeopd.run, mergeopd.RunResult\n"
+        "mergeopd.load, mergeopd.check, mergeopd.run, mergeopd.RunResult\n"
         "print(*sorted({'mergeopd.api', 'pydantic', 'torch', 'transformers', 'pandas'} & sys.modules.keys()))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -53,10 +53,10 @@ def test_load_and_check(recipe: Path) -> None:
     plan = mergeopd.load(recipe, set={"optimizer.lr": 1e-05, "prompts[0].share": 2})
     assert (plan.optimizer.lr, plan.sources[0].share) == (1e-5, 2.0)
     assert plan == mergeopd.load(recipe, set=["optimizer.lr=1e-5", "prompts.0.share=2"])
-    found = mergeopd.check_recipe(recipe)
+    found = mergeopd.check(recipe)
     assert (found.plan, found.num_prompts) == (mergeopd.load(recipe), 4)
     assert str(found) == "2 teachers, 4 prompts, 2 updates in 1 phase"
-    for function in (mergeopd.load, mergeopd.check_recipe, mergeopd.run):
+    for function in (mergeopd.load, mergeopd.check, mergeopd.run):
         with pytest.raises(RecipeError, match="unknown key 'lrr'; did you mean 'lr'"):
             function(recipe, set={"optimizer.lrr": 1})
     with pytest.raises(TypeError, match="write set="):
@@ -112,7 +112,7 @@ def test_evaluate_and_report(recipe: Path) -> None:
     assert document.domains["right"]["merged"] == document.domains["right"]["expert"]
     assert json.loads(Path("measured.json").read_text())["domains"] == document.domains
     (result.folder / "report.html").unlink()
-    path, notes = mergeopd.write_report(result.folder)
+    path, notes = mergeopd.report(result.folder)
     assert path == result.folder / "report.html"
     assert path.is_file()
     assert notes == ()

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from mergeopd.errors import MAX_SHOWN, Location, Problem, RecipeError, StorageError, printable
-from mergeopd.report.failure import show_error
+from mergeopd.reporting.failure import show_error
 
 
 @pytest.mark.parametrize(

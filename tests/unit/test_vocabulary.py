@@ -147,16 +147,16 @@ def test_every_kind_is_found() -> None:
         "from a import Ranks\n# Paid dear, for want\n# of time.\nclass Alone:\n    first = 0\n"
         "    def share(self, micros): self.found = 1\n"
     )
-    assert list(occurrences(Path("mergeopd/check/room.py"), text)) == [
-        "mergeopd/check/room.py: room (memory)",
-        "mergeopd/check/room.py:2: dear (expensive)",
-        "mergeopd/check/room.py:2: for want of (without, or out of)",
-        "mergeopd/check/room.py:4: Alone (SingleProcess)",
-        "mergeopd/check/room.py:6: share (run_and_gather)",
-        "mergeopd/check/room.py:6: micros (micro_batches)",
-        "mergeopd/check/room.py:6: found (the thing's own name)",
+    assert list(occurrences(Path("mergeopd/preflight/room.py"), text)) == [
+        "mergeopd/preflight/room.py: room (memory)",
+        "mergeopd/preflight/room.py:2: dear (expensive)",
+        "mergeopd/preflight/room.py:2: for want of (without, or out of)",
+        "mergeopd/preflight/room.py:4: Alone (SingleProcess)",
+        "mergeopd/preflight/room.py:6: share (run_and_gather)",
+        "mergeopd/preflight/room.py:6: micros (micro_batches)",
+        "mergeopd/preflight/room.py:6: found (the thing's own name)",
     ]
-    assert list(occurrences(Path("mergeopd/check/classroom.py"), "# already, unlike before")) == []
+    assert list(occurrences(Path("mergeopd/preflight/classroom.py"), "# already, unlike before")) == []
 
 
 def test_the_table_has_no_row_twice() -> None:

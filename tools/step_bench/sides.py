@@ -17,7 +17,7 @@ from step_bench.job import model_sizes
 
 if TYPE_CHECKING:
     from mergeopd.distributed.communicator import SingleProcess
-    from mergeopd.report.events import Event
+    from mergeopd.reporting.events import Event
 
 NEVER = -1  # a stop token that no head can draw: every answer has its full length
 
@@ -50,12 +50,12 @@ def run_mergeopd(arguments: argparse.Namespace, steps: Steps) -> None:
     """The engine's own loop over the recipe."""
     import torch
 
-    from mergeopd.check.preflight import preflight
     from mergeopd.engine.build import Machine, build, load_models
     from mergeopd.engine.clock import Clock
     from mergeopd.engine.interrupt import Interrupt
     from mergeopd.engine.progress import Progress
-    from mergeopd.report.events import RunStarted, UpdateDone
+    from mergeopd.preflight.inputs import preflight
+    from mergeopd.reporting.events import RunStarted, UpdateDone
     from mergeopd.storage.run_folder import RunFolder
 
     expected = arguments.batch * arguments.new_tokens

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergeopd.check.preflight import preflight
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.engine.clock import Clock
@@ -18,7 +17,8 @@ from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.progress import Progress
 from mergeopd.errors import MergeopdError, RecipeError, TeacherError
 from mergeopd.models.checkpoint import Checkpoint
-from mergeopd.report.events import Reporters, UpdateDone
+from mergeopd.preflight.inputs import preflight
+from mergeopd.reporting.events import Reporters, UpdateDone
 from mergeopd.teacher.canary import logprobs, sample_ids
 from mergeopd.teacher.protocol import TargetSpec, TeacherSequence
 

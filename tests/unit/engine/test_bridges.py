@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mergeopd.align.answers import Unaligned
-from mergeopd.check.preflight import preflight
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, Models, build_evaluation, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.stages import Stages
-from mergeopd.report.events import Event, Note
+from mergeopd.preflight.inputs import preflight
+from mergeopd.reporting.events import Event, Note
 from mergeopd.rollout.protocol import Completion
 from mergeopd.scaffold.recipe import NewRecipeOptions, new_recipe
 from mergeopd.teacher.token_view import AlignedTokens

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mergeopd.check.preflight import preflight
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine import checkpoint
 from mergeopd.engine.build import Machine, load_models
 from mergeopd.engine.checkpoint import Checkpoints, Record
 from mergeopd.engine.progress import Progress
-from mergeopd.report.jsonl import RecordsReporter
+from mergeopd.preflight.inputs import preflight
+from mergeopd.reporting.jsonl import RecordsReporter
 from mergeopd.storage.metrics import MetricsFile
 
 CPU = torch.device("cpu")

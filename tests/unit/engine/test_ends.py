@@ -8,9 +8,9 @@ import pytest
 from published import LLAMA, run_to_the_end, write_project
 from transformers import GenerationConfig
 
-from mergeopd.check.preflight import Inputs, preflight
 from mergeopd.data.renderer import Renderer, masked_in_teacher_term
 from mergeopd.errors import RecipeError
+from mergeopd.preflight.inputs import Inputs, preflight
 
 
 def tokens(dialect: Renderer, ids: tuple[int, ...]) -> list[str]:

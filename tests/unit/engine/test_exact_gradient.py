@@ -16,10 +16,10 @@ import pytest
 import torch
 from enumeration import ANSWERS, EOS, Reference, V, assert_equal, build_parts, engine_round, logprobs
 
-from mergeopd.check.preflight import preflight
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, Models, load_models
 from mergeopd.engine.schedule import split_updates
+from mergeopd.preflight.inputs import preflight
 from mergeopd.types import Prompt, Rollout
 
 CPU = torch.device("cpu")

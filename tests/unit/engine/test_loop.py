@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mergeopd.check.preflight import preflight
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.evaluate import Accuracies, Evaluation
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.progress import Progress
-from mergeopd.report.events import Event, Note, RolloutSampled, UpdateDone
-from mergeopd.report.jsonl import update_record
+from mergeopd.preflight.inputs import preflight
+from mergeopd.reporting.events import Event, Note, RolloutSampled, UpdateDone
+from mergeopd.reporting.jsonl import update_record
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.student.torch import TorchStudent
 

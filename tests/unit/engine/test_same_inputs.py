@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mergeopd.check.preflight import preflight
 from mergeopd.engine import run as command
 from mergeopd.errors import StorageError
+from mergeopd.preflight.inputs import preflight
 from mergeopd.storage.run_folder import RunFolder
 
 

@@ -15,14 +15,14 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
-from mergeopd.check.preflight import preflight
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.samples import PER_DOMAIN, choose, is_due, token_texts
 from mergeopd.models.tokenizer import Tokenizer
-from mergeopd.report.events import Event, RolloutSampled, UpdateDone
+from mergeopd.preflight.inputs import preflight
+from mergeopd.reporting.events import Event, RolloutSampled, UpdateDone
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.types import Prompt, Rollout
 

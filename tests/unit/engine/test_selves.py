@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mergeopd.check.preflight import advice, preflight
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, Models, build, build_evaluation, load_models
 from mergeopd.engine.clock import Clock
@@ -24,9 +23,10 @@ from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.progress import Task
 from mergeopd.engine.stages import Stages
 from mergeopd.errors import RecipeError
+from mergeopd.preflight.inputs import advice, preflight
 from mergeopd.recipe.models import SnapshotRule
-from mergeopd.report.events import Event, UpdateDone
-from mergeopd.report.jsonl import update_record
+from mergeopd.reporting.events import Event, UpdateDone
+from mergeopd.reporting.jsonl import update_record
 from mergeopd.rollout.local import generate
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.teacher.protocol import TargetSpec, TeacherSequence

@@ -11,10 +11,10 @@ from published import run_to_the_end, write_project, write_published
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mergeopd.check.preflight import preflight
 from mergeopd.errors import RecipeError
 from mergeopd.models.tokenizer import Tokenizer
-from mergeopd.report.events import Event, UpdateDone
+from mergeopd.preflight.inputs import preflight
+from mergeopd.reporting.events import Event, UpdateDone
 
 THINK = ("<tool_response>", "</tool_response>", "<think>", "</think>")
 PAD = "[PAD]"

@@ -12,12 +12,12 @@ import pytest
 import torch
 from enumeration import teacher_rollouts_of
 
-from mergeopd.check.preflight import preflight
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine import teacher_rollouts as texts_module
 from mergeopd.engine.build import Machine, load_models
 from mergeopd.engine.progress import Task
-from mergeopd.report.events import Event, Note, StageStarted
+from mergeopd.preflight.inputs import preflight
+from mergeopd.reporting.events import Event, Note, StageStarted
 from mergeopd.rollout import local
 from mergeopd.rollout.protocol import Completion
 from mergeopd.types import Rollout

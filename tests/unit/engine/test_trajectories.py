@@ -18,7 +18,6 @@ from torch import Tensor
 
 from mergeopd.batch.collate import PreparedUpdate
 from mergeopd.batch.objective import phase_objective
-from mergeopd.check.preflight import preflight
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, Models, build, load_models
 from mergeopd.engine.clock import Clock
@@ -28,8 +27,9 @@ from mergeopd.engine.rollouts import dataset_rollout
 from mergeopd.engine.samples import SampleTaker
 from mergeopd.engine.score import CollectedRound
 from mergeopd.engine.update import UpdateStats
-from mergeopd.report.events import Event, RolloutSampled, UpdateDone
-from mergeopd.report.jsonl import sample_record
+from mergeopd.preflight.inputs import preflight
+from mergeopd.reporting.events import Event, RolloutSampled, UpdateDone
+from mergeopd.reporting.jsonl import sample_record
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.types import Rollout
 

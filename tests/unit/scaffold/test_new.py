@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
-from mergeopd.check.preflight import advice, preflight
 from mergeopd.config.load import load_card
 from mergeopd.config.parse import parse
 from mergeopd.config.tree import SourceLocation, plain
@@ -34,9 +33,10 @@ from mergeopd.engine.progress import Progress
 from mergeopd.errors import Location, RecipeError, StorageError, TeacherError
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.tokenizer import Tokenizer as OwnTokenizer
+from mergeopd.preflight.inputs import advice, preflight
 from mergeopd.recipe.jsonschema import card_schema, recipe_schema
 from mergeopd.recipe.models import Canary, TeacherCard
-from mergeopd.report.events import Reporters
+from mergeopd.reporting.events import Reporters
 from mergeopd.scaffold.files import quoted
 from mergeopd.scaffold.recipe import NewRecipeOptions, new_recipe
 from mergeopd.scaffold.teacher import (

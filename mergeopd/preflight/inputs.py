@@ -1,0 +1,257 @@
+"""Everything that can be found wrong before a weight is read: the recipe, and all that it names.
+
+Nothing here imports torch or transformers, so `mergeopd check` answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergeopd.config.tree import Keys
+from mergeopd.data.prompts import read_prompts
+from mergeopd.data.renderer import Renderer
+from mergeopd.errors import RecipeError
+from mergeopd.messages import joined
+from mergeopd.preflight.models import ModelReader, file_digest
+from mergeopd.preflight.problems import Findings
+from mergeopd.preflight.prompts import (
+    LengthBudget,
+    check_cross_tokenizer_responses,
+    check_dataset_responses,
+    check_lengths,
+    check_references,
+    check_response_tokens,
+    check_responses,
+    check_verifier,
+)
+from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan
+from mergeopd.recipe.resolve import Resolution, read
+from mergeopd.recipe.training import off_policy_origin, reads_dataset
+from mergeopd.recipe.verifiers import JsonVerifier
+from mergeopd.storage.run_folder import RunFolder
+from mergeopd.types import Prompt
+
+if TYPE_CHECKING:
+    from mergeopd.teacher.cross_tokenizer import CrossTokenizer
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A plan that can work, with everything that was read to know so.
+
+    Distributions are over the first `vocab_size` ids: those of the student that every teacher without a
+    bridge has too. `cross_tokenizers` has the teachers with a bridge; `prompts` and `evaluation` are by
+    source name. `notes` are remarks for people, not mistakes.
+    `files` maps model folders and every smaller file that counts to digests of their contents. `now` is what
+    templates take for the present: the start of the run, also when it goes on another day.
+    """
+
+    plan: Plan
+    student: Renderer
+    vocab_size: int
+    teachers: Mapping[str, Renderer]
+    cross_tokenizers: Mapping[str, CrossTokenizer]
+    prompts: Mapping[str, tuple[Prompt, ...]]
+    evaluation: Mapping[str, tuple[Prompt, ...]]
+    notes: tuple[str, ...]
+    files: Mapping[str, str]
+    now: datetime
+
+
+def preflight(recipe: str | Path, overrides: Sequence[str] = ()) -> Inputs:
+    """Read a recipe and check all that it names.
+
+    Raises RecipeError with every problem found, the recipe's own and those of models, tokenizers, templates
+    and prompt files, each with its place and remedy.
+    """
+    resolution = read(recipe, overrides)
+    check = _Check(resolution)
+    check.run()
+    problems = (*resolution.problems, *check.findings.problems)
+    if resolution.plan is None or check.student is None or problems:
+        raise RecipeError(resolution.origins.in_order(problems))
+    return Inputs(
+        plan=resolution.plan,
+        student=check.student,
+        vocab_size=check.vocab_size(check.student),
+        teachers=check.teachers,
+        cross_tokenizers=check.cross_tokenizers,
+        prompts=check.prompts,
+        evaluation=check.evaluation,
+        notes=tuple(check.findings.notes),
+        files=dict(sorted({**check.files, **check.models.files}.items())),
+        now=check.now,
+    )
+
+
+def advice(plan: Plan) -> str | None:
+    """One line on the teachers that nothing would recognise; None when every card has a canary."""
+    bare = [
+        name for name, teacher in plan.teachers.items() if teacher.canary is None and teacher.student is None
+    ]
+    if not bare:
+        return None
+    whom = f"teacher {bare[0]} has" if len(bare) == 1 else f"teachers {joined(bare, 'and')} have"
+    return f"{whom} no canary, so a wrong or damaged model may teach; `mergeopd new teacher` writes one"
+
+
+class _Check:
+    """Looks into whatever parts of the recipe resolved, also when others did not."""
+
+    def __init__(self, resolution: Resolution) -> None:
+        self._resolution = resolution
+        self.findings = Findings(resolution.origins)
+        self.now = self._start() or datetime.now()
+        self.models = ModelReader(self.findings, self.now)
+        self.student: Renderer | None = None
+        self.teachers: dict[str, Renderer] = {}
+        self.cross_tokenizers: dict[str, CrossTokenizer] = {}
+        self.prompts: dict[str, tuple[Prompt, ...]] = {}
+        self.evaluation: dict[str, tuple[Prompt, ...]] = {}
+        self.files: dict[str, str] = {}
+
+    def run(self) -> None:
+        """Models first, then prompts, then what needs both."""
+        found = self._resolution
+        if found.student is not None:
+            self.student = self.models.student(found.student)
+        for name, teacher in found.teachers.items():
+            dialect = self.models.teacher(teacher, self.student)
+            if dialect is not None:
+                self.teachers[name] = dialect
+        for name, dialect in self.teachers.items():
+            self._cross(found.teachers[name], dialect)
+        for index, source in found.sources.items():
+            self._read(("prompts", index), source, tuple(source.teachers), self.prompts)
+        for index, source in found.eval_sources.items():
+            self._read(("evaluation", "prompts", index), source, (), self.evaluation)
+        if found.plan is not None:
+            self._check_training(found.plan)
+            self._check_evaluation(found.plan)
+
+    def vocab_size(self, student: Renderer) -> int:
+        """How many ids, from 0 on, the student and every teacher without a bridge have."""
+        return min((student.vocab_size, *self.models.num_shared.values()))
+
+    def _cross(self, teacher: TeacherPlan, dialect: Renderer) -> None:
+        student, bridge = self.student, teacher.bridge
+        if bridge is None or student is None:
+            return
+        # numpy, for those alone who have a bridge.
+        from mergeopd.teacher.cross_tokenizer import CrossTokenizer
+
+        crossing = self.findings.attempt(
+            ("teachers", teacher.name, "bridge"),
+            lambda: CrossTokenizer.of(teacher.name, bridge, student, self.vocab_size(student), dialect),
+            "choose a teacher of the student's family",
+        )
+        if crossing is not None:
+            self.cross_tokenizers[teacher.name] = crossing
+
+    def _start(self) -> datetime | None:
+        if self._resolution.plan is None:
+            return None
+        folder = RunFolder(Path(self._resolution.plan.output))
+        return self.findings.attempt(("output",), folder.started)
+
+    def _read(
+        self, place: Keys, source: SourcePlan, teachers: Sequence[str], into: dict[str, tuple[Prompt, ...]]
+    ) -> None:
+        check_verifier(self.findings, place, source)
+        shown = self._shown(teachers)
+        prompts = self.findings.attempt((*place, "source"), lambda: read_prompts(source, shown))
+        if prompts is not None:
+            into[source.name] = prompts
+            self.files[source.source] = file_digest(Path(source.source))
+            check_references(self.findings, place, source, prompts)
+        if isinstance(source.verifier, JsonVerifier) and source.verifier.schema_file is not None:
+            schema = Path(source.verifier.schema_file)
+            self.findings.attempt(place, lambda: self.files.update({str(schema): file_digest(schema)}))
+
+    def _shown(self, teachers: Sequence[str]) -> dict[str, str]:
+        """The fields of a row that these teachers' own prompts show, each with the first such teacher."""
+        shown: dict[str, str] = {}
+        for name in teachers:
+            own = self.teachers[name].script.prompt if name in self.teachers else None
+            for field in () if own is None else sorted(own.fields):
+                shown.setdefault(field, name)
+        return shown
+
+    def _readers(self, teachers: Sequence[str]) -> dict[str, Renderer]:
+        """Who reads a prompt, as messages call them."""
+        readers = {} if self.student is None else {"the student": self.student}
+        return readers | {
+            f"teacher '{name}'": self.teachers[name] for name in teachers if name in self.teachers
+        }
+
+    def _check_training(self, plan: Plan) -> None:
+        self._note_sampling(plan)
+        if not any(
+            phase.loss.needs_teacher or off_policy_origin(phase) == "teacher" for phase in plan.phases
+        ):
+            self.findings.notes.append("no phase asks a teacher: none will be loaded to train")
+        with_responses = any(reads_dataset(phase) for phase in plan.phases)
+        for index, source in enumerate(plan.sources):
+            place = ("prompts", index)
+            prompts = self.prompts.get(source.name, ())
+            check_responses(self.findings, place, source, prompts, plan.phases)
+            ready = None
+            if with_responses:
+                check_cross_tokenizer_responses(self.findings, place, source, prompts, self.cross_tokenizers)
+            if with_responses and self.student is not None:
+                ready = check_dataset_responses(self.findings, place, source, prompts, self.student)
+                prompts = tuple(prompt for prompt in prompts if prompt.key in ready.bounds)
+                num_ids = self.vocab_size(self.student)
+                check_response_tokens(self.findings, place, source, prompts, self.student, num_ids)
+            room = LengthBudget(plan.rollout.max_new_tokens, ("rollout", "max_new_tokens"), ready)
+            check_lengths(self.findings, place, source, prompts, self._readers(tuple(source.teachers)), room)
+
+    def _note_sampling(self, plan: Plan) -> None:
+        """Answers of another distribution than the one that policy terms train, and nothing done about it."""
+        rollout = plan.rollout
+        if rollout.temperature == 1.0 and rollout.top_p == 1.0:
+            return
+        bridges = [teacher.bridge for teacher in plan.teachers.values() if teacher.bridge is not None]
+        spans = any(bridge.kind == "span" for bridge in bridges)
+        for phase in plan.phases:
+            has_policy = phase.loss.has_policy or (spans and phase.loss.needs_teacher)
+            where = f"answers are sampled at temperature {rollout.temperature} and top_p {rollout.top_p}"
+            if has_policy and phase.correction.kind == "none":
+                self.findings.notes.append(
+                    f"phase '{phase.name}' has policy terms without correction, but {where}: its gradient is "
+                    "that of another policy; give the phase `correction: truncate`, or sample at 1"
+                )
+            if has_policy and phase.correction.kind == "mask":
+                self.findings.notes.append(
+                    f"phase '{phase.name}' masks tokens by their ratio, but {where}: tokens are dropped for "
+                    "the sampling settings, not for a mismatch; use `correction: truncate`, or sample at 1"
+                )
+
+    def _check_evaluation(self, plan: Plan) -> None:
+        if plan.evaluation is None:
+            return
+        for name in sorted(set(plan.evaluation.experts.values()) & self.teachers.keys()):
+            own = self.teachers[name].script.prompt
+            if own is not None and own.fields:
+                self.findings.notes.append(
+                    f"expert '{name}' is measured with the prompt that the student sees: its own shows "
+                    f"{joined([repr(field) for field in sorted(own.fields)], 'and')} of each row"
+                )
+        own_limit = plan.evaluation.max_new_tokens != plan.rollout.max_new_tokens
+        limit_place: Keys = ("evaluation" if own_limit else "rollout", "max_new_tokens")
+        room = LengthBudget(plan.evaluation.max_new_tokens, limit_place)
+        trained = {p.messages for prompts in self.prompts.values() for p in prompts}
+        for index, source in enumerate(plan.evaluation.sources):
+            prompts = self.evaluation.get(source.name, ())
+            expert = plan.evaluation.experts[source.domain]
+            readers = {who: dialect.as_measured for who, dialect in self._readers((expert,)).items()}
+            check_lengths(self.findings, ("evaluation", "prompts", index), source, prompts, readers, room)
+            num_seen = sum(prompt.messages in trained for prompt in prompts)
+            if num_seen:
+                self.findings.notes.append(
+                    f"{num_seen} of {len(prompts)} evaluation prompts of '{source.name}' are also trained on"
+                )

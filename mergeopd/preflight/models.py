@@ -1,0 +1,369 @@
+"""From model folders to dialects: configs, headers, tokenizers and templates, but no weights."""
+
+from __future__ import annotations
+
+import filecmp
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from mergeopd.config.tree import Keys
+from mergeopd.data.chat_template import ChatTemplate
+from mergeopd.data.renderer import Renderer, turn_end
+from mergeopd.data.teacher_prompt import PromptTemplate, TeacherPrompt
+from mergeopd.errors import DataError, ModelError, TokenizerError
+from mergeopd.messages import shown
+from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.facts import ModelFacts, head_tensor
+from mergeopd.models.layout import check_layout
+from mergeopd.models.tokenizer import Tokenizer
+from mergeopd.preflight.parallelism import check_backend
+from mergeopd.preflight.problems import Findings
+from mergeopd.recipe.bridges import KINDS
+from mergeopd.recipe.models import Student
+from mergeopd.recipe.plan import TeacherPlan
+from mergeopd.types import Message
+
+CONFIG_FILES = ("config.json", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+class ModelReader:
+    """Reads how each model of a recipe speaks; what is wrong goes to `findings`.
+
+    `num_shared` has how many ids, from 0 on, a teacher without a bridge shares with the student. `files` maps
+    model folders to digests of their weights, and the small files that were read to digests of their bytes.
+    `now` is what templates take for the present.
+    """
+
+    def __init__(self, findings: Findings, now: datetime) -> None:
+        self._findings = findings
+        self._now = now
+        self._tokenizers: dict[Path, Tokenizer] = {}
+        self.files: dict[str, str] = {}
+        self.num_shared: dict[str, int] = {}
+
+    def student(self, student: Student) -> Renderer | None:
+        """The student's dialect; None when a part of it is unusable."""
+        place: Keys = ("student", "model")
+        folder = Path(student.model)
+        facts, tokenizer = self._model(place, folder), self._tokenizer(place, folder)
+        if facts is not None:
+            check_backend(self._findings, student, facts)
+        if facts is None or tokenizer is None or not self._fits(place, folder, tokenizer, facts):
+            return None
+        if student.template is None:
+            template = self._own_template(place, folder, tokenizer)
+        else:
+            place, template = ("student", "template"), self._file_template(("student",), student.template)
+        if student.end_tokens is None:
+            dialect = self._dialect(facts, tokenizer, place, template)
+            if dialect is not None:
+                self._note_ends(facts, dialect)
+            return dialect
+        ends = self._ends(student.end_tokens, tokenizer)
+        return None if ends is None else self._dialect(facts, tokenizer, place, template, ends)
+
+    def _ends(self, tokens: Sequence[str], tokenizer: Tokenizer) -> tuple[int, ...] | None:
+        """Ids of the end tokens that a recipe names; None where one does not exist."""
+        ids = []
+        for index, token in enumerate(tokens):
+            found = tokenizer.encode(token)
+            if len(found) != 1:
+                self._findings.report(
+                    ("student", "end_tokens", index),
+                    f"{token!r} is not one token of {shown(tokenizer.folder)}, but {len(found)}",
+                    "name a token of its tokenizer.json",
+                )
+                return None
+            ids += found
+        return tuple(dict.fromkeys(ids))
+
+    def _note_ends(self, facts: ModelFacts, student: Renderer) -> None:
+        """Note an end token that the template alone names."""
+        if student.end_id not in _configured(facts, student.tokenizer):
+            self._findings.notes.append(
+                f"the student's chat template ends turns with {student.end_token!r}, which its "
+                "generation_config.json does not name: its responses end there too, and the export names it"
+            )
+
+    def teacher(self, teacher: TeacherPlan, student: Renderer | None) -> Renderer | None:
+        """A teacher's dialect; its tokenizer must cut every text into the ids that the student's gives.
+
+        A teacher that is the student reads and writes as the student does, its own script apart.
+        """
+        dialect = student if teacher.student is not None else self._other_model(teacher, student)
+        script = self._script(teacher)
+        if dialect is None or script is None:
+            return None
+        if student is not None and teacher.name in self.num_shared:
+            self._check_shared(teacher, student, dialect)
+        if student is not None and teacher.bridge is None and student.end_id not in dialect.closing_ids:
+            self._findings.notes.append(
+                f"teacher '{teacher.name}' ends turns with {dialect.end_token!r}, the student with "
+                f"{student.end_token!r}: the token that ends a response is left out of this teacher's terms; "
+                "`student.template` can give the student the teacher's chat template"
+            )
+        if script.system is not None:
+            self._check_system_message(("teachers", teacher.name, "system"), dialect.template, script.system)
+        return replace(dialect, script=script)
+
+    def _script(self, teacher: TeacherPlan) -> TeacherPrompt | None:
+        """What the recipe shows this teacher alone; None when its prompt is not a template."""
+        if teacher.prompt is None:
+            return TeacherPrompt(teacher.system)
+        path: Keys = ("teachers", teacher.name, "prompt")
+        source, name = teacher.prompt, ".".join(map(str, path))
+        template = self._findings.attempt(
+            path, lambda: PromptTemplate(source, name=name, now=lambda: self._now), "correct the template"
+        )
+        return None if template is None else TeacherPrompt(teacher.system, template)
+
+    def _check_system_message(self, place: Keys, template: ChatTemplate, system: str) -> None:
+        """Report a chat template that leaves system messages out; one that refuses them says so by itself."""
+        asked = Message("user", "?")
+        try:
+            ignores_system = template.render((asked,)) == template.render((Message("system", system), asked))
+        except DataError:
+            return
+        if ignores_system:
+            message = "the chat template leaves system messages out, so this teacher would not see it"
+            self._findings.report(place, message, "write it into the teacher's `prompt`")
+
+    def _other_model(self, teacher: TeacherPlan, student: Renderer | None) -> Renderer | None:
+        """The dialect of a teacher that has a card."""
+        card: Keys = ("teachers", teacher.name, "card")
+        model_place = (*card, "model")
+        # A tokenizer that the card does not name is the model's; the place is where that is named.
+        own = teacher.tokenizer == teacher.model
+        tokenizer_place = model_place if own else (*card, "tokenizer")
+        folder = Path(teacher.tokenizer)
+        facts = self._model(model_place, Path(teacher.model))
+        if facts is not None:
+            self._compare_fingerprint((*card, "fingerprint"), teacher)
+        tokenizer = self._tokenizer(tokenizer_place, folder)
+        if tokenizer is None:
+            return None
+        fits = facts is None or self._fits(tokenizer_place, folder, tokenizer, facts)
+        if student is not None:
+            self._compare(teacher, student.tokenizer, tokenizer, tokenizer_place)
+        if teacher.template is None:
+            template_place, template = tokenizer_place, self._own_template(tokenizer_place, folder, tokenizer)
+        else:
+            template_place, template = (*card, "template"), self._file_template(card, teacher.template)
+        if facts is None or not fits:
+            return None
+        return self._dialect(facts, tokenizer, template_place, template)
+
+    def _compare(self, teacher: TeacherPlan, student: Tokenizer, own: Tokenizer, place: Keys) -> None:
+        """Report a tokenizer that differs without a bridge; note a bridge that crosses nothing."""
+        if teacher.bridge is not None:
+            if student.difference(own) is None:
+                self._findings.notes.append(
+                    f"teacher '{teacher.name}' has the student's tokenizer: "
+                    "it teaches exactly without a bridge"
+                )
+            return
+        shared = student.num_shared(own)
+        if shared is None:
+            self._report_difference(teacher, place, f"the student's: {student.difference(own)}")
+        else:
+            self.num_shared[teacher.name] = shared
+
+    def _report_difference(self, teacher: TeacherPlan, place: Keys, what: str) -> None:
+        self._findings.report(
+            place,
+            f"the tokenizer differs from {what}",
+            f"choose a teacher of the student's family, or say how to learn from this one: "
+            f"`bridge: {KINDS[0]}` at teachers.{teacher.name} (or {', '.join(KINDS[1:])})",
+        )
+
+    def _check_shared(self, teacher: TeacherPlan, student: Renderer, own: Renderer) -> None:
+        """Report an end token that only one of two tokenizers has; note other tokens that only one has."""
+        num = min(self.num_shared[teacher.name], student.vocab_size, own.vocab_size)
+        self.num_shared[teacher.name] = num
+        ends = [d.end_token for d in (student, own) if d.end_id >= num]
+        if ends:
+            place = ("teachers", teacher.name, "card")
+            what = f"the student's in added tokens, and one of them ends responses: {ends[0]!r}"
+            self._report_difference(teacher, place, what)
+            return
+        theirs, mine = (d.tokenizer.added_from(num) if d.vocab_size > num else () for d in (own, student))
+        if theirs:
+            self._findings.notes.append(
+                f"teacher '{teacher.name}' has {_tokens(theirs)} that the student does not have: its "
+                f"distributions are those over the {num} ids that both have, without these"
+            )
+        if mine:
+            self._findings.notes.append(
+                f"the student has {_tokens(mine)} that teacher '{teacher.name}' does not have: rollouts and "
+                f"losses are over the {num} ids that both have, without these; evaluation has all"
+            )
+
+    def _model(self, place: Keys, folder: Path) -> ModelFacts | None:
+        """Facts of a folder whose weights are all there."""
+        facts = self._findings.attempt(place, lambda: ModelFacts.read(folder))
+        if facts is None and not (folder / "config.json").exists():
+            return None
+        checkpoint = self._findings.attempt(place, lambda: Checkpoint.open(folder))
+        if facts is None or checkpoint is None:
+            return None
+        if self._findings.attempt(place, lambda: head_tensor(facts, checkpoint)) is None:
+            return None
+        if str(folder) not in self.files:
+            self._findings.attempt(place, lambda: check_layout(facts, checkpoint))
+            fingerprint = self._findings.attempt(place, lambda: checkpoint.fingerprint)
+            if fingerprint is None:
+                return None
+            self.files[str(folder)] = fingerprint
+            self._remember(folder, CONFIG_FILES)
+        return facts
+
+    def _compare_fingerprint(self, place: Keys, teacher: TeacherPlan) -> None:
+        """Other weights under a card's name must not teach."""
+        if teacher.fingerprint not in (None, self.files[teacher.model]):
+            self._findings.report(
+                place,
+                f"the weights in {teacher.model} are not those the card was written for",
+                "fetch the right ones, or write the card again with mergeopd new teacher",
+            )
+
+    def _remember(self, folder: Path, names: Sequence[str]) -> None:
+        for file in (folder / name for name in names):
+            if file.is_file():
+                self.files[str(file)] = file_digest(file)
+
+    def _tokenizer(self, place: Keys, folder: Path) -> Tokenizer | None:
+        return self._findings.attempt(place, lambda: self._load_tokenizer(folder))
+
+    def _load_tokenizer(self, folder: Path) -> Tokenizer:
+        """A folder's tokenizer; equal files are loaded once, since large vocabularies take a second."""
+        self._remember(folder, TOKENIZER_FILES)
+        for known, tokenizer in self._tokenizers.items():
+            if all(_same_file(known / name, folder / name) for name in TOKENIZER_FILES):
+                return tokenizer
+        self._tokenizers[folder] = Tokenizer.load(folder)
+        return self._tokenizers[folder]
+
+    def _fits(self, place: Keys, folder: Path, tokenizer: Tokenizer, facts: ModelFacts) -> bool:
+        """Whether the head has a row for every id, a few added tokens apart, of which texts are kept free."""
+        if tokenizer.added_from(facts.vocab_rows) is not None:
+            return True
+        self._findings.report(
+            place,
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, but the model only "
+            f"{facts.vocab_rows} (vocab_size in {facts.folder / 'config.json'})",
+            "use the tokenizer that belongs to the model",
+        )
+        return False
+
+    def _own_template(self, place: Keys, folder: Path, tokenizer: Tokenizer) -> tuple[str, str] | None:
+        """The template that comes with a tokenizer, and its name."""
+        file = folder / "chat_template.jinja"
+        if tokenizer.chat_template is not None:
+            config = shown(folder / "tokenizer_config.json")
+            return tokenizer.chat_template, shown(file) if file.is_file() else f"{config}, chat_template"
+        where, key = ("card", "template") if place[0] == "teachers" else ("recipe", "student.template")
+        remedy = f"add {shown(file)}, or name one in the {where} (`{key}: FILE.jinja`)"
+        self._findings.report(place, f"{folder}: has no chat template to write prompts with", remedy)
+        return None
+
+    def _file_template(self, place: Keys, file: str) -> tuple[str, str] | None:
+        """A template that a card or recipe names at `place`, and its name."""
+
+        def read() -> str:
+            try:
+                self.files[file] = file_digest(Path(file))
+                return Path(file).read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{file}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8"
+                ) from error
+
+        text = self._findings.attempt((*place, "template"), read)
+        return None if text is None else (text, shown(Path(file)))
+
+    def _dialect(
+        self,
+        facts: ModelFacts,
+        tokenizer: Tokenizer,
+        place: Keys,
+        template: tuple[str, str] | None,
+        ends: tuple[int, ...] | None = None,
+    ) -> Renderer | None:
+        """Responses end at `ends`; by default where the configuration says, or as the template ends turns."""
+        if template is None:
+            return None
+        text, name = template
+        compiled = self._findings.attempt(
+            place,
+            lambda: ChatTemplate(text, tokenizer.special_tokens, name=name, now=lambda: self._now),
+            "correct the template",
+        )
+        eos_ids = ends or _configured(facts, tokenizer)
+        vocab_size = min(tokenizer.vocab_size, facts.vocab_rows)
+        unknown = [i for i in eos_ids if i >= vocab_size]
+        if unknown:
+            self._findings.report(
+                place,
+                f"{facts.folder}: eos_token_id {unknown[0]} does not exist, the model has {vocab_size} ids",
+                "correct it in generation_config.json, or in config.json where there is none",
+            )
+            return None
+        if compiled is None:
+            return None
+        written = turn_end(tokenizer, compiled, eos_ids) if ends is None else None
+        added = () if written is None or written in eos_ids or written >= vocab_size else (written,)
+        return Renderer(tokenizer, compiled, vocab_size, (*eos_ids, *added), facts.max_positions)
+
+
+def _configured(facts: ModelFacts, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The end tokens that a model's configuration names, as transformers' generate takes them, else EOS."""
+    return facts.eos_ids or (tokenizer.eos_id,)
+
+
+def _tokens(texts: Sequence[str]) -> str:
+    """`2 tokens ('<think>', '</think>')`; of many, the first."""
+    more = f", and {len(texts) - 3} more" if len(texts) > 3 else ""
+    named = ", ".join(map(repr, texts[:3]))
+    return f"{len(texts)} {'token' if len(texts) == 1 else 'tokens'} ({named}{more})"
+
+
+def check_student_folder(folder: Path, student: Renderer) -> None:
+    """Whether a folder holds a model that reads and writes as the recipe's student does.
+
+    Raises ModelError or TokenizerError where it does not. A folder without a tokenizer is taken at its word.
+    """
+    facts, checkpoint = ModelFacts.read(folder), Checkpoint.open(folder)
+    head_tensor(facts, checkpoint)
+    num_ids = student.vocab_size
+    if facts.vocab_rows < num_ids:
+        raise ModelError(
+            f"{folder}: the model has {facts.vocab_rows} ids, the student's tokenizer {num_ids}; "
+            "choose a model that the recipe's student became"
+        )
+    if (folder / "tokenizer.json").is_file():
+        difference = student.tokenizer.difference(Tokenizer.load(folder))
+        if difference is not None:
+            raise TokenizerError(
+                f"{folder}: the tokenizer differs from the student's: {difference}; "
+                "choose a model that the recipe's student became"
+            )
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes. Raises OSError."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    if not (one.is_file() and other.is_file()):
+        return not one.exists() and not other.exists()
+    return filecmp.cmp(one, other, shallow=False)

@@ -1,0 +1,41 @@
+"""Whether a model can be spread over processes as a recipe says: by its sizes, by how many were started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mergeopd.errors import Location, Problem, RecipeError
+from mergeopd.messages import shown
+from mergeopd.models.facts import ModelFacts
+from mergeopd.preflight.problems import Findings
+from mergeopd.recipe.models import Student
+from mergeopd.recipe.plan import Plan
+from mergeopd.student.megatron.architecture import Architecture, count_problem
+
+
+def check_backend(findings: Findings, student: Student, facts: ModelFacts) -> None:
+    """Report a model that Megatron is not told how to build, and grids that do not divide its sizes."""
+    if student.backend == "torch":
+        return
+    arch = findings.attempt(("student", "backend"), lambda: Architecture.read(facts))
+    grid = student.parallel
+    for problem in () if arch is None else arch.split_problems(grid.tensor, grid.pipeline):
+        findings.report(("student", "parallel", problem.key), problem.message, problem.remedy)
+
+
+def check_processes(plan: Plan, world: int) -> None:
+    """Raise RecipeError where `world` processes cannot train this plan's student."""
+    grid = plan.student.parallel
+    wanted = grid.tensor * grid.pipeline
+    if plan.student.backend == "torch":
+        if world == 1:
+            return
+        path, message = "student.backend", f"`backend: torch` trains in one process, and {world} were started"
+        remedy = "start one, or use `backend: megatron`"
+    else:
+        problem = count_problem(grid.tensor, grid.pipeline, world)
+        if problem is None:
+            return
+        path, message = "student.parallel", problem
+        remedy = f"start {wanted} or a multiple of it: mergeopd run --nproc {wanted}, or torchrun"
+    raise RecipeError([Problem(Location(shown(Path(plan.recipe_file))), path, message, remedy)])

@@ -1,0 +1,288 @@
+"""Events that the engine emits. Plain values only; reporters decide what to show.
+
+Means are per response token unless said otherwise; log-probs and divergences are in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from mergeopd.distributed.communicator import Communicator
+from mergeopd.reporting.result import Result
+from mergeopd.types import Finish, Origin
+
+StageName = Literal["rollout", "teachers", "update", "evaluation", "export", "text", "checkpoint"]
+
+
+class Event:
+    """Base of all events."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted(Event):
+    """A run starts or resumes. `phases` are (name, updates); `resumed_at` counts updates done before."""
+
+    name: str
+    recipe: str
+    num_updates: int
+    phases: tuple[tuple[str, int], ...]
+    teachers: tuple[str, ...]
+    domains: tuple[str, ...]
+    output: Path
+    resumed_at: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StageStarted(Event):
+    """Start of work that may take a while; it ends with the next stage or event of the loop.
+
+    `detail` is its subject (`math`, `merged on math`), `total` the number of `unit`s, None if unknown.
+    """
+
+    stage: StageName
+    detail: str = ""
+    total: int | None = None
+    unit: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StageProgress(Event):
+    """`done` of the current stage's `total`."""
+
+    done: int
+
+
+@dataclass(frozen=True, slots=True)
+class BridgeFigures:
+    """A teacher with another tokenizer in one update.
+
+    Groups are stretches of tokens of both sides with the same bytes. `unaligned_fraction` of the student's
+    tokens is in no group and has no term of this teacher; `matched_fraction` is the mass of the teacher's
+    distributions on tokens that are compared by identity, None for bridges without such tokens.
+    """
+
+    num_groups: int
+    unaligned_fraction: float
+    tokens_per_group: float
+    matched_fraction: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherStats:
+    """One teacher in one update.
+
+    `divergence` maps the objective's divergences to unweighted means over the teacher's tokens; the first one
+    is shown. An objective without divergences has `sampled_reverse_kl` (k3). `logprob_gap` is the mean of
+    logprob_T - logprob_S at the sampled tokens. With a `bridge` both are means over groups, None without
+    groups, and the divergence is the bridge's measure (of `span`, minus the gap).
+    """
+
+    num_tokens: int
+    divergence: Mapping[str, float | None]
+    logprob_gap: float | None
+    entropy_T: float | None = None
+    bridge: BridgeFigures | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DomainStats:
+    """One domain in one update.
+
+    Tokens are those in the loss. `mean_length` is in tokens, `token_share` of the update's tokens, `weight`
+    the balance factor. `loss_share` is its part of the tokens' absolute losses, None where all are zero.
+    `nll` is the mean of -logprob_S of the text, whoever wrote it; `reward` the mean over answers that were
+    checked; `truncated_fraction` the share of answers that ended at the length limit.
+    """
+
+    num_rollouts: int
+    num_tokens: int
+    mean_length: float
+    token_share: float
+    weight: float
+    nll: float
+    entropy_S: float
+    truncated_fraction: float
+    reward: float | None = None
+    loss_share: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyStats:
+    """Policy terms in one update, over the tokens that the student generated.
+
+    `corrected_fraction` is the share whose importance weight was bounded or masked, `clipped_fraction` the
+    share without gradient because of the clip, `importance_weight` the mean weight. `rollout_logprob_gap`
+    and `rollout_logprob_gap_max` are mean and maximum of |log pi_old - log behaviour|.
+    `zero_advantage_fraction` is the share of the round's groups whose responses all had one reward; None
+    without groups.
+    """
+
+    corrected_fraction: float
+    clipped_fraction: float
+    importance_weight: float
+    rollout_logprob_gap: float
+    rollout_logprob_gap_max: float
+    zero_advantage_fraction: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateDone(Event):
+    """One optimizer update. `update` counts over the run from 1, `round` over the run from 0.
+
+    `num_tokens` are response tokens in the loss, `grad_norm` is before clipping, `on_policy_fraction` the
+    share of responses that the student generated. `seconds` maps `rollout`, `teachers`, `update` (and `text`,
+    once a phase) to the wall time since the last update, so a round's rollout counts to its first update.
+    `teacher_bytes_read` counts from the start of the process; `policy` is None without policy terms.
+    `verifier_failures` counts, by source, responses that have no reward because their verifier failed.
+    """
+
+    update: int
+    phase: str
+    round: int
+    lr: float
+    loss: float
+    grad_norm: float
+    num_tokens: int
+    on_policy_fraction: float
+    teachers: Mapping[str, TeacherStats]
+    domains: Mapping[str, DomainStats]
+    seconds: Mapping[str, float]
+    teacher_bytes_read: int = 0
+    policy: PolicyStats | None = None
+    verifier_failures: Mapping[str, int] = field(default_factory=dict)
+    clip_factor: float = 1.0
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of the stages that recur, without those of the first update of a process or phase."""
+        return sum(seconds for name, seconds in self.seconds.items() if name not in ("startup", "text"))
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherTrace:
+    """One teacher's numbers for every token of a response.
+
+    `divergence` is the first one of the objective, unweighted; `logprob_T` that of the sampled token.
+    Tokens that are not in the loss have no number. `masked` are positions of end tokens that are left out of
+    this teacher's term, because its own end token differs.
+    """
+
+    divergence: tuple[float | None, ...]
+    logprob_T: tuple[float | None, ...]
+    masked: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutSampled(Event):
+    """A response of an update, token by token; also the record of a line in rollouts/samples.jsonl.
+
+    `prompt` is the student's rendering. The texts in `tokens` make up the response; a character that is
+    spread over several tokens is in the last of them, and the others are empty. `divergence` names the
+    values of the traces, "" where the objective has none. Numbers have six significant digits and are those
+    of the loss: under its temperature, before the update. `trained` flags the tokens that are in the loss,
+    None where all are; others (of tools, users, the template) have no number.
+
+    Raises:
+        ValueError: the numbers of tokens and values differ.
+    """
+
+    update: int
+    phase: str
+    domain: str
+    key: str
+    origin: Origin
+    finish: Finish
+    reward: float | None
+    prompt: str
+    tokens: tuple[str, ...]
+    logprob_S: tuple[float | None, ...]
+    divergence: str
+    teachers: Mapping[str, TeacherTrace]
+    trained: tuple[bool, ...] | None = None
+
+    def __post_init__(self) -> None:
+        rows: list[tuple[object, ...]] = [self.logprob_S]
+        rows += [self.trained] if self.trained is not None else []
+        rows += [row for trace in self.teachers.values() for row in (trace.divergence, trace.logprob_T)]
+        if any(len(row) != len(self.tokens) for row in rows):
+            raise ValueError("the numbers of tokens and values differ")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSaved(Event):
+    """A checkpoint is complete on disk."""
+
+    update: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSkipped(Event):
+    """A checkpoint is incomplete or damaged and was not used."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note(Event):
+    """A remark for the user."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationDone(Event):
+    """Accuracy (0 to 1) of one model on one domain; `model` is base, expert, weight_average or merged."""
+
+    model: str
+    domain: str
+    accuracy: float
+    num_prompts: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunFinished(Event):
+    """The end. `seconds` are wall seconds by stage, with their sum as `total`.
+
+    `result` is None where the recipe evaluates nothing. Paths are those to show.
+    """
+
+    seconds: Mapping[str, float]
+    result: Result | None = None
+    result_path: Path | None = None
+    export_path: Path | None = None
+    report_path: Path | None = None
+
+
+class Reporter(Protocol):
+    """Takes events as they happen, in order, from one thread."""
+
+    def emit(self, event: Event) -> None:
+        """Report the event.
+
+        Raises:
+            StorageError: a file that belongs to the run cannot be written.
+        """
+
+
+class Reporters:
+    """Passes every event to each reporter, in the order given."""
+
+    def __init__(self, *reporters: Reporter) -> None:
+        self._reporters = reporters
+
+    def emit(self, event: Event) -> None:
+        """Pass the event on."""
+        for reporter in self._reporters:
+            reporter.emit(event)
+
+
+def progress(reporter: Reporter, total: int, ranks: Communicator) -> Callable[[int], None]:
+    """A callback that takes the items done on this rank and reports the estimate for all of `total`."""
+    return lambda done: reporter.emit(StageProgress(min(total, done * ranks.size)))

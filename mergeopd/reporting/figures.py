@@ -1,0 +1,95 @@
+"""The figures of an update: one table for terminal and report page. Keys are those of metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mergeopd.recipe.term_display import MEASURES, TERMS, TermDisplay
+from mergeopd.reporting.jsonl import UpdateRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One quantity. `column` is its short title for the terminal, "" where the terminal leaves it out.
+
+    A `unit` of % shows fractions times 100. A figure that always equals `hidden_when_constant` is not shown.
+    On the page, series of a `stacked` figure are areas on top of each other, and a `steady` one has no noise
+    to smooth.
+    """
+
+    key: str
+    column: str
+    title: str
+    subtitle: str = ""
+    unit: str = ""
+    hidden_when_constant: float | None = None
+    stacked: bool = False
+    steady: bool = False
+
+    def is_informative(self, value: float | None) -> bool:
+        """Whether a value is known and differs from the one that hides the figure."""
+        return value is not None and value != self.hidden_when_constant
+
+
+def _of_term(key: str, row: TermDisplay) -> Figure:
+    return Figure(key, row.column, row.title, row.subtitle, row.unit)
+
+
+_NATS = "nats per token"
+MEASURE_FIGURES = {key: _of_term(key, row) for key, row in MEASURES.items()}
+TEACHER_FIGURES = (
+    Figure("logprob_gap", "gap", "Log-prob gap", "log p of teacher minus student at sampled tokens", _NATS),
+    Figure("entropy_T", "", "Teacher entropy", "of the next-token distribution", _NATS),
+    Figure("num_groups", "", "Aligned groups", "of tokens with the same bytes in both tokenizations"),
+    Figure("tokens_per_group", "", "Tokens per group", "of the student"),
+    Figure("unaligned_fraction", "", "Unaligned", "student tokens in no group", "%", 0.0),
+    Figure("matched_fraction", "", "Matched mass", "teacher probability on shared tokens", "%"),
+)
+DOMAIN_FIGURES = (
+    _of_term("reward", TERMS["outcome"]),
+    _of_term("nll", TERMS["nll"]),
+    Figure("entropy_S", "entropy", "Student entropy", "of the next-token distribution", _NATS),
+    Figure("mean_length", "length", "Response length", "mean response tokens", "tokens"),
+    Figure("truncated_fraction", "cut", "Truncated", "responses that ended at the length limit", "%", 0.0),
+    Figure("token_share", "share", "Token share", "of the update's response tokens", "%", stacked=True),
+    Figure("weight", "weight", "Balance factor", "multiplies the domain's tokens in the loss", "", 1.0),
+)
+POLICY_FIGURES = (
+    Figure("rollout_logprob_gap", "", "Rollout log-prob gap", "|log pi_old - log behaviour|, mean", _NATS),
+    Figure("rollout_logprob_gap_max", "", "Largest rollout log-prob gap", "of any token", "nats"),
+    Figure("importance_weight", "", "Importance weight", "mean of the policy terms", "", 1.0),
+    Figure("corrected_fraction", "corrected", "Corrected", "tokens with a bounded weight", "%", 0.0),
+    Figure("clipped_fraction", "clipped", "Clipped", "tokens without gradient because of the clip", "%", 0.0),
+    Figure("zero_advantage_fraction", "", "Zero advantage", "groups whose responses had one reward", "%"),
+)
+RUN_FIGURES = (
+    Figure("loss", "loss", "Loss", "as minimised, with all weights"),
+    Figure("grad_norm", "grad", "Gradient norm", "before clipping"),
+    Figure("lr", "lr", "Learning rate", steady=True),
+    Figure("on_policy_fraction", "on-policy", "On-policy", "responses of the student", "%", 1.0, steady=True),
+    *POLICY_FIGURES,
+    Figure("tokens_per_s", "", "Speed", "response tokens through a round", "tokens/s"),
+)
+NUM_TOKENS = Figure("num_tokens", "tokens", "Tokens", "response tokens in the loss")
+SECONDS = Figure("seconds", "", "Seconds per update", "rollouts count to a round's first", "s", stacked=True)
+
+STAGES: Mapping[str, tuple[int, str]] = {
+    "rollout": (5, "cyan"),
+    "teachers": (3, "magenta"),
+    "update": (4, "green"),
+    "text": (6, "yellow"),
+    "evaluation": (7, "blue"),
+    "checkpoint": (8, "bright_black"),
+    "startup": (1, "bright_black"),
+    "other": (9, "bright_black"),
+}
+"""Colours of stages: an index into the page's palette, apart from its first ones, and a terminal style."""
+
+
+def run_value(record: UpdateRecord, key: str) -> float | None:
+    """The value of one of `RUN_FIGURES`: a number of the update, of its policy terms, or of its cost."""
+    if key in record.policy:
+        return record.policy[key]
+    value: float | None = getattr(record if hasattr(record, key) else record.cost, key, None)
+    return value

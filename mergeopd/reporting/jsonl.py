@@ -1,0 +1,118 @@
+"""Write metrics.jsonl, a line per update, and rollouts/samples.jsonl, responses token by token.
+
+    pandas.json_normalize(map(json.loads, open("metrics.jsonl")))   # columns like teachers.math.reverse_kl
+
+Everything that depends on the machine or on restarts is under `cost`: two runs of one plan differ in that key
+only. The report reads lines back through the types that write them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mergeopd.reporting.events import Event, RolloutSampled, StageStarted, TeacherStats, UpdateDone
+from mergeopd.storage.metrics import MetricsFile
+
+Numbers = Mapping[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What an update took."""
+
+    seconds: Mapping[str, float]
+    tokens_per_s: float | None
+    teacher_bytes_read: int
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateRecord:
+    """A line of metrics.jsonl. Numbers that are not finite are null there, and None when read back."""
+
+    update: int
+    phase: str
+    round: int
+    lr: float | None
+    loss: float | None
+    grad_norm: float | None
+    clip_factor: float | None
+    num_tokens: int
+    on_policy_fraction: float | None
+    teachers: Mapping[str, Numbers]
+    domains: Mapping[str, Numbers]
+    policy: Numbers
+    verifier_failures: Mapping[str, int]
+    cost: Cost
+
+    @staticmethod
+    def of(event: UpdateDone) -> UpdateRecord:
+        """The record of an update: keys always in the same order, teachers and domains sorted by name."""
+        return UpdateRecord(
+            update=event.update,
+            phase=event.phase,
+            round=event.round,
+            lr=event.lr,
+            loss=event.loss,
+            grad_norm=event.grad_norm,
+            clip_factor=event.clip_factor,
+            num_tokens=event.num_tokens,
+            on_policy_fraction=event.on_policy_fraction,
+            teachers={name: _teacher_numbers(stats) for name, stats in sorted(event.teachers.items())},
+            domains={name: asdict(stats) for name, stats in sorted(event.domains.items())},
+            policy={} if event.policy is None else asdict(event.policy),
+            verifier_failures=dict(sorted(event.verifier_failures.items())),
+            cost=Cost(
+                seconds=dict(sorted(event.seconds.items())),
+                tokens_per_s=event.num_tokens / event.step_s if event.step_s > 0 else None,
+                teacher_bytes_read=event.teacher_bytes_read,
+            ),
+        )
+
+
+def _teacher_numbers(stats: TeacherStats) -> dict[str, float | None]:
+    numbers = {
+        "num_tokens": stats.num_tokens,
+        **dict(sorted(stats.divergence.items())),
+        "logprob_gap": stats.logprob_gap,
+    }
+    if stats.bridge is None:
+        return {**numbers, "entropy_T": stats.entropy_T}
+    return numbers | {key: value for key, value in asdict(stats.bridge).items() if value is not None}
+
+
+def update_record(event: UpdateDone) -> dict[str, Any]:
+    """The line of one update in metrics.jsonl."""
+    return asdict(UpdateRecord.of(event))
+
+
+def sample_record(event: RolloutSampled) -> dict[str, Any]:
+    """The line of one sampled response in rollouts/samples.jsonl."""
+    record = asdict(event)
+    return {**record, "teachers": dict(sorted(record["teachers"].items()))}
+
+
+class RecordsReporter:
+    """Writes updates and sampled responses to their files, and syncs both before a checkpoint."""
+
+    def __init__(self, metrics: MetricsFile, samples: MetricsFile) -> None:
+        self._metrics = metrics
+        self._samples = samples
+
+    def emit(self, event: Event) -> None:
+        """Append the line of an `UpdateDone` or `RolloutSampled`; other events have none.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        match event:
+            case UpdateDone():
+                self._metrics.append(update_record(event))
+            case RolloutSampled():
+                self._samples.append(sample_record(event))
+            case StageStarted(stage="checkpoint"):
+                self._metrics.sync()
+                self._samples.sync()
+            case _:
+                pass

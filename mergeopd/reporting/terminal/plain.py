@@ -1,0 +1,124 @@
+"""Plain lines for files and pipes: the first and last update of each phase, and one now and then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.text import Text
+
+from mergeopd.reporting import events
+from mergeopd.reporting.figures import MEASURE_FIGURES, POLICY_FIGURES
+from mergeopd.reporting.terminal.glyphs import Glyphs, plain_text
+from mergeopd.reporting.terminal.result import ending
+from mergeopd.reporting.terminal.timing import clock_text, shares
+from mergeopd.reporting.terminal.view import RunView, measure_of
+
+_SHORTEST_S = 5.0
+_LONGEST_S = 60.0
+_PRINTED_STAGES = ("export", "text")  # others return with every round, or end with a line of their own
+
+
+class PlainReporter:
+    """Prints lines with the time of day. A context manager as `LiveReporter`, with nothing to restore."""
+
+    def __init__(self, console: Console, clock: Callable[[], float]) -> None:
+        self._console = console
+        self._clock = clock
+        self._view = RunView()
+        self._stage: events.StageStarted | None = None
+        self._first_at = self._printed_at = self._stage_at = clock()
+
+    def __enter__(self) -> PlainReporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def emit(self, event: events.Event) -> None:
+        """Print the line of the event, if it has one and one is due."""
+        now = self._clock()
+        self._view.apply(event, now)
+        match event:
+            case events.RunStarted():
+                self._print(_opening(event))
+            case events.UpdateDone():
+                if self._is_edge(event.update) or self._is_due(now):
+                    self._print(self._update_line(event, now))
+            case events.StageStarted():
+                self._stage, self._stage_at = event, now
+                if event.stage in _PRINTED_STAGES:
+                    self._print(_stage_line(event, 0))
+            case events.StageProgress():
+                # Where stages are short, the updates themselves show progress.
+                is_long = now - self._stage_at >= _SHORTEST_S
+                if self._stage is not None and is_long and self._is_due(now):
+                    self._print(_stage_line(self._stage, event.done))
+            case events.EvaluationDone():
+                correct = f"{100 * event.accuracy:.1f} % of {event.num_prompts}"
+                self._print(f"evaluation {event.model} on {event.domain}: {correct}")
+            case events.CheckpointSaved():
+                self._print(f"saved {event.path}")
+            case events.CheckpointSkipped():
+                self._print(f"warning: skipped {event.path}: {event.reason}")
+            case events.Note():
+                self._print(f"note: {event.text}")
+            case events.RunFinished():
+                self._console.print(ending(event))
+
+    def _is_edge(self, update: int) -> bool:
+        """True for the first update since the start and at both ends of a phase."""
+        run, phase = self._view.run, self._view.phase_of(update)
+        if run is None or phase is None:
+            return True
+        return update == run.resumed_at + 1 or phase.done in (1, phase.updates)
+
+    def _is_due(self, now: float) -> bool:
+        """Every 5 seconds at first, then less and less often, down to once a minute."""
+        pause = min(_LONGEST_S, max(_SHORTEST_S, (now - self._first_at) / 50))
+        return now - self._printed_at >= pause
+
+    def _print(self, text: str) -> None:
+        self._printed_at = self._clock()
+        line = f"{self._console.get_datetime():%Y-%m-%d %H:%M:%S}  {text}"
+        self._console.print(Text(plain_text(line, Glyphs.of(self._console.options))), soft_wrap=True)
+
+    def _update_line(self, event: events.UpdateDone, now: float) -> str:
+        view, last = self._view, self._view.last
+        assert last is not None
+        total = view.run.num_updates if view.run else event.update
+        parts = [f"update {event.update}/{total}", event.phase, f"loss {event.loss:.4f}"]
+        measured: dict[str, list[str]] = {}
+        for name, numbers in last.teachers.items():
+            if measure := measure_of(numbers):
+                value = numbers[measure]
+                measured.setdefault(MEASURE_FIGURES[measure].column, []).append(
+                    f"{name} -" if value is None else f"{name} {value:.4f}"
+                )
+        parts += [f"{column}: {', '.join(values)}" for column, values in measured.items()]
+        rewards = [stats.reward for stats in event.domains.values() if stats.reward is not None]
+        if rewards:
+            parts.append(f"reward {sum(rewards) / len(rewards):.2f}")
+        parts += [f"{f.column} {last.policy[f.key]:.1%}" for f in POLICY_FIGURES if f.column and last.policy]
+        parts.append(f"grad {event.grad_norm:.3g}")
+        speed, left = view.tokens_per_s, view.left_s(now)
+        if speed is not None:
+            parts.append(f"{speed:,.0f} tokens/s")
+            parts.append(", ".join(f"{name} {part}%" for name, part in shares(view.phase_seconds).items()))
+        if left is not None:
+            parts.append(f"left {clock_text(left)}")
+        return "  ".join(parts)
+
+
+def _opening(event: events.RunStarted) -> str:
+    phases = ", ".join(f"{name} {updates}" for name, updates in event.phases)
+    resumed = f", resumes after update {event.resumed_at}" if event.resumed_at else ""
+    return (
+        f"{event.name}: {event.num_updates} updates ({phases}){resumed}; "
+        f"teachers {', '.join(event.teachers)}; output {event.output}"
+    )
+
+
+def _stage_line(event: events.StageStarted, done: int) -> str:
+    of_total = f" {done:,}/{event.total:,} {event.unit}".rstrip() if event.total else ""
+    return f"{event.stage} {event.detail}".rstrip() + of_total

@@ -1,0 +1,80 @@
+"""Durations, and the wall time by stage on one line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from rich.text import Text
+
+from mergeopd.reporting.figures import STAGES
+from mergeopd.reporting.terminal.glyphs import Glyphs
+
+
+def clock_text(seconds: float) -> str:
+    """`0:07`, `12:34`, `1:02:03`, `2d 03:04`."""
+    if not math.isfinite(seconds):
+        return "-"
+    whole = max(0, round(seconds))
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours:02}:{minutes:02}"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def shares(seconds: Mapping[str, float]) -> dict[str, int]:
+    """Whole percentages that add up to 100 (largest remainders); empty when no time was spent."""
+    total = sum(seconds.values())
+    if not total > 0:
+        return {}
+    exact = {name: 100 * value / total for name, value in seconds.items()}
+    result = {name: int(value) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: result[name] - exact[name])
+    for name in by_remainder[: 100 - sum(result.values())]:
+        result[name] += 1
+    return result
+
+
+def split_line(
+    seconds: Mapping[str, float], glyphs: Glyphs, width: int, *, total: bool = False
+) -> Text | None:
+    """A coloured bar and its legend on one line of at most `width` cells; None when no time was spent.
+
+    Stages below half a per cent are left out; the smallest ones are added up as `other` where the line is too
+    short for all.
+    """
+    parts = {name: percent for name, percent in shares(seconds).items() if percent}
+    if not parts:
+        return None
+    line = Text.assemble((f"{'time':<8}", "dim"))
+    if total:
+        line.append(f"{clock_text(sum(seconds.values()))}  ")
+    legend = _legend(parts)
+    while len(line) + len(legend) > width and len(parts) > 2:
+        *rest, second, last = sorted(parts, key=lambda name: (name == "other", -parts[name]))
+        other = parts[second] + parts[last]
+        parts = {name: parts[name] for name in parts if name in rest} | {"other": other}
+        legend = _legend(parts)
+    room = min(40, width - len(line) - len(legend))
+    if room >= 8:
+        edge, covered = 0.0, 0
+        for name, percent in parts.items():
+            edge += percent * room / 100
+            line.append(glyphs.block * (round(edge) - covered), style=STAGES.get(name, STAGES["other"])[1])
+            covered = round(edge)
+    else:  # no room: the legend has the same numbers
+        legend = legend[2:]
+    line.append_text(legend)
+    line.no_wrap = True
+    line.truncate(width)
+    return line
+
+
+def _legend(parts: Mapping[str, int]) -> Text:
+    legend = Text()
+    for name, percent in parts.items():
+        legend.append(f"  {name}", style=STAGES.get(name, STAGES["other"])[1])
+        legend.append(f" {percent}%")
+    return legend

@@ -1,0 +1,66 @@
+"""Which numbers of processes can train a plan's student, and what of a grid belongs to a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mergeopd.errors import RecipeError
+from mergeopd.preflight.parallelism import check_processes
+from mergeopd.recipe.models import Parallel, Student
+from mergeopd.recipe.plan import Plan
+from mergeopd.recipe.resolve import read
+
+
+@pytest.fixture
+def plan(
+    write_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Plan]:
+    """The job's plan with another student."""
+    monkeypatch.chdir(tmp_path)
+    plan = read(write_job()).plan
+    assert plan is not None
+
+    def with_student(**student: object) -> Plan:
+        return plan.model_copy(update={"student": Student(model=plan.student.model, **student)})  # type: ignore[arg-type]
+
+    return with_student
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "world"), [(1, 1, 1), (1, 1, 3), (2, 2, 4), (2, 3, 12)])
+def test_grids_that_processes_fill(plan: Callable[..., Plan], tensor: int, pipeline: int, world: int) -> None:
+    check_processes(plan(backend="megatron", parallel={"tensor": tensor, "pipeline": pipeline}), world)
+
+
+def test_a_grid_for_more_processes_than_there_are(plan: Callable[..., Plan]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        check_processes(plan(backend="megatron", parallel={"tensor": 2, "pipeline": 2}), 1)
+    assert str(caught.value) == (
+        "job.yaml  student.parallel\n"
+        "    tensor 2 x pipeline 2 = 4 does not divide the number of processes, 1; "
+        "start 4 or a multiple of it: mergeopd run --nproc 4, or torchrun"
+    )
+
+
+def test_torch_trains_in_one_process(plan: Callable[..., Plan]) -> None:
+    check_processes(plan(), 1)
+    with pytest.raises(RecipeError) as caught:
+        check_processes(plan(), 2)
+    assert str(caught.value) == (
+        "job.yaml  student.backend\n"
+        "    `backend: torch` trains in one process, and 2 were started; "
+        "start one, or use `backend: megatron`"
+    )
+
+
+def test_the_grid_may_change_and_the_backend_may_not(plan: Callable[..., Plan]) -> None:
+    one = plan(backend="megatron")
+    grid = Parallel(tensor=2, pipeline=2, sequence=True, recompute=True, layers="local")
+    other = plan(backend="megatron", parallel=grid)
+    assert one.hash == other.hash
+    assert one.content == other.content
+    assert "parallel" not in one.content["student"]
+    assert one.hash != plan().hash
+    assert {"recipe_file", "output", "memory", "text_cache", "report"}.isdisjoint(one.content)

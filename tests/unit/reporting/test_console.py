@@ -1,0 +1,430 @@
+"""What a person reads, live and plain."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mergeopd.reporting.events import (
+    CheckpointSaved,
+    CheckpointSkipped,
+    DomainStats,
+    EvaluationDone,
+    Event,
+    Note,
+    RunFinished,
+    RunStarted,
+    StageProgress,
+    StageStarted,
+    TeacherStats,
+    UpdateDone,
+)
+from mergeopd.reporting.result import result_document
+from mergeopd.reporting.terminal.console import console_reporter
+from mergeopd.reporting.terminal.glyphs import Glyphs, plain_text, sparkline
+from mergeopd.reporting.terminal.live import LiveReporter
+from mergeopd.reporting.terminal.plain import PlainReporter
+from mergeopd.reporting.terminal.result import ResultTable
+from mergeopd.reporting.terminal.timing import clock_text, shares, split_line
+from mergeopd.reporting.terminal.view import RunView, Trend
+
+START = RunStarted(
+    name="quick",
+    recipe="recipes/quick.yaml",
+    num_updates=30,
+    phases=(("cold_start", 10), ("merge", 20)),
+    teachers=("math", "sort"),
+    domains=("math", "sort"),
+    output=Path("runs/quick"),
+)
+ACCURACIES = {"base": 0.1, "expert": 0.9, "weight_average": 0.3, "merged": 0.86}
+
+
+class Clock:
+    """A clock that moves when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def update(
+    number: int, names: tuple[str, ...] = ("math", "sort"), *, reward: float | None = 0.5
+) -> UpdateDone:
+    cold = number <= 10
+    return UpdateDone(
+        update=number,
+        phase="cold_start" if cold else "merge",
+        round=number - 1,
+        lr=3e-4,
+        loss=1 / number,
+        grad_norm=0.75,
+        num_tokens=1000,
+        on_policy_fraction=0.0 if cold else 1.0,
+        teachers={} if cold else {n: TeacherStats(500, {"reverse_kl": 2 / number}, -0.5) for n in names},
+        domains={n: DomainStats(8, 500, 62.5, 0.5, 1.0, 3 / number, 0.25, 0.125, reward) for n in names},
+        seconds={"rollout": 0.0 if cold else 1.0, "teachers": 0.25, "update": 0.75},
+    )
+
+
+def live(
+    width: int = 80, height: int = 24, encoding: str = "utf-8"
+) -> tuple[LiveReporter, Clock, io.TextIOWrapper]:
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(
+        file=file, force_terminal=True, width=width, height=height, color_system=None,
+        _environ={"TERM": "xterm"},
+    )  # fmt: skip
+    clock = Clock()
+    reporter = console_reporter(console, clock)
+    assert isinstance(reporter, LiveReporter)
+    return reporter, clock, file
+
+
+def drawn(reporter: LiveReporter, file: io.TextIOWrapper) -> list[str]:
+    """The frame as it stands, line by line."""
+    console = Console(
+        file=io.TextIOWrapper(io.BytesIO(), encoding=file.encoding),
+        width=reporter._console.width, height=reporter._console.height, force_terminal=True, color_system=None,
+        _environ={"TERM": "xterm"},
+    )  # fmt: skip
+    with console.capture() as capture:
+        console.print(reporter._frame())
+    return [line.rstrip() for line in capture.get().splitlines()]
+
+
+def written(file: io.TextIOWrapper) -> str:
+    file.flush()
+    raw = file.buffer.getvalue().decode(file.encoding)  # type: ignore[attr-defined]
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", raw)
+
+
+def test_frame_shows_where_the_run_is() -> None:
+    reporter, clock, file = live()
+    with reporter:
+        reporter.emit(START)
+        for number in range(1, 16):
+            clock.now += 2
+            reporter.emit(update(number))
+        reporter.emit(CheckpointSaved(15, Path("x")))
+        lines = drawn(reporter, file)
+    assert re.fullmatch(r"quick · merge 5/20 [━╸╺ ]{20,} 15/30 updates  0:30, about 0:30 left", lines[0])
+    assert lines[1] == ""  # the place of a stage
+    table = "\n".join(lines)
+    assert re.search(r"teacher +reverse KL +gap +tokens +trend\n", table)
+    assert re.search(r"\nmath +0\.1333 +-0\.5000 +500 +█▆▄▂▁\n", table)
+    assert re.search(r"\ndomain +reward +NLL +entropy +length +cut +share\n", table)
+    assert re.search(r"\nsort +0\.5000 +0\.2000 +0\.2500 +62\.5 +12 % +50 %\n", table)
+    assert "loss 0.0667   grad 0.7500   lr 3.0e-04   tokens/s 500   saved at 15" in table
+    assert re.search(r"time    ━+  rollout 50%  teachers 13%  update 37%", table)
+    assert max(map(len, lines)) <= 80
+    assert (
+        "gap log p of teacher minus student at sampled tokens tokens response tokens in the loss"
+        in " ".join(table.split())
+    )
+
+
+def test_frame_of_text_without_teachers_shows_the_domains_trend() -> None:
+    reporter, _, file = live()
+    with reporter:
+        reporter.emit(START)
+        for number in (1, 2, 3):
+            reporter.emit(update(number, reward=None))
+        table = "\n".join(drawn(reporter, file))
+    assert "teacher  " not in table
+    assert "reward" not in table
+    assert re.search(r"\nmath +1\.0000 .* █▃▁\n", table)
+    assert "on-policy 0 %" in table
+
+
+def test_stage_appears_once_it_lasts() -> None:
+    reporter, clock, file = live()
+    with reporter:
+        reporter.emit(START)
+        reporter.emit(StageStarted("rollout", "math", 256, "responses"))
+        height = len(drawn(reporter, file))
+        clock.now += 1.9
+        assert "rollout" not in "\n".join(drawn(reporter, file))
+        clock.now += 0.2
+        reporter.emit(StageProgress(64))
+        lines = drawn(reporter, file)
+        assert re.fullmatch(r"rollout  math +[━╸╺ ]{10,} 64/256 responses  0:02", lines[1])
+        assert len(lines) == height  # nothing jumps
+        reporter.emit(update(1))
+        clock.now += 10
+        assert "64/256" not in "\n".join(drawn(reporter, file))
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40), (60, 15), (40, 10), (20, 5)])
+@pytest.mark.parametrize("num", [1, 3, 12, 40])
+def test_frame_fits_any_terminal(width: int, height: int, num: int) -> None:
+    reporter, clock, file = live(width, height)
+    names = tuple(f"a_rather_long_teacher_name_{i}" for i in range(num))
+    with reporter:
+        reporter.emit(replace(START, name="a-name-that-is-longer-than-any-sensible-one"))
+        for number in (*range(1, 12), 1000):
+            reporter.emit(update(number, names))
+        reporter.emit(StageStarted("teachers", names[0], 100, "tokens"))
+        clock.now += 100_000
+        lines = drawn(reporter, file)
+    assert max(map(len, lines)) <= width
+    if height >= 15:
+        assert len(lines) < height
+        assert any(f"and {num - k} more" in line for line in lines for k in range(num)) or num < 40
+
+
+def test_notes_and_skipped_checkpoints_stay_above_the_frame() -> None:
+    reporter, _, file = live()
+    with reporter:
+        reporter.emit(START)
+        reporter.emit(Note("heads of [red]math[/red] have\x1b[2J 152064 rows"))
+        reporter.emit(CheckpointSkipped(Path("step-9"), "weights.bin is missing"))
+        reporter.emit(update(1))
+    text = written(file)
+    assert "note    heads of [red]math[/red] have [2J 152064 rows" in text
+    assert "warning skipped step-9: weights.bin is missing" in text
+
+
+def test_the_terminal_is_given_back_on_an_error() -> None:
+    reporter, _, file = live()
+    before = sys.stdout, sys.stderr
+    with pytest.raises(ValueError, match="boom"), reporter:  # noqa: PT012
+        reporter.emit(START)
+        reporter.emit(StageStarted("rollout", "math", 9))
+        assert reporter._live.is_started
+        raise ValueError("boom")
+    assert not reporter._live.is_started
+    assert (sys.stdout, sys.stderr) == before
+    file.flush()
+    raw = file.buffer.getvalue().decode()  # type: ignore[attr-defined]
+    assert raw.count("\x1b[?25l") == 1
+    assert raw.rindex("\x1b[?25h") > raw.rindex("\x1b[?25l")  # the cursor is visible again
+    assert raw.endswith("\n") or raw.rstrip("\x1b[?25h").endswith("\n")
+
+
+def test_evaluation_fills_a_table_and_the_result_ends_the_display() -> None:
+    reporter, _, file = live()
+    with reporter:
+        reporter.emit(START)
+        reporter.emit(update(30))
+        reporter.emit(EvaluationDone("base", "math", 0.1, 256))
+        lines = drawn(reporter, file)
+        assert any(re.match(r" math +10\.0 +- +- +- +- *$", line) for line in lines)
+        seconds = {"rollout": 30.0, "evaluation": 10.0, "total": 40.0}
+        document = result_document({"math": ACCURACIES}, seconds)
+        paths = [Path("runs/quick") / name for name in ("result.json", "export", "report.html")]
+        reporter.emit(RunFinished(seconds, document, *paths))
+        assert not reporter._live.is_started
+    text = written(file)
+    assert re.search(r"\n math +10\.0 +90\.0 +30\.0 +86\.0 +95\.0 % *\n", text)
+    assert re.search(r"\ntime    0:40  ━+  rollout 75%  evaluation 25%", text)
+    assert re.search(
+        r"\nresult  runs/quick/result.json *\nstudent runs/quick/export *\nreport  runs/quick/report.html",
+        text,
+    )
+
+
+def test_evaluation_alone_is_shown_too() -> None:
+    """`mergeopd eval` has no run."""
+    reporter, clock, file = live()
+    with reporter:
+        reporter.emit(StageStarted("evaluation", "base on math", 256, "responses"))
+        clock.now += 3
+        assert "evaluation  base on math" in "\n".join(drawn(reporter, file))
+        reporter.emit(EvaluationDone("base", "math", 0.1, 256))
+        reporter.emit(RunFinished({}, result_document({"math": ACCURACIES}, {})))
+
+
+def test_ascii_terminals_get_ascii() -> None:
+    reporter, clock, file = live(encoding="ascii")
+    with reporter:
+        reporter.emit(replace(START, name="zwölf"))
+        for number in range(1, 14):
+            reporter.emit(update(number, ("größe",)))
+        reporter.emit(Note("naïve"))
+        reporter.emit(StageStarted("rollout", "größe", 256, "responses"))
+        clock.now += 3
+        "\n".join(drawn(reporter, file)).encode("ascii")
+        reporter.emit(RunFinished({"rollout": 1.0}, result_document({"größe": ACCURACIES}, {"rollout": 1.0})))
+    assert "gr??e" in written(file)
+
+
+def untimed(line: str) -> str:
+    return line.removeprefix("2026-01-02 03:04:05  ")
+
+
+def plain(events: list[tuple[float, Event]]) -> list[str]:
+    file = io.StringIO()
+    clock = Clock()
+    console = Console(file=file, width=80, _environ={}, get_datetime=lambda: datetime(2026, 1, 2, 3, 4, 5))
+    reporter = console_reporter(console, clock)
+    assert isinstance(reporter, PlainReporter)
+    with reporter:
+        for at, event in events:
+            clock.now = 100.0 + at
+            reporter.emit(event)
+    return file.getvalue().splitlines()
+
+
+def test_plain_lines_for_ends_of_phases_and_now_and_then() -> None:
+    lines = plain([(0, START), *((i * 2.0, update(i)) for i in range(1, 31))])
+    assert lines[0] == (
+        "2026-01-02 03:04:05  "
+        "quick: 30 updates (cold_start 10, merge 20); teachers math, sort; output runs/quick"
+    )
+    numbers = [int(re.findall(r"update (\d+)/30", line)[0]) for line in lines[1:]]
+    assert numbers == [1, 4, 7, 10, 11, 14, 17, 20, 23, 26, 29, 30]
+    assert lines[8] == (
+        "2026-01-02 03:04:05  update 20/30  merge  loss 0.0500  reverse KL: math 0.1000, sort 0.1000  "
+        "reward 0.50  grad 0.75  500 tokens/s  "
+        "rollout 50%, teachers 13%, update 37%  left 0:20"
+    )
+
+
+def test_plain_lines_tell_of_stages_that_take_long_and_not_of_short_ones() -> None:
+    """A line is due at 40 s and at 60 s; the first time a stage has only begun, the second it goes on."""
+    lines = plain(
+        [
+            (0, START),
+            (30, update(1)),
+            (38, StageStarted("teachers", "math", 48, "responses")),
+            (40, StageProgress(1)),
+            (60, StageProgress(2)),
+        ]
+    )
+    assert [untimed(line) for line in lines if "teachers math 2" in line or "teachers math 1" in line] == [
+        "teachers math 2/48 responses"
+    ]
+
+
+def test_plain_lines_grow_rare() -> None:
+    long = replace(START, num_updates=100_000, phases=(("merge", 100_000),))
+    lines = plain([(0, long), *((float(i), update(i)) for i in range(1, 7201))])
+    assert 150 < len(lines) < 260  # two hours
+
+
+def test_plain_lines_after_a_resume_and_of_everything_else() -> None:
+    seconds = {"rollout": 2.0, "total": 2.0}
+    lines = plain(
+        [
+            (0, CheckpointSkipped(Path("step-9"), "weights.bin is missing")),
+            (1, replace(START, resumed_at=6)),
+            (1, StageStarted("rollout", "math", 256, "responses")),
+            (2, StageProgress(8)),
+            (20, StageProgress(64)),
+            (21, update(7)),
+            (22, update(8)),
+            (23, CheckpointSaved(8, Path("step-8"))),
+            (24, Note("something [bold]odd\nhere")),
+            (25, StageStarted("export", "the student")),
+            (26, EvaluationDone("base", "math", 0.125, 256)),
+            (27, RunFinished(seconds, result_document({"math": ACCURACIES}, seconds), Path("result.json"))),
+        ]
+    )
+    lines = [untimed(line) for line in lines]
+    assert lines[:3] == [
+        "warning: skipped step-9: weights.bin is missing",
+        "quick: 30 updates (cold_start 10, merge 20), resumes after update 6; teachers math, sort; "
+        "output runs/quick",
+        "rollout math 64/256 responses",
+    ]
+    assert lines[3].startswith("update 7/30  cold_start  loss 0.1429  reward 0.50")
+    assert lines[4:8] == [
+        "saved step-8",
+        "note: something [bold]odd here",
+        "export the student",
+        "evaluation base on math: 12.5 % of 256",
+    ]
+    assert lines[-2].startswith("time    0:02")
+    assert lines[-1].rstrip() == "result  result.json"
+
+
+def test_dumb_terminals_get_lines() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
+    assert isinstance(console_reporter(console), PlainReporter)
+
+
+def test_result_table_of_a_domain_without_headroom() -> None:
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    rows = {"math": ACCURACIES, "flat": {**ACCURACIES, "base": 0.9, "weight_average": None}}
+    with console.capture() as capture:
+        console.print(ResultTable(result_document(rows, {})))
+    text = capture.get()
+    assert re.search(r"\n flat +90\.0 +90\.0 +- +86\.0 +- *\n", text)
+    assert re.search(r"\n mean +50\.0 +90\.0 +- +86\.0 +95\.0 % *\n", text)
+    assert "-  the expert is not better than the base" in text
+
+
+def test_durations() -> None:
+    texts = {0: "0:00", 7.4: "0:07", 754: "12:34", 3723: "1:02:03", 183840: "2d 03:04", float("inf"): "-"}
+    assert {seconds: clock_text(seconds) for seconds in texts} == texts
+
+
+def test_shares_add_up() -> None:
+    assert shares({"a": 1.0, "b": 1.0, "c": 1.0}) == {"a": 34, "b": 33, "c": 33}
+    assert shares({"a": 0.0}) == {}
+    assert sum(shares({str(i): 0.7 * i for i in range(17)}).values()) == 100
+
+
+def test_split_line_never_exceeds_its_width() -> None:
+    glyphs = Glyphs.of(Console(file=io.StringIO()).options)
+    for width in range(10, 120):
+        line = split_line({"rollout": 5.0, "teachers": 3.0, "update": 2.0}, glyphs, width)
+        assert line is not None
+        assert line.cell_len <= width
+    assert line.plain.count("━") == 40
+
+
+def test_sparkline_means_and_range() -> None:
+    glyphs = Glyphs.of(Console(file=io.StringIO(), _environ={}).options)
+    assert sparkline([0.0, 7.0], 8, glyphs) == glyphs.levels[0] + glyphs.levels[-1]
+    assert sparkline([0.0, 2.0, 6.0, 8.0], 2, glyphs) == glyphs.levels[0] + glyphs.levels[-1]
+    assert sparkline([3.0] * 5, 3, glyphs) == glyphs.levels[0] * 3
+    assert sparkline([], 3, glyphs) == sparkline([1.0], 0, glyphs) == ""
+    assert plain_text("a\nb\x1b[1m", glyphs) == "a b [1m"
+
+
+def test_trend_keeps_the_shape_in_bounded_memory() -> None:
+    trend = Trend()
+    for i in range(5000):
+        trend.add(float(i))
+        trend.add(float("nan"))
+    assert 100 < len(trend.points) < 256
+    steps = [b - a for a, b in zip(trend.points, trend.points[1:], strict=False)]
+    assert set(steps) == {steps[0]}
+    assert trend.points[0] == (steps[0] - 1) / 2  # the mean of the first stretch
+
+
+def test_speed_and_time_left_follow_the_phase() -> None:
+    view = RunView()
+    assert view.left_s(0.0) is None
+    view.apply(START, 0.0)
+    assert view.tokens_per_s is None
+    for number in range(1, 11):
+        view.apply(update(number), float(number))
+    assert view.tokens_per_s == 1000.0
+    assert view.left_s(10.0) == 20.0
+    view.apply(
+        replace(update(11), seconds={"rollout": 3.0, "update": 1.0, "text": 50.0, "startup": 9.0}), 20.0
+    )
+    assert view.tokens_per_s == 250.0  # once a phase or process
+    assert view.left_s(22.0) == 4.0 * 19 - 2.0
+    assert view.phase_seconds == {"rollout": 3.0, "update": 1.0, "text": 50.0, "startup": 9.0}
+
+
+def test_report_needs_no_torch() -> None:
+    code = (
+        "import sys; import mergeopd.reporting.terminal.console, mergeopd.reporting.jsonl, mergeopd.reporting.result; "
+        "print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"

@@ -1,0 +1,77 @@
+"""One table of loss terms and one of figures: nothing that is measured lacks a title."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from mergeopd.batch.objective import DIVERGENCES
+from mergeopd.recipe.bridges import KINDS
+from mergeopd.recipe.loss_terms import DIVERGENCE_TERMS, Loss
+from mergeopd.recipe.policy_terms import POLICY_TERMS
+from mergeopd.recipe.term_display import BRIDGES, MEASURES, TERMS
+from mergeopd.reporting.events import BridgeFigures, DomainStats, PolicyStats, TeacherStats, UpdateDone
+from mergeopd.reporting.figures import (
+    DOMAIN_FIGURES,
+    MEASURE_FIGURES,
+    NUM_TOKENS,
+    POLICY_FIGURES,
+    RUN_FIGURES,
+    TEACHER_FIGURES,
+    run_value,
+)
+from mergeopd.reporting.jsonl import UpdateRecord
+
+OBJECTIVES = Path(__file__).parents[3] / "docs" / "objectives.md"
+UPDATE = UpdateDone(
+    update=1, phase="merge", round=0, lr=0.1, loss=0.2, grad_norm=0.3, num_tokens=4, on_policy_fraction=0.5,
+    teachers={}, domains={}, seconds={"update": 2.0}, policy=PolicyStats(0.6, 0.7, 0.8, 0.9, 1.1, 1.2),
+)  # fmt: skip
+
+
+def test_the_terms_of_recipe_kernel_and_display_agree() -> None:
+    settings = {"temperature", "support"}
+    assert TERMS.keys() == Loss.model_fields.keys() - settings == {*DIVERGENCE_TERMS, *POLICY_TERMS, "nll"}
+    assert DIVERGENCES.keys() == set(DIVERGENCE_TERMS)
+    assert tuple(BRIDGES) == KINDS
+    # The first divergence of an objective is the one shown: both tables have one order.
+    assert [key for key in MEASURES if key in DIVERGENCES] == list(DIVERGENCES)
+
+
+@pytest.mark.parametrize("key", [*TERMS, *BRIDGES])
+def test_every_term_has_titles_and_is_documented(key: str) -> None:
+    row = {**TERMS, **BRIDGES}[key]
+    assert row.title
+    assert row.subtitle
+    assert len(row.column) <= 12  # a column of the terminal
+    assert row.colour_scale > 0
+    assert re.search(rf"\b{key}\b", OBJECTIVES.read_text(encoding="utf-8")), f"docs/objectives.md lacks {key}"
+
+
+def test_titles_and_columns_are_distinct() -> None:
+    rows = [*TERMS.values(), *BRIDGES.values()]
+    assert len({row.title for row in rows}) == len({row.column for row in rows}) == len(rows)
+
+
+def test_every_statistic_of_an_update_has_a_figure() -> None:
+    def names(kind: type) -> set[str]:
+        return {field.name for field in fields(kind)}
+
+    counts = {"num_tokens", "num_rollouts"}
+    of_teachers = (names(TeacherStats) - {"divergence", "bridge"}) | names(BridgeFigures)
+    assert of_teachers == {figure.key for figure in (*TEACHER_FIGURES, NUM_TOKENS)}
+    assert names(DomainStats) - counts == {figure.key for figure in DOMAIN_FIGURES}
+    assert names(PolicyStats) == {figure.key for figure in POLICY_FIGURES}
+    assert MEASURE_FIGURES.keys() == MEASURES.keys()
+
+
+def test_values_of_the_run_come_from_update_policy_and_cost() -> None:
+    record = UpdateRecord.of(UPDATE)
+    assert {figure.key: run_value(record, figure.key) for figure in RUN_FIGURES} == {
+        "loss": 0.2, "grad_norm": 0.3, "lr": 0.1, "on_policy_fraction": 0.5, "tokens_per_s": 2.0,
+        "corrected_fraction": 0.6, "clipped_fraction": 0.7, "importance_weight": 0.8,
+        "rollout_logprob_gap": 0.9, "rollout_logprob_gap_max": 1.1, "zero_advantage_fraction": 1.2,
+    }  # fmt: skip

@@ -1,0 +1,504 @@
+"""report.html from hand-made run folders: what it shows, what it refuses, what it never loads."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+
+from mergeopd.errors import StorageError
+from mergeopd.reporting.events import (
+    CheckpointSaved,
+    Event,
+    Note,
+    RolloutSampled,
+    RunFinished,
+    TeacherTrace,
+    UpdateDone,
+)
+from mergeopd.reporting.jsonl import UpdateRecord, sample_record
+from mergeopd.reporting.page import html
+from mergeopd.reporting.page.curves import build_curves
+from mergeopd.reporting.page.html import HtmlReporter, write_report
+from mergeopd.reporting.page.responses import LEVELS, level
+from mergeopd.reporting.page.run_data import load_run
+
+UPDATES = TypeAdapter(UpdateRecord)
+EVIL = "</script><script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)>"
+
+
+def update_line(update: int, phase: str = "merge") -> dict[str, Any]:
+    return {
+        "update": update,
+        "phase": phase,
+        "round": update,
+        "lr": 1e-3 / update,
+        "loss": 1 / 3 + update,
+        "grad_norm": None if update == 2 else 0.1 * update,
+        "num_tokens": 100 * update,
+        "on_policy_fraction": 0.25 * (update % 3),
+        "teachers": {
+            "math": {"num_tokens": 7, "reverse_kl": 0.1 / update, "logprob_gap": -0.3, "entropy_T": 0.7}
+        },
+        "domains": {
+            domain: {
+                "num_rollouts": 4,
+                "num_tokens": 7,
+                "mean_length": 2.5 + update,
+                "token_share": share,
+                "weight": 1.0,
+                "nll": 0.1 + 0.2,
+                "entropy_S": 1 / 7,
+                "reward": None,
+                "truncated_fraction": 0.0,
+            }
+            for domain, share in (("math", 1 / 3), ("code", 2 / 3))
+        },
+        "policy": {},
+        "cost": {
+            "seconds": {"rollout": 1.5, "update": 0.5},
+            "tokens_per_s": 50.0 * update,
+            "teacher_bytes_read": 0,
+        },
+    }
+
+
+def sample(**changes: Any) -> RolloutSampled:
+    values: dict[str, Any] = {
+        "update": 1,
+        "phase": "merge",
+        "domain": "math",
+        "key": "math:0",
+        "prompt": "1 + 1?",
+        "tokens": ("It", " is", "", "é", "<end>"),
+        "logprob_S": (-0.5, -1.0, -1.5, -2.0, -0.1),
+        "divergence": "reverse_kl",
+        "teachers": {
+            "math": TeacherTrace((0.0, 0.25, 1.0, 9.0, 5.0), (-0.1, -0.2, -0.3, -0.4, -9.0), masked=(4,))
+        },
+        "reward": 1.0,
+        "origin": "student",
+        "finish": "eos",
+        **changes,
+    }
+    return RolloutSampled(**values)
+
+
+PLAN = """mergeopd: 0.1.0
+format: 1
+started: '2026-01-02T03:04:05'
+hash: abc
+versions: {python: 3.11.9}
+plan:
+  name: two-experts
+  student: {model: /models/base, dtype: float32}
+  teachers:
+    math: {name: math, model: /models/math, dtype: bfloat16}
+  phases:
+  - {name: merge, updates: 3, text: student, loss: {reverse_kl: 1.0, nll: 0.5, jsd: null, temperature: 1.0}}
+  evaluation: {experts: {math: math}}
+files: {}
+"""
+RESULT = {
+    "domains": {
+        "math": {"base": 0.25, "expert": 0.75, "weight_average": None, "merged": 0.7, "recovered": 0.9},
+        "code": {"base": 0.5, "expert": 0.5, "weight_average": 0.125, "merged": 0.4, "recovered": None},
+    },
+    "mean_recovered": 0.9,
+    "seconds": {"rollout": 30.0, "update": 60.0, "total": 100.0},
+}
+
+
+@pytest.fixture(autouse=True)
+def _short_plotly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five megabytes less a page; the browser's tests have the real one."""
+    monkeypatch.setattr(html, "_plotly", lambda: "var Plotly = {};")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A finished run."""
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "export").mkdir()
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    lines = [json.dumps(update_line(n)) + "\n" for n in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    (tmp_path / "rollouts/samples.jsonl").write_text(json.dumps(sample_record(sample())) + "\n")
+    (tmp_path / "result.json").write_text(json.dumps(RESULT))
+    return tmp_path
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, and their texts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.scripts: list[str] = []
+        self._open = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._open = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._open == "script":
+            self.scripts[-1] += data
+        elif self._open != "style":
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def all(self, tag: str, **attributes: str) -> list[dict[str, str | None]]:
+        return [a for t, a in self.elements if t == tag and attributes.items() <= a.items()]
+
+
+def page_of(folder: Path) -> Page:
+    path, _ = write_report(folder)
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def document_of(page: Page) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(page.scripts[0])
+    return document
+
+
+# ----------------------------------------------------------------------------------------- what it shows
+
+
+def test_the_curves_hold_the_numbers_of_the_metrics(folder: Path) -> None:
+    document = document_of(page_of(folder))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert document["updates"] == [1, 2, 3]
+    checked = 0
+    for key, chart in document["charts"].items():
+        group, quantity = key.split("-", 1)
+        for series in chart["series"]:
+            if group == "run" and quantity == "seconds":
+                expected = [line["cost"]["seconds"][series["name"]] for line in lines]
+            elif quantity == "tokens_per_s":
+                expected = [line["cost"][quantity] for line in lines]
+            else:
+                places = lines if group == "run" else [line[group][series["name"]] for line in lines]
+                expected = [place[quantity] for place in places]
+            factor = 100.0 if chart["unit"] == "%" else 1.0
+            assert series["values"] == [None if v is None else factor * v for v in expected]  # to the bit
+            checked += 1
+    # reverse_kl, gap, entropy; two domains x nll, entropy, length, share; six of the run, seconds with two.
+    assert checked == 3 + 2 * 4 + 5 + 2
+
+
+def test_quantities_that_say_nothing_have_no_chart(folder: Path) -> None:
+    charts = document_of(page_of(folder))["charts"]
+    # No verifier, factors of 1, nothing cut off, no such divergence.
+    assert charts.keys().isdisjoint(
+        {"domains-reward", "domains-weight", "domains-truncated_fraction", "teachers-jsd"}
+    )
+    lines = [update_line(1), update_line(2)]
+    lines[1]["domains"]["code"]["truncated_fraction"] = 0.5
+    lines[0]["domains"]["math"]["reward"] = 1.0
+    ids = {c.id: c for c in build_curves([UPDATES.validate_python(line) for line in lines]).charts}
+    assert ids["domains-truncated_fraction"].series[0].values == (0.0, 50.0)
+    assert [(s.name, s.values) for s in ids["domains-reward"].series] == [("math", (1.0, None))]
+
+
+def test_long_runs_are_means_over_equal_stretches() -> None:
+    updates = [UPDATES.validate_python(update_line(n)) for n in range(1, 8)]
+    curves = build_curves(updates, max_points=3)
+    assert curves.stretch == 3
+    assert curves.updates == (3, 6, 7)
+    (norm,) = [chart for chart in curves.charts if chart.id == "run-grad_norm"]
+    # The second update's norm was not finite.
+    assert norm.series[0].values == pytest.approx((0.2, 0.5, 0.7))
+
+
+def test_the_result_table_and_the_time_are_those_of_the_result(folder: Path) -> None:
+    text = page_of(folder).text
+    assert "math 25.0 75.0 - 70.0 90.0 %" in text
+    assert "code 50.0 50.0 12.5 40.0 -" in text
+    assert "update 60.0 s · 60 %" in text
+    assert "other 10.0 s · 10 %" in text  # between the stages
+    assert "Wall time 1:40" in text
+    assert "finished" in text
+
+
+def test_the_recipe_is_shown_as_run(folder: Path) -> None:
+    text = page_of(folder).text
+    assert "merge 3 student reverse_kl, nll 0.5" in text
+    assert "math /models/math bfloat16" in text
+
+
+def test_an_answer_has_a_colour_and_the_numbers_of_each_token(folder: Path) -> None:
+    page = page_of(folder)
+    tokens = [a for tag, a in page.elements if tag == "span" and a.get("data-v")]
+    assert [t["data-v"] for t in tokens] == [
+        "0 -0.5 -0.1", "0.25 -1 -0.2", "1 -1.5 -0.3", "9 -2 -0.4", "5 -0.1 -9",
+    ]  # fmt: skip
+    levels = [int(re.findall(r"h(\d+)", t["class"] or "")[0]) for t in tokens]
+    assert levels == [0, 3, 8, 12, 12]
+    assert "part" in (tokens[2]["class"] or "")
+    assert [("out" in (t["class"] or "")) for t in tokens] == [False] * 4 + [True]
+    # The last token is no part of this teacher's loss.
+    assert f"mean {(0 + 0.25 + 1 + 9) / 4:.3g} nats" in page.text
+
+
+def test_tokens_of_tools_are_shown_without_numbers(folder: Path) -> None:
+    trace = TeacherTrace((0.5, None, None, 9.0, 1.5), (-0.1, None, None, -0.4, -0.2), masked=(3,))
+    told = sample(
+        teachers={"math": trace},
+        logprob_S=(-0.5, None, None, -2.0, -0.1),
+        trained=(True, False, False, True, True),
+    )
+    (folder / "rollouts/samples.jsonl").write_text(json.dumps(sample_record(told)) + "\n")
+    page = page_of(folder)
+    tokens = [a for tag, a in page.elements if tag == "span" and "data-v" in a]
+    assert [t["data-v"] for t in tokens] == ["0.5 -0.5 -0.1", "", "", "9 -2 -0.4", "1.5 -0.1 -0.2"]
+    assert [sorted({"out", "given", "h0"} & {*(t["class"] or "").split()}) for t in tokens] == [
+        [], ["given", "h0"], ["given", "h0"], ["out"], [],
+    ]  # fmt: skip
+    assert "mean 1 nats" in page.text
+    assert "5 tokens, 2 not by the assistant" in page.text
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_colours_grow_with_the_divergence_and_end(divergence: str) -> None:
+    values = [i / 100 for i in range(500)]
+    levels = [level(value, divergence) for value in values]
+    assert levels == sorted(levels)
+    assert (levels[0], levels[-1]) == (0, LEVELS)
+    assert level(-1e-7, divergence) == 0  # rounding
+    assert level(None, divergence) == LEVELS  # not finite
+
+
+def test_without_teachers_the_students_own_log_probs_are_shown(folder: Path) -> None:
+    record = sample_record(sample(teachers={}, divergence=""))
+    (folder / "rollouts/samples.jsonl").write_text(json.dumps(record) + "\n")
+    page = page_of(folder)
+    assert next(a["data-v"] for a in page.all("span") if a.get("data-v")) == "0.5 -0.5 -"
+    assert "-log p of the student, mean 1.02 nats" in page.text
+
+
+# -------------------------------------------------------------------------------------- what it never does
+
+
+def test_the_page_loads_nothing_and_runs_only_its_own_scripts(folder: Path) -> None:
+    page = page_of(folder)
+    for _, attributes in page.elements:
+        for name in ("src", "srcset", "href", "action", "data", "poster", "background"):
+            address = attributes.get(name)
+            assert address is None or address.startswith(("#", "data:"))
+        assert not any(name.startswith("on") for name in attributes)
+    (policy,) = page.all("meta", **{"http-equiv": "Content-Security-Policy"})
+    assert (policy["content"] or "").startswith(
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+    )
+    hashes = {f"'sha256-{html._digest(script)}'" for script in page.scripts[1:]}
+    assert set((policy["content"] or "").split("script-src ")[1].split()) == hashes
+    style = html._part("style.css")
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+@pytest.mark.parametrize("place", ["prompt", "tokens", "domain", "phase", "teacher", "name"])
+def test_text_of_others_stays_text(folder: Path, place: str) -> None:
+    plain = page_of(folder)
+    line = update_line(1, EVIL if place == "phase" else "merge")
+    if place == "domain":
+        line["domains"][EVIL] = line["domains"].pop("math")
+    if place == "teacher":
+        line["teachers"][EVIL] = line["teachers"].pop("math")
+    changes: dict[str, Any] = {
+        "prompt": {"prompt": EVIL},
+        "tokens": {"tokens": (EVIL, "a", "b", "c", "d")},
+        "domain": {"domain": EVIL},
+        "phase": {"phase": EVIL},
+        "teacher": {"teachers": {EVIL: sample().teachers["math"]}},
+    }.get(place, {})
+    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (folder / "rollouts/samples.jsonl").write_text(json.dumps(sample_record(sample(**changes))) + "\n")
+    if place == "name":
+        (folder / "plan.yaml").write_text(PLAN.replace("two-experts", json.dumps(EVIL)))
+    page = page_of(folder)
+    assert EVIL in page.text
+    assert not page.all("img")
+    assert len(page.scripts) == len(plain.scripts) == 3
+    json.loads(page.scripts[0])  # still whole
+
+
+def test_making_a_report_imports_no_torch(folder: Path) -> None:
+    code = (
+        "import sys, pathlib; from mergeopd.reporting.page.html import write_report;"
+        "write_report(pathlib.Path(sys.argv[1]));"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'pandas') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------- bad folders
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(StorageError) as caught:
+        write_report(folder)
+    return str(caught.value)
+
+
+def test_what_is_no_run_folder_is_refused(tmp_path: Path, folder: Path) -> None:
+    assert "no such folder; name a run folder" in refused(tmp_path / "nowhere")
+    assert "is a file; name a run folder" in refused(folder / "plan.yaml")
+    assert "not a run folder, it has none of plan.yaml, metrics.jsonl, result.json" in refused(
+        folder / "export"
+    )
+    assert not (folder / "export/report.html").exists()
+
+
+def test_another_format_is_refused(folder: Path) -> None:
+    (folder / "plan.yaml").write_text(PLAN.replace("format: 1", "format: 2").replace("0.1.0", "9.9.1"))
+    assert "plan.yaml has format 2, and this version of mergeopd reads 1; use mergeopd 9.9.1" in refused(
+        folder
+    )
+
+
+def damage(folder: Path, name: str, text: str | None) -> tuple[str, ...]:
+    if text is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(text)
+    _, notes = write_report(folder)
+    shown = page_of(folder).text
+    assert all(note in shown for note in notes)
+    return notes
+
+
+def lines() -> Iterator[str]:
+    return (json.dumps(update_line(n)) for n in (1, 2, 3))
+
+
+def three(change: Callable[[list[str]], None]) -> str:
+    texts = [line + "\n" for line in lines()]
+    change(texts)
+    return "".join(texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("plan.yaml", None, "plan.yaml is missing: recipe, phases and versions cannot be shown"),
+        ("plan.yaml", "format: [", "plan.yaml is damaged: recipe, phases and versions cannot be shown"),
+        ("metrics.jsonl", None, "metrics.jsonl has no updates, although training is finished"),
+        ("metrics.jsonl", three(lambda t: t.__setitem__(2, t[2][:50])), "metrics.jsonl: the last line is incomplete and left out"),
+        ("metrics.jsonl", three(lambda t: t.__setitem__(1, t[1][50:])), "metrics.jsonl: line 2 is damaged and left out"),
+        ("metrics.jsonl", three(lambda t: t.reverse()), "metrics.jsonl: updates are out of order or repeated; the last line of each counts"),
+        ("rollouts/samples.jsonl", None, "rollouts/samples.jsonl is missing or empty: no responses can be shown"),
+        ("result.json", None, "result.json is missing: the evaluation is running, or `mergeopd run` resumes with it"),
+        ("result.json", "{", "result.json is damaged: the result cannot be shown; `mergeopd eval` measures again"),
+    ],
+)  # fmt: skip
+def test_a_damaged_folder_gives_what_is_left_and_tells_the_rest(
+    folder: Path, name: str, text: str | None, told: str
+) -> None:
+    assert told in damage(folder, name, text)
+
+
+def test_a_sample_whose_numbers_do_not_fit_its_tokens_is_left_out(folder: Path) -> None:
+    with pytest.raises(ValueError, match="the numbers of tokens and values differ"):
+        sample(logprob_S=(-1.0,))
+    record = {**sample_record(sample()), "logprob_S": [-1.0]}
+    notes = damage(folder, "rollouts/samples.jsonl", json.dumps(record) + "\n")
+    assert "rollouts/samples.jsonl: line 1 is damaged and left out" in notes
+
+
+def test_a_run_without_updates_says_so(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    page = page_of(tmp_path)
+    assert load_run(tmp_path).notes == ("no update has been made yet: there are no curves",)
+    assert "update 0 of 3" in page.text
+    assert not page.all("section", id="teachers")
+    assert page.all("section", id="recipe")
+
+
+# ----------------------------------------------------------------------------------------- during the run
+
+
+class ErrorToReport:
+    """Keeps what is emitted."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+
+
+def update_event(update: int, phase: str) -> UpdateDone:
+    return UpdateDone(update, phase, update, 0.0, 0.0, 0.0, 1, 1.0, {}, {}, {})
+
+
+def test_it_is_written_at_checkpoints_phase_ends_and_the_end_if_time_allows(folder: Path) -> None:
+    now = 1000.0
+    reporter = HtmlReporter(folder, ErrorToReport(), clock=lambda: now)
+    path = folder / "report.html"
+
+    def written(event: Event) -> bool:
+        path.unlink(missing_ok=True)
+        reporter.emit(event)
+        return path.exists()
+
+    checkpoint = CheckpointSaved(1, folder)
+    assert not written(update_event(1, "cold"))
+    assert written(checkpoint)
+    now += 29
+    assert not written(checkpoint)  # too soon
+    now += 2
+    assert not written(update_event(2, "cold"))
+    assert written(update_event(3, "merge"))
+    assert not written(checkpoint)
+    assert written(RunFinished({}))  # always
+
+
+def test_a_slow_report_is_written_seldom(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    writes: list[float] = []
+
+    def slow(path: Path) -> None:
+        nonlocal now
+        writes.append(now)
+        now += 10.0
+
+    monkeypatch.setattr(html, "write_report", slow)
+    reporter = HtmlReporter(folder, ErrorToReport(), clock=lambda: now)
+    for _ in range(100):
+        reporter.emit(CheckpointSaved(1, folder))
+        now += 60.0
+    assert all(later - earlier >= 500.0 for earlier, later in pairwise(writes))
+    assert len(writes) > 5
+
+
+def test_a_failure_is_told_and_does_not_end_the_run(folder: Path) -> None:
+    (folder / "report.html").mkdir()
+    told = ErrorToReport()
+    HtmlReporter(folder, told).emit(RunFinished({}))
+    (note,) = told.events
+    assert isinstance(note, Note)
+    assert "report.html was not written: cannot write" in note.text

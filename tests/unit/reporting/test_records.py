@@ -1,0 +1,179 @@
+"""What is written for machines: metrics lines and result.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from pydantic import TypeAdapter
+
+from mergeopd.errors import StorageError
+from mergeopd.reporting.events import (
+    CheckpointSaved,
+    DomainStats,
+    Note,
+    PolicyStats,
+    Reporters,
+    TeacherStats,
+    UpdateDone,
+)
+from mergeopd.reporting.jsonl import RecordsReporter, UpdateRecord, update_record
+from mergeopd.reporting.result import read_result, recovered_headroom, result_document, write_result
+from mergeopd.storage.metrics import MetricsFile
+
+UPDATE = UpdateDone(
+    update=3,
+    phase="merge",
+    round=1,
+    lr=3e-4,
+    loss=0.1 + 0.2,
+    grad_norm=math.inf,
+    num_tokens=600,
+    on_policy_fraction=1.0,
+    teachers={
+        "sort": TeacherStats(200, {"reverse_kl": 0.25}, -0.125, 0.5),
+        "math": TeacherStats(400, {"reverse_kl": math.nan, "forward_kl": 0.75}, 0.0625),
+    },
+    domains={"math": DomainStats(4, 400, 100.0, 2 / 3, 0.75, 1.5, 0.9, 0.25, 0.5, 0.88)},
+    seconds={"update": 2.0, "rollout": 1.0, "text": 30.0},
+    teacher_bytes_read=4096,
+    policy=PolicyStats(0.125, 0.0, 0.9, 0.01, 0.5),
+    verifier_failures={"code": 2},
+    clip_factor=0.4,
+)
+
+
+def test_a_line_holds_every_figure_once_and_costs_apart(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path) as file:
+        reporter = RecordsReporter(file, MetricsFile(tmp_path / "samples.jsonl"))
+        for event in (Note("x"), UPDATE, CheckpointSaved(3, tmp_path)):
+            reporter.emit(event)
+    (line,) = path.read_text().splitlines()
+    assert json.loads(line) == {
+        "update": 3, "phase": "merge", "round": 1, "lr": 3e-4, "loss": 0.30000000000000004, "grad_norm": None,
+        "clip_factor": 0.4,
+        "num_tokens": 600, "on_policy_fraction": 1.0,
+        "teachers": {
+            "math": {"num_tokens": 400, "forward_kl": 0.75, "reverse_kl": None, "logprob_gap": 0.0625,
+                     "entropy_T": None},
+            "sort": {"num_tokens": 200, "reverse_kl": 0.25, "logprob_gap": -0.125, "entropy_T": 0.5},
+        },
+        "domains": {"math": {"num_rollouts": 4, "num_tokens": 400, "mean_length": 100.0, "token_share": 2 / 3,
+                             "weight": 0.75, "loss_share": 0.88, "nll": 1.5, "entropy_S": 0.9, "reward": 0.5,
+                             "truncated_fraction": 0.25}},
+        "policy": {"corrected_fraction": 0.125, "clipped_fraction": 0.0, "importance_weight": 0.9,
+                   "rollout_logprob_gap": 0.01, "rollout_logprob_gap_max": 0.5, "zero_advantage_fraction": None},
+        "verifier_failures": {"code": 2},
+        "cost": {"seconds": {"rollout": 1.0, "text": 30.0, "update": 2.0}, "tokens_per_s": 200.0,
+                 "teacher_bytes_read": 4096},
+    }  # fmt: skip
+
+
+def test_lines_are_read_back_through_the_type_that_writes_them(tmp_path: Path) -> None:
+    with MetricsFile(tmp_path / "metrics.jsonl") as file:
+        file.append(update_record(UPDATE))
+    read = TypeAdapter(UpdateRecord).validate_json((tmp_path / "metrics.jsonl").read_bytes())
+    written = UpdateRecord.of(UPDATE)
+    teachers = {**written.teachers, "math": {**written.teachers["math"], "reverse_kl": None}}  # not finite
+    assert read == replace(written, grad_norm=None, teachers=teachers)
+
+
+def test_no_field_of_the_event_is_forgotten() -> None:
+    record = update_record(UPDATE)
+    cost = record["cost"]
+    for name in UpdateDone.__dataclass_fields__:
+        assert name in record or name in cost, name
+    for name in DomainStats.__dataclass_fields__:
+        assert name in record["domains"]["math"], name
+
+
+def test_lines_do_not_depend_on_the_order_of_teachers_nor_costs_on_the_rest() -> None:
+    turned = replace(
+        UPDATE, teachers=dict(reversed(UPDATE.teachers.items())), seconds={}, teacher_bytes_read=0
+    )
+    one, two = update_record(UPDATE), update_record(turned)
+    assert two.pop("cost") == {"seconds": {}, "tokens_per_s": None, "teacher_bytes_read": 0}
+    one.pop("cost")
+    assert json.dumps(one) == json.dumps(two)
+
+
+def test_reporters_pass_on_in_order() -> None:
+    seen: list[tuple[str, object]] = []
+
+    class Probe:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def emit(self, event: object) -> None:
+            seen.append((self.name, event))
+
+    Reporters(Probe("a"), Probe("b")).emit(UPDATE)
+    assert seen == [("a", UPDATE), ("b", UPDATE)]
+
+
+def test_recovered_headroom() -> None:
+    assert recovered_headroom(0.25, 0.75, 0.5) == 0.5
+    assert recovered_headroom(0.25, 0.75, 1.0) == 1.5
+    assert recovered_headroom(0.25, 0.75, 0.0) == -0.5
+    assert recovered_headroom(0.5, 0.5, 0.5) is None
+    assert recovered_headroom(0.6, 0.5, 0.9) is None
+
+
+def test_result_document() -> None:
+    row = {"base": 0.0, "expert": 0.5, "weight_average": 0.25, "merged": 0.5}
+    result = result_document(
+        {
+            "math": row,
+            "sort": {"base": 0.25, "expert": 0.75, "merged": 0.625},
+            "flat": {**row, "base": 0.5, "weight_average": None},
+        },
+        {"rollout": 1.5, "total": 1.5},
+    )
+    assert asdict(result) == {
+        "domains": {
+            "math": {**row, "recovered": 1.0},
+            "sort": {
+                "base": 0.25,
+                "expert": 0.75,
+                "weight_average": None,
+                "merged": 0.625,
+                "recovered": 0.75,
+            },
+            "flat": {"base": 0.5, "expert": 0.5, "weight_average": None, "merged": 0.5, "recovered": None},
+        },
+        "mean_recovered": 0.875,
+        "seconds": {"rollout": 1.5, "total": 1.5},
+    }
+    assert result_document({"flat": {**row, "base": 0.5}}, {}).mean_recovered is None
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"base": 0.1, "expert": 0.2, "merged": 0.2, "avg": 0.1}, r"domain 'math' has \['avg', 'base'"),
+        ({"base": 0.1, "expert": 0.2}, "domain 'math' lacks the accuracy"),
+        ({"base": 0.1, "expert": None, "merged": 0.1}, "domain 'math' lacks the accuracy"),
+    ],
+)
+def test_incomplete_results_are_refused(row: dict[str, float | None], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        result_document({"math": row}, {})
+
+
+def test_result_file(tmp_path: Path) -> None:
+    result = result_document({"math": {"base": 0.0, "expert": 1.0, "merged": 1 / 3}}, {"rollout": 0.1})
+    path = tmp_path / "run" / "result.json"
+    assert read_result(path) is None
+    write_result(path, result)
+    assert json.loads(path.read_text()) == asdict(result)
+    assert read_result(path) == result
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="3 validation errors"):
+        read_result(path)
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="cannot write"):
+        write_result(tmp_path / "file" / "result.json", result)

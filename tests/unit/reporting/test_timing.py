@@ -1,0 +1,25 @@
+"""The line that says where the time went."""
+
+from __future__ import annotations
+
+from rich import box
+
+from mergeopd.reporting.terminal.glyphs import Glyphs
+from mergeopd.reporting.terminal.timing import split_line
+
+GLYPHS = Glyphs(levels="12345678", block="=", dot=".", table_box=box.ASCII, ascii_only=True)
+
+
+def test_small_stages_are_told_together_where_the_line_is_short() -> None:
+    seconds = {"startup": 4, "text": 8, "rollout": 40, "teachers": 30, "update": 80, "checkpoint": 0.5}
+    lines = {}
+    for width in (120, 80, 60, 40):
+        line = split_line(seconds, GLYPHS, width, total=True)
+        assert line is not None
+        assert len(line) <= width
+        lines[width] = line.plain
+        numbers = [int(word.rstrip("%")) for word in line.plain.split() if word.endswith("%")]
+        assert sum(numbers) == 100
+    assert "other" not in lines[120]
+    assert "checkpoint" not in lines[120]
+    assert lines[60].split()[-2] == "other"
