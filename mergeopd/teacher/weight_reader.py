@@ -65,8 +65,7 @@ class MappedReader:
         self, checkpoint: Checkpoint, names: Sequence[str], device: torch.device
     ) -> Iterator[tuple[str, Tensor]]:
         """Views of the files, on the CPU; `device` does not matter."""
-        for name in names:
-            yield name, checkpoint.read(name)
+        yield from checkpoint.read_all(names)
 
     def num_bytes(self, checkpoint: Checkpoint, names: Sequence[str]) -> int:
         """All of them."""
