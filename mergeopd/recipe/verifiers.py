@@ -9,8 +9,6 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from mergeopd.config.values import FunctionPath, Strict, Weight
 
-_MAX_PATTERN = 10_000
-
 MAX_PATTERN_LENGTH = 10_000
 
 Timeout = Annotated[
