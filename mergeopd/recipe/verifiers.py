@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator
 
@@ -110,6 +110,12 @@ Verifier = Annotated[
     ExactVerifier | RegexVerifier | NumberVerifier | JsonVerifier | MathVerifier | UserVerifier,
     Field(discriminator="kind"),
 ]
+
+
+KINDS: tuple[str, ...] = tuple(
+    get_args(model.model_fields["kind"].annotation)[0] for model in get_args(get_args(Verifier)[0])
+)
+"""What `verifier.kind` can be."""
 
 
 def kind_shorthand(value: Any) -> Any:

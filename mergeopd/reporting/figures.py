@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mergeopd.recipe.term_display import MEASURES, TERMS, TermDisplay
+from mergeopd.recipe.bridges import BRIDGES
+from mergeopd.recipe.loss_terms import TERMS
+from mergeopd.recipe.term_display import TermDisplay
 from mergeopd.reporting.jsonl import UpdateRecord
+
+MEASURES: Mapping[str, TermDisplay] = {
+    **{key: row for key, row in TERMS.items() if key not in ("outcome", "nll")},
+    **BRIDGES,
+}
+"""What a teacher's tokens or groups can be measured by."""
 
 
 @dataclass(frozen=True, slots=True)
