@@ -10,17 +10,19 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from mergeopd.config.folders import Missing, absolute, existing_file, existing_model
+from mergeopd.config.folders import Missing, absolute, existing_file, existing_model, unwritable
 from mergeopd.config.load import load
 from mergeopd.config.locate import Origins
 from mergeopd.config.tree import Keys, plain
 from mergeopd.config.validate import problems_of
 from mergeopd.config.values import FunctionPath
 from mergeopd.errors import Problem
+from mergeopd.messages import shown
 from mergeopd.recipe import checks
 from mergeopd.recipe import self_teacher_checks as selves
 from mergeopd.recipe.bridge_checks import bridge_problems
 from mergeopd.recipe.cards import CardFile, ResolvedTeachers, read_cards, resolve_teachers
+from mergeopd.recipe.hints import HINTS
 from mergeopd.recipe.models import Student, Teacher, TeacherRef
 from mergeopd.recipe.objective_checks import objective_problems
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
@@ -71,7 +73,13 @@ def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str]
             ()
             if root is None
             else problems_of(
-                Recipe, plain(root), origins, complete=False, also_allowed=("extends",), renamed=RENAMED
+                Recipe,
+                plain(root),
+                origins,
+                complete=False,
+                also_allowed=("extends",),
+                renamed=RENAMED,
+                hints=HINTS,
             )
         )
         return Resolution(None, _settled(loaded.problems, found, origins), origins)
@@ -80,7 +88,9 @@ def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str]
     cards = read_cards(parts.teachers, root, env)
     roots = {n: c.root for n, c in cards.items() if isinstance(c, CardFile) and c.root is not None}
     origins = Origins(file, root, roots)
-    schema_problems = problems_of(Recipe, data, origins, also_allowed=("extends",), renamed=RENAMED)
+    schema_problems = problems_of(
+        Recipe, data, origins, also_allowed=("extends",), renamed=RENAMED, hints=HINTS
+    )
     staff = resolve_teachers(parts.teachers, cards, origins)
     unreadable = tuple(p for c in cards.values() if isinstance(c, CardFile) for p in c.problems)
     sound = not (schema_problems or loaded.problems or unreadable)
@@ -196,7 +206,9 @@ class _Resolver:
         all_cards = all(name in self.staff.domains for name in parts.names)
         router = Router(parts.names, parts.teachers, self.staff.domains, all_cards, origins)
         weights = {index: router.weights(source) for index, source in parts.prompts.items()}
-        lost = [p for i, source in parts.prompts.items() for p in router.problems(source, ("prompts", i))]
+        lost = []
+        if parts.names:  # without any, `teachers` itself is the mistake
+            lost = [p for i, source in parts.prompts.items() for p in router.problems(source, ("prompts", i))]
         self.problems += lost
         self._take_sources(weights)
         # What can only be said of the whole is said when the whole is there.
@@ -206,10 +218,11 @@ class _Resolver:
             self.problems += selves.author_problems(
                 parts.teachers, parts.phases, parts.prompts, weights, origins
             )
-        self.experts, problems = checks.experts(
-            parts.eval_sources, parts.prompts, weights if routed else None, parts.names, origins
-        )
-        self.problems += problems
+        if parts.names:
+            self.experts, problems = checks.experts(
+                parts.eval_sources, parts.prompts, weights if routed else None, parts.names, origins
+            )
+            self.problems += problems
         self.problems += checks.report_problems(parts.report, origins)
         self._check_phases(any(problem.path.endswith(".domain") for problem in lost))
 
@@ -243,6 +256,13 @@ class _Resolver:
         if path is not None and os.path.exists(path) and not os.path.isdir(path):
             message = f"'{self.parts.output}' is a file"
             self.problems.append(self.origins.problem(("output",), message, "name a folder for the run"))
+        elif path is not None and (obstacle := unwritable(path)) is not None:
+            where = shown(obstacle)
+            cause = f"no permission to write to {where}" if obstacle.is_dir() else f"{where} is not a folder"
+            message = f"'{self.parts.output}' cannot be written: {cause}"
+            self.problems.append(
+                self.origins.problem(("output",), message, "name another folder for the run")
+            )
 
     def _take_sources(self, weights: Mapping[int, Mapping[str, float]]) -> None:
         desk = SourceResolver(self.origins, self.parts.allow_code)
@@ -271,7 +291,7 @@ class _Resolver:
             self.problems += checks.balance_problems(parts.phases, domains, origins)
         if parts.all_phases:
             found = list(selves.rule_problems(parts.teachers, parts.phases, origins))
-            if not found and len(parts.teachers) == len(parts.names):
+            if not found and parts.names and len(parts.teachers) == len(parts.names):
                 found += selves.idle_problems(parts.teachers, parts.phases, origins)
             self.problems += found
         if parts.all_phases and parts.optimizer is not None:

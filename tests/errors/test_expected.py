@@ -2,9 +2,10 @@
 
 A case is a folder with `expected.txt`. Its files are laid over `project/`, and `recipes/merge.yaml` is read
 from there; `options.yaml` may give `set` (overrides), `env`, `remove` (files of the project), `cut` (files cut
-to so many bytes), `missing` (packages to take for not installed; all others are taken for installed) and
-`stale` (models of the case that keep the weights of the project's config.json). Cases under `preflight/` are
-about what the recipe names: there the models have weights.
+to so many bytes), `missing` (packages to take for not installed; all others are taken for installed),
+`read_only` (folders to take for not writable: root may write to all) and `stale` (models of the case that keep
+the weights of the project's config.json). Cases under `preflight/` are about what the recipe names: there the
+models have weights.
 Write the texts anew, then read them: `MERGEOPD_WRITE_EXPECTED=1 pytest tests/errors`.
 """
 
@@ -75,7 +76,8 @@ def rendered(case: Path, check: Check, monkeypatch: pytest.MonkeyPatch) -> str:
     lay_project()
     shutil.copytree(case, ".", dirs_exist_ok=True)
     read_options = YAML(typ="safe").load(case / "options.yaml") if (case / "options.yaml").exists() else {}
-    options = {"set": [], "env": {}, "remove": [], "cut": {}, "missing": [], "stale": [], **read_options}
+    lists = {name: [] for name in ("set", "remove", "missing", "read_only", "stale")}
+    options = {**lists, "env": {}, "cut": {}, **read_options}
     for config in case.glob("models/*/config.json"):
         folder = Path("models", config.parent.name)
         with contextlib.suppress(ModelError):  # what the case is about, then
@@ -83,6 +85,8 @@ def rendered(case: Path, check: Check, monkeypatch: pytest.MonkeyPatch) -> str:
                 write_weights(folder)
     missing = options["missing"]
     monkeypatch.setattr("mergeopd.recipe.checks.is_installed", lambda name: name not in missing)
+    read_only = [Path(name).absolute() for name in options["read_only"]]
+    monkeypatch.setattr("mergeopd.config.folders.os.access", lambda path, _: Path(path) not in read_only)
     for name in options["remove"]:
         Path(name).unlink()
     for name, num_bytes in options["cut"].items():
