@@ -94,7 +94,7 @@ def test_a_good_recipe(command: Command, job: Callable[..., Path]) -> None:
         f"note: {NO_CANARY}\njob.yaml: OK. 2 teachers, 4 prompts, 2 updates in 1 phase.\n",
         "",
     )
-    code, out, err = command("check", recipe, "--json", "--set", "optimizer.lr=0.02")
+    code, out, err = command("check", recipe, "--json", "--set", "optimizer.lr=0.005")
     document = json.loads(out)
     assert (code, err, document["ok"], document["notes"]) == (0, "", True, [NO_CANARY])
     assert re.fullmatch("[0-9a-f]{64}", document["plan"])
@@ -287,15 +287,15 @@ def test_a_finished_run_shows_its_result(command: Command, ran: Path) -> None:
 
 
 def test_a_changed_plan_is_refused_with_what_differs(command: Command, ran: Path) -> None:
-    code, out, err = command("run", ran, "--set", "optimizer.lr=0.02", "--set", "prompts.0.share=2")
+    code, out, err = command("run", ran, "--set", "optimizer.lr=0.005", "--set", "prompts.0.share=2")
     assert (code, out) == (1, "")
     assert err == (
         "error: run belongs to a run that began with other settings or files:\n"
         "    sources[0].share: 1.0 -> 2.0\n"
-        "    optimizer.lr: 0.01 -> 0.02\n"
+        "    optimizer.lr: 0.01 -> 0.005\n"
         "undo the changes to go on with it, declare them with --allow-change KEY, or begin a new run with --set output=...\n"
     )
-    code, out, _ = command("check", ran, "--set", "optimizer.lr=0.02")
+    code, out, _ = command("check", ran, "--set", "optimizer.lr=0.005")
     assert code == 0
     assert "note: run belongs to a run that began with other settings" in out
 
