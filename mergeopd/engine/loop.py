@@ -29,8 +29,6 @@ from mergeopd.teacher.snapshots import StudentSnapshots
 UPDATE_LIMIT = "--updates"  # what asks a run to stop at its own limit
 Evaluate = Callable[[Path], Accuracies]
 
-UPDATE_LIMIT = "--updates"  # who asked a run to stop, where that was its own limit
-
 
 @dataclass(frozen=True)
 class Trainer:

@@ -87,14 +87,15 @@ def check_fit(model: nn.Module, facts: ModelFacts, checkpoint: Checkpoint) -> No
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Replace parameters (without a copy) and buffers by `weights` of the same full names."""
+    modules = dict(model.named_modules())
     for name, tensor in weights.items():
         module_name, _, leaf = name.rpartition(".")
-        module = model.get_submodule(module_name)
+        module = modules[module_name]
         if leaf in module._buffers:
             module._buffers[leaf] = tensor
             continue
-        requires_grad = module.get_parameter(leaf).requires_grad
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=requires_grad)
+        parameter = module.get_parameter(leaf)
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
 
 
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -148,6 +148,21 @@ class Checkpoint:
         with safe_open(self._find(name).file, framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
+
+    def read_all(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors as `read` gives them, file by file; each file is opened once.
+
+        Raises ModelError when there is no such tensor.
+        """
+        from safetensors import safe_open
+
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._find(name).file, []).append(name)
+        for path, own in by_file.items():
+            with safe_open(path, framework="pt") as file:
+                for name in own:
+                    yield name, file.get_tensor(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows `start` to `stop` (excluded) of the tensor `name`, `[stop - start, ...]`.

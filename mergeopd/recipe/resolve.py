@@ -26,7 +26,7 @@ from mergeopd.recipe.objective_checks import objective_problems
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
 from mergeopd.recipe.schema import NAMED, RENAMED, SHORTHANDS, EvalSource, Recipe, Reports, TrainSource
 from mergeopd.recipe.sources import Router, SourceResolver
-from mergeopd.recipe.training import LocalRollout, Optimizer, Phase
+from mergeopd.recipe.training import AnyRollout, Optimizer, Phase
 
 T = TypeVar("T")
 
@@ -116,7 +116,7 @@ class _Parts:
     teachers: Mapping[str, TeacherRef]
     prompts: Mapping[int, TrainSource]
     all_prompts: bool
-    rollout: LocalRollout | None
+    rollout: AnyRollout | None
     phases: Mapping[int, Phase]
     all_phases: bool
     optimizer: Optimizer | None
@@ -140,7 +140,7 @@ class _Parts:
             },
             prompts=valid_prompts,
             all_prompts=bool(prompts) and len(valid_prompts) == len(prompts),
-            rollout=_valid(TypeAdapter(LocalRollout), section["rollout"]),
+            rollout=_valid(TypeAdapter(AnyRollout), section["rollout"]),
             phases=valid_phases,
             all_phases=bool(phases) and len(valid_phases) == len(phases),
             optimizer=_valid(TypeAdapter(Optimizer), section["optimizer"]),

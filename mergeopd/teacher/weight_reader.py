@@ -65,8 +65,7 @@ class MappedReader:
         self, checkpoint: Checkpoint, names: Sequence[str], device: torch.device
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield views of the files, on the CPU; `device` is ignored."""
-        for name in names:
-            yield name, checkpoint.read(name)
+        yield from checkpoint.read_all(names)
 
     def num_bytes(self, checkpoint: Checkpoint, names: Sequence[str]) -> int:
         """Return the bytes of all tensors."""

@@ -23,7 +23,8 @@ from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.preflight.inputs import preflight
 from mergeopd.reporting.events import EvaluationDone, Event, UpdateDone
-from mergeopd.rollout.local import Request, generate
+from mergeopd.rollout.local import Generator, generate
+from mergeopd.rollout.protocol import GenerationRequest
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.types import Sampling
 
@@ -210,10 +211,12 @@ def test_decoding_equals_that_of_the_cpu(
     found = {}
     for where in (CPU, device):
         parts = load_models(preflight(recipe, [f"output={where.type}"]), Machine(where, SingleProcess()))
-        requests = [Request(f"k{i}", 0, tuple(j % 4 for j in range(i % 7 + 1))) for i in range(40)]
-        with parts.student_writer() as writer:
+        requests = [GenerationRequest(f"k{i}", 0, tuple(j % 4 for j in range(i % 7 + 1))) for i in range(40)]
+        student = parts.inputs.student
+        with parts.student.unsharded() as (body, head):
+            generator = Generator(body, head, student.eos_ids, student.tokenizer, where)
             found[where] = generate(
-                writer, requests, sampling, seed=1, batch_size=16, progress=lambda done: None
+                generator, requests, sampling, seed=1, batch_size=16, progress=lambda done: None
             )
     assert [c.response_ids for c in found[device]] == [c.response_ids for c in found[CPU]]
     assert {c.finish for c in found[CPU]} <= {"eos", "length"}

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CLEAN = (
     ".github",
+    "mergeopd/config",
     "mergeopd/loss",
     "mergeopd/models",
     "mergeopd/student",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from hypothesis import given, settings
@@ -20,8 +21,10 @@ from mergeopd.loss.fused import fused_loss
 from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.objective import build_objective
 from mergeopd.teacher.hidden_cache import HiddenCache
+from mergeopd.teacher.token_view import SameTokens
 from mergeopd.types import Message, Prompt, Rollout
 
+NOBODY: Any = None  # targets are taken as they are
 VOCAB, D = 6, 3
 OBJECTIVE = build_objective({"a": (ReverseKL(), 1.0), "b": (ForwardKL(), 0.5), "c": (JSD(0.2), 0.7)})
 
@@ -83,7 +86,8 @@ def gradient(
             for one in pack(rollouts, update, max_tokens, index):
                 targets = {n: Hidden(cache.gather(n, one.rollouts), heads[n]) for n in one.teachers}
                 like = torch.empty((), dtype=torch.float64)
-                micro = micro_batch(one, prepared, targets, like, with_policy=False)
+                views = dict.fromkeys(one.teachers, SameTokens(NOBODY, NOBODY))
+                micro = micro_batch(one, prepared, targets, views, like, with_policy=False)
                 loss, _ = fused_loss(
                     torch.cat([hidden[i] for i in one.rollouts]),
                     Head(weight),

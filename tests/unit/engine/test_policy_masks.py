@@ -26,6 +26,7 @@ from enumeration import (
 
 from mergeopd.engine.build import Models
 from mergeopd.engine.schedule import split_updates
+from mergeopd.teacher.token_view import SameTokens
 from mergeopd.types import Rollout
 
 Write = Callable[..., Path]
@@ -86,7 +87,8 @@ def test_cut_off_answers_have_no_outcome_but_their_teachers(write_job: Write) ->
 def with_other_eos(parts: Models, name: str) -> Models:
     """As if this teacher ended its answers with another token."""
     teachers = {n: replace(d, eos_ids=(3,)) if n == name else d for n, d in parts.inputs.teachers.items()}
-    return replace(parts, inputs=replace(parts.inputs, teachers=teachers))
+    views = {n: SameTokens(renderer, parts.inputs.student) for n, renderer in teachers.items()}
+    return replace(parts, inputs=replace(parts.inputs, teachers=teachers), views=views)
 
 
 @pytest.mark.parametrize(

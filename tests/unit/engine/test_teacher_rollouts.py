@@ -182,7 +182,7 @@ def test_a_kept_text_that_cannot_be_is_replaced_and_counted(recipe: Path, name: 
     row = json.loads(first)
     file.write_text("\n".join([damaged(row["key"], row["ids"], row["finish"])[name], *others]))
     recorder, same = recorded(recipe)
-    assert recorder.written == [("one writes", 1)]
+    assert recorder.written == [("one generates", 1)]
     assert same == answers
     [note] = recorder.notes
     assert note.startswith("discarded 1 damaged kept response of teacher one in ")

@@ -31,6 +31,7 @@ from mergeopd.preflight.inputs import preflight
 from mergeopd.reporting.events import Event, RolloutSampled, UpdateDone
 from mergeopd.reporting.jsonl import sample_record
 from mergeopd.storage.run_folder import RunFolder
+from mergeopd.teacher.token_view import SameTokens
 from mergeopd.types import Rollout
 
 TEACHERS = {"left": {"one": 1.0, "two": 0.5}, "right": {"two": 0.7}}
@@ -207,7 +208,9 @@ def test_flags_fit_their_tokens(write_job: Callable[..., Path]) -> None:
 def test_a_teacher_that_ends_otherwise_skips_every_turns_end(write_job: Callable[..., Path]) -> None:
     parts = build_parts(write_job)
     two = replace(parts.inputs.teachers["two"], eos_ids=(3,))
-    parts = replace(parts, inputs=replace(parts.inputs, teachers={**parts.inputs.teachers, "two": two}))
+    teachers = {**parts.inputs.teachers, "two": two}
+    views = {**parts.views, "two": SameTokens(two, parts.inputs.student)}
+    parts = replace(parts, inputs=replace(parts.inputs, teachers=teachers), views=views)
     rollout = dataset_rollouts(parts)[0]
     reference = Trajectories(parts)
     gradient, _, prepared, samples = update(parts, [rollout])
