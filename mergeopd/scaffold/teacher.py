@@ -174,7 +174,7 @@ def take_canary(probed: ProbedModel, prompt: str) -> Canary:
         while len(ids := sample_ids(dialect, prompt, text)[1]) > room:
             text = text[:-1]
         if not ids:
-            raise _bad_prompt("the teacher answers it with nothing at all", "choose another prompt")
+            raise _bad_prompt("the teacher responds with no token", "choose another prompt")
         [(_, hidden)] = teacher.hidden([TeacherSequence(prompt_ids, ids)], len(prompt_ids) + len(ids))
         values = logprobs(hidden, head, ids)
     if ids == written:

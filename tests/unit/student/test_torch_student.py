@@ -134,7 +134,7 @@ def test_a_teacher_with_nan_is_named(make_model: Callable[..., Path]) -> None:
     micro = micro_batch()
     micro.targets[0].head.weight[3, 3] = float("nan")
     with pytest.raises(NumericsError, match=r"logits of target 0.*targets: 0 = t"):
-        list(student_of(make_model("s")).accumulate([micro], OBJECTIVE))
+        list(student_of(make_model("s")).accumulate_gradients([micro], OBJECTIVE))
 
 
 def test_state_goes_on_bit_for_bit(make_model: Callable[..., Path]) -> None:
@@ -183,8 +183,8 @@ def test_a_resumed_optimizer_lives_where_the_weights_do(make_model: Callable[...
     """Fused AdamW wants its step counts on the device of the weights; a checkpoint is read onto the CPU."""
     folder = make_model("s")
     first, second = student_of(folder), student_of(folder)
-    list(first.accumulate([micro_batch()], OBJECTIVE))
-    first.apply(1e-3)
+    list(first.accumulate_gradients([micro_batch()], OBJECTIVE))
+    first.optimizer_step(1e-3)
     second._masters = {name: p.to("meta") for name, p in second._masters.items()}
     second._parameters = second._masters
     second.load_state(dict(first.state()))
@@ -197,7 +197,7 @@ def test_the_heads_gradient_is_summed_in_float32(make_model: Callable[..., Path]
     """Of a bfloat16 student: what the kernel knows in float32 reaches the masters, micro-batch by micro-batch."""
     folder = make_model("s", tied=False)
     student, once = student_of(folder, dtype="bfloat16"), student_of(folder, dtype="bfloat16")
-    list(once.accumulate([micro_batch()], OBJECTIVE))
+    list(once.accumulate_gradients([micro_batch()], OBJECTIVE))
     one = once.gradients()["lm_head.weight"]
     assert one.dtype == torch.float32
     assert not torch.equal(one, one.bfloat16().float())
