@@ -91,6 +91,14 @@ def required_target(loss: Loss) -> TargetSpec | None:
     return TargetSpec("hidden", loss.temperature)
 
 
+def required_kind(loss: Loss, teacher: TeacherPlan) -> TargetKind | None:
+    """The kind of target that a loss needs of one teacher; None where it needs no teacher."""
+    spec = required_target(loss)
+    if spec is None or teacher.bridge is None:
+        return None if spec is None else spec.kind
+    return "sampled" if teacher.bridge.kind == "span" else "hidden"
+
+
 class TeacherSession(Protocol):
     """A teacher that is ready to score and generate."""
 
