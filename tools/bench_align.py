@@ -35,7 +35,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def main() -> None:
-    """Measure and print."""
     arguments = parse()
     if arguments.side is not None:
         print(json.dumps(run_trl(json.loads(arguments.side.read_text(encoding="utf-8")))))
@@ -53,7 +52,6 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -189,7 +187,6 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print a table."""
     from rich.console import Console
     from rich.table import Table
 

@@ -221,7 +221,6 @@ def measure(problem: Problem, kind: str, repeats: int, clock: Callable[[], float
 
 
 def main() -> None:
-    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--kinds", nargs="+", default=["gold", "uld", "forward", "reverse"])
     parser.add_argument("--groups", type=int, default=256)

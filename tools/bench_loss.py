@@ -93,7 +93,6 @@ class Problem:
         return products
 
     def naive(self) -> None:
-        """Run full logits, log_softmax, the same divergence, autograd."""
         self.hidden.grad = self.weight.grad = None
         log_S = torch.log_softmax(self.hidden @ self.weight.t(), 1)
         with torch.no_grad():
@@ -186,7 +185,6 @@ def parse() -> argparse.Namespace:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print a table."""
     table = Table(title="forward and backward, one thread, fp32")
     for column in ("", "seconds", "x floor", "peak extra MiB"):
         table.add_column(column, justify="right" if column else "left")
@@ -204,7 +202,6 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measure and print."""
     arguments = parse()
     torch.set_num_threads(1)
     if arguments.peak:

@@ -38,7 +38,6 @@ CLIP, MASK = ClipRatio(0.2, 0.28), Correction("mask", 0.5, 2.0)
 
 
 def student(folder: Path) -> TorchStudent:
-    """A random Qwen3."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -86,7 +85,6 @@ def micro_batch() -> MicroBatch:
 
 
 def contestants(whole: MicroBatch) -> dict[str, tuple[DistillationObjective, MicroBatch]]:
-    """Return objectives with their micro-batches."""
     [hidden] = whole.targets
     assert isinstance(hidden, Hidden)
     labels = torch.tensor([t for r in whole.responses for t in r])
@@ -111,7 +109,6 @@ def contestants(whole: MicroBatch) -> dict[str, tuple[DistillationObjective, Mic
 
 
 def main() -> None:
-    """Measure and print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

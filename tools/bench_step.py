@@ -145,7 +145,6 @@ class Side:
 
 
 def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the conditions of the figures."""
     packages = ("torch", "transformers", "trl")
     versions = {}
     for package in packages:
@@ -162,7 +161,6 @@ def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print tables."""
     from rich.console import Console
     from rich.table import Table
 

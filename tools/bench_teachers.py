@@ -23,7 +23,6 @@ SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
 
 
 def main() -> None:
-    """Make the teachers, run, print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

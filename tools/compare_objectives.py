@@ -43,7 +43,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Run what is missing, then print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -73,7 +72,6 @@ def main() -> None:
 
 
 def phase(name: str, balance: str, updates: int) -> dict[str, Any]:
-    """Return the on-policy phase of an objective."""
     shares = {"largest": 0.3, "sort": 0.3, "tool": 0.4} if balance == "on" else "off"
     return {
         "name": "merge",

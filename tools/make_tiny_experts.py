@@ -110,7 +110,6 @@ def show(out: Path, console: Console, *, foreign: bool) -> None:
 
 
 def main() -> None:
-    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
         "--out", type=Path, default=Path("experts"), help="folder to write (default: experts)"

@@ -26,7 +26,6 @@ FOLDER = ROOT / "runs" / "controls"
 
 
 def main() -> None:
-    """Run what is missing, then print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

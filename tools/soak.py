@@ -158,7 +158,6 @@ class Soak:
 
 
 def main() -> None:
-    """Soak a recipe and print a summary."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -98,11 +98,9 @@ class Models:
 
     @property
     def plan(self) -> Plan:
-        """The resolved recipe."""
         return self.inputs.plan
 
     def checkpoints(self) -> Checkpoints:
-        """The checkpoints of the run's folder."""
         folder = RunFolder(Path(self.plan.output)).checkpoints
         return Checkpoints(folder, self.plan, self.student, self.snapshots, self.machine.ranks)
 

@@ -61,7 +61,6 @@ class Checkpoints:
         self._ranks = ranks
 
     def has(self, progress: Progress) -> bool:
-        """Whether there is a checkpoint of this update."""
         return self._path(progress).exists()
 
     def save(self, record: Record, reporter: Reporter) -> None:

@@ -67,7 +67,6 @@ class StopGuard:
         return self._interrupt.requested
 
     def met(self) -> None:
-        """Everything is saved: further signals change nothing."""
         self._interrupt.met()
 
     def request(self, by: str) -> None:

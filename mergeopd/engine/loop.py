@@ -146,7 +146,6 @@ class Trainer:
         gc.collect()  # a model and its optimizer contain reference cycles
 
     def _finish(self) -> None:
-        """Export the student, measure, write the result."""
         folder, reporter, clock = self.folder, self.stages.reporter, self.stages.clock
         if not self.ranks.run_on_first(folder.export.exists):
             reporter.emit(StageStarted("export", "the student as a Hugging Face folder"))

@@ -81,7 +81,6 @@ class SynchronousPipeline:
         return CollectedRound(phase, updates_done, rollouts, rewards, work, failures)
 
     def work(self, rollouts: Sequence[Rollout], index: int, num_updates: int) -> RoundSchedule:
-        """Schedule round number `index`."""
         return schedule_round(
             rollouts,
             index,
@@ -91,11 +90,9 @@ class SynchronousPipeline:
         )
 
     def trained(self, version: int) -> None:
-        """Generate with the student's current weights. Collective."""
         self._engine.sync_weights(self._weights, version)
 
     def close(self) -> None:
-        """Release the engine and the verifiers' processes."""
         self._engine.close()
         self._rewards.close()
 

@@ -124,7 +124,6 @@ class Rewards:
         return grades
 
     def close(self) -> None:
-        """End the verifiers' worker processes."""
         self._verifiers.close()
 
     def _submission(self, rollout: Rollout) -> Submission:

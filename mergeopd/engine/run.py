@@ -320,7 +320,6 @@ def _settle_export(folder: RunFolder, reporter: Reporter, *, can_be_made_again: 
 
 
 def _show_finished(folder: RunFolder, console: Console) -> None:
-    """Print that the run is finished, and its result."""
     console.print(f"This run is finished: {shown(folder.path)}", highlight=False)
     result = _result(folder)
     if result is not None:

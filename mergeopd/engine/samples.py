@@ -139,13 +139,11 @@ class SampleTaker:
 
 
 def _places(rollout: Rollout) -> list[int]:
-    """Return the positions of trained tokens in the response."""
     flags = rollout.trained or (True,) * len(rollout.response_ids)
     return [place for place, own in enumerate(flags) if own]
 
 
 def _at(places: Sequence[int], values: Sequence[float], length: int) -> tuple[float | None, ...]:
-    """Return `values` at their positions, None elsewhere."""
     numbers: list[float | None] = [None] * length
     for place, value in zip(places, values, strict=True):
         numbers[place] = value

@@ -174,7 +174,6 @@ class TeacherRolloutCache:
 
 
 def _author(prompt: Prompt) -> str:
-    """Return the teacher that generates for a prompt."""
     return sources.author(prompt.teachers)
 
 

@@ -161,5 +161,4 @@ class Updater:
 
 
 def _bridge_kinds(targets: TeacherTargets) -> Mapping[str, str]:
-    """Return the recipe's names of the bridges, by teacher that has one."""
     return {n: view.bridge_kind for n, view in targets.views.items() if view.bridge_kind is not None}

@@ -46,7 +46,6 @@ class Tally:
     domains: dict[str, Sums] = field(default_factory=dict)
 
     def add(self, other: Tally) -> None:
-        """Add the sums of another copy."""
         self.loss += other.loss
         self.largest_gap = max(self.largest_gap, other.largest_gap)
         self.policy.add(other.policy.num_tokens, **other.policy.values)
@@ -65,7 +64,6 @@ class UpdateStats:
 
     @property
     def loss(self) -> float:
-        """The loss of the update."""
         return self._tally.loss
 
     def together(self, ranks: Communicator) -> None:
@@ -76,7 +74,6 @@ class UpdateStats:
         self._tally = first
 
     def add(self, micro: MicroBatch, prepared: PreparedUpdate, stats: MicroStats) -> None:
-        """Add one micro-batch."""
         self._add_bridged(micro, prepared, stats)
         self._tally.loss += float(stats.loss.sum())
         gap = stats.logprob_T - stats.logprob_S

@@ -84,7 +84,6 @@ def _side(argument: str, written: str, problems: list[Problem]) -> _Side | None:
 
 
 def _content(text: Path, problems: list[Problem]) -> str:
-    """Read a text file; problems are appended."""
     file = existing_file(str(text), Path.cwd(), "text file")
     if isinstance(file, Missing):
         problems.append(option_problem("--text", file.message, file.remedy))

@@ -278,7 +278,6 @@ class Reporters:
         self._reporters = reporters
 
     def emit(self, event: Event) -> None:
-        """Pass the event on."""
         for reporter in self._reporters:
             reporter.emit(event)
 

@@ -45,7 +45,6 @@ def write_job(arguments: argparse.Namespace) -> None:
 
 
 def model_sizes(arguments: argparse.Namespace) -> dict[str, int]:
-    """Return the Qwen3 config that both sides load."""
     return {
         "vocab_size": arguments.vocab,
         "hidden_size": arguments.hidden,

@@ -34,7 +34,6 @@ class Steps:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def elapsed(self) -> float:
-        """Seconds of this step so far."""
         return time.perf_counter() - self._wall
 
     def end(self, stages: dict[str, float]) -> None:

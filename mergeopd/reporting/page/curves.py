@@ -65,11 +65,9 @@ class Curves:
     stretch: int
 
     def in_group(self, group: Group) -> tuple[Chart, ...]:
-        """Return the charts of one part of the page."""
         return tuple(chart for chart in self.charts if chart.group == group)
 
     def document(self) -> dict[str, Any]:
-        """Return plain data for the page's script."""
         return {
             "updates": self.updates,
             "phases": self.phases,

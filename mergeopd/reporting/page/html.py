@@ -100,7 +100,6 @@ class HtmlReporter:
         self._phase = ""
 
     def emit(self, event: Event) -> None:
-        """Write the report if one is due."""
         if isinstance(event, UpdateDone):
             phase, self._phase = self._phase, event.phase
             due = bool(phase) and phase != event.phase

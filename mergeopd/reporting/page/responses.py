@@ -98,7 +98,6 @@ def _reading(sample: RolloutSampled, teacher: str, trace: TeacherTrace | None) -
 
 
 def _spread(updates: Sequence[int], count: int) -> list[int]:
-    """Select at most `count` of them, evenly spaced, with both ends."""
     if len(updates) <= count:
         return list(updates)
     return [updates[round(i * (len(updates) - 1) / (count - 1))] for i in range(count)]

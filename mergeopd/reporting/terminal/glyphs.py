@@ -27,11 +27,9 @@ class Glyphs:
 
     @staticmethod
     def of(options: ConsoleOptions) -> Glyphs:
-        """Return the set for a console."""
         return _ASCII if options.ascii_only else _UNICODE
 
     def table(self, title: str) -> Table:
-        """Create an empty table."""
         return Table(
             title=plain_text(title, self) or None,
             title_justify="left",

@@ -108,7 +108,6 @@ class LiveReporter:
             self._stage_task = None
 
     def _show_position(self, run: events.RunStarted) -> None:
-        """Show the phase and the updates made so far."""
         assert self._run_task is not None
         title, done = run.name, self._view.done
         phase = self._view.phase_of(min(done + 1, run.num_updates))
@@ -118,7 +117,6 @@ class LiveReporter:
         self._progress.update(self._run_task, completed=done, description=plain_text(title, self._glyphs))
 
     def _frame(self) -> RenderableType:
-        """Return the current display, fitted to the size of the console."""
         width, height = self._console.size
         width = min(width, _WIDEST)
         with self._lock:

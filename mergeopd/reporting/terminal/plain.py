@@ -36,7 +36,6 @@ class PlainReporter:
         return
 
     def emit(self, event: events.Event) -> None:
-        """Print the line of the event, if it has one and one is due."""
         now = self._clock()
         self._view.add(event, now)
         match event:

@@ -68,7 +68,6 @@ class TokenizerPair:
     coverage: tuple[Coverage, Coverage]
 
     def document(self) -> dict[str, Any]:
-        """Return the comparison as plain values, for JSON."""
         return {
             "tokenizers": [asdict(self.first), asdict(self.second)],
             "difference": self.difference,

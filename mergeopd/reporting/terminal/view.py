@@ -69,7 +69,6 @@ class RunView:
     _recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
 
     def add(self, event: events.Event, now: float) -> None:
-        """Update the state from an event."""
         match event:
             case events.RunStarted():
                 self.run = event
