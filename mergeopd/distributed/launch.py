@@ -159,6 +159,11 @@ class _Group:
                 os.killpg(self._processes[0].pid, number)
 
 
+def available_cores() -> int:
+    """Number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _environment(rank: int, size: int, rendezvous: Path) -> Mapping[str, str]:
     """What tells a process its place; the names are those of torchrun."""
     own = {
@@ -169,8 +174,7 @@ def _environment(rank: int, size: int, rendezvous: Path) -> Mapping[str, str]:
         RENDEZVOUS: str(rendezvous),
         LAUNCHER: str(os.getpid()),
     }
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    defaults = {"OMP_NUM_THREADS": str(max(1, cores // size))}
+    defaults = {"OMP_NUM_THREADS": str(max(1, available_cores() // size))}
     if Path("/sys/class/net/lo").exists():
         defaults["GLOO_SOCKET_IFNAME"] = "lo"  # the machine's own name may lead nowhere
     return own | {name: value for name, value in defaults.items() if name not in os.environ}

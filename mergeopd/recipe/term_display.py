@@ -1,6 +1,6 @@
 """Titles, units and colour scales of the loss terms and of the bridges: one row each.
 
-Metrics, terminal, report page and TensorBoard read this table. The kernel's factory of each divergence is in
+Metrics, terminal, report page and TensorBoard use this table. The kernels of the divergences are in
 `batch/objective.py`, under the same keys.
 """
 
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TermDisplay:
-    """How the measured value of a loss term is shown.
+    """Display settings of a loss term.
 
-    `column` is the short form of `title` for tables. A token reaches 63 % of the full colour at
-    `colour_scale`, in the term's unit: smaller than 1 for values that are bounded.
+    `column` is the short form of `title` for tables. A token has 63 % of the full colour at the value
+    `colour_scale`, which is below 1 for bounded terms.
     """
 
     title: str
@@ -42,7 +42,7 @@ TERMS: Mapping[str, TermDisplay] = {
         "Reverse KL, sampled", "sampled KL", "k3 estimate from the sampled tokens"
     ),
     "outcome": TermDisplay("Reward", "reward", "mean over the responses that a verifier checked", ""),
-    "nll": TermDisplay("NLL of the text", "NLL", "-log p of the student, whoever generated the text"),
+    "nll": TermDisplay("NLL of the text", "NLL", "-log p of the student, for text of any origin"),
 }
 
 BRIDGES: Mapping[str, TermDisplay] = {
@@ -59,4 +59,4 @@ MEASURES: Mapping[str, TermDisplay] = {
     **{key: row for key, row in TERMS.items() if key not in ("outcome", "nll")},
     **BRIDGES,
 }
-"""What a teacher's tokens or groups can be measured by."""
+"""The measures of a teacher's tokens or groups."""
