@@ -22,7 +22,7 @@ launch._GRACE_S = int(sys.argv[2])
 sys.exit(launch.launch([sys.executable, *sys.argv[3:]], int(sys.argv[1])))
 """
 NO_WEIGHTS = "error: models/x: has no weights\n"
-GOES_ON = "The same command goes on from the newest checkpoint.\n"
+RESUME_HINT = "Run the same command again to resume from the newest checkpoint.\n"
 
 
 def launched(scene: str, size: int = 2, grace_s: int = 20) -> tuple[int, str, str]:
@@ -73,8 +73,8 @@ def test_one_that_is_killed() -> None:
     code, out, err = launched("killed", 3)
     assert (code, out) == (1, "")
     assert err == (
-        "error: process 2 of 3 was killed (SIGKILL; often for want of memory); the others were stopped. "
-        + GOES_ON
+        "error: process 2 of 3 was killed (SIGKILL, often out of memory); the others were stopped. "
+        + RESUME_HINT
     )
 
 
@@ -84,7 +84,7 @@ def test_one_that_ends_without_a_word() -> None:
     assert (code, out) == (9, "")
     assert err.count("\n") == 1
     assert err.startswith("error: process ")
-    assert " of 3 lost another one, which ended or does not answer; the same command goes on" in err
+    assert " of 3 lost the connection to another one, which ended or hangs; run the same command again" in err
 
 
 def meeting_by_address(scene: str, size: int) -> list[tuple[int, str, str]]:
@@ -131,7 +131,7 @@ def test_killed_without_the_launcher() -> None:
     ended = meeting_by_address("killed", 3)
     assert [code for code, _, _ in ended] == [1, -9, 1]
     (text,) = [err for _, _, err in ended if err]
-    assert " of 3 lost another one, which ended or does not answer" in text
+    assert " of 3 lost the connection to another one, which ended or hangs" in text
 
 
 def test_a_process_alone_can_have_a_group() -> None:

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CLEAN = (".github", "mergeopd/config", "mergeopd/recipe", "teachers", "tests/unit/tools", "tools/launch")
+CLEAN = (
+    ".github",
+    "mergeopd/config",
+    "mergeopd/recipe",
+    "mergeopd/storage",
+    "teachers",
+    "tests/unit/tools",
+    "tools/launch",
+)
 SUFFIXES = (".py", ".md", ".yaml", ".yml", ".txt", ".toml", ".sh", ".sbatch", ".html")
 
 # Kind, old, new. "name": a class, function, parameter, field or variable that a Python file defines.
