@@ -1,4 +1,4 @@
-"""Frozen records that cross rooms. No torch here: ids are plain integers, so `check` stays light."""
+"""Immutable records shared by all packages. Token ids are plain integers, so that torch is not imported."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ class Message:
 class Prompt:
     """One prompt of one source.
 
-    `key` is unique in a run and stable over restarts (`"<source name>:<row>"`): randomness and caches hang
-    on it. `teachers` maps a teacher's name to its weight for this prompt (prompt weight x card weight); a
-    teacher with weight 0 does not appear. `reference` is what the verifier compares with, `response` a
-    ready answer from the dataset, each where the source has one: a text, or a logged trajectory, whose first
-    and last messages are the assistant's. `fields` are the row's other columns that some
-    teacher's own prompt shows, by name.
+    `key` is unique in a run and stable over restarts (`"<source name>:<row>"`); random numbers and caches
+    depend on it. `teachers` maps teacher names to nonzero weights (prompt weight x teacher weight).
+    `reference` is the verifier's reference answer, if any. `response` is a response from the dataset, if any:
+    a text, or a logged trajectory whose first and last messages are the assistant's. `fields` are other
+    columns of the row that teachers' prompts use, by name.
     """
 
     key: str
@@ -42,15 +41,14 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One answer, as token ids that are never re-tokenised.
+    """A prompt with one response, as token ids that are never re-tokenised.
 
-    `prompt_ids` is the student's rendering. `response_ids` includes the stop token when one was written.
-    `logprobs_behaviour` are the natural log-probabilities under the exact distribution that was sampled from
-    (true vocabulary, temperature and top-p applied), one per response token; None for text that no policy
-    of this run wrote.
-    `policy_version` counts the optimizer updates that the writing student had seen.
-    `trained` has a flag per response token: False for what others wrote between the assistant's turns (tools,
-    users, the template's headers), which is read but never in the loss. None: all of it is in the loss.
+    `prompt_ids` is the student's rendering. `response_ids` includes the stop token, if one was generated.
+    `logprobs_behaviour` are natural log-probabilities under the sampling distribution (true vocabulary,
+    temperature and top-p applied), one per response token; None for text that the student did not generate.
+    `policy_version` is the number of optimizer updates of the student that generated the response.
+    `trained` flags the response tokens in the loss: False for tokens between the assistant's turns (tools,
+    users, template headers). None: all tokens are in the loss.
     """
 
     prompt: Prompt
@@ -76,23 +74,23 @@ class Rollout:
 
     @property
     def num_trained(self) -> int:
-        """How many response tokens are in the loss."""
+        """Number of response tokens in the loss."""
         return len(self.response_ids) if self.trained is None else sum(self.trained)
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and response tokens together."""
+        """Number of prompt and response tokens."""
         return len(self.prompt_ids) + len(self.response_ids)
 
     @property
     def teacher_set(self) -> tuple[str, ...]:
-        """Names of the teachers of this prompt, sorted: the key by which updates are packed."""
+        """Sorted names of the prompt's teachers; responses are packed by this key."""
         return tuple(sorted(self.prompt.teachers))
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How text is sampled. `temperature` 0 is greedy; `top_p` 1 keeps the whole vocabulary."""
+    """Sampling settings. `temperature` 0 is greedy; `top_p` 1 keeps the whole vocabulary."""
 
     temperature: float = 1.0
     top_p: float = 1.0

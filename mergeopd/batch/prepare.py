@@ -73,7 +73,7 @@ def _with_past(
     sampled = phase.loss.sampled_reverse_kl
     advantage = None
     # Prompts whose teachers all have other tokens have no log-ratio of a single token.
-    if sampled is not None and sampled.needs_whole_answers and before.logprob_T:
+    if sampled is not None and sampled.needs_full_responses and before.logprob_T:
         coefficient = phase.loss.weight("sampled_reverse_kl", updates_done)
         names = tuple(before.logprob_T)
         advantage = coefficient * answers_advantage(

@@ -1,7 +1,7 @@
-"""The processes of a run and how they agree. Importing this does not import torch.
+"""Collectives between the processes of a run. Importing this does not import torch.
 
-Every process runs the same program. They part for shares of a stage's work (`share`) and meet again; all
-else each of them computes alike. Objects travel between processes of one run only, which trust each other.
+Cheap work is replicated on every rank. Expensive work is sharded over ranks (`run_and_gather`) and gathered,
+so that all ranks end with the same state. Objects are pickled, but only between processes of one run.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ R = TypeVar("R")
 
 
 class CollectiveAbort(Exception):  # noqa: N818 (control flow, not an error)
-    """Base of what one process raises within `share` and all then raise: made without arguments."""
+    """Base of exceptions that, raised on one rank in a collective, are raised on all ranks.
+
+    Subclasses are constructed without arguments.
+    """
 
 
 class Communicator(Protocol):
-    """The processes of a run, this one's number among them, from 0.
+    """The processes of a run, and collectives between them.
 
-    `machines` has a name for every process, equal where two share memory and disks. `outside_collective` is
-    True while this rank is outside a collective and may raise without deadlocking the others.
+    `machines` has a name for every rank, equal for ranks on the same machine. `outside_collective` is True
+    while this rank is outside a collective and may raise without deadlocking the others.
     """
 
     rank: int
@@ -39,36 +42,36 @@ class Communicator(Protocol):
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes files and tells."""
+        """Whether this is rank 0, which writes files and prints."""
 
     @property
     def num_local(self) -> int:
-        """Processes on this one's machine."""
+        """Number of processes on this machine."""
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, by rank, on all of them. Tensors must be on the CPU. Collective."""
+        """Return the values of all ranks, by rank, on all ranks. Tensors must be on the CPU. Collective."""
 
     def run_on_first(self, work: Callable[[], T]) -> T:
-        """What `work` gives on rank 0, where alone it runs, on all of them. Collective.
+        """Run `work` on rank 0 and return its result on all ranks. Collective.
 
-        Where it raises, the others raise the same `CollectiveAbort`, or PeerFailed.
+        If it raises a `CollectiveAbort`, the other ranks raise it too; for other exceptions, PeerFailed.
         """
 
     def run_and_gather(self, work: Callable[[], T]) -> list[T]:
-        """What `work`, which must not be collective, gives on every process, by rank. Collective.
+        """Run `work` on every rank and return all results, by rank, on all ranks. Collective.
 
-        Where one raises `CollectiveAbort`, all do; after any other exception of one, others raise PeerFailed.
+        `work` must not be collective. If it raises on one rank, the other ranks raise as in `run_on_first`.
         """
 
     def send(self, tensor: Tensor, rank: int) -> None:
-        """Hand a tensor to another process, which is waiting in `receive`."""
+        """Send a tensor to another rank, which must call `receive`."""
 
     def receive(self, tensor: Tensor, rank: int) -> None:
-        """Fill a contiguous tensor with what another process sends."""
+        """Receive a tensor from another rank into a contiguous tensor."""
 
 
 class SingleProcess:
-    """One process."""
+    """Communicator of a run with one process."""
 
     rank = 0
     size = 1
@@ -78,30 +81,24 @@ class SingleProcess:
     num_local = 1
 
     def gather(self, value: T) -> list[T]:
-        """The value alone."""
         return [value]
 
     def run_on_first(self, work: Callable[[], T]) -> T:
-        """What `work` gives."""
         return work()
 
     def run_and_gather(self, work: Callable[[], T]) -> list[T]:
-        """What `work` gives, alone."""
         return [work()]
 
     def send(self, tensor: Tensor, rank: int) -> None:
-        """There is nobody: ValueError."""
-        raise ValueError(f"there is no process {rank} beside this one")
+        raise ValueError(f"rank {rank} does not exist: this is the only process")
 
-    def receive(self, tensor: Tensor, rank: int) -> None:
-        """There is nobody: ValueError."""
-        raise ValueError(f"there is no process {rank} beside this one")
+    receive = send
 
 
 class TorchCommunicator:
-    """The processes of torch's default process group, which must be initialised (CPU tensors through gloo).
+    """Communicator over torch's default process group, which must be initialised (gloo for CPU tensors).
 
-    `machine` names this process's machine.
+    `machine` is the name of this process's machine.
     """
 
     def __init__(self, machine: str) -> None:
@@ -115,16 +112,13 @@ class TorchCommunicator:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes files and tells."""
         return self.rank == 0
 
     @property
     def num_local(self) -> int:
-        """Processes on this one's machine."""
         return self.machines.count(self.machines[self.rank])
 
     def gather(self, value: T) -> list[T]:
-        """See `Communicator`."""
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
@@ -132,7 +126,6 @@ class TorchCommunicator:
         return values
 
     def run_on_first(self, work: Callable[[], T]) -> T:
-        """See `Communicator`."""
         import torch.distributed as dist
 
         outcome: list[Any] = [None, None]
@@ -149,7 +142,6 @@ class TorchCommunicator:
         return value
 
     def run_and_gather(self, work: Callable[[], T]) -> list[T]:
-        """See `Communicator`."""
         self.outside_collective = True
         try:
             value = work()
@@ -166,20 +158,18 @@ class TorchCommunicator:
         return [value for value, _ in outcomes]
 
     def send(self, tensor: Tensor, rank: int) -> None:
-        """See `Communicator`."""
         import torch.distributed as dist
 
         dist.send(tensor, dst=rank)
 
     def receive(self, tensor: Tensor, rank: int) -> None:
-        """See `Communicator`."""
         import torch.distributed as dist
 
         dist.recv(tensor, src=rank)
 
 
 def this_machine() -> str:
-    """A name equal for processes that share memory and process numbers: host, boot and process namespace."""
+    """Name of this machine: host name, boot id and process namespace."""
     parts = [socket.gethostname()]
     boot = Path("/proc/sys/kernel/random/boot_id")
     if boot.is_file():
@@ -190,9 +180,9 @@ def this_machine() -> str:
 def scatter_gather(
     ranks: Communicator, items: Sequence[T], work: Callable[[Sequence[T]], Sequence[R]]
 ) -> list[R]:
-    """Deal `items`, which all have in the same order, to the processes; all results, in that order, on all.
+    """Distribute `items`, equal on all ranks, over ranks; return all results, in order, on all ranks.
 
-    `work` gives a result for each item of its share, which may be empty. Collective.
+    `work` returns one result per item of its share, which may be empty. Collective.
     """
     shares = ranks.run_and_gather(lambda: work(items[ranks.rank :: ranks.size]))
     return [shares[position % ranks.size][position // ranks.size] for position in range(len(items))]
