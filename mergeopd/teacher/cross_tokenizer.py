@@ -15,7 +15,7 @@ from mergeopd.data.renderer import Renderer
 from mergeopd.errors import StorageError
 from mergeopd.recipe.bridges import Bridge, ProjectionBridge
 from mergeopd.storage.folders import atomic_folder, verify
-from mergeopd.types import Message, Rollout
+from mergeopd.types import Message, Rollout, TokenIds
 
 # Rows that `bridge_loss` compares at once; a group of more is no alignment worth learning from.
 _LONGEST_GROUP = 256
@@ -70,7 +70,7 @@ class CrossTokenizer:
         by_identity = self.bridge.kind in ("pieces", "gold", "projection")
         return [_usable(one, room, by_identity) for one, room in zip(found, rooms, strict=True)]
 
-    def in_student_ids(self, written: Sequence[int], *, ended: bool) -> tuple[tuple[int, ...], bool]:
+    def in_student_ids(self, written: TokenIds, *, ended: bool) -> tuple[tuple[int, ...], bool]:
         """What the teacher wrote in the student's ids, and whether that is all of it.
 
         `ended`: the last token is the teacher's end; the student's takes its place. What looks like a special

@@ -24,7 +24,7 @@ from mergeopd.recipe.loss_terms import Loss
 from mergeopd.rollout.protocol import Completion
 from mergeopd.teacher.cross_tokenizer import CrossTokenizer
 from mergeopd.teacher.protocol import TargetSpec, TeacherSequence
-from mergeopd.types import Finish, Prompt, Rollout
+from mergeopd.types import Finish, Prompt, Rollout, TokenIds, token_ids
 
 
 class TokenView(records.TokenView, Protocol):
@@ -43,7 +43,7 @@ class TokenView(records.TokenView, Protocol):
     def required(self, spec: TargetSpec) -> TargetSpec:
         """What must be kept of this teacher where the loss needs `spec`."""
 
-    def student_ids(self, completion: Completion, prompt: Prompt) -> tuple[tuple[int, ...], Finish]:
+    def student_ids(self, completion: Completion, prompt: Prompt) -> tuple[TokenIds, Finish]:
         """What the teacher generated in the student's ids, and how it ends."""
 
 
@@ -90,12 +90,12 @@ class SameTokens:
         """The target as it is: its rows are those of the student."""
         return target
 
-    def student_ids(self, completion: Completion, prompt: Prompt) -> tuple[tuple[int, ...], Finish]:
+    def student_ids(self, completion: Completion, prompt: Prompt) -> tuple[TokenIds, Finish]:
         """What the teacher generated, with the student's end token in place of its own, and how it ends."""
         ids = completion.response_ids
         if completion.finish != "eos" or ids[-1] in self.student.eos_ids:
             return ids, completion.finish
-        return (*ids[:-1], self.student.end_id), completion.finish
+        return token_ids([*ids[:-1].tolist(), self.student.end_id]), completion.finish
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class AlignedTokens:
         if alignment is None or not len(alignment.teacher_ids):
             return None
         prompt_ids = self.crossing.dialect.render(rollout.prompt)
-        return TeacherSequence(prompt_ids, alignment.teacher_ids.tolist())
+        return TeacherSequence(prompt_ids, token_ids(alignment.teacher_ids))
 
     def required(self, spec: TargetSpec) -> TargetSpec:
         """Hidden states for a bridge between distributions, sampled tokens for a policy term."""
@@ -164,7 +164,7 @@ class AlignedTokens:
             weight_G=weights.repeat_interleave(sizes, output_size=sum(num_groups)) * groups.num_S.to(like),
         )
 
-    def student_ids(self, completion: Completion, prompt: Prompt) -> tuple[tuple[int, ...], Finish]:
+    def student_ids(self, completion: Completion, prompt: Prompt) -> tuple[TokenIds, Finish]:
         """The generated text in the student's ids, and how it ends.
 
         It may take more tokens of the student's. Where it is not given back whole, or would outgrow the
@@ -172,4 +172,4 @@ class AlignedTokens:
         """
         room = self.student.max_positions - len(self.student.render(prompt))
         ids, whole = self.crossing.in_student_ids(completion.response_ids, ended=completion.finish == "eos")
-        return ids[:room], completion.finish if whole and len(ids) <= room else "length"
+        return token_ids(ids[:room]), completion.finish if whole and len(ids) <= room else "length"

@@ -15,6 +15,7 @@ from mergeopd.models.weight_average import average
 from mergeopd.recipe.training import Optimizer
 from mergeopd.student.torch import TorchStudent
 from mergeopd.teacher.local import TeacherSource, TeacherStore
+from mergeopd.teacher.protocol import TeacherSequence
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 7, 11, 13, 40, 3, 9, 22]])
@@ -62,7 +63,8 @@ def teacher_hidden(folder: Path, *dtypes: str) -> list[torch.Tensor]:
     found = []
     for dtype in dtypes:
         with store.open(dtype) as teacher:
-            [(_, states)] = teacher.hidden([IDS[0, :1].tolist()], [[*IDS[0, 1:].tolist(), 0]], 100)
+            sequence = TeacherSequence(IDS[0, :1].tolist(), [*IDS[0, 1:].tolist(), 0])
+            [(_, states)] = teacher.hidden([sequence], 100)
             found.append(states)
     return found
 

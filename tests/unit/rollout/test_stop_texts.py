@@ -8,11 +8,12 @@ import pytest
 import torch
 from published import write_published
 
-from mergeopd.engine.rollouts import answer_text
+from mergeopd.engine.rollouts import response_text
 from mergeopd.loss.heads import Head
 from mergeopd.models.tokenizer import Tokenizer
-from mergeopd.rollout.local import Request, Writer, generate
-from mergeopd.types import Sampling
+from mergeopd.rollout.local import Generator, generate
+from mergeopd.rollout.protocol import GenerationRequest
+from mergeopd.types import Sampling, token_ids
 
 
 class Echo(torch.nn.Module):
@@ -42,20 +43,21 @@ def test_stop_texts_may_hold_special_tokens(tmp_path: Path, stop: str, written: 
     ids, num_ids = tokenizer.encode("ab<|im_end|>\nabc"), tokenizer.vocab_size
     head, ends = Head(torch.eye(num_ids)), (tokenizer.eos_id,)
     [found] = generate(
-        Writer(Echo(ids, num_ids), head, ends, tokenizer, torch.device("cpu")),
-        [Request("p", 0, (0,))],
+        Generator(Echo(ids, num_ids), head, ends, tokenizer, torch.device("cpu")),
+        [GenerationRequest("p", 0, (0,))],
         Sampling(0.0, 1.0, len(ids), (stop,)),
         seed=0,
         batch_size=1,
         progress=lambda done: None,
     )
     assert found.finish == "stop"
-    assert tokenizer.decode(found.response_ids, skip_special_tokens=False) == written
+    assert tokenizer.decode(found.response_ids.tolist(), skip_special_tokens=False) == written
     # Text behind a stop is cut off too, where a response goes on.
-    assert answer_text(found.response_ids, tokenizer, (stop,)) == answer_text(ids, tokenizer, (stop,)) == text
+    assert response_text(found.response_ids, tokenizer, (stop,)) == text
+    assert response_text(token_ids(ids), tokenizer, (stop,)) == text
 
 
 def test_answers_without_a_stop_text_are_whole(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(write_published(tmp_path, "qwen3"))
-    ids = tokenizer.encode("ab<|im_start|>c<think>d<|im_end|>")
-    assert answer_text(ids, tokenizer, ()) == answer_text(ids, tokenizer, ("x",)) == "abc<think>d"
+    ids = token_ids(tokenizer.encode("ab<|im_start|>c<think>d<|im_end|>"))
+    assert response_text(ids, tokenizer, ()) == response_text(ids, tokenizer, ("x",)) == "abc<think>d"

@@ -18,12 +18,13 @@ from mergeopd.loss.objective import build_objective
 from mergeopd.models.causal import response_hidden
 from mergeopd.recipe.training import Optimizer
 from mergeopd.student.torch import TorchStudent
+from mergeopd.types import token_ids
 
 CPU = torch.device("cpu")
 VALID = 33
 OBJECTIVE = build_objective({"reverse_kl": (ReverseKL(), 1.0)})
-PROMPTS = ((1, 2, 3), (4, 5))
-RESPONSES = ((6, 7, 8), (9, 10, 11, 2))
+PROMPTS = tuple(map(token_ids, ((1, 2, 3), (4, 5))))
+RESPONSES = tuple(map(token_ids, ((6, 7, 8), (9, 10, 11, 2))))
 ADAM = {"betas": (0.9, 0.98), "eps": 1e-8}
 
 
@@ -134,7 +135,7 @@ def test_a_teacher_with_nan_is_named(make_model: Callable[..., Path]) -> None:
     micro = micro_batch()
     micro.targets[0].head.weight[3, 3] = float("nan")
     with pytest.raises(NumericsError, match=r"logits of target 0.*targets: 0 = t"):
-        list(student_of(make_model("s")).accumulate([micro], OBJECTIVE))
+        list(student_of(make_model("s")).accumulate_gradients([micro], OBJECTIVE))
 
 
 def test_state_goes_on_bit_for_bit(make_model: Callable[..., Path]) -> None:
@@ -183,7 +184,7 @@ def test_a_resumed_optimizer_lives_where_the_weights_do(make_model: Callable[...
     """Fused AdamW wants its step counts on the device of the weights; a checkpoint is read onto the CPU."""
     folder = make_model("s")
     first, second = student_of(folder), student_of(folder)
-    list(first.accumulate([micro_batch()], OBJECTIVE))
+    list(first.accumulate_gradients([micro_batch()], OBJECTIVE))
     first.apply(1e-3)
     second._masters = {name: p.to("meta") for name, p in second._masters.items()}
     second._parameters = second._masters
@@ -197,7 +198,7 @@ def test_the_heads_gradient_is_summed_in_float32(make_model: Callable[..., Path]
     """Of a bfloat16 student: what the kernel knows in float32 reaches the masters, micro-batch by micro-batch."""
     folder = make_model("s", tied=False)
     student, once = student_of(folder, dtype="bfloat16"), student_of(folder, dtype="bfloat16")
-    list(once.accumulate([micro_batch()], OBJECTIVE))
+    list(once.accumulate_gradients([micro_batch()], OBJECTIVE))
     one = once.gradients()["lm_head.weight"]
     assert one.dtype == torch.float32
     assert not torch.equal(one, one.bfloat16().float())
