@@ -8,7 +8,7 @@ import sys
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mergeopd.align import ByteTokenizer, EndTokens, align
+from mergeopd.align import ByteTokenizer, EndTokens, align_responses
 
 
 def small_tokenizer(size: int) -> Tokenizer:
@@ -29,7 +29,7 @@ text = sys.argv[3] if len(sys.argv) > 3 else "Two tokenizers of one text."
 
 student, teacher = (ByteTokenizer.of(tokenizer, "AB"[i]) for i, tokenizer in enumerate(tokenizers))
 [ids] = student.encode([text])
-[found] = align([ids], student.tokens, teacher.tokens, teacher.encode, EndTokens([], 0))
+[found] = align_responses([ids], student, teacher, EndTokens([], 0))
 
 print(f"{'A':>24} | B")
 edges = (found.student_starts, found.student_stops, found.teacher_starts, found.teacher_stops)

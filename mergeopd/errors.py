@@ -108,11 +108,11 @@ class NumericsError(MergeopdError, ArithmeticError):
 
 
 class Stopped(MergeopdError, InterruptedError):  # noqa: N818 (a wish that was met, not a fault)
-    """The run was asked to stop, and did after saving; the same command goes on with it."""
+    """The run stopped on request, after saving a checkpoint; running it again resumes it."""
 
 
 class UpdateLimitReached(Stopped):
-    """The run made as many updates as it was asked for, and did not reach its end."""
+    """The run made the requested number of updates, before its end."""
 
 
 class StorageError(MergeopdError, OSError):

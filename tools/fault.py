@@ -36,14 +36,14 @@ from typing import Any, NoReturn
 
 # Name: (function, looked up where it is called; whether the fault comes before or after the call).
 PLACES = {
-    "text": ("mergeopd.engine.teacher_rollouts:generate", "before"),
+    "text": ("mergeopd.engine.teacher_rollouts:_keep", "before"),
     "rollout": ("mergeopd.rollout.local:sample", "before"),
     "scoring": ("mergeopd.teacher.hidden_cache:HiddenCache.put", "before"),
     "gradient": ("mergeopd.student.torch:TorchStudent._collect_gradients", "after"),
-    "update": ("mergeopd.student.torch:TorchStudent.apply", "before"),
+    "update": ("mergeopd.student.torch:TorchStudent.optimizer_step", "before"),
     "step": ("torch.optim:AdamW.step", "after"),
     "metrics": ("mergeopd.storage.metrics:MetricsFile.append", "after"),
-    "checkpoint": ("mergeopd.engine.loop:save", "before"),
+    "checkpoint": ("mergeopd.engine.checkpoint:Checkpoints.save", "before"),
     "files": ("mergeopd.engine.checkpoint:save_file", "after"),
     "manifest": ("mergeopd.storage.folders:_manifest_text", "before"),
     "rename": ("pathlib:Path.rename", "before"),
@@ -51,7 +51,7 @@ PLACES = {
     "replace": ("pathlib:Path.replace", "before"),
     "unlink": ("os:unlink", "after"),
     "export": ("mergeopd.student.torch:TorchStudent.export", "after"),
-    "evaluation": ("mergeopd.engine.evaluate:generate", "before"),
+    "evaluation": ("mergeopd.engine.evaluate:Evaluation._rewards", "before"),
 }
 _LONGEST_S = 120
 

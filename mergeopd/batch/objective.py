@@ -2,36 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TypeVar
-
 from mergeopd.loss import policy
-from mergeopd.loss.divergence import JSD, Divergence, ForwardKL, ReverseKL
 from mergeopd.loss.objective import DistillationObjective, build_objective
-from mergeopd.loss.pointwise import TVD, AlphaDivergence, ClippedForwardKL, SkewForwardKL, SkewReverseKL
 from mergeopd.loss.support import Support
 from mergeopd.recipe import policy_terms as policies
-from mergeopd.recipe.loss_terms import Loss
+from mergeopd.recipe.loss_terms import TERMS, Loss
 from mergeopd.recipe.training import Phase
-
-T = TypeVar("T")
-
-# Every divergence that a recipe can name, and how the kernel is told.
-DIVERGENCES: Mapping[str, Callable[[Loss], Divergence]] = {
-    "reverse_kl": lambda loss: ReverseKL(),
-    "forward_kl": lambda loss: ForwardKL(),
-    "tvd": lambda loss: TVD(),
-    "jsd": lambda loss: JSD(_term(loss.jsd).beta),
-    "skew_forward_kl": lambda loss: _skewed(SkewForwardKL, ForwardKL(), _term(loss.skew_forward_kl).alpha),
-    "skew_reverse_kl": lambda loss: _skewed(SkewReverseKL, ReverseKL(), _term(loss.skew_reverse_kl).alpha),
-    "alpha_divergence": lambda loss: AlphaDivergence(_term(loss.alpha_divergence).alpha),
-    "clipped_forward_kl": lambda loss: ClippedForwardKL(_term(loss.clipped_forward_kl).bound),
-}
-
-
-def _skewed(skewed: Callable[[float], Divergence], plain: Divergence, alpha: float) -> Divergence:
-    """Without a share of the other distribution a skew KL is the plain one."""
-    return skewed(alpha) if alpha else plain
 
 
 def phase_objective(phase: Phase, updates_done: int, *, has_policy: bool) -> DistillationObjective:
@@ -40,9 +16,13 @@ def phase_objective(phase: Phase, updates_done: int, *, has_policy: bool) -> Dis
     `has_policy`: there are policy terms, bridges that are one included (`Plan.has_policy`).
     """
     loss = phase.loss
-    weights = {name: loss.weight(name, updates_done) for name in DIVERGENCES}
+    divergences = {
+        name: (term.divergence(loss), weight)
+        for name, term in TERMS.items()
+        if term.divergence is not None and (weight := loss.weight(name, updates_done))
+    }
     return build_objective(
-        {name: (DIVERGENCES[name](loss), weight) for name, weight in weights.items() if weight},
+        divergences,
         nll=loss.nll,
         temperature=loss.temperature,
         policy=_policy(phase, updates_done) if has_policy else None,
@@ -84,9 +64,3 @@ def _anchor(loss: Loss, updates_done: int) -> policy.TrustRegion | policy.Credit
             return policy.Credit(policies.amount_at(mix, updates_done), bound)
         case _:
             return None
-
-
-def _term(term: T | None) -> T:
-    """A term that has a weight is there."""
-    assert term is not None
-    return term

@@ -1,1 +1,4 @@
-"""Located YAML: parsing, `extends`, variables, overrides, validation errors in words. Knows no recipe key."""
+"""YAML with source locations: parsing, `extends`, variables, overrides and validation errors.
+
+Independent of any recipe key.
+"""

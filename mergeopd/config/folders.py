@@ -1,4 +1,4 @@
-"""Where paths in recipes and cards lead: project folders, files, model folders."""
+"""Resolve paths written in recipes and cards: project folders, files, model folders."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """Why a path leads nowhere, and what to do."""
+    """A path that does not exist: cause and remedy."""
 
     message: str
     remedy: str
 
 
 def project_folder(file: Path, marker: str) -> Path:
-    """The absolute folder that relative paths written in `file` start from.
+    """Return the absolute folder to which relative paths in `file` are relative.
 
     The parent of the nearest folder above that is named `marker` (`recipes`, or `teachers` for cards);
     without one, the file's own folder.
@@ -35,12 +35,12 @@ def project_folder(file: Path, marker: str) -> Path:
 
 
 def absolute(written: str, base: Path) -> Path:
-    """A path as written, made absolute. Symbolic links are kept."""
+    """Make a path absolute, relative to `base`. Symbolic links are kept."""
     return Path(os.path.abspath(base / os.path.expanduser(written)))
 
 
 def existing_file(written: str, base: Path, what: str, suffixes: tuple[str, ...] = ()) -> Path | Missing:
-    """The file that `written` names. `what` is its name in messages (`prompt file`)."""
+    """Find the file named by `written`. `what` is its name in messages (`prompt file`)."""
     path = absolute(written, base)
     if os.path.isfile(path):
         return path
@@ -51,9 +51,9 @@ def existing_file(written: str, base: Path, what: str, suffixes: tuple[str, ...]
 
 
 def existing_model(written: str, revision: str | None, base: Path, what: str = "model") -> Path | Missing:
-    """The folder of a model or tokenizer: a folder on disk, or a hub id whose files are in the local cache.
+    """Find the folder of a model or tokenizer: a folder on disk, or a hub id in the local cache.
 
-    Nothing is ever downloaded.
+    Nothing is downloaded.
     """
     path = absolute(written, base)
     if os.path.isdir(path):
@@ -83,7 +83,7 @@ def _where_instead(near: str, written: str, path: Path) -> str:
 
 
 def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
-    # Imported here: most recipes name folders, and `check` must answer at once.
+    # Imported here, because it is slow and most recipes name folders.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 

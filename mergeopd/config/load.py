@@ -1,7 +1,7 @@
-"""A recipe file, what it extends and what the command line sets, as one located tree.
+"""Load a recipe file, the recipes it extends and `--set` overrides into one tree with source locations.
 
 `extends: other.yaml` (or a list; later ones win) takes another recipe as the base: mappings are merged key
-by key, lists and values are replaced. It is relative to the file that contains it. `--set` wins over all.
+by key, lists and values are replaced. It is relative to the file that contains it. `--set` overrides all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from mergeopd.config.folders import project_folder
 from mergeopd.config.locate import dotted
-from mergeopd.config.overrides import apply
+from mergeopd.config.overrides import apply_override
 from mergeopd.config.parse import parse
 from mergeopd.config.suggest import closest_path
 from mergeopd.config.tree import (
@@ -29,22 +29,22 @@ from mergeopd.config.tree import (
     Table,
     child,
     merged,
+    plain,
 )
 from mergeopd.errors import Location, Problem
 from mergeopd.messages import shown
 
 Shorthands = Mapping[tuple[str, ...], Callable[[Any], Any]]
 YAML_SUFFIXES = (".yaml", ".yml")
-MAX_BYTES = 1 << 20  # parsing takes seconds a mebibyte
+MAX_BYTES = 1 << 20  # parsing takes seconds per mebibyte
 MAX_FILES = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A document. `root` is None when nothing could be read.
+    """A loaded document. `root` is None when nothing could be read.
 
-    `complete` is False when a part is missing because a file could not be read: what is absent from the tree
-    may then well have been written.
+    `complete` is False when a file could not be read, so that absent keys must not be reported as missing.
     """
 
     root: Table | None
@@ -55,9 +55,9 @@ class Loaded:
 def load(
     path: Path, overrides: Sequence[str], env: Mapping[str, str], shorthands: Shorthands, named: Sequence[str]
 ) -> Loaded:
-    """Load a document with what it extends; every problem found is in the result, nothing is raised.
+    """Load a document and the documents it extends. Problems are returned, never raised.
 
-    `shorthands` maps a path pattern (`*` is any name or index) to the function that writes a short form out.
+    `shorthands` maps a path pattern (`*` is any name or index) to the function that expands its short form.
     `named` are the sections in which null removes an entry of an extended document.
     """
     expand = _expander(shorthands)
@@ -67,19 +67,19 @@ def load(
     root, problems = loaded.root, list(loaded.problems)
     for number, text in enumerate(overrides, start=1):
         where = SourceLocation(Location(f"--set #{number}"), project_folder(path, "recipes"))
-        changed, found = apply(root, text, where, env, expand)
+        changed, new_problems = apply_override(root, text, where, env, expand)
         root = _without_removed(root, changed, named)
-        problems += found
+        problems += new_problems
     return Loaded(root, tuple(problems), loaded.complete)
 
 
 def load_card(path: Path, env: Mapping[str, str], prefix: Keys) -> Loaded:
-    """Loads a teacher card; `prefix` is its path in the recipe, for the names in problems."""
+    """Load a teacher card. `prefix` is its path in the recipe, used in problems."""
     return _read(path, env, "teachers", prefix)
 
 
 def _expander(shorthands: Shorthands) -> Expand:
-    """A function that writes a short form out (`teachers.math: card.yaml` is `{card: card.yaml}`)."""
+    """Return a function that expands short forms (`teachers.math: card.yaml` is `{card: card.yaml}`)."""
 
     def expanded(path: Keys, value: Any) -> Any:
         for pattern, expand in shorthands.items():
@@ -102,7 +102,7 @@ def _failed(
 
 
 def _bytes(path: Path) -> bytes | None:
-    """Up to one byte more than a file may have; None for a pipe or a device, which may never end."""
+    """Read up to one byte more than a file may have; None for a pipe or a device, which may never end."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         return None
@@ -111,7 +111,7 @@ def _bytes(path: Path) -> bytes | None:
 
 
 def _read(path: Path, env: Mapping[str, str], marker: str, prefix: Keys = ()) -> Loaded:
-    """One file, without what it extends; `marker` names the folder kind that its paths start beside."""
+    """Read one file without the files it extends. `marker` is the argument of `project_folder`."""
     try:
         data = _bytes(path)
     except FileNotFoundError:
@@ -148,7 +148,7 @@ def _read(path: Path, env: Mapping[str, str], marker: str, prefix: Keys = ()) ->
 
 
 def _without_removed(before: Table, root: Table, named: Sequence[str]) -> Table:
-    """Without the named entries that `before` has and that are null now."""
+    """Drop the entries of named sections that `before` has and `root` sets to null."""
     entries = dict(root.entries)
     for section in named:
         old, new = child(before, section), child(root, section)
@@ -156,16 +156,14 @@ def _without_removed(before: Table, root: Table, named: Sequence[str]) -> Table:
             kept = {
                 name: entry
                 for name, entry in new.entries.items()
-                if name not in old.entries
-                or not isinstance(entry.node, Scalar)
-                or entry.node.value is not None
+                if name not in old.entries or plain(entry.node) is not None
             }
             entries[section] = Entry(entries[section].key, Table(kept, new.place))
     return Table(entries, root.place)
 
 
 class _Documents:
-    """Documents and what they extend; each file is read once, however often it is named."""
+    """Documents with the documents they extend. Each file is read once."""
 
     def __init__(self, env: Mapping[str, str], expand: Expand, named: Sequence[str]) -> None:
         self._env = env
@@ -175,7 +173,7 @@ class _Documents:
         self._num_bytes = 0
 
     def extended(self, path: Path, above: tuple[Path, ...]) -> Loaded:
-        """A recipe on top of what it extends; `above` are the files that led here."""
+        """Return a recipe merged onto the recipes it extends; `above` are the files that extend it."""
         file = _absolute(path)
         if file not in self._loaded:
             self._loaded[file] = _read(path, self._env, "recipes")
@@ -200,13 +198,12 @@ class _Documents:
         return Loaded(root, tuple(dict.fromkeys(problems)), complete)
 
     def _on(self, base: Table, over: Table) -> Table:
-        """A document on the one that it extends."""
         root = merged(base, over, self._expand)
         assert isinstance(root, Table)
         return _without_removed(base, root, self._named)
 
     def _base(self, item: Node, path: Path, chain: tuple[Path, ...]) -> Loaded:
-        """One recipe named under `extends`."""
+        """Load one recipe named under `extends`."""
 
         def failed(message: str, remedy: str = "") -> Loaded:
             problem = Problem(item.place.location, "extends", message, remedy)
@@ -225,6 +222,6 @@ class _Documents:
         if file not in self._loaded:
             self._num_bytes += os.path.getsize(base)
             if len(self._loaded) == MAX_FILES or self._num_bytes > MAX_BYTES:
-                message = f"what a recipe extends is at most {MAX_FILES} files and {MAX_BYTES >> 20} MiB"
+                message = f"a recipe can extend at most {MAX_FILES} files and {MAX_BYTES >> 20} MiB"
                 return failed(message, "extend fewer recipes")
         return self.extended(base, chain)

@@ -1,4 +1,4 @@
-"""From a path in a recipe to the place in a file where it was written."""
+"""Map paths in a recipe to locations in files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mergeopd.messages import shown
 
 
 def dotted(path: Keys) -> str:
-    """`("prompts", 0, "source")` as people write it: `prompts[0].source`."""
+    """Format a path for messages: `("prompts", 0, "source")` is `prompts[0].source`."""
     text = ""
     for step in path:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
@@ -20,10 +20,10 @@ def dotted(path: Keys) -> str:
 
 
 class Origins:
-    """Where each part of a recipe was written, teacher cards included.
+    """Source locations of a recipe and its teacher cards.
 
-    A path that goes on after `("teachers", NAME, "card")` leads into the card's file. What was not written
-    stands at its nearest existing parent.
+    A path below `("teachers", NAME, "card")` is located in the card's file. A missing value is located at its
+    nearest existing parent.
     """
 
     def __init__(self, file: Path, root: Node | None, cards: Mapping[str, Node]) -> None:
@@ -32,7 +32,7 @@ class Origins:
         self._cards = cards
 
     def place(self, path: Keys, *, key: bool = False) -> SourceLocation:
-        """Where the value at `path` was written (with `key`: its key)."""
+        """Return the location of the value at `path` (with `key`: of its key), and the base of its paths."""
         if len(path) > 3 and path[0] == "teachers" and path[2] == "card" and path[1] in self._cards:
             return find(self._cards[str(path[1])], path[3:], key=key)
         if self._root is None:
@@ -40,15 +40,15 @@ class Origins:
         return find(self._root, path, key=key)
 
     def at(self, *path: str | int) -> Location:
-        """The place of the value at a path: `at("teachers", "math", "card", "model")`."""
+        """Return the location of a value: `at("teachers", "math", "card", "model")`."""
         return self.place(path).location
 
     def problem(self, path: Keys, message: str, remedy: str = "", *, key: bool = False) -> Problem:
-        """A problem with the value at `path` (with `key`: with the key itself)."""
+        """Create a problem located at the value at `path` (with `key`: at its key)."""
         return Problem(self.place(path, key=key).location, dotted(path), message, remedy)
 
     def in_order(self, problems: Iterable[Problem]) -> tuple[Problem, ...]:
-        """Each problem once: the recipe's, those of overrides, those of other files; by line and column."""
+        """Sort and deduplicate: the recipe's problems, those of overrides, those of other files."""
         recipe = shown(self._file)
 
         def rank(problem: Problem) -> tuple[int, int, Location]:

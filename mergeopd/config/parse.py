@@ -1,7 +1,7 @@
-"""YAML text to a located tree: YAML 1.2, no tags of one's own, no duplicate keys, variables filled in.
+"""Parse YAML 1.2 to a tree with source locations: no custom tags, no duplicate keys, variables substituted.
 
-A scalar that is one `${VARIABLE}` and nothing else is typed as if its text stood there unquoted: `lr: ${LR}`
-is a number. Force text with `!!str`. Inside `{...}` and `[...]` YAML needs quotes around `${VARIABLE}`.
+A scalar that is a single `${VARIABLE}` is typed as if its value were written unquoted: `lr: ${LR}` is a
+number. Force text with `!!str`. Inside `{...}` and `[...]` YAML needs quotes around `${VARIABLE}`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from mergeopd.config.yaml_errors import syntax_mistake
 from mergeopd.errors import Location, Problem
 
 _TAG = "tag:yaml.org,2002:"
-# Dates, and `=` from YAML 1.1, are just text in a recipe.
+# Dates, and `=` from YAML 1.1, are text in a recipe.
 _TEXT_TAGS = {_TAG + "str", _TAG + "timestamp", _TAG + "value"}
 _TAGGED = re.compile(r"(&\S+\s+)?!")
-# Aliases can make a short text grow without bound.
+# Aliases can expand a short text without bound.
 MAX_VALUES = 100_000
 MAX_DEPTH = 100
 _MAX_INT_BITS = 1024
@@ -36,14 +36,14 @@ _SIMPLE_TAGS = {_TAG + "int", _TAG + "float", _TAG + "bool", _TAG + "null"}
 def parse(
     text: str, where: SourceLocation, env: Mapping[str, str], *, prefix: Keys = (), fixed: bool = False
 ) -> tuple[Node | None, tuple[Problem, ...]]:
-    """Parses one document.
+    """Parse one document.
 
     Args:
-        where: the file; with `fixed` the one place at which everything in `text` stands (an override).
-        prefix: the path under which this document stands, for the names in problems.
+        where: the file; with `fixed`, the location given to every node (an override).
+        prefix: the path of this document in the recipe, used in problems.
 
     Returns:
-        The tree, None where the text is not YAML or holds nothing, and every problem found.
+        The tree (None if the text is empty or not YAML) and all problems.
     """
     yaml = YAML(typ="safe", pure=True)
     parser = _Parser(yaml, text, where, env, fixed, prefix)
@@ -67,7 +67,7 @@ def parse(
 
 
 class _UnboundedError(ValueError):
-    """The document has more values, or more levels, than any recipe needs."""
+    """The document exceeds `MAX_VALUES` or `MAX_DEPTH`."""
 
 
 @dataclass
@@ -104,7 +104,7 @@ class _Parser:
         place = self.place(node)
         self.num_values += 1
         if self.num_values > MAX_VALUES:
-            raise _UnboundedError(f"more than {MAX_VALUES:,} values, those behind aliases included")
+            raise _UnboundedError(f"more than {MAX_VALUES:,} values, with aliases expanded")
         if len(path) > MAX_DEPTH:
             raise _UnboundedError(f"nested more than {MAX_DEPTH} levels deep")
         if id(node) in self.open_nodes:
@@ -147,7 +147,7 @@ class _Parser:
         return {**inherited, **entries}
 
     def inherit(self, value: YamlNode, path: Keys, inherited: dict[str, Entry]) -> None:
-        """YAML's merge key `<<`: earlier mappings win over later ones, own keys over all."""
+        """Apply YAML's merge key `<<`: earlier mappings win over later ones, own keys over both."""
         for source in value.value if isinstance(value, SequenceNode) else [value]:
             node = self.convert(source, path)
             if isinstance(node, Table):
@@ -157,14 +157,15 @@ class _Parser:
                 self.report(self.place(source), path, "'<<' takes a mapping or a list of mappings")
 
     def checked(self, text: str, place: SourceLocation, path: Keys) -> str:
-        """The text with its surrogate pairs joined, as JSON writes them; half a pair is reported."""
+        """Join surrogate pairs, which JSON escapes contain; report unpaired surrogates and NUL."""
         if "\0" in text:
             self.report(place, path, "the text has a NUL character", "remove it")
         try:
             return text.encode("utf-16", "surrogatepass").decode("utf-16")
         except UnicodeDecodeError:
             half = next(c for c in text if "\ud800" <= c <= "\udfff")
-            self.report(place, path, f"half of a character (U+{ord(half):04X})", "write the character itself")
+            message = f"unpaired surrogate U+{ord(half):04X}"
+            self.report(place, path, message, "write the character itself")
             return text.encode("utf-8", "replace").decode()
 
     def scalar(self, node: ScalarNode, place: SourceLocation, path: Keys) -> Scalar:
@@ -174,7 +175,7 @@ class _Parser:
             for fault in filled.faults:
                 self.report(place, path, fault.message, fault.remedy)
             text = self.checked(filled.text, place, path)
-            # A composed node does not say whether `!!str` was written or worked out; its text does.
+            # A composed node has the same tag for an explicit `!!str` and a resolved one; the text differs.
             tagged = _TAGGED.match(self.text, node.start_mark.index)
             if not filled.whole or filled.faults or tagged:
                 return Scalar(text, place)
@@ -190,7 +191,7 @@ class _Parser:
             if tag == str(self.yaml.resolver.resolve(ScalarNode, text, (True, False))):
                 self.report(place, path, f"{_start(text)!r} is a number too large to read")
             else:
-                message = f"{_start(text)!r} is not what its tag '{_shown(tag)}' says"
+                message = f"{_start(text)!r} does not match its tag '{_shown(tag)}'"
                 self.report(place, path, message, "remove the tag")
             return Scalar(None, place)
         if isinstance(value, int) and value.bit_length() > _MAX_INT_BITS:

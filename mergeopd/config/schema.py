@@ -1,4 +1,4 @@
-"""JSON Schemas of strict models, as messages and editors use them."""
+"""JSON Schemas of strict models, used by messages and by editors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Schema = dict[str, Any]
 
 @cache
 def model_schema(model: type[Strict]) -> Schema:
-    """The schema of what a model accepts, short forms included. Shared: do not change it."""
+    """Return the JSON Schema of a model's input, short forms included. Cached: do not modify it."""
     schema: Schema = _tidied(model.model_json_schema(mode="validation"))
     return schema
 
 
 def _tidied(schema: Any) -> Any:
-    """Without the titles that pydantic makes up; names that do not fit their pattern are refused."""
+    """Drop pydantic's generated titles, and forbid keys that do not match a name pattern."""
     if isinstance(schema, list):
         return [_tidied(part) for part in schema]
     if not isinstance(schema, dict):

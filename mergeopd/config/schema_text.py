@@ -1,4 +1,4 @@
-"""The schema in plain words: what is expected at a place, what was found, what is allowed."""
+"""Describe schemas and values in plain words, for messages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PATTERNS = {
 
 
 def options(schema: Schema, root: Schema) -> Iterator[Schema]:
-    """The alternatives of a schema, references followed; a union by a tag stays one alternative."""
+    """Yield the alternatives of a schema, with references resolved. A tagged union is one alternative."""
     if "$ref" in schema:
         yield from options(root["$defs"][schema["$ref"].removeprefix("#/$defs/")], root)
     elif "anyOf" in schema:
@@ -29,12 +29,12 @@ def options(schema: Schema, root: Schema) -> Iterator[Schema]:
 
 
 def tagged(schema: Schema, root: Schema) -> Schema | None:
-    """The alternative that is a union by a tag (`kind`), None if there is none."""
+    """Return the alternative that is a tagged union (by `kind`), None if there is none."""
     return next((option for option in options(schema, root) if "discriminator" in option), None)
 
 
 def below(schema: Schema, step: str | int, root: Schema) -> Schema | None:
-    """The schema of the value under a key or an index, None where the schema knows none."""
+    """Return the schema of the value under a key or an index, None if the schema defines none."""
     for option in options(schema, root):
         if isinstance(step, int):
             if "prefixItems" in option and step < len(option["prefixItems"]):
@@ -51,23 +51,23 @@ def below(schema: Schema, step: str | int, root: Schema) -> Schema | None:
 
 
 def allowed_keys(schema: Schema, root: Schema) -> tuple[str, ...]:
-    """The keys that a mapping may have here."""
+    """Return the keys that a mapping may have here."""
     return tuple(key for option in options(schema, root) for key in option.get("properties", {}))
 
 
 def literals(schema: Schema, root: Schema) -> tuple[str, ...]:
-    """The fixed texts that may stand here."""
-    found: list[str] = []
+    """Return the literal strings that are allowed here."""
+    allowed: list[str] = []
     for option in options(schema, root):
         values = option.get("enum", [option["const"]] if "const" in option else [])
-        found += [value for value in values if isinstance(value, str)]
+        allowed += [value for value in values if isinstance(value, str)]
         if "discriminator" in option:
-            found += list(option["discriminator"]["mapping"])
-    return tuple(dict.fromkeys(found))
+            allowed += list(option["discriminator"]["mapping"])
+    return tuple(dict.fromkeys(allowed))
 
 
 def purpose(schema: Schema, root: Schema) -> str:
-    """What a value is for: its own description, that of its model, or what it looks like."""
+    """Describe a value by its own description, that of its model, or its expected form."""
     if "description" in schema:
         return str(schema["description"])
     for option in options(schema, root):
@@ -77,7 +77,7 @@ def purpose(schema: Schema, root: Schema) -> str:
 
 
 def expected(schema: Schema, root: Schema) -> str:
-    """`a number >= 0`, `student, teacher, dataset or a mapping with on_policy_fraction and otherwise`."""
+    """Describe the accepted values: `a number >= 0`, `student, teacher or a mapping with otherwise`."""
     words: list[str] = []
     for option in options(schema, root):
         for word in _words(option):
@@ -105,7 +105,7 @@ def _words(option: Schema) -> list[str]:
         if "oneOf" in option:  # one of several keys
             return [f"a mapping with {joined([part['required'][0] for part in option['oneOf']], 'or')}"]
         return [f"a mapping with {joined(required, 'and')}" if required else "a mapping"]
-    return []  # null: how to leave something out is by not writing it
+    return []  # null: messages suggest leaving the key out instead
 
 
 def _range(option: Schema) -> str:
@@ -122,8 +122,8 @@ def _range(option: Schema) -> str:
     return f" {' and '.join(ends)}" if ends else ""
 
 
-def found(value: Any) -> str:
-    """A value from a YAML file, as messages show it."""
+def value_text(value: Any) -> str:
+    """Format a value from a YAML file for messages."""
     match value:
         case None:
             return "nothing"
@@ -133,11 +133,9 @@ def found(value: Any) -> str:
             return f"'{value}'" if len(value) <= 60 else f"'{value[:57]}...'"
         case dict():
             return "a mapping" if value else "an empty mapping"
+        case []:
+            return "an empty list"
         case list():
-            return (
-                f"a list with {len(value)} {'entry' if len(value) == 1 else 'entries'}"
-                if value
-                else "an empty list"
-            )
+            return f"a list with {len(value)} {'entry' if len(value) == 1 else 'entries'}"
         case _:
             return str(value)

@@ -1,4 +1,4 @@
-"""Did you mean ...?"""
+"""Suggest similar names and paths."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-# Comparing takes the product of the lengths, for every candidate.
+# The comparison time is the product of both lengths, for every candidate.
 _MAX_LENGTH = 200
 _MAX_CANDIDATES = 1000
 
 
 def closest(word: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that `word` most likely was meant to be, upper and lower case apart."""
+    """Return the candidate most similar to `word`, ignoring case, or None."""
     if len(word) > _MAX_LENGTH:
         return None
     short = [candidate for candidate in candidates if len(candidate) <= _MAX_LENGTH]
@@ -23,29 +23,25 @@ def closest(word: str, candidates: Iterable[str]) -> str | None:
 
 
 def did_you_mean(word: str, candidates: Iterable[str], otherwise: str = "") -> str:
-    """A remedy: the closest candidate as a question, else `otherwise`."""
+    """Return a remedy that suggests the closest candidate, else `otherwise`."""
     near = closest(word, candidates)
     return f"did you mean '{near}'?" if near else otherwise
-
-
-def _is_worth_naming(name: str) -> bool:
-    """Not what is hidden, nor what is still being written."""
-    return not name.startswith(".") and not name.endswith(".partial")
 
 
 def closest_path(
     written: str, folder: Path, *, directory: bool = False, suffixes: tuple[str, ...] = ()
 ) -> str:
-    """The existing path nearest to `written` (relative to `folder`), "" where there is none.
+    """Return the existing path most similar to `written` (relative to `folder`), "" if there is none.
 
-    Each part that does not exist is replaced by its closest neighbour; the result must be a file with one of
+    Each part that does not exist is replaced by the most similar name; the result must be a file with one of
     the suffixes (any, if none are given), or a directory.
     """
     current, parts = folder, []
     for part in Path(written).parts:
         if not os.path.exists(current / part):
             try:
-                names = sorted(filter(_is_worth_naming, os.listdir(current)))
+                visible = (n for n in os.listdir(current) if not n.startswith("."))
+                names = sorted(name for name in visible if not name.endswith(".partial"))
             except OSError:
                 return ""
             near = closest(part, names)

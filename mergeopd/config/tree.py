@@ -1,4 +1,4 @@
-"""A document as a tree in which every key and value knows where it was written."""
+"""A document as a tree in which every key and value has a source location."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Value = None | bool | int | float | str
 
 @dataclass(frozen=True, slots=True)
 class SourceLocation:
-    """Where something was written, and the absolute folder that relative paths written there start from."""
+    """Location of a node, and the absolute folder to which relative paths in it are relative."""
 
     location: Location
     base: Path
@@ -25,8 +25,6 @@ class SourceLocation:
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
-    """A single value."""
-
     value: Value
     place: SourceLocation
 
@@ -41,7 +39,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A mapping, in the order it was written."""
+    """A mapping, in source order."""
 
     entries: Mapping[str, Entry]
     place: SourceLocation
@@ -49,8 +47,6 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """A list."""
-
     nodes: tuple[Node, ...]
     place: SourceLocation
 
@@ -58,11 +54,11 @@ class Items:
 Node = Scalar | Table | Items
 
 Expand = Callable[[Keys, Any], Any]
-"""Writes a short form at a path out; returns other values as they are."""
+"""Expands a short form at a path to its full form; returns other values unchanged."""
 
 
 def plain(node: Node) -> Any:
-    """The tree as ordinary dicts, lists and values."""
+    """Convert a tree to dicts, lists and values."""
     match node:
         case Table():
             return {name: plain(entry.node) for name, entry in node.entries.items()}
@@ -72,17 +68,17 @@ def plain(node: Node) -> Any:
             return node.value
 
 
-def planted(value: Any, place: SourceLocation) -> Node:
-    """Ordinary dicts, lists and values as a tree that was written in one place."""
+def from_plain(value: Any, place: SourceLocation) -> Node:
+    """Convert dicts, lists and values to a tree in which every node has the same location."""
     if isinstance(value, dict):
-        return Table({str(k): Entry(place, planted(v, place)) for k, v in value.items()}, place)
+        return Table({str(k): Entry(place, from_plain(v, place)) for k, v in value.items()}, place)
     if isinstance(value, list | tuple):
-        return Items(tuple(planted(item, place) for item in value), place)
+        return Items(tuple(from_plain(item, place) for item in value), place)
     return Scalar(value, place)
 
 
 def child(node: Node, step: str | int) -> Node | None:
-    """The value under a key or an index, None where there is none."""
+    """Return the value under a key or an index, None if there is none."""
     if isinstance(node, Table) and isinstance(step, str):
         entry = node.entries.get(step)
         return entry.node if entry else None
@@ -92,10 +88,10 @@ def child(node: Node, step: str | int) -> Node | None:
 
 
 def find(root: Node, path: Keys, *, key: bool = False) -> SourceLocation:
-    """Where the value at `path` (with `key`: its key) was written.
+    """Return the location of the value at `path` (with `key`: of its key).
 
-    What is not there stands at its nearest existing parent: that parent's key, or its value where it is a
-    short form that was written as one value. A name in a list of names stands at its entry.
+    A missing value is located at its nearest existing parent: at that parent's key, or at its value if it is
+    a short form. A name in a list of names is located at its entry.
     """
     node, key_place = root, root.place
     for step in path:
@@ -110,11 +106,11 @@ def find(root: Node, path: Keys, *, key: bool = False) -> SourceLocation:
 
 
 def merged(base: Node, over: Node, expand: Expand, path: Keys = ()) -> Node:
-    """`over` on `base`: mappings are merged key by key, anything else is replaced."""
+    """Merge `over` onto `base`: mappings key by key, anything else is replaced."""
     if not isinstance(over, Table):
         return over
     if not isinstance(base, Table):
-        base = planted(expand(path, plain(base)), base.place)
+        base = from_plain(expand(path, plain(base)), base.place)
         if not isinstance(base, Table):
             return over
     entries = dict(base.entries)

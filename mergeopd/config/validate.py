@@ -1,4 +1,4 @@
-"""Pydantic's verdict on a document, as problems in plain words at the places they were written."""
+"""Convert pydantic's validation errors to problems with plain messages and source locations."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mergeopd.config.schema_text import (
     allowed_keys,
     below,
     expected,
-    found,
     literals,
     options,
     purpose,
     tagged,
+    value_text,
 )
 from mergeopd.config.suggest import closest, did_you_mean
 from mergeopd.config.tree import Keys
@@ -42,13 +42,13 @@ def problems_of(
     also_allowed: tuple[str, ...] = (),
     renamed: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Problem, ...]:
-    """Everything that is wrong with `data` as a `model`, one problem for each mistake.
+    """Validate `data` as a `model` and return one problem per mistake.
 
     Args:
         prefix: the path of `data` in the recipe.
-        complete: False when parts of the document could not be read, so that nothing counts as missing.
-        also_allowed: keys at the top that are no field of the model (`extends`).
-        renamed: new names of keys that earlier versions had.
+        complete: False if parts of the document could not be read; missing keys are then not reported.
+        also_allowed: top-level keys that are not fields of the model (`extends`).
+        renamed: new names of keys from earlier versions.
     """
     try:
         model.model_validate(data)
@@ -71,12 +71,12 @@ class _Finding:
     remedy: str = ""
     on_key: bool = False
     missing: str | None = None
-    meant: str | None = None  # for an unknown key: the known one that it resembles
+    meant: str | None = None  # for an unknown key: the most similar known one
 
 
 @dataclass(frozen=True)
 class _Union:
-    """A union that an error passed through: where, its schema and value, whether the error lies deeper."""
+    """A union on an error's path; `deeper`: the error is below it, not at it."""
 
     path: Keys
     schema: Schema
@@ -86,7 +86,7 @@ class _Union:
 
 @dataclass(frozen=True)
 class _Spot:
-    """Where one of pydantic's errors is: its `loc` freed from tags and from the labels of union branches."""
+    """Position of a pydantic error: its `loc` without tags and union branch labels."""
 
     path: Keys
     schema: Schema
@@ -109,7 +109,7 @@ def _spot(loc: tuple[int | str, ...], root: Schema, data: Any) -> _Spot:
         inside, known = _inside(value, step), below(schema, step, root)
         branch = next((o for o in options(schema, root) if o.get("type") == "object"), None)
         if not inside and known is None and branch is not None:
-            # Neither written nor known: the name of a union's branch, or a wrong short form written out.
+            # Neither in the data nor in the schema: a union branch label, or an invalid short form, expanded.
             unions.append(_Union(tuple(path), schema, value, number < len(loc) - 1))
             schema = branch
             continue
@@ -120,7 +120,7 @@ def _spot(loc: tuple[int | str, ...], root: Schema, data: Any) -> _Spot:
 
 
 def _inside(value: Any, step: int | str) -> tuple[Any, ...]:
-    """The value under a key or index as a tuple of one, empty where there is none."""
+    """Return the value under a key or index as a tuple of one, empty if there is none."""
     if isinstance(value, dict) and step in value:
         return (value[step],)
     if isinstance(value, list) and isinstance(step, int) and step < len(value):
@@ -135,7 +135,7 @@ def _finding(
     also_allowed: tuple[str, ...],
     renamed: Mapping[str, str],
 ) -> _Finding | None:
-    """One of pydantic's errors in plain words; None when it only repeats another."""
+    """Convert one of pydantic's errors; None if it only repeats another."""
     root, kind, loc = model_schema(model), error["type"], error["loc"]
     on_key = bool(loc) and loc[-1] == "[key]"
     spot = _spot(loc[:-1] if on_key else loc, root, data)
@@ -143,9 +143,10 @@ def _finding(
         if not isinstance(union.value, dict):
             return _unexpected(union.path, union.schema, union.value, root)
         if not union.deeper and kind != "value_error":
-            return None  # another branch than the one that was meant
+            return None  # another branch than the intended one
     if on_key:
-        return _Finding(spot.path, f"'{spot.path[-1]}' is no name", "use letters, digits, _ . -", on_key=True)
+        message = f"'{spot.path[-1]}' is not a valid name"
+        return _Finding(spot.path, message, "use letters, digits, _ . -", on_key=True)
     if kind == "extra_forbidden":
         return _unknown_key(spot, root, also_allowed if len(spot.path) == 1 else (), renamed)
     if kind == "missing" and isinstance(spot.parent_value, dict):
@@ -163,9 +164,9 @@ def _finding(
     if kind == "value_error":
         return _Finding(spot.path, str(error["ctx"]["error"]))
     if kind == "too_short" and spot.value:
-        return None  # pydantic counts valid entries; the invalid ones have errors of their own
+        return None  # pydantic counts valid entries only; the invalid ones have separate errors
     if kind == "too_short":
-        return _Finding(spot.path, f"expected at least one entry, found {found(spot.value)}")
+        return _Finding(spot.path, f"expected at least one entry, found {value_text(spot.value)}")
     return _unexpected(spot.path, spot.schema, spot.value, root)
 
 
@@ -175,7 +176,7 @@ def _missing_key(path: Keys, what_for: str) -> _Finding:
 
 
 def _missing_tag(spot: _Spot, root: Schema) -> _Finding:
-    """No `kind` in a union by kind: most likely it is misspelt, else it is missing."""
+    """Report a tagged union without its tag (`kind`) as misspelt or missing."""
     union = tagged(spot.schema, root) or {}
     tag = union["discriminator"]["propertyName"]
     known = {key for branch in union["oneOf"] for key in allowed_keys(branch, root)}
@@ -191,13 +192,10 @@ def _unknown_key(
 ) -> _Finding:
     name = str(spot.path[-1])
     allowed = (*also_allowed, *allowed_keys(spot.parent, root))
-    new = renamed.get(name)
-    meant = new if new in allowed else None
-    meant = (
-        meant
-        or closest(name, [key for key in allowed if key not in spot.parent_value])
-        or closest(name, allowed)
-    )
+    meant = renamed.get(name)
+    if meant not in allowed:
+        absent = [key for key in allowed if key not in spot.parent_value]
+        meant = closest(name, absent) or closest(name, allowed)
     remedy = f"did you mean '{meant}'?" if meant else f"allowed here: {', '.join(allowed)}"
     return _Finding(spot.path, f"unknown key '{name}'", remedy, on_key=True, meant=meant)
 
@@ -212,14 +210,14 @@ def _unexpected(path: Keys, schema: Schema, value: Any, root: Schema) -> _Findin
         remedy = "write it without quotes" if unquoted else did_you_mean(value, literals(schema, root))
     elif wanted == {"string"} and not literals(schema, root) and isinstance(value, bool | int | float):
         remedy = "put it in quotes"
-    return _Finding(path, f"expected {expected(schema, root)}, found {found(value)}", remedy)
+    return _Finding(path, f"expected {expected(schema, root)}, found {value_text(value)}", remedy)
 
 
 def _without_echoes(findings: list[_Finding]) -> list[_Finding]:
-    """Each finding once, and no missing key where a misspelt one stands (or where `extends` is misspelt)."""
+    """Drop duplicates, and missing keys that are misspelt (all, if `extends` is misspelt)."""
     misspelt = {(f.path[:-1], f.meant) for f in findings if f.meant is not None}
-    if ((), "extends") in misspelt:
-        return [f for f in dict.fromkeys(findings) if f.missing is None]
     return [
-        f for f in dict.fromkeys(findings) if f.missing is None or (f.path[:-1], f.missing) not in misspelt
+        f
+        for f in dict.fromkeys(findings)
+        if f.missing is None or misspelt.isdisjoint({((), "extends"), (f.path[:-1], f.missing)})
     ]

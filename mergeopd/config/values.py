@@ -1,4 +1,4 @@
-"""The values of recipes and cards: strict, immutable, nothing unknown."""
+"""Base model and field types of recipes and cards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 FUNCTION_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$"
-# Each part of a revision begins with a letter or digit: it becomes a path in the hub's cache.
+# Each part of a revision begins with a letter or digit, because it becomes a path in the hub's cache.
 REVISION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.+-]*(/[A-Za-z0-9][A-Za-z0-9_.+-]*)*$"
 DIGEST_PATTERN = r"^[0-9a-f]{64}$"
 
@@ -22,6 +22,6 @@ FunctionPath = Annotated[str, Field(pattern=FUNCTION_PATTERN, description="`pack
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors, values are immutable."""
+    """Base model: immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)

@@ -1,4 +1,4 @@
-"""`${NAME}` and `${NAME:-default}` in a text, as in the shell; `$${` stands for a literal `${`."""
+"""Substitute `${NAME}` and `${NAME:-default}` in a text, as the shell does; `$${` is a literal `${`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TOKEN = re.compile(r"\$\$\{|\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<defaul
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a text cannot be filled in, and what to do."""
+    """A variable that cannot be substituted: cause and remedy."""
 
     message: str
     remedy: str
@@ -19,7 +19,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """The text with its variables filled in. `whole`: it was one variable and nothing else."""
+    """The text with its variables substituted. `whole`: the text was a single variable."""
 
     text: str
     whole: bool
@@ -27,24 +27,24 @@ class Filled:
 
 
 def fill(text: str, env: Mapping[str, str]) -> Filled:
-    """Fills in variables. A default serves where the variable is unset or empty, as the shell does."""
+    """Substitute variables. The default is used if the variable is unset or empty, as in the shell."""
     faults: list[Fault] = []
     if any(token[0] == "${" for token in _TOKEN.finditer(text)):
-        remedy = "write ${NAME} or ${NAME:-default}; $${ stands for a literal ${"
+        remedy = "write ${NAME} or ${NAME:-default}; $${ is a literal ${"
         return Filled(text, False, (Fault(f"malformed variable in {text!r}", remedy),))
 
     def value(match: re.Match[str]) -> str:
         if match[0] == "$${":
             return "${"
         name, default = match["name"], match["default"]
-        found = env.get(name)
+        text = env.get(name)
         if default is not None:
-            return found or default
-        if found is None:
+            return text or default
+        if text is None:
             remedy = f"set it, or give a default: ${{{name}:-default}}"
             faults.append(Fault(f"environment variable '{name}' is not set", remedy))
             return match[0]
-        return found
+        return text
 
     filled = _TOKEN.sub(value, text)
     only = _TOKEN.fullmatch(text)

@@ -1,4 +1,4 @@
-"""The YAML library's syntax errors in plain words, at the line in which the mistake was made."""
+"""Explain the YAML library's syntax errors in plain words, at the line of the mistake."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _QUOTE = 'quote the value: "..."'
 
 @dataclass(frozen=True, slots=True)
 class SyntaxMistake:
-    """What is wrong and what to do; `line` and `column` count from 1 and are None where no place is known."""
+    """Cause and remedy; `line` and `column` count from 1 and are None if the location is unknown."""
 
     message: str
     remedy: str = ""
@@ -25,7 +25,7 @@ class SyntaxMistake:
 def syntax_mistake(error: MarkedYAMLError, text: str) -> SyntaxMistake:
     """Describe the error that the YAML library raised for `text`.
 
-    Where the library notices an error only in a later line, the place is that of the construct it was in.
+    If the library detects an error in a later line, the location is that of the enclosing construct.
     """
     problem, context = str(error.problem), str(error.context)
     here, start = error.problem_mark, error.context_mark
@@ -36,33 +36,31 @@ def syntax_mistake(error: MarkedYAMLError, text: str) -> SyntaxMistake:
     if "quoted scalar" in context and "end of stream" in problem:
         return _at(start, "a quote is opened here and not closed", "close it, or quote the whole value")
     if "unknown escape character" in problem:
-        message = f"a backslash in double quotes cannot stand before {problem.rpartition(' ')[2]}"
+        message = f"in double quotes, {problem.rpartition(' ')[2]} cannot follow a backslash"
         return _at(here, message, "use single quotes: '...'")
     if "simple key" in context and "':'" in problem:
         return _at(start, *_no_colon(_line(text, start)))
     if "expected <block end>" in problem:
-        found = re.search(r"found '(.)'$", problem)
-        if found:
-            return _at(here, f"'{found[1]}' closes nothing that is open", "remove it")
-        return _at(here, "the indentation fits no line above", "indent the entries of a section equally")
+        if extra := re.search(r"found '(.)'$", problem):
+            return _at(here, f"'{extra[1]}' has no opening bracket", "remove it")
+        return _at(here, "the indentation matches no line above", "indent the entries of a section equally")
     if "mapping values are not allowed" in problem:
-        if _second_colon(_line(text, here), here):
+        if here is not None and ": " in _line(text, here)[: here.column] + " ":
             return _at(here, "a second ': ' in one line", f"put it on a line of its own, or {_QUOTE}")
         above = here.line - 1 if here is not None else 0
         if _GLUED.match(_lines(text)[above]):
             message, remedy = _no_colon(_lines(text)[above])
             return SyntaxMistake(message, remedy, above + 1, 1)
-        remedy = "indent the keys of a section equally, with `: ` behind every key"
-        return _at(here, "a key cannot stand here: the line above has another indentation or no ': '", remedy)
+        remedy = "indent the keys of a section equally, with `: ` after every key"
+        return _at(here, "unexpected key: the line above has another indentation or no ': '", remedy)
     return _at(here, *_other(problem, _line(text, here)))
 
 
 def _unclosed(context: str, problem: str, here: StringMark | None, start: StringMark) -> SyntaxMistake:
     opened, closing = ("{", "}") if "mapping" in context else ("[", "]")
     if here is not None and here.line == start.line and "end>" not in problem:
-        wrong = re.search(r"got '([\]}])'$", problem)
-        if wrong:
-            return _at(here, f"'{opened}' is closed by '{wrong[1]}'", f"write '{closing}'")
+        if other := re.search(r"got '([\]}])'$", problem):
+            return _at(here, f"'{opened}' is closed by '{other[1]}'", f"write '{closing}'")
         return _at(here, f"expected ',' or '{closing}'", "put a comma between the entries")
     return _at(start, f"'{opened}' is not closed", f"add '{closing}'")
 
@@ -70,12 +68,8 @@ def _unclosed(context: str, problem: str, here: StringMark | None, start: String
 def _no_colon(line: str) -> tuple[str, str]:
     key = _GLUED.match(line)
     if key:
-        return f"no space behind '{key[1]}:'", f"write '{key[1]}: ...'"
+        return f"no space after '{key[1]}:'", f"write '{key[1]}: ...'"
     return "a line without ': '", "write it as `key: value`"
-
-
-def _second_colon(line: str, mark: StringMark | None) -> bool:
-    return mark is not None and ": " in line[: mark.column] + " "
 
 
 def _other(problem: str, line: str) -> tuple[str, str]:

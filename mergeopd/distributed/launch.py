@@ -125,10 +125,10 @@ class _Group:
 
     def _tell_killed(self, process: subprocess.Popen[bytes]) -> None:
         name, number = signal.Signals(-process.returncode).name, self._processes.index(process) + 1
-        cause = "; often for want of memory" if name == "SIGKILL" else ""
+        cause = ", often out of memory" if name == "SIGKILL" else ""
         print(
             f"error: process {number} of {self._size} was killed ({name}{cause}); the others were stopped. "
-            "The same command goes on from the newest checkpoint.",
+            "Run the same command to resume from the newest checkpoint.",
             file=sys.stderr,
             flush=True,
         )

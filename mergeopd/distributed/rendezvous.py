@@ -163,8 +163,8 @@ def open_communicator(place: RankInfo, *, grouped: bool) -> Iterator[Communicato
             if _is_claimed_soon(claims):
                 raise PeerFailed from error
             own = ProcessError(
-                f"{place.name} lost another one, which ended or does not answer; the same command goes on "
-                f"from the newest checkpoint ({str(error).splitlines()[0]})"
+                f"{place.name} lost the connection to another process, which ended or does not respond; "
+                f"run the same command to resume from the newest checkpoint ({str(error).splitlines()[0]})"
             )
         elif not isinstance(error, MergeopdError):
             own.add_note(f"(in {place.name})")

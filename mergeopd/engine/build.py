@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
 from mergeopd.reporting.events import Reporter
 from mergeopd.reward.grading import Verifiers
 from mergeopd.rollout.local import FixedWeights, LocalEngine
-from mergeopd.rollout.protocol import RolloutEngine, WeightSource
+from mergeopd.rollout.protocol import EngineContext, RolloutEngine, WeightSource
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.student.protocol import Student
 from mergeopd.student.torch import TorchStudent
@@ -66,24 +67,22 @@ class Machine:
         return self.device.type == "cpu" and len(set(self.ranks.machines)) == 1
 
 
-def _local_engine(
-    source: WeightSource, renderer: Renderer, inputs: Inputs, machine: Machine, batch_size: int
-) -> RolloutEngine:
-    return LocalEngine(
-        source,
+MakeEngine = Callable[[WeightSource, EngineContext, Any], RolloutEngine]
+
+ENGINES: Mapping[str, MakeEngine] = MappingProxyType(
+    {"local": lambda source, context, settings: LocalEngine(source, context, settings.batch_size)}
+)
+"""Engines that generate the student's responses, by `rollout.engine`; they get that section of the recipe."""
+
+
+def _context(renderer: Renderer, inputs: Inputs, machine: Machine) -> EngineContext:
+    return EngineContext(
         eos_ids=renderer.eos_ids,
         tokenizer=renderer.tokenizer,
         device=machine.device,
         seed=inputs.plan.seed,
-        batch_size=batch_size,
         deal=partial(scatter_gather, machine.ranks),
     )
-
-
-MakeEngine = Callable[[WeightSource, Renderer, Inputs, Machine, int], RolloutEngine]
-
-ENGINES: Mapping[str, MakeEngine] = MappingProxyType({"local": _local_engine})
-"""Engines that generate the student's responses, by the recipe's `rollout.engine`."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def build(
     plan, ranks, teachers, views = models.plan, machine.ranks, models.teachers, models.views
     guard = StopGuard(interrupt, ranks)
     stages = Stages(reporter, clock, ranks, guard)
-    engine = engines[plan.rollout.engine](student, inputs.student, inputs, machine, plan.rollout.batch_size)
+    engine = engines[plan.rollout.engine](student, _context(inputs.student, inputs, machine), plan.rollout)
     vocab = None if len(student.vocab) == inputs.vocab_size else student.vocab
     pipeline = SynchronousPipeline(
         plan,
@@ -217,7 +216,9 @@ def build(
 
 def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, stages: Stages) -> Evaluation:
     """What measures models on the recipe's evaluation prompts."""
-    engine = partial(_local_engine, inputs=inputs, machine=machine, batch_size=plan.batch_size)
+
+    def engine(source: WeightSource, renderer: Renderer) -> RolloutEngine:
+        return LocalEngine(source, _context(renderer, inputs, machine), plan.batch_size)
 
     @contextmanager
     def open_model(folder: Path, renderer: Renderer) -> Iterator[RolloutEngine]:
@@ -296,7 +297,8 @@ def _teachers(
     store = TeacherStore(sources, machine.device, _reader(machine))
 
     def make_engine(name: str, source: WeightSource) -> RolloutEngine:
-        return _local_engine(source, inputs.teachers[name], inputs, machine, inputs.plan.rollout.batch_size)
+        context = _context(inputs.teachers[name], inputs, machine)
+        return LocalEngine(source, context, inputs.plan.rollout.batch_size)
 
     return {
         name: LocalTeacher(

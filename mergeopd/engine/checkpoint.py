@@ -28,7 +28,7 @@ FORMAT = 1
 _STUDENT, _PAST = "student", "past"
 # A file's worth of tensors is in memory at a time where they come from other processes.
 _MAX_FILE_BYTES = 5_000_000_000
-_REMEDY = "move it away to go on from the one before, or choose another folder with --set output=..."
+_REMEDY = "move it away to resume from the previous one, or choose another folder with --set output=..."
 
 
 @dataclass(frozen=True, slots=True)

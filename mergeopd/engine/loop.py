@@ -29,8 +29,6 @@ from mergeopd.teacher.snapshots import StudentSnapshots
 UPDATE_LIMIT = "--updates"  # what asks a run to stop at its own limit
 Evaluate = Callable[[Path], Accuracies]
 
-UPDATE_LIMIT = "--updates"  # who asked a run to stop, where that was its own limit
-
 
 @dataclass(frozen=True)
 class Trainer:
@@ -124,7 +122,7 @@ class Trainer:
         error = UpdateLimitReached if reason == UPDATE_LIMIT else Stopped
         raise error(
             f"stopped by {reason} after {progress.update} of {self.plan.num_updates} "
-            "updates, all saved; the same command goes on"
+            "updates, all saved; run the same command to resume"
         )
 
     def _measure(self, evaluate: Evaluate) -> Accuracies:
@@ -136,8 +134,8 @@ class Trainer:
             self.stop.is_requested_anywhere()
             self.stop.met()
             raise Stopped(
-                f"stopped by {self.stop.requested} while the student was measured; training and export "
-                "are saved, and the same command measures again"
+                f"stopped by {self.stop.requested} during evaluation; training and export are "
+                "saved; run the same command to evaluate again"
             ) from None
 
     def _release_training(self) -> None:

@@ -10,7 +10,7 @@ from mergeopd.distributed.communicator import Communicator, scatter_gather
 from mergeopd.engine.progress import Task
 from mergeopd.engine.stages import Stages
 from mergeopd.models.tokenizer import Tokenizer
-from mergeopd.recipe.training import LocalRollout
+from mergeopd.recipe.training import RolloutSettings
 from mergeopd.reporting.events import Note
 from mergeopd.reward.grading import Submission, Verifiers
 from mergeopd.reward.pool import Grade, failures_note
@@ -22,7 +22,7 @@ class StudentRollouts:
     """Generates the student's responses, `samples_per_prompt` for each prompt."""
 
     def __init__(
-        self, engine: RolloutEngine, settings: LocalRollout, student: Renderer, stages: Stages
+        self, engine: RolloutEngine, settings: RolloutSettings, student: Renderer, stages: Stages
     ) -> None:
         self._engine = engine
         self._settings = settings
@@ -53,14 +53,14 @@ class StudentRollouts:
                 response_ids=completion.response_ids,
                 origin="student",
                 finish=completion.finish,
-                logprobs_behaviour=completion.logprobs,
+                logprobs_behaviour=completion.logprobs if len(completion.logprobs) else None,
                 policy_version=completion.policy_version,
             )
             for prompt, request, completion in zip(prompts, requests, completions, strict=True)
         ]
 
 
-def sampling(settings: LocalRollout) -> Sampling:
+def sampling(settings: RolloutSettings) -> Sampling:
     """How a recipe's responses are sampled."""
     return Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, settings.stop)
 

@@ -19,7 +19,7 @@ _LEAST_SKEW = 1e-3
 
 
 def _bound(like: Tensor) -> float:
-    """Log-ratios beyond this leave one of the probabilities negligible, but would overflow."""
+    """The log-ratio beyond which one probability is negligible and an exponential would overflow."""
     return 700.0 if like.dtype == torch.float64 else 80.0
 
 
@@ -111,7 +111,7 @@ class ClippedForwardKL:
     own_direction: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        # Below 0, tokens of no mass would count with the bound, and the value with their number.
+        # With a bound below 0, every token without mass would add the bound to the value.
         if not self.bound >= 0.0:
             raise ValueError(f"{self}: bound must be at least 0")
 
@@ -143,7 +143,7 @@ class AlphaDivergence:
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
         """See `Divergence`."""
         alpha, bound = self.alpha, _bound(out)
-        # p_S ((p_T / p_S)^alpha - 1): g may have the -1, without which equal models would leave rounding.
+        # p_S ((p_T / p_S)^alpha - 1): g is free up to a constant; the -1 makes equal models exactly 0.
         power = torch.neg(pair.log_ratio, out=scratch()).clamp_(min=-bound, max=bound).mul_(alpha).expm1_()
         direction = torch.mul(power, pair.mass_S, out=out)
         total = direction.sum(1)

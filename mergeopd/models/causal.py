@@ -30,9 +30,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 def build_skeleton(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of `folder` in evaluation mode, parameters on the meta device (no memory), buffers real.
+    """Build the model of `folder` in evaluation mode, with parameters on the meta device and real buffers.
 
-    `dtype` is that in which it will compute, whatever config.json says: buffers may be rounded to it.
+    `dtype` is the dtype of computation and overrides config.json; buffers may be rounded to it.
 
     Raises ModelError when transformers does not know the architecture. Code shipped with a checkpoint is
     never executed.
@@ -56,7 +56,7 @@ def build_skeleton(folder: Path, device: torch.device, dtype: torch.dtype) -> Pr
 
 
 def tensor_names(facts: ModelFacts, checkpoint: Checkpoint) -> dict[str, str]:
-    """Parameter or buffer -> name of the tensor that holds it; a tied head is its embedding: it has no entry.
+    """Map parameters and buffers to tensor names; a tied head has no entry, since it is the embedding.
 
     Raises ModelError when the head's tensor is missing or ambiguous.
     """
@@ -67,7 +67,7 @@ def tensor_names(facts: ModelFacts, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def check_fit(model: nn.Module, facts: ModelFacts, checkpoint: Checkpoint) -> None:
-    """Compare the tensors a checkpoint has with those its model wants, from headers alone.
+    """Compare a checkpoint's tensors with those that its model expects, from headers only.
 
     Raises ModelError naming the first differences.
     """
@@ -77,7 +77,7 @@ def check_fit(model: nn.Module, facts: ModelFacts, checkpoint: Checkpoint) -> No
     given = {name: checkpoint.tensors[t].shape for name, t in tensor_names(facts, checkpoint).items()}
     problems = [f"has no {name}" for name in wanted if name not in given]
     wanted |= {name: tuple(buffer.shape) for name, buffer in _saved_buffers(model)}
-    problems += [f"has {name}, which the model does not know" for name in given if name not in wanted]
+    problems += [f"has {name}, which the model does not have" for name in given if name not in wanted]
     problems += [
         f"has {name} with shape {list(shape)}, the config says {list(wanted[name])}"
         for name, shape in given.items()
@@ -88,15 +88,16 @@ def check_fit(model: nn.Module, facts: ModelFacts, checkpoint: Checkpoint) -> No
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put `weights` in place of the parameters (without a copy) and buffers of the same full names."""
+    """Replace parameters (without a copy) and buffers by `weights` of the same full names."""
+    modules = dict(model.named_modules())
     for name, tensor in weights.items():
         module_name, _, leaf = name.rpartition(".")
-        module = model.get_submodule(module_name)
+        module = modules[module_name]
         if leaf in module._buffers:
             module._buffers[leaf] = tensor
             continue
-        requires_grad = module.get_parameter(leaf).requires_grad
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=requires_grad)
+        parameter = module.get_parameter(leaf)
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
 
 
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -108,7 +109,7 @@ def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def empty(model: nn.Module) -> None:
-    """Put every parameter back on the meta device, so that its memory can be freed."""
+    """Move every parameter back to the meta device, so that its memory can be freed."""
     for module in model.modules():
         for leaf, parameter in module._parameters.items():
             if parameter is not None and not parameter.is_meta:
@@ -123,12 +124,12 @@ def response_hidden(
     device: torch.device,
     trained: Sequence[Flags | None] | None = None,
 ) -> Tensor:
-    """Hidden states that predict the trained response tokens: `[number of them, d]`, responses in order.
+    """Compute the hidden states that predict trained response tokens, `[tokens, d]`, responses in order.
 
-    The state after `prompt + response[:t]` predicts `response[t]`; there is a row for every t that `trained`
-    flags (one flag per token; None, as a whole or for a response: every t). Sequences are padded on the
-    right, where causal attention never looks, so no mask is needed. Every prompt must have a token. Rows keep
-    their gradient when the body's parameters have one.
+    The state after `prompt + response[:t]` predicts `response[t]`; there is a row for every t flagged in
+    `trained` (one flag per token; None, as a whole or for a response: every t). Sequences are padded on the
+    right, which causal attention never reads, so no mask is needed. Every prompt must have a token. Rows keep
+    their gradient when the body's parameters require one.
     """
     ids, rows = padded(prompts, responses, trained)
     hidden = body(input_ids=ids.to(device), use_cache=False).last_hidden_state
@@ -143,7 +144,7 @@ def padded(
     *,
     multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Token ids `[B, width]`, zeros on the right, and which positions of `[B * width]` to take `[N]`.
+    """Return token ids `[B, width]`, padded with zeros on the right, and positions `[N]` in `[B * width]`.
 
     The positions are those that predict trained tokens, see `response_hidden`. `width` is a multiple of
     `multiple`.
@@ -162,7 +163,7 @@ def padded(
 
 
 def pick_device() -> torch.device:
-    """The first GPU where torch sees one, else the CPU."""
+    """Return the first GPU if torch sees one, else the CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _log.debug("device %s, %d CPU threads", device, torch.get_num_threads())
     return device

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from mergeopd.config.tree import Keys
@@ -16,6 +17,7 @@ from mergeopd.data.prompts import read_prompts
 from mergeopd.data.renderer import Renderer
 from mergeopd.errors import RecipeError
 from mergeopd.messages import joined
+from mergeopd.preflight.capabilities import check_capabilities
 from mergeopd.preflight.models import ModelReader, file_digest
 from mergeopd.preflight.problems import Findings
 from mergeopd.preflight.prompts import (
@@ -32,7 +34,9 @@ from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan
 from mergeopd.recipe.resolve import Resolution, read
 from mergeopd.recipe.training import off_policy_origin, reads_dataset
 from mergeopd.recipe.verifiers import JsonVerifier
+from mergeopd.rollout.protocol import EngineCapabilities
 from mergeopd.storage.run_folder import RunFolder
+from mergeopd.teacher.protocol import TeacherCapabilities, capabilities
 from mergeopd.types import Prompt
 
 if TYPE_CHECKING:
@@ -62,8 +66,17 @@ class Inputs:
     now: datetime
 
 
-def preflight(recipe: str | Path, overrides: Sequence[str] = ()) -> Inputs:
+def preflight(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    engine: EngineCapabilities | None = None,
+    teachers: Mapping[str, TeacherCapabilities] = MappingProxyType({}),
+) -> Inputs:
     """Read a recipe and check all that it names.
+
+    `engine` and `teachers` are the capabilities of a rollout engine and of teachers that replace the recipe's
+    in `build` and `load_models`.
 
     Raises RecipeError with every problem found, the recipe's own and those of models, tokenizers, templates
     and prompt files, each with its place and remedy.
@@ -71,6 +84,10 @@ def preflight(recipe: str | Path, overrides: Sequence[str] = ()) -> Inputs:
     resolution = read(recipe, overrides)
     check = _Check(resolution)
     check.run()
+    if engine is None and resolution.rollout is not None:
+        engine = resolution.rollout.capabilities
+    own = {name: capabilities(teacher) for name, teacher in resolution.teachers.items()}
+    check_capabilities(check.findings, resolution, engine, {**own, **teachers})
     problems = (*resolution.problems, *check.findings.problems)
     if resolution.plan is None or check.student is None or problems:
         raise RecipeError(resolution.origins.in_order(problems))

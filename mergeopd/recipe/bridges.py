@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from mergeopd.config.values import PositiveInt, Strict, Weight
+from mergeopd.recipe.term_display import TermDisplay
 
 Merge = Literal["observed", "bayesian"]
 _MERGE = (
@@ -115,6 +117,18 @@ KINDS: tuple[Literal["pieces", "gold", "uld", "projection", "span"], ...] = (
     "projection",
     "span",
 )
+
+
+BRIDGES: Mapping[str, TermDisplay] = {
+    "pieces": TermDisplay("KL of pieces", "pieces", "or JSD, in the student's vocabulary", "nats per group"),
+    "gold": TermDisplay("GOLD", "GOLD", "JSD of shared tokens, the others by rank", "mean per group"),
+    "uld": TermDisplay("ULD", "ULD", "probabilities by rank", "mean per group"),
+    "projection": TermDisplay(
+        "Projected KL", "projected KL", "in the teacher's vocabulary", "nats per group"
+    ),
+    "span": TermDisplay("Span log-ratio", "span", "student minus teacher, by group", "nats per group"),
+}
+"""How what a bridge compares is shown."""
 
 
 def _bridge_shorthand(value: Any) -> Any:

@@ -12,12 +12,19 @@ from mergeopd.errors import Problem
 from mergeopd.messages import joined
 from mergeopd.recipe.models import Parallel, Student
 from mergeopd.recipe.schema import EvalSource, Reports, TrainSource
-from mergeopd.recipe.training import LocalRollout, Optimizer, Phase, TextMixture, only_student, reads_dataset
+from mergeopd.recipe.training import (
+    Optimizer,
+    Phase,
+    RolloutSettings,
+    TextMixture,
+    only_student,
+    reads_dataset,
+)
 from mergeopd.recipe.verifiers import MathVerifier, Verifier
 
 
 def phase_problems(
-    phases: Mapping[int, Phase], rollout: LocalRollout | None, origins: Origins
+    phases: Mapping[int, Phase], rollout: RolloutSettings | None, origins: Origins
 ) -> Iterator[Problem]:
     """Names, rounds and texts of the phases."""
     first_with: dict[str, int] = {}
@@ -34,7 +41,7 @@ def phase_problems(
 
 
 def _round_problems(
-    phase: Phase, here: Keys, rollout: LocalRollout | None, origins: Origins
+    phase: Phase, here: Keys, rollout: RolloutSettings | None, origins: Origins
 ) -> Iterator[Problem]:
     size, left = phase.updates_per_round, phase.updates % phase.updates_per_round
     if left:

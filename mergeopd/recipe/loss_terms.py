@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -18,6 +20,12 @@ from mergeopd.recipe.policy_terms import (
     amount_at,
     weight_shorthand,
 )
+from mergeopd.recipe.term_display import TermDisplay
+
+if TYPE_CHECKING:
+    from mergeopd.loss.divergence import Divergence
+
+T = TypeVar("T")
 
 
 class JsdTerm(Term):
@@ -65,12 +73,111 @@ Skew = Annotated[SkewTerm, BeforeValidator(weight_shorthand, json_schema_input_t
 Alpha = Annotated[AlphaTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Weight | AlphaTerm)]
 Clip = Annotated[ClipTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Weight | ClipTerm)]
 
+
+def _reverse_kl(loss: Loss) -> Divergence:
+    from mergeopd.loss.divergence import ReverseKL
+
+    return ReverseKL()
+
+
+def _forward_kl(loss: Loss) -> Divergence:
+    from mergeopd.loss.divergence import ForwardKL
+
+    return ForwardKL()
+
+
+def _tvd(loss: Loss) -> Divergence:
+    from mergeopd.loss.pointwise import TVD
+
+    return TVD()
+
+
+def _jsd(loss: Loss) -> Divergence:
+    from mergeopd.loss.divergence import JSD
+
+    return JSD(_used(loss.jsd).beta)
+
+
+def _skew_forward_kl(loss: Loss) -> Divergence:
+    from mergeopd.loss.pointwise import SkewForwardKL
+
+    alpha = _used(loss.skew_forward_kl).alpha
+    return SkewForwardKL(alpha) if alpha else _forward_kl(loss)
+
+
+def _skew_reverse_kl(loss: Loss) -> Divergence:
+    from mergeopd.loss.pointwise import SkewReverseKL
+
+    alpha = _used(loss.skew_reverse_kl).alpha
+    return SkewReverseKL(alpha) if alpha else _reverse_kl(loss)
+
+
+def _alpha_divergence(loss: Loss) -> Divergence:
+    from mergeopd.loss.pointwise import AlphaDivergence
+
+    return AlphaDivergence(_used(loss.alpha_divergence).alpha)
+
+
+def _clipped_forward_kl(loss: Loss) -> Divergence:
+    from mergeopd.loss.pointwise import ClippedForwardKL
+
+    return ClippedForwardKL(_used(loss.clipped_forward_kl).bound)
+
+
+def _used(term: T | None) -> T:
+    """A term that has a weight is not None."""
+    assert term is not None
+    return term
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerm(TermDisplay):
+    """One loss term: how it is shown, and how the kernel computes it.
+
+    `divergence` makes the kernel's divergence for a loss that uses the term, and imports torch; None for
+    terms that are no divergence.
+    """
+
+    divergence: Callable[[Loss], Divergence] | None = None
+
+
+TERMS: Mapping[str, LossTerm] = {
+    "reverse_kl": LossTerm("Reverse KL", "reverse KL", "KL(student ‖ teacher)", divergence=_reverse_kl),
+    "forward_kl": LossTerm("Forward KL", "forward KL", "KL(teacher ‖ student)", divergence=_forward_kl),
+    "tvd": LossTerm(
+        "TVD", "TVD", "total variation distance", "mean per token", colour_scale=0.3, divergence=_tvd
+    ),
+    "jsd": LossTerm("JSD", "JSD", "generalised Jensen-Shannon divergence", colour_scale=0.2, divergence=_jsd),
+    "skew_forward_kl": LossTerm(
+        "Skew forward KL", "skew fwd KL", "KL(teacher ‖ mixture)", divergence=_skew_forward_kl
+    ),
+    "skew_reverse_kl": LossTerm(
+        "Skew reverse KL", "skew rev KL", "KL(student ‖ mixture)", divergence=_skew_reverse_kl
+    ),
+    "alpha_divergence": LossTerm(
+        "Alpha divergence",
+        "alpha div",
+        "between reverse KL and forward KL",
+        "mean per token",
+        divergence=_alpha_divergence,
+    ),
+    "clipped_forward_kl": LossTerm(
+        "Clipped forward KL",
+        "clipped KL",
+        "forward KL with capped entries",
+        colour_scale=0.1,
+        divergence=_clipped_forward_kl,
+    ),
+    "sampled_reverse_kl": LossTerm(
+        "Reverse KL, sampled", "sampled KL", "k3 estimate from the sampled tokens"
+    ),
+    "outcome": LossTerm("Reward", "reward", "mean over the responses that a verifier checked", ""),
+    "nll": LossTerm("NLL of the text", "NLL", "-log p of the student, whoever generated the text"),
+}
+"""Every term of a loss, by its key. Responses are coloured by the first divergence that their loss has."""
+
 PLAIN_KLS = ("reverse_kl", "forward_kl")
-PLAIN_TERMS = ("reverse_kl", "forward_kl", "tvd")
-PARAMETRIC_TERMS = ("jsd", "skew_forward_kl", "skew_reverse_kl", "alpha_divergence", "clipped_forward_kl")
-DIVERGENCE_TERMS = (*PLAIN_TERMS, *PARAMETRIC_TERMS)
-# Terms that have a number as a short form.
-SHORT_TERMS = (*PARAMETRIC_TERMS, *POLICY_TERMS)
+DIVERGENCE_TERMS = tuple(key for key, term in TERMS.items() if term.divergence is not None)
 
 
 class Support(Strict):
@@ -216,6 +323,10 @@ class Loss(Strict):
         """True when a teacher has to read the answers, if only to shape what the reward teaches."""
         shaped = self.has_outcome and self.outcome is not None and self.outcome.teacher is not None
         return self.has_teacher_term or shaped
+
+
+SHORT_TERMS = tuple(key for key in TERMS if Loss.model_fields[key].default is None)
+"""Terms with parameters, which a number stands for: their weight."""
 
 
 def loss_shorthand(value: Any) -> Any:

@@ -10,14 +10,15 @@ from mergeopd.errors import Problem
 from mergeopd.messages import joined
 from mergeopd.recipe.policy_terms import POLICY_TERMS, ClipRatio, NoCorrection, SequenceMask, TrustRegion
 from mergeopd.recipe.schema import TrainSource
-from mergeopd.recipe.training import LocalRollout, Phase, never_student
+from mergeopd.recipe.training import Phase, RolloutSettings, never_student
+from mergeopd.recipe.verifiers import KINDS as VERIFIERS
 
 
 def objective_problems(
     phases: Mapping[int, Phase],
     sources: Mapping[int, TrainSource],
     all_sources: bool,
-    rollout: LocalRollout | None,
+    rollout: RolloutSettings | None,
     origins: Origins,
     *,
     spans: bool,
@@ -63,7 +64,7 @@ def _policy_problems(phase: Phase, here: Keys, origins: Origins, *, spans: bool)
 
 
 def _sequence_mask_problems(
-    phase: Phase, here: Keys, rollout: LocalRollout, origins: Origins
+    phase: Phase, here: Keys, rollout: RolloutSettings, origins: Origins
 ) -> Iterator[Problem]:
     """Its band is about numerical mismatch: sampling settings move every answer out of it."""
     settings = {"temperature": rollout.temperature, "top_p": rollout.top_p}
@@ -112,7 +113,7 @@ def _verifier_problems(
     phase: Phase, users: Mapping[str, Keys], sources: Mapping[int, TrainSource], origins: Origins
 ) -> Iterator[Problem]:
     unchecked = {index: source for index, source in sources.items() if source.verifier is None}
-    remedy = "give the sources a `verifier` (exact, regex, number, math, json, user)"
+    remedy = f"give the sources a `verifier` ({', '.join(VERIFIERS)})"
     if len(unchecked) == len(sources):
         for name, where in users.items():
             message = f"{name} needs rewards, and no source of prompts has a verifier"

@@ -11,7 +11,7 @@ from mergeopd.config.values import Strict
 from mergeopd.recipe.bridges import Bridge
 from mergeopd.recipe.models import Canary, SnapshotRule, Student
 from mergeopd.recipe.schema import Checkpoints, Memory, Reports
-from mergeopd.recipe.training import LocalRollout, Optimizer, Phase
+from mergeopd.recipe.training import AnyRollout, Optimizer, Phase
 from mergeopd.recipe.verifiers import Verifier
 
 # What a run may change on the way: where things lie, what stays in memory, what is shown, the processes.
@@ -84,7 +84,7 @@ class Plan(Strict):
     student: Student
     teachers: dict[str, TeacherPlan]
     sources: tuple[SourcePlan, ...]
-    rollout: LocalRollout
+    rollout: AnyRollout
     phases: tuple[Phase, ...]
     optimizer: Optimizer
     evaluation: EvaluationPlan | None

@@ -26,7 +26,7 @@ from mergeopd.recipe.objective_checks import objective_problems
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
 from mergeopd.recipe.schema import NAMED, RENAMED, SHORTHANDS, EvalSource, Recipe, Reports, TrainSource
 from mergeopd.recipe.sources import Router, SourceResolver
-from mergeopd.recipe.training import LocalRollout, Optimizer, Phase
+from mergeopd.recipe.training import AnyRollout, Optimizer, Phase
 
 T = TypeVar("T")
 
@@ -38,7 +38,8 @@ class Resolution:
     `plan` is None as soon as anything is wrong. `sources` and `eval_sources` hold the entries of `prompts`
     and `evaluation.prompts` (by index) whose files and verifiers were found, `teachers` those whose card and
     folders (or the student's) were: they can be looked into although something else is wrong. `student` has
-    its model's folder.
+    its model's folder. `rollout` and `phases` (by index) are valid; there are no phases unless all routes
+    from prompts to teachers are known.
     """
 
     plan: Plan | None
@@ -48,6 +49,8 @@ class Resolution:
     sources: Mapping[int, SourcePlan] = field(default_factory=dict)
     eval_sources: Mapping[int, SourcePlan] = field(default_factory=dict)
     student: Student | None = None
+    rollout: AnyRollout | None = None
+    phases: Mapping[int, Phase] = field(default_factory=dict)
 
 
 def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str] = os.environ) -> Resolution:
@@ -90,7 +93,15 @@ def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str]
     problems = _settled((*loaded.problems, *unreadable), found, origins)
     plan = None if problems else resolved.plan(Recipe.model_validate(data), file)
     return Resolution(
-        plan, problems, origins, resolved.teachers, resolved.sources, resolved.eval_sources, resolved.student
+        plan,
+        problems,
+        origins,
+        resolved.teachers,
+        resolved.sources,
+        resolved.eval_sources,
+        resolved.student,
+        parts.rollout,
+        parts.phases if resolved.routed else {},
     )
 
 
@@ -116,7 +127,7 @@ class _Parts:
     teachers: Mapping[str, TeacherRef]
     prompts: Mapping[int, TrainSource]
     all_prompts: bool
-    rollout: LocalRollout | None
+    rollout: AnyRollout | None
     phases: Mapping[int, Phase]
     all_phases: bool
     optimizer: Optimizer | None
@@ -140,7 +151,7 @@ class _Parts:
             },
             prompts=valid_prompts,
             all_prompts=bool(prompts) and len(valid_prompts) == len(prompts),
-            rollout=_valid(TypeAdapter(LocalRollout), section["rollout"]),
+            rollout=_valid(TypeAdapter(AnyRollout), section["rollout"]),
             phases=valid_phases,
             all_phases=bool(phases) and len(valid_phases) == len(phases),
             optimizer=_valid(TypeAdapter(Optimizer), section["optimizer"]),
@@ -181,6 +192,7 @@ class _Resolver:
         self.eval_sources: dict[int, SourcePlan] = {}
         self.experts: dict[str, str] = {}
         self.problems: list[Problem] = []
+        self.routed = False
 
     @property
     def teachers(self) -> dict[str, TeacherPlan]:
@@ -200,14 +212,11 @@ class _Resolver:
         self.problems += lost
         self._take_sources(weights)
         # What can only be said of the whole is said when the whole is there.
-        routed = parts.all_prompts and all_cards and not lost and self.sound
-        if routed:
+        self.routed = parts.all_prompts and all_cards and not lost and self.sound
+        if self.routed:
             self.problems += checks.unused_teachers(parts.names, weights, origins)
-            self.problems += selves.author_problems(
-                parts.teachers, parts.phases, parts.prompts, weights, origins
-            )
         self.experts, problems = checks.experts(
-            parts.eval_sources, parts.prompts, weights if routed else None, parts.names, origins
+            parts.eval_sources, parts.prompts, weights if self.routed else None, parts.names, origins
         )
         self.problems += problems
         self.problems += checks.report_problems(parts.report, origins)

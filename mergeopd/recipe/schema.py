@@ -19,7 +19,7 @@ from mergeopd.config.values import FunctionPath, Name, PositiveInt, Strict, Weig
 from mergeopd.recipe.loss_terms import SHORT_TERMS, loss_shorthand
 from mergeopd.recipe.models import Student, Teacher, card_shorthand
 from mergeopd.recipe.policy_terms import correction_shorthand, weight_shorthand
-from mergeopd.recipe.training import LocalRollout, Optimizer, Phase
+from mergeopd.recipe.training import AnyRollout, LocalRollout, Optimizer, Phase
 from mergeopd.recipe.verifiers import VerifierOrKind, kind_shorthand
 
 # --------------------------------------------------------------------------------------------- prompts
@@ -157,7 +157,7 @@ class Recipe(Strict):
     prompts: Annotated[tuple[TrainSource, ...], Field(min_length=1)] = Field(
         description="training sources, one entry per file"
     )
-    rollout: LocalRollout = Field(default=LocalRollout(), description="how responses are sampled")
+    rollout: AnyRollout = Field(default=LocalRollout(), description="how responses are sampled")
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = Field(description="training phases, in order")
     optimizer: Optimizer = Field(default=Optimizer(), description="optimizer settings")
     evaluation: Evaluation | None = Field(default=None, description="evaluation after the run; default: none")

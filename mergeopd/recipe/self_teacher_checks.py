@@ -8,9 +8,7 @@ from mergeopd.config.locate import Origins
 from mergeopd.errors import Problem
 from mergeopd.recipe.models import SnapshotRule, Student, TeacherRef
 from mergeopd.recipe.plan import TeacherPlan
-from mergeopd.recipe.schema import TrainSource
-from mergeopd.recipe.sources import author
-from mergeopd.recipe.training import Phase, TextMixture, only_student
+from mergeopd.recipe.training import Phase
 
 
 def self_plans(refs: Mapping[str, TeacherRef], student: Student) -> dict[str, TeacherPlan]:
@@ -84,27 +82,3 @@ def idle_problems(
         "show a teacher more with `prompt` or `system`, add another teacher, or begin with a phase that has "
         "`outcome` or `nll`",
     )
-
-
-def author_problems(
-    refs: Mapping[str, TeacherRef],
-    phases: Mapping[int, Phase],
-    sources: Mapping[int, TrainSource],
-    weights: Mapping[int, Mapping[str, float]],
-    origins: Origins,
-) -> Iterator[Problem]:
-    """Teachers that would have to write before a phase with weights that they get during it."""
-    writers = {index: author(of_source) for index, of_source in weights.items() if any(of_source.values())}
-    for number, phase in phases.items():
-        other = phase.text.otherwise if isinstance(phase.text, TextMixture) else phase.text
-        if other != "teacher" or only_student(phase):
-            continue
-        for index, name in writers.items():
-            if isinstance(refs[name].student, SnapshotRule):
-                yield origins.problem(
-                    ("phases", number, "text"),
-                    f"teacher '{name}' would write for '{sources[index].source}', but teachers write before "
-                    "a phase, and its weights change during it",
-                    "give another teacher of these prompts more weight, or use `student: start`",
-                )
-                break

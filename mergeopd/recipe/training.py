@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from mergeopd.config.values import Fraction, Name, PositiveInt, Strict, Weight
 from mergeopd.recipe.loss_terms import LossOrTerm
 from mergeopd.recipe.policy_terms import ClipRatio, Correction, NoCorrection
+from mergeopd.rollout.protocol import EngineCapabilities
 from mergeopd.types import Origin
 
 
-class LocalRollout(Strict):
-    """Sampling inside the training process."""
+class RolloutSettings(Strict):
+    """How responses are sampled, whichever engine generates them."""
 
-    engine: Literal["local"] = Field(
-        default="local", description="rollout engine that generates the student's responses"
-    )
+    engine: str
     samples_per_prompt: PositiveInt = Field(default=1, description="responses per prompt and round")
     temperature: Annotated[float, Field(gt=0.0, le=10.0, strict=True)] = Field(
         default=1.0, description="sampling temperature"
@@ -31,6 +30,20 @@ class LocalRollout(Strict):
         default=(), description="strings that end a response, in addition to the end token"
     )
     batch_size: PositiveInt = Field(default=256, description="sequences decoded together")
+
+
+class LocalRollout(RolloutSettings):
+    """Sampling inside the training process."""
+
+    capabilities: ClassVar = EngineCapabilities(returns_logprobs=True, is_reproducible=True)
+
+    engine: Literal["local"] = Field(
+        default="local", description="rollout engine that generates the student's responses"
+    )
+
+
+AnyRollout = LocalRollout
+"""The section `rollout` of a recipe: that of one engine."""
 
 
 class Ramp(Strict):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator
 
 from mergeopd.config.values import FunctionPath, Strict, Weight
-
-_MAX_PATTERN = 10_000
 
 MAX_PATTERN_LENGTH = 10_000
 
@@ -112,6 +110,12 @@ Verifier = Annotated[
     ExactVerifier | RegexVerifier | NumberVerifier | JsonVerifier | MathVerifier | UserVerifier,
     Field(discriminator="kind"),
 ]
+
+
+KINDS: tuple[str, ...] = tuple(
+    get_args(model.model_fields["kind"].annotation)[0] for model in get_args(get_args(Verifier)[0])
+)
+"""What `verifier.kind` can be."""
 
 
 def kind_shorthand(value: Any) -> Any:

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mergeopd.recipe.term_display import MEASURES, TERMS, TermDisplay
+from mergeopd.recipe.bridges import BRIDGES
+from mergeopd.recipe.loss_terms import TERMS
+from mergeopd.recipe.term_display import TermDisplay
 from mergeopd.reporting.jsonl import UpdateRecord
+
+MEASURES: Mapping[str, TermDisplay] = {
+    **{key: row for key, row in TERMS.items() if key not in ("outcome", "nll")},
+    **BRIDGES,
+}
+"""What a teacher's tokens or groups can be measured by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +61,7 @@ DOMAIN_FIGURES = (
     Figure("mean_length", "length", "Response length", "mean response tokens", "tokens"),
     Figure("truncated_fraction", "cut", "Truncated", "responses that ended at the length limit", "%", 0.0),
     Figure("token_share", "share", "Token share", "of the update's response tokens", "%", stacked=True),
+    Figure("loss_share", "", "Loss share", "of the sum of absolute losses", "%", stacked=True),
     Figure("weight", "weight", "Balance factor", "multiplies the domain's tokens in the loss", "", 1.0),
 )
 POLICY_FIGURES = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,19 +13,12 @@ from torch import Tensor, nn
 from mergeopd.loss.heads import Head
 from mergeopd.rollout.head import DecodingHead
 from mergeopd.rollout.keyed import stream_key, uniforms
-from mergeopd.rollout.protocol import Completion, GenerationRequest, WeightSource
+from mergeopd.rollout.protocol import Completion, Decoder, EngineContext, GenerationRequest, WeightSource
 from mergeopd.rollout.sampling import sample
 from mergeopd.types import Finish, LogProbs, Sampling, TokenIds
 
 # Rows that have finished are dropped from the batch once this share of it is still writing.
 _COMPACT_BELOW = 0.75
-
-
-class Decoder(Protocol):
-    """The part of a tokenizer that finds stop texts."""
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of these ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,44 +45,17 @@ class FixedWeights:
         yield self.body, self.head()
 
 
-class Deal(Protocol):
-    """Deals items to the processes and puts their results together: `distributed.scatter_gather`."""
-
-    def __call__(
-        self,
-        items: Sequence[GenerationRequest],
-        work: Callable[[Sequence[GenerationRequest]], list[Completion]],
-    ) -> list[Completion]: ...
-
-
 class LocalEngine:
     """Sampling inside the training processes: each has a whole copy of the model and a share of the requests.
 
     `source` is what `sync_weights` replaces. Weights are read when responses are waited for.
     """
 
-    returns_logprobs = True
-    is_reproducible = True
-
-    def __init__(
-        self,
-        source: WeightSource,
-        *,
-        eos_ids: Collection[int],
-        tokenizer: Decoder,
-        device: torch.device,
-        seed: int,
-        batch_size: int,
-        deal: Deal,
-    ) -> None:
+    def __init__(self, source: WeightSource, context: EngineContext, batch_size: int) -> None:
         self._source = source
         self._version = 0
-        self._eos_ids = eos_ids
-        self._tokenizer = tokenizer
-        self._device = device
-        self._seed = seed
+        self._context = context
         self._batch_size = batch_size
-        self._deal = deal
 
     def submit(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> LocalRollouts:
         """Ask for one response per request."""
@@ -112,14 +77,15 @@ class LocalEngine:
         if not requests:
             return []
         with self._source.unsharded() as (body, head):
-            generator = Generator(body, head, self._eos_ids, self._tokenizer, self._device)
-            completions = self._deal(
+            context = self._context
+            generator = Generator(body, head, context.eos_ids, context.tokenizer, context.device)
+            completions = context.deal(
                 requests,
                 lambda own: generate(
                     generator,
                     own,
                     sampling,
-                    seed=self._seed,
+                    seed=context.seed,
                     batch_size=self._batch_size,
                     progress=on_progress,
                 ),

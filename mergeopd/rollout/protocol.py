@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 from mergeopd.types import ArrayRecord, Finish, LogProbs, Sampling, TokenIds, token_ids, token_logprobs
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from mergeopd.loss.heads import Head
@@ -49,7 +49,7 @@ class Completion(ArrayRecord):
 
 @dataclass(frozen=True, slots=True)
 class EngineCapabilities:
-    """What `check` must know of an engine before one is started.
+    """What `check` must know of an engine before one is started: `capabilities` of its section of a recipe.
 
     `returns_logprobs`: policy terms are refused without. `is_reproducible`: randomness is keyed by seed,
     prompt and sample, so that a resumed run generates the same responses.
@@ -59,17 +59,39 @@ class EngineCapabilities:
     is_reproducible: bool
 
 
-CAPABILITIES: Mapping[str, EngineCapabilities] = MappingProxyType(
-    {"local": EngineCapabilities(returns_logprobs=True, is_reproducible=True)}
-)
-"""By the recipe's `rollout.engine`."""
-
-
 class WeightSource(Protocol):
     """A model whose weights an engine generates with."""
 
     def unsharded(self) -> AbstractContextManager[tuple[nn.Module, Head]]:
         """Body and head with the weights as they are now, whole on every process. Collective."""
+
+
+class Decoder(Protocol):
+    """The part of a tokenizer that finds stop texts."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of these ids."""
+
+
+class Deal(Protocol):
+    """Deals items to the processes and puts their results together: `distributed.scatter_gather`."""
+
+    def __call__(
+        self,
+        items: Sequence[GenerationRequest],
+        work: Callable[[Sequence[GenerationRequest]], list[Completion]],
+    ) -> list[Completion]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineContext:
+    """What a run gives every engine: how responses of its model end, the device, the seed, the processes."""
+
+    eos_ids: Collection[int]
+    tokenizer: Decoder
+    device: torch.device
+    seed: int
+    deal: Deal
 
 
 class PendingRollouts(Protocol):
@@ -87,9 +109,6 @@ class PendingRollouts(Protocol):
 
 class RolloutEngine(Protocol):
     """Generates responses. All processes of a run call it with the same arguments."""
-
-    returns_logprobs: bool
-    is_reproducible: bool
 
     def submit(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> PendingRollouts:
         """Ask for one response per request. Collective."""

@@ -174,7 +174,7 @@ def take_canary(probed: ProbedModel, prompt: str) -> Canary:
         while len(ids := sample_ids(dialect, prompt, text)[1]) > room:
             text = text[:-1]
         if not ids:
-            raise _bad_prompt("the teacher answers it with nothing at all", "choose another prompt")
+            raise _bad_prompt("the teacher responds with no token", "choose another prompt")
         sequence = TeacherSequence(token_ids(prompt_ids), token_ids(ids))
         [(_, hidden)] = teacher.hidden([sequence], sequence.num_tokens)
         values = logprobs(hidden, head, ids)

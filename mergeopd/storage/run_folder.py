@@ -79,7 +79,7 @@ class RunFolder:
             listed += f"\n    and {len(changes) - _SHOWN} more"
         return (
             f"{shown(self.path)} belongs to a run that began with other settings or files:\n{listed}\n"
-            "undo the changes to go on with it, declare them with --allow-change KEY, "
+            "undo the changes to resume it, declare them with --allow-change KEY, "
             "or begin a new run with --set output=..."
         )
 

@@ -1,4 +1,4 @@
-"""The kernel on one micro-batch: the fused loss, and a bridge for each teacher with another tokenizer."""
+"""Loss of one micro-batch: the fused loss, plus a bridge for each teacher with another tokenizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mergeopd.loss.support import Support
 
 @dataclass(frozen=True)
 class Measured:
-    """What is to be measured, for all micro-batches of a pass alike; arguments as in `fused_loss`."""
+    """Arguments of `fused_loss` that are the same for all micro-batches of a pass."""
 
     divergences: Sequence[Divergence]
     support: Support | None
@@ -45,7 +45,7 @@ def micro_loss(
     workspace: Workspace,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, MicroStats]:
-    """The loss of a micro-batch and its statistics; `hidden_ND` has a row for each trained token.
+    """Compute the loss of a micro-batch and its statistics; `hidden_ND` has a row for each trained token.
 
     Raises NumericsError, with the names of the teachers, for distributions that are not finite.
     """
@@ -65,7 +65,7 @@ def micro_loss(
         )
     except ArithmeticError as error:
         raise NumericsError(micro.with_teacher_names(error)) from error
-    found: list[tuple[str, BridgeStats]] = []
+    bridge_stats: list[tuple[str, BridgeStats]] = []
     for bridged in micro.bridged:
         try:
             value, of_groups = bridge_loss(
@@ -83,5 +83,5 @@ def micro_loss(
         except ArithmeticError as error:
             raise NumericsError(f"teacher {bridged.teacher}: {error}") from error
         loss = loss + value
-        found.append((bridged.teacher, of_groups))
-    return loss, MicroStats(**vars(stats), bridged=tuple(found))
+        bridge_stats.append((bridged.teacher, of_groups))
+    return loss, MicroStats(**vars(stats), bridged=tuple(bridge_stats))

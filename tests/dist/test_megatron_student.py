@@ -76,15 +76,14 @@ def enumerated(tmp_path_factory, write_job_in):
     reference = Reference(parts)
     total = sum(reference.token_losses(loss, rollout).sum() for rollout in rollouts)
     expected = reference.gradient(total / sum(len(r.response_ids) for r in rollouts))
-    micro_batches, objectives, plain = [], [], parts.student.accumulate
+    micro_batches, objectives, plain = [], [], parts.student.accumulate_gradients
 
     def recorded(them, objective):
         objectives.append(objective)
-        for micro in them:
-            micro_batches.append(micro)
-            yield from plain([micro], objective)
+        micro_batches.extend(them)
+        return plain(micro_batches, objective)
 
-    parts.student.accumulate = recorded
+    parts.student.accumulate_gradients = recorded
     engine_round(parts, rollouts)
     case = Case(folder / "base", objectives[0], [micro_batches], OPTIMIZER, lrs=(0.0,), num_valid=V)
     return case, expected

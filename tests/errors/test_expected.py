@@ -2,8 +2,9 @@
 
 A case is a folder with `expected.txt`. Its files are laid over `project/`, and `recipes/merge.yaml` is read
 from there; `options.yaml` may give `set` (overrides), `env`, `remove` (files of the project), `cut` (files cut
-to so many bytes) and `missing` (packages to take for not installed; all others are taken for installed). Cases
-under `preflight/` are about what the recipe names: there the models have weights.
+to so many bytes), `missing` (packages to take for not installed; all others are taken for installed) and
+`stale` (models of the case that keep the weights of the project's config.json). Cases under `preflight/` are
+about what the recipe names: there the models have weights.
 Write the texts anew, then read them: `MERGEOPD_WRITE_EXPECTED=1 pytest tests/errors`.
 """
 
@@ -73,12 +74,13 @@ def rendered(case: Path, check: Check, monkeypatch: pytest.MonkeyPatch) -> str:
     """The text of all problems of a case; the current folder must be its copy of the project."""
     lay_project()
     shutil.copytree(case, ".", dirs_exist_ok=True)
-    for config in case.glob("models/*/config.json"):
-        with contextlib.suppress(ModelError):  # what the case is about, then
-            if Path("models", config.parent.name, "model.safetensors").exists():
-                write_weights(Path("models", config.parent.name))
     read_options = YAML(typ="safe").load(case / "options.yaml") if (case / "options.yaml").exists() else {}
-    options = {"set": [], "env": {}, "remove": [], "cut": {}, "missing": [], **read_options}
+    options = {"set": [], "env": {}, "remove": [], "cut": {}, "missing": [], "stale": [], **read_options}
+    for config in case.glob("models/*/config.json"):
+        folder = Path("models", config.parent.name)
+        with contextlib.suppress(ModelError):  # what the case is about, then
+            if folder.name not in options["stale"] and (folder / "model.safetensors").exists():
+                write_weights(folder)
     missing = options["missing"]
     monkeypatch.setattr("mergeopd.recipe.checks.is_installed", lambda name: name not in missing)
     for name in options["remove"]:

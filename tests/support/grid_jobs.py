@@ -118,7 +118,7 @@ def jobs(folder: Path, launch: str) -> tuple[int, list[dict[str, Any]]]:
         "one": lambda: [*_in_parts(folder, "long chain", ("alone", 2))],
         "four": lambda: [
             *(_run(folder, *case) for case in LONG),
-            *_in_parts(folder, "long chain", ("PP2xDP2", 4), ("TP2xPP2", None)),
+            *_in_parts(folder, "long chain", ("PP2xDP2", 2), ("TP2xPP2", None)),
             _run(folder, "mixed", "TP2xDP2", name="copies apart", machines=APART),
             _run(folder, "selves", "TP2xPP2", name="selves, all apart", machines=("a", "b", "c", "d")),
             *(_run(folder, *case) for case in LONG_BROKEN),

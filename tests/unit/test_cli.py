@@ -257,7 +257,7 @@ def test_interrupting_leaves_no_traceback(
     assert command("run", job()) == (
         130,
         "",
-        "Interrupted. The same command resumes from the newest checkpoint.\n",
+        "Interrupted. Run the same command to resume from the newest checkpoint.\n",
     )
     monkeypatch.setattr("mergeopd.api.preflight", interrupted)
     code, _, err = command("check", "job.yaml")
@@ -293,7 +293,7 @@ def test_a_changed_plan_is_refused_with_what_differs(command: Command, ran: Path
         "error: run belongs to a run that began with other settings or files:\n"
         "    sources[0].share: 1.0 -> 2.0\n"
         "    optimizer.lr: 0.01 -> 0.02\n"
-        "undo the changes to go on with it, declare them with --allow-change KEY, or begin a new run with --set output=...\n"
+        "undo the changes to resume it, declare them with --allow-change KEY, or begin a new run with --set output=...\n"
     )
     code, out, _ = command("check", ran, "--set", "optimizer.lr=0.02")
     assert code == 0
@@ -424,7 +424,7 @@ def test_from_models_and_prompts_to_a_run(command: Command, job: Callable[..., P
     code, _, err = command("run", "recipes/first.yaml", *fast)
     assert (code, err) == (
         3,
-        "stopped by --updates after 1 of 200 updates, all saved; the same command goes on\n",
+        "stopped by --updates after 1 of 200 updates, all saved; run the same command to resume\n",
     )
 
 

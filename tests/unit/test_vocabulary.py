@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CLEAN = (".github", "teachers", "tests/unit/tools", "tools/launch")
+CLEAN = (
+    ".github",
+    "mergeopd/config",
+    "mergeopd/loss",
+    "mergeopd/models",
+    "mergeopd/student",
+    "mergeopd/teacher",
+    "teachers",
+    "tests/unit/tools",
+    "tools/launch",
+)
 SUFFIXES = (".py", ".md", ".yaml", ".yml", ".txt", ".toml", ".sh", ".sbatch", ".html")
 
 # Kind, old, new. "name": a class, function, parameter, field or variable that a Python file defines.

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 from step_bench.job import model_sizes
 
 if TYPE_CHECKING:
-    from mergeopd.distributed.communicator import SingleProcess
     from mergeopd.reporting.events import Event
 
 NEVER = -1  # a stop token that no head can draw: every answer has its full length
@@ -50,6 +49,7 @@ def run_mergeopd(arguments: argparse.Namespace, steps: Steps) -> None:
     """The engine's own loop over the recipe."""
     import torch
 
+    from mergeopd.distributed.communicator import SingleProcess
     from mergeopd.engine.build import Machine, build, load_models
     from mergeopd.engine.clock import Clock
     from mergeopd.engine.interrupt import Interrupt

@@ -18,9 +18,8 @@ from markupsafe import Markup
 from ruamel.yaml import YAML
 
 from mergeopd import __version__
-from mergeopd.recipe.term_display import MEASURES
 from mergeopd.reporting.events import CheckpointSaved, Event, Note, Reporter, RunFinished, UpdateDone
-from mergeopd.reporting.figures import STAGES
+from mergeopd.reporting.figures import MEASURES, STAGES
 from mergeopd.reporting.page.curves import ACCENT, build_curves
 from mergeopd.reporting.page.responses import LEVELS, build_legends, build_responses
 from mergeopd.reporting.page.run_data import RunData, load_run

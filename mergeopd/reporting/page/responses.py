@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mergeopd.recipe.term_display import MEASURES
 from mergeopd.reporting.events import RolloutSampled, TeacherTrace
+from mergeopd.reporting.figures import MEASURES
 
 LEVELS = 12
 MAX_TIMES = 12

@@ -136,9 +136,9 @@ class TokenizerPair:
         )
         smaller = min(self.first.num_ids, self.second.num_ids)
         yield Text(
-            f"{self.num_shared_bytes:,} tokens stand for the same bytes, "
+            f"{self.num_shared_bytes:,} tokens have the same bytes, "
             f"{self.num_shared_bytes / smaller:.1%} of the smaller vocabulary; "
-            f"{self.num_shared_written:,} are spelled the same."
+            f"{self.num_shared_written:,} have the same spelling."
         )
         yield Text(plain_text(self.difference, glyphs) + "\n", style="dim")
 

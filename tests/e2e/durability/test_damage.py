@@ -142,7 +142,7 @@ def test_a_whole_checkpoint_of_something_else_is_refused(
     [error] = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert "step-4" in error
     assert told in error
-    assert "move it away to go on from the one before" in error
+    assert "move it away to resume from the previous one" in error
     assert verify(checkpoint) is None  # nothing of it was touched
 
 

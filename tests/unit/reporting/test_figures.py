@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import io
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from mergeopd.batch.objective import DIVERGENCES
-from mergeopd.recipe.bridges import KINDS
-from mergeopd.recipe.loss_terms import DIVERGENCE_TERMS, Loss
+from mergeopd.batch.objective import phase_objective
+from mergeopd.recipe.bridges import BRIDGES, KINDS
+from mergeopd.recipe.loss_terms import DIVERGENCE_TERMS, TERMS, Loss
 from mergeopd.recipe.policy_terms import POLICY_TERMS
-from mergeopd.recipe.term_display import BRIDGES, MEASURES, TERMS
-from mergeopd.reporting.events import BridgeFigures, DomainStats, PolicyStats, TeacherStats, UpdateDone
+from mergeopd.recipe.training import Phase
+from mergeopd.reporting.events import (
+    BridgeFigures,
+    DomainStats,
+    PolicyStats,
+    RunStarted,
+    TeacherStats,
+    UpdateDone,
+)
 from mergeopd.reporting.figures import (
     DOMAIN_FIGURES,
     MEASURE_FIGURES,
+    MEASURES,
     NUM_TOKENS,
     POLICY_FIGURES,
     RUN_FIGURES,
     TEACHER_FIGURES,
     run_value,
 )
-from mergeopd.reporting.jsonl import UpdateRecord
+from mergeopd.reporting.jsonl import UpdateRecord, update_record
+from mergeopd.reporting.page.curves import build_curves
+from mergeopd.reporting.tensorboard import scalars
+from mergeopd.reporting.terminal.plain import PlainReporter
 
 OBJECTIVES = Path(__file__).parents[3] / "docs" / "objectives.md"
 UPDATE = UpdateDone(
@@ -35,10 +48,26 @@ UPDATE = UpdateDone(
 def test_the_terms_of_recipe_kernel_and_display_agree() -> None:
     settings = {"temperature", "support"}
     assert TERMS.keys() == Loss.model_fields.keys() - settings == {*DIVERGENCE_TERMS, *POLICY_TERMS, "nll"}
-    assert DIVERGENCES.keys() == set(DIVERGENCE_TERMS)
     assert tuple(BRIDGES) == KINDS
-    # The first divergence of an objective is the one shown: both tables have one order.
-    assert [key for key in MEASURES if key in DIVERGENCES] == list(DIVERGENCES)
+    whole = Phase(name="all", updates=1, loss=Loss.model_validate(dict.fromkeys(DIVERGENCE_TERMS, 1.0)))
+    # The first divergence of an objective is the one shown.
+    names = tuple(phase_objective(whole, 0, has_policy=False).names)
+    assert names == DIVERGENCE_TERMS == tuple(key for key in MEASURES if key in names)
+
+
+@pytest.mark.parametrize("key", MEASURES)
+def test_a_measure_has_one_name_in_metrics_terminal_page_and_tensorboard(key: str) -> None:
+    title, column = MEASURES[key].title, MEASURES[key].column
+    event = replace(UPDATE, teachers={"math": TeacherStats(4, {key: 0.25}, 0.0625)})
+    assert update_record(event)["teachers"]["math"][key] == 0.25
+    assert dict(scalars(event))[f"teacher_{key}/math"] == 0.25
+    charts = {chart.figure.title: chart for chart in build_curves([UpdateRecord.of(event)]).charts}
+    assert charts[title].series[0].values == (0.25,)
+    console = Console(file=io.StringIO(), width=300)
+    reporter = PlainReporter(console, lambda: 0.0)
+    reporter.emit(RunStarted("x", "x.yaml", 9, (("merge", 9),), ("math",), ("math",), Path("run"), 0))
+    reporter.emit(event)
+    assert f"{column}: math 0.2500" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("key", [*TERMS, *BRIDGES])

@@ -44,6 +44,7 @@ def update_line(update: int, phase: str = "merge") -> dict[str, Any]:
         "lr": 1e-3 / update,
         "loss": 1 / 3 + update,
         "grad_norm": None if update == 2 else 0.1 * update,
+        "clip_factor": 1.0,
         "num_tokens": 100 * update,
         "on_policy_fraction": 0.25 * (update % 3),
         "teachers": {
@@ -56,6 +57,7 @@ def update_line(update: int, phase: str = "merge") -> dict[str, Any]:
                 "mean_length": 2.5 + update,
                 "token_share": share,
                 "weight": 1.0,
+                "loss_share": share,
                 "nll": 0.1 + 0.2,
                 "entropy_S": 1 / 7,
                 "reward": None,
@@ -64,6 +66,7 @@ def update_line(update: int, phase: str = "merge") -> dict[str, Any]:
             for domain, share in (("math", 1 / 3), ("code", 2 / 3))
         },
         "policy": {},
+        "verifier_failures": {},
         "cost": {
             "seconds": {"rollout": 1.5, "update": 0.5},
             "tokens_per_s": 50.0 * update,
@@ -202,8 +205,8 @@ def test_the_curves_hold_the_numbers_of_the_metrics(folder: Path) -> None:
             factor = 100.0 if chart["unit"] == "%" else 1.0
             assert series["values"] == [None if v is None else factor * v for v in expected]  # to the bit
             checked += 1
-    # reverse_kl, gap, entropy; two domains x nll, entropy, length, share; six of the run, seconds with two.
-    assert checked == 3 + 2 * 4 + 5 + 2
+    # reverse_kl, gap, entropy; two domains x nll, entropy, length, two shares; six of the run, seconds with two.
+    assert checked == 3 + 2 * 5 + 5 + 2
 
 
 def test_quantities_that_say_nothing_have_no_chart(folder: Path) -> None:

@@ -185,7 +185,7 @@ def test_a_resumed_optimizer_lives_where_the_weights_do(make_model: Callable[...
     folder = make_model("s")
     first, second = student_of(folder), student_of(folder)
     list(first.accumulate_gradients([micro_batch()], OBJECTIVE))
-    first.apply(1e-3)
+    first.optimizer_step(1e-3)
     second._masters = {name: p.to("meta") for name, p in second._masters.items()}
     second._parameters = second._masters
     second.load_state(dict(first.state()))

@@ -108,7 +108,7 @@ def test_memory_that_refuses_is_told_and_what_was_there_stays(
 
         monkeypatch.setattr(os, "pwrite", torn)
         with pytest.raises(
-            StorageError, match=r"12 more bytes .* in memory beside 12: Cannot .*hidden_states_gib"
+            StorageError, match=r"12 more bytes .* in memory besides 12: Cannot .*hidden_states_gib"
         ):
             cache.put("t", 1, torch.full((1, 3), 2.0))
         assert calls == [12, 17]
