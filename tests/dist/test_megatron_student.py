@@ -302,7 +302,7 @@ def test_scores_equal_transformers(grids, cases, grid, case):
             for prompt, response, own in zip(micro.prompts, micro.responses, flags, strict=True):
                 with torch.no_grad():
                     logits = reference(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
-                rows.append(logits[:, :VALID].log_softmax(-1)[[True] * len(response) if own is None else list(own)])
+                rows.append(logits[:, :VALID].log_softmax(-1)[[True] * len(response) if own is None else own.tolist()])
             logp = torch.cat(rows)
             labels = torch.tensor([t for r in micro.labels for t in r])
             torch.testing.assert_close(score["logprob"], logp.gather(1, labels[:, None])[:, 0], rtol=1e-5, atol=2e-5)

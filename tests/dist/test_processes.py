@@ -60,6 +60,10 @@ def test_a_run_without_faults() -> None:
     assert launched("fine") == (0, "all here\n", "")
 
 
+def test_arrays_are_the_same_on_every_process() -> None:
+    assert launched("arrays", 3) == (0, "all the same\n", "")
+
+
 @pytest.mark.parametrize("scene", ["bug", "bug_before"])
 def test_a_bug_has_one_traceback(scene: str) -> None:
     code, out, err = launched(scene)
