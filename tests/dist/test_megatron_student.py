@@ -336,7 +336,7 @@ def test_all_ranks_raise_alike_and_keep_their_weights(grids, grid):
     for rank in found:
         assert rank["gradient"].startswith("NumericsError: the gradient is NaN or infinite")
         assert rank["unchanged"]
-        assert rank["summed"] == "RuntimeError: the gradient is summed over the ranks already; apply it first"
+        assert rank["summed"] == "RuntimeError: the gradient is already summed over the ranks; call optimizer_step first"
         assert rank["float64"] == "ValueError: student.dtype: float64 needs student.backend: torch"
         assert rank["layers"] == (
             "ModelError: student.parallel.layers: transformer_engine, but there is no GPU in this process; "
