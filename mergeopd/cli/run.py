@@ -44,7 +44,9 @@ def run(
     place = RankInfo.of()
     with one_process_reports(place):
         if nproc is not None and place.world > 1:
-            raise ProcessError(f"--nproc {nproc}, but this is {place.name} already; leave it out")
+            raise ProcessError(
+                f"--nproc {nproc} in {place.name}; leave it out where torchrun starts processes"
+            )
         try:
             if nproc is not None and nproc > 1:
                 from mergeopd import api

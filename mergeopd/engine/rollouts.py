@@ -30,7 +30,7 @@ class StudentRollouts:
         self._stages = stages
 
     def generate(self, tasks: Sequence[Task]) -> list[Rollout]:
-        """Responses to the tasks that the student answers, in their order. Collective."""
+        """Generate responses to the student's tasks, in order. Collective."""
         num_samples = self._settings.samples_per_prompt
         prompts = [t.prompt for t in tasks if t.origin == "student" for _ in range(num_samples)]
         requests = [
@@ -61,12 +61,12 @@ class StudentRollouts:
 
 
 def sampling(settings: RolloutSettings) -> Sampling:
-    """How a recipe's responses are sampled."""
+    """Return the sampling parameters of a recipe's responses."""
     return Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, settings.stop)
 
 
 def dataset_rollout(task: Task, student: Renderer) -> Rollout:
-    """The dataset's own response, in the student's ids."""
+    """Encode the dataset's response in the student's ids."""
     answer = dataset_response(task.prompt, student)
     return Rollout(
         prompt=task.prompt,
@@ -82,7 +82,7 @@ def dataset_rollout(task: Task, student: Renderer) -> Rollout:
 class Rewards:
     """Grades the student's responses with the verifiers of their sources.
 
-    A verifier that fails costs its response the reward, is counted, and is reported once for each source.
+    If a verifier fails, the response has no reward; failures are counted, and reported once per source.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Rewards:
     def of(self, rollouts: Sequence[Rollout]) -> list[Grade]:
         """Grade the student's responses; others, and those without a verifier, have no reward.
 
-        Every process grades its share. Collective; raises AbandonRound where a stop was requested.
+        Every process grades its share. Collective; raises AbandonRound when a stop was requested.
         """
         graded = {
             i: r
@@ -124,7 +124,6 @@ class Rewards:
         return grades
 
     def close(self) -> None:
-        """End the verifiers' worker processes."""
         self._verifiers.close()
 
     def _submission(self, rollout: Rollout) -> Submission:
@@ -152,15 +151,15 @@ def _nothing(num_own: int) -> None:
 
 
 def response_text(response_ids: Sequence[int], tokenizer: Tokenizer, stop: Sequence[str]) -> str:
-    """A response as a person reads it: cut at the first stop text, special tokens removed.
+    """Return a response's text, truncated at the first stop text, without special tokens.
 
-    Stop texts may hold special tokens, so they are looked for before those are removed.
+    Stop texts may contain special tokens, so they are searched before those are removed.
     """
     whole = tokenizer.decode(response_ids, skip_special_tokens=False)
     cuts = [found for text in stop if (found := whole.find(text)) >= 0]
     if not cuts:
         return tokenizer.decode(response_ids)
-    # A stop text mostly ends the response, so the last whole token before it is near the end.
+    # A stop text usually ends the response, so the last whole token before it is near the end.
     num, before = len(response_ids), whole
     while len(before) > min(cuts):
         num -= 1

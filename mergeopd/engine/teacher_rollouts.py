@@ -1,4 +1,4 @@
-"""What teachers generate before a phase: once per prompt and sample, kept for every run that asks again."""
+"""Teacher responses, generated before a phase once per prompt and sample, and cached for later runs."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from mergeopd.teacher.token_view import TokenView
 from mergeopd.types import Finish, Prompt, Rollout
 
 FORMAT = 2
-# Texts are saved once so many are new: a kill costs a twentieth, and the file is not rewritten too often.
+# Fraction of new responses after which the file is saved: limits both the loss at a kill and the rewrites.
 _SAVED_SHARE = 0.05
 
 
 class TeacherRolloutCache:
     """Teachers' responses, by teacher, prompt and sample.
 
-    A file holds what one teacher generated under one set of circumstances: its weights (by fingerprint), its
-    precision, stop tokens, sampling and seed name the file; the rendered prompt and the sample name a line.
-    So a response is never taken for another's, and a changed template or prompt generates a new one.
+    A file holds the responses of one teacher under one configuration: weights (by fingerprint), precision,
+    stop tokens, sampling and seed name the file; the rendered prompt and the sample name a line. So a changed
+    template or prompt generates new responses.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class TeacherRolloutCache:
         self._completions: dict[tuple[str, str, int], Completion] = {}
 
     def prepare(self, tasks: Sequence[Task]) -> None:
-        """Have every teacher generate what these tasks will ask for; a teacher is opened at most once."""
+        """Generate the missing responses to these tasks; each teacher is opened at most once."""
         wanted: dict[str, dict[tuple[str, int], Prompt]] = {}
         for task in tasks:
             if task.origin == "teacher":
@@ -69,7 +69,7 @@ class TeacherRolloutCache:
                 self._provide(teacher, missing)
 
     def of(self, task: Task) -> list[Rollout]:
-        """The prepared responses to a task, in the student's ids."""
+        """Return the prepared responses to a task, in the student's ids."""
         name, prompt = _author(task.prompt), task.prompt
         found = []
         for sample in range(self._plan.rollout.samples_per_prompt):
@@ -80,7 +80,7 @@ class TeacherRolloutCache:
         return found
 
     def _provide(self, name: str, prompts: Mapping[tuple[str, int], Prompt]) -> None:
-        """Take from disk what is there, generate the rest, and keep it."""
+        """Load responses from disk, generate the missing ones, and save them."""
         path = self._file(name)
         renderer = self._renderers[name]
         known, num_discarded = self._ranks.run_on_first(lambda: self._load(path, renderer))
@@ -99,15 +99,15 @@ class TeacherRolloutCache:
                     fresh |= texts
                     if len(fresh) >= _SAVED_SHARE * len(known):
                         known, fresh = self._keep(path, known, fresh), {}
-            finally:  # what was generated before a request to stop is not generated again
+            finally:  # responses generated before a request to stop are kept
                 known = self._keep(path, known, fresh)
         for request in requests:
             self._completions[name, request.key, request.sample] = known[_line_key(request)]
 
     def _generate(self, name: str, requests: Sequence[GenerationRequest]) -> Iterator[dict[str, Completion]]:
-        """Yield responses batch by batch, one of every process at a time. Collective.
+        """Yield responses in batches, one of every process at a time. Collective.
 
-        A resumed run lacks whole batches, and the last ones: it makes the same batches of the rest.
+        In a resumed run, whole batches at the end are missing, so the rest forms the same batches.
         """
         size = self._plan.rollout.batch_size * self._ranks.size
         in_order = sorted(requests, key=lambda request: len(request.prompt_ids))
@@ -124,16 +124,16 @@ class TeacherRolloutCache:
     def _keep(
         self, path: Path, known: Mapping[str, Completion], texts: Mapping[str, Completion]
     ) -> dict[str, Completion]:
-        """Add responses, which all processes have, to the file; not collective. Returns both.
+        """Add responses, which all processes have, to the file; not collective. Returns all of this run's.
 
-        Not what another run has put there meanwhile: only one process would see it.
+        Responses that another run has added meanwhile are ignored, since only one process would read them.
         """
         if self._ranks.is_first:
             _keep(path, texts)
         return {**known, **texts}
 
     def _load(self, path: Path, renderer: Renderer) -> tuple[dict[str, Completion], int]:
-        """The responses of a file, and how many lines were removed that this teacher cannot have written."""
+        """Load the responses of a file; also return how many invalid lines were removed."""
         if not path.is_file():
             return {}, 0
         with waiting(path):
@@ -156,7 +156,7 @@ class TeacherRolloutCache:
         return reached and not any(ended)
 
     def _file(self, name: str) -> Path:
-        """Where a teacher's responses under the present circumstances are kept."""
+        """Return the file of a teacher's responses under the present configuration."""
         how = sampling(self._plan.rollout)
         circumstances = {
             "format": FORMAT,
@@ -174,7 +174,6 @@ class TeacherRolloutCache:
 
 
 def _author(prompt: Prompt) -> str:
-    """The teacher that generates for a prompt."""
     return sources.author(prompt.teachers)
 
 
@@ -184,7 +183,7 @@ def _line_key(request: GenerationRequest) -> str:
 
 
 def _keep(path: Path, texts: Mapping[str, Completion]) -> None:
-    """Add texts to a file, also to what another run has added meanwhile."""
+    """Add texts to a file, keeping those that another run has added meanwhile."""
     if not texts:
         return
     with waiting(path):
@@ -209,7 +208,7 @@ def _digest(content: Mapping[str, object]) -> str:
 
 
 def _text(line: str) -> tuple[str, Completion] | None:
-    """Key and text of a line; None where it is damaged or holds something else."""
+    """Parse key and text of a line; None if it is damaged or holds something else."""
     try:
         row = json.loads(line)
         key, ids, finish = row["key"], row["ids"], row["finish"]

@@ -31,9 +31,7 @@ class Workspace:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
 
     def clear(self) -> None:
-        """Free all buffers."""
         self._buffers.clear()

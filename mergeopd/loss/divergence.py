@@ -53,7 +53,6 @@ class ForwardKL:
     own_direction: ClassVar[bool] = False  # the direction is the teacher's mass, unchanged
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
-        """See `Divergence`."""
         value = torch.linalg.vecdot(pair.mass_T, pair.log_ratio).neg_()
         return Terms(value, pair.mass_T, pair.mass_T.sum(1), scale=-1.0)
 
@@ -68,7 +67,6 @@ class ReverseKL:
     own_direction: ClassVar[bool] = True
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
-        """See `Divergence`."""
         direction = torch.mul(pair.mass_S, pair.log_ratio, out=out)
         value = direction.sum(1)
         return Terms(value, direction, value, scale=1.0)
@@ -95,7 +93,6 @@ class JSD:
             )
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
-        """See `Divergence`."""
         beta = self.beta
         # log(M / p_S) = log1p(beta * expm1(log p_T - log p_S)): exact at equality, where log M - log p_S is
         # only rounding. Beyond the bound p_S is negligible against p_T, but the exponential would overflow.

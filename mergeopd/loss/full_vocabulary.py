@@ -72,7 +72,6 @@ class Scored:
     total: Tensor  # [K, D, n]: <p_S, g>
 
     def logit_gradient(self, grad_divergence: Tensor, grad_logprob: Tensor, out: Tensor) -> None:
-        """See `ScoredBlock`."""
         gain = self.block.student.gain
         pull = (grad_divergence * self.total).sum((0, 1)).add_(grad_logprob).mul_(self.per_mass_S).mul_(-gain)
         torch.mul(self.block.masses[0], pull.unsqueeze(1), out=out)
@@ -95,7 +94,6 @@ class BlockScorer:
     def score(
         self, raw_S: Tensor, raw_T: Sequence[Tensor], labels_N: Tensor, rows: slice, *, with_grad: bool
     ) -> Scored:
-        """See `Scorer`."""
         block = self._softmaxes.begin(raw_S, raw_T, labels_N[rows], with_grad=with_grad)
         logits, masses, sums = block.logits, block.masses, block.sums
         for centred_T in logits[1:]:

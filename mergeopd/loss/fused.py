@@ -137,7 +137,6 @@ class _Run:
         self._gradient_sum = empty().zero_()
 
     def chunk(self, rows: slice) -> None:
-        """Run all products and blocks of the tokens `rows`."""
         logits_S = self._student.raw_logits(rows)
         logits_T = [teacher.raw_logits(rows) for teacher in self._teachers]
         for block in slices(0, logits_S.shape[0], self._block_rows or logits_S.shape[0]):
@@ -195,7 +194,6 @@ def _project(
     temperature: float,
     workspace: Workspace | None,
 ) -> list[Projection]:
-    """Return projections for the student's head, then for the targets that have a head."""
     dtype = compute_dtype(hidden_ND)
     workspace = Workspace() if workspace is None else workspace
     sides = [("student", head, hidden_ND)]

@@ -35,7 +35,6 @@ class HeadGradients:
 
     @property
     def any(self) -> bool:
-        """Whether anything requires a gradient."""
         return any(gradient is not None for gradient in (self._dH, self._dW, self._dbias))
 
     def add(self, projection: Projection, dz_nV: Tensor, rows: slice) -> None:

@@ -135,7 +135,6 @@ class Projection:
 
     @property
     def is_capped(self) -> bool:
-        """Whether the logits have a soft cap."""
         return self._softcap is not None
 
     def grad_hidden(self, dz_nV: Tensor, out_nD: Tensor) -> None:

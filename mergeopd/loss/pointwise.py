@@ -31,7 +31,6 @@ class TVD:
     own_direction: ClassVar[bool] = True
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
-        """See `Divergence`."""
         sign = torch.sign(pair.log_ratio, out=scratch())
         # sum |p_S - p_T| = sum sign (p_S - p_T)
         teacher = torch.linalg.vecdot(sign, pair.mass_T)
@@ -56,7 +55,6 @@ class SkewForwardKL:
         _require_skew(self, self.alpha)
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
-        """See `Divergence`."""
         alpha, bound = self.alpha, _bound(out)
         # M / p_T = alpha + (1 - alpha) exp(log p_S - log p_T) = 1 + (1 - alpha) expm1(log-ratio)
         ratio = torch.clamp(pair.log_ratio, min=-bound, max=bound, out=scratch())
@@ -84,7 +82,6 @@ class SkewReverseKL:
         _require_skew(self, self.alpha)
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
-        """See `Divergence`."""
         alpha, bound = self.alpha, _bound(out)
         # M / p_S = 1 + (1 - alpha) expm1(log p_T - log p_S)
         ratio = torch.neg(pair.log_ratio, out=scratch()).clamp_(min=-bound, max=bound)
@@ -116,7 +113,6 @@ class ClippedForwardKL:
             raise ValueError(f"{self}: bound must be at least 0")
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
-        """See `Divergence`."""
         entry = torch.mul(pair.mass_T, pair.log_ratio, out=scratch()).neg_()
         direction = torch.mul(pair.mass_T, entry < self.bound, out=out)
         value = entry.clamp_(max=self.bound).sum(1)
@@ -141,7 +137,6 @@ class AlphaDivergence:
             raise ValueError(f"{self}: alpha must lie strictly between 0 and 1; the ends are the two KLs")
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
-        """See `Divergence`."""
         alpha, bound = self.alpha, _bound(out)
         # p_S ((p_T / p_S)^alpha - 1): g is free up to a constant; the -1 makes equal models exactly 0.
         power = torch.neg(pair.log_ratio, out=scratch()).clamp_(min=-bound, max=bound).mul_(alpha).expm1_()

@@ -74,7 +74,6 @@ class Softmaxes:
         return Block(self.student, logits, masses, sums, column_n1, is_local)
 
     def sum(self, partial: Tensor) -> Tensor:
-        """The sum over the group, in place."""
         if self.group is not None:
             dist.all_reduce(partial, dist.ReduceOp.SUM, group=self.group)
         return partial

@@ -104,7 +104,6 @@ def top_ids(
 
 
 def _gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Concatenate the ranks' columns in rank order."""
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, own.contiguous(), group=group)
     return torch.cat(parts, 1)

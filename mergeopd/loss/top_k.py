@@ -48,7 +48,6 @@ class SupportScored:
     reduced: tuple[Reduced, ...]  # one per target, none without divergences
 
     def logit_gradient(self, grad_divergence: Tensor, grad_logprob: Tensor, out: Tensor) -> None:
-        """See `ScoredBlock`."""
         mass, gain = self.block.masses[0], self.block.student.gain
         per_mass = self.per_mass_S * gain
         torch.mul(mass, (-grad_logprob * per_mass).unsqueeze(1), out=out)
@@ -86,7 +85,6 @@ class SupportScorer:
     def score(
         self, raw_S: Tensor, raw_T: Sequence[Tensor], labels_N: Tensor, rows: slice, *, with_grad: bool
     ) -> SupportScored:
-        """See `Scorer`."""
         block = self._softmaxes.begin(raw_S, raw_T, labels_N[rows], with_grad=with_grad)
         moments = self._softmaxes.sum(torch.stack(block.sums)).view(len(block.logits), 3, -1)
         log_mass, entropy, logprob = entropy_and_logprob(moments)

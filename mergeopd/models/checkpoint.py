@@ -150,7 +150,7 @@ class Checkpoint:
         return tensor
 
     def read_all(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors as `read` gives them, file by file; each file is opened once.
+        """Yield tensors as `read` returns them, file by file; each file is opened once.
 
         Raises ModelError when there is no such tensor.
         """

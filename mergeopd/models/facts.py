@@ -166,7 +166,6 @@ def head_tensor(facts: ModelFacts, checkpoint: Checkpoint) -> str:
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:
-    """Read the JSON object in `path`; None when there is no such file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

@@ -81,7 +81,6 @@ class Tokenizer:
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids that decoding skips."""
         return frozenset(i for i, t in self._backend.get_added_tokens_decoder().items() if t.special)
 
     def difference(self, other: Tokenizer) -> str | None:

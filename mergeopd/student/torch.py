@@ -78,17 +78,14 @@ class TorchStudent:
 
     @property
     def placement(self) -> Placement:
-        """One copy, on this process."""
         return UNSHARDED
 
     @property
     def vocab(self) -> range:
-        """The true vocabulary."""
         return range(self._num_valid)
 
     @property
     def statistics_dtype(self) -> torch.dtype:
-        """Precision of losses and per-token weights."""
         return torch.float64 if self._masters_are_double else torch.float32
 
     @property
@@ -180,7 +177,6 @@ class TorchStudent:
         return float(norm)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield master weights and optimizer moments, flat, for a checkpoint."""
         for name, p in self._masters.items():
             yield f"master.{name}", p.detach()
         for name, p in self._masters.items():
@@ -188,11 +184,9 @@ class TorchStudent:
                 yield f"adamw.{key}.{name}", value
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the master weights in `state`."""
         return {f"master.{name}": tuple(p.shape) for name, p in self._masters.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore `state()`. Raises StorageError when it belongs to another model."""
         expected = {f"master.{name}" for name in self._masters}
         given = {key for key in tensors if key.startswith("master.")}
         if expected != given:
@@ -212,18 +206,15 @@ class TorchStudent:
         self._publish()
 
     def export(self, folder: Path) -> None:
-        """Write a Hugging Face folder: safetensors, config, tokenizer, generation config."""
         self._model.save_pretrained(folder)
         copy_companions(self._folder, folder)
 
     def release(self) -> None:
-        """Free weights, gradients and optimizer state; nothing can be called afterwards."""
         self.__dict__.clear()
 
     def _fused(
         self, micro: MicroBatch, per_token: Objective, what: Measured, head: Head
     ) -> tuple[Tensor, MicroStats]:
-        """Run the student's forward pass and the kernel."""
         hidden = response_hidden(self.body, micro.prompts, micro.responses, self._device, micro.trained)
         return micro_loss(hidden, head, micro, per_token, what, self._workspace)
 
@@ -257,5 +248,4 @@ class TorchStudent:
 
 
 def _nothing(stats: BlockStats, rows: slice) -> Tensor:
-    """The objective of `score`."""
     return torch.zeros_like(stats.logprob_S)

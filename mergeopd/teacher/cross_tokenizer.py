@@ -82,7 +82,6 @@ class CrossTokenizer:
         return (*ids, *self.ends.student[: int(ended and whole)]), whole
 
     def vocabulary_map(self, cache: Path) -> VocabularyMap:
-        """Return the map between both vocabularies, kept in `cache`. Raises as `vocabulary_map`."""
         pieces = ProjectionBridge() if self.bridge.projection is None else self.bridge.projection
         return vocabulary_map(cache, self.student, self.other, self.ends, pieces.pieces)
 

@@ -86,7 +86,6 @@ class HiddenCache:
         """Do nothing: in one process, tensors are available at once."""
 
     def gather(self, teacher: str, rollouts: Sequence[int]) -> Tensor:
-        """`[sum of their trained tokens, d_T]` in the order of `rollouts`. A missing one is a KeyError."""
         return torch.cat([self._get((teacher, rollout)) for rollout in rollouts]).to(self._device)
 
     def _get(self, key: tuple[str, int]) -> Tensor:

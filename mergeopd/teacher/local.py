@@ -130,7 +130,6 @@ class LocalSession:
         return states if spec.kind == "hidden" else _reduced(states, sequences, self._read_head(), spec)
 
     def generator(self) -> RolloutEngine:
-        """Return an engine that generates with this teacher's weights until the session ends."""
         return self._make_engine(FixedWeights(self._loaded.body, lambda: self.head))
 
 
@@ -160,17 +159,14 @@ class LocalTeacher:
 
     @property
     def fingerprint(self) -> str | None:
-        """Digest of the checkpoint; None for weights that follow the student."""
         return self._store.fingerprint(self.name)
 
     @property
     def bytes_read(self) -> int:
-        """Checkpoint bytes read by this process so far."""
         return self._store.bytes_read(self.name)
 
     @property
     def head_key(self) -> HeadKey:
-        """Equal for teachers whose heads are equal."""
         return self._store.head_key(self.name)
 
     @contextmanager
@@ -187,11 +183,9 @@ class LocalTeacher:
             yield session
 
     def prefetch(self) -> None:
-        """Start reading the files into the system's file cache; no memory of the process is used."""
         self._store.read_ahead(self.name)
 
     def head(self, vocab: range | None) -> Head:
-        """Read the prediction head, whole or the rows of these token ids. Not collective."""
         return self._store.head(self.name, vocab)
 
 
@@ -216,7 +210,6 @@ class ResidentHeads:
         return {name: self._heads[key] for name, key in wanted.items()}
 
     def release(self) -> None:
-        """Free all heads."""
         self._heads = {}
 
 
@@ -289,11 +282,9 @@ class TeacherStore:
             empty(model)
 
     def fingerprint(self, name: str) -> str | None:
-        """Digest of the teacher's checkpoint; None for weights that follow the student."""
         return None if self._sources[name].snapshot is not None else self._checkpoints[name].fingerprint
 
     def bytes_read(self, name: str) -> int:
-        """Checkpoint bytes of this teacher read by this process so far."""
         return self._bytes_read[name]
 
     def read_ahead(self, name: str) -> None:
@@ -340,13 +331,11 @@ class TeacherStore:
         return self._converted(name, checkpoint.read_rows(tensor_name, rows.start, rows.stop))
 
     def _body_tensors(self, name: str) -> dict[str, str]:
-        """Map the body's parameters to names of tensors."""
         facts = self._facts[name]
         head = {facts.head_name, facts.head_bias_name}
         return {p: t for p, t in tensor_names(facts, self._checkpoints[name]).items() if p not in head}
 
     def _body(self, name: str) -> dict[str, Tensor]:
-        """Weights of the body: the snapshot's if there is one, else the checkpoint's."""
         snapshot, checkpoint = self._sources[name].snapshot, self._checkpoints[name]
         tensors = self._body_tensors(name)
         if snapshot is not None:

@@ -46,7 +46,6 @@ class TeacherSequence:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and response tokens."""
         return len(self.prompt_ids) + len(self.response_ids)
 
     @property

@@ -285,7 +285,6 @@ class SharedHiddenCache:
         return self._opened[file]
 
     def _read(self, places: Sequence[_SpillSlot], buffer: memoryview) -> None:
-        """Read the bytes of `places` into `buffer`, concatenated."""
         start = 0
         for place in places:
             stop = start + place.num_bytes
@@ -323,12 +322,10 @@ def _fill(descriptor: int, buffer: memoryview, offset: int) -> None:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _batches(entries: Sequence[_Entry]) -> Iterator[tuple[_Entry, ...]]:
-    """Cut into runs of at most `_PARCEL_BYTES`, or of one entry."""
     batch: list[_Entry] = []
     size = 0
     for entry in entries:

@@ -51,7 +51,6 @@ class Snapshot:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load the weights of a checkpoint."""
         for name, held in self.tensors.items():
             held.copy_(tensors[name])
         self.version += 1
@@ -71,7 +70,6 @@ class StudentSnapshots:
         self.snapshots = {rule: Snapshot(rule, weights, masters) for rule in dict.fromkeys(rules)}
 
     def advance(self, weights: NamedWeights, masters: NamedWeights, before: int, after: int) -> None:
-        """Apply all rules after a round that took the run from `before` to `after` updates."""
         for snapshot in self.snapshots.values():
             snapshot.advance(weights, masters, before, after)
 
@@ -81,7 +79,6 @@ class StudentSnapshots:
             snapshot.tensors.clear()
 
     def state(self) -> dict[str, Tensor]:
-        """All weights, flat, for a checkpoint."""
         return {
             f"{snapshot.label}/{name}": tensor
             for snapshot in self.snapshots.values()

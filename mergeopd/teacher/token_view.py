@@ -56,19 +56,15 @@ class SameTokens:
 
     @property
     def bridge_kind(self) -> str | None:
-        """None: no bridge."""
         return None
 
     def align(self, rollouts: Mapping[int, Rollout]) -> dict[int, Alignment]:
-        """Return no alignments: the tokens are the same."""
         return {}
 
     def read(self, rollout: Rollout, alignment: Alignment | None) -> TeacherSequence:
-        """Return the response after the teacher's own rendering of the prompt."""
         return TeacherSequence(self.renderer.render(rollout.prompt), rollout.response_ids, rollout.trained)
 
     def required(self, spec: TargetSpec) -> TargetSpec:
-        """Return `spec`."""
         return spec
 
     def loss_weight(self, loss: Loss, updates_done: int) -> float:
@@ -87,7 +83,6 @@ class SameTokens:
     def target(
         self, target: Target, members: Sequence[PreparedRollout], like: Tensor
     ) -> Target | BridgedTarget | None:
-        """Return the target unchanged: its rows match the student's."""
         return target
 
     def student_ids(self, completion: Completion, prompt: Prompt) -> tuple[tuple[int, ...], Finish]:
@@ -111,15 +106,12 @@ class AlignedTokens:
 
     @property
     def bridge_kind(self) -> str | None:
-        """The recipe's name of the bridge."""
         return self.crossing.bridge.kind
 
     def align(self, rollouts: Mapping[int, Rollout]) -> dict[int, Alignment]:
-        """Align these responses with the teacher's tokens."""
         return dict(zip(rollouts, self.crossing.align(list(rollouts.values())), strict=True))
 
     def read(self, rollout: Rollout, alignment: Alignment | None) -> TeacherSequence | None:
-        """Return the aligned text in the teacher's ids; None if no tokens are aligned."""
         if alignment is None or not len(alignment.teacher_ids):
             return None
         prompt_ids = self.crossing.dialect.render(rollout.prompt)

@@ -68,7 +68,6 @@ class MappedReader:
         yield from checkpoint.read_all(names)
 
     def num_bytes(self, checkpoint: Checkpoint, names: Sequence[str]) -> int:
-        """Return the bytes of all tensors."""
         return sum(checkpoint.tensors[name].num_bytes for name in names)
 
     def read_ahead(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
@@ -106,7 +105,6 @@ class ShardedReader:
                 yield name, flat.view(info.shape)
 
     def num_bytes(self, checkpoint: Checkpoint, names: Sequence[str]) -> int:
-        """Return the bytes of this rank's part, about 1/W of all."""
         return sum(
             piece.num_bytes
             for batch in self._batches(checkpoint, names)
@@ -114,7 +112,6 @@ class ShardedReader:
         )
 
     def read_ahead(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
-        """Read ahead this rank's parts of the files. Not collective."""
         spans: dict[Path, list[tuple[int, int]]] = {}
         for batch in self._batches(checkpoint, names):
             for piece in batch.pieces(checkpoint, self._ranks.rank, self._ranks.size):
@@ -187,7 +184,6 @@ class _Batch:
         return _aligned(-(-self.num_bytes // size))
 
     def pieces(self, checkpoint: Checkpoint, rank: int, size: int) -> Iterator[_Piece]:
-        """Yield the pieces of tensors in a rank's part."""
         first = rank * self.part_bytes(size)
         end = first + self.part_bytes(size)
         for name, start in self.starts.items():

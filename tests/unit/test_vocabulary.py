@@ -12,9 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CLEAN = (
     ".github",
+    "mergeopd/cli",
     "mergeopd/config",
+    "mergeopd/inspect",
     "mergeopd/loss",
     "mergeopd/models",
+    "mergeopd/reporting",
+    "mergeopd/scaffold",
     "mergeopd/student",
     "mergeopd/teacher",
     "teachers",

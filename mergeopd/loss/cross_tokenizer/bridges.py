@@ -53,11 +53,11 @@ class Gold:
 
     @property
     def vocabularies(self) -> tuple[int, int]:
-        """Sizes that it was made for, the student's and the teacher's."""
+        """Sizes of the student's and the teacher's vocabulary; None: any."""
         return self.pairs.vocab_S, self.pairs.vocab_T
 
     def scorer(self, student: Projection, teacher: Projection, workspace: Workspace) -> Scorer:
-        """It at work on two heads."""
+        """Return the scorer of this bridge for two heads."""
         share = self.pairs.ids_T.shape[0] / max(self.pairs.vocab_T, 1)
         weights = (share, 1.0 - share) if self.weights is None else self.weights
         return RankScorer(student, teacher, workspace, self.merge, self.pairs, JSD(self.beta), weights)
@@ -83,7 +83,6 @@ class Uld:
         return
 
     def scorer(self, student: Projection, teacher: Projection, workspace: Workspace) -> Scorer:
-        """It at work on two heads."""
         return RankScorer(student, teacher, workspace, self.merge)
 
 
@@ -121,11 +120,9 @@ class Projected:
 
     @property
     def vocabularies(self) -> tuple[int, int]:
-        """Sizes that it was made for, the student's and the teacher's."""
         return self.table.vocab_S, self.table.vocab_T
 
     def scorer(self, student: Projection, teacher: Projection, workspace: Workspace) -> Scorer:
-        """It at work on two heads."""
         return ProjectionScorer(student, teacher, workspace, self.table, self.direction, self.top_k)
 
 
@@ -158,11 +155,9 @@ class Pieces:
 
     @property
     def vocabularies(self) -> tuple[int, int]:
-        """Sizes that it was made for, the student's and the teacher's."""
         return self.table.vocab_S, self.table.ids.shape[0]
 
     def scorer(self, student: Projection, teacher: Projection, workspace: Workspace) -> Scorer:
-        """It at work on two heads."""
         return PieceScorer(student, teacher, workspace, self.table, self.divergence)
 
 

@@ -111,7 +111,6 @@ class _Run:
         self.stats = BridgeStats(*(torch.empty_like(weight_G) for _ in fields(BridgeStats)))
 
     def score(self, bridge: Bridge, chunks: list[slice]) -> None:
-        """Run all chunks of groups: logits, blocks, gradients."""
         scorer = bridge.scorer(self._student, self._teacher, self._workspace)
         block_rows = None
         if self._is_cpu:  # elsewhere launches cost per block: the block is the whole chunk
@@ -156,13 +155,11 @@ class _Run:
         ]
 
     def _rows(self, groups: slice) -> tuple[slice, slice]:
-        """The rows of a slice of groups, on each side."""
         before = groups.start - 1
         first_S, first_T = (self._stop_S[before], self._stop_T[before]) if groups.start else (0, 0)
         return slice(first_S, self._stop_S[groups.stop - 1]), slice(first_T, self._stop_T[groups.stop - 1])
 
     def _check_finite(self, chunk: slice) -> None:
-        """Raise ArithmeticError naming whose numbers are not finite."""
         stats = self.stats
         require_finite(stats.logprob_S[chunk], chunk, "the student's log-probability", "groups")
         require_finite(stats.logprob_T[chunk], chunk, "the teacher's log-probability", "groups")

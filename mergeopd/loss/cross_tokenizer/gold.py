@@ -33,7 +33,6 @@ class RankScorer:
         self._weight_pairs, self._weight_rest = weights
 
     def score(self, block: Block) -> Scored:
-        """See `Scorer`."""
         with_grad = block.weight_g is not None
         s = Side.begin(self._student, block.raw_S, block.labels_S, block.num_S, with_slope=with_grad)
         t = Side.begin(self._teacher, block.raw_T, block.labels_T, block.num_T)
@@ -107,7 +106,6 @@ class RankScorer:
         s.finish_gradient(dz)
 
     def _pick(self, matrix: Tensor, ids: Tensor | None, name: str) -> Tensor:
-        """Copy these columns into the buffer `name`."""
         shape = (matrix.shape[0], matrix.shape[1] if ids is None else ids.shape[0])
         out = self._workspace.take(f"bridge.{name}", shape, matrix.dtype, matrix.device)
         return out.copy_(matrix) if ids is None else torch.index_select(matrix, 1, ids, out=out)

@@ -76,7 +76,6 @@ class Groups:
         return _rows(self.first_S, self.num_S)
 
     def teacher_rows(self) -> Tensor:
-        """`[sum num_T]`: the teacher's rows, group by group."""
         return _rows(self.first_T, self.num_T)
 
 

@@ -46,7 +46,6 @@ class PieceScorer:
         self._begun: list[_Begun] = []
 
     def score(self, block: Block) -> Scored:
-        """See `Scorer`."""
         with_grad = block.weight_g is not None
         s = Side.begin(self._student, block.raw_S, block.labels_S, block.num_S, with_slope=with_grad)
         t = Side.begin(self._teacher, block.raw_T, block.labels_T, block.num_T)

@@ -35,7 +35,6 @@ class ProjectionScorer:
         self._top_k = top_k if top_k is not None and top_k < table.covered.shape[0] else None
 
     def score(self, block: Block) -> Scored:
-        """See `Scorer`."""
         with_grad = block.weight_g is not None
         s = Side.begin(self._student, block.raw_S, block.labels_S, block.num_S, with_slope=with_grad)
         t = Side.begin(self._teacher, block.raw_T, block.labels_T, block.num_T)

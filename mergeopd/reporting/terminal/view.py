@@ -1,4 +1,4 @@
-"""State of the terminal display, collected from events. No drawing; time is an argument."""
+"""State of the terminal display, collected from events, without drawing; time is an argument."""
 
 from __future__ import annotations
 
@@ -69,7 +69,6 @@ class RunView:
     _recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
 
     def apply(self, event: events.Event, now: float) -> None:
-        """Take in an event."""
         match event:
             case events.RunStarted():
                 self.run = event
@@ -104,11 +103,11 @@ class RunView:
         self.informative |= {f.key for f in RUN_FIGURES if f.is_informative(run_value(self.last, f.key))}
 
     def columns(self, figures: tuple[Figure, ...]) -> list[Figure]:
-        """Those of `figures` that the terminal shows now."""
+        """Return the `figures` that the terminal shows now."""
         return [figure for figure in figures if figure.column and figure.key in self.informative]
 
     def phase_of(self, update: int) -> PhasePosition | None:
-        """The phase that update number `update` (from 1) belongs to."""
+        """Return the phase of update number `update` (from 1)."""
         first = 0
         for index, (name, updates) in enumerate(self.run.phases if self.run else ()):
             if update <= first + updates:
@@ -124,7 +123,7 @@ class RunView:
         return self.run.resumed_at if self.run else 0
 
     def left_s(self, now: float) -> float | None:
-        """Estimated seconds to the last update, at the present phase's speed; None before the first one."""
+        """Estimate the seconds to the last update at the current phase's speed; None before the first one."""
         if self.run is None or not self._recent:
             return None
         mean = sum(seconds for _, seconds in self._recent) / len(self._recent)
@@ -132,11 +131,11 @@ class RunView:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Response tokens per second of rollout, teachers and update together, over recent updates."""
+        """Return response tokens per second of rollout, teachers and update, over recent updates."""
         seconds = sum(seconds for _, seconds in self._recent)
         return sum(tokens for tokens, _ in self._recent) / seconds if seconds > 0 else None
 
 
 def measure_of(numbers: Numbers) -> str:
-    """The key of a teacher's first divergence, or of its bridge's measure; "" without one."""
+    """Return the key of a teacher's first divergence, or of its bridge's measure; "" without one."""
     return next((key for key in MEASURE_FIGURES if key in numbers), "")

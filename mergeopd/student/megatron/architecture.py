@@ -24,7 +24,6 @@ class _Family:
     groups_are_heads: bool = False
 
     def key_value_heads(self, heads: int) -> dict[str, int]:
-        """Return the default of `num_key_value_heads`, if any."""
         return {"num_key_value_heads": heads} if self.groups_are_heads else {}
 
 

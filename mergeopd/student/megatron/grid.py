@@ -67,7 +67,6 @@ class Grid:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this process embeds tokens."""
         return self.stage == 0
 
     @property
@@ -76,12 +75,10 @@ class Grid:
         return self.stage == self.pipeline - 1
 
     def rank_of(self, tensor_rank: int, stage: int, copy: int = 0) -> int:
-        """Return the rank at this position."""
         return tensor_rank + self.tensor * (copy + self.data * stage)
 
     @property
     def placement(self) -> Placement:
-        """This process's part of the work."""
         loss_ranks = [self._of_stage(self.pipeline - 1, copy) for copy in range(self.data)]
         members = [
             sum((self._of_stage(stage, copy) for stage in range(self.pipeline)), ())

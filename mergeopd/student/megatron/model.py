@@ -142,7 +142,6 @@ def transformer_config(
 
 
 def _block(config: TransformerConfig, grid: Grid, device: torch.device, layers: str) -> Any:
-    """Return Transformer Engine's layers, or Megatron's own with `Norm`."""
     on_gpu = device.type == "cuda"
     if layers == "transformer_engine" and not (on_gpu and _has_transformer_engine()):
         cause = "transformer-engine cannot be imported" if on_gpu else "there is no GPU"

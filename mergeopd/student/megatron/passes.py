@@ -114,7 +114,6 @@ class Passes:
 
 
 def _sequence_first(rows: Tensor, batch: int, width: int) -> Tensor:
-    """Convert positions in `[batch * width]` to positions in `[width * batch]`."""
     return rows % width * batch + rows // width
 
 

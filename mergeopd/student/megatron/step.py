@@ -92,7 +92,6 @@ class MegatronStudent:
 
     @property
     def statistics_dtype(self) -> torch.dtype:
-        """Precision of losses and per-token weights."""
         return torch.float32
 
     @property
@@ -129,13 +128,11 @@ class MegatronStudent:
             empty(self._skeleton)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the forward pass's current weights by the folder's names, unsharded on every rank."""
         shards = self.shards
         like = next(iter(shards.values()))
         return whole_tensors(shards.__getitem__, like, self._arch, self._grid, everywhere=True)
 
     def master_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the optimizer's current float32 weights by the folder's names, unsharded on every rank."""
         parameters = named(self._model)
         return whole_tensors(
             lambda name: self._main.read(parameters[name], "param"),
@@ -227,11 +224,9 @@ class MegatronStudent:
         return norm
 
     def export(self, folder: Path) -> None:
-        """Write a Hugging Face folder: safetensors, config, tokenizer, generation config. Collective."""
         export(self.shards, self._arch, self._grid, folder)
 
     def release(self) -> None:
-        """Free weights, gradients and optimizer state; nothing can be called afterwards."""
         self.__dict__.clear()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
@@ -254,7 +249,6 @@ class MegatronStudent:
                     yield f"adamw.step.{name}", torch.tensor(float(step))
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the main parameters in `state`; not collective."""
         return {f"master.{name}": shape for name, shape in tensor_shapes(self._arch).items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:

@@ -139,7 +139,6 @@ def _spans(part: Shard) -> dict[str, tuple[int, int]]:
 
 
 def _joined(part: Shard, blocks: Mapping[str, Tensor]) -> Tensor:
-    """Concatenate the shard's slices of the ranges `_spans`, and its padding."""
     spans = _spans(part)
     pieces = [
         blocks[p.tensor].narrow(part.dim, p.start - spans[p.tensor][0], p.stop - p.start) for p in part.slices
@@ -160,7 +159,6 @@ def _receive(owner: int, part: Shard, shapes: Mapping[str, tuple[int, ...]], lik
 def _join(
     parts: Sequence[Shard], tensors: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """Copy all shards of a parameter into its source tensors."""
     whole: dict[str, Tensor] = {}
     for part, tensor in zip(parts, tensors, strict=True):
         position = 0
@@ -175,7 +173,6 @@ def _join(
 
 
 def _files(arch: Architecture, element_bytes: int, max_bytes: int) -> dict[str, str]:
-    """Assign tensors to files, in model order."""
     shapes = tensor_shapes(arch)
     numbers, number, filled = {}, 1, 0
     for name, shape in shapes.items():
@@ -203,7 +200,6 @@ def _write_index(folder: Path, files: Mapping[str, str], arch: Architecture, ele
 
 
 def _write_config(facts: ModelFacts, folder: Path, dtype: torch.dtype) -> None:
-    """Write the source's config.json with the dtype of the weights."""
     config = json.loads((facts.folder / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
     config["dtype"] = next(name for name, value in DTYPES.items() if value == dtype)

@@ -84,7 +84,7 @@ def test_without_any_whole_checkpoint_the_run_begins_anew(
         cut(runs.folder(name) / "checkpoints" / step / "state.json")
     printed = ends_well(name)
     assert printed.count("warning: skipped") == 2
-    assert "no checkpoint is left that can be trusted: the run begins anew" in printed
+    assert "no intact checkpoint is left: the run starts from the beginning" in printed
 
 
 def rewrite(checkpoint: Path, change: Callable[[Path], object]) -> None:
