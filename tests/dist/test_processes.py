@@ -135,7 +135,7 @@ def test_killed_without_the_launcher() -> None:
     ended = meeting_by_address("killed", 3)
     assert [code for code, _, _ in ended] == [1, -9, 1]
     (text,) = [err for _, _, err in ended if err]
-    assert " of 3 lost the connection to another one, which ended or hangs" in text
+    assert " of 3 lost the connection to another process, which ended or does not respond" in text
 
 
 def test_a_process_alone_can_have_a_group() -> None:
