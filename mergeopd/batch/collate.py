@@ -37,11 +37,11 @@ def micro_batch(
     own: dict[str, Target] = {}
     bridged: list[BridgedTarget] = []
     for name, target in targets.items():
-        found = views[name].target(target, members, like)
-        if isinstance(found, BridgedTarget):
-            bridged.append(found)
-        elif found is not None:
-            own[name] = found
+        made = views[name].target(target, members, like)
+        if isinstance(made, BridgedTarget):
+            bridged.append(made)
+        elif made is not None:
+            own[name] = made
     teacher_rows = [np.concatenate([m.teacher_token_weights(name) for m in members]) for name in own]
     nll_row = _per_token(members, [0.0 if m.is_own else m.token_weight for m in members])
     return MicroBatch(

@@ -130,14 +130,14 @@ class Evaluation:
             )
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        found = scatter_gather(
+        grades = scatter_gather(
             self._ranks,
             submissions,
             # Report progress again, so that a request to stop is handled while verifiers are slow.
             lambda own: self._verifiers.verify(own, lambda _: on_progress(len(own))),
         )
-        failures = [grade.failure for grade in found if grade.failure is not None]
+        failures = [grade.failure for grade in grades if grade.failure is not None]
         if failures:
             note = failures_note(source.name, failures)
             self._stages.reporter.emit(Note(f"{note}; they count as incorrect"))
-        return [grade.reward or 0.0 for grade in found]
+        return [grade.reward or 0.0 for grade in grades]

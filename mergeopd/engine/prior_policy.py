@@ -66,7 +66,7 @@ class PriorPolicy:
             Stream(micro_batches(), len(packs)),
             lambda them: self._student.score(them, divergences, support(loss), loss.temperature),
         )
-        found: dict[int, OldLogProbs] = {}
+        old_logprobs: dict[int, OldLogProbs] = {}
         for part, (micro, stats) in zip(packs if placement.has_loss else (), scored, strict=True):
             if not placement.reports_stats:
                 continue
@@ -84,8 +84,8 @@ class PriorPolicy:
                 # Clone: a view would be sent and kept with the memory of the whole micro-batch.
                 by_teacher = {n: row.clone() for n, row in zip(micro.teachers, logprob_T, strict=True)}
                 own = {name: ratios[index].clone() for name, ratios in spans.items()}
-                found[index] = OldLogProbs(logprob_S.clone(), by_teacher, float(gap.sum()), own)
-        return {index: old for part in self._ranks.gather(found) for index, old in part.items()}
+                old_logprobs[index] = OldLogProbs(logprob_S.clone(), by_teacher, float(gap.sum()), own)
+        return {index: old for part in self._ranks.gather(old_logprobs) for index, old in part.items()}
 
 
 def _spans(
@@ -93,9 +93,9 @@ def _spans(
 ) -> dict[str, dict[int, Tensor]]:
     """Return the log-ratio of each token's group, by teacher with a policy term as bridge and by response."""
     lengths = [rollouts[i].num_trained for i in pack.rollouts]
-    found = {}
+    ratios = {}
     for name, logprob_T in targets.span_logprobs(pack).items():
         own = [targets.alignments[name][i] for i in pack.rollouts]
         ratio = group_logratio(logprob_S, logprob_T.cpu(), pack_groups(own, lengths, logprob_S.device))
-        found[name] = dict(zip(pack.rollouts, torch.split(ratio, lengths), strict=True))
-    return found
+        ratios[name] = dict(zip(pack.rollouts, torch.split(ratio, lengths), strict=True))
+    return ratios

@@ -118,8 +118,8 @@ class Rewards:
         def verify(own: Sequence[Rollout]) -> list[Grade]:
             return self._verifiers.verify([self._submission(rollout) for rollout in own], on_progress)
 
-        found = dict(zip(graded, scatter_gather(self._ranks, list(graded.values()), verify), strict=True))
-        grades = [found.get(index, Grade(None)) for index in range(len(rollouts))]
+        by_index = dict(zip(graded, scatter_gather(self._ranks, list(graded.values()), verify), strict=True))
+        grades = [by_index.get(index, Grade(None)) for index in range(len(rollouts))]
         self._note_failures(rollouts, grades)
         return grades
 
@@ -140,9 +140,9 @@ class Rewards:
         for rollout, grade in zip(rollouts, grades, strict=True):
             if grade.failure is not None and rollout.prompt.source not in self._noted_sources:
                 failures.setdefault(rollout.prompt.source, []).append(grade.failure)
-        for source, found in failures.items():
+        for source, reasons in failures.items():
             self._noted_sources.add(source)
-            note = failures_note(source, found)
+            note = failures_note(source, reasons)
             self._stages.reporter.emit(Note(f"{note}; such responses have no reward, and metrics count them"))
 
 
@@ -157,7 +157,7 @@ def response_text(response_ids: TokenIds, tokenizer: Tokenizer, stop: Sequence[s
     """
     ids = response_ids.tolist()
     whole = tokenizer.decode(ids, skip_special_tokens=False)
-    cuts = [found for text in stop if (found := whole.find(text)) >= 0]
+    cuts = [start for text in stop if (start := whole.find(text)) >= 0]
     if not cuts:
         return tokenizer.decode(ids)
     # A stop text mostly ends the response, so the last whole token before it is near the end.

@@ -57,17 +57,17 @@ def run_recipe(
             place = RankInfo.of()
             alone = place.world == 1
             ranks = SingleProcess() if alone else held.enter_context(open_communicator(place, grouped=True))
-            inputs = begin(recipe, overrides, allowed_changes, ranks, held, console)
+            inputs = claim(recipe, overrides, allowed_changes, ranks, held, console)
             if inputs is None:
                 return
             if alone:
                 ranks = held.enter_context(
                     open_communicator(place, grouped=inputs.plan.student.backend == "megatron")
                 )
-        go_on(inputs, clock, max_updates, ranks, console, listener)
+        train(inputs, clock, max_updates, ranks, console, listener)
 
 
-def begin(
+def claim(
     recipe: Path,
     overrides: Sequence[str],
     allowed_changes: Sequence[str],
@@ -117,7 +117,7 @@ def _same_inputs(recipe: Path, overrides: Sequence[str]) -> Inputs:
     return inputs
 
 
-def go_on(
+def train(
     inputs: Inputs,
     clock: Clock,
     max_updates: int | None,

@@ -109,13 +109,13 @@ class Scorer:
 
     def align(self, rollouts: Sequence[Rollout]) -> Alignments:
         """Align a round for teachers with other tokenizers, by teacher and rollout; not collective."""
-        found = {}
+        alignments = {}
         for name, view in self._views.items():
             own = {i: r for i, r in enumerate(rollouts) if name in r.prompt.teachers and r.num_trained}
             aligned = view.align(own)
             if aligned or view.bridge_kind is not None:
-                found[name] = aligned
-        return found
+                alignments[name] = aligned
+        return alignments
 
     def fill(self, targets: TeacherTargets, rollouts: Sequence[Rollout], work: RoundSchedule) -> None:
         """Put the targets of every trained token under each of its teachers into the cache. Collective.

@@ -56,29 +56,29 @@ class TeacherTargets:
             return {}
         specs = {name: self.spec_of(name) for name in pack.teachers}
         heads = self.heads.of([name for name, spec in specs.items() if spec.kind == "hidden"])
-        found: dict[str, Target] = {}
+        targets: dict[str, Target] = {}
         for name, spec in specs.items():
             rows = self._rows(name, pack)
             if rows is None:
                 continue
             match spec.kind:
                 case "hidden":
-                    found[name] = Hidden(rows, heads[name])
+                    targets[name] = Hidden(rows, heads[name])
                 case "top_k":
-                    found[name] = TopK.unpack(rows)
+                    targets[name] = TopK.unpack(rows)
                 case "sampled":
-                    found[name] = Sampled.unpack(rows)
-        return found
+                    targets[name] = Sampled.unpack(rows)
+        return targets
 
     def span_logprobs(self, pack: MicroBatchPlan) -> dict[str, Tensor]:
         """Return log-probabilities of their own tokens, for teachers whose bridge is a policy term."""
-        found = {}
+        logprobs = {}
         for name in pack.teachers:
             if self.spec is not None and name in self.alignments and self.spec_of(name).kind == "sampled":
                 rows = self._rows(name, pack)
                 if rows is not None:
-                    found[name] = Sampled.unpack(rows).logprob
-        return found
+                    logprobs[name] = Sampled.unpack(rows).logprob
+        return logprobs
 
     def _rows(self, teacher: str, pack: MicroBatchPlan) -> Tensor | None:
         """Return the kept rows of a pack for a teacher; None where the teacher scored none of it."""

@@ -75,13 +75,13 @@ class TeacherRolloutCache:
     def of(self, task: Task) -> list[Rollout]:
         """Return the prepared responses to a task, in the student's ids."""
         name, prompt = _author(task.prompt), task.prompt
-        found = []
+        rollouts = []
         for sample in range(self._plan.rollout.samples_per_prompt):
             completion = self._completions[name, prompt.key, sample]
             ids, finish = self._views[name].student_ids(completion, prompt)
             rollout = Rollout(prompt, sample, self._student.render(prompt), ids, "teacher", finish)
-            found.append(rollout)
-        return found
+            rollouts.append(rollout)
+        return rollouts
 
     def _provide(self, name: str, prompts: Mapping[tuple[str, int], Prompt]) -> None:
         """Load responses from disk, generate the missing ones, and save them."""

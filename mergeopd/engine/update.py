@@ -136,11 +136,11 @@ class Updater:
                 own = targets.of(pack) if has_loss else {}
                 yield micro_batch(pack, prepared, own, targets.views, like, with_policy=with_policy)
 
-        found = with_statistics(
+        measured = with_statistics(
             Stream(micro_batches(), len(packs)),
             lambda them: self._student.accumulate_gradients(them, objective),
         )
-        for micro, tokens in found:
+        for micro, tokens in measured:
             if self._student.placement.reports_stats:
                 stats.add(micro, prepared, tokens)
                 samples.take(micro, prepared, tokens)

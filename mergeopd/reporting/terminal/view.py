@@ -68,13 +68,13 @@ class RunView:
     _last_update_at: float = 0.0
     _recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
 
-    def apply(self, event: events.Event, now: float) -> None:
+    def add(self, event: events.Event, now: float) -> None:
         match event:
             case events.RunStarted():
                 self.run = event
                 self._last_update_at = now
             case events.UpdateDone():
-                self._apply_update(event, now)
+                self._add_update(event, now)
             case events.EvaluationDone():
                 self.evaluations.setdefault(event.domain, {})[event.model] = event.accuracy
             case events.CheckpointSaved():
@@ -82,7 +82,7 @@ class RunView:
             case events.RunFinished():
                 self.is_finished = True
 
-    def _apply_update(self, event: events.UpdateDone, now: float) -> None:
+    def _add_update(self, event: events.UpdateDone, now: float) -> None:
         self.last = UpdateRecord.of(event)
         phase = self.phase_of(event.update)
         if phase is not None and phase.index != self._phase_index:
