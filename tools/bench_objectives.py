@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +33,7 @@ from mergeopd.loss.policy import ClipRatio, Correction, Credit, Policy, PolicyRo
 from mergeopd.loss.support import Support
 from mergeopd.recipe.training import Optimizer
 from mergeopd.student.torch import TorchStudent
+from mergeopd.types import token_ids
 
 VOCAB, ANSWERS, PROMPT, RESPONSE, HIDDEN = 32768, 16, 64, 128, 256
 CLIP, MASK = ClipRatio(0.2, 0.28), Correction("mask", 0.5, 2.0)
@@ -70,13 +72,13 @@ def micro_batch() -> MicroBatch:
         keep_N=torch.ones(num),
         old_N=torch.full((num,), -10.0),
     )
-    ids = torch.randint(VOCAB, (ANSWERS, PROMPT + RESPONSE)).tolist()
+    ids = [token_ids(row.numpy()) for row in torch.randint(VOCAB, (ANSWERS, PROMPT + RESPONSE))]
     head = Head(torch.randn(VOCAB, HIDDEN) * 0.1)
     return MicroBatch(
         rollouts=tuple(range(ANSWERS)),
         teachers=("teacher",),
-        prompts=tuple(tuple(row[:PROMPT]) for row in ids),
-        responses=tuple(tuple(row[PROMPT:]) for row in ids),
+        prompts=tuple(row[:PROMPT] for row in ids),
+        responses=tuple(row[PROMPT:] for row in ids),
         targets=(Hidden(torch.randn(num, HIDDEN), head),),
         teacher_weight_KN=torch.full((1, num), 1.0 / num),
         nll_weight_N=torch.zeros(num),
@@ -87,7 +89,7 @@ def micro_batch() -> MicroBatch:
 def contestants(whole: MicroBatch) -> dict[str, tuple[DistillationObjective, MicroBatch]]:
     [hidden] = whole.targets
     assert isinstance(hidden, Hidden)
-    labels = torch.tensor([t for r in whole.responses for t in r])
+    labels = torch.tensor(np.concatenate(whole.labels), dtype=torch.long)
     written = replace(whole, targets=(observe(hidden.hidden, hidden.head, labels),))
     top = replace(whole, targets=(observe(hidden.hidden, hidden.head, labels, top_k=64),))
     reverse = {"reverse_kl": (ReverseKL(), 1.0)}

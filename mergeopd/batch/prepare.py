@@ -69,11 +69,12 @@ def _with_past(
     plain: PreparedRollout, before: OldLogProbs, phase: Phase, updates_done: int, views: TokenViews
 ) -> PreparedRollout:
     """The student's own answer with what only the look back knows."""
-    behaviour = before.logprob_S.new_tensor(plain.rollout.logprobs_behaviour or ())
+    known = plain.rollout.logprobs_behaviour
+    behaviour = before.logprob_S.new_tensor(() if known is None else known)
     sampled = phase.loss.sampled_reverse_kl
     advantage = None
     # Prompts whose teachers all have other tokens have no log-ratio of a single token.
-    if sampled is not None and sampled.needs_whole_answers and before.logprob_T:
+    if sampled is not None and sampled.needs_full_responses and before.logprob_T:
         coefficient = phase.loss.weight("sampled_reverse_kl", updates_done)
         names = tuple(before.logprob_T)
         advantage = coefficient * answers_advantage(

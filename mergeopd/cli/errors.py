@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import typer
 
-from mergeopd.distributed.rendezvous import ErrorToReport, RankInfo, claims_before_meeting
+from mergeopd.distributed.rendezvous import ErrorToReport, RankInfo, claims_before_rendezvous
 from mergeopd.errors import MergeopdError, PeerFailed, RecipeError, Stopped
 from mergeopd.reporting.failure import show_error
 
@@ -56,7 +56,7 @@ def one_process_reports(place: RankInfo) -> Iterator[None]:
         show_error(told.error)
     except Exception as error:  # noqa: BLE001 (is shown, and the process ends)
         code = exit_code(error)
-        if claims_before_meeting(place).claim():
+        if claims_before_rendezvous(place).claim():
             show_error(error)
     if code:
         # Threads of a process group that lost a process may never end.

@@ -10,7 +10,7 @@ from mergeopd.data.chat_template import ChatTemplate
 from mergeopd.data.teacher_prompt import SAME, TeacherPrompt
 from mergeopd.errors import DataError
 from mergeopd.models.tokenizer import Tokenizer
-from mergeopd.types import Message, Prompt
+from mergeopd.types import Message, Prompt, TokenIds, token_ids
 
 _ANSWER = "Yes, it is."
 
@@ -30,7 +30,7 @@ class Renderer:
     eos_ids: tuple[int, ...]
     max_positions: int
     script: TeacherPrompt = SAME
-    _rendered: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict, repr=False, compare=False)
+    _rendered: dict[str, TokenIds] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def end_id(self) -> int:
@@ -69,11 +69,11 @@ class Renderer:
         """The text up to where the answer begins. Raises DataError when a template refuses the prompt."""
         return self.template.render(self.script.messages(prompt), add_generation_prompt=True)
 
-    def render(self, prompt: Prompt) -> tuple[int, ...]:
+    def render(self, prompt: Prompt) -> TokenIds:
         """Token ids up to where the answer begins."""
         ids = self._rendered.get(prompt.key)
         if ids is None:
-            ids = self._rendered[prompt.key] = tuple(self.tokenizer.encode(self.text(prompt)))
+            ids = self._rendered[prompt.key] = token_ids(self.tokenizer.encode(self.text(prompt)))
         return ids
 
 
@@ -94,14 +94,18 @@ def turn_end(tokenizer: Tokenizer, template: ChatTemplate, eos_ids: Collection[i
 
 
 def masked_in_teacher_term(
-    trained_ids: Sequence[int], student: Renderer, teachers: Mapping[str, Renderer]
+    trained_ids: Sequence[int] | TokenIds, student: Renderer, teachers: Mapping[str, Renderer]
 ) -> dict[str, tuple[int, ...]]:
     """Positions in `trained_ids` of tokens that end the student's turns and not the teacher's, by teacher.
 
     A teacher finds an end token that it does not expect absurd, whatever it thinks of the response, so the
     position does not count in its term; it stays in the loss mask otherwise. Teachers without any are absent.
     """
-    ends = [(position, i) for position, i in enumerate(trained_ids) if i in student.eos_ids]
+    import numpy as np
+
+    ids = np.asarray(trained_ids)
+    positions = np.flatnonzero(np.isin(ids, student.eos_ids))
+    ends = list(zip(positions.tolist(), ids[positions].tolist(), strict=True))
     masked = {
         name: tuple(position for position, i in ends if i not in dialect.closing_ids)
         for name, dialect in teachers.items()

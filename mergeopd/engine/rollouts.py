@@ -15,7 +15,7 @@ from mergeopd.reporting.events import Note
 from mergeopd.reward.grading import Submission, Verifiers
 from mergeopd.reward.pool import Grade, failures_note
 from mergeopd.rollout.protocol import GenerationRequest, RolloutEngine
-from mergeopd.types import Rollout, Sampling
+from mergeopd.types import Rollout, Sampling, TokenIds, token_flags, token_ids
 
 
 class StudentRollouts:
@@ -72,10 +72,10 @@ def dataset_rollout(task: Task, student: Renderer) -> Rollout:
         prompt=task.prompt,
         sample=task.occurrence,
         prompt_ids=student.render(task.prompt),
-        response_ids=answer.ids,
+        response_ids=token_ids(answer.ids),
         origin="dataset",
         finish="eos",
-        trained=answer.trained,
+        trained=None if answer.trained is None else token_flags(answer.trained),
     )
 
 
@@ -150,18 +150,19 @@ def _nothing(num_own: int) -> None:
     pass
 
 
-def response_text(response_ids: Sequence[int], tokenizer: Tokenizer, stop: Sequence[str]) -> str:
+def response_text(response_ids: TokenIds, tokenizer: Tokenizer, stop: Sequence[str]) -> str:
     """Return a response's text, truncated at the first stop text, without special tokens.
 
     Stop texts may contain special tokens, so they are searched before those are removed.
     """
-    whole = tokenizer.decode(response_ids, skip_special_tokens=False)
+    ids = response_ids.tolist()
+    whole = tokenizer.decode(ids, skip_special_tokens=False)
     cuts = [found for text in stop if (found := whole.find(text)) >= 0]
     if not cuts:
-        return tokenizer.decode(response_ids)
-    # A stop text usually ends the response, so the last whole token before it is near the end.
-    num, before = len(response_ids), whole
+        return tokenizer.decode(ids)
+    # A stop text mostly ends the response, so the last whole token before it is near the end.
+    num, before = len(ids), whole
     while len(before) > min(cuts):
         num -= 1
-        before = tokenizer.decode(response_ids[:num], skip_special_tokens=False)
-    return tokenizer.decode(response_ids[:num]) + whole[len(before) : min(cuts)]
+        before = tokenizer.decode(ids[:num], skip_special_tokens=False)
+    return tokenizer.decode(ids[:num]) + whole[len(before) : min(cuts)]

@@ -126,21 +126,23 @@ class SampleTaker:
             phase=phase,
             domain=rollout.prompt.domain,
             key=rollout.prompt.key,
-            prompt=tokenizer.decode(rollout.prompt_ids, skip_special_tokens=False),
-            tokens=token_texts(rollout.response_ids, tokenizer),
+            prompt=tokenizer.decode(rollout.prompt_ids.tolist(), skip_special_tokens=False),
+            tokens=token_texts(rollout.response_ids.tolist(), tokenizer),
             logprob_S=self._logprob_S[index],
             divergence=self._objective.measures[0] if teachers else "",
             teachers=teachers,
             reward=reward,
             origin=rollout.origin,
             finish=rollout.finish,
-            trained=rollout.trained,
+            trained=None if rollout.trained is None else tuple(rollout.trained.tolist()),
         )
 
 
 def _places(rollout: Rollout) -> list[int]:
-    flags = rollout.trained or (True,) * len(rollout.response_ids)
-    return [place for place, own in enumerate(flags) if own]
+    if rollout.trained is None:
+        return list(range(len(rollout.response_ids)))
+    places: list[int] = rollout.trained.nonzero()[0].tolist()
+    return places
 
 
 def _at(places: Sequence[int], values: Sequence[float], length: int) -> tuple[float | None, ...]:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
+
 from mergeopd.data.renderer import Renderer
 from mergeopd.distributed.communicator import Communicator
 from mergeopd.engine.progress import Task
@@ -21,11 +23,13 @@ from mergeopd.storage.folders import write_atomic
 from mergeopd.storage.lock import waiting
 from mergeopd.teacher.protocol import Teacher
 from mergeopd.teacher.token_view import TokenView
-from mergeopd.types import Finish, Prompt, Rollout
+from mergeopd.types import Finish, Prompt, Rollout, token_ids
 
 FORMAT = 2
 # Fraction of new responses after which the file is saved: limits both the loss at a kill and the rewrites.
 _SAVED_SHARE = 0.05
+_MAX_ID = np.iinfo(np.int32).max
+_NO_LOGPROBS = np.zeros(0, np.float32)
 
 
 class TeacherRolloutCache:
@@ -147,13 +151,13 @@ class TeacherRolloutCache:
     def _is_possible(self, text: Completion, renderer: Renderer) -> bool:
         """Whether ids, length and end of a response agree with the vocabulary and with the sampling."""
         ids, how = text.response_ids, sampling(self._plan.rollout)
-        if not 0 < len(ids) <= how.max_new_tokens or max(ids) >= renderer.tokenizer.vocab_size:
+        if not 0 < len(ids) <= how.max_new_tokens or ids.max() >= renderer.tokenizer.vocab_size:
             return False
-        ended = [i in renderer.eos_ids for i in ids]
+        ended = np.isin(ids, renderer.eos_ids)
         if text.finish == "eos":
-            return ended[-1] and not any(ended[:-1])
+            return bool(ended[-1]) and not ended[:-1].any()
         reached = bool(how.stop) if text.finish == "stop" else len(ids) == how.max_new_tokens
-        return reached and not any(ended)
+        return reached and not ended.any()
 
     def _file(self, name: str) -> Path:
         """Return the file of a teacher's responses under the present configuration."""
@@ -178,7 +182,7 @@ def _author(prompt: Prompt) -> str:
 
 
 def _line_key(request: GenerationRequest) -> str:
-    content = json.dumps([request.key, request.sample, request.prompt_ids])
+    content = json.dumps([request.key, request.sample, request.prompt_ids.tolist()])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
@@ -199,7 +203,7 @@ def _write(path: Path, texts: Mapping[str, Completion]) -> None:
 
 
 def _line(key: str, text: Completion) -> str:
-    content = {"key": key, "ids": text.response_ids, "finish": text.finish}
+    content = {"key": key, "ids": text.response_ids.tolist(), "finish": text.finish}
     return json.dumps({**content, "sha256": _digest(content)})
 
 
@@ -218,6 +222,6 @@ def _text(line: str) -> tuple[str, Completion] | None:
         return None
     if not whole or finish not in get_args(Finish) or not isinstance(ids, list):
         return None
-    if not all(type(i) is int and i >= 0 for i in ids):
+    if not all(type(i) is int and 0 <= i <= _MAX_ID for i in ids):
         return None
-    return str(key), Completion(tuple(ids), (), finish)
+    return str(key), Completion(token_ids(ids), _NO_LOGPROBS, finish)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from mergeopd.errors import ModelError
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts, head_tensor
 from mergeopd.models.layout import differences, is_ignored
+from mergeopd.types import Flags, TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,10 +119,10 @@ def empty(model: nn.Module) -> None:
 
 def response_hidden(
     body: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
+    prompts: Sequence[TokenIds],
+    responses: Sequence[TokenIds],
     device: torch.device,
-    trained: Sequence[Sequence[bool] | None] | None = None,
+    trained: Sequence[Flags | None] | None = None,
 ) -> Tensor:
     """Compute the hidden states that predict trained response tokens, `[tokens, d]`, responses in order.
 
@@ -136,9 +138,9 @@ def response_hidden(
 
 
 def padded(
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    trained: Sequence[Sequence[bool] | None] | None = None,
+    prompts: Sequence[TokenIds],
+    responses: Sequence[TokenIds],
+    trained: Sequence[Flags | None] | None = None,
     *,
     multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
@@ -149,15 +151,15 @@ def padded(
     """
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
     width = -(-max(lengths) // multiple) * multiple
-    ids = torch.zeros(len(lengths), width, dtype=torch.long)
-    rows: list[Tensor] = []
+    ids = np.zeros((len(lengths), width), np.int64)
+    rows = []
     flags = [None] * len(lengths) if trained is None else trained
     for i, (prompt, response, own) in enumerate(zip(prompts, responses, flags, strict=True)):
-        ids[i, : lengths[i]] = torch.tensor([*prompt, *response], dtype=torch.long)
-        first = i * width + len(prompt) - 1
-        positions = torch.arange(first, first + len(response))
-        rows.append(positions if own is None else positions[torch.tensor(own, dtype=torch.bool)])
-    return ids, torch.cat(rows)
+        ids[i, : len(prompt)] = prompt
+        ids[i, len(prompt) : lengths[i]] = response
+        places = np.arange(len(response)) if own is None else np.flatnonzero(own)
+        rows.append(i * width + len(prompt) - 1 + places)
+    return torch.from_numpy(ids), torch.from_numpy(np.concatenate(rows))
 
 
 def pick_device() -> torch.device:

@@ -7,7 +7,6 @@ decoder-only models, whose checkpoint tensors have the module's own names.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from mergeopd.errors import ModelError
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.json_file import read_object
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -100,7 +100,7 @@ class ModelFacts:
         Raises ModelError when there is no config, it is damaged or quantised, or its architecture unknown.
         """
         path = folder / "config.json"
-        config = _read_object(path)
+        config = read_object(path, ModelError)
         if config is None:
             there = "the folder has no config.json" if folder.is_dir() else "there is no such folder"
             raise ModelError(f"{folder}: {there}; name a Hugging Face model folder")
@@ -129,7 +129,7 @@ class ModelFacts:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json of a model folder. Raises ModelError when there is none."""
-    config = _read_object(folder / "config.json")
+    config = read_object(folder / "config.json", ModelError)
     if config is None:
         raise ModelError(f"{folder}: the folder has no config.json; name a Hugging Face model folder")
     return config
@@ -163,20 +163,6 @@ def head_tensor(facts: ModelFacts, checkpoint: Checkpoint) -> str:
             "config.json and the weights are not of one checkpoint"
         )
     return name
-
-
-def _read_object(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not JSON: {error}; fetch the file again") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: must hold a JSON object, not {type(value).__name__}")
-    return value
 
 
 def _unknown(path: Path, model_type: Any, config: dict[str, Any]) -> str:
@@ -234,7 +220,7 @@ def _softcap(path: Path, config: dict[str, Any], architecture: _Architecture) ->
 def _eos_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
     """Return ids of generation_config.json first, as in transformers' generate, without duplicates."""
     path, value = folder / "generation_config.json", None
-    generation = _read_object(path)
+    generation = read_object(path, ModelError)
     if generation is not None:
         value = generation.get("eos_token_id")
     if value is None:

@@ -16,6 +16,7 @@ from typing import Any
 import tokenizers
 
 from mergeopd.errors import TokenizerError
+from mergeopd.models.json_file import read_object
 from mergeopd.models.tokenizer_difference import MAX_ADDED, first_difference, first_ids, num_shared
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -45,7 +46,7 @@ class Tokenizer:
         configuration names a token that tokenizer.json does not have.
         """
         backend = _load_backend(folder)
-        config = _read_object(folder / "tokenizer_config.json")
+        config = read_object(folder / "tokenizer_config.json", TokenizerError) or {}
         special_tokens = _special_tokens(folder, config)
         _add_declared_tokens(folder, backend, config, special_tokens)
         if "eos_token" not in special_tokens:
@@ -149,21 +150,6 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """Read the JSON object in `path`; empty when there is no such file, since both configs are optional."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: not JSON: {error}; fetch the file again") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path}: must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
 def _token_text(value: Any) -> str | None:
     """Return the text of a token, which is a string or an object with `content`."""
     if isinstance(value, dict):
@@ -178,7 +164,7 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     own = config.get("model_specific_special_tokens")
     declared.update(own if isinstance(own, dict) else {})
     if "added_tokens_decoder" not in config:
-        legacy = _read_object(folder / "special_tokens_map.json")
+        legacy = read_object(folder / "special_tokens_map.json", TokenizerError) or {}
         declared.update({name: value for name, value in legacy.items() if name in SPECIAL_NAMES})
     texts = {name: _token_text(value) for name, value in declared.items()}
     return {name: text for name, text in texts.items() if text is not None}

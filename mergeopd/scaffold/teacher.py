@@ -137,7 +137,7 @@ def take_canary(probed: ProbedModel, prompt: str) -> Canary:
     from mergeopd.teacher.canary import logprobs, refuse_uniform, sample_ids
     from mergeopd.teacher.local import TeacherSource, TeacherStore
     from mergeopd.teacher.protocol import TeacherSequence
-    from mergeopd.types import Sampling
+    from mergeopd.types import Sampling, token_ids
 
     plan, dialect, device = probed.plan, probed.dialect, pick_device()
     vocab = dialect.vocab_size
@@ -159,7 +159,7 @@ def take_canary(probed: ProbedModel, prompt: str) -> Canary:
         try:
             [response] = generate(
                 generator,
-                [GenerationRequest("canary", 0, prompt_ids)],
+                [GenerationRequest("canary", 0, token_ids(prompt_ids))],
                 sampling,
                 seed=0,
                 batch_size=1,
@@ -169,13 +169,14 @@ def take_canary(probed: ProbedModel, prompt: str) -> Canary:
             raise TeacherError(
                 f"{shown(Path(plan.model))}: gives probabilities that are NaN; the weights are damaged"
             ) from error
-        written = tuple(i for i in response.response_ids if i not in dialect.eos_ids)
+        written = tuple(i for i in response.response_ids.tolist() if i not in dialect.eos_ids)
         text = _whole_characters(dialect.tokenizer.decode(written))
         while len(ids := sample_ids(dialect, prompt, text)[1]) > room:
             text = text[:-1]
         if not ids:
             raise _bad_prompt("the teacher responds with no token", "choose another prompt")
-        [(_, hidden)] = teacher.hidden([TeacherSequence(prompt_ids, ids)], len(prompt_ids) + len(ids))
+        sequence = TeacherSequence(token_ids(prompt_ids), token_ids(ids))
+        [(_, hidden)] = teacher.hidden([sequence], sequence.num_tokens)
         values = logprobs(hidden, head, ids)
     if ids == written:
         # The negative log-probability of the likeliest token is at most the entropy: no false alarm.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -48,7 +49,7 @@ def micro_loss(
 
     Raises NumericsError, with the names of the teachers, for distributions that are not finite.
     """
-    labels = torch.tensor([t for r in micro.labels for t in r], dtype=torch.long, device=hidden_ND.device)
+    labels = torch.tensor(np.concatenate(micro.labels), dtype=torch.long, device=hidden_ND.device)
     try:
         loss, stats = fused_loss(
             hidden_ND,

@@ -33,11 +33,6 @@ class Placement:
     has_loss: bool
     reports_stats: bool
 
-    @property
-    def num_replicas(self) -> int:
-        """Number of data-parallel copies."""
-        return len(self.replica_ranks)
-
 
 UNSHARDED = Placement(dp_rank=0, replica_ranks=((0,),), loss_ranks=((0,),), has_loss=True, reports_stats=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -16,7 +17,7 @@ from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.heads import Head, Projection
 from mergeopd.recipe.plan import TeacherPlan
 from mergeopd.teacher.protocol import TeacherSequence
-from mergeopd.types import Message
+from mergeopd.types import Message, token_ids
 
 # Log-probabilities differ by a few hundredths of a nat between bfloat16 and float32, and by whole nats for a
 # model with a re-initialised layer.
@@ -40,8 +41,9 @@ class Canary:
         """Build the canary of a teacher's card, in the teacher's ids; None without a card's sample."""
         if teacher.canary is None:
             return None
-        ids = sample_ids(dialect, teacher.canary.prompt, teacher.canary.response)
-        return cls(teacher.name, TeacherSequence(*ids), teacher.canary.logprobs, dialect.vocab_size)
+        prompt, response = sample_ids(dialect, teacher.canary.prompt, teacher.canary.response)
+        sequence = TeacherSequence(token_ids(prompt), token_ids(response))
+        return cls(teacher.name, sequence, teacher.canary.logprobs, dialect.vocab_size)
 
     def verify(self, hidden_ND: Tensor, head: Head) -> None:
         """Compare a loaded teacher's log-probabilities of the sample with the card's.
@@ -51,9 +53,8 @@ class Canary:
 
         Raises TeacherError when they differ by more than rounding.
         """
-        measured = logprobs(
-            hidden_ND, replace(head, num_valid=self.vocab_size), tuple(self.sequence.response_ids)
-        )
+        head = replace(head, num_valid=self.vocab_size)
+        measured = logprobs(hidden_ND, head, self.sequence.response_ids.tolist())
         if len(measured) != len(self.logprobs):
             raise TeacherError(
                 f"teacher {self.teacher!r} cuts its card's sample into {len(measured)} tokens, the "
@@ -93,7 +94,7 @@ def sample_ids(dialect: Renderer, prompt: str, response: str) -> tuple[tuple[int
     return tuple(dialect.tokenizer.encode(text)), tuple(dialect.tokenizer.encode(response))
 
 
-def logprobs(hidden_ND: Tensor, head: Head, response_ids: tuple[int, ...]) -> list[float]:
+def logprobs(hidden_ND: Tensor, head: Head, response_ids: Sequence[int]) -> list[float]:
     """Return log p of each response token, in nats, over the true vocabulary."""
     dtype = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
     projection = Projection("canary", head, hidden_ND, 1.0, dtype, Workspace())

@@ -15,7 +15,7 @@ from mergeopd.data.renderer import Renderer
 from mergeopd.errors import StorageError
 from mergeopd.recipe.bridges import Bridge, ProjectionBridge
 from mergeopd.storage.folders import atomic_folder, verify
-from mergeopd.types import Message, Rollout
+from mergeopd.types import Message, Rollout, TokenIds
 
 # Default chunk rows of `bridge_loss`; longer groups are treated as failed alignments.
 _LONGEST_GROUP = 256
@@ -70,7 +70,7 @@ class CrossTokenizer:
         by_identity = self.bridge.kind in ("pieces", "gold", "projection")
         return [_usable(one, budget, by_identity) for one, budget in zip(alignments, budgets, strict=True)]
 
-    def in_student_ids(self, generated: Sequence[int], *, ended: bool) -> tuple[tuple[int, ...], bool]:
+    def in_student_ids(self, generated: TokenIds, *, ended: bool) -> tuple[tuple[int, ...], bool]:
         """Encode the teacher's generated ids in the student's; also return whether they are complete.
 
         `ended`: the last token is the teacher's end token, which the student's replaces. Text that looks like

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -228,12 +229,12 @@ def _reduced(
     waiting: list[tuple[int, Tensor]] = []
 
     def flush() -> Iterator[tuple[int, Tensor]]:
-        labels = [t for index, _ in waiting for t in sequences[index].trained_ids]
+        labels = np.concatenate([sequences[index].trained_ids for index, _ in waiting])
         hidden = torch.cat([rows for _, rows in waiting])
         seen = observe(
             hidden,
             head,
-            torch.tensor(labels, device=hidden.device),
+            torch.tensor(labels, dtype=torch.long, device=hidden.device),
             temperature=spec.temperature,
             top_k=spec.k,
             workspace=workspace,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from mergeopd.recipe.loss_terms import Loss
 from mergeopd.recipe.plan import TeacherPlan
+from mergeopd.types import ArrayRecord, Flags, TokenIds, token_flags, token_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,16 +34,22 @@ class TargetSpec:
     k: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TeacherSequence:
+@dataclass(frozen=True, slots=True, eq=False)
+class TeacherSequence(ArrayRecord):
     """One response as a teacher reads it: its own rendering of the prompt, its own token ids.
 
     `trained` has a flag per response token; None: all of them are scored.
     """
 
-    prompt_ids: Sequence[int]
-    response_ids: Sequence[int]
-    trained: Sequence[bool] | None = None
+    prompt_ids: TokenIds
+    response_ids: TokenIds
+    trained: Flags | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_ids", token_ids(self.prompt_ids))
+        object.__setattr__(self, "response_ids", token_ids(self.response_ids))
+        if self.trained is not None:
+            object.__setattr__(self, "trained", token_flags(self.trained))
 
     @property
     def num_tokens(self) -> int:
@@ -51,14 +58,12 @@ class TeacherSequence:
     @property
     def num_trained(self) -> int:
         """Response tokens that are scored."""
-        return len(self.response_ids) if self.trained is None else sum(self.trained)
+        return len(self.response_ids) if self.trained is None else int(self.trained.sum())
 
     @property
-    def trained_ids(self) -> Sequence[int]:
+    def trained_ids(self) -> TokenIds:
         """The response tokens that are scored."""
-        if self.trained is None:
-            return self.response_ids
-        return [i for i, own in zip(self.response_ids, self.trained, strict=True) if own]
+        return self.response_ids if self.trained is None else self.response_ids[self.trained]
 
 
 @dataclass(frozen=True, slots=True)

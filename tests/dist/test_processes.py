@@ -60,6 +60,10 @@ def test_a_run_without_faults() -> None:
     assert launched("fine") == (0, "all here\n", "")
 
 
+def test_arrays_are_the_same_on_every_process() -> None:
+    assert launched("arrays", 3) == (0, "all the same\n", "")
+
+
 @pytest.mark.parametrize("scene", ["bug", "bug_before"])
 def test_a_bug_has_one_traceback(scene: str) -> None:
     code, out, err = launched(scene)
@@ -131,7 +135,7 @@ def test_killed_without_the_launcher() -> None:
     ended = meeting_by_address("killed", 3)
     assert [code for code, _, _ in ended] == [1, -9, 1]
     (text,) = [err for _, _, err in ended if err]
-    assert " of 3 lost another one, which ended or does not answer" in text
+    assert " of 3 lost the connection to another process, which ended or does not respond" in text
 
 
 def test_a_process_alone_can_have_a_group() -> None:

@@ -290,14 +290,14 @@ def test_a_changed_plan_is_refused_with_what_differs(command: Command, ran: Path
     code, out, err = command("run", ran, "--set", "optimizer.lr=0.02", "--set", "prompts.0.share=2")
     assert (code, out) == (1, "")
     assert err == (
-        "error: run belongs to a run that began with other settings or files:\n"
+        "error: run belongs to a run that started with other settings or files:\n"
         "    sources[0].share: 1.0 -> 2.0\n"
         "    optimizer.lr: 0.01 -> 0.02\n"
-        "undo the changes to resume it, declare them with --allow-change KEY, or begin a new run with --set output=...\n"
+        "undo the changes to resume it, declare them with --allow-change KEY, or start a new run with --set output=...\n"
     )
     code, out, _ = command("check", ran, "--set", "optimizer.lr=0.02")
     assert code == 0
-    assert "note: run belongs to a run that began with other settings" in out
+    assert "note: run belongs to a run that started with other settings" in out
 
 
 def test_lists_and_sections_that_come_or_go(command: Command, ran: Path) -> None:

@@ -23,9 +23,10 @@ from mergeopd.loss.heads import Head
 from mergeopd.models.causal import padded
 from mergeopd.student.loss import Measured, MicroStats, micro_loss
 from mergeopd.student.megatron.grid import Grid
+from mergeopd.types import token_ids
 
 # Run by a copy without responses: one token without loss.
-_EMPTY = MicroBatch((), (), ((0,),), ((),), (), torch.zeros(0, 0), torch.zeros(0))
+_EMPTY = MicroBatch((), (), (token_ids((0,)),), (token_ids(()),), (), torch.zeros(0, 0), torch.zeros(0))
 
 
 class Passes:

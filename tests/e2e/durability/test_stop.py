@@ -79,7 +79,10 @@ def test_a_request_from_outside_while_another_is_refused(runs: Any, ends_well: C
         before = sorted(path.name for path in runs.folder("held").rglob("*"))
         code, printed = runs("held")
         assert code == 1
-        assert f"another process (id {process.pid}) works on this run; wait for it, stop it, or" in printed
+        assert (
+            f"another process (id {process.pid}) is using this run folder; wait for it, stop it, or"
+            in printed
+        )
         assert sorted(path.name for path in runs.folder("held").rglob("*")) == before
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGCONT)

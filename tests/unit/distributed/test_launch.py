@@ -15,7 +15,7 @@ DEADLINE_S = 60
 LAUNCHER = """
 import sys
 from mergeopd.distributed import launch
-launch._GRACE_S = launch._AT_ONCE_S = 1
+launch._GRACE_S = launch._INTERRUPT_GRACE_S = 1
 sys.exit(launch.launch([sys.executable, "-c", sys.argv[2]], int(sys.argv[1])))
 """
 JOINED = """
