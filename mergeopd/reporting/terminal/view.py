@@ -68,7 +68,7 @@ class RunView:
     _last_update_at: float = 0.0
     _recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
 
-    def apply(self, event: events.Event, now: float) -> None:
+    def add(self, event: events.Event, now: float) -> None:
         match event:
             case events.RunStarted():
                 self.run = event
