@@ -37,7 +37,7 @@ EVALUATED = {
 }
 
 NO_CANARY = (
-    "teachers one and two have no canary, so a wrong or damaged model may teach; "
+    "teachers one and two have no canary, so a wrong or damaged model is not detected; "
     "`mergeopd new teacher` writes one"
 )
 

@@ -332,7 +332,7 @@ def test_an_expert_is_not_shown_more_of_a_row_than_the_student(
     held = recipe.parent / "held.jsonl"
     held.write_text("\n".join(json.dumps({"prompt": p, "answer": "c"}) for p in ("a c", "d")))
     inputs = preflight(recipe)
-    measured = "expert 'self' is measured with the prompt that the student sees: its own shows "
+    measured = "expert 'self' is evaluated with the student's prompt, because its own shows "
     assert any(note.startswith(measured) for note in inputs.notes) == ("b" not in prompt)
     notes = _Notes()
     asked: list[tuple[int, ...]] = []
