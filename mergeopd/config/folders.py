@@ -39,6 +39,24 @@ def absolute(written: str, base: Path) -> Path:
     return Path(os.path.abspath(base / os.path.expanduser(written)))
 
 
+def is_hub_id(written: str, base: Path) -> bool:
+    """Whether a text that names no existing path can be a hub id: NAME/NAME, with no local folder NAME."""
+    return _HUB_ID.fullmatch(written) is not None and not os.path.isdir(absolute(written, base).parent)
+
+
+def unwritable(path: Path) -> Path | None:
+    """Return the file or folder that prevents the folder `path` from being created or filled, or None.
+
+    A folder that has contents is not judged: a finished run may be evaluated where it can only be read.
+    """
+    nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    if not os.path.isdir(nearest):
+        return nearest
+    if nearest == path and os.access(path, os.R_OK) and os.listdir(path):
+        return None
+    return None if os.access(nearest, os.W_OK | os.X_OK) else nearest
+
+
 def existing_file(written: str, base: Path, what: str, suffixes: tuple[str, ...] = ()) -> Path | Missing:
     """Find the file named by `written`. `what` is its name in messages (`prompt file`)."""
     path = absolute(written, base)
@@ -59,6 +77,13 @@ def existing_model(written: str, revision: str | None, base: Path, what: str = "
     if os.path.isdir(path):
         if revision is not None:
             return Missing(f"'{written}' is a folder, and folders have no revision", "remove `revision`")
+        is_adapter = (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
+        if is_adapter and what == "model":
+            message = f"'{written}' is an adapter (adapter_config.json), not a whole model"
+            remedy = (
+                "merge it into its base model (peft: merge_and_unload, save_pretrained), and name that folder"
+            )
+            return Missing(message, remedy)
         return path
     if os.path.exists(path):
         return Missing(f"'{written}' is a file", f"name the {what}'s folder")
@@ -67,19 +92,27 @@ def existing_model(written: str, revision: str | None, base: Path, what: str = "
         snapshot = _cached_snapshot(written, revision)
         if snapshot is not None:
             return snapshot
-        version = f" at revision '{revision}'" if revision else ""
-        download = f"hf download {written}" + (f" --revision {revision}" if revision else "")
-        remedy = f"did you mean '{near}'?" if near else f"download it (`{download}`), or name a folder"
-        return Missing(
-            f"'{written}' is neither a folder nor{version} in the local cache of the Hugging Face hub", remedy
-        )
+    if is_hub_id(written, base) and not near:
+        cache = "in the local cache of the Hugging Face hub"
+        if revision:
+            message = f"'{written}' is neither a folder nor at revision '{revision}' {cache}"
+            download = f"hf download {written} --revision {revision}"
+            return Missing(message, f"download it (`{download}`), or name a folder")
+        message = f"'{written}' is neither a folder ({_looked_for(written, path)}) nor {cache}"
+        remedy = f"create the folder, or, if this is a hub id, download the model: `hf download {written}`"
+        return Missing(message, remedy)
     return Missing(f"unknown {what} folder '{written}'", _where_instead(near, written, path))
 
 
 def _where_instead(near: str, written: str, path: Path) -> str:
-    if near:
-        return f"did you mean '{near}'?"
-    return "nothing of that name exists" if shown(path) == written else f"looked for {shown(path)}"
+    return f"did you mean '{near}'?" if near else _looked_for(written, path)
+
+
+def _looked_for(written: str, path: Path) -> str:
+    """Say where a path was looked for, as far as `written` leaves it open."""
+    if shown(path) != written:
+        return f"looked for {shown(path)}"
+    return "nothing of that name exists" if os.path.isabs(written) else "looked for it in the current folder"
 
 
 def _cached_snapshot(repo: str, revision: str | None) -> Path | None:

@@ -38,6 +38,10 @@ Shorthands = Mapping[tuple[str, ...], Callable[[Any], Any]]
 YAML_SUFFIXES = (".yaml", ".yml")
 MAX_BYTES = 1 << 20  # parsing takes seconds per mebibyte
 MAX_FILES = 100
+_SCAFFOLDS = {  # by `marker`
+    "recipes": "start from the one that `mergeopd new recipe NAME` writes",
+    "teachers": "start from the one that `mergeopd new teacher NAME --model DIR` writes",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +140,9 @@ def _read(path: Path, env: Mapping[str, str], marker: str, prefix: Keys = ()) ->
     where = SourceLocation(Location(shown(path)), project_folder(path, marker))
     root, problems = parse(text, where, env, prefix=prefix)
     if root is None:
-        return (
-            Loaded(None, problems, complete=False) if problems else _failed(path, prefix, "the file is empty")
-        )
+        if problems:
+            return Loaded(None, problems, complete=False)
+        return _failed(path, prefix, "the file is empty", _SCAFFOLDS[marker])
     if not isinstance(root, Table):
         at = root.place.location
         kind = "a list" if isinstance(root, Items) else f"the value {root.value!r}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import PurePath
 from types import MappingProxyType
 from typing import Any
 
@@ -41,6 +42,7 @@ def problems_of(
     complete: bool = True,
     also_allowed: tuple[str, ...] = (),
     renamed: Mapping[str, str] = MappingProxyType({}),
+    hints: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Problem, ...]:
     """Validate `data` as a `model` and return one problem per mistake.
 
@@ -49,11 +51,14 @@ def problems_of(
         complete: False if parts of the document could not be read; missing keys are then not reported.
         also_allowed: top-level keys that are not fields of the model (`extends`).
         renamed: new names of keys from earlier versions.
+        hints: remedies for unknown keys and choices, by `word` or, in one section only, by `section.word`.
     """
     try:
         model.model_validate(data)
     except ValidationError as error:
-        findings = [_finding(e, model, data, also_allowed, renamed) for e in error.errors(include_url=False)]
+        findings = [
+            _finding(e, model, data, also_allowed, renamed, hints) for e in error.errors(include_url=False)
+        ]
     else:
         return ()
     kept = _without_echoes([f for f in findings if f is not None])
@@ -134,6 +139,7 @@ def _finding(
     data: Any,
     also_allowed: tuple[str, ...],
     renamed: Mapping[str, str],
+    hints: Mapping[str, str],
 ) -> _Finding | None:
     """Convert one of pydantic's errors; None if it only repeats another."""
     root, kind, loc = model_schema(model), error["type"], error["loc"]
@@ -148,7 +154,7 @@ def _finding(
         message = f"'{spot.path[-1]}' is not a valid name"
         return _Finding(spot.path, message, "use letters, digits, _ . -", on_key=True)
     if kind == "extra_forbidden":
-        return _unknown_key(spot, root, also_allowed if len(spot.path) == 1 else (), renamed)
+        return _unknown_key(spot, root, also_allowed if len(spot.path) == 1 else (), renamed, hints)
     if kind == "missing" and isinstance(spot.parent_value, dict):
         return _missing_key(spot.path, purpose(spot.schema, root))
     if kind == "missing":  # too few entries in a list of fixed length
@@ -167,7 +173,12 @@ def _finding(
         return None  # pydantic counts valid entries only; the invalid ones have separate errors
     if kind == "too_short":
         return _Finding(spot.path, f"expected at least one entry, found {value_text(spot.value)}")
-    return _unexpected(spot.path, spot.schema, spot.value, root)
+    found = _unexpected(spot.path, spot.schema, spot.value, root)
+    return found if found.remedy else replace(found, remedy=_hint(spot.path, spot.value, hints))
+
+
+def _hint(path: Keys, word: Any, hints: Mapping[str, str]) -> str:
+    return (hints.get(f"{path[0]}.{word}") or hints.get(str(word), "")) if path else ""
 
 
 def _missing_key(path: Keys, what_for: str) -> _Finding:
@@ -188,16 +199,24 @@ def _missing_tag(spot: _Spot, root: Schema) -> _Finding:
 
 
 def _unknown_key(
-    spot: _Spot, root: Schema, also_allowed: tuple[str, ...], renamed: Mapping[str, str]
+    spot: _Spot,
+    root: Schema,
+    also_allowed: tuple[str, ...],
+    renamed: Mapping[str, str],
+    hints: Mapping[str, str],
 ) -> _Finding:
     name = str(spot.path[-1])
+    message = f"unknown key '{name}'"
     allowed = (*also_allowed, *allowed_keys(spot.parent, root))
+    if hint := _hint(spot.path, name, hints):
+        meant = next((key for key in allowed if f"`{key}`" in hint), None)
+        return _Finding(spot.path, message, hint, on_key=True, meant=meant)
     meant = renamed.get(name)
     if meant not in allowed:
         absent = [key for key in allowed if key not in spot.parent_value]
         meant = closest(name, absent) or closest(name, allowed)
     remedy = f"did you mean '{meant}'?" if meant else f"allowed here: {', '.join(allowed)}"
-    return _Finding(spot.path, f"unknown key '{name}'", remedy, on_key=True, meant=meant)
+    return _Finding(spot.path, message, remedy, on_key=True, meant=meant)
 
 
 def _unexpected(path: Keys, schema: Schema, value: Any, root: Schema) -> _Finding:
@@ -208,6 +227,10 @@ def _unexpected(path: Keys, schema: Schema, value: Any, root: Schema) -> _Findin
     elif isinstance(value, str):
         unquoted = _NUMBER.fullmatch(value) and wanted & {"integer", "number"}
         remedy = "write it without quotes" if unquoted else did_you_mean(value, literals(schema, root))
+    elif isinstance(value, list) and any("patternProperties" in o for o in options(schema, root)):
+        first = next((entry for entry in value if isinstance(entry, str)), "")
+        named = f"{PurePath(first).stem}: {first}" if first else "NAME: ..."
+        remedy = f"name each entry: `{named}` instead of `- {first or '...'}`"
     elif wanted == {"string"} and not literals(schema, root) and isinstance(value, bool | int | float):
         remedy = "put it in quotes"
     return _Finding(path, f"expected {expected(schema, root)}, found {value_text(value)}", remedy)

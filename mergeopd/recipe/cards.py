@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergeopd.config.folders import Missing, absolute, existing_file, existing_model, project_folder
+from mergeopd.config.folders import (
+    Missing,
+    absolute,
+    existing_file,
+    existing_model,
+    is_hub_id,
+    project_folder,
+)
 from mergeopd.config.load import YAML_SUFFIXES, load_card
 from mergeopd.config.locate import Origins
 from mergeopd.config.suggest import closest
 from mergeopd.config.tree import Keys, Node, find, plain
 from mergeopd.config.validate import problems_of
 from mergeopd.errors import Problem
+from mergeopd.messages import shown
 from mergeopd.recipe.models import TeacherCard, TeacherRef
 from mergeopd.recipe.plan import TeacherPlan
 
@@ -49,13 +58,29 @@ def read_cards(
         base = find(recipe, where).base
         path = existing_file(ref.card, base, "card", YAML_SUFFIXES)
         if isinstance(path, Missing):
-            cards[name] = _named_without_folder(ref.card, base) or path
+            cards[name] = (
+                _model_instead(name, ref.card, base) or _named_without_folder(ref.card, base) or path
+            )
         elif path in by_path:
             cards[name] = CardFile(path, by_path[path].root, (), first=False)
         else:
             loaded = load_card(path, env, where)
             cards[name] = by_path[path] = CardFile(path, loaded.root, loaded.problems, first=True)
     return cards
+
+
+def _model_instead(name: str, written: str, base: Path) -> Missing | None:
+    """A model that was named in place of its card: a folder, or a hub id."""
+    path = absolute(written, base)
+    is_folder = (path / "config.json").is_file()
+    if not is_folder and (path.suffix in YAML_SUFFIXES or not is_hub_id(written, base)):
+        return None
+    model = shown(path) if is_folder else written
+    command = shlex.join(["mergeopd", "new", "teacher", name, "--model", model])
+    remedy = f"write its card with `{command}`, and name that: `{name}: teachers/{name}.yaml`"
+    if is_folder:
+        return Missing(f"'{written}' is a model folder, not a teacher card", remedy)
+    return Missing(f"unknown card '{written}'", f"if this is a hub id, {remedy}")
 
 
 def _named_without_folder(written: str, base: Path) -> Missing | None:

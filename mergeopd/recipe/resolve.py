@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from mergeopd.config.folders import Missing, absolute, existing_file, existing_model
+from mergeopd.config.folders import Missing, absolute, existing_file, existing_model, unwritable
 from mergeopd.config.load import load
 from mergeopd.config.locate import Origins
 from mergeopd.config.tree import Keys, plain
@@ -18,9 +18,11 @@ from mergeopd.config.validate import problems_of
 from mergeopd.config.values import FunctionPath
 from mergeopd.distributed.launch import available_cores
 from mergeopd.errors import Problem
+from mergeopd.messages import shown
 from mergeopd.recipe import checks
 from mergeopd.recipe.bridge_checks import bridge_problems
 from mergeopd.recipe.cards import CardFile, ResolvedTeachers, read_cards, resolve_teachers
+from mergeopd.recipe.hints import HINTS
 from mergeopd.recipe.models import Student, Teacher, TeacherRef
 from mergeopd.recipe.objective_checks import objective_problems
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
@@ -100,7 +102,9 @@ def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str]
 
 
 def _schema_problems(data: Any, origins: Origins, *, complete: bool) -> tuple[Problem, ...]:
-    return problems_of(Recipe, data, origins, complete=complete, also_allowed=("extends",), renamed=RENAMED)
+    return problems_of(
+        Recipe, data, origins, complete=complete, also_allowed=("extends",), renamed=RENAMED, hints=HINTS
+    )
 
 
 def _ordered(first: Sequence[Problem], later: Sequence[Problem], origins: Origins) -> tuple[Problem, ...]:
@@ -206,17 +210,21 @@ class _Resolver:
         all_cards = all(name in domains for name in parts.names)
         router = Router(parts.names, parts.teachers, domains, all_cards, origins)
         weights = {index: router.weights(source) for index, source in parts.prompts.items()}
-        unrouted = [p for i, source in parts.prompts.items() for p in router.problems(source, ("prompts", i))]
+        unrouted: list[Problem] = []
+        if parts.names:  # without any, `teachers` itself is the mistake
+            for index, source in parts.prompts.items():
+                unrouted += router.problems(source, ("prompts", index))
         self.problems += unrouted
         self._resolve_sources(weights)
         # These checks need all sources and all cards.
         self.routed = parts.all_prompts and all_cards and not unrouted and self.is_valid
         if self.routed:
             self.problems += checks.unused_teachers(parts.names, weights, origins)
-        self.experts, problems = checks.experts(
-            parts.eval_sources, parts.prompts, weights if self.routed else None, parts.names, origins
-        )
-        self.problems += problems
+        if parts.names:
+            self.experts, problems = checks.experts(
+                parts.eval_sources, parts.prompts, weights if self.routed else None, parts.names, origins
+            )
+            self.problems += problems
         self.problems += checks.report_problems(parts.report, origins)
         self._check_phases(any(problem.path.endswith(".domain") for problem in unrouted))
 
@@ -250,6 +258,13 @@ class _Resolver:
         if path is not None and os.path.exists(path) and not os.path.isdir(path):
             message = f"'{self.parts.output}' is a file"
             self.problems.append(self.origins.problem(("output",), message, "name a folder for the run"))
+        elif path is not None and (obstacle := unwritable(path)) is not None:
+            where = shown(obstacle)
+            cause = f"no permission to write to {where}" if obstacle.is_dir() else f"{where} is not a folder"
+            message = f"'{self.parts.output}' cannot be written: {cause}"
+            self.problems.append(
+                self.origins.problem(("output",), message, "name another folder for the run")
+            )
 
     def _resolve_sources(self, weights: Mapping[int, Mapping[str, float]]) -> None:
         resolver = SourceResolver(self.origins, self.parts.allow_code)
@@ -278,7 +293,7 @@ class _Resolver:
             self.problems += checks.balance_problems(parts.phases, domains, origins)
         if parts.all_phases:
             of_rules = list(rule_problems(parts.teachers, parts.phases, origins))
-            if not of_rules and len(parts.teachers) == len(parts.names):
+            if not of_rules and parts.names and len(parts.teachers) == len(parts.names):
                 self.problems += idle_problems(parts.teachers, parts.phases, origins)
             self.problems += of_rules
         if parts.all_phases and parts.optimizer is not None:

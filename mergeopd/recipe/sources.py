@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mergeopd.config.folders import Missing, existing_file
+from mergeopd.config.folders import Missing, existing_file, is_hub_id
 from mergeopd.config.locate import Origins, dotted
 from mergeopd.config.suggest import did_you_mean
 from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
+from mergeopd.messages import shown
 from mergeopd.recipe.checks import missing_package
 from mergeopd.recipe.models import TeacherRef
 from mergeopd.recipe.plan import SourcePlan
@@ -19,6 +22,7 @@ from mergeopd.recipe.schema import EvalSource, PromptSource, TrainSource
 from mergeopd.recipe.verifiers import JsonVerifier, UserVerifier, Verifier
 
 PROMPT_SUFFIXES = (".jsonl", ".parquet")
+_LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json"}  # of `datasets`; also before .gz
 
 
 @dataclass
@@ -67,11 +71,20 @@ class SourceResolver:
         base = self.origins.place(where).base
         file = existing_file(source.source, base, "prompt file", PROMPT_SUFFIXES)
         if isinstance(file, Missing):
-            self.report(where, file.message, file.remedy)
+            if is_hub_id(source.source, base) and not source.source.endswith(PROMPT_SUFFIXES):
+                message = f"'{source.source}' is not a local file, and data sets are not fetched from a hub"
+                self.report(where, message, _conversion(source.source, f"{Path(source.source).name}.jsonl"))
+            else:
+                self.report(where, file.message, file.remedy)
             return None
         if file.suffix not in PROMPT_SUFFIXES:
             message = f"'{source.source}' is neither .jsonl nor .parquet"
-            self.report(where, message, "convert it, one prompt per row")
+            loader = next((_LOADERS[suffix] for suffix in file.suffixes if suffix in _LOADERS), None)
+            remedy = "convert it, one prompt a row"
+            if loader is not None:
+                target = file.with_name(f"{file.name.split('.')[0]}.jsonl")
+                remedy = _conversion(loader, shown(target), data_files=shown(file))
+            self.report(where, message, remedy)
             return None
         real = os.path.realpath(file)
         first = self.seen.setdefault(real, path)
@@ -103,6 +116,16 @@ class SourceResolver:
             else:
                 return verifier.model_copy(update={"schema_file": str(file)})
         return verifier
+
+
+def _conversion(loader: str, target: str, **options: str) -> str:
+    """The remedy for prompts in another format: a command that writes them as JSON lines."""
+    arguments = [json.dumps(loader)] + [
+        f"{k}={json.dumps(v)}" for k, v in (*options.items(), ("split", "train"))
+    ]
+    load = f"load_dataset({', '.join(arguments)}).to_json({json.dumps(target)})"
+    command = shlex.join(["python", "-c", f"from datasets import load_dataset; {load}"])
+    return f"write {target} with the package datasets, and name that: `{command}`"
 
 
 def author(weights: Mapping[str, float]) -> str:

@@ -3,7 +3,8 @@
 A case is a folder with `expected.txt`. Its files are copied over `project/`, and `recipes/merge.yaml` is read
 from there. `options.yaml` may give `set` (overrides), `env`, `remove` (files of the project), `cut` (files
 truncated to a number of bytes), `stale` (models that keep the weights of the project's config.json) and
-`missing` (packages reported as not installed; all others are reported as installed). Cases under `preflight/`
+`missing` (packages reported as not installed; all others are reported as installed), `read_only` (folders
+reported as not writable). Cases under `preflight/`
 check the files that the recipe names, including model weights.
 Regenerate the texts and read them: `MERGEOPD_WRITE_EXPECTED=1 pytest tests/errors`.
 """
@@ -75,7 +76,8 @@ def rendered(case: Path, check: Check, monkeypatch: pytest.MonkeyPatch) -> str:
     lay_project()
     shutil.copytree(case, ".", dirs_exist_ok=True)
     read_options = YAML(typ="safe").load(case / "options.yaml") if (case / "options.yaml").exists() else {}
-    options = {"set": [], "env": {}, "remove": [], "cut": {}, "stale": [], "missing": [], **read_options}
+    lists = {name: [] for name in ("set", "remove", "missing", "read_only", "stale")}
+    options = {**lists, "env": {}, "cut": {}, **read_options}
     for config in case.glob("models/*/config.json"):
         folder = Path("models", config.parent.name)
         if folder.name not in options["stale"] and (folder / "model.safetensors").exists():
@@ -83,6 +85,8 @@ def rendered(case: Path, check: Check, monkeypatch: pytest.MonkeyPatch) -> str:
                 write_weights(folder)
     missing = options["missing"]
     monkeypatch.setattr("mergeopd.recipe.checks.is_installed", lambda name: name not in missing)
+    read_only = [Path(name).absolute() for name in options["read_only"]]
+    monkeypatch.setattr("mergeopd.config.folders.os.access", lambda path, _: Path(path) not in read_only)
     for name in options["remove"]:
         Path(name).unlink()
     for name, num_bytes in options["cut"].items():

@@ -68,7 +68,7 @@ class LiveReporter:
     def emit(self, event: events.Event) -> None:
         """Record the event; the next refresh shows it. Notes and the result are printed at once."""
         with self._lock:
-            self._view.apply(event, self._clock())
+            self._view.add(event, self._clock())
             self._move_bars(event)
         match event:
             case events.Note():

@@ -37,7 +37,7 @@ class PlainReporter:
 
     def emit(self, event: events.Event) -> None:
         now = self._clock()
-        self._view.apply(event, now)
+        self._view.add(event, now)
         match event:
             case events.RunStarted():
                 self._print(_opening(event))

@@ -219,8 +219,14 @@ def test_bad_overrides(project: Path, override: str, path: str, message: str) ->
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "recipes/x.yaml | the file is empty"),
-        (b"# nothing\n", "recipes/x.yaml | the file is empty"),
+        (
+            b"",
+            "recipes/x.yaml | the file is empty; start from the one that `mergeopd new recipe NAME` writes",
+        ),
+        (
+            b"# nothing\n",
+            "recipes/x.yaml | the file is empty; start from the one that `mergeopd new recipe NAME` writes",
+        ),
         (b"- a\n", "recipes/x.yaml:1:1 | expected keys with values at the top, found a list"),
         (b"\n  abc\n", "recipes/x.yaml:2:3 | expected keys with values at the top, found the value 'abc'"),
         (b"a: 1\nbc: \xff\n", "recipes/x.yaml:2:5 | not UTF-8 text: byte 0xFF; save the file as UTF-8"),

@@ -1,0 +1,36 @@
+"""Remedies for the keys and choices of other trainers, which a recipe spells otherwise or does not have."""
+
+_UPDATES = "give the number of optimizer `updates` of each phase"
+_LEARNING_RATE = "the learning rate is `optimizer.lr`; `lr_scale` multiplies it in one phase"
+_BATCH = (
+    "`prompts_per_round` of a phase is the number of prompts in a round, and "
+    "`student.micro_batch_tokens` the number of tokens in one forward pass"
+)
+_DEVICE = "remove it: a GPU is used if torch finds one; CUDA_VISIBLE_DEVICES selects it"
+_ADAPTER = "remove it: LoRA is not implemented, all weights of the student are trained"
+_ENGINE = "it is not implemented yet; responses are sampled with `engine: local`"
+
+# By word, or by section and word: see `problems_of`.
+HINTS = {
+    "epochs": _UPDATES,
+    "num_train_epochs": _UPDATES,
+    "steps": _UPDATES,
+    "max_steps": _UPDATES,
+    "lr": _LEARNING_RATE,
+    "learning_rate": _LEARNING_RATE,
+    "batch_size": _BATCH,
+    "train_batch_size": _BATCH,
+    "per_device_train_batch_size": _BATCH,
+    "gradient_accumulation_steps": (
+        "remove it: gradients are accumulated over forward passes of `student.micro_batch_tokens` tokens"
+    ),
+    "device": _DEVICE,
+    "lora": _ADAPTER,
+    "peft": _ADAPTER,
+    "vllm": _ENGINE,
+    "sglang": _ENGINE,
+    "model": "the model to train is `student.model`",
+    "teachers.model": (
+        "write a card with `mergeopd new teacher NAME --model DIR`, then name it: `card: teachers/NAME.yaml`"
+    ),
+}
