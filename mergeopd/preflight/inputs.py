@@ -42,6 +42,9 @@ from mergeopd.types import Prompt
 if TYPE_CHECKING:
     from mergeopd.teacher.cross_tokenizer import CrossTokenizer
 
+_LARGE_LR = 1e-2
+_MANY_UPDATES = 10_000_000
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -206,6 +209,7 @@ class _Check:
 
     def _check_training(self, plan: Plan) -> None:
         self._note_sampling(plan)
+        self._note_sizes(plan)
         if not any(
             phase.loss.needs_teacher or off_policy_origin(phase) == "teacher" for phase in plan.phases
         ):
@@ -247,6 +251,22 @@ class _Check:
                     f"phase '{phase.name}' masks tokens by their ratio, but {where}: tokens are masked for "
                     "the sampling settings alone; use `correction: truncate`, or sample at 1"
                 )
+
+    def _note_sizes(self, plan: Plan) -> None:
+        """Note learning rates and numbers of updates that are probably typing errors."""
+        for phase in plan.phases:
+            rate = plan.optimizer.lr * phase.lr_scale
+            if rate > _LARGE_LR:
+                self.findings.notes.append(
+                    f"phase '{phase.name}' has the learning rate {rate:g} (`optimizer.lr` x `lr_scale`), "
+                    "which usually makes training diverge; 1e-6 to 1e-4 is usual"
+                )
+        num_updates = sum(phase.updates for phase in plan.phases)
+        if num_updates > _MANY_UPDATES:
+            self.findings.notes.append(
+                f"the phases have {num_updates:,} updates, which take {num_updates / 86400:,.0f} days at one "
+                "second each"
+            )
 
     def _check_evaluation(self, plan: Plan) -> None:
         if plan.evaluation is None:

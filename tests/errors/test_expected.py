@@ -125,3 +125,15 @@ def test_the_project_itself_is_good(check: Check, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     lay_project()
     assert check(Path("recipes/merge.yaml"), [], {}) == ()
+
+
+def test_unusual_sizes_are_noted_and_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lay_project()
+    before = preflight(Path("recipes/merge.yaml"), ["optimizer.lr=0.01"]).notes
+    unusual = ["optimizer.lr=0.02", "phases.0.lr_scale=0.5", "phases.1.updates=200000000"]
+    assert [note for note in preflight(Path("recipes/merge.yaml"), unusual).notes if note not in before] == [
+        "phase 'merge' has the learning rate 0.02 (`optimizer.lr` x `lr_scale`), which usually makes training "
+        "diverge; 1e-6 to 1e-4 is usual",
+        "the phases have 200,000,020 updates, which take 2,315 days at one second each",
+    ]
