@@ -1,4 +1,4 @@
-"""Align the tokens of two tokenizers: which tokens of both cover the same bytes of a text.
+"""Group the tokens of two tokenizers that cover the same bytes of a text.
 
 Usage: python examples/align_tokenizers.py A/tokenizer.json B/tokenizer.json [TEXT]
 Without arguments, it trains two small tokenizers.
@@ -29,15 +29,15 @@ text = sys.argv[3] if len(sys.argv) > 3 else "Two tokenizers of one text."
 
 student, teacher = (ByteTokenizer.of(tokenizer, "AB"[i]) for i, tokenizer in enumerate(tokenizers))
 [ids] = student.encode([text])
-[found] = align_responses([ids], student, teacher, EndTokens([], 0))
+[alignment] = align_responses([ids], student, teacher, EndTokens([], 0))
 
 print(f"{'A':>24} | B")
-edges = (found.student_starts, found.student_stops, found.teacher_starts, found.teacher_stops)
+edges = (alignment.student_starts, alignment.student_stops, alignment.teacher_starts, alignment.teacher_stops)
 for start_a, stop_a, start_b, stop_b in zip(*edges, strict=True):
     tokens_a = [tokenizers[0].decode([i]) for i in ids[start_a:stop_a]]
-    tokens_b = [tokenizers[1].decode([i]) for i in found.teacher_ids[start_b:stop_b].tolist()]
+    tokens_b = [tokenizers[1].decode([i]) for i in alignment.teacher_ids[start_b:stop_b].tolist()]
     print(f"{'·'.join(tokens_a):>24} | {'·'.join(tokens_b)}")
-print("tokens in no group:", dict(found.unaligned) or "none")
+print("tokens in no group:", dict(alignment.unaligned) or "none")
 
 student_bytes, teacher_bytes = (tokenizer.tokens.ids.keys() for tokenizer in (student, teacher))
-print(f"tokens that stand for the same bytes: {len(student_bytes & teacher_bytes)}")
+print(f"tokens with the same bytes: {len(student_bytes & teacher_bytes)}")

@@ -13,9 +13,9 @@ changes: dict[str, object] = {"phases[0].updates": 2}
 if len(sys.argv) > 2:
     changes["output"] = sys.argv[2]
 
-found = mergeopd.check(recipe, set=changes)  # raises RecipeError with every mistake
-print(f"{recipe}: {found}")
-for note in found.notes:
+checked = mergeopd.check(recipe, set=changes)  # raises RecipeError with every mistake
+print(f"{recipe}: {checked}")
+for note in checked.notes:
     print("note:", note)
 
 
@@ -25,7 +25,7 @@ def show(event: Event) -> None:
 
 
 first = mergeopd.run(recipe, set=changes, updates=1, on_event=show)
-print(f"{first.num_updates} of {first.planned_updates} updates; the same call resumes the run")
+print(f"{first.num_updates} of {first.planned_updates} updates; the next call resumes the run")
 result = mergeopd.run(recipe, set=changes, on_event=show)
 
 print("student:", result.export)

@@ -1,4 +1,4 @@
-"""The Python API: what `import mergeopd` gives. The command line calls the same functions.
+"""The Python API, exported by `import mergeopd`. The command line calls the same functions.
 
 Importing this module imports neither torch nor transformers; `run` and `evaluate` do when they are called.
 """
@@ -34,7 +34,7 @@ Overrides = Mapping[str, object] | Sequence[str]
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """A recipe that can run. `notes` are remarks in words; `num_prompts` counts prompts for training."""
+    """A valid recipe. `notes` are remarks for the user; `num_prompts` counts prompts for training."""
 
     plan: Plan
     notes: tuple[str, ...]
@@ -42,7 +42,7 @@ class CheckResult:
 
     @classmethod
     def of(cls, inputs: Inputs, *more_notes: str | None) -> CheckResult:
-        """Summarize what a check has read."""
+        """Summarize the inputs of a check."""
         notes = (*inputs.notes, *(note for note in more_notes if note))
         return cls(inputs.plan, notes, sum(map(len, inputs.prompts.values())))
 
@@ -59,7 +59,7 @@ class CheckResult:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What a run folder holds.
+    """The contents of a run folder.
 
     `export` is the trained student, a Hugging Face folder; None until the run has reached its last update.
     `accuracies` maps domain to model (`base`, `expert`, `weight_average`, `merged`) to greedy accuracy from 0
@@ -123,7 +123,7 @@ def run(
     on_event: Callable[[Event], None] | None = None,
     console: Console | None = None,
 ) -> RunResult:
-    """Run a recipe, or resume its run, and return what the run folder holds.
+    """Run a recipe, or resume its run, and return the contents of the run folder.
 
     Args:
         path: the recipe.
@@ -136,7 +136,7 @@ def run(
     Raises:
         RecipeError: with every problem of the recipe and the files that it names.
         StorageError: the run folder belongs to other settings, is in use, or cannot be written.
-        TeacherError, ModelError, NumericsError, VerifierError: what stopped the run; checkpoints remain.
+        TeacherError, ModelError, NumericsError, VerifierError: the run failed; checkpoints are kept.
         Stopped: by SIGINT (Ctrl-C) or SIGTERM, after a checkpoint; the same call resumes the run.
     """
     from rich.console import Console
@@ -162,7 +162,7 @@ def launch(
     """Run a recipe in several processes of this machine; return the exit code of `mergeopd run`.
 
     Raises:
-        RecipeError, StorageError, ProcessError: what can be found before a process is started.
+        RecipeError, StorageError, ProcessError: problems found before a process is started.
     """
     from mergeopd.engine.run import launch_run
 
@@ -187,8 +187,8 @@ def evaluate(
         console: a `rich.console.Console` on which progress and the table are shown; None shows none.
 
     Returns:
-        What result.json holds: `domains` (accuracies from 0 to 1 and `recovered` headroom), `mean_recovered`
-        and `seconds`.
+        The contents of result.json: `domains` (accuracies from 0 to 1 and `recovered` headroom),
+        `mean_recovered` and `seconds`.
 
     Raises:
         RecipeError: with every problem of the recipe and the files that it names, or without `evaluation`.
@@ -235,10 +235,10 @@ def load_run(folder: str | Path) -> RunResult:
 
 
 def report(folder: str | Path) -> tuple[Path, tuple[str, ...]]:
-    """Write a run folder's report.html again; return its path and what is missing or damaged, in words.
+    """Rebuild a run folder's report.html; return its path and notes on missing or damaged files.
 
     Raises:
-        StorageError: there is no such run folder, it has another format version, or the disk refuses.
+        StorageError: there is no such run folder, it has another format version, or the disk fails.
     """
     from mergeopd.reporting.page import html
 
@@ -253,7 +253,7 @@ class _Listener:
 
 
 def _as_texts(overrides: Overrides) -> list[str]:
-    """Overrides as `--set` takes them. JSON is YAML; `${` is no variable here."""
+    """Format overrides as for `--set`. JSON is YAML; `${` is escaped, so it is not a variable."""
     if isinstance(overrides, str):
         raise TypeError(f"set takes a mapping or a list of texts; write set=[{overrides!r}]")
     if not isinstance(overrides, Mapping):
@@ -265,7 +265,7 @@ def _as_texts(overrides: Overrides) -> list[str]:
 
 
 def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one with dotted keys."""
+    """Flatten nested mappings to dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in row.items():
         if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""The project's one exception tree.
+"""Exceptions of the package.
 
-Every error is also the standard-library type a caller would expect, says where, what and the remedy,
-and is shown by the command line without a traceback.
+Every error also derives from the matching standard exception. Its message has place, cause and remedy, and
+the command line prints it without a traceback.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ _MAX_CHARACTERS = 2000  # of one text in a message
 
 
 def printable(text: str) -> str:
-    """`text` for a terminal: control and direction characters escaped, a very long text cut.
+    """Make text safe for a terminal: escape control and direction characters, truncate very long text.
 
-    Line breaks are kept. What a file contains could otherwise move the cursor, or hide what follows.
+    Line breaks are kept. Text from files could otherwise move the cursor or hide what follows.
     """
     if len(text) > _MAX_CHARACTERS:
         text = f"{text[:_MAX_CHARACTERS]}... ({len(text) - _MAX_CHARACTERS:,} more characters)"
@@ -35,12 +35,12 @@ def _escaped(character: str) -> str:
 
 
 class MergeopdError(Exception):
-    """Base of every error that mergeopd raises on purpose."""
+    """Base of all errors that mergeopd raises deliberately."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Location:
-    """A place in a file (1-based line and column) or an override (`--set #2`, then line and column are 0)."""
+    """A position in a file (1-based line and column) or an override (`--set #2`, line and column 0)."""
 
     file: str
     line: int = 0
@@ -52,10 +52,7 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One mistake: where it is, what the dotted recipe path is called, what is wrong, what to do.
-
-    `path` is written as in the recipe (`teachers.math.card`, `prompts[0].source`).
-    """
+    """One mistake, with location, recipe path (`prompts[0].source`), cause and remedy."""
 
     location: Location
     path: str
@@ -70,9 +67,9 @@ class Problem:
 
 
 class RecipeError(MergeopdError, ValueError):
-    """The recipe, or something it names, cannot work. Carries *all* problems found, in file order.
+    """The recipe, or a file it names, is invalid. Has all problems, in file order.
 
-    Its text has the first `MAX_SHOWN` of them.
+    The message contains the first `MAX_SHOWN`.
     """
 
     def __init__(self, problems: Sequence[Problem]) -> None:
@@ -100,31 +97,31 @@ class VerifierError(MergeopdError, ValueError):
 
 
 class TeacherError(MergeopdError, RuntimeError):
-    """A teacher must not teach: NaN in its output, wrong shape, weights that are not what the card says."""
+    """A teacher cannot be used: NaN or a wrong shape in its output, weights that do not match its card."""
 
 
 class NumericsError(MergeopdError, ArithmeticError):
     """The student's loss or gradient is not finite."""
 
 
-class Stopped(MergeopdError, InterruptedError):  # noqa: N818 (a wish that was met, not a fault)
-    """The run was asked to stop, and did after saving; the same command goes on with it."""
+class Stopped(MergeopdError, InterruptedError):  # noqa: N818 (not a failure)
+    """The run stopped on request after saving; the same command resumes it."""
 
 
 class UpdateLimitReached(Stopped):
-    """The run made as many updates as it was asked for, and did not reach its end."""
+    """The run reached the requested number of updates (`--updates`) before its end."""
 
 
 class StorageError(MergeopdError, OSError):
-    """A run folder or checkpoint cannot be written, read or trusted."""
+    """A run folder or checkpoint cannot be written or read, or is damaged."""
 
 
 class ProcessError(MergeopdError, RuntimeError):
-    """The processes of a run cannot find each other, or one was lost."""
+    """The processes of a run cannot connect, or one was lost."""
 
 
-class PeerFailed(MergeopdError, RuntimeError):  # noqa: N818 (says that, not what)
-    """Another process of the run has met an error, and tells it; this one ends without a word."""
+class PeerFailed(MergeopdError, RuntimeError):  # noqa: N818
+    """Another process of the run failed and reports the error; this process exits silently."""
 
     def __init__(self) -> None:
         super().__init__("another process of the run ended")

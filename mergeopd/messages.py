@@ -1,4 +1,4 @@
-"""Text helpers for messages: paths as people know them, lists in words, problems of command-line options."""
+"""Text helpers for messages: short paths, lists in words, problems of command-line options."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from mergeopd.errors import Location, Problem
 
 
 def option_problem(option: str, message: str, remedy: str = "", path: str = "") -> Problem:
-    """A mistake on the command line, shown like one in a file."""
+    """Create a problem that is located at a command-line option."""
     return Problem(Location(option), path, message, remedy)
 
 
 def shown(file: Path) -> str:
-    """A file as messages name it: relative to the current folder when it is below it."""
+    """Format a path for messages: relative to the current folder if it is below it."""
     try:
         return str(Path(os.path.abspath(file)).relative_to(os.getcwd()))
     except ValueError:
@@ -24,7 +24,7 @@ def shown(file: Path) -> str:
 
 
 def shown_in(text: str) -> str:
-    """A message in which the files below the current folder are shown as `shown` does."""
+    """Shorten the paths below the current folder in a message, as `shown` does."""
     here = os.getcwd()
     if here == os.sep:
         return text
@@ -32,5 +32,5 @@ def shown_in(text: str) -> str:
 
 
 def joined(words: Sequence[str], last: str) -> str:
-    """`a, b or c`."""
+    """Join words: `a, b or c`."""
     return f" {last} ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)

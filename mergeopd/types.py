@@ -1,13 +1,22 @@
-"""Frozen records that cross rooms. No torch here: ids are plain integers, so `check` stays light."""
+"""Immutable records shared by all packages. Importing this imports neither torch nor numpy."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Origin = Literal["student", "teacher", "dataset"]
 Finish = Literal["eos", "stop", "length"]
+
+# An entry per token. In quotes, so that numpy need not be imported.
+TokenIds: TypeAlias = "NDArray[np.int32]"
+Flags: TypeAlias = "NDArray[np.bool_]"
+LogProbs: TypeAlias = "NDArray[np.float32] | NDArray[np.float64]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +31,11 @@ class Message:
 class Prompt:
     """One prompt of one source.
 
-    `key` is unique in a run and stable over restarts (`"<source name>:<row>"`): randomness and caches hang
-    on it. `teachers` maps a teacher's name to its weight for this prompt (prompt weight x card weight); a
-    teacher with weight 0 does not appear. `reference` is what the verifier compares with, `response` a
-    ready answer from the dataset, each where the source has one: a text, or a logged trajectory, whose first
-    and last messages are the assistant's. `fields` are the row's other columns that some
-    teacher's own prompt shows, by name.
+    `key` is unique in a run and stable over restarts (`"<source name>:<row>"`); random numbers and caches
+    depend on it. `teachers` maps teacher names to nonzero weights (prompt weight x teacher weight).
+    `reference` is the verifier's reference answer, if any. `response` is a response from the dataset, if any:
+    a text, or a logged trajectory whose first and last messages are the assistant's. `fields` are other
+    columns of the row that teachers' prompts use, by name.
     """
 
     key: str
@@ -40,59 +48,117 @@ class Prompt:
     fields: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """One answer, as token ids that are never re-tokenised.
+def token_ids(ids: Sequence[int] | NDArray[np.integer]) -> TokenIds:
+    """Token ids as a read-only int32 array; an array of that type is not copied."""
+    import numpy as np
 
-    `prompt_ids` is the student's rendering. `response_ids` includes the stop token when one was written.
+    return _read_only(np.asarray(ids, np.int32))
+
+
+def token_flags(flags: Sequence[bool] | Flags) -> Flags:
+    """One flag per token as a read-only array; an array is not copied."""
+    import numpy as np
+
+    return _read_only(np.asarray(flags, np.bool_))
+
+
+def token_logprobs(logprobs: Sequence[float] | LogProbs) -> LogProbs:
+    """One number per token as a read-only array, in the precision given (float64 for Python's floats)."""
+    import numpy as np
+
+    array = np.asarray(logprobs)
+    return _read_only(array if array.dtype == np.float32 else array.astype(np.float64, copy=False))
+
+
+def _read_only(array: NDArray[Any]) -> NDArray[Any]:
+    if not array.flags.writeable:
+        return array
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+class ArrayRecord:
+    """A frozen dataclass (`eq=False`) with arrays among its fields: equal where all fields are equal."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(
+            _is_same(getattr(self, f.name), getattr(other, f.name))
+            for f in fields(self)  # type: ignore[arg-type]
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    import numpy as np
+
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return np.array_equal(one, other)
+    return one is other or (one is not None and other is not None and bool(one == other))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rollout(ArrayRecord):
+    """A prompt with one response, as token ids that are never re-tokenised. Arrays are read-only.
+
+    `prompt_ids` is the student's rendering. `response_ids` includes the stop token, if one was generated.
     `logprobs_behaviour` are the natural log-probabilities under the exact distribution that was sampled from
-    (true vocabulary, temperature and top-p applied), one per response token; None for text that no policy
-    of this run wrote.
-    `policy_version` counts the optimizer updates that the writing student had seen.
-    `trained` has a flag per response token: False for what others wrote between the assistant's turns (tools,
-    users, the template's headers), which is read but never in the loss. None: all of it is in the loss.
+    (true vocabulary, temperature and top-p applied), one per response token, in float32, or in float64 where
+    the policy computes in it; None for text that the student did not generate.
+    `policy_version` is the number of optimizer updates of the student that generated the response.
+    `trained` flags the response tokens in the loss: False for tokens between the assistant's turns (tools,
+    users, template headers). None: all tokens are in the loss.
     """
 
     prompt: Prompt
     sample: int
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
+    prompt_ids: TokenIds
+    response_ids: TokenIds
     origin: Origin
     finish: Finish
-    logprobs_behaviour: tuple[float, ...] | None = None
+    logprobs_behaviour: LogProbs | None = None
     policy_version: int = 0
-    trained: tuple[bool, ...] | None = None
+    trained: Flags | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_ids", token_ids(self.prompt_ids))
+        object.__setattr__(self, "response_ids", token_ids(self.response_ids))
+        if self.logprobs_behaviour is not None:
+            object.__setattr__(self, "logprobs_behaviour", token_logprobs(self.logprobs_behaviour))
+        if self.trained is not None:
+            object.__setattr__(self, "trained", token_flags(self.trained))
         if self.trained is not None and len(self.trained) != len(self.response_ids):
             raise ValueError(f"{len(self.trained)} flags for {len(self.response_ids)} response tokens")
 
     @property
-    def trained_ids(self) -> tuple[int, ...]:
+    def trained_ids(self) -> TokenIds:
         """The response tokens that are in the loss, in order."""
-        if self.trained is None:
-            return self.response_ids
-        return tuple(i for i, own in zip(self.response_ids, self.trained, strict=True) if own)
+        return self.response_ids if self.trained is None else self.response_ids[self.trained]
 
     @property
     def num_trained(self) -> int:
-        """How many response tokens are in the loss."""
-        return len(self.response_ids) if self.trained is None else sum(self.trained)
+        """Number of response tokens in the loss."""
+        return len(self.response_ids) if self.trained is None else int(self.trained.sum())
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and response tokens together."""
+        """Number of prompt and response tokens."""
         return len(self.prompt_ids) + len(self.response_ids)
 
     @property
     def teacher_set(self) -> tuple[str, ...]:
-        """Names of the teachers of this prompt, sorted: the key by which updates are packed."""
+        """Sorted names of the prompt's teachers; responses are packed by this key."""
         return tuple(sorted(self.prompt.teachers))
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How text is sampled. `temperature` 0 is greedy; `top_p` 1 keeps the whole vocabulary."""
+    """Sampling settings. `temperature` 0 is greedy; `top_p` 1 keeps the whole vocabulary."""
 
     temperature: float = 1.0
     top_p: float = 1.0

@@ -1,18 +1,18 @@
-"""How fast answers are aligned over two tokenizers, beside TRL's GOLD aligner where trl is installed.
+"""Measure the speed of aligning responses over two tokenizers, also of TRL's GOLD aligner if installed.
 
     python tools/bench_align.py STUDENT TEACHER [--text FILE] [--answers 256] [--trl-python PYTHON] [--json]
 
-STUDENT and TEACHER are tokenizer folders. Every answer is the text's lines in another order, cut to
-`--tokens` tokens of the student. Per core and in one thread, medians of CPU seconds, millions of the
-student's tokens a second:
+STUDENT and TEACHER are tokenizer folders. Every response consists of the text's lines in another order,
+truncated to `--tokens` tokens of the student. Results are millions of the student's tokens per second, from
+medians of CPU seconds in one thread:
 
-- `groups`: ends of tokens on both sides to groups (TRL: `_align_by_byte_offsets`, one answer after another)
-- `without encoding`: ids of both sides to groups, the round trip verified (TRL has no such step; its offsets
-  come out of encoding)
-- `whole`: the student's ids to groups, the teacher's encoding included (TRL: `encode_with_byte_offsets` of
+- `groups`: ends of tokens on both sides to groups (TRL: `_align_by_byte_offsets`, one response at a time)
+- `without encoding`: ids of both sides to groups, with a verified round trip (TRL has no such step; its
+  offsets result from encoding)
+- `whole`: the student's ids to groups, including the teacher's encoding (TRL: `encode_with_byte_offsets` of
   both sides, since it aligns texts, and the walk)
 
-TRL runs in a process of `--trl-python`, which needs trl alone: pip install 'trl==1.16.*'.
+TRL runs in a process of `--trl-python`, which needs only trl: pip install 'trl==1.16.*'.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-# Encoding in one thread, like everything else. Read when the tokenizers library is imported.
+# Encode in one thread. Read when the tokenizers library is imported.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def main() -> None:
-    """Measure and print."""
     arguments = parse()
     if arguments.side is not None:
         print(json.dumps(run_trl(json.loads(arguments.side.read_text(encoding="utf-8")))))
@@ -53,7 +52,6 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """Command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -61,7 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("teacher", type=Path)
     parser.add_argument("--text", type=Path, help="UTF-8; default: a short sample of languages and code")
     parser.add_argument("--answers", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of an answer, of the student")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens per response, of the student")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--trl-python", default=sys.executable, help="the interpreter that has trl")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
@@ -75,7 +73,7 @@ def parse() -> argparse.Namespace:
 
 
 def run_mergeopd(arguments: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
-    """The texts of the answers, and what aligning them costs."""
+    """Return the texts of the responses, and the time to align them."""
     import numpy as np
     import tokenizers
 
@@ -115,8 +113,8 @@ def run_mergeopd(arguments: argparse.Namespace) -> tuple[list[str], dict[str, An
     result: dict[str, Any] = {
         "num_answers": len(answers),
         "num_student_tokens": num_tokens,
-        "num_teacher_tokens": sum(len(found.teacher_ids) for found in readings),
-        "num_groups": sum(len(found.student_starts) for found in readings),
+        "num_teacher_tokens": sum(len(alignment.teacher_ids) for alignment in readings),
+        "num_groups": sum(len(alignment.student_starts) for alignment in readings),
     }
     for name, seconds in timed(works, arguments.repeats).items():
         result[f"mergeopd_{name}"] = num_tokens / seconds / 1e6
@@ -124,7 +122,7 @@ def run_mergeopd(arguments: argparse.Namespace) -> tuple[list[str], dict[str, An
 
 
 def write_answers(content: str, arguments: argparse.Namespace, own: Any) -> list[list[int]]:
-    """Answers of one length and different texts."""
+    """Return responses of one length and different texts."""
     generator = random.Random(0)
     lines = content.splitlines(keepends=True)
     answers: list[list[int]] = []
@@ -137,7 +135,7 @@ def write_answers(content: str, arguments: argparse.Namespace, own: Any) -> list
 
 
 def timed(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each, by turns; the first turn warms up."""
+    """Return median CPU seconds of each, interleaved, after one warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(repeats + 1):
         for name, work in works.items():
@@ -149,18 +147,18 @@ def timed(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, flo
 
 
 def ask_trl(python: str, job: Path) -> dict[str, Any]:
-    """What TRL's aligner costs on the same texts, or why it does not take part."""
+    """Return the time of TRL's aligner on the same texts, or why it was skipped."""
     command = [python, __file__, "--side", str(job), ".", "."]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return {"trl_skipped": f"{why}; pip install 'trl==1.16.*', or name its python with --trl-python"}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def run_trl(job: dict[str, Any]) -> dict[str, Any]:
-    """TRL's steps: offsets of both texts' tokens, then a walk over them."""
+    """Run TRL's steps: offsets of both texts' tokens, then a walk over them."""
     import tokenizers
     from trl.experimental.gold.gold_trainer import (  # type: ignore[import-not-found, unused-ignore]
         ULDLoss,
@@ -189,16 +187,15 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """A table for people."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     console.print(
-        f"{result['num_answers']} answers, {result['num_student_tokens']:,} tokens of the student, "
+        f"{result['num_answers']} responses, {result['num_student_tokens']:,} tokens of the student, "
         f"{result['num_teacher_tokens']:,} of the teacher, {result['num_groups']:,} groups"
     )
-    table = Table(title="million tokens of the student a second and core", title_justify="left")
+    table = Table(title="million student tokens per second and core", title_justify="left")
     for column in ("", "mergeopd", "TRL", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
     for name in ("groups", "without_encoding", "whole"):

@@ -1,13 +1,13 @@
-"""What `bridge_loss` costs beside the matrix products that it cannot avoid, and beside plain autograd.
+"""Measure the time of `bridge_loss`, compared with its necessary matrix products and with plain autograd.
 
     python tools/bench_bridge.py [--kinds gold uld forward reverse] [--json]
 
 Times are interleaved medians of one process, for forward and backward together: the floor (the four products
 that every such loss needs, tiled, into fixed buffers), `bridge_loss`, and the gather form of the same loss
-(full logits, log_softmax, index selection, sort, autograd). `--clock cpu` takes processor seconds, for a
-machine that others use as well. Hidden states, heads and maps are random; every eighth group has two tokens
-on one side. `of_floor` is bridge_loss / floor, `speedup` is gather / bridge_loss, and `excess_speedup` the
-same of what each costs above the floor.
+(full logits, log_softmax, index selection, sort, autograd). `--clock cpu` takes processor seconds, for shared
+machines. Hidden states, heads and maps are random; every eighth group has two tokens on one side. `of_floor`
+is bridge_loss / floor, `speedup` is gather / bridge_loss, and `excess_speedup` the ratio of the times above
+the floor.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Problem:
         self.workspace = Workspace()
 
     def bridge(self, kind: str) -> Bridge:
-        """The bridge of that name, at its usual settings."""
+        """Build the bridge of that name with its default settings."""
         kinds: dict[str, Callable[[], Bridge]] = {
             "gold": lambda: Gold(self.pairs),
             "uld": lambda: Uld(),
@@ -79,7 +79,7 @@ class Problem:
         return kinds[kind]()
 
     def fused(self, bridge: Bridge) -> float:
-        """Forward and backward of the kernel, gradients from nothing; the loss."""
+        """Run the kernel forward and backward with new gradients; return the loss."""
         self.hidden.grad = self.weight.grad = None
         loss, _ = bridge_loss(
             self.hidden,
@@ -97,7 +97,7 @@ class Problem:
         return loss.item()
 
     def gather(self, bridge: Bridge) -> float:
-        """The same loss from full logits, vectorised over groups, with autograd."""
+        """Compute the same loss from full logits, vectorised over groups, with autograd."""
         self.hidden.grad = self.weight.grad = None
         log_S = torch.log_softmax(self.hidden @ self.weight.t(), 1)
         with torch.no_grad():
@@ -114,7 +114,7 @@ class Problem:
         return loss.item()
 
     def floor(self) -> Callable[[], None]:
-        """The four products of every tile of rows, nothing else; all memory is there before."""
+        """Return a function that runs only the four products of every tile, in preallocated memory."""
         rows = self.chunk_rows
         hidden, weight = self.hidden.detach(), self.weight.detach()
         logits, logits_T = torch.zeros(rows, self.vocab_S), torch.zeros(rows, self.vocab_T)
@@ -183,7 +183,7 @@ def _projected(bridge: Projected, log_S: Tensor, log_T: Tensor, groups: Groups) 
 def interleaved(
     contestants: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]
 ) -> dict[str, float]:
-    """Median seconds of each after one warm-up; in turns, so that a slow spell of the machine hits all."""
+    """Return median seconds of each after one warm-up, interleaved, so that slow periods affect all."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for contestant in contestants.values():
         contestant()
@@ -196,7 +196,7 @@ def interleaved(
 
 
 def measure(problem: Problem, kind: str, repeats: int, clock: Callable[[], float]) -> dict[str, float | str]:
-    """Seconds and ratios of one kind; the two forms must give the same loss."""
+    """Return seconds and ratios of one kind; the two forms must give the same loss."""
     bridge = problem.bridge(kind)
     fused, gather = problem.fused(bridge), problem.gather(bridge)
     if abs(fused - gather) > 1e-4 * max(abs(gather), 1e-3):
@@ -221,7 +221,6 @@ def measure(problem: Problem, kind: str, repeats: int, clock: Callable[[], float
 
 
 def main() -> None:
-    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--kinds", nargs="+", default=["gold", "uld", "forward", "reverse"])
     parser.add_argument("--groups", type=int, default=256)
@@ -239,14 +238,14 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     clock = time.perf_counter if arguments.clock == "wall" else time.process_time
     problem = Problem(arguments)
-    found = [measure(problem, kind, arguments.repeats, clock) for kind in arguments.kinds]
+    rows = [measure(problem, kind, arguments.repeats, clock) for kind in arguments.kinds]
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(rows, indent=2))
         return
     table = Table(title=f"{arguments.groups} groups, {arguments.vocab_s} / {arguments.vocab_t} ids")
-    for column in found[0]:
+    for column in rows[0]:
         table.add_column(column)
-    for row in found:
+    for row in rows:
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else value for value in row.values()))
     Console().print(table)
 

@@ -1,11 +1,11 @@
-"""How near `fused_loss` comes to the four matrix products that it cannot avoid, and what memory it takes.
+"""Measure time and memory of `fused_loss`, relative to its four necessary matrix products.
 
     python tools/bench_loss.py [--json]
 
 Times are interleaved medians of one process with one thread: the floor (the four products, tiled over tokens,
-into fixed buffers), the kernel (forward and backward), and the naive way (full logits and autograd) for
-context. The peak is what a fresh process adds to its resident anonymous memory during a first call, less the
-gradients that the call returns.
+into fixed buffers), the kernel (forward and backward), and full logits with autograd for comparison. The peak
+is the increase of a new process's resident anonymous memory during a first call, without the returned
+gradients.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Problem:
         self.workspace = Workspace()
 
     def fused(self) -> None:
-        """Forward and backward of the kernel, gradients from nothing."""
+        """Run the kernel forward and backward with new gradients."""
         self.hidden.grad = self.weight.grad = None
 
         def objective(stats: BlockStats, rows: slice) -> Tensor:
@@ -75,7 +75,7 @@ class Problem:
         torch.autograd.backward(loss)
 
     def floor(self) -> Callable[[], None]:
-        """The four products of every tile of tokens, nothing else; all memory is there before."""
+        """Return a function that runs only the four products of every tile, in preallocated memory."""
         rows = self.chunk_rows
         hidden, weight = self.hidden.detach(), self.weight.detach()
         logits, logits_T = torch.zeros(rows, self.vocab), torch.zeros(rows, self.vocab)
@@ -93,7 +93,6 @@ class Problem:
         return products
 
     def naive(self) -> None:
-        """Full logits, log_softmax, the same divergence, autograd."""
         self.hidden.grad = self.weight.grad = None
         log_S = torch.log_softmax(self.hidden @ self.weight.t(), 1)
         with torch.no_grad():
@@ -110,7 +109,7 @@ class Problem:
 
 
 def interleaved(contestants: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median seconds of each after one warm-up; in turns, so that a slow spell of the machine hits all."""
+    """Return median seconds of each after one warm-up, interleaved, so that slow periods affect all."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for contestant in contestants.values():
         contestant()
@@ -123,7 +122,7 @@ def interleaved(contestants: dict[str, Callable[[], None]], repeats: int) -> dic
 
 
 def anonymous_bytes() -> int:
-    """Resident anonymous memory of this process (Linux)."""
+    """Return the resident anonymous memory of this process (Linux)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -131,7 +130,7 @@ def anonymous_bytes() -> int:
 
 
 def peak_of(work: Callable[[], None]) -> int:
-    """Most anonymous bytes resident during `work` above those before it, sampled every millisecond."""
+    """Return the peak increase of resident anonymous bytes during `work`, sampled every millisecond."""
     done, peak, before = threading.Event(), 0, anonymous_bytes()
 
     def watch() -> None:
@@ -149,8 +148,8 @@ def peak_of(work: Callable[[], None]) -> int:
 
 
 def measure_peak(arguments: argparse.Namespace) -> int:
-    """In this (fresh) process: peak above the gradients that the caller keeps."""
-    # A small problem first: thread pools, MKL's own buffers and code paths are no part of the kernel.
+    """Return the peak in this (new) process, without the gradients that the caller keeps."""
+    # Warm up with a small problem: thread pools and MKL's own buffers are not part of the kernel.
     small = argparse.Namespace(**{**vars(arguments), "tokens": 8, "vocab": 64})
     getattr(Problem(small), arguments.peak)()
     problem = Problem(arguments)
@@ -159,7 +158,7 @@ def measure_peak(arguments: argparse.Namespace) -> int:
 
 
 def peak_in_fresh_process(arguments: argparse.Namespace, which: str) -> int:
-    """Run this file once more, for one first call."""
+    """Run this file in a new process, for one first call."""
     options = [
         f"--{name.replace('_', '-')}={getattr(arguments, name)}"
         for name in ("tokens", "vocab", "d_student", "d_teacher", "chunk_rows", "divergence")
@@ -169,7 +168,7 @@ def peak_in_fresh_process(arguments: argparse.Namespace, which: str) -> int:
 
 
 def parse() -> argparse.Namespace:
-    """Command line; the defaults are the conditions of docs/benchmarks.md."""
+    """Parse the command line; the defaults are the conditions of docs/benchmarks.md."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -186,7 +185,6 @@ def parse() -> argparse.Namespace:
 
 
 def show(result: dict[str, Any]) -> None:
-    """The table for people."""
     table = Table(title="forward and backward, one thread, fp32")
     for column in ("", "seconds", "x floor", "peak extra MiB"):
         table.add_column(column, justify="right" if column else "left")
@@ -204,7 +202,6 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measure and print."""
     arguments = parse()
     torch.set_num_threads(1)
     if arguments.peak:

@@ -1,12 +1,11 @@
-"""What objectives cost beside plain exact reverse KL: one update's forward and backward, a random student.
+"""Measure objectives relative to exact reverse KL: one update's forward and backward of a random student.
 
     python tools/bench_objectives.py [--json] [--repeats 9]
 
-Every objective accumulates the gradient of one micro-batch (16 answers of 128 tokens after prompts of 64;
-a random Qwen3 of hidden size 256, 6 layers, V = 32768, tied; one teacher of the same size), by turns in one
-process with one thread; medians of CPU seconds and of the ratios to plain exact reverse KL in the same turn.
-The optimizer step, the same for all, is left out, which makes the ratios larger than a whole update's. `look
-back` is the forward pass that some methods need before a round's first update.
+Every objective accumulates the gradient of one micro-batch (16 responses of 128 tokens after prompts of 64; a
+random Qwen3 of hidden size 256, 6 layers, V = 32768, tied; one teacher of the same size), interleaved in one
+process with one thread; medians of CPU seconds and of the ratios to exact reverse KL in the same repetition.
+The optimizer step, the same for all, is left out, which makes the ratios larger than a whole update's.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -33,13 +33,13 @@ from mergeopd.loss.policy import ClipRatio, Correction, Credit, Policy, PolicyRo
 from mergeopd.loss.support import Support
 from mergeopd.recipe.training import Optimizer
 from mergeopd.student.torch import TorchStudent
+from mergeopd.types import token_ids
 
 VOCAB, ANSWERS, PROMPT, RESPONSE, HIDDEN = 32768, 16, 64, 128, 256
 CLIP, MASK = ClipRatio(0.2, 0.28), Correction("mask", 0.5, 2.0)
 
 
 def student(folder: Path) -> TorchStudent:
-    """A random Qwen3."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -63,7 +63,7 @@ def student(folder: Path) -> TorchStudent:
 
 
 def micro_batch() -> MicroBatch:
-    """Random answers, a teacher's hidden states, and all that policy terms ask for."""
+    """Build random responses, a teacher's hidden states, and all inputs of policy terms."""
     num = ANSWERS * RESPONSE
     rows = PolicyRows(
         own_N=torch.ones(num),
@@ -72,13 +72,13 @@ def micro_batch() -> MicroBatch:
         keep_N=torch.ones(num),
         old_N=torch.full((num,), -10.0),
     )
-    ids = torch.randint(VOCAB, (ANSWERS, PROMPT + RESPONSE)).tolist()
+    ids = [token_ids(row.numpy()) for row in torch.randint(VOCAB, (ANSWERS, PROMPT + RESPONSE))]
     head = Head(torch.randn(VOCAB, HIDDEN) * 0.1)
     return MicroBatch(
         rollouts=tuple(range(ANSWERS)),
         teachers=("teacher",),
-        prompts=tuple(tuple(row[:PROMPT]) for row in ids),
-        responses=tuple(tuple(row[PROMPT:]) for row in ids),
+        prompts=tuple(row[:PROMPT] for row in ids),
+        responses=tuple(row[PROMPT:] for row in ids),
         targets=(Hidden(torch.randn(num, HIDDEN), head),),
         teacher_weight_KN=torch.full((1, num), 1.0 / num),
         nll_weight_N=torch.zeros(num),
@@ -87,10 +87,9 @@ def micro_batch() -> MicroBatch:
 
 
 def contestants(whole: MicroBatch) -> dict[str, tuple[DistillationObjective, MicroBatch]]:
-    """Objectives with the micro-batch that each is given."""
     [hidden] = whole.targets
     assert isinstance(hidden, Hidden)
-    labels = torch.tensor([t for r in whole.responses for t in r])
+    labels = torch.tensor(np.concatenate(whole.labels), dtype=torch.long)
     written = replace(whole, targets=(observe(hidden.hidden, hidden.head, labels),))
     top = replace(whole, targets=(observe(hidden.hidden, hidden.head, labels, top_k=64),))
     reverse = {"reverse_kl": (ReverseKL(), 1.0)}
@@ -112,7 +111,6 @@ def contestants(whole: MicroBatch) -> dict[str, tuple[DistillationObjective, Mic
 
 
 def main() -> None:
-    """Measure and print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -128,20 +126,20 @@ def main() -> None:
         }
         alone = replace(whole, targets=(), teachers=(), teacher_weight_KN=torch.zeros(0, ANSWERS * RESPONSE))
         works["look back"] = lambda: model.score([alone], (), None, 1.0)
-        found = measure(works, arguments.repeats)
+        figures = measure(works, arguments.repeats)
     if arguments.json:
-        print(json.dumps(found))
+        print(json.dumps(figures))
         return
     table = Table(title="one micro-batch, forward and backward", title_justify="left")
     for column, justify in (("objective", "left"), ("CPU s", "right"), ("ratio", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for name, row in found.items():
+    for name, row in figures.items():
         table.add_row(name, f"{row['seconds']:.2f}", f"{row['ratio']:.3f}")
     Console().print(table)
 
 
 def measure(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
-    """CPU seconds of each, and its ratio to the first of the same turn: medians."""
+    """Return medians of CPU seconds and of the ratio to the first of the same repetition."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(repeats + 1):
         for name, work in works.items():

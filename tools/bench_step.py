@@ -2,11 +2,11 @@
 
     python tools/bench_step.py [--json]
 
-A random Qwen3 writes a fixed number of tokens per prompt, one random teacher of the same size scores them
-(reverse KL over the whole vocabulary), AdamW updates. Each side is a fresh process with one thread; they make
-their steps by turns, so that a slow spell of the machine hits all alike. Everything is done twice: with glibc
-keeping freed blocks, and with glibc as it comes. Beside the two stands the bound: the job's matrix products
-alone, in fixed buffers. TRL is left out, and said to be, where trl is not installed:
+A random Qwen3 generates a fixed number of tokens per prompt, one random teacher of the same size scores them
+(reverse KL over the whole vocabulary), AdamW updates. Each side is a new process with one thread; their steps
+alternate, so that slow periods of the machine affect all sides. Everything runs twice: with glibc keeping
+freed blocks, and with glibc's default. A third side is the bound: only the job's matrix products, in fixed
+buffers. Without trl, the TRL side is skipped with a message:
 
     pip install 'trl==1.16.*' datasets
 """
@@ -28,12 +28,12 @@ from typing import Any, Self
 from step_bench.job import model_sizes, write_job
 from step_bench.sides import RUNNERS, Steps
 
-# glibc gives blocks above a threshold back to the system when they are freed, and faults them in again.
+# glibc returns freed blocks above a threshold to the system, and their pages are faulted in again.
 KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 
 def main() -> None:
-    """Make the job, run the sides by turns, print."""
+    """Write the job, run the sides alternately, print."""
     arguments = parse()
     if arguments.side:
         steps = Steps(sys.stdout)
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """Command line; the defaults are the conditions of docs/benchmarks.md."""
+    """Parse the command line; the defaults are the conditions of docs/benchmarks.md."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -75,7 +75,7 @@ def parse() -> argparse.Namespace:
 
 
 def trl_problem() -> str | None:
-    """Why TRL cannot take part, or None."""
+    """Return why TRL is skipped, or None."""
     try:
         version = importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError:
@@ -86,7 +86,7 @@ def trl_problem() -> str | None:
 
 
 def measure(arguments: argparse.Namespace, sides: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """Medians over the timed steps and the peak of every side."""
+    """Return medians over the timed steps and the peak of every side."""
     with contextlib.ExitStack() as stack:
         processes = {side: stack.enter_context(Side(arguments, side, environment)) for side in sides}
         rounds = [
@@ -98,7 +98,7 @@ def measure(arguments: argparse.Namespace, sides: list[str], environment: dict[s
         result |= {f"{side}_{name}": round(median(row[name] for row in rows), 4) for name in rows[0]}
         result[f"{side}_rss"] = max(row["rss"] for row in rows)
     if "trl" in sides:
-        # Of neighbouring steps, whatever else the machine did at the time.
+        # Ratios of neighbouring steps, to reduce the influence of other processes.
         for name, key in (("ratio", "s"), ("cpu_ratio", "cpu_s")):
             result[name] = round(median(row["trl"][key] / row["mergeopd"][key] for row in rounds), 3)
         result["rss_ratio"] = round(result["mergeopd_rss"] / result["trl_rss"], 3)
@@ -106,7 +106,7 @@ def measure(arguments: argparse.Namespace, sides: list[str], environment: dict[s
 
 
 class Side:
-    """This file once more, in a fresh process, as one side."""
+    """This file in a new process, as one side."""
 
     def __init__(self, arguments: argparse.Namespace, side: str, environment: dict[str, str]) -> None:
         names = ("hidden", "layers", "vocab", "batch", "prompt", "new_tokens", "steps", "folder")
@@ -128,7 +128,7 @@ class Side:
         return self
 
     def step(self) -> dict[str, float]:
-        """What one step took. Exits with the side's own words when it failed."""
+        """Run one step and return its times. Exits with the side's output when it failed."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
@@ -145,7 +145,6 @@ class Side:
 
 
 def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on."""
     packages = ("torch", "transformers", "trl")
     versions = {}
     for package in packages:
@@ -162,7 +161,6 @@ def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Tables for people."""
     from rich.console import Console
     from rich.table import Table
 

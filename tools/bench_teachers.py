@@ -1,10 +1,9 @@
-"""What N teachers cost in memory and reads: a real run of the engine over random teachers.
+"""Measure memory and reads of N teachers in a real run with random teachers.
 
     python tools/bench_teachers.py --teachers 8 --rounds 2 --json
 
-Prints the peak of the process's anonymous memory (RssAnon, sampled while it runs: weights that are mapped
-from files are not in it) and the bytes that the teacher store says it read, beside the bytes of all teacher
-files. Linux only.
+Prints the peak of the process's anonymous memory (RssAnon, sampled; it excludes weights mapped from files),
+the bytes read by the teacher store, and the bytes of all teacher files. Linux only.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
 
 
 def main() -> None:
-    """Make the teachers, run, print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,7 +39,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         recipe = write_job(folder, arguments.teachers, arguments.rounds, arguments.prompts)
-        # A fresh process: what making the models left in this one's allocator is not the engine's.
+        # In a new process, since this one's allocator still holds memory of the models' construction.
         command = [sys.executable, __file__, "--measure", str(recipe), "--rounds", str(arguments.rounds)]
         result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     if arguments.json:
@@ -52,7 +50,7 @@ def main() -> None:
 
 
 def write_job(folder: Path, num_teachers: int, num_rounds: int, num_prompts: int) -> Path:
-    """Student, teachers, prompts and recipe; every teacher has a domain of its own."""
+    """Write student, teachers, prompts and recipe; every teacher has its own domain."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -87,7 +85,7 @@ def write_job(folder: Path, num_teachers: int, num_rounds: int, num_prompts: int
 
 
 def write_model(folder: Path, *, seed: int, **sizes: int) -> None:
-    """A random Qwen3 with an untied head and a tokenizer of whole words."""
+    """Write a random Qwen3 with an untied head and a tokenizer of whole words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -142,7 +140,7 @@ def measure(recipe: Path, num_rounds: int) -> dict[str, int]:
 
 @contextlib.contextmanager
 def peak_anonymous() -> Iterator[list[int]]:
-    """Yields a list whose one entry is, in the end, the largest RssAnon seen, in bytes."""
+    """Yield a list whose single entry becomes the largest RssAnon, in bytes."""
     peak, done = [0], threading.Event()
 
     def watch() -> None:

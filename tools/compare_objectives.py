@@ -1,11 +1,11 @@
-"""Objectives beside each other: equal budgets, one cold start, recovered headroom per domain.
+"""Compare objectives at equal budgets after one cold start, by recovered headroom per domain.
 
     python tools/compare_objectives.py [--seeds 0 1] [--only exact sampled ...] [--updates 60]
 
-One cold start on teachers' texts makes the student that every run starts from. A run is 60 updates of 80
-on-policy answers, four to each of 20 prompts, with one learning rate for all; only the loss differs, and
-whether domains are balanced. Runs are in runs/objectives; finished ones are not run again. Prints mean and
-spread over the seeds, against the quickstart's base and experts.
+One cold start on teacher responses trains the student from which every run starts. A run has 60 updates of 80
+on-policy responses, four to each of 20 prompts, with the same learning rate; only the loss and the balance of
+domains differ. Runs are in runs/objectives; finished ones are not run again. Prints mean and spread over the
+seeds, relative to the quickstart's base and experts.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "loss": {"outcome": 1.0, "sampled_reverse_kl": {"weight": {"start": 0.5, "end": 0.1, "updates": 60}}}
     },
 }
-# KDRL's own weights, 5e-3 to 1e-3, are made for hundreds of updates; with 60 its teacher would be inaudible.
+# KDRL's own weights, 5e-3 to 1e-3, are for hundreds of updates; in 60 updates the teacher would have no
+# effect.
 
 
 def main() -> None:
-    """Run what is missing, then print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -72,7 +72,6 @@ def main() -> None:
 
 
 def phase(name: str, balance: str, updates: int) -> dict[str, Any]:
-    """The on-policy phase of an objective."""
     shares = {"largest": 0.3, "sort": 0.3, "tool": 0.4} if balance == "on" else "off"
     return {
         "name": "merge",
@@ -85,7 +84,7 @@ def phase(name: str, balance: str, updates: int) -> dict[str, Any]:
 
 
 def cold_start() -> Path:
-    """The student after 15 updates of the quickstart's cold start."""
+    """Return the student after 15 updates of the quickstart's cold start."""
     folder = FOLDER / "cold_start"
     from mergeopd.recipe.resolve import read
 
@@ -93,7 +92,7 @@ def cold_start() -> Path:
     if plan is None:
         sys.exit(f"{RECIPE} has problems; see mergeopd check")
     cold = plan.phases[0].model_dump(mode="json", exclude_defaults=True)
-    # Shorter than the quickstart's, so that something is left to learn.
+    # Shorter than the quickstart's, so that the objectives can still improve the student.
     mergeopd(folder, [f"phases={json.dumps([{**cold, 'updates': 15}])}", "optimizer.warmup_updates=5"])
     return folder / "export"
 
@@ -101,7 +100,7 @@ def cold_start() -> Path:
 def run(
     name: str, start: Path, settings: dict[str, Any], seed: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """The result of one run."""
+    """Return the result of one run."""
     verifiers = ["number", "exact", "json"]
     sets = [
         f"student.model={start}",
@@ -117,7 +116,7 @@ def run(
 
 
 def mergeopd(output: Path, sets: list[str]) -> None:
-    """`mergeopd run` with these overrides, unless it is done."""
+    """Run `mergeopd run` with these overrides, unless it is finished."""
     if (output / "export").is_dir():
         return
     print(f"== {output.name}", flush=True)
@@ -127,7 +126,7 @@ def mergeopd(output: Path, sets: list[str]) -> None:
 
 
 def measure(export: Path, name: str) -> dict[str, Any]:
-    """Accuracies of an export beside the quickstart's base and experts."""
+    """Return accuracies of an export and of the quickstart's base and experts."""
     result = FOLDER / f"{name}.json"
     if not result.is_file():
         options = ["--model", str(export), "--output", str(result), "--set", "threads=1"]
@@ -137,7 +136,7 @@ def measure(export: Path, name: str) -> dict[str, Any]:
 
 
 def show(rows: dict[str, list[dict[str, Any]]]) -> None:
-    """Recovered headroom in per cent, mean and half the range over the seeds."""
+    """Print recovered headroom in per cent, mean and half the range over the seeds."""
     domains = sorted(next(iter(rows.values()))[0]["domains"])
     table = Table(title="Recovered headroom in %, mean +- half the range over seeds", title_justify="left")
     table.add_column("objective")
@@ -151,7 +150,7 @@ def show(rows: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def _spread(recovered: list[float | None]) -> str:
-    """A dash where the expert is no better than the base."""
+    """Format the mean and spread; a dash where the expert is not better than the base."""
     values = [value for value in recovered if value is not None]
     if not values:
         return "-"

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages and files from outside docs/ that the documentation links to.
+"""Hooks of mkdocs: add pages and files from outside docs/ that the documentation links to.
 
 README.md becomes the front page. Links such as `../recipes/quickstart.yaml`, valid in the repository, lead
 to a copy of the file inside the site.

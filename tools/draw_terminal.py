@@ -1,4 +1,4 @@
-"""Draws a captured terminal screen as SVG, one for light and one for dark pages.
+"""Draw a captured terminal screen as SVG, one for light and one for dark pages.
 
 tmux capture-pane -e -p > screen.ansi
 python tools/draw_terminal.py screen.ansi docs/pictures/terminal
@@ -27,7 +27,7 @@ THEMES = {
     "dark": TerminalTheme((13, 17, 23), (230, 237, 243), _ANSI_DARK, _ANSI_DARK),
 }
 
-# As rich's own, without its window frame and its font from the network.
+# Rich's format, without its window frame and its font from the network.
 FORMAT = """\
 <svg viewBox="-12 -10 {width} {height}" xmlns="http://www.w3.org/2000/svg">
 <style>
@@ -55,7 +55,7 @@ FORMAT = """\
 
 
 def draw(screen: str, theme: str) -> str:
-    """The screen as SVG.
+    """Render the screen as SVG.
 
     Args:
         screen: Lines with ANSI escape sequences.

@@ -1,10 +1,10 @@
-"""Runs mergeopd with a fault at a chosen place, put there from outside: nothing in mergeopd knows of it.
+"""Run mergeopd with a fault injected at a chosen place, by patching functions from outside.
 
     python tools/fault.py scoring:2:KILL run recipe.yaml
 
-A fault is PLACE:CALL:ACTION. PLACE is a key of `PLACES`, CALL counts its calls in this process from 1.
-ACTION is what happens at that call: KILL, TERM, INT or STOP send the process that signal, INT+INT sends two,
-and FULL=N lets no file grow beyond N bytes from there on (RLIMIT_FSIZE; writes fail as on a full disk).
+A fault is PLACE:CALL:ACTION. PLACE is a key of `PLACES`, CALL counts its calls in this process from 1, ACTION
+happens at that call: KILL, TERM, INT or STOP send the process that signal, INT+INT sends two, and FULL=N
+limits files to N bytes from there on (RLIMIT_FSIZE; writes fail as on a full disk).
 
     python tools/fault.py --count FILE run recipe.yaml
 
@@ -12,9 +12,9 @@ writes how often each place was called to FILE, as JSON.
 
     python tools/fault.py --serve run recipe.yaml --set output=warm-up
 
-runs this once, unheard, then reads orders, one JSON document a line, and answers each with one:
-`{"argv": [...], "fault": "..."}` becomes `{"code": ..., "output": ...}`. Every order runs in a process of its
-own, forked from this one, which has paid for imports and caches; a code below 0 is the signal that ended it.
+runs this once without output, then reads requests, one JSON document per line, and writes one response for
+each: `{"argv": [...], "fault": "..."}` becomes `{"code": ..., "output": ...}`. Every request runs in its own
+process, forked from this one, which has warm imports and caches; a negative code is the signal that ended it.
 POSIX only.
 """
 
@@ -34,7 +34,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-# Name: (function, looked up where it is called; whether the fault comes before or after the call).
+# Name: (function, at the place where it is looked up; whether the fault happens before or after the call).
 PLACES = {
     "text": ("mergeopd.engine.teacher_rollouts:_keep", "before"),
     "rollout": ("mergeopd.rollout.local:sample", "before"),
@@ -57,7 +57,7 @@ _LONGEST_S = 120
 
 
 def watch(place: str, at_call: Callable[[int], None]) -> None:
-    """Have `at_call(number)` called at every call of a place."""
+    """Call `at_call(number)` at every call of a place."""
     target, when = PLACES[place]
     module, _, path = target.partition(":")
     owner: Any = importlib.import_module(module)
@@ -83,7 +83,7 @@ def watch(place: str, at_call: Callable[[int], None]) -> None:
 
 
 def arm(fault: str) -> None:
-    """Put a fault in place. Raises ValueError or KeyError when it is not written as told above."""
+    """Install a fault. Raises ValueError or KeyError for a wrong format."""
     place, number, action = fault.split(":")
     at = int(number)
 
@@ -95,7 +95,7 @@ def arm(fault: str) -> None:
 
 
 def act(action: str) -> None:
-    """Do what a fault does."""
+    """Perform the action of a fault."""
     kind, _, value = action.partition("=")
     if kind == "FULL":
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -106,7 +106,7 @@ def act(action: str) -> None:
 
 
 def call_main(argv: Sequence[str]) -> int:
-    """Run the command line in this process; its exit code."""
+    """Run the command line in this process; return its exit code."""
     from mergeopd.cli import main
 
     sys.argv = ["mergeopd", *argv]
@@ -128,7 +128,7 @@ def count(file: Path, argv: Sequence[str]) -> int:
 
 
 def serve(warm_up: Sequence[str]) -> None:
-    """Run a command line, then answer orders until the input ends."""
+    """Run a command line, then process requests until the input ends."""
     told = io.StringIO()
     with contextlib.redirect_stdout(told):
         code = call_main(warm_up)
@@ -140,7 +140,7 @@ def serve(warm_up: Sequence[str]) -> None:
 
 
 def _forked(order: dict[str, Any]) -> tuple[int, str]:
-    # A pipe, because a limit on file sizes must not hold for what the process tells.
+    # A pipe, because a limit on file sizes must not apply to the output.
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -162,7 +162,7 @@ def _be_the_child(order: dict[str, Any], writing: int) -> NoReturn:
         if order["fault"] is not None:
             arm(order["fault"])
         code = call_main(order["argv"])
-    except BaseException:  # noqa: BLE001 - whatever it was, the parent's work is none of the child's
+    except BaseException:  # noqa: BLE001 - the child must not continue with the parent's work
         traceback.print_exc()
     finally:
         sys.stdout.flush()

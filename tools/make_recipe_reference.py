@@ -123,9 +123,9 @@ def _value(schema: Schema) -> str:
         links = ", ".join(f"[`{kind}`](#{ref.removeprefix('#/$defs/')})" for kind, ref in kinds)
         return f"mapping of kind {links}"
     if "anyOf" in schema:
-        # Where null is the default, leaving the key out says the same.
-        silent = {"type": "null"} if schema.get("default", "") is None else None
-        return " or ".join(_value(option) for option in schema["anyOf"] if option != silent)
+        # Where null is the default, it equals leaving the key out.
+        null = {"type": "null"} if schema.get("default", "") is None else None
+        return " or ".join(_value(option) for option in schema["anyOf"] if option != null)
     if "const" in schema:
         return f"`{schema['const']}`"
     if "enum" in schema:
@@ -152,7 +152,7 @@ def _scalar(schema: Schema) -> str:
         return names[schema.get("pattern")]
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     limits = [f"{sign} {schema[key]:g}" for key, sign in bounds.items() if key in schema]
-    # 2^63 is for machines; nobody chooses a seed near it.
+    # A limit of 2^63 is left out: no user needs larger numbers.
     limits = [limit for limit in limits if "e+18" not in limit]
     return f"{schema['type']} {', '.join(limits)}".rstrip()
 

@@ -1,9 +1,9 @@
-"""Trains a tiny base model and its domain experts, for the quick start and for tests.
+"""Train a tiny base model and its domain experts, for the quick start and for tests.
 
     python tools/make_tiny_experts.py [--out experts] [--seed 0] [--foreign]
 
-Everything follows from the seed. A second run finds the experts made and does nothing. With --foreign there
-is one more, a Llama with a tokenizer of its own.
+All results are determined by the seed. A second run reuses the experts. --foreign also trains a Llama with
+its own tokenizer.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def _progress(console: Console) -> Progress:
 
 
 def _num_cores() -> int:
-    """Cores that this process may use; fewer than the machine's in a container or under Slurm."""
+    """Return the cores that this process may use; fewer than the machine's in a container or under Slurm."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _torch(threads: int) -> None:
-    """Imports torch, which takes seconds that a run that finds everything made must not pay."""
+    """Import torch, which takes seconds, so it is not imported if the experts exist."""
     # Spinning threads wait for each other forever where another process keeps a core busy (20x slower).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
@@ -47,7 +47,7 @@ def _torch(threads: int) -> None:
 
 
 def make(out: Path, settings: Settings, seed: int, threads: int, console: Console) -> None:
-    """Makes the experts in `out`, whatever is there already.
+    """Train the experts in `out`, replacing existing ones.
 
     Raises:
         FileExistsError: `out` holds something that this tool did not write.
@@ -69,7 +69,7 @@ def make(out: Path, settings: Settings, seed: int, threads: int, console: Consol
 def make_foreign(
     out: Path, settings: Settings, llama: LlamaSettings, seed: int, threads: int, console: Console
 ) -> None:
-    """Makes the foreign expert in `out`, its own folder among the experts, whatever is there already.
+    """Train the foreign expert in `out`, its own folder among the experts, replacing an existing one.
 
     Raises:
         FileExistsError: `out` holds something that this tool did not write.
@@ -93,7 +93,7 @@ def make_foreign(
 
 
 def show(out: Path, console: Console, *, foreign: bool) -> None:
-    """Prints the accuracies that the manifests in `out` hold."""
+    """Print the accuracies recorded in the manifests in `out`."""
     accuracy: dict[str, dict[str, float]] = {}
     for folder in (out, out / FOLDER) if foreign else (out,):
         manifest = read_manifest(folder)
@@ -110,12 +110,11 @@ def show(out: Path, console: Console, *, foreign: bool) -> None:
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
         "--out", type=Path, default=Path("experts"), help="folder to write (default: experts)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="everything follows from it (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument(
         "--foreign", action="store_true", help=f"also {FOLDER}: another architecture, another tokenizer"
     )

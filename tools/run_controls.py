@@ -1,8 +1,8 @@
-"""Is it the merge that does it? The quickstart beside runs that ought to fail, and beside what is simpler.
+"""Compare the quickstart with controls that must fail, and with simpler methods.
 
     python tools/run_controls.py [--only lr_zero ...]
 
-Every control is `mergeopd run recipes/quickstart.yaml` with a few overrides, in a folder of its own under
+Every control is `mergeopd run recipes/quickstart.yaml` with a few overrides, in its own folder under
 runs/controls; finished ones are not run again. Prints one line each: recovered headroom per domain.
 """
 
@@ -26,7 +26,6 @@ FOLDER = ROOT / "runs" / "controls"
 
 
 def main() -> None:
-    """Run what is missing, then print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -38,7 +37,7 @@ def main() -> None:
 
 
 def overrides() -> dict[str, list[str]]:
-    """`--set` arguments by control."""
+    """Return `--set` arguments by control."""
     from mergeopd.recipe.resolve import read
 
     plan = read(RECIPE).plan
@@ -54,7 +53,7 @@ def overrides() -> dict[str, list[str]]:
         f"prompts.{i}.teachers={teachers[(teachers.index(next(iter(s.teachers))) + 1) % len(teachers)]}"
         for i, s in enumerate(plan.sources)
     ]
-    # The cards of the experts say what they teach; the base's does not.
+    # The experts' cards list their domains; the base's does not.
     routed = [f"prompts.{i}.teachers={next(iter(s.teachers))}" for i, s in enumerate(plan.sources)]
     length = plan.num_updates
     return {
@@ -70,7 +69,7 @@ def overrides() -> dict[str, list[str]]:
 
 
 def run(name: str, sets: list[str]) -> dict[str, Any]:
-    """The result of one control, measured against the quickstart's own experts; finished ones are kept."""
+    """Return the result of one control, relative to the quickstart's own experts; reuse finished ones."""
     output = FOLDER / name
     result = FOLDER / f"{name}.json"
     if not result.is_file():
@@ -87,7 +86,7 @@ def run(name: str, sets: list[str]) -> dict[str, Any]:
 
 
 def show(results: dict[str, dict[str, Any]]) -> None:
-    """Recovered headroom in per cent, per domain and in the mean; the weight average for comparison."""
+    """Print recovered headroom in per cent, per domain and in the mean, and the weight average."""
     domains = sorted(next(iter(results.values()))["domains"])
     table = Table(title="Recovered headroom in %", title_justify="left")
     table.add_column("run")
@@ -105,7 +104,7 @@ def show(results: dict[str, dict[str, Any]]) -> None:
 
 
 def _percentages(values: list[float | None]) -> list[str]:
-    """A dash where the expert is no better than the base."""
+    """Format percentages; a dash where the expert is not better than the base."""
     return ["-" if value is None else f"{100 * value:.1f}" for value in values]
 
 

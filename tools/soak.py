@@ -1,13 +1,13 @@
-"""Kills a run again and again, lets it go on, and compares the end with an undisturbed run, bit for bit.
+"""Kill and resume a run repeatedly, and compare its end with an uninterrupted run, bit for bit.
 
     python tools/soak.py recipes/quickstart.yaml --kills 30 --seed 0
     python tools/soak.py recipe.yaml --minutes 600 --set rollout.batch_size=8
 
-Half of the starts are to be killed (SIGKILL) at a random moment of the process's life, imports included, half
-at a random call of a random place: between two tokens, in a teacher's turn, around an optimizer step,
-between the files of a checkpoint, at a rename and so on (`tools/fault.py`). Some come to their end before.
-Then the next run begins in a new folder, with no text that teachers wrote before. Prints a line a kill and a
-summary; exits with 1 when any run fails, or ends otherwise than the undisturbed one.
+Half of the starts are killed (SIGKILL) at a random moment, imports included, the other half at a random call
+of a random place: between two tokens, in a teacher's pass, around an optimizer step, between the files of a
+checkpoint, at a rename and so on (`tools/fault.py`). Some finish before. The next run begins in a new folder,
+without cached teacher responses. Prints a line per kill and a summary; exits with 1 when any run fails or
+differs from the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 FAULT = Path(__file__).with_name("fault.py")
-_PATIENCE = 20  # a process that takes this many times as long as the undisturbed run hangs
+_PATIENCE = 20  # a process that takes this many times as long as the uninterrupted run is considered hung
 
 
 def outcome(folder: Path) -> dict[str, str]:
-    """Everything a finished run leaves that must not depend on interruptions, by name, as text.
+    """Return all results of a finished run that must not depend on interruptions, by name, as text.
 
-    Digests of export and last checkpoint, how far that is, metrics and result without timings, samples.
+    Digests of export and last checkpoint, its update, metrics and result without timings, samples.
     """
     checkpoints = sorted((folder / "checkpoints").glob("step-*[0-9]"), key=lambda path: int(path.name[5:]))
     state = json.loads((checkpoints[-1] / "state.json").read_text())
@@ -71,7 +71,7 @@ class Soak:
     num_runs: int = 0
 
     def prepare(self) -> None:
-        """The undisturbed run twice: once as a user runs it, for time and outcome, once to count calls."""
+        """Run without interruption twice: once for time and outcome, once to count calls."""
         start = time.monotonic()
         self._expect_end("undisturbed", [sys.executable, "-m", "mergeopd"])
         self.duration_s = time.monotonic() - start
@@ -81,7 +81,7 @@ class Soak:
         self.calls = {place: n for place, n in json.loads(counts.read_text()).items() if n}
 
     def run_once(self, max_kills: int, deadline: float) -> list[str]:
-        """Kill a new run until it has come to its end; what differs there from the undisturbed one."""
+        """Kill a new run until it has finished; return its differences from the uninterrupted one."""
         self.num_runs += 1
         name = f"run-{self.num_runs}"
         while len(self.kills) < max_kills and time.monotonic() < deadline:
@@ -91,37 +91,37 @@ class Soak:
             self.kills.append(place)
             print(f"{len(self.kills):5}  {name:8}  {place:24}  {self._standing(name)}", flush=True)
         self._expect_end(name, [sys.executable, "-m", "mergeopd"])
-        found = outcome(self.folder / name)
-        different = [key for key in {**self.expected, **found} if self.expected.get(key) != found.get(key)]
+        actual = outcome(self.folder / name)
+        different = [key for key in {**self.expected, **actual} if self.expected.get(key) != actual.get(key)]
         print(f"       {name:8}  {'ends DIFFERENTLY' if different else 'ends bit-identically'}", flush=True)
         if not different:
             shutil.rmtree(self.folder / name)
         return different
 
     def _kill(self, name: str) -> str | None:
-        """Start or go on with a run and kill it; where, or None when it came to its end before."""
+        """Start or resume a run and kill it; return where, or None if it finished before."""
         if self.rng.random() < 0.5:
             place = self.rng.choice(sorted(self.calls))
             call = self.rng.randint(1, self.calls[place])
             command = [sys.executable, str(FAULT), f"{place}:{call}:KILL"]
-            timeout, told = _PATIENCE * self.duration_s, f"{place}, call {call}"
+            timeout, moment = _PATIENCE * self.duration_s, f"{place}, call {call}"
         else:
             command = [sys.executable, "-m", "mergeopd"]
             timeout = self.rng.uniform(0.0, self.duration_s)
-            told = f"at {timeout:.2f} s"
+            moment = f"at {timeout:.2f} s"
         process = self._start(name, command)
         try:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            if told.startswith("at "):
-                return told
-            raise SystemExit(f"{name} hangs ({told})") from None
+            if moment.startswith("at "):
+                return moment
+            raise SystemExit(f"{name} hangs ({moment})") from None
         if process.returncode == -9:
-            return told
+            return moment
         if process.returncode:
-            raise SystemExit(f"{name} failed with code {process.returncode} ({told}):\n{output}")
+            raise SystemExit(f"{name} failed with code {process.returncode} ({moment}):\n{output}")
         return None
 
     def _expect_end(self, name: str, command: Sequence[str]) -> None:
@@ -147,7 +147,7 @@ class Soak:
         )
 
     def _standing(self, name: str) -> str:
-        """How far a run folder is."""
+        """Describe the progress of a run folder."""
         metrics, checkpoints = self.folder / name / "metrics.jsonl", self.folder / name / "checkpoints"
         lines = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
         saved = (
@@ -158,7 +158,6 @@ class Soak:
 
 
 def main() -> None:
-    """Soak a recipe and print what came of it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -170,7 +169,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the runs go; default: a temporary folder")
     arguments = parser.parse_args()
     if arguments.kills is None and arguments.minutes is None:
-        parser.error("say how long: --kills N or --minutes M")
+        parser.error("missing option: --kills N or --minutes M")
     max_kills = sys.maxsize if arguments.kills is None else arguments.kills
     with contextlib.ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))

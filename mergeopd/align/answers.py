@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mergeopd.align.agreement import agreement
 from mergeopd.align.encoding import ByteTokenizer, Encode
 from mergeopd.align.groups import Closed, Ends, close_groups
-from mergeopd.align.sides import Side
+from mergeopd.align.sides import Side, TokenRow
 from mergeopd.align.token_bytes import TokenBytes
 
 Ints = NDArray[np.int64]
@@ -67,7 +67,7 @@ class EndTokens:
 
 
 def align_responses(
-    responses: Sequence[Sequence[int]],
+    responses: Sequence[TokenRow],
     student: ByteTokenizer,
     teacher: ByteTokenizer,
     ends: EndTokens,
@@ -87,7 +87,7 @@ def align_responses(
 
 
 def align(
-    answers: Sequence[Sequence[int]],
+    answers: Sequence[TokenRow],
     student: TokenBytes,
     teacher: TokenBytes,
     encode: Encode,
@@ -121,7 +121,7 @@ def align(
     return _assembled(closed, own, other, theirs, matched)
 
 
-def written_text(ids: Sequence[int], tokens: TokenBytes) -> tuple[str, bool]:
+def written_text(ids: TokenRow, tokens: TokenBytes) -> tuple[str, bool]:
     """Decode tokens up to the first byte that is part of no complete character; also whether that is all."""
     found = _Text.of(tokens.joined(np.array(ids, np.int64)).tobytes(), tokens.strip)
     return found.text, found.whole

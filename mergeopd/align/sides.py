@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from mergeopd.align.token_bytes import TokenBytes
 from mergeopd.errors import TokenizerError
 
 Ints = NDArray[np.int64]
+TokenRow: TypeAlias = Sequence[int] | NDArray[np.integer]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,14 +34,14 @@ class Side:
     byte_rows: list[int]  # [R + 1]
 
     @classmethod
-    def of(cls, responses: Sequence[Sequence[int]], ended: Sequence[bool], tokens: TokenBytes) -> Side:
+    def of(cls, responses: Sequence[TokenRow], ended: Sequence[bool], tokens: TokenBytes) -> Side:
         """Look up all tokens. `ended`: the last token of a response is an end token, of whatever kind.
 
         Raises:
             TokenizerError: an id is not in the tokenizer.
         """
         lengths = np.fromiter(map(len, responses), np.int64, len(responses))
-        ids = np.fromiter(chain.from_iterable(responses), np.int64, int(lengths.sum()))
+        ids = np.concatenate([np.zeros(0, np.int64), *(np.asarray(row, np.int64) for row in responses)])
         _check_ids_known(ids, tokens)
         offsets = _running(lengths)
         with_end = np.array(ended, bool)

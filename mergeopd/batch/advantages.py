@@ -68,7 +68,7 @@ def _teacher_loss_weights(
     rate = sum(rewards.values()) / len(rewards)
     exponents = balance.pass_rate
     factor = 1.0 if exponents is None else pass_rate_weight(rate, exponents.a, exponents.b)
-    # Cut off is not right, whatever the verifier found in what there is.
+    # A truncated response is not correct, whatever its reward.
     right = {i for i, reward in rewards.items() if reward >= RIGHT and rollouts[i].finish != "length"}
     taught = {}
     for index in rewards:

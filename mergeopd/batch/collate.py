@@ -16,6 +16,7 @@ from mergeopd.batch.records import PreparedRollout, PreparedUpdate, TokenViews
 from mergeopd.loss.cross_tokenizer import Groups
 from mergeopd.loss.policy import PolicyRows
 from mergeopd.loss.targets import Target
+from mergeopd.types import LogProbs
 
 
 def micro_batch(
@@ -36,12 +37,12 @@ def micro_batch(
     own: dict[str, Target] = {}
     bridged: list[BridgedTarget] = []
     for name, target in targets.items():
-        found = views[name].target(target, members, like)
-        if isinstance(found, BridgedTarget):
-            bridged.append(found)
-        elif found is not None:
-            own[name] = found
-    teacher_rows = [[weight for m in members for weight in m.teacher_token_weights(name)] for name in own]
+        made = views[name].target(target, members, like)
+        if isinstance(made, BridgedTarget):
+            bridged.append(made)
+        elif made is not None:
+            own[name] = made
+    teacher_rows = [np.concatenate([m.teacher_token_weights(name) for m in members]) for name in own]
     nll_row = _per_token(members, [0.0 if m.is_own else m.token_weight for m in members])
     return MicroBatch(
         rollouts=pack.rollouts,
@@ -49,7 +50,7 @@ def micro_batch(
         prompts=tuple(m.rollout.prompt_ids for m in members),
         responses=tuple(m.rollout.response_ids for m in members),
         targets=tuple(own.values()),
-        teacher_weight_KN=like.new_tensor(teacher_rows).reshape(len(own), len(nll_row)),
+        teacher_weight_KN=like.new_tensor(np.array(teacher_rows).reshape(len(own), len(nll_row))),
         nll_weight_N=like.new_tensor(nll_row),
         policy=_policy_rows(members, like) if with_policy else None,
         trained=tuple(m.rollout.trained for m in members),
@@ -84,11 +85,10 @@ def _policy_rows(members: Sequence[PreparedRollout], like: Tensor) -> PolicyRows
     def row(values: Sequence[float]) -> Tensor:
         return like.new_tensor(_per_token(members, values))
 
-    behaviour = [value for m in members for value in _behaviour(m)]
     return PolicyRows(
         own_N=row([float(m.is_own) for m in members]),
         outcome_N=row([m.outcome for m in members]),
-        behaviour_N=like.new_tensor(behaviour),
+        behaviour_N=like.new_tensor(np.concatenate([_behaviour(m) for m in members])),
         keep_N=row([float(m.is_kept) for m in members]),
         old_N=_joined([m.logprob_old for m in members], members, like),
         teacher_N=_joined([m.teacher_advantage for m in members], members, like),
@@ -96,11 +96,11 @@ def _policy_rows(members: Sequence[PreparedRollout], like: Tensor) -> PolicyRows
     )
 
 
-def _behaviour(member: PreparedRollout) -> Sequence[float]:
+def _behaviour(member: PreparedRollout) -> LogProbs:
     known = member.rollout.logprobs_behaviour
     if known is None and member.is_own:
         raise ValueError(f"{member.rollout.prompt.key}: the student's answer has no behaviour log-probs")
-    return [0.0] * member.rollout.num_trained if known is None else known
+    return np.zeros(member.rollout.num_trained, np.float32) if known is None else known
 
 
 def _joined(
@@ -117,5 +117,5 @@ def _joined(
     return torch.cat(rows)
 
 
-def _per_token(members: Sequence[PreparedRollout], values: Sequence[float]) -> list[float]:
-    return [value for m, value in zip(members, values, strict=True) for _ in range(m.rollout.num_trained)]
+def _per_token(members: Sequence[PreparedRollout], values: Sequence[float]) -> NDArray[np.float64]:
+    return np.repeat(np.array(values, np.float64), [m.rollout.num_trained for m in members])

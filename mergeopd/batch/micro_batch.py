@@ -12,6 +12,7 @@ from mergeopd.loss.cross_tokenizer import Bridge, Groups
 from mergeopd.loss.heads import Hidden
 from mergeopd.loss.policy import PolicyRows
 from mergeopd.loss.targets import Target
+from mergeopd.types import Flags, TokenIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,22 +44,22 @@ class MicroBatch:
 
     rollouts: tuple[int, ...]
     teachers: tuple[str, ...]
-    prompts: tuple[tuple[int, ...], ...]
-    responses: tuple[tuple[int, ...], ...]
+    prompts: tuple[TokenIds, ...]
+    responses: tuple[TokenIds, ...]
     targets: tuple[Target, ...]
     teacher_weight_KN: Tensor
     nll_weight_N: Tensor
     policy: PolicyRows | None = None
-    trained: tuple[tuple[bool, ...] | None, ...] | None = None
+    trained: tuple[Flags | None, ...] | None = None
     bridged: tuple[BridgedTarget, ...] = ()
 
     @property
-    def labels(self) -> tuple[tuple[int, ...], ...]:
+    def labels(self) -> tuple[TokenIds, ...]:
         """The trained tokens of each response."""
         if self.trained is None:
             return self.responses
         return tuple(
-            response if flags is None else tuple(i for i, own in zip(response, flags, strict=True) if own)
+            response if flags is None else response[flags]
             for response, flags in zip(self.responses, self.trained, strict=True)
         )
 

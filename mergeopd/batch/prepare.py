@@ -27,13 +27,13 @@ def prepare(
     phase: Phase,
     updates_done: int,
     views: TokenViews,
-    found: Outcomes,
+    outcomes: Outcomes,
     before: Mapping[int, OldLogProbs],
     alignments: Alignments,
 ) -> PreparedUpdate:
     """All weights and global denominators of one update, before any gradient.
 
-    `update` names its rollouts; `found`, `before` and `alignments` (empty where not needed) are the round's;
+    `update` names its rollouts; `outcomes`, `before` and `alignments` (empty if not needed) are the round's;
     `updates_done` counts the updates of the phase.
     """
     answers = [
@@ -50,11 +50,11 @@ def prepare(
             rollout=rollout,
             token_weight=weight,
             teacher_weight={
-                name: w * found.teacher_loss_weight[index] * factors[name]
+                name: w * outcomes.teacher_loss_weight[index] * factors[name]
                 for name, w in rollout.prompt.teachers.items()
             },
             eos_masked=masked_tokens(rollout, views),
-            outcome=weight * outcome_weight * found.advantage[index],
+            outcome=weight * outcome_weight * outcomes.advantage[index],
             alignments={n: own[index] for n, own in alignments.items() if index in own},
         )
         looks_back = plain.is_own and index in before
@@ -69,11 +69,12 @@ def _with_past(
     plain: PreparedRollout, before: OldLogProbs, phase: Phase, updates_done: int, views: TokenViews
 ) -> PreparedRollout:
     """The student's own answer with what only the look back knows."""
-    behaviour = before.logprob_S.new_tensor(plain.rollout.logprobs_behaviour or ())
+    known = plain.rollout.logprobs_behaviour
+    behaviour = before.logprob_S.new_tensor(() if known is None else known)
     sampled = phase.loss.sampled_reverse_kl
     advantage = None
     # Prompts whose teachers all have other tokens have no log-ratio of a single token.
-    if sampled is not None and sampled.needs_whole_answers and before.logprob_T:
+    if sampled is not None and sampled.needs_full_responses and before.logprob_T:
         coefficient = phase.loss.weight("sampled_reverse_kl", updates_done)
         names = tuple(before.logprob_T)
         advantage = coefficient * answers_advantage(

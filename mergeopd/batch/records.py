@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mergeopd.align.answers import Alignment
@@ -61,11 +63,11 @@ class PreparedRollout:
         """Whether the student generated it."""
         return self.rollout.origin == "student"
 
-    def teacher_token_weights(self, teacher: str) -> list[float]:
+    def teacher_token_weights(self, teacher: str) -> NDArray[np.float64]:
         """The final weight of this teacher's term for every trained token."""
-        weight = self.token_weight * self.teacher_weight[teacher]
-        masked = self.eos_masked.get(teacher, ())
-        return [0.0 if position in masked else weight for position in range(self.rollout.num_trained)]
+        weights = np.full(self.rollout.num_trained, self.token_weight * self.teacher_weight[teacher])
+        weights[list(self.eos_masked.get(teacher, ()))] = 0.0
+        return weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """The command line: `mergeopd run | check | eval | report | schema | tokenizers | new`.
 
 Exit codes: 0 success; 2 the recipe or the command's arguments are wrong; 3 stopped on request (SIGTERM,
-Ctrl-C, --updates) with everything saved; 130 interrupted at once (second Ctrl-C); 1 anything else.
+Ctrl-C, --updates) with everything saved; 130 interrupted at once (second Ctrl-C); 1 any other error.
 
-Modules of this package import at the top only what `--help` needs: commands import the rest when they run.
+Modules of this package import at the top only what `--help` needs; commands import the rest when they run.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def _root(
 def main() -> None:
     """Entry point."""
     join_launcher()
-    # Before torch is imported. OpenMP threads that wait by spinning take the cores from each other as soon as
-    # anything else runs: the same merge took 3 to 8 times as long on two cores.
+    # Set before torch is imported: OpenMP threads that spin while waiting made a merge on two busy cores 3 to
+    # 8 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = typer.main.get_command(app)
     for parameter in command.params:

@@ -21,17 +21,17 @@ def check(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOpti
     from mergeopd import api
 
     try:
-        found = api.check(recipe, set=overrides or ())
+        result = api.check(recipe, set=overrides or ())
     except RecipeError as error:
         if not as_json:
             raise
         typer.echo(json.dumps({"ok": False, "problems": [_as_json(p) for p in error.problems]}, indent=2))
         raise typer.Exit(2) from None
     if as_json:
-        typer.echo(json.dumps({"ok": True, "plan": found.plan.hash, "notes": found.notes}, indent=2))
+        typer.echo(json.dumps({"ok": True, "plan": result.plan.hash, "notes": result.notes}, indent=2))
         return
-    show_notes(found.notes)
-    typer.echo(f"{recipe}: OK. {found}.")
+    show_notes(result.notes)
+    typer.echo(f"{recipe}: OK. {result}.")
 
 
 def _as_json(problem: Problem) -> dict[str, str | int]:

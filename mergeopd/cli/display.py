@@ -1,4 +1,4 @@
-"""What commands show besides their results: a spinner for slow work."""
+"""Output of commands besides their results: notes, and a spinner for slow work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mergeopd.errors import MAX_SHOWN, printable
 
 @contextmanager
 def waiting(text: str) -> Iterator[None]:
-    """Show that slow work is going on: a clock on a terminal, one line elsewhere. Both go to stderr."""
+    """Show a spinner with a clock on a terminal, one line elsewhere, both on stderr, while slow work runs."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

@@ -1,4 +1,4 @@
-"""How commands end: which error gives which exit code, and which of several processes shows it."""
+"""Exit codes of errors, and the choice of the process that shows them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from contextlib import contextmanager
 
 import typer
 
-from mergeopd.distributed.rendezvous import ErrorToReport, RankInfo, claims_before_meeting
+from mergeopd.distributed.rendezvous import ErrorToReport, RankInfo, claims_before_rendezvous
 from mergeopd.errors import MergeopdError, PeerFailed, RecipeError, Stopped
 from mergeopd.reporting.failure import show_error
 
 
 def exit_code(error: BaseException) -> int:
-    """2 for a wrong recipe, 3 for a run that was stopped on request, else 1."""
+    """Return 2 for a wrong recipe, 3 for a run that was stopped on request, else 1."""
     return 2 if isinstance(error, RecipeError) else 3 if isinstance(error, Stopped) else 1
 
 
 @contextmanager
 def errors_shown() -> Iterator[None]:
-    """Show errors that mergeopd raises on purpose without a traceback, and exit with their code."""
+    """Show mergeopd's own errors without a traceback, and exit with their code."""
     try:
         yield
     except MergeopdError as error:
@@ -34,11 +34,11 @@ def errors_shown() -> Iterator[None]:
 
 @contextmanager
 def one_process_reports(place: RankInfo) -> Iterator[None]:
-    """If a run has several processes, let one of them show an error; each exits with its code."""
+    """In a run of several processes, show an error in only one of them; each exits with its code."""
     if place.world == 1:
         yield
         return
-    # torch's warnings of peers that closed connections come with pages of addresses, from every process.
+    # torch prints pages of addresses in every process when a peer closes a connection.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     code = 0
     try:
@@ -56,10 +56,10 @@ def one_process_reports(place: RankInfo) -> Iterator[None]:
         show_error(told.error)
     except Exception as error:  # noqa: BLE001 (is shown, and the process ends)
         code = exit_code(error)
-        if claims_before_meeting(place).claim():
+        if claims_before_rendezvous(place).claim():
             show_error(error)
     if code:
-        # Threads of a group that has lost a process may never end.
+        # Threads of a process group that lost a process may never end.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -7,11 +7,11 @@ import os
 import sys
 
 VERBOSE = "MERGEOPD_VERBOSE"
-"""Environment variable of `--verbose`, by which processes that a run starts have it, too."""
+"""Environment variable that passes `--verbose` on to the processes of a run."""
 
 
 class _StderrHandler(logging.Handler):
-    """Write to what is stderr now: the live display replaces it to print above its frame."""
+    """Write to the current `sys.stderr`, which the live display replaces to print above its frame."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

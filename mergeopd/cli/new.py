@@ -15,7 +15,9 @@ new = typer.Typer(help="Write a commented recipe, or the card of a teacher.", no
 
 @new.command()
 def recipe(
-    name: Annotated[str, typer.Argument(help="Its name; the file is recipes/NAME.yaml.", metavar="NAME")],
+    name: Annotated[
+        str, typer.Argument(help="Name of the recipe; the file is recipes/NAME.yaml.", metavar="NAME")
+    ],
     student: Annotated[
         str | None, typer.Option(metavar="DIR", help="Folder of the model to train.", show_default=False)
     ] = None,
@@ -56,7 +58,9 @@ def recipe(
 
 @new.command()
 def teacher(
-    name: Annotated[str, typer.Argument(help="Its name; the file is teachers/NAME.yaml.", metavar="NAME")],
+    name: Annotated[
+        str, typer.Argument(help="Name of the teacher; the file is teachers/NAME.yaml.", metavar="NAME")
+    ],
     model: Annotated[
         str, typer.Option(metavar="DIR", help="Hugging Face folder, or a hub id in the local cache.")
     ],

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands have, and remedies for misplaced ones."""
+"""Arguments and options shared by several commands, and remedies for misplaced ones."""
 
 from __future__ import annotations
 

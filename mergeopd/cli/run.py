@@ -37,14 +37,16 @@ def run(
         typer.Option(min=1, metavar="N", help="Start N processes on this machine, for student.parallel."),
     ] = None,
 ) -> None:
-    """Run a merge, or resume it. Ctrl-C saves a checkpoint and stops; the same command resumes.
+    """Run a merge, or resume it. Ctrl-C saves a checkpoint and stops; run the same command to resume.
 
     Example: mergeopd run recipes/quickstart.yaml --set optimizer.lr=1e-3
     """
     place = RankInfo.of()
     with one_process_reports(place):
         if nproc is not None and place.world > 1:
-            raise ProcessError(f"--nproc {nproc}, but this is {place.name} already; leave it out")
+            raise ProcessError(
+                f"--nproc {nproc} in {place.name}; leave it out where torchrun starts processes"
+            )
         try:
             if nproc is not None and nproc > 1:
                 from mergeopd import api
@@ -57,12 +59,14 @@ def run(
             result = _run(recipe, overrides or (), updates, allow_change or (), place)
         except KeyboardInterrupt:
             if place.rank == 0:
-                typer.echo("Interrupted. The same command resumes from the newest checkpoint.", err=True)
+                typer.echo(
+                    "Interrupted. Run the same command to resume from the newest checkpoint.", err=True
+                )
             raise typer.Exit(130) from None
         if not result.is_finished:
             raise Stopped(
                 f"stopped by --updates after {result.num_updates} of {result.planned_updates} updates, "
-                "all saved; the same command goes on"
+                "all saved; run the same command to resume"
             )
 
 

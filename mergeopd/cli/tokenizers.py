@@ -12,12 +12,12 @@ import typer
 from mergeopd.cli.display import waiting
 from mergeopd.cli.options import JsonOption
 
-_LARGE_TEXT = 1 << 20  # bytes; more takes longer than a person expects
+_LARGE_TEXT = 1 << 20  # bytes; longer texts show a spinner
 
 
 def tokenizers(
     a: Annotated[str, typer.Argument(metavar="A", help="Tokenizer folder, or a hub id in the local cache.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other tokenizer.")],
     text: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Text in UTF-8 to compare on; default: a short sample."),

@@ -1,7 +1,7 @@
-"""Chat templates, rendered as transformers does, without importing it.
+"""Render chat templates as transformers does, without importing it.
 
-The environment is the one that model authors write their templates for: a sandbox with trimmed blocks, loop
-controls, `tojson`, `raise_exception`, `strftime_now` and the `{% generation %}` tag.
+The environment is that of transformers: a sandbox with trimmed blocks, loop controls, `tojson`,
+`raise_exception`, `strftime_now` and the `{% generation %}` tag.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from mergeopd.types import Message
 
 
 class ChatTemplate:
-    """A compiled template. `name` (a file, a model) is for errors; `now` is the clock of `strftime_now`.
+    """A compiled template. `name` is used in errors; `now` is the clock of `strftime_now`.
 
-    Raises DataError when the source is not a template.
+    Raises DataError if the source is not a template.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class ChatTemplate:
             self._template = self._sandbox.compiled(source)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The text of a conversation, by default up to where the assistant begins to write.
+        """Render a conversation, by default with the generation prompt.
 
-        Raises DataError when the template refuses the conversation (an unsupported role, say) or fails.
+        Raises DataError if the template rejects the conversation (an unsupported role, say) or fails.
         """
         try:
             values = {
@@ -66,21 +66,21 @@ class ChatTemplate:
 
 @contextmanager
 def not_a_template(name: str) -> Iterator[None]:
-    """Raise DataError for whatever goes wrong while a template called `name` is compiled."""
+    """Convert errors while a template called `name` is compiled to DataError."""
     try:
         yield
     except jinja2.TemplateSyntaxError as error:
         raise DataError(f"{name}:{error.lineno}: not a Jinja template: {error.message}") from error
     except RecursionError as error:
         raise DataError(f"{name}: nested too deeply for a Jinja template") from error
-    except Exception as error:  # Python's own compiler refuses some of what Jinja makes of a template
+    except Exception as error:  # Python's compiler rejects some of the code that Jinja generates
         raise DataError(f"{name}: not a Jinja template: {error}") from error
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's text for training masks; here it renders what it contains.
+    """`{% generation %}` marks the assistant's text for training masks; here it renders its content.
 
-    A call block, not the bare body: variables set inside stay inside.
+    A call block, so that variables set inside are local.
     """
 
     tags = {"generation"}  # noqa: RUF012  the type that jinja2 declares
@@ -105,7 +105,7 @@ class _Dict:
 
 
 class _SafeNamespace(jinja2.utils.Namespace):
-    """`namespace(...)` without names that begin with an underscore, the usual way out of a sandbox."""
+    """`namespace(...)` without names that begin with an underscore, which can be used to escape a sandbox."""
 
     def __init__(self, /, *args: Any, **kwargs: Any) -> None:
         attributes = dict(*args, **kwargs)
@@ -118,7 +118,7 @@ class _SafeNamespace(jinja2.utils.Namespace):
         super().__setitem__(name, value)
 
     def __repr__(self) -> str:
-        return "<Namespace>"  # namespaces that hold each other could be written at any length
+        return "<Namespace>"  # namespaces that contain each other could have any length
 
 
 def _refuse_underscore(name: Any) -> None:
@@ -146,7 +146,7 @@ def _tojson(
 def sandbox(
     now: Callable[[], datetime], undefined: type[jinja2.Undefined] = jinja2.Undefined
 ) -> BoundedSandbox:
-    """The environment of one template; `undefined` is what stands for an unknown name."""
+    """Create the environment of one template; `undefined` is the type of unknown names."""
     environment = BoundedSandbox(
         trim_blocks=True, lstrip_blocks=True, undefined=undefined, extensions=[_Generation, loopcontrols]
     )

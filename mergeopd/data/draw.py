@@ -1,7 +1,7 @@
-"""Which prompts come when: an infinite stream that one integer resumes.
+"""The order of prompts: an infinite stream whose state is one integer.
 
-Sources follow their shares as evenly as integers allow; inside a source every prompt comes once per epoch,
-in an order keyed by seed, source and epoch.
+Sources are interleaved by their shares as evenly as integers allow; within a source every prompt occurs once
+per epoch, in an order keyed by seed, source and epoch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mergeopd.types import Prompt
 
 
 class PromptDraw:
-    """The stream of prompts. What `draw` returns depends on its arguments and the constructor's only.
+    """The stream of prompts. The result of `draw` depends only on its arguments and the constructor's.
 
     After n positions a source of share s (of a total of 1) has been drawn between sn - 1 and sn + 1 times,
     for every n (R. Tijdeman, "The chairman assignment problem", Discrete Math. 32, 1980).
@@ -25,7 +25,7 @@ class PromptDraw:
     def __init__(
         self, sources: Mapping[str, Sequence[Prompt]], shares: Mapping[str, float], seed: int
     ) -> None:
-        """Raises DataError when a source has no prompts or no positive share."""
+        """Raises DataError if a source has no prompts or no positive share."""
         if not sources or sources.keys() != shares.keys():
             raise DataError(f"shares for {sorted(shares)} do not fit the sources {sorted(sources)}")
         # Sorted: the order in which sources are written is not part of the stream.
@@ -42,9 +42,9 @@ class PromptDraw:
         self._reached = (0, dict.fromkeys(self._weights, 0))
 
     def draw(self, start: int, count: int) -> list[tuple[int, Prompt]]:
-        """Positions `start` to `start + count` (excluded) of the stream, as `(epoch, prompt)`.
+        """Return positions `start` to `start + count` (exclusive) of the stream, as `(epoch, prompt)`.
 
-        `epoch` says how often the prompt has come before: it keys fresh samples for a repeated prompt.
+        `epoch` is the number of earlier occurrences of the prompt; it keys the random numbers of its samples.
         """
         counts = self._counts(start)
         drawn = []
@@ -71,9 +71,9 @@ class PromptDraw:
         return dict(counts)
 
     def _choose(self, position: int, counts: Mapping[str, int]) -> str:
-        """Tijdeman's rule: of the sources that are due, the one whose deadline comes first.
+        """Apply Tijdeman's rule: of the sources that are due, choose the one with the earliest deadline.
 
-        In units of 1 / (total x (2k - 2)) everything is an integer, so that no rounding ever decides.
+        In units of 1 / (total x (2k - 2)) all values are integers, so that there is no rounding.
         """
         if len(self._weights) == 1:
             return next(iter(self._weights))
@@ -91,7 +91,7 @@ class PromptDraw:
         return best
 
     def _order(self, name: str, epoch: int) -> list[int]:
-        """The source's permutation of this epoch; sorted by hash, which no library version can change."""
+        """The source's permutation in this epoch, sorted by hash to be independent of library versions."""
         if name not in self._orders or self._orders[name][0] != epoch:
             root = hashlib.blake2b(f"{self._seed}\0{epoch}\0{name}\0".encode(), digest_size=16)
             keys = []
@@ -104,7 +104,7 @@ class PromptDraw:
 
 
 def _integer_weights(shares: Mapping[str, float]) -> dict[str, int]:
-    """Coprime integers in the same proportions; 0.1 counts as one tenth, as it was written."""
+    """Coprime integers in the same proportions; 0.1 is exactly one tenth."""
     fractions = {name: Fraction(repr(float(share))) for name, share in shares.items()}
     scale = lcm(*(f.denominator for f in fractions.values()))
     weights = {name: int(f * scale) for name, f in fractions.items()}

@@ -1,4 +1,4 @@
-"""Prompt files: every row becomes a Prompt, or all bad rows are told at once."""
+"""Read prompt files. All invalid rows are reported together."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _BATCH_ROWS = 4096
 
 
 class _RowError(Exception):
-    """What is wrong with one row; its place is known further out."""
+    """A problem of one row, without its location."""
 
 
 def needs_reference(verifier: Verifier | None) -> bool:
-    """True when the verifier compares with a reference, so that every prompt must have one."""
+    """Whether the verifier compares with a reference, so that every prompt must have one."""
     if verifier is None or verifier.kind == "user":
         return False
     if isinstance(verifier, JsonVerifier):
@@ -35,27 +35,26 @@ def needs_reference(verifier: Verifier | None) -> bool:
 
 
 def read_prompts(source: SourcePlan, shown: Mapping[str, str] = {}) -> tuple[Prompt, ...]:
-    """The prompts of a .jsonl or .parquet file, the first `limit` of them.
+    """Read the first `limit` prompts of a .jsonl or .parquet file.
 
-    `shown` maps the fields that teachers' own prompts show to one such teacher each; "reference" stands for
-    the reference, whatever its field is called.
+    `shown` maps the fields used by teachers' prompts to one such teacher each; "reference" is the reference,
+    independent of the name of its field.
 
-    Keys are `"<source name>:<row>"`, where row counts lines (or parquet rows) from 0. Raises DataError,
-    naming the file and the first bad rows, when the file is missing, empty or unreadable, or a row lacks a
-    needed field or has the wrong type.
+    Keys are `"<source name>:<row>"`, where row counts lines (or parquet rows) from 0. Raises DataError if the
+    file is missing, empty or unreadable, or if rows lack a required field or have a wrong type.
     """
     path = Path(source.source)
-    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    if path.suffix not in readers:
+    row_readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    if path.suffix not in row_readers:
         raise DataError(f"{path}: not a .jsonl or .parquet file; convert it to one of them")
     if not path.is_file():
         kind = "is a folder" if path.is_dir() else "there is no such file"
         raise DataError(f"{path}: {kind}; name a file of prompts")
     prompts: list[Prompt] = []
-    problems: dict[str, list[str]] = {}  # what is wrong, and the rows it is wrong with
+    problems: dict[str, list[str]] = {}  # locations of the rows, by problem
     num_rows = 0
     try:
-        for row, place, value in readers[path.suffix](path, source, shown):
+        for row, place, value in row_readers[path.suffix](path, source, shown):
             if source.limit is not None and num_rows >= source.limit:
                 break
             num_rows += 1
@@ -73,21 +72,18 @@ def read_prompts(source: SourcePlan, shown: Mapping[str, str] = {}) -> tuple[Pro
 
 
 def _summary(path: Path, problems: Mapping[str, list[str]], num_rows: int) -> str:
-    """The first problems, each with its first row: all rows of a file often lack the same field."""
+    """The first problems, each with its first row, because all rows often lack the same field."""
     num_bad = sum(map(len, problems.values()))
     lines = [f"{path}: {num_bad} of {num_rows} {'row' if num_rows == 1 else 'rows'} cannot be used"]
     for problem, places in list(problems.items())[:_SHOWN]:
-        alike = f" and {len(places) - 1} more" if len(places) > 1 else ""
-        lines.append(f"  {places[0]}{alike}  {problem}")
+        others = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        lines.append(f"  {places[0]}{others}  {problem}")
     rest = sum(len(places) for places in list(problems.values())[_SHOWN:])
     return "\n".join([*lines, f"  and {rest} more"] if rest else lines)
 
 
-# ------------------------------------------------------------------------------------------------ files
-
-
 def _jsonl_rows(path: Path, source: SourcePlan, shown: Mapping[str, str]) -> Iterator[tuple[int, str, Any]]:
-    """Row, place and value of every line that is not blank. A line that is no JSON comes as its error."""
+    """Row, place and value of every line that is not blank. The value of an invalid line is its error."""
     with path.open("rb") as file:
         for row, raw in enumerate(file):
             if b"\0" in raw:
@@ -99,7 +95,6 @@ def _jsonl_rows(path: Path, source: SourcePlan, shown: Mapping[str, str]) -> Ite
 
 
 def _parse(raw: bytes) -> Any:
-    """The line's value, or the _RowError that says why there is none."""
     try:
         return json.loads(raw.decode("utf-8").rstrip("\r\n"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
@@ -115,7 +110,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _parquet_rows(path: Path, source: SourcePlan, shown: Mapping[str, str]) -> Iterator[tuple[int, str, Any]]:
-    """Row, place and value of every row; only the source's own columns and those shown are read."""
+    """Row, place and value of every row. Only the source's columns and those in `shown` are read."""
     import pyarrow
     import pyarrow.parquet
 
@@ -140,9 +135,6 @@ def _parquet_rows(path: Path, source: SourcePlan, shown: Mapping[str, str]) -> I
         raise DataError(
             f"{path}: not a readable parquet file: {str(error).removesuffix('.')}; write it again"
         ) from error
-
-
-# ------------------------------------------------------------------------------------------------- rows
 
 
 def _prompt(source: SourcePlan, row: int, value: Any, shown: Mapping[str, str]) -> Prompt:
@@ -174,7 +166,6 @@ def _prompt(source: SourcePlan, row: int, value: Any, shown: Mapping[str, str]) 
 
 
 def _columns(shown: Mapping[str, str]) -> tuple[str, ...]:
-    """The columns to read for teachers' own prompts, beside the reference's."""
     return tuple(sorted(field for field in shown if field != "reference"))
 
 
@@ -195,13 +186,13 @@ def _absence(field: str, row: Mapping[str, Any], key: str) -> str:
 
 
 def _missing(field: str, names: list[str], key: str) -> str:
-    """`key` is where the recipe may give the field another name."""
+    """`key` is the recipe key that sets the name of the field."""
     close = difflib.get_close_matches(field, names, n=1)
     if close:
         return f"field {field!r} is missing; did you mean {close[0]!r}?"
     listed = ", ".join(map(repr, names)) or "none"
     there = f"there {'is' if len(names) == 1 else 'are'} {listed}"
-    return f"field {field!r} is missing ({there}); name the right one with `{key}`"
+    return f"field {field!r} is missing ({there}); name the field with `{key}`"
 
 
 def _kind(value: Any) -> str:
@@ -220,7 +211,9 @@ def _messages(field: str, value: Any) -> tuple[Message, ...]:
     if not any(message.content.strip() for message in messages):
         raise _RowError(f"field {field!r} is an empty prompt")
     if messages[-1].role == "assistant":
-        raise _RowError(f"field {field!r} ends with the assistant's message; a prompt ends before the answer")
+        raise _RowError(
+            f"field {field!r} ends with the assistant's message; a prompt ends before the response"
+        )
     return messages
 
 
@@ -246,8 +239,8 @@ def _response(field: str, row: Mapping[str, Any]) -> str | tuple[Message, ...] |
     value = row.get(field)
     if value == []:
         raise _RowError(
-            f"field {field!r} is an empty list; a trajectory has an assistant's message at least, "
-            "and an answer of no JSON items is the text '[]'"
+            f"field {field!r} is an empty list; a trajectory has at least one assistant's message, "
+            "and an empty JSON list as a response is the text '[]'"
         )
     if not isinstance(value, list) or not any(
         isinstance(item, Mapping) and ("role" in item or "content" in item) for item in value
@@ -260,18 +253,18 @@ def _response(field: str, row: Mapping[str, Any]) -> str | tuple[Message, ...] |
     if turns[0].role != "assistant":
         raise _RowError(
             f"{field}[0].role is {turns[0].role!r}; a trajectory begins with the assistant's message, "
-            "what comes before belongs to the prompt"
+            "move earlier messages to the prompt"
         )
     if turns[-1].role != "assistant":
         raise _RowError(
             f"{field}[{len(turns) - 1}].role is {turns[-1].role!r}; a trajectory ends with the assistant's "
-            "message, leave out what comes after"
+            "message, remove the messages after it"
         )
     return turns
 
 
 def _text(field: str, row: Mapping[str, Any]) -> str | None:
-    """A text as it is, null and a missing field as None, everything else as JSON."""
+    """Return text unchanged, null and a missing field as None, and other values as JSON."""
     value = row.get(field)
     if value is None:
         return None
@@ -284,11 +277,11 @@ def _text(field: str, row: Mapping[str, Any]) -> str | None:
 
 
 def _checked(field: str, text: str) -> str:
-    """JSON can escape half a character; no tokenizer takes it."""
+    # JSON can escape unpaired surrogates, which no tokenizer accepts.
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise _RowError(
-            f"field {field!r} has half a surrogate pair at character {error.start + 1}"
+            f"field {field!r} has an unpaired surrogate at character {error.start + 1}"
         ) from error
     return text

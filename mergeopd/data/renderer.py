@@ -1,4 +1,4 @@
-"""How one model reads a conversation: its tokenizer, its chat template, the ids that end its answers."""
+"""Render conversations for one model: tokenizer, chat template, end tokens."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from mergeopd.data.chat_template import ChatTemplate
 from mergeopd.data.teacher_prompt import SAME, TeacherPrompt
 from mergeopd.errors import DataError
 from mergeopd.models.tokenizer import Tokenizer
-from mergeopd.types import Message, Prompt
+from mergeopd.types import Message, Prompt, TokenIds, token_ids
 
 _ANSWER = "Yes, it is."
 
 
 @dataclass(frozen=True)
 class Renderer:
-    """Renders prompts for one model. Renderings are kept: a prompt comes back every epoch.
+    """Renders prompts for one model. Renderings are cached, because prompts recur every epoch.
 
-    Its true vocabulary are the first `vocab_size` ids, which both its tokenizer and its head have. Its
-    responses end at any of `eos_ids`. A teacher's `script` may show it another system message or more in the
-    prompt than the student sees.
+    The true vocabulary is the first `vocab_size` ids, which both tokenizer and head have. Responses end at
+    any of `eos_ids`. `teacher_prompt` changes the conversation for a teacher.
     """
 
     tokenizer: Tokenizer
@@ -29,25 +28,25 @@ class Renderer:
     vocab_size: int
     eos_ids: tuple[int, ...]
     max_positions: int
-    script: TeacherPrompt = SAME
-    _rendered: dict[str, tuple[int, ...]] = field(init=False, default_factory=dict, repr=False, compare=False)
+    teacher_prompt: TeacherPrompt = SAME
+    _rendered: dict[str, TokenIds] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def end_id(self) -> int:
-        """The id that closes a response which this model did not generate: its template's end of a turn.
+        """The id appended to text responses: the token with which the template ends a turn.
 
-        Of several end tokens the tokenizer's EOS is often not the one that ends a turn (Gemma, Phi). Where
-        the template writes none of them behind a response, it is that one all the same, or the first.
+        Often not the tokenizer's EOS (Gemma, Phi). If the template ends turns with none of the end tokens, it
+        is EOS, or the first end token.
         """
         own = self.tokenizer.eos_id
         return own if own in self.closing_ids else self.closing_ids[0]
 
     @cached_property
     def closing_ids(self) -> tuple[int, ...]:
-        """The end tokens that this model expects behind a response.
+        """The end tokens that this model expects after a response.
 
-        The one that its template writes there, although it may stop at others (chat models list the EOS of
-        their base). Any of them where the template writes none (GLM ends turns with the next role's header).
+        This is the end token in its template, although generation may stop at others (chat models list the
+        EOS of their base); any end token if the template has none (GLM ends turns with the next header).
         """
         written = turn_end(self.tokenizer, self.template, self.eos_ids)
         return (written,) if written in self.eos_ids else self.eos_ids
@@ -59,29 +58,30 @@ class Renderer:
 
     @property
     def as_measured(self) -> Renderer:
-        """Without a prompt of its own that shows more of a row (its reference) than the student sees."""
-        own = self.script.prompt
+        """The renderer for evaluation, without a teacher prompt that shows fields such as the reference."""
+        own = self.teacher_prompt
         return (
-            self if own is None or not own.fields else replace(self, script=TeacherPrompt(self.script.system))
+            replace(self, teacher_prompt=TeacherPrompt(own.system))
+            if own.prompt and own.prompt.fields
+            else self
         )
 
     def text(self, prompt: Prompt) -> str:
-        """The text up to where the answer begins. Raises DataError when a template refuses the prompt."""
-        return self.template.render(self.script.messages(prompt), add_generation_prompt=True)
+        """Render a prompt as text, with the generation prompt. Raises DataError if a template rejects it."""
+        return self.template.render(self.teacher_prompt.messages(prompt), add_generation_prompt=True)
 
-    def render(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids up to where the answer begins."""
+    def render(self, prompt: Prompt) -> TokenIds:
+        """Render a prompt as token ids, with the generation prompt."""
         ids = self._rendered.get(prompt.key)
         if ids is None:
-            ids = self._rendered[prompt.key] = tuple(self.tokenizer.encode(self.text(prompt)))
+            ids = self._rendered[prompt.key] = token_ids(self.tokenizer.encode(self.text(prompt)))
         return ids
 
 
 def turn_end(tokenizer: Tokenizer, template: ChatTemplate, eos_ids: Collection[int]) -> int | None:
-    """The id that a template writes to end an assistant's turn: one of `eos_ids`, else a special token.
+    """Return the id with which a template ends an assistant's turn: one of `eos_ids`, else a special token.
 
-    None where it writes neither. Base models are published with the chat template of their family and with
-    another EOS than the token that it ends turns with.
+    None if there is neither. Base models often have the chat template of their family but another EOS.
     """
     asked, answered = Message("user", "?"), Message("assistant", _ANSWER)
     try:
@@ -94,16 +94,20 @@ def turn_end(tokenizer: Tokenizer, template: ChatTemplate, eos_ids: Collection[i
 
 
 def masked_in_teacher_term(
-    trained_ids: Sequence[int], student: Renderer, teachers: Mapping[str, Renderer]
+    trained_ids: Sequence[int] | TokenIds, student: Renderer, teachers: Mapping[str, Renderer]
 ) -> dict[str, tuple[int, ...]]:
-    """Positions in `trained_ids` of tokens that end the student's turns and not the teacher's, by teacher.
+    """Positions in `trained_ids` of end tokens that the teacher does not use, by teacher name.
 
-    A teacher finds an end token that it does not expect absurd, whatever it thinks of the response, so the
-    position does not count in its term; it stays in the loss mask otherwise. Teachers without any are absent.
+    A teacher gives such a token a negligible probability for any response, so its term skips the position.
+    Other terms do not. Teachers without such positions are omitted.
     """
-    ends = [(position, i) for position, i in enumerate(trained_ids) if i in student.eos_ids]
+    import numpy as np
+
+    ids = np.asarray(trained_ids)
+    positions = np.flatnonzero(np.isin(ids, student.eos_ids))
+    ends = list(zip(positions.tolist(), ids[positions].tolist(), strict=True))
     masked = {
-        name: tuple(position for position, i in ends if i not in dialect.closing_ids)
-        for name, dialect in teachers.items()
+        name: tuple(position for position, i in ends if i not in renderer.closing_ids)
+        for name, renderer in teachers.items()
     }
     return {name: positions for name, positions in masked.items() if positions}

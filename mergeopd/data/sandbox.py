@@ -1,7 +1,7 @@
-"""Jinja templates of strangers: a sandbox that bounds their work, their values and their output.
+"""A Jinja sandbox for untrusted templates, which bounds their steps, values and output.
 
-Every rendering has a budget of steps, so a template that would loop for ever or build gigabytes ends with an
-error, the same on every machine. The syntax tree is rewritten before it is compiled, so that loops,
+Every rendering has a budget of steps, so an endless loop or gigabytes of output end with an error, equal on
+every machine. The syntax tree is rewritten before it is compiled, so that loops,
 comparisons, slices and literals pass through filters of the sandbox; the environment intercepts filters,
 tests, calls and operators. No value grows beyond `max_size`, and an operation is refused where the sizes of
 its operands would allow more.
@@ -23,12 +23,12 @@ from jinja2.visitor import NodeTransformer
 _MAX_SOURCE = 1 << 18  # characters of a template
 _MAX_SIZE = 1_000_000  # characters and entries of one value
 _MAX_STEPS = 20_000_000
-_STEP = 10  # what a call or a turn of a loop costs at least, in characters
+_STEP = 10  # minimum cost of a call or loop iteration, in characters
 _MAX_INT_BITS = 4096
-_MAX_WIDTH = 100_000  # number that a formatting operation may be given
+_MAX_WIDTH = 100_000  # largest number in a formatting operation
 
 _COUNTED, _SIZED, _JOINED = "counted by the sandbox", "sized by the sandbox", "joined by the sandbox"
-# Not for prompts: random text, and two filters that take more than linear time.
+# Removed: random text, and two filters that take more than linear time.
 _NO_FILTERS, _NO_GLOBALS = ("pprint", "urlize"), ("lipsum",)
 _CHEAP = ("length", "count", "first", "last", "default", "d")
 _WIDTHS = {"center", "indent", "batch", "slice", "round", "truncate", "wordwrap", "tojson", "filesizeformat"}
@@ -37,7 +37,7 @@ _OWNERS = (str, bytes, int, float, list, tuple, dict)
 
 
 class BoundedSandbox(ImmutableSandboxedEnvironment):
-    """The immutable sandbox of Jinja with bounds; raises `jinja2.TemplateError` where one is exceeded."""
+    """Jinja's immutable sandbox with bounds; raises `jinja2.TemplateError` if one is exceeded."""
 
     intercepted_binops = frozenset({"+", "*", "%", "**"})
 
@@ -54,7 +54,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
             del self.globals[name]
 
     def compiled(self, source: str) -> jinja2.Template:
-        """The template, rewritten so that it is bounded. Raises TemplateError."""
+        """Compile a template with bounds. Raises TemplateError."""
         if len(source) > _MAX_SOURCE:
             raise jinja2.TemplateError(f"the template has more than {_MAX_SOURCE:,} characters")
         self.filters = {
@@ -69,17 +69,15 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         return self.from_string(tree)
 
     def render(self, template: jinja2.Template, values: Mapping[str, Any]) -> str:
-        """The text, on a new budget that grows with the size of `values`."""
+        """Render a template with a new budget, which grows with the size of `values`."""
         self._max_size, self._steps_left = 1 << 62, 1 << 62
         given, _ = self._size(values)
         self._max_size = _MAX_SIZE + 4 * given
         self._steps_left = _MAX_STEPS + 100 * given
         return template.render(values)
 
-    # ------------------------------------------------------------------------------------- what Jinja calls
-
     def call(self, context: Context, callee: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Call something in a template."""
+        """Apply a call expression."""
         method = getattr(callee, "__wrapped__", callee)
         owner = getattr(method, "__self__", None)
         if isinstance(owner, _OWNERS):
@@ -93,7 +91,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         return self._checked(super().call(context, callee, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Apply one of the intercepted operators."""
+        """Apply an intercepted operator."""
         if operator == "%" and isinstance(left, str | bytes):
             text = left if isinstance(left, str) else left.decode("latin-1")
             self._check_format(text, right, nested="*" in text)
@@ -118,11 +116,9 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
             kept.append(piece)
         return "".join(kept)
 
-    # ----------------------------------------------------------------- what rewritten templates call
-
     @jinja2.pass_context
     def _counted(self, context: Context, values: Any, weight: int) -> Any:
-        """Pay for a loop over `values`, whose body has `weight` nodes."""
+        """Charge for a loop over `values`, whose body has `weight` nodes."""
         if hasattr(values, "__len__") and not isinstance(values, Undefined):
             self._spend((_STEP + weight) * len(values))
             return values
@@ -143,10 +139,8 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         self._checked(pieces)
         return "".join(map(str, pieces))
 
-    # -------------------------------------------------------------------------------------------- bounds
-
     def _bounded(self, name: str, function: Any) -> Callable[..., Any]:
-        """A filter or a test whose operands and result are checked."""
+        """Wrap a filter or test to check its operands and result."""
         first = 1 if hasattr(function, "jinja_pass_arg") else 0
 
         @functools.wraps(function)
@@ -161,13 +155,13 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         return bounded
 
     def _listed(self, value: Any) -> Any:
-        """A generator as a list: what it yields is not known before."""
+        """Convert a generator to a list, because its size is not known."""
         return list(self._counting(value, _STEP)) if isinstance(value, Iterator) else value
 
     def _check_work(
         self, subject: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, widths: bool
     ) -> None:
-        """Refuse an operation that may take, or make, the product of its operands' sizes."""
+        """Reject an operation whose time or result may be the product of its operands' sizes."""
         size = self._paid(subject)
         factor = 0
         for value in (*args, *kwargs.values()) if kwargs else args:
@@ -184,7 +178,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
             self._refuse_size()
 
     def _check_format(self, text: str, values: Any, *, nested: bool) -> None:
-        """Refuse a format with a huge width in it, or with one that `values` give it."""
+        """Reject a format with a huge width, in the text or in `values`."""
         numbers = re.findall(r"\d+", text)
         if nested:
             numbers += re.findall(r"\d+", repr(values) if self._paid(values) < _MAX_WIDTH else "9" * 9)
@@ -196,9 +190,9 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         return value
 
     def _paid(self, value: Any) -> int:
-        """Characters and entries of a value as it would be written, a part as often as it occurs.
+        """Charge for a value and return its characters and entries, which must be within bounds.
 
-        They must be in bounds. A text costs its length; in a list, which is not copied, little more than 1.
+        A text costs its length; in a list, which is not copied, little more than 1.
         """
         if isinstance(value, str):
             size = cost = 1 + len(value)
@@ -211,7 +205,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         return size
 
     def _size(self, value: Any) -> tuple[int, int]:
-        """Characters and entries of a value, and entries alone, up to where they are too many."""
+        """Characters plus entries of a value, and its entries; counting stops at the limit."""
         num_parts, num_characters, rest = 0, 0, [value]
         while rest and num_parts + num_characters <= self._max_size:
             part = rest.pop()
@@ -253,7 +247,7 @@ class _Rewriter(NodeTransformer):
         return _filtered(nodes.List(node.nodes, lineno=node.lineno), _JOINED)
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
-        """What is compared with a constant takes no longer than the constant is long."""
+        # A comparison with a constant takes no longer than the length of the constant.
         self.generic_visit(node)
         constant = isinstance(node.expr, nodes.Const)
         for operand in node.ops:

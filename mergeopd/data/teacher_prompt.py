@@ -1,6 +1,6 @@
-"""A teacher's own prompt: what it is shown beyond the student, such as the reference (OPSD, 2601.18734).
+"""Prompts of individual teachers, which can contain more than the student's, such as the reference (OPSD).
 
-Only the conversation changes; the answer's token ids are the student's in either case.
+Only the conversation changes; the token ids of the response are the same.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from mergeopd.types import Message, Prompt
 
 
 class PromptTemplate:
-    """A Jinja template of the last user message, in the sandbox of chat templates; unknown names are errors.
+    """A sandboxed Jinja template that replaces the last user message; unknown names are errors.
 
-    It sees `prompt`, the message's text, `reference`, and the row's `fields` by name. `fields` are those that
-    it may read beside `prompt`, in whatever branch. `name` is for errors; `now` is the clock of
-    `strftime_now`. Raises DataError when the source is not a template.
+    Variables are `prompt` (the message text), `reference`, and other fields of the row. `fields` are the
+    variables that it uses besides `prompt`. `name` is used in errors; `now` is the clock of `strftime_now`.
+    Raises DataError if the source is not a template.
     """
 
     def __init__(self, source: str, *, name: str, now: Callable[[], datetime]) -> None:
@@ -35,7 +35,7 @@ class PromptTemplate:
         self.fields = frozenset(names) - set(self._sandbox.globals) - {"prompt"}
 
     def render(self, prompt: Prompt) -> str:
-        """The message for one prompt. Raises DataError when the template fails or no user speaks."""
+        """Render the message for one prompt. Raises DataError if it fails or there is no user message."""
         position = _last_user(prompt.messages)
         values = dict(prompt.fields)
         if prompt.reference is not None:
@@ -50,13 +50,13 @@ class PromptTemplate:
 
 @dataclass(frozen=True, slots=True)
 class TeacherPrompt:
-    """How a conversation is changed for one teacher: its own system message, its own last user message."""
+    """Changes to a conversation for one teacher: system message and last user message."""
 
     system: str | None = None
     prompt: PromptTemplate | None = None
 
     def messages(self, prompt: Prompt) -> tuple[Message, ...]:
-        """The conversation as the teacher sees it. Raises DataError where the prompt's template fails."""
+        """Return the teacher's conversation. Raises DataError if the template fails."""
         messages = list(prompt.messages)
         if self.prompt is not None:
             messages[_last_user(messages)] = Message("user", self.prompt.render(prompt))
@@ -67,11 +67,11 @@ class TeacherPrompt:
 
 
 SAME = TeacherPrompt()
-"""A teacher that sees what the student sees."""
+"""The student's conversation, unchanged."""
 
 
 def _last_user(messages: Sequence[Message]) -> int:
     for position in reversed(range(len(messages))):
         if messages[position].role == "user":
             return position
-    raise DataError("there is no user message that the teacher's own prompt could replace")
+    raise DataError("the teacher's `prompt` replaces the last user message, and there is none")

@@ -1,4 +1,4 @@
-"""Answers that the prompt file has: texts, and logged trajectories with turns of tools and users between."""
+"""Dataset responses: texts, and logged trajectories with turns of tools and users."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ONE_EACH = (
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of a trajectory as the template writes it; `is_own`: the assistant writes it."""
+    """A piece of a rendered trajectory; `is_own`: it is the assistant's."""
 
     text: str
     is_own: bool
@@ -28,7 +28,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class DatasetResponse:
-    """An answer in the student's ids. `trained` flags those in the loss; None: all."""
+    """A response as token ids. `trained` flags those in the loss; None: all."""
 
     ids: tuple[int, ...]
     trained: tuple[bool, ...] | None
@@ -37,13 +37,13 @@ class DatasetResponse:
 def segments(
     messages: Sequence[Message], trajectory: Sequence[Message], template: ChatTemplate
 ) -> tuple[Segment, ...]:
-    """What the template writes after the prompt `messages`, cut where the assistant's turns begin and end.
+    """Render the trajectory after the prompt `messages`, split at the start and end of assistant turns.
 
-    A turn begins where the template asks for an answer to all before it, as it does when the model is used,
-    and ends where the conversation up to it ends. The pieces follow each other without a gap.
+    A turn starts after the generation prompt and ends where the rendering of the conversation up to it ends.
+    The segments are contiguous.
 
-    Raises DataError when the template refuses the conversation, leaves a message out, or writes a turn
-    otherwise once another follows: the policy would learn from texts that it never gets to see.
+    Raises DataError if the template rejects the conversation, omits a message, or renders a turn differently
+    once another follows; the policy would otherwise train on texts that do not occur in use.
     """
 
     def written(num_turns: int, *, ask: bool) -> str:
@@ -53,45 +53,44 @@ def segments(
             raise DataError(f"{error}; change the conversation or the template") from error
 
     parts: list[Segment] = []
-    last, told, end = 0, written(0, ask=True), written(0, ask=False)
+    last, shown, end = 0, written(0, ask=True), written(0, ask=False)
     for i, turn in enumerate(trajectory):
         before, end = end, written(i + 1, ask=False)
         if turn.content.strip() and end == before:
             raise DataError(
                 f"{template.name}: leaves out response[{i}], a message of role {turn.role!r}; "
-                "choose a template that writes such messages"
+                "choose a template that renders such messages"
             )
         if turn.role != "assistant":
             continue
         start = written(i, ask=True)
         if i:
-            between = _rest(told, start)
+            between = _rest(shown, start)
             if between is None:
                 raise DataError(
-                    f"{template.name}: response[{last}] is written otherwise once response[{last + 1}] "
-                    f"follows: {_change(told, start)}; {_ONE_EACH}, or give the student a template that "
-                    "keeps earlier turns as they are"
+                    f"{template.name}: response[{last}] is rendered differently once response[{last + 1}] "
+                    f"follows: {_change(shown, start)}; {_ONE_EACH}, or give the student a template that "
+                    "does not change earlier turns"
                 )
             parts.append(Segment(between, is_own=False))
         own = _rest(start, end)
         if own is None:
             raise DataError(
-                f"{template.name}: response[{i}] does not begin as the template asks for an answer: "
+                f"{template.name}: response[{i}] does not begin with the generation prompt: "
                 f"{_change(start, end)}; {_ONE_EACH}, or correct the template"
             )
         parts.append(Segment(own, is_own=True))
-        last, told = i, end
+        last, shown = i, end
     return tuple(parts)
 
 
 def dataset_response(prompt: Prompt, student: Renderer) -> DatasetResponse:
-    """The prompt's ready answer as ids.
+    """Encode the prompt's dataset response.
 
-    A text is closed with the student's end token. A trajectory comes from the student's template, encoded
-    piece by piece, as it would come about in use; in the loss is what the assistant writes: each of its turns
-    up to the first token that ends an answer, or all of it where the template writes none. After the last
-    turn that token is added where it is missing, and the template's rest is dropped. Raises DataError as
-    `segments` does.
+    A text is followed by the student's end token. A trajectory is rendered by the student's template and
+    encoded segment by segment, as in use. In the loss are the assistant's turns, up to their first end token
+    if they have one. The last turn is followed by an end token; the template's remainder is dropped. Raises
+    DataError as `segments` does.
     """
     encode = student.tokenizer.encode
     if not isinstance(prompt.response, tuple):
@@ -111,10 +110,7 @@ def dataset_response(prompt: Prompt, student: Renderer) -> DatasetResponse:
 
 
 def dataset_text(prompt: Prompt, student: Renderer) -> str:
-    """The ready answer as the student's template writes it; empty where there is none.
-
-    Raises DataError as `segments` does.
-    """
+    """Render the dataset response; empty if there is none. Raises DataError as `segments` does."""
     match prompt.response:
         case None:
             return ""
@@ -125,27 +121,25 @@ def dataset_text(prompt: Prompt, student: Renderer) -> str:
 
 
 def length_bound(prompt: Prompt, student: Renderer) -> int:
-    """The ready answer has at most so many tokens, told without encoding it; 0 where there is none.
+    """Return an upper bound of the dataset response's length, without encoding it; 0 if there is none.
 
-    A token stands for a byte at least, and one may be added to end the answer. Raises DataError as `segments`
-    does.
+    A token has at least one byte, and an end token may be added. Raises DataError as `segments` does.
     """
     return 0 if prompt.response is None else len(dataset_text(prompt, student).encode()) + 1
 
 
 def _turn_length(ids: Sequence[int], student: Renderer) -> int:
-    """Tokens of a turn up to the one that ends it."""
     ends = (position for position, i in enumerate(ids, start=1) if i in student.eos_ids)
     return next(ends, len(ids))
 
 
 def _rest(start: str, whole: str) -> str | None:
-    """`whole` without its start; None where it begins otherwise."""
+    """`whole` without the prefix `start`; None if it does not begin with it."""
     return whole[len(start) :] if whole.startswith(start) else None
 
 
 def _change(start: str, whole: str) -> str:
-    """From where on `whole` does not begin with `start`."""
+    """Describe the first difference between `start` and the beginning of `whole`."""
     pairs = enumerate(zip(start, whole, strict=False))
     same = next((i for i, (a, b) in pairs if a != b), min(len(start), len(whole)))
     was, now = (json.dumps(text[same : same + _EXCERPT], ensure_ascii=False) for text in (start, whole))

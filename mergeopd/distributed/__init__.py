@@ -1,1 +1,1 @@
-"""The processes of a run: rendezvous, launch, and collectives over Python objects and tensors."""
+"""Processes of a run: launcher, rendezvous, and collectives over Python objects and tensors."""

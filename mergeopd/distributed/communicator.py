@@ -1,14 +1,16 @@
-"""The processes of a run and how they agree. Importing this does not import torch.
+"""Collectives between the processes of a run. Importing this does not import torch.
 
-Every process runs the same program. They part for shares of a stage's work (`share`) and meet again; all
-else each of them computes alike. Objects travel between processes of one run only, which trust each other.
+Cheap work is replicated on every rank. Expensive work is sharded over ranks (`run_and_gather`) and gathered,
+so that all ranks end with the same state. Objects are pickled, but only between processes of one run.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -20,16 +22,23 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
+# Arrays are sent in parts of about this size: the sender needs memory for a second copy of one part only.
+_PART_BYTES = 16 << 20
+_ALIGNMENT = 8
+
 
 class CollectiveAbort(Exception):  # noqa: N818 (control flow, not an error)
-    """Base of what one process raises within `share` and all then raise: made without arguments."""
+    """Base of exceptions that, raised on one rank in a collective, are raised on all ranks.
+
+    Subclasses are constructed without arguments.
+    """
 
 
 class Communicator(Protocol):
-    """The processes of a run, this one's number among them, from 0.
+    """The processes of a run, and collectives between them.
 
-    `machines` has a name for every process, equal where two share memory and disks. `outside_collective` is
-    True while this rank is outside a collective and may raise without deadlocking the others.
+    `machines` has a name for every rank, equal for ranks on the same machine. `outside_collective` is True
+    while this rank is outside a collective and may raise without deadlocking the others.
     """
 
     rank: int
@@ -39,36 +48,40 @@ class Communicator(Protocol):
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes files and tells."""
+        """Whether this is rank 0, which writes files and prints."""
 
     @property
     def num_local(self) -> int:
-        """Processes on this one's machine."""
+        """Number of processes on this machine."""
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, by rank, on all of them. Tensors must be on the CPU. Collective."""
+        """Return the values of all ranks, by rank, on all ranks. Tensors must be on the CPU. Collective.
+
+        The contents of numpy arrays are not copied where they are this process's own, are read-only, and
+        travel as bytes beside the rest, which is pickled.
+        """
 
     def run_on_first(self, work: Callable[[], T]) -> T:
-        """What `work` gives on rank 0, where alone it runs, on all of them. Collective.
+        """Run `work` on rank 0 and return its result on all ranks. Collective.
 
-        Where it raises, the others raise the same `CollectiveAbort`, or PeerFailed.
+        If it raises a `CollectiveAbort`, the other ranks raise it too; for other exceptions, PeerFailed.
         """
 
     def run_and_gather(self, work: Callable[[], T]) -> list[T]:
-        """What `work`, which must not be collective, gives on every process, by rank. Collective.
+        """Run `work` on every rank and return all results, by rank, on all ranks. Collective.
 
-        Where one raises `CollectiveAbort`, all do; after any other exception of one, others raise PeerFailed.
+        `work` must not be collective. If it raises on one rank, the other ranks raise as in `run_on_first`.
         """
 
     def send(self, tensor: Tensor, rank: int) -> None:
-        """Hand a tensor to another process, which is waiting in `receive`."""
+        """Send a tensor to another rank, which must call `receive`."""
 
     def receive(self, tensor: Tensor, rank: int) -> None:
-        """Fill a contiguous tensor with what another process sends."""
+        """Receive a tensor from another rank into a contiguous tensor."""
 
 
 class SingleProcess:
-    """One process."""
+    """Communicator of a run with one process."""
 
     rank = 0
     size = 1
@@ -78,30 +91,24 @@ class SingleProcess:
     num_local = 1
 
     def gather(self, value: T) -> list[T]:
-        """The value alone."""
         return [value]
 
     def run_on_first(self, work: Callable[[], T]) -> T:
-        """What `work` gives."""
         return work()
 
     def run_and_gather(self, work: Callable[[], T]) -> list[T]:
-        """What `work` gives, alone."""
         return [work()]
 
     def send(self, tensor: Tensor, rank: int) -> None:
-        """There is nobody: ValueError."""
-        raise ValueError(f"there is no process {rank} beside this one")
+        raise ValueError(f"rank {rank} does not exist: this is the only process")
 
-    def receive(self, tensor: Tensor, rank: int) -> None:
-        """There is nobody: ValueError."""
-        raise ValueError(f"there is no process {rank} beside this one")
+    receive = send
 
 
 class TorchCommunicator:
-    """The processes of torch's default process group, which must be initialised (CPU tensors through gloo).
+    """Communicator over torch's default process group, which must be initialised (gloo for CPU tensors).
 
-    `machine` names this process's machine.
+    `machine` is the name of this process's machine.
     """
 
     def __init__(self, machine: str) -> None:
@@ -115,24 +122,49 @@ class TorchCommunicator:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes files and tells."""
         return self.rank == 0
 
     @property
     def num_local(self) -> int:
-        """Processes on this one's machine."""
         return self.machines.count(self.machines[self.rank])
 
     def gather(self, value: T) -> list[T]:
-        """See `Communicator`."""
         import torch.distributed as dist
 
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        buffers: list[pickle.PickleBuffer] = []
+        rest = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+        own = [buffer.raw() for buffer in buffers]
+        told: list[Any] = [None] * self.size
+        dist.all_gather_object(told, (rest, [buffer.nbytes for buffer in own]))
+        return [
+            # From a process of this run, and torch unpickles `told` itself.
+            pickle.loads(rest, buffers=list(self._share_buffers(rank, own, sizes)))  # noqa: S301
+            for rank, (rest, sizes) in enumerate(told)
+        ]
+
+    def _share_buffers(
+        self, rank: int, own: Sequence[memoryview], sizes: Sequence[int]
+    ) -> Iterator[memoryview]:
+        """What `own` is on process `rank`, as read-only bytes. Collective."""
+        import numpy as np
+        import torch
+        import torch.distributed as dist
+
+        for part in _parts(sizes):
+            starts = [0, *accumulate(sizes[i] + -sizes[i] % _ALIGNMENT for i in part)]
+            content = np.empty(starts[-1], np.uint8)
+            if rank == self.rank:
+                for i, start in zip(part, starts, strict=False):
+                    content[start : start + sizes[i]] = np.frombuffer(own[i], np.uint8)
+            if len(content):
+                dist.broadcast(torch.from_numpy(content), src=rank)
+            if rank == self.rank:
+                yield from (own[i].toreadonly() for i in part)
+            else:
+                read_only = content.data.toreadonly()
+                yield from (read_only[s : s + sizes[i]] for i, s in zip(part, starts, strict=False))
 
     def run_on_first(self, work: Callable[[], T]) -> T:
-        """See `Communicator`."""
         import torch.distributed as dist
 
         outcome: list[Any] = [None, None]
@@ -149,7 +181,6 @@ class TorchCommunicator:
         return value
 
     def run_and_gather(self, work: Callable[[], T]) -> list[T]:
-        """See `Communicator`."""
         self.outside_collective = True
         try:
             value = work()
@@ -166,20 +197,18 @@ class TorchCommunicator:
         return [value for value, _ in outcomes]
 
     def send(self, tensor: Tensor, rank: int) -> None:
-        """See `Communicator`."""
         import torch.distributed as dist
 
         dist.send(tensor, dst=rank)
 
     def receive(self, tensor: Tensor, rank: int) -> None:
-        """See `Communicator`."""
         import torch.distributed as dist
 
         dist.recv(tensor, src=rank)
 
 
 def this_machine() -> str:
-    """A name equal for processes that share memory and process numbers: host, boot and process namespace."""
+    """Name of this machine: host name, boot id and process namespace."""
     parts = [socket.gethostname()]
     boot = Path("/proc/sys/kernel/random/boot_id")
     if boot.is_file():
@@ -190,12 +219,22 @@ def this_machine() -> str:
 def scatter_gather(
     ranks: Communicator, items: Sequence[T], work: Callable[[Sequence[T]], Sequence[R]]
 ) -> list[R]:
-    """Deal `items`, which all have in the same order, to the processes; all results, in that order, on all.
+    """Distribute `items`, equal on all ranks, over ranks; return all results, in order, on all ranks.
 
-    `work` gives a result for each item of its share, which may be empty. Collective.
+    `work` returns one result per item of its share, which may be empty. Collective.
     """
     shares = ranks.run_and_gather(lambda: work(items[ranks.rank :: ranks.size]))
     return [shares[position % ranks.size][position // ranks.size] for position in range(len(items))]
+
+
+def _parts(sizes: Sequence[int]) -> Iterator[range]:
+    """Consecutive indices whose sizes reach `_PART_BYTES` together."""
+    start = total = 0
+    for i, size in enumerate(sizes):
+        total += size
+        if total >= _PART_BYTES or i + 1 == len(sizes):
+            yield range(start, i + 1)
+            start, total = i + 1, 0
 
 
 def _kind(error: BaseException) -> type[Exception]:

@@ -1,6 +1,6 @@
-"""`mergeopd run --nproc N`: N processes of one command on this machine, started, watched and ended together.
+"""`mergeopd run --nproc N`: start, monitor and stop N processes of one command on this machine.
 
-Nothing here imports torch.
+Does not import torch.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from mergeopd.distributed.rendezvous import HELD_BACK, LAUNCHER, RENDEZVOUS
+from mergeopd.distributed.rendezvous import BLOCKED_SIGNALS, LAUNCHER, RENDEZVOUS
 
 STOPPED = 3
 
-# What others may take to end by themselves after one has failed, and all after a second Ctrl-C.
+# Seconds until the remaining processes are killed: after one has failed, and after a second Ctrl-C.
 _GRACE_S = 10
-_AT_ONCE_S = 3
+_INTERRUPT_GRACE_S = 3
 
 
 def launch(command: Sequence[str], num_processes: int) -> int:
-    """Start the command as processes 0 to N - 1 of a group and wait for all of them; none survives.
+    """Start the command as ranks 0 to N - 1 and wait for all of them; none is left running.
 
-    Returns 0, or 3 where all that did not end with 0 stopped on request, else 1 for a process that a signal
-    killed and the first failure's own code otherwise. SIGTERM and Ctrl-C are handed on to all.
+    Returns 0 if all succeeded, 3 if the others stopped on request, 1 if a process was killed by a signal,
+    else the exit code of the first failure. SIGTERM and Ctrl-C are forwarded to all processes.
     """
     with tempfile.TemporaryDirectory(prefix="mergeopd-") as folder:
         group = _Group(num_processes)
@@ -40,9 +40,9 @@ def launch(command: Sequence[str], num_processes: int) -> int:
 
 
 class _Group:
-    """The processes, which form a process group of their own: signals come to them from here, each once.
+    """The processes, in a separate process group, so that they receive signals from the launcher only.
 
-    So a Ctrl-C, which a terminal sends to the whole of its foreground group, is not counted twice.
+    A Ctrl-C, which a terminal sends to its whole foreground group, is therefore not counted twice.
     """
 
     def __init__(self, size: int) -> None:
@@ -53,10 +53,10 @@ class _Group:
         self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def start(self, command: Sequence[str], rendezvous: Path) -> None:
-        """Start all, and hand on signals from then on."""
-        # Held back until there is somebody to hand them on to; the processes begin so, too, and let go in
-        # `join_launcher`: a Ctrl-C while Python starts must not end in tracebacks.
-        signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+        """Start all processes and install the handlers that forward signals."""
+        # Signals are blocked until the handlers are installed, and in the processes until `join_launcher`:
+        # a Ctrl-C while Python starts must not cause tracebacks.
+        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
         try:
             for rank in range(self._size):
                 leader = self._processes[0].pid if self._processes else 0
@@ -72,28 +72,28 @@ class _Group:
             }
             self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED_SIGNALS)
 
     def wait(self) -> int:
-        """The exit code of the whole, when all have ended."""
+        """Wait for all processes and return the exit code of the launcher."""
         failure: int | None = None
         while ended := self._next_ended():
             for process in ended:
                 if failure is None and self._is_killed(process.returncode):
                     self._kill()
-                    self._tell_killed(process)
+                    self._report_killed(process)
                     failure = 1
             for process in ended:
                 if failure is None and process.returncode not in (0, STOPPED):
                     code = process.returncode
-                    failure = 128 - code if code < 0 else code  # a request to stop that came too early
+                    failure = 128 - code if code < 0 else code  # below 0: stopped before it could handle it
                     signal.alarm(_GRACE_S)
         if self._interrupts > 1 and failure is not None:
             return 128 + signal.SIGINT
         return failure or max(process.returncode for process in self._processes)
 
     def end(self) -> None:
-        """Leave nothing behind, whatever happened here."""
+        """Kill the remaining processes and restore the signal handlers."""
         signal.alarm(0)
         self._kill()
         for process in self._processes:
@@ -102,7 +102,7 @@ class _Group:
             signal.signal(number, handler)
 
     def _next_ended(self) -> list[subprocess.Popen[bytes]]:
-        """Those that have ended since, at least one; empty when all had ended before."""
+        """Wait for at least one process to end; return those that ended, or none if all had ended before."""
         running = {process.pid: process for process in self._processes if process.returncode is None}
         ended: list[subprocess.Popen[bytes]] = []
         while running:
@@ -115,20 +115,20 @@ class _Group:
         return ended
 
     def _is_killed(self, code: int) -> bool:
-        """Whether a signal that nobody asked for ended a process."""
-        asked = {
+        """Whether a process was ended by a signal that the launcher did not forward."""
+        forwarded = {
             -signal.SIGTERM: self._has_terminated,
             -signal.SIGINT: self._interrupts > 0,
             -signal.SIGKILL: self._interrupts > 1,
         }
-        return code < 0 and not asked.get(code, False)
+        return code < 0 and not forwarded.get(code, False)
 
-    def _tell_killed(self, process: subprocess.Popen[bytes]) -> None:
+    def _report_killed(self, process: subprocess.Popen[bytes]) -> None:
         name, number = signal.Signals(-process.returncode).name, self._processes.index(process) + 1
-        cause = "; often for want of memory" if name == "SIGKILL" else ""
+        cause = ", often out of memory" if name == "SIGKILL" else ""
         print(
             f"error: process {number} of {self._size} was killed ({name}{cause}); the others were stopped. "
-            "The same command goes on from the newest checkpoint.",
+            "Run the same command to resume from the newest checkpoint.",
             file=sys.stderr,
             flush=True,
         )
@@ -137,14 +137,14 @@ class _Group:
         self._interrupts += 1
         self._send(signal.SIGINT)
         if self._interrupts > 1:
-            signal.alarm(_AT_ONCE_S)  # one that waits for another in a library does not hear it
+            signal.alarm(_INTERRUPT_GRACE_S)  # a process blocked in a collective does not handle SIGINT
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
         self._has_terminated = True
         self._send(signal.SIGTERM)
 
     def _pause(self, number: int, frame: FrameType | None) -> None:
-        """Ctrl-Z: all pause, and go on together."""
+        """Ctrl-Z: suspend and resume all processes together."""
         self._send(signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)
         self._send(signal.SIGCONT)
@@ -153,14 +153,19 @@ class _Group:
         self._send(signal.SIGKILL)
 
     def _send(self, number: int) -> None:
-        # While one has not been waited for, the group's number is nobody else's.
+        # The process group id cannot be reused while a process has not been waited for.
         if any(process.returncode is None for process in self._processes):
-            with suppress(ProcessLookupError):  # the last one was waited for just now
+            with suppress(ProcessLookupError):  # the last process has just been waited for
                 os.killpg(self._processes[0].pid, number)
 
 
+def available_cores() -> int:
+    """Number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _environment(rank: int, size: int, rendezvous: Path) -> Mapping[str, str]:
-    """What tells a process its place; the names are those of torchrun."""
+    """Environment variables of a rank, with the names that torchrun uses."""
     own = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -169,8 +174,7 @@ def _environment(rank: int, size: int, rendezvous: Path) -> Mapping[str, str]:
         RENDEZVOUS: str(rendezvous),
         LAUNCHER: str(os.getpid()),
     }
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    defaults = {"OMP_NUM_THREADS": str(max(1, cores // size))}
+    defaults = {"OMP_NUM_THREADS": str(max(1, available_cores() // size))}
     if Path("/sys/class/net/lo").exists():
-        defaults["GLOO_SOCKET_IFNAME"] = "lo"  # the machine's own name may lead nowhere
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"  # the host name may not resolve
     return own | {name: value for name, value in defaults.items() if name not in os.environ}

@@ -1,6 +1,6 @@
-"""How processes of a run find each other, and how one of them alone tells what went wrong.
+"""Rendezvous of the processes of a run, and the choice of the one process that reports an error.
 
-They were started by `mergeopd run --nproc`, torchrun or srun. Importing this does not import torch.
+Processes are started by `mergeopd run --nproc`, torchrun or srun. Importing this does not import torch.
 """
 
 from __future__ import annotations
@@ -23,36 +23,35 @@ from mergeopd.errors import MergeopdError, PeerFailed, ProcessError, Stopped
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-# What `mergeopd run --nproc` sets besides torchrun's names: its process number, and a file to meet through.
+# Set by `mergeopd run --nproc` besides torchrun's variables: the launcher's process id, and a FileStore path.
 LAUNCHER = "MERGEOPD_LAUNCHER"
 RENDEZVOUS = "MERGEOPD_RENDEZVOUS"
-# Signals that it keeps from the processes until they call `join_launcher`.
-HELD_BACK = (signal.SIGINT, signal.SIGTERM)
+# Signals that are blocked in the processes until they call `join_launcher`.
+BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _PR_SET_PDEATHSIG = 1
-# A collective call fails when a process has been waited for so long: longer than the first may work alone,
-# which brings checkpoints to the disk (840 GB for 70 billion weights) while others wait. A process that ends
-# is noticed at once; this is for one that hangs.
+# Timeout of collectives, for a process that hangs (one that ends is noticed at once). Must be longer than
+# rank 0 takes to write a checkpoint (840 GB for 70 billion weights) while the others wait.
 _TIMEOUT = timedelta(hours=2)
-# How long a process that lost another one waits for somebody to tell why.
-_HEARSAY_S = 3.0
+# How long a process that lost another one waits for a process that reports the cause.
+_CLAIM_WAIT_S = 3.0
 _CLAIM = "mergeopd/error"
 
 
 def join_launcher() -> None:
-    """For a process that `launch` started, first of all: end with the launcher, and take signals again."""
+    """End this process together with its launcher, and unblock signals. Called first in every process."""
     launcher = os.environ.get(LAUNCHER)
     if launcher is None:
         return
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(launcher):
-        os._exit(1)  # the launcher ended before this could be arranged
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
+        os._exit(1)  # the launcher ended before the call above
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED_SIGNALS)
 
 
 class ErrorToReport(Exception):  # noqa: N818 (a wrapper)
-    """An error that this process, of several, is to show: `error`."""
+    """Wraps the `error` that this process has to report on behalf of all."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(str(error))
@@ -61,10 +60,9 @@ class ErrorToReport(Exception):  # noqa: N818 (a wrapper)
 
 @dataclass(frozen=True)
 class RankInfo:
-    """What the environment says of this process; alone where it says nothing.
+    """Rank of this process, from the environment. Default: a single process.
 
-    `rendezvous` is a file on this machine, made by `mergeopd run --nproc`; without it MASTER_ADDR and
-    MASTER_PORT name the place of meeting.
+    `rendezvous` is the FileStore of `mergeopd run --nproc`; without it, MASTER_ADDR and MASTER_PORT are used.
     """
 
     rank: int = 0
@@ -74,9 +72,9 @@ class RankInfo:
 
     @classmethod
     def of(cls, env: Mapping[str, str] = os.environ) -> RankInfo:
-        """Read the variables of the launcher and of torchrun, with MASTER_ADDR also those of Slurm.
+        """Read the variables of the launcher and of torchrun; with MASTER_ADDR set, also those of Slurm.
 
-        Raises ProcessError for variables that are incomplete or no numbers.
+        Raises ProcessError if variables are missing or not numbers.
         """
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
         if "RANK" not in env and {"MASTER_ADDR", "SLURM_PROCID"} <= env.keys():
@@ -86,58 +84,55 @@ class RankInfo:
         try:
             rank, local_rank, world = (int(env[name]) for name in names)
         except (KeyError, ValueError):
-            said = ", ".join(f"{name}={env.get(name, '')}" for name in names)
-            raise ProcessError(
-                f"the environment does not say which process this is: {said}; {_START}"
-            ) from None
+            values = ", ".join(f"{name}={env.get(name, '')}" for name in names)
+            raise ProcessError(f"invalid rank in the environment: {values}; {_START}") from None
         file = env.get(RENDEZVOUS)
         lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
         if world > 1 and file is None and lacking:
             raise ProcessError(
-                f"{names[0]} and {names[2]} are set, {' and '.join(lacking)} not, so the {world} processes "
-                f"cannot meet; {_START}"
+                f"{names[0]} and {names[2]} are set, but not {' and '.join(lacking)}, so the {world} "
+                f"processes cannot connect; {_START}"
             )
         return cls(rank, local_rank, world, None if file is None else Path(file))
 
     @property
     def name(self) -> str:
-        """What messages call it; processes count from 1."""
+        """Name in messages, where processes count from 1."""
         return f"process {self.rank + 1} of {self.world}"
 
     @property
-    def told(self) -> Path | None:
-        """The file by which one process of the launcher's takes it on itself to tell."""
-        return None if self.rendezvous is None else self.rendezvous.with_name("told")
+    def claim_file(self) -> Path | None:
+        """File created by the process that reports an error, under `mergeopd run --nproc`."""
+        return None if self.rendezvous is None else self.rendezvous.with_name("claimed")
 
 
 _START = "start the run with mergeopd run --nproc N, or with torchrun"
 
 
 class Claims(Protocol):
-    """One process of a run takes it on itself to tell the error."""
+    """Selects the one process of a run that reports an error."""
 
     def claim(self) -> bool:
-        """Whether this one was the first to ask."""
+        """Claim the report; True for the first process that does."""
 
     def is_claimed(self) -> bool:
-        """Whether any has asked; True where nobody can be asked any more."""
+        """Whether any process has claimed; True if that can no longer be found out."""
 
 
-def claims_before_meeting(place: RankInfo) -> Claims:
-    """Without torch: through the launcher's folder; else each machine's first process may."""
-    return _FileClaims(place.told) if place.told is not None else _FirstOfMachine(place)
+def claims_before_rendezvous(place: RankInfo) -> Claims:
+    """Claims without torch: by the launcher's file, else by the first process of each machine."""
+    return _FileClaims(place.claim_file) if place.claim_file is not None else _FirstOfMachine(place)
 
 
 @contextmanager
 def open_communicator(place: RankInfo, *, grouped: bool) -> Iterator[Communicator]:
-    """The processes of this run, which all enter and leave; torch's default group is theirs inside.
+    """Connect the processes of this run; torch's default process group is initialised inside.
 
-    A process alone has a group of its own with `grouped` only, which a student on Megatron needs. On a GPU
-    machine each process takes the one of its local number.
+    A single process has a group with `grouped` only, which Megatron needs. Each process uses the GPU of its
+    local rank.
 
-    What is raised inside comes out as it was from a process alone. Of several the first one to meet an error
-    raises `ErrorToReport` with it, others raise PeerFailed; Stopped and KeyboardInterrupt pass. Raises
-    ProcessError where the processes cannot meet.
+    With several processes, the first that fails raises `ErrorToReport` and the others raise PeerFailed.
+    Stopped and KeyboardInterrupt are not changed. Raises ProcessError if the processes cannot connect.
     """
     if place.world == 1:
         if not grouped:
@@ -148,8 +143,8 @@ def open_communicator(place: RankInfo, *, grouped: bool) -> Iterator[Communicato
         return
     import torch.distributed as dist
 
-    store = _meet(place)
-    claims = _StoreClaims(store) if place.told is None else _FileClaims(place.told)
+    store = _init_process_group(place)
+    claims = _StoreClaims(store) if place.claim_file is None else _FileClaims(place.claim_file)
     try:
         yield TorchCommunicator(this_machine())
     except (PeerFailed, Stopped):
@@ -159,19 +154,19 @@ def open_communicator(place: RankInfo, *, grouped: bool) -> Iterator[Communicato
         raise
     except Exception as error:
         own = error
-        if _is_of_a_lost_process(error):
+        if _is_of_lost_process(error):
             if _is_claimed_soon(claims):
                 raise PeerFailed from error
             own = ProcessError(
-                f"{place.name} lost another one, which ended or does not answer; the same command goes on "
-                f"from the newest checkpoint ({str(error).splitlines()[0]})"
+                f"{place.name} lost the connection to another process, which ended or does not respond; "
+                f"run the same command to resume from the newest checkpoint ({str(error).splitlines()[0]})"
             )
         elif not isinstance(error, MergeopdError):
             own.add_note(f"(in {place.name})")
         if claims.claim():
             raise ErrorToReport(own) from error
         raise PeerFailed from error
-    # Not where something was raised: others may be waiting in the group, and to end it could wait for them.
+    # Not after an error: other processes may be in a collective, and destroying the group could block.
     dist.destroy_process_group()
 
 
@@ -187,8 +182,8 @@ def _group_of_one() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _meet(place: RankInfo) -> Store:
-    """Open torch's default group; its store."""
+def _init_process_group(place: RankInfo) -> Store:
+    """Initialise torch's default group and return its store."""
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _get_default_store
 
@@ -201,16 +196,16 @@ def _meet(place: RankInfo) -> Store:
             backend, store=store, rank=place.rank, world_size=place.world, timeout=_TIMEOUT
         )
     except RuntimeError as error:  # also DistError
-        meeting = place.rendezvous or f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        address = place.rendezvous or f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ProcessError(
-            f"{place.name} did not meet the others at {meeting}: {str(error).splitlines()[0]}; "
-            "see that all were started and reach each other (GLOO_SOCKET_IFNAME names a network interface)"
+            f"{place.name} could not connect to the others at {address}: {str(error).splitlines()[0]}; "
+            "check that all were started and reach each other (GLOO_SOCKET_IFNAME sets the network interface)"
         ) from error
     return _get_default_store()
 
 
 def _backend(local_rank: int) -> str:
-    """The group's backend, with this process's GPU chosen where there are any. Raises ProcessError."""
+    """Select this process's GPU, if there is one, and return the group's backend. Raises ProcessError."""
     import torch
 
     if not torch.cuda.is_available():
@@ -218,26 +213,26 @@ def _backend(local_rank: int) -> str:
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise ProcessError(
-            f"more processes than GPUs on this machine: {count} GPUs, and a process with local number "
+            f"more processes than GPUs on this machine: {count} GPUs, and a process with local rank "
             f"{local_rank}; start at most {count}, or hide the GPUs with CUDA_VISIBLE_DEVICES="
         )
     torch.cuda.set_device(local_rank)
     return "cpu:gloo,cuda:nccl"
 
 
-def _is_of_a_lost_process(error: Exception) -> bool:
-    """Whether gloo, NCCL or the store says that another process is gone, or does not answer."""
+def _is_of_lost_process(error: Exception) -> bool:
+    """Whether gloo, NCCL or the store reports that another process is gone or does not respond."""
     import torch.distributed as dist
 
     if isinstance(error, dist.DistError):
         return True
-    # gloo's errors have no type of their own, but begin with the place in its source.
+    # gloo's errors have no type of their own, but contain the location in its source.
     return type(error) is RuntimeError and ("/gloo/" in str(error) or "NCCL" in str(error))
 
 
 def _is_claimed_soon(claims: Claims) -> bool:
-    """Who ended for an error has claimed it before; one that was killed or hangs has not."""
-    deadline = time.monotonic() + _HEARSAY_S
+    """Wait briefly for a claim: a process that failed has claimed; one that was killed or hangs has not."""
+    deadline = time.monotonic() + _CLAIM_WAIT_S
     while not claims.is_claimed():
         if time.monotonic() > deadline:
             return False
@@ -246,7 +241,7 @@ def _is_claimed_soon(claims: Claims) -> bool:
 
 
 class _FileClaims:
-    """Through a folder that all see, with or without torch."""
+    """By a file on one machine, with or without torch."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -254,7 +249,7 @@ class _FileClaims:
     def claim(self) -> bool:
         try:
             os.close(os.open(self._file, os.O_CREAT | os.O_EXCL))
-        except OSError:  # it is there, or the launcher has ended and its folder with it
+        except OSError:  # it exists, or the launcher has ended and removed the folder
             return False
         return True
 
@@ -263,7 +258,7 @@ class _FileClaims:
 
 
 class _FirstOfMachine:
-    """Before processes of several machines have met: what they find is mostly found by all."""
+    """By local rank 0 of each machine, before the rendezvous; such errors usually occur on all ranks."""
 
     def __init__(self, place: RankInfo) -> None:
         self._may = place.local_rank == 0
@@ -276,7 +271,7 @@ class _FirstOfMachine:
 
 
 class _StoreClaims:
-    """Through the store of the group."""
+    """By the store of the process group."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -288,7 +283,7 @@ class _StoreClaims:
         return self._count(0) != 0
 
     def _count(self, more: int) -> int:
-        """Claims, with `more` added; -1 where the store is gone, and the process that had it told why."""
+        """Add `more` claims and return their number; -1 if the store ended with its process."""
         try:
             return int(self._store.add(_CLAIM, more))
         except RuntimeError:

@@ -1,1 +1,1 @@
-"""The engine: preflight, the schedule, the loop, evaluation. `build` is the only composition root."""
+"""The engine: schedule, rounds, updates, evaluation. `build` is the only composition root."""

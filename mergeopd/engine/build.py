@@ -1,4 +1,4 @@
-"""The only composition root: from checked inputs to a run, each stage with what it uses."""
+"""The composition root: builds a run from checked inputs, and passes each stage what it uses."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ from mergeopd.teacher.weight_reader import MappedReader, Reader, ShardedReader
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run computes: its device and its processes."""
+    """The device and the processes of a run."""
 
     device: torch.device
     ranks: Communicator
 
     @property
     def shares_pages(self) -> bool:
-        """Whether all processes read mapped files through the same pages."""
+        """Whether all processes share the pages of mapped files."""
         return self.device.type == "cpu" and len(set(self.ranks.machines)) == 1
 
 
@@ -87,7 +87,7 @@ def _context(renderer: Renderer, inputs: Inputs, machine: Machine) -> EngineCont
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a run in their roles, and how each teacher reads the student's responses."""
+    """The models of a run in their roles, with a token view for each teacher."""
 
     inputs: Inputs
     machine: Machine
@@ -98,11 +98,9 @@ class Models:
 
     @property
     def plan(self) -> Plan:
-        """The resolved recipe."""
         return self.inputs.plan
 
     def checkpoints(self) -> Checkpoints:
-        """The checkpoints of the run's folder."""
         folder = RunFolder(Path(self.plan.output)).checkpoints
         return Checkpoints(folder, self.plan, self.student, self.snapshots, self.machine.ranks)
 
@@ -215,7 +213,7 @@ def build(
 
 
 def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, stages: Stages) -> Evaluation:
-    """What measures models on the recipe's evaluation prompts."""
+    """Build the evaluation of models on the recipe's evaluation prompts."""
 
     def engine(source: WeightSource, renderer: Renderer) -> RolloutEngine:
         return LocalEngine(source, _context(renderer, inputs, machine), plan.batch_size)
@@ -269,7 +267,7 @@ def _student(inputs: Inputs, machine: Machine) -> Student:
     folder, dtype, device = Path(plan.student.model), plan.student.dtype, machine.device
     if plan.student.backend == "torch":
         return TorchStudent(folder, dtype=dtype, num_valid=num_valid, optimizer=plan.optimizer, device=device)
-    # Megatron is an extra, and changes the process it is imported into.
+    # Imported here, since Megatron is an extra and changes the process that imports it.
     from mergeopd.student.megatron.grid import Grid
     from mergeopd.student.megatron.step import MegatronStudent
 
@@ -291,7 +289,7 @@ def _student(inputs: Inputs, machine: Machine) -> Student:
 def _teachers(
     inputs: Inputs, machine: Machine, snapshots: StudentSnapshots, *, skip: Collection[str]
 ) -> dict[str, Teacher]:
-    """The recipe's teachers, whose weights are read by one store."""
+    """Build the recipe's teachers, whose weights are read by one store."""
     plans = {name: teacher for name, teacher in inputs.plan.teachers.items() if name not in skip}
     sources = {name: _source(teacher, inputs, snapshots) for name, teacher in plans.items()}
     store = TeacherStore(sources, machine.device, _reader(machine))
@@ -321,18 +319,18 @@ def _source(teacher: TeacherPlan, inputs: Inputs, snapshots: StudentSnapshots) -
 
 
 def _reader(machine: Machine) -> Reader:
-    """Each process reads a part of the bytes where several need copies of their own.
+    """Choose the reader: each process reads a part of the bytes if several need their own copies.
 
-    On one machine's CPUs they share the pages of mapped files, so that these are read once as it is.
+    On one machine's CPUs, processes share the pages of mapped files, so each file is read once anyway.
     """
     is_mapped = machine.ranks.size == 1 or machine.shares_pages
     return MappedReader() if is_mapped else ShardedReader(machine.ranks)
 
 
 def _views(inputs: Inputs, machine: Machine) -> dict[str, TokenView]:
-    """How each teacher reads the student's responses. Collective.
+    """Build each teacher's token view. Collective.
 
-    The first process makes the vocabulary maps that are not there yet.
+    Rank 0 builds missing vocabulary maps.
     """
     cache, student = Path(inputs.plan.text_cache), inputs.student
 
@@ -357,7 +355,7 @@ def _views(inputs: Inputs, machine: Machine) -> dict[str, TokenView]:
 def _cache_maker(
     inputs: Inputs, machine: Machine, student: Student, spill: Path
 ) -> Callable[[RoundSchedule], AbstractContextManager[RoundCache]]:
-    """What keeps a round's targets where they will be needed."""
+    """Return a function that creates the cache of a round's targets."""
     budget_bytes, readers = int(inputs.plan.memory.hidden_states_gib * 2**30), student.placement.loss_ranks
 
     def make(work: RoundSchedule) -> AbstractContextManager[RoundCache]:
@@ -371,6 +369,6 @@ def _cache_maker(
 
 
 def _bytes_read(teachers: Mapping[str, Teacher], machine: Machine) -> int:
-    """Bytes of teachers read so far; pages that processes share count once. Collective."""
+    """Return the bytes of teachers read so far; shared pages count once. Collective."""
     counts = machine.ranks.gather(sum(teacher.bytes_read for teacher in teachers.values()))
     return max(counts) if machine.shares_pages else sum(counts)

@@ -1,4 +1,4 @@
-"""Checkpoints: the student, its optimizer, weights that teachers follow, and where the run stands."""
+"""Checkpoints: the student, its optimizer, its snapshots, and the progress of the run."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from mergeopd.teacher.snapshots import StudentSnapshots
 
 FORMAT = 1
 _STUDENT, _PAST = "student", "past"
-# A file's worth of tensors is in memory at a time where they come from other processes.
+# Bytes per file, and the memory for tensors that come from other processes.
 _MAX_FILE_BYTES = 5_000_000_000
-_REMEDY = "move it away to go on from the one before, or choose another folder with --set output=..."
+_REMEDY = "move it away to resume from the previous one, or choose another folder with --set output=..."
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Where a run stands, and the seconds it took to get there."""
+    """The progress of a run, and its seconds so far."""
 
     progress: Progress
     seconds: Mapping[str, float]
@@ -61,13 +61,12 @@ class Checkpoints:
         self._ranks = ranks
 
     def has(self, progress: Progress) -> bool:
-        """Whether there is a checkpoint of this update."""
         return self._path(progress).exists()
 
     def save(self, record: Record, reporter: Reporter) -> None:
-        """Write a checkpoint whole or not at all, then drop the oldest beyond `checkpoint.keep`. Collective.
+        """Write a checkpoint atomically, then delete the oldest beyond `checkpoint.keep`. Collective.
 
-        Raises StorageError when the disk refuses; earlier checkpoints are kept then.
+        Raises StorageError when the disk fails; earlier checkpoints are kept then.
         """
         reporter.emit(StageStarted("checkpoint"))
         target = self._path(record.progress)
@@ -87,17 +86,17 @@ class Checkpoints:
         reporter.emit(CheckpointSaved(record.progress.update, target))
 
     def restore(self, plan_hashes: Collection[str], reporter: Reporter) -> Record:
-        """Load the newest checkpoint that is whole; a fresh start when there is none. Collective.
+        """Load the newest intact checkpoint; start from the beginning when there is none. Collective.
 
-        Damaged ones are reported and set aside. `plan_hashes` are those that the run folder has had. Raises
-        StorageError for a checkpoint that is whole but of another plan, model or format.
+        Damaged ones are reported and set aside. `plan_hashes` are the present and former ones of the run
+        folder. Raises StorageError for an intact checkpoint of another plan, model or format.
         """
         newest, skipped = self._ranks.run_on_first(lambda: _newest(self._folder))
         for path, reason in skipped:
             reporter.emit(CheckpointSkipped(path, reason))
         if newest is None:
             if skipped:
-                reporter.emit(Note("no checkpoint is left that can be trusted: the run begins anew"))
+                reporter.emit(Note("no intact checkpoint is left: the run starts from the beginning"))
             return Record(Progress(), {})
         state, tensors, earlier = _read(newest)
         if state.plan not in plan_hashes:
@@ -118,9 +117,9 @@ class Checkpoints:
 
 @contextmanager
 def written_by_first(target: Path, ranks: Communicator) -> Iterator[Path]:
-    """A folder that is there whole or not at all, which rank 0 writes and all see when the context ends.
+    """Create a folder atomically: rank 0 writes it, and all ranks see it when the context ends.
 
-    Others get its name, and write nothing. Collective; raises what `atomic_folder` does.
+    Other ranks get its name and write nothing. Collective; raises as `atomic_folder`.
     """
     if ranks.is_first:
         with atomic_folder(target) as folder:
@@ -131,15 +130,15 @@ def written_by_first(target: Path, ranks: Communicator) -> Iterator[Path]:
 
 
 def _newest(checkpoints: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest checkpoint that is whole, and newer ones, set aside, with what is wrong with them."""
+    """Return the newest intact checkpoint, and newer ones, set aside, with their faults."""
     newest, skipped = newest_valid(checkpoints)
     for path, _ in skipped:
-        set_aside(path)  # frees its number for the checkpoint that will be written in its place
+        set_aside(path)  # frees its number for the checkpoint that replaces it
     return newest, list(skipped)
 
 
 def _write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, stem: str) -> None:
-    """Write tensors as they come to `stem.safetensors`, of many also `stem-2.safetensors`, ..."""
+    """Write tensors in order to `stem.safetensors`, and if there are many to `stem-2.safetensors`, ..."""
     held: dict[str, Tensor] = {}
     number = num_bytes = 0
 
@@ -161,13 +160,13 @@ def _write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, stem: st
 
 
 def _read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
-    """What `_write_tensors` wrote, memory-mapped."""
+    """Memory-map the tensors written by `_write_tensors`."""
     files = [*folder.glob(f"{stem}.safetensors"), *folder.glob(f"{stem}-*.safetensors")]
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def _read(folder: Path) -> tuple[_State, dict[str, Tensor], dict[str, Tensor]]:
-    """State, student and past of a checkpoint whose manifest agrees, and which may still be anybody's."""
+    """Read state, student and snapshots of a checkpoint whose manifest matches, of any run."""
     with named_failures("read", folder):
         try:
             document = json.loads((folder / "state.json").read_bytes())
@@ -185,11 +184,11 @@ def _read(folder: Path) -> tuple[_State, dict[str, Tensor], dict[str, Tensor]]:
     )
 
 
-def _check_fit(folder: Path, own: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> None:
+def _check_fit(folder: Path, own: Mapping[str, tuple[int, ...]], saved: Mapping[str, Tensor]) -> None:
     """Raise StorageError where the checkpoint's weights have other shapes than the student's."""
     for name, shape in own.items():
-        if name in found and tuple(found[name].shape) != shape:
+        if name in saved and tuple(saved[name].shape) != shape:
             raise StorageError(
                 f"{folder} is of another student: {name.removeprefix('master.')} is "
-                f"{list(found[name].shape)} there and {list(shape)} here; {_REMEDY}"
+                f"{list(saved[name].shape)} there and {list(shape)} here; {_REMEDY}"
             )

@@ -1,4 +1,4 @@
-"""Where the time goes."""
+"""Wall time by stage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _log = logging.getLogger(__name__)
 
 
 class Clock:
-    """Wall time per stage since the last reading, and over the run, over interruptions too."""
+    """Wall time per stage since the last lap, and over the run, including interrupted processes."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
@@ -20,12 +20,12 @@ class Clock:
         self._total: dict[str, float] = {}
 
     def continue_from(self, seconds: Mapping[str, float]) -> None:
-        """Add the seconds of the run so far, as `seconds()` gave them to a checkpoint."""
+        """Add the seconds of the run so far, as returned by `seconds()` for a checkpoint."""
         self._before = dict(seconds)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the time inside under `name`. Stages do not nest."""
+        """Count the time inside the context under `name`. Stages do not nest."""
         _log.info("%s", name)
         start = time.perf_counter()
         try:
@@ -37,11 +37,11 @@ class Clock:
             self._total[name] = self._total.get(name, 0.0) + seconds
 
     def lap(self) -> dict[str, float]:
-        """Seconds per stage since the last call."""
+        """Return seconds per stage since the last call."""
         lap, self._lap = self._lap, {}
         return lap
 
     def seconds(self) -> dict[str, float]:
-        """Seconds per stage over the run, and in `total` all wall time, between the stages too."""
+        """Return seconds per stage over the run, and in `total` all wall time, including between stages."""
         now = {**self._total, "total": time.perf_counter() - self._started}
         return {name: self._before.get(name, 0.0) + now.get(name, 0.0) for name in {**self._before, **now}}

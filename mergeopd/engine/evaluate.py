@@ -37,8 +37,8 @@ class _Contestant:
 class Evaluation:
     """Measures models on the recipe's evaluation prompts, one model in memory at a time.
 
-    `open_model` and `open_average` give an engine that generates with a folder's weights, or with the mean of
-    several folders' in the shape of the first.
+    `open_model` and `open_average` open an engine that generates with a folder's weights, or with the mean of
+    several folders' weights in the shape of the first.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class Evaluation:
         self._verifiers = verifiers
 
     def run(self, merged: Path) -> Accuracies:
-        """Accuracy (0 to 1) by domain and kind of model; `merged` is the folder of the trained student.
+        """Return accuracy (0 to 1) by domain and kind of model; `merged` is the trained student's folder.
 
-        `weight_average` is None, with a note, where the experts' weights do not fit together. Collective;
-        raises AbandonRound where a stop was requested.
+        `weight_average` is None, with a note, where the experts' weights cannot be averaged. Collective;
+        raises AbandonRound when a stop was requested.
         """
         with self._verifiers:
             return self._run(merged)
@@ -91,7 +91,7 @@ class Evaluation:
         teachers = [self._inputs.plan.teachers[name] for name in sorted(set(self._plan.experts.values()))]
         experts = [Path(teacher.model) for teacher in teachers if teacher.student is None]
         foreign = [teacher.name for teacher in teachers if teacher.bridge is not None]
-        if foreign:  # also where all shapes fit: a row of theirs is another token's
+        if foreign:  # even if all shapes match, since their rows are of other tokens
             reason: str | None = f"{foreign[0]} has another tokenizer than the student"
         else:
             reason = why_not(base, experts) if experts else "the experts are the student itself"
@@ -130,14 +130,14 @@ class Evaluation:
             )
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        found = scatter_gather(
+        grades = scatter_gather(
             self._ranks,
             submissions,
-            # Progress is reported again, so that a request to stop is met while verifiers are slow.
+            # Report progress again, so that a request to stop is handled while verifiers are slow.
             lambda own: self._verifiers.verify(own, lambda _: on_progress(len(own))),
         )
-        failures = [grade.failure for grade in found if grade.failure is not None]
+        failures = [grade.failure for grade in grades if grade.failure is not None]
         if failures:
             note = failures_note(source.name, failures)
             self._stages.reporter.emit(Note(f"{note}; they count as incorrect"))
-        return [grade.reward or 0.0 for grade in found]
+        return [grade.reward or 0.0 for grade in grades]

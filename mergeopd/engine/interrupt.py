@@ -14,7 +14,7 @@ _SIGNALS = {signal.SIGINT.name, signal.SIGTERM.name}
 
 
 class Interrupt:
-    """Remembers a request to stop. A second Ctrl-C is an ordinary KeyboardInterrupt, at once."""
+    """Stores a request to stop. A second Ctrl-C raises KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
         self.requested: str | None = None
@@ -23,9 +23,9 @@ class Interrupt:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM inside; handlers can only be set in the main thread.
+        """Handle SIGINT and SIGTERM inside the context; handlers can only be set in the main thread.
 
-        After a request of theirs was met, both stay ignored: the process ends, and says that all is saved.
+        After a request was met, both stay ignored, so that the process can end with everything saved.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -51,7 +51,7 @@ class Interrupt:
 
 
 class AbandonRound(CollectiveAbort):
-    """Leaves a round that has changed no weight yet."""
+    """Abandons a round that has not changed any weight yet."""
 
 
 class StopGuard:
@@ -63,24 +63,23 @@ class StopGuard:
 
     @property
     def requested(self) -> str | None:
-        """What asked this process to stop: a signal's name, an option, or None."""
+        """The reason to stop this process: a signal's name, an option, or None."""
         return self._interrupt.requested
 
     def met(self) -> None:
-        """Everything is saved: further signals change nothing."""
         self._interrupt.met()
 
     def request(self, by: str) -> None:
-        """Ask to stop at the end of the round."""
+        """Request a stop at the end of the round."""
         self._interrupt.requested = by
 
     def check(self) -> None:
-        """Raise AbandonRound where a stop was requested and no other process is waiting for this one."""
+        """Raise AbandonRound when a stop was requested and no collective is in progress."""
         if self._interrupt.requested is not None and self._ranks.outside_collective:
             raise AbandonRound
 
     def is_requested_anywhere(self) -> bool:
-        """Whether any process was asked to stop; then all of them are. Collective."""
+        """Whether a stop was requested on any process; if so, request it on all. Collective."""
         asked = [request for request in self._ranks.gather(self._interrupt.requested) if request]
         self._interrupt.requested = asked[0] if asked else None
         return bool(asked)

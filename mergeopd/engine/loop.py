@@ -32,7 +32,7 @@ Evaluate = Callable[[Path], Accuracies]
 
 @dataclass(frozen=True)
 class Trainer:
-    """One run of a plan, from wherever its folder stands to its end.
+    """One run of a plan, from the state of its folder to its end.
 
     `evaluate` measures an exported student; None where the recipe measures nothing. `write_turns` writes the
     end tokens and the chat template into an exported folder.
@@ -75,7 +75,7 @@ class Trainer:
         self._finish()
 
     def _round(self, progress: Progress) -> Progress:
-        """One round and its updates. Raises AbandonRound before the first of them."""
+        """Run one round and its updates. Raises AbandonRound only before the first update."""
         before = progress.update
         collected = self.pipeline.next(progress)
         with self.scorer.score(collected) as scored:
@@ -112,21 +112,21 @@ class Trainer:
             self.checkpoints.save(Record(progress, self.stages.clock.seconds()), self.stages.reporter)
 
     def _stop(self, progress: Progress) -> NoReturn:
-        """Save what is not saved yet and leave."""
-        self.stop.is_requested_anywhere()  # all agree on the reason, whatever a launcher sends after one left
+        """Save a checkpoint if there is none of this update, and raise."""
+        self.stop.is_requested_anywhere()  # agree on the reason, since launchers signal others after one ends
         reason = self.stop.requested
         if progress.update and not self.ranks.run_on_first(lambda: self.checkpoints.has(progress)):
             self._save(progress)
-        self.ranks.gather(None)  # none leaves while another still has something to write
+        self.ranks.gather(None)  # wait until all have written
         self.stop.met()
         error = UpdateLimitReached if reason == UPDATE_LIMIT else Stopped
         raise error(
             f"stopped by {reason} after {progress.update} of {self.plan.num_updates} "
-            "updates, all saved; the same command goes on"
+            "updates, all saved; run the same command to resume"
         )
 
     def _measure(self, evaluate: Evaluate) -> Accuracies:
-        """Evaluate the export; everything is saved already, so a request to stop is met at once."""
+        """Evaluate the export; everything is saved already, so a request to stop takes effect at once."""
         try:
             with self.stages.timed("evaluation"):
                 return evaluate(self.folder.export)
@@ -134,19 +134,18 @@ class Trainer:
             self.stop.is_requested_anywhere()
             self.stop.met()
             raise Stopped(
-                f"stopped by {self.stop.requested} while the student was measured; training and export "
-                "are saved, and the same command measures again"
+                f"stopped by {self.stop.requested} during evaluation; training and export are "
+                "saved; run the same command to evaluate again"
             ) from None
 
     def _release_training(self) -> None:
-        """Free what only training needs: evaluation loads whole models of its own."""
+        """Free memory that only training needs, since evaluation loads whole models."""
         self.pipeline.close()
         self.snapshots.release()
         self.student.release()
-        gc.collect()  # a model and its optimizer refer to themselves
+        gc.collect()  # a model and its optimizer contain reference cycles
 
     def _finish(self) -> None:
-        """Export the student, measure, write the result."""
         folder, reporter, clock = self.folder, self.stages.reporter, self.stages.clock
         if not self.ranks.run_on_first(folder.export.exists):
             reporter.emit(StageStarted("export", "the student as a Hugging Face folder"))

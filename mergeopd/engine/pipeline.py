@@ -1,4 +1,4 @@
-"""Collects rounds: draws prompts, has responses generated, grades them, and deals the work."""
+"""Collect rounds: draw prompts, generate and grade responses, and schedule the work."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from mergeopd.types import Rollout
 
 
 class RoundPipeline(Protocol):
-    """Gives the next round to score and train on."""
+    """Provides the next round to score and train on."""
 
     def next(self, progress: Progress) -> CollectedRound:
-        """The round at `progress`. Collective; raises AbandonRound where a stop was requested."""
+        """Return the round at `progress`. Collective; raises AbandonRound when a stop was requested."""
 
     def trained(self, version: int) -> None:
-        """The student was trained to `version` updates: generate with its new weights. Collective."""
+        """Generate with the student's weights after `version` updates from now on. Collective."""
 
     def close(self) -> None:
-        """Release what generates."""
+        """Release the rollout engine."""
 
 
 class SynchronousPipeline:
@@ -64,7 +64,7 @@ class SynchronousPipeline:
         self._prepared_phase = ""
 
     def next(self, progress: Progress) -> CollectedRound:
-        """Draw prompts, get their responses, grade them and deal the work. Collective."""
+        """Draw prompts, get their responses, grade them and schedule the work. Collective."""
         at = phase_at(self._plan, progress.update)
         if at is None:
             raise ValueError(f"the run is complete after {progress.update} updates")
@@ -81,7 +81,6 @@ class SynchronousPipeline:
         return CollectedRound(phase, updates_done, rollouts, rewards, work, failures)
 
     def work(self, rollouts: Sequence[Rollout], index: int, num_updates: int) -> RoundSchedule:
-        """Who does what in round number `index`."""
         return schedule_round(
             rollouts,
             index,
@@ -91,16 +90,14 @@ class SynchronousPipeline:
         )
 
     def trained(self, version: int) -> None:
-        """Generate with the student's weights as they are now. Collective."""
         self._engine.sync_weights(self._weights, version)
 
     def close(self) -> None:
-        """Release the engine and the verifiers' processes."""
         self._engine.close()
         self._rewards.close()
 
     def _collect(self, tasks: Sequence[Task]) -> list[Rollout]:
-        """Responses to all tasks; the student's first, each kind in the order of the tasks."""
+        """Return responses to all tasks, the student's first, each kind in the order of the tasks."""
         rollouts = self._rollouts.generate(tasks)
         for task in tasks:
             if task.origin == "teacher":
@@ -110,7 +107,7 @@ class SynchronousPipeline:
         return rollouts
 
     def _prepare_teacher_rollouts(self, phase: Phase, updates_done: int, progress: Progress) -> None:
-        """Have the teachers generate, at once, all that the rest of this phase will ask of them."""
+        """Generate all teacher responses that the rest of this phase needs."""
         tasks: list[Task] = []
         while updates_done < phase.updates:
             tasks += draw_tasks(self._draw, self._plan.seed, phase, progress, updates_done)

@@ -1,6 +1,6 @@
-"""The student's log-probabilities before a round's first update (`pi_old`), and the teachers' beside them.
+"""The log-probabilities of student (`pi_old`) and teachers before a round's first update.
 
-They cost one more forward pass of the student, so they are taken only where a phase needs them
+They cost one more forward pass of the student, so they are computed only where a phase needs them
 (`Plan.needs_prior_policy`).
 """
 
@@ -29,7 +29,7 @@ from mergeopd.types import Rollout
 
 
 class PriorPolicy:
-    """Scores a round under the student as it is."""
+    """Scores a round under the student's current weights."""
 
     def __init__(self, student: Trainable, device: torch.device, ranks: Communicator, stages: Stages) -> None:
         self._student = student
@@ -40,11 +40,11 @@ class PriorPolicy:
     def score(
         self, rollouts: Sequence[Rollout], phase: Phase, work: RoundSchedule, targets: TeacherTargets
     ) -> dict[int, OldLogProbs]:
-        """`OldLogProbs` of every response with trained tokens, by its index in the round. Collective."""
+        """Return `OldLogProbs` of every response with trained tokens, by index in the round. Collective."""
         loss, placement = phase.loss, self._student.placement
         divergences = (ReverseKL(),) if phase.balance.follow_gap and loss.has_divergence else ()
         packs = work.packs_of(placement.dp_rank)
-        # Weights are the prompts' own here: what the gap is taken under, before any denominator.
+        # The gap is weighted by the prompts' own weights, without denominators.
         update = PreparedUpdate(
             {
                 i: PreparedRollout(r, 1.0, r.prompt.teachers, masked_tokens(r, targets.views))
@@ -66,7 +66,7 @@ class PriorPolicy:
             Stream(micro_batches(), len(packs)),
             lambda them: self._student.score(them, divergences, support(loss), loss.temperature),
         )
-        found: dict[int, OldLogProbs] = {}
+        old_logprobs: dict[int, OldLogProbs] = {}
         for part, (micro, stats) in zip(packs if placement.has_loss else (), scored, strict=True):
             if not placement.reports_stats:
                 continue
@@ -81,21 +81,21 @@ class PriorPolicy:
                 strict=True,
             )
             for index, logprob_S, logprob_T, gap in by_response:
-                # Clones: a view would travel to the other processes, and be kept, with the whole micro-batch.
+                # Clone: a view would be sent and kept with the memory of the whole micro-batch.
                 by_teacher = {n: row.clone() for n, row in zip(micro.teachers, logprob_T, strict=True)}
                 own = {name: ratios[index].clone() for name, ratios in spans.items()}
-                found[index] = OldLogProbs(logprob_S.clone(), by_teacher, float(gap.sum()), own)
-        return {index: old for part in self._ranks.gather(found) for index, old in part.items()}
+                old_logprobs[index] = OldLogProbs(logprob_S.clone(), by_teacher, float(gap.sum()), own)
+        return {index: old for part in self._ranks.gather(old_logprobs) for index, old in part.items()}
 
 
 def _spans(
     pack: MicroBatchPlan, logprob_S: Tensor, rollouts: Sequence[Rollout], targets: TeacherTargets
 ) -> dict[str, dict[int, Tensor]]:
-    """By teacher whose bridge is a policy term and by response: the log-ratio of each token's group."""
+    """Return the log-ratio of each token's group, by teacher with a policy term as bridge and by response."""
     lengths = [rollouts[i].num_trained for i in pack.rollouts]
-    found = {}
+    ratios = {}
     for name, logprob_T in targets.span_logprobs(pack).items():
         own = [targets.alignments[name][i] for i in pack.rollouts]
         ratio = group_logratio(logprob_S, logprob_T.cpu(), pack_groups(own, lengths, logprob_S.device))
-        found[name] = dict(zip(pack.rollouts, torch.split(ratio, lengths), strict=True))
-    return found
+        ratios[name] = dict(zip(pack.rollouts, torch.split(ratio, lengths), strict=True))
+    return ratios

@@ -1,4 +1,4 @@
-"""Where a run stands: the few integers from which everything else follows."""
+"""The progress of a run: a few integers that determine its state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A prompt of a round: how often it came before, and where its responses come from this time."""
+    """A prompt of a round: how often it was drawn before, and the origin of its responses."""
 
     prompt: Prompt
     occurrence: int
@@ -30,10 +30,7 @@ class Task:
 
 
 def phase_at(plan: Plan, update: int) -> tuple[Phase, int] | None:
-    """The phase that makes update number `update` (from 0) and how many updates it has behind it.
-
-    None when the run is complete.
-    """
+    """Return the phase of update number `update` (from 0) and its number of updates done; None at the end."""
     start = 0
     for phase in plan.phases:
         if update < start + phase.updates:
@@ -45,7 +42,7 @@ def phase_at(plan: Plan, update: int) -> tuple[Phase, int] | None:
 def draw_tasks(
     draw: PromptDraw, seed: int, phase: Phase, progress: Progress, updates_done: int
 ) -> list[Task]:
-    """The next round's prompts and where responses come from: a function of seed and cursor alone."""
+    """Draw the next round's prompts and the origin of responses, as a function of seed and cursor only."""
     drawn = draw.draw(progress.drawn, phase.prompts_per_round)
     fraction = on_policy_fraction(phase, updates_done)
     other = off_policy_origin(phase)

@@ -15,7 +15,7 @@ from mergeopd.reporting.events import Note
 from mergeopd.reward.grading import Submission, Verifiers
 from mergeopd.reward.pool import Grade, failures_note
 from mergeopd.rollout.protocol import GenerationRequest, RolloutEngine
-from mergeopd.types import Rollout, Sampling
+from mergeopd.types import Rollout, Sampling, TokenIds, token_flags, token_ids
 
 
 class StudentRollouts:
@@ -30,7 +30,7 @@ class StudentRollouts:
         self._stages = stages
 
     def generate(self, tasks: Sequence[Task]) -> list[Rollout]:
-        """Responses to the tasks that the student answers, in their order. Collective."""
+        """Generate responses to the student's tasks, in order. Collective."""
         num_samples = self._settings.samples_per_prompt
         prompts = [t.prompt for t in tasks if t.origin == "student" for _ in range(num_samples)]
         requests = [
@@ -61,28 +61,28 @@ class StudentRollouts:
 
 
 def sampling(settings: RolloutSettings) -> Sampling:
-    """How a recipe's responses are sampled."""
+    """Return the sampling parameters of a recipe's responses."""
     return Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, settings.stop)
 
 
 def dataset_rollout(task: Task, student: Renderer) -> Rollout:
-    """The dataset's own response, in the student's ids."""
+    """Encode the dataset's response in the student's ids."""
     answer = dataset_response(task.prompt, student)
     return Rollout(
         prompt=task.prompt,
         sample=task.occurrence,
         prompt_ids=student.render(task.prompt),
-        response_ids=answer.ids,
+        response_ids=token_ids(answer.ids),
         origin="dataset",
         finish="eos",
-        trained=answer.trained,
+        trained=None if answer.trained is None else token_flags(answer.trained),
     )
 
 
 class Rewards:
     """Grades the student's responses with the verifiers of their sources.
 
-    A verifier that fails costs its response the reward, is counted, and is reported once for each source.
+    If a verifier fails, the response has no reward; failures are counted, and reported once per source.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Rewards:
     def of(self, rollouts: Sequence[Rollout]) -> list[Grade]:
         """Grade the student's responses; others, and those without a verifier, have no reward.
 
-        Every process grades its share. Collective; raises AbandonRound where a stop was requested.
+        Every process grades its share. Collective; raises AbandonRound when a stop was requested.
         """
         graded = {
             i: r
@@ -118,13 +118,12 @@ class Rewards:
         def verify(own: Sequence[Rollout]) -> list[Grade]:
             return self._verifiers.verify([self._submission(rollout) for rollout in own], on_progress)
 
-        found = dict(zip(graded, scatter_gather(self._ranks, list(graded.values()), verify), strict=True))
-        grades = [found.get(index, Grade(None)) for index in range(len(rollouts))]
+        by_index = dict(zip(graded, scatter_gather(self._ranks, list(graded.values()), verify), strict=True))
+        grades = [by_index.get(index, Grade(None)) for index in range(len(rollouts))]
         self._note_failures(rollouts, grades)
         return grades
 
     def close(self) -> None:
-        """End the verifiers' worker processes."""
         self._verifiers.close()
 
     def _submission(self, rollout: Rollout) -> Submission:
@@ -141,9 +140,9 @@ class Rewards:
         for rollout, grade in zip(rollouts, grades, strict=True):
             if grade.failure is not None and rollout.prompt.source not in self._noted_sources:
                 failures.setdefault(rollout.prompt.source, []).append(grade.failure)
-        for source, found in failures.items():
+        for source, reasons in failures.items():
             self._noted_sources.add(source)
-            note = failures_note(source, found)
+            note = failures_note(source, reasons)
             self._stages.reporter.emit(Note(f"{note}; such responses have no reward, and metrics count them"))
 
 
@@ -151,18 +150,19 @@ def _nothing(num_own: int) -> None:
     pass
 
 
-def response_text(response_ids: Sequence[int], tokenizer: Tokenizer, stop: Sequence[str]) -> str:
-    """A response as a person reads it: cut at the first stop text, special tokens removed.
+def response_text(response_ids: TokenIds, tokenizer: Tokenizer, stop: Sequence[str]) -> str:
+    """Return a response's text, truncated at the first stop text, without special tokens.
 
-    Stop texts may hold special tokens, so they are looked for before those are removed.
+    Stop texts may contain special tokens, so they are searched before those are removed.
     """
-    whole = tokenizer.decode(response_ids, skip_special_tokens=False)
-    cuts = [found for text in stop if (found := whole.find(text)) >= 0]
+    ids = response_ids.tolist()
+    whole = tokenizer.decode(ids, skip_special_tokens=False)
+    cuts = [start for text in stop if (start := whole.find(text)) >= 0]
     if not cuts:
-        return tokenizer.decode(response_ids)
+        return tokenizer.decode(ids)
     # A stop text mostly ends the response, so the last whole token before it is near the end.
-    num, before = len(response_ids), whole
+    num, before = len(ids), whole
     while len(before) > min(cuts):
         num -= 1
-        before = tokenizer.decode(response_ids[:num], skip_special_tokens=False)
-    return tokenizer.decode(response_ids[:num]) + whole[len(before) : min(cuts)]
+        before = tokenizer.decode(ids[:num], skip_special_tokens=False)
+    return tokenizer.decode(ids[:num]) + whole[len(before) : min(cuts)]

@@ -1,4 +1,4 @@
-"""What the commands `run` and `eval` do, from recipe to exit."""
+"""The commands `run` and `eval`, from recipe to exit."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ def run_recipe(
             place = RankInfo.of()
             alone = place.world == 1
             ranks = SingleProcess() if alone else held.enter_context(open_communicator(place, grouped=True))
-            inputs = begin(recipe, overrides, allowed_changes, ranks, held, console)
+            inputs = claim(recipe, overrides, allowed_changes, ranks, held, console)
             if inputs is None:
                 return
             if alone:
                 ranks = held.enter_context(
                     open_communicator(place, grouped=inputs.plan.student.backend == "megatron")
                 )
-        go_on(inputs, clock, max_updates, ranks, console, listener)
+        train(inputs, clock, max_updates, ranks, console, listener)
 
 
-def begin(
+def claim(
     recipe: Path,
     overrides: Sequence[str],
     allowed_changes: Sequence[str],
@@ -75,7 +75,7 @@ def begin(
     held: ExitStack,
     console: Console | None = None,
 ) -> Inputs | None:
-    """Take the run folder, until `held` is closed; None where there is nothing left to do. Collective."""
+    """Lock the run folder until `held` is closed; return None for a finished run. Collective."""
     mine: list[Inputs] = []
 
     def take() -> bool:
@@ -83,7 +83,7 @@ def begin(
         _try_verifiers(inputs)
         check_processes(inputs.plan, ranks.size)
         folder = RunFolder(Path(inputs.plan.output))
-        # Before a lock is left in a stranger's folder.
+        # Check before a lock is created in a folder of another run.
         folder.check(inputs.plan, inputs.files, allowed_changes)
         held.enter_context(exclusive(folder.path))
         folder.claim(inputs.plan, inputs.files, inputs.now, allowed_changes)
@@ -95,18 +95,18 @@ def begin(
 
     if not ranks.run_on_first(take):
         return None
-    # The others read after the first has written when the run began, which templates may show.
+    # The others read after rank 0 has written the start of the run, which templates may show.
     return mine[0] if mine else _same_inputs(recipe, overrides)
 
 
 def _same_inputs(recipe: Path, overrides: Sequence[str]) -> Inputs:
-    """What this process reads. Raises StorageError where the first one has another run or other files."""
+    """Read this process's inputs. Raises StorageError unless they are those of rank 0."""
     inputs = preflight(recipe, overrides)
     folder = RunFolder(Path(inputs.plan.output))
     if inputs.plan.hash not in folder.plan_hashes():
         raise StorageError(
-            f"{platform.node()} does not find the run of the first process in {shown(folder.path)}; recipe, "
-            "models and run folder must lie on a file system that all machines share, under one path"
+            f"{platform.node()}: the run of the first process is not in {shown(folder.path)}; recipe, models "
+            "and run folder must be on a file system that all machines share, under the same path"
         )
     others = [shown(Path(file)) for file in folder.other_files(inputs.files)]
     if others:
@@ -117,7 +117,7 @@ def _same_inputs(recipe: Path, overrides: Sequence[str]) -> Inputs:
     return inputs
 
 
-def go_on(
+def train(
     inputs: Inputs,
     clock: Clock,
     max_updates: int | None,
@@ -125,11 +125,11 @@ def go_on(
     console: Console | None = None,
     listener: Reporter | None = None,
 ) -> None:
-    """Build the parts, go to where the run folder stands, and on to the end. Collective.
+    """Build the run, restore the state of the run folder, and train to the end. Collective.
 
     A student on Megatron needs torch's default process group, which must be that of `ranks`.
     """
-    # torch and transformers take seconds to import: after all that can go wrong without them.
+    # torch and transformers take seconds to import, so all checks that need neither come first.
     from mergeopd.engine.build import Machine, build, load_models
     from mergeopd.models.causal import pick_device
 
@@ -143,7 +143,7 @@ def go_on(
             record = models.checkpoints().restore(ranks.run_on_first(folder.plan_hashes), told)
             num_done = ranks.run_on_first(lambda: _settled(inputs.plan, folder, record.progress.update, told))
         clock.continue_from(record.seconds)
-        # Until here nothing is at stake, and a signal ends the process at once.
+        # Up to here nothing has to be saved, and a signal ends the process at once.
         with interrupt.listening(), ExitStack() as opened:
             reporter: Reporter = Reporters()
             if ranks.is_first:
@@ -155,17 +155,17 @@ def go_on(
 
 
 def _settled(plan: Plan, folder: RunFolder, num_done: int, console: Reporter) -> int:
-    """Tidy what a kill left of the last time; how many updates are done."""
+    """Clean up after a killed process; return how many updates are done."""
     prune(folder.checkpoints, plan.checkpoint.keep)
     if _settle_export(folder, console, can_be_made_again=num_done > 0):
-        return plan.num_updates  # also where its checkpoints were removed since
+        return plan.num_updates  # even if its checkpoints were removed
     return num_done
 
 
 def _reporters(
     inputs: Inputs, folder: RunFolder, num_done: int, opened: ExitStack, console: Reporter
 ) -> Reporter:
-    """All that tell of the run; files are cut back to `num_done` updates, and closed with `opened`."""
+    """Build the run's reporters; files are truncated to `num_done` updates, and closed with `opened`."""
     from mergeopd.engine.samples import is_due
 
     metrics = opened.enter_context(MetricsFile(folder.metrics_file))
@@ -184,7 +184,7 @@ def _reporters(
 
 
 def _asked_for(plan: Plan, folder: RunFolder, notes: Reporter) -> list[Reporter]:
-    """Reporters that a recipe may have besides."""
+    """Build the optional reporters of a recipe."""
     if not plan.report.tensorboard:
         return []
     return [TensorBoardReporter(folder.path / run_layout.TENSORBOARD, notes)]
@@ -223,7 +223,7 @@ def _measure(
     ranks: Communicator,
     console: Console,
 ) -> Result:
-    """Evaluate; the first process shows the table and writes the result. Collective."""
+    """Evaluate; rank 0 shows the table and writes the result. Collective."""
     import time
 
     from mergeopd.engine.build import Machine, build_evaluation
@@ -246,7 +246,7 @@ def _measure(
 
 
 def _try_verifiers(inputs: Inputs) -> None:
-    """Import the functions that the recipe allows now: a mistake in them must not wait for the evaluation."""
+    """Import the functions that the recipe allows, to report mistakes in them before the evaluation."""
     plan = inputs.plan
     sources = (*plan.sources, *(plan.evaluation.sources if plan.evaluation else ()))
     specs = {str(index): s.verifier for index, s in enumerate(sources) if s.verifier is not None}
@@ -260,7 +260,7 @@ def _tell_notes(inputs: Inputs, reporter: Reporter) -> None:
 
 
 def _quiet_libraries() -> None:
-    """transformers draws progress bars across ours, Megatron warns of what it lacks, torch of Megatron."""
+    """Silence progress bars of transformers, and irrelevant warnings of Megatron and torch."""
     import warnings
 
     from transformers.utils import logging
@@ -278,9 +278,9 @@ def launch_run(
     allowed_changes: Sequence[str],
     num_processes: int,
 ) -> int:
-    """Run a recipe in so many processes; the exit code of the whole.
+    """Run a recipe in several processes; return the exit code.
 
-    What is wrong with the recipe, or with this number of processes, is raised here, before any is started.
+    Problems of the recipe and of the number of processes are raised here, before any process is started.
     """
     inputs = preflight(recipe, overrides)
     check_processes(inputs.plan, num_processes)
@@ -293,16 +293,16 @@ def launch_run(
 
 
 def _is_finished(folder: RunFolder, plan: Plan) -> bool:
-    """Whether the student was exported and, where the recipe evaluates, measured; both whole."""
+    """Whether the student was exported and, if the recipe evaluates, measured, with both results intact."""
     measured = plan.evaluation is None or _result(folder) is not None
     return measured and folder.export.exists() and verify(folder.export) is None
 
 
 def _settle_export(folder: RunFolder, reporter: Reporter, *, can_be_made_again: bool) -> bool:
-    """Whether there is a whole export. A damaged one is reported and set aside, to be written again.
+    """Whether there is an intact export. A damaged one is reported and set aside, to be written again.
 
     Raises StorageError for a damaged one that cannot be written again: training from the beginning would
-    overwrite what is left of the run.
+    overwrite the rest of the run.
     """
     if not folder.export.exists():
         return False
@@ -315,12 +315,11 @@ def _settle_export(folder: RunFolder, reporter: Reporter, *, can_be_made_again: 
             "move it away to train from the beginning, or choose another folder with --set output=..."
         )
     aside = set_aside(folder.export)
-    reporter.emit(Note(f"the export was damaged ({fault}); it is made again, and lies in {shown(aside)}"))
+    reporter.emit(Note(f"the export was damaged ({fault}); it is written again, and kept in {shown(aside)}"))
     return False
 
 
 def _show_finished(folder: RunFolder, console: Console) -> None:
-    """Print that nothing is left to do, and the result."""
     console.print(f"This run is finished: {shown(folder.path)}", highlight=False)
     result = _result(folder)
     if result is not None:
@@ -330,7 +329,7 @@ def _show_finished(folder: RunFolder, console: Console) -> None:
 
 
 def _result(folder: RunFolder) -> Result | None:
-    """result.json; None when it is missing or damaged."""
+    """Read result.json; None when it is missing or damaged."""
     try:
         return read_result(folder.result_file)
     except ValueError:

@@ -1,4 +1,4 @@
-"""A few answers kept token by token, for the report. Reading only: training does not notice."""
+"""Samples of responses with statistics per token, for the report. Read-only for training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mergeopd.types import Rollout
 
 PER_DOMAIN = 2
 _TIMES = 20
-# Decoders look back (spaces between words, bytes of a character), but not further than this.
+# The number of tokens that a decoder depends on (spaces between words, bytes of a character).
 _CONTEXT = 8
 
 
@@ -28,7 +28,7 @@ def is_due(update: int, num_updates: int) -> bool:
 
 
 def choose(rollouts: Sequence[Rollout], update: Sequence[int]) -> tuple[int, ...]:
-    """Indices of the first answers of each domain in the update, to different prompts, none empty."""
+    """Return the first responses of each domain in the update, to different prompts, none empty."""
     prompts: dict[str, set[str]] = {}
     chosen = []
     for index in update:
@@ -41,13 +41,13 @@ def choose(rollouts: Sequence[Rollout], update: Sequence[int]) -> tuple[int, ...
 
 
 def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The text of each token, special ones included, so that together they make up the answer.
+    """Return the text of each token, special ones included; concatenated, they are the response.
 
-    Tokens that hold a part of a character are empty, but for the one that completes it; what stays
-    incomplete to the end is U+FFFD.
+    Tokens with a part of a character are empty, except for the one that completes it; characters that
+    stay incomplete are U+FFFD.
     """
     texts = []
-    start = done = 0  # ids[start:done] is context that has been told
+    start = done = 0  # ids[start:done] is context whose text was returned
     for position in range(1, len(ids) + 1):
         before = tokenizer.decode(ids[start:done], skip_special_tokens=False)
         text = tokenizer.decode(ids[start:position], skip_special_tokens=False)
@@ -60,7 +60,7 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, ...]:
 
 
 class SampleTaker:
-    """Collects the statistics of the chosen answers from an update's micro-batches."""
+    """Collects the statistics of the chosen responses from an update's micro-batches."""
 
     def __init__(self, chosen: Sequence[int], objective: DistillationObjective) -> None:
         self._chosen = frozenset(chosen)
@@ -69,7 +69,7 @@ class SampleTaker:
         self._teachers: dict[int, dict[str, TeacherTrace]] = {}
 
     def take(self, micro: MicroBatch, prepared: PreparedUpdate, stats: TokenStats) -> None:
-        """Keep what this micro-batch has of the chosen answers."""
+        """Keep this micro-batch's statistics of the chosen responses."""
         end = 0
         measured = self._objective.measured(stats)
         for index, labels in zip(micro.rollouts, micro.labels, strict=True):
@@ -91,7 +91,7 @@ class SampleTaker:
             }
 
     def together(self, ranks: Communicator) -> None:
-        """Take in what all processes have kept. Collective, where anything was chosen."""
+        """Gather the statistics of all processes. Collective, if any response was chosen."""
         if self._chosen:
             for logprob_S, teachers in ranks.gather((self._logprob_S, self._teachers)):
                 self._logprob_S |= logprob_S
@@ -105,7 +105,7 @@ class SampleTaker:
         rewards: Sequence[float | None],
         tokenizer: Tokenizer,
     ) -> tuple[RolloutSampled, ...]:
-        """The chosen answers by domain; `rollouts` and `rewards` are the round's."""
+        """Return the chosen responses by domain; `rollouts` and `rewards` are the round's."""
         order = sorted(self._logprob_S, key=lambda index: (rollouts[index].prompt.domain, index))
         return tuple(
             self._event(index, update, phase, rollouts[index], rewards[index], tokenizer) for index in order
@@ -126,26 +126,26 @@ class SampleTaker:
             phase=phase,
             domain=rollout.prompt.domain,
             key=rollout.prompt.key,
-            prompt=tokenizer.decode(rollout.prompt_ids, skip_special_tokens=False),
-            tokens=token_texts(rollout.response_ids, tokenizer),
+            prompt=tokenizer.decode(rollout.prompt_ids.tolist(), skip_special_tokens=False),
+            tokens=token_texts(rollout.response_ids.tolist(), tokenizer),
             logprob_S=self._logprob_S[index],
             divergence=self._objective.measures[0] if teachers else "",
             teachers=teachers,
             reward=reward,
             origin=rollout.origin,
             finish=rollout.finish,
-            trained=rollout.trained,
+            trained=None if rollout.trained is None else tuple(rollout.trained.tolist()),
         )
 
 
 def _places(rollout: Rollout) -> list[int]:
-    """Where the trained tokens stand in the answer."""
-    flags = rollout.trained or (True,) * len(rollout.response_ids)
-    return [place for place, own in enumerate(flags) if own]
+    if rollout.trained is None:
+        return list(range(len(rollout.response_ids)))
+    places: list[int] = rollout.trained.nonzero()[0].tolist()
+    return places
 
 
 def _at(places: Sequence[int], values: Sequence[float], length: int) -> tuple[float | None, ...]:
-    """`values` at their places, nothing elsewhere."""
     numbers: list[float | None] = [None] * length
     for place, value in zip(places, values, strict=True):
         numbers[place] = value

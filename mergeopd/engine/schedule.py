@@ -1,4 +1,4 @@
-"""Who is scored when, and who is updated with whom. Pure: no tensors, no IO, no clock, no randomness.
+"""The schedule of a round: teacher passes, updates and micro-batches. No tensors, IO, clock or randomness.
 
 Rollouts are named by their index in the round.
 """
@@ -15,7 +15,7 @@ from mergeopd.types import Rollout
 
 @dataclass(frozen=True, slots=True)
 class TeacherPass:
-    """One teacher's turn: the rollouts it scores."""
+    """One teacher's pass: the rollouts that it scores."""
 
     teacher: str
     rollouts: tuple[int, ...]
@@ -24,11 +24,11 @@ class TeacherPass:
 def by_teacher(
     rollouts: Sequence[Rollout], order: Sequence[str], round_index: int
 ) -> tuple[TeacherPass, ...]:
-    """Each teacher of the round exactly once, with all its rollouts.
+    """Return one pass for each teacher of the round, with all its rollouts.
 
-    Teachers follow `order`, backwards in odd rounds (serpentine): the teacher that came last comes first in
-    the next round, while the system still has its files in memory. The order depends on the round index
-    alone, so a restart changes nothing. Raises KeyError for a rollout whose teacher is not in `order`.
+    Teachers follow `order`, backwards in odd rounds (serpentine): a round begins with the last teacher of the
+    previous one, whose files are still in the file cache. The order depends only on the round index, so a
+    restart does not change it. Raises KeyError for a rollout whose teacher is not in `order`.
     """
     rollouts_of: dict[str, list[int]] = {name: [] for name in order}
     for index, rollout in enumerate(rollouts):
@@ -39,16 +39,16 @@ def by_teacher(
 
 
 def split_updates(rollouts: Sequence[Rollout], num_updates: int) -> tuple[tuple[int, ...], ...]:
-    """The round's rollouts dealt into `num_updates` updates, stratified over domains.
+    """Split the round's rollouts into `num_updates` updates, stratified over domains.
 
-    Every update gets each domain's rollouts in equal number, give or take one, and the updates' sizes differ
-    by at most one. Rollouts keep their order.
+    The numbers of a domain's rollouts, and of all rollouts, differ by at most one between updates. Rollouts
+    keep their order.
     """
     members: dict[str, list[int]] = {}
     for index, rollout in enumerate(rollouts):
         members.setdefault(rollout.prompt.domain, []).append(index)
     updates: list[list[int]] = [[] for _ in range(num_updates)]
-    # Domains are dealt one after another without going back to the first update, like a deck of cards.
+    # Assigned round-robin, without restarting at the first update for the next domain.
     dealt = [index for domain in sorted(members) for index in members[domain]]
     for position, index in enumerate(dealt):
         updates[position % num_updates].append(index)
@@ -65,9 +65,9 @@ class UpdatePlan:
 
 @dataclass(frozen=True, slots=True)
 class RoundSchedule:
-    """Round number `index`: what each of its updates takes, which copy trains a rollout, who scores it.
+    """Round number `index`: its updates, and the copy that trains and the rank that scores each rollout.
 
-    `copy_of` has every rollout with trained tokens, `scorer_of` the rank that scores it under its teachers.
+    `copy_of` and `scorer_of` have every rollout with trained tokens.
     """
 
     index: int
@@ -76,11 +76,11 @@ class RoundSchedule:
     scorer_of: Mapping[int, int]
 
     def scored_by(self, rank: int, rollouts: Sequence[int]) -> list[int]:
-        """Those of `rollouts`, in order, that this rank scores."""
+        """Return the `rollouts` that this rank scores, in order."""
         return [i for i in rollouts if self.scorer_of.get(i) == rank]
 
     def packs_of(self, copy: int) -> tuple[MicroBatchPlan, ...]:
-        """A copy's micro-batches of the whole round, sorted by teacher set as those of an update are."""
+        """Return a copy's micro-batches of the whole round, sorted by teacher set as in an update."""
         packs = [pack for update in self.updates for pack in update.packs[copy]]
         return tuple(sorted(packs, key=lambda p: p.teachers, reverse=self.index % 2 == 1))
 
@@ -93,11 +93,11 @@ def schedule_round(
     max_tokens: int,
     members: Sequence[Sequence[int]],
 ) -> RoundSchedule:
-    """Deal a round's work.
+    """Assign a round's work to updates, copies and ranks.
 
-    `members` has the ranks of each copy of the student. An update's micro-batches are dealt to the copies in
-    their order, so every copy meets the teachers in the same order. A copy's rollouts are scored by its own
-    ranks, where their hidden states are needed, dealt by length.
+    `members` has the ranks of each copy of the student. An update's micro-batches are assigned to the copies
+    in order, so every copy uses the teachers in the same order. A copy's rollouts are scored by its own
+    ranks, where their hidden states are needed, balanced by length.
     """
     updates = []
     for chosen in split_updates(rollouts, num_updates):
@@ -122,7 +122,7 @@ def learning_rate(
     shape: str,
     final_fraction: float,
 ) -> float:
-    """Learning rate of update number `update` (from 0) of `total`.
+    """Return the learning rate of update number `update` (from 0) of `total`.
 
     Linear warm-up over `warmup` updates, reaching the peak at the last of them; then constant, or linear or
     cosine down towards `final_fraction` of the peak, which an update after the last one would have.
@@ -137,5 +137,5 @@ def learning_rate(
 
 
 def clip_factor(grad_norm: float, limit: float | None) -> float:
-    """What a gradient of this norm is multiplied with so that its norm is at most `limit`, as in torch."""
+    """Return the factor that clips a gradient of this norm to `limit`, as in torch."""
     return 1.0 if limit is None else min(1.0, limit / (grad_norm + 1e-6))

@@ -1,4 +1,4 @@
-"""The teachers' passes of a round, and all that is known of it before its first update."""
+"""Score rounds: the teachers' passes, advantages, and the prior policy's log-probabilities."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ MakeCache = Callable[[RoundSchedule], AbstractContextManager[RoundCache]]
 
 @dataclass(frozen=True)
 class CollectedRound:
-    """Prompts with responses, before the teachers. `updates_done` counts the updates of the phase.
+    """Prompts with responses, not yet scored. `updates_done` counts the updates of the phase.
 
-    `rewards` are None without a verifier, or where it failed; `failures` has the reasons by rollout.
+    `rewards` are None without a verifier, or if it failed; `failures` has the reasons by rollout.
     """
 
     phase: Phase
@@ -45,7 +45,7 @@ class CollectedRound:
 
 @dataclass(frozen=True)
 class ScoredRound:
-    """A round before its updates: what its rewards mean, the teachers' targets, and the prior policy's
+    """A round before its updates: advantages, the teachers' targets, and the prior policy's
     log-probabilities where the phase needs them.
     """
 
@@ -58,7 +58,7 @@ class ScoredRound:
 class Scorer:
     """Scores rounds with their teachers, each opened once per round.
 
-    `make_cache` makes what keeps a round's targets. Passes take at most `max_tokens` tokens.
+    `make_cache` creates the cache of a round's targets. Passes take at most `max_tokens` tokens.
     """
 
     def __init__(
@@ -86,9 +86,9 @@ class Scorer:
 
     @contextmanager
     def score(self, collected: CollectedRound) -> Iterator[ScoredRound]:
-        """All that is known of a round before its first update; released when the context ends. Collective.
+        """Yield the scored round, whose memory is released when the context ends. Collective.
 
-        Raises AbandonRound where a stop was requested.
+        Raises AbandonRound when a stop was requested.
         """
         phase, rollouts, work = collected.phase, collected.rollouts, collected.work
         spec = required_target(phase.loss)
@@ -108,20 +108,20 @@ class Scorer:
                 self._heads.release()
 
     def align(self, rollouts: Sequence[Rollout]) -> Alignments:
-        """What teachers with other tokenizers read of a round, by teacher and rollout; not collective."""
-        found = {}
+        """Align a round for teachers with other tokenizers, by teacher and rollout; not collective."""
+        alignments = {}
         for name, view in self._views.items():
             own = {i: r for i, r in enumerate(rollouts) if name in r.prompt.teachers and r.num_trained}
             aligned = view.align(own)
             if aligned or view.bridge_kind is not None:
-                found[name] = aligned
-        return found
+                alignments[name] = aligned
+        return alignments
 
     def fill(self, targets: TeacherTargets, rollouts: Sequence[Rollout], work: RoundSchedule) -> None:
-        """Put what is kept of every trained token under each of its teachers into the cache. Collective.
+        """Put the targets of every trained token under each of its teachers into the cache. Collective.
 
         While one teacher scores, the next one's files are read ahead. Every process scores its share, and has
-        what it trains on when the pass is over.
+        the targets that it trains on when the pass ends.
         """
         passes = by_teacher(rollouts, tuple(sorted(self._teachers)), work.index)
         following = [one.teacher for one in passes[1:]] + [None]

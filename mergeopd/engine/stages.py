@@ -12,7 +12,7 @@ from mergeopd.reporting.events import Reporter, StageName, StageProgress, StageS
 
 
 class Stages:
-    """Measures and reports stages. `guard`: None where work that has begun must be finished."""
+    """Measures and reports stages. `guard` is None where started work must be finished."""
 
     def __init__(
         self, reporter: Reporter, clock: Clock, ranks: Communicator, guard: StopGuard | None
@@ -23,18 +23,18 @@ class Stages:
         self._guard = guard
 
     def uninterrupted(self) -> Stages:
-        """The same, without points at which the run may stop."""
+        """Return the same stages without points at which the run may stop."""
         return Stages(self.reporter, self.clock, self._ranks, None)
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
-        """Count the time inside under `stage`."""
+        """Count the time inside the context under `stage`."""
         return self.clock.stage(stage)
 
     def begin(self, stage: StageName, detail: str, total: int, unit: str) -> Callable[[int], None]:
-        """Report that a stage of `total` units begins; the result reports how many are done.
+        """Report the start of a stage of `total` units; return a callback that reports progress.
 
-        Its argument counts what this process has done of its share. Both raise AbandonRound where a stop was
-        requested and is possible.
+        Its argument counts the units done by this process. Both raise AbandonRound when a stop was requested
+        and is possible.
         """
         self.reporter.emit(StageStarted(stage, detail, total, unit))
         self._check()

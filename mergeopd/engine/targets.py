@@ -1,4 +1,4 @@
-"""What a round keeps of its teachers between their passes and the updates."""
+"""The targets of a round, kept between the teachers' passes and the updates."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from mergeopd.types import Rollout
 
 @dataclass(frozen=True, slots=True)
 class TeacherTargets:
-    """The targets of a round by teacher; `spec` None where no teacher is needed.
+    """The targets of a round by teacher; `spec` is None where no teacher is needed.
 
-    Hidden states are kept where a whole distribution is needed; a teacher's top k, or the sampled token's
-    log-probability, where that is all that the loss reads: a few numbers per token, and no head in memory
-    during the updates. `alignments` has what teachers with other tokenizers read.
+    Hidden states are kept where the loss needs whole distributions. Otherwise a teacher's top k, or the
+    sampled token's log-probability: a few numbers per token, and no head in memory during the updates.
+    `alignments` are those of teachers with other tokenizers.
     """
 
     cache: RoundCache
@@ -34,7 +34,7 @@ class TeacherTargets:
     alignments: Alignments = field(default_factory=dict)
 
     def spec_of(self, teacher: str) -> TargetSpec:
-        """What is kept of a teacher. ValueError where none is needed."""
+        """Return the kind of target kept for a teacher. Raises ValueError where none is needed."""
         if self.spec is None:
             raise ValueError(f"the phase needs no teacher, so nothing is kept of {teacher!r}")
         return self.views[teacher].required(self.spec)
@@ -42,46 +42,46 @@ class TeacherTargets:
     def sequences(
         self, teacher: str, rollouts: Sequence[Rollout], indices: Sequence[int]
     ) -> dict[int, TeacherSequence]:
-        """What the teacher reads of these rollouts, by index; those without tokens are left out."""
+        """Return these rollouts in the teacher's tokens, by index; those without tokens are left out."""
         alignments = self.alignments.get(teacher, {})
         read = {i: self.views[teacher].read(rollouts[i], alignments.get(i)) for i in indices}
         return {i: sequence for i, sequence in read.items() if sequence is not None}
 
     def of(self, pack: MicroBatchPlan) -> dict[str, Target]:
-        """The pack's teachers as the kernel takes them, by name; heads of all other teachers are dropped.
+        """Return the pack's targets for the kernel, by teacher; heads of all other teachers are freed.
 
-        A teacher with another tokenizer has a row per token of its own, and is absent where it has none.
+        A teacher with another tokenizer has a row per token of its own, and is absent without any.
         """
         if self.spec is None:
             return {}
         specs = {name: self.spec_of(name) for name in pack.teachers}
         heads = self.heads.of([name for name, spec in specs.items() if spec.kind == "hidden"])
-        found: dict[str, Target] = {}
+        targets: dict[str, Target] = {}
         for name, spec in specs.items():
             rows = self._rows(name, pack)
             if rows is None:
                 continue
             match spec.kind:
                 case "hidden":
-                    found[name] = Hidden(rows, heads[name])
+                    targets[name] = Hidden(rows, heads[name])
                 case "top_k":
-                    found[name] = TopK.unpack(rows)
+                    targets[name] = TopK.unpack(rows)
                 case "sampled":
-                    found[name] = Sampled.unpack(rows)
-        return found
+                    targets[name] = Sampled.unpack(rows)
+        return targets
 
     def span_logprobs(self, pack: MicroBatchPlan) -> dict[str, Tensor]:
-        """Log-probabilities of their own tokens under the pack's teachers whose bridge is a policy term."""
-        found = {}
+        """Return log-probabilities of their own tokens, for teachers whose bridge is a policy term."""
+        logprobs = {}
         for name in pack.teachers:
             if self.spec is not None and name in self.alignments and self.spec_of(name).kind == "sampled":
                 rows = self._rows(name, pack)
                 if rows is not None:
-                    found[name] = Sampled.unpack(rows).logprob
-        return found
+                    logprobs[name] = Sampled.unpack(rows).logprob
+        return logprobs
 
     def _rows(self, teacher: str, pack: MicroBatchPlan) -> Tensor | None:
-        """What was kept of a pack under a teacher; None where the teacher read none of it."""
+        """Return the kept rows of a pack for a teacher; None where the teacher scored none of it."""
         own = self.alignments.get(teacher)
         read = pack.rollouts if own is None else [i for i in pack.rollouts if len(own[i].teacher_ids)]
         return self.cache.gather(teacher, read) if read else None

@@ -1,4 +1,4 @@
-"""What teachers generate before a phase: once per prompt and sample, kept for every run that asks again."""
+"""Teacher responses, generated before a phase once per prompt and sample, and cached for later runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
+
+import numpy as np
 
 from mergeopd.data.renderer import Renderer
 from mergeopd.distributed.communicator import Communicator
@@ -21,19 +23,21 @@ from mergeopd.storage.folders import write_atomic
 from mergeopd.storage.lock import waiting
 from mergeopd.teacher.protocol import Teacher
 from mergeopd.teacher.token_view import TokenView
-from mergeopd.types import Finish, Prompt, Rollout
+from mergeopd.types import Finish, Prompt, Rollout, token_ids
 
 FORMAT = 2
-# Texts are saved once so many are new: a kill costs a twentieth, and the file is not rewritten too often.
+# Fraction of new responses after which the file is saved: limits both the loss at a kill and the rewrites.
 _SAVED_SHARE = 0.05
+_MAX_ID = np.iinfo(np.int32).max
+_NO_LOGPROBS = np.zeros(0, np.float32)
 
 
 class TeacherRolloutCache:
     """Teachers' responses, by teacher, prompt and sample.
 
-    A file holds what one teacher generated under one set of circumstances: its weights (by fingerprint), its
-    precision, stop tokens, sampling and seed name the file; the rendered prompt and the sample name a line.
-    So a response is never taken for another's, and a changed template or prompt generates a new one.
+    A file holds the responses of one teacher under one configuration: weights (by fingerprint), precision,
+    stop tokens, sampling and seed name the file; the rendered prompt and the sample name a line. So a changed
+    template or prompt generates new responses.
     """
 
     def __init__(
@@ -57,7 +61,7 @@ class TeacherRolloutCache:
         self._completions: dict[tuple[str, str, int], Completion] = {}
 
     def prepare(self, tasks: Sequence[Task]) -> None:
-        """Have every teacher generate what these tasks will ask for; a teacher is opened at most once."""
+        """Generate the missing responses to these tasks; each teacher is opened at most once."""
         wanted: dict[str, dict[tuple[str, int], Prompt]] = {}
         for task in tasks:
             if task.origin == "teacher":
@@ -69,18 +73,18 @@ class TeacherRolloutCache:
                 self._provide(teacher, missing)
 
     def of(self, task: Task) -> list[Rollout]:
-        """The prepared responses to a task, in the student's ids."""
+        """Return the prepared responses to a task, in the student's ids."""
         name, prompt = _author(task.prompt), task.prompt
-        found = []
+        rollouts = []
         for sample in range(self._plan.rollout.samples_per_prompt):
             completion = self._completions[name, prompt.key, sample]
             ids, finish = self._views[name].student_ids(completion, prompt)
             rollout = Rollout(prompt, sample, self._student.render(prompt), ids, "teacher", finish)
-            found.append(rollout)
-        return found
+            rollouts.append(rollout)
+        return rollouts
 
     def _provide(self, name: str, prompts: Mapping[tuple[str, int], Prompt]) -> None:
-        """Take from disk what is there, generate the rest, and keep it."""
+        """Load responses from disk, generate the missing ones, and save them."""
         path = self._file(name)
         renderer = self._renderers[name]
         known, num_discarded = self._ranks.run_on_first(lambda: self._load(path, renderer))
@@ -99,15 +103,15 @@ class TeacherRolloutCache:
                     fresh |= texts
                     if len(fresh) >= _SAVED_SHARE * len(known):
                         known, fresh = self._keep(path, known, fresh), {}
-            finally:  # what was generated before a request to stop is not generated again
+            finally:  # responses generated before a request to stop are kept
                 known = self._keep(path, known, fresh)
         for request in requests:
             self._completions[name, request.key, request.sample] = known[_line_key(request)]
 
     def _generate(self, name: str, requests: Sequence[GenerationRequest]) -> Iterator[dict[str, Completion]]:
-        """Yield responses batch by batch, one of every process at a time. Collective.
+        """Yield responses in batches, one of every process at a time. Collective.
 
-        A resumed run lacks whole batches, and the last ones: it makes the same batches of the rest.
+        In a resumed run, whole batches at the end are missing, so the rest forms the same batches.
         """
         size = self._plan.rollout.batch_size * self._ranks.size
         in_order = sorted(requests, key=lambda request: len(request.prompt_ids))
@@ -124,16 +128,16 @@ class TeacherRolloutCache:
     def _keep(
         self, path: Path, known: Mapping[str, Completion], texts: Mapping[str, Completion]
     ) -> dict[str, Completion]:
-        """Add responses, which all processes have, to the file; not collective. Returns both.
+        """Add responses, which all processes have, to the file; not collective. Returns all of this run's.
 
-        Not what another run has put there meanwhile: only one process would see it.
+        Responses that another run has added meanwhile are ignored, since only one process would read them.
         """
         if self._ranks.is_first:
             _keep(path, texts)
         return {**known, **texts}
 
     def _load(self, path: Path, renderer: Renderer) -> tuple[dict[str, Completion], int]:
-        """The responses of a file, and how many lines were removed that this teacher cannot have written."""
+        """Load the responses of a file; also return how many invalid lines were removed."""
         if not path.is_file():
             return {}, 0
         with waiting(path):
@@ -147,16 +151,16 @@ class TeacherRolloutCache:
     def _is_possible(self, text: Completion, renderer: Renderer) -> bool:
         """Whether ids, length and end of a response agree with the vocabulary and with the sampling."""
         ids, how = text.response_ids, sampling(self._plan.rollout)
-        if not 0 < len(ids) <= how.max_new_tokens or max(ids) >= renderer.tokenizer.vocab_size:
+        if not 0 < len(ids) <= how.max_new_tokens or ids.max() >= renderer.tokenizer.vocab_size:
             return False
-        ended = [i in renderer.eos_ids for i in ids]
+        ended = np.isin(ids, renderer.eos_ids)
         if text.finish == "eos":
-            return ended[-1] and not any(ended[:-1])
+            return bool(ended[-1]) and not ended[:-1].any()
         reached = bool(how.stop) if text.finish == "stop" else len(ids) == how.max_new_tokens
-        return reached and not any(ended)
+        return reached and not ended.any()
 
     def _file(self, name: str) -> Path:
-        """Where a teacher's responses under the present circumstances are kept."""
+        """Return the file of a teacher's responses under the present configuration."""
         how = sampling(self._plan.rollout)
         circumstances = {
             "format": FORMAT,
@@ -174,17 +178,16 @@ class TeacherRolloutCache:
 
 
 def _author(prompt: Prompt) -> str:
-    """The teacher that generates for a prompt."""
     return sources.author(prompt.teachers)
 
 
 def _line_key(request: GenerationRequest) -> str:
-    content = json.dumps([request.key, request.sample, request.prompt_ids])
+    content = json.dumps([request.key, request.sample, request.prompt_ids.tolist()])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def _keep(path: Path, texts: Mapping[str, Completion]) -> None:
-    """Add texts to a file, also to what another run has added meanwhile."""
+    """Add texts to a file, keeping those that another run has added meanwhile."""
     if not texts:
         return
     with waiting(path):
@@ -200,7 +203,7 @@ def _write(path: Path, texts: Mapping[str, Completion]) -> None:
 
 
 def _line(key: str, text: Completion) -> str:
-    content = {"key": key, "ids": text.response_ids, "finish": text.finish}
+    content = {"key": key, "ids": text.response_ids.tolist(), "finish": text.finish}
     return json.dumps({**content, "sha256": _digest(content)})
 
 
@@ -209,7 +212,7 @@ def _digest(content: Mapping[str, object]) -> str:
 
 
 def _text(line: str) -> tuple[str, Completion] | None:
-    """Key and text of a line; None where it is damaged or holds something else."""
+    """Parse key and text of a line; None if it is damaged or holds something else."""
     try:
         row = json.loads(line)
         key, ids, finish = row["key"], row["ids"], row["finish"]
@@ -219,6 +222,6 @@ def _text(line: str) -> tuple[str, Completion] | None:
         return None
     if not whole or finish not in get_args(Finish) or not isinstance(ids, list):
         return None
-    if not all(type(i) is int and i >= 0 for i in ids):
+    if not all(type(i) is int and 0 <= i <= _MAX_ID for i in ids):
         return None
-    return str(key), Completion(tuple(ids), (), finish)
+    return str(key), Completion(token_ids(ids), _NO_LOGPROBS, finish)

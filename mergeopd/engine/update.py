@@ -31,7 +31,7 @@ from mergeopd.student.protocol import Trainable
 class Updater:
     """Makes the updates of scored rounds.
 
-    `bytes_read` gives the checkpoint bytes of teachers read so far, over all processes.
+    `bytes_read` returns the checkpoint bytes of teachers read so far, over all processes.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Updater:
     def step(self, scored: ScoredRound, update: UpdatePlan, progress: Progress) -> Progress:
         """Make the round's next update and report it. Collective.
 
-        Raises AbandonRound where a stop was requested and the round has changed no weight yet.
+        Raises AbandonRound when a stop was requested and the round has not changed any weight yet.
         """
         collected = scored.collected
         phase, rollouts, position = collected.phase, collected.rollouts, collected.work.updates.index(update)
@@ -100,7 +100,7 @@ class Updater:
         return replace(progress, update=number)
 
     def prepare(self, scored: ScoredRound, update: UpdatePlan, updates_done: int) -> PreparedUpdate:
-        """All weights and denominators of an update, after `updates_done` updates of its phase."""
+        """Compute all weights and denominators of an update, after `updates_done` updates of its phase."""
         return prepare(
             scored.collected.rollouts,
             update.rollouts,
@@ -121,7 +121,7 @@ class Updater:
         samples: SampleTaker,
         stages: Stages,
     ) -> UpdateStats:
-        """Add up the gradient of an update, of which `packs` are this copy's. Collective.
+        """Accumulate the gradient of an update, of which `packs` are this copy's. Collective.
 
         One teacher set's heads are in memory at a time.
         """
@@ -136,11 +136,11 @@ class Updater:
                 own = targets.of(pack) if has_loss else {}
                 yield micro_batch(pack, prepared, own, targets.views, like, with_policy=with_policy)
 
-        found = with_statistics(
+        measured = with_statistics(
             Stream(micro_batches(), len(packs)),
             lambda them: self._student.accumulate_gradients(them, objective),
         )
-        for micro, tokens in found:
+        for micro, tokens in measured:
             if self._student.placement.reports_stats:
                 stats.add(micro, prepared, tokens)
                 samples.take(micro, prepared, tokens)
@@ -161,5 +161,4 @@ class Updater:
 
 
 def _bridge_kinds(targets: TeacherTargets) -> Mapping[str, str]:
-    """The recipe's names of the bridges, by teacher that has one."""
     return {n: view.bridge_kind for n, view in targets.views.items() if view.bridge_kind is not None}

@@ -1,4 +1,4 @@
-"""What is measured of an update: sums over micro-batches and processes, and the figures made of them."""
+"""Statistics of an update: sums over micro-batches and processes, and the figures computed from them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Sums:
 
 @dataclass
 class Tally:
-    """All that is added up over an update; those of several copies of the student add up likewise."""
+    """All sums over an update; those of several copies of the student can be added."""
 
     loss: float = 0.0
     largest_gap: float = 0.0
@@ -46,7 +46,6 @@ class Tally:
     domains: dict[str, Sums] = field(default_factory=dict)
 
     def add(self, other: Tally) -> None:
-        """Book what another copy has."""
         self.loss += other.loss
         self.largest_gap = max(self.largest_gap, other.largest_gap)
         self.policy.add(other.policy.num_tokens, **other.policy.values)
@@ -65,18 +64,16 @@ class UpdateStats:
 
     @property
     def loss(self) -> float:
-        """Of the update."""
         return self._tally.loss
 
     def together(self, ranks: Communicator) -> None:
-        """Add up what all processes have; each then knows all. Collective."""
+        """Sum over all processes; all have the result. Collective."""
         first, *others = ranks.gather(self._tally)
         for tally in others:
             first.add(tally)
         self._tally = first
 
     def add(self, micro: MicroBatch, prepared: PreparedUpdate, stats: MicroStats) -> None:
-        """Book one micro-batch."""
         self._add_bridged(micro, prepared, stats)
         self._tally.loss += float(stats.loss.sum())
         gap = stats.logprob_T - stats.logprob_S
@@ -104,7 +101,7 @@ class UpdateStats:
             self._add_policy(self._objective.policy, micro.policy, micro.teacher_weight_KN, stats)
 
     def _add_bridged(self, micro: MicroBatch, prepared: PreparedUpdate, stats: MicroStats) -> None:
-        """Teachers with other tokens: means are over groups."""
+        """Add teachers with another tokenizer, whose means are over groups."""
         for name, seen in stats.bridged:
             self._tally.loss += float(seen.loss.sum())
             self._tally.teachers.setdefault(name, Sums()).add(
@@ -144,7 +141,7 @@ class UpdateStats:
             self._tally.largest_gap = max(self._tally.largest_gap, float(gap.max()))
 
     def policy(self, zero_advantage_fraction: float | None) -> PolicyStats | None:
-        """Of the tokens that the student wrote; None where the objective has no policy term."""
+        """Return figures of the student's own tokens; None where the objective has no policy term."""
         if self._objective.policy is None:
             return None
         return PolicyStats(
@@ -157,7 +154,7 @@ class UpdateStats:
         )
 
     def teachers(self, bridge_kinds: Mapping[str, str]) -> dict[str, TeacherStats]:
-        """Per teacher, over its tokens; over the groups of those that have a bridge."""
+        """Return figures per teacher over its tokens, or over groups for teachers with a bridge."""
         return {
             name: self._bridged(bridge_kinds[name], sums) if name in bridge_kinds else self._plain(sums)
             for name, sums in sorted(self._tally.teachers.items())
@@ -176,7 +173,7 @@ class UpdateStats:
         compares = bool(sums.num_tokens) and kind in ("pieces", "gold", "projection")
         return TeacherStats(
             num_tokens=int(tokens),
-            # The mean over no group is no 0, which would look like a student that has learned it all.
+            # The mean over no group is not 0, which would look like a student equal to its teacher.
             divergence={kind: sums.mean("bridge") if sums.num_tokens else None},
             logprob_gap=sums.mean("gap") if sums.num_tokens else None,
             bridge=BridgeFigures(
@@ -188,13 +185,13 @@ class UpdateStats:
         )
 
     def refuse_uniform_teachers(self, num_valid: int) -> None:
-        """Raise TeacherError for a teacher to which all tokens were alike, where its entropy is known."""
+        """Raise TeacherError for a teacher with uniform distributions, where its entropy is known."""
         for name, sums in self._tally.teachers.items():
             if sums.num_tokens and "entropy" in sums.values:
                 refuse_uniform(name, sums.mean("entropy"), num_valid, self._objective.temperature)
 
     def domains(self, prepared: PreparedUpdate, rewards: Sequence[float | None]) -> dict[str, DomainStats]:
-        """Per domain, over its rollouts; `rewards` are the round's."""
+        """Return figures per domain over its rollouts; `rewards` are the round's."""
         total = sum(sums.num_tokens for sums in self._tally.domains.values())
         loss = sum(sums.values["loss"] for sums in self._tally.domains.values())
         result = {}

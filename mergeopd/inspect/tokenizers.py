@@ -19,7 +19,7 @@ from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.reporting.terminal.tokenizers import Coverage, TokenizerFacts, TokenizerPair
 from mergeopd.types import Message
 
-# Every line is a sample of its own: what cannot be aligned breaks off one line, not the rest of the file.
+# Every line is a separate sample, so that text that cannot be aligned affects one line, not the rest.
 _BATCH = 256
 SAMPLE = """\
 The cat sat on the mat; it didn't move. "Why?", she asked — nobody knew (not even in 2011).
@@ -84,27 +84,26 @@ def _side(argument: str, written: str, problems: list[Problem]) -> _Side | None:
 
 
 def _content(text: Path, problems: list[Problem]) -> str:
-    """Read a text file; problems are appended."""
-    found = existing_file(str(text), Path.cwd(), "text file")
-    if isinstance(found, Missing):
-        problems.append(option_problem("--text", found.message, found.remedy))
+    file = existing_file(str(text), Path.cwd(), "text file")
+    if isinstance(file, Missing):
+        problems.append(option_problem("--text", file.message, file.remedy))
         return ""
     try:
-        content = found.read_text(encoding="utf-8")
+        content = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        place = f"{shown(found)}: not UTF-8 (byte {error.start + 1})"
+        place = f"{shown(file)}: not UTF-8 (byte {error.start + 1})"
         problems.append(option_problem("--text", place, "save the file as UTF-8"))
         return ""
     except OSError as error:
-        problems.append(option_problem("--text", f"{shown(found)}: cannot be read: {error.strerror}"))
+        problems.append(option_problem("--text", f"{shown(file)}: cannot be read: {error.strerror}"))
         return ""
     if not content:
-        problems.append(option_problem("--text", f"{shown(found)}: is empty", "name a file with text"))
+        problems.append(option_problem("--text", f"{shown(file)}: is empty", "name a file with text"))
     return content
 
 
 def _spellings(side: _Side) -> set[str]:
-    """Tokens that stand for text, in the vocabulary's spelling."""
+    """Return the tokens with text, in the vocabulary's spelling."""
     kind = side.reader.tokens.kind
     return {written for written, i in side.vocab.items() if kind[i] < SPECIAL}
 
@@ -141,20 +140,20 @@ def _openings(tokenizer: Tokenizer) -> tuple[str | None, bool]:
 
 
 def _coverage(writer: _Side, reader: _Side, content: str) -> Coverage:
-    """Align a text in the writer's tokens with the same text in the reader's."""
+    """Align a text in one tokenizer's tokens with the same text in the other's."""
     own, other = writer.reader, reader.reader
     num_writer = num_reader = num_groups = one_to_one = 0
     unaligned: dict[str, int] = {}
     for texts in _batches(iter(content.splitlines(keepends=True))):
-        answers = own.encode(texts)
-        num_writer += sum(map(len, answers))
-        for found in align(answers, own.tokens, other.tokens, other.encode, EndTokens((), 0)):
-            sizes_S = found.student_stops - found.student_starts
-            sizes_T = found.teacher_stops - found.teacher_starts
+        responses = own.encode(texts)
+        num_writer += sum(map(len, responses))
+        for aligned in align(responses, own.tokens, other.tokens, other.encode, EndTokens((), 0)):
+            sizes_S = aligned.student_stops - aligned.student_starts
+            sizes_T = aligned.teacher_stops - aligned.teacher_starts
             num_groups += len(sizes_S)
             num_reader += int(sizes_T.sum())
             one_to_one += int(np.count_nonzero((sizes_S == 1) & (sizes_T == 1)))
-            for reason, count in found.unaligned.items():
+            for reason, count in aligned.unaligned.items():
                 unaligned[reason.value] = unaligned.get(reason.value, 0) + count
     return Coverage(
         writer=writer.name,

@@ -1,4 +1,4 @@
-"""Buffers that outlive a call, so that their page faults are paid once."""
+"""Scratch buffers that are reused over calls, so that their pages are faulted in once."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Workspace:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor of `shape`; the same name gives the same memory, which grows on demand."""
+        """Return an uninitialised tensor of `shape`; the same name gives the same memory, grown on demand."""
         size = prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size or buffer.dtype != dtype or buffer.device != device:
-            # Dropped first: two generations of a growing buffer must not exist side by side.
+            # Drop the old buffer first, so that both never exist at the same time.
             self._buffers.pop(name, None)
             del buffer
             buffer = self._buffers[name] = torch.empty(size, dtype=dtype, device=device)
@@ -31,9 +31,7 @@ class Workspace:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
 
     def clear(self) -> None:
-        """Give all of it back."""
         self._buffers.clear()

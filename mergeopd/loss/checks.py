@@ -1,4 +1,4 @@
-"""What is refused: misfitting input at once, numbers that are not finite as soon as they are known."""
+"""Input validation for the loss functions, and checks for NaN and infinity."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mergeopd.loss.support import Support
 from mergeopd.loss.targets import Sampled, Target, TopK
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# A teacher's own rounding may make the sum of its probabilities this much more than 1, in nats.
+# Tolerance, in nats, for rounding in the sum of a teacher's probabilities.
 _ROUNDING = 1e-2
 
 
@@ -49,7 +49,7 @@ def check_inputs(
 def check_vocabulary(
     labels_N: Tensor, head: Head, targets: Sequence[Target], group: dist.ProcessGroup | None
 ) -> range:
-    """All token ids, over the group.
+    """Return the range of all token ids over the group.
 
     Raises ValueError unless every head scores the student's ids and every sampled id is a true token of
     exactly one shard. One small all-reduce; all ranks raise.
@@ -77,7 +77,7 @@ def check_vocabulary(
 def check_support(
     targets: Sequence[Target], divergences: Sequence[Divergence], support: Support | None, all_ids: range
 ) -> None:
-    """Raise ValueError where the divergences cannot be computed from what is known of a target."""
+    """Raise ValueError where a target does not hold what the divergences need."""
     if not divergences:
         return
     if support is not None:
@@ -93,7 +93,7 @@ def check_support(
 
 
 def require_finite(values: Tensor, rows: slice, what: str, of: str = "tokens") -> None:
-    """Raise ArithmeticError naming `what` and the first of the tokens (or so) `rows` with NaN or infinity."""
+    """Raise ArithmeticError naming `what` and the first of `rows` with NaN or infinity; `of` is the unit."""
     bad = torch.isfinite(values).logical_not_()
     if bad.any():
         token = rows.start + int(bad.nonzero()[0])
@@ -124,9 +124,9 @@ def _vocab_problem(head: Head, targets: Sequence[Target]) -> str | None:
 
 def _check_top_k(name: str, target: TopK, support: Support | None, all_ids: range) -> None:
     if support is None or support.of != "teacher":
-        asked = "the whole vocabulary" if support is None else f'a support of="{support.of}"'
+        requested = "the whole vocabulary" if support is None else f'a support of="{support.of}"'
         raise ValueError(
-            f"{name}: divergences over {asked} need its hidden states, but only its own top {target.k} are "
+            f"{name}: divergences over {requested} need its hidden states, but only its top {target.k} are "
             f'known; use Support(k={target.k}, of="teacher", rest=...), or give hidden states'
         )
     if target.k != min(support.k, len(all_ids)):
@@ -142,10 +142,10 @@ def _check_top_k(name: str, target: TopK, support: Support | None, all_ids: rang
         )
     repeated = (ids[:, 1:] == ids[:, :-1]).any(1)
     if repeated.any():
-        raise ValueError(f"{name}: an id stands twice among the top k of token {int(repeated.nonzero()[0])}")
+        raise ValueError(f"{name}: the top k of token {int(repeated.nonzero()[0])} contain an id twice")
     excess = torch.cat([target.logprobs, target.log_tail.unsqueeze(1)], 1).logsumexp(1) > _ROUNDING
     if excess.any():
         raise ValueError(
-            f"{name}: its top k have more than the whole probability at token {int(excess.nonzero()[0])}; "
+            f"{name}: its top k have a total probability above 1 at token {int(excess.nonzero()[0])}; "
             "logprobs must be log-probabilities, not logits"
         )

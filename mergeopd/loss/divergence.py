@@ -1,12 +1,12 @@
 """Divergences between two next-token distributions, each one small pure function.
 
 Every logit gradient has the form `dz = p_S * (g - <p_S, g>)` with `g = dD/dp_S`, and is the
-same for `g` plus any constant. So a divergence gives two things per row: its value, and its *direction*
-`p_S * g` as a matrix, from which the kernel makes `dz = direction - p_S * sum(direction)`.
+same for `g` plus any constant. So a divergence returns two results per row: its value, and its *direction*
+`p_S * g` as a matrix, from which the kernel computes `dz = direction - p_S * sum(direction)`.
 
-With a sharded vocabulary the normalisers are known only after the shards have been summed. The two KLs are
-linear in the log-ratio, so a constant that is missing from it can be put right afterwards: two reductions
-(maxima; sums). The others need normalised log-probabilities first, and a third reduction.
+With a sharded vocabulary the normalisers are known only after a sum over the shards. The two KLs are linear
+in the log-ratio, so a constant missing from it can be added afterwards: two reductions (maxima; sums). The
+others need normalised log-probabilities first, and a third reduction.
 """
 
 from __future__ import annotations
@@ -50,10 +50,9 @@ class ForwardKL:
     num_reductions: ClassVar[Literal[2, 3]] = 2
     weighted_by: ClassVar[Literal["student", "teacher"]] = "teacher"  # whose mass its sums are taken under
     ratio_sign: ClassVar[float] = -1.0  # the value is the mean of this sign times the log-ratio
-    own_direction: ClassVar[bool] = False  # the direction is the teacher's mass as it stands
+    own_direction: ClassVar[bool] = False  # the direction is the teacher's mass, unchanged
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
-        """See `Divergence`."""
         value = torch.linalg.vecdot(pair.mass_T, pair.log_ratio).neg_()
         return Terms(value, pair.mass_T, pair.mass_T.sum(1), scale=-1.0)
 
@@ -68,7 +67,6 @@ class ReverseKL:
     own_direction: ClassVar[bool] = True
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
-        """See `Divergence`."""
         direction = torch.mul(pair.mass_S, pair.log_ratio, out=out)
         value = direction.sum(1)
         return Terms(value, direction, value, scale=1.0)
@@ -95,10 +93,9 @@ class JSD:
             )
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
-        """See `Divergence`."""
         beta = self.beta
         # log(M / p_S) = log1p(beta * expm1(log p_T - log p_S)): exact at equality, where log M - log p_S is
-        # only rounding. Beyond the bound p_S is negligible beside p_T, but the exponential would overflow.
+        # only rounding. Beyond the bound p_S is negligible against p_T, but the exponential would overflow.
         bound = 700.0 if out.dtype == torch.float64 else 80.0
         excess = torch.neg(pair.log_ratio, out=scratch()).clamp_(max=bound)
         torch.log1p(excess.expm1_().mul_(beta), out=excess)
@@ -112,18 +109,18 @@ class JSD:
 
 
 class Divergence(Protocol):
-    """What the kernel can measure.
+    """A divergence that the kernel can compute.
 
-    `num_reductions`: how often ranks of a sharded vocabulary meet. `own_direction`: whether the direction
-    needs memory of its own.
+    `num_reductions`: all-reduces over the ranks of a sharded vocabulary. `own_direction`: whether the
+    direction needs its own memory.
     """
 
     num_reductions: ClassVar[Literal[2, 3]]
     own_direction: ClassVar[bool]
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
-        """The arithmetic on a block of rows.
+        """Compute value and direction on a block of rows.
 
-        It must leave `pair` as it is, except that `out` may be the log-ratio's own memory: it is written when
-        the log-ratio is needed no more. `scratch()` lends one more `[n, V]` buffer.
+        `pair` must not be changed, except that `out` may share the log-ratio's memory: write to it after the
+        last use of the log-ratio. `scratch()` returns one more `[n, V]` buffer.
         """

@@ -1,7 +1,7 @@
 """From a block of logits to per-token statistics, and from their gradients back to logit gradients.
 
-Everything here is elementwise over `[n, V]` blocks that fit the processor's cache, plus row sums. A sharded
-vocabulary meets in two or three small all-reduces of per-token scalars.
+All operations are elementwise over `[n, V]` blocks that fit the processor's cache, plus row sums. A sharded
+vocabulary needs two or three small all-reduces of per-token scalars.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mergeopd.loss.softmax import Block, Softmaxes, entropy_and_logprob
 
 @dataclass(frozen=True, eq=False)
 class BlockStats:
-    """What one pass knows about each of n tokens, in nats, at the loss temperature.
+    """Statistics of n tokens from one pass, in nats, at the loss temperature.
 
     divergence `[K, D, n]` of teacher k by divergence d; logprob_S `[n]` and logprob_T `[K, n]` of the sampled
     token; entropy_S `[n]`; entropy_T `[K, n]`. An objective may differentiate `divergence` and `logprob_S`.
@@ -34,11 +34,11 @@ class BlockStats:
 
 
 class ScoredBlock(Protocol):
-    """A block between its statistics and its gradient, whatever its divergences are taken over."""
+    """A block between its statistics and its gradient, over the whole vocabulary or a support."""
 
     @property
     def stats(self) -> BlockStats:
-        """What the objective sees."""
+        """Return the objective's input."""
 
     def logit_gradient(self, grad_divergence: Tensor, grad_logprob: Tensor, out: Tensor) -> None:
         """Write d(loss)/d(raw student logits) `[n, V]` into `out`, which may be the scored student logits.
@@ -48,12 +48,12 @@ class ScoredBlock(Protocol):
 
 
 class Scorer(Protocol):
-    """Makes statistics of raw logits."""
+    """Computes statistics from raw logits."""
 
     def score(
         self, raw_S: Tensor, raw_T: Sequence[Tensor], labels_N: Tensor, rows: slice, *, with_grad: bool
     ) -> ScoredBlock:
-        """Score the tokens `rows` from raw logits `[n, V]`, which are overwritten. Takes all reductions.
+        """Score the tokens `rows` from raw logits `[n, V]`, which are overwritten. Performs all reductions.
 
         raw_T: of the targets that have hidden states, in their order. The result's matrices live in the
         logits' memory and in buffers that the next block reuses.
@@ -72,7 +72,6 @@ class Scored:
     total: Tensor  # [K, D, n]: <p_S, g>
 
     def logit_gradient(self, grad_divergence: Tensor, grad_logprob: Tensor, out: Tensor) -> None:
-        """See `ScoredBlock`."""
         gain = self.block.student.gain
         pull = (grad_divergence * self.total).sum((0, 1)).add_(grad_logprob).mul_(self.per_mass_S).mul_(-gain)
         torch.mul(self.block.masses[0], pull.unsqueeze(1), out=out)
@@ -95,7 +94,6 @@ class BlockScorer:
     def score(
         self, raw_S: Tensor, raw_T: Sequence[Tensor], labels_N: Tensor, rows: slice, *, with_grad: bool
     ) -> Scored:
-        """See `Scorer`."""
         block = self._softmaxes.begin(raw_S, raw_T, labels_N[rows], with_grad=with_grad)
         logits, masses, sums = block.logits, block.masses, block.sums
         for centred_T in logits[1:]:
@@ -108,7 +106,7 @@ class BlockScorer:
         moments = sums_Rn[: 3 * len(logits)].view(len(logits), 3, -1)  # [1+K, 3, n]
         log_mass, entropy, logprob = entropy_and_logprob(moments)
         per_mass = moments[:, 0].reciprocal()
-        offset = log_mass[0] - log_mass[1:]  # [K, n]: what the log-ratios of centred logits have too much
+        offset = log_mass[0] - log_mass[1:]  # [K, n]: the excess of the log-ratios of centred logits
         if self._normalise:
             for mass, factor in zip(masses, per_mass, strict=True):
                 mass.mul_(factor.unsqueeze(1))
@@ -140,7 +138,7 @@ class BlockScorer:
     def _term(self, index: int, teacher: Projection, pair: Pair) -> Terms:
         divergence, num_rows = self._divergences[index], pair.mass_S.shape[0]
         is_last = index == len(self._divergences) - 1
-        # Nobody reads the log-ratio after the last divergence: its memory serves as that one's direction.
+        # The log-ratio is not read after the last divergence, whose direction reuses its memory.
         if is_last or not divergence.own_direction:
             out = pair.log_ratio
         else:

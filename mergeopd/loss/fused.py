@@ -1,4 +1,4 @@
-"""The one kernel: hidden states in, loss and its gradients out, never a `[N, V]` matrix.
+"""The fused kernel: computes the loss and its gradients from hidden states, without a `[N, V]` matrix.
 
 A chunk of tokens goes through four matrix products (student logits, teacher logits, dH, dW; one more for
 each further teacher); between them, blocks of a few rows stay in the processor's cache while statistics,
@@ -61,13 +61,13 @@ def fused_loss(
     labels_N     sampled token ids, int64
     per_token    `(stats, rows) -> [n]`: the loss of the tokens `rows`, already weighted and divided by its
                  global denominator. Called block by block with `divergence` and `logprob_S` requiring grad;
-                 constants that it needs are sliced with `rows`. Under a group every rank calls it alike
-    divergences  what to measure between the student and each teacher
+                 constants that it needs are sliced with `rows`. Under a group, called the same on every rank
+    divergences  divergences to compute between the student and each teacher
     support      token ids to measure them on, one set for each teacher; None: the whole vocabulary
-    temperature  divides both sides' logits in all statistics; a factor tau^2 is the objective's business
+    temperature  divides both sides' logits in all statistics; a factor tau^2 is left to the objective
     group        ranks that share the vocabulary: heads are shards of ids from 0, all else is replicated. dH
                  comes back *partial* (sum it over the group), dW belongs to the shard
-    chunk_rows   tokens per matrix product, None for what suits the device; memory is about
+    chunk_rows   tokens per matrix product; None chooses by device. Memory is about
                  `chunk_rows * V * (1 + K)` elements
     workspace    buffers to reuse over calls
 
@@ -137,7 +137,6 @@ class _Run:
         self._gradient_sum = empty().zero_()
 
     def chunk(self, rows: slice) -> None:
-        """All products and blocks of the tokens `rows`."""
         logits_S = self._student.raw_logits(rows)
         logits_T = [teacher.raw_logits(rows) for teacher in self._teachers]
         for block in slices(0, logits_S.shape[0], self._block_rows or logits_S.shape[0]):
@@ -147,7 +146,7 @@ class _Run:
         self._gradients.add(self._student, logits_S, rows)
 
     def _block(self, logits_S: Tensor, logits_T: Sequence[Tensor], rows: slice) -> None:
-        """Statistics, objective, and the logit gradient in place of the student's logits."""
+        """Compute statistics and objective, and overwrite the student's logits with the logit gradient."""
         scored = self._scorer.score(logits_S, logits_T, self._labels_N, rows, with_grad=self._gradients.any)
         block, stats = scored.stats, self.stats
         for name in ("divergence", "logprob_S", "logprob_T", "entropy_S", "entropy_T"):
@@ -164,7 +163,7 @@ class _Run:
         leaves = (stats.divergence.requires_grad_(), stats.logprob_S.requires_grad_())
         with torch.enable_grad():
             loss = _checked(self._per_token(stats, rows), num)
-            if not loss.requires_grad:  # a constant: nothing to learn from these tokens
+            if not loss.requires_grad:  # a constant: no gradient from these tokens
                 return loss, (torch.zeros_like(leaves[0]), torch.zeros_like(leaves[1]))
             total = loss.sum()
         gradients = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
@@ -195,7 +194,6 @@ def _project(
     temperature: float,
     workspace: Workspace | None,
 ) -> list[Projection]:
-    """The student's head at work, then those of the targets that have one."""
     dtype = compute_dtype(hidden_ND)
     workspace = Workspace() if workspace is None else workspace
     sides = [("student", head, hidden_ND)]

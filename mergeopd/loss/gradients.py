@@ -1,4 +1,4 @@
-"""Gradients that are known before backward: gathered chunk by chunk, then hung on the loss."""
+"""Gradients computed before backward: accumulated chunk by chunk, then attached to the loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mergeopd.loss.slicing import compute_dtype
 
 
 class HeadGradients:
-    """dH, dW and dbias of one head, of those that something requires."""
+    """dH, dW and dbias of one head, each only where it is required."""
 
     def __init__(self, hidden_ND: Tensor, head: Head) -> None:
         inputs = (hidden_ND, head.weight, head.bias)
@@ -35,11 +35,10 @@ class HeadGradients:
 
     @property
     def any(self) -> bool:
-        """Whether anything requires a gradient."""
         return any(gradient is not None for gradient in (self._dH, self._dW, self._dbias))
 
     def add(self, projection: Projection, dz_nV: Tensor, rows: slice) -> None:
-        """The products back of one chunk; every row of the hidden states must come once."""
+        """Add the products of one chunk; every row of the hidden states must be added exactly once."""
         if self._dH is not None:
             projection.grad_hidden(dz_nV, self._dH[rows])
         if self._dW is not None:
@@ -49,9 +48,9 @@ class HeadGradients:
         self._is_first = False
 
     def attach(self, loss: Tensor) -> Tensor:
-        """`loss` with a backward that hands out these gradients, in their inputs' dtypes.
+        """Return `loss` with a backward that returns these gradients, in their inputs' dtypes.
 
-        That of the weight goes to the head's `weight_grad` as it is, where there is one.
+        The weight's gradient is added to the head's `weight_grad` where the head has one.
         """
         if not self.any:
             return loss
@@ -69,8 +68,6 @@ class HeadGradients:
 
 
 class _Attach(torch.autograd.Function):
-    """Hangs gradients that are known already on the loss."""
-
     @staticmethod
     def forward(
         ctx: Any, loss: Tensor, weight_grad: Tensor | None, *inputs_and_gradients: Tensor | None
@@ -83,7 +80,7 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients times `grad_loss`; for a plain `loss.backward()` they are handed over, not copied."""
+        """Return gradients times `grad_loss`; for a plain `loss.backward()` they are not copied."""
         gradients = ctx.saved_tensors
         if grad_loss != 1.0:
             gradients = [None if gradient is None else gradient * grad_loss for gradient in gradients]

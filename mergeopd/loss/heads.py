@@ -11,7 +11,7 @@ from torch import Tensor
 from mergeopd.loss.buffers import Workspace
 
 _HALVES = (torch.bfloat16, torch.float16)
-# Head rows converted at a time where a head is not stored in the dtype that it is multiplied in.
+# Head rows converted at a time when the dtype of storage differs from the dtype of the product.
 _TILE_ROWS = 4096
 
 
@@ -19,15 +19,15 @@ _TILE_ROWS = 4096
 class Head:
     """A prediction head, or this rank's rows of it: `z = h W^T + bias`, then scale, then soft cap.
 
-    weight      `[V_rows, d]`; padding rows, if any, stand at the end
+    weight      `[V_rows, d]`; padding rows, if any, are at the end
     bias        `[V_rows]`
     scale       multiplies the logits (Cohere's `logit_scale`; one over Granite's `logits_scaling`)
     softcap     `z = softcap * tanh(z / softcap)`, after the scale (Gemma)
     num_valid   rows that belong to the true vocabulary, 0 to V_rows; the rest is excluded from every softmax
                 and gets no gradient. None: all rows
     vocab_start token id of row 0
-    weight_grad `[V_rows, d]` of the caller's, to which backward adds the weight's gradient instead of handing
-                it out: handed to a half-precision weight it is rounded before micro-batches are summed
+    weight_grad `[V_rows, d]`, owned by the caller. Backward adds the weight's gradient to it instead of
+                returning it: for a half-precision weight it would be rounded before micro-batches are summed
     """
 
     weight: Tensor
@@ -58,7 +58,7 @@ class Head:
 
     @property
     def vocab(self) -> range:
-        """The true token ids that this head (shard) scores."""
+        """The true token ids scored by this head (shard)."""
         num = self.weight.shape[0] if self.num_valid is None else self.num_valid
         return range(self.vocab_start, self.vocab_start + num)
 
@@ -72,11 +72,11 @@ class Hidden:
 
 
 class Projection:
-    """One model's head at work: products in and out of logit space, padding rows left out.
+    """Products of one model's head into and out of logit space, without padding rows.
 
-    Half-precision hidden states meet a head rounded to their dtype, as in the model's own forward pass, but
-    products accumulate in `dtype` and logits are `dtype`. CUDA multiplies halves natively; a CPU would round
-    the result, so there the (exactly representable) operands are widened, the head tile by tile.
+    For half-precision hidden states the head is rounded to their dtype, as in the model's own forward pass,
+    but products accumulate in `dtype` and logits are `dtype`. CUDA multiplies halves natively; a CPU would
+    round the result, so there the (exactly representable) operands are widened, the head tile by tile.
     """
 
     def __init__(
@@ -103,17 +103,17 @@ class Projection:
 
     @property
     def gain(self) -> float:
-        """d(tempered logit) / d(raw logit), the soft cap's slope apart."""
+        """d(tempered logit) / d(raw logit), without the soft cap's slope."""
         return self._scale / self._temperature
 
     def take(self, name: str, rows: int) -> Tensor:
-        """A buffer `[rows, V]` of this projection."""
+        """Return a buffer `[rows, V]` of this projection."""
         return self._workspace.take(
             f"{self._name}.{name}", (rows, self._weight_VD.shape[0]), self._dtype, self._weight_VD.device
         )
 
     def raw_logits(self, rows: slice) -> Tensor:
-        """`h W^T` of the rows, `[n, V]`, in a buffer that the next call reuses."""
+        """Compute `h W^T` of the rows, `[n, V]`, in a buffer that the next call reuses."""
         hidden = self._hidden_ND[rows].to(self._operand)
         out = self.take("logits", hidden.shape[0])
         for tile, weight in self._tiles():
@@ -121,7 +121,7 @@ class Projection:
         return out
 
     def finish_logits(self, raw_nV: Tensor, slope: Tensor | None = None) -> None:
-        """Bias, scale, soft cap and temperature, in place; `slope [n, V]` receives the soft cap's slope."""
+        """Apply bias, scale, soft cap and temperature in place; `slope [n, V]` receives the cap's slope."""
         if self._bias_V is not None:
             raw_nV.add_(self._bias_V)
         if self._softcap is None:
@@ -135,11 +135,10 @@ class Projection:
 
     @property
     def is_capped(self) -> bool:
-        """Whether a soft cap bends the logits."""
         return self._softcap is not None
 
     def grad_hidden(self, dz_nV: Tensor, out_nD: Tensor) -> None:
-        """`dH = dz W` of the rows; `out_nD` may have the hidden states' own, narrower dtype."""
+        """Compute `dH = dz W` of the rows; `out_nD` may have the hidden states' narrower dtype."""
         wide = out_nD
         if out_nD.dtype != self._dtype:
             shape = (out_nD.shape[0], out_nD.shape[1])
@@ -153,7 +152,7 @@ class Projection:
             out_nD.copy_(wide)
 
     def grad_weight(self, dz_nV: Tensor, rows: slice, out_VD: Tensor, *, accumulate: bool) -> None:
-        """`dW (+)= dz^T h` of the rows, in `dtype`, true vocabulary only."""
+        """Compute `dW (+)= dz^T h` of the rows, in `dtype`, true vocabulary only."""
         hidden = self._hidden_ND[rows].to(self._operand)
         dz = self._narrow(dz_nV)
         for tile in self._tile_slices(whole=self._operand == self._dtype):
@@ -172,7 +171,7 @@ class Projection:
             yield slice(start, min(start + step, rows))
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """The head in the dtype of its products: as it stands, or converted into a small fixed buffer."""
+        """Yield the head in the dtype of its products, converted into a small fixed buffer if needed."""
         weight = self._weight_VD
         as_stored = weight.dtype == self._rounding == self._operand
         for tile in self._tile_slices(whole=as_stored):
@@ -188,7 +187,7 @@ class Projection:
 
 
 def _multiplies_halves(device: torch.device) -> bool:
-    """Whether halves can be multiplied there into a float32 result."""
+    """Whether the device multiplies half-precision operands into a float32 result."""
     return device.type == "cuda"
 
 

@@ -13,8 +13,8 @@ from mergeopd.loss.full_vocabulary import BlockStats
 from mergeopd.loss.policy import Policy, PolicyRows, policy_tokens
 from mergeopd.loss.support import Support
 
-# What stands in for a divergence where only the written token's log-probabilities are known: k3, whose mean
-# over the student's own tokens is the reverse KL, and which is never negative (methods: docs/objectives.md).
+# Replaces a divergence where only the sampled token's log-probabilities are known: k3, whose mean over the
+# student's own tokens is the reverse KL, and which is never negative (methods: docs/objectives.md).
 SAMPLED = "sampled_reverse_kl"
 
 
@@ -22,9 +22,9 @@ SAMPLED = "sampled_reverse_kl"
 class DistillationObjective:
     """`sum_k w_k sum_d c_d tau^2 D_d(teacher k, student) - w_nll log p_S(y) + policy terms`, per token.
 
-    `names`, `divergences` and `coefficients` belong together, taken on `support`; `temperature` (tau)
-    applies to the divergences, whose gradient scale the square keeps (Hinton 2015). The weights w come with
-    the tokens, denominators included.
+    `names`, `divergences` and `coefficients` have one entry per term, computed on `support`; `temperature`
+    (tau) applies to the divergences, whose gradient scale the square keeps (Hinton 2015). The weights w are
+    given per token, denominators included.
     """
 
     names: tuple[str, ...]
@@ -38,7 +38,7 @@ class DistillationObjective:
     def per_token(
         self, teacher_weight_KN: Tensor, nll_weight_N: Tensor, policy_rows: PolicyRows | None = None
     ) -> Callable[[BlockStats, slice], Tensor]:
-        """The function that `fused_loss` calls for each block of rows."""
+        """Return the function that `fused_loss` calls for each block of rows."""
         scale = self.temperature**2
 
         def loss(stats: BlockStats, rows: slice) -> Tensor:
@@ -61,7 +61,7 @@ class DistillationObjective:
         teacher_weights: Sequence[float] = (1.0,),
         num_tokens: float | None = None,
     ) -> Callable[[BlockStats, slice], Tensor]:
-        """The function that `fused_loss` calls, for the mean over the tokens that `mask_N` selects.
+        """Return the function that `fused_loss` calls, for the mean over the tokens selected by `mask_N`.
 
         mask_N           booleans or weights `[N]`; 0 leaves a token out
         teacher_weights  one weight for each target
@@ -78,11 +78,11 @@ class DistillationObjective:
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """Names of what `measured` gives."""
+        """Names of the rows of `measured`."""
         return self.names or (SAMPLED,)
 
     def measured(self, stats: BlockStats) -> Tensor:
-        """`[K, len(measures), n]`: the divergences, or k3 of the written token where there are none."""
+        """Return `[K, len(measures), n]`: the divergences, or k3 of the sampled token without divergences."""
         if self.names:
             return stats.divergence
         gap = stats.logprob_T - stats.logprob_S
@@ -97,10 +97,11 @@ def build_objective(
     policy: Policy | None = None,
     support: Support | None = None,
 ) -> DistillationObjective:
-    """A weighted sum of divergences, each given as name: (divergence, weight).
+    """Build a weighted sum of divergences, each given as name: (divergence, weight).
 
-    Terms of weight 0 are not computed. `nll` weighs the negative log-likelihood of the labels. The result has
-    what `fused_loss` needs: a function per token (`mean_over`), `divergences`, `temperature` and `support`.
+    Terms of weight 0 are not computed. `nll` weighs the negative log-likelihood of the labels. The result
+    has the arguments of `fused_loss`: a function per token (`mean_over`), `divergences`, `temperature` and
+    `support`.
     """
     used = [(name, divergence, weight) for name, (divergence, weight) in terms.items() if weight]
     return DistillationObjective(

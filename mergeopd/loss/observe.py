@@ -1,4 +1,4 @@
-"""What remains of a teacher that is observed once: a few numbers a token instead of a hidden state."""
+"""Reduction of a teacher's hidden states to a few numbers per token."""
 
 from __future__ import annotations
 
@@ -26,15 +26,14 @@ def observe(
     chunk_rows: int | None = None,
     workspace: Workspace | None = None,
 ) -> Sampled | TopK:
-    """Reduce a model to what `fused_loss` needs of it later, at this temperature; constants, no gradient.
+    """Reduce a model's hidden states to a `TopK` or `Sampled` target of `fused_loss`; no gradient.
 
     hidden_ND   its last hidden states `[N, d]`; float64 computes in float64, others in float32
     head        its whole head (not a shard)
     labels_N    sampled token ids, int64
     top_k       keep its k most probable tokens (at most the vocabulary), as `Support(of="teacher")` with this
                 k would choose them from the hidden states; None: only the sampled token
-    chunk_rows  tokens per matrix product, None for what suits the device; memory is about `chunk_rows * V`
-                elements
+    chunk_rows  tokens per matrix product; None chooses by device. Memory is about `chunk_rows * V` elements
     workspace   buffers to reuse over calls
 
     Raises ValueError for shapes or labels that do not fit, ArithmeticError for NaN or inf.

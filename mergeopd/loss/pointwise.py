@@ -19,7 +19,7 @@ _LEAST_SKEW = 1e-3
 
 
 def _bound(like: Tensor) -> float:
-    """Log-ratios beyond this leave one of the probabilities negligible, but would overflow."""
+    """The log-ratio beyond which one probability is negligible and an exponential would overflow."""
     return 700.0 if like.dtype == torch.float64 else 80.0
 
 
@@ -31,7 +31,6 @@ class TVD:
     own_direction: ClassVar[bool] = True
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
-        """See `Divergence`."""
         sign = torch.sign(pair.log_ratio, out=scratch())
         # sum |p_S - p_T| = sum sign (p_S - p_T)
         teacher = torch.linalg.vecdot(sign, pair.mass_T)
@@ -56,7 +55,6 @@ class SkewForwardKL:
         _require_skew(self, self.alpha)
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
-        """See `Divergence`."""
         alpha, bound = self.alpha, _bound(out)
         # M / p_T = alpha + (1 - alpha) exp(log p_S - log p_T) = 1 + (1 - alpha) expm1(log-ratio)
         ratio = torch.clamp(pair.log_ratio, min=-bound, max=bound, out=scratch())
@@ -84,7 +82,6 @@ class SkewReverseKL:
         _require_skew(self, self.alpha)
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
-        """See `Divergence`."""
         alpha, bound = self.alpha, _bound(out)
         # M / p_S = 1 + (1 - alpha) expm1(log p_T - log p_S)
         ratio = torch.neg(pair.log_ratio, out=scratch()).clamp_(min=-bound, max=bound)
@@ -111,12 +108,11 @@ class ClippedForwardKL:
     own_direction: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        # Below 0, tokens of no mass would count with the bound, and the value with their number.
+        # With a bound below 0, every token without mass would add the bound to the value.
         if not self.bound >= 0.0:
             raise ValueError(f"{self}: bound must be at least 0")
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
-        """See `Divergence`."""
         entry = torch.mul(pair.mass_T, pair.log_ratio, out=scratch()).neg_()
         direction = torch.mul(pair.mass_T, entry < self.bound, out=out)
         value = entry.clamp_(max=self.bound).sum(1)
@@ -141,9 +137,8 @@ class AlphaDivergence:
             raise ValueError(f"{self}: alpha must lie strictly between 0 and 1; the ends are the two KLs")
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
-        """See `Divergence`."""
         alpha, bound = self.alpha, _bound(out)
-        # p_S ((p_T / p_S)^alpha - 1): g may have the -1, without which equal models would leave rounding.
+        # p_S ((p_T / p_S)^alpha - 1): g is free up to a constant; the -1 makes equal models exactly 0.
         power = torch.neg(pair.log_ratio, out=scratch()).clamp_(min=-bound, max=bound).mul_(alpha).expm1_()
         direction = torch.mul(power, pair.mass_S, out=out)
         total = direction.sum(1)

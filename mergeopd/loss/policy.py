@@ -51,7 +51,7 @@ class Credit:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The policy part of an objective; `sampled` weighs the teachers' log-ratios, brought to +-`bound`."""
+    """The policy part of an objective; `sampled` weighs the teachers' log-ratios, clamped to +-`bound`."""
 
     sampled: float = 0.0
     bound: float | None = None
@@ -62,15 +62,15 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class PolicyRows:
-    """What policy terms need to know of N tokens, as constants.
+    """Constant inputs of the policy terms for N tokens.
 
-    own_N        1 for tokens that the student wrote, else 0: those have no policy term
+    own_N        1 for tokens that the student generated, else 0: those have no policy term
     outcome_N    outcome advantage with all weights
-    behaviour_N  log-probability under the policy that wrote the token
-    keep_N       0 where a correction drops the whole answer, else 1
-    old_N        log-probability before the round's first update; None: the update at hand is the first
-    teacher_N    teachers' advantage with all weights where it depends on whole answers; None: on the token
-    span_N       advantage, with all weights, from teachers with other tokens; None: there are none
+    behaviour_N  log-probability under the policy that generated the token
+    keep_N       0 where a correction drops the whole response, else 1
+    old_N        log-probability before the round's first update; None: this is the round's first update
+    teacher_N    teachers' advantage with all weights where it depends on whole responses; None: on the token
+    span_N       advantage, with all weights, from teachers with another tokenizer; None: there are none
     """
 
     own_N: Tensor
@@ -84,7 +84,7 @@ class PolicyRows:
 
 @dataclass(frozen=True, slots=True)
 class PolicyTokens:
-    """A policy term by token, `[n]`: the loss, its ratio and weight, and where a bound of each bites."""
+    """A policy term by token, `[n]`: the loss, its ratio and weight, and where each of them is bounded."""
 
     loss: Tensor
     log_ratio_old: Tensor  # log pi_old - log behaviour
@@ -101,9 +101,9 @@ def policy_tokens(
     logprob_T: Tensor,
     teacher_weight: Tensor,
 ) -> PolicyTokens:
-    """The surrogate of the tokens `slice_` of `rows`; differentiable in `logprob_S` `[n]` alone.
+    """Compute the surrogate of the tokens `slice_` of `rows`; differentiable in `logprob_S` `[n]` alone.
 
-    `logprob_T` and `teacher_weight` are `[K, n]`; a teacher's weight is 0 where it has nothing to say.
+    `logprob_T` and `teacher_weight` are `[K, n]`; a teacher's weight is 0 where it has no loss.
     """
     current = logprob_S.detach()
     own, outcome = rows.own_N[slice_], rows.outcome_N[slice_]
@@ -136,7 +136,7 @@ def policy_tokens(
 
 
 def clipped(ratio: Tensor, advantage: Tensor, clip: ClipRatio | None) -> tuple[Tensor, Tensor]:
-    """`min(r A, clip(r) A)` with the dual bound for A < 0, to be maximised; and where it is constant in r."""
+    """Return `min(r A, clip(r) A)` with the dual bound for A < 0, to be maximised, where it is constant."""
     plain = ratio * advantage
     if clip is None:
         return plain, torch.zeros_like(plain, dtype=torch.bool)
@@ -151,10 +151,10 @@ def clipped(ratio: Tensor, advantage: Tensor, clip: ClipRatio | None) -> tuple[T
 
 
 def importance_weight(log_rho: Tensor, correction: Correction) -> tuple[Tensor, Tensor]:
-    """Constant weight per token from `log rho = log pi_old - log behaviour`, and where it is not rho itself.
+    """Return a constant weight per token from `log rho = log pi_old - log behaviour`, and where it differs.
 
-    none: 1. truncate: rho brought into [low, high]. mask: rho inside [low, high], bounds included, 0 outside
-    (IcePop, GLM-5 2602.15763). sequence_mask: rho; whole answers are dropped by `sequence_kept`.
+    none: 1. truncate: rho clamped to [low, high]. mask: rho inside [low, high], bounds included, 0 outside
+    (IcePop, GLM-5 2602.15763). sequence_mask: rho; whole responses are dropped by `sequence_kept`.
     """
     rho = torch.exp(log_rho.clamp(-_LOG_BOUND, _LOG_BOUND))
     if correction.kind == "none":
@@ -168,19 +168,19 @@ def importance_weight(log_rho: Tensor, correction: Correction) -> tuple[Tensor, 
 
 
 def bounded(gap: Tensor, bound: float | None) -> Tensor:
-    """Log-ratios brought to +-`bound` (MOPD, 2606.30406)."""
+    """Clamp log-ratios to +-`bound` (MOPD, 2606.30406)."""
     return gap if bound is None else gap.clamp(-bound, bound)
 
 
 def shaped(advantage: Tensor, gap: Tensor, credit: Credit) -> Tensor:
-    """RLSD: `gap` = log p_T - log p_S says how much of the advantage a token gets, never its sign."""
+    """Scale the advantage per token by `gap` = log p_T - log p_S, without changing its sign (RLSD)."""
     weight = torch.exp((advantage.sign() * gap).clamp(-_LOG_BOUND, _LOG_BOUND))
     share = weight.clamp(1.0 - credit.bound, 1.0 + credit.bound)
     return advantage * ((1.0 - credit.mix) + credit.mix * share)
 
 
 def _mean_gap(logprob_T: Tensor, logprob: Tensor, weight: Tensor) -> Tensor:
-    """`log p_T - logprob` of the teachers' weighted geometric mean; 0 where no teacher judges."""
+    """`log p_T - logprob` of the teachers' weighted geometric mean; 0 where all weights are 0."""
     total = weight.sum(0)
     share = weight / torch.where(total > 0, total, 1.0)
     return (share * (logprob_T - logprob)).sum(0)

@@ -1,4 +1,4 @@
-"""In what pieces and in what precision the work is done."""
+"""Chunk sizes and compute dtype of the loss functions."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# About four such matrices are alive at a time; together they should stay in the last-level cache, while
-# each block should be long enough to hide the cost of some fifty small torch calls.
+# About four such matrices exist at a time. Together they should stay in the last-level cache, and each block
+# should be long enough to hide the cost of some fifty small torch calls.
 _BLOCK_BYTES = 2 << 20
-# Rows of a matrix product. On a CPU more make it no faster. An accelerator reads the head and adds to its
-# gradient once per chunk, so there the chunk's logits may take as much memory as these.
+# Rows of a matrix product. More are not faster on a CPU. An accelerator reads the head and adds to its
+# gradient once per chunk, so there a chunk's logits may take this much memory.
 _CPU_ROWS = 256
 _CHUNK_BYTES = 1 << 30
 
@@ -22,7 +22,7 @@ def compute_dtype(hidden_ND: Tensor) -> torch.dtype:
 
 
 def rows_in_chunk(device: torch.device, vocab_size: int, dtype: torch.dtype) -> int:
-    """Tokens per matrix product where the caller does not say."""
+    """Default number of tokens per matrix product."""
     if device.type == "cpu":
         return _CPU_ROWS
     return max(_CHUNK_BYTES // (max(vocab_size, 1) * dtype.itemsize), _CPU_ROWS)

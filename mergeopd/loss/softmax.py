@@ -1,4 +1,4 @@
-"""Softmaxes of a block of rows: what every divergence starts from and every gradient ends with."""
+"""Softmaxes of a block of rows, shared by all divergences and gradients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Block:
     is_local: Tensor  # [n]: the sampled token is one of this shard's columns
 
     def finish_gradient(self, grad_logprob: Tensor, out: Tensor) -> None:
-        """The sampled token's own part of d(loss)/d(raw logits), then the soft cap's slope, in place."""
+        """Add the sampled token's part of d(loss)/d(raw logits) and apply the soft cap's slope, in place."""
         if out.shape[1]:
             at_label = torch.where(self.is_local, grad_logprob * self.student.gain, 0.0)
             out.scatter_add_(1, self.column_n1, at_label.unsqueeze(1))
@@ -52,9 +52,9 @@ class Softmaxes:
         self.group = group
 
     def begin(self, raw_S: Tensor, raw_T: Sequence[Tensor], labels_n: Tensor, *, with_grad: bool) -> Block:
-        """Centred logits, in the memory of the raw ones, and masses, in buffers that the next block reuses.
+        """Centre logits in the memory of the raw ones; compute masses in buffers that the next block reuses.
 
-        Takes one reduction (maxima); the sums are still to be reduced, with whatever else is to be summed.
+        Performs one reduction (maxima). The caller reduces the sums, together with its other sums.
         """
         slope = self.student.take("slope", len(labels_n)) if self.student.is_capped and with_grad else None
         self.student.finish_logits(raw_S, slope)
@@ -74,7 +74,6 @@ class Softmaxes:
         return Block(self.student, logits, masses, sums, column_n1, is_local)
 
     def sum(self, partial: Tensor) -> Tensor:
-        """The sum over the group, in place."""
         if self.group is not None:
             dist.all_reduce(partial, dist.ReduceOp.SUM, group=self.group)
         return partial
@@ -95,7 +94,7 @@ def entropy_and_logprob(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _row_max(matrix: Tensor) -> Tensor:
-    if matrix.shape[1] == 0:  # a shard of nothing but padding
+    if matrix.shape[1] == 0:  # a shard of padding only
         return matrix.new_full((matrix.shape[0],), -torch.inf)
     return matrix.amax(1)
 

@@ -1,4 +1,4 @@
-"""Top-k supports: which token ids a divergence looks at one by one, and what becomes of the others."""
+"""Top-k supports: the token ids that a divergence compares one by one, and the treatment of the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mergeopd.loss.divergence import Divergence, ForwardKL, ReverseKL
 Chooser = Literal["student", "teacher", "union"]
 Rest = Literal["tail", "generalised"]
 
-# Groups whose maxima are looked at first, and from which width on that beats looking at all columns.
+# Number of column groups whose maxima are searched first, and the width from which that is faster.
 _GROUP, _WORTH_GROUPING = 32, 4
 
 
@@ -23,18 +23,18 @@ _GROUP, _WORTH_GROUPING = 32, 4
 class Support:
     """Divergences over the k most probable tokens A of each position instead of the whole vocabulary.
 
-    k     ids that a model chooses, capped at the vocabulary
-    of    who chooses: the student, each teacher for its own divergence, or both (then up to 2k distinct ids).
-          The student's choice covers what a reverse KL weighs, a teacher's what a forward KL weighs
-    rest  what stands for the other tokens. "tail": one more category with their whole mass; every divergence
-          works so, and an f-divergence lies between 0 and its full value. "generalised": nothing;
-          `sum_A p_S log(p_S / p_T) - p_S + p_T` (forward: the arguments swapped), for the two KLs alone
+    k     number of ids per model, capped at the vocabulary
+    of    whose top k: the student's, each teacher's for its own divergence, or both (up to 2k distinct ids).
+          The student's cover the large weights of a reverse KL, a teacher's those of a forward KL
+    rest  treatment of the other tokens. "tail": one more category with their whole mass; works for every
+          divergence, and an f-divergence lies between 0 and its full value. "generalised": left out;
+          `sum_A p_S log(p_S / p_T) - p_S + p_T` (forward: the arguments swapped), for the two KLs only
 
     Probabilities are over the whole vocabulary, never renormalised on A, and A itself is a constant. The
-    plain truncated reverse KL does not exist here: it pushes mass out of A even where both models are equal.
+    plain truncated reverse KL is not offered: it pushes mass out of A even where both models are equal.
 
-    `num_reductions`: ranks of a sharded vocabulary meet for maxima, sums, candidates (an all-gather of k
-    values and ids a rank, not a reduction) and the chosen tokens' logits, whatever the divergences.
+    `num_reductions`: collectives over a sharded vocabulary, for maxima, sums, candidates (an all-gather of k
+    values and ids per rank) and the chosen tokens' logits, independent of the divergences.
     """
 
     k: int
@@ -58,12 +58,12 @@ class Support:
             if not isinstance(divergence, ForwardKL | ReverseKL):
                 raise ValueError(
                     f"{divergence} has no generalised form on a top-k support; "
-                    'use rest="tail", which serves every divergence'
+                    'use rest="tail", which works with every divergence'
                 )
 
 
 def top_columns(matrix_nV: Tensor, k: int) -> Tensor:
-    """Columns `[n, min(k, V)]` of each row's largest entries, unordered. Among equals, any may be taken.
+    """Return the columns `[n, min(k, V)]` of each row's largest entries, unordered; ties are arbitrary.
 
     A wide row is searched by groups: its k largest lie in the k groups with the largest maxima.
     """
@@ -86,10 +86,10 @@ def top_columns(matrix_nV: Tensor, k: int) -> Tensor:
 def top_ids(
     matrices: Sequence[Tensor], k: int, vocab: range, group: dist.ProcessGroup | None
 ) -> list[Tensor]:
-    """For each matrix `[n, V]`, the token ids `[n, k]` of its rows' largest entries over all shards.
+    """Return for each matrix `[n, V]` the token ids `[n, k]` of its rows' largest entries over all shards.
 
-    `vocab` holds this shard's ids; k must be less than the whole vocabulary. Takes one round over the group
-    for all matrices together, in which every rank gives its k best.
+    `vocab` holds this shard's ids; k must be less than the whole vocabulary. Performs one all-gather of every
+    rank's k best for all matrices together.
     """
     columns = [top_columns(matrix, k) for matrix in matrices]
     ids = [chosen + vocab.start for chosen in columns]
@@ -104,7 +104,6 @@ def top_ids(
 
 
 def _gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Every rank's columns side by side, in the ranks' order."""
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, own.contiguous(), group=group)
     return torch.cat(parts, 1)
@@ -112,8 +111,8 @@ def _gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Members:
-    """A support at n tokens: `ids_na`, `is_first_na` (false where an id stands there once more), and where
-    this shard's part of it lies: entry (row, slot) is column `column` of that row.
+    """A support at n tokens: `ids_na`, `is_first_na` (false where an id is repeated), and the location of
+    this shard's part of it: entry (row, slot) is column `column` of that row.
     """
 
     ids_na: Tensor
@@ -124,7 +123,7 @@ class Members:
 
     @classmethod
     def locate(cls, ids_na: Tensor, vocab: range) -> Members:
-        """The members among `ids_na`, in which an id may stand twice."""
+        """Locate the members among `ids_na`, which may contain an id twice."""
         ids_na = ids_na.sort(1).values
         is_first_na = torch.ones_like(ids_na, dtype=torch.bool)
         is_first_na[:, 1:] = ids_na[:, 1:] != ids_na[:, :-1]
@@ -138,13 +137,13 @@ class Members:
         return self.is_first_na.sum(1)
 
     def take(self, matrix_nV: Tensor) -> Tensor:
-        """The members' entries, `[n, a]`; 0 at other shards' members and where an id stands once more."""
+        """Return the members' entries, `[n, a]`; 0 at other shards' members and at repeated ids."""
         taken = matrix_nV.new_zeros(self.ids_na.shape)
         taken[self.row, self.slot] = matrix_nV[self.row, self.column]
         return taken
 
     def sum_outside(self, matrix_nV: Tensor) -> Tensor:
-        """`[n]`: the sum over this shard's other columns, without cancellation. The matrix ends as it was."""
+        """Sum this shard's other columns, `[n]`, without cancellation. The matrix is unchanged on return."""
         inside = matrix_nV[self.row, self.column]
         matrix_nV[self.row, self.column] = 0.0
         outside = matrix_nV.sum(1)

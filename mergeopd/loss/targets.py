@@ -1,4 +1,4 @@
-"""What a teacher can be known by: everything, its own top k, or no more than the sampled token."""
+"""Targets of the loss: a teacher's hidden states, its top k, or the sampled token's log-probability."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mergeopd.loss.heads import Hidden
 
-# A float32 tells integers below this apart; float64 more than any vocabulary has.
+# Largest range of integers that are exact in float32; float64 is exact for any vocabulary.
 _EXACT_IDS = 1 << 24
 _PACKED_DTYPES = (torch.float32, torch.float64)
 
@@ -52,7 +52,7 @@ class TopK:
         return self.ids.shape[1]
 
     def packed(self) -> Tensor:
-        """All of it as one matrix `[N, 2k + 3]` in the dtype of `logprobs`, float32 or float64, without loss.
+        """Pack all fields, without loss, into one matrix `[N, 2k + 3]` of the dtype of `logprobs`.
 
         Raises ValueError for half precision, and for ids of 2^24 and more in float32.
         """
@@ -68,7 +68,7 @@ class TopK:
 
     @classmethod
     def unpack(cls, packed: Tensor) -> Self:
-        """What `packed` was made of; all but ids share its memory. Raises ValueError for another shape."""
+        """Invert `packed`; all fields but ids share its memory. Raises ValueError for another shape."""
         width = packed.shape[1] if packed.dim() == 2 else 0
         if width < 5 or not width % 2:
             raise ValueError(f"TopK.unpack: must be [N, 2k + 3], got {list(packed.shape)}")
@@ -79,7 +79,7 @@ class TopK:
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
-    """The least: `logprob [N]` of the sampled token and `entropy [N]`, in nats, at the loss temperature.
+    """`logprob [N]` of the sampled token and `entropy [N]`, in nats, at the loss temperature.
 
     No divergence can be computed from it.
     """
@@ -92,13 +92,13 @@ class Sampled:
         _require_rows("Sampled", num, logprob=self.logprob, entropy=self.entropy)
 
     def packed(self) -> Tensor:
-        """Both as one matrix `[N, 2]`, float32 or float64. Raises ValueError for half precision."""
+        """Pack both into one matrix `[N, 2]`, float32 or float64. Raises ValueError for half precision."""
         _require_exact("Sampled.packed", self.logprob.dtype)
         return torch.stack([self.logprob, self.entropy], 1)
 
     @classmethod
     def unpack(cls, packed: Tensor) -> Self:
-        """What `packed` was made of; shares its memory. Raises ValueError for another shape."""
+        """Invert `packed`, sharing its memory. Raises ValueError for another shape."""
         if packed.dim() != 2 or packed.shape[1] != 2:
             raise ValueError(f"Sampled.unpack: must be [N, 2], got {list(packed.shape)}")
         _require_exact("Sampled.unpack", packed.dtype)

@@ -1,4 +1,4 @@
-"""Divergences on top-k supports, and teachers of whom only a few numbers are known.
+"""Divergences on top-k supports, and targets without hidden states.
 
 Per token, each teacher's divergence is that of two small distributions over the members of a set A and, with
 a tail, one category for all other tokens. If P_c are the student's probabilities of these categories and
@@ -21,8 +21,7 @@ from mergeopd.loss.softmax import Block, Softmaxes, entropy_and_logprob
 from mergeopd.loss.support import Members, Support, top_ids
 from mergeopd.loss.targets import Target, TopK
 
-# A tail mass below this is this: its logarithm and its reciprocal stay finite, and times any teacher's mass
-# nothing is left of it.
+# Lower bound of a tail mass: its logarithm and reciprocal are finite, its product with a teacher's mass is 0.
 _LEAST_TAIL = {torch.float64: 1e-300, torch.float32: 1e-30}
 
 
@@ -49,7 +48,6 @@ class SupportScored:
     reduced: tuple[Reduced, ...]  # one per target, none without divergences
 
     def logit_gradient(self, grad_divergence: Tensor, grad_logprob: Tensor, out: Tensor) -> None:
-        """See `ScoredBlock`."""
         mass, gain = self.block.masses[0], self.block.student.gain
         per_mass = self.per_mass_S * gain
         torch.mul(mass, (-grad_logprob * per_mass).unsqueeze(1), out=out)
@@ -57,7 +55,7 @@ class SupportScored:
             members = reduced.members
             inside = torch.linalg.vecdot(grad_Dn.unsqueeze(2), reduced.inside, dim=0).mul_(gain)
             outside = torch.linalg.vecdot(grad_Dn, reduced.outside, dim=0).mul_(per_mass)
-            # Written over the members, not added: both parts can be large there, and cancel.
+            # Overwrite at the members instead of adding: both parts can be large there, and cancel.
             at_members = out[members.row, members.column] + inside[members.row, members.slot]
             out.addcmul_(mass, outside.unsqueeze(1))
             out[members.row, members.column] = at_members
@@ -80,14 +78,13 @@ class SupportScorer:
         self._divergences = tuple(divergences)
         self._support = support if divergences else None
         self._all_ids = all_ids
-        # Where each target's logits stand in a block, after the student's; 0 for the others.
+        # Index of each target's logits in a block, after the student's; 0 for targets without logits.
         place = iter(range(1, len(targets) + 1))
         self._places = [next(place) if isinstance(target, Hidden) else 0 for target in targets]
 
     def score(
         self, raw_S: Tensor, raw_T: Sequence[Tensor], labels_N: Tensor, rows: slice, *, with_grad: bool
     ) -> SupportScored:
-        """See `Scorer`."""
         block = self._softmaxes.begin(raw_S, raw_T, labels_N[rows], with_grad=with_grad)
         moments = self._softmaxes.sum(torch.stack(block.sums)).view(len(block.logits), 3, -1)
         log_mass, entropy, logprob = entropy_and_logprob(moments)
@@ -106,7 +103,7 @@ class SupportScorer:
         return SupportScored(stats, block, moments[0, 0].reciprocal(), reduced)
 
     def _reduce(self, support: Support, block: Block, log_mass: Tensor, rows: slice) -> tuple[Reduced, ...]:
-        """All divergences of all targets, from centred logits and masses. Takes two rounds over the group."""
+        """Compute all divergences of all targets from centred logits and masses. Performs two collectives."""
         supports = self._members(support, block, rows)
         local = [
             _categories(support, members, block.logits[m], block.masses[m])
@@ -115,7 +112,7 @@ class SupportScorer:
         ]
         summed = self._softmaxes.sum(torch.cat(local, 1))
         sums = iter(torch.split(summed, [part.shape[1] for part in local], dim=1))
-        found = []
+        reduced = []
         for members, target, place in zip(supports, self._targets, self._places, strict=True):
             log_S = _log_categories(support, next(sums), log_mass[0])
             if isinstance(target, TopK):
@@ -131,11 +128,11 @@ class SupportScorer:
                 torch.where(is_category, log_T.exp(), 0.0),
                 torch.where(is_category, log_S - log_T, 0.0),
             )
-            found.append(_measure(self._divergences, support, members, has_tail, pair))
-        return tuple(found)
+            reduced.append(_measure(self._divergences, support, members, has_tail, pair))
+        return tuple(reduced)
 
     def _members(self, support: Support, block: Block, rows: slice) -> list[Members]:
-        """Each target's support. Models choose together, in one round over the group."""
+        """Choose each target's support, with one collective for all models."""
         softmaxes = self._softmaxes
         places = [m for m in self._places if m and support.of != "student"]
         choosers = [*([] if support.of == "teacher" else [0]), *places]
@@ -147,16 +144,16 @@ class SupportScorer:
             chosen = dict(zip(choosers, ids, strict=True))
         if support.of == "student":
             return [Members.locate(chosen[0], softmaxes.vocab)] * len(self._targets)
-        found = []
+        members = []
         for target, place in zip(self._targets, self._places, strict=True):
             own = target.ids[rows] if isinstance(target, TopK) else chosen[place]
             both = own if support.of == "teacher" else torch.cat([chosen[0], own], 1)
-            found.append(Members.locate(both, softmaxes.vocab))
-        return found
+            members.append(Members.locate(both, softmaxes.vocab))
+        return members
 
 
 def log_tail_mass(mass: Tensor) -> Tensor:
-    """Log of a tail's mass, finite also where nothing of it is left; masses are relative to the largest."""
+    """Return the log of a tail's mass, bounded from below; masses are relative to the largest."""
     return mass.clamp(min=_LEAST_TAIL[mass.dtype]).log_()
 
 
@@ -169,14 +166,14 @@ def _categories(support: Support, members: Members, logits: Tensor, mass: Tensor
 
 
 def _log_categories(support: Support, sums: Tensor, log_mass_n: Tensor) -> Tensor:
-    """Log-probabilities of the categories from what `_categories` has given, summed over the shards."""
+    """Log-probabilities of the categories, from the results of `_categories` summed over the shards."""
     if support.rest == "tail":
         sums[:, -1] = log_tail_mass(sums[:, -1])
     return sums - log_mass_n.unsqueeze(1)
 
 
 def _known_log_categories(support: Support, target: TopK, rows: slice, dtype: torch.dtype) -> Tensor:
-    """Log-probabilities of the categories as the teacher gave them, in the order of the sorted ids."""
+    """Log-probabilities of the categories of a `TopK` target, in the order of the sorted ids."""
     logs = target.logprobs[rows].gather(1, target.ids[rows].argsort(1))
     if support.rest == "tail":
         logs = torch.cat([logs, target.log_tail[rows].unsqueeze(1)], 1)
@@ -186,7 +183,7 @@ def _known_log_categories(support: Support, target: TopK, rows: slice, dtype: to
 def _measure(
     divergences: Sequence[Divergence], support: Support, members: Members, has_tail: Tensor, pair: Pair
 ) -> Reduced:
-    """Each divergence between the two small distributions, and its logit gradient's two parts."""
+    """Compute each divergence between the two small distributions, and its logit gradient's two parts."""
     num_members = members.ids_na.shape[1]
     mass_S = pair.mass_S[:, :num_members]
     values, insides, outsides = [], [], []
@@ -215,4 +212,4 @@ def _generalised(divergence: Divergence, pair: Pair, value: Tensor, push: Tensor
             return value - lack.sum(1), -lack
         case ReverseKL():  # its -p_S takes away the constant 1 that terms() leaves out of g
             return value + lack.sum(1), push
-    raise AssertionError(f"{divergence} was to be refused by Support.check")
+    raise AssertionError(f"Support.check should have rejected {divergence}")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from mergeopd.errors import ModelError
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts, head_tensor
 from mergeopd.models.layout import differences, is_ignored
+from mergeopd.types import Flags, TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,9 +30,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 def build_skeleton(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of `folder` in evaluation mode, parameters on the meta device (no memory), buffers real.
+    """Build the model of `folder` in evaluation mode, with parameters on the meta device and real buffers.
 
-    `dtype` is that in which it will compute, whatever config.json says: buffers may be rounded to it.
+    `dtype` is the dtype of computation and overrides config.json; buffers may be rounded to it.
 
     Raises ModelError when transformers does not know the architecture. Code shipped with a checkpoint is
     never executed.
@@ -54,7 +56,7 @@ def build_skeleton(folder: Path, device: torch.device, dtype: torch.dtype) -> Pr
 
 
 def tensor_names(facts: ModelFacts, checkpoint: Checkpoint) -> dict[str, str]:
-    """Parameter or buffer -> name of the tensor that holds it; a tied head is its embedding: it has no entry.
+    """Map parameters and buffers to tensor names; a tied head has no entry, since it is the embedding.
 
     Raises ModelError when the head's tensor is missing or ambiguous.
     """
@@ -65,7 +67,7 @@ def tensor_names(facts: ModelFacts, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def check_fit(model: nn.Module, facts: ModelFacts, checkpoint: Checkpoint) -> None:
-    """Compare the tensors a checkpoint has with those its model wants, from headers alone.
+    """Compare a checkpoint's tensors with those that its model expects, from headers only.
 
     Raises ModelError naming the first differences.
     """
@@ -75,7 +77,7 @@ def check_fit(model: nn.Module, facts: ModelFacts, checkpoint: Checkpoint) -> No
     given = {name: checkpoint.tensors[t].shape for name, t in tensor_names(facts, checkpoint).items()}
     problems = [f"has no {name}" for name in wanted if name not in given]
     wanted |= {name: tuple(buffer.shape) for name, buffer in _saved_buffers(model)}
-    problems += [f"has {name}, which the model does not know" for name in given if name not in wanted]
+    problems += [f"has {name}, which the model does not have" for name in given if name not in wanted]
     problems += [
         f"has {name} with shape {list(shape)}, the config says {list(wanted[name])}"
         for name, shape in given.items()
@@ -86,7 +88,7 @@ def check_fit(model: nn.Module, facts: ModelFacts, checkpoint: Checkpoint) -> No
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put `weights` in place of the parameters (without a copy) and buffers of the same full names."""
+    """Replace parameters (without a copy) and buffers by `weights` of the same full names."""
     modules = dict(model.named_modules())
     for name, tensor in weights.items():
         module_name, _, leaf = name.rpartition(".")
@@ -107,7 +109,7 @@ def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def empty(model: nn.Module) -> None:
-    """Put every parameter back on the meta device, so that its memory can be freed."""
+    """Move every parameter back to the meta device, so that its memory can be freed."""
     for module in model.modules():
         for leaf, parameter in module._parameters.items():
             if parameter is not None and not parameter.is_meta:
@@ -117,17 +119,17 @@ def empty(model: nn.Module) -> None:
 
 def response_hidden(
     body: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
+    prompts: Sequence[TokenIds],
+    responses: Sequence[TokenIds],
     device: torch.device,
-    trained: Sequence[Sequence[bool] | None] | None = None,
+    trained: Sequence[Flags | None] | None = None,
 ) -> Tensor:
-    """Hidden states that predict the trained response tokens: `[number of them, d]`, responses in order.
+    """Compute the hidden states that predict trained response tokens, `[tokens, d]`, responses in order.
 
-    The state after `prompt + response[:t]` predicts `response[t]`; there is a row for every t that `trained`
-    flags (one flag per token; None, as a whole or for a response: every t). Sequences are padded on the
-    right, where causal attention never looks, so no mask is needed. Every prompt must have a token. Rows keep
-    their gradient when the body's parameters have one.
+    The state after `prompt + response[:t]` predicts `response[t]`; there is a row for every t flagged in
+    `trained` (one flag per token; None, as a whole or for a response: every t). Sequences are padded on the
+    right, which causal attention never reads, so no mask is needed. Every prompt must have a token. Rows keep
+    their gradient when the body's parameters require one.
     """
     ids, rows = padded(prompts, responses, trained)
     hidden = body(input_ids=ids.to(device), use_cache=False).last_hidden_state
@@ -136,32 +138,32 @@ def response_hidden(
 
 
 def padded(
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    trained: Sequence[Sequence[bool] | None] | None = None,
+    prompts: Sequence[TokenIds],
+    responses: Sequence[TokenIds],
+    trained: Sequence[Flags | None] | None = None,
     *,
     multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Token ids `[B, width]`, zeros on the right, and which positions of `[B * width]` to take `[N]`.
+    """Return token ids `[B, width]`, padded with zeros on the right, and positions `[N]` in `[B * width]`.
 
     The positions are those that predict trained tokens, see `response_hidden`. `width` is a multiple of
     `multiple`.
     """
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
     width = -(-max(lengths) // multiple) * multiple
-    ids = torch.zeros(len(lengths), width, dtype=torch.long)
-    rows: list[Tensor] = []
+    ids = np.zeros((len(lengths), width), np.int64)
+    rows = []
     flags = [None] * len(lengths) if trained is None else trained
     for i, (prompt, response, own) in enumerate(zip(prompts, responses, flags, strict=True)):
-        ids[i, : lengths[i]] = torch.tensor([*prompt, *response], dtype=torch.long)
-        first = i * width + len(prompt) - 1
-        positions = torch.arange(first, first + len(response))
-        rows.append(positions if own is None else positions[torch.tensor(own, dtype=torch.bool)])
-    return ids, torch.cat(rows)
+        ids[i, : len(prompt)] = prompt
+        ids[i, len(prompt) : lengths[i]] = response
+        places = np.arange(len(response)) if own is None else np.flatnonzero(own)
+        rows.append(i * width + len(prompt) - 1 + places)
+    return torch.from_numpy(ids), torch.from_numpy(np.concatenate(rows))
 
 
 def pick_device() -> torch.device:
-    """The first GPU where torch sees one, else the CPU."""
+    """Return the first GPU if torch sees one, else the CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _log.debug("device %s, %d CPU threads", device, torch.get_num_threads())
     return device

@@ -49,7 +49,7 @@ _DTYPE_BITS = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies: `offset` and `num_bytes` count bytes in `file`."""
+    """Location of a tensor: `offset` and `num_bytes` count bytes in `file`."""
 
     file: Path
     dtype: str
@@ -85,8 +85,8 @@ class Checkpoint:
     def open(cls, folder: Path) -> Checkpoint:
         """Read and check all headers of `folder`.
 
-        A single model.safetensors goes before an index, as in transformers. Raises ModelError when there are
-        no safetensors, a shard or a tensor is missing, or a file is truncated or damaged.
+        A single model.safetensors takes precedence over an index, as in transformers. Raises ModelError when
+        there are no safetensors, a shard or a tensor is missing, or a file is truncated or damaged.
         """
         if (folder / SINGLE).is_file():
             shard = _read_shard(folder / SINGLE)
@@ -105,7 +105,7 @@ class Checkpoint:
         absent = [name for name, file in weight_map.items() if name not in shards[file].tensors]
         if absent:
             raise ModelError(
-                f"{folder / weight_map[absent[0]]}: {INDEX} says that tensors are here which are not: "
+                f"{folder / weight_map[absent[0]]}: tensors that {INDEX} assigns to this file are missing: "
                 f"{_listed(absent)}; the index and the files are not of one checkpoint, fetch both again"
             )
         tensors = {name: shards[file].tensors[name] for name, file in weight_map.items()}
@@ -113,11 +113,11 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 that tells checkpoints apart without reading them whole; equal for copies of the files.
+        """SHA-256 of headers and samples of the data; equal for copies of the files.
 
         It covers every header, every file's size and samples of the data: the first and last 64 KiB and 16
         evenly spaced blocks of 64 KiB of each file, and 4 KiB in the middle of every tensor, so that a
-        fine-tune of a single layer shows. A change elsewhere in a tensor is not seen.
+        fine-tune of a single layer is detected. A change elsewhere in a tensor is not.
         """
         digest = hashlib.sha256()
         for shard in self._shards:
@@ -139,7 +139,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`, `[*shape]` in the file's dtype: a view of the memory-mapped file, no copy.
+        """Return the tensor `name`, `[*shape]` in the file's dtype: a view of the mapped file, no copy.
 
         Raises ModelError when there is no such tensor.
         """
@@ -150,7 +150,7 @@ class Checkpoint:
         return tensor
 
     def read_all(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors as `read` gives them, file by file; each file is opened once.
+        """Yield tensors as `read` returns them, file by file; each file is opened once.
 
         Raises ModelError when there is no such tensor.
         """
@@ -165,7 +165,7 @@ class Checkpoint:
                     yield name, file.get_tensor(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` (excluded) of the tensor `name`, `[stop - start, ...]`.
+        """Return rows `start` to `stop` (excluded) of the tensor `name`, `[stop - start, ...]`.
 
         Raises ModelError when there is no such tensor or row.
         """
@@ -181,7 +181,7 @@ class Checkpoint:
         return rows
 
     def read_columns(self, name: str, start: int, stop: int) -> Tensor:
-        """Columns `start` to `stop` (excluded) of the matrix `name`, `[rows, stop - start]`.
+        """Return columns `start` to `stop` (excluded) of the matrix `name`, `[rows, stop - start]`.
 
         Raises ModelError when there is no such matrix or column.
         """
@@ -197,7 +197,7 @@ class Checkpoint:
         return columns
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with bytes of the tensor `name`, from its byte `start` on, as they are in the file.
+        """Fill `buffer` with bytes of the tensor `name`, from its byte `start` on.
 
         Raises ModelError when there is no such tensor or byte, or the file cannot be read.
         """
@@ -213,13 +213,15 @@ class Checkpoint:
                 while done < len(buffer):
                     count = file.readinto(buffer[done:])
                     if not count:
-                        raise ModelError(f"{info.file}: was cut while {name!r} was read; fetch it again")
+                        raise ModelError(
+                            f"{info.file}: was truncated while {name!r} was read; fetch it again"
+                        )
                     done += count
         except OSError as error:
             raise ModelError(f"{info.file}: cannot be read: {error.strerror}") from error
 
     def same_bytes(self, first: str, second: str) -> bool:
-        """True when two tensors are equal bit by bit, as a tied head that was saved twice is.
+        """Whether two tensors are bitwise equal, such as a tied head that was saved twice.
 
         Raises ModelError when one of them does not exist.
         """
@@ -281,10 +283,10 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{path}: has no weight_map; fetch the file again")
     for name, file in weight_map.items():
-        # A name with a folder in it could point anywhere on the disk.
+        # A name that contains a folder could refer to any place on the disk.
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ModelError(
-                f"{path}: tensor {name!r} lies in {file!r}, which is not a .safetensors file beside it"
+                f"{path}: tensor {name!r} is in {file!r}, which is not a .safetensors file of the same folder"
             )
     return weight_map
 
@@ -312,7 +314,7 @@ def _read_shard(path: Path) -> _Shard:
 
 
 def _parse_header(path: Path, raw: bytes) -> dict[str, TensorInfo]:
-    """Tensors by name. Their bytes must fill the data part without gaps, as the format demands."""
+    """Return tensors by name. Their bytes must fill the data part without gaps, as the format requires."""
     try:
         header = json.loads(raw)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}

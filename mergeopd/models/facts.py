@@ -1,13 +1,12 @@
-"""What an architecture's logits are made of, read from config.json alone.
+"""Facts of a model's architecture, such as the form of its logits, read from config.json only.
 
 For every known architecture `logits = softcap * tanh((scale * (hidden @ W.T + bias)) / softcap)`, where
-`hidden` is the state after the final norm; scale is 1, softcap and bias are absent unless said otherwise.
-Dense decoder-only models only: their checkpoint tensors carry the module's own names.
+`hidden` is the state after the final norm; by default scale is 1, and softcap and bias are absent. Only dense
+decoder-only models, whose checkpoint tensors have the module's own names.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from mergeopd.errors import ModelError
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.json_file import read_object
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -24,7 +24,7 @@ HEAD_BIAS = "lm_head.bias"
 
 @dataclass(frozen=True, slots=True)
 class _Architecture:
-    """What differs from Llama. Numbers are what transformers assumes when config.json is silent."""
+    """Differences from Llama. Numbers are the defaults of transformers for keys missing in config.json."""
 
     tied: bool = False
     scale_key: str | None = None  # config key by which logits are multiplied
@@ -74,9 +74,9 @@ ARCHITECTURES = MappingProxyType(
 class ModelFacts:
     """Facts of a Hugging Face folder that need no weights.
 
-    `vocab_rows` counts the head's rows, padding included; the true vocabulary is the tokenizer's business.
-    `tied` is what the config says: then the head is the tensor `embedding_name` and `head_name` need not
-    exist. `eos_ids` is empty when neither config.json nor generation_config.json names one.
+    `vocab_rows` counts the head's rows, padding included; the tokenizer determines the true vocabulary.
+    `tied` is the config's value: if True, the head is the tensor `embedding_name`, and `head_name` may be
+    missing. `eos_ids` is empty when neither config.json nor generation_config.json has one.
     """
 
     folder: Path
@@ -100,7 +100,7 @@ class ModelFacts:
         Raises ModelError when there is no config, it is damaged or quantised, or its architecture unknown.
         """
         path = folder / "config.json"
-        config = _read_object(path)
+        config = read_object(path, ModelError)
         if config is None:
             there = "the folder has no config.json" if folder.is_dir() else "there is no such folder"
             raise ModelError(f"{folder}: {there}; name a Hugging Face model folder")
@@ -128,19 +128,19 @@ class ModelFacts:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder. Raises ModelError where there is none."""
-    config = _read_object(folder / "config.json")
+    """Read config.json of a model folder. Raises ModelError when there is none."""
+    config = read_object(folder / "config.json", ModelError)
     if config is None:
         raise ModelError(f"{folder}: the folder has no config.json; name a Hugging Face model folder")
     return config
 
 
 def head_tensor(facts: ModelFacts, checkpoint: Checkpoint) -> str:
-    """Name of the tensor `[vocab_rows, hidden_size]` that makes logits; looks at headers, mostly.
+    """Return the name of the head's tensor `[vocab_rows, hidden_size]`; mostly reads headers only.
 
-    A tied head may be saved as embedding, as head, or as both when they are equal. Raises ModelError when
-    the tensor is missing, has another shape than the config says, or both exist, differ, and are said to be
-    tied: transformers would untie them, other programs would not.
+    A tied head may be saved as embedding, as head, or as both when they are equal. Raises ModelError when the
+    tensor is missing, when its shape is not that of the config, and when both exist and differ although the
+    config ties them: transformers would untie them, other programs would not.
     """
     embedding, head = facts.embedding_name, facts.head_name
     if not facts.tied:
@@ -163,21 +163,6 @@ def head_tensor(facts: ModelFacts, checkpoint: Checkpoint) -> str:
             "config.json and the weights are not of one checkpoint"
         )
     return name
-
-
-def _read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in `path`, None when there is no such file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not JSON: {error}; fetch the file again") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: must hold a JSON object, not {type(value).__name__}")
-    return value
 
 
 def _unknown(path: Path, model_type: Any, config: dict[str, Any]) -> str:
@@ -233,9 +218,9 @@ def _softcap(path: Path, config: dict[str, Any], architecture: _Architecture) ->
 
 
 def _eos_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """generation_config.json comes first, as in transformers' generate; duplicates are dropped."""
+    """Return ids of generation_config.json first, as in transformers' generate, without duplicates."""
     path, value = folder / "generation_config.json", None
-    generation = _read_object(path)
+    generation = read_object(path, ModelError)
     if generation is not None:
         value = generation.get("eos_token_id")
     if value is None:

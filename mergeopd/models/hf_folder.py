@@ -1,4 +1,4 @@
-"""What an exported model folder has beside weights and config."""
+"""Files of an exported model folder besides weights and config."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _COMPANIONS = (
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, template and generation config, those that the source folder has."""
+    """Copy tokenizer, template and generation config, if the source folder has them."""
     for name in _COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
 
 def write_turns(folder: Path, eos_ids: Collection[int], template: str | None) -> None:
-    """Make an exported folder end responses at `eos_ids`, and give it a chat template where one is named.
+    """Write the end tokens `eos_ids` and, if given, the chat template into an exported folder.
 
-    Programs that serve the folder would otherwise stop where its base model did, not where it was trained to.
+    Programs that serve the folder would otherwise use the base model's end tokens, not those of training.
     """
     if template is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

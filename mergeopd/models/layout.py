@@ -1,8 +1,8 @@
-"""The tensors that a checkpoint of each architecture must have, from config.json alone, without torch.
+"""The tensors that a checkpoint of each architecture must have, from config.json only, without torch.
 
 Names are those of transformers' modules. Shapes are written in letters: `d` hidden size, `f` intermediate
-size, `q` and `k` heads times head size of queries and of keys, `h` the head size. What config.json leaves to
-the defaults of transformers is not compared.
+size, `q` and `k` heads times head size of queries and of keys, `h` the head size. Sizes that config.json
+leaves to the defaults of transformers are not compared.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ _MODULES: Mapping[str, tuple[str, ...]] = {
     "qwen3": (*_LLAMA, *_HEAD_NORMS),
     "starcoder2": _STARCODER,
 }
-# Modules of a layer that have a bias: always, or where a key of config.json, with its default, says so.
+# Modules of a layer that have a bias: always, or depending on a key of config.json with its default.
 _BIASES: Mapping[str, tuple[str, ...]] = {
     "nemotron": _NORMS,
     "phi": _PHI,
@@ -105,12 +105,12 @@ _FINAL_NORM: Mapping[str, tuple[str, ...]] = {
     "phi": ("model.final_layernorm.weight", "model.final_layernorm.bias"),
     **dict.fromkeys(("nemotron", "stablelm", "starcoder2"), ("model.norm.weight", "model.norm.bias")),
 }
-# Normalised queries and keys: shapes depend on more than the letters say.
+# Normalised queries and keys, whose shapes cannot be written in these letters.
 _UNCOMPARED = re.compile(r"\.(q_norm|k_norm|q_layernorm|k_layernorm)\.|\.act_fn\.alpha_[pn]$")
 
 
 def is_ignored(name: str) -> bool:
-    """Whether transformers leaves a tensor of a checkpoint out: it computes rotary frequencies itself."""
+    """Whether transformers ignores a tensor of a checkpoint, such as computed rotary frequencies."""
     return bool(_IGNORED.search(name))
 
 
@@ -120,7 +120,7 @@ def is_weight(name: str) -> bool:
 
 
 def expected_shapes(facts: ModelFacts, config: Mapping[str, Any]) -> dict[str, tuple[int | None, ...]]:
-    """Shapes of all tensors by name, head and embedding apart; None is a size that is not known."""
+    """Return shapes of all tensors by name, without head and embedding; None is an unknown size."""
     sizes = _sizes(facts, config)
     final = _FINAL_NORM.get(facts.model_type, ("model.norm.weight",))
     shapes: dict[str, tuple[int | None, ...]] = dict.fromkeys(final, (facts.hidden_size,))
@@ -132,7 +132,7 @@ def expected_shapes(facts: ModelFacts, config: Mapping[str, Any]) -> dict[str, t
 
 
 def check_layout(facts: ModelFacts, checkpoint: Checkpoint) -> None:
-    """Compare a checkpoint's tensors with those that its config.json calls for.
+    """Compare a checkpoint's tensors with those required by its config.json.
 
     Raises ModelError naming the first differences.
     """
@@ -141,7 +141,7 @@ def check_layout(facts: ModelFacts, checkpoint: Checkpoint) -> None:
     given = {name: t.shape for name, t in checkpoint.tensors.items() if is_weight(name) and name not in apart}
     problems = [f"has no {name}" for name in expected if name not in given]
     problems += [
-        f"has {name}, which the config does not call for"
+        f"has {name}, which the config does not require"
         for name in given
         if name not in expected and not _UNCOMPARED.search(name)
     ]
@@ -155,7 +155,7 @@ def check_layout(facts: ModelFacts, checkpoint: Checkpoint) -> None:
 
 
 def differences(facts: ModelFacts, problems: list[str]) -> str:
-    """The message for weights that are not those of their config.json."""
+    """Return the message for weights that do not match their config.json."""
     more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
     return (
         f"{facts.folder}: weights and config.json are not of one model: "
@@ -164,7 +164,7 @@ def differences(facts: ModelFacts, problems: list[str]) -> str:
 
 
 def _layer_tensors(model_type: str, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Names below a layer, and their shapes in letters."""
+    """Yield names below a layer, and their shapes in letters."""
     modules = dict(_module(entry) for entry in _MODULES.get(model_type, _LLAMA))
     biases = set(_BIASES.get(model_type, ()))
     for key, default, names in _BIASES_BY_KEY.get(model_type, ()):

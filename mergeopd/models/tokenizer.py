@@ -1,4 +1,4 @@
-"""Tokenizers read straight from tokenizer.json, in milliseconds and without transformers.
+"""Tokenizers loaded directly from tokenizer.json, in milliseconds and without transformers.
 
 Text maps to the same ids as with transformers' generic fast tokenizer and `add_special_tokens=False`.
 """
@@ -16,6 +16,7 @@ from typing import Any
 import tokenizers
 
 from mergeopd.errors import TokenizerError
+from mergeopd.models.json_file import read_object
 from mergeopd.models.tokenizer_difference import MAX_ADDED, first_difference, first_ids, num_shared
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -26,7 +27,7 @@ _TOKEN_OPTIONS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 class Tokenizer:
     """A tokenizer folder. `vocab_size` is its highest id + 1, added tokens included.
 
-    `special_tokens` maps names such as "eos_token" to texts, as chat templates see them.
+    `special_tokens` maps names such as "eos_token" to texts, for chat templates.
     """
 
     folder: Path
@@ -45,12 +46,12 @@ class Tokenizer:
         configuration names a token that tokenizer.json does not have.
         """
         backend = _load_backend(folder)
-        config = _read_object(folder / "tokenizer_config.json")
+        config = read_object(folder / "tokenizer_config.json", TokenizerError) or {}
         special_tokens = _special_tokens(folder, config)
         _add_declared_tokens(folder, backend, config, special_tokens)
         if "eos_token" not in special_tokens:
             raise TokenizerError(
-                f"{folder}: names no eos_token, so answers could not end; add it to tokenizer_config.json"
+                f"{folder}: no eos_token, so responses could not end; add it to tokenizer_config.json"
             )
         vocab = backend.get_vocab(with_added_tokens=True)
         ids = {name: vocab[text] for name, text in special_tokens.items()}
@@ -65,12 +66,12 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`. Special tokens written in it are recognised; none are added."""
+        """Encode `text`. Special tokens written in it are recognised; none are added."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
+        """Decode `ids`; bytes that are not UTF-8 become U+FFFD, unknown ids are skipped."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
@@ -81,15 +82,14 @@ class Tokenizer:
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids that decoding skips."""
         return frozenset(i for i, t in self._backend.get_added_tokens_decoder().items() if t.special)
 
     def difference(self, other: Tokenizer) -> str | None:
-        """None when both map every text to the same ids; otherwise a sentence that says where they part.
+        """Describe the first difference in one sentence; None when both map every text to the same ids.
 
-        Compared are ids, added tokens, normaliser, pre-tokeniser, model options, merges and scores, in the
-        form that the tokenizers library gives them, so that older and newer spellings of one tokenizer.json
-        are equal. Templates, EOS and what counts as special in decoding are not compared.
+        Compares ids, added tokens, normaliser, pre-tokeniser, model options, merges and scores as serialised
+        by the tokenizers library, so that older and newer spellings of one tokenizer.json are equal.
+        Templates, EOS and the special tokens skipped by decoding are not compared.
         """
         if self._state == other._state:
             return None
@@ -101,13 +101,13 @@ class Tokenizer:
         )
 
     def num_shared(self, other: Tokenizer) -> int | None:
-        """How many ids, from 0 on, both have alike; None where more differs than a few added tokens."""
+        """Return how many ids, from 0 on, are the same; None if more differs than a few added tokens."""
         if self._state == other._state:
             return self.vocab_size
         return num_shared(json.loads(self._state), json.loads(other._state))
 
     def added_from(self, num_ids: int) -> tuple[str, ...] | None:
-        """The tokens from id `num_ids` on; None where they are not just a few added ones."""
+        """Return the tokens from id `num_ids` on; None unless they are just a few added ones."""
         if num_ids >= self.vocab_size:
             return ()
         added = {i: t.content for i, t in self._backend.get_added_tokens_decoder().items() if i >= num_ids}
@@ -116,8 +116,8 @@ class Tokenizer:
             return None
         return tuple(added[i] for i in sorted(ids))
 
-    def first(self, num_ids: int) -> tokenizers.Tokenizer:
-        """The tokenizer of the tokenizers library without added tokens from id `num_ids` on."""
+    def truncated_backend(self, num_ids: int) -> tokenizers.Tokenizer:
+        """Return the tokenizer of the tokenizers library without added tokens from id `num_ids` on."""
         if num_ids >= self.vocab_size:
             return self._backend
         state = first_ids(json.loads(self._state), num_ids)
@@ -125,7 +125,7 @@ class Tokenizer:
 
     @cached_property
     def _state(self) -> str:
-        """The tokenizer as the library writes it, all declared tokens included."""
+        """The tokenizer as serialised by the library, all declared tokens included."""
         text: str = self._backend.to_str()
         return text
 
@@ -142,7 +142,7 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:
         raise TokenizerError(f"{path}: not a tokenizer: {error}; fetch the file again") from error
-    # Both would silently change ids; a recipe decides about lengths, nobody else.
+    # Both would silently change ids; lengths are limited by the recipe only.
     backend.no_truncation()
     backend.no_padding()
     if not backend.get_vocab_size():
@@ -150,36 +150,21 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; empty when there is no such file, since both configs are optional."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: not JSON: {error}; fetch the file again") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path}: must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
 def _token_text(value: Any) -> str | None:
-    """A token is written as text or as an object with its `content`."""
+    """Return the text of a token, which is a string or an object with `content`."""
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None
 
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Named special tokens. As in transformers, special_tokens_map.json is read for older folders only."""
+    """Return named special tokens; as in transformers, special_tokens_map.json only for older folders."""
     declared = {name: config.get(name) for name in SPECIAL_NAMES}
-    # transformers 5 keeps a model's own names, such as `image_token`, apart.
+    # transformers 5 stores model-specific names, such as `image_token`, separately.
     own = config.get("model_specific_special_tokens")
     declared.update(own if isinstance(own, dict) else {})
     if "added_tokens_decoder" not in config:
-        legacy = _read_object(folder / "special_tokens_map.json")
+        legacy = read_object(folder / "special_tokens_map.json", TokenizerError) or {}
         declared.update({name: value for name, value in legacy.items() if name in SPECIAL_NAMES})
     texts = {name: _token_text(value) for name, value in declared.items()}
     return {name: text for name, text in texts.items() if text is not None}
@@ -188,22 +173,22 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 def _add_declared_tokens(
     folder: Path, backend: tokenizers.Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]
 ) -> None:
-    """Make the tokens that only the configuration declares known, without giving any a new id."""
+    """Add the tokens that only the configuration declares, without assigning new ids."""
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
     for token_id, token in _declared_tokens(folder, config):
         if token.content not in added:
             backend.add_tokens([token])
             added.add(token.content)
-        found = backend.token_to_id(token.content)
-        if found != token_id:
+        actual_id = backend.token_to_id(token.content)
+        if actual_id != token_id:
             raise TokenizerError(
-                f"{folder}: {token.content!r} is {token_id} in tokenizer_config.json and {found} in "
+                f"{folder}: {token.content!r} is {token_id} in tokenizer_config.json and {actual_id} in "
                 "tokenizer.json; the two files are not of one tokenizer, fetch both again"
             )
     for name, text in special_tokens.items():
         if backend.token_to_id(text) is None:
             raise TokenizerError(
-                f"{folder}: {name} is {text!r}, which tokenizer.json does not have; a new id would lie "
+                f"{folder}: {name} is {text!r}, which tokenizer.json does not have; a new id would be "
                 "outside the model's vocabulary. Name an existing token in tokenizer_config.json"
             )
         if text not in added:
@@ -212,7 +197,7 @@ def _add_declared_tokens(
 
 
 def _declared_tokens(folder: Path, config: Mapping[str, Any]) -> list[tuple[int, tokenizers.AddedToken]]:
-    """`added_tokens_decoder` of the configuration, in order of the ids."""
+    """Return `added_tokens_decoder` of the configuration, in order of ids."""
     tokens = []
     for key, fields in (config.get("added_tokens_decoder") or {}).items():
         try:
@@ -227,7 +212,7 @@ def _declared_tokens(folder: Path, config: Mapping[str, Any]) -> list[tuple[int,
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, else the config's; of several named templates the one called `default`."""
+    """Read chat_template.jinja, else the config's; of several named templates, `default`."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:

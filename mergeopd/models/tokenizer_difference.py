@@ -1,4 +1,4 @@
-"""Where two tokenizers part, as one readable sentence. Works on the tokenizers library's own JSON."""
+"""Describe the first difference of two tokenizers in one sentence, from the tokenizers library's JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 _SHOWN = 3
-# These change offsets or decoding, never which ids a text becomes.
+# These change offsets or decoding, never the ids of a text.
 _IRRELEVANT = {"trim_offsets"}
 # More added tokens than these on one side alone are another tokenizer, not a fine-tune's additions.
 MAX_ADDED = 64
@@ -17,7 +17,10 @@ _VOCABULARY = {"vocab", "merges"}
 
 
 def first_difference(a: Mapping[str, Any], b: Mapping[str, Any], here: str, there: str) -> str | None:
-    """None when both give the same ids for every text. `here` and `there` are the folders' names."""
+    """Describe the first difference; None when both give the same ids for every text.
+
+    `here` and `there` are the folders' names.
+    """
     vocab_a, vocab_b = _ids(a), _ids(b)
     return (
         _differing_ids(vocab_a, vocab_b, here, there)
@@ -31,9 +34,9 @@ def first_difference(a: Mapping[str, Any], b: Mapping[str, Any], here: str, ther
 
 
 def num_shared(a: Mapping[str, Any], b: Mapping[str, Any]) -> int | None:
-    """How many ids, from 0 on, two tokenizers share; None where a text without the others gets other ids.
+    """Return how many ids, from 0 on, two tokenizers share; None where other tokens change a text's ids.
 
-    Behind the shared ones each may have a few added tokens of its own.
+    After the shared ids, each may have a few added tokens of its own.
     """
     ids_a, ids_b = _ids(a), _ids(b)
     stop = max(*ids_a, *ids_b) + 1
@@ -46,7 +49,7 @@ def num_shared(a: Mapping[str, Any], b: Mapping[str, Any]) -> int | None:
 
 
 def first_ids(state: Mapping[str, Any], num_ids: int) -> dict[str, Any]:
-    """A tokenizer without its added tokens from id `num_ids` on."""
+    """Return a tokenizer's state without its added tokens from id `num_ids` on."""
     gone = {token["content"] for token in state["added_tokens"] if token["id"] >= num_ids}
     vocab = state["model"]["vocab"]
     if isinstance(vocab, dict):
@@ -96,7 +99,7 @@ def _differing_ids(a: dict[int, str], b: dict[int, str], here: str, there: str) 
 def _added_tokens(
     a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]], here: str, there: str
 ) -> str | None:
-    """Texts cut out before the model sees them. `special` matters in decoding only."""
+    """Compare added tokens, which are split off before the model. `special` only matters in decoding."""
     keys = ("single_word", "lstrip", "rstrip", "normalized")
     cut_a = {token["id"]: {key: token[key] for key in keys} for token in a}
     cut_b = {token["id"]: {key: token[key] for key in keys} for token in b}
@@ -117,7 +120,7 @@ def _added_tokens(
 
 
 def _component(what: str, a: Any, b: Any, here: str, there: str) -> str | None:
-    """Compare a part by its meaning: one-element sequences, empty prefixes and offsets do not matter."""
+    """Compare a component by its meaning, ignoring one-element sequences, empty prefixes and offsets."""
     simple_a, simple_b = _simplified(a), _simplified(b)
     if simple_a == simple_b:
         return None
@@ -147,7 +150,7 @@ def _simplified(part: Any) -> Any:
                 if step is not None:
                     steps.extend(step[key] if isinstance(step, dict) and key in step else [step])
             return None if not steps else steps[0] if len(steps) == 1 else {"type": "Sequence", key: steps}
-    # An absent prefix or suffix is spelt null or "".
+    # A missing prefix or suffix is null or "".
     kept = {key: value for key, value in part.items() if key not in _IRRELEVANT and value not in (None, "")}
     return {key: _simplified(value) for key, value in kept.items()}
 
@@ -157,7 +160,7 @@ def _options(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merges(a: Mapping[str, Any], b: Mapping[str, Any], here: str, there: str) -> str | None:
-    """Merges in rank order; their spelling ("a b" or ["a", "b"]) does not matter."""
+    """Compare merges in rank order, in either spelling ("a b" or ["a", "b"])."""
     merges_a, merges_b = (
         [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges", ())]
         for model in (a, b)

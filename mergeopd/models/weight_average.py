@@ -1,4 +1,4 @@
-"""The plain weight average of the experts: the baseline everyone tries first."""
+"""The plain weight average of the experts, as a baseline."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def why_not(base: Path, experts: Sequence[Path]) -> str | None:
-    """None when the experts' weights can be averaged into the base's shape; otherwise the reason.
+    """Return why the experts' weights cannot be averaged into the base's shape; None if they can.
 
-    Embedding and head may be padded to different numbers of rows; everything else must agree.
+    Embedding and head may be padded to different numbers of rows; all else must match.
     """
     reference = _shapes(base)
     for expert in experts:
@@ -37,7 +37,7 @@ def why_not(base: Path, experts: Sequence[Path]) -> str | None:
 
 
 def average(base: Path, experts: Sequence[Path], num_valid: int, device: torch.device) -> PreTrainedModel:
-    """A model of the base's shape with the mean of the experts' weights; pad rows stay the base's."""
+    """Return a model of the base's shape with the mean of the experts' weights, and the base's pad rows."""
     facts, checkpoint = ModelFacts.read(base), Checkpoint.open(base)
     opened = [Checkpoint.open(expert) for expert in experts]
     names = [tensor_names(ModelFacts.read(expert), o) for expert, o in zip(experts, opened, strict=True)]
@@ -60,7 +60,7 @@ def average(base: Path, experts: Sequence[Path], num_valid: int, device: torch.d
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes by name; of vocabulary-sized tensors without their number of rows."""
+    """Return shapes by name; of vocabulary-sized tensors without their number of rows."""
     facts, checkpoint = ModelFacts.read(folder), Checkpoint.open(folder)
     vocabulary = {facts.embedding_name, facts.head_name, facts.head_bias_name}
     shapes = {n: checkpoint.tensors[t].shape for n, t in tensor_names(facts, checkpoint).items()}

@@ -1,6 +1,6 @@
-"""Everything that can be found wrong before a weight is read: the recipe, and all that it names.
+"""Check a recipe and all files it names, before reading weights.
 
-Nothing here imports torch or transformers, so `mergeopd check` answers at once.
+Does not import torch or transformers, so that `mergeopd check` is fast.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from mergeopd.config.tree import Keys
@@ -16,6 +17,7 @@ from mergeopd.data.prompts import read_prompts
 from mergeopd.data.renderer import Renderer
 from mergeopd.errors import RecipeError
 from mergeopd.messages import joined
+from mergeopd.preflight.capabilities import check_capabilities
 from mergeopd.preflight.models import ModelReader, file_digest
 from mergeopd.preflight.problems import Findings
 from mergeopd.preflight.prompts import (
@@ -32,7 +34,9 @@ from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan
 from mergeopd.recipe.resolve import Resolution, read
 from mergeopd.recipe.training import off_policy_origin, reads_dataset
 from mergeopd.recipe.verifiers import JsonVerifier
+from mergeopd.rollout.protocol import EngineCapabilities
 from mergeopd.storage.run_folder import RunFolder
+from mergeopd.teacher.protocol import TeacherCapabilities, capabilities
 from mergeopd.types import Prompt
 
 if TYPE_CHECKING:
@@ -44,13 +48,12 @@ _MANY_UPDATES = 10_000_000
 
 @dataclass(frozen=True)
 class Inputs:
-    """A plan that can work, with everything that was read to know so.
+    """A valid plan, with tokenizers, templates and prompts.
 
-    Distributions are over the first `vocab_size` ids: those of the student that every teacher without a
-    bridge has too. `cross_tokenizers` has the teachers with a bridge; `prompts` and `evaluation` are by
-    source name. `notes` are remarks for people, not mistakes.
-    `files` maps model folders and every smaller file that counts to digests of their contents. `now` is what
-    templates take for the present: the start of the run, also when it goes on another day.
+    Distributions are over the first `vocab_size` ids, which the student and every teacher without a bridge
+    share. `cross_tokenizers` has the teachers with a bridge; `prompts` and `evaluation` are by source name.
+    `notes` are remarks, not mistakes. `files` maps model folders and small files to digests of their
+    contents. `now` is the time in templates: the start of the run, also when it is resumed later.
     """
 
     plan: Plan
@@ -65,8 +68,17 @@ class Inputs:
     now: datetime
 
 
-def preflight(recipe: str | Path, overrides: Sequence[str] = ()) -> Inputs:
+def preflight(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    engine: EngineCapabilities | None = None,
+    teachers: Mapping[str, TeacherCapabilities] = MappingProxyType({}),
+) -> Inputs:
     """Read a recipe and check all that it names.
+
+    `engine` and `teachers` are the capabilities of a rollout engine and of teachers that replace the recipe's
+    in `build` and `load_models`.
 
     Raises RecipeError with every problem found, the recipe's own and those of models, tokenizers, templates
     and prompt files, each with its place and remedy.
@@ -74,6 +86,10 @@ def preflight(recipe: str | Path, overrides: Sequence[str] = ()) -> Inputs:
     resolution = read(recipe, overrides)
     check = _Check(resolution)
     check.run()
+    if engine is None and resolution.rollout is not None:
+        engine = resolution.rollout.capabilities
+    own = {name: capabilities(teacher) for name, teacher in resolution.teachers.items()}
+    check_capabilities(check.findings, resolution, engine, {**own, **teachers})
     problems = (*resolution.problems, *check.findings.problems)
     if resolution.plan is None or check.student is None or problems:
         raise RecipeError(resolution.origins.in_order(problems))
@@ -92,18 +108,18 @@ def preflight(recipe: str | Path, overrides: Sequence[str] = ()) -> Inputs:
 
 
 def advice(plan: Plan) -> str | None:
-    """One line on the teachers that nothing would recognise; None when every card has a canary."""
+    """Return a warning about teachers without a canary; None if every card has one."""
     bare = [
         name for name, teacher in plan.teachers.items() if teacher.canary is None and teacher.student is None
     ]
     if not bare:
         return None
     whom = f"teacher {bare[0]} has" if len(bare) == 1 else f"teachers {joined(bare, 'and')} have"
-    return f"{whom} no canary, so a wrong or damaged model may teach; `mergeopd new teacher` writes one"
+    return f"{whom} no canary, so a wrong or damaged model is not detected; `mergeopd new teacher` writes one"
 
 
 class _Check:
-    """Looks into whatever parts of the recipe resolved, also when others did not."""
+    """Checks all parts of the recipe that resolved."""
 
     def __init__(self, resolution: Resolution) -> None:
         self._resolution = resolution
@@ -118,42 +134,42 @@ class _Check:
         self.files: dict[str, str] = {}
 
     def run(self) -> None:
-        """Models first, then prompts, then what needs both."""
-        found = self._resolution
-        if found.student is not None:
-            self.student = self.models.student(found.student)
-        for name, teacher in found.teachers.items():
-            dialect = self.models.teacher(teacher, self.student)
-            if dialect is not None:
-                self.teachers[name] = dialect
-        for name, dialect in self.teachers.items():
-            self._cross(found.teachers[name], dialect)
-        for index, source in found.sources.items():
+        """Check models, then prompts, then their combination."""
+        resolution = self._resolution
+        if resolution.student is not None:
+            self.student = self.models.student(resolution.student)
+        for name, teacher in resolution.teachers.items():
+            renderer = self.models.teacher(teacher, self.student)
+            if renderer is not None:
+                self.teachers[name] = renderer
+        for name, renderer in self.teachers.items():
+            self._cross(resolution.teachers[name], renderer)
+        for index, source in resolution.sources.items():
             self._read(("prompts", index), source, tuple(source.teachers), self.prompts)
-        for index, source in found.eval_sources.items():
+        for index, source in resolution.eval_sources.items():
             self._read(("evaluation", "prompts", index), source, (), self.evaluation)
-        if found.plan is not None:
-            self._check_training(found.plan)
-            self._check_evaluation(found.plan)
+        if resolution.plan is not None:
+            self._check_training(resolution.plan)
+            self._check_evaluation(resolution.plan)
 
     def vocab_size(self, student: Renderer) -> int:
-        """How many ids, from 0 on, the student and every teacher without a bridge have."""
+        """Number of leading ids that the student and every teacher without a bridge share."""
         return min((student.vocab_size, *self.models.num_shared.values()))
 
-    def _cross(self, teacher: TeacherPlan, dialect: Renderer) -> None:
+    def _cross(self, teacher: TeacherPlan, renderer: Renderer) -> None:
         student, bridge = self.student, teacher.bridge
         if bridge is None or student is None:
             return
-        # numpy, for those alone who have a bridge.
+        # Imported here, because it imports numpy.
         from mergeopd.teacher.cross_tokenizer import CrossTokenizer
 
-        crossing = self.findings.attempt(
+        cross_tokenizer = self.findings.attempt(
             ("teachers", teacher.name, "bridge"),
-            lambda: CrossTokenizer.of(teacher.name, bridge, student, self.vocab_size(student), dialect),
+            lambda: CrossTokenizer.of(teacher.name, bridge, student, self.vocab_size(student), renderer),
             "choose a teacher of the student's family",
         )
-        if crossing is not None:
-            self.cross_tokenizers[teacher.name] = crossing
+        if cross_tokenizer is not None:
+            self.cross_tokenizers[teacher.name] = cross_tokenizer
 
     def _start(self) -> datetime | None:
         if self._resolution.plan is None:
@@ -176,18 +192,18 @@ class _Check:
             self.findings.attempt(place, lambda: self.files.update({str(schema): file_digest(schema)}))
 
     def _shown(self, teachers: Sequence[str]) -> dict[str, str]:
-        """The fields of a row that these teachers' own prompts show, each with the first such teacher."""
+        """The row fields that these teachers' prompts use, each with the first such teacher."""
         shown: dict[str, str] = {}
         for name in teachers:
-            own = self.teachers[name].script.prompt if name in self.teachers else None
+            own = self.teachers[name].teacher_prompt.prompt if name in self.teachers else None
             for field in () if own is None else sorted(own.fields):
                 shown.setdefault(field, name)
         return shown
 
-    def _readers(self, teachers: Sequence[str]) -> dict[str, Renderer]:
-        """Who reads a prompt, as messages call them."""
-        readers = {} if self.student is None else {"the student": self.student}
-        return readers | {
+    def _renderers(self, teachers: Sequence[str]) -> dict[str, Renderer]:
+        """The models that read a prompt, by their name in messages."""
+        renderers = {} if self.student is None else {"the student": self.student}
+        return renderers | {
             f"teacher '{name}'": self.teachers[name] for name in teachers if name in self.teachers
         }
 
@@ -197,25 +213,26 @@ class _Check:
         if not any(
             phase.loss.needs_teacher or off_policy_origin(phase) == "teacher" for phase in plan.phases
         ):
-            self.findings.notes.append("no phase asks a teacher: none will be loaded to train")
+            self.findings.notes.append("no phase uses a teacher: none will be loaded for training")
         with_responses = any(reads_dataset(phase) for phase in plan.phases)
         for index, source in enumerate(plan.sources):
             place = ("prompts", index)
             prompts = self.prompts.get(source.name, ())
             check_responses(self.findings, place, source, prompts, plan.phases)
-            ready = None
+            responses = None
             if with_responses:
                 check_cross_tokenizer_responses(self.findings, place, source, prompts, self.cross_tokenizers)
             if with_responses and self.student is not None:
-                ready = check_dataset_responses(self.findings, place, source, prompts, self.student)
-                prompts = tuple(prompt for prompt in prompts if prompt.key in ready.bounds)
+                responses = check_dataset_responses(self.findings, place, source, prompts, self.student)
+                prompts = tuple(prompt for prompt in prompts if prompt.key in responses.bounds)
                 num_ids = self.vocab_size(self.student)
                 check_response_tokens(self.findings, place, source, prompts, self.student, num_ids)
-            room = LengthBudget(plan.rollout.max_new_tokens, ("rollout", "max_new_tokens"), ready)
-            check_lengths(self.findings, place, source, prompts, self._readers(tuple(source.teachers)), room)
+            budget = LengthBudget(plan.rollout.max_new_tokens, ("rollout", "max_new_tokens"), responses)
+            renderers = self._renderers(tuple(source.teachers))
+            check_lengths(self.findings, place, source, prompts, renderers, budget)
 
     def _note_sampling(self, plan: Plan) -> None:
-        """Answers of another distribution than the one that policy terms train, and nothing done about it."""
+        """Note policy terms whose correction does not account for the sampling settings."""
         rollout = plan.rollout
         if rollout.temperature == 1.0 and rollout.top_p == 1.0:
             return
@@ -223,7 +240,7 @@ class _Check:
         spans = any(bridge.kind == "span" for bridge in bridges)
         for phase in plan.phases:
             has_policy = phase.loss.has_policy or (spans and phase.loss.needs_teacher)
-            where = f"answers are sampled at temperature {rollout.temperature} and top_p {rollout.top_p}"
+            where = f"responses are sampled at temperature {rollout.temperature} and top_p {rollout.top_p}"
             if has_policy and phase.correction.kind == "none":
                 self.findings.notes.append(
                     f"phase '{phase.name}' has policy terms without correction, but {where}: its gradient is "
@@ -231,8 +248,8 @@ class _Check:
                 )
             if has_policy and phase.correction.kind == "mask":
                 self.findings.notes.append(
-                    f"phase '{phase.name}' masks tokens by their ratio, but {where}: tokens are dropped for "
-                    "the sampling settings, not for a mismatch; use `correction: truncate`, or sample at 1"
+                    f"phase '{phase.name}' masks tokens by their ratio, but {where}: tokens are masked for "
+                    "the sampling settings alone; use `correction: truncate`, or sample at 1"
                 )
 
     def _note_sizes(self, plan: Plan) -> None:
@@ -255,21 +272,21 @@ class _Check:
         if plan.evaluation is None:
             return
         for name in sorted(set(plan.evaluation.experts.values()) & self.teachers.keys()):
-            own = self.teachers[name].script.prompt
+            own = self.teachers[name].teacher_prompt.prompt
             if own is not None and own.fields:
                 self.findings.notes.append(
-                    f"expert '{name}' is measured with the prompt that the student sees: its own shows "
+                    f"expert '{name}' is evaluated with the student's prompt, because its own shows "
                     f"{joined([repr(field) for field in sorted(own.fields)], 'and')} of each row"
                 )
         own_limit = plan.evaluation.max_new_tokens != plan.rollout.max_new_tokens
         limit_place: Keys = ("evaluation" if own_limit else "rollout", "max_new_tokens")
-        room = LengthBudget(plan.evaluation.max_new_tokens, limit_place)
+        budget = LengthBudget(plan.evaluation.max_new_tokens, limit_place)
         trained = {p.messages for prompts in self.prompts.values() for p in prompts}
         for index, source in enumerate(plan.evaluation.sources):
             prompts = self.evaluation.get(source.name, ())
             expert = plan.evaluation.experts[source.domain]
-            readers = {who: dialect.as_measured for who, dialect in self._readers((expert,)).items()}
-            check_lengths(self.findings, ("evaluation", "prompts", index), source, prompts, readers, room)
+            renderers = {name: renderer.as_measured for name, renderer in self._renderers((expert,)).items()}
+            check_lengths(self.findings, ("evaluation", "prompts", index), source, prompts, renderers, budget)
             num_seen = sum(prompt.messages in trained for prompt in prompts)
             if num_seen:
                 self.findings.notes.append(

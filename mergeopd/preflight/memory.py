@@ -1,4 +1,4 @@
-"""Is there memory for the copies of the student that write? Known before a weight is read."""
+"""Estimate, before reading weights, whether the student's replicas and training state fit in memory."""
 
 from __future__ import annotations
 
@@ -16,24 +16,23 @@ from mergeopd.recipe.plan import Plan
 
 _GIB = 2**30
 _CGROUP, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-# Bytes of a weight: float32 gradient; float32 moments, which the copies of the student share among them.
+# Bytes per weight: float32 gradient; float32 moments and main parameter, sharded over data-parallel replicas.
 _GRADIENT, _MOMENTS, _MAIN = 4, 8, 4
 
 
 def refuse_without_room(plan: Plan, device: torch.device, ranks: Communicator) -> None:
-    """Raise ModelError where a process's whole copies of the student, beside its training, do not fit.
+    """Raise ModelError if the student's replicas, snapshots and training state do not fit.
 
-    Every process writes its share of the answers with a copy of its own, and keeps one for each rule by which
-    teachers follow the student. Counted are weights alone: what activations and caches take is known only
-    when they are there.
+    Every process generates with an unsharded replica, and keeps a snapshot for each rule of self-teachers.
+    Activations and caches are not counted, because their size is not known before the run.
     """
     checkpoint = Checkpoint.open(Path(plan.student.model))
     num_weights = sum(prod(info.shape) for info in checkpoint.tensors.values())
     width = DTYPES[plan.student.dtype].itemsize
     parts = {
-        "for whole copies that write answers": num_weights * width,
-        "for weights that follow the student": num_weights * _follower_bytes(plan, width),
-        "to train": num_weights * _training_bytes(plan, width, ranks.size),
+        "for unsharded replicas that generate": num_weights * width,
+        "for snapshots of the student": num_weights * _snapshot_bytes(plan, width),
+        "for training": num_weights * _training_bytes(plan, width, ranks.size),
     }
     sharers = 1 if device.type == "cuda" else ranks.num_local
     free = free_bytes(device)
@@ -47,17 +46,16 @@ def refuse_without_room(plan: Plan, device: torch.device, ranks: Communicator) -
         )
 
 
-def _follower_bytes(plan: Plan, width: int) -> int:
-    """Of all weights that follow the student, for each of its own: averages are float32."""
+def _snapshot_bytes(plan: Plan, width: int) -> int:
+    """Bytes of all snapshots per weight of the student; averages are float32."""
     rules = {t.snapshot_rule for t in plan.teachers.values() if t.snapshot_rule is not None}
     return sum(width if rule.ema is None else _MAIN for rule in rules)
 
 
 def _training_bytes(plan: Plan, width: int, world: int) -> float:
-    """Of a process, for each weight of the student: the parameter, its gradient, and what AdamW keeps.
+    """Bytes per process and weight of the student: parameter, gradient and AdamW state.
 
-    Several data-parallel copies divide the latter: float32 moments, and main parameters where the forward
-    pass has others.
+    Data-parallel replicas shard the state: float32 moments, and main parameters if the dtype is smaller.
     """
     parallel = plan.student.parallel
     model = parallel.tensor * parallel.pipeline
@@ -66,7 +64,7 @@ def _training_bytes(plan: Plan, width: int, world: int) -> float:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What is free on the device; on a CPU what the system can give, within the limit of its container."""
+    """Free memory of the device; on a CPU, within the limit of the container."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
@@ -75,9 +73,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _free_in_container() -> int | float:
-    """What the control groups that this process is in, one within another, allow besides what is used.
+    """Free memory within the limits of this process's nested control groups.
 
-    In a container there is one, at the root; a job of Slurm has its own somewhere below it.
+    A container has one group, at the root; a Slurm job has its own below.
     """
     try:
         lines = _OWN_GROUP.read_text().splitlines()
@@ -89,7 +87,7 @@ def _free_in_container() -> int | float:
 
 
 def _free_in_group(folder: Path) -> int | float:
-    """The file cache is given back when it is needed."""
+    # The file cache counts as free, because it is reclaimed on demand.
     try:
         limit, used, stat = (
             (folder / name).read_text() for name in ("memory.max", "memory.current", "memory.stat")

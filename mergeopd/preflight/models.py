@@ -1,4 +1,4 @@
-"""From model folders to dialects: configs, headers, tokenizers and templates, but no weights."""
+"""Create renderers from model folders: read configs, weight headers, tokenizers and templates."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ TOKENIZER_FILES = (
 
 
 class ModelReader:
-    """Reads how each model of a recipe speaks; what is wrong goes to `findings`.
+    """Creates the renderer of each model of a recipe; problems are added to `findings`.
 
-    `num_shared` has how many ids, from 0 on, a teacher without a bridge shares with the student. `files` maps
-    model folders to digests of their weights, and the small files that were read to digests of their bytes.
-    `now` is what templates take for the present.
+    `num_shared`: number of leading ids that a teacher without a bridge shares with the student. `files` maps
+    model folders to digests of their weights, and small files to digests of their bytes. `now` is the time in
+    templates.
     """
 
     def __init__(self, findings: Findings, now: datetime) -> None:
@@ -51,7 +51,7 @@ class ModelReader:
         self.num_shared: dict[str, int] = {}
 
     def student(self, student: Student) -> Renderer | None:
-        """The student's dialect; None when a part of it is unusable."""
+        """Create the student's renderer; None if there is a problem."""
         place: Keys = ("student", "model")
         folder = Path(student.model)
         facts, tokenizer = self._model(place, folder), self._tokenizer(place, folder)
@@ -64,30 +64,30 @@ class ModelReader:
         else:
             place, template = ("student", "template"), self._file_template(("student",), student.template)
         if student.end_tokens is None:
-            dialect = self._dialect(facts, tokenizer, place, template)
-            if dialect is not None:
-                self._note_ends(facts, dialect)
-            return dialect
+            renderer = self._renderer(facts, tokenizer, place, template)
+            if renderer is not None:
+                self._note_ends(facts, renderer)
+            return renderer
         ends = self._ends(student.end_tokens, tokenizer)
-        return None if ends is None else self._dialect(facts, tokenizer, place, template, ends)
+        return None if ends is None else self._renderer(facts, tokenizer, place, template, ends)
 
     def _ends(self, tokens: Sequence[str], tokenizer: Tokenizer) -> tuple[int, ...] | None:
-        """Ids of the end tokens that a recipe names; None where one does not exist."""
+        """Ids of a recipe's end tokens; None if one does not exist."""
         ids = []
         for index, token in enumerate(tokens):
-            found = tokenizer.encode(token)
-            if len(found) != 1:
+            encoded = tokenizer.encode(token)
+            if len(encoded) != 1:
                 self._findings.report(
                     ("student", "end_tokens", index),
-                    f"{token!r} is not one token of {shown(tokenizer.folder)}, but {len(found)}",
+                    f"{token!r} is not one token of {shown(tokenizer.folder)}, but {len(encoded)}",
                     "name a token of its tokenizer.json",
                 )
                 return None
-            ids += found
+            ids += encoded
         return tuple(dict.fromkeys(ids))
 
     def _note_ends(self, facts: ModelFacts, student: Renderer) -> None:
-        """Note an end token that the template alone names."""
+        """Note an end token that only the template has."""
         if student.end_id not in _configured(facts, student.tokenizer):
             self._findings.notes.append(
                 f"the student's chat template ends turns with {student.end_token!r}, which its "
@@ -95,28 +95,28 @@ class ModelReader:
             )
 
     def teacher(self, teacher: TeacherPlan, student: Renderer | None) -> Renderer | None:
-        """A teacher's dialect; its tokenizer must cut every text into the ids that the student's gives.
+        """Create a teacher's renderer; without a bridge, its tokenizer must be the student's.
 
-        A teacher that is the student reads and writes as the student does, its own script apart.
+        A self-teacher has the student's renderer with its own teacher prompt.
         """
-        dialect = student if teacher.student is not None else self._other_model(teacher, student)
-        script = self._script(teacher)
-        if dialect is None or script is None:
+        renderer = student if teacher.student is not None else self._other_model(teacher, student)
+        prompt = self._teacher_prompt(teacher)
+        if renderer is None or prompt is None:
             return None
         if student is not None and teacher.name in self.num_shared:
-            self._check_shared(teacher, student, dialect)
-        if student is not None and teacher.bridge is None and student.end_id not in dialect.closing_ids:
+            self._check_shared(teacher, student, renderer)
+        if student is not None and teacher.bridge is None and student.end_id not in renderer.closing_ids:
             self._findings.notes.append(
-                f"teacher '{teacher.name}' ends turns with {dialect.end_token!r}, the student with "
+                f"teacher '{teacher.name}' ends turns with {renderer.end_token!r}, the student with "
                 f"{student.end_token!r}: the token that ends a response is left out of this teacher's terms; "
                 "`student.template` can give the student the teacher's chat template"
             )
-        if script.system is not None:
-            self._check_system_message(("teachers", teacher.name, "system"), dialect.template, script.system)
-        return replace(dialect, script=script)
+        if prompt.system is not None:
+            self._check_system_message(("teachers", teacher.name, "system"), renderer.template, prompt.system)
+        return replace(renderer, teacher_prompt=prompt)
 
-    def _script(self, teacher: TeacherPlan) -> TeacherPrompt | None:
-        """What the recipe shows this teacher alone; None when its prompt is not a template."""
+    def _teacher_prompt(self, teacher: TeacherPlan) -> TeacherPrompt | None:
+        """Create the teacher's prompt; None if it is not a valid template."""
         if teacher.prompt is None:
             return TeacherPrompt(teacher.system)
         path: Keys = ("teachers", teacher.name, "prompt")
@@ -127,21 +127,20 @@ class ModelReader:
         return None if template is None else TeacherPrompt(teacher.system, template)
 
     def _check_system_message(self, place: Keys, template: ChatTemplate, system: str) -> None:
-        """Report a chat template that leaves system messages out; one that refuses them says so by itself."""
+        """Report a chat template that leaves system messages out (templates that reject them raise)."""
         asked = Message("user", "?")
         try:
             ignores_system = template.render((asked,)) == template.render((Message("system", system), asked))
         except DataError:
             return
         if ignores_system:
-            message = "the chat template leaves system messages out, so this teacher would not see it"
+            message = "the chat template leaves system messages out, so this one would have no effect"
             self._findings.report(place, message, "write it into the teacher's `prompt`")
 
     def _other_model(self, teacher: TeacherPlan, student: Renderer | None) -> Renderer | None:
-        """The dialect of a teacher that has a card."""
         card: Keys = ("teachers", teacher.name, "card")
         model_place = (*card, "model")
-        # A tokenizer that the card does not name is the model's; the place is where that is named.
+        # Without a tokenizer in the card, problems of the model's tokenizer are located at the model.
         own = teacher.tokenizer == teacher.model
         tokenizer_place = model_place if own else (*card, "tokenizer")
         folder = Path(teacher.tokenizer)
@@ -160,15 +159,15 @@ class ModelReader:
             template_place, template = (*card, "template"), self._file_template(card, teacher.template)
         if facts is None or not fits:
             return None
-        return self._dialect(facts, tokenizer, template_place, template)
+        return self._renderer(facts, tokenizer, template_place, template)
 
     def _compare(self, teacher: TeacherPlan, student: Tokenizer, own: Tokenizer, place: Keys) -> None:
-        """Report a tokenizer that differs without a bridge; note a bridge that crosses nothing."""
+        """Report a tokenizer that differs without a bridge; note a bridge that is not needed."""
         if teacher.bridge is not None:
             if student.difference(own) is None:
                 self._findings.notes.append(
                     f"teacher '{teacher.name}' has the student's tokenizer: "
-                    "it teaches exactly without a bridge"
+                    "without a bridge, its loss is exact"
                 )
             return
         shared = student.num_shared(own)
@@ -181,7 +180,7 @@ class ModelReader:
         self._findings.report(
             place,
             f"the tokenizer differs from {what}",
-            f"choose a teacher of the student's family, or say how to learn from this one: "
+            f"choose a teacher of the student's family, or give this one a bridge: "
             f"`bridge: {KINDS[0]}` at teachers.{teacher.name} (or {', '.join(KINDS[1:])})",
         )
 
@@ -208,7 +207,7 @@ class ModelReader:
             )
 
     def _model(self, place: Keys, folder: Path) -> ModelFacts | None:
-        """Facts of a folder whose weights are all there."""
+        """Read the facts of a model; None if its weights are not complete."""
         facts = self._findings.attempt(place, lambda: ModelFacts.read(folder))
         if facts is None and not (folder / "config.json").exists():
             return None
@@ -227,12 +226,11 @@ class ModelReader:
         return facts
 
     def _compare_fingerprint(self, place: Keys, teacher: TeacherPlan) -> None:
-        """Other weights under a card's name must not teach."""
         if teacher.fingerprint not in (None, self.files[teacher.model]):
             self._findings.report(
                 place,
-                f"the weights in {teacher.model} are not those the card was written for",
-                "fetch the right ones, or write the card again with mergeopd new teacher",
+                f"the weights in {teacher.model} are not those of the card",
+                "fetch the weights of the card, or create a new card with mergeopd new teacher",
             )
 
     def _remember(self, folder: Path, names: Sequence[str]) -> None:
@@ -244,7 +242,7 @@ class ModelReader:
         return self._findings.attempt(place, lambda: self._load_tokenizer(folder))
 
     def _load_tokenizer(self, folder: Path) -> Tokenizer:
-        """A folder's tokenizer; equal files are loaded once, since large vocabularies take a second."""
+        """Load a tokenizer. Equal files are loaded once, because large vocabularies take a second."""
         self._remember(folder, TOKENIZER_FILES)
         for known, tokenizer in self._tokenizers.items():
             if all(_same_file(known / name, folder / name) for name in TOKENIZER_FILES):
@@ -253,7 +251,7 @@ class ModelReader:
         return self._tokenizers[folder]
 
     def _fits(self, place: Keys, folder: Path, tokenizer: Tokenizer, facts: ModelFacts) -> bool:
-        """Whether the head has a row for every id, a few added tokens apart, of which texts are kept free."""
+        """Whether the head has a row for every id, except for added tokens, which texts must not contain."""
         if tokenizer.added_from(facts.vocab_rows) is not None:
             return True
         self._findings.report(
@@ -265,18 +263,18 @@ class ModelReader:
         return False
 
     def _own_template(self, place: Keys, folder: Path, tokenizer: Tokenizer) -> tuple[str, str] | None:
-        """The template that comes with a tokenizer, and its name."""
+        """The chat template of a tokenizer, and its name."""
         file = folder / "chat_template.jinja"
         if tokenizer.chat_template is not None:
             config = shown(folder / "tokenizer_config.json")
             return tokenizer.chat_template, shown(file) if file.is_file() else f"{config}, chat_template"
         where, key = ("card", "template") if place[0] == "teachers" else ("recipe", "student.template")
         remedy = f"add {shown(file)}, or name one in the {where} (`{key}: FILE.jinja`)"
-        self._findings.report(place, f"{folder}: has no chat template to write prompts with", remedy)
+        self._findings.report(place, f"{folder}: has no chat template to render prompts", remedy)
         return None
 
     def _file_template(self, place: Keys, file: str) -> tuple[str, str] | None:
-        """A template that a card or recipe names at `place`, and its name."""
+        """The template that is named at `place`, and its name."""
 
         def read() -> str:
             try:
@@ -290,7 +288,7 @@ class ModelReader:
         text = self._findings.attempt((*place, "template"), read)
         return None if text is None else (text, shown(Path(file)))
 
-    def _dialect(
+    def _renderer(
         self,
         facts: ModelFacts,
         tokenizer: Tokenizer,
@@ -298,7 +296,7 @@ class ModelReader:
         template: tuple[str, str] | None,
         ends: tuple[int, ...] | None = None,
     ) -> Renderer | None:
-        """Responses end at `ends`; by default where the configuration says, or as the template ends turns."""
+        """Create a renderer. Responses end at `ends`, by default at the end tokens of config and template."""
         if template is None:
             return None
         text, name = template
@@ -325,21 +323,21 @@ class ModelReader:
 
 
 def _configured(facts: ModelFacts, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The end tokens that a model's configuration names, as transformers' generate takes them, else EOS."""
+    """The end tokens of a model's configuration, as in transformers' `generate`, else EOS."""
     return facts.eos_ids or (tokenizer.eos_id,)
 
 
 def _tokens(texts: Sequence[str]) -> str:
-    """`2 tokens ('<think>', '</think>')`; of many, the first."""
+    """Format tokens: `2 tokens ('<think>', '</think>')`; at most three are listed."""
     more = f", and {len(texts) - 3} more" if len(texts) > 3 else ""
     named = ", ".join(map(repr, texts[:3]))
     return f"{len(texts)} {'token' if len(texts) == 1 else 'tokens'} ({named}{more})"
 
 
 def check_student_folder(folder: Path, student: Renderer) -> None:
-    """Whether a folder holds a model that reads and writes as the recipe's student does.
+    """Check that a folder has a model with the vocabulary of the recipe's student.
 
-    Raises ModelError or TokenizerError where it does not. A folder without a tokenizer is taken at its word.
+    Raises ModelError or TokenizerError. A folder without a tokenizer is not compared.
     """
     facts, checkpoint = ModelFacts.read(folder), Checkpoint.open(folder)
     head_tensor(facts, checkpoint)

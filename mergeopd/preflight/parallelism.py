@@ -1,4 +1,4 @@
-"""Whether a model can be spread over processes as a recipe says: by its sizes, by how many were started."""
+"""Check the process grid of a recipe against the model's sizes and the number of processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mergeopd.student.megatron.architecture import Architecture, count_problem
 
 
 def check_backend(findings: Findings, student: Student, facts: ModelFacts) -> None:
-    """Report a model that Megatron is not told how to build, and grids that do not divide its sizes."""
+    """Report architectures that Megatron does not support, and grids that do not divide the model's sizes."""
     if student.backend == "torch":
         return
     arch = findings.attempt(("student", "backend"), lambda: Architecture.read(facts))
@@ -24,7 +24,7 @@ def check_backend(findings: Findings, student: Student, facts: ModelFacts) -> No
 
 
 def check_processes(plan: Plan, world: int) -> None:
-    """Raise RecipeError where `world` processes cannot train this plan's student."""
+    """Raise RecipeError if `world` processes cannot train this plan's student."""
     grid = plan.student.parallel
     wanted = grid.tensor * grid.pipeline
     if plan.student.backend == "torch":

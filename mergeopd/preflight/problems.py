@@ -1,4 +1,4 @@
-"""What preflight finds: problems with their places in the recipe, and notes."""
+"""Findings of preflight: problems with their location in the recipe, and notes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Findings:
-    """Collects problems; the same one at the same place counts once, whoever meets it again."""
+    """Collects problems; a repeated message at the same location is dropped."""
 
     def __init__(self, origins: Origins) -> None:
         self._origins = origins
@@ -23,18 +23,18 @@ class Findings:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """In the order they were found."""
+        """All problems, in the order of their report."""
         return tuple(self._problems.values())
 
     def report(self, place: Keys, message: str, remedy: str = "") -> None:
-        """A problem with what the recipe says at `place`."""
+        """Report a problem located at a path of the recipe."""
         problem = self._origins.problem(place, shown_in(message), remedy)
         self._problems.setdefault((problem.location, problem.message), problem)
 
     def attempt(self, place: Keys, work: Callable[[], T], remedy: str = "") -> T | None:
-        """The result of `work`; None when it failed, and why becomes a problem at `place`.
+        """Return the result of `work`; if it fails, report the error at `place` and return None.
 
-        `remedy` is for errors that do not name one.
+        `remedy` is for errors without a remedy of their own.
         """
         try:
             return work()

@@ -1,4 +1,4 @@
-"""What can be wrong with prompts once they are read: references, ready answers, lengths."""
+"""Check prompts after reading them: references, dataset responses, lengths."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from mergeopd.types import Prompt
 
 
 def row_name(source: SourcePlan, prompt: Prompt) -> str:
-    """Where a prompt stands: `data/math.jsonl:3`, or `data/math.parquet: row 2`, as the readers count."""
+    """Location of a prompt: `data/math.jsonl:3`, or `data/math.parquet: row 2`, as file readers count."""
     row = int(prompt.key.rpartition(":")[2])
     file = shown(Path(source.source))
     return f"{file}:{row + 1}" if source.source.endswith(".jsonl") else f"{file}: row {row}"
 
 
 def check_verifier(findings: Findings, place: Keys, source: SourcePlan) -> None:
-    """Files and functions that a verifier names."""
+    """Check the files and functions that a verifier names."""
     match source.verifier:
         case UserVerifier():
             problem = function_problem(source.verifier.function)
@@ -43,7 +43,7 @@ def check_verifier(findings: Findings, place: Keys, source: SourcePlan) -> None:
 
 
 def check_references(findings: Findings, place: Keys, source: SourcePlan, prompts: Sequence[Prompt]) -> None:
-    """References that no answer could ever match."""
+    """Report references that no response can match."""
     if source.verifier is None:
         return
     verifier = source.verifier
@@ -65,25 +65,22 @@ def check_references(findings: Findings, place: Keys, source: SourcePlan, prompt
 def check_responses(
     findings: Findings, place: Keys, source: SourcePlan, prompts: Sequence[Prompt], phases: Sequence[Phase]
 ) -> None:
-    """A phase on dataset text needs a ready answer for every prompt."""
+    """Report missing responses for phases with dataset text."""
     learners = [phase.name for phase in phases if reads_dataset(phase)]
     lacking = [prompt for prompt in prompts if prompt.response is None]
     if learners and lacking:
         count = _counted(lacking, prompts, "row", "has", "have")
         findings.report(
             (*place, "source"),
-            f"phase '{learners[0]}' learns from the dataset's answers, but {count} no field "
+            f"phase '{learners[0]}' trains on the dataset's responses, but {count} no field "
             f"'{source.response_field}': {_first(lacking)}{row_name(source, lacking[0])}",
-            "add the field, name the right one with `response_field`, or choose another `text` for the phase",
+            "add the field, name another with `response_field`, or choose another `text` for the phase",
         )
 
 
 @dataclass(frozen=True)
 class DatasetResponses:
-    """The sources' ready answers, as the student writes them.
-
-    `bounds` has for each prompt, by key, a number of tokens that its answer does not exceed.
-    """
+    """Dataset responses in the student's template. `bounds`: upper bounds of their lengths, by prompt key."""
 
     student: Renderer
     bounds: Mapping[str, int]
@@ -92,8 +89,7 @@ class DatasetResponses:
 def check_dataset_responses(
     findings: Findings, place: Keys, source: SourcePlan, prompts: Sequence[Prompt], student: Renderer
 ) -> DatasetResponses:
-    """Logged trajectories must come out of the student's template turn by turn; those that do not are absent
-    from the result."""
+    """Report trajectories that the student's template cannot render turn by turn; the result omits them."""
     bounds: dict[str, int] = {}
     refused: list[tuple[Prompt, str]] = []
     for prompt in prompts:
@@ -107,7 +103,7 @@ def check_dataset_responses(
         count = _counted(refused, of, "trajectory", "cannot", "cannot", plural="trajectories")
         findings.report(
             (*place, "source"),
-            f"{count} be written for the student: {_first(refused)}{row_name(source, prompt)}: {reason}",
+            f"{count} be rendered for the student: {_first(refused)}{row_name(source, prompt)}: {reason}",
         )
     return DatasetResponses(student, bounds)
 
@@ -120,19 +116,19 @@ def check_response_tokens(
     student: Renderer,
     num_ids: int,
 ) -> None:
-    """Ready answers may have the first `num_ids` ids alone, which every model of the run has."""
+    """Report dataset responses with ids from `num_ids` on, which not every model of the run has."""
     beyond = student.tokenizer.added_from(num_ids) or ()
     if not beyond:
         return
     texts = ((prompt, dataset_text(prompt, student)) for prompt in prompts)
-    found = [(prompt, token) for prompt, text in texts for token in beyond if token in text]
-    if found:
-        prompt, token = found[0]
-        count = _counted({p.key for p, _ in found}, prompts, "ready answer", "has", "have")
+    unshared = [(prompt, token) for prompt, text in texts for token in beyond if token in text]
+    if unshared:
+        prompt, token = unshared[0]
+        count = _counted({p.key for p, _ in unshared}, prompts, "dataset response", "has", "have")
         findings.report(
             (*place, "source"),
-            f"{count} tokens that not every model of the run has: {_first(found)}{row_name(source, prompt)}: "
-            f"{token!r}",
+            f"{count} tokens that not every model of the run has: {_first(unshared)}"
+            f"{row_name(source, prompt)}: {token!r}",
             "remove it, or choose teachers of the student's family",
         )
 
@@ -144,14 +140,14 @@ def check_cross_tokenizer_responses(
     prompts: Sequence[Prompt],
     crossed: Collection[str],
 ) -> None:
-    """A logged trajectory has turns between the assistant's, which no alignment of one answer covers."""
+    """Report trajectories for teachers with a bridge, which aligns single-turn responses only."""
     foreign = [name for name in source.teachers if name in crossed]
     logged = [prompt for prompt in prompts if isinstance(prompt.response, tuple)]
     if foreign and logged:
         findings.report(
             (*place, "source"),
-            f"teacher '{foreign[0]}' has a bridge, which aligns answers of one turn, but "
-            f"{_counted(logged, prompts, 'ready answer', 'is', 'are')} a conversation: "
+            f"teacher '{foreign[0]}' has a bridge, which aligns single-turn responses, but "
+            f"{_counted(logged, prompts, 'dataset response', 'has', 'have')} several turns: "
             f"{_first(logged)}{row_name(source, logged[0])}",
             "give these prompts a teacher of the student's family",
         )
@@ -159,14 +155,11 @@ def check_cross_tokenizer_responses(
 
 @dataclass(frozen=True)
 class LengthBudget:
-    """How long answers get: `num_new` tokens at most, as `limit_place` in the recipe says.
-
-    Where there are `ready` answers, they must fit too.
-    """
+    """Maximum response length: `num_new` tokens, set at `limit_place`, or a dataset response."""
 
     num_new: int
     limit_place: Keys
-    ready: DatasetResponses | None = None
+    responses: DatasetResponses | None = None
 
 
 def check_lengths(
@@ -174,89 +167,89 @@ def check_lengths(
     place: Keys,
     source: SourcePlan,
     prompts: Sequence[Prompt],
-    readers: Mapping[str, Renderer],
-    room: LengthBudget,
+    renderers: Mapping[str, Renderer],
+    budget: LengthBudget,
 ) -> None:
-    """No prompt may outgrow a model that has to read it, and every model must be able to write it.
+    """Report prompts that a model's template cannot render, or that exceed its context with the response.
 
-    `readers` come in order; what is wrong with a prompt for one of them is not said again for the others.
+    A prompt is reported for the first of the `renderers` for which it fails.
     """
     left = list(prompts)
     seen: set[tuple[object, ...]] = set()
-    for reader, dialect in readers.items():
-        template = dialect.template
-        voice = (
+    for reader, renderer in renderers.items():
+        template, own = renderer.template, renderer.teacher_prompt
+        identity = (
             template.source,
             *template.special_tokens.items(),
-            id(dialect.tokenizer),
-            dialect.vocab_size,
-            dialect.max_positions,
-            dialect.script.system,
-            dialect.script.prompt and dialect.script.prompt.source,
+            id(renderer.tokenizer),
+            renderer.vocab_size,
+            renderer.max_positions,
+            own.system,
+            own.prompt and own.prompt.source,
         )
-        if voice in seen:
+        if identity in seen:
             continue
-        seen.add(voice)
-        if room.num_new >= dialect.max_positions:
+        seen.add(identity)
+        if budget.num_new >= renderer.max_positions:
             findings.report(
-                room.limit_place,
-                f"answers of {room.num_new} tokens leave no room for a prompt in {reader}'s context of "
-                f"{dialect.max_positions} tokens",
+                budget.limit_place,
+                f"responses of {budget.num_new} tokens leave no space for a prompt in {reader}'s context of "
+                f"{renderer.max_positions} tokens",
                 "lower it",
             )
             continue
-        refused, long = _misfits(left, dialect, room)
+        refused, long = _misfits(left, renderer, budget)
         if refused:
             count = _counted(refused, prompts, "prompt", "cannot", "cannot")
             prompt, reason = refused[0]
             findings.report(
                 (*place, "source"),
-                f"{count} be written for {reader}: {_first(refused)}{row_name(source, prompt)}: {reason}",
+                f"{count} be rendered for {reader}: {_first(refused)}{row_name(source, prompt)}: {reason}",
                 "change the prompts or the template",
             )
         if long:
-            prompt, num_tokens, num_answer = long[0]
+            prompt, num_tokens, num_response = long[0]
             count = _counted(long, prompts, "prompt", "is", "are")
             findings.report(
                 (*place, "source"),
                 f"{count} too long for {reader}: {_first(long)}{row_name(source, prompt)} takes {num_tokens} "
-                f"tokens in its chat template, the answer up to {num_answer}, and its context holds "
-                f"{dialect.max_positions}",
-                "shorten the prompts or their answers"
-                if num_answer > room.num_new
-                else f"shorten the prompts, or lower {'.'.join(map(str, room.limit_place))}",
+                f"tokens in its chat template, the response up to {num_response}, and its context has "
+                f"{renderer.max_positions}",
+                "shorten the prompts or their responses"
+                if num_response > budget.num_new
+                else f"shorten the prompts, or lower {'.'.join(map(str, budget.limit_place))}",
             )
         bad = {prompt.key for prompt, _ in refused} | {prompt.key for prompt, _, _ in long}
         left = [prompt for prompt in left if prompt.key not in bad]
 
 
 def _misfits(
-    prompts: Sequence[Prompt], dialect: Renderer, room: LengthBudget
+    prompts: Sequence[Prompt], renderer: Renderer, budget: LengthBudget
 ) -> tuple[list[tuple[Prompt, str]], list[tuple[Prompt, int, int]]]:
-    """Prompts that the template refuses, with the reason; prompts that are too long, with lengths."""
+    """Prompts that cannot be rendered, with the reason; prompts that are too long, with lengths."""
     refused: list[tuple[Prompt, str]] = []
     long: list[tuple[Prompt, int, int]] = []
-    beyond = dialect.tokenizer.added_from(dialect.vocab_size) or ()
+    beyond = renderer.tokenizer.added_from(renderer.vocab_size) or ()
     for prompt in prompts:
         try:
-            text = dialect.text(prompt)
+            text = renderer.text(prompt)
         except DataError as error:
             refused.append((prompt, str(error)))
             continue
         odd = next((token for token in beyond if token in text), None)
         if odd is not None:
-            refused.append((prompt, f"has the token {odd!r}, for which the model has no row"))
+            refused.append((prompt, f"has the token {odd!r}, for which the model has no embedding"))
             continue
-        bound = 0 if room.ready is None else room.ready.bounds[prompt.key]
-        # A token stands for a byte at least, so most texts are short enough at a glance.
-        if len(text.encode()) + max(room.num_new, bound) <= dialect.max_positions:
+        bound = 0 if budget.responses is None else budget.responses.bounds[prompt.key]
+        # A token has at least one byte, so most texts need not be encoded.
+        if len(text.encode()) + max(budget.num_new, bound) <= renderer.max_positions:
             continue
-        num_answer = room.num_new
-        if room.ready is not None and bound:
-            num_answer = max(num_answer, len(dataset_response(prompt, room.ready.student).ids))
-        num_tokens = len(dialect.render(prompt))
-        if num_tokens + num_answer > dialect.max_positions:
-            long.append((prompt, num_tokens, num_answer))
+        num_response = budget.num_new
+        if budget.responses is not None and bound:
+            num_response = max(num_response, len(dataset_response(prompt, budget.responses.student).ids))
+        num_tokens = len(renderer.render(prompt))
+        if num_tokens + num_response > renderer.max_positions:
+            long.append((prompt, num_tokens, num_response))
     return refused, long
 
 

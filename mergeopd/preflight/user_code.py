@@ -1,4 +1,4 @@
-"""Whether a verifier function of the user's exists, found without running any of its code."""
+"""Check that a user's verifier function exists, without running its code."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mergeopd.messages import shown
 
 
 def function_problem(function: str) -> tuple[str, str] | None:
-    """Cause and remedy when `package.module:function` does not exist; None when it does, or may."""
+    """Return cause and remedy if `package.module:function` does not exist; None if it does, or may."""
     module, _, name = function.partition(":")
     try:
         spec = _find(module)
-    except (ImportError, KeyError):  # a package that only tells its modules when it is run
+    except (ImportError, KeyError):  # a package whose modules are known only when it is imported
         return None
     if spec is None:
         return (
@@ -40,14 +40,14 @@ def function_problem(function: str) -> tuple[str, str] | None:
 
 
 def _find(module: str) -> ModuleSpec | None:
-    """Like importlib.util.find_spec, which would run the parent packages."""
+    """Like importlib.util.find_spec, but without importing the parent packages."""
     spec: ModuleSpec | None = None
     path: list[str] | None = None
     name = ""
     for part in module.split("."):
         name = f"{name}.{part}" if name else part
-        found = (finder.find_spec(name, path) for finder in sys.meta_path)
-        spec = next((one for one in found if one is not None), None)
+        specs = (finder.find_spec(name, path) for finder in sys.meta_path)
+        spec = next((one for one in specs if one is not None), None)
         if spec is None:
             return None
         path = list(spec.submodule_search_locations or ())
@@ -55,7 +55,7 @@ def _find(module: str) -> ModuleSpec | None:
 
 
 def _names(body: Iterable[ast.stmt]) -> Iterator[str]:
-    """Names that a module's statements bind, those under `if`, `try` and `with` included."""
+    """Names bound by a module's statements, including those under `if`, `try` and `with`."""
     for node in body:
         match node:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():

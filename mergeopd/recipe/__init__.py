@@ -1,1 +1,1 @@
-"""The declarative recipe: schema, loading with located errors, resolution to a frozen Plan."""
+"""Recipes: schema, checks with source locations, resolution to a frozen Plan."""

@@ -1,4 +1,4 @@
-"""How a teacher with another tokenizer is listened to. What each bridge approximates: docs/objectives.md."""
+"""Settings of bridges, the losses for teachers with another tokenizer (see docs/objectives.md)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from mergeopd.config.values import PositiveInt, Strict, Weight
 from mergeopd.recipe.term_display import TermDisplay
 
-Merge = Literal["observed", "bayesian"]
+KeptRow = Literal["observed", "bayesian"]
 _MERGE = (
     "row of a group that keeps its whole distribution: the first (`observed`) or the last "
     "(`bayesian`); the other rows contribute the probability of their token"
@@ -23,7 +23,7 @@ class GoldBridge(Strict):
     beta: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] = Field(
         default=0.5, description="weight of the teacher in the mixture of the Jensen-Shannon divergence"
     )
-    merge: Merge = Field(default="observed", description=_MERGE)
+    merge: KeptRow = Field(default="observed", description=_MERGE)
     weights: tuple[Weight, Weight] | None = Field(
         default=None,
         description="weights of the identity part and of the rank part; default: the fraction of the "
@@ -40,7 +40,7 @@ class GoldBridge(Strict):
 class UldBridge(Strict):
     """Compare all tokens by rank (ULD): only the shape of the distributions, not their tokens."""
 
-    merge: Merge = Field(default="observed", description=_MERGE)
+    merge: KeptRow = Field(default="observed", description=_MERGE)
 
 
 class ProjectionBridge(Strict):
@@ -106,7 +106,7 @@ class Bridge(Strict):
 
     @property
     def kind(self) -> Literal["pieces", "gold", "uld", "projection", "span"]:
-        """Its name."""
+        """Name of the bridge."""
         return next(name for name in KINDS if getattr(self, name) is not None)
 
 
@@ -132,7 +132,7 @@ BRIDGES: Mapping[str, TermDisplay] = {
 
 
 def _bridge_shorthand(value: Any) -> Any:
-    """A name stands for that bridge with its defaults, and a kind without a value likewise."""
+    """Expand a bridge name, or a kind without a value, to that bridge with its defaults."""
     if isinstance(value, str):
         return {value: {}}
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The teachers of a recipe, their cards read and their folders found."""
+"""Read teacher cards and find the folders they name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mergeopd.recipe.plan import TeacherPlan
 
 @dataclass(frozen=True, slots=True)
 class CardFile:
-    """A card's file as read for one teacher. Problems of a shared file are reported once, at the `first`."""
+    """A card's file as read for one teacher. Problems of a shared file are reported for the `first` only."""
 
     path: Path
     root: Node | None
@@ -38,7 +38,7 @@ class CardFile:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedTeachers:
-    """The teachers that resolved, the domains their cards list, and what is wrong with the others."""
+    """Teachers with valid cards, the domains of all cards, and the problems of the others."""
 
     plans: Mapping[str, TeacherPlan]
     domains: Mapping[str, tuple[str, ...]]
@@ -48,7 +48,7 @@ class ResolvedTeachers:
 def read_cards(
     refs: Mapping[str, TeacherRef], recipe: Node, env: Mapping[str, str]
 ) -> dict[str, CardFile | Missing]:
-    """Reads the card of every teacher that has one, by the teacher's name."""
+    """Read the card of every teacher that has one, by teacher name."""
     cards: dict[str, CardFile | Missing] = {}
     by_path: dict[Path, CardFile] = {}
     for name, ref in refs.items():
@@ -58,7 +58,9 @@ def read_cards(
         base = find(recipe, where).base
         path = existing_file(ref.card, base, "card", YAML_SUFFIXES)
         if isinstance(path, Missing):
-            cards[name] = _model_instead(name, ref.card, base) or _elsewhere(ref.card, base) or path
+            cards[name] = (
+                _model_instead(name, ref.card, base) or _named_without_folder(ref.card, base) or path
+            )
         elif path in by_path:
             cards[name] = CardFile(path, by_path[path].root, (), first=False)
         else:
@@ -81,8 +83,7 @@ def _model_instead(name: str, written: str, base: Path) -> Missing | None:
     return Missing(f"unknown card '{written}'", f"if this is a hub id, {remedy}")
 
 
-def _elsewhere(written: str, base: Path) -> Missing | None:
-    """A card that was named without its folder."""
+def _named_without_folder(written: str, base: Path) -> Missing | None:
     wanted = absolute(written, base)
     if wanted.parent != base:
         return None
@@ -94,9 +95,9 @@ def _elsewhere(written: str, base: Path) -> Missing | None:
 def resolve_teachers(
     refs: Mapping[str, TeacherRef], cards: Mapping[str, CardFile | Missing], origins: Origins
 ) -> ResolvedTeachers:
-    """Checks every card and finds the folders it names; the contents of the folders are not looked at.
+    """Check every card and find the folders it names, without reading them.
 
-    Teachers without a card list no domain.
+    Teachers without a card have no domains.
     """
     plans: dict[str, TeacherPlan] = {}
     domains: dict[str, tuple[str, ...]] = {}
@@ -110,49 +111,47 @@ def resolve_teachers(
         if isinstance(card, Missing):
             problems.append(origins.problem(where, card.message, card.remedy))
             continue
-        found = list(card.problems)
+        of_card = list(card.problems)
         if card.root is not None:
             data = plain(card.root)
-            wrong = problems_of(TeacherCard, data, origins, where)
-            found += wrong
-            if not wrong:
+            invalid = problems_of(TeacherCard, data, origins, where)
+            of_card += invalid
+            if not invalid:
                 valid = TeacherCard.model_validate(data)
                 domains[name] = valid.domains
-                plan = _plan(name, ref, valid, card.path, origins, found)
-                if plan is not None and not found:
+                plan = _plan(name, ref, valid, card.path, origins, of_card)
+                if plan is not None and not of_card:
                     plans[name] = plan
         if card.first:
-            problems += found
+            problems += of_card
     return ResolvedTeachers(plans, domains, tuple(problems))
 
 
 def _plan(
     name: str, ref: TeacherRef, card: TeacherCard, file: Path, origins: Origins, problems: list[Problem]
 ) -> TeacherPlan | None:
-    """The teacher with absolute paths; what is missing is added to `problems`."""
+    """Make the paths of a teacher absolute; missing ones are added to `problems`."""
     where: Keys = ("teachers", name, "card")
     base = project_folder(file, "teachers")
-    paths: dict[str, Path | None] = {"tokenizer": None, "template": None}
-    found: dict[str, Path | Missing] = {"model": existing_model(card.model, card.revision, base)}
+    paths: dict[str, str] = {}
+    targets: dict[str, Path | Missing] = {"model": existing_model(card.model, card.revision, base)}
     if card.tokenizer is not None:
-        found["tokenizer"] = existing_model(card.tokenizer, None, base, "tokenizer")
+        targets["tokenizer"] = existing_model(card.tokenizer, None, base, "tokenizer")
     if card.template is not None:
-        found["template"] = existing_file(card.template, base, "template")
-    for key, path in found.items():
+        targets["template"] = existing_file(card.template, base, "template")
+    for key, path in targets.items():
         if isinstance(path, Missing):
             problems.append(origins.problem((*where, key), path.message, path.remedy))
         else:
-            paths[key] = path
-    model = paths.get("model")
-    if model is None:
+            paths[key] = str(path)
+    if "model" not in paths:
         return None
-    template = paths["template"]
     return TeacherPlan(
         name=name,
         student=None,
-        model=str(model),
-        tokenizer=str(paths["tokenizer"] or model),
-        template=None if template is None else str(template),
+        model=paths["model"],
+        tokenizer=paths.get("tokenizer", paths["model"]),
+        template=paths.get("template"),
         dtype=ref.dtype or "float32",
         system=ref.system,
         prompt=ref.prompt,

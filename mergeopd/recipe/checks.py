@@ -1,4 +1,4 @@
-"""What no single value shows: phases, budgets, schedules and comparisons that cannot work together."""
+"""Check values against each other: phases, budgets, schedules, evaluations, backends."""
 
 from __future__ import annotations
 
@@ -26,15 +26,17 @@ from mergeopd.recipe.verifiers import MathVerifier, Verifier
 def phase_problems(
     phases: Mapping[int, Phase], rollout: RolloutSettings | None, origins: Origins
 ) -> Iterator[Problem]:
-    """Names, rounds and texts of the phases."""
+    """Check the names, rounds and texts of the phases."""
     first_with: dict[str, int] = {}
     for index, phase in phases.items():
         here: Keys = ("phases", index)
         if first_with.setdefault(phase.name, index) != index:
-            message = f"phase '{phase.name}' already stands at {dotted(('phases', first_with[phase.name]))}"
+            message = (
+                f"phase '{phase.name}' is already defined at {dotted(('phases', first_with[phase.name]))}"
+            )
             yield origins.problem((*here, "name"), message, "give each phase its own name")
         if phase.loss.nll and only_student(phase):
-            message = "nll on the student's own text would only confirm what it writes"
+            message = "nll on the student's own responses only reinforces them"
             remedy = "use a divergence, or `text: teacher` or `dataset`"
             yield origins.problem((*here, "loss", "nll"), message, remedy, key=True)
         yield from _round_problems(phase, here, rollout, origins)
@@ -51,19 +53,19 @@ def _round_problems(
         yield origins.problem((*here, "updates_per_round"), message, remedy)
     if rollout is None:
         return
-    answers, counted = phase.prompts_per_round, "prompts_per_round: a data set has one answer per prompt"
+    count, formula = phase.prompts_per_round, "prompts_per_round: a data set has one response per prompt"
     if not reads_dataset(phase):
-        answers, counted = answers * rollout.samples_per_prompt, "prompts_per_round x samples_per_prompt"
-    if answers < size:
+        count, formula = count * rollout.samples_per_prompt, "prompts_per_round x samples_per_prompt"
+    if count < size:
         least = "has at least" if isinstance(phase.text, TextMixture) and reads_dataset(phase) else "has"
-        message = f"a round {least} {answers} answers ({counted}) for {size} updates"
-        yield origins.problem((*here, "updates_per_round"), message, f"use {answers} or fewer")
+        message = f"a round {least} {count} responses ({formula}) for {size} updates"
+        yield origins.problem((*here, "updates_per_round"), message, f"use {count} or fewer")
 
 
 def balance_problems(
     phases: Mapping[int, Phase], domains: tuple[str, ...], origins: Origins
 ) -> Iterator[Problem]:
-    """Target shares that are not exactly those of the training domains."""
+    """Check that target shares are given for exactly the training domains."""
     for index, phase in phases.items():
         shares, here = phase.balance.tokens, ("phases", index, "balance", "tokens")
         if isinstance(shares, str):
@@ -74,28 +76,24 @@ def balance_problems(
                 yield origins.problem((*here, domain), f"no prompts of domain '{domain}'", remedy, key=True)
         if lacking := [domain for domain in domains if domain not in shares]:
             if any(domain not in domains for domain in shares):
-                continue  # most likely the misspelt one
-            names = ", ".join(f"'{domain}'" for domain in lacking)
-            yield origins.problem(
-                here, f"no share for {names}", "give every training domain a share", key=True
-            )
+                continue  # the missing domain is probably the misspelt one
+            message = f"no share for {', '.join(map(repr, lacking))}"
+            yield origins.problem(here, message, "give every training domain a share", key=True)
         elif not any(shares.values()):
             yield origins.problem(here, "every share is 0", "give a positive share", key=True)
 
 
 def schedule_problems(optimizer: Optimizer, num_updates: int, origins: Origins) -> Iterator[Problem]:
-    """A warm-up that would never end."""
+    """Check that the warm-up ends before the run does."""
     if optimizer.warmup_updates > num_updates:
-        message = (
-            f"{optimizer.warmup_updates} updates of warm-up, but only {num_updates} updates in all phases"
-        )
+        message = f"{optimizer.warmup_updates} warm-up updates, but only {num_updates} updates in all phases"
         yield origins.problem(("optimizer", "warmup_updates"), message, f"use {num_updates} or fewer")
 
 
 def unused_teachers(
     named: tuple[str, ...], weights: Mapping[int, Mapping[str, float]], origins: Origins
 ) -> Iterator[Problem]:
-    """Teachers that no prompt reaches. A source without any weight has a problem of its own."""
+    """Report teachers without prompts. A source without any weight is reported separately."""
     used = {
         name
         for of_source in weights.values()
@@ -115,10 +113,10 @@ def experts(
     named: tuple[str, ...],
     origins: Origins,
 ) -> tuple[dict[str, str], list[Problem]]:
-    """The teacher that each measured domain is compared with: the named one, else the heaviest.
+    """Choose the teacher with which each evaluated domain is compared: the named one, else the heaviest.
 
     A teacher's weight in a domain is the sum of its weights times `share` over the domain's training sources.
-    With `weights` None (routes are not all known) only the named ones are judged.
+    With `weights` None (not all routes are known), only the named ones are checked.
     """
     chosen: dict[str, tuple[str, int]] = {}
     problems: list[Problem] = []
@@ -167,7 +165,7 @@ def _heaviest(
 
 
 def report_problems(report: Reports | None, origins: Origins) -> list[Problem]:
-    """Reports whose packages are not installed here; found without an import."""
+    """Check that the packages of the reports are installed, without importing them."""
     if report is None or not report.tensorboard or is_installed("tensorboard"):
         return []
     message = "the package tensorboard is not installed"
@@ -176,13 +174,13 @@ def report_problems(report: Reports | None, origins: Origins) -> list[Problem]:
 
 
 def student_problems(student: Student, origins: Origins) -> Iterator[Problem]:
-    """Settings of a backend that contradict each other, or need packages that are not installed here."""
+    """Check that the backend's settings are consistent and its packages installed."""
     grid = student.parallel
     here: Keys = ("student", "parallel")
     if student.backend == "torch":
         if grid != Parallel():
             message = "`backend: torch` trains in one process"
-            remedy = "set `backend: megatron` beside it, or remove the section"
+            remedy = "set `backend: megatron`, or remove the section"
             yield origins.problem(here, message, remedy, key=True)
         return
     if not is_installed("megatron.core"):
@@ -191,9 +189,9 @@ def student_problems(student: Student, origins: Origins) -> Iterator[Problem]:
         yield origins.problem(("student", "backend"), message, remedy)
     if student.dtype == "float64":
         remedy = "use float32 or bfloat16, or `backend: torch`"
-        yield origins.problem(("student", "dtype"), "Megatron's layers do not keep float64", remedy)
+        yield origins.problem(("student", "dtype"), "Megatron's layers do not support float64", remedy)
     if grid.sequence and grid.tensor == 1:
-        message = "a sequence is split among the processes of `tensor`, and `tensor` is 1"
+        message = "sequence parallelism splits over the processes of `tensor`, and `tensor` is 1"
         yield origins.problem((*here, "sequence"), message, "raise `tensor`, or remove the key")
     if grid.layers == "transformer_engine" and not is_installed("transformer_engine"):
         message = "the package transformer-engine is not installed"
@@ -202,14 +200,14 @@ def student_problems(student: Student, origins: Origins) -> Iterator[Problem]:
 
 
 def missing_package(verifier: Verifier) -> tuple[str, str] | None:
-    """Cause and remedy where a verifier needs a package that is not installed here."""
+    """Return cause and remedy if a verifier needs a package that is not installed."""
     if not isinstance(verifier, MathVerifier) or is_installed("math_verify"):
         return None
     return "the package math-verify is not installed", "pip install 'mergeopd[math]', or use another verifier"
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module could be imported; found without importing it (its parent packages are)."""
+    """Whether a module can be imported. Only its parent packages are imported to find out."""
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:

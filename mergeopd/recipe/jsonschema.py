@@ -1,6 +1,6 @@
 """JSON Schema of recipes and teacher cards, for editors (`docs/schema/`) and for `mergeopd schema`.
 
-Recipe files name it in their first line: `# yaml-language-server: $schema=../docs/schema/recipe.schema.json`.
+The first line of a recipe references it: `# yaml-language-server: $schema=../docs/schema/recipe.schema.json`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _EXTENDS: Schema = {
 
 
 def recipe_schema() -> Schema:
-    """JSON Schema of a recipe file. One that extends another may leave out what the other has."""
+    """Return the JSON Schema of a recipe file. Recipes with `extends` have no required keys."""
     schema = copy.deepcopy(model_schema(Recipe))
     defs: Schema = schema.pop("$defs")
     schema["properties"] = {"extends": _EXTENDS, **schema["properties"]}
@@ -46,14 +46,14 @@ def recipe_schema() -> Schema:
 
 
 def card_schema() -> Schema:
-    """JSON Schema of a teacher card."""
+    """Return the JSON Schema of a teacher card."""
     schema = _with_variables(copy.deepcopy(model_schema(TeacherCard)))
     defs = {**schema["$defs"], "Variable": _VARIABLE}
     return {**schema, "$schema": _DIALECT, "title": "mergeopd teacher card", "$defs": defs}
 
 
 def _with_variables(schema: Any) -> Any:
-    """Wherever a typed value may stand, a `${VARIABLE}` may, too. Discriminating tags stay as they are."""
+    """Also allow `${VARIABLE}` for every typed value, except for discriminating tags."""
     if isinstance(schema, list):
         return [_with_variables(part) for part in schema]
     if not isinstance(schema, dict):
@@ -74,11 +74,11 @@ def _with_variables(schema: Any) -> Any:
 
 
 def _partial(schema: Schema, defs: Schema) -> Schema:
-    """The schema with nothing required in it, down to where merging stops: at lists.
+    """Make all keys optional, down to lists, where merging stops.
 
-    Adds the variants of the definitions that it needs to `defs`, as `Partial<Name>`.
+    Adds optional variants of the referenced definitions to `defs`, as `Partial<Name>`.
     """
-    # `oneOf` without a tag says which one of several keys is required.
+    # `oneOf` without a tag requires one of several keys.
     demands = {"required"} if "discriminator" in schema else {"required", "oneOf"}
     part = {key: value for key, value in schema.items() if key not in demands}
     for key in ("properties", "patternProperties"):

@@ -1,4 +1,4 @@
-"""What a phase may minimise. `Strict` and the number types are the schema's own."""
+"""Loss terms of a phase."""
 
 from __future__ import annotations
 
@@ -250,20 +250,20 @@ class Loss(Strict):
             raise ValueError("nll is defined at temperature 1: remove the temperature or the nll term")
         if self.has_policy and self.temperature != 1.0:
             raise ValueError(
-                "policy terms are about the policy itself, at temperature 1: remove the temperature, or "
+                "policy terms are defined at temperature 1: remove the temperature, or "
                 + " and ".join(term for term in POLICY_TERMS if self.uses(term))
             )
         anchor = self.outcome.teacher if self.outcome is not None else None
         if isinstance(anchor, TrustRegion) and self.uses("sampled_reverse_kl"):
             raise ValueError(
-                "outcome.teacher: trust_region puts the teacher into the ratio, sampled_reverse_kl into the "
+                "outcome.teacher: trust_region uses the teacher in the ratio, sampled_reverse_kl in the "
                 "advantage: choose one"
             )
         sampled = self.sampled_reverse_kl
         if sampled is not None and sampled.future_only and not self.uses("reverse_kl"):
             raise ValueError(
-                "sampled_reverse_kl.future_only leaves each token's own part to an exact term: add "
-                "`reverse_kl` with the same weight"
+                "sampled_reverse_kl.future_only leaves out each token's own log-ratio: add `reverse_kl` with "
+                "the same weight, which covers it"
             )
         return self
 
@@ -272,7 +272,7 @@ class Loss(Strict):
         if self.support is None:
             return self
         if not self.has_divergence:
-            raise ValueError("support is about divergences, and there is none: remove it")
+            raise ValueError("support applies to divergences, and the loss has none: remove it")
         others = [term for term in DIVERGENCE_TERMS if self.uses(term) and term not in PLAIN_KLS]
         if self.support.rest == "generalised" and others:
             raise ValueError(
@@ -282,45 +282,45 @@ class Loss(Strict):
         return self
 
     def weight(self, term: str, updates_done: int) -> float:
-        """Weight of a divergence or policy term after so many updates of the phase; 0 where not used."""
+        """Weight of a divergence or policy term after `updates_done` updates of the phase; 0 if unused."""
         value = getattr(self, term)
         if value is None:
             return 0.0
         return float(amount_at(value.weight if isinstance(value, Term) else value, updates_done))
 
     def uses(self, term: str) -> bool:
-        """Whether a divergence or policy term has a weight at some time of the phase."""
+        """Whether a divergence or policy term has a positive weight at some point of the phase."""
         value = getattr(self, term)
         amount = value.weight if isinstance(value, Term) else value
         return bool(amount) if not isinstance(amount, WeightRamp) else bool(amount.start or amount.end)
 
     @property
     def has_divergence(self) -> bool:
-        """True when a teacher's distribution is needed, not only text or single log-probabilities."""
+        """Whether a teacher's distributions are needed, not only text or single log-probabilities."""
         return any(self.uses(term) for term in DIVERGENCE_TERMS)
 
     @property
     def has_policy(self) -> bool:
-        """True when answers of the student itself are needed, with their log-probabilities."""
+        """Whether responses of the student are needed, with their log-probabilities."""
         return any(self.uses(term) for term in POLICY_TERMS)
 
     @property
     def has_outcome(self) -> bool:
-        """True when rewards are needed."""
+        """Whether rewards are needed."""
         return self.uses("outcome")
 
     @property
     def has_teacher_term(self) -> bool:
-        """True when a teacher teaches without a reward."""
+        """Whether there is a distillation loss, independent of rewards."""
         return self.has_divergence or self.uses("sampled_reverse_kl")
 
     def teachers_weight(self, updates_done: int) -> float:
-        """Sum of the weights of the terms by which teachers teach, after so many updates of the phase."""
+        """Sum of the weights of the distillation terms after `updates_done` updates of the phase."""
         return sum(self.weight(term, updates_done) for term in (*DIVERGENCE_TERMS, "sampled_reverse_kl"))
 
     @property
     def needs_teacher(self) -> bool:
-        """True when a teacher has to read the answers, if only to shape what the reward teaches."""
+        """Whether teachers have to score the responses, if only to shape the outcome term."""
         shaped = self.has_outcome and self.outcome is not None and self.outcome.teacher is not None
         return self.has_teacher_term or shaped
 
@@ -330,15 +330,9 @@ SHORT_TERMS = tuple(key for key in TERMS if Loss.model_fields[key].default is No
 
 
 def loss_shorthand(value: Any) -> Any:
-    """A name stands for that term with weight 1."""
+    """Expand the name of a term to that term with weight 1."""
     return {value: 1.0} if isinstance(value, str) else value
 
 
 _TermName: Any = Literal[(*DIVERGENCE_TERMS, *POLICY_TERMS, "nll")]
-LossOrTerm = Annotated[
-    Loss,
-    BeforeValidator(
-        loss_shorthand,
-        json_schema_input_type=_TermName | Loss,
-    ),
-]
+LossOrTerm = Annotated[Loss, BeforeValidator(loss_shorthand, json_schema_input_type=_TermName | Loss)]

@@ -1,4 +1,4 @@
-"""The models of a recipe: the student, its teachers, their cards."""
+"""Models of a recipe: the student, its teachers, their cards."""
 
 from __future__ import annotations
 
@@ -194,6 +194,7 @@ class TeacherRef(Strict):
 
 
 def card_shorthand(value: Any) -> Any:
+    """Expand a path to a teacher with that card."""
     return {"card": value} if isinstance(value, str) else value
 
 

@@ -1,4 +1,4 @@
-"""The resolved recipe: every path absolute, every default written out, every route known, hashed."""
+"""The resolved recipe: absolute paths, explicit defaults, teachers of every prompt source, and a hash."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mergeopd.recipe.schema import Checkpoints, Memory, Reports
 from mergeopd.recipe.training import AnyRollout, Optimizer, Phase
 from mergeopd.recipe.verifiers import Verifier
 
-# What a run may change on the way: where things lie, what stays in memory, what is shown, the processes.
+# Settings that may change when a run is resumed: paths, memory, reports, processes.
 UNBOUND: Mapping[str, Any] = {
     "recipe_file": True,
     "output": True,
@@ -26,10 +26,9 @@ UNBOUND: Mapping[str, Any] = {
 
 
 class TeacherPlan(Strict):
-    """One teacher, its card merged in. Folders and files are absolute paths.
+    """A teacher with the values of its card. Paths are absolute.
 
-    `student` is None for another model; otherwise `model` is the student's folder and `student` says which of
-    the student's weights teach.
+    For a self-teacher, `student` selects the student's weights and `model` is the student's folder.
     """
 
     name: str
@@ -46,12 +45,12 @@ class TeacherPlan(Strict):
 
     @property
     def snapshot_rule(self) -> SnapshotRule | None:
-        """How its weights follow the student's; None when they stay."""
+        """How a self-teacher's weights are updated; None if they are constant."""
         return self.student if isinstance(self.student, SnapshotRule) else None
 
 
 class SourcePlan(Strict):
-    """One prompt file. `teachers` are the products of prompt weight and card weight, zeros dropped."""
+    """A prompt file. `teachers` are the nonzero products of prompt weight and teacher weight."""
 
     name: str
     source: str
@@ -66,7 +65,7 @@ class SourcePlan(Strict):
 
 
 class EvaluationPlan(Strict):
-    """What is measured. `experts` maps each domain to the teacher it is compared with."""
+    """The evaluation. `experts` maps each domain to the teacher with which it is compared."""
 
     sources: tuple[SourcePlan, ...]
     experts: dict[str, str]
@@ -75,7 +74,7 @@ class EvaluationPlan(Strict):
 
 
 class Plan(Strict):
-    """Everything a run depends on except the contents of the files it names."""
+    """All settings of a run; everything it depends on, except for the contents of files."""
 
     name: str
     recipe_file: str
@@ -97,7 +96,7 @@ class Plan(Strict):
 
     @property
     def content(self) -> dict[str, Any]:
-        """What makes a run what it is, in values of JSON: all but `UNBOUND`."""
+        """The settings that identify a run, as JSON values: all except `UNBOUND`."""
         return self.model_dump(mode="json", exclude=dict(UNBOUND))
 
     @property
@@ -106,7 +105,7 @@ class Plan(Strict):
         return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()
 
     def has_policy(self, phase: Phase) -> bool:
-        """Whether a phase has policy terms, bridges that are one (`span`) included."""
+        """Whether a phase has policy terms, including the bridge `span`."""
         return phase.loss.has_policy or self._has_spans(phase)
 
     def _has_spans(self, phase: Phase) -> bool:
@@ -114,14 +113,14 @@ class Plan(Strict):
         return spans and phase.loss.needs_teacher
 
     def needs_prior_policy(self, phase: Phase) -> bool:
-        """Whether a phase needs the student's log-probabilities from before a round's first update."""
+        """Whether a phase needs the student's log-probabilities before a round's first update."""
         loss, sampled = phase.loss, phase.loss.sampled_reverse_kl
         return bool(
             self._has_spans(phase)
             or phase.balance.follow_gap
             or (loss.has_policy and phase.updates_per_round > 1)
             or (loss.has_policy and phase.correction.kind == "sequence_mask")
-            or (sampled is not None and sampled.needs_whole_answers)
+            or (sampled is not None and sampled.needs_full_responses)
         )
 
     @property

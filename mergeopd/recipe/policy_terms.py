@@ -1,6 +1,6 @@
-"""Terms of the policy gradient: what a token's advantage is made of, and how far its ratio may go.
+"""Policy-gradient terms: advantages, ratio clipping and importance weights.
 
-All of them are (ratio, advantage) pairs under one clipped surrogate; docs/objectives.md has the formulas.
+All terms are (ratio, advantage) pairs of one clipped surrogate; docs/objectives.md has the formulas.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Amount = Weight | WeightRamp
 
 
 def amount_at(amount: float | WeightRamp, updates_done: int) -> float:
-    """A weight, or where its ramp stands after `updates_done` updates of the phase."""
+    """A weight, or the value of its ramp, after `updates_done` updates of the phase."""
     return amount.at(updates_done) if isinstance(amount, WeightRamp) else amount
 
 
@@ -40,7 +40,7 @@ class Term(Strict):
 
 
 def weight_shorthand(value: Any) -> Any:
-    """A number stands for a term of that weight."""
+    """Expand a number to a term of that weight."""
     return {"weight": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
@@ -76,16 +76,16 @@ class SampledTerm(Term):
     def _agrees(self) -> SampledTerm:
         if not self.discount and (self.future_only or self.per_remaining_token):
             raise ValueError(
-                "without a discount no later token counts: give `discount` a positive value, or remove "
-                "`future_only` and `per_remaining_token`"
+                "`future_only` and `per_remaining_token` have no effect without a `discount`: give it a "
+                "positive value, or remove them"
             )
         if self.discount and self.early_gain:
-            raise ValueError("`discount` and `early_gain` both weigh tokens by position: choose one")
+            raise ValueError("`discount` and `early_gain` both weight tokens by position: choose one")
         return self
 
     @property
-    def needs_whole_answers(self) -> bool:
-        """Whether a token's advantage depends on other tokens of its answer."""
+    def needs_full_responses(self) -> bool:
+        """Whether a token's advantage depends on other tokens of its response."""
         return bool(self.discount or self.early_gain)
 
 
@@ -195,7 +195,7 @@ class SequenceMask(Band):
 
 
 def correction_shorthand(value: Any) -> Any:
-    """A kind stands for that correction with its defaults."""
+    """Expand a kind to that correction with its defaults."""
     return {"kind": value} if isinstance(value, str) else value
 
 

@@ -1,4 +1,4 @@
-"""From a recipe file to a Plan, or to everything that is wrong with it, in one go."""
+"""Resolve a recipe file to a Plan, or to all of its problems."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mergeopd.config.locate import Origins
 from mergeopd.config.tree import Keys, plain
 from mergeopd.config.validate import problems_of
 from mergeopd.config.values import FunctionPath
+from mergeopd.distributed.launch import available_cores
 from mergeopd.errors import Problem
 from mergeopd.messages import shown
 from mergeopd.recipe import checks
-from mergeopd.recipe import self_teacher_checks as selves
 from mergeopd.recipe.bridge_checks import bridge_problems
 from mergeopd.recipe.cards import CardFile, ResolvedTeachers, read_cards, resolve_teachers
 from mergeopd.recipe.hints import HINTS
@@ -27,6 +27,7 @@ from mergeopd.recipe.models import Student, Teacher, TeacherRef
 from mergeopd.recipe.objective_checks import objective_problems
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
 from mergeopd.recipe.schema import NAMED, RENAMED, SHORTHANDS, EvalSource, Recipe, Reports, TrainSource
+from mergeopd.recipe.self_teacher_checks import idle_problems, rule_problems, self_plans
 from mergeopd.recipe.sources import Router, SourceResolver
 from mergeopd.recipe.training import AnyRollout, Optimizer, Phase
 
@@ -35,12 +36,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Resolution:
-    """A recipe with what could be made of it.
+    """The result of resolving a recipe.
 
     `plan` is None as soon as anything is wrong. `sources` and `eval_sources` hold the entries of `prompts`
     and `evaluation.prompts` (by index) whose files and verifiers were found, `teachers` those whose card and
     folders (or the student's) were: they can be looked into although something else is wrong. `student` has
-    its model's folder.
+    its model's folder. `rollout` and `phases` (by index) are valid; there are no phases unless all routes
+    from prompts to teachers are known.
     """
 
     plan: Plan | None
@@ -50,64 +52,65 @@ class Resolution:
     sources: Mapping[int, SourcePlan] = field(default_factory=dict)
     eval_sources: Mapping[int, SourcePlan] = field(default_factory=dict)
     student: Student | None = None
+    rollout: AnyRollout | None = None
+    phases: Mapping[int, Phase] = field(default_factory=dict)
 
 
 def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str] = os.environ) -> Resolution:
-    """Reads a recipe and the cards it names, and resolves it.
+    """Read and resolve a recipe and its teacher cards. An invalid recipe does not raise.
 
     Args:
         path: the recipe.
-        overrides: `a.b=c`, applied in order on top of the file.
-        env: what `${VARIABLE}` is looked up in.
+        overrides: `a.b=c`, applied in order to the recipe.
+        env: values of `${VARIABLE}`.
 
     Returns:
-        The plan, or every problem found: a bad recipe never raises. Prompt files, tokenizers and weights are
-        found but not opened.
+        The plan, or all problems. Prompt files, tokenizers and weights are located, but not opened.
     """
     file = Path(path)
     loaded = load(file, overrides, env, SHORTHANDS, NAMED)
     root = loaded.root
     if root is None or not loaded.complete:
         origins = Origins(file, root, {})
-        found = (
-            ()
-            if root is None
-            else problems_of(
-                Recipe,
-                plain(root),
-                origins,
-                complete=False,
-                also_allowed=("extends",),
-                renamed=RENAMED,
-                hints=HINTS,
-            )
-        )
-        return Resolution(None, _settled(loaded.problems, found, origins), origins)
+        of_schema = () if root is None else _schema_problems(plain(root), origins, complete=False)
+        return Resolution(None, _ordered(loaded.problems, of_schema, origins), origins)
     data = plain(root)
     parts = _Parts.of(data)
     cards = read_cards(parts.teachers, root, env)
     roots = {n: c.root for n, c in cards.items() if isinstance(c, CardFile) and c.root is not None}
     origins = Origins(file, root, roots)
-    schema_problems = problems_of(
-        Recipe, data, origins, also_allowed=("extends",), renamed=RENAMED, hints=HINTS
-    )
-    staff = resolve_teachers(parts.teachers, cards, origins)
+    of_schema = _schema_problems(data, origins, complete=True)
+    with_cards = resolve_teachers(parts.teachers, cards, origins)
     unreadable = tuple(p for c in cards.values() if isinstance(c, CardFile) for p in c.problems)
-    sound = not (schema_problems or loaded.problems or unreadable)
-    resolved = _Resolver(parts, staff, origins, sound)
-    resolved.run()
-    found = (*schema_problems, *staff.problems, *resolved.problems)
-    problems = _settled((*loaded.problems, *unreadable), found, origins)
-    plan = None if problems else resolved.plan(Recipe.model_validate(data), file)
+    is_valid = not (of_schema or loaded.problems or unreadable)
+    resolver = _Resolver(parts, with_cards, origins, is_valid)
+    resolver.run()
+    later = (*of_schema, *with_cards.problems, *resolver.problems)
+    problems = _ordered((*loaded.problems, *unreadable), later, origins)
+    plan = None if problems else resolver.plan(Recipe.model_validate(data), file)
     return Resolution(
-        plan, problems, origins, resolved.teachers, resolved.sources, resolved.eval_sources, resolved.student
+        plan,
+        problems,
+        origins,
+        resolver.teachers,
+        resolver.sources,
+        resolver.eval_sources,
+        resolver.student,
+        parts.rollout,
+        parts.phases if resolver.routed else {},
     )
 
 
-def _settled(first: Sequence[Problem], then: Sequence[Problem], origins: Origins) -> tuple[Problem, ...]:
-    """All problems in order. Where a value could not even be read, nothing further is said about it."""
-    spoilt = {problem.location for problem in first}
-    return origins.in_order([*first, *(problem for problem in then if problem.location not in spoilt)])
+def _schema_problems(data: Any, origins: Origins, *, complete: bool) -> tuple[Problem, ...]:
+    return problems_of(
+        Recipe, data, origins, complete=complete, also_allowed=("extends",), renamed=RENAMED, hints=HINTS
+    )
+
+
+def _ordered(first: Sequence[Problem], later: Sequence[Problem], origins: Origins) -> tuple[Problem, ...]:
+    """Sort all problems; those of `later` at the same location as one of `first` only repeat it."""
+    reported = {problem.location for problem in first}
+    return origins.in_order([*first, *(problem for problem in later if problem.location not in reported)])
 
 
 _TEACHER: TypeAdapter[TeacherRef] = TypeAdapter(Teacher)
@@ -116,9 +119,9 @@ _ALLOW_CODE: TypeAdapter[tuple[str, ...]] = TypeAdapter(tuple[FunctionPath, ...]
 
 @dataclass(frozen=True)
 class _Parts:
-    """The sections and entries that are valid by themselves, whatever is wrong with the others.
+    """The sections and entries that are valid by themselves.
 
-    `names` are all teachers, also those whose entry is wrong; `all_*` say that no entry is missing here.
+    `names` are all teachers, including those with an invalid entry; `all_*`: every entry is valid.
     """
 
     student: Student | None
@@ -162,7 +165,6 @@ class _Parts:
 
 
 def _valid(adapter: TypeAdapter[T], value: Any) -> T | None:
-    """The value if it is valid; what is wrong with it is said elsewhere."""
     try:
         return adapter.validate_python(value)
     except ValidationError:
@@ -179,52 +181,52 @@ def _all_valid(model: type[T], values: list[Any]) -> dict[int, T]:
 
 
 class _Resolver:
-    """Finds what the parts name and checks them against each other."""
+    """Finds the files that the parts name, and checks the parts against each other."""
 
-    def __init__(self, parts: _Parts, staff: ResolvedTeachers, origins: Origins, sound: bool) -> None:
+    def __init__(self, parts: _Parts, with_cards: ResolvedTeachers, origins: Origins, is_valid: bool) -> None:
         self.parts = parts
-        self.staff = staff
+        self.with_cards = with_cards
         self.origins = origins
-        self.sound = sound
+        self.is_valid = is_valid
         self.student: Student | None = None
         self.sources: dict[int, SourcePlan] = {}
         self.eval_sources: dict[int, SourcePlan] = {}
         self.experts: dict[str, str] = {}
         self.problems: list[Problem] = []
+        self.routed = False
 
     @property
     def teachers(self) -> dict[str, TeacherPlan]:
         """The teachers that resolved, in the recipe's order."""
-        own = {} if self.student is None else selves.self_plans(self.parts.teachers, self.student)
-        known = {**self.staff.plans, **own}
+        own = {} if self.student is None else self_plans(self.parts.teachers, self.student)
+        known = {**self.with_cards.plans, **own}
         return {name: known[name] for name in self.parts.names if name in known}
 
     def run(self) -> None:
         self._find_student()
         self._check_output()
         parts, origins = self.parts, self.origins
-        all_cards = all(name in self.staff.domains for name in parts.names)
-        router = Router(parts.names, parts.teachers, self.staff.domains, all_cards, origins)
+        domains = self.with_cards.domains
+        all_cards = all(name in domains for name in parts.names)
+        router = Router(parts.names, parts.teachers, domains, all_cards, origins)
         weights = {index: router.weights(source) for index, source in parts.prompts.items()}
-        lost = []
+        unrouted: list[Problem] = []
         if parts.names:  # without any, `teachers` itself is the mistake
-            lost = [p for i, source in parts.prompts.items() for p in router.problems(source, ("prompts", i))]
-        self.problems += lost
-        self._take_sources(weights)
-        # What can only be said of the whole is said when the whole is there.
-        routed = parts.all_prompts and all_cards and not lost and self.sound
-        if routed:
+            for index, source in parts.prompts.items():
+                unrouted += router.problems(source, ("prompts", index))
+        self.problems += unrouted
+        self._resolve_sources(weights)
+        # These checks need all sources and all cards.
+        self.routed = parts.all_prompts and all_cards and not unrouted and self.is_valid
+        if self.routed:
             self.problems += checks.unused_teachers(parts.names, weights, origins)
-            self.problems += selves.author_problems(
-                parts.teachers, parts.phases, parts.prompts, weights, origins
-            )
         if parts.names:
             self.experts, problems = checks.experts(
-                parts.eval_sources, parts.prompts, weights if routed else None, parts.names, origins
+                parts.eval_sources, parts.prompts, weights if self.routed else None, parts.names, origins
             )
             self.problems += problems
         self.problems += checks.report_problems(parts.report, origins)
-        self._check_phases(any(problem.path.endswith(".domain") for problem in lost))
+        self._check_phases(any(problem.path.endswith(".domain") for problem in unrouted))
 
     def _find_student(self) -> None:
         if self.parts.student is None:
@@ -264,18 +266,18 @@ class _Resolver:
                 self.origins.problem(("output",), message, "name another folder for the run")
             )
 
-    def _take_sources(self, weights: Mapping[int, Mapping[str, float]]) -> None:
-        desk = SourceResolver(self.origins, self.parts.allow_code)
+    def _resolve_sources(self, weights: Mapping[int, Mapping[str, float]]) -> None:
+        resolver = SourceResolver(self.origins, self.parts.allow_code)
         for index, source in self.parts.prompts.items():
             teachers = {name: weight for name, weight in weights[index].items() if weight}
-            plan = desk.take(source, ("prompts", index), teachers)
+            plan = resolver.resolve(source, ("prompts", index), teachers)
             if plan is not None:
                 self.sources[index] = plan
         for index, measured in self.parts.eval_sources.items():
-            plan = desk.take(measured, ("evaluation", "prompts", index), {})
+            plan = resolver.resolve(measured, ("evaluation", "prompts", index), {})
             if plan is not None:
                 self.eval_sources[index] = plan
-        self.problems += desk.problems
+        self.problems += resolver.problems
 
     def _check_phases(self, domains_doubtful: bool) -> None:
         parts, origins = self.parts, self.origins
@@ -290,16 +292,16 @@ class _Resolver:
             domains = tuple(dict.fromkeys(source.domain for source in parts.prompts.values()))
             self.problems += checks.balance_problems(parts.phases, domains, origins)
         if parts.all_phases:
-            found = list(selves.rule_problems(parts.teachers, parts.phases, origins))
-            if not found and parts.names and len(parts.teachers) == len(parts.names):
-                found += selves.idle_problems(parts.teachers, parts.phases, origins)
-            self.problems += found
+            of_rules = list(rule_problems(parts.teachers, parts.phases, origins))
+            if not of_rules and parts.names and len(parts.teachers) == len(parts.names):
+                self.problems += idle_problems(parts.teachers, parts.phases, origins)
+            self.problems += of_rules
         if parts.all_phases and parts.optimizer is not None:
             num_updates = sum(phase.updates for phase in parts.phases.values())
             self.problems += checks.schedule_problems(parts.optimizer, num_updates, origins)
 
     def plan(self, recipe: Recipe, file: Path) -> Plan:
-        """The plan of a recipe without problems."""
+        """Create the plan of a recipe without problems."""
         output = self._output()
         assert self.student is not None
         assert output is not None
@@ -315,7 +317,7 @@ class _Resolver:
             name=recipe.name,
             recipe_file=os.path.abspath(file),
             seed=recipe.seed,
-            threads=recipe.threads or _cores(),
+            threads=recipe.threads or available_cores(),
             student=self.student,
             teachers=self.teachers,
             sources=tuple(self.sources.values()),
@@ -330,10 +332,3 @@ class _Resolver:
             text_cache=str(absolute(recipe.text_cache, self.origins.place(("text_cache",)).base)),
             output=str(output),
         )
-
-
-def _cores() -> int:
-    """Processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -1,9 +1,9 @@
-"""What may stand in a recipe and in a teacher card. Only what is implemented is accepted.
+"""The schema of recipes.
 
-Descriptions here are user documentation: they become the JSON Schema that editors show.
-Validators raise ValueError only; another type would escape pydantic and lose the place in the file.
+Field descriptions are user documentation: editors show them through the JSON Schema. Validators must raise
+ValueError, because other errors would pass through pydantic and lose their location.
 
-Values are strict: a quoted number is text, a boolean is no number. Relative paths start from the project
+Values are strict: a quoted number is text, and a boolean is not a number. Paths are relative to the project
 folder: the parent of the nearest folder named `recipes` (`teachers` for a card) above the file that contains
 the path, otherwise that file's own folder. `~` is the home folder.
 """
@@ -21,8 +21,6 @@ from mergeopd.recipe.models import Student, Teacher, card_shorthand
 from mergeopd.recipe.policy_terms import correction_shorthand, weight_shorthand
 from mergeopd.recipe.training import AnyRollout, LocalRollout, Optimizer, Phase
 from mergeopd.recipe.verifiers import VerifierOrKind, kind_shorthand
-
-# --------------------------------------------------------------------------------------------- prompts
 
 
 def _teachers_shorthand(value: Any) -> Any:
@@ -91,9 +89,6 @@ class EvalSource(PromptSource):
         description="teacher to compare with; default: the teacher with the largest weight for the domain",
     )
     limit: PositiveInt | None = Field(default=None, description="evaluate on the first N prompts only")
-
-
-# ---------------------------------------------------------------------------------------------- the rest
 
 
 class Evaluation(Strict):
@@ -174,14 +169,14 @@ class Recipe(Strict):
     output: str = Field(description="run folder")
 
 
-# Sections of named entries. null removes an entry that an extended recipe has: `teachers: {math: null}`.
+# Sections of named entries. null removes an entry of an extended recipe: `teachers: {math: null}`.
 NAMED = ("teachers",)
 
-# Keys that had another name in earlier versions, wherever they stand.
+# New names of keys from earlier versions, in any section.
 RENAMED = {"teach": "distill_on"}
 
-# Where a short form may stand, and what it is short for. `extends` and `--set` write a short form out before
-# they reach into it; `*` is any name or index.
+# Paths that accept a short form, with the function that expands it; `*` is any name or index. `extends` and
+# `--set` expand a short form before they change a value below it.
 SHORTHANDS: dict[tuple[str, ...], Callable[[Any], Any]] = {
     ("teachers", "*"): card_shorthand,
     ("prompts", "*", "verifier"): kind_shorthand,

@@ -1,4 +1,4 @@
-"""The student as its own teacher: its plan, and the combinations that could not teach."""
+"""Self-teachers: their plans, and checks of combinations from which nothing can be learned."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from mergeopd.config.locate import Origins
 from mergeopd.errors import Problem
 from mergeopd.recipe.models import SnapshotRule, Student, TeacherRef
 from mergeopd.recipe.plan import TeacherPlan
-from mergeopd.recipe.schema import TrainSource
-from mergeopd.recipe.sources import author
-from mergeopd.recipe.training import Phase, TextMixture, only_student
+from mergeopd.recipe.training import Phase
 
 
 def self_plans(refs: Mapping[str, TeacherRef], student: Student) -> dict[str, TeacherPlan]:
-    """The teachers that are the student (with its folder), by name."""
+    """Create the plans of self-teachers, by name. `student` has its resolved folder."""
     return {
         name: TeacherPlan(
             name=name,
@@ -37,9 +35,9 @@ def self_plans(refs: Mapping[str, TeacherRef], student: Student) -> dict[str, Te
 def rule_problems(
     refs: Mapping[str, TeacherRef], phases: Mapping[int, Phase], origins: Origins
 ) -> Iterator[Problem]:
-    """Weights that follow so closely that nothing is left to learn, or so slowly that they never move.
+    """Report snapshots that always equal the student, or that are never updated.
 
-    `phases` must be all of the recipe's.
+    `phases` must be all phases of the recipe.
     """
     num_updates = sum(phase.updates for phase in phases.values())
     last_start = num_updates - phases[len(phases) - 1].updates_per_round
@@ -48,19 +46,19 @@ def rule_problems(
         if every is None:
             continue
         where = ("teachers", name, "student")
-        # With several updates in a round, all but the first differ from the copy at its start.
-        closely = every == 1 and all(phase.updates_per_round == 1 for phase in phases.values())
-        if closely and ref.system is None and ref.prompt is None:
+        # With several updates per round, the student differs from the snapshot after the first.
+        is_current = every == 1 and all(phase.updates_per_round == 1 for phase in phases.values())
+        if is_current and ref.system is None and ref.prompt is None:
             yield origins.problem(
                 where,
-                "this is the student as it is at every update, with the same prompt: nothing differs, so "
-                "there is nothing to learn",
-                "show it more with `prompt` or `system`, or use earlier weights: `student: start`",
+                "this teacher always has the current weights and the prompt of the student, so there is "
+                "nothing to learn from it",
+                "give it a `prompt` or a `system` message, or use earlier weights: `student: start`",
             )
         elif every > last_start:
             yield origins.problem(
                 (*where, "every"),
-                f"the last round starts after {last_start} updates, so the weights are never copied anew",
+                f"the last round starts after {last_start} updates, so no new snapshot is ever taken",
                 "use `student: start`, or a smaller number",
             )
 
@@ -68,43 +66,20 @@ def rule_problems(
 def idle_problems(
     refs: Mapping[str, TeacherRef], phases: Mapping[int, Phase], origins: Origins
 ) -> Iterator[Problem]:
-    """A run that begins where all its teachers agree with it, and with nothing else to learn from.
+    """Report a first phase in which all teachers equal the student and there is no other loss.
 
-    Its gradient is rounding noise, which AdamW brings to full steps. `refs` and `phases` must be all.
+    Its gradient would be rounding noise, which AdamW scales to full steps. `refs` and `phases` must be all of
+    the recipe's.
     """
     first = phases[0]
-    # At the start of a run all of the student's weights are one.
+    # At the start of a run, all snapshots equal the student.
     differs = any(ref.student is None or ref.system or ref.prompt for ref in refs.values())
     if differs or first.loss.has_outcome or first.loss.nll:
         return
     yield origins.problem(
         ("phases", 0, "loss"),
-        "every teacher is the student itself with the same prompt, so at the start of the run nothing "
-        "differs, and there is nothing to learn",
-        "show a teacher more with `prompt` or `system`, add another teacher, or begin with a phase that has "
-        "`outcome` or `nll`",
+        "at the start of the run, every teacher equals the student and has its prompt, so there is nothing "
+        "to learn",
+        "give a teacher a `prompt` or a `system` message, add another teacher, or begin with a phase that "
+        "has `outcome` or `nll`",
     )
-
-
-def author_problems(
-    refs: Mapping[str, TeacherRef],
-    phases: Mapping[int, Phase],
-    sources: Mapping[int, TrainSource],
-    weights: Mapping[int, Mapping[str, float]],
-    origins: Origins,
-) -> Iterator[Problem]:
-    """Teachers that would have to write before a phase with weights that they get during it."""
-    writers = {index: author(of_source) for index, of_source in weights.items() if any(of_source.values())}
-    for number, phase in phases.items():
-        other = phase.text.otherwise if isinstance(phase.text, TextMixture) else phase.text
-        if other != "teacher" or only_student(phase):
-            continue
-        for index, name in writers.items():
-            if isinstance(refs[name].student, SnapshotRule):
-                yield origins.problem(
-                    ("phases", number, "text"),
-                    f"teacher '{name}' would write for '{sources[index].source}', but teachers write before "
-                    "a phase, and its weights change during it",
-                    "give another teacher of these prompts more weight, or use `student: start`",
-                )
-                break

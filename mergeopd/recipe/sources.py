@@ -1,4 +1,4 @@
-"""Prompt sources: their files found, their prompts routed to teachers."""
+"""Find the files of prompt sources, and route their prompts to teachers."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json"}  # of `datasets`; 
 
 @dataclass
 class SourceResolver:
-    """Takes sources in one by one: unique names, no file twice."""
+    """Resolves sources one by one: gives unique names, rejects a file that is used twice."""
 
     origins: Origins
-    allow_code: Collection[str] | None  # None: not valid itself, so nothing is said about it
+    allow_code: Collection[str] | None  # None: invalid, so functions are not checked against it
     names: set[str] = field(default_factory=set)
     seen: dict[str, Keys] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
-    def take(self, source: PromptSource, path: Keys, teachers: Mapping[str, float]) -> SourcePlan | None:
-        """The source with absolute paths, None when it cannot be used."""
+    def resolve(self, source: PromptSource, path: Keys, teachers: Mapping[str, float]) -> SourcePlan | None:
+        """Make the paths of a source absolute; None if there is a problem."""
         before = len(self.problems)
         file = self._file(source, path)
         verifier = self._verifier(source.verifier, (*path, "verifier"))
@@ -91,24 +91,20 @@ class SourceResolver:
         if first == path:
             return file
         if first[0] == path[0]:
-            remedy = (
-                "remove one; `share` sets how often its prompts are drawn"
-                if path[0] == "prompts"
-                else "remove one"
+            share = "; `share` sets how often its prompts are drawn" if path[0] == "prompts" else ""
+            self.report(
+                where, f"'{source.source}' is already listed at {dotted(first)}", f"remove one{share}"
             )
-            self.report(where, f"'{source.source}' already stands at {dotted(first)}", remedy)
         else:
             message = f"'{source.source}' is also trained on ({dotted(first)})"
-            self.report(where, message, "measure on prompts that are not trained on")
+            self.report(where, message, "evaluate on prompts that are not trained on")
         return None
 
     def _verifier(self, verifier: Verifier | None, path: Keys) -> Verifier | None:
         allowed = self.allow_code
         if isinstance(verifier, UserVerifier) and allowed is not None and verifier.function not in allowed:
             remedy = did_you_mean(verifier.function, allowed, f"add `allow_code: [{verifier.function}]`")
-            self.report(
-                (*path, "function"), f"the recipe does not allow '{verifier.function}' to be called", remedy
-            )
+            self.report((*path, "function"), f"'{verifier.function}' is not in `allow_code`", remedy)
         missing = None if verifier is None else missing_package(verifier)
         if missing is not None:
             self.report((*path, "kind"), *missing)
@@ -133,16 +129,16 @@ def _conversion(loader: str, target: str, **options: str) -> str:
 
 
 def author(weights: Mapping[str, float]) -> str:
-    """The teacher that writes where text is a teacher's: the heaviest, the first by name among equals."""
+    """The teacher that generates text for these prompts: the heaviest, the first by name among equals."""
     return min(weights, key=lambda name: (-weights[name], name))
 
 
 @dataclass(frozen=True)
 class Router:
-    """Who teaches a source.
+    """Selects the teachers of a source.
 
-    `named` are all teachers of the recipe, also broken ones; `domains` what the cards list; `all_cards` is
-    False when some card could not be read, so that nobody can say that no card lists a domain.
+    `named` are all teachers of the recipe, including invalid ones; `domains` are those of the cards.
+    `all_cards` is False if some card could not be read; domains without a teacher are then not reported.
     """
 
     named: Collection[str]
@@ -152,7 +148,7 @@ class Router:
     origins: Origins
 
     def weights(self, source: TrainSource) -> dict[str, float]:
-        """Teachers with prompt weight times card weight, zeros included."""
+        """Teachers with prompt weight times teacher weight, zeros included."""
         written = source.teachers
         if written is None:
             written = {name: 1.0 for name, domains in self.domains.items() if source.domain in domains}
@@ -161,13 +157,13 @@ class Router:
         }
 
     def problems(self, source: TrainSource, path: Keys) -> list[Problem]:
-        """Teachers that do not exist, no teacher at all, no teacher with a weight."""
+        """Report unknown teachers, and sources without a teacher or with zero weights only."""
         if source.teachers is None:
             if self.weights(source) or not self.all_cards:
-                return self._silent(source, (*path, "domain"))
+                return self._zero_weights(source, (*path, "domain"))
             listed = {domain for domains in self.domains.values() for domain in domains}
             remedy = did_you_mean(source.domain, listed, "name `teachers` here, or add the domain to a card")
-            message = f"no teacher: none is named, and no card lists the domain '{source.domain}'"
+            message = f"no teacher is named, and no card lists the domain '{source.domain}'"
             return [self.origins.problem((*path, "domain"), message, remedy)]
         unknown = [
             self.origins.problem(
@@ -179,9 +175,9 @@ class Router:
             for name in source.teachers
             if name not in self.named
         ]
-        return unknown or self._silent(source, (*path, "teachers"))
+        return unknown or self._zero_weights(source, (*path, "teachers"))
 
-    def _silent(self, source: TrainSource, path: Keys) -> list[Problem]:
+    def _zero_weights(self, source: TrainSource, path: Keys) -> list[Problem]:
         weights = self.weights(source)
         if not weights or any(weights.values()) or any(n not in self.refs for n in source.teachers or ()):
             return []

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TermDisplay:
-    """How the measured value of a loss term is shown.
+    """Display settings of a loss term.
 
-    `column` is the short form of `title` for tables. A token reaches 63 % of the full colour at
-    `colour_scale`, in the term's unit: smaller than 1 for values that are bounded.
+    `column` is the short form of `title` for tables. A token has 63 % of the full colour at the value
+    `colour_scale`, which is below 1 for bounded terms.
     """
 
     title: str

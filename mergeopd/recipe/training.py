@@ -1,4 +1,4 @@
-"""How answers are sampled and what is learnt from them: rollout, phases, optimizer."""
+"""Training settings: rollout, phases, optimizer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field
 
 from mergeopd.config.values import Fraction, Name, PositiveInt, Strict, Weight
 from mergeopd.recipe.loss_terms import LossOrTerm
-from mergeopd.recipe.policy_terms import ClipRatio, Correction, NoCorrection
+from mergeopd.recipe.policy_terms import ClipRatio, Correction, NoCorrection, WeightRamp, amount_at
 from mergeopd.rollout.protocol import EngineCapabilities
 from mergeopd.types import Origin
 
@@ -46,12 +46,11 @@ AnyRollout = LocalRollout
 """The section `rollout` of a recipe: that of one engine."""
 
 
-class Ramp(Strict):
+class Ramp(WeightRamp):
     """A value that moves linearly from `start` to `end` during the first `updates` of the phase."""
 
     start: Fraction = Field(description="value at the phase's first update")
     end: Fraction = Field(description="value after the ramp")
-    updates: PositiveInt = Field(description="length of the ramp, in updates of the phase")
 
 
 class TextMixture(Strict):
@@ -161,39 +160,34 @@ class Optimizer(Strict):
 
 
 def on_policy_fraction(phase: Phase, updates_done: int) -> float:
-    """Share of prompts that the student answers after `updates_done` updates of the phase."""
-    if not isinstance(phase.text, TextMixture):
-        return 1.0 if phase.text == "student" else 0.0
-    fraction = phase.text.on_policy_fraction
-    if isinstance(fraction, Ramp):
-        progress = min(updates_done / fraction.updates, 1.0)
-        return fraction.start + (fraction.end - fraction.start) * progress
-    return fraction
+    """Fraction of prompts to which the student responds after `updates_done` updates of the phase."""
+    if isinstance(phase.text, TextMixture):
+        return amount_at(phase.text.on_policy_fraction, updates_done)
+    return 1.0 if phase.text == "student" else 0.0
 
 
 def off_policy_origin(phase: Phase) -> Origin | None:
-    """Where the answers come from that the student does not write: teacher, dataset, or None."""
+    """Origin of the responses that the student does not generate; None if it generates all."""
     if isinstance(phase.text, TextMixture):
         return phase.text.otherwise
     return None if phase.text == "student" else phase.text
 
 
 def only_student(phase: Phase) -> bool:
-    """Whether the student writes every answer of a phase."""
-    if not isinstance(phase.text, TextMixture):
-        return phase.text == "student"
-    fraction = phase.text.on_policy_fraction
-    return fraction.start == fraction.end == 1.0 if isinstance(fraction, Ramp) else fraction == 1.0
+    """Whether the student generates every response of a phase."""
+    return _first_and_last_fraction(phase) == {1.0}
 
 
 def never_student(phase: Phase) -> bool:
-    """Whether the student writes no answer of a phase."""
-    if not isinstance(phase.text, TextMixture):
-        return phase.text != "student"
-    fraction = phase.text.on_policy_fraction
-    return fraction.start == fraction.end == 0.0 if isinstance(fraction, Ramp) else fraction == 0.0
+    """Whether the student generates no response of a phase."""
+    return _first_and_last_fraction(phase) == {0.0}
+
+
+def _first_and_last_fraction(phase: Phase) -> set[float]:
+    mixed = phase.text.on_policy_fraction if isinstance(phase.text, TextMixture) else None
+    return {mixed.start, mixed.end} if isinstance(mixed, Ramp) else {on_policy_fraction(phase, 0)}
 
 
 def reads_dataset(phase: Phase) -> bool:
-    """Whether some of a phase's answers come from the prompt files."""
+    """Whether some responses of a phase come from the prompt files."""
     return off_policy_origin(phase) == "dataset" and not only_student(phase)

@@ -1,4 +1,4 @@
-"""How an answer is checked."""
+"""Settings of verifiers, which grade responses."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Timeout = Annotated[
         gt=0.0,
         allow_inf_nan=False,
         strict=True,
-        description="seconds for one response, in a worker process; one that takes longer has no reward",
+        description="seconds per response, in a worker process; a response that takes longer has no reward",
     ),
 ]
 
 
 def pattern_problem(pattern: str) -> str | None:
-    """Why a text is not a usable regular expression, None when it is one."""
+    """Return why a text is not a usable regular expression, or None."""
     if len(pattern) > MAX_PATTERN_LENGTH:
-        return f"{len(pattern)} characters long; at most {MAX_PATTERN_LENGTH} are allowed"
+        return f"a regular expression of more than {MAX_PATTERN_LENGTH:,} characters"
     try:
         re.compile(pattern)
     except (re.error, OverflowError) as error:
@@ -85,9 +85,9 @@ class JsonVerifier(Strict):
 
 
 class MathVerifier(Strict):
-    """Right when the answer equals the reference as a mathematical expression, by math-verify.
+    """Correct when the response's answer equals the reference as a mathematical expression (math-verify).
 
-    Needs the package: `pip install 'mergeopd[math]'`.
+    Requires `pip install 'mergeopd[math]'`.
     """
 
     kind: Literal["math"] = Field(description="verifier kind")
@@ -103,8 +103,7 @@ class UserVerifier(Strict):
 
 
 IsolatedVerifier = RegexVerifier | JsonVerifier | MathVerifier | UserVerifier
-"""Verifiers that run in worker processes: patterns and code that may hang."""
-
+"""Verifiers that run in worker processes, because patterns and code may not terminate."""
 
 Verifier = Annotated[
     ExactVerifier | RegexVerifier | NumberVerifier | JsonVerifier | MathVerifier | UserVerifier,
@@ -119,6 +118,7 @@ KINDS: tuple[str, ...] = tuple(
 
 
 def kind_shorthand(value: Any) -> Any:
+    """Expand a kind to that verifier with its defaults."""
     return {"kind": value} if isinstance(value, str) else value
 
 

@@ -1,1 +1,1 @@
-"""What a person sees of a run: events, `metrics.jsonl`, the terminal, the result."""
+"""Output of a run: events, `metrics.jsonl`, the terminal, the report page, the result."""

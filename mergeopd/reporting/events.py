@@ -1,4 +1,4 @@
-"""Events that the engine emits. Plain values only; reporters decide what to show.
+"""Events that the engine emits, with plain values only; reporters choose what to show.
 
 Means are per response token unless said otherwise; log-probs and divergences are in nats.
 """
@@ -61,7 +61,7 @@ class StageProgress(Event):
 class BridgeFigures:
     """A teacher with another tokenizer in one update.
 
-    Groups are stretches of tokens of both sides with the same bytes. `unaligned_fraction` of the student's
+    Groups are runs of tokens of both sides with the same bytes. `unaligned_fraction` of the student's
     tokens is in no group and has no term of this teacher; `matched_fraction` is the mass of the teacher's
     distributions on tokens that are compared by identity, None for bridges without such tokens.
     """
@@ -95,8 +95,8 @@ class DomainStats:
 
     Tokens are those in the loss. `mean_length` is in tokens, `token_share` of the update's tokens, `weight`
     the balance factor. `loss_share` is its part of the tokens' absolute losses, None where all are zero.
-    `nll` is the mean of -logprob_S of the text, whoever wrote it; `reward` the mean over answers that were
-    checked; `truncated_fraction` the share of answers that ended at the length limit.
+    `nll` is the mean of -logprob_S of the text, whichever model generated it; `reward` the mean over verified
+    responses; `truncated_fraction` the share of responses that ended at the length limit.
     """
 
     num_rollouts: int
@@ -261,7 +261,7 @@ class RunFinished(Event):
 
 
 class Reporter(Protocol):
-    """Takes events as they happen, in order, from one thread."""
+    """Receives events as they happen, in order, from one thread."""
 
     def emit(self, event: Event) -> None:
         """Report the event.
@@ -272,17 +272,16 @@ class Reporter(Protocol):
 
 
 class Reporters:
-    """Passes every event to each reporter, in the order given."""
+    """Passes every event to each reporter in order."""
 
     def __init__(self, *reporters: Reporter) -> None:
         self._reporters = reporters
 
     def emit(self, event: Event) -> None:
-        """Pass the event on."""
         for reporter in self._reporters:
             reporter.emit(event)
 
 
 def progress(reporter: Reporter, total: int, ranks: Communicator) -> Callable[[int], None]:
-    """A callback that takes the items done on this rank and reports the estimate for all of `total`."""
+    """Return a callback that takes the items done on this rank and reports an estimate for all `total`."""
     return lambda done: reporter.emit(StageProgress(min(total, done * ranks.size)))

@@ -10,7 +10,7 @@ from mergeopd.errors import MAX_SHOWN, MergeopdError, RecipeError, printable
 
 def show_error(error: BaseException) -> None:
     """Print an error on stderr, in colour on a terminal; an unexpected one with its traceback."""
-    # Imported here, since most commands need none of it: `mergeopd --help` answers at once.
+    # Imported here, since most commands do not need it and `mergeopd --help` must be fast.
     from rich.console import Console
     from rich.padding import Padding
     from rich.text import Text

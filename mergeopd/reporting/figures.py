@@ -19,11 +19,10 @@ MEASURES: Mapping[str, TermDisplay] = {
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One quantity. `column` is its short title for the terminal, "" where the terminal leaves it out.
+    """One quantity. `column` is its short title for the terminal, "" if the terminal does not show it.
 
     A `unit` of % shows fractions times 100. A figure that always equals `hidden_when_constant` is not shown.
-    On the page, series of a `stacked` figure are areas on top of each other, and a `steady` one has no noise
-    to smooth.
+    On the page, the series of a `stacked` figure are stacked areas, and a `steady` one is not smoothed.
     """
 
     key: str
@@ -36,7 +35,7 @@ class Figure:
     steady: bool = False
 
     def is_informative(self, value: float | None) -> bool:
-        """Whether a value is known and differs from the one that hides the figure."""
+        """Whether a value is known and differs from `hidden_when_constant`."""
         return value is not None and value != self.hidden_when_constant
 
 
@@ -97,7 +96,7 @@ STAGES: Mapping[str, tuple[int, str]] = {
 
 
 def run_value(record: UpdateRecord, key: str) -> float | None:
-    """The value of one of `RUN_FIGURES`: a number of the update, of its policy terms, or of its cost."""
+    """Return the value of one of `RUN_FIGURES`: of the update, of its policy terms, or of its cost."""
     if key in record.policy:
         return record.policy[key]
     value: float | None = getattr(record if hasattr(record, key) else record.cost, key, None)

@@ -20,7 +20,7 @@ Numbers = Mapping[str, float | None]
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What an update took."""
+    """The time and memory of an update."""
 
     seconds: Mapping[str, float]
     tokens_per_s: float | None
@@ -48,7 +48,7 @@ class UpdateRecord:
 
     @staticmethod
     def of(event: UpdateDone) -> UpdateRecord:
-        """The record of an update: keys always in the same order, teachers and domains sorted by name."""
+        """Build the record of an update: keys in a fixed order, teachers and domains sorted by name."""
         return UpdateRecord(
             update=event.update,
             phase=event.phase,
@@ -83,12 +83,12 @@ def _teacher_numbers(stats: TeacherStats) -> dict[str, float | None]:
 
 
 def update_record(event: UpdateDone) -> dict[str, Any]:
-    """The line of one update in metrics.jsonl."""
+    """Return the line of one update in metrics.jsonl."""
     return asdict(UpdateRecord.of(event))
 
 
 def sample_record(event: RolloutSampled) -> dict[str, Any]:
-    """The line of one sampled response in rollouts/samples.jsonl."""
+    """Return the line of one sampled response in rollouts/samples.jsonl."""
     record = asdict(event)
     return {**record, "teachers": dict(sorted(record["teachers"].items()))}
 
@@ -104,7 +104,7 @@ class RecordsReporter:
         """Append the line of an `UpdateDone` or `RolloutSampled`; other events have none.
 
         Raises:
-            StorageError: the disk refuses.
+            StorageError: the disk fails.
         """
         match event:
             case UpdateDone():

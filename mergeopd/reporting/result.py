@@ -32,12 +32,12 @@ _RESULT = TypeAdapter(Result)
 
 
 def recovered_headroom(base: float, expert: float, merged: float) -> float | None:
-    """(merged - base) / (expert - base); None where the expert is not better than the base."""
+    """Return (merged - base) / (expert - base); None where the expert is not better than the base."""
     return (merged - base) / (expert - base) if expert > base else None
 
 
 def grade(recovered: float | None) -> str:
-    """How a recovered headroom is coloured: good, fair, poor, or none where there is no headroom."""
+    """Return the colour class of a recovered headroom: good, fair, poor, or none without headroom."""
     if recovered is None:
         return "none"
     return "good" if recovered >= 0.9 else "fair" if recovered >= 0.5 else "poor"
@@ -46,7 +46,7 @@ def grade(recovered: float | None) -> str:
 def result_document(
     domains: Mapping[str, Mapping[str, float | None]], seconds: Mapping[str, float]
 ) -> Result:
-    """The result of a run from the accuracies of each domain; `weight_average` may be missing.
+    """Build the result of a run from the accuracies of each domain; `weight_average` may be missing.
 
     Raises:
         ValueError: a domain has other keys, or lacks a value.

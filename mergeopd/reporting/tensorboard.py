@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class TensorBoardReporter:
-    """Writes every update's scalars. An error becomes a note and ends the writing, not the run."""
+    """Writes every update's scalars. After an error it emits a note and stops writing; the run continues."""
 
     def __init__(self, folder: Path, notes: Reporter) -> None:
         self._folder = folder
@@ -41,7 +41,7 @@ class TensorBoardReporter:
 
 
 def scalars(event: UpdateDone) -> Iterator[tuple[str, float]]:
-    """Tags with values, as `teacher_reverse_kl/math`: TensorBoard groups charts by the part before `/`.
+    """Yield tags with values, such as `teacher_reverse_kl/math`; TensorBoard groups charts by the first part.
 
     Keys are those of metrics.jsonl; missing values are left out.
     """
@@ -61,8 +61,8 @@ def scalars(event: UpdateDone) -> Iterator[tuple[str, float]]:
 
 
 def _open(folder: Path, num_done: int) -> SummaryWriter:
-    # Here, since torch takes seconds to import, and tensorboard is an extra.
+    # Imported here, since torch takes seconds to import and tensorboard is an extra.
     from torch.utils.tensorboard import SummaryWriter
 
-    # Updates after the last checkpoint of an interrupted process are made again: drop the first ones.
+    # Updates after the last checkpoint of an interrupted process are repeated: drop the earlier ones.
     return SummaryWriter(str(folder), purge_step=num_done + 1)

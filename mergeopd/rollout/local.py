@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from mergeopd.rollout.head import DecodingHead
 from mergeopd.rollout.keyed import stream_key, uniforms
 from mergeopd.rollout.protocol import Completion, Decoder, EngineContext, GenerationRequest, WeightSource
 from mergeopd.rollout.sampling import sample
-from mergeopd.types import Finish, Sampling
+from mergeopd.types import Finish, LogProbs, Sampling, TokenIds
 
 # Rows that have finished are dropped from the batch once this share of it is still writing.
 _COMPACT_BELOW = 0.75
@@ -166,9 +167,10 @@ class _Decoding:
         keys = [stream_key(seed, request.key, request.sample) for request in requests]
         self._uniform = torch.from_numpy(uniforms(keys, sampling.max_new_tokens)).to(device)
         self._rows = list(range(len(requests)))  # batch row -> index of the request
-        self._tokens: list[list[int]] = [[] for _ in requests]
-        self._logprobs: list[list[float]] = [[] for _ in requests]
-        self._finish: dict[int, Finish] = {}
+        # By request and step; of what a request has behind its end nothing is read.
+        self._tokens = np.zeros((len(requests), sampling.max_new_tokens), np.int32)
+        self._logprobs: LogProbs = np.zeros(self._tokens.shape, np.float32)
+        self._finish: dict[int, tuple[Finish, int]] = {}  # and after how many tokens
 
     @torch.no_grad()
     def run(self) -> list[Completion]:
@@ -188,10 +190,12 @@ class _Decoding:
             if step + 1 < self._sampling.max_new_tokens:
                 hidden = self._forward(token[:, None], self._position[:, None], cache, self._width + step + 1)
                 self._position = self._position + 1
-        return [
-            Completion(tuple(tokens), tuple(logprobs), self._finish.get(row, "length"))
-            for row, (tokens, logprobs) in enumerate(zip(self._tokens, self._logprobs, strict=True))
-        ]
+        return [self._completion(row) for row in range(len(self._tokens))]
+
+    def _completion(self, row: int) -> Completion:
+        """Copies: a view would keep the whole batch."""
+        finish, num = self._finish.get(row, ("length", self._sampling.max_new_tokens))
+        return Completion(self._tokens[row, :num].copy(), self._logprobs[row, :num].copy(), finish)
 
     def _forward(self, ids: Tensor, position: Tensor, cache: object, seen: int) -> Tensor:
         """Hidden state of the last position, `[rows, d]`."""
@@ -212,21 +216,23 @@ class _Decoding:
         token, logprob = sample(
             logits, self._uniform[:, step], self._sampling.temperature, self._sampling.top_p
         )
-        for row, one, lp in zip(self._rows, token.tolist(), logprob.tolist(), strict=True):
+        if step == 0 and logprob.dtype == torch.float64:
+            self._logprobs = self._logprobs.astype(np.float64)
+        self._tokens[self._rows, step] = token.cpu().numpy()
+        self._logprobs[self._rows, step] = logprob.cpu().numpy()
+        for row, one in zip(self._rows, token.tolist(), strict=True):
             if row in self._finish:
                 continue
-            self._tokens[row].append(one)
-            self._logprobs[row].append(lp)
             if one in self._generator.eos_ids:
-                self._finish[row] = "eos"
-            elif self._sampling.stop and self._has_stopped(self._tokens[row]):
-                self._finish[row] = "stop"
+                self._finish[row] = "eos", step + 1
+            elif self._sampling.stop and self._has_stopped(self._tokens[row, : step + 1]):
+                self._finish[row] = "stop", step + 1
         return token
 
-    def _has_stopped(self, tokens: list[int]) -> bool:
+    def _has_stopped(self, tokens: TokenIds) -> bool:
         # A token stands for at least one byte, so this many of them hold any stop text that just ended.
         longest = max(len(stop.encode()) for stop in self._sampling.stop)
-        tail = self._generator.tokenizer.decode(tokens[-longest - 1 :], skip_special_tokens=False)
+        tail = self._generator.tokenizer.decode(tokens[-longest - 1 :].tolist(), skip_special_tokens=False)
         return any(stop in tail for stop in self._sampling.stop)
 
     def _compact(self, alive: list[int], token: Tensor, cache: object) -> Tensor:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from mergeopd.types import Finish, Sampling
+from mergeopd.types import ArrayRecord, Finish, LogProbs, Sampling, TokenIds, token_ids, token_logprobs
 
 if TYPE_CHECKING:
     import torch
@@ -16,28 +16,35 @@ if TYPE_CHECKING:
     from mergeopd.loss.heads import Head
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationRequest:
+@dataclass(frozen=True, slots=True, eq=False)
+class GenerationRequest(ArrayRecord):
     """One response to generate: `key` and `sample` name its random stream."""
 
     key: str
     sample: int
-    prompt_ids: tuple[int, ...]
+    prompt_ids: TokenIds
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_ids", token_ids(self.prompt_ids))
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A generated response.
+@dataclass(frozen=True, slots=True, eq=False)
+class Completion(ArrayRecord):
+    """A generated response. Its arrays are read-only; sequences become arrays.
 
     `response_ids` include the stop token. `logprobs` has one number per id, under the distribution that was
     sampled from; empty where the engine returns none. `policy_version` counts the optimizer updates of the
     weights that generated it.
     """
 
-    response_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    response_ids: TokenIds
+    logprobs: LogProbs
     finish: Finish
     policy_version: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "response_ids", token_ids(self.response_ids))
+        object.__setattr__(self, "logprobs", token_logprobs(self.logprobs))
 
 
 @dataclass(frozen=True, slots=True)

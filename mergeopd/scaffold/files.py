@@ -22,7 +22,7 @@ from mergeopd.recipe.jsonschema import card_schema, recipe_schema
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import write_atomic
 
-# Without quotes, YAML's readers disagree about some texts in `{...}` (`?0`), so few go without.
+# YAML parsers disagree about some unquoted texts in `{...}` (`?0`), so few are left unquoted.
 _PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
 _ENDLESS = 1 << 30  # columns; a scalar stays on its line
 
@@ -31,7 +31,7 @@ _SCHEMAS: Mapping[Document, Callable[[], dict[str, Any]]] = {"recipe": recipe_sc
 
 
 def name_problems(option: str, names: Iterable[str], what: str) -> list[Problem]:
-    """Names that a recipe could not use."""
+    """Report names that a recipe cannot use."""
     return [
         option_problem(option, f"'{name}' cannot be the name of a {what}", "use letters, digits, _ . -")
         for name in names
@@ -40,14 +40,14 @@ def name_problems(option: str, names: Iterable[str], what: str) -> list[Problem]
 
 
 def by_option(problems: Iterable[Problem], options: Mapping[str, str], other: str) -> list[Problem]:
-    """Problems of a file that is not kept, at the options it was made from.
+    """Move the problems of a file that is not kept to the options it was made from.
 
     `options` maps beginnings of recipe paths to options; problems that fit none are placed at `other`.
     """
     placed = []
     for problem in problems:
-        found = (option for start, option in options.items() if problem.path.startswith(start))
-        placed.append(option_problem(next(found, other), problem.message, problem.remedy, problem.path))
+        matching = (option for start, option in options.items() if problem.path.startswith(start))
+        placed.append(option_problem(next(matching, other), problem.message, problem.remedy, problem.path))
     return placed
 
 
@@ -58,7 +58,7 @@ def refuse_existing(path: Path) -> None:
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a new file and the folders above it. Raises StorageError if it exists or the disk refuses."""
+    """Write a new file and the folders above it. Raises StorageError if it exists or the disk fails."""
     refuse_existing(path)
     data = text.encode("utf-8")
     with named_failures("write", path):
@@ -87,20 +87,20 @@ def _environment() -> Environment:
 
 
 def schema_file(document: Document) -> Path:
-    """The schema for editors, below the current folder: the project's own, or the one of `write_schema`."""
+    """Return the schema for editors, below the current folder: the project's, or that of `write_schema`."""
     own = Path("docs/schema", f"{document}.schema.json")
     return own if own.is_file() else Path(".mergeopd", own.name)
 
 
 def write_schema(document: Document) -> None:
-    """Write the schema that a new file names in its first line, unless docs/schema/ has it."""
+    """Write the schema named in a new file's first line, unless docs/schema/ has it."""
     file = schema_file(document)
     if file.parts[0] == ".mergeopd":  # a cache: an older version may be replaced
         write_atomic(file, json.dumps(_SCHEMAS[document](), indent=2) + "\n")
 
 
 def quoted(value: str) -> str:
-    """`value` as a YAML scalar on one line, quoted where YAML or recipes would read something else.
+    """Format `value` as a YAML scalar on one line, quoted where it would otherwise be read differently.
 
     Safe within `{...}` and `[...]`, and never read as a comment or variable.
     """
@@ -118,7 +118,7 @@ def quoted(value: str) -> str:
 
 
 def flow(values: Mapping[str, str | Sequence[str] | None]) -> str:
-    """`{key: value, other: [a, b]}` in YAML, without the keys whose values are None or empty."""
+    """Format `{key: value, other: [a, b]}` in YAML, without keys whose values are None or empty."""
     parts = []
     for key, value in values.items():
         if value:
@@ -128,7 +128,7 @@ def flow(values: Mapping[str, str | Sequence[str] | None]) -> str:
 
 
 def is_text(value: str) -> bool:
-    """False for what cannot be written as UTF-8, as a file name of other bytes cannot."""
+    """Whether `value` can be encoded in UTF-8; file names with other bytes cannot."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -137,7 +137,7 @@ def is_text(value: str) -> bool:
 
 
 def native_dtype(checkpoint: Checkpoint) -> str:
-    """The precision of most of a checkpoint's bytes: bfloat16 or, for all others, float32."""
+    """Return the dtype of most of a checkpoint's bytes: bfloat16 or, for all others, float32."""
     tensors = checkpoint.tensors.values()
     narrow = sum(t.num_bytes for t in tensors if t.dtype == "BF16")
     return "bfloat16" if 2 * narrow > sum(t.num_bytes for t in tensors) else "float32"

@@ -45,9 +45,9 @@ class PromptFile:
 
 
 def find_prompts() -> list[str]:
-    """Prompt files below `data/`, sorted."""
-    found = (file for file in Path(PROMPT_FOLDER).rglob("*") if file.suffix in PROMPT_SUFFIXES)
-    return sorted(shown(file) for file in found if file.is_file())
+    """Return the prompt files below `data/`, sorted."""
+    candidates = (file for file in Path(PROMPT_FOLDER).rglob("*") if file.suffix in PROMPT_SUFFIXES)
+    return sorted(shown(file) for file in candidates if file.is_file())
 
 
 def sort_prompts(
@@ -67,7 +67,7 @@ def sort_prompts(
             problems.append(option_problem("--prompts", path.message, path.remedy))
         elif path.suffix not in PROMPT_SUFFIXES or not is_text(str(path)):
             message = (
-                f"'{file}' is neither .jsonl nor .parquet" if is_text(file) else "a path is no text in UTF-8"
+                f"'{file}' is neither .jsonl nor .parquet" if is_text(file) else "a path is not valid UTF-8"
             )
             problems.append(option_problem("--prompts", message, "convert it, one prompt a row"))
         elif domain is not None and domain not in domains:
@@ -81,7 +81,7 @@ def sort_prompts(
 
 
 def _split(text: str) -> tuple[str | None, str]:
-    """`DOMAIN=FILE`, unless that is the name of a file."""
+    """Split `DOMAIN=FILE`, unless that is the name of a file."""
     domain, equals, file = text.partition("=")
     if not equals or absolute(text, Path.cwd()).exists() or not re.fullmatch(NAME_PATTERN, domain):
         return None, text
@@ -93,7 +93,7 @@ def _words(text: str) -> list[str]:
 
 
 def _domain_of(path: str, domains: Sequence[str]) -> str | None:
-    """The domain whose words the path contains; the longest of several, None if there is no single one."""
+    """Return the domain whose words the path contains: the longest of several, None if not unique."""
     if len(domains) == 1:
         return domains[0]
     here = _words(str(Path(path).with_suffix("")))
@@ -126,7 +126,7 @@ def _prompt_file(path: Path, domain: str) -> PromptFile:
 
 
 def _fields(path: Path) -> Sequence[str]:
-    """Names of the first row's fields; none if it cannot be read, which the check of the recipe reports."""
+    """Return the names of the first row's fields; none if unreadable, which the recipe's check reports."""
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
@@ -140,7 +140,7 @@ def _fields(path: Path) -> Sequence[str]:
 
 
 def _verifier(path: Path, domain: str, prompt_field: str, reference_field: str) -> VerifierKind | None:
-    """The verifier that fits all references of a file, if there is one."""
+    """Return the verifier that fits all references of a file, if any."""
     source = SourcePlan(
         name="new",
         source=str(path),

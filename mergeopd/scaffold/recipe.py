@@ -35,7 +35,7 @@ from mergeopd.scaffold.prompts import PROMPT_FOLDER, PromptFile, find_prompts, s
 
 CARD_FOLDER = "teachers"
 _MAX_NEW_TOKENS = 256
-# Which option a problem of the written recipe comes from, by the beginning of its path.
+# The option that causes a problem of the written recipe, by the beginning of the problem's path.
 _OPTIONS = {
     "student": "--student",
     "teachers": "--teacher",
@@ -47,7 +47,7 @@ _OPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class NewRecipeOptions:
-    """The options of the command; what is None or empty is looked for in `teachers/` and `data/`.
+    """The options of the command; missing ones are replaced by the files in `teachers/` and `data/`.
 
     `prompts` are files, or `DOMAIN=FILE` where the name of a file does not contain the domain.
     """
@@ -59,7 +59,7 @@ class NewRecipeOptions:
 
     @property
     def recipe_file(self) -> Path:
-        """Where the recipe goes, below the current folder."""
+        """Path of the recipe, below the current folder."""
         return Path("recipes", f"{self.name}.yaml")
 
 
@@ -87,7 +87,7 @@ class Expert:
 
 @dataclass(frozen=True, slots=True)
 class RecipeDraft:
-    """What goes into a recipe. Paths as they are to be written."""
+    """The contents of a recipe, with paths as they are to be written."""
 
     name: str
     student: str
@@ -98,13 +98,13 @@ class RecipeDraft:
     max_new_tokens: int
 
     def source(self, file: PromptFile) -> Mapping[str, str | Sequence[str] | None]:
-        """An entry of `prompts`, with `teachers` where their cards do not all list its domain."""
+        """Return an entry of `prompts`, with `teachers` unless all of their cards list its domain."""
         teachers = self._teachers(file)
         names = [] if all(expert.listed for expert in teachers) else [expert.name for expert in teachers]
         return _entry(file, teachers=names)
 
     def evaluation_source(self, file: PromptFile) -> Mapping[str, str | Sequence[str] | None]:
-        """An entry of `evaluation.prompts`, with `expert` where its domain has several teachers."""
+        """Return an entry of `evaluation.prompts`, with `expert` where its domain has several teachers."""
         names = [expert.name for expert in self._teachers(file)]
         return _entry(file, expert=names[0] if len(names) > 1 else None)
 
@@ -115,7 +115,7 @@ class RecipeDraft:
 def _entry(
     file: PromptFile, *, teachers: Sequence[str] = (), expert: str | None = None
 ) -> Mapping[str, str | Sequence[str] | None]:
-    """Fields that have their defaults are left out."""
+    """Return an entry without fields that have their defaults."""
     return {
         "source": file.path,
         "domain": file.domain,
@@ -130,11 +130,11 @@ def _entry(
 
 
 def new_recipe(options: NewRecipeOptions) -> tuple[Inputs, tuple[str, ...]]:
-    """Write `recipes/NAME.yaml`; return what `check` reads from it, and what was left out, in words.
+    """Write `recipes/NAME.yaml`; return the result of `check`, and notes on files that were left out.
 
     A file that does not pass the check is removed. Raises:
-        RecipeError: what is missing or wrong, by option; mistakes in a card, by their place.
-        StorageError: the file exists, or the disk refuses.
+        RecipeError: missing or wrong options; mistakes in a card, by their place.
+        StorageError: the file exists, or the disk fails.
     """
     search = _Search(options)
     if not search.problems:
@@ -177,7 +177,7 @@ def _write(path: Path, text: str) -> Inputs:
 
 @dataclass
 class _Search:
-    """Looks for what the options leave out. `notes` name the files that are left out."""
+    """Replaces missing options by the project's files. `notes` list the files that are left out."""
 
     options: NewRecipeOptions
     problems: list[Problem] = field(default_factory=list)
@@ -190,9 +190,9 @@ class _Search:
         self.problems.append(option_problem(option, message, remedy))
 
     def experts(self) -> list[Expert]:
-        """The teachers of all cards given or found; mistakes in cards are reported as `check` does."""
-        found = (shown(file) for file in Path(CARD_FOLDER).glob("*") if file.suffix in YAML_SUFFIXES)
-        written = self.options.teachers or sorted(found)
+        """Return the teachers of all cards, given or in `teachers/`; report mistakes in cards as `check`."""
+        cards = (shown(file) for file in Path(CARD_FOLDER).glob("*") if file.suffix in YAML_SUFFIXES)
+        written = self.options.teachers or sorted(cards)
         if not written:
             remedy = "name cards (--teacher FILE), or make one (`mergeopd new teacher NAME --model DIR`)"
             self.report("--teacher", f"no card was given, and there is none in {CARD_FOLDER}/", remedy)
@@ -222,7 +222,7 @@ class _Search:
             return None
         tokenizer = existing_model(valid.tokenizer or valid.model, None, project, "tokenizer")
         name = _unused_name(path.stem, taken)
-        # What is wrong with a checkpoint or a tokenizer is reported by the check of the written recipe.
+        # Faults of a checkpoint or a tokenizer are reported by the check of the written recipe.
         dtype = "float32"
         with suppress(ModelError):
             dtype = native_dtype(Checkpoint.open(folder))
@@ -237,7 +237,7 @@ class _Search:
         )
 
     def student(self, experts: Sequence[Expert]) -> Path | None:
-        """The folder of the model to train, which is never guessed."""
+        """Return the folder of the model to train, which has no default."""
         written = self.options.student
         if written is None:
             taken = {expert.folder for expert in experts}
@@ -252,7 +252,7 @@ class _Search:
             return None
         try:
             if not is_text(written):
-                raise ModelError("the path is no text in UTF-8; rename the folder")
+                raise ModelError("the path is not valid UTF-8; rename the folder")
             Checkpoint.open(folder)
         except ModelError as error:
             self.report("--student", str(error).replace(str(folder), shown(folder)))
@@ -260,7 +260,7 @@ class _Search:
         return folder
 
     def prompts(self, experts: Sequence[Expert]) -> tuple[list[PromptFile], list[PromptFile]]:
-        """Prompt files for training and for evaluation, each with its domain."""
+        """Return prompt files for training and for evaluation, each with its domain."""
         given = self.options.prompts
         domains = tuple(dict.fromkeys(domain for expert in experts for domain in expert.domains))
         written = given or find_prompts()
@@ -289,7 +289,7 @@ class _Search:
         return trained, [file for file in measured if file.domain in known]
 
     def used(self, experts: Sequence[Expert], trained: Sequence[PromptFile]) -> list[Expert]:
-        """Teachers with prompts. One that was given must have some, one that was found need not."""
+        """Return the teachers with prompts; report a teacher given by option that has none."""
         domains = {file.domain for file in trained}
         used = [expert for expert in experts if not domains.isdisjoint(expert.domains)]
         if self.problems:
@@ -305,7 +305,7 @@ class _Search:
 
 
 def _with_bridge(expert: Expert, student: Path) -> Expert:
-    """The expert with the default bridge if its tokenizer differs from the student's."""
+    """Return the expert, with the default bridge if its tokenizer differs from the student's."""
     with suppress(TokenizerError):  # damaged: the check of the written recipe reports it
         if Tokenizer.load(student).num_shared(Tokenizer.load(expert.tokenizer)) is None:
             return replace(expert, bridge=KINDS[0])
@@ -313,7 +313,7 @@ def _with_bridge(expert: Expert, student: Path) -> Expert:
 
 
 def _unused_name(stem: str, taken: Mapping[str, Expert]) -> str:
-    """A teacher's name in the recipe: its card's, reduced to what names may contain, and unique."""
+    """Return a unique name for a teacher in the recipe: its card's, without characters that names lack."""
     base = "".join(c if c.isascii() and (c.isalnum() or c in "_.-") else "-" for c in stem).lstrip("_.-")
     name, number = base or "teacher", 1
     while name in taken:
@@ -323,7 +323,7 @@ def _unused_name(stem: str, taken: Mapping[str, Expert]) -> str:
 
 
 def _max_new_tokens(folders: Sequence[Path]) -> int:
-    """At most half of the smallest context, which leaves room for prompts."""
+    """Return at most half of the smallest context, which leaves room for prompts."""
     smallest = 2 * _MAX_NEW_TOKENS
     for folder in folders:
         with suppress(ModelError):  # the check of the written recipe reports it
@@ -332,6 +332,6 @@ def _max_new_tokens(folders: Sequence[Path]) -> int:
 
 
 def _relative(path: str) -> str:
-    """A path below the current folder made relative to it, so that the project can move."""
+    """Make a path below the current folder relative to it, so that the project can move."""
     file = absolute(path, Path.cwd())
     return shown(file) if file.exists() else path

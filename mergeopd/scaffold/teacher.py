@@ -47,13 +47,13 @@ class NewTeacherOptions:
 
     @property
     def card_file(self) -> Path:
-        """Where the card goes, below the current folder."""
+        """Path of the card, below the current folder."""
         return Path("teachers", f"{self.name}.yaml")
 
 
 @dataclass(frozen=True)
 class ProbedModel:
-    """A model that passed every check that needs no weights."""
+    """A model that has passed every check without weights."""
 
     plan: TeacherPlan
     dialect: Renderer
@@ -70,7 +70,7 @@ def probe(options: NewTeacherOptions) -> ProbedModel:
     problems = name_problems("NAME", [options.name], "teacher")
     problems += name_problems("--domain", options.domains, "domain")
     if not is_text(options.prompt) or not options.prompt:
-        problems.append(option_problem("--prompt", "is empty or no text in UTF-8", "write a user message"))
+        problems.append(option_problem("--prompt", "is empty or not valid UTF-8", "write a user message"))
     if not problems:
         refuse_existing(options.card_file)
     here = Path.cwd()
@@ -78,7 +78,7 @@ def probe(options: NewTeacherOptions) -> ProbedModel:
     if isinstance(model, Missing):
         problems.append(option_problem("--model", model.message, model.remedy))
     elif not is_text(options.model):
-        problems.append(option_problem("--model", "the path is no text in UTF-8", "rename the folder"))
+        problems.append(option_problem("--model", "the path is not valid UTF-8", "rename the folder"))
     template = None if options.template is None else existing_file(str(options.template), here, "template")
     if isinstance(template, Missing):
         problems.append(option_problem("--template", template.message, template.remedy))
@@ -107,12 +107,12 @@ def _read(options: NewTeacherOptions, folder: Path, template: Path | None) -> Pr
     dialect = reader.teacher(plan, None)
     if dialect is None or findings.problems:
         card = f"teachers.{options.name}.card"
-        found = by_option(findings.problems, {f"{card}.template": "--template"}, "--model")
+        problems = by_option(findings.problems, {f"{card}.template": "--template"}, "--model")
         advice = "name one with --template FILE.jinja"
         raise RecipeError(
             [
                 option_problem(p.location.file, p.message, p.remedy.replace(_OWN_TEMPLATE, advice))
-                for p in found
+                for p in problems
             ]
         )
     dtype = native_dtype(Checkpoint.open(folder))
@@ -123,21 +123,21 @@ def take_canary(probed: ProbedModel, prompt: str) -> Canary:
     """Load the teacher, generate a greedy response, and measure the log-probabilities of its tokens.
 
     They are computed in the checkpoint's precision and rounded to 0.001 nats. The response is encoded from
-    its text, as a run does, also where that gives other tokens than those generated.
+    its text, as in a run, even if that results in other tokens than those generated.
 
     Raises:
         RecipeError: the prompt does not fit, or the response is empty.
         TeacherError: the output is NaN or uniform.
-        ModelError: weights and configuration are not of one model.
+        ModelError: weights and configuration do not match.
     """
-    # torch and transformers take seconds to import: only after every check that needs neither.
+    # torch and transformers take seconds to import, so they come after every check that needs neither.
     from mergeopd.models.causal import pick_device
     from mergeopd.rollout.local import Generator, generate
     from mergeopd.rollout.protocol import GenerationRequest
     from mergeopd.teacher.canary import logprobs, refuse_uniform, sample_ids
     from mergeopd.teacher.local import TeacherSource, TeacherStore
     from mergeopd.teacher.protocol import TeacherSequence
-    from mergeopd.types import Sampling
+    from mergeopd.types import Sampling, token_ids
 
     plan, dialect, device = probed.plan, probed.dialect, pick_device()
     vocab = dialect.vocab_size
@@ -159,7 +159,7 @@ def take_canary(probed: ProbedModel, prompt: str) -> Canary:
         try:
             [response] = generate(
                 generator,
-                [GenerationRequest("canary", 0, prompt_ids)],
+                [GenerationRequest("canary", 0, token_ids(prompt_ids))],
                 sampling,
                 seed=0,
                 batch_size=1,
@@ -169,13 +169,14 @@ def take_canary(probed: ProbedModel, prompt: str) -> Canary:
             raise TeacherError(
                 f"{shown(Path(plan.model))}: gives probabilities that are NaN; the weights are damaged"
             ) from error
-        written = tuple(i for i in response.response_ids if i not in dialect.eos_ids)
+        written = tuple(i for i in response.response_ids.tolist() if i not in dialect.eos_ids)
         text = _whole_characters(dialect.tokenizer.decode(written))
         while len(ids := sample_ids(dialect, prompt, text)[1]) > room:
             text = text[:-1]
         if not ids:
             raise _bad_prompt("the teacher responds with no token", "choose another prompt")
-        [(_, hidden)] = teacher.hidden([TeacherSequence(prompt_ids, ids)], len(prompt_ids) + len(ids))
+        sequence = TeacherSequence(token_ids(prompt_ids), token_ids(ids))
+        [(_, hidden)] = teacher.hidden([sequence], sequence.num_tokens)
         values = logprobs(hidden, head, ids)
     if ids == written:
         # The negative log-probability of the likeliest token is at most the entropy: no false alarm.
@@ -188,7 +189,7 @@ def _bad_prompt(message: str, remedy: str) -> RecipeError:
 
 
 def _whole_characters(text: str) -> str:
-    """Without a last character that the length limit truncated, unless there is nothing else."""
+    """Remove a last character truncated by the length limit, unless it is the only one."""
     return text.rstrip("\ufffd") or text
 
 
@@ -198,7 +199,7 @@ def card_text(options: NewTeacherOptions, fingerprint: str, canary: Canary) -> s
     return render(
         "card",
         options=options,
-        # Relative to the current folder where it can be, so that the project can move.
+        # Relative to the current folder if possible, so that the project can move.
         model=shown(Path(options.model)) if Path(options.model).is_dir() else options.model,
         template=None if options.template is None else shown(options.template),
         domains=list(dict.fromkeys(options.domains or (options.name,))),
@@ -209,6 +210,6 @@ def card_text(options: NewTeacherOptions, fingerprint: str, canary: Canary) -> s
 
 
 def write_card(options: NewTeacherOptions, fingerprint: str, canary: Canary) -> None:
-    """Write the card. Raises StorageError if it exists or the disk refuses."""
+    """Write the card. Raises StorageError if it exists or the disk fails."""
     write_new(options.card_file, card_text(options, fingerprint, canary))
     write_schema("card")

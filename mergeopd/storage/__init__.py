@@ -1,1 +1,1 @@
-"""What a run leaves on disk and can trust later: atomic folders with manifests, single files, metrics."""
+"""Run folders on disk: atomic folders with manifests, single files, metrics, locks."""

@@ -1,4 +1,4 @@
-"""Operating-system failures, retold with the path, the cause and the remedy."""
+"""Convert operating-system errors to StorageError with path, cause and remedy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REMEDIES = {
     errno.ENOTSUP: "this file system cannot do that: choose an `output` on another one",
 }
 _OTHER_REMEDY = "check the disk and the folder"
-# Rust libraries (safetensors, tokenizers) tell an operating-system error only in their text.
+# Rust libraries (safetensors, tokenizers) report the error number only in the message.
 _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -41,7 +41,7 @@ def _errno_of(error: Exception) -> int | None:
 def named_failures(action: str, path: Path) -> Iterator[None]:
     """Turn an operating-system error inside the block into a StorageError `cannot <action> <path>: ...`.
 
-    Libraries in Rust raise their own types for a full disk; those count too. Anything else passes through.
+    Errors of Rust libraries (for a full disk, say) are recognised too. Other exceptions are not changed.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""Folders and files that are either complete or absent, whenever the process dies.
+"""Write folders and files atomically: after a crash they are either complete or absent.
 
-A folder is written aside, every byte is brought to the disk, a manifest with sizes and SHA-256 is added, and
-one rename makes it visible. Reading trusts only what agrees with its manifest.
+A folder is written to a temporary sibling, synced, given a manifest with sizes and SHA-256, and renamed.
+Folders that do not match their manifest are not read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     leaves the temporary behind; the next call for the same target removes it.
 
     Raises:
-        StorageError: `target` exists, nothing was written, or the disk refuses.
+        StorageError: `target` exists, the block wrote nothing, or writing fails.
     """
     _refuse_existing(target)
     temporary = _partial_of(target)
@@ -47,7 +47,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             _refuse_existing(target)
             temporary.rename(target)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)  # the first failure is the one to tell
+            shutil.rmtree(temporary, ignore_errors=True)  # report the first failure, not this one
             raise
         _sync_folder(target.parent)
 
@@ -56,7 +56,7 @@ def write_atomic(path: Path, text: str) -> None:
     """Replace a file by `text` (UTF-8): readers see the old content or the new, never a part of it.
 
     Raises:
-        StorageError: the disk refuses.
+        StorageError: writing fails.
     """
     temporary = _partial_of(path)
     with named_failures("write", path):
@@ -74,9 +74,9 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def verify(folder: Path) -> str | None:
-    """None when every file of the manifest is there, byte for byte; else what is wrong, in words.
+    """Compare a folder with its manifest. Returns a description of the first fault, or None.
 
-    Files that the manifest does not list do no harm and are not looked at.
+    Files that the manifest does not list are ignored.
     """
     try:
         return _first_fault(folder)
@@ -85,7 +85,7 @@ def verify(folder: Path) -> str | None:
 
 
 def newest_valid(parent: Path, prefix: str = "step-") -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The valid folder `<prefix><number>` with the highest number, and the newer ones with their faults.
+    """Return the valid folder `<prefix><number>` with the highest number, and newer ones with their faults.
 
     Raises:
         StorageError: `parent` exists but cannot be listed.
@@ -100,10 +100,10 @@ def newest_valid(parent: Path, prefix: str = "step-") -> tuple[Path | None, list
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a broken folder to `<name>.broken`, so that its number is free and a person can look at it.
+    """Rename a broken folder to `<name>.broken`, which frees its name and keeps it for inspection.
 
     Raises:
-        StorageError: the disk refuses.
+        StorageError: renaming fails.
     """
     aside = folder.with_name(folder.name + _BROKEN)
     with named_failures("set aside", folder):
@@ -114,14 +114,14 @@ def set_aside(folder: Path) -> Path:
 
 
 def prune(parent: Path, keep: int, prefix: str = "step-") -> tuple[Path, ...]:
-    """Remove all but the `keep` highest numbered folders, older ones that were set aside, and leftovers.
+    """Remove all but the `keep` highest numbered folders, older broken folders, and leftovers.
 
-    Each is renamed before it is emptied, so that a kill in between leaves nothing that looks like a result.
+    Folders are renamed before they are emptied, so that a kill leaves no partial folder under its final name.
     Returns the numbered folders that were removed, newest first.
 
     Raises:
         ValueError: `keep` is below 1.
-        StorageError: the disk refuses.
+        StorageError: removing fails.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
@@ -144,11 +144,8 @@ def prune(parent: Path, keep: int, prefix: str = "step-") -> tuple[Path, ...]:
     return removed
 
 
-# ------------------------------------------------------------------------------------------ manifests
-
-
 def _seal(folder: Path, target: Path) -> None:
-    """Bring every file and folder to the disk and add the manifest."""
+    """Sync every file and folder to the disk and add the manifest."""
     files: dict[str, dict[str, int | str]] = {}
     folders = [folder]
     for path in sorted(folder.rglob("*")):
@@ -179,7 +176,7 @@ def _measure(path: Path, *, sync: bool = False) -> dict[str, int | str]:
 
 
 def _manifest_text(files: Mapping[str, Mapping[str, int | str]]) -> str:
-    """The one spelling of a manifest. It carries its own hash, so a file cannot drop out of it unnoticed."""
+    """The canonical text of a manifest. It contains its own hash, which detects lost entries."""
     own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     return json.dumps({"format": FORMAT, "files": files, "sha256": own}, indent=1, sort_keys=True) + "\n"
 
@@ -202,7 +199,7 @@ def _first_fault(folder: Path) -> str | None:
     if record.get("format") != FORMAT:
         return f"{MANIFEST} has format {record.get('format')!r}, not {FORMAT!r}"
     if content != _manifest_text(record["files"]).encode() or not record["files"]:
-        return f"{MANIFEST} is damaged: it does not agree with its own hash"
+        return f"{MANIFEST} is damaged: it does not match its own hash"
     for name, expected in record["files"].items():
         fault = _file_fault(folder / name, expected)
         if fault:
@@ -213,23 +210,20 @@ def _first_fault(folder: Path) -> str | None:
 def _file_fault(path: Path, expected: Mapping[str, int | str]) -> str | None:
     if not path.is_file():
         return "is missing"
-    if path.stat().st_size != expected["bytes"]:  # cheap, and says more than a hash
+    if path.stat().st_size != expected["bytes"]:  # cheaper and more informative than a hash
         return f"has {path.stat().st_size} bytes instead of {expected['bytes']}"
     if _measure(path) != expected:
         return "is damaged: its SHA-256 differs from the manifest's"
     return None
 
 
-# --------------------------------------------------------------------------------------- the file system
-
-
 def is_leftover(path: Path) -> bool:
-    """Whether this is what a killed process had not finished writing."""
+    """Whether a path is the temporary of an interrupted write."""
     return path.name.startswith(".") and path.name.endswith(_PARTIAL)
 
 
 def _partial_of(target: Path) -> Path:
-    """The hidden sibling in which `target` is prepared: on the same file system, always the same name."""
+    """The hidden sibling in which `target` is prepared, on the same file system."""
     return target.with_name(f".{target.name}{_PARTIAL}")
 
 
@@ -241,13 +235,13 @@ def _refuse_existing(target: Path) -> None:
 
 
 def _numbered(parent: Path, prefix: str, suffix: str = "") -> list[Path]:
-    """Entries `<prefix><number><suffix>` of `parent`, highest number first; none when `parent` is missing."""
+    """Entries `<prefix><number><suffix>` of `parent`, highest number first; none if `parent` is missing."""
     if not os.path.lexists(parent):
         return []
     pattern = re.compile(re.escape(prefix) + r"\d+" + re.escape(suffix))
     with named_failures("list", parent):
-        found = [path for path in parent.iterdir() if pattern.fullmatch(path.name)]
-    return sorted(found, key=lambda path: (_number(path, prefix, suffix), path.name), reverse=True)
+        folders = [path for path in parent.iterdir() if pattern.fullmatch(path.name)]
+    return sorted(folders, key=lambda path: (_number(path, prefix, suffix), path.name), reverse=True)
 
 
 def _number(folder: Path, prefix: str, suffix: str = "") -> int:
@@ -255,7 +249,7 @@ def _number(folder: Path, prefix: str, suffix: str = "") -> int:
 
 
 def _make_folder(path: Path) -> None:
-    """`mkdir -p` whose every new entry reaches the disk."""
+    """`mkdir -p` that syncs every new entry to the disk."""
     if path.is_dir():
         return
     _make_folder(path.parent)
@@ -275,7 +269,7 @@ def _sync_folder(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network and FUSE file systems have no fsync for folders; their renames are ordered anyway.
+        # Some network and FUSE file systems have no fsync for folders; their renames are ordered.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:

@@ -1,4 +1,4 @@
-"""One process at a time on a folder or a file."""
+"""Advisory locks on folders and files."""
 
 from __future__ import annotations
 
@@ -16,49 +16,49 @@ LOCK_NAME = ".lock"
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the folder, making it where it is missing, until the context ends or the process dies.
+    """Lock a folder, creating it if missing, until the context ends or the process dies.
 
-    The system gives the lock back with the process, however that ends. Raises StorageError naming the other
-    process when the folder is held, or when the disk refuses.
+    Raises StorageError if another process holds the lock (with its id), or if writing fails.
     """
     path = folder / LOCK_NAME
-    with named_failures("lock", path):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+    with _opened(path) as descriptor:
         with named_failures("lock", path):
-            _take(descriptor, folder)
+            _lock(descriptor, folder)
         yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
 def waiting(file: Path) -> Iterator[None]:
-    """Hold a lock beside `file`, after whoever holds it now, while it is read and written again.
+    """Lock `file` through a lock file beside it; blocks while another process holds the lock.
 
-    Raises StorageError when the disk refuses.
+    Raises StorageError if writing fails.
     """
     path = file.with_name(f".{file.name}.lock")
+    with _opened(path) as descriptor:
+        with named_failures("lock", path):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
     with named_failures("lock", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        with named_failures("lock", path):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _take(descriptor: int, folder: Path) -> None:
-    """Lock the open lock file and leave this process's id in it."""
+def _lock(descriptor: int, folder: Path) -> None:
+    """Lock the open lock file and write this process's id to it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         owner = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
         raise StorageError(
-            f"{folder}: another process (id {owner}) works on this run; "
+            f"{folder}: another process (id {owner}) is using this run folder; "
             "wait for it, stop it, or choose another folder with --set output=..."
         ) from None
     os.ftruncate(descriptor, 0)

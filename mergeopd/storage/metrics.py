@@ -17,9 +17,9 @@ _DAMAGED = math.inf
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
-    """Standard JSON of plain data: NaN and the infinities, which JSON does not have, become null.
+    """Serialise plain data to standard JSON; NaN and infinities become null.
 
-    Finite floats are written so that reading gives the same bits.
+    Finite floats are exact when read back.
     """
     return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False, indent=indent)
 
@@ -37,7 +37,7 @@ def _finite(value: Any) -> Any:
 class MetricsFile:
     """Append-only JSON lines, each with an integer `update` and flushed at once. A context manager.
 
-    The file is opened with the first line.
+    The file is opened when the first line is appended.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,7 +48,7 @@ class MetricsFile:
         """Write one line. `record` needs an integer `update`.
 
         Raises:
-            StorageError: the disk refuses.
+            StorageError: writing fails.
         """
         line = json_text({"update": int(record["update"]), **record}) + "\n"
         with named_failures("write", self._path):
@@ -59,28 +59,26 @@ class MetricsFile:
             self._file.flush()
 
     def sync(self) -> None:
-        """Sync all lines to the disk; before a checkpoint, so that it is never ahead of its metrics.
+        """Sync all lines to the disk. Called before a checkpoint, which must not be ahead of its metrics.
 
         Raises:
-            StorageError: the disk refuses.
+            StorageError: writing fails.
         """
         if self._file is not None:
             with named_failures("write", self._path):
                 os.fsync(self._file.fileno())
 
     def truncate_to(self, update: int) -> int:
-        """Drop lines of later updates than `update` and an incomplete last line; return how many remain.
-
-        Remaining lines keep their bytes.
+        """Drop lines of updates after `update` and an incomplete last line; return how many remain.
 
         Raises:
-            StorageError: a line before the cut is damaged, or the disk refuses.
+            StorageError: a line before the cut is damaged, or writing fails.
         """
         self.close()
         with named_failures("read", self._path):
             content = self._path.read_bytes() if self._path.exists() else b""
         lines = content.splitlines(keepends=True)
-        # Damaged lines count as later updates: they are dropped at the end and refused before it.
+        # Damaged lines count as later updates: they are dropped at the end and rejected before it.
         updates = [_update_of(line) for line in lines]
         kept = max((i for i, number in enumerate(updates, start=1) if number <= update), default=0)
         for i, number in enumerate(updates[:kept], start=1):
@@ -110,7 +108,7 @@ class MetricsFile:
 
 
 def _update_of(line: bytes) -> float:
-    """The line's `update`; `_DAMAGED` for a line that is incomplete (no newline, no JSON, no such key)."""
+    """The line's `update`; `_DAMAGED` if it is incomplete (no newline, not JSON, no such key)."""
     try:
         value = json.loads(line)["update"] if line.endswith(b"\n") else None
     except (ValueError, TypeError, KeyError):

@@ -1,4 +1,4 @@
-"""Run folders: whose they are, when they began, whether they are finished."""
+"""Run folders: paths, the plan they belong to, and start time."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from mergeopd import __version__
+from mergeopd.config.locate import dotted
+from mergeopd.config.tree import Keys
 from mergeopd.errors import StorageError
 from mergeopd.messages import shown, shown_in
 from mergeopd.recipe.plan import Plan
@@ -26,7 +28,7 @@ _NOTHING = object()
 
 
 class RunFolder:
-    """The folder of one run; what lies in it is named in `storage/run_layout.py`."""
+    """The folder of one run. File names are in `storage/run_layout.py`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -40,15 +42,15 @@ class RunFolder:
         self.report_file = path / run_layout.REPORT
 
     def started(self) -> datetime | None:
-        """When the run began; None when it has not."""
+        """The start time of the run; None if it has not started."""
         record = self._record()
         return datetime.fromisoformat(record["started"]) if record else None
 
     def refusal(self, plan: Plan, files: Mapping[str, str], allowed: Sequence[str] = ()) -> str | None:
-        """Why this plan with these files (path: digest) cannot run here; None when it can begin or go on.
+        """Return why this plan with these files (path: digest) cannot start or resume here, or None.
 
-        `allowed` names changes that the user declares: dotted keys of the plan (with all below them) or
-        files. Raises StorageError when plan.yaml is damaged.
+        `allowed` are the changes declared by the user: dotted keys of the plan (including all keys below) or
+        files. Raises StorageError if plan.yaml is damaged.
         """
         before = self._record()
         if before is None:
@@ -68,9 +70,9 @@ class RunFolder:
         }
         if all_changes and not changes and self.export.exists():
             return (
-                f"{shown(self.path)} has exported its student, so its settings can no longer change; measure "
-                "with others through mergeopd eval, move the export away to train on, "
-                "or begin a new run with --set output=..."
+                f"{shown(self.path)} has exported its student, so its settings can no longer change; "
+                "evaluate other settings with mergeopd eval, move the export away to continue training, "
+                "or start a new run with --set output=..."
             )
         if not changes:
             return None
@@ -78,31 +80,30 @@ class RunFolder:
         if len(changes) > _SHOWN:
             listed += f"\n    and {len(changes) - _SHOWN} more"
         return (
-            f"{shown(self.path)} belongs to a run that began with other settings or files:\n{listed}\n"
-            "undo the changes to go on with it, declare them with --allow-change KEY, "
-            "or begin a new run with --set output=..."
+            f"{shown(self.path)} belongs to a run that started with other settings or files:\n{listed}\n"
+            "undo the changes to resume it, declare them with --allow-change KEY, "
+            "or start a new run with --set output=..."
         )
 
     def check(self, plan: Plan, files: Mapping[str, str], allowed: Sequence[str]) -> None:
-        """Raise StorageError where `refusal` has a reason; writes nothing."""
+        """Raise StorageError if `refusal` returns a reason. Writes nothing."""
         refusal = self.refusal(plan, files, allowed)
         if refusal is not None:
             raise StorageError(refusal)
 
     def _changes(self, before: Mapping[str, Any], plan: Plan, files: Mapping[str, str]) -> dict[str, str]:
-        """What differs from the plan on record, by key or file."""
+        """Differences from the recorded plan and files, by key or file."""
         changes = dict(_differences(before["plan"], plan.content))
-        # A file that only one plan names shows in the plan.
+        # Files that only one of the plans names are differences of the plans.
         for file, digest in before["files"].items():
             if file in files and files[file] != digest:
                 changes[shown(Path(file))] = f"{shown(Path(file))} has other contents now"
         return changes
 
     def claim(self, plan: Plan, files: Mapping[str, str], now: datetime, allowed: Sequence[str]) -> None:
-        """Make the folder, or make sure that it belongs to this plan and to these files (path: digest).
+        """Create the folder, or check that it belongs to this plan and these files (path: digest).
 
-        Declared changes are written down with the plan. Raises StorageError naming what else differs when
-        the folder belongs to others.
+        Declared changes are recorded in plan.yaml. Raises StorageError if there are other changes.
         """
         self.check(plan, files, allowed)
         before = self._record()
@@ -127,22 +128,21 @@ class RunFolder:
         write_atomic(self.plan_file, text.getvalue())
 
     def plan_hashes(self) -> list[str]:
-        """The plan's hash and those it had before declared changes."""
+        """The plan's hash, and its hashes before declared changes."""
         record = self._record()
         return [record["hash"], *record["earlier_hashes"]] if record else []
 
     def other_files(self, files: Mapping[str, str]) -> list[str]:
-        """Those of `files` (path: digest) that the run has with other contents."""
+        """Those of `files` (path: digest) that the run recorded with other contents."""
         record = self._record()
         own = record["files"] if record else {}
         return [file for file, digest in files.items() if own.get(file, digest) != digest]
 
     def _record(self) -> dict[str, Any] | None:
-        """plan.yaml; None when there is none."""
         if not self.plan_file.is_file():
             return None
         record = run_layout.read_plan_document(self.plan_file)
-        if record is None or not _is_sound(record):
+        if record is None or not _is_valid(record):
             raise StorageError(
                 f"{shown(self.plan_file)} is damaged or of another version of mergeopd; "
                 "choose another folder with --set output=... (once a run has begun there, "
@@ -151,8 +151,8 @@ class RunFolder:
         return record
 
 
-def _is_sound(record: Mapping[str, Any]) -> bool:
-    """Whether plan.yaml has all its parts, and a plan that agrees with its hash."""
+def _is_valid(record: Mapping[str, Any]) -> bool:
+    """Whether plan.yaml is complete and its plan matches its hash."""
     parts = {"started": str, "hash": str, "plan": dict, "files": dict}
     parts |= {"earlier_hashes": list, "declared_changes": list}
     if not all(isinstance(record.get(key), kind) for key, kind in parts.items()):
@@ -172,32 +172,26 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def _differences(before: Any, now: Any, path: str = "") -> list[tuple[str, str]]:
-    """`(path, "path: old -> new")` for every leaf that differs, `nothing` where there is none."""
+def _differences(before: Any, now: Any, path: Keys = ()) -> list[tuple[str, str]]:
+    """`(path, "path: old -> new")` for every leaf that differs; a missing leaf is `nothing`."""
     if before == now:
         return []
     old, new = _parts(before), _parts(now)
-    # Parts are compared where both sides have some; otherwise the whole was replaced, added or removed.
+    # Parts are compared if both sides have some; otherwise the value was replaced, added or removed.
     if old and new and isinstance(before, dict) == isinstance(now, dict):
         keys = [*old, *(key for key in new if key not in old)]
         return [
             change
             for key in keys
-            for change in _differences(old.get(key, _NOTHING), new.get(key, _NOTHING), _joined(path, key))
+            for change in _differences(old.get(key, _NOTHING), new.get(key, _NOTHING), (*path, key))
         ]
-    return [(path, f"{path}: {_short(before)} -> {_short(now)}")]
+    return [(dotted(path), f"{dotted(path)}: {_short(before)} -> {_short(now)}")]
 
 
 def _parts(value: Any) -> dict[str | int, Any]:
     if isinstance(value, dict):
         return value
     return dict(enumerate(value)) if isinstance(value, list) else {}
-
-
-def _joined(path: str, key: str | int) -> str:
-    if isinstance(key, int):
-        return f"{path}[{key}]"
-    return f"{path}.{key}" if path else key
 
 
 def _short(value: Any, limit: int = 80) -> str:

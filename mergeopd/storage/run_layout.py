@@ -1,4 +1,4 @@
-"""What lies where in a run folder, and how plan.yaml is read."""
+"""File names in a run folder, and reading plan.yaml."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ TENSORBOARD = "tensorboard"
 
 
 def read_plan_document(path: Path) -> dict[str, Any] | None:
-    """plan.yaml as plain data; None where it is no plan at all (torn, not YAML, without its parts).
+    """Read plan.yaml as plain data; None if it is not a plan (truncated, not YAML, incomplete).
 
     Raises:
-        StorageError: it is a plan of another format version, or the disk refuses.
+        StorageError: the plan has another format version, or reading fails.
     """
     with named_failures("read", path):
         content = path.read_bytes()

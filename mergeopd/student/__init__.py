@@ -1,1 +1,1 @@
-"""Students: the model that learns. `torch` is the reference backend."""
+"""The student under training; `torch` is the reference backend."""

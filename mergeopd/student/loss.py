@@ -1,10 +1,11 @@
-"""The kernel on one micro-batch: the fused loss, and a bridge for each teacher with another tokenizer."""
+"""Loss of one micro-batch: the fused loss, plus a bridge for each teacher with another tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,7 +22,7 @@ from mergeopd.loss.support import Support
 
 @dataclass(frozen=True)
 class Measured:
-    """What is to be measured, for all micro-batches of a pass alike; arguments as in `fused_loss`."""
+    """Arguments of `fused_loss` that are the same for all micro-batches of a pass."""
 
     divergences: Sequence[Divergence]
     support: Support | None
@@ -44,11 +45,11 @@ def micro_loss(
     workspace: Workspace,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, MicroStats]:
-    """The loss of a micro-batch and its statistics; `hidden_ND` has a row for each trained token.
+    """Compute the loss of a micro-batch and its statistics; `hidden_ND` has a row for each trained token.
 
     Raises NumericsError, with the names of the teachers, for distributions that are not finite.
     """
-    labels = torch.tensor([t for r in micro.labels for t in r], dtype=torch.long, device=hidden_ND.device)
+    labels = torch.tensor(np.concatenate(micro.labels), dtype=torch.long, device=hidden_ND.device)
     try:
         loss, stats = fused_loss(
             hidden_ND,
@@ -64,7 +65,7 @@ def micro_loss(
         )
     except ArithmeticError as error:
         raise NumericsError(micro.with_teacher_names(error)) from error
-    found: list[tuple[str, BridgeStats]] = []
+    bridge_stats: list[tuple[str, BridgeStats]] = []
     for bridged in micro.bridged:
         try:
             value, of_groups = bridge_loss(
@@ -82,5 +83,5 @@ def micro_loss(
         except ArithmeticError as error:
             raise NumericsError(f"teacher {bridged.teacher}: {error}") from error
         loss = loss + value
-        found.append((bridged.teacher, of_groups))
-    return loss, MicroStats(**vars(stats), bridged=tuple(found))
+        bridge_stats.append((bridged.teacher, of_groups))
+    return loss, MicroStats(**vars(stats), bridged=tuple(bridge_stats))

@@ -1,4 +1,4 @@
-"""The roles of a student, whatever trains it: each stage takes the one it needs."""
+"""The roles of a student, independent of the backend: each stage takes the role that it needs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from mergeopd.student.loss import MicroStats
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Which part of the work is this process's.
+    """This process's part of the work.
 
-    The student has `len(replica_ranks)` data-parallel copies and this process belongs to number `dp_rank`;
-    `replica_ranks` and `loss_ranks` have, for each copy, the ranks that make it up and those of them that see
-    targets and compute losses. `reports_stats` is True on one process of each copy, whose statistics count.
+    The student has `len(replica_ranks)` data-parallel copies, and this process belongs to copy `dp_rank`. For
+    each copy, `replica_ranks` are its ranks, and `loss_ranks` those that get targets and compute losses.
+    `reports_stats` is True on the one process of each copy whose statistics are used.
     """
 
     dp_rank: int
@@ -33,20 +33,12 @@ class Placement:
     has_loss: bool
     reports_stats: bool
 
-    @property
-    def num_replicas(self) -> int:
-        """Number of data-parallel copies."""
-        return len(self.replica_ranks)
-
 
 UNSHARDED = Placement(dp_rank=0, replica_ranks=((0,),), loss_ranks=((0,),), has_loss=True, reports_stats=True)
 
 
 class Trainable(Protocol):
-    """What an update asks of a student. On several processes all call it together.
-
-    Everything but the properties is collective.
-    """
+    """The methods that an update needs. All but the properties are collective."""
 
     @property
     def placement(self) -> Placement:
@@ -54,7 +46,7 @@ class Trainable(Protocol):
 
     @property
     def vocab(self) -> range:
-        """True token ids whose rows of the head are here: targets' heads must be cut to them."""
+        """True token ids whose rows of the head are on this rank; targets' heads must have the same rows."""
 
     @property
     def statistics_dtype(self) -> torch.dtype:
@@ -63,7 +55,7 @@ class Trainable(Protocol):
     def accumulate_gradients(
         self, micro_batches: MicroBatches, objective: DistillationObjective
     ) -> Sequence[MicroStats]:
-        """Add the gradient of this copy's micro-batches; their statistics, where losses are computed."""
+        """Add the gradient of this copy's micro-batches; return statistics on ranks that compute losses."""
 
     def score(
         self,
@@ -72,40 +64,40 @@ class Trainable(Protocol):
         support: Support | None,
         temperature: float,
     ) -> Sequence[MicroStats]:
-        """Statistics of this copy's micro-batches under the present weights, where losses are computed."""
+        """Return statistics of this copy's micro-batches, on ranks that compute losses; no gradient."""
 
     def optimizer_step(self, lr: float) -> float:
-        """One optimizer update; the gradient's norm before clipping."""
+        """Perform one optimizer update; return the gradient's norm before clipping."""
 
     def release(self) -> None:
         """Free weights, gradients and optimizer state; nothing can be called afterwards. Not collective."""
 
 
 class WeightSource(rollout.WeightSource, Protocol):
-    """A student's weights, for engines that generate and teachers that follow. Everything is collective."""
+    """A student's weights, for rollout engines and snapshots. All methods are collective."""
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The forward pass's weights as they are now, whole on every process, by parameter name."""
+        """Yield the forward pass's current weights by parameter name, unsharded on every process."""
 
     def master_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The optimizer's weights as they are now, whole on every process, by parameter name."""
+        """Yield the optimizer's current weights by parameter name, unsharded on every process."""
 
 
 class Stateful(Protocol):
-    """What a checkpoint holds of a student."""
+    """A student's part of a checkpoint."""
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Master weights (`master.NAME`) and optimizer moments, whole, one by one, on rank 0. Collective."""
+        """Yield master weights (`master.NAME`) and optimizer moments, unsharded, on rank 0. Collective."""
 
     def state_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shapes of the master weights in `state`; not collective."""
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from `state()`."""
+        """Restore `state()`."""
 
 
 class Exportable(Protocol):
-    """A student that can be written down."""
+    """A student that can be exported."""
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder; rank 0 writes. Collective."""

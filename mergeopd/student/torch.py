@@ -31,8 +31,8 @@ from mergeopd.student.protocol import UNSHARDED, Placement
 class TorchStudent:
     """A Hugging Face model under training.
 
-    `dtype` is that of the forward pass. In bfloat16 the optimizer works on float32 master weights and on
-    gradients summed in float32, and the rounded weights follow after each update. Dropout stays off: the
+    `dtype` is the dtype of the forward pass. In bfloat16 the optimizer works on float32 master weights and
+    gradients summed in float32, and the rounded weights are copied after each update. Dropout is off: the
     student must be the policy that sampled.
     """
 
@@ -78,22 +78,19 @@ class TorchStudent:
 
     @property
     def placement(self) -> Placement:
-        """All of it is here."""
         return UNSHARDED
 
     @property
     def vocab(self) -> range:
-        """The true vocabulary."""
         return range(self._num_valid)
 
     @property
     def statistics_dtype(self) -> torch.dtype:
-        """Precision of losses and per-token weights."""
         return torch.float64 if self._masters_are_double else torch.float32
 
     @property
     def head(self) -> Head:
-        """The prediction head as it is now, over the true vocabulary."""
+        """The current prediction head, over the true vocabulary."""
         facts = self._facts
         weight = self._parameters[facts.embedding_name if facts.tied else facts.head_name]
         return Head(
@@ -106,34 +103,34 @@ class TorchStudent:
 
     @contextmanager
     def unsharded(self) -> Iterator[tuple[nn.Module, Head]]:
-        """Body and head as they are now; not copies."""
+        """Yield the current body and head; not copies."""
         yield self.body, self.head
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights of the forward pass as they are now, by parameter name; not copies."""
+        """Yield the forward pass's current weights by parameter name; not copies."""
         return ((name, p.detach()) for name, p in self._parameters.items())
 
     def master_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The optimizer's weights as they are now, by parameter name; not copies."""
+        """Yield the optimizer's current weights by parameter name; not copies."""
         return ((name, p.detach()) for name, p in self._masters.items())
 
     def accumulate_gradients(
         self, micro_batches: MicroBatches, objective: DistillationObjective
     ) -> list[MicroStats]:
-        """Add the gradient of micro-batches, one after another; the statistics of their trained tokens.
+        """Add the gradient of micro-batches; return the statistics of their trained tokens.
 
-        A micro-batch is taken when the one before is done. Raises NumericsError when the student's or a
-        teacher's distribution is not finite.
+        Micro-batches are consumed one at a time. Raises NumericsError when the student's or a teacher's
+        distribution is not finite.
         """
-        found = []
+        statistics = []
         for micro in micro_batches:
             per_token = objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N, micro.policy)
             what = Measured(objective.divergences, objective.support, objective.temperature)
             loss, stats = self._fused(micro, per_token, what, self._head_to_train())
             loss.backward()  # type: ignore[no-untyped-call]
             self._collect_gradients()
-            found.append(stats)
-        return found
+            statistics.append(stats)
+        return statistics
 
     def score(
         self,
@@ -142,26 +139,26 @@ class TorchStudent:
         support: Support | None,
         temperature: float,
     ) -> list[MicroStats]:
-        """Statistics of the trained tokens under the weights as they are, one micro-batch after another.
+        """Return statistics of the trained tokens under the current weights; no gradient.
 
         Raises NumericsError when the student's or a teacher's distribution is not finite.
         """
-        found = []
+        statistics = []
         for micro in micro_batches:
             with torch.no_grad():
                 what = Measured(divergences, support, temperature)
                 _, stats = self._fused(micro, _nothing, what, self.head)
-            found.append(stats)
-        return found
+            statistics.append(stats)
+        return statistics
 
     def gradients(self) -> dict[str, Tensor]:
-        """The gradient accumulated so far, by parameter name, in master precision."""
+        """Return the gradient accumulated so far, by parameter name, in master precision."""
         return {name: p.grad for name, p in self._masters.items() if p.grad is not None}
 
     def optimizer_step(self, lr: float) -> float:
-        """One optimizer update with the accumulated gradient; returns its norm before clipping.
+        """Perform one optimizer update; return the gradient's norm before clipping.
 
-        Raises NumericsError, and changes no weight, when the norm is not finite.
+        Raises NumericsError, without changing weights, when the norm is not finite.
         """
         gradients = list(self.gradients().values())
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -180,7 +177,6 @@ class TorchStudent:
         return float(norm)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Master weights and optimizer moments, flat, for a checkpoint."""
         for name, p in self._masters.items():
             yield f"master.{name}", p.detach()
         for name, p in self._masters.items():
@@ -188,21 +184,19 @@ class TorchStudent:
                 yield f"adamw.{key}.{name}", value
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the master weights in `state`."""
         return {f"master.{name}": tuple(p.shape) for name, p in self._masters.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from `state()`. Raises StorageError when it belongs to another model."""
         expected = {f"master.{name}" for name in self._masters}
-        found = {key for key in tensors if key.startswith("master.")}
-        if expected != found:
-            odd = ", ".join(sorted(expected ^ found)[:3])
+        given = {key for key in tensors if key.startswith("master.")}
+        if expected != given:
+            odd = ", ".join(sorted(expected ^ given)[:3])
             raise StorageError(f"the checkpoint is not of this student: {odd} on one side only")
         with torch.no_grad():
             for name, p in self._masters.items():
                 p.copy_(tensors[f"master.{name}"])
                 moments = {
-                    # Fused AdamW keeps its step count on the device of the parameter, too.
+                    # Fused AdamW keeps its step count, too, on the parameter's device.
                     key: tensors[f"adamw.{key}.{name}"].to(p.device)
                     for key in ("step", "exp_avg", "exp_avg_sq")
                     if f"adamw.{key}.{name}" in tensors
@@ -212,23 +206,20 @@ class TorchStudent:
         self._publish()
 
     def export(self, folder: Path) -> None:
-        """Write a Hugging Face folder: safetensors, config, tokenizer, generation config."""
         self._model.save_pretrained(folder)
         copy_companions(self._folder, folder)
 
     def release(self) -> None:
-        """Free weights, gradients and optimizer state; nothing can be called afterwards."""
         self.__dict__.clear()
 
     def _fused(
         self, micro: MicroBatch, per_token: Objective, what: Measured, head: Head
     ) -> tuple[Tensor, MicroStats]:
-        """Student's forward pass and the kernel."""
         hidden = response_hidden(self.body, micro.prompts, micro.responses, self._device, micro.trained)
         return micro_loss(hidden, head, micro, per_token, what, self._workspace)
 
     def _head_to_train(self) -> Head:
-        """The head, whose gradient in float32 must not be rounded to bfloat16 before it is summed."""
+        """Return the head with a float32 gradient buffer: bfloat16 would round before the sum."""
         name = self._facts.embedding_name if self._facts.tied else self._facts.head_name
         master = self._masters[name]
         if master is self._parameters[name]:
@@ -238,7 +229,7 @@ class TorchStudent:
         return replace(self.head, weight_grad=master.grad)
 
     def _collect_gradients(self) -> None:
-        """bfloat16 gradients are summed in float32, outside the parameters."""
+        """Sum bfloat16 gradients in float32, outside the parameters."""
         for name, master in self._masters.items():
             parameter = self._parameters[name]
             if master is parameter or parameter.grad is None:
@@ -257,5 +248,4 @@ class TorchStudent:
 
 
 def _nothing(stats: BlockStats, rows: slice) -> Tensor:
-    """The objective of a pass that only measures."""
     return torch.zeros_like(stats.logprob_S)

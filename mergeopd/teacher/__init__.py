@@ -1,1 +1,1 @@
-"""Teachers: weights brought in for their turn, hidden states kept, heads fetched by checkpoint."""
+"""Teachers: weights loaded for one pass, cached hidden states, heads shared by checkpoint."""

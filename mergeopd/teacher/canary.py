@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -16,12 +17,12 @@ from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.heads import Head, Projection
 from mergeopd.recipe.plan import TeacherPlan
 from mergeopd.teacher.protocol import TeacherSequence
-from mergeopd.types import Message
+from mergeopd.types import Message, token_ids
 
-# Between precisions (bfloat16 beside float32) log-probabilities move by a few hundredths of a nat; a model
-# with a layer made anew moves them by whole ones.
+# Log-probabilities differ by a few hundredths of a nat between bfloat16 and float32, and by whole nats for a
+# model with a re-initialised layer.
 _TOLERANCE_NATS = 0.1
-# A share of the largest possible entropy, log V, that no trained model reaches over a whole batch.
+# Fraction of the largest possible entropy, log V, that no trained model reaches over a whole batch.
 _UNIFORM = 0.995
 _DAY = datetime(2026, 1, 1)
 
@@ -37,11 +38,12 @@ class Canary:
 
     @classmethod
     def of(cls, teacher: TeacherPlan, dialect: Renderer) -> Canary | None:
-        """The canary of a teacher's card, in the teacher's ids; None where the card has none."""
+        """Build the canary of a teacher's card, in the teacher's ids; None without a card's sample."""
         if teacher.canary is None:
             return None
-        ids = sample_ids(dialect, teacher.canary.prompt, teacher.canary.response)
-        return cls(teacher.name, TeacherSequence(*ids), teacher.canary.logprobs, dialect.vocab_size)
+        prompt, response = sample_ids(dialect, teacher.canary.prompt, teacher.canary.response)
+        sequence = TeacherSequence(token_ids(prompt), token_ids(response))
+        return cls(teacher.name, sequence, teacher.canary.logprobs, dialect.vocab_size)
 
     def verify(self, hidden_ND: Tensor, head: Head) -> None:
         """Compare a loaded teacher's log-probabilities of the sample with the card's.
@@ -51,29 +53,28 @@ class Canary:
 
         Raises TeacherError when they differ by more than rounding.
         """
-        found = logprobs(
-            hidden_ND, replace(head, num_valid=self.vocab_size), tuple(self.sequence.response_ids)
-        )
-        if len(found) != len(self.logprobs):
+        head = replace(head, num_valid=self.vocab_size)
+        measured = logprobs(hidden_ND, head, self.sequence.response_ids.tolist())
+        if len(measured) != len(self.logprobs):
             raise TeacherError(
-                f"teacher {self.teacher!r} cuts its card's sample into {len(found)} tokens, the "
+                f"teacher {self.teacher!r} cuts its card's sample into {len(measured)} tokens, the "
                 f"card has log-probabilities of {len(self.logprobs)}; write the card again with "
                 "mergeopd new teacher"
             )
-        gap = sum(abs(a - b) for a, b in zip(found, self.logprobs, strict=True)) / len(found)
+        gap = sum(abs(a - b) for a, b in zip(measured, self.logprobs, strict=True)) / len(measured)
         if not gap <= _TOLERANCE_NATS:
             raise TeacherError(
                 f"teacher {self.teacher!r} is not the model its card describes: the log-probabilities of its "
-                f"own sample are off by {gap:.2f} nats per token, rounding aside by at most "
+                f"own sample are off by {gap:.2f} nats per token, rounding explains at most "
                 f"{_TOLERANCE_NATS}; check the weights, or write the card again with mergeopd new teacher"
             )
 
 
 def refuse_uniform(teacher: str, mean_entropy: float, num_valid: int, temperature: float = 1.0) -> None:
-    """Raise TeacherError for a teacher to which all tokens are alike.
+    """Raise TeacherError for a teacher that gives all tokens the same probability.
 
-    `mean_entropy` in nats, of logits divided by `temperature`: near the largest entropy, what a trained
-    teacher lacks of it falls with the temperature's square.
+    `mean_entropy` is in nats, of logits divided by `temperature`. Near the largest entropy, a trained
+    teacher's distance from it is proportional to 1 / temperature^2.
     """
     largest = math.log(num_valid)
     lack = (largest - mean_entropy) * max(temperature, 1.0) ** 2
@@ -86,16 +87,15 @@ def refuse_uniform(teacher: str, mean_entropy: float, num_valid: int, temperatur
 
 
 def sample_ids(dialect: Renderer, prompt: str, response: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids of a sample, rendered as the model reads a user's message; a template that writes the date gets one
-    and the same, whenever it is asked."""
+    """Return the ids of a sample, with the prompt rendered as a user's message on a fixed date."""
     own = dialect.template
     template = ChatTemplate(own.source, own.special_tokens, name=own.name, now=lambda: _DAY)
     text = template.render((Message("user", prompt),))
     return tuple(dialect.tokenizer.encode(text)), tuple(dialect.tokenizer.encode(response))
 
 
-def logprobs(hidden_ND: Tensor, head: Head, response_ids: tuple[int, ...]) -> list[float]:
-    """log p of each response token, in nats, over the true vocabulary."""
+def logprobs(hidden_ND: Tensor, head: Head, response_ids: Sequence[int]) -> list[float]:
+    """Return log p of each response token, in nats, over the true vocabulary."""
     dtype = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
     projection = Projection("canary", head, hidden_ND, 1.0, dtype, Workspace())
     logits = projection.raw_logits(slice(0, len(hidden_ND)))

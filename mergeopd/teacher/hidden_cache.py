@@ -1,4 +1,4 @@
-"""The hidden states of a round, from a teacher's turn until the update that needs them."""
+"""Cache of a round's hidden states, from a teacher's pass until the update that uses them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mergeopd.storage.failures import named_failures
 
 
 class RoundCache(Protocol):
-    """What the caches of a round have in common. Bytes are this process's, in memory and on disk."""
+    """Interface of a round's caches. Byte counts are this process's, in memory and on disk."""
 
     num_bytes: int
     num_spilled_bytes: int
@@ -26,7 +26,7 @@ class RoundCache(Protocol):
         """Keep `[trained tokens, d_T]` for one rollout (its index in the round)."""
 
     def publish(self) -> None:
-        """Let those who gather find what was put since the last time. Collective."""
+        """Make what was put since the last call available to `gather`. Collective."""
 
     def gather(self, teacher: str, rollouts: Sequence[int]) -> Tensor:
         """`[sum of their trained tokens, d_T]` in the order of `rollouts`. A missing one is a KeyError."""
@@ -35,9 +35,9 @@ class RoundCache(Protocol):
 class HiddenCache:
     """Last hidden states of trained response tokens, by teacher and rollout.
 
-    Holds at most `budget_bytes` in main memory; what comes after is appended to a file in `folder` and read
-    back memory-mapped, bit for bit. A context manager: the file is gone when the context or the process ends.
-    An accelerator keeps nothing: what is put leaves it at once, and what is gathered arrives on `device`.
+    Holds at most `budget_bytes` in main memory; the rest is appended to a file in `folder` and read back
+    memory-mapped, bit for bit. A context manager: the file is deleted when the context or the process ends.
+    Nothing stays on an accelerator: `put` copies to the CPU, `gather` returns tensors on `device`.
     """
 
     def __init__(self, budget_bytes: int, folder: Path, device: torch.device) -> None:
@@ -59,17 +59,17 @@ class HiddenCache:
     ) -> None:
         self._held.clear()
         self._spilled.clear()
-        # Tensors gathered earlier are copies, so nothing looks at the map any more.
+        # Gathered tensors are copies, so nothing uses the map any more.
         if self._map is not None:
             self._map.close()
         if self._file is not None:
-            with suppress(OSError):  # a full disk was told when it was met; nobody wants this data any more
+            with suppress(OSError):  # a full disk was reported by the write; the data is no longer needed
                 self._file.close()
 
     def put(self, teacher: str, rollout: int, hidden: Tensor) -> None:
         """Keep `[trained tokens, d_T]` for one rollout (its index in the round).
 
-        Raises KeyError when it is there already, StorageError when the disk refuses.
+        Raises KeyError when it is there already, StorageError when the disk fails.
         """
         key = (teacher, rollout)
         if key in self._held or key in self._spilled:
@@ -83,10 +83,9 @@ class HiddenCache:
             self._spilled[key] = self._spill(hidden, size)
 
     def publish(self) -> None:
-        """Nothing: one process finds at once what it has put."""
+        """Do nothing: in one process, tensors are available at once."""
 
     def gather(self, teacher: str, rollouts: Sequence[int]) -> Tensor:
-        """`[sum of their trained tokens, d_T]` in the order of `rollouts`. A missing one is a KeyError."""
         return torch.cat([self._get((teacher, rollout)) for rollout in rollouts]).to(self._device)
 
     def _get(self, key: tuple[str, int]) -> Tensor:
@@ -97,7 +96,7 @@ class HiddenCache:
         with named_failures("spill hidden states to", self._folder):
             if self._file is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                # Without a name: it is gone with the process, however that ends.
+                # Without a name, the file is deleted with the process, however that ends.
                 self._file = cast(BinaryIO, TemporaryFile(dir=self._folder))  # noqa: SIM115 - closed by __exit__
             place = _SpillSlot(self.num_spilled_bytes, hidden.shape, hidden.dtype)
             self._file.write(hidden.contiguous().view(torch.uint8).numpy().tobytes())
@@ -109,7 +108,7 @@ class HiddenCache:
         if self._map is None or len(self._map) < self.num_spilled_bytes:
             with named_failures("spill hidden states to", self._folder):
                 self._file.flush()
-                # Copy-on-write: torch wants memory that could be written.
+                # Copy-on-write, because torch needs writable memory.
                 self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
         count = place.shape.numel()
         flat = torch.frombuffer(self._map, dtype=place.dtype, count=count, offset=place.offset)
@@ -117,7 +116,7 @@ class HiddenCache:
 
 
 class _SpillSlot:
-    """Where a spilled tensor lies in the file, and what it was."""
+    """Offset, shape and dtype of a spilled tensor."""
 
     __slots__ = ("dtype", "offset", "shape")
 

@@ -1,10 +1,9 @@
-"""Teachers live on disk; one is in memory during its turn and gone after it. Those that follow the student
-live in memory.
+"""Teachers from local checkpoints, in memory only during their pass, and teachers from student snapshots.
 
-How a body's weights are read is a `Reader`'s business. By default they are memory-mapped safetensors: on a
-CPU, where the file already has the computing precision, nothing is copied, and the pages belong to the file
-cache, not to the process. A teacher's prediction head is not part of its turn; the update fetches it, whole
-or some of its rows, keyed by checkpoint, so teachers that share one checkpoint share one head.
+A `Reader` reads a body's weights. By default they are memory-mapped safetensors: on a CPU, if the file has
+the computing precision, nothing is copied, and the pages belong to the file cache, not to the process. A
+teacher's prediction head is not part of its pass; the update reads it, whole or some of its rows, keyed by
+checkpoint, so teachers that share one checkpoint share one head.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,15 +51,15 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 # Checkpoint fingerprint; rule and version of weights that follow the student; dtype; true vocabulary.
 HeadKey = tuple[str, tuple[str, int] | None, str, int]
-# Responses are reduced together until they have this many tokens: a matrix product of a few rows is slow.
+# Responses are reduced in batches of about this many tokens: a matrix product of a few rows is slow.
 _ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherSource:
-    """Where a teacher's weights lie and how they are used. `num_valid` is its true vocabulary.
+    """A teacher's model folder, dtype and true vocabulary (`num_valid`).
 
-    With a `snapshot` the folder says what the model looks like, and the weights are the follower's.
+    With a `snapshot`, the folder gives the architecture only, and the weights are the snapshot's.
     """
 
     model: Path
@@ -69,7 +69,7 @@ class TeacherSource:
 
 
 class LoadedTeacher:
-    """A teacher during its turn."""
+    """A teacher during its pass."""
 
     def __init__(self, name: str, body: nn.Module, device: torch.device) -> None:
         self.name = name
@@ -97,7 +97,7 @@ class LoadedTeacher:
                     f"teacher {self.name!r} produced NaN or infinite hidden states; "
                     "its weights are damaged or its dtype is too narrow (try dtype: float32)"
                 )
-            # A clone each: a view would keep the whole batch alive when most of it is spilled or dropped.
+            # Clone: a view would keep the whole batch alive when most of it is spilled or dropped.
             for index, rows in zip(batch, torch.split(states, sizes), strict=True):
                 yield index, rows.clone()
 
@@ -123,7 +123,7 @@ class LocalSession:
     def score(
         self, sequences: Sequence[TeacherSequence], spec: TargetSpec, max_tokens: int
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield `(index, [trained tokens, width])` for every sequence, as `TeacherSession.score` says.
+        """Yield `(index, [trained tokens, width])` for every sequence; see `TeacherSession.score`.
 
         Raises TeacherError when a hidden state is not finite.
         """
@@ -131,15 +131,14 @@ class LocalSession:
         return states if spec.kind == "hidden" else _reduced(states, sequences, self._read_head(), spec)
 
     def generator(self) -> RolloutEngine:
-        """An engine that generates with this teacher's weights until the session ends."""
         return self._make_engine(FixedWeights(self._loaded.body, lambda: self.head))
 
 
 class LocalTeacher:
-    """A teacher whose weights are in a folder of this machine, or are the student's own of some update.
+    """A teacher whose weights are in a local folder, or are a snapshot of the student's.
 
-    `canary` is compared the first time that the teacher is opened, on the first process (`run_on_first`).
-    `make_engine` makes an engine that generates with a model's weights and this teacher's end tokens.
+    `canary` is verified the first time that the teacher is opened, on rank 0 (`run_on_first`). `make_engine`
+    builds an engine that generates with a model's weights and this teacher's end tokens.
     """
 
     def __init__(
@@ -161,24 +160,21 @@ class LocalTeacher:
 
     @property
     def fingerprint(self) -> str | None:
-        """Digest of the checkpoint; None for weights that follow the student."""
         return self._store.fingerprint(self.name)
 
     @property
     def bytes_read(self) -> int:
-        """Checkpoint bytes that this process brought in so far."""
         return self._store.bytes_read(self.name)
 
     @property
     def head_key(self) -> HeadKey:
-        """Equal for teachers whose heads are equal."""
         return self._store.head_key(self.name)
 
     @contextmanager
     def open(self) -> Iterator[LocalSession]:
-        """Bring the body in; it is dropped when the context ends. Collective.
+        """Load the body; it is freed when the context ends. Collective.
 
-        Raises TeacherError where the canary does not agree.
+        Raises TeacherError when the canary does not match.
         """
         with self._store.open(self.name) as loaded:
             session = LocalSession(loaded, lambda: self._store.head(self.name), self._make_engine)
@@ -188,16 +184,14 @@ class LocalTeacher:
             yield session
 
     def prefetch(self) -> None:
-        """Ask the system to bring the files into its cache; no memory of the process is used."""
         self._store.read_ahead(self.name)
 
     def head(self, vocab: range | None) -> Head:
-        """Read the prediction head, whole or the rows of these token ids. Not collective."""
         return self._store.head(self.name, vocab)
 
 
 class ResidentHeads:
-    """The prediction heads in memory: those of one set of teachers at a time, equal ones once.
+    """The prediction heads in memory: those of one set of teachers at a time, equal ones only once.
 
     `vocab`: token ids whose rows this process scores; None: all.
     """
@@ -208,7 +202,7 @@ class ResidentHeads:
         self._heads: dict[Hashable, Head] = {}
 
     def of(self, names: Iterable[str]) -> dict[str, Head]:
-        """The heads of these teachers; all others are dropped."""
+        """Return the heads of these teachers and free all others."""
         wanted = {name: self._teachers[name].head_key for name in names}
         self._heads = {key: head for key, head in self._heads.items() if key in wanted.values()}
         for name, key in wanted.items():
@@ -217,12 +211,11 @@ class ResidentHeads:
         return {name: self._heads[key] for name, key in wanted.items()}
 
     def release(self) -> None:
-        """Drop all heads."""
         self._heads = {}
 
 
 def _verify(canary: Canary, session: LocalSession) -> None:
-    """Score the canary alone, so that no other sequence's batch changes, and compare."""
+    """Verify the canary in a batch of its own, so that the batches of other sequences do not change."""
     spec = TargetSpec("hidden")
     [(_, hidden)] = session.score([canary.sequence], spec, canary.sequence.num_tokens)
     canary.verify(hidden, session.head)
@@ -231,17 +224,17 @@ def _verify(canary: Canary, session: LocalSession) -> None:
 def _reduced(
     states: Iterable[tuple[int, Tensor]], sequences: Sequence[TeacherSequence], head: Head, spec: TargetSpec
 ) -> Iterator[tuple[int, Tensor]]:
-    """`(index, numbers to keep [trained tokens, w])` for every `(index, hidden states)`, in their order."""
+    """Yield `(index, numbers to keep [trained tokens, w])` for every `(index, hidden states)`, in order."""
     workspace = Workspace()
     waiting: list[tuple[int, Tensor]] = []
 
     def flush() -> Iterator[tuple[int, Tensor]]:
-        labels = [t for index, _ in waiting for t in sequences[index].trained_ids]
+        labels = np.concatenate([sequences[index].trained_ids for index, _ in waiting])
         hidden = torch.cat([rows for _, rows in waiting])
         seen = observe(
             hidden,
             head,
-            torch.tensor(labels, device=hidden.device),
+            torch.tensor(labels, dtype=torch.long, device=hidden.device),
             temperature=spec.temperature,
             top_k=spec.k,
             workspace=workspace,
@@ -281,7 +274,7 @@ class TeacherStore:
 
     @contextmanager
     def open(self, name: str) -> Iterator[LoadedTeacher]:
-        """Bring a teacher's body in; it is dropped when the context ends. Collective where the reader is."""
+        """Load a teacher's body; it is freed when the context ends. Collective if the reader is."""
         model = self._skeleton(name)
         try:
             fill(model, self._body(name))
@@ -290,35 +283,33 @@ class TeacherStore:
             empty(model)
 
     def fingerprint(self, name: str) -> str | None:
-        """Digest of the teacher's checkpoint; None for weights that follow the student."""
         return None if self._sources[name].snapshot is not None else self._checkpoints[name].fingerprint
 
     def bytes_read(self, name: str) -> int:
-        """Checkpoint bytes of this teacher that this process brought in so far."""
         return self._bytes_read[name]
 
     def read_ahead(self, name: str) -> None:
-        """Ask the system to bring a teacher's files into its cache, and go on; no memory of ours is used."""
+        """Start reading a teacher's files into the system's file cache; no memory of the process is used."""
         if self._sources[name].snapshot is None:
             self._reader.read_ahead(self._checkpoints[name], list(self._body_tensors(name).values()))
 
     def head_key(self, name: str) -> HeadKey:
         """Equal for teachers whose heads are equal: one checkpoint, precision and true vocabulary."""
         source, snapshot = self._sources[name], self._sources[name].snapshot
-        # A follower's weights are never the folder's, nor its own of another round.
+        # A snapshot's weights differ from the folder's and from its own of another round.
         moved = None if snapshot is None else (snapshot.label, snapshot.version)
         return self._checkpoints[name].fingerprint, moved, source.dtype, source.num_valid
 
     def head(self, name: str, vocab: range | None = None) -> Head:
         """Read a teacher's prediction head. Not collective.
 
-        With `vocab` only the rows of these token ids, which must belong to the teacher's true vocabulary
-        (else ValueError), as one rank of a tensor-parallel group scores them.
+        With `vocab`, read only the rows of these token ids, as one rank of a tensor-parallel group needs
+        them. Raises ValueError for ids outside the teacher's true vocabulary.
         """
         facts, checkpoint = self._facts[name], self._checkpoints[name]
         num_valid = self._sources[name].num_valid
         if vocab is not None and not (vocab.step == 1 and 0 <= vocab.start <= vocab.stop <= num_valid):
-            raise ValueError(f"teacher {name!r} has {num_valid} true tokens, so none in {vocab}")
+            raise ValueError(f"teacher {name!r} has {num_valid} true tokens, which do not cover {vocab}")
         parameter = facts.embedding_name if facts.tied else facts.head_name
         bias = facts.head_bias_name
         return Head(
@@ -331,7 +322,7 @@ class TeacherStore:
         )
 
     def _head_rows(self, name: str, parameter: str, tensor_name: str, vocab: range | None) -> Tensor:
-        """Rows of a follower's parameter where there is one, else of the checkpoint's tensor."""
+        """Rows of the snapshot's parameter if there is one, else of the checkpoint's tensor."""
         snapshot, checkpoint = self._sources[name].snapshot, self._checkpoints[name]
         info = checkpoint.tensors[tensor_name]
         rows = range(info.shape[0]) if vocab is None else vocab
@@ -341,17 +332,15 @@ class TeacherStore:
         return self._converted(name, checkpoint.read_rows(tensor_name, rows.start, rows.stop))
 
     def _body_tensors(self, name: str) -> dict[str, str]:
-        """Parameter of the body -> name of its tensor."""
         facts = self._facts[name]
         head = {facts.head_name, facts.head_bias_name}
         return {p: t for p, t in tensor_names(facts, self._checkpoints[name]).items() if p not in head}
 
     def _body(self, name: str) -> dict[str, Tensor]:
-        """Weights of the body: the follower's where there is one, else those of the checkpoint."""
         snapshot, checkpoint = self._sources[name].snapshot, self._checkpoints[name]
         tensors = self._body_tensors(name)
         if snapshot is not None:
-            # Buffers do not move with the student: those of the skeleton are the folder's.
+            # Buffers do not change with the student: the skeleton's are the folder's.
             return {p: self._converted(name, snapshot.tensors[p]) for p in tensors if p in snapshot.tensors}
         parameters = {tensor: parameter for parameter, tensor in tensors.items()}
         read = self._reader.read(checkpoint, list(parameters), self._device)
@@ -365,7 +354,7 @@ class TeacherStore:
         return tensor.to(device=self._device, dtype=DTYPES[self._sources[name].dtype])
 
     def _skeleton(self, name: str) -> PreTrainedModel:
-        """Teachers with the same config and dtype share one skeleton; it weighs nothing between passes."""
+        """Share one skeleton among teachers with the same config and dtype; empty between passes."""
         source = self._sources[name]
         key = (source.model / "config.json").read_text(encoding="utf-8"), source.dtype
         if key not in self._skeletons:

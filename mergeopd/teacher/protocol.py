@@ -1,4 +1,4 @@
-"""The seam between the round and its teachers. Importing this does not import torch."""
+"""Interface between the round and its teachers. Importing this does not import torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from mergeopd.recipe.loss_terms import Loss
 from mergeopd.recipe.plan import TeacherPlan
+from mergeopd.types import ArrayRecord, Flags, TokenIds, token_flags, token_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,10 +22,10 @@ TargetKind = Literal["hidden", "top_k", "sampled"]
 
 @dataclass(frozen=True, slots=True)
 class TargetSpec:
-    """What is kept of a teacher for every trained token.
+    """The part of a teacher's output that is kept for every trained token.
 
     `hidden`: last hidden states `[d_T]`. `top_k`: log-probabilities and ids of its `k` likeliest tokens, its
-    entropy and the log-probability of the sampled token. `sampled`: the last two alone. Log-probabilities are
+    entropy and the log-probability of the sampled token. `sampled`: only the last two. Log-probabilities are
     of logits divided by `temperature`.
     """
 
@@ -33,38 +34,41 @@ class TargetSpec:
     k: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TeacherSequence:
+@dataclass(frozen=True, slots=True, eq=False)
+class TeacherSequence(ArrayRecord):
     """One response as a teacher reads it: its own rendering of the prompt, its own token ids.
 
     `trained` has a flag per response token; None: all of them are scored.
     """
 
-    prompt_ids: Sequence[int]
-    response_ids: Sequence[int]
-    trained: Sequence[bool] | None = None
+    prompt_ids: TokenIds
+    response_ids: TokenIds
+    trained: Flags | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_ids", token_ids(self.prompt_ids))
+        object.__setattr__(self, "response_ids", token_ids(self.response_ids))
+        if self.trained is not None:
+            object.__setattr__(self, "trained", token_flags(self.trained))
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and response tokens."""
         return len(self.prompt_ids) + len(self.response_ids)
 
     @property
     def num_trained(self) -> int:
         """Response tokens that are scored."""
-        return len(self.response_ids) if self.trained is None else sum(self.trained)
+        return len(self.response_ids) if self.trained is None else int(self.trained.sum())
 
     @property
-    def trained_ids(self) -> Sequence[int]:
+    def trained_ids(self) -> TokenIds:
         """The response tokens that are scored."""
-        if self.trained is None:
-            return self.response_ids
-        return [i for i, own in zip(self.response_ids, self.trained, strict=True) if own]
+        return self.response_ids if self.trained is None else self.response_ids[self.trained]
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherCapabilities:
-    """What `check` must know of a teacher before it is opened."""
+    """A teacher's properties that `check` needs before the teacher is opened."""
 
     can_provide: frozenset[TargetKind]
     can_generate: bool
@@ -76,12 +80,12 @@ SNAPSHOT = TeacherCapabilities(LOCAL.can_provide, can_generate=False)
 
 
 def capabilities(teacher: TeacherPlan) -> TeacherCapabilities:
-    """What a resolved teacher can do."""
+    """Return the capabilities of a resolved teacher."""
     return LOCAL if teacher.snapshot_rule is None else SNAPSHOT
 
 
 def required_target(loss: Loss) -> TargetSpec | None:
-    """The least that a loss needs of every teacher; None where it needs no teacher."""
+    """Return the smallest target that a loss needs of every teacher; None where it needs no teacher."""
     if not loss.needs_teacher:
         return None
     if not loss.has_divergence:
@@ -89,6 +93,14 @@ def required_target(loss: Loss) -> TargetSpec | None:
     if loss.support is not None and loss.support.of == "teacher":
         return TargetSpec("top_k", loss.temperature, loss.support.top_k)
     return TargetSpec("hidden", loss.temperature)
+
+
+def required_kind(loss: Loss, teacher: TeacherPlan) -> TargetKind | None:
+    """The kind of target that a loss needs of one teacher; None where it needs no teacher."""
+    spec = required_target(loss)
+    if spec is None or teacher.bridge is None:
+        return None if spec is None else spec.kind
+    return "sampled" if teacher.bridge.kind == "span" else "hidden"
 
 
 class TeacherSession(Protocol):
@@ -108,7 +120,7 @@ class TeacherSession(Protocol):
 
 
 class Teacher(Protocol):
-    """A model to learn from. All processes of a run have it and open it together."""
+    """A model to learn from. All processes of a run hold it and open it together."""
 
     @property
     def name(self) -> str:
@@ -116,7 +128,7 @@ class Teacher(Protocol):
 
     @property
     def fingerprint(self) -> str | None:
-        """A digest of its weights; None where they change."""
+        """Digest of the weights; None where they change."""
 
     @property
     def bytes_read(self) -> int:
@@ -124,20 +136,20 @@ class Teacher(Protocol):
 
     @property
     def capabilities(self) -> TeacherCapabilities:
-        """What it can provide."""
+        """The targets that it can provide, and whether it can generate."""
 
     @property
     def head_key(self) -> Hashable:
         """Equal for teachers whose prediction heads are equal; changes with the weights."""
 
     def open(self) -> AbstractContextManager[TeacherSession]:
-        """Make the teacher ready; its memory is released when the context ends. Collective.
+        """Load the teacher; its memory is released when the context ends. Collective.
 
-        Raises TeacherError where it is not the model that its card describes.
+        Raises TeacherError when it is not the model described by its card.
         """
 
     def prefetch(self) -> None:
-        """Start reading ahead what `open` will need; returns at once."""
+        """Start reading ahead the files that `open` needs; returns at once."""
 
     def head(self, vocab: range | None) -> Head:
         """The prediction head for `hidden` targets, whole or the rows of these token ids. Not collective."""

@@ -1,8 +1,8 @@
-"""The hidden states of a round over several processes: one copy on every machine that trains with them.
+"""Cache of a round's hidden states shared by several processes: one copy on every machine that needs it.
 
-Every process appends what it scored to files of its own that have no name: one in memory, one on disk for
-what goes beyond the budget. Processes of the machine open them through /proc, so nothing depends on the size
-of /dev/shm, and nothing outlives the processes, however they end.
+Every process appends the states that it computed to its own unnamed files: one in memory, one on disk for
+what exceeds the budget. Other processes of the machine open them through /proc, so the size of /dev/shm does
+not matter, and the files are deleted with the processes, however they end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mergeopd.distributed.communicator import Communicator
 from mergeopd.errors import StorageError
 from mergeopd.storage.failures import named_failures
 
-# What is sent to another machine at once; a single larger rollout goes alone.
+# Maximum bytes per message to another machine; a larger rollout is sent alone.
 _PARCEL_BYTES = 64 << 20
 
 _Key = tuple[str, int]  # teacher, rollout
@@ -31,7 +31,7 @@ _Key = tuple[str, int]  # teacher, rollout
 
 @dataclass(frozen=True, slots=True)
 class _SpillSlot:
-    """Where hidden states lie: `file` can be opened by every process of the machine that holds it."""
+    """Location of hidden states in `file`, which every process of its machine can open."""
 
     file: str
     offset: int
@@ -48,7 +48,7 @@ _Entry = tuple[_Key, _SpillSlot]
 
 @dataclass(frozen=True, slots=True)
 class _Parcel:
-    """What one process sends another in one message: the bytes of `entries`, one after another."""
+    """One message between two processes: the concatenated bytes of `entries`."""
 
     sender: int
     receiver: int
@@ -62,13 +62,13 @@ class _Parcel:
 class SharedHiddenCache:
     """Last hidden states of trained response tokens, by teacher and rollout, for the processes of a run.
 
-    `readers(rollout)` are the ranks that will gather a rollout; every rank must find the same. The machine
-    holds at most `budget_bytes` in memory, each of its processes an equal part of them; what comes after lies
-    in a file in `folder`, bit for bit. `num_bytes` and `num_spilled_bytes` count what this process holds in
-    memory and on disk, for itself and others. What is gathered arrives on `device`.
+    `loss_ranks(rollout)` returns the ranks that will gather a rollout, the same on every rank. The machine
+    holds at most `budget_bytes` in memory, divided equally among its processes; the rest is spilled to a file
+    in `folder`, bit for bit. `num_bytes` and `num_spilled_bytes` count the bytes that this process holds in
+    memory and on disk, for itself and others. `gather` returns tensors on `device`.
 
-    A context manager: memory and disk are free again when all processes of the machine have left. They may
-    leave at any time after the last `publish`. Linux only: StorageError elsewhere.
+    A context manager: memory and disk are freed when all processes of the machine have left. They may leave
+    at any time after the last `publish`. Linux only: StorageError elsewhere.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class SharedHiddenCache:
         budget_bytes: int,
         folder: Path,
         ranks: Communicator,
-        readers: Callable[[int], Collection[int]],
+        loss_ranks: Callable[[int], Collection[int]],
         device: torch.device,
     ) -> None:
         if not hasattr(os, "memfd_create"):
@@ -87,7 +87,7 @@ class SharedHiddenCache:
         self._budget_bytes = budget_bytes // ranks.num_local
         self._folder = folder
         self._ranks = ranks
-        self._readers = readers
+        self._loss_ranks = loss_ranks
         self._device = device
         self._memory: _GrowingFile | None = None
         self._disk: _GrowingFile | None = None
@@ -108,13 +108,13 @@ class SharedHiddenCache:
         self._fresh.clear()
         self._places.clear()
         self._opened.clear()
-        with suppress(OSError):  # a full disk was told when it was met; nobody wants this data any more
+        with suppress(OSError):  # a full disk was reported by the write; the data is no longer needed
             self._open_files.close()
 
     def put(self, teacher: str, rollout: int, hidden: Tensor) -> None:
         """Keep `[trained tokens, d_T]` for one rollout (its index in the round). Not collective.
 
-        Raises KeyError when it is there already, StorageError when memory or the disk refuses.
+        Raises KeyError when it is there already, StorageError when memory or the disk fails.
         """
         key = (teacher, rollout)
         if key in self._scorers or key in self._fresh:
@@ -122,11 +122,11 @@ class SharedHiddenCache:
         self._fresh[key] = self._keep(_bytes_of(hidden.cpu().contiguous()), tuple(hidden.shape), hidden.dtype)
 
     def publish(self) -> None:
-        """Let all readers find what was put since the last time. Collective, after every teacher's turn.
+        """Make what was put since the last call available to all loss ranks. Collective, after every pass.
 
-        What readers on other machines need goes to each of these machines once, to the lowest of its readers.
-        Raises KeyError on all ranks when two have scored the same; StorageError on the rank whose memory or
-        disk refuses, and PeerFailed on the others.
+        Each rollout is sent once to every other machine that needs it, to the lowest of its loss ranks.
+        Raises KeyError on all ranks when two have scored the same rollout; StorageError on the rank whose
+        memory or disk fails, and PeerFailed on the others.
         """
         scored = self._ranks.gather(tuple(self._fresh.items()))
         self._fresh = {}
@@ -149,16 +149,16 @@ class SharedHiddenCache:
             for machine, entries in zip(machines, by_rank, strict=True)
             if machine == machines[rank]
             for key, place in entries
-            if rank in self._readers(key[1])
+            if rank in self._loss_ranks(key[1])
         ]
-        # Sharing makes all wait until every file is open: its owner may close it from then on.
+        # The collective returns once every file is open, so that its owner may close it.
         self._ranks.run_and_gather(lambda: self._open(place.file for _, place in mine))
         self._places.update(mine)
 
     def gather(self, teacher: str, rollouts: Sequence[int]) -> Tensor:
         """`[sum of their trained tokens, d_T]` in the order of `rollouts`, on this cache's device.
 
-        Raises KeyError for what was not published for this rank.
+        Raises KeyError for a rollout that was not published for this rank.
         """
         places = []
         for rollout in rollouts:
@@ -177,7 +177,7 @@ class SharedHiddenCache:
         return gathered.to(self._device)
 
     def _keep(self, data: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> _SpillSlot:
-        """Append to the memory file while the budget lasts, else to the one on disk."""
+        """Append to the memory file within the budget, else to the one on disk."""
         if self.num_bytes + len(data) <= self._budget_bytes:
             file, offset = self._keep_in_memory(data)
             self.num_bytes += len(data)
@@ -199,16 +199,16 @@ class SharedHiddenCache:
             return self._memory.path, self._memory.append(data)
         except OSError as error:
             raise StorageError(
-                f"cannot keep {len(data)} more bytes of hidden states in memory beside {self.num_bytes}: "
+                f"cannot keep {len(data)} more bytes of hidden states in memory besides {self.num_bytes}: "
                 f"{error.strerror}; lower `memory: {{hidden_states_gib: ...}}`, "
                 "then run the same command again"
             ) from error
 
     def _parcels(self, told: Sequence[Sequence[_Entry]]) -> list[_Parcel]:
-        """All messages between machines, the same list on every rank.
+        """Return all messages between machines, the same list on every rank.
 
-        Each rank goes through its own in this order, so nobody waits for one who waits for him. First come
-        those for the next rank, then those for the one after it: many pairs are busy at a time.
+        Every rank processes its messages in this order, which prevents deadlocks. Messages to the next rank
+        come first, then those to the one after it, so that many pairs transfer at the same time.
         """
         wanted: dict[tuple[int, int], list[_Entry]] = {}
         for sender, entries in enumerate(told):
@@ -219,18 +219,18 @@ class SharedHiddenCache:
         return [_Parcel(*pair, batch) for pair in order for batch in _batches(wanted[pair])]
 
     def _relays(self, rollout: int, sender: int) -> Collection[int]:
-        """Of every other machine with readers of this rollout, the lowest."""
+        """Return the lowest loss rank of this rollout on every other machine."""
         machines = self._ranks.machines
         lowest: dict[str, int] = {}
-        for reader in sorted(self._readers(rollout)):
+        for reader in sorted(self._loss_ranks(rollout)):
             lowest.setdefault(machines[reader], reader)
         lowest.pop(machines[sender], None)
         return lowest.values()
 
     def _exchange(self, parcels: Sequence[_Parcel]) -> tuple[tuple[_Entry, ...], StorageError | None]:
-        """Send and receive this rank's messages; what was received, and the first failure.
+        """Send and receive this rank's messages; return what was received, and the first failure.
 
-        A failure does not end the exchange, or others would wait for a message that never comes.
+        A failure does not end the exchange, because other ranks still wait for messages.
         """
         received: list[_Entry] = []
         failure: StorageError | None = None
@@ -271,7 +271,7 @@ class SharedHiddenCache:
             self._descriptor(file)
 
     def _descriptor(self, file: str) -> int:
-        """The file, open for reading until the cache is left, so that its owner may leave first."""
+        """Open the file for reading until the cache is left, so that its owner may leave first."""
         if file not in self._opened:
             try:
                 descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
@@ -285,7 +285,6 @@ class SharedHiddenCache:
         return self._opened[file]
 
     def _read(self, places: Sequence[_SpillSlot], buffer: memoryview) -> None:
-        """The bytes of `places`, one after another, into `buffer`."""
         start = 0
         for place in places:
             stop = start + place.num_bytes
@@ -295,7 +294,7 @@ class SharedHiddenCache:
 
 
 class _GrowingFile:
-    """A file without a name, written from its beginning on. All processes of the machine can open `path`."""
+    """An unnamed, append-only file. All processes of the machine can open `path`."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
@@ -303,7 +302,7 @@ class _GrowingFile:
         self._end = 0
 
     def append(self, data: memoryview) -> int:
-        """Write at the end; where that was. After a failure the end is where it was."""
+        """Append `data` and return its offset. A failed append leaves the end unchanged."""
         done = 0
         while done < len(data):
             done += os.pwrite(self._descriptor, data[done:], self._end + done)
@@ -316,17 +315,17 @@ def _fill(descriptor: int, buffer: memoryview, offset: int) -> None:
     while done < len(buffer):
         count = os.preadv(descriptor, [buffer[done:]], offset + done)
         if not count:
-            raise StorageError(f"hidden states end {len(buffer) - done} bytes early: their file was cut")
+            raise StorageError(
+                f"hidden states end {len(buffer) - done} bytes early: their file was truncated"
+            )
         done += count
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _batches(entries: Sequence[_Entry]) -> Iterator[tuple[_Entry, ...]]:
-    """Cut into runs of at most `_PARCEL_BYTES`, or of one entry."""
     batch: list[_Entry] = []
     size = 0
     for entry in entries:

@@ -1,6 +1,6 @@
-"""The student's earlier weights, for teachers that follow it: copied every so often, or averaged.
+"""Snapshots of the student's weights for self-teachers: periodic copies or moving averages.
 
-They change between rounds only: a teacher's cached hidden states and its head must be of the same weights.
+They change only between rounds: a teacher's cached hidden states and its head must have the same weights.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from torch import Tensor
 from mergeopd.errors import StorageError
 from mergeopd.recipe.models import SnapshotRule
 
-# A student's weights as they are when it is called, by parameter name.
+# Returns a student's current weights by parameter name.
 NamedWeights = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
 class Snapshot:
-    """One set of weights that follows the student by a rule, shared by all teachers with that rule.
+    """One set of weights updated from the student by a rule, shared by all teachers with that rule.
 
-    `tensors` are by parameter name: for `every` in the precision of the student's forward pass, for `ema` in
-    that of its master weights, since an average moves by less than bfloat16 resolves. `version` changes with
-    them, within a process.
+    `tensors` maps parameter names to weights, in the dtype of the student's forward pass for `every`, and in
+    that of its master weights for `ema`, whose changes are smaller than bfloat16 resolves. `version` is
+    incremented at every change, within a process.
     """
 
     def __init__(self, rule: SnapshotRule, weights: NamedWeights, masters: NamedWeights) -> None:
@@ -32,12 +32,12 @@ class Snapshot:
 
     @property
     def label(self) -> str:
-        """The rule in a word: `every-20`, `ema-0.95`."""
+        """Short name of the rule: `every-20`, `ema-0.95`."""
         return f"ema-{self.rule.ema!r}" if self.rule.every is None else f"every-{self.rule.every}"
 
     @torch.no_grad()
     def advance(self, weights: NamedWeights, masters: NamedWeights, before: int, after: int) -> None:
-        """A round is over, in which the run went from `before` to `after` updates."""
+        """Apply the rule after a round that took the run from `before` to `after` updates."""
         every, ema = self.rule.every, self.rule.ema
         if every is not None and after // every == before // every:
             return
@@ -51,7 +51,6 @@ class Snapshot:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the weights of a checkpoint."""
         for name, held in self.tensors.items():
             held.copy_(tensors[name])
         self.version += 1
@@ -61,27 +60,25 @@ class Snapshot:
 
 
 class StudentSnapshots:
-    """All weights of a run that follow the student, one copy for each rule; most runs have none.
+    """All snapshots of a run, one for each rule; most runs have none.
 
-    `weights` and `masters` are the student's; what they give at the start of the run is where all begin. They
-    are called where a rule needs them, on every process alike.
+    `weights` and `masters` return the student's weights, with which all snapshots begin. They are collective,
+    and called only where a rule needs them.
     """
 
     def __init__(self, rules: Iterable[SnapshotRule], weights: NamedWeights, masters: NamedWeights) -> None:
         self.snapshots = {rule: Snapshot(rule, weights, masters) for rule in dict.fromkeys(rules)}
 
     def advance(self, weights: NamedWeights, masters: NamedWeights, before: int, after: int) -> None:
-        """A round is over, in which the run went from `before` to `after` updates."""
         for snapshot in self.snapshots.values():
             snapshot.advance(weights, masters, before, after)
 
     def release(self) -> None:
-        """Free all weights; teachers that follow the student cannot be loaded afterwards."""
+        """Free all weights; self-teachers cannot be loaded afterwards."""
         for snapshot in self.snapshots.values():
             snapshot.tensors.clear()
 
     def state(self) -> dict[str, Tensor]:
-        """All weights, flat, for a checkpoint."""
         return {
             f"{snapshot.label}/{name}": tensor
             for snapshot in self.snapshots.values()
@@ -89,12 +86,12 @@ class StudentSnapshots:
         }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from `state()`. Raises StorageError when it is of other rules or another student."""
+        """Restore `state()`. Raises StorageError when it is of other rules or another student."""
         own = self.state()
         odd = own.keys() ^ tensors.keys() or {n for n, t in own.items() if t.shape != tensors[n].shape}
         if odd:
             raise StorageError(
-                "its weights of teachers that follow the student are not those that this recipe has "
+                "its snapshots of the student do not match the teachers of this recipe "
                 f"({', '.join(sorted(odd)[:3])} on one side only or of another shape)"
             )
         for snapshot in self.snapshots.values():

@@ -1,4 +1,4 @@
-"""How a teacher's weights come from its files: each process for itself, or every process a part for all."""
+"""Readers of checkpoint weights: every process reads all of them, or each reads a part for all."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mergeopd.distributed.communicator import Communicator
 from mergeopd.errors import ModelError
 from mergeopd.models.checkpoint import Checkpoint
 
-# Tensors are put together by so many bytes at a time, so that small ones do not cost a message each.
+# Bytes gathered per collective, so that small tensors do not cost one message each.
 _BATCH_BYTES = 256 << 20
-# One function: torch 2.13 has the first name and warns of the second, which alone earlier versions know.
+# The same function: torch 2.13 deprecates the second name, which is the only one in earlier versions.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-# Tensors begin, and parts end, at multiples of this: enough for every element type and for fast copies.
+# Alignment of tensors and parts, in bytes: enough for every element type and for fast copies.
 _ALIGNMENT = 64
 
 STORED_DTYPES = {
@@ -44,45 +44,44 @@ STORED_DTYPES = {
 
 
 class Reader(Protocol):
-    """A way to read tensors of a checkpoint; all methods want the same `names`, in any order."""
+    """Reads tensors of a checkpoint; all methods take the same `names`, in any order."""
 
     def read(
         self, checkpoint: Checkpoint, names: Sequence[str], device: torch.device
     ) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor by its name, in the file's dtype, on `device` or on the CPU. To be run to its end."""
+        """Yield every tensor by name, in the file's dtype, on `device` or the CPU; must be exhausted."""
 
     def num_bytes(self, checkpoint: Checkpoint, names: Sequence[str]) -> int:
-        """How many bytes of them this process takes from the files."""
+        """Return the bytes that this process reads from the files."""
 
     def read_ahead(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
-        """Ask the system to bring what `read` will want into its cache, and go on."""
+        """Start reading what `read` needs into the system's file cache; returns at once."""
 
 
 class MappedReader:
-    """Memory-mapped files: on a CPU nothing is copied, and processes of a machine share the pages."""
+    """Memory-maps the files: on a CPU nothing is copied, and processes of a machine share the pages."""
 
     def read(
         self, checkpoint: Checkpoint, names: Sequence[str], device: torch.device
     ) -> Iterator[tuple[str, Tensor]]:
-        """Views of the files, on the CPU; `device` does not matter."""
+        """Yield views of the files, on the CPU; `device` is ignored."""
         yield from checkpoint.read_all(names)
 
     def num_bytes(self, checkpoint: Checkpoint, names: Sequence[str]) -> int:
-        """All of them."""
         return sum(checkpoint.tensors[name].num_bytes for name in names)
 
     def read_ahead(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
-        """The whole files: what else is in them, the head, is wanted soon after."""
+        """Read ahead whole files: the rest of them, the head, is needed soon after."""
         for file in sorted({checkpoint.tensors[name].file for name in names}):
             _will_need(file, [(0, 0)])
 
 
 class ShardedReader:
-    """Every process reads an equal part of the bytes, and all of them put the tensors together.
+    """Reads an equal part of the bytes on every rank, and all-gathers the tensors.
 
-    Tensors lie side by side in batches of `batch_bytes`, or alone where they are larger; rank r of W reads
-    the r-th W-th of every batch. Batches travel through torch's default process group, on `device`, one at a
-    time: beside the tensors there is at most a W-th of a batch, and two batches where they are converted.
+    Tensors are packed into batches of `batch_bytes`, larger ones alone; rank r of W reads the r-th part of W
+    of every batch. Batches are gathered over torch's default process group, on `device`, one at a time. Extra
+    memory is 1/W of a batch, plus two batches if tensors are converted.
     """
 
     def __init__(self, ranks: Communicator, batch_bytes: int = _BATCH_BYTES) -> None:
@@ -92,7 +91,7 @@ class ShardedReader:
     def read(
         self, checkpoint: Checkpoint, names: Sequence[str], device: torch.device
     ) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor on `device`. Collective.
+        """Yield every tensor on `device`. Collective.
 
         Raises ModelError on all ranks when their files differ; ModelError on a rank that cannot read its part
         and PeerFailed on the others.
@@ -106,7 +105,6 @@ class ShardedReader:
                 yield name, flat.view(info.shape)
 
     def num_bytes(self, checkpoint: Checkpoint, names: Sequence[str]) -> int:
-        """About a W-th of them; over all ranks, all of them."""
         return sum(
             piece.num_bytes
             for batch in self._batches(checkpoint, names)
@@ -114,7 +112,6 @@ class ShardedReader:
         )
 
     def read_ahead(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
-        """This rank's parts of the files. Not collective."""
         spans: dict[Path, list[tuple[int, int]]] = {}
         for batch in self._batches(checkpoint, names):
             for piece in batch.pieces(checkpoint, self._ranks.rank, self._ranks.size):
@@ -124,9 +121,9 @@ class ShardedReader:
             _will_need(file, own)
 
     def _agree(self, checkpoint: Checkpoint) -> None:
-        """Parts of different checkpoints would make a model that nobody trained."""
-        found = self._ranks.run_and_gather(lambda: checkpoint.fingerprint)
-        odd = [str(rank) for rank, fingerprint in enumerate(found) if fingerprint != found[0]]
+        """Raise ModelError on all ranks unless all have the same checkpoint."""
+        fingerprints = self._ranks.run_and_gather(lambda: checkpoint.fingerprint)
+        odd = [str(rank) for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0]]
         if odd:
             raise ModelError(
                 f"{checkpoint.folder}: the files on rank {', '.join(odd)} are not those on rank 0; "
@@ -134,7 +131,7 @@ class ShardedReader:
             )
 
     def _batches(self, checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[_Batch]:
-        """In file order, so that a part is mostly one stretch of a file; all ranks find the same."""
+        """Yield batches in file order, the same on all ranks, so that parts are mostly contiguous."""
         starts: dict[str, int] = {}
         end = 0
         infos = checkpoint.tensors
@@ -149,9 +146,8 @@ class ShardedReader:
             yield _Batch(starts, end)
 
     def _whole(self, checkpoint: Checkpoint, batch: _Batch, device: torch.device) -> Tensor:
-        """The batch's bytes, put together from every rank's part."""
         part = torch.empty(batch.part_bytes(self._ranks.size), dtype=torch.uint8)
-        # Before the parts meet, so that nobody waits for one who cannot read.
+        # Before the collective, so that no rank waits for one that cannot read.
         self._ranks.run_and_gather(partial(self._read_part, checkpoint, batch, part.numpy().data))
         own = part.to(device)
         if self._ranks.size == 1 or not len(own):
@@ -168,7 +164,7 @@ class ShardedReader:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Bytes `start` to `start + num_bytes` of a tensor, which stand at `position` in a rank's part."""
+    """Bytes `start` to `start + num_bytes` of a tensor, at `position` in a rank's part."""
 
     name: str
     start: int
@@ -178,17 +174,16 @@ class _Piece:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Tensors side by side in `num_bytes` bytes: where each of them starts. Gaps are never read."""
+    """Tensors packed into `num_bytes` bytes, with their offsets. Gaps are never read."""
 
     starts: Mapping[str, int]
     num_bytes: int
 
     def part_bytes(self, size: int) -> int:
-        """What each of `size` ranks contributes; the last ones' parts may lie beyond the end."""
+        """Return the bytes per rank of `size` ranks; the last ranks' parts may exceed the end."""
         return _aligned(-(-self.num_bytes // size))
 
     def pieces(self, checkpoint: Checkpoint, rank: int, size: int) -> Iterator[_Piece]:
-        """What a rank's part consists of."""
         first = rank * self.part_bytes(size)
         end = first + self.part_bytes(size)
         for name, start in self.starts.items():
@@ -203,7 +198,7 @@ def _aligned(num_bytes: int) -> int:
 
 
 def _will_need(file: Path, spans: Sequence[tuple[int, int]]) -> None:
-    """Offsets and lengths; length 0 is up to the end. Nothing on systems that cannot be asked."""
+    """Read ahead spans of (offset, length); length 0 is to the end. No effect without posix_fadvise."""
     if not hasattr(os, "posix_fadvise"):
         return
     descriptor = os.open(file, os.O_RDONLY)

@@ -7,11 +7,15 @@ import signal
 import sys
 from types import SimpleNamespace
 
+import numpy as np
+
 import mergeopd.api
+from mergeopd.distributed import communicator
 from mergeopd.cli import main
 from mergeopd.distributed.rendezvous import RankInfo, open_communicator
 from mergeopd.errors import Location, ModelError, Problem, RecipeError, Stopped
-from mergeopd.distributed.communicator import SingleProcess
+from mergeopd.distributed.communicator import SingleProcess, scatter_gather
+from mergeopd.rollout.protocol import Completion
 
 
 def meet_for_ever(ranks):
@@ -23,6 +27,33 @@ def fine(ranks):
     assert ranks.gather(ranks.rank) == list(range(ranks.size))
     if ranks.is_first:
         print("all here", flush=True)
+
+
+def arrays(ranks):
+    """Arrays of several parts, empty ones, and what is no array, are the same on every process."""
+    communicator._PART_BYTES = 1000
+
+    def completions(rank):
+        random = np.random.default_rng(rank)
+        lengths = [0, 1, 7, 400, 3][: 3 + rank]
+        return [
+            Completion(random.integers(9, size=n), random.random(n, (np.float32, np.float64)[i % 2]), "eos", rank)
+            for i, n in enumerate(lengths)
+        ]
+
+    own = completions(ranks.rank)
+    found = ranks.gather(own)
+    assert found == [completions(rank) for rank in range(ranks.size)]
+    for part in found:
+        for one in part:
+            assert one.response_ids.dtype == np.int32
+            assert not one.response_ids.flags.writeable
+            assert not one.logprobs.flags.writeable
+    assert np.shares_memory(found[ranks.rank][1].response_ids, own[1].response_ids)
+    several = scatter_gather(ranks, range(5), lambda share: [completions(i)[-1] for i in share])
+    assert several == [completions(i)[-1] for i in range(5)]
+    if ranks.is_first:
+        print("all the same", flush=True)
 
 
 def error_in_the_middle(ranks):

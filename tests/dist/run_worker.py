@@ -27,7 +27,7 @@ warnings.filterwarnings("ignore")
 from mergeopd.engine.build import Machine, load_models  # noqa: E402
 from mergeopd.engine.stages import Stages  # noqa: E402
 from mergeopd.engine.clock import Clock  # noqa: E402
-from mergeopd.engine.run import begin, go_on  # noqa: E402
+from mergeopd.engine.run import claim, train  # noqa: E402
 from mergeopd.preflight.inputs import preflight  # noqa: E402
 from mergeopd.errors import MergeopdError  # noqa: E402
 from mergeopd.distributed.communicator import SingleProcess, TorchCommunicator  # noqa: E402
@@ -42,9 +42,9 @@ DEADLINE = datetime.timedelta(seconds=60)
 def whole_run(job, ranks):
     """`mergeopd run`, but for opening the group."""
     with ExitStack() as held:
-        inputs = begin(Path(job["recipe"]), job["overrides"], (), ranks, held)
+        inputs = claim(Path(job["recipe"]), job["overrides"], (), ranks, held)
         if inputs is not None:
-            go_on(inputs, Clock(), job.get("max_updates"), ranks)
+            train(inputs, Clock(), job.get("max_updates"), ranks)
 
 
 def stopping(stage, at):

@@ -46,8 +46,8 @@ def test_an_error_is_that_of_one_process_and_no_rank_is_left_behind(grid_folder,
     assert not (grid_folder / "runs" / f"{recipe}, {grid}" / "checkpoints").exists()
 
 
-ALL_SAVED = "all saved; the same command goes on"
-MEASURED = "while the student was measured; training and export are saved, and the same command measures again"
+ALL_SAVED = "all saved; run the same command to resume"
+MEASURED = "during evaluation; training and export are saved; run the same command to evaluate again"
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,10 @@ def test_a_run_on_a_grid_is_that_of_one_process(grid_folder, alone, told, recipe
 
 
 def stops(updates):
-    return f"UpdateLimitReached: stopped by --updates after {updates} of 6 updates, all saved; the same command goes on"
+    return (
+        f"UpdateLimitReached: stopped by --updates after {updates} of 6 updates, all saved; "
+        "run the same command to resume"
+    )
 
 
 @pytest.mark.parametrize(

@@ -302,7 +302,7 @@ def test_scores_equal_transformers(grids, cases, grid, case):
             for prompt, response, own in zip(micro.prompts, micro.responses, flags, strict=True):
                 with torch.no_grad():
                     logits = reference(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
-                rows.append(logits[:, :VALID].log_softmax(-1)[[True] * len(response) if own is None else list(own)])
+                rows.append(logits[:, :VALID].log_softmax(-1)[[True] * len(response) if own is None else own.tolist()])
             logp = torch.cat(rows)
             labels = torch.tensor([t for r in micro.labels for t in r])
             torch.testing.assert_close(score["logprob"], logp.gather(1, labels[:, None])[:, 0], rtol=1e-5, atol=2e-5)
@@ -336,7 +336,7 @@ def test_all_ranks_raise_alike_and_keep_their_weights(grids, grid):
     for rank in found:
         assert rank["gradient"].startswith("NumericsError: the gradient is NaN or infinite")
         assert rank["unchanged"]
-        assert rank["summed"] == "RuntimeError: the gradient is summed over the ranks already; apply it first"
+        assert rank["summed"] == "RuntimeError: the gradient is already summed over the ranks; call optimizer_step first"
         assert rank["float64"] == "ValueError: student.dtype: float64 needs student.backend: torch"
         assert rank["layers"] == (
             "ModelError: student.parallel.layers: transformer_engine, but there is no GPU in this process; "

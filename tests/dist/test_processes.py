@@ -22,7 +22,7 @@ launch._GRACE_S = int(sys.argv[2])
 sys.exit(launch.launch([sys.executable, *sys.argv[3:]], int(sys.argv[1])))
 """
 NO_WEIGHTS = "error: models/x: has no weights\n"
-GOES_ON = "The same command goes on from the newest checkpoint.\n"
+GOES_ON = "Run the same command to resume from the newest checkpoint.\n"
 
 
 def launched(scene: str, size: int = 2, grace_s: int = 20) -> tuple[int, str, str]:
@@ -60,6 +60,10 @@ def test_a_run_without_faults() -> None:
     assert launched("fine") == (0, "all here\n", "")
 
 
+def test_arrays_are_the_same_on_every_process() -> None:
+    assert launched("arrays", 3) == (0, "all the same\n", "")
+
+
 @pytest.mark.parametrize("scene", ["bug", "bug_before"])
 def test_a_bug_has_one_traceback(scene: str) -> None:
     code, out, err = launched(scene)
@@ -73,7 +77,7 @@ def test_one_that_is_killed() -> None:
     code, out, err = launched("killed", 3)
     assert (code, out) == (1, "")
     assert err == (
-        "error: process 2 of 3 was killed (SIGKILL; often for want of memory); the others were stopped. "
+        "error: process 2 of 3 was killed (SIGKILL, often out of memory); the others were stopped. "
         + GOES_ON
     )
 
@@ -84,7 +88,7 @@ def test_one_that_ends_without_a_word() -> None:
     assert (code, out) == (9, "")
     assert err.count("\n") == 1
     assert err.startswith("error: process ")
-    assert " of 3 lost another one, which ended or does not answer; the same command goes on" in err
+    assert " of 3 lost the connection to another process, which ended or does not respond; run the same command to resume" in err
 
 
 def meeting_by_address(scene: str, size: int) -> list[tuple[int, str, str]]:
@@ -131,7 +135,7 @@ def test_killed_without_the_launcher() -> None:
     ended = meeting_by_address("killed", 3)
     assert [code for code, _, _ in ended] == [1, -9, 1]
     (text,) = [err for _, _, err in ended if err]
-    assert " of 3 lost another one, which ended or does not answer" in text
+    assert " of 3 lost the connection to another process, which ended or does not respond" in text
 
 
 def test_a_process_alone_can_have_a_group() -> None:

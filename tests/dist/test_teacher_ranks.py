@@ -172,7 +172,7 @@ def test_weights_read_in_parts_are_those_of_the_files(reports, models, index, dt
 
 def test_a_file_that_one_rank_cannot_read_stops_all(reports):
     found = [report["odd"]["cut"] for report in reports]
-    assert found[1].startswith("ModelError: /cut1/model.safetensors: was cut while 'model.")
+    assert found[1].startswith("ModelError: /cut1/model.safetensors: was truncated while 'model.")
     assert [f.partition(":")[0] for i, f in enumerate(found) if i != 1] == ["PeerFailed"] * 3
 
 

@@ -1,12 +1,12 @@
-"""Broken recipes, cards, models and prompt files, and the exact text that a person gets to see.
+"""Broken recipes, cards, models and prompt files, with the exact error text.
 
-A case is a folder with `expected.txt`. Its files are laid over `project/`, and `recipes/merge.yaml` is read
-from there; `options.yaml` may give `set` (overrides), `env`, `remove` (files of the project), `cut` (files cut
-to so many bytes), `missing` (packages to take for not installed; all others are taken for installed),
-`read_only` (folders to take for not writable: root may write to all) and `stale` (models of the case that keep
-the weights of the project's config.json). Cases under `preflight/` are about what the recipe names: there the
-models have weights.
-Write the texts anew, then read them: `MERGEOPD_WRITE_EXPECTED=1 pytest tests/errors`.
+A case is a folder with `expected.txt`. Its files are copied over `project/`, and `recipes/merge.yaml` is read
+from there. `options.yaml` may give `set` (overrides), `env`, `remove` (files of the project), `cut` (files
+truncated to a number of bytes), `stale` (models that keep the weights of the project's config.json) and
+`missing` (packages reported as not installed; all others are reported as installed), `read_only` (folders
+reported as not writable). Cases under `preflight/`
+check the files that the recipe names, including model weights.
+Regenerate the texts and read them: `MERGEOPD_WRITE_EXPECTED=1 pytest tests/errors`.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ Check = Callable[[Path, Sequence[str], Mapping[str, str]], Sequence[Problem]]
 
 
 def check(recipe: Path, overrides: Sequence[str], env: Mapping[str, str]) -> Sequence[Problem]:
-    """What reading the recipe and its cards finds."""
+    """Problems found by reading the recipe and its cards."""
     return read(recipe, overrides, env).problems
 
 
 def check_everything(recipe: Path, overrides: Sequence[str], env: Mapping[str, str]) -> Sequence[Problem]:
-    """What looking into all that the recipe names finds."""
+    """Problems found by checking all files that the recipe names."""
     assert not env, "preflight takes variables from the process"
     try:
         preflight(recipe, overrides)
@@ -65,7 +65,7 @@ def write_weights(folder: Path) -> None:
 
 
 def lay_project() -> None:
-    """The good project, in the current folder."""
+    """Copy the valid project to the current folder."""
     shutil.copytree(HERE / "project", ".", dirs_exist_ok=True)
     for folder in Path("models").iterdir():
         write_weights(folder)
@@ -80,8 +80,8 @@ def rendered(case: Path, check: Check, monkeypatch: pytest.MonkeyPatch) -> str:
     options = {**lists, "env": {}, "cut": {}, **read_options}
     for config in case.glob("models/*/config.json"):
         folder = Path("models", config.parent.name)
-        with contextlib.suppress(ModelError):  # what the case is about, then
-            if folder.name not in options["stale"] and (folder / "model.safetensors").exists():
+        if folder.name not in options["stale"] and (folder / "model.safetensors").exists():
+            with contextlib.suppress(ModelError):  # the error of the case
                 write_weights(folder)
     missing = options["missing"]
     monkeypatch.setattr("mergeopd.recipe.checks.is_installed", lambda name: name not in missing)

@@ -218,7 +218,7 @@ def test_decoding_equals_that_of_the_cpu(
             found[where] = generate(
                 generator, requests, sampling, seed=1, batch_size=16, progress=lambda done: None
             )
-    assert [c.response_ids for c in found[device]] == [c.response_ids for c in found[CPU]]
+    assert [c.response_ids.tolist() for c in found[device]] == [c.response_ids.tolist() for c in found[CPU]]
     assert {c.finish for c in found[CPU]} <= {"eos", "length"}
     for one, other in zip(found[device], found[CPU], strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-6)

@@ -16,7 +16,7 @@ from megatron_cases import write_dense
 
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.clock import Clock
-from mergeopd.engine.run import begin, go_on
+from mergeopd.engine.run import claim, train
 
 WORDS = ("a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "<eos>")  # 11: two ranks get 6 and 5 of 12
 EOS = len(WORDS) - 1
@@ -219,9 +219,9 @@ def _write_tokenizer(folder: Path, template: str) -> None:
 def run_alone(recipe: Path, *overrides: str, max_updates: int | None = None) -> None:
     """What `mergeopd run` does in one process."""
     with ExitStack() as held:
-        inputs = begin(recipe, overrides, (), SingleProcess(), held)
+        inputs = claim(recipe, overrides, (), SingleProcess(), held)
         assert inputs is not None
-        go_on(inputs, Clock(), max_updates, SingleProcess())
+        train(inputs, Clock(), max_updates, SingleProcess())
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

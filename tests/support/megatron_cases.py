@@ -14,6 +14,7 @@ from mergeopd.loss.objective import DistillationObjective, build_objective
 from mergeopd.loss.policy import ClipRatio, Correction, Policy, PolicyRows
 from mergeopd.recipe.training import Optimizer
 from mergeopd.student.torch import TorchStudent
+from mergeopd.types import TokenIds, token_flags, token_ids
 
 CPU = torch.device("cpu")
 ROWS, VALID = 37, 35  # rows of the head, which no grid divides, and the true vocabulary
@@ -110,8 +111,8 @@ def write_dense(
 def micro_batches(generator: torch.Generator, num: int, first: int = 0) -> list[MicroBatch]:
     """Micro-batches of other shapes and teacher sets each; the second has tokens that are not trained."""
 
-    def ids(length: int) -> tuple[int, ...]:
-        return tuple(torch.randint(VALID, (length,), generator=generator).tolist())
+    def ids(length: int) -> TokenIds:
+        return token_ids(torch.randint(VALID, (length,), generator=generator).numpy())
 
     heads = [torch.randn(ROWS, 8 + k, generator=generator) for k in range(2)]
     found = []
@@ -121,8 +122,8 @@ def micro_batches(generator: torch.Generator, num: int, first: int = 0) -> list[
         responses = tuple(ids(3 + (2 * number + i) % 5) for i in range(batch))
         trained = None
         if number == 1:
-            trained = tuple(tuple(t % 3 != 1 for t in range(len(r))) for r in responses)
-        n = sum(map(len, responses)) if trained is None else sum(map(sum, trained))
+            trained = tuple(token_flags([t % 3 != 1 for t in range(len(r))]) for r in responses)
+        n = sum(map(len, responses)) if trained is None else int(sum(flags.sum() for flags in trained))
         teachers = ("one", "two")[: 1 + number % 2]
         targets = tuple(
             Hidden(torch.randn(n, 8 + k, generator=generator), Head(heads[k], num_valid=VALID))

@@ -37,7 +37,7 @@ EVALUATED = {
 }
 
 NO_CANARY = (
-    "teachers one and two have no canary, so a wrong or damaged model may teach; "
+    "teachers one and two have no canary, so a wrong or damaged model is not detected; "
     "`mergeopd new teacher` writes one"
 )
 
@@ -257,7 +257,7 @@ def test_interrupting_leaves_no_traceback(
     assert command("run", job()) == (
         130,
         "",
-        "Interrupted. The same command resumes from the newest checkpoint.\n",
+        "Interrupted. Run the same command to resume from the newest checkpoint.\n",
     )
     monkeypatch.setattr("mergeopd.api.preflight", interrupted)
     code, _, err = command("check", "job.yaml")
@@ -290,14 +290,14 @@ def test_a_changed_plan_is_refused_with_what_differs(command: Command, ran: Path
     code, out, err = command("run", ran, "--set", "optimizer.lr=0.005", "--set", "prompts.0.share=2")
     assert (code, out) == (1, "")
     assert err == (
-        "error: run belongs to a run that began with other settings or files:\n"
+        "error: run belongs to a run that started with other settings or files:\n"
         "    sources[0].share: 1.0 -> 2.0\n"
         "    optimizer.lr: 0.01 -> 0.005\n"
-        "undo the changes to go on with it, declare them with --allow-change KEY, or begin a new run with --set output=...\n"
+        "undo the changes to resume it, declare them with --allow-change KEY, or start a new run with --set output=...\n"
     )
     code, out, _ = command("check", ran, "--set", "optimizer.lr=0.005")
     assert code == 0
-    assert "note: run belongs to a run that began with other settings" in out
+    assert "note: run belongs to a run that started with other settings" in out
 
 
 def test_lists_and_sections_that_come_or_go(command: Command, ran: Path) -> None:
@@ -424,7 +424,7 @@ def test_from_models_and_prompts_to_a_run(command: Command, job: Callable[..., P
     code, _, err = command("run", "recipes/first.yaml", *fast)
     assert (code, err) == (
         3,
-        "stopped by --updates after 1 of 200 updates, all saved; the same command goes on\n",
+        "stopped by --updates after 1 of 200 updates, all saved; run the same command to resume\n",
     )
 
 

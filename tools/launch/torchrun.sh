@@ -11,14 +11,14 @@
 # machine, and neighbours in number share a matrix: let `tensor` divide NPROC, so that this stays within a machine.
 #
 # Every machine needs the same installation, and must see the same files under the same paths: the project, the
-# models and the run folder lie on a file system that all share. On one machine `mergeopd run --nproc N` does it all.
+# models and the run folder are on a shared file system. On one machine `mergeopd run --nproc N` does it all.
 #
-# SIGTERM to torchrun saves and stops, but torchrun kills what has not ended after 30 seconds. The same command
-# resumes from the newest checkpoint.
+# SIGTERM to torchrun saves and stops, but torchrun kills processes that have not ended after 30 seconds.
+# Run the same command to resume from the newest checkpoint.
 set -euo pipefail
 
-: "${NODES:?how many machines}"
-: "${HEAD:?the machine at which all meet}"
+: "${NODES:?number of machines}"
+: "${HEAD:?host name of the first machine}"
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
 # torchrun would otherwise give every process a single thread.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def write_job(arguments: argparse.Namespace) -> None:
-    """Student, teacher, prompts, recipe. One round takes every prompt, so all steps have the same ones."""
+    """Write student, teacher, prompts, recipe. One round uses every prompt, so all steps have the same."""
     folder, vocab = arguments.folder, arguments.vocab
     for seed, name in enumerate(("student", "teacher")):
         write_model(folder / name, arguments, seed)
@@ -45,7 +45,6 @@ def write_job(arguments: argparse.Namespace) -> None:
 
 
 def model_sizes(arguments: argparse.Namespace) -> dict[str, int]:
-    """The Qwen3 config that both sides load."""
     return {
         "vocab_size": arguments.vocab,
         "hidden_size": arguments.hidden,
@@ -58,7 +57,7 @@ def model_sizes(arguments: argparse.Namespace) -> dict[str, int]:
 
 
 def write_model(folder: Path, arguments: argparse.Namespace, seed: int) -> None:
-    """A random Qwen3 with tied embeddings, as the small ones have, and a tokenizer of whole words."""
+    """Write a random Qwen3 with tied embeddings, as in its small models, and a tokenizer of whole words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -68,7 +67,7 @@ def write_model(folder: Path, arguments: argparse.Namespace, seed: int) -> None:
     torch.manual_seed(seed)
     config = Qwen3Config(**model_sizes(arguments), tie_word_embeddings=True, eos_token_id=0)
     model = Qwen3ForCausalLM(config)
-    with torch.no_grad():  # about 9 nats of entropy: a teacher that cannot tell tokens apart is refused
+    with torch.no_grad():  # about 9 nats of entropy, since uniform teachers are refused
         model.lm_head.weight.mul_(5.0)
     model.save_pretrained(folder)
     words = {"<eos>": 0} | {f"w{i}": i for i in range(1, arguments.vocab)}

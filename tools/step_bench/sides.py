@@ -1,4 +1,4 @@
-"""The sides of bench_step.py: mergeopd, TRL, and the matrix products alone. Each runs in its own process."""
+"""The sides of bench_step.py: mergeopd, TRL, and only the matrix products. Each runs in its own process."""
 
 from __future__ import annotations
 
@@ -18,27 +18,26 @@ from step_bench.job import model_sizes
 if TYPE_CHECKING:
     from mergeopd.reporting.events import Event
 
-NEVER = -1  # a stop token that no head can draw: every answer has its full length
+NEVER = -1  # a stop token that cannot be sampled, so every response has its full length
 
 
 class Steps:
-    """Makes a step when the parent process says so, and tells it what the step took."""
+    """Runs a step when the parent process requests it, and reports its times."""
 
     def __init__(self, answers: TextIO) -> None:
         self._answers = answers
         self._wall = self._cpu = 0.0
 
     def begin(self) -> None:
-        """Wait for this side's turn; a step begins now."""
+        """Wait for the request of a step, and begin it."""
         sys.stdin.readline()
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def elapsed(self) -> float:
-        """Seconds of this step so far."""
         return time.perf_counter() - self._wall
 
     def end(self, stages: dict[str, float]) -> None:
-        """It ends now; `stages` are its parts."""
+        """End the step; `stages` are its parts."""
         row = {"s": self.elapsed(), "cpu_s": time.process_time() - self._cpu, **stages}
         row["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self._answers.write(json.dumps(row) + "\n")
@@ -46,7 +45,7 @@ class Steps:
 
 
 def run_mergeopd(arguments: argparse.Namespace, steps: Steps) -> None:
-    """The engine's own loop over the recipe."""
+    """Run the engine's own loop over the recipe."""
     import torch
 
     from mergeopd.distributed.communicator import SingleProcess
@@ -60,7 +59,7 @@ def run_mergeopd(arguments: argparse.Namespace, steps: Steps) -> None:
 
     expected = arguments.batch * arguments.new_tokens
 
-    class Watch:
+    class StepReporter:
         def emit(self, event: Event) -> None:
             if isinstance(event, UpdateDone):
                 if event.num_tokens != expected:
@@ -80,12 +79,12 @@ def run_mergeopd(arguments: argparse.Namespace, steps: Steps) -> None:
     inputs = replace(inputs, student=replace(inputs.student, eos_ids=(NEVER,)))
     with tempfile.TemporaryDirectory() as output:
         parts = load_models(inputs, Machine(torch.device("cpu"), SingleProcess()))
-        trainer = build(parts, reporter=Watch(), clock=Clock(), interrupt=Interrupt())
+        trainer = build(parts, reporter=StepReporter(), clock=Clock(), interrupt=Interrupt())
         replace(trainer, folder=RunFolder(Path(output))).run(Progress(), None)
 
 
 def run_trl(arguments: argparse.Namespace, steps: Steps) -> None:
-    """DistillationTrainer with gradient checkpointing off."""
+    """Run DistillationTrainer with gradient checkpointing off."""
     import torch
     from datasets import Dataset  # type: ignore[import-not-found, unused-ignore]
     from transformers import AutoTokenizer, TrainerCallback
@@ -97,7 +96,7 @@ def run_trl(arguments: argparse.Namespace, steps: Steps) -> None:
     torch.set_num_threads(1)
     spent = {"generation_s": 0.0, "teacher_s": 0.0}
 
-    class Watch(TrainerCallback):  # type: ignore[misc]
+    class StepCallback(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: object, **__: object) -> None:
             spent.update(generation_s=0.0, teacher_s=0.0)
             steps.begin()
@@ -140,7 +139,7 @@ def run_trl(arguments: argparse.Namespace, steps: Steps) -> None:
             ),
             train_dataset=Dataset.from_list([json.loads(row) for row in rows]),
             processing_class=AutoTokenizer.from_pretrained(arguments.folder / "student"),
-            callbacks=[Watch()],
+            callbacks=[StepCallback()],
         )
         trainer.eos_token_ids = [NEVER]
         trainer._generate_single_turn = timed(trainer._generate_single_turn, "generation_s", lambda: True)
@@ -151,7 +150,7 @@ def run_trl(arguments: argparse.Namespace, steps: Steps) -> None:
 
 
 def run_bound(arguments: argparse.Namespace, steps: Steps) -> None:
-    """The matrix products that any implementation makes, in buffers that exist already, and nothing else.
+    """Run only the matrix products that any implementation needs, in preallocated buffers.
 
     Attention's own products, elementwise work, copies and the optimizer are left out.
     """
@@ -163,7 +162,7 @@ def run_bound(arguments: argparse.Namespace, steps: Steps) -> None:
     queries = sizes["num_attention_heads"] * sizes["head_dim"]
     keys = sizes["num_key_value_heads"] * sizes["head_dim"]
     layer = [(d, queries), (d, keys), (d, keys), (queries, d), (d, wide), (d, wide), (wide, d)]
-    # Written zeros: neither pages that do not exist yet nor overflow, however often they are fed back.
+    # Zeros are written, so that all pages exist and repeated products do not overflow.
     weights = [torch.full((n, k), 0.0) for _ in range(sizes["num_hidden_layers"]) for k, n in layer]
     head, d_head = torch.full((arguments.vocab, d), 0.0), torch.full((arguments.vocab, d), 0.0)
     prompt, answer = arguments.batch * arguments.prompt, arguments.batch * arguments.new_tokens

@@ -1,4 +1,4 @@
-"""`bridge_loss`: two models with different tokenizers, from hidden states, a chunk of groups at a time."""
+"""`bridge_loss`: losses between models with different tokenizers, from hidden states, in chunks of groups."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mergeopd.loss.gradients import HeadGradients
 from mergeopd.loss.heads import Head, Hidden, Projection
 from mergeopd.loss.slicing import compute_dtype, rows_in_cache
 
-# A sparse product reads the vocabulary's rows in a scattered order: each should fill a cache line.
+# A sparse product reads the vocabulary's rows in scattered order: each should fill a cache line.
 _SPARSE_ROWS = 16
 
 
@@ -26,7 +26,7 @@ class BridgeStats(Scored):
 
     value                 the bridge's measure, without weight and temperature
     logprob_S, logprob_T  chain-rule log-probability of the group's tokens, in nats, at the loss temperature
-    matched_S, matched_T  mass of the merged distributions on what is compared by identity; 0 for `Uld`
+    matched_S, matched_T  mass of the merged distributions on tokens compared by identity; 0 for `Uld`
     loss                  `weight * temperature^2 * value`
     """
 
@@ -47,21 +47,21 @@ def bridge_loss(
     chunk_rows: int = 256,
     workspace: Workspace | None = None,
 ) -> tuple[Tensor, BridgeStats]:
-    """`sum_g weight_g temperature^2 D_g` over aligned groups, D as `Gold`, `Uld` or `Projected` say.
+    """Compute `sum_g weight_g temperature^2 D_g` over aligned groups, with D of the given bridge.
 
     hidden_SD   student's last hidden states `[N_S, d_S]`; float64 computes in float64, others in float32
-    head        the student's, whole: a shard of a vocabulary is refused
+    head        the student's whole head; a shard of a vocabulary is refused
     target      the teacher's hidden states `[N_T, d_T]` on its own tokens, and its head; a constant
-    groups      which rows of both stand for the same bytes
-    labels_S    `[N_S]` the student's tokens as they stand, int64: row i predicts label i
+    groups      rows of both sides that cover the same bytes
+    labels_S    `[N_S]` the student's tokens, int64: row i predicts label i
     labels_T    `[N_T]` the teacher's
-    bridge      what is measured; its map's tensors on the device of the hidden states
+    bridge      `Gold`, `Uld`, `Projected` or `Pieces`; its tensors on the device of the hidden states
     weight_G    `[G]` weights, global denominators included; constants
     temperature divides both sides' logits
     chunk_rows  rows per side and matrix product; memory is about `chunk_rows * (V_S + V_T)` elements
     workspace   buffers to reuse over calls
 
-    Returns the loss, whose backward hands out gradients for `hidden_SD`, `head.weight` and `head.bias` (once
+    Returns the loss, whose backward returns gradients for `hidden_SD`, `head.weight` and `head.bias` (once
     differentiable; computed in this pass, as by `fused_loss`), and statistics.
 
     Raises ValueError for shapes, labels, groups or maps that do not fit, for a sharded vocabulary and for a
@@ -86,7 +86,7 @@ def bridge_loss(
 
 
 class _Run:
-    """One call: the gradients and statistics that its chunks fill. Rows stand group by group."""
+    """One call: the gradients and statistics that its chunks fill. Rows are ordered by group."""
 
     def __init__(
         self,
@@ -111,7 +111,6 @@ class _Run:
         self.stats = BridgeStats(*(torch.empty_like(weight_G) for _ in fields(BridgeStats)))
 
     def score(self, bridge: Bridge, chunks: list[slice]) -> None:
-        """All chunks of groups: products, blocks, products back."""
         scorer = bridge.scorer(self._student, self._teacher, self._workspace)
         block_rows = None
         if self._is_cpu:  # elsewhere launches cost per block: the block is the whole chunk
@@ -156,13 +155,11 @@ class _Run:
         ]
 
     def _rows(self, groups: slice) -> tuple[slice, slice]:
-        """The rows of a slice of groups, on each side."""
         before = groups.start - 1
         first_S, first_T = (self._stop_S[before], self._stop_T[before]) if groups.start else (0, 0)
         return slice(first_S, self._stop_S[groups.stop - 1]), slice(first_T, self._stop_T[groups.stop - 1])
 
     def _check_finite(self, chunk: slice) -> None:
-        """Raise ArithmeticError naming whose numbers are not finite."""
         stats = self.stats
         require_finite(stats.logprob_S[chunk], chunk, "the student's log-probability", "groups")
         require_finite(stats.logprob_T[chunk], chunk, "the teacher's log-probability", "groups")
@@ -179,14 +176,14 @@ def _within(rows: slice, outer: slice) -> slice:
 
 
 def _grouped(hidden_ND: Tensor, rows: Tensor) -> Tensor:
-    """The rows group by group; as they stand, if that is all of them in their order."""
+    """Gather the rows group by group; without a copy if they are all rows in order."""
     if rows.shape[0] == hidden_ND.shape[0] and torch.equal(rows, torch.arange(len(rows), device=rows.device)):
         return hidden_ND
     return hidden_ND.index_select(0, rows)
 
 
 def _plan(groups: Groups, chunk_rows: int) -> list[slice]:
-    """Slices of groups that fit into chunks. Raises ValueError for a group that does not."""
+    """Cut the groups into slices that fit into chunks. Raises ValueError for a group that does not."""
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}, must be at least 1")
     num_S, num_T = groups.num_S.tolist(), groups.num_T.tolist()
@@ -194,7 +191,7 @@ def _plan(groups: Groups, chunk_rows: int) -> list[slice]:
         if max(pair) > chunk_rows:
             raise ValueError(
                 f"group {g} has {pair[0]} student and {pair[1]} teacher rows, chunk_rows is {chunk_rows}; "
-                "leave out groups that long (an alignment gone wrong, most likely), or raise chunk_rows"
+                "leave out such long groups (most likely a failed alignment), or raise chunk_rows"
             )
     return list(portions(num_S, num_T, chunk_rows))
 

@@ -1,4 +1,4 @@
-"""GOLD and ULD at work: shared tokens by identity, the others by rank."""
+"""Scorer of GOLD and ULD: shared tokens by identity, the others by rank."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor
 
 from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.cross_tokenizer.maps import ExactPairs
-from mergeopd.loss.cross_tokenizer.rows import Block, Merge, Scored, Side
+from mergeopd.loss.cross_tokenizer.rows import Block, MergeStrategy, Scored, Side
 from mergeopd.loss.cross_tokenizer.sorted_l1 import sorted_l1
 from mergeopd.loss.divergence import JSD, Pair
 from mergeopd.loss.heads import Projection
 
 
 class RankScorer:
-    """JSD on exact pairs (if there are such) and sorted L1 on all other ids, with `weights` in this order."""
+    """JSD on exact pairs (if any) and sorted L1 on all other ids, with `weights` in this order."""
 
     def __init__(
         self,
         student: Projection,
         teacher: Projection,
         workspace: Workspace,
-        merge: Merge,
+        merge: MergeStrategy,
         pairs: ExactPairs | None = None,
         jsd: JSD | None = None,
         weights: tuple[float, float] = (0.0, 1.0),
@@ -33,7 +33,6 @@ class RankScorer:
         self._weight_pairs, self._weight_rest = weights
 
     def score(self, block: Block) -> Scored:
-        """See `Scorer`."""
         with_grad = block.weight_g is not None
         s = Side.begin(self._student, block.raw_S, block.labels_S, block.num_S, with_slope=with_grad)
         t = Side.begin(self._teacher, block.raw_T, block.labels_T, block.num_T)
@@ -41,14 +40,14 @@ class RankScorer:
         log_S, log_T = s.merged(base), t.merged(t.base_rows(self._merge))
         value = torch.zeros_like(log_S[:, 0])
         matched_S, matched_T = torch.zeros_like(value), torch.zeros_like(value)
-        # q dL/dq for the merged probabilities q, in parts with the ids that they belong to.
+        # q dL/dq for the merged probabilities q, in parts with their ids.
         parts: list[tuple[Tensor | None, Tensor]] = []
         if self._pairs is not None and self._jsd is not None:
             pair = self._pair(self._pairs, log_S, log_T)
             matched_S, matched_T = pair.mass_S.sum(1), pair.mass_T.sum(1)
             # Its value and direction are linear in the masses, so they need not sum to 1; each id's term is
             # not negative, and 0 where the masses are equal.
-            # Scratch: the teacher's logarithms are needed no more.
+            # The teacher's logarithms are no longer needed: scratch memory.
             terms = self._jsd.terms(pair, pair.log_ratio, self._lend("pair.T", pair.log_ratio))
             value = value + self._weight_pairs * terms.value
             parts.append((self._pairs.ids_S, terms.direction.mul_(self._weight_pairs * terms.scale)))
@@ -82,7 +81,7 @@ class RankScorer:
     ) -> None:
         """`dz = u - p sum(u)` at the base rows, `sum(u) (onehot - p)` at the others, over the raw logits.
 
-        u = q dL/dq, and q is a product of probabilities: each factor of it is a log-derivative away.
+        u = q dL/dq, and q is a product of probabilities, so each factor contributes its log-derivative.
         """
         assert block.weight_g is not None
         weight = block.weight_g.to(merged.dtype)
@@ -107,7 +106,6 @@ class RankScorer:
         s.finish_gradient(dz)
 
     def _pick(self, matrix: Tensor, ids: Tensor | None, name: str) -> Tensor:
-        """A copy of these columns, in a buffer of that name."""
         shape = (matrix.shape[0], matrix.shape[1] if ids is None else ids.shape[0])
         out = self._workspace.take(f"bridge.{name}", shape, matrix.dtype, matrix.device)
         return out.copy_(matrix) if ids is None else torch.index_select(matrix, 1, ids, out=out)

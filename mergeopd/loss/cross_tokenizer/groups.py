@@ -1,4 +1,4 @@
-"""Aligned groups: stretches of tokens of both models that stand for the same bytes."""
+"""Aligned groups: runs of tokens of both models that cover the same bytes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Groups:
 
     first_S, num_S  first row and number of rows (at least 1) among the student's tokens
     first_T, num_T  the same among the teacher's
-    follows         bool `[G]`: the group goes on, in the same text, where the one before it in this order
-                    ends on both sides, so that `Pieces` may look back across it. None: none does
+    follows         bool `[G]`: the group begins, in the same text, where the preceding one ends on both
+                    sides, so that `Pieces` may look back across it. None: all false
 
-    A row is a position that predicts a token; no row may be in two groups, rows in none are left out.
+    A row is a position that predicts a token. No row may be in two groups; rows in no group are left out.
     Raises ValueError for tensors that do not fit together.
     """
 
@@ -76,20 +76,19 @@ class Groups:
         return _rows(self.first_S, self.num_S)
 
     def teacher_rows(self) -> Tensor:
-        """`[sum num_T]`: the teacher's rows, group by group."""
         return _rows(self.first_T, self.num_T)
 
 
 def group_logratio(logprob_S: Tensor, logprob_T: Tensor, groups: Groups) -> Tensor:
     """`[N_S]`: each group's `log p_T - log p_S` at each of its student tokens; 0 at tokens in no group.
 
-    logprob_S `[N_S]` and logprob_T `[N_T]` are the models' log-probabilities of the tokens as they stand, so
-    by the chain rule a group's sum is its log-probability after the tokens before, exactly, and the groups
-    sum to the sequence's. With one token per group this is the sampled-token term of Thinking Machines'
-    reverse KL. Meant as a detached advantage on `log p_S` of every token of the group.
+    logprob_S `[N_S]` and logprob_T `[N_T]` are the models' log-probabilities of their own tokens. By the
+    chain rule a group's sum is exactly its log-probability after the preceding tokens, and the groups sum to
+    the sequence's. With one token per group this is the sampled-token term of Thinking Machines' reverse KL.
+    Meant as a detached advantage on `log p_S` of every token of the group.
 
-    It needs no vocabulary map. Approximate: the same bytes have other tokenizations, whose probability is
-    left out on both sides, so the ratio is that of the tokens at hand and not of the text.
+    Needs no vocabulary map. Approximation: the same bytes have other tokenizations, whose probability is left
+    out on both sides, so the ratio is that of the given tokens and not of the text.
 
     Differentiable in both. Raises ValueError for shapes and rows that do not fit.
     """
@@ -104,18 +103,18 @@ def group_logratio(logprob_S: Tensor, logprob_T: Tensor, groups: Groups) -> Tens
 
 
 def sum_rows(values_n: Tensor, num_g: Tensor) -> Tensor:
-    """`[g]`: sums over consecutive stretches of `num_g` entries."""
+    """`[g]`: sums over consecutive runs of `num_g` entries."""
     group = group_of_rows(num_g)
     return values_n.new_zeros(num_g.shape[0]).index_add(0, group, values_n)
 
 
 def group_of_rows(num_g: Tensor) -> Tensor:
-    """`[sum num_g]`: which group each row of consecutive stretches belongs to."""
+    """`[sum num_g]`: the group of each row of consecutive runs."""
     return torch.arange(num_g.shape[0], device=num_g.device).repeat_interleave(num_g)
 
 
 def portions(num_S: list[int], num_T: list[int], limit: int) -> Iterator[slice]:
-    """Slices of whole groups with at most `limit` rows on either side; a larger group stands alone."""
+    """Yield slices of whole groups with at most `limit` rows on either side; a larger group is alone."""
     start = rows_S = rows_T = 0
     for g, (more_S, more_T) in enumerate(zip(num_S, num_T, strict=True)):
         if g > start and (rows_S + more_S > limit or rows_T + more_T > limit):

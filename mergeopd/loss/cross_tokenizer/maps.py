@@ -1,4 +1,4 @@
-"""What two vocabularies have to do with each other, as index tensors."""
+"""Maps between two vocabularies, as index tensors."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# Weights are rounded: a row's sum may exceed 1 by this much.
+# Tolerance for rounding in the sum of a row's weights.
 _ROUNDING = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class ExactPairs:
-    """Token ids that stand for the same bytes: `ids_S[i]` is `ids_T[i]`, int64 `[M]`, none twice on a side.
+    """Token ids of the same bytes: `ids_S[i]` matches `ids_T[i]`, int64 `[M]`, none twice on a side.
 
     vocab_S, vocab_T  sizes of the true vocabularies
-    rest_S, rest_T    made here: the ids without a partner, ascending
+    rest_S, rest_T    computed here: the ids without a partner, ascending
 
     Raises ValueError for ids that do not fit.
     """
@@ -57,12 +57,12 @@ class ExactPairs:
 class SparseMap:
     """X-Token's projection W of student probabilities into the teacher's vocabulary (2605.21699).
 
-    ids      `[V_S, k]` int64 teacher ids; an entry of weight 0 is none, whatever its id
-    weights  `[V_S, k]` float, at least 0; a row sums to 1 at most: what it lacks is mass that leads nowhere
+    ids      `[V_S, k]` int64 teacher ids; an entry of weight 0 is ignored
+    weights  `[V_S, k]` float, at least 0; a row sums to at most 1: the remaining mass is dropped
     vocab_T  size of the teacher's true vocabulary
 
-    Made here: `vocab_S`; `covered` `[C]`, the teacher ids with any weight, ascending; `by_T`, W transposed
-    and cut to them, and `by_S`, W cut to them, as products.
+    Computed here: `vocab_S`; `covered` `[C]`, the teacher ids with any weight, ascending; `by_T`, W
+    transposed and restricted to them, and `by_S`, W restricted to them, as products.
 
     Raises ValueError for entries that do not fit.
     """
@@ -79,17 +79,17 @@ class SparseMap:
         ids, weights = self.ids, self.weights
         if ids.dim() != 2 or ids.dtype != torch.int64 or weights.shape != ids.shape:
             raise ValueError(
-                "SparseMap: ids must be int64 [V_S, k] and weights alike, "
+                "SparseMap: ids must be int64 [V_S, k] and weights of the same shape, "
                 f"got {ids.dtype} {list(ids.shape)} and {list(weights.shape)}"
             )
         sums = weights.double().sum(1)
-        # Written so that NaN is refused as well.
+        # NaN must be refused as well.
         wrong = ~((weights >= 0).all(1) & (sums <= 1 + _ROUNDING))
         if wrong.any():
             v = int(wrong.nonzero()[0])
             raise ValueError(
                 f"SparseMap: the weights of student id {v} are {weights[v].tolist()}; "
-                "must not be negative, nor sum to more than 1"
+                "they must be at least 0 and sum to at most 1"
             )
         student, slot = (weights > 0).nonzero(as_tuple=True)
         teacher, weight = ids[student, slot], weights[student, slot]
@@ -112,9 +112,9 @@ class PieceTable:
     """The student's tokens that spell each token of the teacher: `ids` int64 `[V_T, P]`, in order, then -1.
 
     vocab_S  size of the student's true vocabulary
-    covered  made here: the student's ids with which a teacher's token begins, ascending
+    covered  computed here: the student's ids with which a teacher's token begins, ascending
 
-    A row of -1 is a token that stands for no text. Raises ValueError for entries that do not fit.
+    A row of -1 is a token without text. Raises ValueError for entries that do not fit.
     """
 
     ids: Tensor
@@ -135,7 +135,7 @@ class PieceTable:
                 f"the vocabulary is [0, {self.vocab_S}), and -1 is none"
             )
         if ((ids[:, :-1] < 0) & (ids[:, 1:] >= 0)).any():
-            raise ValueError("PieceTable.ids: pieces stand first in their row, then -1")
+            raise ValueError("PieceTable.ids: in a row, pieces must precede -1")
         begins = ids[:, 0]
         object.__setattr__(self, "covered", torch.unique(begins[begins >= 0]))
         several = (ids[:, 1] >= 0).nonzero().squeeze(1) if ids.shape[1] > 1 else ids.new_empty(0)
@@ -149,16 +149,16 @@ class PieceTable:
     def longer(self, tokens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return the teacher's tokens that begin with these pieces and have more, and each one's next piece.
 
-        Both are on the CPU. Where they are empty, they are so for every extension of `tokens`.
+        Both are on the CPU. If they are empty, they are empty for every extension of `tokens` too.
         """
-        found = self._several.get(tokens[0])
-        if found is None or len(tokens) >= self.ids.shape[1]:
+        candidates = self._several.get(tokens[0])
+        if candidates is None or len(tokens) >= self.ids.shape[1]:
             return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-        rows = self._ids_cpu[found]
+        rows = self._ids_cpu[candidates]
         fits = rows[:, len(tokens)] >= 0
         for position, token in enumerate(tokens[1:], start=1):
             fits = fits & (rows[:, position] == token)
-        return found[fits], rows[fits, len(tokens)]
+        return candidates[fits], rows[fits, len(tokens)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,12 +171,12 @@ class Bags:
 
     @classmethod
     def collect(cls, columns: Tensor, weights: Tensor, rows: Tensor, num_rows: int) -> Bags:
-        """Of entries that stand in the order of their rows."""
+        """Build from entries sorted by row."""
         counts = rows.bincount(minlength=num_rows)
         return cls(columns.contiguous(), weights.contiguous(), counts.cumsum(0) - counts)
 
     def times(self, matrix_cn: Tensor) -> Tensor:
-        """The product with a dense matrix `[columns, n]`, `[rows, n]`; deterministic on every device."""
+        """Multiply with a dense matrix `[columns, n]` into `[rows, n]`; deterministic on every device."""
         if not self.columns.numel():
             return matrix_cn.new_zeros(self.starts.shape[0], matrix_cn.shape[1])
         return torch.nn.functional.embedding_bag(

@@ -1,4 +1,4 @@
-"""The teacher's next token, cut into the student's: distributions that the student can be compared with."""
+"""The teacher's next-token distribution, converted to the student's tokens."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mergeopd.loss.cross_tokenizer.rows import Block, Scored, Side
 from mergeopd.loss.divergence import JSD, ForwardKL, Pair
 from mergeopd.loss.heads import Projection
 
-# Of a longer token's probability over that of the path as it stands.
+# Bound of log(probability of a longer token / probability of the tokenization at hand).
 _LARGEST_LOG = 60.0
-# Below this a probability's logarithm ends; a teacher's mass of 0 must stay 0 when it meets one.
+# Lower clamp of a probability before its logarithm; its product with a teacher's mass of 0 stays 0.
 _LEAST = 1e-30
 
 
@@ -31,7 +31,7 @@ class _Begun:
 
 
 class PieceScorer:
-    """A divergence in the student's vocabulary on each row of which a group's first teacher row tells."""
+    """A divergence in the student's vocabulary, on the rows determined by a group's first teacher row."""
 
     def __init__(
         self,
@@ -46,7 +46,6 @@ class PieceScorer:
         self._begun: list[_Begun] = []
 
     def score(self, block: Block) -> Scored:
-        """See `Scorer`."""
         with_grad = block.weight_g is not None
         s = Side.begin(self._student, block.raw_S, block.labels_S, block.num_S, with_slope=with_grad)
         t = Side.begin(self._teacher, block.raw_T, block.labels_T, block.num_T)
@@ -61,10 +60,10 @@ class PieceScorer:
             if not len(group):
                 continue
             label_T = block.labels_T[first_T[group]]
-            found, known = self._later(p_T[group], label_T, block.labels_S, first_S[group], position)
+            q_later, known = self._later(p_T[group], label_T, block.labels_S, first_S[group], position)
             rows.append(first_S[group][known] + position)
             groups.append(group[known])
-            targets.append(found[known])
+            targets.append(q_later[known])
         row, group, q_T = torch.cat(rows), torch.cat(groups), torch.cat(targets)
         share = 1.0 / torch.bincount(group, minlength=len(first_S)).to(q_T.dtype)
         log_S = s.logits[row] - s.log_mass[row].unsqueeze(1)
@@ -83,10 +82,10 @@ class PieceScorer:
         return Scored(value, s.group_logprob(), t.group_logprob(), matched_S, q_T[is_first].sum(1))
 
     def _first(self, p_T: Tensor, label_S: Tensor, label_T: Tensor, logprob_T: Tensor) -> Tensor:
-        """`[g, V_S]`: the student's first token, as the teacher's next tokens begin.
+        """`[g, V_S]`: the distribution of the student's first token implied by the teacher's next tokens.
 
-        The group as it stands is known exactly: its probability goes to the token that the student wrote,
-        from the one with which the teacher's first token would begin by itself.
+        The group's probability is known exactly: it is moved from the student token that begins the table's
+        spelling of the teacher's first token to the token that the student generated.
         """
         q = self._pieces(p_T, 0)
         begins, chain = self._table.ids[label_T, 0], logprob_T.exp()
@@ -95,23 +94,24 @@ class PieceScorer:
         return q.scatter_add_(1, label_S.unsqueeze(1), chain.unsqueeze(1))
 
     def _with_longer(self, q: Tensor, p_T: Tensor, block: Block, logprob_T: Tensor) -> Tensor:
-        """Add what the teacher would have said with a token that began earlier and covers this boundary.
+        """Add the mass of teacher tokens that begin earlier and cover this boundary.
 
-        That no longer token stands here is no news about the text: the student never chose among those. Given
-        the text alone, the teacher goes on as a mixture of the path as it stands (weight 1 here) and of every
-        longer token that begins with the same pieces (its probability over that of the path).
+        The absence of a longer token carries no information about the text, since the student cannot choose
+        one. Given the text only, the teacher's continuation is a mixture of the tokenization at hand (weight
+        1 here) and of every longer token that begins with the same pieces (its probability divided by that of
+        the tokenization at hand).
         """
         labels, sizes = block.labels_S.tolist(), block.num_S.tolist()
         follows = [False] * len(sizes) if block.follows is None else block.follows.tolist()
-        # Of every group and boundary: the teacher's distribution, its factor, where it goes in q, its tokens.
+        # For every group and boundary: the teacher's distribution and its factor, places in q, tokens.
         sources: list[tuple[Tensor, float]] = []
         places: list[Tensor] = []
         token_ids: list[Tensor] = []
         at = 0
-        for g, (size, goes_on, chain) in enumerate(zip(sizes, follows, logprob_T.tolist(), strict=True)):
+        for g, (size, is_continued, chain) in enumerate(zip(sizes, follows, logprob_T.tolist(), strict=True)):
             own, at = labels[at : at + size], at + size
             moved = []
-            for begun in self._begun if goes_on else ():
+            for begun in self._begun if is_continued else ():
                 ids, piece = self._table.longer(begun.tokens)
                 if not len(ids):
                     continue
@@ -133,9 +133,9 @@ class PieceScorer:
     ) -> tuple[Tensor, Tensor]:
         """The student's token number `position` of each group, given those before it in one teacher token.
 
-        `[r, V_S]`, and where there is anything to compare with. The teacher's token at hand counts as the
-        student cut it, which need not be how the table spells it: or all its mass would go to others that
-        begin as the student did.
+        Returns `[r, V_S]`, and where it has any mass. The group's teacher token is split as the student did,
+        which may differ from the table's spelling; otherwise all its mass would go to other tokens that begin
+        with the student's pieces.
         """
         ids, label_T = self._table.ids, label_T.unsqueeze(1)
         own = p_T.gather(1, label_T)
@@ -151,7 +151,7 @@ class PieceScorer:
         return q / total.clamp_min(_LEAST), total.squeeze(1) > _LEAST
 
     def _pieces(self, mass: Tensor, position: int) -> Tensor:
-        """`[n, V_S]`: the mass `[n, V_T]` of the teacher's tokens at their piece number `position`."""
+        """Scatter the mass `[n, V_T]` of teacher tokens to their piece number `position`, `[n, V_S]`."""
         ids = self._table.ids[:, position]
         known = (ids >= 0).nonzero().squeeze(1)
         out = mass.new_zeros(mass.shape[0], self._table.vocab_S)

@@ -1,4 +1,4 @@
-"""X-Token's P-KL at work: the student's distribution carried into the teacher's vocabulary."""
+"""Scorer of X-Token's P-KL: the student's distribution projected to the teacher's vocabulary."""
 
 from __future__ import annotations
 
@@ -31,18 +31,17 @@ class ProjectionScorer:
         self._student, self._teacher, self._workspace = student, teacher, workspace
         self._table, self._direction = table, direction
         self._is_complete = table.covered.shape[0] == table.vocab_T
-        # All of them is no restriction, and needs no search.
+        # All covered ids are no restriction and need no search.
         self._top_k = top_k if top_k is not None and top_k < table.covered.shape[0] else None
 
     def score(self, block: Block) -> Scored:
-        """See `Scorer`."""
         with_grad = block.weight_g is not None
         s = Side.begin(self._student, block.raw_S, block.labels_S, block.num_S, with_slope=with_grad)
         t = Side.begin(self._teacher, block.raw_T, block.labels_T, block.num_T)
         log_T, ids = self._teacher_means(t)
         p_S = s.mass.mul_(s.log_mass.neg().exp_().unsqueeze(1))
         projected = self._project(p_S, None if ids is None else ids[s.group])
-        # What underflows has this logarithm, and no gradient.
+        # Underflowing probabilities get this logarithm, without a gradient.
         least = torch.finfo(projected.dtype).tiny
         is_lost = projected < least
         projected.clamp_(min=least)
@@ -62,7 +61,7 @@ class ProjectionScorer:
         return Scored(value, s.group_logprob(), t.group_logprob(), matched_S, matched_T)
 
     def _teacher_means(self, t: Side) -> tuple[Tensor, Tensor | None]:
-        """Mean log-probabilities `[g, c]` and, if restricted, the places `[g, k]` among the covered ids."""
+        """Mean log-probabilities `[g, c]` and, if restricted, the indices `[g, k]` among the covered ids."""
         log_T = _means(t.logits.sub_(t.log_mass.unsqueeze(1)), t)
         if not self._is_complete:
             log_T = log_T.index_select(1, self._table.covered)
@@ -92,7 +91,7 @@ class ProjectionScorer:
         s.finish_gradient(dz)
 
     def _turned(self, name: str, matrix: Tensor) -> Tensor:
-        """The transpose in memory of its own: a sparse product reads whole rows of it."""
+        """Copy the transpose: a sparse product reads whole rows of it."""
         shape = (matrix.shape[1], matrix.shape[0])
         out = self._workspace.take(f"bridge.turned.{name}", shape, matrix.dtype, matrix.device)
         return out.copy_(matrix.t())

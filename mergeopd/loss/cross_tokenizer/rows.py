@@ -1,4 +1,4 @@
-"""A block of whole groups, and what both models say in it."""
+"""A block of whole groups, and both models' softmaxes in it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from mergeopd.loss.cross_tokenizer.groups import group_of_rows, sum_rows
 from mergeopd.loss.heads import Projection
 
-Merge = Literal["observed", "bayesian"]
+MergeStrategy = Literal["observed", "bayesian"]
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
     """g whole groups: raw logits of their rows, labels, rows per group.
 
-    weight_g: the groups' factors in the loss, if gradients are wanted; they take the place of `raw_S`.
+    weight_g: the groups' factors in the loss, or None without gradients; gradients overwrite `raw_S`.
     """
 
     raw_S: Tensor
@@ -43,10 +43,10 @@ class Scored:
 
 
 class Scorer(Protocol):
-    """One kind of bridge at work."""
+    """Scores blocks for one kind of bridge."""
 
     def score(self, block: Block) -> Scored:
-        """Values of the groups and, if the block has weights, the logit gradient over `raw_S`."""
+        """Return the groups' values; if the block has weights, overwrite `raw_S` with the logit gradient."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class Side:
     def begin(
         cls, projection: Projection, raw: Tensor, labels: Tensor, num: Tensor, *, with_slope: bool = False
     ) -> Side:
-        """The softmaxes of a block's rows. `with_slope` keeps the soft cap's slope for the gradient."""
+        """Compute the softmaxes of a block's rows; `with_slope` keeps the soft cap's slope for gradients."""
         slope = projection.take("slope", raw.shape[0]) if with_slope and projection.is_capped else None
         projection.finish_logits(raw, slope)
         raw.sub_(raw.amax(1, keepdim=True))
@@ -89,7 +89,7 @@ class Side:
         """`[g]`: the groups' log-probabilities by the chain rule."""
         return sum_rows(self.logprob, self.num)
 
-    def base_rows(self, merge: Merge) -> Tensor:
+    def base_rows(self, merge: MergeStrategy) -> Tensor:
         """`[g]`: the row of each group whose whole distribution is kept."""
         stop = self.num.cumsum(0)
         return stop - 1 if merge == "bayesian" else stop - self.num
@@ -105,7 +105,7 @@ class Side:
         return out.add_((others - self.log_mass[base]).unsqueeze(1))
 
     def finish_gradient(self, dz_nV: Tensor) -> None:
-        """From tempered to raw logits, in place."""
+        """Convert the gradient of tempered logits to that of raw logits, in place."""
         if self.projection.gain != 1.0:
             dz_nV.mul_(self.projection.gain)
         if self.projection.is_capped:

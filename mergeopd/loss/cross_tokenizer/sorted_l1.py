@@ -1,10 +1,10 @@
-"""The L1 distance of two sorted vectors, without sorting what need not be.
+"""The L1 distance of two sorted vectors, without a full sort.
 
-Sorting both sides of a large vocabulary costs several times everything else in such a loss. But entry s of
-rank i only needs to know whether the other side's entry of rank i is smaller or larger, and that mostly
-follows from counts: cut the numbers into 256 buckets an octave. Where all of a bucket's ranks on one side lie
-beyond those on the other side, the answer is the same for the whole bucket. Only what remains is sorted. The
-result is exact.
+Sorting both sides of a large vocabulary costs several times more than the rest of the loss. But for entry s
+of rank i only the sign of the difference to the other side's entry of rank i is needed, which mostly follows
+from counts: divide the numbers into 256 buckets per octave. Where all of a bucket's ranks on one side are
+beyond those on the other side, the sign is the same for the whole bucket. Only the rest is sorted. The result
+is exact.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mergeopd.loss.buffers import Workspace
 
-# A bucket is an exponent, -126 to 0, and 8 bits of mantissa; what is smaller shares the first.
+# A bucket is an exponent, -126 to 0, and 8 bits of mantissa; smaller numbers share the first bucket.
 _OCTAVES, _MANTISSA_BITS = 127, 8
 _NUM_BUCKETS = (_OCTAVES << _MANTISSA_BITS) + 1
 _LAYOUT = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52, 1023)}
@@ -36,9 +36,9 @@ class Counted:
 class Close:
     """One side's entries in undecided buckets, flat, best first within each bucket, buckets ascending.
 
-    row, column  where they stand
-    value        what they are
-    bucket       of all rows, `row * buckets + bucket`
+    row, column  their indices
+    value        their values
+    bucket       counted over all rows, `row * buckets + bucket`
     rank         from 1, among all entries of the row
     """
 
@@ -50,11 +50,10 @@ class Close:
 
 
 def sorted_l1(s_na: Tensor, t_nb: Tensor, workspace: Workspace) -> tuple[Tensor, Tensor]:
-    """`sum_i |sort(s)_i - sort(t)_i|` per row `[n]`, both descending, the shorter padded with zeros.
+    """Compute `sum_i |sort(s)_i - sort(t)_i|` per row `[n]`, both descending, the shorter zero-padded.
 
-    Entries must lie in [0, 1]. The second result `[n, a]` is its derivative by `s`: the sign of each entry's
-    difference, 0 where there is none; it is valid until the workspace is used again. Of equal entries, which
-    has which rank is arbitrary.
+    Entries must be in [0, 1]. The second result `[n, a]` is the derivative with respect to `s`: the sign of
+    each entry's difference, valid until the workspace is used again. The order of equal entries is arbitrary.
     """
     if not s_na.shape[1] or not t_nb.shape[1]:
         return s_na.sum(1) + t_nb.sum(1), torch.sign(s_na)

@@ -20,10 +20,10 @@ from mergeopd.reporting.figures import (
 from mergeopd.reporting.jsonl import UpdateRecord
 
 MAX_POINTS = 1500
-"""Longer runs are shown as means over equal stretches of updates."""
+"""Longer runs are shown as means over equal numbers of updates."""
 ACCENT = -1
-"""The colour of a line that is alone in its chart."""
-# What every round repeats; stages that come once a run or phase would dwarf it.
+"""The colour of a chart's only line."""
+# Stages of every round; those that run once per run or phase would dwarf them.
 _REPEATED_STAGES = ("rollout", "teachers", "update", "checkpoint")
 
 Group = Literal["teachers", "domains", "run"]
@@ -65,11 +65,9 @@ class Curves:
     stretch: int
 
     def in_group(self, group: Group) -> tuple[Chart, ...]:
-        """The charts of one part of the page."""
         return tuple(chart for chart in self.charts if chart.group == group)
 
     def document(self) -> dict[str, Any]:
-        """Plain data for the page's script."""
         return {
             "updates": self.updates,
             "phases": self.phases,
@@ -88,10 +86,10 @@ class Curves:
 
 
 def build_curves(updates: Sequence[UpdateRecord], max_points: int = MAX_POINTS) -> Curves:
-    """The charts of all figures that some update has, without those that are constant by design.
+    """Build the charts of all figures in the updates, without those that are constant by design.
 
-    Numbers are those of metrics.jsonl (fractions in %) up to `max_points` updates. Of longer runs, each point
-    is the mean of the known numbers of a stretch, at its last update.
+    Numbers are those of metrics.jsonl (fractions in %) up to `max_points` updates. In longer runs, each point
+    is the mean of the known numbers of several updates, at the last of them.
     """
     stretch = max(1, -(-len(updates) // max_points))
     stretches = [updates[i : i + stretch] for i in range(0, len(updates), stretch)]
@@ -117,7 +115,7 @@ def build_curves(updates: Sequence[UpdateRecord], max_points: int = MAX_POINTS) 
 def _candidates(
     updates: Sequence[UpdateRecord],
 ) -> Iterator[tuple[Group, Figure, list[tuple[str, int, Read]]]]:
-    """Every possible chart: its group, its figure, and name, colour and value of each line."""
+    """Yield every possible chart: its group, its figure, and name, colour and value of each line."""
     teachers = sorted({name for update in updates for name in update.teachers})
     domains = sorted({name for update in updates for name in update.domains})
     # A teacher and a domain of the same name have the same colour.

@@ -1,4 +1,4 @@
-"""Write report.html: one file that loads nothing, made from the run folder alone."""
+"""Write report.html: one file that loads nothing, built from the run folder only."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_report(folder: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def render(data: RunData, now: datetime) -> str:
-    """The whole page. Its policy admits the page's own scripts by hash, and nothing can be loaded."""
+    """Render the page. Its content policy allows the page's own scripts by hash, and loads nothing."""
     curves = build_curves(data.updates)
     scripts = (_plotly(), _part("page.js"))
     hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
@@ -70,7 +70,7 @@ def render(data: RunData, now: datetime) -> str:
             num_tokens=sum(update.num_tokens for update in data.updates),
             models=MODELS,
             curves=curves,
-            # Escaped, so that no text can end the element.
+            # Escaped, so that no text can close the element.
             curves_json=Markup(json_text(curves.document()).replace("<", "\\u003c")),
             responses=build_responses(data.samples),
             divergences={"": "-log p of the student"} | {key: row.title for key, row in MEASURES.items()},
@@ -100,7 +100,6 @@ class HtmlReporter:
         self._phase = ""
 
     def emit(self, event: Event) -> None:
-        """Write the report if one is due."""
         if isinstance(event, UpdateDone):
             phase, self._phase = self._phase, event.phase
             due = bool(phase) and phase != event.phase
@@ -113,7 +112,7 @@ class HtmlReporter:
         start = self._clock()
         try:
             write_report(self._folder)
-        except Exception as error:  # noqa: BLE001 - the run is worth more than its page
+        except Exception as error:  # noqa: BLE001 - a report must not end the run
             self._notes.emit(Note(f"{run_layout.REPORT} was not written: {error or type(error).__name__}"))
         took = self._clock() - start
         self._not_before = start + max(_MIN_PAUSE_S, took / _MAX_SHARE)
@@ -131,7 +130,7 @@ def _status(data: RunData) -> str:
 
 
 def _seconds(data: RunData) -> dict[str, float]:
-    """Seconds by stage: the result's, else those of the updates so far. Time between stages is `other`."""
+    """Return seconds by stage: the result's, else of the updates so far. Time between stages is `other`."""
     seconds: dict[str, float] = {}
     if data.result is not None:
         seconds = dict(data.result.seconds)

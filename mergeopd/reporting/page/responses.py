@@ -1,4 +1,4 @@
-"""Sampled responses as the page shows them: every token with a colour and its numbers."""
+"""Sampled responses for the page: every token with a colour and its numbers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Response = tuple[RolloutSampled, list[Reading]]
 
 
 def build_responses(samples: Sequence[RolloutSampled]) -> Mapping[str, Mapping[int, Sequence[Response]]]:
-    """The responses to show by domain and update: at most `MAX_TIMES` updates, first and last included."""
+    """Select responses by domain and update: at most `MAX_TIMES` updates, first and last included."""
     result: dict[str, dict[int, list[Response]]] = {}
     for domain in sorted({sample.domain for sample in samples}):
         own = [sample for sample in samples if sample.domain == domain]
@@ -52,7 +52,7 @@ def build_responses(samples: Sequence[RolloutSampled]) -> Mapping[str, Mapping[i
 
 
 def level(value: float | None, divergence: str) -> int:
-    """How strongly a token is coloured: the same in every run, saturating smoothly."""
+    """Return a token's colour level: the same scale in every run, saturating smoothly."""
     if value is None:
         return LEVELS
     return round(LEVELS * (1.0 - math.exp(-max(0.0, value) / _scale(divergence))))
@@ -63,7 +63,7 @@ def _scale(divergence: str) -> float:
 
 
 def build_legends(samples: Sequence[RolloutSampled]) -> list[tuple[list[str], list[tuple[float, int]]]]:
-    """The scales in use: divergences that share one, and some values in nats with their levels."""
+    """Return the scales in use: divergences that share one, and some values in nats with their levels."""
     by_scale: dict[float, list[str]] = {}
     for divergence in dict.fromkeys(sample.divergence for sample in samples):
         by_scale.setdefault(_scale(divergence), []).append(divergence)
@@ -79,7 +79,7 @@ def _readings(sample: RolloutSampled) -> list[Reading]:
 
 
 def _reading(sample: RolloutSampled, teacher: str, trace: TeacherTrace | None) -> Reading:
-    """A teacher's numbers; without a trace, the student's own."""
+    """Return a teacher's numbers; without a trace, the student's own."""
     values = trace.divergence if trace else tuple(None if v is None else -v for v in sample.logprob_S)
     teachers = trace.logprob_T if trace else (None,) * len(values)
     masked = frozenset(trace.masked if trace else ())
@@ -98,7 +98,6 @@ def _reading(sample: RolloutSampled, teacher: str, trace: TeacherTrace | None) -
 
 
 def _spread(updates: Sequence[int], count: int) -> list[int]:
-    """At most `count` of them, evenly, with both ends."""
     if len(updates) <= count:
         return list(updates)
     return [updates[round(i * (len(updates) - 1) / (count - 1))] for i in range(count)]

@@ -1,4 +1,4 @@
-"""A run folder as the report reads it: records strictly, what is missing or damaged as notes."""
+"""Contents of a run folder for the report; missing or damaged files become notes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class RunData:
 
     @property
     def is_finished(self) -> bool:
-        """Whether there is nothing left to do for `mergeopd run`."""
+        """Whether the run is complete: exported and, if the recipe asks, evaluated."""
         return self.exported and (self.result is not None or not self.plan.get("evaluation"))
 
 
@@ -104,7 +104,7 @@ def _document(path: Path, notes: list[str]) -> dict[str, Any] | None:
 
 
 def _lines(folder: Path, name: str, kind: TypeAdapter[_Record], notes: list[str]) -> tuple[_Record, ...]:
-    """The valid lines of a JSON lines file; none where there is no file."""
+    """Return the valid lines of a JSON lines file; none without a file."""
     path = folder / name
     if not path.is_file():
         return ()
@@ -123,7 +123,7 @@ def _lines(folder: Path, name: str, kind: TypeAdapter[_Record], notes: list[str]
 
 
 def _in_order(updates: tuple[UpdateRecord, ...], notes: list[str]) -> tuple[UpdateRecord, ...]:
-    """Sorted by number, the last line of each."""
+    """Sort updates by number, keeping the last line of each."""
     numbered = {update.update: update for update in updates}
     ordered = tuple(numbered[number] for number in sorted(numbered))
     if ordered != updates:

@@ -1,4 +1,4 @@
-"""The terminal's reporter: live where a person looks at it, plain lines elsewhere."""
+"""The terminal's reporter: a live display in interactive terminals, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mergeopd.reporting.terminal.plain import PlainReporter
 def console_reporter(
     console: Console, clock: Callable[[], float] = time.monotonic
 ) -> LiveReporter | PlainReporter:
-    """A reporter for `console`, to be used as a context manager. `clock` is monotonic, in seconds."""
+    """Return a reporter for `console`, a context manager. `clock` is monotonic, in seconds."""
     if console.is_terminal and not console.is_dumb_terminal:
         return LiveReporter(console, clock)
     return PlainReporter(console, clock)

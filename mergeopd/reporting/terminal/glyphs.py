@@ -1,4 +1,4 @@
-"""Marks that a terminal can show: line art where the encoding is Unicode, ASCII otherwise."""
+"""Characters for drawing in a terminal: line art if the encoding is Unicode, ASCII otherwise."""
 
 from __future__ import annotations
 
@@ -27,11 +27,9 @@ class Glyphs:
 
     @staticmethod
     def of(options: ConsoleOptions) -> Glyphs:
-        """The set for a console."""
         return _ASCII if options.ascii_only else _UNICODE
 
     def table(self, title: str) -> Table:
-        """An empty table."""
         return Table(
             title=plain_text(title, self) or None,
             title_justify="left",
@@ -47,13 +45,13 @@ _ASCII = Glyphs(levels="_.-=+*#@", block="=", dot="|", table_box=box.ASCII2, asc
 
 
 def plain_text(text: str, glyphs: Glyphs) -> str:
-    """`text` on one line, without characters that the terminal would act on or cannot encode."""
+    """Return `text` on one line, without control characters and those that the terminal cannot encode."""
     line = "".join(char if char.isprintable() else " " for char in text)
     return line.replace("‖", "||").encode("ascii", "replace").decode() if glyphs.ascii_only else line
 
 
 def sparkline(values: Sequence[float], width: int, glyphs: Glyphs) -> str:
-    """At most `width` marks from old to new, each the mean of a stretch, scaled to the range shown."""
+    """Draw at most `width` marks from old to new, each a mean of values, scaled to the range shown."""
     if not values or width < 1:
         return ""
     count = min(width, len(values))

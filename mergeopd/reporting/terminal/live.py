@@ -66,9 +66,9 @@ class LiveReporter:
         self._live.stop()
 
     def emit(self, event: events.Event) -> None:
-        """Take the event in; the next refresh shows it. Notes and the result are printed at once."""
+        """Record the event; the next refresh shows it. Notes and the result are printed at once."""
         with self._lock:
-            self._view.apply(event, self._clock())
+            self._view.add(event, self._clock())
             self._move_bars(event)
         match event:
             case events.Note():
@@ -108,7 +108,6 @@ class LiveReporter:
             self._stage_task = None
 
     def _show_position(self, run: events.RunStarted) -> None:
-        """Show the phase and the updates made so far."""
         assert self._run_task is not None
         title, done = run.name, self._view.done
         phase = self._view.phase_of(min(done + 1, run.num_updates))
@@ -118,7 +117,6 @@ class LiveReporter:
         self._progress.update(self._run_task, completed=done, description=plain_text(title, self._glyphs))
 
     def _frame(self) -> RenderableType:
-        """The display as it is now, fitted to the size of the console."""
         width, height = self._console.size
         width = min(width, _WIDEST)
         with self._lock:
@@ -139,7 +137,7 @@ class LiveReporter:
         return parts
 
     def _numbers(self, last: UpdateRecord, width: int, room: int) -> list[RenderableType]:
-        """Tables of teachers and domains in at most `room` lines, the run's numbers, a legend if it fits."""
+        """Return tables of teachers and domains in at most `room` lines, the run's numbers, and a legend."""
         view = self._view
         measure = next((key for key in map(measure_of, last.teachers.values()) if key), None)
         of_teachers = [figure for figure in figures.TEACHER_FIGURES if figure.column] + [figures.NUM_TOKENS]
@@ -174,7 +172,7 @@ class LiveReporter:
         trend: Callable[[Numbers], str] | None,
         lines: int,
     ) -> Table:
-        """A row per teacher or domain in `lines` lines, with the history of the figure that `trend` names."""
+        """Return a row per teacher or domain in `lines` lines, with the history of the figure `trend`."""
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
         table.add_column(kind, no_wrap=True, overflow="ellipsis", min_width=8, max_width=24)
         for figure in columns:
@@ -226,7 +224,7 @@ def _one_line() -> Column:
 
 
 def _nll(numbers: Numbers) -> str:
-    """The key of the trend of domains, where there are no teachers."""
+    """Return the key of the trend of domains, for updates without teachers."""
     return "nll"
 
 

@@ -1,4 +1,4 @@
-"""Plain lines for files and pipes: the first and last update of each phase, and one now and then."""
+"""Plain lines for files and pipes: the first and last update of each phase, and others at intervals."""
 
 from __future__ import annotations
 
@@ -36,9 +36,8 @@ class PlainReporter:
         return
 
     def emit(self, event: events.Event) -> None:
-        """Print the line of the event, if it has one and one is due."""
         now = self._clock()
-        self._view.apply(event, now)
+        self._view.add(event, now)
         match event:
             case events.RunStarted():
                 self._print(_opening(event))
@@ -74,7 +73,7 @@ class PlainReporter:
         return update == run.resumed_at + 1 or phase.done in (1, phase.updates)
 
     def _is_due(self, now: float) -> bool:
-        """Every 5 seconds at first, then less and less often, down to once a minute."""
+        """Whether a line is due: every 5 seconds at first, then less often, down to once a minute."""
         pause = min(_LONGEST_S, max(_SHORTEST_S, (now - self._first_at) / 50))
         return now - self._printed_at >= pause
 

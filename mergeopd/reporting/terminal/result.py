@@ -1,4 +1,4 @@
-"""The result table of a run, as the terminal shows it."""
+"""The result table of a run in the terminal."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ResultTable:
 
 
 def ending(event: RunFinished) -> ResultTable:
-    """The end of a run: its result if any, the time by stage, the paths of what was written."""
+    """Render the end of a run: its result if any, the time by stage, the paths of written files."""
     result = replace(event.result or Result({}, None, {}), seconds=event.seconds)
     paths = {"result": event.result_path, "student": event.export_path, "report": event.report_path}
     return ResultTable(result, paths)

@@ -25,7 +25,7 @@ def clock_text(seconds: float) -> str:
 
 
 def shares(seconds: Mapping[str, float]) -> dict[str, int]:
-    """Whole percentages that add up to 100 (largest remainders); empty when no time was spent."""
+    """Return whole percentages that add up to 100 (largest remainders); empty without time."""
     total = sum(seconds.values())
     if not total > 0:
         return {}
@@ -40,10 +40,10 @@ def shares(seconds: Mapping[str, float]) -> dict[str, int]:
 def split_line(
     seconds: Mapping[str, float], glyphs: Glyphs, width: int, *, total: bool = False
 ) -> Text | None:
-    """A coloured bar and its legend on one line of at most `width` cells; None when no time was spent.
+    """Draw a coloured bar and its legend on one line of at most `width` cells; None without time.
 
-    Stages below half a per cent are left out; the smallest ones are added up as `other` where the line is too
-    short for all.
+    Stages below half a per cent are left out; if the line is too short, the smallest ones are combined as
+    `other`.
     """
     parts = {name: percent for name, percent in shares(seconds).items() if percent}
     if not parts:

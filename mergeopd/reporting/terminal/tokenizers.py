@@ -1,4 +1,4 @@
-"""Two tokenizers side by side: shared tokens, and how their tokens of one text align."""
+"""Comparison of two tokenizers: shared tokens, and the alignment of their tokens of one text."""
 
 from __future__ import annotations
 
@@ -68,7 +68,6 @@ class TokenizerPair:
     coverage: tuple[Coverage, Coverage]
 
     def document(self) -> dict[str, Any]:
-        """The same as plain values, for JSON."""
         return {
             "tokenizers": [asdict(self.first), asdict(self.second)],
             "difference": self.difference,

@@ -1,4 +1,4 @@
-"""State of the terminal display, collected from events. No drawing; time is an argument."""
+"""State of the terminal display, collected from events, without drawing; time is an argument."""
 
 from __future__ import annotations
 
@@ -68,14 +68,13 @@ class RunView:
     _last_update_at: float = 0.0
     _recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
 
-    def apply(self, event: events.Event, now: float) -> None:
-        """Take in an event."""
+    def add(self, event: events.Event, now: float) -> None:
         match event:
             case events.RunStarted():
                 self.run = event
                 self._last_update_at = now
             case events.UpdateDone():
-                self._apply_update(event, now)
+                self._add_update(event, now)
             case events.EvaluationDone():
                 self.evaluations.setdefault(event.domain, {})[event.model] = event.accuracy
             case events.CheckpointSaved():
@@ -83,7 +82,7 @@ class RunView:
             case events.RunFinished():
                 self.is_finished = True
 
-    def _apply_update(self, event: events.UpdateDone, now: float) -> None:
+    def _add_update(self, event: events.UpdateDone, now: float) -> None:
         self.last = UpdateRecord.of(event)
         phase = self.phase_of(event.update)
         if phase is not None and phase.index != self._phase_index:
@@ -104,11 +103,11 @@ class RunView:
         self.informative |= {f.key for f in RUN_FIGURES if f.is_informative(run_value(self.last, f.key))}
 
     def columns(self, figures: tuple[Figure, ...]) -> list[Figure]:
-        """Those of `figures` that the terminal shows now."""
+        """Return the `figures` that the terminal shows now."""
         return [figure for figure in figures if figure.column and figure.key in self.informative]
 
     def phase_of(self, update: int) -> PhasePosition | None:
-        """The phase that update number `update` (from 1) belongs to."""
+        """Return the phase of update number `update` (from 1)."""
         first = 0
         for index, (name, updates) in enumerate(self.run.phases if self.run else ()):
             if update <= first + updates:
@@ -124,7 +123,7 @@ class RunView:
         return self.run.resumed_at if self.run else 0
 
     def left_s(self, now: float) -> float | None:
-        """Estimated seconds to the last update, at the present phase's speed; None before the first one."""
+        """Estimate the seconds to the last update at the current phase's speed; None before the first one."""
         if self.run is None or not self._recent:
             return None
         mean = sum(seconds for _, seconds in self._recent) / len(self._recent)
@@ -132,11 +131,11 @@ class RunView:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Response tokens per second of rollout, teachers and update together, over recent updates."""
+        """Return response tokens per second of rollout, teachers and update, over recent updates."""
         seconds = sum(seconds for _, seconds in self._recent)
         return sum(tokens for tokens, _ in self._recent) / seconds if seconds > 0 else None
 
 
 def measure_of(numbers: Numbers) -> str:
-    """The key of a teacher's first divergence, or of its bridge's measure; "" without one."""
+    """Return the key of a teacher's first divergence, or of its bridge's measure; "" without one."""
     return next((key for key in MEASURE_FIGURES if key in numbers), "")

@@ -1,1 +1,1 @@
-"""The student on megatron-core: tensor, pipeline and data parallel. Megatron is touched in here alone."""
+"""The student on megatron-core: tensor, pipeline and data parallel. Only this package imports Megatron."""

@@ -1,4 +1,4 @@
-"""What Megatron must know of a dense model and which grids can hold it, from config.json alone (no torch)."""
+"""A dense model's sizes for Megatron and the grids that it fits, from config.json only (no torch)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from mergeopd.models.facts import ModelFacts
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """What differs from Llama."""
+    """Differences from Llama."""
 
     qkv_bias: bool = False
     qk_norm: bool = False
-    # What transformers takes where the key is missing: Llama's first generation has no groups. The others
-    # have a number of their own there.
+    # Defaults of transformers for a missing key: Llama's first generation has no groups, the others have
+    # their own number.
     groups_are_heads: bool = False
 
     def key_value_heads(self, heads: int) -> dict[str, int]:
-        """The default of `num_key_value_heads`, if there is one."""
         return {"num_key_value_heads": heads} if self.groups_are_heads else {}
 
 
@@ -35,7 +34,7 @@ FAMILIES = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class SplitProblem:
-    """Why a model cannot be cut: which of `tensor` and `pipeline` is wrong, and what would be right."""
+    """The reason why a model cannot be sharded: `tensor` or `pipeline`, and the values that work."""
 
     key: str
     message: str
@@ -93,7 +92,7 @@ class Architecture:
         )
 
     def require(self, tensor: int, pipeline: int, world: int) -> None:
-        """Raises ModelError where `tensor` x `pipeline` over `world` processes cannot hold this model."""
+        """Raise ModelError when `tensor` x `pipeline` over `world` processes cannot hold this model."""
         problems = [f"{p.key}: {p.message}" for p in self.split_problems(tensor, pipeline)]
         count = count_problem(tensor, pipeline, world)
         if count is not None:
@@ -102,7 +101,7 @@ class Architecture:
             raise ModelError(f"{self.facts.folder}: {'; '.join(problems)}")
 
     def split_problems(self, tensor: int, pipeline: int) -> list[SplitProblem]:
-        """Why this model cannot be cut so, whatever the number of processes; empty when it can."""
+        """Return why this model cannot be sharded so, for any number of processes; empty if it can."""
         parts = {
             "tensor": {
                 "attention heads": self.num_heads,
@@ -111,19 +110,19 @@ class Architecture:
             },
             "pipeline": {"layers": self.facts.num_layers},
         }
-        found = []
+        problems = []
         for key, ways in (("tensor", tensor), ("pipeline", pipeline)):
             whole = [f"{count} {what}" for what, count in parts[key].items() if count % ways]
             if whole:
                 common = math.gcd(*parts[key].values())
                 fits = [str(n) for n in range(1, common + 1) if common % n == 0]
                 message = f"{ways} does not divide the model's {joined(whole, 'and')}"
-                found.append(SplitProblem(key, message, f"use {joined(fits, 'or')}"))
-        return found
+                problems.append(SplitProblem(key, message, f"use {joined(fits, 'or')}"))
+        return problems
 
 
 def count_problem(tensor: int, pipeline: int, world: int) -> str | None:
-    """Why `world` processes do not form a grid; None when they do."""
+    """Return why `world` processes do not form a grid; None if they do."""
     if world % (tensor * pipeline) == 0:
         return None
     return (
@@ -144,7 +143,7 @@ def _positive_int(config: dict[str, Any], key: str, path: object) -> int:
 
 
 def _unmapped(config: dict[str, Any]) -> list[str]:
-    """Settings under which the mapped modules would compute something else."""
+    """Return settings under which the mapped modules would compute something else."""
     problems = [
         f"{key}: true" for key in ("attention_bias", "mlp_bias", "use_sliding_window") if config.get(key)
     ]
@@ -154,7 +153,7 @@ def _unmapped(config: dict[str, Any]) -> list[str]:
         problems.append("layer_types other than full_attention")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    # Frequencies of these are fixed; others change them with the length or scale the result.
+    # These have fixed frequencies; others change them with the length, or scale the result.
     if kind not in ("default", "linear", "llama3"):
         problems.append(f"rope_type: {kind}")
     return problems

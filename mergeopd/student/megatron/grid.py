@@ -1,4 +1,4 @@
-"""The grid of processes: Megatron's groups, made in one place and handed on."""
+"""The grid of processes and Megatron's process groups."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch.distributed as dist
 from mergeopd.student.megatron import shim
 from mergeopd.student.protocol import Placement
 
-# Ranks count through tensor-parallel neighbours first, then data-parallel copies, then pipeline stages.
+# Order of ranks: tensor-parallel neighbours first, then data-parallel copies, then pipeline stages.
 _ORDER = "tp-cp-ep-dp-pp"
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """This process's place among `tensor` x `pipeline` x `data` processes.
+    """This process's position among `tensor` x `pipeline` x `data` processes.
 
     `groups` is Megatron's ProcessGroupCollection; `sequence_parallel` splits activations between the
     tensor-parallel regions along the sequence.
@@ -33,10 +33,10 @@ class Grid:
 
     @classmethod
     def open(cls, *, tensor: int, pipeline: int, sequence_parallel: bool = False) -> Grid:
-        """Make the groups out of all processes of the (initialised) default group; once a process.
+        """Create the groups from all processes of the (initialised) default group; once per process.
 
-        Raises ValueError when `tensor * pipeline` does not divide their number, or when a sequence is to be
-        split over a single rank.
+        Raises ValueError when `tensor * pipeline` does not divide their number, or for sequence parallelism
+        over a single rank.
         """
         world = dist.get_world_size()
         if world % (tensor * pipeline):
@@ -51,7 +51,7 @@ class Grid:
         parallel_state.initialize_model_parallel(
             tensor, pipeline, order=_ORDER, create_gloo_process_groups=False
         )
-        # Nothing is random in here (no dropout, weights are read), but Megatron forks this state anyway.
+        # Nothing is random here (no dropout, weights are read), but Megatron forks this state anyway.
         model_parallel_cuda_manual_seed(0)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         return cls(
@@ -67,7 +67,6 @@ class Grid:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this process embeds tokens."""
         return self.stage == 0
 
     @property
@@ -76,13 +75,11 @@ class Grid:
         return self.stage == self.pipeline - 1
 
     def rank_of(self, tensor_rank: int, stage: int, copy: int = 0) -> int:
-        """The process at this place."""
         return tensor_rank + self.tensor * (copy + self.data * stage)
 
     @property
     def placement(self) -> Placement:
-        """This process's part in the work of all."""
-        readers = [self._of_stage(self.pipeline - 1, copy) for copy in range(self.data)]
+        loss_ranks = [self._of_stage(self.pipeline - 1, copy) for copy in range(self.data)]
         members = [
             sum((self._of_stage(stage, copy) for stage in range(self.pipeline)), ())
             for copy in range(self.data)
@@ -90,7 +87,7 @@ class Grid:
         return Placement(
             dp_rank=self.data_rank,
             replica_ranks=tuple(members),
-            loss_ranks=tuple(readers),
+            loss_ranks=tuple(loss_ranks),
             has_loss=self.is_last_stage,
             reports_stats=self.is_last_stage and self.tensor_rank == 0,
         )

@@ -1,7 +1,7 @@
-"""Where Megatron's parameters come from: every shard as slices of Hugging Face tensors. Pure, no torch.
+"""Mapping of Megatron's parameters to Hugging Face tensors: every shard as slices. Pure, no torch.
 
-Names are those of Megatron's local layer spec with the layer's number in the whole model. One description
-serves both ways: reading takes the slices, export puts them back.
+Names are those of Megatron's local layer spec with the layer's number in the whole model. The same
+description is used for reading and for export.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FUSED_NORMS = {
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Indices `start` to `stop` (excluded) of the tensor that the model folder calls `tensor`."""
+    """Indices `start` to `stop` (excluded) of the model folder's tensor `tensor`."""
 
     tensor: str
     start: int
@@ -33,9 +33,9 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One rank's part of a parameter: slices along `dim`, one after another, then `padding` rows of zeros.
+    """One rank's part of a parameter: concatenated slices along `dim`, then `padding` rows of zeros.
 
-    A parameter that every rank of the tensor-parallel group has whole is `is_replicated`.
+    `is_replicated` is True for a parameter that is unsharded on every rank of the tensor-parallel group.
     """
 
     slices: tuple[Slice, ...]
@@ -45,12 +45,12 @@ class Shard:
 
     @property
     def size(self) -> int:
-        """Its length along `dim`, padding included."""
+        """Length along `dim`, padding included."""
         return sum(s.stop - s.start for s in self.slices) + self.padding
 
 
 def parameter_names(arch: Architecture, stage: int, stages: int) -> tuple[str, ...]:
-    """Parameters of a pipeline stage, in the order of the model, without a tied copy of the embedding."""
+    """Return the parameters of a pipeline stage in model order, without a tied copy of the embedding."""
     per_stage = arch.facts.num_layers // stages
     names = [EMBEDDING] if stage == 0 else []
     for layer in range(stage * per_stage, (stage + 1) * per_stage):
@@ -61,7 +61,7 @@ def parameter_names(arch: Architecture, stage: int, stages: int) -> tuple[str, .
 
 
 def global_name(local: str, first_layer: int) -> str:
-    """The whole model's name of a parameter that a stage, or transformer engine, calls `local`."""
+    """Return the whole model's name of a stage's (or Transformer Engine's) parameter `local`."""
     if not local.startswith(_LAYER):
         return local
     number, _, leaf = local.removeprefix(_LAYER).partition(".")
@@ -69,12 +69,12 @@ def global_name(local: str, first_layer: int) -> str:
 
 
 def vocab_rows(arch: Architecture, tensor: int) -> int:
-    """Rows of embedding and head with what makes them divisible by the tensor-parallel size."""
+    """Return the rows of embedding and head, padded to a multiple of the tensor-parallel size."""
     return -(-arch.facts.vocab_rows // tensor) * tensor
 
 
 def shard(name: str, arch: Architecture, tensor: int, rank: int) -> Shard:
-    """What `rank` of `tensor` ranks holds of the parameter `name`."""
+    """Return the shard of the parameter `name` on `rank` of `tensor` ranks."""
     facts = arch.facts
     if name == EMBEDDING or (name == OUTPUT and facts.tied):
         return _vocabulary(facts.embedding_name, arch, tensor, rank)
@@ -96,7 +96,7 @@ def shard(name: str, arch: Architecture, tensor: int, rank: int) -> Shard:
 
 
 def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Shapes of the folder's tensors by name, in the order of the model."""
+    """Return the shapes of the folder's tensors by name, in model order."""
     facts = arch.facts
     hidden, queries, keys = facts.hidden_size, arch.num_heads * arch.head_dim, arch.num_groups * arch.head_dim
     layer = {

@@ -1,4 +1,4 @@
-"""Megatron's GPT for a Hugging Face folder; it gives the hidden state after the final norm, no logits."""
+"""Megatron's GPT for a Hugging Face folder; returns the hidden state after the final norm, no logits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mergeopd.student.megatron.layout import vocab_rows
 
 
 class HiddenModel(GPTModel):  # type: ignore[misc]
-    """A stage of the model: `[s, b, d]` to the next one; from the last one the normed last hidden states.
+    """A pipeline stage: returns `[s, b, d]`; the last stage returns the normed last hidden states.
 
     With sequence parallelism `s` is this rank's part of the sequence.
     """
@@ -45,9 +45,9 @@ class HiddenModel(GPTModel):  # type: ignore[misc]
 
 
 class Norm(nn.RMSNorm):
-    """Torch's RMSNorm, told that its gradient is partial where each rank sees a part of the sequence.
+    """Torch's RMSNorm with Megatron's mark for partial gradients under sequence parallelism.
 
-    Megatron's own wrapper refuses sequence parallelism.
+    Megatron's own wrapper does not support sequence parallelism.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
@@ -65,10 +65,10 @@ def build_model(
     recompute: bool,
     layers: str = "auto",
 ) -> HiddenModel:
-    """This rank's stage, its weights not set. `inv_freq [head_dim / 2]`: frequencies of the rotation.
+    """Build this rank's stage with uninitialised weights. `inv_freq [head_dim / 2]`: rotary frequencies.
 
-    `layers` is `student.parallel.layers` of a recipe. Raises ModelError where transformer engine's are asked
-    for and cannot be had.
+    `layers` is `student.parallel.layers` of a recipe. Raises ModelError when Transformer Engine's layers are
+    requested but not available.
     """
     config = transformer_config(arch, grid, dtype, device, recompute=recompute)
     model = HiddenModel(
@@ -91,7 +91,7 @@ def build_model(
 def transformer_config(
     arch: Architecture, grid: Grid, dtype: torch.dtype, device: torch.device, *, recompute: bool
 ) -> TransformerConfig:
-    """Megatron's configuration of a dense model; `num_moe_experts` and its kin would stand here."""
+    """Return Megatron's configuration of a dense model; MoE settings would be added here."""
     layer_by_layer = {
         "recompute_granularity": "full",
         "recompute_method": "uniform",
@@ -115,8 +115,8 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
-        # Weights are read: shards are allocated, never drawn. Skipping initialisation by Megatron's own
-        # switch would also skip the marks by which norms tell shards from copies.
+        # Weights are read from files, so shards are allocated only. Megatron's own switch to skip
+        # initialisation would also skip the marks that distinguish sharded from replicated parameters.
         init_method=_leave,
         output_layer_init_method=_leave,
         use_cpu_initialization=device.type == "cpu",
@@ -126,10 +126,10 @@ def transformer_config(
         tensor_model_parallel_size=grid.tensor,
         pipeline_model_parallel_size=grid.pipeline,
         sequence_parallel=grid.sequence_parallel,
-        # Micro-batches differ in shape. The dispatcher is of no use to a dense model, but asked for.
+        # Micro-batches differ in shape. Megatron requires a dispatcher even for a dense model.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
-        # With a token count of 0 gradients are plain sums: denominators are in the tokens' weights.
+        # With a token count of 0, gradients are plain sums; denominators are part of the tokens' weights.
         calculate_per_token_loss=True,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
@@ -142,7 +142,6 @@ def transformer_config(
 
 
 def _block(config: TransformerConfig, grid: Grid, device: torch.device, layers: str) -> Any:
-    """Transformer engine's layers, or Megatron's own with `Norm`."""
     on_gpu = device.type == "cuda"
     if layers == "transformer_engine" and not (on_gpu and _has_transformer_engine()):
         cause = "transformer-engine cannot be imported" if on_gpu else "there is no GPU"

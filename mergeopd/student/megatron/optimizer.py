@@ -1,4 +1,4 @@
-"""AdamW on a grid: Megatron's optimizers, and their state as whole shards whoever holds which part."""
+"""AdamW on a grid: Megatron's optimizers, and access to their state as full shards."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def build_adamw(ddp: Any, optimizer: Optimizer, dtype: torch.dtype, grid: Grid) -> Any:
-    """AdamW over float32 parameters, grouped as in `TorchStudent`: matrices decay, vectors do not.
+    """Build AdamW over float32 parameters, grouped as in `TorchStudent`: matrices decay, vectors do not.
 
-    Several data-parallel copies share its state among them. It is torch's, also where transformer engine or
-    Apex has one: those keep the number of updates elsewhere, and a checkpoint could not be written.
+    Its state is sharded over data-parallel copies. Always torch's AdamW: those of Transformer Engine and Apex
+    store the number of updates elsewhere, so that a checkpoint could not be written.
     """
     library.USING_PYTORCH_OPTIMIZER = True
     options = OptimizerConfig(
@@ -41,16 +41,16 @@ def build_adamw(ddp: Any, optimizer: Optimizer, dtype: torch.dtype, grid: Grid) 
 
 
 class MainParameters:
-    """The float32 parameters that AdamW works on, and their moments, by the model's parameters."""
+    """AdamW's float32 parameters and their moments, by the model's parameters."""
 
     def __init__(self, adamw: Any, grid: Grid) -> None:
         [self._inner] = adamw.chained_optimizers
         self._grid = grid
 
     def step(self) -> int:
-        """Updates done; equal for all parameters, so that any tells.
+        """Number of updates, read from any parameter.
 
-        Raises RuntimeError for an optimizer that keeps it elsewhere, as transformer engine's does.
+        Raises RuntimeError for an optimizer that keeps it elsewhere, such as Transformer Engine's.
         """
         if not isinstance(self._inner.optimizer, torch.optim.AdamW):
             raise RuntimeError(f"the state of {type(self._inner.optimizer).__name__} is not mapped")
@@ -58,12 +58,12 @@ class MainParameters:
         return next((int(state["step"]) for state in states), 0)
 
     def read(self, parameter: nn.Parameter, key: str) -> Tensor:
-        """`param` or a moment, float32, in the parameter's shape. Collective over data-parallel copies."""
+        """Return `param` or a moment, float32, in the parameter's shape. Collective over dp copies."""
         main = self._main(parameter)
         value = main if key == "param" or main is None else self._inner.optimizer.state[main][key]
         if self._grid.data == 1:
-            found: Tensor = value.detach()
-            return found
+            detached: Tensor = value.detach()
+            return detached
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         if value is not None:
             whole[self._own(parameter)] = value.detach()
@@ -72,7 +72,7 @@ class MainParameters:
 
     @torch.no_grad()
     def write(self, parameter: nn.Parameter, values: dict[str, Tensor], step: int) -> None:
-        """Put in `param` and, where there are any, the moments after `step` updates; whole shards."""
+        """Set `param` and, if given, the moments after `step` updates, from full shards."""
         parameter.copy_(values["param"])
         main = self._main(parameter)
         if main is None:
@@ -82,12 +82,12 @@ class MainParameters:
             own = {key: value.flatten()[self._own(parameter)] for key, value in own.items()}
         main.copy_(own["param"])
         if step:
-            # A step of its own for each parameter: AdamW counts it up in place.
+            # One step tensor per parameter: AdamW increments it in place.
             moments = {key: own[key].clone() for key in MOMENTS}
             self._inner.optimizer.state[main] = {"step": torch.tensor(float(step)), **moments}
 
     def _main(self, parameter: nn.Parameter) -> Any:
-        """What AdamW holds of `parameter`: all, this copy's flat part, or None where it has no part."""
+        """Return AdamW's part of `parameter`: all, this copy's flat part, or None."""
         if self._grid.data == 1:
             return getattr(parameter, "main_param", parameter)
         place = self._inner.model_param_group_index_map.get(parameter)

@@ -1,4 +1,4 @@
-"""Micro-batches through the pipeline: Megatron's schedule, the one kernel on the last stage."""
+"""Micro-batches through the pipeline: Megatron's schedule, with the fused loss on the last stage."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from mergeopd.loss.heads import Head
 from mergeopd.models.causal import padded
 from mergeopd.student.loss import Measured, MicroStats, micro_loss
 from mergeopd.student.megatron.grid import Grid
+from mergeopd.types import token_ids
 
-# What a copy runs that has no answers of its own: one token, nothing to learn.
-_EMPTY = MicroBatch((), (), ((0,),), ((),), (), torch.zeros(0, 0), torch.zeros(0))
+# Run by a copy without responses: one token without loss.
+_EMPTY = MicroBatch((), (), (token_ids((0,)),), (token_ids(()),), (), torch.zeros(0, 0), torch.zeros(0))
 
 
 class Passes:
     """Runs micro-batches forwards, or forwards and backwards, through this rank's stage.
 
-    `model` is the stage, wrapped so that gradients reach their buffers; `head` gives this rank's rows of the
-    head as they are now (last stage only).
+    `model` is the stage, wrapped so that gradients reach their buffers; `head` returns this rank's current
+    rows of the head (last stage only).
     """
 
     def __init__(
@@ -51,14 +52,14 @@ class Passes:
         *,
         backward: bool,
     ) -> tuple[MicroStats, ...]:
-        """Statistics of each micro-batch on the last stage, else nothing; with `backward`, gradients too.
+        """Return statistics of each micro-batch on the last stage; with `backward`, compute gradients too.
 
         Raises NumericsError on every rank when a distribution is not finite.
         """
         failures: list[str] = []
 
         def loss(micro: MicroBatch, rows: Tensor, hidden_sbd: Tensor) -> tuple[Tensor, Tensor, Any]:
-            # Megatron would divide by the number of tokens: 0 makes it leave the sum alone.
+            # Megatron divides by the number of tokens; with 0 it leaves the sum unchanged.
             no_division = torch.zeros((), dtype=torch.int, device=self._device)
             try:
                 value, stats = micro_loss(
@@ -72,7 +73,7 @@ class Passes:
                 )
             except NumericsError as error:
                 failures.append(str(error))
-                # The other stages wait for gradients of every micro-batch; what they get is thrown away.
+                # The other stages wait for gradients of every micro-batch; these are discarded.
                 return hidden_sbd.sum() * 0.0, no_division, None
             return value, no_division, stats
 
@@ -85,7 +86,7 @@ class Passes:
             return hidden, lambda output: loss(micro, _sequence_first(rows, *ids.shape), output)
 
         num = len(micro_batches)
-        found = self._schedule(
+        statistics = self._schedule(
             forward_step_func=step,
             data_iterator=iter(micro_batches if num else [_EMPTY]),
             model=[self._model],
@@ -97,12 +98,12 @@ class Passes:
             pg_collection=self._grid.groups,
         )
         _raise_together(failures)
-        return tuple(found) if num and self._grid.is_last_stage else ()
+        return tuple(statistics) if num and self._grid.is_last_stage else ()
 
     def _rows(self, hidden_sbd: Tensor, rows_N: Tensor) -> Tensor:
-        """Hidden states that predict trained tokens `[N, d]`, whole on every tensor-parallel rank.
+        """Return hidden states that predict trained tokens `[N, d]`, full on every tensor-parallel rank.
 
-        Their gradient comes back partial from the kernel; the region sums it.
+        The kernel returns their gradient partial; the region sums it.
         """
         group = self._grid.groups.tp
         if self._grid.sequence_parallel:
@@ -114,12 +115,11 @@ class Passes:
 
 
 def _sequence_first(rows: Tensor, batch: int, width: int) -> Tensor:
-    """Positions of `[batch * width]` as positions of `[width * batch]`."""
     return rows % width * batch + rows // width
 
 
 def _raise_together(failures: Sequence[str]) -> None:
-    """NumericsError on all ranks when one has a failure, with the first one's words."""
+    """Raise NumericsError on all ranks with the first failure of any rank."""
     everyone: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, failures[0] if failures else None)
     failure = next((words for words in everyone if words is not None), None)

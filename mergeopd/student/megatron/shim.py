@@ -1,8 +1,8 @@
 """CPU stand-ins for the CUDA calls that megatron-core 0.16 makes unconditionally.
 
-Megatron asks for `torch.cuda.current_device()`, makes tensors on "cuda" and compares `Tensor.type()` with
-`torch.cuda.FloatTensor`. `install` answers with the CPU. It changes the whole process, so it belongs in
-processes that a grid has to themselves; with a GPU it does nothing.
+Megatron calls `torch.cuda.current_device()`, creates tensors on "cuda" and compares `Tensor.type()` with
+`torch.cuda.FloatTensor`. `install` redirects these to the CPU. It changes the whole process, so use it only
+in processes of a grid; with a GPU it has no effect.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _OnCpu(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.backward:  # the mode stays on in what backward recomputes
+        if func is torch.Tensor.backward:  # the mode stays active for recomputation in backward
             renamed = {"grad_tensors" if k == "gradient" else k: v for k, v in kwargs.items()}
             with self:
                 return torch.autograd.backward(args[0], *args[1:], **renamed)
@@ -40,7 +40,7 @@ class _OnCpu(TorchFunctionMode):
 
 
 def install() -> None:
-    """Make megatron-core run on the CPU in this process, for good. Does nothing where CUDA is present."""
+    """Make megatron-core run on the CPU in this process, permanently. No effect where CUDA is present."""
     if torch.cuda.is_available() or vars(torch.cuda)["current_device"] is _current_device:
         return
     from megatron.core.tensor_parallel import random as megatron_random
@@ -60,7 +60,7 @@ def install() -> None:
     logging.getLogger(megatron_random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
-    # torch.autograd.backward would hand itself to the mode, which calls it, without end.
+    # torch.autograd.backward would dispatch to the mode, which calls it: infinite recursion.
     vars(torch.autograd)["has_torch_function"] = _no_overrides
     _OnCpu().__enter__()  # type: ignore[no-untyped-call]
 

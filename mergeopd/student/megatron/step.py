@@ -39,15 +39,15 @@ from mergeopd.student.megatron.passes import Passes
 from mergeopd.student.megatron.weights import cut, export, named, read_shards, whole_tensors
 from mergeopd.student.protocol import Placement
 
-# Where Megatron adds up a parameter's gradient.
+# The attribute in which Megatron accumulates a parameter's gradient.
 _SUM = "main_grad"
 
 
 class MegatronStudent:
-    """A Hugging Face model under training on a grid; every rank makes one and calls it alike.
+    """A Hugging Face model under training on a grid; every rank creates one and makes the same calls.
 
-    `dtype` is that of the forward pass: float32, or bfloat16 with float32 main parameters and gradients
-    summed in float32. With several data-parallel copies each holds its share of the optimizer's state.
+    `dtype` is the dtype of the forward pass: float32, or bfloat16 with float32 main parameters and gradients
+    summed in float32. The optimizer's state is sharded over data-parallel copies.
     """
 
     def __init__(
@@ -62,12 +62,13 @@ class MegatronStudent:
         recompute: bool = False,
         layers: str = "auto",
     ) -> None:
-        """`recompute` keeps of each layer its input alone and runs it again in the backward pass.
+        """Build the model on this rank and read its weights.
 
+        `recompute` keeps only the input of each layer and recomputes the layer in the backward pass.
         `layers`: `local` for Megatron's own, `transformer_engine`, or `auto` for the latter where it runs.
 
         Raises ModelError, before weights are read, for a model that is not mapped or does not fit the grid,
-        and ValueError for float64, which Megatron's layers do not keep.
+        and ValueError for float64, which Megatron's layers do not support.
         """
         if dtype == "float64":
             raise ValueError("student.dtype: float64 needs student.backend: torch")
@@ -86,17 +87,16 @@ class MegatronStudent:
         self._adamw = build_adamw(self._ddp, optimizer, DTYPES[dtype], grid)
         self._main = MainParameters(self._adamw, grid)
         self._passes = Passes(self._ddp, self._model.config, self._head, grid, device)
-        self._like = torch.empty((), device=device)  # what gradients, main parameters and moments are in
+        self._like = torch.empty((), device=device)  # dtype and device of gradients, main parameters, moments
         self._is_summed = False
 
     @property
     def statistics_dtype(self) -> torch.dtype:
-        """Precision of losses and per-token weights."""
         return torch.float32
 
     @property
     def vocab(self) -> range:
-        """The true token ids of this rank's rows of the head; targets' heads must be cut alike."""
+        """The true token ids of this rank's rows of the head; targets' heads must have the same rows."""
         rows = vocab_rows(self._arch, self._grid.tensor) // self._grid.tensor
         start = rows * self._grid.tensor_rank
         return range(min(start, self._num_valid), min(start + rows, self._num_valid))
@@ -108,12 +108,12 @@ class MegatronStudent:
 
     @property
     def shards(self) -> dict[str, Tensor]:
-        """This rank's shards of the forward pass's weights as they are, by Megatron's names; not copies."""
+        """Return this rank's shards of the forward pass's weights by Megatron's names; not copies."""
         return {name: p.detach() for name, p in named(self._model).items()}
 
     @contextmanager
     def unsharded(self) -> Iterator[tuple[nn.Module, Head]]:
-        """The model as it is now on every rank, as transformers has it; gone when the context ends."""
+        """Yield the current model, unsharded on every rank, as in transformers; freed with the context."""
         facts = self._arch.facts
         weights = dict(self.weights())
         fill(self._skeleton, weights)
@@ -128,13 +128,11 @@ class MegatronStudent:
             empty(self._skeleton)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The forward pass's weights as they are now, by the folder's names, whole on every rank."""
         shards = self.shards
         like = next(iter(shards.values()))
         return whole_tensors(shards.__getitem__, like, self._arch, self._grid, everywhere=True)
 
     def master_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The optimizer's weights as they are now, by the folder's names, float32, whole on every rank."""
         parameters = named(self._model)
         return whole_tensors(
             lambda name: self._main.read(parameters[name], "param"),
@@ -149,15 +147,15 @@ class MegatronStudent:
     ) -> tuple[MicroStats, ...]:
         """Add the gradient of this data-parallel copy's micro-batches, of which there may be none.
 
-        All ranks of a copy pass the same prompts, responses and flags. Targets and weights are read on the
-        last stage alone, where targets' heads are this rank's rows (`vocab`); there the statistics of each
-        micro-batch are returned, on other stages nothing. Collective: every rank calls it equally often.
+        All ranks of a copy pass the same prompts, responses and flags. Targets and weights are read only on
+        the last stage, where targets' heads are this rank's rows (`vocab`). The last stage returns statistics
+        of each micro-batch, other stages nothing. Collective: every rank calls it equally often.
 
         Raises NumericsError on all ranks when the student's or a teacher's distribution is not finite, and
         RuntimeError between `gradients` and `optimizer_step`.
         """
         if self._is_summed:
-            raise RuntimeError("the gradient is summed over the ranks already; apply it first")
+            raise RuntimeError("the gradient is already summed over the ranks; call optimizer_step first")
 
         def per_token(micro: MicroBatch) -> Objective:
             return objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N, micro.policy)
@@ -173,7 +171,7 @@ class MegatronStudent:
         support: Support | None,
         temperature: float,
     ) -> tuple[MicroStats, ...]:
-        """Statistics under the weights as they are; no gradient. Arguments are as in `accumulate_gradients`.
+        """Return statistics under the current weights; no gradient. Arguments as in `accumulate_gradients`.
 
         Raises NumericsError on all ranks when the student's or a teacher's distribution is not finite.
         """
@@ -186,9 +184,9 @@ class MegatronStudent:
         )
 
     def gradients(self) -> dict[str, Tensor]:
-        """The gradient accumulated so far, whole and float32, by the folder's names; on rank 0, else empty.
+        """Return the accumulated gradient, unsharded float32, by the folder's names; empty except on rank 0.
 
-        Collective. It is for inspection: rank 0 must have room for it.
+        Collective. For inspection: rank 0 needs memory for all of it.
         """
         self._sum_gradients(everywhere=True)
         parameters = named(self._model)
@@ -203,9 +201,9 @@ class MegatronStudent:
         )
 
     def optimizer_step(self, lr: float) -> float:
-        """One optimizer update with the accumulated gradient; returns its norm before clipping. Collective.
+        """Perform one optimizer update; return the gradient's norm before clipping. Collective.
 
-        Raises NumericsError on all ranks, and changes no weight, when the norm is not finite.
+        Raises NumericsError on all ranks, without changing weights, when the norm is not finite.
         """
         self._sum_gradients(everywhere=False)
         self._adamw.prepare_grads()
@@ -226,19 +224,17 @@ class MegatronStudent:
         return norm
 
     def export(self, folder: Path) -> None:
-        """Write a Hugging Face folder: safetensors, config, tokenizer, generation config. Collective."""
         export(self.shards, self._arch, self._grid, folder)
 
     def release(self) -> None:
-        """Free weights, gradients and optimizer state; nothing can be called afterwards."""
         self.__dict__.clear()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Main parameters and moments as `TorchStudent.state` names them, whole, one by one, on rank 0.
+        """Yield main parameters and moments by the names of `TorchStudent.state`, unsharded, on rank 0.
 
-        Whatever grid wrote it, any grid or a `TorchStudent` can go on from it. Collective: every rank must
-        run the iterator to its end; others than rank 0 get nothing. Raises RuntimeError for an optimizer
-        other than torch's AdamW.
+        Any grid or a `TorchStudent` can restore the state of any grid. Collective: every rank must exhaust
+        the iterator, which is empty on ranks other than 0. Raises RuntimeError for an optimizer other than
+        torch's AdamW.
         """
         step, parameters = self._main.step(), named(self._model)
         keys = {"param": "master"} | ({key: f"adamw.{key}" for key in MOMENTS} if step else {})
@@ -253,17 +249,16 @@ class MegatronStudent:
                     yield f"adamw.step.{name}", torch.tensor(float(step))
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the main parameters in `state`; not collective."""
         return {f"master.{name}": shape for name, shape in tensor_shapes(self._arch).items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from `state()`, a student's of either kind; of memory-mapped tensors a rank reads its slices.
+        """Restore `state()` of either backend; of memory-mapped tensors a rank reads only its slices.
 
         Raises StorageError when it belongs to another model.
         """
         names = tensor_shapes(self._arch)
-        found = {key for key in tensors if key.startswith("master.")}
-        odd = found ^ {f"master.{name}" for name in names}
+        given = {key for key in tensors if key.startswith("master.")}
+        odd = given ^ {f"master.{name}" for name in names}
         if odd:
             listed = ", ".join(sorted(odd)[:3])
             raise StorageError(f"the checkpoint is not of this student: {listed} on one side only")
@@ -290,10 +285,10 @@ class MegatronStudent:
         )
 
     def _sum_gradients(self, *, everywhere: bool) -> None:
-        """Over data-parallel copies, shared embeddings and split sequences; once an update.
+        """Sum over data-parallel copies, shared embeddings and split sequences; once per update.
 
-        It waits until the update is complete, since what is summed twice would count twice. A copy of the
-        model needs the sum for its share of the parameters; with `everywhere` it gets the others' too.
+        Must run after the last micro-batch, since a second sum would count twice. A copy of the model needs
+        the sum for its shard of the parameters; with `everywhere` it gets the other shards too.
         """
         if not self._is_summed:
             finalize_model_grads([self._ddp], pg_collection=self._grid.groups, force_all_reduce=everywhere)

@@ -1,4 +1,4 @@
-"""Weights between a Hugging Face folder and the shards of a grid, a parameter at a time."""
+"""Conversion of weights between a Hugging Face folder and the shards of a grid, one parameter at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MAX_FILE_BYTES = 5_000_000_000
 
 
 def named(model: HiddenModel) -> dict[str, torch.nn.Parameter]:
-    """This stage's parameters by their names in the whole model."""
+    """Return this stage's parameters by their names in the whole model."""
     return {global_name(name, model.first_layer): p for name, p in model.named_parameters()}
 
 
@@ -38,7 +38,7 @@ def named(model: HiddenModel) -> dict[str, torch.nn.Parameter]:
 def read_shards(model: HiddenModel, arch: Architecture, grid: Grid) -> None:
     """Read this rank's slices of the folder's tensors into the model, in the model's dtype.
 
-    Raises ModelError when the checkpoint lacks a tensor or a part of it.
+    Raises ModelError when a tensor or a part of it is missing.
     """
     checkpoint = Checkpoint.open(arch.facts.folder)
     stored = tensor_names(arch.facts, checkpoint)
@@ -48,7 +48,7 @@ def read_shards(model: HiddenModel, arch: Architecture, grid: Grid) -> None:
         expected.add(OUTPUT)
     if parameters.keys() != expected:
         odd = ", ".join(sorted(parameters.keys() ^ expected)[:3])
-        raise RuntimeError(f"this megatron-core names its parameters otherwise: {odd}")
+        raise RuntimeError(f"this version of megatron-core has other parameter names: {odd}")
     for name, parameter in parameters.items():
         part = shard(name, arch, grid.tensor, grid.tensor_rank)
         read = checkpoint.read_columns if part.dim else checkpoint.read_rows
@@ -62,12 +62,12 @@ def read_shards(model: HiddenModel, arch: Architecture, grid: Grid) -> None:
 def whole_tensors(
     part_of: Callable[[str], Tensor], like: Tensor, arch: Architecture, grid: Grid, *, everywhere: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    """The folder's tensors one after another, put together on rank 0 from every rank's parts.
+    """Yield the folder's tensors one at a time, assembled on rank 0 from every rank's parts.
 
-    `part_of` gives this rank's part of a parameter of its stage, in the dtype and on the device of `like`;
-    every rank of the stage calls it for the same parameter at the same time. Every rank must run the iterator
-    to its end. With `everywhere` all ranks get the tensors, else ranks other than 0 get nothing. A rank holds
-    one parameter at a time, besides those that its caller keeps.
+    `part_of` returns this rank's part of a parameter of its stage, in the dtype and on the device of `like`;
+    every rank of the stage calls it for the same parameter at the same time. Every rank must exhaust the
+    iterator. With `everywhere` all ranks get the tensors, else only rank 0. A rank holds one parameter at a
+    time, besides those that its caller keeps.
     """
     shapes, rank = tensor_shapes(arch), dist.get_rank()
     for stage in range(grid.pipeline):
@@ -95,9 +95,9 @@ def whole_tensors(
 
 
 def export(parts: Mapping[str, Tensor], arch: Architecture, grid: Grid, folder: Path) -> None:
-    """Write a Hugging Face folder from all ranks' parameters: rank 0 writes, one file's worth in memory.
+    """Write a Hugging Face folder from all ranks' parameters; rank 0 writes and holds one file in memory.
 
-    Every rank must call it; it returns when the folder is complete.
+    Collective; returns when the folder is complete.
     """
     like = next(iter(parts.values()))
     files = _files(arch, like.element_size(), _MAX_FILE_BYTES)
@@ -118,7 +118,7 @@ def export(parts: Mapping[str, Tensor], arch: Architecture, grid: Grid, folder: 
 
 
 def cut(part: Shard, tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
-    """The shard `part` of whole tensors, whose names have a `prefix` here."""
+    """Return the shard `part` of unsharded tensors, whose names begin with `prefix`."""
     spans = _spans(part)
     return _joined(
         part,
@@ -130,7 +130,7 @@ def cut(part: Shard, tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
 
 
 def _spans(part: Shard) -> dict[str, tuple[int, int]]:
-    """For each tensor that the shard takes from, the range that holds all its slices: one read."""
+    """For each source tensor of the shard, return the range that covers all its slices: one read."""
     spans: dict[str, tuple[int, int]] = {}
     for piece in part.slices:
         start, stop = spans.get(piece.tensor, (piece.start, piece.stop))
@@ -139,7 +139,6 @@ def _spans(part: Shard) -> dict[str, tuple[int, int]]:
 
 
 def _joined(part: Shard, blocks: Mapping[str, Tensor]) -> Tensor:
-    """The shard's slices out of the ranges `_spans`, in their order, and its padding."""
     spans = _spans(part)
     pieces = [
         blocks[p.tensor].narrow(part.dim, p.start - spans[p.tensor][0], p.stop - p.start) for p in part.slices
@@ -160,7 +159,6 @@ def _receive(owner: int, part: Shard, shapes: Mapping[str, tuple[int, ...]], lik
 def _join(
     parts: Sequence[Shard], tensors: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """Put all shards of a parameter back where they were taken from."""
     whole: dict[str, Tensor] = {}
     for part, tensor in zip(parts, tensors, strict=True):
         position = 0
@@ -175,7 +173,6 @@ def _join(
 
 
 def _files(arch: Architecture, element_bytes: int, max_bytes: int) -> dict[str, str]:
-    """Tensor name -> file, files filled in the order of the model."""
     shapes = tensor_shapes(arch)
     numbers, number, filled = {}, 1, 0
     for name, shape in shapes.items():
@@ -203,7 +200,6 @@ def _write_index(folder: Path, files: Mapping[str, str], arch: Architecture, ele
 
 
 def _write_config(facts: ModelFacts, folder: Path, dtype: torch.dtype) -> None:
-    """The source's own config.json with the dtype of what was written."""
     config = json.loads((facts.folder / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
     config["dtype"] = next(name for name, value in DTYPES.items() if value == dtype)

@@ -84,7 +84,7 @@ def test_without_any_whole_checkpoint_the_run_begins_anew(
         cut(runs.folder(name) / "checkpoints" / step / "state.json")
     printed = ends_well(name)
     assert printed.count("warning: skipped") == 2
-    assert "no checkpoint is left that can be trusted: the run begins anew" in printed
+    assert "no intact checkpoint is left: the run starts from the beginning" in printed
 
 
 def rewrite(checkpoint: Path, change: Callable[[Path], object]) -> None:
@@ -142,7 +142,7 @@ def test_a_whole_checkpoint_of_something_else_is_refused(
     [error] = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert "step-4" in error
     assert told in error
-    assert "move it away to go on from the one before" in error
+    assert "move it away to resume from the previous one" in error
     assert verify(checkpoint) is None  # nothing of it was touched
 
 

@@ -58,7 +58,7 @@ def test_a_second_ctrl_c_stops_at_once(runs: Any, ends_well: Callable[..., str],
     name = "twice-" + place.replace(":", "-")
     code, printed = runs(name, fault=f"{place}:INT+INT")
     assert code == 130, printed
-    assert printed.endswith("Interrupted. The same command resumes from the newest checkpoint.\n")
+    assert printed.endswith("Interrupted. Run the same command to resume from the newest checkpoint.\n")
     assert list(runs.folder(name).rglob("*.partial")) == []
     ends_well(name)
 
@@ -79,7 +79,10 @@ def test_a_request_from_outside_while_another_is_refused(runs: Any, ends_well: C
         before = sorted(path.name for path in runs.folder("held").rglob("*"))
         code, printed = runs("held")
         assert code == 1
-        assert f"another process (id {process.pid}) works on this run; wait for it, stop it, or" in printed
+        assert (
+            f"another process (id {process.pid}) is using this run folder; wait for it, stop it, or"
+            in printed
+        )
         assert sorted(path.name for path in runs.folder("held").rglob("*")) == before
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGCONT)
@@ -87,7 +90,7 @@ def test_a_request_from_outside_while_another_is_refused(runs: Any, ends_well: C
     finally:
         process.kill()
     assert process.returncode == 3, printed
-    assert "stopped by SIGTERM after 4 of 6 updates, all saved; the same command goes on" in printed
+    assert "stopped by SIGTERM after 4 of 6 updates, all saved; run the same command to resume" in printed
     ends_well("held")
 
 

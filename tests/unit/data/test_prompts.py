@@ -124,7 +124,7 @@ def test_all_bad_rows_are_counted_and_the_first_ones_named(tmp_path: Path) -> No
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
             "ends with the assistant's message",
         ),
-        ("half \ud800", "half a surrogate pair at character 6"),
+        ("half \ud800", "an unpaired surrogate at character 6"),
     ],
 )
 def test_bad_prompts(tmp_path: Path, prompt: Any, message: str) -> None:
@@ -163,7 +163,7 @@ def test_ready_answers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("response", "message"),
     [
-        ([], "field 'response' is an empty list; a trajectory has an assistant's message at least"),
+        ([], "field 'response' is an empty list; a trajectory has at least one assistant's message"),
         ([RESULT, CALL], "response[0].role is 'tool'; a trajectory begins with the assistant's message"),
         ([CALL, RESULT], "response[1].role is 'tool'; a trajectory ends with the assistant's message"),
         (
@@ -177,7 +177,7 @@ def test_ready_answers(tmp_path: Path) -> None:
             [CALL, {**RESULT, "name": "f"}, CALL],
             "response[1] has 'name'; only role and content are supported",
         ),
-        ([{**CALL, "content": "\ud800"}], "field 'response[0].content' has half a surrogate pair"),
+        ([{**CALL, "content": "\ud800"}], "field 'response[0].content' has an unpaired surrogate"),
     ],
 )
 def test_bad_trajectories(tmp_path: Path, response: Any, message: str) -> None:
@@ -209,7 +209,7 @@ def test_rows_with_the_same_problem_are_told_together(tmp_path: Path) -> None:
     path = write(tmp_path, {"x": 1}, {"prompt": 5}, {"x": 2}, {"x": 3})
     assert message_of(plan(path)) == (
         f"{path}: 4 of 4 rows cannot be used\n"
-        f"  {path}:1 and 2 more  field 'prompt' is missing (there is 'x'); name the right one with `prompt_field`\n"
+        f"  {path}:1 and 2 more  field 'prompt' is missing (there is 'x'); name the field with `prompt_field`\n"
         f"  {path}:2  field 'prompt' must be text or a list of messages, not a number"
     )
 

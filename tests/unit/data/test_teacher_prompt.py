@@ -75,7 +75,7 @@ def test_what_cannot_be_rendered_is_told() -> None:
         template("{{ hint }}").render(prompt())
     with pytest.raises(DataError, match="no attribute 'solution'"):
         template("{{ hint.solution }}").render(prompt(hint="x"))
-    with pytest.raises(DataError, match="no user message"):
+    with pytest.raises(DataError, match="replaces the last user message"):
         TeacherPrompt(None, template("x")).messages(prompt(Message("system", "s")))
     with pytest.raises(DataError, match=r"^teachers\.t\.prompt:2: not a Jinja template: "):
         template("\n{{ prompt")

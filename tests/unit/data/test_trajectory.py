@@ -255,17 +255,17 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(speak: Callable[..., 
     with pytest.raises(DataError) as caught:
         dataset_response(prompt(turns), speak(FORGETFUL))
     assert str(caught.value) == (
-        "t.jinja: response[0] is written otherwise once response[1] follows: "
+        "t.jinja: response[0] is rendered differently once response[1] follows: "
         '"<think>hm</think>A<|im_end|>\\n" becomes "A<|im_end|>\\n<|im_start|>user\\n?"; '
         "make a row of each of the assistant's turns, with the turns before it in the prompt and its text as the "
-        "response, or give the student a template that keeps earlier turns as they are"
+        "response, or give the student a template that does not change earlier turns"
     )
     assert shown(speak(FORGETFUL), dataset_response(prompt(turns[:1]), speak(FORGETFUL)))
 
 
 def test_an_answer_must_begin_as_it_is_asked_for(speak: Callable[..., Renderer]) -> None:
     dialect = speak(CHATML.replace("assistant\\n' }}{%- endif %}", "assistant\\n<think>' }}{%- endif %}"))
-    with pytest.raises(DataError, match=r"response\[0\] does not begin as the template asks for an answer"):
+    with pytest.raises(DataError, match=r"response\[0\] does not begin with the generation prompt"):
         dataset_response(prompt(TRAJECTORY), dialect)
 
 

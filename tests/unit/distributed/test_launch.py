@@ -15,7 +15,7 @@ DEADLINE_S = 60
 LAUNCHER = """
 import sys
 from mergeopd.distributed import launch
-launch._GRACE_S = launch._AT_ONCE_S = 1
+launch._GRACE_S = launch._INTERRUPT_GRACE_S = 1
 sys.exit(launch.launch([sys.executable, "-c", sys.argv[2]], int(sys.argv[1])))
 """
 JOINED = """
@@ -101,8 +101,8 @@ def test_one_that_is_killed_ends_all(launched: Launch) -> None:
     assert err.count("\n") == 1
     assert err.startswith("error: process ")
     assert err.endswith(
-        " of 3 was killed (SIGKILL; often for want of memory); the others were stopped. "
-        "The same command goes on from the newest checkpoint.\n"
+        " of 3 was killed (SIGKILL, often out of memory); the others were stopped. "
+        "Run the same command to resume from the newest checkpoint.\n"
     )
 
 

@@ -35,17 +35,17 @@ def test_what_it_says(env: dict[str, str], place: RankInfo) -> None:
     [
         (
             {"RANK": "2"},
-            "the environment does not say which process this is: RANK=2, LOCAL_RANK=, WORLD_SIZE=; "
+            "invalid rank in the environment: RANK=2, LOCAL_RANK=, WORLD_SIZE=; "
             "start the run with mergeopd run --nproc N, or with torchrun",
         ),
         (
             {**TORCHRUN, "WORLD_SIZE": "four"},
-            "the environment does not say which process this is: RANK=2, LOCAL_RANK=0, WORLD_SIZE=four; "
+            "invalid rank in the environment: RANK=2, LOCAL_RANK=0, WORLD_SIZE=four; "
             "start the run with mergeopd run --nproc N, or with torchrun",
         ),
         (
             {**TORCHRUN, "MASTER_ADDR": "node0"},
-            "RANK and WORLD_SIZE are set, MASTER_PORT not, so the 4 processes cannot meet; "
+            "RANK and WORLD_SIZE are set, but not MASTER_PORT, so the 4 processes cannot connect; "
             "start the run with mergeopd run --nproc N, or with torchrun",
         ),
     ],

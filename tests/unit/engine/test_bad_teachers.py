@@ -94,7 +94,7 @@ def test_other_weights_under_a_cards_name_are_found_before_the_run(recipe: Path)
     write_card(recipe, fingerprint=True)
     base, two = (load_file(recipe.parent / n / "model.safetensors") for n in ("base", "two"))
     damage(recipe.parent / "two", lambda w: w.update({n: base[n] for n in two if "layers" in n}))
-    with pytest.raises(RecipeError, match="are not those the card was written for"):
+    with pytest.raises(RecipeError, match="are not those of the card"):
         preflight(recipe)
 
 

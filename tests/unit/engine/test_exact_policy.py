@@ -243,7 +243,7 @@ class Method:
         return table
 
     def teacher(self, name: str, r: Rollout) -> Tensor:
-        key = name, r.prompt_ids, r.response_ids
+        key = name, r.prompt_ids.tobytes(), r.response_ids.tobytes()
         if key not in self._of_teachers:
             with torch.no_grad():
                 ids = (*TEMPLATE_IDS[name], *r.prompt_ids)

@@ -328,7 +328,7 @@ def test_uncorrected_policy_terms_on_tempered_answers_are_noted(write_job: Calla
 def test_teachers_that_no_phase_asks_are_noted(write_job: Callable[..., Path]) -> None:
     phase = {"name": "p", "updates": 1, "text": "dataset", "loss": "nll"}
     recipe = write_job({"phases": [phase]})
-    assert [n for n in preflight(recipe).notes if "no phase asks a teacher" in n]
+    assert [n for n in preflight(recipe).notes if "no phase uses a teacher" in n]
     assert not [n for n in preflight(recipe, ["phases.0.text=teacher"]).notes if "no phase asks" in n]
     assert not [n for n in preflight(recipe, ["phases.0.loss=forward_kl"]).notes if "no phase asks" in n]
 

@@ -92,7 +92,7 @@ def gradient(
                     torch.cat([hidden[i] for i in one.rollouts]),
                     Head(weight),
                     micro.targets,
-                    torch.tensor([t for r in micro.responses for t in r]),
+                    torch.tensor([t for r in micro.responses for t in r.tolist()]),
                     OBJECTIVE.per_token(micro.teacher_weight_KN, micro.nll_weight_N),
                     divergences=OBJECTIVE.divergences,
                 )

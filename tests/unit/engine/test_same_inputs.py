@@ -48,5 +48,5 @@ def test_other_prompts_and_weights_are_named(begun: Path) -> None:
 
 
 def test_another_run_is_refused(begun: Path) -> None:
-    with pytest.raises(StorageError, match="does not find the run of the first process in run; recipe"):
+    with pytest.raises(StorageError, match=": the run of the first process is not in run; recipe"):
         command._same_inputs(begun, ("optimizer.lr=0.5",))

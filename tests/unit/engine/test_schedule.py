@@ -70,7 +70,9 @@ def test_packs_hold_every_answer_once_with_one_teacher_set_each(
 ) -> None:
     update = range(0, len(rollouts), 2)
     packs = pack(rollouts, update, max_tokens, index)
-    assert sorted(i for p in packs for i in p.rollouts) == [i for i in update if rollouts[i].response_ids]
+    assert sorted(i for p in packs for i in p.rollouts) == [
+        i for i in update if len(rollouts[i].response_ids)
+    ]
     sets = [p.teachers for p in packs]
     # Equal sets stand together: each set's heads are fetched once.
     assert len([s for s, before in zip(sets, [None, *sets], strict=False) if s != before]) == len(set(sets))

@@ -111,9 +111,9 @@ def test_the_gradient_is_autograds_on_a_model_that_reads_the_other_prompt(
     )
     total = torch.zeros((), dtype=torch.float64)
     for rollout in rollouts:
-        own, answer = ids(rollout.prompt.messages[0].content), list(rollout.response_ids)
+        own, answer = ids(rollout.prompt.messages[0].content), rollout.response_ids.tolist()
         other = ids(seen.format(rollout.prompt.messages[0].content))
-        assert rollout.prompt_ids == own
+        assert tuple(rollout.prompt_ids.tolist()) == own
         log_s = student(torch.tensor([[*own, *answer]])).logits[0, len(own) - 1 : -1, :V].log_softmax(-1)
         with torch.no_grad():
             logits = frozen(torch.tensor([[*other, *answer]])).logits
@@ -302,12 +302,12 @@ def test_privileged_texts_are_not_taken_for_others(write_selves: Callable[..., P
     phase = {"name": "p", "updates": 1, "text": "teacher", "loss": "nll"}
     recipe = write_selves({"student": "start"}, {"rollout": {"max_new_tokens": 6}, "phases": [phase]})
 
-    def written(*overrides: str) -> list[tuple[int, ...]]:
+    def written(*overrides: str) -> list[list[int]]:
         parts = load_models(preflight(recipe, overrides), Machine(CPU, SingleProcess()))
         tasks = [Task(p, 0, "teacher") for ps in parts.inputs.prompts.values() for p in ps]
         cache = teacher_rollouts_of(parts)
         cache.prepare(tasks)
-        return [r.response_ids for task in tasks for r in cache.of(task)]
+        return [r.response_ids.tolist() for task in tasks for r in cache.of(task)]
 
     plain = written()
     shown = written('teachers.self.prompt="{{ prompt }} {{ reference }} c c c"')
@@ -332,7 +332,7 @@ def test_an_expert_is_not_shown_more_of_a_row_than_the_student(
     held = recipe.parent / "held.jsonl"
     held.write_text("\n".join(json.dumps({"prompt": p, "answer": "c"}) for p in ("a c", "d")))
     inputs = preflight(recipe)
-    measured = "expert 'self' is measured with the prompt that the student sees: its own shows "
+    measured = "expert 'self' is evaluated with the student's prompt, because its own shows "
     assert any(note.startswith(measured) for note in inputs.notes) == ("b" not in prompt)
     notes = _Notes()
     asked: list[tuple[int, ...]] = []
@@ -340,7 +340,7 @@ def test_an_expert_is_not_shown_more_of_a_row_than_the_student(
     with pytest.MonkeyPatch.context() as patch:
 
         def watched(writer: Any, requests: Any, *rest: Any, **options: Any) -> Any:
-            asked.extend(request.prompt_ids for request in requests)
+            asked.extend(tuple(request.prompt_ids.tolist()) for request in requests)
             return generate(writer, requests, *rest, **options)
 
         patch.setattr("mergeopd.rollout.local.generate", watched)

@@ -97,7 +97,9 @@ def test_the_divergence_is_that_over_the_ids_of_both(
 
 def test_a_text_with_a_token_of_the_student_alone_is_refused(tmp_path: Path) -> None:
     recipe = dataset_recipe(tmp_path, "qwen3", "qwen2.5", "<think>yes")
-    with pytest.raises(RecipeError, match=r"2 of 2 ready answers have tokens that .*p\.jsonl:1: '<think>'"):
+    with pytest.raises(
+        RecipeError, match=r"2 of 2 dataset responses have tokens that .*p\.jsonl:1: '<think>'"
+    ):
         preflight(recipe)
 
 

@@ -124,11 +124,11 @@ def own_positions(rollout: Rollout) -> Sequence[int]:
 
 def test_the_ids_and_flags_of_a_trajectory(write_job: Callable[..., Path]) -> None:
     first, text, *_ = dataset_rollouts(build_parts(write_job))
-    assert (first.prompt_ids, first.response_ids) == ((0, 1, 3), LOGGED_IDS)
+    assert (first.prompt_ids.tolist(), first.response_ids.tolist()) == ([0, 1, 3], list(LOGGED_IDS))
     assert first.trained is not None
     assert tuple(i for i, own in enumerate(first.trained) if own) == OWN
-    assert (first.num_trained, first.trained_ids, first.num_tokens) == (5, (0, 2, 4, 3, 4), 12)
-    assert (text.response_ids, text.trained, text.num_trained) == ((2, 3, 4), None, 3)
+    assert (first.num_trained, first.trained_ids.tolist(), first.num_tokens) == (5, [0, 2, 4, 3, 4], 12)
+    assert (text.response_ids.tolist(), text.trained, text.num_trained) == ([2, 3, 4], None, 3)
 
 
 @pytest.mark.parametrize("reduce", ["token", "sequence"])

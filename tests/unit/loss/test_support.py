@@ -580,8 +580,8 @@ def test_broken_top_k(reference):
     call(ValueError, r"its ids reach from \d+ to 23, the true vocabulary is \[0, 23\)", ids=outside)
     twice = top.ids.clone()
     twice[4, 0] = twice[4, 2]
-    call(ValueError, "an id stands twice among the top k of token 4", ids=twice)
-    call(ValueError, "more than the whole probability at token 0", logprobs=top.logprobs + 5.0)
+    call(ValueError, "the top k of token 4 contain an id twice", ids=twice)
+    call(ValueError, "a total probability above 1 at token 0", logprobs=top.logprobs + 5.0)
     broken = top.logprobs.clone()
     broken[6, 1] = -torch.inf
     call(ArithmeticError, r"from target 0: not finite at 1 of .*first at 6", logprobs=broken)

@@ -113,5 +113,5 @@ def test_old_rotary_frequencies_are_ignored(tmp_path: Path) -> None:
     assert torch.equal(student_hidden(student_of(folder, "float32")), expected)
     assert torch.equal(teacher_hidden(folder, "float32")[0], expected[0])
     save_file({**tensors, "model.layers.0.extra": torch.ones(1)}, folder / "model.safetensors")
-    with pytest.raises(ModelError, match=r"has model\.layers\.0\.extra, which the model does not know"):
+    with pytest.raises(ModelError, match=r"has model\.layers\.0\.extra, which the model does not have"):
         student_of(folder, "float32")

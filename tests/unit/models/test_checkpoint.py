@@ -137,7 +137,7 @@ def test_any_span_of_bytes_is_read_into_a_buffer(single: Path, tensors: dict[str
     info = checkpoint.tensors["a"]
     with info.file.open("r+b") as file:
         file.truncate(info.offset + 10)
-    with pytest.raises(ModelError, match="was cut while 'a' was read; fetch it again"):
+    with pytest.raises(ModelError, match="was truncated while 'a' was read; fetch it again"):
         checkpoint.read_into("a", 0, memoryview(bytearray(20)))
     info.file.unlink()
     with pytest.raises(ModelError, match="cannot be read: No such file"):
@@ -263,13 +263,13 @@ def edit_index(folder: Path, **weight_map: Any) -> None:
 
 def test_index_names_absent_tensors(sharded: Path) -> None:
     edit_index(sharded, ghost="model-1-of-2.safetensors", b="model-1-of-2.safetensors")
-    assert "says that tensors are here which are not: 'b', 'ghost'" in message_of(sharded)
+    assert "assigns to this file are missing: 'b', 'ghost'" in message_of(sharded)
 
 
 @pytest.mark.parametrize("file", ["../other.safetensors", "/etc/passwd", "weights.bin", 3])
 def test_index_points_elsewhere(sharded: Path, file: Any) -> None:
     edit_index(sharded, a=file)
-    assert "which is not a .safetensors file beside it" in message_of(sharded)
+    assert "which is not a .safetensors file of the same folder" in message_of(sharded)
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,7 @@ def test_chat_templates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({}, "names no eos_token"),
+        ({}, "no eos_token"),
         ({"eos_token": "<eos>"}, "eos_token is '<eos>', which tokenizer.json does not have"),
         (
             {"eos_token": "<|im_end|>", "pad_token": "[PAD]"},

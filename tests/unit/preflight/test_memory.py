@@ -76,7 +76,7 @@ def test_what_a_process_holds(
         monkeypatch.setattr(room, "free_bytes", lambda _, free=free: free)
         refuse_without_room(tried, device, on_one_machine)  # type: ignore[arg-type]
         monkeypatch.setattr(room, "free_bytes", lambda _, free=free: free - 1)
-        with pytest.raises(ModelError, match=r"does not fit: \d+ x .* GiB for whole copies"):
+        with pytest.raises(ModelError, match=r"does not fit: \d+ x .* GiB for unsharded replicas"):
             refuse_without_room(tried, device, on_one_machine)  # type: ignore[arg-type]
 
 
@@ -87,8 +87,8 @@ def test_the_refusal_names_the_sizes(plan: Callable[..., Plan], monkeypatch: pyt
     with pytest.raises(ModelError) as caught:
         refuse_without_room(tried, CPU, SimpleNamespace(size=2, num_local=2))  # type: ignore[arg-type]
     assert str(caught.value).endswith(
-        "does not fit: 2 x 2.00 GiB for whole copies that write answers, 2 x 4.00 GiB for weights that follow "
-        "the student and 2 x 12.00 GiB to train are more than the 5.50 GiB that this machine has free; "
+        "does not fit: 2 x 2.00 GiB for unsharded replicas that generate, 2 x 4.00 GiB for snapshots of "
+        "the student and 2 x 12.00 GiB for training are more than the 5.50 GiB that this machine has free; "
         "use more machines or fewer processes on each, or student.dtype: bfloat16"
     )
 

@@ -206,7 +206,7 @@ def test_folders_have_no_revision(project: Path) -> None:
 
 # -------------------------------------------------------------------------------------------- what clashes
 
-NLL = "nll on the student's own text would only confirm what it writes"
+NLL = "nll on the student's own responses only reinforces them"
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ NLL = "nll on the student's own text would only confirm what it writes"
         (
             "prompts.0.source=data/code.jsonl",
             "prompts[1].source",
-            "'data/code.jsonl' already stands at prompts[0]",
+            "'data/code.jsonl' is already listed at prompts[0]",
         ),
         (
             "evaluation.prompts.0.source=data/../data/math.jsonl",
@@ -240,7 +240,7 @@ NLL = "nll on the student's own text would only confirm what it writes"
         (
             "evaluation.prompts.0.source=data/code_eval.jsonl",
             "evaluation.prompts[1].source",
-            "'data/code_eval.jsonl' already stands at evaluation.prompts[0]",
+            "'data/code_eval.jsonl' is already listed at evaluation.prompts[0]",
         ),
         ("evaluation.prompts.0.expert=mth", "evaluation.prompts[0].expert", "unknown teacher 'mth'"),
         (
@@ -260,7 +260,7 @@ NLL = "nll on the student's own text would only confirm what it writes"
         ),
         ("phases.0.text=student", "phases[0].loss.nll", NLL),
         ("phases.0.text={on_policy_fraction: 1, otherwise: dataset}", "phases[0].loss.nll", NLL),
-        ("phases.1.name=cold_start", "phases[1].name", "phase 'cold_start' already stands at phases[0]"),
+        ("phases.1.name=cold_start", "phases[1].name", "phase 'cold_start' is already defined at phases[0]"),
         (
             "phases.1.updates_per_round=3",
             "phases[1].updates_per_round",
@@ -269,12 +269,12 @@ NLL = "nll on the student's own text would only confirm what it writes"
         (
             "phases.1.prompts_per_round=1",
             "phases[1].updates_per_round",
-            "a round has 2 answers (prompts_per_round x samples_per_prompt) for 4 updates",
+            "a round has 2 responses (prompts_per_round x samples_per_prompt) for 4 updates",
         ),
         (
             "optimizer.warmup_updates=101",
             "optimizer.warmup_updates",
-            "101 updates of warm-up, but only 100 updates in all phases",
+            "101 warm-up updates, but only 100 updates in all phases",
         ),
         (
             "phases.1.balance.tokens={math: 1, code: 1, caht: 1}",
@@ -290,7 +290,7 @@ NLL = "nll on the student's own text would only confirm what it writes"
         (
             "prompts.0.verifier={kind: user, function: 'a:b'}",
             "prompts[0].verifier.function",
-            "the recipe does not allow 'a:b' to be called",
+            "'a:b' is not in `allow_code`",
         ),
         (
             "prompts.1.verifier.schema_file=data/none",

@@ -408,15 +408,13 @@ def test_trend_keeps_the_shape_in_bounded_memory() -> None:
 def test_speed_and_time_left_follow_the_phase() -> None:
     view = RunView()
     assert view.left_s(0.0) is None
-    view.apply(START, 0.0)
+    view.add(START, 0.0)
     assert view.tokens_per_s is None
     for number in range(1, 11):
-        view.apply(update(number), float(number))
+        view.add(update(number), float(number))
     assert view.tokens_per_s == 1000.0
     assert view.left_s(10.0) == 20.0
-    view.apply(
-        replace(update(11), seconds={"rollout": 3.0, "update": 1.0, "text": 50.0, "startup": 9.0}), 20.0
-    )
+    view.add(replace(update(11), seconds={"rollout": 3.0, "update": 1.0, "text": 50.0, "startup": 9.0}), 20.0)
     assert view.tokens_per_s == 250.0  # once a phase or process
     assert view.left_s(22.0) == 4.0 * 19 - 2.0
     assert view.phase_seconds == {"rollout": 3.0, "update": 1.0, "text": 50.0, "startup": 9.0}

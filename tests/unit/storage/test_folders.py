@@ -160,7 +160,7 @@ def _drop_entry(manifest: Path) -> None:
         (lambda f: (f / MANIFEST).write_text("[]"), "manifest.json is damaged: it lists no files"),
         (lambda f: (f / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": {}})), "own hash"),
         (lambda f: (f / MANIFEST).write_text('{"format": "x-9", "files": {}}'), "has format 'x-9', not"),
-        (lambda f: _drop_entry(f / MANIFEST), "does not agree with its own hash"),
+        (lambda f: _drop_entry(f / MANIFEST), "does not match its own hash"),
     ],
 )
 def test_damage_is_noticed_and_named(tmp_path: Path, damage: Callable[[Path], object], reason: str) -> None:

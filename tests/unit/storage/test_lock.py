@@ -17,7 +17,9 @@ def test_the_second_is_refused_and_the_lock_goes_with_the_first(tmp_path: Path) 
     folder = tmp_path / "runs" / "one"
     with exclusive(folder):
         assert (folder / LOCK_NAME).read_text() == f"{os.getpid()}\n"
-        with pytest.raises(StorageError, match=rf"another process \(id {os.getpid()}\) works on this run"):
+        with pytest.raises(
+            StorageError, match=rf"another process \(id {os.getpid()}\) is using this run folder"
+        ):
             exclusive(folder).__enter__()
     with exclusive(folder):
         pass

@@ -18,12 +18,13 @@ from mergeopd.loss.objective import build_objective
 from mergeopd.models.causal import response_hidden
 from mergeopd.recipe.training import Optimizer
 from mergeopd.student.torch import TorchStudent
+from mergeopd.types import token_ids
 
 CPU = torch.device("cpu")
 VALID = 33
 OBJECTIVE = build_objective({"reverse_kl": (ReverseKL(), 1.0)})
-PROMPTS = ((1, 2, 3), (4, 5))
-RESPONSES = ((6, 7, 8), (9, 10, 11, 2))
+PROMPTS = tuple(map(token_ids, ((1, 2, 3), (4, 5))))
+RESPONSES = tuple(map(token_ids, ((6, 7, 8), (9, 10, 11, 2))))
 ADAM = {"betas": (0.9, 0.98), "eps": 1e-8}
 
 

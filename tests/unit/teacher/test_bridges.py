@@ -49,7 +49,7 @@ def test_a_damaged_map_is_told(tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(StorageError, match=r"the vocabulary map is damaged: .*; delete it"):
+    with pytest.raises(StorageError, match=r"the vocabulary map is damaged: .*; delete the folder"):
         vocabulary_map(tmp_path, student, teacher, ENDS)
     # One that was put in another's place.
     for path in folder.iterdir():

@@ -108,7 +108,7 @@ def test_memory_that_refuses_is_told_and_what_was_there_stays(
 
         monkeypatch.setattr(os, "pwrite", torn)
         with pytest.raises(
-            StorageError, match=r"12 more bytes .* in memory beside 12: Cannot .*hidden_states_gib"
+            StorageError, match=r"12 more bytes .* in memory besides 12: Cannot .*hidden_states_gib"
         ):
             cache.put("t", 1, torch.full((1, 3), 2.0))
         assert calls == [12, 17]
@@ -141,9 +141,9 @@ def test_what_goes_to_another_machine_is_cut_into_parcels(monkeypatch: pytest.Mo
 VICTIM = """
 import os, sys, torch
 from pathlib import Path
-from mergeopd.distributed.communicator import Alone
+from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.teacher.shared_cache import SharedHiddenCache
-cache = SharedHiddenCache(400, Path(sys.argv[1]), Alone(), lambda rollout: {0}, torch.device("cpu"))
+cache = SharedHiddenCache(400, Path(sys.argv[1]), SingleProcess(), lambda rollout: {0}, torch.device("cpu"))
 for rollout in range(8):
     cache.put("t", rollout, torch.full((1, 25), float(rollout)))
 cache.publish()

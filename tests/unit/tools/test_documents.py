@@ -135,6 +135,28 @@ def test_files_that_the_documents_name_exist() -> None:
             assert (ROOT / name).exists(), f"{document.name} names {name}"
 
 
+PACKAGES = "|".join(sorted(path.parent.name for path in (ROOT / "mergeopd").glob("*/__init__.py")))
+
+
+def test_modules_that_the_architecture_names_exist() -> None:
+    for document in (ROOT / "docs" / "architecture.md", *(ROOT / "docs" / "design").glob("*.md")):
+        text = document.read_text(encoding="utf-8")
+        # Below `mergeopd/`: `engine/loop.py`, `student/megatron`.
+        for name in re.findall(rf"`((?:{PACKAGES})/[\w./]*)`", text):
+            assert (ROOT / "mergeopd" / name).exists(), f"{document.name} names {name}"
+        if document.name == "architecture.md":
+            assert len(text.split()) <= 1500
+
+
+def test_classes_and_functions_that_the_architecture_names_exist() -> None:
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "mergeopd").rglob("*.py"))
+    for document in (ROOT / "docs" / "architecture.md", *(ROOT / "docs" / "design").glob("*.md")):
+        for name in re.findall(r"`([A-Z][a-z]+(?:[A-Z][a-z]+)+)`", document.read_text(encoding="utf-8")):
+            assert re.search(rf"\b(class|def) {name}\b|^{name} = ", code, re.MULTILINE), (
+                f"{document.name}: {name}"
+            )
+
+
 METHODS = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
 # A row of the table: the recipe that it links, and its second cell.
 METHOD_ROWS = dict(

@@ -16,6 +16,8 @@ import pytest
 from byte_tokenizers import byte_level
 from small_experts import TOOLS  # puts TOOLS on the path
 
+from mergeopd.distributed.communicator import SingleProcess
+
 ROOT = TOOLS.parent
 HOOKS = {"docs_site"}  # called by the build of the documentation
 # Tools whose smallest job another test runs.
@@ -23,6 +25,7 @@ ELSEWHERE = {"bench_teachers", "draw_terminal", "fault", "make_recipe_reference"
 SMALL_STEP = "--hidden 64 --layers 1 --vocab 64 --batch 2 --prompt 8 --new-tokens 3 --steps 1"
 SMALL_LOSS = "--tokens 256 --vocab 2048 --d-student 8 --d-teacher 8 --repeats 1"
 SMALL_BRIDGE = "--groups 32 --vocab-s 60 --vocab-t 70 --d-student 8 --d-teacher 8 --repeats 1"
+SMALL_ROUND = "--responses 4 --tokens 16"
 SHORT_ANSWERS = "--answers 2 --tokens 16 --repeats 1"
 
 
@@ -130,6 +133,17 @@ def test_bench_align(call: Callable[..., str], tmp_path: Path) -> None:
     assert (result["num_answers"], result["num_student_tokens"]) == (2, 32)
     assert "trl_skipped" in result
     assert "Without TRL" in call(tool, tmp_path / "one", tmp_path / "two", *options)
+
+
+def test_bench_rollouts(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process, which exchanges nothing; tests/dist has processes that do."""
+    tool = load("bench_rollouts")
+    monkeypatch.setattr(
+        tool, "launch", lambda given: [tool.measure(SingleProcess(), given.responses, given.tokens)]
+    )
+    result = json.loads(call(tool, *SMALL_ROUND.split(), "--json"))
+    assert (result["round_tokens"], result["array_bytes_sent"]) == (64, 64 * 8)
+    assert "4 responses of 16 tokens" in call(tool, *SMALL_ROUND.split())
 
 
 @pytest.fixture(scope="module")

@@ -376,7 +376,7 @@ def test_what_is_refused():
         other = reference.SimpleNamespace(**{**vars(problem), **changed})
         with pytest.raises(ValueError, match=message):
             run(other, bridge)
-    with pytest.raises(ValueError, match="chunk_rows is 2; leave out groups that long"):
+    with pytest.raises(ValueError, match="chunk_rows is 2; leave out such long groups"):
         run(problem, gold, chunk_rows=2)
     with pytest.raises(ValueError, match="temperature is 0"):
         run(problem, gold, temperature=0.0)

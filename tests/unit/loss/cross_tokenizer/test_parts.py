@@ -174,7 +174,7 @@ def test_settings_that_do_not_fit_are_refused():
         (lambda: Uld("mean"), "merge is 'mean'"),
         (lambda: Projected(table, "both"), "direction is 'both'"),
         (lambda: Projected(table, top_k=0), "top_k is 0"),
-        (lambda: Projected(SparseMap(table.ids, 0 * table.weights, 23)), "leads to no teacher id"),
+        (lambda: Projected(SparseMap(table.ids, 0 * table.weights, 23)), "covers no teacher id"),
         (lambda: Groups(*(torch.zeros(n, dtype=torch.int64) for n in (2, 2, 1, 2))), "Groups.first_T"),
         (lambda: group_logratio(torch.zeros(2, 2), torch.zeros(2), reference.groups_of((), ())), "logprob_S"),
     ):

@@ -183,7 +183,7 @@ def test_a_token_that_would_have_covered_the_boundary_is_not_forgotten() -> None
     ("ids", "message"),
     [
         ([[0, 7]], "reach from 0 to 7"),
-        ([[-1, 0]], "pieces stand first"),
+        ([[-1, 0]], "pieces must precede"),
         ([[-2, -1]], "reach from -2"),
     ],
 )

@@ -1,0 +1,112 @@
+"""Phases that ask a rollout engine or a teacher for what it cannot give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from mergeopd.messages import joined
+from mergeopd.preflight.problems import Findings
+from mergeopd.recipe.plan import TeacherPlan
+from mergeopd.recipe.policy_terms import POLICY_TERMS
+from mergeopd.recipe.resolve import Resolution
+from mergeopd.recipe.sources import author
+from mergeopd.recipe.training import Phase, never_student, off_policy_origin, only_student
+from mergeopd.rollout.protocol import EngineCapabilities
+from mergeopd.teacher.protocol import TargetKind, TeacherCapabilities, required_kind
+
+_TARGETS: Mapping[TargetKind, str] = {
+    "hidden": "hidden states",
+    "top_k": "its most probable tokens",
+    "sampled": "log-probabilities of sampled tokens",
+}
+
+
+def check_capabilities(
+    findings: Findings,
+    found: Resolution,
+    engine: EngineCapabilities | None,
+    teachers: Mapping[str, TeacherCapabilities],
+) -> None:
+    """Report log-probabilities, targets and responses that a phase needs and that nothing provides.
+
+    `engine` is None where `rollout` is not valid; `teachers` has those that resolved.
+    """
+    for index, phase in found.phases.items():
+        if engine is not None and not engine.returns_logprobs and not never_student(phase):
+            _check_engine(findings, index, phase, found.teachers)
+        _check_targets(findings, index, phase, found, teachers)
+        if off_policy_origin(phase) == "teacher" and not only_student(phase):
+            _check_generators(findings, index, found, teachers)
+
+
+def _check_engine(findings: Findings, index: int, phase: Phase, teachers: Mapping[str, TeacherPlan]) -> None:
+    message = "the rollout engine returns no log-probabilities of its responses"
+    for term in POLICY_TERMS:
+        if phase.loss.uses(term):
+            findings.report(
+                ("phases", index, "loss", term),
+                f"{message}, and a policy term needs them",
+                "use a divergence, or another `rollout.engine`",
+            )
+    for name, teacher in teachers.items():
+        if phase.loss.needs_teacher and teacher.bridge is not None and teacher.bridge.kind == "span":
+            findings.report(
+                ("teachers", name, "bridge"),
+                f"{message}, and `span` is a policy term, which needs them",
+                "use another bridge, or another `rollout.engine`",
+            )
+
+
+def _check_targets(
+    findings: Findings,
+    index: int,
+    phase: Phase,
+    found: Resolution,
+    teachers: Mapping[str, TeacherCapabilities],
+) -> None:
+    for name in _routed(found):
+        kind = required_kind(phase.loss, found.teachers[name])
+        provided = teachers[name].can_provide
+        if kind is None or kind in provided:
+            continue
+        given = joined([_TARGETS[other] for other in _TARGETS if other in provided], "and") or "no targets"
+        findings.report(
+            ("phases", index, "loss"),
+            f"the loss needs {_TARGETS[kind]} of teacher '{name}', which provides {given}",
+            _remedy(found.teachers[name], provided),
+        )
+
+
+def _remedy(teacher: TeacherPlan, provided: frozenset[TargetKind]) -> str:
+    if teacher.bridge is not None:
+        return "use another bridge, or another teacher"
+    if "top_k" in provided:
+        return "give the loss `support: {top_k: K, of: teacher}`, or use another teacher"
+    if "sampled" in provided:
+        return "use `sampled_reverse_kl`, or another teacher"
+    return "use another teacher"
+
+
+def _check_generators(
+    findings: Findings, index: int, found: Resolution, teachers: Mapping[str, TeacherCapabilities]
+) -> None:
+    """Report the first source for which the teacher that generates cannot do so."""
+    for source in found.sources.values():
+        name = author(source.teachers) if source.teachers else None
+        if name is None or name not in teachers or teachers[name].can_generate:
+            continue
+        other = "give another teacher of these prompts more weight"
+        if found.teachers[name].snapshot_rule is None:
+            cause, remedy = "it cannot generate", f"{other}, or use other `text`"
+        else:
+            cause = "responses are generated before a phase, and its weights change during it"
+            remedy = f"{other}, or use `student: start`"
+        message = f"teacher '{name}' would generate responses to the prompts of '{source.name}', but {cause}"
+        findings.report(("phases", index, "text"), message, remedy)
+        return
+
+
+def _routed(found: Resolution) -> Iterator[str]:
+    """The resolved teachers that some source of prompts names, in the recipe's order."""
+    named = {name for source in found.sources.values() for name in source.teachers}
+    return (name for name in found.teachers if name in named)
