@@ -173,8 +173,8 @@ def _finding(
         return None  # pydantic counts valid entries only; the invalid ones have separate errors
     if kind == "too_short":
         return _Finding(spot.path, f"expected at least one entry, found {value_text(spot.value)}")
-    found = _unexpected(spot.path, spot.schema, spot.value, root)
-    return found if found.remedy else replace(found, remedy=_hint(spot.path, spot.value, hints))
+    finding = _unexpected(spot.path, spot.schema, spot.value, root)
+    return finding if finding.remedy else replace(finding, remedy=_hint(spot.path, spot.value, hints))
 
 
 def _hint(path: Keys, word: Any, hints: Mapping[str, str]) -> str:

@@ -172,7 +172,7 @@ TERMS: Mapping[str, LossTerm] = {
         "Reverse KL, sampled", "sampled KL", "k3 estimate from the sampled tokens"
     ),
     "outcome": LossTerm("Reward", "reward", "mean over the responses that a verifier checked", ""),
-    "nll": LossTerm("NLL of the text", "NLL", "-log p of the student, whoever generated the text"),
+    "nll": LossTerm("NLL of the text", "NLL", "-log p of the student, for text of any origin"),
 }
 """Every term of a loss, by its key. Responses are coloured by the first divergence that their loss has."""
 
@@ -326,7 +326,7 @@ class Loss(Strict):
 
 
 SHORT_TERMS = tuple(key for key in TERMS if Loss.model_fields[key].default is None)
-"""Terms with parameters, which a number stands for: their weight."""
+"""Terms with parameters for which a recipe may give a number alone: their weight."""
 
 
 def loss_shorthand(value: Any) -> Any:

@@ -59,7 +59,7 @@ def test_align_tokenizers(run: Run) -> None:
 def test_run_recipe(run: Run, recipe: Path) -> None:
     out = run("run_recipe.py", recipe, "by_hand")
     assert re.findall(r"update (\d): loss", out) == ["1", "2"]
-    assert "1 of 2 updates; the same call resumes the run" in out
+    assert "1 of 2 updates; the next call resumes the run" in out
     assert Path("by_hand/export/model.safetensors").is_file()
     assert "'update': [1, 2]" in out
 

@@ -23,7 +23,7 @@ REQUESTS = {
     "gradient:3:TERM": (1, "SIGTERM after 1 of 6 updates"),  # the weights are as they were: given up
     "update:3:TERM": (4, "SIGTERM after 4 of 6 updates"),  # the round's second update is made first
     "files:1:INT": (2, "SIGINT after 2 of 6 updates"),  # the checkpoint is finished
-    "evaluation:2:TERM": (6, "SIGTERM while the student was measured"),
+    "evaluation:2:TERM": (6, "SIGTERM during evaluation"),
 }
 
 

@@ -80,17 +80,20 @@ def test_pass_rates_count_cut_off_answers_as_they_were_judged() -> None:
         ("failed_groups", (0, 0, 0, 1, 1, 1, 0, 1, 1, 1)),
     ],
 )
-def test_whom_teachers_comment(teach: str, expected: tuple[int, ...]) -> None:
-    phase = {"loss": "reverse_kl", "balance": {"distill_on": teach}}
+def test_whom_teachers_comment(distill_on: str, expected: tuple[int, ...]) -> None:
+    phase = {"loss": "reverse_kl", "balance": {"distill_on": distill_on}}
     assert found_in(ROUND, **phase).teacher_loss_weight == expected
-    both = {"loss": "reverse_kl", "balance": {"distill_on": teach, "pass_rate": {}}}
+    both = {"loss": "reverse_kl", "balance": {"distill_on": distill_on, "pass_rate": {}}}
     rates = found_in(ROUND, loss="reverse_kl", balance={"pass_rate": {}}).teacher_loss_weight
     product = tuple(a * b for a, b in zip(rates, expected, strict=True))
     assert found_in(ROUND, **both).teacher_loss_weight == pytest.approx(product)
 
 
 @pytest.mark.parametrize("distill_on", ["wrong", "failed_groups"])
-def test_what_was_cut_off_solves_no_prompt(teach: str) -> None:
+def test_what_was_cut_off_solves_no_prompt(distill_on: str) -> None:
     """Otherwise the answers of a prompt that the student never finishes would lose their teachers."""
     group = [("p", "student", "length", 1.0), ("p", "student", "eos", 0.0), ("p", "student", "length", 0.0)]
-    assert found_in(group, loss="reverse_kl", balance={"distill_on": teach}).teacher_loss_weight == (1.0,) * 3
+    assert (
+        found_in(group, loss="reverse_kl", balance={"distill_on": distill_on}).teacher_loss_weight
+        == (1.0,) * 3
+    )
