@@ -35,6 +35,6 @@ def test_four_teachers_need_the_memory_of_two(tmp_path: Path) -> None:
     assert four["file_bytes"] == 2 * two["file_bytes"]
     for result in results:
         assert result["bytes_read"] == result["file_bytes"] * result["num_rounds"]
-    assert four["peak_anonymous_bytes"] == pytest.approx(two["peak_anonymous_bytes"], rel=0.05)
-    # One teacher alone would be 187 MB, were it in anonymous memory.
-    assert four["peak_anonymous_bytes"] - two["peak_anonymous_bytes"] < 20e6
+    # One teacher alone would be 187 MB, were it in anonymous memory. Peaks of equal runs differ by up to 26 MB,
+    # by when another thread looks at them.
+    assert four["peak_anonymous_bytes"] - two["peak_anonymous_bytes"] < 60e6
