@@ -145,32 +145,6 @@ def build(
     stages = Stages(reporter, clock, ranks, guard)
     engine = engines[plan.rollout.engine](student, _context(inputs.student, inputs, machine), plan.rollout)
     vocab = None if len(student.vocab) == inputs.vocab_size else student.vocab
-    pipeline = SynchronousPipeline(
-        plan,
-        draw=PromptDraw(inputs.prompts, {s.name: s.share for s in plan.sources}, plan.seed),
-        student=inputs.student,
-        weights=student,
-        engine=engine,
-        rollouts=StudentRollouts(engine, plan.rollout, inputs.student, stages),
-        teacher_rollouts=TeacherRolloutCache(
-            plan,
-            student=inputs.student,
-            renderers=inputs.teachers,
-            teachers=teachers,
-            views=views,
-            ranks=ranks,
-            stages=stages,
-        ),
-        rewards=Rewards(
-            build_verifiers(plan.sources, plan, ranks),
-            inputs.student.tokenizer,
-            plan.rollout.stop,
-            ranks,
-            stages,
-        ),
-        placement=student.placement,
-        stages=stages,
-    )
     folder = RunFolder(Path(plan.output))
     scorer = Scorer(
         needs_prior_policy=plan.needs_prior_policy,
@@ -198,7 +172,7 @@ def build(
         folder=folder,
         student=student,
         snapshots=models.snapshots,
-        pipeline=pipeline,
+        pipeline=_pipeline(models, engine, stages),
         scorer=scorer,
         updater=updater,
         checkpoints=models.checkpoints(),
@@ -209,6 +183,38 @@ def build(
         stop=guard,
         stages=stages,
         ranks=ranks,
+    )
+
+
+def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> SynchronousPipeline:
+    """Compose what collects rounds."""
+    inputs, student = models.inputs, models.student
+    plan, ranks = models.plan, models.machine.ranks
+    return SynchronousPipeline(
+        plan,
+        draw=PromptDraw(inputs.prompts, {s.name: s.share for s in plan.sources}, plan.seed),
+        student=inputs.student,
+        weights=student,
+        engine=engine,
+        rollouts=StudentRollouts(engine, plan.rollout, inputs.student, stages),
+        teacher_rollouts=TeacherRolloutCache(
+            plan,
+            student=inputs.student,
+            renderers=inputs.teachers,
+            teachers=models.teachers,
+            views=models.views,
+            ranks=ranks,
+            stages=stages,
+        ),
+        rewards=Rewards(
+            build_verifiers(plan.sources, plan, ranks),
+            inputs.student.tokenizer,
+            plan.rollout.stop,
+            ranks,
+            stages,
+        ),
+        placement=student.placement,
+        stages=stages,
     )
 
 
