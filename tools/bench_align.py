@@ -77,9 +77,9 @@ def run_mergeopd(arguments: argparse.Namespace) -> tuple[list[str], dict[str, An
     import numpy as np
     import tokenizers
 
-    from mergeopd.align.answers import EndTokens, align
     from mergeopd.align.encoding import ByteTokenizer
     from mergeopd.align.groups import Ends, close_groups
+    from mergeopd.align.responses import EndTokens, align
     from mergeopd.align.sides import Side
     from mergeopd.inspect.tokenizers import SAMPLE
 

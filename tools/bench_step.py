@@ -61,17 +61,22 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_sizes(parser)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each side, after one warm-up")
+    parser.add_argument("--json", action="store_true", help="one line of JSON")
+    parser.add_argument("--side", choices=tuple(RUNNERS), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Add the options for the job's sizes."""
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=64, help="mean prompt length, give or take an eighth")
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each side, after one warm-up")
-    parser.add_argument("--json", action="store_true", help="one line of JSON")
-    parser.add_argument("--side", choices=tuple(RUNNERS), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
 
 
 def trl_problem() -> str | None:
@@ -106,18 +111,25 @@ def measure(arguments: argparse.Namespace, sides: list[str], environment: dict[s
 
 
 class Side:
-    """This file in a new process, as one side."""
+    """This file in a new process, as one side; with `checkout`, the same file and package of another one."""
 
-    def __init__(self, arguments: argparse.Namespace, side: str, environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        side: str,
+        environment: dict[str, str],
+        checkout: Path = Path(__file__).parents[1],
+    ) -> None:
         names = ("hidden", "layers", "vocab", "batch", "prompt", "new_tokens", "steps", "folder")
         options = [f"--{name.replace('_', '-')}={getattr(arguments, name)}" for name in names]
         variables = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
         self._side = side
-        self._log = arguments.folder / f"{side}.log"
+        fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(checkout)}
+        self._log = arguments.folder / f"{side}-{checkout.name}.log"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, f"--side={side}", *options],
-                env=variables | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+                [sys.executable, checkout / "tools" / "bench_step.py", f"--side={side}", *options],
+                env=variables | fixed | environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

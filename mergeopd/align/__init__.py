@@ -38,8 +38,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mergeopd.align.answers import Alignment, EndTokens, Unaligned, align_responses
     from mergeopd.align.encoding import ByteTokenizer
+    from mergeopd.align.responses import Alignment, EndTokens, Unaligned, align_responses
     from mergeopd.align.token_bytes import TokenBytes
     from mergeopd.align.vocab import VocabularyMap, teacher_pieces
 
@@ -55,13 +55,13 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Alignment": "answers",
+    "Alignment": "responses",
     "ByteTokenizer": "encoding",
-    "EndTokens": "answers",
+    "EndTokens": "responses",
     "TokenBytes": "token_bytes",
-    "Unaligned": "answers",
+    "Unaligned": "responses",
     "VocabularyMap": "vocab",
-    "align_responses": "answers",
+    "align_responses": "responses",
     "teacher_pieces": "vocab",
 }
 

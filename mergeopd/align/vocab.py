@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mergeopd.align.answers import EndTokens
 from mergeopd.align.encoding import ByteTokenizer
+from mergeopd.align.responses import EndTokens
 from mergeopd.align.token_bytes import ADDED, BYTE, TEXT, TokenBytes
 from mergeopd.errors import TokenizerError
 

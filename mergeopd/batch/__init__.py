@@ -1,1 +1,1 @@
-"""From rollouts to micro-batches: advantages, token weights, packing, the objective of a phase."""
+"""Rollouts to micro-batches: advantages, token weights, packing, the objective of a phase."""

@@ -1,4 +1,4 @@
-"""What the verifiers' rewards on a round mean: advantages, and whom teachers still comment."""
+"""Turn rewards into advantages, and decide which responses keep their distillation loss."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from mergeopd.types import Rollout
 class Outcomes:
     """Per rollout of a round.
 
-    `advantage` is 0 for answers without an outcome: of other writers, cut off, without verifier, alone in
-    their group. `teacher_loss_weight` multiplies the teachers' terms. `zero_advantage_fraction` is the share
-    of the groups with an outcome whose responses all have one reward; None without groups.
+    `advantage` is 0 for responses without an outcome: not the student's own, truncated, without a verifier,
+    or alone in their group. `teacher_loss_weight` multiplies the teachers' terms.
+    `zero_advantage_fraction` is the share of the groups with an outcome whose responses all have one reward;
+    None without groups.
     """
 
     advantage: tuple[float, ...]
@@ -30,57 +31,57 @@ class Outcomes:
 
 
 def outcomes(rollouts: Sequence[Rollout], rewards: Sequence[float | None], phase: Phase) -> Outcomes:
-    """Advantages and teaching factors of a round; a group is the answers of the student to one prompt.
+    """Compute a round's advantages and distillation weights; a group has the student's responses to a prompt.
 
-    A cut-off answer has no outcome and does not count in the others' advantages, but its reward does in the
-    group's pass rate, and its teachers stay where the group has any. What nothing verifies, or another hand
-    wrote, is taught in full.
+    A truncated response has no outcome and is left out of the others' advantages, but its reward counts in
+    the group's pass rate. Responses without a verifier, and those that are not the student's own, keep their
+    full distillation loss.
     """
     groups: dict[str, list[int]] = {}
     for index, rollout in enumerate(rollouts):
         if rollout.origin == "student" and rewards[index] is not None:
             groups.setdefault(rollout.prompt.key, []).append(index)
     advantage = [0.0] * len(rollouts)
-    teaching = [1.0] * len(rollouts)
-    num_groups = num_silent = 0
+    teacher_loss_weight = [1.0] * len(rollouts)
+    num_groups = num_equal = 0
     for members in groups.values():
         known = {i: _known(rewards[i]) for i in members}
         for index, factor in _teacher_loss_weights(rollouts, known, phase).items():
-            teaching[index] = factor
+            teacher_loss_weight[index] = factor
         term = phase.loss.outcome
         whole = [i for i in members if rollouts[i].finish != "length"]
         if term is None or len(whole) < 2:
             continue
         values = group_advantages([known[i] for i in whole], term.std)
-        num_groups, num_silent = num_groups + 1, num_silent + (not any(values))
+        num_groups, num_equal = num_groups + 1, num_equal + (not any(values))
         for index, value in zip(whole, values, strict=True):
             if term.answers == "all" or known[index] >= RIGHT:
                 advantage[index] = value
-    silent = num_silent / num_groups if num_groups else None
-    return Outcomes(tuple(advantage), tuple(teaching), silent)
+    zero_advantage = num_equal / num_groups if num_groups else None
+    return Outcomes(tuple(advantage), tuple(teacher_loss_weight), zero_advantage)
 
 
 def _teacher_loss_weights(
     rollouts: Sequence[Rollout], rewards: dict[int, float], phase: Phase
 ) -> dict[int, float]:
-    """What multiplies the teachers' terms of one group's answers."""
+    """Return the factor of the teachers' terms for each response of a group."""
     balance = phase.balance
     rate = sum(rewards.values()) / len(rewards)
     exponents = balance.pass_rate
     factor = 1.0 if exponents is None else pass_rate_weight(rate, exponents.a, exponents.b)
     # A truncated response is not correct, whatever its reward.
     right = {i for i, reward in rewards.items() if reward >= RIGHT and rollouts[i].finish != "length"}
-    taught = {}
+    weights = {}
     for index in rewards:
         match balance.distill_on:
             case "all":
-                is_taught = True
+                keeps_loss = True
             case "wrong":
-                is_taught = index not in right
+                keeps_loss = index not in right
             case "failed_groups":
-                is_taught = not right
-        taught[index] = factor if is_taught else 0.0
-    return taught
+                keeps_loss = not right
+        weights[index] = factor if keeps_loss else 0.0
+    return weights
 
 
 def _known(grade: float | None) -> float:
@@ -89,7 +90,7 @@ def _known(grade: float | None) -> float:
 
 
 def sequence_kept(log_rho: Tensor, correction: Correction) -> bool:
-    """Whether an answer's geometric mean ratio lies inside the correction's band; `log_rho` of its tokens."""
+    """Whether the geometric mean of a response's ratios, exp(`log_rho`), is in the correction's band."""
     if correction.kind != "sequence_mask" or not log_rho.numel():
         return True
     mean = float(torch.exp(log_rho.mean()))
@@ -99,7 +100,7 @@ def sequence_kept(log_rho: Tensor, correction: Correction) -> bool:
 def reward_to_go(
     gap: Tensor, discount: float, *, future_only: bool = False, per_token: bool = False
 ) -> Tensor:
-    """`A_t = sum over u >= t of discount^(u - t) gap_u` of one answer `[n]` (MiniLLM, 2306.08543).
+    """`A_t = sum over u >= t of discount^(u - t) gap_u` of one response `[n]` (MiniLLM, 2306.08543).
 
     `future_only` leaves out u = t; `per_token` divides by the number of tokens summed over.
     """
@@ -117,14 +118,14 @@ def reward_to_go(
 
 
 def early_weights(gap: Tensor, gain: float) -> Tensor:
-    """`1 + gain (1 - C_t / C)`, C_t the sum of |gap| before t, C that of the answer (IW-OPD, 2606.22600)."""
+    """`1 + gain (1 - C_t / C)`, C_t the sum of |gap| before t, C over the response (IW-OPD, 2606.22600)."""
     size = gap.abs()
     total = size.sum()
     before = size.cumsum(0) - size
     return 1.0 + gain * (1.0 - torch.where(total > 0, before / total.clamp(min=1e-30), 0.0))
 
 
-def answers_advantage(
+def sequence_advantage(
     gaps: Sequence[Tensor],
     weights: Sequence[Tensor],
     *,
@@ -134,36 +135,36 @@ def answers_advantage(
     per_token: bool,
     gain: float,
 ) -> Tensor:
-    """The teachers' advantage of one answer's tokens where it depends on all of them, `[n]`.
+    """Compute the teachers' advantages `[n]` of one response where each depends on all of its tokens.
 
-    `gaps` (log p_T - log p_S) and `weights` are one row per teacher; weights carry denominators. A token that
-    a teacher does not judge (weight 0) adds nothing to what comes before it.
+    `gaps` (log p_T - log p_S) and `weights` have one row per teacher; weights contain all denominators. A
+    token of weight 0 adds nothing to the advantages of the tokens before it.
     """
     total = torch.zeros_like(gaps[0])
     for gap, weight in zip(gaps, weights, strict=True):
-        judged = torch.where(weight > 0, bounded(gap, bound), 0.0)
-        # The weight is one number per answer but for masked tokens, so that of any judged token serves all.
+        counted = torch.where(weight > 0, bounded(gap, bound), 0.0)
+        # A response has one weight, except 0 for masked tokens.
         scale = weight.max() if len(weight) else weight.sum()
         if discount:
-            credited = reward_to_go(judged, discount, future_only=future_only, per_token=per_token)
+            credited = reward_to_go(counted, discount, future_only=future_only, per_token=per_token)
         else:
-            credited = early_weights(judged, gain) * judged
+            credited = early_weights(counted, gain) * counted
         total = total + scale * credited
     return total
 
 
 RIGHT = 0.5
-"""Rewards from here on count as right where an answer must be one or the other."""
+"""Smallest reward of a response that counts as correct."""
 
 
 _EPSILON = 1e-6
 
 
 def group_advantages(rewards: Sequence[float], std: Literal["unbiased", "biased", "none"]) -> list[float]:
-    """Rewards relative to their group (GRPO, 2402.03300): less the mean, over the standard deviation + 1e-6.
+    """Return (reward - mean) / (standard deviation + 1e-6) over a group (GRPO, 2402.03300).
 
-    `std`: with n - 1 (`unbiased`), with n (`biased`), or not divided at all (`none`; Dr. GRPO, 2503.20783).
-    A group of one answer, or of equal rewards, has advantage 0.
+    `std`: with n - 1 (`unbiased`), with n (`biased`), or no division (`none`; Dr. GRPO, 2503.20783). A group
+    of one response, or of equal rewards, has advantage 0.
     """
     num = len(rewards)
     if num < 2:
@@ -179,5 +180,5 @@ def group_advantages(rewards: Sequence[float], std: Literal["unbiased", "biased"
 
 
 def pass_rate_weight(pass_rate: float, a: float, b: float) -> float:
-    """`p^a (1 - p)^b` (PACED, 2603.11178): most for prompts that are sometimes solved; 1 with a = b = 0."""
+    """Return `p^a (1 - p)^b` (PACED, 2603.11178): largest for prompts solved sometimes; 1 with a = b = 0."""
     return float(pass_rate**a * (1.0 - pass_rate) ** b)

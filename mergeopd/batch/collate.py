@@ -1,4 +1,4 @@
-"""The tensors of a micro-batch, from prepared rollouts and targets."""
+"""Collate prepared rollouts and targets into the tensors of a micro-batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mergeopd.align.answers import Alignment
+from mergeopd.align.responses import Alignment
 from mergeopd.batch.micro_batch import BridgedTarget, MicroBatch
 from mergeopd.batch.packing import MicroBatchPlan
 from mergeopd.batch.records import PreparedRollout, PreparedUpdate, TokenViews
@@ -28,9 +28,9 @@ def micro_batch(
     *,
     with_policy: bool,
 ) -> MicroBatch:
-    """The tensors of one pack, weights in the dtype and on the device of `like`.
+    """Collate one pack, with weights in the dtype and on the device of `like`.
 
-    `targets` holds the pack's teachers, or nothing where none is needed. Responses that the student
+    `targets` has the targets of the pack's teachers; empty where none is needed. Responses that the student
     generated have no likelihood term.
     """
     members = [prepared.rollouts[i] for i in pack.rollouts]
@@ -59,7 +59,7 @@ def micro_batch(
 
 
 def pack_groups(alignments: Sequence[Alignment], lengths: Sequence[int], device: torch.device) -> Groups:
-    """The groups of a micro-batch's answers, in rows of both sides; `lengths` are the student's."""
+    """Concatenate the groups of a micro-batch's responses; `lengths` are the student's tokens."""
     columns: tuple[list[NDArray[np.int64]], ...] = ([], [], [], [])
     follows: list[NDArray[np.bool_]] = []
     row_S = row_T = 0
@@ -80,7 +80,7 @@ def pack_groups(alignments: Sequence[Alignment], lengths: Sequence[int], device:
 
 
 def _policy_rows(members: Sequence[PreparedRollout], like: Tensor) -> PolicyRows:
-    """Constants of the policy terms, in the dtype and on the device of `like`."""
+    """Collate the constants of the policy terms, in the dtype and on the device of `like`."""
 
     def row(values: Sequence[float]) -> Tensor:
         return like.new_tensor(_per_token(members, values))
@@ -99,14 +99,16 @@ def _policy_rows(members: Sequence[PreparedRollout], like: Tensor) -> PolicyRows
 def _behaviour(member: PreparedRollout) -> LogProbs:
     known = member.rollout.logprobs_behaviour
     if known is None and member.is_own:
-        raise ValueError(f"{member.rollout.prompt.key}: the student's answer has no behaviour log-probs")
+        raise ValueError(
+            f"{member.rollout.prompt.key}: the student's response has no behaviour log-probabilities"
+        )
     return np.zeros(member.rollout.num_trained, np.float32) if known is None else known
 
 
 def _joined(
     parts: Sequence[Tensor | None], members: Sequence[PreparedRollout], like: Tensor
 ) -> Tensor | None:
-    """The responses' rows one after another, zeros for text of others; None where no response has any."""
+    """Concatenate the responses' rows, zeros where one has none; None where no response has any."""
     if all(part is None for part in parts):
         return None
     rows = [

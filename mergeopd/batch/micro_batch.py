@@ -1,4 +1,4 @@
-"""What a student backend gets to see of an update."""
+"""Micro-batches: the input of a student backend."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mergeopd.types import Flags, TokenIds
 
 @dataclass(frozen=True, slots=True)
 class BridgedTarget:
-    """A teacher with another tokenizer, on the answers of one micro-batch.
+    """A teacher with another tokenizer, on the responses of one micro-batch.
 
-    `target` has a row for each of its own tokens, whose ids are `labels`; `groups` says which rows of both
-    sides belong together, and `weight_G` carries every factor and denominator.
+    `target` has a row for each of the teacher's tokens, whose ids are `labels`; `groups` maps the rows of
+    both sides to groups, and `weight_G` contains all factors and denominators.
     """
 
     teacher: str
@@ -33,13 +33,12 @@ class BridgedTarget:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Answers that share one set of teachers; N is the number of their trained tokens, in order.
+    """Responses that share one set of teachers; N is the number of their trained tokens, in order.
 
-    `targets` holds one entry per teacher (K), `teacher_weight_KN`, `nll_weight_N` and `policy` carry every
-    factor and denominator, so the loss of an update is the plain sum over its micro-batches. `policy` is
-    None where the objective has no policy term. `bridged` are the teachers with other tokenizers.
-    `trained` has flags for the tokens of each response; None, as a whole or for a response: all of them are
-    in the loss.
+    `targets` has one entry per teacher (K). `teacher_weight_KN`, `nll_weight_N` and `policy` contain all
+    factors and denominators, so the loss of an update is the plain sum over its micro-batches. `policy` is
+    None where the objective has no policy term. `bridged` are the teachers with other tokenizers. `trained`
+    flags the tokens of each response that are in the loss; None, as a whole or for a response: all of them.
     """
 
     rollouts: tuple[int, ...]
@@ -55,7 +54,7 @@ class MicroBatch:
 
     @property
     def labels(self) -> tuple[TokenIds, ...]:
-        """The trained tokens of each response."""
+        """Token ids of each response that are in the loss."""
         if self.trained is None:
             return self.responses
         return tuple(
@@ -64,7 +63,7 @@ class MicroBatch:
         )
 
     def with_teacher_names(self, error: ArithmeticError) -> str:
-        """The kernel's complaint with the names of its targets."""
+        """Return the message of the kernel's error, with the names of its targets."""
         names = ", ".join(f"{k} = {name}" for k, name in enumerate(self.teachers))
         return f"{error} (targets: {names or 'none'})"
 
@@ -73,7 +72,7 @@ S = TypeVar("S")
 
 
 class MicroBatches(Protocol):
-    """Micro-batches in order; their number is known before the first is made."""
+    """Micro-batches in order, with their number."""
 
     def __len__(self) -> int: ...
 
@@ -81,32 +80,32 @@ class MicroBatches(Protocol):
 
 
 class Stream:
-    """`count` micro-batches that are made one by one, as they are asked for; to be iterated once."""
+    """`count` micro-batches from an iterator; can be iterated once."""
 
     def __init__(self, micro_batches: Iterable[MicroBatch], count: int) -> None:
-        self._micros = micro_batches
+        self._micro_batches = micro_batches
         self._count = count
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        return iter(self._micros)
+        return iter(self._micro_batches)
 
 
 def with_statistics(
     micro_batches: MicroBatches, work: Callable[[MicroBatches], Sequence[S]]
 ) -> list[tuple[MicroBatch, S]]:
-    """Each micro-batch, without its targets, with the statistics that a student's method returns for it.
+    """Return each micro-batch, without its targets, with the statistics that `work` returns for it.
 
-    Targets are held no longer than the student holds them. Empty where the student computes no losses.
+    Targets are not kept longer than `work` keeps them. Empty where `work` returns no statistics.
     """
     taken: list[MicroBatch] = []
 
-    def remembered() -> Iterator[MicroBatch]:
+    def recorded() -> Iterator[MicroBatch]:
         for micro in micro_batches:
             taken.append(replace(micro, targets=(), bridged=()))
             yield micro
 
-    stats = work(Stream(remembered(), len(micro_batches)))
+    stats = work(Stream(recorded(), len(micro_batches)))
     return list(zip(taken, stats, strict=True)) if stats else []

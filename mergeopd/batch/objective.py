@@ -1,4 +1,4 @@
-"""A phase's loss as the function of the fused pass."""
+"""Build the objective of a phase."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mergeopd.recipe.training import Phase
 
 
 def phase_objective(phase: Phase, updates_done: int, *, has_policy: bool) -> DistillationObjective:
-    """The objective after `updates_done` updates of the phase: weights may be ramps.
+    """Build the objective after `updates_done` updates of the phase, where weights may be ramps.
 
-    `has_policy`: there are policy terms, bridges that are one included (`Plan.has_policy`).
+    `has_policy`: there are policy terms, including bridges that are one (`Plan.has_policy`).
     """
     loss = phase.loss
     divergences = {
@@ -31,13 +31,13 @@ def phase_objective(phase: Phase, updates_done: int, *, has_policy: bool) -> Dis
 
 
 def support(loss: Loss) -> Support | None:
-    """The kernel's view of `loss.support`."""
+    """Convert `loss.support` to the kernel's type."""
     written = loss.support
     return None if written is None else Support(written.top_k, written.of, written.rest)
 
 
 def correction(phase: Phase) -> policy.Correction:
-    """The importance weights of a phase's policy terms."""
+    """Convert the correction of a phase's policy terms to the kernel's type."""
     written = phase.correction
     if isinstance(written, policies.Band):
         return policy.Correction(written.kind, written.low, written.high)

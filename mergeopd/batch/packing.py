@@ -1,4 +1,4 @@
-"""Which sequences share a padded batch. Pure, no tensors."""
+"""Group sequences into padded batches. No tensors."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ from itertools import accumulate
 
 from mergeopd.types import Rollout
 
-# What a pass over the model costs beside its tokens (calls of every layer, gradients of every weight), as a
-# share of the largest pass allowed. Less would make many small batches of what little padding there is.
+# Fixed cost of a pass over the model (layer calls, gradients of all weights), as a fraction of the largest
+# pass allowed. A smaller fraction would make many small batches to save little padding.
 _PASS_SHARE = 1 / 64
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices grouped so that a group padded to its longest member holds at most `max_tokens` tokens.
+    """Group indices so that a group padded to its longest member has at most `max_tokens` tokens.
 
-    Longest first, neighbours in length together. Of all such groupings it is the cheapest one, where a group
-    costs its tokens, padding included, and a little for the pass itself: lengths that differ widely are not
-    padded to each other for the sake of a full batch. A single sequence longer than `max_tokens` gets a group
-    of its own. Every index appears exactly once.
+    Indices are sorted by length, longest first, and split at the cheapest places; a group costs its tokens,
+    padding included, plus a fixed cost of the pass. A sequence longer than `max_tokens` gets a group of its
+    own. Every index appears exactly once.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     sizes = [lengths[i] for i in order]
     total = [0, *accumulate(sizes)]
     per_pass = max_tokens * _PASS_SHARE
-    # cost[j]: of the cheapest grouping of the j longest, whose last group begins at start[j].
+    # cost[j]: cost of the cheapest grouping of the j longest, whose last group begins at start[j].
     cost, start = [0.0], [0]
     for end in range(1, len(order) + 1):
         best, begin = float("inf"), end - 1
@@ -56,10 +55,10 @@ class MicroBatchPlan:
 def pack(
     rollouts: Sequence[Rollout], update: Sequence[int], max_tokens: int, round_index: int
 ) -> tuple[MicroBatchPlan, ...]:
-    """The micro-batches of an update, sorted by teacher set, so that a set's heads are fetched once.
+    """Plan the micro-batches of an update, sorted by teacher set, so that a set's heads are read once.
 
-    Serpentine like the turns. A micro-batch padded to its longest member holds at most `max_tokens` tokens.
-    Responses without a trained token carry no loss and are left out.
+    The order is reversed in odd rounds, as that of the teacher passes. A micro-batch padded to its longest
+    member has at most `max_tokens` tokens. Responses without a trained token have no loss and are left out.
     """
     sets: dict[tuple[str, ...], list[int]] = {}
     for index in update:

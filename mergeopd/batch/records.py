@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mergeopd.align.answers import Alignment
+from mergeopd.align.responses import Alignment
 from mergeopd.batch.micro_batch import BridgedTarget
 from mergeopd.loss.targets import Target
 from mergeopd.recipe.loss_terms import Loss

@@ -1,7 +1,7 @@
-"""What must be known before the gradient: every weight and every global denominator.
+"""Compute token weights with their global denominators, before the gradient.
 
-Plain arithmetic over one update's answers. Nothing after this looks at the batch as a whole, so neither the
-split into micro-batches nor their order can change the gradient.
+Nothing after this depends on the batch as a whole, so neither the split into micro-batches nor their order
+changes the gradient.
 """
 
 from __future__ import annotations
@@ -12,44 +12,41 @@ from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What the arithmetic needs to know of a rollout.
-
-    `gap` is how far its teachers are from the student, summed over its tokens.
-    """
+class ResponseSize:
+    """A rollout's domain, its number of trained tokens, and `gap`, the divergence summed over them."""
 
     domain: str
     num_tokens: int
     gap: float = 0.0
 
 
-def answer_weights(
-    answers: Sequence[Answer],
+def response_weights(
+    responses: Sequence[ResponseSize],
     reduce: Literal["token", "sequence"],
     targets: Mapping[str, float] | Literal["equal", "off"],
     gap_exponent: float = 0.0,
 ) -> tuple[list[float], dict[str, float]]:
-    """Weight of every token of each answer, and the balance factor of each domain.
+    """Return the weight of every token of each response, and the balance factor of each domain.
 
-    `reduce="token"`: 1 / (tokens of the update). `reduce="sequence"`: 1 / (answers x tokens of the answer);
-    empty answers count in neither. Both are multiplied by the domain's balance factor, which changes no
-    denominator: its target share (M1), times what follows the gap that is left (M2, `gap_exponent`).
+    `reduce="token"`: 1 / (tokens of the update). `reduce="sequence"`: 1 / (responses x tokens of the
+    response); empty responses count in neither. Both are multiplied by the domain's balance factor, which
+    changes no denominator: its target share (M1), times a power of the remaining gap (M2, `gap_exponent`).
     """
-    num_tokens = sum(answer.num_tokens for answer in answers)
-    num_sequences = sum(answer.num_tokens > 0 for answer in answers)
+    num_tokens = sum(response.num_tokens for response in responses)
+    num_sequences = sum(response.num_tokens > 0 for response in responses)
     if num_tokens == 0:
-        return [0.0] * len(answers), {}
+        return [0.0] * len(responses), {}
     if reduce == "token":
-        weights = [1.0 / num_tokens for _ in answers]
+        weights = [1.0 / num_tokens for _ in responses]
     else:
-        weights = [1.0 / (num_sequences * a.num_tokens) if a.num_tokens else 0.0 for a in answers]
+        weights = [1.0 / (num_sequences * a.num_tokens) if a.num_tokens else 0.0 for a in responses]
     mass: dict[str, float] = {}
     gaps: dict[str, float] = {}
     tokens: dict[str, int] = {}
-    for answer, weight in zip(answers, weights, strict=True):
-        mass[answer.domain] = mass.get(answer.domain, 0.0) + weight * answer.num_tokens
-        gaps[answer.domain] = gaps.get(answer.domain, 0.0) + answer.gap
-        tokens[answer.domain] = tokens.get(answer.domain, 0) + answer.num_tokens
+    for response, weight in zip(responses, weights, strict=True):
+        mass[response.domain] = mass.get(response.domain, 0.0) + weight * response.num_tokens
+        gaps[response.domain] = gaps.get(response.domain, 0.0) + response.gap
+        tokens[response.domain] = tokens.get(response.domain, 0) + response.num_tokens
     if targets == "off":
         factors = {domain: 1.0 for domain, value in mass.items() if value > 0}
     else:
@@ -57,17 +54,19 @@ def answer_weights(
     if gap_exponent:
         means = {domain: gaps[domain] / tokens[domain] for domain in factors}
         factors = follow_gap(factors, mass, means, gap_exponent)
-    return [weight * factors.get(a.domain, 0.0) for a, weight in zip(answers, weights, strict=True)], factors
+    return [
+        weight * factors.get(a.domain, 0.0) for a, weight in zip(responses, weights, strict=True)
+    ], factors
 
 
 def token_share_weights(mass: Mapping[str, float], targets: Mapping[str, float] | None) -> dict[str, float]:
-    """Per-domain factors that give every domain its target share of the loss (Open-MOPD M1, 2608.19098).
+    """Return factors that give every domain its target share of the loss (Open-MOPD M1, 2608.19098).
 
     `mass` is each domain's share of the loss before balancing: its token count for a token mean. `targets`
     are relative; None means equal. Shares are taken over the domains that are present (mass > 0); absent
-    ones get no factor. The mass-weighted mean of the factors is 1, so the learning rate keeps its meaning;
-    where all that are present have target 0, so has every factor. Raises ValueError for a present domain
-    without a target.
+    ones get no factor. The mass-weighted mean of the factors is 1, so the learning rate keeps its meaning. If
+    all present domains have target 0, all factors are 0. Raises ValueError for a present domain without a
+    target.
     """
     present = {domain: value for domain, value in mass.items() if value > 0}
     if not present:
@@ -78,7 +77,7 @@ def token_share_weights(mass: Mapping[str, float], targets: Mapping[str, float] 
         raise ValueError(f"no target share for {', '.join(missing)}")
     total_mass = sum(present.values())
     total_target = sum(wanted[domain] for domain in present)
-    if total_target <= 0:  # a small round may have drawn no other domain: it teaches nothing
+    if total_target <= 0:  # a small round may have drawn no other domain
         return dict.fromkeys(present, 0.0)
     return {
         domain: (wanted[domain] / total_target) / (value / total_mass) for domain, value in present.items()
@@ -88,13 +87,12 @@ def token_share_weights(mass: Mapping[str, float], targets: Mapping[str, float] 
 def follow_gap(
     weights: Mapping[str, float], mass: Mapping[str, float], gaps: Mapping[str, float], alpha: float
 ) -> dict[str, float]:
-    """Per-domain factors that follow the teachers' remaining gap (Open-MOPD M2, multiplying; 2608.19098).
+    """Scale the domains' factors by the remaining divergence (Open-MOPD M2, multiplicative; 2608.19098).
 
-    `weights` are the domains' factors so far (M1's, or 1), `mass` their shares of the loss before them,
-    `gaps` how far student and teacher are apart on average. Each factor is multiplied by
-    `clip((gap / reference)^alpha, 0.05, 20)`, the reference being the gaps' mean under `weights`; then all
-    are scaled so that their mass-weighted mean is 1. With alpha 0, or without any gap, `weights` come back. A
-    gap below 0, which rounding leaves of a divergence where both models agree, is none.
+    `weights` are the domains' factors so far (M1's, or 1), `mass` their shares of the loss without them, and
+    `gaps` their mean divergences. Each factor is multiplied by `clip((gap / reference)^alpha, 0.05, 20)`,
+    where the reference is the mean gap under `weights`; then all are scaled so that their mass-weighted mean
+    is 1. With alpha 0, or without any gap, returns `weights`. Gaps below 0, from rounding, count as 0.
     """
     gaps = {domain: max(gap, 0.0) for domain, gap in gaps.items()}
     total = sum(weights.values())

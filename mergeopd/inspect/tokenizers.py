@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mergeopd.align.answers import EndTokens, align
 from mergeopd.align.encoding import ByteTokenizer
+from mergeopd.align.responses import EndTokens, align
 from mergeopd.align.token_bytes import SPECIAL
 from mergeopd.config.folders import Missing, existing_file, existing_model
 from mergeopd.data.chat_template import ChatTemplate

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mergeopd.align.answers import Alignment, EndTokens, Unaligned, align, written_text
 from mergeopd.align.encoding import ByteTokenizer
+from mergeopd.align.responses import Alignment, EndTokens, Unaligned, align, written_text
 from mergeopd.align.vocab import MadeFor, VocabularyMap
 from mergeopd.data.renderer import Renderer
 from mergeopd.errors import StorageError

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergeopd.align.answers import Alignment
+from mergeopd.align.responses import Alignment
 from mergeopd.batch import records
 from mergeopd.batch.collate import pack_groups
 from mergeopd.batch.micro_batch import BridgedTarget

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from mergeopd.align.agreement import agreement
-from mergeopd.align.answers import EndTokens, Unaligned, align
 from mergeopd.align.encoding import ByteTokenizer
 from mergeopd.align.normal import normalised
+from mergeopd.align.responses import EndTokens, Unaligned, align
 from mergeopd.align.token_bytes import ADDED, BYTE, SPECIAL, TEXT, UNKNOWN, TokenBytes
 from mergeopd.errors import TokenizerError
 

@@ -10,8 +10,8 @@ import real_tokenizers
 from byte_tokenizers import byte_level, sentencepiece
 from safetensors.numpy import load_file, save_file
 
-from mergeopd.align.answers import EndTokens
 from mergeopd.align.encoding import ByteTokenizer
+from mergeopd.align.responses import EndTokens
 from mergeopd.align.vocab import VocabularyMap
 from mergeopd.errors import TokenizerError
 

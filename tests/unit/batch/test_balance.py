@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergeopd.batch.weights import Answer, answer_weights, follow_gap, token_share_weights
+from mergeopd.batch.weights import ResponseSize, follow_gap, response_weights, token_share_weights
 
 MASS = {"math": 10000.0, "code": 9000.0, "if": 400.0}
 GAPS = {"math": 0.2, "code": 0.1, "if": 0.05}
@@ -23,8 +23,8 @@ def test_golden_vector() -> None:
 
 def test_the_golden_vector_through_answers() -> None:
     """One answer of every domain, its gap summed over its tokens."""
-    answers = [Answer(d, int(MASS[d]), GAPS[d] * MASS[d]) for d in MASS]
-    weights, factors = answer_weights(answers, "token", "equal", 1.0)
+    answers = [ResponseSize(d, int(MASS[d]), GAPS[d] * MASS[d]) for d in MASS]
+    weights, factors = response_weights(answers, "token", "equal", 1.0)
     assert factors == pytest.approx({"math": 1.108571, "code": 0.615873, "if": 6.928571}, abs=1e-6)
     assert weights == pytest.approx([factors[d] / 19400 for d in MASS])
 
@@ -78,7 +78,9 @@ def test_a_gap_that_rounding_left_below_zero_is_none() -> None:
 
 def test_a_single_domain_and_absent_ones() -> None:
     assert follow_gap({"a": 1.0}, {"a": 5.0}, {"a": 0.3}, 1.0) == {"a": 1.0}
-    weights, factors = answer_weights([Answer("a", 4, 1.0), Answer("b", 0)], "token", "equal", 1.0)
+    weights, factors = response_weights(
+        [ResponseSize("a", 4, 1.0), ResponseSize("b", 0)], "token", "equal", 1.0
+    )
     assert factors == {"a": 1.0}
     assert weights == [0.25, 0.0]
-    assert answer_weights([Answer("a", 0)], "token", "off", 1.0) == ([0.0], {})
+    assert response_weights([ResponseSize("a", 0)], "token", "off", 1.0) == ([0.0], {})

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergeopd.align.answers import Alignment
+from mergeopd.align.responses import Alignment
 from mergeopd.batch.collate import micro_batch
 from mergeopd.batch.packing import MicroBatchPlan
 from mergeopd.batch.records import PreparedRollout, PreparedUpdate

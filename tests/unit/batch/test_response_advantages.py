@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mergeopd.batch.advantages import answers_advantage, early_weights, reward_to_go
+from mergeopd.batch.advantages import early_weights, reward_to_go, sequence_advantage
 from mergeopd.loss.policy import bounded
 
 
@@ -47,12 +47,12 @@ def test_advantages_of_whole_answers_reduce_to_the_tokens() -> None:
     gaps, weights = [row(0.3, -4.0, 2.0), row(1.0, 1.0, -1.0)], [row(0.5, 0.5, 0.5), row(0.2, 0.2, 0.0)]
     plain = {"bound": 1.5, "discount": 0.0, "future_only": False, "per_token": False, "gain": 0.0}
     by_token = sum(w * bounded(g, 1.5) for g, w in zip(gaps, weights, strict=True))
-    assert torch.allclose(answers_advantage(gaps, weights, **plain), by_token, atol=1e-15)
+    assert torch.allclose(sequence_advantage(gaps, weights, **plain), by_token, atol=1e-15)
     # What the second teacher does not judge, the last token, is credited to nobody.
-    found = answers_advantage(gaps, weights, **{**plain, "discount": 1.0})
+    found = sequence_advantage(gaps, weights, **{**plain, "discount": 1.0})
     first, second = [0.3 - 1.5 + 1.5, 0.0, 1.5], [2.0, 1.0, 0.0]
     expected = [0.5 * a + 0.2 * b for a, b in zip(first, second, strict=True)]
     assert found.tolist() == pytest.approx(expected, abs=1e-15)
-    silent = answers_advantage(gaps, [0 * w for w in weights], **{**plain, "gain": 0.5})
+    silent = sequence_advantage(gaps, [0 * w for w in weights], **{**plain, "gain": 0.5})
     assert silent.tolist() == [0.0, 0.0, 0.0]
-    assert answers_advantage([row()], [row()], **{**plain, "discount": 0.5}).tolist() == []
+    assert sequence_advantage([row()], [row()], **{**plain, "discount": 0.5}).tolist() == []

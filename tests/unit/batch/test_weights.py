@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergeopd.batch.weights import Answer, answer_weights, token_share_weights
+from mergeopd.batch.weights import ResponseSize, response_weights, token_share_weights
 
 
 def test_m1_golden_vector() -> None:
@@ -38,28 +38,31 @@ def test_m1_edges() -> None:
         token_share_weights({"a": 1, "b": 1}, {"a": 1.0})
     # A round that drew only prompts whose share is 0.
     assert token_share_weights({"a": 1}, {"a": 0.0, "b": 1.0}) == {"a": 0.0}
-    assert answer_weights([Answer("a", 3, 0.5)], "token", {"a": 0.0, "b": 1.0}, 1.0) == ([0.0], {"a": 0.0})
+    assert response_weights([ResponseSize("a", 3, 0.5)], "token", {"a": 0.0, "b": 1.0}, 1.0) == (
+        [0.0],
+        {"a": 0.0},
+    )
 
 
-ANSWERS = [Answer("a", 4), Answer("b", 1), Answer("a", 0), Answer("b", 5)]
+ANSWERS = [ResponseSize("a", 4), ResponseSize("b", 1), ResponseSize("a", 0), ResponseSize("b", 5)]
 
 
 def test_token_mean_divides_by_all_tokens() -> None:
-    weights, factors = answer_weights(ANSWERS, "token", "off")
+    weights, factors = response_weights(ANSWERS, "token", "off")
     assert weights == [0.1] * 4
     assert factors == {"a": 1.0, "b": 1.0}
 
 
 def test_sequence_mean_gives_every_answer_one_third() -> None:
-    weights, _ = answer_weights(ANSWERS, "sequence", "off")
+    weights, _ = response_weights(ANSWERS, "sequence", "off")
     assert weights == pytest.approx([1 / 12, 1 / 3, 0.0, 1 / 15])
 
 
 def test_budgets_act_on_what_the_mean_left() -> None:
-    tokens, factors = answer_weights(ANSWERS, "token", "equal")
+    tokens, factors = response_weights(ANSWERS, "token", "equal")
     assert factors == pytest.approx({"a": 1.25, "b": 10 / 12})
     assert sum(w * a.num_tokens for w, a in zip(tokens, ANSWERS, strict=True)) == pytest.approx(1.0)
-    sequences, factors = answer_weights(ANSWERS, "sequence", {"a": 3.0, "b": 1.0})
+    sequences, factors = response_weights(ANSWERS, "sequence", {"a": 3.0, "b": 1.0})
     by_domain = {"a": 0.0, "b": 0.0}
     for weight, answer in zip(sequences, ANSWERS, strict=True):
         by_domain[answer.domain] += weight * answer.num_tokens
@@ -67,5 +70,5 @@ def test_budgets_act_on_what_the_mean_left() -> None:
 
 
 def test_a_batch_of_empty_answers_is_worth_nothing() -> None:
-    assert answer_weights([Answer("a", 0)], "token", "equal") == ([0.0], {})
-    assert answer_weights([], "sequence", "off") == ([], {})
+    assert response_weights([ResponseSize("a", 0)], "token", "equal") == ([0.0], {})
+    assert response_weights([], "sequence", "off") == ([], {})

@@ -14,7 +14,7 @@ from enumeration import engine_round
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mergeopd.align.answers import Unaligned
+from mergeopd.align.responses import Unaligned
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, Models, build_evaluation, load_models
 from mergeopd.engine.clock import Clock

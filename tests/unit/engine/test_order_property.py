@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mergeopd.batch.collate import PreparedRollout, PreparedUpdate, micro_batch
 from mergeopd.batch.packing import pack
-from mergeopd.batch.weights import Answer, answer_weights
+from mergeopd.batch.weights import ResponseSize, response_weights
 from mergeopd.engine.schedule import by_teacher, split_updates
 from mergeopd.loss.divergence import JSD, ForwardKL, ReverseKL
 from mergeopd.loss.fused import fused_loss
@@ -74,8 +74,8 @@ def gradient(
             for i in turn.rollouts:
                 cache.put(turn.teacher, i, states[3 * i + "abc".index(letter)])
         for update in split_updates(rollouts, 2):
-            answers = [Answer(rollouts[i].prompt.domain, len(rollouts[i].response_ids)) for i in update]
-            weights, budgets = answer_weights(answers, "token", "equal")
+            answers = [ResponseSize(rollouts[i].prompt.domain, len(rollouts[i].response_ids)) for i in update]
+            weights, budgets = response_weights(answers, "token", "equal")
             prepared = PreparedUpdate(
                 {
                     i: PreparedRollout(rollouts[i], w, rollouts[i].prompt.teachers, {})

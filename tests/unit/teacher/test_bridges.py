@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from byte_tokenizers import byte_level, sentencepiece
 
-from mergeopd.align.answers import EndTokens
 from mergeopd.align.encoding import ByteTokenizer
+from mergeopd.align.responses import EndTokens
 from mergeopd.align.vocab import VocabularyMap
 from mergeopd.errors import StorageError, TokenizerError
 from mergeopd.teacher.cross_tokenizer import vocabulary_map

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from byte_tokenizers import byte_level, sentencepiece
 
-from mergeopd.align.answers import EndTokens, Unaligned
 from mergeopd.align.encoding import ByteTokenizer
+from mergeopd.align.responses import EndTokens, Unaligned
 from mergeopd.recipe.bridges import KINDS, Bridge
 from mergeopd.teacher.cross_tokenizer import CrossTokenizer
 

@@ -24,6 +24,9 @@ HOOKS = {"docs_site"}  # called by the build of the documentation
 ELSEWHERE = {"bench_teachers", "draw_terminal", "fault", "make_recipe_reference", "make_tiny_experts"}
 SMALL_STEP = "--hidden 64 --layers 1 --vocab 64 --batch 2 --prompt 8 --new-tokens 3 --steps 1"
 SMALL_LOSS = "--tokens 256 --vocab 2048 --d-student 8 --d-teacher 8 --repeats 1"
+SMALL_ROUNDS = (
+    "--teachers 2 --prompts 4 --new-tokens 2 --hidden 64 --layers 1 --vocab 64 --rounds 2 --repeats 1"
+)
 SMALL_BRIDGE = "--groups 32 --vocab-s 60 --vocab-t 70 --d-student 8 --d-teacher 8 --repeats 1"
 SMALL_ROUND = "--responses 4 --tokens 16"
 SHORT_ANSWERS = "--answers 2 --tokens 16 --repeats 1"
@@ -101,6 +104,25 @@ def test_bench_loss(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -
     assert json.loads(call(tool, *SMALL_LOSS.split(), "--json"))["ratio_to_floor"] > 0
     monkeypatch.setattr(tool, "peak_in_fresh_process", lambda *_: 1 << 20)
     assert "fused_loss" in call(tool, *SMALL_LOSS.split(), "--divergence", "jsd")
+
+
+@pytest.mark.long
+def test_bench_against(call: Callable[..., str]) -> None:
+    """This checkout against itself."""
+    tool = load("bench_against")
+    sizes = SMALL_STEP.replace("--steps 1", "--steps 3")
+    result = json.loads(call(tool, ROOT, *sizes.split(), "--pairs", 1, "--loss", SMALL_LOSS, "--json"))
+    assert set(result) == {"cpu_s", "generation_s", "teacher_s", "update_s", "loss"}
+    assert all(0.2 < ratio < 5 for ratio in result.values())
+
+
+def test_bench_rounds(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = load("bench_rounds")
+    runs: list[dict[str, float]] = []
+    monkeypatch.setattr(tool, "run", lambda *_, run=tool.run: runs.append(run(*_)) or runs[-1])
+    result = json.loads(call(tool, *SMALL_ROUNDS.split(), "--json"))
+    assert result["cpu"]["ratio"] == pytest.approx(runs[3]["cpu"] / runs[2]["cpu"], abs=1e-3)
+    assert "2 teachers" in tool.table(result)
 
 
 def test_bench_bridge(call: Callable[..., str]) -> None:

@@ -87,7 +87,7 @@ def align_responses(
 
 
 def align(
-    answers: Sequence[TokenRow],
+    responses: Sequence[TokenRow],
     student: TokenBytes,
     teacher: TokenBytes,
     encode: Encode,
@@ -107,11 +107,11 @@ def align(
     Raises:
         TokenizerError: an id is not in its tokenizer.
     """
-    if not answers:
+    if not responses:
         return []
     own_end_ids = frozenset(ends.student)
-    own = Side.of(answers, [len(a) > 0 and int(a[-1]) in own_end_ids for a in answers], student)
-    texts = [_Text.of(own.bytes_of(row), student.strip) for row in range(len(answers))]
+    own = Side.of(responses, [len(r) > 0 and int(r[-1]) in own_end_ids for r in responses], student)
+    texts = [_Text.of(own.bytes_of(row), student.strip) for row in range(len(responses))]
     encoded = _encoded([text.text for text in texts], encode)
     ended = [bool(end) and text.whole for end, text in zip(own.ended, texts, strict=True)]
     theirs = [[*ids, ends.teacher] if end else ids for ids, end in zip(encoded, ended, strict=True)]

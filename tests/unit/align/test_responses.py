@@ -11,8 +11,8 @@ import real_tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergeopd.align.answers import Alignment, EndTokens, Unaligned, align
 from mergeopd.align.encoding import ByteTokenizer
+from mergeopd.align.responses import Alignment, EndTokens, Unaligned, align
 from mergeopd.errors import TokenizerError
 
 TEXTS = (
