@@ -6,6 +6,7 @@ Importing this module imports neither torch nor transformers; `run` and `evaluat
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -164,9 +165,18 @@ def launch(
     Raises:
         RecipeError, StorageError, ProcessError: problems found before a process is started.
     """
-    from mergeopd.engine.run import launch_run
+    from mergeopd.distributed import launch as launcher
+    from mergeopd.preflight.parallelism import check_processes
 
-    return launch_run(Path(path), _as_texts(set), updates, allow_change, num_processes)
+    texts = _as_texts(set)
+    inputs = preflight(path, texts)
+    check_processes(inputs.plan, num_processes)
+    RunFolder(Path(inputs.plan.output)).check(inputs.plan, inputs.files, allow_change)
+    command = [sys.executable, "-m", "mergeopd", "run", str(path)]
+    command += [word for text in texts for word in ("--set", text)]
+    command += [] if updates is None else ["--updates", str(updates)]
+    command += [word for key in allow_change for word in ("--allow-change", key)]
+    return launcher.launch(command, num_processes)
 
 
 def evaluate(

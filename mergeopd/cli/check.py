@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import typer
 
 from mergeopd.cli.display import show_notes
 from mergeopd.cli.options import JsonOption, RecipeArgument, SetOption
-from mergeopd.errors import Problem, RecipeError
+from mergeopd.errors import RecipeError
 
 
 def check(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
@@ -25,21 +26,14 @@ def check(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOpti
     except RecipeError as error:
         if not as_json:
             raise
-        typer.echo(json.dumps({"ok": False, "problems": [_as_json(p) for p in error.problems]}, indent=2))
+        problems = [
+            {**asdict(p.location), "path": p.path, "message": p.message, "remedy": p.remedy}
+            for p in error.problems
+        ]
+        typer.echo(json.dumps({"ok": False, "problems": problems}, indent=2))
         raise typer.Exit(2) from None
     if as_json:
         typer.echo(json.dumps({"ok": True, "plan": result.plan.hash, "notes": result.notes}, indent=2))
         return
     show_notes(result.notes)
     typer.echo(f"{recipe}: OK. {result}.")
-
-
-def _as_json(problem: Problem) -> dict[str, str | int]:
-    return {
-        "file": problem.location.file,
-        "line": problem.location.line,
-        "column": problem.location.column,
-        "path": problem.path,
-        "message": problem.message,
-        "remedy": problem.remedy,
-    }

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import typer
 
-from mergeopd.distributed.rendezvous import ErrorToReport, RankInfo, claims_before_rendezvous
+from mergeopd.distributed.rendezvous import ErrorToReport, RankInfo, claim_report
 from mergeopd.errors import MergeopdError, PeerFailed, RecipeError, Stopped
 from mergeopd.reporting.failure import show_error
 
@@ -51,12 +51,12 @@ def one_process_reports(place: RankInfo) -> Iterator[None]:
             print(error, file=sys.stderr)
     except PeerFailed:
         code = 1
-    except ErrorToReport as told:
-        code = exit_code(told.error)
-        show_error(told.error)
+    except ErrorToReport as wrapper:
+        code = exit_code(wrapper.error)
+        show_error(wrapper.error)
     except Exception as error:  # noqa: BLE001 (is shown, and the process ends)
         code = exit_code(error)
-        if claims_before_rendezvous(place).claim():
+        if claim_report(place):
             show_error(error)
     if code:
         # Threads of a process group that lost a process may never end.

@@ -120,11 +120,11 @@ def _parquet_rows(path: Path, source: SourcePlan, shown: Mapping[str, str]) -> I
             needed = {source.prompt_field: "prompt_field"}
             if needs_reference(source.verifier) or "reference" in shown:
                 needed[source.reference_field] = "reference_field"
-            needed |= {field: _own_prompt(shown[field]) for field in _columns(shown)}
+            needed |= {f: f"teachers.{name}.prompt" for f, name in sorted(shown.items()) if f != "reference"}
             absent = [f"{path}: {_missing(f, names, key)}" for f, key in needed.items() if f not in names]
             if absent:
                 raise DataError("\n".join(absent))
-            wanted = {source.prompt_field, source.reference_field, source.response_field, *_columns(shown)}
+            wanted = {*needed, source.reference_field, source.response_field}
             columns = [name for name in names if name in wanted]
             row = 0
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
@@ -145,14 +145,15 @@ def _prompt(source: SourcePlan, row: int, value: Any, shown: Mapping[str, str]) 
     if source.prompt_field not in value:
         raise _RowError(_missing(source.prompt_field, list(value), "prompt_field"))
     messages = _messages(source.prompt_field, value[source.prompt_field])
-    reference = _text(source.reference_field, value)
-    if reference is None and needs_reference(source.verifier):
-        assert source.verifier is not None
-        cause = _absence(source.reference_field, value, "reference_field")
-        raise _RowError(f"verifier {source.verifier.kind!r} needs a reference: {cause}")
-    if reference is None and "reference" in shown:
-        cause = _absence(source.reference_field, value, "reference_field")
-        raise _RowError(f"the prompt of teacher {shown['reference']!r} needs a reference: {cause}")
+    reference: str | None
+    if source.verifier is not None and needs_reference(source.verifier):
+        user = f"verifier {source.verifier.kind!r} needs a reference"
+        reference = _required(source.reference_field, value, "reference_field", user)
+    elif "reference" in shown:
+        user = f"the prompt of teacher {shown['reference']!r} needs a reference"
+        reference = _required(source.reference_field, value, "reference_field", user)
+    else:
+        reference = _text(source.reference_field, value)
     return Prompt(
         key=f"{source.name}:{row}",
         source=source.name,
@@ -161,32 +162,26 @@ def _prompt(source: SourcePlan, row: int, value: Any, shown: Mapping[str, str]) 
         teachers=source.teachers,
         reference=reference,
         response=None if source.response_field is None else _response(source.response_field, value),
-        fields={field: _shown_text(field, value, shown[field]) for field in _columns(shown)},
+        fields={
+            field: _required(
+                field, value, f"teachers.{teacher}.prompt", f"the prompt of teacher {teacher!r} needs a value"
+            )
+            for field, teacher in sorted(shown.items())
+            if field != "reference"
+        },
     )
 
 
-def _columns(shown: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple(sorted(field for field in shown if field != "reference"))
-
-
-def _shown_text(field: str, row: Mapping[str, Any], teacher: str) -> str:
+def _required(field: str, row: Mapping[str, Any], key: str, user: str) -> str:
+    """Return the text of a field that `user` needs. `key` is the recipe key that sets the field's name."""
     text = _text(field, row)
     if text is None:
-        cause = _absence(field, row, _own_prompt(teacher))
-        raise _RowError(f"the prompt of teacher {teacher!r} needs a value: {cause}")
+        cause = f"field {field!r} is null" if field in row else _missing(field, list(row), key)
+        raise _RowError(f"{user}: {cause}")
     return text
 
 
-def _own_prompt(teacher: str) -> str:
-    return f"teachers.{teacher}.prompt"
-
-
-def _absence(field: str, row: Mapping[str, Any], key: str) -> str:
-    return f"field {field!r} is null" if field in row else _missing(field, list(row), key)
-
-
 def _missing(field: str, names: list[str], key: str) -> str:
-    """`key` is the recipe key that sets the name of the field."""
     close = difflib.get_close_matches(field, names, n=1)
     if close:
         return f"field {field!r} is missing; did you mean {close[0]!r}?"

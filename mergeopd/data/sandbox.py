@@ -236,38 +236,26 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
 class _Rewriter(NodeTransformer):
     """Sends loops, comparisons, literals and slices through the filters of the sandbox."""
 
-    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        weight = nodes.Const(_num_nodes(node.body), lineno=node.lineno)
-        node.iter = _filtered(node.iter, _COUNTED, weight)
+    def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
+        """Rewrite the children of a node, then the node."""
+        super().generic_visit(node, *args, **kwargs)
+        match node:
+            case nodes.For():
+                weight = nodes.Const(_num_nodes(node.body), lineno=node.lineno)
+                node.iter = _filtered(node.iter, _COUNTED, weight)
+            case nodes.Concat():
+                return _filtered(nodes.List(node.nodes, lineno=node.lineno), _JOINED)
+            case nodes.Compare():
+                # A comparison with a constant takes no longer than the length of the constant.
+                constant = isinstance(node.expr, nodes.Const)
+                for operand in node.ops:
+                    if operand.op in ("in", "notin") or not (
+                        constant or isinstance(operand.expr, nodes.Const)
+                    ):
+                        operand.expr = _filtered(operand.expr, _SIZED)
+            case nodes.List() | nodes.Dict() | nodes.Tuple(ctx="load") | nodes.Getitem(arg=nodes.Slice()):
+                return _filtered(node, _SIZED)
         return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return _filtered(nodes.List(node.nodes, lineno=node.lineno), _JOINED)
-
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
-        # A comparison with a constant takes no longer than the length of the constant.
-        self.generic_visit(node)
-        constant = isinstance(node.expr, nodes.Const)
-        for operand in node.ops:
-            if operand.op in ("in", "notin") or not (constant or isinstance(operand.expr, nodes.Const)):
-                operand.expr = _filtered(operand.expr, _SIZED)
-        return node
-
-    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return _filtered(node, _SIZED) if node.ctx == "load" else node
-
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return _filtered(node, _SIZED) if isinstance(node.arg, nodes.Slice) else node
-
-    def _literal(self, node: nodes.Expr) -> nodes.Node:
-        self.generic_visit(node)
-        return _filtered(node, _SIZED)
-
-    visit_List = visit_Dict = _literal
 
 
 def _filtered(node: nodes.Node, name: str, *args: nodes.Expr) -> nodes.Filter:

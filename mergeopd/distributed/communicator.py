@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from mergeopd.errors import PeerFailed
 
@@ -34,7 +35,7 @@ class CollectiveAbort(Exception):  # noqa: N818 (control flow, not an error)
     """
 
 
-class Communicator(Protocol):
+class Communicator(ABC):
     """The processes of a run, and collectives between them.
 
     `machines` has a name for every rank, equal for ranks on the same machine. `outside_collective` is True
@@ -49,11 +50,14 @@ class Communicator(Protocol):
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0, which writes files and prints."""
+        return self.rank == 0
 
     @property
     def num_local(self) -> int:
         """Number of processes on this machine."""
+        return self.machines.count(self.machines[self.rank])
 
+    @abstractmethod
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, by rank, on all ranks. Tensors must be on the CPU. Collective.
 
@@ -66,35 +70,35 @@ class Communicator(Protocol):
 
         If it raises a `CollectiveAbort`, the other ranks raise it too; for other exceptions, PeerFailed.
         """
+        first, *_ = self.run_and_gather(lambda: work() if self.is_first else None)
+        return cast(T, first)
 
+    @abstractmethod
     def run_and_gather(self, work: Callable[[], T]) -> list[T]:
         """Run `work` on every rank and return all results, by rank, on all ranks. Collective.
 
         `work` must not be collective. If it raises on one rank, the other ranks raise as in `run_on_first`.
         """
 
+    @abstractmethod
     def send(self, tensor: Tensor, rank: int) -> None:
         """Send a tensor to another rank, which must call `receive`."""
 
+    @abstractmethod
     def receive(self, tensor: Tensor, rank: int) -> None:
         """Receive a tensor from another rank into a contiguous tensor."""
 
 
-class SingleProcess:
+class SingleProcess(Communicator):
     """Communicator of a run with one process."""
 
     rank = 0
     size = 1
     machines: tuple[str, ...] = ("",)
     outside_collective = True
-    is_first = True
-    num_local = 1
 
     def gather(self, value: T) -> list[T]:
         return [value]
-
-    def run_on_first(self, work: Callable[[], T]) -> T:
-        return work()
 
     def run_and_gather(self, work: Callable[[], T]) -> list[T]:
         return [work()]
@@ -105,7 +109,7 @@ class SingleProcess:
     receive = send
 
 
-class TorchCommunicator:
+class TorchCommunicator(Communicator):
     """Communicator over torch's default process group, which must be initialised (gloo for CPU tensors).
 
     `machine` is the name of this process's machine.
@@ -120,32 +124,22 @@ class TorchCommunicator:
         self.machines: tuple[str, ...] = ()
         self.machines = tuple(self.gather(machine))
 
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def num_local(self) -> int:
-        return self.machines.count(self.machines[self.rank])
-
     def gather(self, value: T) -> list[T]:
         import torch.distributed as dist
 
         buffers: list[pickle.PickleBuffer] = []
         rest = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
         own = [buffer.raw() for buffer in buffers]
-        told: list[Any] = [None] * self.size
-        dist.all_gather_object(told, (rest, [buffer.nbytes for buffer in own]))
+        pickles: list[Any] = [None] * self.size
+        dist.all_gather_object(pickles, (rest, [buffer.nbytes for buffer in own]))
         return [
-            # From a process of this run, and torch unpickles `told` itself.
-            pickle.loads(rest, buffers=list(self._share_buffers(rank, own, sizes)))  # noqa: S301
-            for rank, (rest, sizes) in enumerate(told)
+            # From a process of this run, and torch itself has unpickled the list.
+            pickle.loads(rest, buffers=list(self._broadcast(rank, own, sizes)))  # noqa: S301
+            for rank, (rest, sizes) in enumerate(pickles)
         ]
 
-    def _share_buffers(
-        self, rank: int, own: Sequence[memoryview], sizes: Sequence[int]
-    ) -> Iterator[memoryview]:
-        """What `own` is on process `rank`, as read-only bytes. Collective."""
+    def _broadcast(self, rank: int, own: Sequence[memoryview], sizes: Sequence[int]) -> Iterator[memoryview]:
+        """Yield the buffers of process `rank`, whose `own` they are, as read-only bytes. Collective."""
         import numpy as np
         import torch
         import torch.distributed as dist
@@ -163,22 +157,6 @@ class TorchCommunicator:
             else:
                 read_only = content.data.toreadonly()
                 yield from (read_only[s : s + sizes[i]] for i, s in zip(part, starts, strict=False))
-
-    def run_on_first(self, work: Callable[[], T]) -> T:
-        import torch.distributed as dist
-
-        outcome: list[Any] = [None, None]
-        if self.is_first:
-            try:
-                outcome = [work(), None]
-            except BaseException as error:
-                dist.broadcast_object_list([None, _kind(error)], src=0)
-                raise
-        dist.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise outcome[1]()
-        value: T = outcome[0]
-        return value
 
     def run_and_gather(self, work: Callable[[], T]) -> list[T]:
         self.outside_collective = True
@@ -228,7 +206,7 @@ def scatter_gather(
 
 
 def _parts(sizes: Sequence[int]) -> Iterator[range]:
-    """Consecutive indices whose sizes reach `_PART_BYTES` together."""
+    """Yield ranges of consecutive indices whose sizes reach `_PART_BYTES` together."""
     start = total = 0
     for i, size in enumerate(sizes):
         total += size

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from mergeopd.distributed.rendezvous import BLOCKED_SIGNALS, LAUNCHER, RENDEZVOU
 
 STOPPED = 3
 
+_POLL_S = 0.05
 # Seconds until the remaining processes are killed: after one has failed, and after a second Ctrl-C.
 _GRACE_S = 10
 _INTERRUPT_GRACE_S = 3
@@ -31,9 +33,9 @@ def launch(command: Sequence[str], num_processes: int) -> int:
     else the exit code of the first failure. SIGTERM and Ctrl-C are forwarded to all processes.
     """
     with tempfile.TemporaryDirectory(prefix="mergeopd-") as folder:
-        group = _Group(num_processes)
+        group = _Group()
         try:
-            group.start(command, Path(folder) / "rendezvous")
+            group.start(command, num_processes, Path(folder) / "rendezvous")
             return group.wait()
         finally:
             group.end()
@@ -45,22 +47,21 @@ class _Group:
     A Ctrl-C, which a terminal sends to its whole foreground group, is therefore not counted twice.
     """
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._interrupts = 0
         self._has_terminated = False
         self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
-    def start(self, command: Sequence[str], rendezvous: Path) -> None:
+    def start(self, command: Sequence[str], size: int, rendezvous: Path) -> None:
         """Start all processes and install the handlers that forward signals."""
         # Signals are blocked until the handlers are installed, and in the processes until `join_launcher`:
         # a Ctrl-C while Python starts must not cause tracebacks.
         signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
         try:
-            for rank in range(self._size):
+            for rank in range(size):
                 leader = self._processes[0].pid if self._processes else 0
-                environment = {**os.environ, **_environment(rank, self._size, rendezvous)}
+                environment = {**os.environ, **_environment(rank, size, rendezvous)}
                 self._processes.append(
                     subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=leader)
                 )
@@ -77,7 +78,9 @@ class _Group:
     def wait(self) -> int:
         """Wait for all processes and return the exit code of the launcher."""
         failure: int | None = None
-        while ended := self._next_ended():
+        running = self._processes
+        while running:
+            ended = [process for process in running if process.poll() is not None]
             for process in ended:
                 if failure is None and self._is_killed(process.returncode):
                     self._kill()
@@ -88,6 +91,9 @@ class _Group:
                     code = process.returncode
                     failure = 128 - code if code < 0 else code  # below 0: stopped before it could handle it
                     signal.alarm(_GRACE_S)
+            running = [process for process in running if process.returncode is None]
+            if running:
+                time.sleep(_POLL_S)
         if self._interrupts > 1 and failure is not None:
             return 128 + signal.SIGINT
         return failure or max(process.returncode for process in self._processes)
@@ -101,19 +107,6 @@ class _Group:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _next_ended(self) -> list[subprocess.Popen[bytes]]:
-        """Wait for at least one process to end; return those that ended, or none if all had ended before."""
-        running = {process.pid: process for process in self._processes if process.returncode is None}
-        ended: list[subprocess.Popen[bytes]] = []
-        while running:
-            pid, status = os.waitpid(-self._processes[0].pid, os.WNOHANG if ended else 0)
-            if pid == 0:
-                break
-            process = running.pop(pid)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            ended.append(process)
-        return ended
-
     def _is_killed(self, code: int) -> bool:
         """Whether a process was ended by a signal that the launcher did not forward."""
         forwarded = {
@@ -124,10 +117,11 @@ class _Group:
         return code < 0 and not forwarded.get(code, False)
 
     def _report_killed(self, process: subprocess.Popen[bytes]) -> None:
+        size = len(self._processes)
         name, number = signal.Signals(-process.returncode).name, self._processes.index(process) + 1
         cause = ", often out of memory" if name == "SIGKILL" else ""
         print(
-            f"error: process {number} of {self._size} was killed ({name}{cause}); the others were stopped. "
+            f"error: process {number} of {size} was killed ({name}{cause}); the others were stopped. "
             "Run the same command to resume from the newest checkpoint.",
             file=sys.stderr,
             flush=True,

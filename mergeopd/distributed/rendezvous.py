@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from mergeopd.distributed.communicator import Communicator, SingleProcess, TorchCommunicator, this_machine
 from mergeopd.errors import MergeopdError, PeerFailed, ProcessError, Stopped
@@ -109,19 +109,19 @@ class RankInfo:
 _START = "start the run with mergeopd run --nproc N, or with torchrun"
 
 
-class Claims(Protocol):
-    """Selects the one process of a run that reports an error."""
+def claim_report(place: RankInfo, store: Store | None = None) -> bool:
+    """Claim to report an error on behalf of all processes; True for the first process that does.
 
-    def claim(self) -> bool:
-        """Claim the report; True for the first process that does."""
-
-    def is_claimed(self) -> bool:
-        """Whether any process has claimed; True if that can no longer be found out."""
-
-
-def claims_before_rendezvous(place: RankInfo) -> Claims:
-    """Claims without torch: by the launcher's file, else by the first process of each machine."""
-    return _FileClaims(place.claim_file) if place.claim_file is not None else _FirstOfMachine(place)
+    Claims are made in the launcher's folder, else in the `store` of the process group. Before the rendezvous,
+    the first process of each machine reports, because such errors usually occur on all ranks.
+    """
+    if place.claim_file is None:
+        return place.local_rank == 0 if store is None else _num_claims(store, 1) == 1
+    try:
+        os.close(os.open(place.claim_file, os.O_CREAT | os.O_EXCL))
+    except OSError:  # it exists, or the launcher has ended and removed the folder
+        return False
+    return True
 
 
 @contextmanager
@@ -134,28 +134,31 @@ def open_communicator(place: RankInfo, *, grouped: bool) -> Iterator[Communicato
     With several processes, the first that fails raises `ErrorToReport` and the others raise PeerFailed.
     Stopped and KeyboardInterrupt are not changed. Raises ProcessError if the processes cannot connect.
     """
-    if place.world == 1:
-        if not grouped:
-            yield SingleProcess()
-            return
-        with _group_of_one():
-            yield SingleProcess()
+    if place.world == 1 and not grouped:
+        yield SingleProcess()
         return
     import torch.distributed as dist
 
+    if place.world == 1:
+        hash_store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(_backend(0), store=hash_store, rank=0, world_size=1)
+        try:
+            yield SingleProcess()
+        finally:
+            dist.destroy_process_group()
+        return
     store = _init_process_group(place)
-    claims = _StoreClaims(store) if place.claim_file is None else _FileClaims(place.claim_file)
     try:
         yield TorchCommunicator(this_machine())
     except (PeerFailed, Stopped):
         raise
     except KeyboardInterrupt:
-        claims.claim()
+        claim_report(place, store)
         raise
     except Exception as error:
         own = error
         if _is_of_lost_process(error):
-            if _is_claimed_soon(claims):
+            if _is_claimed_soon(place, store):
                 raise PeerFailed from error
             own = ProcessError(
                 f"{place.name} lost the connection to another process, which ended or does not respond; "
@@ -163,23 +166,11 @@ def open_communicator(place: RankInfo, *, grouped: bool) -> Iterator[Communicato
             )
         elif not isinstance(error, MergeopdError):
             own.add_note(f"(in {place.name})")
-        if claims.claim():
+        if claim_report(place, store):
             raise ErrorToReport(own) from error
         raise PeerFailed from error
     # Not after an error: other processes may be in a collective, and destroying the group could block.
     dist.destroy_process_group()
-
-
-@contextmanager
-def _group_of_one() -> Iterator[None]:
-    import torch.distributed as dist
-
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group(_backend(0), store=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def _init_process_group(place: RankInfo) -> Store:
@@ -230,61 +221,26 @@ def _is_of_lost_process(error: Exception) -> bool:
     return type(error) is RuntimeError and ("/gloo/" in str(error) or "NCCL" in str(error))
 
 
-def _is_claimed_soon(claims: Claims) -> bool:
+def _is_claimed_soon(place: RankInfo, store: Store) -> bool:
     """Wait briefly for a claim: a process that failed has claimed; one that was killed or hangs has not."""
     deadline = time.monotonic() + _CLAIM_WAIT_S
-    while not claims.is_claimed():
+    while not _is_claimed(place.claim_file, store):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.05)
     return True
 
 
-class _FileClaims:
-    """By a file on one machine, with or without torch."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-
-    def claim(self) -> bool:
-        try:
-            os.close(os.open(self._file, os.O_CREAT | os.O_EXCL))
-        except OSError:  # it exists, or the launcher has ended and removed the folder
-            return False
-        return True
-
-    def is_claimed(self) -> bool:
-        return self._file.exists() or not self._file.parent.exists()
+def _is_claimed(file: Path | None, store: Store) -> bool:
+    """Whether any process has claimed; True if that can no longer be found out."""
+    if file is None:
+        return _num_claims(store, 0) != 0
+    return file.exists() or not file.parent.exists()
 
 
-class _FirstOfMachine:
-    """By local rank 0 of each machine, before the rendezvous; such errors usually occur on all ranks."""
-
-    def __init__(self, place: RankInfo) -> None:
-        self._may = place.local_rank == 0
-
-    def claim(self) -> bool:
-        return self._may
-
-    def is_claimed(self) -> bool:
-        return not self._may
-
-
-class _StoreClaims:
-    """By the store of the process group."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def claim(self) -> bool:
-        return self._count(1) == 1
-
-    def is_claimed(self) -> bool:
-        return self._count(0) != 0
-
-    def _count(self, more: int) -> int:
-        """Add `more` claims and return their number; -1 if the store ended with its process."""
-        try:
-            return int(self._store.add(_CLAIM, more))
-        except RuntimeError:
-            return -1
+def _num_claims(store: Store, more: int) -> int:
+    """Add `more` claims and return their number; -1 if the store ended with its process."""
+    try:
+        return int(store.add(_CLAIM, more))
+    except RuntimeError:
+        return -1

@@ -153,7 +153,7 @@ def build(
         views=views,
         heads=ResidentHeads(teachers, vocab),
         prior_policy=PriorPolicy(student, machine.device, ranks, stages),
-        make_cache=_cache_maker(inputs, machine, student, folder.spill),
+        make_cache=partial(_make_cache, inputs, machine, student, folder.spill),
         ranks=ranks,
         stages=stages,
     )
@@ -298,7 +298,11 @@ def _teachers(
     """Build the recipe's teachers, whose weights are read by one store."""
     plans = {name: teacher for name, teacher in inputs.plan.teachers.items() if name not in skip}
     sources = {name: _source(teacher, inputs, snapshots) for name, teacher in plans.items()}
-    store = TeacherStore(sources, machine.device, _reader(machine))
+    # Each process reads a part of the bytes if several need their own copies. On one machine's CPUs, they
+    # share the pages of mapped files, so each file is read once anyway.
+    is_mapped = machine.ranks.size == 1 or machine.shares_pages
+    reader: Reader = MappedReader() if is_mapped else ShardedReader(machine.ranks)
+    store = TeacherStore(sources, machine.device, reader)
 
     def make_engine(name: str, source: WeightSource) -> RolloutEngine:
         context = _context(inputs.teachers[name], inputs, machine)
@@ -324,20 +328,8 @@ def _source(teacher: TeacherPlan, inputs: Inputs, snapshots: StudentSnapshots) -
     return TeacherSource(Path(teacher.model), teacher.dtype, num_valid, snapshot)
 
 
-def _reader(machine: Machine) -> Reader:
-    """Choose the reader: each process reads a part of the bytes if several need their own copies.
-
-    On one machine's CPUs, processes share the pages of mapped files, so each file is read once anyway.
-    """
-    is_mapped = machine.ranks.size == 1 or machine.shares_pages
-    return MappedReader() if is_mapped else ShardedReader(machine.ranks)
-
-
 def _views(inputs: Inputs, machine: Machine) -> dict[str, TokenView]:
-    """Build each teacher's token view. Collective.
-
-    Rank 0 builds missing vocabulary maps.
-    """
+    """Build each teacher's token view; rank 0 builds missing vocabulary maps. Collective."""
     cache, student = Path(inputs.plan.text_cache), inputs.student
 
     def bridges() -> dict[str, Bridge | None]:
@@ -349,29 +341,24 @@ def _views(inputs: Inputs, machine: Machine) -> dict[str, TokenView]:
     if inputs.cross_tokenizers:
         machine.ranks.run_on_first(lambda: made.append(bridges()))
         made = made or [bridges()]
-    views: dict[str, TokenView] = {}
-    for name, renderer in inputs.teachers.items():
-        if name in inputs.cross_tokenizers:
-            views[name] = AlignedTokens(inputs.cross_tokenizers[name], student, made[0][name])
-        else:
-            views[name] = SameTokens(renderer, student)
-    return views
+    return {
+        name: AlignedTokens(inputs.cross_tokenizers[name], student, made[0][name])
+        if name in inputs.cross_tokenizers
+        else SameTokens(renderer, student)
+        for name, renderer in inputs.teachers.items()
+    }
 
 
-def _cache_maker(
-    inputs: Inputs, machine: Machine, student: Student, spill: Path
-) -> Callable[[RoundSchedule], AbstractContextManager[RoundCache]]:
-    """Return a function that creates the cache of a round's targets."""
+def _make_cache(
+    inputs: Inputs, machine: Machine, student: Student, spill: Path, work: RoundSchedule
+) -> AbstractContextManager[RoundCache]:
+    """Create the cache of a round's targets."""
     budget_bytes, readers = int(inputs.plan.memory.hidden_states_gib * 2**30), student.placement.loss_ranks
-
-    def make(work: RoundSchedule) -> AbstractContextManager[RoundCache]:
-        if machine.ranks.size == 1:
-            return HiddenCache(budget_bytes, spill, machine.device)
-        return SharedHiddenCache(
-            budget_bytes, spill, machine.ranks, lambda i: readers[work.copy_of[i]], machine.device
-        )
-
-    return make
+    if machine.ranks.size == 1:
+        return HiddenCache(budget_bytes, spill, machine.device)
+    return SharedHiddenCache(
+        budget_bytes, spill, machine.ranks, lambda i: readers[work.copy_of[i]], machine.device
+    )
 
 
 def _bytes_read(teachers: Mapping[str, Teacher], machine: Machine) -> int:

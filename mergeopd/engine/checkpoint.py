@@ -48,17 +48,15 @@ class _State(Strict):
     seconds: dict[str, float]
 
 
+@dataclass(frozen=True)
 class Checkpoints:
     """The checkpoints of a run in a folder, of which the newest `keep` are kept."""
 
-    def __init__(
-        self, folder: Path, plan: Plan, student: Stateful, snapshots: StudentSnapshots, ranks: Communicator
-    ) -> None:
-        self._folder = folder
-        self._plan = plan
-        self._student = student
-        self._snapshots = snapshots
-        self._ranks = ranks
+    folder: Path
+    plan: Plan
+    student: Stateful
+    snapshots: StudentSnapshots
+    ranks: Communicator
 
     def has(self, progress: Progress) -> bool:
         return self._path(progress).exists()
@@ -70,19 +68,19 @@ class Checkpoints:
         """
         reporter.emit(StageStarted("checkpoint"))
         target = self._path(record.progress)
-        with written_by_first(target, self._ranks) as folder:
-            _write_tensors(self._student.state(), folder, _STUDENT)
-            if self._ranks.is_first:
-                _write_tensors(self._snapshots.state().items(), folder, _PAST)
+        with written_by_first(target, self.ranks) as folder:
+            _write_tensors(self.student.state(), folder, _STUDENT)
+            if self.ranks.is_first:
+                _write_tensors(self.snapshots.state().items(), folder, _PAST)
                 state = _State(
                     format=FORMAT,
-                    plan=self._plan.hash,
+                    plan=self.plan.hash,
                     progress=record.progress,
                     seconds=dict(record.seconds),
                 )
                 (folder / "state.json").write_text(state.model_dump_json(), encoding="utf-8")
-        if self._ranks.is_first:
-            prune(self._folder, self._plan.checkpoint.keep)
+        if self.ranks.is_first:
+            prune(self.folder, self.plan.checkpoint.keep)
         reporter.emit(CheckpointSaved(record.progress.update, target))
 
     def restore(self, plan_hashes: Collection[str], reporter: Reporter) -> Record:
@@ -91,7 +89,7 @@ class Checkpoints:
         Damaged ones are reported and set aside. `plan_hashes` are the present and former ones of the run
         folder. Raises StorageError for an intact checkpoint of another plan, model or format.
         """
-        newest, skipped = self._ranks.run_on_first(lambda: _newest(self._folder))
+        newest, skipped = self.ranks.run_on_first(lambda: _newest(self.folder))
         for path, reason in skipped:
             reporter.emit(CheckpointSkipped(path, reason))
         if newest is None:
@@ -103,16 +101,16 @@ class Checkpoints:
             raise StorageError(
                 f"{newest} belongs to another recipe, or to other settings of this one; {_REMEDY}"
             )
-        _check_fit(newest, self._student.state_shapes(), tensors)
-        self._student.load_state(tensors)
+        _check_fit(newest, self.student.state_shapes(), tensors)
+        self.student.load_state(tensors)
         try:
-            self._snapshots.load_state(earlier)
+            self.snapshots.load_state(earlier)
         except StorageError as error:
             raise StorageError(f"{newest}: {error}; {_REMEDY}") from error
         return Record(state.progress, state.seconds)
 
     def _path(self, progress: Progress) -> Path:
-        return self._folder / f"step-{progress.update}"
+        return self.folder / f"step-{progress.update}"
 
 
 @contextmanager

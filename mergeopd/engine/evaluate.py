@@ -34,6 +34,7 @@ class _Contestant:
     renderer: Renderer
 
 
+@dataclass(frozen=True)
 class Evaluation:
     """Measures models on the recipe's evaluation prompts, one model in memory at a time.
 
@@ -41,24 +42,13 @@ class Evaluation:
     several folders' weights in the shape of the first.
     """
 
-    def __init__(
-        self,
-        inputs: Inputs,
-        plan: EvaluationPlan,
-        *,
-        open_model: OpenModel,
-        open_average: OpenAverage,
-        verifiers: Verifiers,
-        ranks: Communicator,
-        stages: Stages,
-    ) -> None:
-        self._inputs = inputs
-        self._plan = plan
-        self._open_model = open_model
-        self._open_average = open_average
-        self._ranks = ranks
-        self._stages = stages
-        self._verifiers = verifiers
+    inputs: Inputs
+    plan: EvaluationPlan
+    open_model: OpenModel
+    open_average: OpenAverage
+    verifiers: Verifiers
+    ranks: Communicator
+    stages: Stages
 
     def run(self, merged: Path) -> Accuracies:
         """Return accuracy (0 to 1) by domain and kind of model; `merged` is the trained student's folder.
@@ -66,29 +56,26 @@ class Evaluation:
         `weight_average` is None, with a note, where the experts' weights cannot be averaged. Collective;
         raises AbandonRound when a stop was requested.
         """
-        with self._verifiers:
-            return self._run(merged)
-
-    def _run(self, merged: Path) -> Accuracies:
-        domains = sorted({source.domain for source in self._plan.sources})
+        domains = sorted({source.domain for source in self.plan.sources})
         kinds = ("base", "expert", "weight_average", "merged")
         result: Accuracies = {d: dict.fromkeys(kinds) for d in domains}
-        student = self._inputs.student
-        base = Path(self._inputs.plan.student.model)
-        with self._open_model(base, student) as engine:
-            self._measure(_Contestant("base", engine, student), domains, result)
-        for name in sorted(set(self._plan.experts.values())):
-            own = [d for d in domains if self._plan.experts[d] == name]
-            renderer = self._inputs.teachers[name].as_measured
-            with self._open_model(Path(self._inputs.plan.teachers[name].model), renderer) as engine:
-                self._measure(_Contestant("expert", engine, renderer), own, result)
-        self._measure_average(base, domains, result)
-        with self._open_model(merged, student) as engine:
-            self._measure(_Contestant("merged", engine, student), domains, result)
+        student = self.inputs.student
+        base = Path(self.inputs.plan.student.model)
+        with self.verifiers:
+            with self.open_model(base, student) as engine:
+                self._measure(_Contestant("base", engine, student), domains, result)
+            for name in sorted(set(self.plan.experts.values())):
+                own = [d for d in domains if self.plan.experts[d] == name]
+                renderer = self.inputs.teachers[name].as_measured
+                with self.open_model(Path(self.inputs.plan.teachers[name].model), renderer) as engine:
+                    self._measure(_Contestant("expert", engine, renderer), own, result)
+            self._measure_average(base, domains, result)
+            with self.open_model(merged, student) as engine:
+                self._measure(_Contestant("merged", engine, student), domains, result)
         return result
 
     def _measure_average(self, base: Path, domains: Sequence[str], result: Accuracies) -> None:
-        teachers = [self._inputs.plan.teachers[name] for name in sorted(set(self._plan.experts.values()))]
+        teachers = [self.inputs.plan.teachers[name] for name in sorted(set(self.plan.experts.values()))]
         experts = [Path(teacher.model) for teacher in teachers if teacher.student is None]
         foreign = [teacher.name for teacher in teachers if teacher.bridge is not None]
         if foreign:  # even if all shapes match, since their rows are of other tokens
@@ -96,30 +83,30 @@ class Evaluation:
         else:
             reason = why_not(base, experts) if experts else "the experts are the student itself"
         if reason is not None:
-            self._stages.reporter.emit(Note(f"no weight average: {reason}"))
+            self.stages.reporter.emit(Note(f"no weight average: {reason}"))
             return
-        with self._open_average(base, experts) as engine:
-            self._measure(_Contestant("weight_average", engine, self._inputs.student), domains, result)
+        with self.open_average(base, experts) as engine:
+            self._measure(_Contestant("weight_average", engine, self.inputs.student), domains, result)
 
     def _measure(self, contestant: _Contestant, domains: Sequence[str], result: Accuracies) -> None:
         for domain in domains:
             rewards: list[float] = []
-            for source in self._plan.sources:
+            for source in self.plan.sources:
                 if source.domain == domain:
                     rewards += self._rewards(contestant, source)
             accuracy = sum(rewards) / len(rewards)
             result[domain][contestant.kind] = accuracy
-            self._stages.reporter.emit(EvaluationDone(contestant.kind, domain, accuracy, len(rewards)))
+            self.stages.reporter.emit(EvaluationDone(contestant.kind, domain, accuracy, len(rewards)))
 
     def _rewards(self, contestant: _Contestant, source: SourcePlan) -> list[float]:
-        prompts: Sequence[Prompt] = self._inputs.evaluation[source.name]
-        stop = self._inputs.plan.rollout.stop
-        on_progress = self._stages.begin(
+        prompts: Sequence[Prompt] = self.inputs.evaluation[source.name]
+        stop = self.inputs.plan.rollout.stop
+        on_progress = self.stages.begin(
             "evaluation", f"{contestant.kind} on {source.domain}", len(prompts), "responses"
         )
         tokenizer = contestant.renderer.tokenizer
         requests = [GenerationRequest(p.key, 0, contestant.renderer.render(p)) for p in prompts]
-        greedy = Sampling(0.0, 1.0, self._plan.max_new_tokens, stop)
+        greedy = Sampling(0.0, 1.0, self.plan.max_new_tokens, stop)
         completions = contestant.engine.submit(requests, greedy).wait(on_progress)
         submissions = [
             Submission(
@@ -131,13 +118,13 @@ class Evaluation:
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         grades = scatter_gather(
-            self._ranks,
+            self.ranks,
             submissions,
             # Report progress again, so that a request to stop is handled while verifiers are slow.
-            lambda own: self._verifiers.verify(own, lambda _: on_progress(len(own))),
+            lambda own: self.verifiers.verify(own, lambda _: on_progress(len(own))),
         )
         failures = [grade.failure for grade in grades if grade.failure is not None]
         if failures:
             note = failures_note(source.name, failures)
-            self._stages.reporter.emit(Note(f"{note}; they count as incorrect"))
+            self.stages.reporter.emit(Note(f"{note}; they count as incorrect"))
         return [grade.reward or 0.0 for grade in grades]

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 from mergeopd.distributed.communicator import CollectiveAbort, Communicator
@@ -54,32 +55,20 @@ class AbandonRound(CollectiveAbort):
     """Abandons a round that has not changed any weight yet."""
 
 
+@dataclass(frozen=True)
 class StopGuard:
     """Carries out requests to stop between units of work that can be repeated."""
 
-    def __init__(self, interrupt: Interrupt, ranks: Communicator) -> None:
-        self._interrupt = interrupt
-        self._ranks = ranks
-
-    @property
-    def requested(self) -> str | None:
-        """The reason to stop this process: a signal's name, an option, or None."""
-        return self._interrupt.requested
-
-    def met(self) -> None:
-        self._interrupt.met()
-
-    def request(self, by: str) -> None:
-        """Request a stop at the end of the round."""
-        self._interrupt.requested = by
+    interrupt: Interrupt
+    ranks: Communicator
 
     def check(self) -> None:
         """Raise AbandonRound when a stop was requested and no collective is in progress."""
-        if self._interrupt.requested is not None and self._ranks.outside_collective:
+        if self.interrupt.requested is not None and self.ranks.outside_collective:
             raise AbandonRound
 
     def is_requested_anywhere(self) -> bool:
         """Whether a stop was requested on any process; if so, request it on all. Collective."""
-        asked = [request for request in self._ranks.gather(self._interrupt.requested) if request]
-        self._interrupt.requested = asked[0] if asked else None
-        return bool(asked)
+        requests = [request for request in self.ranks.gather(self.interrupt.requested) if request]
+        self.interrupt.requested = requests[0] if requests else None
+        return bool(requests)

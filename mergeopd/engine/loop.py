@@ -69,7 +69,7 @@ class Trainer:
             if self._is_due(before, progress):
                 self._save(progress)
             if max_updates is not None and first + max_updates <= progress.update < self.plan.num_updates:
-                self.stop.request(UPDATE_LIMIT)
+                self.stop.interrupt.requested = UPDATE_LIMIT
             if self.stop.is_requested_anywhere():
                 self._stop(progress)
         self._finish()
@@ -108,17 +108,17 @@ class Trainer:
         return now.update == self.plan.num_updates or now.update // every > before.update // every
 
     def _save(self, progress: Progress) -> None:
-        with self.stages.timed("checkpoint"):
+        with self.stages.clock.stage("checkpoint"):
             self.checkpoints.save(Record(progress, self.stages.clock.seconds()), self.stages.reporter)
 
     def _stop(self, progress: Progress) -> NoReturn:
         """Save a checkpoint if there is none of this update, and raise."""
         self.stop.is_requested_anywhere()  # agree on the reason, since launchers signal others after one ends
-        reason = self.stop.requested
+        reason = self.stop.interrupt.requested
         if progress.update and not self.ranks.run_on_first(lambda: self.checkpoints.has(progress)):
             self._save(progress)
         self.ranks.gather(None)  # wait until all have written
-        self.stop.met()
+        self.stop.interrupt.met()
         error = UpdateLimitReached if reason == UPDATE_LIMIT else Stopped
         raise error(
             f"stopped by {reason} after {progress.update} of {self.plan.num_updates} "
@@ -128,22 +128,15 @@ class Trainer:
     def _measure(self, evaluate: Evaluate) -> Accuracies:
         """Evaluate the export; everything is saved already, so a request to stop takes effect at once."""
         try:
-            with self.stages.timed("evaluation"):
+            with self.stages.clock.stage("evaluation"):
                 return evaluate(self.folder.export)
         except AbandonRound:
             self.stop.is_requested_anywhere()
-            self.stop.met()
+            self.stop.interrupt.met()
             raise Stopped(
-                f"stopped by {self.stop.requested} during evaluation; training and export are "
+                f"stopped by {self.stop.interrupt.requested} during evaluation; training and export are "
                 "saved; run the same command to evaluate again"
             ) from None
-
-    def _release_training(self) -> None:
-        """Free memory that only training needs, since evaluation loads whole models."""
-        self.pipeline.close()
-        self.snapshots.release()
-        self.student.release()
-        gc.collect()  # a model and its optimizer contain reference cycles
 
     def _finish(self) -> None:
         folder, reporter, clock = self.folder, self.stages.reporter, self.stages.clock
@@ -155,7 +148,11 @@ class Trainer:
                     self.write_turns(target)
         document = None
         if self.evaluate is not None:
-            self._release_training()
+            # Free memory that only training needs, since evaluation loads whole models.
+            self.pipeline.close()
+            self.snapshots.release()
+            self.student.release()
+            gc.collect()  # a model and its optimizer contain reference cycles
             document = result_document(self._measure(self.evaluate), clock.seconds())
             if self.ranks.is_first:
                 write_result(folder.result_file, document)

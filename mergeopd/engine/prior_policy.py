@@ -7,6 +7,7 @@ They cost one more forward pass of the student, so they are computed only where 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,20 +29,20 @@ from mergeopd.student.protocol import Trainable
 from mergeopd.types import Rollout
 
 
+@dataclass(frozen=True)
 class PriorPolicy:
     """Scores a round under the student's current weights."""
 
-    def __init__(self, student: Trainable, device: torch.device, ranks: Communicator, stages: Stages) -> None:
-        self._student = student
-        self._device = device
-        self._ranks = ranks
-        self._stages = stages
+    student: Trainable
+    device: torch.device
+    ranks: Communicator
+    stages: Stages
 
     def score(
         self, rollouts: Sequence[Rollout], phase: Phase, work: RoundSchedule, targets: TeacherTargets
     ) -> dict[int, OldLogProbs]:
         """Return `OldLogProbs` of every response with trained tokens, by index in the round. Collective."""
-        loss, placement = phase.loss, self._student.placement
+        loss, placement = phase.loss, self.student.placement
         divergences = (ReverseKL(),) if phase.balance.follow_gap and loss.has_divergence else ()
         packs = work.packs_of(placement.dp_rank)
         # The gap is weighted by the prompts' own weights, without denominators.
@@ -52,8 +53,8 @@ class PriorPolicy:
             },
             {},
         )
-        like = torch.empty((), dtype=self._student.statistics_dtype, device=self._device)
-        on_progress = self._stages.begin("update", "the policy before", len(packs), "micro-batches")
+        like = torch.empty((), dtype=self.student.statistics_dtype, device=self.device)
+        on_progress = self.stages.begin("update", "the policy before", len(packs), "micro-batches")
 
         def micro_batches() -> Iterator[MicroBatch]:
             for done, part in enumerate(packs):
@@ -64,7 +65,7 @@ class PriorPolicy:
 
         scored = with_statistics(
             Stream(micro_batches(), len(packs)),
-            lambda them: self._student.score(them, divergences, support(loss), loss.temperature),
+            lambda them: self.student.score(them, divergences, support(loss), loss.temperature),
         )
         old_logprobs: dict[int, OldLogProbs] = {}
         for part, (micro, stats) in zip(packs if placement.has_loss else (), scored, strict=True):
@@ -85,7 +86,7 @@ class PriorPolicy:
                 by_teacher = {n: row.clone() for n, row in zip(micro.teachers, logprob_T, strict=True)}
                 own = {name: ratios[index].clone() for name, ratios in spans.items()}
                 old_logprobs[index] = OldLogProbs(logprob_S.clone(), by_teacher, float(gap.sum()), own)
-        return {index: old for part in self._ranks.gather(old_logprobs) for index, old in part.items()}
+        return {index: old for part in self.ranks.gather(old_logprobs) for index, old in part.items()}
 
 
 def _spans(

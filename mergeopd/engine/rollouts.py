@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from mergeopd.data.renderer import Renderer
 from mergeopd.data.trajectory import dataset_response
@@ -18,24 +19,22 @@ from mergeopd.rollout.protocol import GenerationRequest, RolloutEngine
 from mergeopd.types import Rollout, Sampling, TokenIds, token_flags, token_ids
 
 
+@dataclass(frozen=True)
 class StudentRollouts:
     """Generates the student's responses, `samples_per_prompt` for each prompt."""
 
-    def __init__(
-        self, engine: RolloutEngine, settings: RolloutSettings, student: Renderer, stages: Stages
-    ) -> None:
-        self._engine = engine
-        self._settings = settings
-        self._student = student
-        self._stages = stages
+    engine: RolloutEngine
+    settings: RolloutSettings
+    student: Renderer
+    stages: Stages
 
     def generate(self, tasks: Sequence[Task]) -> list[Rollout]:
         """Generate responses to the student's tasks, in order. Collective."""
-        num_samples = self._settings.samples_per_prompt
+        num_samples = self.settings.samples_per_prompt
         prompts = [t.prompt for t in tasks if t.origin == "student" for _ in range(num_samples)]
         requests = [
             GenerationRequest(
-                task.prompt.key, task.occurrence * num_samples + sample, self._student.render(task.prompt)
+                task.prompt.key, task.occurrence * num_samples + sample, self.student.render(task.prompt)
             )
             for task in tasks
             if task.origin == "student"
@@ -43,8 +42,8 @@ class StudentRollouts:
         ]
         if not requests:
             return []
-        on_progress = self._stages.begin("rollout", "the student", len(requests), "responses")
-        completions = self._engine.submit(requests, sampling(self._settings)).wait(on_progress)
+        on_progress = self.stages.begin("rollout", "the student", len(requests), "responses")
+        completions = self.engine.submit(requests, sampling(self.settings)).wait(on_progress)
         return [
             Rollout(
                 prompt=prompt,
@@ -79,26 +78,19 @@ def dataset_rollout(task: Task, student: Renderer) -> Rollout:
     )
 
 
+@dataclass(frozen=True)
 class Rewards:
     """Grades the student's responses with the verifiers of their sources.
 
     If a verifier fails, the response has no reward; failures are counted, and reported once per source.
     """
 
-    def __init__(
-        self,
-        verifiers: Verifiers,
-        tokenizer: Tokenizer,
-        stop: Sequence[str],
-        ranks: Communicator,
-        stages: Stages,
-    ) -> None:
-        self._verifiers = verifiers
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self._ranks = ranks
-        self._stages = stages
-        self._noted_sources: set[str] = set()
+    verifiers: Verifiers
+    tokenizer: Tokenizer
+    stop: Sequence[str]
+    ranks: Communicator
+    stages: Stages
+    _noted_sources: set[str] = field(default_factory=set, init=False)
 
     def of(self, rollouts: Sequence[Rollout]) -> list[Grade]:
         """Grade the student's responses; others, and those without a verifier, have no reward.
@@ -108,28 +100,28 @@ class Rewards:
         graded = {
             i: r
             for i, r in enumerate(rollouts)
-            if r.origin == "student" and r.prompt.source in self._verifiers
+            if r.origin == "student" and r.prompt.source in self.verifiers
         }
-        num_slow = sum(self._verifiers.is_slow(rollout.prompt.source) for rollout in graded.values())
+        num_slow = sum(self.verifiers.is_slow(rollout.prompt.source) for rollout in graded.values())
         on_progress: Callable[[int], None] = _nothing
         if num_slow:
-            on_progress = self._stages.begin("rollout", "verifying", num_slow, "responses")
+            on_progress = self.stages.begin("rollout", "verifying", num_slow, "responses")
 
         def verify(own: Sequence[Rollout]) -> list[Grade]:
-            return self._verifiers.verify([self._submission(rollout) for rollout in own], on_progress)
+            return self.verifiers.verify([self._submission(rollout) for rollout in own], on_progress)
 
-        by_index = dict(zip(graded, scatter_gather(self._ranks, list(graded.values()), verify), strict=True))
+        by_index = dict(zip(graded, scatter_gather(self.ranks, list(graded.values()), verify), strict=True))
         grades = [by_index.get(index, Grade(None)) for index in range(len(rollouts))]
         self._note_failures(rollouts, grades)
         return grades
 
     def close(self) -> None:
-        self._verifiers.close()
+        self.verifiers.close()
 
     def _submission(self, rollout: Rollout) -> Submission:
         return Submission(
             rollout.prompt.source,
-            response_text(rollout.response_ids, self._tokenizer, self._stop),
+            response_text(rollout.response_ids, self.tokenizer, self.stop),
             rollout.prompt.reference,
             truncated=rollout.finish == "length",
         )
@@ -143,7 +135,7 @@ class Rewards:
         for source, reasons in failures.items():
             self._noted_sources.add(source)
             note = failures_note(source, reasons)
-            self._stages.reporter.emit(Note(f"{note}; such responses have no reward, and metrics count them"))
+            self.stages.reporter.emit(Note(f"{note}; such responses have no reward, and metrics count them"))
 
 
 def _nothing(num_own: int) -> None:

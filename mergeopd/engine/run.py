@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from mergeopd.distributed.communicator import Communicator, SingleProcess
-from mergeopd.distributed.launch import launch
 from mergeopd.distributed.rendezvous import RankInfo, open_communicator
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
@@ -137,18 +135,20 @@ def train(
     interrupt, folder = Interrupt(), RunFolder(Path(inputs.plan.output))
     shown_on = Console() if console is None else console
     with console_reporter(shown_on) if ranks.is_first else nullcontext(Reporters()) as display:
-        told = display if listener is None or not ranks.is_first else Reporters(listener, display)
+        events = display if listener is None or not ranks.is_first else Reporters(listener, display)
         with clock.stage("startup"):
             models = load_models(inputs, Machine(pick_device(), ranks))
-            record = models.checkpoints().restore(ranks.run_on_first(folder.plan_hashes), told)
-            num_done = ranks.run_on_first(lambda: _settled(inputs.plan, folder, record.progress.update, told))
+            record = models.checkpoints().restore(ranks.run_on_first(folder.plan_hashes), events)
+            num_done = ranks.run_on_first(
+                lambda: _settled(inputs.plan, folder, record.progress.update, events)
+            )
         clock.continue_from(record.seconds)
         # Up to here nothing has to be saved, and a signal ends the process at once.
         with interrupt.listening(), ExitStack() as opened:
             reporter: Reporter = Reporters()
             if ranks.is_first:
-                reporter = _reporters(inputs, folder, num_done, opened, told)
-                _tell_notes(inputs, reporter)
+                reporter = _reporters(inputs, folder, num_done, opened, events)
+                _report_notes(inputs, reporter)
             trainer = build(models, reporter=reporter, clock=clock, interrupt=interrupt)
             opened.callback(trainer.pipeline.close)
             trainer.run(replace(record.progress, update=num_done), max_updates)
@@ -170,24 +170,19 @@ def _reporters(
 
     metrics = opened.enter_context(MetricsFile(folder.metrics_file))
     samples = opened.enter_context(MetricsFile(folder.samples_file))
-    num_told = metrics.truncate_to(num_done)
+    num_recorded = metrics.truncate_to(num_done)
     num_sampled = samples.truncate_to(num_done)
     num_due = sum(is_due(update, inputs.plan.num_updates) for update in range(1, num_done + 1))
     if num_sampled < num_due:
         name = shown(folder.samples_file)
         console.emit(Note(f"{name} lacks sampled responses of the {num_done} updates made so far"))
-    if num_told < num_done:
+    if num_recorded < num_done:
         name = shown(folder.metrics_file)
-        console.emit(Note(f"{name} has lines of {num_told} of the {num_done} updates made so far"))
-    files = (RecordsReporter(metrics, samples), HtmlReporter(folder.path, console))
-    return Reporters(*files, *_asked_for(inputs.plan, folder, console), console)
-
-
-def _asked_for(plan: Plan, folder: RunFolder, notes: Reporter) -> list[Reporter]:
-    """Build the optional reporters of a recipe."""
-    if not plan.report.tensorboard:
-        return []
-    return [TensorBoardReporter(folder.path / run_layout.TENSORBOARD, notes)]
+        console.emit(Note(f"{name} has lines of {num_recorded} of the {num_done} updates made so far"))
+    reporters: list[Reporter] = [RecordsReporter(metrics, samples), HtmlReporter(folder.path, console)]
+    if inputs.plan.report.tensorboard:
+        reporters.append(TensorBoardReporter(folder.path / run_layout.TENSORBOARD, console))
+    return Reporters(*reporters, console)
 
 
 def evaluate_recipe(
@@ -234,7 +229,7 @@ def _measure(
     console = console if ranks.is_first else Console(quiet=True)
     start = time.perf_counter()
     with console_reporter(console) if ranks.is_first else nullcontext(Reporters()) as reporter:
-        _tell_notes(inputs, reporter)
+        _report_notes(inputs, reporter)
         stages = Stages(reporter, Clock(), ranks, None)
         evaluation = build_evaluation(inputs, plan, Machine(pick_device(), ranks), stages)
         accuracies = evaluation.run(merged)
@@ -254,7 +249,7 @@ def _try_verifiers(inputs: Inputs) -> None:
         verifiers.start()
 
 
-def _tell_notes(inputs: Inputs, reporter: Reporter) -> None:
+def _report_notes(inputs: Inputs, reporter: Reporter) -> None:
     for note in inputs.notes:
         reporter.emit(Note(note))
 
@@ -269,27 +264,6 @@ def _quiet_libraries() -> None:
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-
-
-def launch_run(
-    recipe: Path,
-    overrides: Sequence[str],
-    max_updates: int | None,
-    allowed_changes: Sequence[str],
-    num_processes: int,
-) -> int:
-    """Run a recipe in several processes; return the exit code.
-
-    Problems of the recipe and of the number of processes are raised here, before any process is started.
-    """
-    inputs = preflight(recipe, overrides)
-    check_processes(inputs.plan, num_processes)
-    RunFolder(Path(inputs.plan.output)).check(inputs.plan, inputs.files, allowed_changes)
-    command = [sys.executable, "-m", "mergeopd", "run", str(recipe)]
-    command += [word for override in overrides for word in ("--set", override)]
-    command += [] if max_updates is None else ["--updates", str(max_updates)]
-    command += [word for key in allowed_changes for word in ("--allow-change", key)]
-    return launch(command, num_processes)
 
 
 def _is_finished(folder: RunFolder, plan: Plan) -> bool:
@@ -330,7 +304,6 @@ def _show_finished(folder: RunFolder, console: Console) -> None:
 
 def _result(folder: RunFolder) -> Result | None:
     """Read result.json; None when it is missing or damaged."""
-    try:
+    with suppress(ValueError):
         return read_result(folder.result_file)
-    except ValueError:
-        return None
+    return None

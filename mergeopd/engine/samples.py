@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -59,23 +59,23 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, ...]:
     return tuple(texts)
 
 
+@dataclass
 class SampleTaker:
     """Collects the statistics of the chosen responses from an update's micro-batches."""
 
-    def __init__(self, chosen: Sequence[int], objective: DistillationObjective) -> None:
-        self._chosen = frozenset(chosen)
-        self._objective = objective
-        self._logprob_S: dict[int, tuple[float | None, ...]] = {}
-        self._teachers: dict[int, dict[str, TeacherTrace]] = {}
+    chosen: Collection[int]
+    objective: DistillationObjective
+    _logprob_S: dict[int, tuple[float | None, ...]] = field(default_factory=dict, init=False)
+    _teachers: dict[int, dict[str, TeacherTrace]] = field(default_factory=dict, init=False)
 
     def take(self, micro: MicroBatch, prepared: PreparedUpdate, stats: TokenStats) -> None:
         """Keep this micro-batch's statistics of the chosen responses."""
         end = 0
-        measured = self._objective.measured(stats)
+        measured = self.objective.measured(stats)
         for index, labels in zip(micro.rollouts, micro.labels, strict=True):
             rows = slice(end, end + len(labels))
             end = rows.stop
-            if index not in self._chosen:
+            if index not in self.chosen:
                 continue
             member = prepared.rollouts[index]
             places = _places(member.rollout)
@@ -92,7 +92,7 @@ class SampleTaker:
 
     def together(self, ranks: Communicator) -> None:
         """Gather the statistics of all processes. Collective, if any response was chosen."""
-        if self._chosen:
+        if self.chosen:
             for logprob_S, teachers in ranks.gather((self._logprob_S, self._teachers)):
                 self._logprob_S |= logprob_S
                 self._teachers |= teachers
@@ -129,7 +129,7 @@ class SampleTaker:
             prompt=tokenizer.decode(rollout.prompt_ids.tolist(), skip_special_tokens=False),
             tokens=token_texts(rollout.response_ids.tolist(), tokenizer),
             logprob_S=self._logprob_S[index],
-            divergence=self._objective.measures[0] if teachers else "",
+            divergence=self.objective.measures[0] if teachers else "",
             teachers=teachers,
             reward=reward,
             origin=rollout.origin,
@@ -153,8 +153,5 @@ def _at(places: Sequence[int], values: Sequence[float], length: int) -> tuple[fl
 
 
 def _numbers(values: torch.Tensor) -> tuple[float, ...]:
-    return tuple(_six_digits(value) for value in values.tolist())
-
-
-def _six_digits(value: float) -> float:
-    return float(f"{value:.6g}") if math.isfinite(value) else value
+    """Convert to floats of six digits."""
+    return tuple(float(f"{value:.6g}") for value in values.tolist())

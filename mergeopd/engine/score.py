@@ -55,34 +55,22 @@ class ScoredRound:
     old: Mapping[int, OldLogProbs] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
 class Scorer:
     """Scores rounds with their teachers, each opened once per round.
 
     `make_cache` creates the cache of a round's targets. Passes take at most `max_tokens` tokens.
     """
 
-    def __init__(
-        self,
-        *,
-        needs_prior_policy: Callable[[Phase], bool],
-        max_tokens: int,
-        teachers: Mapping[str, Teacher],
-        views: Mapping[str, TokenView],
-        heads: ResidentHeads,
-        prior_policy: PriorPolicy,
-        make_cache: MakeCache,
-        ranks: Communicator,
-        stages: Stages,
-    ) -> None:
-        self._needs_prior_policy = needs_prior_policy
-        self._max_tokens = max_tokens
-        self._teachers = teachers
-        self._views = views
-        self._heads = heads
-        self._prior_policy = prior_policy
-        self._make_cache = make_cache
-        self._ranks = ranks
-        self._stages = stages
+    needs_prior_policy: Callable[[Phase], bool]
+    max_tokens: int
+    teachers: Mapping[str, Teacher]
+    views: Mapping[str, TokenView]
+    heads: ResidentHeads
+    prior_policy: PriorPolicy
+    make_cache: MakeCache
+    ranks: Communicator
+    stages: Stages
 
     @contextmanager
     def score(self, collected: CollectedRound) -> Iterator[ScoredRound]:
@@ -93,24 +81,24 @@ class Scorer:
         phase, rollouts, work = collected.phase, collected.rollouts, collected.work
         spec = required_target(phase.loss)
         alignments = self.align(rollouts) if spec is not None else {}
-        with self._make_cache(work) as cache:
-            targets = TeacherTargets(cache, spec, self._views, self._heads, alignments)
+        with self.make_cache(work) as cache:
+            targets = TeacherTargets(cache, spec, self.views, self.heads, alignments)
             if spec is not None:
-                with self._stages.timed("teachers"):
+                with self.stages.clock.stage("teachers"):
                     self.fill(targets, rollouts, work)
             old: Mapping[int, OldLogProbs] = {}
-            if self._needs_prior_policy(phase):
-                with self._stages.timed("update"):
-                    old = self._prior_policy.score(rollouts, phase, work, targets)
+            if self.needs_prior_policy(phase):
+                with self.stages.clock.stage("update"):
+                    old = self.prior_policy.score(rollouts, phase, work, targets)
             try:
                 yield ScoredRound(collected, outcomes(rollouts, collected.rewards, phase), targets, old)
             finally:
-                self._heads.release()
+                self.heads.release()
 
     def align(self, rollouts: Sequence[Rollout]) -> Alignments:
         """Align a round for teachers with other tokenizers, by teacher and rollout; not collective."""
         alignments = {}
-        for name, view in self._views.items():
+        for name, view in self.views.items():
             own = {i: r for i, r in enumerate(rollouts) if name in r.prompt.teachers and r.num_trained}
             aligned = view.align(own)
             if aligned or view.bridge_kind is not None:
@@ -123,14 +111,14 @@ class Scorer:
         While one teacher scores, the next one's files are read ahead. Every process scores its share, and has
         the targets that it trains on when the pass ends.
         """
-        passes = by_teacher(rollouts, tuple(sorted(self._teachers)), work.index)
+        passes = by_teacher(rollouts, tuple(sorted(self.teachers)), work.index)
         following = [one.teacher for one in passes[1:]] + [None]
         for one, next_teacher in zip(passes, following, strict=True):
             total = sum(rollouts[i].num_trained > 0 for i in one.rollouts)
-            on_progress = self._stages.begin("teachers", one.teacher, total, "responses")
-            with self._teachers[one.teacher].open() as session:
+            on_progress = self.stages.begin("teachers", one.teacher, total, "responses")
+            with self.teachers[one.teacher].open() as session:
                 if next_teacher is not None:
-                    self._teachers[next_teacher].prefetch()
+                    self.teachers[next_teacher].prefetch()
 
                 def share(
                     name: str = one.teacher,
@@ -138,13 +126,13 @@ class Scorer:
                     session: TeacherSession = session,
                     on_progress: Callable[[int], None] = on_progress,
                 ) -> None:
-                    mine = work.scored_by(self._ranks.rank, indices)
+                    mine = work.scored_by(self.ranks.rank, indices)
                     sequences = targets.sequences(name, rollouts, mine)
                     order = list(sequences)
-                    scored = session.score(list(sequences.values()), targets.spec_of(name), self._max_tokens)
+                    scored = session.score(list(sequences.values()), targets.spec_of(name), self.max_tokens)
                     for done, (position, rows) in enumerate(scored, start=1):
                         targets.cache.put(name, order[position], rows)
                         on_progress(done)
 
-                self._ranks.run_and_gather(share)
+                self.ranks.run_and_gather(share)
             targets.cache.publish()

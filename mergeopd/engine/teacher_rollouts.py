@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
@@ -32,6 +33,7 @@ _MAX_ID = np.iinfo(np.int32).max
 _NO_LOGPROBS = np.zeros(0, np.float32)
 
 
+@dataclass(frozen=True)
 class TeacherRolloutCache:
     """Teachers' responses, by teacher, prompt and sample.
 
@@ -40,32 +42,21 @@ class TeacherRolloutCache:
     template or prompt generates new responses.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        *,
-        student: Renderer,
-        renderers: Mapping[str, Renderer],
-        teachers: Mapping[str, Teacher],
-        views: Mapping[str, TokenView],
-        ranks: Communicator,
-        stages: Stages,
-    ) -> None:
-        self._plan = plan
-        self._student = student
-        self._renderers = renderers
-        self._teachers = teachers
-        self._views = views
-        self._ranks = ranks
-        self._stages = stages
-        self._completions: dict[tuple[str, str, int], Completion] = {}
+    plan: Plan
+    student: Renderer
+    renderers: Mapping[str, Renderer]
+    teachers: Mapping[str, Teacher]
+    views: Mapping[str, TokenView]
+    ranks: Communicator
+    stages: Stages
+    _completions: dict[tuple[str, str, int], Completion] = field(default_factory=dict, init=False)
 
     def prepare(self, tasks: Sequence[Task]) -> None:
         """Generate the missing responses to these tasks; each teacher is opened at most once."""
         wanted: dict[str, dict[tuple[str, int], Prompt]] = {}
         for task in tasks:
             if task.origin == "teacher":
-                for sample in range(self._plan.rollout.samples_per_prompt):
+                for sample in range(self.plan.rollout.samples_per_prompt):
                     wanted.setdefault(_author(task.prompt), {})[task.prompt.key, sample] = task.prompt
         for teacher, prompts in wanted.items():
             missing = {k: p for k, p in prompts.items() if (teacher, *k) not in self._completions}
@@ -76,22 +67,22 @@ class TeacherRolloutCache:
         """Return the prepared responses to a task, in the student's ids."""
         name, prompt = _author(task.prompt), task.prompt
         rollouts = []
-        for sample in range(self._plan.rollout.samples_per_prompt):
+        for sample in range(self.plan.rollout.samples_per_prompt):
             completion = self._completions[name, prompt.key, sample]
-            ids, finish = self._views[name].student_ids(completion, prompt)
-            rollout = Rollout(prompt, sample, self._student.render(prompt), ids, "teacher", finish)
+            ids, finish = self.views[name].student_ids(completion, prompt)
+            rollout = Rollout(prompt, sample, self.student.render(prompt), ids, "teacher", finish)
             rollouts.append(rollout)
         return rollouts
 
     def _provide(self, name: str, prompts: Mapping[tuple[str, int], Prompt]) -> None:
         """Load responses from disk, generate the missing ones, and save them."""
         path = self._file(name)
-        renderer = self._renderers[name]
-        known, num_discarded = self._ranks.run_on_first(lambda: self._load(path, renderer))
+        renderer = self.renderers[name]
+        known, num_discarded = self.ranks.run_on_first(lambda: self._load(path, renderer))
         if num_discarded:
             kept = "response" if num_discarded == 1 else "responses"
             note = f"discarded {num_discarded} damaged kept {kept} of teacher {name} in {path}"
-            self._stages.reporter.emit(Note(note))
+            self.stages.reporter.emit(Note(note))
         requests = [
             GenerationRequest(key, sample, renderer.render(p)) for (key, sample), p in prompts.items()
         ]
@@ -113,17 +104,17 @@ class TeacherRolloutCache:
 
         In a resumed run, whole batches at the end are missing, so the rest forms the same batches.
         """
-        size = self._plan.rollout.batch_size * self._ranks.size
+        size = self.plan.rollout.batch_size * self.ranks.size
         in_order = sorted(requests, key=lambda request: len(request.prompt_ids))
-        on_progress = self._stages.begin("text", f"{name} generates", len(requests), "responses")
-        with self._teachers[name].open() as session:
+        on_progress = self.stages.begin("text", f"{name} generates", len(requests), "responses")
+        with self.teachers[name].open() as session:
             engine = session.generator()
             for start in range(0, len(in_order), size):
                 batch = in_order[start : start + size]
-                texts = engine.submit(batch, sampling(self._plan.rollout)).wait(lambda _: None)
+                texts = engine.submit(batch, sampling(self.plan.rollout)).wait(lambda _: None)
                 yield {_line_key(r): t for r, t in zip(batch, texts, strict=True)}
-                done = -(-(start + len(batch)) // self._ranks.size)
-                self._ranks.run_and_gather(lambda done=done: on_progress(done))  # type: ignore[misc]
+                done = -(-(start + len(batch)) // self.ranks.size)
+                self.ranks.run_and_gather(lambda done=done: on_progress(done))  # type: ignore[misc]
 
     def _keep(
         self, path: Path, known: Mapping[str, Completion], texts: Mapping[str, Completion]
@@ -132,7 +123,7 @@ class TeacherRolloutCache:
 
         Responses that another run has added meanwhile are ignored, since only one process would read them.
         """
-        if self._ranks.is_first:
+        if self.ranks.is_first:
             _keep(path, texts)
         return {**known, **texts}
 
@@ -150,7 +141,7 @@ class TeacherRolloutCache:
 
     def _is_possible(self, text: Completion, renderer: Renderer) -> bool:
         """Whether ids, length and end of a response agree with the vocabulary and with the sampling."""
-        ids, how = text.response_ids, sampling(self._plan.rollout)
+        ids, how = text.response_ids, sampling(self.plan.rollout)
         if not 0 < len(ids) <= how.max_new_tokens or ids.max() >= renderer.tokenizer.vocab_size:
             return False
         ended = np.isin(ids, renderer.eos_ids)
@@ -161,20 +152,20 @@ class TeacherRolloutCache:
 
     def _file(self, name: str) -> Path:
         """Return the file of a teacher's responses under the present configuration."""
-        how = sampling(self._plan.rollout)
+        how = sampling(self.plan.rollout)
         circumstances = {
             "format": FORMAT,
-            "weights": self._teachers[name].fingerprint,
-            "dtype": self._plan.teachers[name].dtype,
-            "eos_ids": sorted(self._renderers[name].eos_ids),
+            "weights": self.teachers[name].fingerprint,
+            "dtype": self.plan.teachers[name].dtype,
+            "eos_ids": sorted(self.renderers[name].eos_ids),
             "temperature": how.temperature,
             "top_p": how.top_p,
             "max_new_tokens": how.max_new_tokens,
             "stop": how.stop,
-            "seed": self._plan.seed,
+            "seed": self.plan.seed,
         }
         digest = hashlib.sha256(json.dumps(circumstances, sort_keys=True).encode()).hexdigest()
-        return Path(self._plan.text_cache) / f"{name}-{digest[:20]}.jsonl"
+        return Path(self.plan.text_cache) / f"{name}-{digest[:20]}.jsonl"
 
 
 def _author(prompt: Prompt) -> str:

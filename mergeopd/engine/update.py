@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,32 +28,21 @@ from mergeopd.reporting.events import UpdateDone
 from mergeopd.student.protocol import Trainable
 
 
+@dataclass(frozen=True)
 class Updater:
     """Makes the updates of scored rounds.
 
     `bytes_read` returns the checkpoint bytes of teachers read so far, over all processes.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        *,
-        student: Trainable,
-        tokenizer: Tokenizer,
-        vocab_size: int,
-        device: torch.device,
-        bytes_read: Callable[[], int],
-        ranks: Communicator,
-        stages: Stages,
-    ) -> None:
-        self._plan = plan
-        self._student = student
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self._device = device
-        self._bytes_read = bytes_read
-        self._ranks = ranks
-        self._stages = stages
+    plan: Plan
+    student: Trainable
+    tokenizer: Tokenizer
+    vocab_size: int
+    device: torch.device
+    bytes_read: Callable[[], int]
+    ranks: Communicator
+    stages: Stages
 
     def step(self, scored: ScoredRound, update: UpdatePlan, progress: Progress) -> Progress:
         """Make the round's next update and report it. Collective.
@@ -64,17 +53,17 @@ class Updater:
         phase, rollouts, position = collected.phase, collected.rollouts, collected.work.updates.index(update)
         updates_done = collected.updates_done + position
         number = progress.update + 1
-        stages = self._stages if position == 0 else self._stages.uninterrupted()
-        objective = phase_objective(phase, updates_done, has_policy=self._plan.has_policy(phase))
+        stages = self.stages if position == 0 else replace(self.stages, guard=None)
+        objective = phase_objective(phase, updates_done, has_policy=self.plan.has_policy(phase))
         lr = phase.lr_scale * self._learning_rate(progress.update)
-        with stages.timed("update"):
+        with stages.clock.stage("update"):
             prepared = self.prepare(scored, update, updates_done)
-            due = is_due(number, self._plan.num_updates)
+            due = is_due(number, self.plan.num_updates)
             samples = SampleTaker(choose(rollouts, update.rollouts) if due else (), objective)
-            packs = update.packs[self._student.placement.dp_rank]
+            packs = update.packs[self.student.placement.dp_rank]
             stats = self.accumulate(objective, prepared, packs, scored.targets, samples, stages)
-            stats.refuse_uniform_teachers(self._vocab_size)
-            grad_norm = self._student.optimizer_step(lr)
+            stats.refuse_uniform_teachers(self.vocab_size)
+            grad_norm = self.student.optimizer_step(lr)
         num_on_policy = sum(rollouts[i].origin == "student" for i in update.rollouts)
         stages.reporter.emit(
             UpdateDone(
@@ -86,16 +75,16 @@ class Updater:
                 grad_norm=grad_norm,
                 num_tokens=sum(rollouts[i].num_trained for i in update.rollouts),
                 on_policy_fraction=num_on_policy / len(update.rollouts),
-                teachers=stats.teachers(_bridge_kinds(scored.targets)),
+                teachers=stats.teachers(scored.targets.views),
                 domains=stats.domains(prepared, collected.rewards),
                 seconds=stages.clock.lap(),
-                teacher_bytes_read=self._bytes_read(),
+                teacher_bytes_read=self.bytes_read(),
                 policy=stats.policy(scored.outcomes.zero_advantage_fraction),
-                clip_factor=clip_factor(grad_norm, self._plan.optimizer.clip_grad),
+                clip_factor=clip_factor(grad_norm, self.plan.optimizer.clip_grad),
                 verifier_failures=collected.num_failures(update.rollouts),
             )
         )
-        for sample in samples.events(number, phase.name, rollouts, collected.rewards, self._tokenizer):
+        for sample in samples.events(number, phase.name, rollouts, collected.rewards, self.tokenizer):
             stages.reporter.emit(sample)
         return replace(progress, update=number)
 
@@ -127,8 +116,8 @@ class Updater:
         """
         stats = UpdateStats(objective)
         on_progress = stages.begin("update", "", len(packs), "micro-batches")
-        like = torch.empty((), dtype=self._student.statistics_dtype, device=self._device)
-        has_loss, with_policy = self._student.placement.has_loss, objective.policy is not None
+        like = torch.empty((), dtype=self.student.statistics_dtype, device=self.device)
+        has_loss, with_policy = self.student.placement.has_loss, objective.policy is not None
 
         def micro_batches() -> Iterator[MicroBatch]:
             for done, pack in enumerate(packs):
@@ -138,27 +127,23 @@ class Updater:
 
         measured = with_statistics(
             Stream(micro_batches(), len(packs)),
-            lambda them: self._student.accumulate_gradients(them, objective),
+            lambda them: self.student.accumulate_gradients(them, objective),
         )
         for micro, tokens in measured:
-            if self._student.placement.reports_stats:
+            if self.student.placement.reports_stats:
                 stats.add(micro, prepared, tokens)
                 samples.take(micro, prepared, tokens)
-        stats.together(self._ranks)
-        samples.together(self._ranks)
+        stats.together(self.ranks)
+        samples.together(self.ranks)
         return stats
 
     def _learning_rate(self, updates_done: int) -> float:
-        optimizer = self._plan.optimizer
+        optimizer = self.plan.optimizer
         return learning_rate(
             updates_done,
             peak=optimizer.lr,
             warmup=optimizer.warmup_updates,
-            total=self._plan.num_updates,
+            total=self.plan.num_updates,
             shape=optimizer.schedule,
             final_fraction=optimizer.final_lr_fraction,
         )
-
-
-def _bridge_kinds(targets: TeacherTargets) -> Mapping[str, str]:
-    return {n: view.bridge_kind for n, view in targets.views.items() if view.bridge_kind is not None}

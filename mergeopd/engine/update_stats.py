@@ -16,7 +16,7 @@ from mergeopd.loss.policy import Policy, PolicyRows, policy_tokens
 from mergeopd.reporting.events import BridgeFigures, DomainStats, PolicyStats, TeacherStats
 from mergeopd.student.loss import MicroStats
 from mergeopd.teacher.canary import refuse_uniform
-from mergeopd.types import Rollout
+from mergeopd.teacher.token_view import TokenView
 
 
 @dataclass
@@ -54,13 +54,12 @@ class Tally:
                 mine.setdefault(name, Sums()).add(sums.num_tokens, **sums.values)
 
 
+@dataclass
 class UpdateStats:
     """Collects the statistics of an update's micro-batches."""
 
-    def __init__(self, objective: DistillationObjective) -> None:
-        self._objective = objective
-        self._names = objective.measures
-        self._tally = Tally()
+    objective: DistillationObjective
+    _tally: Tally = field(default_factory=Tally, init=False)
 
     @property
     def loss(self) -> float:
@@ -77,9 +76,9 @@ class UpdateStats:
         self._add_bridged(micro, prepared, stats)
         self._tally.loss += float(stats.loss.sum())
         gap = stats.logprob_T - stats.logprob_S
-        measured = self._objective.measured(stats)
+        measured = self.objective.measured(stats)
         for k, name in enumerate(micro.teachers):
-            divergence = {d: float(measured[k, i].sum()) for i, d in enumerate(self._names)}
+            divergence = {d: float(measured[k, i].sum()) for i, d in enumerate(self.objective.measures)}
             self._tally.teachers.setdefault(name, Sums()).add(
                 gap.shape[1], gap=float(gap[k].sum()), entropy=float(stats.entropy_T[k].sum()), **divergence
             )
@@ -97,8 +96,8 @@ class UpdateStats:
                 len(logprob), nll=-float(logprob.sum()), entropy=float(entropy.sum()), loss=float(loss.sum())
             )
 
-        if self._objective.policy is not None and micro.policy is not None:
-            self._add_policy(self._objective.policy, micro.policy, micro.teacher_weight_KN, stats)
+        if self.objective.policy is not None and micro.policy is not None:
+            self._add_policy(self.objective.policy, micro.policy, micro.teacher_weight_KN, stats)
 
     def _add_bridged(self, micro: MicroBatch, prepared: PreparedUpdate, stats: MicroStats) -> None:
         """Add teachers with another tokenizer, whose means are over groups."""
@@ -142,7 +141,7 @@ class UpdateStats:
 
     def policy(self, zero_advantage_fraction: float | None) -> PolicyStats | None:
         """Return figures of the student's own tokens; None where the objective has no policy term."""
-        if self._objective.policy is None:
+        if self.objective.policy is None:
             return None
         return PolicyStats(
             corrected_fraction=self._tally.policy.mean("corrected"),
@@ -153,17 +152,18 @@ class UpdateStats:
             zero_advantage_fraction=zero_advantage_fraction,
         )
 
-    def teachers(self, bridge_kinds: Mapping[str, str]) -> dict[str, TeacherStats]:
+    def teachers(self, views: Mapping[str, TokenView]) -> dict[str, TeacherStats]:
         """Return figures per teacher over its tokens, or over groups for teachers with a bridge."""
         return {
-            name: self._bridged(bridge_kinds[name], sums) if name in bridge_kinds else self._plain(sums)
+            name: self._plain(sums) if kind is None else self._bridged(kind, sums)
             for name, sums in sorted(self._tally.teachers.items())
+            for kind in [views[name].bridge_kind]
         }
 
     def _plain(self, sums: Sums) -> TeacherStats:
         return TeacherStats(
             num_tokens=sums.num_tokens,
-            divergence={d: sums.mean(d) for d in self._names},
+            divergence={d: sums.mean(d) for d in self.objective.measures},
             logprob_gap=sums.mean("gap"),
             entropy_T=sums.mean("entropy"),
         )
@@ -188,7 +188,7 @@ class UpdateStats:
         """Raise TeacherError for a teacher with uniform distributions, where its entropy is known."""
         for name, sums in self._tally.teachers.items():
             if sums.num_tokens and "entropy" in sums.values:
-                refuse_uniform(name, sums.mean("entropy"), num_valid, self._objective.temperature)
+                refuse_uniform(name, sums.mean("entropy"), num_valid, self.objective.temperature)
 
     def domains(self, prepared: PreparedUpdate, rewards: Sequence[float | None]) -> dict[str, DomainStats]:
         """Return figures per domain over its rollouts; `rewards` are the round's."""
@@ -208,12 +208,8 @@ class UpdateStats:
                 weight=prepared.budgets.get(domain, 0.0),
                 nll=sums.mean("nll"),
                 entropy_S=sums.mean("entropy"),
-                truncated_fraction=_truncated(list(members.values())),
+                truncated_fraction=sum(r.finish == "length" for r in members.values()) / len(members),
                 reward=sum(known) / len(known) if known else None,
                 loss_share=sums.values["loss"] / loss if loss else None,
             )
         return result
-
-
-def _truncated(rollouts: Sequence[Rollout]) -> float:
-    return sum(r.finish == "length" for r in rollouts) / len(rollouts)

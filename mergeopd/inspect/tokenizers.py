@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,13 +58,12 @@ def compare_tokenizers(first: str, second: str, text: Path | None) -> TokenizerP
         raise RecipeError(problems)
     if a.name == b.name:
         a, b = replace(a, name=f"{a.name} (A)"), replace(b, name=f"{b.name} (B)")
-    written = [_spellings(side) for side in (a, b)]
     return TokenizerPair(
         _facts(a),
         _facts(b),
         a.tokenizer.difference(b.tokenizer),
         len(a.reader.tokens.ids.keys() & b.reader.tokens.ids.keys()),
-        len(written[0] & written[1]),
+        len(_spellings(a) & _spellings(b)),
         "a built-in sample of languages, numbers and code" if text is None else shown(text),
         (_coverage(a, b, content), _coverage(b, a, content)),
     )
@@ -143,9 +143,10 @@ def _coverage(writer: _Side, reader: _Side, content: str) -> Coverage:
     """Align a text in one tokenizer's tokens with the same text in the other's."""
     own, other = writer.reader, reader.reader
     num_writer = num_reader = num_groups = one_to_one = 0
-    unaligned: dict[str, int] = {}
-    for texts in _batches(iter(content.splitlines(keepends=True))):
-        responses = own.encode(texts)
+    unaligned: Counter[str] = Counter()
+    lines = content.splitlines(keepends=True)
+    for start in range(0, len(lines), _BATCH):
+        responses = own.encode(lines[start : start + _BATCH])
         num_writer += sum(map(len, responses))
         for aligned in align(responses, own.tokens, other.tokens, other.encode, EndTokens((), 0)):
             sizes_S = aligned.student_stops - aligned.student_starts
@@ -153,8 +154,7 @@ def _coverage(writer: _Side, reader: _Side, content: str) -> Coverage:
             num_groups += len(sizes_S)
             num_reader += int(sizes_T.sum())
             one_to_one += int(np.count_nonzero((sizes_S == 1) & (sizes_T == 1)))
-            for reason, count in aligned.unaligned.items():
-                unaligned[reason.value] = unaligned.get(reason.value, 0) + count
+            unaligned.update({reason.value: count for reason, count in aligned.unaligned.items()})
     return Coverage(
         writer=writer.name,
         reader=reader.name,
@@ -165,14 +165,3 @@ def _coverage(writer: _Side, reader: _Side, content: str) -> Coverage:
         num_one_to_one=one_to_one,
         unaligned=unaligned,
     )
-
-
-def _batches(texts: Iterator[str]) -> Iterator[Sequence[str]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

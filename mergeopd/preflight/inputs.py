@@ -6,7 +6,7 @@ Does not import torch or transformers, so that `mergeopd check` is fast.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -20,16 +20,7 @@ from mergeopd.messages import joined
 from mergeopd.preflight.capabilities import check_capabilities
 from mergeopd.preflight.models import ModelReader, file_digest
 from mergeopd.preflight.problems import Findings
-from mergeopd.preflight.prompts import (
-    LengthBudget,
-    check_cross_tokenizer_responses,
-    check_dataset_responses,
-    check_lengths,
-    check_references,
-    check_response_tokens,
-    check_responses,
-    check_verifier,
-)
+from mergeopd.preflight.prompts import LengthBudget, PromptChecks, check_verifier
 from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan
 from mergeopd.recipe.resolve import Resolution, read
 from mergeopd.recipe.training import off_policy_origin, reads_dataset
@@ -186,7 +177,7 @@ class _Check:
         if prompts is not None:
             into[source.name] = prompts
             self.files[source.source] = file_digest(Path(source.source))
-            check_references(self.findings, place, source, prompts)
+            PromptChecks(self.findings, place, source, prompts).references()
         if isinstance(source.verifier, JsonVerifier) and source.verifier.schema_file is not None:
             schema = Path(source.verifier.schema_file)
             self.findings.attempt(place, lambda: self.files.update({str(schema): file_digest(schema)}))
@@ -217,36 +208,31 @@ class _Check:
         with_responses = any(reads_dataset(phase) for phase in plan.phases)
         for index, source in enumerate(plan.sources):
             place = ("prompts", index)
-            prompts = self.prompts.get(source.name, ())
-            check_responses(self.findings, place, source, prompts, plan.phases)
-            responses = None
+            checks = PromptChecks(self.findings, place, source, self.prompts.get(source.name, ()))
+            checks.responses(plan.phases)
+            budget = LengthBudget(plan.rollout.max_new_tokens, ("rollout", "max_new_tokens"))
             if with_responses:
-                check_cross_tokenizer_responses(self.findings, place, source, prompts, self.cross_tokenizers)
+                checks.bridged_responses(self.cross_tokenizers)
             if with_responses and self.student is not None:
-                responses = check_dataset_responses(self.findings, place, source, prompts, self.student)
-                prompts = tuple(prompt for prompt in prompts if prompt.key in responses.bounds)
-                num_ids = self.vocab_size(self.student)
-                check_response_tokens(self.findings, place, source, prompts, self.student, num_ids)
-            budget = LengthBudget(plan.rollout.max_new_tokens, ("rollout", "max_new_tokens"), responses)
-            renderers = self._renderers(tuple(source.teachers))
-            check_lengths(self.findings, place, source, prompts, renderers, budget)
+                bounds = checks.trajectories(self.student)
+                checks = replace(checks, prompts=[p for p in checks.prompts if p.key in bounds])
+                checks.response_tokens(self.student, self.vocab_size(self.student))
+                budget = replace(budget, bounds=bounds, student=self.student)
+            checks.lengths(self._renderers(tuple(source.teachers)), budget)
 
     def _note_sampling(self, plan: Plan) -> None:
         """Note policy terms whose correction does not account for the sampling settings."""
         rollout = plan.rollout
         if rollout.temperature == 1.0 and rollout.top_p == 1.0:
             return
-        bridges = [teacher.bridge for teacher in plan.teachers.values() if teacher.bridge is not None]
-        spans = any(bridge.kind == "span" for bridge in bridges)
-        for phase in plan.phases:
-            has_policy = phase.loss.has_policy or (spans and phase.loss.needs_teacher)
-            where = f"responses are sampled at temperature {rollout.temperature} and top_p {rollout.top_p}"
-            if has_policy and phase.correction.kind == "none":
+        where = f"responses are sampled at temperature {rollout.temperature} and top_p {rollout.top_p}"
+        for phase in filter(plan.has_policy, plan.phases):
+            if phase.correction.kind == "none":
                 self.findings.notes.append(
                     f"phase '{phase.name}' has policy terms without correction, but {where}: its gradient is "
                     "that of another policy; give the phase `correction: truncate`, or sample at 1"
                 )
-            if has_policy and phase.correction.kind == "mask":
+            elif phase.correction.kind == "mask":
                 self.findings.notes.append(
                     f"phase '{phase.name}' masks tokens by their ratio, but {where}: tokens are masked for "
                     "the sampling settings alone; use `correction: truncate`, or sample at 1"
@@ -284,9 +270,10 @@ class _Check:
         trained = {p.messages for prompts in self.prompts.values() for p in prompts}
         for index, source in enumerate(plan.evaluation.sources):
             prompts = self.evaluation.get(source.name, ())
+            place: Keys = ("evaluation", "prompts", index)
             expert = plan.evaluation.experts[source.domain]
             renderers = {name: renderer.as_measured for name, renderer in self._renderers((expert,)).items()}
-            check_lengths(self.findings, ("evaluation", "prompts", index), source, prompts, renderers, budget)
+            PromptChecks(self.findings, place, source, prompts).lengths(renderers, budget)
             num_seen = sum(prompt.messages in trained for prompt in prompts)
             if num_seen:
                 self.findings.notes.append(

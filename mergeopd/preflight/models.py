@@ -65,8 +65,12 @@ class ModelReader:
             place, template = ("student", "template"), self._file_template(("student",), student.template)
         if student.end_tokens is None:
             renderer = self._renderer(facts, tokenizer, place, template)
-            if renderer is not None:
-                self._note_ends(facts, renderer)
+            if renderer is not None and renderer.end_id not in _configured(facts, tokenizer):
+                self._findings.notes.append(
+                    f"the student's chat template ends turns with {renderer.end_token!r}, which its "
+                    "generation_config.json does not name: its responses end there too, and the export names "
+                    "it"
+                )
             return renderer
         ends = self._ends(student.end_tokens, tokenizer)
         return None if ends is None else self._renderer(facts, tokenizer, place, template, ends)
@@ -85,14 +89,6 @@ class ModelReader:
                 return None
             ids += encoded
         return tuple(dict.fromkeys(ids))
-
-    def _note_ends(self, facts: ModelFacts, student: Renderer) -> None:
-        """Note an end token that only the template has."""
-        if student.end_id not in _configured(facts, student.tokenizer):
-            self._findings.notes.append(
-                f"the student's chat template ends turns with {student.end_token!r}, which its "
-                "generation_config.json does not name: its responses end there too, and the export names it"
-            )
 
     def teacher(self, teacher: TeacherPlan, student: Renderer | None) -> Renderer | None:
         """Create a teacher's renderer; without a bridge, its tokenizer must be the student's.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mergeopd.config.tree import Keys
@@ -18,13 +18,6 @@ from mergeopd.recipe.training import Phase, reads_dataset
 from mergeopd.recipe.verifiers import JsonVerifier, UserVerifier
 from mergeopd.reward.verifiers import build_verifier, reference_problem
 from mergeopd.types import Prompt
-
-
-def row_name(source: SourcePlan, prompt: Prompt) -> str:
-    """Location of a prompt: `data/math.jsonl:3`, or `data/math.parquet: row 2`, as file readers count."""
-    row = int(prompt.key.rpartition(":")[2])
-    file = shown(Path(source.source))
-    return f"{file}:{row + 1}" if source.source.endswith(".jsonl") else f"{file}: row {row}"
 
 
 def check_verifier(findings: Findings, place: Keys, source: SourcePlan) -> None:
@@ -42,222 +35,196 @@ def check_verifier(findings: Findings, place: Keys, source: SourcePlan) -> None:
             pass
 
 
-def check_references(findings: Findings, place: Keys, source: SourcePlan, prompts: Sequence[Prompt]) -> None:
-    """Report references that no response can match."""
-    if source.verifier is None:
-        return
-    verifier = source.verifier
-    reasons = [
-        (prompt, reason)
-        for prompt in prompts
-        if prompt.reference is not None and (reason := reference_problem(verifier, prompt.reference))
-    ]
-    if reasons:
-        prompt, reason = reasons[0]
-        count = _counted(reasons, prompts, "reference", "can", "can")
-        findings.report(
-            (*place, "verifier"),
-            f"{count} never be matched: {_first(reasons)}{row_name(source, prompt)}: {reason}",
-            "correct the prompt file, or choose another verifier",
-        )
-
-
-def check_responses(
-    findings: Findings, place: Keys, source: SourcePlan, prompts: Sequence[Prompt], phases: Sequence[Phase]
-) -> None:
-    """Report missing responses for phases with dataset text."""
-    learners = [phase.name for phase in phases if reads_dataset(phase)]
-    lacking = [prompt for prompt in prompts if prompt.response is None]
-    if learners and lacking:
-        count = _counted(lacking, prompts, "row", "has", "have")
-        findings.report(
-            (*place, "source"),
-            f"phase '{learners[0]}' trains on the dataset's responses, but {count} no field "
-            f"'{source.response_field}': {_first(lacking)}{row_name(source, lacking[0])}",
-            "add the field, name another with `response_field`, or choose another `text` for the phase",
-        )
-
-
-@dataclass(frozen=True)
-class DatasetResponses:
-    """Dataset responses in the student's template. `bounds`: upper bounds of their lengths, by prompt key."""
-
-    student: Renderer
-    bounds: Mapping[str, int]
-
-
-def check_dataset_responses(
-    findings: Findings, place: Keys, source: SourcePlan, prompts: Sequence[Prompt], student: Renderer
-) -> DatasetResponses:
-    """Report trajectories that the student's template cannot render turn by turn; the result omits them."""
-    bounds: dict[str, int] = {}
-    refused: list[tuple[Prompt, str]] = []
-    for prompt in prompts:
-        try:
-            bounds[prompt.key] = length_bound(prompt, student)
-        except DataError as error:
-            refused.append((prompt, str(error)))
-    if refused:
-        prompt, reason = refused[0]
-        of = [p for p in prompts if isinstance(p.response, tuple)]
-        count = _counted(refused, of, "trajectory", "cannot", "cannot", plural="trajectories")
-        findings.report(
-            (*place, "source"),
-            f"{count} be rendered for the student: {_first(refused)}{row_name(source, prompt)}: {reason}",
-        )
-    return DatasetResponses(student, bounds)
-
-
-def check_response_tokens(
-    findings: Findings,
-    place: Keys,
-    source: SourcePlan,
-    prompts: Sequence[Prompt],
-    student: Renderer,
-    num_ids: int,
-) -> None:
-    """Report dataset responses with ids from `num_ids` on, which not every model of the run has."""
-    beyond = student.tokenizer.added_from(num_ids) or ()
-    if not beyond:
-        return
-    texts = ((prompt, dataset_text(prompt, student)) for prompt in prompts)
-    unshared = [(prompt, token) for prompt, text in texts for token in beyond if token in text]
-    if unshared:
-        prompt, token = unshared[0]
-        count = _counted({p.key for p, _ in unshared}, prompts, "dataset response", "has", "have")
-        findings.report(
-            (*place, "source"),
-            f"{count} tokens that not every model of the run has: {_first(unshared)}"
-            f"{row_name(source, prompt)}: {token!r}",
-            "remove it, or choose teachers of the student's family",
-        )
-
-
-def check_cross_tokenizer_responses(
-    findings: Findings,
-    place: Keys,
-    source: SourcePlan,
-    prompts: Sequence[Prompt],
-    crossed: Collection[str],
-) -> None:
-    """Report trajectories for teachers with a bridge, which aligns single-turn responses only."""
-    foreign = [name for name in source.teachers if name in crossed]
-    logged = [prompt for prompt in prompts if isinstance(prompt.response, tuple)]
-    if foreign and logged:
-        findings.report(
-            (*place, "source"),
-            f"teacher '{foreign[0]}' has a bridge, which aligns single-turn responses, but "
-            f"{_counted(logged, prompts, 'dataset response', 'has', 'have')} several turns: "
-            f"{_first(logged)}{row_name(source, logged[0])}",
-            "give these prompts a teacher of the student's family",
-        )
-
-
 @dataclass(frozen=True)
 class LengthBudget:
-    """Maximum response length: `num_new` tokens, set at `limit_place`, or a dataset response."""
+    """Maximum response length: `num_new` tokens, set at `limit_place`, or a dataset response.
+
+    `bounds` are upper bounds of the lengths of dataset responses in the student's template, by prompt key.
+    """
 
     num_new: int
     limit_place: Keys
-    responses: DatasetResponses | None = None
+    bounds: Mapping[str, int] = field(default_factory=dict)
+    student: Renderer | None = None
 
 
-def check_lengths(
-    findings: Findings,
-    place: Keys,
-    source: SourcePlan,
-    prompts: Sequence[Prompt],
-    renderers: Mapping[str, Renderer],
-    budget: LengthBudget,
-) -> None:
-    """Report prompts that a model's template cannot render, or that exceed its context with the response.
+@dataclass(frozen=True)
+class PromptChecks:
+    """Checks of one source's prompts, with problems reported below `place`."""
 
-    A prompt is reported for the first of the `renderers` for which it fails.
-    """
-    left = list(prompts)
-    seen: set[tuple[object, ...]] = set()
-    for reader, renderer in renderers.items():
-        template, own = renderer.template, renderer.teacher_prompt
-        identity = (
-            template.source,
-            *template.special_tokens.items(),
-            id(renderer.tokenizer),
-            renderer.vocab_size,
-            renderer.max_positions,
-            own.system,
-            own.prompt and own.prompt.source,
+    findings: Findings
+    place: Keys
+    source: SourcePlan
+    prompts: Sequence[Prompt]
+
+    def references(self) -> None:
+        """Report references that no response can match."""
+        verifier = self.source.verifier
+        if verifier is None:
+            return
+        rows = [
+            (prompt, f": {reason}")
+            for prompt in self.prompts
+            if prompt.reference is not None and (reason := reference_problem(verifier, prompt.reference))
+        ]
+        self._report(
+            rows,
+            f"{_counted(rows, self.prompts, 'reference', 'can', 'can')} never be matched",
+            "correct the prompt file, or choose another verifier",
+            key="verifier",
         )
-        if identity in seen:
-            continue
-        seen.add(identity)
-        if budget.num_new >= renderer.max_positions:
-            findings.report(
-                budget.limit_place,
-                f"responses of {budget.num_new} tokens leave no space for a prompt in {reader}'s context of "
-                f"{renderer.max_positions} tokens",
-                "lower it",
+
+    def responses(self, phases: Sequence[Phase]) -> None:
+        """Report missing responses for phases with dataset text."""
+        learners = [phase.name for phase in phases if reads_dataset(phase)]
+        rows = [(prompt, "") for prompt in self.prompts if prompt.response is None]
+        if learners:
+            count = _counted(rows, self.prompts, "row", "has", "have")
+            self._report(
+                rows,
+                f"phase '{learners[0]}' trains on the dataset's responses, but {count} no field "
+                f"'{self.source.response_field}'",
+                "add the field, name another with `response_field`, or choose another `text` for the phase",
             )
-            continue
-        refused, long = _misfits(left, renderer, budget)
-        if refused:
-            count = _counted(refused, prompts, "prompt", "cannot", "cannot")
-            prompt, reason = refused[0]
-            findings.report(
-                (*place, "source"),
-                f"{count} be rendered for {reader}: {_first(refused)}{row_name(source, prompt)}: {reason}",
-                "change the prompts or the template",
+
+    def trajectories(self, student: Renderer) -> dict[str, int]:
+        """Report trajectories that the student's template cannot render turn by turn.
+
+        Returns upper bounds of the lengths of the other dataset responses, by prompt key.
+        """
+        bounds: dict[str, int] = {}
+        rows: list[tuple[Prompt, str]] = []
+        for prompt in self.prompts:
+            try:
+                bounds[prompt.key] = length_bound(prompt, student)
+            except DataError as error:
+                rows.append((prompt, f": {error}"))
+        of = [prompt for prompt in self.prompts if isinstance(prompt.response, tuple)]
+        count = _counted(rows, of, "trajectory", "cannot", "cannot", plural="trajectories")
+        self._report(rows, f"{count} be rendered for the student")
+        return bounds
+
+    def response_tokens(self, student: Renderer, num_ids: int) -> None:
+        """Report dataset responses with ids from `num_ids` on, which not every model of the run has."""
+        beyond = student.tokenizer.added_from(num_ids) or ()
+        texts = ((prompt, dataset_text(prompt, student)) for prompt in self.prompts if beyond)
+        rows = [(prompt, f": {token!r}") for prompt, text in texts if (token := _contained(beyond, text))]
+        count = _counted(rows, self.prompts, "dataset response", "has", "have")
+        self._report(
+            rows,
+            f"{count} tokens that not every model of the run has",
+            "remove it, or choose teachers of the student's family",
+        )
+
+    def bridged_responses(self, bridged: Collection[str]) -> None:
+        """Report trajectories for teachers with a bridge, which aligns single-turn responses only."""
+        teachers = [name for name in self.source.teachers if name in bridged]
+        rows = [(prompt, "") for prompt in self.prompts if isinstance(prompt.response, tuple)]
+        if teachers:
+            count = _counted(rows, self.prompts, "dataset response", "has", "have")
+            self._report(
+                rows,
+                f"teacher '{teachers[0]}' has a bridge, which aligns single-turn responses, but {count} "
+                "several turns",
+                "give these prompts a teacher of the student's family",
             )
-        if long:
-            prompt, num_tokens, num_response = long[0]
-            count = _counted(long, prompts, "prompt", "is", "are")
-            findings.report(
-                (*place, "source"),
-                f"{count} too long for {reader}: {_first(long)}{row_name(source, prompt)} takes {num_tokens} "
-                f"tokens in its chat template, the response up to {num_response}, and its context has "
-                f"{renderer.max_positions}",
-                "shorten the prompts or their responses"
-                if num_response > budget.num_new
-                else f"shorten the prompts, or lower {'.'.join(map(str, budget.limit_place))}",
+
+    def lengths(self, renderers: Mapping[str, Renderer], budget: LengthBudget) -> None:
+        """Report prompts that a model's template cannot render, or that exceed its context with the response.
+
+        A prompt is reported for the first of the `renderers` for which it fails.
+        """
+        left = list(self.prompts)
+        seen: set[tuple[object, ...]] = set()
+        for reader, renderer in renderers.items():
+            template, own = renderer.template, renderer.teacher_prompt
+            identity = (
+                template.source,
+                *template.special_tokens.items(),
+                id(renderer.tokenizer),
+                renderer.vocab_size,
+                renderer.max_positions,
+                own.system,
+                own.prompt and own.prompt.source,
             )
-        bad = {prompt.key for prompt, _ in refused} | {prompt.key for prompt, _, _ in long}
-        left = [prompt for prompt in left if prompt.key not in bad]
+            if identity in seen:
+                continue
+            seen.add(identity)
+            if budget.num_new >= renderer.max_positions:
+                self.findings.report(
+                    budget.limit_place,
+                    f"responses of {budget.num_new} tokens leave no space for a prompt in {reader}'s context "
+                    f"of {renderer.max_positions} tokens",
+                    "lower it",
+                )
+                continue
+            bad = self._misfits(left, reader, renderer, budget)
+            left = [prompt for prompt in left if prompt.key not in bad]
+
+    def _misfits(
+        self, prompts: Sequence[Prompt], reader: str, renderer: Renderer, budget: LengthBudget
+    ) -> set[str]:
+        """Report prompts that cannot be rendered or are too long for one model; return their keys."""
+        refused: list[tuple[Prompt, str]] = []
+        long: list[tuple[Prompt, str]] = []
+        num_response_of_first = 0
+        beyond = renderer.tokenizer.added_from(renderer.vocab_size) or ()
+        for prompt in prompts:
+            try:
+                text = renderer.text(prompt)
+            except DataError as error:
+                refused.append((prompt, f": {error}"))
+                continue
+            if token := _contained(beyond, text):
+                refused.append((prompt, f": has the token {token!r}, for which the model has no embedding"))
+                continue
+            bound = budget.bounds.get(prompt.key, 0)
+            # A token has at least one byte, so most texts need not be encoded.
+            if len(text.encode()) + max(budget.num_new, bound) <= renderer.max_positions:
+                continue
+            num_response = budget.num_new
+            if budget.student is not None and bound:
+                num_response = max(num_response, len(dataset_response(prompt, budget.student).ids))
+            num_tokens = len(renderer.render(prompt))
+            if num_tokens + num_response > renderer.max_positions:
+                num_response_of_first = num_response_of_first or num_response
+                text = f" takes {num_tokens} tokens in its chat template, the response up to {num_response}"
+                long.append((prompt, f"{text}, and its context has {renderer.max_positions}"))
+        self._report(
+            refused,
+            f"{_counted(refused, self.prompts, 'prompt', 'cannot', 'cannot')} be rendered for {reader}",
+            "change the prompts or the template",
+        )
+        self._report(
+            long,
+            f"{_counted(long, self.prompts, 'prompt', 'is', 'are')} too long for {reader}",
+            "shorten the prompts or their responses"
+            if num_response_of_first > budget.num_new
+            else f"shorten the prompts, or lower {'.'.join(map(str, budget.limit_place))}",
+        )
+        return {prompt.key for prompt, _ in (*refused, *long)}
+
+    def _report(
+        self, rows: Sequence[tuple[Prompt, str]], message: str, remedy: str = "", key: str = "source"
+    ) -> None:
+        """Report the first of some rows as an example: `MESSAGE: first FILE:LINE` and the row's own text.
+
+        Places are `data/math.jsonl:3` or `data/math.parquet: row 2`, as file readers count.
+        """
+        if not rows:
+            return
+        prompt, text = rows[0]
+        row, file = int(prompt.key.rpartition(":")[2]), shown(Path(self.source.source))
+        line = f"{file}:{row + 1}" if self.source.source.endswith(".jsonl") else f"{file}: row {row}"
+        first = "first " if len(rows) > 1 else ""
+        self.findings.report((*self.place, key), f"{message}: {first}{line}{text}", remedy)
 
 
-def _misfits(
-    prompts: Sequence[Prompt], renderer: Renderer, budget: LengthBudget
-) -> tuple[list[tuple[Prompt, str]], list[tuple[Prompt, int, int]]]:
-    """Prompts that cannot be rendered, with the reason; prompts that are too long, with lengths."""
-    refused: list[tuple[Prompt, str]] = []
-    long: list[tuple[Prompt, int, int]] = []
-    beyond = renderer.tokenizer.added_from(renderer.vocab_size) or ()
-    for prompt in prompts:
-        try:
-            text = renderer.text(prompt)
-        except DataError as error:
-            refused.append((prompt, str(error)))
-            continue
-        odd = next((token for token in beyond if token in text), None)
-        if odd is not None:
-            refused.append((prompt, f"has the token {odd!r}, for which the model has no embedding"))
-            continue
-        bound = 0 if budget.responses is None else budget.responses.bounds[prompt.key]
-        # A token has at least one byte, so most texts need not be encoded.
-        if len(text.encode()) + max(budget.num_new, bound) <= renderer.max_positions:
-            continue
-        num_response = budget.num_new
-        if budget.responses is not None and bound:
-            num_response = max(num_response, len(dataset_response(prompt, budget.responses.student).ids))
-        num_tokens = len(renderer.render(prompt))
-        if num_tokens + num_response > renderer.max_positions:
-            long.append((prompt, num_tokens, num_response))
-    return refused, long
+def _contained(tokens: Sequence[str], text: str) -> str | None:
+    return next((token for token in tokens if token in text), None)
 
 
 def _counted(some: Sized, of: Sized, thing: str, one: str, many: str, plural: str = "") -> str:
     """`1 of 3 prompts is`, with the verbs `one` and `many`."""
     things = thing if len(of) == 1 else plural or f"{thing}s"
     return f"{len(some)} of {len(of)} {things} {one if len(some) == 1 else many}"
-
-
-def _first(some: Sized) -> str:
-    return "" if len(some) == 1 else "first "

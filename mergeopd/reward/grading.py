@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from types import TracebackType
+from dataclasses import asdict, dataclass
 
 from mergeopd.recipe.verifiers import IsolatedVerifier, Verifier
-from mergeopd.reward.pool import Grade, Job, WorkerPool
+from mergeopd.reward.pool import Grade, WorkerPool
 from mergeopd.reward.verifiers import build_verifier
 
 
@@ -25,13 +24,13 @@ class Verifiers:
     """The verifiers of the sources of a recipe.
 
     Verifiers that run code or patterns of the user, or a library that may hang, run in worker processes with
-    a time limit (`timeout_s` of the recipe). What one of them does costs at most the reward of a response.
+    a time limit (`timeout_s` of the recipe). A failure costs at most the reward of one response.
     """
 
     def __init__(
         self, verifiers: Mapping[str, Verifier], allow_code: Collection[str], num_workers: int
     ) -> None:
-        """Build them; `num_workers` processes at most. Raises VerifierError for what cannot work."""
+        """Use at most `num_workers` processes. Raises VerifierError for a verifier that cannot work."""
         isolated = {name: spec for name, spec in verifiers.items() if isinstance(spec, IsolatedVerifier)}
         self._local = {
             name: build_verifier(spec, ()) for name, spec in verifiers.items() if name not in isolated
@@ -46,9 +45,7 @@ class Verifiers:
     def __enter__(self) -> Verifiers:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __contains__(self, source: str) -> bool:
@@ -73,32 +70,23 @@ class Verifiers:
             self._pool.close()
 
     def verify(self, submissions: Sequence[Submission], on_progress: Callable[[int], None]) -> list[Grade]:
-        """Return a verdict for each submission, in order.
+        """Return a grade for each submission, in order.
 
         `on_progress` gets the number of responses that workers have verified, and may raise to leave.
 
         Raises:
             VerifierError: a reference is missing or unusable, or workers can no longer be started.
         """
-        jobs = {
-            index: Job(
-                {
-                    "source": one.source,
-                    "response": one.response,
-                    "reference": one.reference,
-                    "truncated": one.truncated,
-                },
-                self._timeouts[one.source],
-            )
+        slow = {
+            index: {**asdict(one), "timeout_s": self._timeouts[one.source]}
             for index, one in enumerate(submissions)
             if one.source in self._timeouts
         }
-        done: dict[int, Grade] = {}
-        if self._pool is not None and jobs:
-            done = dict(zip(jobs, self._pool.run(list(jobs.values()), on_progress), strict=True))
-        return [
-            done[index]
-            if index in done
-            else Grade(self._local[one.source](one.response, one.reference, truncated=one.truncated))
-            for index, one in enumerate(submissions)
-        ]
+        grades: dict[int, Grade] = {}
+        if self._pool is not None and slow:
+            grades = dict(zip(slow, self._pool.run(list(slow.values()), on_progress), strict=True))
+        for index, one in enumerate(submissions):
+            if index not in grades:
+                verify = self._local[one.source]
+                grades[index] = Grade(verify(one.response, one.reference, truncated=one.truncated))
+        return [grades[index] for index in range(len(submissions))]

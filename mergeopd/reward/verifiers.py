@@ -127,7 +127,7 @@ def _build_json(spec: JsonVerifier, allow_code: Collection[str]) -> Verify:
         except (ValueError, RecursionError):
             raise VerifierError(f"verifier 'json': {reference_problem(spec, text)}") from None
         try:
-            return float(_equal(_answer_json(response, _parse_json), expected))
+            return float(_equal(_answer_json(response), expected))
         except (ValueError, RecursionError):
             return 0.0
 
@@ -162,7 +162,7 @@ def _build_json_schema(path: Path) -> Verify:
 
     def verify(response: str, reference: str | None, /, *, truncated: bool = False) -> float:
         try:
-            return float(validator.is_valid(_answer_json(response, _parse_plain_json)))
+            return float(validator.is_valid(_answer_json(response, _finite)))
         except referencing.exceptions.Unresolvable as error:
             raise VerifierError(
                 f"{path}: $ref {error.ref!r} is not in the file; copy it into $defs"
@@ -187,34 +187,28 @@ def _patterns(schema: object) -> Iterator[str]:
             yield from _patterns(item)
 
 
-def _answer_json(response: str, parse: Callable[[str], Any]) -> Any:
+def _answer_json(response: str, parse_float: Callable[[str], Any] = Decimal) -> Any:
     """Parse the whole response, or else its last fenced block (```json or bare), or raise ValueError."""
     try:
-        return parse(response)
+        return _parse_json(response, parse_float)
     except ValueError:
         fences = list(_FENCE.finditer(response))
         # Fences come in pairs; an odd one at the end was truncated by the length limit.
         for opening, closing in reversed(list(zip(fences[::2], fences[1::2], strict=False))):
             if opening["language"].strip().lower() in ("", "json"):
-                return parse(response[opening.end() : closing.start()])
+                return _parse_json(response[opening.end() : closing.start()], parse_float)
         raise
 
 
-def _parse_json(text: str) -> Any:
-    """Parse with exact numbers (Decimal); raise ValueError for NaN, Infinity or a duplicate key."""
+def _parse_json(text: str, parse_float: Callable[[str], Any] = Decimal) -> Any:
+    """Parse with exact numbers by default; raise ValueError for NaN, Infinity or a duplicate key."""
     return json.loads(
-        text, parse_float=Decimal, parse_constant=_refuse_constant, object_pairs_hook=_unique_object
-    )
-
-
-def _parse_plain_json(text: str) -> Any:
-    """Parse like `_parse_json`, but with the floats that JSON Schema validators expect."""
-    return json.loads(
-        text, parse_float=_finite, parse_constant=_refuse_constant, object_pairs_hook=_unique_object
+        text, parse_float=parse_float, parse_constant=_refuse_constant, object_pairs_hook=_unique_object
     )
 
 
 def _finite(text: str) -> float:
+    """Parse to the floats that JSON Schema validators expect."""
     value = float(text)
     if math.isinf(value):
         raise ValueError(f"{text} is out of range")

@@ -1,6 +1,6 @@
-"""Run verifiers that could hang or crash, in a process of their own that a `WorkerPool` starts.
+"""Run verifiers that could hang or crash, in a separate process that a `WorkerPool` starts.
 
-It reads lines of JSON from stdin and answers each with a line on stdout, which user code cannot reach.
+Requests and replies are JSON messages over the connection whose file descriptor is the argument.
 """
 
 from __future__ import annotations
@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-from typing import Any, BinaryIO
+import sys
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -23,31 +26,30 @@ _MAX_MESSAGE = 500
 _GRACE_S = 5.0
 
 
-def main() -> None:
-    """Build the verifiers that the first line describes, then verify one response per line."""
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):
-        os.dup2(null, descriptor)
-    signal.setitimer(signal.ITIMER_REAL, START_TIMEOUT_S + _GRACE_S)
-    setup = json.loads(requests.readline())
-    try:
-        verifiers = {
-            name: build_verifier(TypeAdapter(Verifier).validate_python(spec), setup["allow_code"])
-            for name, spec in setup["verifiers"].items()
-        }
-    except BaseException as error:  # noqa: BLE001  user code may raise anything
-        _reply(replies, {"failure": _message(error)})
-        return
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    _reply(replies, {})
-    for line in requests:
-        request = json.loads(line)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, request["timeout_s"] + _GRACE_S)
-        reply = _verified(verifiers[request["source"]], request)
+def main(descriptor: int) -> None:
+    """Build the verifiers that the first message describes, then verify one response per message."""
+    os.set_inheritable(descriptor, False)
+    with Connection(descriptor) as connection:
+        signal.setitimer(signal.ITIMER_REAL, START_TIMEOUT_S + _GRACE_S)
+        setup = json.loads(connection.recv_bytes())
+        try:
+            verifiers = {
+                name: build_verifier(TypeAdapter(Verifier).validate_python(spec), setup["allow_code"])
+                for name, spec in setup["verifiers"].items()
+            }
+        except BaseException as error:  # noqa: BLE001  user code may raise anything
+            _send(connection, {"failure": _message(error)})
+            return
         signal.setitimer(signal.ITIMER_REAL, 0)
-        _reply(replies, reply)
+        _send(connection, {})
+        with suppress(EOFError):  # the pool was closed
+            while True:
+                request = json.loads(connection.recv_bytes())
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.setitimer(signal.ITIMER_REAL, request["timeout_s"] + _GRACE_S)
+                reply = _verified(verifiers[request["source"]], request)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                _send(connection, reply)
 
 
 def _verified(verify: Verify, request: dict[str, Any]) -> dict[str, Any]:
@@ -65,10 +67,9 @@ def _message(error: BaseException) -> str:
     return (text if isinstance(error, VerifierError) else f"{type(error).__name__}: {text}")[:_MAX_MESSAGE]
 
 
-def _reply(replies: BinaryIO, reply: dict[str, Any]) -> None:
-    replies.write(json.dumps(reply).encode() + b"\n")
-    replies.flush()
+def _send(connection: Connection, reply: dict[str, Any]) -> None:
+    connection.send_bytes(json.dumps(reply).encode())
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

@@ -26,7 +26,8 @@ class DecodingHead:
         weight = head.weight.detach()[: len(head.vocab)]
         self._packed: Tensor | None = None
         # Written for float32 alone: the other precisions of a head are converted as they are used.
-        if weight.device.type == "cpu" and weight.dtype == torch.float32 and _has_onednn():
+        has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        if weight.device.type == "cpu" and weight.dtype == torch.float32 and has_onednn:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -42,7 +43,3 @@ class DecodingHead:
             logits = projection.raw_logits(slice(0, len(hidden)))
         projection.finish_logits(logits)
         return logits
-
-
-def _has_onednn() -> bool:
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -45,17 +45,17 @@ class FixedWeights:
         yield self.body, self.head()
 
 
+@dataclass
 class LocalEngine:
-    """Sampling inside the training processes: each has a whole copy of the model and a share of the requests.
+    """Samples inside the training processes: each has an unsharded replica and a share of the requests.
 
-    `source` is what `sync_weights` replaces. Weights are read when responses are waited for.
+    `sync_weights` replaces `source`, whose weights are read when responses are waited for.
     """
 
-    def __init__(self, source: WeightSource, context: EngineContext, batch_size: int) -> None:
-        self._source = source
-        self._version = 0
-        self._context = context
-        self._batch_size = batch_size
+    source: WeightSource
+    context: EngineContext
+    batch_size: int
+    _version: int = field(default=0, init=False)
 
     def submit(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> LocalRollouts:
         """Ask for one response per request."""
@@ -63,7 +63,7 @@ class LocalEngine:
 
     def sync_weights(self, source: WeightSource, version: int) -> None:
         """Generate with these weights from now on; nothing is copied."""
-        self._source, self._version = source, version
+        self.source, self._version = source, version
 
     def close(self) -> None:
         """Nothing is held."""
@@ -76,8 +76,8 @@ class LocalEngine:
     ) -> list[Completion]:
         if not requests:
             return []
-        with self._source.unsharded() as (body, head):
-            context = self._context
+        with self.source.unsharded() as (body, head):
+            context = self.context
             generator = Generator(body, head, context.eos_ids, context.tokenizer, context.device)
             completions = context.deal(
                 requests,
@@ -86,25 +86,21 @@ class LocalEngine:
                     own,
                     sampling,
                     seed=context.seed,
-                    batch_size=self._batch_size,
+                    batch_size=self.batch_size,
                     progress=on_progress,
                 ),
             )
         return [replace(completion, policy_version=self._version) for completion in completions]
 
 
+@dataclass(frozen=True)
 class LocalRollouts:
-    """Responses that are generated when they are waited for."""
+    """Responses that `wait` generates. Collective."""
 
-    def __init__(self, generate: Callable[[Callable[[int], None]], list[Completion]]) -> None:
-        self._generate = generate
-
-    def wait(self, on_progress: Callable[[int], None]) -> list[Completion]:
-        """Generate all responses. Collective."""
-        return self._generate(on_progress)
+    wait: Callable[[Callable[[int], None]], list[Completion]]
 
     def cancel(self) -> None:
-        """Nothing was begun."""
+        """Do nothing, because nothing was begun."""
 
 
 def generate(
@@ -190,12 +186,13 @@ class _Decoding:
             if step + 1 < self._sampling.max_new_tokens:
                 hidden = self._forward(token[:, None], self._position[:, None], cache, self._width + step + 1)
                 self._position = self._position + 1
-        return [self._completion(row) for row in range(len(self._tokens))]
-
-    def _completion(self, row: int) -> Completion:
-        """Copies: a view would keep the whole batch."""
-        finish, num = self._finish.get(row, ("length", self._sampling.max_new_tokens))
-        return Completion(self._tokens[row, :num].copy(), self._logprobs[row, :num].copy(), finish)
+        completions = []
+        for row in range(len(self._tokens)):
+            finish, num = self._finish.get(row, ("length", self._sampling.max_new_tokens))
+            # Copies, because a view would keep the whole batch.
+            own = self._tokens[row, :num].copy(), self._logprobs[row, :num].copy()
+            completions.append(Completion(*own, finish))
+        return completions
 
     def _forward(self, ids: Tensor, position: Tensor, cache: object, seen: int) -> Tensor:
         """Hidden state of the last position, `[rows, d]`."""

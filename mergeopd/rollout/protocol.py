@@ -73,14 +73,9 @@ class Decoder(Protocol):
         """The text of these ids."""
 
 
-class Deal(Protocol):
-    """Deals items to the processes and puts their results together: `distributed.scatter_gather`."""
-
-    def __call__(
-        self,
-        items: Sequence[GenerationRequest],
-        work: Callable[[Sequence[GenerationRequest]], list[Completion]],
-    ) -> list[Completion]: ...
+Generate = Callable[[Sequence[GenerationRequest]], list[Completion]]
+Deal = Callable[[Sequence[GenerationRequest], Generate], list[Completion]]
+"""Shards requests over the processes and gathers their results: `distributed.scatter_gather`."""
 
 
 @dataclass(frozen=True, slots=True)

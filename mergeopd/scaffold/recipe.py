@@ -79,55 +79,6 @@ class Expert:
     tokenizer: Path
     bridge: str | None = None
 
-    @property
-    def entry(self) -> Mapping[str, str | None]:
-        """Its value under `teachers`."""
-        return {"card": self.card, "dtype": self.dtype, "bridge": self.bridge}
-
-
-@dataclass(frozen=True, slots=True)
-class RecipeDraft:
-    """The contents of a recipe, with paths as they are to be written."""
-
-    name: str
-    student: str
-    student_dtype: str
-    experts: Sequence[Expert]
-    trained: Sequence[PromptFile]
-    measured: Sequence[PromptFile]
-    max_new_tokens: int
-
-    def source(self, file: PromptFile) -> Mapping[str, str | Sequence[str] | None]:
-        """Return an entry of `prompts`, with `teachers` unless all of their cards list its domain."""
-        teachers = self._teachers(file)
-        names = [] if all(expert.listed for expert in teachers) else [expert.name for expert in teachers]
-        return _entry(file, teachers=names)
-
-    def evaluation_source(self, file: PromptFile) -> Mapping[str, str | Sequence[str] | None]:
-        """Return an entry of `evaluation.prompts`, with `expert` where its domain has several teachers."""
-        names = [expert.name for expert in self._teachers(file)]
-        return _entry(file, expert=names[0] if len(names) > 1 else None)
-
-    def _teachers(self, file: PromptFile) -> list[Expert]:
-        return [expert for expert in self.experts if file.domain in expert.domains]
-
-
-def _entry(
-    file: PromptFile, *, teachers: Sequence[str] = (), expert: str | None = None
-) -> Mapping[str, str | Sequence[str] | None]:
-    """Return an entry without fields that have their defaults."""
-    return {
-        "source": file.path,
-        "domain": file.domain,
-        "teachers": teachers,
-        "verifier": file.verifier,
-        "expert": expert,
-        "prompt_field": file.prompt_field if file.prompt_field != "prompt" else None,
-        "reference_field": file.reference_field
-        if file.verifier and file.reference_field != "answer"
-        else None,
-    }
-
 
 def new_recipe(options: NewRecipeOptions) -> tuple[Inputs, tuple[str, ...]]:
     """Write `recipes/NAME.yaml`; return the result of `check`, and notes on files that were left out.
@@ -145,18 +96,41 @@ def new_recipe(options: NewRecipeOptions) -> tuple[Inputs, tuple[str, ...]]:
     used = search.used(experts, trained)
     if search.problems or student is None:
         raise RecipeError(search.problems)
-    draft = RecipeDraft(
+    text = render(
+        "recipe",
         name=options.name,
         student=_relative(options.student or ""),
         student_dtype=native_dtype(Checkpoint.open(student)),
         experts=[_with_bridge(expert, student) for expert in used],
-        trained=trained,
-        measured=[file for file in measured if file.verifier],
+        prompts=[_entry(file, used) for file in trained],
+        evaluation=[_entry(file, used, is_measured=True) for file in measured if file.verifier],
         max_new_tokens=_max_new_tokens([student, *(expert.folder for expert in used)]),
+        left_out=search.notes,
     )
-    inputs = _write(options.recipe_file, render("recipe", draft=draft, left_out=search.notes))
+    inputs = _write(options.recipe_file, text)
     write_schema("recipe")
     return inputs, tuple(search.notes)
+
+
+def _entry(
+    file: PromptFile, experts: Sequence[Expert], *, is_measured: bool = False
+) -> Mapping[str, str | Sequence[str] | None]:
+    """Return an entry of `prompts` or `evaluation.prompts`; keys without a value have their defaults.
+
+    Teachers are named unless all of their cards list the domain, an expert where a domain has several.
+    """
+    teachers = [expert for expert in experts if file.domain in expert.domains]
+    names = [expert.name for expert in teachers]
+    has_own_reference = file.verifier is not None and file.reference_field != "answer"
+    return {
+        "source": file.path,
+        "domain": file.domain,
+        "teachers": [] if is_measured or all(expert.listed for expert in teachers) else names,
+        "verifier": file.verifier,
+        "expert": names[0] if is_measured and len(names) > 1 else None,
+        "prompt_field": file.prompt_field if file.prompt_field != "prompt" else None,
+        "reference_field": file.reference_field if has_own_reference else None,
+    }
 
 
 def _write(path: Path, text: str) -> Inputs:

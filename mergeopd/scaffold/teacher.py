@@ -28,6 +28,7 @@ from mergeopd.scaffold.files import (
     write_new,
     write_schema,
 )
+from mergeopd.types import Sampling, TokenIds, token_ids
 
 DEFAULT_PROMPT = "Say who you are in one sentence."
 MAX_TOKENS = 64
@@ -56,7 +57,7 @@ class ProbedModel:
     """A model that has passed every check without weights."""
 
     plan: TeacherPlan
-    dialect: Renderer
+    renderer: Renderer
     fingerprint: str
 
 
@@ -104,8 +105,8 @@ def _read(options: NewTeacherOptions, folder: Path, template: Path | None) -> Pr
     )
     findings = Findings(Origins(options.card_file, None, {}))
     reader = ModelReader(findings, datetime.now())
-    dialect = reader.teacher(plan, None)
-    if dialect is None or findings.problems:
+    renderer = reader.teacher(plan, None)
+    if renderer is None or findings.problems:
         card = f"teachers.{options.name}.card"
         problems = by_option(findings.problems, {f"{card}.template": "--template"}, "--model")
         advice = "name one with --template FILE.jinja"
@@ -116,7 +117,7 @@ def _read(options: NewTeacherOptions, folder: Path, template: Path | None) -> Pr
             ]
         )
     dtype = native_dtype(Checkpoint.open(folder))
-    return ProbedModel(plan.model_copy(update={"dtype": dtype}), dialect, reader.files[plan.model])
+    return ProbedModel(plan.model_copy(update={"dtype": dtype}), renderer, reader.files[plan.model])
 
 
 def take_canary(probed: ProbedModel, prompt: str) -> Canary:
@@ -137,51 +138,52 @@ def take_canary(probed: ProbedModel, prompt: str) -> Canary:
     from mergeopd.teacher.canary import logprobs, refuse_uniform, sample_ids
     from mergeopd.teacher.local import TeacherSource, TeacherStore
     from mergeopd.teacher.protocol import TeacherSequence
-    from mergeopd.types import Sampling, token_ids
 
-    plan, dialect, device = probed.plan, probed.dialect, pick_device()
-    vocab = dialect.vocab_size
-    try:
-        prompt_ids, _ = sample_ids(dialect, prompt, "")
-    except DataError as error:
-        raise _bad_prompt(str(error), "change the prompt or the template") from error
-    room = min(MAX_TOKENS, dialect.max_positions - len(prompt_ids))
-    if not prompt_ids or room < 1:
-        raise _bad_prompt(
-            f"takes {len(prompt_ids)} tokens, and the teacher's context holds {dialect.max_positions}",
-            "choose one that leaves room for a response",
-        )
+    plan, renderer, device = probed.plan, probed.renderer, pick_device()
+    vocab = renderer.vocab_size
+    prompt_ids = _prompt_ids(renderer, prompt)
+    room = min(MAX_TOKENS, renderer.max_positions - len(prompt_ids))
     store = TeacherStore({plan.name: TeacherSource(Path(plan.model), plan.dtype, vocab)}, device)
     with store.open(plan.name) as teacher:
         head = store.head(plan.name)
-        generator = Generator(teacher.body, head, dialect.eos_ids, dialect.tokenizer, device)
-        sampling = Sampling(temperature=0.0, max_new_tokens=room)
+        generator = Generator(teacher.body, head, renderer.eos_ids, renderer.tokenizer, device)
+        requests = [GenerationRequest("canary", 0, prompt_ids)]
+        greedy = Sampling(temperature=0.0, max_new_tokens=room)
         try:
-            [response] = generate(
-                generator,
-                [GenerationRequest("canary", 0, token_ids(prompt_ids))],
-                sampling,
-                seed=0,
-                batch_size=1,
-                progress=lambda _: None,
-            )
+            [response] = generate(generator, requests, greedy, seed=0, batch_size=1, progress=lambda _: None)
         except NumericsError as error:
             raise TeacherError(
                 f"{shown(Path(plan.model))}: gives probabilities that are NaN; the weights are damaged"
             ) from error
-        written = tuple(i for i in response.response_ids.tolist() if i not in dialect.eos_ids)
-        text = _whole_characters(dialect.tokenizer.decode(written))
-        while len(ids := sample_ids(dialect, prompt, text)[1]) > room:
+        written = tuple(i for i in response.response_ids.tolist() if i not in renderer.eos_ids)
+        text = _whole_characters(renderer.tokenizer.decode(written))
+        while len(ids := sample_ids(renderer, prompt, text)[1]) > room:
             text = text[:-1]
         if not ids:
             raise _bad_prompt("the teacher responds with no token", "choose another prompt")
-        sequence = TeacherSequence(token_ids(prompt_ids), token_ids(ids))
+        sequence = TeacherSequence(prompt_ids, token_ids(ids))
         [(_, hidden)] = teacher.hidden([sequence], sequence.num_tokens)
         values = logprobs(hidden, head, ids)
     if ids == written:
         # The negative log-probability of the likeliest token is at most the entropy: no false alarm.
         refuse_uniform(plan.name, -sum(values) / len(values), vocab)
     return Canary(prompt=prompt, response=text, logprobs=tuple(round(v, 3) + 0.0 for v in values))
+
+
+def _prompt_ids(renderer: Renderer, prompt: str) -> TokenIds:
+    """Return the ids of a prompt that leaves space for a response. Raises RecipeError."""
+    from mergeopd.teacher.canary import sample_ids
+
+    try:
+        ids, _ = sample_ids(renderer, prompt, "")
+    except DataError as error:
+        raise _bad_prompt(str(error), "change the prompt or the template") from error
+    if not 0 < len(ids) < renderer.max_positions:
+        raise _bad_prompt(
+            f"takes {len(ids)} tokens, and the teacher's context holds {renderer.max_positions}",
+            "choose one that leaves space for a response",
+        )
+    return token_ids(ids)
 
 
 def _bad_prompt(message: str, remedy: str) -> RecipeError:

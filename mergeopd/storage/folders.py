@@ -62,10 +62,7 @@ def write_atomic(path: Path, text: str) -> None:
     with named_failures("write", path):
         _make_folder(path.parent)
         try:
-            with temporary.open("w", encoding="utf-8", newline="") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            _write_synced(temporary, text)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -128,11 +125,8 @@ def prune(parent: Path, keep: int, prefix: str = "step-") -> tuple[Path, ...]:
     folders = _numbered(parent, prefix)
     removed = tuple(folders[keep:])
     oldest_kept = _number(folders[min(keep, len(folders)) - 1], prefix) if folders else 0
-    broken = [
-        folder
-        for folder in _numbered(parent, prefix, _BROKEN)
-        if _number(folder, prefix, _BROKEN) < oldest_kept
-    ]
+    all_broken = _numbered(parent, prefix, _BROKEN)
+    broken = [folder for folder in all_broken if _number(folder, prefix, _BROKEN) < oldest_kept]
     for folder in (*removed, *broken):
         with named_failures("remove", folder):
             temporary = _partial_of(folder)
@@ -159,12 +153,16 @@ def _seal(folder: Path, target: Path) -> None:
         raise StorageError(f"cannot write {target}: nothing was written into it")
     if MANIFEST in files:
         raise StorageError(f"cannot write {target}: the name {MANIFEST} is taken by the manifest")
-    with (folder / MANIFEST).open("w", encoding="utf-8", newline="") as file:
-        file.write(_manifest_text(files))
-        file.flush()
-        os.fsync(file.fileno())
+    _write_synced(folder / MANIFEST, _manifest_text(files))
     for path in reversed(folders):
         _sync_folder(path)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _measure(path: Path, *, sync: bool = False) -> dict[str, int | str]:

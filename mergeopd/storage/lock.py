@@ -23,7 +23,16 @@ def exclusive(folder: Path) -> Iterator[None]:
     path = folder / LOCK_NAME
     with _opened(path) as descriptor:
         with named_failures("lock", path):
-            _lock(descriptor, folder)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+                raise StorageError(
+                    f"{folder}: another process (id {owner}) is using this run folder; "
+                    "wait for it, stop it, or choose another folder with --set output=..."
+                ) from None
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
 
 
@@ -49,17 +58,3 @@ def _opened(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    """Lock the open lock file and write this process's id to it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
-        raise StorageError(
-            f"{folder}: another process (id {owner}) is using this run folder; "
-            "wait for it, stop it, or choose another folder with --set output=..."
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)

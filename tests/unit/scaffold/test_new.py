@@ -223,7 +223,7 @@ def test_answers_that_are_no_text_guard_all_the_same(project: Path, make_model: 
     options = NewTeacherOptions("bytes", str(folder), (), None, DEFAULT_PROMPT)
     probed = probe(options)
     canary = take_canary(probed, options.prompt)
-    ids = sample_ids(probed.dialect, options.prompt, canary.response)[1]
+    ids = sample_ids(probed.renderer, options.prompt, canary.response)[1]
     assert 1 <= len(ids) == len(canary.logprobs) <= 64
     write_card(options, probed.fingerprint, canary)
     assert read_card(options.card_file).canary == canary
