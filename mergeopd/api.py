@@ -65,7 +65,7 @@ class RunResult:
     `export` is the trained student, a Hugging Face folder; None until the run has reached its last update.
     `accuracies` maps domain to model (`base`, `expert`, `weight_average`, `merged`) to greedy accuracy from 0
     to 1; empty where nothing was evaluated. `metrics` has a row per update with dotted keys, for example
-    `row["teachers.math.reverse_kl"]`. `is_finished`: exported and, if the recipe asks, evaluated.
+    `row["teachers.math.reverse_kl"]`. `is_finished`: exported and, if the recipe evaluates, evaluated.
     `num_updates` counts the optimizer updates made so far, `planned_updates` those of all phases.
     """
 
@@ -78,14 +78,14 @@ class RunResult:
     metrics: tuple[Mapping[str, Any], ...]
 
     def to_arrow(self) -> pyarrow.Table:
-        """The metrics as a table with a column per key; null where an update lacks one."""
+        """Convert the metrics to a table with a column per key; null where an update lacks one."""
         import pyarrow
 
         keys = dict.fromkeys(key for row in self.metrics for key in row)
         return pyarrow.table({key: [row.get(key) for row in self.metrics] for key in keys})
 
     def to_pandas(self) -> pandas.DataFrame:
-        """The metrics as a pandas data frame. Raises ModuleNotFoundError where pandas is not installed."""
+        """Convert the metrics to a pandas data frame. Raises ModuleNotFoundError without pandas."""
         return self.to_arrow().to_pandas()
 
 
@@ -147,7 +147,7 @@ def run(
     texts = _as_texts(set)
     shown_on = Console(quiet=True) if console is None else console
     listener = None if on_event is None else _Listener(on_event)
-    with suppress(UpdateLimitReached):  # that is what `updates` asks for
+    with suppress(UpdateLimitReached):  # as requested by `updates`
         run_recipe(Path(path), texts, updates, allow_change, shown_on, listener)
     return load_run(load(path, set=texts).output)
 

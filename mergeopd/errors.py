@@ -23,15 +23,14 @@ def printable(text: str) -> str:
         text = f"{text[:_MAX_CHARACTERS]}... ({len(text) - _MAX_CHARACTERS:,} more characters)"
     if text.isprintable():
         return text
-    return "".join(c if c == "\n" or unicodedata.category(c) not in _HIDDEN else _escaped(c) for c in text)
+    return "".join(
+        c.encode("unicode_escape").decode("ascii") if c != "\n" and unicodedata.category(c) in _HIDDEN else c
+        for c in text
+    )
 
 
 # Control, format, surrogate, line and paragraph separators.
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
 
 
 class MergeopdError(Exception):

@@ -49,21 +49,21 @@ class Prompt:
 
 
 def token_ids(ids: Sequence[int] | NDArray[np.integer]) -> TokenIds:
-    """Token ids as a read-only int32 array; an array of that type is not copied."""
+    """Convert token ids to a read-only int32 array; an array of that type is not copied."""
     import numpy as np
 
     return _read_only(np.asarray(ids, np.int32))
 
 
 def token_flags(flags: Sequence[bool] | Flags) -> Flags:
-    """One flag per token as a read-only array; an array is not copied."""
+    """Convert flags to a read-only array; an array is not copied."""
     import numpy as np
 
     return _read_only(np.asarray(flags, np.bool_))
 
 
 def token_logprobs(logprobs: Sequence[float] | LogProbs) -> LogProbs:
-    """One number per token as a read-only array, in the precision given (float64 for Python's floats)."""
+    """Convert numbers to a read-only array, in the precision given (float64 for Python's floats)."""
     import numpy as np
 
     array = np.asarray(logprobs)

@@ -1,4 +1,4 @@
-"""The order of prompts: an infinite stream whose state is one integer.
+"""Draw prompts in order: an infinite stream whose state is one integer.
 
 Sources are interleaved by their shares as evenly as integers allow; within a source every prompt occurs once
 per epoch, in an order keyed by seed, source and epoch.
@@ -57,7 +57,7 @@ class PromptDraw:
         return drawn
 
     def _counts(self, position: int) -> dict[str, int]:
-        """How often each source was drawn before `position`."""
+        """Return how often each source was drawn before `position`."""
         reached, counts = self._reached
         if reached != position:
             # After every whole period all counts are exact, so at most one period is walked.
@@ -91,7 +91,7 @@ class PromptDraw:
         return best
 
     def _order(self, name: str, epoch: int) -> list[int]:
-        """The source's permutation in this epoch, sorted by hash to be independent of library versions."""
+        """Return the source's permutation in this epoch, by hash to be independent of library versions."""
         if name not in self._orders or self._orders[name][0] != epoch:
             root = hashlib.blake2b(f"{self._seed}\0{epoch}\0{name}\0".encode(), digest_size=16)
             keys = []
@@ -104,7 +104,7 @@ class PromptDraw:
 
 
 def _integer_weights(shares: Mapping[str, float]) -> dict[str, int]:
-    """Coprime integers in the same proportions; 0.1 is exactly one tenth."""
+    """Return coprime integers in the same proportions; 0.1 is exactly one tenth."""
     fractions = {name: Fraction(repr(float(share))) for name, share in shares.items()}
     scale = lcm(*(f.denominator for f in fractions.values()))
     weights = {name: int(f * scale) for name, f in fractions.items()}

@@ -72,7 +72,7 @@ def read_prompts(source: SourcePlan, shown: Mapping[str, str] = {}) -> tuple[Pro
 
 
 def _summary(path: Path, problems: Mapping[str, list[str]], num_rows: int) -> str:
-    """The first problems, each with its first row, because all rows often lack the same field."""
+    """Format the first problems, each with its first row, because all rows often lack the same field."""
     num_bad = sum(map(len, problems.values()))
     lines = [f"{path}: {num_bad} of {num_rows} {'row' if num_rows == 1 else 'rows'} cannot be used"]
     for problem, places in list(problems.items())[:_SHOWN]:
@@ -83,7 +83,7 @@ def _summary(path: Path, problems: Mapping[str, list[str]], num_rows: int) -> st
 
 
 def _jsonl_rows(path: Path, source: SourcePlan, shown: Mapping[str, str]) -> Iterator[tuple[int, str, Any]]:
-    """Row, place and value of every line that is not blank. The value of an invalid line is its error."""
+    """Yield row, place and value of lines that are not blank. The value of an invalid line is its error."""
     with path.open("rb") as file:
         for row, raw in enumerate(file):
             if b"\0" in raw:
@@ -110,7 +110,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _parquet_rows(path: Path, source: SourcePlan, shown: Mapping[str, str]) -> Iterator[tuple[int, str, Any]]:
-    """Row, place and value of every row. Only the source's columns and those in `shown` are read."""
+    """Yield row, place and value of every row; only the source's columns and those in `shown` are read."""
     import pyarrow
     import pyarrow.parquet
 
@@ -124,8 +124,8 @@ def _parquet_rows(path: Path, source: SourcePlan, shown: Mapping[str, str]) -> I
             absent = [f"{path}: {_missing(f, names, key)}" for f, key in needed.items() if f not in names]
             if absent:
                 raise DataError("\n".join(absent))
-            wanted = {*needed, source.reference_field, source.response_field}
-            columns = [name for name in names if name in wanted]
+            used = {*needed, source.reference_field, source.response_field}
+            columns = [name for name in names if name in used]
             row = 0
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
                 for value in batch.to_pylist():
@@ -230,7 +230,7 @@ def _message(place: str, value: Any) -> Message:
 
 
 def _response(field: str, row: Mapping[str, Any]) -> str | tuple[Message, ...] | None:
-    """A text, or the messages of a trajectory; a list of anything else is JSON, as other values are."""
+    """Return a text, or the messages of a trajectory; other values are converted to JSON."""
     value = row.get(field)
     if value == []:
         raise _RowError(

@@ -12,7 +12,7 @@ from mergeopd.errors import DataError
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.types import Message, Prompt, TokenIds, token_ids
 
-_ANSWER = "Yes, it is."
+_RESPONSE = "Yes, it is."
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Renderer:
 
     @cached_property
     def end_id(self) -> int:
-        """The id appended to text responses: the token with which the template ends a turn.
+        """Id appended to text responses: the token with which the template ends a turn.
 
         Often not the tokenizer's EOS (Gemma, Phi). If the template ends turns with none of the end tokens, it
         is EOS, or the first end token.
@@ -43,7 +43,7 @@ class Renderer:
 
     @cached_property
     def closing_ids(self) -> tuple[int, ...]:
-        """The end tokens that this model expects after a response.
+        """End tokens that this model expects after a response.
 
         This is the end token in its template, although generation may stop at others (chat models list the
         EOS of their base); any end token if the template has none (GLM ends turns with the next header).
@@ -53,12 +53,12 @@ class Renderer:
 
     @property
     def end_token(self) -> str:
-        """The text of `end_id`."""
+        """Text of `end_id`."""
         return self.tokenizer.decode([self.end_id], skip_special_tokens=False)
 
     @property
     def as_measured(self) -> Renderer:
-        """The renderer for evaluation, without a teacher prompt that shows fields such as the reference."""
+        """Renderer for evaluation, without a teacher prompt that shows fields such as the reference."""
         own = self.teacher_prompt
         return (
             replace(self, teacher_prompt=TeacherPrompt(own.system))
@@ -83,12 +83,12 @@ def turn_end(tokenizer: Tokenizer, template: ChatTemplate, eos_ids: Collection[i
 
     None if there is neither. Base models often have the chat template of their family but another EOS.
     """
-    asked, answered = Message("user", "?"), Message("assistant", _ANSWER)
+    conversation = Message("user", "?"), Message("assistant", _RESPONSE)
     try:
-        text = template.render((asked, answered), add_generation_prompt=False)
+        text = template.render(conversation, add_generation_prompt=False)
     except DataError:
         return None
-    behind = tokenizer.encode(text.rpartition(_ANSWER)[2]) if _ANSWER in text else []
+    behind = tokenizer.encode(text.rpartition(_RESPONSE)[2]) if _RESPONSE in text else []
     known = [i for i in behind if i in eos_ids]
     return next(iter(known or [i for i in behind if i in tokenizer.special_ids]), None)
 
@@ -96,7 +96,7 @@ def turn_end(tokenizer: Tokenizer, template: ChatTemplate, eos_ids: Collection[i
 def masked_in_teacher_term(
     trained_ids: Sequence[int] | TokenIds, student: Renderer, teachers: Mapping[str, Renderer]
 ) -> dict[str, tuple[int, ...]]:
-    """Positions in `trained_ids` of end tokens that the teacher does not use, by teacher name.
+    """Return positions in `trained_ids` of end tokens that the teacher does not use, by teacher name.
 
     A teacher gives such a token a negligible probability for any response, so its term skips the position.
     Other terms do not. Teachers without such positions are omitted.

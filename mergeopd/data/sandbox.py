@@ -77,7 +77,6 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         return template.render(values)
 
     def call(self, context: Context, callee: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Apply a call expression."""
         method = getattr(callee, "__wrapped__", callee)
         owner = getattr(method, "__self__", None)
         if isinstance(owner, _OWNERS):
@@ -91,7 +90,6 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         return self._checked(super().call(context, callee, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Apply an intercepted operator."""
         if operator == "%" and isinstance(left, str | bytes):
             text = left if isinstance(left, str) else left.decode("latin-1")
             self._check_format(text, right, nested="*" in text)
@@ -135,7 +133,6 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
 
     @jinja2.pass_context
     def _joined(self, context: Context, pieces: Sequence[Any]) -> str:
-        """The operator `~`."""
         self._checked(pieces)
         return "".join(map(str, pieces))
 
@@ -205,7 +202,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         return size
 
     def _size(self, value: Any) -> tuple[int, int]:
-        """Characters plus entries of a value, and its entries; counting stops at the limit."""
+        """Return characters plus entries of a value, and its entries; counting stops at the limit."""
         num_parts, num_characters, rest = 0, 0, [value]
         while rest and num_parts + num_characters <= self._max_size:
             part = rest.pop()

@@ -46,16 +46,16 @@ def segments(
     once another follows; the policy would otherwise train on texts that do not occur in use.
     """
 
-    def written(num_turns: int, *, ask: bool) -> str:
+    def rendered(num_turns: int, *, prompted: bool) -> str:
         try:
-            return template.render((*messages, *trajectory[:num_turns]), add_generation_prompt=ask)
+            return template.render((*messages, *trajectory[:num_turns]), add_generation_prompt=prompted)
         except DataError as error:
             raise DataError(f"{error}; change the conversation or the template") from error
 
     parts: list[Segment] = []
-    last, shown, end = 0, written(0, ask=True), written(0, ask=False)
+    last, shown, end = 0, rendered(0, prompted=True), rendered(0, prompted=False)
     for i, turn in enumerate(trajectory):
-        before, end = end, written(i + 1, ask=False)
+        before, end = end, rendered(i + 1, prompted=False)
         if turn.content.strip() and end == before:
             raise DataError(
                 f"{template.name}: leaves out response[{i}], a message of role {turn.role!r}; "
@@ -63,7 +63,7 @@ def segments(
             )
         if turn.role != "assistant":
             continue
-        start = written(i, ask=True)
+        start = rendered(i, prompted=True)
         if i:
             between = _rest(shown, start)
             if between is None:
@@ -100,7 +100,8 @@ def dataset_response(prompt: Prompt, student: Renderer) -> DatasetResponse:
     end = 0
     for segment in segments(prompt.messages, prompt.response, student.template):
         new = encode(segment.text)
-        num_own = _turn_length(new, student) if segment.is_own else 0
+        ends = (position for position, i in enumerate(new, start=1) if i in student.eos_ids)
+        num_own = next(ends, len(new)) if segment.is_own else 0
         ids += new
         trained += [True] * num_own + [False] * (len(new) - num_own)
         end = len(ids) - len(new) + num_own
@@ -128,13 +129,8 @@ def length_bound(prompt: Prompt, student: Renderer) -> int:
     return 0 if prompt.response is None else len(dataset_text(prompt, student).encode()) + 1
 
 
-def _turn_length(ids: Sequence[int], student: Renderer) -> int:
-    ends = (position for position, i in enumerate(ids, start=1) if i in student.eos_ids)
-    return next(ends, len(ids))
-
-
 def _rest(start: str, whole: str) -> str | None:
-    """`whole` without the prefix `start`; None if it does not begin with it."""
+    """Return `whole` without the prefix `start`; None if it does not begin with it."""
     return whole[len(start) :] if whole.startswith(start) else None
 
 

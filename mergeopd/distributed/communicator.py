@@ -164,7 +164,7 @@ class TorchCommunicator(Communicator):
             value = work()
         except Exception as error:
             self.outside_collective = False
-            self.gather((None, _kind(error)))
+            self.gather((None, type(error) if isinstance(error, CollectiveAbort) else PeerFailed))
             raise
         finally:
             self.outside_collective = False
@@ -186,7 +186,7 @@ class TorchCommunicator(Communicator):
 
 
 def this_machine() -> str:
-    """Name of this machine: host name, boot id and process namespace."""
+    """Return the name of this machine: host name, boot id and process namespace."""
     parts = [socket.gethostname()]
     boot = Path("/proc/sys/kernel/random/boot_id")
     if boot.is_file():
@@ -213,7 +213,3 @@ def _parts(sizes: Sequence[int]) -> Iterator[range]:
         if total >= _PART_BYTES or i + 1 == len(sizes):
             yield range(start, i + 1)
             start, total = i + 1, 0
-
-
-def _kind(error: BaseException) -> type[Exception]:
-    return type(error) if isinstance(error, CollectiveAbort) else PeerFailed

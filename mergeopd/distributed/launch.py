@@ -54,7 +54,6 @@ class _Group:
         self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def start(self, command: Sequence[str], size: int, rendezvous: Path) -> None:
-        """Start all processes and install the handlers that forward signals."""
         # Signals are blocked until the handlers are installed, and in the processes until `join_launcher`:
         # a Ctrl-C while Python starts must not cause tracebacks.
         signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
@@ -76,7 +75,6 @@ class _Group:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED_SIGNALS)
 
     def wait(self) -> int:
-        """Wait for all processes and return the exit code of the launcher."""
         failure: int | None = None
         running = self._processes
         while running:
@@ -99,7 +97,6 @@ class _Group:
         return failure or max(process.returncode for process in self._processes)
 
     def end(self) -> None:
-        """Kill the remaining processes and restore the signal handlers."""
         signal.alarm(0)
         self._kill()
         for process in self._processes:
@@ -154,12 +151,11 @@ class _Group:
 
 
 def available_cores() -> int:
-    """Number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _environment(rank: int, size: int, rendezvous: Path) -> Mapping[str, str]:
-    """Environment variables of a rank, with the names that torchrun uses."""
+    """Return the environment variables of a rank, with the names that torchrun uses."""
     own = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -174,7 +174,6 @@ def open_communicator(place: RankInfo, *, grouped: bool) -> Iterator[Communicato
 
 
 def _init_process_group(place: RankInfo) -> Store:
-    """Initialise torch's default group and return its store."""
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _get_default_store
 

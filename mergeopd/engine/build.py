@@ -187,7 +187,6 @@ def build(
 
 
 def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> SynchronousPipeline:
-    """Compose what collects rounds."""
     inputs, student = models.inputs, models.student
     plan, ranks = models.plan, models.machine.ranks
     return SynchronousPipeline(
@@ -219,8 +218,6 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
 
 
 def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, stages: Stages) -> Evaluation:
-    """Build the evaluation of models on the recipe's evaluation prompts."""
-
     def engine(source: WeightSource, renderer: Renderer) -> RolloutEngine:
         return LocalEngine(source, _context(renderer, inputs, machine), plan.batch_size)
 
@@ -352,12 +349,11 @@ def _views(inputs: Inputs, machine: Machine) -> dict[str, TokenView]:
 def _make_cache(
     inputs: Inputs, machine: Machine, student: Student, spill: Path, work: RoundSchedule
 ) -> AbstractContextManager[RoundCache]:
-    """Create the cache of a round's targets."""
-    budget_bytes, readers = int(inputs.plan.memory.hidden_states_gib * 2**30), student.placement.loss_ranks
+    budget_bytes, ranks = int(inputs.plan.memory.hidden_states_gib * 2**30), student.placement.loss_ranks
     if machine.ranks.size == 1:
         return HiddenCache(budget_bytes, spill, machine.device)
     return SharedHiddenCache(
-        budget_bytes, spill, machine.ranks, lambda i: readers[work.copy_of[i]], machine.device
+        budget_bytes, spill, machine.ranks, lambda i: ranks[work.copy_of[i]], machine.device
     )
 
 

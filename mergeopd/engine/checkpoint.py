@@ -50,7 +50,7 @@ class _State(Strict):
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of a run in a folder, of which the newest `keep` are kept."""
+    """The newest checkpoints of a run, in a folder."""
 
     folder: Path
     plan: Plan
@@ -158,7 +158,6 @@ def _write_tensors(tensors: Iterable[tuple[str, Tensor]], folder: Path, stem: st
 
 
 def _read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
-    """Memory-map the tensors written by `_write_tensors`."""
     files = [*folder.glob(f"{stem}.safetensors"), *folder.glob(f"{stem}-*.safetensors")]
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from mergeopd.data.renderer import Renderer
 from mergeopd.distributed.communicator import Communicator, scatter_gather
-from mergeopd.engine.rollouts import response_text
+from mergeopd.engine.rollouts import submission
 from mergeopd.engine.stages import Stages
 from mergeopd.models.weight_average import why_not
 from mergeopd.preflight.inputs import Inputs
 from mergeopd.recipe.plan import EvaluationPlan, SourcePlan
 from mergeopd.reporting.events import EvaluationDone, Note
-from mergeopd.reward.grading import Submission, Verifiers
+from mergeopd.reward.grading import Verifiers
 from mergeopd.reward.pool import failures_note
 from mergeopd.rollout.protocol import GenerationRequest, RolloutEngine
 from mergeopd.types import Prompt, Sampling
@@ -23,15 +23,6 @@ from mergeopd.types import Prompt, Sampling
 Accuracies = dict[str, dict[str, float | None]]
 OpenModel = Callable[[Path, Renderer], AbstractContextManager[RolloutEngine]]
 OpenAverage = Callable[[Path, Sequence[Path]], AbstractContextManager[RolloutEngine]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Contestant:
-    """A model to measure: `kind` is base, expert, weight_average or merged."""
-
-    kind: str
-    engine: RolloutEngine
-    renderer: Renderer
 
 
 @dataclass(frozen=True)
@@ -63,15 +54,15 @@ class Evaluation:
         base = Path(self.inputs.plan.student.model)
         with self.verifiers:
             with self.open_model(base, student) as engine:
-                self._measure(_Contestant("base", engine, student), domains, result)
+                self._measure("base", engine, student, domains, result)
             for name in sorted(set(self.plan.experts.values())):
                 own = [d for d in domains if self.plan.experts[d] == name]
                 renderer = self.inputs.teachers[name].as_measured
                 with self.open_model(Path(self.inputs.plan.teachers[name].model), renderer) as engine:
-                    self._measure(_Contestant("expert", engine, renderer), own, result)
+                    self._measure("expert", engine, renderer, own, result)
             self._measure_average(base, domains, result)
             with self.open_model(merged, student) as engine:
-                self._measure(_Contestant("merged", engine, student), domains, result)
+                self._measure("merged", engine, student, domains, result)
         return result
 
     def _measure_average(self, base: Path, domains: Sequence[str], result: Accuracies) -> None:
@@ -86,35 +77,31 @@ class Evaluation:
             self.stages.reporter.emit(Note(f"no weight average: {reason}"))
             return
         with self.open_average(base, experts) as engine:
-            self._measure(_Contestant("weight_average", engine, self.inputs.student), domains, result)
+            self._measure("weight_average", engine, self.inputs.student, domains, result)
 
-    def _measure(self, contestant: _Contestant, domains: Sequence[str], result: Accuracies) -> None:
+    def _measure(
+        self, kind: str, engine: RolloutEngine, renderer: Renderer, domains: Sequence[str], result: Accuracies
+    ) -> None:
         for domain in domains:
             rewards: list[float] = []
             for source in self.plan.sources:
                 if source.domain == domain:
-                    rewards += self._rewards(contestant, source)
+                    rewards += self._rewards(kind, engine, renderer, source)
             accuracy = sum(rewards) / len(rewards)
-            result[domain][contestant.kind] = accuracy
-            self.stages.reporter.emit(EvaluationDone(contestant.kind, domain, accuracy, len(rewards)))
+            result[domain][kind] = accuracy
+            self.stages.reporter.emit(EvaluationDone(kind, domain, accuracy, len(rewards)))
 
-    def _rewards(self, contestant: _Contestant, source: SourcePlan) -> list[float]:
+    def _rewards(
+        self, kind: str, engine: RolloutEngine, renderer: Renderer, source: SourcePlan
+    ) -> list[float]:
         prompts: Sequence[Prompt] = self.inputs.evaluation[source.name]
         stop = self.inputs.plan.rollout.stop
-        on_progress = self.stages.begin(
-            "evaluation", f"{contestant.kind} on {source.domain}", len(prompts), "responses"
-        )
-        tokenizer = contestant.renderer.tokenizer
-        requests = [GenerationRequest(p.key, 0, contestant.renderer.render(p)) for p in prompts]
+        on_progress = self.stages.begin("evaluation", f"{kind} on {source.domain}", len(prompts), "responses")
+        requests = [GenerationRequest(p.key, 0, renderer.render(p)) for p in prompts]
         greedy = Sampling(0.0, 1.0, self.plan.max_new_tokens, stop)
-        completions = contestant.engine.submit(requests, greedy).wait(on_progress)
+        completions = engine.submit(requests, greedy).wait(on_progress)
         submissions = [
-            Submission(
-                source.name,
-                response_text(completion.response_ids, tokenizer, stop),
-                prompt.reference,
-                truncated=completion.finish == "length",
-            )
+            submission(prompt, completion.response_ids, completion.finish, renderer.tokenizer, stop)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         grades = scatter_gather(

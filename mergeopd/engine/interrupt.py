@@ -20,13 +20,13 @@ class Interrupt:
     def __init__(self) -> None:
         self.requested: str | None = None
         self._num_ctrl_c = 0
-        self._is_met = False
+        self._ignores_further = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handle SIGINT and SIGTERM inside the context; handlers can only be set in the main thread.
 
-        After a request was met, both stay ignored, so that the process can end with everything saved.
+        After `ignore_further`, both remain ignored, so that the process can end with everything saved.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -38,15 +38,15 @@ class Interrupt:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, signal.SIG_IGN if self._is_met else handler)
+                signal.signal(number, signal.SIG_IGN if self._ignores_further else handler)
 
-    def met(self) -> None:
-        """Everything is saved: further signals change nothing."""
-        self._is_met = self.requested in _SIGNALS
+    def ignore_further(self) -> None:
+        """Ignore signals from now on, if one requested the stop, because everything is saved."""
+        self._ignores_further = self.requested in _SIGNALS
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self._num_ctrl_c += number == signal.SIGINT
-        if self._num_ctrl_c > 1 and not self._is_met:
+        if self._num_ctrl_c > 1 and not self._ignores_further:
             raise KeyboardInterrupt
         self.requested = self.requested or signal.Signals(number).name
 

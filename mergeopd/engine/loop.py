@@ -26,7 +26,7 @@ from mergeopd.storage.run_folder import RunFolder
 from mergeopd.student.protocol import Student
 from mergeopd.teacher.snapshots import StudentSnapshots
 
-UPDATE_LIMIT = "--updates"  # what asks a run to stop at its own limit
+UPDATE_LIMIT = "--updates"  # reason of a stop at a requested number of updates
 Evaluate = Callable[[Path], Accuracies]
 
 
@@ -66,7 +66,8 @@ class Trainer:
                 progress = self._round(progress)
             except AbandonRound:
                 self._stop(progress)
-            if self._is_due(before, progress):
+            every = self.plan.checkpoint.every
+            if progress.update == self.plan.num_updates or progress.update // every > before.update // every:
                 self._save(progress)
             if max_updates is not None and first + max_updates <= progress.update < self.plan.num_updates:
                 self.stop.interrupt.requested = UPDATE_LIMIT
@@ -102,11 +103,6 @@ class Trainer:
             )
         )
 
-    def _is_due(self, before: Progress, now: Progress) -> bool:
-        """Whether a round reached a multiple of `checkpoint.every`, or the end."""
-        every = self.plan.checkpoint.every
-        return now.update == self.plan.num_updates or now.update // every > before.update // every
-
     def _save(self, progress: Progress) -> None:
         with self.stages.clock.stage("checkpoint"):
             self.checkpoints.save(Record(progress, self.stages.clock.seconds()), self.stages.reporter)
@@ -118,7 +114,7 @@ class Trainer:
         if progress.update and not self.ranks.run_on_first(lambda: self.checkpoints.has(progress)):
             self._save(progress)
         self.ranks.gather(None)  # wait until all have written
-        self.stop.interrupt.met()
+        self.stop.interrupt.ignore_further()
         error = UpdateLimitReached if reason == UPDATE_LIMIT else Stopped
         raise error(
             f"stopped by {reason} after {progress.update} of {self.plan.num_updates} "
@@ -126,13 +122,13 @@ class Trainer:
         )
 
     def _measure(self, evaluate: Evaluate) -> Accuracies:
-        """Evaluate the export; everything is saved already, so a request to stop takes effect at once."""
+        """Evaluate the export. Everything is saved already, so a requested stop takes effect at once."""
         try:
             with self.stages.clock.stage("evaluation"):
                 return evaluate(self.folder.export)
         except AbandonRound:
             self.stop.is_requested_anywhere()
-            self.stop.interrupt.met()
+            self.stop.interrupt.ignore_further()
             raise Stopped(
                 f"stopped by {self.stop.interrupt.requested} during evaluation; training and export are "
                 "saved; run the same command to evaluate again"

@@ -51,7 +51,6 @@ class SynchronousPipeline:
     _prepared_phase: str = field(default="", init=False)
 
     def next(self, progress: Progress) -> CollectedRound:
-        """Draw prompts, get their responses, grade them and schedule the work. Collective."""
         at = phase_at(self.plan, progress.update)
         if at is None:
             raise ValueError(f"the run is complete after {progress.update} updates")

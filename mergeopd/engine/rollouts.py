@@ -16,7 +16,7 @@ from mergeopd.reporting.events import Note
 from mergeopd.reward.grading import Submission, Verifiers
 from mergeopd.reward.pool import Grade, failures_note
 from mergeopd.rollout.protocol import GenerationRequest, RolloutEngine
-from mergeopd.types import Rollout, Sampling, TokenIds, token_flags, token_ids
+from mergeopd.types import Finish, Prompt, Rollout, Sampling, TokenIds, token_flags, token_ids
 
 
 @dataclass(frozen=True)
@@ -60,21 +60,20 @@ class StudentRollouts:
 
 
 def sampling(settings: RolloutSettings) -> Sampling:
-    """Return the sampling parameters of a recipe's responses."""
     return Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, settings.stop)
 
 
 def dataset_rollout(task: Task, student: Renderer) -> Rollout:
     """Encode the dataset's response in the student's ids."""
-    answer = dataset_response(task.prompt, student)
+    response = dataset_response(task.prompt, student)
     return Rollout(
         prompt=task.prompt,
         sample=task.occurrence,
         prompt_ids=student.render(task.prompt),
-        response_ids=token_ids(answer.ids),
+        response_ids=token_ids(response.ids),
         origin="dataset",
         finish="eos",
-        trained=None if answer.trained is None else token_flags(answer.trained),
+        trained=None if response.trained is None else token_flags(response.trained),
     )
 
 
@@ -103,12 +102,15 @@ class Rewards:
             if r.origin == "student" and r.prompt.source in self.verifiers
         }
         num_slow = sum(self.verifiers.is_slow(rollout.prompt.source) for rollout in graded.values())
-        on_progress: Callable[[int], None] = _nothing
-        if num_slow:
-            on_progress = self.stages.begin("rollout", "verifying", num_slow, "responses")
+        on_progress: Callable[[int], None] = (
+            self.stages.begin("rollout", "verifying", num_slow, "responses") if num_slow else lambda _: None
+        )
 
         def verify(own: Sequence[Rollout]) -> list[Grade]:
-            return self.verifiers.verify([self._submission(rollout) for rollout in own], on_progress)
+            submissions = [
+                submission(r.prompt, r.response_ids, r.finish, self.tokenizer, self.stop) for r in own
+            ]
+            return self.verifiers.verify(submissions, on_progress)
 
         by_index = dict(zip(graded, scatter_gather(self.ranks, list(graded.values()), verify), strict=True))
         grades = [by_index.get(index, Grade(None)) for index in range(len(rollouts))]
@@ -117,14 +119,6 @@ class Rewards:
 
     def close(self) -> None:
         self.verifiers.close()
-
-    def _submission(self, rollout: Rollout) -> Submission:
-        return Submission(
-            rollout.prompt.source,
-            response_text(rollout.response_ids, self.tokenizer, self.stop),
-            rollout.prompt.reference,
-            truncated=rollout.finish == "length",
-        )
 
     def _note_failures(self, rollouts: Sequence[Rollout], grades: Sequence[Grade]) -> None:
         """Report the first failures of each source's verifier; metrics count all."""
@@ -138,8 +132,12 @@ class Rewards:
             self.stages.reporter.emit(Note(f"{note}; such responses have no reward, and metrics count them"))
 
 
-def _nothing(num_own: int) -> None:
-    pass
+def submission(
+    prompt: Prompt, response_ids: TokenIds, finish: Finish, tokenizer: Tokenizer, stop: Sequence[str]
+) -> Submission:
+    """Decode a response for the verifier of its prompt."""
+    text = response_text(response_ids, tokenizer, stop)
+    return Submission(prompt.source, text, prompt.reference, truncated=finish == "length")
 
 
 def response_text(response_ids: TokenIds, tokenizer: Tokenizer, stop: Sequence[str]) -> str:

@@ -86,7 +86,8 @@ def claim(
         held.enter_context(exclusive(folder.path))
         folder.claim(inputs.plan, inputs.files, inputs.now, allowed_changes)
         mine.append(inputs)
-        if _is_finished(folder, inputs.plan):
+        is_measured = inputs.plan.evaluation is None or _result(folder) is not None
+        if is_measured and folder.export.exists() and verify(folder.export) is None:
             _show_finished(folder, Console() if console is None else console)
             return False
         return True
@@ -154,11 +155,25 @@ def train(
             trainer.run(replace(record.progress, update=num_done), max_updates)
 
 
-def _settled(plan: Plan, folder: RunFolder, num_done: int, console: Reporter) -> int:
-    """Clean up after a killed process; return how many updates are done."""
+def _settled(plan: Plan, folder: RunFolder, num_done: int, reporter: Reporter) -> int:
+    """Clean up after a killed process; return how many updates are done.
+
+    A damaged export is reported and set aside, to be written again. Raises StorageError if no checkpoint is
+    left for that: training from the beginning would overwrite the rest of the run.
+    """
     prune(folder.checkpoints, plan.checkpoint.keep)
-    if _settle_export(folder, console, can_be_made_again=num_done > 0):
+    if not folder.export.exists():
+        return num_done
+    fault = verify(folder.export)
+    if fault is None:
         return plan.num_updates  # even if its checkpoints were removed
+    if not num_done:
+        raise StorageError(
+            f"{shown(folder.export)}: {fault}, and no checkpoint is left to export from; "
+            "move it away to train from the beginning, or choose another folder with --set output=..."
+        )
+    aside = set_aside(folder.export)
+    reporter.emit(Note(f"the export was damaged ({fault}); it is written again, and kept in {shown(aside)}"))
     return num_done
 
 
@@ -218,7 +233,6 @@ def _measure(
     ranks: Communicator,
     console: Console,
 ) -> Result:
-    """Evaluate; rank 0 shows the table and writes the result. Collective."""
     import time
 
     from mergeopd.engine.build import Machine, build_evaluation
@@ -266,33 +280,6 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
-def _is_finished(folder: RunFolder, plan: Plan) -> bool:
-    """Whether the student was exported and, if the recipe evaluates, measured, with both results intact."""
-    measured = plan.evaluation is None or _result(folder) is not None
-    return measured and folder.export.exists() and verify(folder.export) is None
-
-
-def _settle_export(folder: RunFolder, reporter: Reporter, *, can_be_made_again: bool) -> bool:
-    """Whether there is an intact export. A damaged one is reported and set aside, to be written again.
-
-    Raises StorageError for a damaged one that cannot be written again: training from the beginning would
-    overwrite the rest of the run.
-    """
-    if not folder.export.exists():
-        return False
-    fault = verify(folder.export)
-    if fault is None:
-        return True
-    if not can_be_made_again:
-        raise StorageError(
-            f"{shown(folder.export)}: {fault}, and no checkpoint is left to export from; "
-            "move it away to train from the beginning, or choose another folder with --set output=..."
-        )
-    aside = set_aside(folder.export)
-    reporter.emit(Note(f"the export was damaged ({fault}); it is written again, and kept in {shown(aside)}"))
-    return False
-
-
 def _show_finished(folder: RunFolder, console: Console) -> None:
     console.print(f"This run is finished: {shown(folder.path)}", highlight=False)
     result = _result(folder)
@@ -303,7 +290,6 @@ def _show_finished(folder: RunFolder, console: Console) -> None:
 
 
 def _result(folder: RunFolder) -> Result | None:
-    """Read result.json; None when it is missing or damaged."""
     with suppress(ValueError):
         return read_result(folder.result_file)
     return None

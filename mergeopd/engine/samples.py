@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -69,7 +69,6 @@ class SampleTaker:
     _teachers: dict[int, dict[str, TeacherTrace]] = field(default_factory=dict, init=False)
 
     def take(self, micro: MicroBatch, prepared: PreparedUpdate, stats: TokenStats) -> None:
-        """Keep this micro-batch's statistics of the chosen responses."""
         end = 0
         measured = self.objective.measured(stats)
         for index, labels in zip(micro.rollouts, micro.labels, strict=True):
@@ -106,36 +105,27 @@ class SampleTaker:
         tokenizer: Tokenizer,
     ) -> tuple[RolloutSampled, ...]:
         """Return the chosen responses by domain; `rollouts` and `rewards` are the round's."""
-        order = sorted(self._logprob_S, key=lambda index: (rollouts[index].prompt.domain, index))
-        return tuple(
-            self._event(index, update, phase, rollouts[index], rewards[index], tokenizer) for index in order
-        )
-
-    def _event(
-        self,
-        index: int,
-        update: int,
-        phase: str,
-        rollout: Rollout,
-        reward: float | None,
-        tokenizer: Tokenizer,
-    ) -> RolloutSampled:
-        teachers: Mapping[str, TeacherTrace] = self._teachers[index]
-        return RolloutSampled(
-            update=update,
-            phase=phase,
-            domain=rollout.prompt.domain,
-            key=rollout.prompt.key,
-            prompt=tokenizer.decode(rollout.prompt_ids.tolist(), skip_special_tokens=False),
-            tokens=token_texts(rollout.response_ids.tolist(), tokenizer),
-            logprob_S=self._logprob_S[index],
-            divergence=self.objective.measures[0] if teachers else "",
-            teachers=teachers,
-            reward=reward,
-            origin=rollout.origin,
-            finish=rollout.finish,
-            trained=None if rollout.trained is None else tuple(rollout.trained.tolist()),
-        )
+        events = []
+        for index in sorted(self._logprob_S, key=lambda i: (rollouts[i].prompt.domain, i)):
+            rollout, teachers = rollouts[index], self._teachers[index]
+            events.append(
+                RolloutSampled(
+                    update=update,
+                    phase=phase,
+                    domain=rollout.prompt.domain,
+                    key=rollout.prompt.key,
+                    prompt=tokenizer.decode(rollout.prompt_ids.tolist(), skip_special_tokens=False),
+                    tokens=token_texts(rollout.response_ids.tolist(), tokenizer),
+                    logprob_S=self._logprob_S[index],
+                    divergence=self.objective.measures[0] if teachers else "",
+                    teachers=teachers,
+                    reward=rewards[index],
+                    origin=rollout.origin,
+                    finish=rollout.finish,
+                    trained=None if rollout.trained is None else tuple(rollout.trained.tolist()),
+                )
+            )
+        return tuple(events)
 
 
 def _places(rollout: Rollout) -> list[int]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mergeopd.batch.packing import MicroBatchPlan, pack
+from mergeopd.recipe.training import Optimizer
 from mergeopd.types import Rollout
 
 
@@ -49,8 +50,8 @@ def split_updates(rollouts: Sequence[Rollout], num_updates: int) -> tuple[tuple[
         members.setdefault(rollout.prompt.domain, []).append(index)
     updates: list[list[int]] = [[] for _ in range(num_updates)]
     # Assigned round-robin, without restarting at the first update for the next domain.
-    dealt = [index for domain in sorted(members) for index in members[domain]]
-    for position, index in enumerate(dealt):
+    assigned = [index for domain in sorted(members) for index in members[domain]]
+    for position, index in enumerate(assigned):
         updates[position % num_updates].append(index)
     return tuple(tuple(sorted(update)) for update in updates)
 
@@ -113,27 +114,21 @@ def schedule_round(
     return RoundSchedule(index, tuple(updates), copy_of, scorer_of)
 
 
-def learning_rate(
-    update: int,
-    *,
-    peak: float,
-    warmup: int,
-    total: int,
-    shape: str,
-    final_fraction: float,
-) -> float:
-    """Return the learning rate of update number `update` (from 0) of `total`.
+def learning_rate(update: int, optimizer: Optimizer, num_updates: int) -> float:
+    """Return the learning rate of update number `update` (from 0) of `num_updates`.
 
-    Linear warm-up over `warmup` updates, reaching the peak at the last of them; then constant, or linear or
-    cosine down towards `final_fraction` of the peak, which an update after the last one would have.
+    Linear warm-up, reaching the peak at its last update; then constant, or linear or cosine down towards the
+    final fraction of the peak, which an update after the last one would have.
     """
+    warmup, final = optimizer.warmup_updates, optimizer.final_lr_fraction
     if update < warmup:
-        return peak * (update + 1) / warmup
-    if shape == "constant":
-        return peak
-    progress = (update - warmup) / (total - warmup)
-    remaining = 1.0 - progress if shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return peak * (final_fraction + (1.0 - final_fraction) * remaining)
+        return optimizer.lr * (update + 1) / warmup
+    if optimizer.schedule == "constant":
+        return optimizer.lr
+    progress = (update - warmup) / (num_updates - warmup)
+    is_linear = optimizer.schedule == "linear"
+    remaining = 1.0 - progress if is_linear else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return optimizer.lr * (final + (1.0 - final) * remaining)
 
 
 def clip_factor(grad_norm: float, limit: float | None) -> float:

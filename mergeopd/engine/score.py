@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from mergeopd.batch.advantages import Outcomes, outcomes
 from mergeopd.batch.records import Alignments, OldLogProbs
 from mergeopd.distributed.communicator import Communicator
 from mergeopd.engine.prior_policy import PriorPolicy
-from mergeopd.engine.schedule import RoundSchedule, by_teacher
+from mergeopd.engine.schedule import RoundSchedule, TeacherPass, by_teacher
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.targets import TeacherTargets
 from mergeopd.recipe.training import Phase
@@ -119,20 +120,23 @@ class Scorer:
             with self.teachers[one.teacher].open() as session:
                 if next_teacher is not None:
                     self.teachers[next_teacher].prefetch()
-
-                def share(
-                    name: str = one.teacher,
-                    indices: Sequence[int] = one.rollouts,
-                    session: TeacherSession = session,
-                    on_progress: Callable[[int], None] = on_progress,
-                ) -> None:
-                    mine = work.scored_by(self.ranks.rank, indices)
-                    sequences = targets.sequences(name, rollouts, mine)
-                    order = list(sequences)
-                    scored = session.score(list(sequences.values()), targets.spec_of(name), self.max_tokens)
-                    for done, (position, rows) in enumerate(scored, start=1):
-                        targets.cache.put(name, order[position], rows)
-                        on_progress(done)
-
-                self.ranks.run_and_gather(share)
+                score = partial(self._score_own, one, session, targets, rollouts, work, on_progress)
+                self.ranks.run_and_gather(score)
             targets.cache.publish()
+
+    def _score_own(
+        self,
+        one: TeacherPass,
+        session: TeacherSession,
+        targets: TeacherTargets,
+        rollouts: Sequence[Rollout],
+        work: RoundSchedule,
+        on_progress: Callable[[int], None],
+    ) -> None:
+        """Score this process's share of a teacher's pass."""
+        sequences = targets.sequences(one.teacher, rollouts, work.scored_by(self.ranks.rank, one.rollouts))
+        order = list(sequences)
+        scored = session.score(list(sequences.values()), targets.spec_of(one.teacher), self.max_tokens)
+        for done, (position, rows) in enumerate(scored, start=1):
+            targets.cache.put(one.teacher, order[position], rows)
+            on_progress(done)

@@ -81,7 +81,7 @@ class TeacherTargets:
         return logprobs
 
     def _rows(self, teacher: str, pack: MicroBatchPlan) -> Tensor | None:
-        """Return the kept rows of a pack for a teacher; None where the teacher scored none of it."""
+        """Return the kept rows of a pack for a teacher; None if the teacher scored none of them."""
         own = self.alignments.get(teacher)
         read = pack.rollouts if own is None else [i for i in pack.rollouts if len(own[i].teacher_ids)]
         return self.cache.gather(teacher, read) if read else None

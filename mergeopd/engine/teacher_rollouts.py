@@ -16,8 +16,8 @@ from mergeopd.distributed.communicator import Communicator
 from mergeopd.engine.progress import Task
 from mergeopd.engine.rollouts import sampling
 from mergeopd.engine.stages import Stages
-from mergeopd.recipe import sources
 from mergeopd.recipe.plan import Plan
+from mergeopd.recipe.sources import author
 from mergeopd.reporting.events import Note
 from mergeopd.rollout.protocol import Completion, GenerationRequest
 from mergeopd.storage.folders import write_atomic
@@ -53,19 +53,19 @@ class TeacherRolloutCache:
 
     def prepare(self, tasks: Sequence[Task]) -> None:
         """Generate the missing responses to these tasks; each teacher is opened at most once."""
-        wanted: dict[str, dict[tuple[str, int], Prompt]] = {}
+        needed: dict[str, dict[tuple[str, int], Prompt]] = {}
         for task in tasks:
             if task.origin == "teacher":
                 for sample in range(self.plan.rollout.samples_per_prompt):
-                    wanted.setdefault(_author(task.prompt), {})[task.prompt.key, sample] = task.prompt
-        for teacher, prompts in wanted.items():
+                    needed.setdefault(author(task.prompt.teachers), {})[task.prompt.key, sample] = task.prompt
+        for teacher, prompts in needed.items():
             missing = {k: p for k, p in prompts.items() if (teacher, *k) not in self._completions}
             if missing:
                 self._provide(teacher, missing)
 
     def of(self, task: Task) -> list[Rollout]:
         """Return the prepared responses to a task, in the student's ids."""
-        name, prompt = _author(task.prompt), task.prompt
+        name, prompt = author(task.prompt.teachers), task.prompt
         rollouts = []
         for sample in range(self.plan.rollout.samples_per_prompt):
             completion = self._completions[name, prompt.key, sample]
@@ -168,10 +168,6 @@ class TeacherRolloutCache:
         return Path(self.plan.text_cache) / f"{name}-{digest[:20]}.jsonl"
 
 
-def _author(prompt: Prompt) -> str:
-    return sources.author(prompt.teachers)
-
-
 def _line_key(request: GenerationRequest) -> str:
     content = json.dumps([request.key, request.sample, request.prompt_ids.tolist()])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
@@ -195,11 +191,8 @@ def _write(path: Path, texts: Mapping[str, Completion]) -> None:
 
 def _line(key: str, text: Completion) -> str:
     content = {"key": key, "ids": text.response_ids.tolist(), "finish": text.finish}
-    return json.dumps({**content, "sha256": _digest(content)})
-
-
-def _digest(content: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, "sha256": digest})
 
 
 def _text(line: str) -> tuple[str, Completion] | None:
@@ -207,12 +200,11 @@ def _text(line: str) -> tuple[str, Completion] | None:
     try:
         row = json.loads(line)
         key, ids, finish = row["key"], row["ids"], row["finish"]
-        whole = row == {"key": key, "ids": ids, "finish": finish, "sha256": row["sha256"]}
-        whole = whole and row["sha256"] == _digest({"key": key, "ids": ids, "finish": finish})
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    if not whole or finish not in get_args(Finish) or not isinstance(ids, list):
+    if not isinstance(key, str) or finish not in get_args(Finish) or not isinstance(ids, list):
         return None
     if not all(type(i) is int and 0 <= i <= _MAX_ID for i in ids):
         return None
-    return str(key), Completion(token_ids(ids), _NO_LOGPROBS, finish)
+    text = Completion(token_ids(ids), _NO_LOGPROBS, finish)
+    return (key, text) if line == _line(key, text) else None

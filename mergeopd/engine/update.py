@@ -55,13 +55,13 @@ class Updater:
         number = progress.update + 1
         stages = self.stages if position == 0 else replace(self.stages, guard=None)
         objective = phase_objective(phase, updates_done, has_policy=self.plan.has_policy(phase))
-        lr = phase.lr_scale * self._learning_rate(progress.update)
+        lr = phase.lr_scale * learning_rate(progress.update, self.plan.optimizer, self.plan.num_updates)
         with stages.clock.stage("update"):
             prepared = self.prepare(scored, update, updates_done)
             due = is_due(number, self.plan.num_updates)
             samples = SampleTaker(choose(rollouts, update.rollouts) if due else (), objective)
             packs = update.packs[self.student.placement.dp_rank]
-            stats = self.accumulate(objective, prepared, packs, scored.targets, samples, stages)
+            stats = self.accumulate_gradients(objective, prepared, packs, scored.targets, samples, stages)
             stats.refuse_uniform_teachers(self.vocab_size)
             grad_norm = self.student.optimizer_step(lr)
         num_on_policy = sum(rollouts[i].origin == "student" for i in update.rollouts)
@@ -101,7 +101,7 @@ class Updater:
             scored.targets.alignments,
         )
 
-    def accumulate(
+    def accumulate_gradients(
         self,
         objective: DistillationObjective,
         prepared: PreparedUpdate,
@@ -110,7 +110,7 @@ class Updater:
         samples: SampleTaker,
         stages: Stages,
     ) -> UpdateStats:
-        """Accumulate the gradient of an update, of which `packs` are this copy's. Collective.
+        """Accumulate the gradient of an update over `packs`, the micro-batches of this copy. Collective.
 
         One teacher set's heads are in memory at a time.
         """
@@ -136,14 +136,3 @@ class Updater:
         stats.together(self.ranks)
         samples.together(self.ranks)
         return stats
-
-    def _learning_rate(self, updates_done: int) -> float:
-        optimizer = self.plan.optimizer
-        return learning_rate(
-            updates_done,
-            peak=optimizer.lr,
-            warmup=optimizer.warmup_updates,
-            total=self.plan.num_updates,
-            shape=optimizer.schedule,
-            final_fraction=optimizer.final_lr_fraction,
-        )

@@ -1,4 +1,4 @@
-"""Phases that ask a rollout engine or a teacher for what it cannot give."""
+"""Check that rollout engine and teachers provide what the phases need."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TARGETS: Mapping[TargetKind, str] = {
 
 def check_capabilities(
     findings: Findings,
-    found: Resolution,
+    resolution: Resolution,
     engine: EngineCapabilities | None,
     teachers: Mapping[str, TeacherCapabilities],
 ) -> None:
@@ -31,12 +31,12 @@ def check_capabilities(
 
     `engine` is None where `rollout` is not valid; `teachers` has those that resolved.
     """
-    for index, phase in found.phases.items():
+    for index, phase in resolution.phases.items():
         if engine is not None and not engine.returns_logprobs and not never_student(phase):
-            _check_engine(findings, index, phase, found.teachers)
-        _check_targets(findings, index, phase, found, teachers)
+            _check_engine(findings, index, phase, resolution.teachers)
+        _check_targets(findings, index, phase, resolution, teachers)
         if off_policy_origin(phase) == "teacher" and not only_student(phase):
-            _check_generators(findings, index, found, teachers)
+            _check_generators(findings, index, resolution, teachers)
 
 
 def _check_engine(findings: Findings, index: int, phase: Phase, teachers: Mapping[str, TeacherPlan]) -> None:
@@ -61,11 +61,11 @@ def _check_targets(
     findings: Findings,
     index: int,
     phase: Phase,
-    found: Resolution,
+    resolution: Resolution,
     teachers: Mapping[str, TeacherCapabilities],
 ) -> None:
-    for name in _routed(found):
-        kind = required_kind(phase.loss, found.teachers[name])
+    for name in _routed(resolution):
+        kind = required_kind(phase.loss, resolution.teachers[name])
         provided = teachers[name].can_provide
         if kind is None or kind in provided:
             continue
@@ -73,7 +73,7 @@ def _check_targets(
         findings.report(
             ("phases", index, "loss"),
             f"the loss needs {_TARGETS[kind]} of teacher '{name}', which provides {given}",
-            _remedy(found.teachers[name], provided),
+            _remedy(resolution.teachers[name], provided),
         )
 
 
@@ -88,15 +88,15 @@ def _remedy(teacher: TeacherPlan, provided: frozenset[TargetKind]) -> str:
 
 
 def _check_generators(
-    findings: Findings, index: int, found: Resolution, teachers: Mapping[str, TeacherCapabilities]
+    findings: Findings, index: int, resolution: Resolution, teachers: Mapping[str, TeacherCapabilities]
 ) -> None:
     """Report the first source for which the teacher that generates cannot do so."""
-    for source in found.sources.values():
+    for source in resolution.sources.values():
         name = author(source.teachers) if source.teachers else None
         if name is None or name not in teachers or teachers[name].can_generate:
             continue
         other = "give another teacher of these prompts more weight"
-        if found.teachers[name].snapshot_rule is None:
+        if resolution.teachers[name].snapshot_rule is None:
             cause, remedy = "it cannot generate", f"{other}, or use other `text`"
         else:
             cause = "responses are generated before a phase, and its weights change during it"
@@ -106,7 +106,7 @@ def _check_generators(
         return
 
 
-def _routed(found: Resolution) -> Iterator[str]:
-    """The resolved teachers that some source of prompts names, in the recipe's order."""
-    named = {name for source in found.sources.values() for name in source.teachers}
-    return (name for name in found.teachers if name in named)
+def _routed(resolution: Resolution) -> Iterator[str]:
+    """Return the resolved teachers that a source of prompts names, in the recipe's order."""
+    named = {name for source in resolution.sources.values() for name in source.teachers}
+    return (name for name in resolution.teachers if name in named)

@@ -93,7 +93,7 @@ def preflight(
         prompts=check.prompts,
         evaluation=check.evaluation,
         notes=tuple(check.findings.notes),
-        files=dict(sorted({**check.files, **check.models.files}.items())),
+        files=dict(sorted(check.models.files.items())),
         now=check.now,
     )
 
@@ -105,8 +105,8 @@ def advice(plan: Plan) -> str | None:
     ]
     if not bare:
         return None
-    whom = f"teacher {bare[0]} has" if len(bare) == 1 else f"teachers {joined(bare, 'and')} have"
-    return f"{whom} no canary, so a wrong or damaged model is not detected; `mergeopd new teacher` writes one"
+    who = f"teacher {bare[0]} has" if len(bare) == 1 else f"teachers {joined(bare, 'and')} have"
+    return f"{who} no canary, so a wrong or damaged model is not detected; `mergeopd new teacher` writes one"
 
 
 class _Check:
@@ -122,7 +122,6 @@ class _Check:
         self.cross_tokenizers: dict[str, CrossTokenizer] = {}
         self.prompts: dict[str, tuple[Prompt, ...]] = {}
         self.evaluation: dict[str, tuple[Prompt, ...]] = {}
-        self.files: dict[str, str] = {}
 
     def run(self) -> None:
         """Check models, then prompts, then their combination."""
@@ -176,14 +175,14 @@ class _Check:
         prompts = self.findings.attempt((*place, "source"), lambda: read_prompts(source, shown))
         if prompts is not None:
             into[source.name] = prompts
-            self.files[source.source] = file_digest(Path(source.source))
+            self.models.files[source.source] = file_digest(Path(source.source))
             PromptChecks(self.findings, place, source, prompts).references()
         if isinstance(source.verifier, JsonVerifier) and source.verifier.schema_file is not None:
             schema = Path(source.verifier.schema_file)
-            self.findings.attempt(place, lambda: self.files.update({str(schema): file_digest(schema)}))
+            self.findings.attempt(place, lambda: self.models.files.update({str(schema): file_digest(schema)}))
 
     def _shown(self, teachers: Sequence[str]) -> dict[str, str]:
-        """The row fields that these teachers' prompts use, each with the first such teacher."""
+        """Return the row fields that these teachers' prompts use, each with the first teacher that does."""
         shown: dict[str, str] = {}
         for name in teachers:
             own = self.teachers[name].teacher_prompt.prompt if name in self.teachers else None
@@ -192,7 +191,7 @@ class _Check:
         return shown
 
     def _renderers(self, teachers: Sequence[str]) -> dict[str, Renderer]:
-        """The models that read a prompt, by their name in messages."""
+        """Return the models that read a prompt, by their name in messages."""
         renderers = {} if self.student is None else {"the student": self.student}
         return renderers | {
             f"teacher '{name}'": self.teachers[name] for name in teachers if name in self.teachers

@@ -59,10 +59,7 @@ class ModelReader:
             check_backend(self._findings, student, facts)
         if facts is None or tokenizer is None or not self._fits(place, folder, tokenizer, facts):
             return None
-        if student.template is None:
-            template = self._own_template(place, folder, tokenizer)
-        else:
-            place, template = ("student", "template"), self._file_template(("student",), student.template)
+        place, template = self._template(place, folder, tokenizer, ("student", "template"), student.template)
         if student.end_tokens is None:
             renderer = self._renderer(facts, tokenizer, place, template)
             if renderer is not None and renderer.end_id not in _configured(facts, tokenizer):
@@ -124,9 +121,11 @@ class ModelReader:
 
     def _check_system_message(self, place: Keys, template: ChatTemplate, system: str) -> None:
         """Report a chat template that leaves system messages out (templates that reject them raise)."""
-        asked = Message("user", "?")
+        prompt = Message("user", "?")
         try:
-            ignores_system = template.render((asked,)) == template.render((Message("system", system), asked))
+            ignores_system = template.render((prompt,)) == template.render(
+                (Message("system", system), prompt)
+            )
         except DataError:
             return
         if ignores_system:
@@ -141,21 +140,22 @@ class ModelReader:
         tokenizer_place = model_place if own else (*card, "tokenizer")
         folder = Path(teacher.tokenizer)
         facts = self._model(model_place, Path(teacher.model))
-        if facts is not None:
-            self._compare_fingerprint((*card, "fingerprint"), teacher)
+        if facts is not None and teacher.fingerprint not in (None, self.files[teacher.model]):
+            self._findings.report(
+                (*card, "fingerprint"),
+                f"the weights in {teacher.model} are not those of the card",
+                "fetch the weights of the card, or create a new card with mergeopd new teacher",
+            )
         tokenizer = self._tokenizer(tokenizer_place, folder)
         if tokenizer is None:
             return None
         fits = facts is None or self._fits(tokenizer_place, folder, tokenizer, facts)
         if student is not None:
             self._compare(teacher, student.tokenizer, tokenizer, tokenizer_place)
-        if teacher.template is None:
-            template_place, template = tokenizer_place, self._own_template(tokenizer_place, folder, tokenizer)
-        else:
-            template_place, template = (*card, "template"), self._file_template(card, teacher.template)
-        if facts is None or not fits:
-            return None
-        return self._renderer(facts, tokenizer, template_place, template)
+        place, template = self._template(
+            tokenizer_place, folder, tokenizer, (*card, "template"), teacher.template
+        )
+        return self._renderer(facts, tokenizer, place, template) if facts is not None and fits else None
 
     def _compare(self, teacher: TeacherPlan, student: Tokenizer, own: Tokenizer, place: Keys) -> None:
         """Report a tokenizer that differs without a bridge; note a bridge that is not needed."""
@@ -221,14 +221,6 @@ class ModelReader:
             self._remember(folder, CONFIG_FILES)
         return facts
 
-    def _compare_fingerprint(self, place: Keys, teacher: TeacherPlan) -> None:
-        if teacher.fingerprint not in (None, self.files[teacher.model]):
-            self._findings.report(
-                place,
-                f"the weights in {teacher.model} are not those of the card",
-                "fetch the weights of the card, or create a new card with mergeopd new teacher",
-            )
-
     def _remember(self, folder: Path, names: Sequence[str]) -> None:
         for file in (folder / name for name in names):
             if file.is_file():
@@ -258,31 +250,28 @@ class ModelReader:
         )
         return False
 
-    def _own_template(self, place: Keys, folder: Path, tokenizer: Tokenizer) -> tuple[str, str] | None:
-        """The chat template of a tokenizer, and its name."""
-        file = folder / "chat_template.jinja"
+    def _template(
+        self, place: Keys, folder: Path, tokenizer: Tokenizer, file_place: Keys, file: str | None
+    ) -> tuple[Keys, tuple[str, str] | None]:
+        """Return the place, text and name of a chat template: that of `file`, or the tokenizer's."""
+        if file is not None:
+            text = self._findings.attempt(file_place, lambda: self._text(Path(file)))
+            return file_place, None if text is None else (text, shown(Path(file)))
+        own = folder / "chat_template.jinja"
         if tokenizer.chat_template is not None:
-            config = shown(folder / "tokenizer_config.json")
-            return tokenizer.chat_template, shown(file) if file.is_file() else f"{config}, chat_template"
+            config = f"{shown(folder / 'tokenizer_config.json')}, chat_template"
+            return place, (tokenizer.chat_template, shown(own) if own.is_file() else config)
         where, key = ("card", "template") if place[0] == "teachers" else ("recipe", "student.template")
-        remedy = f"add {shown(file)}, or name one in the {where} (`{key}: FILE.jinja`)"
+        remedy = f"add {shown(own)}, or name one in the {where} (`{key}: FILE.jinja`)"
         self._findings.report(place, f"{folder}: has no chat template to render prompts", remedy)
-        return None
+        return place, None
 
-    def _file_template(self, place: Keys, file: str) -> tuple[str, str] | None:
-        """The template that is named at `place`, and its name."""
-
-        def read() -> str:
-            try:
-                self.files[file] = file_digest(Path(file))
-                return Path(file).read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{file}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8"
-                ) from error
-
-        text = self._findings.attempt((*place, "template"), read)
-        return None if text is None else (text, shown(Path(file)))
+    def _text(self, file: Path) -> str:
+        try:
+            self.files[str(file)] = file_digest(file)
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
 
     def _renderer(
         self,
@@ -319,7 +308,7 @@ class ModelReader:
 
 
 def _configured(facts: ModelFacts, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The end tokens of a model's configuration, as in transformers' `generate`, else EOS."""
+    """Return the end tokens of a model's configuration, as transformers' `generate` does, else EOS."""
     return facts.eos_ids or (tokenizer.eos_id,)
 
 

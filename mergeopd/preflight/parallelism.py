@@ -26,7 +26,7 @@ def check_backend(findings: Findings, student: Student, facts: ModelFacts) -> No
 def check_processes(plan: Plan, world: int) -> None:
     """Raise RecipeError if `world` processes cannot train this plan's student."""
     grid = plan.student.parallel
-    wanted = grid.tensor * grid.pipeline
+    needed = grid.tensor * grid.pipeline
     if plan.student.backend == "torch":
         if world == 1:
             return
@@ -37,5 +37,5 @@ def check_processes(plan: Plan, world: int) -> None:
         if problem is None:
             return
         path, message = "student.parallel", problem
-        remedy = f"start {wanted} or a multiple of it: mergeopd run --nproc {wanted}, or torchrun"
+        remedy = f"start {needed} or a multiple of it: mergeopd run --nproc {needed}, or torchrun"
     raise RecipeError([Problem(Location(shown(Path(plan.recipe_file))), path, message, remedy)])

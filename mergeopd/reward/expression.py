@@ -1,4 +1,4 @@
-r"""Read a short text as one rational number: `3`, `-\frac{3}{4}`, `12\text{ cm}^2`, `x = 5\times10^3`."""
+r"""Parse a short text as one rational number: `3`, `-\frac{3}{4}`, `12\text{ cm}^2`, `x = 5\times10^3`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_LENGTH = 1000
 _MAX_BITS = 4096
 _MAX_DEPTH = 20
 MAX_EXPONENT = 308
-"""Of `1e308`: larger ones are refused, as their digits would take minutes to compare."""
+"""As in `1e308`; larger ones are refused, because comparing their digits would take minutes."""
 MAX_FACTORIAL = 100
 
 MINUS = "-\u2212\u2013"
@@ -32,7 +32,7 @@ _IGNORED = re.compile(
 )
 _LEAD = re.compile(r"\s*(?:the\s+)?(?:final\s+)?answer(?:\s+is)?\s*:?", re.IGNORECASE)
 _EQUALS = re.compile(r"=|≈|\\approx(?![A-Za-z])")
-# In LaTeX an argument without braces is one character: \frac12 is a half.
+# In LaTeX, an argument without braces is one character: \frac12 is one half.
 _BARE_ARGUMENTS = re.compile(r"\\[dtc]?frac\s*(\d)\s*(?:(\d)|(?=\{))")
 _GROUPED = (r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", r"\d{1,3}(?:[ \u00a0\u202f]\d{3})+", r"\d{1,3}(?:\.\d{3}){2,}")
 _TOKEN = re.compile(
@@ -70,10 +70,10 @@ def read_number(text: str) -> Fraction | None:
         return None  # x = 1, y = 2
     value, num_negations = re.subn(r"^\s*(?:negative|minus)\s+", "", value, flags=re.IGNORECASE)
     try:
-        found = _Reader(value).read()
+        number = _Reader(value).read()
     except (_NotANumberError, ZeroDivisionError, OverflowError):
         return None
-    return -found if num_negations else found
+    return -number if num_negations else number
 
 
 def _normalised(text: str) -> str:
@@ -103,7 +103,7 @@ class _NotANumberError(Exception):
 
 @dataclass
 class _Reader:
-    """Recursive descent over one expression."""
+    """Recursive-descent parser of one expression."""
 
     text: str
     at: int = 0
@@ -119,21 +119,21 @@ class _Reader:
         return value
 
     def _next(self, *kinds: str) -> str | None:
-        """Take a token of one of the kinds, or one of these characters, if it comes next."""
+        """Consume the next token if it is of one of the kinds, or one of these characters."""
         match = _TOKEN.match(self.text, self.at)
         if match is None or match.lastgroup is None:
             return None
-        found = match[match.lastgroup]
-        if match.lastgroup not in kinds and found not in kinds:
+        token = match[match.lastgroup]
+        if match.lastgroup not in kinds and token not in kinds:
             return None
         self.at = match.end()
-        return found
+        return token
 
     def _require(self, *kinds: str) -> str:
-        found = self._next(*kinds)
-        if found is None:
+        token = self._next(*kinds)
+        if token is None:
             raise _NotANumberError
-        return found
+        return token
 
     def _signed(self) -> Fraction:
         self.depth += 1
@@ -155,7 +155,7 @@ class _Reader:
         return value
 
     def _fraction_behind(self) -> Fraction | None:
-        """The proper fraction of a mixed number."""
+        """Parse the proper fraction of a mixed number."""
         before = self.at
         if (vulgar := self._next("vulgar")) is not None:
             return Fraction(unicodedata.numeric(vulgar)).limit_denominator(1000)

@@ -1,4 +1,4 @@
-"""The final number of a response, exactly, as GSM8K (arXiv:2110.14168) and MATH (2103.03874) write it."""
+"""Parse the final number of a response, as in GSM8K (arXiv:2110.14168) and MATH (arXiv:2103.03874)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from fractions import Fraction
 
 from mergeopd.reward.expression import MAX_LENGTH, MINUS, MULTIPLIERS, read_number
 
-# Every alternative starts at a digit or dot that no other number reaches into, so the search is linear in
-# the text's length. Signs count only where no letter, digit or bracket stands before them: 10-5 is no -5.
+# Every alternative starts at a digit or dot that is not part of another number, so the search is linear in
+# the text's length. A sign counts only if no letter, digit or bracket precedes it: 10-5 does not contain -5.
 _NUMBER = re.compile(
     rf"""
     (?:(?<![A-Za-z0-9_)\]}}])[-+{MINUS[1:]}])?
@@ -33,10 +33,10 @@ _MATH = re.compile(
 )
 _FRACTION = re.compile(r"\\[dtc]?frac\s*\{\s*([-\d,]{1,40})\s*\}\s*\{\s*(\d{1,40})\s*\}")
 
-# Marks that are looked at, from the last one on.
+# Number of marks that are tried, from the last one.
 _MAX_MARKS = 8
 
-# What makes a number part of something else: an operand, a root, a power, a time, a date, a list.
+# Text around a number that makes it a part of something else: an operand, root, power, time, date or list.
 _CONTEXT = 24
 _BEFORE = re.compile(
     rf"""(?:
@@ -85,9 +85,9 @@ def final_number(text: str, *, truncated: bool = False) -> Fraction | None:
     if whole is not None:
         return whole
     for mark in reversed(list(_ANSWER.finditer(text))[-_MAX_MARKS:]):
-        found = _at(text, mark.end())
-        if found is not None:
-            return found[0]
+        number = _at(text, mark.end())
+        if number is not None:
+            return number[0]
     return _last(text)
 
 
@@ -103,25 +103,25 @@ def reference_number(text: str) -> Fraction | None:
 
 
 def _without_thoughts(text: str) -> str:
-    """The text behind reasoning in `<think>` tags; nothing where the reasoning has no end."""
+    """Return the text after reasoning in `<think>` tags; nothing of reasoning without an end."""
     _, closed, behind = text.rpartition("</think>")
     rest = behind if closed else text
     return rest.partition("<think>")[0]
 
 
 def _after_hashes(text: str, truncated: bool) -> tuple[Fraction | None] | None:
-    """The value behind the last `####` with a number, in a tuple; None where there is no such mark."""
+    """Return the value after the last `####` with a number, in a tuple; None if there is no such mark."""
     for mark in reversed(list(_HASHES.finditer(text))[-_MAX_MARKS:]):
         # The last line of a truncated text may have the first digits of a number only.
         if not truncated or "\n" in text[mark.end() :]:
-            found = _at(text, mark.end())
-            if found is not None:
-                return found
+            number = _at(text, mark.end())
+            if number is not None:
+                return number
     return None
 
 
 def _at(text: str, start: int) -> tuple[Fraction | None] | None:
-    """The number that begins at `start`, in a tuple with None for an expression; None where none begins."""
+    """Return the number that begins at `start`, in a tuple with None for an expression; None without one."""
     stop = text.find("\n", start)
     line = text[start : min(len(text) if stop < 0 else stop, start + MAX_LENGTH)]
     line = line.lstrip(" \t").rstrip(" \t*")
@@ -137,7 +137,7 @@ def _at(text: str, start: int) -> tuple[Fraction | None] | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last box that is closed and not empty; "" where there are only others."""
+    """Return the content of the last box that is closed and not empty; "" if there are only others."""
     starts = [match.end() for match in _BOXED.finditer(text)]
     for start in reversed(starts[-_MAX_MARKS:]):
         depth = 1
@@ -151,7 +151,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _last(text: str) -> Fraction | None:
-    """The last number of prose; None where it is part of an expression."""
+    """Return the last number of a text; None if it is part of an expression."""
     digit = max((match.end() for match in re.finditer(r"\d(?=\D*\Z)", text[-MAX_LENGTH:])), default=0)
     place = max(0, len(text) - MAX_LENGTH) + digit
     for segment in _MATH.finditer(text, max(0, place - 400)) if digit else ():
@@ -159,13 +159,13 @@ def _last(text: str) -> Fraction | None:
             return read_number(segment[segment.lastindex or 0])
     plain = _plain(text)
     match = None
-    for match in _NUMBER.finditer(plain):  # noqa: B007  only the last one is wanted
+    for match in _NUMBER.finditer(plain):  # noqa: B007  only the last one is used
         pass
     return None if match is None else _in_context(plain, match)
 
 
 def _plain(text: str) -> str:
-    r"""LaTeX spellings as plain ones: `1{,}234`, `1\,234`, `\$5`, `5\%`, `\frac{1}{2}`."""
+    r"""Convert LaTeX spellings to plain ones: `1{,}234`, `1\,234`, `\$5`, `5\%`, `\frac{1}{2}`."""
     if "\\" not in text and "{,}" not in text:
         return text
     text = text.replace("{,}", ",").replace(r"\$", "$").replace(r"\%", "%")
@@ -177,9 +177,9 @@ def _plain(text: str) -> str:
 
 
 def _in_context(text: str, match: re.Match[str]) -> Fraction | None:
-    """The value of a number in prose; None where what stands around it changes the value."""
+    """Return the value of a number in a text; None if the text around it changes the value."""
     start, end = match.span()
-    # `$` lets a pattern match the end of `before`; the number itself is for its lookahead.
+    # `_BEFORE` ends with `$`, so it is matched against the text before the number alone.
     before = text[max(0, start - _CONTEXT) : start]
     written = match[0].lstrip(f"+{MINUS}$€£¥ ")
     if (

@@ -1,4 +1,4 @@
-"""Verifiers: functions from a response, and a reference where one is needed, to a reward in [0, 1]."""
+"""Verifiers: functions from a response, and a reference if needed, to a reward in [0, 1]."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mergeopd.reward.numbers import final_number, last_boxed, reference_number
 
 
 class Verify(Protocol):
-    """From a response to a reward in [0, 1]."""
+    """Function from a response to a reward in [0, 1]."""
 
     def __call__(self, response: str, reference: str | None, /, *, truncated: bool = False) -> float:
         """Verify one response; `truncated`: it ended at the length limit."""
@@ -41,14 +41,14 @@ _FENCE = re.compile(r"^[ \t]*```(?P<language>[^\n`]*)$", re.MULTILINE)
 def build_verifier(spec: Verifier, allow_code: Collection[str]) -> Verify:
     """Build the function that `spec` describes.
 
-    Raises VerifierError now for what cannot work (an invalid schema, a function that is not in `allow_code`
-    or cannot be imported), and when called for a missing or unusable reference.
+    Raises VerifierError for an invalid schema, and for a function that is not in `allow_code` or cannot be
+    imported. The verifier raises it for a missing or unusable reference.
     """
     return BUILDERS[spec.kind](spec, allow_code)
 
 
 def reference_problem(spec: Verifier, reference: str) -> str | None:
-    """Return why no response can ever match `reference`, None when one can."""
+    """Return why no response can match `reference`; None if one can."""
     if isinstance(spec, NumberVerifier) and reference_number(reference) is None:
         return f"the reference {_short(reference)} is not one number"
     if isinstance(spec, JsonVerifier) and spec.schema_file is None:
@@ -91,14 +91,14 @@ def _build_regex(spec: RegexVerifier, allow_code: Collection[str]) -> Verify:
         match = pattern.search(response)
         if match is None or not compares:
             return float(match is not None)
-        found = match["answer"]
-        return float(found is not None and found.strip() == expected)
+        answer = match["answer"]
+        return float(answer is not None and answer.strip() == expected)
 
     return verify
 
 
 def _build_number(spec: NumberVerifier, allow_code: Collection[str]) -> Verify:
-    tolerance = Fraction(repr(spec.tolerance))  # 0.1 is one tenth, as it was written
+    tolerance = Fraction(repr(spec.tolerance))  # 0.1 is exactly one tenth
 
     def verify(response: str, reference: str | None, /, *, truncated: bool = False) -> float:
         text = _required("number", reference)
@@ -107,8 +107,8 @@ def _build_number(spec: NumberVerifier, allow_code: Collection[str]) -> Verify:
             raise VerifierError(
                 f"verifier 'number': {reference_problem(spec, text)}; correct the prompt file"
             )
-        found = final_number(response, truncated=truncated)
-        return float(found is not None and abs(found - expected) <= tolerance)
+        number = final_number(response, truncated=truncated)
+        return float(number is not None and abs(number - expected) <= tolerance)
 
     return verify
 
@@ -157,7 +157,7 @@ def _build_json_schema(path: Path) -> Verify:
         raise VerifierError(f"{path}: not JSON: {error}") from error
     except jsonschema.SchemaError as error:
         raise VerifierError(f"{path}: not a JSON Schema: {error.json_path}: {error.message}") from error
-    # An empty registry: a $ref to a web address must not be fetched.
+    # With an empty registry, a $ref to a web address is not fetched.
     validator = validator_class(schema, registry=referencing.Registry())
 
     def verify(response: str, reference: str | None, /, *, truncated: bool = False) -> float:
@@ -174,7 +174,6 @@ def _build_json_schema(path: Path) -> Verify:
 
 
 def _patterns(schema: object) -> Iterator[str]:
-    """Every regular expression of a schema."""
     if isinstance(schema, list):
         for item in schema:
             yield from _patterns(item)
@@ -227,7 +226,7 @@ def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Compare as JSON: 1 equals 1.0 but not true, unlike Python's own ==."""
+    """Compare as JSON: 1 equals 1.0 but not true, unlike in Python."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_equal(value, b[key]) for key, value in a.items())
     if isinstance(a, list) and isinstance(b, list):
@@ -248,15 +247,15 @@ def _build_math(spec: MathVerifier, allow_code: Collection[str]) -> Verify:
         text = _required("math", reference).strip()
         boxed = last_boxed(text)
         written = text.rpartition("####")[2].strip() if boxed is None else f"\\boxed{{{boxed}}}"
-        # Its own time limit is by signals; the worker process has one already.
+        # The library's time limit uses signals; the worker process has its own.
         expected = parse(written if "$" in written or boxed else f"${written}$", parsing_timeout=None)
         if not expected:
-            raise VerifierError(f"the reference {_short(text)} is no mathematical expression")
+            raise VerifierError(f"the reference {_short(text)} is not a mathematical expression")
         answer = last_boxed(response)
         if answer is None and truncated:
             return 0.0
-        found = parse(response if answer is None else f"\\boxed{{{answer}}}", parsing_timeout=None)
-        return float(equal(expected, found, timeout_seconds=None))
+        parsed = parse(response if answer is None else f"\\boxed{{{answer}}}", parsing_timeout=None)
+        return float(equal(expected, parsed, timeout_seconds=None))
 
     return verify
 
@@ -279,7 +278,7 @@ def _build_user(spec: UserVerifier, allow_code: Collection[str]) -> Verify:
             raise VerifierError(
                 f"verifier function {name!r} raised {type(error).__name__}: {error}"
             ) from error
-        # As in typing, an int serves where a float is asked for; NaN fails the comparison.
+        # An int is a valid float, as in typing; NaN fails the comparison.
         if not isinstance(reward, int | float) or not 0.0 <= reward <= 1.0:
             raise VerifierError(
                 f"verifier function {name!r} returned {reward!r}; it must be a float in [0, 1]"

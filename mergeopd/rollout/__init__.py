@@ -1,1 +1,1 @@
-"""Rollouts: the engines that write answers. `local` samples inside the training process."""
+"""Rollout engines. `local` samples inside the training process."""

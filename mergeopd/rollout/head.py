@@ -1,4 +1,4 @@
-"""Logits of the next token: the prediction head where few rows meet a large vocabulary, again and again."""
+"""Compute next-token logits: products of few rows with the head of a large vocabulary, repeated."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _TYPICAL_ROWS = 16
 
 
 class DecodingHead:
-    """A head as it is now, prepared for many small products; later changes of its weights do not count.
+    """A prediction head prepared for many small products; later changes of its weights have no effect.
 
-    On a CPU a product with few rows spends most of its time rearranging the head. oneDNN takes a head that
-    was rearranged once: 2.8 times as fast for 16 rows, 1.3 times for 256, for a second copy of its true
-    vocabulary in memory while answers are written. Elsewhere the head is used as it is stored.
+    On a CPU, a product with few rows spends most of its time reordering the head. oneDNN accepts a head that
+    was reordered once: 2.8 times as fast for 16 rows, 1.3 times for 256. This needs memory for a second copy
+    of the head during generation. On other devices the head is used as it is stored.
     """
 
     def __init__(self, head: Head) -> None:
@@ -25,15 +25,15 @@ class DecodingHead:
         self._workspace = Workspace()
         weight = head.weight.detach()[: len(head.vocab)]
         self._packed: Tensor | None = None
-        # Written for float32 alone: the other precisions of a head are converted as they are used.
+        # For float32 only: heads of other precisions are converted when they are used.
         has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         if weight.device.type == "cpu" and weight.dtype == torch.float32 and has_onednn:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[rows, V]` over the true vocabulary, float64 for float64 states, else float32.
+        """Return logits `[rows, V]` over the true vocabulary, in float64 for float64 states, else float32.
 
-        The memory may be that of the call before.
+        The next call may reuse the memory.
         """
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         projection = Projection("rollout", self._head, hidden, 1.0, dtype, self._workspace)

@@ -1,7 +1,6 @@
-"""Uniform random numbers that depend on what they are for, not on when they are drawn.
+"""Uniform random numbers keyed by seed, prompt, sample and position.
 
-A number is keyed by (seed, prompt, sample, position), so neither the batch a sequence shares, nor the order
-of calls, nor a restart changes it.
+They do not depend on the batch of a sequence, the order of calls, or restarts.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def stream_key(seed: int, prompt_key: str, sample: int) -> int:
-    """64 bits that name one sequence's random stream."""
+    """Return the 64-bit key of one sequence's random stream."""
     digest = hashlib.blake2b(f"{seed}\0{prompt_key}\0{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 def uniforms(keys: Sequence[int], num_positions: int) -> NDArray[np.float64]:
-    """`[len(keys), num_positions]` numbers in [0, 1) with 48 random bits each.
+    """Return numbers `[len(keys), num_positions]` in [0, 1) with 48 random bits each.
 
-    The generator is SplitMix64 started at the key (Steele, Lea and Flood 2014); 48 bits keep the largest
-    number far enough below 1 that its product with a float64 total never rounds up to the total.
+    The generator is SplitMix64, started at the key (Steele, Lea and Flood 2014). With 48 bits, the product of
+    the largest number and a float64 total is not rounded up to the total.
     """
     state = np.asarray(keys, dtype=np.uint64)[:, None]
     step = np.arange(1, num_positions + 1, dtype=np.uint64)[None, :]

@@ -1,4 +1,4 @@
-"""Batched sampling in the training process."""
+"""Sample in batches in the training process."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mergeopd.rollout.protocol import Completion, Decoder, EngineContext, Genera
 from mergeopd.rollout.sampling import sample
 from mergeopd.types import Finish, LogProbs, Sampling, TokenIds
 
-# Rows that have finished are dropped from the batch once this share of it is still writing.
+# Finished rows are dropped from the batch when fewer than this fraction of its rows are unfinished.
 _COMPACT_BELOW = 0.75
 
 
 @dataclass(frozen=True, slots=True)
 class Generator:
-    """A model that generates: body, prediction head, the ids that end its responses, and its tokenizer."""
+    """A model that generates: body, prediction head, ids that end its responses, and tokenizer."""
 
     body: nn.Module
     head: Head
@@ -34,14 +34,14 @@ class Generator:
 
 @dataclass(frozen=True, slots=True)
 class FixedWeights:
-    """A model whose weights stay: one that was loaded to be measured, or a teacher in its pass."""
+    """A model whose weights do not change: a loaded model to evaluate, or a teacher during its pass."""
 
     body: nn.Module
     head: Callable[[], Head]
 
     @contextmanager
     def unsharded(self) -> Iterator[tuple[nn.Module, Head]]:
-        """Body and head; not copies."""
+        """Yield body and head, which are not copied."""
         yield self.body, self.head()
 
 
@@ -58,15 +58,14 @@ class LocalEngine:
     _version: int = field(default=0, init=False)
 
     def submit(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> LocalRollouts:
-        """Ask for one response per request."""
         return LocalRollouts(lambda on_progress: self._generate(requests, sampling, on_progress))
 
     def sync_weights(self, source: WeightSource, version: int) -> None:
-        """Generate with these weights from now on; nothing is copied."""
+        """Use these weights from now on; nothing is copied."""
         self.source, self._version = source, version
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing, because no resources are held."""
 
     def _generate(
         self,
@@ -135,7 +134,7 @@ def generate(
 
 
 class _Decoding:
-    """One batch from prompt to last token. Prompts are padded on the left."""
+    """Decoding of one batch, with prompts padded on the left."""
 
     def __init__(
         self,
@@ -163,10 +162,10 @@ class _Decoding:
         keys = [stream_key(seed, request.key, request.sample) for request in requests]
         self._uniform = torch.from_numpy(uniforms(keys, sampling.max_new_tokens)).to(device)
         self._rows = list(range(len(requests)))  # batch row -> index of the request
-        # By request and step; of what a request has behind its end nothing is read.
+        # By request and step; entries after the end of a response are not used.
         self._tokens = np.zeros((len(requests), sampling.max_new_tokens), np.int32)
         self._logprobs: LogProbs = np.zeros(self._tokens.shape, np.float32)
-        self._finish: dict[int, tuple[Finish, int]] = {}  # and after how many tokens
+        self._finish: dict[int, tuple[Finish, int]] = {}  # with the number of tokens
 
     @torch.no_grad()
     def run(self) -> list[Completion]:
@@ -177,7 +176,7 @@ class _Decoding:
         pad = (self._width - self._position)[:, None]
         hidden = self._forward(self._ids, (first[None] - pad).clamp(min=0), cache, self._width)
         for step in range(self._sampling.max_new_tokens):
-            token = self._take(hidden, step)
+            token = self._sample(hidden, step)
             alive = [i for i, row in enumerate(self._rows) if row not in self._finish]
             if not alive:
                 break
@@ -195,10 +194,10 @@ class _Decoding:
         return completions
 
     def _forward(self, ids: Tensor, position: Tensor, cache: object, seen: int) -> Tensor:
-        """Hidden state of the last position, `[rows, d]`."""
+        """Return the hidden states `[rows, d]` of the last position."""
         output = self._generator.body(
             input_ids=ids,
-            # Without padding a mask would only cost time.
+            # Without padding, a mask only costs time.
             attention_mask=self._mask[:, :seen] if self._padded else None,
             position_ids=position,
             past_key_values=cache,
@@ -207,8 +206,8 @@ class _Decoding:
         hidden: Tensor = output.last_hidden_state[:, -1]
         return hidden
 
-    def _take(self, hidden: Tensor, step: int) -> Tensor:
-        """Sample the next token of every row and book it for the rows that still write."""
+    def _sample(self, hidden: Tensor, step: int) -> Tensor:
+        """Sample the next token of every row, and record those of unfinished rows."""
         logits = self._head.logits(hidden)
         token, logprob = sample(
             logits, self._uniform[:, step], self._sampling.temperature, self._sampling.top_p
@@ -227,7 +226,7 @@ class _Decoding:
         return token
 
     def _has_stopped(self, tokens: TokenIds) -> bool:
-        # A token stands for at least one byte, so this many of them hold any stop text that just ended.
+        # A token has at least one byte, so the last tokens contain any stop text that has just ended.
         longest = max(len(stop.encode()) for stop in self._sampling.stop)
         tail = self._generator.tokenizer.decode(tokens[-longest - 1 :].tolist(), skip_special_tokens=False)
         return any(stop in tail for stop in self._sampling.stop)
@@ -236,9 +235,6 @@ class _Decoding:
         keep = torch.tensor(alive, device=token.device)
         cache.batch_select_indices(keep)  # type: ignore[attr-defined]
         self._rows = [self._rows[i] for i in alive]
-        self._mask, self._position, self._uniform = (
-            self._mask[keep],
-            self._position[keep],
-            self._uniform[keep],
-        )
+        self._mask, self._position = self._mask[keep], self._position[keep]
+        self._uniform = self._uniform[keep]
         return token[keep]

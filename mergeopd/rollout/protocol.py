@@ -1,4 +1,4 @@
-"""The seam between the round and whatever generates its text. Importing this does not import torch."""
+"""Interface between the round and rollout engines. Importing this does not import torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GenerationRequest(ArrayRecord):
-    """One response to generate: `key` and `sample` name its random stream."""
+    """One response to generate; `key` and `sample` identify its random stream."""
 
     key: str
     sample: int
@@ -32,8 +32,8 @@ class GenerationRequest(ArrayRecord):
 class Completion(ArrayRecord):
     """A generated response. Its arrays are read-only; sequences become arrays.
 
-    `response_ids` include the stop token. `logprobs` has one number per id, under the distribution that was
-    sampled from; empty where the engine returns none. `policy_version` counts the optimizer updates of the
+    `response_ids` includes the stop token. `logprobs` has one number per id, under the distribution that was
+    sampled from; empty if the engine returns none. `policy_version` is the number of optimizer updates of the
     weights that generated it.
     """
 
@@ -49,10 +49,10 @@ class Completion(ArrayRecord):
 
 @dataclass(frozen=True, slots=True)
 class EngineCapabilities:
-    """What `check` must know of an engine before one is started: `capabilities` of its section of a recipe.
+    """Properties of an engine that `check` reads before it is started: `capabilities` of its recipe section.
 
-    `returns_logprobs`: policy terms are refused without. `is_reproducible`: randomness is keyed by seed,
-    prompt and sample, so that a resumed run generates the same responses.
+    `returns_logprobs`: required by policy terms. `is_reproducible`: randomness is keyed by seed, prompt and
+    sample, so that a resumed run generates the same responses.
     """
 
     returns_logprobs: bool
@@ -60,17 +60,17 @@ class EngineCapabilities:
 
 
 class WeightSource(Protocol):
-    """A model whose weights an engine generates with."""
+    """A model that provides weights for generation."""
 
     def unsharded(self) -> AbstractContextManager[tuple[nn.Module, Head]]:
-        """Body and head with the weights as they are now, whole on every process. Collective."""
+        """Yield body and head with the current weights, unsharded on every process. Collective."""
 
 
 class Decoder(Protocol):
     """The part of a tokenizer that finds stop texts."""
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of these ids."""
+        """Return the text of these ids."""
 
 
 Generate = Callable[[Sequence[GenerationRequest]], list[Completion]]
@@ -80,7 +80,7 @@ Deal = Callable[[Sequence[GenerationRequest], Generate], list[Completion]]
 
 @dataclass(frozen=True, slots=True)
 class EngineContext:
-    """What a run gives every engine: how responses of its model end, the device, the seed, the processes."""
+    """Arguments of every engine: end tokens and tokenizer of its model, device, seed, process sharding."""
 
     eos_ids: Collection[int]
     tokenizer: Decoder
@@ -90,26 +90,26 @@ class EngineContext:
 
 
 class PendingRollouts(Protocol):
-    """Responses that were asked for."""
+    """Submitted requests."""
 
     def wait(self, on_progress: Callable[[int], None]) -> list[Completion]:
-        """All responses, in the order of the requests; every process gets them. Collective.
+        """Return all responses, in the order of the requests, on every process. Collective.
 
         `on_progress` is called with the number of responses that this process has generated so far.
         """
 
     def cancel(self) -> None:
-        """Give up what is not generated yet."""
+        """Abandon responses that are not generated yet."""
 
 
 class RolloutEngine(Protocol):
-    """Generates responses. All processes of a run call it with the same arguments."""
+    """Generates responses. All processes of a run call its methods with the same arguments."""
 
     def submit(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> PendingRollouts:
-        """Ask for one response per request. Collective."""
+        """Start to generate one response per request. Collective."""
 
     def sync_weights(self, source: WeightSource, version: int) -> None:
-        """Generate with these weights from now on; `version` counts their optimizer updates. Collective."""
+        """Use these weights from now on; `version` counts their optimizer updates. Collective."""
 
     def close(self) -> None:
-        """Release what the engine holds."""
+        """Release the resources of the engine."""

@@ -1,4 +1,4 @@
-"""From logits to tokens: temperature, nucleus truncation, inverse-CDF draws from given uniforms."""
+"""Sample tokens from logits: temperature, nucleus truncation, inverse-CDF sampling with given uniforms."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from torch import Tensor
 
 from mergeopd.errors import NumericsError
 
-# The inverse of the distribution function is found in two steps: a segment of the vocabulary by the masses of
-# segments, then the token in it. Only these short sums are kept in float64; over a whole large vocabulary
-# that costs several times what the softmax does, and a float32 sum would lose the small probabilities.
+# The distribution function is inverted in two steps: a segment of the vocabulary by the masses of segments,
+# then the token in it. Only these short sums are in float64: over a whole vocabulary, they would take several
+# times as long as the softmax, and sums in float32 would lose small probabilities.
 _SEGMENT = 256
-# Logits drawn from at a time, so that every pass over them finds them in the processor's cache.
+# Number of logits per block, so that every pass over a block reads them from the processor's cache.
 _BLOCK_ELEMENTS = 1 << 19
-# How many of the likeliest tokens are looked at for a nucleus, one after another while they do not suffice.
+# Numbers of likeliest tokens among which a nucleus is searched, in order until one suffices.
 _NUCLEUS_SIZES = (128, 1024)
 
 
 def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """Draw one token per row; returns `(token [B], logprob [B])`.
+    """Draw one token per row; return `(token [B], logprob [B])`.
 
     `logits_BV` (float32 or float64) covers the true vocabulary only; `uniform_B` is in [0, 1). The
-    log-probability is that of the distribution drawn from: tempered, truncated to the smallest set of mass
-    >= `top_p` and renormalised. `temperature` 0 takes the largest logit (the first of equals) with
-    log-probability 0. Raises NumericsError when a row's logits make no distribution (NaN, +inf, all -inf).
+    log-probability is that of the sampled distribution: tempered, truncated to the smallest set of mass
+    >= `top_p` and renormalised. `temperature` 0 takes the largest logit (the first of equal ones) with
+    log-probability 0. Raises NumericsError if a row's logits are no distribution (NaN, +inf, all -inf).
     """
     if temperature == 0.0:
         largest, token = logits_BV.max(-1)  # NaN where a row has any
@@ -39,12 +39,12 @@ def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: floa
 
 
 def _block_rows(num_rows: int, vocab: int, device: torch.device) -> int:
-    """Rows to draw from at a time: on a GPU all, as a block costs some 25 kernel launches and a host sync."""
+    """Return the rows per block: on a GPU all, as a block costs some 25 kernel launches and a host sync."""
     return max(_BLOCK_ELEMENTS // vocab, 1) if device.type == "cpu" else max(num_rows, 1)
 
 
 def _draw(mass_nV: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens and log-probabilities from masses that need not sum to one."""
+    """Draw tokens from masses that need not sum to one; return them with log-probabilities."""
     num, vocab = mass_nV.shape
     width = min(_SEGMENT, vocab)
     segments = torch.nn.functional.pad(mass_nV, (0, -vocab % width)).view(num, -1, width)
@@ -57,27 +57,27 @@ def _draw(mass_nV: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
     within = segments.take_along_dim(segment[:, :, None], 1)[:, 0].double().cumsum(1)
     whole = within[:, -1:].contiguous()
     chosen = size.gather(1, segment)
-    # Masses were summed in float32 for the segments and in float64 in this one: as a share the target fits.
+    # The sum of this segment is float32 in `size` and float64 in `within`, so the target is scaled.
     share = (target - (reach.gather(1, segment) - chosen)) / chosen
-    last = torch.searchsorted(within, whole)  # of the tokens with any probability
+    last = torch.searchsorted(within, whole)  # the last token with a probability above 0
     column = torch.searchsorted(within, share * whole, right=True).minimum(last)
     token = segment * width + column
     logprob = mass_nV.gather(1, token).log() - total.log().to(mass_nV.dtype)
     return token.squeeze(1), logprob.squeeze(1)
 
 
-def _require_distribution(is_one: Tensor) -> None:
-    if not is_one.all():
+def _require_distribution(is_valid: Tensor) -> None:
+    if not is_valid.all():
         raise NumericsError(
-            "a model that was writing an answer gave logits that are NaN or infinite; "
+            "the logits of a generating model are NaN or infinite; "
             "its weights are damaged or its dtype is too narrow (try dtype: float32)"
         )
 
 
 def _nucleus(mass_nV: Tensor, top_p: float) -> Tensor:
-    """The smallest set of mass >= `top_p` of every row, all else zero.
+    """Set the masses outside each row's smallest set of mass >= `top_p` to zero.
 
-    Sorting a large vocabulary takes far longer than drawing from it, and nearly always few tokens suffice.
+    Sorting a large vocabulary takes much longer than sampling from it, and few tokens usually suffice.
     """
     kept = torch.zeros_like(mass_nV)
     rows = torch.arange(len(mass_nV), device=mass_nV.device)

@@ -31,7 +31,6 @@ _SCHEMAS: Mapping[Document, Callable[[], dict[str, Any]]] = {"recipe": recipe_sc
 
 
 def name_problems(option: str, names: Iterable[str], what: str) -> list[Problem]:
-    """Report names that a recipe cannot use."""
     return [
         option_problem(option, f"'{name}' cannot be the name of a {what}", "use letters, digits, _ . -")
         for name in names

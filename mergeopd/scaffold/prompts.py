@@ -45,7 +45,6 @@ class PromptFile:
 
 
 def find_prompts() -> list[str]:
-    """Return the prompt files below `data/`, sorted."""
     candidates = (file for file in Path(PROMPT_FOLDER).rglob("*") if file.suffix in PROMPT_SUFFIXES)
     return sorted(shown(file) for file in candidates if file.is_file())
 
@@ -140,7 +139,6 @@ def _fields(path: Path) -> Sequence[str]:
 
 
 def _verifier(path: Path, domain: str, prompt_field: str, reference_field: str) -> VerifierKind | None:
-    """Return the verifier that fits all references of a file, if any."""
     source = SourcePlan(
         name="new",
         source=str(path),

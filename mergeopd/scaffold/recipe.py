@@ -59,7 +59,6 @@ class NewRecipeOptions:
 
     @property
     def recipe_file(self) -> Path:
-        """Path of the recipe, below the current folder."""
         return Path("recipes", f"{self.name}.yaml")
 
 
@@ -134,7 +133,6 @@ def _entry(
 
 
 def _write(path: Path, text: str) -> Inputs:
-    """Write the file and check it; remove it if it does not pass."""
     write_new(path, text)
     try:
         return preflight(path)

@@ -48,7 +48,6 @@ class NewTeacherOptions:
 
     @property
     def card_file(self) -> Path:
-        """Path of the card, below the current folder."""
         return Path("teachers", f"{self.name}.yaml")
 
 
@@ -89,7 +88,6 @@ def probe(options: NewTeacherOptions) -> ProbedModel:
 
 
 def _read(options: NewTeacherOptions, folder: Path, template: Path | None) -> ProbedModel:
-    """Read configuration, tensor headers, tokenizer and template."""
     plan = TeacherPlan(
         name=options.name,
         student=None,
@@ -196,7 +194,6 @@ def _whole_characters(text: str) -> str:
 
 
 def card_text(options: NewTeacherOptions, fingerprint: str, canary: Canary) -> str:
-    """Return the text of the card."""
     numbers = ", ".join(map(str, canary.logprobs))
     return render(
         "card",

@@ -139,7 +139,6 @@ def prune(parent: Path, keep: int, prefix: str = "step-") -> tuple[Path, ...]:
 
 
 def _seal(folder: Path, target: Path) -> None:
-    """Sync every file and folder to the disk and add the manifest."""
     files: dict[str, dict[str, int | str]] = {}
     folders = [folder]
     for path in sorted(folder.rglob("*")):
@@ -174,7 +173,7 @@ def _measure(path: Path, *, sync: bool = False) -> dict[str, int | str]:
 
 
 def _manifest_text(files: Mapping[str, Mapping[str, int | str]]) -> str:
-    """The canonical text of a manifest. It contains its own hash, which detects lost entries."""
+    """Return the canonical text of a manifest. It contains its own hash, which detects lost entries."""
     own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     return json.dumps({"format": FORMAT, "files": files, "sha256": own}, indent=1, sort_keys=True) + "\n"
 
@@ -221,7 +220,7 @@ def is_leftover(path: Path) -> bool:
 
 
 def _partial_of(target: Path) -> Path:
-    """The hidden sibling in which `target` is prepared, on the same file system."""
+    """Return the hidden sibling in which `target` is prepared, on the same file system."""
     return target.with_name(f".{target.name}{_PARTIAL}")
 
 
@@ -233,7 +232,7 @@ def _refuse_existing(target: Path) -> None:
 
 
 def _numbered(parent: Path, prefix: str, suffix: str = "") -> list[Path]:
-    """Entries `<prefix><number><suffix>` of `parent`, highest number first; none if `parent` is missing."""
+    """List entries `<prefix><number><suffix>`, highest number first; none if `parent` is missing."""
     if not os.path.lexists(parent):
         return []
     pattern = re.compile(re.escape(prefix) + r"\d+" + re.escape(suffix))
@@ -247,7 +246,7 @@ def _number(folder: Path, prefix: str, suffix: str = "") -> int:
 
 
 def _make_folder(path: Path) -> None:
-    """`mkdir -p` that syncs every new entry to the disk."""
+    """Create a folder and those above it, and sync every new entry to the disk."""
     if path.is_dir():
         return
     _make_folder(path.parent)

@@ -108,7 +108,7 @@ class MetricsFile:
 
 
 def _update_of(line: bytes) -> float:
-    """The line's `update`; `_DAMAGED` if it is incomplete (no newline, not JSON, no such key)."""
+    """Parse the line's `update`; `_DAMAGED` if it is incomplete (no newline, not JSON, no such key)."""
     try:
         value = json.loads(line)["update"] if line.endswith(b"\n") else None
     except (ValueError, TypeError, KeyError):

@@ -42,7 +42,7 @@ class RunFolder:
         self.report_file = path / run_layout.REPORT
 
     def started(self) -> datetime | None:
-        """The start time of the run; None if it has not started."""
+        """Return the start time of the run; None if it has not started."""
         record = self._record()
         return datetime.fromisoformat(record["started"]) if record else None
 
@@ -92,7 +92,6 @@ class RunFolder:
             raise StorageError(refusal)
 
     def _changes(self, before: Mapping[str, Any], plan: Plan, files: Mapping[str, str]) -> dict[str, str]:
-        """Differences from the recorded plan and files, by key or file."""
         changes = dict(_differences(before["plan"], plan.content))
         # Files that only one of the plans names are differences of the plans.
         for file, digest in before["files"].items():
@@ -128,12 +127,12 @@ class RunFolder:
         write_atomic(self.plan_file, text.getvalue())
 
     def plan_hashes(self) -> list[str]:
-        """The plan's hash, and its hashes before declared changes."""
+        """Return the plan's hash, and its hashes before declared changes."""
         record = self._record()
         return [record["hash"], *record["earlier_hashes"]] if record else []
 
     def other_files(self, files: Mapping[str, str]) -> list[str]:
-        """Those of `files` (path: digest) that the run recorded with other contents."""
+        """Return those of `files` (path: digest) that the run recorded with other contents."""
         record = self._record()
         own = record["files"] if record else {}
         return [file for file, digest in files.items() if own.get(file, digest) != digest]
@@ -173,7 +172,7 @@ def _versions() -> dict[str, str]:
 
 
 def _differences(before: Any, now: Any, path: Keys = ()) -> list[tuple[str, str]]:
-    """`(path, "path: old -> new")` for every leaf that differs; a missing leaf is `nothing`."""
+    """Return `(path, "path: old -> new")` for every leaf that differs; a missing leaf is `nothing`."""
     if before == now:
         return []
     old, new = _parts(before), _parts(now)

@@ -79,7 +79,7 @@ def engine_round(
     with trainer.scorer.score(collected) as scored:
         for done, update in enumerate(work.updates):
             objective = phase_objective(phase, done, has_policy=parts.plan.has_policy(phase))
-            stats = trainer.updater.accumulate(
+            stats = trainer.updater.accumulate_gradients(
                 objective,
                 trainer.updater.prepare(scored, update, done),
                 update.packs[parts.student.placement.dp_rank],

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: what it prints where, and how it exits."""
+"""The command line: output, files and exit codes."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_schema(command: Command, options: tuple[str, ...], name: str) -> None:
     assert json.loads(out) == json.loads((ROOT / "docs" / "schema" / f"{name}.schema.json").read_text())
 
 
-def test_prompts_that_are_measured_and_trained_on_are_told(
+def test_prompts_of_training_and_evaluation_are_noted(
     command: Command, job: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = job(EVALUATED)
@@ -286,7 +286,7 @@ def test_a_finished_run_shows_its_result(command: Command, ran: Path) -> None:
     assert re.search(r"student +run/export", out)
 
 
-def test_a_changed_plan_is_refused_with_what_differs(command: Command, ran: Path) -> None:
+def test_a_changed_plan_is_refused_with_its_differences(command: Command, ran: Path) -> None:
     code, out, err = command("run", ran, "--set", "optimizer.lr=0.005", "--set", "prompts.0.share=2")
     assert (code, out) == (1, "")
     assert err == (
@@ -341,7 +341,7 @@ def test_a_folder_that_is_no_run_is_left_alone(command: Command, job: Callable[.
     assert os.listdir("mine") == ["thesis.txt"]
 
 
-def test_a_damaged_plan_is_told_with_the_rest(command: Command, job: Callable[..., Path]) -> None:
+def test_a_damaged_plan_is_reported_with_other_problems(command: Command, job: Callable[..., Path]) -> None:
     recipe = job()
     Path("run").mkdir()
     Path("run/plan.yaml").write_text("format: 1\n")
@@ -428,7 +428,7 @@ def test_from_models_and_prompts_to_a_run(command: Command, job: Callable[..., P
     )
 
 
-def test_new_tells_what_is_missing_or_there(command: Command, job: Callable[..., Path]) -> None:
+def test_new_reports_missing_options_and_existing_files(command: Command, job: Callable[..., Path]) -> None:
     job()
     code, out, err = command("new", "recipe", "first")
     assert (code, out) == (2, "")
@@ -465,7 +465,7 @@ def test_help_has_an_example_that_can_be_parsed(
     current.make_context(name, words)  # raises on what it does not know
 
 
-def test_completion_knows_the_commands() -> None:
+def test_completion_lists_the_commands() -> None:
     script = Path(sys.executable).with_name("mergeopd")
     asked = {"_MERGEOPD_COMPLETE": "complete_bash", "COMP_WORDS": "mergeopd new ", "COMP_CWORD": "2"}
     done = subprocess.run([script], env={**os.environ, **asked}, capture_output=True, text=True, check=False)

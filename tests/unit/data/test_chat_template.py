@@ -1,4 +1,4 @@
-"""Rendering equals transformers' on templates written like those in use."""
+"""Rendering equals transformers' on templates like published ones."""
 
 from __future__ import annotations
 

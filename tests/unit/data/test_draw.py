@@ -73,7 +73,7 @@ def test_an_epoch_holds_every_prompt_once(size: int, seed: int, epochs: int) -> 
 
 @settings(deadline=None)
 @given(st.integers(0, 300), st.lists(st.integers(0, 40), max_size=6), SHARES, st.integers(0, 99))
-def test_restarts_and_call_sizes_change_nothing(
+def test_restarts_and_call_sizes_have_no_effect(
     start: int, sizes: list[int], shares: list[float], seed: int
 ) -> None:
     named = {f"s{i}": share for i, share in enumerate(shares)}

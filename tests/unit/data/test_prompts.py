@@ -1,4 +1,4 @@
-"""Prompt files: what is read, and what is said of bad ones."""
+"""Prompt files: rows that are read, and errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ CALL = {"role": "assistant", "content": "f()"}
 RESULT = {"role": "tool", "content": ""}
 
 
-def test_ready_answers(tmp_path: Path) -> None:
+def test_dataset_responses(tmp_path: Path) -> None:
     """Messages are a trajectory; other lists and objects are JSON, which an answer may well be."""
     turns = [CALL, RESULT, {"role": "user", "content": "a\r\nb"}, CALL]
     answers = [
@@ -205,7 +205,7 @@ def test_hostile_lines(tmp_path: Path, line: str, message: str) -> None:
     assert message in message_of(plan(write(tmp_path, line)))
 
 
-def test_rows_with_the_same_problem_are_told_together(tmp_path: Path) -> None:
+def test_rows_with_the_same_problem_are_reported_together(tmp_path: Path) -> None:
     path = write(tmp_path, {"x": 1}, {"prompt": 5}, {"x": 2}, {"x": 3})
     assert message_of(plan(path)) == (
         f"{path}: 4 of 4 rows cannot be used\n"

@@ -1,4 +1,4 @@
-"""Which token ends a turn."""
+"""The token that ends a turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Templates of strangers end soon, whatever they try, and ordinary ones give what Jinja alone gives."""
+"""Untrusted templates end within bounds, and ordinary ones render as with Jinja alone."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ ORDINARY = [
 
 
 @pytest.mark.parametrize("source", ORDINARY)
-def test_an_ordinary_template_gives_what_jinja_gives(source: str) -> None:
+def test_ordinary_templates_render_as_in_jinja(source: str) -> None:
     values = {"messages": [{"role": "user", "content": " hello "}, {"role": "assistant", "content": "yes"}]}
     sandbox = BoundedSandbox()
     expected = ImmutableSandboxedEnvironment().from_string(source).render(values)

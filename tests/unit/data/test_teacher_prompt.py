@@ -1,4 +1,4 @@
-"""What only a teacher sees: its own wording of the prompt, its own system message."""
+"""Prompts and system messages of individual teachers."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_there_is_no_way_out_of_the_sandbox(source: str) -> None:
         template(source).render(prompt())
 
 
-def test_what_cannot_be_rendered_is_told() -> None:
+def test_rendering_errors_are_reported() -> None:
     with pytest.raises(DataError, match=r"^teachers\.t\.prompt: UndefinedError: 'hint' is undefined$"):
         template("{{ hint }}").render(prompt())
     with pytest.raises(DataError, match="no attribute 'solution'"):

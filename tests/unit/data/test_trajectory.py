@@ -1,4 +1,4 @@
-"""Logged trajectories and multi-turn prompts as token ids: what is in the loss, and where turns are cut."""
+"""Logged trajectories and multi-turn prompts as token ids: trained tokens, and ends of turns."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def shown(dialect: Renderer, answer: Any) -> list[tuple[bool, str]]:
     return [(own, dialect.tokenizer.decode(ids, skip_special_tokens=False)) for own, ids in runs]
 
 
-def test_only_what_the_assistant_writes_is_trained(speak: Callable[..., Renderer]) -> None:
+def test_only_assistant_turns_are_trained(speak: Callable[..., Renderer]) -> None:
     dialect = speak(CHATML)
     assert shown(dialect, dataset_response(prompt(TRAJECTORY), dialect)) == [
         (True, '<call>{"open": "box"}</call><|im_end|>'),
@@ -133,7 +133,7 @@ def test_only_what_the_assistant_writes_is_trained(speak: Callable[..., Renderer
     ]
 
 
-def test_a_template_that_trims_trims_what_is_trained(speak: Callable[..., Renderer]) -> None:
+def test_a_template_that_trims_turns_trims_trained_tokens(speak: Callable[..., Renderer]) -> None:
     dialect = speak(TRIMMING)
     header = "<|start|>assistant<|end|>\n\n"
     assert shown(dialect, dataset_response(prompt(TRAJECTORY), dialect)) == [
@@ -194,7 +194,7 @@ turns = st.lists(
 
 @given(turns=turns, template=st.sampled_from([CHATML, TRIMMING]), first=st.text(max_size=8))
 @settings(max_examples=150, deadline=None)
-def test_pieces_make_up_the_whole_rendering(
+def test_segments_concatenate_to_the_rendering(
     speak: Callable[..., Renderer], turns: list[tuple[list[str], str]], template: str, first: str
 ) -> None:
     trajectory = [Message("assistant", first)]
@@ -224,7 +224,7 @@ def test_a_turn_without_text_is_its_end_token(speak: Callable[..., Renderer]) ->
     assert [text for own, text in runs if own] == ["<|im_end|>", "<|im_end|>"]
 
 
-def test_a_template_that_ends_no_answer_gets_the_end_token_once(speak: Callable[..., Renderer]) -> None:
+def test_a_template_without_turn_ends_gets_the_end_token_once(speak: Callable[..., Renderer]) -> None:
     dialect = speak(BARE)
     turns = (Message("assistant", "a"), Message("user", "b"), Message("assistant", "c"))
     assert shown(dialect, dataset_response(prompt(turns), dialect)) == [
@@ -234,7 +234,7 @@ def test_a_template_that_ends_no_answer_gets_the_end_token_once(speak: Callable[
     ]
 
 
-def test_an_answer_ends_at_whichever_end_token_comes_first(speak: Callable[..., Renderer]) -> None:
+def test_a_response_ends_at_the_first_end_token(speak: Callable[..., Renderer]) -> None:
     dialect = speak(
         CHATML.replace("<|im_end|>\\n", "<|endoftext|><|im_end|>\\n"), ("<|im_end|>", "<|endoftext|>")
     )
@@ -263,7 +263,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(speak: Callable[..., 
     assert shown(speak(FORGETFUL), dataset_response(prompt(turns[:1]), speak(FORGETFUL)))
 
 
-def test_an_answer_must_begin_as_it_is_asked_for(speak: Callable[..., Renderer]) -> None:
+def test_a_response_must_begin_with_the_generation_prompt(speak: Callable[..., Renderer]) -> None:
     dialect = speak(CHATML.replace("assistant\\n' }}{%- endif %}", "assistant\\n<think>' }}{%- endif %}"))
     with pytest.raises(DataError, match=r"response\[0\] does not begin with the generation prompt"):
         dataset_response(prompt(TRAJECTORY), dialect)
@@ -276,7 +276,7 @@ def test_a_message_must_not_be_left_out(speak: Callable[..., Renderer]) -> None:
         dataset_response(prompt(TRAJECTORY), speak(BARE))
 
 
-def test_every_end_token_is_masked_for_teachers_that_end_otherwise(speak: Callable[..., Renderer]) -> None:
+def test_end_tokens_are_masked_for_teachers_with_other_ones(speak: Callable[..., Renderer]) -> None:
     student = speak(CHATML, ("<|im_end|>", "<|endoftext|>"))
     same, one, none = student, speak(CHATML, ("<|endoftext|>",)), speak(CHATML, ("<s>",))
     end, other = student.eos_ids

@@ -1,4 +1,4 @@
-"""`--nproc`: N processes that start together and end together, whatever ends one of them or the launcher."""
+"""`--nproc`: N processes start and end together, however one of them or the launcher ends."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def ready(process: subprocess.Popen[str], size: int) -> list[int]:
 @pytest.mark.parametrize(
     ("codes", "expected"), [((0, 0, 0), 0), ((3, 3), 3), ((0, 3), 3), ((0, 2), 2), ((7, 3), 7)]
 )
-def test_the_code_of_the_whole(launched: Launch, codes: tuple[int, ...], expected: int) -> None:
+def test_exit_code_of_the_launcher(launched: Launch, codes: tuple[int, ...], expected: int) -> None:
     process = launched(f"join_launcher(); sys.exit({codes}[rank])", len(codes))
     assert ended(process) == (expected, "", "")
 
 
-def test_what_a_process_is_told(launched: Launch) -> None:
+def test_environment_of_a_process(launched: Launch) -> None:
     child = """
 names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
 meeting = os.environ["MERGEOPD_RENDEZVOUS"]
@@ -92,7 +92,7 @@ tell("folder", os.path.dirname(meeting))
     assert not Path(folder).exists()
 
 
-def test_one_that_is_killed_ends_all(launched: Launch) -> None:
+def test_a_killed_process_ends_all(launched: Launch) -> None:
     process = launched(WAITS, 3)
     pids = ready(process, 3)
     os.kill(pids[1], signal.SIGKILL)
@@ -106,7 +106,7 @@ def test_one_that_is_killed_ends_all(launched: Launch) -> None:
     )
 
 
-def test_which_one_was_killed_and_by_what(launched: Launch) -> None:
+def test_the_killed_process_and_its_signal_are_reported(launched: Launch) -> None:
     code, _, err = ended(launched("rank == 1 and os.abort()\n" + WAITS, 2))
     assert code == 1
     assert err.startswith("error: process 2 of 2 was killed (SIGABRT); the others were stopped. ")
@@ -157,7 +157,7 @@ def test_a_ctrl_c_counts_once(launched: Launch, whole_group: bool) -> None:
     assert ended(process) == (3, "1\n1\n", "")
 
 
-def test_a_second_ctrl_c_ends_also_those_that_do_not_hear(launched: Launch) -> None:
+def test_a_second_ctrl_c_ends_processes_that_ignore_it(launched: Launch) -> None:
     process = launched(COUNTS + WAITS, 2)
     ready(process, 2)
     assert process.stdout is not None
@@ -170,7 +170,7 @@ def test_a_second_ctrl_c_ends_also_those_that_do_not_hear(launched: Launch) -> N
 @pytest.mark.skipif(
     sys.platform != "linux", reason="the system tells processes of their parent's end on Linux"
 )
-def test_nothing_outlives_a_launcher_that_is_killed(launched: Launch, tmp_path: Path) -> None:
+def test_no_process_outlives_a_killed_launcher(launched: Launch, tmp_path: Path) -> None:
     process = launched(WAITS, 2, TMPDIR=str(tmp_path))  # its folder stays behind
     ready(process, 2)
     process.kill()

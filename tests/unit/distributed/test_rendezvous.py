@@ -1,4 +1,4 @@
-"""What the environment says of a process: the launcher's and torchrun's variables, and Slurm's."""
+"""Ranks from environment variables of the launcher, torchrun and Slurm."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TORCHRUN = {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}
         ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, RankInfo()),
     ],
 )
-def test_what_it_says(env: dict[str, str], place: RankInfo) -> None:
+def test_rank_from_the_environment(env: dict[str, str], place: RankInfo) -> None:
     assert RankInfo.of(env) == place
 
 
@@ -50,7 +50,7 @@ def test_what_it_says(env: dict[str, str], place: RankInfo) -> None:
         ),
     ],
 )
-def test_what_says_too_little(env: dict[str, str], text: str) -> None:
+def test_an_incomplete_environment_is_refused(env: dict[str, str], text: str) -> None:
     with pytest.raises(ProcessError) as caught:
         RankInfo.of(env)
     assert str(caught.value) == text

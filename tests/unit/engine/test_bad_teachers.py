@@ -1,4 +1,4 @@
-"""A teacher that is not who its card says, or not sane, is stopped and named before it teaches."""
+"""Teachers with other weights than their cards', or damaged ones, are refused before training."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ PHASES = {
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_one_layer_made_anew_is_noticed_by_the_canary(recipe: Path, phase: str) -> None:
+def test_the_canary_detects_one_reinitialised_layer(recipe: Path, phase: str) -> None:
     write_card(recipe, fingerprint=False)
 
     def change(weights: dict[str, torch.Tensor]) -> None:

@@ -77,7 +77,7 @@ def gradient(parts: Models, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
         ("span", {"sampled_reverse_kl": 1.0}),
     ],
 )
-def test_over_one_tokenizer_a_bridge_is_what_it_stands_for(
+def test_a_bridge_over_one_tokenizer_equals_the_exact_loss(
     tmp_path: Path, bridge: object, loss: dict[str, object]
 ) -> None:
     """Whole path, float64: the same raw gradient as without a bridge."""
@@ -93,7 +93,7 @@ def test_over_one_tokenizer_a_bridge_is_what_it_stands_for(
 
 @pytest.mark.parametrize("bridge", ["span", "gold"])
 @pytest.mark.parametrize("whole", [{"discount": 0.9}, {"early_gain": 0.5}])
-def test_prompts_of_bridged_teachers_beside_advantages_of_whole_answers(
+def test_prompts_of_bridged_teachers_beside_advantages_of_whole_responses(
     tmp_path: Path, bridge: str, whole: dict[str, float]
 ) -> None:
     """Log-ratios of single tokens are credited to other tokens; a bridge has none, and teaches as ever."""
@@ -250,7 +250,9 @@ def _distance(kind: str, q_S: Tensor, q_T: Tensor, pairs: list[tuple[int, int]])
 
 
 @pytest.mark.parametrize("bridge", ["gold", "span"])
-def test_answers_without_a_common_token_teach_nothing_and_are_counted(tmp_path: Path, bridge: str) -> None:
+def test_responses_without_an_aligned_token_have_no_gradient_and_are_counted(
+    tmp_path: Path, bridge: str
+) -> None:
     """Half a character, cut off: a micro-batch of nothing else, and one beside others."""
     parts = parts_of(tmp_path, bridge=bridge, loss={"sampled_reverse_kl": 1.0})
     whole = rollouts_of(parts)[0]
@@ -258,16 +260,16 @@ def test_answers_without_a_common_token_teach_nothing_and_are_counted(tmp_path: 
     cut = replace(whole, response_ids=tuple(half * 14), finish="length", logprobs_behaviour=(-1.0,) * 14)
     [(alone, nothing)] = engine_round(parts, [cut])
     assert all(float(g.abs().max()) == 0.0 for g in alone.values())
-    told = nothing.teachers({"other": bridge})["other"]
-    assert (told.divergence, told.logprob_gap) == ({bridge: None}, None)
+    without = nothing.teachers(parts.views)["other"]
+    assert (without.divergence, without.logprob_gap) == ({bridge: None}, None)
     [(together, stats)] = engine_round(parts, [whole, cut])
     assert any(float(g.abs().max()) > 0.0 for g in together.values())
-    figures = stats.teachers({"other": bridge})["other"].bridge
+    figures = stats.teachers(parts.views)["other"].bridge
     assert figures is not None
     assert figures.unaligned_fraction == pytest.approx(14 / (14 + len(whole.response_ids)))
 
 
-def test_what_such_a_teacher_wrote_is_text_whatever_it_looks_like(tmp_path: Path) -> None:
+def test_special_tokens_spelled_out_by_a_teacher_are_text(tmp_path: Path) -> None:
     """The student's end token spelled out ends nothing; half a character at the limit is left out."""
     parts = parts_of(tmp_path, bridge="gold", loss="forward_kl")
     crossing, student = parts.inputs.cross_tokenizers["other"], parts.inputs.student
@@ -297,7 +299,7 @@ def test_a_span_is_a_policy_term_also_beside_a_divergence(tmp_path: Path) -> Non
     assert not any("correction" in note for note in corrected.notes)
 
 
-def test_the_teachers_context_ends_what_it_reads(tmp_path: Path) -> None:
+def test_responses_are_truncated_to_the_teachers_context(tmp_path: Path) -> None:
     """Within the recipe's limit in the student's tokens an answer may be far longer in the teacher's."""
     parts = parts_of(tmp_path, merges=[("b", "c")], bridge="gold", loss="reverse_kl")
     crossing, whole = parts.inputs.cross_tokenizers["other"], rollouts_of(parts)[0]

@@ -1,4 +1,4 @@
-"""Checkpoints: what is on the disk before what."""
+"""Checkpoints: order of writes, and restored state."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_metrics_are_on_the_disk_before_the_checkpoint_is(
 
 
 @pytest.mark.parametrize("max_bytes", [2_000, checkpoint._MAX_FILE_BYTES])
-def test_what_was_saved_comes_back(
+def test_a_saved_state_is_restored(
     write_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_bytes: int
 ) -> None:
     """In one file or in many, of which none is larger than it may be or has more than one tensor that is."""

@@ -1,4 +1,4 @@
-"""Where responses end, with folders as people publish them: base students, chat teachers."""
+"""End tokens of published models: base students with chat teachers."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_gradient_equals_autograd_for_every_micro_batch_split(
 
 @pytest.mark.parametrize("round_index", [0, 1])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_neither_the_order_of_teachers_nor_of_answers_counts(
+def test_the_order_of_teachers_and_responses_has_no_effect(
     write_job: Callable[..., Path], round_index: int, reverse: bool
 ) -> None:
     parts = build_parts(write_job, loss=LOSSES["reverse"])
@@ -118,7 +118,7 @@ def test_sequence_mean_budgets_and_several_updates(write_job: Callable[..., Path
         assert_equal(found, reference.gradient(total))
 
 
-def test_answers_weighted_by_their_probability_give_the_expectation_over_states(
+def test_responses_weighted_by_their_probability_give_the_expectation_over_states(
     write_job: Callable[..., Path],
 ) -> None:
     """Sum over answers of p(answer) x loss(answer) equals the sum over states of p(state) x loss(state).
@@ -150,7 +150,7 @@ def test_answers_weighted_by_their_probability_give_the_expectation_over_states(
     assert_equal(engine_round(parts, rollouts)[0][0], reference.gradient(total / num_tokens))
 
 
-def test_a_teacher_equal_to_the_student_teaches_nothing(write_job: Callable[..., Path]) -> None:
+def test_a_teacher_equal_to_the_student_has_no_gradient(write_job: Callable[..., Path]) -> None:
     recipe = write_job()
     (recipe.parent / "two.yaml").write_text('{"card": 1, "name": "self", "model": "base"}')
     overrides = ['prompts.0.teachers={"two": 1.0}', "prompts.1.teachers=two", 'teachers={"two": "two.yaml"}']

@@ -314,7 +314,7 @@ ROUNDS = [
 
 
 @pytest.mark.parametrize(("method", "num_updates"), ROUNDS)
-def test_gradient_equals_the_method_as_its_paper_writes_it(
+def test_gradient_equals_that_of_the_paper(
     write_job: Callable[..., Path], method: str, num_updates: int
 ) -> None:
     document, formula = METHODS[method]

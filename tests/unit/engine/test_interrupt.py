@@ -1,4 +1,4 @@
-"""Signals while a run stops: a second one neither cuts the saving off nor the line that says so."""
+"""Signals while a run stops: a second one interrupts neither the checkpoint nor its message."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_once_all_is_saved_signals_are_ignored(first: signal.Signals) -> None:
     interrupt = Interrupt()
     with pytest.raises(Stopped), interrupt.listening():  # noqa: PT012
         signal.raise_signal(first)
-        interrupt.met()
+        interrupt.ignore_further()
         signal.raise_signal(signal.SIGINT)
         raise Stopped("saved")
     signal.raise_signal(signal.SIGINT)
@@ -46,6 +46,6 @@ def test_after_other_endings_the_handlers_are_as_before() -> None:
     interrupt = Interrupt()
     with pytest.raises(Stopped), interrupt.listening():  # noqa: PT012
         interrupt.requested = "--updates"
-        interrupt.met()
+        interrupt.ignore_further()
         raise Stopped("saved")
     assert signal.getsignal(signal.SIGINT) is before

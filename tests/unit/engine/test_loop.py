@@ -1,4 +1,4 @@
-"""Whole runs over a five-token vocabulary: phases, texts, resume, what is written."""
+"""Whole runs over a five-token vocabulary: phases, off-policy responses, resume, written files."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_training_is_freed_before_the_evaluation(
     assert folder.result_file.is_file()
 
 
-def test_phases_follow_each_other_and_say_what_they_did(recipe: Path) -> None:
+def test_phases_follow_each_other_and_report_their_updates(recipe: Path) -> None:
     recorder, folder = run(recipe)
     assert [u.update for u in recorder.updates] == list(range(1, 11))
     assert [u.phase for u in recorder.updates] == ["warm"] * 3 + ["mix"] * 4 + ["merge"] * 3
@@ -188,7 +188,7 @@ def test_likelihood_alone_loads_no_teacher(recipe: Path) -> None:
     assert losses[1] < losses[0]
 
 
-def test_the_loss_falls_and_a_rate_of_zero_changes_nothing(recipe: Path) -> None:
+def test_the_loss_falls_but_not_with_a_learning_rate_of_zero(recipe: Path) -> None:
     phase = 'phases=[{"name": "p", "updates": 40, "loss": "reverse_kl", "prompts_per_round": 16}]'
     learned, _ = run(recipe, phase, "output=learned", "checkpoint.every=40")
     losses = [u.loss for u in learned.updates]
@@ -200,7 +200,7 @@ def test_the_loss_falls_and_a_rate_of_zero_changes_nothing(recipe: Path) -> None
     assert all(torch.equal(exported[name], tensor) for name, tensor in base.items())
 
 
-def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(recipe: Path) -> None:
+def test_a_student_that_is_its_own_teacher_has_no_gradient(recipe: Path) -> None:
     (recipe.parent / "two.yaml").write_text('{"card": 1, "name": "self", "model": "base"}')
     overrides = ['teachers={"two": "two.yaml"}', "prompts.0.teachers=two", "optimizer.clip_grad=null"]
     recorder, _ = run(recipe, *overrides, "optimizer.lr=0.0")
@@ -288,7 +288,7 @@ def score(answer, reference):
 """
 
 
-def test_a_verifier_that_fails_costs_its_answers_and_is_counted(
+def test_failures_of_a_verifier_are_counted(
     write_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "reward_of_test_loop.py").write_text(CODE)
@@ -313,7 +313,7 @@ def test_a_verifier_that_fails_costs_its_answers_and_is_counted(
     assert all("raised KeyError: 'a'" in note or "returned nan" in note for note in notes)
 
 
-def test_uncorrected_policy_terms_on_tempered_answers_are_noted(write_job: Callable[..., Path]) -> None:
+def test_uncorrected_policy_terms_on_tempered_responses_are_noted(write_job: Callable[..., Path]) -> None:
     phase = {"name": "p", "updates": 1, "loss": "sampled_reverse_kl"}
     recipe = write_job({"phases": [phase], "rollout": {"max_new_tokens": 6, "temperature": 0.7}})
     [note] = [n for n in preflight(recipe).notes if "policy terms" in n]
@@ -325,7 +325,7 @@ def test_uncorrected_policy_terms_on_tempered_answers_are_noted(write_job: Calla
     assert "masks tokens by their ratio" in note
 
 
-def test_teachers_that_no_phase_asks_are_noted(write_job: Callable[..., Path]) -> None:
+def test_teachers_that_no_phase_uses_are_noted(write_job: Callable[..., Path]) -> None:
     phase = {"name": "p", "updates": 1, "text": "dataset", "loss": "nll"}
     recipe = write_job({"phases": [phase]})
     assert [n for n in preflight(recipe).notes if "no phase uses a teacher" in n]

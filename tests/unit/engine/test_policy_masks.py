@@ -32,7 +32,7 @@ from mergeopd.types import Rollout
 Write = Callable[..., Path]
 
 
-def test_what_others_wrote_has_divergences_but_no_policy_term(write_job: Write) -> None:
+def test_off_policy_responses_have_divergences_but_no_policy_term(write_job: Write) -> None:
     """Of a mixture: every fourth answer is the dataset's, every fourth a teacher's. Denominators count all."""
     parts = methods_parts(
         write_job,
@@ -66,7 +66,7 @@ def test_what_others_wrote_has_divergences_but_no_policy_term(write_job: Write) 
     assert all(torch.equal(again[name], gradient[name]) for name in gradient)
 
 
-def test_cut_off_answers_have_no_outcome_but_their_teachers(write_job: Write) -> None:
+def test_truncated_responses_have_teacher_terms_but_no_outcome(write_job: Write) -> None:
     parts = methods_parts(write_job, loss={"reverse_kl": 1.0, "outcome": 1.0})
     plain = Plain(parts)
     grades = rewards_of(plain.rollouts)
@@ -96,7 +96,7 @@ def with_other_eos(parts: Models, name: str) -> Models:
     [{"weight": 1.0}, {"weight": 1.0, "discount": 0.5}, {"weight": 1.0, "early_gain": 0.5}],
     ids=["plain", "discount", "early"],
 )
-def test_a_teacher_is_not_asked_about_an_end_that_is_not_its_own(write_job: Write, term: dict) -> None:
+def test_end_tokens_that_a_teacher_does_not_use_are_masked(write_job: Write, term: dict) -> None:
     """The last token's gap counts nowhere: not there, not before it, not in the budget. The outcome does."""
     parts = with_other_eos(
         methods_parts(
@@ -152,7 +152,7 @@ def test_a_teacher_is_not_asked_about_an_end_that_is_not_its_own(write_job: Writ
     [{"std": "unbiased"}, {"std": "biased"}, {"std": "none"}]
     + [{"teacher": {"kind": kind}} for kind in ("trust_region", "credit")],
 )
-def test_groups_of_one_mind_teach_nothing(write_job: Write, term: dict) -> None:
+def test_groups_with_equal_rewards_have_no_gradient(write_job: Write, term: dict) -> None:
     parts = methods_parts(write_job, loss={"outcome": {"weight": 1.0, **term}})
     rollouts = rollouts_of(parts, Reference(parts))
     for grade in (0.0, 1.0, None):
@@ -168,7 +168,7 @@ def test_a_group_of_one_after_cutting_keeps_its_teacher_only(write_job: Write) -
     assert_equal(found, plain.gradient(total), 1e-10)  # type: ignore[arg-type]
 
 
-def test_empty_answers_change_nothing(write_job: Write) -> None:
+def test_empty_responses_have_no_effect(write_job: Write) -> None:
     """They are in their group, though: an empty answer may be wrong."""
     parts = methods_parts(
         write_job,
@@ -196,7 +196,9 @@ def test_empty_answers_change_nothing(write_job: Write) -> None:
 
 
 @pytest.mark.parametrize("num_updates", [1, 2])
-def test_an_update_without_an_own_answer_has_no_policy_gradient(write_job: Write, num_updates: int) -> None:
+def test_an_update_without_student_responses_has_no_policy_gradient(
+    write_job: Write, num_updates: int
+) -> None:
     """Also where the round's other update has some: then the old policy is known for half of the round."""
     parts = methods_parts(
         write_job,

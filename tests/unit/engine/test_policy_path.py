@@ -106,7 +106,7 @@ def test_figures_of_the_second_update(write_job: Write) -> None:
     assert found.importance_weight == pytest.approx(weights / num)
 
 
-def test_a_band_that_nothing_meets_leaves_the_exact_term_alone(write_job: Write) -> None:
+def test_a_mask_that_excludes_all_responses_keeps_the_exact_term(write_job: Write) -> None:
     """And nothing at all where there is none, without a NaN."""
     band = {"correction": {"kind": "mask", "low": 5e5, "high": 1e6}}
     exact = methods_parts(write_job, loss="reverse_kl")
@@ -129,7 +129,7 @@ def test_a_band_that_nothing_meets_leaves_the_exact_term_alone(write_job: Write)
 # Budgets
 
 
-def test_pass_rates_weigh_teachers_and_not_outcomes(write_job: Write) -> None:
+def test_pass_rates_weight_teacher_terms_only(write_job: Write) -> None:
     parts = methods_parts(
         write_job, loss={"reverse_kl": 1.0, "outcome": 0.5}, balance={"pass_rate": {"a": 1.0, "b": 2.0}}
     )
@@ -145,7 +145,7 @@ def test_pass_rates_weigh_teachers_and_not_outcomes(write_job: Write) -> None:
     assert_equal(first_update(parts, plain.rollouts, grades), expected, 1e-10)
 
 
-def test_prompts_that_are_all_solved_or_all_failed_teach_nothing(write_job: Write) -> None:
+def test_prompts_with_equal_rewards_have_no_gradient(write_job: Write) -> None:
     parts = methods_parts(write_job, loss="reverse_kl", balance={"pass_rate": {}})
     plain = Plain(parts)
     for grade in (0.0, 1.0):
@@ -241,7 +241,7 @@ def test_ramps_move_with_the_updates_of_the_phase(write_job: Write, gain: float)
         assert_equal(gradient, plain.gradient(total / plain.num_tokens(update)), 1e-10)
 
 
-def test_an_outcome_counts_once_whatever_the_number_of_teachers(write_job: Write) -> None:
+def test_an_outcome_counts_once_for_any_number_of_teachers(write_job: Write) -> None:
     """Gradients add up: exact + outcome together, less exact alone, is the outcome without any teacher."""
     losses = ({"reverse_kl": 1.0, "outcome": 1.0}, {"reverse_kl": 1.0}, {"outcome": 1.0})
     plain, found = None, []
@@ -258,7 +258,7 @@ def test_an_outcome_counts_once_whatever_the_number_of_teachers(write_job: Write
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_reward_to_go_gives_the_gradient_of_the_divergence_of_whole_answers(
+def test_reward_to_go_gives_the_gradient_of_the_divergence_of_whole_responses(
     write_job: Write, exact: bool
 ) -> None:
     """`sum over y of p_S(y) log(p_S(y) / p_T(y))`, differentiated through everything.

@@ -1,4 +1,4 @@
-"""The policy before a round: what is kept of it, and what it takes to hand it on."""
+"""Log-probabilities of the prior policy: what is kept, and its size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from mergeopd.engine.score import CollectedRound
 from mergeopd.types import Rollout
 
 
-def test_an_answer_travels_without_its_micro_batch(write_job: Callable[..., Path], tmp_path: Path) -> None:
+def test_old_logprobs_are_sent_without_their_micro_batch(
+    write_job: Callable[..., Path], tmp_path: Path
+) -> None:
     """Between processes a tensor is pickled with all that it is a view of."""
     parts = methods_parts(write_job, "student.micro_batch_tokens=100000", loss="reverse_kl")
     prompt = next(prompts[0] for _, prompts in sorted(parts.inputs.prompts.items()))

@@ -1,4 +1,4 @@
-"""What processes after the first read must be what the first has begun with."""
+"""All processes must have the same inputs as the first one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampled answers: which, when, and that their numbers are those of the models."""
+"""Sampled responses: which, when, and that their figures are those of the models."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def rollout(key: str, domain: str, ids: tuple[int, ...] = (1, 2)) -> Rollout:
     return Rollout(Prompt(key, "s", domain, ()), 0, (0,), ids, "student", "eos")
 
 
-def test_the_first_answers_to_different_prompts_are_chosen() -> None:
+def test_the_first_responses_to_different_prompts_are_chosen() -> None:
     rollouts = [
         rollout("a", "x"), rollout("a", "x"), rollout("b", "x", ()), rollout("c", "y"), rollout("d", "x"),
         rollout("e", "x"), rollout("f", "y"),
@@ -150,7 +150,7 @@ def bytes_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @given(text=st.text(max_size=30))
 @settings(max_examples=200, deadline=None)
-def test_texts_make_up_the_answer(bytes_tokenizer: Tokenizer, text: str) -> None:
+def test_token_texts_concatenate_to_the_response(bytes_tokenizer: Tokenizer, text: str) -> None:
     ids = [*bytes_tokenizer.encode(text), bytes_tokenizer.eos_id]
     texts = token_texts(ids, bytes_tokenizer)
     assert len(texts) == len(ids)
@@ -158,7 +158,7 @@ def test_texts_make_up_the_answer(bytes_tokenizer: Tokenizer, text: str) -> None
     assert texts[-1].endswith("<end>")
 
 
-def test_a_character_over_several_tokens_stands_at_its_last(bytes_tokenizer: Tokenizer) -> None:
+def test_a_character_of_several_tokens_is_at_its_last_token(bytes_tokenizer: Tokenizer) -> None:
     ids = bytes_tokenizer.encode("aé€b")
     assert token_texts(ids, bytes_tokenizer) == ("a", "", "é", "", "", "€", "b")
     assert token_texts(ids[:5], bytes_tokenizer) == ("a", "", "é", "", "\N{REPLACEMENT CHARACTER}")

@@ -1,4 +1,4 @@
-"""The scheduler's promises, for any round."""
+"""Properties of the schedule of any round."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mergeopd.batch.packing import length_batches, pack
 from mergeopd.engine.schedule import by_teacher, learning_rate, split_updates
+from mergeopd.recipe.training import Optimizer
 from mergeopd.types import Message, Prompt, Rollout
 
 TEACHERS = ("code", "math", "search", "tools")
@@ -65,7 +66,7 @@ def test_updates_partition_the_round_and_are_stratified(rollouts: list[Rollout],
 
 
 @given(rounds(), st.integers(1, 60), st.integers(0, 3))
-def test_packs_hold_every_answer_once_with_one_teacher_set_each(
+def test_packs_have_every_response_once_and_one_teacher_set_each(
     rollouts: list[Rollout], max_tokens: int, index: int
 ) -> None:
     update = range(0, len(rollouts), 2)
@@ -92,7 +93,8 @@ def test_length_batches(lengths: list[int], max_tokens: int) -> None:
 
 def test_learning_rate_by_hand() -> None:
     def lr(update: int, shape: str, warmup: int = 4) -> float:
-        return learning_rate(update, peak=2.0, warmup=warmup, total=12, shape=shape, final_fraction=0.1)
+        optimizer = Optimizer(lr=2.0, warmup_updates=warmup, schedule=shape, final_lr_fraction=0.1)
+        return learning_rate(update, optimizer, 12)
 
     assert [lr(u, "constant") for u in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
     assert lr(4, "linear") == pytest.approx(2.0)
@@ -103,4 +105,4 @@ def test_learning_rate_by_hand() -> None:
     assert lr(6, "cosine") == pytest.approx(2.0 * (0.1 + 0.9 * 0.8535533905932737))
     assert lr(12, "cosine") == pytest.approx(0.2)
     assert lr(0, "constant", warmup=0) == 2.0
-    assert learning_rate(5, peak=0.0, warmup=2, total=9, shape="linear", final_fraction=0.0) == 0.0
+    assert learning_rate(5, Optimizer(lr=0.0, warmup_updates=2, schedule="linear"), 9) == 0.0

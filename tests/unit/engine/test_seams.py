@@ -1,4 +1,4 @@
-"""A rollout engine and teachers that only this file knows take part in a run."""
+"""A rollout engine and teachers defined in this file take part in a run."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_a_scripted_engine_and_table_teachers_run(
     assert expected[UPDATES] < expected[0] - 0.01  # and it learns
 
 
-def test_what_they_cannot_give_is_refused_before_a_weight_is_read(write_job: Callable[..., Path]) -> None:
+def test_missing_capabilities_are_refused_before_reading_weights(write_job: Callable[..., Path]) -> None:
     with pytest.raises(RecipeError) as caught:
         run(write_job, Scripted(returns_logprobs=False), {"reverse_kl": 1.0, "sampled_reverse_kl": 1.0})
     places = [(problem.path, problem.message.split(",")[0]) for problem in caught.value.problems]

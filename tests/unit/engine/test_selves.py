@@ -1,4 +1,4 @@
-"""The student as its own teacher: exact gradients, when its weights move, what a run brings back."""
+"""Self-teachers: exact gradients, snapshots and resume."""
 
 from __future__ import annotations
 
@@ -364,7 +364,7 @@ class _Notes:
         self.texts.append(getattr(event, "text", ""))
 
 
-def test_a_teachers_own_prompt_is_what_is_measured_and_its_precision_is_the_students(
+def test_evaluation_uses_a_teachers_own_prompt_and_the_students_precision(
     write_selves: Callable[..., Path],
 ) -> None:
     long = "{{ prompt }}{% for _ in range(120) %} a{% endfor %}"
@@ -382,7 +382,7 @@ def test_one_needs_no_card_so_none_lacks_a_canary(write_selves: Callable[..., Pa
     assert inputs.plan.teachers["self"].snapshot_rule == SnapshotRule(ema=0.5)
 
 
-def test_a_live_teacher_may_teach_the_later_updates_of_a_round(write_selves: Callable[..., Path]) -> None:
+def test_a_live_teacher_is_used_in_later_updates_of_a_round(write_selves: Callable[..., Path]) -> None:
     """With one update a round it would always agree with the student, and is refused."""
     phase = {**ROUNDS_OF_TWO, "text": "dataset", "loss": {"reverse_kl": 1.0, "nll": 0.5}}
     recipe = write_selves({"student": {"every": 1}}, {"phases": [phase]})

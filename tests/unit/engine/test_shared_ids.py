@@ -1,4 +1,4 @@
-"""Tokenizers with a few added tokens of their own: exact on the ids that all models of a run have."""
+"""Tokenizers with a few added tokens: exact on the ids that all models have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is kept of a teacher after its turn, and what is not."""
+"""Targets that are kept of a teacher after its pass."""
 
 from __future__ import annotations
 

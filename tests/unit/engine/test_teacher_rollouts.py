@@ -1,4 +1,4 @@
-"""Texts that teachers write are written once and never taken for another's."""
+"""Teacher responses are generated once, and never used for another configuration."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def recipe(write_job: Callable[..., Path]) -> Path:
     return write_job({"rollout": {"max_new_tokens": 6, "samples_per_prompt": 2}})
 
 
-def test_the_second_time_nothing_is_written(recipe: Path) -> None:
+def test_responses_are_not_generated_twice(recipe: Path) -> None:
     first, answers = texts(recipe)
     # `left` is written by its heavier teacher, `right` by its only one; two prompts, two samples each.
     assert first == [("one generates", 4), ("two generates", 4)]
@@ -76,12 +76,14 @@ def test_the_second_time_nothing_is_written(recipe: Path) -> None:
         ("optimizer.lr=0.5", []),
     ],
 )
-def test_what_the_text_depends_on_is_in_its_key(recipe: Path, override: str, written: list[str]) -> None:
+def test_settings_that_change_responses_are_in_the_key(
+    recipe: Path, override: str, written: list[str]
+) -> None:
     texts(recipe)
     assert [detail for detail, _ in texts(recipe, override)[0]] == written
 
 
-def test_changed_weights_templates_and_prompts_are_written_anew(recipe: Path) -> None:
+def test_changed_weights_templates_and_prompts_get_new_responses(recipe: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     texts(recipe)
@@ -108,7 +110,7 @@ def test_a_damaged_line_is_written_again(recipe: Path) -> None:
     assert same == answers
 
 
-def test_what_another_run_writes_meanwhile_is_kept_and_not_taken(
+def test_responses_added_by_another_run_are_kept_but_not_used(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of several processes one alone sees the file: what all began with must stay."""

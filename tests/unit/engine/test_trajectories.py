@@ -87,7 +87,7 @@ def update(
         prepared = trainer.updater.prepare(scored, work.updates[0], 0)
         samples = SampleTaker(everything, objective)
         packs = work.updates[0].packs[0]
-        stats = trainer.updater.accumulate(
+        stats = trainer.updater.accumulate_gradients(
             objective, prepared, packs, scored.targets, samples, trainer.stages
         )
     gradient = {name: g.clone() for name, g in parts.student.gradients().items()}
@@ -192,7 +192,7 @@ def test_removing_an_end_token_changes_the_loss(write_job: Callable[..., Path], 
     assert abs(losses[0] - losses[2]) > 1e-4
 
 
-def test_answers_without_a_trained_token_cost_nothing(write_job: Callable[..., Path]) -> None:
+def test_responses_without_a_trained_token_have_no_loss(write_job: Callable[..., Path]) -> None:
     parts = build_parts(write_job)
     rollouts = dataset_rollouts(parts)
     silent = replace(rollouts[0], trained=(False,) * len(LOGGED_IDS))
@@ -231,7 +231,7 @@ class Recorder:
         self.events.append(event)
 
 
-def test_a_run_tells_the_whole_trajectory_and_counts_its_own_tokens(write_job: Callable[..., Path]) -> None:
+def test_a_run_reports_whole_trajectories_and_counts_trained_tokens(write_job: Callable[..., Path]) -> None:
     parts = build_parts(write_job)
     folder, recorder = RunFolder(Path(parts.plan.output)), Recorder()
     folder.claim(parts.plan, parts.inputs.files, parts.inputs.now, ())

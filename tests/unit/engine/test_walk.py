@@ -1,4 +1,4 @@
-"""The walk of a response's ids in docs/architecture.md is that of a round."""
+"""The files in docs/architecture.md's walk of token ids are those of a traced round."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mergeopd tokenizers`: what it tells, and what it refuses."""
+"""`mergeopd tokenizers`: reports and refusals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     return write
 
 
-def test_what_two_tokenizers_share(write: Write, tmp_path: Path) -> None:
+def test_tokens_shared_by_two_tokenizers(write: Write, tmp_path: Path) -> None:
     write("own", byte_level(("Ġa", "bc"), (("Ġ", "a"), ("b", "c"))), "<end>")
     write("other", sentencepiece("bpe"), "</s>", NO_SYSTEM)
     text = tmp_path / "text.txt"
@@ -69,7 +69,7 @@ def test_what_two_tokenizers_share(write: Write, tmp_path: Path) -> None:
     assert "other: '[Hi]'" in shown
 
 
-def test_what_is_lost_is_told(write: Write, tmp_path: Path) -> None:
+def test_unaligned_tokens_are_reported(write: Write, tmp_path: Path) -> None:
     write("own", byte_level(), "<end>", None)
     write("other", sentencepiece("bpe"), "</s>", None)
     text = tmp_path / "text.txt"
@@ -102,7 +102,7 @@ def test_the_same_tokenizer_needs_no_bridge(write: Write) -> None:
     assert "a teacher needs no bridge" in console.export_text()
 
 
-def test_all_mistakes_are_told_at_once(write: Write, tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_at_once(write: Write, tmp_path: Path) -> None:
     write("lower", byte_level(normalizer=normalizers.Lowercase()), "<end>")
     (tmp_path / "bytes.txt").write_bytes(b"ab\xff")
     with pytest.raises(RecipeError) as caught:

@@ -1,4 +1,4 @@
-"""Phases are refused that need what an engine or a teacher cannot give."""
+"""Phases that need what an engine or a teacher does not provide are refused."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_loss_needs_a_target_that_every_teacher_provides(
 @pytest.mark.parametrize(
     ("loss", "kind"), [("reverse_kl", "hidden"), (TOP_K, "top_k"), ("sampled_reverse_kl", "sampled")]
 )
-def test_what_is_provided_is_enough(write_job: Write, loss: object, kind: TargetKind) -> None:
+def test_provided_targets_are_sufficient(write_job: Write, loss: object, kind: TargetKind) -> None:
     assert problems(write_job, {"loss": loss}, teachers={"two": provides(kind)}) == []
 
 

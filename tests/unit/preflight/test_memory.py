@@ -1,4 +1,4 @@
-"""Room for the student's copies: what a process holds for each weight, counted by hand."""
+"""Estimated memory of student replicas, against counts by hand."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ AVERAGE, SLOWER, COPY = SnapshotRule(ema=0.5), SnapshotRule(ema=0.9), SnapshotRu
         (BFLOAT16, (AVERAGE, AVERAGE, SLOWER, COPY), 1, 20 + 4 + 4 + 2),
     ],
 )
-def test_what_a_process_holds(
+def test_memory_of_a_process(
     plan: Callable[..., Plan],
     monkeypatch: pytest.MonkeyPatch,
     student: dict[str, object],

@@ -1,4 +1,4 @@
-"""Which numbers of processes can train a plan's student, and what of a grid belongs to a run."""
+"""Numbers of processes that can train a plan's student."""
 
 from __future__ import annotations
 

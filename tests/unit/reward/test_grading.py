@@ -1,4 +1,4 @@
-"""Verifiers that raise, hang, crash or return nonsense cost their response, not the run."""
+"""Verifiers that raise, hang, crash or return invalid values cost one reward, not the run."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_failure_costs_its_response_alone(verifiers: Verifiers, response: str,
     assert found[1].failure.startswith(failure)
 
 
-def test_what_hangs_is_ended_at_its_time_limit(verifiers: Verifiers) -> None:
+def test_a_hanging_verifier_is_ended_at_its_time_limit(verifiers: Verifiers) -> None:
     found = verifiers.verify(
         [
             Submission("hasty", "hang", None),
@@ -145,7 +145,7 @@ def _is_alive(process: int) -> bool:
         return False
 
 
-def test_verdicts_come_in_order_whatever_worker_gave_them(verifiers: Verifiers) -> None:
+def test_grades_are_in_order_for_several_workers(verifiers: Verifiers) -> None:
     submissions = [
         Submission("number", "5", "5") if i % 7 == 0 else Submission("length", "a" * i, None)
         for i in range(60)
@@ -157,7 +157,7 @@ def test_verdicts_come_in_order_whatever_worker_gave_them(verifiers: Verifiers) 
     assert done[-1] == sum(i % 7 != 0 for i in range(60))
 
 
-def test_whoever_hears_of_progress_may_leave(verifiers: Verifiers) -> None:
+def test_an_exception_of_on_progress_ends_verification(verifiers: Verifiers) -> None:
     """A request to stop is met while a function hangs, long before its time limit."""
 
     def leave(done: int) -> None:
@@ -170,7 +170,7 @@ def test_whoever_hears_of_progress_may_leave(verifiers: Verifiers) -> None:
     assert rewards(verifiers, Submission("patient", "a", None)) == [1.0]
 
 
-def test_the_last_number_of_a_truncated_response_is_no_answer(verifiers: Verifiers) -> None:
+def test_the_last_number_of_a_truncated_response_is_not_the_answer(verifiers: Verifiers) -> None:
     assert rewards(
         verifiers,
         Submission("number", "so we add 5", "5", truncated=True),

@@ -1,4 +1,4 @@
-"""final_number against hand-made cases, its own spelling of random numbers, and GSM8K."""
+"""final_number against cases by hand, spellings of random numbers, and GSM8K."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ MATH = [
 
 
 @pytest.mark.parametrize(("text", "expected"), MATH)
-def test_what_is_one_number_and_what_is_not(text: str, expected: str | None) -> None:
+def test_one_number_or_none(text: str, expected: str | None) -> None:
     assert final_number(text) == (None if expected is None else Fraction(expected))
 
 
@@ -277,7 +277,7 @@ def test_any_text_has_a_number_or_none(text: str) -> None:
         "\\boxed{" + "(" * 900 + "1}",
     ],
 )
-def test_long_answers_take_linear_time(text: str) -> None:
+def test_long_responses_take_linear_time(text: str) -> None:
     start = time.perf_counter()
     final_number(text)
     assert time.perf_counter() - start < 2.0

@@ -1,4 +1,4 @@
-"""Every verifier on right, wrong and hostile answers."""
+"""Every verifier on correct, incorrect and hostile responses."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_math(response: str, reference: str, reward: float) -> None:
     assert build("math")(response, reference) == reward
 
 
-def test_math_of_a_truncated_response_counts_what_is_boxed() -> None:
+def test_only_boxed_math_of_a_truncated_response_counts() -> None:
     pytest.importorskip("math_verify")
     verify = build("math")
     assert verify("so $5$", "5") == 1.0

@@ -26,7 +26,7 @@ def test_logits_equal_a_float64_product_for_any_number_of_rows(
         assert torch.allclose(logits.double(), expected, atol=1e-5 if dtype != torch.float64 else 1e-12)
 
 
-def test_it_is_the_head_as_it_was_when_prepared_so_each_round_prepares_anew() -> None:
+def test_later_changes_of_the_weights_have_no_effect() -> None:
     torch.manual_seed(0)
     weight, hidden = torch.randn(400, 32), torch.randn(3, 32)
     DecodingHead(Head(weight))

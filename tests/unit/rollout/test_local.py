@@ -82,7 +82,7 @@ def test_logprobs_are_those_of_the_distribution_drawn_from(
         assert torch.allclose(torch.tensor(completion.logprobs), expected, atol=2e-5)
 
 
-def test_batching_and_order_change_nothing(generator: Generator) -> None:
+def test_batching_and_order_have_no_effect(generator: Generator) -> None:
     sampling = Sampling(max_new_tokens=14)
     together = run(generator, REQUESTS, sampling)
     small = run(generator, REQUESTS, sampling, batch_size=5)
@@ -117,7 +117,7 @@ def test_pad_rows_are_never_written(make_model: Callable[..., Path]) -> None:
     assert max(i for c in completions for i in c.response_ids) < VALID
 
 
-def test_stop_text_ends_an_answer(generator: Generator) -> None:
+def test_a_stop_text_ends_a_response(generator: Generator) -> None:
     sampling = Sampling(max_new_tokens=40, stop=("k", "xy"))
     for c in run(generator, [GenerationRequest("p", s, (5, 6)) for s in range(20)], sampling):
         text = Letters.decode(c.response_ids)

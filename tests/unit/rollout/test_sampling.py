@@ -18,7 +18,7 @@ def grid(n: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_every_token_is_drawn_as_often_as_its_probability_says(temperature: float) -> None:
+def test_token_frequencies_equal_their_probabilities(temperature: float) -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5])
     expected = torch.softmax(logits.double() / temperature, -1)
     n = 100_000

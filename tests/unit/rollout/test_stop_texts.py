@@ -1,4 +1,4 @@
-"""Stop texts may be, or hold, special tokens."""
+"""Stop texts can be or contain special tokens."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_stop_texts_may_hold_special_tokens(tmp_path: Path, stop: str, written: 
     assert response_text(token_ids(ids), tokenizer, (stop,)) == text
 
 
-def test_answers_without_a_stop_text_are_whole(tmp_path: Path) -> None:
+def test_responses_without_a_stop_text_are_whole(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(write_published(tmp_path, "qwen3"))
     ids = token_ids(tokenizer.encode("ab<|im_start|>c<think>d<|im_end|>"))
     assert response_text(ids, tokenizer, ()) == response_text(ids, tokenizer, ("x",)) == "abc<think>d"

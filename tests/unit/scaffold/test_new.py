@@ -1,4 +1,4 @@
-"""`mergeopd new`: what it writes passes the check and guards the run; what it is not given, it asks for."""
+"""`mergeopd new`: files that pass the check, and errors for missing options."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def check_quoting(text: str) -> None:
     st.lists(st.floats(-99, 0).map(lambda x: round(x, 3) + 0.0), min_size=1),
 )
 @example('say "a": #b', "${HOME}\n\n- c", [-0.0])
-def test_a_card_holds_any_prompt_and_answer(prompt: str, response: str, logprobs: list[float]) -> None:
+def test_a_card_can_have_any_prompt_and_response(prompt: str, response: str, logprobs: list[float]) -> None:
     canary = Canary(prompt=prompt, response=response, logprobs=tuple(logprobs))
     text = card_text(
         NewTeacherOptions("123", "null", ("yes", "1.0"), Path("a: b.jinja"), prompt), "0" * 64, canary
@@ -174,7 +174,7 @@ def test_a_card_holds_any_prompt_and_answer(prompt: str, response: str, logprobs
 # --------------------------------------------------------------------------------------------- teachers
 
 
-def test_a_card_says_what_the_model_says(project: Path) -> None:
+def test_a_card_has_the_models_response(project: Path) -> None:
     """Greedy answer and log-probabilities against transformers itself."""
     card = make_card("two", "two")
     assert card.fingerprint == Checkpoint.open(project / "two").fingerprint
@@ -193,7 +193,7 @@ def test_a_card_says_what_the_model_says(project: Path) -> None:
     assert card.canary.logprobs == pytest.approx(wanted, abs=0.0006)
 
 
-def test_padding_rows_count_for_nothing(project: Path) -> None:
+def test_padding_rows_have_no_effect(project: Path) -> None:
     card = make_card("one", "one", prompt="d")
     assert card.canary is not None
     model = AutoModelForCausalLM.from_pretrained(project / "one")
@@ -217,7 +217,9 @@ def write_byte_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def test_answers_that_are_no_text_guard_all_the_same(project: Path, make_model: Callable[..., Path]) -> None:
+def test_responses_that_are_not_valid_text_are_used_as_canaries(
+    project: Path, make_model: Callable[..., Path]
+) -> None:
     folder = make_model("bytes", seed=1, vocab=257, eos=256, tied=False, spread=1.0)
     write_byte_tokenizer(folder)
     options = NewTeacherOptions("bytes", str(folder), (), None, DEFAULT_PROMPT)
@@ -270,7 +272,7 @@ def test_a_card_that_is_there_is_left_alone(project: Path) -> None:
         (("x", "one", (), None, "a b c"), "--prompt\n    the teacher responds with no token; choose another"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told_by_option(project: Path, options: tuple[object, ...], told: str) -> None:
+def test_mistakes_are_located_at_options(project: Path, options: tuple[object, ...], told: str) -> None:
     Path("bad.jinja").write_text("{% if %}")
     defaults = ("x", "two", (), None, "a")
     name, model, domains, template, prompt = (*options, *defaults[len(options) :])
@@ -281,7 +283,7 @@ def test_mistakes_are_told_by_option(project: Path, options: tuple[object, ...],
     assert not Path("teachers").exists()
 
 
-def test_a_tokenizer_without_template_asks_for_one(project: Path) -> None:
+def test_a_tokenizer_without_template_is_reported(project: Path) -> None:
     config = json.loads(Path("two/tokenizer_config.json").read_text())
     del config["chat_template"]
     Path("two/tokenizer_config.json").write_text(json.dumps(config))
@@ -318,7 +320,7 @@ def test_a_bad_model_gets_no_card(project: Path, change: Callable[..., object], 
 # ---------------------------------------------------------------------------------------------- recipes
 
 
-def test_what_lies_about_becomes_a_recipe_that_runs(project: Path) -> None:
+def test_the_projects_files_become_a_recipe_that_runs(project: Path) -> None:
     make_card("one", "one", ["left", "right"], prompt="d")
     make_card("two", "two", ["right"])
     inputs, left_out = new_recipe(NewRecipeOptions("both", "base", (), ()))
@@ -357,7 +359,7 @@ def write_cards(**domains: Sequence[str]) -> None:
         Path(f"teachers/{name}.yaml").write_text(json.dumps(card))
 
 
-def test_what_is_given_is_used_and_nothing_else(project: Path) -> None:
+def test_only_the_given_files_are_used(project: Path) -> None:
     write_cards(a=["left"], b=["right"], c=[])
     options = NewRecipeOptions(
         "r", "base", ["teachers/a.yaml", "teachers/c.yaml"], ["data/left.jsonl", "c=data/right.jsonl"]
@@ -367,7 +369,7 @@ def test_what_is_given_is_used_and_nothing_else(project: Path) -> None:
     assert plan.evaluation is None
 
 
-def test_what_is_found_but_does_not_fit_is_left_out_and_told(project: Path) -> None:
+def test_files_that_do_not_fit_are_left_out_with_a_note(project: Path) -> None:
     write_cards(a=["left"], b=["right"], c=["poems"])
     Path("data/misc.jsonl").write_text('{"prompt": "a"}\n')
     Path("data/right_eval.jsonl").write_text('{"prompt": "a"}\n')
@@ -406,7 +408,7 @@ def test_the_names_and_fields_of_data_sets(project: Path) -> None:
     }
 
 
-def test_all_that_is_missing_is_asked_for_at_once(project: Path) -> None:
+def test_all_missing_options_are_reported_at_once(project: Path) -> None:
     for file in Path("data").iterdir():
         file.unlink()
     with pytest.raises(RecipeError) as error:
@@ -437,7 +439,7 @@ def test_all_that_is_missing_is_asked_for_at_once(project: Path) -> None:
         (("r", "base", ["wrong.yaml"]), "wrong.yaml:2:1  nam\n"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_a_recipe_is_told_and_not_written(
+def test_an_invalid_recipe_is_reported_and_not_written(
     project: Path, options: tuple[object, ...], told: str
 ) -> None:
     write_cards(a=["left"], b=["right"])

@@ -1,4 +1,4 @@
-"""Folders are complete or absent, and damage of every kind is noticed."""
+"""Folders are complete or absent, and every kind of damage is detected."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_every_file_and_folder_is_synced_before_the_rename(
 
 
 @pytest.mark.parametrize("error", [ValueError("bad"), KeyboardInterrupt()])
-def test_failure_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+def test_a_failure_leaves_no_files(tmp_path: Path, error: BaseException) -> None:
     with pytest.raises(type(error)), atomic_folder(tmp_path / "step-1") as folder:  # noqa: PT012
         (folder / "weights.bin").write_bytes(b"half")
         raise error
@@ -193,7 +193,7 @@ def test_a_foreign_file_does_no_harm(tmp_path: Path) -> None:
     assert verify(folder) is None
 
 
-def test_newest_valid_counts_numbers_and_tells_what_it_skips(tmp_path: Path) -> None:
+def test_newest_valid_compares_numbers_and_returns_skipped_folders(tmp_path: Path) -> None:
     for number in (2, 10, 100, 30):
         make(tmp_path / f"step-{number}")
     (tmp_path / "step-x").mkdir()
@@ -270,7 +270,7 @@ def test_set_aside_frees_the_number(tmp_path: Path) -> None:
         (errno.EIO, "Input/output error; the disk reports errors"),
     ],
 )
-def test_a_refusing_disk_is_named_and_leaves_nothing(
+def test_a_failing_disk_is_reported_and_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, told: str
 ) -> None:
     def fsync(descriptor: int) -> None:

@@ -1,4 +1,4 @@
-"""One process at a time on a folder; the lock goes with the process."""
+"""One process at a time uses a folder; its lock ends with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics survive kills: torn ends go, kept lines keep their bytes."""
+"""Metrics survive kills: incomplete ends are removed, other lines keep their bytes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_truncation_drops_later_lines_and_a_torn_end(tmp_path: Path, tail: str, 
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
-def test_a_run_that_goes_on_writes_what_an_undisturbed_one_writes(tmp_path: Path) -> None:
+def test_a_resumed_run_writes_the_lines_of_an_uninterrupted_one(tmp_path: Path) -> None:
     write(tmp_path / "straight.jsonl", range(1, 9))
     path = tmp_path / "disturbed.jsonl"
     write(path, range(1, 7))
@@ -91,7 +91,7 @@ def test_truncation_of_an_open_file_and_of_none(tmp_path: Path) -> None:
     ("line", "fault"),
     [("garbage", "is damaged"), ("[1]", "is damaged"), ('{"update": 99}', "belongs to update 99")],
 )
-def test_damage_before_the_cut_is_told_not_dropped(tmp_path: Path, line: str, fault: str) -> None:
+def test_damage_before_the_cut_is_reported(tmp_path: Path, line: str, fault: str) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, range(1, 5))
     lines = path.read_text().splitlines()
