@@ -152,9 +152,8 @@ def build(
         teachers=teachers,
         views=views,
         heads=ResidentHeads(teachers, vocab),
-        prior_policy=PriorPolicy(student, machine.device, ranks, stages),
+        prior_policy=PriorPolicy(student, machine.device, stages),
         make_cache=partial(_make_cache, inputs, machine, student, folder.spill),
-        ranks=ranks,
         stages=stages,
     )
     updater = Updater(
@@ -164,7 +163,6 @@ def build(
         vocab_size=inputs.vocab_size,
         device=machine.device,
         bytes_read=partial(_bytes_read, teachers, machine),
-        ranks=ranks,
         stages=stages,
     )
     return Trainer(
@@ -182,7 +180,6 @@ def build(
         write_turns=partial(_write_turns, inputs),
         stop=guard,
         stages=stages,
-        ranks=ranks,
     )
 
 
@@ -194,7 +191,6 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
         draw=PromptDraw(inputs.prompts, {s.name: s.share for s in plan.sources}, plan.seed),
         student=inputs.student,
         weights=student,
-        engine=engine,
         rollouts=StudentRollouts(engine, plan.rollout, inputs.student, stages),
         teacher_rollouts=TeacherRolloutCache(
             plan,
@@ -202,14 +198,12 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
             renderers=inputs.teachers,
             teachers=models.teachers,
             views=models.views,
-            ranks=ranks,
             stages=stages,
         ),
         rewards=Rewards(
             build_verifiers(plan.sources, plan, ranks),
             inputs.student.tokenizer,
             plan.rollout.stop,
-            ranks,
             stages,
         ),
         placement=student.placement,
@@ -248,7 +242,6 @@ def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, sta
         open_model=open_model,
         open_average=open_average,
         verifiers=build_verifiers(plan.sources, inputs.plan, machine.ranks),
-        ranks=machine.ranks,
         stages=stages,
     )
 
@@ -349,11 +342,12 @@ def _views(inputs: Inputs, machine: Machine) -> dict[str, TokenView]:
 def _make_cache(
     inputs: Inputs, machine: Machine, student: Student, spill: Path, work: RoundSchedule
 ) -> AbstractContextManager[RoundCache]:
-    budget_bytes, ranks = int(inputs.plan.memory.hidden_states_gib * 2**30), student.placement.loss_ranks
+    budget_bytes = int(inputs.plan.memory.hidden_states_gib * 2**30)
+    loss_ranks = student.placement.loss_ranks
     if machine.ranks.size == 1:
         return HiddenCache(budget_bytes, spill, machine.device)
     return SharedHiddenCache(
-        budget_bytes, spill, machine.ranks, lambda i: ranks[work.copy_of[i]], machine.device
+        budget_bytes, spill, machine.ranks, lambda i: loss_ranks[work.copy_of[i]], machine.device
     )
 
 

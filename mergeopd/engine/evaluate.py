@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergeopd.data.renderer import Renderer
-from mergeopd.distributed.communicator import Communicator, scatter_gather
+from mergeopd.distributed.communicator import scatter_gather
 from mergeopd.engine.rollouts import submission
 from mergeopd.engine.stages import Stages
 from mergeopd.models.weight_average import why_not
@@ -38,7 +38,6 @@ class Evaluation:
     open_model: OpenModel
     open_average: OpenAverage
     verifiers: Verifiers
-    ranks: Communicator
     stages: Stages
 
     def run(self, merged: Path) -> Accuracies:
@@ -105,7 +104,7 @@ class Evaluation:
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         grades = scatter_gather(
-            self.ranks,
+            self.stages.ranks,
             submissions,
             # Report progress again, so that a request to stop is handled while verifiers are slow.
             lambda own: self.verifiers.verify(own, lambda _: on_progress(len(own))),

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
-from mergeopd.distributed.communicator import Communicator
 from mergeopd.engine.checkpoint import Checkpoints, Record, written_by_first
 from mergeopd.engine.evaluate import Accuracies
 from mergeopd.engine.interrupt import AbandonRound, StopGuard
@@ -50,7 +49,6 @@ class Trainer:
     stop: StopGuard
     stages: Stages
     write_turns: Callable[[Path], None]
-    ranks: Communicator
 
     def run(self, progress: Progress, max_updates: int | None) -> None:
         """Train from `progress` to the last update, export, evaluate, write the result. Collective.
@@ -111,9 +109,9 @@ class Trainer:
         """Save a checkpoint if there is none of this update, and raise."""
         self.stop.is_requested_anywhere()  # agree on the reason, since launchers signal others after one ends
         reason = self.stop.interrupt.requested
-        if progress.update and not self.ranks.run_on_first(lambda: self.checkpoints.has(progress)):
+        if progress.update and not self.stages.ranks.run_on_first(lambda: self.checkpoints.has(progress)):
             self._save(progress)
-        self.ranks.gather(None)  # wait until all have written
+        self.stages.ranks.gather(None)  # wait until all have written
         self.stop.interrupt.ignore_further()
         error = UpdateLimitReached if reason == UPDATE_LIMIT else Stopped
         raise error(
@@ -136,11 +134,11 @@ class Trainer:
 
     def _finish(self) -> None:
         folder, reporter, clock = self.folder, self.stages.reporter, self.stages.clock
-        if not self.ranks.run_on_first(folder.export.exists):
+        if not self.stages.ranks.run_on_first(folder.export.exists):
             reporter.emit(StageStarted("export", "the student as a Hugging Face folder"))
-            with written_by_first(folder.export, self.ranks) as target:
+            with written_by_first(folder.export, self.stages.ranks) as target:
                 self.student.export(target)
-                if self.ranks.is_first:
+                if self.stages.ranks.is_first:
                     self.write_turns(target)
         document = None
         if self.evaluate is not None:
@@ -150,7 +148,7 @@ class Trainer:
             self.student.release()
             gc.collect()  # a model and its optimizer contain reference cycles
             document = result_document(self._measure(self.evaluate), clock.seconds())
-            if self.ranks.is_first:
+            if self.stages.ranks.is_first:
                 write_result(folder.result_file, document)
         reporter.emit(
             RunFinished(

@@ -16,7 +16,6 @@ from mergeopd.engine.stages import Stages
 from mergeopd.engine.teacher_rollouts import TeacherRolloutCache
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.training import Phase
-from mergeopd.rollout.protocol import RolloutEngine
 from mergeopd.student.protocol import Placement, WeightSource
 from mergeopd.types import Rollout
 
@@ -42,7 +41,6 @@ class SynchronousPipeline:
     draw: PromptDraw
     student: Renderer
     weights: WeightSource
-    engine: RolloutEngine
     rollouts: StudentRollouts
     teacher_rollouts: TeacherRolloutCache
     rewards: Rewards
@@ -76,10 +74,10 @@ class SynchronousPipeline:
         )
 
     def trained(self, version: int) -> None:
-        self.engine.sync_weights(self.weights, version)
+        self.rollouts.engine.sync_weights(self.weights, version)
 
     def close(self) -> None:
-        self.engine.close()
+        self.rollouts.engine.close()
         self.rewards.close()
 
     def _collect(self, tasks: Sequence[Task]) -> list[Rollout]:

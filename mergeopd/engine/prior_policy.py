@@ -18,7 +18,6 @@ from mergeopd.batch.objective import support
 from mergeopd.batch.packing import MicroBatchPlan
 from mergeopd.batch.prepare import masked_tokens
 from mergeopd.batch.records import OldLogProbs, PreparedRollout, PreparedUpdate
-from mergeopd.distributed.communicator import Communicator
 from mergeopd.engine.schedule import RoundSchedule
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.targets import TeacherTargets
@@ -35,7 +34,6 @@ class PriorPolicy:
 
     student: Trainable
     device: torch.device
-    ranks: Communicator
     stages: Stages
 
     def score(
@@ -86,7 +84,7 @@ class PriorPolicy:
                 by_teacher = {n: row.clone() for n, row in zip(micro.teachers, logprob_T, strict=True)}
                 own = {name: ratios[index].clone() for name, ratios in spans.items()}
                 old_logprobs[index] = OldLogProbs(logprob_S.clone(), by_teacher, float(gap.sum()), own)
-        return {index: old for part in self.ranks.gather(old_logprobs) for index, old in part.items()}
+        return {index: old for part in self.stages.ranks.gather(old_logprobs) for index, old in part.items()}
 
 
 def _spans(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from mergeopd.data.renderer import Renderer
 from mergeopd.data.trajectory import dataset_response
-from mergeopd.distributed.communicator import Communicator, scatter_gather
+from mergeopd.distributed.communicator import scatter_gather
 from mergeopd.engine.progress import Task
 from mergeopd.engine.stages import Stages
 from mergeopd.models.tokenizer import Tokenizer
@@ -87,7 +87,6 @@ class Rewards:
     verifiers: Verifiers
     tokenizer: Tokenizer
     stop: Sequence[str]
-    ranks: Communicator
     stages: Stages
     _noted_sources: set[str] = field(default_factory=set, init=False)
 
@@ -112,7 +111,9 @@ class Rewards:
             ]
             return self.verifiers.verify(submissions, on_progress)
 
-        by_index = dict(zip(graded, scatter_gather(self.ranks, list(graded.values()), verify), strict=True))
+        by_index = dict(
+            zip(graded, scatter_gather(self.stages.ranks, list(graded.values()), verify), strict=True)
+        )
         grades = [by_index.get(index, Grade(None)) for index in range(len(rollouts))]
         self._note_failures(rollouts, grades)
         return grades

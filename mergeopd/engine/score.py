@@ -10,7 +10,6 @@ from functools import partial
 
 from mergeopd.batch.advantages import Outcomes, outcomes
 from mergeopd.batch.records import Alignments, OldLogProbs
-from mergeopd.distributed.communicator import Communicator
 from mergeopd.engine.prior_policy import PriorPolicy
 from mergeopd.engine.schedule import RoundSchedule, TeacherPass, by_teacher
 from mergeopd.engine.stages import Stages
@@ -70,7 +69,6 @@ class Scorer:
     heads: ResidentHeads
     prior_policy: PriorPolicy
     make_cache: MakeCache
-    ranks: Communicator
     stages: Stages
 
     @contextmanager
@@ -121,7 +119,7 @@ class Scorer:
                 if next_teacher is not None:
                     self.teachers[next_teacher].prefetch()
                 score = partial(self._score_own, one, session, targets, rollouts, work, on_progress)
-                self.ranks.run_and_gather(score)
+                self.stages.ranks.run_and_gather(score)
             targets.cache.publish()
 
     def _score_own(
@@ -134,7 +132,9 @@ class Scorer:
         on_progress: Callable[[int], None],
     ) -> None:
         """Score this process's share of a teacher's pass."""
-        sequences = targets.sequences(one.teacher, rollouts, work.scored_by(self.ranks.rank, one.rollouts))
+        sequences = targets.sequences(
+            one.teacher, rollouts, work.scored_by(self.stages.ranks.rank, one.rollouts)
+        )
         order = list(sequences)
         scored = session.score(list(sequences.values()), targets.spec_of(one.teacher), self.max_tokens)
         for done, (position, rows) in enumerate(scored, start=1):

@@ -12,7 +12,6 @@ from typing import get_args
 import numpy as np
 
 from mergeopd.data.renderer import Renderer
-from mergeopd.distributed.communicator import Communicator
 from mergeopd.engine.progress import Task
 from mergeopd.engine.rollouts import sampling
 from mergeopd.engine.stages import Stages
@@ -47,7 +46,6 @@ class TeacherRolloutCache:
     renderers: Mapping[str, Renderer]
     teachers: Mapping[str, Teacher]
     views: Mapping[str, TokenView]
-    ranks: Communicator
     stages: Stages
     _completions: dict[tuple[str, str, int], Completion] = field(default_factory=dict, init=False)
 
@@ -78,7 +76,7 @@ class TeacherRolloutCache:
         """Load responses from disk, generate the missing ones, and save them."""
         path = self._file(name)
         renderer = self.renderers[name]
-        known, num_discarded = self.ranks.run_on_first(lambda: self._load(path, renderer))
+        known, num_discarded = self.stages.ranks.run_on_first(lambda: self._load(path, renderer))
         if num_discarded:
             kept = "response" if num_discarded == 1 else "responses"
             note = f"discarded {num_discarded} damaged kept {kept} of teacher {name} in {path}"
@@ -104,7 +102,7 @@ class TeacherRolloutCache:
 
         In a resumed run, whole batches at the end are missing, so the rest forms the same batches.
         """
-        size = self.plan.rollout.batch_size * self.ranks.size
+        size = self.plan.rollout.batch_size * self.stages.ranks.size
         in_order = sorted(requests, key=lambda request: len(request.prompt_ids))
         on_progress = self.stages.begin("text", f"{name} generates", len(requests), "responses")
         with self.teachers[name].open() as session:
@@ -113,8 +111,8 @@ class TeacherRolloutCache:
                 batch = in_order[start : start + size]
                 texts = engine.submit(batch, sampling(self.plan.rollout)).wait(lambda _: None)
                 yield {_line_key(r): t for r, t in zip(batch, texts, strict=True)}
-                done = -(-(start + len(batch)) // self.ranks.size)
-                self.ranks.run_and_gather(lambda done=done: on_progress(done))  # type: ignore[misc]
+                done = -(-(start + len(batch)) // self.stages.ranks.size)
+                self.stages.ranks.run_and_gather(lambda done=done: on_progress(done))  # type: ignore[misc]
 
     def _keep(
         self, path: Path, known: Mapping[str, Completion], texts: Mapping[str, Completion]
@@ -123,7 +121,7 @@ class TeacherRolloutCache:
 
         Responses that another run has added meanwhile are ignored, since only one process would read them.
         """
-        if self.ranks.is_first:
+        if self.stages.ranks.is_first:
             _keep(path, texts)
         return {**known, **texts}
 

@@ -13,7 +13,6 @@ from mergeopd.batch.objective import phase_objective
 from mergeopd.batch.packing import MicroBatchPlan
 from mergeopd.batch.prepare import prepare
 from mergeopd.batch.records import PreparedUpdate
-from mergeopd.distributed.communicator import Communicator
 from mergeopd.engine.progress import Progress
 from mergeopd.engine.samples import SampleTaker, choose, is_due
 from mergeopd.engine.schedule import UpdatePlan, clip_factor, learning_rate
@@ -41,7 +40,6 @@ class Updater:
     vocab_size: int
     device: torch.device
     bytes_read: Callable[[], int]
-    ranks: Communicator
     stages: Stages
 
     def step(self, scored: ScoredRound, update: UpdatePlan, progress: Progress) -> Progress:
@@ -133,6 +131,6 @@ class Updater:
             if self.student.placement.reports_stats:
                 stats.add(micro, prepared, tokens)
                 samples.take(micro, prepared, tokens)
-        stats.together(self.ranks)
-        samples.together(self.ranks)
+        stats.together(self.stages.ranks)
+        samples.together(self.stages.ranks)
         return stats

@@ -46,9 +46,8 @@ class _Side:
 def compare_tokenizers(first: str, second: str, text: Path | None) -> TokenizerPair:
     """Compare two tokenizer folders (or hub ids in the local cache) on a UTF-8 text or a built-in sample.
 
-    Raises:
-        RecipeError: every mistake, by argument: no such folder, no tokenizer, tokens that cannot be mapped
-            back to bytes, a text that cannot be read.
+    Raises RecipeError with every mistake, by argument: no such folder, no tokenizer, tokens that cannot be
+    mapped back to bytes, a text that cannot be read.
     """
     problems: list[Problem] = []
     sides = [_side(argument, written, problems) for argument, written in (("A", first), ("B", second))]
@@ -88,17 +87,17 @@ def _content(text: Path, problems: list[Problem]) -> str:
     if isinstance(file, Missing):
         problems.append(option_problem("--text", file.message, file.remedy))
         return ""
+    content, fault, remedy = "", "", ""
     try:
         content = file.read_text(encoding="utf-8")
+        if not content:
+            fault, remedy = "is empty", "name a file with text"
     except UnicodeDecodeError as error:
-        place = f"{shown(file)}: not UTF-8 (byte {error.start + 1})"
-        problems.append(option_problem("--text", place, "save the file as UTF-8"))
-        return ""
+        fault, remedy = f"not UTF-8 (byte {error.start + 1})", "save the file as UTF-8"
     except OSError as error:
-        problems.append(option_problem("--text", f"{shown(file)}: cannot be read: {error.strerror}"))
-        return ""
-    if not content:
-        problems.append(option_problem("--text", f"{shown(file)}: is empty", "name a file with text"))
+        fault = f"cannot be read: {error.strerror}"
+    if fault:
+        problems.append(option_problem("--text", f"{shown(file)}: {fault}", remedy))
     return content
 
 

@@ -40,7 +40,7 @@ class Verifiers:
             "verifiers": {name: spec.model_dump() for name, spec in isolated.items()},
             "allow_code": sorted(allow_code),
         }
-        self._pool = WorkerPool(setup, max(1, num_workers)) if isolated else None
+        self._pool = WorkerPool(setup, max(1, num_workers))
 
     def __enter__(self) -> Verifiers:
         return self
@@ -58,33 +58,28 @@ class Verifiers:
     def start(self) -> None:
         """Build the verifiers of a worker process now, to fail before a run rather than in it.
 
-        Raises:
-            VerifierError: a function cannot be imported, a schema cannot be read.
+        Raises VerifierError if a function cannot be imported or a schema cannot be read.
         """
-        if self._pool is not None:
+        if self._timeouts:
             self._pool.start()
 
     def close(self) -> None:
         """End the worker processes. They start again when needed."""
-        if self._pool is not None:
-            self._pool.close()
+        self._pool.close()
 
     def verify(self, submissions: Sequence[Submission], on_progress: Callable[[int], None]) -> list[Grade]:
         """Return a grade for each submission, in order.
 
         `on_progress` gets the number of responses that workers have verified, and may raise to leave.
 
-        Raises:
-            VerifierError: a reference is missing or unusable, or workers can no longer be started.
+        Raises VerifierError if a reference is missing or unusable, or workers can no longer be started.
         """
         slow = {
             index: {**asdict(one), "timeout_s": self._timeouts[one.source]}
             for index, one in enumerate(submissions)
             if one.source in self._timeouts
         }
-        grades: dict[int, Grade] = {}
-        if self._pool is not None and slow:
-            grades = dict(zip(slow, self._pool.run(list(slow.values()), on_progress), strict=True))
+        grades = dict(zip(slow, self._pool.run(list(slow.values()), on_progress), strict=True))
         for index, one in enumerate(submissions):
             if index not in grades:
                 verify = self._local[one.source]

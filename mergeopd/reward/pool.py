@@ -107,8 +107,7 @@ class WorkerPool:
     def start(self) -> None:
         """Start one worker and wait until its verifiers are built.
 
-        Raises:
-            VerifierError: a verifier cannot be built, or importing its code takes too long.
+        Raises VerifierError if a verifier cannot be built, or importing its code takes too long.
         """
         self._is_closed = False
         if not self._idle:
@@ -121,8 +120,7 @@ class WorkerPool:
         worker is replaced. `on_progress` gets the number of finished requests several times a second and may
         raise.
 
-        Raises:
-            VerifierError: workers can no longer be started.
+        Raises VerifierError if workers can no longer be started.
         """
         self._is_closed = False
         with ThreadPoolExecutor(self._num_workers) as threads:

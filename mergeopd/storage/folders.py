@@ -32,8 +32,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     On any exception (Ctrl-C included) the temporary is removed and `target` does not exist. A killed process
     leaves the temporary behind; the next call for the same target removes it.
 
-    Raises:
-        StorageError: `target` exists, the block wrote nothing, or writing fails.
+    Raises StorageError if `target` exists, the block wrote nothing, or writing fails.
     """
     _refuse_existing(target)
     temporary = _partial_of(target)
@@ -55,8 +54,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 def write_atomic(path: Path, text: str) -> None:
     """Replace a file by `text` (UTF-8): readers see the old content or the new, never a part of it.
 
-    Raises:
-        StorageError: writing fails.
+    Raises StorageError if writing fails.
     """
     temporary = _partial_of(path)
     with named_failures("write", path):
@@ -81,14 +79,13 @@ def verify(folder: Path) -> str | None:
         return f"cannot be read: {error.strerror or error}"
 
 
-def newest_valid(parent: Path, prefix: str = "step-") -> tuple[Path | None, list[tuple[Path, str]]]:
-    """Return the valid folder `<prefix><number>` with the highest number, and newer ones with their faults.
+def newest_valid(parent: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """Return the valid folder `step-<number>` with the highest number, and newer ones with their faults.
 
-    Raises:
-        StorageError: `parent` exists but cannot be listed.
+    Raises StorageError if `parent` exists but cannot be listed.
     """
     skipped: list[tuple[Path, str]] = []
-    for folder in _numbered(parent, prefix):
+    for folder in _numbered(parent):
         fault = verify(folder)
         if fault is None:
             return folder, skipped
@@ -99,8 +96,7 @@ def newest_valid(parent: Path, prefix: str = "step-") -> tuple[Path | None, list
 def set_aside(folder: Path) -> Path:
     """Rename a broken folder to `<name>.broken`, which frees its name and keeps it for inspection.
 
-    Raises:
-        StorageError: renaming fails.
+    Raises StorageError if renaming fails.
     """
     aside = folder.with_name(folder.name + _BROKEN)
     with named_failures("set aside", folder):
@@ -110,7 +106,7 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
-def prune(parent: Path, keep: int, prefix: str = "step-") -> tuple[Path, ...]:
+def prune(parent: Path, keep: int) -> tuple[Path, ...]:
     """Remove all but the `keep` highest numbered folders, older broken folders, and leftovers.
 
     Folders are renamed before they are emptied, so that a kill leaves no partial folder under its final name.
@@ -122,18 +118,18 @@ def prune(parent: Path, keep: int, prefix: str = "step-") -> tuple[Path, ...]:
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
-    folders = _numbered(parent, prefix)
+    folders = _numbered(parent)
     removed = tuple(folders[keep:])
-    oldest_kept = _number(folders[min(keep, len(folders)) - 1], prefix) if folders else 0
-    all_broken = _numbered(parent, prefix, _BROKEN)
-    broken = [folder for folder in all_broken if _number(folder, prefix, _BROKEN) < oldest_kept]
+    oldest_kept = _number(folders[min(keep, len(folders)) - 1]) if folders else 0
+    all_broken = _numbered(parent, _BROKEN)
+    broken = [folder for folder in all_broken if _number(folder) < oldest_kept]
     for folder in (*removed, *broken):
         with named_failures("remove", folder):
             temporary = _partial_of(folder)
             _remove_tree(temporary)
             folder.rename(temporary)
     with named_failures("clean", parent):
-        for leftover in parent.glob(f".{prefix}*{_PARTIAL}"):
+        for leftover in parent.glob(f".step-*{_PARTIAL}"):
             _remove_tree(leftover)
     return removed
 
@@ -231,18 +227,18 @@ def _refuse_existing(target: Path) -> None:
         )
 
 
-def _numbered(parent: Path, prefix: str, suffix: str = "") -> list[Path]:
-    """List entries `<prefix><number><suffix>`, highest number first; none if `parent` is missing."""
+def _numbered(parent: Path, suffix: str = "") -> list[Path]:
+    """List folders `step-<number><suffix>`, highest number first; none if `parent` is missing."""
     if not os.path.lexists(parent):
         return []
-    pattern = re.compile(re.escape(prefix) + r"\d+" + re.escape(suffix))
+    pattern = re.compile(r"step-\d+" + re.escape(suffix))
     with named_failures("list", parent):
         folders = [path for path in parent.iterdir() if pattern.fullmatch(path.name)]
-    return sorted(folders, key=lambda path: (_number(path, prefix, suffix), path.name), reverse=True)
+    return sorted(folders, key=lambda path: (_number(path), path.name), reverse=True)
 
 
-def _number(folder: Path, prefix: str, suffix: str = "") -> int:
-    return int(folder.name.removeprefix(prefix).removesuffix(suffix))
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-").removesuffix(_BROKEN))
 
 
 def _make_folder(path: Path) -> None:

@@ -45,11 +45,7 @@ class MetricsFile:
         self._file: IO[str] | None = None
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one line. `record` needs an integer `update`.
-
-        Raises:
-            StorageError: writing fails.
-        """
+        """Write one line. `record` needs an integer `update`. Raises StorageError if writing fails."""
         line = json_text({"update": int(record["update"]), **record}) + "\n"
         with named_failures("write", self._path):
             if self._file is None:
@@ -61,8 +57,7 @@ class MetricsFile:
     def sync(self) -> None:
         """Sync all lines to the disk. Called before a checkpoint, which must not be ahead of its metrics.
 
-        Raises:
-            StorageError: writing fails.
+        Raises StorageError if writing fails.
         """
         if self._file is not None:
             with named_failures("write", self._path):
@@ -71,8 +66,7 @@ class MetricsFile:
     def truncate_to(self, update: int) -> int:
         """Drop lines of updates after `update` and an incomplete last line; return how many remain.
 
-        Raises:
-            StorageError: a line before the cut is damaged, or writing fails.
+        Raises StorageError if a line before the cut is damaged, or writing fails.
         """
         self.close()
         with named_failures("read", self._path):

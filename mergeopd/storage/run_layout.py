@@ -26,8 +26,7 @@ TENSORBOARD = "tensorboard"
 def read_plan_document(path: Path) -> dict[str, Any] | None:
     """Read plan.yaml as plain data; None if it is not a plan (truncated, not YAML, incomplete).
 
-    Raises:
-        StorageError: the plan has another format version, or reading fails.
+    Raises StorageError if the plan has another format version, or reading fails.
     """
     with named_failures("read", path):
         content = path.read_bytes()

@@ -55,7 +55,6 @@ def teacher_rollouts_of(parts: Models, reporter: Reporter | None = None) -> Teac
         renderers=parts.inputs.teachers,
         teachers=parts.teachers,
         views=parts.views,
-        ranks=SingleProcess(),
         stages=stages,
     )
 

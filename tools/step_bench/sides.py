@@ -104,16 +104,6 @@ def run_trl(arguments: argparse.Namespace, steps: Steps) -> None:
         def on_step_end(self, *_: object, **__: object) -> None:
             steps.end({**spent, "update_s": steps.elapsed() - sum(spent.values())})
 
-    def timed(work: Callable[..., Any], name: str, counts: Callable[[], bool]) -> Callable[..., Any]:
-        def wrapper(*values: Any, **named: Any) -> Any:
-            start = time.perf_counter()
-            result = work(*values, **named)
-            if counts():
-                spent[name] += time.perf_counter() - start
-            return result
-
-        return wrapper
-
     rows = (arguments.folder / "prompts.jsonl").read_text().splitlines()
     with tempfile.TemporaryDirectory() as output:
         trainer = DistillationTrainer(
@@ -142,11 +132,28 @@ def run_trl(arguments: argparse.Namespace, steps: Steps) -> None:
             callbacks=[StepCallback()],
         )
         trainer.eos_token_ids = [NEVER]
-        trainer._generate_single_turn = timed(trainer._generate_single_turn, "generation_s", lambda: True)
-        trainer._get_last_hidden_state = timed(
-            trainer._get_last_hidden_state, "teacher_s", lambda: not torch.is_grad_enabled()
+        trainer._generate_single_turn = _timed(
+            trainer._generate_single_turn, spent, "generation_s", lambda: True
+        )
+        trainer._get_last_hidden_state = _timed(
+            trainer._get_last_hidden_state, spent, "teacher_s", lambda: not torch.is_grad_enabled()
         )
         trainer.train()
+
+
+def _timed(
+    work: Callable[..., Any], spent: dict[str, float], name: str, counts: Callable[[], bool]
+) -> Callable[..., Any]:
+    """Wrap `work` to add the seconds of calls that count to `spent[name]`."""
+
+    def wrapper(*values: Any, **named: Any) -> Any:
+        start = time.perf_counter()
+        result = work(*values, **named)
+        if counts():
+            spent[name] += time.perf_counter() - start
+        return result
+
+    return wrapper
 
 
 def run_bound(arguments: argparse.Namespace, steps: Steps) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from enumeration import CPU, EOS, methods_parts, trainer_of
 
-from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.prior_policy import PriorPolicy
 from mergeopd.engine.score import CollectedRound
 from mergeopd.types import Rollout
@@ -28,7 +27,7 @@ def test_old_logprobs_are_sent_without_their_micro_batch(
     assert len(work.packs_of(0)) == 1
     phase = parts.plan.phases[0]
     with trainer.scorer.score(CollectedRound(phase, 0, rollouts, [None] * 50, work)) as scored:
-        prior_policy = PriorPolicy(parts.student, CPU, SingleProcess(), trainer.stages)
+        prior_policy = PriorPolicy(parts.student, CPU, trainer.stages)
         found = prior_policy.score(rollouts, phase, work, scored.targets)
     assert len(found) == 50
     for before in found.values():

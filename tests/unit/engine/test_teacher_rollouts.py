@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Sequence
@@ -153,7 +154,7 @@ def damaged(key: str, ids: list[int], finish: str) -> dict[str, Any]:
 
     def hashed(**changes: Any) -> str:
         row = {**content, **changes}
-        return json.dumps({**row, "sha256": texts_module._digest(row)})
+        return json.dumps({**row, "sha256": hashlib.sha256(json.dumps(row).encode()).hexdigest()})
 
     return {
         "no hash": json.dumps(content),
