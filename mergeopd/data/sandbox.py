@@ -99,7 +99,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
             if sequences and factors and self._paid(sequences[0]) * factors[0] > self._max_size:
                 self._refuse_size()
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            self._check_power(left, right)
+            self._check_int_bits(left.bit_length() * max(right, 0))
         return self._checked(super().call_binop(context, operator, left, right))
 
     def _concat(self, pieces: Iterable[str]) -> str:
@@ -170,8 +170,8 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         if size * factor > 50 * self._max_size:
             self._refuse_size()
 
-    def _check_power(self, base: int, exponent: int) -> None:
-        if base.bit_length() * max(exponent, 0) > _MAX_INT_BITS:
+    def _check_int_bits(self, num_bits: int) -> None:
+        if num_bits > _MAX_INT_BITS:
             self._refuse_size()
 
     def _check_format(self, text: str, values: Any, *, nested: bool) -> None:
@@ -210,8 +210,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
             if isinstance(part, _TEXT):
                 num_characters += len(part)
             elif isinstance(part, int):
-                if part.bit_length() > _MAX_INT_BITS:
-                    self._refuse_size()
+                self._check_int_bits(part.bit_length())
             elif isinstance(part, dict):
                 rest.extend(part)
                 rest.extend(part.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from mergeopd.data.chat_template import ChatTemplate
 from mergeopd.data.renderer import Renderer
@@ -18,16 +18,14 @@ _ONE_EACH = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A piece of a rendered trajectory; `is_own`: it is the assistant's."""
 
     text: str
     is_own: bool
 
 
-@dataclass(frozen=True, slots=True)
-class DatasetResponse:
+class DatasetResponse(NamedTuple):
     """A response as token ids. `trained` flags those in the loss; None: all."""
 
     ids: tuple[int, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -42,8 +43,8 @@ class Tally:
     loss: float = 0.0
     largest_gap: float = 0.0
     policy: Sums = field(default_factory=Sums)
-    teachers: dict[str, Sums] = field(default_factory=dict)
-    domains: dict[str, Sums] = field(default_factory=dict)
+    teachers: defaultdict[str, Sums] = field(default_factory=lambda: defaultdict(Sums))
+    domains: defaultdict[str, Sums] = field(default_factory=lambda: defaultdict(Sums))
 
     def add(self, other: Tally) -> None:
         self.loss += other.loss
@@ -51,7 +52,7 @@ class Tally:
         self.policy.add(other.policy.num_tokens, **other.policy.values)
         for mine, others in ((self.teachers, other.teachers), (self.domains, other.domains)):
             for name, sums in others.items():
-                mine.setdefault(name, Sums()).add(sums.num_tokens, **sums.values)
+                mine[name].add(sums.num_tokens, **sums.values)
 
 
 @dataclass
@@ -79,7 +80,7 @@ class UpdateStats:
         measured = self.objective.measured(stats)
         for k, name in enumerate(micro.teachers):
             divergence = {d: float(measured[k, i].sum()) for i, d in enumerate(self.objective.measures)}
-            self._tally.teachers.setdefault(name, Sums()).add(
+            self._tally.teachers[name].add(
                 gap.shape[1], gap=float(gap[k].sum()), entropy=float(stats.entropy_T[k].sum()), **divergence
             )
         sizes = [len(labels) for labels in micro.labels]
@@ -92,7 +93,7 @@ class UpdateStats:
         )
         for index, logprob, entropy, loss in per_rollout:
             domain = prepared.rollouts[index].rollout.prompt.domain
-            self._tally.domains.setdefault(domain, Sums()).add(
+            self._tally.domains[domain].add(
                 len(logprob), nll=-float(logprob.sum()), entropy=float(entropy.sum()), loss=float(loss.sum())
             )
 
@@ -103,7 +104,7 @@ class UpdateStats:
         """Add teachers with another tokenizer, whose means are over groups."""
         for name, seen in stats.bridged:
             self._tally.loss += float(seen.loss.sum())
-            self._tally.teachers.setdefault(name, Sums()).add(
+            self._tally.teachers[name].add(
                 len(seen.value),
                 gap=float((seen.logprob_T - seen.logprob_S).sum()),
                 matched=float(seen.matched_T.sum()),
@@ -112,17 +113,17 @@ class UpdateStats:
             sizes = [len(prepared.rollouts[i].alignments[name].student_starts) for i in micro.rollouts]
             for index, loss in zip(micro.rollouts, torch.split(seen.loss.abs(), sizes), strict=True):
                 domain = prepared.rollouts[index].rollout.prompt.domain
-                self._tally.domains.setdefault(domain, Sums()).add(0, loss=float(loss.sum()))
+                self._tally.domains[domain].add(0, loss=float(loss.sum()))
         for index in micro.rollouts:
             member = prepared.rollouts[index]
             for name, own in member.alignments.items():
-                sums = self._tally.teachers.setdefault(name, Sums())
+                sums = self._tally.teachers[name]
                 in_groups = int((own.student_stops - own.student_starts).sum())
                 sums.add(0, tokens=member.rollout.num_trained, aligned=in_groups)
             for name, ratio in member.spans.items():
                 starts = torch.from_numpy(member.alignments[name].student_starts)
                 total = float(ratio[starts].sum())
-                self._tally.teachers.setdefault(name, Sums()).add(len(starts), gap=total, bridge=-total)
+                self._tally.teachers[name].add(len(starts), gap=total, bridge=-total)
 
     def _add_policy(self, policy: Policy, rows: PolicyRows, weight_KN: Tensor, stats: MicroStats) -> None:
         tokens = policy_tokens(

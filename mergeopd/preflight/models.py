@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -46,7 +45,7 @@ class ModelReader:
     def __init__(self, findings: Findings, now: datetime) -> None:
         self._findings = findings
         self._now = now
-        self._tokenizers: dict[Path, Tokenizer] = {}
+        self._tokenizers: dict[tuple[str | None, ...], Tokenizer] = {}
         self.files: dict[str, str] = {}
         self.num_shared: dict[str, int] = {}
 
@@ -232,11 +231,10 @@ class ModelReader:
     def _load_tokenizer(self, folder: Path) -> Tokenizer:
         """Load a tokenizer. Equal files are loaded once, because large vocabularies take a second."""
         self._remember(folder, TOKENIZER_FILES)
-        for known, tokenizer in self._tokenizers.items():
-            if all(_same_file(known / name, folder / name) for name in TOKENIZER_FILES):
-                return tokenizer
-        self._tokenizers[folder] = Tokenizer.load(folder)
-        return self._tokenizers[folder]
+        digests = tuple(self.files.get(str(folder / name)) for name in TOKENIZER_FILES)
+        if digests not in self._tokenizers:
+            self._tokenizers[digests] = Tokenizer.load(folder)
+        return self._tokenizers[digests]
 
     def _fits(self, place: Keys, folder: Path, tokenizer: Tokenizer, facts: ModelFacts) -> bool:
         """Whether the head has a row for every id, except for added tokens, which texts must not contain."""
@@ -344,9 +342,3 @@ def check_student_folder(folder: Path, student: Renderer) -> None:
 def file_digest(file: Path) -> str:
     """SHA-256 of a file's bytes. Raises OSError."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _same_file(one: Path, other: Path) -> bool:
-    if not (one.is_file() and other.is_file()):
-        return not one.exists() and not other.exists()
-    return filecmp.cmp(one, other, shallow=False)

@@ -129,10 +129,10 @@ class WorkerPool:
                 num_done = 0
                 while num_done < len(futures):
                     done, _ = wait(futures, _POLL_S, FIRST_EXCEPTION)
-                    num_done = sum(future.exception() is None for future in done)
+                    for future in done:
+                        future.result()  # raises VerifierError
+                    num_done = len(done)
                     on_progress(num_done)
-                    if num_done < len(done):
-                        break
                 return [future.result() for future in futures]
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
@@ -192,8 +192,10 @@ class WorkerPool:
         raise VerifierError(failure)
 
     def _drop(self, worker: _Worker) -> None:
-        self._workers.discard(worker)
-        worker.kill()
+        with self._lock:
+            if worker in self._workers:  # else `close` has ended it
+                self._workers.remove(worker)
+                worker.kill()
 
 
 def _kill_all(workers: set[_Worker]) -> None:

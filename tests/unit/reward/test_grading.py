@@ -193,3 +193,24 @@ def test_cheap_verifiers_start_no_process(monkeypatch: pytest.MonkeyPatch) -> No
     with Verifiers({"a": spec(kind="exact"), "b": spec(kind="number")}, (), 2) as verifiers:
         verifiers.start()
         assert rewards(verifiers, Submission("a", "x", "x"), Submission("b", "1/2", "0.5")) == [1.0, 1.0]
+
+
+def test_workers_that_cannot_start_again_end_verification_at_once(tmp_path: Path) -> None:
+    """Long before the time limit of a response that another worker verifies."""
+    marker = tmp_path / "started"
+    (tmp_path / "once_of_test_grading.py").write_text(
+        "import time\nfrom pathlib import Path\n"
+        f"marker = Path({str(marker)!r})\n"
+        "if marker.exists():\n    raise OSError('second start')\n"
+        "marker.touch()\n"
+        "def score(response, reference):\n    time.sleep(float(response))\n    return 1.0\n"
+    )
+    name = "once_of_test_grading:score"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        with Verifiers({"a": spec(kind="user", function=name, timeout_s=ENOUGH)}, [name], 2) as verifiers:
+            verifiers.start()
+            start = time.monotonic()
+            with pytest.raises(VerifierError, match="second start"):
+                verifiers.verify([Submission("a", "30", None), Submission("a", "0", None)], lambda _: None)
+            assert time.monotonic() - start < ENOUGH / 2
