@@ -189,8 +189,8 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
     return SynchronousPipeline(
         plan,
         draw=PromptDraw(inputs.prompts, {s.name: s.share for s in plan.sources}, plan.seed),
-        student=inputs.student,
-        weights=student,
+        model=student,
+        renderer=inputs.student,
         rollouts=StudentRollouts(engine, plan.rollout, inputs.student, stages),
         teacher_rollouts=TeacherRolloutCache(
             plan,
@@ -206,7 +206,6 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
             plan.rollout.stop,
             stages,
         ),
-        placement=student.placement,
         stages=stages,
     )
 

@@ -16,7 +16,7 @@ from mergeopd.engine.stages import Stages
 from mergeopd.engine.teacher_rollouts import TeacherRolloutCache
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.training import Phase
-from mergeopd.student.protocol import Placement, WeightSource
+from mergeopd.student.protocol import Student
 from mergeopd.types import Rollout
 
 
@@ -39,12 +39,11 @@ class SynchronousPipeline:
 
     plan: Plan
     draw: PromptDraw
-    student: Renderer
-    weights: WeightSource
+    model: Student
+    renderer: Renderer
     rollouts: StudentRollouts
     teacher_rollouts: TeacherRolloutCache
     rewards: Rewards
-    placement: Placement
     stages: Stages
     _prepared_phase: str = field(default="", init=False)
 
@@ -70,11 +69,11 @@ class SynchronousPipeline:
             index,
             num_updates=num_updates,
             max_tokens=self.plan.student.micro_batch_tokens,
-            members=self.placement.replica_ranks,
+            members=self.model.placement.replica_ranks,
         )
 
     def trained(self, version: int) -> None:
-        self.rollouts.engine.sync_weights(self.weights, version)
+        self.rollouts.engine.sync_weights(self.model, version)
 
     def close(self) -> None:
         self.rollouts.engine.close()
@@ -87,7 +86,7 @@ class SynchronousPipeline:
             if task.origin == "teacher":
                 rollouts += self.teacher_rollouts.of(task)
             elif task.origin == "dataset":
-                rollouts.append(dataset_rollout(task, self.student))
+                rollouts.append(dataset_rollout(task, self.renderer))
         return rollouts
 
     def _prepare_teacher_rollouts(self, phase: Phase, updates_done: int, progress: Progress) -> None:

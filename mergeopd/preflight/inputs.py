@@ -115,7 +115,9 @@ class _Check:
     def __init__(self, resolution: Resolution) -> None:
         self._resolution = resolution
         self.findings = Findings(resolution.origins)
-        self.now = self._start() or datetime.now()
+        folder = None if resolution.plan is None else RunFolder(Path(resolution.plan.output))
+        started = None if folder is None else self.findings.attempt(("output",), folder.started)
+        self.now = started or datetime.now()
         self.models = ModelReader(self.findings, self.now)
         self.student: Renderer | None = None
         self.teachers: dict[str, Renderer] = {}
@@ -160,12 +162,6 @@ class _Check:
         )
         if cross_tokenizer is not None:
             self.cross_tokenizers[teacher.name] = cross_tokenizer
-
-    def _start(self) -> datetime | None:
-        if self._resolution.plan is None:
-            return None
-        folder = RunFolder(Path(self._resolution.plan.output))
-        return self.findings.attempt(("output",), folder.started)
 
     def _read(
         self, place: Keys, source: SourcePlan, teachers: Sequence[str], into: dict[str, tuple[Prompt, ...]]

@@ -74,7 +74,8 @@ def final_number(text: str, *, truncated: bool = False) -> Fraction | None:
     A response that was `truncated` by the length limit has a number only where it is marked by a complete
     `####` line or box: the last number of unfinished reasoning is not an answer.
     """
-    text = _without_thoughts(text)
+    # Reasoning without an end has no answer.
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
     marked = _after_hashes(text, truncated)
     if marked is not None:
         return marked[0]
@@ -100,13 +101,6 @@ def reference_number(text: str) -> Fraction | None:
     text = text.strip()
     whole = read_number(text)
     return final_number(f"{text}\n", truncated=True) if whole is None else whole
-
-
-def _without_thoughts(text: str) -> str:
-    """Return the text after reasoning in `<think>` tags; nothing of reasoning without an end."""
-    _, closed, behind = text.rpartition("</think>")
-    rest = behind if closed else text
-    return rest.partition("<think>")[0]
 
 
 def _after_hashes(text: str, truncated: bool) -> tuple[Fraction | None] | None:
