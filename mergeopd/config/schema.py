@@ -18,7 +18,7 @@ def model_schema(model: type[Strict]) -> Schema:
 
 
 def _tidied(schema: Any) -> Any:
-    """Drop pydantic's generated titles, and forbid keys that do not match a name pattern."""
+    """Drop pydantic's titles and the line breaks of fields' docstrings; forbid keys that match no pattern."""
     if isinstance(schema, list):
         return [_tidied(part) for part in schema]
     if not isinstance(schema, dict):
@@ -30,6 +30,9 @@ def _tidied(schema: Any) -> Any:
         for key, value in schema.items()
         if key != "title"
     }
+    for field in tidy.get("properties", {}).values():
+        if "description" in field:
+            field["description"] = " ".join(field["description"].split())
     if "patternProperties" in tidy:
         tidy["additionalProperties"] = False
     return tidy
