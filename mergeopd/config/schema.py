@@ -17,6 +17,25 @@ def model_schema(model: type[Strict]) -> Schema:
     return schema
 
 
+def input_schema(model: type[Strict]) -> Schema:
+    """Return `model_schema` with every reference replaced by the definition that it names."""
+    schema = model_schema(model)
+    inlined: Schema = _inlined(schema, schema["$defs"])
+    return inlined
+
+
+def _inlined(schema: Any, defs: Schema) -> Any:
+    if isinstance(schema, list):
+        return [_inlined(part, defs) for part in schema]
+    if isinstance(schema, str) and schema.startswith("#/$defs/"):  # in the mapping of a tagged union
+        return _inlined(defs[schema.removeprefix("#/$defs/")], defs)
+    if not isinstance(schema, dict):
+        return schema
+    target = _inlined(schema["$ref"], defs) if "$ref" in schema else {}
+    own = {key: _inlined(part, defs) for key, part in schema.items() if key not in ("$ref", "$defs")}
+    return {**target, **own}
+
+
 def _tidied(schema: Any) -> Any:
     """Drop pydantic's titles and the line breaks of fields' docstrings; forbid keys that match no pattern."""
     if isinstance(schema, list):

@@ -26,7 +26,7 @@ from mergeopd.recipe.hints import HINTS
 from mergeopd.recipe.models import Student, Teacher, TeacherRef
 from mergeopd.recipe.objective_checks import objective_problems
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
-from mergeopd.recipe.schema import NAMED, RENAMED, SHORTHANDS, EvalSource, Recipe, Reports, TrainSource
+from mergeopd.recipe.schema import NAMED, SHORTHANDS, EvalSource, Recipe, Reports, TrainSource
 from mergeopd.recipe.self_teacher_checks import idle_problems, rule_problems, self_plans
 from mergeopd.recipe.sources import Router, SourceResolver
 from mergeopd.recipe.training import AnyRollout, Optimizer, Phase
@@ -102,9 +102,7 @@ def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str]
 
 
 def _schema_problems(data: Any, origins: Origins, *, complete: bool) -> tuple[Problem, ...]:
-    return problems_of(
-        Recipe, data, origins, complete=complete, also_allowed=("extends",), renamed=RENAMED, hints=HINTS
-    )
+    return problems_of(Recipe, data, origins, complete=complete, also_allowed=("extends",), hints=HINTS)
 
 
 def _ordered(first: Sequence[Problem], later: Sequence[Problem], origins: Origins) -> tuple[Problem, ...]:

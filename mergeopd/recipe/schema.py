@@ -155,9 +155,6 @@ class Recipe(Strict):
 # Sections of named entries. null removes an entry of an extended recipe: `teachers: {math: null}`.
 NAMED = ("teachers",)
 
-# New names of keys from earlier versions, in any section.
-RENAMED = {"teach": "distill_on"}
-
 # Paths that accept a short form, with the function that expands it; `*` is any name or index. `extends` and
 # `--set` expand a short form before they change a value below it.
 SHORTHANDS: dict[tuple[str, ...], Callable[[Any], Any]] = {
