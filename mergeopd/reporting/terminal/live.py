@@ -20,7 +20,7 @@ from mergeopd.reporting.result import Result
 from mergeopd.reporting.terminal.glyphs import Glyphs, Sparkline, plain_text
 from mergeopd.reporting.terminal.result import ResultTable, ending
 from mergeopd.reporting.terminal.timing import clock_text, split_line
-from mergeopd.reporting.terminal.view import RunView, Trend, measure_of
+from mergeopd.reporting.terminal.view import RunView, measure_of
 
 REFRESHES_PER_S = 4
 _STAGE_AFTER_S = 2.0  # shorter stages would only flicker
@@ -151,7 +151,7 @@ class LiveReporter:
         if for_teachers > 0:
             parts += [Text(), self._table("teacher", last.teachers, of_teachers, measure_of, for_teachers)]
         if for_domains > 0:
-            trend = None if last.teachers else _nll
+            trend = None if last.teachers else lambda _: "nll"
             parts += [Text(), self._table("domain", last.domains, of_domains, trend, for_domains)]
         parts += [Text(), self._run_line(last)]
         parts += filter(None, [split_line(view.phase_seconds, self._glyphs, width)])
@@ -183,8 +183,7 @@ class LiveReporter:
         for name in shown:
             cells: list[RenderableType] = [_cell(figure, rows[name]) for figure in columns]
             if trend is not None:
-                history = self._view.trends.get((name, trend(rows[name])), Trend())
-                cells.append(Sparkline(history.points, self._glyphs))
+                cells.append(Sparkline(self._view.trends[name, trend(rows[name])]))
             table.add_row(Text(plain_text(name, self._glyphs)), *cells)
         if len(shown) < len(rows):
             table.add_row(Text(f"and {len(rows) - len(shown)} more", style="dim"))
@@ -221,11 +220,6 @@ class _CountAndTimes(ProgressColumn):
 
 def _one_line() -> Column:
     return Column(no_wrap=True, overflow="ellipsis")
-
-
-def _nll(numbers: Numbers) -> str:
-    """Return the key of the trend of domains, for updates without teachers."""
-    return "nll"
 
 
 def _cell(figure: Figure, numbers: Numbers) -> Text:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from rich.text import Text
 
 from mergeopd.recipe.bridges import KINDS
-from mergeopd.reporting.terminal.glyphs import Glyphs, plain_text
+from mergeopd.reporting.terminal.glyphs import Glyphs, plain_text, table
 
 _SHOWN_CHARACTERS = 300
 
@@ -82,7 +81,7 @@ class TokenizerPair:
         for mark, side in zip("AB", sides, strict=True):
             yield Text(f"{mark}  {plain_text(side.name, glyphs)}", style="bold", overflow="fold")
         names = dict.fromkeys((*self.first.named, *self.second.named))
-        yield _table(
+        yield table(
             glyphs,
             ("", "A", "B"),
             [
@@ -98,7 +97,7 @@ class TokenizerPair:
         yield from self._verdict(glyphs)
         there, back = self.coverage
         reasons = dict.fromkeys((*there.unaligned, *back.unaligned))
-        yield _table(
+        yield table(
             glyphs,
             (f"Text: {self.text}", "A to B", "B to A"),
             [
@@ -140,15 +139,6 @@ class TokenizerPair:
             f"{self.num_shared_written:,} have the same spelling."
         )
         yield Text(plain_text(self.difference, glyphs) + "\n", style="dim")
-
-
-def _table(glyphs: Glyphs, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(box=glyphs.table_box, header_style="dim", pad_edge=False)
-    for i, heading in enumerate(headings):
-        table.add_column(plain_text(heading, glyphs), justify="right" if i else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(plain_text(cell, glyphs) for cell in row))
-    return table
 
 
 def _named(side: TokenizerFacts, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from mergeopd.reporting.terminal.live import LiveReporter
 from mergeopd.reporting.terminal.plain import PlainReporter
 from mergeopd.reporting.terminal.result import ResultTable
 from mergeopd.reporting.terminal.timing import clock_text, shares, split_line
-from mergeopd.reporting.terminal.view import RunView, Trend
+from mergeopd.reporting.terminal.view import RunView
 
 START = RunStarted(
     name="quick",
@@ -394,15 +395,14 @@ def test_sparkline_means_and_range() -> None:
     assert plain_text("a\nb\x1b[1m", glyphs) == "a b [1m"
 
 
-def test_trend_keeps_the_shape_in_bounded_memory() -> None:
-    trend = Trend()
-    for i in range(5000):
-        trend.add(float(i))
-        trend.add(float("nan"))
-    assert 100 < len(trend.points) < 256
-    steps = [b - a for a, b in zip(trend.points, trend.points[1:], strict=False)]
-    assert set(steps) == {steps[0]}
-    assert trend.points[0] == (steps[0] - 1) / 2  # the mean of the first stretch
+def test_trends_are_those_of_the_phase_without_values_that_are_not_finite() -> None:
+    view = RunView()
+    view.add(START, 0.0)
+    for number in (9, 10, 11, 12):
+        view.add(update(number), 0.0)
+    view.add(replace(update(13), teachers={"math": TeacherStats(5, {"reverse_kl": math.inf}, 0.0)}), 0.0)
+    assert list(view.trends["math", "reverse_kl"]) == [2 / 11, 2 / 12]
+    assert list(view.trends["sort", "nll"]) == [3 / 11, 3 / 12, 3 / 13]
 
 
 def test_speed_and_time_left_follow_the_phase() -> None:

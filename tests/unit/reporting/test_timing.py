@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from rich import box
-
 from mergeopd.reporting.terminal.glyphs import Glyphs
 from mergeopd.reporting.terminal.timing import split_line
 
-GLYPHS = Glyphs(levels="12345678", block="=", dot=".", table_box=box.ASCII, ascii_only=True)
+GLYPHS = Glyphs(levels="12345678", block="=", dot=".", ascii_only=True)
 
 
 def test_small_stages_are_told_together_where_the_line_is_short() -> None:
