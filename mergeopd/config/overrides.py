@@ -25,13 +25,7 @@ _FORM = re.compile(r"\s*([^=\s]+?)\s*=(.*)", re.DOTALL)
 
 
 class _RefusedError(ValueError):
-    """An override names a path that cannot exist."""
-
-    def __init__(self, path: Keys, message: str, remedy: str = "") -> None:
-        super().__init__(message)
-        self.path = path
-        self.message = message
-        self.remedy = remedy
+    """An override names a path that cannot exist. Arguments: the path, the cause, the remedy."""
 
 
 def apply_override(
@@ -53,7 +47,8 @@ def apply_override(
     try:
         changed = _set(root, steps, (), value or Scalar(None, where), where, expand)
     except _RefusedError as refused:
-        return root, (Problem(where.location, dotted(refused.path), refused.message, refused.remedy),)
+        path, *texts = refused.args
+        return root, (Problem(where.location, dotted(path), *texts),)
     assert isinstance(changed, Table)
     return changed, ()
 

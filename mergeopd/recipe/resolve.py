@@ -75,7 +75,7 @@ def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str]
         of_schema = () if root is None else _schema_problems(plain(root), origins, complete=False)
         return Resolution(None, _ordered(loaded.problems, of_schema, origins), origins)
     data = plain(root)
-    parts = _Parts.of(data)
+    parts = _Parts(data)
     cards = read_cards(parts.teachers, root, env)
     roots = {n: c.root for n, c in cards.items() if isinstance(c, CardFile) and c.root is not None}
     origins = Origins(file, root, roots)
@@ -115,51 +115,30 @@ _TEACHER: TypeAdapter[TeacherRef] = TypeAdapter(Teacher)
 _ALLOW_CODE: TypeAdapter[tuple[str, ...]] = TypeAdapter(tuple[FunctionPath, ...])
 
 
-@dataclass(frozen=True)
 class _Parts:
-    """The sections and entries that are valid by themselves.
+    """The sections and entries that are valid by themselves; None or left out otherwise.
 
     `names` are all teachers, including those with an invalid entry; `all_*`: every entry is valid.
     """
 
-    student: Student | None
-    names: tuple[str, ...]
-    teachers: Mapping[str, TeacherRef]
-    prompts: Mapping[int, TrainSource]
-    all_prompts: bool
-    rollout: AnyRollout | None
-    phases: Mapping[int, Phase]
-    all_phases: bool
-    optimizer: Optimizer | None
-    eval_sources: Mapping[int, EvalSource]
-    allow_code: tuple[str, ...] | None
-    report: Reports | None
-    output: str | None
-
-    @staticmethod
-    def of(data: Mapping[str, Any]) -> _Parts:
-        section = {name: data.get(name, {}) for name in ("rollout", "optimizer", "evaluation")}
+    def __init__(self, data: Mapping[str, Any]) -> None:
         teachers = data["teachers"] if isinstance(data.get("teachers"), dict) else {}
         prompts, phases = _entries(data, "prompts"), _entries(data, "phases")
-        evaluation = section["evaluation"] if isinstance(section["evaluation"], dict) else {}
-        valid_prompts, valid_phases = _all_valid(TrainSource, prompts), _all_valid(Phase, phases)
-        return _Parts(
-            student=_valid(TypeAdapter(Student), data.get("student")),
-            names=tuple(teachers),
-            teachers={
-                n: ref for n, value in teachers.items() if (ref := _valid(_TEACHER, value)) is not None
-            },
-            prompts=valid_prompts,
-            all_prompts=bool(prompts) and len(valid_prompts) == len(prompts),
-            rollout=_valid(TypeAdapter(AnyRollout), section["rollout"]),
-            phases=valid_phases,
-            all_phases=bool(phases) and len(valid_phases) == len(phases),
-            optimizer=_valid(TypeAdapter(Optimizer), section["optimizer"]),
-            eval_sources=_all_valid(EvalSource, _entries(evaluation, "prompts")),
-            allow_code=_valid(_ALLOW_CODE, data.get("allow_code", [])),
-            report=_valid(TypeAdapter(Reports), data.get("report", {})),
-            output=data["output"] if isinstance(data.get("output"), str) else None,
-        )
+        evaluation = data["evaluation"] if isinstance(data.get("evaluation"), dict) else {}
+        refs = {name: _valid(_TEACHER, value) for name, value in teachers.items()}
+        self.student = _valid(TypeAdapter(Student), data.get("student"))
+        self.names = tuple(teachers)
+        self.teachers = {name: ref for name, ref in refs.items() if ref is not None}
+        self.prompts = _all_valid(TrainSource, prompts)
+        self.all_prompts = bool(prompts) and len(self.prompts) == len(prompts)
+        self.rollout = _valid(TypeAdapter(AnyRollout), data.get("rollout", {}))
+        self.phases = _all_valid(Phase, phases)
+        self.all_phases = bool(phases) and len(self.phases) == len(phases)
+        self.optimizer = _valid(TypeAdapter(Optimizer), data.get("optimizer", {}))
+        self.eval_sources = _all_valid(EvalSource, _entries(evaluation, "prompts"))
+        self.allow_code = _valid(_ALLOW_CODE, data.get("allow_code", []))
+        self.report = _valid(TypeAdapter(Reports), data.get("report", {}))
+        self.output = data["output"] if isinstance(data.get("output"), str) else None
 
 
 def _valid(adapter: TypeAdapter[T], value: Any) -> T | None:
@@ -253,27 +232,24 @@ class _Resolver:
 
     def _check_output(self) -> None:
         path = self._output()
-        if path is not None and os.path.exists(path) and not os.path.isdir(path):
-            message = f"'{self.parts.output}' is a file"
-            self.problems.append(self.origins.problem(("output",), message, "name a folder for the run"))
-        elif path is not None and (obstacle := unwritable(path)) is not None:
-            where = shown(obstacle)
-            cause = f"no permission to write to {where}" if obstacle.is_dir() else f"{where} is not a folder"
-            message = f"'{self.parts.output}' cannot be written: {cause}"
-            self.problems.append(
-                self.origins.problem(("output",), message, "name another folder for the run")
-            )
+        obstacle = None if path is None else unwritable(path)
+        if obstacle is None:
+            return
+        where, written, remedy = shown(obstacle), self.parts.output, "name another folder for the run"
+        cause = f"no permission to write to {where}" if obstacle.is_dir() else f"{where} is not a folder"
+        message = f"'{written}' cannot be written: {cause}"
+        if obstacle == path and not obstacle.is_dir():
+            message, remedy = f"'{written}' is a file", "name a folder for the run"
+        self.problems.append(self.origins.problem(("output",), message, remedy))
 
     def _resolve_sources(self, weights: Mapping[int, Mapping[str, float]]) -> None:
         resolver = SourceResolver(self.origins, self.parts.allow_code)
         for index, source in self.parts.prompts.items():
             teachers = {name: weight for name, weight in weights[index].items() if weight}
-            plan = resolver.resolve(source, ("prompts", index), teachers)
-            if plan is not None:
+            if plan := resolver.resolve(source, ("prompts", index), teachers):
                 self.sources[index] = plan
         for index, measured in self.parts.eval_sources.items():
-            plan = resolver.resolve(measured, ("evaluation", "prompts", index), {})
-            if plan is not None:
+            if plan := resolver.resolve(measured, ("evaluation", "prompts", index), {}):
                 self.eval_sources[index] = plan
         self.problems += resolver.problems
 
@@ -311,22 +287,16 @@ class _Resolver:
                 max_new_tokens=recipe.evaluation.max_new_tokens or recipe.rollout.max_new_tokens,
                 batch_size=recipe.evaluation.batch_size,
             )
-        return Plan(
-            name=recipe.name,
-            recipe_file=os.path.abspath(file),
-            seed=recipe.seed,
-            threads=recipe.threads or available_cores(),
-            student=self.student,
-            teachers=self.teachers,
-            sources=tuple(self.sources.values()),
-            rollout=recipe.rollout,
-            phases=recipe.phases,
-            optimizer=recipe.optimizer,
-            evaluation=evaluation,
-            checkpoint=recipe.checkpoint,
-            allow_code=recipe.allow_code,
-            memory=recipe.memory,
-            report=recipe.report,
-            text_cache=str(absolute(recipe.text_cache, self.origins.place(("text_cache",)).base)),
-            output=str(output),
-        )
+        text_cache = absolute(recipe.text_cache, self.origins.place(("text_cache",)).base)
+        resolved = {
+            "recipe_file": os.path.abspath(file),
+            "threads": recipe.threads or available_cores(),
+            "student": self.student,
+            "teachers": self.teachers,
+            "sources": tuple(self.sources.values()),
+            "evaluation": evaluation,
+            "text_cache": str(text_cache),
+            "output": str(output),
+        }
+        same = {name: value for name, value in recipe if name in Plan.model_fields}
+        return Plan.model_validate(same | resolved)

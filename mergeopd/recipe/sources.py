@@ -18,7 +18,7 @@ from mergeopd.messages import shown
 from mergeopd.recipe.checks import missing_package
 from mergeopd.recipe.models import TeacherRef
 from mergeopd.recipe.plan import SourcePlan
-from mergeopd.recipe.schema import EvalSource, PromptSource, TrainSource
+from mergeopd.recipe.schema import PromptSource, TrainSource
 from mergeopd.recipe.verifiers import JsonVerifier, UserVerifier, Verifier
 
 PROMPT_SUFFIXES = (".jsonl", ".parquet")
@@ -42,18 +42,10 @@ class SourceResolver:
         verifier = self._verifier(source.verifier, (*path, "verifier"))
         if file is None or len(self.problems) > before:
             return None
-        return SourcePlan(
-            name=self._name(file),
-            source=str(file),
-            domain=source.domain,
-            verifier=verifier,
-            prompt_field=source.prompt_field,
-            reference_field=source.reference_field,
-            response_field=source.response_field if isinstance(source, TrainSource) else None,
-            teachers=dict(teachers),
-            share=source.share if isinstance(source, TrainSource) else 1.0,
-            limit=source.limit if isinstance(source, EvalSource) else None,
-        )
+        absent = {"response_field": None, "share": 1.0, "limit": None}  # of the other kind of source
+        same = {name: value for name, value in source if name in SourcePlan.model_fields}
+        resolved = {"name": self._name(file), "source": str(file), "verifier": verifier, "teachers": teachers}
+        return SourcePlan.model_validate(absent | same | resolved)
 
     def report(self, path: Keys, message: str, remedy: str = "") -> None:
         self.problems.append(self.origins.problem(path, message, remedy))
@@ -71,11 +63,11 @@ class SourceResolver:
         base = self.origins.place(where).base
         file = existing_file(source.source, base, "prompt file", PROMPT_SUFFIXES)
         if isinstance(file, Missing):
+            message, remedy = file.message, file.remedy
             if is_hub_id(source.source, base) and not source.source.endswith(PROMPT_SUFFIXES):
                 message = f"'{source.source}' is not a local file, and data sets are not fetched from a hub"
-                self.report(where, message, _conversion(source.source, f"{Path(source.source).name}.jsonl"))
-            else:
-                self.report(where, file.message, file.remedy)
+                remedy = _conversion(source.source, f"{Path(source.source).name}.jsonl")
+            self.report(where, message, remedy)
             return None
         if file.suffix not in PROMPT_SUFFIXES:
             message = f"'{source.source}' is neither .jsonl nor .parquet"
