@@ -7,18 +7,7 @@ from collections.abc import Mapping
 
 from mergeopd.config.locate import dotted
 from mergeopd.config.parse import parse
-from mergeopd.config.tree import (
-    Entry,
-    Expand,
-    Items,
-    Keys,
-    Node,
-    Scalar,
-    SourceLocation,
-    Table,
-    from_plain,
-    plain,
-)
+from mergeopd.config.tree import Entry, Expand, Items, Keys, Node, Scalar, SourceLocation, Table, expanded
 from mergeopd.errors import Problem
 
 _FORM = re.compile(r"\s*([^=\s]+?)\s*=(.*)", re.DOTALL)
@@ -93,7 +82,7 @@ def _expanded(node: Node, path: Keys, expand: Expand) -> Node:
     if isinstance(node, Scalar) and node.value is None:
         return Table({}, node.place)
     try:
-        long = from_plain(expand(path, plain(node)), node.place)
+        long = expanded(node, path, expand)
     except ValueError as error:
         raise _RefusedError(path, str(error)) from None
     if isinstance(long, Scalar):

@@ -20,11 +20,10 @@ from mergeopd.distributed.launch import available_cores
 from mergeopd.errors import Problem
 from mergeopd.messages import shown
 from mergeopd.recipe import checks
-from mergeopd.recipe.bridge_checks import bridge_problems
 from mergeopd.recipe.cards import CardFile, ResolvedTeachers, read_cards, resolve_teachers
 from mergeopd.recipe.hints import HINTS
 from mergeopd.recipe.models import Student, Teacher, TeacherRef
-from mergeopd.recipe.objective_checks import objective_problems
+from mergeopd.recipe.objective_checks import bridge_problems, objective_problems
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
 from mergeopd.recipe.schema import NAMED, SHORTHANDS, EvalSource, Recipe, Reports, TrainSource
 from mergeopd.recipe.self_teacher_checks import idle_problems, rule_problems, self_plans

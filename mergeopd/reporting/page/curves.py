@@ -6,16 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from mergeopd.reporting.figures import (
-    DOMAIN_FIGURES,
-    MEASURE_FIGURES,
-    RUN_FIGURES,
-    SECONDS,
-    STAGES,
-    TEACHER_FIGURES,
-    Figure,
-    run_value,
-)
+from mergeopd.reporting import figures
+from mergeopd.reporting.figures import Figure
 from mergeopd.reporting.jsonl import Numbers, UpdateRecord
 
 MAX_POINTS = 1500
@@ -106,19 +98,19 @@ def _candidates(updates: Sequence[UpdateRecord]) -> Iterator[tuple[Group, Figure
             for name in names
         ]
 
-    for figure in (*MEASURE_FIGURES.values(), *TEACHER_FIGURES):
+    for figure in (*figures.MEASURE_FIGURES.values(), *figures.TEACHER_FIGURES):
         yield "teachers", figure, lines("teachers", teachers, figure.key)
-    for figure in DOMAIN_FIGURES:
+    for figure in figures.DOMAIN_FIGURES:
         yield "domains", figure, lines("domains", domains, figure.key)
-    for figure in RUN_FIGURES:
-        values = tuple(run_value(update, figure.key) for update in updates)
+    for figure in figures.RUN_FIGURES:
+        values = tuple(figures.run_value(update, figure.key) for update in updates)
         yield "run", figure, [Series(figure.title.lower(), ACCENT, values)]
     seconds = [update.cost.seconds for update in updates]
     yield (
         "run",
-        SECONDS,
+        figures.SECONDS,
         [
-            Series(stage, STAGES[stage][0], tuple(of_update.get(stage) for of_update in seconds))
+            Series(stage, figures.STAGES[stage][0], tuple(of_update.get(stage) for of_update in seconds))
             for stage in _REPEATED_STAGES
         ],
     )
