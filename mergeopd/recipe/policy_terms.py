@@ -28,18 +28,15 @@ class WeightRamp(Strict):
     end: Weight = Field(description="weight after the ramp")
     updates: PositiveInt = Field(description="length of the ramp, in updates of the phase")
 
-    def at(self, updates_done: int) -> float:
-        """The weight after `updates_done` updates of the phase."""
-        progress = min(updates_done / self.updates, 1.0)
-        return self.start + (self.end - self.start) * progress
-
 
 Amount = Weight | WeightRamp
 
 
 def amount_at(amount: float | WeightRamp, updates_done: int) -> float:
     """A weight, or the value of its ramp, after `updates_done` updates of the phase."""
-    return amount.at(updates_done) if isinstance(amount, WeightRamp) else amount
+    if not isinstance(amount, WeightRamp):
+        return amount
+    return amount.start + (amount.end - amount.start) * min(updates_done / amount.updates, 1.0)
 
 
 class Term(Strict):
