@@ -150,28 +150,21 @@ class Router:
 
     def problems(self, source: TrainSource, path: Keys) -> list[Problem]:
         """Report unknown teachers, and sources without a teacher or with zero weights only."""
-        if source.teachers is None:
-            if self.weights(source) or not self.all_cards:
-                return self._zero_weights(source, (*path, "domain"))
+        weights, written = self.weights(source), source.teachers
+        where: Keys = (*path, "domain" if written is None else "teachers")
+        if written is None and not weights and self.all_cards:
             listed = {domain for domains in self.domains.values() for domain in domains}
             remedy = did_you_mean(source.domain, listed, "name `teachers` here, or add the domain to a card")
             message = f"no teacher is named, and no card lists the domain '{source.domain}'"
-            return [self.origins.problem((*path, "domain"), message, remedy)]
-        unknown = [
-            self.origins.problem(
-                (*path, "teachers", name),
-                f"unknown teacher '{name}'",
-                did_you_mean(name, self.named, f"teachers are {', '.join(self.named)}"),
-                key=True,
-            )
-            for name in source.teachers
-            if name not in self.named
-        ]
-        return unknown or self._zero_weights(source, (*path, "teachers"))
-
-    def _zero_weights(self, source: TrainSource, path: Keys) -> list[Problem]:
-        weights = self.weights(source)
-        if not weights or any(weights.values()) or any(n not in self.refs for n in source.teachers or ()):
-            return []
-        message = f"every teacher has weight 0 here ({', '.join(weights)})"
-        return [self.origins.problem(path, message, "give one a positive weight")]
+            return [self.origins.problem(where, message, remedy)]
+        problems = []
+        for name in written or ():
+            if name not in self.named:
+                remedy = did_you_mean(name, self.named, f"teachers are {', '.join(self.named)}")
+                problems.append(
+                    self.origins.problem((*where, name), f"unknown teacher '{name}'", remedy, key=True)
+                )
+        if weights and not any(weights.values()) and all(name in self.refs for name in written or ()):
+            message = f"every teacher has weight 0 here ({', '.join(weights)})"
+            problems.append(self.origins.problem(where, message, "give one a positive weight"))
+        return problems
