@@ -12,7 +12,7 @@ from rich.text import Text
 
 from mergeopd.reporting.events import RunFinished
 from mergeopd.reporting.result import MODELS, Result, complete_mean, grade
-from mergeopd.reporting.terminal.glyphs import Glyphs, plain_text, table
+from mergeopd.reporting.terminal.glyphs import plain_text, table
 from mergeopd.reporting.terminal.timing import split_line
 
 _MISSING = "-"
@@ -27,27 +27,29 @@ class ResultTable:
     paths: Mapping[str, Path | None] = field(default_factory=dict)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        glyphs = Glyphs.of(options)
+        ascii_only = options.ascii_only
         domains = self.result.domains
         if domains:
-            yield self._table(glyphs)
+            yield self._table(ascii_only)
         if any("recovered" in row and row["recovered"] is None for row in domains.values()):
             yield Text(f"{_MISSING}  the expert is not better than the base", style="yellow")
         seconds = {stage: value for stage, value in self.result.seconds.items() if stage != "total"}
-        if line := split_line(seconds, glyphs, options.max_width, total=True):
+        if line := split_line(seconds, options.max_width, ascii_only=ascii_only, total=True):
             yield line
         for label, path in self.paths.items():
             if path is not None:
-                yield Text.assemble((f"{label:<8}", "dim"), plain_text(str(path), glyphs), overflow="fold")
+                yield Text.assemble(
+                    (f"{label:<8}", "dim"), plain_text(str(path), ascii_only), overflow="fold"
+                )
 
-    def _table(self, glyphs: Glyphs) -> Table:
+    def _table(self, ascii_only: bool) -> Table:
         domains = self.result.domains
         models = [model.replace("weight_average", "weight avg") for model in MODELS]
-        rows = table(glyphs, ("domain", *models, "recovered"), title="Accuracy, greedy, in %")
+        rows = table(("domain", *models, "recovered"), ascii_only=ascii_only, title="Accuracy, greedy, in %")
         rows.columns[1 + MODELS.index("merged")].style = "bold"
         for name, row in domains.items():
             cells = [_percent(row.get(model)) for model in MODELS]
-            rows.add_row(plain_text(name, glyphs), *cells, _recovered(row.get("recovered")))
+            rows.add_row(plain_text(name, ascii_only), *cells, _recovered(row.get("recovered")))
         if len(domains) > 1:
             means = [complete_mean(row.get(model) for row in domains.values()) for model in MODELS]
             rows.add_section()

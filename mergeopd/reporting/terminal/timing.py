@@ -9,7 +9,6 @@ from itertools import accumulate, pairwise
 from rich.text import Text
 
 from mergeopd.reporting.figures import STAGES
-from mergeopd.reporting.terminal.glyphs import Glyphs
 
 
 def clock_text(seconds: float) -> str:
@@ -39,7 +38,7 @@ def shares(seconds: Mapping[str, float]) -> dict[str, int]:
 
 
 def split_line(
-    seconds: Mapping[str, float], glyphs: Glyphs, width: int, *, total: bool = False
+    seconds: Mapping[str, float], width: int, *, ascii_only: bool, total: bool = False
 ) -> Text | None:
     """Draw a coloured bar and its legend on one line of at most `width` cells; None without time.
 
@@ -59,7 +58,7 @@ def split_line(
     if room >= 8:
         edges = [round(percent * room / 100) for percent in accumulate(parts.values(), initial=0)]
         for name, (start, end) in zip(parts, pairwise(edges), strict=True):
-            line.append(glyphs.block * (end - start), style=_style(name))
+            line.append(("=" if ascii_only else "━") * (end - start), style=_style(name))
     else:  # no room: the legend has the same numbers
         legend = legend[2:]
     line.append_text(legend)

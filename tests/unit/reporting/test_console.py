@@ -30,7 +30,7 @@ from mergeopd.reporting.events import (
 )
 from mergeopd.reporting.result import result_document
 from mergeopd.reporting.terminal.console import console_reporter
-from mergeopd.reporting.terminal.glyphs import Glyphs, plain_text, sparkline
+from mergeopd.reporting.terminal.glyphs import plain_text, sparkline
 from mergeopd.reporting.terminal.live import LiveReporter
 from mergeopd.reporting.terminal.plain import PlainReporter
 from mergeopd.reporting.terminal.result import ResultTable
@@ -378,21 +378,21 @@ def test_shares_add_up() -> None:
 
 
 def test_split_line_never_exceeds_its_width() -> None:
-    glyphs = Glyphs.of(Console(file=io.StringIO()).options)
     for width in range(10, 120):
-        line = split_line({"rollout": 5.0, "teachers": 3.0, "update": 2.0}, glyphs, width)
+        line = split_line({"rollout": 5.0, "teachers": 3.0, "update": 2.0}, width, ascii_only=False)
         assert line is not None
         assert line.cell_len <= width
     assert line.plain.count("━") == 40
 
 
 def test_sparkline_means_and_range() -> None:
-    glyphs = Glyphs.of(Console(file=io.StringIO(), _environ={}).options)
-    assert sparkline([0.0, 7.0], 8, glyphs) == glyphs.levels[0] + glyphs.levels[-1]
-    assert sparkline([0.0, 2.0, 6.0, 8.0], 2, glyphs) == glyphs.levels[0] + glyphs.levels[-1]
-    assert sparkline([3.0] * 5, 3, glyphs) == glyphs.levels[0] * 3
-    assert sparkline([], 3, glyphs) == sparkline([1.0], 0, glyphs) == ""
-    assert plain_text("a\nb\x1b[1m", glyphs) == "a b [1m"
+    assert sparkline([0.0, 7.0], 8) == "▁█"
+    assert sparkline([0.0, 2.0, 6.0, 8.0], 2) == "▁█"
+    assert sparkline([3.0] * 5, 3) == "▁▁▁"
+    assert sparkline([], 3) == sparkline([1.0], 0) == ""
+    assert plain_text("a\nb\x1b[1m‖█", ascii_only=False) == "a b [1m‖█"
+    assert plain_text("ä‖█", ascii_only=True) == "?||@"
+    assert plain_text("a\nb", ascii_only=True) == "a b"
 
 
 def test_trends_are_those_of_the_phase_without_values_that_are_not_finite() -> None:

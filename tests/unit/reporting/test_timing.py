@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from mergeopd.reporting.terminal.glyphs import Glyphs
 from mergeopd.reporting.terminal.timing import split_line
-
-GLYPHS = Glyphs(levels="12345678", block="=", dot=".", ascii_only=True)
 
 
 def test_small_stages_are_told_together_where_the_line_is_short() -> None:
     seconds = {"startup": 4, "text": 8, "rollout": 40, "teachers": 30, "update": 80, "checkpoint": 0.5}
     lines = {}
     for width in (120, 80, 60, 40):
-        line = split_line(seconds, GLYPHS, width, total=True)
+        line = split_line(seconds, width, ascii_only=True, total=True)
         assert line is not None
         assert len(line) <= width
         lines[width] = line.plain
