@@ -37,8 +37,8 @@ YAML_SUFFIXES = (".yaml", ".yml")
 MAX_BYTES = 1 << 20  # parsing takes seconds per mebibyte
 MAX_FILES = 100
 _SCAFFOLDS = {  # by `marker`
-    "recipes": "start from the one that `mergeopd new recipe NAME` writes",
-    "teachers": "start from the one that `mergeopd new teacher NAME --model DIR` writes",
+    "recipes": "start from the recipe that `mergeopd new recipe NAME` writes",
+    "teachers": "start from the card that `mergeopd new teacher NAME --model DIR` writes",
 }
 
 

@@ -108,7 +108,7 @@ BRIDGES: Mapping[str, TermDisplay] = {
     ),
     "span": TermDisplay("Span log-ratio", "span", "student minus teacher, by group", "nats per group"),
 }
-"""How what a bridge compares is shown."""
+"""How the measure of each bridge is shown."""
 
 
 def _bridge_shorthand(value: Any) -> Any:

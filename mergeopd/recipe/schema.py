@@ -1,8 +1,8 @@
 """The schema of recipes.
 
-Field descriptions are user documentation: editors show them through the JSON Schema. One that does not fit
-beside its field is the docstring below it. Validators must raise ValueError, because other errors would pass
-through pydantic and lose their location.
+Field descriptions are user documentation: editors show them through the JSON Schema. A description that does
+not fit beside its field is the docstring below it. Validators must raise ValueError, because other errors
+would pass through pydantic and lose their location.
 
 Values are strict: a quoted number is text, and a boolean is not a number. Paths are relative to the project
 folder: the parent of the nearest folder named `recipes` (`teachers` for a card) above the file that contains

@@ -111,7 +111,7 @@ Verifier = Annotated[
 KINDS: tuple[str, ...] = tuple(
     get_args(model.model_fields["kind"].annotation)[0] for model in get_args(get_args(Verifier)[0])
 )
-"""What `verifier.kind` can be."""
+"""Values of `verifier.kind`."""
 
 
 _ShortKind = Literal["exact", "number", "json", "math"]  # those that need no settings

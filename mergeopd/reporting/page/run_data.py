@@ -48,7 +48,7 @@ class RunData:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run is complete: exported and, if the recipe asks, evaluated."""
+        """Whether the run is complete: exported and, if the recipe has an evaluation, evaluated."""
         return self.exported and (self.result is not None or not self.plan.get("evaluation"))
 
 

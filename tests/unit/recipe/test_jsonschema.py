@@ -1,4 +1,4 @@
-"""The editors' schema: up to date, accepts every good recipe, refuses what the loader refuses."""
+"""The editors' schema: up to date, accepts every good recipe, refuses recipes that the loader refuses."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_recipe_that_extends_may_leave_things_out(text: str) -> None:
         ("card: teachers/code.yaml", "student: {ema: 1.0}"),
     ],
 )
-def test_what_the_loader_refuses_the_schema_refuses(old: str, new: str) -> None:
+def test_the_schema_refuses_recipes_that_the_loader_refuses(old: str, new: str) -> None:
     assert old in GOOD
     assert not Draft202012Validator(recipe_schema()).is_valid(load(GOOD.replace(old, new, 1)))
 

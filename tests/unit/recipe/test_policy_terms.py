@@ -1,4 +1,4 @@
-"""Weights that move, and what policy terms are told when nothing is said."""
+"""Ramps of weights, and defaults of policy terms."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_ramp_to_or_from_zero_is_a_use(term: str) -> None:
     assert not used(0.0, 0.0)
 
 
-def test_ramps_that_are_zero_throughout_teach_nothing() -> None:
+def test_ramps_that_are_zero_throughout_are_refused() -> None:
     ramp = {"start": 0.0, "end": 0.0, "updates": 4}
     with pytest.raises(ValidationError, match="all weights are zero"):
         Loss.model_validate({"reverse_kl": ramp, "outcome": {"weight": ramp}})
@@ -79,7 +79,7 @@ def problems_of(*overrides: str) -> list[str]:
     return [problem.message for problem in read(PROJECT / "recipes" / "merge.yaml", overrides, {}).problems]
 
 
-def test_what_is_not_refused() -> None:
+def test_meaningful_settings_next_to_refused_ones_are_accepted() -> None:
     """Settings next to the refused ones, which do have a meaning."""
     one = "rollout.samples_per_prompt=1"
     rates = "phases.1.balance.pass_rate={}"

@@ -1,4 +1,4 @@
-"""What a person reads, live and plain."""
+"""The terminal display, live and plain."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ ACCURACIES = {"base": 0.1, "expert": 0.9, "weight_average": 0.3, "merged": 0.86}
 
 
 class Clock:
-    """A clock that moves when told."""
+    """A clock that a test sets."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -93,7 +93,7 @@ def live(
 
 
 def drawn(reporter: LiveReporter, file: io.TextIOWrapper) -> list[str]:
-    """The frame as it stands, line by line."""
+    """The current frame, line by line."""
     console = Console(
         file=io.TextIOWrapper(io.BytesIO(), encoding=file.encoding),
         width=reporter._console.width, height=reporter._console.height, force_terminal=True, color_system=None,
@@ -196,7 +196,7 @@ def test_notes_and_skipped_checkpoints_stay_above_the_frame() -> None:
     assert "warning skipped step-9: weights.bin is missing" in text
 
 
-def test_the_terminal_is_given_back_on_an_error() -> None:
+def test_the_terminal_is_restored_on_an_error() -> None:
     reporter, _, file = live()
     before = sys.stdout, sys.stderr
     with pytest.raises(ValueError, match="boom"), reporter:  # noqa: PT012
@@ -292,8 +292,8 @@ def test_plain_lines_for_ends_of_phases_and_now_and_then() -> None:
     )
 
 
-def test_plain_lines_tell_of_stages_that_take_long_and_not_of_short_ones() -> None:
-    """A line is due at 40 s and at 60 s; the first time a stage has only begun, the second it goes on."""
+def test_plain_lines_report_long_stages_only() -> None:
+    """A line is due at 40 s and at 60 s; at the first the stage has just begun, at the second it continues."""
     lines = plain(
         [
             (0, START),

@@ -1,11 +1,11 @@
-"""The line that says where the time went."""
+"""The line with the time by stage."""
 
 from __future__ import annotations
 
 from mergeopd.reporting.terminal.timing import split_line
 
 
-def test_small_stages_are_told_together_where_the_line_is_short() -> None:
+def test_small_stages_are_combined_where_the_line_is_short() -> None:
     seconds = {"startup": 4, "text": 8, "rollout": 40, "teachers": 30, "update": 80, "checkpoint": 0.5}
     lines = {}
     for width in (120, 80, 60, 40):
