@@ -6,31 +6,27 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import TypeAdapter, ValidationError
+from typing import Any
 
 from mergeopd.config.folders import Missing, absolute, existing_file, existing_model, unwritable
 from mergeopd.config.load import load
 from mergeopd.config.locate import Origins
 from mergeopd.config.tree import Keys, plain
 from mergeopd.config.validate import problems_of
-from mergeopd.config.values import FunctionPath
 from mergeopd.distributed.launch import available_cores
 from mergeopd.errors import Problem
 from mergeopd.messages import shown
 from mergeopd.recipe import checks
 from mergeopd.recipe.cards import CardFile, ResolvedTeachers, read_cards, resolve_teachers
 from mergeopd.recipe.hints import HINTS
-from mergeopd.recipe.models import Student, Teacher, TeacherRef
+from mergeopd.recipe.models import Student
 from mergeopd.recipe.objective_checks import bridge_problems, objective_problems
+from mergeopd.recipe.parts import Parts
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
-from mergeopd.recipe.schema import NAMED, SHORTHANDS, EvalSource, Recipe, Reports, TrainSource
+from mergeopd.recipe.schema import NAMED, SHORTHANDS, Recipe
 from mergeopd.recipe.self_teacher_checks import idle_problems, rule_problems, self_plans
 from mergeopd.recipe.sources import Router, SourceResolver
-from mergeopd.recipe.training import AnyRollout, Optimizer, Phase
-
-T = TypeVar("T")
+from mergeopd.recipe.training import AnyRollout, Phase
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,7 @@ def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str]
         of_schema = () if root is None else _schema_problems(plain(root), origins, complete=False)
         return Resolution(None, _ordered(loaded.problems, of_schema, origins), origins)
     data = plain(root)
-    parts = _Parts(data)
+    parts = Parts(data)
     cards = read_cards(parts.teachers, root, env)
     roots = {n: c.root for n, c in cards.items() if isinstance(c, CardFile) and c.root is not None}
     origins = Origins(file, root, roots)
@@ -110,56 +106,10 @@ def _ordered(first: Sequence[Problem], later: Sequence[Problem], origins: Origin
     return origins.in_order([*first, *(problem for problem in later if problem.location not in reported)])
 
 
-_TEACHER: TypeAdapter[TeacherRef] = TypeAdapter(Teacher)
-_ALLOW_CODE: TypeAdapter[tuple[str, ...]] = TypeAdapter(tuple[FunctionPath, ...])
-
-
-class _Parts:
-    """The sections and entries that are valid by themselves; None or left out otherwise.
-
-    `names` are all teachers, including those with an invalid entry; `all_*`: every entry is valid.
-    """
-
-    def __init__(self, data: Mapping[str, Any]) -> None:
-        teachers = data["teachers"] if isinstance(data.get("teachers"), dict) else {}
-        prompts, phases = _entries(data, "prompts"), _entries(data, "phases")
-        evaluation = data["evaluation"] if isinstance(data.get("evaluation"), dict) else {}
-        refs = {name: _valid(_TEACHER, value) for name, value in teachers.items()}
-        self.student = _valid(TypeAdapter(Student), data.get("student"))
-        self.names = tuple(teachers)
-        self.teachers = {name: ref for name, ref in refs.items() if ref is not None}
-        self.prompts = _all_valid(TrainSource, prompts)
-        self.all_prompts = bool(prompts) and len(self.prompts) == len(prompts)
-        self.rollout = _valid(TypeAdapter(AnyRollout), data.get("rollout", {}))
-        self.phases = _all_valid(Phase, phases)
-        self.all_phases = bool(phases) and len(self.phases) == len(phases)
-        self.optimizer = _valid(TypeAdapter(Optimizer), data.get("optimizer", {}))
-        self.eval_sources = _all_valid(EvalSource, _entries(evaluation, "prompts"))
-        self.allow_code = _valid(_ALLOW_CODE, data.get("allow_code", []))
-        self.report = _valid(TypeAdapter(Reports), data.get("report", {}))
-        self.output = data["output"] if isinstance(data.get("output"), str) else None
-
-
-def _valid(adapter: TypeAdapter[T], value: Any) -> T | None:
-    try:
-        return adapter.validate_python(value)
-    except ValidationError:
-        return None
-
-
-def _entries(data: Mapping[str, Any], name: str) -> list[Any]:
-    return data[name] if isinstance(data.get(name), list) else []
-
-
-def _all_valid(model: type[T], values: list[Any]) -> dict[int, T]:
-    adapter = TypeAdapter(model)
-    return {i: part for i, value in enumerate(values) if (part := _valid(adapter, value)) is not None}
-
-
 class _Resolver:
     """Finds the files that the parts name, and checks the parts against each other."""
 
-    def __init__(self, parts: _Parts, with_cards: ResolvedTeachers, origins: Origins, is_valid: bool) -> None:
+    def __init__(self, parts: Parts, with_cards: ResolvedTeachers, origins: Origins, is_valid: bool) -> None:
         self.parts = parts
         self.with_cards = with_cards
         self.origins = origins
@@ -195,11 +145,9 @@ class _Resolver:
         # These checks need all sources and all cards.
         self.routed = parts.all_prompts and all_cards and not unrouted and self.is_valid
         if self.routed:
-            self.problems += checks.unused_teachers(parts.names, weights, origins)
+            self.problems += checks.unused_teachers(parts, weights, origins)
         if parts.names:
-            self.experts, problems = checks.experts(
-                parts.eval_sources, parts.prompts, weights if self.routed else None, parts.names, origins
-            )
+            self.experts, problems = checks.experts(parts, weights if self.routed else None, origins)
             self.problems += problems
         self.problems += checks.report_problems(parts.report, origins)
         self._check_phases(any(problem.path.endswith(".domain") for problem in unrouted))
@@ -254,24 +202,17 @@ class _Resolver:
 
     def _check_phases(self, domains_doubtful: bool) -> None:
         parts, origins = self.parts, self.origins
-        self.problems += checks.phase_problems(parts.phases, parts.rollout, origins)
-        bridges = [ref.bridge for ref in parts.teachers.values() if ref.bridge is not None]
-        spans = any(bridge.kind == "span" for bridge in bridges)
-        self.problems += objective_problems(
-            parts.phases, parts.prompts, parts.all_prompts, parts.rollout, origins, spans=spans
-        )
-        self.problems += bridge_problems(parts.teachers, parts.phases, parts.student, origins)
+        self.problems += checks.phase_problems(parts, origins)
+        self.problems += objective_problems(parts, origins)
+        self.problems += bridge_problems(parts, origins)
         if parts.all_prompts and not domains_doubtful:
-            domains = tuple(dict.fromkeys(source.domain for source in parts.prompts.values()))
-            self.problems += checks.balance_problems(parts.phases, domains, origins)
+            self.problems += checks.balance_problems(parts, origins)
         if parts.all_phases:
-            of_rules = list(rule_problems(parts.teachers, parts.phases, origins))
+            self.problems += checks.schedule_problems(parts, origins)
+            of_rules = list(rule_problems(parts, origins))
             if not of_rules and parts.names and len(parts.teachers) == len(parts.names):
-                self.problems += idle_problems(parts.teachers, parts.phases, origins)
+                self.problems += idle_problems(parts, origins)
             self.problems += of_rules
-        if parts.all_phases and parts.optimizer is not None:
-            num_updates = sum(phase.updates for phase in parts.phases.values())
-            self.problems += checks.schedule_problems(parts.optimizer, num_updates, origins)
 
     def plan(self, recipe: Recipe, file: Path) -> Plan:
         """Create the plan of a recipe without problems."""
