@@ -6,7 +6,7 @@ from mergeopd.loss import policy
 from mergeopd.loss.objective import DistillationObjective, build_objective
 from mergeopd.loss.support import Support
 from mergeopd.recipe import policy_terms as policies
-from mergeopd.recipe.loss_terms import TERMS, Loss
+from mergeopd.recipe.loss_terms import DIVERGENCE_TERMS, Loss
 from mergeopd.recipe.training import Phase
 
 
@@ -17,9 +17,9 @@ def phase_objective(phase: Phase, updates_done: int, *, has_policy: bool) -> Dis
     """
     loss = phase.loss
     divergences = {
-        name: (term.divergence(loss), weight)
-        for name, term in TERMS.items()
-        if term.divergence is not None and (weight := loss.weight(name, updates_done))
+        name: (loss.divergence(name), weight)
+        for name in DIVERGENCE_TERMS
+        if (weight := loss.weight(name, updates_done))
     }
     return build_objective(
         divergences,

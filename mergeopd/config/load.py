@@ -19,7 +19,6 @@ from mergeopd.config.overrides import apply_override
 from mergeopd.config.parse import parse
 from mergeopd.config.suggest import closest_path
 from mergeopd.config.tree import (
-    Entry,
     Expand,
     Items,
     Keys,
@@ -27,9 +26,8 @@ from mergeopd.config.tree import (
     Scalar,
     SourceLocation,
     Table,
-    child,
     merged,
-    plain,
+    without_removed,
 )
 from mergeopd.errors import Location, Problem
 from mergeopd.messages import shown
@@ -39,8 +37,8 @@ YAML_SUFFIXES = (".yaml", ".yml")
 MAX_BYTES = 1 << 20  # parsing takes seconds per mebibyte
 MAX_FILES = 100
 _SCAFFOLDS = {  # by `marker`
-    "recipes": "start from the one that `mergeopd new recipe NAME` writes",
-    "teachers": "start from the one that `mergeopd new teacher NAME --model DIR` writes",
+    "recipes": "start from the recipe that `mergeopd new recipe NAME` writes",
+    "teachers": "start from the card that `mergeopd new teacher NAME --model DIR` writes",
 }
 
 
@@ -72,7 +70,7 @@ def load(
     for number, text in enumerate(overrides, start=1):
         where = SourceLocation(Location(f"--set #{number}"), project_folder(path, "recipes"))
         changed, new_problems = apply_override(root, text, where, env, expand)
-        root = _without_removed(root, changed, named)
+        root = without_removed(root, changed, named)
         problems += new_problems
     return Loaded(root, tuple(problems), loaded.complete)
 
@@ -151,21 +149,6 @@ def _read(path: Path, env: Mapping[str, str], marker: str, prefix: Keys = ()) ->
     return Loaded(root, problems)
 
 
-def _without_removed(before: Table, root: Table, named: Sequence[str]) -> Table:
-    """Drop the entries of named sections that `before` has and `root` sets to null."""
-    entries = dict(root.entries)
-    for section in named:
-        old, new = child(before, section), child(root, section)
-        if isinstance(old, Table) and isinstance(new, Table):
-            kept = {
-                name: entry
-                for name, entry in new.entries.items()
-                if name not in old.entries or plain(entry.node) is not None
-            }
-            entries[section] = Entry(entries[section].key, Table(kept, new.place))
-    return Table(entries, root.place)
-
-
 class _Documents:
     """Documents with the documents they extend. Each file is read once."""
 
@@ -202,9 +185,7 @@ class _Documents:
         return Loaded(root, tuple(dict.fromkeys(problems)), complete)
 
     def _on(self, base: Table, over: Table) -> Table:
-        root = merged(base, over, self._expand)
-        assert isinstance(root, Table)
-        return _without_removed(base, root, self._named)
+        return without_removed(base, merged(base, over, self._expand), self._named)
 
     def _base(self, item: Node, path: Path, chain: tuple[Path, ...]) -> Loaded:
         """Load one recipe named under `extends`."""

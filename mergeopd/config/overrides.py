@@ -7,31 +7,14 @@ from collections.abc import Mapping
 
 from mergeopd.config.locate import dotted
 from mergeopd.config.parse import parse
-from mergeopd.config.tree import (
-    Entry,
-    Expand,
-    Items,
-    Keys,
-    Node,
-    Scalar,
-    SourceLocation,
-    Table,
-    from_plain,
-    plain,
-)
+from mergeopd.config.tree import Entry, Expand, Items, Keys, Node, Scalar, SourceLocation, Table, expanded
 from mergeopd.errors import Problem
 
 _FORM = re.compile(r"\s*([^=\s]+?)\s*=(.*)", re.DOTALL)
 
 
 class _RefusedError(ValueError):
-    """An override names a path that cannot exist."""
-
-    def __init__(self, path: Keys, message: str, remedy: str = "") -> None:
-        super().__init__(message)
-        self.path = path
-        self.message = message
-        self.remedy = remedy
+    """An override names a path that cannot exist. Arguments: the path, the cause, the remedy."""
 
 
 def apply_override(
@@ -53,7 +36,8 @@ def apply_override(
     try:
         changed = _set(root, steps, (), value or Scalar(None, where), where, expand)
     except _RefusedError as refused:
-        return root, (Problem(where.location, dotted(refused.path), refused.message, refused.remedy),)
+        path, *texts = refused.args
+        return root, (Problem(where.location, dotted(path), *texts),)
     assert isinstance(changed, Table)
     return changed, ()
 
@@ -98,7 +82,7 @@ def _expanded(node: Node, path: Keys, expand: Expand) -> Node:
     if isinstance(node, Scalar) and node.value is None:
         return Table({}, node.place)
     try:
-        long = from_plain(expand(path, plain(node)), node.place)
+        long = expanded(node, path, expand)
     except ValueError as error:
         raise _RefusedError(path, str(error)) from None
     if isinstance(long, Scalar):

@@ -94,11 +94,10 @@ class _Parser:
         self.problems.append(Problem(place.location, dotted(path), message, remedy))
 
     def broken(self, error: MarkedYAMLError) -> Problem:
-        mistake, place = syntax_mistake(error, self.text), self.where
-        if mistake.line is not None and mistake.column is not None and not self.fixed:
-            place = self.place_at(mistake.line, mistake.column)
-        message = f"not valid YAML: {mistake.message}"
-        return Problem(place.location, dotted(self.prefix), message, mistake.remedy)
+        (mark, cause, remedy), place = syntax_mistake(error, self.text), self.where
+        if mark is not None and not self.fixed:
+            place = self.place_at(mark.line + 1, mark.column + 1)
+        return Problem(place.location, dotted(self.prefix), f"not valid YAML: {cause}", remedy)
 
     def convert(self, node: YamlNode, path: Keys) -> Node:
         place = self.place(node)
@@ -173,7 +172,7 @@ class _Parser:
         if tag in _TEXT_TAGS:
             filled = fill(text, self.env)
             for fault in filled.faults:
-                self.report(place, path, fault.message, fault.remedy)
+                self.report(place, path, *fault)
             text = self.checked(filled.text, place, path)
             # A composed node has the same tag for an explicit `!!str` and a resolved one; the text differs.
             tagged = _TAGGED.match(self.text, node.start_mark.index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mergeopd.config.schema import Schema
@@ -15,29 +15,30 @@ _PATTERNS = {
     REVISION_PATTERN: "a branch, a tag or a commit",
     FUNCTION_PATTERN: "a function as package.module:function",
 }
+_BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
-def options(schema: Schema, root: Schema) -> Iterator[Schema]:
-    """Yield the alternatives of a schema, with references resolved. A tagged union is one alternative."""
-    if "$ref" in schema:
-        yield from options(root["$defs"][schema["$ref"].removeprefix("#/$defs/")], root)
-    elif "anyOf" in schema:
-        for part in schema["anyOf"]:
-            yield from options(part, root)
-    else:
+def options(schema: Schema) -> Iterator[Schema]:
+    """Yield the alternatives of a schema. A tagged union is one alternative."""
+    if "anyOf" not in schema:
         yield schema
+    for part in schema.get("anyOf", ()):
+        yield from options(part)
 
 
-def tagged(schema: Schema, root: Schema) -> Schema | None:
-    """Return the alternative that is a tagged union (by `kind`), None if there is none."""
-    return next((option for option in options(schema, root) if "discriminator" in option), None)
+def discriminator(schema: Schema) -> tuple[str, Mapping[str, Schema]]:
+    """Return the tag (`kind`) of a tagged union and its branches; empty if no alternative is one."""
+    for option in options(schema):
+        if "discriminator" in option:
+            return option["discriminator"]["propertyName"], option["discriminator"]["mapping"]
+    return "", {}
 
 
-def below(schema: Schema, step: str | int, root: Schema) -> Schema | None:
+def below(schema: Schema, step: str | int) -> Schema | None:
     """Return the schema of the value under a key or an index, None if the schema defines none."""
-    for option in options(schema, root):
+    for option in options(schema):
         if isinstance(step, int):
-            if "prefixItems" in option and step < len(option["prefixItems"]):
+            if step < len(option.get("prefixItems", ())):
                 return dict(option["prefixItems"][step])
             if "items" in option:
                 return dict(option["items"])
@@ -50,40 +51,32 @@ def below(schema: Schema, step: str | int, root: Schema) -> Schema | None:
     return None
 
 
-def allowed_keys(schema: Schema, root: Schema) -> tuple[str, ...]:
+def allowed_keys(schema: Schema) -> tuple[str, ...]:
     """Return the keys that a mapping may have here."""
-    return tuple(key for option in options(schema, root) for key in option.get("properties", {}))
+    return tuple(key for option in options(schema) for key in option.get("properties", {}))
 
 
-def literals(schema: Schema, root: Schema) -> tuple[str, ...]:
+def literals(schema: Schema) -> tuple[str, ...]:
     """Return the literal strings that are allowed here."""
     allowed: list[str] = []
-    for option in options(schema, root):
+    for option in options(schema):
         values = option.get("enum", [option["const"]] if "const" in option else [])
         allowed += [value for value in values if isinstance(value, str)]
-        if "discriminator" in option:
-            allowed += list(option["discriminator"]["mapping"])
-    return tuple(dict.fromkeys(allowed))
+    return tuple(dict.fromkeys((*allowed, *discriminator(schema)[1])))
 
 
-def purpose(schema: Schema, root: Schema) -> str:
+def purpose(schema: Schema) -> str:
     """Describe a value by its own description, that of its model, or its expected form."""
-    if "description" in schema:
-        return str(schema["description"])
-    for option in options(schema, root):
-        if "description" in option:
-            return str(option["description"]).split("\n")[0].rstrip(".")
-    return expected(schema, root)
+    for part in (schema, *options(schema)):
+        if "description" in part:
+            return str(part["description"]).split("\n")[0].rstrip(".")
+    return expected(schema)
 
 
-def expected(schema: Schema, root: Schema) -> str:
+def expected(schema: Schema) -> str:
     """Describe the accepted values: `a number >= 0`, `student, teacher or a mapping with otherwise`."""
-    words: list[str] = []
-    for option in options(schema, root):
-        for word in _words(option):
-            if word not in words:
-                words.append(word)
-    return joined(words, "or")
+    words = dict.fromkeys(word for option in options(schema) for word in _words(option))
+    return joined(tuple(words), "or")
 
 
 def _words(option: Schema) -> list[str]:
@@ -111,12 +104,7 @@ def _words(option: Schema) -> list[str]:
 def _range(option: Schema) -> str:
     ends = [
         f"{sign} {option[key]:{'d' if isinstance(option[key], int) else 'g'}}"
-        for key, sign in (
-            ("minimum", ">="),
-            ("exclusiveMinimum", ">"),
-            ("maximum", "<="),
-            ("exclusiveMaximum", "<"),
-        )
+        for key, sign in _BOUNDS.items()
         if key in option
     ]
     return f" {' and '.join(ends)}" if ends else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,19 +105,36 @@ def find(root: Node, path: Keys, *, key: bool = False) -> SourceLocation:
     return key_place if key else node.place
 
 
-def merged(base: Node, over: Node, expand: Expand, path: Keys = ()) -> Node:
+def expanded(node: Node, path: Keys, expand: Expand) -> Node:
+    """Expand the short form at `path`. Raises the ValueError of an invalid one."""
+    return from_plain(expand(path, plain(node)), node.place)
+
+
+def merged(base: Table, over: Table, expand: Expand, path: Keys = ()) -> Table:
     """Merge `over` onto `base`: mappings key by key, anything else is replaced."""
-    if not isinstance(over, Table):
-        return over
-    if not isinstance(base, Table):
-        base = from_plain(expand(path, plain(base)), base.place)
-        if not isinstance(base, Table):
-            return over
     entries = dict(base.entries)
     for name, entry in over.entries.items():
-        if name in entries:
-            below = merged(entries[name].node, entry.node, expand, (*path, name))
-            entries[name] = Entry(entry.key, below)
-        else:
-            entries[name] = entry
+        entries[name] = entry
+        if isinstance(entry.node, Table) and name in base.entries:
+            below = base.entries[name].node
+            if not isinstance(below, Table):
+                below = expanded(below, (*path, name), expand)
+            if isinstance(below, Table):
+                node = merged(below, entry.node, expand, (*path, name))
+                entries[name] = Entry(entry.key, node)
     return Table(entries, over.place)
+
+
+def without_removed(before: Table, root: Table, named: Sequence[str]) -> Table:
+    """Drop the entries of named sections that `before` has and `root` sets to null."""
+    entries = dict(root.entries)
+    for section in named:
+        old, new = child(before, section), child(root, section)
+        if isinstance(old, Table) and isinstance(new, Table):
+            kept = {
+                name: entry
+                for name, entry in new.entries.items()
+                if name not in old.entries or plain(entry.node) is not None
+            }
+            entries[section] = Entry(entries[section].key, Table(kept, new.place))
+    return Table(entries, root.place)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,13 +15,21 @@ DIGEST_PATTERN = r"^[0-9a-f]{64}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN, description="letters, digits, _ . -")]
 Revision = Annotated[str, Field(pattern=REVISION_PATTERN)]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+NonEmptyText = Annotated[str, Field(min_length=1)]
+Flag = Annotated[bool, Field(strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, strict=True)]
+OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0, strict=True)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)]
 FunctionPath = Annotated[str, Field(pattern=FUNCTION_PATTERN, description="`package.module:function`")]
 
 
 class Strict(BaseModel):
-    """Base model: immutable, and unknown keys are errors."""
+    """Base model: immutable, and unknown keys are errors. A docstring below a field is its description."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def kind_shorthand(value: Any) -> Any:
+    """Expand a kind to the model of that kind with its defaults."""
+    return {"kind": value} if isinstance(value, str) else value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from ruamel.yaml.error import MarkedYAMLError, StringMark
 
@@ -12,17 +11,11 @@ _GLUED = re.compile(r"\s*([\w.-]+):\S")
 _QUOTE = 'quote the value: "..."'
 
 
-@dataclass(frozen=True, slots=True)
-class SyntaxMistake:
-    """Cause and remedy; `line` and `column` count from 1 and are None if the location is unknown."""
-
-    message: str
-    remedy: str = ""
-    line: int | None = None
-    column: int | None = None
+Mistake = tuple[StringMark | None, str, str]
+"""Location (None if it is unknown), cause and remedy."""
 
 
-def syntax_mistake(error: MarkedYAMLError, text: str) -> SyntaxMistake:
+def syntax_mistake(error: MarkedYAMLError, text: str) -> Mistake:
     """Describe the error that the YAML library raised for `text`.
 
     If the library detects an error in a later line, the location is that of the enclosing construct.
@@ -31,38 +24,37 @@ def syntax_mistake(error: MarkedYAMLError, text: str) -> SyntaxMistake:
     here, start = error.problem_mark, error.context_mark
     if ("flow mapping" in context or "flow sequence" in context) and start is not None:
         if "${" in _line(text, here):
-            return _at(here, *_other(problem, _line(text, here)))
+            return here, *_other(problem, _line(text, here))
         return _unclosed(context, problem, here, start)
     if "quoted scalar" in context and "end of stream" in problem:
-        return _at(start, "a quote is opened here and not closed", "close it, or quote the whole value")
+        return start, "a quote is opened here and not closed", "close it, or quote the whole value"
     if "unknown escape character" in problem:
         message = f"in double quotes, {problem.rpartition(' ')[2]} cannot follow a backslash"
-        return _at(here, message, "use single quotes: '...'")
+        return here, message, "use single quotes: '...'"
     if "simple key" in context and "':'" in problem:
-        return _at(start, *_no_colon(_line(text, start)))
+        return start, *_no_colon(_line(text, start))
     if "expected <block end>" in problem:
         if extra := re.search(r"found '(.)'$", problem):
-            return _at(here, f"'{extra[1]}' has no opening bracket", "remove it")
-        return _at(here, "the indentation matches no line above", "indent the entries of a section equally")
+            return here, f"'{extra[1]}' has no opening bracket", "remove it"
+        return here, "the indentation matches no line above", "indent the entries of a section equally"
     if "mapping values are not allowed" in problem:
         if here is not None and ": " in _line(text, here)[: here.column] + " ":
-            return _at(here, "a second ': ' in one line", f"put it on a line of its own, or {_QUOTE}")
+            return here, "a second ': ' in one line", f"put it on a line of its own, or {_QUOTE}"
         above = here.line - 1 if here is not None else 0
         if _GLUED.match(_lines(text)[above]):
-            message, remedy = _no_colon(_lines(text)[above])
-            return SyntaxMistake(message, remedy, above + 1, 1)
+            return StringMark("", 0, above, 0, "", 0), *_no_colon(_lines(text)[above])
         remedy = "indent the keys of a section equally, with `: ` after every key"
-        return _at(here, "unexpected key: the line above has another indentation or no ': '", remedy)
-    return _at(here, *_other(problem, _line(text, here)))
+        return here, "unexpected key: the line above has another indentation or no ': '", remedy
+    return here, *_other(problem, _line(text, here))
 
 
-def _unclosed(context: str, problem: str, here: StringMark | None, start: StringMark) -> SyntaxMistake:
+def _unclosed(context: str, problem: str, here: StringMark | None, start: StringMark) -> Mistake:
     opened, closing = ("{", "}") if "mapping" in context else ("[", "]")
     if here is not None and here.line == start.line and "end>" not in problem:
         if other := re.search(r"got '([\]}])'$", problem):
-            return _at(here, f"'{opened}' is closed by '{other[1]}'", f"write '{closing}'")
-        return _at(here, f"expected ',' or '{closing}'", "put a comma between the entries")
-    return _at(start, f"'{opened}' is not closed", f"add '{closing}'")
+            return here, f"'{opened}' is closed by '{other[1]}'", f"write '{closing}'"
+        return here, f"expected ',' or '{closing}'", "put a comma between the entries"
+    return start, f"'{opened}' is not closed", f"add '{closing}'"
 
 
 def _no_colon(line: str) -> tuple[str, str]:
@@ -83,12 +75,6 @@ def _other(problem: str, line: str) -> tuple[str, str]:
     if "cannot start any token" in problem:
         return message, _QUOTE
     return message, ""
-
-
-def _at(mark: StringMark | None, message: str, remedy: str) -> SyntaxMistake:
-    if mark is None:
-        return SyntaxMistake(message, remedy)
-    return SyntaxMistake(message, remedy, mark.line + 1, mark.column + 1)
 
 
 def _lines(text: str) -> list[str]:

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mergeopd.config.values import PositiveInt, Strict, Weight
+from mergeopd.config.values import OpenFraction, Positive, PositiveInt, Strict, Weight
 from mergeopd.recipe.term_display import TermDisplay
 
-KeptRow = Literal["observed", "bayesian"]
-_MERGE = (
-    "row of a group that keeps its whole distribution: the first (`observed`) or the last "
-    "(`bayesian`); the other rows contribute the probability of their token"
-)
+BridgeKind = Literal["pieces", "gold", "uld", "projection", "span"]
+KeptRow = Annotated[
+    Literal["observed", "bayesian"],
+    Field(
+        description="row of a group that keeps its whole distribution: the first (`observed`) or the last "
+        "(`bayesian`); the other rows contribute the probability of their token"
+    ),
+]
 
 
 class GoldBridge(Strict):
     """Compare tokens that both vocabularies share by identity, and all others by rank (GOLD)."""
 
-    beta: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] = Field(
-        default=0.5, description="weight of the teacher in the mixture of the Jensen-Shannon divergence"
-    )
-    merge: KeptRow = Field(default="observed", description=_MERGE)
-    weights: tuple[Weight, Weight] | None = Field(
-        default=None,
-        description="weights of the identity part and of the rank part; default: the fraction of the "
-        "teacher's vocabulary that is matched, and the remainder",
-    )
+    beta: OpenFraction = 0.5
+    """weight of the teacher in the mixture of the Jensen-Shannon divergence"""
+    merge: KeptRow = "observed"
+    weights: tuple[Weight, Weight] | None = None
+    """weights of the identity part and of the rank part; default: the fraction of the teacher's vocabulary
+    that is matched, and the remainder"""
 
     @model_validator(mode="after")
     def _some_weight(self) -> GoldBridge:
@@ -40,31 +40,26 @@ class GoldBridge(Strict):
 class UldBridge(Strict):
     """Compare all tokens by rank (ULD): only the shape of the distributions, not their tokens."""
 
-    merge: KeptRow = Field(default="observed", description=_MERGE)
+    merge: KeptRow = "observed"
 
 
 class ProjectionBridge(Strict):
     """Map the student's probabilities into the teacher's vocabulary with a sparse matrix (X-Token)."""
 
-    direction: Literal["forward", "reverse"] = Field(
-        default="forward", description="KL direction: `forward` is KL(teacher || student)"
-    )
-    top_k: PositiveInt | None = Field(
-        default=None, description="compare only the teacher's k most probable tokens; null: all"
-    )
-    pieces: PositiveInt = Field(
-        default=4, description="maximum number of teacher tokens to which one student token is mapped"
-    )
+    direction: Literal["forward", "reverse"] = "forward"
+    """KL direction: `forward` is KL(teacher || student)"""
+    top_k: PositiveInt | None = None
+    """compare only the teacher's k most probable tokens; null: all"""
+    pieces: PositiveInt = 4
+    """maximum number of teacher tokens to which one student token is mapped"""
 
 
 class PiecesBridge(Strict):
     """Split the teacher's next token into student tokens, and compare with the student's next token."""
 
-    jsd: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] | None = Field(
-        default=None,
-        description="use a generalised Jensen-Shannon divergence with this beta instead of KL(teacher || "
-        "student); its gradient is about beta (1 - beta) times as large",
-    )
+    jsd: OpenFraction | None = None
+    """use a generalised Jensen-Shannon divergence with this beta instead of KL(teacher || student); its
+    gradient is about beta (1 - beta) times as large"""
 
 
 class SpanBridge(Strict):
@@ -72,30 +67,22 @@ class SpanBridge(Strict):
     sample per group.
     """
 
-    bound: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)] | None = Field(
-        default=None, description="clip the log-ratio of each group to plus or minus this value, in nats"
-    )
+    bound: Positive | None = None
+    """clip the log-ratio of each group to plus or minus this value, in nats"""
 
 
 class Bridge(Strict):
     """Exactly one bridge. Shorthand: its name."""
 
-    pieces: PiecesBridge | None = Field(
-        default=None,
-        description="split the teacher's tokens into student tokens and compare in the student's vocabulary",
-    )
-    gold: GoldBridge | None = Field(
-        default=None, description="shared tokens by identity (generalised JSD), the others by rank (GOLD)"
-    )
+    pieces: PiecesBridge | None = None
+    """split the teacher's tokens into student tokens and compare in the student's vocabulary"""
+    gold: GoldBridge | None = None
+    """shared tokens by identity (generalised JSD), the others by rank (GOLD)"""
     uld: UldBridge | None = Field(default=None, description="all tokens by rank (ULD)")
-    projection: ProjectionBridge | None = Field(
-        default=None, description="KL in the teacher's vocabulary through a sparse map (X-Token)"
-    )
-    span: SpanBridge | None = Field(
-        default=None,
-        description="log-ratio of each aligned group as the advantage of its tokens; only for the "
-        "student's own text",
-    )
+    projection: ProjectionBridge | None = None
+    """KL in the teacher's vocabulary through a sparse map (X-Token)"""
+    span: SpanBridge | None = None
+    """log-ratio of each aligned group as the advantage of its tokens; only for the student's own text"""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Bridge:
@@ -105,19 +92,12 @@ class Bridge(Strict):
         return self
 
     @property
-    def kind(self) -> Literal["pieces", "gold", "uld", "projection", "span"]:
+    def kind(self) -> BridgeKind:
         """Name of the bridge."""
         return next(name for name in KINDS if getattr(self, name) is not None)
 
 
-KINDS: tuple[Literal["pieces", "gold", "uld", "projection", "span"], ...] = (
-    "pieces",
-    "gold",
-    "uld",
-    "projection",
-    "span",
-)
-
+KINDS: tuple[BridgeKind, ...] = get_args(BridgeKind)
 
 BRIDGES: Mapping[str, TermDisplay] = {
     "pieces": TermDisplay("KL of pieces", "pieces", "or JSD, in the student's vocabulary", "nats per group"),
@@ -128,7 +108,7 @@ BRIDGES: Mapping[str, TermDisplay] = {
     ),
     "span": TermDisplay("Span log-ratio", "span", "student minus teacher, by group", "nats per group"),
 }
-"""How what a bridge compares is shown."""
+"""How the measure of each bridge is shown."""
 
 
 def _bridge_shorthand(value: Any) -> Any:
@@ -140,5 +120,6 @@ def _bridge_shorthand(value: Any) -> Any:
     return value
 
 
-_Kind: Any = Literal[KINDS]
-BridgeOrKind = Annotated[Bridge, BeforeValidator(_bridge_shorthand, json_schema_input_type=_Kind | Bridge)]
+BridgeOrKind = Annotated[
+    Bridge, BeforeValidator(_bridge_shorthand, json_schema_input_type=BridgeKind | Bridge)
+]

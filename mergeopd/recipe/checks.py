@@ -11,9 +11,9 @@ from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
 from mergeopd.messages import joined
 from mergeopd.recipe.models import Parallel, Student
-from mergeopd.recipe.schema import EvalSource, Reports, TrainSource
+from mergeopd.recipe.parts import Parts
+from mergeopd.recipe.schema import Reports, TrainSource
 from mergeopd.recipe.training import (
-    Optimizer,
     Phase,
     RolloutSettings,
     TextMixture,
@@ -22,13 +22,14 @@ from mergeopd.recipe.training import (
 )
 from mergeopd.recipe.verifiers import MathVerifier, Verifier
 
+Weights = Mapping[int, Mapping[str, float]]
+"""Weights of the teachers of every prompt source, zeros included."""
 
-def phase_problems(
-    phases: Mapping[int, Phase], rollout: RolloutSettings | None, origins: Origins
-) -> Iterator[Problem]:
+
+def phase_problems(parts: Parts, origins: Origins) -> Iterator[Problem]:
     """Check the names, rounds and texts of the phases."""
     first_with: dict[str, int] = {}
-    for index, phase in phases.items():
+    for index, phase in parts.phases.items():
         here: Keys = ("phases", index)
         if first_with.setdefault(phase.name, index) != index:
             message = (
@@ -39,7 +40,7 @@ def phase_problems(
             message = "nll on the student's own responses only reinforces them"
             remedy = "use a divergence, or `text: teacher` or `dataset`"
             yield origins.problem((*here, "loss", "nll"), message, remedy, key=True)
-        yield from _round_problems(phase, here, rollout, origins)
+        yield from _round_problems(phase, here, parts.rollout, origins)
 
 
 def _round_problems(
@@ -62,11 +63,10 @@ def _round_problems(
         yield origins.problem((*here, "updates_per_round"), message, f"use {count} or fewer")
 
 
-def balance_problems(
-    phases: Mapping[int, Phase], domains: tuple[str, ...], origins: Origins
-) -> Iterator[Problem]:
+def balance_problems(parts: Parts, origins: Origins) -> Iterator[Problem]:
     """Check that target shares are given for exactly the training domains."""
-    for index, phase in phases.items():
+    domains = tuple(dict.fromkeys(source.domain for source in parts.prompts.values()))
+    for index, phase in parts.phases.items():
         shares, here = phase.balance.tokens, ("phases", index, "balance", "tokens")
         if isinstance(shares, str):
             continue
@@ -83,16 +83,16 @@ def balance_problems(
             yield origins.problem(here, "every share is 0", "give a positive share", key=True)
 
 
-def schedule_problems(optimizer: Optimizer, num_updates: int, origins: Origins) -> Iterator[Problem]:
+def schedule_problems(parts: Parts, origins: Origins) -> Iterator[Problem]:
     """Check that the warm-up ends before the run does."""
-    if optimizer.warmup_updates > num_updates:
-        message = f"{optimizer.warmup_updates} warm-up updates, but only {num_updates} updates in all phases"
+    num_updates = sum(phase.updates for phase in parts.phases.values())
+    warmup = 0 if parts.optimizer is None else parts.optimizer.warmup_updates
+    if warmup > num_updates:
+        message = f"{warmup} warm-up updates, but only {num_updates} updates in all phases"
         yield origins.problem(("optimizer", "warmup_updates"), message, f"use {num_updates} or fewer")
 
 
-def unused_teachers(
-    named: tuple[str, ...], weights: Mapping[int, Mapping[str, float]], origins: Origins
-) -> Iterator[Problem]:
+def unused_teachers(parts: Parts, weights: Weights, origins: Origins) -> Iterator[Problem]:
     """Report teachers without prompts. A source without any weight is reported separately."""
     used = {
         name
@@ -100,19 +100,13 @@ def unused_teachers(
         for name, weight in of_source.items()
         if weight or not any(of_source.values())
     }
-    for name in named:
+    for name in parts.names:
         if name not in used:
             message = f"no prompts are routed to teacher '{name}'"
             yield origins.problem(("teachers", name), message, "route prompts to it, or remove it", key=True)
 
 
-def experts(
-    measured: Mapping[int, EvalSource],
-    train: Mapping[int, TrainSource],
-    weights: Mapping[int, Mapping[str, float]] | None,
-    named: tuple[str, ...],
-    origins: Origins,
-) -> tuple[dict[str, str], list[Problem]]:
+def experts(parts: Parts, weights: Weights | None, origins: Origins) -> tuple[dict[str, str], list[Problem]]:
     """Choose the teacher with which each evaluated domain is compared: the named one, else the heaviest.
 
     A teacher's weight in a domain is the sum of its weights times `share` over the domain's training sources.
@@ -120,13 +114,13 @@ def experts(
     """
     chosen: dict[str, tuple[str, int]] = {}
     problems: list[Problem] = []
-    for index, source in measured.items():
+    for index, source in parts.eval_sources.items():
         here: Keys = ("evaluation", "prompts", index, "expert")
         if source.expert is None:
             continue
         first = chosen.setdefault(source.domain, (source.expert, index))
-        if source.expert not in named:
-            remedy = did_you_mean(source.expert, named, f"teachers are {', '.join(named)}")
+        if source.expert not in parts.names:
+            remedy = did_you_mean(source.expert, parts.names, f"teachers are {', '.join(parts.names)}")
             problems.append(origins.problem(here, f"unknown teacher '{source.expert}'", remedy))
         elif first[0] != source.expert:
             other = dotted(("evaluation", "prompts", first[1]))
@@ -135,13 +129,13 @@ def experts(
     result = {domain: name for domain, (name, _) in chosen.items()}
     if weights is None:
         return result, problems
-    for index, source in measured.items():
+    for index, source in parts.eval_sources.items():
         if source.domain in result:
             continue
         where: Keys = ("evaluation", "prompts", index, "domain")
-        best = _heaviest(source.domain, train, weights)
+        best = _heaviest(source.domain, parts.prompts, weights)
         if not best:
-            trained = {of.domain for of in train.values()}
+            trained = {of.domain for of in parts.prompts.values()}
             remedy = did_you_mean(source.domain, trained, "name the `expert` to compare with")
             message = f"no training prompts of domain '{source.domain}', so no teacher to compare with"
             problems.append(origins.problem(where, message, remedy))
@@ -153,9 +147,7 @@ def experts(
     return result, problems
 
 
-def _heaviest(
-    domain: str, train: Mapping[int, TrainSource], weights: Mapping[int, Mapping[str, float]]
-) -> list[str]:
+def _heaviest(domain: str, train: Mapping[int, TrainSource], weights: Weights) -> list[str]:
     totals: dict[str, float] = {}
     for index, source in train.items():
         if source.domain == domain:

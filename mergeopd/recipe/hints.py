@@ -29,6 +29,7 @@ HINTS = {
     "peft": _ADAPTER,
     "vllm": _ENGINE,
     "sglang": _ENGINE,
+    "phases.teach": "did you mean `distill_on`?",  # its name in earlier versions
     "model": "the model to train is `student.model`",
     "teachers.model": (
         "write a card with `mergeopd new teacher NAME --model DIR`, then name it: `card: teachers/NAME.yaml`"

@@ -6,9 +6,8 @@ The first line of a recipe references it: `# yaml-language-server: $schema=../do
 from __future__ import annotations
 
 import copy
-from typing import Any
 
-from mergeopd.config.schema import Schema, model_schema
+from mergeopd.config.schema import Schema, mapped, model_schema
 from mergeopd.recipe.models import TeacherCard
 from mergeopd.recipe.schema import Recipe
 
@@ -52,25 +51,13 @@ def card_schema() -> Schema:
     return {**schema, "$schema": _DIALECT, "title": "mergeopd teacher card", "$defs": defs}
 
 
-def _with_variables(schema: Any) -> Any:
+def _with_variables(schema: Schema) -> Schema:
     """Also allow `${VARIABLE}` for every typed value, except for discriminating tags."""
-    if isinstance(schema, list):
-        return [_with_variables(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    typed = schema.get("type") in ("integer", "number", "boolean") or "enum" in schema or "pattern" in schema
-    if typed:
-        outer = {key: schema[key] for key in ("description", "default") if key in schema}
-        inner = {key: value for key, value in schema.items() if key not in outer}
-        return {**outer, "anyOf": [inner, {"$ref": "#/$defs/Variable"}]}
-    return {
-        key: {name: _with_variables(part) for name, part in value.items()}
-        if key in ("properties", "patternProperties", "$defs")
-        else _with_variables(value)
-        if key in ("items", "prefixItems", "anyOf")
-        else value
-        for key, value in schema.items()
-    }
+    if schema.get("type") not in ("integer", "number", "boolean") and not schema.keys() & {"enum", "pattern"}:
+        return mapped(schema, _with_variables)
+    outer: Schema = {key: schema[key] for key in ("description", "default") if key in schema}
+    inner = {key: value for key, value in schema.items() if key not in outer}
+    return {**outer, "anyOf": [inner, {"$ref": "#/$defs/Variable"}]}
 
 
 def _partial(schema: Schema, defs: Schema) -> Schema:

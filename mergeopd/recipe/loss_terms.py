@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mergeopd.config.values import PositiveInt, Strict, Weight
+from mergeopd.config.values import OpenFraction, Positive, PositiveInt, Strict, Weight
 from mergeopd.recipe.policy_terms import (
     POLICY_TERMS,
     Amount,
@@ -25,24 +25,19 @@ from mergeopd.recipe.term_display import TermDisplay
 if TYPE_CHECKING:
     from mergeopd.loss.divergence import Divergence
 
-T = TypeVar("T")
-
 
 class JsdTerm(Term):
     """Generalised Jensen-Shannon divergence `beta KL(T||M) + (1-beta) KL(S||M)`, M = beta T + (1-beta) S."""
 
-    beta: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] = Field(
-        default=0.5,
-        description="weight of the teacher in M; the divergence vanishes at 0 and 1, so both are refused",
-    )
+    beta: OpenFraction = 0.5
+    """weight of the teacher in M; the divergence vanishes at 0 and 1, so both are refused"""
 
 
 class SkewTerm(Term):
     """A KL divergence against a mixture of both distributions, which bounds its gradient (DistiLLM)."""
 
-    alpha: Annotated[float, Field(ge=0.0, lt=1.0, strict=True)] = Field(
-        default=0.1, description="weight of the KL's first argument in the mixture; 0 is the plain KL"
-    )
+    alpha: Annotated[float, Field(ge=0.0, lt=1.0, strict=True)] = 0.1
+    """weight of the KL's first argument in the mixture; 0 is the plain KL"""
 
     @model_validator(mode="after")
     def _can_be_computed(self) -> SkewTerm:
@@ -54,18 +49,15 @@ class SkewTerm(Term):
 class AlphaTerm(Term):
     """Alpha divergence, between reverse KL (alpha -> 0) and forward KL (alpha -> 1)."""
 
-    alpha: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] = Field(
-        default=0.5,
-        description="order of the divergence; at 1/2 it is 4 times the squared Hellinger distance",
-    )
+    alpha: OpenFraction = 0.5
+    """order of the divergence; at 1/2 it is 4 times the squared Hellinger distance"""
 
 
 class ClipTerm(Term):
     """Forward KL with capped entries (OPSD); can be negative."""
 
-    bound: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)] = Field(
-        default=0.05, description="maximum contribution of one vocabulary entry, in nats"
-    )
+    bound: Positive = 0.05
+    """maximum contribution of one vocabulary entry, in nats"""
 
 
 Jsd = Annotated[JsdTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Weight | JsdTerm)]
@@ -74,99 +66,37 @@ Alpha = Annotated[AlphaTerm, BeforeValidator(weight_shorthand, json_schema_input
 Clip = Annotated[ClipTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Weight | ClipTerm)]
 
 
-def _reverse_kl(loss: Loss) -> Divergence:
-    from mergeopd.loss.divergence import ReverseKL
-
-    return ReverseKL()
-
-
-def _forward_kl(loss: Loss) -> Divergence:
-    from mergeopd.loss.divergence import ForwardKL
-
-    return ForwardKL()
-
-
-def _tvd(loss: Loss) -> Divergence:
-    from mergeopd.loss.pointwise import TVD
-
-    return TVD()
-
-
-def _jsd(loss: Loss) -> Divergence:
-    from mergeopd.loss.divergence import JSD
-
-    return JSD(_used(loss.jsd).beta)
-
-
-def _skew_forward_kl(loss: Loss) -> Divergence:
-    from mergeopd.loss.pointwise import SkewForwardKL
-
-    alpha = _used(loss.skew_forward_kl).alpha
-    return SkewForwardKL(alpha) if alpha else _forward_kl(loss)
-
-
-def _skew_reverse_kl(loss: Loss) -> Divergence:
-    from mergeopd.loss.pointwise import SkewReverseKL
-
-    alpha = _used(loss.skew_reverse_kl).alpha
-    return SkewReverseKL(alpha) if alpha else _reverse_kl(loss)
-
-
-def _alpha_divergence(loss: Loss) -> Divergence:
-    from mergeopd.loss.pointwise import AlphaDivergence
-
-    return AlphaDivergence(_used(loss.alpha_divergence).alpha)
-
-
-def _clipped_forward_kl(loss: Loss) -> Divergence:
-    from mergeopd.loss.pointwise import ClippedForwardKL
-
-    return ClippedForwardKL(_used(loss.clipped_forward_kl).bound)
-
-
-def _used(term: T | None) -> T:
-    """A term that has a weight is not None."""
-    assert term is not None
-    return term
-
-
 @dataclass(frozen=True, slots=True)
 class LossTerm(TermDisplay):
-    """One loss term: how it is shown, and how the kernel computes it.
+    """One loss term: how it is shown, and for divergences the class in `mergeopd.loss` that computes it."""
 
-    `divergence` makes the kernel's divergence for a loss that uses the term, and imports torch; None for
-    terms that are no divergence.
-    """
-
-    divergence: Callable[[Loss], Divergence] | None = None
+    kernel: str = ""
 
 
 TERMS: Mapping[str, LossTerm] = {
-    "reverse_kl": LossTerm("Reverse KL", "reverse KL", "KL(student ‖ teacher)", divergence=_reverse_kl),
-    "forward_kl": LossTerm("Forward KL", "forward KL", "KL(teacher ‖ student)", divergence=_forward_kl),
-    "tvd": LossTerm(
-        "TVD", "TVD", "total variation distance", "mean per token", colour_scale=0.3, divergence=_tvd
-    ),
-    "jsd": LossTerm("JSD", "JSD", "generalised Jensen-Shannon divergence", colour_scale=0.2, divergence=_jsd),
+    "reverse_kl": LossTerm("Reverse KL", "reverse KL", "KL(student ‖ teacher)", kernel="ReverseKL"),
+    "forward_kl": LossTerm("Forward KL", "forward KL", "KL(teacher ‖ student)", kernel="ForwardKL"),
+    "tvd": LossTerm("TVD", "TVD", "total variation distance", "mean per token", 0.3, "TVD"),
+    "jsd": LossTerm("JSD", "JSD", "generalised Jensen-Shannon divergence", colour_scale=0.2, kernel="JSD"),
     "skew_forward_kl": LossTerm(
-        "Skew forward KL", "skew fwd KL", "KL(teacher ‖ mixture)", divergence=_skew_forward_kl
+        "Skew forward KL", "skew fwd KL", "KL(teacher ‖ mixture)", kernel="SkewForwardKL"
     ),
     "skew_reverse_kl": LossTerm(
-        "Skew reverse KL", "skew rev KL", "KL(student ‖ mixture)", divergence=_skew_reverse_kl
+        "Skew reverse KL", "skew rev KL", "KL(student ‖ mixture)", kernel="SkewReverseKL"
     ),
     "alpha_divergence": LossTerm(
         "Alpha divergence",
         "alpha div",
         "between reverse KL and forward KL",
         "mean per token",
-        divergence=_alpha_divergence,
+        kernel="AlphaDivergence",
     ),
     "clipped_forward_kl": LossTerm(
         "Clipped forward KL",
         "clipped KL",
         "forward KL with capped entries",
         colour_scale=0.1,
-        divergence=_clipped_forward_kl,
+        kernel="ClippedForwardKL",
     ),
     "sampled_reverse_kl": LossTerm(
         "Reverse KL, sampled", "sampled KL", "k3 estimate from the sampled tokens"
@@ -177,24 +107,19 @@ TERMS: Mapping[str, LossTerm] = {
 """Every term of a loss, by its key. Responses are coloured by the first divergence that their loss has."""
 
 PLAIN_KLS = ("reverse_kl", "forward_kl")
-DIVERGENCE_TERMS = tuple(key for key, term in TERMS.items() if term.divergence is not None)
+DIVERGENCE_TERMS = tuple(key for key, term in TERMS.items() if term.kernel)
 
 
 class Support(Strict):
     """Restrict divergences to the most probable tokens, without renormalising their probabilities."""
 
     top_k: PositiveInt = Field(description="number of tokens")
-    of: Literal["student", "teacher", "union"] = Field(
-        default="student",
-        description="whose most probable tokens: `student` covers the mass that reverse KL weighs, "
-        "`teacher` the mass that forward KL weighs. With `teacher`, only its top k are kept "
-        "instead of hidden states",
-    )
-    rest: Literal["tail", "generalised"] = Field(
-        default="tail",
-        description="`tail`: all other tokens form one extra category; `generalised`: generalised KL for "
-        "unnormalised masses, p log(p/q) - p + q, for `reverse_kl` and `forward_kl` only",
-    )
+    of: Literal["student", "teacher", "union"] = "student"
+    """whose most probable tokens: `student` covers the mass that reverse KL weighs, `teacher` the mass that
+    forward KL weighs. With `teacher`, only its top k are kept instead of hidden states"""
+    rest: Literal["tail", "generalised"] = "tail"
+    """`tail`: all other tokens form one extra category; `generalised`: generalised KL for unnormalised
+    masses, p log(p/q) - p + q, for `reverse_kl` and `forward_kl` only"""
 
 
 class Loss(Strict):
@@ -203,44 +128,29 @@ class Loss(Strict):
     reverse_kl: Amount = Field(default=0.0, description="KL(student || teacher), mode seeking")
     forward_kl: Amount = Field(default=0.0, description="KL(teacher || student), mass covering")
     tvd: Amount = Field(default=0.0, description="total variation distance, half the sum of |S - T|")
-    jsd: Jsd | None = Field(
-        default=None, description="generalised Jensen-Shannon divergence; shorthand: its weight"
-    )
-    skew_forward_kl: Skew | None = Field(
-        default=None, description="KL(T || alpha T + (1 - alpha) S); shorthand: its weight"
-    )
-    skew_reverse_kl: Skew | None = Field(
-        default=None, description="KL(S || (1 - alpha) T + alpha S); shorthand: its weight"
-    )
-    alpha_divergence: Alpha | None = Field(
-        default=None, description="alpha divergence, between the two KLs; shorthand: its weight"
-    )
-    clipped_forward_kl: Clip | None = Field(
-        default=None, description="forward KL with capped entries; shorthand: its weight"
-    )
-    sampled_reverse_kl: Sampled | None = Field(
-        default=None,
-        description="single-sample reverse KL as a policy gradient: the sampled token's log-ratio is its "
-        "advantage; shorthand: its weight",
-    )
-    outcome: Outcome | None = Field(
-        default=None,
-        description="policy gradient from the verifier's reward (GRPO); shorthand: its weight",
-    )
-    nll: Weight = Field(
-        default=0.0,
-        description="negative log-likelihood of the text; only for text that the student did not generate",
-    )
-    temperature: Annotated[float, Field(gt=0.0, le=100.0, strict=True)] = Field(
-        default=1.0,
-        description="softmax temperature of both models in the divergences; the loss is multiplied by its "
-        "square (Hinton 2015). Not the sampling temperature",
-    )
+    jsd: Jsd | None = None
+    """generalised Jensen-Shannon divergence; shorthand: its weight"""
+    skew_forward_kl: Skew | None = None
+    """KL(T || alpha T + (1 - alpha) S); shorthand: its weight"""
+    skew_reverse_kl: Skew | None = None
+    """KL(S || (1 - alpha) T + alpha S); shorthand: its weight"""
+    alpha_divergence: Alpha | None = None
+    """alpha divergence, between the two KLs; shorthand: its weight"""
+    clipped_forward_kl: Clip | None = None
+    """forward KL with capped entries; shorthand: its weight"""
+    sampled_reverse_kl: Sampled | None = None
+    """single-sample reverse KL as a policy gradient: the sampled token's log-ratio is its advantage;
+    shorthand: its weight"""
+    outcome: Outcome | None = None
+    """policy gradient from the verifier's reward (GRPO); shorthand: its weight"""
+    nll: Weight = 0.0
+    """negative log-likelihood of the text; only for text that the student did not generate"""
+    temperature: Annotated[float, Field(gt=0.0, le=100.0, strict=True)] = 1.0
+    """softmax temperature of both models in the divergences; the loss is multiplied by its square (Hinton
+    2015). Not the sampling temperature"""
 
-    support: Support | None = Field(
-        default=None,
-        description="tokens over which divergences are computed; null: the whole vocabulary, exactly",
-    )
+    support: Support | None = None
+    """tokens over which divergences are computed; null: the whole vocabulary, exactly"""
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> Loss:
@@ -280,6 +190,17 @@ class Loss(Strict):
                 f"remove {' and '.join(others)}"
             )
         return self
+
+    def divergence(self, term: str) -> Divergence:
+        """Build the kernel's divergence of a term that the loss uses. Imports torch."""
+        from mergeopd import loss as kernel
+
+        settings, kind = getattr(self, term), TERMS[term].kernel
+        parameters = settings.model_dump(exclude={"weight"}) if isinstance(settings, Term) else {}
+        if isinstance(settings, SkewTerm) and not settings.alpha:
+            kind, parameters = kind.removeprefix("Skew"), {}
+        divergence: Divergence = getattr(kernel, kind)(**parameters)
+        return divergence
 
     def weight(self, term: str, updates_done: int) -> float:
         """Weight of a divergence or policy term after `updates_done` updates of the phase; 0 if unused."""

@@ -6,36 +6,36 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from mergeopd.config.values import DIGEST_PATTERN, Name, PositiveInt, Revision, Strict, Weight
+from mergeopd.config.values import (
+    DIGEST_PATTERN,
+    Flag,
+    Name,
+    NonEmptyText,
+    OpenFraction,
+    PositiveInt,
+    Revision,
+    Strict,
+    Weight,
+)
 from mergeopd.recipe.bridges import BridgeOrKind
 
 
 class Parallel(Strict):
     """Process grid of a Megatron student; `tensor` x `pipeline` processes hold one replica."""
 
-    tensor: PositiveInt = Field(
-        default=1,
-        description="tensor-parallel size: processes that share each weight matrix; must divide the "
-        "attention heads, key-value heads and feed-forward size",
-    )
-    pipeline: PositiveInt = Field(
-        default=1,
-        description="pipeline-parallel size: number of model stages; must divide the number of layers",
-    )
-    sequence: bool = Field(
-        default=False,
-        description="sequence parallelism: split activations along the sequence outside the matrix products",
-    )
-    recompute: bool = Field(
-        default=False,
-        description="activation checkpointing: keep only each layer's input and recompute the layer in "
-        "the backward pass; less memory, about a third more time",
-    )
-    layers: Literal["auto", "local", "transformer_engine"] = Field(
-        default="auto",
-        description="layer implementation: Transformer Engine's or Megatron's own; `auto` uses "
-        "Transformer Engine on a GPU where it can be imported",
-    )
+    tensor: PositiveInt = 1
+    """tensor-parallel size: processes that share each weight matrix; must divide the attention heads,
+    key-value heads and feed-forward size"""
+    pipeline: PositiveInt = 1
+    """pipeline-parallel size: number of model stages; must divide the number of layers"""
+    sequence: Flag = False
+    """sequence parallelism: split activations along the sequence outside the matrix products"""
+    recompute: Flag = False
+    """activation checkpointing: keep only each layer's input and recompute the layer in the backward pass;
+    less memory, about a third more time"""
+    layers: Literal["auto", "local", "transformer_engine"] = "auto"
+    """layer implementation: Transformer Engine's or Megatron's own; `auto` uses Transformer Engine on a GPU
+    where it can be imported"""
 
 
 class Student(Strict):
@@ -43,37 +43,20 @@ class Student(Strict):
 
     model: str = Field(description="Hugging Face folder, or a hub id that is in the local cache")
     revision: Revision | None = Field(default=None, description="hub revision; only with a hub id")
-    template: str | None = Field(
-        default=None,
-        description="file with a Jinja chat template, also for the export; default: the tokenizer's own",
-    )
-    end_tokens: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = (
-        Field(
-            default=None,
-            description="tokens that end its responses, also of the export; default: those of its "
-            "generation_config.json and the special token that the chat template writes behind an "
-            "assistant's turn",
-        )
-    )
-    backend: Literal["torch", "megatron"] = Field(
-        default="torch",
-        description="training backend: `torch` (one process) or `megatron` (megatron-core, one or more "
-        "processes)",
-    )
-    parallel: Parallel = Field(
-        default=Parallel(),
-        description="process grid for `backend: megatron`; it may change when a run is resumed",
-    )
-    dtype: Literal["float32", "bfloat16", "float64"] = Field(
-        default="float32",
-        description="precision of the forward pass; master weights, gradients and AdamW state are float32 "
-        "(`float64` uses float64 for everything and is meant for tests)",
-    )
-    micro_batch_tokens: PositiveInt = Field(
-        default=16384,
-        description="maximum number of tokens (prompts, responses and padding) in one forward and "
-        "backward pass",
-    )
+    template: str | None = None
+    """file with a Jinja chat template, also for the export; default: the tokenizer's own"""
+    end_tokens: Annotated[tuple[NonEmptyText, ...], Field(min_length=1)] | None = None
+    """tokens that end its responses, also of the export; default: those of its generation_config.json and the
+    special token that the chat template writes behind an assistant's turn"""
+    backend: Literal["torch", "megatron"] = "torch"
+    """training backend: `torch` (one process) or `megatron` (megatron-core, one or more processes)"""
+    parallel: Parallel = Parallel()
+    """process grid for `backend: megatron`; it may change when a run is resumed"""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """precision of the forward pass; master weights, gradients and AdamW state are float32 (`float64` uses
+    float64 for everything and is meant for tests)"""
+    micro_batch_tokens: PositiveInt = 16384
+    """maximum number of tokens (prompts, responses and padding) in one forward and backward pass"""
 
 
 class Canary(Strict):
@@ -81,9 +64,8 @@ class Canary(Strict):
 
     prompt: str = Field(min_length=1, description="user message")
     response: str = Field(min_length=1, description="the teacher's own response")
-    logprobs: tuple[float, ...] = Field(
-        min_length=1, description="log-probability of each response token, in nats"
-    )
+    logprobs: tuple[float, ...] = Field(min_length=1)
+    """log-probability of each response token, in nats"""
 
 
 class TeacherCard(Strict):
@@ -94,20 +76,15 @@ class TeacherCard(Strict):
     model: str = Field(description="Hugging Face folder, or a hub id that is in the local cache")
     revision: Revision | None = Field(default=None, description="hub revision; only with a hub id")
     tokenizer: str | None = Field(default=None, description="tokenizer folder; default: the model's folder")
-    template: str | None = Field(
-        default=None, description="file with a Jinja chat template; default: the tokenizer's chat template"
-    )
-    domains: tuple[Name, ...] = Field(
-        default=(),
-        description="domains for which this teacher is used when a prompt source names no teachers",
-    )
+    template: str | None = None
+    """file with a Jinja chat template; default: the tokenizer's chat template"""
+    domains: tuple[Name, ...] = ()
+    """domains for which this teacher is used when a prompt source names no teachers"""
     licence: str | None = Field(default=None, description="licence of the weights; informational")
-    fingerprint: Annotated[str, Field(pattern=DIGEST_PATTERN)] | None = Field(
-        default=None, description="digest of the checkpoint; other weights at this path are refused"
-    )
-    canary: Canary | None = Field(
-        default=None, description="sample that is compared before the teacher is used"
-    )
+    fingerprint: Annotated[str, Field(pattern=DIGEST_PATTERN)] | None = None
+    """digest of the checkpoint; other weights at this path are refused"""
+    canary: Canary | None = None
+    """sample that is compared before the teacher is used"""
 
 
 class SnapshotRule(Strict):
@@ -118,16 +95,11 @@ class SnapshotRule(Strict):
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["every"]}, {"required": ["ema"]}]})
 
-    every: PositiveInt | None = Field(
-        default=None,
-        description="take a new snapshot of the student every N updates, at the start of the next round; "
-        "1: at every round",
-    )
-    ema: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] | None = Field(
-        default=None,
-        description="decay of an exponential moving average: after each round, `ema` x average + (1 - "
-        "`ema`) x student",
-    )
+    every: PositiveInt | None = None
+    """take a new snapshot of the student every N updates, at the start of the next round; 1: at every
+    round"""
+    ema: OpenFraction | None = None
+    """decay of an exponential moving average: after each round, `ema` x average + (1 - `ema`) x student"""
 
     @model_validator(mode="after")
     def _one_rule(self) -> SnapshotRule:
@@ -146,39 +118,25 @@ class TeacherRef(Strict):
         json_schema_extra={"oneOf": [{"required": ["card"]}, {"required": ["student"]}]}
     )
 
-    card: str | None = Field(
-        default=None, description="path of a teacher card; either `card` or `student` is required"
-    )
-    student: Literal["start"] | SnapshotRule | None = Field(
-        default=None,
-        description="use the student as the teacher: `start` for its weights at the start of the run, or "
-        "a rule that updates them during the run. In an evaluation, its weights at the start "
-        "are measured",
-    )
+    card: str | None = None
+    """path of a teacher card; either `card` or `student` is required"""
+    student: Literal["start"] | SnapshotRule | None = None
+    """use the student as the teacher: `start` for its weights at the start of the run, or a rule that updates
+    them during the run. In an evaluation, its weights at the start are measured"""
     weight: Weight = Field(default=1.0, description="factor on every prompt's weight for this teacher")
-    dtype: Literal["float32", "bfloat16", "float64"] | None = Field(
-        default=None,
-        description="precision of the forward pass and of cached hidden states; default: float32, or the "
-        "student's dtype for a self-teacher. For large teachers, use the checkpoint's dtype "
-        "to avoid a copy",
-    )
-    system: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None,
-        description="system message for this teacher only; replaces the one of the prompt, if it has one",
-    )
-    prompt: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None,
-        description="Jinja template that replaces the last user message for this teacher only. Variables: "
-        "`prompt` (the message text), `reference` (the row's reference answer), and any other field that "
-        "every row has. Evaluation ignores a template that shows more than `prompt`",
-    )
+    dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    """precision of the forward pass and of cached hidden states; default: float32, or the student's dtype for
+    a self-teacher. For large teachers, use the checkpoint's dtype to avoid a copy"""
+    system: NonEmptyText | None = None
+    """system message for this teacher only; replaces the one of the prompt, if it has one"""
+    prompt: NonEmptyText | None = None
+    """Jinja template that replaces the last user message for this teacher only. Variables: `prompt` (the
+    message text), `reference` (the row's reference answer), and any other field that every row has.
+    Evaluation ignores a template that shows more than `prompt`"""
 
-    bridge: BridgeOrKind | None = Field(
-        default=None,
-        description="loss for a teacher with another tokenizer: a bridge name, or a bridge with settings. "
-        "It replaces the divergences and `sampled_reverse_kl` of the phase for this teacher, "
-        "with the sum of their weights",
-    )
+    bridge: BridgeOrKind | None = None
+    """loss for a teacher with another tokenizer: a bridge name, or a bridge with settings. It replaces the
+    divergences and `sampled_reverse_kl` of the phase for this teacher, with the sum of their weights"""
 
     @model_validator(mode="after")
     def _one_model(self) -> TeacherRef:

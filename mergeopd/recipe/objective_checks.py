@@ -1,4 +1,4 @@
-"""Check that a recipe provides what its objectives need: texts, verifiers, groups, teachers."""
+"""Check that a recipe provides what its objectives need: texts, verifiers, groups, teachers, bridges."""
 
 from __future__ import annotations
 
@@ -8,36 +8,28 @@ from mergeopd.config.locate import Origins
 from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
 from mergeopd.messages import joined
+from mergeopd.recipe.parts import Parts
 from mergeopd.recipe.policy_terms import POLICY_TERMS, ClipRatio, NoCorrection, SequenceMask, TrustRegion
 from mergeopd.recipe.schema import TrainSource
 from mergeopd.recipe.training import Phase, RolloutSettings, never_student
 from mergeopd.recipe.verifiers import KINDS as VERIFIERS
 
 
-def objective_problems(
-    phases: Mapping[int, Phase],
-    sources: Mapping[int, TrainSource],
-    all_sources: bool,
-    rollout: RolloutSettings | None,
-    origins: Origins,
-    *,
-    spans: bool,
-) -> Iterator[Problem]:
-    """Check the terms and budgets of each phase.
-
-    `spans`: some teacher has the bridge `span`, a policy term in every phase with teachers. `all_sources` is
-    False if some prompt source is invalid; missing verifiers are then not reported.
-    """
-    for index, phase in phases.items():
+def objective_problems(parts: Parts, origins: Origins) -> Iterator[Problem]:
+    """Check the terms and budgets of each phase."""
+    bridges = [ref.bridge for ref in parts.teachers.values() if ref.bridge is not None]
+    # The bridge `span` is a policy term in every phase with teachers.
+    spans = any(bridge.kind == "span" for bridge in bridges)
+    for index, phase in parts.phases.items():
         here: Keys = ("phases", index)
         yield from _policy_problems(phase, here, origins, spans=spans)
         yield from _budget_problems(phase, here, origins)
-        if rollout is not None:
-            yield from _sequence_mask_problems(phase, here, rollout, origins)
+        if parts.rollout is not None:
+            yield from _sequence_mask_problems(phase, here, parts.rollout, origins)
         if needed := _reward_users(phase, here):
-            if all_sources:
-                yield from _verifier_problems(phase, needed, sources, origins)
-            if rollout is not None and rollout.samples_per_prompt == 1:
+            if parts.all_prompts:
+                yield from _verifier_problems(phase, needed, parts.prompts, origins)
+            if parts.rollout is not None and parts.rollout.samples_per_prompt == 1:
                 yield from _group_problems(phase, needed, origins)
 
 
@@ -130,3 +122,51 @@ def _group_problems(phase: Phase, users: Mapping[str, Keys], origins: Origins) -
     if rate is not None and rate.a and rate.b:
         message = "with one response per prompt the pass rate p is 0 or 1, and p^a (1 - p)^b is 0 for both"
         yield origins.problem(users["pass_rate"], message, remedy, key=True)
+
+
+def bridge_problems(parts: Parts, origins: Origins) -> Iterator[Problem]:
+    """Report settings that a bridge does not support."""
+    bridged = {name: ref.bridge for name, ref in parts.teachers.items() if ref.bridge is not None}
+    if not bridged:
+        return
+    first = next(iter(bridged))
+    for index, phase in parts.phases.items():
+        here: Keys = ("phases", index)
+        if phase.balance.follow_gap:
+            message = f"follow_gap compares token by token, and teacher '{first}' has another tokenizer"
+            yield origins.problem((*here, "balance", "follow_gap"), message, "remove it", key=True)
+        outcome = phase.loss.outcome
+        if outcome is not None and outcome.teacher is not None:
+            message = (
+                f"outcome.teacher needs per-token log-probabilities, and '{first}' has another tokenizer"
+            )
+            remedy = "remove it (the bridge is added to the outcome term)"
+            yield origins.problem((*here, "loss", "outcome", "teacher"), message, remedy, key=True)
+        sampled = phase.loss.sampled_reverse_kl
+        if sampled is not None and sampled.needs_full_responses and len(bridged) == len(parts.teachers):
+            key = "discount" if sampled.discount else "early_gain"
+            message = f"{key} weights log-ratios of single tokens, and every teacher has another tokenizer"
+            remedy = "remove it (bridges use only the weight of the term)"
+            yield origins.problem((*here, "loss", "sampled_reverse_kl", key), message, remedy, key=True)
+    for name, bridge in bridged.items():
+        if bridge.kind == "span":
+            yield from _span_problems(name, parts.phases, origins)
+        elif parts.student is not None and parts.student.parallel.tensor > 1:
+            message = (
+                f"{bridge.kind} compares whole vocabularies, and each process has a part of the student's"
+            )
+            remedy = "use `bridge: span`, or student.parallel.tensor: 1"
+            yield origins.problem(("teachers", name, "bridge"), message, remedy)
+
+
+def _span_problems(name: str, phases: Mapping[int, Phase], origins: Origins) -> Iterator[Problem]:
+    where: Keys = ("teachers", name, "bridge")
+    with_teacher = [phase for phase in phases.values() if phase.loss.needs_teacher]
+    idle = next((phase for phase in with_teacher if never_student(phase) and not phase.loss.nll), None)
+    if idle is not None:
+        message = f"span needs responses generated by the student, and phase '{idle.name}' has none"
+        yield origins.problem(where, message, "add `nll` to its loss, or use another bridge")
+    warm = next((phase for phase in with_teacher if phase.loss.temperature != 1.0), None)
+    if warm is not None:
+        message = f"span is defined at temperature 1, and phase '{warm.name}' has {warm.loss.temperature:g}"
+        yield origins.problem(where, message, "remove the temperature, or use another bridge")

@@ -9,7 +9,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from mergeopd.config.values import Fraction, Positive, PositiveInt, Strict, Weight
+from mergeopd.config.values import (
+    Flag,
+    Fraction,
+    OpenFraction,
+    Positive,
+    PositiveInt,
+    Strict,
+    Weight,
+    kind_shorthand,
+)
 
 
 class WeightRamp(Strict):
@@ -19,18 +28,15 @@ class WeightRamp(Strict):
     end: Weight = Field(description="weight after the ramp")
     updates: PositiveInt = Field(description="length of the ramp, in updates of the phase")
 
-    def at(self, updates_done: int) -> float:
-        """The weight after `updates_done` updates of the phase."""
-        progress = min(updates_done / self.updates, 1.0)
-        return self.start + (self.end - self.start) * progress
-
 
 Amount = Weight | WeightRamp
 
 
 def amount_at(amount: float | WeightRamp, updates_done: int) -> float:
     """A weight, or the value of its ramp, after `updates_done` updates of the phase."""
-    return amount.at(updates_done) if isinstance(amount, WeightRamp) else amount
+    if not isinstance(amount, WeightRamp):
+        return amount
+    return amount.start + (amount.end - amount.start) * min(updates_done / amount.updates, 1.0)
 
 
 class Term(Strict):
@@ -47,30 +53,19 @@ def weight_shorthand(value: Any) -> Any:
 class SampledTerm(Term):
     """Single-sample reverse KL: the log-ratio `log p_T - log p_S` of the sampled token is its advantage."""
 
-    bound: Positive | None = Field(
-        default=None,
-        description="clip each token's log-ratio to plus or minus this value, in nats (MOPD); null: no "
-        "clipping",
-    )
-    discount: Fraction = Field(
-        default=0.0,
-        description="discount factor with which later tokens' log-ratios are added to a token's advantage "
-        "(MiniLLM); 0: off",
-    )
-    future_only: Annotated[bool, Field(strict=True)] = Field(
-        default=False,
-        description="leave out the token's own log-ratio, because an exact `reverse_kl` beside this term "
-        "covers it (MiniLLM's single-step decomposition)",
-    )
-    per_remaining_token: Annotated[bool, Field(strict=True)] = Field(
-        default=False, description="divide the discounted sum by the number of tokens it covers (MiniLLM)"
-    )
-    early_gain: Weight = Field(
-        default=0.0,
-        description="extra weight of early tokens (IW-OPD): the weight falls from 1 + `early_gain` at the "
-        "first token to about 1 at the last, in proportion to the sum of absolute log-ratios "
-        "already passed; 0: off",
-    )
+    bound: Positive | None = None
+    """clip each token's log-ratio to plus or minus this value, in nats (MOPD); null: no clipping"""
+    discount: Fraction = 0.0
+    """discount factor with which later tokens' log-ratios are added to a token's advantage (MiniLLM); 0:
+    off"""
+    future_only: Flag = False
+    """leave out the token's own log-ratio, because an exact `reverse_kl` beside this term covers it
+    (MiniLLM's single-step decomposition)"""
+    per_remaining_token: Flag = False
+    """divide the discounted sum by the number of tokens it covers (MiniLLM)"""
+    early_gain: Weight = 0.0
+    """extra weight of early tokens (IW-OPD): the weight falls from 1 + `early_gain` at the first token to
+    about 1 at the last, in proportion to the sum of absolute log-ratios already passed; 0: off"""
 
     @model_validator(mode="after")
     def _agrees(self) -> SampledTerm:
@@ -93,39 +88,30 @@ class TrustRegion(Strict):
     """Put the teacher into the denominator of the clipped ratio (RLAD); the reward sets the direction."""
 
     kind: Literal["trust_region"] = Field(description="how the teacher shapes the outcome")
-    alpha: Annotated[float, Field(ge=0.0, le=1.0, strict=True)] = Field(
-        default=0.5,
-        description="exponent of the old policy in the denominator `pi_old^alpha T^(1 - alpha)`; 1 is GRPO",
-    )
+    alpha: Fraction = 0.5
+    """exponent of the old policy in the denominator `pi_old^alpha T^(1 - alpha)`; 1 is GRPO"""
 
 
 class Credit(Strict):
     """Scale each token's outcome advantage by the teacher's log-ratio, without changing its sign (RLSD)."""
 
     kind: Literal["credit"] = Field(description="how the teacher shapes the outcome")
-    mix: Amount = Field(
-        default=0.5, description="fraction of the advantage that is scaled, or a ramp; 0 is GRPO"
-    )
-    bound: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] = Field(
-        default=0.2, description="the scale factor is clipped to 1 - bound ... 1 + bound"
-    )
+    mix: Amount = 0.5
+    """fraction of the advantage that is scaled, or a ramp; 0 is GRPO"""
+    bound: OpenFraction = 0.2
+    """the scale factor is clipped to 1 - bound ... 1 + bound"""
 
 
 class OutcomeTerm(Term):
     """Group advantage of the verifier's reward, relative to the other responses to the same prompt."""
 
-    std: Literal["unbiased", "biased", "none"] = Field(
-        default="unbiased",
-        description="normalise by the group's standard deviation with n - 1 (`unbiased`) or n (`biased`), "
-        "or not at all (`none`, Dr. GRPO)",
-    )
-    answers: Literal["all", "right"] = Field(
-        default="all",
-        description="responses whose advantage counts: all, or only correct ones (`right`: SRPO)",
-    )
-    teacher: Annotated[TrustRegion | Credit, Field(discriminator="kind")] | None = Field(
-        default=None, description="how the teacher's log-probabilities shape the outcome; null: not at all"
-    )
+    std: Literal["unbiased", "biased", "none"] = "unbiased"
+    """normalise by the group's standard deviation with n - 1 (`unbiased`) or n (`biased`), or not at all
+    (`none`, Dr. GRPO)"""
+    answers: Literal["all", "right"] = "all"
+    """responses whose advantage counts: all, or only correct ones (`right`: SRPO)"""
+    teacher: Annotated[TrustRegion | Credit, Field(discriminator="kind")] | None = None
+    """how the teacher's log-probabilities shape the outcome; null: not at all"""
 
 
 Sampled = Annotated[
@@ -141,14 +127,11 @@ POLICY_TERMS = ("sampled_reverse_kl", "outcome")
 class ClipRatio(Strict):
     """PPO clipping range of the ratio pi / pi_old in policy terms."""
 
-    low: Annotated[float, Field(gt=0.0, lt=1.0, strict=True)] = Field(
-        default=0.2, description="lower bound is 1 - low"
-    )
+    low: OpenFraction = 0.2
+    """lower bound is 1 - low"""
     high: Positive = Field(default=0.28, description="upper bound is 1 + high")
-    dual: Annotated[float, Field(gt=1.0, allow_inf_nan=False, strict=True)] | None = Field(
-        default=None,
-        description="upper bound of the ratio for negative advantages (dual-clip PPO); null: no bound",
-    )
+    dual: Annotated[float, Field(gt=1.0, allow_inf_nan=False, strict=True)] | None = None
+    """upper bound of the ratio for negative advantages (dual-clip PPO); null: no bound"""
 
 
 class NoCorrection(Strict):
@@ -194,16 +177,8 @@ class SequenceMask(Band):
     high: Positive = Field(default=1.002, description="largest mean ratio that is not masked")
 
 
-def correction_shorthand(value: Any) -> Any:
-    """Expand a kind to that correction with its defaults."""
-    return {"kind": value} if isinstance(value, str) else value
-
-
+_Correction = Annotated[NoCorrection | Truncate | Mask | SequenceMask, Field(discriminator="kind")]
+_CorrectionKind = Literal["none", "truncate", "mask", "sequence_mask"]
 Correction = Annotated[
-    Annotated[NoCorrection | Truncate | Mask | SequenceMask, Field(discriminator="kind")],
-    BeforeValidator(
-        correction_shorthand,
-        json_schema_input_type=Literal["none", "truncate", "mask", "sequence_mask"]
-        | Annotated[NoCorrection | Truncate | Mask | SequenceMask, Field(discriminator="kind")],
-    ),
+    _Correction, BeforeValidator(kind_shorthand, json_schema_input_type=_CorrectionKind | _Correction)
 ]

@@ -6,32 +6,27 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import TypeAdapter, ValidationError
+from typing import Any
 
 from mergeopd.config.folders import Missing, absolute, existing_file, existing_model, unwritable
 from mergeopd.config.load import load
 from mergeopd.config.locate import Origins
 from mergeopd.config.tree import Keys, plain
 from mergeopd.config.validate import problems_of
-from mergeopd.config.values import FunctionPath
 from mergeopd.distributed.launch import available_cores
 from mergeopd.errors import Problem
 from mergeopd.messages import shown
 from mergeopd.recipe import checks
-from mergeopd.recipe.bridge_checks import bridge_problems
 from mergeopd.recipe.cards import CardFile, ResolvedTeachers, read_cards, resolve_teachers
 from mergeopd.recipe.hints import HINTS
-from mergeopd.recipe.models import Student, Teacher, TeacherRef
-from mergeopd.recipe.objective_checks import objective_problems
+from mergeopd.recipe.models import Student
+from mergeopd.recipe.objective_checks import bridge_problems, objective_problems
+from mergeopd.recipe.parts import Parts
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
-from mergeopd.recipe.schema import NAMED, RENAMED, SHORTHANDS, EvalSource, Recipe, Reports, TrainSource
+from mergeopd.recipe.schema import NAMED, SHORTHANDS, Recipe
 from mergeopd.recipe.self_teacher_checks import idle_problems, rule_problems, self_plans
 from mergeopd.recipe.sources import Router, SourceResolver
-from mergeopd.recipe.training import AnyRollout, Optimizer, Phase
-
-T = TypeVar("T")
+from mergeopd.recipe.training import AnyRollout, Phase
 
 
 @dataclass(frozen=True)
@@ -75,7 +70,7 @@ def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str]
         of_schema = () if root is None else _schema_problems(plain(root), origins, complete=False)
         return Resolution(None, _ordered(loaded.problems, of_schema, origins), origins)
     data = plain(root)
-    parts = _Parts.of(data)
+    parts = Parts(data)
     cards = read_cards(parts.teachers, root, env)
     roots = {n: c.root for n, c in cards.items() if isinstance(c, CardFile) and c.root is not None}
     origins = Origins(file, root, roots)
@@ -102,9 +97,7 @@ def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str]
 
 
 def _schema_problems(data: Any, origins: Origins, *, complete: bool) -> tuple[Problem, ...]:
-    return problems_of(
-        Recipe, data, origins, complete=complete, also_allowed=("extends",), renamed=RENAMED, hints=HINTS
-    )
+    return problems_of(Recipe, data, origins, complete=complete, also_allowed=("extends",), hints=HINTS)
 
 
 def _ordered(first: Sequence[Problem], later: Sequence[Problem], origins: Origins) -> tuple[Problem, ...]:
@@ -113,77 +106,10 @@ def _ordered(first: Sequence[Problem], later: Sequence[Problem], origins: Origin
     return origins.in_order([*first, *(problem for problem in later if problem.location not in reported)])
 
 
-_TEACHER: TypeAdapter[TeacherRef] = TypeAdapter(Teacher)
-_ALLOW_CODE: TypeAdapter[tuple[str, ...]] = TypeAdapter(tuple[FunctionPath, ...])
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """The sections and entries that are valid by themselves.
-
-    `names` are all teachers, including those with an invalid entry; `all_*`: every entry is valid.
-    """
-
-    student: Student | None
-    names: tuple[str, ...]
-    teachers: Mapping[str, TeacherRef]
-    prompts: Mapping[int, TrainSource]
-    all_prompts: bool
-    rollout: AnyRollout | None
-    phases: Mapping[int, Phase]
-    all_phases: bool
-    optimizer: Optimizer | None
-    eval_sources: Mapping[int, EvalSource]
-    allow_code: tuple[str, ...] | None
-    report: Reports | None
-    output: str | None
-
-    @staticmethod
-    def of(data: Mapping[str, Any]) -> _Parts:
-        section = {name: data.get(name, {}) for name in ("rollout", "optimizer", "evaluation")}
-        teachers = data["teachers"] if isinstance(data.get("teachers"), dict) else {}
-        prompts, phases = _entries(data, "prompts"), _entries(data, "phases")
-        evaluation = section["evaluation"] if isinstance(section["evaluation"], dict) else {}
-        valid_prompts, valid_phases = _all_valid(TrainSource, prompts), _all_valid(Phase, phases)
-        return _Parts(
-            student=_valid(TypeAdapter(Student), data.get("student")),
-            names=tuple(teachers),
-            teachers={
-                n: ref for n, value in teachers.items() if (ref := _valid(_TEACHER, value)) is not None
-            },
-            prompts=valid_prompts,
-            all_prompts=bool(prompts) and len(valid_prompts) == len(prompts),
-            rollout=_valid(TypeAdapter(AnyRollout), section["rollout"]),
-            phases=valid_phases,
-            all_phases=bool(phases) and len(valid_phases) == len(phases),
-            optimizer=_valid(TypeAdapter(Optimizer), section["optimizer"]),
-            eval_sources=_all_valid(EvalSource, _entries(evaluation, "prompts")),
-            allow_code=_valid(_ALLOW_CODE, data.get("allow_code", [])),
-            report=_valid(TypeAdapter(Reports), data.get("report", {})),
-            output=data["output"] if isinstance(data.get("output"), str) else None,
-        )
-
-
-def _valid(adapter: TypeAdapter[T], value: Any) -> T | None:
-    try:
-        return adapter.validate_python(value)
-    except ValidationError:
-        return None
-
-
-def _entries(data: Mapping[str, Any], name: str) -> list[Any]:
-    return data[name] if isinstance(data.get(name), list) else []
-
-
-def _all_valid(model: type[T], values: list[Any]) -> dict[int, T]:
-    adapter = TypeAdapter(model)
-    return {i: part for i, value in enumerate(values) if (part := _valid(adapter, value)) is not None}
-
-
 class _Resolver:
     """Finds the files that the parts name, and checks the parts against each other."""
 
-    def __init__(self, parts: _Parts, with_cards: ResolvedTeachers, origins: Origins, is_valid: bool) -> None:
+    def __init__(self, parts: Parts, with_cards: ResolvedTeachers, origins: Origins, is_valid: bool) -> None:
         self.parts = parts
         self.with_cards = with_cards
         self.origins = origins
@@ -219,11 +145,9 @@ class _Resolver:
         # These checks need all sources and all cards.
         self.routed = parts.all_prompts and all_cards and not unrouted and self.is_valid
         if self.routed:
-            self.problems += checks.unused_teachers(parts.names, weights, origins)
+            self.problems += checks.unused_teachers(parts, weights, origins)
         if parts.names:
-            self.experts, problems = checks.experts(
-                parts.eval_sources, parts.prompts, weights if self.routed else None, parts.names, origins
-            )
+            self.experts, problems = checks.experts(parts, weights if self.routed else None, origins)
             self.problems += problems
         self.problems += checks.report_problems(parts.report, origins)
         self._check_phases(any(problem.path.endswith(".domain") for problem in unrouted))
@@ -255,50 +179,40 @@ class _Resolver:
 
     def _check_output(self) -> None:
         path = self._output()
-        if path is not None and os.path.exists(path) and not os.path.isdir(path):
-            message = f"'{self.parts.output}' is a file"
-            self.problems.append(self.origins.problem(("output",), message, "name a folder for the run"))
-        elif path is not None and (obstacle := unwritable(path)) is not None:
-            where = shown(obstacle)
-            cause = f"no permission to write to {where}" if obstacle.is_dir() else f"{where} is not a folder"
-            message = f"'{self.parts.output}' cannot be written: {cause}"
-            self.problems.append(
-                self.origins.problem(("output",), message, "name another folder for the run")
-            )
+        obstacle = None if path is None else unwritable(path)
+        if obstacle is None:
+            return
+        where, written, remedy = shown(obstacle), self.parts.output, "name another folder for the run"
+        cause = f"no permission to write to {where}" if obstacle.is_dir() else f"{where} is not a folder"
+        message = f"'{written}' cannot be written: {cause}"
+        if obstacle == path and not obstacle.is_dir():
+            message, remedy = f"'{written}' is a file", "name a folder for the run"
+        self.problems.append(self.origins.problem(("output",), message, remedy))
 
     def _resolve_sources(self, weights: Mapping[int, Mapping[str, float]]) -> None:
         resolver = SourceResolver(self.origins, self.parts.allow_code)
         for index, source in self.parts.prompts.items():
             teachers = {name: weight for name, weight in weights[index].items() if weight}
-            plan = resolver.resolve(source, ("prompts", index), teachers)
-            if plan is not None:
+            if plan := resolver.resolve(source, ("prompts", index), teachers):
                 self.sources[index] = plan
         for index, measured in self.parts.eval_sources.items():
-            plan = resolver.resolve(measured, ("evaluation", "prompts", index), {})
-            if plan is not None:
+            if plan := resolver.resolve(measured, ("evaluation", "prompts", index), {}):
                 self.eval_sources[index] = plan
         self.problems += resolver.problems
 
     def _check_phases(self, domains_doubtful: bool) -> None:
         parts, origins = self.parts, self.origins
-        self.problems += checks.phase_problems(parts.phases, parts.rollout, origins)
-        bridges = [ref.bridge for ref in parts.teachers.values() if ref.bridge is not None]
-        spans = any(bridge.kind == "span" for bridge in bridges)
-        self.problems += objective_problems(
-            parts.phases, parts.prompts, parts.all_prompts, parts.rollout, origins, spans=spans
-        )
-        self.problems += bridge_problems(parts.teachers, parts.phases, parts.student, origins)
+        self.problems += checks.phase_problems(parts, origins)
+        self.problems += objective_problems(parts, origins)
+        self.problems += bridge_problems(parts, origins)
         if parts.all_prompts and not domains_doubtful:
-            domains = tuple(dict.fromkeys(source.domain for source in parts.prompts.values()))
-            self.problems += checks.balance_problems(parts.phases, domains, origins)
+            self.problems += checks.balance_problems(parts, origins)
         if parts.all_phases:
-            of_rules = list(rule_problems(parts.teachers, parts.phases, origins))
+            self.problems += checks.schedule_problems(parts, origins)
+            of_rules = list(rule_problems(parts, origins))
             if not of_rules and parts.names and len(parts.teachers) == len(parts.names):
-                self.problems += idle_problems(parts.teachers, parts.phases, origins)
+                self.problems += idle_problems(parts, origins)
             self.problems += of_rules
-        if parts.all_phases and parts.optimizer is not None:
-            num_updates = sum(phase.updates for phase in parts.phases.values())
-            self.problems += checks.schedule_problems(parts.optimizer, num_updates, origins)
 
     def plan(self, recipe: Recipe, file: Path) -> Plan:
         """Create the plan of a recipe without problems."""
@@ -313,22 +227,16 @@ class _Resolver:
                 max_new_tokens=recipe.evaluation.max_new_tokens or recipe.rollout.max_new_tokens,
                 batch_size=recipe.evaluation.batch_size,
             )
-        return Plan(
-            name=recipe.name,
-            recipe_file=os.path.abspath(file),
-            seed=recipe.seed,
-            threads=recipe.threads or available_cores(),
-            student=self.student,
-            teachers=self.teachers,
-            sources=tuple(self.sources.values()),
-            rollout=recipe.rollout,
-            phases=recipe.phases,
-            optimizer=recipe.optimizer,
-            evaluation=evaluation,
-            checkpoint=recipe.checkpoint,
-            allow_code=recipe.allow_code,
-            memory=recipe.memory,
-            report=recipe.report,
-            text_cache=str(absolute(recipe.text_cache, self.origins.place(("text_cache",)).base)),
-            output=str(output),
-        )
+        text_cache = absolute(recipe.text_cache, self.origins.place(("text_cache",)).base)
+        resolved = {
+            "recipe_file": os.path.abspath(file),
+            "threads": recipe.threads or available_cores(),
+            "student": self.student,
+            "teachers": self.teachers,
+            "sources": tuple(self.sources.values()),
+            "evaluation": evaluation,
+            "text_cache": str(text_cache),
+            "output": str(output),
+        }
+        same = {name: value for name, value in recipe if name in Plan.model_fields}
+        return Plan.model_validate(same | resolved)

@@ -1,7 +1,8 @@
 """The schema of recipes.
 
-Field descriptions are user documentation: editors show them through the JSON Schema. Validators must raise
-ValueError, because other errors would pass through pydantic and lose their location.
+Field descriptions are user documentation: editors show them through the JSON Schema. A description that does
+not fit beside its field is the docstring below it. Validators must raise ValueError, because other errors
+would pass through pydantic and lose their location.
 
 Values are strict: a quoted number is text, and a boolean is not a number. Paths are relative to the project
 folder: the parent of the nearest folder named `recipes` (`teachers` for a card) above the file that contains
@@ -15,12 +16,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from mergeopd.config.values import FunctionPath, Name, PositiveInt, Strict, Weight
+from mergeopd.config.values import (
+    Flag,
+    FunctionPath,
+    Name,
+    Positive,
+    PositiveInt,
+    Strict,
+    Weight,
+    kind_shorthand,
+)
 from mergeopd.recipe.loss_terms import SHORT_TERMS, loss_shorthand
 from mergeopd.recipe.models import Student, Teacher, card_shorthand
-from mergeopd.recipe.policy_terms import correction_shorthand, weight_shorthand
+from mergeopd.recipe.policy_terms import weight_shorthand
 from mergeopd.recipe.training import AnyRollout, LocalRollout, Optimizer, Phase
-from mergeopd.recipe.verifiers import VerifierOrKind, kind_shorthand
+from mergeopd.recipe.verifiers import VerifierOrKind
 
 
 def _teachers_shorthand(value: Any) -> Any:
@@ -51,43 +61,33 @@ class PromptSource(Strict):
     domain: Name = Field(
         description="domain of the prompts; selects teachers, and groups budgets and reports"
     )
-    verifier: VerifierOrKind | None = Field(
-        default=None, description="verifier that grades responses; shorthand: its kind"
-    )
-    prompt_field: str = Field(
-        default="prompt", description="field with the prompt: text, or a list of `{role, content}` messages"
-    )
-    reference_field: str = Field(
-        default="answer", description="field with the reference answer that the verifier compares with"
-    )
+    verifier: VerifierOrKind | None = None
+    """verifier that grades responses; shorthand: its kind"""
+    prompt_field: str = "prompt"
+    """field with the prompt: text, or a list of `{role, content}` messages"""
+    reference_field: str = "answer"
+    """field with the reference answer that the verifier compares with"""
 
 
 class TrainSource(PromptSource):
     """Prompts to train on."""
 
-    teachers: Routing | None = Field(
-        default=None,
-        description="teacher, or teachers with weights; default: every teacher whose card lists the domain",
-    )
-    share: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)] = Field(
-        default=1.0, description="how often prompts of this source are drawn, relative to the other sources"
-    )
-    response_field: str = Field(
-        default="response",
-        description="field with a prepared response, for phases with `text: dataset`: text, or a "
-        "trajectory (a list of `{role, content}` messages from the assistant's first to its "
-        "last; only assistant messages are in the loss)",
-    )
+    teachers: Routing | None = None
+    """teacher, or teachers with weights; default: every teacher whose card lists the domain"""
+    share: Positive = 1.0
+    """how often prompts of this source are drawn, relative to the other sources"""
+    response_field: str = "response"
+    """field with a prepared response, for phases with `text: dataset`: text, or a trajectory (a list of
+    `{role, content}` messages from the assistant's first to its last; only assistant messages are in the
+    loss)"""
 
 
 class EvalSource(PromptSource):
     """Held-out prompts for evaluation; never trained on."""
 
     verifier: VerifierOrKind = Field(description="verifier that grades responses; shorthand: its kind")
-    expert: Name | None = Field(
-        default=None,
-        description="teacher to compare with; default: the teacher with the largest weight for the domain",
-    )
+    expert: Name | None = None
+    """teacher to compare with; default: the teacher with the largest weight for the domain"""
     limit: PositiveInt | None = Field(default=None, description="evaluate on the first N prompts only")
 
 
@@ -96,12 +96,10 @@ class Evaluation(Strict):
     `mergeopd eval`.
     """
 
-    prompts: Annotated[tuple[EvalSource, ...], Field(min_length=1)] = Field(
-        description="evaluation sources, one entry per file"
-    )
-    max_new_tokens: PositiveInt | None = Field(
-        default=None, description="maximum response length, in tokens; default: `rollout.max_new_tokens`"
-    )
+    prompts: Annotated[tuple[EvalSource, ...], Field(min_length=1)]
+    """evaluation sources, one entry per file"""
+    max_new_tokens: PositiveInt | None = None
+    """maximum response length, in tokens; default: `rollout.max_new_tokens`"""
     batch_size: PositiveInt = Field(default=256, description="sequences decoded together")
 
 
@@ -115,21 +113,15 @@ class Checkpoints(Strict):
 class Memory(Strict):
     """Limit on main memory for data that can be spilled to disk."""
 
-    hidden_states_gib: Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)] = Field(
-        default=8.0,
-        description="GiB of main memory for one round's teacher hidden states; the rest is written to the "
-        "run folder",
-    )
+    hidden_states_gib: Weight = 8.0
+    """GiB of main memory for one round's teacher hidden states; the rest is written to the run folder"""
 
 
 class Reports(Strict):
     """Output besides the terminal display, metrics.jsonl and report.html."""
 
-    tensorboard: Annotated[bool, Field(strict=True)] = Field(
-        default=False,
-        description="write TensorBoard events to `tensorboard/` in the run folder; requires "
-        "`mergeopd[tensorboard]`",
-    )
+    tensorboard: Flag = False
+    """write TensorBoard events to `tensorboard/` in the run folder; requires `mergeopd[tensorboard]`"""
 
 
 class Recipe(Strict):
@@ -137,43 +129,31 @@ class Recipe(Strict):
 
     recipe: Literal[1] = Field(description="version of the recipe format")
     name: Name = Field(description="display name of the merge")
-    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = Field(
-        default=0, description="seed of all random numbers"
-    )
-    threads: PositiveInt | None = Field(
-        default=None, description="number of CPU threads; default: the number of cores"
-    )
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
+    """seed of all random numbers"""
+    threads: PositiveInt | None = None
+    """number of CPU threads; default: the number of cores"""
     student: Student = Field(description="the model to train")
-    teachers: dict[Name, Teacher] = Field(
-        min_length=1,
-        description="the experts, by the names that `prompts` use; each entry is a mapping or the path of "
-        "a card",
-    )
-    prompts: Annotated[tuple[TrainSource, ...], Field(min_length=1)] = Field(
-        description="training sources, one entry per file"
-    )
+    teachers: dict[Name, Teacher] = Field(min_length=1)
+    """the experts, by the names that `prompts` use; each entry is a mapping or the path of a card"""
+    prompts: Annotated[tuple[TrainSource, ...], Field(min_length=1)]
+    """training sources, one entry per file"""
     rollout: AnyRollout = Field(default=LocalRollout(), description="how responses are sampled")
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = Field(description="training phases, in order")
     optimizer: Optimizer = Field(default=Optimizer(), description="optimizer settings")
     evaluation: Evaluation | None = Field(default=None, description="evaluation after the run; default: none")
     checkpoint: Checkpoints = Field(default=Checkpoints(), description="how often the run is saved")
-    allow_code: tuple[FunctionPath, ...] = Field(
-        default=(), description="Python functions that this recipe may import and call"
-    )
+    allow_code: tuple[FunctionPath, ...] = ()
+    """Python functions that this recipe may import and call"""
     memory: Memory = Field(default=Memory(), description="limit on main memory")
     report: Reports = Field(default=Reports(), description="additional reports")
-    text_cache: str = Field(
-        default=".mergeopd/texts",
-        description="folder for teacher responses and vocabulary maps, shared between runs",
-    )
+    text_cache: str = ".mergeopd/texts"
+    """folder for teacher responses and vocabulary maps, shared between runs"""
     output: str = Field(description="run folder")
 
 
 # Sections of named entries. null removes an entry of an extended recipe: `teachers: {math: null}`.
 NAMED = ("teachers",)
-
-# New names of keys from earlier versions, in any section.
-RENAMED = {"teach": "distill_on"}
 
 # Paths that accept a short form, with the function that expands it; `*` is any name or index. `extends` and
 # `--set` expand a short form before they change a value below it.
@@ -183,6 +163,6 @@ SHORTHANDS: dict[tuple[str, ...], Callable[[Any], Any]] = {
     ("prompts", "*", "teachers"): _teachers_shorthand,
     ("evaluation", "prompts", "*", "verifier"): kind_shorthand,
     ("phases", "*", "loss"): loss_shorthand,
-    ("phases", "*", "correction"): correction_shorthand,
+    ("phases", "*", "correction"): kind_shorthand,
     **{("phases", "*", "loss", term): weight_shorthand for term in SHORT_TERMS},
 }

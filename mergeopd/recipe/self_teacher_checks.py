@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from mergeopd.config.locate import Origins
 from mergeopd.errors import Problem
 from mergeopd.recipe.models import SnapshotRule, Student, TeacherRef
+from mergeopd.recipe.parts import Parts
 from mergeopd.recipe.plan import TeacherPlan
-from mergeopd.recipe.training import Phase
 
 
 def self_plans(refs: Mapping[str, TeacherRef], student: Student) -> dict[str, TeacherPlan]:
@@ -32,16 +32,12 @@ def self_plans(refs: Mapping[str, TeacherRef], student: Student) -> dict[str, Te
     }
 
 
-def rule_problems(
-    refs: Mapping[str, TeacherRef], phases: Mapping[int, Phase], origins: Origins
-) -> Iterator[Problem]:
-    """Report snapshots that always equal the student, or that are never updated.
-
-    `phases` must be all phases of the recipe.
-    """
+def rule_problems(parts: Parts, origins: Origins) -> Iterator[Problem]:
+    """Report snapshots that always equal the student, or are never updated. Every phase must be valid."""
+    phases = parts.phases
     num_updates = sum(phase.updates for phase in phases.values())
     last_start = num_updates - phases[len(phases) - 1].updates_per_round
-    for name, ref in refs.items():
+    for name, ref in parts.teachers.items():
         every = ref.student.every if isinstance(ref.student, SnapshotRule) else None
         if every is None:
             continue
@@ -63,17 +59,15 @@ def rule_problems(
             )
 
 
-def idle_problems(
-    refs: Mapping[str, TeacherRef], phases: Mapping[int, Phase], origins: Origins
-) -> Iterator[Problem]:
+def idle_problems(parts: Parts, origins: Origins) -> Iterator[Problem]:
     """Report a first phase in which all teachers equal the student and there is no other loss.
 
-    Its gradient would be rounding noise, which AdamW scales to full steps. `refs` and `phases` must be all of
-    the recipe's.
+    Its gradient would be rounding noise, which AdamW scales to full steps. Every teacher and phase
+    must be valid.
     """
-    first = phases[0]
+    first = parts.phases[0]
     # At the start of a run, all snapshots equal the student.
-    differs = any(ref.student is None or ref.system or ref.prompt for ref in refs.values())
+    differs = any(ref.student is None or ref.system or ref.prompt for ref in parts.teachers.values())
     if differs or first.loss.has_outcome or first.loss.nll:
         return
     yield origins.problem(

@@ -18,7 +18,7 @@ from mergeopd.messages import shown
 from mergeopd.recipe.checks import missing_package
 from mergeopd.recipe.models import TeacherRef
 from mergeopd.recipe.plan import SourcePlan
-from mergeopd.recipe.schema import EvalSource, PromptSource, TrainSource
+from mergeopd.recipe.schema import PromptSource, TrainSource
 from mergeopd.recipe.verifiers import JsonVerifier, UserVerifier, Verifier
 
 PROMPT_SUFFIXES = (".jsonl", ".parquet")
@@ -42,18 +42,10 @@ class SourceResolver:
         verifier = self._verifier(source.verifier, (*path, "verifier"))
         if file is None or len(self.problems) > before:
             return None
-        return SourcePlan(
-            name=self._name(file),
-            source=str(file),
-            domain=source.domain,
-            verifier=verifier,
-            prompt_field=source.prompt_field,
-            reference_field=source.reference_field,
-            response_field=source.response_field if isinstance(source, TrainSource) else None,
-            teachers=dict(teachers),
-            share=source.share if isinstance(source, TrainSource) else 1.0,
-            limit=source.limit if isinstance(source, EvalSource) else None,
-        )
+        absent = {"response_field": None, "share": 1.0, "limit": None}  # of the other kind of source
+        same = {name: value for name, value in source if name in SourcePlan.model_fields}
+        resolved = {"name": self._name(file), "source": str(file), "verifier": verifier, "teachers": teachers}
+        return SourcePlan.model_validate(absent | same | resolved)
 
     def report(self, path: Keys, message: str, remedy: str = "") -> None:
         self.problems.append(self.origins.problem(path, message, remedy))
@@ -71,11 +63,11 @@ class SourceResolver:
         base = self.origins.place(where).base
         file = existing_file(source.source, base, "prompt file", PROMPT_SUFFIXES)
         if isinstance(file, Missing):
+            message, remedy = file.message, file.remedy
             if is_hub_id(source.source, base) and not source.source.endswith(PROMPT_SUFFIXES):
                 message = f"'{source.source}' is not a local file, and data sets are not fetched from a hub"
-                self.report(where, message, _conversion(source.source, f"{Path(source.source).name}.jsonl"))
-            else:
-                self.report(where, file.message, file.remedy)
+                remedy = _conversion(source.source, f"{Path(source.source).name}.jsonl")
+            self.report(where, message, remedy)
             return None
         if file.suffix not in PROMPT_SUFFIXES:
             message = f"'{source.source}' is neither .jsonl nor .parquet"
@@ -158,28 +150,21 @@ class Router:
 
     def problems(self, source: TrainSource, path: Keys) -> list[Problem]:
         """Report unknown teachers, and sources without a teacher or with zero weights only."""
-        if source.teachers is None:
-            if self.weights(source) or not self.all_cards:
-                return self._zero_weights(source, (*path, "domain"))
+        weights, written = self.weights(source), source.teachers
+        where: Keys = (*path, "domain" if written is None else "teachers")
+        if written is None and not weights and self.all_cards:
             listed = {domain for domains in self.domains.values() for domain in domains}
             remedy = did_you_mean(source.domain, listed, "name `teachers` here, or add the domain to a card")
             message = f"no teacher is named, and no card lists the domain '{source.domain}'"
-            return [self.origins.problem((*path, "domain"), message, remedy)]
-        unknown = [
-            self.origins.problem(
-                (*path, "teachers", name),
-                f"unknown teacher '{name}'",
-                did_you_mean(name, self.named, f"teachers are {', '.join(self.named)}"),
-                key=True,
-            )
-            for name in source.teachers
-            if name not in self.named
-        ]
-        return unknown or self._zero_weights(source, (*path, "teachers"))
-
-    def _zero_weights(self, source: TrainSource, path: Keys) -> list[Problem]:
-        weights = self.weights(source)
-        if not weights or any(weights.values()) or any(n not in self.refs for n in source.teachers or ()):
-            return []
-        message = f"every teacher has weight 0 here ({', '.join(weights)})"
-        return [self.origins.problem(path, message, "give one a positive weight")]
+            return [self.origins.problem(where, message, remedy)]
+        problems = []
+        for name in written or ():
+            if name not in self.named:
+                remedy = did_you_mean(name, self.named, f"teachers are {', '.join(self.named)}")
+                problems.append(
+                    self.origins.problem((*where, name), f"unknown teacher '{name}'", remedy, key=True)
+                )
+        if weights and not any(weights.values()) and all(name in self.refs for name in written or ()):
+            message = f"every teacher has weight 0 here ({', '.join(weights)})"
+            problems.append(self.origins.problem(where, message, "give one a positive weight"))
+        return problems

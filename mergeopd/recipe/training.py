@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from mergeopd.config.values import Fraction, Name, PositiveInt, Strict, Weight
+from mergeopd.config.values import Fraction, Name, Positive, PositiveInt, Strict, Weight
 from mergeopd.recipe.loss_terms import LossOrTerm
 from mergeopd.recipe.policy_terms import ClipRatio, Correction, NoCorrection, WeightRamp, amount_at
 from mergeopd.rollout.protocol import EngineCapabilities
@@ -18,17 +18,13 @@ class RolloutSettings(Strict):
 
     engine: str
     samples_per_prompt: PositiveInt = Field(default=1, description="responses per prompt and round")
-    temperature: Annotated[float, Field(gt=0.0, le=10.0, strict=True)] = Field(
-        default=1.0, description="sampling temperature"
-    )
-    top_p: Annotated[float, Field(gt=0.0, le=1.0, strict=True)] = Field(
-        default=1.0,
-        description="nucleus sampling: sample from the smallest set of tokens with this total probability",
-    )
+    temperature: Annotated[float, Field(gt=0.0, le=10.0, strict=True)] = 1.0
+    """sampling temperature"""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0, strict=True)] = 1.0
+    """nucleus sampling: sample from the smallest set of tokens with this total probability"""
     max_new_tokens: PositiveInt = Field(default=256, description="maximum response length, in tokens")
-    stop: tuple[str, ...] = Field(
-        default=(), description="strings that end a response, in addition to the end token"
-    )
+    stop: tuple[str, ...] = ()
+    """strings that end a response, in addition to the end token"""
     batch_size: PositiveInt = Field(default=256, description="sequences decoded together")
 
 
@@ -37,9 +33,8 @@ class LocalRollout(RolloutSettings):
 
     capabilities: ClassVar = EngineCapabilities(returns_logprobs=True, is_reproducible=True)
 
-    engine: Literal["local"] = Field(
-        default="local", description="rollout engine that generates the student's responses"
-    )
+    engine: Literal["local"] = "local"
+    """rollout engine that generates the student's responses"""
 
 
 AnyRollout = LocalRollout
@@ -56,9 +51,8 @@ class Ramp(WeightRamp):
 class TextMixture(Strict):
     """Mix on-policy responses with off-policy ones."""
 
-    on_policy_fraction: Fraction | Ramp = Field(
-        description="fraction of prompts to which the student responds (lambda in GKD)"
-    )
+    on_policy_fraction: Fraction | Ramp
+    """fraction of prompts to which the student responds (lambda in GKD)"""
     otherwise: Literal["teacher", "dataset"] = Field(description="origin of the other responses")
 
 
@@ -68,37 +62,26 @@ Text = Literal["student", "teacher", "dataset"] | TextMixture
 class PassRate(Strict):
     """Weight of a prompt's distillation loss: p^a (1 - p)^b, with p the mean reward of its responses."""
 
-    a: Weight = Field(
-        default=1.0,
-        description="exponent of p: larger values reduce the weight of prompts that are rarely solved",
-    )
-    b: Weight = Field(
-        default=1.0,
-        description="exponent of 1 - p: larger values reduce the weight of prompts that are mostly solved",
-    )
+    a: Weight = 1.0
+    """exponent of p: larger values reduce the weight of prompts that are rarely solved"""
+    b: Weight = 1.0
+    """exponent of 1 - p: larger values reduce the weight of prompts that are mostly solved"""
 
 
 class Balance(Strict):
     """Distribution of the loss over domains, prompts and responses."""
 
-    tokens: Literal["off", "equal"] | dict[Name, Weight] = Field(
-        default="off",
-        description="domain shares of the loss, independent of response lengths (Open-MOPD M1): `equal`, "
-        "or a target share per domain",
-    )
-    follow_gap: Annotated[float, Field(ge=0.0, le=2.0, strict=True)] = Field(
-        default=0.0,
-        description="exponent with which a domain's weight follows its remaining teacher-student gap "
-        "(Open-MOPD M2); 0: off",
-    )
-    pass_rate: PassRate | None = Field(
-        default=None, description="weight prompts by how often the student solves them (PACED); null: off"
-    )
-    distill_on: Literal["all", "wrong", "failed_groups"] = Field(
-        default="all",
-        description="responses with a distillation loss: `all`, only incorrect ones (`wrong`), or only "
-        "those of prompts with no correct response (`failed_groups`)",
-    )
+    tokens: Literal["off", "equal"] | dict[Name, Weight] = "off"
+    """domain shares of the loss, independent of response lengths (Open-MOPD M1): `equal`, or a target share
+    per domain"""
+    follow_gap: Annotated[float, Field(ge=0.0, le=2.0, strict=True)] = 0.0
+    """exponent with which a domain's weight follows its remaining teacher-student gap (Open-MOPD M2); 0:
+    off"""
+    pass_rate: PassRate | None = None
+    """weight prompts by how often the student solves them (PACED); null: off"""
+    distill_on: Literal["all", "wrong", "failed_groups"] = "all"
+    """responses with a distillation loss: `all`, only incorrect ones (`wrong`), or only those of prompts with
+    no correct response (`failed_groups`)"""
 
 
 class Phase(Strict):
@@ -106,29 +89,21 @@ class Phase(Strict):
 
     name: Name = Field(description="phase name, unique in the recipe")
     updates: PositiveInt = Field(description="number of optimizer updates")
-    text: Text = Field(
-        default="student",
-        description="origin of the responses: `student` (on-policy), `teacher`, `dataset`, or a mixture",
-    )
+    text: Text = "student"
+    """origin of the responses: `student` (on-policy), `teacher`, `dataset`, or a mixture"""
     loss: LossOrTerm = Field(description="loss to minimise")
     prompts_per_round: PositiveInt = Field(default=64, description="prompts per round")
     updates_per_round: PositiveInt = Field(default=1, description="optimizer updates per round")
-    reduce: Literal["token", "sequence"] = Field(
-        default="token",
-        description="`token`: mean over all tokens of an update; `sequence`: mean over responses of each "
-        "response's token mean",
-    )
-    balance: Balance = Field(
-        default=Balance(), description="distribution of the loss over domains, prompts and responses"
-    )
-    clip_ratio: ClipRatio | None = Field(
-        default=ClipRatio(), description="PPO clipping of policy terms; null: no clipping"
-    )
-    correction: Correction = Field(
-        default=NoCorrection(kind="none"),
-        description="importance weights pi_old / behaviour policy for policy terms, which correct for "
-        "responses sampled by a slightly different policy; shorthand: the kind",
-    )
+    reduce: Literal["token", "sequence"] = "token"
+    """`token`: mean over all tokens of an update; `sequence`: mean over responses of each response's token
+    mean"""
+    balance: Balance = Balance()
+    """distribution of the loss over domains, prompts and responses"""
+    clip_ratio: ClipRatio | None = ClipRatio()
+    """PPO clipping of policy terms; null: no clipping"""
+    correction: Correction = NoCorrection(kind="none")
+    """importance weights pi_old / behaviour policy for policy terms, which correct for responses sampled by a
+    slightly different policy; shorthand: the kind"""
     lr_scale: Weight = Field(default=1.0, description="factor on the learning rate during this phase")
 
 
@@ -136,27 +111,20 @@ class Optimizer(Strict):
     """AdamW; the learning-rate schedule spans all phases."""
 
     lr: Weight = Field(default=1e-6, description="peak learning rate")
-    betas: tuple[Fraction, Fraction] = Field(
-        default=(0.9, 0.95), description="decay rates of the running means of the gradient and of its square"
-    )
-    eps: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)] = Field(
-        default=1e-8, description="constant added to the denominator"
-    )
-    weight_decay: Weight = Field(
-        default=0.0, description="decoupled weight decay of matrices; biases and norms are not decayed"
-    )
-    warmup_updates: Annotated[int, Field(ge=0, strict=True)] = Field(
-        default=0, description="updates of linear warm-up"
-    )
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="learning-rate schedule after the warm-up, until the last update"
-    )
-    final_lr_fraction: Fraction = Field(
-        default=0.0, description="final learning rate of `linear` and `cosine`, as a fraction of `lr`"
-    )
-    clip_grad: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)] | None = Field(
-        default=1.0, description="maximum gradient norm; null: no clipping"
-    )
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """decay rates of the running means of the gradient and of its square"""
+    eps: Positive = 1e-8
+    """constant added to the denominator"""
+    weight_decay: Weight = 0.0
+    """decoupled weight decay of matrices; biases and norms are not decayed"""
+    warmup_updates: Annotated[int, Field(ge=0, strict=True)] = 0
+    """updates of linear warm-up"""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """learning-rate schedule after the warm-up, until the last update"""
+    final_lr_fraction: Fraction = 0.0
+    """final learning rate of `linear` and `cosine`, as a fraction of `lr`"""
+    clip_grad: Positive | None = 1.0
+    """maximum gradient norm; null: no clipping"""
 
 
 def on_policy_fraction(phase: Phase, updates_done: int) -> float:

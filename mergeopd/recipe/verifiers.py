@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from mergeopd.config.values import FunctionPath, Strict, Weight
+from mergeopd.config.values import Flag, FunctionPath, Strict, Weight, kind_shorthand
 
 MAX_PATTERN_LENGTH = 10_000
 
@@ -39,9 +39,8 @@ class ExactVerifier(Strict):
     """Correct when the response, stripped of surrounding white space, equals the reference."""
 
     kind: Literal["exact"] = Field(description="verifier kind")
-    ignore_case: Annotated[bool, Field(strict=True)] = Field(
-        default=False, description="compare case-insensitively"
-    )
+    ignore_case: Flag = False
+    """compare case-insensitively"""
 
 
 class RegexVerifier(Strict):
@@ -77,10 +76,8 @@ class JsonVerifier(Strict):
     """Correct when the response is JSON and equal to the reference, ignoring key order and white space."""
 
     kind: Literal["json"] = Field(description="verifier kind")
-    schema_file: str | None = Field(
-        default=None,
-        description="JSON Schema file; the response must then satisfy the schema, and no reference is needed",
-    )
+    schema_file: str | None = None
+    """JSON Schema file; the response must then satisfy the schema, and no reference is needed"""
     timeout_s: Timeout = 2.0
 
 
@@ -114,18 +111,10 @@ Verifier = Annotated[
 KINDS: tuple[str, ...] = tuple(
     get_args(model.model_fields["kind"].annotation)[0] for model in get_args(get_args(Verifier)[0])
 )
-"""What `verifier.kind` can be."""
+"""Values of `verifier.kind`."""
 
 
-def kind_shorthand(value: Any) -> Any:
-    """Expand a kind to that verifier with its defaults."""
-    return {"kind": value} if isinstance(value, str) else value
-
-
+_ShortKind = Literal["exact", "number", "json", "math"]  # those that need no settings
 VerifierOrKind = Annotated[
-    Verifier,
-    BeforeValidator(
-        kind_shorthand,
-        json_schema_input_type=Literal["exact", "number", "json", "math"] | Verifier,
-    ),
+    Verifier, BeforeValidator(kind_shorthand, json_schema_input_type=_ShortKind | Verifier)
 ]

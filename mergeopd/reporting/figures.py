@@ -14,7 +14,7 @@ MEASURES: Mapping[str, TermDisplay] = {
     **{key: row for key, row in TERMS.items() if key not in ("outcome", "nll")},
     **BRIDGES,
 }
-"""What a teacher's tokens or groups can be measured by."""
+"""Measures of a teacher's tokens or groups."""
 
 
 @dataclass(frozen=True, slots=True)

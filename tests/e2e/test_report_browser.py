@@ -1,4 +1,4 @@
-"""The report of a real run in a real browser: it loads nothing, complains of nothing, fits the screen."""
+"""The report of a real run in a real browser: no requests, no errors in the console, a layout that fits."""
 
 from __future__ import annotations
 

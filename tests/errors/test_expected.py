@@ -111,7 +111,9 @@ def test_the_text_is_exactly_as_expected(case: Path, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("case", PREFLIGHT_CASES, ids=lambda case: case.name)
-def test_what_the_recipe_names(case: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_text_of_mistakes_in_named_files(
+    case: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compare(case, check_everything, tmp_path, monkeypatch)
 
 

@@ -31,6 +31,10 @@ CLEAN = (
     "mergeopd/student",
     "mergeopd/teacher",
     "teachers",
+    "tests/errors",
+    "tests/unit/config",
+    "tests/unit/recipe",
+    "tests/unit/reporting",
     "tests/unit/tools",
     "tools/launch",
 )

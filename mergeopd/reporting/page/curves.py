@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from mergeopd.reporting.figures import (
-    DOMAIN_FIGURES,
-    MEASURE_FIGURES,
-    RUN_FIGURES,
-    SECONDS,
-    STAGES,
-    TEACHER_FIGURES,
-    Figure,
-    run_value,
-)
-from mergeopd.reporting.jsonl import UpdateRecord
+from mergeopd.reporting import figures
+from mergeopd.reporting.figures import Figure
+from mergeopd.reporting.jsonl import Numbers, UpdateRecord
 
 MAX_POINTS = 1500
 """Longer runs are shown as means over equal numbers of updates."""
@@ -27,7 +18,6 @@ ACCENT = -1
 _REPEATED_STAGES = ("rollout", "teachers", "update", "checkpoint")
 
 Group = Literal["teachers", "domains", "run"]
-Read = Callable[[UpdateRecord], float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +58,8 @@ class Curves:
         return tuple(chart for chart in self.charts if chart.group == group)
 
     def document(self) -> dict[str, Any]:
-        return {
-            "updates": self.updates,
-            "phases": self.phases,
-            "charts": {
-                chart.id: {
-                    "unit": chart.figure.unit,
-                    "stacked": chart.figure.stacked,
-                    "steady": chart.figure.steady,
-                    "series": [
-                        {"name": s.name, "colour": s.colour, "values": s.values} for s in chart.series
-                    ],
-                }
-                for chart in self.charts
-            },
-        }
+        charts = {c.id: {**asdict(c.figure), "series": [asdict(s) for s in c.series]} for c in self.charts}
+        return {"updates": self.updates, "phases": self.phases, "charts": charts}
 
 
 def build_curves(updates: Sequence[UpdateRecord], max_points: int = MAX_POINTS) -> Curves:
@@ -92,57 +69,54 @@ def build_curves(updates: Sequence[UpdateRecord], max_points: int = MAX_POINTS) 
     is the mean of the known numbers of several updates, at the last of them.
     """
     stretch = max(1, -(-len(updates) // max_points))
-    stretches = [updates[i : i + stretch] for i in range(0, len(updates), stretch)]
     charts = []
     for group, figure, lines in _candidates(updates):
-        if not any(figure.is_informative(read(update)) for _, _, read in lines for update in updates):
-            continue
-        factor = 100.0 if figure.unit == "%" else 1.0
-        series = [
-            Series(name, colour, tuple(_mean(part, read, factor) for part in stretches))
-            for name, colour, read in lines
-        ]
-        charts.append(Chart(group, figure, tuple(s for s in series if set(s.values) != {None})))
+        if any(figure.is_informative(value) for line in lines for value in line.values):
+            factor = 100.0 if figure.unit == "%" else 1.0
+            series = (replace(line, values=_means(line.values, stretch, factor)) for line in lines)
+            charts.append(Chart(group, figure, tuple(s for s in series if set(s.values) != {None})))
     starts = [u for i, u in enumerate(updates) if i == 0 or updates[i - 1].phase != u.phase]
     return Curves(
-        updates=tuple(part[-1].update for part in stretches),
+        updates=tuple(updates[i : i + stretch][-1].update for i in range(0, len(updates), stretch)),
         phases=tuple((update.phase, update.update) for update in starts),
         charts=tuple(charts),
         stretch=stretch,
     )
 
 
-def _candidates(
-    updates: Sequence[UpdateRecord],
-) -> Iterator[tuple[Group, Figure, list[tuple[str, int, Read]]]]:
-    """Yield every possible chart: its group, its figure, and name, colour and value of each line."""
+def _candidates(updates: Sequence[UpdateRecord]) -> Iterator[tuple[Group, Figure, list[Series]]]:
+    """Yield every possible chart: its group, its figure, and its lines with a value per update."""
     teachers = sorted({name for update in updates for name in update.teachers})
     domains = sorted({name for update in updates for name in update.domains})
     # A teacher and a domain of the same name have the same colour.
     colours = {name: index for index, name in enumerate(sorted({*teachers, *domains}))}
 
-    def lines(group: str, names: Sequence[str], key: str) -> list[tuple[str, int, Read]]:
-        return [(name, colours[name], partial(_of_part, group=group, name=name, key=key)) for name in names]
+    def lines(group: str, names: Sequence[str], key: str) -> list[Series]:
+        parts: list[Mapping[str, Numbers]] = [getattr(update, group) for update in updates]
+        return [
+            Series(name, colours[name], tuple(part.get(name, {}).get(key) for part in parts))
+            for name in names
+        ]
 
-    for figure in (*MEASURE_FIGURES.values(), *TEACHER_FIGURES):
+    for figure in (*figures.MEASURE_FIGURES.values(), *figures.TEACHER_FIGURES):
         yield "teachers", figure, lines("teachers", teachers, figure.key)
-    for figure in DOMAIN_FIGURES:
+    for figure in figures.DOMAIN_FIGURES:
         yield "domains", figure, lines("domains", domains, figure.key)
-    for figure in RUN_FIGURES:
-        yield "run", figure, [(figure.title.lower(), ACCENT, partial(run_value, key=figure.key))]
-    stages = [name for name in _REPEATED_STAGES if any(name in update.cost.seconds for update in updates)]
-    yield "run", SECONDS, [(name, STAGES[name][0], partial(_of_stage, name=name)) for name in stages]
+    for figure in figures.RUN_FIGURES:
+        values = tuple(figures.run_value(update, figure.key) for update in updates)
+        yield "run", figure, [Series(figure.title.lower(), ACCENT, values)]
+    seconds = [update.cost.seconds for update in updates]
+    yield (
+        "run",
+        figures.SECONDS,
+        [
+            Series(stage, figures.STAGES[stage][0], tuple(of_update.get(stage) for of_update in seconds))
+            for stage in _REPEATED_STAGES
+        ],
+    )
 
 
-def _of_part(update: UpdateRecord, group: str, name: str, key: str) -> float | None:
-    parts: Mapping[str, Mapping[str, float | None]] = getattr(update, group)
-    return parts[name].get(key) if name in parts else None
-
-
-def _of_stage(update: UpdateRecord, name: str) -> float | None:
-    return update.cost.seconds.get(name)
-
-
-def _mean(part: Sequence[UpdateRecord], read: Read, factor: float) -> float | None:
-    known = [value for update in part if (value := read(update)) is not None]
-    return factor * (sum(known) / len(known)) if known else None
+def _means(values: Sequence[float | None], stretch: int, factor: float) -> tuple[float | None, ...]:
+    parts = (values[i : i + stretch] for i in range(0, len(values), stretch))
+    known = ([value for value in part if value is not None] for part in parts)
+    return tuple(factor * (sum(part) / len(part)) if part else None for part in known)

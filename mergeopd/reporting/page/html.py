@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import cache
@@ -131,17 +132,13 @@ def _status(data: RunData) -> str:
 
 def _seconds(data: RunData) -> dict[str, float]:
     """Return seconds by stage: the result's, else of the updates so far. Time between stages is `other`."""
-    seconds: dict[str, float] = {}
-    if data.result is not None:
-        seconds = dict(data.result.seconds)
-        total = seconds.pop("total", None)
-        rest = total - sum(seconds.values()) if total is not None else 0.0
-        if total and rest > 0.005 * total:
-            seconds["other"] = rest
-    else:
-        for update in data.updates:
-            for stage, value in update.cost.seconds.items():
-                seconds[stage] = seconds.get(stage, 0.0) + value
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for part in [data.result.seconds] if data.result else [update.cost.seconds for update in data.updates]:
+        for stage, value in part.items():
+            seconds[stage] += value
+    total = seconds.pop("total", 0.0)
+    if (rest := total - sum(seconds.values())) > 0.005 * total:
+        seconds["other"] = rest
     return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
 

@@ -74,26 +74,26 @@ def build_legends(samples: Sequence[RolloutSampled]) -> list[tuple[list[str], li
 
 
 def _readings(sample: RolloutSampled) -> list[Reading]:
-    readings = [_reading(sample, name, trace) for name, trace in sorted(sample.teachers.items())]
-    return readings or [_reading(sample, "", None)]
+    """Return the numbers of every teacher; without one, the student's own."""
+    if sample.teachers:
+        return [_reading(sample, name, trace) for name, trace in sorted(sample.teachers.items())]
+    values = tuple(None if value is None else -value for value in sample.logprob_S)
+    return [_reading(sample, "", TeacherTrace(values, (None,) * len(values)))]
 
 
-def _reading(sample: RolloutSampled, teacher: str, trace: TeacherTrace | None) -> Reading:
-    """Return a teacher's numbers; without a trace, the student's own."""
-    values = trace.divergence if trace else tuple(None if v is None else -v for v in sample.logprob_S)
-    teachers = trace.logprob_T if trace else (None,) * len(values)
-    masked = frozenset(trace.masked if trace else ())
-    own = sample.trained or (True,) * len(values)
-    tokens = []
-    for position, (text, *numbers) in enumerate(
-        zip(sample.tokens, values, sample.logprob_S, teachers, strict=True)
-    ):
-        if not own[position]:
+def _reading(sample: RolloutSampled, teacher: str, trace: TeacherTrace) -> Reading:
+    own = sample.trained or (True,) * len(sample.tokens)
+    tokens, known = [], []
+    rows = zip(sample.tokens, own, trace.divergence, sample.logprob_S, trace.logprob_T, strict=True)
+    for position, (text, is_own, *numbers) in enumerate(rows):
+        if not is_own:
             tokens.append(Token(text, 0, "", in_loss=False, given=True))
             continue
+        in_loss = position not in trace.masked
         shown = " ".join("-" if number is None else f"{number:.4g}" for number in numbers)
-        tokens.append(Token(text, level(numbers[0], sample.divergence), shown, position not in masked))
-    known = [value for i, value in enumerate(values) if value is not None and i not in masked and own[i]]
+        tokens.append(Token(text, level(numbers[0], sample.divergence), shown, in_loss))
+        if in_loss and numbers[0] is not None:
+            known.append(numbers[0])
     return Reading(teacher, sum(known) / len(known) if known else None, tuple(tokens[:MAX_TOKENS]))
 
 

@@ -20,7 +20,7 @@ _SHOWN_OF_PLAN = {"name", "student", "teachers", "phases"}
 # Keys of later versions of the same format are ignored.
 _UPDATE = TypeAdapter(UpdateRecord)
 _SAMPLE = TypeAdapter(RolloutSampled)
-_Record = TypeVar("_Record", UpdateRecord, RolloutSampled)
+_Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class RunData:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run is complete: exported and, if the recipe asks, evaluated."""
+        """Whether the run is complete: exported and, if the recipe has an evaluation, evaluated."""
         return self.exported and (self.result is not None or not self.plan.get("evaluation"))
 
 
@@ -63,7 +63,12 @@ def load_run(folder: Path) -> RunData:
     document = _document(folder / run_layout.PLAN, notes)
     updates = _in_order(_lines(folder, run_layout.METRICS, _UPDATE, notes), notes)
     samples = _lines(folder, run_layout.SAMPLES, _SAMPLE, notes)
-    result = _result(folder / run_layout.RESULT, notes)
+    result = None
+    try:
+        result = read_result(folder / run_layout.RESULT)
+    except ValueError:
+        damaged = f"{run_layout.RESULT} is damaged: the result cannot be shown"
+        notes.append(f"{damaged}; `mergeopd eval` measures again")
     exported = (folder / run_layout.EXPORT).is_dir()
     if not updates:
         if exported or result is not None:
@@ -131,11 +136,3 @@ def _in_order(updates: tuple[UpdateRecord, ...], notes: list[str]) -> tuple[Upda
             f"{run_layout.METRICS}: updates are out of order or repeated; the last line of each counts"
         )
     return ordered
-
-
-def _result(path: Path, notes: list[str]) -> Result | None:
-    try:
-        return read_result(path)
-    except ValueError:
-        notes.append(f"{path.name} is damaged: the result cannot be shown; `mergeopd eval` measures again")
-        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from rich.console import Console, Group, RenderableType
 from rich.constrain import Constrain
@@ -17,10 +18,10 @@ from mergeopd.reporting import events, figures
 from mergeopd.reporting.figures import MEASURE_FIGURES, Figure
 from mergeopd.reporting.jsonl import Numbers, UpdateRecord
 from mergeopd.reporting.result import Result
-from mergeopd.reporting.terminal.glyphs import Glyphs, Sparkline, plain_text
+from mergeopd.reporting.terminal.glyphs import Sparkline, plain_text
 from mergeopd.reporting.terminal.result import ResultTable, ending
 from mergeopd.reporting.terminal.timing import clock_text, split_line
-from mergeopd.reporting.terminal.view import RunView, Trend, measure_of
+from mergeopd.reporting.terminal.view import RunView, measure_of
 
 REFRESHES_PER_S = 4
 _STAGE_AFTER_S = 2.0  # shorter stages would only flicker
@@ -35,7 +36,7 @@ class LiveReporter:
         self._console = console
         self._clock = clock
         self._view = RunView()
-        self._glyphs = Glyphs.of(console.options)
+        self._plain_text = partial(plain_text, ascii_only=console.options.ascii_only)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False, table_column=_one_line()),
             BarColumn(None, table_column=Column(ratio=1)),
@@ -83,7 +84,7 @@ class LiveReporter:
                 self._live.start()
 
     def _print(self, label: str, style: str, text: str) -> None:
-        self._console.print(Text.assemble((f"{label:<8}", style), plain_text(text, self._glyphs)))
+        self._console.print(Text.assemble((f"{label:<8}", style), self._plain_text(text)))
 
     def _move_bars(self, event: events.Event) -> None:
         match event:
@@ -92,7 +93,7 @@ class LiveReporter:
                 self._show_position(event)
             case events.StageStarted():
                 self._end_stage()
-                what = plain_text(f"{event.stage}  {event.detail}".rstrip(), self._glyphs)
+                what = self._plain_text(f"{event.stage}  {event.detail}".rstrip())
                 total = event.total or None
                 self._stage_task = self._progress.add_task(what, total=total, unit=event.unit, visible=False)
             case events.StageProgress() if self._stage_task is not None:
@@ -113,8 +114,8 @@ class LiveReporter:
         phase = self._view.phase_of(min(done + 1, run.num_updates))
         if phase is not None and len(run.phases) > 1:
             in_phase = phase.done - (done < run.num_updates)  # `phase` is that of the next update
-            title += f" {self._glyphs.dot} {phase.name} {in_phase}/{phase.updates}"
-        self._progress.update(self._run_task, completed=done, description=plain_text(title, self._glyphs))
+            title += f" · {phase.name} {in_phase}/{phase.updates}"
+        self._progress.update(self._run_task, completed=done, description=self._plain_text(title))
 
     def _frame(self) -> RenderableType:
         width, height = self._console.size
@@ -151,13 +152,15 @@ class LiveReporter:
         if for_teachers > 0:
             parts += [Text(), self._table("teacher", last.teachers, of_teachers, measure_of, for_teachers)]
         if for_domains > 0:
-            trend = None if last.teachers else _nll
+            trend = None if last.teachers else lambda _: "nll"
             parts += [Text(), self._table("domain", last.domains, of_domains, trend, for_domains)]
         parts += [Text(), self._run_line(last)]
-        parts += filter(None, [split_line(view.phase_seconds, self._glyphs, width)])
+        parts += filter(
+            None, [split_line(view.phase_seconds, width, ascii_only=self._console.options.ascii_only)]
+        )
         explained = [*of_teachers, *of_domains] if last.teachers else of_domains
         legend = Text("   ").join(
-            Text.assemble(figure.column, (f" {plain_text(figure.subtitle, self._glyphs)}", "dim"))
+            Text.assemble(figure.column, (f" {self._plain_text(figure.subtitle)}", "dim"))
             for figure in explained
         )
         if 1 + len(legend.wrap(self._console, width)) <= lines - for_teachers - for_domains:
@@ -183,9 +186,8 @@ class LiveReporter:
         for name in shown:
             cells: list[RenderableType] = [_cell(figure, rows[name]) for figure in columns]
             if trend is not None:
-                history = self._view.trends.get((name, trend(rows[name])), Trend())
-                cells.append(Sparkline(history.points, self._glyphs))
-            table.add_row(Text(plain_text(name, self._glyphs)), *cells)
+                cells.append(Sparkline(self._view.trends[name, trend(rows[name])]))
+            table.add_row(Text(self._plain_text(name)), *cells)
         if len(shown) < len(rows):
             table.add_row(Text(f"and {len(rows) - len(shown)} more", style="dim"))
         return table
@@ -221,11 +223,6 @@ class _CountAndTimes(ProgressColumn):
 
 def _one_line() -> Column:
     return Column(no_wrap=True, overflow="ellipsis")
-
-
-def _nll(numbers: Numbers) -> str:
-    """Return the key of the trend of domains, for updates without teachers."""
-    return "nll"
 
 
 def _cell(figure: Figure, numbers: Numbers) -> Text:

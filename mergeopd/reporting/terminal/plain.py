@@ -9,7 +9,7 @@ from rich.text import Text
 
 from mergeopd.reporting import events
 from mergeopd.reporting.figures import MEASURE_FIGURES, POLICY_FIGURES
-from mergeopd.reporting.terminal.glyphs import Glyphs, plain_text
+from mergeopd.reporting.terminal.glyphs import plain_text
 from mergeopd.reporting.terminal.result import ending
 from mergeopd.reporting.terminal.timing import clock_text, shares
 from mergeopd.reporting.terminal.view import RunView, measure_of
@@ -80,7 +80,8 @@ class PlainReporter:
     def _print(self, text: str) -> None:
         self._printed_at = self._clock()
         line = f"{self._console.get_datetime():%Y-%m-%d %H:%M:%S}  {text}"
-        self._console.print(Text(plain_text(line, Glyphs.of(self._console.options))), soft_wrap=True)
+        line = plain_text(line, ascii_only=self._console.options.ascii_only)
+        self._console.print(Text(line), soft_wrap=True)
 
     def _update_line(self, event: events.UpdateDone, now: float) -> str:
         view, last = self._view, self._view.last

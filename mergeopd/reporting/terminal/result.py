@@ -12,12 +12,11 @@ from rich.text import Text
 
 from mergeopd.reporting.events import RunFinished
 from mergeopd.reporting.result import MODELS, Result, complete_mean, grade
-from mergeopd.reporting.terminal.glyphs import Glyphs, plain_text
+from mergeopd.reporting.terminal.glyphs import plain_text, table
 from mergeopd.reporting.terminal.timing import split_line
 
 _MISSING = "-"
 _STYLES = {"good": "bold green", "fair": "bold yellow", "poor": "bold red", "none": "dim"}
-_HEADINGS = {"base": "base", "expert": "expert", "weight_average": "weight avg", "merged": "merged"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,39 +27,34 @@ class ResultTable:
     paths: Mapping[str, Path | None] = field(default_factory=dict)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        glyphs = Glyphs.of(options)
-        rows = self.result.domains.values()
-        if rows:
-            yield self._table(glyphs)
-        if any("recovered" in row and row["recovered"] is None for row in rows):
+        ascii_only = options.ascii_only
+        domains = self.result.domains
+        if domains:
+            yield self._table(ascii_only)
+        if any("recovered" in row and row["recovered"] is None for row in domains.values()):
             yield Text(f"{_MISSING}  the expert is not better than the base", style="yellow")
         seconds = {stage: value for stage, value in self.result.seconds.items() if stage != "total"}
-        line = split_line(seconds, glyphs, options.max_width, total=True)
-        if line is not None:
+        if line := split_line(seconds, options.max_width, ascii_only=ascii_only, total=True):
             yield line
         for label, path in self.paths.items():
             if path is not None:
-                yield Text.assemble((f"{label:<8}", "dim"), plain_text(str(path), glyphs), overflow="fold")
+                yield Text.assemble(
+                    (f"{label:<8}", "dim"), plain_text(str(path), ascii_only), overflow="fold"
+                )
 
-    def _table(self, glyphs: Glyphs) -> Table:
+    def _table(self, ascii_only: bool) -> Table:
         domains = self.result.domains
-        table = glyphs.table("Accuracy, greedy, in %")
-        table.add_column("domain", overflow="fold")
-        for model in MODELS:
-            table.add_column(_HEADINGS[model], justify="right", style="bold" if model == "merged" else "")
-        table.add_column("recovered", justify="right")
+        models = [model.replace("weight_average", "weight avg") for model in MODELS]
+        rows = table(("domain", *models, "recovered"), ascii_only=ascii_only, title="Accuracy, greedy, in %")
+        rows.columns[1 + MODELS.index("merged")].style = "bold"
         for name, row in domains.items():
             cells = [_percent(row.get(model)) for model in MODELS]
-            table.add_row(plain_text(name, glyphs), *cells, _recovered(row.get("recovered")))
+            rows.add_row(plain_text(name, ascii_only), *cells, _recovered(row.get("recovered")))
         if len(domains) > 1:
             means = [complete_mean(row.get(model) for row in domains.values()) for model in MODELS]
-            table.add_section()
-            table.add_row(
-                "mean",
-                *(_percent(mean) for mean in means),
-                _recovered(self.result.mean_recovered),
-            )
-        return table
+            rows.add_section()
+            rows.add_row("mean", *map(_percent, means), _recovered(self.result.mean_recovered))
+        return rows
 
 
 def ending(event: RunFinished) -> ResultTable:

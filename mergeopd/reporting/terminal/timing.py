@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import accumulate, pairwise
 
 from rich.text import Text
 
 from mergeopd.reporting.figures import STAGES
-from mergeopd.reporting.terminal.glyphs import Glyphs
 
 
 def clock_text(seconds: float) -> str:
@@ -38,7 +38,7 @@ def shares(seconds: Mapping[str, float]) -> dict[str, int]:
 
 
 def split_line(
-    seconds: Mapping[str, float], glyphs: Glyphs, width: int, *, total: bool = False
+    seconds: Mapping[str, float], width: int, *, ascii_only: bool, total: bool = False
 ) -> Text | None:
     """Draw a coloured bar and its legend on one line of at most `width` cells; None without time.
 
@@ -48,33 +48,28 @@ def split_line(
     parts = {name: percent for name, percent in shares(seconds).items() if percent}
     if not parts:
         return None
-    line = Text.assemble((f"{'time':<8}", "dim"))
+    line = Text.assemble((f"{'time':<8}", "dim"), no_wrap=True)
     if total:
         line.append(f"{clock_text(sum(seconds.values()))}  ")
-    legend = _legend(parts)
-    while len(line) + len(legend) > width and len(parts) > 2:
-        *rest, second, last = sorted(parts, key=lambda name: (name == "other", -parts[name]))
-        other = parts[second] + parts[last]
-        parts = {name: parts[name] for name in parts if name in rest} | {"other": other}
-        legend = _legend(parts)
+    while len(line) + len(legend := _legend(parts)) > width and len(parts) > 2:
+        *_, second, last = sorted(parts, key=lambda name: (name == "other", -parts[name]))
+        parts["other"] = parts.pop(second) + parts.pop(last)
     room = min(40, width - len(line) - len(legend))
     if room >= 8:
-        edge, covered = 0.0, 0
-        for name, percent in parts.items():
-            edge += percent * room / 100
-            line.append(glyphs.block * (round(edge) - covered), style=STAGES.get(name, STAGES["other"])[1])
-            covered = round(edge)
+        edges = [round(percent * room / 100) for percent in accumulate(parts.values(), initial=0)]
+        for name, (start, end) in zip(parts, pairwise(edges), strict=True):
+            line.append(("=" if ascii_only else "━") * (end - start), style=_style(name))
     else:  # no room: the legend has the same numbers
         legend = legend[2:]
     line.append_text(legend)
-    line.no_wrap = True
     line.truncate(width)
     return line
 
 
 def _legend(parts: Mapping[str, int]) -> Text:
-    legend = Text()
-    for name, percent in parts.items():
-        legend.append(f"  {name}", style=STAGES.get(name, STAGES["other"])[1])
-        legend.append(f" {percent}%")
-    return legend
+    stages = (Text.assemble((f"  {name}", _style(name)), f" {part}%") for name, part in parts.items())
+    return Text().join(stages)
+
+
+def _style(stage: str) -> str:
+    return STAGES.get(stage, STAGES["other"])[1]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from rich.text import Text
 
 from mergeopd.recipe.bridges import KINDS
-from mergeopd.reporting.terminal.glyphs import Glyphs, plain_text
+from mergeopd.reporting.terminal.glyphs import plain_text, table
 
 _SHOWN_CHARACTERS = 300
 
@@ -77,13 +76,12 @@ class TokenizerPair:
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        glyphs = Glyphs.of(options)
+        ascii_only = options.ascii_only
         sides = (self.first, self.second)
         for mark, side in zip("AB", sides, strict=True):
-            yield Text(f"{mark}  {plain_text(side.name, glyphs)}", style="bold", overflow="fold")
+            yield Text(f"{mark}  {plain_text(side.name, ascii_only)}", style="bold", overflow="fold")
         names = dict.fromkeys((*self.first.named, *self.second.named))
-        yield _table(
-            glyphs,
+        yield table(
             ("", "A", "B"),
             [
                 ("ids", *(f"{side.num_ids:,}" for side in sides)),
@@ -94,12 +92,12 @@ class TokenizerPair:
                 ("fingerprint", *(side.fingerprint[:12] for side in sides)),
                 *((name, *(_named(side, name) for side in sides)) for name in names),
             ],
+            ascii_only=ascii_only,
         )
-        yield from self._verdict(glyphs)
+        yield from self._verdict(ascii_only)
         there, back = self.coverage
         reasons = dict.fromkeys((*there.unaligned, *back.unaligned))
-        yield _table(
-            glyphs,
+        yield table(
             (f"Text: {self.text}", "A to B", "B to A"),
             [
                 ("tokens", *(f"{c.num_writer:,}" for c in self.coverage)),
@@ -112,6 +110,7 @@ class TokenizerPair:
                 ("tokens in no group", *(_share(c.lost) for c in self.coverage)),
                 *((f"  {why}", *(f"{c.unaligned.get(why, 0):,}" for c in self.coverage)) for why in reasons),
             ],
+            ascii_only=ascii_only,
         )
         same = self.first.opening == self.second.opening
         yield Text(f"Templates render the prompt 'Hi' {'the same' if same else 'differently'}:", style="bold")
@@ -119,10 +118,10 @@ class TokenizerPair:
             text = "no chat template" if side.opening is None else repr(side.opening)
             if len(text) > _SHOWN_CHARACTERS:
                 text = f"{text[: _SHOWN_CHARACTERS // 2]} ... {text[-_SHOWN_CHARACTERS // 2 :]}"
-            name = "" if same else f"{plain_text(side.name, glyphs)}: "
-            yield Text.assemble((name, "dim"), plain_text(text, glyphs), overflow="fold")
+            name = "" if same else f"{plain_text(side.name, ascii_only)}: "
+            yield Text.assemble((name, "dim"), plain_text(text, ascii_only), overflow="fold")
 
-    def _verdict(self, glyphs: Glyphs) -> Iterator[Text]:
+    def _verdict(self, ascii_only: bool) -> Iterator[Text]:
         if self.difference is None:
             yield Text("Both give every text the same ids: a teacher needs no bridge.\n", style="green")
             return
@@ -139,16 +138,7 @@ class TokenizerPair:
             f"{self.num_shared_bytes / smaller:.1%} of the smaller vocabulary; "
             f"{self.num_shared_written:,} have the same spelling."
         )
-        yield Text(plain_text(self.difference, glyphs) + "\n", style="dim")
-
-
-def _table(glyphs: Glyphs, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(box=glyphs.table_box, header_style="dim", pad_edge=False)
-    for i, heading in enumerate(headings):
-        table.add_column(plain_text(heading, glyphs), justify="right" if i else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(plain_text(cell, glyphs) for cell in row))
-    return table
+        yield Text(plain_text(self.difference, ascii_only) + "\n", style="dim")
 
 
 def _named(side: TokenizerFacts, name: str) -> str:

@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
-from collections import deque
+import math
+from array import array
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from mergeopd.reporting import events
 from mergeopd.reporting.figures import DOMAIN_FIGURES, MEASURE_FIGURES, RUN_FIGURES, Figure, run_value
 from mergeopd.reporting.jsonl import Numbers, UpdateRecord
 
 _WINDOW = 32  # updates over which speed is averaged: several rounds, so that their bursts even out
-_TREND_POINTS = 256
 
 
-class Trend:
-    """A history of any length in bounded memory: when it is full, neighbours are averaged."""
-
-    def __init__(self) -> None:
-        self.points: list[float] = []
-        self._stride = 1
-        self._sum = 0.0
-        self._count = 0
-
-    def add(self, value: float) -> None:
-        """Append a value; one that is not finite is left out."""
-        if value - value != 0.0:
-            return
-        self._sum += value
-        self._count += 1
-        if self._count < self._stride:
-            return
-        self.points.append(self._sum / self._count)
-        self._sum, self._count = 0.0, 0
-        if len(self.points) == _TREND_POINTS:
-            pairs = zip(self.points[::2], self.points[1::2], strict=True)
-            self.points = [(a + b) / 2 for a, b in pairs]
-            self._stride *= 2
-
-
-@dataclass(frozen=True, slots=True)
-class PhasePosition:
+class PhasePosition(NamedTuple):
     """A position in the phases: `done` of `updates` in the phase `name`."""
 
-    index: int
     name: str
     done: int
     updates: int
@@ -62,9 +37,11 @@ class RunView:
     is_finished: bool = False
     evaluations: dict[str, dict[str, float | None]] = field(default_factory=dict)
     informative: set[str] = field(default_factory=set)
-    trends: dict[tuple[str, str], Trend] = field(default_factory=dict)
-    phase_seconds: dict[str, float] = field(default_factory=dict)
-    _phase_index: int = -1
+    trends: defaultdict[tuple[str, str], array[float]] = field(
+        default_factory=lambda: defaultdict(lambda: array("d"))
+    )
+    phase_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _phase: str = ""
     _last_update_at: float = 0.0
     _recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
 
@@ -84,20 +61,19 @@ class RunView:
 
     def _add_update(self, event: events.UpdateDone, now: float) -> None:
         self.last = UpdateRecord.of(event)
-        phase = self.phase_of(event.update)
-        if phase is not None and phase.index != self._phase_index:
+        if event.phase != self._phase:
             # Speed, terms and scale differ between phases.
-            self._phase_index = phase.index
+            self._phase = event.phase
             for of_phase in (self._recent, self.trends, self.phase_seconds, self.informative):
                 of_phase.clear()
         self._recent.append((event.num_tokens, event.step_s))
         self._last_update_at = now
         for name, seconds in event.seconds.items():
-            self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + seconds
+            self.phase_seconds[name] += seconds
         for name, numbers in (*self.last.teachers.items(), *self.last.domains.items()):
             for key in numbers.keys() & {"nll", *MEASURE_FIGURES}:
-                if (value := numbers[key]) is not None:
-                    self.trends.setdefault((name, key), Trend()).add(value)
+                if (value := numbers[key]) is not None and math.isfinite(value):
+                    self.trends[name, key].append(value)
         for numbers in self.last.domains.values():
             self.informative |= {f.key for f in DOMAIN_FIGURES if f.is_informative(numbers.get(f.key))}
         self.informative |= {f.key for f in RUN_FIGURES if f.is_informative(run_value(self.last, f.key))}
@@ -109,9 +85,9 @@ class RunView:
     def phase_of(self, update: int) -> PhasePosition | None:
         """Return the phase of update number `update` (from 1)."""
         first = 0
-        for index, (name, updates) in enumerate(self.run.phases if self.run else ()):
+        for name, updates in self.run.phases if self.run else ():
             if update <= first + updates:
-                return PhasePosition(index, name, update - first, updates)
+                return PhasePosition(name, update - first, updates)
             first += updates
         return None
 

@@ -221,11 +221,11 @@ def test_bad_overrides(project: Path, override: str, path: str, message: str) ->
     [
         (
             b"",
-            "recipes/x.yaml | the file is empty; start from the one that `mergeopd new recipe NAME` writes",
+            "recipes/x.yaml | the file is empty; start from the recipe that `mergeopd new recipe NAME` writes",
         ),
         (
             b"# nothing\n",
-            "recipes/x.yaml | the file is empty; start from the one that `mergeopd new recipe NAME` writes",
+            "recipes/x.yaml | the file is empty; start from the recipe that `mergeopd new recipe NAME` writes",
         ),
         (b"- a\n", "recipes/x.yaml:1:1 | expected keys with values at the top, found a list"),
         (b"\n  abc\n", "recipes/x.yaml:2:3 | expected keys with values at the top, found the value 'abc'"),

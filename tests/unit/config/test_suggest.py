@@ -1,4 +1,4 @@
-"""What is suggested in place of a path that does not exist."""
+"""Suggestions in place of a path that does not exist."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from mergeopd.config.suggest import closest_path
 
 
-def test_what_is_hidden_or_half_written_is_not_suggested(tmp_path: Path) -> None:
+def test_hidden_and_partial_files_are_not_suggested(tmp_path: Path) -> None:
     for name in ("experts.partial", ".experts"):
         (tmp_path / name / "base").mkdir(parents=True)
     assert closest_path("experts/base", tmp_path, directory=True) == ""

@@ -82,9 +82,9 @@ def test_a_pipe_and_a_device_are_refused(project: Path) -> None:
 
 
 def test_half_characters_are_reported_and_pairs_joined(project: Path) -> None:
-    found = messages(write('"\\ud800x": 1\rname: "\\udc00"\n'))
-    assert "unpaired surrogate U+D800" in found
-    assert "unpaired surrogate U+DC00" in found
+    text = messages(write('"\\ud800x": 1\rname: "\\udc00"\n'))
+    assert "unpaired surrogate U+D800" in text
+    assert "unpaired surrogate U+DC00" in text
     assert "found the end" in messages(write('"\\ud800x": 1\rb: [\r'))
     text = Path("recipes/merge.yaml").read_text().replace('["\\n\\n"]', '["\\ud83d\\ude42"]')
     plan = read(write(text)).plan
@@ -103,7 +103,7 @@ def test_a_number_that_cannot_be_printed_is_too_large(project: Path, number: str
 
 
 @pytest.mark.parametrize("tag", ["!!int", "!!float"])
-def test_an_empty_number_is_not_what_its_tag_says(project: Path, tag: str) -> None:
+def test_an_empty_number_does_not_match_its_tag(project: Path, tag: str) -> None:
     assert f"'' does not match its tag '{tag}'" in messages("recipes/merge.yaml", f'seed={tag} ""')
 
 
@@ -120,8 +120,8 @@ def test_a_revision_is_no_path(project: Path, revision: str) -> None:
 
 @pytest.mark.parametrize("revision", ["main", "refs/pr/3", "v1.0-rc_1", "8" * 40])
 def test_branches_tags_and_commits_are_revisions(project: Path, revision: str) -> None:
-    found = messages("recipes/merge.yaml", "student.model=org/model", f"student.revision='{revision}'")
-    assert f"'org/model' is neither a folder nor at revision '{revision}' in the local cache" in found
+    text = messages("recipes/merge.yaml", "student.model=org/model", f"student.revision='{revision}'")
+    assert f"'org/model' is neither a folder nor at revision '{revision}' in the local cache" in text
 
 
 @pytest.mark.parametrize(

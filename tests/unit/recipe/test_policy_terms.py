@@ -1,4 +1,4 @@
-"""Weights that move, and what policy terms are told when nothing is said."""
+"""Ramps of weights, and defaults of policy terms."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ PROJECT = Path(__file__).parents[2] / "errors" / "project"
 def test_the_fading_teacher_of_kdrl() -> None:
     """5e-3 to 1e-3 by 5e-5 an update: 80 updates, then it stays."""
     ramp = WeightRamp(start=5e-3, end=1e-3, updates=80)
-    assert [ramp.at(n) for n in (0, 40, 80, 200)] == pytest.approx([0.005, 0.003, 0.001, 0.001], rel=1e-12)
-    assert ramp.at(0) == 0.005
-    assert ramp.at(80) == ramp.at(10**9) == 0.001
+    assert [amount_at(ramp, n) for n in (0, 40, 80, 200)] == pytest.approx(
+        [0.005, 0.003, 0.001, 0.001], rel=1e-12
+    )
+    assert amount_at(ramp, 0) == 0.005
+    assert amount_at(ramp, 80) == amount_at(ramp, 10**9) == 0.001
 
 
 @given(st.floats(0, 10), st.floats(0, 10), st.integers(1, 1000), st.integers(0, 2000))
 def test_ramps_stay_between_their_ends(start: float, end: float, updates: int, done: int) -> None:
-    value = WeightRamp(start=start, end=end, updates=updates).at(done)
+    value = amount_at(WeightRamp(start=start, end=end, updates=updates), done)
     assert min(start, end) - 1e-12 <= value <= max(start, end) + 1e-12
     assert amount_at(start, done) == start
 
@@ -53,7 +55,7 @@ def test_a_ramp_to_or_from_zero_is_a_use(term: str) -> None:
     assert not used(0.0, 0.0)
 
 
-def test_ramps_that_are_zero_throughout_teach_nothing() -> None:
+def test_ramps_that_are_zero_throughout_are_refused() -> None:
     ramp = {"start": 0.0, "end": 0.0, "updates": 4}
     with pytest.raises(ValidationError, match="all weights are zero"):
         Loss.model_validate({"reverse_kl": ramp, "outcome": {"weight": ramp}})
@@ -77,7 +79,7 @@ def problems_of(*overrides: str) -> list[str]:
     return [problem.message for problem in read(PROJECT / "recipes" / "merge.yaml", overrides, {}).problems]
 
 
-def test_what_is_not_refused() -> None:
+def test_meaningful_settings_next_to_refused_ones_are_accepted() -> None:
     """Settings next to the refused ones, which do have a meaning."""
     one = "rollout.samples_per_prompt=1"
     rates = "phases.1.balance.pass_rate={}"

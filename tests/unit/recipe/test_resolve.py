@@ -1,4 +1,4 @@
-"""What a good recipe becomes, and what cannot work together."""
+"""The plan of a valid recipe, and the problems of settings that contradict each other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mergeopd.errors import Location
 from mergeopd.recipe.resolve import read
 
 
-def found(path: Path | str, overrides: tuple[str, ...] = ()) -> list[tuple[str, str, str]]:
+def problems(path: Path | str, overrides: tuple[str, ...] = ()) -> list[tuple[str, str, str]]:
     return [(p.path, p.message, p.remedy) for p in read(path, overrides).problems]
 
 
@@ -63,7 +63,7 @@ def test_a_good_recipe_becomes_a_plan_with_absolute_paths_and_all_defaults(proje
     assert resolution.student == plan.student
 
 
-def test_the_hash_counts_what_matters(project: Path) -> None:
+def test_the_hash_covers_the_settings_that_identify_a_run(project: Path) -> None:
     base, again = read("recipes/merge.yaml").plan, read("recipes/merge.yaml", ["output=elsewhere"]).plan
     other = read("recipes/merge.yaml", ["seed=18"]).plan
     assert base.hash == again.hash != other.hash
@@ -143,7 +143,7 @@ def test_a_card_may_name_a_tokenizer_and_a_template(project: Path) -> None:
     card.write_text(
         card.read_text().replace("chat.jinja", "chta.jinja").replace("models/base", "./models/bas")
     )
-    assert found("recipes/merge.yaml") == [
+    assert problems("recipes/merge.yaml") == [
         (
             "teachers.math.card.tokenizer",
             "unknown tokenizer folder './models/bas'",
@@ -157,12 +157,12 @@ def test_a_card_may_name_a_tokenizer_and_a_template(project: Path) -> None:
     ]
 
 
-def test_two_teachers_may_share_a_card_and_its_mistakes_are_told_once(variant, project: Path) -> None:
+def test_two_teachers_may_share_a_card_and_its_mistakes_are_reported_once(variant, project: Path) -> None:
     path = variant(("teachers/code.yaml", "teachers/math.yaml"))
     assert read(path).plan.teachers["code"].model == read(path).plan.teachers["math"].model
     card = project / "teachers" / "math.yaml"
     card.write_text(card.read_text().replace("models/math", "./models/mth"))
-    assert found(path) == [
+    assert problems(path) == [
         ("teachers.math.card.model", "unknown model folder './models/mth'", "did you mean 'models/math'?")
     ]
 
@@ -189,7 +189,7 @@ def test_a_hub_id_in_the_local_cache_is_its_snapshot_folder(variant, hub: Path) 
     path = variant(("models/base", "some-org/some-model"))
     assert read(path).plan.student.model == str(hub)
     assert read(path, ["student.revision=main"]).plan.student.model == str(hub)
-    assert found(path, ("student.revision=v2",)) == [
+    assert problems(path, ("student.revision=v2",)) == [
         (
             "student.model",
             "'some-org/some-model' is neither a folder nor at revision 'v2' in the local cache of the Hugging Face hub",
@@ -199,7 +199,7 @@ def test_a_hub_id_in_the_local_cache_is_its_snapshot_folder(variant, hub: Path) 
 
 
 def test_folders_have_no_revision(project: Path) -> None:
-    assert found("recipes/merge.yaml", ("student.revision=main",)) == [
+    assert problems("recipes/merge.yaml", ("student.revision=main",)) == [
         ("student.model", "'models/base' is a folder, and folders have no revision", "remove `revision`")
     ]
 
@@ -314,23 +314,25 @@ NLL = "nll on the student's own responses only reinforces them"
         ),
     ],
 )
-def test_what_cannot_work(project: Path, override: str, path: str, message: str) -> None:
-    assert (path, message) in [entry[:2] for entry in found("recipes/merge.yaml", (override,))]
+def test_settings_that_contradict_each_other_are_reported(
+    project: Path, override: str, path: str, message: str
+) -> None:
+    assert (path, message) in [entry[:2] for entry in problems("recipes/merge.yaml", (override,))]
     if "spare" not in override:  # `spare` has math's card, and prompts without teachers reach every such card
-        assert len(found("recipes/merge.yaml", (override,))) == 1
+        assert len(problems("recipes/merge.yaml", (override,))) == 1
 
 
-def test_a_full_warm_up_and_a_mixture_with_nll_are_fine(project: Path) -> None:
+def test_a_full_warm_up_and_a_mixture_with_nll_are_accepted(project: Path) -> None:
     overrides = (
         "optimizer.warmup_updates=100",
         "phases.0.text={on_policy_fraction: 0.99, otherwise: dataset}",
     )
-    assert found("recipes/merge.yaml", overrides) == []
+    assert problems("recipes/merge.yaml", overrides) == []
 
 
 def test_an_allowed_function_is_accepted(project: Path) -> None:
     overrides = ("prompts.0.verifier={kind: user, function: 'a:b'}", "allow_code=['a:b']")
-    assert found("recipes/merge.yaml", overrides) == []
+    assert problems("recipes/merge.yaml", overrides) == []
 
 
 def test_the_heaviest_teacher_of_a_domain_is_its_expert(project: Path) -> None:

@@ -1,8 +1,9 @@
-"""What a person reads, live and plain."""
+"""The terminal display, live and plain."""
 
 from __future__ import annotations
 
 import io
+import math
 import re
 import subprocess
 import sys
@@ -29,12 +30,12 @@ from mergeopd.reporting.events import (
 )
 from mergeopd.reporting.result import result_document
 from mergeopd.reporting.terminal.console import console_reporter
-from mergeopd.reporting.terminal.glyphs import Glyphs, plain_text, sparkline
+from mergeopd.reporting.terminal.glyphs import plain_text, sparkline
 from mergeopd.reporting.terminal.live import LiveReporter
 from mergeopd.reporting.terminal.plain import PlainReporter
 from mergeopd.reporting.terminal.result import ResultTable
 from mergeopd.reporting.terminal.timing import clock_text, shares, split_line
-from mergeopd.reporting.terminal.view import RunView, Trend
+from mergeopd.reporting.terminal.view import RunView
 
 START = RunStarted(
     name="quick",
@@ -49,7 +50,7 @@ ACCURACIES = {"base": 0.1, "expert": 0.9, "weight_average": 0.3, "merged": 0.86}
 
 
 class Clock:
-    """A clock that moves when told."""
+    """A clock that a test sets."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -92,7 +93,7 @@ def live(
 
 
 def drawn(reporter: LiveReporter, file: io.TextIOWrapper) -> list[str]:
-    """The frame as it stands, line by line."""
+    """The current frame, line by line."""
     console = Console(
         file=io.TextIOWrapper(io.BytesIO(), encoding=file.encoding),
         width=reporter._console.width, height=reporter._console.height, force_terminal=True, color_system=None,
@@ -195,7 +196,7 @@ def test_notes_and_skipped_checkpoints_stay_above_the_frame() -> None:
     assert "warning skipped step-9: weights.bin is missing" in text
 
 
-def test_the_terminal_is_given_back_on_an_error() -> None:
+def test_the_terminal_is_restored_on_an_error() -> None:
     reporter, _, file = live()
     before = sys.stdout, sys.stderr
     with pytest.raises(ValueError, match="boom"), reporter:  # noqa: PT012
@@ -291,8 +292,8 @@ def test_plain_lines_for_ends_of_phases_and_now_and_then() -> None:
     )
 
 
-def test_plain_lines_tell_of_stages_that_take_long_and_not_of_short_ones() -> None:
-    """A line is due at 40 s and at 60 s; the first time a stage has only begun, the second it goes on."""
+def test_plain_lines_report_long_stages_only() -> None:
+    """A line is due at 40 s and at 60 s; at the first the stage has just begun, at the second it continues."""
     lines = plain(
         [
             (0, START),
@@ -377,32 +378,31 @@ def test_shares_add_up() -> None:
 
 
 def test_split_line_never_exceeds_its_width() -> None:
-    glyphs = Glyphs.of(Console(file=io.StringIO()).options)
     for width in range(10, 120):
-        line = split_line({"rollout": 5.0, "teachers": 3.0, "update": 2.0}, glyphs, width)
+        line = split_line({"rollout": 5.0, "teachers": 3.0, "update": 2.0}, width, ascii_only=False)
         assert line is not None
         assert line.cell_len <= width
     assert line.plain.count("━") == 40
 
 
 def test_sparkline_means_and_range() -> None:
-    glyphs = Glyphs.of(Console(file=io.StringIO(), _environ={}).options)
-    assert sparkline([0.0, 7.0], 8, glyphs) == glyphs.levels[0] + glyphs.levels[-1]
-    assert sparkline([0.0, 2.0, 6.0, 8.0], 2, glyphs) == glyphs.levels[0] + glyphs.levels[-1]
-    assert sparkline([3.0] * 5, 3, glyphs) == glyphs.levels[0] * 3
-    assert sparkline([], 3, glyphs) == sparkline([1.0], 0, glyphs) == ""
-    assert plain_text("a\nb\x1b[1m", glyphs) == "a b [1m"
+    assert sparkline([0.0, 7.0], 8) == "▁█"
+    assert sparkline([0.0, 2.0, 6.0, 8.0], 2) == "▁█"
+    assert sparkline([3.0] * 5, 3) == "▁▁▁"
+    assert sparkline([], 3) == sparkline([1.0], 0) == ""
+    assert plain_text("a\nb\x1b[1m‖█", ascii_only=False) == "a b [1m‖█"
+    assert plain_text("ä‖█", ascii_only=True) == "?||@"
+    assert plain_text("a\nb", ascii_only=True) == "a b"
 
 
-def test_trend_keeps_the_shape_in_bounded_memory() -> None:
-    trend = Trend()
-    for i in range(5000):
-        trend.add(float(i))
-        trend.add(float("nan"))
-    assert 100 < len(trend.points) < 256
-    steps = [b - a for a, b in zip(trend.points, trend.points[1:], strict=False)]
-    assert set(steps) == {steps[0]}
-    assert trend.points[0] == (steps[0] - 1) / 2  # the mean of the first stretch
+def test_trends_are_those_of_the_phase_without_values_that_are_not_finite() -> None:
+    view = RunView()
+    view.add(START, 0.0)
+    for number in (9, 10, 11, 12):
+        view.add(update(number), 0.0)
+    view.add(replace(update(13), teachers={"math": TeacherStats(5, {"reverse_kl": math.inf}, 0.0)}), 0.0)
+    assert list(view.trends["math", "reverse_kl"]) == [2 / 11, 2 / 12]
+    assert list(view.trends["sort", "nll"]) == [3 / 11, 3 / 12, 3 / 13]
 
 
 def test_speed_and_time_left_follow_the_phase() -> None:

@@ -1,4 +1,4 @@
-"""report.html from hand-made run folders: what it shows, what it refuses, what it never loads."""
+"""report.html from hand-made run folders: its content, refused folders, no external resources."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ RESULT = {
 
 @pytest.fixture(autouse=True)
 def _short_plotly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five megabytes less a page; the browser's tests have the real one."""
+    """Five megabytes less a page; the tests in a browser use the real one."""
     monkeypatch.setattr(html, "_plotly", lambda: "var Plotly = {};")
 
 
@@ -184,7 +184,7 @@ def document_of(page: Page) -> dict[str, Any]:
     return document
 
 
-# ----------------------------------------------------------------------------------------- what it shows
+# ----------------------------------------------------------------------------------------------- content
 
 
 def test_the_curves_hold_the_numbers_of_the_metrics(folder: Path) -> None:
@@ -209,7 +209,7 @@ def test_the_curves_hold_the_numbers_of_the_metrics(folder: Path) -> None:
     assert checked == 3 + 2 * 5 + 5 + 2
 
 
-def test_quantities_that_say_nothing_have_no_chart(folder: Path) -> None:
+def test_constant_quantities_have_no_chart(folder: Path) -> None:
     charts = document_of(page_of(folder))["charts"]
     # No verifier, factors of 1, nothing cut off, no such divergence.
     assert charts.keys().isdisjoint(
@@ -249,7 +249,7 @@ def test_the_recipe_is_shown_as_run(folder: Path) -> None:
     assert "math /models/math bfloat16" in text
 
 
-def test_an_answer_has_a_colour_and_the_numbers_of_each_token(folder: Path) -> None:
+def test_a_response_has_a_colour_and_the_numbers_of_each_token(folder: Path) -> None:
     page = page_of(folder)
     tokens = [a for tag, a in page.elements if tag == "span" and a.get("data-v")]
     assert [t["data-v"] for t in tokens] == [
@@ -265,12 +265,12 @@ def test_an_answer_has_a_colour_and_the_numbers_of_each_token(folder: Path) -> N
 
 def test_tokens_of_tools_are_shown_without_numbers(folder: Path) -> None:
     trace = TeacherTrace((0.5, None, None, 9.0, 1.5), (-0.1, None, None, -0.4, -0.2), masked=(3,))
-    told = sample(
+    with_tool = sample(
         teachers={"math": trace},
         logprob_S=(-0.5, None, None, -2.0, -0.1),
         trained=(True, False, False, True, True),
     )
-    (folder / "rollouts/samples.jsonl").write_text(json.dumps(sample_record(told)) + "\n")
+    (folder / "rollouts/samples.jsonl").write_text(json.dumps(sample_record(with_tool)) + "\n")
     page = page_of(folder)
     tokens = [a for tag, a in page.elements if tag == "span" and "data-v" in a]
     assert [t["data-v"] for t in tokens] == ["0.5 -0.5 -0.1", "", "", "9 -2 -0.4", "1.5 -0.1 -0.2"]
@@ -299,7 +299,7 @@ def test_without_teachers_the_students_own_log_probs_are_shown(folder: Path) -> 
     assert "-log p of the student, mean 1.02 nats" in page.text
 
 
-# -------------------------------------------------------------------------------------- what it never does
+# ------------------------------------------------------------------------------------------------- safety
 
 
 def test_the_page_loads_nothing_and_runs_only_its_own_scripts(folder: Path) -> None:
@@ -321,7 +321,7 @@ def test_the_page_loads_nothing_and_runs_only_its_own_scripts(folder: Path) -> N
 
 
 @pytest.mark.parametrize("place", ["prompt", "tokens", "domain", "phase", "teacher", "name"])
-def test_text_of_others_stays_text(folder: Path, place: str) -> None:
+def test_untrusted_text_is_escaped(folder: Path, place: str) -> None:
     plain = page_of(folder)
     line = update_line(1, EVIL if place == "phase" else "merge")
     if place == "domain":
@@ -367,7 +367,7 @@ def refused(folder: Path) -> str:
     return str(caught.value)
 
 
-def test_what_is_no_run_folder_is_refused(tmp_path: Path, folder: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path, folder: Path) -> None:
     assert "no such folder; name a run folder" in refused(tmp_path / "nowhere")
     assert "is a file; name a run folder" in refused(folder / "plan.yaml")
     assert "not a run folder, it has none of plan.yaml, metrics.jsonl, result.json" in refused(
@@ -405,7 +405,7 @@ def three(change: Callable[[list[str]], None]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "note"),
     [
         ("plan.yaml", None, "plan.yaml is missing: recipe, phases and versions cannot be shown"),
         ("plan.yaml", "format: [", "plan.yaml is damaged: recipe, phases and versions cannot be shown"),
@@ -418,10 +418,10 @@ def three(change: Callable[[list[str]], None]) -> str:
         ("result.json", "{", "result.json is damaged: the result cannot be shown; `mergeopd eval` measures again"),
     ],
 )  # fmt: skip
-def test_a_damaged_folder_gives_what_is_left_and_tells_the_rest(
-    folder: Path, name: str, text: str | None, told: str
+def test_a_damaged_folder_is_shown_in_part_with_notes(
+    folder: Path, name: str, text: str | None, note: str
 ) -> None:
-    assert told in damage(folder, name, text)
+    assert note in damage(folder, name, text)
 
 
 def test_a_sample_whose_numbers_do_not_fit_its_tokens_is_left_out(folder: Path) -> None:
@@ -432,7 +432,7 @@ def test_a_sample_whose_numbers_do_not_fit_its_tokens_is_left_out(folder: Path) 
     assert "rollouts/samples.jsonl: line 1 is damaged and left out" in notes
 
 
-def test_a_run_without_updates_says_so(tmp_path: Path) -> None:
+def test_a_run_without_updates_has_a_note(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(PLAN)
     page = page_of(tmp_path)
     assert load_run(tmp_path).notes == ("no update has been made yet: there are no curves",)
@@ -444,8 +444,8 @@ def test_a_run_without_updates_says_so(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------- during the run
 
 
-class ErrorToReport:
-    """Keeps what is emitted."""
+class KeptEvents:
+    """Keeps the events that are emitted."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -460,7 +460,7 @@ def update_event(update: int, phase: str) -> UpdateDone:
 
 def test_it_is_written_at_checkpoints_phase_ends_and_the_end_if_time_allows(folder: Path) -> None:
     now = 1000.0
-    reporter = HtmlReporter(folder, ErrorToReport(), clock=lambda: now)
+    reporter = HtmlReporter(folder, KeptEvents(), clock=lambda: now)
     path = folder / "report.html"
 
     def written(event: Event) -> bool:
@@ -490,7 +490,7 @@ def test_a_slow_report_is_written_seldom(folder: Path, monkeypatch: pytest.Monke
         now += 10.0
 
     monkeypatch.setattr(html, "write_report", slow)
-    reporter = HtmlReporter(folder, ErrorToReport(), clock=lambda: now)
+    reporter = HtmlReporter(folder, KeptEvents(), clock=lambda: now)
     for _ in range(100):
         reporter.emit(CheckpointSaved(1, folder))
         now += 60.0
@@ -498,10 +498,10 @@ def test_a_slow_report_is_written_seldom(folder: Path, monkeypatch: pytest.Monke
     assert len(writes) > 5
 
 
-def test_a_failure_is_told_and_does_not_end_the_run(folder: Path) -> None:
+def test_a_failure_becomes_a_note_and_does_not_end_the_run(folder: Path) -> None:
     (folder / "report.html").mkdir()
-    told = ErrorToReport()
-    HtmlReporter(folder, told).emit(RunFinished({}))
-    (note,) = told.events
+    kept = KeptEvents()
+    HtmlReporter(folder, kept).emit(RunFinished({}))
+    (note,) = kept.events
     assert isinstance(note, Note)
     assert "report.html was not written: cannot write" in note.text

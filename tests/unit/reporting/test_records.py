@@ -1,4 +1,4 @@
-"""What is written for machines: metrics lines and result.json."""
+"""Files for programs: lines of metrics.jsonl, and result.json."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_an_update_made_again_is_shown_once(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")  # tensorboard's own
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     losses = {1: 0.5, 2: 0.25, 3: math.nan}
-    for num_done, offset in ((0, 0.0), (1, 1.0)):  # the second process goes on after update 1
+    for num_done, offset in ((0, 0.0), (1, 1.0)):  # the second process resumes after update 1
         reporter = TensorBoardReporter(tmp_path / "tensorboard", Notes())
         reporter.emit(started(num_done))
         for update in range(num_done + 1, 4):
@@ -107,10 +107,10 @@ def test_an_update_made_again_is_shown_once(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == set(WANTED)
-    found = [(event.step, event.value) for event in events.Scalars("update/loss")]
-    assert found[:2] == [(1, 0.5), (2, 1.25)]
-    assert [step for step, _ in found] == [1, 2, 3]
-    assert math.isnan(found[2][1])
+    values = [(event.step, event.value) for event in events.Scalars("update/loss")]
+    assert values[:2] == [(1, 0.5), (2, 1.25)]
+    assert [step for step, _ in values] == [1, 2, 3]
+    assert math.isnan(values[2][1])
 
 
 @needs_tensorboard
@@ -134,7 +134,7 @@ def test_check_asks_for_the_package(write_job: Callable[..., Path], monkeypatch:
     assert read(recipe, ["report.tensorboard=false"]).problems == ()
 
 
-def test_it_is_no_part_of_what_a_run_is(
+def test_the_setting_does_not_change_the_identity_of_a_run(
     write_job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mergeopd.recipe.checks.find_spec", lambda name: object())

@@ -1,20 +1,15 @@
-"""The line that says where the time went."""
+"""The line with the time by stage."""
 
 from __future__ import annotations
 
-from rich import box
-
-from mergeopd.reporting.terminal.glyphs import Glyphs
 from mergeopd.reporting.terminal.timing import split_line
 
-GLYPHS = Glyphs(levels="12345678", block="=", dot=".", table_box=box.ASCII, ascii_only=True)
 
-
-def test_small_stages_are_told_together_where_the_line_is_short() -> None:
+def test_small_stages_are_combined_where_the_line_is_short() -> None:
     seconds = {"startup": 4, "text": 8, "rollout": 40, "teachers": 30, "update": 80, "checkpoint": 0.5}
     lines = {}
     for width in (120, 80, 60, 40):
-        line = split_line(seconds, GLYPHS, width, total=True)
+        line = split_line(seconds, width, ascii_only=True, total=True)
         assert line is not None
         assert len(line) <= width
         lines[width] = line.plain

@@ -1,0 +1,60 @@
+"""The parts of a recipe that are valid by themselves, although others may not be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from mergeopd.config.values import FunctionPath
+from mergeopd.recipe.models import Student, Teacher, TeacherRef
+from mergeopd.recipe.schema import EvalSource, Reports, TrainSource
+from mergeopd.recipe.training import AnyRollout, Optimizer, Phase
+
+T = TypeVar("T")
+
+_TEACHER: TypeAdapter[TeacherRef] = TypeAdapter(Teacher)
+_ALLOW_CODE: TypeAdapter[tuple[str, ...]] = TypeAdapter(tuple[FunctionPath, ...])
+
+
+class Parts:
+    """The sections and entries that are valid by themselves; None or left out otherwise.
+
+    `names` are all teachers, including those with an invalid entry; `all_*`: every entry is valid.
+    """
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        teachers = data["teachers"] if isinstance(data.get("teachers"), dict) else {}
+        prompts, phases = _entries(data, "prompts"), _entries(data, "phases")
+        evaluation = data["evaluation"] if isinstance(data.get("evaluation"), dict) else {}
+        refs = {name: _valid(_TEACHER, value) for name, value in teachers.items()}
+        self.student = _valid(TypeAdapter(Student), data.get("student"))
+        self.names = tuple(teachers)
+        self.teachers = {name: ref for name, ref in refs.items() if ref is not None}
+        self.prompts = _all_valid(TrainSource, prompts)
+        self.all_prompts = bool(prompts) and len(self.prompts) == len(prompts)
+        self.rollout = _valid(TypeAdapter(AnyRollout), data.get("rollout", {}))
+        self.phases = _all_valid(Phase, phases)
+        self.all_phases = bool(phases) and len(self.phases) == len(phases)
+        self.optimizer = _valid(TypeAdapter(Optimizer), data.get("optimizer", {}))
+        self.eval_sources = _all_valid(EvalSource, _entries(evaluation, "prompts"))
+        self.allow_code = _valid(_ALLOW_CODE, data.get("allow_code", []))
+        self.report = _valid(TypeAdapter(Reports), data.get("report", {}))
+        self.output = data["output"] if isinstance(data.get("output"), str) else None
+
+
+def _valid(adapter: TypeAdapter[T], value: Any) -> T | None:
+    try:
+        return adapter.validate_python(value)
+    except ValidationError:
+        return None
+
+
+def _entries(data: Mapping[str, Any], name: str) -> list[Any]:
+    return data[name] if isinstance(data.get(name), list) else []
+
+
+def _all_valid(model: type[T], values: list[Any]) -> dict[int, T]:
+    adapter = TypeAdapter(model)
+    return {i: part for i, value in enumerate(values) if (part := _valid(adapter, value)) is not None}
