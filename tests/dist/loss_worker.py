@@ -40,7 +40,13 @@ DIVERGENCES = {
     "forward": (ForwardKL(),),
     "reverse": (ReverseKL(),),
     "jsd": (JSD(0.3),),
-    "pointwise": (TVD(), SkewForwardKL(0.1), SkewReverseKL(0.2), AlphaDivergence(0.7), ClippedForwardKL(0.05)),
+    "pointwise": (
+        TVD(),
+        SkewForwardKL(0.1),
+        SkewReverseKL(0.2),
+        AlphaDivergence(0.7),
+        ClippedForwardKL(0.05),
+    ),
     "all": (ForwardKL(), JSD(0.8), ReverseKL()),
     "none": (),
 }

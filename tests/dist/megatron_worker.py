@@ -32,8 +32,12 @@ def own_part(micro, student, grid):
     """What this rank may see: its rows of the teachers' heads on the last stage, elsewhere tokens alone."""
     if not grid.is_last_stage:
         nothing = torch.full_like(micro.nll_weight_N, torch.nan)
-        return replace(micro, teachers=(), targets=(), teacher_weight_KN=nothing, nll_weight_N=nothing, policy=None)
-    return replace(micro, targets=tuple(Hidden(t.hidden, rows_of(t.head, student.vocab)) for t in micro.targets))
+        return replace(
+            micro, teachers=(), targets=(), teacher_weight_KN=nothing, nll_weight_N=nothing, policy=None
+        )
+    return replace(
+        micro, targets=tuple(Hidden(t.hidden, rows_of(t.head, student.vocab)) for t in micro.targets)
+    )
 
 
 def share(micro_batches, student, grid):

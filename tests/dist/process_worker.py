@@ -37,7 +37,9 @@ def arrays(ranks):
         random = np.random.default_rng(rank)
         lengths = [0, 1, 7, 400, 3][: 3 + rank]
         return [
-            Completion(random.integers(9, size=n), random.random(n, (np.float32, np.float64)[i % 2]), "eos", rank)
+            Completion(
+                random.integers(9, size=n), random.random(n, (np.float32, np.float64)[i % 2]), "eos", rank
+            )
             for i, n in enumerate(lengths)
         ]
 

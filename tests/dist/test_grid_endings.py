@@ -7,12 +7,14 @@ import sys
 
 import pytest
 
-pytest.importorskip("megatron.core", reason="the extra mergeopd[megatron] is not installed")
-
 from grid_jobs import LONG_BROKEN, SHORT_BROKEN, complaint
 from grid_runs import assert_same_figures, metrics, samples
+from ranks import needs_megatron
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's")
+pytestmark = [
+    needs_megatron,
+    pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's"),
+]
 
 ELSEWHERE = "PeerFailed: another process of the run ended"
 
@@ -30,7 +32,8 @@ MET_BY = {"canary": 1, "canary of a writer": 1}
 
 
 @pytest.mark.parametrize(
-    ("recipe", "grid"), [*SHORT_BROKEN, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG_BROKEN)]
+    ("recipe", "grid"),
+    [*SHORT_BROKEN, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG_BROKEN)],
 )
 def test_an_error_is_that_of_one_process_and_no_rank_is_left_behind(grid_folder, told, recipe, grid):
     said = told("short" if (recipe, grid) in SHORT_BROKEN else "four")[f"{recipe}, {grid}"]

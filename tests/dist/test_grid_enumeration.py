@@ -12,12 +12,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("megatron.core", reason="the extra mergeopd[megatron] is not installed")
-
 import torch
 from enumeration import ANSWERS, EOS, Plain, V, advantages, assert_equal, rewards_of
 from megatron_cases import write_dense
-from ranks import run_ranks
+from ranks import needs_megatron, run_ranks
 
 from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.preflight.inputs import preflight
@@ -25,6 +23,7 @@ from mergeopd.engine.schedule import split_updates
 from mergeopd.distributed.communicator import SingleProcess
 
 pytestmark = [
+    needs_megatron,
     pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's"),
     pytest.mark.long,
 ]

@@ -7,14 +7,16 @@ import sys
 
 import pytest
 
-pytest.importorskip("megatron.core", reason="the extra mergeopd[megatron] is not installed")
-
 from grid_jobs import GRIDS, LONG, SHORT
 from grid_runs import MODELS, OF_THE_WAY, ROUTES, WORDS, assert_same_figures, lines, metrics, weights_gap
+from ranks import needs_megatron
 
 from mergeopd.models.checkpoint import Checkpoint
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's")
+pytestmark = [
+    needs_megatron,
+    pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's"),
+]
 
 long = pytest.mark.long
 CASES = [*SHORT, *(pytest.param(*case, marks=long) for case in LONG)]

@@ -7,12 +7,20 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("megatron.core", reason="the extra mergeopd[megatron] is not installed")
-
 import torch
 from enumeration import ANSWERS, EOS, Reference, V, assert_equal, engine_round
-from megatron_cases import MIXED, REVERSE, VALID, Case, micro_batches, torch_student, trained, with_policy, write_dense
-from ranks import run_ranks
+from megatron_cases import (
+    MIXED,
+    REVERSE,
+    VALID,
+    Case,
+    micro_batches,
+    torch_student,
+    trained,
+    with_policy,
+    write_dense,
+)
+from ranks import needs_megatron, run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +29,8 @@ from mergeopd.preflight.inputs import preflight
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.recipe.training import Optimizer
 from mergeopd.types import Rollout
+
+pytestmark = needs_megatron
 
 WORKER = Path(__file__).with_name("megatron_worker.py")
 DEADLINE_S = 300
@@ -302,10 +312,14 @@ def test_scores_equal_transformers(grids, cases, grid, case):
             for prompt, response, own in zip(micro.prompts, micro.responses, flags, strict=True):
                 with torch.no_grad():
                     logits = reference(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
-                rows.append(logits[:, :VALID].log_softmax(-1)[[True] * len(response) if own is None else own.tolist()])
+                rows.append(
+                    logits[:, :VALID].log_softmax(-1)[[True] * len(response) if own is None else own.tolist()]
+                )
             logp = torch.cat(rows)
             labels = torch.tensor([t for r in micro.labels for t in r])
-            torch.testing.assert_close(score["logprob"], logp.gather(1, labels[:, None])[:, 0], rtol=1e-5, atol=2e-5)
+            torch.testing.assert_close(
+                score["logprob"], logp.gather(1, labels[:, None])[:, 0], rtol=1e-5, atol=2e-5
+            )
             torch.testing.assert_close(score["entropy"], -(logp.exp() * logp).sum(1), rtol=1e-5, atol=2e-5)
 
 
@@ -336,7 +350,10 @@ def test_all_ranks_raise_alike_and_keep_their_weights(grids, grid):
     for rank in found:
         assert rank["gradient"].startswith("NumericsError: the gradient is NaN or infinite")
         assert rank["unchanged"]
-        assert rank["summed"] == "RuntimeError: the gradient is already summed over the ranks; call optimizer_step first"
+        assert (
+            rank["summed"]
+            == "RuntimeError: the gradient is already summed over the ranks; call optimizer_step first"
+        )
         assert rank["float64"] == "ValueError: student.dtype: float64 needs student.backend: torch"
         assert rank["layers"] == (
             "ModelError: student.parallel.layers: transformer_engine, but there is no GPU in this process; "
