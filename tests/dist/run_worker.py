@@ -2,7 +2,8 @@
 
 A job is a JSON object: `name`, `recipe`, `overrides`, and where wanted `max_updates`, `machines` (a name for
 every rank), `stop` ({"rank", "call", "stage"}: who gets SIGTERM when which part of a stage begins), `round` (a file of rollouts
-and verdicts: the gradient of one round instead of a run). What a rank tells of it lies in OUT.
+and rewards: the gradient of one round instead of a run), `copied` (a run folder and its copy, made before).
+The results of a rank are written to OUT.
 """
 
 import datetime
@@ -10,6 +11,7 @@ import gc
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -106,6 +108,9 @@ def main(rank, world, store, out, jobs):
         # Groups of their own for every job: those of gloo have threads that wake up a hundred times a second.
         where = f"file://{store}-{number}"
         dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world, timeout=DEADLINE)
+        if rank == 0 and "copied" in job:
+            shutil.copytree(*job["copied"])
+        dist.barrier()
         found[job["name"]] = told(job, rank, world, Path(out))
         dist.barrier()
         dist.destroy_process_group()

@@ -48,22 +48,26 @@ def stops(updates):
     )
 
 
-@pytest.mark.parametrize(
-    ("chain", "steps"),
-    [
-        ("short chain", (("short", "TP2xPP2", 2), ("short", "DP4", 4), ("short", "TP2xDP2", None))),
-        pytest.param(
-            "long chain", (("one", "alone", 2), ("four", "PP2xDP2", 4), ("four", "TP2xPP2", None)), marks=long
-        ),
-    ],
-)
-def test_a_run_goes_on_with_other_grids_as_if_it_were_one(grid_folder, alone, told, chain, steps):
+def assert_continued(folder, name, expected):
+    """The run is the expected one, also in its loss after the change of grids."""
+    follows(folder, name, expected)
+    curve = [line["loss"] for line in metrics(folder / "runs" / name)]
+    assert curve == pytest.approx([line["loss"] for line in metrics(expected)], rel=1e-6, abs=0)
+
+
+def test_a_stopped_run_continues_on_another_grid(grid_folder, alone, told):
+    name = "stopped in rollout, on TP2xDP2"
+    assert told("short")[name] == [None] * 4
+    assert_continued(grid_folder, name, alone("cold start"))
+
+
+@long
+def test_a_run_continues_on_one_grid_after_another(grid_folder, alone, told):
+    steps = (("one", "alone", 2), ("four", "DP4", 3), ("four", "PP2xDP2", 4), ("four", "TP2xPP2", None))
     for launch, grid, updates in steps:
         end = None if updates is None else stops(updates)
-        assert told(launch)[f"{chain}, {grid}"] == [end] * GRIDS[grid][2]
-    follows(grid_folder, chain, alone("cold start"))
-    curve = [line["loss"] for line in metrics(grid_folder / "runs" / chain)]
-    assert curve == pytest.approx([line["loss"] for line in metrics(alone("cold start"))], rel=1e-6, abs=0)
+        assert told(launch)[f"chain, {grid}"] == [end] * GRIDS[grid][2]
+    assert_continued(grid_folder, "chain", alone("cold start"))
 
 
 def test_processes_of_two_machines_read_each_byte_of_a_teacher_once(grid_folder, alone, told):

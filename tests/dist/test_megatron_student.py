@@ -84,7 +84,7 @@ def enumerated(tmp_path_factory, write_job_in):
         for i, answer in enumerate(ANSWERS)
     ]
     reference = Reference(parts)
-    total = sum(reference.token_losses(loss, rollout).sum() for rollout in rollouts)
+    total = sum(losses.sum() for losses in reference.token_losses(loss, rollouts))
     expected = reference.gradient(total / sum(len(r.response_ids) for r in rollouts))
     micro_batches, objectives, plain = [], [], parts.student.accumulate_gradients
 

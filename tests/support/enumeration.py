@@ -99,10 +99,38 @@ def engine_round(
     return results
 
 
-def logprobs(model: torch.nn.Module, prompt: Sequence[int], answer: Sequence[int], tau: float) -> Tensor:
-    """Full-vocabulary log-probabilities of each answer position, `[len(answer), V]`."""
-    logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1, :V]
-    return torch.log_softmax(logits / tau, -1)
+def response_logprobs(
+    model: torch.nn.Module, prompt: Sequence[int], responses: Sequence[Sequence[int]], tau: float
+) -> list[Tensor]:
+    """Full-vocabulary log-probabilities of the responses to one prompt, each `[len(response), V]`.
+
+    One forward pass; shorter responses are padded at their end.
+    """
+    longest = max(map(len, responses))
+    ids = torch.tensor([[*prompt, *response, *[0] * (longest - len(response))] for response in responses])
+    logits = model(ids).logits[:, len(prompt) - 1 : -1, :V]
+    rows = torch.log_softmax(logits / tau, -1)
+    return [row[: len(response)] for row, response in zip(rows, responses, strict=True)]
+
+
+def logprobs(model: torch.nn.Module, prompt: Sequence[int], response: Sequence[int], tau: float) -> Tensor:
+    """Full-vocabulary log-probabilities of each position of one response, `[len(response), V]`."""
+    return response_logprobs(model, prompt, [response], tau)[0]
+
+
+def rollout_logprobs(
+    model: torch.nn.Module, rollouts: Sequence[Rollout], tau: float, template: Sequence[int] = ()
+) -> list[Tensor]:
+    """The same for every rollout, in one forward pass per prompt; `template` precedes the prompts."""
+    by_prompt: dict[bytes, list[int]] = {}
+    for i, rollout in enumerate(rollouts):
+        by_prompt.setdefault(rollout.prompt_ids.tobytes(), []).append(i)
+    found: dict[int, Tensor] = {}
+    for members in by_prompt.values():
+        prompt = (*template, *rollouts[members[0]].prompt_ids)
+        rows = response_logprobs(model, prompt, [rollouts[i].response_ids for i in members], tau)
+        found.update(zip(members, rows, strict=True))
+    return [found[i] for i in range(len(rollouts))]
 
 
 def divergences(loss: dict, log_s: Tensor, log_t: Tensor) -> Tensor:
@@ -161,19 +189,33 @@ class Reference:
         self.student = load(parts.plan.student.model)
         self.teachers = {name: load(t.model) for name, t in parts.plan.teachers.items()}
 
-    def token_losses(self, loss: dict, rollout: Rollout) -> Tensor:
-        """Per response token, teacher weights included, denominators not."""
-        tau = loss.get("temperature", 1.0)
-        prompt, answer = rollout.prompt_ids, rollout.response_ids
-        log_s = logprobs(self.student, prompt, answer, tau)
-        total = torch.zeros(len(answer), dtype=torch.float64)
-        for name, weight in rollout.prompt.teachers.items():
+    def teacher_logprobs(self, rollouts: Sequence[Rollout], tau: float) -> list[dict[str, Tensor]]:
+        """Log-probabilities of every rollout under each of its teachers."""
+        found: list[dict[str, Tensor]] = [{} for _ in rollouts]
+        for name, model in self.teachers.items():
+            taught = [i for i, rollout in enumerate(rollouts) if name in rollout.prompt.teachers]
             with torch.no_grad():
-                log_t = logprobs(self.teachers[name], (*TEMPLATE_IDS[name], *prompt), answer, tau)
-            total = total + weight * divergences(loss, log_s, log_t)
-        if rollout.origin != "student":
-            total = total - loss.get("nll", 0.0) * log_s.gather(1, torch.tensor(answer)[:, None])[:, 0]
-        return total
+                rows = rollout_logprobs(model, [rollouts[i] for i in taught], tau, TEMPLATE_IDS[name])
+            for i, row in zip(taught, rows, strict=True):
+                found[i][name] = row
+        return found
+
+    def token_losses(self, loss: dict, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        """Loss of every response token, by rollout; teacher weights included, denominators not."""
+        tau = loss.get("temperature", 1.0)
+        students = rollout_logprobs(self.student, rollouts, tau)
+        losses = []
+        for rollout, log_s, log_t in zip(
+            rollouts, students, self.teacher_logprobs(rollouts, tau), strict=True
+        ):
+            total = torch.zeros(len(log_s), dtype=torch.float64)
+            for name, weight in rollout.prompt.teachers.items():
+                total = total + weight * divergences(loss, log_s, log_t[name])
+            if rollout.origin != "student":
+                ids = torch.tensor(rollout.response_ids)
+                total = total - loss.get("nll", 0.0) * log_s.gather(1, ids[:, None])[:, 0]
+            losses.append(total)
+        return losses
 
     def gradient(self, total: Tensor) -> dict[str, Tensor]:
         names, parameters = zip(*self.student.named_parameters(), strict=True)
@@ -194,9 +236,9 @@ def rollouts_of(parts: Models, reference: Reference) -> list[Rollout]:
     rollouts = []
     for prompt in prompts:
         ids = parts.inputs.student.render(prompt)
-        for i, answer in enumerate(ANSWERS):
-            with torch.no_grad():
-                written = logprobs(reference.teachers["two"], ids, answer, 1.2)
+        with torch.no_grad():
+            behaviour = response_logprobs(reference.teachers["two"], ids, ANSWERS, 1.2)
+        for i, (answer, written) in enumerate(zip(ANSWERS, behaviour, strict=True)):
             mu = tuple(float(row[y]) for row, y in zip(written, answer, strict=True))
             finish = "eos" if answer[-1] == EOS else "length" if answer[-1] == 0 else "stop"
             rollouts.append(Rollout(prompt, i, ids, answer, "student", finish, mu))  # type: ignore[arg-type]
@@ -239,15 +281,13 @@ class Plain:
         self.lp: list[Tensor] = []  # with a graph
         self.gaps: list[dict[str, Tensor]] = []  # log p_T - log p_S of the written tokens
         self.kl: list[dict[str, Tensor]] = []  # reverse KL by position, with a graph
-        for r in self.rollouts:
+        students = rollout_logprobs(self.reference.student, self.rollouts, 1.0)
+        teachers = self.reference.teacher_logprobs(self.rollouts, 1.0)
+        for r, log_s, log_teachers in zip(self.rollouts, students, teachers, strict=True):
             ids = torch.tensor(r.response_ids)[:, None]
-            log_s = logprobs(self.reference.student, r.prompt_ids, r.response_ids, 1.0)
             self.lp.append(log_s.gather(1, ids)[:, 0])
             gaps, kl = {}, {}
-            for name in r.prompt.teachers:
-                with torch.no_grad():
-                    model, prefix = self.reference.teachers[name], TEMPLATE_IDS[name]
-                    log_t = logprobs(model, (*prefix, *r.prompt_ids), r.response_ids, 1.0)
+            for name, log_t in log_teachers.items():
                 gaps[name] = (log_t - log_s.detach()).gather(1, ids)[:, 0]
                 kl[name] = (log_s.exp() * (log_s - log_t)).sum(-1)
             self.gaps.append(gaps)

@@ -11,6 +11,7 @@ or `-m MODULE`, and its own), `env`, `out` and `err` (files), and `size`: 0, or 
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -111,6 +112,7 @@ def start(command: Mapping[str, Any]) -> int:
 def main() -> None:
     for name in WARM:
         importlib.import_module(name)
+    gc.freeze()  # the forks need not collect the imported modules
     for line in sys.stdin:
         children = [start(command) for command in json.loads(line)["commands"]]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

@@ -8,6 +8,7 @@ The exit code is 1 when a rank fails. Nothing that is imported may start a threa
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import sys
@@ -37,6 +38,7 @@ def run_rank(worker: str, rank: int, world: int, folder: Path, arguments: list[s
 def main(worker: str, world: int, folder: Path, arguments: list[str]) -> int:
     sys.path[0] = str(Path(worker).parent)
     runpy.run_path(worker)
+    gc.freeze()  # the ranks need not collect the imported modules
     ranks = []
     for rank in range(world):
         process = os.fork()

@@ -110,15 +110,14 @@ def jobs(folder: Path, launch: str) -> tuple[int, list[dict[str, Any]]]:
     found = {
         "short": lambda: [
             *(_run(folder, *case) for case in SHORT),
-            *_in_parts(folder, "short chain", ("TP2xPP2", 2), ("DP4", 2), ("TP2xDP2", None)),
             _run(folder, "counted", "TP2xPP2", name="stages apart", machines=APART),
             *(_run(folder, *case) for case in SHORT_BROKEN),
-            *_stopped(folder, "rollout", "TP2xPP2"),
+            *_stopped(folder, "rollout", "TP2xPP2", and_on="TP2xDP2"),
         ],
-        "one": lambda: [*_in_parts(folder, "long chain", ("alone", 2))],
+        "one": lambda: [*_in_parts(folder, "chain", ("alone", 2))],
         "four": lambda: [
             *(_run(folder, *case) for case in LONG),
-            *_in_parts(folder, "long chain", ("PP2xDP2", 2), ("TP2xPP2", None)),
+            *_in_parts(folder, "chain", ("DP4", 1), ("PP2xDP2", 1), ("TP2xPP2", None)),
             _run(folder, "mixed", "TP2xDP2", name="copies apart", machines=APART),
             _run(folder, "selves", "TP2xPP2", name="selves, all apart", machines=("a", "b", "c", "d")),
             *(_run(folder, *case) for case in LONG_BROKEN),
@@ -148,13 +147,21 @@ def _in_parts(folder: Path, into: str, *steps: tuple[str, int | None]) -> Iterat
         yield _run(folder, "cold start", grid, name=f"{into}, {grid}", into=into, max_updates=updates)
 
 
-def _stopped(folder: Path, stage: str, grid: str) -> Iterator[dict[str, Any]]:
-    """A run that one rank is asked to stop in the middle of a stage, and the same command again."""
+def _stopped(folder: Path, stage: str, grid: str, and_on: str | None = None) -> Iterator[dict[str, Any]]:
+    """A run that one rank is asked to stop in the middle of a stage, and the same command again.
+
+    With `and_on`, a copy of the stopped run also continues on that grid.
+    """
     name = f"stopped in {stage}"
-    own = [f"text_cache={folder / name}"]
-    for suffix, options in (("", {"stop": STOPS[stage]}), (", again", {})):
-        found = _run(folder, "cold start", grid, name=name + suffix, into=name, **options)
-        yield {**found, "overrides": [*found["overrides"], *own]}
+    steps: list[tuple[str, str, str, dict[str, Any]]] = [(name, grid, name, {"stop": STOPS[stage]})]
+    if and_on is not None:
+        into = f"{name}, on {and_on}"
+        copied = {"copied": [str(folder / "runs" / run) for run in (name, into)]}
+        steps.append((into, and_on, into, copied))
+    steps.append((f"{name}, again", grid, name, {}))
+    for job, on, into, options in steps:
+        found = _run(folder, "cold start", on, name=job, into=into, **options)
+        yield {**found, "overrides": [*found["overrides"], f"text_cache={folder / name}"]}
 
 
 def complaint(recipe: Path) -> str:
