@@ -11,10 +11,10 @@ from ranks import needs_megatron
 from mergeopd.recipe.training import Optimizer
 
 
+@pytest.mark.long  # as Megatron is imported here, for seconds
 @needs_megatron
 def test_the_optimizer_is_torchs_also_with_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints contain its state; Transformer Engine's AdamW, the library's choice, has another one."""
-    # Here, because importing Megatron takes seconds in every process that collects this file.
     from megatron.core import optimizer as library
 
     from mergeopd.student.megatron import optimizer

@@ -1,4 +1,4 @@
-"""The ranks of a worker script, forked from one process that has imported what they need: imports take seconds.
+"""Run the ranks of a worker script as forks of one process with its imports, which take seconds.
 
     python fork_ranks.py WORKER WORLD FOLDER ARGUMENTS...
 
@@ -27,7 +27,7 @@ def run_rank(worker: str, rank: int, world: int, folder: Path, arguments: list[s
         sys.argv = [worker, str(rank), str(world), str(folder / "store"), str(out), *arguments]
         runpy.run_path(worker, run_name="__main__")
         code = 0
-    except BaseException:  # noqa: BLE001 - whatever it was, the rank must not continue as its parent
+    except BaseException:  # noqa: BLE001 - the rank must not continue as its parent
         traceback.print_exc()
     finally:
         sys.stdout.flush()

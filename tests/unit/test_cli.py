@@ -1,4 +1,4 @@
-"""The command line as a person meets it: what it prints where, and how it exits."""
+"""The command line: output, streams and exit codes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ NO_CANARY = (
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs `mergeopd ARGUMENTS` in this process: exit code, stdout, stderr."""
+    """Run `mergeopd ARGUMENTS` in this process: exit code, stdout, stderr."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["mergeopd", *map(str, arguments)])
@@ -133,8 +133,8 @@ def test_help_is_light() -> None:
     assert done.stdout.splitlines()[-1] == "heavy:"
 
 
-def test_run_shows_that_it_works_before_anything_slow(tmp_path: Path) -> None:
-    """On a terminal; with a recipe that is not there, so that nothing else is shown before the error."""
+def test_run_shows_progress_before_slow_imports(tmp_path: Path) -> None:
+    """On a terminal, with a missing recipe, so that nothing else is shown before the error."""
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "mergeopd", "run", "none.yaml"]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
@@ -152,7 +152,7 @@ def test_run_shows_that_it_works_before_anything_slow(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["check", "run", "eval"])
-def test_a_recipe_that_is_not_there(command: Command, tmp_path: Path, name: str) -> None:
+def test_a_missing_recipe(command: Command, tmp_path: Path, name: str) -> None:
     code, out, err = command(name, tmp_path / "none.yaml")
     assert (code, out) == (2, "")
     assert "none.yaml" in err
@@ -213,7 +213,7 @@ def test_schema(command: Command, options: tuple[str, ...], name: str) -> None:
     assert json.loads(out) == json.loads((ROOT / "docs" / "schema" / f"{name}.schema.json").read_text())
 
 
-def test_prompts_that_are_measured_and_trained_on_are_told(
+def test_prompts_used_for_training_and_evaluation_are_reported(
     command: Command, job: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = job(EVALUATED)
@@ -270,7 +270,7 @@ def test_interrupting_leaves_no_traceback(
 
 @pytest.fixture
 def ran(command: Command, job: Callable[..., Path]) -> Path:
-    """The recipe of a run that is finished."""
+    """Recipe of a finished run."""
     recipe = job({**DATASET, **EVALUATED})
     code, _, err = command("run", recipe)
     assert code == 0, err
@@ -286,7 +286,7 @@ def test_a_finished_run_shows_its_result(command: Command, ran: Path) -> None:
     assert re.search(r"student +run/export", out)
 
 
-def test_a_changed_plan_is_refused_with_what_differs(command: Command, ran: Path) -> None:
+def test_a_changed_plan_is_refused_with_its_differences(command: Command, ran: Path) -> None:
     code, out, err = command("run", ran, "--set", "optimizer.lr=0.005", "--set", "prompts.0.share=2")
     assert (code, out) == (1, "")
     assert err == (
@@ -300,7 +300,7 @@ def test_a_changed_plan_is_refused_with_what_differs(command: Command, ran: Path
     assert "note: run belongs to a run that started with other settings" in out
 
 
-def test_lists_and_sections_that_come_or_go(command: Command, ran: Path) -> None:
+def test_added_and_removed_lists_and_sections(command: Command, ran: Path) -> None:
     code, _, err = command("run", ran, "--set", 'rollout.stop=["d"]', "--set", "evaluation=null")
     assert code == 1
     assert '    rollout.stop: [] -> ["d"]\n' in err
@@ -308,7 +308,7 @@ def test_lists_and_sections_that_come_or_go(command: Command, ran: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "named"),
     [
         ("left.jsonl", "left.jsonl"),
         ("base/model.safetensors", "base"),
@@ -316,7 +316,7 @@ def test_lists_and_sections_that_come_or_go(command: Command, ran: Path) -> None
         ("one/config.json", "one/config.json"),
     ],
 )
-def test_changed_files_are_named(command: Command, ran: Path, changed: str, told: str) -> None:
+def test_changed_files_are_named(command: Command, ran: Path, changed: str, named: str) -> None:
     file = Path(changed)
     content = bytearray(file.read_bytes())
     if file.suffix == ".safetensors":
@@ -328,10 +328,10 @@ def test_changed_files_are_named(command: Command, ran: Path, changed: str, told
     file.write_bytes(content)
     code, out, err = command("run", ran)
     assert (code, out) == (1, "")
-    assert err.splitlines()[1:-1] == [f"    {told} has other contents now"]
+    assert err.splitlines()[1:-1] == [f"    {named} has other contents now"]
 
 
-def test_a_folder_that_is_no_run_is_left_alone(command: Command, job: Callable[..., Path]) -> None:
+def test_a_folder_that_is_no_run_is_not_changed(command: Command, job: Callable[..., Path]) -> None:
     recipe = job()
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("")
@@ -341,7 +341,7 @@ def test_a_folder_that_is_no_run_is_left_alone(command: Command, job: Callable[.
     assert os.listdir("mine") == ["thesis.txt"]
 
 
-def test_a_damaged_plan_is_told_with_the_rest(command: Command, job: Callable[..., Path]) -> None:
+def test_a_damaged_plan_is_reported_with_other_problems(command: Command, job: Callable[..., Path]) -> None:
     recipe = job()
     Path("run").mkdir()
     Path("run/plan.yaml").write_text("format: 1\n")
@@ -378,7 +378,7 @@ def test_eval_needs_something_to_measure(command: Command, job: Callable[..., Pa
     assert (code, err) == (1, "error: nowhere: there is no such folder; name a Hugging Face model folder\n")
 
 
-def test_a_function_with_a_mistake_is_found_before_the_run(
+def test_a_broken_verifier_function_is_reported_before_the_run(
     command: Command, job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "reward_of_test_cli.py").write_text(
@@ -428,7 +428,7 @@ def test_from_models_and_prompts_to_a_run(command: Command, job: Callable[..., P
     )
 
 
-def test_new_tells_what_is_missing_or_there(command: Command, job: Callable[..., Path]) -> None:
+def test_new_reports_missing_and_existing_files(command: Command, job: Callable[..., Path]) -> None:
     job()
     code, out, err = command("new", "recipe", "first")
     assert (code, out) == (2, "")
@@ -456,16 +456,16 @@ def test_help_has_an_example_that_can_be_parsed(
     assert code == 0
     plain = re.sub(r"\x1b\[[0-9;]*m", "", out)
     assert max(map(len, plain.splitlines())) <= 80
-    found = re.search(r"Example: mergeopd (.*?)\n *\n", plain, re.DOTALL)
-    assert found is not None
-    words = shlex.split(found[1].partition(" > ")[0])
+    result = re.search(r"Example: mergeopd (.*?)\n *\n", plain, re.DOTALL)
+    assert result is not None
+    words = shlex.split(result[1].partition(" > ")[0])
     current: Any = typer.main.get_command(app)
     for step in name.split():
         current, words = current.commands[step], words[words.index(step) + 1 :]
     current.make_context(name, words)  # raises on what it does not know
 
 
-def test_completion_knows_the_commands() -> None:
+def test_completion_lists_the_commands() -> None:
     script = Path(sys.executable).with_name("mergeopd")
     asked = {"_MERGEOPD_COMPLETE": "complete_bash", "COMP_WORDS": "mergeopd new ", "COMP_CWORD": "2"}
     done = subprocess.run([script], env={**os.environ, **asked}, capture_output=True, text=True, check=False)
