@@ -1,7 +1,8 @@
-"""Tiny real models, tokenizers and whole recipes, made on the spot."""
+"""Tiny real models, tokenizers and complete recipes."""
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,21 +14,20 @@ from hypothesis import HealthCheck, settings
 WORDS = ("a", "b", "c", "d", "<eos>")
 
 
-# The same examples every time: a red run can be repeated, and a green one was no luck.
-# How long it takes to make examples depends on what else the machine does.
+# The same examples every time, so that failures can be repeated. Health checks of speed depend on the load.
 settings.register_profile(
     "repeatable", derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("repeatable")
 
 
-# Files that share an expensive fixture, by the name under which one process runs them all.
+# Files that share an expensive fixture run in one process, by the name of their group.
 TOGETHER = {"test_grid_endings.py": "grid", "test_grid_runs.py": "grid"}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give all tests of a file to one process, as they share what is expensive."""
+    """Run all tests of a file in one process, as they share fixtures."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):  # type: ignore[misc, unused-ignore]
@@ -38,11 +38,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByFile(config, log)
 
 
+def pytest_collection_finish() -> None:
+    """Take all imported modules out of garbage collection: runs collect explicitly, up to 0.5 s each time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+_MODEL_FILES: dict[tuple[object, ...], dict[str, bytes]] = {}
 
 
 def write_model(
@@ -57,7 +66,13 @@ def write_model(
     eos: int = 2,
     model_type: str = "qwen3",
 ) -> Path:
-    """A random model folder: weights and config only."""
+    """Write a random model, weights and config only, into `folder`. Models with the same options are made once."""
+    key = (seed, vocab, hidden, layers, tied, spread, eos, model_type)
+    if key in _MODEL_FILES:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in _MODEL_FILES[key].items():
+            (folder / name).write_bytes(content)
+        return folder
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -79,6 +94,7 @@ def write_model(
         eos_token_id=eos,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    _MODEL_FILES[key] = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     return folder
 
 
@@ -93,7 +109,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 def write_word_tokenizer(folder: Path, template: str) -> None:
-    """A tokenizer of five words, ids 0 to 4; the last one ends an answer."""
+    """A tokenizer of five words, ids 0 to 4; the last one ends a response."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="a"))
@@ -110,7 +126,7 @@ LONGER = "a b c d a b c {{ messages[0].content }}"  # seven tokens more than SHO
 
 @pytest.fixture(scope="session")
 def write_job_in() -> Callable[..., Path]:
-    """Writes a complete job over a five-token vocabulary into a folder and returns its recipe.
+    """Function that writes a complete job over a five-token vocabulary into a folder; returns its recipe.
 
     Student `base`; teachers `one` (padded to 8 rows, template seven tokens longer) and `two` (untied head).
     The models are StableLM: its LayerNorm computes in float64 where the weights are, unlike the RMSNorms of

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import io
 import json
@@ -134,6 +135,8 @@ def serve(warm_up: Sequence[str]) -> None:
         code = call_main(warm_up)
     if code:
         sys.exit(told.getvalue())
+    gc.collect()
+    gc.freeze()  # the forks need not collect the imported modules
     for line in sys.stdin:
         code, output = _forked(json.loads(line))
         print(json.dumps({"code": code, "output": output}), flush=True)

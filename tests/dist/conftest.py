@@ -1,4 +1,4 @@
-"""The launches of the worker for whole runs: each is made once, when the first test asks for it."""
+"""Launches of the worker for whole runs. Each is made once, for the first test that uses it."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ AFTER = {"four": "one"}
 
 @pytest.fixture(scope="session")
 def grid_folder(tmp_path_factory):
-    """Models, recipes, and in `runs` what came of them."""
+    """Write models and recipes; the run folders lie in `runs`."""
     from grid_jobs import write_recipes
     from grid_runs import write_grid_job
 
@@ -23,8 +23,8 @@ def grid_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def alone(grid_folder):
-    """The run folder of a recipe in one process."""
+def single_process_run(grid_folder):
+    """Run a recipe in one process, once; its run folder."""
     from grid_runs import run_alone
 
     def run(name):
@@ -37,8 +37,8 @@ def alone(grid_folder):
 
 
 @pytest.fixture(scope="session")
-def told(grid_folder, tmp_path_factory):
-    """By job, what became of it on every rank of a launch: an error, or None."""
+def errors_of(grid_folder, tmp_path_factory):
+    """Make a launch, once; by job, the error of every rank, or None."""
     from grid_jobs import jobs
     from ranks import run_ranks
 

@@ -1,4 +1,4 @@
-"""One rank of `test_loss_tensor_parallel.py`: sharded against unsharded, errors as numbers in a JSON file.
+"""One rank of `test_loss_tensor_parallel.py`: compares sharded and unsharded results, and writes the errors to a JSON file.
 
 Communicator 0 and 1 also form a group of two; every rank computes the unsharded result itself, from the same seeds.
 """
@@ -40,7 +40,13 @@ DIVERGENCES = {
     "forward": (ForwardKL(),),
     "reverse": (ReverseKL(),),
     "jsd": (JSD(0.3),),
-    "pointwise": (TVD(), SkewForwardKL(0.1), SkewReverseKL(0.2), AlphaDivergence(0.7), ClippedForwardKL(0.05)),
+    "pointwise": (
+        TVD(),
+        SkewForwardKL(0.1),
+        SkewReverseKL(0.2),
+        AlphaDivergence(0.7),
+        ClippedForwardKL(0.05),
+    ),
     "all": (ForwardKL(), JSD(0.8), ReverseKL()),
     "none": (),
 }
@@ -75,7 +81,7 @@ def make(dtype, num_teachers):
 
 
 def shard(head, layout, rank, fill=1e4):
-    """This rank's rows; padding rows hold what would take over any softmax that saw them."""
+    """Rows of this rank. Padding rows are so large that they would dominate any softmax."""
     start = sum(valid for valid, _ in layout[:rank])
     valid, rows = layout[rank]
     weight = torch.full((rows, head.weight.shape[1]), fill, dtype=head.weight.dtype)
@@ -112,15 +118,15 @@ def run(hidden, head, teachers, labels, divergences, group, support=None):
     return loss.detach(), stats, [leaf.grad for leaf in leaves]
 
 
-def worst(found, wanted):
-    """Largest difference, relative to the largest wanted value."""
+def worst(actual, wanted):
+    """Largest difference, relative to the largest expected value."""
     if wanted.numel() == 0:
         return 0.0
-    return ((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()
+    return ((actual - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()
 
 
 def compare(layout, divergences, dtype, num_teachers, group, support=None, num_known=0):
-    """`num_known` of the teachers are known by their own top k alone."""
+    """Compare losses on a support; `num_known` teachers give only their own top k."""
     rank = dist.get_rank(group)
     hidden, head, teachers, labels = make(dtype, num_teachers)
     known = [
@@ -149,7 +155,7 @@ def compare(layout, divergences, dtype, num_teachers, group, support=None, num_k
 
 
 def refusals(group):
-    """Every rank must raise, though only one sees the cause."""
+    """Errors of this rank where only one rank has the cause."""
     layout, rank = LAYOUTS["4 uneven"], dist.get_rank(group)
     hidden, head, teachers, labels = make(torch.float64, 2)
     parts = [Hidden(t.hidden, shard(t.head, layout, rank)) for t in teachers]
@@ -164,14 +170,14 @@ def refusals(group):
 
     outside = labels.clone()
     outside[3] = VOCAB
-    found = {"label": message(parts, outside)}
+    result = {"label": message(parts, outside)}
     if rank == 2:
         parts[1].head.weight[0, 0] = torch.nan
-    found["nan"] = message(parts, labels)
+    result["nan"] = message(parts, labels)
     if rank == 1:
         parts[0] = Hidden(parts[0].hidden, Head(parts[0].head.weight[:-1], None, vocab_start=own.vocab_start))
-    found["shards"] = message(parts, labels)
-    return found
+    result["shards"] = message(parts, labels)
+    return result
 
 
 def main(rank, world, store, out):

@@ -1,4 +1,4 @@
-"""One rank of the Megatron tests: a list of cases on one grid, results as numbers in a file."""
+"""One rank of the Megatron tests: a list of cases on one grid, writes the results to a file."""
 
 import datetime
 import sys
@@ -29,19 +29,23 @@ def rows_of(head, vocab):
 
 
 def own_part(micro, student, grid):
-    """What this rank may see: its rows of the teachers' heads on the last stage, elsewhere tokens alone."""
+    """Reduce a micro-batch to the data of this rank: its rows of the teachers' heads on the last stage, else tokens."""
     if not grid.is_last_stage:
         nothing = torch.full_like(micro.nll_weight_N, torch.nan)
-        return replace(micro, teachers=(), targets=(), teacher_weight_KN=nothing, nll_weight_N=nothing, policy=None)
-    return replace(micro, targets=tuple(Hidden(t.hidden, rows_of(t.head, student.vocab)) for t in micro.targets))
+        return replace(
+            micro, teachers=(), targets=(), teacher_weight_KN=nothing, nll_weight_N=nothing, policy=None
+        )
+    return replace(
+        micro, targets=tuple(Hidden(t.hidden, rows_of(t.head, student.vocab)) for t in micro.targets)
+    )
 
 
-def share(micro_batches, student, grid):
-    """Every `data`-th micro-batch: uneven, and none for some ranks where there are few."""
+def own_micro_batches(micro_batches, student, grid):
+    """Every `data`-th micro-batch: uneven counts, and none for some ranks if there are few."""
     return [own_part(m, student, grid) for m in micro_batches[grid.data_rank :: grid.data]]
 
 
-def said(action):
+def error_text(action):
     try:
         action()
     except (MergeopdError, RuntimeError, ValueError) as error:
@@ -50,11 +54,11 @@ def said(action):
 
 
 def training(case, student, grid):
-    """Losses (this rank's share, 0 where another has it) and norms of the updates, the first raw gradient."""
+    """Losses (this rank's own_micro_batches, 0 where another has it) and norms of the updates, the first raw gradient."""
     losses, norms, gradients, calls = [], [], {}, []
     student._model.decoder.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
     for number, (micro_batches, lr) in enumerate(zip(case["updates"], case["lrs"], strict=True)):
-        mine = share(micro_batches, student, grid)
+        mine = own_micro_batches(micro_batches, student, grid)
         # Two calls add up like one.
         parts = [mine[:1], mine[1:]] if case["split"] else [mine]
         stats = [s for part in parts for s in student.accumulate_gradients(part, case["objective"])]
@@ -75,31 +79,31 @@ def scores(case, student, grid):
 
 
 def state_again(path, student):
-    """The state of another student's file, loaded and asked for again: is it the same, bit for bit?"""
+    """Load the state of another student's file; whether the state is the same bit for bit."""
     given = load_file(path)
     student.load_state(given)
-    found = dict(student.state())
+    result = dict(student.state())
     if dist.get_rank() != 0:
-        return found == {}
-    return found.keys() == given.keys() and all(torch.equal(found[key], given[key]) for key in given)
+        return result == {}
+    return result.keys() == given.keys() and all(torch.equal(result[key], given[key]) for key in given)
 
 
 def failures(case, student, grid):
-    """What every rank says when one sees a teacher with NaN, or an infinite gradient."""
+    """Errors of this rank when one rank has a teacher with NaN, or an infinite gradient."""
     before = {name: w.clone() for name, w in student.shards.items()}
     micro_batches = [own_part(m, student, grid) for m in case["updates"][0]]
     if grid.is_last_stage and grid.data_rank == 0 and grid.tensor_rank == grid.tensor - 1:
         micro_batches[1].targets[0].head.weight[2] = torch.nan
-    found = {"teacher": said(lambda: student.accumulate_gradients(micro_batches, case["objective"]))}
+    result = {"teacher": error_text(lambda: student.accumulate_gradients(micro_batches, case["objective"]))}
     if dist.get_rank() == 0:
         next(iter(student._ddp.parameters())).main_grad.fill_(torch.inf)
-    found["gradient"] = said(lambda: student.optimizer_step(0.1))
-    found["summed"] = said(lambda: student.accumulate_gradients(micro_batches, case["objective"]))
-    found["float64"] = said(lambda: made({**case, "dtype": "float64"}, grid))
-    found["layers"] = said(lambda: made({**case, "layers": "transformer_engine"}, grid))
-    found["state"] = said(lambda: student.load_state({"master.model.norm.weight": torch.zeros(48)}))
-    found["unchanged"] = all(torch.equal(w, before[name]) for name, w in student.shards.items())
-    return found
+    result["gradient"] = error_text(lambda: student.optimizer_step(0.1))
+    result["summed"] = error_text(lambda: student.accumulate_gradients(micro_batches, case["objective"]))
+    result["float64"] = error_text(lambda: made({**case, "dtype": "float64"}, grid))
+    result["layers"] = error_text(lambda: made({**case, "layers": "transformer_engine"}, grid))
+    result["state"] = error_text(lambda: student.load_state({"master.model.norm.weight": torch.zeros(48)}))
+    result["unchanged"] = all(torch.equal(w, before[name]) for name, w in student.shards.items())
+    return result
 
 
 def made(case, grid):
@@ -118,24 +122,24 @@ def made(case, grid):
 def run(case, grid):
     grid = replace(grid, sequence_parallel=case["sequence_parallel"])
     student = made(case, grid)
-    found = {"vocab": (student.vocab.start, student.vocab.stop)}
+    result = {"vocab": (student.vocab.start, student.vocab.stop)}
     if case["fails"]:
-        return found | failures(case, student, grid)
+        return result | failures(case, student, grid)
     folder = Path(case["export"])
     if case["state"] is not None:
-        found["same state"] = state_again(case["state"], student)
-        found |= training(case, student, grid)
+        result["same state"] = state_again(case["state"], student)
+        result |= training(case, student, grid)
         state = dict(student.state())
         if state:
             save_file(state, folder / "state.safetensors")
-        return found
-    found["fresh state"] = sorted(dict(student.state()))
-    found["scores"] = scores(case, student, grid)
+        return result
+    result["fresh state"] = sorted(dict(student.state()))
+    result["scores"] = scores(case, student, grid)
     with mock.patch.object(weights, "_MAX_FILE_BYTES", 20_000):
         student.export(folder / "untouched")
-    found |= training(case, student, grid)
+    result |= training(case, student, grid)
     student.export(folder / "trained")
-    return found
+    return result
 
 
 def main(rank, world, store, out, jobs, tensor, pipeline):

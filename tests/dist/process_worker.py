@@ -1,4 +1,4 @@
-"""One process of `mergeopd run` whose run is a scene of a few lines: `process_worker.py SCENE`."""
+"""One process of `mergeopd run` with a scene of a few lines as its run: `process_worker.py SCENE`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from types import SimpleNamespace
 import numpy as np
 
 import mergeopd.api
-from mergeopd.distributed import communicator
 from mergeopd.cli import main
+from mergeopd.distributed import communicator
+from mergeopd.distributed.communicator import SingleProcess, scatter_gather
 from mergeopd.distributed.rendezvous import RankInfo, open_communicator
 from mergeopd.errors import Location, ModelError, Problem, RecipeError, Stopped
-from mergeopd.distributed.communicator import SingleProcess, scatter_gather
 from mergeopd.rollout.protocol import Completion
 
 
-def meet_for_ever(ranks):
+def gather_forever(ranks):
     while True:
         ranks.gather(ranks.rank)
 
@@ -30,26 +30,28 @@ def fine(ranks):
 
 
 def arrays(ranks):
-    """Arrays of several parts, empty ones, and what is no array, are the same on every process."""
+    """Gather arrays of several parts, empty arrays and other objects."""
     communicator._PART_BYTES = 1000
 
     def completions(rank):
         random = np.random.default_rng(rank)
         lengths = [0, 1, 7, 400, 3][: 3 + rank]
         return [
-            Completion(random.integers(9, size=n), random.random(n, (np.float32, np.float64)[i % 2]), "eos", rank)
+            Completion(
+                random.integers(9, size=n), random.random(n, (np.float32, np.float64)[i % 2]), "eos", rank
+            )
             for i, n in enumerate(lengths)
         ]
 
     own = completions(ranks.rank)
-    found = ranks.gather(own)
-    assert found == [completions(rank) for rank in range(ranks.size)]
-    for part in found:
+    result = ranks.gather(own)
+    assert result == [completions(rank) for rank in range(ranks.size)]
+    for part in result:
         for one in part:
             assert one.response_ids.dtype == np.int32
             assert not one.response_ids.flags.writeable
             assert not one.logprobs.flags.writeable
-    assert np.shares_memory(found[ranks.rank][1].response_ids, own[1].response_ids)
+    assert np.shares_memory(result[ranks.rank][1].response_ids, own[1].response_ids)
     several = scatter_gather(ranks, range(5), lambda share: [completions(i)[-1] for i in share])
     assert several == [completions(i)[-1] for i in range(5)]
     if ranks.is_first:
@@ -60,7 +62,7 @@ def error_in_the_middle(ranks):
     ranks.gather(None)
     if ranks.rank == 1:
         raise ModelError("models/x: has no weights")
-    meet_for_ever(ranks)
+    gather_forever(ranks)
 
 
 def error_of_all(ranks):
@@ -78,7 +80,7 @@ def error_in_a_share(ranks):
 def bug(ranks):
     if ranks.rank == 1:
         raise ValueError("not what was expected")
-    meet_for_ever(ranks)
+    gather_forever(ranks)
 
 
 def stopped(ranks):
@@ -87,16 +89,16 @@ def stopped(ranks):
 
 
 def vanished(ranks):
-    """Ends without an exception that anybody could tell of."""
+    """End one process without an exception."""
     if ranks.rank == 1:
         os._exit(9)
-    meet_for_ever(ranks)
+    gather_forever(ranks)
 
 
 def killed(ranks):
     if ranks.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    meet_for_ever(ranks)
+    gather_forever(ranks)
 
 
 def recipe_error():
@@ -104,7 +106,7 @@ def recipe_error():
 
 
 def own_error():
-    """Before they meet, of one only."""
+    """Raise in one process before the rendezvous."""
     if os.environ["RANK"] == "1":
         raise ModelError("models/x: is not on this disk")
 

@@ -1,8 +1,9 @@
-"""One rank of runs on grids: the engine's own way from recipe to result, for one job after another.
+"""One rank of runs on grids: runs one job after another with the engine, from recipe to result.
 
 A job is a JSON object: `name`, `recipe`, `overrides`, and where wanted `max_updates`, `machines` (a name for
-every rank), `stop` ({"rank", "call", "stage"}: who gets SIGTERM when which part of a stage begins), `round` (a file of rollouts
-and verdicts: the gradient of one round instead of a run). What a rank tells of it lies in OUT.
+every rank), `stop` ({"rank", "call", "stage"}: the rank that gets SIGTERM, and at which part of which stage), `round` (a file of rollouts
+and rewards: the gradient of one round instead of a run), `copied` (a run folder and its copy, made before).
+The results of a rank are written to OUT.
 """
 
 import datetime
@@ -10,6 +11,7 @@ import gc
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -24,15 +26,15 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 warnings.filterwarnings("ignore")
 
+from mergeopd.distributed.communicator import SingleProcess, TorchCommunicator  # noqa: E402
 from mergeopd.engine.build import Machine, load_models  # noqa: E402
-from mergeopd.engine.stages import Stages  # noqa: E402
 from mergeopd.engine.clock import Clock  # noqa: E402
 from mergeopd.engine.run import claim, train  # noqa: E402
-from mergeopd.preflight.inputs import preflight  # noqa: E402
+from mergeopd.engine.stages import Stages  # noqa: E402
 from mergeopd.errors import MergeopdError  # noqa: E402
-from mergeopd.distributed.communicator import SingleProcess, TorchCommunicator  # noqa: E402
+from mergeopd.preflight.inputs import preflight  # noqa: E402
 
-# What a run imports when it needs it; here before the ranks are forked.
+# Modules that a run imports late, imported here before the ranks are forked.
 for _name in ("mergeopd.student.megatron.step", "transformers.models.qwen3.modeling_qwen3", "grid_jobs"):
     importlib.import_module(_name)
 
@@ -40,7 +42,7 @@ DEADLINE = datetime.timedelta(seconds=60)
 
 
 def whole_run(job, ranks):
-    """`mergeopd run`, but for opening the group."""
+    """Do what `mergeopd run` does after opening the group."""
     with ExitStack() as held:
         inputs = claim(Path(job["recipe"]), job["overrides"], (), ranks, held)
         if inputs is not None:
@@ -48,7 +50,7 @@ def whole_run(job, ranks):
 
 
 def stopping(stage, at):
-    """A signal to this process when number `at` (from 0) of this stage's parts begins."""
+    """Send SIGTERM to this process when part `at` (from 0) of a stage begins."""
     true, calls = Stages.begin, []
 
     def begin(self, name, detail, *arguments):
@@ -62,55 +64,58 @@ def stopping(stage, at):
 
 
 def one_round(job, ranks, out):
-    """The raw gradients of a round's updates, on rank 0."""
+    """Save the raw gradients of a round's updates, on rank 0; return the losses."""
     from enumeration import engine_round
 
     rollouts, grades = torch.load(job["round"], weights_only=False)
     parts = load_models(preflight(Path(job["recipe"]), job["overrides"]), Machine(torch.device("cpu"), ranks))
-    found = engine_round(parts, rollouts, grades)
-    torch.save([gradient for gradient, _ in found], out.with_name(f"{out.stem}.{job['name']}.gradients"))
-    return [stats.loss for _, stats in found]
+    result = engine_round(parts, rollouts, grades)
+    torch.save([gradient for gradient, _ in result], out.with_name(f"{out.stem}.{job['name']}.gradients"))
+    return [stats.loss for _, stats in result]
 
 
-def told(job, rank, world, out):
-    """What became of a job on this rank."""
+def run_job(job, rank, world, out):
+    """Run a job on this rank; its error, and the losses of a round."""
     from megatron.core import parallel_state
 
     machines = job.get("machines", ["here"] * world)
     ranks = SingleProcess() if world == 1 else TorchCommunicator(machines[rank])
     stop = job.get("stop", {"rank": None})
-    found = {"error": None}
+    result = {"error": None}
     try:
         with ExitStack() as held:
             if stop["rank"] == rank:
                 held.enter_context(stopping(stop.get("stage", "rollout"), stop["call"]))
             if "round" in job:
-                found["losses"] = one_round(job, ranks, out)
+                result["losses"] = one_round(job, ranks, out)
             else:
                 whole_run(job, ranks)
     except MergeopdError as error:
-        found["error"] = f"{type(error).__name__}: {error}"
+        result["error"] = f"{type(error).__name__}: {error}"
     except Exception:
         traceback.print_exc()
         raise
     finally:
         parallel_state.destroy_model_parallel()
-    return found
+    return result
 
 
 def main(rank, world, store, out, jobs):
     torch.set_num_threads(1)
-    found = {}
+    result = {}
     for number, job in enumerate(json.loads(Path(jobs).read_text())):
         print(job["name"], flush=True)
-        # Groups of their own for every job: those of gloo have threads that wake up a hundred times a second.
+        # A new group for every job: threads of gloo groups wake up a hundred times a second.
         where = f"file://{store}-{number}"
         dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world, timeout=DEADLINE)
-        found[job["name"]] = told(job, rank, world, Path(out))
+        if rank == 0 and "copied" in job:
+            shutil.copytree(*job["copied"])
+        dist.barrier()
+        result[job["name"]] = run_job(job, rank, world, Path(out))
         dist.barrier()
         dist.destroy_process_group()
         gc.collect()
-    Path(out).write_text(json.dumps(found))
+    Path(out).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

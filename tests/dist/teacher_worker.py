@@ -1,4 +1,4 @@
-"""One rank of `test_teacher_ranks.py`: what it gathered, sent and read, in a JSON file."""
+"""One rank of `test_teacher_ranks.py`: writes the data that it gathered, sent and read to a JSON file."""
 
 import contextlib
 import datetime
@@ -10,19 +10,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from mergeopd.distributed.communicator import TorchCommunicator, this_machine
 from mergeopd.errors import MergeopdError
 from mergeopd.models.checkpoint import Checkpoint
-from mergeopd.distributed.communicator import TorchCommunicator, this_machine
 from mergeopd.teacher import shared_cache as node_cache
-from mergeopd.teacher.shared_cache import SharedHiddenCache
-from mergeopd.teacher.weight_reader import ShardedReader
 from mergeopd.teacher.local import TeacherSource, TeacherStore
 from mergeopd.teacher.protocol import TeacherSequence
+from mergeopd.teacher.shared_cache import SharedHiddenCache
+from mergeopd.teacher.weight_reader import ShardedReader
 
 CPU = torch.device("cpu")
 NUM_ROLLOUTS = 11
 TEACHERS = {"a": (torch.float32, 6), "b": (torch.bfloat16, 5), "c": (torch.float64, 3)}
-# Machine of each rank, and the readers of even and odd rollouts.
+# Machine of each rank, and the loss_ranks of even and odd rollouts.
 LAYOUTS = {
     "one machine": ("mmmm", ({0, 1}, {2, 3})),
     "stages apart": ("aabb", ({2, 3}, {2, 3})),
@@ -36,7 +36,7 @@ SMALL_BYTES = 24
 
 
 class Counted(TorchCommunicator):
-    """Processes that remember what they send."""
+    """Communicator that records what it sends."""
 
     def __init__(self, machine):
         super().__init__(machine)
@@ -57,12 +57,12 @@ def scorer(teacher, rollout):
     return (rollout * 7 + ord(teacher)) % 4
 
 
-def same(found, expected):
-    return found.dtype == expected.dtype and torch.equal(found, expected)
+def same(actual, expected):
+    return actual.dtype == expected.dtype and torch.equal(actual, expected)
 
 
 def attempt(work):
-    """Class and words of what `work` raises."""
+    """Class and message of the error that `work` raises."""
     try:
         work()
     except (MergeopdError, KeyError) as error:
@@ -70,12 +70,14 @@ def attempt(work):
     return "nothing raised"
 
 
-def one_round(ranks, readers, budget_bytes, folder):
-    """Three teachers' turns; everything this rank may read is read after each of them."""
+def one_round(ranks, loss_ranks, budget_bytes, folder):
+    """Publish the states of three teachers; read all states of this rank after each."""
     right, refused = [], []
-    with SharedHiddenCache(budget_bytes, folder, ranks, lambda rollout: readers[rollout % 2], CPU) as cache:
-        own = [i for i in range(NUM_ROLLOUTS) if ranks.rank in readers[i % 2]]
-        others = [i for i in range(NUM_ROLLOUTS) if ranks.rank not in readers[i % 2]]
+    with SharedHiddenCache(
+        budget_bytes, folder, ranks, lambda rollout: loss_ranks[rollout % 2], CPU
+    ) as cache:
+        own = [i for i in range(NUM_ROLLOUTS) if ranks.rank in loss_ranks[i % 2]]
+        others = [i for i in range(NUM_ROLLOUTS) if ranks.rank not in loss_ranks[i % 2]]
         published = []
         for teacher in TEACHERS:
             for rollout in range(NUM_ROLLOUTS):
@@ -120,7 +122,7 @@ def scored_twice(folder):
 
 
 def full_disk(folder):
-    """What reaches rank 2's machine finds no place there; the message after it must not be lost."""
+    """Fill the disk of rank 2, which receives states; the message that follows must not be lost."""
     ranks = TorchCommunicator("ab"[ranks_half()])
     blocked = folder / "blocked"
     if ranks.rank == 2:
@@ -138,16 +140,16 @@ def ranks_half():
 
 
 def caches(folder):
-    found = {}
-    for name, (machines, readers) in LAYOUTS.items():
+    result = {}
+    for name, (machines, loss_ranks) in LAYOUTS.items():
         for budget_bytes in (0, 300, GENEROUS):
             ranks = Counted(machines[dist.get_rank()])
-            found[f"{name}|{budget_bytes}"] = one_round(ranks, readers, budget_bytes, folder / "spill")
+            result[f"{name}|{budget_bytes}"] = one_round(ranks, loss_ranks, budget_bytes, folder / "spill")
     node_cache._PARCEL_BYTES = SMALL_BYTES
     ranks = Counted("aabb"[dist.get_rank()])
-    found["small parcels"] = one_round(ranks, LAYOUTS["stages apart"][1], 300, folder / "spill")
+    result["small parcels"] = one_round(ranks, LAYOUTS["stages apart"][1], 300, folder / "spill")
     return {
-        "rounds": found,
+        "rounds": result,
         "left": [str(p) for p in (folder / "spill").iterdir()],
         "early": leaving_early(folder / "spill"),
         "twice": scored_twice(folder / "spill"),
@@ -157,7 +159,7 @@ def caches(folder):
 
 
 def read_in_parts(model, dtype, batch_bytes):
-    """This rank's bytes, truly read and as told, and whether body and hidden states are those of mapped files."""
+    """Bytes that this rank read and reported, and whether body and hidden states equal those of mapped files."""
     ranks = TorchCommunicator("m")
     sources = {"t": TeacherSource(model, dtype, 37)}
     mapped = TeacherStore(sources, CPU)
@@ -173,9 +175,9 @@ def read_in_parts(model, dtype, batch_bytes):
         with sharded.open("t") as teacher:
             # Stores have their own skeletons, so both teachers can be in memory.
             with mapped.open("t") as whole:
-                found, expected = teacher.body.state_dict(), whole.body.state_dict()
-                right = found.keys() == expected.keys()
-                right = right and all(same(found[n], expected[n]) for n in expected)
+                actual, expected = teacher.body.state_dict(), whole.body.state_dict()
+                right = actual.keys() == expected.keys()
+                right = right and all(same(actual[n], expected[n]) for n in expected)
                 ids = [TeacherSequence((1, 2, 3), (4, 5))], 100
                 rows = [dict(t.hidden(*ids))[0] for t in (teacher, whole)]
                 right = right and same(*rows)
@@ -186,16 +188,16 @@ def read_in_parts(model, dtype, batch_bytes):
     header = Checkpoint.open(model).header_bytes
     return {
         "right": right,
-        "truly": sum(counted),
-        "told": twice - 2 * header,
+        "read": sum(counted),
+        "reported": twice - 2 * header,
         "mapped": mapped.bytes_read("t") - header,
         "reads": len(counted),
     }
 
 
 def odd_files(folder, model):
-    """Rank 1's own copy is cut after it was opened; rank 2's is of another model from the start."""
-    ranks, found = TorchCommunicator("m"), {}
+    """Truncate rank 1's copy after it was opened; give rank 2 the files of another model."""
+    ranks, result = TorchCommunicator("m"), {}
     for case in ("cut", "other"):
         own = folder / f"{case}{ranks.rank}"
         shutil.copytree(model, own)
@@ -214,8 +216,8 @@ def odd_files(folder, model):
             with store.open("t"):
                 pass
 
-        found[case] = attempt(turn).replace(str(folder), "")
-    return found
+        result[case] = attempt(turn).replace(str(folder), "")
+    return result
 
 
 def main(rank, world, store, out, folder, *models):

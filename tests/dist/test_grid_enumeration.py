@@ -1,7 +1,7 @@
-"""All answers of at most two tokens, by the engine on gloo grids: raw gradients against autograd.
+"""Raw gradients of all responses of at most two tokens on gloo grids, compared with autograd.
 
-The answers are scored by all ranks, kept where they are trained, dealt to the copies and accumulated; the expected
-gradients are those of independent Hugging Face models. Float32, which Megatron's layers compute in.
+All ranks score the responses; their targets go to the loss ranks, and the replicas accumulate. The expected
+gradients are those of independent Hugging Face models. Float32, as in Megatron's layers.
 """
 
 from __future__ import annotations
@@ -11,20 +11,18 @@ import sys
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("megatron.core", reason="the extra mergeopd[megatron] is not installed")
-
 import torch
 from enumeration import ANSWERS, EOS, Plain, V, advantages, assert_equal, rewards_of
 from megatron_cases import write_dense
-from ranks import run_ranks
+from ranks import needs_megatron, run_ranks
 
-from mergeopd.engine.build import Machine, build, load_models
-from mergeopd.preflight.inputs import preflight
-from mergeopd.engine.schedule import split_updates
 from mergeopd.distributed.communicator import SingleProcess
+from mergeopd.engine.build import Machine, load_models
+from mergeopd.engine.schedule import split_updates
+from mergeopd.preflight.inputs import preflight
 
 pytestmark = [
+    needs_megatron,
     pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's"),
     pytest.mark.long,
 ]
@@ -45,7 +43,7 @@ PHASES = {
 
 
 def losses(plain, phase, grades):
-    """Every answer's loss before denominators, as the definitions have it; only its gradient counts.
+    """Loss of every response before denominators, by the definitions; only its gradient matters.
 
     At the weights before the round the ratio is 1, so the surrogate's gradient is the advantage's times log p.
     """
@@ -63,8 +61,8 @@ def losses(plain, phase, grades):
 
 @pytest.fixture(scope="module")
 def rounds(tmp_path_factory, write_job_in):
-    """By phase: the recipe, the answers with their verdicts in a file, the gradient of every update."""
-    found = {}
+    """By phase: the recipe, a file of responses and rewards, the gradient of every update."""
+    actual = {}
     for name, phase in PHASES.items():
         folder = tmp_path_factory.mktemp(name)
         whole = {"name": "p", "updates": 2, "prompts_per_round": 4, "text": "student", **phase}
@@ -79,18 +77,18 @@ def rounds(tmp_path_factory, write_job_in):
         plain = Plain(load_models(preflight(recipe, ()), Machine(torch.device("cpu"), SingleProcess())))
         grades = rewards_of(plain.rollouts)
         torch.save((plain.rollouts, grades), folder / "round.pt")
-        of_answers = list(losses(plain, name, grades))
+        of_responses = list(losses(plain, name, grades))
         expected = [
-            plain.gradient(sum(of_answers[i] for i in update) / plain.num_tokens(update))
+            plain.gradient(sum(of_responses[i] for i in update) / plain.num_tokens(update))
             for update in split_updates(plain.rollouts, phase.get("updates_per_round", 1))
         ]
-        found[name] = recipe, folder / "round.pt", expected
-    return found
+        actual[name] = recipe, folder / "round.pt", expected
+    return actual
 
 
 @pytest.fixture(scope="module")
 def gradients(tmp_path_factory, rounds):
-    """What rank 0 found, by phase and grid."""
+    """Gradients of rank 0, by phase and grid."""
     folder = tmp_path_factory.mktemp("enumerated")
     jobs = []
     for name, (recipe, file, _) in rounds.items():
@@ -110,7 +108,7 @@ def gradients(tmp_path_factory, rounds):
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("phase", PHASES)
 def test_gradient_of_a_round_on_a_grid_equals_autograd(rounds, gradients, phase, grid):
-    found, expected = gradients[f"{phase}-{grid}"], rounds[phase][2]
-    assert len(found) == len(expected)
-    for mine, wanted in zip(found, expected, strict=True):
+    actual, expected = gradients[f"{phase}-{grid}"], rounds[phase][2]
+    assert len(actual) == len(expected)
+    for mine, wanted in zip(actual, expected, strict=True):
         assert_equal(mine, wanted, tolerance=1e-5)

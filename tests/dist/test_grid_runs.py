@@ -1,4 +1,4 @@
-"""Whole runs on gloo grids, from recipe to result, are those of one process: every figure, answer and weight."""
+"""Compare whole runs on gloo grids with runs in one process: every metric, response and weight."""
 
 from __future__ import annotations
 
@@ -6,37 +6,38 @@ import json
 import sys
 
 import pytest
-
-pytest.importorskip("megatron.core", reason="the extra mergeopd[megatron] is not installed")
-
 from grid_jobs import GRIDS, LONG, SHORT
 from grid_runs import MODELS, OF_THE_WAY, ROUTES, WORDS, assert_same_figures, lines, metrics, weights_gap
+from ranks import needs_megatron
 
 from mergeopd.models.checkpoint import Checkpoint
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's")
+pytestmark = [
+    needs_megatron,
+    pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's"),
+]
 
 long = pytest.mark.long
 CASES = [*SHORT, *(pytest.param(*case, marks=long) for case in LONG)]
 
 
 def follows(folder, name, expected):
-    """A run's figures, student and result against those of another folder."""
-    found = folder / "runs" / name
-    assert_same_figures(found, expected)
-    assert weights_gap(found / "export", expected / "export", folder / "base") <= OF_THE_WAY
-    results = [run / "result.json" for run in (found, expected)]
+    """Compare metrics, student and result of a run with those of another folder."""
+    actual = folder / "runs" / name
+    assert_same_figures(actual, expected)
+    assert weights_gap(actual / "export", expected / "export", folder / "base") <= OF_THE_WAY
+    results = [run / "result.json" for run in (actual, expected)]
     if results[1].exists():
         measured, wanted = (json.loads(path.read_text())["domains"] for path in results)
         assert measured == wanted
 
 
 @pytest.mark.parametrize(("recipe", "grid"), CASES)
-def test_a_run_on_a_grid_is_that_of_one_process(grid_folder, alone, told, recipe, grid):
+def test_a_run_on_a_grid_equals_one_process(grid_folder, single_process_run, errors_of, recipe, grid):
     launch = "short" if (recipe, grid) in SHORT else "four"
     name = f"{recipe}, {grid}"
-    assert told(launch)[name] == [None] * GRIDS[grid][2]
-    follows(grid_folder, name, alone(recipe))
+    assert errors_of(launch)[name] == [None] * GRIDS[grid][2]
+    follows(grid_folder, name, single_process_run(recipe))
 
 
 def stops(updates):
@@ -46,28 +47,34 @@ def stops(updates):
     )
 
 
-@pytest.mark.parametrize(
-    ("chain", "steps"),
-    [
-        ("short chain", (("short", "TP2xPP2", 2), ("short", "DP4", 4), ("short", "TP2xDP2", None))),
-        pytest.param(
-            "long chain", (("one", "alone", 2), ("four", "PP2xDP2", 4), ("four", "TP2xPP2", None)), marks=long
-        ),
-    ],
-)
-def test_a_run_goes_on_with_other_grids_as_if_it_were_one(grid_folder, alone, told, chain, steps):
+def assert_continued(folder, name, expected):
+    """Compare a run that changed grids with an expected one; the losses to 1e-6."""
+    follows(folder, name, expected)
+    curve = [line["loss"] for line in metrics(folder / "runs" / name)]
+    assert curve == pytest.approx([line["loss"] for line in metrics(expected)], rel=1e-6, abs=0)
+
+
+def test_a_stopped_run_continues_on_another_grid(grid_folder, single_process_run, errors_of):
+    name = "stopped in rollout, on TP2xDP2"
+    assert errors_of("short")[name] == [None] * 4
+    assert_continued(grid_folder, name, single_process_run("cold start"))
+
+
+@long
+def test_a_run_continues_on_one_grid_after_another(grid_folder, single_process_run, errors_of):
+    steps = (("one", "alone", 2), ("four", "DP4", 3), ("four", "PP2xDP2", 4), ("four", "TP2xPP2", None))
     for launch, grid, updates in steps:
         end = None if updates is None else stops(updates)
-        assert told(launch)[f"{chain}, {grid}"] == [end] * GRIDS[grid][2]
-    follows(grid_folder, chain, alone("cold start"))
-    curve = [line["loss"] for line in metrics(grid_folder / "runs" / chain)]
-    assert curve == pytest.approx([line["loss"] for line in metrics(alone("cold start"))], rel=1e-6, abs=0)
+        assert errors_of(launch)[f"chain, {grid}"] == [end] * GRIDS[grid][2]
+    assert_continued(grid_folder, "chain", single_process_run("cold start"))
 
 
-def test_processes_of_two_machines_read_each_byte_of_a_teacher_once(grid_folder, alone, told):
-    """Of each round: every body once over all ranks, the head's rows that both ranks of the last stage score."""
-    assert told("short")["stages apart"] == [None] * 4
-    follows(grid_folder, "stages apart", alone("counted"))
+def test_processes_of_two_machines_read_each_byte_of_a_teacher_once(
+    grid_folder, single_process_run, errors_of
+):
+    """In each round, all ranks read every body once, and both ranks of the last stage their rows of the head."""
+    assert errors_of("short")["stages apart"] == [None] * 4
+    follows(grid_folder, "stages apart", single_process_run("counted"))
     per_round = 0
     for name in {next(iter(teachers)) for teachers in ROUTES.values()}:
         checkpoint = Checkpoint.open(grid_folder / name)
@@ -84,6 +91,6 @@ def test_processes_of_two_machines_read_each_byte_of_a_teacher_once(grid_folder,
 
 @long
 @pytest.mark.parametrize(("name", "recipe"), [("copies apart", "mixed"), ("selves, all apart", "selves")])
-def test_what_travels_between_machines_changes_nothing(grid_folder, alone, told, name, recipe):
-    assert told("four")[name] == [None] * 4
-    follows(grid_folder, name, alone(recipe))
+def test_transfers_between_machines_change_nothing(grid_folder, single_process_run, errors_of, name, recipe):
+    assert errors_of("four")[name] == [None] * 4
+    follows(grid_folder, name, single_process_run(recipe))

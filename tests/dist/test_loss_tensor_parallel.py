@@ -12,7 +12,7 @@ DEADLINE_S = 120
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """One spawn of four ranks for all cases; a rank that hangs or dies fails the tests with its output."""
+    """Launch four ranks once for all cases; a rank that hangs or ends fails the tests with its output."""
     folder = tmp_path_factory.mktemp("tensor_parallel")
     outputs = run_ranks(WORKER, 4, folder, deadline_s=DEADLINE_S)
     return [json.loads(out.read_text()) for out in outputs]
@@ -62,14 +62,14 @@ def test_two_ranks_report_only_their_cases(reports):
         ("nan", "ArithmeticError: the logits of target 1: not finite at 4 of the tokens 0 to 3, first at 0"),
     ],
 )
-def test_all_ranks_raise_alike(reports, case, text):
+def test_all_ranks_raise_the_same_error(reports, case, text):
     messages = {report["refusals"][case] for report in reports}
     assert len(messages) == 1
     assert messages.pop().startswith(text)
 
 
 def test_a_rank_with_misfitting_shards_stops_all(reports):
-    found = [report["refusals"]["shards"] for report in reports]
-    assert found[1].startswith("ValueError: target 0 scores token ids [3, 23), the student [3, 24); give")
-    for text in (found[0], found[2], found[3]):
+    result = [report["refusals"]["shards"] for report in reports]
+    assert result[1].startswith("ValueError: target 0 scores token ids [3, 23), the student [3, 24); give")
+    for text in (result[0], result[2], result[3]):
         assert text == "ValueError: on another rank of the group, student and target shards do not match"

@@ -1,22 +1,24 @@
-"""Whose AdamW trains on a grid, decided in this process: nothing here needs a second one."""
+"""Choice of the AdamW implementation on a grid, tested in this process."""
 
 from __future__ import annotations
 
-import pytest
-import torch
-
-pytest.importorskip("megatron.core", reason="the extra mergeopd[megatron] is not installed")
-
 from types import SimpleNamespace
 
-from megatron.core import optimizer as library
+import pytest
+import torch
+from ranks import needs_megatron
 
 from mergeopd.recipe.training import Optimizer
-from mergeopd.student.megatron import optimizer
 
 
-def test_it_is_torchs_where_another_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkpoints are made of its state; transformer engine's, which the library prefers, has another."""
+@pytest.mark.long  # as Megatron is imported here, for seconds
+@needs_megatron
+def test_the_optimizer_is_torchs_also_with_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints contain its state; Transformer Engine's AdamW, the library's choice, has another one."""
+    from megatron.core import optimizer as library
+
+    from mergeopd.student.megatron import optimizer
+
     chosen = []
 
     def get(*_: object, **__: object) -> SimpleNamespace:

@@ -6,21 +6,30 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("megatron.core", reason="the extra mergeopd[megatron] is not installed")
-
 import torch
 from enumeration import ANSWERS, EOS, Reference, V, assert_equal, engine_round
-from megatron_cases import MIXED, REVERSE, VALID, Case, micro_batches, torch_student, trained, with_policy, write_dense
-from ranks import run_ranks
+from megatron_cases import (
+    MIXED,
+    REVERSE,
+    VALID,
+    Case,
+    micro_batches,
+    torch_student,
+    trained,
+    with_policy,
+    write_dense,
+)
+from ranks import needs_megatron, run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mergeopd.engine.build import Machine, build, load_models
-from mergeopd.preflight.inputs import preflight
 from mergeopd.distributed.communicator import SingleProcess
+from mergeopd.engine.build import Machine, load_models
+from mergeopd.preflight.inputs import preflight
 from mergeopd.recipe.training import Optimizer
 from mergeopd.types import Rollout
+
+pytestmark = needs_megatron
 
 WORKER = Path(__file__).with_name("megatron_worker.py")
 DEADLINE_S = 300
@@ -31,8 +40,6 @@ GRIDS = {
     "TP2xDP2": (2, 1, 4),
     "PP2xDP2": (1, 2, 4),
 }
-# In `make test`; the others in `make test-dist`.
-SHORT = ("TP2xPP2",)
 OPTIMIZER = Optimizer(weight_decay=0.1, clip_grad=0.3, betas=(0.9, 0.98), eps=1e-6)
 # Family, head and loss; every loss meets every family and both heads.
 PARITY = (
@@ -43,13 +50,38 @@ PARITY = (
     "llama tied reverse",
     "llama untied mixed",
 )
+# Run on TP2xPP2 in `make test`: every family, both heads, both losses. The others follow in `make test-dist`.
+SHORT = (
+    "qwen3 tied mixed",
+    "qwen2 untied reverse",
+    "llama tied reverse",
+    "sequence parallel",
+    "recompute",
+    "bfloat16",
+    "qwen3 tied mixed resumed",
+    "bfloat16 resumed",
+    "enumerated",
+    "failures",
+)
+LAUNCHES = {**GRIDS, "TP2xPP2 others": GRIDS["TP2xPP2"]}
+
+
+def on_grids(*cases, tensor=1):
+    """Parametrize with every case on every grid of at least `tensor` tensor ranks, as launch and case."""
+    result = []
+    for grid in GRIDS:
+        for case in cases if GRIDS[grid][0] >= tensor else ():
+            short = grid == "TP2xPP2" and case in SHORT
+            launch = "TP2xPP2 others" if grid == "TP2xPP2" and not short else grid
+            result.append(pytest.param(launch, case, marks=() if short else pytest.mark.long))
+    return pytest.mark.parametrize(("grid", "case"), result)
 
 
 def resumed(case, path):
-    """The last two updates of `case`, from what the torch student has saved before them."""
+    """Reduce `case` to its last two updates, resumed from a state of the torch student."""
     student = torch_student(case)
-    for micro_batches, lr in zip(case.updates[:-2], case.lrs[:-2], strict=True):
-        list(student.accumulate_gradients(micro_batches, case.objective))
+    for batches, lr in zip(case.updates[:-2], case.lrs[:-2], strict=True):
+        list(student.accumulate_gradients(batches, case.objective))
         student.optimizer_step(lr)
     save_file({key: tensor.clone() for key, tensor in student.state()}, path)
     return replace(case, updates=case.updates[-2:], lrs=case.lrs[-2:], state=path)
@@ -57,7 +89,7 @@ def resumed(case, path):
 
 @pytest.fixture(scope="module")
 def enumerated(tmp_path_factory, write_job_in):
-    """Every answer of at most two tokens, as the engine packs them, and the gradient by plain autograd."""
+    """All responses of at most two tokens in the engine's micro-batches, and their gradient by autograd."""
     folder = tmp_path_factory.mktemp("enumerated")
     loss = {"reverse_kl": 1.0, "forward_kl": 0.5, "temperature": 2.0}
     phase = {"name": "merge", "updates": 1, "text": "dataset", "loss": loss}
@@ -74,7 +106,7 @@ def enumerated(tmp_path_factory, write_job_in):
         for i, answer in enumerate(ANSWERS)
     ]
     reference = Reference(parts)
-    total = sum(reference.token_losses(loss, rollout).sum() for rollout in rollouts)
+    total = sum(losses.sum() for losses in reference.token_losses(loss, rollouts))
     expected = reference.gradient(total / sum(len(r.response_ids) for r in rollouts))
     micro_batches, objectives, plain = [], [], parts.student.accumulate_gradients
 
@@ -92,23 +124,23 @@ def enumerated(tmp_path_factory, write_job_in):
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory, enumerated):
     folder = tmp_path_factory.mktemp("models")
-    found = {}
+    result = {}
     for name in PARITY:
         family, head, loss = name.split()
         model = write_dense(folder / name.replace(" ", "_"), family, tied=head == "tied")
-        generator = torch.Generator().manual_seed(len(found))
+        generator = torch.Generator().manual_seed(len(result))
         # Of three copies one has nothing to do in the last update.
         updates = [micro_batches(generator, num) for num in (5, 4, 3, 1)]
-        found[name] = Case(model, REVERSE, updates, OPTIMIZER)
+        result[name] = Case(model, REVERSE, updates, OPTIMIZER)
         if loss == "mixed":
-            student = torch_student(found[name])
+            student = torch_student(result[name])
             updates = [with_policy(micro_batches, student, generator) for micro_batches in updates]
-            found[name] = Case(model, MIXED, updates, OPTIMIZER, split=True)
-    found["sequence parallel"] = replace(found["llama untied mixed"], sequence_parallel=True)
-    found["sequence parallel tied"] = replace(found["qwen2 tied mixed"], sequence_parallel=True)
-    found["recompute"] = replace(found["llama tied reverse"], recompute=True)
+            result[name] = Case(model, MIXED, updates, OPTIMIZER, split=True)
+    result["sequence parallel"] = replace(result["llama untied mixed"], sequence_parallel=True)
+    result["sequence parallel tied"] = replace(result["qwen2 tied mixed"], sequence_parallel=True)
+    result["recompute"] = replace(result["llama tied reverse"], recompute=True)
     half = write_dense(folder / "half", "qwen3", tied=True, dtype="bfloat16")
-    found["bfloat16"] = Case(
+    result["bfloat16"] = Case(
         half,
         REVERSE,
         [micro_batches(torch.Generator().manual_seed(0), 2)] * 16,
@@ -117,18 +149,18 @@ def cases(tmp_path_factory, enumerated):
         dtype="bfloat16",
     )
     for name in ("qwen3 tied mixed", "qwen2 untied reverse", "bfloat16"):
-        found[f"{name} resumed"] = resumed(found[name], folder / f"{name}.safetensors")
+        result[f"{name} resumed"] = resumed(result[name], folder / f"{name}.safetensors")
     generator = torch.Generator().manual_seed(20)
-    found["twenty"] = Case(
-        found["llama untied mixed"].folder,
+    result["twenty"] = Case(
+        result["llama untied mixed"].folder,
         REVERSE,
         [micro_batches(generator, 2) for _ in range(20)],
         OPTIMIZER,
         lrs=(1e-3,) * 20,
     )
-    found["enumerated"], _ = enumerated
-    found["failures"] = replace(found["qwen3 untied reverse"], fails=True)
-    return found
+    result["enumerated"], _ = enumerated
+    result["failures"] = replace(result["qwen3 untied reverse"], fails=True)
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -146,19 +178,20 @@ def references(cases):
 
 @pytest.fixture(scope="module")
 def grids(cases, tmp_path_factory):
-    """What the ranks of a grid found, by case, and where they exported; one spawn for each grid."""
+    """Results of the ranks of a grid by case, and the folder of their exports. Each grid is launched once."""
     made = {}
 
     def grid(name):
         if name not in made:
-            tensor, pipeline, world = GRIDS[name]
+            tensor, pipeline, world = LAUNCHES[name]
             folder = tmp_path_factory.mktemp(name)
             for case in cases:
                 (folder / case).mkdir()
             jobs = {
                 case: settings.job(folder / case)
                 for case, settings in cases.items()
-                if tensor > 1 or not settings.sequence_parallel
+                if (tensor > 1 or not settings.sequence_parallel)
+                and (GRIDS["TP2xPP2"] != LAUNCHES[name] or (case in SHORT) == (name == "TP2xPP2"))
             }
             torch.save(jobs, folder / "jobs")
             arguments = (str(folder / "jobs"), str(tensor), str(pipeline))
@@ -169,21 +202,8 @@ def grids(cases, tmp_path_factory):
     return grid
 
 
-every_grid = pytest.mark.parametrize(
-    "grid", [pytest.param(name, marks=() if name in SHORT else pytest.mark.long) for name in GRIDS]
-)
-tensor_grids = pytest.mark.parametrize(
-    "grid",
-    [
-        pytest.param(name, marks=() if name in SHORT else pytest.mark.long)
-        for name, (tensor, _, _) in GRIDS.items()
-        if tensor > 1
-    ],
-)
-
-
 def follows(grids, references, grid, case, rel=1e-5, rel_gradient=1e-5):
-    """Losses, norms, raw gradient and what the weights have moved, against the torch student."""
+    """Compare losses, norms and raw gradient with the torch student; the weights of both after training."""
     folder, ranks = grids(grid)
     expected = references(case)
     losses = [sum(rank[case]["losses"][i] for rank in ranks) for i in range(len(expected.losses))]
@@ -199,49 +219,47 @@ def follows(grids, references, grid, case, rel=1e-5, rel_gradient=1e-5):
     return load_file(folder / case / "trained" / "model.safetensors"), expected.weights
 
 
-@every_grid
-@pytest.mark.parametrize("case", PARITY)
+@on_grids(*PARITY)
 def test_updates_follow_the_torch_student(grids, references, cases, grid, case):
     """Four updates with clipping and weight decay; ranks with few micro-batches, or none, among them."""
-    found, expected = follows(grids, references, grid, case)
+    actual, expected = follows(grids, references, grid, case)
     start = load_file(cases[case].folder / "model.safetensors")
-    assert found.keys() == start.keys()
+    assert actual.keys() == start.keys()
     moved = torch.stack([(expected[n] - start[n]).norm() for n in start]).norm()
-    apart = torch.stack([(expected[n] - found[n]).norm() for n in start]).norm()
+    apart = torch.stack([(expected[n] - actual[n]).norm() for n in start]).norm()
     assert float(apart / moved) < 1e-4
 
 
-@every_grid
-def test_twenty_updates_stay_together(grids, references, grid):
-    follows(grids, references, grid, "twenty")
+@on_grids("twenty")
+def test_twenty_updates_stay_together(grids, references, grid, case):
+    follows(grids, references, grid, case)
 
 
-@every_grid
-def test_gradient_over_all_answers_equals_autograd(grids, enumerated, grid):
+@on_grids("enumerated")
+def test_gradient_over_all_responses_equals_autograd(grids, enumerated, grid, case):
     """The same enumeration as for the torch student, through the engine's own weights and packs; float32."""
     _, ranks = grids(grid)
-    assert_equal(ranks[0]["enumerated"]["gradients"], enumerated[1], tolerance=1e-5)
+    assert_equal(ranks[0][case]["gradients"], enumerated[1], tolerance=1e-5)
 
 
-@tensor_grids
-@pytest.mark.parametrize("case", ["sequence parallel", "sequence parallel tied"])
+@on_grids("sequence parallel", "sequence parallel tied", tensor=2)
 def test_sequence_parallel_changes_nothing(grids, references, grid, case):
     follows(grids, references, grid, case)
 
 
-@every_grid
-def test_recomputed_layers_change_nothing(grids, references, grid):
-    follows(grids, references, grid, "recompute")
+@on_grids("recompute")
+def test_recomputed_layers_change_nothing(grids, references, grid, case):
+    follows(grids, references, grid, case)
     for rank in grids(grid)[1]:
-        assert rank["recompute"]["calls"] == 2 * rank["llama tied reverse"]["calls"]
+        assert rank[case]["calls"] == 2 * rank["llama tied reverse"]["calls"]
 
 
-@every_grid
-@pytest.mark.parametrize("model", ["qwen3 tied mixed", "qwen2 untied reverse", "bfloat16"])
-def test_a_state_passes_between_torch_and_every_grid(grids, references, cases, grid, model):
-    """From the torch student's file, on the grid, and back; so from any grid to any other."""
+@on_grids("qwen3 tied mixed resumed", "qwen2 untied reverse resumed", "bfloat16 resumed")
+def test_a_state_passes_between_torch_and_every_grid(grids, references, cases, grid, case):
+    """A state of the torch student resumes on the grid, and that of the grid in the torch student."""
     folder, ranks = grids(grid)
-    case, expected = f"{model} resumed", references(model)
+    model = case.removesuffix(" resumed")
+    expected = references(model)
     rel = 5e-2 if model == "bfloat16" else 1e-5
     assert all(rank[case]["same state"] for rank in ranks)
     losses = [sum(rank[case]["losses"][i] for rank in ranks) for i in range(2)]
@@ -256,43 +274,42 @@ def test_a_state_passes_between_torch_and_every_grid(grids, references, cases, g
     assert second == {len(expected.losses) + 1.0}
 
 
-@every_grid
-def test_ranks_share_the_true_vocabulary(grids, grid):
+@on_grids("qwen3 tied mixed")
+def test_ranks_share_the_true_vocabulary(grids, grid, case):
     """37 rows are padded to 38 for two ranks; 35 of them are tokens."""
-    tensor, ranks = GRIDS[grid][0], grids(grid)[1]
+    tensor, ranks = LAUNCHES[grid][0], grids(grid)[1]
     expected = {1: [(0, 35)], 2: [(0, 19), (19, 35)]}[tensor]
-    assert [rank["qwen3 tied mixed"]["vocab"] for rank in ranks] == expected * (len(ranks) // tensor)
+    assert [rank[case]["vocab"] for rank in ranks] == expected * (len(ranks) // tensor)
 
 
-@every_grid
-def test_a_new_state_has_no_moments(grids, cases, grid):
-    found = grids(grid)[1][0]["qwen3 untied reverse"]["fresh state"]
-    assert found == sorted(dict(torch_student(cases["qwen3 untied reverse"]).state()))
+@on_grids("qwen2 untied reverse")
+def test_a_new_state_has_no_moments(grids, cases, grid, case):
+    result = grids(grid)[1][0][case]["fresh state"]
+    assert result == sorted(dict(torch_student(cases[case]).state()))
 
 
-@every_grid
-def test_bfloat16_keeps_float32_main_parameters(grids, references, cases, grid):
-    """Updates far below bfloat16's resolution add up, and move as many weights as in the torch student."""
-    found, expected = follows(grids, references, grid, "bfloat16", rel=5e-2, rel_gradient=0.1)
-    start = load_file(cases["bfloat16"].folder / "model.safetensors")
+@on_grids("bfloat16")
+def test_bfloat16_keeps_float32_main_parameters(grids, references, cases, grid, case):
+    """Updates far below bfloat16's resolution accumulate, and change as many weights as in the torch student."""
+    actual, expected = follows(grids, references, grid, case, rel=5e-2, rel_gradient=0.1)
+    start = load_file(cases[case].folder / "model.safetensors")
 
     def moved(weights):
         flat = torch.cat([(weights[n] != start[n]).flatten() for n in start if start[n].ndim > 1])
         return float(flat.float().mean())
 
-    assert {t.dtype for t in found.values()} == {torch.bfloat16}
+    assert {t.dtype for t in actual.values()} == {torch.bfloat16}
     assert moved(expected) > 0.8  # 0.09 if each update were rounded
-    assert moved(found) == pytest.approx(moved(expected), abs=0.05)
+    assert moved(actual) == pytest.approx(moved(expected), abs=0.05)
 
 
-@every_grid
-@pytest.mark.parametrize("case", PARITY)
+@on_grids(*PARITY)
 def test_scores_equal_transformers(grids, cases, grid, case):
     """Log-probabilities and entropies of every trained token against full logits of the Hugging Face model."""
     reference = AutoModelForCausalLM.from_pretrained(cases[case].folder)
-    tensor, pipeline, world = GRIDS[grid]
-    for rank, found in enumerate(grids(grid)[1]):
-        scores = found[case]["scores"]
+    _, pipeline, world = LAUNCHES[grid]
+    for rank, result in enumerate(grids(grid)[1]):
+        scores = result[case]["scores"]
         if rank < world - world // pipeline:  # not the last stage
             assert scores == []
             continue
@@ -302,24 +319,27 @@ def test_scores_equal_transformers(grids, cases, grid, case):
             for prompt, response, own in zip(micro.prompts, micro.responses, flags, strict=True):
                 with torch.no_grad():
                     logits = reference(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
-                rows.append(logits[:, :VALID].log_softmax(-1)[[True] * len(response) if own is None else own.tolist()])
+                rows.append(
+                    logits[:, :VALID].log_softmax(-1)[[True] * len(response) if own is None else own.tolist()]
+                )
             logp = torch.cat(rows)
             labels = torch.tensor([t for r in micro.labels for t in r])
-            torch.testing.assert_close(score["logprob"], logp.gather(1, labels[:, None])[:, 0], rtol=1e-5, atol=2e-5)
+            torch.testing.assert_close(
+                score["logprob"], logp.gather(1, labels[:, None])[:, 0], rtol=1e-5, atol=2e-5
+            )
             torch.testing.assert_close(score["entropy"], -(logp.exp() * logp).sum(1), rtol=1e-5, atol=2e-5)
 
 
-@every_grid
-@pytest.mark.parametrize("case", [*PARITY, "bfloat16"])
+@on_grids(*PARITY, "bfloat16")
 def test_export_of_untouched_weights_is_the_source_bit_for_bit(grids, cases, grid, case):
     folder, _ = grids(grid)
     source, exported = cases[case].folder, folder / case / "untouched"
     expected = load_file(source / "model.safetensors")
     files = sorted(exported.glob("*.safetensors"))
     assert len(files) > 1  # the worker allows 20 kB a file
-    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
+    actual = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
         assert tensor.dtype == expected[name].dtype
         assert torch.equal(tensor, expected[name]), name
     assert (exported / "tokenizer.json").is_file()
@@ -327,16 +347,19 @@ def test_export_of_untouched_weights_is_the_source_bit_for_bit(grids, cases, gri
     assert loaded.dtype == expected["model.norm.weight"].dtype
 
 
-@every_grid
-def test_all_ranks_raise_alike_and_keep_their_weights(grids, grid):
-    found = [rank["failures"] for rank in grids(grid)[1]]
-    teachers = {rank["teacher"] for rank in found}
+@on_grids("failures")
+def test_all_ranks_raise_the_same_and_keep_their_weights(grids, grid, case):
+    result = [rank[case] for rank in grids(grid)[1]]
+    teachers = {rank["teacher"] for rank in result}
     assert len(teachers) == 1
     assert "the logits of target 0: not finite" in teachers.pop()
-    for rank in found:
+    for rank in result:
         assert rank["gradient"].startswith("NumericsError: the gradient is NaN or infinite")
         assert rank["unchanged"]
-        assert rank["summed"] == "RuntimeError: the gradient is already summed over the ranks; call optimizer_step first"
+        assert (
+            rank["summed"]
+            == "RuntimeError: the gradient is already summed over the ranks; call optimizer_step first"
+        )
         assert rank["float64"] == "ValueError: student.dtype: float64 needs student.backend: torch"
         assert rank["layers"] == (
             "ModelError: student.parallel.layers: transformer_engine, but there is no GPU in this process; "

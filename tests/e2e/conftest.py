@@ -94,16 +94,16 @@ class Browser:
 
     def complaints(self) -> list[str]:
         """Uncaught exceptions, console warnings and errors, whatever the browser itself logged."""
-        found = []
+        result = []
         for event in self.events:
             method, params = event.get("method"), event.get("params", {})
             if method == "Runtime.exceptionThrown":
-                found.append(json.dumps(params["exceptionDetails"]))
+                result.append(json.dumps(params["exceptionDetails"]))
             elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
-                found.append(json.dumps(params["args"]))
+                result.append(json.dumps(params["args"]))
             elif method == "Log.entryAdded":
-                found.append(params["entry"]["text"])
-        return found
+                result.append(params["entry"]["text"])
+        return result
 
     def requests(self) -> list[str]:
         """Every address that the page asked for, `data:` apart."""

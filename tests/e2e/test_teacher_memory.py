@@ -1,4 +1,4 @@
-"""Teachers are really loaded by turns: more of them need no more memory, and every byte read is counted."""
+"""Teachers are loaded one after another: more teachers need no more memory, and every byte read is counted."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ TOOL = Path(__file__).parents[2] / "tools" / "bench_teachers.py"
 )
 def test_four_teachers_need_the_memory_of_two(tmp_path: Path) -> None:
     results = []
-    for num_teachers in (4, 2):  # the larger one first: the smaller finds its teachers made
-        # As many for each teacher: micro-batches are full, and of one size.
-        options = ["--teachers", num_teachers, "--prompts", 20 * num_teachers, "--folder", tmp_path, "--json"]
+    for num_teachers in (4, 2):  # the larger one first, as the smaller one uses its teachers again
+        # The same number for each teacher, so that micro-batches are full and of one size.
+        options = ["--teachers", num_teachers, "--prompts", 10 * num_teachers, "--folder", tmp_path, "--json"]
         finished = subprocess.run(
             [sys.executable, str(TOOL), *map(str, options)],
             check=True,
@@ -35,6 +35,6 @@ def test_four_teachers_need_the_memory_of_two(tmp_path: Path) -> None:
     assert four["file_bytes"] == 2 * two["file_bytes"]
     for result in results:
         assert result["bytes_read"] == result["file_bytes"] * result["num_rounds"]
-    # One teacher alone would be 187 MB, were it in anonymous memory. Peaks of equal runs differ by up to 26 MB,
-    # by when another thread looks at them.
+    # A teacher in anonymous memory would add 187 MB. Peaks of equal runs differ by up to 26 MB, since a thread
+    # samples them.
     assert four["peak_anonymous_bytes"] - two["peak_anonymous_bytes"] < 60e6

@@ -1,4 +1,4 @@
-"""Every example runs, and shows what it promises."""
+"""Every example runs and prints its documented results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def recipe(write_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a script of the folder with arguments; what it prints."""
+    """Run a script of the folder with arguments; its output."""
 
     def call(script: str, *arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])

@@ -30,7 +30,7 @@ def device() -> Any:
 
 @pytest.fixture(scope="session")
 def record(device: Any) -> Record:
-    """Keeps a figure by its name; the file is written each time, so that a broken-off session leaves some."""
+    """Keep a figure by name. The file is written each time, so that an interrupted session keeps its figures."""
     import torch
     import transformers
 

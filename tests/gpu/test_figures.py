@@ -1,4 +1,4 @@
-"""What the device does in a second: the kernel against its matrix products, sampling, and the quick start."""
+"""Speed of the device: the kernel against its matrix products, sampling, and the quickstart."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def seconds(device: torch.device, work: Callable[[], object]) -> float:
 
 
 def peak_bytes(device: torch.device, work: Callable[[], object]) -> int | None:
-    """Most memory of the device in use during `work` beyond that before it."""
+    """Peak of device memory during `work`, minus the memory in use before."""
     if device.type != "cuda":
         work()
         return None
@@ -121,7 +121,7 @@ def test_kernel_against_its_products(device: torch.device, record: Callable[[str
     problem = Problem(device, num, width, vocab)
     rows = rows_in_chunk(device, vocab, torch.float32)
     floor = seconds(device, problem.products(rows))
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "tokens": num, "width": width, "vocabulary": vocab, "dtype": "bfloat16",
         "chunk_rows": rows, "products_seconds": floor,
         "products_tflops": 8 * num * width * vocab / floor / 1e12,
@@ -129,43 +129,43 @@ def test_kernel_against_its_products(device: torch.device, record: Callable[[str
     for name, divergence in DIVERGENCES.items():
         peak = peak_bytes(device, lambda d=divergence: problem.fused(d, None))  # type: ignore[misc]
         taken = seconds(device, lambda d=divergence: problem.fused(d, None))  # type: ignore[misc]
-        found[name] = {
+        result[name] = {
             "seconds": taken, "ratio_to_products": taken / floor, "tokens_per_second": num / taken,
             "first_call_peak_bytes": peak, "workspace_bytes": problem.workspace.num_bytes,
         }  # fmt: skip
         problem.workspace.clear()
-    found["seconds_by_chunk_rows"] = {
+    result["seconds_by_chunk_rows"] = {
         str(rows): seconds(device, lambda r=rows: problem.fused(ReverseKL(), r))  # type: ignore[misc]
         for rows in (256, 1024, 4096)
     }
     if on_gpu:
-        found["accumulate_in_product"] = accumulation(problem, rows)
-    record("kernel", found)
+        result["accumulate_in_product"] = accumulation(problem, rows)
+    record("kernel", result)
     assert bool(torch.isfinite(problem.weight_grad).all())
-    assert not on_gpu or found["reverse_kl"]["ratio_to_products"] < 10
+    assert not on_gpu or result["reverse_kl"]["ratio_to_products"] < 10
 
 
 def accumulation(problem: Problem, rows: int) -> dict[str, Any]:
-    """Whether this torch adds a product of halves to a float32 sum in one kernel, and what that saves."""
+    """Whether torch adds a half-precision product to a float32 sum in one kernel, and the time that saves."""
     dz = torch.zeros(rows, problem.vocab, device=problem.device, dtype=torch.bfloat16)
     hidden, total = problem.hidden.detach()[:rows], problem.weight_grad
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "two_kernels_seconds": seconds(
             problem.device, lambda: total.add_(torch.mm(dz.t(), hidden, out_dtype=torch.float32))
         )
     }
     try:
-        found["one_kernel_seconds"] = seconds(
+        result["one_kernel_seconds"] = seconds(
             problem.device,
             lambda: torch.addmm(total, dz.t(), hidden, out_dtype=torch.float32, out=total),
         )
     except (RuntimeError, TypeError) as error:
-        found["one_kernel_error"] = str(error).splitlines()[0]
-    return found
+        result["one_kernel_error"] = str(error).splitlines()[0]
+    return result
 
 
 def test_sampling(device: torch.device, record: Callable[[str, object], None]) -> None:
-    """A step of decoding beside the model: 256 sequences over a large vocabulary."""
+    """One decoding step without the model: 256 sequences over a large vocabulary."""
     rows, vocab = (256, 151936) if device.type == "cuda" else (8, 1500)
     logits = torch.randn(rows, vocab, device=device)
     uniform = torch.rand(rows, device=device, dtype=torch.float64)
@@ -190,7 +190,7 @@ def project(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def command(*arguments: str, cwd: Path, returns: int = 0) -> float:
-    """Run Python in a new process; how long it took. Its output is shown where it ends otherwise."""
+    """Run Python in a new process; its seconds. Shows the output if the process fails."""
     start = time.perf_counter()
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
@@ -204,7 +204,7 @@ def command(*arguments: str, cwd: Path, returns: int = 0) -> float:
 def test_quickstart(
     device: torch.device, project: Path, record: Callable[[str, object], None], dtype: str
 ) -> None:
-    """Stopped and resumed on the way. MERGEOPD_GPU_WHOLE=1 makes all of its updates, in float32."""
+    """Run, stop and resume. MERGEOPD_GPU_WHOLE=1 makes all updates, in float32."""
     whole = os.environ.get("MERGEOPD_GPU_WHOLE") == "1" and dtype == "float32"
     cold, merge = (40, 180) if whole else (4, 6)
     settings = [f"phases.0.updates={cold}", f"phases.1.updates={merge}", f"student.dtype={dtype}"]
@@ -221,7 +221,7 @@ def test_quickstart(
     # The first updates of a process pay for what is loaded and compiled once.
     steady = [r for r in records if r["phase"] == "merge"][2:]
     spent = sum(sum(r["cost"]["seconds"].values()) for r in steady)
-    found = {
+    measured = {
         "updates": len(records),
         "seconds": taken,
         "merge_updates_per_second": len(steady) / spent,
@@ -230,4 +230,4 @@ def test_quickstart(
         "mean_recovered": result["mean_recovered"],
         "last_loss": records[-1]["loss"],
     }
-    record(f"quickstart_{dtype}", found)
+    record(f"quickstart_{dtype}", measured)

@@ -58,7 +58,7 @@ def nll(problem: Any) -> Any:
 
 
 def moved(problem: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """The problem elsewhere; parameters and hidden states are leaves there."""
+    """Copy the problem to a device; parameters and hidden states are leaves."""
 
     def tensor(value: Tensor) -> Tensor:
         return value.detach().to(device=device, dtype=dtype).requires_grad_(value.requires_grad)
@@ -76,23 +76,23 @@ def moved(problem: Any, device: torch.device, dtype: torch.dtype) -> Any:
     )
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    distance = (found.detach().cpu().double() - expected).norm()
+def relative(actual: Tensor, expected: Tensor) -> float:
+    distance = (actual.detach().cpu().double() - expected).norm()
     return float(distance / expected.norm().clamp(min=1e-12))
 
 
 def assert_same(
-    found: tuple[Tensor, Any], expected: tuple[Tensor, Any], there: Any, here: Any, tolerance: float
+    actual: tuple[Tensor, Any], expected: tuple[Tensor, Any], there: Any, here: Any, tolerance: float
 ) -> None:
     # Logits of half-precision operands are exact to float32: statistics are far better than gradients.
     close = min(tolerance, 1e-4)
-    assert relative(found[0], expected[0]) < close
+    assert relative(actual[0], expected[0]) < close
     for name in ("divergence", "logprob_S", "logprob_T", "entropy_S", "entropy_T"):
-        value, wanted = getattr(found[1], name), getattr(expected[1], name)
+        value, wanted = getattr(actual[1], name), getattr(expected[1], name)
         assert value.device == there.hidden.device
         if wanted.numel():
             assert relative(value, wanted) < close, name
-    of_found, of_expected = gradients(found[0], there), gradients(expected[0], here)
+    of_found, of_expected = gradients(actual[0], there), gradients(expected[0], here)
     for gradient, wanted in zip(of_found, of_expected, strict=True):
         assert relative(gradient, wanted) < tolerance
 
@@ -110,14 +110,14 @@ def test_all_divergences_equal_autograd_on_full_logits(
                 here.hidden, here.head, here.targets, here.labels, linear(here),
                 divergences=divergences, temperature=1.5,
             )  # fmt: skip
-            found = fused_loss(
+            actual = fused_loss(
                 there.hidden, there.head, there.targets, there.labels, linear(there),
                 divergences=divergences, temperature=1.5, chunk_rows=chunk_rows,
             )  # fmt: skip
-            assert_same(found, expected, there, here, TOLERANCES[dtype])
+            assert_same(actual, expected, there, here, TOLERANCES[dtype])
     expected = naive_loss(here.hidden, here.head, [], here.labels, nll(here), divergences=())
-    found = fused_loss(there.hidden, there.head, [], there.labels, nll(there), divergences=())
-    assert_same(found, expected, there, here, TOLERANCES[dtype])
+    actual = fused_loss(there.hidden, there.head, [], there.labels, nll(there), divergences=())
+    assert_same(actual, expected, there, here, TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -126,7 +126,7 @@ def test_all_divergences_equal_autograd_on_full_logits(
 def test_supports_equal_those_of_the_cpu(
     device: torch.device, of: Any, rest: Any, dtype: torch.dtype
 ) -> None:
-    """Of `teacher` also from what `observe` keeps. Who is among the top k is decided by equal logits."""
+    """For `teacher` also with targets of `observe`. The top k are chosen from equal logits."""
     rounded = moved(make_problem(**SHAPES["three teachers"]), torch.device("cpu"), dtype)
     here, there = moved(rounded, torch.device("cpu"), torch.float64), moved(rounded, device, dtype)
     divergences = (ReverseKL(), ForwardKL()) if rest == "generalised" else ALL

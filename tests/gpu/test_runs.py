@@ -6,7 +6,6 @@ rounding.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,16 @@ from typing import Any
 import pytest
 import torch
 from byte_jobs import write_byte_job
+from recorded_runs import Recorder, run_recorded
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, build, load_models
-from mergeopd.engine.clock import Clock
-from mergeopd.engine.interrupt import Interrupt
+from mergeopd.engine.build import Machine, load_models
 from mergeopd.preflight.inputs import preflight
-from mergeopd.reporting.events import EvaluationDone, Event, UpdateDone
+from mergeopd.reporting.events import EvaluationDone
 from mergeopd.rollout.local import Generator, generate
 from mergeopd.rollout.protocol import GenerationRequest
-from mergeopd.storage.run_folder import RunFolder
 from mergeopd.types import Sampling
 
 CPU = torch.device("cpu")
@@ -80,25 +77,10 @@ BRIDGES: dict[str, tuple[object, dict[str, Any]]] = {
 }
 
 
-class Down(BaseException):
-    """The machine goes down."""
-
-
-class Recorder:
-    """Keeps the events; goes down after `stop_after` updates."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.events: list[Event] = []
-        self._stop_after = stop_after
-
-    def emit(self, event: Event) -> None:
-        self.events.append(event)
-        if isinstance(event, UpdateDone) and event.update == self._stop_after:
-            raise Down
-
+class ScoreRecorder(Recorder):
     @property
     def losses(self) -> list[tuple[float, float]]:
-        return [(e.loss, e.grad_norm) for e in self.events if isinstance(e, UpdateDone)]
+        return [(e.loss, e.grad_norm) for e in self.updates]
 
     @property
     def accuracies(self) -> list[tuple[str, float]]:
@@ -107,16 +89,10 @@ class Recorder:
 
 def run(
     recipe: Path, device: torch.device, *overrides: str, stop_after: int | None = None
-) -> tuple[Recorder, dict[str, Tensor]]:
-    """A run from wherever its folder stands; what it told, and the exported weights if it came so far."""
-    inputs = preflight(recipe, overrides)
-    recorder, folder = Recorder(stop_after), RunFolder(Path(inputs.plan.output))
-    folder.claim(inputs.plan, inputs.files, inputs.now, ())
-    parts = load_models(inputs, Machine(device, SingleProcess()))
-    record = parts.checkpoints().restore(folder.plan_hashes(), recorder)
-    with contextlib.suppress(Down):
-        build(parts, reporter=recorder, clock=Clock(), interrupt=Interrupt()).run(record.progress, None)
-    file = folder.export / "model.safetensors"
+) -> tuple[ScoreRecorder, dict[str, Tensor]]:
+    """Run a recipe or resume it; its events, and the exported weights if it ended."""
+    recorder = ScoreRecorder(stop_after)
+    file = run_recorded(recipe, device, *overrides, recorder=recorder).export / "model.safetensors"
     return recorder, load_file(file) if file.is_file() else {}
 
 
@@ -139,11 +115,11 @@ def job(write_job: Callable[..., Path], recipe: Mapping[str, Any], dtype: str = 
     return path
 
 
-def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float) -> None:
-    assert found.keys() == expected.keys()
+def assert_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
     assert expected
     for name, wanted in expected.items():
-        torch.testing.assert_close(found[name], wanted, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(actual[name], wanted, rtol=tolerance, atol=tolerance)
 
 
 VERIFIERS = tuple(f'prompts.{i}.verifier={{"kind": "regex", "pattern": "a"}}' for i in (0, 1))
@@ -156,12 +132,12 @@ def test_a_run_equals_that_of_the_cpu(
     """Losses, gradient norms, accuracies and weights, in float64."""
     recipe = job(write_job, JOBS[name])
     here, expected = run(recipe, CPU, "output=here", *VERIFIERS)
-    there, found = run(recipe, device, "output=there", *VERIFIERS)
+    there, actual = run(recipe, device, "output=there", *VERIFIERS)
     assert len(there.losses) == len(here.losses) > 1
     for one, other in zip(there.losses, here.losses, strict=True):
         assert one == pytest.approx(other, rel=1e-8)
     assert there.accuracies == here.accuracies
-    assert_close(found, expected, 1e-6)
+    assert_close(actual, expected, 1e-6)
 
 
 @pytest.mark.parametrize("name", BRIDGES)
@@ -174,18 +150,18 @@ def test_a_bridge_equals_that_of_the_cpu(device: torch.device, tmp_path: Path, n
     merges = [("b", "c"), ("c", "a"), ("a", "b")]
     recipe = write_byte_job(tmp_path, document, merges=merges, turned=True)
     here, expected = run(recipe, CPU, "output=here")
-    there, found = run(recipe, device, "output=there")
+    there, actual = run(recipe, device, "output=there")
     for one, other in zip(there.losses, here.losses, strict=True):
         assert one == pytest.approx(other, rel=1e-7)
-    assert_close(found, expected, 1e-5)
+    assert_close(actual, expected, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("stop_after", [1, 3])
-def test_a_run_that_went_down_goes_on(
+def test_a_run_resumes_after_a_crash(
     device: torch.device, write_job: Callable[..., Path], dtype: str, stop_after: int
 ) -> None:
-    """From a checkpoint, with the optimizer's state where fused AdamW wants it."""
+    """Resume from a checkpoint, with the optimizer state on the device that fused AdamW needs."""
     recipe = job(write_job, JOBS["prior policy beside data set text"], dtype)
     whole, straight = run(recipe, device, "output=straight", *VERIFIERS)
     before, none = run(recipe, device, "output=broken", *VERIFIERS, stop_after=stop_after)
@@ -193,7 +169,7 @@ def test_a_run_that_went_down_goes_on(
     assert none == {}
     assert len(before.losses) == stop_after
     assert 0 < len(after.losses) < 4 or stop_after == 1
-    # Sums on an accelerator may come in another order; in low precision that may change a sampled token.
+    # An accelerator may sum in another order; in low precision that may change a sampled token.
     if dtype == "float64":
         assert_close(resumed, straight, 1e-6)
         assert after.losses[-1] == pytest.approx(whole.losses[-1], rel=1e-7)
@@ -208,17 +184,17 @@ def test_decoding_equals_that_of_the_cpu(
     device: torch.device, write_job: Callable[..., Path], sampling: Sampling
 ) -> None:
     recipe = job(write_job, {})
-    found = {}
+    result = {}
     for where in (CPU, device):
         parts = load_models(preflight(recipe, [f"output={where.type}"]), Machine(where, SingleProcess()))
         requests = [GenerationRequest(f"k{i}", 0, tuple(j % 4 for j in range(i % 7 + 1))) for i in range(40)]
         student = parts.inputs.student
         with parts.student.unsharded() as (body, head):
             generator = Generator(body, head, student.eos_ids, student.tokenizer, where)
-            found[where] = generate(
+            result[where] = generate(
                 generator, requests, sampling, seed=1, batch_size=16, progress=lambda done: None
             )
-    assert [c.response_ids.tolist() for c in found[device]] == [c.response_ids.tolist() for c in found[CPU]]
-    assert {c.finish for c in found[CPU]} <= {"eos", "length"}
-    for one, other in zip(found[device], found[CPU], strict=True):
+    assert [c.response_ids.tolist() for c in result[device]] == [c.response_ids.tolist() for c in result[CPU]]
+    assert {c.finish for c in result[CPU]} <= {"eos", "length"}
+    for one, other in zip(result[device], result[CPU], strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-6)

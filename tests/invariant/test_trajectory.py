@@ -1,4 +1,4 @@
-"""Twenty updates on recorded answers: losses and gradient norms as they were. `test_grid_runs.py` has them on a grid.
+"""Twenty updates on recorded responses: losses and gradient norms equal the recorded ones. `test_grid_runs.py` has them on a grid.
 
 Change them on purpose with MERGEOPD_WRITE_EXPECTED=1 (and look at the difference): see `recorded`.
 """
@@ -30,16 +30,16 @@ def alone(folder):
 
 
 def recorded(run):
-    """What is kept of a run: eight digits of the loss and the gradient norm of every update."""
+    """Loss and gradient norm of every update, to eight digits."""
     return {key: [float(f"{line[key]:.8g}") for line in metrics(run)] for key in ("loss", "grad_norm")}
 
 
-def test_the_torch_student_goes_where_it_went(alone):
-    found = recorded(alone)
+def test_the_torch_student_repeats_the_recorded_trajectory(alone):
+    actual = recorded(alone)
     if os.environ.get("MERGEOPD_WRITE_EXPECTED"):
-        EXPECTED.write_text(json.dumps(found, indent=1) + "\n")
+        EXPECTED.write_text(json.dumps(actual, indent=1) + "\n")
     expected = json.loads(EXPECTED.read_text())
     assert len(expected["loss"]) == 20
     assert max(expected["loss"][:10]) > 1.3 * min(expected["loss"][:10])  # it learns
     for key, values in expected.items():
-        assert found[key] == pytest.approx(values, rel=ELSEWHERE, abs=0), key
+        assert actual[key] == pytest.approx(values, rel=ELSEWHERE, abs=0), key

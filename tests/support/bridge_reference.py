@@ -3,19 +3,10 @@
 from types import SimpleNamespace
 
 import torch
+from loss_reference import logprobs
 
 from mergeopd.loss import Head, Hidden
 from mergeopd.loss.cross_tokenizer import ExactPairs, Gold, Groups, Projected, SparseMap, Uld
-
-
-def logprobs(hidden, head, temperature):
-    z = hidden @ head.weight.to(hidden.dtype).T
-    if head.bias is not None:
-        z = z + head.bias
-    z = z * head.scale
-    if head.softcap is not None:
-        z = head.softcap * torch.tanh(z / head.softcap)
-    return torch.log_softmax(z[:, : len(head.vocab)] / temperature, dim=1)
 
 
 def merged(log_p, labels, strategy):

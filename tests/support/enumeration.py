@@ -1,7 +1,7 @@
-"""The enumeration tests' two sides: a round through the engine, and Hugging Face models with plain autograd.
+"""A round of the engine, and the same on Hugging Face models with autograd, for the enumeration tests.
 
-All answers of at most two tokens over a five-token vocabulary, in float64. No optimizer is in between: Adam
-would hide a wrong scale.
+All responses of at most two tokens over a five-token vocabulary, in float64. Gradients are compared rather
+than updates, as Adam would hide a wrong scale.
 """
 
 from __future__ import annotations
@@ -98,10 +98,38 @@ def engine_round(
     return results
 
 
-def logprobs(model: torch.nn.Module, prompt: Sequence[int], answer: Sequence[int], tau: float) -> Tensor:
-    """Full-vocabulary log-probabilities of each answer position, `[len(answer), V]`."""
-    logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1, :V]
-    return torch.log_softmax(logits / tau, -1)
+def response_logprobs(
+    model: torch.nn.Module, prompt: Sequence[int], responses: Sequence[Sequence[int]], tau: float
+) -> list[Tensor]:
+    """Full-vocabulary log-probabilities of the responses to one prompt, each `[len(response), V]`.
+
+    One forward pass; shorter responses are padded at their end.
+    """
+    longest = max(map(len, responses))
+    ids = torch.tensor([[*prompt, *response, *[0] * (longest - len(response))] for response in responses])
+    logits = model(ids).logits[:, len(prompt) - 1 : -1, :V]
+    rows = torch.log_softmax(logits / tau, -1)
+    return [row[: len(response)] for row, response in zip(rows, responses, strict=True)]
+
+
+def logprobs(model: torch.nn.Module, prompt: Sequence[int], response: Sequence[int], tau: float) -> Tensor:
+    """Full-vocabulary log-probabilities of each position of one response, `[len(response), V]`."""
+    return response_logprobs(model, prompt, [response], tau)[0]
+
+
+def rollout_logprobs(
+    model: torch.nn.Module, rollouts: Sequence[Rollout], tau: float, template: Sequence[int] = ()
+) -> list[Tensor]:
+    """The same for every rollout, in one forward pass per prompt; `template` precedes the prompts."""
+    by_prompt: dict[bytes, list[int]] = {}
+    for i, rollout in enumerate(rollouts):
+        by_prompt.setdefault(rollout.prompt_ids.tobytes(), []).append(i)
+    result: dict[int, Tensor] = {}
+    for members in by_prompt.values():
+        prompt = (*template, *rollouts[members[0]].prompt_ids)
+        rows = response_logprobs(model, prompt, [rollouts[i].response_ids for i in members], tau)
+        result.update(zip(members, rows, strict=True))
+    return [result[i] for i in range(len(rollouts))]
 
 
 def divergences(loss: dict, log_s: Tensor, log_t: Tensor) -> Tensor:
@@ -160,50 +188,64 @@ class Reference:
         self.student = load(parts.plan.student.model)
         self.teachers = {name: load(t.model) for name, t in parts.plan.teachers.items()}
 
-    def token_losses(self, loss: dict, rollout: Rollout) -> Tensor:
-        """Per response token, teacher weights included, denominators not."""
-        tau = loss.get("temperature", 1.0)
-        prompt, answer = rollout.prompt_ids, rollout.response_ids
-        log_s = logprobs(self.student, prompt, answer, tau)
-        total = torch.zeros(len(answer), dtype=torch.float64)
-        for name, weight in rollout.prompt.teachers.items():
+    def teacher_logprobs(self, rollouts: Sequence[Rollout], tau: float) -> list[dict[str, Tensor]]:
+        """Log-probabilities of every rollout under each of its teachers."""
+        result: list[dict[str, Tensor]] = [{} for _ in rollouts]
+        for name, model in self.teachers.items():
+            taught = [i for i, rollout in enumerate(rollouts) if name in rollout.prompt.teachers]
             with torch.no_grad():
-                log_t = logprobs(self.teachers[name], (*TEMPLATE_IDS[name], *prompt), answer, tau)
-            total = total + weight * divergences(loss, log_s, log_t)
-        if rollout.origin != "student":
-            total = total - loss.get("nll", 0.0) * log_s.gather(1, torch.tensor(answer)[:, None])[:, 0]
-        return total
+                rows = rollout_logprobs(model, [rollouts[i] for i in taught], tau, TEMPLATE_IDS[name])
+            for i, row in zip(taught, rows, strict=True):
+                result[i][name] = row
+        return result
+
+    def token_losses(self, loss: dict, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        """Loss of every response token, by rollout; teacher weights included, denominators not."""
+        tau = loss.get("temperature", 1.0)
+        students = rollout_logprobs(self.student, rollouts, tau)
+        losses = []
+        for rollout, log_s, log_t in zip(
+            rollouts, students, self.teacher_logprobs(rollouts, tau), strict=True
+        ):
+            total = torch.zeros(len(log_s), dtype=torch.float64)
+            for name, weight in rollout.prompt.teachers.items():
+                total = total + weight * divergences(loss, log_s, log_t[name])
+            if rollout.origin != "student":
+                ids = torch.tensor(rollout.response_ids)
+                total = total - loss.get("nll", 0.0) * log_s.gather(1, ids[:, None])[:, 0]
+            losses.append(total)
+        return losses
 
     def gradient(self, total: Tensor) -> dict[str, Tensor]:
         names, parameters = zip(*self.student.named_parameters(), strict=True)
         return dict(zip(names, torch.autograd.grad(total, parameters), strict=True))
 
 
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:
-    assert found.keys() == expected.keys()
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    assert actual.keys() == expected.keys()
     scale = max(float(g.abs().max()) for g in expected.values())
     assert scale > 1e-3
     for name, gradient in expected.items():
-        assert float((found[name] - gradient).abs().max()) <= tolerance * scale, name
+        assert float((actual[name] - gradient).abs().max()) <= tolerance * scale, name
 
 
 def rollouts_of(parts: Models, reference: Reference) -> list[Rollout]:
-    """Every answer to every prompt, written by teacher two at temperature 1.2; those that end in `a` are cut."""
+    """Every response to every prompt, with log-probs of teacher two at temperature 1.2; `a` at the end means cut off."""
     prompts = [p for name in sorted(parts.inputs.prompts) for p in parts.inputs.prompts[name]]
     rollouts = []
     for prompt in prompts:
         ids = parts.inputs.student.render(prompt)
-        for i, answer in enumerate(ANSWERS):
-            with torch.no_grad():
-                written = logprobs(reference.teachers["two"], ids, answer, 1.2)
-            mu = tuple(float(row[y]) for row, y in zip(written, answer, strict=True))
+        with torch.no_grad():
+            behaviour = response_logprobs(reference.teachers["two"], ids, ANSWERS, 1.2)
+        for i, (answer, behaviour_rows) in enumerate(zip(ANSWERS, behaviour, strict=True)):
+            mu = tuple(float(row[y]) for row, y in zip(behaviour_rows, answer, strict=True))
             finish = "eos" if answer[-1] == EOS else "length" if answer[-1] == 0 else "stop"
             rollouts.append(Rollout(prompt, i, ids, answer, "student", finish, mu))  # type: ignore[arg-type]
     return rollouts
 
 
 def rewards_of(rollouts: Sequence[Rollout]) -> list[float]:
-    """Right where the ids add up to a multiple of 3; nothing is right for the third prompt."""
+    """1 if the ids add up to a multiple of 3, else 0; always 0 for the third prompt."""
     keys = sorted({r.prompt.key for r in rollouts})
     return [float(sum(r.response_ids) % 3 == 0 and keys.index(r.prompt.key) != 2) for r in rollouts]
 
@@ -230,23 +272,21 @@ def advantages(rollouts: Sequence[Rollout], grades: Sequence[float], std: str) -
 
 
 class Plain:
-    """What the Hugging Face models say of every answer, and sums over it."""
+    """Log-probabilities of the Hugging Face models for every response, and sums of them."""
 
     def __init__(self, parts: Models) -> None:
         self.reference = Reference(parts)
         self.rollouts = rollouts_of(parts, self.reference)
         self.lp: list[Tensor] = []  # with a graph
-        self.gaps: list[dict[str, Tensor]] = []  # log p_T - log p_S of the written tokens
+        self.gaps: list[dict[str, Tensor]] = []  # log p_T - log p_S of the response tokens
         self.kl: list[dict[str, Tensor]] = []  # reverse KL by position, with a graph
-        for r in self.rollouts:
+        students = rollout_logprobs(self.reference.student, self.rollouts, 1.0)
+        teachers = self.reference.teacher_logprobs(self.rollouts, 1.0)
+        for r, log_s, log_teachers in zip(self.rollouts, students, teachers, strict=True):
             ids = torch.tensor(r.response_ids)[:, None]
-            log_s = logprobs(self.reference.student, r.prompt_ids, r.response_ids, 1.0)
             self.lp.append(log_s.gather(1, ids)[:, 0])
             gaps, kl = {}, {}
-            for name in r.prompt.teachers:
-                with torch.no_grad():
-                    model, prefix = self.reference.teachers[name], TEMPLATE_IDS[name]
-                    log_t = logprobs(model, (*prefix, *r.prompt_ids), r.response_ids, 1.0)
+            for name, log_t in log_teachers.items():
                 gaps[name] = (log_t - log_s.detach()).gather(1, ids)[:, 0]
                 kl[name] = (log_s.exp() * (log_s - log_t)).sum(-1)
             self.gaps.append(gaps)
@@ -260,7 +300,7 @@ class Plain:
         return sum(w * self.gaps[i][n] for n, w in self.rollouts[i].prompt.teachers.items())  # type: ignore[return-value]
 
     def early(self, i: int, gain: float) -> Tensor:
-        """The same, every teacher's by how much of it lies behind (IW-OPD)."""
+        """The same, with each gap weighted by the share of the teacher's gaps before it (IW-OPD)."""
         total = torch.zeros_like(self.lp[i].detach())
         for name, weight in self.rollouts[i].prompt.teachers.items():
             gap = self.gaps[i][name]
@@ -275,10 +315,10 @@ class Plain:
         return sum(len(self.rollouts[i].response_ids) for i in members or range(len(self.rollouts)))
 
     def domains(self, members: Sequence[int] | None = None) -> dict[str, list[int]]:
-        found: dict[str, list[int]] = {}
+        result: dict[str, list[int]] = {}
         for i in members or range(len(self.rollouts)):
-            found.setdefault(self.rollouts[i].prompt.domain, []).append(i)
-        return found
+            result.setdefault(self.rollouts[i].prompt.domain, []).append(i)
+        return result
 
     def gradient(self, total: Tensor) -> Gradients:
         names, parameters = zip(*self.reference.student.named_parameters(), strict=True)
@@ -294,5 +334,5 @@ def first_update(
 
 
 def is_zero(gradients: Gradients) -> bool:
-    """Exactly: nothing may leak, and NaN is not zero."""
+    """Whether all gradients are exactly zero; NaN is not."""
     return all(bool((g == 0).all()) for g in gradients.values())

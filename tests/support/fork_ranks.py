@@ -1,4 +1,4 @@
-"""The ranks of a worker script, forked from one process that has imported what they need: imports take seconds.
+"""Run the ranks of a worker script as forks of one process with its imports, which take seconds.
 
     python fork_ranks.py WORKER WORLD FOLDER ARGUMENTS...
 
@@ -8,6 +8,7 @@ The exit code is 1 when a rank fails. Nothing that is imported may start a threa
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import sys
@@ -26,7 +27,7 @@ def run_rank(worker: str, rank: int, world: int, folder: Path, arguments: list[s
         sys.argv = [worker, str(rank), str(world), str(folder / "store"), str(out), *arguments]
         runpy.run_path(worker, run_name="__main__")
         code = 0
-    except BaseException:  # noqa: BLE001 - whatever it was, the rank must not continue as its parent
+    except BaseException:  # noqa: BLE001 - the rank must not continue as its parent
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -37,6 +38,7 @@ def run_rank(worker: str, rank: int, world: int, folder: Path, arguments: list[s
 def main(worker: str, world: int, folder: Path, arguments: list[str]) -> int:
     sys.path[0] = str(Path(worker).parent)
     runpy.run_path(worker)
+    gc.freeze()  # the ranks need not collect the imported modules
     ranks = []
     for rank in range(world):
         process = os.fork()

@@ -1,4 +1,4 @@
-"""What is run on which grid, and in which launch of the worker: many jobs in each, as a start takes seconds."""
+"""Jobs of each launch of the worker, and their grids. A launch has many jobs, since starting one takes seconds."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ COUNTED: dict[str, Any] = {
 }
 _CARDS = {name: f"{name}.yaml" for name in ("one", "two", "three")}
 _MERGE = {"name": "p", "updates": 3, "prompts_per_round": 13, "loss": "reverse_kl"}
-# Recipes that end with an error, by which teacher is another one than its name says.
+# Recipes that end with an error: the teacher, and the model that replaces it.
 _STAND_INS = {
     "NaN in a body": ("one", "nan_body"),
     "NaN in a head": ("two", "nan_head"),
@@ -64,8 +64,8 @@ LONG_BROKEN = (
     *((name, "TP2xPP2") for name in BROKEN),
     ("canary of a writer", "DP4"),
 )
-# Who gets SIGTERM, and in which call to write: while the student answers its third round, the fifth of the run;
-# while the second teacher writes; while the second expert is measured.
+# Rank that gets SIGTERM, and the call of a stage: while the student generates its third round, the fifth of
+# the run; while the second teacher generates; while the second expert is evaluated.
 STOPS = {
     "rollout": {"rank": 1, "call": 2, "stage": "rollout"},
     "text": {"rank": 3, "call": 1, "stage": "text"},
@@ -74,7 +74,7 @@ STOPS = {
 
 
 def write_recipes(folder: Path) -> None:
-    """All recipes of this module, beside the job's models."""
+    """Write all recipes of this module beside the job's models."""
     write_recipe(folder, "counted", COUNTED)
     for name, recipe in BROKEN.items():
         write_recipe(folder, name, recipe)
@@ -82,7 +82,7 @@ def write_recipes(folder: Path) -> None:
 
 
 def _write_bad_teachers(folder: Path) -> None:
-    """`two` with NaN in a layer or the head, and with an idle head; `three` with another one's card."""
+    """Write `one` with NaN in a layer, `two` with NaN or zeros in its head, and a wrong card for `three`."""
     import shutil
 
     import torch
@@ -106,19 +106,18 @@ def _write_bad_teachers(folder: Path) -> None:
 
 
 def jobs(folder: Path, launch: str) -> tuple[int, list[dict[str, Any]]]:
-    """The number of processes of a launch, and what they do one after another (see `run_worker.py`)."""
-    found = {
+    """Number of processes of a launch, and their jobs in order (see `run_worker.py`)."""
+    result = {
         "short": lambda: [
             *(_run(folder, *case) for case in SHORT),
-            *_in_parts(folder, "short chain", ("TP2xPP2", 2), ("DP4", 2), ("TP2xDP2", None)),
             _run(folder, "counted", "TP2xPP2", name="stages apart", machines=APART),
             *(_run(folder, *case) for case in SHORT_BROKEN),
-            *_stopped(folder, "rollout", "TP2xPP2"),
+            *_stopped(folder, "rollout", "TP2xPP2", and_on="TP2xDP2"),
         ],
-        "one": lambda: [*_in_parts(folder, "long chain", ("alone", 2))],
+        "one": lambda: [*_in_parts(folder, "chain", ("alone", 2))],
         "four": lambda: [
             *(_run(folder, *case) for case in LONG),
-            *_in_parts(folder, "long chain", ("PP2xDP2", 2), ("TP2xPP2", None)),
+            *_in_parts(folder, "chain", ("DP4", 1), ("PP2xDP2", 1), ("TP2xPP2", None)),
             _run(folder, "mixed", "TP2xDP2", name="copies apart", machines=APART),
             _run(folder, "selves", "TP2xPP2", name="selves, all apart", machines=("a", "b", "c", "d")),
             *(_run(folder, *case) for case in LONG_BROKEN),
@@ -126,11 +125,11 @@ def jobs(folder: Path, launch: str) -> tuple[int, list[dict[str, Any]]]:
             *_stopped(folder, "evaluation", "TP2xPP2"),
         ],
     }
-    return {"short": 4, "one": 1, "four": 4}[launch], found[launch]()
+    return {"short": 4, "one": 1, "four": 4}[launch], result[launch]()
 
 
 def _run(folder: Path, recipe: str, grid: str, name: str = "", **options: Any) -> dict[str, Any]:
-    """`recipe` on `grid`, into `runs/NAME` or, with `into`, another one's folder."""
+    """Job for `recipe` on `grid`; its run folder is `runs/NAME`, or that of another job with `into`."""
     name = name or f"{recipe}, {grid}"
     tensor, pipeline, _ = GRIDS[grid]
     parallel = {"tensor": tensor, "pipeline": pipeline, "sequence": "sequence" in grid}
@@ -143,22 +142,30 @@ def _run(folder: Path, recipe: str, grid: str, name: str = "", **options: Any) -
 
 
 def _in_parts(folder: Path, into: str, *steps: tuple[str, int | None]) -> Iterator[dict[str, Any]]:
-    """One run of `cold start` that goes on with another grid after so many updates."""
+    """Jobs of one run of `cold start` that continues on another grid after each number of updates."""
     for grid, updates in steps:
         yield _run(folder, "cold start", grid, name=f"{into}, {grid}", into=into, max_updates=updates)
 
 
-def _stopped(folder: Path, stage: str, grid: str) -> Iterator[dict[str, Any]]:
-    """A run that one rank is asked to stop in the middle of a stage, and the same command again."""
+def _stopped(folder: Path, stage: str, grid: str, and_on: str | None = None) -> Iterator[dict[str, Any]]:
+    """Jobs of a run that a signal to one rank stops within a stage, and of the same command again.
+
+    With `and_on`, a copy of the stopped run also continues on that grid.
+    """
     name = f"stopped in {stage}"
-    own = [f"text_cache={folder / name}"]
-    for suffix, options in (("", {"stop": STOPS[stage]}), (", again", {})):
-        found = _run(folder, "cold start", grid, name=name + suffix, into=name, **options)
-        yield {**found, "overrides": [*found["overrides"], *own]}
+    steps: list[tuple[str, str, str, dict[str, Any]]] = [(name, grid, name, {"stop": STOPS[stage]})]
+    if and_on is not None:
+        into = f"{name}, on {and_on}"
+        copied = {"copied": [str(folder / "runs" / run) for run in (name, into)]}
+        steps.append((into, and_on, into, copied))
+    steps.append((f"{name}, again", grid, name, {}))
+    for job, on, into, options in steps:
+        result = _run(folder, "cold start", on, name=job, into=into, **options)
+        yield {**result, "overrides": [*result["overrides"], f"text_cache={folder / name}"]}
 
 
-def complaint(recipe: Path) -> str:
-    """What a recipe that cannot go well says in one process."""
+def single_process_error(recipe: Path) -> str:
+    """Error of a broken recipe in one process."""
     try:
         run_alone(recipe, f"output={recipe.parent / 'runs' / recipe.stem}")
     except MergeopdError as error:

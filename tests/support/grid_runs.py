@@ -1,6 +1,6 @@
-"""Whole runs on grids of processes, and the same runs in one process: a job, its recipes, the comparison.
+"""Models and recipes of whole runs on grids, the same runs in one process, and their comparison.
 
-Nothing in here knows Megatron. A grid's runs are made by `tests/dist/run_worker.py`.
+Does not import Megatron. `tests/dist/run_worker.py` runs the grids.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ PROMPTS = {
 DOMAINS = tuple(PROMPTS)
 ROUTES = {"left": {"one": 1.0, "two": 0.5}, "mid": {"three": 0.8}, "right": {"two": 0.7}}
 EVALUATED = {"left": ("b a", "i", "j c"), "mid": ("h", "a f"), "right": ("f e d", "c c")}
-# Right about as often as wrong, whoever writes.
+# Correct for about half of the responses of every model.
 VERIFIER = {"kind": "regex", "pattern": "^[a-e]"}
 RELATIVE = 1e-5
-# Of the way that training went: AdamW makes whole steps of gradients that are hardly more than rounding.
+# Relative to the distance that training moved the weights: AdamW turns gradients near rounding into full steps.
 OF_THE_WAY = 1e-4
 
-# Every way through the engine: who writes, what is kept of teachers, what is asked before the update.
+# Every path through the engine: sources of responses, kinds of teacher targets, scores before the update.
 COLD_START = {
     "phases": [
         {
@@ -119,7 +119,7 @@ SELVES = {
     ],
     "phases": [{"name": "merge", "updates": 5, "prompts_per_round": 7, "loss": "reverse_kl"}],
 }
-# Nothing is sampled: the answers are the prompt files' own.
+# Nothing is sampled: the responses come from the prompt files.
 RECORDED = {
     "phases": [
         {
@@ -155,7 +155,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 
 
 def write_grid_job(folder: Path) -> Path:
-    """Models, cards, prompts and one recipe file for each of `RECIPES` in `folder`, which comes back."""
+    """Write models, cards, prompts and one recipe file for each of `RECIPES` into `folder`; return it."""
     for seed, (name, (family, tied, rows, template)) in enumerate(MODELS.items()):
         write_dense(folder / name, family, tied=tied, vocab=rows, eos=EOS, seed=seed, layers=2, spread=0.25)
         _write_tokenizer(folder / name, template)
@@ -175,7 +175,7 @@ def write_grid_job(folder: Path) -> Path:
 
 
 def write_recipe(folder: Path, name: str, recipe: Mapping[str, Any]) -> Path:
-    """A recipe beside the job's models; a run of it lies in `runs/...`, which `output` says."""
+    """Write a recipe beside the job's models. Its runs set `output` to a folder in `runs`."""
     document = {
         "recipe": 1,
         "name": "grid",
@@ -217,7 +217,7 @@ def _write_tokenizer(folder: Path, template: str) -> None:
 
 
 def run_alone(recipe: Path, *overrides: str, max_updates: int | None = None) -> None:
-    """What `mergeopd run` does in one process."""
+    """Run a recipe in this process, as `mergeopd run` does."""
     with ExitStack() as held:
         inputs = claim(recipe, overrides, (), SingleProcess(), held)
         assert inputs is not None
@@ -225,61 +225,62 @@ def run_alone(recipe: Path, *overrides: str, max_updates: int | None = None) -> 
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
-    """A file of JSON lines."""
+    """Read a file of JSON lines."""
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """A run's updates without what depends on the machine."""
+    """Read the metrics of a run without its timings."""
     return [{k: v for k, v in line.items() if k != "cost"} for line in lines(run / "metrics.jsonl")]
 
 
 def samples(run: Path) -> list[dict[str, Any]]:
-    """A run's sampled answers."""
+    """Read the sampled responses of a run."""
     return lines(run / "rollouts" / "samples.jsonl")
 
 
-def gap(found: Any, expected: Any, *, floor: float, path: str = "") -> tuple[float, str]:
-    """The largest difference between two JSON values relative to the expected one's size, and where it is.
+def gap(actual: Any, expected: Any, *, floor: float, path: str = "") -> tuple[float, str]:
+    """Largest difference between two JSON values relative to the expected size, and its place.
 
-    Sizes below `floor` count as `floor`. What is no float must be equal: AssertionError.
+    Sizes below `floor` count as `floor`. Raises AssertionError if values other than floats differ.
     """
     if isinstance(expected, dict):
-        assert list(found) == list(expected), path
-        pairs = [(f"{path}.{key}", found[key], expected[key]) for key in expected]
+        assert list(actual) == list(expected), path
+        pairs = [(f"{path}.{key}", actual[key], expected[key]) for key in expected]
     elif isinstance(expected, list):
-        assert len(found) == len(expected), path
-        pairs = [(f"{path}[{i}]", *both) for i, both in enumerate(zip(found, expected, strict=True))]
+        assert len(actual) == len(expected), path
+        pairs = [(f"{path}[{i}]", *both) for i, both in enumerate(zip(actual, expected, strict=True))]
     elif isinstance(expected, float):
-        assert isinstance(found, float), (path, found, expected)
-        assert math.isfinite(found), path
-        return abs(found - expected) / max(abs(expected), floor), path
+        assert isinstance(actual, float), (path, actual, expected)
+        assert math.isfinite(actual), path
+        return abs(actual - expected) / max(abs(expected), floor), path
     else:
-        assert found == expected, (path, found, expected)
+        assert actual == expected, (path, actual, expected)
         return 0.0, path
     return max((gap(a, b, floor=floor, path=where) for where, a, b in pairs), default=(0.0, path))
 
 
-def assert_same_figures(found: Path, expected: Path) -> None:
-    """Metrics and samples of two runs to 1e-5 of their size, on the scale of 1 nat where they are smaller.
+def assert_same_figures(actual: Path, expected: Path) -> None:
+    """Compare metrics and samples of two runs to 1e-5 of their size, or of 1 nat where they are smaller.
 
-    A difference of log-probabilities is known to float32's resolution of a logit, not to a share of itself.
-    Losses and gradient norms are. Samples are written with six digits, so the last one may differ by one.
+    The error of a difference of log-probabilities is float32's resolution of a logit, however small the
+    difference. Losses and gradient norms are compared relative to themselves. Samples have six digits, so the
+    last one may differ by one.
     """
     for read, tolerance in ((metrics, RELATIVE), (samples, RELATIVE + 1e-5)):
-        difference, where = gap(read(found), read(expected), floor=1.0)
+        difference, where = gap(read(actual), read(expected), floor=1.0)
         assert difference <= tolerance, (where, difference)
     for key in ("loss", "grad_norm"):
-        for line, wanted in zip(metrics(found), metrics(expected), strict=True):
+        for line, wanted in zip(metrics(actual), metrics(expected), strict=True):
             assert abs(line[key] - wanted[key]) <= RELATIVE * abs(wanted[key]), (key, line["update"])
 
 
-def weights_gap(found: Path, expected: Path, start: Path) -> float:
-    """The distance between two exported students relative to the way from `start`."""
+def weights_gap(actual: Path, expected: Path, start: Path) -> float:
+    """Distance between two exported students relative to their distance from `start`."""
     from safetensors.torch import load_file
 
     models = []
-    for folder in (found, expected, start):
+    for folder in (actual, expected, start):
         files = sorted(folder.glob("*.safetensors"))
         models.append({n: t.double() for file in files for n, t in load_file(file).items()})
     a, b, origin = models

@@ -1,4 +1,4 @@
-"""Models, micro-batches and reference results for the Megatron tests; nothing in here knows Megatron."""
+"""Models, micro-batches and reference results for the Megatron tests; without importing Megatron."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Case:
     state: Path | None = None
 
     def job(self, export: Path) -> dict[str, object]:
-        """What the worker reads; it exports into `export`."""
+        """The case as the worker reads it; its exports go to `export`."""
         return {
             **{name: getattr(self, name) for name in self.__dataclass_fields__},
             "export": export,
@@ -76,7 +76,7 @@ def write_dense(
     layers: int = 4,
     spread: float = 0.15,
 ) -> Path:
-    """A random model whose vectors (norms, biases) are not what they start with."""
+    """Write a random model whose norms and biases differ from their initial values."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -109,13 +109,13 @@ def write_dense(
 
 
 def micro_batches(generator: torch.Generator, num: int, first: int = 0) -> list[MicroBatch]:
-    """Micro-batches of other shapes and teacher sets each; the second has tokens that are not trained."""
+    """Micro-batches of different shapes and teachers; the second has tokens that are not trained."""
 
     def ids(length: int) -> TokenIds:
         return token_ids(torch.randint(VALID, (length,), generator=generator).numpy())
 
     heads = [torch.randn(ROWS, 8 + k, generator=generator) for k in range(2)]
-    found = []
+    result = []
     for number in range(first, first + num):
         batch = 1 + number % 3
         prompts = tuple(ids(2 + (number + i) % 4) for i in range(batch))
@@ -131,17 +131,17 @@ def micro_batches(generator: torch.Generator, num: int, first: int = 0) -> list[
         )
         weight = torch.rand(len(teachers), n, generator=generator) / 40
         nll = torch.rand(n, generator=generator) / 40
-        found.append(
+        result.append(
             MicroBatch(tuple(range(batch)), teachers, prompts, responses, targets, weight, nll, None, trained)
         )
-    return found
+    return result
 
 
 def with_policy(
     micro_batches: list[MicroBatch], student: TorchStudent, generator: torch.Generator
 ) -> list[MicroBatch]:
     """Outcome advantages of both signs; behaviour log-probs around the student's own, some outside the mask."""
-    found = []
+    result = []
     for micro in micro_batches:
         [stats] = student.score([micro], (), None, 1.0)
         now = stats.logprob_S
@@ -153,8 +153,8 @@ def with_policy(
             keep_N=(torch.rand(n, generator=generator) < 0.9).float(),
             old_N=now + 0.1 * torch.randn(n, generator=generator),
         )
-        found.append(replace(micro, policy=rows))
-    return found
+        result.append(replace(micro, policy=rows))
+    return result
 
 
 def torch_student(case: Case) -> TorchStudent:
@@ -177,7 +177,7 @@ class Trajectory:
 
 
 def trained(case: Case) -> Trajectory:
-    """The torch student's own way through the updates of `case`."""
+    """Train the torch student with the updates of `case`."""
     student = torch_student(case)
     losses, norms, gradients = [], [], {}
     for micro_batches, lr in zip(case.updates, case.lrs, strict=True):

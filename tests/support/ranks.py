@@ -1,4 +1,4 @@
-"""Several processes of one worker script, under a hard limit of time."""
+"""Run several processes of one worker script with a time limit."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+# Looks for Megatron without importing it, which takes seconds.
+needs_megatron = pytest.mark.skipif(
+    find_spec("megatron") is None, reason="the extra mergeopd[megatron] is not installed"
+)
 LAUNCHER = Path(__file__).with_name("fork_ranks.py")
 
 

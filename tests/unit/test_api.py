@@ -53,9 +53,9 @@ def test_load_and_check(recipe: Path) -> None:
     plan = mergeopd.load(recipe, set={"optimizer.lr": 1e-05, "prompts[0].share": 2})
     assert (plan.optimizer.lr, plan.sources[0].share) == (1e-5, 2.0)
     assert plan == mergeopd.load(recipe, set=["optimizer.lr=1e-5", "prompts.0.share=2"])
-    found = mergeopd.check(recipe)
-    assert (found.plan, found.num_prompts) == (mergeopd.load(recipe), 4)
-    assert str(found) == "2 teachers, 4 prompts, 2 updates in 1 phase"
+    result = mergeopd.check(recipe)
+    assert (result.plan, result.num_prompts) == (mergeopd.load(recipe), 4)
+    assert str(result) == "2 teachers, 4 prompts, 2 updates in 1 phase"
     for function in (mergeopd.load, mergeopd.check, mergeopd.run):
         with pytest.raises(RecipeError, match="unknown key 'lrr'; did you mean 'lr'"):
             function(recipe, set={"optimizer.lrr": 1})
@@ -64,7 +64,7 @@ def test_load_and_check(recipe: Path) -> None:
 
 
 def test_set_takes_any_value(recipe: Path) -> None:
-    """Texts that YAML or recipes would read as something else arrive as they are."""
+    """Texts that YAML or recipes could read as other types are kept."""
     for text in ("yes", "1e5", "${HOME}", 'a "b": c', "Grüße 🦊"):
         assert mergeopd.load(recipe, set={"rollout.stop": [text]}).rollout.stop == (text,)
     phases = [{**PHASES[0], "updates": 3}]

@@ -1,4 +1,4 @@
-"""Messages as a terminal gets them: nothing raw from a file, and never pages without end."""
+"""Messages on a terminal: control characters from files are escaped, and long texts are cut."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_long_text_is_cut_with_a_count() -> None:
 
 
 @pytest.mark.parametrize("a_person_looks", [False, True])
-def test_of_many_problems_the_first_are_shown(
+def test_the_first_of_many_problems_are_shown(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, a_person_looks: bool
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: a_person_looks)

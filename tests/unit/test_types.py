@@ -1,4 +1,4 @@
-"""Records with arrays: what they take, compare and refuse."""
+"""Records with arrays: conversion, comparison and validation."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_arrays_are_not_copied_and_keep_their_precision(dtype: type) -> None:
         (TeacherSequence((1,), (2, 3)), {"trained": (True, False)}),
     ],
 )
-def test_records_are_equal_where_all_their_fields_are(one: Any, changes: dict[str, Any]) -> None:
+def test_records_with_equal_fields_are_equal(one: Any, changes: dict[str, Any]) -> None:
     assert one == replace(one)
     other = replace(one, **changes)
     assert one != other
@@ -74,6 +74,6 @@ def test_records_are_equal_where_all_their_fields_are(one: Any, changes: dict[st
     assert one != "another type"
 
 
-def test_flags_are_as_many_as_tokens() -> None:
+def test_there_is_one_flag_per_token() -> None:
     with pytest.raises(ValueError, match="3 flags for 2 response tokens"):
         replace(rollout(), response_ids=(1, 2))

@@ -1,4 +1,4 @@
-"""One small job, its undisturbed run, and a way to run it quickly in processes of its own, with faults."""
+"""One small job, its undisturbed run, and a server that runs it with faults in forked processes."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ LIMIT_S = 120.0
 
 
 class Runs:
-    """Runs of the job. Every call is a process of its own, forked from one that has run it already."""
+    """Run the job. Every call is a new process, forked from one that has already run it."""
 
     def __init__(self, recipe: Path, server: subprocess.Popen[str]) -> None:
         self.recipe = recipe
         self._server = server
 
     def command(self, output: str, *arguments: str) -> list[str]:
-        """`mergeopd`'s arguments for a run folder; teachers' texts lie beside it."""
+        """Arguments of `mergeopd` for a run folder; the teacher rollouts are cached beside it."""
         folder = self.recipe.parent / output
         own = ["--set", f"output={folder}", "--set", f"text_cache={folder}-texts"]
         return ["run", str(self.recipe), *own, *arguments]
 
     def __call__(self, output: str, *arguments: str, fault: str | None = None) -> tuple[int, str]:
-        """Run; the exit code (below 0: the signal) and all that was printed."""
+        """Run; the exit code (negative: a signal) and the output."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         order = {"argv": self.command(output, *arguments), "fault": fault}
@@ -76,13 +76,13 @@ class Runs:
         return answer["code"], answer["output"]
 
     def folder(self, output: str) -> Path:
-        """Where a run lies."""
+        """Folder of a run."""
         return self.recipe.parent / output
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, write_job_in: Callable[..., Path]) -> Iterator[Runs]:
-    """Runs of one job in one folder: give every one its own `output`."""
+    """Runs of one job in one folder; each needs its own `output`."""
     folder = tmp_path_factory.mktemp("durable")
     rows = [{"prompt": text, "answer": "c"} for text in ("a", "d", "c d")]
     (folder / "held_out.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -102,13 +102,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, write_job_in: Callable[..., P
 
 @pytest.fixture(scope="session")
 def outcome() -> Callable[[Path], dict[str, str]]:
-    """What of a finished run must not depend on interruptions."""
+    """Function that reads from a finished run all that must not depend on interruptions."""
     return runpy.run_path(str(TOOLS / "soak.py"))["outcome"]
 
 
 @pytest.fixture(scope="session")
 def undisturbed(runs: Runs, outcome: Callable[[Path], dict[str, str]]) -> dict[str, str]:
-    """The outcome of the run that nothing happened to."""
+    """Outcome of a run without faults."""
     code, output = runs("undisturbed")
     assert code == 0, output
     return outcome(runs.folder("undisturbed"))
@@ -118,15 +118,15 @@ def undisturbed(runs: Runs, outcome: Callable[[Path], dict[str, str]]) -> dict[s
 def ends_well(
     runs: Runs, outcome: Callable[[Path], dict[str, str]], undisturbed: dict[str, str]
 ) -> Callable[..., str]:
-    """Has a run go on to its end, asserts that the end is the undisturbed one's, returns what was printed."""
+    """Resume a run to its end, compare its outcome with that of the undisturbed run, return the output."""
 
-    def go_on(output: str, *arguments: str) -> str:
+    def resume(output: str, *arguments: str) -> str:
         code, printed = runs(output, *arguments)
         assert code == 0, printed
-        found = outcome(runs.folder(output))
-        assert found.keys() == undisturbed.keys()
-        assert [key for key in found if found[key] != undisturbed[key]] == []
+        result = outcome(runs.folder(output))
+        assert result.keys() == undisturbed.keys()
+        assert [key for key in result if result[key] != undisturbed[key]] == []
         assert len(list((runs.folder(output) / "checkpoints").glob("step-*[0-9]"))) == 2
         return printed
 
-    return go_on
+    return resume

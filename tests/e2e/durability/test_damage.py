@@ -1,4 +1,4 @@
-"""A run folder that is damaged: noticed, told, and what is whole is used; or a plain refusal that loses nothing."""
+"""Damaged run folders: the damage is reported and intact parts are used, or the run is refused unchanged."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def half_way(runs: Any) -> str:
 
 @pytest.fixture
 def copy(runs: Any, tmp_path: Path) -> Callable[[str], str]:
-    """Copies a run, under the name of the test; the teachers' texts as well."""
+    """Copy a run and its teacher rollouts to a folder for this test."""
 
     def make(source: str) -> str:
         name = f"copy-{tmp_path.name}"
@@ -62,7 +62,7 @@ def copy(runs: Any, tmp_path: Path) -> Callable[[str], str]:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_told_and_the_one_before_used(
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     runs: Any, ends_well: Callable[..., str], half_way: str, copy: Callable[[str], str], damage: str
 ) -> None:
     name = copy(half_way)
@@ -76,7 +76,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_used(
     assert "resumes after update 2" in printed
 
 
-def test_without_any_whole_checkpoint_the_run_begins_anew(
+def test_a_run_without_intact_checkpoints_starts_from_the_beginning(
     runs: Any, ends_well: Callable[..., str], half_way: str, copy: Callable[[str], str]
 ) -> None:
     name = copy(half_way)
@@ -88,7 +88,7 @@ def test_without_any_whole_checkpoint_the_run_begins_anew(
 
 
 def rewrite(checkpoint: Path, change: Callable[[Path], object]) -> None:
-    """A checkpoint with a true manifest and another content."""
+    """Change the content of a checkpoint and write a matching manifest."""
     old = checkpoint.with_name("old")
     checkpoint.rename(old)
     with atomic_folder(checkpoint) as folder:
@@ -130,23 +130,23 @@ STRANGERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("stranger", STRANGERS)
-def test_a_whole_checkpoint_of_something_else_is_refused(
+def test_an_intact_checkpoint_of_another_run_is_refused(
     runs: Any, half_way: str, copy: Callable[[str], str], stranger: str
 ) -> None:
     name = copy(half_way)
-    change, told = STRANGERS[stranger]
+    change, message = STRANGERS[stranger]
     checkpoint = runs.folder(name) / "checkpoints" / "step-4"
     rewrite(checkpoint, change)
     code, printed = runs(name)
     assert code == 1
     [error] = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert "step-4" in error
-    assert told in error
+    assert message in error
     assert "move it away to resume from the previous one" in error
-    assert verify(checkpoint) is None  # nothing of it was touched
+    assert verify(checkpoint) is None  # it is unchanged
 
 
-def test_metrics_that_are_lost_are_told_and_cost_nothing_else(
+def test_lost_metrics_are_reported_and_change_nothing_else(
     runs: Any,
     undisturbed: dict[str, str],
     outcome: Callable[..., Any],
@@ -161,18 +161,18 @@ def test_metrics_that_are_lost_are_told_and_cost_nothing_else(
     code, printed = runs(name)
     assert code == 1
     assert "metrics.jsonl: line 2 is damaged; correct or remove that line" in printed
-    for left, told in ((lines[:1] + lines[2:], "lines of 3 of the 4"), ([], "lines of 0 of the 4")):
+    for left, message in ((lines[:1] + lines[2:], "lines of 3 of the 4"), ([], "lines of 0 of the 4")):
         metrics.write_text("".join(left))
         code, printed = runs(name, "--updates", "1")
-        assert told in printed
+        assert message in printed
         assert "samples.jsonl lacks sampled responses of the 4 updates made so far" in printed
         shutil.rmtree(runs.folder(name) / "checkpoints" / "step-5", ignore_errors=True)
     metrics.unlink()
     code, printed = runs(name)
     assert code == 0
-    found = outcome(runs.folder(name))
-    assert [key for key in found if found[key] != undisturbed[key]] == ["metrics", "samples"]
-    assert found["metrics"] == "\n".join(undisturbed["metrics"].splitlines()[4:])
+    result = outcome(runs.folder(name))
+    assert [key for key in result if result[key] != undisturbed[key]] == ["metrics", "samples"]
+    assert result["metrics"] == "\n".join(undisturbed["metrics"].splitlines()[4:])
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_metrics_that_are_lost_are_told_and_cost_nothing_else(
     ],
     ids=["torn", "changed", "no date", "empty"],
 )
-def test_a_damaged_plan_is_told(
+def test_a_damaged_plan_is_reported(
     runs: Any, half_way: str, copy: Callable[[str], str], spoil: Callable[[str], str]
 ) -> None:
     name = copy(half_way)
@@ -211,7 +211,7 @@ EXPORT_DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", EXPORT_DAMAGE)
-def test_a_damaged_export_is_made_again(
+def test_a_damaged_export_is_exported_again(
     runs: Any, ends_well: Callable[..., str], finished: str, damage: str
 ) -> None:
     export = runs.folder(finished) / "export"
@@ -234,8 +234,8 @@ def test_a_damaged_export_without_checkpoints_is_not_trained_over(runs: Any, fin
 
 
 @pytest.mark.parametrize("content", ['{"domains": {', "{}", None])
-def test_a_result_that_is_lost_is_measured_again(runs: Any, finished: str, content: str | None) -> None:
-    """Even without checkpoints: the export is all that it needs."""
+def test_a_lost_result_is_evaluated_again(runs: Any, finished: str, content: str | None) -> None:
+    """Also without checkpoints, as the export is enough."""
     folder = runs.folder(finished)
     path = folder / "result.json"
     expected = json.loads(path.read_text())["domains"]

@@ -1,4 +1,4 @@
-"""A disk that refuses: told by name, exit code 1, finished work kept, and the run goes on once there is room."""
+"""Disk errors: the message names the file, the exit code is 1, saved work is kept, and the run can be resumed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 
 from mergeopd.storage.folders import verify
 
-# Where the disk is full (no file can grow beyond so many bytes), what cannot be written, what is saved then.
+# Place where files are limited to a number of bytes, the file that cannot be written, and the newest checkpoint.
 FULL = {
     "replace:1:FULL=0": ("", 0),  # after plan.yaml is written
     "text:1:FULL=100": (r"-texts/one-\w+.jsonl", 0),
     "files:1:FULL=20": (r"checkpoints/step-2", 0),  # state.json
-    "checkpoint:2:FULL=3000": (r"checkpoints/step-4", 2),  # safetensors tells in its own words
+    "checkpoint:2:FULL=3000": (r"checkpoints/step-4", 2),  # a message of safetensors
     "manifest:2:FULL=100": (r"checkpoints/step-4", 2),
     "update:5:FULL=3000": (r"metrics.jsonl", 4),
     "checkpoint:3:FULL=3000": (r"checkpoints/step-6", 4),
@@ -41,7 +41,7 @@ def test_a_full_disk(runs: Any, ends_well: Callable[..., str], fault: str) -> No
     ends_well(name)
 
 
-def test_hidden_states_that_find_no_room(runs: Any, ends_well: Callable[..., str]) -> None:
+def test_hidden_states_that_cannot_be_spilled(runs: Any, ends_well: Callable[..., str]) -> None:
     tiny = ("--set", "memory.hidden_states_gib=1e-12")
     code, printed = runs("full-spill", *tiny, fault="scoring:1:FULL=2000")
     assert code == 1, printed

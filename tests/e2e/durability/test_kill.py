@@ -1,4 +1,4 @@
-"""kill -9 anywhere: the same command goes on, and the end is that of an undisturbed run, bit for bit."""
+"""kill -9 at many places: the same command resumes, and the outcome equals an undisturbed run bit for bit."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-# Which call of which place (tools/fault.py): after how many updates it comes, and what is saved then.
+# Place and call (tools/fault.py): the number of updates made before, and the newest checkpoint.
 POINTS = {
-    "replace:1": (0, None),  # plan.yaml is half there
-    "text:2": (0, None),  # some of a teacher's texts are there
-    "rollout:70": (5, 4),  # between two tokens of an answer
+    "replace:1": (0, None),  # plan.yaml is not yet renamed
+    "text:2": (0, None),  # some teacher rollouts are cached
+    "rollout:70": (5, 4),  # between two tokens of a response
     "scoring:40": (2, 2),
     "gradient:5": (2, 2),  # some of an update's micro-batches are done
-    "update:6": (5, 4),  # the gradient is there, the weights are not
-    "step:4": (3, 2),  # the weights are there, nothing tells of it; the second update of its round
+    "update:6": (5, 4),  # the gradient is complete, the weights are not updated
+    "step:4": (3, 2),  # the weights are updated, no metrics are written; the second update of its round
     "metrics:20": (5, 4),
     "files:2": (4, 2),  # the weights of a checkpoint without its state
     "manifest:2": (4, 2),
@@ -42,11 +42,11 @@ def test_kill(runs: Any, ends_well: Callable[..., str], point: str) -> None:
     assert max(steps, default=None) == saved
     printed = ends_well(name)
     assert (f"resumes after update {saved}" in printed) == (saved is not None)
-    # Nothing that was not finished is left.
+    # No unfinished file is left.
     assert [path for path in folder.rglob("*") if path.name.endswith(".partial")] == []
 
 
-# `lag` was copied anew after update 4, `mean` moves after every round; `right` is taught by `two` alone.
+# `lag` was copied again after update 4, `mean` moves after every round; only `two` teaches `right`.
 FOLLOWING = (
     *("--set", "teachers.lag={student: {every: 3}}"),
     *("--set", "teachers.mean={student: {ema: 0.8}}"),
@@ -56,7 +56,7 @@ FOLLOWING = (
 
 @pytest.fixture(scope="module")
 def undisturbed_following(runs: Any, outcome: Callable[[Path], dict[str, str]]) -> dict[str, str]:
-    """The outcome of a run whose teachers follow the student, and to which nothing happened."""
+    """Outcome of a run without faults whose teachers follow the student."""
     code, printed = runs("following", *FOLLOWING)
     assert code == 0, printed
     return outcome(runs.folder("following"))
@@ -68,10 +68,10 @@ def undisturbed_following(runs: Any, outcome: Callable[[Path], dict[str, str]]) 
         ("files:4:KILL", 2),  # the second checkpoint has these teachers' weights, but no state
         ("renamed:2:KILL", 4),
         ("update:6:KILL", 4),
-        ("scoring:110:TERM", 5),  # within a round, after another one that nothing has saved yet
+        ("scoring:110:TERM", 5),  # within a round, after one that is not saved yet
     ],
 )
-def test_weights_that_follow_the_student_come_back(
+def test_snapshots_of_the_student_are_restored(
     runs: Any,
     outcome: Callable[[Path], dict[str, str]],
     undisturbed_following: dict[str, str],
@@ -84,5 +84,5 @@ def test_weights_that_follow_the_student_come_back(
     code, printed = runs(name, *FOLLOWING)
     assert code == 0, printed
     assert f"resumes after update {saved}" in printed
-    found = outcome(runs.folder(name))
-    assert [key for key in undisturbed_following if found[key] != undisturbed_following[key]] == []
+    result = outcome(runs.folder(name))
+    assert [key for key in undisturbed_following if result[key] != undisturbed_following[key]] == []

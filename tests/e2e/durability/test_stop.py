@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C, --updates: saved, told by the exit code, and the same command goes on. Two at once: refused."""
+"""SIGTERM, Ctrl-C and --updates: the run is saved, the exit code is 3, the same command resumes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from ruamel.yaml import YAML
 
 FAULT = Path(__file__).parents[3] / "tools" / "fault.py"
 
-# Where the request comes, how many updates are saved then, and what is told.
+# Place of the request, number of saved updates, and message.
 REQUESTS = {
     "text:2:TERM": (0, "SIGTERM after 0 of 6 updates"),
     "rollout:70:TERM": (5, "SIGTERM after 5 of 6 updates"),
     "scoring:40:INT": (2, "SIGINT after 2 of 6 updates"),
-    "gradient:3:TERM": (1, "SIGTERM after 1 of 6 updates"),  # the weights are as they were: given up
-    "update:3:TERM": (4, "SIGTERM after 4 of 6 updates"),  # the round's second update is made first
+    "gradient:3:TERM": (
+        1,
+        "SIGTERM after 1 of 6 updates",
+    ),  # the weights are unchanged: the update is abandoned
+    "update:3:TERM": (4, "SIGTERM after 4 of 6 updates"),  # the second update of the round is made first
     "files:1:INT": (2, "SIGINT after 2 of 6 updates"),  # the checkpoint is finished
     "evaluation:2:TERM": (6, "SIGTERM during evaluation"),
 }
@@ -34,19 +37,19 @@ def saved(folder: Path) -> int:
 @pytest.mark.parametrize("request_", REQUESTS)
 def test_a_request_to_stop(runs: Any, ends_well: Callable[..., str], request_: str) -> None:
     name = "stopped-" + request_.replace(":", "-")
-    num_saved, told = REQUESTS[request_]
+    num_saved, message = REQUESTS[request_]
     code, printed = runs(name, fault=request_)
     assert code == 3, printed
-    assert f"stopped by {told}" in printed
+    assert f"stopped by {message}" in printed
     assert saved(runs.folder(name)) == num_saved
     assert not (runs.folder(name) / "result.json").exists()
     ends_well(name)
 
 
-def test_texts_that_were_written_before_a_stop_are_kept(runs: Any) -> None:
+def test_teacher_rollouts_made_before_a_stop_are_kept(runs: Any) -> None:
     runs("texts", fault="text:2:TERM")
     [file] = runs.folder("texts-texts").glob("one-*.jsonl")
-    # Two of the first batch; the second was being written, and the request is met where it ends.
+    # Two of each batch: the request is handled at the end of the second.
     first = file.read_text().splitlines()
     assert len(first) == 4
     runs("texts", "--updates", "1")
@@ -63,8 +66,10 @@ def test_a_second_ctrl_c_stops_at_once(runs: Any, ends_well: Callable[..., str],
     ends_well(name)
 
 
-def test_a_request_from_outside_while_another_is_refused(runs: Any, ends_well: Callable[..., str]) -> None:
-    """The command as a user starts it, held in its third rollout; a second one; then SIGTERM from outside."""
+def test_a_second_command_is_refused_and_a_signal_stops_the_first(
+    runs: Any, ends_well: Callable[..., str]
+) -> None:
+    """The command in a new interpreter, held in its third rollout; a second command; then SIGTERM."""
     command = [sys.executable, str(FAULT), "rollout:45:STOP", *runs.command("held")]
     process = subprocess.Popen(
         command,
@@ -94,7 +99,7 @@ def test_a_request_from_outside_while_another_is_refused(runs: Any, ends_well: C
     ends_well("held")
 
 
-def test_a_smoke_run_goes_on(runs: Any, ends_well: Callable[..., str]) -> None:
+def test_a_run_of_few_updates_resumes(runs: Any, ends_well: Callable[..., str]) -> None:
     for num_done in (1, 2, 4):  # the second round has two updates
         code, printed = runs("smoke", "--updates", "1")
         assert code == 3, printed
@@ -103,7 +108,7 @@ def test_a_smoke_run_goes_on(runs: Any, ends_well: Callable[..., str]) -> None:
     ends_well("smoke", "--updates", "2")
 
 
-def test_a_declared_change_goes_on_and_is_on_record(runs: Any, undisturbed: dict[str, str]) -> None:
+def test_a_run_resumes_with_a_declared_change_and_records_it(runs: Any, undisturbed: dict[str, str]) -> None:
     change = ("--set", "optimizer.lr=0.02")
     assert runs("changed", "--updates", "2")[0] == 3
     code, printed = runs("changed", *change)
@@ -118,7 +123,7 @@ def test_a_declared_change_goes_on_and_is_on_record(runs: Any, undisturbed: dict
     lines = (runs.folder("changed") / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 6
     assert '"lr": 0.02' in lines[2]
-    # The plan is the new one from here on; and nothing can change any more once the student is exported.
+    # The plan is now the new one. Once the student is exported, no setting can change.
     assert runs("changed")[0] == 1
     code, printed = runs("changed", *change)
     assert (code, "This run is finished" in printed) == (0, True)
@@ -128,7 +133,7 @@ def test_a_declared_change_goes_on_and_is_on_record(runs: Any, undisturbed: dict
 
 
 def test_the_hidden_states_on_disk_change_nothing(runs: Any, ends_well: Callable[..., str]) -> None:
-    """A tenth of what the largest round needs (about 12 kB here), and nothing at all."""
+    """With memory for a tenth of the largest round (about 12 kB), and with none."""
     for name, gib in (("tenth", 1.2e3 / 2**30), ("none", 1e-12)):
         ends_well(name, "--set", f"memory.hidden_states_gib={gib}")
         assert list((runs.folder(name) / "spill").iterdir()) == []

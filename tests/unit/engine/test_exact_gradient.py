@@ -77,7 +77,7 @@ def test_gradient_equals_autograd_for_every_micro_batch_split(
     parts = build_parts(write_job, f"student.micro_batch_tokens={micro_batch_tokens}", loss=LOSSES[loss])
     rollouts = all_answers(parts, "dataset" if loss == "nll" else "student")
     reference = Reference(parts)
-    total = sum(reference.token_losses(LOSSES[loss], r).sum() for r in rollouts)
+    total = sum(losses.sum() for losses in reference.token_losses(LOSSES[loss], rollouts))
     expected = reference.gradient(total / sum(len(r.response_ids) for r in rollouts))
     assert_equal(engine_round(parts, rollouts)[0][0], expected)
 
@@ -91,7 +91,7 @@ def test_the_order_of_teachers_and_responses_has_no_effect(
     rollouts = all_answers(parts)
     found, _ = engine_round(parts, rollouts[::-1] if reverse else rollouts, round_index=round_index)[0]
     reference = Reference(parts)
-    total = sum(reference.token_losses(LOSSES["reverse"], r).sum() for r in rollouts)
+    total = sum(losses.sum() for losses in reference.token_losses(LOSSES["reverse"], rollouts))
     assert_equal(found, reference.gradient(total / sum(len(r.response_ids) for r in rollouts)))
 
 
@@ -113,7 +113,7 @@ def test_sequence_mean_budgets_and_several_updates(write_job: Callable[..., Path
         total = torch.zeros((), dtype=torch.float64)
         for domain, share in (("left", 0.75), ("right", 0.25)):
             mine = [r for r in members if r.prompt.domain == domain]
-            means = [reference.token_losses(LOSSES["reverse"], r).mean() for r in mine]
+            means = [losses.mean() for losses in reference.token_losses(LOSSES["reverse"], mine)]
             total = total + share * torch.stack(means).mean()
         assert_equal(found, reference.gradient(total))
 
@@ -142,10 +142,10 @@ def test_responses_weighted_by_their_probability_give_the_expectation_over_state
             weighted = replace(prompt, teachers={n: w * float(p) for n, w in prompt.teachers.items()})
             rollouts.append(Rollout(weighted, i, ids, answer, "student", "eos"))
         root = Rollout(prompt, 0, ids, (0,), "student", "eos")
-        total = total + reference.token_losses(LOSSES["reverse"], root)[0]
+        total = total + reference.token_losses(LOSSES["reverse"], [root])[0][0]
         for x in range(V - 1):
             state = Rollout(prompt, 0, ids, (x, 0), "student", "eos")
-            total = total + first[x] * reference.token_losses(LOSSES["reverse"], state)[1]
+            total = total + first[x] * reference.token_losses(LOSSES["reverse"], [state])[0][1]
     num_tokens = sum(len(r.response_ids) for r in rollouts)
     assert_equal(engine_round(parts, rollouts)[0][0], reference.gradient(total / num_tokens))
 

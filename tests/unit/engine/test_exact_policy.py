@@ -16,15 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 from enumeration import (
-    TEMPLATE_IDS,
     Reference,
     advantages,
     assert_equal,
     divergences,
     engine_round,
-    logprobs,
     methods_parts,
     rewards_of,
+    rollout_logprobs,
     rollouts_of,
 )
 from torch import Tensor
@@ -225,49 +224,41 @@ class Method:
         self.reference, self.document, self.formula = reference, document, formula
         loss = document["loss"]
         self.loss = {loss: 1.0} if isinstance(loss, str) else loss
-        self._of_teachers: dict[object, Tensor] = {}
 
-    def old(self, rollouts: Sequence[Rollout]) -> list[list[tuple[float, dict[str, float]]]]:
-        """Per answer and token: the student's log-prob and the teachers', before the round."""
-        table = []
-        for r in rollouts:
-            with torch.no_grad():
-                log_s = logprobs(self.reference.student, r.prompt_ids, r.response_ids, 1.0)
-                log_t = {n: self.teacher(n, r) for n in r.prompt.teachers}
-            table.append(
-                [
-                    (float(log_s[t, y]), {n: float(log_t[n][t, y]) for n in log_t})
-                    for t, y in enumerate(r.response_ids)
-                ]
-            )
-        return table
-
-    def teacher(self, name: str, r: Rollout) -> Tensor:
-        key = name, r.prompt_ids.tobytes(), r.response_ids.tobytes()
-        if key not in self._of_teachers:
-            with torch.no_grad():
-                ids = (*TEMPLATE_IDS[name], *r.prompt_ids)
-                self._of_teachers[key] = logprobs(self.reference.teachers[name], ids, r.response_ids, 1.0)
-        return self._of_teachers[key]
+    def old(
+        self, rollouts: Sequence[Rollout], teachers: Sequence[dict[str, Tensor]]
+    ) -> list[list[tuple[float, dict[str, float]]]]:
+        """Log-probability of every response token under the student and the teachers, before the round."""
+        with torch.no_grad():
+            students = rollout_logprobs(self.reference.student, rollouts, 1.0)
+        return [
+            [
+                (float(log_s[t, y]), {n: float(log_t[n][t, y]) for n in log_t})
+                for t, y in enumerate(r.response_ids)
+            ]
+            for r, log_s, log_t in zip(rollouts, students, teachers, strict=True)
+        ]
 
     def round(
         self, rollouts: Sequence[Rollout], grades: Sequence[float], num_updates: int
     ) -> list[dict[str, Tensor]]:
-        old = self.old(rollouts)
+        teachers = self.reference.teacher_logprobs(rollouts, 1.0)
+        old = self.old(rollouts, teachers)
         std = self.loss.get("outcome", {})
         std = std.get("std", "unbiased") if isinstance(std, dict) else "unbiased"
         scaled = advantages(rollouts, grades, std)
         results = []
         for update in split_updates(rollouts, num_updates):
-            members = [(rollouts[i], grades[i], scaled[i], old[i]) for i in update]
+            members = [(rollouts[i], grades[i], scaled[i], old[i], teachers[i]) for i in update]
+            students = rollout_logprobs(self.reference.student, [r for r, *_ in members], 1.0)
             failed = {r.prompt.key: True for r, *_ in members}
             for r, v in zip(rollouts, grades, strict=True):
                 if r.prompt.key in failed:
                     failed[r.prompt.key] &= not v
             total = torch.zeros((), dtype=torch.float64)
             num_tokens = sum(len(r.response_ids) for r, *_ in members)
-            for r, v, a, past in members:
-                losses = self.answer(r, v, a, past, failed[r.prompt.key])
+            for log_s, (r, v, a, past, log_t) in zip(students, members, strict=True):
+                losses = self.response(r, v, a, past, failed[r.prompt.key], log_s, log_t)
                 if self.document.get("reduce") == "sequence":
                     total = total + losses.mean() / len(members)
                 else:
@@ -279,13 +270,21 @@ class Method:
                     parameter -= SGD_LR * gradient[name]
         return results
 
-    def answer(self, r: Rollout, grade: float, advantage: float, past: list, failed: bool) -> Tensor:
+    def response(
+        self,
+        r: Rollout,
+        grade: float,
+        advantage: float,
+        past: list,
+        failed: bool,
+        log_s: Tensor,
+        log_t: dict[str, Tensor],
+    ) -> Tensor:
+        """Loss of every token of one response."""
         teach = self.document.get("balance", {}).get("distill_on", "all")
         cut = r.finish == "length"
         taught = {"all": True, "wrong": grade == 0 or cut, "failed_groups": failed}[teach]
         weights = {n: w if taught else 0.0 for n, w in r.prompt.teachers.items()}
-        log_s = logprobs(self.reference.student, r.prompt_ids, r.response_ids, 1.0)
-        log_t = {n: self.teacher(n, r) for n in weights}
         losses = sum(w * divergences(self.loss, log_s, log_t[n]) for n, w in weights.items())
         tokens = []
         for t, y in enumerate(r.response_ids):

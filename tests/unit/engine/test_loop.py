@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import weakref
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from recorded_runs import Recorder, run_recorded
 from safetensors.torch import load_file
 
 from mergeopd.distributed.communicator import SingleProcess
@@ -20,7 +20,7 @@ from mergeopd.engine.evaluate import Accuracies, Evaluation
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.progress import Progress
 from mergeopd.preflight.inputs import preflight
-from mergeopd.reporting.events import Event, Note, RolloutSampled, UpdateDone
+from mergeopd.reporting.events import Note, RolloutSampled
 from mergeopd.reporting.jsonl import update_record
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.student.torch import TorchStudent
@@ -47,42 +47,15 @@ PHASES = [
 ]
 
 
-class Stop(BaseException):
-    """The machine goes down."""
-
-
-class Recorder:
-    """Keeps the events; goes down after `stop_after` updates."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.events: list[Event] = []
-        self._stop_after = stop_after
-
-    def emit(self, event: Event) -> None:
-        self.events.append(event)
-        if isinstance(event, UpdateDone) and event.update == self._stop_after:
-            raise Stop
-
-    @property
-    def updates(self) -> list[UpdateDone]:
-        return [e for e in self.events if isinstance(e, UpdateDone)]
-
+class MetricsRecorder(Recorder):
     def records(self) -> list[dict[str, Any]]:
-        """The metrics, timings aside."""
+        """Metrics of the updates without timings."""
         return [{k: v for k, v in update_record(e).items() if k != "cost"} for e in self.updates]
 
 
-def run(recipe: Path, *overrides: str, stop_after: int | None = None) -> tuple[Recorder, RunFolder]:
-    inputs = preflight(recipe, overrides)
-    recorder, folder = Recorder(stop_after), RunFolder(Path(inputs.plan.output))
-    folder.claim(inputs.plan, inputs.files, inputs.now, ())
-    parts = load_models(inputs, Machine(CPU, SingleProcess()))
-    record = parts.checkpoints().restore(folder.plan_hashes(), recorder)
-    clock = Clock()
-    clock.continue_from(record.seconds)
-    with contextlib.suppress(Stop):
-        build(parts, reporter=recorder, clock=clock, interrupt=Interrupt()).run(record.progress, None)
-    return recorder, folder
+def run(recipe: Path, *overrides: str, stop_after: int | None = None) -> tuple[MetricsRecorder, RunFolder]:
+    recorder = MetricsRecorder(stop_after)
+    return recorder, run_recorded(recipe, CPU, *overrides, recorder=recorder)
 
 
 @pytest.fixture

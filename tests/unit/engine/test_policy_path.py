@@ -21,9 +21,9 @@ from enumeration import (
     engine_round,
     first_update,
     is_zero,
-    logprobs,
     methods_parts,
     rewards_of,
+    rollout_logprobs,
 )
 
 from mergeopd.engine.schedule import split_updates
@@ -84,10 +84,10 @@ def test_figures_of_the_second_update(write_job: Write) -> None:
             parameter -= sgd_lr * first[name]
     _, second = split_updates(plain.rollouts, 2)
     num, num_masked, num_clipped, weights = plain.num_tokens(second), 0, 0, 0.0
-    for i in second:
+    with torch.no_grad():
+        students = rollout_logprobs(plain.reference.student, [plain.rollouts[i] for i in second], 1.0)
+    for i, log_s in zip(second, students, strict=True):
         r = plain.rollouts[i]
-        with torch.no_grad():
-            log_s = logprobs(plain.reference.student, r.prompt_ids, r.response_ids, 1.0)
         moved = log_s.gather(1, torch.tensor(r.response_ids)[:, None])[:, 0] - plain.lp[i].detach()
         for t, ratio in enumerate(moved.exp().tolist()):
             rho = float(plain.rho(i)[t])
