@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mergeopd.errors import ModelError
+from mergeopd.models.json_file import read_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,22 +29,11 @@ _EDGE_BYTES = 65536
 _NUM_BLOCKS = 16
 _TENSOR_SAMPLE_BYTES = 4096
 
-_DTYPE_BITS = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "U16": 16,
-    "I16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "U32": 32,
-    "I32": 32,
-    "F32": 32,
-    "U64": 64,
-    "I64": 64,
-    "F64": 64,
+_ELEMENT_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
 
 
@@ -143,17 +133,11 @@ class Checkpoint:
 
         Raises ModelError when there is no such tensor.
         """
-        from safetensors import safe_open
-
-        with safe_open(self._find(name).file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+        [(_, tensor)] = self.read_all([name])
         return tensor
 
     def read_all(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield tensors as `read` returns them, file by file; each file is opened once.
-
-        Raises ModelError when there is no such tensor.
-        """
+        """Yield tensors as `read` returns them, file by file; each file is opened once."""
         from safetensors import safe_open
 
         by_file: dict[Path, list[str]] = {}
@@ -164,37 +148,22 @@ class Checkpoint:
                 for name in own:
                     yield name, file.get_tensor(name)
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows `start` to `stop` (excluded) of the tensor `name`, `[stop - start, ...]`.
+    def read_slice(self, name: str, start: int, stop: int, dim: int = 0) -> Tensor:
+        """Return rows (`dim` 0) or columns (1) `start` to `stop` (excluded) of the tensor `name`.
 
-        Raises ModelError when there is no such tensor or row.
+        Raises ModelError when there is no such tensor, row or column.
         """
         from safetensors import safe_open
 
         info = self._find(name)
-        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+        if len(info.shape) <= dim or not 0 <= start <= stop <= info.shape[dim]:
             raise ModelError(
-                f"{info.file}: {name!r} of shape {list(info.shape)} has no rows {start} to {stop}"
+                f"{info.file}: {name!r} of shape {list(info.shape)} has no "
+                f"{'columns' if dim else 'rows'} {start} to {stop}"
             )
         with safe_open(info.file, framework="pt") as file:
-            rows: Tensor = file.get_slice(name)[start:stop]
-        return rows
-
-    def read_columns(self, name: str, start: int, stop: int) -> Tensor:
-        """Return columns `start` to `stop` (excluded) of the matrix `name`, `[rows, stop - start]`.
-
-        Raises ModelError when there is no such matrix or column.
-        """
-        from safetensors import safe_open
-
-        info = self._find(name)
-        if len(info.shape) != 2 or not 0 <= start <= stop <= info.shape[1]:
-            raise ModelError(
-                f"{info.file}: {name!r} of shape {list(info.shape)} has no columns {start} to {stop}"
-            )
-        with safe_open(info.file, framework="pt") as file:
-            columns: Tensor = file.get_slice(name)[:, start:stop]
-        return columns
+            part: Tensor = file.get_slice(name)[(slice(None),) * dim + (slice(start, stop),)]
+        return part
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with bytes of the tensor `name`, from its byte `start` on.
@@ -273,13 +242,7 @@ def _no_weights(folder: Path) -> str:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not JSON: {error}; fetch the file again") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    weight_map = (read_object(path, ModelError) or {}).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{path}: has no weight_map; fetch the file again")
     for name, file in weight_map.items():
@@ -335,11 +298,11 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, TensorInfo]:
 
 def _parse_entry(path: Path, entry: Any, data_start: int) -> TensorInfo:
     dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _DTYPE_BITS:
+    if dtype not in _ELEMENT_BYTES:
         raise ModelError(f"{path}: element type {dtype!r} is not supported; save the weights as BF16 or F32")
     if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
         raise ValueError(f"shape {shape} or offsets {start}, {stop}")
-    num_bytes = math.prod(shape) * _DTYPE_BITS[dtype] // 8
+    num_bytes = math.prod(shape) * _ELEMENT_BYTES[dtype]
     if stop - start != num_bytes:
         raise ValueError(f"shape {shape} of {dtype} needs {num_bytes} bytes, has {stop - start}")
     return TensorInfo(path, dtype, tuple(shape), data_start + start, num_bytes)

@@ -35,37 +35,20 @@ class _Architecture:
     head_bias: bool = False
 
 
+_LIKE_LLAMA = (
+    *("apertus", "arcee", "exaone4", "glm", "glm4", "helium", "llama", "ministral", "ministral3", "mistral"),
+    *("nemotron", "olmo", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "seed_oss", "stablelm"),
+)
+_COHERE = _Architecture(tied=True, scale_key="logit_scale", scale_default=0.0625)
 ARCHITECTURES = MappingProxyType(
     {
-        "apertus": _Architecture(),
-        "arcee": _Architecture(),
-        "cohere": _Architecture(tied=True, scale_key="logit_scale", scale_default=0.0625),
-        "cohere2": _Architecture(tied=True, scale_key="logit_scale", scale_default=0.0625),
-        "ernie4_5": _Architecture(tied=True),
-        "exaone4": _Architecture(),
-        "gemma": _Architecture(tied=True),
+        **dict.fromkeys(_LIKE_LLAMA, _Architecture()),
+        **dict.fromkeys(("ernie4_5", "gemma", "smollm3", "starcoder2"), _Architecture(tied=True)),
+        **dict.fromkeys(("cohere", "cohere2"), _COHERE),
         "gemma2": _Architecture(tied=True, softcap_key="final_logit_softcapping", softcap_default=30.0),
         "gemma3_text": _Architecture(tied=True, softcap_key="final_logit_softcapping"),
-        "glm": _Architecture(),
-        "glm4": _Architecture(),
         "granite": _Architecture(divisor_key="logits_scaling"),
-        "helium": _Architecture(),
-        "llama": _Architecture(),
-        "ministral": _Architecture(),
-        "ministral3": _Architecture(),
-        "mistral": _Architecture(),
-        "nemotron": _Architecture(),
-        "olmo": _Architecture(),
-        "olmo2": _Architecture(),
-        "olmo3": _Architecture(),
         "phi": _Architecture(head_bias=True),
-        "phi3": _Architecture(),
-        "qwen2": _Architecture(),
-        "qwen3": _Architecture(),
-        "seed_oss": _Architecture(),
-        "smollm3": _Architecture(tied=True),
-        "stablelm": _Architecture(),
-        "starcoder2": _Architecture(tied=True),
     }
 )
 
@@ -99,11 +82,7 @@ class ModelFacts:
 
         Raises ModelError when there is no config, it is damaged or quantised, or its architecture unknown.
         """
-        path = folder / "config.json"
-        config = read_object(path, ModelError)
-        if config is None:
-            there = "the folder has no config.json" if folder.is_dir() else "there is no such folder"
-            raise ModelError(f"{folder}: {there}; name a Hugging Face model folder")
+        path, config = folder / "config.json", read_config(folder)
         model_type = config.get("model_type")
         architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
         if architecture is None:
@@ -131,7 +110,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json of a model folder. Raises ModelError when there is none."""
     config = read_object(folder / "config.json", ModelError)
     if config is None:
-        raise ModelError(f"{folder}: the folder has no config.json; name a Hugging Face model folder")
+        there = "the folder has no config.json" if folder.is_dir() else "there is no such folder"
+        raise ModelError(f"{folder}: {there}; name a Hugging Face model folder")
     return config
 
 
@@ -166,7 +146,7 @@ def head_tensor(facts: ModelFacts, checkpoint: Checkpoint) -> str:
 
 
 def _unknown(path: Path, model_type: Any, config: dict[str, Any]) -> str:
-    known = ", ".join(ARCHITECTURES)
+    known = ", ".join(sorted(ARCHITECTURES))
     if "auto_map" in config:
         return (
             f"{path}: model_type {model_type!r} runs code shipped with the weights (auto_map), which is "

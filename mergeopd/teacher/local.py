@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,13 +68,26 @@ class TeacherSource:
     snapshot: Snapshot | None = None
 
 
-class LoadedTeacher:
-    """A teacher during its pass."""
+class LocalSession:
+    """A teacher whose body is in memory, and its whole prediction head from its first use on."""
 
-    def __init__(self, name: str, body: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self,
+        name: str,
+        body: nn.Module,
+        device: torch.device,
+        read_head: Callable[[], Head],
+        make_engine: Callable[[WeightSource], RolloutEngine] | None,
+    ) -> None:
         self.name = name
         self.body = body
         self._device = device
+        self._read_head = read_head
+        self._make_engine = make_engine
+
+    @cached_property
+    def head(self) -> Head:
+        return self._read_head()
 
     @torch.no_grad()
     def hidden(self, sequences: Sequence[TeacherSequence], max_tokens: int) -> Iterator[tuple[int, Tensor]]:
@@ -84,7 +97,6 @@ class LoadedTeacher:
         """
         for batch in length_batches([sequence.num_tokens for sequence in sequences], max_tokens):
             own = [sequences[i] for i in batch]
-            sizes = [sequence.num_trained for sequence in own]
             states = response_hidden(
                 self.body,
                 [sequence.prompt_ids for sequence in own],
@@ -98,27 +110,9 @@ class LoadedTeacher:
                     "its weights are damaged or its dtype is too narrow (try dtype: float32)"
                 )
             # Clone: a view would keep the whole batch alive when most of it is spilled or dropped.
+            sizes = [sequence.num_trained for sequence in own]
             for index, rows in zip(batch, torch.split(states, sizes), strict=True):
                 yield index, rows.clone()
-
-
-class LocalSession:
-    """A teacher in its pass; `head` reads its whole prediction head."""
-
-    def __init__(
-        self,
-        loaded: LoadedTeacher,
-        head: Callable[[], Head],
-        make_engine: Callable[[WeightSource], RolloutEngine],
-    ) -> None:
-        self._loaded = loaded
-        self._read_head = head
-        self._make_engine = make_engine
-
-    @cached_property
-    def head(self) -> Head:
-        """The whole prediction head; in memory until the session ends."""
-        return self._read_head()
 
     def score(
         self, sequences: Sequence[TeacherSequence], spec: TargetSpec, max_tokens: int
@@ -127,11 +121,12 @@ class LocalSession:
 
         Raises TeacherError when a hidden state is not finite.
         """
-        states = self._loaded.hidden(sequences, max_tokens)
+        states = self.hidden(sequences, max_tokens)
         return states if spec.kind == "hidden" else _reduced(states, sequences, self._read_head(), spec)
 
     def generator(self) -> RolloutEngine:
-        return self._make_engine(FixedWeights(self._loaded.body, lambda: self.head))
+        assert self._make_engine is not None, "opened without an engine"
+        return self._make_engine(FixedWeights(self.body, lambda: self.head))
 
 
 class LocalTeacher:
@@ -176,8 +171,7 @@ class LocalTeacher:
 
         Raises TeacherError when the canary does not match.
         """
-        with self._store.open(self.name) as loaded:
-            session = LocalSession(loaded, lambda: self._store.head(self.name), self._make_engine)
+        with self._store.open(self.name, self._make_engine) as session:
             if self._canary is not None:
                 canary, self._canary = self._canary, None
                 self._run_on_first(lambda: _verify(canary, session))
@@ -273,12 +267,15 @@ class TeacherStore:
             check_fit(self._skeleton(name), self._facts[name], checkpoint)
 
     @contextmanager
-    def open(self, name: str) -> Iterator[LoadedTeacher]:
+    def open(
+        self, name: str, make_engine: Callable[[WeightSource], RolloutEngine] | None = None
+    ) -> Iterator[LocalSession]:
         """Load a teacher's body; it is freed when the context ends. Collective if the reader is."""
         model = self._skeleton(name)
         try:
             fill(model, self._body(name))
-            yield LoadedTeacher(name, model.base_model, self._device)
+            head = partial(self.head, name)
+            yield LocalSession(name, model.base_model, self._device, head, make_engine)
         finally:
             empty(model)
 
@@ -329,7 +326,7 @@ class TeacherStore:
         if snapshot is not None:
             return self._converted(name, snapshot.tensors[parameter][rows.start : rows.stop])
         self._bytes_read[name] += info.num_bytes * len(rows) // info.shape[0]
-        return self._converted(name, checkpoint.read_rows(tensor_name, rows.start, rows.stop))
+        return self._converted(name, checkpoint.read_slice(tensor_name, rows.start, rows.stop))
 
     def _body_tensors(self, name: str) -> dict[str, str]:
         facts = self._facts[name]

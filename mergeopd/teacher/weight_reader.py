@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import _getdtype as stored_dtype
 from torch import Tensor
 
 from mergeopd.distributed.communicator import Communicator
@@ -23,24 +24,6 @@ _BATCH_BYTES = 256 << 20
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 # Alignment of tensors and parts, in bytes: enough for every element type and for fast copies.
 _ALIGNMENT = 64
-
-STORED_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F64": torch.float64,
-}
 
 
 class Reader(Protocol):
@@ -101,7 +84,7 @@ class ShardedReader:
             whole = self._whole(checkpoint, batch, device)
             for name, start in batch.starts.items():
                 info = checkpoint.tensors[name]
-                flat = whole[start : start + info.num_bytes].view(STORED_DTYPES[info.dtype])
+                flat = whole[start : start + info.num_bytes].view(stored_dtype(info.dtype))
                 yield name, flat.view(info.shape)
 
     def num_bytes(self, checkpoint: Checkpoint, names: Sequence[str]) -> int:

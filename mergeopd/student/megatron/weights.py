@@ -51,8 +51,8 @@ def read_shards(model: HiddenModel, arch: Architecture, grid: Grid) -> None:
         raise RuntimeError(f"this version of megatron-core has other parameter names: {odd}")
     for name, parameter in parameters.items():
         part = shard(name, arch, grid.tensor, grid.tensor_rank)
-        read = checkpoint.read_columns if part.dim else checkpoint.read_rows
-        tensor = _joined(part, {n: read(stored[n], *span) for n, span in _spans(part).items()})
+        blocks = {n: checkpoint.read_slice(stored[n], *span, part.dim) for n, span in _spans(part).items()}
+        tensor = _joined(part, blocks)
         if tensor.shape != parameter.shape:
             raise RuntimeError(f"{name}: {list(tensor.shape)} read, {list(parameter.shape)} expected")
         parameter.copy_(tensor)

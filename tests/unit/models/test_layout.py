@@ -82,7 +82,7 @@ def test_every_architecture_has_what_transformers_saves(tmp_path: Path, model_ty
         ({"num_hidden_layers": 3}, "has no model.layers.2.self_attn.q_proj.weight"),
         (
             {"num_hidden_layers": 1},
-            "has model.layers.1.self_attn.q_proj.weight, which the config does not require",
+            "has model.layers.1.self_attn.q_proj.weight, which the model does not have",
         ),
         (
             {"intermediate_size": 57},
