@@ -1,4 +1,4 @@
-r"""Find which tokens of two tokenizers cover the same text, by the bytes that tokens stand for.
+r"""Find which tokens of two tokenizers cover the same text, by the bytes of the tokens.
 
 `ByteTokenizer` reads a fast tokenizer of transformers or a `tokenizers.Tokenizer`. `align_responses` encodes
 a student's responses with a teacher's tokenizer and groups the tokens of both:

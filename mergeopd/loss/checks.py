@@ -32,18 +32,14 @@ def check_inputs(
             f"hidden_ND must be [N, d], got {list(hidden_ND.shape)}; flatten batch and time first"
         )
     num = hidden_ND.shape[0]
-    _check_hidden("the student", hidden_ND, head, num)
+    check_hidden("the student", hidden_ND, head, num)
     for k, target in enumerate(targets):
         if isinstance(target, Hidden):
-            _check_hidden(f"target {k}", target.hidden, target.head, num)
+            check_hidden(f"target {k}", target.hidden, target.head, num)
         elif target.logprob.shape != (num,):
             raise ValueError(f"target {k}: it has {target.logprob.shape[0]} tokens, the student {num}")
-    if labels_N.shape != (num,) or labels_N.dtype != torch.int64:
-        raise ValueError(f"labels_N must be int64 [{num}], got {labels_N.dtype} {list(labels_N.shape)}")
-    if not temperature > 0.0:
-        raise ValueError(f"temperature is {temperature}, must be positive")
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows is {chunk_rows}, must be at least 1")
+    check_labels("labels_N", labels_N, num)
+    check_numbers(temperature, chunk_rows)
 
 
 def check_vocabulary(
@@ -103,7 +99,19 @@ def require_finite(values: Tensor, rows: slice, what: str, of: str = "tokens") -
         )
 
 
-def _check_hidden(name: str, hidden: Tensor, head: Head, num: int) -> None:
+def check_labels(name: str, labels: Tensor, num: int) -> None:
+    if labels.shape != (num,) or labels.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64 [{num}], got {labels.dtype} {list(labels.shape)}")
+
+
+def check_numbers(temperature: float, chunk_rows: int) -> None:
+    if not temperature > 0.0:
+        raise ValueError(f"temperature is {temperature}, must be positive")
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows is {chunk_rows}, must be at least 1")
+
+
+def check_hidden(name: str, hidden: Tensor, head: Head, num: int) -> None:
     expected = (num, head.weight.shape[1])
     if hidden.shape != expected:
         raise ValueError(f"{name}: hidden states are {list(hidden.shape)}, its head needs {list(expected)}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,33 +32,6 @@ class BlockStats:
     entropy_T: Tensor
 
 
-class ScoredBlock(Protocol):
-    """A block between its statistics and its gradient, over the whole vocabulary or a support."""
-
-    @property
-    def stats(self) -> BlockStats:
-        """Return the objective's input."""
-
-    def logit_gradient(self, grad_divergence: Tensor, grad_logprob: Tensor, out: Tensor) -> None:
-        """Write d(loss)/d(raw student logits) `[n, V]` into `out`, which may be the scored student logits.
-
-        `grad_divergence` `[K, D, n]` and `grad_logprob` `[n]` are the objective's derivatives.
-        """
-
-
-class Scorer(Protocol):
-    """Computes statistics from raw logits."""
-
-    def score(
-        self, raw_S: Tensor, raw_T: Sequence[Tensor], labels_N: Tensor, rows: slice, *, with_grad: bool
-    ) -> ScoredBlock:
-        """Score the tokens `rows` from raw logits `[n, V]`, which are overwritten. Performs all reductions.
-
-        raw_T: of the targets that have hidden states, in their order. The result's matrices live in the
-        logits' memory and in buffers that the next block reuses.
-        """
-
-
 @dataclass(frozen=True, eq=False)
 class Scored:
     """A block between its statistics and its gradient: masses, directions and their per-row factors."""
@@ -72,6 +44,10 @@ class Scored:
     total: Tensor  # [K, D, n]: <p_S, g>
 
     def logit_gradient(self, grad_divergence: Tensor, grad_logprob: Tensor, out: Tensor) -> None:
+        """Write d(loss)/d(raw student logits) `[n, V]` into `out`, which may be the scored student logits.
+
+        `grad_divergence` `[K, D, n]` and `grad_logprob` `[n]` are the objective's derivatives.
+        """
         gain = self.block.student.gain
         pull = (grad_divergence * self.total).sum((0, 1)).add_(grad_logprob).mul_(self.per_mass_S).mul_(-gain)
         torch.mul(self.block.masses[0], pull.unsqueeze(1), out=out)
@@ -94,6 +70,11 @@ class BlockScorer:
     def score(
         self, raw_S: Tensor, raw_T: Sequence[Tensor], labels_N: Tensor, rows: slice, *, with_grad: bool
     ) -> Scored:
+        """Score the tokens `rows` from raw logits `[n, V]`, which are overwritten. Performs all reductions.
+
+        raw_T: of the targets that have hidden states, in their order. The result's matrices live in the
+        logits' memory and in buffers that the next block reuses.
+        """
         block = self._softmaxes.begin(raw_S, raw_T, labels_N[rows], with_grad=with_grad)
         logits, masses, sums = block.logits, block.masses, block.sums
         for centred_T in logits[1:]:

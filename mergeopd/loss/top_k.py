@@ -48,6 +48,7 @@ class SupportScored:
     reduced: tuple[Reduced, ...]  # one per target, none without divergences
 
     def logit_gradient(self, grad_divergence: Tensor, grad_logprob: Tensor, out: Tensor) -> None:
+        """Write the gradient as `full_vocabulary.Scored.logit_gradient` does."""
         mass, gain = self.block.masses[0], self.block.student.gain
         per_mass = self.per_mass_S * gain
         torch.mul(mass, (-grad_logprob * per_mass).unsqueeze(1), out=out)

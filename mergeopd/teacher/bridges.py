@@ -18,13 +18,14 @@ from mergeopd.loss.cross_tokenizer import (
     Uld,
 )
 from mergeopd.loss.divergence import JSD, ForwardKL
-from mergeopd.teacher.cross_tokenizer import CrossTokenizer
+from mergeopd.recipe.bridges import ProjectionBridge
+from mergeopd.teacher.cross_tokenizer import CrossTokenizer, vocabulary_map
 
 
 def measure(crossing: CrossTokenizer, cache: Path, device: torch.device) -> Bridge | None:
     """Build the loss of a bridge; None for `span`, which compares no distributions.
 
-    Raises the errors of `CrossTokenizer.vocabulary_map`.
+    Raises the errors of `vocabulary_map`.
     """
     bridge = crossing.bridge
     if bridge.span is not None:
@@ -37,7 +38,8 @@ def measure(crossing: CrossTokenizer, cache: Path, device: torch.device) -> Brid
         beta = bridge.pieces.jsd
         pieces = PieceTable(torch.from_numpy(spelled).to(device), num_student)
         return Pieces(pieces, ForwardKL() if beta is None else JSD(beta))
-    vocabulary = crossing.vocabulary_map(cache)
+    num_pieces = ProjectionBridge().pieces if bridge.projection is None else bridge.projection.pieces
+    vocabulary = vocabulary_map(cache, crossing.student, crossing.other, crossing.ends, num_pieces)
     if bridge.gold is not None:
         pairs = ExactPairs(
             torch.from_numpy(vocabulary.student_ids).to(device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,10 +11,10 @@ import numpy as np
 
 from mergeopd.align.encoding import ByteTokenizer
 from mergeopd.align.responses import Alignment, EndTokens, Unaligned, align, written_text
-from mergeopd.align.vocab import MadeFor, VocabularyMap
+from mergeopd.align.vocab import VocabularyMap, made_for
 from mergeopd.data.renderer import Renderer
 from mergeopd.errors import StorageError
-from mergeopd.recipe.bridges import Bridge, ProjectionBridge
+from mergeopd.recipe.bridges import Bridge
 from mergeopd.storage.folders import atomic_folder, verify
 from mergeopd.types import Message, Rollout, TokenIds
 
@@ -81,10 +82,6 @@ class CrossTokenizer:
         [ids] = self.student.encode([text])
         return (*ids, *self.ends.student[: int(ended and whole)]), whole
 
-    def vocabulary_map(self, cache: Path) -> VocabularyMap:
-        pieces = ProjectionBridge() if self.bridge.projection is None else self.bridge.projection
-        return vocabulary_map(cache, self.student, self.other, self.ends, pieces.pieces)
-
 
 def _usable(alignment: Alignment, budget: int, by_identity: bool) -> Alignment:
     """Leave out and count groups that are too long for a bridge or beyond the teacher's context.
@@ -147,8 +144,8 @@ def vocabulary_map(
         StorageError: the saved map is damaged, or the disk fails.
         TokenizerError: the saved map was made for another pair.
     """
-    made_for = MadeFor.of(student.tokens, teacher.tokens, ends, k)
-    folder = cache / made_for.digest
+    pair = made_for(student.tokens, teacher.tokens, ends, k)
+    folder = cache / hashlib.sha256(pair.encode()).hexdigest()[:20]
     if not folder.exists():
         made = VocabularyMap.build(student, teacher, ends, k)
         try:
@@ -164,4 +161,4 @@ def vocabulary_map(
         raise StorageError(
             f"{folder}: the vocabulary map is damaged: {fault}; delete the folder, and it is built again"
         )
-    return VocabularyMap.load(folder / _MAP_FILE, made_for, student.tokens, teacher.tokens)
+    return VocabularyMap.load(folder / _MAP_FILE, pair, student.tokens, teacher.tokens)
