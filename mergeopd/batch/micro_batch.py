@@ -55,12 +55,9 @@ class MicroBatch:
     @property
     def labels(self) -> tuple[TokenIds, ...]:
         """Token ids of each response that are in the loss."""
-        if self.trained is None:
-            return self.responses
-        return tuple(
-            response if flags is None else response[flags]
-            for response, flags in zip(self.responses, self.trained, strict=True)
-        )
+        flags = self.trained or (None,) * len(self.responses)
+        pairs = zip(self.responses, flags, strict=True)
+        return tuple(response if own is None else response[own] for response, own in pairs)
 
     def with_teacher_names(self, error: ArithmeticError) -> str:
         """Return the message of the kernel's error, with the names of its targets."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mergeopd.errors import ModelError
+from mergeopd.loss.heads import Head
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts, head_tensor
 from mergeopd.models.layout import check_shapes, is_ignored
@@ -62,7 +63,7 @@ def tensor_names(facts: ModelFacts, checkpoint: Checkpoint) -> dict[str, str]:
     """
     head = head_tensor(facts, checkpoint)
     names = {name: name for name in checkpoint.tensors if name != facts.head_name and not is_ignored(name)}
-    names[facts.embedding_name if facts.tied else facts.head_name] = head
+    names[facts.head_parameter] = head
     return names
 
 
@@ -82,6 +83,12 @@ def check_fit(model: nn.Module, facts: ModelFacts, checkpoint: Checkpoint) -> No
         if buffer is not None and leaf not in module._non_persistent_buffers_set
     }
     check_shapes(facts, given, wanted, buffers)
+
+
+def head_of(facts: ModelFacts, weights: Mapping[str, Tensor], num_valid: int) -> Head:
+    """Return the prediction head among weights by parameter name, over the true vocabulary."""
+    bias = weights[facts.head_bias_name] if facts.head_bias_name else None
+    return Head(weights[facts.head_parameter], bias, facts.logit_scale, facts.softcap, num_valid)
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -76,6 +76,11 @@ class ModelFacts:
     head_name: str = HEAD
     head_bias_name: str | None = None
 
+    @property
+    def head_parameter(self) -> str:
+        """Name of the parameter that is the head: the embedding where it is tied."""
+        return self.embedding_name if self.tied else self.head_name
+
     @classmethod
     def read(cls, folder: Path) -> ModelFacts:
         """Read `folder`/config.json and generation_config.json; no code of the folder is executed.
@@ -94,10 +99,10 @@ class ModelFacts:
         return cls(
             folder=folder,
             model_type=str(model_type),
-            hidden_size=_count(path, config, "hidden_size"),
-            vocab_rows=_count(path, config, "vocab_size"),
-            num_layers=_count(path, config, "num_hidden_layers"),
-            max_positions=_count(path, config, "max_position_embeddings"),
+            hidden_size=positive_int(path, config, "hidden_size"),
+            vocab_rows=positive_int(path, config, "vocab_size"),
+            num_layers=positive_int(path, config, "num_hidden_layers"),
+            max_positions=positive_int(path, config, "max_position_embeddings"),
             tied=_tied(path, config, architecture),
             logit_scale=_scale(path, config, architecture),
             softcap=_softcap(path, config, architecture),
@@ -157,7 +162,8 @@ def _unknown(path: Path, model_type: Any, config: dict[str, Any]) -> str:
     return f"{path}: unknown architecture {model_type!r}; known: {known}"
 
 
-def _count(path: Path, config: dict[str, Any], key: str) -> int:
+def positive_int(path: Path, config: dict[str, Any], key: str) -> int:
+    """Return a setting of config.json. Raises ModelError when it is missing or not a positive integer."""
     if key not in config:
         raise ModelError(f"{path}: {key} is missing; fetch the model's own config.json")
     value = config[key]

@@ -15,6 +15,7 @@ from mergeopd.errors import NumericsError
 from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.cross_tokenizer import BridgeStats, bridge_loss
 from mergeopd.loss.divergence import Divergence
+from mergeopd.loss.full_vocabulary import BlockStats
 from mergeopd.loss.fused import Objective, TokenStats, fused_loss
 from mergeopd.loss.heads import Head
 from mergeopd.loss.support import Support
@@ -27,6 +28,11 @@ class Measured:
     divergences: Sequence[Divergence]
     support: Support | None
     temperature: float
+
+
+def no_loss(stats: BlockStats, rows: slice) -> Tensor:
+    """Return a loss of 0 for every token: the objective of a pass for statistics alone."""
+    return torch.zeros_like(stats.logprob_S)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mergeopd.batch.micro_batch import MicroBatches
+from mergeopd.errors import StorageError
 from mergeopd.loss.divergence import Divergence
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.loss.support import Support
@@ -94,6 +95,14 @@ class Stateful(Protocol):
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore `state()`."""
+
+
+def check_masters(own: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
+    """Raise StorageError unless a checkpoint's master weights have the names of `own`."""
+    odd = own.keys() ^ {key for key in tensors if key.startswith("master.")}
+    if odd:
+        listed = ", ".join(sorted(odd)[:3])
+        raise StorageError(f"the checkpoint is not of this student: {listed} on one side only")
 
 
 class Exportable(Protocol):

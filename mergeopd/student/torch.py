@@ -11,21 +11,28 @@ import torch
 from torch import Tensor, nn
 
 from mergeopd.batch.micro_batch import MicroBatch, MicroBatches
-from mergeopd.errors import NumericsError, StorageError
+from mergeopd.errors import NumericsError
 from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.divergence import Divergence
-from mergeopd.loss.full_vocabulary import BlockStats
 from mergeopd.loss.fused import Objective
 from mergeopd.loss.heads import Head
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.loss.support import Support
-from mergeopd.models.causal import DTYPES, build_skeleton, check_fit, fill, response_hidden, tensor_names
+from mergeopd.models.causal import (
+    DTYPES,
+    build_skeleton,
+    check_fit,
+    fill,
+    head_of,
+    response_hidden,
+    tensor_names,
+)
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
 from mergeopd.models.hf_folder import copy_companions
 from mergeopd.recipe.training import Optimizer
-from mergeopd.student.loss import Measured, MicroStats, micro_loss
-from mergeopd.student.protocol import UNSHARDED, Placement
+from mergeopd.student.loss import Measured, MicroStats, micro_loss, no_loss
+from mergeopd.student.protocol import UNSHARDED, Placement, check_masters
 
 
 class TorchStudent:
@@ -91,15 +98,7 @@ class TorchStudent:
     @property
     def head(self) -> Head:
         """The current prediction head, over the true vocabulary."""
-        facts = self._facts
-        weight = self._parameters[facts.embedding_name if facts.tied else facts.head_name]
-        return Head(
-            weight=weight,
-            bias=self._parameters[facts.head_bias_name] if facts.head_bias_name else None,
-            scale=facts.logit_scale,
-            softcap=facts.softcap,
-            num_valid=self._num_valid,
-        )
+        return head_of(self._facts, self._parameters, self._num_valid)
 
     @contextmanager
     def unsharded(self) -> Iterator[tuple[nn.Module, Head]]:
@@ -147,7 +146,7 @@ class TorchStudent:
         for micro in micro_batches:
             with torch.no_grad():
                 what = Measured(divergences, support, temperature)
-                _, stats = self._fused(micro, _nothing, what, self.head)
+                _, stats = self._fused(micro, no_loss, what, self.head)
             statistics.append(stats)
         return statistics
 
@@ -187,11 +186,7 @@ class TorchStudent:
         return {f"master.{name}": tuple(p.shape) for name, p in self._masters.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        expected = {f"master.{name}" for name in self._masters}
-        given = {key for key in tensors if key.startswith("master.")}
-        if expected != given:
-            odd = ", ".join(sorted(expected ^ given)[:3])
-            raise StorageError(f"the checkpoint is not of this student: {odd} on one side only")
+        check_masters(self.state_shapes(), tensors)
         with torch.no_grad():
             for name, p in self._masters.items():
                 p.copy_(tensors[f"master.{name}"])
@@ -220,7 +215,7 @@ class TorchStudent:
 
     def _head_to_train(self) -> Head:
         """Return the head with a float32 gradient buffer: bfloat16 would round before the sum."""
-        name = self._facts.embedding_name if self._facts.tied else self._facts.head_name
+        name = self._facts.head_parameter
         master = self._masters[name]
         if master is self._parameters[name]:
             return self.head
@@ -245,7 +240,3 @@ class TorchStudent:
         for name, master in self._masters.items():
             if master is not self._parameters[name]:
                 self._parameters[name].copy_(master)
-
-
-def _nothing(stats: BlockStats, rows: slice) -> Tensor:
-    return torch.zeros_like(stats.logprob_S)

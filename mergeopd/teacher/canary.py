@@ -13,8 +13,8 @@ from torch import Tensor
 from mergeopd.data.chat_template import ChatTemplate
 from mergeopd.data.renderer import Renderer
 from mergeopd.errors import TeacherError
-from mergeopd.loss.buffers import Workspace
-from mergeopd.loss.heads import Head, Projection
+from mergeopd.loss.heads import Head
+from mergeopd.loss.observe import observe
 from mergeopd.recipe.plan import TeacherPlan
 from mergeopd.teacher.protocol import TeacherSequence
 from mergeopd.types import Message, token_ids
@@ -96,10 +96,7 @@ def sample_ids(dialect: Renderer, prompt: str, response: str) -> tuple[tuple[int
 
 def logprobs(hidden_ND: Tensor, head: Head, response_ids: Sequence[int]) -> list[float]:
     """Return log p of each response token, in nats, over the true vocabulary."""
-    dtype = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-    projection = Projection("canary", head, hidden_ND, 1.0, dtype, Workspace())
-    logits = projection.raw_logits(slice(0, len(hidden_ND)))
-    projection.finish_logits(logits)
-    labels = torch.tensor(response_ids, device=logits.device)[:, None]
-    values: list[float] = logits.log_softmax(-1).gather(1, labels)[:, 0].tolist()
+    values: list[float] = observe(
+        hidden_ND, head, torch.tensor(response_ids, device=hidden_ND.device)
+    ).logprob.tolist()
     return values

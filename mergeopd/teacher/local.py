@@ -307,7 +307,7 @@ class TeacherStore:
         num_valid = self._sources[name].num_valid
         if vocab is not None and not (vocab.step == 1 and 0 <= vocab.start <= vocab.stop <= num_valid):
             raise ValueError(f"teacher {name!r} has {num_valid} true tokens, which do not cover {vocab}")
-        parameter = facts.embedding_name if facts.tied else facts.head_name
+        parameter = facts.head_parameter
         bias = facts.head_bias_name
         return Head(
             weight=self._head_rows(name, parameter, head_tensor(facts, checkpoint), vocab),

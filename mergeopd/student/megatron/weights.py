@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mergeopd.models.causal import DTYPES, tensor_names
-from mergeopd.models.checkpoint import INDEX, SINGLE, Checkpoint
+from mergeopd.models.checkpoint import INDEX, Checkpoint
 from mergeopd.models.facts import ModelFacts
 from mergeopd.models.hf_folder import copy_companions
 from mergeopd.student.megatron.architecture import Architecture
@@ -100,18 +102,22 @@ def export(parts: Mapping[str, Tensor], arch: Architecture, grid: Grid, folder: 
     Collective; returns when the folder is complete.
     """
     like = next(iter(parts.values()))
-    files = _files(arch, like.element_size(), _MAX_FILE_BYTES)
+    shapes = tensor_shapes(arch)
+    meta = {name: torch.empty(shape, dtype=like.dtype, device="meta") for name, shape in shapes.items()}
+    split = split_torch_state_dict_into_shards(meta, max_shard_size=_MAX_FILE_BYTES)
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     pending: dict[str, dict[str, Tensor]] = {}
-    counts = {file: sum(1 for f in files.values() if f == file) for file in files.values()}
     for name, tensor in whole_tensors(parts.__getitem__, like, arch, grid, everywhere=False):
-        held = pending.setdefault(files[name], {})
-        held[name] = tensor.cpu()
-        if len(held) == counts[files[name]]:
-            _save(pending.pop(files[name]), folder / files[name])
+        file = split.tensor_to_filename[name]
+        held = pending.setdefault(file, {})
+        held[name] = tensor.cpu().contiguous()
+        if len(held) == len(split.filename_to_tensors[file]):
+            save_file(pending.pop(file), folder / file, metadata={"format": "pt"})
     if dist.get_rank() == 0:
-        _write_index(folder, files, arch, like.element_size())
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         _write_config(arch.facts, folder, like.dtype)
         copy_companions(arch.facts.folder, folder)
     dist.barrier()
@@ -170,33 +176,6 @@ def _join(
             target.copy_(tensor.narrow(part.dim, position, length))
             position += length
     return whole
-
-
-def _files(arch: Architecture, element_bytes: int, max_bytes: int) -> dict[str, str]:
-    shapes = tensor_shapes(arch)
-    numbers, number, filled = {}, 1, 0
-    for name, shape in shapes.items():
-        num_bytes = torch.Size(shape).numel() * element_bytes
-        if filled and filled + num_bytes > max_bytes:
-            number, filled = number + 1, 0
-        numbers[name], filled = number, filled + num_bytes
-    if number == 1:
-        return dict.fromkeys(shapes, SINGLE)
-    return {name: f"model-{n:05d}-of-{number:05d}.safetensors" for name, n in numbers.items()}
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
-
-
-def _write_index(folder: Path, files: Mapping[str, str], arch: Architecture, element_bytes: int) -> None:
-    if set(files.values()) == {SINGLE}:
-        return
-    total = sum(torch.Size(shape).numel() for shape in tensor_shapes(arch).values()) * element_bytes
-    index = {"metadata": {"total_size": total}, "weight_map": dict(files)}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_config(facts: ModelFacts, folder: Path, dtype: torch.dtype) -> None:
