@@ -33,8 +33,7 @@ class ByteTokenizer:
 
         `name` is what errors call it.
 
-        Raises:
-            TokenizerError: its tokens cannot be turned back into bytes.
+        Raises TokenizerError when its tokens cannot be turned back into bytes.
         """
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
         if not isinstance(backend, tokenizers.Tokenizer):

@@ -28,7 +28,7 @@ _REFUSED_NORMALIZERS = {
 
 @dataclass(frozen=True, slots=True)
 class Inversion:
-    """How token strings map to bytes.
+    """Rules by which token strings map to bytes.
 
     `byte_level`: every character is a byte in GPT-2's alphabet. `space`: the character for a space.
     `byte_fallback`: "<0xEE>" is one byte. `normal`: text is normalised to this Unicode form first. `prefix`:

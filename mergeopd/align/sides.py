@@ -37,8 +37,7 @@ class Side:
     def of(cls, responses: Sequence[TokenRow], ended: Sequence[bool], tokens: TokenBytes) -> Side:
         """Look up all tokens. `ended`: the last token of a response is an end token, of whatever kind.
 
-        Raises:
-            TokenizerError: an id is not in the tokenizer.
+        Raises TokenizerError when an id is not in the tokenizer.
         """
         lengths = np.fromiter(map(len, responses), np.int64, len(responses))
         ids = np.concatenate([np.zeros(0, np.int64), *(np.asarray(row, np.int64) for row in responses)])

@@ -51,8 +51,7 @@ class TokenBytes:
 
         Byte-level BPE, and BPE or Unigram with SentencePiece's "▁" and byte fallback.
 
-        Raises:
-            TokenizerError: its tokens cannot be mapped to bytes, or do not restore the text in a trial.
+        Raises TokenizerError when its tokens cannot be mapped to bytes, or do not restore a trial text.
         """
         text = tokenizer.to_str()
         state = json.loads(text)
@@ -61,12 +60,12 @@ class TokenBytes:
         vocab = _vocabulary(state)
         kind = np.full(max(vocab.values(), default=-1) + 1, UNUSED, np.uint8)
         pieces = [b""] * len(kind)
-        plain = {written: i for written, i in vocab.items() if i not in added}
+        plain = {string: i for string, i in vocab.items() if i not in added}
         for i, piece in zip(plain.values(), _pieces(list(plain), rules), strict=True):
             pieces[i], kind[i] = piece, TEXT
         if rules.byte_fallback:
-            for written, i in plain.items():
-                if match := _BYTE_TOKEN.fullmatch(written):
+            for string, i in plain.items():
+                if match := _BYTE_TOKEN.fullmatch(string):
                     pieces[i], kind[i] = bytes.fromhex(match[1]), BYTE
         for i, token in added.items():
             pieces[i] = b"" if token["special"] else token["content"].encode()
@@ -82,9 +81,9 @@ class TokenBytes:
             np.frombuffer(b"".join(pieces), np.uint8),
             hashlib.sha256(text.encode()).hexdigest(),
         )
-        found = cls(name, flat, starts, kind, fingerprint, rules.normal, rules.prefix, rules.strip)
-        _check_trials(tokenizer, found)
-        return found
+        made = cls(name, flat, starts, kind, fingerprint, rules.normal, rules.prefix, rules.strip)
+        _check_trials(tokenizer, made)
+        return made
 
     def __len__(self) -> int:
         """V: the highest id + 1."""
@@ -104,11 +103,11 @@ class TokenBytes:
     @cached_property
     def ids(self) -> dict[bytes, int]:
         """The id of each byte string: text before byte tokens, the lowest id of equal ones."""
-        found: dict[bytes, int] = {}
+        ids: dict[bytes, int] = {}
         for kind in (TEXT, ADDED, BYTE):
             for i in np.flatnonzero(self.kind == kind).tolist():
-                found.setdefault(self.pieces[i], i)
-        return found
+                ids.setdefault(self.pieces[i], i)
+        return ids
 
     def joined(self, ids: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Concatenate the bytes of tokens `[N]`. Raises IndexError for an id that is not below V."""
@@ -143,18 +142,18 @@ def _byte_alphabet() -> NDArray[np.int16]:
 _ALPHABET = _byte_alphabet()
 
 
-def _pieces(written: Sequence[str], rules: Inversion) -> list[bytes]:
+def _pieces(strings: Sequence[str], rules: Inversion) -> list[bytes]:
     """Return the bytes of the model's token strings."""
     if not rules.byte_level:
-        return [token.replace(rules.space or " ", " ").encode() for token in written]
-    codes = np.frombuffer("".join(written).encode("utf-32-le"), np.uint32)
+        return [token.replace(rules.space or " ", " ").encode() for token in strings]
+    codes = np.frombuffer("".join(strings).encode("utf-32-le"), np.uint32)
     values = _ALPHABET[np.minimum(codes, len(_ALPHABET) - 1)]
     whole = values.astype(np.uint8).tobytes()
-    offsets = offsets_of([len(token) for token in written])
+    offsets = offsets_of([len(token) for token in strings])
     pieces = [whole[a:b] for a, b in pairwise(offsets.tolist())]
     # The library's decoder leaves a token with other characters unchanged.
     for i in np.unique(np.searchsorted(offsets[1:], np.flatnonzero(values < 0), side="right")).tolist():
-        pieces[i] = written[i].encode()
+        pieces[i] = strings[i].encode()
     return pieces
 
 
@@ -175,15 +174,15 @@ def _unknown_id(model: Mapping[str, Any], vocab: Mapping[str, int]) -> int | Non
 _TRIALS = ("Hello, world! 12 345", "  two  spaces\n\nand\ttabs ", "naïve é 漢字 🙂", "x = [1, 2];\n")
 
 
-def _check_trials(tokenizer: tokenizers.Tokenizer, found: TokenBytes) -> None:
+def _check_trials(tokenizer: tokenizers.Tokenizer, tokens: TokenBytes) -> None:
     """Encode a few texts: where there is no unknown token, the bytes must equal the text."""
     for text, encoded in zip(_TRIALS, tokenizer.encode_batch(_TRIALS, add_special_tokens=False), strict=True):
         ids = np.array(encoded.ids, np.int64)
-        if (found.kind[ids] == UNKNOWN).any():
+        if (tokens.kind[ids] == UNKNOWN).any():
             continue
-        read, given = text.encode(), found.joined(ids).tobytes()
-        if given != read and not (found.prefix and given == b" " + read):
+        read, given = text.encode(), tokens.joined(ids).tobytes()
+        if given != read and not (tokens.prefix and given == b" " + read):
             raise TokenizerError(
-                f"{found.name}: the tokens of {text!r} are the bytes {given!r}, and no part of the tokenizer "
-                "explains why; such a model can teach only students that share its tokenizer"
+                f"{tokens.name}: the tokens of {text!r} are the bytes {given!r}, and no part of the "
+                "tokenizer explains why; such a model can teach only students that share its tokenizer"
             )

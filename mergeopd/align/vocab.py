@@ -64,8 +64,7 @@ class VocabularyMap:
         the student's tokenizer and adds to the rows of its pieces. The `k` largest weights are kept. The
         student's end tokens map to the teacher's; the first of them is matched with it.
 
-        Raises:
-            ValueError: `k` is below 1.
+        Raises ValueError when `k` is below 1.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}")
@@ -97,49 +96,48 @@ class VocabularyMap:
     def load(cls, path: Path, made_for: str, student: TokenBytes, teacher: TokenBytes) -> VocabularyMap:
         """Read a file that `save` wrote.
 
-        Raises:
-            TokenizerError: the file is damaged, or was made for other tokenizers, revisions or end tokens.
+        Raises TokenizerError when it is damaged, or was made for other tokenizers, revisions or end tokens.
         """
         from safetensors import SafetensorError, safe_open
 
         remedy = "delete it to have it rebuilt"
         try:
             with safe_open(str(path), framework="numpy") as file:
-                written = file.metadata() or {}
+                metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         except (OSError, SafetensorError) as error:
             raise TokenizerError(f"{path}: not a vocabulary map: {error}; {remedy}") from error
-        if written.get("format") != FORMAT or arrays.keys() != set(_ARRAYS):
+        if metadata.get("format") != FORMAT or arrays.keys() != set(_ARRAYS):
             raise TokenizerError(f"{path}: not a vocabulary map of this version ({FORMAT}); {remedy}")
-        if written.get("made_for") != made_for:
+        if metadata.get("made_for") != made_for:
             raise TokenizerError(
                 f"{path}: made for other tokenizers than {student.name} and {teacher.name}, or other "
                 f"revisions or end tokens of them; {remedy}"
             )
-        found = cls(made_for, **arrays)
-        fault = _fault(found, len(student), len(teacher))
+        loaded = cls(made_for, **arrays)
+        fault = _fault(loaded, len(student), len(teacher))
         if fault:
             raise TokenizerError(f"{path}: damaged: {fault}; {remedy}")
-        return found
+        return loaded
 
 
 _ARRAYS = tuple(field.name for field in fields(VocabularyMap) if field.name != "made_for")
 
 
-def _fault(found: VocabularyMap, num_student: int, num_teacher: int) -> str | None:
+def _fault(loaded: VocabularyMap, num_student: int, num_teacher: int) -> str | None:
     """Find damage in a map: ids outside the vocabularies would be read out of bounds in a kernel."""
-    if found.student_ids.shape != found.teacher_ids.shape:
+    if loaded.student_ids.shape != loaded.teacher_ids.shape:
         return "its ids do not pair up"
     for side, ids, num in (
-        ("student", found.student_ids, num_student),
-        ("teacher", found.teacher_ids, num_teacher),
+        ("student", loaded.student_ids, num_student),
+        ("teacher", loaded.teacher_ids, num_teacher),
     ):
         if not np.isin(ids, np.arange(num)).all() or len(np.unique(ids)) != len(ids):
             return f"the {side}'s ids are not different ones of 0 to {num - 1}"
-    shape = found.projection_ids.shape
-    if len(shape) != 2 or shape[0] != num_student or found.projection_weights.shape != shape:
+    shape = loaded.projection_ids.shape
+    if len(shape) != 2 or shape[0] != num_student or loaded.projection_weights.shape != shape:
         return f"the projection has shape {list(shape)}"
-    if found.projection_ids.min() < 0 or found.projection_ids.max() >= num_teacher:
+    if loaded.projection_ids.min() < 0 or loaded.projection_ids.max() >= num_teacher:
         return "the projection has ids outside the teacher's vocabulary"
     return None
 
@@ -164,7 +162,7 @@ def _same_tokens(tokens: TokenBytes, other: TokenBytes) -> Ints:
 
 
 def _pieces_of(tokens: TokenBytes, other: ByteTokenizer, ids: Ints) -> tuple[Ints, Ints, NDArray[np.float64]]:
-    """Encode each of `ids` that stands for text with the other tokenizer: source, target, weight."""
+    """Encode each of `ids` that has text with the other tokenizer: source, target, weight."""
     sources = ids[np.isin(tokens.kind[ids], _TEXT_KINDS)].tolist()
     texts = {i: text for i in sources if (text := _as_text(tokens.pieces[i])) is not None}
     cut: dict[int, Sequence[int]] = dict(zip(texts, other.encode_inside(list(texts.values())), strict=True))
@@ -209,8 +207,8 @@ def _as_text(piece: bytes) -> str | None:
 
 def _bytewise(piece: bytes, ids: Mapping[bytes, int]) -> list[int]:
     """Return one token per byte, or none where a byte has no token, since part of a token is another one."""
-    found = [ids.get(piece[at : at + 1]) for at in range(len(piece))]
-    return [i for i in found if i is not None] if None not in found else []
+    tokens = [ids.get(piece[at : at + 1]) for at in range(len(piece))]
+    return [i for i in tokens if i is not None] if None not in tokens else []
 
 
 def _largest(

@@ -76,18 +76,18 @@ class MicroBatches(Protocol):
     def __iter__(self) -> Iterator[MicroBatch]: ...
 
 
+@dataclass(frozen=True, eq=False)
 class Stream:
     """`count` micro-batches from an iterator; can be iterated once."""
 
-    def __init__(self, micro_batches: Iterable[MicroBatch], count: int) -> None:
-        self._micro_batches = micro_batches
-        self._count = count
+    micro_batches: Iterable[MicroBatch]
+    count: int
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        return iter(self._micro_batches)
+        return iter(self.micro_batches)
 
 
 def with_statistics(

@@ -9,13 +9,7 @@ from torch import Tensor
 
 from mergeopd.batch.advantages import Outcomes, sequence_advantage, sequence_kept
 from mergeopd.batch.objective import correction
-from mergeopd.batch.records import (
-    Alignments,
-    OldLogProbs,
-    PreparedRollout,
-    PreparedUpdate,
-    TokenViews,
-)
+from mergeopd.batch.records import Alignments, OldLogProbs, PreparedRollout, PreparedUpdate, TokenViews
 from mergeopd.batch.weights import ResponseSize, response_weights
 from mergeopd.recipe.training import Phase
 from mergeopd.types import Rollout

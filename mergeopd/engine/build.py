@@ -45,7 +45,7 @@ from mergeopd.student.protocol import Student
 from mergeopd.student.torch import TorchStudent
 from mergeopd.teacher.bridges import measure
 from mergeopd.teacher.canary import Canary
-from mergeopd.teacher.hidden_cache import HiddenCache, RoundCache
+from mergeopd.teacher.hidden_cache import HiddenCache
 from mergeopd.teacher.local import LocalTeacher, ResidentHeads, TeacherSource, TeacherStore
 from mergeopd.teacher.protocol import Teacher, capabilities
 from mergeopd.teacher.shared_cache import SharedHiddenCache
@@ -360,11 +360,11 @@ def _views(inputs: Inputs, machine: Machine) -> dict[str, TokenView]:
 
 def _cache_maker(
     inputs: Inputs, machine: Machine, student: Student, spill: Path
-) -> Callable[[RoundSchedule], AbstractContextManager[RoundCache]]:
+) -> Callable[[RoundSchedule], AbstractContextManager[HiddenCache]]:
     """Return a function that creates the cache of a round's targets."""
     budget_bytes, readers = int(inputs.plan.memory.hidden_states_gib * 2**30), student.placement.loss_ranks
 
-    def make(work: RoundSchedule) -> AbstractContextManager[RoundCache]:
+    def make(work: RoundSchedule) -> AbstractContextManager[HiddenCache]:
         if machine.ranks.size == 1:
             return HiddenCache(budget_bytes, spill, machine.device)
         return SharedHiddenCache(

@@ -50,8 +50,13 @@ def check_vocabulary(
     Raises ValueError unless every head scores the student's ids and every sampled id is a true token of
     exactly one shard. One small all-reduce; all ranks raise.
     """
-    vocab = head.vocab
-    problem = _vocab_problem(head, targets)
+    vocab, problem = head.vocab, None
+    for k, target in enumerate(targets):
+        if isinstance(target, Hidden) and target.head.vocab != vocab:
+            problem = problem or (
+                f"target {k} scores token ids [{target.head.vocab.start}, {target.head.vocab.stop}), "
+                f"the student [{vocab.start}, {vocab.stop}); give each head its num_valid and vocab_start"
+            )
     is_local = (labels_N >= vocab.start) & (labels_N < vocab.stop)
     facts = is_local.new_tensor([problem is not None, len(vocab)], dtype=torch.int64)
     owners = torch.cat([is_local.long(), facts])
@@ -117,17 +122,6 @@ def check_hidden(name: str, hidden: Tensor, head: Head, num: int) -> None:
         raise ValueError(f"{name}: hidden states are {list(hidden.shape)}, its head needs {list(expected)}")
     if hidden.dtype not in _DTYPES:
         raise ValueError(f"{name}: hidden states are {hidden.dtype}, must be float64, 32, 16 or bfloat16")
-
-
-def _vocab_problem(head: Head, targets: Sequence[Target]) -> str | None:
-    for k, target in enumerate(targets):
-        if isinstance(target, Hidden) and target.head.vocab != head.vocab:
-            return (
-                f"target {k} scores token ids [{target.head.vocab.start}, {target.head.vocab.stop}), "
-                f"the student [{head.vocab.start}, {head.vocab.stop}); "
-                "give each head its num_valid and vocab_start"
-            )
-    return None
 
 
 def _check_top_k(name: str, target: TopK, support: Support | None, all_ids: range) -> None:

@@ -169,11 +169,7 @@ class _Run:
 
 
 def _project(
-    hidden_ND: Tensor,
-    head: Head,
-    targets: Sequence[Target],
-    temperature: float,
-    workspace: Workspace | None,
+    hidden_ND: Tensor, head: Head, targets: Sequence[Target], temperature: float, workspace: Workspace | None
 ) -> list[Projection]:
     dtype = compute_dtype(hidden_ND)
     workspace = Workspace() if workspace is None else workspace

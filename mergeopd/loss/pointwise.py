@@ -31,16 +31,24 @@ class TVD(Normalised):
 
 
 @dataclass(frozen=True)
-class SkewForwardKL(Normalised):
-    """`KL(p_T ‖ alpha p_T + (1 - alpha) p_S)`, alpha in [0.001, 1) (DistiLLM, 2402.03898).
-
-    `g = -(1 - alpha) p_T / M`, bounded because M is nowhere smaller than alpha p_T.
-    """
+class Skewed(Normalised):
+    """A divergence from one distribution to a mixture that contains it with the share `alpha`."""
 
     alpha: float = 0.1
 
     def __post_init__(self) -> None:
-        _require_skew(self, self.alpha)
+        if not _LEAST_SKEW <= self.alpha < 1.0:
+            raise ValueError(
+                f"{self}: alpha must lie in [{_LEAST_SKEW}, 1); at 0 use the plain KL, at 1 it vanishes"
+            )
+
+
+@dataclass(frozen=True)
+class SkewForwardKL(Skewed):
+    """`KL(p_T ‖ alpha p_T + (1 - alpha) p_S)`, alpha in [0.001, 1) (DistiLLM, 2402.03898).
+
+    `g = -(1 - alpha) p_T / M`, bounded because M is nowhere smaller than alpha p_T.
+    """
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
         alpha, bound = self.alpha, largest_log(out.dtype)
@@ -55,16 +63,11 @@ class SkewForwardKL(Normalised):
 
 
 @dataclass(frozen=True)
-class SkewReverseKL(Normalised):
+class SkewReverseKL(Skewed):
     """`KL(p_S ‖ (1 - alpha) p_T + alpha p_S)`, alpha in [0.001, 1) (DistiLLM, 2402.03898).
 
     `g = log(p_S / M) - alpha p_S / M`.
     """
-
-    alpha: float = 0.1
-
-    def __post_init__(self) -> None:
-        _require_skew(self, self.alpha)
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
         alpha, bound = self.alpha, largest_log(out.dtype)
@@ -122,10 +125,3 @@ class AlphaDivergence(Normalised):
         direction = torch.mul(power, pair.mass_S, out=out)
         total = direction.sum(1)
         return Terms(total * (-1.0 / (alpha * (1.0 - alpha))), direction, total, scale=-1.0 / alpha)
-
-
-def _require_skew(spec: object, alpha: float) -> None:
-    if not _LEAST_SKEW <= alpha < 1.0:
-        raise ValueError(
-            f"{spec}: alpha must lie in [{_LEAST_SKEW}, 1); at 0 use the plain KL, at 1 it vanishes"
-        )

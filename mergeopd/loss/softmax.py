@@ -36,20 +36,14 @@ class Block:
             out.mul_(self.student.take("slope", out.shape[0]))
 
 
+@dataclass(frozen=True, eq=False)
 class Softmaxes:
     """The student and its teachers, whose vocabulary may be sharded over a group."""
 
-    def __init__(
-        self,
-        student: Projection,
-        teachers: Sequence[Projection],
-        vocab: range,
-        group: dist.ProcessGroup | None,
-    ) -> None:
-        self.student = student
-        self.teachers = tuple(teachers)
-        self.vocab = vocab
-        self.group = group
+    student: Projection
+    teachers: Sequence[Projection]
+    vocab: range
+    group: dist.ProcessGroup | None
 
     def begin(self, raw_S: Tensor, raw_T: Sequence[Tensor], labels_n: Tensor, *, with_grad: bool) -> Block:
         """Centre logits in the memory of the raw ones; compute masses in buffers that the next block reuses.

@@ -1,4 +1,4 @@
-"""Safetensors checkpoints: headers parsed here, without torch; tensors memory-mapped, one at a time.
+"""Safetensors checkpoints: headers read without torch; tensors memory-mapped, one at a time.
 
 Format: 8 bytes little-endian header length, a JSON header, the tensors' bytes without gaps
 (https://github.com/huggingface/safetensors#format). Pickled weights are never opened.
@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mergeopd.errors import ModelError
 from mergeopd.models.json_file import read_object
@@ -24,17 +23,14 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _EDGE_BYTES = 65536
 _NUM_BLOCKS = 16
 _TENSOR_SAMPLE_BYTES = 4096
 
-_ELEMENT_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64"), 8),
-}
+ELEMENT_TYPES = (
+    *("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "U16", "I16", "F16", "BF16"),
+    *("U32", "I32", "F32", "U64", "I64", "F64"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,54 +251,32 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _read_shard(path: Path) -> _Shard:
+    """Read a header, after the library's check that it is valid and that its tensors fill the file."""
+    from safetensors import SafetensorError, safe_open
+
+    size, prefix = 0, b""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > _MAX_HEADER_BYTES:
-                lfs = ", it is a Git LFS pointer" if prefix == b"version " else ""
-                raise ModelError(f"{path}: not a safetensors file ({size} bytes{lfs}); fetch it again")
-            raw = file.read(length)
+            with safe_open(path, framework="numpy"):
+                header = json.loads(file.read(int.from_bytes(prefix, "little")))
+            start = file.tell()
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(raw) < length:
-        raise ModelError(f"{path}: truncated within its header ({size} bytes); fetch it again")
-    tensors = _parse_header(path, raw)
-    expected = 8 + length + sum(info.num_bytes for info in tensors.values())
-    if size != expected:
-        kind = "truncated" if size < expected else "longer than its header says"
-        raise ModelError(f"{path}: {kind}: {size} bytes, {expected} expected; fetch it again")
-    return _Shard(path, size, 8 + length, tensors)
-
-
-def _parse_header(path: Path, raw: bytes) -> dict[str, TensorInfo]:
-    """Return tensors by name. Their bytes must fill the data part without gaps, as the format requires."""
-    try:
-        header = json.loads(raw)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        tensors = {name: _parse_entry(path, entry, 8 + len(raw)) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"{path}: damaged header ({error!r}); fetch it again") from error
-    end = 8 + len(raw)
-    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
-        if info.offset != end:
+    except (SafetensorError, ValueError) as error:
+        reason = "it is a Git LFS pointer" if prefix == b"version " else str(error).rpartition("header: ")[2]
+        raise ModelError(
+            f"{path}: truncated, damaged or not a safetensors file ({size} bytes): {reason}; fetch it again"
+        ) from error
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in ELEMENT_TYPES:
             raise ModelError(
-                f"{path}: damaged header (tensor {name!r} leaves a gap or overlaps); fetch it again"
+                f"{path}: element type {entry['dtype']!r} is not supported; save the weights as BF16 or F32"
             )
-        end += info.num_bytes
-    return tensors
-
-
-def _parse_entry(path: Path, entry: Any, data_start: int) -> TensorInfo:
-    dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _ELEMENT_BYTES:
-        raise ModelError(f"{path}: element type {dtype!r} is not supported; save the weights as BF16 or F32")
-    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-        raise ValueError(f"shape {shape} or offsets {start}, {stop}")
-    num_bytes = math.prod(shape) * _ELEMENT_BYTES[dtype]
-    if stop - start != num_bytes:
-        raise ValueError(f"shape {shape} of {dtype} needs {num_bytes} bytes, has {stop - start}")
-    return TensorInfo(path, dtype, tuple(shape), data_start + start, num_bytes)
+        first, stop = entry["data_offsets"]
+        tensors[name] = TensorInfo(path, entry["dtype"], tuple(entry["shape"]), start + first, stop - first)
+    return _Shard(path, size, start, tensors)

@@ -96,6 +96,9 @@ class ModelFacts:
             raise ModelError(
                 f"{path}: the weights are quantised (quantization_config); name a folder with float weights"
             )
+        tied = config.get("tie_word_embeddings", architecture.tied)
+        if not isinstance(tied, bool):
+            raise ModelError(f"{path}: tie_word_embeddings must be true or false, not {tied!r}")
         return cls(
             folder=folder,
             model_type=str(model_type),
@@ -103,7 +106,7 @@ class ModelFacts:
             vocab_rows=positive_int(path, config, "vocab_size"),
             num_layers=positive_int(path, config, "num_hidden_layers"),
             max_positions=positive_int(path, config, "max_position_embeddings"),
-            tied=_tied(path, config, architecture),
+            tied=tied,
             logit_scale=_scale(path, config, architecture),
             softcap=_softcap(path, config, architecture),
             eos_ids=_eos_ids(folder, config),
@@ -172,13 +175,6 @@ def positive_int(path: Path, config: dict[str, Any], key: str) -> int:
     return value
 
 
-def _tied(path: Path, config: dict[str, Any], architecture: _Architecture) -> bool:
-    value = config.get("tie_word_embeddings", architecture.tied)
-    if not isinstance(value, bool):
-        raise ModelError(f"{path}: tie_word_embeddings must be true or false, not {value!r}")
-    return value
-
-
 def _positive(path: Path, key: str, value: Any) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value <= 0:
@@ -187,13 +183,11 @@ def _positive(path: Path, key: str, value: Any) -> float:
 
 
 def _scale(path: Path, config: dict[str, Any], architecture: _Architecture) -> float:
-    if architecture.scale_key:
-        value = config.get(architecture.scale_key, architecture.scale_default)
-        return _positive(path, architecture.scale_key, value)
-    if architecture.divisor_key:
-        value = config.get(architecture.divisor_key, architecture.scale_default)
-        return 1.0 / _positive(path, architecture.divisor_key, value)
-    return 1.0
+    key = architecture.scale_key or architecture.divisor_key
+    if key is None:
+        return 1.0
+    value = _positive(path, key, config.get(key, architecture.scale_default))
+    return value if architecture.scale_key else 1.0 / value
 
 
 def _softcap(path: Path, config: dict[str, Any], architecture: _Architecture) -> float | None:

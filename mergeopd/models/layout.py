@@ -172,7 +172,10 @@ def check_shapes(
 
 def _layer_tensors(model_type: str, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield names below a layer, and their shapes in letters."""
-    modules = dict(_module(entry) for entry in _MODULES.get(model_type, _LLAMA))
+    modules = {}
+    for entry in _MODULES.get(model_type, _LLAMA):
+        name, _, letters = entry.partition(":")
+        modules[name] = letters or _SHAPES.get(name, "d")
     biases = set(_BIASES.get(model_type, ()))
     for key, default, names in _BIASES_BY_KEY.get(model_type, ()):
         if config.get(key, default):
@@ -183,11 +186,6 @@ def _layer_tensors(model_type: str, config: Mapping[str, Any]) -> Iterator[tuple
         yield f"{module}.weight", letters
         if module in biases:
             yield f"{module}.bias", letters.split()[0]
-
-
-def _module(entry: str) -> tuple[str, str]:
-    name, _, letters = entry.partition(":")
-    return name, letters or _SHAPES.get(name, "d")
 
 
 def _sizes(facts: ModelFacts, config: Mapping[str, Any]) -> dict[str, int | None]:

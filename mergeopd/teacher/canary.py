@@ -37,13 +37,13 @@ class Canary:
     vocab_size: int
 
     @classmethod
-    def of(cls, teacher: TeacherPlan, dialect: Renderer) -> Canary | None:
+    def of(cls, teacher: TeacherPlan, renderer: Renderer) -> Canary | None:
         """Build the canary of a teacher's card, in the teacher's ids; None without a card's sample."""
         if teacher.canary is None:
             return None
-        prompt, response = sample_ids(dialect, teacher.canary.prompt, teacher.canary.response)
+        prompt, response = sample_ids(renderer, teacher.canary.prompt, teacher.canary.response)
         sequence = TeacherSequence(token_ids(prompt), token_ids(response))
-        return cls(teacher.name, sequence, teacher.canary.logprobs, dialect.vocab_size)
+        return cls(teacher.name, sequence, teacher.canary.logprobs, renderer.vocab_size)
 
     def verify(self, hidden_ND: Tensor, head: Head) -> None:
         """Compare a loaded teacher's log-probabilities of the sample with the card's.
@@ -86,12 +86,12 @@ def refuse_uniform(teacher: str, mean_entropy: float, num_valid: int, temperatur
         )
 
 
-def sample_ids(dialect: Renderer, prompt: str, response: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def sample_ids(renderer: Renderer, prompt: str, response: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the ids of a sample, with the prompt rendered as a user's message on a fixed date."""
-    own = dialect.template
+    own = renderer.template
     template = ChatTemplate(own.source, own.special_tokens, name=own.name, now=lambda: _DAY)
     text = template.render((Message("user", prompt),))
-    return tuple(dialect.tokenizer.encode(text)), tuple(dialect.tokenizer.encode(response))
+    return tuple(renderer.tokenizer.encode(text)), tuple(renderer.tokenizer.encode(response))
 
 
 def logprobs(hidden_ND: Tensor, head: Head, response_ids: Sequence[int]) -> list[float]:

@@ -34,7 +34,7 @@ class CrossTokenizer:
 
     teacher: str
     bridge: Bridge
-    dialect: Renderer
+    renderer: Renderer
     student: ByteTokenizer
     other: ByteTokenizer
     ends: EndTokens
@@ -53,7 +53,7 @@ class CrossTokenizer:
         return cls(
             teacher=name,
             bridge=bridge,
-            dialect=teacher,
+            renderer=teacher,
             student=ByteTokenizer.of(student.tokenizer.truncated_backend(num_ids), "the student's tokenizer"),
             other=other,
             inside=_cuts_inside(teacher, other),
@@ -67,7 +67,7 @@ class CrossTokenizer:
         encode = self.other.encode_inside if self.inside else self.other.encode
         responses = [rollout.response_ids for rollout in rollouts]
         alignments = align(responses, self.student.tokens, self.other.tokens, encode, self.ends)
-        budgets = [self.dialect.max_positions - len(self.dialect.render(r.prompt)) for r in rollouts]
+        budgets = [self.renderer.max_positions - len(self.renderer.render(r.prompt)) for r in rollouts]
         by_identity = self.bridge.kind in ("pieces", "gold", "projection")
         return [_usable(one, budget, by_identity) for one, budget in zip(alignments, budgets, strict=True)]
 
@@ -140,9 +140,8 @@ def vocabulary_map(
     Its folder is named by the fingerprints of both tokenizers, the end tokens and `k`, so that a changed
     tokenizer gets a new map.
 
-    Raises:
-        StorageError: the saved map is damaged, or the disk fails.
-        TokenizerError: the saved map was made for another pair.
+    Raises StorageError when the saved map is damaged or the disk fails, TokenizerError when it was made for
+    another pair.
     """
     pair = made_for(student.tokens, teacher.tokens, ends, k)
     folder = cache / hashlib.sha256(pair.encode()).hexdigest()[:20]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
-from typing import BinaryIO, Protocol, Self, cast
+from typing import BinaryIO, Self, cast
 
 import torch
 from torch import Tensor
@@ -18,22 +18,6 @@ from mergeopd.errors import StorageError
 from mergeopd.storage.failures import named_failures
 
 Key = tuple[str, int]  # teacher, rollout
-
-
-class RoundCache(Protocol):
-    """Interface of a round's caches. Byte counts are this process's, in memory and on disk."""
-
-    num_bytes: int
-    num_spilled_bytes: int
-
-    def put(self, teacher: str, rollout: int, hidden: Tensor) -> None:
-        """Keep `[trained tokens, d_T]` for one rollout (its index in the round)."""
-
-    def publish(self) -> None:
-        """Make what was put since the last call available to `gather`. Collective."""
-
-    def gather(self, teacher: str, rollouts: Sequence[int]) -> Tensor:
-        """`[sum of their trained tokens, d_T]` in the order of `rollouts`. A missing one is a KeyError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +40,7 @@ class HiddenCache:
     Holds at most `budget_bytes` in main memory (Linux; none elsewhere); the rest is appended to a file in
     `folder`, bit for bit. Both are unnamed files, which are deleted when the context or the process ends.
     Nothing stays on an accelerator: `put` copies to the CPU, `gather` returns tensors on `device`.
+    `num_bytes` and `num_spilled_bytes` count what this process holds in memory and on disk.
     """
 
     def __init__(self, budget_bytes: int, folder: Path, device: torch.device) -> None:
@@ -91,7 +76,7 @@ class HiddenCache:
         self._slots[teacher, rollout] = self._keep_tensor(hidden)
 
     def publish(self) -> None:
-        """Do nothing: in one process, tensors are available at once."""
+        """Make what was put since the last call available to `gather`. Collective; at once in one process."""
 
     def gather(self, teacher: str, rollouts: Sequence[int]) -> Tensor:
         """`[sum of their trained tokens, d_T]` in the order of `rollouts`, on this cache's device.

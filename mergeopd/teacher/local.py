@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 # Checkpoint fingerprint; rule and version of weights that follow the student; dtype; true vocabulary.
 HeadKey = tuple[str, tuple[str, int] | None, str, int]
+MakeEngine = Callable[[WeightSource], RolloutEngine]
 # Responses are reduced in batches of about this many tokens: a matrix product of a few rows is slow.
 _ROWS = 256
 
@@ -68,26 +69,19 @@ class TeacherSource:
     snapshot: Snapshot | None = None
 
 
+@dataclass(eq=False)
 class LocalSession:
     """A teacher whose body is in memory, and its whole prediction head from its first use on."""
 
-    def __init__(
-        self,
-        name: str,
-        body: nn.Module,
-        device: torch.device,
-        read_head: Callable[[], Head],
-        make_engine: Callable[[WeightSource], RolloutEngine] | None,
-    ) -> None:
-        self.name = name
-        self.body = body
-        self._device = device
-        self._read_head = read_head
-        self._make_engine = make_engine
+    name: str
+    body: nn.Module
+    device: torch.device
+    read_head: Callable[[], Head]
+    make_engine: MakeEngine | None
 
     @cached_property
     def head(self) -> Head:
-        return self._read_head()
+        return self.read_head()
 
     @torch.no_grad()
     def hidden(self, sequences: Sequence[TeacherSequence], max_tokens: int) -> Iterator[tuple[int, Tensor]]:
@@ -101,7 +95,7 @@ class LocalSession:
                 self.body,
                 [sequence.prompt_ids for sequence in own],
                 [sequence.response_ids for sequence in own],
-                self._device,
+                self.device,
                 [sequence.trained for sequence in own],
             )
             if not torch.isfinite(states).all():
@@ -122,13 +116,14 @@ class LocalSession:
         Raises TeacherError when a hidden state is not finite.
         """
         states = self.hidden(sequences, max_tokens)
-        return states if spec.kind == "hidden" else _reduced(states, sequences, self._read_head(), spec)
+        return states if spec.kind == "hidden" else _reduced(states, sequences, self.read_head(), spec)
 
     def generator(self) -> RolloutEngine:
-        assert self._make_engine is not None, "opened without an engine"
-        return self._make_engine(FixedWeights(self.body, lambda: self.head))
+        assert self.make_engine is not None, "opened without an engine"
+        return self.make_engine(FixedWeights(self.body, lambda: self.head))
 
 
+@dataclass(eq=False)
 class LocalTeacher:
     """A teacher whose weights are in a local folder, or are a snapshot of the student's.
 
@@ -136,34 +131,24 @@ class LocalTeacher:
     builds an engine that generates with a model's weights and this teacher's end tokens.
     """
 
-    def __init__(
-        self,
-        name: str,
-        store: TeacherStore,
-        capabilities: TeacherCapabilities,
-        *,
-        canary: Canary | None,
-        run_on_first: Callable[[Callable[[], None]], None],
-        make_engine: Callable[[WeightSource], RolloutEngine],
-    ) -> None:
-        self.name = name
-        self.capabilities = capabilities
-        self._store = store
-        self._canary = canary
-        self._run_on_first = run_on_first
-        self._make_engine = make_engine
+    name: str
+    store: TeacherStore
+    capabilities: TeacherCapabilities
+    canary: Canary | None
+    run_on_first: Callable[[Callable[[], None]], None]
+    make_engine: MakeEngine
 
     @property
     def fingerprint(self) -> str | None:
-        return self._store.fingerprint(self.name)
+        return self.store.fingerprint(self.name)
 
     @property
     def bytes_read(self) -> int:
-        return self._store.bytes_read(self.name)
+        return self.store.bytes_read(self.name)
 
     @property
     def head_key(self) -> HeadKey:
-        return self._store.head_key(self.name)
+        return self.store.head_key(self.name)
 
     @contextmanager
     def open(self) -> Iterator[LocalSession]:
@@ -171,48 +156,46 @@ class LocalTeacher:
 
         Raises TeacherError when the canary does not match.
         """
-        with self._store.open(self.name, self._make_engine) as session:
-            if self._canary is not None:
-                canary, self._canary = self._canary, None
-                self._run_on_first(lambda: _verify(canary, session))
+        with self.store.open(self.name, self.make_engine) as session:
+            if self.canary is not None:
+                canary, self.canary = self.canary, None
+                self.run_on_first(partial(self._verify, canary, session))
             yield session
 
+    def _verify(self, canary: Canary, session: LocalSession) -> None:
+        # In a batch of its own, so that the batches of other sequences do not change.
+        [(_, hidden)] = session.hidden([canary.sequence], canary.sequence.num_tokens)
+        canary.verify(hidden, session.head)
+
     def prefetch(self) -> None:
-        self._store.read_ahead(self.name)
+        self.store.read_ahead(self.name)
 
     def head(self, vocab: range | None) -> Head:
-        return self._store.head(self.name, vocab)
+        return self.store.head(self.name, vocab)
 
 
+@dataclass(eq=False)
 class ResidentHeads:
     """The prediction heads in memory: those of one set of teachers at a time, equal ones only once.
 
     `vocab`: token ids whose rows this process scores; None: all.
     """
 
-    def __init__(self, teachers: Mapping[str, Teacher], vocab: range | None) -> None:
-        self._teachers = dict(teachers)
-        self._vocab = vocab
-        self._heads: dict[Hashable, Head] = {}
+    teachers: Mapping[str, Teacher]
+    vocab: range | None
+    _heads: dict[Hashable, Head] = field(init=False, default_factory=dict)
 
     def of(self, names: Iterable[str]) -> dict[str, Head]:
         """Return the heads of these teachers and free all others."""
-        wanted = {name: self._teachers[name].head_key for name in names}
+        wanted = {name: self.teachers[name].head_key for name in names}
         self._heads = {key: head for key, head in self._heads.items() if key in wanted.values()}
         for name, key in wanted.items():
             if key not in self._heads:
-                self._heads[key] = self._teachers[name].head(self._vocab)
+                self._heads[key] = self.teachers[name].head(self.vocab)
         return {name: self._heads[key] for name, key in wanted.items()}
 
     def release(self) -> None:
         self._heads = {}
-
-
-def _verify(canary: Canary, session: LocalSession) -> None:
-    """Verify the canary in a batch of its own, so that the batches of other sequences do not change."""
-    spec = TargetSpec("hidden")
-    [(_, hidden)] = session.score([canary.sequence], spec, canary.sequence.num_tokens)
-    canary.verify(hidden, session.head)
 
 
 def _reduced(
@@ -259,17 +242,15 @@ class TeacherStore:
         self._sources = dict(sources)
         self._device = device
         self._reader = MappedReader() if reader is None else reader
-        self._checkpoints = {name: Checkpoint.open(s.model) for name, s in self._sources.items()}
-        self._facts = {name: ModelFacts.read(s.model) for name, s in self._sources.items()}
+        self._checkpoints = {name: Checkpoint.open(s.model) for name, s in sources.items()}
+        self._facts = {name: ModelFacts.read(s.model) for name, s in sources.items()}
         self._skeletons: dict[tuple[str, str], PreTrainedModel] = {}
         self._bytes_read = Counter[str]()
         for name, checkpoint in self._checkpoints.items():
             check_fit(self._skeleton(name), self._facts[name], checkpoint)
 
     @contextmanager
-    def open(
-        self, name: str, make_engine: Callable[[WeightSource], RolloutEngine] | None = None
-    ) -> Iterator[LocalSession]:
+    def open(self, name: str, make_engine: MakeEngine | None = None) -> Iterator[LocalSession]:
         """Load a teacher's body; it is freed when the context ends. Collective if the reader is."""
         model = self._skeleton(name)
         try:

@@ -81,7 +81,7 @@ def bridge_loss(
     _check(sides, groups, bridge, weight_G)
     chunks = _plan(groups, chunk_rows)
     workspace = Workspace() if workspace is None else workspace
-    rows_S, rows_T = groups.student_rows(), groups.teacher_rows()
+    rows_S, rows_T = groups.rows()
     # Through autograd: rows in no group have gradient 0.
     grouped_S = _grouped(hidden_SD, rows_S)
     gradients = HeadGradients(grouped_S, head)

@@ -87,13 +87,6 @@ class Architecture:
             qk_norm=family.qk_norm,
         )
 
-    def require(self, tensor: int, pipeline: int, world: int) -> None:
-        """Raise ModelError when `tensor` x `pipeline` over `world` processes cannot hold this model."""
-        problems = [f"{p.key}: {p.message}" for p in self.split_problems(tensor, pipeline)]
-        problems += filter(None, [count_problem(tensor, pipeline, world)])
-        if problems:
-            raise ModelError(f"{self.facts.folder}: {'; '.join(problems)}")
-
     def split_problems(self, tensor: int, pipeline: int) -> list[SplitProblem]:
         """Return why this model cannot be sharded so, for any number of processes; empty if it can."""
         parts = {

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -35,7 +34,7 @@ from mergeopd.student.megatron.layout import shard, tensor_shapes, vocab_rows
 from mergeopd.student.megatron.model import build_model
 from mergeopd.student.megatron.optimizer import MOMENTS, MainParameters, build_adamw
 from mergeopd.student.megatron.passes import Passes
-from mergeopd.student.megatron.weights import cut, export, named, read_shards, whole_tensors
+from mergeopd.student.megatron.weights import assemble, export, named, read_shards, whole_tensors
 from mergeopd.student.protocol import Placement, check_masters
 
 # The attribute in which Megatron accumulates a parameter's gradient.
@@ -73,7 +72,6 @@ class MegatronStudent:
             raise ValueError("student.dtype: float64 needs student.backend: torch")
         facts = ModelFacts.read(folder)
         self._arch = Architecture.read(facts)
-        self._arch.require(grid.tensor, grid.pipeline, dist.get_world_size())
         self._grid, self._num_valid, self._clip_grad = grid, num_valid, optimizer.clip_grad
         self._skeleton = build_skeleton(folder, device, DTYPES[dtype])
         check_fit(self._skeleton, facts, Checkpoint.open(folder))
@@ -136,11 +134,10 @@ class MegatronStudent:
     def accumulate_gradients(
         self, micro_batches: MicroBatches, objective: DistillationObjective
     ) -> tuple[MicroStats, ...]:
-        """Add the gradient of this data-parallel copy's micro-batches, of which there may be none.
+        """Add the gradient of this data-parallel copy's micro-batches, if there are any.
 
         All ranks of a copy pass the same prompts, responses and flags. Targets and weights are read only on
-        the last stage, where targets' heads are this rank's rows (`vocab`). The last stage returns statistics
-        of each micro-batch, other stages nothing. Collective: every rank calls it equally often.
+        the last stage, which returns statistics of each micro-batch. Collective.
 
         Raises NumericsError on all ranks when the student's or a teacher's distribution is not finite, and
         RuntimeError between `gradients` and `optimizer_step`.
@@ -243,7 +240,15 @@ class MegatronStudent:
         step = next(iter(steps), 0)
         for name, parameter in named(self._model).items():
             part = shard(name, self._arch, self._grid.tensor, self._grid.tensor_rank)
-            values = {key: cut(part, tensors, f"{prefix}.") for key, prefix in _prefixes(step).items()}
+            values = {}
+            for key, prefix in _prefixes(step).items():
+
+                def read(
+                    tensor: str, start: int, stop: int, prefix: str = prefix, dim: int = part.dim
+                ) -> Tensor:
+                    return tensors[f"{prefix}.{tensor}"].narrow(dim, start, stop - start)
+
+                values[key] = assemble(part, read)
             self._main.write(parameter, values, step)
 
     def _head(self) -> Head:

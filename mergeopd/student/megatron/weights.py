@@ -18,14 +18,7 @@ from mergeopd.models.facts import ModelFacts
 from mergeopd.models.hf_folder import copy_companions
 from mergeopd.student.megatron.architecture import Architecture
 from mergeopd.student.megatron.grid import Grid
-from mergeopd.student.megatron.layout import (
-    OUTPUT,
-    Shard,
-    global_name,
-    parameter_names,
-    shard,
-    tensor_shapes,
-)
+from mergeopd.student.megatron.layout import OUTPUT, Shard, global_name, parameter_names, shard, tensor_shapes
 from mergeopd.student.megatron.model import HiddenModel
 
 _MAX_FILE_BYTES = 5_000_000_000
@@ -53,8 +46,11 @@ def read_shards(model: HiddenModel, arch: Architecture, grid: Grid) -> None:
         raise RuntimeError(f"this version of megatron-core has other parameter names: {odd}")
     for name, parameter in parameters.items():
         part = shard(name, arch, grid.tensor, grid.tensor_rank)
-        blocks = {n: checkpoint.read_slice(stored[n], *span, part.dim) for n, span in _spans(part).items()}
-        tensor = _joined(part, blocks)
+
+        def read(tensor: str, start: int, stop: int, dim: int = part.dim) -> Tensor:
+            return checkpoint.read_slice(stored[tensor], start, stop, dim)
+
+        tensor = assemble(part, read)
         if tensor.shape != parameter.shape:
             raise RuntimeError(f"{name}: {list(tensor.shape)} read, {list(parameter.shape)} expected")
         parameter.copy_(tensor)
@@ -123,29 +119,13 @@ def export(parts: Mapping[str, Tensor], arch: Architecture, grid: Grid, folder: 
     dist.barrier()
 
 
-def cut(part: Shard, tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
-    """Return the shard `part` of unsharded tensors, whose names begin with `prefix`."""
-    spans = _spans(part)
-    return _joined(
-        part,
-        {
-            name: tensors[prefix + name].narrow(part.dim, start, stop - start)
-            for name, (start, stop) in spans.items()
-        },
-    )
-
-
-def _spans(part: Shard) -> dict[str, tuple[int, int]]:
-    """For each source tensor of the shard, return the range that covers all its slices: one read."""
+def assemble(part: Shard, read: Callable[[str, int, int], Tensor]) -> Tensor:
+    """Build the shard `part` from `read(tensor, start, stop)`, called once for each tensor of the folder."""
     spans: dict[str, tuple[int, int]] = {}
     for piece in part.slices:
         start, stop = spans.get(piece.tensor, (piece.start, piece.stop))
         spans[piece.tensor] = min(start, piece.start), max(stop, piece.stop)
-    return spans
-
-
-def _joined(part: Shard, blocks: Mapping[str, Tensor]) -> Tensor:
-    spans = _spans(part)
+    blocks = {name: read(name, *span) for name, span in spans.items()}
     pieces = [
         blocks[p.tensor].narrow(part.dim, p.start - spans[p.tensor][0], p.stop - p.start) for p in part.slices
     ]

@@ -596,7 +596,7 @@ def test_broken_top_k(reference):
     [
         ({"ids": torch.zeros(4, 2)}, r"TopK.ids must be int64 \[N, k\].*float32 \[4, 2\]"),
         ({"ids": torch.zeros(4, 0, dtype=torch.int64)}, "k at least 1"),
-        ({"logprobs": torch.zeros(4, 3)}, r"TopK.logprobs must be \[4, 2\] like ids, got \[4, 3\]"),
+        ({"logprobs": torch.zeros(4, 3)}, r"TopK.logprobs must be \[4, 2\], got \[4, 3\]"),
         ({"entropy": torch.zeros(3)}, r"TopK.entropy must be \[4\], got \[3\]"),
         ({"log_tail": torch.zeros(3)}, r"TopK.log_tail must be \[4\], got \[3\]"),
     ],

@@ -145,7 +145,7 @@ def test_equals_transformers(folder: Path) -> None:
         assert ours.encode(text) == ids
         for skip in (True, False):
             assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
-    assert (ours.eos_id, ours.pad_id) == (theirs.eos_token_id, theirs.pad_token_id)
+    assert ours.eos_id == theirs.eos_token_id
     assert ours.vocab_size == len(theirs)
     assert dict(ours.special_tokens) == theirs.special_tokens_map
 
@@ -174,7 +174,6 @@ def test_byte_level_text_survives(tmp_path: Path) -> None:
     for text in TEXTS:
         assert ours.decode(ours.encode(text), skip_special_tokens=False) == text
     assert ours.decode([*ours.encode("hi"), ours.eos_id]) == "hi"
-    assert ours.pad_id is None
 
 
 # --------------------------------------------------------------------------------------- configurations

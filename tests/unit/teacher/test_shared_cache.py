@@ -16,7 +16,7 @@ from torch import Tensor
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.errors import StorageError
 from mergeopd.teacher import shared_cache as node_cache
-from mergeopd.teacher.hidden_cache import HiddenCache, RoundCache, SpillSlot
+from mergeopd.teacher.hidden_cache import HiddenCache, SpillSlot
 from mergeopd.teacher.shared_cache import SharedHiddenCache
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's")
@@ -40,7 +40,7 @@ def test_it_is_the_cache_of_one_process_bit_for_bit(
 ) -> None:
     states = some_states(dtype)
 
-    def told(cache: RoundCache) -> tuple[list[Tensor], tuple[int, int]]:
+    def told(cache: HiddenCache) -> tuple[list[Tensor], tuple[int, int]]:
         gathered = []
         for turn in (list(states)[:11], list(states)[11:]):
             for key in turn:

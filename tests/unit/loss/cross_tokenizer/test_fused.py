@@ -268,7 +268,7 @@ def test_rows_in_no_group_do_not_matter(name):
     problem = reference.make_problem()
     expected, _ = run(problem, BRIDGES[name])
     (dH, _) = reference.gradients(expected, problem)
-    used = problem.groups.student_rows()
+    used = problem.groups.rows()[0]
     unused = torch.ones(len(dH), dtype=torch.bool).index_fill(0, used, False)
     assert unused.sum() == 3
     assert not dH[unused].any()
