@@ -89,8 +89,7 @@ class Projection:
         self._hidden_ND = hidden_ND.detach()
         self._weight_VD = head.weight.detach()[: len(head.vocab)]
         self._bias_V = None if head.bias is None else head.bias.detach()[: len(head.vocab)].to(dtype)
-        self._scale = head.scale
-        self._softcap = head.softcap
+        self._scale, self._softcap = head.scale, head.softcap
         self._temperature = temperature
         self._dtype = dtype
         is_half = hidden_ND.dtype in _HALVES

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from mergeopd.batch.micro_batch import MicroBatch, MicroBatches
-from mergeopd.errors import NumericsError
 from mergeopd.loss.buffers import Workspace
-from mergeopd.loss.divergence import Divergence
 from mergeopd.loss.fused import Objective
 from mergeopd.loss.heads import Head
 from mergeopd.loss.objective import DistillationObjective
-from mergeopd.loss.support import Support
 from mergeopd.models.causal import (
     DTYPES,
     build_skeleton,
@@ -31,7 +28,7 @@ from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
 from mergeopd.models.hf_folder import copy_companions
 from mergeopd.recipe.training import Optimizer
-from mergeopd.student.loss import Measured, MicroStats, micro_loss, no_loss
+from mergeopd.student.loss import Measured, MicroStats, check_norm, micro_loss, no_loss
 from mergeopd.student.protocol import UNSHARDED, Placement, check_masters
 
 
@@ -116,36 +113,20 @@ class TorchStudent:
     def accumulate_gradients(
         self, micro_batches: MicroBatches, objective: DistillationObjective
     ) -> list[MicroStats]:
-        """Add the gradient of micro-batches; return the statistics of their trained tokens.
-
-        Micro-batches are consumed one at a time. Raises NumericsError when the student's or a teacher's
-        distribution is not finite.
-        """
         statistics = []
+        what = Measured.of(objective)
         for micro in micro_batches:
             per_token = objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N, micro.policy)
-            what = Measured(objective.divergences, objective.support, objective.temperature)
             loss, stats = self._fused(micro, per_token, what, self._head_to_train())
             loss.backward()  # type: ignore[no-untyped-call]
             self._collect_gradients()
             statistics.append(stats)
         return statistics
 
-    def score(
-        self,
-        micro_batches: MicroBatches,
-        divergences: Sequence[Divergence],
-        support: Support | None,
-        temperature: float,
-    ) -> list[MicroStats]:
-        """Return statistics of the trained tokens under the current weights; no gradient.
-
-        Raises NumericsError when the student's or a teacher's distribution is not finite.
-        """
+    def score(self, micro_batches: MicroBatches, what: Measured) -> list[MicroStats]:
         statistics = []
         for micro in micro_batches:
             with torch.no_grad():
-                what = Measured(divergences, support, temperature)
                 _, stats = self._fused(micro, no_loss, what, self.head)
             statistics.append(stats)
         return statistics
@@ -155,17 +136,8 @@ class TorchStudent:
         return {name: p.grad for name, p in self._masters.items() if p.grad is not None}
 
     def optimizer_step(self, lr: float) -> float:
-        """Perform one optimizer update; return the gradient's norm before clipping.
-
-        Raises NumericsError, without changing weights, when the norm is not finite.
-        """
-        gradients = list(self.gradients().values())
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm):
-            raise NumericsError(
-                "the gradient is NaN or infinite; the weights are unchanged. "
-                "Lower optimizer.lr, or use student.dtype: float32"
-            )
+        norm = torch.nn.utils.get_total_norm(list(self.gradients().values()))
+        check_norm(float(norm))
         if self._clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(list(self._masters.values()), self._clip_grad, norm)
         for group in self._adamw.param_groups:

@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 
 
 _log = logging.getLogger(__name__)
-# Checkpoint fingerprint; rule and version of weights that follow the student; dtype; true vocabulary.
-HeadKey = tuple[str, tuple[str, int] | None, str, int]
 MakeEngine = Callable[[WeightSource], RolloutEngine]
 # Responses are reduced in batches of about this many tokens: a matrix product of a few rows is slow.
 _ROWS = 256
@@ -147,7 +145,7 @@ class LocalTeacher:
         return self.store.bytes_read(self.name)
 
     @property
-    def head_key(self) -> HeadKey:
+    def head_key(self) -> Hashable:
         return self.store.head_key(self.name)
 
     @contextmanager
@@ -271,7 +269,7 @@ class TeacherStore:
         if self._sources[name].snapshot is None:
             self._reader.read_ahead(self._checkpoints[name], list(self._body_tensors(name).values()))
 
-    def head_key(self, name: str) -> HeadKey:
+    def head_key(self, name: str) -> Hashable:
         """Equal for teachers whose heads are equal: one checkpoint, precision and true vocabulary."""
         source, snapshot = self._sources[name], self._sources[name].snapshot
         # A snapshot's weights differ from the folder's and from its own of another round.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,17 +16,15 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor, nn
 
 from mergeopd.batch.micro_batch import MicroBatch, MicroBatches
-from mergeopd.errors import NumericsError, StorageError
-from mergeopd.loss.divergence import Divergence
+from mergeopd.errors import StorageError
 from mergeopd.loss.fused import Objective
 from mergeopd.loss.heads import Head
 from mergeopd.loss.objective import DistillationObjective
-from mergeopd.loss.support import Support
 from mergeopd.models.causal import DTYPES, build_skeleton, check_fit, empty, fill, head_of
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
 from mergeopd.recipe.training import Optimizer
-from mergeopd.student.loss import Measured, MicroStats, no_loss
+from mergeopd.student.loss import Measured, MicroStats, check_norm, no_loss
 from mergeopd.student.megatron.architecture import Architecture
 from mergeopd.student.megatron.grid import Grid
 from mergeopd.student.megatron.layout import shard, tensor_shapes, vocab_rows
@@ -148,23 +145,11 @@ class MegatronStudent:
         def per_token(micro: MicroBatch) -> Objective:
             return objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N, micro.policy)
 
-        what = Measured(objective.divergences, objective.support, objective.temperature)
-        return self._passes.run(micro_batches, per_token, what, backward=True)
+        return self._passes.run(micro_batches, per_token, Measured.of(objective), backward=True)
 
     @torch.no_grad()
-    def score(
-        self,
-        micro_batches: MicroBatches,
-        divergences: Sequence[Divergence],
-        support: Support | None,
-        temperature: float,
-    ) -> tuple[MicroStats, ...]:
-        """Return statistics under the current weights; no gradient. Arguments as in `accumulate_gradients`.
+    def score(self, micro_batches: MicroBatches, what: Measured) -> tuple[MicroStats, ...]:
 
-        Raises NumericsError on all ranks when the student's or a teacher's distribution is not finite.
-        """
-
-        what = Measured(divergences, support, temperature)
         return self._passes.run(micro_batches, lambda micro: no_loss, what, backward=False)
 
     def gradients(self) -> dict[str, Tensor]:
@@ -177,18 +162,10 @@ class MegatronStudent:
         return dict(self._whole(lambda name: getattr(parameters[name], _SUM), self._like))
 
     def optimizer_step(self, lr: float) -> float:
-        """Perform one optimizer update; return the gradient's norm before clipping. Collective.
-
-        Raises NumericsError on all ranks, without changing weights, when the norm is not finite.
-        """
         self._sum_gradients(everywhere=False)
         self._adamw.prepare_grads()
         norm = float(self._adamw.get_grad_norm())
-        if not math.isfinite(norm):
-            raise NumericsError(
-                "the gradient is NaN or infinite; the weights are unchanged. "
-                "Lower optimizer.lr, or use student.dtype: float32"
-            )
+        check_norm(norm)
         if self._clip_grad is not None:
             clip_grad_by_total_norm_fp32(self._adamw.get_parameters(), self._clip_grad, norm)
         for group in self._adamw.param_groups:

@@ -62,7 +62,7 @@ REFUSED = {
         normalizer=normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
     ),
     "the normalizer replaces": byte_level(normalizer=normalizers.Replace(Regex(" +"), " ")),
-    "writes 'x' before every text": byte_level(normalizer=normalizers.Prepend("x")),
+    "puts 'x' before every text": byte_level(normalizer=normalizers.Prepend("x")),
     "to NFC and to NFKC": byte_level(
         normalizer=normalizers.Sequence([normalizers.NFC(), normalizers.NFKC()])
     ),

@@ -112,9 +112,8 @@ def test_a_map_is_kept_whole_and_for_one_pair(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="made for other tokenizers than revision and teacher"):
         VocabularyMap.load(path, other, revision.tokens, teacher.tokens)
     arrays = load_file(path)
-    arrays["projection_ids"][5, 0] = len(teacher.tokens)
-    save_file(arrays, path, metadata={"format": "mergeopd-vocabulary-map-2", "made_for": made.made_for})
-    with pytest.raises(TokenizerError, match="has ids outside the teacher's vocabulary; delete it"):
+    save_file(arrays, path, metadata={"format": "mergeopd-vocabulary-map-1", "made_for": made.made_for})
+    with pytest.raises(TokenizerError, match=r"not a vocabulary map of this version .*; delete it"):
         VocabularyMap.load(path, made.made_for, student.tokens, teacher.tokens)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(TokenizerError, match="not a vocabulary map"):

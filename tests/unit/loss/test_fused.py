@@ -467,8 +467,6 @@ def test_workspace_is_bounded_by_chunk_and_vocabulary(reference):
     assert (
         sizes[0] == sizes[1] == 4 * vocab * chunk_rows * (2 + 2)
     )  # logits, and masses of a block that is a chunk
-    workspace.clear()
-    assert workspace.num_bytes == 0
 
 
 def test_workspace_serves_changing_problems(reference):

@@ -16,11 +16,11 @@ from mergeopd.teacher.cross_tokenizer import CrossTokenizer
 
 def crossing(kind: str, *, inside: bool) -> CrossTokenizer:
     own, other = byte_level(), sentencepiece("bpe")
-    dialect: Any = SimpleNamespace(max_positions=64, render=lambda prompt: ())
+    renderer: Any = SimpleNamespace(max_positions=64, render=lambda prompt: ())
     return CrossTokenizer(
         teacher="other",
         bridge=Bridge.model_validate({kind: {}}),
-        dialect=dialect,
+        renderer=renderer,
         student=ByteTokenizer.of(own, "student"),
         other=ByteTokenizer.of(other, "other"),
         ends=EndTokens((own.token_to_id("<end>"),), other.token_to_id("</s>")),
