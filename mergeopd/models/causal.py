@@ -85,10 +85,11 @@ def check_fit(model: nn.Module, facts: ModelFacts, checkpoint: Checkpoint) -> No
     check_shapes(facts, given, wanted, buffers)
 
 
-def head_of(facts: ModelFacts, weights: Mapping[str, Tensor], num_valid: int) -> Head:
-    """Return the prediction head among weights by parameter name, over the true vocabulary."""
+def head_of(facts: ModelFacts, weights: Mapping[str, Tensor], vocab: range) -> Head:
+    """Return the prediction head among weights by parameter name, whose rows score the token ids `vocab`."""
     bias = weights[facts.head_bias_name] if facts.head_bias_name else None
-    return Head(weights[facts.head_parameter], bias, facts.logit_scale, facts.softcap, num_valid)
+    scale, softcap = facts.logit_scale, facts.softcap
+    return Head(weights[facts.head_parameter], bias, scale, softcap, len(vocab), vocab.start)
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -95,7 +95,7 @@ class TorchStudent:
     @property
     def head(self) -> Head:
         """The current prediction head, over the true vocabulary."""
-        return head_of(self._facts, self._parameters, self._num_valid)
+        return head_of(self._facts, self._parameters, self.vocab)
 
     @contextmanager
     def unsharded(self) -> Iterator[tuple[nn.Module, Head]]:

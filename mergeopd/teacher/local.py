@@ -32,6 +32,7 @@ from mergeopd.models.causal import (
     check_fit,
     empty,
     fill,
+    head_of,
     response_hidden,
     tensor_names,
 )
@@ -271,7 +272,8 @@ class TeacherStore:
 
     def head_key(self, name: str) -> Hashable:
         """Equal for teachers whose heads are equal: one checkpoint, precision and true vocabulary."""
-        source, snapshot = self._sources[name], self._sources[name].snapshot
+        source = self._sources[name]
+        snapshot = source.snapshot
         # A snapshot's weights differ from the folder's and from its own of another round.
         moved = None if snapshot is None else (snapshot.label, snapshot.version)
         return self._checkpoints[name].fingerprint, moved, source.dtype, source.num_valid
@@ -286,16 +288,11 @@ class TeacherStore:
         num_valid = self._sources[name].num_valid
         if vocab is not None and not (vocab.step == 1 and 0 <= vocab.start <= vocab.stop <= num_valid):
             raise ValueError(f"teacher {name!r} has {num_valid} true tokens, which do not cover {vocab}")
-        parameter = facts.head_parameter
-        bias = facts.head_bias_name
-        return Head(
-            weight=self._head_rows(name, parameter, head_tensor(facts, checkpoint), vocab),
-            bias=self._head_rows(name, bias, bias, vocab) if bias else None,
-            scale=facts.logit_scale,
-            softcap=facts.softcap,
-            num_valid=num_valid if vocab is None else len(vocab),
-            vocab_start=0 if vocab is None else vocab.start,
-        )
+        tensors = {facts.head_parameter: head_tensor(facts, checkpoint)}
+        if facts.head_bias_name:
+            tensors[facts.head_bias_name] = facts.head_bias_name
+        rows = {p: self._head_rows(name, p, tensor, vocab) for p, tensor in tensors.items()}
+        return head_of(facts, rows, range(num_valid) if vocab is None else vocab)
 
     def _head_rows(self, name: str, parameter: str, tensor_name: str, vocab: range | None) -> Tensor:
         """Rows of the snapshot's parameter if there is one, else of the checkpoint's tensor."""

@@ -115,7 +115,7 @@ class MegatronStudent:
         fill(self._skeleton, weights)
         self._skeleton.tie_weights()
         try:
-            yield self._skeleton.base_model, head_of(self._arch.facts, weights, self._num_valid)
+            yield self._skeleton.base_model, head_of(self._arch.facts, weights, range(self._num_valid))
         finally:
             empty(self._skeleton)
 
@@ -229,14 +229,8 @@ class MegatronStudent:
             self._main.write(parameter, values, step)
 
     def _head(self) -> Head:
-        vocab = self.vocab
-        return Head(
-            weight=self._model.head_weight,
-            scale=self._arch.facts.logit_scale,
-            softcap=self._arch.facts.softcap,
-            num_valid=len(vocab),
-            vocab_start=vocab.start,
-        )
+        facts = self._arch.facts
+        return head_of(facts, {facts.head_parameter: self._model.head_weight}, self.vocab)
 
     def _whole(
         self, part_of: Callable[[str], Tensor], like: Tensor, *, everywhere: bool = False
