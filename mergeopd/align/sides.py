@@ -41,7 +41,12 @@ class Side:
         """
         lengths = np.fromiter(map(len, responses), np.int64, len(responses))
         ids = np.concatenate([np.zeros(0, np.int64), *(np.asarray(row, np.int64) for row in responses)])
-        _check_ids_known(ids, tokens)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < len(tokens):
+            unknown = ids[(ids < 0) | (ids >= len(tokens))][0]
+            raise TokenizerError(
+                f"{tokens.name}: a response has the token {unknown}, but ids end at {len(tokens) - 1}; it "
+                "was generated with another tokenizer, or by a head with more rows than there are tokens"
+            )
         offsets = offsets_of(lengths)
         with_end = np.array(ended, bool)
         end_tokens = offsets[1:][with_end] - 1
@@ -72,12 +77,3 @@ class Side:
     def last(self) -> Ints:
         """The end tokens, as indices."""
         return self.rows[1:][self.ended] - 1
-
-
-def _check_ids_known(ids: Ints, tokens: TokenBytes) -> None:
-    if len(ids) and not 0 <= ids.min() <= ids.max() < len(tokens):
-        unknown = ids[(ids < 0) | (ids >= len(tokens))][0]
-        raise TokenizerError(
-            f"{tokens.name}: a response has the token {unknown}, but ids end at {len(tokens) - 1}; it was "
-            "generated with another tokenizer, or by a head with more rows than there are tokens"
-        )

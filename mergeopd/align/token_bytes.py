@@ -70,7 +70,9 @@ class TokenBytes:
         for i, token in added.items():
             pieces[i] = b"" if token["special"] else token["content"].encode()
             kind[i] = SPECIAL if token["special"] else ADDED
-        unknown = _unknown_id(state["model"], vocab)
+        model = state["model"]
+        named = vocab.get(model.get("unk_token") or "")
+        unknown: int | None = model.get("unk_id") if model["type"] == "Unigram" else named
         if unknown is not None:
             pieces[unknown], kind[unknown] = b"", UNKNOWN
         starts = offsets_of([len(piece) for piece in pieces])
@@ -162,13 +164,6 @@ def _vocabulary(state: Mapping[str, Any]) -> dict[str, int]:
     listed = state["model"]["vocab"]
     model = {row[0]: i for i, row in enumerate(listed)} if isinstance(listed, list) else listed
     return {**model, **{token["content"]: token["id"] for token in state["added_tokens"]}}
-
-
-def _unknown_id(model: Mapping[str, Any], vocab: Mapping[str, int]) -> int | None:
-    if model["type"] == "Unigram":
-        unknown: int | None = model.get("unk_id")
-        return unknown
-    return vocab.get(model.get("unk_token") or "")
 
 
 _TRIALS = ("Hello, world! 12 345", "  two  spaces\n\nand\ttabs ", "naïve é 漢字 🙂", "x = [1, 2];\n")

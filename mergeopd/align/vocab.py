@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
@@ -142,7 +143,10 @@ def _same_tokens(tokens: TokenBytes, other: TokenBytes) -> Ints:
 def _pieces_of(tokens: TokenBytes, other: ByteTokenizer, ids: Ints) -> tuple[Ints, Ints, NDArray[np.float64]]:
     """Encode each of `ids` that has text with the other tokenizer: source, target, weight."""
     sources = ids[np.isin(tokens.kind[ids], _TEXT_KINDS)].tolist()
-    texts = {i: text for i in sources if (text := _as_text(tokens.pieces[i])) is not None}
+    texts: dict[int, str] = {}
+    for i in sources:
+        with suppress(UnicodeDecodeError):  # part of a character
+            texts[i] = tokens.pieces[i].decode()
     cut: dict[int, Sequence[int]] = dict(zip(texts, other.encode_inside(list(texts.values())), strict=True))
     pieces = other.tokens.pieces
     for i in sources:
@@ -174,13 +178,6 @@ def teacher_pieces(student: ByteTokenizer, teacher: TokenBytes, ends: EndTokens)
     is_one[ends.teacher] = True
     table[is_one], table[is_one, 0] = -1, same[is_one]
     return table
-
-
-def _as_text(piece: bytes) -> str | None:
-    try:
-        return piece.decode()
-    except UnicodeDecodeError:
-        return None
 
 
 def _bytewise(piece: bytes, ids: Mapping[bytes, int]) -> list[int]:

@@ -147,12 +147,10 @@ def group_advantages(rewards: Sequence[float], std: Literal["unbiased", "biased"
     of one response, or of equal rewards, has advantage 0.
     """
     num = len(rewards)
-    if num < 2:
+    if num < 2 or max(rewards) == min(rewards):
         return [0.0] * num
     mean = math.fsum(rewards) / num
     centred = [reward - mean for reward in rewards]
-    if max(rewards) == min(rewards):
-        return [0.0] * num
     if std == "none":
         return centred
     variance = math.fsum(value * value for value in centred) / (num - 1 if std == "unbiased" else num)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mergeopd.loss.divergence import Divergence
+from mergeopd.loss.divergence import Divergence, ForwardKL, ReverseKL
 from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.support import Support
 from mergeopd.loss.targets import Sampled, Target, TopK
@@ -81,8 +81,12 @@ def check_support(
     """Raise ValueError where a target does not hold what the divergences need."""
     if not divergences:
         return
-    if support is not None:
-        support.check(divergences)
+    for divergence in divergences if support is not None and support.rest == "generalised" else ():
+        if not isinstance(divergence, ForwardKL | ReverseKL):
+            raise ValueError(
+                f"{divergence} has no generalised form on a top-k support; "
+                'use rest="tail", which works with every divergence'
+            )
     for k, target in enumerate(targets):
         if isinstance(target, Sampled):
             raise ValueError(

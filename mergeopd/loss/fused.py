@@ -173,12 +173,8 @@ def _project(
 ) -> list[Projection]:
     dtype = compute_dtype(hidden_ND)
     workspace = Workspace() if workspace is None else workspace
-    sides = [("student", head, hidden_ND)]
-    sides += [
-        (f"teacher{k}", target.head, target.hidden)
-        for k, target in enumerate(targets)
-        if isinstance(target, Hidden)
-    ]
+    exact = [(k, target) for k, target in enumerate(targets) if isinstance(target, Hidden)]
+    sides = [("student", head, hidden_ND), *((f"teacher{k}", t.head, t.hidden) for k, t in exact)]
     return [Projection(*side, temperature, dtype, workspace) for side in sides]
 
 

@@ -88,9 +88,8 @@ def entropy_and_logprob(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _row_max(matrix: Tensor) -> Tensor:
-    if matrix.shape[1] == 0:  # a shard of padding only
-        return matrix.new_full((matrix.shape[0],), -torch.inf)
-    return matrix.amax(1)
+    is_empty = matrix.shape[1] == 0  # a shard of padding only
+    return matrix.new_full((matrix.shape[0],), -torch.inf) if is_empty else matrix.amax(1)
 
 
 def _pick(matrix: Tensor, column_n1: Tensor, is_local: Tensor) -> Tensor:

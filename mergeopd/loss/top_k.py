@@ -210,4 +210,4 @@ def _generalised(divergence: Divergence, pair: Pair, value: Tensor, push: Tensor
             return value - lack.sum(1), -lack
         case ReverseKL():  # its -p_S takes away the constant 1 that terms() leaves out of g
             return value + lack.sum(1), push
-    raise AssertionError(f"Support.check should have rejected {divergence}")
+    raise AssertionError(f"check_support should have rejected {divergence}")

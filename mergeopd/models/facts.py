@@ -199,10 +199,8 @@ def _softcap(path: Path, config: dict[str, Any], architecture: _Architecture) ->
 
 def _eos_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
     """Return ids of generation_config.json first, as in transformers' generate, without duplicates."""
-    path, value = folder / "generation_config.json", None
-    generation = read_object(path, ModelError)
-    if generation is not None:
-        value = generation.get("eos_token_id")
+    path = folder / "generation_config.json"
+    value = (read_object(path, ModelError) or {}).get("eos_token_id")
     if value is None:
         path, value = folder / "config.json", config.get("eos_token_id")
     if value is None:

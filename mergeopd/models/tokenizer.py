@@ -65,13 +65,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Encode `text`. Special tokens written in it are recognised; none are added."""
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
-        return ids
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Decode `ids`; bytes that are not UTF-8 become U+FFFD, unknown ids are skipped."""
-        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return text
+        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     @cached_property
     def special_ids(self) -> frozenset[int]:

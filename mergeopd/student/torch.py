@@ -64,18 +64,11 @@ class TorchStudent:
             name: p if p.dtype in (torch.float32, torch.float64) else p.detach().float()
             for name, p in self._parameters.items()
         }
-        matrices = [p for p in self._masters.values() if p.ndim > 1]
-        vectors = [p for p in self._masters.values() if p.ndim <= 1]
-        self._adamw = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": optimizer.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            lr=0.0,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            fused=True,
-        )
+        masters = self._masters.values()
+        matrices, vectors = [p for p in masters if p.ndim > 1], [p for p in masters if p.ndim <= 1]
+        decays = ((matrices, optimizer.weight_decay), (vectors, 0.0))
+        groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays]
+        self._adamw = torch.optim.AdamW(groups, 0.0, optimizer.betas, optimizer.eps, fused=True)
         self._masters_are_double = DTYPES[dtype] == torch.float64
         self._clip_grad = optimizer.clip_grad
         self._workspace = Workspace()

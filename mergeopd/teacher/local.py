@@ -202,30 +202,27 @@ def _reduced(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield `(index, numbers to keep [trained tokens, w])` for every `(index, hidden states)`, in order."""
     workspace = Workspace()
-    waiting: list[tuple[int, Tensor]] = []
-
-    def flush() -> Iterator[tuple[int, Tensor]]:
-        labels = np.concatenate([sequences[index].trained_ids for index, _ in waiting])
-        hidden = torch.cat([rows for _, rows in waiting])
-        seen = observe(
-            hidden,
-            head,
-            torch.tensor(labels, dtype=torch.long, device=hidden.device),
-            temperature=spec.temperature,
-            top_k=spec.k,
-            workspace=workspace,
-        )
-        parts = torch.split(seen.packed(), [len(rows) for _, rows in waiting])
-        for (index, _), part in zip(waiting, parts, strict=True):
+    for batch in _batches(states):
+        hidden = torch.cat([rows for _, rows in batch])
+        labels = np.concatenate([sequences[index].trained_ids for index, _ in batch])
+        labels_N = torch.tensor(labels, dtype=torch.long, device=hidden.device)
+        packed = observe(
+            hidden, head, labels_N, temperature=spec.temperature, top_k=spec.k, workspace=workspace
+        ).packed()
+        parts = torch.split(packed, [len(rows) for _, rows in batch])
+        for (index, _), part in zip(batch, parts, strict=True):
             yield index, part.clone()
-        waiting.clear()
 
+
+def _batches(states: Iterable[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
+    batch: list[tuple[int, Tensor]] = []
     for index, rows in states:
-        waiting.append((index, rows))
-        if sum(len(rows) for _, rows in waiting) >= _ROWS:
-            yield from flush()
-    if waiting:
-        yield from flush()
+        batch.append((index, rows))
+        if sum(len(rows) for _, rows in batch) >= _ROWS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 class TeacherStore:

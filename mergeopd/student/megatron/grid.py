@@ -66,10 +66,6 @@ class Grid:
         )
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.stage == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """Whether this process has the last hidden states, the head and the loss."""
         return self.stage == self.pipeline - 1

@@ -39,7 +39,7 @@ def read_shards(model: HiddenModel, arch: Architecture, grid: Grid) -> None:
     stored = tensor_names(arch.facts, checkpoint)
     parameters = named(model)
     expected = set(parameter_names(arch, grid.stage, grid.pipeline))
-    if arch.facts.tied and grid.is_last_stage and not grid.is_first_stage:
+    if arch.facts.tied and grid.is_last_stage and grid.stage > 0:
         expected.add(OUTPUT)
     if parameters.keys() != expected:
         odd = ", ".join(sorted(parameters.keys() ^ expected)[:3])
