@@ -147,11 +147,11 @@ class HiddenCache:
 
     def _read(self, slots: Sequence[SpillSlot], buffer: memoryview) -> None:
         start = 0
-        for slot in slots:
-            stop = start + slot.num_bytes
-            with named_failures("read hidden states back from", self._folder):
+        with named_failures("read hidden states back from", self._folder):
+            for slot in slots:
+                stop = start + slot.num_bytes
                 _fill(self._descriptor(slot.file), buffer[start:stop], slot.offset)
-            start = stop
+                start = stop
 
 
 class _GrowingFile:
