@@ -78,7 +78,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("why", REFUSED)
-def test_what_cannot_be_inverted_is_refused(why: str) -> None:
+def test_tokenizers_that_cannot_be_inverted_are_refused(why: str) -> None:
     with pytest.raises(TokenizerError) as caught:
         TokenBytes.from_tokenizer(REFUSED[why], "models/other")
     assert why in str(caught.value)

@@ -41,7 +41,7 @@ def test_tokens_are_matched_by_bytes_and_one_to_one() -> None:
     assert pairs[own.ids[b"\xff"]] == 2 + 0xFF
 
 
-def test_the_projection_is_what_the_teacher_cuts() -> None:
+def test_the_projection_follows_the_teachers_encoding() -> None:
     student, teacher = small()
     own, other = student.tokens, teacher.tokens
     found = VocabularyMap.build(student, teacher, ENDS, k=3)

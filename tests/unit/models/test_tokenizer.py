@@ -328,7 +328,7 @@ def test_the_same_tokenizer_written_differently(tmp_path: Path, edit: Edit) -> N
         assert a.encode(text) == b.encode(text)
 
 
-def test_what_transformers_saves_again_is_the_same(tmp_path: Path) -> None:
+def test_a_tokenizer_saved_by_transformers_is_the_same(tmp_path: Path) -> None:
     save(tmp_path / "a", byte_level(), eos_token="<|im_end|>")
     reference_for(tmp_path / "a").save_pretrained(tmp_path / "b")
     assert Tokenizer.load(tmp_path / "a").difference(Tokenizer.load(tmp_path / "b")) is None
@@ -393,7 +393,7 @@ def _fewer_merges(state: dict[str, Any]) -> None:
         (_fewer_merges, r"^\d+ merges here and \d+ there \(here"),
     ],
 )
-def test_real_differences_are_told(tmp_path: Path, edit: Edit, message: str) -> None:
+def test_real_differences_are_described(tmp_path: Path, edit: Edit, message: str) -> None:
     a, b = edited(tmp_path, edit)
     found = a.difference(b)
     assert found is not None

@@ -38,7 +38,7 @@ def test_other_ends_and_sizes_have_maps_of_their_own(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_a_damaged_map_is_told(tmp_path: Path) -> None:
+def test_a_damaged_map_is_reported(tmp_path: Path) -> None:
     student, teacher = sides()
     vocabulary_map(tmp_path, student, teacher, ENDS)
     [folder] = tmp_path.iterdir()

@@ -30,7 +30,7 @@ def crossing(kind: str, *, inside: bool) -> CrossTokenizer:
 
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_space_on_one_side_is_not_taught(kind: str, inside: bool) -> None:
+def test_a_leading_space_on_one_side_is_not_trained(kind: str, inside: bool) -> None:
     """Where the teacher begins with "▁a" and the student with "a", tokens of equal bytes mean other texts."""
     over = crossing(kind, inside=inside)
     [ids, *_] = over.student.encode(["abc"])

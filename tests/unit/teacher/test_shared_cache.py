@@ -74,7 +74,7 @@ def test_teachers_of_different_width_and_precision_share_the_files(tmp_path: Pat
         assert torch.equal(cache.gather("wide", [1, 0, 1]), wide)
 
 
-def test_doubles_and_strangers_are_errors(tmp_path: Path) -> None:
+def test_duplicate_and_unknown_rollouts_are_errors(tmp_path: Path) -> None:
     with alone(GENEROUS, tmp_path) as cache:
         cache.put("t", 1, torch.ones(2, 3))
         with pytest.raises(KeyError, match="no hidden states of teacher 't' for rollout 1"):
@@ -87,13 +87,13 @@ def test_doubles_and_strangers_are_errors(tmp_path: Path) -> None:
             cache.gather("other", [1])
 
 
-def test_a_disk_that_refuses_is_named(tmp_path: Path) -> None:
+def test_a_disk_error_is_reported(tmp_path: Path) -> None:
     (tmp_path / "spill").write_text("a file where the folder should be")
     with alone(0, tmp_path / "spill") as cache, pytest.raises(StorageError, match="cannot spill"):
         cache.put("t", 0, torch.ones(1, 1))
 
 
-def test_memory_that_refuses_is_told_and_what_was_there_stays(
+def test_a_memory_error_is_reported_and_keeps_earlier_states(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with alone(GENEROUS, tmp_path) as cache:
@@ -130,7 +130,7 @@ def test_a_file_that_others_cannot_open_or_that_was_cut_is_named(tmp_path: Path)
             cache.gather("t", [0])
 
 
-def test_what_goes_to_another_machine_is_cut_into_parcels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_to_another_machine_are_split_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_cache, "_PARCEL_BYTES", 40)
     slots = [SpillSlot("f", 0, (rows, 4), torch.bfloat16) for rows in (1, 2, 3, 9, 1, 4)]
     batches = list(node_cache._batches([(("t", i), p) for i, p in enumerate(slots)]))
