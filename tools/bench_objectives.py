@@ -32,6 +32,7 @@ from mergeopd.loss.observe import observe
 from mergeopd.loss.policy import ClipRatio, Correction, Credit, Policy, PolicyRows
 from mergeopd.loss.support import Support
 from mergeopd.recipe.training import Optimizer
+from mergeopd.student.loss import Measured
 from mergeopd.student.torch import TorchStudent
 from mergeopd.types import token_ids
 
@@ -125,7 +126,7 @@ def main() -> None:
             for name, (objective, micro) in contestants(whole).items()
         }
         alone = replace(whole, targets=(), teachers=(), teacher_weight_KN=torch.zeros(0, ANSWERS * RESPONSE))
-        works["look back"] = lambda: model.score([alone], (), None, 1.0)
+        works["look back"] = lambda: model.score([alone], Measured((), None, 1.0))
         figures = measure(works, arguments.repeats)
     if arguments.json:
         print(json.dumps(figures))

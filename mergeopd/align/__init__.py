@@ -1,4 +1,4 @@
-r"""Find which tokens of two tokenizers cover the same text, by the bytes that tokens stand for.
+r"""Find which tokens of two tokenizers cover the same text, by the bytes of the tokens.
 
 `ByteTokenizer` reads a fast tokenizer of transformers or a `tokenizers.Tokenizer`. `align_responses` encodes
 a student's responses with a teacher's tokenizer and groups the tokens of both:
@@ -18,18 +18,19 @@ a student's responses with a teacher's tokenizer and groups the tokens of both:
 >>> student, teacher = ByteTokenizer.of(first, "student"), ByteTokenizer.of(second, "teacher")
 >>> ends = EndTokens(student=[first.token_to_id("<end>")], teacher=second.token_to_id("<end>"))
 >>> response = first.encode("the hen").ids + [first.token_to_id("<end>")]
->>> [found] = align_responses([response], student, teacher, ends)
->>> for own, other in found.groups():
+>>> [alignment] = align_responses([response], student, teacher, ends)
+>>> for own, other in alignment.groups():
 ...     print([first.id_to_token(i) for i in response[own]],
-...           [second.id_to_token(i) for i in found.teacher_ids[other].tolist()])
+...           [second.id_to_token(i) for i in alignment.teacher_ids[other].tolist()])
 ['the'] ['t', 'he']
 ['Ġ'] ['Ġ']
 ['h', 'e'] ['he']
 ['n'] ['n']
 ['<end>'] ['<end>']
 
-A teacher that scores `found.teacher_ids` can be compared with the student group by group. `VocabularyMap` and
-`teacher_pieces` relate the two vocabularies. Needs numpy and tokenizers; neither torch nor transformers.
+A teacher that scores `alignment.teacher_ids` can be compared with the student group by group.
+`VocabularyMap` and `teacher_pieces` relate the two vocabularies. Needs numpy and tokenizers, neither torch
+nor transformers.
 """
 
 from __future__ import annotations
@@ -54,16 +55,9 @@ __all__ = [
     "teacher_pieces",
 ]
 
-_MODULES = {
-    "Alignment": "responses",
-    "ByteTokenizer": "encoding",
-    "EndTokens": "responses",
-    "TokenBytes": "token_bytes",
-    "Unaligned": "responses",
-    "VocabularyMap": "vocab",
-    "align_responses": "responses",
-    "teacher_pieces": "vocab",
-}
+_MODULES = {"ByteTokenizer": "encoding", "TokenBytes": "token_bytes"}
+_MODULES |= dict.fromkeys(("Alignment", "EndTokens", "Unaligned", "align_responses"), "responses")
+_MODULES |= dict.fromkeys(("VocabularyMap", "teacher_pieces"), "vocab")
 
 
 def __getattr__(name: str) -> object:

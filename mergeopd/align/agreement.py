@@ -17,7 +17,7 @@ _SPACE = 0x20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Agreement:
-    """Where the teacher's text tokens end in the student's text, and the last position at which they agree.
+    """End positions of the teacher's tokens in the student's text, and the last position of agreement.
 
     Positions are byte offsets times `scale`: 2 for a text that was normalised, so that inside a stretch that
     normalisation changed there is an odd position, at which no token of the student can end. `whole`: all of
@@ -35,7 +35,7 @@ def agreement(text: str, ids: Sequence[int], teacher: TokenBytes) -> Agreement:
     """Compare a text with the bytes of its tokens, where these are not simply equal.
 
     Tokens agree up to the first byte that differs from the text's normal form, and before the first token
-    that stands for no bytes (unknown or special), as it can stand for any part of the text. Tokenizers that
+    without bytes (unknown or special), which can replace any part of the text. Tokenizers that
     put a space before every piece of text between added tokens are read with and without these.
     """
     own = text.encode()
@@ -46,7 +46,7 @@ def agreement(text: str, ids: Sequence[int], teacher: TokenBytes) -> Agreement:
         (*_compared(expected, ids_T, widths, teacher), num_before)
         for widths, num_before in _readings(ids_T, teacher)
     ]
-    ends, common, whole, num_before = max(readings, key=lambda found: found[1])
+    ends, common, whole, num_before = max(readings, key=lambda reading: reading[1])
     ends = ends[teacher.widths[ids_T] > 0]
     if form is None:
         return Agreement(ends, common, 1, whole, num_before)
@@ -55,9 +55,9 @@ def agreement(text: str, ids: Sequence[int], teacher: TokenBytes) -> Agreement:
 
 
 def _readings(ids: Ints, teacher: TokenBytes) -> Iterator[tuple[Ints, int]]:
-    """Yield the bytes that each token stands for, less spaces that encoding may have put before it.
+    """Yield the widths of tokens in bytes, without spaces that encoding may have put before them.
 
-    Each comes with the number of bytes that were taken off before the text.
+    Each comes with the number of bytes that were removed before the text.
     """
     widths = teacher.widths[ids]
     yield widths, 0
@@ -76,11 +76,11 @@ def _readings(ids: Ints, teacher: TokenBytes) -> Iterator[tuple[Ints, int]]:
 def _compared(
     expected: NDArray[np.uint8], ids: Ints, widths: Ints, teacher: TokenBytes
 ) -> tuple[Ints, int, bool]:
-    """Return the ends of the tokens, how many bytes agree, and whether all do."""
+    """Return the ends of the tokens, the number of bytes that agree, and whether all do."""
     ends = np.cumsum(widths)
     full = teacher.widths[ids]
-    taken_off = (np.cumsum(full) - full)[widths < full]
-    given = np.delete(teacher.joined(ids), taken_off)
+    removed = (np.cumsum(full) - full)[widths < full]
+    given = np.delete(teacher.joined(ids), removed)
     length = min(len(given), len(expected))
     differing = given[:length] != expected[:length]
     common = int(differing.argmax()) if differing.any() else length

@@ -18,7 +18,7 @@ Encode = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 
 @dataclass(frozen=True)
 class ByteTokenizer:
-    """A tokenizer that encodes batches of texts, with the bytes that its ids stand for.
+    """A tokenizer that encodes batches of texts, with the bytes of its ids.
 
     `encode` adds no special tokens and recognises none: a student's response is text, even where it contains
     the string of the teacher's end token. `encode_inside` encodes a continuation: no space is put before it.
@@ -33,8 +33,7 @@ class ByteTokenizer:
 
         `name` is what errors call it.
 
-        Raises:
-            TokenizerError: its tokens cannot be turned back into bytes.
+        Raises TokenizerError when its tokens cannot be turned back into bytes.
         """
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
         if not isinstance(backend, tokenizers.Tokenizer):

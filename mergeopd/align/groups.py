@@ -12,7 +12,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ends:
-    """Where the tokens of R texts end, on one side.
+    """End positions of the tokens of R texts, on one side.
 
     Token n of text r, `rows[r] <= n < rows[r + 1]`, ends at `ends[n]`, counted from the start of the text.
     Ends do not decrease within a text.

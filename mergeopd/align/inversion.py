@@ -13,7 +13,6 @@ from typing import Any, Literal, NoReturn, cast
 from mergeopd.errors import TokenizerError
 
 NormalForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
-_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 # Pre-tokenizers that split text without changing it: Split and Punctuation unless they remove their matches.
 _CUTS = ("Digits", "UnicodeScripts", "FixedLength", "Split", "Punctuation")
 _REFUSED_NORMALIZERS = {
@@ -28,7 +27,7 @@ _REFUSED_NORMALIZERS = {
 
 @dataclass(frozen=True, slots=True)
 class Inversion:
-    """How token strings map to bytes.
+    """Rules by which token strings map to bytes.
 
     `byte_level`: every character is a byte in GPT-2's alphabet. `space`: the character for a space.
     `byte_fallback`: "<0xEE>" is one byte. `normal`: text is normalised to this Unicode form first. `prefix`:
@@ -45,14 +44,11 @@ class Inversion:
 
 def read_inversion(state: Mapping[str, Any], name: str) -> Inversion:
     """Read the rules of a tokenizer. Raises TokenizerError naming the part that cannot be inverted."""
-    rules = Inversion()
-    for step in _steps(state["normalizer"]):
-        rules = _after_normalizer(rules, step, name)
-    for step in _steps(state["pre_tokenizer"]):
-        rules = _after_pre_tokenizer(rules, step, name)
-    rules = _after_model(rules, state["model"], name)
-    for step in _steps(state["decoder"]):
-        rules = _after_decoder(rules, step, name)
+    _check_model(state["model"], name)
+    rules = Inversion(byte_fallback=bool(state["model"].get("byte_fallback")))
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        for step in _steps(state[part]):
+            rules = _after(part.replace("_", "-"), rules, step, name)
     if rules.byte_level and rules.space is not None:
         _refuse(name, f"writes bytes as characters and spaces as {rules.space!r} at once")
     return rules
@@ -124,62 +120,55 @@ def _steps(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
             yield from _steps(step)
 
 
-def _after_normalizer(rules: Inversion, step: Mapping[str, Any], name: str) -> Inversion:
+def _after(part: str, rules: Inversion, step: Mapping[str, Any], name: str) -> Inversion:
+    """Return the rules after one step of the normalizer, the pre-tokenizer or the decoder."""
     kind = step["type"]
-    if kind in _FORMS:
-        if rules.normal not in (None, kind):
-            _refuse(name, f"the normalizer brings text to {rules.normal} and to {kind}")
-        return replace(rules, normal=cast(NormalForm, kind))
-    if kind == "ByteLevel":
-        return replace(rules, byte_level=True)
-    if kind == "Prepend":
-        if step["prepend"] not in (" ", "▁", rules.space):
-            _refuse(name, f"the normalizer writes {step['prepend']!r} before every text")
-        return replace(rules, prefix=True)
-    if kind == "Replace":
-        if step["pattern"] != {"String": " "} or len(step["content"]) != 1:
-            _refuse(name, f"the normalizer replaces {step['pattern']} by {step['content']!r}")
-        return _with_space(rules, step["content"], name)
-    return _refuse(name, f"the normalizer {kind} {_REFUSED_NORMALIZERS.get(kind, 'is not known')}")
+    match part, kind:
+        case _, "ByteLevel":
+            prefix = part == "pre-tokenizer" and step["add_prefix_space"]
+            return replace(rules, byte_level=True, prefix=rules.prefix or prefix)
+        case "normalizer", "NFC" | "NFD" | "NFKC" | "NFKD":
+            if rules.normal not in (None, kind):
+                _refuse(name, f"the normalizer brings text to {rules.normal} and to {kind}")
+            return replace(rules, normal=cast(NormalForm, kind))
+        case "normalizer", "Prepend":
+            if step["prepend"] not in (" ", "▁", rules.space):
+                _refuse(name, f"the normalizer puts {step['prepend']!r} before every text")
+            return replace(rules, prefix=True)
+        case "normalizer", "Replace":
+            if step["pattern"] != {"String": " "} or len(step["content"]) != 1:
+                _refuse(name, f"the normalizer replaces {step['pattern']} by {step['content']!r}")
+            return _with_space(rules, step["content"], name)
+        case "pre-tokenizer", "Metaspace":
+            prefix = rules.prefix or step["prepend_scheme"] != "never"
+            return _with_space(replace(rules, prefix=prefix), step["replacement"], name)
+        case "pre-tokenizer", _ if kind in _CUTS and step.get("behavior") != "Removed":
+            return rules
+        case "decoder", "Metaspace":
+            strip = step["prepend_scheme"] != "never"
+            return _with_space(replace(rules, strip=strip), step["replacement"], name)
+        case "decoder", "Replace" if step["content"] == " " and set(step["pattern"]) == {"String"}:
+            return _with_space(rules, step["pattern"]["String"], name)
+        case "decoder", "Strip" if step["content"] == " " and step["start"] <= 1 and not step["stop"]:
+            return replace(rules, strip=rules.strip or step["start"] == 1)
+        case "decoder", "ByteFallback" | "Fuse":
+            return rules
+    reasons = {
+        "normalizer": _REFUSED_NORMALIZERS.get(kind, "is not known"),
+        "pre-tokenizer": "drops the spaces or characters between words",
+        "decoder": "does more than to join pieces",
+    }
+    return _refuse(name, f"the {part} {kind} {reasons[part]}")
 
 
-def _after_pre_tokenizer(rules: Inversion, step: Mapping[str, Any], name: str) -> Inversion:
-    kind = step["type"]
-    if kind == "ByteLevel":
-        return replace(rules, byte_level=True, prefix=rules.prefix or step["add_prefix_space"])
-    if kind == "Metaspace":
-        prefix = step["prepend_scheme"] != "never"
-        return _with_space(replace(rules, prefix=rules.prefix or prefix), step["replacement"], name)
-    if kind in _CUTS and step.get("behavior") != "Removed":
-        return rules
-    return _refuse(name, f"the pre-tokenizer {kind} drops the spaces or characters between words")
-
-
-def _after_model(rules: Inversion, model: Mapping[str, Any], name: str) -> Inversion:
-    kind = model["type"]
-    if kind == "WordPiece":
+def _check_model(model: Mapping[str, Any], name: str) -> None:
+    if model["type"] == "WordPiece":
         _refuse(name, "WordPiece joins pieces by '##' and does not say where spaces were")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             _refuse(name, f"the model marks pieces of words by {key} {model[key]!r}")
     if model.get("dropout"):
         _refuse(name, f"the model cuts words at random (dropout {model['dropout']})")
-    return replace(rules, byte_fallback=bool(model.get("byte_fallback")))
-
-
-def _after_decoder(rules: Inversion, step: Mapping[str, Any], name: str) -> Inversion:
-    kind = step["type"]
-    if kind == "ByteLevel":
-        return replace(rules, byte_level=True)
-    if kind == "Metaspace":
-        return _with_space(replace(rules, strip=step["prepend_scheme"] != "never"), step["replacement"], name)
-    if kind == "Replace" and step["content"] == " " and set(step["pattern"]) == {"String"}:
-        return _with_space(rules, step["pattern"]["String"], name)
-    if kind == "Strip" and step["content"] == " " and step["start"] <= 1 and not step["stop"]:
-        return replace(rules, strip=rules.strip or step["start"] == 1)
-    if kind in ("ByteFallback", "Fuse"):
-        return rules
-    return _refuse(name, f"the decoder {kind} does more than to join pieces")
 
 
 def _with_space(rules: Inversion, character: str, name: str) -> Inversion:

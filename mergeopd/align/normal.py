@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mergeopd.align.inversion import NormalForm
+from mergeopd.align.token_bytes import offsets_of
 
 Ints = NDArray[np.int64]
 
@@ -49,14 +50,10 @@ def normalised(text: str, form: NormalForm) -> Normalised:
     normal = [unicodedata.normalize(form, stretch) for stretch in stretches]
     return Normalised(
         "".join(normal).encode(),
-        _running([len(stretch.encode()) for stretch in stretches]),
-        _running([len(stretch.encode()) for stretch in normal]),
+        offsets_of([len(stretch.encode()) for stretch in stretches]),
+        offsets_of([len(stretch.encode()) for stretch in normal]),
         np.array([a == b for a, b in zip(stretches, normal, strict=True)], bool),
     )
-
-
-def _running(lengths: list[int]) -> Ints:
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
 
 
 def _begins(character: str, form: NormalForm) -> bool:

@@ -22,7 +22,7 @@ class Unaligned(StrEnum):
     """The reason why a token of the student is in no group."""
 
     NO_TEXT = "no text"  # a special token inside the response, or a leading space that decoding strips
-    INTERRUPTED = "interrupted"  # in a group that a special token lies in, which the other side never saw
+    INTERRUPTED = "interrupted"  # in a group with a special token inside, which the other side does not have
     NOT_UTF8 = "not UTF-8"  # after the first byte that is part of no complete character
     TOO_LONG = "too long"  # in a group of more tokens, on either side, than are compared at once
     LEADING_SPACE = "leading space"  # in a first group in which only one side has a leading space
@@ -79,19 +79,14 @@ def align_responses(
     `as_continuation`: the teacher's prompt ends within a text, so its tokenizer puts no space before the
     response.
 
-    Raises:
-        TokenizerError: an id is not in its tokenizer.
+    Raises TokenizerError when an id is not in its tokenizer.
     """
     encode = teacher.encode_inside if as_continuation else teacher.encode
     return align(responses, student.tokens, teacher.tokens, encode, ends)
 
 
 def align(
-    responses: Sequence[TokenRow],
-    student: TokenBytes,
-    teacher: TokenBytes,
-    encode: Encode,
-    ends: EndTokens,
+    responses: Sequence[TokenRow], student: TokenBytes, teacher: TokenBytes, encode: Encode, ends: EndTokens
 ) -> list[Alignment]:
     """Encode the student's responses with the teacher's tokenizer, and group the tokens of both by bytes.
 
@@ -104,8 +99,7 @@ def align(
 
     `encode` adds no special tokens and recognises none in the text (`ByteTokenizer.encode`).
 
-    Raises:
-        TokenizerError: an id is not in its tokenizer.
+    Raises TokenizerError when an id is not in its tokenizer.
     """
     if not responses:
         return []
@@ -114,17 +108,17 @@ def align(
     texts = [_Text.of(own.bytes_of(row), student.strip) for row in range(len(responses))]
     encoded = _encoded([text.text for text in texts], encode)
     ended = [bool(end) and text.whole for end, text in zip(own.ended, texts, strict=True)]
-    theirs = [[*ids, ends.teacher] if end else ids for ids, end in zip(encoded, ended, strict=True)]
-    other = Side.of(theirs, ended, teacher)
+    teacher_rows = [[*ids, ends.teacher] if end else ids for ids, end in zip(encoded, ended, strict=True)]
+    other = Side.of(teacher_rows, ended, teacher)
     matched = _matched(texts, own, other, encoded, teacher)
     closed = close_groups(Ends(matched.own, own.rows), Ends(matched.other, other.rows), matched.limits)
-    return _assembled(closed, own, other, theirs, matched)
+    return _assembled(closed, own, other, teacher_rows, matched)
 
 
 def written_text(ids: TokenRow, tokens: TokenBytes) -> tuple[str, bool]:
     """Decode tokens up to the first byte that is part of no complete character; also whether that is all."""
-    found = _Text.of(tokens.joined(np.array(ids, np.int64)).tobytes(), tokens.strip)
-    return found.text, found.whole
+    text = _Text.of(tokens.joined(np.array(ids, np.int64)).tobytes(), tokens.strip)
+    return text.text, text.whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +142,9 @@ class _Text:
 
 def _encoded(texts: Sequence[str], encode: Encode) -> list[Sequence[int]]:
     """Encode with the teacher's tokenizer; an empty text has no ids, even if a space is put before it."""
-    asked = [i for i, text in enumerate(texts) if text]
-    ids: list[Sequence[int]] = [()] * len(texts)
-    for i, found in zip(asked, encode([texts[i] for i in asked]) if asked else (), strict=True):
-        ids[i] = found
-    return ids
+    given = [text for text in texts if text]
+    ids = iter(encode(given) if given else ())
+    return [next(ids) if text else () for text in texts]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,11 +162,7 @@ class _Matched:
 
 
 def _matched(
-    texts: Sequence[_Text],
-    own: Side,
-    other: Side,
-    encoded: Sequence[Sequence[int]],
-    teacher: TokenBytes,
+    texts: Sequence[_Text], own: Side, other: Side, encoded: Sequence[Sequence[int]], teacher: TokenBytes
 ) -> _Matched:
     own_ends, other_ends = own.ends.copy(), other.ends.copy()
     limits = np.empty(len(texts), np.int64)
@@ -185,16 +173,15 @@ def _matched(
         if text.dropped:
             own_ends[here] -= text.dropped
         whole, limit = True, text.num_bytes
-        behind = _read_behind(text, own, other, row, teacher)
-        if behind is not None:
-            other_ends[there] -= behind
+        prefix = _prefix(text, own, other, row, teacher)
+        if prefix is not None:
+            other_ends[there] -= prefix
         else:
-            found = agreement(text.text, encoded[row], teacher)
-            own_ends[here] *= found.scale
-            other_ends[there][: len(found.ends)] = found.ends
-            whole, limit = found.whole, found.limit
-            behind = found.num_before
-        leading_space_differs.append(bool(text.num_bytes) and text.dropped != behind)
+            agreed = agreement(text.text, encoded[row], teacher)
+            own_ends[here] *= agreed.scale
+            other_ends[there][: len(agreed.ends)] = agreed.ends
+            whole, limit, prefix = agreed.whole, agreed.limit, agreed.num_before
+        leading_space_differs.append(bool(text.num_bytes) and text.dropped != prefix)
         broken.append(Unaligned.ROUND_TRIP if not whole else None if text.whole else Unaligned.NOT_UTF8)
         # The end is one position after the text, or none where something is missing before it.
         end = limit + 1 if broken[-1] is None else 0
@@ -206,7 +193,7 @@ def _matched(
     return _Matched(own_ends, other_ends, limits, broken, leading_space_differs)
 
 
-def _read_behind(text: _Text, own: Side, other: Side, row: int, teacher: TokenBytes) -> int | None:
+def _prefix(text: _Text, own: Side, other: Side, row: int, teacher: TokenBytes) -> int | None:
     """Count the bytes of the teacher's tokens before the text; None where the rest is not simply the text."""
     begin = own.byte_rows[row] + text.dropped
     expected, given = own.content[begin : begin + text.num_bytes], other.bytes_of(row)
@@ -216,14 +203,10 @@ def _read_behind(text: _Text, own: Side, other: Side, row: int, teacher: TokenBy
 
 
 def _assembled(
-    closed: Closed,
-    own: Side,
-    other: Side,
-    theirs: Sequence[Sequence[int]],
-    matched: _Matched,
+    closed: Closed, own: Side, other: Side, teacher_rows: Sequence[Sequence[int]], matched: _Matched
 ) -> list[Alignment]:
-    """Express groups in positions of all tokens, without groups that a special token lies in."""
-    num, sides = len(theirs), []
+    """Express groups in positions of all tokens, without groups that have a special token inside."""
+    num, sides = len(teacher_rows), []
     whole = np.ones(len(closed.row), bool)
     for side, starts, stops in (
         (own, closed.student_starts, closed.student_stops),
@@ -250,7 +233,7 @@ def _assembled(
         counts = {Unaligned.NO_TEXT: int(no_text[row]), Unaligned.INTERRUPTED: int(interrupted[row])}
         why = reason or Unaligned.NO_TEXT
         counts[why] = counts.get(why, 0) + int(rest[row])
-        ids = np.array(theirs[row][:used], np.int64)
+        ids = np.array(teacher_rows[row][:used], np.int64)
         unaligned = {key: count for key, count in counts.items() if count}
         leading_space_differs = matched.leading_space_differs[row]
         result.append(Alignment(ids, starts_S, stops_S, starts_T, stops_T, unaligned, leading_space_differs))

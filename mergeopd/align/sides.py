@@ -1,4 +1,4 @@
-"""Look up the tokens of one side that stand for text: their positions, where they end, their bytes."""
+"""Look up the tokens of one side that have text: their positions, where they end, their bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mergeopd.align.token_bytes import TokenBytes
+from mergeopd.align.token_bytes import TokenBytes, offsets_of
 from mergeopd.errors import TokenizerError
 
 Ints = NDArray[np.int64]
@@ -18,7 +18,7 @@ TokenRow: TypeAlias = Sequence[int] | NDArray[np.integer]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Side:
-    """R responses in the tokens of one side: only tokens that stand for text or end a response are listed.
+    """R responses in the tokens of one side: only tokens that have text or end a response are listed.
 
     Token n of response r, `rows[r] <= n < rows[r + 1]`, has position `where[n]` among all tokens of its
     response and ends at byte `ends[n]` of it. The bytes of response r are
@@ -37,13 +37,17 @@ class Side:
     def of(cls, responses: Sequence[TokenRow], ended: Sequence[bool], tokens: TokenBytes) -> Side:
         """Look up all tokens. `ended`: the last token of a response is an end token, of whatever kind.
 
-        Raises:
-            TokenizerError: an id is not in the tokenizer.
+        Raises TokenizerError when an id is not in the tokenizer.
         """
         lengths = np.fromiter(map(len, responses), np.int64, len(responses))
         ids = np.concatenate([np.zeros(0, np.int64), *(np.asarray(row, np.int64) for row in responses)])
-        _check_ids_known(ids, tokens)
-        offsets = _running(lengths)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < len(tokens):
+            unknown = ids[(ids < 0) | (ids >= len(tokens))][0]
+            raise TokenizerError(
+                f"{tokens.name}: a response has the token {unknown}, but ids end at {len(tokens) - 1}; it "
+                "was generated with another tokenizer, or by a head with more rows than there are tokens"
+            )
+        offsets = offsets_of(lengths)
         with_end = np.array(ended, bool)
         end_tokens = offsets[1:][with_end] - 1
         widths = tokens.widths[ids]
@@ -51,7 +55,7 @@ class Side:
         counted = widths > 0
         content = tokens.joined(ids[counted])
         counted[end_tokens] = True
-        rows = _running(counted)[offsets]
+        rows = offsets_of(counted)[offsets]
         ends = np.cumsum(widths)
         byte_rows = np.concatenate([[0], ends])[offsets]
         where, before = np.flatnonzero(counted), np.diff(rows)
@@ -73,18 +77,3 @@ class Side:
     def last(self) -> Ints:
         """The end tokens, as indices."""
         return self.rows[1:][self.ended] - 1
-
-
-def _running(lengths: NDArray[np.generic]) -> Ints:
-    total = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=total[1:])
-    return total
-
-
-def _check_ids_known(ids: Ints, tokens: TokenBytes) -> None:
-    if len(ids) and not 0 <= ids.min() <= ids.max() < len(tokens):
-        unknown = ids[(ids < 0) | (ids >= len(tokens))][0]
-        raise TokenizerError(
-            f"{tokens.name}: a response has the token {unknown}, but ids end at {len(tokens) - 1}; it was "
-            "generated with another tokenizer, or by a head with more rows than there are tokens"
-        )

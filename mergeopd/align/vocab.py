@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
@@ -18,49 +18,38 @@ from mergeopd.align.token_bytes import ADDED, BYTE, TEXT, TokenBytes
 from mergeopd.errors import TokenizerError
 
 Ints = NDArray[np.int64]
-FORMAT = "mergeopd-vocabulary-map-1"
+FORMAT = "mergeopd-vocabulary-map-2"
+_TEXT_KINDS = (TEXT, ADDED, BYTE)
+
+
 # Each piece of a token weighs a tenth of the one before it (X-Token, 2605.21699).
 _DECAY = 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class MadeFor:
-    """Everything that a map depends on, as one line of JSON."""
-
-    text: str
-
-    @classmethod
-    def of(cls, student: TokenBytes, teacher: TokenBytes, ends: EndTokens, k: int) -> MadeFor:
-        """Describe a pair of tokenizers, their end tokens and the number of weights in a row."""
-        facts = {
-            "student": student.fingerprint,
-            "teacher": teacher.fingerprint,
-            "ends": [list(ends.student), ends.teacher],
-            "k": k,
-        }
-        return cls(json.dumps(facts, sort_keys=True))
-
-    @property
-    def digest(self) -> str:
-        """A short digest for file names."""
-        return hashlib.sha256(self.text.encode()).hexdigest()[:20]
+def made_for(student: TokenBytes, teacher: TokenBytes, ends: EndTokens, k: int) -> str:
+    """Describe everything that a map depends on, as one line of JSON; rows have `k` weights."""
+    facts = {
+        "format": FORMAT,
+        "student": student.fingerprint,
+        "teacher": teacher.fingerprint,
+        "ends": [list(ends.student), ends.teacher],
+        "k": k,
+    }
+    return json.dumps(facts, sort_keys=True)
 
 
 @dataclass(frozen=True, eq=False)
 class VocabularyMap:
     """A mapping between two vocabularies by the bytes of tokens, not by their strings.
 
-    `student_ids[m]` and `teacher_ids[m]` stand for the same bytes, or both are end tokens; ids are unique.
-    `student_rest` and `teacher_rest` are all other ids. Row s of the projection distributes the student's
-    token s over the teacher's tokens: `projection_weights[s]` sums to 1, or is all 0 for special and unused
-    ids. Unused columns have id 0 and weight 0.
+    `student_ids[m]` and `teacher_ids[m]` have the same bytes, or both are end tokens; ids are unique. Row s
+    of the projection distributes the student's token s over the teacher's tokens: `projection_weights[s]`
+    sums to 1, or is all 0 for special and unused ids. Unused columns have id 0 and weight 0.
     """
 
-    made_for: MadeFor
+    made_for: str
     student_ids: Ints  # [M], ascending
     teacher_ids: Ints  # [M]
-    student_rest: Ints  # [V_S - M], ascending
-    teacher_rest: Ints  # [V_T - M], ascending
     projection_ids: Ints  # [V_S, k]
     projection_weights: NDArray[np.float32]  # [V_S, k], descending in a row
 
@@ -76,91 +65,60 @@ class VocabularyMap:
         the student's tokenizer and adds to the rows of its pieces. The `k` largest weights are kept. The
         student's end tokens map to the teacher's; the first of them is matched with it.
 
-        Raises:
-            ValueError: `k` is below 1.
+        Raises ValueError when `k` is below 1.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}")
         matched = _matched(student.tokens, teacher.tokens, ends)
-        pinned = _pinned(student.tokens, teacher.tokens, ends)
-        entries = [
-            _pieces_of(student.tokens, teacher, np.flatnonzero(~pinned.known)),
-            _pieces_of(teacher.tokens, student, _complement(list(matched.values()), len(teacher.tokens))),
-        ]
-        own = np.concatenate([entries[0][0], entries[1][1]])
-        other = np.concatenate([entries[0][1], entries[1][0]])
-        weights = np.concatenate([entries[0][2], entries[1][2]])
-        free = ~pinned.known[own]
-        ids, shares = _largest(
-            own[free], other[free], weights[free], len(student.tokens), len(teacher.tokens), k
-        )
-        ids[pinned.known, 0], shares[pinned.known, 0] = pinned.ids[pinned.known], 1.0
+        pinned = _same_tokens(student.tokens, teacher.tokens)
+        pinned[list(ends.student)] = ends.teacher
+        known = pinned >= 0
+        only_teacher = np.setdiff1d(np.arange(len(teacher.tokens)), list(matched.values()))
+        own, other, weights = _pieces_of(student.tokens, teacher, np.flatnonzero(~known))
+        other_2, own_2, weights_2 = _pieces_of(teacher.tokens, student, only_teacher)
+        own, other = np.concatenate([own, own_2]), np.concatenate([other, other_2])
+        weights, free = np.concatenate([weights, weights_2]), ~known[own]
+        shape = len(student.tokens), len(teacher.tokens)
+        ids, shares = _largest(own[free], other[free], weights[free], *shape, k)
+        ids[known, 0], shares[known, 0] = pinned[known], 1.0
         student_ids = np.array(sorted(matched), np.int64)
-        return cls(
-            MadeFor.of(student.tokens, teacher.tokens, ends, k),
-            student_ids,
-            np.array([matched[i] for i in student_ids.tolist()], np.int64),
-            _complement(list(matched), len(student.tokens)),
-            _complement(list(matched.values()), len(teacher.tokens)),
-            ids,
-            shares,
-        )
+        teacher_ids = np.array([matched[i] for i in student_ids.tolist()], np.int64)
+        made = made_for(student.tokens, teacher.tokens, ends, k)
+        return cls(made, student_ids, teacher_ids, ids, shares)
 
     def save(self, path: Path) -> None:
         """Write a safetensors file."""
         from safetensors.numpy import save_file
 
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
-        save_file(arrays, str(path), metadata={"format": FORMAT, "made_for": self.made_for.text})
+        save_file(arrays, str(path), metadata={"format": FORMAT, "made_for": self.made_for})
 
     @classmethod
-    def load(cls, path: Path, made_for: MadeFor, student: TokenBytes, teacher: TokenBytes) -> VocabularyMap:
+    def load(cls, path: Path, made_for: str, student: TokenBytes, teacher: TokenBytes) -> VocabularyMap:
         """Read a file that `save` wrote.
 
-        Raises:
-            TokenizerError: the file is damaged, or was made for other tokenizers, revisions or end tokens.
+        Raises TokenizerError when it is damaged, or was made for other tokenizers, revisions or end tokens.
         """
         from safetensors import SafetensorError, safe_open
 
         remedy = "delete it to have it rebuilt"
         try:
             with safe_open(str(path), framework="numpy") as file:
-                written = file.metadata() or {}
+                metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         except (OSError, SafetensorError) as error:
             raise TokenizerError(f"{path}: not a vocabulary map: {error}; {remedy}") from error
-        if written.get("format") != FORMAT or arrays.keys() != set(_ARRAYS):
+        if metadata.get("format") != FORMAT or arrays.keys() != set(_ARRAYS):
             raise TokenizerError(f"{path}: not a vocabulary map of this version ({FORMAT}); {remedy}")
-        if written.get("made_for") != made_for.text:
+        if metadata.get("made_for") != made_for:
             raise TokenizerError(
                 f"{path}: made for other tokenizers than {student.name} and {teacher.name}, or other "
                 f"revisions or end tokens of them; {remedy}"
             )
-        found = cls(made_for, **arrays)
-        fault = _fault(found, len(student), len(teacher))
-        if fault:
-            raise TokenizerError(f"{path}: damaged: {fault}; {remedy}")
-        return found
+        return cls(made_for, **arrays)
 
 
 _ARRAYS = tuple(field.name for field in fields(VocabularyMap) if field.name != "made_for")
-
-
-def _fault(found: VocabularyMap, num_student: int, num_teacher: int) -> str | None:
-    """Find damage in a map: ids outside the vocabularies would be read out of bounds in a kernel."""
-    sides = (
-        ("student", found.student_ids, found.student_rest, num_student),
-        ("teacher", found.teacher_ids, found.teacher_rest, num_teacher),
-    )
-    for side, ids, rest, num in sides:
-        if not np.array_equal(np.sort(np.concatenate([ids, rest])), np.arange(num)):
-            return f"the {side}'s ids are not each of 0 to {num - 1} once"
-    shape = found.projection_ids.shape
-    if len(shape) != 2 or shape[0] != num_student or found.projection_weights.shape != shape:
-        return f"the projection has shape {list(shape)}"
-    if found.projection_ids.min() < 0 or found.projection_ids.max() >= num_teacher:
-        return "the projection has ids outside the teacher's vocabulary"
-    return None
 
 
 def _matched(student: TokenBytes, teacher: TokenBytes, ends: EndTokens) -> dict[int, int]:
@@ -174,26 +132,21 @@ def _matched(student: TokenBytes, teacher: TokenBytes, ends: EndTokens) -> dict[
     return pairs
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Pinned:
-    """The student's tokens that equal one of the teacher's; several can equal the same one."""
-
-    known: NDArray[np.bool_]  # [V_S]
-    ids: Ints  # [V_S]
-
-
-def _pinned(student: TokenBytes, teacher: TokenBytes, ends: EndTokens) -> _Pinned:
-    ids = np.full(len(student), -1, np.int64)
-    for i in np.flatnonzero(np.isin(student.kind, (TEXT, ADDED, BYTE))).tolist():
-        ids[i] = teacher.ids.get(student.pieces[i], -1)
-    ids[list(ends.student)] = ends.teacher
-    return _Pinned(ids >= 0, ids)
+def _same_tokens(tokens: TokenBytes, other: TokenBytes) -> Ints:
+    """Return for each token with text the other side's id of the same bytes; -1 where there is none."""
+    ids = np.full(len(tokens), -1, np.int64)
+    for i in np.flatnonzero(np.isin(tokens.kind, _TEXT_KINDS)).tolist():
+        ids[i] = other.ids.get(tokens.pieces[i], -1)
+    return ids
 
 
 def _pieces_of(tokens: TokenBytes, other: ByteTokenizer, ids: Ints) -> tuple[Ints, Ints, NDArray[np.float64]]:
-    """Encode each of `ids` that stands for text with the other tokenizer: source, target, weight."""
-    sources = ids[np.isin(tokens.kind[ids], (TEXT, ADDED, BYTE))].tolist()
-    texts = {i: text for i in sources if (text := _as_text(tokens.pieces[i])) is not None}
+    """Encode each of `ids` that has text with the other tokenizer: source, target, weight."""
+    sources = ids[np.isin(tokens.kind[ids], _TEXT_KINDS)].tolist()
+    texts: dict[int, str] = {}
+    for i in sources:
+        with suppress(UnicodeDecodeError):  # part of a character
+            texts[i] = tokens.pieces[i].decode()
     cut: dict[int, Sequence[int]] = dict(zip(texts, other.encode_inside(list(texts.values())), strict=True))
     pieces = other.tokens.pieces
     for i in sources:
@@ -219,27 +172,18 @@ def teacher_pieces(student: ByteTokenizer, teacher: TokenBytes, ends: EndTokens)
     rank = np.arange(len(rows)) - np.searchsorted(rows, rows)
     table = np.full((len(teacher), int(rank.max(initial=0)) + 1), -1, np.int64)
     table[rows, rank] = columns
-    for i in np.flatnonzero(np.isin(teacher.kind, (TEXT, ADDED, BYTE))).tolist():
-        same = student.tokens.ids.get(teacher.pieces[i])
-        if same is not None:
-            table[i], table[i, 0] = -1, same
-    table[ends.teacher] = -1
-    if ends.student:
-        table[ends.teacher, 0] = ends.student[0]
+    same = _same_tokens(teacher, student.tokens)
+    same[ends.teacher] = ends.student[0] if ends.student else -1
+    is_one = same >= 0
+    is_one[ends.teacher] = True
+    table[is_one], table[is_one, 0] = -1, same[is_one]
     return table
-
-
-def _as_text(piece: bytes) -> str | None:
-    try:
-        return piece.decode()
-    except UnicodeDecodeError:
-        return None
 
 
 def _bytewise(piece: bytes, ids: Mapping[bytes, int]) -> list[int]:
     """Return one token per byte, or none where a byte has no token, since part of a token is another one."""
-    found = [ids.get(piece[at : at + 1]) for at in range(len(piece))]
-    return [i for i in found if i is not None] if None not in found else []
+    tokens = [ids.get(piece[at : at + 1]) for at in range(len(piece))]
+    return [i for i in tokens if i is not None] if None not in tokens else []
 
 
 def _largest(
@@ -258,9 +202,3 @@ def _largest(
     ids[row, rank] = column
     shares[row, rank] = sums / np.bincount(row, sums, num_rows)[row]
     return ids, shares
-
-
-def _complement(ids: Sequence[int], size: int) -> Ints:
-    rest = np.ones(size, bool)
-    rest[list(ids)] = False
-    return np.flatnonzero(rest)

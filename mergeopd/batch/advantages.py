@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mergeopd.loss.policy import Correction, bounded
+from mergeopd.recipe.policy_terms import SampledTerm
 from mergeopd.recipe.training import Phase
 from mergeopd.types import Rollout
 
@@ -37,19 +38,18 @@ def outcomes(rollouts: Sequence[Rollout], rewards: Sequence[float | None], phase
     the group's pass rate. Responses without a verifier, and those that are not the student's own, keep their
     full distillation loss.
     """
-    groups: dict[str, list[int]] = {}
-    for index, rollout in enumerate(rollouts):
-        if rollout.origin == "student" and rewards[index] is not None:
-            groups.setdefault(rollout.prompt.key, []).append(index)
+    groups: dict[str, dict[int, float]] = {}
+    for index, (rollout, reward) in enumerate(zip(rollouts, rewards, strict=True)):
+        if rollout.origin == "student" and reward is not None:
+            groups.setdefault(rollout.prompt.key, {})[index] = reward
     advantage = [0.0] * len(rollouts)
     teacher_loss_weight = [1.0] * len(rollouts)
     num_groups = num_equal = 0
-    for members in groups.values():
-        known = {i: _known(rewards[i]) for i in members}
+    for known in groups.values():
         for index, factor in _teacher_loss_weights(rollouts, known, phase).items():
             teacher_loss_weight[index] = factor
         term = phase.loss.outcome
-        whole = [i for i in members if rollouts[i].finish != "length"]
+        whole = [i for i in known if rollouts[i].finish != "length"]
         if term is None or len(whole) < 2:
             continue
         values = group_advantages([known[i] for i in whole], term.std)
@@ -71,22 +71,10 @@ def _teacher_loss_weights(
     factor = 1.0 if exponents is None else pass_rate_weight(rate, exponents.a, exponents.b)
     # A truncated response is not correct, whatever its reward.
     right = {i for i, reward in rewards.items() if reward >= RIGHT and rollouts[i].finish != "length"}
-    weights = {}
-    for index in rewards:
-        match balance.distill_on:
-            case "all":
-                keeps_loss = True
-            case "wrong":
-                keeps_loss = index not in right
-            case "failed_groups":
-                keeps_loss = not right
-        weights[index] = factor if keeps_loss else 0.0
-    return weights
-
-
-def _known(grade: float | None) -> float:
-    assert grade is not None
-    return grade
+    if balance.distill_on == "failed_groups" and right:
+        return dict.fromkeys(rewards, 0.0)
+    dropped = right if balance.distill_on == "wrong" else ()
+    return {index: 0.0 if index in dropped else factor for index in rewards}
 
 
 def sequence_kept(log_rho: Tensor, correction: Correction) -> bool:
@@ -125,16 +113,7 @@ def early_weights(gap: Tensor, gain: float) -> Tensor:
     return 1.0 + gain * (1.0 - torch.where(total > 0, before / total.clamp(min=1e-30), 0.0))
 
 
-def sequence_advantage(
-    gaps: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    *,
-    bound: float | None,
-    discount: float,
-    future_only: bool,
-    per_token: bool,
-    gain: float,
-) -> Tensor:
+def sequence_advantage(gaps: Sequence[Tensor], weights: Sequence[Tensor], term: SampledTerm) -> Tensor:
     """Compute the teachers' advantages `[n]` of one response where each depends on all of its tokens.
 
     `gaps` (log p_T - log p_S) and `weights` have one row per teacher; weights contain all denominators. A
@@ -142,13 +121,14 @@ def sequence_advantage(
     """
     total = torch.zeros_like(gaps[0])
     for gap, weight in zip(gaps, weights, strict=True):
-        counted = torch.where(weight > 0, bounded(gap, bound), 0.0)
+        counted = torch.where(weight > 0, bounded(gap, term.bound), 0.0)
         # A response has one weight, except 0 for masked tokens.
         scale = weight.max() if len(weight) else weight.sum()
-        if discount:
-            credited = reward_to_go(counted, discount, future_only=future_only, per_token=per_token)
+        if term.discount:
+            options = {"future_only": term.future_only, "per_token": term.per_remaining_token}
+            credited = reward_to_go(counted, term.discount, **options)
         else:
-            credited = early_weights(counted, gain) * counted
+            credited = early_weights(counted, term.early_gain) * counted
         total = total + scale * credited
     return total
 
@@ -167,12 +147,10 @@ def group_advantages(rewards: Sequence[float], std: Literal["unbiased", "biased"
     of one response, or of equal rewards, has advantage 0.
     """
     num = len(rewards)
-    if num < 2:
+    if num < 2 or max(rewards) == min(rewards):
         return [0.0] * num
     mean = math.fsum(rewards) / num
     centred = [reward - mean for reward in rewards]
-    if max(rewards) == min(rewards):
-        return [0.0] * num
     if std == "none":
         return centred
     variance = math.fsum(value * value for value in centred) / (num - 1 if std == "unbiased" else num)

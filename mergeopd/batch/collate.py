@@ -60,23 +60,17 @@ def micro_batch(
 
 def pack_groups(alignments: Sequence[Alignment], lengths: Sequence[int], device: torch.device) -> Groups:
     """Concatenate the groups of a micro-batch's responses; `lengths` are the student's tokens."""
-    columns: tuple[list[NDArray[np.int64]], ...] = ([], [], [], [])
-    follows: list[NDArray[np.bool_]] = []
+    rows: list[tuple[NDArray[np.int64] | NDArray[np.bool_], ...]] = []
     row_S = row_T = 0
     for own, length in zip(alignments, lengths, strict=True):
-        columns[0].append(own.student_starts + row_S)
-        columns[1].append(own.student_stops - own.student_starts)
-        columns[2].append(own.teacher_starts + row_T)
-        columns[3].append(own.teacher_stops - own.teacher_starts)
+        follows = np.zeros(len(own.student_starts), bool)
+        follows[1:] = own.student_starts[1:] == own.student_stops[:-1]
+        follows[1:] &= own.teacher_starts[1:] == own.teacher_stops[:-1]
+        num_S, num_T = own.student_stops - own.student_starts, own.teacher_stops - own.teacher_starts
+        rows.append((own.student_starts + row_S, num_S, own.teacher_starts + row_T, num_T, follows))
         row_S, row_T = row_S + length, row_T + len(own.teacher_ids)
-        goes_on = np.zeros(len(own.student_starts), bool)
-        goes_on[1:] = own.student_starts[1:] == own.student_stops[:-1]
-        goes_on[1:] &= own.teacher_starts[1:] == own.teacher_stops[:-1]
-        follows.append(goes_on)
-    first_S, num_S, first_T, num_T = (
-        torch.from_numpy(np.concatenate(column)).to(device, torch.int64) for column in columns
-    )
-    return Groups(first_S, num_S, first_T, num_T, torch.from_numpy(np.concatenate(follows)).to(device))
+    columns = (np.concatenate(column) for column in zip(*rows, strict=True))
+    return Groups(*(torch.from_numpy(column).to(device) for column in columns))
 
 
 def _policy_rows(members: Sequence[PreparedRollout], like: Tensor) -> PolicyRows:

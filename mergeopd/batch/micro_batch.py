@@ -55,12 +55,9 @@ class MicroBatch:
     @property
     def labels(self) -> tuple[TokenIds, ...]:
         """Token ids of each response that are in the loss."""
-        if self.trained is None:
-            return self.responses
-        return tuple(
-            response if flags is None else response[flags]
-            for response, flags in zip(self.responses, self.trained, strict=True)
-        )
+        flags = self.trained or (None,) * len(self.responses)
+        pairs = zip(self.responses, flags, strict=True)
+        return tuple(response if own is None else response[own] for response, own in pairs)
 
     def with_teacher_names(self, error: ArithmeticError) -> str:
         """Return the message of the kernel's error, with the names of its targets."""
@@ -79,18 +76,18 @@ class MicroBatches(Protocol):
     def __iter__(self) -> Iterator[MicroBatch]: ...
 
 
+@dataclass(frozen=True, eq=False)
 class Stream:
     """`count` micro-batches from an iterator; can be iterated once."""
 
-    def __init__(self, micro_batches: Iterable[MicroBatch], count: int) -> None:
-        self._micro_batches = micro_batches
-        self._count = count
+    micro_batches: Iterable[MicroBatch]
+    count: int
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        return iter(self._micro_batches)
+        return iter(self.micro_batches)
 
 
 def with_statistics(

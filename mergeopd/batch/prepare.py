@@ -9,13 +9,7 @@ from torch import Tensor
 
 from mergeopd.batch.advantages import Outcomes, sequence_advantage, sequence_kept
 from mergeopd.batch.objective import correction
-from mergeopd.batch.records import (
-    Alignments,
-    OldLogProbs,
-    PreparedRollout,
-    PreparedUpdate,
-    TokenViews,
-)
+from mergeopd.batch.records import Alignments, OldLogProbs, PreparedRollout, PreparedUpdate, TokenViews
 from mergeopd.batch.weights import ResponseSize, response_weights
 from mergeopd.recipe.training import Phase
 from mergeopd.types import Rollout
@@ -57,11 +51,9 @@ def prepare(
             outcome=weight * outcome_weight * outcomes.advantage[index],
             alignments={n: own[index] for n, own in alignments.items() if index in own},
         )
-        has_old = plain.is_own and index in old
-        if has_old and (phase.loss.has_policy or old[index].spans):
-            prepared[index] = _with_old_logprobs(plain, old[index], phase, updates_done, views)
-        else:
-            prepared[index] = plain
+        if plain.is_own and index in old and (phase.loss.has_policy or old[index].spans):
+            plain = _with_old_logprobs(plain, old[index], phase, updates_done, views)
+        prepared[index] = plain
     return PreparedUpdate(prepared, budgets)
 
 
@@ -76,16 +68,9 @@ def _with_old_logprobs(
     # Prompts whose teachers all have other tokens have no log-ratio of a single token.
     if sampled is not None and sampled.needs_full_responses and old.logprob_T:
         coefficient = phase.loss.weight("sampled_reverse_kl", updates_done)
-        names = tuple(old.logprob_T)
-        advantage = coefficient * sequence_advantage(
-            [old.logprob_T[name] - old.logprob_S for name in names],
-            [behaviour.new_tensor(plain.teacher_token_weights(name)) for name in names],
-            bound=sampled.bound,
-            discount=sampled.discount,
-            future_only=sampled.future_only,
-            per_token=sampled.per_remaining_token,
-            gain=sampled.early_gain,
-        )
+        gaps = [logprob - old.logprob_S for logprob in old.logprob_T.values()]
+        weights = [behaviour.new_tensor(plain.teacher_token_weights(name)) for name in old.logprob_T]
+        advantage = coefficient * sequence_advantage(gaps, weights, sampled)
     return replace(
         plain,
         is_kept=sequence_kept(old.logprob_S - behaviour, correction(phase)),

@@ -41,9 +41,9 @@ class PreparedRollout:
     prompt's weight of each teacher times what the rewards make of it; `eos_masked` has the trained tokens
     (by position) that a teacher's term skips. `outcome` is the response's advantage with all weights;
     `is_kept` is False where a correction drops the response from policy terms. `logprob_old` and
-    `teacher_advantage` (with all weights) have one number per trained token, where they are needed; so has
-    `span_advantage`, from the `spans` of `OldLogProbs`. `alignments` has what teachers with other tokenizers
-    read of the response; their weights contain the objective's.
+    `teacher_advantage` and `span_advantage` (from the `spans` of `OldLogProbs`), with all weights, have one
+    number per trained token, where they are needed. `alignments` are those of teachers with other tokenizers,
+    whose weights contain the objective's.
     """
 
     rollout: Rollout
@@ -79,24 +79,21 @@ class PreparedUpdate:
 
 
 class TokenView(Protocol):
-    """What weights and micro-batches need to know of how a teacher reads responses.
-
-    `teacher.token_view` has the implementations.
-    """
+    """A teacher's view of responses, for weights and micro-batches; implemented in `teacher.token_view`."""
 
     def loss_weight(self, loss: Loss, updates_done: int) -> float:
-        """A factor of this teacher's weights after `updates_done` updates of the phase."""
+        """Return a factor of this teacher's weights after `updates_done` updates of the phase."""
 
     def masked(self, rollout: Rollout) -> tuple[int, ...]:
-        """Trained tokens, by position, that this teacher's term skips."""
+        """Return the trained tokens, by position, that this teacher's term skips."""
 
     def advantage(self, old: OldLogProbs) -> Tensor | None:
-        """The teacher's own policy advantage `[trained tokens]`, without weights; None where it has none."""
+        """Return its own policy advantage `[trained tokens]`, without weights; None where it has none."""
 
     def target(
         self, target: Target, members: Sequence[PreparedRollout], like: Tensor
     ) -> Target | BridgedTarget | None:
-        """What the loss gets of this teacher on a micro-batch; None: nothing beside `advantage`."""
+        """Return this teacher's target of the loss on a micro-batch; None: nothing beside `advantage`."""
 
 
 # By teacher, then by the rollout's index in the round.

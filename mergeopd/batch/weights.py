@@ -6,6 +6,7 @@ changes the gradient.
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -40,13 +41,11 @@ def response_weights(
         weights = [1.0 / num_tokens for _ in responses]
     else:
         weights = [1.0 / (num_sequences * a.num_tokens) if a.num_tokens else 0.0 for a in responses]
-    mass: dict[str, float] = {}
-    gaps: dict[str, float] = {}
-    tokens: dict[str, int] = {}
+    mass, gaps, tokens = defaultdict[str, float](float), defaultdict[str, float](float), Counter[str]()
     for response, weight in zip(responses, weights, strict=True):
-        mass[response.domain] = mass.get(response.domain, 0.0) + weight * response.num_tokens
-        gaps[response.domain] = gaps.get(response.domain, 0.0) + response.gap
-        tokens[response.domain] = tokens.get(response.domain, 0) + response.num_tokens
+        mass[response.domain] += weight * response.num_tokens
+        gaps[response.domain] += response.gap
+        tokens[response.domain] += response.num_tokens
     if targets == "off":
         factors = {domain: 1.0 for domain, value in mass.items() if value > 0}
     else:

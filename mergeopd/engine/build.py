@@ -45,7 +45,7 @@ from mergeopd.student.protocol import Student
 from mergeopd.student.torch import TorchStudent
 from mergeopd.teacher.bridges import measure
 from mergeopd.teacher.canary import Canary
-from mergeopd.teacher.hidden_cache import HiddenCache, RoundCache
+from mergeopd.teacher.hidden_cache import HiddenCache
 from mergeopd.teacher.local import LocalTeacher, ResidentHeads, TeacherSource, TeacherStore
 from mergeopd.teacher.protocol import Teacher, capabilities
 from mergeopd.teacher.shared_cache import SharedHiddenCache
@@ -340,7 +340,7 @@ def _views(inputs: Inputs, machine: Machine) -> dict[str, TokenView]:
 
 def _make_cache(
     inputs: Inputs, machine: Machine, student: Student, spill: Path, work: RoundSchedule
-) -> AbstractContextManager[RoundCache]:
+) -> AbstractContextManager[HiddenCache]:
     budget_bytes = int(inputs.plan.memory.hidden_states_gib * 2**30)
     loss_ranks = student.placement.loss_ranks
     if machine.ranks.size == 1:

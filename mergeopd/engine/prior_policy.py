@@ -24,6 +24,7 @@ from mergeopd.engine.targets import TeacherTargets
 from mergeopd.loss.cross_tokenizer import group_logratio
 from mergeopd.loss.divergence import ReverseKL
 from mergeopd.recipe.training import Phase
+from mergeopd.student.loss import Measured
 from mergeopd.student.protocol import Trainable
 from mergeopd.types import Rollout
 
@@ -42,6 +43,7 @@ class PriorPolicy:
         """Return `OldLogProbs` of every response with trained tokens, by index in the round. Collective."""
         loss, placement = phase.loss, self.student.placement
         divergences = (ReverseKL(),) if phase.balance.follow_gap and loss.has_divergence else ()
+        what = Measured(divergences, support(loss), loss.temperature)
         packs = work.packs_of(placement.dp_rank)
         # The gap is weighted by the prompts' own weights, without denominators.
         update = PreparedUpdate(
@@ -63,7 +65,7 @@ class PriorPolicy:
 
         scored = with_statistics(
             Stream(micro_batches(), len(packs)),
-            lambda them: self.student.score(them, divergences, support(loss), loss.temperature),
+            lambda them: self.student.score(them, what),
         )
         old_logprobs: dict[int, OldLogProbs] = {}
         for part, (micro, stats) in zip(packs if placement.has_loss else (), scored, strict=True):

@@ -15,13 +15,13 @@ from mergeopd.engine.schedule import RoundSchedule, TeacherPass, by_teacher
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.targets import TeacherTargets
 from mergeopd.recipe.training import Phase
-from mergeopd.teacher.hidden_cache import RoundCache
+from mergeopd.teacher.hidden_cache import HiddenCache
 from mergeopd.teacher.local import ResidentHeads
 from mergeopd.teacher.protocol import Teacher, TeacherSession, required_target
 from mergeopd.teacher.token_view import TokenView
 from mergeopd.types import Rollout
 
-MakeCache = Callable[[RoundSchedule], AbstractContextManager[RoundCache]]
+MakeCache = Callable[[RoundSchedule], AbstractContextManager[HiddenCache]]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from mergeopd.batch.packing import MicroBatchPlan
 from mergeopd.batch.records import Alignments
 from mergeopd.loss.heads import Hidden
 from mergeopd.loss.targets import Sampled, Target, TopK
-from mergeopd.teacher.hidden_cache import RoundCache
+from mergeopd.teacher.hidden_cache import HiddenCache
 from mergeopd.teacher.local import ResidentHeads
 from mergeopd.teacher.protocol import TargetSpec, TeacherSequence
 from mergeopd.teacher.token_view import TokenView
@@ -27,7 +27,7 @@ class TeacherTargets:
     `alignments` are those of teachers with other tokenizers.
     """
 
-    cache: RoundCache
+    cache: HiddenCache
     spec: TargetSpec | None
     views: Mapping[str, TokenView]
     heads: ResidentHeads

@@ -32,6 +32,3 @@ class Workspace:
     @property
     def num_bytes(self) -> int:
         return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
-
-    def clear(self) -> None:
-        self._buffers.clear()

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mergeopd.loss.divergence import Divergence
+from mergeopd.loss.divergence import Divergence, ForwardKL, ReverseKL
 from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.support import Support
 from mergeopd.loss.targets import Sampled, Target, TopK
@@ -32,18 +32,14 @@ def check_inputs(
             f"hidden_ND must be [N, d], got {list(hidden_ND.shape)}; flatten batch and time first"
         )
     num = hidden_ND.shape[0]
-    _check_hidden("the student", hidden_ND, head, num)
+    check_hidden("the student", hidden_ND, head, num)
     for k, target in enumerate(targets):
         if isinstance(target, Hidden):
-            _check_hidden(f"target {k}", target.hidden, target.head, num)
+            check_hidden(f"target {k}", target.hidden, target.head, num)
         elif target.logprob.shape != (num,):
             raise ValueError(f"target {k}: it has {target.logprob.shape[0]} tokens, the student {num}")
-    if labels_N.shape != (num,) or labels_N.dtype != torch.int64:
-        raise ValueError(f"labels_N must be int64 [{num}], got {labels_N.dtype} {list(labels_N.shape)}")
-    if not temperature > 0.0:
-        raise ValueError(f"temperature is {temperature}, must be positive")
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows is {chunk_rows}, must be at least 1")
+    check_labels("labels_N", labels_N, num)
+    check_numbers(temperature, chunk_rows)
 
 
 def check_vocabulary(
@@ -54,8 +50,13 @@ def check_vocabulary(
     Raises ValueError unless every head scores the student's ids and every sampled id is a true token of
     exactly one shard. One small all-reduce; all ranks raise.
     """
-    vocab = head.vocab
-    problem = _vocab_problem(head, targets)
+    vocab, problem = head.vocab, None
+    for k, target in enumerate(targets):
+        if isinstance(target, Hidden) and target.head.vocab != vocab:
+            problem = problem or (
+                f"target {k} scores token ids [{target.head.vocab.start}, {target.head.vocab.stop}), "
+                f"the student [{vocab.start}, {vocab.stop}); give each head its num_valid and vocab_start"
+            )
     is_local = (labels_N >= vocab.start) & (labels_N < vocab.stop)
     facts = is_local.new_tensor([problem is not None, len(vocab)], dtype=torch.int64)
     owners = torch.cat([is_local.long(), facts])
@@ -80,8 +81,12 @@ def check_support(
     """Raise ValueError where a target does not hold what the divergences need."""
     if not divergences:
         return
-    if support is not None:
-        support.check(divergences)
+    for divergence in divergences if support is not None and support.rest == "generalised" else ():
+        if not isinstance(divergence, ForwardKL | ReverseKL):
+            raise ValueError(
+                f"{divergence} has no generalised form on a top-k support; "
+                'use rest="tail", which works with every divergence'
+            )
     for k, target in enumerate(targets):
         if isinstance(target, Sampled):
             raise ValueError(
@@ -103,23 +108,24 @@ def require_finite(values: Tensor, rows: slice, what: str, of: str = "tokens") -
         )
 
 
-def _check_hidden(name: str, hidden: Tensor, head: Head, num: int) -> None:
+def check_labels(name: str, labels: Tensor, num: int) -> None:
+    if labels.shape != (num,) or labels.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64 [{num}], got {labels.dtype} {list(labels.shape)}")
+
+
+def check_numbers(temperature: float, chunk_rows: int) -> None:
+    if not temperature > 0.0:
+        raise ValueError(f"temperature is {temperature}, must be positive")
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows is {chunk_rows}, must be at least 1")
+
+
+def check_hidden(name: str, hidden: Tensor, head: Head, num: int) -> None:
     expected = (num, head.weight.shape[1])
     if hidden.shape != expected:
         raise ValueError(f"{name}: hidden states are {list(hidden.shape)}, its head needs {list(expected)}")
     if hidden.dtype not in _DTYPES:
         raise ValueError(f"{name}: hidden states are {hidden.dtype}, must be float64, 32, 16 or bfloat16")
-
-
-def _vocab_problem(head: Head, targets: Sequence[Target]) -> str | None:
-    for k, target in enumerate(targets):
-        if isinstance(target, Hidden) and target.head.vocab != head.vocab:
-            return (
-                f"target {k} scores token ids [{target.head.vocab.start}, {target.head.vocab.stop}), "
-                f"the student [{head.vocab.start}, {head.vocab.stop}); "
-                "give each head its num_valid and vocab_start"
-            )
-    return None
 
 
 def _check_top_k(name: str, target: TopK, support: Support | None, all_ids: range) -> None:

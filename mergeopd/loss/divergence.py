@@ -72,8 +72,20 @@ class ReverseKL:
         return Terms(value, direction, value, scale=1.0)
 
 
+class Normalised:
+    """Properties of divergences that need normalised log-probabilities."""
+
+    num_reductions: ClassVar[Literal[2, 3]] = 3
+    own_direction: ClassVar[bool] = True
+
+
+def largest_log(dtype: torch.dtype) -> float:
+    """Return the log-ratio beyond which one probability is negligible and an exponential would overflow."""
+    return 700.0 if dtype == torch.float64 else 80.0
+
+
 @dataclass(frozen=True)
-class JSD:
+class JSD(Normalised):
     """Generalised Jensen-Shannon divergence, `beta` in (0, 1), as in GKD (2306.13649) and TRL.
 
     `M = beta p_T + (1 - beta) p_S`; value `beta KL(p_T ‖ M) + (1 - beta) KL(p_S ‖ M)`. It vanishes at both
@@ -81,9 +93,6 @@ class JSD:
     """
 
     beta: float = 0.5
-
-    num_reductions: ClassVar[Literal[2, 3]] = 3
-    own_direction: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 < self.beta < 1.0:
@@ -95,8 +104,8 @@ class JSD:
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
         beta = self.beta
         # log(M / p_S) = log1p(beta * expm1(log p_T - log p_S)): exact at equality, where log M - log p_S is
-        # only rounding. Beyond the bound p_S is negligible against p_T, but the exponential would overflow.
-        bound = 700.0 if out.dtype == torch.float64 else 80.0
+        # only rounding.
+        bound = largest_log(out.dtype)
         excess = torch.neg(pair.log_ratio, out=scratch()).clamp_(max=bound)
         torch.log1p(excess.expm1_().mul_(beta), out=excess)
         # The clamped ratio once more, so that log(M / p_T) keeps its limit log(beta).

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,33 +33,6 @@ class BlockStats:
     entropy_T: Tensor
 
 
-class ScoredBlock(Protocol):
-    """A block between its statistics and its gradient, over the whole vocabulary or a support."""
-
-    @property
-    def stats(self) -> BlockStats:
-        """Return the objective's input."""
-
-    def logit_gradient(self, grad_divergence: Tensor, grad_logprob: Tensor, out: Tensor) -> None:
-        """Write d(loss)/d(raw student logits) `[n, V]` into `out`, which may be the scored student logits.
-
-        `grad_divergence` `[K, D, n]` and `grad_logprob` `[n]` are the objective's derivatives.
-        """
-
-
-class Scorer(Protocol):
-    """Computes statistics from raw logits."""
-
-    def score(
-        self, raw_S: Tensor, raw_T: Sequence[Tensor], labels_N: Tensor, rows: slice, *, with_grad: bool
-    ) -> ScoredBlock:
-        """Score the tokens `rows` from raw logits `[n, V]`, which are overwritten. Performs all reductions.
-
-        raw_T: of the targets that have hidden states, in their order. The result's matrices live in the
-        logits' memory and in buffers that the next block reuses.
-        """
-
-
 @dataclass(frozen=True, eq=False)
 class Scored:
     """A block between its statistics and its gradient: masses, directions and their per-row factors."""
@@ -72,6 +45,10 @@ class Scored:
     total: Tensor  # [K, D, n]: <p_S, g>
 
     def logit_gradient(self, grad_divergence: Tensor, grad_logprob: Tensor, out: Tensor) -> None:
+        """Write d(loss)/d(raw student logits) `[n, V]` into `out`, which may be the scored student logits.
+
+        `grad_divergence` `[K, D, n]` and `grad_logprob` `[n]` are the objective's derivatives.
+        """
         gain = self.block.student.gain
         pull = (grad_divergence * self.total).sum((0, 1)).add_(grad_logprob).mul_(self.per_mass_S).mul_(-gain)
         torch.mul(self.block.masses[0], pull.unsqueeze(1), out=out)
@@ -82,19 +59,27 @@ class Scored:
         self.block.finish_gradient(grad_logprob, out)
 
 
+@dataclass(frozen=True, eq=False)
 class BlockScorer:
-    """Scores blocks of rows for one student, its teachers and the divergences asked for."""
+    """Scores blocks of rows for one student, its teachers and any number of divergences."""
 
-    def __init__(self, softmaxes: Softmaxes, divergences: Sequence[Divergence]) -> None:
-        self._softmaxes = softmaxes
-        self._divergences = tuple(divergences)
+    softmaxes: Softmaxes
+    divergences: Sequence[Divergence]
+
+    @cached_property
+    def _normalise(self) -> bool:
         # One divergence that needs log-probabilities makes them available to all.
-        self._normalise = any(divergence.num_reductions == 3 for divergence in divergences)
+        return any(divergence.num_reductions == 3 for divergence in self.divergences)
 
     def score(
         self, raw_S: Tensor, raw_T: Sequence[Tensor], labels_N: Tensor, rows: slice, *, with_grad: bool
     ) -> Scored:
-        block = self._softmaxes.begin(raw_S, raw_T, labels_N[rows], with_grad=with_grad)
+        """Score the tokens `rows` from raw logits `[n, V]`, which are overwritten. Performs all reductions.
+
+        raw_T: of the targets that have hidden states, in their order. The result's matrices live in the
+        logits' memory and in buffers that the next block reuses.
+        """
+        block = self.softmaxes.begin(raw_S, raw_T, labels_N[rows], with_grad=with_grad)
         logits, masses, sums = block.logits, block.masses, block.sums
         for centred_T in logits[1:]:
             torch.sub(raw_S, centred_T, out=centred_T)
@@ -102,7 +87,7 @@ class BlockScorer:
         if not self._normalise:
             terms = self._terms(masses, logits[1:])
             sums = sums + _flat(terms)
-        sums_Rn = self._softmaxes.sum(torch.stack(sums))
+        sums_Rn = self.softmaxes.sum(torch.stack(sums))
         moments = sums_Rn[: 3 * len(logits)].view(len(logits), 3, -1)  # [1+K, 3, n]
         log_mass, entropy, logprob = entropy_and_logprob(moments)
         per_mass = moments[:, 0].reciprocal()
@@ -115,7 +100,7 @@ class BlockScorer:
             per_mass = torch.ones_like(per_mass)
             terms = self._terms(masses, logits[1:])
             flat = _flat(terms)
-            partial = self._softmaxes.sum(torch.stack(flat)) if flat else sums_Rn[:0]
+            partial = self.softmaxes.sum(torch.stack(flat)) if flat else sums_Rn[:0]
         else:
             partial = sums_Rn[3 * len(logits) :]
         divergence, factor, total = self._combine(terms, partial, per_mass, offset)
@@ -130,30 +115,30 @@ class BlockScorer:
 
     def _terms(self, masses: Sequence[Tensor], log_ratios: Sequence[Tensor]) -> list[list[Terms]]:
         terms = []
-        for teacher, mass_T, log_ratio in zip(self._softmaxes.teachers, masses[1:], log_ratios, strict=True):
+        for teacher, mass_T, log_ratio in zip(self.softmaxes.teachers, masses[1:], log_ratios, strict=True):
             pair = Pair(masses[0], mass_T, log_ratio)
-            terms.append([self._term(d, teacher, pair) for d in range(len(self._divergences))])
+            terms.append([self._term(d, teacher, pair) for d in range(len(self.divergences))])
         return terms
 
     def _term(self, index: int, teacher: Projection, pair: Pair) -> Terms:
-        divergence, num_rows = self._divergences[index], pair.mass_S.shape[0]
-        is_last = index == len(self._divergences) - 1
+        divergence, num_rows = self.divergences[index], pair.mass_S.shape[0]
+        is_last = index == len(self.divergences) - 1
         # The log-ratio is not read after the last divergence, whose direction reuses its memory.
         if is_last or not divergence.own_direction:
             out = pair.log_ratio
         else:
             out = teacher.take(f"direction{index}", num_rows)
-        return divergence.terms(pair, out, lambda: self._softmaxes.student.take("scratch", num_rows))
+        return divergence.terms(pair, out, lambda: self.softmaxes.student.take("scratch", num_rows))
 
     def _combine(
         self, terms: Sequence[Sequence[Terms]], partial: Tensor, per_mass: Tensor, offset: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Reduced sums -> divergence, factor and total, `[K, D, n]` each."""
-        shape = (len(terms), len(self._divergences), per_mass.shape[1])
+        shape = (len(terms), len(self.divergences), per_mass.shape[1])
         value, direction_sum = partial.reshape(*shape[:2], 2, shape[2]).unbind(2)
         factor = torch.ones(shape, dtype=per_mass.dtype, device=per_mass.device)
         divergence = value.clone()
-        for d, spec in enumerate(self._divergences):
+        for d, spec in enumerate(self.divergences):
             if not self._normalise and isinstance(spec, ForwardKL | ReverseKL):
                 factor[:, d] = per_mass[0] if spec.weighted_by == "student" else per_mass[1:]
                 divergence[:, d] = value[:, d] * factor[:, d] - spec.ratio_sign * offset

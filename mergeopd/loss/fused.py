@@ -18,7 +18,7 @@ from torch import Tensor
 from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.checks import check_inputs, check_support, check_vocabulary, require_finite
 from mergeopd.loss.divergence import Divergence
-from mergeopd.loss.full_vocabulary import BlockScorer, BlockStats, Scorer
+from mergeopd.loss.full_vocabulary import BlockScorer, BlockStats
 from mergeopd.loss.gradients import HeadGradients
 from mergeopd.loss.heads import Head, Hidden, Projection
 from mergeopd.loss.slicing import compute_dtype, rows_in_cache, rows_in_chunk, slices
@@ -88,66 +88,47 @@ def fused_loss(
     with torch.no_grad():
         projections = _project(hidden_ND, head, targets, temperature, workspace)
         softmaxes = Softmaxes(projections[0], projections[1:], head.vocab, group)
-        scorer = _scorer(softmaxes, targets, divergences, support, all_ids)
-        run = _Run(
-            hidden_ND, head, labels_N, per_token, softmaxes, scorer, len(targets), divergences, gradients
-        )
+        scorer: BlockScorer | SupportScorer
+        is_exact = all(isinstance(target, Hidden) for target in targets)
+        if is_exact and (support is None or not divergences or not targets):
+            scorer = BlockScorer(softmaxes, divergences)
+        else:
+            scorer = SupportScorer(softmaxes, targets, divergences, support, all_ids)
+        stats = _empty_stats(len(targets), len(divergences), hidden_ND)
+        run = _Run(labels_N, per_token, divergences, softmaxes, scorer, gradients, stats)
         for rows in slices(0, hidden_ND.shape[0], chunk_rows):
             run.chunk(rows)
-        loss = run.stats.loss.sum()
-    return gradients.attach(loss), run.stats
+    return gradients.attach(stats.loss.sum()), stats
 
 
+@dataclass(eq=False)
 class _Run:
     """One call: the gradients and statistics that its chunks fill."""
 
-    def __init__(
-        self,
-        hidden_ND: Tensor,
-        head: Head,
-        labels_N: Tensor,
-        per_token: Objective,
-        softmaxes: Softmaxes,
-        scorer: Scorer,
-        num_targets: int,
-        divergences: Sequence[Divergence],
-        gradients: HeadGradients,
-    ) -> None:
-        dtype = compute_dtype(hidden_ND)
-        self._labels_N, self._per_token, self._divergences = labels_N, per_token, divergences
-        self._vocab, self._student, self._teachers = head.vocab, softmaxes.student, softmaxes.teachers
-        self._scorer = scorer
-        # Collectives and kernel launches cost per block: with either, the block is the whole chunk.
-        in_cache = softmaxes.group is None and hidden_ND.device.type == "cpu"
-        self._block_rows = rows_in_cache(len(self._vocab), dtype) if in_cache else None
-        num, num_T, num_D = hidden_ND.shape[0], num_targets, len(divergences)
-
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=hidden_ND.device)
-
-        self.stats = TokenStats(
-            divergence=empty(num_T, num_D, num),
-            logprob_S=empty(num),
-            logprob_T=empty(num_T, num),
-            entropy_S=empty(num),
-            entropy_T=empty(num_T, num),
-            loss=empty(num),
-        )
-        self._gradients = gradients
-        self._gradient_sum = empty().zero_()
+    labels_N: Tensor
+    per_token: Objective
+    divergences: Sequence[Divergence]
+    softmaxes: Softmaxes
+    scorer: BlockScorer | SupportScorer
+    gradients: HeadGradients
+    stats: TokenStats
+    gradient_sum: Tensor | float = 0.0
 
     def chunk(self, rows: slice) -> None:
-        logits_S = self._student.raw_logits(rows)
-        logits_T = [teacher.raw_logits(rows) for teacher in self._teachers]
-        for block in slices(0, logits_S.shape[0], self._block_rows or logits_S.shape[0]):
+        student, num = self.softmaxes.student, rows.stop - rows.start
+        logits_S = student.raw_logits(rows)
+        logits_T = [teacher.raw_logits(rows) for teacher in self.softmaxes.teachers]
+        # Collectives and kernel launches cost per block: with either, the block is the whole chunk.
+        in_cache = self.softmaxes.group is None and logits_S.device.type == "cpu"
+        for block in slices(0, num, rows_in_cache(logits_S.shape[1], logits_S.dtype) if in_cache else num):
             tokens = slice(rows.start + block.start, rows.start + block.stop)
             self._block(logits_S[block], [logits[block] for logits in logits_T], tokens)
         self._check_finite(rows)
-        self._gradients.add(self._student, logits_S, rows)
+        self.gradients.add(student, logits_S, rows)
 
     def _block(self, logits_S: Tensor, logits_T: Sequence[Tensor], rows: slice) -> None:
         """Compute statistics and objective, and overwrite the student's logits with the logit gradient."""
-        scored = self._scorer.score(logits_S, logits_T, self._labels_N, rows, with_grad=self._gradients.any)
+        scored = self.scorer.score(logits_S, logits_T, self.labels_N, rows, with_grad=self.gradients.any)
         block, stats = scored.stats, self.stats
         for name in ("divergence", "logprob_S", "logprob_T", "entropy_S", "entropy_T"):
             getattr(stats, name)[..., rows] = getattr(block, name)
@@ -158,17 +139,17 @@ class _Run:
 
     def _objective(self, stats: BlockStats, rows: slice) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         num = rows.stop - rows.start
-        if not self._gradients.any:
-            return _checked(self._per_token(stats, rows), num), None
+        if not self.gradients.any:
+            return _checked(self.per_token(stats, rows), num), None
         leaves = (stats.divergence.requires_grad_(), stats.logprob_S.requires_grad_())
         with torch.enable_grad():
-            loss = _checked(self._per_token(stats, rows), num)
+            loss = _checked(self.per_token(stats, rows), num)
             if not loss.requires_grad:  # a constant: no gradient from these tokens
                 return loss, (torch.zeros_like(leaves[0]), torch.zeros_like(leaves[1]))
             total = loss.sum()
         gradients = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
         for gradient in gradients:
-            self._gradient_sum += gradient.sum()
+            self.gradient_sum = self.gradient_sum + gradient.sum()
         return loss.detach(), (gradients[0], gradients[1])
 
     def _check_finite(self, rows: slice) -> None:
@@ -177,10 +158,10 @@ class _Run:
         require_finite(stats.logprob_S[rows] + stats.entropy_S[rows], rows, "the student's logits")
         for k, (logprob, entropy) in enumerate(zip(stats.logprob_T, stats.entropy_T, strict=True)):
             require_finite(logprob[rows] + entropy[rows], rows, f"the logits of target {k}")
-            for d, divergence in enumerate(self._divergences):
+            for d, divergence in enumerate(self.divergences):
                 require_finite(stats.divergence[k, d, rows], rows, f"{divergence} from target {k}")
         require_finite(stats.loss[rows], rows, "the objective's value (its statistics are finite)")
-        if not torch.isfinite(self._gradient_sum):
+        if not torch.isfinite(torch.as_tensor(self.gradient_sum)):
             raise ArithmeticError(
                 f"the objective's derivative is not finite in the tokens {rows.start} to {rows.stop - 1}, "
                 "though its value is; look for torch.where around an infinite branch"
@@ -188,34 +169,27 @@ class _Run:
 
 
 def _project(
-    hidden_ND: Tensor,
-    head: Head,
-    targets: Sequence[Target],
-    temperature: float,
-    workspace: Workspace | None,
+    hidden_ND: Tensor, head: Head, targets: Sequence[Target], temperature: float, workspace: Workspace | None
 ) -> list[Projection]:
     dtype = compute_dtype(hidden_ND)
     workspace = Workspace() if workspace is None else workspace
-    sides = [("student", head, hidden_ND)]
-    sides += [
-        (f"teacher{k}", target.head, target.hidden)
-        for k, target in enumerate(targets)
-        if isinstance(target, Hidden)
-    ]
+    exact = [(k, target) for k, target in enumerate(targets) if isinstance(target, Hidden)]
+    sides = [("student", head, hidden_ND), *((f"teacher{k}", t.head, t.hidden) for k, t in exact)]
     return [Projection(*side, temperature, dtype, workspace) for side in sides]
 
 
-def _scorer(
-    softmaxes: Softmaxes,
-    targets: Sequence[Target],
-    divergences: Sequence[Divergence],
-    support: Support | None,
-    all_ids: range,
-) -> Scorer:
-    is_exact = all(isinstance(target, Hidden) for target in targets)
-    if is_exact and (support is None or not divergences or not targets):
-        return BlockScorer(softmaxes, divergences)
-    return SupportScorer(softmaxes, targets, divergences, support, all_ids)
+def _empty_stats(num_targets: int, num_divergences: int, hidden_ND: Tensor) -> TokenStats:
+    num = hidden_ND.shape[0]
+    shapes = (
+        (num_targets, num_divergences, num),
+        (num,),
+        (num_targets, num),
+        (num,),
+        (num_targets, num),
+        (num,),
+    )
+    dtype = compute_dtype(hidden_ND)
+    return TokenStats(*(torch.empty(shape, dtype=dtype, device=hidden_ND.device) for shape in shapes))
 
 
 def _checked(loss: Tensor, num: int) -> Tensor:

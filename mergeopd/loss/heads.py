@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mergeopd.loss.buffers import Workspace
+from mergeopd.loss.slicing import slices
 
 _HALVES = (torch.bfloat16, torch.float16)
 # Head rows converted at a time when the dtype of storage differs from the dtype of the product.
@@ -42,15 +43,10 @@ class Head:
         if self.weight.dim() != 2:
             raise ValueError(f"head weight must be [V, d], got {list(self.weight.shape)}")
         rows = self.weight.shape[0]
-        if self.bias is not None and self.bias.shape != (rows,):
-            raise ValueError(
-                f"head bias must be [{rows}] like the weight's rows, got {list(self.bias.shape)}"
-            )
-        if self.weight_grad is not None and self.weight_grad.shape != self.weight.shape:
-            raise ValueError(
-                f"weight_grad must be {list(self.weight.shape)} like the weight, "
-                f"got {list(self.weight_grad.shape)}"
-            )
+        like = (("head bias", self.bias, (rows,)), ("weight_grad", self.weight_grad, self.weight.shape))
+        for name, tensor, shape in like:
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"{name} must be {list(shape)} like the weight, got {list(tensor.shape)}")
         if self.num_valid is not None and not 0 <= self.num_valid <= rows:
             raise ValueError(f"num_valid is {self.num_valid}, but the head has {rows} rows")
         if self.softcap is not None and not self.softcap > 0:
@@ -93,8 +89,7 @@ class Projection:
         self._hidden_ND = hidden_ND.detach()
         self._weight_VD = head.weight.detach()[: len(head.vocab)]
         self._bias_V = None if head.bias is None else head.bias.detach()[: len(head.vocab)].to(dtype)
-        self._scale = head.scale
-        self._softcap = head.softcap
+        self._scale, self._softcap = head.scale, head.softcap
         self._temperature = temperature
         self._dtype = dtype
         is_half = hidden_ND.dtype in _HALVES
@@ -141,9 +136,9 @@ class Projection:
         """Compute `dH = dz W` of the rows; `out_nD` may have the hidden states' narrower dtype."""
         wide = out_nD
         if out_nD.dtype != self._dtype:
-            shape = (out_nD.shape[0], out_nD.shape[1])
-            wide = self._workspace.take(f"{self._name}.dH", shape, self._dtype, out_nD.device)
-        dz = self._narrow(dz_nV)
+            shape, device = tuple(out_nD.shape), out_nD.device
+            wide = self._workspace.take(f"{self._name}.dH", shape, self._dtype, device)
+        dz = self._converted("dz", dz_nV, self._operand)
         if not self._weight_VD.shape[0]:
             wide.zero_()
         for index, (tile, weight) in enumerate(self._tiles()):
@@ -154,21 +149,20 @@ class Projection:
     def grad_weight(self, dz_nV: Tensor, rows: slice, out_VD: Tensor, *, accumulate: bool) -> None:
         """Compute `dW (+)= dz^T h` of the rows, in `dtype`, true vocabulary only."""
         hidden = self._hidden_ND[rows].to(self._operand)
-        dz = self._narrow(dz_nV)
+        dz = self._converted("dz", dz_nV, self._operand)
         for tile in self._tile_slices(whole=self._operand == self._dtype):
             _mm(dz[:, tile].t(), hidden, out_VD[tile], accumulate=accumulate)
 
-    def _narrow(self, dz_nV: Tensor) -> Tensor:
-        if self._operand == dz_nV.dtype:
-            return dz_nV
-        shape = (dz_nV.shape[0], dz_nV.shape[1])
-        return self._workspace.take(f"{self._name}.dz", shape, self._operand, dz_nV.device).copy_(dz_nV)
+    def _converted(self, name: str, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the matrix in another dtype, in a buffer of this name unless it has that dtype already."""
+        if matrix.dtype == dtype:
+            return matrix
+        shape, device = tuple(matrix.shape), matrix.device
+        return self._workspace.take(f"{self._name}.{name}", shape, dtype, device).copy_(matrix)
 
     def _tile_slices(self, *, whole: bool) -> Iterator[slice]:
         rows = self._weight_VD.shape[0]
-        step = max(rows, 1) if whole else _TILE_ROWS
-        for start in range(0, rows, step):
-            yield slice(start, min(start + step, rows))
+        return slices(0, rows, max(rows, 1) if whole else _TILE_ROWS)
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield the head in the dtype of its products, converted into a small fixed buffer if needed."""
@@ -177,12 +171,8 @@ class Projection:
         for tile in self._tile_slices(whole=as_stored):
             part = weight[tile]
             if not as_stored:
-                for step, dtype in (("rounded", self._rounding), ("operand", self._operand)):
-                    if part.dtype != dtype:
-                        shape = (part.shape[0], part.shape[1])
-                        part = self._workspace.take(f"{self._name}.{step}", shape, dtype, part.device).copy_(
-                            part
-                        )
+                part = self._converted("rounded", part, self._rounding)
+                part = self._converted("operand", part, self._operand)
             yield tile, part
 
 
@@ -193,13 +183,11 @@ def _multiplies_halves(device: torch.device) -> bool:
 
 def _mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
     """`out (+)= a b` in the precision of `out`, without a temporary unless halves are accumulated."""
-    if a.dtype == out.dtype:
-        if accumulate:
-            out.addmm_(a, b)
-        else:
-            torch.mm(a, b, out=out)
-        return
-    if accumulate:
+    if a.dtype == out.dtype and accumulate:
+        out.addmm_(a, b)
+    elif a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif accumulate:
         out.add_(torch.mm(a, b, out_dtype=out.dtype))
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)

@@ -56,10 +56,7 @@ class DistillationObjective:
         return loss
 
     def mean_over(
-        self,
-        mask_N: Tensor,
-        teacher_weights: Sequence[float] = (1.0,),
-        num_tokens: float | None = None,
+        self, mask_N: Tensor, teacher_weights: Sequence[float] = (1.0,), num_tokens: float | None = None
     ) -> Callable[[BlockStats, slice], Tensor]:
         """Return the function that `fused_loss` calls, for the mean over the tokens selected by `mask_N`.
 

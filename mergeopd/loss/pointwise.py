@@ -7,28 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from mergeopd.loss.divergence import Pair, Terms
+from mergeopd.loss.divergence import Normalised, Pair, Terms, largest_log
 
 # 1 + (1 - alpha) expm1(x) cancels to alpha far from equality: below this, float32 keeps under four digits.
 _LEAST_SKEW = 1e-3
 
 
-def _bound(like: Tensor) -> float:
-    """The log-ratio beyond which one probability is negligible and an exponential would overflow."""
-    return 700.0 if like.dtype == torch.float64 else 80.0
-
-
 @dataclass(frozen=True)
-class TVD:
+class TVD(Normalised):
     """Total variation distance, `1/2 sum |p_S - p_T|`, in [0, 1]; `g = 1/2 sign(p_S - p_T)`."""
-
-    num_reductions: ClassVar[Literal[2, 3]] = 3
-    own_direction: ClassVar[bool] = True
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
         sign = torch.sign(pair.log_ratio, out=scratch())
@@ -40,22 +31,27 @@ class TVD:
 
 
 @dataclass(frozen=True)
-class SkewForwardKL:
+class Skewed(Normalised):
+    """A divergence from one distribution to a mixture that contains it with the share `alpha`."""
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not _LEAST_SKEW <= self.alpha < 1.0:
+            raise ValueError(
+                f"{self}: alpha must lie in [{_LEAST_SKEW}, 1); at 0 use the plain KL, at 1 it vanishes"
+            )
+
+
+@dataclass(frozen=True)
+class SkewForwardKL(Skewed):
     """`KL(p_T ‖ alpha p_T + (1 - alpha) p_S)`, alpha in [0.001, 1) (DistiLLM, 2402.03898).
 
     `g = -(1 - alpha) p_T / M`, bounded because M is nowhere smaller than alpha p_T.
     """
 
-    alpha: float = 0.1
-
-    num_reductions: ClassVar[Literal[2, 3]] = 3
-    own_direction: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _require_skew(self, self.alpha)
-
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
-        alpha, bound = self.alpha, _bound(out)
+        alpha, bound = self.alpha, largest_log(out.dtype)
         # M / p_T = alpha + (1 - alpha) exp(log p_S - log p_T) = 1 + (1 - alpha) expm1(log-ratio)
         ratio = torch.clamp(pair.log_ratio, min=-bound, max=bound, out=scratch())
         ratio.expm1_().mul_(1.0 - alpha)
@@ -67,22 +63,14 @@ class SkewForwardKL:
 
 
 @dataclass(frozen=True)
-class SkewReverseKL:
+class SkewReverseKL(Skewed):
     """`KL(p_S ‖ (1 - alpha) p_T + alpha p_S)`, alpha in [0.001, 1) (DistiLLM, 2402.03898).
 
     `g = log(p_S / M) - alpha p_S / M`.
     """
 
-    alpha: float = 0.1
-
-    num_reductions: ClassVar[Literal[2, 3]] = 3
-    own_direction: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _require_skew(self, self.alpha)
-
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
-        alpha, bound = self.alpha, _bound(out)
+        alpha, bound = self.alpha, largest_log(out.dtype)
         # M / p_S = 1 + (1 - alpha) expm1(log p_T - log p_S)
         ratio = torch.neg(pair.log_ratio, out=scratch()).clamp_(min=-bound, max=bound)
         ratio.expm1_().mul_(1.0 - alpha)
@@ -95,7 +83,7 @@ class SkewReverseKL:
 
 
 @dataclass(frozen=True)
-class ClippedForwardKL:
+class ClippedForwardKL(Normalised):
     """`sum min(p_T log(p_T / p_S), bound)`: forward KL whose large entries are capped (OPSD, 2601.18734).
 
     Capped entries have no gradient; negative ones are never capped, so the value can be negative and is no
@@ -103,9 +91,6 @@ class ClippedForwardKL:
     """
 
     bound: float
-
-    num_reductions: ClassVar[Literal[2, 3]] = 3
-    own_direction: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         # With a bound below 0, every token without mass would add the bound to the value.
@@ -120,7 +105,7 @@ class ClippedForwardKL:
 
 
 @dataclass(frozen=True)
-class AlphaDivergence:
+class AlphaDivergence(Normalised):
     """`(1 - sum p_T^alpha p_S^(1 - alpha)) / (alpha (1 - alpha))`, alpha in (0, 1) (Amari).
 
     Tends to the reverse KL as alpha -> 0 and to the forward KL as alpha -> 1; at 1/2 it is 4 times the
@@ -129,24 +114,14 @@ class AlphaDivergence:
 
     alpha: float
 
-    num_reductions: ClassVar[Literal[2, 3]] = 3
-    own_direction: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if not 0.0 < self.alpha < 1.0:
             raise ValueError(f"{self}: alpha must lie strictly between 0 and 1; the ends are the two KLs")
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
-        alpha, bound = self.alpha, _bound(out)
+        alpha, bound = self.alpha, largest_log(out.dtype)
         # p_S ((p_T / p_S)^alpha - 1): g is free up to a constant; the -1 makes equal models exactly 0.
         power = torch.neg(pair.log_ratio, out=scratch()).clamp_(min=-bound, max=bound).mul_(alpha).expm1_()
         direction = torch.mul(power, pair.mass_S, out=out)
         total = direction.sum(1)
         return Terms(total * (-1.0 / (alpha * (1.0 - alpha))), direction, total, scale=-1.0 / alpha)
-
-
-def _require_skew(spec: object, alpha: float) -> None:
-    if not _LEAST_SKEW <= alpha < 1.0:
-        raise ValueError(
-            f"{spec}: alpha must lie in [{_LEAST_SKEW}, 1); at 0 use the plain KL, at 1 it vanishes"
-        )

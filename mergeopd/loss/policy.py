@@ -157,10 +157,9 @@ def importance_weight(log_rho: Tensor, correction: Correction) -> tuple[Tensor, 
     (IcePop, GLM-5 2602.15763). sequence_mask: rho; whole responses are dropped by `sequence_kept`.
     """
     rho = torch.exp(log_rho.clamp(-_LOG_BOUND, _LOG_BOUND))
-    if correction.kind == "none":
-        return torch.ones_like(rho), torch.zeros_like(rho, dtype=torch.bool)
-    if correction.kind == "sequence_mask":
-        return rho, torch.zeros_like(rho, dtype=torch.bool)
+    if correction.kind in ("none", "sequence_mask"):
+        weight = torch.ones_like(rho) if correction.kind == "none" else rho
+        return weight, torch.zeros_like(rho, dtype=torch.bool)
     outside = (rho < correction.low) | (rho > correction.high)
     if correction.kind == "mask":
         return torch.where(outside, 0.0, rho), outside

@@ -36,20 +36,14 @@ class Block:
             out.mul_(self.student.take("slope", out.shape[0]))
 
 
+@dataclass(frozen=True, eq=False)
 class Softmaxes:
     """The student and its teachers, whose vocabulary may be sharded over a group."""
 
-    def __init__(
-        self,
-        student: Projection,
-        teachers: Sequence[Projection],
-        vocab: range,
-        group: dist.ProcessGroup | None,
-    ) -> None:
-        self.student = student
-        self.teachers = tuple(teachers)
-        self.vocab = vocab
-        self.group = group
+    student: Projection
+    teachers: Sequence[Projection]
+    vocab: range
+    group: dist.ProcessGroup | None
 
     def begin(self, raw_S: Tensor, raw_T: Sequence[Tensor], labels_n: Tensor, *, with_grad: bool) -> Block:
         """Centre logits in the memory of the raw ones; compute masses in buffers that the next block reuses.
@@ -94,9 +88,8 @@ def entropy_and_logprob(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _row_max(matrix: Tensor) -> Tensor:
-    if matrix.shape[1] == 0:  # a shard of padding only
-        return matrix.new_full((matrix.shape[0],), -torch.inf)
-    return matrix.amax(1)
+    is_empty = matrix.shape[1] == 0  # a shard of padding only
+    return matrix.new_full((matrix.shape[0],), -torch.inf) if is_empty else matrix.amax(1)
 
 
 def _pick(matrix: Tensor, column_n1: Tensor, is_local: Tensor) -> Tensor:

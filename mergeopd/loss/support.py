@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mergeopd.loss.divergence import Divergence, ForwardKL, ReverseKL
-
 Chooser = Literal["student", "teacher", "union"]
 Rest = Literal["tail", "generalised"]
 
@@ -49,17 +47,6 @@ class Support:
         for name, value, known in (("of", self.of, get_args(Chooser)), ("rest", self.rest, get_args(Rest))):
             if value not in known:
                 raise ValueError(f"Support: {name} is {value!r}, must be one of {', '.join(known)}")
-
-    def check(self, divergences: Sequence[Divergence]) -> None:
-        """Raise ValueError for a divergence that this support cannot measure."""
-        if self.rest == "tail":
-            return
-        for divergence in divergences:
-            if not isinstance(divergence, ForwardKL | ReverseKL):
-                raise ValueError(
-                    f"{divergence} has no generalised form on a top-k support; "
-                    'use rest="tail", which works with every divergence'
-                )
 
 
 def top_columns(matrix_nV: Tensor, k: int) -> Tensor:

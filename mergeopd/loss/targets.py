@@ -38,13 +38,9 @@ class TopK:
             raise ValueError(
                 f"TopK.ids must be int64 [N, k], k at least 1, got {self.ids.dtype} {list(self.ids.shape)}"
             )
-        if self.logprobs.shape != self.ids.shape:
-            raise ValueError(
-                f"TopK.logprobs must be {list(self.ids.shape)} like ids, got {list(self.logprobs.shape)}"
-            )
-        _require_rows(
-            "TopK", self.ids.shape[0], logprob=self.logprob, entropy=self.entropy, log_tail=self.log_tail
-        )
+        _require_shape("TopK.logprobs", self.logprobs, *self.ids.shape)
+        for name in ("logprob", "entropy", "log_tail"):
+            _require_shape(f"TopK.{name}", getattr(self, name), self.ids.shape[0])
 
     @property
     def k(self) -> int:
@@ -89,7 +85,8 @@ class Sampled:
 
     def __post_init__(self) -> None:
         num = self.logprob.shape[0] if self.logprob.dim() else 0
-        _require_rows("Sampled", num, logprob=self.logprob, entropy=self.entropy)
+        _require_shape("Sampled.logprob", self.logprob, num)
+        _require_shape("Sampled.entropy", self.entropy, num)
 
     def packed(self) -> Tensor:
         """Pack both into one matrix `[N, 2]`, float32 or float64. Raises ValueError for half precision."""
@@ -108,10 +105,9 @@ class Sampled:
 Target = Hidden | TopK | Sampled
 
 
-def _require_rows(kind: str, num: int, **rows: Tensor) -> None:
-    for name, values in rows.items():
-        if values.shape != (num,):
-            raise ValueError(f"{kind}.{name} must be [{num}], got {list(values.shape)}")
+def _require_shape(name: str, values: Tensor, *shape: int) -> None:
+    if values.shape != shape:
+        raise ValueError(f"{name} must be {list(shape)}, got {list(values.shape)}")
 
 
 def _require_exact(what: str, dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ class SupportScored:
     reduced: tuple[Reduced, ...]  # one per target, none without divergences
 
     def logit_gradient(self, grad_divergence: Tensor, grad_logprob: Tensor, out: Tensor) -> None:
+        """Write the gradient as `full_vocabulary.Scored.logit_gradient` does."""
         mass, gain = self.block.masses[0], self.block.student.gain
         per_mass = self.per_mass_S * gain
         torch.mul(mass, (-grad_logprob * per_mass).unsqueeze(1), out=out)
@@ -62,42 +64,38 @@ class SupportScored:
         self.block.finish_gradient(grad_logprob, out)
 
 
+@dataclass(frozen=True, eq=False)
 class SupportScorer:
     """Scores blocks of rows against targets of any kind; with divergences, on a support."""
 
-    def __init__(
-        self,
-        softmaxes: Softmaxes,
-        targets: Sequence[Target],
-        divergences: Sequence[Divergence],
-        support: Support | None,
-        all_ids: range,
-    ) -> None:
-        self._softmaxes = softmaxes
-        self._targets = tuple(targets)
-        self._divergences = tuple(divergences)
-        self._support = support if divergences else None
-        self._all_ids = all_ids
-        # Index of each target's logits in a block, after the student's; 0 for targets without logits.
-        place = iter(range(1, len(targets) + 1))
-        self._places = [next(place) if isinstance(target, Hidden) else 0 for target in targets]
+    softmaxes: Softmaxes
+    targets: Sequence[Target]
+    divergences: Sequence[Divergence]
+    support: Support | None
+    all_ids: range
+
+    @cached_property
+    def _places(self) -> list[int]:
+        """Return the index of each target's logits in a block, after the student's; 0 for none."""
+        place = iter(range(1, len(self.targets) + 1))
+        return [next(place) if isinstance(target, Hidden) else 0 for target in self.targets]
 
     def score(
         self, raw_S: Tensor, raw_T: Sequence[Tensor], labels_N: Tensor, rows: slice, *, with_grad: bool
     ) -> SupportScored:
-        block = self._softmaxes.begin(raw_S, raw_T, labels_N[rows], with_grad=with_grad)
-        moments = self._softmaxes.sum(torch.stack(block.sums)).view(len(block.logits), 3, -1)
+        block = self.softmaxes.begin(raw_S, raw_T, labels_N[rows], with_grad=with_grad)
+        moments = self.softmaxes.sum(torch.stack(block.sums)).view(len(block.logits), 3, -1)
         log_mass, entropy, logprob = entropy_and_logprob(moments)
-        logprob_T, entropy_T = raw_S.new_empty(2, len(self._targets), raw_S.shape[0])
-        for k, (target, place) in enumerate(zip(self._targets, self._places, strict=True)):
+        logprob_T, entropy_T = raw_S.new_empty(2, len(self.targets), raw_S.shape[0])
+        for k, (target, place) in enumerate(zip(self.targets, self._places, strict=True)):
             if isinstance(target, Hidden):
                 logprob_T[k], entropy_T[k] = logprob[place], entropy[place]
             else:
                 logprob_T[k], entropy_T[k] = target.logprob[rows], target.entropy[rows]
         reduced: tuple[Reduced, ...] = ()
-        divergence = raw_S.new_empty(len(self._targets), 0, raw_S.shape[0])
-        if self._support is not None:
-            reduced = self._reduce(self._support, block, log_mass, rows)
+        divergence = raw_S.new_empty(len(self.targets), 0, raw_S.shape[0])
+        if self.support is not None and self.divergences:
+            reduced = self._reduce(self.support, block, log_mass, rows)
             divergence = torch.stack([one.value for one in reduced])
         stats = BlockStats(divergence, logprob[0], logprob_T, entropy[0], entropy_T)
         return SupportScored(stats, block, moments[0, 0].reciprocal(), reduced)
@@ -110,16 +108,16 @@ class SupportScorer:
             for members, place in zip(supports, self._places, strict=True)
             for m in ((0, place) if place else (0,))
         ]
-        summed = self._softmaxes.sum(torch.cat(local, 1))
+        summed = self.softmaxes.sum(torch.cat(local, 1))
         sums = iter(torch.split(summed, [part.shape[1] for part in local], dim=1))
         reduced = []
-        for members, target, place in zip(supports, self._targets, self._places, strict=True):
+        for members, target, place in zip(supports, self.targets, self._places, strict=True):
             log_S = _log_categories(support, next(sums), log_mass[0])
             if isinstance(target, TopK):
                 log_T = _known_log_categories(support, target, rows, log_S.dtype)
             else:
                 log_T = _log_categories(support, next(sums), log_mass[place])
-            has_tail = members.num < len(self._all_ids)
+            has_tail = members.num < len(self.all_ids)
             is_category = members.is_first_na
             if support.rest == "tail":
                 is_category = torch.cat([is_category, has_tail.unsqueeze(1)], 1)
@@ -128,24 +126,24 @@ class SupportScorer:
                 torch.where(is_category, log_T.exp(), 0.0),
                 torch.where(is_category, log_S - log_T, 0.0),
             )
-            reduced.append(_measure(self._divergences, support, members, has_tail, pair))
+            reduced.append(_measure(self.divergences, support, members, has_tail, pair))
         return tuple(reduced)
 
     def _members(self, support: Support, block: Block, rows: slice) -> list[Members]:
         """Choose each target's support, with one collective for all models."""
-        softmaxes = self._softmaxes
+        softmaxes = self.softmaxes
         places = [m for m in self._places if m and support.of != "student"]
         choosers = [*([] if support.of == "teacher" else [0]), *places]
-        if support.k >= len(self._all_ids):
-            everything = torch.tensor(self._all_ids, device=block.logits[0].device)
+        if support.k >= len(self.all_ids):
+            everything = torch.tensor(self.all_ids, device=block.logits[0].device)
             chosen = {m: everything.expand(block.logits[0].shape[0], -1) for m in choosers}
         else:
             ids = top_ids([block.logits[m] for m in choosers], support.k, softmaxes.vocab, softmaxes.group)
             chosen = dict(zip(choosers, ids, strict=True))
         if support.of == "student":
-            return [Members.locate(chosen[0], softmaxes.vocab)] * len(self._targets)
+            return [Members.locate(chosen[0], softmaxes.vocab)] * len(self.targets)
         members = []
-        for target, place in zip(self._targets, self._places, strict=True):
+        for target, place in zip(self.targets, self._places, strict=True):
             own = target.ids[rows] if isinstance(target, TopK) else chosen[place]
             both = own if support.of == "teacher" else torch.cat([chosen[0], own], 1)
             members.append(Members.locate(both, softmaxes.vocab))
@@ -212,4 +210,4 @@ def _generalised(divergence: Divergence, pair: Pair, value: Tensor, push: Tensor
             return value - lack.sum(1), -lack
         case ReverseKL():  # its -p_S takes away the constant 1 that terms() leaves out of g
             return value + lack.sum(1), push
-    raise AssertionError(f"Support.check should have rejected {divergence}")
+    raise AssertionError(f"check_support should have rejected {divergence}")

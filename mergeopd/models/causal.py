@@ -7,7 +7,7 @@ norm. The head is applied in the loss and in sampling, over the true vocabulary 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from mergeopd.errors import ModelError
+from mergeopd.loss.heads import Head
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts, head_tensor
-from mergeopd.models.layout import differences, is_ignored
+from mergeopd.models.layout import check_shapes, is_ignored
 from mergeopd.types import Flags, TokenIds
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def tensor_names(facts: ModelFacts, checkpoint: Checkpoint) -> dict[str, str]:
     """
     head = head_tensor(facts, checkpoint)
     names = {name: name for name in checkpoint.tensors if name != facts.head_name and not is_ignored(name)}
-    names[facts.embedding_name if facts.tied else facts.head_name] = head
+    names[facts.head_parameter] = head
     return names
 
 
@@ -75,16 +76,20 @@ def check_fit(model: nn.Module, facts: ModelFacts, checkpoint: Checkpoint) -> No
     parameters = model.named_parameters(remove_duplicate=False)
     wanted = {name: tuple(p.shape) for name, p in parameters if name not in tied_head}
     given = {name: checkpoint.tensors[t].shape for name, t in tensor_names(facts, checkpoint).items()}
-    problems = [f"has no {name}" for name in wanted if name not in given]
-    wanted |= {name: tuple(buffer.shape) for name, buffer in _saved_buffers(model)}
-    problems += [f"has {name}, which the model does not have" for name in given if name not in wanted]
-    problems += [
-        f"has {name} with shape {list(shape)}, the config says {list(wanted[name])}"
-        for name, shape in given.items()
-        if wanted.get(name, shape) != shape
-    ]
-    if problems:
-        raise ModelError(differences(facts, problems))
+    buffers = {
+        f"{prefix}.{leaf}" if prefix else leaf: tuple(buffer.shape)
+        for prefix, module in model.named_modules()
+        for leaf, buffer in module._buffers.items()
+        if buffer is not None and leaf not in module._non_persistent_buffers_set
+    }
+    check_shapes(facts, given, wanted, buffers)
+
+
+def head_of(facts: ModelFacts, weights: Mapping[str, Tensor], vocab: range) -> Head:
+    """Return the prediction head among weights by parameter name, whose rows score the token ids `vocab`."""
+    bias = weights[facts.head_bias_name] if facts.head_bias_name else None
+    scale, softcap = facts.logit_scale, facts.softcap
+    return Head(weights[facts.head_parameter], bias, scale, softcap, len(vocab), vocab.start)
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -98,14 +103,6 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             continue
         parameter = module.get_parameter(leaf)
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
-
-
-def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers that belong into a checkpoint, by full name."""
-    for prefix, module in model.named_modules():
-        for leaf, buffer in module._buffers.items():
-            if buffer is not None and leaf not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{leaf}" if prefix else leaf, buffer
 
 
 def empty(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Safetensors checkpoints: headers parsed here, without torch; tensors memory-mapped, one at a time.
+"""Safetensors checkpoints: headers read without torch; tensors memory-mapped, one at a time.
 
 Format: 8 bytes little-endian header length, a JSON header, the tensors' bytes without gaps
 (https://github.com/huggingface/safetensors#format). Pickled weights are never opened.
@@ -8,43 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mergeopd.errors import ModelError
+from mergeopd.models.json_file import read_object
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _EDGE_BYTES = 65536
 _NUM_BLOCKS = 16
 _TENSOR_SAMPLE_BYTES = 4096
 
-_DTYPE_BITS = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "U16": 16,
-    "I16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "U32": 32,
-    "I32": 32,
-    "F32": 32,
-    "U64": 64,
-    "I64": 64,
-    "F64": 64,
-}
+ELEMENT_TYPES = (
+    *("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "U16", "I16", "F16", "BF16"),
+    *("U32", "I32", "F32", "U64", "I64", "F64"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,17 +129,11 @@ class Checkpoint:
 
         Raises ModelError when there is no such tensor.
         """
-        from safetensors import safe_open
-
-        with safe_open(self._find(name).file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+        [(_, tensor)] = self.read_all([name])
         return tensor
 
     def read_all(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield tensors as `read` returns them, file by file; each file is opened once.
-
-        Raises ModelError when there is no such tensor.
-        """
+        """Yield tensors as `read` returns them, file by file; each file is opened once."""
         from safetensors import safe_open
 
         by_file: dict[Path, list[str]] = {}
@@ -164,37 +144,22 @@ class Checkpoint:
                 for name in own:
                     yield name, file.get_tensor(name)
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows `start` to `stop` (excluded) of the tensor `name`, `[stop - start, ...]`.
+    def read_slice(self, name: str, start: int, stop: int, dim: int = 0) -> Tensor:
+        """Return rows (`dim` 0) or columns (1) `start` to `stop` (excluded) of the tensor `name`.
 
-        Raises ModelError when there is no such tensor or row.
+        Raises ModelError when there is no such tensor, row or column.
         """
         from safetensors import safe_open
 
         info = self._find(name)
-        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+        if len(info.shape) <= dim or not 0 <= start <= stop <= info.shape[dim]:
             raise ModelError(
-                f"{info.file}: {name!r} of shape {list(info.shape)} has no rows {start} to {stop}"
+                f"{info.file}: {name!r} of shape {list(info.shape)} has no "
+                f"{'columns' if dim else 'rows'} {start} to {stop}"
             )
         with safe_open(info.file, framework="pt") as file:
-            rows: Tensor = file.get_slice(name)[start:stop]
-        return rows
-
-    def read_columns(self, name: str, start: int, stop: int) -> Tensor:
-        """Return columns `start` to `stop` (excluded) of the matrix `name`, `[rows, stop - start]`.
-
-        Raises ModelError when there is no such matrix or column.
-        """
-        from safetensors import safe_open
-
-        info = self._find(name)
-        if len(info.shape) != 2 or not 0 <= start <= stop <= info.shape[1]:
-            raise ModelError(
-                f"{info.file}: {name!r} of shape {list(info.shape)} has no columns {start} to {stop}"
-            )
-        with safe_open(info.file, framework="pt") as file:
-            columns: Tensor = file.get_slice(name)[:, start:stop]
-        return columns
+            part: Tensor = file.get_slice(name)[(slice(None),) * dim + (slice(start, stop),)]
+        return part
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with bytes of the tensor `name`, from its byte `start` on.
@@ -273,13 +238,7 @@ def _no_weights(folder: Path) -> str:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not JSON: {error}; fetch the file again") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    weight_map = (read_object(path, ModelError) or {}).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{path}: has no weight_map; fetch the file again")
     for name, file in weight_map.items():
@@ -292,54 +251,32 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _read_shard(path: Path) -> _Shard:
+    """Read a header, after the library's check that it is valid and that its tensors fill the file."""
+    from safetensors import SafetensorError, safe_open
+
+    size, prefix = 0, b""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > _MAX_HEADER_BYTES:
-                lfs = ", it is a Git LFS pointer" if prefix == b"version " else ""
-                raise ModelError(f"{path}: not a safetensors file ({size} bytes{lfs}); fetch it again")
-            raw = file.read(length)
+            with safe_open(path, framework="numpy"):
+                header = json.loads(file.read(int.from_bytes(prefix, "little")))
+            start = file.tell()
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(raw) < length:
-        raise ModelError(f"{path}: truncated within its header ({size} bytes); fetch it again")
-    tensors = _parse_header(path, raw)
-    expected = 8 + length + sum(info.num_bytes for info in tensors.values())
-    if size != expected:
-        kind = "truncated" if size < expected else "longer than its header says"
-        raise ModelError(f"{path}: {kind}: {size} bytes, {expected} expected; fetch it again")
-    return _Shard(path, size, 8 + length, tensors)
-
-
-def _parse_header(path: Path, raw: bytes) -> dict[str, TensorInfo]:
-    """Return tensors by name. Their bytes must fill the data part without gaps, as the format requires."""
-    try:
-        header = json.loads(raw)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        tensors = {name: _parse_entry(path, entry, 8 + len(raw)) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"{path}: damaged header ({error!r}); fetch it again") from error
-    end = 8 + len(raw)
-    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
-        if info.offset != end:
+    except (SafetensorError, ValueError) as error:
+        reason = "it is a Git LFS pointer" if prefix == b"version " else str(error).rpartition("header: ")[2]
+        raise ModelError(
+            f"{path}: truncated, damaged or not a safetensors file ({size} bytes): {reason}; fetch it again"
+        ) from error
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in ELEMENT_TYPES:
             raise ModelError(
-                f"{path}: damaged header (tensor {name!r} leaves a gap or overlaps); fetch it again"
+                f"{path}: element type {entry['dtype']!r} is not supported; save the weights as BF16 or F32"
             )
-        end += info.num_bytes
-    return tensors
-
-
-def _parse_entry(path: Path, entry: Any, data_start: int) -> TensorInfo:
-    dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _DTYPE_BITS:
-        raise ModelError(f"{path}: element type {dtype!r} is not supported; save the weights as BF16 or F32")
-    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-        raise ValueError(f"shape {shape} or offsets {start}, {stop}")
-    num_bytes = math.prod(shape) * _DTYPE_BITS[dtype] // 8
-    if stop - start != num_bytes:
-        raise ValueError(f"shape {shape} of {dtype} needs {num_bytes} bytes, has {stop - start}")
-    return TensorInfo(path, dtype, tuple(shape), data_start + start, num_bytes)
+        first, stop = entry["data_offsets"]
+        tensors[name] = TensorInfo(path, entry["dtype"], tuple(entry["shape"]), start + first, stop - first)
+    return _Shard(path, size, start, tensors)

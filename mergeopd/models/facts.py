@@ -35,37 +35,20 @@ class _Architecture:
     head_bias: bool = False
 
 
+_LIKE_LLAMA = (
+    *("apertus", "arcee", "exaone4", "glm", "glm4", "helium", "llama", "ministral", "ministral3", "mistral"),
+    *("nemotron", "olmo", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "seed_oss", "stablelm"),
+)
+_COHERE = _Architecture(tied=True, scale_key="logit_scale", scale_default=0.0625)
 ARCHITECTURES = MappingProxyType(
     {
-        "apertus": _Architecture(),
-        "arcee": _Architecture(),
-        "cohere": _Architecture(tied=True, scale_key="logit_scale", scale_default=0.0625),
-        "cohere2": _Architecture(tied=True, scale_key="logit_scale", scale_default=0.0625),
-        "ernie4_5": _Architecture(tied=True),
-        "exaone4": _Architecture(),
-        "gemma": _Architecture(tied=True),
+        **dict.fromkeys(_LIKE_LLAMA, _Architecture()),
+        **dict.fromkeys(("ernie4_5", "gemma", "smollm3", "starcoder2"), _Architecture(tied=True)),
+        **dict.fromkeys(("cohere", "cohere2"), _COHERE),
         "gemma2": _Architecture(tied=True, softcap_key="final_logit_softcapping", softcap_default=30.0),
         "gemma3_text": _Architecture(tied=True, softcap_key="final_logit_softcapping"),
-        "glm": _Architecture(),
-        "glm4": _Architecture(),
         "granite": _Architecture(divisor_key="logits_scaling"),
-        "helium": _Architecture(),
-        "llama": _Architecture(),
-        "ministral": _Architecture(),
-        "ministral3": _Architecture(),
-        "mistral": _Architecture(),
-        "nemotron": _Architecture(),
-        "olmo": _Architecture(),
-        "olmo2": _Architecture(),
-        "olmo3": _Architecture(),
         "phi": _Architecture(head_bias=True),
-        "phi3": _Architecture(),
-        "qwen2": _Architecture(),
-        "qwen3": _Architecture(),
-        "seed_oss": _Architecture(),
-        "smollm3": _Architecture(tied=True),
-        "stablelm": _Architecture(),
-        "starcoder2": _Architecture(tied=True),
     }
 )
 
@@ -93,17 +76,18 @@ class ModelFacts:
     head_name: str = HEAD
     head_bias_name: str | None = None
 
+    @property
+    def head_parameter(self) -> str:
+        """Name of the parameter that is the head: the embedding where it is tied."""
+        return self.embedding_name if self.tied else self.head_name
+
     @classmethod
     def read(cls, folder: Path) -> ModelFacts:
         """Read `folder`/config.json and generation_config.json; no code of the folder is executed.
 
         Raises ModelError when there is no config, it is damaged or quantised, or its architecture unknown.
         """
-        path = folder / "config.json"
-        config = read_object(path, ModelError)
-        if config is None:
-            there = "the folder has no config.json" if folder.is_dir() else "there is no such folder"
-            raise ModelError(f"{folder}: {there}; name a Hugging Face model folder")
+        path, config = folder / "config.json", read_config(folder)
         model_type = config.get("model_type")
         architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
         if architecture is None:
@@ -112,14 +96,17 @@ class ModelFacts:
             raise ModelError(
                 f"{path}: the weights are quantised (quantization_config); name a folder with float weights"
             )
+        tied = config.get("tie_word_embeddings", architecture.tied)
+        if not isinstance(tied, bool):
+            raise ModelError(f"{path}: tie_word_embeddings must be true or false, not {tied!r}")
         return cls(
             folder=folder,
             model_type=str(model_type),
-            hidden_size=_count(path, config, "hidden_size"),
-            vocab_rows=_count(path, config, "vocab_size"),
-            num_layers=_count(path, config, "num_hidden_layers"),
-            max_positions=_count(path, config, "max_position_embeddings"),
-            tied=_tied(path, config, architecture),
+            hidden_size=positive_int(path, config, "hidden_size"),
+            vocab_rows=positive_int(path, config, "vocab_size"),
+            num_layers=positive_int(path, config, "num_hidden_layers"),
+            max_positions=positive_int(path, config, "max_position_embeddings"),
+            tied=tied,
             logit_scale=_scale(path, config, architecture),
             softcap=_softcap(path, config, architecture),
             eos_ids=_eos_ids(folder, config),
@@ -131,7 +118,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json of a model folder. Raises ModelError when there is none."""
     config = read_object(folder / "config.json", ModelError)
     if config is None:
-        raise ModelError(f"{folder}: the folder has no config.json; name a Hugging Face model folder")
+        there = "the folder has no config.json" if folder.is_dir() else "there is no such folder"
+        raise ModelError(f"{folder}: {there}; name a Hugging Face model folder")
     return config
 
 
@@ -166,7 +154,7 @@ def head_tensor(facts: ModelFacts, checkpoint: Checkpoint) -> str:
 
 
 def _unknown(path: Path, model_type: Any, config: dict[str, Any]) -> str:
-    known = ", ".join(ARCHITECTURES)
+    known = ", ".join(sorted(ARCHITECTURES))
     if "auto_map" in config:
         return (
             f"{path}: model_type {model_type!r} runs code shipped with the weights (auto_map), which is "
@@ -177,19 +165,13 @@ def _unknown(path: Path, model_type: Any, config: dict[str, Any]) -> str:
     return f"{path}: unknown architecture {model_type!r}; known: {known}"
 
 
-def _count(path: Path, config: dict[str, Any], key: str) -> int:
+def positive_int(path: Path, config: dict[str, Any], key: str) -> int:
+    """Return a setting of config.json. Raises ModelError when it is missing or not a positive integer."""
     if key not in config:
         raise ModelError(f"{path}: {key} is missing; fetch the model's own config.json")
     value = config[key]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ModelError(f"{path}: {key} must be a positive integer, not {value!r}")
-    return value
-
-
-def _tied(path: Path, config: dict[str, Any], architecture: _Architecture) -> bool:
-    value = config.get("tie_word_embeddings", architecture.tied)
-    if not isinstance(value, bool):
-        raise ModelError(f"{path}: tie_word_embeddings must be true or false, not {value!r}")
     return value
 
 
@@ -201,13 +183,11 @@ def _positive(path: Path, key: str, value: Any) -> float:
 
 
 def _scale(path: Path, config: dict[str, Any], architecture: _Architecture) -> float:
-    if architecture.scale_key:
-        value = config.get(architecture.scale_key, architecture.scale_default)
-        return _positive(path, architecture.scale_key, value)
-    if architecture.divisor_key:
-        value = config.get(architecture.divisor_key, architecture.scale_default)
-        return 1.0 / _positive(path, architecture.divisor_key, value)
-    return 1.0
+    key = architecture.scale_key or architecture.divisor_key
+    if key is None:
+        return 1.0
+    value = _positive(path, key, config.get(key, architecture.scale_default))
+    return value if architecture.scale_key else 1.0 / value
 
 
 def _softcap(path: Path, config: dict[str, Any], architecture: _Architecture) -> float | None:
@@ -219,10 +199,8 @@ def _softcap(path: Path, config: dict[str, Any], architecture: _Architecture) ->
 
 def _eos_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
     """Return ids of generation_config.json first, as in transformers' generate, without duplicates."""
-    path, value = folder / "generation_config.json", None
-    generation = read_object(path, ModelError)
-    if generation is not None:
-        value = generation.get("eos_token_id")
+    path = folder / "generation_config.json"
+    value = (read_object(path, ModelError) or {}).get("eos_token_id")
     if value is None:
         path, value = folder / "config.json", config.get("eos_token_id")
     if value is None:

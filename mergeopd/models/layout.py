@@ -15,6 +15,7 @@ from mergeopd.errors import ModelError
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import EMBEDDING, HEAD, HEAD_BIAS, ModelFacts, read_config
 
+Sizes = tuple[int | None, ...]
 # Buffers of old conversions; transformers computes them.
 _IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 # Constants of activation functions, which are saved with the weights but not trained.
@@ -119,11 +120,11 @@ def is_weight(name: str) -> bool:
     return not _IGNORED.search(name) and not _CONSTANT.search(name)
 
 
-def expected_shapes(facts: ModelFacts, config: Mapping[str, Any]) -> dict[str, tuple[int | None, ...]]:
+def expected_shapes(facts: ModelFacts, config: Mapping[str, Any]) -> dict[str, Sizes]:
     """Return shapes of all tensors by name, without head and embedding; None is an unknown size."""
     sizes = _sizes(facts, config)
     final = _FINAL_NORM.get(facts.model_type, ("model.norm.weight",))
-    shapes: dict[str, tuple[int | None, ...]] = dict.fromkeys(final, (facts.hidden_size,))
+    shapes: dict[str, Sizes] = dict.fromkeys(final, (facts.hidden_size,))
     tensors = dict(_layer_tensors(facts.model_type, config))
     for layer in range(facts.num_layers):
         for name, letters in tensors.items():
@@ -138,34 +139,43 @@ def check_layout(facts: ModelFacts, checkpoint: Checkpoint) -> None:
     """
     expected = expected_shapes(facts, read_config(facts.folder))
     apart = {facts.embedding_name, facts.head_name, EMBEDDING, HEAD, HEAD_BIAS}
+    uncompared = {name: None for name in checkpoint.tensors if _UNCOMPARED.search(name)}
     given = {name: t.shape for name, t in checkpoint.tensors.items() if is_weight(name) and name not in apart}
-    problems = [f"has no {name}" for name in expected if name not in given]
-    problems += [
-        f"has {name}, which the config does not require"
-        for name in given
-        if name not in expected and not _UNCOMPARED.search(name)
-    ]
-    problems += [
-        f"has {name} with shape {list(shape)}, the config says {[*map(_shown, expected[name])]}"
-        for name, shape in given.items()
-        if name in expected and not _agree(shape, expected[name])
-    ]
+    check_shapes(facts, given, expected, uncompared)
+
+
+def check_shapes(
+    facts: ModelFacts,
+    given: Mapping[str, tuple[int, ...]],
+    required: Mapping[str, Sizes],
+    optional: Mapping[str, Sizes | None],
+) -> None:
+    """Compare shapes by tensor name; a size that is None, or a whole shape, is not compared.
+
+    Raises ModelError naming the first differences.
+    """
+    known = {**optional, **required}
+    problems = [f"has no {name}" for name in required if name not in given]
+    problems += [f"has {name}, which the model does not have" for name in given if name not in known]
+    for name, shape in given.items():
+        sizes = known.get(name)
+        if sizes is not None and not _agree(shape, sizes):
+            shown = ["?" if size is None else size for size in sizes]
+            problems.append(f"has {name} with shape {list(shape)}, the config says {shown}")
     if problems:
-        raise ModelError(differences(facts, problems))
-
-
-def differences(facts: ModelFacts, problems: list[str]) -> str:
-    """Return the message for weights that do not match their config.json."""
-    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-    return (
-        f"{facts.folder}: weights and config.json are not of one model: "
-        f"it {'; it '.join(problems[:3])}{more}; fetch both again"
-    )
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ModelError(
+            f"{facts.folder}: weights and config.json are not of one model: "
+            f"it {'; it '.join(problems[:3])}{more}; fetch both again"
+        )
 
 
 def _layer_tensors(model_type: str, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield names below a layer, and their shapes in letters."""
-    modules = dict(_module(entry) for entry in _MODULES.get(model_type, _LLAMA))
+    modules = {}
+    for entry in _MODULES.get(model_type, _LLAMA):
+        name, _, letters = entry.partition(":")
+        modules[name] = letters or _SHAPES.get(name, "d")
     biases = set(_BIASES.get(model_type, ()))
     for key, default, names in _BIASES_BY_KEY.get(model_type, ()):
         if config.get(key, default):
@@ -176,11 +186,6 @@ def _layer_tensors(model_type: str, config: Mapping[str, Any]) -> Iterator[tuple
         yield f"{module}.weight", letters
         if module in biases:
             yield f"{module}.bias", letters.split()[0]
-
-
-def _module(entry: str) -> tuple[str, str]:
-    name, _, letters = entry.partition(":")
-    return name, letters or _SHAPES.get(name, "d")
 
 
 def _sizes(facts: ModelFacts, config: Mapping[str, Any]) -> dict[str, int | None]:
@@ -205,11 +210,7 @@ def _size(part: str, sizes: Mapping[str, int | None]) -> int | None:
     return None if None in numbers else sum(number or 0 for number in numbers)
 
 
-def _agree(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+def _agree(shape: tuple[int, ...], expected: Sizes) -> bool:
     return len(shape) == len(expected) and all(
         size in (None, own) for own, size in zip(shape, expected, strict=True)
     )
-
-
-def _shown(size: int | None) -> str | int:
-    return "?" if size is None else size

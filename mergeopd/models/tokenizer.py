@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -27,16 +27,16 @@ _TOKEN_OPTIONS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 class Tokenizer:
     """A tokenizer folder. `vocab_size` is its highest id + 1, added tokens included.
 
-    `special_tokens` maps names such as "eos_token" to texts, for chat templates.
+    `special_tokens` maps names such as "eos_token" to texts, for chat templates. `backend` is the tokenizers
+    library's tokenizer, declared tokens included; not to be changed.
     """
 
     folder: Path
     vocab_size: int
     eos_id: int
-    pad_id: int | None
     special_tokens: Mapping[str, str]
     chat_template: str | None
-    _backend: tokenizers.Tokenizer
+    backend: tokenizers.Tokenizer = field(repr=False)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -54,35 +54,26 @@ class Tokenizer:
                 f"{folder}: no eos_token, so responses could not end; add it to tokenizer_config.json"
             )
         vocab = backend.get_vocab(with_added_tokens=True)
-        ids = {name: vocab[text] for name, text in special_tokens.items()}
         return cls(
             folder=folder,
             vocab_size=max(vocab.values()) + 1,
-            eos_id=ids["eos_token"],
-            pad_id=ids.get("pad_token"),
+            eos_id=vocab[special_tokens["eos_token"]],
             special_tokens=MappingProxyType(special_tokens),
             chat_template=_chat_template(folder, config),
-            _backend=backend,
+            backend=backend,
         )
 
     def encode(self, text: str) -> list[int]:
         """Encode `text`. Special tokens written in it are recognised; none are added."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return ids
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Decode `ids`; bytes that are not UTF-8 become U+FFFD, unknown ids are skipped."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return text
-
-    @property
-    def backend(self) -> tokenizers.Tokenizer:
-        """The tokenizer of the tokenizers library, declared tokens included; not to be changed."""
-        return self._backend
+        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        return frozenset(i for i, t in self._backend.get_added_tokens_decoder().items() if t.special)
+        return frozenset(i for i, t in self.backend.get_added_tokens_decoder().items() if t.special)
 
     def difference(self, other: Tokenizer) -> str | None:
         """Describe the first difference in one sentence; None when both map every text to the same ids.
@@ -94,10 +85,7 @@ class Tokenizer:
         if self._state == other._state:
             return None
         return first_difference(
-            json.loads(self._state),
-            json.loads(other._state),
-            str(self.folder),
-            str(other.folder),
+            json.loads(self._state), json.loads(other._state), str(self.folder), str(other.folder)
         )
 
     def num_shared(self, other: Tokenizer) -> int | None:
@@ -110,8 +98,8 @@ class Tokenizer:
         """Return the tokens from id `num_ids` on; None unless they are just a few added ones."""
         if num_ids >= self.vocab_size:
             return ()
-        added = {i: t.content for i, t in self._backend.get_added_tokens_decoder().items() if i >= num_ids}
-        ids = {i for i in self._backend.get_vocab(with_added_tokens=True).values() if i >= num_ids}
+        added = {i: t.content for i, t in self.backend.get_added_tokens_decoder().items() if i >= num_ids}
+        ids = {i for i in self.backend.get_vocab(with_added_tokens=True).values() if i >= num_ids}
         if len(ids) > MAX_ADDED or not ids <= added.keys():
             return None
         return tuple(added[i] for i in sorted(ids))
@@ -119,14 +107,14 @@ class Tokenizer:
     def truncated_backend(self, num_ids: int) -> tokenizers.Tokenizer:
         """Return the tokenizer of the tokenizers library without added tokens from id `num_ids` on."""
         if num_ids >= self.vocab_size:
-            return self._backend
+            return self.backend
         state = first_ids(json.loads(self._state), num_ids)
         return tokenizers.Tokenizer.from_str(json.dumps(state))
 
     @cached_property
     def _state(self) -> str:
         """The tokenizer as serialised by the library, all declared tokens included."""
-        text: str = self._backend.to_str()
+        text: str = self.backend.to_str()
         return text
 
 

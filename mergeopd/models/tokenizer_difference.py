@@ -21,16 +21,19 @@ def first_difference(a: Mapping[str, Any], b: Mapping[str, Any], here: str, ther
 
     `here` and `there` are the folders' names.
     """
-    vocab_a, vocab_b = _ids(a), _ids(b)
-    return (
-        _differing_ids(vocab_a, vocab_b, here, there)
-        or _added_tokens(a["added_tokens"], b["added_tokens"], here, there)
-        or _component("the normalizer", a["normalizer"], b["normalizer"], here, there)
-        or _component("the pre-tokenizer", a["pre_tokenizer"], b["pre_tokenizer"], here, there)
-        or _component("the model", _options(a["model"]), _options(b["model"]), here, there)
-        or _merges(a["model"], b["model"], here, there)
-        or _scores(a["model"], b["model"], here, there)
+    options_a, options_b = (
+        {key: value for key, value in state["model"].items() if key not in _VOCABULARY} for state in (a, b)
     )
+    text = (
+        _differing_ids(_ids(a), _ids(b))
+        or _added_tokens(a["added_tokens"], b["added_tokens"])
+        or _component("the normalizer", a["normalizer"], b["normalizer"])
+        or _component("the pre-tokenizer", a["pre_tokenizer"], b["pre_tokenizer"])
+        or _component("the model", options_a, options_b)
+        or _merges(a["model"], b["model"])
+        or _scores(a["model"]["vocab"], b["model"]["vocab"])
+    )
+    return text and f"{text} (here: {here}, there: {there})"
 
 
 def num_shared(a: Mapping[str, Any], b: Mapping[str, Any]) -> int | None:
@@ -63,79 +66,60 @@ def first_ids(state: Mapping[str, Any], num_ids: int) -> dict[str, Any]:
     }
 
 
-def _model_ids(model: Mapping[str, Any]) -> dict[str, int]:
-    """Token to id. Unigram lists `[token, score]` in id order, the others map."""
-    vocab = model["vocab"]
-    if isinstance(vocab, list):
-        return {token: i for i, (token, _) in enumerate(vocab)}
-    return dict(vocab)
-
-
 def _ids(state: Mapping[str, Any]) -> dict[int, str]:
-    ids = {i: token for token, i in _model_ids(state["model"]).items()}
+    """Map ids to tokens. Unigram lists `[token, score]` in id order, the others map tokens to ids."""
+    vocab = state["model"]["vocab"]
+    listed = isinstance(vocab, list)
+    ids = {i: row[0] for i, row in enumerate(vocab)} if listed else {i: token for token, i in vocab.items()}
     return ids | {token["id"]: token["content"] for token in state["added_tokens"]}
 
 
-def _differing_ids(a: dict[int, str], b: dict[int, str], here: str, there: str) -> str | None:
-    differing = sorted(i for i in a.keys() & b.keys() if a[i] != b[i])
+def _differing_ids(a: dict[int, str], b: dict[int, str]) -> str:
     parts = []
+    differing = [
+        f"{i} is {a[i]!r} here and {b[i]!r} there" for i in sorted(a.keys() & b.keys()) if a[i] != b[i]
+    ]
     if differing:
-        shown = ", ".join(f"{i} is {a[i]!r} here and {b[i]!r} there" for i in differing[:_SHOWN])
-        parts.append(f"{_counted(len(differing), 'id differs', 'ids differ')}: {shown}{_more(differing)}")
-    sides = ((a.keys() - b.keys(), a, here, there), (b.keys() - a.keys(), b, there, here))
-    for only, tokens, where, other in sides:
-        if only:
-            ids = sorted(only)
-            named = ", ".join(repr(tokens[i]) for i in ids[:_SHOWN])
+        parts.append(f"{_counted(differing, 'id differs', 'ids differ')}: {_listed(differing)}")
+    for where, own, other in (("here", a, b), ("there", b, a)):
+        if ids := sorted(own.keys() - other.keys()):
             verb, noun = ("exists", "id") if len(ids) == 1 else ("exist", "ids")
             parts.append(
-                f"{noun} {_ranges(ids)} ({named}{_more(ids)}) {verb} only in {where}, not in {other}"
+                f"{noun} {_ranges(ids)} ({_listed([repr(own[i]) for i in ids])}) {verb} only {where}"
             )
-    if not parts:
-        return None
-    return _placed("; ".join(parts), here, there) if differing else "; ".join(parts)
+    return "; ".join(parts)
 
 
-def _added_tokens(
-    a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]], here: str, there: str
-) -> str | None:
+def _added_tokens(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> str | None:
     """Compare added tokens, which are split off before the model. `special` only matters in decoding."""
     keys = ("single_word", "lstrip", "rstrip", "normalized")
-    cut_a = {token["id"]: {key: token[key] for key in keys} for token in a}
-    cut_b = {token["id"]: {key: token[key] for key in keys} for token in b}
-    names = {token["id"]: token["content"] for token in (*a, *b)}
-    for only, where in ((cut_a.keys() - cut_b.keys(), here), (cut_b.keys() - cut_a.keys(), there)):
-        if only:
-            ids = sorted(only)
-            shown = ", ".join(f"{i} {names[i]!r}" for i in ids[:_SHOWN])
-            counted = _counted(len(ids), "token is", "tokens are")
-            return f"{counted} recognised in text only in {where}: {shown}{_more(ids)}"
-    differing = sorted(i for i in cut_a if cut_a[i] != cut_b[i])
+    cut_a, cut_b = ({token["id"]: [token[key] for key in keys] for token in side} for side in (a, b))
+    names = {token["id"]: f"{token['id']} {token['content']!r}" for token in (*a, *b)}
+    for where, own, other in (("here", cut_a, cut_b), ("there", cut_b, cut_a)):
+        if only := [names[i] for i in sorted(own.keys() - other.keys())]:
+            counted = _counted(only, "token is", "tokens are")
+            return f"{counted} recognised in text only {where}: {_listed(only)}"
+    differing = [names[i] for i in sorted(cut_a) if cut_a[i] != cut_b[i]]
     if not differing:
         return None
-    flags = {key for i in differing for key in keys if cut_a[i][key] != cut_b[i][key]}
-    shown = ", ".join(f"{i} {names[i]!r}" for i in differing[:_SHOWN])
-    counted = _counted(len(differing), "added token differs", "added tokens differ")
-    return f"{counted} in {', '.join(sorted(flags))} between {here} and {there}: {shown}{_more(differing)}"
+    flags = sorted(key for n, key in enumerate(keys) if any(cut_a[i][n] != cut_b[i][n] for i in cut_a))
+    counted = _counted(differing, "added token differs", "added tokens differ")
+    return f"{counted} in {', '.join(flags)}: {_listed(differing)}"
 
 
-def _component(what: str, a: Any, b: Any, here: str, there: str) -> str | None:
+def _component(what: str, a: Any, b: Any) -> str | None:
     """Compare a component by its meaning, ignoring one-element sequences, empty prefixes and offsets."""
-    simple_a, simple_b = _simplified(a), _simplified(b)
-    if simple_a == simple_b:
+    a, b = _simplified(a), _simplified(b)
+    if a == b:
         return None
-    if (
-        isinstance(simple_a, dict)
-        and isinstance(simple_b, dict)
-        and simple_a.get("type") == simple_b.get("type")
-    ):
-        keys = sorted(k for k in simple_a.keys() | simple_b.keys() if simple_a.get(k) != simple_b.get(k))
-        details = "; ".join(
-            f"{key} is {_short(simple_a.get(key))} here and {_short(simple_b.get(key))} there" for key in keys
-        )
-        return _placed(f"{what} differs: {details}", here, there)
-    text = f"{what} differs: {_short(simple_a)} here and {_short(simple_b)} there"
-    return _placed(text, here, there)
+    if not (isinstance(a, dict) and isinstance(b, dict) and a.get("type") == b.get("type")):
+        return f"{what} differs: {_short(a)} here and {_short(b)} there"
+    details = [
+        f"{key} is {_short(a.get(key))} here and {_short(b.get(key))} there"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
+    ]
+    return f"{what} differs: {'; '.join(details)}"
 
 
 def _simplified(part: Any) -> Any:
@@ -155,52 +139,41 @@ def _simplified(part: Any) -> Any:
     return {key: _simplified(value) for key, value in kept.items()}
 
 
-def _options(model: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in model.items() if key not in _VOCABULARY}
-
-
-def _merges(a: Mapping[str, Any], b: Mapping[str, Any], here: str, there: str) -> str | None:
+def _merges(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
     """Compare merges in rank order, in either spelling ("a b" or ["a", "b"])."""
     merges_a, merges_b = (
-        [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges", ())]
+        [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", ())]
         for model in (a, b)
     )
     for rank, (one, two) in enumerate(zip(merges_a, merges_b, strict=False)):  # lengths are compared below
         if one != two:
-            text = (
-                f"merge {rank} joins {' + '.join(map(repr, one))} here and {' + '.join(map(repr, two))} there"
-            )
-            return _placed(text, here, there)
-    if len(merges_a) != len(merges_b):
-        return _placed(f"{len(merges_a)} merges here and {len(merges_b)} there", here, there)
-    return None
+            here, there = (" + ".join(map(repr, merge)) for merge in (one, two))
+            return f"merge {rank} joins {here} here and {there} there"
+    return (
+        f"{len(merges_a)} merges here and {len(merges_b)} there" if len(merges_a) != len(merges_b) else None
+    )
 
 
-def _scores(a: Mapping[str, Any], b: Mapping[str, Any], here: str, there: str) -> str | None:
-    if not isinstance(a["vocab"], list) or not isinstance(b["vocab"], list):
+def _scores(a: Any, b: Any) -> str | None:
+    if not isinstance(a, list) or not isinstance(b, list):
         return None
     differing = [
-        (i, token, x, y)
-        for i, ((token, x), (_, y)) in enumerate(zip(a["vocab"], b["vocab"], strict=False))
+        f"{i} {token!r} has {x} here and {y} there"
+        for i, ((token, x), (_, y)) in enumerate(zip(a, b, strict=False))
         if x != y
     ]
     if not differing:
         return None
-    shown = ", ".join(f"{i} {token!r} has {x} here and {y} there" for i, token, x, y in differing[:_SHOWN])
-    text = f"{_counted(len(differing), 'score differs', 'scores differ')}: {shown}{_more(differing)}"
-    return _placed(text, here, there)
+    return f"{_counted(differing, 'score differs', 'scores differ')}: {_listed(differing)}"
 
 
-def _placed(text: str, here: str, there: str) -> str:
-    return f"{text} (here: {here}, there: {there})"
+def _counted(items: Sequence[str], one: str, many: str) -> str:
+    return f"{len(items)} {one if len(items) == 1 else many}"
 
 
-def _counted(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
-
-
-def _more(items: Sequence[Any]) -> str:
-    return f", and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+def _listed(items: Sequence[str]) -> str:
+    more = f", and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return ", ".join(items[:_SHOWN]) + more
 
 
 def _ranges(ids: Iterable[int]) -> str:

@@ -51,7 +51,7 @@ def average(base: Path, experts: Sequence[Path], num_valid: int, device: torch.d
             continue
         mean = checkpoint.read(tensor).to(torch.float32, copy=True)
         rows = num_valid if name in vocabulary else len(mean)
-        parts = [o.read_rows(n[name], 0, rows).float() for o, n in zip(opened, names, strict=True)]
+        parts = [o.read_slice(n[name], 0, rows).float() for o, n in zip(opened, names, strict=True)]
         mean[:rows] = torch.stack(parts).mean(0)
         weights[name] = mean.to(device)
     fill(model, weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,18 +16,38 @@ from mergeopd.errors import NumericsError
 from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.cross_tokenizer import BridgeStats, bridge_loss
 from mergeopd.loss.divergence import Divergence
+from mergeopd.loss.full_vocabulary import BlockStats
 from mergeopd.loss.fused import Objective, TokenStats, fused_loss
 from mergeopd.loss.heads import Head
+from mergeopd.loss.objective import DistillationObjective
 from mergeopd.loss.support import Support
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Arguments of `fused_loss` that are the same for all micro-batches of a pass."""
+    """Arguments of `fused_loss` that are equal for all micro-batches of a pass."""
 
     divergences: Sequence[Divergence]
     support: Support | None
     temperature: float
+
+    @classmethod
+    def of(cls, objective: DistillationObjective) -> Measured:
+        return cls(objective.divergences, objective.support, objective.temperature)
+
+
+def check_norm(norm: float) -> None:
+    """Raise NumericsError for a gradient whose norm is not finite."""
+    if not math.isfinite(norm):
+        raise NumericsError(
+            "the gradient is NaN or infinite; the weights are unchanged. "
+            "Lower optimizer.lr, or use student.dtype: float32"
+        )
+
+
+def no_loss(stats: BlockStats, rows: slice) -> Tensor:
+    """Return a loss of 0 for every token: the objective of a pass for statistics alone."""
+    return torch.zeros_like(stats.logprob_S)
 
 
 @dataclass(frozen=True, eq=False)

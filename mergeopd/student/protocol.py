@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from mergeopd.batch.micro_batch import MicroBatches
-from mergeopd.loss.divergence import Divergence
+from mergeopd.errors import StorageError
 from mergeopd.loss.objective import DistillationObjective
-from mergeopd.loss.support import Support
 from mergeopd.rollout import protocol as rollout
-from mergeopd.student.loss import MicroStats
+from mergeopd.student.loss import Measured, MicroStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +54,20 @@ class Trainable(Protocol):
     def accumulate_gradients(
         self, micro_batches: MicroBatches, objective: DistillationObjective
     ) -> Sequence[MicroStats]:
-        """Add the gradient of this copy's micro-batches; return statistics on ranks that compute losses."""
+        """Add the gradient of this copy's micro-batches; return statistics on ranks that compute losses.
 
-    def score(
-        self,
-        micro_batches: MicroBatches,
-        divergences: Sequence[Divergence],
-        support: Support | None,
-        temperature: float,
-    ) -> Sequence[MicroStats]:
-        """Return statistics of this copy's micro-batches, on ranks that compute losses; no gradient."""
+        Micro-batches are consumed one at a time. Raises NumericsError on all ranks when the student's or a
+        teacher's distribution is not finite.
+        """
+
+    def score(self, micro_batches: MicroBatches, what: Measured) -> Sequence[MicroStats]:
+        """Return statistics under the current weights as `accumulate_gradients` does; no gradient."""
 
     def optimizer_step(self, lr: float) -> float:
-        """Perform one optimizer update; return the gradient's norm before clipping."""
+        """Perform one optimizer update; return the gradient's norm before clipping.
+
+        Raises NumericsError on all ranks, without changing weights, when the norm is not finite.
+        """
 
     def release(self) -> None:
         """Free weights, gradients and optimizer state; nothing can be called afterwards. Not collective."""
@@ -94,6 +94,14 @@ class Stateful(Protocol):
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore `state()`."""
+
+
+def check_masters(own: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
+    """Raise StorageError unless a checkpoint's master weights have the names of `own`."""
+    odd = own.keys() ^ {key for key in tensors if key.startswith("master.")}
+    if odd:
+        listed = ", ".join(sorted(odd)[:3])
+        raise StorageError(f"the checkpoint is not of this student: {listed} on one side only")
 
 
 class Exportable(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,21 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from mergeopd.batch.micro_batch import MicroBatch, MicroBatches
-from mergeopd.errors import NumericsError, StorageError
 from mergeopd.loss.buffers import Workspace
-from mergeopd.loss.divergence import Divergence
-from mergeopd.loss.full_vocabulary import BlockStats
 from mergeopd.loss.fused import Objective
 from mergeopd.loss.heads import Head
 from mergeopd.loss.objective import DistillationObjective
-from mergeopd.loss.support import Support
-from mergeopd.models.causal import DTYPES, build_skeleton, check_fit, fill, response_hidden, tensor_names
+from mergeopd.models.causal import (
+    DTYPES,
+    build_skeleton,
+    check_fit,
+    fill,
+    head_of,
+    response_hidden,
+    tensor_names,
+)
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
 from mergeopd.models.hf_folder import copy_companions
 from mergeopd.recipe.training import Optimizer
-from mergeopd.student.loss import Measured, MicroStats, micro_loss
-from mergeopd.student.protocol import UNSHARDED, Placement
+from mergeopd.student.loss import Measured, MicroStats, check_norm, micro_loss, no_loss
+from mergeopd.student.protocol import UNSHARDED, Placement, check_masters
 
 
 class TorchStudent:
@@ -60,18 +64,11 @@ class TorchStudent:
             name: p if p.dtype in (torch.float32, torch.float64) else p.detach().float()
             for name, p in self._parameters.items()
         }
-        matrices = [p for p in self._masters.values() if p.ndim > 1]
-        vectors = [p for p in self._masters.values() if p.ndim <= 1]
-        self._adamw = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": optimizer.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            lr=0.0,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            fused=True,
-        )
+        masters = self._masters.values()
+        matrices, vectors = [p for p in masters if p.ndim > 1], [p for p in masters if p.ndim <= 1]
+        decays = ((matrices, optimizer.weight_decay), (vectors, 0.0))
+        groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays]
+        self._adamw = torch.optim.AdamW(groups, 0.0, optimizer.betas, optimizer.eps, fused=True)
         self._masters_are_double = DTYPES[dtype] == torch.float64
         self._clip_grad = optimizer.clip_grad
         self._workspace = Workspace()
@@ -91,15 +88,7 @@ class TorchStudent:
     @property
     def head(self) -> Head:
         """The current prediction head, over the true vocabulary."""
-        facts = self._facts
-        weight = self._parameters[facts.embedding_name if facts.tied else facts.head_name]
-        return Head(
-            weight=weight,
-            bias=self._parameters[facts.head_bias_name] if facts.head_bias_name else None,
-            scale=facts.logit_scale,
-            softcap=facts.softcap,
-            num_valid=self._num_valid,
-        )
+        return head_of(self._facts, self._parameters, self.vocab)
 
     @contextmanager
     def unsharded(self) -> Iterator[tuple[nn.Module, Head]]:
@@ -117,37 +106,21 @@ class TorchStudent:
     def accumulate_gradients(
         self, micro_batches: MicroBatches, objective: DistillationObjective
     ) -> list[MicroStats]:
-        """Add the gradient of micro-batches; return the statistics of their trained tokens.
-
-        Micro-batches are consumed one at a time. Raises NumericsError when the student's or a teacher's
-        distribution is not finite.
-        """
         statistics = []
+        what = Measured.of(objective)
         for micro in micro_batches:
             per_token = objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N, micro.policy)
-            what = Measured(objective.divergences, objective.support, objective.temperature)
             loss, stats = self._fused(micro, per_token, what, self._head_to_train())
             loss.backward()  # type: ignore[no-untyped-call]
             self._collect_gradients()
             statistics.append(stats)
         return statistics
 
-    def score(
-        self,
-        micro_batches: MicroBatches,
-        divergences: Sequence[Divergence],
-        support: Support | None,
-        temperature: float,
-    ) -> list[MicroStats]:
-        """Return statistics of the trained tokens under the current weights; no gradient.
-
-        Raises NumericsError when the student's or a teacher's distribution is not finite.
-        """
+    def score(self, micro_batches: MicroBatches, what: Measured) -> list[MicroStats]:
         statistics = []
         for micro in micro_batches:
             with torch.no_grad():
-                what = Measured(divergences, support, temperature)
-                _, stats = self._fused(micro, _nothing, what, self.head)
+                _, stats = self._fused(micro, no_loss, what, self.head)
             statistics.append(stats)
         return statistics
 
@@ -156,17 +129,8 @@ class TorchStudent:
         return {name: p.grad for name, p in self._masters.items() if p.grad is not None}
 
     def optimizer_step(self, lr: float) -> float:
-        """Perform one optimizer update; return the gradient's norm before clipping.
-
-        Raises NumericsError, without changing weights, when the norm is not finite.
-        """
-        gradients = list(self.gradients().values())
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm):
-            raise NumericsError(
-                "the gradient is NaN or infinite; the weights are unchanged. "
-                "Lower optimizer.lr, or use student.dtype: float32"
-            )
+        norm = torch.nn.utils.get_total_norm(list(self.gradients().values()))
+        check_norm(float(norm))
         if self._clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(list(self._masters.values()), self._clip_grad, norm)
         for group in self._adamw.param_groups:
@@ -187,11 +151,7 @@ class TorchStudent:
         return {f"master.{name}": tuple(p.shape) for name, p in self._masters.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        expected = {f"master.{name}" for name in self._masters}
-        given = {key for key in tensors if key.startswith("master.")}
-        if expected != given:
-            odd = ", ".join(sorted(expected ^ given)[:3])
-            raise StorageError(f"the checkpoint is not of this student: {odd} on one side only")
+        check_masters(self.state_shapes(), tensors)
         with torch.no_grad():
             for name, p in self._masters.items():
                 p.copy_(tensors[f"master.{name}"])
@@ -220,7 +180,7 @@ class TorchStudent:
 
     def _head_to_train(self) -> Head:
         """Return the head with a float32 gradient buffer: bfloat16 would round before the sum."""
-        name = self._facts.embedding_name if self._facts.tied else self._facts.head_name
+        name = self._facts.head_parameter
         master = self._masters[name]
         if master is self._parameters[name]:
             return self.head
@@ -245,7 +205,3 @@ class TorchStudent:
         for name, master in self._masters.items():
             if master is not self._parameters[name]:
                 self._parameters[name].copy_(master)
-
-
-def _nothing(stats: BlockStats, rows: slice) -> Tensor:
-    return torch.zeros_like(stats.logprob_S)

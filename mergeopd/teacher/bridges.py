@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from mergeopd.align.vocab import teacher_pieces
 from mergeopd.loss.cross_tokenizer import (
@@ -18,13 +21,14 @@ from mergeopd.loss.cross_tokenizer import (
     Uld,
 )
 from mergeopd.loss.divergence import JSD, ForwardKL
-from mergeopd.teacher.cross_tokenizer import CrossTokenizer
+from mergeopd.recipe.bridges import ProjectionBridge
+from mergeopd.teacher.cross_tokenizer import CrossTokenizer, vocabulary_map
 
 
 def measure(crossing: CrossTokenizer, cache: Path, device: torch.device) -> Bridge | None:
     """Build the loss of a bridge; None for `span`, which compares no distributions.
 
-    Raises the errors of `CrossTokenizer.vocabulary_map`.
+    Raises the errors of `vocabulary_map`.
     """
     bridge = crossing.bridge
     if bridge.span is not None:
@@ -32,24 +36,21 @@ def measure(crossing: CrossTokenizer, cache: Path, device: torch.device) -> Brid
     if bridge.uld is not None:
         return Uld(bridge.uld.merge)
     num_student, num_teacher = len(crossing.student.tokens), len(crossing.other.tokens)
+
+    def tensor(array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
     if bridge.pieces is not None:
         spelled = teacher_pieces(crossing.student, crossing.other.tokens, crossing.ends)
         beta = bridge.pieces.jsd
-        pieces = PieceTable(torch.from_numpy(spelled).to(device), num_student)
-        return Pieces(pieces, ForwardKL() if beta is None else JSD(beta))
-    vocabulary = crossing.vocabulary_map(cache)
+        return Pieces(PieceTable(tensor(spelled), num_student), ForwardKL() if beta is None else JSD(beta))
+    num_pieces = ProjectionBridge().pieces if bridge.projection is None else bridge.projection.pieces
+    vocabulary = vocabulary_map(cache, crossing.student, crossing.other, crossing.ends, num_pieces)
     if bridge.gold is not None:
-        pairs = ExactPairs(
-            torch.from_numpy(vocabulary.student_ids).to(device),
-            torch.from_numpy(vocabulary.teacher_ids).to(device),
-            num_student,
-            num_teacher,
-        )
+        ids = tensor(vocabulary.student_ids), tensor(vocabulary.teacher_ids)
+        pairs = ExactPairs(*ids, num_student, num_teacher)
         return Gold(pairs, bridge.gold.beta, bridge.gold.merge, bridge.gold.weights)
     assert bridge.projection is not None
-    table = SparseMap(
-        torch.from_numpy(vocabulary.projection_ids).to(device),
-        torch.from_numpy(vocabulary.projection_weights).to(device),
-        num_teacher,
-    )
+    weights = tensor(vocabulary.projection_weights)
+    table = SparseMap(tensor(vocabulary.projection_ids), weights, num_teacher)
     return Projected(table, bridge.projection.direction, bridge.projection.top_k)

@@ -13,8 +13,8 @@ from torch import Tensor
 from mergeopd.data.chat_template import ChatTemplate
 from mergeopd.data.renderer import Renderer
 from mergeopd.errors import TeacherError
-from mergeopd.loss.buffers import Workspace
-from mergeopd.loss.heads import Head, Projection
+from mergeopd.loss.heads import Head
+from mergeopd.loss.observe import observe
 from mergeopd.recipe.plan import TeacherPlan
 from mergeopd.teacher.protocol import TeacherSequence
 from mergeopd.types import Message, token_ids
@@ -37,13 +37,13 @@ class Canary:
     vocab_size: int
 
     @classmethod
-    def of(cls, teacher: TeacherPlan, dialect: Renderer) -> Canary | None:
+    def of(cls, teacher: TeacherPlan, renderer: Renderer) -> Canary | None:
         """Build the canary of a teacher's card, in the teacher's ids; None without a card's sample."""
         if teacher.canary is None:
             return None
-        prompt, response = sample_ids(dialect, teacher.canary.prompt, teacher.canary.response)
+        prompt, response = sample_ids(renderer, teacher.canary.prompt, teacher.canary.response)
         sequence = TeacherSequence(token_ids(prompt), token_ids(response))
-        return cls(teacher.name, sequence, teacher.canary.logprobs, dialect.vocab_size)
+        return cls(teacher.name, sequence, teacher.canary.logprobs, renderer.vocab_size)
 
     def verify(self, hidden_ND: Tensor, head: Head) -> None:
         """Compare a loaded teacher's log-probabilities of the sample with the card's.
@@ -86,20 +86,17 @@ def refuse_uniform(teacher: str, mean_entropy: float, num_valid: int, temperatur
         )
 
 
-def sample_ids(dialect: Renderer, prompt: str, response: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def sample_ids(renderer: Renderer, prompt: str, response: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the ids of a sample, with the prompt rendered as a user's message on a fixed date."""
-    own = dialect.template
+    own = renderer.template
     template = ChatTemplate(own.source, own.special_tokens, name=own.name, now=lambda: _DAY)
     text = template.render((Message("user", prompt),))
-    return tuple(dialect.tokenizer.encode(text)), tuple(dialect.tokenizer.encode(response))
+    return tuple(renderer.tokenizer.encode(text)), tuple(renderer.tokenizer.encode(response))
 
 
 def logprobs(hidden_ND: Tensor, head: Head, response_ids: Sequence[int]) -> list[float]:
     """Return log p of each response token, in nats, over the true vocabulary."""
-    dtype = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-    projection = Projection("canary", head, hidden_ND, 1.0, dtype, Workspace())
-    logits = projection.raw_logits(slice(0, len(hidden_ND)))
-    projection.finish_logits(logits)
-    labels = torch.tensor(response_ids, device=logits.device)[:, None]
-    values: list[float] = logits.log_softmax(-1).gather(1, labels)[:, 0].tolist()
+    values: list[float] = observe(
+        hidden_ND, head, torch.tensor(response_ids, device=hidden_ND.device)
+    ).logprob.tolist()
     return values

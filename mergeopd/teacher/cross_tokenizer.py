@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,10 +11,10 @@ import numpy as np
 
 from mergeopd.align.encoding import ByteTokenizer
 from mergeopd.align.responses import Alignment, EndTokens, Unaligned, align, written_text
-from mergeopd.align.vocab import MadeFor, VocabularyMap
+from mergeopd.align.vocab import VocabularyMap, made_for
 from mergeopd.data.renderer import Renderer
 from mergeopd.errors import StorageError
-from mergeopd.recipe.bridges import Bridge, ProjectionBridge
+from mergeopd.recipe.bridges import Bridge
 from mergeopd.storage.folders import atomic_folder, verify
 from mergeopd.types import Message, Rollout, TokenIds
 
@@ -33,7 +34,7 @@ class CrossTokenizer:
 
     teacher: str
     bridge: Bridge
-    dialect: Renderer
+    renderer: Renderer
     student: ByteTokenizer
     other: ByteTokenizer
     ends: EndTokens
@@ -52,7 +53,7 @@ class CrossTokenizer:
         return cls(
             teacher=name,
             bridge=bridge,
-            dialect=teacher,
+            renderer=teacher,
             student=ByteTokenizer.of(student.tokenizer.truncated_backend(num_ids), "the student's tokenizer"),
             other=other,
             inside=_cuts_inside(teacher, other),
@@ -66,7 +67,7 @@ class CrossTokenizer:
         encode = self.other.encode_inside if self.inside else self.other.encode
         responses = [rollout.response_ids for rollout in rollouts]
         alignments = align(responses, self.student.tokens, self.other.tokens, encode, self.ends)
-        budgets = [self.dialect.max_positions - len(self.dialect.render(r.prompt)) for r in rollouts]
+        budgets = [self.renderer.max_positions - len(self.renderer.render(r.prompt)) for r in rollouts]
         by_identity = self.bridge.kind in ("pieces", "gold", "projection")
         return [_usable(one, budget, by_identity) for one, budget in zip(alignments, budgets, strict=True)]
 
@@ -80,10 +81,6 @@ class CrossTokenizer:
         text, whole = written_text(generated[:-1] if ended else generated, self.other.tokens)
         [ids] = self.student.encode([text])
         return (*ids, *self.ends.student[: int(ended and whole)]), whole
-
-    def vocabulary_map(self, cache: Path) -> VocabularyMap:
-        pieces = ProjectionBridge() if self.bridge.projection is None else self.bridge.projection
-        return vocabulary_map(cache, self.student, self.other, self.ends, pieces.pieces)
 
 
 def _usable(alignment: Alignment, budget: int, by_identity: bool) -> Alignment:
@@ -143,12 +140,11 @@ def vocabulary_map(
     Its folder is named by the fingerprints of both tokenizers, the end tokens and `k`, so that a changed
     tokenizer gets a new map.
 
-    Raises:
-        StorageError: the saved map is damaged, or the disk fails.
-        TokenizerError: the saved map was made for another pair.
+    Raises StorageError when the saved map is damaged or the disk fails, TokenizerError when it was made for
+    another pair.
     """
-    made_for = MadeFor.of(student.tokens, teacher.tokens, ends, k)
-    folder = cache / made_for.digest
+    pair = made_for(student.tokens, teacher.tokens, ends, k)
+    folder = cache / hashlib.sha256(pair.encode()).hexdigest()[:20]
     if not folder.exists():
         made = VocabularyMap.build(student, teacher, ends, k)
         try:
@@ -164,4 +160,4 @@ def vocabulary_map(
         raise StorageError(
             f"{folder}: the vocabulary map is damaged: {fault}; delete the folder, and it is built again"
         )
-    return VocabularyMap.load(folder / _MAP_FILE, made_for, student.tokens, teacher.tokens)
+    return VocabularyMap.load(folder / _MAP_FILE, pair, student.tokens, teacher.tokens)

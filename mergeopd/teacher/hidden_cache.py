@@ -2,125 +2,186 @@
 
 from __future__ import annotations
 
-import mmap
+import os
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
-from typing import BinaryIO, Protocol, cast
+from typing import BinaryIO, Self, cast
 
 import torch
 from torch import Tensor
 
+from mergeopd.errors import StorageError
 from mergeopd.storage.failures import named_failures
 
+Key = tuple[str, int]  # teacher, rollout
 
-class RoundCache(Protocol):
-    """Interface of a round's caches. Byte counts are this process's, in memory and on disk."""
 
-    num_bytes: int
-    num_spilled_bytes: int
+@dataclass(frozen=True, slots=True)
+class SpillSlot:
+    """Location of hidden states in `file`, which every process of its machine can open."""
 
-    def put(self, teacher: str, rollout: int, hidden: Tensor) -> None:
-        """Keep `[trained tokens, d_T]` for one rollout (its index in the round)."""
+    file: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
-    def publish(self) -> None:
-        """Make what was put since the last call available to `gather`. Collective."""
-
-    def gather(self, teacher: str, rollouts: Sequence[int]) -> Tensor:
-        """`[sum of their trained tokens, d_T]` in the order of `rollouts`. A missing one is a KeyError."""
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class HiddenCache:
     """Last hidden states of trained response tokens, by teacher and rollout.
 
-    Holds at most `budget_bytes` in main memory; the rest is appended to a file in `folder` and read back
-    memory-mapped, bit for bit. A context manager: the file is deleted when the context or the process ends.
+    Holds at most `budget_bytes` in main memory (Linux; none elsewhere); the rest is appended to a file in
+    `folder`, bit for bit. Both are unnamed files, which are deleted when the context or the process ends.
     Nothing stays on an accelerator: `put` copies to the CPU, `gather` returns tensors on `device`.
+    `num_bytes` and `num_spilled_bytes` count what this process holds in memory and on disk.
     """
 
     def __init__(self, budget_bytes: int, folder: Path, device: torch.device) -> None:
-        self._budget_bytes = budget_bytes
+        self._budget_bytes = budget_bytes if hasattr(os, "memfd_create") else -1
         self._folder = folder
         self._device = device
-        self._held: dict[tuple[str, int], Tensor] = {}
-        self._spilled: dict[tuple[str, int], _SpillSlot] = {}
-        self._file: BinaryIO | None = None
-        self._map: mmap.mmap | None = None
+        self._memory: _GrowingFile | None = None
+        self._disk: _GrowingFile | None = None
+        self._slots: dict[Key, SpillSlot] = {}
+        self._opened: dict[str, int] = {}
+        self._open_files = ExitStack()
         self.num_bytes = 0
         self.num_spilled_bytes = 0
 
-    def __enter__(self) -> HiddenCache:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._held.clear()
-        self._spilled.clear()
-        # Gathered tensors are copies, so nothing uses the map any more.
-        if self._map is not None:
-            self._map.close()
-        if self._file is not None:
-            with suppress(OSError):  # a full disk was reported by the write; the data is no longer needed
-                self._file.close()
+        self._slots.clear()
+        self._opened.clear()
+        with suppress(OSError):  # a full disk was reported by the write; the data is no longer needed
+            self._open_files.close()
 
     def put(self, teacher: str, rollout: int, hidden: Tensor) -> None:
         """Keep `[trained tokens, d_T]` for one rollout (its index in the round).
 
-        Raises KeyError when it is there already, StorageError when the disk fails.
+        Raises KeyError when it is there already, StorageError when memory or the disk fails.
         """
-        key = (teacher, rollout)
-        if key in self._held or key in self._spilled:
+        if (teacher, rollout) in self._slots:
             raise KeyError(f"teacher {teacher!r} has already scored rollout {rollout}")
-        hidden = hidden.cpu()
-        size = hidden.numel() * hidden.element_size()
-        if self.num_bytes + size <= self._budget_bytes:
-            self._held[key] = hidden
-            self.num_bytes += size
-        else:
-            self._spilled[key] = self._spill(hidden, size)
+        self._slots[teacher, rollout] = self._keep_tensor(hidden)
 
     def publish(self) -> None:
-        """Do nothing: in one process, tensors are available at once."""
+        """Make what was put since the last call available to `gather`. Collective; at once in one process."""
 
     def gather(self, teacher: str, rollouts: Sequence[int]) -> Tensor:
-        return torch.cat([self._get((teacher, rollout)) for rollout in rollouts]).to(self._device)
+        """`[sum of their trained tokens, d_T]` in the order of `rollouts`, on this cache's device.
 
-    def _get(self, key: tuple[str, int]) -> Tensor:
-        held = self._held.get(key)
-        return self._read(self._spilled[key]) if held is None else held
+        Raises KeyError for a rollout that was not published for this process.
+        """
+        missing = [rollout for rollout in rollouts if (teacher, rollout) not in self._slots]
+        if missing:
+            raise KeyError(f"no hidden states of teacher {teacher!r} for rollout {missing[0]} were published")
+        slots = [self._slots[teacher, rollout] for rollout in rollouts]
+        kinds = {(slot.shape[1:], slot.dtype) for slot in slots}
+        if len(kinds) != 1:
+            raise ValueError(f"hidden states of teacher {teacher!r} are of {len(kinds)} kinds: {kinds}")
+        ((width, dtype),) = kinds
+        gathered = torch.empty((sum(slot.shape[0] for slot in slots), *width), dtype=dtype)
+        self._read(slots, bytes_of(gathered))
+        return gathered.to(self._device)
 
-    def _spill(self, hidden: Tensor, size: int) -> _SpillSlot:
-        with named_failures("spill hidden states to", self._folder):
-            if self._file is None:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                # Without a name, the file is deleted with the process, however that ends.
-                self._file = cast(BinaryIO, TemporaryFile(dir=self._folder))  # noqa: SIM115 - closed by __exit__
-            place = _SpillSlot(self.num_spilled_bytes, hidden.shape, hidden.dtype)
-            self._file.write(hidden.contiguous().view(torch.uint8).numpy().tobytes())
-        self.num_spilled_bytes += size
-        return place
+    def _keep_tensor(self, hidden: Tensor) -> SpillSlot:
+        return self._keep(bytes_of(hidden.cpu().contiguous()), tuple(hidden.shape), hidden.dtype)
 
-    def _read(self, place: _SpillSlot) -> Tensor:
-        assert self._file is not None
-        if self._map is None or len(self._map) < self.num_spilled_bytes:
+    def _keep(self, data: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> SpillSlot:
+        """Append to the memory file within the budget, else to the one on disk."""
+        if self.num_bytes + len(data) <= self._budget_bytes:
+            file, offset = self._keep_in_memory(data)
+            self.num_bytes += len(data)
+        else:
             with named_failures("spill hidden states to", self._folder):
-                self._file.flush()
-                # Copy-on-write, because torch needs writable memory.
-                self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
-        count = place.shape.numel()
-        flat = torch.frombuffer(self._map, dtype=place.dtype, count=count, offset=place.offset)
-        return flat.view(place.shape)
+                if self._disk is None:
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    nameless = TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 - closed by __exit__
+                    self._disk = self._growing(nameless)
+                file, offset = self._disk.path, self._disk.append(data)
+            self.num_spilled_bytes += len(data)
+        return SpillSlot(file, offset, shape, dtype)
+
+    def _keep_in_memory(self, data: memoryview) -> tuple[str, int]:
+        try:
+            if self._memory is None:
+                nameless = os.fdopen(os.memfd_create("hidden states"), "r+b", buffering=0)
+                self._memory = self._growing(nameless)
+            return self._memory.path, self._memory.append(data)
+        except OSError as error:
+            raise StorageError(
+                f"cannot keep {len(data)} more bytes of hidden states in memory besides {self.num_bytes}: "
+                f"{error.strerror}; lower `memory: {{hidden_states_gib: ...}}`, "
+                "then run the same command again"
+            ) from error
+
+    def _growing(self, nameless: object) -> _GrowingFile:
+        file = _GrowingFile(self._open_files.enter_context(cast(BinaryIO, nameless)))
+        self._opened[file.path] = file.descriptor
+        return file
+
+    def _descriptor(self, file: str) -> int:
+        """Open the file for reading until the cache is left, so that its owner may leave first."""
+        if file not in self._opened:
+            try:
+                descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise StorageError(
+                    f"cannot open {file}, which holds hidden states: {error.strerror}; the processes of a "
+                    "run on one machine must belong to one user and see each other under /proc"
+                ) from error
+            self._open_files.callback(os.close, descriptor)
+            self._opened[file] = descriptor
+        return self._opened[file]
+
+    def _read(self, slots: Sequence[SpillSlot], buffer: memoryview) -> None:
+        start = 0
+        with named_failures("read hidden states back from", self._folder):
+            for slot in slots:
+                stop = start + slot.num_bytes
+                _fill(self._descriptor(slot.file), buffer[start:stop], slot.offset)
+                start = stop
 
 
-class _SpillSlot:
-    """Offset, shape and dtype of a spilled tensor."""
+class _GrowingFile:
+    """An unnamed, append-only file. On Linux, all processes of the machine can open `path`."""
 
-    __slots__ = ("dtype", "offset", "shape")
+    def __init__(self, file: BinaryIO) -> None:
+        self.descriptor = file.fileno()
+        self.path = f"/proc/{os.getpid()}/fd/{self.descriptor}"
+        self._end = 0
 
-    def __init__(self, offset: int, shape: torch.Size, dtype: torch.dtype) -> None:
-        self.offset = offset
-        self.shape = shape
-        self.dtype = dtype
+    def append(self, data: memoryview) -> int:
+        """Append `data` and return its offset. A failed append leaves the end unchanged."""
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self.descriptor, data[done:], self._end + done)
+        start, self._end = self._end, self._end + done
+        return start
+
+
+def _fill(descriptor: int, buffer: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if not count:
+            raise StorageError(
+                f"hidden states end {len(buffer) - done} bytes early: their file was truncated"
+            )
+        done += count
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the CPU."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -12,8 +12,8 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ from mergeopd.models.causal import (
     check_fit,
     empty,
     fill,
+    head_of,
     response_hidden,
     tensor_names,
 )
@@ -49,8 +50,7 @@ if TYPE_CHECKING:
 
 
 _log = logging.getLogger(__name__)
-# Checkpoint fingerprint; rule and version of weights that follow the student; dtype; true vocabulary.
-HeadKey = tuple[str, tuple[str, int] | None, str, int]
+MakeEngine = Callable[[WeightSource], RolloutEngine]
 # Responses are reduced in batches of about this many tokens: a matrix product of a few rows is slow.
 _ROWS = 256
 
@@ -68,13 +68,19 @@ class TeacherSource:
     snapshot: Snapshot | None = None
 
 
-class LoadedTeacher:
-    """A teacher during its pass."""
+@dataclass(eq=False)
+class LocalSession:
+    """A teacher whose body is in memory, and its whole prediction head from its first use on."""
 
-    def __init__(self, name: str, body: nn.Module, device: torch.device) -> None:
-        self.name = name
-        self.body = body
-        self._device = device
+    name: str
+    body: nn.Module
+    device: torch.device
+    read_head: Callable[[], Head]
+    make_engine: MakeEngine | None
+
+    @cached_property
+    def head(self) -> Head:
+        return self.read_head()
 
     @torch.no_grad()
     def hidden(self, sequences: Sequence[TeacherSequence], max_tokens: int) -> Iterator[tuple[int, Tensor]]:
@@ -84,12 +90,11 @@ class LoadedTeacher:
         """
         for batch in length_batches([sequence.num_tokens for sequence in sequences], max_tokens):
             own = [sequences[i] for i in batch]
-            sizes = [sequence.num_trained for sequence in own]
             states = response_hidden(
                 self.body,
                 [sequence.prompt_ids for sequence in own],
                 [sequence.response_ids for sequence in own],
-                self._device,
+                self.device,
                 [sequence.trained for sequence in own],
             )
             if not torch.isfinite(states).all():
@@ -98,27 +103,9 @@ class LoadedTeacher:
                     "its weights are damaged or its dtype is too narrow (try dtype: float32)"
                 )
             # Clone: a view would keep the whole batch alive when most of it is spilled or dropped.
+            sizes = [sequence.num_trained for sequence in own]
             for index, rows in zip(batch, torch.split(states, sizes), strict=True):
                 yield index, rows.clone()
-
-
-class LocalSession:
-    """A teacher in its pass; `head` reads its whole prediction head."""
-
-    def __init__(
-        self,
-        loaded: LoadedTeacher,
-        head: Callable[[], Head],
-        make_engine: Callable[[WeightSource], RolloutEngine],
-    ) -> None:
-        self._loaded = loaded
-        self._read_head = head
-        self._make_engine = make_engine
-
-    @cached_property
-    def head(self) -> Head:
-        """The whole prediction head; in memory until the session ends."""
-        return self._read_head()
 
     def score(
         self, sequences: Sequence[TeacherSequence], spec: TargetSpec, max_tokens: int
@@ -127,13 +114,15 @@ class LocalSession:
 
         Raises TeacherError when a hidden state is not finite.
         """
-        states = self._loaded.hidden(sequences, max_tokens)
-        return states if spec.kind == "hidden" else _reduced(states, sequences, self._read_head(), spec)
+        states = self.hidden(sequences, max_tokens)
+        return states if spec.kind == "hidden" else _reduced(states, sequences, self.read_head(), spec)
 
     def generator(self) -> RolloutEngine:
-        return self._make_engine(FixedWeights(self._loaded.body, lambda: self.head))
+        assert self.make_engine is not None, "opened without an engine"
+        return self.make_engine(FixedWeights(self.body, lambda: self.head))
 
 
+@dataclass(eq=False)
 class LocalTeacher:
     """A teacher whose weights are in a local folder, or are a snapshot of the student's.
 
@@ -141,34 +130,24 @@ class LocalTeacher:
     builds an engine that generates with a model's weights and this teacher's end tokens.
     """
 
-    def __init__(
-        self,
-        name: str,
-        store: TeacherStore,
-        capabilities: TeacherCapabilities,
-        *,
-        canary: Canary | None,
-        run_on_first: Callable[[Callable[[], None]], None],
-        make_engine: Callable[[WeightSource], RolloutEngine],
-    ) -> None:
-        self.name = name
-        self.capabilities = capabilities
-        self._store = store
-        self._canary = canary
-        self._run_on_first = run_on_first
-        self._make_engine = make_engine
+    name: str
+    store: TeacherStore
+    capabilities: TeacherCapabilities
+    canary: Canary | None
+    run_on_first: Callable[[Callable[[], None]], None]
+    make_engine: MakeEngine
 
     @property
     def fingerprint(self) -> str | None:
-        return self._store.fingerprint(self.name)
+        return self.store.fingerprint(self.name)
 
     @property
     def bytes_read(self) -> int:
-        return self._store.bytes_read(self.name)
+        return self.store.bytes_read(self.name)
 
     @property
-    def head_key(self) -> HeadKey:
-        return self._store.head_key(self.name)
+    def head_key(self) -> Hashable:
+        return self.store.head_key(self.name)
 
     @contextmanager
     def open(self) -> Iterator[LocalSession]:
@@ -176,49 +155,46 @@ class LocalTeacher:
 
         Raises TeacherError when the canary does not match.
         """
-        with self._store.open(self.name) as loaded:
-            session = LocalSession(loaded, lambda: self._store.head(self.name), self._make_engine)
-            if self._canary is not None:
-                canary, self._canary = self._canary, None
-                self._run_on_first(lambda: _verify(canary, session))
+        with self.store.open(self.name, self.make_engine) as session:
+            if self.canary is not None:
+                canary, self.canary = self.canary, None
+                self.run_on_first(partial(self._verify, canary, session))
             yield session
 
+    def _verify(self, canary: Canary, session: LocalSession) -> None:
+        # In a batch of its own, so that the batches of other sequences do not change.
+        [(_, hidden)] = session.hidden([canary.sequence], canary.sequence.num_tokens)
+        canary.verify(hidden, session.head)
+
     def prefetch(self) -> None:
-        self._store.read_ahead(self.name)
+        self.store.read_ahead(self.name)
 
     def head(self, vocab: range | None) -> Head:
-        return self._store.head(self.name, vocab)
+        return self.store.head(self.name, vocab)
 
 
+@dataclass(eq=False)
 class ResidentHeads:
     """The prediction heads in memory: those of one set of teachers at a time, equal ones only once.
 
     `vocab`: token ids whose rows this process scores; None: all.
     """
 
-    def __init__(self, teachers: Mapping[str, Teacher], vocab: range | None) -> None:
-        self._teachers = dict(teachers)
-        self._vocab = vocab
-        self._heads: dict[Hashable, Head] = {}
+    teachers: Mapping[str, Teacher]
+    vocab: range | None
+    _heads: dict[Hashable, Head] = field(init=False, default_factory=dict)
 
     def of(self, names: Iterable[str]) -> dict[str, Head]:
         """Return the heads of these teachers and free all others."""
-        wanted = {name: self._teachers[name].head_key for name in names}
+        wanted = {name: self.teachers[name].head_key for name in names}
         self._heads = {key: head for key, head in self._heads.items() if key in wanted.values()}
         for name, key in wanted.items():
             if key not in self._heads:
-                self._heads[key] = self._teachers[name].head(self._vocab)
+                self._heads[key] = self.teachers[name].head(self.vocab)
         return {name: self._heads[key] for name, key in wanted.items()}
 
     def release(self) -> None:
         self._heads = {}
-
-
-def _verify(canary: Canary, session: LocalSession) -> None:
-    """Verify the canary in a batch of its own, so that the batches of other sequences do not change."""
-    spec = TargetSpec("hidden")
-    [(_, hidden)] = session.score([canary.sequence], spec, canary.sequence.num_tokens)
-    canary.verify(hidden, session.head)
 
 
 def _reduced(
@@ -226,30 +202,27 @@ def _reduced(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield `(index, numbers to keep [trained tokens, w])` for every `(index, hidden states)`, in order."""
     workspace = Workspace()
-    waiting: list[tuple[int, Tensor]] = []
-
-    def flush() -> Iterator[tuple[int, Tensor]]:
-        labels = np.concatenate([sequences[index].trained_ids for index, _ in waiting])
-        hidden = torch.cat([rows for _, rows in waiting])
-        seen = observe(
-            hidden,
-            head,
-            torch.tensor(labels, dtype=torch.long, device=hidden.device),
-            temperature=spec.temperature,
-            top_k=spec.k,
-            workspace=workspace,
-        )
-        parts = torch.split(seen.packed(), [len(rows) for _, rows in waiting])
-        for (index, _), part in zip(waiting, parts, strict=True):
+    for batch in _batches(states):
+        hidden = torch.cat([rows for _, rows in batch])
+        labels = np.concatenate([sequences[index].trained_ids for index, _ in batch])
+        labels_N = torch.tensor(labels, dtype=torch.long, device=hidden.device)
+        packed = observe(
+            hidden, head, labels_N, temperature=spec.temperature, top_k=spec.k, workspace=workspace
+        ).packed()
+        parts = torch.split(packed, [len(rows) for _, rows in batch])
+        for (index, _), part in zip(batch, parts, strict=True):
             yield index, part.clone()
-        waiting.clear()
 
+
+def _batches(states: Iterable[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
+    batch: list[tuple[int, Tensor]] = []
     for index, rows in states:
-        waiting.append((index, rows))
-        if sum(len(rows) for _, rows in waiting) >= _ROWS:
-            yield from flush()
-    if waiting:
-        yield from flush()
+        batch.append((index, rows))
+        if sum(len(rows) for _, rows in batch) >= _ROWS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 class TeacherStore:
@@ -265,20 +238,21 @@ class TeacherStore:
         self._sources = dict(sources)
         self._device = device
         self._reader = MappedReader() if reader is None else reader
-        self._checkpoints = {name: Checkpoint.open(s.model) for name, s in self._sources.items()}
-        self._facts = {name: ModelFacts.read(s.model) for name, s in self._sources.items()}
+        self._checkpoints = {name: Checkpoint.open(s.model) for name, s in sources.items()}
+        self._facts = {name: ModelFacts.read(s.model) for name, s in sources.items()}
         self._skeletons: dict[tuple[str, str], PreTrainedModel] = {}
         self._bytes_read = Counter[str]()
         for name, checkpoint in self._checkpoints.items():
             check_fit(self._skeleton(name), self._facts[name], checkpoint)
 
     @contextmanager
-    def open(self, name: str) -> Iterator[LoadedTeacher]:
+    def open(self, name: str, make_engine: MakeEngine | None = None) -> Iterator[LocalSession]:
         """Load a teacher's body; it is freed when the context ends. Collective if the reader is."""
         model = self._skeleton(name)
         try:
             fill(model, self._body(name))
-            yield LoadedTeacher(name, model.base_model, self._device)
+            head = partial(self.head, name)
+            yield LocalSession(name, model.base_model, self._device, head, make_engine)
         finally:
             empty(model)
 
@@ -293,9 +267,10 @@ class TeacherStore:
         if self._sources[name].snapshot is None:
             self._reader.read_ahead(self._checkpoints[name], list(self._body_tensors(name).values()))
 
-    def head_key(self, name: str) -> HeadKey:
+    def head_key(self, name: str) -> Hashable:
         """Equal for teachers whose heads are equal: one checkpoint, precision and true vocabulary."""
-        source, snapshot = self._sources[name], self._sources[name].snapshot
+        source = self._sources[name]
+        snapshot = source.snapshot
         # A snapshot's weights differ from the folder's and from its own of another round.
         moved = None if snapshot is None else (snapshot.label, snapshot.version)
         return self._checkpoints[name].fingerprint, moved, source.dtype, source.num_valid
@@ -310,16 +285,11 @@ class TeacherStore:
         num_valid = self._sources[name].num_valid
         if vocab is not None and not (vocab.step == 1 and 0 <= vocab.start <= vocab.stop <= num_valid):
             raise ValueError(f"teacher {name!r} has {num_valid} true tokens, which do not cover {vocab}")
-        parameter = facts.embedding_name if facts.tied else facts.head_name
-        bias = facts.head_bias_name
-        return Head(
-            weight=self._head_rows(name, parameter, head_tensor(facts, checkpoint), vocab),
-            bias=self._head_rows(name, bias, bias, vocab) if bias else None,
-            scale=facts.logit_scale,
-            softcap=facts.softcap,
-            num_valid=num_valid if vocab is None else len(vocab),
-            vocab_start=0 if vocab is None else vocab.start,
-        )
+        tensors = {facts.head_parameter: head_tensor(facts, checkpoint)}
+        if facts.head_bias_name:
+            tensors[facts.head_bias_name] = facts.head_bias_name
+        rows = {p: self._head_rows(name, p, tensor, vocab) for p, tensor in tensors.items()}
+        return head_of(facts, rows, range(num_valid) if vocab is None else vocab)
 
     def _head_rows(self, name: str, parameter: str, tensor_name: str, vocab: range | None) -> Tensor:
         """Rows of the snapshot's parameter if there is one, else of the checkpoint's tensor."""
@@ -329,7 +299,7 @@ class TeacherStore:
         if snapshot is not None:
             return self._converted(name, snapshot.tensors[parameter][rows.start : rows.stop])
         self._bytes_read[name] += info.num_bytes * len(rows) // info.shape[0]
-        return self._converted(name, checkpoint.read_rows(tensor_name, rows.start, rows.stop))
+        return self._converted(name, checkpoint.read_slice(tensor_name, rows.start, rows.stop))
 
     def _body_tensors(self, name: str) -> dict[str, str]:
         facts = self._facts[name]

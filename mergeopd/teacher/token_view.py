@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -53,10 +53,7 @@ class SameTokens:
 
     renderer: Renderer
     student: Renderer
-
-    @property
-    def bridge_kind(self) -> str | None:
-        return None
+    bridge_kind: ClassVar[str | None] = None
 
     def align(self, rollouts: Mapping[int, Rollout]) -> dict[int, Alignment]:
         return {}
@@ -114,7 +111,7 @@ class AlignedTokens:
     def read(self, rollout: Rollout, alignment: Alignment | None) -> TeacherSequence | None:
         if alignment is None or not len(alignment.teacher_ids):
             return None
-        prompt_ids = self.crossing.dialect.render(rollout.prompt)
+        prompt_ids = self.crossing.renderer.render(rollout.prompt)
         return TeacherSequence(prompt_ids, token_ids(alignment.teacher_ids))
 
     def required(self, spec: TargetSpec) -> TargetSpec:

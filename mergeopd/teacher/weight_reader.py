@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import _getdtype as stored_dtype
 from torch import Tensor
 
 from mergeopd.distributed.communicator import Communicator
@@ -24,42 +23,12 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 # Alignment of tensors and parts, in bytes: enough for every element type and for fast copies.
 _ALIGNMENT = 64
 
-STORED_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F64": torch.float64,
-}
-
-
-class Reader(Protocol):
-    """Reads tensors of a checkpoint; all methods take the same `names`, in any order."""
-
-    def read(
-        self, checkpoint: Checkpoint, names: Sequence[str], device: torch.device
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor by name, in the file's dtype, on `device` or the CPU; must be exhausted."""
-
-    def num_bytes(self, checkpoint: Checkpoint, names: Sequence[str]) -> int:
-        """Return the bytes that this process reads from the files."""
-
-    def read_ahead(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
-        """Start reading what `read` needs into the system's file cache; returns at once."""
-
 
 class MappedReader:
-    """Memory-maps the files: on a CPU nothing is copied, and processes of a machine share the pages."""
+    """Memory-maps the files: on a CPU nothing is copied, and processes of a machine share the pages.
+
+    All methods take the same `names`, in any order.
+    """
 
     def read(
         self, checkpoint: Checkpoint, names: Sequence[str], device: torch.device
@@ -68,10 +37,11 @@ class MappedReader:
         yield from checkpoint.read_all(names)
 
     def num_bytes(self, checkpoint: Checkpoint, names: Sequence[str]) -> int:
+        """Return the bytes that this process reads from the files."""
         return sum(checkpoint.tensors[name].num_bytes for name in names)
 
     def read_ahead(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
-        """Read ahead whole files: the rest of them, the head, is needed soon after."""
+        """Start reading whole files into the file cache: the rest, the head, is needed soon after."""
         for file in sorted({checkpoint.tensors[name].file for name in names}):
             _will_need(file, [(0, 0)])
 
@@ -101,24 +71,23 @@ class ShardedReader:
             whole = self._whole(checkpoint, batch, device)
             for name, start in batch.starts.items():
                 info = checkpoint.tensors[name]
-                flat = whole[start : start + info.num_bytes].view(STORED_DTYPES[info.dtype])
+                flat = whole[start : start + info.num_bytes].view(stored_dtype(info.dtype))
                 yield name, flat.view(info.shape)
 
     def num_bytes(self, checkpoint: Checkpoint, names: Sequence[str]) -> int:
-        return sum(
-            piece.num_bytes
-            for batch in self._batches(checkpoint, names)
-            for piece in batch.pieces(checkpoint, self._ranks.rank, self._ranks.size)
-        )
+        return sum(piece.num_bytes for piece in self._pieces(checkpoint, names))
 
     def read_ahead(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
         spans: dict[Path, list[tuple[int, int]]] = {}
-        for batch in self._batches(checkpoint, names):
-            for piece in batch.pieces(checkpoint, self._ranks.rank, self._ranks.size):
-                info = checkpoint.tensors[piece.name]
-                spans.setdefault(info.file, []).append((info.offset + piece.start, piece.num_bytes))
+        for piece in self._pieces(checkpoint, names):
+            info = checkpoint.tensors[piece.name]
+            spans.setdefault(info.file, []).append((info.offset + piece.start, piece.num_bytes))
         for file, own in spans.items():
             _will_need(file, own)
+
+    def _pieces(self, checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[_Piece]:
+        for batch in self._batches(checkpoint, names):
+            yield from batch.pieces(checkpoint, self._ranks.rank, self._ranks.size)
 
     def _agree(self, checkpoint: Checkpoint) -> None:
         """Raise ModelError on all ranks unless all have the same checkpoint."""
@@ -147,8 +116,14 @@ class ShardedReader:
 
     def _whole(self, checkpoint: Checkpoint, batch: _Batch, device: torch.device) -> Tensor:
         part = torch.empty(batch.part_bytes(self._ranks.size), dtype=torch.uint8)
+
+        def read() -> None:
+            for piece in batch.pieces(checkpoint, self._ranks.rank, self._ranks.size):
+                place = slice(piece.position, piece.position + piece.num_bytes)
+                checkpoint.read_into(piece.name, piece.start, part.numpy().data[place])
+
         # Before the collective, so that no rank waits for one that cannot read.
-        self._ranks.run_and_gather(partial(self._read_part, checkpoint, batch, part.numpy().data))
+        self._ranks.run_and_gather(read)
         own = part.to(device)
         if self._ranks.size == 1 or not len(own):
             return own
@@ -156,10 +131,8 @@ class ShardedReader:
         _all_gather(whole, own)
         return whole
 
-    def _read_part(self, checkpoint: Checkpoint, batch: _Batch, part: memoryview) -> None:
-        for piece in batch.pieces(checkpoint, self._ranks.rank, self._ranks.size):
-            place = slice(piece.position, piece.position + piece.num_bytes)
-            checkpoint.read_into(piece.name, piece.start, part[place])
+
+Reader = MappedReader | ShardedReader
 
 
 @dataclass(frozen=True, slots=True)

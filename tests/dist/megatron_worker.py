@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from mergeopd.errors import MergeopdError  # noqa: E402
 from mergeopd.loss import Head, Hidden  # noqa: E402
+from mergeopd.student.loss import Measured  # noqa: E402
 from mergeopd.student.megatron import weights  # noqa: E402
 from mergeopd.student.megatron.grid import Grid  # noqa: E402
 from mergeopd.student.megatron.step import MegatronStudent  # noqa: E402
@@ -72,9 +73,8 @@ def training(case, student, grid):
 
 def scores(case, student, grid):
     """Log-probability and entropy of the first update's tokens, on ranks that have them."""
-    stats = student.score(
-        [own_part(m, student, grid) for m in case["updates"][0]], case["objective"].divergences, None, 1.0
-    )
+    what = Measured(case["objective"].divergences, None, 1.0)
+    stats = student.score([own_part(m, student, grid) for m in case["updates"][0]], what)
     return [{"logprob": s.logprob_S, "entropy": s.entropy_S, "divergence": s.divergence} for s in stats]
 
 

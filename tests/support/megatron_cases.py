@@ -13,6 +13,7 @@ from mergeopd.loss import ForwardKL, Head, Hidden, ReverseKL
 from mergeopd.loss.objective import DistillationObjective, build_objective
 from mergeopd.loss.policy import ClipRatio, Correction, Policy, PolicyRows
 from mergeopd.recipe.training import Optimizer
+from mergeopd.student.loss import Measured
 from mergeopd.student.torch import TorchStudent
 from mergeopd.types import TokenIds, token_flags, token_ids
 
@@ -143,7 +144,7 @@ def with_policy(
     """Outcome advantages of both signs; behaviour log-probs around the student's own, some outside the mask."""
     result = []
     for micro in micro_batches:
-        [stats] = student.score([micro], (), None, 1.0)
+        [stats] = student.score([micro], Measured((), None, 1.0))
         now = stats.logprob_S
         n = len(now)
         rows = PolicyRows(

@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 CLEAN = (
     ".github",
     "examples",
+    "mergeopd/align",
+    "mergeopd/batch",
     "mergeopd/cli",
     "mergeopd/config",
     "mergeopd/data",

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import ClassVar, get_args
 
 from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.cross_tokenizer.gold import RankScorer
 from mergeopd.loss.cross_tokenizer.maps import ExactPairs, PieceTable, SparseMap
 from mergeopd.loss.cross_tokenizer.pieces import PieceScorer
 from mergeopd.loss.cross_tokenizer.projection import Direction, ProjectionScorer
-from mergeopd.loss.cross_tokenizer.rows import MergeStrategy, Scorer
+from mergeopd.loss.cross_tokenizer.rows import MergeStrategy
 from mergeopd.loss.divergence import JSD, ForwardKL
-from mergeopd.loss.heads import Projection
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,14 +52,13 @@ class Gold:
 
     @property
     def vocabularies(self) -> tuple[int, int]:
-        """Sizes of the student's and the teacher's vocabulary; None: any."""
+        """Sizes of the student's and the teacher's vocabulary."""
         return self.pairs.vocab_S, self.pairs.vocab_T
 
-    def scorer(self, student: Projection, teacher: Projection, workspace: Workspace) -> Scorer:
-        """Return the scorer of this bridge for two heads."""
+    def scorer(self, workspace: Workspace) -> RankScorer:
         share = self.pairs.ids_T.shape[0] / max(self.pairs.vocab_T, 1)
         weights = (share, 1.0 - share) if self.weights is None else self.weights
-        return RankScorer(student, teacher, workspace, self.merge, self.pairs, JSD(self.beta), weights)
+        return RankScorer(workspace, self.merge, self.pairs, JSD(self.beta), weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +75,10 @@ class Uld:
     def __post_init__(self) -> None:
         _require_merge(self.merge)
 
-    @property
-    def vocabularies(self) -> None:
-        """None: fits any two vocabularies."""
-        return
+    vocabularies: ClassVar[None] = None  # fits any two
 
-    def scorer(self, student: Projection, teacher: Projection, workspace: Workspace) -> Scorer:
-        return RankScorer(student, teacher, workspace, self.merge)
+    def scorer(self, workspace: Workspace) -> RankScorer:
+        return RankScorer(workspace, self.merge)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,8 +117,8 @@ class Projected:
     def vocabularies(self) -> tuple[int, int]:
         return self.table.vocab_S, self.table.vocab_T
 
-    def scorer(self, student: Projection, teacher: Projection, workspace: Workspace) -> Scorer:
-        return ProjectionScorer(student, teacher, workspace, self.table, self.direction, self.top_k)
+    def scorer(self, workspace: Workspace) -> ProjectionScorer:
+        return ProjectionScorer(workspace, self.table, self.direction, self.top_k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,8 +152,8 @@ class Pieces:
     def vocabularies(self) -> tuple[int, int]:
         return self.table.vocab_S, self.table.ids.shape[0]
 
-    def scorer(self, student: Projection, teacher: Projection, workspace: Workspace) -> Scorer:
-        return PieceScorer(student, teacher, workspace, self.table, self.divergence)
+    def scorer(self, workspace: Workspace) -> PieceScorer:
+        return PieceScorer(self.table, self.divergence)
 
 
 Bridge = Gold | Uld | Projected | Pieces

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from mergeopd.loss.buffers import Workspace
-from mergeopd.loss.checks import require_finite
+from mergeopd.loss.checks import check_hidden, check_labels, check_numbers, require_finite
 from mergeopd.loss.cross_tokenizer.bridges import Bridge, Projected
+from mergeopd.loss.cross_tokenizer.gold import RankScorer
 from mergeopd.loss.cross_tokenizer.groups import Groups, portions
-from mergeopd.loss.cross_tokenizer.rows import Block, Scored, Scorer
+from mergeopd.loss.cross_tokenizer.pieces import PieceScorer
+from mergeopd.loss.cross_tokenizer.projection import ProjectionScorer
+from mergeopd.loss.cross_tokenizer.rows import Block, Side
 from mergeopd.loss.gradients import HeadGradients
 from mergeopd.loss.heads import Head, Hidden, Projection
 from mergeopd.loss.slicing import compute_dtype, rows_in_cache
@@ -21,7 +25,7 @@ _SPARSE_ROWS = 16
 
 
 @dataclass(frozen=True, eq=False)
-class BridgeStats(Scored):
+class BridgeStats:
     """Per group `[G]`, detached.
 
     value                 the bridge's measure, without weight and temperature
@@ -30,6 +34,11 @@ class BridgeStats(Scored):
     loss                  `weight * temperature^2 * value`
     """
 
+    value: Tensor
+    logprob_S: Tensor
+    logprob_T: Tensor
+    matched_S: Tensor
+    matched_T: Tensor
     loss: Tensor
 
 
@@ -67,108 +76,96 @@ def bridge_loss(
     Raises ValueError for shapes, labels, groups or maps that do not fit, for a sharded vocabulary and for a
     group of more than `chunk_rows` rows; ArithmeticError for numbers that are not finite.
     """
-    _check(hidden_SD, head, target, groups, bridge, weight_G, temperature)
-    _check_labels("student", labels_S, head, hidden_SD.shape[0])
-    _check_labels("teacher", labels_T, target.head, target.hidden.shape[0])
-    portions_in_chunks = _plan(groups, chunk_rows)
-    rows_S, rows_T = groups.student_rows(), groups.teacher_rows()
+    check_numbers(temperature, chunk_rows)
+    sides = (("student", hidden_SD, head, labels_S), ("teacher", target.hidden, target.head, labels_T))
+    _check(sides, groups, bridge, weight_G)
+    chunks = _plan(groups, chunk_rows)
+    workspace = Workspace() if workspace is None else workspace
+    rows_S, rows_T = groups.rows()
     # Through autograd: rows in no group have gradient 0.
     grouped_S = _grouped(hidden_SD, rows_S)
     gradients = HeadGradients(grouped_S, head)
     with torch.no_grad():
-        grouped_T = Hidden(_grouped(target.hidden, rows_T), target.head)
-        labels = (labels_S[rows_S], labels_T[rows_T])
-        weight = weight_G.detach().to(compute_dtype(hidden_SD)) * temperature**2
-        run = _Run(grouped_S, head, grouped_T, groups, labels, weight, temperature, gradients, workspace)
-        run.score(bridge, portions_in_chunks)
-        stats = run.stats
+        dtype = compute_dtype(hidden_SD)
+        weight = weight_G.detach().to(dtype) * temperature**2
+        student = Projection("student", head, grouped_S, temperature, dtype, workspace)
+        grouped_T = _grouped(target.hidden, rows_T)
+        teacher = Projection("teacher", target.head, grouped_T, temperature, dtype, workspace)
+        stats = BridgeStats(*(torch.empty_like(weight) for _ in fields(BridgeStats)))
+        labels = labels_S[rows_S], labels_T[rows_T]
+        run = _Run(student, teacher, groups, labels, weight, gradients, bridge.scorer(workspace), stats)
+        block_rows = None
+        if hidden_SD.device.type == "cpu":  # elsewhere launches cost per block: the block is the whole chunk
+            widest = max(len(head.vocab), len(target.head.vocab))
+            block_rows = _SPARSE_ROWS if isinstance(bridge, Projected) else rows_in_cache(widest, dtype)
+        for chunk in chunks:
+            run.chunk(chunk, block_rows)
     return gradients.attach(stats.loss.sum()), stats
 
 
+@dataclass(frozen=True, eq=False)
 class _Run:
     """One call: the gradients and statistics that its chunks fill. Rows are ordered by group."""
 
-    def __init__(
-        self,
-        hidden_SD: Tensor,
-        head: Head,
-        target: Hidden,
-        groups: Groups,
-        labels: tuple[Tensor, Tensor],
-        weight_G: Tensor,
-        temperature: float,
-        gradients: HeadGradients,
-        workspace: Workspace | None,
-    ) -> None:
-        dtype = compute_dtype(hidden_SD)
-        self._workspace = Workspace() if workspace is None else workspace
-        self._student = Projection("student", head, hidden_SD, temperature, dtype, self._workspace)
-        self._teacher = Projection("teacher", target.head, target.hidden, temperature, dtype, self._workspace)
-        self._is_cpu = hidden_SD.device.type == "cpu"
-        self._widest = max(len(head.vocab), len(target.head.vocab))
-        self._groups, self._labels, self._weight_G, self._gradients = groups, labels, weight_G, gradients
-        self._stop_S, self._stop_T = groups.num_S.cumsum(0).tolist(), groups.num_T.cumsum(0).tolist()
-        self.stats = BridgeStats(*(torch.empty_like(weight_G) for _ in fields(BridgeStats)))
+    student: Projection
+    teacher: Projection
+    groups: Groups
+    labels: tuple[Tensor, Tensor]
+    weight_G: Tensor
+    gradients: HeadGradients
+    scorer: RankScorer | ProjectionScorer | PieceScorer
+    stats: BridgeStats
 
-    def score(self, bridge: Bridge, chunks: list[slice]) -> None:
-        scorer = bridge.scorer(self._student, self._teacher, self._workspace)
-        block_rows = None
-        if self._is_cpu:  # elsewhere launches cost per block: the block is the whole chunk
-            is_sparse = isinstance(bridge, Projected)
-            block_rows = _SPARSE_ROWS if is_sparse else rows_in_cache(self._widest, self._weight_G.dtype)
-        for chunk in chunks:
-            rows_S, rows_T = self._rows(chunk)
-            logits_S, logits_T = self._student.raw_logits(rows_S), self._teacher.raw_logits(rows_T)
-            for groups in self._blocks(chunk, block_rows):
-                own_S, own_T = self._rows(groups)
-                self._block(
-                    scorer, groups, logits_S[_within(own_S, rows_S)], logits_T[_within(own_T, rows_T)]
-                )
-            self._check_finite(chunk)
-            if self._gradients.any:
-                self._gradients.add(self._student, logits_S, rows_S)
+    def chunk(self, chunk: slice, block_rows: int | None) -> None:
+        rows_S, rows_T = self._rows(chunk)
+        logits_S, logits_T = self.student.raw_logits(rows_S), self.teacher.raw_logits(rows_T)
+        for groups in self._blocks(chunk, block_rows):
+            own_S, own_T = self._rows(groups)
+            self._block(groups, logits_S[_within(own_S, rows_S)], logits_T[_within(own_T, rows_T)])
+        self._check_finite(chunk)
+        if self.gradients.any:
+            self.gradients.add(self.student, logits_S, rows_S)
 
-    def _block(self, scorer: Scorer, groups: slice, raw_S: Tensor, raw_T: Tensor) -> None:
-        rows_S, rows_T = self._rows(groups)
-        block = Block(
-            raw_S,
-            raw_T,
-            self._labels[0][rows_S],
-            self._labels[1][rows_T],
-            self._groups.num_S[groups],
-            self._groups.num_T[groups],
-            None if self._groups.follows is None else self._groups.follows[groups],
-            self._weight_G[groups] if self._gradients.any else None,
-        )
-        scored = scorer.score(block)
-        for field in fields(Scored):
-            getattr(self.stats, field.name)[groups] = getattr(scored, field.name)
-        self.stats.loss[groups] = self._weight_G[groups] * scored.value
+    def _block(self, groups: slice, raw_S: Tensor, raw_T: Tensor) -> None:
+        (rows_S, rows_T), (labels_S, labels_T), own = self._rows(groups), self.labels, self.groups
+        with_grad, stats = self.gradients.any, self.stats
+        s = Side.begin(self.student, raw_S, labels_S[rows_S], own.num_S[groups], with_slope=with_grad)
+        t = Side.begin(self.teacher, raw_T, labels_T[rows_T], own.num_T[groups], with_slope=False)
+        follows = None if own.follows is None else own.follows[groups]
+        stats.logprob_S[groups], stats.logprob_T[groups] = s.group_logprob(), t.group_logprob()
+        scored = self.scorer.score(Block(s, t, follows, self.weight_G[groups] if with_grad else None))
+        stats.value[groups], stats.matched_S[groups], stats.matched_T[groups] = scored
+        stats.loss[groups] = self.weight_G[groups] * scored.value
 
     def _blocks(self, chunk: slice, block_rows: int | None) -> list[slice]:
         if block_rows is None:
             return [chunk]
-        num_S, num_T = self._groups.num_S[chunk].tolist(), self._groups.num_T[chunk].tolist()
+        num_S, num_T = self.groups.num_S[chunk].tolist(), self.groups.num_T[chunk].tolist()
         return [
             slice(chunk.start + part.start, chunk.start + part.stop)
             for part in portions(num_S, num_T, block_rows)
         ]
 
     def _rows(self, groups: slice) -> tuple[slice, slice]:
-        before = groups.start - 1
-        first_S, first_T = (self._stop_S[before], self._stop_T[before]) if groups.start else (0, 0)
-        return slice(first_S, self._stop_S[groups.stop - 1]), slice(first_T, self._stop_T[groups.stop - 1])
+        stops_S, stops_T = self._stops
+        return slice(stops_S[groups.start], stops_S[groups.stop]), slice(
+            stops_T[groups.start], stops_T[groups.stop]
+        )
+
+    @cached_property
+    def _stops(self) -> tuple[list[int], list[int]]:
+        """Return one past the last row of the groups before each one, on both sides."""
+        return [0, *self.groups.num_S.cumsum(0).tolist()], [0, *self.groups.num_T.cumsum(0).tolist()]
 
     def _check_finite(self, chunk: slice) -> None:
         stats = self.stats
-        require_finite(stats.logprob_S[chunk], chunk, "the student's log-probability", "groups")
-        require_finite(stats.logprob_T[chunk], chunk, "the teacher's log-probability", "groups")
-        require_finite(
-            stats.value[chunk], chunk, "the bridge's value (log-probabilities are finite)", "groups"
-        )
-        require_finite(
-            stats.loss[chunk], chunk, "the loss (its value is finite, its weight is not)", "groups"
-        )
+        for values, what in (
+            (stats.logprob_S, "the student's log-probability"),
+            (stats.logprob_T, "the teacher's log-probability"),
+            (stats.value, "the bridge's value (log-probabilities are finite)"),
+            (stats.loss, "the loss (its value is finite, its weight is not)"),
+        ):
+            require_finite(values[chunk], chunk, what, "groups")
 
 
 def _within(rows: slice, outer: slice) -> slice:
@@ -184,8 +181,6 @@ def _grouped(hidden_ND: Tensor, rows: Tensor) -> Tensor:
 
 def _plan(groups: Groups, chunk_rows: int) -> list[slice]:
     """Cut the groups into slices that fit into chunks. Raises ValueError for a group that does not."""
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows is {chunk_rows}, must be at least 1")
     num_S, num_T = groups.num_S.tolist(), groups.num_T.tolist()
     for g, pair in enumerate(zip(num_S, num_T, strict=True)):
         if max(pair) > chunk_rows:
@@ -197,27 +192,17 @@ def _plan(groups: Groups, chunk_rows: int) -> list[slice]:
 
 
 def _check(
-    hidden_SD: Tensor,
-    head: Head,
-    target: Hidden,
-    groups: Groups,
-    bridge: Bridge,
-    weight_G: Tensor,
-    temperature: float,
+    sides: tuple[tuple[str, Tensor, Head, Tensor], ...], groups: Groups, bridge: Bridge, weight_G: Tensor
 ) -> None:
-    """Raise ValueError for shapes, vocabularies and numbers that do not fit."""
-    for name, hidden, its_head in (("student", hidden_SD, head), ("teacher", target.hidden, target.head)):
-        if hidden.dim() != 2 or hidden.shape[1] != its_head.weight.shape[1]:
+    """Raise ValueError for hidden states, heads, labels, weights and groups that do not fit."""
+    for name, hidden, head, _ in sides:
+        check_hidden(f"the {name}", hidden, head, hidden.shape[0] if hidden.dim() else 0)
+        if head.vocab.start or not len(head.vocab):
             raise ValueError(
-                f"the {name}'s hidden states are {list(hidden.shape)}, "
-                f"its head needs [N, {its_head.weight.shape[1]}]"
-            )
-        if its_head.vocab.start or not len(its_head.vocab):
-            raise ValueError(
-                f"the {name}'s head scores token ids [{its_head.vocab.start}, {its_head.vocab.stop}); "
+                f"the {name}'s head scores token ids [{head.vocab.start}, {head.vocab.stop}); "
                 "a bridge needs the whole vocabulary on one rank: use no tensor parallelism with bridges"
             )
-    sizes = (len(head.vocab), len(target.head.vocab))
+    sizes = tuple(len(head.vocab) for _, _, head, _ in sides)
     if bridge.vocabularies is not None and bridge.vocabularies != sizes:
         raise ValueError(
             f"the bridge was made for {bridge.vocabularies[0]} student and {bridge.vocabularies[1]} teacher "
@@ -225,20 +210,12 @@ def _check(
         )
     if weight_G.shape != (len(groups),):
         raise ValueError(f"weight_G must be [{len(groups)}], one for each group, got {list(weight_G.shape)}")
-    if not temperature > 0.0:
-        raise ValueError(f"temperature is {temperature}, must be positive")
-    groups.check(hidden_SD.shape[0], target.hidden.shape[0])
-
-
-def _check_labels(name: str, labels: Tensor, head: Head, num: int) -> None:
-    if labels.shape != (num,) or labels.dtype != torch.int64:
-        raise ValueError(
-            f"the {name}'s labels must be int64 [{num}], got {labels.dtype} {list(labels.shape)}"
-        )
-    outside = (labels < 0) | (labels >= len(head.vocab))
-    if outside.any():
-        token = int(outside.nonzero()[0])
-        raise ValueError(
-            f"the {name}'s label {token} is {int(labels[token])}, "
-            f"not in its vocabulary [0, {len(head.vocab)})"
-        )
+    for (name, hidden, _, labels), size in zip(sides, sizes, strict=True):
+        check_labels(f"the {name}'s labels", labels, hidden.shape[0])
+        outside = ((labels < 0) | (labels >= size)).nonzero()
+        if len(outside):
+            token = int(outside[0])
+            raise ValueError(
+                f"the {name}'s label {token} is {int(labels[token])}, not in its vocabulary [0, {size})"
+            )
+    groups.check(*(hidden.shape[0] for _, hidden, _, _ in sides))

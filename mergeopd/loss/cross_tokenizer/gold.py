@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,51 +13,40 @@ from mergeopd.loss.cross_tokenizer.maps import ExactPairs
 from mergeopd.loss.cross_tokenizer.rows import Block, MergeStrategy, Scored, Side
 from mergeopd.loss.cross_tokenizer.sorted_l1 import sorted_l1
 from mergeopd.loss.divergence import JSD, Pair
-from mergeopd.loss.heads import Projection
 
 
+@dataclass(frozen=True, eq=False)
 class RankScorer:
     """JSD on exact pairs (if any) and sorted L1 on all other ids, with `weights` in this order."""
 
-    def __init__(
-        self,
-        student: Projection,
-        teacher: Projection,
-        workspace: Workspace,
-        merge: MergeStrategy,
-        pairs: ExactPairs | None = None,
-        jsd: JSD | None = None,
-        weights: tuple[float, float] = (0.0, 1.0),
-    ) -> None:
-        self._student, self._teacher, self._workspace = student, teacher, workspace
-        self._merge, self._pairs, self._jsd = merge, pairs, jsd
-        self._weight_pairs, self._weight_rest = weights
+    workspace: Workspace
+    merge: MergeStrategy
+    pairs: ExactPairs | None = None
+    jsd: JSD | None = None
+    weights: tuple[float, float] = (0.0, 1.0)
 
     def score(self, block: Block) -> Scored:
-        with_grad = block.weight_g is not None
-        s = Side.begin(self._student, block.raw_S, block.labels_S, block.num_S, with_slope=with_grad)
-        t = Side.begin(self._teacher, block.raw_T, block.labels_T, block.num_T)
-        base = s.base_rows(self._merge)
-        log_S, log_T = s.merged(base), t.merged(t.base_rows(self._merge))
+        s, t = block.s, block.t
+        base = s.base_rows(self.merge)
+        log_S, log_T = s.merged(base), t.merged(t.base_rows(self.merge))
         value = torch.zeros_like(log_S[:, 0])
         matched_S, matched_T = torch.zeros_like(value), torch.zeros_like(value)
         # q dL/dq for the merged probabilities q, in parts with their ids.
         parts: list[tuple[Tensor | None, Tensor]] = []
-        if self._pairs is not None and self._jsd is not None:
-            pair = self._pair(self._pairs, log_S, log_T)
+        if self.pairs is not None and self.jsd is not None:
+            pair = self._pair(self.pairs, log_S, log_T)
             matched_S, matched_T = pair.mass_S.sum(1), pair.mass_T.sum(1)
             # Its value and direction are linear in the masses, so they need not sum to 1; each id's term is
             # not negative, and 0 where the masses are equal.
             # The teacher's logarithms are no longer needed: scratch memory.
-            terms = self._jsd.terms(pair, pair.log_ratio, self._lend("pair.T", pair.log_ratio))
-            value = value + self._weight_pairs * terms.value
-            parts.append((self._pairs.ids_S, terms.direction.mul_(self._weight_pairs * terms.scale)))
+            terms = self.jsd.terms(pair, pair.log_ratio, self._lend("pair.T", pair.log_ratio))
+            value = value + self.weights[0] * terms.value
+            parts.append((self.pairs.ids_S, terms.direction.mul_(self.weights[0] * terms.scale)))
         rest_value, rest_part = self._rest(log_S, log_T)
-        value = value + rest_value
         parts.append(rest_part)
         if block.weight_g is not None:
-            self._gradient(s, base, log_S, parts, block)
-        return Scored(value, s.group_logprob(), t.group_logprob(), matched_S, matched_T)
+            _gradient(s, base, log_S, parts, block.weight_g.to(log_S.dtype))
+        return Scored(value + rest_value, matched_S, matched_T)
 
     def _pair(self, pairs: ExactPairs, log_S: Tensor, log_T: Tensor) -> Pair:
         log_S, log_T = self._pick(log_S, pairs.ids_S, "pair.S"), self._pick(log_T, pairs.ids_T, "pair.T")
@@ -66,49 +56,46 @@ class RankScorer:
 
     def _rest(self, log_S: Tensor, log_T: Tensor) -> tuple[Tensor, tuple[Tensor | None, Tensor]]:
         """Weighted value `[g]`, and `q dL/dq` with its ids (None: all)."""
-        ids_S = None if self._pairs is None else self._pairs.rest_S
-        ids_T = None if self._pairs is None else self._pairs.rest_T
-        if self._weight_rest == 0.0:
+        ids_S, ids_T = (None, None) if self.pairs is None else (self.pairs.rest_S, self.pairs.rest_T)
+        if self.weights[1] == 0.0:
             num = log_S.shape[1] if ids_S is None else ids_S.shape[0]
             return log_S.new_zeros(log_S.shape[0]), (ids_S, log_S.new_zeros(log_S.shape[0], num))
         q_S = self._pick(log_S, ids_S, "rest.S").exp_()
         q_T = self._pick(log_T, ids_T, "rest.T").exp_()
-        l1, sign = sorted_l1(q_S, q_T, self._workspace)
-        return l1 * self._weight_rest, (ids_S, q_S.mul_(sign).mul_(self._weight_rest))
-
-    def _gradient(
-        self, s: Side, base: Tensor, merged: Tensor, parts: list[tuple[Tensor | None, Tensor]], block: Block
-    ) -> None:
-        """`dz = u - p sum(u)` at the base rows, `sum(u) (onehot - p)` at the others, over the raw logits.
-
-        u = q dL/dq, and q is a product of probabilities, so each factor contributes its log-derivative.
-        """
-        assert block.weight_g is not None
-        weight = block.weight_g.to(merged.dtype)
-        total = torch.zeros_like(weight)
-        for ids, part in parts:
-            part.mul_(weight.unsqueeze(1))
-            total = total + part.sum(1)
-            if ids is None:
-                merged.copy_(part)
-            else:
-                merged.scatter_(1, ids.expand(part.shape[0], -1), part)
-        share = (total[s.group] / s.log_mass.exp()).neg_()
-        dz = block.raw_S
-        s.mass.mul_(share.unsqueeze(1))
-        if s.is_single:  # merged and dz are the same memory
-            dz.add_(s.mass)
-        else:
-            dz.copy_(s.mass)
-            dz.index_add_(0, base, merged)
-            at_label = total[s.group].index_fill(0, base, 0.0)
-            dz.scatter_add_(1, s.labels_n1, at_label.unsqueeze(1))
-        s.finish_gradient(dz)
+        l1, sign = sorted_l1(q_S, q_T, self.workspace)
+        return l1 * self.weights[1], (ids_S, q_S.mul_(sign).mul_(self.weights[1]))
 
     def _pick(self, matrix: Tensor, ids: Tensor | None, name: str) -> Tensor:
         shape = (matrix.shape[0], matrix.shape[1] if ids is None else ids.shape[0])
-        out = self._workspace.take(f"bridge.{name}", shape, matrix.dtype, matrix.device)
+        out = self.workspace.take(f"bridge.{name}", shape, matrix.dtype, matrix.device)
         return out.copy_(matrix) if ids is None else torch.index_select(matrix, 1, ids, out=out)
 
     def _lend(self, name: str, like: Tensor) -> Callable[[], Tensor]:
-        return lambda: self._workspace.take(f"bridge.{name}", tuple(like.shape), like.dtype, like.device)
+        return lambda: self.workspace.take(f"bridge.{name}", tuple(like.shape), like.dtype, like.device)
+
+
+def _gradient(
+    s: Side, base: Tensor, merged: Tensor, parts: list[tuple[Tensor | None, Tensor]], weight: Tensor
+) -> None:
+    """`dz = u - p sum(u)` at the base rows, `sum(u) (onehot - p)` at the others, over the logits.
+
+    u = q dL/dq, and q is a product of probabilities, so each factor contributes its log-derivative.
+    """
+    total = torch.zeros_like(weight)
+    for ids, part in parts:
+        part.mul_(weight.unsqueeze(1))
+        total = total + part.sum(1)
+        if ids is None:
+            merged.copy_(part)
+        else:
+            merged.scatter_(1, ids.expand(part.shape[0], -1), part)
+    share = (total[s.group] / s.log_mass.exp()).neg_()
+    s.mass.mul_(share.unsqueeze(1))
+    if s.is_single:  # merged and the logits are the same memory
+        s.logits.add_(s.mass)
+    else:
+        s.logits.copy_(s.mass)
+        s.logits.index_add_(0, base, merged)
+        at_label = total[s.group].index_fill(0, base, 0.0)
+        s.logits.scatter_add_(1, s.labels.unsqueeze(1), at_label.unsqueeze(1))
+    s.finish_gradient()

@@ -29,18 +29,13 @@ class Groups:
     follows: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.follows is not None and (
-            self.follows.dtype != torch.bool or self.follows.shape != self.first_S.shape
-        ):
-            raise ValueError(
-                f"Groups.follows must be bool {list(self.first_S.shape)} like first_S, "
-                f"got {self.follows.dtype} {list(self.follows.shape)}"
-            )
-        for field in fields(self)[:4]:
-            value = getattr(self, field.name)
-            if value.dtype != torch.int64 or value.dim() != 1 or value.shape != self.first_S.shape:
+        for field in fields(self):
+            value, dtype = getattr(self, field.name), "bool" if field.name == "follows" else "int64"
+            if value is None and dtype == "bool":
+                continue
+            if value.dtype != getattr(torch, dtype) or value.dim() != 1 or value.shape != self.first_S.shape:
                 raise ValueError(
-                    f"Groups.{field.name} must be int64 [G], of one length with first_S "
+                    f"Groups.{field.name} must be {dtype} [G], of one length with first_S "
                     f"{list(self.first_S.shape)}, got {value.dtype} {list(value.shape)}"
                 )
 
@@ -71,12 +66,9 @@ class Groups:
                     "a token belongs to one group at most"
                 )
 
-    def student_rows(self) -> Tensor:
-        """`[sum num_S]`: the student's rows, group by group."""
-        return _rows(self.first_S, self.num_S)
-
-    def teacher_rows(self) -> Tensor:
-        return _rows(self.first_T, self.num_T)
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """`[sum num_S]` and `[sum num_T]`: both sides' rows, group by group."""
+        return _rows(self.first_S, self.num_S), _rows(self.first_T, self.num_T)
 
 
 def group_logratio(logprob_S: Tensor, logprob_T: Tensor, groups: Groups) -> Tensor:
@@ -96,7 +88,7 @@ def group_logratio(logprob_S: Tensor, logprob_T: Tensor, groups: Groups) -> Tens
         if values.dim() != 1 or not values.dtype.is_floating_point:
             raise ValueError(f"{name} must be a float vector, got {values.dtype} {list(values.shape)}")
     groups.check(logprob_S.shape[0], logprob_T.shape[0])
-    rows_S, rows_T = groups.student_rows(), groups.teacher_rows()
+    rows_S, rows_T = groups.rows()
     ratio_G = sum_rows(logprob_T[rows_T], groups.num_T) - sum_rows(logprob_S[rows_S], groups.num_S)
     ratio_rows = ratio_G.repeat_interleave(groups.num_S)
     return torch.zeros_like(logprob_S).index_put((rows_S,), ratio_rows.to(logprob_S.dtype))

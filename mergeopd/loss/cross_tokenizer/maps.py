@@ -39,11 +39,7 @@ class ExactPairs:
                 raise ValueError(
                     f"ExactPairs.ids_{side} must be int64 [M], got {ids.dtype} {list(ids.shape)}"
                 )
-            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
-                raise ValueError(
-                    f"ExactPairs.ids_{side} reach from {int(ids.min())} to {int(ids.max())}, "
-                    f"the vocabulary is [0, {size})"
-                )
+            _check_range(f"ExactPairs.ids_{side}", ids, size, "the vocabulary")
             is_rest = torch.ones(size, dtype=torch.bool, device=ids.device)
             is_rest[ids] = False
             rest = is_rest.nonzero().squeeze(1)
@@ -93,11 +89,7 @@ class SparseMap:
             )
         student, slot = (weights > 0).nonzero(as_tuple=True)
         teacher, weight = ids[student, slot], weights[student, slot]
-        if teacher.numel() and not 0 <= int(teacher.min()) <= int(teacher.max()) < self.vocab_T:
-            raise ValueError(
-                f"SparseMap.ids reach from {int(teacher.min())} to {int(teacher.max())}, "
-                f"the teacher's vocabulary is [0, {self.vocab_T})"
-            )
+        _check_range("SparseMap.ids", teacher, self.vocab_T, "the teacher's vocabulary")
         covered, column = torch.unique(teacher, return_inverse=True)
         order = column.argsort(stable=True)
         by_T = Bags.collect(student[order], weight[order], column, covered.shape[0])
@@ -129,11 +121,7 @@ class PieceTable:
             raise ValueError(
                 f"PieceTable.ids must be int64 [V_T, P], P at least 1, got {ids.dtype} {list(ids.shape)}"
             )
-        if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < self.vocab_S:
-            raise ValueError(
-                f"PieceTable.ids reach from {int(ids.min())} to {int(ids.max())}, "
-                f"the vocabulary is [0, {self.vocab_S}), and -1 is none"
-            )
+        _check_range("PieceTable.ids", ids, self.vocab_S, "the vocabulary, and -1 for none,", least=-1)
         if ((ids[:, :-1] < 0) & (ids[:, 1:] >= 0)).any():
             raise ValueError("PieceTable.ids: in a row, pieces must precede -1")
         begins = ids[:, 0]
@@ -186,3 +174,8 @@ class Bags:
             mode="sum",
             per_sample_weights=self.weights.to(matrix_cn.dtype),
         )
+
+
+def _check_range(name: str, ids: Tensor, size: int, what: str, least: int = 0) -> None:
+    if ids.numel() and not least <= int(ids.min()) <= int(ids.max()) < size:
+        raise ValueError(f"{name} reach from {int(ids.min())} to {int(ids.max())}, {what} is [0, {size})")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,41 +12,6 @@ from mergeopd.loss.cross_tokenizer.groups import group_of_rows, sum_rows
 from mergeopd.loss.heads import Projection
 
 MergeStrategy = Literal["observed", "bayesian"]
-
-
-@dataclass(frozen=True, eq=False)
-class Block:
-    """g whole groups: raw logits of their rows, labels, rows per group.
-
-    weight_g: the groups' factors in the loss, or None without gradients; gradients overwrite `raw_S`.
-    """
-
-    raw_S: Tensor
-    raw_T: Tensor
-    labels_S: Tensor
-    labels_T: Tensor
-    num_S: Tensor
-    num_T: Tensor
-    follows: Tensor | None
-    weight_g: Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
-class Scored:
-    """Per group `[g]`; see `BridgeStats`."""
-
-    value: Tensor
-    logprob_S: Tensor
-    logprob_T: Tensor
-    matched_S: Tensor
-    matched_T: Tensor
-
-
-class Scorer(Protocol):
-    """Scores blocks for one kind of bridge."""
-
-    def score(self, block: Block) -> Scored:
-        """Return the groups' values; if the block has weights, overwrite `raw_S` with the logit gradient."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +27,13 @@ class Side:
     mass: Tensor
     log_mass: Tensor
     logprob: Tensor
-    labels_n1: Tensor
+    labels: Tensor
     group: Tensor
     num: Tensor
 
     @classmethod
     def begin(
-        cls, projection: Projection, raw: Tensor, labels: Tensor, num: Tensor, *, with_slope: bool = False
+        cls, projection: Projection, raw: Tensor, labels: Tensor, num: Tensor, *, with_slope: bool
     ) -> Side:
         """Compute the softmaxes of a block's rows; `with_slope` keeps the soft cap's slope for gradients."""
         slope = projection.take("slope", raw.shape[0]) if with_slope and projection.is_capped else None
@@ -76,9 +41,8 @@ class Side:
         raw.sub_(raw.amax(1, keepdim=True))
         mass = torch.exp(raw, out=projection.take("mass", raw.shape[0]))
         log_mass = mass.sum(1).log_()
-        labels_n1 = labels.unsqueeze(1)
-        logprob = raw.gather(1, labels_n1).squeeze(1) - log_mass
-        return cls(projection, raw, mass, log_mass, logprob, labels_n1, group_of_rows(num), num)
+        logprob = raw.gather(1, labels.unsqueeze(1)).squeeze(1) - log_mass
+        return cls(projection, raw, mass, log_mass, logprob, labels, group_of_rows(num), num)
 
     @property
     def is_single(self) -> bool:
@@ -104,9 +68,29 @@ class Side:
         out = torch.index_select(self.logits, 0, base, out=self.projection.take("merged", base.shape[0]))
         return out.add_((others - self.log_mass[base]).unsqueeze(1))
 
-    def finish_gradient(self, dz_nV: Tensor) -> None:
-        """Convert the gradient of tempered logits to that of raw logits, in place."""
+    def finish_gradient(self) -> None:
+        """Convert the gradient of tempered logits, in the memory of `logits`, to that of raw logits."""
         if self.projection.gain != 1.0:
-            dz_nV.mul_(self.projection.gain)
+            self.logits.mul_(self.projection.gain)
         if self.projection.is_capped:
-            dz_nV.mul_(self.projection.take("slope", dz_nV.shape[0]))
+            self.logits.mul_(self.projection.take("slope", self.logits.shape[0]))
+
+
+class Block(NamedTuple):
+    """g whole groups: both models' rows, and whether each group continues the preceding one.
+
+    weight_g: the groups' factors in the loss, or None without gradients, which overwrite `s.logits`.
+    """
+
+    s: Side
+    t: Side
+    follows: Tensor | None
+    weight_g: Tensor | None
+
+
+class Scored(NamedTuple):
+    """Per group `[g]`; see `BridgeStats`."""
+
+    value: Tensor
+    matched_S: Tensor
+    matched_T: Tensor

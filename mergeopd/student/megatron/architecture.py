@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -10,7 +9,7 @@ from typing import Any
 
 from mergeopd.errors import ModelError
 from mergeopd.messages import joined
-from mergeopd.models.facts import ModelFacts
+from mergeopd.models.facts import ModelFacts, positive_int, read_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +21,6 @@ class _Family:
     # Defaults of transformers for a missing key: Llama's first generation has no groups, the others have
     # their own number.
     groups_are_heads: bool = False
-
-    def key_value_heads(self, heads: int) -> dict[str, int]:
-        return {"num_key_value_heads": heads} if self.groups_are_heads else {}
 
 
 FAMILIES = MappingProxyType(
@@ -69,36 +65,27 @@ class Architecture:
                 f"{path}: {facts.model_type} is not mapped to Megatron (known: {known}); "
                 "use student.backend: torch"
             )
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_config(facts.folder)
         problems = _unmapped(config)
         if problems:
             raise ModelError(
                 f"{path}: not mapped to Megatron: {', '.join(problems)}; use student.backend: torch"
             )
-        heads = _positive_int(config, "num_attention_heads", path)
+        heads = positive_int(path, config, "num_attention_heads")
+        defaults = {"head_dim": facts.hidden_size // heads}
+        if family.groups_are_heads:
+            defaults["num_key_value_heads"] = heads
+        config |= {key: value for key, value in defaults.items() if config.get(key) is None}
         return cls(
             facts=facts,
             num_heads=heads,
-            num_groups=_positive_int(
-                {**family.key_value_heads(heads), **_given(config)}, "num_key_value_heads", path
-            ),
-            head_dim=_positive_int(
-                {"head_dim": facts.hidden_size // heads, **_given(config)}, "head_dim", path
-            ),
-            ffn_size=_positive_int(config, "intermediate_size", path),
+            num_groups=positive_int(path, config, "num_key_value_heads"),
+            head_dim=positive_int(path, config, "head_dim"),
+            ffn_size=positive_int(path, config, "intermediate_size"),
             norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
         )
-
-    def require(self, tensor: int, pipeline: int, world: int) -> None:
-        """Raise ModelError when `tensor` x `pipeline` over `world` processes cannot hold this model."""
-        problems = [f"{p.key}: {p.message}" for p in self.split_problems(tensor, pipeline)]
-        count = count_problem(tensor, pipeline, world)
-        if count is not None:
-            problems.append(count)
-        if problems:
-            raise ModelError(f"{self.facts.folder}: {'; '.join(problems)}")
 
     def split_problems(self, tensor: int, pipeline: int) -> list[SplitProblem]:
         """Return why this model cannot be sharded so, for any number of processes; empty if it can."""
@@ -129,17 +116,6 @@ def count_problem(tensor: int, pipeline: int, world: int) -> str | None:
         f"tensor {tensor} x pipeline {pipeline} = {tensor * pipeline} does not divide the number of "
         f"processes, {world}"
     )
-
-
-def _given(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if value is not None}
-
-
-def _positive_int(config: dict[str, Any], key: str, path: object) -> int:
-    value = config.get(key)
-    if type(value) is not int or value < 1:
-        raise ModelError(f"{path}: {key} must be a positive integer, not {value!r}")
-    return value
 
 
 def _unmapped(config: dict[str, Any]) -> list[str]:

@@ -66,10 +66,6 @@ class Grid:
         )
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.stage == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """Whether this process has the last hidden states, the head and the loss."""
         return self.stage == self.pipeline - 1
@@ -79,18 +75,14 @@ class Grid:
 
     @property
     def placement(self) -> Placement:
-        loss_ranks = [self._of_stage(self.pipeline - 1, copy) for copy in range(self.data)]
-        members = [
-            sum((self._of_stage(stage, copy) for stage in range(self.pipeline)), ())
+        by_copy = [
+            [self.rank_of(t, stage, copy) for stage in range(self.pipeline) for t in range(self.tensor)]
             for copy in range(self.data)
         ]
         return Placement(
             dp_rank=self.data_rank,
-            replica_ranks=tuple(members),
-            loss_ranks=tuple(loss_ranks),
+            replica_ranks=tuple(tuple(ranks) for ranks in by_copy),
+            loss_ranks=tuple(tuple(ranks[-self.tensor :]) for ranks in by_copy),
             has_loss=self.is_last_stage,
             reports_stats=self.is_last_stage and self.tensor_rank == 0,
         )
-
-    def _of_stage(self, stage: int, copy: int) -> tuple[int, ...]:
-        return tuple(self.rank_of(t, stage, copy) for t in range(self.tensor))

@@ -96,31 +96,16 @@ def shard(name: str, arch: Architecture, tensor: int, rank: int) -> Shard:
 
 
 def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the folder's tensors by name, in model order."""
-    facts = arch.facts
-    hidden, queries, keys = facts.hidden_size, arch.num_heads * arch.head_dim, arch.num_groups * arch.head_dim
-    layer = {
-        "input_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (queries, hidden),
-        "self_attn.k_proj.weight": (keys, hidden),
-        "self_attn.v_proj.weight": (keys, hidden),
-        "self_attn.o_proj.weight": (hidden, queries),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (arch.ffn_size, hidden),
-        "mlp.up_proj.weight": (arch.ffn_size, hidden),
-        "mlp.down_proj.weight": (hidden, arch.ffn_size),
-    }
-    if arch.qkv_bias:
-        layer |= {"self_attn.q_proj.bias": (queries,)}
-        layer |= {f"self_attn.{x}_proj.bias": (keys,) for x in "kv"}
-    if arch.qk_norm:
-        layer |= {f"self_attn.{x}_norm.weight": (arch.head_dim,) for x in "qk"}
-    shapes: dict[str, tuple[int, ...]] = {facts.embedding_name: (facts.vocab_rows, hidden)}
-    for number in range(facts.num_layers):
-        shapes |= {f"model.layers.{number}.{leaf}": shape for leaf, shape in layer.items()}
-    shapes["model.norm.weight"] = (hidden,)
-    if not facts.tied:
-        shapes[facts.head_name] = (facts.vocab_rows, hidden)
+    """Return the shapes of the folder's tensors by name, in the order of their parameters."""
+    hidden = arch.facts.hidden_size
+    lengths: dict[str, int] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in parameter_names(arch, 0, 1):
+        part = shard(name, arch, 1, 0)
+        for piece in part.slices:
+            length = lengths[piece.tensor] = max(lengths.get(piece.tensor, 0), piece.stop)
+            shape = (hidden, length) if part.dim else (length, hidden)
+            shapes[piece.tensor] = (length,) if part.is_replicated or name.endswith(".bias") else shape
     return shapes
 
 

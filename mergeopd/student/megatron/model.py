@@ -32,10 +32,8 @@ class HiddenModel(GPTModel):  # type: ignore[misc]
     @property
     def head_weight(self) -> Tensor:
         """This rank's rows of the head `[V_padded / tensor, d]`; last stage only."""
-        if self.share_embeddings_and_output_weights:
-            weight: Tensor = self.shared_embedding_or_output_weight()
-        else:
-            weight = self.output_layer.weight
+        is_tied = self.share_embeddings_and_output_weights
+        weight: Tensor = self.shared_embedding_or_output_weight() if is_tied else self.output_layer.weight
         return weight
 
     @property
@@ -76,7 +74,7 @@ def build_model(
         _block(config, grid, device, layers),
         vocab_size=vocab_rows(arch, grid.tensor),
         max_sequence_length=arch.facts.max_positions,
-        pre_process=grid.is_first_stage,
+        pre_process=grid.stage == 0,
         post_process=grid.is_last_stage,
         parallel_output=True,
         share_embeddings_and_output_weights=arch.facts.tied,

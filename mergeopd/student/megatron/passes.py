@@ -83,7 +83,9 @@ class Passes:
             ids, rows = padded(micro.prompts, micro.responses, micro.trained, multiple=multiple)
             positions = torch.arange(ids.shape[1]).expand_as(ids)
             hidden = model(ids.to(self._device), positions.to(self._device), None)
-            return hidden, lambda output: loss(micro, _sequence_first(rows, *ids.shape), output)
+            batch, width = ids.shape
+            sequence_first = rows % width * batch + rows // width
+            return hidden, lambda output: loss(micro, sequence_first, output)
 
         num = len(micro_batches)
         statistics = self._schedule(
@@ -112,10 +114,6 @@ class Passes:
             hidden = copy_to_tensor_model_parallel_region(hidden_sbd, group=group)
         rows: Tensor = hidden.flatten(0, 1).index_select(0, rows_N.to(hidden.device))
         return rows
-
-
-def _sequence_first(rows: Tensor, batch: int, width: int) -> Tensor:
-    return rows % width * batch + rows // width
 
 
 def _raise_together(failures: Sequence[str]) -> None:

@@ -47,21 +47,21 @@ def install() -> None:
 
     replacements: dict[str, Callable[..., Any]] = {
         "current_device": _current_device,
-        "synchronize": _nothing,
-        "empty_cache": _nothing,
+        "synchronize": lambda *_, **__: None,
+        "empty_cache": lambda: None,
         "manual_seed": torch.manual_seed,
-        "get_rng_state": _get_rng_state,
-        "set_rng_state": _set_rng_state,
+        "get_rng_state": lambda *_, **__: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
-    megatron_random._get_cuda_rng_state = _get_rng_state
-    megatron_random._set_cuda_rng_state = _set_rng_state
+    megatron_random._get_cuda_rng_state = replacements["get_rng_state"]
+    megatron_random._set_cuda_rng_state = replacements["set_rng_state"]
     logging.getLogger(megatron_random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
     # torch.autograd.backward would dispatch to the mode, which calls it: infinite recursion.
-    vars(torch.autograd)["has_torch_function"] = _no_overrides
+    vars(torch.autograd)["has_torch_function"] = lambda _: False
     _OnCpu().__enter__()  # type: ignore[no-untyped-call]
 
 
@@ -71,19 +71,3 @@ def _is_cuda(device: object) -> bool:
 
 def _current_device() -> torch.device:
     return _CPU
-
-
-def _no_overrides(_: Any) -> bool:
-    return False
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    return None
-
-
-def _get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
-    return torch.get_rng_state()
-
-
-def _set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
-    torch.set_rng_state(state)

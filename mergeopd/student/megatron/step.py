@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -19,25 +16,23 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor, nn
 
 from mergeopd.batch.micro_batch import MicroBatch, MicroBatches
-from mergeopd.errors import NumericsError, StorageError
-from mergeopd.loss.divergence import Divergence
+from mergeopd.errors import StorageError
 from mergeopd.loss.fused import Objective
 from mergeopd.loss.heads import Head
 from mergeopd.loss.objective import DistillationObjective
-from mergeopd.loss.support import Support
-from mergeopd.models.causal import DTYPES, build_skeleton, check_fit, empty, fill
+from mergeopd.models.causal import DTYPES, build_skeleton, check_fit, empty, fill, head_of
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
 from mergeopd.recipe.training import Optimizer
-from mergeopd.student.loss import Measured, MicroStats
+from mergeopd.student.loss import Measured, MicroStats, check_norm, no_loss
 from mergeopd.student.megatron.architecture import Architecture
 from mergeopd.student.megatron.grid import Grid
 from mergeopd.student.megatron.layout import shard, tensor_shapes, vocab_rows
-from mergeopd.student.megatron.model import HiddenModel, build_model
+from mergeopd.student.megatron.model import build_model
 from mergeopd.student.megatron.optimizer import MOMENTS, MainParameters, build_adamw
 from mergeopd.student.megatron.passes import Passes
-from mergeopd.student.megatron.weights import cut, export, named, read_shards, whole_tensors
-from mergeopd.student.protocol import Placement
+from mergeopd.student.megatron.weights import assemble, export, named, read_shards, whole_tensors
+from mergeopd.student.protocol import Placement, check_masters
 
 # The attribute in which Megatron accumulates a parameter's gradient.
 _SUM = "main_grad"
@@ -74,7 +69,6 @@ class MegatronStudent:
             raise ValueError("student.dtype: float64 needs student.backend: torch")
         facts = ModelFacts.read(folder)
         self._arch = Architecture.read(facts)
-        self._arch.require(grid.tensor, grid.pipeline, dist.get_world_size())
         self._grid, self._num_valid, self._clip_grad = grid, num_valid, optimizer.clip_grad
         self._skeleton = build_skeleton(folder, device, DTYPES[dtype])
         check_fit(self._skeleton, facts, Checkpoint.open(folder))
@@ -83,7 +77,12 @@ class MegatronStudent:
             self._arch, grid, DTYPES[dtype], device, inv_freq, recompute=recompute, layers=layers
         )
         read_shards(self._model, self._arch, grid)
-        self._ddp = _with_gradient_buffers(self._model, grid)
+        buffers = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=grid.data > 1
+        )
+        self._ddp = DistributedDataParallel(
+            self._model.config, buffers, self._model, pg_collection=grid.groups
+        )
         self._adamw = build_adamw(self._ddp, optimizer, DTYPES[dtype], grid)
         self._main = MainParameters(self._adamw, grid)
         self._passes = Passes(self._ddp, self._model.config, self._head, grid, device)
@@ -96,14 +95,12 @@ class MegatronStudent:
 
     @property
     def vocab(self) -> range:
-        """The true token ids of this rank's rows of the head; targets' heads must have the same rows."""
         rows = vocab_rows(self._arch, self._grid.tensor) // self._grid.tensor
         start = rows * self._grid.tensor_rank
         return range(min(start, self._num_valid), min(start + rows, self._num_valid))
 
     @property
     def placement(self) -> Placement:
-        """Copies of the model, and the last pipeline stage of each."""
         return self._grid.placement
 
     @property
@@ -114,42 +111,30 @@ class MegatronStudent:
     @contextmanager
     def unsharded(self) -> Iterator[tuple[nn.Module, Head]]:
         """Yield the current model, unsharded on every rank, as in transformers; freed with the context."""
-        facts = self._arch.facts
         weights = dict(self.weights())
         fill(self._skeleton, weights)
         self._skeleton.tie_weights()
-        head = weights[facts.embedding_name if facts.tied else facts.head_name]
         try:
-            yield (
-                self._skeleton.base_model,
-                Head(head, None, facts.logit_scale, facts.softcap, self._num_valid),
-            )
+            yield self._skeleton.base_model, head_of(self._arch.facts, weights, range(self._num_valid))
         finally:
             empty(self._skeleton)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         shards = self.shards
-        like = next(iter(shards.values()))
-        return whole_tensors(shards.__getitem__, like, self._arch, self._grid, everywhere=True)
+        return self._whole(shards.__getitem__, next(iter(shards.values())), everywhere=True)
 
     def master_weights(self) -> Iterator[tuple[str, Tensor]]:
         parameters = named(self._model)
-        return whole_tensors(
-            lambda name: self._main.read(parameters[name], "param"),
-            self._like,
-            self._arch,
-            self._grid,
-            everywhere=True,
-        )
+        read = self._main.read
+        return self._whole(lambda name: read(parameters[name], "param"), self._like, everywhere=True)
 
     def accumulate_gradients(
         self, micro_batches: MicroBatches, objective: DistillationObjective
     ) -> tuple[MicroStats, ...]:
-        """Add the gradient of this data-parallel copy's micro-batches, of which there may be none.
+        """Add the gradient of this data-parallel copy's micro-batches, if there are any.
 
         All ranks of a copy pass the same prompts, responses and flags. Targets and weights are read only on
-        the last stage, where targets' heads are this rank's rows (`vocab`). The last stage returns statistics
-        of each micro-batch, other stages nothing. Collective: every rank calls it equally often.
+        the last stage, which returns statistics of each micro-batch. Collective.
 
         Raises NumericsError on all ranks when the student's or a teacher's distribution is not finite, and
         RuntimeError between `gradients` and `optimizer_step`.
@@ -160,28 +145,12 @@ class MegatronStudent:
         def per_token(micro: MicroBatch) -> Objective:
             return objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N, micro.policy)
 
-        what = Measured(objective.divergences, objective.support, objective.temperature)
-        return self._passes.run(micro_batches, per_token, what, backward=True)
+        return self._passes.run(micro_batches, per_token, Measured.of(objective), backward=True)
 
     @torch.no_grad()
-    def score(
-        self,
-        micro_batches: MicroBatches,
-        divergences: Sequence[Divergence],
-        support: Support | None,
-        temperature: float,
-    ) -> tuple[MicroStats, ...]:
-        """Return statistics under the current weights; no gradient. Arguments as in `accumulate_gradients`.
+    def score(self, micro_batches: MicroBatches, what: Measured) -> tuple[MicroStats, ...]:
 
-        Raises NumericsError on all ranks when the student's or a teacher's distribution is not finite.
-        """
-
-        def nothing(micro: MicroBatch) -> Objective:
-            return lambda stats, rows: torch.zeros_like(stats.logprob_S)
-
-        return self._passes.run(
-            micro_batches, nothing, Measured(divergences, support, temperature), backward=False
-        )
+        return self._passes.run(micro_batches, lambda micro: no_loss, what, backward=False)
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the accumulated gradient, unsharded float32, by the folder's names; empty except on rank 0.
@@ -190,29 +159,13 @@ class MegatronStudent:
         """
         self._sum_gradients(everywhere=True)
         parameters = named(self._model)
-        return dict(
-            whole_tensors(
-                lambda name: getattr(parameters[name], _SUM),
-                self._like,
-                self._arch,
-                self._grid,
-                everywhere=False,
-            )
-        )
+        return dict(self._whole(lambda name: getattr(parameters[name], _SUM), self._like))
 
     def optimizer_step(self, lr: float) -> float:
-        """Perform one optimizer update; return the gradient's norm before clipping. Collective.
-
-        Raises NumericsError on all ranks, without changing weights, when the norm is not finite.
-        """
         self._sum_gradients(everywhere=False)
         self._adamw.prepare_grads()
         norm = float(self._adamw.get_grad_norm())
-        if not math.isfinite(norm):
-            raise NumericsError(
-                "the gradient is NaN or infinite; the weights are unchanged. "
-                "Lower optimizer.lr, or use student.dtype: float32"
-            )
+        check_norm(norm)
         if self._clip_grad is not None:
             clip_grad_by_total_norm_fp32(self._adamw.get_parameters(), self._clip_grad, norm)
         for group in self._adamw.param_groups:
@@ -237,13 +190,12 @@ class MegatronStudent:
         torch's AdamW.
         """
         step, parameters = self._main.step(), named(self._model)
-        keys = {"param": "master"} | ({key: f"adamw.{key}" for key in MOMENTS} if step else {})
-        for key, prefix in keys.items():
+        for key, prefix in _prefixes(step).items():
 
             def part_of(name: str, key: str = key) -> Tensor:
                 return self._main.read(parameters[name], key)
 
-            for name, tensor in whole_tensors(part_of, self._like, self._arch, self._grid, everywhere=False):
+            for name, tensor in self._whole(part_of, self._like):
                 yield f"{prefix}.{name}", tensor
                 if key == "param" and step:
                     yield f"adamw.step.{name}", torch.tensor(float(step))
@@ -256,33 +208,34 @@ class MegatronStudent:
 
         Raises StorageError when it belongs to another model.
         """
-        names = tensor_shapes(self._arch)
-        given = {key for key in tensors if key.startswith("master.")}
-        odd = given ^ {f"master.{name}" for name in names}
-        if odd:
-            listed = ", ".join(sorted(odd)[:3])
-            raise StorageError(f"the checkpoint is not of this student: {listed} on one side only")
+        check_masters(self.state_shapes(), tensors)
         steps = {int(tensors[key]) for key in tensors if key.startswith("adamw.step.")}
         if len(steps) > 1:
             raise StorageError(
                 f"the checkpoint's parameters differ in their number of updates: {sorted(steps)}"
             )
         step = next(iter(steps), 0)
-        keys = {"param": "master"} | ({key: f"adamw.{key}" for key in MOMENTS} if step else {})
         for name, parameter in named(self._model).items():
             part = shard(name, self._arch, self._grid.tensor, self._grid.tensor_rank)
-            values = {key: cut(part, tensors, f"{prefix}.") for key, prefix in keys.items()}
+            values = {}
+            for key, prefix in _prefixes(step).items():
+
+                def read(
+                    tensor: str, start: int, stop: int, prefix: str = prefix, dim: int = part.dim
+                ) -> Tensor:
+                    return tensors[f"{prefix}.{tensor}"].narrow(dim, start, stop - start)
+
+                values[key] = assemble(part, read)
             self._main.write(parameter, values, step)
 
     def _head(self) -> Head:
-        vocab = self.vocab
-        return Head(
-            weight=self._model.head_weight,
-            scale=self._arch.facts.logit_scale,
-            softcap=self._arch.facts.softcap,
-            num_valid=len(vocab),
-            vocab_start=vocab.start,
-        )
+        facts = self._arch.facts
+        return head_of(facts, {facts.head_parameter: self._model.head_weight}, self.vocab)
+
+    def _whole(
+        self, part_of: Callable[[str], Tensor], like: Tensor, *, everywhere: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        return whole_tensors(part_of, like, self._arch, self._grid, everywhere=everywhere)
 
     def _sum_gradients(self, *, everywhere: bool) -> None:
         """Sum over data-parallel copies, shared embeddings and split sequences; once per update.
@@ -295,8 +248,6 @@ class MegatronStudent:
             self._is_summed = True
 
 
-def _with_gradient_buffers(model: HiddenModel, grid: Grid) -> Any:
-    options = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=grid.data > 1
-    )
-    return DistributedDataParallel(model.config, options, model, pg_collection=grid.groups)
+def _prefixes(step: int) -> dict[str, str]:
+    """Map what AdamW keeps of a parameter to prefixes of names in a checkpoint after `step` updates."""
+    return {"param": "master", **({key: f"adamw.{key}" for key in MOMENTS} if step else {})}

@@ -8,22 +8,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mergeopd.models.causal import DTYPES, tensor_names
-from mergeopd.models.checkpoint import INDEX, SINGLE, Checkpoint
+from mergeopd.models.checkpoint import INDEX, Checkpoint
 from mergeopd.models.facts import ModelFacts
 from mergeopd.models.hf_folder import copy_companions
 from mergeopd.student.megatron.architecture import Architecture
 from mergeopd.student.megatron.grid import Grid
-from mergeopd.student.megatron.layout import (
-    OUTPUT,
-    Shard,
-    global_name,
-    parameter_names,
-    shard,
-    tensor_shapes,
-)
+from mergeopd.student.megatron.layout import OUTPUT, Shard, global_name, parameter_names, shard, tensor_shapes
 from mergeopd.student.megatron.model import HiddenModel
 
 _MAX_FILE_BYTES = 5_000_000_000
@@ -44,15 +39,18 @@ def read_shards(model: HiddenModel, arch: Architecture, grid: Grid) -> None:
     stored = tensor_names(arch.facts, checkpoint)
     parameters = named(model)
     expected = set(parameter_names(arch, grid.stage, grid.pipeline))
-    if arch.facts.tied and grid.is_last_stage and not grid.is_first_stage:
+    if arch.facts.tied and grid.is_last_stage and grid.stage > 0:
         expected.add(OUTPUT)
     if parameters.keys() != expected:
         odd = ", ".join(sorted(parameters.keys() ^ expected)[:3])
         raise RuntimeError(f"this version of megatron-core has other parameter names: {odd}")
     for name, parameter in parameters.items():
         part = shard(name, arch, grid.tensor, grid.tensor_rank)
-        read = checkpoint.read_columns if part.dim else checkpoint.read_rows
-        tensor = _joined(part, {n: read(stored[n], *span) for n, span in _spans(part).items()})
+
+        def read(tensor: str, start: int, stop: int, dim: int = part.dim) -> Tensor:
+            return checkpoint.read_slice(stored[tensor], start, stop, dim)
+
+        tensor = assemble(part, read)
         if tensor.shape != parameter.shape:
             raise RuntimeError(f"{name}: {list(tensor.shape)} read, {list(parameter.shape)} expected")
         parameter.copy_(tensor)
@@ -100,46 +98,34 @@ def export(parts: Mapping[str, Tensor], arch: Architecture, grid: Grid, folder: 
     Collective; returns when the folder is complete.
     """
     like = next(iter(parts.values()))
-    files = _files(arch, like.element_size(), _MAX_FILE_BYTES)
+    shapes = tensor_shapes(arch)
+    meta = {name: torch.empty(shape, dtype=like.dtype, device="meta") for name, shape in shapes.items()}
+    split = split_torch_state_dict_into_shards(meta, max_shard_size=_MAX_FILE_BYTES)
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     pending: dict[str, dict[str, Tensor]] = {}
-    counts = {file: sum(1 for f in files.values() if f == file) for file in files.values()}
     for name, tensor in whole_tensors(parts.__getitem__, like, arch, grid, everywhere=False):
-        held = pending.setdefault(files[name], {})
-        held[name] = tensor.cpu()
-        if len(held) == counts[files[name]]:
-            _save(pending.pop(files[name]), folder / files[name])
+        file = split.tensor_to_filename[name]
+        held = pending.setdefault(file, {})
+        held[name] = tensor.cpu().contiguous()
+        if len(held) == len(split.filename_to_tensors[file]):
+            save_file(pending.pop(file), folder / file, metadata={"format": "pt"})
     if dist.get_rank() == 0:
-        _write_index(folder, files, arch, like.element_size())
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         _write_config(arch.facts, folder, like.dtype)
         copy_companions(arch.facts.folder, folder)
     dist.barrier()
 
 
-def cut(part: Shard, tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
-    """Return the shard `part` of unsharded tensors, whose names begin with `prefix`."""
-    spans = _spans(part)
-    return _joined(
-        part,
-        {
-            name: tensors[prefix + name].narrow(part.dim, start, stop - start)
-            for name, (start, stop) in spans.items()
-        },
-    )
-
-
-def _spans(part: Shard) -> dict[str, tuple[int, int]]:
-    """For each source tensor of the shard, return the range that covers all its slices: one read."""
+def assemble(part: Shard, read: Callable[[str, int, int], Tensor]) -> Tensor:
+    """Build the shard `part` from `read(tensor, start, stop)`, called once for each tensor of the folder."""
     spans: dict[str, tuple[int, int]] = {}
     for piece in part.slices:
         start, stop = spans.get(piece.tensor, (piece.start, piece.stop))
         spans[piece.tensor] = min(start, piece.start), max(stop, piece.stop)
-    return spans
-
-
-def _joined(part: Shard, blocks: Mapping[str, Tensor]) -> Tensor:
-    spans = _spans(part)
+    blocks = {name: read(name, *span) for name, span in spans.items()}
     pieces = [
         blocks[p.tensor].narrow(part.dim, p.start - spans[p.tensor][0], p.stop - p.start) for p in part.slices
     ]
@@ -170,33 +156,6 @@ def _join(
             target.copy_(tensor.narrow(part.dim, position, length))
             position += length
     return whole
-
-
-def _files(arch: Architecture, element_bytes: int, max_bytes: int) -> dict[str, str]:
-    shapes = tensor_shapes(arch)
-    numbers, number, filled = {}, 1, 0
-    for name, shape in shapes.items():
-        num_bytes = torch.Size(shape).numel() * element_bytes
-        if filled and filled + num_bytes > max_bytes:
-            number, filled = number + 1, 0
-        numbers[name], filled = number, filled + num_bytes
-    if number == 1:
-        return dict.fromkeys(shapes, SINGLE)
-    return {name: f"model-{n:05d}-of-{number:05d}.safetensors" for name, n in numbers.items()}
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
-
-
-def _write_index(folder: Path, files: Mapping[str, str], arch: Architecture, element_bytes: int) -> None:
-    if set(files.values()) == {SINGLE}:
-        return
-    total = sum(torch.Size(shape).numel() for shape in tensor_shapes(arch).values()) * element_bytes
-    index = {"metadata": {"total_size": total}, "weight_map": dict(files)}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_config(facts: ModelFacts, folder: Path, dtype: torch.dtype) -> None:

@@ -62,7 +62,7 @@ REFUSED = {
         normalizer=normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
     ),
     "the normalizer replaces": byte_level(normalizer=normalizers.Replace(Regex(" +"), " ")),
-    "writes 'x' before every text": byte_level(normalizer=normalizers.Prepend("x")),
+    "puts 'x' before every text": byte_level(normalizer=normalizers.Prepend("x")),
     "to NFC and to NFKC": byte_level(
         normalizer=normalizers.Sequence([normalizers.NFC(), normalizers.NFKC()])
     ),
@@ -78,7 +78,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("why", REFUSED)
-def test_what_cannot_be_inverted_is_refused(why: str) -> None:
+def test_tokenizers_that_cannot_be_inverted_are_refused(why: str) -> None:
     with pytest.raises(TokenizerError) as caught:
         TokenBytes.from_tokenizer(REFUSED[why], "models/other")
     assert why in str(caught.value)

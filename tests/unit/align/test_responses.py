@@ -275,7 +275,7 @@ def test_an_id_of_another_tokenizer_is_refused() -> None:
     ],
 )
 @pytest.mark.parametrize("text", ["Hello, world", " a", "漢字", "e\u0301"])
-def test_a_space_that_one_side_alone_begins_with_is_told(
+def test_a_leading_space_on_one_side_is_reported(
     student: str, teacher: str, inside: bool, expected: bool, text: str
 ) -> None:
     encode = side(teacher).encode_inside if inside else side(teacher).encode

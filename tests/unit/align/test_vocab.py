@@ -39,11 +39,9 @@ def test_tokens_are_matched_by_bytes_and_one_to_one() -> None:
     assert pairs[own.ids[b" a"]] == 262
     assert pairs[own.ids[b"a"]] == 259
     assert pairs[own.ids[b"\xff"]] == 2 + 0xFF
-    assert sorted([*found.student_ids, *found.student_rest]) == list(range(len(own)))
-    assert sorted([*found.teacher_ids, *found.teacher_rest]) == list(range(len(other)))
 
 
-def test_the_projection_is_what_the_teacher_cuts() -> None:
+def test_the_projection_follows_the_teachers_encoding() -> None:
     student, teacher = small()
     own, other = student.tokens, teacher.tokens
     found = VocabularyMap.build(student, teacher, ENDS, k=3)
@@ -105,8 +103,6 @@ def test_a_map_is_kept_whole_and_for_one_pair(tmp_path: Path) -> None:
     for name in (
         "student_ids",
         "teacher_ids",
-        "student_rest",
-        "teacher_rest",
         "projection_ids",
         "projection_weights",
     ):
@@ -116,9 +112,8 @@ def test_a_map_is_kept_whole_and_for_one_pair(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="made for other tokenizers than revision and teacher"):
         VocabularyMap.load(path, other, revision.tokens, teacher.tokens)
     arrays = load_file(path)
-    arrays["projection_ids"][5, 0] = len(teacher.tokens)
-    save_file(arrays, path, metadata={"format": "mergeopd-vocabulary-map-1", "made_for": made.made_for.text})
-    with pytest.raises(TokenizerError, match="has ids outside the teacher's vocabulary; delete it"):
+    save_file(arrays, path, metadata={"format": "mergeopd-vocabulary-map-1", "made_for": made.made_for})
+    with pytest.raises(TokenizerError, match=r"not a vocabulary map of this version .*; delete it"):
         VocabularyMap.load(path, made.made_for, student.tokens, teacher.tokens)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(TokenizerError, match="not a vocabulary map"):
@@ -132,7 +127,7 @@ def test_real_vocabularies_share_bytes_more_than_spellings() -> None:
     assert len(found.student_ids) == 29_221
     assert len(set(backends[0].get_vocab()) & set(backends[1].get_vocab())) == 10_086
     own, other = sides[0].tokens, sides[1].tokens
-    sample = np.random.default_rng(0).choice(found.student_rest, 300)
+    sample = np.random.default_rng(0).choice(np.setdiff1d(np.arange(len(own)), found.student_ids), 300)
     for i in sample[np.isin(own.kind[sample], (0, 2))].tolist():
         [cut] = sides[1].encode_inside([own.pieces[i].decode(errors="replace")])
         if b"".join(other.pieces[j] for j in cut) == own.pieces[i]:

@@ -90,7 +90,7 @@ def test_whom_teachers_comment(distill_on: str, expected: tuple[int, ...]) -> No
 
 
 @pytest.mark.parametrize("distill_on", ["wrong", "failed_groups"])
-def test_what_was_cut_off_solves_no_prompt(distill_on: str) -> None:
+def test_truncated_responses_solve_no_prompt(distill_on: str) -> None:
     """Otherwise the answers of a prompt that the student never finishes would lose their teachers."""
     group = [("p", "student", "length", 1.0), ("p", "student", "eos", 0.0), ("p", "student", "length", 0.0)]
     assert (

@@ -12,10 +12,15 @@ from torch import Tensor
 
 from mergeopd.batch.advantages import early_weights, reward_to_go, sequence_advantage
 from mergeopd.loss.policy import bounded
+from mergeopd.recipe.policy_terms import SampledTerm
 
 
 def row(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
+
+
+def term(**options: float) -> SampledTerm:
+    return SampledTerm.model_validate({"weight": 1.0, **options})
 
 
 def test_early_weights() -> None:
@@ -45,14 +50,14 @@ def test_without_discount_the_first_token_gets_the_log_ratio_of_the_whole_answer
 
 def test_advantages_of_whole_answers_reduce_to_the_tokens() -> None:
     gaps, weights = [row(0.3, -4.0, 2.0), row(1.0, 1.0, -1.0)], [row(0.5, 0.5, 0.5), row(0.2, 0.2, 0.0)]
-    plain = {"bound": 1.5, "discount": 0.0, "future_only": False, "per_token": False, "gain": 0.0}
+    plain = {"bound": 1.5}
     by_token = sum(w * bounded(g, 1.5) for g, w in zip(gaps, weights, strict=True))
-    assert torch.allclose(sequence_advantage(gaps, weights, **plain), by_token, atol=1e-15)
+    assert torch.allclose(sequence_advantage(gaps, weights, term(**plain)), by_token, atol=1e-15)
     # What the second teacher does not judge, the last token, is credited to nobody.
-    found = sequence_advantage(gaps, weights, **{**plain, "discount": 1.0})
+    found = sequence_advantage(gaps, weights, term(**plain, discount=1.0))
     first, second = [0.3 - 1.5 + 1.5, 0.0, 1.5], [2.0, 1.0, 0.0]
     expected = [0.5 * a + 0.2 * b for a, b in zip(first, second, strict=True)]
     assert found.tolist() == pytest.approx(expected, abs=1e-15)
-    silent = sequence_advantage(gaps, [0 * w for w in weights], **{**plain, "gain": 0.5})
+    silent = sequence_advantage(gaps, [0 * w for w in weights], term(**plain, early_gain=0.5))
     assert silent.tolist() == [0.0, 0.0, 0.0]
-    assert sequence_advantage([row()], [row()], **{**plain, "discount": 0.5}).tolist() == []
+    assert sequence_advantage([row()], [row()], term(**plain, discount=0.5)).tolist() == []

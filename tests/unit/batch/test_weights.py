@@ -58,7 +58,7 @@ def test_sequence_mean_gives_every_answer_one_third() -> None:
     assert weights == pytest.approx([1 / 12, 1 / 3, 0.0, 1 / 15])
 
 
-def test_budgets_act_on_what_the_mean_left() -> None:
+def test_budgets_scale_the_shares_of_the_mean() -> None:
     tokens, factors = response_weights(ANSWERS, "token", "equal")
     assert factors == pytest.approx({"a": 1.25, "b": 10 / 12})
     assert sum(w * a.num_tokens for w, a in zip(tokens, ANSWERS, strict=True)) == pytest.approx(1.0)

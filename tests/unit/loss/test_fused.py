@@ -368,7 +368,7 @@ def test_zero_weights_give_zero_gradients(reference):
         assert all(not gradient.any() for gradient in reference.gradients(loss, problem))
 
 
-def test_gradients_are_made_only_where_wanted(reference, monkeypatch):
+def test_only_required_gradients_are_computed(reference, monkeypatch):
     problem, calls = reference.problem(), []
     for name in ("grad_hidden", "grad_weight"):
         original = getattr(heads.Projection, name)
@@ -467,8 +467,6 @@ def test_workspace_is_bounded_by_chunk_and_vocabulary(reference):
     assert (
         sizes[0] == sizes[1] == 4 * vocab * chunk_rows * (2 + 2)
     )  # logits, and masses of a block that is a chunk
-    workspace.clear()
-    assert workspace.num_bytes == 0
 
 
 def test_workspace_serves_changing_problems(reference):

@@ -109,7 +109,7 @@ def test_skewed_kls_tend_to_the_plain_ones():
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1e-7, 1.0, float("nan")])
-def test_skewed_kls_refuse_what_float32_would_lose(alpha):
+def test_skewed_kls_reject_a_skew_below_float32_precision(alpha):
     for skewed in (SkewForwardKL, SkewReverseKL):
         with pytest.raises(ValueError, match=r"\[0.001, 1\); at 0 use the plain KL"):
             skewed(alpha)

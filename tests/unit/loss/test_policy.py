@@ -234,7 +234,7 @@ GRPO = Policy(clip=PPO)
         replace(GRPO, correction=Correction("none", 0.9, 1.1)),
     ],
 )
-def test_what_reduces_to_grpo(policy: Policy, first: bool) -> None:
+def test_cases_that_reduce_to_grpo(policy: Policy, first: bool) -> None:
     rows, log_S, log_T, weight = problem()
     rows = replace(rows, old_N=None) if first else rows
     assert is_same(evaluate(policy, rows, log_S, log_T, weight), evaluate(GRPO, rows, log_S, log_T, weight))
@@ -332,7 +332,7 @@ def test_credit_keeps_the_sign_and_its_bounds(
 # Who gets a policy term
 
 
-def test_what_others_wrote_has_no_policy_term() -> None:
+def test_responses_of_others_have_no_policy_term() -> None:
     rows, log_S, log_T, weight = problem()
     assert rows.old_N is not None
     other = torch.arange(len(log_S)) % 2 == 0

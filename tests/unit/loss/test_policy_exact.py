@@ -125,7 +125,7 @@ def test_importance_weights_undo_the_behaviour_policy() -> None:
         assert not torch.allclose(dH, case.reverse_kl()[0], rtol=1e-2)
 
 
-def test_what_is_shown_for_sampled_terms_is_on_average_the_reverse_kl() -> None:
+def test_the_mean_of_k3_is_the_reverse_kl() -> None:
     """k3, and never negative."""
     case = Case()
     sampled = build_objective({}, policy=Policy(sampled=1.0))

@@ -476,7 +476,7 @@ def test_packed_and_back(dtype):
     assert empty.ids.shape == (0, 2)
 
 
-def test_packed_refuses_what_it_would_lose():
+def test_packing_that_loses_precision_is_an_error():
     large = TopK(torch.tensor([[1 << 24]]), torch.zeros(1, 1), *torch.zeros(3, 1))
     with pytest.raises(ValueError, match=r"token id 16777216 is not exact in float32, which ends at 2\^24"):
         large.packed()
@@ -556,7 +556,7 @@ def test_a_sampled_token_gives_no_divergence(reference):
         (Support(99, "teacher", "tail"), r"the top 99; .*have the teacher give 23"),
     ],
 )
-def test_what_a_teachers_top_k_does_not_allow(reference, support, text):
+def test_divergences_that_a_teachers_top_k_does_not_allow(reference, support, text):
     problem = reference.problem(d_T=(7, 4))
     targets = [problem.targets[0], observed(problem, 3)[1]]
     with pytest.raises(ValueError, match=text):
@@ -596,7 +596,7 @@ def test_broken_top_k(reference):
     [
         ({"ids": torch.zeros(4, 2)}, r"TopK.ids must be int64 \[N, k\].*float32 \[4, 2\]"),
         ({"ids": torch.zeros(4, 0, dtype=torch.int64)}, "k at least 1"),
-        ({"logprobs": torch.zeros(4, 3)}, r"TopK.logprobs must be \[4, 2\] like ids, got \[4, 3\]"),
+        ({"logprobs": torch.zeros(4, 3)}, r"TopK.logprobs must be \[4, 2\], got \[4, 3\]"),
         ({"entropy": torch.zeros(3)}, r"TopK.entropy must be \[4\], got \[3\]"),
         ({"log_tail": torch.zeros(3)}, r"TopK.log_tail must be \[4\], got \[3\]"),
     ],
@@ -615,7 +615,7 @@ def test_misfitting_top_k(changes, text):
         Sampled(torch.zeros(4), torch.zeros(3))
 
 
-def test_observe_refuses(reference):
+def test_observe_rejects_wrong_arguments(reference):
     problem = reference.problem()
     target = problem.targets[0]
     with pytest.raises(ValueError, match="top_k is 0, must be at least 1"):

@@ -70,7 +70,7 @@ def teacher_hidden(folder: Path, *dtypes: str) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("model_type", ["gemma", "gemma2", "gemma3_text", "apertus"])
-def test_the_dtype_asked_for_is_that_of_everything(tmp_path: Path, model_type: str) -> None:
+def test_all_weights_have_the_requested_dtype(tmp_path: Path, model_type: str) -> None:
     """Folders in bfloat16: constants such as Gemma's scale of embeddings must not stay rounded to it."""
     folder = save(tmp_path / "m", model_type)
     teachers = teacher_hidden(folder, "float32", "bfloat16")

@@ -79,7 +79,7 @@ def test_head_and_transform_give_the_models_logits(tmp_path: Path, model_type: s
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_silent_configs_mean_what_transformers_assumes(tmp_path: Path, model_type: str) -> None:
+def test_missing_settings_have_the_defaults_of_transformers(tmp_path: Path, model_type: str) -> None:
     from transformers import AutoConfig
 
     needed = (

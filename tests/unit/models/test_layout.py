@@ -58,7 +58,7 @@ def transformers_shapes(folder: Path, model_type: str, **changes: Any) -> dict[s
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_every_architecture_has_what_transformers_saves(tmp_path: Path, model_type: str) -> None:
+def test_every_architecture_has_the_tensors_that_transformers_saves(tmp_path: Path, model_type: str) -> None:
     shapes = transformers_shapes(tmp_path, model_type)
     config = json.loads((tmp_path / "config.json").read_text())
     check_layout(ModelFacts.read(tmp_path), save(tmp_path, shapes))
@@ -82,7 +82,7 @@ def test_every_architecture_has_what_transformers_saves(tmp_path: Path, model_ty
         ({"num_hidden_layers": 3}, "has no model.layers.2.self_attn.q_proj.weight"),
         (
             {"num_hidden_layers": 1},
-            "has model.layers.1.self_attn.q_proj.weight, which the config does not require",
+            "has model.layers.1.self_attn.q_proj.weight, which the model does not have",
         ),
         (
             {"intermediate_size": 57},
@@ -101,7 +101,7 @@ def test_weights_and_config_that_disagree(tmp_path: Path, change: dict[str, Any]
         check_layout(ModelFacts.read(tmp_path), checkpoint)
 
 
-def test_what_transformers_ignores_is_ignored(tmp_path: Path) -> None:
+def test_tensors_that_transformers_ignores_are_ignored(tmp_path: Path) -> None:
     shapes = transformers_shapes(tmp_path, "llama")
     extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": (5,) for i in range(2)}
     check_layout(ModelFacts.read(tmp_path), save(tmp_path, {**shapes, **extra}))

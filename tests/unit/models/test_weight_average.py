@@ -17,7 +17,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def test_mean_of_the_experts_whatever_their_padding(make_model: Callable[..., Path]) -> None:
+def test_mean_of_experts_with_different_padding(make_model: Callable[..., Path]) -> None:
     base, one, two = (
         make_model("base", vocab=36),
         make_model("one", seed=1, vocab=40),
@@ -32,7 +32,7 @@ def test_mean_of_the_experts_whatever_their_padding(make_model: Callable[..., Pa
         assert torch.equal(found[name][rows:], tensor[rows:])
 
 
-def test_models_of_other_shapes_are_told_apart(make_model: Callable[..., Path]) -> None:
+def test_models_of_other_shapes_are_refused(make_model: Callable[..., Path]) -> None:
     base = make_model("base")
     assert "different tensors" in str(why_not(base, [make_model("deep", layers=3)]))
     assert "has shape" in str(why_not(base, [make_model("wide", hidden=48)]))

@@ -102,7 +102,7 @@ def test_micro_batches_add_up(make_model: Callable[..., Path]) -> None:
         assert torch.allclose(gradient, expected[name], rtol=1e-4, atol=2e-6), name
 
 
-def test_bfloat16_keeps_what_rounding_would_lose(make_model: Callable[..., Path]) -> None:
+def test_bfloat16_keeps_small_updates_in_master_weights(make_model: Callable[..., Path]) -> None:
     """Updates far below bfloat16's resolution add up in the float32 masters and reach the weights at last."""
     student = student_of(make_model("s"), dtype="bfloat16", clip_grad=None)
     before = {n: t.clone() for n, t in student.state() if n.startswith("master.")}

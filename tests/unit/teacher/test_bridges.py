@@ -38,9 +38,9 @@ def test_other_ends_and_sizes_have_maps_of_their_own(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_a_damaged_map_is_told(tmp_path: Path) -> None:
+def test_a_damaged_map_is_reported(tmp_path: Path) -> None:
     student, teacher = sides()
-    made = vocabulary_map(tmp_path, student, teacher, ENDS)
+    vocabulary_map(tmp_path, student, teacher, ENDS)
     [folder] = tmp_path.iterdir()
     other = EndTokens((3,), 1)
     vocabulary_map(tmp_path, student, teacher, other)
@@ -56,6 +56,5 @@ def test_a_damaged_map_is_told(tmp_path: Path) -> None:
         path.unlink()
     folder.rmdir()
     second.rename(folder)
-    assert made.made_for.digest == folder.name
     with pytest.raises(TokenizerError, match="made for other tokenizers than student and teacher, or other"):
         vocabulary_map(tmp_path, student, teacher, ENDS)

@@ -16,11 +16,11 @@ from mergeopd.teacher.cross_tokenizer import CrossTokenizer
 
 def crossing(kind: str, *, inside: bool) -> CrossTokenizer:
     own, other = byte_level(), sentencepiece("bpe")
-    dialect: Any = SimpleNamespace(max_positions=64, render=lambda prompt: ())
+    renderer: Any = SimpleNamespace(max_positions=64, render=lambda prompt: ())
     return CrossTokenizer(
         teacher="other",
         bridge=Bridge.model_validate({kind: {}}),
-        dialect=dialect,
+        renderer=renderer,
         student=ByteTokenizer.of(own, "student"),
         other=ByteTokenizer.of(other, "other"),
         ends=EndTokens((own.token_to_id("<end>"),), other.token_to_id("</s>")),
@@ -30,7 +30,7 @@ def crossing(kind: str, *, inside: bool) -> CrossTokenizer:
 
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_space_on_one_side_is_not_taught(kind: str, inside: bool) -> None:
+def test_a_leading_space_on_one_side_is_not_trained(kind: str, inside: bool) -> None:
     """Where the teacher begins with "▁a" and the student with "a", tokens of equal bytes mean other texts."""
     over = crossing(kind, inside=inside)
     [ids, *_] = over.student.encode(["abc"])

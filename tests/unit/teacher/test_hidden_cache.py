@@ -55,7 +55,7 @@ def test_memory_alone_makes_no_file(tmp_path: Path) -> None:
     assert not (tmp_path / "spill").exists()
 
 
-def test_doubles_and_strangers_are_errors(tmp_path: Path) -> None:
+def test_duplicate_and_unknown_rollouts_are_errors(tmp_path: Path) -> None:
     for budget_bytes in (0, GENEROUS):
         with HiddenCache(budget_bytes, tmp_path, torch.device("cpu")) as cache:
             cache.put("t", 1, torch.ones(2, 3))
@@ -65,7 +65,7 @@ def test_doubles_and_strangers_are_errors(tmp_path: Path) -> None:
                 cache.gather("other", [1])
 
 
-def test_a_disk_that_refuses_is_named(tmp_path: Path) -> None:
+def test_a_disk_error_is_reported(tmp_path: Path) -> None:
     (tmp_path / "spill").write_text("a file where the folder should be")
     with (
         HiddenCache(0, tmp_path / "spill", torch.device("cpu")) as cache,

@@ -16,7 +16,7 @@ from torch import Tensor
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.errors import StorageError
 from mergeopd.teacher import shared_cache as node_cache
-from mergeopd.teacher.hidden_cache import HiddenCache, RoundCache
+from mergeopd.teacher.hidden_cache import HiddenCache, SpillSlot
 from mergeopd.teacher.shared_cache import SharedHiddenCache
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's")
@@ -40,7 +40,7 @@ def test_it_is_the_cache_of_one_process_bit_for_bit(
 ) -> None:
     states = some_states(dtype)
 
-    def told(cache: RoundCache) -> tuple[list[Tensor], tuple[int, int]]:
+    def told(cache: HiddenCache) -> tuple[list[Tensor], tuple[int, int]]:
         gathered = []
         for turn in (list(states)[:11], list(states)[11:]):
             for key in turn:
@@ -74,7 +74,7 @@ def test_teachers_of_different_width_and_precision_share_the_files(tmp_path: Pat
         assert torch.equal(cache.gather("wide", [1, 0, 1]), wide)
 
 
-def test_doubles_and_strangers_are_errors(tmp_path: Path) -> None:
+def test_duplicate_and_unknown_rollouts_are_errors(tmp_path: Path) -> None:
     with alone(GENEROUS, tmp_path) as cache:
         cache.put("t", 1, torch.ones(2, 3))
         with pytest.raises(KeyError, match="no hidden states of teacher 't' for rollout 1"):
@@ -87,13 +87,13 @@ def test_doubles_and_strangers_are_errors(tmp_path: Path) -> None:
             cache.gather("other", [1])
 
 
-def test_a_disk_that_refuses_is_named(tmp_path: Path) -> None:
+def test_a_disk_error_is_reported(tmp_path: Path) -> None:
     (tmp_path / "spill").write_text("a file where the folder should be")
     with alone(0, tmp_path / "spill") as cache, pytest.raises(StorageError, match="cannot spill"):
         cache.put("t", 0, torch.ones(1, 1))
 
 
-def test_memory_that_refuses_is_told_and_what_was_there_stays(
+def test_a_memory_error_is_reported_and_keeps_earlier_states(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with alone(GENEROUS, tmp_path) as cache:
@@ -125,15 +125,15 @@ def test_a_file_that_others_cannot_open_or_that_was_cut_is_named(tmp_path: Path)
         cache._fresh[key] = replace(place, file="/proc/0/fd/0")
         with pytest.raises(StorageError, match=r"cannot open /proc/0/fd/0, .* to one user"):
             cache.publish()
-        cache._places[key] = replace(place, offset=4)
+        cache._slots[key] = replace(place, offset=4)
         with pytest.raises(StorageError, match="end 4 bytes early"):
             cache.gather("t", [0])
 
 
-def test_what_goes_to_another_machine_is_cut_into_parcels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_to_another_machine_are_split_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_cache, "_PARCEL_BYTES", 40)
-    places = [node_cache._SpillSlot("f", 0, (rows, 4), torch.bfloat16) for rows in (1, 2, 3, 9, 1, 4)]
-    batches = list(node_cache._batches([(("t", i), p) for i, p in enumerate(places)]))
+    slots = [SpillSlot("f", 0, (rows, 4), torch.bfloat16) for rows in (1, 2, 3, 9, 1, 4)]
+    batches = list(node_cache._batches([(("t", i), p) for i, p in enumerate(slots)]))
     assert [[key[1] for key, _ in batch] for batch in batches] == [[0, 1], [2], [3], [4, 5]]
     assert list(node_cache._batches([])) == []
 
@@ -147,7 +147,7 @@ cache = SharedHiddenCache(400, Path(sys.argv[1]), SingleProcess(), lambda rollou
 for rollout in range(8):
     cache.put("t", rollout, torch.full((1, 25), float(rollout)))
 cache.publish()
-print(cache.num_bytes, cache.num_spilled_bytes, *{p.file for p in cache._places.values()}, flush=True)
+print(cache.num_bytes, cache.num_spilled_bytes, *{p.file for p in cache._slots.values()}, flush=True)
 sys.stdin.read()
 """
 

@@ -75,7 +75,7 @@ def test_teachers_with_one_rule_share_one_copy_and_it_is_a_copy() -> None:
     assert held(past, EVERY) == held(past, EMA) == 1.0
 
 
-def test_what_was_saved_comes_back() -> None:
+def test_saved_state_is_restored() -> None:
     past = StudentSnapshots([EVERY, EMA], named(1.0), named(1.0))
     past.advance(named(3.0), named(3.0), 0, 20)
     state = {name: tensor.clone() for name, tensor in past.state().items()}

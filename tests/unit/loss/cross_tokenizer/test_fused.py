@@ -268,7 +268,7 @@ def test_rows_in_no_group_do_not_matter(name):
     problem = reference.make_problem()
     expected, _ = run(problem, BRIDGES[name])
     (dH, _) = reference.gradients(expected, problem)
-    used = problem.groups.student_rows()
+    used = problem.groups.rows()[0]
     unused = torch.ones(len(dH), dtype=torch.bool).index_fill(0, used, False)
     assert unused.sum() == 3
     assert not dH[unused].any()
@@ -329,7 +329,7 @@ def test_half_precision_follows_the_models_own_rounding():
             torch.testing.assert_close(found.float(), wanted, rtol=1e-2, atol=1e-3)
 
 
-def test_only_what_is_wanted_is_differentiated():
+def test_only_required_inputs_get_gradients():
     problem = reference.make_problem()
     expected = reference.gradients(run(problem, BRIDGES["gold"])[0], problem)[0]
     frozen = Head(problem.head.weight.detach(), num_valid=19)
@@ -359,7 +359,7 @@ def test_never_both_vocabularies_for_all_rows(monkeypatch):
     assert workspace.num_bytes < 60 * (97 + 101) * 8 * 10
 
 
-def test_what_is_refused():
+def test_inputs_that_do_not_fit_are_errors():
     problem = reference.make_problem()
     gold = BRIDGES["gold"]
     cases = [
@@ -396,7 +396,7 @@ def test_numbers_that_are_not_finite_are_named(name, side):
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_what_underflows_has_no_gradient_however_large_the_weight(direction):
+def test_underflow_has_no_gradient_at_any_weight(direction):
     """`1 / (p_S W)` at the end of float32 times the weight is infinite, and p_S there is 0."""
     hidden = torch.tensor([[0.0, -300.0, -1.0]], requires_grad=True)
     target = Hidden(torch.tensor([[-300.0, 0.0, -300.0]]), Head(torch.eye(3)))
