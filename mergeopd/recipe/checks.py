@@ -11,7 +11,6 @@ from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
 from mergeopd.messages import joined
 from mergeopd.recipe.models import Parallel, Student
-from mergeopd.recipe.parts import Parts
 from mergeopd.recipe.schema import Reports, TrainSource
 from mergeopd.recipe.training import (
     Phase,
@@ -20,13 +19,14 @@ from mergeopd.recipe.training import (
     only_student,
     reads_dataset,
 )
+from mergeopd.recipe.valid_parts import ValidParts
 from mergeopd.recipe.verifiers import MathVerifier, Verifier
 
 Weights = Mapping[int, Mapping[str, float]]
 """Weights of the teachers of every prompt source, zeros included."""
 
 
-def phase_problems(parts: Parts, origins: Origins) -> Iterator[Problem]:
+def phase_problems(parts: ValidParts, origins: Origins) -> Iterator[Problem]:
     """Check the names, rounds and texts of the phases."""
     first_with: dict[str, int] = {}
     for index, phase in parts.phases.items():
@@ -63,7 +63,7 @@ def _round_problems(
         yield origins.problem((*here, "updates_per_round"), message, f"use {count} or fewer")
 
 
-def balance_problems(parts: Parts, origins: Origins) -> Iterator[Problem]:
+def balance_problems(parts: ValidParts, origins: Origins) -> Iterator[Problem]:
     """Check that target shares are given for exactly the training domains."""
     domains = tuple(dict.fromkeys(source.domain for source in parts.prompts.values()))
     for index, phase in parts.phases.items():
@@ -83,7 +83,7 @@ def balance_problems(parts: Parts, origins: Origins) -> Iterator[Problem]:
             yield origins.problem(here, "every share is 0", "give a positive share", key=True)
 
 
-def schedule_problems(parts: Parts, origins: Origins) -> Iterator[Problem]:
+def schedule_problems(parts: ValidParts, origins: Origins) -> Iterator[Problem]:
     """Check that the warm-up ends before the run does."""
     num_updates = sum(phase.updates for phase in parts.phases.values())
     warmup = 0 if parts.optimizer is None else parts.optimizer.warmup_updates
@@ -92,7 +92,7 @@ def schedule_problems(parts: Parts, origins: Origins) -> Iterator[Problem]:
         yield origins.problem(("optimizer", "warmup_updates"), message, f"use {num_updates} or fewer")
 
 
-def unused_teachers(parts: Parts, weights: Weights, origins: Origins) -> Iterator[Problem]:
+def unused_teachers(parts: ValidParts, weights: Weights, origins: Origins) -> Iterator[Problem]:
     """Report teachers without prompts. A source without any weight is reported separately."""
     used = {
         name
@@ -106,7 +106,9 @@ def unused_teachers(parts: Parts, weights: Weights, origins: Origins) -> Iterato
             yield origins.problem(("teachers", name), message, "route prompts to it, or remove it", key=True)
 
 
-def experts(parts: Parts, weights: Weights | None, origins: Origins) -> tuple[dict[str, str], list[Problem]]:
+def experts(
+    parts: ValidParts, weights: Weights | None, origins: Origins
+) -> tuple[dict[str, str], list[Problem]]:
     """Choose the teacher with which each evaluated domain is compared: the named one, else the heaviest.
 
     A teacher's weight in a domain is the sum of its weights times `share` over the domain's training sources.

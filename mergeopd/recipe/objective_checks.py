@@ -8,14 +8,14 @@ from mergeopd.config.locate import Origins
 from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
 from mergeopd.messages import joined
-from mergeopd.recipe.parts import Parts
 from mergeopd.recipe.policy_terms import POLICY_TERMS, ClipRatio, NoCorrection, SequenceMask, TrustRegion
 from mergeopd.recipe.schema import TrainSource
 from mergeopd.recipe.training import Phase, RolloutSettings, never_student
+from mergeopd.recipe.valid_parts import ValidParts
 from mergeopd.recipe.verifiers import KINDS as VERIFIERS
 
 
-def objective_problems(parts: Parts, origins: Origins) -> Iterator[Problem]:
+def objective_problems(parts: ValidParts, origins: Origins) -> Iterator[Problem]:
     """Check the terms and budgets of each phase."""
     bridges = [ref.bridge for ref in parts.teachers.values() if ref.bridge is not None]
     # The bridge `span` is a policy term in every phase with teachers.
@@ -124,7 +124,7 @@ def _group_problems(phase: Phase, users: Mapping[str, Keys], origins: Origins) -
         yield origins.problem(users["pass_rate"], message, remedy, key=True)
 
 
-def bridge_problems(parts: Parts, origins: Origins) -> Iterator[Problem]:
+def bridge_problems(parts: ValidParts, origins: Origins) -> Iterator[Problem]:
     """Report settings that a bridge does not support."""
     bridged = {name: ref.bridge for name, ref in parts.teachers.items() if ref.bridge is not None}
     if not bridged:

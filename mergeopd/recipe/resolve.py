@@ -21,12 +21,12 @@ from mergeopd.recipe.cards import CardFile, ResolvedTeachers, read_cards, resolv
 from mergeopd.recipe.hints import HINTS
 from mergeopd.recipe.models import Student
 from mergeopd.recipe.objective_checks import bridge_problems, objective_problems
-from mergeopd.recipe.parts import Parts
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
 from mergeopd.recipe.schema import NAMED, SHORTHANDS, Recipe
 from mergeopd.recipe.self_teacher_checks import idle_problems, rule_problems, self_plans
 from mergeopd.recipe.sources import Router, SourceResolver
 from mergeopd.recipe.training import AnyRollout, Phase
+from mergeopd.recipe.valid_parts import ValidParts
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str]
         of_schema = () if root is None else _schema_problems(plain(root), origins, complete=False)
         return Resolution(None, _ordered(loaded.problems, of_schema, origins), origins)
     data = plain(root)
-    parts = Parts(data)
+    parts = ValidParts(data)
     cards = read_cards(parts.teachers, root, env)
     roots = {n: c.root for n, c in cards.items() if isinstance(c, CardFile) and c.root is not None}
     origins = Origins(file, root, roots)
@@ -109,7 +109,9 @@ def _ordered(first: Sequence[Problem], later: Sequence[Problem], origins: Origin
 class _Resolver:
     """Finds the files that the parts name, and checks the parts against each other."""
 
-    def __init__(self, parts: Parts, with_cards: ResolvedTeachers, origins: Origins, is_valid: bool) -> None:
+    def __init__(
+        self, parts: ValidParts, with_cards: ResolvedTeachers, origins: Origins, is_valid: bool
+    ) -> None:
         self.parts = parts
         self.with_cards = with_cards
         self.origins = origins

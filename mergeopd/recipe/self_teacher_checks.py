@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from mergeopd.config.locate import Origins
 from mergeopd.errors import Problem
 from mergeopd.recipe.models import SnapshotRule, Student, TeacherRef
-from mergeopd.recipe.parts import Parts
 from mergeopd.recipe.plan import TeacherPlan
+from mergeopd.recipe.valid_parts import ValidParts
 
 
 def self_plans(refs: Mapping[str, TeacherRef], student: Student) -> dict[str, TeacherPlan]:
@@ -32,7 +32,7 @@ def self_plans(refs: Mapping[str, TeacherRef], student: Student) -> dict[str, Te
     }
 
 
-def rule_problems(parts: Parts, origins: Origins) -> Iterator[Problem]:
+def rule_problems(parts: ValidParts, origins: Origins) -> Iterator[Problem]:
     """Report snapshots that always equal the student, or are never updated. Every phase must be valid."""
     phases = parts.phases
     num_updates = sum(phase.updates for phase in phases.values())
@@ -59,7 +59,7 @@ def rule_problems(parts: Parts, origins: Origins) -> Iterator[Problem]:
             )
 
 
-def idle_problems(parts: Parts, origins: Origins) -> Iterator[Problem]:
+def idle_problems(parts: ValidParts, origins: Origins) -> Iterator[Problem]:
     """Report a first phase in which all teachers equal the student and there is no other loss.
 
     Its gradient would be rounding noise, which AdamW scales to full steps. Every teacher and phase

@@ -18,7 +18,7 @@ _TEACHER: TypeAdapter[TeacherRef] = TypeAdapter(Teacher)
 _ALLOW_CODE: TypeAdapter[tuple[str, ...]] = TypeAdapter(tuple[FunctionPath, ...])
 
 
-class Parts:
+class ValidParts:
     """The sections and entries that are valid by themselves; None or left out otherwise.
 
     `names` are all teachers, including those with an invalid entry; `all_*`: every entry is valid.
