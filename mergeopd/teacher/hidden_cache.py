@@ -43,7 +43,8 @@ class HiddenCache:
     `num_bytes` and `num_spilled_bytes` count what this process holds in memory and on disk.
     """
 
-    def __init__(self, budget_bytes: int, folder: Path, device: torch.device) -> None:
+    def __init__(self, budget_bytes: int, folder: Path, device: torch.device, rank: int = 0) -> None:
+        self._rank = rank
         self._budget_bytes = budget_bytes if hasattr(os, "memfd_create") else -1
         self._folder = folder
         self._device = device
@@ -85,7 +86,10 @@ class HiddenCache:
         """
         missing = [rollout for rollout in rollouts if (teacher, rollout) not in self._slots]
         if missing:
-            raise KeyError(f"no hidden states of teacher {teacher!r} for rollout {missing[0]} were published")
+            raise KeyError(
+                f"no hidden states of teacher {teacher!r} for rollout {missing[0]} were published for "
+                f"rank {self._rank}"
+            )
         slots = [self._slots[teacher, rollout] for rollout in rollouts]
         kinds = {(slot.shape[1:], slot.dtype) for slot in slots}
         if len(kinds) != 1:

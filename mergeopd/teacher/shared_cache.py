@@ -62,7 +62,7 @@ class SharedHiddenCache(HiddenCache):
                 "several processes share hidden states through Linux's memory files, which this system does "
                 "not have; run on Linux, or in one process"
             )
-        super().__init__(budget_bytes // ranks.num_local, folder, device)
+        super().__init__(budget_bytes // ranks.num_local, folder, device, ranks.rank)
         self._ranks = ranks
         self._loss_ranks = loss_ranks
         self._fresh: dict[Key, SpillSlot] = {}
