@@ -235,7 +235,7 @@ def test_check_is_light_and_quick(job: Callable[..., Path]) -> None:
         "try:\n"
         f"    runpy.run_path({str(script)!r}, run_name='__main__')\n"
         "finally:\n"
-        "    heavy = {'torch', 'transformers', 'datasets', 'numpy', 'pyarrow'} & sys.modules.keys()\n"
+        "    heavy = {'torch', 'transformers', 'datasets', 'pyarrow'} & sys.modules.keys()\n"
         "    print('heavy:', *sorted(heavy))\n"
     )
     start = time.perf_counter()
