@@ -88,11 +88,9 @@ def fused_loss(
     with torch.no_grad():
         projections = _project(hidden_ND, head, targets, temperature, workspace)
         softmaxes = Softmaxes(projections[0], projections[1:], head.vocab, group)
-        scorer: BlockScorer | SupportScorer
+        scorer: BlockScorer | SupportScorer = BlockScorer(softmaxes, divergences)
         is_exact = all(isinstance(target, Hidden) for target in targets)
-        if is_exact and (support is None or not divergences or not targets):
-            scorer = BlockScorer(softmaxes, divergences)
-        else:
+        if not is_exact or (support is not None and divergences and targets):
             scorer = SupportScorer(softmaxes, targets, divergences, support, all_ids)
         stats = _empty_stats(len(targets), len(divergences), hidden_ND)
         run = _Run(labels_N, per_token, divergences, softmaxes, scorer, gradients, stats)
