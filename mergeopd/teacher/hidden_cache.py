@@ -37,19 +37,20 @@ class SpillSlot:
 class HiddenCache:
     """Last hidden states of trained response tokens, by teacher and rollout.
 
-    Holds at most `budget_bytes` in main memory (Linux; none elsewhere); the rest is appended to a file in
-    `folder`, bit for bit. Both are unnamed files, which are deleted when the context or the process ends.
+    Holds at most `budget_bytes` in main memory; the rest is appended to a file in `folder`, bit for bit. The
+    file has no name and is deleted when the context or the process ends.
     Nothing stays on an accelerator: `put` copies to the CPU, `gather` returns tensors on `device`.
     `num_bytes` and `num_spilled_bytes` count what this process holds in memory and on disk.
     """
 
     def __init__(self, budget_bytes: int, folder: Path, device: torch.device, rank: int = 0) -> None:
         self._rank = rank
-        self._budget_bytes = budget_bytes if hasattr(os, "memfd_create") else -1
+        self._budget_bytes = budget_bytes
         self._folder = folder
         self._device = device
         self._memory: _GrowingFile | None = None
         self._disk: _GrowingFile | None = None
+        self._held: dict[Key, Tensor] = {}
         self._slots: dict[Key, SpillSlot] = {}
         self._opened: dict[str, int] = {}
         self._open_files = ExitStack()
@@ -62,6 +63,7 @@ class HiddenCache:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._held.clear()
         self._slots.clear()
         self._opened.clear()
         with suppress(OSError):  # a full disk was reported by the write; the data is no longer needed
@@ -72,9 +74,14 @@ class HiddenCache:
 
         Raises KeyError when it is there already, StorageError when memory or the disk fails.
         """
-        if (teacher, rollout) in self._slots:
+        key = (teacher, rollout)
+        if key in self._held or key in self._slots:
             raise KeyError(f"teacher {teacher!r} has already scored rollout {rollout}")
-        self._slots[teacher, rollout] = self._keep_tensor(hidden)
+        if self.num_bytes + hidden.nbytes <= self._budget_bytes:
+            self._held[key] = hidden.cpu()
+            self.num_bytes += hidden.nbytes
+        else:
+            self._slots[key] = self._keep_tensor(hidden)
 
     def publish(self) -> None:
         """Make what was put since the last call available to `gather`. Collective; at once in one process."""
@@ -84,20 +91,29 @@ class HiddenCache:
 
         Raises KeyError for a rollout that was not published for this process.
         """
-        missing = [rollout for rollout in rollouts if (teacher, rollout) not in self._slots]
+        keys = [(teacher, rollout) for rollout in rollouts]
+        missing = [key[1] for key in keys if key not in self._held and key not in self._slots]
         if missing:
             raise KeyError(
                 f"no hidden states of teacher {teacher!r} for rollout {missing[0]} were published for "
                 f"rank {self._rank}"
             )
-        slots = [self._slots[teacher, rollout] for rollout in rollouts]
+        if not any(key in self._held for key in keys):
+            return self._load(teacher, [self._slots[key] for key in keys]).to(self._device)
+        parts = (
+            self._held[key] if key in self._held else self._load(teacher, [self._slots[key]]) for key in keys
+        )
+        return torch.cat(list(parts)).to(self._device)
+
+    def _load(self, teacher: str, slots: Sequence[SpillSlot]) -> Tensor:
+        """Read hidden states from their files, one behind the other."""
         kinds = {(slot.shape[1:], slot.dtype) for slot in slots}
         if len(kinds) != 1:
             raise ValueError(f"hidden states of teacher {teacher!r} are of {len(kinds)} kinds: {kinds}")
         ((width, dtype),) = kinds
         gathered = torch.empty((sum(slot.shape[0] for slot in slots), *width), dtype=dtype)
         self._read(slots, bytes_of(gathered))
-        return gathered.to(self._device)
+        return gathered
 
     def _keep_tensor(self, hidden: Tensor) -> SpillSlot:
         return self._keep(bytes_of(hidden.cpu().contiguous()), tuple(hidden.shape), hidden.dtype)
