@@ -172,15 +172,14 @@ def read_in_parts(model, dtype, batch_bytes):
 
     Checkpoint.read_into = counting
     try:
-        with sharded.open("t") as teacher:
-            # Stores have their own skeletons, so both teachers can be in memory.
-            with mapped.open("t") as whole:
-                actual, expected = teacher.body.state_dict(), whole.body.state_dict()
-                right = actual.keys() == expected.keys()
-                right = right and all(same(actual[n], expected[n]) for n in expected)
-                ids = [TeacherSequence((1, 2, 3), (4, 5))], 100
-                rows = [dict(t.hidden(*ids))[0] for t in (teacher, whole)]
-                right = right and same(*rows)
+        # Stores have their own skeletons, so both teachers can be in memory.
+        with sharded.open("t") as teacher, mapped.open("t") as whole:
+            actual, expected = teacher.body.state_dict(), whole.body.state_dict()
+            right = actual.keys() == expected.keys()
+            right = right and all(same(actual[n], expected[n]) for n in expected)
+            ids = [TeacherSequence((1, 2, 3), (4, 5))], 100
+            rows = [dict(t.hidden(*ids))[0] for t in (teacher, whole)]
+            right = right and same(*rows)
         with sharded.open("t"):
             twice = sharded.bytes_read("t")
     finally:
