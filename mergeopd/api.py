@@ -18,6 +18,7 @@ from mergeopd.preflight.inputs import advice, preflight
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.resolve import read
 from mergeopd.reporting.events import Event
+from mergeopd.reporting.result import Result, read_result
 from mergeopd.storage import run_layout
 from mergeopd.storage.run_folder import RunFolder
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mergeopd.preflight.inputs import Inputs
-    from mergeopd.reporting.result import Result
 
 Overrides = Mapping[str, object] | Sequence[str]
 """Values that replace those of a recipe: `{"optimizer.lr": 1e-5}`, or texts as for `--set`."""
@@ -63,8 +63,9 @@ class RunResult:
     """The contents of a run folder.
 
     `export` is the trained student, a Hugging Face folder; None until the run has reached its last update.
-    `accuracies` maps domain to model (`base`, `expert`, `weight_average`, `merged`) to greedy accuracy from 0
-    to 1; empty where nothing was evaluated. `metrics` has a row per update with dotted keys, for example
+    `accuracies` maps domain to kind of model (`base`, `expert`, `static_merge`, `merged`) to accuracy from 0
+    to 1; empty where nothing was evaluated. `result` has every model, with intervals; None without
+    evaluation. `metrics` has a row per update with dotted keys, for example
     `row["teachers.math.reverse_kl"]`. `is_finished`: exported and, if the recipe evaluates, evaluated.
     `num_updates` counts the optimizer updates made so far, `planned_updates` those of all phases.
     """
@@ -75,6 +76,7 @@ class RunResult:
     planned_updates: int
     export: Path | None
     accuracies: Mapping[str, Mapping[str, float | None]]
+    result: Result | None
     metrics: tuple[Mapping[str, Any], ...]
 
     def to_arrow(self) -> pyarrow.Table:
@@ -197,8 +199,7 @@ def evaluate(
         console: a `rich.console.Console` on which progress and the table are shown; None shows none.
 
     Returns:
-        The contents of result.json: `domains` (accuracies from 0 to 1 and `recovered` headroom),
-        `mean_recovered` and `seconds`.
+        The contents of result.json.
 
     Raises:
         RecipeError: with every problem of the recipe and the files that it names, or without `evaluation`.
@@ -229,7 +230,7 @@ def load_run(folder: str | Path) -> RunResult:
     plan, result, export = document["plan"], folder / run_layout.RESULT, folder / run_layout.EXPORT
     metrics = tuple(_flat(row) for row in _read_lines(folder / run_layout.METRICS))
     is_exported, is_evaluated = export.is_dir(), result.is_file()
-    domains = _parsed(result, result.read_text(encoding="utf-8"))["domains"] if is_evaluated else {}
+    reached = _result(result)
     return RunResult(
         folder=folder,
         is_finished=is_exported and (is_evaluated or plan["evaluation"] is None),
@@ -237,11 +238,21 @@ def load_run(folder: str | Path) -> RunResult:
         planned_updates=sum(phase["updates"] for phase in plan["phases"]),
         export=export if is_exported else None,
         accuracies={
-            name: {model: value for model, value in row.items() if model != "recovered"}
-            for name, row in domains.items()
-        },
+            domain: {kind: found.value if found else None for kind, found in reached.headline(domain).items()}
+            for domain in reached.domains
+        }
+        if reached
+        else {},
+        result=reached,
         metrics=metrics,
     )
+
+
+def _result(path: Path) -> Result | None:
+    try:
+        return read_result(path)
+    except ValueError as error:
+        raise StorageError(f"{path} is damaged: {error}") from error
 
 
 def report(folder: str | Path) -> tuple[Path, tuple[str, ...]]:

@@ -143,8 +143,8 @@ def show(rows: dict[str, list[dict[str, Any]]]) -> None:
     for column in (*domains, "mean"):
         table.add_column(column, justify="right")
     for name, documents in rows.items():
-        columns = [[d["domains"][domain]["recovered"] for d in documents] for domain in domains]
-        columns.append([d["mean_recovered"] for d in documents])
+        columns = [[d["domains"][domain]["recovered"]["value"] for d in documents] for domain in domains]
+        columns.append([d["mean_recovered"]["value"] for d in documents])
         table.add_row(name, *(_spread(values) for values in columns))
     Console(width=110).print(table)
 

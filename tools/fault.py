@@ -37,7 +37,7 @@ from typing import Any, NoReturn
 
 # Name: (function, at the place where it is looked up; whether the fault happens before or after the call).
 PLACES = {
-    "text": ("mergeopd.engine.teacher_rollouts:_keep", "before"),
+    "text": ("mergeopd.engine.completion_cache:_write", "before"),
     "rollout": ("mergeopd.rollout.local:sample", "before"),
     "scoring": ("mergeopd.teacher.hidden_cache:HiddenCache.put", "before"),
     "gradient": ("mergeopd.student.torch:TorchStudent._collect_gradients", "after"),
@@ -52,7 +52,7 @@ PLACES = {
     "replace": ("pathlib:Path.replace", "before"),
     "unlink": ("os:unlink", "after"),
     "export": ("mergeopd.student.torch:TorchStudent.export", "after"),
-    "evaluation": ("mergeopd.engine.evaluate:Evaluation._rewards", "before"),
+    "evaluation": ("mergeopd.engine.evaluate:Evaluation._grade", "before"),
 }
 _LONGEST_S = 120
 

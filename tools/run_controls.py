@@ -13,12 +13,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from mergeopd.reporting.result import recovered_headroom
+from mergeopd.reporting.result import Result, read_result
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
@@ -68,7 +67,7 @@ def overrides() -> dict[str, list[str]]:
     }
 
 
-def run(name: str, sets: list[str]) -> dict[str, Any]:
+def run(name: str, sets: list[str]) -> Result:
     """Return the result of one control, relative to the quickstart's own experts; reuse finished ones."""
     output = FOLDER / name
     result = FOLDER / f"{name}.json"
@@ -81,26 +80,34 @@ def run(name: str, sets: list[str]) -> dict[str, Any]:
         subprocess.run([*mergeopd, "run", str(RECIPE), *arguments], check=True)
         measured = ["--model", str(output / "export"), "--output", str(result)]
         subprocess.run([*mergeopd, "eval", str(RECIPE), *measured], check=True)
-    document: dict[str, Any] = json.loads(result.read_text())
-    return document
+    found = read_result(result)
+    assert found is not None
+    return found
 
 
-def show(results: dict[str, dict[str, Any]]) -> None:
-    """Print recovered headroom in per cent, per domain and in the mean, and the weight average."""
-    domains = sorted(next(iter(results.values()))["domains"])
+def show(results: dict[str, Result]) -> None:
+    """Print recovered headroom in per cent, per domain and in the mean, and the best static merge."""
+    domains = sorted(next(iter(results.values())).domains)
     table = Table(title="Recovered headroom in %", title_justify="left")
     table.add_column("run")
     for column in (*domains, "mean"):
         table.add_column(column, justify="right")
-    for name, document in results.items():
-        values = [document["domains"][d]["recovered"] for d in domains]
-        table.add_row(name, *_percentages([*values, document["mean_recovered"]]))
-    rows = [next(iter(results.values()))["domains"][d] for d in domains]
-    average = [recovered_headroom(row["base"], row["expert"], row["weight_average"]) for row in rows]
-    with_headroom = [value for value in average if value is not None]
+    for name, result in results.items():
+        values = [result.domains[d].recovered.value for d in domains]
+        table.add_row(name, *_percentages([*values, result.mean_recovered.value]))
+    static = [_static_recovered(next(iter(results.values())), d) for d in domains]
+    with_headroom = [value for value in static if value is not None]
     mean = sum(with_headroom) / len(with_headroom) if with_headroom else None
-    table.add_row("weight average", *_percentages([*average, mean]))
+    table.add_row("weight average", *_percentages([*static, mean]))
     Console().print(table)
+
+
+def _static_recovered(result: Result, domain: str) -> float | None:
+    found = {kind: estimate.value for kind, estimate in result.headline(domain).items() if estimate}
+    base, expert, static = (found.get(kind) for kind in ("base", "expert", "static_merge"))
+    if base is None or expert is None or static is None or expert <= base:
+        return None
+    return (static - base) / (expert - base)
 
 
 def _percentages(values: list[float | None]) -> list[str]:

@@ -30,11 +30,14 @@ from mergeopd.engine.teacher_rollouts import TeacherRolloutCache
 from mergeopd.engine.update import Updater
 from mergeopd.loss.cross_tokenizer import Bridge
 from mergeopd.loss.heads import Head
+from mergeopd.models import static_merges
 from mergeopd.models.facts import ModelFacts
 from mergeopd.models.hf_folder import write_turns
-from mergeopd.models.weight_average import average
+from mergeopd.models.static_merges import MergeTensors, static_merge
 from mergeopd.preflight.inputs import Inputs
 from mergeopd.preflight.memory import refuse_without_room
+from mergeopd.recipe import baselines
+from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
 from mergeopd.reporting.events import Reporter
 from mergeopd.reward.grading import Verifiers
@@ -223,9 +226,9 @@ def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, sta
             yield engine(FixedWeights(model.body, lambda: head), renderer)
 
     @contextmanager
-    def open_average(base: Path, experts: Sequence[Path]) -> Iterator[RolloutEngine]:
-        facts = ModelFacts.read(base)
-        model = average(base, experts, inputs.vocab_size, machine.device)
+    def open_merge(settings: StaticMerge, base: Path, experts: Sequence[Path]) -> Iterator[RolloutEngine]:
+        facts, merge = ModelFacts.read(base), _static_merge(settings, inputs.plan.seed)
+        model = static_merge(base, experts, inputs.vocab_size, machine.device, merge)
         head = Head(
             weight=model.get_parameter(facts.embedding_name if facts.tied else facts.head_name),
             bias=model.get_parameter(facts.head_bias_name) if facts.head_bias_name else None,
@@ -239,10 +242,24 @@ def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, sta
         inputs,
         plan,
         open_model=open_model,
-        open_average=open_average,
+        open_merge=open_merge,
         verifiers=build_verifiers(plan.sources, inputs.plan, machine.ranks),
         stages=stages,
     )
+
+
+def _static_merge(settings: StaticMerge, seed: int) -> MergeTensors:
+    match settings:
+        case baselines.WeightAverage():
+            return static_merges.weight_average()
+        case baselines.TaskArithmetic(scale=scale):
+            return static_merges.task_arithmetic(scale)
+        case baselines.Ties(density=density, scale=scale):
+            return static_merges.ties(density, scale)
+        case baselines.Dare(density=density, scale=scale):
+            return static_merges.dare(density, scale, seed)
+        case baselines.Slerp():
+            return static_merges.slerp()
 
 
 def build_verifiers(sources: Sequence[SourcePlan], plan: Plan, ranks: Communicator) -> Verifiers:

@@ -1,70 +1,126 @@
-"""Greedy accuracy of base, experts, weight average and student on held-out prompts."""
+"""Measure models on held-out prompts: base, experts, static merges of the experts, and the merged student."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+import numpy as np
 
 from mergeopd.data.renderer import Renderer
 from mergeopd.distributed.communicator import scatter_gather
+from mergeopd.engine.completion_cache import CompletionCache, Origin
 from mergeopd.engine.rollouts import submission
 from mergeopd.engine.stages import Stages
-from mergeopd.models.weight_average import why_not
+from mergeopd.intervals import Values
+from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.static_merges import why_not
 from mergeopd.preflight.inputs import Inputs
+from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.plan import EvaluationPlan, SourcePlan
+from mergeopd.reporting.comparison import Measured, mean_reward
 from mergeopd.reporting.events import EvaluationDone, Note
+from mergeopd.reporting.result import Model
 from mergeopd.reward.grading import Verifiers
-from mergeopd.reward.pool import failures_note
-from mergeopd.rollout.protocol import GenerationRequest, RolloutEngine
+from mergeopd.reward.pool import Grade, failures_note
+from mergeopd.rollout.protocol import Completion, GenerationRequest, RolloutEngine
+from mergeopd.storage.responses import EvaluatedResponse, write_responses
 from mergeopd.types import Prompt, Sampling
 
-Accuracies = dict[str, dict[str, float | None]]
 OpenModel = Callable[[Path, Renderer], AbstractContextManager[RolloutEngine]]
-OpenAverage = Callable[[Path, Sequence[Path]], AbstractContextManager[RolloutEngine]]
+OpenMerge = Callable[[StaticMerge, Path, Sequence[Path]], AbstractContextManager[RolloutEngine]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A model to measure."""
+
+    model: Model
+    renderer: Renderer
+    fingerprint: str
+    open: Callable[[], AbstractContextManager[RolloutEngine]]
+
+    @property
+    def file_stem(self) -> str:
+        return self.model.key.replace("/", "-")
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Measures models on the recipe's evaluation prompts, one model in memory at a time.
 
-    `open_model` and `open_average` open an engine that generates with a folder's weights, or with the mean of
-    several folders' weights in the shape of the first.
+    `open_model` opens an engine that generates with a folder's weights, `open_merge` one with a static merge
+    of the experts in the shape of the base. Responses of every model are kept in the recipe's `text_cache` by
+    its fingerprint, so a model is measured once; verifiers grade them each time.
     """
 
     inputs: Inputs
     plan: EvaluationPlan
     open_model: OpenModel
-    open_average: OpenAverage
+    open_merge: OpenMerge
     verifiers: Verifiers
     stages: Stages
 
-    def run(self, merged: Path) -> Accuracies:
-        """Return accuracy (0 to 1) by domain and kind of model; `merged` is the trained student's folder.
+    def run(self, merged: Path, responses: Path | None) -> Measured:
+        """Measure all models; `merged` is the trained student's folder. Collective.
 
-        `weight_average` is None, with a note, where the experts' weights cannot be averaged. Collective;
-        raises AbandonRound when a stop was requested.
+        Writes the responses of each model, with prompts and verdicts, to a Parquet file in `responses`.
+        Models that cannot be built or measured are left out with a note. Raises AbandonRound when a stop was
+        requested.
         """
-        domains = sorted({source.domain for source in self.plan.sources})
-        kinds = ("base", "expert", "weight_average", "merged")
-        result: Accuracies = {d: dict.fromkeys(kinds) for d in domains}
-        student = self.inputs.student
-        base = Path(self.inputs.plan.student.model)
+        domains = tuple(self.plan.experts)
+        models: list[Model] = []
+        scores: dict[str, dict[str, Values]] = {}
         with self.verifiers:
-            with self.open_model(base, student) as engine:
-                self._measure("base", engine, student, domains, result)
-            for name in sorted(set(self.plan.experts.values())):
-                own = [d for d in domains if self.plan.experts[d] == name]
-                renderer = self.inputs.teachers[name].as_measured
-                with self.open_model(Path(self.inputs.plan.teachers[name].model), renderer) as engine:
-                    self._measure("expert", engine, renderer, own, result)
-            self._measure_average(base, domains, result)
-            with self.open_model(merged, student) as engine:
-                self._measure("merged", engine, student, domains, result)
-        return result
+            for candidate in self._candidates(merged):
+                models.append(candidate.model)
+                measured = self._measure(candidate, domains)
+                scores[candidate.model.key] = {
+                    domain: self._values(rows) for domain, rows in measured.items()
+                }
+                if responses is not None and self.stages.ranks.is_first:
+                    path = responses / f"{candidate.file_stem}.parquet"
+                    write_responses(path, [row for rows in measured.values() for row in rows])
+        overlap = dict.fromkeys(domains, 0)
+        for source in self.plan.sources:
+            overlap[source.domain] += self.inputs.overlap[source.name]
+        experts = {domain: Model.expert(name).key for domain, name in self.plan.experts.items()}
+        return Measured(tuple(models), scores, experts, overlap)
 
-    def _measure_average(self, base: Path, domains: Sequence[str], result: Accuracies) -> None:
+    def _measure(self, candidate: _Candidate, domains: Sequence[str]) -> dict[str, list[EvaluatedResponse]]:
+        """Measure a model, which is opened if a response is missing, and report each domain's accuracy."""
+        measured: dict[str, list[EvaluatedResponse]] = {}
+        with ExitStack() as opened:
+            # Opened once, at the first source with a missing response.
+            engine = cache(lambda: opened.enter_context(candidate.open()))
+            for domain in self._domains_of(candidate, domains):
+                sources = [source for source in self.plan.sources if source.domain == domain]
+                rows = [row for source in sources for row in self._grade(candidate, source, engine)]
+                measured[domain] = rows
+                is_own = candidate.model == Model.expert(self.plan.experts[domain])
+                accuracy = mean_reward(self._values(rows))
+                self.stages.reporter.emit(EvaluationDone(candidate.model, domain, accuracy, is_own))
+        return measured
+
+    def _candidates(self, merged: Path) -> Iterator[_Candidate]:
+        student, plan = self.inputs.student, self.inputs.plan
+        base = Path(plan.student.model)
+        yield self._of_folder(Model("base", "base", "base"), base, student)
+        for name in sorted(set(self.plan.experts.values())):
+            renderer = self.inputs.teachers[name].as_measured
+            yield self._of_folder(Model.expert(name), Path(plan.teachers[name].model), renderer)
+        yield from self._static_merges(base)
+        yield self._of_folder(Model("merged", "merged", "merged"), merged, student)
+
+    def _of_folder(self, model: Model, folder: Path, renderer: Renderer) -> _Candidate:
+        fingerprint = Checkpoint.open(folder).fingerprint
+        return _Candidate(model, renderer, fingerprint, lambda: self.open_model(folder, renderer))
+
+    def _static_merges(self, base: Path) -> Iterator[_Candidate]:
         teachers = [self.inputs.plan.teachers[name] for name in sorted(set(self.plan.experts.values()))]
         experts = [Path(teacher.model) for teacher in teachers if teacher.student is None]
         foreign = [teacher.name for teacher in teachers if teacher.bridge is not None]
@@ -73,37 +129,61 @@ class Evaluation:
         else:
             reason = why_not(base, experts) if experts else "the experts are the student itself"
         if reason is not None:
-            self.stages.reporter.emit(Note(f"no weight average: {reason}"))
+            if self.plan.static_merges:
+                self.stages.reporter.emit(Note(f"no static merge: {reason}"))
             return
-        with self.open_average(base, experts) as engine:
-            self._measure("weight_average", engine, self.inputs.student, domains, result)
+        parts = [Checkpoint.open(folder).fingerprint for folder in (base, *experts)]
+        for settings in self.plan.static_merges:
+            content = "\0".join([settings.model_dump_json(), str(self.inputs.plan.seed), *parts])
+            yield _Candidate(
+                Model(f"merge/{settings.kind}", "static_merge", settings.kind.replace("_", " ")),
+                self.inputs.student,
+                hashlib.sha256(content.encode()).hexdigest(),
+                lambda settings=settings: self.open_merge(settings, base, experts),  # type: ignore[misc]
+            )
 
-    def _measure(
-        self, kind: str, engine: RolloutEngine, renderer: Renderer, domains: Sequence[str], result: Accuracies
-    ) -> None:
-        for domain in domains:
-            rewards: list[float] = []
-            for source in self.plan.sources:
-                if source.domain == domain:
-                    rewards += self._rewards(kind, engine, renderer, source)
-            accuracy = sum(rewards) / len(rewards)
-            result[domain][kind] = accuracy
-            self.stages.reporter.emit(EvaluationDone(kind, domain, accuracy, len(rewards)))
+    def _domains_of(self, candidate: _Candidate, domains: Sequence[str]) -> Sequence[str]:
+        """Return the domains to measure an expert on: all, or its own, and those that its context holds."""
+        if candidate.model.kind != "expert":
+            return domains
+        own = [d for d in domains if self.plan.experts[d] == candidate.model.title]
+        if not self.plan.all_experts:
+            return own
+        return [d for d in domains if d in own or self._fits(candidate, d)]
 
-    def _rewards(
-        self, kind: str, engine: RolloutEngine, renderer: Renderer, source: SourcePlan
-    ) -> list[float]:
-        prompts: Sequence[Prompt] = self.inputs.evaluation[source.name]
-        stop = self.inputs.plan.rollout.stop
-        on_progress = self.stages.begin("evaluation", f"{kind} on {source.domain}", len(prompts), "responses")
-        requests = [GenerationRequest(p.key, 0, renderer.render(p)) for p in prompts]
-        greedy = Sampling(0.0, 1.0, self.plan.max_new_tokens, stop)
-        completions = engine.submit(requests, greedy).wait(on_progress)
+    def _fits(self, candidate: _Candidate, domain: str) -> bool:
+        longest = max(
+            len(candidate.renderer.render(prompt))
+            for source in self.plan.sources
+            if source.domain == domain
+            for prompt in self.inputs.evaluation[source.name]
+        )
+        fits = longest + self.plan.max_new_tokens <= candidate.renderer.max_positions
+        if not fits:
+            name, limit = candidate.model.title, candidate.renderer.max_positions
+            self.stages.reporter.emit(
+                Note(f"{name} is not measured on {domain}: its context of {limit} tokens is too short")
+            )
+        return fits
+
+    def _values(self, graded: Sequence[EvaluatedResponse]) -> Values:
+        """Return the mean reward of each prompt."""
+        rewards = np.array([r.reward or 0.0 for r in graded])
+        means: Values = rewards.reshape(-1, self.plan.samples).mean(1)
+        return means
+
+    def _grade(
+        self, candidate: _Candidate, source: SourcePlan, engine: Callable[[], RolloutEngine]
+    ) -> list[EvaluatedResponse]:
+        """Generate the responses to a source's prompts, or read those kept, and grade them."""
+        prompts = [p for p in self.inputs.evaluation[source.name] for _ in range(self.plan.samples)]
+        completions, on_progress = self._complete(candidate, source, prompts, engine)
+        tokenizer, stop = candidate.renderer.tokenizer, self.inputs.plan.rollout.stop
         submissions = [
-            submission(prompt, completion.response_ids, completion.finish, renderer.tokenizer, stop)
+            submission(prompt, completion.response_ids, completion.finish, tokenizer, stop)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        grades = scatter_gather(
+        grades: list[Grade] = scatter_gather(
             self.stages.ranks,
             submissions,
             # Report progress again, so that a request to stop is handled while verifiers are slow.
@@ -113,4 +193,53 @@ class Evaluation:
         if failures:
             note = failures_note(source.name, failures)
             self.stages.reporter.emit(Note(f"{note}; they count as incorrect"))
-        return [grade.reward or 0.0 for grade in grades]
+        return [
+            EvaluatedResponse(
+                domain=source.domain,
+                source=source.name,
+                key=prompt.key,
+                sample=i % self.plan.samples,
+                prompt=candidate.renderer.text(prompt),
+                reference=prompt.reference,
+                response=one.response,
+                reward=grade.reward,
+                failure=grade.failure,
+                finish=completion.finish,
+                num_tokens=len(completion.response_ids),
+            )
+            for i, (prompt, one, grade, completion) in enumerate(
+                zip(prompts, submissions, grades, completions, strict=True)
+            )
+        ]
+
+    def _complete(
+        self,
+        candidate: _Candidate,
+        source: SourcePlan,
+        prompts: Sequence[Prompt],
+        engine: Callable[[], RolloutEngine],
+    ) -> tuple[list[Completion], Callable[[int], None]]:
+        plan, renderer = self.plan, candidate.renderer
+        detail = f"{candidate.model.title} on {source.domain}"
+        on_progress = self.stages.begin("evaluation", detail, len(prompts), "responses")
+        how = Sampling(plan.temperature, plan.top_p, plan.max_new_tokens, self.inputs.plan.rollout.stop)
+        origin = Origin(
+            name=f"evaluation-{candidate.file_stem}",
+            fingerprint=candidate.fingerprint,
+            dtype=self.inputs.plan.student.dtype,
+            eos_ids=renderer.eos_ids,
+            vocab_size=renderer.vocab_size,
+            sampling=how,
+            seed=self.inputs.plan.seed,
+        )
+
+        def generate(
+            requests: Sequence[GenerationRequest],
+        ) -> Iterator[tuple[Sequence[GenerationRequest], list[Completion]]]:
+            yield requests, engine().submit(requests, how).wait(on_progress)
+
+        requests = [
+            GenerationRequest(p.key, i % plan.samples, renderer.render(p)) for i, p in enumerate(prompts)
+        ]
+        kept = CompletionCache(Path(self.inputs.plan.text_cache), self.stages)
+        return kept.complete(origin, requests, generate), on_progress

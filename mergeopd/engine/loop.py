@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from mergeopd.engine.checkpoint import Checkpoints, Record, written_by_first
-from mergeopd.engine.evaluate import Accuracies
 from mergeopd.engine.interrupt import AbandonRound, StopGuard
 from mergeopd.engine.pipeline import RoundPipeline
 from mergeopd.engine.progress import Progress, phase_at
@@ -19,22 +18,23 @@ from mergeopd.engine.update import Updater
 from mergeopd.errors import Stopped, UpdateLimitReached
 from mergeopd.messages import shown
 from mergeopd.recipe.plan import Plan
+from mergeopd.reporting.comparison import Measured, build_result
 from mergeopd.reporting.events import RunFinished, RunStarted, StageStarted
-from mergeopd.reporting.result import result_document, write_result
+from mergeopd.reporting.result import write_result
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.student.protocol import Student
 from mergeopd.teacher.snapshots import StudentSnapshots
 
 UPDATE_LIMIT = "--updates"  # reason of a stop at a requested number of updates
-Evaluate = Callable[[Path], Accuracies]
+Evaluate = Callable[[Path, Path | None], Measured]
 
 
 @dataclass(frozen=True)
 class Trainer:
     """One run of a plan, from the state of its folder to its end.
 
-    `evaluate` measures an exported student; None where the recipe measures nothing. `write_turns` writes the
-    end tokens and the chat template into an exported folder.
+    `evaluate` measures an exported student, and keeps its responses in a folder; None where the recipe
+    measures nothing. `write_turns` writes the end tokens and the chat template into an exported folder.
     """
 
     plan: Plan
@@ -119,11 +119,11 @@ class Trainer:
             "updates, all saved; run the same command to resume"
         )
 
-    def _measure(self, evaluate: Evaluate) -> Accuracies:
-        """Evaluate the export. Everything is saved already, so a requested stop takes effect at once."""
+    def _measure(self, evaluate: Evaluate) -> Measured:
+        """Evaluate the export; everything is saved already, so a request to stop takes effect at once."""
         try:
             with self.stages.clock.stage("evaluation"):
-                return evaluate(self.folder.export)
+                return evaluate(self.folder.export, self.folder.evaluation)
         except AbandonRound:
             self.stop.is_requested_anywhere()
             self.stop.interrupt.ignore_further()
@@ -147,7 +147,7 @@ class Trainer:
             self.snapshots.release()
             self.student.release()
             gc.collect()  # a model and its optimizer contain reference cycles
-            document = result_document(self._measure(self.evaluate), clock.seconds())
+            document = build_result(self._measure(self.evaluate), clock.seconds())
             if self.stages.ranks.is_first:
                 write_result(folder.result_file, document)
         reporter.emit(

@@ -23,7 +23,7 @@ from mergeopd.recipe.plan import EvaluationPlan, Plan
 from mergeopd.reporting.events import Note, Reporter, Reporters
 from mergeopd.reporting.jsonl import RecordsReporter
 from mergeopd.reporting.page.html import HtmlReporter
-from mergeopd.reporting.result import Result, read_result, result_document, write_result
+from mergeopd.reporting.result import Result, read_result, write_result
 from mergeopd.reporting.tensorboard import TensorBoardReporter
 from mergeopd.reporting.terminal.console import console_reporter
 from mergeopd.reporting.terminal.result import ResultTable
@@ -222,7 +222,9 @@ def evaluate_recipe(
         check_student_folder(merged, inputs.student)
         if output is not None and output.is_dir():
             raise StorageError(f"{output}: is a folder; name a file")
-        return _measure(inputs, inputs.plan.evaluation, merged, output, ranks, console)
+        folder = RunFolder(Path(inputs.plan.output))
+        responses = folder.evaluation if model is None else None if output is None else output.with_suffix("")
+        return _measure(inputs, inputs.plan.evaluation, merged, output, responses, ranks, console)
 
 
 def _measure(
@@ -230,14 +232,17 @@ def _measure(
     plan: EvaluationPlan,
     merged: Path,
     output: Path | None,
+    responses: Path | None,
     ranks: Communicator,
     console: Console,
 ) -> Result:
+    """Evaluate; rank 0 shows the table, writes the result and keeps the responses. Collective."""
     import time
 
     from mergeopd.engine.build import Machine, build_evaluation
     from mergeopd.engine.stages import Stages
     from mergeopd.models.causal import pick_device
+    from mergeopd.reporting.comparison import build_result
 
     _quiet_libraries()
     console = console if ranks.is_first else Console(quiet=True)
@@ -246,8 +251,8 @@ def _measure(
         _report_notes(inputs, reporter)
         stages = Stages(reporter, Clock(), ranks, None)
         evaluation = build_evaluation(inputs, plan, Machine(pick_device(), ranks), stages)
-        accuracies = evaluation.run(merged)
-    document = result_document(accuracies, {"evaluation": time.perf_counter() - start})
+        measured = evaluation.run(merged, responses)
+    document = build_result(measured, {"evaluation": time.perf_counter() - start})
     console.print(ResultTable(document, {"result": output, "student": Path(shown(merged))}))
     if output is not None and ranks.is_first:
         write_result(output, document)

@@ -42,9 +42,10 @@ class Inputs:
     """A valid plan, with tokenizers, templates and prompts.
 
     Distributions are over the first `vocab_size` ids, which the student and every teacher without a bridge
-    share. `cross_tokenizers` has the teachers with a bridge; `prompts` and `evaluation` are by source name.
-    `notes` are remarks, not mistakes. `files` maps model folders and small files to digests of their
-    contents. `now` is the time in templates: the start of the run, also when it is resumed later.
+    share. `cross_tokenizers` has the teachers with a bridge; `prompts` and `evaluation` are by source name,
+    and so is `overlap`, which counts the evaluation prompts that are also trained on. `notes` are remarks,
+    not mistakes. `files` maps model folders and small files to digests of their contents. `now` is the time
+    in templates: the start of the run, also when it is resumed later.
     """
 
     plan: Plan
@@ -54,6 +55,7 @@ class Inputs:
     cross_tokenizers: Mapping[str, CrossTokenizer]
     prompts: Mapping[str, tuple[Prompt, ...]]
     evaluation: Mapping[str, tuple[Prompt, ...]]
+    overlap: Mapping[str, int]
     notes: tuple[str, ...]
     files: Mapping[str, str]
     now: datetime
@@ -92,6 +94,7 @@ def preflight(
         cross_tokenizers=check.cross_tokenizers,
         prompts=check.prompts,
         evaluation=check.evaluation,
+        overlap=check.overlap,
         notes=tuple(check.findings.notes),
         files=dict(sorted(check.models.files.items())),
         now=check.now,
@@ -124,6 +127,7 @@ class _Check:
         self.cross_tokenizers: dict[str, CrossTokenizer] = {}
         self.prompts: dict[str, tuple[Prompt, ...]] = {}
         self.evaluation: dict[str, tuple[Prompt, ...]] = {}
+        self.overlap: dict[str, int] = {}
 
     def run(self) -> None:
         """Check models, then prompts, then their combination."""
@@ -269,8 +273,14 @@ class _Check:
             expert = plan.evaluation.experts[source.domain]
             renderers = {name: renderer.as_measured for name, renderer in self._renderers((expert,)).items()}
             PromptChecks(self.findings, place, source, prompts).lengths(renderers, budget)
-            num_seen = sum(prompt.messages in trained for prompt in prompts)
-            if num_seen:
+            num_seen = self.overlap[source.name] = sum(prompt.messages in trained for prompt in prompts)
+            if num_seen and source.allow_overlap:
                 self.findings.notes.append(
                     f"{num_seen} of {len(prompts)} evaluation prompts of '{source.name}' are also trained on"
+                )
+            elif num_seen:
+                self.findings.report(
+                    (*place, "source"),
+                    f"{num_seen} of {len(prompts)} prompts are also trained on",
+                    "remove them from one file, or set `allow_overlap: true`; the result then counts them",
                 )

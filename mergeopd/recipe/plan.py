@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from mergeopd.config.values import Strict
+from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.bridges import Bridge
 from mergeopd.recipe.models import Canary, SnapshotRule, Student
 from mergeopd.recipe.schema import Checkpoints, Memory, Reports
@@ -62,6 +63,7 @@ class SourcePlan(Strict):
     teachers: dict[str, float]
     share: float
     limit: int | None
+    allow_overlap: bool = False
 
 
 class EvaluationPlan(Strict):
@@ -70,6 +72,11 @@ class EvaluationPlan(Strict):
     sources: tuple[SourcePlan, ...]
     experts: dict[str, str]
     max_new_tokens: int
+    samples: int
+    temperature: float
+    top_p: float
+    static_merges: tuple[StaticMerge, ...]
+    all_experts: bool
     batch_size: int
 
 

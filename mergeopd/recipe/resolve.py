@@ -227,6 +227,11 @@ class _Resolver:
                 sources=tuple(self.eval_sources.values()),
                 experts=self.experts,
                 max_new_tokens=recipe.evaluation.max_new_tokens or recipe.rollout.max_new_tokens,
+                samples=recipe.evaluation.samples,
+                temperature=recipe.evaluation.temperature,
+                top_p=recipe.evaluation.top_p,
+                static_merges=recipe.evaluation.static_merges,
+                all_experts=recipe.evaluation.all_experts,
                 batch_size=recipe.evaluation.batch_size,
             )
         text_cache = absolute(recipe.text_cache, self.origins.place(("text_cache",)).base)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mergeopd.config.values import (
     Flag,
@@ -25,6 +25,12 @@ from mergeopd.config.values import (
     Strict,
     Weight,
     kind_shorthand,
+)
+from mergeopd.recipe.baselines import (
+    StaticMerge,
+    StaticMergeOrKind,
+    WeightAverage,
+    static_merge_shorthand,
 )
 from mergeopd.recipe.loss_terms import SHORT_TERMS, loss_shorthand
 from mergeopd.recipe.models import Student, Teacher, card_shorthand
@@ -89,10 +95,12 @@ class EvalSource(PromptSource):
     expert: Name | None = None
     """teacher to compare with; default: the teacher with the largest weight for the domain"""
     limit: PositiveInt | None = Field(default=None, description="evaluate on the first N prompts only")
+    allow_overlap: Annotated[bool, Field(strict=True)] = False
+    """evaluate although some of these prompts are also trained on; the result counts them"""
 
 
 class Evaluation(Strict):
-    """Greedy accuracy of base, experts, weight average and student, measured after the run and by
+    """Accuracy of base, experts, static merges of the experts, and student, measured after the run and by
     `mergeopd eval`.
     """
 
@@ -100,7 +108,33 @@ class Evaluation(Strict):
     """evaluation sources, one entry per file"""
     max_new_tokens: PositiveInt | None = None
     """maximum response length, in tokens; default: `rollout.max_new_tokens`"""
+    samples: PositiveInt = 1
+    """responses per prompt; accuracy is the mean over them (avg@k). More than one needs a `temperature`"""
+    temperature: Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)] = 0.0
+    """sampling temperature; 0 is greedy decoding"""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0, strict=True)] = 1.0
+    """sample from the most probable tokens with this total probability"""
+    static_merges: tuple[StaticMergeOrKind, ...] = (WeightAverage(kind="weight_average"),)
+    """merges of the experts' weights without training, to compare with; skipped where shapes differ"""
+    all_experts: Annotated[bool, Field(strict=True)] = True
+    """measure every expert on every domain, not only on its own"""
     batch_size: PositiveInt = Field(default=256, description="sequences decoded together")
+
+    @field_validator("static_merges")
+    @classmethod
+    def _once(cls, merges: tuple[StaticMerge, ...]) -> tuple[StaticMerge, ...]:
+        kinds = [merge.kind for merge in merges]
+        if twice := [kind for kind in kinds if kinds.count(kind) > 1]:
+            raise ValueError(f"'{twice[0]}' is listed twice")
+        return merges
+
+    @model_validator(mode="after")
+    def _can_differ(self) -> Evaluation:
+        if self.samples > 1 and not self.temperature:
+            raise ValueError(
+                f"{self.samples} greedy responses to a prompt are equal: set `temperature`, or `samples: 1`"
+            )
+        return self
 
 
 class Checkpoints(Strict):
@@ -162,6 +196,7 @@ SHORTHANDS: dict[tuple[str, ...], Callable[[Any], Any]] = {
     ("prompts", "*", "verifier"): kind_shorthand,
     ("prompts", "*", "teachers"): _teachers_shorthand,
     ("evaluation", "prompts", "*", "verifier"): kind_shorthand,
+    ("evaluation", "static_merges", "*"): static_merge_shorthand,
     ("phases", "*", "loss"): loss_shorthand,
     ("phases", "*", "correction"): kind_shorthand,
     **{("phases", "*", "loss", term): weight_shorthand for term in SHORT_TERMS},

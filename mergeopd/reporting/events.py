@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from mergeopd.distributed.communicator import Communicator
-from mergeopd.reporting.result import Result
+from mergeopd.reporting.result import Estimate, Model, Result
 from mergeopd.types import Finish, Origin
 
 StageName = Literal["rollout", "teachers", "update", "evaluation", "export", "text", "checkpoint"]
@@ -238,12 +238,12 @@ class Note(Event):
 
 @dataclass(frozen=True, slots=True)
 class EvaluationDone(Event):
-    """Accuracy (0 to 1) of one model on one domain; `model` is base, expert, weight_average or merged."""
+    """Accuracy (0 to 1) of one model on one domain; `is_own_expert`: the student's expert there."""
 
-    model: str
+    model: Model
     domain: str
-    accuracy: float
-    num_prompts: int
+    accuracy: Estimate
+    is_own_expert: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,11 @@
-"""result.json: accuracies, and the share of each expert's headroom over the base that was recovered."""
+"""result.json: accuracies of all measured models with intervals, and what the merge reached."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from pydantic import TypeAdapter
 
@@ -12,28 +13,84 @@ from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import write_atomic
 from mergeopd.storage.metrics import json_text
 
-MODELS = ("base", "expert", "weight_average", "merged")
+Kind = Literal["base", "expert", "static_merge", "merged"]
+KINDS: tuple[Kind, ...] = ("base", "expert", "static_merge", "merged")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that was measured; `key` names it in a result, `title` is for people."""
+
+    key: str
+    kind: Kind
+    title: str
+
+    @classmethod
+    def expert(cls, teacher: str) -> Model:
+        return cls(f"expert/{teacher}", "expert", teacher)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A figure with its 95 % interval; None where it is not defined, or the sample does not bound it."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DomainResult:
+    """One domain: accuracies (0 to 1) by model, and the merged student beside others.
+
+    `expert` is the model that the student is compared with here. `recovered` is the share of the expert's
+    headroom over the base that the student reached: (merged - base) / (expert - base). The other estimates
+    are differences of accuracies, merged minus the other; `over_static` is to the best static merge.
+    `overlap` counts the prompts that are also trained on.
+    """
+
+    expert: str
+    num_prompts: int
+    accuracy: Mapping[str, Estimate]
+    recovered: Estimate
+    over_base: Estimate
+    over_expert: Estimate
+    over_static: Estimate | None = None
+    overlap: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Accuracies (0 to 1) and `recovered` per domain, and wall seconds by stage.
+    """What a run reached.
 
-    Each domain gives `base`, `expert`, `merged` and `weight_average`; the last is None where the experts
-    cannot be averaged (different shapes). `mean_recovered` is over the domains that have headroom.
+    `mean` has the means over domains by kind of model: each domain's own expert, the best static merge.
+    `mean_recovered` is over the domains with headroom. `best_static` and `best_expert` are the static merge
+    and the expert with the highest mean accuracy over all domains, if there are any. `verdict` says it in
+    words, `seconds` is wall time by stage.
     """
 
-    domains: Mapping[str, Mapping[str, float | None]]
-    mean_recovered: float | None
-    seconds: Mapping[str, float]
+    models: tuple[Model, ...]
+    domains: Mapping[str, DomainResult]
+    mean: Mapping[Kind, Estimate]
+    mean_recovered: Estimate
+    best_static: str | None
+    best_expert: str | None
+    verdict: str
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def headline(self, domain: str) -> dict[Kind, Estimate | None]:
+        """Return a domain's accuracies by kind: its own expert, and the best static merge of the run."""
+        row = self.domains[domain]
+        keys = {
+            "base": "base",
+            "expert": row.expert,
+            "static_merge": self.best_static or "",
+            "merged": "merged",
+        }
+        return {kind: row.accuracy.get(keys[kind]) for kind in KINDS}
 
 
 _RESULT = TypeAdapter(Result)
-
-
-def recovered_headroom(base: float, expert: float, merged: float) -> float | None:
-    """Return (merged - base) / (expert - base); None where the expert is not better than the base."""
-    return (merged - base) / (expert - base) if expert > base else None
 
 
 def grade(recovered: float | None) -> str:
@@ -41,29 +98,6 @@ def grade(recovered: float | None) -> str:
     if recovered is None:
         return "none"
     return "good" if recovered >= 0.9 else "fair" if recovered >= 0.5 else "poor"
-
-
-def result_document(
-    domains: Mapping[str, Mapping[str, float | None]], seconds: Mapping[str, float]
-) -> Result:
-    """Build the result of a run from the accuracies of each domain; `weight_average` may be missing.
-
-    Raises:
-        ValueError: a domain has other keys, or lacks a value.
-    """
-    rows: dict[str, dict[str, float | None]] = {}
-    for name, given in domains.items():
-        if not set(given) <= set(MODELS):
-            raise ValueError(f"domain {name!r} has {sorted(given)}, not only {sorted(MODELS)}")
-        base, expert, merged = (given.get(model) for model in ("base", "expert", "merged"))
-        if base is None or expert is None or merged is None:
-            raise ValueError(f"domain {name!r} lacks the accuracy of base, expert or merged")
-        rows[name] = {
-            **{model: given.get(model) for model in MODELS},
-            "recovered": recovered_headroom(base, expert, merged),
-        }
-    recovered = [row["recovered"] for row in rows.values() if row["recovered"] is not None]
-    return Result(rows, complete_mean(recovered), dict(seconds))
 
 
 def write_result(path: Path, result: Result) -> None:
@@ -87,10 +121,3 @@ def read_result(path: Path) -> Result | None:
     with named_failures("read", path):
         content = path.read_bytes()
     return _RESULT.validate_json(content)
-
-
-def complete_mean(values: Iterable[float | None]) -> float | None:
-    """Mean, or None when there is no value or one is missing."""
-    numbers = list(values)
-    known = [number for number in numbers if number is not None]
-    return sum(known) / len(known) if known and len(known) == len(numbers) else None

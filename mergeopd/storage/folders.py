@@ -51,8 +51,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         _sync_folder(target.parent)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file by `text` (UTF-8): readers see the old content or the new, never a part of it.
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace a file by `content` (text as UTF-8): readers see the old or the new content, never a part.
 
     Raises StorageError if writing fails.
     """
@@ -60,7 +60,7 @@ def write_atomic(path: Path, text: str) -> None:
     with named_failures("write", path):
         _make_folder(path.parent)
         try:
-            _write_synced(temporary, text)
+            _write_synced(temporary, content)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -153,9 +153,9 @@ def _seal(folder: Path, target: Path) -> None:
         _sync_folder(path)
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
+def _write_synced(path: Path, content: str | bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
 

@@ -39,6 +39,7 @@ class RunFolder:
         self.checkpoints = path / run_layout.CHECKPOINTS
         self.export = path / run_layout.EXPORT
         self.result_file = path / run_layout.RESULT
+        self.evaluation = path / run_layout.EVALUATION
         self.report_file = path / run_layout.REPORT
 
     def started(self) -> datetime | None:

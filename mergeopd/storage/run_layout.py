@@ -19,6 +19,7 @@ SPILL = "spill"
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"
 RESULT = "result.json"
+EVALUATION = "evaluation"
 REPORT = "report.html"
 TENSORBOARD = "tensorboard"
 

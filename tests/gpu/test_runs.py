@@ -84,7 +84,7 @@ class ScoreRecorder(Recorder):
 
     @property
     def accuracies(self) -> list[tuple[str, float]]:
-        return [(e.model, e.accuracy) for e in self.events if isinstance(e, EvaluationDone)]
+        return [(e.model.key, e.accuracy.value) for e in self.events if isinstance(e, EvaluationDone)]
 
 
 def run(

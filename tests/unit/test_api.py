@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -86,8 +87,15 @@ def test_run_in_two_parts(recipe: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert whole.export == whole.folder / "export"
     assert (whole.folder / "export" / "model.safetensors").is_file()
     result = json.loads((whole.folder / "result.json").read_text())
-    recovered = {"recovered": result["domains"]["right"]["recovered"]}
-    assert {**whole.accuracies["right"], **recovered} == result["domains"]["right"]
+    accuracy = result["domains"]["right"]["accuracy"]
+    assert whole.accuracies["right"] == {
+        "base": accuracy["base"]["value"],
+        "expert": accuracy["expert/two"]["value"],
+        "static_merge": None,  # experts of other shapes
+        "merged": accuracy["merged"]["value"],
+    }
+    assert whole.result is not None
+    assert whole.result.verdict == result["verdict"]
     assert capsys.readouterr() == ("", "")
     assert mergeopd.run(recipe) == whole == mergeopd.load_run(whole.folder)
 
@@ -109,8 +117,12 @@ def test_metrics_as_tables(recipe: Path) -> None:
 def test_evaluate_and_report(recipe: Path) -> None:
     result = mergeopd.run(recipe)
     document = mergeopd.evaluate(recipe, model="two", output="measured.json")
-    assert document.domains["right"]["merged"] == document.domains["right"]["expert"]
-    assert json.loads(Path("measured.json").read_text())["domains"] == document.domains
+    headline = document.headline("right")
+    assert headline["merged"] == headline["expert"]
+    assert json.loads(Path("measured.json").read_text())["domains"]["right"] == asdict(
+        document.domains["right"]
+    )
+    assert Path("measured/merged.parquet").is_file()
     (result.folder / "report.html").unlink()
     path, notes = mergeopd.report(result.folder)
     assert path == result.folder / "report.html"

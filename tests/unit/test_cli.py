@@ -213,14 +213,20 @@ def test_schema(command: Command, options: tuple[str, ...], name: str) -> None:
     assert json.loads(out) == json.loads((ROOT / "docs" / "schema" / f"{name}.schema.json").read_text())
 
 
-def test_prompts_of_training_and_evaluation_are_noted(
+def test_evaluation_prompts_that_are_trained_on_need_permission(
     command: Command, job: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = job(EVALUATED)
     (tmp_path / "held_out.jsonl").write_text(
         '{"prompt": "b", "answer": "c"}\n{"prompt": "a", "answer": "c"}\n'
     )
-    code, out, _ = command("check", recipe)
+    code, _, err = command("check", recipe)
+    assert code == 2
+    assert (
+        "evaluation.prompts[0].source\n    1 of 2 prompts are also trained on; remove them from one file"
+        in err
+    )
+    code, out, _ = command("check", recipe, "--set", "evaluation.prompts.0.allow_overlap=true")
     assert code == 0
     assert out.splitlines()[0] == "note: 1 of 2 evaluation prompts of 'held_out' are also trained on"
 
@@ -358,7 +364,8 @@ def test_eval_measures_any_folder(command: Command, ran: Path) -> None:
     assert code == 0, err
     document = json.loads(Path("measured.json").read_text())
     assert set(document["domains"]) == {"right"}
-    assert document["domains"]["right"]["merged"] == document["domains"]["right"]["expert"]
+    accuracy = document["domains"]["right"]["accuracy"]
+    assert accuracy["merged"] == accuracy["expert/two"]
     assert "right" in out
 
 

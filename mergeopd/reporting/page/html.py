@@ -24,7 +24,7 @@ from mergeopd.reporting.figures import MEASURES, STAGES
 from mergeopd.reporting.page.curves import ACCENT, build_curves
 from mergeopd.reporting.page.responses import LEVELS, build_legends, build_responses
 from mergeopd.reporting.page.run_data import RunData, load_run
-from mergeopd.reporting.result import MODELS, grade
+from mergeopd.reporting.result import KINDS, Estimate, grade
 from mergeopd.reporting.terminal.timing import clock_text, shares
 from mergeopd.storage import run_layout
 from mergeopd.storage.folders import write_atomic
@@ -69,7 +69,7 @@ def render(data: RunData, now: datetime) -> str:
             status=_status(data),
             done=data.updates[-1].update if data.updates else 0,
             num_tokens=sum(update.num_tokens for update in data.updates),
-            models=MODELS,
+            kinds=KINDS,
             curves=curves,
             # Escaped, so that no text can close the element.
             curves_json=Markup(json_text(curves.document()).replace("<", "\\u003c")),
@@ -159,11 +159,23 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = lambda value: "-" if value is None else f"{100 * value:.1f}"
+    environment.filters["percent"] = _percent
+    environment.filters["interval"] = _interval
     environment.filters["count"] = lambda value: f"{value:,}"
     environment.filters["colour"] = _colour
     environment.filters["grade"] = grade
     return environment
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _interval(estimate: Estimate | None) -> str:
+    """Format a 95 % interval in %; nothing where there is none."""
+    if estimate is None or estimate.low is None or estimate.high is None:
+        return ""
+    return f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f}"
 
 
 def _colour(index: int) -> str:

@@ -17,9 +17,8 @@ from rich.text import Text
 from mergeopd.reporting import events, figures
 from mergeopd.reporting.figures import MEASURE_FIGURES, Figure
 from mergeopd.reporting.jsonl import Numbers, UpdateRecord
-from mergeopd.reporting.result import Result
 from mergeopd.reporting.terminal.glyphs import Sparkline, plain_text
-from mergeopd.reporting.terminal.result import ResultTable, ending
+from mergeopd.reporting.terminal.result import Ending, PartialResultTable
 from mergeopd.reporting.terminal.timing import clock_text, split_line
 from mergeopd.reporting.terminal.view import RunView, measure_of
 
@@ -79,7 +78,7 @@ class LiveReporter:
             case events.RunFinished():
                 self._live.stop()
                 self._console.print()
-                self._console.print(ending(event))
+                self._console.print(Ending(event))
             case _ if not self._live.is_started:
                 self._live.start()
 
@@ -132,7 +131,7 @@ class LiveReporter:
             parts.append(Text())  # the frame keeps its height
         view = self._view
         if view.evaluations and not view.is_finished:
-            return [*parts, Text(), ResultTable(Result(view.evaluations, None, {}))]
+            return [*parts, Text(), PartialResultTable(view.evaluations)]
         if view.last is not None:
             parts += self._numbers(view.last, width, height - _FIXED_LINES)
         return parts

@@ -10,7 +10,7 @@ from rich.text import Text
 from mergeopd.reporting import events
 from mergeopd.reporting.figures import MEASURE_FIGURES, POLICY_FIGURES
 from mergeopd.reporting.terminal.glyphs import plain_text
-from mergeopd.reporting.terminal.result import ending
+from mergeopd.reporting.terminal.result import Ending, percent
 from mergeopd.reporting.terminal.timing import clock_text, shares
 from mergeopd.reporting.terminal.view import RunView, measure_of
 
@@ -54,8 +54,7 @@ class PlainReporter:
                 if self._stage is not None and is_long and self._is_due(now):
                     self._print(_stage_line(self._stage, event.done))
             case events.EvaluationDone():
-                correct = f"{100 * event.accuracy:.1f} % of {event.num_prompts}"
-                self._print(f"evaluation {event.model} on {event.domain}: {correct}")
+                self._print(f"evaluation {event.model.title} on {event.domain}: {percent(event.accuracy)} %")
             case events.CheckpointSaved():
                 self._print(f"saved {event.path}")
             case events.CheckpointSkipped():
@@ -63,7 +62,7 @@ class PlainReporter:
             case events.Note():
                 self._print(f"note: {event.text}")
             case events.RunFinished():
-                self._console.print(ending(event))
+                self._console.print(Ending(event))
 
     def _is_edge(self, update: int) -> bool:
         """True for the first update since the start and at both ends of a phase."""

@@ -1,72 +1,145 @@
-"""The result table of a run in the terminal."""
+"""The result of a run in the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from mergeopd.reporting.events import RunFinished
-from mergeopd.reporting.result import MODELS, Result, complete_mean, grade
+from mergeopd.reporting.result import KINDS, Estimate, Kind, Result, grade
 from mergeopd.reporting.terminal.glyphs import plain_text, table
 from mergeopd.reporting.terminal.timing import split_line
 
 _MISSING = "-"
 _STYLES = {"good": "bold green", "fair": "bold yellow", "poor": "bold red", "none": "dim"}
 
+Accuracies = Mapping[str, Mapping[Kind, Estimate | None]]
+
 
 @dataclass(frozen=True, slots=True)
 class ResultTable:
-    """Renders a result, finished or with values still missing, and the paths of what was written."""
+    """Renders a result, and the paths of what was written."""
 
     result: Result
     paths: Mapping[str, Path | None] = field(default_factory=dict)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        ascii_only = options.ascii_only
-        domains = self.result.domains
-        if domains:
-            yield self._table(ascii_only)
-        if any("recovered" in row and row["recovered"] is None for row in domains.values()):
-            yield Text(f"{_MISSING}  the expert is not better than the base", style="yellow")
-        seconds = {stage: value for stage, value in self.result.seconds.items() if stage != "total"}
-        if line := split_line(seconds, options.max_width, ascii_only=ascii_only, total=True):
-            yield line
-        for label, path in self.paths.items():
-            if path is not None:
-                yield Text.assemble(
-                    (f"{label:<8}", "dim"), plain_text(str(path), ascii_only), overflow="fold"
-                )
+        ascii_only, result = options.ascii_only, self.result
+        yield Text(f"The student {result.verdict}.", style="bold")
+        yield self._headline(ascii_only)
+        yield from self._legend(ascii_only)
+        if len(result.models) > len(KINDS):
+            yield self._matrix(ascii_only)
+        yield from _times_and_paths(result.seconds, self.paths, options)
 
-    def _table(self, ascii_only: bool) -> Table:
-        domains = self.result.domains
-        models = [model.replace("weight_average", "weight avg") for model in MODELS]
-        rows = table(("domain", *models, "recovered"), ascii_only=ascii_only, title="Accuracy, greedy, in %")
-        rows.columns[1 + MODELS.index("merged")].style = "bold"
-        for name, row in domains.items():
-            cells = [_percent(row.get(model)) for model in MODELS]
-            rows.add_row(plain_text(name, ascii_only), *cells, _recovered(row.get("recovered")))
-        if len(domains) > 1:
-            means = [complete_mean(row.get(model) for row in domains.values()) for model in MODELS]
+    def _headline(self, ascii_only: bool) -> Table:
+        result = self.result
+        rows = table(
+            ("domain", "n", *_titles()), ascii_only=ascii_only, title="Accuracy and its 95 % interval, in %"
+        )
+        rows.columns[-2].style = "bold"
+        for name, row in result.domains.items():
+            cells = _cells(result.headline(name))
+            rows.add_row(
+                plain_text(name, ascii_only), str(row.num_prompts), *cells, _recovered(row.recovered)
+            )
+        if len(result.domains) > 1:
             rows.add_section()
-            rows.add_row("mean", *map(_percent, means), _recovered(self.result.mean_recovered))
+            rows.add_row("mean", "", *_cells(result.mean), _recovered(result.mean_recovered))
+        return rows
+
+    def _legend(self, ascii_only: bool) -> Iterator[Text]:
+        titles = {model.key: model.title for model in self.result.models}
+        if self.result.best_static is not None:
+            yield Text(f"static  the best static merge: {titles[self.result.best_static]}", style="dim")
+        if any(row.recovered.value is None for row in self.result.domains.values()):
+            yield Text(f"{_MISSING}  the expert is not better than the base", style="yellow")
+        for name, row in self.result.domains.items():
+            if row.overlap:
+                text = f"{name}: {row.overlap} of {row.num_prompts} prompts are also trained on"
+                yield Text(plain_text(text, ascii_only))
+
+    def _matrix(self, ascii_only: bool) -> Table:
+        domains = self.result.domains
+        columns = ("model", *(plain_text(domain, ascii_only) for domain in domains))
+        rows = table(columns, ascii_only=ascii_only, title="Every model, in %")
+        for model in self.result.models:
+            cells = [percent(row.accuracy.get(model.key)) for row in domains.values()]
+            own = [row.expert == model.key for row in domains.values()]
+            shown = [
+                Text(cell, style="bold" if is_own else "") for cell, is_own in zip(cells, own, strict=True)
+            ]
+            rows.add_row(plain_text(model.title, ascii_only), *shown)
         return rows
 
 
-def ending(event: RunFinished) -> ResultTable:
-    """Render the end of a run: its result if any, the time by stage, the paths of written files."""
-    result = replace(event.result or Result({}, None, {}), seconds=event.seconds)
-    paths = {"result": event.result_path, "student": event.export_path, "report": event.report_path}
-    return ResultTable(result, paths)
+@dataclass(frozen=True, slots=True)
+class PartialResultTable:
+    """Renders the accuracies measured so far."""
+
+    accuracies: Accuracies
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        ascii_only = options.ascii_only
+        rows = table(("domain", *_titles()[:-1]), ascii_only=ascii_only, title="Accuracy, in %")
+        for name, row in self.accuracies.items():
+            rows.add_row(plain_text(name, ascii_only), *_cells(row))
+        yield rows
 
 
-def _percent(value: float | None) -> str:
-    return _MISSING if value is None else f"{100 * value:.1f}"
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Renders the end of a run: its result if any, the time by stage, the paths of written files."""
+
+    event: RunFinished
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        event = self.event
+        paths = {"result": event.result_path, "student": event.export_path, "report": event.report_path}
+        if event.result is not None:
+            yield ResultTable(replace(event.result, seconds=event.seconds), paths)
+        else:
+            yield from _times_and_paths(event.seconds, paths, options)
 
 
-def _recovered(value: float | None) -> Text:
-    return Text(_MISSING if value is None else f"{100 * value:.1f} %", style=_STYLES[grade(value)])
+def _times_and_paths(
+    seconds: Mapping[str, float], paths: Mapping[str, Path | None], options: ConsoleOptions
+) -> Iterator[RenderableType]:
+    by_stage = {stage: value for stage, value in seconds.items() if stage != "total"}
+    if line := split_line(by_stage, options.max_width, ascii_only=options.ascii_only, total=True):
+        yield line
+    for label, path in paths.items():
+        if path is not None:
+            yield Text.assemble(
+                (f"{label:<8}", "dim"), plain_text(str(path), options.ascii_only), overflow="fold"
+            )
+
+
+def _titles() -> tuple[str, ...]:
+    return "base", "expert", "static", "merged", "recovered"
+
+
+def _cells(row: Mapping[Kind, Estimate | None]) -> list[str]:
+    """Format accuracies by kind; the merged student's with its interval."""
+    cells = [percent(row.get(kind)) for kind in KINDS]
+    merged = row.get("merged")
+    if merged is not None and merged.low is not None and merged.high is not None:
+        cells[KINDS.index("merged")] += f" ({100 * merged.low:.0f} to {100 * merged.high:.0f})"
+    return cells
+
+
+def percent(estimate: Estimate | None) -> str:
+    """Format an accuracy in %, or a dash."""
+    return _MISSING if estimate is None or estimate.value is None else f"{100 * estimate.value:.1f}"
+
+
+def _recovered(estimate: Estimate) -> Text:
+    text = percent(estimate)
+    if estimate.low is not None and estimate.high is not None:
+        text += f" ({100 * estimate.low:.0f} to {100 * estimate.high:.0f})"
+    return Text(text, style=_STYLES[grade(estimate.value)])

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from mergeopd.reporting import events
 from mergeopd.reporting.figures import DOMAIN_FIGURES, MEASURE_FIGURES, RUN_FIGURES, Figure, run_value
 from mergeopd.reporting.jsonl import Numbers, UpdateRecord
+from mergeopd.reporting.result import Estimate, Kind
 
 _WINDOW = 32  # updates over which speed is averaged: several rounds, so that their bursts even out
 
@@ -35,7 +36,7 @@ class RunView:
     last: UpdateRecord | None = None
     saved_at: int | None = None
     is_finished: bool = False
-    evaluations: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    evaluations: dict[str, dict[Kind, Estimate | None]] = field(default_factory=dict)
     informative: set[str] = field(default_factory=set)
     trends: defaultdict[tuple[str, str], array[float]] = field(
         default_factory=lambda: defaultdict(lambda: array("d"))
@@ -53,11 +54,20 @@ class RunView:
             case events.UpdateDone():
                 self._add_update(event, now)
             case events.EvaluationDone():
-                self.evaluations.setdefault(event.domain, {})[event.model] = event.accuracy
+                self._add_evaluation(event)
             case events.CheckpointSaved():
                 self.saved_at = event.update
             case events.RunFinished():
                 self.is_finished = True
+
+    def _add_evaluation(self, event: events.EvaluationDone) -> None:
+        """Keep a domain's base, its own expert, its best static merge and the student."""
+        row, kind = self.evaluations.setdefault(event.domain, {}), event.model.kind
+        if kind == "expert" and not event.is_own_expert:
+            return
+        best = row.get(kind)
+        if kind != "static_merge" or best is None or (event.accuracy.value or 0.0) > (best.value or 0.0):
+            row[kind] = event.accuracy
 
     def _add_update(self, event: events.UpdateDone, now: float) -> None:
         self.last = UpdateRecord.of(event)

@@ -20,7 +20,7 @@ FULL = {
     "manifest:2:FULL=100": (r"checkpoints/step-4", 2),
     "update:5:FULL=3000": (r"metrics.jsonl", 4),
     "checkpoint:3:FULL=3000": (r"checkpoints/step-6", 4),
-    "evaluation:1:FULL=10": (r"result.json", 6),
+    "evaluation:1:FULL=10": (r"evaluation-base", 6),
     "export:1:FULL=50": (r"export", 6),
 }
 

@@ -354,7 +354,7 @@ class Notes:
             self.texts.append(event.text)
 
 
-def test_weights_of_another_tokenizer_are_not_averaged(tmp_path: Path) -> None:
+def test_weights_of_another_tokenizer_are_not_merged(tmp_path: Path) -> None:
     """Though all shapes fit: the embedding's rows are other tokens', or fewer."""
     source = {"source": "q.jsonl", "domain": "d", "verifier": "exact", "reference_field": "answer"}
     recipe = {
@@ -369,6 +369,6 @@ def test_weights_of_another_tokenizer_are_not_averaged(tmp_path: Path) -> None:
     assert inputs.plan.evaluation is not None
     stages = Stages(notes, Clock(), SingleProcess(), None)
     evaluation = build_evaluation(inputs, inputs.plan.evaluation, Machine(CPU, SingleProcess()), stages)
-    result = evaluation.run(tmp_path / "base")
-    assert notes.texts == ["no weight average: other has another tokenizer than the student"]
-    assert result["d"]["weight_average"] is None
+    measured = evaluation.run(tmp_path / "base", None)
+    assert notes.texts == ["no static merge: other has another tokenizer than the student"]
+    assert [model.kind for model in measured.models] == ["base", "expert", "merged"]

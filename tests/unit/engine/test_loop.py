@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, build, load_models
 from mergeopd.engine.clock import Clock
-from mergeopd.engine.evaluate import Accuracies, Evaluation
+from mergeopd.engine.evaluate import Evaluation
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.progress import Progress
 from mergeopd.preflight.inputs import preflight
+from mergeopd.reporting.comparison import Measured
 from mergeopd.reporting.events import Note, RolloutSampled
 from mergeopd.reporting.jsonl import update_record
 from mergeopd.storage.run_folder import RunFolder
@@ -115,9 +116,9 @@ def test_training_is_freed_before_the_evaluation(
 
     measure = Evaluation.run
 
-    def measured(evaluation: Evaluation, merged: Path) -> Accuracies:
+    def measured(evaluation: Evaluation, merged: Path, responses: Path | None) -> Measured:
         alive.append(sum(ref() is not None for ref in held))
-        return measure(evaluation, merged)
+        return measure(evaluation, merged, responses)
 
     monkeypatch.setattr(Evaluation, "run", measured)
     build(parts, reporter=recorder, clock=Clock(), interrupt=Interrupt()).run(Progress(), None)

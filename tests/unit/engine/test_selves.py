@@ -332,8 +332,8 @@ def test_an_expert_is_not_shown_more_of_a_row_than_the_student(
     held = recipe.parent / "held.jsonl"
     held.write_text("\n".join(json.dumps({"prompt": p, "answer": "c"}) for p in ("a c", "d")))
     inputs = preflight(recipe)
-    measured = "expert 'self' is evaluated with the student's prompt, because its own shows "
-    assert any(note.startswith(measured) for note in inputs.notes) == ("b" not in prompt)
+    note_text = "expert 'self' is evaluated with the student's prompt, because its own shows "
+    assert any(note.startswith(note_text) for note in inputs.notes) == ("b" not in prompt)
     notes = _Notes()
     asked: list[tuple[int, ...]] = []
     assert inputs.plan.evaluation is not None
@@ -346,14 +346,13 @@ def test_an_expert_is_not_shown_more_of_a_row_than_the_student(
         patch.setattr("mergeopd.rollout.local.generate", watched)
         stages = Stages(notes, Clock(), SingleProcess(), None)
         measuring = build_evaluation(inputs, inputs.plan.evaluation, Machine(CPU, SingleProcess()), stages)
-        accuracies = measuring.run(recipe.parent / "base")
+        measured = measuring.run(recipe.parent / "base", None)
     # Base, expert and student, two prompts each.
     assert len(asked) == 6
     assert set(asked[2:4]) == seen
     assert set(asked[:2]) == set(asked[4:]) == {(0, 2), (3,)}
-    assert accuracies["left"]["weight_average"] is None
-    assert "no weight average: the experts are the student itself" in notes.texts
-    assert accuracies["left"]["expert"] is not None
+    assert [model.key for model in measured.models] == ["base", "expert/self", "merged"]
+    assert "no static merge: the experts are the student itself" in notes.texts
 
 
 class _Notes:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mergeopd.errors import ModelError
-from mergeopd.models.weight_average import average
+from mergeopd.models.static_merges import static_merge, weight_average
 from mergeopd.recipe.training import Optimizer
 from mergeopd.student.torch import TorchStudent
 from mergeopd.teacher.local import TeacherSource, TeacherStore
@@ -82,7 +82,7 @@ def test_all_weights_have_the_requested_dtype(tmp_path: Path, model_type: str) -
         student.export(tmp_path / dtype)
         assert json.loads((tmp_path / dtype / "config.json").read_text())["dtype"] == dtype
         assert torch.equal(reference(tmp_path / dtype, dtype), expected)
-    model = average(folder, [folder], 48, CPU)
+    model = static_merge(folder, [folder], 48, CPU, weight_average())
     with torch.no_grad():
         found = model.base_model(input_ids=IDS, use_cache=False).last_hidden_state
     torch.testing.assert_close(found, reference(folder, "float32"), rtol=1e-6, atol=1e-6)

@@ -122,6 +122,7 @@ def test_every_short_form_of_the_schema_is_in_the_table_and_works() -> None:
     samples: dict[tuple[str, ...], Any] = {
         ("teachers", "*"): "a.yaml",
         ("prompts", "*", "verifier"): "exact",
+        ("evaluation", "static_merges", "*"): "ties",
         ("prompts", "*", "teachers"): ["a", "b"],
         ("evaluation", "prompts", "*", "verifier"): "exact",
         ("phases", "*", "loss"): "nll",

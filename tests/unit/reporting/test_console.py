@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from results import result_of
 from rich.console import Console
 
 from mergeopd.reporting.events import (
@@ -28,7 +29,7 @@ from mergeopd.reporting.events import (
     TeacherStats,
     UpdateDone,
 )
-from mergeopd.reporting.result import result_document
+from mergeopd.reporting.result import Estimate, Model
 from mergeopd.reporting.terminal.console import console_reporter
 from mergeopd.reporting.terminal.glyphs import plain_text, sparkline
 from mergeopd.reporting.terminal.live import LiveReporter
@@ -46,7 +47,8 @@ START = RunStarted(
     domains=("math", "sort"),
     output=Path("runs/quick"),
 )
-ACCURACIES = {"base": 0.1, "expert": 0.9, "weight_average": 0.3, "merged": 0.86}
+ACCURACIES = {"base": 0.1, "expert/one": 0.9, "merge/weight_average": 0.3, "merged": 0.86}
+BASE = EvaluationDone(Model("base", "base", "base"), "math", Estimate(0.125, 0.1, 0.15), is_own_expert=False)
 
 
 class Clock:
@@ -218,16 +220,16 @@ def test_evaluation_fills_a_table_and_the_result_ends_the_display() -> None:
     with reporter:
         reporter.emit(START)
         reporter.emit(update(30))
-        reporter.emit(EvaluationDone("base", "math", 0.1, 256))
+        reporter.emit(BASE)
         lines = drawn(reporter, file)
-        assert any(re.match(r" math +10\.0 +- +- +- +- *$", line) for line in lines)
+        assert any(re.match(r" math +12\.5 +- +- +- *$", line) for line in lines)
         seconds = {"rollout": 30.0, "evaluation": 10.0, "total": 40.0}
-        document = result_document({"math": ACCURACIES}, seconds)
+        document = result_of({"math": ACCURACIES}, seconds)
         paths = [Path("runs/quick") / name for name in ("result.json", "export", "report.html")]
         reporter.emit(RunFinished(seconds, document, *paths))
         assert not reporter._live.is_started
     text = written(file)
-    assert re.search(r"\n math +10\.0 +90\.0 +30\.0 +86\.0 +95\.0 % *\n", text)
+    assert re.search(r"\n math +1000 +10\.0 +90\.0 +30\.0 +86\.0 \(84 to 88\) +95\.0 \(93 to 97\) *\n", text)
     assert re.search(r"\ntime    0:40  ━+  rollout 75%  evaluation 25%", text)
     assert re.search(
         r"\nresult  runs/quick/result.json *\nstudent runs/quick/export *\nreport  runs/quick/report.html",
@@ -242,8 +244,8 @@ def test_evaluation_alone_is_shown_too() -> None:
         reporter.emit(StageStarted("evaluation", "base on math", 256, "responses"))
         clock.now += 3
         assert "evaluation  base on math" in "\n".join(drawn(reporter, file))
-        reporter.emit(EvaluationDone("base", "math", 0.1, 256))
-        reporter.emit(RunFinished({}, result_document({"math": ACCURACIES}, {})))
+        reporter.emit(BASE)
+        reporter.emit(RunFinished({}, result_of({"math": ACCURACIES})))
 
 
 def test_ascii_terminals_get_ascii() -> None:
@@ -256,7 +258,7 @@ def test_ascii_terminals_get_ascii() -> None:
         reporter.emit(StageStarted("rollout", "größe", 256, "responses"))
         clock.now += 3
         "\n".join(drawn(reporter, file)).encode("ascii")
-        reporter.emit(RunFinished({"rollout": 1.0}, result_document({"größe": ACCURACIES}, {"rollout": 1.0})))
+        reporter.emit(RunFinished({"rollout": 1.0}, result_of({"größe": ACCURACIES}, {"rollout": 1.0})))
     assert "gr??e" in written(file)
 
 
@@ -328,8 +330,8 @@ def test_plain_lines_after_a_resume_and_of_everything_else() -> None:
             (23, CheckpointSaved(8, Path("step-8"))),
             (24, Note("something [bold]odd\nhere")),
             (25, StageStarted("export", "the student")),
-            (26, EvaluationDone("base", "math", 0.125, 256)),
-            (27, RunFinished(seconds, result_document({"math": ACCURACIES}, seconds), Path("result.json"))),
+            (26, BASE),
+            (27, RunFinished(seconds, result_of({"math": ACCURACIES}, seconds), Path("result.json"))),
         ]
     )
     lines = [untimed(line) for line in lines]
@@ -344,7 +346,7 @@ def test_plain_lines_after_a_resume_and_of_everything_else() -> None:
         "saved step-8",
         "note: something [bold]odd here",
         "export the student",
-        "evaluation base on math: 12.5 % of 256",
+        "evaluation base on math: 12.5 %",
     ]
     assert lines[-2].startswith("time    0:02")
     assert lines[-1].rstrip() == "result  result.json"
@@ -357,12 +359,13 @@ def test_dumb_terminals_get_lines() -> None:
 
 def test_result_table_of_a_domain_without_headroom() -> None:
     console = Console(file=io.StringIO(), width=80, color_system=None)
-    rows = {"math": ACCURACIES, "flat": {**ACCURACIES, "base": 0.9, "weight_average": None}}
+    flat = {**ACCURACIES, "base": 0.9}
+    rows = {"math": ACCURACIES, "flat": {key: flat[key] for key in flat if not key.startswith("merge/")}}
     with console.capture() as capture:
-        console.print(ResultTable(result_document(rows, {})))
+        console.print(ResultTable(result_of(rows)))
     text = capture.get()
-    assert re.search(r"\n flat +90\.0 +90\.0 +- +86\.0 +- *\n", text)
-    assert re.search(r"\n mean +50\.0 +90\.0 +- +86\.0 +95\.0 % *\n", text)
+    assert re.search(r"\n flat +1000 +90\.0 +90\.0 +- +86\.0 \(.*\) +- *\n", text)
+    assert re.search(r"\n mean +50\.0 +90\.0 +- +86\.0 \(.*\) +95\.0 \(93 to 97\) *\n", text)
     assert "-  the expert is not better than the base" in text
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
+from results import result_of
 
 from mergeopd.errors import StorageError
 from mergeopd.reporting.events import (
@@ -111,14 +113,13 @@ plan:
   evaluation: {experts: {math: math}}
 files: {}
 """
-RESULT = {
-    "domains": {
-        "math": {"base": 0.25, "expert": 0.75, "weight_average": None, "merged": 0.7, "recovered": 0.9},
-        "code": {"base": 0.5, "expert": 0.5, "weight_average": 0.125, "merged": 0.4, "recovered": None},
+RESULT = result_of(
+    {
+        "math": {"base": 0.25, "expert/math": 0.75, "merge/ties": 0.2, "merged": 0.7},
+        "code": {"base": 0.5, "expert/code": 0.5, "expert/math": 0.375, "merge/ties": 0.125, "merged": 0.4},
     },
-    "mean_recovered": 0.9,
-    "seconds": {"rollout": 30.0, "update": 60.0, "total": 100.0},
-}
+    {"rollout": 30.0, "update": 60.0, "total": 100.0},
+)
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +137,7 @@ def folder(tmp_path: Path) -> Path:
     lines = [json.dumps(update_line(n)) + "\n" for n in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
     (tmp_path / "rollouts/samples.jsonl").write_text(json.dumps(sample_record(sample())) + "\n")
-    (tmp_path / "result.json").write_text(json.dumps(RESULT))
+    (tmp_path / "result.json").write_text(json.dumps(asdict(RESULT)))
     return tmp_path
 
 
@@ -235,8 +236,13 @@ def test_long_runs_are_means_over_equal_stretches() -> None:
 
 def test_the_result_table_and_the_time_are_those_of_the_result(folder: Path) -> None:
     text = page_of(folder).text
-    assert "math 25.0 75.0 - 70.0 90.0 %" in text
-    assert "code 50.0 50.0 12.5 40.0 -" in text
+    assert re.search(
+        r"math 1,000 25\.0 22\.\d to 27\.\d 75\.0 [^ ]+ to [^ ]+ 20\.0 [^ ]+ to [^ ]+ 70\.0 67\.\d to 72\.\d 90\.0 %",
+        text,
+    )
+    assert "The student reaches its expert within noise in 0 of 2 domains" in text
+    assert re.search(r"code 1,000 50\.0 .* 50\.0 .* 12\.5 .* 40\.0 [^ ]+ to [^ ]+ - ", text)
+    assert re.search(r"model math code base 25\.0", text)
     assert "update 60.0 s · 60 %" in text
     assert "other 10.0 s · 10 %" in text  # between the stages
     assert "Wall time 1:40" in text

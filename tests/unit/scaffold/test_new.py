@@ -393,7 +393,7 @@ def test_the_names_and_fields_of_data_sets(project: Path) -> None:
     write_cards(**{"math-word": ["math-word"], "math": ["math"], "tool.use": ["tool"]})
     rows = {
         "data/Math_Word/train #1.jsonl": {"question": "a", "answer": "a b #### 1,000"},
-        "data/math.test.jsonl": {"problem": "a", "solution": "12"},
+        "data/math.test.jsonl": {"problem": "b", "solution": "12"},
         "data/math.jsonl": {"prompt": "a", "answer": "long " * 30},
         "data/tool: x.jsonl": {"messages": [{"role": "user", "content": "a"}], "target": '{"a": 1}'},
     }

@@ -1,0 +1,95 @@
+"""95 % confidence intervals for accuracies, their differences, and recovered headroom.
+
+Values are per prompt: the mean reward, in [0, 1], of a model's responses to it. The prompts are the sample;
+several responses to one prompt are not independent and count as one value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Z = 1.959963984540054  # the standard normal's 97.5 % quantile
+_NUM_RESAMPLES = 4000
+_NUM_ADDED = 2
+_SEED = 0
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A 95 % confidence interval."""
+
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def wilson(values: Sequence[float] | Values) -> Interval:
+    """Return Wilson's score interval (1927) for the mean of values in [0, 1].
+
+    With values of 0 and 1 it is the usual interval of a proportion. Values between (partial rewards, means
+    over several responses) vary less, which counts as more prompts: the number that a proportion would need
+    for the same variance (Kish's effective sample size, 1965).
+
+    Raises:
+        ValueError: there are no values.
+    """
+    array = np.asarray(values, np.float64)
+    if not array.size:
+        raise ValueError("no values")
+    mean, num = float(array.mean()), float(array.size)
+    spread, variance = mean * (1.0 - mean), float(array.var())
+    if variance > 0.0:
+        num *= spread / variance
+    centre = mean + _Z**2 / (2 * num)
+    half = _Z * math.sqrt(spread / num + _Z**2 / (4 * num**2))
+    scale = 1.0 + _Z**2 / num
+    return Interval(max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale))
+
+
+def paired_interval(
+    domains: Sequence[Sequence[Values]], statistic: Callable[[Values], Values]
+) -> Interval | None:
+    """Return the bootstrap interval (percentiles) of a statistic of several models' means.
+
+    `domains` has the models' values `[prompts]` in each domain, on the same prompts in the same order.
+    Prompts are resampled within each domain, with all models' values on them. `statistic` maps the means
+    `[resamples, domains, models]` to `[resamples]`; NaN where it is not defined. None if that is so in more
+    than 2.5 % of the resamples, since no interval of those that remain has 95 %.
+
+    Two prompts on which each model's value is a coin flip are added to every domain before resampling: for
+    two models and small samples the interval then covers as that of Agresti and Min (2005), which adds half a
+    prompt to each of the four outcomes, while without them it covers 57 to 92 % of the time where models
+    rarely differ. The random numbers are fixed, so equal values give equal intervals.
+    """
+    random = np.random.default_rng(_SEED)
+    means = []
+    for models in domains:
+        values = np.stack([np.asarray(v, np.float64) for v in models], axis=1)
+        total = len(values) + _NUM_ADDED
+        shares = np.array([*[1.0 / total] * len(values), _NUM_ADDED / total])
+        counts = random.multinomial(total, shares, size=_NUM_RESAMPLES)
+        added = random.binomial(counts[:, -1:], 0.5, size=(_NUM_RESAMPLES, values.shape[1]))
+        means.append((counts[:, :-1] @ values + added) / total)
+    results = statistic(np.stack(means, axis=1))
+    undefined = np.isnan(results)
+    if undefined.mean() > 0.025:
+        return None
+    low, high = np.quantile(results[~undefined], [0.025, 0.975])
+    return Interval(float(low), float(high))
+
+
+def difference_interval(values: Values, others: Values) -> Interval:
+    """Return the paired bootstrap interval of mean(values) - mean(others) on the same prompts."""
+    interval = paired_interval([[values, others]], lambda means: means[:, 0, 0] - means[:, 0, 1])
+    assert interval is not None
+    return interval

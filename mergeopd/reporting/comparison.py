@@ -1,0 +1,138 @@
+"""Build a result from the rewards of an evaluation: intervals, comparisons and a verdict in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mergeopd.intervals import Values, paired_interval, wilson
+from mergeopd.messages import joined
+from mergeopd.reporting.result import DomainResult, Estimate, Model, Result
+
+Scores = Mapping[str, Mapping[str, Values]]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What an evaluation measured.
+
+    `scores` has the mean reward of each prompt, by model key and domain. `experts` maps each domain to the
+    key of its expert, `overlap` to the number of its prompts that are also trained on. Models may lack
+    domains; the base, each domain's expert and `merged` have been measured.
+    """
+
+    models: tuple[Model, ...]
+    scores: Scores
+    experts: Mapping[str, str]
+    overlap: Mapping[str, int]
+
+
+def build_result(measured: Measured, seconds: Mapping[str, float]) -> Result:
+    """Build the result of a run that took `seconds` by stage."""
+    models, scores, experts = measured.models, measured.scores, measured.experts
+    domains = tuple(experts)
+    best = {
+        kind: max(
+            (m.key for m in models if m.kind == kind and scores[m.key].keys() >= experts.keys()),
+            key=lambda key: sum(float(scores[key][d].mean()) for d in domains),
+            default=None,
+        )
+        for kind in ("static_merge", "expert")
+    }
+    static = best["static_merge"]
+    rows = {d: _domain(d, experts[d], static, scores, measured.overlap.get(d, 0)) for d in domains}
+    with_headroom = [d for d in domains if rows[d].recovered.value is not None]
+    mean = {
+        kind: _mean([scores[key if kind != "expert" else experts[d]][d] for d in domains])
+        for kind, key in (("base", "base"), ("expert", ""), ("static_merge", static), ("merged", "merged"))
+        if key is not None
+    }
+    return Result(
+        models=tuple(models),
+        domains=rows,
+        mean=mean,  # type: ignore[arg-type]
+        mean_recovered=_recovered([_triple(scores, d, experts[d]) for d in with_headroom]),
+        best_static=static,
+        best_expert=best["expert"],
+        verdict=_verdict(rows),
+        seconds=dict(seconds),
+    )
+
+
+def _domain(domain: str, expert: str, static: str | None, scores: Scores, overlap: int) -> DomainResult:
+    own = {key: by_domain[domain] for key, by_domain in scores.items() if domain in by_domain}
+    merged = own["merged"]
+    return DomainResult(
+        expert=expert,
+        num_prompts=len(merged),
+        accuracy={key: mean_reward(values) for key, values in own.items()},
+        recovered=_recovered([_triple(scores, domain, expert)]),
+        over_base=_difference(merged, own["base"]),
+        over_expert=_difference(merged, own[expert]),
+        over_static=None if static is None else _difference(merged, own[static]),
+        overlap=overlap,
+    )
+
+
+def _triple(scores: Scores, domain: str, expert: str) -> list[Values]:
+    return [scores[key][domain] for key in ("base", expert, "merged")]
+
+
+def mean_reward(values: Values) -> Estimate:
+    """Return an accuracy from the mean reward of each prompt."""
+    interval = wilson(values)
+    return Estimate(float(values.mean()), interval.low, interval.high)
+
+
+def _estimate(
+    value: float | None, domains: Sequence[Sequence[Values]], statistic: Callable[[Values], Values]
+) -> Estimate:
+    interval = None if value is None else paired_interval(domains, statistic)
+    return Estimate(value) if interval is None else Estimate(value, interval.low, interval.high)
+
+
+def _mean(values: Sequence[Values]) -> Estimate:
+    mean = float(np.mean([v.mean() for v in values]))
+    return _estimate(mean, [[v] for v in values], lambda means: means[:, :, 0].mean(1))
+
+
+def _difference(merged: Values, other: Values) -> Estimate:
+    value = float(merged.mean() - other.mean())
+    return _estimate(value, [[merged, other]], lambda means: means[:, 0, 0] - means[:, 0, 1])
+
+
+def _recovered(domains: Sequence[Sequence[Values]]) -> Estimate:
+    """Return the mean recovered headroom; not defined where an expert is not better than the base."""
+    if not domains:
+        return Estimate(None)
+    means = np.array([[[v.mean() for v in models] for models in domains]])
+    value = float(_recovered_of(means)[0])
+    return _estimate(None if np.isnan(value) else value, domains, _recovered_of)
+
+
+def _recovered_of(means: Values) -> Values:
+    """Recovered headroom `[resamples]` of base, expert and merged; NaN where an expert has no headroom."""
+    base, expert, merged = np.moveaxis(means, 2, 0)
+    headroom = expert - base
+    share = (merged - base) / np.where(headroom > 0, headroom, 1.0)
+    result: Values = np.where(headroom > 0, share, np.nan).mean(1)
+    return result
+
+
+def _verdict(rows: Mapping[str, DomainResult]) -> str:
+    """Say what the merge reached; a difference counts if its interval excludes zero."""
+    total = len(rows)
+    above = [d for d, row in rows.items() if (row.over_expert.low or 0.0) > 0]
+    short = [d for d, row in rows.items() if row.over_expert.high is not None and row.over_expert.high < 0]
+    below = [d for d, row in rows.items() if row.over_base.high is not None and row.over_base.high < 0]
+    parts = [f"reaches its expert within noise in {total - len(short)} of {total} domains"]
+    if above:
+        parts[0] += f" ({joined(above, 'and')}: above it)"
+    statics = [row.over_static for row in rows.values() if row.over_static is not None]
+    if statics:
+        num_ahead = sum((s.low or 0.0) > 0 for s in statics)
+        parts.append(f"ahead of the best static merge in {num_ahead} of {total}")
+    parts.append(f"below the base in {joined(below, 'and')}" if below else "below the base in none")
+    return ", ".join(parts)

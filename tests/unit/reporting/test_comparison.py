@@ -1,0 +1,138 @@
+"""From the rewards of an evaluation to a result: figures by hand, intervals, the sentence."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mergeopd.intervals import Values, wilson
+from mergeopd.reporting.comparison import Measured, build_result
+from mergeopd.reporting.result import Estimate, Model
+
+MODELS = (
+    Model("base", "base", "base"),
+    Model.expert("one"),
+    Model.expert("two"),
+    Model("merge/ties", "static_merge", "ties"),
+    Model("merge/slerp", "static_merge", "slerp"),
+    Model("merged", "merged", "merged"),
+)
+EXPERTS = {"math": "expert/one", "code": "expert/two"}
+
+
+def rewards(correct: int, num: int = 100) -> Values:
+    """The first prompts are answered correctly, so a better model is correct wherever a worse one is."""
+    return (np.arange(num) < correct).astype(float)
+
+
+def measured(scores: dict[str, tuple[int, int]], **changes: object) -> Measured:
+    values = {k: {"math": rewards(m), "code": rewards(c)} for k, (m, c) in scores.items()}
+    models = tuple(model for model in MODELS if model.key in scores)
+    return Measured(models, values, EXPERTS, {"math": 0, "code": 3}, **changes)  # type: ignore[arg-type]
+
+
+SCORES = {
+    "base": (20, 30),
+    "expert/one": (90, 25),
+    "expert/two": (10, 80),
+    "merge/ties": (40, 40),
+    "merge/slerp": (50, 20),
+    "merged": (83, 60),
+}
+
+
+def test_figures_are_those_of_the_rewards() -> None:
+    result = build_result(measured(SCORES), {"rollout": 1.5})
+    math, code = result.domains["math"], result.domains["code"]
+    assert math.accuracy["expert/two"].value == 0.1
+    assert (math.accuracy["merged"].low, math.accuracy["merged"].high) == pytest.approx(
+        (wilson(rewards(83)).low, wilson(rewards(83)).high)
+    )
+    assert math.recovered.value == pytest.approx((0.83 - 0.2) / (0.9 - 0.2))
+    assert code.recovered.value == pytest.approx((0.6 - 0.3) / (0.8 - 0.3))
+    assert result.mean_recovered.value == pytest.approx((0.9 + 0.6) / 2)
+    assert (result.best_static, result.best_expert) == ("merge/ties", "expert/one")
+    assert math.over_static is not None
+    assert [e.value for e in (math.over_base, math.over_expert, math.over_static)] == pytest.approx(
+        [0.63, -0.07, 0.43]
+    )
+    assert {kind: estimate.value for kind, estimate in result.mean.items()} == pytest.approx(
+        {"base": 0.25, "expert": 0.85, "static_merge": 0.4, "merged": 0.715}
+    )
+    assert (math.num_prompts, math.overlap, code.overlap) == (100, 0, 3)
+    assert result.headline("code")["expert"] == code.accuracy["expert/two"]
+    assert result.seconds == {"rollout": 1.5}
+
+
+def test_intervals_contain_their_figures_and_shrink_with_the_sample() -> None:
+    result = build_result(measured(SCORES), {})
+    estimates = [result.mean_recovered, *result.mean.values()]
+    for row in result.domains.values():
+        estimates += [row.recovered, row.over_base, row.over_expert, *row.accuracy.values()]
+    for estimate in estimates:
+        assert estimate.value is not None
+        assert estimate.low is not None
+        assert estimate.high is not None
+        assert estimate.low < estimate.value < estimate.high
+    large = Measured(
+        MODELS,
+        {
+            k: {"math": rewards(100 * m, 10_000), "code": rewards(100 * c, 10_000)}
+            for k, (m, c) in SCORES.items()
+        },
+        EXPERTS,
+        {},
+    )
+    small, wide = build_result(large, {}).mean_recovered, result.mean_recovered
+    assert small.low is not None
+    assert small.high is not None
+    assert wide.low is not None
+    assert wide.high is not None
+    assert (small.high - small.low) / (wide.high - wide.low) == pytest.approx(0.1, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {},
+            "reaches its expert within noise in 0 of 2 domains, ahead of the best static merge in 2 of 2, "
+            "below the base in none",
+        ),
+        (
+            {"merged": (89, 95)},
+            "reaches its expert within noise in 2 of 2 domains (code: above it), ahead of the best static merge "
+            "in 2 of 2, below the base in none",
+        ),
+        (
+            {"merged": (41, 5)},
+            "reaches its expert within noise in 0 of 2 domains, ahead of the best static merge in 0 of 2, "
+            "below the base in code",
+        ),
+    ],
+)
+def test_the_sentence_counts_what_intervals_resolve(
+    changes: dict[str, tuple[int, int]], sentence: str
+) -> None:
+    assert build_result(measured({**SCORES, **changes}), {}).verdict == sentence
+
+
+def test_without_headroom_or_static_merges() -> None:
+    scores = {k: v for k, v in SCORES.items() if not k.startswith("merge/")}
+    result = build_result(measured({**scores, "expert/two": (10, 30)}), {})
+    assert result.domains["code"].recovered == Estimate(None)
+    assert result.mean_recovered == result.domains["math"].recovered
+    assert result.domains["math"].over_static is None
+    assert result.best_static is None
+    assert "static_merge" not in result.mean
+    assert "static merge" not in result.verdict
+    flat = build_result(measured({**scores, "expert/one": (20, 0), "expert/two": (0, 30)}), {})
+    assert flat.mean_recovered == Estimate(None)
+
+
+def test_models_may_lack_domains() -> None:
+    own = measured(SCORES)
+    scores = {**own.scores, "expert/two": {"code": rewards(80)}}
+    result = build_result(Measured(MODELS, scores, EXPERTS, {}), {})
+    assert "expert/two" not in result.domains["math"].accuracy
+    assert result.best_expert == "expert/one"
