@@ -238,7 +238,7 @@ def load_run(folder: str | Path) -> RunResult:
         planned_updates=sum(phase["updates"] for phase in plan["phases"]),
         export=export if is_exported else None,
         accuracies={
-            domain: {kind: found.value if found else None for kind, found in reached.headline(domain).items()}
+            domain: {kind: row.value if row else None for kind, row in reached.headline(domain).items()}
             for domain in reached.domains
         }
         if reached

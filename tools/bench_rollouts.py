@@ -131,22 +131,22 @@ def measure(ranks: Communicator, num_responses: int, num_tokens: int) -> dict[st
     }
 
 
-def summary(found: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
+def summary(ranks: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
     """The largest figures of all processes; they must hold the same round."""
-    if len({rank["digest"] for rank in found}) != 1:
+    if len({rank["digest"] for rank in ranks}) != 1:
         raise SystemExit("the processes hold different rounds")
     return {
         "responses": arguments.responses,
         "tokens": arguments.tokens,
-        "processes": len(found),
-        "round_tokens": found[0]["tokens"],
-        "peak_bytes": max(rank["peak_bytes"] - rank["before_bytes"] for rank in found),
-        "after_bytes": max(rank["after_bytes"] - rank["before_bytes"] for rank in found),
-        "process_peak_bytes": max(rank["peak_bytes"] for rank in found),
-        "array_bytes_sent": max(rank["array_bytes_sent"] for rank in found),
-        "pickled_bytes_sent": max(rank["pickled_bytes_sent"] for rank in found),
+        "processes": len(ranks),
+        "round_tokens": ranks[0]["tokens"],
+        "peak_bytes": max(rank["peak_bytes"] - rank["before_bytes"] for rank in ranks),
+        "after_bytes": max(rank["after_bytes"] - rank["before_bytes"] for rank in ranks),
+        "process_peak_bytes": max(rank["peak_bytes"] for rank in ranks),
+        "array_bytes_sent": max(rank["array_bytes_sent"] for rank in ranks),
+        "pickled_bytes_sent": max(rank["pickled_bytes_sent"] for rank in ranks),
         # The last process to be ready waits for nobody.
-        "exchange_s": min(rank["exchange_s"] for rank in found),
+        "exchange_s": min(rank["exchange_s"] for rank in ranks),
     }
 
 

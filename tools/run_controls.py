@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mergeopd.reporting.result import Result, read_result
+from mergeopd.reporting.result import KINDS, Result, read_result
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
@@ -80,9 +80,9 @@ def run(name: str, sets: list[str]) -> Result:
         subprocess.run([*mergeopd, "run", str(RECIPE), *arguments], check=True)
         measured = ["--model", str(output / "export"), "--output", str(result)]
         subprocess.run([*mergeopd, "eval", str(RECIPE), *measured], check=True)
-    found = read_result(result)
-    assert found is not None
-    return found
+    measured_result = read_result(result)
+    assert measured_result is not None
+    return measured_result
 
 
 def show(results: dict[str, Result]) -> None:
@@ -98,13 +98,13 @@ def show(results: dict[str, Result]) -> None:
     static = [_static_recovered(next(iter(results.values())), d) for d in domains]
     with_headroom = [value for value in static if value is not None]
     mean = sum(with_headroom) / len(with_headroom) if with_headroom else None
-    table.add_row("weight average", *_percentages([*static, mean]))
+    table.add_row("best static merge", *_percentages([*static, mean]))
     Console().print(table)
 
 
 def _static_recovered(result: Result, domain: str) -> float | None:
-    found = {kind: estimate.value for kind, estimate in result.headline(domain).items() if estimate}
-    base, expert, static = (found.get(kind) for kind in ("base", "expert", "static_merge"))
+    row = result.headline(domain)
+    base, expert, static = (e.value if (e := row[kind]) else None for kind in KINDS[:3])
     if base is None or expert is None or static is None or expert <= base:
         return None
     return (static - base) / (expert - base)

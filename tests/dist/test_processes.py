@@ -223,7 +223,8 @@ def test_an_error_before_the_rendezvous_without_the_launcher(forks: Forks) -> No
 def test_a_killed_process_without_the_launcher(forks: Forks) -> None:
     ended = fork_by_address(forks, "killed", 3)
     assert [code for code, _, _ in ended] == [1, -9, 1]
-    (text,) = [err for _, _, err in ended if err]
+    # torch may add warnings of its own, when the process with the store ends before another has asked it.
+    (text,) = [line for _, _, err in ended for line in err.splitlines() if line.startswith("error: ")]
     assert " of 3 lost the connection to another process, which ended or does not respond" in text
 
 

@@ -30,10 +30,11 @@ class ResultTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         ascii_only, result = options.ascii_only, self.result
-        yield Text(f"The student {result.verdict}.", style="bold")
+        yield Text(f"The student {result.verdict}.\n", style="bold")
         yield self._headline(ascii_only)
         yield from self._legend(ascii_only)
         if len(result.models) > len(KINDS):
+            yield Text()
             yield self._matrix(ascii_only)
         yield from _times_and_paths(result.seconds, self.paths, options)
 
