@@ -37,7 +37,7 @@ from typing import Any, NoReturn
 
 # Name: (function, at the place where it is looked up; whether the fault happens before or after the call).
 PLACES = {
-    "text": ("mergeopd.engine.completion_cache:_write", "before"),
+    "text": ("mergeopd.storage.completion_cache:_write", "before"),
     "rollout": ("mergeopd.rollout.local:sample", "before"),
     "scoring": ("mergeopd.teacher.hidden_cache:HiddenCache.put", "before"),
     "gradient": ("mergeopd.student.torch:TorchStudent._collect_gradients", "after"),

@@ -13,7 +13,6 @@ import numpy as np
 
 from mergeopd.data.renderer import Renderer
 from mergeopd.distributed.communicator import scatter_gather
-from mergeopd.engine.completion_cache import CompletionCache, Origin
 from mergeopd.engine.rollouts import submission
 from mergeopd.engine.stages import Stages
 from mergeopd.intervals import Values
@@ -23,11 +22,12 @@ from mergeopd.preflight.inputs import Inputs
 from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.plan import EvaluationPlan, SourcePlan
 from mergeopd.reporting.comparison import Measured, mean_reward
-from mergeopd.reporting.events import EvaluationDone, Note
+from mergeopd.reporting.events import EvaluationDone
 from mergeopd.reporting.result import Model
 from mergeopd.reward.grading import Verifiers
 from mergeopd.reward.pool import Grade, failures_note
 from mergeopd.rollout.protocol import Completion, GenerationRequest, RolloutEngine
+from mergeopd.storage.completion_cache import CompletionCache, Origin
 from mergeopd.storage.responses import EvaluatedResponse, write_responses
 from mergeopd.types import Prompt, Sampling
 
@@ -130,7 +130,7 @@ class Evaluation:
             reason = why_not(base, experts) if experts else "the experts are the student itself"
         if reason is not None:
             if self.plan.static_merges:
-                self.stages.reporter.emit(Note(f"no static merge: {reason}"))
+                self.stages.note(f"no static merge: {reason}")
             return
         parts = [Checkpoint.open(folder).fingerprint for folder in (base, *experts)]
         for settings in self.plan.static_merges:
@@ -161,8 +161,8 @@ class Evaluation:
         fits = longest + self.plan.max_new_tokens <= candidate.renderer.max_positions
         if not fits:
             name, limit = candidate.model.title, candidate.renderer.max_positions
-            self.stages.reporter.emit(
-                Note(f"{name} is not measured on {domain}: its context of {limit} tokens is too short")
+            self.stages.note(
+                f"{name} is not measured on {domain}: its context of {limit} tokens is too short"
             )
         return fits
 
@@ -192,7 +192,7 @@ class Evaluation:
         failures = [grade.failure for grade in grades if grade.failure is not None]
         if failures:
             note = failures_note(source.name, failures)
-            self.stages.reporter.emit(Note(f"{note}; they count as incorrect"))
+            self.stages.note(f"{note}; they count as incorrect")
         return [
             EvaluatedResponse(
                 domain=source.domain,
@@ -241,5 +241,5 @@ class Evaluation:
         requests = [
             GenerationRequest(p.key, i % plan.samples, renderer.render(p)) for i, p in enumerate(prompts)
         ]
-        kept = CompletionCache(Path(self.inputs.plan.text_cache), self.stages)
+        kept = CompletionCache(Path(self.inputs.plan.text_cache), self.stages.ranks, self.stages.note)
         return kept.complete(origin, requests, generate), on_progress

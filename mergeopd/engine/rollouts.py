@@ -12,7 +12,6 @@ from mergeopd.engine.progress import Task
 from mergeopd.engine.stages import Stages
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.recipe.training import RolloutSettings
-from mergeopd.reporting.events import Note
 from mergeopd.reward.grading import Submission, Verifiers
 from mergeopd.reward.pool import Grade, failures_note
 from mergeopd.rollout.protocol import GenerationRequest, RolloutEngine
@@ -130,7 +129,7 @@ class Rewards:
         for source, reasons in failures.items():
             self._noted_sources.add(source)
             note = failures_note(source, reasons)
-            self.stages.reporter.emit(Note(f"{note}; such responses have no reward, and metrics count them"))
+            self.stages.note(f"{note}; such responses have no reward, and metrics count them")
 
 
 def submission(

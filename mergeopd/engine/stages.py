@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mergeopd.distributed.communicator import Communicator
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import StopGuard
-from mergeopd.reporting.events import Reporter, StageName, StageProgress, StageStarted
+from mergeopd.reporting.events import Note, Reporter, StageName, StageProgress, StageStarted
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class Stages:
             self._check()
 
         return on_progress
+
+    def note(self, text: str) -> None:
+        """Report a remark for the user."""
+        self.reporter.emit(Note(text))
 
     def _check(self) -> None:
         if self.guard is not None:

@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 
 from mergeopd.data.renderer import Renderer
-from mergeopd.engine.completion_cache import CompletionCache, Origin
 from mergeopd.engine.progress import Task
 from mergeopd.engine.rollouts import sampling
 from mergeopd.engine.stages import Stages
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.sources import author
 from mergeopd.rollout.protocol import Completion, GenerationRequest
+from mergeopd.storage.completion_cache import CompletionCache, Origin
 from mergeopd.teacher.protocol import Teacher
 from mergeopd.teacher.token_view import TokenView
 from mergeopd.types import Prompt, Rollout
@@ -69,7 +69,7 @@ class TeacherRolloutCache:
         requests = [
             GenerationRequest(key, sample, renderer.render(p)) for (key, sample), p in prompts.items()
         ]
-        cache = CompletionCache(Path(self.plan.text_cache), self.stages)
+        cache = CompletionCache(Path(self.plan.text_cache), self.stages.ranks, self.stages.note)
         completions = cache.complete(origin, requests, partial(self._generate, name))
         for request, completion in zip(requests, completions, strict=True):
             self._completions[name, request.key, request.sample] = completion

@@ -14,15 +14,13 @@ import torch
 from enumeration import teacher_rollouts_of
 
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine import completion_cache as texts_module
 from mergeopd.engine.build import Machine, load_models
-from mergeopd.engine.clock import Clock
 from mergeopd.engine.progress import Task
-from mergeopd.engine.stages import Stages
 from mergeopd.preflight.inputs import preflight
-from mergeopd.reporting.events import Event, Note, Reporters, StageStarted
+from mergeopd.reporting.events import Event, Note, StageStarted
 from mergeopd.rollout import local
 from mergeopd.rollout.protocol import Completion
+from mergeopd.storage import completion_cache as texts_module
 from mergeopd.types import Rollout
 
 CPU = torch.device("cpu")
@@ -197,7 +195,7 @@ def test_a_kept_text_that_cannot_be_is_replaced_and_counted(recipe: Path, name: 
 def test_two_runs_that_keep_texts_lose_none(tmp_path: Path) -> None:
     """Both read the file before either writes, unless one waits for the other."""
     file = tmp_path / "texts.jsonl"
-    cache = texts_module.CompletionCache(tmp_path, Stages(Reporters(), Clock(), SingleProcess(), None))
+    cache = texts_module.CompletionCache(tmp_path, SingleProcess(), lambda _: None)
 
     def write(number: int) -> None:
         for i in range(40):

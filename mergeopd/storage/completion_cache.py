@@ -11,8 +11,7 @@ from typing import get_args
 
 import numpy as np
 
-from mergeopd.engine.stages import Stages
-from mergeopd.reporting.events import Note
+from mergeopd.distributed.communicator import Communicator
 from mergeopd.rollout.protocol import Completion, GenerationRequest
 from mergeopd.storage.folders import write_atomic
 from mergeopd.storage.lock import waiting
@@ -73,11 +72,12 @@ class Origin:
 class CompletionCache:
     """A folder of responses: a file for each `Origin`, a line for each rendered prompt and sample.
 
-    A changed template or prompt therefore generates new responses.
+    A changed template or prompt therefore generates new responses. `note` gets a remark on damaged ones.
     """
 
     folder: Path
-    stages: Stages
+    ranks: Communicator
+    note: Callable[[str], None]
 
     def complete(
         self, origin: Origin, requests: Sequence[GenerationRequest], generate: Generate
@@ -87,12 +87,10 @@ class CompletionCache:
         Responses generated before an error or a request to stop are kept, too.
         """
         path = self.folder / origin.file_name
-        known, num_discarded = self.stages.ranks.run_on_first(lambda: _load(path, origin))
+        known, num_discarded = self.ranks.run_on_first(lambda: _load(path, origin))
         if num_discarded:
             kept = "response" if num_discarded == 1 else "responses"
-            self.stages.reporter.emit(
-                Note(f"discarded {num_discarded} damaged kept {kept} of {origin.name} in {path}")
-            )
+            self.note(f"discarded {num_discarded} damaged kept {kept} of {origin.name} in {path}")
         new = [request for request in requests if _line_key(request) not in known]
         if new:
             fresh: dict[str, Completion] = {}
@@ -112,7 +110,7 @@ class CompletionCache:
 
         Responses that another run has added meanwhile are ignored, since only one process would read them.
         """
-        if self.stages.ranks.is_first and fresh:
+        if self.ranks.is_first and fresh:
             with waiting(path):
                 _write(path, {**dict(filter(None, map(_parse, _lines(path)))), **fresh})
         return {**known, **fresh}
