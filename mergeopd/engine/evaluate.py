@@ -117,8 +117,7 @@ class Evaluation:
         yield self._of_folder(Model("merged", "merged", "merged"), merged, student)
 
     def _of_folder(self, model: Model, folder: Path, renderer: Renderer) -> _Candidate:
-        fingerprint = Checkpoint.open(folder).fingerprint
-        return _Candidate(model, renderer, fingerprint, lambda: self.open_model(folder, renderer))
+        return _Candidate(model, renderer, _fingerprint(folder), lambda: self.open_model(folder, renderer))
 
     def _static_merges(self, base: Path) -> Iterator[_Candidate]:
         teachers = [self.inputs.plan.teachers[name] for name in sorted(set(self.plan.experts.values()))]
@@ -132,7 +131,7 @@ class Evaluation:
             if self.plan.static_merges:
                 self.stages.note(f"no static merge: {reason}")
             return
-        parts = [Checkpoint.open(folder).fingerprint for folder in (base, *experts)]
+        parts = [_fingerprint(folder) for folder in (base, *experts)]
         for settings in self.plan.static_merges:
             content = "\0".join([settings.model_dump_json(), str(self.inputs.plan.seed), *parts])
             yield _Candidate(
@@ -243,3 +242,9 @@ class Evaluation:
         ]
         kept = CompletionCache(Path(self.inputs.plan.text_cache), self.stages.ranks, self.stages.note)
         return kept.complete(origin, requests, generate), on_progress
+
+
+def _fingerprint(folder: Path) -> str:
+    """Identify a model by its weights and its config, on which its responses depend as well."""
+    config = (folder / "config.json").read_bytes()
+    return hashlib.sha256(Checkpoint.open(folder).fingerprint.encode() + config).hexdigest()

@@ -129,6 +129,11 @@ def test_a_model_generates_once(job: Callable[..., Path], monkeypatch: pytest.Mo
         file.write('\n{"prompt": "a d", "answer": "c"}')
     evaluate(recipe)
     assert generated == [1] * 5
+    generated.clear()
+    config = recipe.parent / "two" / "config.json"  # of expert and student, and a part of the average's key
+    config.write_text(config.read_text().replace('"silu"', '"gelu"'))
+    evaluate(recipe)
+    assert generated == [4, 4] * 3
 
 
 def test_several_samples_are_means_per_prompt(job: Callable[..., Path], tmp_path: Path) -> None:
