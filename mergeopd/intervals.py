@@ -28,10 +28,6 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
 
 def wilson(values: Sequence[float] | Values) -> Interval:
     """Return Wilson's score interval (1927) for the mean of values in [0, 1].

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mergeopd.intervals import Values, paired_interval, wilson
+from mergeopd.intervals import Values, difference_interval, paired_interval, wilson
 from mergeopd.messages import joined
 from mergeopd.reporting.result import DomainResult, Estimate, Model, Result
 
@@ -99,8 +99,8 @@ def _mean(values: Sequence[Values]) -> Estimate:
 
 
 def _difference(merged: Values, other: Values) -> Estimate:
-    value = float(merged.mean() - other.mean())
-    return _estimate(value, [[merged, other]], lambda means: means[:, 0, 0] - means[:, 0, 1])
+    interval = difference_interval(merged, other)
+    return Estimate(float(merged.mean() - other.mean()), interval.low, interval.high)
 
 
 def _recovered(domains: Sequence[Sequence[Values]]) -> Estimate:

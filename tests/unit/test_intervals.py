@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mergeopd import intervals
-from mergeopd.intervals import Interval, difference_interval, paired_interval, wilson
+from mergeopd.intervals import difference_interval, paired_interval, wilson
 
 
 def test_wilson_of_a_proportion() -> None:
@@ -88,9 +88,3 @@ def test_domains_are_resampled_on_their_own() -> None:
 def test_an_undefined_statistic_has_no_interval() -> None:
     same = np.array([0.0, 1.0] * 20)
     assert paired_interval([[same, same, same]], recovered) is None
-
-
-def test_excludes_zero() -> None:
-    assert Interval(0.1, 0.2).excludes_zero
-    assert Interval(-0.2, -0.1).excludes_zero
-    assert not Interval(-0.1, 0.2).excludes_zero
