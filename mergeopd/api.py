@@ -239,7 +239,7 @@ def load_run(folder: str | Path) -> RunResult:
         export=export if is_exported else None,
         accuracies={
             domain: {kind: row.value if row else None for kind, row in reached.headline(domain).items()}
-            for domain in reached.domains
+            for domain in reached.suites
         }
         if reached
         else {},

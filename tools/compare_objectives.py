@@ -137,13 +137,13 @@ def measure(export: Path, name: str) -> dict[str, Any]:
 
 def show(rows: dict[str, list[dict[str, Any]]]) -> None:
     """Print recovered headroom in per cent, mean and half the range over the seeds."""
-    domains = sorted(next(iter(rows.values()))[0]["domains"])
+    domains = sorted(next(iter(rows.values()))[0]["suites"])
     table = Table(title="Recovered headroom in %, mean +- half the range over seeds", title_justify="left")
     table.add_column("objective")
     for column in (*domains, "mean"):
         table.add_column(column, justify="right")
     for name, documents in rows.items():
-        columns = [[d["domains"][domain]["recovered"]["value"] for d in documents] for domain in domains]
+        columns = [[d["suites"][domain]["recovered"]["value"] for d in documents] for domain in domains]
         columns.append([d["mean_recovered"]["value"] for d in documents])
         table.add_row(name, *(_spread(values) for values in columns))
     Console(width=110).print(table)

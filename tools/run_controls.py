@@ -87,13 +87,13 @@ def run(name: str, sets: list[str]) -> Result:
 
 def show(results: dict[str, Result]) -> None:
     """Print recovered headroom in per cent, per domain and in the mean, and the best static merge."""
-    domains = sorted(next(iter(results.values())).domains)
+    domains = sorted(next(iter(results.values())).suites)
     table = Table(title="Recovered headroom in %", title_justify="left")
     table.add_column("run")
     for column in (*domains, "mean"):
         table.add_column(column, justify="right")
     for name, result in results.items():
-        values = [result.domains[d].recovered.value for d in domains]
+        values = [result.suites[d].recovered.value for d in domains]
         table.add_row(name, *_percentages([*values, result.mean_recovered.value]))
     static = [_static_recovered(next(iter(results.values())), d) for d in domains]
     with_headroom = [value for value in static if value is not None]

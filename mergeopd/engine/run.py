@@ -185,8 +185,12 @@ def _reporters(
 
     metrics = opened.enter_context(MetricsFile(folder.metrics_file))
     samples = opened.enter_context(MetricsFile(folder.samples_file))
+    accuracy = opened.enter_context(MetricsFile(folder.accuracy_file))
+    alarms = opened.enter_context(MetricsFile(folder.alarms_file))
     num_recorded = metrics.truncate_to(num_done)
     num_sampled = samples.truncate_to(num_done)
+    for file in (accuracy, alarms):
+        file.truncate_to(num_done)
     num_due = sum(is_due(update, inputs.plan.num_updates) for update in range(1, num_done + 1))
     if num_sampled < num_due:
         name = shown(folder.samples_file)
@@ -194,7 +198,10 @@ def _reporters(
     if num_recorded < num_done:
         name = shown(folder.metrics_file)
         console.emit(Note(f"{name} has lines of {num_recorded} of the {num_done} updates made so far"))
-    reporters: list[Reporter] = [RecordsReporter(metrics, samples), HtmlReporter(folder.path, console)]
+    reporters: list[Reporter] = [
+        RecordsReporter(metrics, samples, accuracy, alarms),
+        HtmlReporter(folder.path, console),
+    ]
     if inputs.plan.report.tensorboard:
         reporters.append(TensorBoardReporter(folder.path / run_layout.TENSORBOARD, console))
     return Reporters(*reporters, console)

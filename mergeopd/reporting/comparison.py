@@ -9,7 +9,7 @@ import numpy as np
 
 from mergeopd.intervals import Values, difference_interval, paired_interval, wilson
 from mergeopd.messages import joined
-from mergeopd.reporting.result import DomainResult, Estimate, Model, Result
+from mergeopd.reporting.result import Estimate, Model, Result, SuiteResult
 
 Scores = Mapping[str, Mapping[str, Values]]
 
@@ -51,7 +51,7 @@ def build_result(measured: Measured, seconds: Mapping[str, float]) -> Result:
     }
     return Result(
         models=tuple(models),
-        domains=rows,
+        suites=rows,
         mean=mean,  # type: ignore[arg-type]
         mean_recovered=_recovered([_triple(scores, d, experts[d]) for d in with_headroom]),
         best_static=static,
@@ -61,10 +61,10 @@ def build_result(measured: Measured, seconds: Mapping[str, float]) -> Result:
     )
 
 
-def _domain(domain: str, expert: str, static: str | None, scores: Scores, overlap: int) -> DomainResult:
+def _domain(domain: str, expert: str, static: str | None, scores: Scores, overlap: int) -> SuiteResult:
     own = {key: by_domain[domain] for key, by_domain in scores.items() if domain in by_domain}
     merged = own["merged"]
-    return DomainResult(
+    return SuiteResult(
         expert=expert,
         num_prompts=len(merged),
         accuracy={key: mean_reward(values) for key, values in own.items()},
@@ -121,7 +121,7 @@ def _recovered_of(means: Values) -> Values:
     return result
 
 
-def _verdict(rows: Mapping[str, DomainResult]) -> str:
+def _verdict(rows: Mapping[str, SuiteResult]) -> str:
     """Say what the merge reached; a difference counts if its interval excludes zero."""
     total = len(rows)
     above = [d for d, row in rows.items() if (row.over_expert.low or 0.0) > 0]

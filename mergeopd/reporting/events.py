@@ -237,11 +237,41 @@ class Note(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class AccuracyMeasured(Event):
+    """Accuracy (0 to 1) of the student after `update` updates, by suite; `num_prompts` were measured of each.
+
+    Also the record of a line in accuracy.jsonl.
+    """
+
+    update: int
+    accuracy: Mapping[str, Estimate]
+    num_prompts: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class AlarmRaised(Event):
+    """A sign that the run goes wrong, at `update`; also the record of a line in alarms.jsonl.
+
+    `name` is the alarm's key in the recipe, `subject` the domain or teacher concerned, "" for the run.
+    `finding` is what was seen, with its figure and threshold; `cause` is likely, `remedy` names the setting
+    to change. `stops`: the recipe asks to stop the run.
+    """
+
+    update: int
+    name: str
+    subject: str
+    finding: str
+    cause: str
+    remedy: str
+    stops: bool
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationDone(Event):
-    """Accuracy (0 to 1) of one model on one domain; `is_own_expert`: the student's expert there."""
+    """Accuracy (0 to 1) of one model on one suite; `is_own_expert`: the student's expert there."""
 
     model: Model
-    domain: str
+    suite: str
     accuracy: Estimate
     is_own_expert: bool
 

@@ -1,9 +1,10 @@
-"""Write metrics.jsonl, a line per update, and rollouts/samples.jsonl, responses token by token.
+"""Write metrics.jsonl, a line per update, rollouts/samples.jsonl, responses token by token, and two more.
 
     pandas.json_normalize(map(json.loads, open("metrics.jsonl")))   # columns like teachers.math.reverse_kl
 
 Everything that depends on the machine or on restarts is under `cost`: two runs of one plan differ in that key
-only. The report reads lines back through the types that write them.
+only. accuracy.jsonl has a line per measurement during the run, alarms.jsonl one per alarm. The report reads
+lines back through the types that write them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mergeopd.reporting.events import Event, RolloutSampled, StageStarted, TeacherStats, UpdateDone
+from mergeopd.reporting.events import (
+    AccuracyMeasured,
+    AlarmRaised,
+    Event,
+    RolloutSampled,
+    StageStarted,
+    TeacherStats,
+    UpdateDone,
+)
 from mergeopd.storage.metrics import MetricsFile
 
 Numbers = Mapping[str, float | None]
@@ -94,14 +103,18 @@ def sample_record(event: RolloutSampled) -> dict[str, Any]:
 
 
 class RecordsReporter:
-    """Writes updates and sampled responses to their files, and syncs both before a checkpoint."""
+    """Writes each kind of record to its file, and syncs all before a checkpoint."""
 
-    def __init__(self, metrics: MetricsFile, samples: MetricsFile) -> None:
+    def __init__(
+        self, metrics: MetricsFile, samples: MetricsFile, accuracy: MetricsFile, alarms: MetricsFile
+    ) -> None:
         self._metrics = metrics
         self._samples = samples
+        self._accuracy = accuracy
+        self._alarms = alarms
 
     def emit(self, event: Event) -> None:
-        """Append the line of an `UpdateDone` or `RolloutSampled`; other events have none.
+        """Append the line of an event that has one.
 
         Raises:
             StorageError: the disk fails.
@@ -111,8 +124,12 @@ class RecordsReporter:
                 self._metrics.append(update_record(event))
             case RolloutSampled():
                 self._samples.append(sample_record(event))
+            case AccuracyMeasured():
+                self._accuracy.append(asdict(event))
+            case AlarmRaised():
+                self._alarms.append(asdict(event))
             case StageStarted(stage="checkpoint"):
-                self._metrics.sync()
-                self._samples.sync()
+                for file in (self._metrics, self._samples, self._accuracy, self._alarms):
+                    file.sync()
             case _:
                 pass

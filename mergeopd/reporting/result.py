@@ -40,8 +40,8 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class DomainResult:
-    """One domain: accuracies (0 to 1) by model, and the merged student beside others.
+class SuiteResult:
+    """One suite of evaluation prompts: accuracies (0 to 1) by model, and the merged student beside others.
 
     `expert` is the model that the student is compared with here. `recovered` is the share of the expert's
     headroom over the base that the student reached: (merged - base) / (expert - base). The other estimates
@@ -63,14 +63,14 @@ class DomainResult:
 class Result:
     """What a run reached.
 
-    `mean` has the means over domains by kind of model: each domain's own expert, the best static merge.
-    `mean_recovered` is over the domains with headroom. `best_static` and `best_expert` are the static merge
-    and the expert with the highest mean accuracy over all domains, if there are any. `verdict` says it in
+    `mean` has the means over suites by kind of model: each suite's own expert, the best static merge.
+    `mean_recovered` is over the suites with headroom. `best_static` and `best_expert` are the static merge
+    and the expert with the highest mean accuracy over all suites, if there are any. `verdict` says it in
     words, `seconds` is wall time by stage.
     """
 
     models: tuple[Model, ...]
-    domains: Mapping[str, DomainResult]
+    suites: Mapping[str, SuiteResult]
     mean: Mapping[Kind, Estimate]
     mean_recovered: Estimate
     best_static: str | None
@@ -78,9 +78,9 @@ class Result:
     verdict: str
     seconds: Mapping[str, float] = field(default_factory=dict)
 
-    def headline(self, domain: str) -> dict[Kind, Estimate | None]:
-        """Return a domain's accuracies by kind: its own expert, and the best static merge of the run."""
-        row = self.domains[domain]
+    def headline(self, suite: str) -> dict[Kind, Estimate | None]:
+        """Return a suite's accuracies by kind: the expert of its domain, the best static merge."""
+        row = self.suites[suite]
         keys = {
             "base": "base",
             "expert": row.expert,

@@ -35,6 +35,8 @@ class RunFolder:
         self.plan_file = path / run_layout.PLAN
         self.metrics_file = path / run_layout.METRICS
         self.samples_file = path / run_layout.SAMPLES
+        self.accuracy_file = path / run_layout.ACCURACY
+        self.alarms_file = path / run_layout.ALARMS
         self.spill = path / run_layout.SPILL
         self.checkpoints = path / run_layout.CHECKPOINTS
         self.export = path / run_layout.EXPORT

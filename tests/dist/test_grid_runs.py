@@ -28,7 +28,7 @@ def follows(folder, name, expected):
     assert weights_gap(actual / "export", expected / "export", folder / "base") <= OF_THE_WAY
     results = [run / "result.json" for run in (actual, expected)]
     if results[1].exists():
-        measured, wanted = (json.loads(path.read_text())["domains"] for path in results)
+        measured, wanted = (json.loads(path.read_text())["suites"] for path in results)
         assert measured == wanted
 
 

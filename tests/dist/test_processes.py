@@ -256,7 +256,7 @@ def test_processes_evaluate_together(
         assert (code, err) == (0, "")
         outputs.append(out.replace(f"{size}.json", "FILE"))
         documents.append(json.loads((tmp_path / f"{size}.json").read_text()))
-    assert documents[0]["domains"] == documents[1]["domains"]
+    assert documents[0]["suites"] == documents[1]["suites"]
     assert outputs[1].count("right") == outputs[0].count("right") > 0
 
 

@@ -226,7 +226,7 @@ def test_quickstart(
         "seconds": taken,
         "merge_updates_per_second": len(steady) / spent,
         "seconds_by_stage": result["seconds"],
-        "domains": result["domains"],
+        "domains": result["suites"],
         "mean_recovered": result["mean_recovered"],
         "last_loss": records[-1]["loss"],
     }

@@ -87,7 +87,7 @@ def test_run_in_two_parts(recipe: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert whole.export == whole.folder / "export"
     assert (whole.folder / "export" / "model.safetensors").is_file()
     result = json.loads((whole.folder / "result.json").read_text())
-    accuracy = result["domains"]["right"]["accuracy"]
+    accuracy = result["suites"]["right"]["accuracy"]
     assert whole.accuracies["right"] == {
         "base": accuracy["base"]["value"],
         "expert": accuracy["expert/two"]["value"],
@@ -119,8 +119,8 @@ def test_evaluate_and_report(recipe: Path) -> None:
     document = mergeopd.evaluate(recipe, model="two", output="measured.json")
     headline = document.headline("right")
     assert headline["merged"] == headline["expert"]
-    assert json.loads(Path("measured.json").read_text())["domains"]["right"] == asdict(
-        document.domains["right"]
+    assert json.loads(Path("measured.json").read_text())["suites"]["right"] == asdict(
+        document.suites["right"]
     )
     assert Path("measured/merged.parquet").is_file()
     (result.folder / "report.html").unlink()

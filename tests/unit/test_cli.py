@@ -363,8 +363,8 @@ def test_eval_measures_any_folder(command: Command, ran: Path) -> None:
     code, out, err = command("eval", ran, "--model", "two", "--output", "measured.json")
     assert code == 0, err
     document = json.loads(Path("measured.json").read_text())
-    assert set(document["domains"]) == {"right"}
-    accuracy = document["domains"]["right"]["accuracy"]
+    assert set(document["suites"]) == {"right"}
+    accuracy = document["suites"]["right"]["accuracy"]
     assert accuracy["merged"] == accuracy["expert/two"]
     assert "right" in out
 

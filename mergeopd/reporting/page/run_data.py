@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from mergeopd.errors import StorageError
-from mergeopd.reporting.events import RolloutSampled
+from mergeopd.reporting.events import AccuracyMeasured, AlarmRaised, RolloutSampled
 from mergeopd.reporting.jsonl import UpdateRecord
 from mergeopd.reporting.result import Result, read_result
 from mergeopd.storage import run_layout
@@ -20,6 +20,8 @@ _SHOWN_OF_PLAN = {"name", "student", "teachers", "phases"}
 # Keys of later versions of the same format are ignored.
 _UPDATE = TypeAdapter(UpdateRecord)
 _SAMPLE = TypeAdapter(RolloutSampled)
+_ACCURACY = TypeAdapter(AccuracyMeasured)
+_ALARM = TypeAdapter(AlarmRaised)
 _Record = TypeVar("_Record")
 
 
@@ -31,6 +33,8 @@ class RunData:
     document: Mapping[str, Any] | None
     updates: tuple[UpdateRecord, ...]
     samples: tuple[RolloutSampled, ...]
+    accuracy: tuple[AccuracyMeasured, ...]
+    alarms: tuple[AlarmRaised, ...]
     result: Result | None
     exported: bool
     notes: tuple[str, ...]
@@ -63,6 +67,8 @@ def load_run(folder: Path) -> RunData:
     document = _document(folder / run_layout.PLAN, notes)
     updates = _in_order(_lines(folder, run_layout.METRICS, _UPDATE, notes), notes)
     samples = _lines(folder, run_layout.SAMPLES, _SAMPLE, notes)
+    accuracy = _lines(folder, run_layout.ACCURACY, _ACCURACY, notes)
+    alarms = _lines(folder, run_layout.ALARMS, _ALARM, notes)
     result = None
     try:
         result = read_result(folder / run_layout.RESULT)
@@ -81,7 +87,7 @@ def load_run(folder: Path) -> RunData:
         notes.append(
             f"{run_layout.RESULT} is missing: the evaluation is running, or `mergeopd run` resumes with it"
         )
-    return RunData(folder, document, updates, samples, result, exported, tuple(notes))
+    return RunData(folder, document, updates, samples, accuracy, alarms, result, exported, tuple(notes))
 
 
 def _check_is_run(folder: Path) -> None:

@@ -54,7 +54,7 @@ class PlainReporter:
                 if self._stage is not None and is_long and self._is_due(now):
                     self._print(_stage_line(self._stage, event.done))
             case events.EvaluationDone():
-                self._print(f"evaluation {event.model.title} on {event.domain}: {percent(event.accuracy)} %")
+                self._print(f"evaluation {event.model.title} on {event.suite}: {percent(event.accuracy)} %")
             case events.CheckpointSaved():
                 self._print(f"saved {event.path}")
             case events.CheckpointSkipped():

@@ -44,12 +44,12 @@ class ResultTable:
             ("domain", "n", *_titles()), ascii_only=ascii_only, title="Accuracy and its 95 % interval, in %"
         )
         rows.columns[-2].style = "bold"
-        for name, row in result.domains.items():
+        for name, row in result.suites.items():
             cells = _cells(result.headline(name))
             rows.add_row(
                 plain_text(name, ascii_only), str(row.num_prompts), *cells, _recovered(row.recovered)
             )
-        if len(result.domains) > 1:
+        if len(result.suites) > 1:
             rows.add_section()
             rows.add_row("mean", "", *_cells(result.mean), _recovered(result.mean_recovered))
         return rows
@@ -58,15 +58,15 @@ class ResultTable:
         titles = {model.key: model.title for model in self.result.models}
         if self.result.best_static is not None:
             yield Text(f"static  the best static merge: {titles[self.result.best_static]}", style="dim")
-        if any(row.recovered.value is None for row in self.result.domains.values()):
+        if any(row.recovered.value is None for row in self.result.suites.values()):
             yield Text(f"{_MISSING}  the expert is not better than the base", style="yellow")
-        for name, row in self.result.domains.items():
+        for name, row in self.result.suites.items():
             if row.overlap:
                 text = f"{name}: {row.overlap} of {row.num_prompts} prompts are also trained on"
                 yield Text(plain_text(text, ascii_only))
 
     def _matrix(self, ascii_only: bool) -> Table:
-        domains = self.result.domains
+        domains = self.result.suites
         columns = ("model", *(plain_text(domain, ascii_only) for domain in domains))
         rows = table(columns, ascii_only=ascii_only, title="Every model, in %")
         for model in self.result.models:

@@ -61,8 +61,8 @@ class RunView:
                 self.is_finished = True
 
     def _add_evaluation(self, event: events.EvaluationDone) -> None:
-        """Keep a domain's base, its own expert, its best static merge and the student."""
-        row, kind = self.evaluations.setdefault(event.domain, {}), event.model.kind
+        """Keep a suite's base, its own expert, its best static merge and the student."""
+        row, kind = self.evaluations.setdefault(event.suite, {}), event.model.kind
         if kind == "expert" and not event.is_own_expert:
             return
         best = row.get(kind)

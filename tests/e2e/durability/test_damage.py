@@ -233,12 +233,12 @@ def test_a_damaged_export_without_checkpoints_is_not_trained_over(runs: Any, fin
     assert (folder / "metrics.jsonl").read_bytes() == metrics
 
 
-@pytest.mark.parametrize("content", ['{"domains": {', "{}", None])
+@pytest.mark.parametrize("content", ['{"suites": {', "{}", None])
 def test_a_lost_result_is_evaluated_again(runs: Any, finished: str, content: str | None) -> None:
     """Also without checkpoints, as the export is enough."""
     folder = runs.folder(finished)
     path = folder / "result.json"
-    expected = json.loads(path.read_text())["domains"]
+    expected = json.loads(path.read_text())["suites"]
     if content is None:
         path.unlink()
     else:
@@ -247,7 +247,7 @@ def test_a_lost_result_is_evaluated_again(runs: Any, finished: str, content: str
     shutil.rmtree(folder / "checkpoints")
     code, printed = runs(finished)
     assert code == 0, printed
-    assert json.loads(path.read_text())["domains"] == expected
+    assert json.loads(path.read_text())["suites"] == expected
     assert (folder / "metrics.jsonl").read_bytes() == metrics
     assert not (folder / "checkpoints").exists()
     assert "This run is finished" in runs(finished)[1]

@@ -77,7 +77,7 @@ def test_every_model_on_every_domain(job: Callable[..., Path]) -> None:
         key: {"left": 3, "right": 4} for key in keys
     }
     assert measured.experts == {"left": "expert/one", "right": "expert/two"}
-    own = [(e.model.key, e.domain) for e in events.done if e.is_own_expert]
+    own = [(e.model.key, e.suite) for e in events.done if e.is_own_expert]
     assert own == [("expert/one", "left"), ("expert/two", "right")]
     # The merged student is a copy of `two`, with the student's template, which is also that of `two`.
     for domain in ("left", "right"):

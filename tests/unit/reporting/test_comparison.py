@@ -43,7 +43,7 @@ SCORES = {
 
 def test_figures_are_those_of_the_rewards() -> None:
     result = build_result(measured(SCORES), {"rollout": 1.5})
-    math, code = result.domains["math"], result.domains["code"]
+    math, code = result.suites["math"], result.suites["code"]
     assert math.accuracy["expert/two"].value == 0.1
     assert (math.accuracy["merged"].low, math.accuracy["merged"].high) == pytest.approx(
         (wilson(rewards(83)).low, wilson(rewards(83)).high)
@@ -67,7 +67,7 @@ def test_figures_are_those_of_the_rewards() -> None:
 def test_intervals_contain_their_figures_and_shrink_with_the_sample() -> None:
     result = build_result(measured(SCORES), {})
     estimates = [result.mean_recovered, *result.mean.values()]
-    for row in result.domains.values():
+    for row in result.suites.values():
         estimates += [row.recovered, row.over_base, row.over_expert, *row.accuracy.values()]
     for estimate in estimates:
         assert estimate.value is not None
@@ -120,9 +120,9 @@ def test_the_sentence_counts_what_intervals_resolve(
 def test_without_headroom_or_static_merges() -> None:
     scores = {k: v for k, v in SCORES.items() if not k.startswith("merge/")}
     result = build_result(measured({**scores, "expert/two": (10, 30)}), {})
-    assert result.domains["code"].recovered == Estimate(None)
-    assert result.mean_recovered == result.domains["math"].recovered
-    assert result.domains["math"].over_static is None
+    assert result.suites["code"].recovered == Estimate(None)
+    assert result.mean_recovered == result.suites["math"].recovered
+    assert result.suites["math"].over_static is None
     assert result.best_static is None
     assert "static_merge" not in result.mean
     assert "static merge" not in result.verdict
@@ -134,5 +134,5 @@ def test_models_may_lack_domains() -> None:
     own = measured(SCORES)
     scores = {**own.scores, "expert/two": {"code": rewards(80)}}
     result = build_result(Measured(MODELS, scores, EXPERTS, {}), {})
-    assert "expert/two" not in result.domains["math"].accuracy
+    assert "expert/two" not in result.suites["math"].accuracy
     assert result.best_expert == "expert/one"

@@ -50,7 +50,9 @@ UPDATE = UpdateDone(
 def test_a_line_holds_every_figure_once_and_costs_apart(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsFile(path) as file:
-        reporter = RecordsReporter(file, MetricsFile(tmp_path / "samples.jsonl"))
+        reporter = RecordsReporter(
+            file, *(MetricsFile(tmp_path / f"{name}.jsonl") for name in ("samples", "accuracy", "alarms"))
+        )
         for event in (Note("x"), UPDATE, CheckpointSaved(3, tmp_path)):
             reporter.emit(event)
     (line,) = path.read_text().splitlines()
