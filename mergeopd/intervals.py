@@ -52,6 +52,23 @@ def wilson(values: Sequence[float] | Values) -> Interval:
     return Interval(max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale))
 
 
+def pass_at_k(num_correct: Values, num_samples: int, k: int) -> Values:
+    """Estimate each prompt's pass@k, the probability that one of `k` responses is correct.
+
+    The unbiased estimator of Chen et al. (2021, 2107.03374) for `c` correct ones of `n` responses is
+    1 - C(n - c, k) / C(n, k), the share of the subsets of size `k` that contain a correct one.
+
+    Raises:
+        ValueError: `k` is not in 1 to `num_samples`.
+    """
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"k must be in 1 to {num_samples}, not {k}")
+    total = math.comb(num_samples, k)
+    wrong = [math.comb(num_samples - c, k) / total for c in range(num_samples + 1)]
+    estimates: Values = 1.0 - np.array(wrong)[np.asarray(num_correct, np.int64)]
+    return estimates
+
+
 def paired_interval(
     domains: Sequence[Sequence[Values]], statistic: Callable[[Values], Values]
 ) -> Interval | None:

@@ -263,15 +263,18 @@ class _Check:
                     f"expert '{name}' is evaluated with the student's prompt, because its own shows "
                     f"{joined([repr(field) for field in sorted(own.fields)], 'and')} of each row"
                 )
-        own_limit = plan.evaluation.max_new_tokens != plan.rollout.max_new_tokens
-        limit_place: Keys = ("evaluation" if own_limit else "rollout", "max_new_tokens")
-        budget = LengthBudget(plan.evaluation.max_new_tokens, limit_place)
+        suites = {source.name: suite for suite in plan.evaluation.suites for source in suite.sources}
         trained = {p.messages for prompts in self.prompts.values() for p in prompts}
-        for index, source in enumerate(plan.evaluation.sources):
+        for index, source in self._resolution.eval_sources.items():
             prompts = self.evaluation.get(source.name, ())
             place: Keys = ("evaluation", "prompts", index)
-            expert = plan.evaluation.experts[source.domain]
-            renderers = {name: renderer.as_measured for name, renderer in self._renderers((expert,)).items()}
+            suite = suites[source.name]
+            limits = {each.max_new_tokens for each in suites.values()}
+            of_all: Keys = ("rollout",) if limits == {plan.rollout.max_new_tokens} else ("evaluation",)
+            limit_place: Keys = (*(of_all if len(limits) == 1 else place), "max_new_tokens")
+            budget = LengthBudget(suite.max_new_tokens, limit_place)
+            compared = () if suite.expert is None else (suite.expert,)
+            renderers = {name: renderer.as_measured for name, renderer in self._renderers(compared).items()}
             PromptChecks(self.findings, place, source, prompts).lengths(renderers, budget)
             num_seen = self.overlap[source.name] = sum(prompt.messages in trained for prompt in prompts)
             if num_seen and source.allow_overlap:

@@ -66,18 +66,39 @@ class SourcePlan(Strict):
     allow_overlap: bool = False
 
 
-class EvaluationPlan(Strict):
-    """The evaluation. `experts` maps each domain to the teacher with which it is compared."""
+class SuitePlan(Strict):
+    """Evaluation sources that are one row of the result, measured with the same settings.
 
+    `expert` is the teacher with which the student is compared; None if no prompt trains the domain.
+    """
+
+    name: str
+    domain: str
+    expert: str | None
     sources: tuple[SourcePlan, ...]
-    experts: dict[str, str]
     max_new_tokens: int
     samples: int
     temperature: float
     top_p: float
+
+
+class EvaluationPlan(Strict):
+    """The evaluation."""
+
+    suites: tuple[SuitePlan, ...]
     static_merges: tuple[StaticMerge, ...]
     all_experts: bool
     batch_size: int
+
+    @property
+    def sources(self) -> tuple[SourcePlan, ...]:
+        """The sources of all suites."""
+        return tuple(source for suite in self.suites for source in suite.sources)
+
+    @property
+    def experts(self) -> dict[str, str]:
+        """The teachers with which suites are compared, by the suite's name."""
+        return {suite.name: suite.expert for suite in self.suites if suite.expert is not None}
 
 
 class Plan(Strict):

@@ -25,6 +25,7 @@ from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
 from mergeopd.recipe.schema import NAMED, SHORTHANDS, Recipe
 from mergeopd.recipe.self_teacher_checks import idle_problems, rule_problems, self_plans
 from mergeopd.recipe.sources import Router, SourceResolver
+from mergeopd.recipe.suites import suite_problems, suites
 from mergeopd.recipe.training import AnyRollout, Phase
 from mergeopd.recipe.valid_parts import ValidParts
 
@@ -119,7 +120,7 @@ class _Resolver:
         self.student: Student | None = None
         self.sources: dict[int, SourcePlan] = {}
         self.eval_sources: dict[int, SourcePlan] = {}
-        self.experts: dict[str, str] = {}
+        self.experts: dict[str, str | None] = {}
         self.problems: list[Problem] = []
         self.routed = False
 
@@ -151,6 +152,7 @@ class _Resolver:
         if parts.names:
             self.experts, problems = checks.experts(parts, weights if self.routed else None, origins)
             self.problems += problems
+        self.problems += suite_problems(parts, origins)
         self.problems += checks.report_problems(parts.report, origins)
         self._check_phases(any(problem.path.endswith(".domain") for problem in unrouted))
 
@@ -224,12 +226,12 @@ class _Resolver:
         evaluation = None
         if recipe.evaluation is not None:
             evaluation = EvaluationPlan(
-                sources=tuple(self.eval_sources.values()),
-                experts=self.experts,
-                max_new_tokens=recipe.evaluation.max_new_tokens or recipe.rollout.max_new_tokens,
-                samples=recipe.evaluation.samples,
-                temperature=recipe.evaluation.temperature,
-                top_p=recipe.evaluation.top_p,
+                suites=suites(
+                    recipe.evaluation,
+                    recipe.rollout.max_new_tokens,
+                    tuple(self.eval_sources.values()),
+                    self.experts,
+                ),
                 static_merges=recipe.evaluation.static_merges,
                 all_experts=recipe.evaluation.all_experts,
                 batch_size=recipe.evaluation.batch_size,

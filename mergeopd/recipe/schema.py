@@ -88,12 +88,33 @@ class TrainSource(PromptSource):
     loss)"""
 
 
+Temperature = Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)]
+TopP = Annotated[float, Field(gt=0.0, le=1.0, strict=True)]
+
+NO_EXPERT = "none"
+
+
 class EvalSource(PromptSource):
     """Held-out prompts for evaluation; never trained on."""
 
+    name: Name | None = None
+    """suite (row of the result) of these prompts; default: the domain. Sources of one name are one suite"""
     verifier: VerifierOrKind = Field(description="verifier that grades responses; shorthand: its kind")
     expert: Name | None = None
-    """teacher to compare with; default: the teacher with the largest weight for the domain"""
+    """teacher to compare with; default: the teacher with the largest weight for the domain. `none` for a
+    skill that no prompt trains: the result says what the student keeps of it, compared with the base"""
+    max_new_tokens: PositiveInt | None = None
+    """maximum response length, in tokens; default: that of `evaluation`"""
+    samples: PositiveInt | None = Field(
+        default=None, description="responses per prompt; default: that of `evaluation`"
+    )
+    temperature: Temperature | None = Field(
+        default=None, description="sampling temperature; default: that of `evaluation`"
+    )
+    top_p: TopP | None = Field(
+        default=None,
+        description="total probability of the tokens sampled from; default: that of `evaluation`",
+    )
     limit: PositiveInt | None = Field(default=None, description="evaluate on the first N prompts only")
     allow_overlap: Annotated[bool, Field(strict=True)] = False
     """evaluate although some of these prompts are also trained on; the result counts them"""
@@ -109,10 +130,11 @@ class Evaluation(Strict):
     max_new_tokens: PositiveInt | None = None
     """maximum response length, in tokens; default: `rollout.max_new_tokens`"""
     samples: PositiveInt = 1
-    """responses per prompt; accuracy is the mean over them (avg@k). More than one needs a `temperature`"""
-    temperature: Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)] = 0.0
+    """responses per prompt; accuracy is the mean over them (avg@k), and pass@k is reported beside it. More
+    than one needs a `temperature`"""
+    temperature: Temperature = 0.0
     """sampling temperature; 0 is greedy decoding"""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0, strict=True)] = 1.0
+    top_p: TopP = 1.0
     """sample from the most probable tokens with this total probability"""
     static_merges: tuple[StaticMergeOrKind, ...] = (WeightAverage(kind="weight_average"),)
     """merges of the experts' weights without training, to compare with; skipped where shapes differ"""
@@ -131,10 +153,13 @@ class Evaluation(Strict):
     @model_validator(mode="after")
     def _can_differ(self) -> Evaluation:
         if self.samples > 1 and not self.temperature:
-            raise ValueError(
-                f"{self.samples} greedy responses to a prompt are equal: set `temperature`, or `samples: 1`"
-            )
+            raise ValueError(equal_responses(self.samples))
         return self
+
+
+def equal_responses(samples: int) -> str:
+    """Return the message for several responses without a temperature."""
+    return f"{samples} greedy responses to a prompt are equal: set `temperature`, or `samples: 1`"
 
 
 class Checkpoints(Strict):

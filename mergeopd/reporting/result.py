@@ -43,13 +43,16 @@ class Estimate:
 class SuiteResult:
     """One suite of evaluation prompts: accuracies (0 to 1) by model, and the merged student beside others.
 
-    `expert` is the model that the student is compared with here. `recovered` is the share of the expert's
+    `expert` is the model that the student is compared with here; None for a skill that no prompt trains, of
+    which `over_base` says what was kept. `recovered` is the share of the expert's
     headroom over the base that the student reached: (merged - base) / (expert - base). The other estimates
     are differences of accuracies, merged minus the other; `over_static` is to the best static merge.
-    `overlap` counts the prompts that are also trained on.
+    `overlap` counts the prompts that are also trained on. `samples` is the number of responses per prompt;
+    with several, accuracy is avg@k and `pass_at_k` has the probability that one of k responses is correct, by
+    model and k. An estimate is None where one of its models was not measured.
     """
 
-    expert: str
+    expert: str | None
     num_prompts: int
     accuracy: Mapping[str, Estimate]
     recovered: Estimate
@@ -57,16 +60,20 @@ class SuiteResult:
     over_expert: Estimate
     over_static: Estimate | None = None
     overlap: int = 0
+    domain: str = ""
+    samples: int = 1
+    pass_at_k: Mapping[str, Mapping[int, Estimate]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """What a run reached.
 
-    `mean` has the means over suites by kind of model: each suite's own expert, the best static merge.
-    `mean_recovered` is over the suites with headroom. `best_static` and `best_expert` are the static merge
-    and the expert with the highest mean accuracy over all suites, if there are any. `verdict` says it in
-    words, `seconds` is wall time by stage.
+    `mean` has the means by kind of model (each suite's own expert, the best static merge) over the suites
+    with an expert, or over all if none has one. `mean_recovered` is over the suites with headroom.
+    `best_static` and `best_expert` are the static merge and the expert with the highest such mean, if there
+    are any. `verdict` says it in words, `seconds` is wall time by stage. `update` is the one whose weights
+    were exported because they were the best; None where those of the last were.
     """
 
     models: tuple[Model, ...]
@@ -77,13 +84,14 @@ class Result:
     best_expert: str | None
     verdict: str
     seconds: Mapping[str, float] = field(default_factory=dict)
+    update: int | None = None
 
     def headline(self, suite: str) -> dict[Kind, Estimate | None]:
         """Return a suite's accuracies by kind: the expert of its domain, the best static merge."""
         row = self.suites[suite]
         keys = {
             "base": "base",
-            "expert": row.expert,
+            "expert": row.expert or "",
             "static_merge": self.best_static or "",
             "merged": "merged",
         }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 
 from mergeopd import intervals
-from mergeopd.intervals import difference_interval, paired_interval, wilson
+from mergeopd.intervals import difference_interval, paired_interval, pass_at_k, wilson
 
 
 def test_wilson_of_a_proportion() -> None:
@@ -88,3 +89,14 @@ def test_domains_are_resampled_on_their_own() -> None:
 def test_an_undefined_statistic_has_no_interval() -> None:
     same = np.array([0.0, 1.0] * 20)
     assert paired_interval([[same, same, same]], recovered) is None
+
+
+@pytest.mark.parametrize("num", [1, 2, 5, 8])
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_response(num: int) -> None:
+    counts = np.arange(num + 1)
+    for k in range(1, num + 1):
+        subsets = list(itertools.combinations(range(num), k))
+        shares = [np.mean([any(i < c for i in subset) for subset in subsets]) for c in counts]
+        assert pass_at_k(counts, num, k) == pytest.approx(shares)
+    with pytest.raises(ValueError, match="k must be"):
+        pass_at_k(counts, num, num + 1)

@@ -58,8 +58,16 @@ class ResultTable:
         titles = {model.key: model.title for model in self.result.models}
         if self.result.best_static is not None:
             yield Text(f"static  the best static merge: {titles[self.result.best_static]}", style="dim")
-        if any(row.recovered.value is None for row in self.result.suites.values()):
+        if any(row.expert and row.recovered.value is None for row in self.result.suites.values()):
             yield Text(f"{_MISSING}  the expert is not better than the base", style="yellow")
+        for name, row in self.result.suites.items():
+            if row.pass_at_k.get("merged"):
+                passes = "  ".join(f"pass@{k} {percent(p)}" for k, p in row.pass_at_k["merged"].items())
+                yield Text(plain_text(f"{name}: avg@{row.samples}; merged {passes}", ascii_only))
+            if row.expert is None and row.over_base.value is not None:
+                change = f"{100 * row.over_base.value:+.1f} points to the base"
+                text = f"{name}: no prompt trains it; {change}{_range(row.over_base)}"
+                yield Text(plain_text(text, ascii_only))
         for name, row in self.result.suites.items():
             if row.overlap:
                 text = f"{name}: {row.overlap} of {row.num_prompts} prompts are also trained on"
@@ -129,9 +137,15 @@ def _cells(row: Mapping[Kind, Estimate | None]) -> list[str]:
     """Format accuracies by kind; the merged student's with its interval."""
     cells = [percent(row.get(kind)) for kind in KINDS]
     merged = row.get("merged")
-    if merged is not None and merged.low is not None and merged.high is not None:
-        cells[KINDS.index("merged")] += f" ({100 * merged.low:.0f} to {100 * merged.high:.0f})"
+    cells[KINDS.index("merged")] += _range(merged)
     return cells
+
+
+def _range(estimate: Estimate | None) -> str:
+    """Format an interval in parentheses; nothing where there is none."""
+    if estimate is None or estimate.low is None or estimate.high is None:
+        return ""
+    return f" ({100 * estimate.low:.0f} to {100 * estimate.high:.0f})"
 
 
 def percent(estimate: Estimate | None) -> str:
@@ -140,7 +154,4 @@ def percent(estimate: Estimate | None) -> str:
 
 
 def _recovered(estimate: Estimate) -> Text:
-    text = percent(estimate)
-    if estimate.low is not None and estimate.high is not None:
-        text += f" ({100 * estimate.low:.0f} to {100 * estimate.high:.0f})"
-    return Text(text, style=_STYLES[grade(estimate.value)])
+    return Text(percent(estimate) + _range(estimate), style=_STYLES[grade(estimate.value)])

@@ -50,7 +50,7 @@ def test_a_good_recipe_becomes_a_plan_with_absolute_paths_and_all_defaults(proje
     assert plan.sources[1].verifier.schema_file == str(project / "data" / "answer.schema.json")
     assert plan.evaluation is not None
     assert plan.evaluation.experts == {"math": "math", "code": "code"}
-    assert plan.evaluation.max_new_tokens == 64
+    assert plan.evaluation.suites[0].max_new_tokens == 64
     assert [(s.name, s.response_field, s.limit, s.teachers) for s in plan.evaluation.sources] == [
         ("math_eval", None, 256, {}),
         ("code_eval", None, None, {}),
