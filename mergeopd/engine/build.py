@@ -17,7 +17,7 @@ from mergeopd.data.renderer import Renderer
 from mergeopd.distributed.communicator import Communicator, scatter_gather
 from mergeopd.engine.checkpoint import Checkpoints
 from mergeopd.engine.clock import Clock
-from mergeopd.engine.evaluate import Evaluation
+from mergeopd.engine.evaluate import Evaluation, InterimEvaluation
 from mergeopd.engine.interrupt import Interrupt, StopGuard
 from mergeopd.engine.loop import Trainer
 from mergeopd.engine.pipeline import SynchronousPipeline
@@ -180,6 +180,7 @@ def build(
         evaluate=None
         if plan.evaluation is None
         else build_evaluation(inputs, plan.evaluation, machine, stages).run,
+        interim=_interim(inputs, engine, machine, stages),
         write_turns=partial(_write_turns, inputs),
         stop=guard,
         stages=stages,
@@ -244,6 +245,23 @@ def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, sta
         open_model=open_model,
         open_merge=open_merge,
         verifiers=build_verifiers(plan.sources, inputs.plan, machine.ranks),
+        stages=stages,
+    )
+
+
+def _interim(
+    inputs: Inputs, engine: RolloutEngine, machine: Machine, stages: Stages
+) -> InterimEvaluation | None:
+    plan = inputs.plan
+    if plan.evaluation is None or plan.evaluation.interim is None:
+        return None
+    return InterimEvaluation(
+        inputs,
+        plan.evaluation,
+        plan.evaluation.interim,
+        plan.checkpoint.best,
+        engine=engine,
+        verifiers=build_verifiers(plan.evaluation.sources, plan, machine.ranks),
         stages=stages,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -22,9 +22,11 @@ from mergeopd.models.static_merges import why_not
 from mergeopd.preflight.inputs import Inputs
 from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, SuitePlan
+from mergeopd.recipe.schema import Interim
+from mergeopd.recipe.suites import MEAN_ACCURACY
 from mergeopd.reporting.comparison import Measured, mean_reward
-from mergeopd.reporting.events import EvaluationDone
-from mergeopd.reporting.result import Model
+from mergeopd.reporting.events import AccuracyMeasured, EvaluationDone
+from mergeopd.reporting.result import Estimate, Model
 from mergeopd.reward.grading import Submission, Verifiers
 from mergeopd.reward.pool import Grade, failures_note
 from mergeopd.rollout.protocol import Completion, GenerationRequest, RolloutEngine
@@ -249,6 +251,71 @@ class Evaluation:
         ]
         kept = CompletionCache(Path(self.inputs.plan.text_cache), self.stages.ranks, self.stages.note)
         return kept.complete(origin, requests, generate), on_progress
+
+
+@dataclass
+class InterimEvaluation:
+    """Measures the current student during training, with the run's own rollout engine.
+
+    `best_by` is `checkpoint.best` of the recipe. `measured` has the measurements of the run by update, `best`
+    the update of the student that is kept, if any.
+    """
+
+    inputs: Inputs
+    plan: EvaluationPlan
+    settings: Interim
+    best_by: str | None
+    engine: RolloutEngine
+    verifiers: Verifiers
+    stages: Stages
+    measured: dict[int, AccuracyMeasured] = field(default_factory=dict)
+    best: int | None = None
+
+    def is_due(self, update: int) -> bool:
+        """Whether the student after `update` updates is still to be measured."""
+        last, every = max(self.measured, default=None), self.settings.every
+        if last is None or update == self.inputs.plan.num_updates:
+            return update not in self.measured
+        return update // every > last // every
+
+    def measure(self, update: int) -> AccuracyMeasured:
+        """Measure the student. Collective; raises AbandonRound when a stop was requested."""
+        accuracy: dict[str, Estimate] = {}
+        num_prompts: dict[str, int] = {}
+        with self.verifiers:
+            for suite in self.plan.suites:
+                prompts = [p for source in suite.sources for p in self.inputs.evaluation[source.name]]
+                num = min(len(prompts), self.settings.prompts)
+                chosen = [prompts[i * len(prompts) // num] for i in range(num)]
+                accuracy[suite.name] = mean_reward(np.array(self._rewards(suite, chosen)))
+                num_prompts[suite.name] = num
+        return AccuracyMeasured(update, accuracy, num_prompts)
+
+    def is_best(self, measured: AccuracyMeasured) -> bool:
+        """Whether the student is to be kept: trained, and no earlier one is better."""
+        if self.best_by is None or not measured.update:
+            return False
+        return self.best is None or self._metric(measured) >= self._metric(self.measured[self.best])
+
+    def _metric(self, measured: AccuracyMeasured) -> float:
+        values = {suite: estimate.value or 0.0 for suite, estimate in measured.accuracy.items()}
+        if self.best_by is None or self.best_by == MEAN_ACCURACY:
+            return sum(values.values()) / len(values)
+        return values[self.best_by]
+
+    def _rewards(self, suite: SuitePlan, prompts: Sequence[Prompt]) -> list[float]:
+        student, plan = self.inputs.student, self.inputs.plan
+        on_progress = self.stages.begin(
+            "evaluation", f"the student on {suite.name}", len(prompts), "responses"
+        )
+        requests = [GenerationRequest(prompt.key, 0, student.render(prompt)) for prompt in prompts]
+        completions = self.engine.submit(requests, _sampling(suite, plan)).wait(on_progress)
+        submissions = [
+            submission(prompt, one.response_ids, one.finish, student.tokenizer, plan.rollout.stop)
+            for prompt, one in zip(prompts, completions, strict=True)
+        ]
+        grades = verify_responses(self.verifiers, submissions, suite.name, self.stages, on_progress)
+        return [grade.reward or 0.0 for grade in grades]
 
 
 def _sampling(suite: SuitePlan, plan: Plan) -> Sampling:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mergeopd.engine.checkpoint import Checkpoints, Record, written_by_first
+from mergeopd.engine.evaluate import InterimEvaluation
 from mergeopd.engine.interrupt import AbandonRound, StopGuard
 from mergeopd.engine.pipeline import RoundPipeline
 from mergeopd.engine.progress import Progress, phase_at
@@ -19,8 +20,10 @@ from mergeopd.errors import Stopped, UpdateLimitReached
 from mergeopd.messages import shown
 from mergeopd.recipe.plan import Plan
 from mergeopd.reporting.comparison import Measured, build_result
-from mergeopd.reporting.events import RunFinished, RunStarted, StageStarted
+from mergeopd.reporting.events import AccuracyMeasured, RunFinished, RunStarted, StageStarted
+from mergeopd.reporting.jsonl import read_accuracy
 from mergeopd.reporting.result import write_result
+from mergeopd.storage.folders import copy_folder, keep_only, prune
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.student.protocol import Student
 from mergeopd.teacher.snapshots import StudentSnapshots
@@ -34,7 +37,8 @@ class Trainer:
     """One run of a plan, from the state of its folder to its end.
 
     `evaluate` measures an exported student, and keeps its responses in a folder; None where the recipe
-    measures nothing. `write_turns` writes the end tokens and the chat template into an exported folder.
+    measures nothing. `interim` measures the student during training. `write_turns` writes the end tokens and
+    the chat template into an exported folder.
     """
 
     plan: Plan
@@ -46,6 +50,7 @@ class Trainer:
     updater: Updater
     checkpoints: Checkpoints
     evaluate: Evaluate | None
+    interim: InterimEvaluation | None
     stop: StopGuard
     stages: Stages
     write_turns: Callable[[Path], None]
@@ -57,10 +62,14 @@ class Trainer:
         """
         first = progress.update
         self._report_start(progress)
+        self._recall_interim(progress)
         self.pipeline.trained(progress.update)
-        while phase_at(self.plan, progress.update) is not None:
+        while True:
             before = progress
             try:
+                self._measure_interim(progress)
+                if phase_at(self.plan, progress.update) is None:
+                    break
                 progress = self._round(progress)
             except AbandonRound:
                 self._stop(progress)
@@ -86,6 +95,45 @@ class Trainer:
         drawn = progress.drawn + collected.phase.prompts_per_round
         return replace(progress, round=progress.round + 1, drawn=drawn)
 
+    def _recall_interim(self, progress: Progress) -> None:
+        """Read what was measured up to `progress`, and drop best students of updates that are made again."""
+        if self.interim is None:
+            return
+
+        def recall() -> tuple[dict[int, AccuracyMeasured], int | None]:
+            records = [r for r in read_accuracy(self.folder.accuracy_file) if r.update <= progress.update]
+            measured = {record.update: record for record in records}
+            return measured, keep_only(self.folder.best, measured)
+
+        self.interim.measured, self.interim.best = self.stages.ranks.run_on_first(recall)
+
+    def _measure_interim(self, progress: Progress) -> None:
+        """Measure the student if it is due, and keep it if it is the best; a resumed run catches up on it."""
+        interim = self.interim
+        if interim is None or not interim.is_due(progress.update):
+            return
+        if self.stages.ranks.run_on_first(self.folder.export.exists):
+            return  # without checkpoints, these weights are not the trained ones
+        with self.stages.clock.stage("interim"):
+            measured = interim.measure(progress.update)
+            if interim.is_best(measured):
+                # Before the measurement is recorded: a run that is killed in between measures again.
+                self._export(self.folder.best / f"step-{measured.update}", "the best student so far")
+                interim.best = measured.update
+            interim.measured[measured.update] = measured
+        self.stages.reporter.emit(measured)
+
+    def _export(self, target: Path, detail: str, best: int | None = None) -> None:
+        """Write the student, or the best one that is kept, as a Hugging Face folder. Collective."""
+        self.stages.reporter.emit(StageStarted("export", detail))
+        with written_by_first(target, self.stages.ranks) as folder:
+            if best is None:
+                self.student.export(folder)
+                if self.stages.ranks.is_first:
+                    self.write_turns(folder)
+            elif self.stages.ranks.is_first:
+                copy_folder(self.folder.best / f"step-{best}", folder)
+
     def _report_start(self, progress: Progress) -> None:
         plan = self.plan
         self.stages.reporter.emit(
@@ -104,6 +152,8 @@ class Trainer:
     def _save(self, progress: Progress) -> None:
         with self.stages.clock.stage("checkpoint"):
             self.checkpoints.save(Record(progress, self.stages.clock.seconds()), self.stages.reporter)
+            if self.stages.ranks.is_first:
+                prune(self.folder.best, 1)  # the checkpoint does not lead back before the newest one
 
     def _stop(self, progress: Progress) -> NoReturn:
         """Save a checkpoint if there is none of this update, and raise."""
@@ -134,12 +184,12 @@ class Trainer:
 
     def _finish(self) -> None:
         folder, reporter, clock = self.folder, self.stages.reporter, self.stages.clock
+        best = None if self.interim is None else self.interim.best
         if not self.stages.ranks.run_on_first(folder.export.exists):
-            reporter.emit(StageStarted("export", "the student as a Hugging Face folder"))
-            with written_by_first(folder.export, self.stages.ranks) as target:
-                self.student.export(target)
-                if self.stages.ranks.is_first:
-                    self.write_turns(target)
+            what = "the student" if best is None else f"the best student, of update {best},"
+            self._export(folder.export, f"{what} as a Hugging Face folder", best)
+            if self.stages.ranks.is_first:
+                prune(folder.best, 1)
         document = None
         if self.evaluate is not None:
             # Free memory that only training needs, since evaluation loads whole models.
@@ -147,7 +197,7 @@ class Trainer:
             self.snapshots.release()
             self.student.release()
             gc.collect()  # a model and its optimizer contain reference cycles
-            document = build_result(self._measure(self.evaluate), clock.seconds())
+            document = build_result(self._measure(self.evaluate), clock.seconds(), best)
             if self.stages.ranks.is_first:
                 write_result(folder.result_file, document)
         reporter.emit(

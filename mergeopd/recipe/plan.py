@@ -11,7 +11,7 @@ from mergeopd.config.values import Strict
 from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.bridges import Bridge
 from mergeopd.recipe.models import Canary, SnapshotRule, Student
-from mergeopd.recipe.schema import Checkpoints, Memory, Reports
+from mergeopd.recipe.schema import Checkpoints, Interim, Memory, Reports
 from mergeopd.recipe.training import AnyRollout, Optimizer, Phase
 from mergeopd.recipe.verifiers import Verifier
 
@@ -89,6 +89,7 @@ class EvaluationPlan(Strict):
     static_merges: tuple[StaticMerge, ...]
     all_experts: bool
     batch_size: int
+    interim: Interim | None = None
 
     @property
     def sources(self) -> tuple[SourcePlan, ...]:

@@ -25,7 +25,7 @@ from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
 from mergeopd.recipe.schema import NAMED, SHORTHANDS, Recipe
 from mergeopd.recipe.self_teacher_checks import idle_problems, rule_problems, self_plans
 from mergeopd.recipe.sources import Router, SourceResolver
-from mergeopd.recipe.suites import suite_problems, suites
+from mergeopd.recipe.suites import best_problems, suite_problems, suites
 from mergeopd.recipe.training import AnyRollout, Phase
 from mergeopd.recipe.valid_parts import ValidParts
 
@@ -152,7 +152,7 @@ class _Resolver:
         if parts.names:
             self.experts, problems = checks.experts(parts, weights if self.routed else None, origins)
             self.problems += problems
-        self.problems += suite_problems(parts, origins)
+        self.problems += [*suite_problems(parts, origins), *best_problems(parts, origins)]
         self.problems += checks.report_problems(parts.report, origins)
         self._check_phases(any(problem.path.endswith(".domain") for problem in unrouted))
 
@@ -235,6 +235,7 @@ class _Resolver:
                 static_merges=recipe.evaluation.static_merges,
                 all_experts=recipe.evaluation.all_experts,
                 batch_size=recipe.evaluation.batch_size,
+                interim=recipe.evaluation.interim,
             )
         text_cache = absolute(recipe.text_cache, self.origins.place(("text_cache",)).base)
         resolved = {

@@ -120,6 +120,16 @@ class EvalSource(PromptSource):
     """evaluate although some of these prompts are also trained on; the result counts them"""
 
 
+class Interim(Strict):
+    """Accuracy during training: the student on a part of every suite, before the first update, every N
+    updates and after the last. The weights are the same with and without it.
+    """
+
+    every: PositiveInt = Field(description="updates between measurements")
+    prompts: PositiveInt = 64
+    """number of prompts of each suite, evenly spaced, with one response to each; all if it has fewer"""
+
+
 class Evaluation(Strict):
     """Accuracy of base, experts, static merges of the experts, and student, measured after the run and by
     `mergeopd eval`.
@@ -141,6 +151,8 @@ class Evaluation(Strict):
     all_experts: Annotated[bool, Field(strict=True)] = True
     """measure every expert on every domain, not only on its own"""
     batch_size: PositiveInt = Field(default=256, description="sequences decoded together")
+    interim: Interim | None = None
+    """accuracy during training as well; default: none"""
 
     @field_validator("static_merges")
     @classmethod
@@ -167,6 +179,9 @@ class Checkpoints(Strict):
 
     every: PositiveInt = Field(default=50, description="updates between checkpoints")
     keep: PositiveInt = Field(default=3, description="number of newest checkpoints to keep")
+    best: Name | None = None
+    """export the student of the update with the best interim accuracy, not that of the last: `accuracy` for
+    the mean over suites, or a suite's name; of equal ones the latest. Requires `evaluation.interim`"""
 
 
 class Memory(Strict):

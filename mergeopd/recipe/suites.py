@@ -6,12 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mergeopd.config.locate import Origins, dotted
+from mergeopd.config.suggest import did_you_mean
 from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
+from mergeopd.messages import joined
 from mergeopd.recipe.plan import SourcePlan, SuitePlan
 from mergeopd.recipe.schema import EvalSource, Evaluation, equal_responses
 from mergeopd.recipe.valid_parts import ValidParts
 
+MEAN_ACCURACY = "accuracy"
+"""The mean over suites, as the value of `checkpoint.best`."""
 _SETTINGS = ("max_new_tokens", "samples", "temperature", "top_p")
 
 
@@ -48,6 +52,24 @@ def suite_problems(parts: ValidParts, origins: Origins) -> Iterator[Problem]:
         samples, temperature = (_setting(source, evaluation, key) for key in ("samples", "temperature"))
         if samples is not None and samples > 1 and not temperature:
             yield origins.problem(here, equal_responses(int(samples)))
+
+
+def best_problems(parts: ValidParts, origins: Origins) -> Iterator[Problem]:
+    """Check that the accuracy by which the best student is chosen is measured during training."""
+    best = None if parts.checkpoint is None else parts.checkpoint.best
+    if best is None:
+        return
+    here: Keys = ("checkpoint", "best")
+    if parts.evaluation is not None and parts.evaluation.interim is None:
+        remedy = "set `evaluation.interim: {every: N}`, or remove the key"
+        yield origins.problem(here, "no accuracy is measured during training", remedy)
+    elif parts.evaluation is None and not parts.eval_sources:
+        yield origins.problem(here, "the recipe evaluates nothing", "add `evaluation`, or remove the key")
+    names = dict.fromkeys(suite_name(source) for source in parts.eval_sources.values())
+    if names and best not in (MEAN_ACCURACY, *names):
+        known = (MEAN_ACCURACY, *names)
+        remedy = did_you_mean(best, known, f"use {joined([f'`{name}`' for name in known], 'or')}")
+        yield origins.problem(here, f"no suite '{best}'", remedy)
 
 
 def _known_settings(source: EvalSource, evaluation: Evaluation) -> dict[str, Any]:

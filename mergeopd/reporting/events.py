@@ -160,7 +160,9 @@ class UpdateDone(Event):
     @property
     def step_s(self) -> float:
         """Seconds of the stages that recur, without those of the first update of a process or phase."""
-        return sum(seconds for name, seconds in self.seconds.items() if name not in ("startup", "text"))
+        return sum(
+            seconds for name, seconds in self.seconds.items() if name not in ("startup", "text", "interim")
+        )
 
 
 @dataclass(frozen=True, slots=True)

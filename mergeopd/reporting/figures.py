@@ -87,6 +87,7 @@ STAGES: Mapping[str, tuple[int, str]] = {
     "teachers": (3, "magenta"),
     "update": (4, "green"),
     "text": (6, "yellow"),
+    "interim": (2, "bright_blue"),
     "evaluation": (7, "blue"),
     "checkpoint": (8, "bright_black"),
     "startup": (1, "bright_black"),

@@ -10,8 +10,12 @@ lines back through the types that write them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from mergeopd.reporting.events import (
     AccuracyMeasured,
@@ -22,9 +26,11 @@ from mergeopd.reporting.events import (
     TeacherStats,
     UpdateDone,
 )
+from mergeopd.storage.failures import named_failures
 from mergeopd.storage.metrics import MetricsFile
 
 Numbers = Mapping[str, float | None]
+_ACCURACY = TypeAdapter(AccuracyMeasured)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +106,23 @@ def sample_record(event: RolloutSampled) -> dict[str, Any]:
     """Return the line of one sampled response in rollouts/samples.jsonl."""
     record = asdict(event)
     return {**record, "teachers": dict(sorted(record["teachers"].items()))}
+
+
+def read_accuracy(path: Path) -> tuple[AccuracyMeasured, ...]:
+    """Read accuracy.jsonl, if it is there; damaged lines are left out.
+
+    Raises:
+        StorageError: the disk fails.
+    """
+    if not path.is_file():
+        return ()
+    with named_failures("read", path):
+        lines = path.read_bytes().splitlines()
+    records = []
+    for line in lines:
+        with suppress(ValidationError):
+            records.append(_ACCURACY.validate_json(line))
+    return tuple(records)
 
 
 class RecordsReporter:

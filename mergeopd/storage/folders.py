@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -106,6 +106,27 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
+def keep_only(parent: Path, numbers: Collection[int]) -> int | None:
+    """Remove the folders `step-<number>` with other numbers, and leftovers; return the newest intact number.
+
+    Damaged ones that are newer are set aside. Raises StorageError if removing fails.
+    """
+    _remove(parent, [folder for folder in _numbered(parent) if _number(folder) not in numbers])
+    newest, skipped = newest_valid(parent)
+    for folder, _ in skipped:
+        set_aside(folder)
+    return None if newest is None else _number(newest)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy the files of a folder, except its manifest, into an existing one.
+
+    Raises StorageError if the disk fails.
+    """
+    with named_failures("copy", source):
+        shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
+
+
 def prune(parent: Path, keep: int) -> tuple[Path, ...]:
     """Remove all but the `keep` highest numbered folders, older broken folders, and leftovers.
 
@@ -123,7 +144,12 @@ def prune(parent: Path, keep: int) -> tuple[Path, ...]:
     oldest_kept = _number(folders[min(keep, len(folders)) - 1]) if folders else 0
     all_broken = _numbered(parent, _BROKEN)
     broken = [folder for folder in all_broken if _number(folder) < oldest_kept]
-    for folder in (*removed, *broken):
+    _remove(parent, [*removed, *broken])
+    return removed
+
+
+def _remove(parent: Path, folders: Iterable[Path]) -> None:
+    for folder in folders:
         with named_failures("remove", folder):
             temporary = _partial_of(folder)
             _remove_tree(temporary)
@@ -131,7 +157,6 @@ def prune(parent: Path, keep: int) -> tuple[Path, ...]:
     with named_failures("clean", parent):
         for leftover in parent.glob(f".step-*{_PARTIAL}"):
             _remove_tree(leftover)
-    return removed
 
 
 def _seal(folder: Path, target: Path) -> None:

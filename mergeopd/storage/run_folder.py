@@ -40,6 +40,7 @@ class RunFolder:
         self.spill = path / run_layout.SPILL
         self.checkpoints = path / run_layout.CHECKPOINTS
         self.export = path / run_layout.EXPORT
+        self.best = path / run_layout.BEST
         self.result_file = path / run_layout.RESULT
         self.evaluation = path / run_layout.EVALUATION
         self.report_file = path / run_layout.REPORT

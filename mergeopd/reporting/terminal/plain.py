@@ -10,7 +10,7 @@ from rich.text import Text
 from mergeopd.reporting import events
 from mergeopd.reporting.figures import MEASURE_FIGURES, POLICY_FIGURES
 from mergeopd.reporting.terminal.glyphs import plain_text
-from mergeopd.reporting.terminal.result import Ending, percent
+from mergeopd.reporting.terminal.result import Ending, accuracy_line, percent
 from mergeopd.reporting.terminal.timing import clock_text, shares
 from mergeopd.reporting.terminal.view import RunView, measure_of
 
@@ -55,6 +55,8 @@ class PlainReporter:
                     self._print(_stage_line(self._stage, event.done))
             case events.EvaluationDone():
                 self._print(f"evaluation {event.model.title} on {event.suite}: {percent(event.accuracy)} %")
+            case events.AccuracyMeasured():
+                self._print(accuracy_line(event))
             case events.CheckpointSaved():
                 self._print(f"saved {event.path}")
             case events.CheckpointSkipped():
