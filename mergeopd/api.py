@@ -187,15 +187,20 @@ def evaluate(
     set: Overrides = (),
     model: str | Path | None = None,
     output: str | Path | None = None,
+    only: Sequence[str] = (),
     console: Console | None = None,
 ) -> Result:
-    """Measure base, experts, their weight average and a merged student on the recipe's evaluation prompts.
+    """Measure base, experts, static merges and a merged student on the recipe's evaluation prompts.
+
+    Responses are kept in the recipe's `text_cache`; models whose responses are all kept are not loaded.
 
     Args:
         path: the recipe.
         set: values that replace those of the recipe.
         model: Hugging Face folder of the merged student; default: the run's export.
         output: JSON file to write the result to.
+        only: models to load, as in a result: `base`, `merged`, `expert/NAME`, `merge/KIND`; default: all.
+            Others are compared with as far as their responses are kept.
         console: a `rich.console.Console` on which progress and the table are shown; None shows none.
 
     Returns:
@@ -203,7 +208,7 @@ def evaluate(
 
     Raises:
         RecipeError: with every problem of the recipe and the files that it names, or without `evaluation`.
-        ModelError: there is no such model, or it does not fit the student's tokenizer.
+        ModelError: there is no such model, or it does not fit the student's tokenizer, or `only` names none.
         StorageError: `output` cannot be written.
     """
     from rich.console import Console
@@ -213,7 +218,7 @@ def evaluate(
     folder = None if model is None else Path(model)
     file = None if output is None else Path(output)
     shown_on = Console(quiet=True) if console is None else console
-    return evaluate_recipe(Path(path), _as_texts(set), folder, file, shown_on)
+    return evaluate_recipe(Path(path), _as_texts(set), folder, file, only, shown_on)
 
 
 def load_run(folder: str | Path) -> RunResult:
@@ -252,7 +257,7 @@ def _result(path: Path) -> Result | None:
     try:
         return read_result(path)
     except ValueError as error:
-        raise StorageError(f"{path} is damaged: {error}") from error
+        raise StorageError(f"{path} {error}; `mergeopd eval` measures again") from error
 
 
 def report(folder: str | Path) -> tuple[Path, tuple[str, ...]]:

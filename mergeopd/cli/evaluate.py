@@ -19,9 +19,16 @@ def evaluate(
         typer.Option(help="Hugging Face folder to measure as the merged student; default: the run's export."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Load this model only: merged, base, expert/NAME or merge/KIND. Repeatable. "
+            "Others are compared with if their responses are kept."
+        ),
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
-    """Measure base, experts, their weight average and a merged student on the recipe's evaluation prompts.
+    """Measure base, experts, static merges and a merged student on the recipe's evaluation prompts.
 
     Example: mergeopd eval recipes/quickstart.yaml --model runs/quickstart/export
     """
@@ -32,7 +39,9 @@ def evaluate(
         from mergeopd import api
 
         try:
-            api.evaluate(recipe, set=overrides or (), model=model, output=output, console=Console())
+            api.evaluate(
+                recipe, set=overrides or (), model=model, output=output, only=only or (), console=Console()
+            )
         except KeyboardInterrupt:
             if place.world == 1:
                 raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,6 +17,7 @@ from mergeopd.distributed.communicator import scatter_gather
 from mergeopd.engine.rollouts import submission
 from mergeopd.engine.stages import Stages
 from mergeopd.intervals import Values, pass_at_k
+from mergeopd.messages import joined, shown
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.static_merges import why_not
 from mergeopd.preflight.inputs import Inputs
@@ -55,6 +56,20 @@ class _Candidate:
         return self.model.key.replace("/", "-")
 
 
+class _NotKept(Exception):  # noqa: N818 (control flow, not an error)
+    """A response is not kept, and its model must not be opened."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """The graded responses of a model by suite, and the suites that are missing because of `only`."""
+
+    title: str
+    rows: Mapping[str, list[EvaluatedResponse]]
+    missing: Sequence[str]
+    was_opened: bool
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Measures models on the recipe's evaluation prompts, one model in memory at a time.
@@ -71,27 +86,33 @@ class Evaluation:
     verifiers: Verifiers
     stages: Stages
 
-    def run(self, merged: Path, responses: Path | None) -> Measured:
-        """Measure all models; `merged` is the trained student's folder. Collective.
+    def run(self, merged: Path | None, responses: Path | None, only: Collection[str] = ()) -> Measured:
+        """Measure all models; `merged` is the trained student's folder, if there is one. Collective.
 
-        Writes the responses of each model, with prompts and verdicts, to a Parquet file in `responses`.
-        Models that cannot be built or measured are left out with a note. Raises AbandonRound when a stop was
-        requested.
+        If `only` has keys of models, no others are opened; others are measured as far as their responses are
+        kept. Writes the responses of each model that is measured on all its suites, with prompts and
+        verdicts, to a Parquet file in `responses`. Models that cannot be built or measured are left out with
+        a note. Raises AbandonRound when a stop was requested.
         """
         models: list[Model] = []
         scores: dict[str, dict[str, Values]] = {}
         passes: dict[str, dict[str, dict[int, Values]]] = {}
         suites = {suite.name: suite for suite in self.plan.suites}
+        outcomes: list[_Outcome] = []
         with self.verifiers:
             for candidate in self._candidates(merged):
                 key = candidate.model.key
+                outcome = self._measure(candidate, not only or key in only)
+                outcomes.append(outcome)
+                if not (measured := outcome.rows):
+                    continue
                 models.append(candidate.model)
-                measured = self._measure(candidate)
                 scores[key] = {name: _means(suites[name], rows) for name, rows in measured.items()}
                 passes[key] = {name: _passes(suites[name], rows) for name, rows in measured.items()}
-                if responses is not None and self.stages.ranks.is_first:
+                if responses is not None and not outcome.missing and self.stages.ranks.is_first:
                     path = responses / f"{candidate.file_stem}.parquet"
                     write_responses(path, [row for rows in measured.values() for row in rows])
+        self._note_unopened(outcomes)
         return Measured(
             models=tuple(models),
             scores=scores,
@@ -105,23 +126,43 @@ class Evaluation:
             passes=passes,
         )
 
-    def _measure(self, candidate: _Candidate) -> dict[str, list[EvaluatedResponse]]:
+    def _note_unopened(self, outcomes: Sequence[_Outcome]) -> None:
+        kept = [o.title for o in outcomes if not o.was_opened and not o.missing]
+        if kept:
+            folder = shown(Path(self.inputs.plan.text_cache))
+            was = "was not loaded: all its" if len(kept) == 1 else "were not loaded: all their"
+            self.stages.note(f"{joined(kept, 'and')} {was} responses are kept in {folder}")
+        for outcome in outcomes:
+            if outcome.missing:
+                where = joined(outcome.missing, "and")
+                self.stages.note(f"{outcome.title} is not measured on {where}: `--only` does not name it")
+
+    def _measure(self, candidate: _Candidate, may_open: bool) -> _Outcome:
         """Measure a model, which is opened if a response is missing, and report each suite's accuracy."""
         measured: dict[str, list[EvaluatedResponse]] = {}
+        missing: list[str] = []
         with ExitStack() as opened:
             # Opened once, at the first source with a missing response.
-            engine = cache(lambda: opened.enter_context(candidate.open()))
+            @cache
+            def engine() -> RolloutEngine:
+                if not may_open:
+                    raise _NotKept
+                return opened.enter_context(candidate.open())
+
             for suite in self._suites_of(candidate):
-                rows = [
-                    row for source in suite.sources for row in self._grade(candidate, suite, source, engine)
-                ]
-                measured[suite.name] = rows
+                try:
+                    graded = [self._grade(candidate, suite, source, engine) for source in suite.sources]
+                except _NotKept:
+                    missing.append(suite.name)
+                    continue
+                rows = measured[suite.name] = [row for of_source in graded for row in of_source]
                 is_own = candidate.is_expert_of(suite)
                 accuracy = mean_reward(_means(suite, rows))
                 self.stages.reporter.emit(EvaluationDone(candidate.model, suite.name, accuracy, is_own))
-        return measured
+            was_opened = engine.cache_info().currsize > 0
+        return _Outcome(candidate.model.title, measured, missing, was_opened)
 
-    def _candidates(self, merged: Path) -> Iterator[_Candidate]:
+    def _candidates(self, merged: Path | None) -> Iterator[_Candidate]:
         student, plan = self.inputs.student, self.inputs.plan
         base = Path(plan.student.model)
         yield self._of_folder(Model("base", "base", "base"), base, student)
@@ -129,7 +170,8 @@ class Evaluation:
             renderer = self.inputs.teachers[name].as_measured
             yield self._of_folder(Model.expert(name), Path(plan.teachers[name].model), renderer)
         yield from self._static_merges(base)
-        yield self._of_folder(Model("merged", "merged", "merged"), merged, student)
+        if merged is not None:
+            yield self._of_folder(Model("merged", "merged", "merged"), merged, student)
 
     def _of_folder(self, model: Model, folder: Path, renderer: Renderer) -> _Candidate:
         return _Candidate(model, renderer, _fingerprint(folder), lambda: self.open_model(folder, renderer))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mergeopd.config.suggest import did_you_mean
 from mergeopd.distributed.communicator import Communicator, SingleProcess
 from mergeopd.distributed.rendezvous import RankInfo, open_communicator
 from mergeopd.engine.clock import Clock
@@ -208,10 +209,16 @@ def _reporters(
 
 
 def evaluate_recipe(
-    recipe: Path, overrides: Sequence[str], model: Path | None, output: Path | None, console: Console
+    recipe: Path,
+    overrides: Sequence[str],
+    model: Path | None,
+    output: Path | None,
+    only: Sequence[str],
+    console: Console,
 ) -> Result:
     """Evaluate a folder as the recipe's merged student, show the table and return the result document.
 
+    `only` are the keys of the models that may be loaded; none: all.
     If there are several processes, all of them call this with the same arguments and evaluate a share each.
     """
     place = RankInfo.of()
@@ -221,25 +228,39 @@ def evaluate_recipe(
             where = Location(shown(recipe))
             raise RecipeError([Problem(where, "evaluation", "missing section", "add `evaluation.prompts`")])
         _try_verifiers(inputs)
-        merged = model or Path(inputs.plan.output) / "export"
-        if model is None and not merged.is_dir():
+        _check_only(only, inputs.plan.evaluation)
+        export = model or Path(inputs.plan.output) / "export"
+        needs_export = model is not None or not only or "merged" in only
+        if model is None and needs_export and not export.is_dir():
             raise ModelError(
-                f"{merged}: the run has not exported a student yet; run it, or name a folder with --model"
+                f"{export}: the run has not exported a student yet; run it, or name a folder with --model"
             )
-        check_student_folder(merged, inputs.student)
+        merged = export if needs_export or export.is_dir() else None
+        if merged is not None:
+            check_student_folder(merged, inputs.student)
         if output is not None and output.is_dir():
             raise StorageError(f"{output}: is a folder; name a file")
         folder = RunFolder(Path(inputs.plan.output))
         responses = folder.evaluation if model is None else None if output is None else output.with_suffix("")
-        return _measure(inputs, inputs.plan.evaluation, merged, output, responses, ranks, console)
+        return _measure(inputs, inputs.plan.evaluation, merged, output, responses, only, ranks, console)
+
+
+def _check_only(only: Sequence[str], plan: EvaluationPlan) -> None:
+    known = ["base", *(f"expert/{name}" for name in dict.fromkeys(plan.experts.values()))]
+    known += [*(f"merge/{merge.kind}" for merge in plan.static_merges), "merged"]
+    for name in only:
+        if name not in known:
+            remedy = did_you_mean(name, known, f"name {joined(known, 'or')}")
+            raise ModelError(f"--only {name}: the recipe has no such model to measure; {remedy}")
 
 
 def _measure(
     inputs: Inputs,
     plan: EvaluationPlan,
-    merged: Path,
+    merged: Path | None,
     output: Path | None,
     responses: Path | None,
+    only: Sequence[str],
     ranks: Communicator,
     console: Console,
 ) -> Result:
@@ -258,9 +279,9 @@ def _measure(
         _report_notes(inputs, reporter)
         stages = Stages(reporter, Clock(), ranks, None)
         evaluation = build_evaluation(inputs, plan, Machine(pick_device(), ranks), stages)
-        measured = evaluation.run(merged, responses)
+        measured = evaluation.run(merged, responses, only)
     document = build_result(measured, {"evaluation": time.perf_counter() - start})
-    console.print(ResultTable(document, {"result": output, "student": Path(shown(merged))}))
+    console.print(ResultTable(document, {"result": output, "student": merged and Path(shown(merged))}))
     if output is not None and ranks.is_first:
         write_result(output, document)
     return document

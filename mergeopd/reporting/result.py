@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import write_atomic
@@ -121,11 +121,15 @@ def read_result(path: Path) -> Result | None:
     """Read `result.json`; None where there is none.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: it "is damaged", or "is of another version of mergeopd".
         StorageError: the disk refuses.
     """
     if not path.is_file():
         return None
     with named_failures("read", path):
         content = path.read_bytes()
-    return _RESULT.validate_json(content)
+    try:
+        return _RESULT.validate_json(content)
+    except ValidationError as error:
+        is_json = all(fault["type"] != "json_invalid" for fault in error.errors())
+        raise ValueError("is of another version of mergeopd" if is_json else "is damaged") from error

@@ -51,13 +51,13 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         _sync_folder(target.parent)
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
+def write_atomic(path: Path, content: str | bytes, setting: str = "output") -> None:
     """Replace a file by `content` (text as UTF-8): readers see the old or the new content, never a part.
 
-    Raises StorageError if writing fails.
+    `setting` is the key of the recipe that names its folder. Raises StorageError if writing fails.
     """
     temporary = _partial_of(path)
-    with named_failures("write", path):
+    with named_failures("write", path, setting):
         _make_folder(path.parent)
         try:
             _write_synced(temporary, content)

@@ -381,6 +381,11 @@ def test_eval_needs_something_to_measure(command: Command, job: Callable[..., Pa
         1,
         "error: run/export: the run has not exported a student yet; run it, or name a folder with --model\n",
     )
+    code, _, err = command("eval", recipe, "--only", "expert/tow")
+    assert (code, err) == (
+        1,
+        "error: --only expert/tow: the recipe has no such model to measure; did you mean 'expert/two'?\n",
+    )
     code, _, err = command("eval", recipe, "--model", "nowhere")
     assert (code, err) == (1, "error: nowhere: there is no such folder; name a Hugging Face model folder\n")
 

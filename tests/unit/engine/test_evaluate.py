@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +60,14 @@ def job(
     return write
 
 
-def evaluate(recipe: Path, responses: Path | None = None) -> tuple[Measured, Events]:
+def evaluate(
+    recipe: Path, responses: Path | None = None, only: Sequence[str] = (), merged: str | None = "two"
+) -> tuple[Measured, Events]:
     inputs, events = preflight(recipe), Events()
     assert inputs.plan.evaluation is not None
     stages = Stages(events, Clock(), SingleProcess(), None)
     evaluation = build_evaluation(inputs, inputs.plan.evaluation, Machine(CPU, SingleProcess()), stages)
-    return evaluation.run(recipe.parent / "two", responses), events
+    return evaluation.run(merged and recipe.parent / merged, responses, only), events
 
 
 def test_every_model_on_every_domain(job: Callable[..., Path]) -> None:
@@ -237,3 +239,25 @@ def test_several_suites_of_a_domain_and_one_that_no_prompt_trains(
 def test_suites_that_contradict(job: Callable[..., Path], change: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         preflight(job(prompts=[SOURCES[0], {**SOURCES[1], **change}]))
+
+
+def test_only_named_models_are_opened(job: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = job()
+    alone, events = evaluate(recipe, tmp_path / "first", only=["merged"])
+    assert [model.key for model in alone.models] == ["merged"]
+    assert [path.stem for path in (tmp_path / "first").iterdir()] == ["merged"]
+    assert events.notes == [
+        f"{title} is not measured on left and right: `--only` does not name it"
+        for title in ("base", "one", "two", "weight average")
+    ]
+    base, _ = evaluate(recipe, only=["base"], merged=None)
+    assert list(base.scores) == ["base"]
+    # Both are kept now, so the next one has them, and opens a third.
+    third, events = evaluate(recipe, only=["expert/two"])
+    assert list(third.scores) == ["base", "expert/two", "merged"]
+    assert events.notes[0].startswith("base and merged were not loaded: all their responses are kept in ")
+    assert np.array_equal(third.scores["merged"]["right"], alone.scores["merged"]["right"])
+    whole, events = evaluate(recipe)
+    assert len(whole.scores) == 5
+    _, events = evaluate(recipe)
+    assert events.notes[0].startswith("base, one, two, weight average and merged were not loaded")

@@ -422,6 +422,7 @@ def three(change: Callable[[list[str]], None]) -> str:
         ("rollouts/samples.jsonl", None, "rollouts/samples.jsonl is missing or empty: no responses can be shown"),
         ("result.json", None, "result.json is missing: the evaluation is running, or `mergeopd run` resumes with it"),
         ("result.json", "{", "result.json is damaged: the result cannot be shown; `mergeopd eval` measures again"),
+        ("result.json", '{"domains": {}}', "result.json is of another version of mergeopd: the result cannot be shown; `mergeopd eval` measures again"),
     ],
 )  # fmt: skip
 def test_a_damaged_folder_is_shown_in_part_with_notes(
