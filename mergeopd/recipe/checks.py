@@ -132,7 +132,7 @@ def experts(
             problems.append(origins.problem(here, message, "name one expert for a domain"))
     result = {domain: None if name == NO_EXPERT else name for domain, (name, _) in chosen.items()}
     if NO_EXPERT in parts.names and None in result.values():
-        message = f"`expert: {NO_EXPERT}` stands for no teacher, so no teacher can have this name"
+        message = f"`expert: {NO_EXPERT}` means no teacher, so no teacher can have this name"
         problems.append(origins.problem(("teachers", NO_EXPERT), message, "give it another name", key=True))
     if weights is None:
         return result, problems
