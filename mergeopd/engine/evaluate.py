@@ -132,10 +132,14 @@ class Evaluation:
             folder = shown(Path(self.inputs.plan.text_cache))
             was = "was not loaded: all its" if len(kept) == 1 else "were not loaded: all their"
             self.stages.note(f"{joined(kept, 'and')} {was} responses are kept in {folder}")
+        left_out: dict[tuple[str, ...], list[str]] = {}
         for outcome in outcomes:
-            if outcome.missing:
-                where = joined(outcome.missing, "and")
-                self.stages.note(f"{outcome.title} is not measured on {where}: `--only` does not name it")
+            left_out.setdefault(tuple(outcome.missing), []).append(outcome.title)
+        for missing, titles in left_out.items():
+            if missing:
+                who = f"{joined(titles, 'and')} {'is' if len(titles) == 1 else 'are'} not measured"
+                where = "" if len(missing) == len(self.plan.suites) else f" on {joined(missing, 'and')}"
+                self.stages.note(f"{who}{where}: `--only` leaves out models whose responses are not kept")
 
     def _measure(self, candidate: _Candidate, may_open: bool) -> _Outcome:
         """Measure a model, which is opened if a response is missing, and report each suite's accuracy."""

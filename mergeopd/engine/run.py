@@ -10,7 +10,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mergeopd.config.suggest import did_you_mean
 from mergeopd.distributed.communicator import Communicator, SingleProcess
 from mergeopd.distributed.rendezvous import RankInfo, open_communicator
 from mergeopd.engine.clock import Clock
@@ -250,8 +249,8 @@ def _check_only(only: Sequence[str], plan: EvaluationPlan) -> None:
     known += [*(f"merge/{merge.kind}" for merge in plan.static_merges), "merged"]
     for name in only:
         if name not in known:
-            remedy = did_you_mean(name, known, f"name {joined(known, 'or')}")
-            raise ModelError(f"--only {name}: the recipe has no such model to measure; {remedy}")
+            names = joined(known, "or")
+            raise ModelError(f"--only {name}: the recipe measures no such model; name {names}")
 
 
 def _measure(

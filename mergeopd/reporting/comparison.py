@@ -179,10 +179,10 @@ def _retained(rows: Mapping[str, SuiteResult]) -> list[str]:
     changes = {
         n: row.over_base for n, row in rows.items() if row.expert is None and row.over_base.value is not None
     }
-    points = {name: f"{name}: {100 * (change.value or 0.0):+.1f} points" for name, change in changes.items()}
-    kept = [name for name, change in changes.items() if not _sign(change)]
-    lost = [points[name] for name, change in changes.items() if _sign(change) < 0]
-    gained = [points[name] for name, change in changes.items() if _sign(change) > 0]
+    signed = {name: f"{100 * (change.value or 0.0):+.1f} points" for name, change in changes.items()}
+    kept = [f"{name} ({signed[name]})" for name, change in changes.items() if not _sign(change)]
+    lost = [f"{name}: {signed[name]}" for name, change in changes.items() if _sign(change) < 0]
+    gained = [f"{name}: {signed[name]}" for name, change in changes.items() if _sign(change) > 0]
     parts = [f"keeps {joined(kept, 'and')} within noise"] if kept else []
     parts += [f"gains {joined(gained, 'and')}"] if gained else []
     return parts + ([f"forgets {joined(lost, 'and')}"] if lost else [])

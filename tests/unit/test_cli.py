@@ -384,7 +384,8 @@ def test_eval_needs_something_to_measure(command: Command, job: Callable[..., Pa
     code, _, err = command("eval", recipe, "--only", "expert/tow")
     assert (code, err) == (
         1,
-        "error: --only expert/tow: the recipe has no such model to measure; did you mean 'expert/two'?\n",
+        "error: --only expert/tow: the recipe measures no such model; "
+        "name base, expert/two, merge/weight_average or merged\n",
     )
     code, _, err = command("eval", recipe, "--model", "nowhere")
     assert (code, err) == (1, "error: nowhere: there is no such folder; name a Hugging Face model folder\n")

@@ -247,8 +247,8 @@ def test_only_named_models_are_opened(job: Callable[..., Path], tmp_path: Path) 
     assert [model.key for model in alone.models] == ["merged"]
     assert [path.stem for path in (tmp_path / "first").iterdir()] == ["merged"]
     assert events.notes == [
-        f"{title} is not measured on left and right: `--only` does not name it"
-        for title in ("base", "one", "two", "weight average")
+        "base, one, two and weight average are not measured: "
+        "`--only` leaves out models whose responses are not kept"
     ]
     base, _ = evaluate(recipe, only=["base"], merged=None)
     assert list(base.scores) == ["base"]

@@ -160,7 +160,7 @@ def test_a_skill_that_no_prompt_trains() -> None:
     assert (result.mean, result.mean_recovered) == (plain.mean, plain.mean_recovered)
     assert result.best_static == plain.best_static
     assert result.verdict == plain.verdict + ", forgets facts: -20.0 points"
-    for num, words in ((88, "keeps facts within noise"), (100, "gains facts: +10.0 points")):
+    for num, words in ((88, "keeps facts (-2.0 points) within noise"), (100, "gains facts: +10.0 points")):
         changed = {**scores, "merged": {**scores["merged"], "facts": rewards(num)}}
         verdict = build_result(Measured(MODELS, changed, {**EXPERTS, "facts": None}, {}), {}).verdict
         assert verdict == f"{plain.verdict}, {words}"
