@@ -33,8 +33,9 @@ def wilson(values: Sequence[float] | Values) -> Interval:
     """Return Wilson's score interval (1927) for the mean of values in [0, 1].
 
     With values of 0 and 1 it is the usual interval of a proportion. Values between (partial rewards, means
-    over several responses) vary less, which counts as more prompts: the number that a proportion would need
-    for the same variance (Kish's effective sample size, 1965).
+    over several responses, pass@k) vary less, which counts as more prompts: the number that a proportion
+    would need for the same variance (Kish's effective sample size, 1965). A correct and a wrong prompt are
+    added for it, since samples of a skewed distribution often lack the rare values that cause its variance.
 
     Raises:
         ValueError: there are no values.
@@ -42,10 +43,11 @@ def wilson(values: Sequence[float] | Values) -> Interval:
     array = np.asarray(values, np.float64)
     if not array.size:
         raise ValueError("no values")
-    mean, num = float(array.mean()), float(array.size)
-    spread, variance = mean * (1.0 - mean), float(array.var())
-    if variance > 0.0:
-        num *= spread / variance
+    size = array.size + _NUM_ADDED
+    likely, square = float(array.sum() + 1.0) / size, float(np.square(array).sum() + 1.0) / size
+    num = array.size * likely * (1.0 - likely) / (square - likely**2)
+    mean = float(array.mean())
+    spread = mean * (1.0 - mean)
     centre = mean + _Z**2 / (2 * num)
     half = _Z * math.sqrt(spread / num + _Z**2 / (4 * num**2))
     scale = 1.0 + _Z**2 / num

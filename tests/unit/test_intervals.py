@@ -44,6 +44,23 @@ def test_wilson_covers(num: int, accuracy: float) -> None:
     assert 0.93 <= np.mean(covered) <= 0.97
 
 
+@pytest.mark.parametrize("num", [32, 256])
+@pytest.mark.parametrize("difficulty", [(0.3, 0.3), (0.2, 2.0), (2.0, 0.5), (5.0, 0.3)])
+def test_intervals_of_several_samples_cover(num: int, difficulty: tuple[float, float]) -> None:
+    """avg@16 and pass@4 of prompts whose probabilities are skewed, up to almost all certain."""
+    random = np.random.default_rng(num)
+    everyone = random.beta(*difficulty, 500_000)
+    truths = {1: everyone.mean(), 4: (1.0 - (1.0 - everyone) ** 4).mean()}
+    covered: dict[int, list[bool]] = {1: [], 4: []}
+    for _ in range(500):
+        counts = random.binomial(16, random.beta(*difficulty, num))
+        for k, truth in truths.items():
+            interval = wilson(pass_at_k(counts, 16, k))
+            covered[k].append(bool(interval.low <= truth <= interval.high))
+    # Three standard errors of 500 repetitions are 0.03; skewed ones are covered more often.
+    assert min(np.mean(of_k) for of_k in covered.values()) >= 0.92
+
+
 def recovered(means: intervals.Values) -> intervals.Values:
     gain = means[:, 0, 1] - means[:, 0, 0]
     return np.where(gain > 0, (means[:, 0, 2] - means[:, 0, 0]) / np.where(gain > 0, gain, 1.0), np.nan)
