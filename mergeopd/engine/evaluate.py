@@ -170,7 +170,7 @@ class Evaluation:
         student, plan = self.inputs.student, self.inputs.plan
         base = Path(plan.student.model)
         yield self._of_folder(Model("base", "base", "base"), base, student)
-        for name in self._experts:
+        for name in self.inputs.plan.experts:
             renderer = self.inputs.teachers[name].as_measured
             yield self._of_folder(Model.expert(name), Path(plan.teachers[name].model), renderer)
         yield from self._static_merges(base)
@@ -181,7 +181,7 @@ class Evaluation:
         return _Candidate(model, renderer, _fingerprint(folder), lambda: self.open_model(folder, renderer))
 
     def _static_merges(self, base: Path) -> Iterator[_Candidate]:
-        teachers = [self.inputs.plan.teachers[name] for name in self._experts]
+        teachers = [self.inputs.plan.teachers[name] for name in self.inputs.plan.experts]
         experts = [Path(teacher.model) for teacher in teachers if teacher.student is None]
         foreign = [teacher.name for teacher in teachers if teacher.bridge is not None]
         if foreign:  # even if all shapes match, since their rows are of other tokens
@@ -201,11 +201,6 @@ class Evaluation:
                 hashlib.sha256(content.encode()).hexdigest(),
                 lambda settings=settings: self.open_merge(settings, base, experts),  # type: ignore[misc]
             )
-
-    @property
-    def _experts(self) -> list[str]:
-        """The experts of the suites; all teachers if no suite has one."""
-        return sorted(set(self.plan.experts.values()) or self.inputs.plan.teachers)
 
     def _suites_of(self, candidate: _Candidate) -> Sequence[SuitePlan]:
         """Return the suites to measure an expert on: all, or its own, and those that its context holds."""

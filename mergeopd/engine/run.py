@@ -227,7 +227,7 @@ def evaluate_recipe(
             where = Location(shown(recipe))
             raise RecipeError([Problem(where, "evaluation", "missing section", "add `evaluation.prompts`")])
         _try_verifiers(inputs)
-        _check_only(only, inputs.plan.evaluation)
+        _check_only(only, inputs.plan.experts, inputs.plan.evaluation)
         export = model or Path(inputs.plan.output) / "export"
         needs_export = model is not None or not only or "merged" in only
         if model is None and needs_export and not export.is_dir():
@@ -244,8 +244,8 @@ def evaluate_recipe(
         return _measure(inputs, inputs.plan.evaluation, merged, output, responses, only, ranks, console)
 
 
-def _check_only(only: Sequence[str], plan: EvaluationPlan) -> None:
-    known = ["base", *(f"expert/{name}" for name in dict.fromkeys(plan.experts.values()))]
+def _check_only(only: Sequence[str], experts: Sequence[str], plan: EvaluationPlan) -> None:
+    known = ["base", *(f"expert/{name}" for name in experts)]
     known += [*(f"merge/{merge.kind}" for merge in plan.static_merges), "merged"]
     for name in only:
         if name not in known:

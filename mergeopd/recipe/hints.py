@@ -10,6 +10,9 @@ _DEVICE = "remove it: a GPU is used if torch finds one; CUDA_VISIBLE_DEVICES sel
 _ADAPTER = "remove it: LoRA is not implemented, all weights of the student are trained"
 _ENGINE = "it is not implemented yet; responses are sampled with `engine: local`"
 
+_INTERIM = "accuracy during training is `evaluation.interim: {every: N}`, with N in updates"
+_BEST = "the best student is exported with `checkpoint.best: accuracy`, or a suite's name"
+
 # By word, or by section and word: see `problems_of`.
 HINTS = {
     "epochs": _UPDATES,
@@ -24,6 +27,12 @@ HINTS = {
     "gradient_accumulation_steps": (
         "remove it: gradients are accumulated over forward passes of `student.micro_batch_tokens` tokens"
     ),
+    "evaluation.every": _INTERIM,
+    "eval_steps": _INTERIM,
+    "eval_every": _INTERIM,
+    "test_freq": _INTERIM,
+    "load_best_model_at_end": _BEST,
+    "metric_for_best_model": _BEST,
     "device": _DEVICE,
     "lora": _ADAPTER,
     "peft": _ADAPTER,

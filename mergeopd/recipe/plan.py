@@ -133,6 +133,11 @@ class Plan(Strict):
         """SHA-256 over the canonical JSON of `content`."""
         return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def experts(self) -> list[str]:
+        """The teachers that are evaluated: those with which suites are compared, or all if none is."""
+        return sorted(set(self.evaluation.experts.values() if self.evaluation else ()) or self.teachers)
+
     def has_policy(self, phase: Phase) -> bool:
         """Whether a phase has policy terms, including the bridge `span`."""
         return phase.loss.has_policy or self._has_spans(phase)

@@ -261,3 +261,15 @@ def test_only_named_models_are_opened(job: Callable[..., Path], tmp_path: Path) 
     assert len(whole.scores) == 5
     _, events = evaluate(recipe)
     assert events.notes[0].startswith("base, one, two, weight average and merged were not loaded")
+
+
+def test_only_skills_that_no_prompt_trains(job: Callable[..., Path], tmp_path: Path) -> None:
+    """Without an expert to compare with, all teachers are measured."""
+    recipe = job(prompts=[{**SOURCES[1], "domain": "facts", "expert": "none"}])
+    measured, events = evaluate(recipe)
+    assert [model.title for model in measured.models] == ["base", "one", "two", "weight average", "merged"]
+    assert not any(event.is_own_expert for event in events.done)
+    result = build_result(measured, {})
+    assert result.verdict.startswith(("keeps facts (", "gains facts: ", "forgets facts: "))
+    assert set(result.mean) == {"base", "static_merge", "merged"}
+    assert result.mean_recovered.value is None
