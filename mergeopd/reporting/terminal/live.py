@@ -74,7 +74,7 @@ class LiveReporter:
             case events.Note():
                 self._print("note", "cyan", event.text)
             case events.AccuracyMeasured():
-                self._print("measured", "blue", accuracy_line(event))
+                self._print("eval", "blue", accuracy_line(event))
             case events.CheckpointSkipped():
                 self._print("warning", "yellow", f"skipped {event.path}: {event.reason}")
             case events.RunFinished():

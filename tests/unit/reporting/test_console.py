@@ -16,6 +16,7 @@ from results import result_of
 from rich.console import Console
 
 from mergeopd.reporting.events import (
+    AccuracyMeasured,
     CheckpointSaved,
     CheckpointSkipped,
     DomainStats,
@@ -192,10 +193,12 @@ def test_notes_and_skipped_checkpoints_stay_above_the_frame() -> None:
         reporter.emit(START)
         reporter.emit(Note("heads of [red]math[/red] have\x1b[2J 152064 rows"))
         reporter.emit(CheckpointSkipped(Path("step-9"), "weights.bin is missing"))
+        reporter.emit(AccuracyMeasured(0, {"math": Estimate(0.125), "facts": Estimate(1.0)}, {}))
         reporter.emit(update(1))
     text = written(file)
     assert "note    heads of [red]math[/red] have [2J 152064 rows" in text
     assert "warning skipped step-9: weights.bin is missing" in text
+    assert "eval    accuracy after 0 updates: math 12.5 %, facts 100.0 %" in text
 
 
 def test_the_terminal_is_restored_on_an_error() -> None:
