@@ -24,6 +24,7 @@ RESULT = "result.json"
 EVALUATION = "evaluation"
 REPORT = "report.html"
 TENSORBOARD = "tensorboard"
+TRACKED_RUN = "tracked_run"
 
 
 def read_plan_document(path: Path) -> dict[str, Any] | None:
