@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator
 from mergeopd.config.values import Flag, Name, NonEmptyText, Strict, kind_shorthand
 
 _PROJECT = "mergeopd"
+_Tag = Annotated[str, Field(min_length=1, max_length=64)]
 
 
 class Wandb(Strict):
@@ -22,7 +23,7 @@ class Wandb(Strict):
     entity: NonEmptyText | None = None
     """user or team that owns the project; default: that of the account"""
     group: NonEmptyText | None = Field(default=None, description="group of runs that belong together")
-    tags: tuple[NonEmptyText, ...] = Field(default=(), description="tags of the run")
+    tags: tuple[_Tag, ...] = Field(default=(), description="tags of the run")
     offline: Flag = False
     """write to `wandb/` in the run folder only, as with WANDB_MODE=offline; `wandb sync` uploads it"""
 

@@ -44,7 +44,7 @@ UPDATE = UpdateDone(
     seconds={"update": 2.0, "rollout": 1.0},
     teacher_bytes_read=4096,
     policy=PolicyStats(0.125, 0.25, 1.5, 0.01, 0.5),
-    verifier_failures={"code": 2},
+    verifier_failures={"code (2)": 2},
 )
 ALARM = AlarmRaised(3, "starved", "math", "share 1 %", "responses are short", "raise `share`", stops=False)
 RESULT = result_of({"math": {"base": 0.25, "expert/math": 0.75, "merged": 0.5}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from mergeopd.reporting.trackers.values import alarm_texts, flat
 _RUN_ID = "mergeopd.run"
 _MAX_TEXT = 500  # characters of a parameter that all servers accept
 _MAX_PARAMS = 100  # of one request
+_NOT_IN_NAMES = re.compile(r"[^\w.\- /]")  # a prompt file may have any name
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
@@ -56,8 +58,8 @@ class MlflowTracker:
     def _log_params(self, config: Mapping[str, Any], known: Mapping[str, str]) -> None:
         from mlflow.entities import Param
 
-        new = {key: str(value)[:_MAX_TEXT] for key, value in flat(config).items() if key not in known}
-        params = [Param(key, value) for key, value in new.items()]
+        values = {_named(key): str(value)[:_MAX_TEXT] for key, value in flat(config).items()}
+        params = [Param(key, value) for key, value in values.items() if key not in known]
         for start in range(0, len(params), _MAX_PARAMS):
             self._client.log_batch(self._run_id, params=params[start : start + _MAX_PARAMS])
 
@@ -65,7 +67,7 @@ class MlflowTracker:
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
-        metrics = [Metric(name, value, now_ms, step) for name, value in values.items()]
+        metrics = [Metric(_named(name), value, now_ms, step) for name, value in values.items()]
         self._client.log_batch(self._run_id, metrics=metrics)
 
     def alert(self, alarm: AlarmRaised) -> None:
@@ -78,3 +80,7 @@ class MlflowTracker:
 
     def finish(self, outcome: Outcome) -> None:
         self._client.set_terminated(self._run_id, _STATUS[outcome])
+
+
+def _named(name: str) -> str:
+    return _NOT_IN_NAMES.sub("_", name)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from textwrap import shorten
 from types import TracebackType
 
 from mergeopd.errors import Stopped
@@ -157,7 +158,7 @@ class _TrackerThread(threading.Thread):
         try:
             self._serve()
         except Exception as error:  # noqa: BLE001 - packages raise anything, and the run continues without
-            cause = str(error).strip().partition("\n")[0] or type(error).__name__
+            cause = shorten(str(error), 300, placeholder=" ...") or type(error).__name__
             self._messages.put(f"{self.tracker.title} gets no more of this run: {cause}")
 
     def new_messages(self) -> Iterator[str]:

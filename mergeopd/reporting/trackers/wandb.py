@@ -13,6 +13,7 @@ from mergeopd.reporting.events import AlarmRaised
 from mergeopd.reporting.trackers.protocol import Opened, Outcome, TrackedRun
 from mergeopd.reporting.trackers.values import alarm_texts
 
+_MAX_NAME = 128
 _UPLOAD_TIMEOUT_S = 20.0  # shorter than a run's end waits for its trackers
 
 
@@ -55,7 +56,7 @@ class WandbTracker:
             entity=own.entity,
             group=own.group,
             tags=own.tags,
-            name=run.name,
+            name=run.name[:_MAX_NAME],
             id=run.id,
             resume="allow",
             config=dict(run.config),

@@ -93,7 +93,7 @@ def test_trackers_get_every_number_of_the_run_folder_in_order(tmp_path: Path, pl
         assert values["domain_nll/math"] == record["domains"]["math"]["nll"]
         assert values["update/loss"] == record["loss"]
         assert values["policy/importance_weight"] == record["policy"]["importance_weight"]
-        assert values["verifier_failures/code"] == 2
+        assert values["verifier_failures/code (2)"] == 2
         assert values["seconds/rollout"] == 1.0
         assert values["cost/tokens_per_s"] == 200.0
     assert tracker.alarms == [ALARM]
