@@ -46,7 +46,7 @@ def test_wandb_ends_with_an_interrupted_run_and_has_all_of_it(runs: Any, tmp_pat
             text=True,
             env=environment,
         )
-        printed, _ = process.communicate(timeout=120)
+        printed, _ = process.communicate(timeout=300)
         assert process.returncode == code, printed
         wait_for_the_end_of_services(process.pid, 0 if code == 3 else 20)
         assert "no more" not in printed
