@@ -111,6 +111,10 @@ class UpdateLimitReached(Stopped):
     """The run reached the requested number of updates (`--updates`) before its end."""
 
 
+class TrackerError(MergeopdError, RuntimeError):
+    """An experiment tracker cannot be used; the run continues without it."""
+
+
 class StorageError(MergeopdError, OSError):
     """A run folder or checkpoint cannot be written or read, or is damaged."""
 

@@ -24,11 +24,10 @@ from mergeopd.reporting.events import Note, Reporter, Reporters
 from mergeopd.reporting.jsonl import RecordsReporter
 from mergeopd.reporting.page.html import HtmlReporter
 from mergeopd.reporting.result import Result, read_result, write_result
-from mergeopd.reporting.tensorboard import TensorBoardReporter
 from mergeopd.reporting.terminal.console import console_reporter
 from mergeopd.reporting.terminal.result import ResultTable
+from mergeopd.reporting.trackers.reporter import TrackersReporter, trackers_of
 from mergeopd.reward.grading import Verifiers
-from mergeopd.storage import run_layout
 from mergeopd.storage.folders import prune, set_aside, verify
 from mergeopd.storage.lock import exclusive
 from mergeopd.storage.metrics import MetricsFile
@@ -202,8 +201,9 @@ def _reporters(
         RecordsReporter(metrics, samples, accuracy, alarms),
         HtmlReporter(folder.path, console),
     ]
-    if inputs.plan.report.tensorboard:
-        reporters.append(TensorBoardReporter(folder.path / run_layout.TENSORBOARD, console))
+    if trackers := trackers_of(inputs.plan.report.trackers):
+        own = TrackersReporter(trackers, inputs.plan, folder.path, console)
+        reporters.append(opened.enter_context(own))
     return Reporters(*reporters, console)
 
 

@@ -164,13 +164,13 @@ def _heaviest(domain: str, train: Mapping[int, TrainSource], weights: Weights) -
     return [name for name, total in totals.items() if total == max(totals.values())]
 
 
-def report_problems(report: Reports | None, origins: Origins) -> list[Problem]:
-    """Check that the packages of the reports are installed, without importing them."""
-    if report is None or not report.tensorboard or is_installed("tensorboard"):
-        return []
-    message = "the package tensorboard is not installed"
-    remedy = "pip install 'mergeopd[tensorboard]', or remove the key"
-    return [origins.problem(("report", "tensorboard"), message, remedy)]
+def report_problems(report: Reports | None, origins: Origins) -> Iterator[Problem]:
+    """Check that the packages of the trackers are installed, without importing them."""
+    for index, tracker in enumerate(report.trackers if report is not None else ()):
+        if not is_installed(tracker.kind):  # kind, package and extra have one name
+            message = f"the package {tracker.kind} is not installed"
+            remedy = f"pip install 'mergeopd[{tracker.kind}]', or remove the entry"
+            yield origins.problem(("report", "trackers", index), message, remedy)
 
 
 def student_problems(student: Student, origins: Origins) -> Iterator[Problem]:
@@ -207,8 +207,12 @@ def missing_package(verifier: Verifier) -> tuple[str, str] | None:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module can be imported. Only its parent packages are imported to find out."""
+    """Whether a module can be imported. Only its parent packages are imported to find out.
+
+    A folder of that name without `__init__.py`, such as wandb makes for its runs, is no module.
+    """
     try:
-        return find_spec(module) is not None
+        spec = find_spec(module)
+        return spec is not None and spec.origin is not None
     except ModuleNotFoundError:
         return False

@@ -8,6 +8,7 @@ _BATCH = (
 )
 _DEVICE = "remove it: a GPU is used if torch finds one; CUDA_VISIBLE_DEVICES selects it"
 _ADAPTER = "remove it: LoRA is not implemented, all weights of the student are trained"
+_TRACKERS = "trackers are listed under `report`: `report: {trackers: [wandb, mlflow, trackio, tensorboard]}`"
 _ENGINE = "it is not implemented yet; responses are sampled with `engine: local`"
 
 _INTERIM = "accuracy during training is `evaluation.interim: {every: N}`, with N in updates"
@@ -38,6 +39,11 @@ HINTS = {
     "peft": _ADAPTER,
     "vllm": _ENGINE,
     "sglang": _ENGINE,
+    "report.tensorboard": "write `report: {trackers: [tensorboard]}`",  # its form in earlier versions
+    "report_to": _TRACKERS,
+    "logger": _TRACKERS,
+    "trackers": _TRACKERS,
+    "wandb": _TRACKERS,
     "phases.teach": "did you mean `distill_on`?",  # its name in earlier versions
     "model": "the model to train is `student.model`",
     "teachers.model": (

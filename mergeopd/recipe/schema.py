@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mergeopd.config.values import (
-    Flag,
     FunctionPath,
     Name,
     Positive,
@@ -35,6 +34,7 @@ from mergeopd.recipe.baselines import (
 from mergeopd.recipe.loss_terms import SHORT_TERMS, loss_shorthand
 from mergeopd.recipe.models import Student, Teacher, card_shorthand
 from mergeopd.recipe.policy_terms import weight_shorthand
+from mergeopd.recipe.trackers import Tracker, TrackerOrKind
 from mergeopd.recipe.training import AnyRollout, LocalRollout, Optimizer, Phase
 from mergeopd.recipe.verifiers import VerifierOrKind
 
@@ -194,8 +194,17 @@ class Memory(Strict):
 class Reports(Strict):
     """Output besides the terminal display, metrics.jsonl and report.html."""
 
-    tensorboard: Flag = False
-    """write TensorBoard events to `tensorboard/` in the run folder; requires `mergeopd[tensorboard]`"""
+    trackers: tuple[TrackerOrKind, ...] = ()
+    """experiment trackers, each once; shorthand: its kind. Not part of a run's identity: a resumed run may
+    have others"""
+
+    @field_validator("trackers")
+    @classmethod
+    def _once(cls, trackers: tuple[Tracker, ...]) -> tuple[Tracker, ...]:
+        kinds = [tracker.kind for tracker in trackers]
+        if twice := [kind for kind in kinds if kinds.count(kind) > 1]:
+            raise ValueError(f"'{twice[0]}' is listed twice")
+        return trackers
 
 
 class Recipe(Strict):
@@ -237,6 +246,7 @@ SHORTHANDS: dict[tuple[str, ...], Callable[[Any], Any]] = {
     ("prompts", "*", "teachers"): _teachers_shorthand,
     ("evaluation", "prompts", "*", "verifier"): kind_shorthand,
     ("evaluation", "static_merges", "*"): static_merge_shorthand,
+    ("report", "trackers", "*"): kind_shorthand,
     ("phases", "*", "loss"): loss_shorthand,
     ("phases", "*", "correction"): kind_shorthand,
     **{("phases", "*", "loss", term): weight_shorthand for term in SHORT_TERMS},

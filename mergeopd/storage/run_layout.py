@@ -25,6 +25,7 @@ RESULT = "result.json"
 EVALUATION = "evaluation"
 REPORT = "report.html"
 TENSORBOARD = "tensorboard"
+TRACKED_RUN = "tracked_run"
 
 
 def read_plan_document(path: Path) -> dict[str, Any] | None:

@@ -125,6 +125,7 @@ def test_every_short_form_of_the_schema_is_in_the_table_and_works() -> None:
         ("evaluation", "static_merges", "*"): "ties",
         ("prompts", "*", "teachers"): ["a", "b"],
         ("evaluation", "prompts", "*", "verifier"): "exact",
+        ("report", "trackers", "*"): "wandb",
         ("phases", "*", "loss"): "nll",
         ("phases", "*", "correction"): "mask",
         **{("phases", "*", "loss", term): 0.5 for term in SHORT_TERMS},
