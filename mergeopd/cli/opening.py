@@ -39,6 +39,7 @@ def open_with(
             stream.flush()
         is_open = False
 
-    stream.write(f"reading {name}"[: shutil.get_terminal_size().columns - 1])
+    # The launcher of several processes may have begun this line.
+    stream.write(_CLEAR + f"reading {name}"[: shutil.get_terminal_size().columns - 1])
     stream.flush()
     return clear

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 from mergeopd.cli.errors import one_process_reports
 from mergeopd.cli.opening import open_with
 from mergeopd.cli.options import RecipeArgument, SetOption
-from mergeopd.distributed.rendezvous import RankInfo
+from mergeopd.distributed.rendezvous import LAUNCHER, RankInfo
 from mergeopd.errors import ProcessError, Stopped
 
 if TYPE_CHECKING:
@@ -60,10 +61,11 @@ def run(
             )
         try:
             if nproc is not None and nproc > 1:
-                from mergeopd import api
+                clear = open_with(recipe)
+                try:
+                    from mergeopd import api
 
-                raise typer.Exit(
-                    api.launch(
+                    code = api.launch(
                         recipe,
                         nproc,
                         set=overrides or (),
@@ -71,7 +73,9 @@ def run(
                         allow_change=allow_change or (),
                         fresh=fresh,
                     )
-                )
+                finally:
+                    clear()
+                raise typer.Exit(code)
             result = _run(recipe, overrides or (), updates, allow_change or (), fresh, place)
         except KeyboardInterrupt:
             if place.rank == 0:
@@ -93,7 +97,8 @@ def _run(
     place: RankInfo,
 ) -> RunResult:
     """Run with progress on stdout."""
-    clear = open_with(recipe) if place.rank == 0 else lambda: None
+    # In a pipe, the launcher has printed its line.
+    clear = open_with(recipe, only_terminal=LAUNCHER in os.environ) if place.rank == 0 else lambda: None
     try:
         from rich.console import Console
 
