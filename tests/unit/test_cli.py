@@ -22,6 +22,7 @@ from byte_tokenizers import byte_level
 
 from mergeopd import __version__
 from mergeopd.cli import app, main
+from mergeopd.cli.opening import open_with
 from mergeopd.storage.lock import exclusive
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +81,7 @@ def test_help_names_the_commands_and_nothing_else(command: Command) -> None:
         "eval",
         "schema",
     ]
+    assert plain.index(" new ") < plain.index(" check ")
     assert "--version" in plain
     assert "--show-completion" not in plain
 
@@ -150,6 +152,14 @@ def test_run_shows_that_it_works_before_anything_slow(tmp_path: Path) -> None:
     assert shown.startswith(b"\r\x1b[2Kreading none.yaml")  # before the imports of rich, pydantic and others
     assert shown.index(b"\x1b[2K", 10) < shown.index(b"no such file")
     assert b"1 problem." in shown[shown.index(b"no such file") :]
+
+
+def test_pipes_get_a_first_line_once(capsys: pytest.CaptureFixture[str]) -> None:
+    open_with(Path("a\x1b[2Jb.yaml"))()
+    line = capsys.readouterr().out
+    assert re.fullmatch(rf"[\d-]+ [\d:]+  mergeopd {__version__}, a\\x1b\[2Jb.yaml\n", line)
+    open_with(Path("a.yaml"), only_terminal=True)()  # as in the first of several processes
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name", ["check", "run", "eval"])
