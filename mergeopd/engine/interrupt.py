@@ -25,7 +25,7 @@ class Interrupt:
     def __init__(self, acknowledge: Callable[[str], None] = lambda _: None) -> None:
         self._acknowledge = acknowledge
         self.requested: str | None = None
-        self._num_ctrl_c = 0
+        self._num_ctrl_c = self._num_seen = 0  # handled, and seen by the other thread
         self._ignores_further = False
 
     @contextmanager
@@ -63,10 +63,11 @@ class Interrupt:
             reader.close()
 
     def _watch(self, reader: socket.socket) -> None:
-        """Acknowledge the first signal; ends when the other end of the pair is closed."""
+        """Acknowledge the first signal and count Ctrl-C; ends when the other end of the pair is closed."""
         is_known = False
         while numbers := reader.recv(16):
             names = [signal.Signals(number).name for number in numbers]
+            self._num_seen += names.count(signal.SIGINT.name)
             if not is_known and (name := next((n for n in names if n in _SIGNALS), None)):
                 is_known = True
                 self._acknowledge(name)
@@ -77,7 +78,8 @@ class Interrupt:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self._num_ctrl_c += number == signal.SIGINT
-        if self._num_ctrl_c > 1 and not self._ignores_further:
+        # Signals that arrive during one operation are handled once.
+        if max(self._num_ctrl_c, self._num_seen) > 1 and not self._ignores_further:
             raise KeyboardInterrupt
         self.requested = self.requested or signal.Signals(number).name
 

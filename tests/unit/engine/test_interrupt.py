@@ -75,3 +75,21 @@ def test_a_request_is_acknowledged_before_its_handler_can_run() -> None:
     assert handled_before == [None]
     assert interrupt.requested == "SIGTERM"
     assert signal.set_wakeup_fd(-1) == -1  # as before
+
+
+def test_two_requests_during_one_operation_count_twice() -> None:
+    known, began = threading.Event(), threading.Event()
+    interrupt = Interrupt(lambda _: known.set())
+
+    def press() -> None:
+        began.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+        known.wait(10)  # the kernel merges signals that are not delivered yet
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    with interrupt.listening(), pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        began.set()
+        hashlib.pbkdf2_hmac("sha256", b"a", b"b", 3_000_000)
+    thread.join()
