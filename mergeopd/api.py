@@ -123,6 +123,7 @@ def run(
     set: Overrides = (),
     updates: int | None = None,
     allow_change: Sequence[str] = (),
+    fresh: bool = False,
     on_event: Callable[[Event], None] | None = None,
     console: Console | None = None,
 ) -> RunResult:
@@ -131,8 +132,10 @@ def run(
     Args:
         path: the recipe.
         set: values that replace those of the recipe.
-        updates: stop after this many more updates; the same call resumes the run.
+        updates: stop after this many more updates; the same call resumes the run. Until the first regular
+            checkpoint, such a smoke run does not claim its folder: one with other settings moves it aside.
         allow_change: keys of the plan, or files, that may differ from those the run began with.
+        fresh: start over; an earlier run in the folder is moved to FOLDER.1, or the next free number.
         on_event: called with every event (`mergeopd.reporting.events`), before it is shown; must not raise.
         console: a `rich.console.Console` on which progress is shown; None shows none.
 
@@ -150,7 +153,7 @@ def run(
     shown_on = Console(quiet=True) if console is None else console
     listener = None if on_event is None else _Listener(on_event)
     with suppress(UpdateLimitReached):  # as requested by `updates`
-        run_recipe(Path(path), texts, updates, allow_change, shown_on, listener)
+        run_recipe(Path(path), texts, updates, allow_change, shown_on, listener, fresh=fresh)
     return load_run(load(path, set=texts).output)
 
 
@@ -161,6 +164,7 @@ def launch(
     set: Overrides = (),
     updates: int | None = None,
     allow_change: Sequence[str] = (),
+    fresh: bool = False,
 ) -> int:
     """Run a recipe in several processes of this machine; return the exit code of `mergeopd run`.
 
@@ -173,11 +177,13 @@ def launch(
     texts = _as_texts(set)
     inputs = preflight(path, texts)
     check_processes(inputs.plan, num_processes)
-    RunFolder(Path(inputs.plan.output)).check(inputs.plan, inputs.files, allow_change)
+    if not fresh:
+        RunFolder(Path(inputs.plan.output)).check(inputs.plan, inputs.files, allow_change)
     command = [sys.executable, "-m", "mergeopd", "run", str(path)]
     command += [word for text in texts for word in ("--set", text)]
     command += [] if updates is None else ["--updates", str(updates)]
     command += [word for key in allow_change for word in ("--allow-change", key)]
+    command += ["--fresh"] if fresh else []
     return launcher.launch(command, num_processes)
 
 

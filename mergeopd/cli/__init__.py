@@ -9,10 +9,10 @@ Modules of this package import at the top only what `--help` needs; commands imp
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperOption
+from typer.core import TyperGroup, TyperOption
 
 from mergeopd import __version__
 from mergeopd.cli.check import check
@@ -27,7 +27,16 @@ from mergeopd.cli.schema import schema
 from mergeopd.cli.tokenizers import tokenizers
 from mergeopd.distributed.rendezvous import join_launcher
 
+
+class _Commands(TyperGroup):
+    """Lists `new` first, since it writes what the other commands need."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=lambda name: name != "new")
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Merge many expert language models into one student by on-policy distillation.",
     epilog="Start with `mergeopd new teacher` and `mergeopd new recipe`. "
     "Shell completion: mergeopd --install-completion",

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mergeopd.cli.errors import one_process_reports
+from mergeopd.cli.opening import open_with
 from mergeopd.cli.options import RecipeArgument, SetOption
 from mergeopd.distributed.rendezvous import RankInfo
 
@@ -34,15 +35,20 @@ def evaluate(
     """
     place = RankInfo.of()
     with one_process_reports(place):
-        from rich.console import Console
-
-        from mergeopd import api
-
+        clear = open_with(recipe) if place.rank == 0 else lambda: None
         try:
+            from rich.console import Console
+
+            from mergeopd import api
+
+            console = Console()
+            clear()
             api.evaluate(
-                recipe, set=overrides or (), model=model, output=output, only=only or (), console=Console()
+                recipe, set=overrides or (), model=model, output=output, only=only or (), console=console
             )
         except KeyboardInterrupt:
             if place.world == 1:
                 raise
             raise typer.Exit(130) from None
+        finally:
+            clear()

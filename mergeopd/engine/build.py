@@ -109,11 +109,14 @@ class Models:
 
 
 def load_models(
-    inputs: Inputs, machine: Machine, teachers: Mapping[str, Teacher] = MappingProxyType({})
+    inputs: Inputs,
+    machine: Machine,
+    teachers: Mapping[str, Teacher] = MappingProxyType({}),
+    announce: Callable[[str], None] = lambda _: None,
 ) -> Models:
     """Load the student and open the teachers; the processes of a machine divide its threads. Collective.
 
-    `teachers` take the place of the recipe's teachers of these names.
+    `teachers` take the place of the recipe's teachers of these names; `announce` gets what is being built.
 
     Raises ModelError for checkpoints that do not fit configs, and for a student that does not fit the grid or
     for whose unsharded replicas the machine has no memory.
@@ -129,7 +132,7 @@ def load_models(
         student=student,
         snapshots=snapshots,
         teachers={**_teachers(inputs, machine, snapshots, skip=teachers.keys()), **teachers},
-        views=_views(inputs, machine),
+        views=_views(inputs, machine, announce),
     )
 
 
@@ -352,14 +355,16 @@ def _source(teacher: TeacherPlan, inputs: Inputs, snapshots: StudentSnapshots) -
     return TeacherSource(Path(teacher.model), teacher.dtype, num_valid, snapshot)
 
 
-def _views(inputs: Inputs, machine: Machine) -> dict[str, TokenView]:
+def _views(inputs: Inputs, machine: Machine, announce: Callable[[str], None]) -> dict[str, TokenView]:
     """Build each teacher's token view; rank 0 builds missing vocabulary maps. Collective."""
     cache, student = Path(inputs.plan.text_cache), inputs.student
 
     def bridges() -> dict[str, Bridge | None]:
-        return {
-            name: measure(cross, cache, machine.device) for name, cross in inputs.cross_tokenizers.items()
-        }
+        made = {}
+        for name, cross in inputs.cross_tokenizers.items():
+            announce(f"vocabulary map of {name}")
+            made[name] = measure(cross, cache, machine.device)
+        return made
 
     made: list[dict[str, Bridge | None]] = []
     if inputs.cross_tokenizers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,16 +19,18 @@ from mergeopd.engine.stages import Stages
 from mergeopd.engine.update import Updater
 from mergeopd.errors import Stopped, UpdateLimitReached
 from mergeopd.messages import shown
+from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.recipe.plan import Plan
 from mergeopd.reporting.comparison import Measured, build_result
-from mergeopd.reporting.events import AccuracyMeasured, RunFinished, RunStarted, StageStarted
-from mergeopd.reporting.jsonl import read_accuracy
+from mergeopd.reporting.events import AccuracyMeasured, RunFacts, RunFinished, RunStarted, StageStarted
+from mergeopd.reporting.jsonl import read_accuracy, read_updates
 from mergeopd.reporting.result import write_result
 from mergeopd.storage.folders import copy_folder, keep_only, prune
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.student.protocol import Student
 from mergeopd.teacher.snapshots import StudentSnapshots
 
+_RECALLED = 1000  # updates that the display of a resumed run starts with
 UPDATE_LIMIT = "--updates"  # reason of a stop at a requested number of updates
 Evaluate = Callable[[Path, Path | None], Measured]
 
@@ -136,6 +139,7 @@ class Trainer:
 
     def _report_start(self, progress: Progress) -> None:
         plan = self.plan
+        history = read_updates(self.folder.metrics_file, _RECALLED) if progress.update else ()
         self.stages.reporter.emit(
             RunStarted(
                 name=plan.name,
@@ -146,7 +150,33 @@ class Trainer:
                 domains=tuple(sorted({source.domain for source in plan.sources})),
                 output=self.folder.path,
                 resumed_at=progress.update,
+                seconds=self.stages.clock.seconds()["total"],
+                history=history,
+                facts=self._facts(),
             )
+        )
+
+    def _facts(self) -> RunFacts:
+        import torch
+
+        plan, device = self.plan, self.updater.device
+        name = (
+            f"{device.type} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+        )
+        return RunFacts(
+            student=shown(Path(plan.student.model)),
+            dtype=plan.student.dtype,
+            num_parameters=Checkpoint.open(Path(plan.student.model)).num_weights,
+            num_trainable=sum(map(prod, self.student.state_shapes().values())),
+            teachers={
+                teacher.name: Checkpoint.open(Path(teacher.model)).num_weights
+                if teacher.student is None
+                else None
+                for teacher in plan.teachers.values()
+            },
+            device=name,
+            num_threads=torch.get_num_threads(),
+            num_processes=self.stages.ranks.size,
         )
 
     def _save(self, progress: Progress) -> None:
@@ -164,9 +194,11 @@ class Trainer:
         self.stages.ranks.gather(None)  # wait until all have written
         self.stop.interrupt.ignore_further()
         error = UpdateLimitReached if reason == UPDATE_LIMIT else Stopped
+        saved = "all saved; run the same command to resume"
+        if not progress.update:
+            saved = "before the first checkpoint; run the same command to start again"
         raise error(
-            f"stopped by {reason} after {progress.update} of {self.plan.num_updates} "
-            "updates, all saved; run the same command to resume"
+            f"stopped by {reason} after {progress.update} of {self.plan.num_updates} updates, {saved}"
         )
 
     def _measure(self, evaluate: Evaluate) -> Measured:
@@ -202,7 +234,7 @@ class Trainer:
                 write_result(folder.result_file, document)
         reporter.emit(
             RunFinished(
-                seconds=clock.seconds(),
+                seconds=clock.seconds() if document is None else document.seconds,
                 result=document,
                 result_path=Path(shown(folder.result_file)) if document is not None else None,
                 export_path=Path(shown(folder.export)),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from mergeopd.preflight.inputs import Inputs, preflight
 from mergeopd.preflight.models import check_student_folder
 from mergeopd.preflight.parallelism import check_processes
 from mergeopd.recipe.plan import EvaluationPlan, Plan
-from mergeopd.reporting.events import Note, Reporter, Reporters
+from mergeopd.reporting.events import Note, Reporter, Reporters, StageStarted, StopRequested
 from mergeopd.reporting.jsonl import RecordsReporter
 from mergeopd.reporting.page.html import HtmlReporter
 from mergeopd.reporting.result import Result, read_result, write_result
@@ -41,27 +41,53 @@ def run_recipe(
     allowed_changes: Sequence[str],
     console: Console | None = None,
     listener: Reporter | None = None,
+    *,
+    fresh: bool = False,
 ) -> None:
-    """Run a recipe or resume it, for at most `max_updates` updates.
+    """Run a recipe or resume it, for at most `max_updates` updates; `fresh`: move an earlier run aside first.
 
     The first process shows progress on `console` (default: stdout); `listener` gets every event before that.
     If the run has several processes, all of them call this with the same arguments.
     """
+    clock, place = Clock(), RankInfo.of()
+    is_first, alone = place.rank == 0, place.world == 1
     console = Console() if console is None else console
-    clock = Clock()
-    with ExitStack() as held:
+    # Until `train` listens to signals, nothing has to be saved, and one ends the process at once.
+    with ExitStack() as held, _display(console, is_first) as display:
+        events: Reporter = Reporters(listener, display) if listener is not None and is_first else display
         with clock.stage("startup"):
-            place = RankInfo.of()
-            alone = place.world == 1
+            announce = _announcer(events)
+            announce(f"reading {shown(recipe)}")
             ranks = SingleProcess() if alone else held.enter_context(open_communicator(place, grouped=True))
-            inputs = claim(recipe, overrides, allowed_changes, ranks, held, console)
+            inputs = claim(
+                recipe,
+                overrides,
+                allowed_changes,
+                ranks,
+                held,
+                console,
+                announce,
+                fresh=fresh,
+                is_smoke=max_updates is not None,
+            )
             if inputs is None:
                 return
             if alone:
                 ranks = held.enter_context(
                     open_communicator(place, grouped=inputs.plan.student.backend == "megatron")
                 )
-        train(inputs, clock, max_updates, ranks, console, listener)
+        interrupt = Interrupt(lambda name: display.emit(StopRequested(name)))
+        train(inputs, clock, max_updates, ranks, events, interrupt)
+
+
+def _display(console: Console, is_first: bool) -> AbstractContextManager[Reporter]:
+    """Return the terminal's reporter; on other processes than the first, one that shows nothing."""
+    return console_reporter(console) if is_first else nullcontext(Reporters())
+
+
+def _announcer(reporter: Reporter) -> Callable[[str], None]:
+    """Return a function that reports what the start of a run is doing."""
+    return lambda text: reporter.emit(StageStarted("startup", text))
 
 
 def claim(
@@ -71,19 +97,33 @@ def claim(
     ranks: Communicator,
     held: ExitStack,
     console: Console | None = None,
+    announce: Callable[[str], None] = lambda _: None,
+    *,
+    fresh: bool = False,
+    is_smoke: bool = False,
 ) -> Inputs | None:
     """Lock the run folder until `held` is closed; return None for a finished run. Collective."""
     mine: list[Inputs] = []
 
     def take() -> bool:
-        inputs = preflight(recipe, overrides)
+        inputs = preflight(recipe, overrides, announce=announce)
         _try_verifiers(inputs)
         check_processes(inputs.plan, ranks.size)
         folder = RunFolder(Path(inputs.plan.output))
+        replaces = folder.is_replaceable(inputs.plan, inputs.files, allowed_changes)
+        if (fresh or replaces) and (aside := folder.set_aside()) is not None:
+            what = "a smoke run (--updates) with other settings" if replaces else "the earlier run"
+            note = (
+                f"{what} was moved from {shown(folder.path)} to {shown(aside)}; delete it if it is not needed"
+            )
+            inputs = preflight(
+                recipe, overrides, announce=announce
+            )  # templates may show the start of the run, which is now
+            inputs = replace(inputs, notes=(*inputs.notes, note))
         # Check before a lock is created in a folder of another run.
         folder.check(inputs.plan, inputs.files, allowed_changes)
         held.enter_context(exclusive(folder.path))
-        folder.claim(inputs.plan, inputs.files, inputs.now, allowed_changes)
+        folder.claim(inputs.plan, inputs.files, inputs.now, allowed_changes, is_smoke=is_smoke)
         mine.append(inputs)
         is_measured = inputs.plan.evaluation is None or _result(folder) is not None
         if is_measured and folder.export.exists() and verify(folder.export) is None:
@@ -120,38 +160,37 @@ def train(
     clock: Clock,
     max_updates: int | None,
     ranks: Communicator,
-    console: Console | None = None,
-    listener: Reporter | None = None,
+    events: Reporter | None = None,
+    interrupt: Interrupt | None = None,
 ) -> None:
     """Build the run, restore the state of the run folder, and train to the end. Collective.
 
     A student on Megatron needs torch's default process group, which must be that of `ranks`.
     """
-    # torch and transformers take seconds to import, so all checks that need neither come first.
-    from mergeopd.engine.build import Machine, build, load_models
-    from mergeopd.models.causal import pick_device
+    events = Reporters() if events is None else events
+    interrupt = Interrupt() if interrupt is None else interrupt
+    folder, announce = RunFolder(Path(inputs.plan.output)), _announcer(events)
+    with clock.stage("startup"):
+        # torch and transformers take seconds to import, so all checks that need neither come first.
+        announce("importing torch and transformers")
+        from mergeopd.engine.build import Machine, build, load_models
+        from mergeopd.models.causal import pick_device
 
-    _quiet_libraries()
-    interrupt, folder = Interrupt(), RunFolder(Path(inputs.plan.output))
-    shown_on = Console() if console is None else console
-    with console_reporter(shown_on) if ranks.is_first else nullcontext(Reporters()) as display:
-        events = display if listener is None or not ranks.is_first else Reporters(listener, display)
-        with clock.stage("startup"):
-            models = load_models(inputs, Machine(pick_device(), ranks))
-            record = models.checkpoints().restore(ranks.run_on_first(folder.plan_hashes), events)
-            num_done = ranks.run_on_first(
-                lambda: _settled(inputs.plan, folder, record.progress.update, events)
-            )
-        clock.continue_from(record.seconds)
-        # Up to here nothing has to be saved, and a signal ends the process at once.
-        with interrupt.listening(), ExitStack() as opened:
-            reporter: Reporter = Reporters()
-            if ranks.is_first:
-                reporter = _reporters(inputs, folder, num_done, opened, events)
-                _report_notes(inputs, reporter)
-            trainer = build(models, reporter=reporter, clock=clock, interrupt=interrupt)
-            opened.callback(trainer.pipeline.close)
-            trainer.run(replace(record.progress, update=num_done), max_updates)
+        _quiet_libraries()
+        announce(f"loading {shown(Path(inputs.plan.student.model))}")
+        models = load_models(inputs, Machine(pick_device(), ranks), announce=announce)
+        announce("looking for a checkpoint")
+        record = models.checkpoints().restore(ranks.run_on_first(folder.plan_hashes), events)
+        num_done = ranks.run_on_first(lambda: _settled(inputs.plan, folder, record.progress.update, events))
+    clock.continue_from(record.seconds)
+    with interrupt.listening(), ExitStack() as opened:
+        reporter: Reporter = Reporters()
+        if ranks.is_first:
+            reporter = _reporters(inputs, folder, num_done, opened, events)
+            _report_notes(inputs, reporter)
+        trainer = build(models, reporter=reporter, clock=clock, interrupt=interrupt)
+        opened.callback(trainer.pipeline.close)
+        trainer.run(replace(record.progress, update=num_done), max_updates)
 
 
 def _settled(plan: Plan, folder: RunFolder, num_done: int, reporter: Reporter) -> int:
@@ -221,8 +260,10 @@ def evaluate_recipe(
     If there are several processes, all of them call this with the same arguments and evaluate a share each.
     """
     place = RankInfo.of()
-    with open_communicator(place, grouped=False) as ranks:
-        inputs = preflight(recipe, overrides)
+    with _display(console, place.rank == 0) as display, open_communicator(place, grouped=False) as ranks:
+        announce = _announcer(display)
+        announce(f"reading {shown(recipe)}")
+        inputs = preflight(recipe, overrides, announce=announce)
         if inputs.plan.evaluation is None:
             where = Location(shown(recipe))
             raise RecipeError([Problem(where, "evaluation", "missing section", "add `evaluation.prompts`")])
@@ -241,7 +282,12 @@ def evaluate_recipe(
             raise StorageError(f"{output}: is a folder; name a file")
         folder = RunFolder(Path(inputs.plan.output))
         responses = folder.evaluation if model is None else None if output is None else output.with_suffix("")
-        return _measure(inputs, inputs.plan.evaluation, merged, output, responses, only, ranks, console)
+        document = _measure(inputs, inputs.plan.evaluation, merged, responses, only, ranks, display)
+        if output is not None and ranks.is_first:
+            write_result(output, document)
+    if place.rank == 0:
+        console.print(ResultTable(document, {"result": output, "student": merged and Path(shown(merged))}))
+    return document
 
 
 def _check_only(only: Sequence[str], experts: Sequence[str], plan: EvaluationPlan) -> None:
@@ -257,33 +303,27 @@ def _measure(
     inputs: Inputs,
     plan: EvaluationPlan,
     merged: Path | None,
-    output: Path | None,
     responses: Path | None,
     only: Sequence[str],
     ranks: Communicator,
-    console: Console,
+    reporter: Reporter,
 ) -> Result:
-    """Evaluate; rank 0 shows the table, writes the result and keeps the responses. Collective."""
+    """Evaluate, and keep the responses. Collective."""
     import time
 
+    _announcer(reporter)("importing torch and transformers")
     from mergeopd.engine.build import Machine, build_evaluation
     from mergeopd.engine.stages import Stages
     from mergeopd.models.causal import pick_device
     from mergeopd.reporting.comparison import build_result
 
     _quiet_libraries()
-    console = console if ranks.is_first else Console(quiet=True)
     start = time.perf_counter()
-    with console_reporter(console) if ranks.is_first else nullcontext(Reporters()) as reporter:
-        _report_notes(inputs, reporter)
-        stages = Stages(reporter, Clock(), ranks, None)
-        evaluation = build_evaluation(inputs, plan, Machine(pick_device(), ranks), stages)
-        measured = evaluation.run(merged, responses, only)
-    document = build_result(measured, {"evaluation": time.perf_counter() - start})
-    console.print(ResultTable(document, {"result": output, "student": merged and Path(shown(merged))}))
-    if output is not None and ranks.is_first:
-        write_result(output, document)
-    return document
+    _report_notes(inputs, reporter)
+    stages = Stages(reporter, Clock(), ranks, None)
+    evaluation = build_evaluation(inputs, plan, Machine(pick_device(), ranks), stages)
+    measured = evaluation.run(merged, responses, only)
+    return build_result(measured, {"evaluation": time.perf_counter() - start})
 
 
 def _try_verifiers(inputs: Inputs) -> None:

@@ -5,7 +5,7 @@ Does not import torch or transformers, so that `mergeopd check` is fast.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ from mergeopd.config.tree import Keys
 from mergeopd.data.prompts import read_prompts
 from mergeopd.data.renderer import Renderer
 from mergeopd.errors import RecipeError
-from mergeopd.messages import joined
+from mergeopd.messages import joined, shown
 from mergeopd.preflight.capabilities import check_capabilities
 from mergeopd.preflight.models import ModelReader, file_digest
 from mergeopd.preflight.problems import Findings
@@ -67,17 +67,18 @@ def preflight(
     *,
     engine: EngineCapabilities | None = None,
     teachers: Mapping[str, TeacherCapabilities] = MappingProxyType({}),
+    announce: Callable[[str], None] = lambda _: None,
 ) -> Inputs:
     """Read a recipe and check all that it names.
 
     `engine` and `teachers` are the capabilities of a rollout engine and of teachers that replace the recipe's
-    in `build` and `load_models`.
+    in `build` and `load_models`. `announce` gets what is being read.
 
     Raises RecipeError with every problem found, the recipe's own and those of models, tokenizers, templates
     and prompt files, each with its place and remedy.
     """
     resolution = read(recipe, overrides)
-    check = _Check(resolution)
+    check = _Check(resolution, announce)
     check.run()
     if engine is None and resolution.rollout is not None:
         engine = resolution.rollout.capabilities
@@ -115,8 +116,9 @@ def advice(plan: Plan) -> str | None:
 class _Check:
     """Checks all parts of the recipe that resolved."""
 
-    def __init__(self, resolution: Resolution) -> None:
+    def __init__(self, resolution: Resolution, announce: Callable[[str], None]) -> None:
         self._resolution = resolution
+        self._announce = announce
         self.findings = Findings(resolution.origins)
         folder = None if resolution.plan is None else RunFolder(Path(resolution.plan.output))
         started = None if folder is None else self.findings.attempt(("output",), folder.started)
@@ -133,8 +135,10 @@ class _Check:
         """Check models, then prompts, then their combination."""
         resolution = self._resolution
         if resolution.student is not None:
+            self._announce("reading the student's tokenizer")
             self.student = self.models.student(resolution.student)
         for name, teacher in resolution.teachers.items():
+            self._announce(f"reading the tokenizer of {name}")
             renderer = self.models.teacher(teacher, self.student)
             if renderer is not None:
                 self.teachers[name] = renderer
@@ -170,9 +174,10 @@ class _Check:
     def _read(
         self, place: Keys, source: SourcePlan, teachers: Sequence[str], into: dict[str, tuple[Prompt, ...]]
     ) -> None:
+        self._announce(f"reading {shown(Path(source.source))}")
         check_verifier(self.findings, place, source)
-        shown = self._shown(teachers)
-        prompts = self.findings.attempt((*place, "source"), lambda: read_prompts(source, shown))
+        fields = self._shown(teachers)
+        prompts = self.findings.attempt((*place, "source"), lambda: read_prompts(source, fields))
         if prompts is not None:
             into[source.name] = prompts
             self.models.files[source.source] = file_digest(Path(source.source))
@@ -207,6 +212,7 @@ class _Check:
         with_responses = any(reads_dataset(phase) for phase in plan.phases)
         for index, source in enumerate(plan.sources):
             place = ("prompts", index)
+            self._announce(f"checking {shown(Path(source.source))}")
             checks = PromptChecks(self.findings, place, source, self.prompts.get(source.name, ()))
             checks.responses(plan.phases)
             budget = LengthBudget(plan.rollout.max_new_tokens, ("rollout", "max_new_tokens"))
@@ -268,6 +274,7 @@ class _Check:
         for index, source in self._resolution.eval_sources.items():
             prompts = self.evaluation.get(source.name, ())
             place: Keys = ("evaluation", "prompts", index)
+            self._announce(f"checking {shown(Path(source.source))}")
             suite = suites[source.name]
             limits = {each.max_new_tokens for each in suites.values()}
             of_all: Keys = ("rollout",) if limits == {plan.rollout.max_new_tokens} else ("evaluation",)

@@ -9,6 +9,7 @@ lines back through the types that write them.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -84,6 +85,19 @@ class UpdateRecord:
                 teacher_bytes_read=event.teacher_bytes_read,
             ),
         )
+
+
+def read_updates(path: Path, newest: int) -> list[UpdateRecord]:
+    """Read the `newest` last updates of metrics.jsonl; damaged lines are left out."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        lines = deque(file, newest)
+    kind, records = TypeAdapter(UpdateRecord), []
+    for line in lines:
+        with suppress(ValidationError):
+            records.append(kind.validate_json(line))
+    return records
 
 
 def _teacher_numbers(stats: TeacherStats) -> dict[str, float | None]:

@@ -93,6 +93,11 @@ def newest_valid(parent: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     return None, skipped
 
 
+def newest_number(parent: Path) -> int:
+    """Return the highest number of a folder `step-<number>`, valid or not; 0 without one."""
+    return max(map(_number, _numbered(parent)), default=0)
+
+
 def set_aside(folder: Path) -> Path:
     """Rename a broken folder to `<name>.broken`, which frees its name and keeps it for inspection.
 

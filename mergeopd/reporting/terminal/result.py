@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -116,7 +116,7 @@ class Ending:
         event = self.event
         paths = {"result": event.result_path, "student": event.export_path, "report": event.report_path}
         if event.result is not None:
-            yield ResultTable(replace(event.result, seconds=event.seconds), paths)
+            yield ResultTable(event.result, paths)
         else:
             yield from _times_and_paths(event.seconds, paths, options)
 
@@ -125,6 +125,9 @@ def _times_and_paths(
     seconds: Mapping[str, float], paths: Mapping[str, Path | None], options: ConsoleOptions
 ) -> Iterator[RenderableType]:
     by_stage = {stage: value for stage, value in seconds.items() if stage != "total"}
+    rest = seconds.get("total", 0.0) - sum(by_stage.values())
+    if rest > 0:
+        by_stage["other"] = by_stage.get("other", 0.0) + rest
     if line := split_line(by_stage, options.max_width, ascii_only=options.ascii_only, total=True):
         yield line
     for label, path in paths.items():
@@ -132,6 +135,9 @@ def _times_and_paths(
             yield Text.assemble(
                 (f"{label:<8}", "dim"), plain_text(str(path), options.ascii_only), overflow="fold"
             )
+    if (student := paths.get("student")) is not None:
+        load = f'AutoModelForCausalLM.from_pretrained("{student}")'
+        yield Text.assemble(("load    ", "dim"), plain_text(load, options.ascii_only), overflow="fold")
 
 
 def _titles() -> tuple[str, ...]:
