@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +16,13 @@ from mergeopd.errors import ProcessError, Stopped
 
 if TYPE_CHECKING:
     from mergeopd.api import RunResult
+
+
+class ControlName(StrEnum):
+    """The controls of a recipe."""
+
+    sft = "sft"
+    sampled = "sampled"
 
 
 def run(
@@ -32,6 +40,13 @@ def run(
             "Repeatable.",
         ),
     ] = None,
+    control: Annotated[
+        ControlName | None,
+        typer.Option(
+            help="Run a control instead, in controls/ of the run folder, and compare the run with it: sft: "
+            "fine-tuning on the teachers' text; sampled: sampled reverse KL.",
+        ),
+    ] = None,
     nproc: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Start N processes on this machine, for student.parallel."),
@@ -47,16 +62,18 @@ def run(
             raise ProcessError(
                 f"--nproc {nproc} in {place.name}; leave it out where torchrun starts processes"
             )
+        settings: dict[str, Any] = {
+            "set": overrides or (),
+            "updates": updates,
+            "allow_change": allow_change or (),
+            "control": None if control is None else control.value,
+        }
         try:
             if nproc is not None and nproc > 1:
                 from mergeopd import api
 
-                raise typer.Exit(
-                    api.launch(
-                        recipe, nproc, set=overrides or (), updates=updates, allow_change=allow_change or ()
-                    )
-                )
-            result = _run(recipe, overrides or (), updates, allow_change or (), place)
+                raise typer.Exit(api.launch(recipe, nproc, **settings))
+            result = _run(recipe, settings, place)
         except KeyboardInterrupt:
             if place.rank == 0:
                 typer.echo(
@@ -70,9 +87,7 @@ def run(
             )
 
 
-def _run(
-    recipe: Path, overrides: Sequence[str], updates: int | None, allow_change: Sequence[str], place: RankInfo
-) -> RunResult:
+def _run(recipe: Path, settings: Mapping[str, Any], place: RankInfo) -> RunResult:
     """Run with progress on stdout; a terminal shows a spinner until the run's first event."""
     from rich.console import Console
 
@@ -83,13 +98,6 @@ def _run(
     try:
         from mergeopd import api
 
-        return api.run(
-            recipe,
-            set=overrides,
-            updates=updates,
-            allow_change=allow_change,
-            on_event=lambda _: status.stop(),
-            console=console,
-        )
+        return api.run(recipe, **settings, on_event=lambda _: status.stop(), console=console)
     finally:
         status.stop()

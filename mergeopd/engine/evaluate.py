@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +20,7 @@ from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.static_merges import why_not
 from mergeopd.preflight.inputs import Inputs
 from mergeopd.recipe.baselines import StaticMerge
+from mergeopd.recipe.controls import Control
 from mergeopd.recipe.plan import EvaluationPlan, SourcePlan
 from mergeopd.reporting.comparison import Measured, mean_reward
 from mergeopd.reporting.events import EvaluationDone
@@ -28,7 +29,9 @@ from mergeopd.reward.grading import Verifiers
 from mergeopd.reward.pool import Grade, failures_note
 from mergeopd.rollout.protocol import Completion, GenerationRequest, RolloutEngine
 from mergeopd.storage.completion_cache import CompletionCache, Origin
+from mergeopd.storage.controls import finished_controls, trained_tokens
 from mergeopd.storage.responses import EvaluatedResponse, write_responses
+from mergeopd.storage.run_folder import RunFolder
 from mergeopd.types import Prompt, Sampling
 
 OpenModel = Callable[[Path, Renderer], AbstractContextManager[RolloutEngine]]
@@ -75,8 +78,11 @@ class Evaluation:
         domains = tuple(self.plan.experts)
         models: list[Model] = []
         scores: dict[str, dict[str, Values]] = {}
+        controls: dict[Control, RunFolder] = self.stages.ranks.run_on_first(
+            lambda: finished_controls(self.inputs.plan, self.stages.note)
+        )
         with self.verifiers:
-            for candidate in self._candidates(merged):
+            for candidate in self._candidates(merged, controls):
                 models.append(candidate.model)
                 measured = self._measure(candidate, domains)
                 scores[candidate.model.key] = {
@@ -85,11 +91,12 @@ class Evaluation:
                 if responses is not None and self.stages.ranks.is_first:
                     path = responses / f"{candidate.file_stem}.parquet"
                     write_responses(path, [row for rows in measured.values() for row in rows])
+        tokens = self.stages.ranks.run_on_first(lambda: self._trained_tokens(merged, controls))
         overlap = dict.fromkeys(domains, 0)
         for source in self.plan.sources:
             overlap[source.domain] += self.inputs.overlap[source.name]
         experts = {domain: Model.expert(name).key for domain, name in self.plan.experts.items()}
-        return Measured(tuple(models), scores, experts, overlap)
+        return Measured(tuple(models), scores, experts, overlap, tokens)
 
     def _measure(self, candidate: _Candidate, domains: Sequence[str]) -> dict[str, list[EvaluatedResponse]]:
         """Measure a model, which is opened if a response is missing, and report each domain's accuracy."""
@@ -106,7 +113,7 @@ class Evaluation:
                 self.stages.reporter.emit(EvaluationDone(candidate.model, domain, accuracy, is_own))
         return measured
 
-    def _candidates(self, merged: Path) -> Iterator[_Candidate]:
+    def _candidates(self, merged: Path, controls: Mapping[Control, RunFolder]) -> Iterator[_Candidate]:
         student, plan = self.inputs.student, self.inputs.plan
         base = Path(plan.student.model)
         yield self._of_folder(Model("base", "base", "base"), base, student)
@@ -114,6 +121,8 @@ class Evaluation:
             renderer = self.inputs.teachers[name].as_measured
             yield self._of_folder(Model.expert(name), Path(plan.teachers[name].model), renderer)
         yield from self._static_merges(base)
+        for control, folder in controls.items():
+            yield self._of_folder(Model.control(control), folder.export, student)
         yield self._of_folder(Model("merged", "merged", "merged"), merged, student)
 
     def _of_folder(self, model: Model, folder: Path, renderer: Renderer) -> _Candidate:
@@ -140,6 +149,14 @@ class Evaluation:
                 hashlib.sha256(content.encode()).hexdigest(),
                 lambda settings=settings: self.open_merge(settings, base, experts),  # type: ignore[misc]
             )
+
+    def _trained_tokens(self, merged: Path, controls: Mapping[Control, RunFolder]) -> dict[str, int]:
+        """Count the trained tokens of the run's controls, and of its student if that is measured."""
+        own = RunFolder(Path(self.inputs.plan.output))
+        runs = {Model.control(name).key: folder for name, folder in controls.items()}
+        runs |= {"merged": own} if merged == own.export else {}
+        counts = {key: trained_tokens(folder) for key, folder in runs.items()}
+        return {key: count for key, count in counts.items() if count is not None}
 
     def _domains_of(self, candidate: _Candidate, domains: Sequence[str]) -> Sequence[str]:
         """Return the domains to measure an expert on: all, or its own, and those that its context holds."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,13 @@ from mergeopd.messages import joined, shown
 from mergeopd.preflight.inputs import Inputs, preflight
 from mergeopd.preflight.models import check_student_folder
 from mergeopd.preflight.parallelism import check_processes
+from mergeopd.recipe.controls import Control
 from mergeopd.recipe.plan import EvaluationPlan, Plan
+from mergeopd.recipe.resolve import read
 from mergeopd.reporting.events import Note, Reporter, Reporters
 from mergeopd.reporting.jsonl import RecordsReporter
 from mergeopd.reporting.page.html import HtmlReporter
-from mergeopd.reporting.result import Result, read_result, write_result
+from mergeopd.reporting.result import Model, Result, read_result, write_result
 from mergeopd.reporting.tensorboard import TensorBoardReporter
 from mergeopd.reporting.terminal.console import console_reporter
 from mergeopd.reporting.terminal.result import ResultTable
@@ -42,11 +45,13 @@ def run_recipe(
     allowed_changes: Sequence[str],
     console: Console | None = None,
     listener: Reporter | None = None,
+    control: Control | None = None,
 ) -> None:
-    """Run a recipe or resume it, for at most `max_updates` updates.
+    """Run a recipe or one of its controls, or resume it, for at most `max_updates` updates.
 
-    The first process shows progress on `console` (default: stdout); `listener` gets every event before that.
-    If the run has several processes, all of them call this with the same arguments.
+    A control that ends is compared with the run, if that has been evaluated. The first process shows progress
+    on `console` (default: stdout); `listener` gets every event before that. If the run has several
+    processes, all of them call this with the same arguments.
     """
     console = Console() if console is None else console
     clock = Clock()
@@ -55,14 +60,15 @@ def run_recipe(
             place = RankInfo.of()
             alone = place.world == 1
             ranks = SingleProcess() if alone else held.enter_context(open_communicator(place, grouped=True))
-            inputs = claim(recipe, overrides, allowed_changes, ranks, held, console)
-            if inputs is None:
-                return
-            if alone:
+            inputs = claim(recipe, overrides, allowed_changes, ranks, held, console, control)
+            if alone and inputs is not None:
                 ranks = held.enter_context(
                     open_communicator(place, grouped=inputs.plan.student.backend == "megatron")
                 )
-        train(inputs, clock, max_updates, ranks, console, listener)
+        if inputs is not None:
+            train(inputs, clock, max_updates, ranks, console, listener)
+        if control is not None:
+            _compare(recipe, overrides, control, ranks, console, is_new=inputs is not None)
 
 
 def claim(
@@ -72,15 +78,18 @@ def claim(
     ranks: Communicator,
     held: ExitStack,
     console: Console | None = None,
+    control: Control | None = None,
 ) -> Inputs | None:
     """Lock the run folder until `held` is closed; return None for a finished run. Collective."""
     mine: list[Inputs] = []
 
     def take() -> bool:
-        inputs = preflight(recipe, overrides)
+        inputs = preflight(recipe, overrides, control=control)
         _try_verifiers(inputs)
         check_processes(inputs.plan, ranks.size)
         folder = RunFolder(Path(inputs.plan.output))
+        if control is not None and (plan := read(recipe, overrides).plan) is not None:
+            RunFolder(Path(plan.output)).check(plan, inputs.files, allowed_changes)
         # Check before a lock is created in a folder of another run.
         folder.check(inputs.plan, inputs.files, allowed_changes)
         held.enter_context(exclusive(folder.path))
@@ -95,12 +104,12 @@ def claim(
     if not ranks.run_on_first(take):
         return None
     # The others read after rank 0 has written the start of the run, which templates may show.
-    return mine[0] if mine else _same_inputs(recipe, overrides)
+    return mine[0] if mine else _same_inputs(recipe, overrides, control)
 
 
-def _same_inputs(recipe: Path, overrides: Sequence[str]) -> Inputs:
+def _same_inputs(recipe: Path, overrides: Sequence[str], control: Control | None = None) -> Inputs:
     """Read this process's inputs. Raises StorageError unless they are those of rank 0."""
-    inputs = preflight(recipe, overrides)
+    inputs = preflight(recipe, overrides, control=control)
     folder = RunFolder(Path(inputs.plan.output))
     if inputs.plan.hash not in folder.plan_hashes():
         raise StorageError(
@@ -153,6 +162,39 @@ def train(
             trainer = build(models, reporter=reporter, clock=clock, interrupt=interrupt)
             opened.callback(trainer.pipeline.close)
             trainer.run(replace(record.progress, update=num_done), max_updates)
+
+
+def _compare(
+    recipe: Path,
+    overrides: Sequence[str],
+    control: Control,
+    ranks: Communicator,
+    console: Console | None,
+    *,
+    is_new: bool,
+) -> None:
+    """Evaluate a finished run again with its control, which `is_new` or missing in its result. Collective.
+
+    Responses of other models are those kept.
+    """
+    from mergeopd.reporting.page.html import write_report
+
+    gc.collect()  # the control's student and optimizer contain reference cycles
+    inputs = preflight(recipe, overrides)
+    folder, plan = RunFolder(Path(inputs.plan.output)), inputs.plan.evaluation
+    before = ranks.run_on_first(lambda: _result(folder))
+    console = Console() if console is None else console
+    if before is None or plan is None:
+        if ranks.is_first and plan is not None:
+            text = "Run the recipe without --control; its evaluation then measures this control, too."
+            console.print(text, highlight=False)
+        return
+    if is_new or Model.control(control).key not in {model.key for model in before.models}:
+        with exclusive(folder.path) if ranks.is_first else nullcontext():
+            paths = folder.export, folder.result_file, folder.evaluation
+            _measure(inputs, plan, *paths, ranks, console, before.seconds)
+            if ranks.is_first:
+                write_report(folder.path)
 
 
 def _settled(plan: Plan, folder: RunFolder, num_done: int, reporter: Reporter) -> int:
@@ -242,8 +284,12 @@ def _measure(
     responses: Path | None,
     ranks: Communicator,
     console: Console,
+    seconds: Mapping[str, float] | None = None,
 ) -> Result:
-    """Evaluate; rank 0 shows the table, writes the result and keeps the responses. Collective."""
+    """Evaluate; rank 0 shows the table, writes the result and keeps the responses. Collective.
+
+    `seconds` are those of a run that is evaluated again.
+    """
     import time
 
     from mergeopd.engine.build import Machine, build_evaluation
@@ -259,7 +305,8 @@ def _measure(
         stages = Stages(reporter, Clock(), ranks, None)
         evaluation = build_evaluation(inputs, plan, Machine(pick_device(), ranks), stages)
         measured = evaluation.run(merged, responses)
-    document = build_result(measured, {"evaluation": time.perf_counter() - start})
+    took = {"evaluation": time.perf_counter() - start} if seconds is None else seconds
+    document = build_result(measured, took)
     console.print(ResultTable(document, {"result": output, "student": Path(shown(merged))}))
     if output is not None and ranks.is_first:
         write_result(output, document)

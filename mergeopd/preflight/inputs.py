@@ -21,6 +21,7 @@ from mergeopd.preflight.capabilities import check_capabilities
 from mergeopd.preflight.models import ModelReader, file_digest
 from mergeopd.preflight.problems import Findings
 from mergeopd.preflight.prompts import LengthBudget, PromptChecks, check_verifier
+from mergeopd.recipe.controls import Control, control_plan
 from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan
 from mergeopd.recipe.resolve import Resolution, read
 from mergeopd.recipe.training import off_policy_origin, reads_dataset
@@ -65,10 +66,11 @@ def preflight(
     recipe: str | Path,
     overrides: Sequence[str] = (),
     *,
+    control: Control | None = None,
     engine: EngineCapabilities | None = None,
     teachers: Mapping[str, TeacherCapabilities] = MappingProxyType({}),
 ) -> Inputs:
-    """Read a recipe and check all that it names.
+    """Read a recipe and check all that it names; with `control`, the inputs are those of its control.
 
     `engine` and `teachers` are the capabilities of a rollout engine and of teachers that replace the recipe's
     in `build` and `load_models`.
@@ -77,6 +79,9 @@ def preflight(
     and prompt files, each with its place and remedy.
     """
     resolution = read(recipe, overrides)
+    if control is not None and resolution.plan is not None:
+        plan = control_plan(resolution.plan, control)
+        resolution = replace(resolution, plan=plan, phases=dict(enumerate(plan.phases)))
     check = _Check(resolution)
     check.run()
     if engine is None and resolution.rollout is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,13 +20,15 @@ class Measured:
 
     `scores` has the mean reward of each prompt, by model key and domain. `experts` maps each domain to the
     key of its expert, `overlap` to the number of its prompts that are also trained on. Models may lack
-    domains; the base, each domain's expert and `merged` have been measured.
+    domains; the base, each domain's expert and `merged` have been measured. `trained_tokens` are those of
+    `Result`.
     """
 
     models: tuple[Model, ...]
     scores: Scores
     experts: Mapping[str, str]
     overlap: Mapping[str, int]
+    trained_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 def build_result(measured: Measured, seconds: Mapping[str, float]) -> Result:
@@ -39,14 +41,21 @@ def build_result(measured: Measured, seconds: Mapping[str, float]) -> Result:
             key=lambda key: sum(float(scores[key][d].mean()) for d in domains),
             default=None,
         )
-        for kind in ("static_merge", "expert")
+        for kind in ("static_merge", "expert", "control")
     }
-    static = best["static_merge"]
-    rows = {d: _domain(d, experts[d], static, scores, measured.overlap.get(d, 0)) for d in domains}
+    static, control = best["static_merge"], best["control"]
+    controls = {m.key: m.title for m in models if m.kind == "control"}
+    rows = {
+        d: _domain(d, experts[d], static, tuple(controls), scores, measured.overlap.get(d, 0))
+        for d in domains
+    }
     with_headroom = [d for d in domains if rows[d].recovered.value is not None]
     mean = {
         kind: _mean([scores[key if kind != "expert" else experts[d]][d] for d in domains])
-        for kind, key in (("base", "base"), ("expert", ""), ("static_merge", static), ("merged", "merged"))
+        for kind, key in (
+            *(("base", "base"), ("expert", ""), ("static_merge", static), ("control", control)),
+            ("merged", "merged"),
+        )
         if key is not None
     }
     return Result(
@@ -56,12 +65,16 @@ def build_result(measured: Measured, seconds: Mapping[str, float]) -> Result:
         mean_recovered=_recovered([_triple(scores, d, experts[d]) for d in with_headroom]),
         best_static=static,
         best_expert=best["expert"],
-        verdict=_verdict(rows),
+        best_control=control,
+        verdict=_verdict(rows, controls),
         seconds=dict(seconds),
+        trained_tokens=dict(measured.trained_tokens),
     )
 
 
-def _domain(domain: str, expert: str, static: str | None, scores: Scores, overlap: int) -> SuiteResult:
+def _domain(
+    domain: str, expert: str, static: str | None, controls: Sequence[str], scores: Scores, overlap: int
+) -> SuiteResult:
     own = {key: by_domain[domain] for key, by_domain in scores.items() if domain in by_domain}
     merged = own["merged"]
     return SuiteResult(
@@ -73,6 +86,7 @@ def _domain(domain: str, expert: str, static: str | None, scores: Scores, overla
         over_expert=_difference(merged, own[expert]),
         over_static=None if static is None else _difference(merged, own[static]),
         overlap=overlap,
+        over_control={key: _difference(merged, own[key]) for key in controls if key in own},
     )
 
 
@@ -121,8 +135,11 @@ def _recovered_of(means: Values) -> Values:
     return result
 
 
-def _verdict(rows: Mapping[str, SuiteResult]) -> str:
-    """Say what the merge reached; a difference counts if its interval excludes zero."""
+def _verdict(rows: Mapping[str, SuiteResult], controls: Mapping[str, str]) -> str:
+    """Say what the merge reached; a difference counts if its interval excludes zero.
+
+    `controls` are titles by model key.
+    """
     total = len(rows)
     above = [d for d, row in rows.items() if (row.over_expert.low or 0.0) > 0]
     short = [d for d, row in rows.items() if row.over_expert.high is not None and row.over_expert.high < 0]
@@ -134,5 +151,21 @@ def _verdict(rows: Mapping[str, SuiteResult]) -> str:
     if statics:
         num_ahead = sum((s.low or 0.0) > 0 for s in statics)
         parts.append(f"ahead of the best static merge in {num_ahead} of {total}")
+    parts += [
+        _beside(title, [row.over_control[key] for row in rows.values()]) for key, title in controls.items()
+    ]
     parts.append(f"below the base in {joined(below, 'and')}" if below else "below the base in none")
     return ", ".join(parts)
+
+
+def _beside(title: str, differences: Sequence[Estimate]) -> str:
+    """Say in how many domains the student is ahead of a control, and behind it."""
+    num_ahead = sum((d.low or 0.0) > 0 for d in differences)
+    num_behind = sum((d.high or 0.0) < 0 for d in differences)
+    if not num_ahead and not num_behind:
+        return f"level with {title}"
+    parts = [f"ahead of {title} in {num_ahead} of {len(differences)}"] if num_ahead else []
+    if num_behind:
+        other = "it" if parts else title
+        parts.append(f"behind {other} in {num_behind} of {len(differences)}")
+    return " and ".join(parts)

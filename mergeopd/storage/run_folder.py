@@ -58,7 +58,8 @@ class RunFolder:
         before = self._record()
         if before is None:
             if self.path.is_dir() and any(
-                path.name != LOCK_NAME and not is_leftover(path) for path in self.path.iterdir()
+                path.name not in (LOCK_NAME, run_layout.CONTROLS) and not is_leftover(path)
+                for path in self.path.iterdir()
             ):
                 return (
                     f"{shown(self.path)} is not empty and not a run folder; "

@@ -256,7 +256,7 @@ def test_check_is_light_and_quick(job: Callable[..., Path]) -> None:
 def test_interrupting_leaves_no_traceback(
     command: Command, job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*args: object) -> None:
+    def interrupted(*args: object, **named: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mergeopd.engine.run.preflight", interrupted)

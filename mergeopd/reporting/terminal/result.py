@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -33,7 +33,7 @@ class ResultTable:
         yield Text(f"The student {result.verdict}.\n", style="bold")
         yield self._headline(ascii_only)
         yield from self._legend(ascii_only)
-        if len(result.models) > len(KINDS):
+        if len(result.models) > len(result.kinds):
             yield Text()
             yield self._matrix(ascii_only)
         yield from _times_and_paths(result.seconds, self.paths, options)
@@ -41,29 +41,41 @@ class ResultTable:
     def _headline(self, ascii_only: bool) -> Table:
         result = self.result
         rows = table(
-            ("domain", "n", *_titles()), ascii_only=ascii_only, title="Accuracy and its 95 % interval, in %"
+            ("domain", "n", *_titles(result.kinds)),
+            ascii_only=ascii_only,
+            title="Accuracy and its 95 % interval, in %",
         )
         rows.columns[-2].style = "bold"
         for name, row in result.suites.items():
-            cells = _cells(result.headline(name))
+            cells = _cells(result.headline(name), result.kinds)
             rows.add_row(
                 plain_text(name, ascii_only), str(row.num_prompts), *cells, _recovered(row.recovered)
             )
         if len(result.suites) > 1:
             rows.add_section()
-            rows.add_row("mean", "", *_cells(result.mean), _recovered(result.mean_recovered))
+            rows.add_row("mean", "", *_cells(result.mean, result.kinds), _recovered(result.mean_recovered))
         return rows
 
     def _legend(self, ascii_only: bool) -> Iterator[Text]:
         titles = {model.key: model.title for model in self.result.models}
         if self.result.best_static is not None:
             yield Text(f"static  the best static merge: {titles[self.result.best_static]}", style="dim")
+        if self.result.best_control is not None:
+            yield Text(f"control {self._tokens(titles)}", style="dim")
         if any(row.recovered.value is None for row in self.result.suites.values()):
             yield Text(f"{_MISSING}  the expert is not better than the base", style="yellow")
         for name, row in self.result.suites.items():
             if row.overlap:
                 text = f"{name}: {row.overlap} of {row.num_prompts} prompts are also trained on"
                 yield Text(plain_text(text, ascii_only))
+
+    def _tokens(self, titles: Mapping[str, str]) -> str:
+        """Name the best control, and how many tokens it and the student were trained on."""
+        key, counts = self.result.best_control or "", self.result.trained_tokens
+        text = f"{titles[key]}, at equal updates and prompts"
+        if key in counts and "merged" in counts:
+            text += f"; {counts[key]:,} response tokens, the student {counts['merged']:,}"
+        return text
 
     def _matrix(self, ascii_only: bool) -> Table:
         domains = self.result.suites
@@ -87,9 +99,11 @@ class PartialResultTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         ascii_only = options.ascii_only
-        rows = table(("domain", *_titles()[:-1]), ascii_only=ascii_only, title="Accuracy, in %")
+        is_controlled = any("control" in row for row in self.accuracies.values())
+        kinds = tuple(kind for kind in KINDS if kind != "control" or is_controlled)
+        rows = table(("domain", *_titles(kinds)[:-1]), ascii_only=ascii_only, title="Accuracy, in %")
         for name, row in self.accuracies.items():
-            rows.add_row(plain_text(name, ascii_only), *_cells(row))
+            rows.add_row(plain_text(name, ascii_only), *_cells(row, kinds))
         yield rows
 
 
@@ -121,16 +135,16 @@ def _times_and_paths(
             )
 
 
-def _titles() -> tuple[str, ...]:
-    return "base", "expert", "static", "merged", "recovered"
+def _titles(kinds: Sequence[Kind]) -> tuple[str, ...]:
+    return *("static" if kind == "static_merge" else kind for kind in kinds), "recovered"
 
 
-def _cells(row: Mapping[Kind, Estimate | None]) -> list[str]:
+def _cells(row: Mapping[Kind, Estimate | None], kinds: Sequence[Kind]) -> list[str]:
     """Format accuracies by kind; the merged student's with its interval."""
-    cells = [percent(row.get(kind)) for kind in KINDS]
+    cells = [percent(row.get(kind)) for kind in kinds]
     merged = row.get("merged")
     if merged is not None and merged.low is not None and merged.high is not None:
-        cells[KINDS.index("merged")] += f" ({100 * merged.low:.0f} to {100 * merged.high:.0f})"
+        cells[kinds.index("merged")] += f" ({100 * merged.low:.0f} to {100 * merged.high:.0f})"
     return cells
 
 
