@@ -20,6 +20,7 @@ from mergeopd.messages import shown
 from mergeopd.recipe.plan import Plan
 from mergeopd.reporting.comparison import Measured, build_result
 from mergeopd.reporting.events import RunFinished, RunStarted, StageStarted
+from mergeopd.reporting.model_card import write_model_card
 from mergeopd.reporting.result import write_result
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.student.protocol import Student
@@ -34,7 +35,8 @@ class Trainer:
     """One run of a plan, from the state of its folder to its end.
 
     `evaluate` measures an exported student, and keeps its responses in a folder; None where the recipe
-    measures nothing. `write_turns` writes the end tokens and the chat template into an exported folder.
+    measures nothing. `write_turns` writes the end tokens, the chat template and the recipe into an
+    exported folder.
     """
 
     plan: Plan
@@ -140,6 +142,7 @@ class Trainer:
                 self.student.export(target)
                 if self.stages.ranks.is_first:
                     self.write_turns(target)
+                    write_model_card(folder.path, target, reporter)
         document = None
         if self.evaluate is not None:
             # Free memory that only training needs, since evaluation loads whole models.
@@ -150,6 +153,7 @@ class Trainer:
             document = build_result(self._measure(self.evaluate), clock.seconds())
             if self.stages.ranks.is_first:
                 write_result(folder.result_file, document)
+                write_model_card(folder.path, folder.export, reporter)
         reporter.emit(
             RunFinished(
                 seconds=clock.seconds(),

@@ -25,6 +25,7 @@ from mergeopd.recipe.plan import EvaluationPlan, Plan
 from mergeopd.recipe.resolve import read
 from mergeopd.reporting.events import Note, Reporter, Reporters
 from mergeopd.reporting.jsonl import RecordsReporter
+from mergeopd.reporting.model_card import write_model_card
 from mergeopd.reporting.page.html import HtmlReporter
 from mergeopd.reporting.result import Model, Result, read_result, write_result
 from mergeopd.reporting.tensorboard import TensorBoardReporter
@@ -32,7 +33,7 @@ from mergeopd.reporting.terminal.console import console_reporter
 from mergeopd.reporting.terminal.result import ResultTable
 from mergeopd.reward.grading import Verifiers
 from mergeopd.storage import run_layout
-from mergeopd.storage.folders import prune, set_aside, verify
+from mergeopd.storage.folders import MODEL_CARD, prune, set_aside, verify
 from mergeopd.storage.lock import exclusive
 from mergeopd.storage.metrics import MetricsFile
 from mergeopd.storage.run_folder import RunFolder
@@ -194,6 +195,7 @@ def _compare(
             paths = folder.export, folder.result_file, folder.evaluation
             _measure(inputs, plan, *paths, ranks, console, before.seconds)
             if ranks.is_first:
+                write_model_card(folder.path, folder.export, Reporters())
                 write_report(folder.path)
 
 
@@ -344,6 +346,7 @@ def _show_finished(folder: RunFolder, console: Console) -> None:
     result = _result(folder)
     if result is not None:
         files = {"result": folder.result_file, "student": folder.export, "report": folder.report_file}
+        files["card"] = folder.export / MODEL_CARD
         paths = {name: Path(shown(path)) for name, path in files.items() if path.exists()}
         console.print(ResultTable(result, paths))
 

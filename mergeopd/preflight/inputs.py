@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergeopd.config.tree import Keys
 from mergeopd.data.prompts import read_prompts
@@ -46,7 +46,8 @@ class Inputs:
     share. `cross_tokenizers` has the teachers with a bridge; `prompts` and `evaluation` are by source name,
     and so is `overlap`, which counts the evaluation prompts that are also trained on. `notes` are remarks,
     not mistakes. `files` maps model folders and small files to digests of their contents. `now` is the time
-    in templates: the start of the run, also when it is resumed later.
+    in templates: the start of the run, also when it is resumed later. `document` is the recipe as written,
+    with what it extends and overrides.
     """
 
     plan: Plan
@@ -60,6 +61,7 @@ class Inputs:
     notes: tuple[str, ...]
     files: Mapping[str, str]
     now: datetime
+    document: Mapping[str, Any]
 
 
 def preflight(
@@ -103,6 +105,7 @@ def preflight(
         notes=tuple(check.findings.notes),
         files=dict(sorted(check.models.files.items())),
         now=check.now,
+        document=resolution.document,
     )
 
 

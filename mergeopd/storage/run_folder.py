@@ -122,6 +122,7 @@ class RunFolder:
             "declared_changes": [*before["declared_changes"], *changes] if before else [],
             "recipe_file": plan.recipe_file,
             "versions": _versions(),
+            "licences": {name: t.licence for name, t in plan.teachers.items() if t.licence is not None},
             "plan": plan.content,
             "files": dict(files),
         }

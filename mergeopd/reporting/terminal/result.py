@@ -14,6 +14,7 @@ from mergeopd.reporting.events import RunFinished
 from mergeopd.reporting.result import KINDS, Estimate, Kind, Result, grade
 from mergeopd.reporting.terminal.glyphs import plain_text, table
 from mergeopd.reporting.terminal.timing import split_line
+from mergeopd.storage.folders import MODEL_CARD
 
 _MISSING = "-"
 _STYLES = {"good": "bold green", "fair": "bold yellow", "poor": "bold red", "none": "dim"}
@@ -116,6 +117,8 @@ class Ending:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         event = self.event
         paths = {"result": event.result_path, "student": event.export_path, "report": event.report_path}
+        if event.export_path is not None:
+            paths["card"] = event.export_path / MODEL_CARD  # how to load and serve the student
         if event.result is not None:
             yield ResultTable(replace(event.result, seconds=event.seconds), paths)
         else:
