@@ -191,7 +191,8 @@ def _compare(
             console.print(text, highlight=False)
         return
     if is_new or Model.control(control).key not in {model.key for model in before.models}:
-        with exclusive(folder.path) if ranks.is_first else nullcontext():
+        with ExitStack() as held:
+            ranks.run_on_first(lambda: held.enter_context(exclusive(folder.path)))
             paths = folder.export, folder.result_file, folder.evaluation
             _measure(inputs, plan, *paths, ranks, console, before.seconds)
             if ranks.is_first:
@@ -309,7 +310,8 @@ def _measure(
         measured = evaluation.run(merged, responses)
     took = {"evaluation": time.perf_counter() - start} if seconds is None else seconds
     document = build_result(measured, took)
-    console.print(ResultTable(document, {"result": output, "student": Path(shown(merged))}))
+    result_path = None if output is None else Path(shown(output))
+    console.print(ResultTable(document, {"result": result_path, "student": Path(shown(merged))}))
     if output is not None and ranks.is_first:
         write_result(output, document)
     return document
