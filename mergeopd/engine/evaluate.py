@@ -151,11 +151,11 @@ class Evaluation:
             )
 
     def _trained_tokens(self, merged: Path, controls: Mapping[Control, RunFolder]) -> dict[str, int]:
-        """Count the trained tokens of the run's controls, and of its student if that is measured."""
+        """Count the trained tokens of the run's controls, and beside them those of its student."""
         own = RunFolder(Path(self.inputs.plan.output))
         runs = {Model.control(name).key: folder for name, folder in controls.items()}
-        runs |= {"merged": own} if merged == own.export else {}
-        counts = {key: trained_tokens(folder) for key, folder in runs.items()}
+        runs |= {"merged": own} if controls and merged == own.export else {}
+        counts = {key: trained_tokens(run, self.inputs.plan.num_updates) for key, run in runs.items()}
         return {key: count for key, count in counts.items() if count is not None}
 
     def _domains_of(self, candidate: _Candidate, domains: Sequence[str]) -> Sequence[str]:

@@ -27,7 +27,7 @@ from mergeopd.storage.folders import MODEL_CARD, write_atomic
 
 RECIPE = "mergeopd_recipe.yaml"
 _HUB_CACHE = re.compile(r"models--(?P<owner>[^/]+)--(?P<name>[^/]+)/snapshots/(?P<revision>[^/]+)/?$")
-_PATH_KEYS = {"model", "card", "tokenizer", "source", "template", "schema_file", "output", "text_cache"}
+_PATH_KEYS = {"model", "card", "tokenizer", "source", "template", "schema_file"}
 # Identifiers of the Hugging Face hub; it knows others as `other` with a name.
 _LICENCES = {
     *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "mpl-2.0", "unlicense", "odc-by"),
@@ -116,10 +116,11 @@ def common_licence(licences: list[str | None]) -> str | None:
 
 
 def write_recipe(folder: Path, document: Mapping[str, Any], plan_hash: str) -> None:
-    """Write the recipe as run, without private folders, into an export."""
+    """Write the recipe as run into an export: without private folders, equal wherever it ran."""
     yaml, text = YAML(), io.StringIO()
     yaml.width = 120
-    yaml.dump(_public(document), text)
+    content = {key: value for key, value in document.items() if key not in ("text_cache", "memory")}
+    yaml.dump({**_public(content), "output": f"runs/{document['name']}"}, text)
     head = (
         f"# The recipe of this model, with what it extends and overrides; mergeopd {__version__}, plan "
         f"{plan_hash[:16]}.\n# Absolute paths are shortened to their last part.\n"

@@ -74,7 +74,7 @@ class Result:
     control. `mean_recovered` is over the suites with headroom. `best_static`, `best_expert` and
     `best_control` are the models of their kind with the highest mean accuracy over all suites, if there are
     any. `verdict` says it in words, `seconds` is wall time by stage, `trained_tokens` counts the response
-    tokens in the loss of the student and its controls, by model key.
+    tokens in the loss of the student and its controls, by model key; empty without controls.
     """
 
     models: tuple[Model, ...]

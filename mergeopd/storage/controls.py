@@ -34,10 +34,11 @@ def finished_controls(plan: Plan, note: Callable[[str], None]) -> dict[Control, 
     return usable
 
 
-def trained_tokens(folder: RunFolder) -> int | None:
-    """Return the response tokens in the loss over all updates; None where metrics.jsonl is missing."""
+def trained_tokens(folder: RunFolder, num_updates: int) -> int | None:
+    """Return the response tokens in the loss over all updates; None where metrics.jsonl lacks some."""
     try:
         lines = [json.loads(line) for line in folder.metrics_file.read_bytes().splitlines()]
-        return sum({line["update"]: int(line["num_tokens"]) for line in lines}.values())
+        counts = {int(line["update"]): int(line["num_tokens"]) for line in lines}
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return sum(counts.values()) if len(counts) == num_updates else None

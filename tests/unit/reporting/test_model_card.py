@@ -65,7 +65,7 @@ def test_a_card_is_written_with_the_export_and_again_with_the_result(recipe: Pat
     for file in (MODEL_CARD, RECIPE):
         assert str(tmp_path) not in (run.export / file).read_text()
     document = YAML(typ="safe").load(run.export / RECIPE)
-    assert document["student"]["model"] == "base"
+    assert (document["student"]["model"], document["output"]) == ("base", "runs/job")
     assert Recipe.model_validate(document).name == "job"
 
 
