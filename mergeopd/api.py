@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergeopd.errors import RecipeError, StorageError, UpdateLimitReached
 from mergeopd.preflight.inputs import advice, preflight
+from mergeopd.recipe.controls import Control, control_plan
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.resolve import read
 from mergeopd.reporting.events import Event
@@ -63,9 +64,9 @@ class RunResult:
     """The contents of a run folder.
 
     `export` is the trained student, a Hugging Face folder; None until the run has reached its last update.
-    `accuracies` maps domain to kind of model (`base`, `expert`, `static_merge`, `merged`) to accuracy from 0
-    to 1; empty where nothing was evaluated. `result` has every model, with intervals; None without
-    evaluation. `metrics` has a row per update with dotted keys, for example
+    `accuracies` maps domain to kind of model (`base`, `expert`, `static_merge`, `merged`, and `control` if
+    there is one) to accuracy from 0 to 1; empty where nothing was evaluated. `result` has every model, with
+    intervals; None without evaluation. `metrics` has a row per update with dotted keys, for example
     `row["teachers.math.reverse_kl"]`. `is_finished`: exported and, if the recipe evaluates, evaluated.
     `num_updates` counts the optimizer updates made so far, `planned_updates` those of all phases.
     """
@@ -124,6 +125,7 @@ def run(
     updates: int | None = None,
     allow_change: Sequence[str] = (),
     fresh: bool = False,
+    control: Control | None = None,
     on_event: Callable[[Event], None] | None = None,
     console: Console | None = None,
 ) -> RunResult:
@@ -136,6 +138,7 @@ def run(
             checkpoint, such a smoke run does not claim its folder: one with other settings moves it aside.
         allow_change: keys of the plan, or files, that may differ from those the run began with.
         fresh: start over; an earlier run in the folder is moved to FOLDER.1, or the next free number.
+        control: run this control of the recipe in its own folder, and compare a finished run with it.
         on_event: called with every event (`mergeopd.reporting.events`), before it is shown; must not raise.
         console: a `rich.console.Console` on which progress is shown; None shows none.
 
@@ -153,8 +156,9 @@ def run(
     shown_on = Console(quiet=True) if console is None else console
     listener = None if on_event is None else _Listener(on_event)
     with suppress(UpdateLimitReached):  # as requested by `updates`
-        run_recipe(Path(path), texts, updates, allow_change, shown_on, listener, fresh=fresh)
-    return load_run(load(path, set=texts).output)
+        run_recipe(Path(path), texts, updates, allow_change, shown_on, listener, fresh=fresh, control=control)
+    plan = load(path, set=texts)
+    return load_run((plan if control is None else control_plan(plan, control)).output)
 
 
 def launch(
@@ -165,6 +169,7 @@ def launch(
     updates: int | None = None,
     allow_change: Sequence[str] = (),
     fresh: bool = False,
+    control: Control | None = None,
 ) -> int:
     """Run a recipe in several processes of this machine; return the exit code of `mergeopd run`.
 
@@ -175,7 +180,7 @@ def launch(
     from mergeopd.preflight.parallelism import check_processes
 
     texts = _as_texts(set)
-    inputs = preflight(path, texts)
+    inputs = preflight(path, texts, control=control)
     check_processes(inputs.plan, num_processes)
     if not fresh:
         RunFolder(Path(inputs.plan.output)).check(inputs.plan, inputs.files, allow_change)
@@ -184,6 +189,7 @@ def launch(
     command += [] if updates is None else ["--updates", str(updates)]
     command += [word for key in allow_change for word in ("--allow-change", key)]
     command += ["--fresh"] if fresh else []
+    command += [] if control is None else ["--control", control]
     return launcher.launch(command, num_processes)
 
 

@@ -119,6 +119,10 @@ class StorageError(MergeopdError, OSError):
     """A run folder or checkpoint cannot be written or read, or is damaged."""
 
 
+class HubError(MergeopdError, RuntimeError):
+    """The Hugging Face hub cannot be reached, or refuses an upload."""
+
+
 class ProcessError(MergeopdError, RuntimeError):
     """The processes of a run cannot connect, or one was lost."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +19,13 @@ from mergeopd.errors import ProcessError, Stopped
 
 if TYPE_CHECKING:
     from mergeopd.api import RunResult
+
+
+class ControlName(StrEnum):
+    """The controls of a recipe."""
+
+    sft = "sft"
+    sampled = "sampled"
 
 
 def run(
@@ -42,6 +50,13 @@ def run(
             help="Start over; a run in the output folder is kept, in FOLDER.1 or the next free number.",
         ),
     ] = False,
+    control: Annotated[
+        ControlName | None,
+        typer.Option(
+            help="Run a control instead, in controls/ of the run folder, and compare the run with it: sft: "
+            "fine-tuning on the teachers' text; sampled: sampled reverse KL.",
+        ),
+    ] = None,
     nproc: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Start N processes on this machine, for student.parallel."),
@@ -59,24 +74,24 @@ def run(
             raise ProcessError(
                 f"--nproc {nproc} in {place.name}; leave it out where torchrun starts processes"
             )
+        settings: dict[str, Any] = {
+            "set": overrides or (),
+            "updates": updates,
+            "allow_change": allow_change or (),
+            "fresh": fresh,
+            "control": None if control is None else control.value,
+        }
         try:
             if nproc is not None and nproc > 1:
                 clear = open_with(recipe)
                 try:
                     from mergeopd import api
 
-                    code = api.launch(
-                        recipe,
-                        nproc,
-                        set=overrides or (),
-                        updates=updates,
-                        allow_change=allow_change or (),
-                        fresh=fresh,
-                    )
+                    code = api.launch(recipe, nproc, **settings)
                 finally:
                     clear()
                 raise typer.Exit(code)
-            result = _run(recipe, overrides or (), updates, allow_change or (), fresh, place)
+            result = _run(recipe, settings, place)
         except KeyboardInterrupt:
             if place.rank == 0:
                 typer.echo(f"Interrupted. {_what_is_kept(recipe, overrides or ())}", err=True)
@@ -88,14 +103,7 @@ def run(
             )
 
 
-def _run(
-    recipe: Path,
-    overrides: Sequence[str],
-    updates: int | None,
-    allow_change: Sequence[str],
-    fresh: bool,
-    place: RankInfo,
-) -> RunResult:
+def _run(recipe: Path, settings: Mapping[str, Any], place: RankInfo) -> RunResult:
     """Run with progress on stdout."""
     # In a pipe, the launcher has printed its line.
     clear = open_with(recipe, only_terminal=LAUNCHER in os.environ) if place.rank == 0 else lambda: None
@@ -104,15 +112,7 @@ def _run(
 
         from mergeopd import api
 
-        return api.run(
-            recipe,
-            set=overrides,
-            updates=updates,
-            allow_change=allow_change,
-            fresh=fresh,
-            on_event=lambda _: clear(),
-            console=Console(),
-        )
+        return api.run(recipe, **settings, on_event=lambda _: clear(), console=Console())
     finally:
         clear()
 

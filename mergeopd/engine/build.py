@@ -40,6 +40,7 @@ from mergeopd.recipe import baselines
 from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
 from mergeopd.reporting.events import Reporter
+from mergeopd.reporting.model_card import write_recipe
 from mergeopd.reward.grading import Verifiers
 from mergeopd.rollout.local import FixedWeights, LocalEngine
 from mergeopd.rollout.protocol import EngineContext, RolloutEngine, WeightSource
@@ -290,7 +291,8 @@ def build_verifiers(sources: Sequence[SourcePlan], plan: Plan, ranks: Communicat
 
 
 def _write_turns(inputs: Inputs, folder: Path) -> None:
-    """Write the student's end tokens, and the recipe's chat template, into an exported folder."""
+    """Write the student's end tokens, the recipe's chat template, and the recipe into an exported folder."""
+    write_recipe(folder, inputs.document, inputs.plan.hash)
     student, own = inputs.student, inputs.plan.student.template
     write_turns(folder, student.eos_ids, None if own is None else student.template.source)
 

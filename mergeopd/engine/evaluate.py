@@ -22,6 +22,7 @@ from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.static_merges import why_not
 from mergeopd.preflight.inputs import Inputs
 from mergeopd.recipe.baselines import StaticMerge
+from mergeopd.recipe.controls import Control
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, SuitePlan
 from mergeopd.recipe.schema import Interim
 from mergeopd.recipe.suites import MEAN_ACCURACY
@@ -32,7 +33,9 @@ from mergeopd.reward.grading import Submission, Verifiers
 from mergeopd.reward.pool import Grade, failures_note
 from mergeopd.rollout.protocol import Completion, GenerationRequest, RolloutEngine
 from mergeopd.storage.completion_cache import CompletionCache, Origin
+from mergeopd.storage.controls import finished_controls, trained_tokens
 from mergeopd.storage.responses import EvaluatedResponse, write_responses
+from mergeopd.storage.run_folder import RunFolder
 from mergeopd.types import Prompt, Sampling
 
 OpenModel = Callable[[Path, Renderer], AbstractContextManager[RolloutEngine]]
@@ -99,8 +102,11 @@ class Evaluation:
         passes: dict[str, dict[str, dict[int, Values]]] = {}
         suites = {suite.name: suite for suite in self.plan.suites}
         outcomes: list[_Outcome] = []
+        controls: dict[Control, RunFolder] = self.stages.ranks.run_on_first(
+            lambda: finished_controls(self.inputs.plan, self.stages.note)
+        )
         with self.verifiers:
-            for candidate in self._candidates(merged):
+            for candidate in self._candidates(merged, controls):
                 key = candidate.model.key
                 outcome = self._measure(candidate, not only or key in only)
                 outcomes.append(outcome)
@@ -124,6 +130,7 @@ class Evaluation:
             domains={name: suite.domain for name, suite in suites.items()},
             samples={name: suite.samples for name, suite in suites.items()},
             passes=passes,
+            trained_tokens=self.stages.ranks.run_on_first(lambda: self._trained_tokens(merged, controls)),
         )
 
     def _note_unopened(self, outcomes: Sequence[_Outcome]) -> None:
@@ -166,7 +173,7 @@ class Evaluation:
             was_opened = engine.cache_info().currsize > 0
         return _Outcome(candidate.model.title, measured, missing, was_opened)
 
-    def _candidates(self, merged: Path | None) -> Iterator[_Candidate]:
+    def _candidates(self, merged: Path | None, controls: Mapping[Control, RunFolder]) -> Iterator[_Candidate]:
         student, plan = self.inputs.student, self.inputs.plan
         base = Path(plan.student.model)
         yield self._of_folder(Model("base", "base", "base"), base, student)
@@ -174,6 +181,8 @@ class Evaluation:
             renderer = self.inputs.teachers[name].as_measured
             yield self._of_folder(Model.expert(name), Path(plan.teachers[name].model), renderer)
         yield from self._static_merges(base)
+        for control, folder in controls.items():
+            yield self._of_folder(Model.control(control), folder.export, student)
         if merged is not None:
             yield self._of_folder(Model("merged", "merged", "merged"), merged, student)
 
@@ -201,6 +210,14 @@ class Evaluation:
                 hashlib.sha256(content.encode()).hexdigest(),
                 lambda settings=settings: self.open_merge(settings, base, experts),  # type: ignore[misc]
             )
+
+    def _trained_tokens(self, merged: Path | None, controls: Mapping[Control, RunFolder]) -> dict[str, int]:
+        """Count the trained tokens of the run's controls, and beside them those of its student."""
+        own = RunFolder(Path(self.inputs.plan.output))
+        runs = {Model.control(name).key: folder for name, folder in controls.items()}
+        runs |= {"merged": own} if controls and merged == own.export else {}
+        counts = {key: trained_tokens(run, self.inputs.plan.num_updates) for key, run in runs.items()}
+        return {key: count for key, count in counts.items() if count is not None}
 
     def _suites_of(self, candidate: _Candidate) -> Sequence[SuitePlan]:
         """Return the suites to measure an expert on: all, or its own, and those that its context holds."""

@@ -24,6 +24,7 @@ from mergeopd.recipe.plan import Plan
 from mergeopd.reporting.comparison import Measured, build_result
 from mergeopd.reporting.events import AccuracyMeasured, RunFacts, RunFinished, RunStarted, StageStarted
 from mergeopd.reporting.jsonl import read_accuracy, read_updates
+from mergeopd.reporting.model_card import write_model_card
 from mergeopd.reporting.result import write_result
 from mergeopd.storage.folders import copy_folder, keep_only, prune
 from mergeopd.storage.run_folder import RunFolder
@@ -40,8 +41,8 @@ class Trainer:
     """One run of a plan, from the state of its folder to its end.
 
     `evaluate` measures an exported student, and keeps its responses in a folder; None where the recipe
-    measures nothing. `interim` measures the student during training. `write_turns` writes the end tokens and
-    the chat template into an exported folder.
+    measures nothing. `interim` measures the student during training. `write_turns` writes the end tokens, the
+    chat template and the recipe into an exported folder.
     """
 
     plan: Plan
@@ -221,6 +222,7 @@ class Trainer:
             what = "the student" if best is None else f"the best student, of update {best},"
             self._export(folder.export, f"{what} as a Hugging Face folder", best)
             if self.stages.ranks.is_first:
+                write_model_card(folder.path, folder.export, reporter)
                 prune(folder.best, 1)
         document = None
         if self.evaluate is not None:
@@ -232,6 +234,7 @@ class Trainer:
             document = build_result(self._measure(self.evaluate), clock.seconds(), best)
             if self.stages.ranks.is_first:
                 write_result(folder.result_file, document)
+                write_model_card(folder.path, folder.export, reporter)
         reporter.emit(
             RunFinished(
                 seconds=clock.seconds() if document is None else document.seconds,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -19,19 +21,25 @@ from mergeopd.messages import joined, shown
 from mergeopd.preflight.inputs import Inputs, preflight
 from mergeopd.preflight.models import check_student_folder
 from mergeopd.preflight.parallelism import check_processes
+from mergeopd.recipe.controls import Control
 from mergeopd.recipe.plan import EvaluationPlan, Plan
+from mergeopd.recipe.resolve import read
 from mergeopd.reporting.events import Note, Reporter, Reporters, StageStarted, StopRequested
 from mergeopd.reporting.jsonl import RecordsReporter
+from mergeopd.reporting.model_card import write_model_card
 from mergeopd.reporting.page.html import HtmlReporter
-from mergeopd.reporting.result import Result, read_result, write_result
+from mergeopd.reporting.result import Model, Result, read_result, write_result
 from mergeopd.reporting.terminal.console import console_reporter
 from mergeopd.reporting.terminal.result import ResultTable
 from mergeopd.reporting.trackers.reporter import TrackersReporter, trackers_of
 from mergeopd.reward.grading import Verifiers
-from mergeopd.storage.folders import prune, set_aside, verify
+from mergeopd.storage.folders import MODEL_CARD, prune, set_aside, verify
 from mergeopd.storage.lock import exclusive
 from mergeopd.storage.metrics import MetricsFile
 from mergeopd.storage.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from mergeopd.reporting.comparison import Measured
 
 
 def run_recipe(
@@ -43,11 +51,15 @@ def run_recipe(
     listener: Reporter | None = None,
     *,
     fresh: bool = False,
+    control: Control | None = None,
 ) -> None:
-    """Run a recipe or resume it, for at most `max_updates` updates; `fresh`: move an earlier run aside first.
+    """Run a recipe or one of its controls, or resume it, for at most `max_updates` updates.
 
-    The first process shows progress on `console` (default: stdout); `listener` gets every event before that.
-    If the run has several processes, all of them call this with the same arguments.
+    `fresh` moves an earlier run aside first.
+
+    A control that ends is compared with the run, if that has been evaluated. The first process shows progress
+    on `console` (default: stdout); `listener` gets every event before that. If the run has several
+    processes, all of them call this with the same arguments.
     """
     clock, place = Clock(), RankInfo.of()
     is_first, alone = place.rank == 0, place.world == 1
@@ -69,15 +81,20 @@ def run_recipe(
                 announce,
                 fresh=fresh,
                 is_smoke=max_updates is not None,
+                control=control,
             )
-            if inputs is None:
-                return
-            if alone:
+            if alone and inputs is not None:
                 ranks = held.enter_context(
                     open_communicator(place, grouped=inputs.plan.student.backend == "megatron")
                 )
-        interrupt = Interrupt(lambda name: display.emit(StopRequested(name)))
-        train(inputs, clock, max_updates, ranks, events, interrupt)
+        if inputs is not None:
+            interrupt = Interrupt(lambda name: display.emit(StopRequested(name)))
+            train(inputs, clock, max_updates, ranks, events, interrupt)
+        compared = None
+        if control is not None:
+            compared = _compare(recipe, overrides, control, ranks, events, is_new=inputs is not None)
+    if compared is not None and is_first:
+        console.print(compared)
 
 
 def _display(console: Console, is_first: bool) -> AbstractContextManager[Reporter]:
@@ -101,12 +118,13 @@ def claim(
     *,
     fresh: bool = False,
     is_smoke: bool = False,
+    control: Control | None = None,
 ) -> Inputs | None:
     """Lock the run folder until `held` is closed; return None for a finished run. Collective."""
     mine: list[Inputs] = []
 
     def take() -> bool:
-        inputs = preflight(recipe, overrides, announce=announce)
+        inputs = preflight(recipe, overrides, control=control, announce=announce)
         _try_verifiers(inputs)
         check_processes(inputs.plan, ranks.size)
         folder = RunFolder(Path(inputs.plan.output))
@@ -116,10 +134,11 @@ def claim(
             note = (
                 f"{what} was moved from {shown(folder.path)} to {shown(aside)}; delete it if it is not needed"
             )
-            inputs = preflight(
-                recipe, overrides, announce=announce
-            )  # templates may show the start of the run, which is now
+            # Templates may show the start of the run, which is now.
+            inputs = preflight(recipe, overrides, control=control, announce=announce)
             inputs = replace(inputs, notes=(*inputs.notes, note))
+        if control is not None and (plan := read(recipe, overrides).plan) is not None:
+            RunFolder(Path(plan.output)).check(plan, inputs.files, allowed_changes)
         # Check before a lock is created in a folder of another run.
         folder.check(inputs.plan, inputs.files, allowed_changes)
         held.enter_context(exclusive(folder.path))
@@ -134,12 +153,12 @@ def claim(
     if not ranks.run_on_first(take):
         return None
     # The others read after rank 0 has written the start of the run, which templates may show.
-    return mine[0] if mine else _same_inputs(recipe, overrides)
+    return mine[0] if mine else _same_inputs(recipe, overrides, control)
 
 
-def _same_inputs(recipe: Path, overrides: Sequence[str]) -> Inputs:
+def _same_inputs(recipe: Path, overrides: Sequence[str], control: Control | None = None) -> Inputs:
     """Read this process's inputs. Raises StorageError unless they are those of rank 0."""
-    inputs = preflight(recipe, overrides)
+    inputs = preflight(recipe, overrides, control=control)
     folder = RunFolder(Path(inputs.plan.output))
     if inputs.plan.hash not in folder.plan_hashes():
         raise StorageError(
@@ -191,6 +210,44 @@ def train(
         trainer = build(models, reporter=reporter, clock=clock, interrupt=interrupt)
         opened.callback(trainer.pipeline.close)
         trainer.run(replace(record.progress, update=num_done), max_updates)
+
+
+def _compare(
+    recipe: Path,
+    overrides: Sequence[str],
+    control: Control,
+    ranks: Communicator,
+    reporter: Reporter,
+    *,
+    is_new: bool,
+) -> ResultTable | str | None:
+    """Evaluate a finished run again with its control, which `is_new` or missing in its result. Collective.
+
+    Responses of other models are those kept. Returns what to show at the end.
+    """
+    from mergeopd.reporting.comparison import build_result
+    from mergeopd.reporting.page.html import write_report
+
+    gc.collect()  # the control's student and optimizer contain reference cycles
+    inputs = preflight(recipe, overrides)
+    folder, plan = RunFolder(Path(inputs.plan.output)), inputs.plan.evaluation
+    before = ranks.run_on_first(lambda: _result(folder))
+    if plan is None:
+        return None
+    if before is None:
+        return "Run the recipe without --control; its evaluation then measures this control, too."
+    if not is_new and Model.control(control).key in {model.key for model in before.models}:
+        return None
+    with ExitStack() as held:
+        ranks.run_on_first(lambda: held.enter_context(exclusive(folder.path)))
+        measured = _measure(inputs, plan, folder.export, folder.evaluation, (), ranks, reporter)
+        document = build_result(measured, before.seconds, before.update)
+        if ranks.is_first:
+            write_result(folder.result_file, document)
+            write_model_card(folder.path, folder.export, Reporters())
+            write_report(folder.path)
+    paths = {"result": folder.result_file, "student": folder.export}
+    return ResultTable(document, {name: Path(shown(path)) for name, path in paths.items()})
 
 
 def _settled(plan: Plan, folder: RunFolder, num_done: int, reporter: Reporter) -> int:
@@ -259,6 +316,10 @@ def evaluate_recipe(
     `only` are the keys of the models that may be loaded; none: all.
     If there are several processes, all of them call this with the same arguments and evaluate a share each.
     """
+    import time
+
+    from mergeopd.reporting.comparison import build_result
+
     place = RankInfo.of()
     with _display(console, place.rank == 0) as display, open_communicator(place, grouped=False) as ranks:
         announce = _announcer(display)
@@ -282,7 +343,9 @@ def evaluate_recipe(
             raise StorageError(f"{output}: is a folder; name a file")
         folder = RunFolder(Path(inputs.plan.output))
         responses = folder.evaluation if model is None else None if output is None else output.with_suffix("")
-        document = _measure(inputs, inputs.plan.evaluation, merged, responses, only, ranks, display)
+        start = time.perf_counter()
+        measured = _measure(inputs, inputs.plan.evaluation, merged, responses, only, ranks, display)
+        document = build_result(measured, {"evaluation": time.perf_counter() - start})
         if output is not None and ranks.is_first:
             write_result(output, document)
     if place.rank == 0:
@@ -307,23 +370,18 @@ def _measure(
     only: Sequence[str],
     ranks: Communicator,
     reporter: Reporter,
-) -> Result:
+) -> Measured:
     """Evaluate, and keep the responses. Collective."""
-    import time
-
     _announcer(reporter)("importing torch and transformers")
     from mergeopd.engine.build import Machine, build_evaluation
     from mergeopd.engine.stages import Stages
     from mergeopd.models.causal import pick_device
-    from mergeopd.reporting.comparison import build_result
 
     _quiet_libraries()
-    start = time.perf_counter()
     _report_notes(inputs, reporter)
     stages = Stages(reporter, Clock(), ranks, None)
     evaluation = build_evaluation(inputs, plan, Machine(pick_device(), ranks), stages)
-    measured = evaluation.run(merged, responses, only)
-    return build_result(measured, {"evaluation": time.perf_counter() - start})
+    return evaluation.run(merged, responses, only)
 
 
 def _try_verifiers(inputs: Inputs) -> None:
@@ -357,6 +415,7 @@ def _show_finished(folder: RunFolder, console: Console) -> None:
     result = _result(folder)
     if result is not None:
         files = {"result": folder.result_file, "student": folder.export, "report": folder.report_file}
+        files["card"] = folder.export / MODEL_CARD
         paths = {name: Path(shown(path)) for name, path in files.items() if path.exists()}
         console.print(ResultTable(result, paths))
 

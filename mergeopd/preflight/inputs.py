@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergeopd.config.tree import Keys
 from mergeopd.data.prompts import read_prompts
@@ -21,6 +21,7 @@ from mergeopd.preflight.capabilities import check_capabilities
 from mergeopd.preflight.models import ModelReader, file_digest
 from mergeopd.preflight.problems import Findings
 from mergeopd.preflight.prompts import LengthBudget, PromptChecks, check_verifier
+from mergeopd.recipe.controls import Control, control_plan
 from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan
 from mergeopd.recipe.resolve import Resolution, read
 from mergeopd.recipe.training import off_policy_origin, reads_dataset
@@ -45,7 +46,8 @@ class Inputs:
     share. `cross_tokenizers` has the teachers with a bridge; `prompts` and `evaluation` are by source name,
     and so is `overlap`, which counts the evaluation prompts that are also trained on. `notes` are remarks,
     not mistakes. `files` maps model folders and small files to digests of their contents. `now` is the time
-    in templates: the start of the run, also when it is resumed later.
+    in templates: the start of the run, also when it is resumed later. `document` is the recipe as written,
+    with what it extends and overrides.
     """
 
     plan: Plan
@@ -59,17 +61,19 @@ class Inputs:
     notes: tuple[str, ...]
     files: Mapping[str, str]
     now: datetime
+    document: Mapping[str, Any]
 
 
 def preflight(
     recipe: str | Path,
     overrides: Sequence[str] = (),
     *,
+    control: Control | None = None,
     engine: EngineCapabilities | None = None,
     teachers: Mapping[str, TeacherCapabilities] = MappingProxyType({}),
     announce: Callable[[str], None] = lambda _: None,
 ) -> Inputs:
-    """Read a recipe and check all that it names.
+    """Read a recipe and check all that it names; with `control`, the inputs are those of its control.
 
     `engine` and `teachers` are the capabilities of a rollout engine and of teachers that replace the recipe's
     in `build` and `load_models`. `announce` gets what is being read.
@@ -78,6 +82,9 @@ def preflight(
     and prompt files, each with its place and remedy.
     """
     resolution = read(recipe, overrides)
+    if control is not None and resolution.plan is not None:
+        plan = control_plan(resolution.plan, control)
+        resolution = replace(resolution, plan=plan, phases=dict(enumerate(plan.phases)))
     check = _Check(resolution, announce)
     check.run()
     if engine is None and resolution.rollout is not None:
@@ -99,6 +106,7 @@ def preflight(
         notes=tuple(check.findings.notes),
         files=dict(sorted(check.models.files.items())),
         now=check.now,
+        document=resolution.document,
     )
 
 

@@ -15,7 +15,7 @@ from mergeopd.recipe.schema import Checkpoints, Interim, Memory, Reports
 from mergeopd.recipe.training import AnyRollout, Optimizer, Phase
 from mergeopd.recipe.verifiers import Verifier
 
-# Settings that may change when a run is resumed: paths, memory, reports, processes.
+# Settings that may change when a run is resumed: paths, memory, reports, processes, remarks.
 UNBOUND: Mapping[str, Any] = {
     "recipe_file": True,
     "output": True,
@@ -23,6 +23,7 @@ UNBOUND: Mapping[str, Any] = {
     "text_cache": True,
     "report": True,
     "student": {"parallel": True},
+    "teachers": {"__all__": {"licence": True}},
 }
 
 
@@ -43,6 +44,7 @@ class TeacherPlan(Strict):
     fingerprint: str | None
     canary: Canary | None
     bridge: Bridge | None
+    licence: str | None = None
 
     @property
     def snapshot_rule(self) -> SnapshotRule | None:

@@ -38,7 +38,8 @@ class Resolution:
     and `evaluation.prompts` (by index) whose files and verifiers were found, `teachers` those whose card and
     folders (or the student's) were: they can be looked into although something else is wrong. `student` has
     its model's folder. `rollout` and `phases` (by index) are valid; there are no phases unless all routes
-    from prompts to teachers are known.
+    from prompts to teachers are known. `document` is the recipe as written, with what it extends and
+    overrides.
     """
 
     plan: Plan | None
@@ -50,6 +51,7 @@ class Resolution:
     student: Student | None = None
     rollout: AnyRollout | None = None
     phases: Mapping[int, Phase] = field(default_factory=dict)
+    document: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str] = os.environ) -> Resolution:
@@ -94,6 +96,7 @@ def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str]
         resolver.student,
         parts.rollout,
         parts.phases if resolver.routed else {},
+        data,
     )
 
 

@@ -21,7 +21,7 @@ class Measured:
     `scores` has the mean reward of each prompt, by model key and suite, `passes` each prompt's pass@k by k.
     `experts` maps each suite to the key of its expert, None without one, `overlap` to the number of its
     prompts that are also trained on, `domains` to its domain (default: its name), `samples` to its responses
-    per prompt (default: one). Models may lack suites.
+    per prompt (default: one). Models may lack suites. `trained_tokens` are those of `Result`.
     """
 
     models: tuple[Model, ...]
@@ -31,6 +31,7 @@ class Measured:
     domains: Mapping[str, str] = field(default_factory=dict)
     samples: Mapping[str, int] = field(default_factory=dict)
     passes: Mapping[str, Mapping[str, Mapping[int, Values]]] = field(default_factory=dict)
+    trained_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 def build_result(measured: Measured, seconds: Mapping[str, float], update: int | None = None) -> Result:
@@ -44,15 +45,17 @@ def build_result(measured: Measured, seconds: Mapping[str, float], update: int |
             key=lambda key: sum(float(scores[key][suite].mean()) for suite in compared),
             default=None,
         )
-        for kind in ("static_merge", "expert")
+        for kind in ("static_merge", "expert", "control")
     }
-    static = best["static_merge"]
-    rows = {suite: _suite(suite, static, measured) for suite in experts}
+    static, control = best["static_merge"], best["control"]
+    controls = {m.key: m.title for m in models if m.kind == "control"}
+    rows = {suite: _suite(suite, static, tuple(controls), measured) for suite in experts}
     with_headroom = [suite for suite in compared if rows[suite].recovered.value is not None]
     keys: dict[Kind, Callable[[str], str | None]] = {
         "base": lambda suite: "base",
         "expert": lambda suite: experts[suite],
         "static_merge": lambda suite: static,
+        "control": lambda suite: control,
         "merged": lambda suite: "merged",
     }
     values = {kind: [_values(scores, key(suite), suite) for suite in compared] for kind, key in keys.items()}
@@ -67,9 +70,11 @@ def build_result(measured: Measured, seconds: Mapping[str, float], update: int |
         mean_recovered=_recovered([_triple(scores, suite, str(experts[suite])) for suite in with_headroom]),
         best_static=static,
         best_expert=best["expert"],
-        verdict=_verdict(rows),
+        best_control=control,
+        verdict=_verdict(rows, controls),
         seconds=dict(seconds),
         update=update,
+        trained_tokens=dict(measured.trained_tokens),
     )
 
 
@@ -77,7 +82,7 @@ def _values(scores: Scores, key: str | None, suite: str) -> Values | None:
     return None if key is None else scores.get(key, {}).get(suite)
 
 
-def _suite(suite: str, static: str | None, measured: Measured) -> SuiteResult:
+def _suite(suite: str, static: str | None, controls: Sequence[str], measured: Measured) -> SuiteResult:
     scores, expert = measured.scores, measured.experts[suite]
     own = {key: by_suite[suite] for key, by_suite in scores.items() if suite in by_suite}
     is_whole = expert is not None and own.keys() >= {"base", expert, "merged"}
@@ -89,6 +94,7 @@ def _suite(suite: str, static: str | None, measured: Measured) -> SuiteResult:
         over_base=_difference(own.get("merged"), own.get("base")),
         over_expert=_difference(own.get("merged"), own.get(expert or "")),
         over_static=None if static is None else _difference(own.get("merged"), own.get(static)),
+        over_control={key: _difference(own.get("merged"), own[key]) for key in controls if key in own},
         overlap=measured.overlap.get(suite, 0),
         domain=measured.domains.get(suite, suite),
         samples=measured.samples.get(suite, 1),
@@ -147,8 +153,11 @@ def _recovered_of(means: Values) -> Values:
     return result
 
 
-def _verdict(rows: Mapping[str, SuiteResult]) -> str:
-    """Say what the merge reached; a difference counts if its interval excludes zero."""
+def _verdict(rows: Mapping[str, SuiteResult], controls: Mapping[str, str]) -> str:
+    """Say what the merge reached; a difference counts if its interval excludes zero.
+
+    `controls` are titles by model key.
+    """
     compared = {name: row for name, row in rows.items() if row.over_expert.value is not None}
     total = len(compared)
     noun = "domains" if all(row.domain == name for name, row in rows.items()) else "suites"
@@ -164,6 +173,9 @@ def _verdict(rows: Mapping[str, SuiteResult]) -> str:
             num_ahead = sum(_sign(estimate) > 0 for estimate in statics)
             parts.append(f"ahead of the best static merge in {num_ahead} of {total}")
     trained = {name: row for name, row in rows.items() if row.expert and row.over_base.value is not None}
+    for key, title in controls.items():
+        differences = [row.over_control[key] for row in trained.values() if key in row.over_control]
+        parts += [_beside(title, differences)] if differences else []
     below = [name for name, row in trained.items() if _sign(row.over_base) < 0]
     if trained:
         parts.append(f"below the base in {joined(below, 'and')}" if below else "below the base in none")
@@ -172,6 +184,19 @@ def _verdict(rows: Mapping[str, SuiteResult]) -> str:
         measured = any("merged" in row.accuracy for row in rows.values())
         return "was measured without the models to compare it with" if measured else "was not measured"
     return ", ".join(parts)
+
+
+def _beside(title: str, differences: Sequence[Estimate]) -> str:
+    """Say in how many suites the student is ahead of a control, and behind it."""
+    num_ahead = sum(_sign(difference) > 0 for difference in differences)
+    num_behind = sum(_sign(difference) < 0 for difference in differences)
+    if not num_ahead and not num_behind:
+        return f"level with {title}"
+    parts = [f"ahead of {title} in {num_ahead} of {len(differences)}"] if num_ahead else []
+    if num_behind:
+        other = "it" if parts else title
+        parts.append(f"behind {other} in {num_behind} of {len(differences)}")
+    return " and ".join(parts)
 
 
 def _retained(rows: Mapping[str, SuiteResult]) -> list[str]:

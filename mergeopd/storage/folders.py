@@ -1,7 +1,7 @@
 """Write folders and files atomically: after a crash they are either complete or absent.
 
 A folder is written to a temporary sibling, synced, given a manifest with sizes and SHA-256, and renamed.
-Folders that do not match their manifest are not read.
+Folders that do not match their manifest are not read. Permissions follow the umask.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mergeopd.errors import StorageError
 from mergeopd.storage.failures import named_failures
 
 MANIFEST = "manifest.json"
+MODEL_CARD = "README.md"  # of an export; not in the manifest, since people edit it
 FORMAT = "mergeopd-folder-1"
 _PARTIAL = ".partial"
 _BROKEN = ".broken"
@@ -173,7 +175,9 @@ def _seal(folder: Path, target: Path) -> None:
         elif path.is_symlink() or not path.is_file():
             raise StorageError(f"cannot write {target}: {path.relative_to(folder)} is not a plain file")
         else:
+            share_as(folder, path)
             files[path.relative_to(folder).as_posix()] = _measure(path, sync=True)
+    files.pop(MODEL_CARD, None)
     if not files:
         raise StorageError(f"cannot write {target}: nothing was written into it")
     if MANIFEST in files:
@@ -188,6 +192,17 @@ def _write_synced(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def share_as(folder: Path, file: Path) -> None:
+    """Give a file the read and write permissions of a folder that was made under the umask.
+
+    Some writers, safetensors among them, create files that only their owner can read.
+    """
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    if stat.S_IMODE(file.stat().st_mode) != mode:
+        with suppress(PermissionError):  # of file systems without permissions of their own
+            file.chmod(mode)
 
 
 def _measure(path: Path, *, sync: bool = False) -> dict[str, int | str]:

@@ -53,7 +53,7 @@ def waiting(file: Path, setting: str) -> Iterator[None]:
 def _opened(path: Path, setting: str) -> Iterator[int]:
     with named_failures("lock", path, setting):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         yield descriptor
     finally:

@@ -123,7 +123,8 @@ class RunFolder:
     def _foreign(self) -> str | None:
         """Return why a folder without plan.yaml cannot be used; None if it is empty or missing."""
         if self.path.is_dir() and any(
-            path.name != LOCK_NAME and not is_leftover(path) for path in self.path.iterdir()
+            path.name not in (LOCK_NAME, run_layout.CONTROLS) and not is_leftover(path)
+            for path in self.path.iterdir()
         ):
             return (
                 f"{shown(self.path)} is not empty and not a run folder; choose another with --set output=..."
@@ -175,6 +176,7 @@ class RunFolder:
             "declared_changes": [*before["declared_changes"], *changes] if before else [],
             "recipe_file": plan.recipe_file,
             "versions": _versions(),
+            "licences": {name: t.licence for name, t in plan.teachers.items() if t.licence is not None},
             "plan": plan.content,
             "files": dict(files),
         }

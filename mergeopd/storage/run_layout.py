@@ -9,6 +9,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from mergeopd.errors import StorageError
+from mergeopd.recipe import controls
 from mergeopd.storage.failures import named_failures
 
 FORMAT = 1
@@ -26,6 +27,7 @@ EVALUATION = "evaluation"
 REPORT = "report.html"
 TENSORBOARD = "tensorboard"
 TRACKED_RUN = "tracked_run"
+CONTROLS = controls.FOLDER
 
 
 def read_plan_document(path: Path) -> dict[str, Any] | None:

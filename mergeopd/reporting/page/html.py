@@ -24,7 +24,7 @@ from mergeopd.reporting.figures import MEASURES, STAGES
 from mergeopd.reporting.page.curves import ACCENT, build_curves
 from mergeopd.reporting.page.responses import LEVELS, build_legends, build_responses
 from mergeopd.reporting.page.run_data import RunData, load_run
-from mergeopd.reporting.result import KINDS, Estimate, grade
+from mergeopd.reporting.result import Estimate, grade
 from mergeopd.reporting.terminal.timing import clock_text, shares
 from mergeopd.storage import run_layout
 from mergeopd.storage.folders import write_atomic
@@ -69,7 +69,7 @@ def render(data: RunData, now: datetime) -> str:
             status=_status(data),
             done=data.updates[-1].update if data.updates else 0,
             num_tokens=sum(update.num_tokens for update in data.updates),
-            kinds=KINDS,
+            kinds=data.result.kinds if data.result else (),
             curves=curves,
             # Escaped, so that no text can close the element.
             curves_json=Markup(json_text(curves.document()).replace("<", "\\u003c")),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from mergeopd.reporting.events import AccuracyMeasured, RunFinished
 from mergeopd.reporting.result import KINDS, Estimate, Kind, Result, grade
 from mergeopd.reporting.terminal.glyphs import plain_text, table
 from mergeopd.reporting.terminal.timing import split_line
+from mergeopd.storage.folders import MODEL_CARD
 
 _MISSING = "-"
 _STYLES = {"good": "bold green", "fair": "bold yellow", "poor": "bold red", "none": "dim"}
@@ -35,7 +36,7 @@ class ResultTable:
         yield from self._legend(ascii_only)
         if result.update is not None:
             yield Text(f"exported: the student after update {result.update}, the best during training")
-        if len(result.models) > len(KINDS):
+        if len(result.models) > len(result.kinds):
             yield Text()
             yield self._matrix(ascii_only)
         yield from _times_and_paths(result.seconds, self.paths, options)
@@ -43,23 +44,27 @@ class ResultTable:
     def _headline(self, ascii_only: bool) -> Table:
         result = self.result
         rows = table(
-            ("domain", "n", *_titles()), ascii_only=ascii_only, title="Accuracy and its 95 % interval, in %"
+            ("domain", "n", *_titles(result.kinds)),
+            ascii_only=ascii_only,
+            title="Accuracy and its 95 % interval, in %",
         )
         rows.columns[-2].style = "bold"
         for name, row in result.suites.items():
-            cells = _cells(result.headline(name))
+            cells = _cells(result.headline(name), result.kinds)
             rows.add_row(
                 plain_text(name, ascii_only), str(row.num_prompts), *cells, _recovered(row.recovered)
             )
         if len(result.suites) > 1:
             rows.add_section()
-            rows.add_row("mean", "", *_cells(result.mean), _recovered(result.mean_recovered))
+            rows.add_row("mean", "", *_cells(result.mean, result.kinds), _recovered(result.mean_recovered))
         return rows
 
     def _legend(self, ascii_only: bool) -> Iterator[Text]:
         titles = {model.key: model.title for model in self.result.models}
         if self.result.best_static is not None:
             yield Text(f"static  the best static merge: {titles[self.result.best_static]}", style="dim")
+        if self.result.best_control is not None:
+            yield Text(f"control {self._tokens(titles)}", style="dim")
         rows = self.result.suites.values()
         # An estimate of the difference exists where both models were measured.
         compared = [row for row in rows if None not in (row.over_expert.value, row.over_base.value)]
@@ -77,6 +82,14 @@ class ResultTable:
             if row.overlap:
                 text = f"{name}: {row.overlap} of {row.num_prompts} prompts are also trained on"
                 yield Text(plain_text(text, ascii_only))
+
+    def _tokens(self, titles: Mapping[str, str]) -> str:
+        """Name the best control, and how many tokens it and the student were trained on."""
+        key, counts = self.result.best_control or "", self.result.trained_tokens
+        text = f"{titles[key]}, at equal updates and prompts"
+        if key in counts and "merged" in counts:
+            text += f"; {counts[key]:,} response tokens, the student {counts['merged']:,}"
+        return text
 
     def _matrix(self, ascii_only: bool) -> Table:
         domains = self.result.suites
@@ -100,9 +113,11 @@ class PartialResultTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         ascii_only = options.ascii_only
-        rows = table(("domain", *_titles()[:-1]), ascii_only=ascii_only, title="Accuracy, in %")
+        is_controlled = any("control" in row for row in self.accuracies.values())
+        kinds = tuple(kind for kind in KINDS if kind != "control" or is_controlled)
+        rows = table(("domain", *_titles(kinds)[:-1]), ascii_only=ascii_only, title="Accuracy, in %")
         for name, row in self.accuracies.items():
-            rows.add_row(plain_text(name, ascii_only), *_cells(row))
+            rows.add_row(plain_text(name, ascii_only), *_cells(row, kinds))
         yield rows
 
 
@@ -115,6 +130,8 @@ class Ending:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         event = self.event
         paths = {"result": event.result_path, "student": event.export_path, "report": event.report_path}
+        if event.export_path is not None:
+            paths["card"] = event.export_path / MODEL_CARD  # how to load and serve the student
         if event.result is not None:
             yield ResultTable(event.result, paths)
         else:
@@ -140,15 +157,15 @@ def _times_and_paths(
         yield Text.assemble(("load    ", "dim"), plain_text(load, options.ascii_only), overflow="fold")
 
 
-def _titles() -> tuple[str, ...]:
-    return "base", "expert", "static", "merged", "recovered"
+def _titles(kinds: Sequence[Kind]) -> tuple[str, ...]:
+    return *("static" if kind == "static_merge" else kind for kind in kinds), "recovered"
 
 
-def _cells(row: Mapping[Kind, Estimate | None]) -> list[str]:
+def _cells(row: Mapping[Kind, Estimate | None], kinds: Sequence[Kind]) -> list[str]:
     """Format accuracies by kind; the merged student's with its interval."""
-    cells = [percent(row.get(kind)) for kind in KINDS]
+    cells = [percent(row.get(kind)) for kind in kinds]
     merged = row.get("merged")
-    cells[KINDS.index("merged")] += _range(merged)
+    cells[kinds.index("merged")] += _range(merged)
     return cells
 
 

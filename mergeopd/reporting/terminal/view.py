@@ -73,12 +73,13 @@ class RunView:
                 self.is_finished = True
 
     def _add_evaluation(self, event: events.EvaluationDone) -> None:
-        """Keep a suite's base, its own expert, its best static merge and the student."""
+        """Keep a suite's base, its own expert, its best static merge and control, and the student."""
         row, kind = self.evaluations.setdefault(event.suite, {}), event.model.kind
         if kind == "expert" and not event.is_own_expert:
             return
         best = row.get(kind)
-        if kind != "static_merge" or best is None or (event.accuracy.value or 0.0) > (best.value or 0.0):
+        is_one_of_several = kind in ("static_merge", "control")
+        if not is_one_of_several or best is None or (event.accuracy.value or 0.0) > (best.value or 0.0):
             row[kind] = event.accuracy
 
     def _add_update(self, record: UpdateRecord) -> None:

@@ -38,7 +38,9 @@ def test_a_good_recipe_becomes_a_plan_with_absolute_paths_and_all_defaults(proje
         "prompt": None,
         "fingerprint": None,
         "canary": None,
+        "licence": "Apache-2.0",
     }
+    assert "licence" not in plan.content["teachers"]["chat"]  # may change when a run is resumed
     assert [source.name for source in plan.sources] == ["math", "code", "chat"]
     # Prompt weight x card weight; the third source names no teacher, and chat's card lists its domain.
     assert [source.teachers for source in plan.sources] == [

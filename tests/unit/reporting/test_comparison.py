@@ -174,3 +174,24 @@ def test_models_that_were_not_measured() -> None:
     assert merged.verdict == "was measured without the models to compare it with"
     without = {key: row for key, row in own.scores.items() if key != "merged"}
     assert build_result(Measured(MODELS[:-1], without, EXPERTS, {}), {}).verdict == "was not measured"
+
+
+def test_controls_are_compared_one_by_one() -> None:
+    controls = {"control/sft": (83, 58), "control/sampled": (40, 90)}
+    scores = {**SCORES, **controls}
+    values = {k: {"math": rewards(m), "code": rewards(c)} for k, (m, c) in scores.items()}
+    models = (*MODELS, Model.control("sft"), Model.control("sampled"))
+    result = build_result(Measured(models, values, EXPERTS, {}, {"merged": 7}), {})
+    math = result.suites["math"].over_control
+    assert {key: e.value for key, e in math.items()} == pytest.approx(
+        {"control/sft": 0.0, "control/sampled": 0.43}
+    )
+    assert result.best_control == "control/sft"
+    assert result.mean["control"].value == pytest.approx((0.83 + 0.58) / 2)
+    assert result.headline("code")["control"] == result.suites["code"].accuracy["control/sft"]
+    assert (
+        ", level with SFT on expert text, ahead of sampled reverse KL in 1 of 2 and behind it in 1 of 2, "
+        in (result.verdict)
+    )
+    assert result.trained_tokens == {"merged": 7}
+    assert "control" not in build_result(measured(SCORES), {}).headline("code")
