@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mergeopd.alarms.watch import AlarmWatch
 from mergeopd.data.draw import PromptDraw
 from mergeopd.data.renderer import Renderer
 from mergeopd.distributed.communicator import Communicator, scatter_gather
@@ -145,7 +146,8 @@ def build(
     inputs, machine, student = models.inputs, models.machine, models.student
     plan, ranks, teachers, views = models.plan, machine.ranks, models.teachers, models.views
     guard = StopGuard(interrupt, ranks)
-    stages = Stages(reporter, clock, ranks, guard)
+    alarms = AlarmWatch(plan, inputs.overlap, reporter)
+    stages = Stages(alarms, clock, ranks, guard)
     engine = engines[plan.rollout.engine](student, _context(inputs.student, inputs, machine), plan.rollout)
     vocab = None if len(student.vocab) == inputs.vocab_size else student.vocab
     folder = RunFolder(Path(plan.output))
@@ -182,6 +184,7 @@ def build(
         else build_evaluation(inputs, plan.evaluation, machine, stages).run,
         write_turns=partial(_write_turns, inputs),
         stop=guard,
+        alarms=alarms,
         stages=stages,
     )
 

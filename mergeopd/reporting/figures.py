@@ -59,6 +59,7 @@ DOMAIN_FIGURES = (
     Figure("entropy_S", "entropy", "Student entropy", "of the next-token distribution", _NATS),
     Figure("mean_length", "length", "Response length", "mean response tokens", "tokens"),
     Figure("truncated_fraction", "cut", "Truncated", "responses that ended at the length limit", "%", 0.0),
+    Figure("repetition", "", "Repetition", "4-grams that occurred earlier in a response", "%", 0.0),
     Figure("token_share", "share", "Token share", "of the update's response tokens", "%", stacked=True),
     Figure("loss_share", "", "Loss share", "of the sum of absolute losses", "%", stacked=True),
     Figure("weight", "weight", "Balance factor", "multiplies the domain's tokens in the loss", "", 1.0),

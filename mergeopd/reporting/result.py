@@ -60,13 +60,23 @@ class SuiteResult:
 
 
 @dataclass(frozen=True, slots=True)
+class AlarmSummary:
+    """An alarm of the run, at the first update that raised it; `subject` is a domain or teacher."""
+
+    update: int
+    name: str
+    subject: str
+    finding: str
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """What a run reached.
 
     `mean` has the means over suites by kind of model: each suite's own expert, the best static merge.
     `mean_recovered` is over the suites with headroom. `best_static` and `best_expert` are the static merge
     and the expert with the highest mean accuracy over all suites, if there are any. `verdict` says it in
-    words, `seconds` is wall time by stage.
+    words, `seconds` is wall time by stage, `alarms` are those of the run.
     """
 
     models: tuple[Model, ...]
@@ -77,6 +87,7 @@ class Result:
     best_expert: str | None
     verdict: str
     seconds: Mapping[str, float] = field(default_factory=dict)
+    alarms: tuple[AlarmSummary, ...] = ()
 
     def headline(self, suite: str) -> dict[Kind, Estimate | None]:
         """Return a suite's accuracies by kind: the expert of its domain, the best static merge."""

@@ -18,7 +18,7 @@ from mergeopd.reporting import events, figures
 from mergeopd.reporting.figures import MEASURE_FIGURES, Figure
 from mergeopd.reporting.jsonl import Numbers, UpdateRecord
 from mergeopd.reporting.terminal.glyphs import Sparkline, plain_text
-from mergeopd.reporting.terminal.result import Ending, PartialResultTable
+from mergeopd.reporting.terminal.result import Ending, PartialResultTable, alarm_style, alarm_text
 from mergeopd.reporting.terminal.timing import clock_text, split_line
 from mergeopd.reporting.terminal.view import RunView, measure_of
 
@@ -73,6 +73,8 @@ class LiveReporter:
         match event:
             case events.Note():
                 self._print("note", "cyan", event.text)
+            case events.AlarmRaised():
+                self._print("", alarm_style(event), alarm_text(event, with_cause=self._view.is_new(event)))
             case events.CheckpointSkipped():
                 self._print("warning", "yellow", f"skipped {event.path}: {event.reason}")
             case events.RunFinished():
