@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 METHODS = (
-    "anchor", "distillm", "dr_grpo", "exact_outcome", "exact_reverse_kl", "gkd", "grpo", "paced", "opsd",
-    "top_k_teacher", "trajectories", "kdrl", "minillm", "nemotron_cascade", "iw_opd", "glm5", "rlad",
+    "gkd", "exact_reverse_kl", "distillm", "anchor", "exact_outcome", "grpo", "dr_grpo", "paced", "opsd",
+    "top_k_teacher", "trajectories",
 )  # fmt: skip
 PROMPTS = 48  # per round, instead of 120
 UPDATES = 48
@@ -59,28 +59,28 @@ class Planter:
         self.recipe, self.folder, self.plan = recipe, folder, plan
         self.names = [next(iter(source.teachers)) for source in plan.sources]
 
-    def failures(self) -> dict[str, Case]:
-        """Return the planted failures by name."""
+    def failures(self) -> dict[str, Callable[[], Case]]:
+        """Return functions that make the planted failures, by name."""
         lr, (first, second, third) = self.plan.optimizer.lr, self.names
         permuted = {f"prompts.{i}.teachers": n for i, n in enumerate((second, third, first))}
         uneven = dict(zip(self.domains, (1.0, 1.0, 0.01), strict=True))
         return {
-            "lr_100x": self.bad("divergence_rising", {"optimizer.lr": 100 * lr}),
-            "lr_1000x": self.bad(
+            "lr_100x": lambda: self.bad("divergence_rising", {"optimizer.lr": 100 * lr}),
+            "lr_1000x": lambda: self.bad(
                 "divergence_rising", {"optimizer.lr": 1000 * lr, "optimizer.clip_grad": None}
             ),
-            "permuted_teachers": self.bad("mismatched_teacher", permuted),
-            "permuted_on_policy": self.bad("no_cold_start", self.on_policy("reverse_kl") | permuted),
-            "end_token_teachers": self.bad(
+            "permuted_teachers": lambda: self.bad("mismatched_teacher", permuted),
+            "permuted_on_policy": lambda: self.bad("no_cold_start", self.on_policy("reverse_kl") | permuted),
+            "end_token_teachers": lambda: self.bad(
                 "length_collapse", self.on_policy("reverse_kl") | self.one_token(END_ID, "ends")
             ),
-            "one_token_teachers": self.bad("repetition", self.one_token(LETTER_ID, "repeats")),
-            "short_limit": self.bad("truncation", {"rollout.max_new_tokens": 4}),
-            "hot_rollouts": self.bad("truncation", {"rollout.temperature": 10.0}),
-            "cut_rollouts": self.bad(
+            "one_token_teachers": lambda: self.bad("repetition", self.one_token(LETTER_ID, "repeats")),
+            "short_limit": lambda: self.bad("truncation", {"rollout.max_new_tokens": 4}),
+            "hot_rollouts": lambda: self.bad("truncation", {"rollout.temperature": 10.0}),
+            "cut_rollouts": lambda: self.bad(
                 "rollout_gap", {**self.on_policy("sampled_reverse_kl"), "rollout.top_p": 0.5}
             ),
-            "dead_domain": self.bad(
+            "dead_domain": lambda: self.bad(
                 "dead_domain",
                 {
                     **self.on_policy({"reverse_kl": 1.0, "outcome": 1.0}, samples=4),
@@ -88,7 +88,7 @@ class Planter:
                     "prompts.1.verifier": {"kind": "regex", "pattern": "no response matches"},
                 },
             ),
-            "dead_rewards": self.bad(
+            "dead_rewards": lambda: self.bad(
                 "zero_gradient",
                 {
                     **self.on_policy("outcome", samples=4),
@@ -96,13 +96,15 @@ class Planter:
                     **{f"prompts.{i}.verifier": "exact" for i in range(len(self.names))},
                 },
             ),
-            "random_base": self.bad(
+            "random_base": lambda: self.bad(
                 "no_cold_start", {**self.on_policy("reverse_kl"), "student.model": self.random_base()}
             ),
-            "starved_domain": self.bad("starved_domain", {"prompts.0.share": 0.005}),
-            "starved_balance": self.bad("starved_domain", {"phases.0.balance.tokens": uneven}),
-            "teacher_is_student": self.bad("identical_teacher", {f"teachers.{first}": self.base_card()}),
-            "leak": self.bad("overlap", {"evaluation": self.leak()}),
+            "starved_domain": lambda: self.bad("starved_domain", {"prompts.0.share": 0.005}),
+            "starved_balance": lambda: self.bad("starved_domain", {"phases.0.balance.tokens": uneven}),
+            "teacher_is_student": lambda: self.bad(
+                "identical_teacher", {f"teachers.{first}": self.base_card()}
+            ),
+            "leak": lambda: self.bad("overlap", {"evaluation": self.leak()}),
         }
 
     @property
@@ -132,7 +134,9 @@ class Planter:
     def leak(self) -> dict[str, Any]:
         """Return an evaluation on prompts that are also trained on."""
         source = self.plan.sources[0]
-        prompts = {"source": source.source, "domain": source.domain, "verifier": "exact", "limit": 8}
+        copied = self.folder.resolve() / f"leaked_{Path(source.source).name}"
+        shutil.copy(source.source, copied)
+        prompts = {"source": str(copied), "domain": source.domain, "verifier": "exact", "limit": 8}
         return {"prompts": [{**prompts, "allow_overlap": True}], "static_merges": [], "all_experts": False}
 
     def base_card(self) -> str:
@@ -207,7 +211,7 @@ def good(path: Path, num_updates: int) -> Case:
     return Case(path, changes)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -216,21 +220,22 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "alarms", metavar="FOLDER")
     arguments = parser.parse_args()
     cases = Planter(RECIPE, arguments.output / "files").failures()
-    cases["quickstart"] = good(RECIPE, UPDATES)
+    cases["quickstart"] = partial(good, RECIPE, UPDATES)
     methods = {name: RECIPE.parent / "methods" / f"{name}.yaml" for name in METHODS}
-    cases |= {name: good(path, UPDATES) for name, path in methods.items() if path.is_file()}
+    cases |= {name: partial(good, path, UPDATES) for name, path in methods.items() if path.is_file()}
     table = Table(title="Alarms with their first updates", title_justify="left")
     for column in ("case", "updates", "as expected", "alarms"):
         table.add_column(column, overflow="fold")
     all_right = True
-    for name, case in cases.items():
+    for name, make_case in cases.items():
         if arguments.only is None or name in arguments.only:
+            case = make_case()
             done = run(name, case, arguments.seed, arguments.output)
             is_right = as_expected(case, done)
             all_right = all_right and is_right
             table.add_row(name, str(done.num_updates), "yes" if is_right else "NO", ", ".join(shown(done)))
     Console(width=120).print(table)
-    sys.exit(0 if all_right else 1)
+    return 0 if all_right else 1
 
 
 def run(name: str, case: Case, seed: int, folder: Path) -> RunResult:
@@ -259,4 +264,4 @@ def shown(done: RunResult) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

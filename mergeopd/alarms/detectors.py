@@ -1,7 +1,7 @@
 """Detectors of signs in the figures of updates. They keep state, and neither read files nor stop anything.
 
 A detector looks at one update after the other and returns, for every subject (a domain, a teacher, "" for
-the run) that it can judge at this update, what it found, or None where all is well. `watch.py` decides when a
+the run) that it can judge at this update, its finding, or None where all is well. `watch.py` decides when a
 sign becomes an alarm.
 """
 
@@ -47,7 +47,7 @@ class Detector(Protocol):
     def updates(self) -> int: ...
 
     def look(self, record: UpdateRecord) -> Signs:
-        """Return what was found by subject, None where all is well; subjects without figures are left out."""
+        """Return the finding by subject, None where all is well; subjects without figures are left out."""
 
 
 def divergence(numbers: Numbers) -> float | None:
@@ -99,8 +99,8 @@ class GradientSpikeDetector:
         usual = median(self._earlier) if len(self._earlier) >= _FEWEST else 0.0
         self._earlier.append(norm)
         limit = self.settings.factor * usual
-        found = f"gradient norm {norm:.3g}, usually {usual:.3g} (limit {limit:.3g})"
-        return {"": found if 0.0 < limit < norm else None}
+        finding = f"gradient norm {norm:.3g}, usually {usual:.3g} (limit {limit:.3g})"
+        return {"": finding if 0.0 < limit < norm else None}
 
 
 @dataclass
@@ -141,15 +141,15 @@ class DivergenceRisingDetector:
                 known = {what: value for what, value in values.items() if value is not None}
                 findings = [self._finding(name, what, value) for what, value in known.items()]
                 if findings:
-                    signs[name] = next((found for found in findings if found is not None), None)
+                    signs[name] = next((finding for finding in findings if finding is not None), None)
         return signs
 
     def _finding(self, name: str, what: str, value: float) -> str | None:
         mean = self._means[name, what].add(value)
         lowest = self._lowest[name, what] = min(mean, self._lowest.get((name, what), mean))
         limit = max(self.settings.factor * lowest, lowest + self.settings.margin)
-        found = f"{what} {mean:.3g}, at its lowest {lowest:.3g} (limit {limit:.3g})"
-        return found if mean > limit else None
+        finding = f"{what} {mean:.3g}, at its lowest {lowest:.3g} (limit {limit:.3g})"
+        return finding if mean > limit else None
 
 
 @dataclass
@@ -169,10 +169,10 @@ class EntropyCollapseDetector:
             entropy = numbers.get("entropy_S")
             if entropy is None or not known:
                 continue
-            found = f"student entropy {entropy:.2g} nats (limit {self.settings.below:g})"
-            found += f" at a divergence of {max(known):.2g}"
+            finding = f"student entropy {entropy:.2g} nats (limit {self.settings.below:g})"
+            finding += f" at a divergence of {max(known):.2g}"
             is_certain = entropy < self.settings.below and max(known) > self.settings.divergence
-            signs[domain] = found if is_certain else None
+            signs[domain] = finding if is_certain else None
         return signs
 
 
@@ -199,8 +199,8 @@ class LengthCollapseDetector:
             longest = self._longest.get(domain, 0.0)
             limit = self.settings.fraction * longest
             self._longest[domain] = max(longest, self._means[domain].add(finished))
-            found = f"responses of {finished:.3g} tokens, before {longest:.3g} (limit {limit:.3g})"
-            signs[domain] = found if finished < limit else None
+            finding = f"responses of {finished:.3g} tokens, before {longest:.3g} (limit {limit:.3g})"
+            signs[domain] = finding if finished < limit else None
         return signs
 
 
@@ -231,9 +231,9 @@ class HighShareDetector:
             half = number // 2
             is_high = len(recent) == number and min(recent) >= limit
             falls = is_high and half and fmean(list(recent)[-half:]) < fmean(list(recent)[:half]) - 0.05
-            found = f"{value:.0%} of {self.what} (limit {limit:.0%}) for {number} updates"
+            finding = f"{value:.0%} of {self.what} (limit {limit:.0%}) for {number} updates"
             if not falls:
-                signs[domain] = found if is_high else None
+                signs[domain] = finding if is_high else None
         return signs
 
 
@@ -261,8 +261,8 @@ class DeadDomainDetector:
             graded = number * (record.on_policy_fraction or 0.0)  # others' responses have no reward
             self._counts[domain] = self._counts.get(domain, 0.0) + graded if is_dead else 0.0
             count, limit = self._counts[domain], self.settings.responses
-            found = f"reward {reward:g} in {count:.0f} responses in a row (limit {limit})"
-            signs[domain] = found if count >= limit else None
+            finding = f"reward {reward:g} in {count:.0f} responses in a row (limit {limit})"
+            signs[domain] = finding if count >= limit else None
         return signs
 
 
@@ -321,8 +321,8 @@ class RolloutGapDetector:
         gap, limit = record.policy.get("rollout_logprob_gap"), self.settings.nats
         if gap is None:
             return NO_SIGNS
-        found = f"rollout and training log-probs differ by {gap:.2g} nats per token (limit {limit:g})"
-        return {"": found if gap > limit else None}
+        finding = f"rollout and training log-probs differ by {gap:.2g} nats per token (limit {limit:g})"
+        return {"": finding if gap > limit else None}
 
 
 @dataclass

@@ -23,10 +23,10 @@ class _State:
     num_clear: int = 0
     is_raised: bool = False
 
-    def add(self, found: bool, needed: int) -> bool:
+    def add(self, is_sign: bool, needed: int) -> bool:
         """Count a judgement; return whether the alarm is to be raised now."""
-        self.num_signs = self.num_signs + 1 if found else 0
-        self.num_clear = 0 if found else self.num_clear + 1
+        self.num_signs = self.num_signs + 1 if is_sign else 0
+        self.num_clear = 0 if is_sign else self.num_clear + 1
         if self.num_clear >= _CLEAR_AFTER:
             self.is_raised = False
         is_due = self.num_signs >= needed and not self.is_raised
@@ -125,8 +125,8 @@ class AlarmWatch:
 
     def _update(self, record: UpdateRecord) -> Iterator[AlarmRaised]:
         for name, detector in self._detectors.items():
-            for subject, found in detector.look(record).items():
-                yield from self._count(record.update, name, subject, found, detector.updates)
+            for subject, finding in detector.look(record).items():
+                yield from self._count(record.update, name, subject, finding, detector.updates)
 
     def _accuracy(self, event: AccuracyMeasured) -> Iterator[AlarmRaised]:
         if not event.update:
@@ -137,20 +137,20 @@ class AlarmWatch:
             if base is None or base.value is None or now.value is None:
                 continue
             below = (now.high or 0.0) < (base.low or 0.0)
-            found = f"accuracy {now.value:.1%}, the base {base.value:.1%}, beyond their intervals"
-            yield from self._count(event.update, "below_base", suite, found if below else None, 1)
+            finding = f"accuracy {now.value:.1%}, the base {base.value:.1%}, beyond their intervals"
+            yield from self._count(event.update, "below_base", suite, finding if below else None, 1)
             if base.value == 0.0:
-                found = f"accuracy 0 % in {event.num_prompts.get(suite, 0):,} prompts, as of the base"
-                yield from self._count(event.update, "dead_domain", suite, None if now.value else found, 1)
+                finding = f"accuracy 0 % in {event.num_prompts.get(suite, 0):,} prompts, as of the base"
+                yield from self._count(event.update, "dead_domain", suite, None if now.value else finding, 1)
 
     def _count(
-        self, update: int, name: str, subject: str, found: str | None, needed: int
+        self, update: int, name: str, subject: str, finding: str | None, needed: int
     ) -> Iterator[AlarmRaised]:
         if self._is_on(name):
             state = self._states.setdefault((name, subject), _State())
-            if state.add(found is not None, needed) and found is not None:
+            if state.add(finding is not None, needed) and finding is not None:
                 lasting = f" for {needed} updates" if needed > 1 else ""
-                yield self._alarm(update, name, subject, found + lasting)
+                yield self._alarm(update, name, subject, finding + lasting)
 
     def _alarm(self, update: int, name: str, subject: str, finding: str) -> AlarmRaised:
         cause, remedy = TEXTS[name]
