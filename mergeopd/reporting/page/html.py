@@ -96,7 +96,7 @@ def render(data: RunData, now: datetime) -> str:
 
 
 class HtmlReporter:
-    """Writes report.html at checkpoints and ends of phases, if time allows, and at the end of the run.
+    """Writes report.html at checkpoints, alarms and ends of phases, if time allows, and at the end.
 
     It takes at most 2 % of the run's time. A failure becomes a note and does not end the run.
     """

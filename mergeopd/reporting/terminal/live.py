@@ -74,7 +74,9 @@ class LiveReporter:
             case events.Note():
                 self._print("note", "cyan", event.text)
             case events.AlarmRaised():
-                self._print("", alarm_style(event), alarm_text(event, with_cause=self._view.is_new(event)))
+                self._print(
+                    "ALARM", alarm_style(event), alarm_text(event, with_cause=self._view.is_new(event))
+                )
             case events.CheckpointSkipped():
                 self._print("warning", "yellow", f"skipped {event.path}: {event.reason}")
             case events.RunFinished():

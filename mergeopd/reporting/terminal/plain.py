@@ -60,7 +60,8 @@ class PlainReporter:
             case events.CheckpointSkipped():
                 self._print(f"warning: skipped {event.path}: {event.reason}")
             case events.AlarmRaised():
-                self._print(alarm_text(event, with_cause=self._view.is_new(event)), alarm_style(event))
+                text = alarm_text(event, with_cause=self._view.is_new(event))
+                self._print(f"ALARM {text}", alarm_style(event))
             case events.Note():
                 self._print(f"note: {event.text}")
             case events.RunFinished():

@@ -112,7 +112,7 @@ class Ending:
 
 def alarm_text(alarm: AlarmRaised, *, with_cause: bool) -> str:
     """Format an alarm on one line, with its cause and remedy if they were not shown yet."""
-    finding = f"ALARM {_title(alarm)} at update {alarm.update}: {alarm.finding}"
+    finding = f"{_title(alarm)} at update {alarm.update}: {alarm.finding}"
     return f"{finding}. Likely cause: {alarm.cause}. Remedy: {alarm.remedy}" if with_cause else finding
 
 
