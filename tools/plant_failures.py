@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 METHODS = (
-    "gkd", "exact_reverse_kl", "distillm", "anchor", "exact_outcome", "grpo", "dr_grpo", "paced", "opsd",
-    "top_k_teacher", "trajectories",
+    "gkd", "exact_reverse_kl", "distillm", "anchor", "exact_outcome", "grpo", "dr_grpo", "top_k_teacher",
+    "trajectories",
 )  # fmt: skip
 PROMPTS = 48  # per round, instead of 120
 UPDATES = 48
@@ -196,8 +196,8 @@ def prefer(token: int, model: Any) -> None:
     model.config.tie_word_embeddings = False
 
 
-def good(path: Path, num_updates: int) -> Case:
-    """Return a recipe with fewer updates and prompts, in the proportions of its phases."""
+def good(path: Path, num_updates: int, share: float) -> Case:
+    """Return a recipe with fewer updates, in the proportions of its phases, and a share of its prompts."""
     from mergeopd.recipe.resolve import read
 
     plan = read(path).plan
@@ -207,7 +207,7 @@ def good(path: Path, num_updates: int) -> Case:
     for i, phase in enumerate(plan.phases):
         num_rounds = round(num_updates * phase.updates / plan.num_updates / phase.updates_per_round)
         changes[f"phases.{i}.updates"] = max(1, num_rounds) * phase.updates_per_round
-        changes[f"phases.{i}.prompts_per_round"] = max(1, round(phase.prompts_per_round * PROMPTS / 120))
+        changes[f"phases.{i}.prompts_per_round"] = max(1, round(share * phase.prompts_per_round))
     return Case(path, changes)
 
 
@@ -220,9 +220,11 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "alarms", metavar="FOLDER")
     arguments = parser.parse_args()
     cases = Planter(RECIPE, arguments.output / "files").failures()
-    cases["quickstart"] = partial(good, RECIPE, UPDATES)
+    cases["quickstart"] = partial(good, RECIPE, UPDATES, 1.0)  # its learning rate needs its batch
     methods = {name: RECIPE.parent / "methods" / f"{name}.yaml" for name in METHODS}
-    cases |= {name: partial(good, path, UPDATES) for name, path in methods.items() if path.is_file()}
+    cases |= {
+        name: partial(good, path, UPDATES, PROMPTS / 120) for name, path in methods.items() if path.is_file()
+    }
     table = Table(title="Alarms with their first updates", title_justify="left")
     for column in ("case", "updates", "as expected", "alarms"):
         table.add_column(column, overflow="fold")

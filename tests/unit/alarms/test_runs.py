@@ -62,7 +62,7 @@ def test_a_stop_is_saved_and_the_same_run_goes_on_and_ends(
     page = write_report(tmp_path / "run")[0].read_text()
     assert ">finished</span>" in page
     assert "is-done" not in page.split("</style>")[1]
-    assert page.index("identical_teacher</b> two at update 1") < page.index('<dl class="facts">')
+    assert page.index("identical_teacher</b> at update 1: two") < page.index('<dl class="facts">')
 
 
 def test_repetition_counts_4_grams_seen_before() -> None:
