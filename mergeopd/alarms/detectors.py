@@ -41,10 +41,7 @@ _PROMPTS_PER_DOMAIN = 10  # fewer could be missing by chance
 
 
 class Detector(Protocol):
-    """Judges updates in order. `updates` is how often in a row a subject must have a sign."""
-
-    @property
-    def updates(self) -> int: ...
+    """Judges updates in order."""
 
     def look(self, record: UpdateRecord) -> Signs:
         """Return the finding by subject, None where all is well; subjects without figures are left out."""
@@ -68,10 +65,6 @@ class _RunningMean:
 class ZeroGradientDetector:
     settings: ZeroGradient
 
-    @property
-    def updates(self) -> int:
-        return self.settings.updates
-
     def look(self, record: UpdateRecord) -> Signs:
         norm, below = record.grad_norm, self.settings.below
         if norm is None:
@@ -84,10 +77,6 @@ class GradientSpikeDetector:
     settings: GradientSpike
     _earlier: deque[float] = field(default_factory=lambda: deque(maxlen=_SPIKE_WINDOW))
     _phase: str = ""
-
-    @property
-    def updates(self) -> int:
-        return self.settings.updates
 
     def look(self, record: UpdateRecord) -> Signs:
         if record.phase != self._phase:
@@ -118,10 +107,6 @@ class DivergenceRisingDetector:
     )
     _lowest: dict[tuple[str, str], float] = field(default_factory=dict)
     _started: tuple[str, float] = ("", 0.0)
-
-    @property
-    def updates(self) -> int:
-        return self.settings.updates
 
     def look(self, record: UpdateRecord) -> Signs:
         phase, fraction = self._started
@@ -157,10 +142,6 @@ class EntropyCollapseDetector:
     settings: EntropyCollapse
     teachers_of: Mapping[str, Collection[str]]
 
-    @property
-    def updates(self) -> int:
-        return self.settings.updates
-
     def look(self, record: UpdateRecord) -> Signs:
         signs: dict[str, str | None] = {}
         for domain, numbers in record.domains.items():
@@ -185,10 +166,6 @@ class LengthCollapseDetector:
     _means: defaultdict[str, _RunningMean] = field(default_factory=lambda: defaultdict(_RunningMean))
     _longest: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def updates(self) -> int:
-        return self.settings.updates
-
     def look(self, record: UpdateRecord) -> Signs:
         signs: dict[str, str | None] = {}
         for domain, numbers in record.domains.items():
@@ -212,10 +189,6 @@ class HighShareDetector:
     key: str
     what: str
     _recent: defaultdict[str, deque[float]] = field(default_factory=lambda: defaultdict(deque))
-
-    @property
-    def updates(self) -> int:
-        return 1  # counts by itself
 
     def look(self, record: UpdateRecord) -> Signs:
         signs: dict[str, str | None] = {}
@@ -246,10 +219,6 @@ class DeadDomainDetector:
     _counts: dict[str, float] = field(default_factory=dict)
     _last: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def updates(self) -> int:
-        return 1  # counts responses
-
     def look(self, record: UpdateRecord) -> Signs:
         signs: dict[str, str | None] = {}
         for domain, numbers in record.domains.items():
@@ -273,10 +242,6 @@ class StarvedDomainDetector:
     settings: StarvedDomain
     domains: Collection[str]
     _recent: deque[Mapping[str, tuple[float, float]]] = field(default_factory=deque)
-
-    @property
-    def updates(self) -> int:
-        return 1  # measures over several
 
     def look(self, record: UpdateRecord) -> Signs:
         if len(self.domains) < 2:
@@ -313,10 +278,6 @@ class StarvedDomainDetector:
 class RolloutGapDetector:
     settings: RolloutGap
 
-    @property
-    def updates(self) -> int:
-        return self.settings.updates
-
     def look(self, record: UpdateRecord) -> Signs:
         gap, limit = record.policy.get("rollout_logprob_gap"), self.settings.nats
         if gap is None:
@@ -331,10 +292,6 @@ class IdenticalTeacherDetector:
 
     settings: IdenticalTeacher
     teachers: Collection[str]
-
-    @property
-    def updates(self) -> int:
-        return 1
 
     def look(self, record: UpdateRecord) -> Signs:
         if record.update > 1:
@@ -366,13 +323,9 @@ class FirstGapDetector:
     limit: str
     _seen: int = 0
 
-    @property
-    def updates(self) -> int:
-        return self.settings.updates
-
     def look(self, record: UpdateRecord) -> Signs:
         is_kind = record.on_policy_fraction == self.on_policy_fraction
-        if not is_kind or self._seen >= self.updates or (not self._seen and self._is_late(record)):
+        if not is_kind or self._seen >= self.settings.updates or (not self._seen and self._is_late(record)):
             return NO_SIGNS
         self._seen += 1
         gaps = {name: record.teachers[name].get("logprob_gap") for name in record.teachers}

@@ -125,8 +125,9 @@ class AlarmWatch:
 
     def _update(self, record: UpdateRecord) -> Iterator[AlarmRaised]:
         for name, detector in self._detectors.items():
+            needed = self._plan.alarms.updates_of(name)
             for subject, finding in detector.look(record).items():
-                yield from self._count(record.update, name, subject, finding, detector.updates)
+                yield from self._count(record.update, name, subject, finding, needed)
 
     def _accuracy(self, event: AccuracyMeasured) -> Iterator[AlarmRaised]:
         if not event.update:

@@ -58,17 +58,17 @@ class LengthCollapse(Lasting):
     fraction: Fraction = Field(default=0.4, description="share of the longest mean length of the domain")
 
 
-class Truncation(Lasting):
+class Truncation(Alarm):
     """Responses end at the length limit, and not less often than before."""
 
-    updates: PositiveInt = Field(default=6, description="updates in a row with the sign")
+    updates: PositiveInt = Field(default=6, description="updates over which the share is high")
     share: Fraction = Field(default=0.5, description="share of responses that are truncated")
 
 
-class Repetition(Lasting):
+class Repetition(Alarm):
     """Responses repeat themselves, and not less than before."""
 
-    updates: PositiveInt = Field(default=6, description="updates in a row with the sign")
+    updates: PositiveInt = Field(default=6, description="updates over which the share is high")
     share: Fraction = Field(default=0.6, description="share of 4-grams that occurred earlier in a response")
 
 
@@ -97,14 +97,14 @@ class IdenticalTeacher(Alarm):
     below: Positive = Field(default=1e-4, description="divergence before the first update")
 
 
-class MismatchedTeacher(Alarm):
+class MismatchedTeacher(Lasting):
     """Teacher and student disagree about text that the student did not generate, from the first update on."""
 
     updates: PositiveInt = Field(default=2, description="first updates of the run with the sign")
     nats: Positive = Field(default=3.0, description="|log p of teacher minus student| per token")
 
 
-class NoColdStart(Alarm):
+class NoColdStart(Lasting):
     """The student's first responses are improbable under the teacher."""
 
     updates: PositiveInt = Field(
@@ -163,8 +163,16 @@ class Alarms(Strict):
 
     def action_of(self, name: str) -> Action:
         """Return the action of the alarm with this name."""
+        return self._of(name).action or self.action
+
+    def updates_of(self, name: str) -> int:
+        """Return in how many updates in a row the sign of this alarm must be seen."""
+        alarm = self._of(name)
+        return alarm.updates if isinstance(alarm, Lasting) else 1
+
+    def _of(self, name: str) -> Alarm:
         alarm: Alarm = getattr(self, name)
-        return alarm.action or self.action
+        return alarm
 
 
 ALARMS = tuple(name for name in Alarms.model_fields if name != "action")
