@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from mergeopd.errors import RecipeError, StorageError, UpdateLimitReached
 from mergeopd.preflight.inputs import advice, preflight
 from mergeopd.recipe.controls import Control, control_plan
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.resolve import read
-from mergeopd.reporting.events import Event
+from mergeopd.reporting.events import AlarmRaised, Event
 from mergeopd.reporting.result import Result, read_result
 from mergeopd.storage import run_layout
 from mergeopd.storage.run_folder import RunFolder
@@ -68,7 +70,8 @@ class RunResult:
     there is one) to accuracy from 0 to 1; empty where nothing was evaluated. `result` has every model, with
     intervals; None without evaluation. `metrics` has a row per update with dotted keys, for example
     `row["teachers.math.reverse_kl"]`. `is_finished`: exported and, if the recipe evaluates, evaluated.
-    `num_updates` counts the optimizer updates made so far, `planned_updates` those of all phases.
+    `num_updates` counts the optimizer updates made so far, `planned_updates` those of all phases. `alarms`
+    are the signs that the run went wrong, in order.
     """
 
     folder: Path
@@ -79,6 +82,7 @@ class RunResult:
     accuracies: Mapping[str, Mapping[str, float | None]]
     result: Result | None
     metrics: tuple[Mapping[str, Any], ...]
+    alarms: tuple[AlarmRaised, ...]
 
     def to_arrow(self) -> pyarrow.Table:
         """Convert the metrics to a table with a column per key; null where an update lacks one."""
@@ -147,6 +151,7 @@ def run(
         StorageError: the run folder belongs to other settings, is in use, or cannot be written.
         TeacherError, ModelError, NumericsError, VerifierError: the run failed; checkpoints are kept.
         Stopped: by SIGINT (Ctrl-C) or SIGTERM, after a checkpoint; the same call resumes the run.
+        StoppedByAlarm: likewise, by an alarm whose action is `stop`.
     """
     from rich.console import Console
 
@@ -262,7 +267,18 @@ def load_run(folder: str | Path) -> RunResult:
         else {},
         result=reached,
         metrics=metrics,
+        alarms=_alarms(folder / run_layout.ALARMS),
     )
+
+
+_ALARMS = TypeAdapter(tuple[AlarmRaised, ...])
+
+
+def _alarms(file: Path) -> tuple[AlarmRaised, ...]:
+    try:
+        return _ALARMS.validate_python(_read_lines(file))
+    except ValidationError as error:
+        raise StorageError(f"{file} is damaged: {error}") from error
 
 
 def _result(path: Path) -> Result | None:

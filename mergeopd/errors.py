@@ -111,6 +111,10 @@ class UpdateLimitReached(Stopped):
     """The run reached the requested number of updates (`--updates`) before its end."""
 
 
+class StoppedByAlarm(Stopped):
+    """An alarm with `action: stop` stopped the run after saving; the same command resumes it."""
+
+
 class TrackerError(MergeopdError, RuntimeError):
     """An experiment tracker cannot be used; the run continues without it."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mergeopd.alarms.watch import AlarmWatch
 from mergeopd.data.draw import PromptDraw
 from mergeopd.data.renderer import Renderer
 from mergeopd.distributed.communicator import Communicator, scatter_gather
@@ -149,7 +150,8 @@ def build(
     inputs, machine, student = models.inputs, models.machine, models.student
     plan, ranks, teachers, views = models.plan, machine.ranks, models.teachers, models.views
     guard = StopGuard(interrupt, ranks)
-    stages = Stages(reporter, clock, ranks, guard)
+    alarms = AlarmWatch(plan, inputs.overlap, reporter)
+    stages = Stages(alarms, clock, ranks, guard)
     engine = engines[plan.rollout.engine](student, _context(inputs.student, inputs, machine), plan.rollout)
     vocab = None if len(student.vocab) == inputs.vocab_size else student.vocab
     folder = RunFolder(Path(plan.output))
@@ -187,6 +189,7 @@ def build(
         interim=_interim(inputs, engine, machine, stages),
         write_turns=partial(_write_turns, inputs),
         stop=guard,
+        alarms=alarms,
         stages=stages,
     )
 

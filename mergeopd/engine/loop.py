@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import NoReturn
 
+from mergeopd.alarms.watch import AlarmWatch
 from mergeopd.engine.checkpoint import Checkpoints, Record, written_by_first
 from mergeopd.engine.evaluate import InterimEvaluation
 from mergeopd.engine.interrupt import AbandonRound, StopGuard
@@ -17,7 +18,7 @@ from mergeopd.engine.progress import Progress, phase_at
 from mergeopd.engine.score import Scorer
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.update import Updater
-from mergeopd.errors import Stopped, UpdateLimitReached
+from mergeopd.errors import Stopped, StoppedByAlarm, UpdateLimitReached
 from mergeopd.messages import shown
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.recipe.plan import Plan
@@ -33,6 +34,7 @@ from mergeopd.teacher.snapshots import StudentSnapshots
 
 _RECALLED = 1000  # updates that the display of a resumed run starts with
 UPDATE_LIMIT = "--updates"  # reason of a stop at a requested number of updates
+ALARM = "the alarm"  # begins the reason of a stop by an alarm
 Evaluate = Callable[[Path, Path | None], Measured]
 
 
@@ -56,13 +58,15 @@ class Trainer:
     evaluate: Evaluate | None
     interim: InterimEvaluation | None
     stop: StopGuard
+    alarms: AlarmWatch
     stages: Stages
     write_turns: Callable[[Path], None]
 
     def run(self, progress: Progress, max_updates: int | None) -> None:
         """Train from `progress` to the last update, export, evaluate, write the result. Collective.
 
-        Raises Stopped, after a checkpoint, when a stop was requested or `max_updates` were made.
+        Raises Stopped, after a checkpoint, when a stop was requested or `max_updates` were made, and
+        StoppedByAlarm likewise.
         """
         first = progress.update
         self._report_start(progress)
@@ -82,6 +86,10 @@ class Trainer:
                 self._save(progress)
             if max_updates is not None and first + max_updates <= progress.update < self.plan.num_updates:
                 self.stop.interrupt.requested = UPDATE_LIMIT
+            alarm = self.alarms.take_stop()
+            # Only the first process has restored the alarms of a resumed run.
+            if alarm is not None and self.stages.ranks.is_first:
+                self.stop.interrupt.requested = f"{ALARM} {alarm}"
             if self.stop.is_requested_anywhere():
                 self._stop(progress)
         self._finish()
@@ -198,6 +206,8 @@ class Trainer:
         saved = "all saved; run the same command to resume"
         if not progress.update:
             saved = "before the first checkpoint; run the same command to start again"
+        if reason is not None and reason.startswith(ALARM):
+            error = StoppedByAlarm
         raise error(
             f"stopped by {reason} after {progress.update} of {self.plan.num_updates} updates, {saved}"
         )
@@ -231,7 +241,8 @@ class Trainer:
             self.snapshots.release()
             self.student.release()
             gc.collect()  # a model and its optimizer contain reference cycles
-            document = build_result(self._measure(self.evaluate), clock.seconds(), best)
+            result = build_result(self._measure(self.evaluate), clock.seconds(), best)
+            document = self.alarms.judge(result)
             if self.stages.ranks.is_first:
                 write_result(folder.result_file, document)
                 write_model_card(folder.path, folder.export, reporter)
@@ -242,5 +253,6 @@ class Trainer:
                 result_path=Path(shown(folder.result_file)) if document is not None else None,
                 export_path=Path(shown(folder.export)),
                 report_path=Path(shown(folder.report_file)),
+                alarms=self.alarms.summaries,
             )
         )

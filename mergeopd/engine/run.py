@@ -28,6 +28,7 @@ from mergeopd.reporting.events import Note, Reporter, Reporters, StageStarted, S
 from mergeopd.reporting.jsonl import RecordsReporter
 from mergeopd.reporting.model_card import write_model_card
 from mergeopd.reporting.page.html import HtmlReporter
+from mergeopd.reporting.page.run_data import load_run
 from mergeopd.reporting.result import Model, Result, read_result, write_result
 from mergeopd.reporting.terminal.console import console_reporter
 from mergeopd.reporting.terminal.result import ResultTable
@@ -209,6 +210,9 @@ def train(
             _report_notes(inputs, reporter)
         trainer = build(models, reporter=reporter, clock=clock, interrupt=interrupt)
         opened.callback(trainer.pipeline.close)
+        if ranks.is_first and num_done:
+            done = load_run(folder.path)
+            trainer.alarms.replay(done.updates, done.accuracy, done.alarms)
         trainer.run(replace(record.progress, update=num_done), max_updates)
 
 
@@ -241,7 +245,7 @@ def _compare(
     with ExitStack() as held:
         ranks.run_on_first(lambda: held.enter_context(exclusive(folder.path)))
         measured = _measure(inputs, plan, folder.export, folder.evaluation, (), ranks, reporter)
-        document = build_result(measured, before.seconds, before.update)
+        document = replace(build_result(measured, before.seconds, before.update), alarms=before.alarms)
         if ranks.is_first:
             write_result(folder.result_file, document)
             write_model_card(folder.path, folder.export, Reporters())
@@ -284,8 +288,8 @@ def _reporters(
     alarms = opened.enter_context(MetricsFile(folder.alarms_file))
     num_recorded = metrics.truncate_to(num_done)
     num_sampled = samples.truncate_to(num_done)
-    for file in (accuracy, alarms):
-        file.truncate_to(num_done)
+    accuracy.truncate_to(num_done)
+    alarms.truncate_to(num_done or -1)  # a start raises those of the inputs
     num_due = sum(is_due(update, inputs.plan.num_updates) for update in range(1, num_done + 1))
     if num_sampled < num_due:
         name = shown(folder.samples_file)

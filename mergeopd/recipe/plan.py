@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from mergeopd.config.values import Strict
+from mergeopd.recipe.alarms import Alarms
 from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.bridges import Bridge
 from mergeopd.recipe.models import Canary, SnapshotRule, Student
@@ -15,10 +16,11 @@ from mergeopd.recipe.schema import Checkpoints, Interim, Memory, Reports
 from mergeopd.recipe.training import AnyRollout, Optimizer, Phase
 from mergeopd.recipe.verifiers import Verifier
 
-# Settings that may change when a run is resumed: paths, memory, reports, processes, remarks.
+# Settings that may change when a run is resumed: paths, alarms, memory, reports, processes, remarks.
 UNBOUND: Mapping[str, Any] = {
     "recipe_file": True,
     "output": True,
+    "alarms": True,
     "memory": True,
     "text_cache": True,
     "report": True,
@@ -118,6 +120,7 @@ class Plan(Strict):
     phases: tuple[Phase, ...]
     optimizer: Optimizer
     evaluation: EvaluationPlan | None
+    alarms: Alarms
     checkpoint: Checkpoints
     allow_code: tuple[str, ...]
     memory: Memory

@@ -25,6 +25,7 @@ from mergeopd.config.values import (
     Weight,
     kind_shorthand,
 )
+from mergeopd.recipe.alarms import ALARMS, Action, Alarms, action_shorthand
 from mergeopd.recipe.baselines import (
     StaticMerge,
     StaticMergeOrKind,
@@ -225,6 +226,10 @@ class Recipe(Strict):
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = Field(description="training phases, in order")
     optimizer: Optimizer = Field(default=Optimizer(), description="optimizer settings")
     evaluation: Evaluation | None = Field(default=None, description="evaluation after the run; default: none")
+    alarms: Annotated[Alarms, BeforeValidator(action_shorthand, json_schema_input_type=Action | Alarms)] = (
+        Alarms()
+    )
+    """signs that the run goes wrong, and what happens then; shorthand: the action of all"""
     checkpoint: Checkpoints = Field(default=Checkpoints(), description="how often the run is saved")
     allow_code: tuple[FunctionPath, ...] = ()
     """Python functions that this recipe may import and call"""
@@ -250,4 +255,6 @@ SHORTHANDS: dict[tuple[str, ...], Callable[[Any], Any]] = {
     ("phases", "*", "loss"): loss_shorthand,
     ("phases", "*", "correction"): kind_shorthand,
     **{("phases", "*", "loss", term): weight_shorthand for term in SHORT_TERMS},
+    ("alarms",): action_shorthand,
+    **{("alarms", name): action_shorthand for name in ALARMS},
 }

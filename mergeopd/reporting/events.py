@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from mergeopd.distributed.communicator import Communicator
-from mergeopd.reporting.result import Estimate, Model, Result
+from mergeopd.reporting.result import AlarmSummary, Estimate, Model, Result
 from mergeopd.types import Finish, Origin
 
 if TYPE_CHECKING:
@@ -123,7 +123,8 @@ class DomainStats:
     Tokens are those in the loss. `mean_length` is in tokens, `token_share` of the update's tokens, `weight`
     the balance factor. `loss_share` is its part of the tokens' absolute losses, None where all are zero.
     `nll` is the mean of -logprob_S of the text, whichever model generated it; `reward` the mean over verified
-    responses; `truncated_fraction` the share of responses that ended at the length limit.
+    responses; `truncated_fraction` the share of responses that ended at the length limit, `repetition` the
+    share of 4-grams that occurred earlier in their response, None where all responses are shorter.
     """
 
     num_rollouts: int
@@ -136,6 +137,7 @@ class DomainStats:
     truncated_fraction: float
     reward: float | None = None
     loss_share: float | None = None
+    repetition: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +321,7 @@ class EvaluationDone(Event):
 class RunFinished(Event):
     """The end. `seconds` are wall seconds by stage, with their sum as `total`.
 
-    `result` is None where the recipe evaluates nothing. Paths are those to show.
+    `result` is None where the recipe evaluates nothing. Paths are those to show, `alarms` those of the run.
     """
 
     seconds: Mapping[str, float]
@@ -327,6 +329,7 @@ class RunFinished(Event):
     result_path: Path | None = None
     export_path: Path | None = None
     report_path: Path | None = None
+    alarms: tuple[AlarmSummary, ...] = ()
 
 
 class Reporter(Protocol):

@@ -96,6 +96,7 @@ DOMAIN_FIGURES = (
         aim="low",
         legend="at the length limit",
     ),
+    Figure("repetition", "", "Repetition", "4-grams that occurred earlier in a response", "%", 0.0),
     Figure(
         "token_share",
         "share",

@@ -73,6 +73,16 @@ class SuiteResult:
 
 
 @dataclass(frozen=True, slots=True)
+class AlarmSummary:
+    """An alarm of the run, at the first update that raised it; `subject` is a domain or teacher."""
+
+    update: int
+    name: str
+    subject: str
+    finding: str
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """What a run reached.
 
@@ -82,7 +92,7 @@ class Result:
     if there are any. `verdict` says it in words, `seconds` is wall time by stage. `update` is the one whose
     weights were exported because they were the best; None where those of the last were. `trained_tokens`
     counts the response tokens in the loss of the student and its controls, by model key; empty without
-    controls.
+    controls. `alarms` are those of the run.
     """
 
     models: tuple[Model, ...]
@@ -96,6 +106,7 @@ class Result:
     update: int | None = None
     best_control: str | None = None
     trained_tokens: Mapping[str, int] = field(default_factory=dict)
+    alarms: tuple[AlarmSummary, ...] = ()
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

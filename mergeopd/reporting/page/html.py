@@ -19,7 +19,15 @@ from markupsafe import Markup
 from ruamel.yaml import YAML
 
 from mergeopd import __version__
-from mergeopd.reporting.events import CheckpointSaved, Event, Note, Reporter, RunFinished, UpdateDone
+from mergeopd.reporting.events import (
+    AlarmRaised,
+    CheckpointSaved,
+    Event,
+    Note,
+    Reporter,
+    RunFinished,
+    UpdateDone,
+)
 from mergeopd.reporting.figures import MEASURES, STAGES
 from mergeopd.reporting.page.curves import ACCENT, build_curves
 from mergeopd.reporting.page.responses import LEVELS, build_legends, build_responses
@@ -88,7 +96,7 @@ def render(data: RunData, now: datetime) -> str:
 
 
 class HtmlReporter:
-    """Writes report.html at checkpoints and ends of phases, if time allows, and at the end of the run.
+    """Writes report.html at checkpoints, alarms and ends of phases, if time allows, and at the end.
 
     It takes at most 2 % of the run's time. A failure becomes a note and does not end the run.
     """
@@ -105,7 +113,7 @@ class HtmlReporter:
             phase, self._phase = self._phase, event.phase
             due = bool(phase) and phase != event.phase
         else:
-            due = isinstance(event, CheckpointSaved | RunFinished)
+            due = isinstance(event, AlarmRaised | CheckpointSaved | RunFinished)
         if due and (self._clock() >= self._not_before or isinstance(event, RunFinished)):
             self._write()
 

@@ -19,7 +19,13 @@ from mergeopd.reporting.figures import MEASURE_FIGURES, Figure
 from mergeopd.reporting.jsonl import Numbers, UpdateRecord
 from mergeopd.reporting.terminal.glyphs import Sparkline, plain_text, sparkline
 from mergeopd.reporting.terminal.header import header
-from mergeopd.reporting.terminal.result import Ending, PartialResultTable, accuracy_line
+from mergeopd.reporting.terminal.result import (
+    Ending,
+    PartialResultTable,
+    accuracy_line,
+    alarm_style,
+    alarm_text,
+)
 from mergeopd.reporting.terminal.timing import clock_text, split_line
 from mergeopd.reporting.terminal.view import RunView, measure_of
 
@@ -83,6 +89,9 @@ class LiveReporter:
                 self._print("note", event.text)
             case events.AccuracyMeasured():
                 self._print("eval", accuracy_line(event))
+            case events.AlarmRaised():
+                text = alarm_text(event, with_cause=self._view.is_new(event))
+                self._print("ALARM", text, alarm_style(event))
             case events.CheckpointSkipped():
                 self._print("warning", f"skipped {event.path}: {event.reason}")
             case events.StopRequested():
@@ -97,10 +106,10 @@ class LiveReporter:
             case _ if not self._live.is_started:
                 self._live.start()
 
-    def _print(self, label: str, text: str) -> None:
+    def _print(self, label: str, text: str, style: str | None = None) -> None:
         """Print a line, or a paragraph indented after its label, above the frame."""
         rows = Table.grid(padding=(0, 1, 0, 0))
-        rows.add_column(no_wrap=True, min_width=8, style=_LABELS.get(label, "dim"))
+        rows.add_column(no_wrap=True, min_width=8, style=style or _LABELS.get(label, "dim"))
         rows.add_row(label, Text(self._plain_text(text), overflow="fold"))
         self._console.print(rows)
 

@@ -11,7 +11,7 @@ from mergeopd.reporting import events
 from mergeopd.reporting.figures import MEASURE_FIGURES, POLICY_FIGURES
 from mergeopd.reporting.terminal.glyphs import plain_text
 from mergeopd.reporting.terminal.header import header
-from mergeopd.reporting.terminal.result import Ending, accuracy_line, percent
+from mergeopd.reporting.terminal.result import Ending, accuracy_line, alarm_style, alarm_text, percent
 from mergeopd.reporting.terminal.timing import clock_text, shares
 from mergeopd.reporting.terminal.view import RunView, measure_of
 
@@ -65,6 +65,9 @@ class PlainReporter:
                 self._print(f"saved {event.path}")
             case events.CheckpointSkipped():
                 self._print(f"warning: skipped {event.path}: {event.reason}")
+            case events.AlarmRaised():
+                text = alarm_text(event, with_cause=self._view.is_new(event))
+                self._print(f"ALARM {text}", alarm_style(event))
             case events.Note():
                 self._print(f"note: {event.text}")
             case events.StopRequested():
@@ -84,11 +87,11 @@ class PlainReporter:
         pause = min(_LONGEST_S, max(_SHORTEST_S, (now - self._first_at) / 50))
         return now - self._printed_at >= pause
 
-    def _print(self, text: str) -> None:
+    def _print(self, text: str, style: str = "") -> None:
         self._printed_at = self._clock()
         line = f"{self._console.get_datetime():%Y-%m-%d %H:%M:%S}  {text}"
         line = plain_text(line, ascii_only=self._console.options.ascii_only)
-        self._console.print(Text(line), soft_wrap=True)
+        self._console.print(Text(line, style=style), soft_wrap=True)
 
     def _update_line(self, event: events.UpdateDone, now: float) -> str:
         view, last = self._view, self._view.last

@@ -10,8 +10,8 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from mergeopd.reporting.events import AccuracyMeasured, RunFinished
-from mergeopd.reporting.result import KINDS, Estimate, Kind, Result, grade
+from mergeopd.reporting.events import AccuracyMeasured, AlarmRaised, RunFinished
+from mergeopd.reporting.result import KINDS, AlarmSummary, Estimate, Kind, Result, grade
 from mergeopd.reporting.terminal.glyphs import plain_text, table
 from mergeopd.reporting.terminal.timing import split_line
 from mergeopd.storage.folders import MODEL_CARD
@@ -31,7 +31,8 @@ class ResultTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         ascii_only, result = options.ascii_only, self.result
-        yield Text(f"The student {result.verdict}.\n", style="bold")
+        yield Text(f"The student {result.verdict}.\n", style="bold yellow" if result.alarms else "bold")
+        yield from _alarms(result.alarms, ascii_only)
         yield self._headline(ascii_only)
         yield from self._legend(ascii_only)
         if result.update is not None:
@@ -135,7 +136,35 @@ class Ending:
         if event.result is not None:
             yield ResultTable(event.result, paths)
         else:
+            yield from _alarms(event.alarms, options.ascii_only)
             yield from _times_and_paths(event.seconds, paths, options)
+
+
+def alarm_text(alarm: AlarmRaised, *, with_cause: bool) -> str:
+    """Format an alarm on one line, with its cause and remedy if they were not shown yet."""
+    finding = f"{_title(alarm)} at update {alarm.update}: {alarm.finding}"
+    return f"{finding}. Likely cause: {alarm.cause}. Remedy: {alarm.remedy}" if with_cause else finding
+
+
+def alarm_style(alarm: AlarmRaised) -> str:
+    return "bold red" if alarm.stops else "bold yellow"
+
+
+def _title(alarm: AlarmRaised | AlarmSummary) -> str:
+    return f"{alarm.name} ({alarm.subject})" if alarm.subject else alarm.name
+
+
+def _alarms(alarms: Sequence[AlarmSummary], ascii_only: bool) -> Iterator[Text]:
+    """Yield the names of a run's alarms, each with its first update and its subjects."""
+    by_name: dict[str, list[AlarmSummary]] = {}
+    for alarm in alarms:
+        by_name.setdefault(alarm.name, []).append(alarm)
+    for name, own in by_name.items():
+        subjects = ", ".join(alarm.subject for alarm in own if alarm.subject)
+        text = f"alarm   {name} at update {own[0].update}" + (f": {subjects}" if subjects else "")
+        yield Text(plain_text(text, ascii_only), style="yellow", overflow="fold")
+    if alarms:
+        yield Text()
 
 
 def _times_and_paths(

@@ -46,6 +46,7 @@ class RunView:
     )
     losses: array[float] = field(default_factory=lambda: array("d"))
     phase_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _alarms: set[str] = field(default_factory=set)
     _phase: str = ""
     _last_update_at: float = 0.0
     _recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
@@ -71,6 +72,12 @@ class RunView:
                 self.saved_at = event.update
             case events.RunFinished():
                 self.is_finished = True
+
+    def is_new(self, alarm: events.AlarmRaised) -> bool:
+        """Whether an alarm of this name is shown for the first time."""
+        is_new = alarm.name not in self._alarms
+        self._alarms.add(alarm.name)
+        return is_new
 
     def _add_evaluation(self, event: events.EvaluationDone) -> None:
         """Keep a suite's base, its own expert, its best static merge and control, and the student."""

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from mergeopd.reporting.events import (
     AccuracyMeasured,
+    AlarmRaised,
     CheckpointSaved,
     CheckpointSkipped,
     DomainStats,
@@ -33,7 +34,7 @@ from mergeopd.reporting.events import (
     UpdateDone,
 )
 from mergeopd.reporting.jsonl import UpdateRecord
-from mergeopd.reporting.result import Estimate, Model
+from mergeopd.reporting.result import AlarmSummary, Estimate, Model
 from mergeopd.reporting.terminal.console import console_reporter
 from mergeopd.reporting.terminal.glyphs import plain_text, sparkline
 from mergeopd.reporting.terminal.header import header
@@ -321,6 +322,36 @@ def test_the_header_names_models_and_machine() -> None:
     adapters = replace(facts, num_trainable=9_000_000, num_processes=1, num_threads=1)
     student = dict(header(replace(START, facts=adapters)))["student"]
     assert student == ("models/base, 7.62B parameters, 9M trained, bfloat16, on cuda (NVIDIA H200), 1 thread")
+
+
+@pytest.mark.parametrize("is_live", [True, False])
+def test_alarms_are_shown_at_once_with_their_cause_and_again_at_the_end(is_live: bool) -> None:
+    text = io.StringIO()
+    console = Console(
+        file=text, force_terminal=is_live, width=80, color_system="standard", _environ={"TERM": "xterm"}
+    )
+    first = AlarmRaised(7, "repetition", "math", "90% of 4-grams", "it loops", "lower `lr`", stops=False)
+    second = replace(first, update=9, subject="sort", stops=True)
+    summaries = tuple(AlarmSummary(a.update, a.name, a.subject, a.finding) for a in (first, second))
+    with console_reporter(console, Clock()) as reporter:
+        reporter.emit(START)
+        reporter.emit(first)
+        shown = " ".join(text.getvalue().split())
+        assert re.search(
+            r"ALARM.*repetition \(math\) at update 7: 90% of 4-grams\. Likely cause: it loops\. ", shown
+        )
+        assert "Remedy: lower `lr`" in shown
+        reporter.emit(second)
+        result = replace(result_of({"math": ACCURACIES}), alarms=summaries)
+        for event in (RunFinished({}, result), RunFinished({}, alarms=summaries)):
+            before = len(text.getvalue())
+            reporter.emit(event)
+            end = text.getvalue()[before:]
+            assert "alarm   repetition at update 7: math, sort" in end
+    assert text.getvalue().count("it loops") == 1
+    if is_live:
+        assert "\x1b[1;33mALARM" in text.getvalue()
+        assert "\x1b[1;31mALARM" in text.getvalue()  # stops the run
 
 
 def test_evaluation_alone_is_shown_too() -> None:
