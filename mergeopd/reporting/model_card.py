@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -93,6 +93,7 @@ def model_card(data: RunData) -> str:
         licence=licence,
         phases=[_phase(phase) for phase in plan["phases"]],
         is_on_policy=_is_on_policy(plan),
+        decoding=_decoding(plan["evaluation"]["suites"]) if data.result else [],
         rows=list(_rows(data.result)) if data.result else [],
         kinds=[kind.replace("_", " ") for kind in data.result.kinds] if data.result else [],
         titles={model.key: model.title for model in data.result.models} if data.result else {},
@@ -219,6 +220,22 @@ def _term(key: str, value: Any) -> str:
     if not weight:
         return ""
     return TERMS[key].title if weight == 1 else f"{TERMS[key].title} x {weight:g}"
+
+
+def _decoding(suites: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Describe how responses were generated, once for all suites if they agree."""
+    by_text: dict[str, list[str]] = {}
+    for suite in suites:
+        text = f"at most {suite['max_new_tokens']} tokens"
+        if suite["temperature"]:
+            sampled = f"at temperature {suite['temperature']} and top_p {suite['top_p']}"
+            how = f"mean of {suite['samples']} responses to each prompt, sampled {sampled}, {text}"
+        else:
+            how = f"greedy decoding, {text}"
+        by_text.setdefault(how, []).append(suite["name"])
+    if len(by_text) == 1:
+        return [f"{how[0].upper()}{how[1:]}." for how in by_text]
+    return [f"- {joined(names, 'and')}: {how}." for how, names in by_text.items()]
 
 
 def _rows(result: Result) -> Iterator[tuple[str, str, list[str]]]:

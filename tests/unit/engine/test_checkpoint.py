@@ -28,7 +28,10 @@ class Silent:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="what is synced is read from /proc (Linux)")
-@pytest.mark.parametrize("name", ["metrics", "samples"])
+KINDS = ("metrics", "samples", "accuracy", "alarms")
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_the_metrics_are_on_the_disk_before_the_checkpoint_is(
     write_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -45,7 +48,7 @@ def test_the_metrics_are_on_the_disk_before_the_checkpoint_is(
         return real_rename(path, target)
 
     parts = load_models(preflight(write_job()), Machine(CPU, SingleProcess()))
-    files = {kind: MetricsFile(tmp_path / f"{kind}.jsonl") for kind in ("metrics", "samples")}
+    files = {kind: MetricsFile(tmp_path / f"{kind}.jsonl") for kind in KINDS}
     path = tmp_path / f"{name}.jsonl"
     with files[name]:
         files[name].append({"update": 1})

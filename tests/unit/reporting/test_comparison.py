@@ -181,7 +181,7 @@ def test_controls_are_compared_one_by_one() -> None:
     scores = {**SCORES, **controls}
     values = {k: {"math": rewards(m), "code": rewards(c)} for k, (m, c) in scores.items()}
     models = (*MODELS, Model.control("sft"), Model.control("sampled"))
-    result = build_result(Measured(models, values, EXPERTS, {}, {"merged": 7}), {})
+    result = build_result(Measured(models, values, EXPERTS, {}, trained_tokens={"merged": 7}), {})
     math = result.suites["math"].over_control
     assert {key: e.value for key, e in math.items()} == pytest.approx(
         {"control/sft": 0.0, "control/sampled": 0.43}

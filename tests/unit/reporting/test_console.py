@@ -247,6 +247,7 @@ def test_evaluation_fills_a_table_and_the_result_ends_the_display() -> None:
     assert re.search(r"\ntime    0:40  ━+  rollout 75%  evaluation 25%", text)
     assert re.search(
         r"\nresult  runs/quick/result.json *\nstudent runs/quick/export *\nreport  runs/quick/report.html *"
+        r"\ncard    runs/quick/export/README.md *"
         r'\nload    AutoModelForCausalLM.from_pretrained\("runs/quick/export"\)',
         text,
     )
