@@ -27,10 +27,10 @@ class Silent:
         pass
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="what is synced is read from /proc (Linux)")
 KINDS = ("metrics", "samples", "accuracy", "alarms")
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="what is synced is read from /proc (Linux)")
 @pytest.mark.parametrize("name", KINDS)
 def test_the_metrics_are_on_the_disk_before_the_checkpoint_is(
     write_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
