@@ -136,7 +136,7 @@ class Trainer:
         folder, reporter, clock = self.folder, self.stages.reporter, self.stages.clock
         if not self.stages.ranks.run_on_first(folder.export.exists):
             reporter.emit(StageStarted("export", "the student as a Hugging Face folder"))
-            with written_by_first(folder.export, self.stages.ranks) as target:
+            with clock.stage("export"), written_by_first(folder.export, self.stages.ranks) as target:
                 self.student.export(target)
                 if self.stages.ranks.is_first:
                     self.write_turns(target)

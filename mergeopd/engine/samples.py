@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -11,12 +12,17 @@ from mergeopd.batch.micro_batch import MicroBatch
 from mergeopd.batch.records import PreparedUpdate
 from mergeopd.distributed.communicator import Communicator
 from mergeopd.loss.fused import TokenStats
+from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.objective import DistillationObjective
+from mergeopd.loss.observe import observe
+from mergeopd.loss.targets import TopK
+from mergeopd.models.causal import response_hidden
 from mergeopd.models.tokenizer import Tokenizer
-from mergeopd.reporting.events import RolloutSampled, TeacherTrace
+from mergeopd.reporting.events import Candidates, RolloutSampled, TeacherTrace
 from mergeopd.types import Rollout
 
 PER_DOMAIN = 2
+NUM_CANDIDATES = 3
 _TIMES = 20
 # The number of tokens that a decoder depends on (spaces between words, bytes of a character).
 _CONTEXT = 8
@@ -59,14 +65,53 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, ...]:
     return tuple(texts)
 
 
+# Ids and log-probs `[trained tokens, k]` of a model's most probable tokens.
+_Top = tuple[list[list[int]], list[list[float]]]
+
+
 @dataclass
 class SampleTaker:
     """Collects the statistics of the chosen responses from an update's micro-batches."""
 
     chosen: Collection[int]
     objective: DistillationObjective
+    _top_S: dict[int, _Top] = field(default_factory=dict, init=False)
+    _top_T: dict[tuple[int, str], _Top] = field(default_factory=dict, init=False)
     _logprob_S: dict[int, tuple[float | None, ...]] = field(default_factory=dict, init=False)
     _teachers: dict[int, dict[str, TeacherTrace]] = field(default_factory=dict, init=False)
+
+    @torch.no_grad()
+    def look_at_student(
+        self, body: torch.nn.Module, head: Head, rollouts: Sequence[Rollout], device: torch.device
+    ) -> None:
+        """Find the student's most probable tokens in the chosen responses, by a pass of their own."""
+        for index in self.chosen:
+            own = rollouts[index]
+            hidden = response_hidden(body, [own.prompt_ids], [own.response_ids], device, [own.trained])
+            self._top_S[index] = self._top_of(Hidden(hidden, head), slice(0, len(hidden)))
+
+    def look_at_teachers(self, micro: MicroBatch) -> None:
+        """Find the teachers' most probable tokens, where a target shows them, before it is released."""
+        end = 0
+        for index, labels in zip(micro.rollouts, micro.labels, strict=True):
+            rows = slice(end, end + len(labels))
+            end = rows.stop
+            if index not in self.chosen:
+                continue
+            for name, target in zip(micro.teachers, micro.targets, strict=True):
+                if isinstance(target, Hidden | TopK):
+                    self._top_T[index, name] = self._top_of(target, rows)
+
+    def _top_of(self, target: Hidden | TopK, rows: slice) -> _Top:
+        if isinstance(target, Hidden):
+            hidden = target.hidden[rows]
+            labels = torch.full((len(hidden),), target.head.vocab.start, device=hidden.device)
+            temperature = self.objective.temperature
+            seen = observe(hidden, target.head, labels, temperature=temperature, top_k=NUM_CANDIDATES)
+            assert isinstance(seen, TopK)
+            target, rows = seen, slice(None)
+        best, order = target.logprobs[rows].topk(min(NUM_CANDIDATES, target.k), dim=1)
+        return target.ids[rows].gather(1, order).tolist(), best.tolist()
 
     def take(self, micro: MicroBatch, prepared: PreparedUpdate, stats: TokenStats) -> None:
         end = 0
@@ -108,6 +153,11 @@ class SampleTaker:
         events = []
         for index in sorted(self._logprob_S, key=lambda i: (rollouts[i].prompt.domain, i)):
             rollout, teachers = rollouts[index], self._teachers[index]
+            text_of = _TokenText(tokenizer, int(rollout.prompt_ids[-1]))
+            traces = {
+                name: replace(trace, candidates=_candidates(self._top_T.get((index, name)), rollout, text_of))
+                for name, trace in teachers.items()
+            }
             events.append(
                 RolloutSampled(
                     update=update,
@@ -118,14 +168,41 @@ class SampleTaker:
                     tokens=token_texts(rollout.response_ids.tolist(), tokenizer),
                     logprob_S=self._logprob_S[index],
                     divergence=self.objective.measures[0] if teachers else "",
-                    teachers=teachers,
+                    teachers=traces,
                     reward=rewards[index],
                     origin=rollout.origin,
                     finish=rollout.finish,
                     trained=None if rollout.trained is None else tuple(rollout.trained.tolist()),
+                    reference=rollout.prompt.reference,
+                    candidates=_candidates(self._top_S.get(index), rollout, text_of),
                 )
             )
         return tuple(events)
+
+
+class _TokenText:
+    """Texts of single tokens as they read after `context`: some decoders drop the space of a first token."""
+
+    def __init__(self, tokenizer: Tokenizer, context: int) -> None:
+        self._decode = partial(tokenizer.decode, skip_special_tokens=False)
+        self._context = context
+        self._known: dict[int, str] = {}
+
+    def __getitem__(self, token: int) -> str:
+        if token not in self._known:
+            before = self._decode([self._context])
+            self._known[token] = self._decode([self._context, token])[len(before) :]
+        return self._known[token]
+
+
+def _candidates(top: _Top | None, rollout: Rollout, texts: _TokenText) -> Candidates | None:
+    if top is None:
+        return None
+    rows: list[tuple[tuple[str, float], ...] | None] = [None] * len(rollout.response_ids)
+    for place, ids, logprobs in zip(_places(rollout), *top, strict=True):
+        pairs = zip(ids, logprobs, strict=True)
+        rows[place] = tuple((texts[token], float(f"{value:.6g}")) for token, value in pairs)
+    return tuple(rows)
 
 
 def _places(rollout: Rollout) -> list[int]:

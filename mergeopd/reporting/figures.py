@@ -89,6 +89,7 @@ STAGES: Mapping[str, tuple[int, str]] = {
     "text": (6, "yellow"),
     "evaluation": (7, "blue"),
     "checkpoint": (8, "bright_black"),
+    "export": (2, "bright_black"),
     "startup": (1, "bright_black"),
     "other": (9, "bright_black"),
 }

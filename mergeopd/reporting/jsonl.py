@@ -10,7 +10,7 @@ lines back through the types that write them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mergeopd.reporting.events import (
@@ -29,11 +29,14 @@ Numbers = Mapping[str, float | None]
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The time and memory of an update."""
+    """Time, memory and computation of an update; see `UpdateDone`."""
 
     seconds: Mapping[str, float]
     tokens_per_s: float | None
     teacher_bytes_read: int
+    peak_memory_bytes: int = 0
+    num_generated: Mapping[str, int] = field(default_factory=dict)
+    flops: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,9 @@ class UpdateRecord:
                 seconds=dict(sorted(event.seconds.items())),
                 tokens_per_s=event.num_tokens / event.step_s if event.step_s > 0 else None,
                 teacher_bytes_read=event.teacher_bytes_read,
+                peak_memory_bytes=event.peak_memory_bytes,
+                num_generated=dict(sorted(event.num_generated.items())),
+                flops=dict(sorted(event.flops.items())),
             ),
         )
 
