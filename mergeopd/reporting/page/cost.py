@@ -85,7 +85,7 @@ def cost_of(data: RunData) -> RunCost:
 
 
 def _over_restarts(counts: list[int]) -> int:
-    """Sum a count that begins anew with each process of the run."""
+    """Sum a count that starts again with each process of the run."""
     return sum(count for count, following in pairwise([*counts, 0]) if following < count)
 
 

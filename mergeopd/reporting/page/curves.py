@@ -105,7 +105,7 @@ def build_curves(
     for group, figure, lines in _candidates(updates):
         if any(figure.is_informative(value) for line in lines for value in line.values):
             factor = 100.0 if figure.unit == "%" else 1.0
-            series = (replace(line, values=_means(line.values, stretch, factor)) for line in lines)
+            series = (replace(line, values=means(line.values, stretch, factor)) for line in lines)
             shown = tuple(s for s in series if set(s.values) != {None})
             is_reward = figure.key == "reward" and not accuracy
             chart = Chart("accuracy" if is_reward else group, figure, shown)
@@ -128,11 +128,14 @@ def accuracy_charts(
 ) -> list[Chart]:
     """Build a chart per suite: the student during the run, its final accuracy, base and expert as levels."""
     charts = []
-    for suite in dict.fromkeys(suite for one in measured for suite in one.accuracy):
+    in_result = () if result is None else tuple(result.suites)
+    for suite in dict.fromkeys((*(suite for one in measured for suite in one.accuracy), *in_result)):
         own = [one for one in measured if suite in one.accuracy]
-        name = f"student, {own[-1].num_prompts[suite]:,} prompts"
-        updates = tuple(one.update for one in own)
-        series = [_estimates(name, ACCENT, updates, [one.accuracy[suite] for one in own])]
+        series = []
+        if own:
+            name = f"student, {own[-1].num_prompts[suite]:,} prompts"
+            updates = tuple(one.update for one in own)
+            series.append(_estimates(name, ACCENT, updates, [one.accuracy[suite] for one in own]))
         if result is not None and suite in result.suites:
             row, headline = result.suites[suite], result.headline(suite)
             final = headline["merged"]
@@ -166,7 +169,7 @@ def _of_phases(chart: Chart, updates: Sequence[UpdateRecord], lines: Sequence[Se
         chart,
         span=None if len(own) == len(updates) else (own[0].update, own[-1].update),
         phases=tuple(dict.fromkeys(update.phase for update in own)),
-        is_log=min(known) > 0 and max(known) > _DECADE * min(known),
+        is_log=is_logarithmic(known),
     )
 
 
@@ -202,7 +205,13 @@ def _candidates(updates: Sequence[UpdateRecord]) -> Iterator[tuple[Group, Figure
     )
 
 
-def _means(values: Sequence[float | None], stretch: int, factor: float) -> tuple[float | None, ...]:
+def is_logarithmic(known: Sequence[float]) -> bool:
+    """Whether values are positive and span more than a decade."""
+    return min(known) > 0 and max(known) > _DECADE * min(known)
+
+
+def means(values: Sequence[float | None], stretch: int, factor: float) -> tuple[float | None, ...]:
+    """Return the mean of the known values of each `stretch`, times a factor; None without any."""
     parts = (values[i : i + stretch] for i in range(0, len(values), stretch))
     known = ([value for value in part if value is not None] for part in parts)
     return tuple(factor * (sum(part) / len(part)) if part else None for part in known)

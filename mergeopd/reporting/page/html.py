@@ -38,14 +38,14 @@ _MIN_PAUSE_S = 30.0
 _MAX_SHARE = 0.02
 
 
-def write_report(folder: Path) -> tuple[Path, tuple[str, ...]]:
-    """Write `report.html` into a run folder; return its path and notes on missing or damaged files.
+def write_report(folder: Path, output: Path | None = None) -> tuple[Path, tuple[str, ...]]:
+    """Write `report.html` into a run folder, or another page; return it, and notes on damaged files.
 
     Raises:
         StorageError: there is no such run folder, it is of another format version, or the disk refuses.
     """
     data = load_run(folder)
-    path = folder / run_layout.REPORT
+    path = output or folder / run_layout.REPORT
     write_atomic(path, render(data, datetime.now().astimezone()))
     return path, data.notes
 
@@ -64,7 +64,7 @@ def render(data: RunData, now: datetime) -> str:
         plan=data.plan,
         plan_document=data.document or {},
         started=_started(data),
-        status=_status(data),
+        status=status_of(data),
         standing=standing(data.result) if data.result and data.is_finished else "none",
         done=data.updates[-1].update if data.updates else 0,
         kinds=KINDS,
@@ -147,7 +147,8 @@ class HtmlReporter:
         self._not_before = start + max(_MIN_PAUSE_S, took / _MAX_SHARE)
 
 
-def _status(data: RunData) -> str:
+def status_of(data: RunData) -> str:
+    """Say how far a run is."""
     if data.is_finished:
         return "finished"
     done = data.updates[-1].update if data.updates else 0

@@ -34,7 +34,7 @@
   }
 
   function traces(element, chart, smooth) {
-    const canHide = ["teachers", "domains"].includes(element.closest("section").id);
+    const canHide = "toggles" in element.closest("section").dataset;
     const result = [];
     for (const series of chart.series.filter((one) => one.kind !== "level")) {
       const x = series.x ?? data.updates, colour = colourOf(series);
@@ -150,7 +150,7 @@
     later(drawRest);
   }
   later(drawRest);
-  // On paper cards have another width: pictures are scaled, since there is no time to draw them anew.
+  // On paper cards have another width: pictures are scaled, since there is no time to draw them again.
   addEventListener("beforeprint", () => plots.forEach((plot) => {
     if (!drawn.has(plot)) draw(plot);
     const {width, height} = plot._fullLayout;
