@@ -167,10 +167,11 @@ def _sentences(runs: Sequence[Run], rows: Mapping[str, SuiteRow]) -> Iterator[st
         num = sum(d is not None for d in known.values())
         if num:
             parts = [
-                f"{word} in {joined(suites, 'and') if suites else 'none'}"
-                for word, suites in (("ahead", ahead), ("behind", behind))
+                f"{word} in {joined(where, 'and') if where else 'none'}"
+                for word, where in (("ahead", ahead), ("behind", behind))
             ]
-            yield f"{run.label} is {', '.join(parts)} of {num} suites, compared with {runs[0].label}"
+            suites = "1 suite" if num == 1 else f"{num} suites"
+            yield f"{run.label} is {', '.join(parts)} of {suites}, compared with {runs[0].label}"
         else:
             yield f"{run.label} and {runs[0].label} have not measured the same prompts"
 
@@ -217,11 +218,17 @@ def _charts(runs: Sequence[Run]) -> Iterator[Chart]:
         yield Chart("accuracy", Figure(suite, "", suite, unit="%", steady=True), tuple(series))
     for group, figure, value in _figures():
         lines = [_line(run, colour, figure, value) for colour, run in enumerate(runs) if run.data.updates]
-        known = [v for line in lines for v in line.values if v is not None]
-        if any(figure.is_informative(v) for v in known):
-            is_log = figure.key in figures.MEASURES and is_logarithmic(known)
+        points = [
+            (update, value)
+            for line in lines
+            for update, value in zip(line.x or (), line.values, strict=True)
+            if value is not None
+        ]
+        if any(figure.is_informative(value) for _, value in points):
+            updates, known = zip(*points, strict=True)
             shown = tuple(line for line in lines if set(line.values) != {None})
-            yield Chart(group, figure, shown, is_log=is_log)
+            is_log = figure.key in figures.MEASURES and is_logarithmic(known)
+            yield Chart(group, figure, shown, (min(updates), max(updates)), is_log=is_log)
 
 
 def _figures() -> Iterator[tuple[Group, Figure, Any]]:

@@ -37,8 +37,9 @@ class RunCost:
             rows[titles.get(origin, f"of the {origin}")] = f"{count:,} tokens"
         if self.flops:
             shares = ", ".join(f"{stage} {100 * n / self._total:.0f} %" for stage, n in self._in_order())
-            rows["operations"] = f"{si(self._total)}FLOP ({shares})"
-            rows["operations per second"] = f"{si(self._total / self._spent_s)}FLOP/s of wall time"
+            rows["operations"] = f"{si(self._total)}FLOP"
+            rows["operations by stage"] = shares
+            rows["operations per second"] = f"{si(self._total / self._spent_s)}FLOP/s"
         if self.peak_memory_bytes:
             rows["peak memory of a process"] = f"{self.peak_memory_bytes / 2**30:.2f} GiB"
         if self.teacher_bytes:

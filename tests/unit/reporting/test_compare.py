@@ -64,7 +64,7 @@ def test_the_page_says_who_is_ahead_and_overlays_the_curves(tmp_path: Path) -> N
     path, notes = write_comparison([one, other], tmp_path / "page.html")
     page = Page(path.read_text(encoding="utf-8"))
     assert [note.split(": ")[0] for note in notes] == ["two-experts", EVIL]  # no sampled responses
-    assert f"{EVIL} is ahead in math, behind in none of 1 suites, compared with two-experts" in page.text
+    assert f"{EVIL} is ahead in math, behind in none of 1 suite, compared with two-experts" in page.text
     assert "+50.0" in page.text
     assert "phases.merge.updates 3 4" in page.text
     assert not page.all("img")
