@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import numpy as np
 import torch
 
 from mergeopd.batch.micro_batch import MicroBatch
@@ -14,7 +15,7 @@ from mergeopd.distributed.communicator import Communicator
 from mergeopd.loss.fused import TokenStats
 from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.objective import DistillationObjective
-from mergeopd.loss.observe import observe
+from mergeopd.loss.observe import top_logits
 from mergeopd.loss.targets import TopK
 from mergeopd.models.causal import response_hidden
 from mergeopd.models.tokenizer import Tokenizer
@@ -65,8 +66,21 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, ...]:
     return tuple(texts)
 
 
-# Ids and log-probs `[trained tokens, k]` of a model's most probable tokens.
-_Top = tuple[list[list[int]], list[list[float]]]
+@dataclass(frozen=True, slots=True)
+class _Top:
+    """The largest logits of a shard of the vocabulary at each trained token, and the log of its mass."""
+
+    ids: list[list[int]]
+    logits: list[list[float]]
+    log_mass: list[float]
+
+    @classmethod
+    def of(cls, target: Hidden | TopK, rows: slice, temperature: float) -> _Top:
+        if isinstance(target, Hidden):
+            parts = top_logits(target.hidden[rows], target.head, NUM_CANDIDATES, temperature=temperature)
+            return cls(*(part.tolist() for part in parts))
+        logprobs, order = target.logprobs[rows].topk(min(NUM_CANDIDATES, target.k), dim=1)
+        return cls(target.ids[rows].gather(1, order).tolist(), logprobs.tolist(), [0.0] * len(order))
 
 
 @dataclass
@@ -75,8 +89,9 @@ class SampleTaker:
 
     chosen: Collection[int]
     objective: DistillationObjective
-    _top_S: dict[int, _Top] = field(default_factory=dict, init=False)
-    _top_T: dict[tuple[int, str], _Top] = field(default_factory=dict, init=False)
+    # By first token id of the shard.
+    _top_S: dict[int, dict[int, _Top]] = field(default_factory=dict, init=False)
+    _top_T: dict[tuple[int, str], dict[int, _Top]] = field(default_factory=dict, init=False)
     _logprob_S: dict[int, tuple[float | None, ...]] = field(default_factory=dict, init=False)
     _teachers: dict[int, dict[str, TeacherTrace]] = field(default_factory=dict, init=False)
 
@@ -88,7 +103,8 @@ class SampleTaker:
         for index in self.chosen:
             own = rollouts[index]
             hidden = response_hidden(body, [own.prompt_ids], [own.response_ids], device, [own.trained])
-            self._top_S[index] = self._top_of(Hidden(hidden, head), slice(0, len(hidden)))
+            everything = slice(0, len(hidden))
+            self._top_S[index] = {0: _Top.of(Hidden(hidden, head), everything, self.objective.temperature)}
 
     def look_at_teachers(self, micro: MicroBatch) -> None:
         """Find the teachers' most probable tokens, where a target shows them, before it is released."""
@@ -100,18 +116,9 @@ class SampleTaker:
                 continue
             for name, target in zip(micro.teachers, micro.targets, strict=True):
                 if isinstance(target, Hidden | TopK):
-                    self._top_T[index, name] = self._top_of(target, rows)
-
-    def _top_of(self, target: Hidden | TopK, rows: slice) -> _Top:
-        if isinstance(target, Hidden):
-            hidden = target.hidden[rows]
-            labels = torch.full((len(hidden),), target.head.vocab.start, device=hidden.device)
-            temperature = self.objective.temperature
-            seen = observe(hidden, target.head, labels, temperature=temperature, top_k=NUM_CANDIDATES)
-            assert isinstance(seen, TopK)
-            target, rows = seen, slice(None)
-        best, order = target.logprobs[rows].topk(min(NUM_CANDIDATES, target.k), dim=1)
-        return target.ids[rows].gather(1, order).tolist(), best.tolist()
+                    shard = target.head.vocab.start if isinstance(target, Hidden) else 0
+                    top = _Top.of(target, rows, self.objective.temperature)
+                    self._top_T.setdefault((index, name), {})[shard] = top
 
     def take(self, micro: MicroBatch, prepared: PreparedUpdate, stats: TokenStats) -> None:
         end = 0
@@ -137,9 +144,13 @@ class SampleTaker:
     def together(self, ranks: Communicator) -> None:
         """Gather the statistics of all processes. Collective, if any response was chosen."""
         if self.chosen:
-            for logprob_S, teachers in ranks.gather((self._logprob_S, self._teachers)):
+            own = (self._logprob_S, self._teachers, self._top_S, self._top_T)
+            for logprob_S, teachers, top_S, top_T in ranks.gather(own):
                 self._logprob_S |= logprob_S
                 self._teachers |= teachers
+                self._top_S |= top_S
+                for key, shards in top_T.items():
+                    self._top_T.setdefault(key, {}).update(shards)
 
     def events(
         self,
@@ -195,13 +206,16 @@ class _TokenText:
         return self._known[token]
 
 
-def _candidates(top: _Top | None, rollout: Rollout, texts: _TokenText) -> Candidates | None:
-    if top is None:
+def _candidates(shards: Mapping[int, _Top] | None, rollout: Rollout, texts: _TokenText) -> Candidates | None:
+    """Combine the shards of a vocabulary into the most probable tokens of each position."""
+    if shards is None:
         return None
     rows: list[tuple[tuple[str, float], ...] | None] = [None] * len(rollout.response_ids)
-    for place, ids, logprobs in zip(_places(rollout), *top, strict=True):
-        pairs = zip(ids, logprobs, strict=True)
-        rows[place] = tuple((texts[token], float(f"{value:.6g}")) for token, value in pairs)
+    for row, place in enumerate(_places(rollout)):
+        log_mass = float(np.logaddexp.reduce([top.log_mass[row] for top in shards.values()]))
+        pairs = [pair for top in shards.values() for pair in zip(top.logits[row], top.ids[row], strict=True)]
+        best = sorted(pairs, reverse=True)[:NUM_CANDIDATES]
+        rows[place] = tuple((texts[token], float(f"{logit - log_mass:.6g}")) for logit, token in best)
     return tuple(rows)
 
 

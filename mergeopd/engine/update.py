@@ -27,7 +27,7 @@ from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.sources import author
 from mergeopd.reporting.events import UpdateDone
-from mergeopd.student.protocol import UNSHARDED, Student
+from mergeopd.student.protocol import Student
 from mergeopd.types import Rollout
 
 
@@ -65,9 +65,10 @@ class Updater:
             prepared = self.prepare(scored, update, updates_done)
             due = is_due(number, self.plan.num_updates)
             samples = SampleTaker(choose(rollouts, update.rollouts) if due else (), objective)
-            if samples.chosen and self.student.placement == UNSHARDED:
+            if samples.chosen:
                 with self.student.unsharded() as (body, head):
-                    samples.look_at_student(body, head, rollouts, self.device)
+                    if self.stages.ranks.is_first:
+                        samples.look_at_student(body, head, rollouts, self.device)
             packs = update.packs[self.student.placement.dp_rank]
             stats = self.accumulate_gradients(objective, prepared, packs, scored.targets, samples, stages)
             stats.refuse_uniform_teachers(self.vocab_size)
@@ -150,7 +151,7 @@ class Updater:
                 on_progress(done)
                 own = targets.of(pack) if has_loss else {}
                 micro = micro_batch(pack, prepared, own, targets.views, like, with_policy=with_policy)
-                if self.student.placement == UNSHARDED:
+                if has_loss:
                     samples.look_at_teachers(micro)
                 yield micro
 

@@ -179,8 +179,8 @@ class TeacherTrace:
 
     `divergence` is the first one of the objective, unweighted; `logprob_T` that of the sampled token.
     Tokens that are not in the loss have no number. `masked` are positions of end tokens that are left out of
-    this teacher's term, because its own end token differs. `candidates` are known where the teacher's
-    distribution over the student's vocabulary is.
+    this teacher's term, because its own end token differs. `candidates` are known where the loss
+    has its distribution over the student's vocabulary, or its top k.
     """
 
     divergence: tuple[float | None, ...]
