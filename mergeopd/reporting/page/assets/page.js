@@ -62,15 +62,22 @@
     return result;
   }
 
-  // Names of phases, each in the first of two rows that has room at its start, shortened at the right edge.
+  // Names of phases, the longest phase first, each in that of two rows that has more room at its start.
   function phaseLabels(phases, [first, last], width) {
-    const LETTER = 6.5, ends = [0, 0], labels = [];
-    for (const [name, update] of phases) {
-      const start = Math.max(0, ((update - first) / Math.max(1, last - first)) * width);
-      const row = ends.findIndex((end) => end <= start), letters = Math.floor((width - start) / LETTER);
-      if (row < 0 || letters < 3) continue;
-      const text = name.length <= letters ? name : name.slice(0, letters - 1) + "…";
-      ends[row] = start + (text.length + 1) * LETTER;
+    const LETTER = 6.5, rows = [[], []], labels = [];
+    const at = (update) => Math.max(0, ((update - first) / Math.max(1, last - first)) * width);
+    const own = (i) => (i + 1 < phases.length ? phases[i + 1][1] : last) - phases[i][1];
+    for (const i of [...phases.keys()].sort((a, b) => own(b) - own(a))) {
+      const [name, update] = phases[i], start = at(update);
+      const letters = rows.map((taken) => {
+        if (taken.some(([left, right]) => left <= start && start < right)) return 0;
+        const end = Math.min(width, ...taken.map(([left]) => left).filter((left) => left >= start));
+        return Math.min(name.length, Math.floor((end - start) / LETTER));
+      });
+      const row = letters[1] > letters[0] ? 1 : 0, room = letters[row];
+      if (room < Math.min(4, name.length)) continue;
+      const text = name.length <= room ? name : name.slice(0, room - 1) + "…";
+      rows[row].push([start, start + (text.length + 1) * LETTER]);
       labels.push({update, text, row});
     }
     return labels;
