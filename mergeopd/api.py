@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from mergeopd.errors import RecipeError, StorageError, UpdateLimitReached
 from mergeopd.preflight.inputs import advice, preflight
+from mergeopd.recipe.controls import Control, control_plan
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.resolve import read
-from mergeopd.reporting.events import Event
+from mergeopd.reporting.events import AlarmRaised, Event
 from mergeopd.reporting.result import Result, read_result
 from mergeopd.storage import run_layout
 from mergeopd.storage.run_folder import RunFolder
@@ -63,11 +66,12 @@ class RunResult:
     """The contents of a run folder.
 
     `export` is the trained student, a Hugging Face folder; None until the run has reached its last update.
-    `accuracies` maps domain to kind of model (`base`, `expert`, `static_merge`, `merged`) to accuracy from 0
-    to 1; empty where nothing was evaluated. `result` has every model, with intervals; None without
-    evaluation. `metrics` has a row per update with dotted keys, for example
+    `accuracies` maps domain to kind of model (`base`, `expert`, `static_merge`, `merged`, and `control` if
+    there is one) to accuracy from 0 to 1; empty where nothing was evaluated. `result` has every model, with
+    intervals; None without evaluation. `metrics` has a row per update with dotted keys, for example
     `row["teachers.math.reverse_kl"]`. `is_finished`: exported and, if the recipe evaluates, evaluated.
-    `num_updates` counts the optimizer updates made so far, `planned_updates` those of all phases.
+    `num_updates` counts the optimizer updates made so far, `planned_updates` those of all phases. `alarms`
+    are the signs that the run went wrong, in order.
     """
 
     folder: Path
@@ -78,6 +82,7 @@ class RunResult:
     accuracies: Mapping[str, Mapping[str, float | None]]
     result: Result | None
     metrics: tuple[Mapping[str, Any], ...]
+    alarms: tuple[AlarmRaised, ...]
 
     def to_arrow(self) -> pyarrow.Table:
         """Convert the metrics to a table with a column per key; null where an update lacks one."""
@@ -123,6 +128,8 @@ def run(
     set: Overrides = (),
     updates: int | None = None,
     allow_change: Sequence[str] = (),
+    fresh: bool = False,
+    control: Control | None = None,
     on_event: Callable[[Event], None] | None = None,
     console: Console | None = None,
 ) -> RunResult:
@@ -131,8 +138,11 @@ def run(
     Args:
         path: the recipe.
         set: values that replace those of the recipe.
-        updates: stop after this many more updates; the same call resumes the run.
+        updates: stop after this many more updates; the same call resumes the run. Until the first regular
+            checkpoint, such a smoke run does not claim its folder: one with other settings moves it aside.
         allow_change: keys of the plan, or files, that may differ from those the run began with.
+        fresh: start over; an earlier run in the folder is moved to FOLDER.1, or the next free number.
+        control: run this control of the recipe in its own folder, and compare a finished run with it.
         on_event: called with every event (`mergeopd.reporting.events`), before it is shown; must not raise.
         console: a `rich.console.Console` on which progress is shown; None shows none.
 
@@ -141,6 +151,7 @@ def run(
         StorageError: the run folder belongs to other settings, is in use, or cannot be written.
         TeacherError, ModelError, NumericsError, VerifierError: the run failed; checkpoints are kept.
         Stopped: by SIGINT (Ctrl-C) or SIGTERM, after a checkpoint; the same call resumes the run.
+        StoppedByAlarm: likewise, by an alarm whose action is `stop`.
     """
     from rich.console import Console
 
@@ -150,8 +161,9 @@ def run(
     shown_on = Console(quiet=True) if console is None else console
     listener = None if on_event is None else _Listener(on_event)
     with suppress(UpdateLimitReached):  # as requested by `updates`
-        run_recipe(Path(path), texts, updates, allow_change, shown_on, listener)
-    return load_run(load(path, set=texts).output)
+        run_recipe(Path(path), texts, updates, allow_change, shown_on, listener, fresh=fresh, control=control)
+    plan = load(path, set=texts)
+    return load_run((plan if control is None else control_plan(plan, control)).output)
 
 
 def launch(
@@ -161,6 +173,8 @@ def launch(
     set: Overrides = (),
     updates: int | None = None,
     allow_change: Sequence[str] = (),
+    fresh: bool = False,
+    control: Control | None = None,
 ) -> int:
     """Run a recipe in several processes of this machine; return the exit code of `mergeopd run`.
 
@@ -171,13 +185,16 @@ def launch(
     from mergeopd.preflight.parallelism import check_processes
 
     texts = _as_texts(set)
-    inputs = preflight(path, texts)
+    inputs = preflight(path, texts, control=control)
     check_processes(inputs.plan, num_processes)
-    RunFolder(Path(inputs.plan.output)).check(inputs.plan, inputs.files, allow_change)
+    if not fresh:
+        RunFolder(Path(inputs.plan.output)).check(inputs.plan, inputs.files, allow_change)
     command = [sys.executable, "-m", "mergeopd", "run", str(path)]
     command += [word for text in texts for word in ("--set", text)]
     command += [] if updates is None else ["--updates", str(updates)]
     command += [word for key in allow_change for word in ("--allow-change", key)]
+    command += ["--fresh"] if fresh else []
+    command += [] if control is None else ["--control", control]
     return launcher.launch(command, num_processes)
 
 
@@ -187,15 +204,20 @@ def evaluate(
     set: Overrides = (),
     model: str | Path | None = None,
     output: str | Path | None = None,
+    only: Sequence[str] = (),
     console: Console | None = None,
 ) -> Result:
-    """Measure base, experts, their weight average and a merged student on the recipe's evaluation prompts.
+    """Measure base, experts, static merges and a merged student on the recipe's evaluation prompts.
+
+    Responses are kept in the recipe's `text_cache`; models whose responses are all kept are not loaded.
 
     Args:
         path: the recipe.
         set: values that replace those of the recipe.
         model: Hugging Face folder of the merged student; default: the run's export.
         output: JSON file to write the result to.
+        only: models to load, as in a result: `base`, `merged`, `expert/NAME`, `merge/KIND`; default: all.
+            Others are compared with as far as their responses are kept.
         console: a `rich.console.Console` on which progress and the table are shown; None shows none.
 
     Returns:
@@ -203,7 +225,7 @@ def evaluate(
 
     Raises:
         RecipeError: with every problem of the recipe and the files that it names, or without `evaluation`.
-        ModelError: there is no such model, or it does not fit the student's tokenizer.
+        ModelError: there is no such model, or it does not fit the student's tokenizer, or `only` names none.
         StorageError: `output` cannot be written.
     """
     from rich.console import Console
@@ -213,7 +235,7 @@ def evaluate(
     folder = None if model is None else Path(model)
     file = None if output is None else Path(output)
     shown_on = Console(quiet=True) if console is None else console
-    return evaluate_recipe(Path(path), _as_texts(set), folder, file, shown_on)
+    return evaluate_recipe(Path(path), _as_texts(set), folder, file, only, shown_on)
 
 
 def load_run(folder: str | Path) -> RunResult:
@@ -245,14 +267,25 @@ def load_run(folder: str | Path) -> RunResult:
         else {},
         result=reached,
         metrics=metrics,
+        alarms=_alarms(folder / run_layout.ALARMS),
     )
+
+
+_ALARMS = TypeAdapter(tuple[AlarmRaised, ...])
+
+
+def _alarms(file: Path) -> tuple[AlarmRaised, ...]:
+    try:
+        return _ALARMS.validate_python(_read_lines(file))
+    except ValidationError as error:
+        raise StorageError(f"{file} is damaged: {error}") from error
 
 
 def _result(path: Path) -> Result | None:
     try:
         return read_result(path)
     except ValueError as error:
-        raise StorageError(f"{path} is damaged: {error}") from error
+        raise StorageError(f"{path} {error}; `mergeopd eval` measures again") from error
 
 
 def report(

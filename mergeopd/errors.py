@@ -111,8 +111,20 @@ class UpdateLimitReached(Stopped):
     """The run reached the requested number of updates (`--updates`) before its end."""
 
 
+class StoppedByAlarm(Stopped):
+    """An alarm with `action: stop` stopped the run after saving; the same command resumes it."""
+
+
+class TrackerError(MergeopdError, RuntimeError):
+    """An experiment tracker cannot be used; the run continues without it."""
+
+
 class StorageError(MergeopdError, OSError):
     """A run folder or checkpoint cannot be written or read, or is damaged."""
+
+
+class HubError(MergeopdError, RuntimeError):
+    """The Hugging Face hub cannot be reached, or refuses an upload."""
 
 
 class ProcessError(MergeopdError, RuntimeError):

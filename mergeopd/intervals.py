@@ -33,8 +33,9 @@ def wilson(values: Sequence[float] | Values) -> Interval:
     """Return Wilson's score interval (1927) for the mean of values in [0, 1].
 
     With values of 0 and 1 it is the usual interval of a proportion. Values between (partial rewards, means
-    over several responses) vary less, which counts as more prompts: the number that a proportion would need
-    for the same variance (Kish's effective sample size, 1965).
+    over several responses, pass@k) vary less, which counts as more prompts: the number that a proportion
+    would need for the same variance (Kish's effective sample size, 1965). A correct and a wrong prompt are
+    added for it, since samples of a skewed distribution often lack the rare values that cause its variance.
 
     Raises:
         ValueError: there are no values.
@@ -42,14 +43,32 @@ def wilson(values: Sequence[float] | Values) -> Interval:
     array = np.asarray(values, np.float64)
     if not array.size:
         raise ValueError("no values")
-    mean, num = float(array.mean()), float(array.size)
-    spread, variance = mean * (1.0 - mean), float(array.var())
-    if variance > 0.0:
-        num *= spread / variance
+    size = array.size + _NUM_ADDED
+    likely, square = float(array.sum() + 1.0) / size, float(np.square(array).sum() + 1.0) / size
+    num = array.size * likely * (1.0 - likely) / (square - likely**2)
+    mean = float(array.mean())
+    spread = mean * (1.0 - mean)
     centre = mean + _Z**2 / (2 * num)
     half = _Z * math.sqrt(spread / num + _Z**2 / (4 * num**2))
     scale = 1.0 + _Z**2 / num
     return Interval(max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale))
+
+
+def pass_at_k(num_correct: Values, num_samples: int, k: int) -> Values:
+    """Estimate each prompt's pass@k, the probability that one of `k` responses is correct.
+
+    The unbiased estimator of Chen et al. (2021, 2107.03374) for `c` correct ones of `n` responses is
+    1 - C(n - c, k) / C(n, k), the share of the subsets of size `k` that contain a correct one.
+
+    Raises:
+        ValueError: `k` is not in 1 to `num_samples`.
+    """
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"k must be in 1 to {num_samples}, not {k}")
+    total = math.comb(num_samples, k)
+    wrong = [math.comb(num_samples - c, k) / total for c in range(num_samples + 1)]
+    estimates: Values = 1.0 - np.array(wrong)[np.asarray(num_correct, np.int64)]
+    return estimates
 
 
 def paired_interval(

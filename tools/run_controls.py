@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mergeopd.reporting.result import KINDS, Result, read_result
+from mergeopd.reporting.result import Kind, Result, read_result
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
@@ -104,7 +104,8 @@ def show(results: dict[str, Result]) -> None:
 
 def _static_recovered(result: Result, domain: str) -> float | None:
     row = result.headline(domain)
-    base, expert, static = (e.value if (e := row[kind]) else None for kind in KINDS[:3])
+    kinds: tuple[Kind, ...] = ("base", "expert", "static_merge")
+    base, expert, static = (e.value if (e := row[kind]) else None for kind in kinds)
     if base is None or expert is None or static is None or expert <= base:
         return None
     return (static - base) / (expert - base)

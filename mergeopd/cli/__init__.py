@@ -1,4 +1,4 @@
-"""The command line: `mergeopd run | check | eval | report | schema | tokenizers | new`.
+"""The command line: `mergeopd run | check | eval | report | push | schema | tokenizers | new`.
 
 Exit codes: 0 success; 2 the recipe or the command's arguments are wrong; 3 stopped on request (SIGTERM,
 Ctrl-C, --updates) with everything saved; 130 interrupted at once (second Ctrl-C); 1 any other error.
@@ -9,10 +9,10 @@ Modules of this package import at the top only what `--help` needs; commands imp
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperOption
+from typer.core import TyperGroup, TyperOption
 
 from mergeopd import __version__
 from mergeopd.cli.check import check
@@ -21,13 +21,23 @@ from mergeopd.cli.evaluate import evaluate
 from mergeopd.cli.logs import VERBOSE, log_to_stderr
 from mergeopd.cli.new import new
 from mergeopd.cli.options import RecipeCommand
+from mergeopd.cli.push import push
 from mergeopd.cli.report import report
 from mergeopd.cli.run import run
 from mergeopd.cli.schema import schema
 from mergeopd.cli.tokenizers import tokenizers
 from mergeopd.distributed.rendezvous import join_launcher
 
+
+class _Commands(TyperGroup):
+    """Lists `new` first, since it writes what the other commands need."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=lambda name: name != "new")
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Merge many expert language models into one student by on-policy distillation.",
     epilog="Start with `mergeopd new teacher` and `mergeopd new recipe`. "
     "Shell completion: mergeopd --install-completion",
@@ -40,6 +50,7 @@ app.command(cls=RecipeCommand)(check)
 app.command(cls=RecipeCommand)(run)
 app.command(cls=RecipeCommand, name="eval")(evaluate)
 app.command()(report)
+app.command()(push)
 app.command()(tokenizers)
 app.command()(schema)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 
 import typer
 
 from mergeopd.cli.display import show_notes
+from mergeopd.cli.opening import open_with
 from mergeopd.cli.options import JsonOption, RecipeArgument, SetOption
 from mergeopd.errors import RecipeError
 
@@ -19,9 +21,10 @@ def check(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOpti
 
     Example: mergeopd check recipes/quickstart.yaml
     """
-    from mergeopd import api
-
+    clear = open_with(recipe, sys.stderr, only_terminal=True)
     try:
+        from mergeopd import api
+
         result = api.check(recipe, set=overrides or ())
     except RecipeError as error:
         if not as_json:
@@ -32,6 +35,8 @@ def check(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOpti
         ]
         typer.echo(json.dumps({"ok": False, "problems": problems}, indent=2))
         raise typer.Exit(2) from None
+    finally:
+        clear()
     if as_json:
         typer.echo(json.dumps({"ok": True, "plan": result.plan.hash, "notes": result.notes}, indent=2))
         return

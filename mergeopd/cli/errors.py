@@ -10,12 +10,14 @@ from contextlib import contextmanager
 import typer
 
 from mergeopd.distributed.rendezvous import ErrorToReport, RankInfo, claim_report
-from mergeopd.errors import MergeopdError, PeerFailed, RecipeError, Stopped
+from mergeopd.errors import MergeopdError, PeerFailed, RecipeError, Stopped, StoppedByAlarm
 from mergeopd.reporting.failure import show_error
 
 
 def exit_code(error: BaseException) -> int:
-    """Return 2 for a wrong recipe, 3 for a run that was stopped on request, else 1."""
+    """Return 2 for a wrong recipe, 3 for a run stopped on request, 4 for one stopped by an alarm, else 1."""
+    if isinstance(error, StoppedByAlarm):
+        return 4
     return 2 if isinstance(error, RecipeError) else 3 if isinstance(error, Stopped) else 1
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mergeopd.cli.errors import one_process_reports
+from mergeopd.cli.opening import open_with
 from mergeopd.cli.options import RecipeArgument, SetOption
 from mergeopd.distributed.rendezvous import RankInfo
 
@@ -19,21 +20,35 @@ def evaluate(
         typer.Option(help="Hugging Face folder to measure as the merged student; default: the run's export."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Load this model only: merged, base, expert/NAME or merge/KIND. Repeatable. "
+            "Others are compared with if their responses are kept."
+        ),
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
-    """Measure base, experts, their weight average and a merged student on the recipe's evaluation prompts.
+    """Measure base, experts, static merges and a merged student on the recipe's evaluation prompts.
 
     Example: mergeopd eval recipes/quickstart.yaml --model runs/quickstart/export
     """
     place = RankInfo.of()
     with one_process_reports(place):
-        from rich.console import Console
-
-        from mergeopd import api
-
+        clear = open_with(recipe) if place.rank == 0 else lambda: None
         try:
-            api.evaluate(recipe, set=overrides or (), model=model, output=output, console=Console())
+            from rich.console import Console
+
+            from mergeopd import api
+
+            console = Console()
+            clear()
+            api.evaluate(
+                recipe, set=overrides or (), model=model, output=output, only=only or (), console=console
+            )
         except KeyboardInterrupt:
             if place.world == 1:
                 raise
             raise typer.Exit(130) from None
+        finally:
+            clear()

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mergeopd.cli.errors import one_process_reports
+from mergeopd.cli.opening import open_with
 from mergeopd.cli.options import RecipeArgument, SetOption
-from mergeopd.distributed.rendezvous import RankInfo
+from mergeopd.distributed.rendezvous import LAUNCHER, RankInfo
 from mergeopd.errors import ProcessError, Stopped
 
 if TYPE_CHECKING:
     from mergeopd.api import RunResult
+
+
+class ControlName(StrEnum):
+    """The controls of a recipe."""
+
+    sft = "sft"
+    sampled = "sampled"
 
 
 def run(
@@ -32,6 +43,20 @@ def run(
             "Repeatable.",
         ),
     ] = None,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh",
+            help="Start over; a run in the output folder is kept, in FOLDER.1 or the next free number.",
+        ),
+    ] = False,
+    control: Annotated[
+        ControlName | None,
+        typer.Option(
+            help="Run a control instead, in controls/ of the run folder, and compare the run with it: sft: "
+            "fine-tuning on the teachers' text; sampled: sampled reverse KL.",
+        ),
+    ] = None,
     nproc: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Start N processes on this machine, for student.parallel."),
@@ -41,27 +66,35 @@ def run(
 
     Example: mergeopd run recipes/quickstart.yaml --set optimizer.lr=1e-3
     """
+    if fresh and allow_change:
+        raise typer.BadParameter("--fresh starts over, so nothing is resumed; leave out --allow-change")
     place = RankInfo.of()
     with one_process_reports(place):
         if nproc is not None and place.world > 1:
             raise ProcessError(
                 f"--nproc {nproc} in {place.name}; leave it out where torchrun starts processes"
             )
+        settings: dict[str, Any] = {
+            "set": overrides or (),
+            "updates": updates,
+            "allow_change": allow_change or (),
+            "fresh": fresh,
+            "control": None if control is None else control.value,
+        }
         try:
             if nproc is not None and nproc > 1:
-                from mergeopd import api
+                clear = open_with(recipe)
+                try:
+                    from mergeopd import api
 
-                raise typer.Exit(
-                    api.launch(
-                        recipe, nproc, set=overrides or (), updates=updates, allow_change=allow_change or ()
-                    )
-                )
-            result = _run(recipe, overrides or (), updates, allow_change or (), place)
+                    code = api.launch(recipe, nproc, **settings)
+                finally:
+                    clear()
+                raise typer.Exit(code)
+            result = _run(recipe, settings, place)
         except KeyboardInterrupt:
             if place.rank == 0:
-                typer.echo(
-                    "Interrupted. Run the same command to resume from the newest checkpoint.", err=True
-                )
+                typer.echo(f"Interrupted. {_what_is_kept(recipe, overrides or ())}", err=True)
             raise typer.Exit(130) from None
         if not result.is_finished:
             raise Stopped(
@@ -70,26 +103,30 @@ def run(
             )
 
 
-def _run(
-    recipe: Path, overrides: Sequence[str], updates: int | None, allow_change: Sequence[str], place: RankInfo
-) -> RunResult:
-    """Run with progress on stdout; a terminal shows a spinner until the run's first event."""
-    from rich.console import Console
-
-    console = Console()
-    status = console.status("Reading the recipe and the models that it names")
-    if place.rank == 0 and console.is_terminal and not console.is_dumb_terminal:
-        status.start()  # before the import of torch, which takes seconds
+def _run(recipe: Path, settings: Mapping[str, Any], place: RankInfo) -> RunResult:
+    """Run with progress on stdout."""
+    # In a pipe, the launcher has printed its line.
+    clear = open_with(recipe, only_terminal=LAUNCHER in os.environ) if place.rank == 0 else lambda: None
     try:
+        from rich.console import Console
+
         from mergeopd import api
 
-        return api.run(
-            recipe,
-            set=overrides,
-            updates=updates,
-            allow_change=allow_change,
-            on_event=lambda _: status.stop(),
-            console=console,
-        )
+        return api.run(recipe, **settings, on_event=lambda _: clear(), console=Console())
     finally:
-        status.stop()
+        clear()
+
+
+def _what_is_kept(recipe: Path, overrides: Sequence[str]) -> str:
+    """Say what a run that was interrupted at once resumes from."""
+    with suppress(Exception):  # the recipe may be the reason why nothing has begun
+        from mergeopd import api
+        from mergeopd.storage.folders import newest_number
+        from mergeopd.storage.run_folder import RunFolder
+
+        folder = RunFolder(Path(api.load(recipe, set=overrides).output))
+        if folder.export.exists():
+            return "Training and export are saved; run the same command to evaluate."
+        if number := newest_number(folder.checkpoints):
+            return f"Run the same command to resume from the newest checkpoint, of update {number}."
+    return "There is no checkpoint yet; run the same command to start again."

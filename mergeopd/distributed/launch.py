@@ -19,6 +19,7 @@ from types import FrameType
 from mergeopd.distributed.rendezvous import BLOCKED_SIGNALS, LAUNCHER, RENDEZVOUS
 
 STOPPED = 3
+STOPPED_BY_ALARM = 4
 
 _POLL_S = 0.05
 # Seconds until the remaining processes are killed: after one has failed, and after a second Ctrl-C.
@@ -29,7 +30,8 @@ _INTERRUPT_GRACE_S = 3
 def launch(command: Sequence[str], num_processes: int) -> int:
     """Start the command as ranks 0 to N - 1 and wait for all of them; none is left running.
 
-    Returns 0 if all succeeded, 3 if the others stopped on request, 1 if a process was killed by a signal,
+    Returns 0 if all succeeded, 3 or 4 if the others stopped on request or by an alarm, 1 if a process was
+    killed by a signal,
     else the exit code of the first failure. SIGTERM and Ctrl-C are forwarded to all processes.
     """
     with tempfile.TemporaryDirectory(prefix="mergeopd-") as folder:
@@ -85,7 +87,7 @@ class _Group:
                     self._report_killed(process)
                     failure = 1
             for process in ended:
-                if failure is None and process.returncode not in (0, STOPPED):
+                if failure is None and process.returncode not in (0, STOPPED, STOPPED_BY_ALARM):
                     code = process.returncode
                     failure = 128 - code if code < 0 else code  # below 0: stopped before it could handle it
                     signal.alarm(_GRACE_S)

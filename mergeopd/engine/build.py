@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+from mergeopd.alarms.watch import AlarmWatch
 from mergeopd.data.draw import PromptDraw
 from mergeopd.data.renderer import Renderer
 from mergeopd.distributed.communicator import Communicator, scatter_gather
 from mergeopd.engine.checkpoint import Checkpoints
 from mergeopd.engine.clock import Clock
-from mergeopd.engine.evaluate import Evaluation
+from mergeopd.engine.evaluate import Evaluation, InterimEvaluation
 from mergeopd.engine.interrupt import Interrupt, StopGuard
 from mergeopd.engine.loop import Trainer
 from mergeopd.engine.pipeline import SynchronousPipeline
@@ -41,6 +42,7 @@ from mergeopd.recipe import baselines
 from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
 from mergeopd.reporting.events import Reporter
+from mergeopd.reporting.model_card import write_recipe
 from mergeopd.reward.grading import Verifiers
 from mergeopd.rollout.local import FixedWeights, LocalEngine
 from mergeopd.rollout.protocol import EngineContext, RolloutEngine, WeightSource
@@ -110,11 +112,14 @@ class Models:
 
 
 def load_models(
-    inputs: Inputs, machine: Machine, teachers: Mapping[str, Teacher] = MappingProxyType({})
+    inputs: Inputs,
+    machine: Machine,
+    teachers: Mapping[str, Teacher] = MappingProxyType({}),
+    announce: Callable[[str], None] = lambda _: None,
 ) -> Models:
     """Load the student and open the teachers; the processes of a machine divide its threads. Collective.
 
-    `teachers` take the place of the recipe's teachers of these names.
+    `teachers` take the place of the recipe's teachers of these names; `announce` gets what is being built.
 
     Raises ModelError for checkpoints that do not fit configs, and for a student that does not fit the grid or
     for whose unsharded replicas the machine has no memory.
@@ -130,7 +135,7 @@ def load_models(
         student=student,
         snapshots=snapshots,
         teachers={**_teachers(inputs, machine, snapshots, skip=teachers.keys()), **teachers},
-        views=_views(inputs, machine),
+        views=_views(inputs, machine, announce),
     )
 
 
@@ -146,7 +151,8 @@ def build(
     inputs, machine, student = models.inputs, models.machine, models.student
     plan, ranks, teachers, views = models.plan, machine.ranks, models.teachers, models.views
     guard = StopGuard(interrupt, ranks)
-    stages = Stages(reporter, clock, ranks, guard)
+    alarms = AlarmWatch(plan, inputs.overlap, reporter)
+    stages = Stages(alarms, clock, ranks, guard)
     engine = engines[plan.rollout.engine](student, _context(inputs.student, inputs, machine), plan.rollout)
     vocab = None if len(student.vocab) == inputs.vocab_size else student.vocab
     folder = RunFolder(Path(plan.output))
@@ -186,8 +192,10 @@ def build(
         evaluate=None
         if plan.evaluation is None
         else build_evaluation(inputs, plan.evaluation, machine, stages).run,
+        interim=_interim(inputs, engine, machine, stages),
         write_turns=partial(_write_turns, inputs),
         stop=guard,
+        alarms=alarms,
         stages=stages,
     )
 
@@ -254,6 +262,23 @@ def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, sta
     )
 
 
+def _interim(
+    inputs: Inputs, engine: RolloutEngine, machine: Machine, stages: Stages
+) -> InterimEvaluation | None:
+    plan = inputs.plan
+    if plan.evaluation is None or plan.evaluation.interim is None:
+        return None
+    return InterimEvaluation(
+        inputs,
+        plan.evaluation,
+        plan.evaluation.interim,
+        plan.checkpoint.best,
+        engine=engine,
+        verifiers=build_verifiers(plan.evaluation.sources, plan, machine.ranks),
+        stages=stages,
+    )
+
+
 def _static_merge(settings: StaticMerge, seed: int) -> MergeTensors:
     match settings:
         case baselines.WeightAverage():
@@ -275,7 +300,8 @@ def build_verifiers(sources: Sequence[SourcePlan], plan: Plan, ranks: Communicat
 
 
 def _write_turns(inputs: Inputs, folder: Path) -> None:
-    """Write the student's end tokens, and the recipe's chat template, into an exported folder."""
+    """Write the student's end tokens, the recipe's chat template, and the recipe into an exported folder."""
+    write_recipe(folder, inputs.document, inputs.plan.hash)
     student, own = inputs.student, inputs.plan.student.template
     write_turns(folder, student.eos_ids, None if own is None else student.template.source)
 
@@ -340,14 +366,16 @@ def _source(teacher: TeacherPlan, inputs: Inputs, snapshots: StudentSnapshots) -
     return TeacherSource(Path(teacher.model), teacher.dtype, num_valid, snapshot)
 
 
-def _views(inputs: Inputs, machine: Machine) -> dict[str, TokenView]:
+def _views(inputs: Inputs, machine: Machine, announce: Callable[[str], None]) -> dict[str, TokenView]:
     """Build each teacher's token view; rank 0 builds missing vocabulary maps. Collective."""
     cache, student = Path(inputs.plan.text_cache), inputs.student
 
     def bridges() -> dict[str, Bridge | None]:
-        return {
-            name: measure(cross, cache, machine.device) for name, cross in inputs.cross_tokenizers.items()
-        }
+        made = {}
+        for name, cross in inputs.cross_tokenizers.items():
+            announce(f"vocabulary map of {name}")
+            made[name] = measure(cross, cache, machine.device)
+        return made
 
     made: list[dict[str, Bridge | None]] = []
     if inputs.cross_tokenizers:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -15,11 +16,16 @@ _SIGNALS = {signal.SIGINT.name, signal.SIGTERM.name}
 
 
 class Interrupt:
-    """Stores a request to stop. A second Ctrl-C raises KeyboardInterrupt at once."""
+    """Stores a request to stop. A second Ctrl-C raises KeyboardInterrupt at once.
 
-    def __init__(self) -> None:
+    `acknowledge` is called with the name of the first signal, in another thread: handlers run only between
+    Python instructions, and one operation of torch can take minutes.
+    """
+
+    def __init__(self, acknowledge: Callable[[str], None] = lambda _: None) -> None:
+        self._acknowledge = acknowledge
         self.requested: str | None = None
-        self._num_ctrl_c = 0
+        self._num_ctrl_c = self._num_seen = 0  # handled, and seen by the other thread
         self._ignores_further = False
 
     @contextmanager
@@ -32,13 +38,39 @@ class Interrupt:
             yield
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in before:
-            signal.signal(number, self._take)
+        with self._acknowledging():
+            for number in before:
+                signal.signal(number, self._take)
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, signal.SIG_IGN if self._ignores_further else handler)
+
+    @contextmanager
+    def _acknowledging(self) -> Iterator[None]:
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        thread = threading.Thread(target=self._watch, args=(reader,), daemon=True)
+        thread.start()
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, signal.SIG_IGN if self._ignores_further else handler)
+            signal.set_wakeup_fd(before)
+            writer.close()
+            thread.join()
+            reader.close()
+
+    def _watch(self, reader: socket.socket) -> None:
+        """Acknowledge the first signal and count Ctrl-C; ends when the other end of the pair is closed."""
+        is_known = False
+        while numbers := reader.recv(16):
+            names = [signal.Signals(number).name for number in numbers]
+            self._num_seen += names.count(signal.SIGINT.name)
+            if not is_known and (name := next((n for n in names if n in _SIGNALS), None)):
+                is_known = True
+                self._acknowledge(name)
 
     def ignore_further(self) -> None:
         """Ignore signals from now on, if one requested the stop, because everything is saved."""
@@ -46,7 +78,8 @@ class Interrupt:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self._num_ctrl_c += number == signal.SIGINT
-        if self._num_ctrl_c > 1 and not self._ignores_further:
+        # Signals that arrive during one operation are handled once.
+        if max(self._num_ctrl_c, self._num_seen) > 1 and not self._ignores_further:
             raise KeyboardInterrupt
         self.requested = self.requested or signal.Signals(number).name
 

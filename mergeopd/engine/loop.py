@@ -5,27 +5,36 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import NoReturn
 
+from mergeopd.alarms.watch import AlarmWatch
 from mergeopd.engine.checkpoint import Checkpoints, Record, written_by_first
+from mergeopd.engine.evaluate import InterimEvaluation
 from mergeopd.engine.interrupt import AbandonRound, StopGuard
 from mergeopd.engine.pipeline import RoundPipeline
 from mergeopd.engine.progress import Progress, phase_at
 from mergeopd.engine.score import Scorer
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.update import Updater
-from mergeopd.errors import Stopped, UpdateLimitReached
+from mergeopd.errors import Stopped, StoppedByAlarm, UpdateLimitReached
 from mergeopd.messages import shown
+from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.recipe.plan import Plan
 from mergeopd.reporting.comparison import Measured, build_result
-from mergeopd.reporting.events import RunFinished, RunStarted, StageStarted
+from mergeopd.reporting.events import AccuracyMeasured, RunFacts, RunFinished, RunStarted, StageStarted
+from mergeopd.reporting.jsonl import read_accuracy, read_updates
+from mergeopd.reporting.model_card import write_model_card
 from mergeopd.reporting.result import write_result
+from mergeopd.storage.folders import copy_folder, keep_only, prune
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.student.protocol import Student
 from mergeopd.teacher.snapshots import StudentSnapshots
 
+_RECALLED = 1000  # updates that the display of a resumed run starts with
 UPDATE_LIMIT = "--updates"  # reason of a stop at a requested number of updates
+ALARM = "the alarm"  # begins the reason of a stop by an alarm
 Evaluate = Callable[[Path, Path | None], Measured]
 
 
@@ -34,7 +43,8 @@ class Trainer:
     """One run of a plan, from the state of its folder to its end.
 
     `evaluate` measures an exported student, and keeps its responses in a folder; None where the recipe
-    measures nothing. `write_turns` writes the end tokens and the chat template into an exported folder.
+    measures nothing. `interim` measures the student during training. `write_turns` writes the end tokens, the
+    chat template and the recipe into an exported folder.
     """
 
     plan: Plan
@@ -46,21 +56,28 @@ class Trainer:
     updater: Updater
     checkpoints: Checkpoints
     evaluate: Evaluate | None
+    interim: InterimEvaluation | None
     stop: StopGuard
+    alarms: AlarmWatch
     stages: Stages
     write_turns: Callable[[Path], None]
 
     def run(self, progress: Progress, max_updates: int | None) -> None:
         """Train from `progress` to the last update, export, evaluate, write the result. Collective.
 
-        Raises Stopped, after a checkpoint, when a stop was requested or `max_updates` were made.
+        Raises Stopped, after a checkpoint, when a stop was requested or `max_updates` were made, and
+        StoppedByAlarm likewise.
         """
         first = progress.update
         self._report_start(progress)
+        self._recall_interim(progress)
         self.pipeline.trained(progress.update)
-        while phase_at(self.plan, progress.update) is not None:
+        while True:
             before = progress
             try:
+                self._measure_interim(progress)
+                if phase_at(self.plan, progress.update) is None:
+                    break
                 progress = self._round(progress)
             except AbandonRound:
                 self._stop(progress)
@@ -69,6 +86,10 @@ class Trainer:
                 self._save(progress)
             if max_updates is not None and first + max_updates <= progress.update < self.plan.num_updates:
                 self.stop.interrupt.requested = UPDATE_LIMIT
+            alarm = self.alarms.take_stop()
+            # Only the first process has restored the alarms of a resumed run.
+            if alarm is not None and self.stages.ranks.is_first:
+                self.stop.interrupt.requested = f"{ALARM} {alarm}"
             if self.stop.is_requested_anywhere():
                 self._stop(progress)
         self._finish()
@@ -86,8 +107,48 @@ class Trainer:
         drawn = progress.drawn + collected.phase.prompts_per_round
         return replace(progress, round=progress.round + 1, drawn=drawn)
 
+    def _recall_interim(self, progress: Progress) -> None:
+        """Read what was measured up to `progress`, and drop best students of updates that are made again."""
+        if self.interim is None:
+            return
+
+        def recall() -> tuple[dict[int, AccuracyMeasured], int | None]:
+            records = [r for r in read_accuracy(self.folder.accuracy_file) if r.update <= progress.update]
+            measured = {record.update: record for record in records}
+            return measured, keep_only(self.folder.best, measured)
+
+        self.interim.measured, self.interim.best = self.stages.ranks.run_on_first(recall)
+
+    def _measure_interim(self, progress: Progress) -> None:
+        """Measure the student if it is due, and keep it if it is the best; a resumed run catches up on it."""
+        interim = self.interim
+        if interim is None or not interim.is_due(progress.update):
+            return
+        if self.stages.ranks.run_on_first(self.folder.export.exists):
+            return  # without checkpoints, these weights are not the trained ones
+        with self.stages.clock.stage("interim"):
+            measured = interim.measure(progress.update)
+            if interim.is_best(measured):
+                # Before the measurement is recorded: a run that is killed in between measures again.
+                self._export(self.folder.best / f"step-{measured.update}", "the best student so far")
+                interim.best = measured.update
+            interim.measured[measured.update] = measured
+        self.stages.reporter.emit(measured)
+
+    def _export(self, target: Path, detail: str, best: int | None = None) -> None:
+        """Write the student, or the best one that is kept, as a Hugging Face folder. Collective."""
+        self.stages.reporter.emit(StageStarted("export", detail))
+        with written_by_first(target, self.stages.ranks) as folder:
+            if best is None:
+                self.student.export(folder)
+                if self.stages.ranks.is_first:
+                    self.write_turns(folder)
+            elif self.stages.ranks.is_first:
+                copy_folder(self.folder.best / f"step-{best}", folder)
+
     def _report_start(self, progress: Progress) -> None:
         plan = self.plan
+        history = read_updates(self.folder.metrics_file, _RECALLED) if progress.update else ()
         self.stages.reporter.emit(
             RunStarted(
                 name=plan.name,
@@ -98,12 +159,40 @@ class Trainer:
                 domains=tuple(sorted({source.domain for source in plan.sources})),
                 output=self.folder.path,
                 resumed_at=progress.update,
+                seconds=self.stages.clock.seconds()["total"],
+                history=history,
+                facts=self._facts(),
             )
+        )
+
+    def _facts(self) -> RunFacts:
+        import torch
+
+        plan, device = self.plan, self.updater.device
+        name = (
+            f"{device.type} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+        )
+        return RunFacts(
+            student=shown(Path(plan.student.model)),
+            dtype=plan.student.dtype,
+            num_parameters=Checkpoint.open(Path(plan.student.model)).num_weights,
+            num_trainable=sum(map(prod, self.student.state_shapes().values())),
+            teachers={
+                teacher.name: Checkpoint.open(Path(teacher.model)).num_weights
+                if teacher.student is None
+                else None
+                for teacher in plan.teachers.values()
+            },
+            device=name,
+            num_threads=torch.get_num_threads(),
+            num_processes=self.stages.ranks.size,
         )
 
     def _save(self, progress: Progress) -> None:
         with self.stages.clock.stage("checkpoint"):
             self.checkpoints.save(Record(progress, self.stages.clock.seconds()), self.stages.reporter)
+            if self.stages.ranks.is_first:
+                prune(self.folder.best, 1)  # the checkpoint does not lead back before the newest one
 
     def _stop(self, progress: Progress) -> NoReturn:
         """Save a checkpoint if there is none of this update, and raise."""
@@ -114,9 +203,13 @@ class Trainer:
         self.stages.ranks.gather(None)  # wait until all have written
         self.stop.interrupt.ignore_further()
         error = UpdateLimitReached if reason == UPDATE_LIMIT else Stopped
+        saved = "all saved; run the same command to resume"
+        if not progress.update:
+            saved = "before the first checkpoint; run the same command to start again"
+        if reason is not None and reason.startswith(ALARM):
+            error = StoppedByAlarm
         raise error(
-            f"stopped by {reason} after {progress.update} of {self.plan.num_updates} "
-            "updates, all saved; run the same command to resume"
+            f"stopped by {reason} after {progress.update} of {self.plan.num_updates} updates, {saved}"
         )
 
     def _measure(self, evaluate: Evaluate) -> Measured:
@@ -134,12 +227,14 @@ class Trainer:
 
     def _finish(self) -> None:
         folder, reporter, clock = self.folder, self.stages.reporter, self.stages.clock
+        best = None if self.interim is None else self.interim.best
         if not self.stages.ranks.run_on_first(folder.export.exists):
-            reporter.emit(StageStarted("export", "the student as a Hugging Face folder"))
-            with clock.stage("export"), written_by_first(folder.export, self.stages.ranks) as target:
-                self.student.export(target)
-                if self.stages.ranks.is_first:
-                    self.write_turns(target)
+            what = "the student" if best is None else f"the best student, of update {best},"
+            with clock.stage("export"):
+                self._export(folder.export, f"{what} as a Hugging Face folder", best)
+            if self.stages.ranks.is_first:
+                write_model_card(folder.path, folder.export, reporter)
+                prune(folder.best, 1)
         document = None
         if self.evaluate is not None:
             # Free memory that only training needs, since evaluation loads whole models.
@@ -147,15 +242,18 @@ class Trainer:
             self.snapshots.release()
             self.student.release()
             gc.collect()  # a model and its optimizer contain reference cycles
-            document = build_result(self._measure(self.evaluate), clock.seconds())
+            result = build_result(self._measure(self.evaluate), clock.seconds(), best)
+            document = self.alarms.judge(result)
             if self.stages.ranks.is_first:
                 write_result(folder.result_file, document)
+                write_model_card(folder.path, folder.export, reporter)
         reporter.emit(
             RunFinished(
-                seconds=clock.seconds(),
+                seconds=clock.seconds() if document is None else document.seconds,
                 result=document,
                 result_path=Path(shown(folder.result_file)) if document is not None else None,
                 export_path=Path(shown(folder.export)),
                 report_path=Path(shown(folder.report_file)),
+                alarms=self.alarms.summaries,
             )
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import platform
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -19,20 +21,26 @@ from mergeopd.messages import joined, shown
 from mergeopd.preflight.inputs import Inputs, preflight
 from mergeopd.preflight.models import check_student_folder
 from mergeopd.preflight.parallelism import check_processes
+from mergeopd.recipe.controls import Control
 from mergeopd.recipe.plan import EvaluationPlan, Plan
-from mergeopd.reporting.events import Note, Reporter, Reporters
+from mergeopd.recipe.resolve import read
+from mergeopd.reporting.events import Note, Reporter, Reporters, StageStarted, StopRequested
 from mergeopd.reporting.jsonl import RecordsReporter
+from mergeopd.reporting.model_card import write_model_card
 from mergeopd.reporting.page.html import HtmlReporter
-from mergeopd.reporting.result import Result, read_result, write_result
-from mergeopd.reporting.tensorboard import TensorBoardReporter
+from mergeopd.reporting.page.run_data import load_run
+from mergeopd.reporting.result import Model, Result, read_result, write_result
 from mergeopd.reporting.terminal.console import console_reporter
 from mergeopd.reporting.terminal.result import ResultTable
+from mergeopd.reporting.trackers.reporter import TrackersReporter, trackers_of
 from mergeopd.reward.grading import Verifiers
-from mergeopd.storage import run_layout
-from mergeopd.storage.folders import prune, set_aside, verify
+from mergeopd.storage.folders import MODEL_CARD, prune, set_aside, verify
 from mergeopd.storage.lock import exclusive
 from mergeopd.storage.metrics import MetricsFile
 from mergeopd.storage.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from mergeopd.reporting.comparison import Measured
 
 
 def run_recipe(
@@ -42,27 +50,62 @@ def run_recipe(
     allowed_changes: Sequence[str],
     console: Console | None = None,
     listener: Reporter | None = None,
+    *,
+    fresh: bool = False,
+    control: Control | None = None,
 ) -> None:
-    """Run a recipe or resume it, for at most `max_updates` updates.
+    """Run a recipe or one of its controls, or resume it, for at most `max_updates` updates.
 
-    The first process shows progress on `console` (default: stdout); `listener` gets every event before that.
-    If the run has several processes, all of them call this with the same arguments.
+    `fresh` moves an earlier run aside first.
+
+    A control that ends is compared with the run, if that has been evaluated. The first process shows progress
+    on `console` (default: stdout); `listener` gets every event before that. If the run has several
+    processes, all of them call this with the same arguments.
     """
+    clock, place = Clock(), RankInfo.of()
+    is_first, alone = place.rank == 0, place.world == 1
     console = Console() if console is None else console
-    clock = Clock()
-    with ExitStack() as held:
+    # Until `train` listens to signals, nothing has to be saved, and one ends the process at once.
+    with ExitStack() as held, _display(console, is_first) as display:
+        events: Reporter = Reporters(listener, display) if listener is not None and is_first else display
         with clock.stage("startup"):
-            place = RankInfo.of()
-            alone = place.world == 1
+            announce = _announcer(events)
+            announce(f"reading {shown(recipe)}")
             ranks = SingleProcess() if alone else held.enter_context(open_communicator(place, grouped=True))
-            inputs = claim(recipe, overrides, allowed_changes, ranks, held, console)
-            if inputs is None:
-                return
-            if alone:
+            inputs = claim(
+                recipe,
+                overrides,
+                allowed_changes,
+                ranks,
+                held,
+                console,
+                announce,
+                fresh=fresh,
+                is_smoke=max_updates is not None,
+                control=control,
+            )
+            if alone and inputs is not None:
                 ranks = held.enter_context(
                     open_communicator(place, grouped=inputs.plan.student.backend == "megatron")
                 )
-        train(inputs, clock, max_updates, ranks, console, listener)
+        if inputs is not None:
+            interrupt = Interrupt(lambda name: display.emit(StopRequested(name)))
+            train(inputs, clock, max_updates, ranks, events, interrupt)
+        compared = None
+        if control is not None:
+            compared = _compare(recipe, overrides, control, ranks, events, is_new=inputs is not None)
+    if compared is not None and is_first:
+        console.print(compared)
+
+
+def _display(console: Console, is_first: bool) -> AbstractContextManager[Reporter]:
+    """Return the terminal's reporter; on other processes than the first, one that shows nothing."""
+    return console_reporter(console) if is_first else nullcontext(Reporters())
+
+
+def _announcer(reporter: Reporter) -> Callable[[str], None]:
+    """Return a function that reports what the start of a run is doing."""
+    return lambda text: reporter.emit(StageStarted("startup", text))
 
 
 def claim(
@@ -72,19 +115,35 @@ def claim(
     ranks: Communicator,
     held: ExitStack,
     console: Console | None = None,
+    announce: Callable[[str], None] = lambda _: None,
+    *,
+    fresh: bool = False,
+    is_smoke: bool = False,
+    control: Control | None = None,
 ) -> Inputs | None:
     """Lock the run folder until `held` is closed; return None for a finished run. Collective."""
     mine: list[Inputs] = []
 
     def take() -> bool:
-        inputs = preflight(recipe, overrides)
+        inputs = preflight(recipe, overrides, control=control, announce=announce)
         _try_verifiers(inputs)
         check_processes(inputs.plan, ranks.size)
         folder = RunFolder(Path(inputs.plan.output))
+        replaces = folder.is_replaceable(inputs.plan, inputs.files, allowed_changes)
+        if (fresh or replaces) and (aside := folder.set_aside()) is not None:
+            what = "a smoke run (--updates) with other settings" if replaces else "the earlier run"
+            note = (
+                f"{what} was moved from {shown(folder.path)} to {shown(aside)}; delete it if it is not needed"
+            )
+            # Templates may show the start of the run, which is now.
+            inputs = preflight(recipe, overrides, control=control, announce=announce)
+            inputs = replace(inputs, notes=(*inputs.notes, note))
+        if control is not None and (plan := read(recipe, overrides).plan) is not None:
+            RunFolder(Path(plan.output)).check(plan, inputs.files, allowed_changes)
         # Check before a lock is created in a folder of another run.
         folder.check(inputs.plan, inputs.files, allowed_changes)
         held.enter_context(exclusive(folder.path))
-        folder.claim(inputs.plan, inputs.files, inputs.now, allowed_changes)
+        folder.claim(inputs.plan, inputs.files, inputs.now, allowed_changes, is_smoke=is_smoke)
         mine.append(inputs)
         is_measured = inputs.plan.evaluation is None or _result(folder) is not None
         if is_measured and folder.export.exists() and verify(folder.export) is None:
@@ -95,12 +154,12 @@ def claim(
     if not ranks.run_on_first(take):
         return None
     # The others read after rank 0 has written the start of the run, which templates may show.
-    return mine[0] if mine else _same_inputs(recipe, overrides)
+    return mine[0] if mine else _same_inputs(recipe, overrides, control)
 
 
-def _same_inputs(recipe: Path, overrides: Sequence[str]) -> Inputs:
+def _same_inputs(recipe: Path, overrides: Sequence[str], control: Control | None = None) -> Inputs:
     """Read this process's inputs. Raises StorageError unless they are those of rank 0."""
-    inputs = preflight(recipe, overrides)
+    inputs = preflight(recipe, overrides, control=control)
     folder = RunFolder(Path(inputs.plan.output))
     if inputs.plan.hash not in folder.plan_hashes():
         raise StorageError(
@@ -121,38 +180,78 @@ def train(
     clock: Clock,
     max_updates: int | None,
     ranks: Communicator,
-    console: Console | None = None,
-    listener: Reporter | None = None,
+    events: Reporter | None = None,
+    interrupt: Interrupt | None = None,
 ) -> None:
     """Build the run, restore the state of the run folder, and train to the end. Collective.
 
     A student on Megatron needs torch's default process group, which must be that of `ranks`.
     """
-    # torch and transformers take seconds to import, so all checks that need neither come first.
-    from mergeopd.engine.build import Machine, build, load_models
-    from mergeopd.models.causal import pick_device
+    events = Reporters() if events is None else events
+    interrupt = Interrupt() if interrupt is None else interrupt
+    folder, announce = RunFolder(Path(inputs.plan.output)), _announcer(events)
+    with clock.stage("startup"):
+        # torch and transformers take seconds to import, so all checks that need neither come first.
+        announce("importing torch and transformers")
+        from mergeopd.engine.build import Machine, build, load_models
+        from mergeopd.models.causal import pick_device
 
-    _quiet_libraries()
-    interrupt, folder = Interrupt(), RunFolder(Path(inputs.plan.output))
-    shown_on = Console() if console is None else console
-    with console_reporter(shown_on) if ranks.is_first else nullcontext(Reporters()) as display:
-        events = display if listener is None or not ranks.is_first else Reporters(listener, display)
-        with clock.stage("startup"):
-            models = load_models(inputs, Machine(pick_device(), ranks))
-            record = models.checkpoints().restore(ranks.run_on_first(folder.plan_hashes), events)
-            num_done = ranks.run_on_first(
-                lambda: _settled(inputs.plan, folder, record.progress.update, events)
-            )
-        clock.continue_from(record.seconds)
-        # Up to here nothing has to be saved, and a signal ends the process at once.
-        with interrupt.listening(), ExitStack() as opened:
-            reporter: Reporter = Reporters()
-            if ranks.is_first:
-                reporter = _reporters(inputs, folder, num_done, opened, events)
-                _report_notes(inputs, reporter)
-            trainer = build(models, reporter=reporter, clock=clock, interrupt=interrupt)
-            opened.callback(trainer.pipeline.close)
-            trainer.run(replace(record.progress, update=num_done), max_updates)
+        _quiet_libraries()
+        announce(f"loading {shown(Path(inputs.plan.student.model))}")
+        models = load_models(inputs, Machine(pick_device(), ranks), announce=announce)
+        announce("looking for a checkpoint")
+        record = models.checkpoints().restore(ranks.run_on_first(folder.plan_hashes), events)
+        num_done = ranks.run_on_first(lambda: _settled(inputs.plan, folder, record.progress.update, events))
+    clock.continue_from(record.seconds)
+    with interrupt.listening(), ExitStack() as opened:
+        reporter: Reporter = Reporters()
+        if ranks.is_first:
+            reporter = _reporters(inputs, folder, num_done, opened, events)
+            _report_notes(inputs, reporter)
+        trainer = build(models, reporter=reporter, clock=clock, interrupt=interrupt)
+        opened.callback(trainer.pipeline.close)
+        if ranks.is_first and num_done:
+            done = load_run(folder.path)
+            trainer.alarms.replay(done.updates, done.accuracy, done.alarms)
+        trainer.run(replace(record.progress, update=num_done), max_updates)
+
+
+def _compare(
+    recipe: Path,
+    overrides: Sequence[str],
+    control: Control,
+    ranks: Communicator,
+    reporter: Reporter,
+    *,
+    is_new: bool,
+) -> ResultTable | str | None:
+    """Evaluate a finished run again with its control, which `is_new` or missing in its result. Collective.
+
+    Responses of other models are those kept. Returns what to show at the end.
+    """
+    from mergeopd.reporting.comparison import build_result
+    from mergeopd.reporting.page.html import write_report
+
+    gc.collect()  # the control's student and optimizer contain reference cycles
+    inputs = preflight(recipe, overrides)
+    folder, plan = RunFolder(Path(inputs.plan.output)), inputs.plan.evaluation
+    before = ranks.run_on_first(lambda: _result(folder))
+    if plan is None:
+        return None
+    if before is None:
+        return "Run the recipe without --control; its evaluation then measures this control, too."
+    if not is_new and Model.control(control).key in {model.key for model in before.models}:
+        return None
+    with ExitStack() as held:
+        ranks.run_on_first(lambda: held.enter_context(exclusive(folder.path)))
+        measured = _measure(inputs, plan, folder.export, folder.evaluation, (), ranks, reporter)
+        document = replace(build_result(measured, before.seconds, before.update), alarms=before.alarms)
+        if ranks.is_first:
+            write_result(folder.result_file, document)
+            write_model_card(folder.path, folder.export, Reporters())
+            write_report(folder.path)
+    paths = {"result": folder.result_file, "student": folder.export}
+    return ResultTable(document, {name: Path(shown(path)) for name, path in paths.items()})
 
 
 def _settled(plan: Plan, folder: RunFolder, num_done: int, reporter: Reporter) -> int:
@@ -189,8 +288,8 @@ def _reporters(
     alarms = opened.enter_context(MetricsFile(folder.alarms_file))
     num_recorded = metrics.truncate_to(num_done)
     num_sampled = samples.truncate_to(num_done)
-    for file in (accuracy, alarms):
-        file.truncate_to(num_done)
+    accuracy.truncate_to(num_done)
+    alarms.truncate_to(num_done or -1)  # a start raises those of the inputs
     num_due = sum(is_due(update, inputs.plan.num_updates) for update in range(1, num_done + 1))
     if num_sampled < num_due:
         name = shown(folder.samples_file)
@@ -202,68 +301,91 @@ def _reporters(
         RecordsReporter(metrics, samples, accuracy, alarms),
         HtmlReporter(folder.path, console),
     ]
-    if inputs.plan.report.tensorboard:
-        reporters.append(TensorBoardReporter(folder.path / run_layout.TENSORBOARD, console))
+    if trackers := trackers_of(inputs.plan.report.trackers):
+        own = TrackersReporter(trackers, inputs.plan, folder.path, console)
+        reporters.append(opened.enter_context(own))
     return Reporters(*reporters, console)
 
 
 def evaluate_recipe(
-    recipe: Path, overrides: Sequence[str], model: Path | None, output: Path | None, console: Console
+    recipe: Path,
+    overrides: Sequence[str],
+    model: Path | None,
+    output: Path | None,
+    only: Sequence[str],
+    console: Console,
 ) -> Result:
     """Evaluate a folder as the recipe's merged student, show the table and return the result document.
 
+    `only` are the keys of the models that may be loaded; none: all.
     If there are several processes, all of them call this with the same arguments and evaluate a share each.
     """
+    import time
+
+    from mergeopd.reporting.comparison import build_result
+
     place = RankInfo.of()
-    with open_communicator(place, grouped=False) as ranks:
-        inputs = preflight(recipe, overrides)
+    with _display(console, place.rank == 0) as display, open_communicator(place, grouped=False) as ranks:
+        announce = _announcer(display)
+        announce(f"reading {shown(recipe)}")
+        inputs = preflight(recipe, overrides, announce=announce)
         if inputs.plan.evaluation is None:
             where = Location(shown(recipe))
             raise RecipeError([Problem(where, "evaluation", "missing section", "add `evaluation.prompts`")])
         _try_verifiers(inputs)
-        merged = model or Path(inputs.plan.output) / "export"
-        if model is None and not merged.is_dir():
+        _check_only(only, inputs.plan.experts, inputs.plan.evaluation)
+        export = model or Path(inputs.plan.output) / "export"
+        needs_export = model is not None or not only or "merged" in only
+        if model is None and needs_export and not export.is_dir():
             raise ModelError(
-                f"{merged}: the run has not exported a student yet; run it, or name a folder with --model"
+                f"{export}: the run has not exported a student yet; run it, or name a folder with --model"
             )
-        check_student_folder(merged, inputs.student)
+        merged = export if needs_export or export.is_dir() else None
+        if merged is not None:
+            check_student_folder(merged, inputs.student)
         if output is not None and output.is_dir():
             raise StorageError(f"{output}: is a folder; name a file")
         folder = RunFolder(Path(inputs.plan.output))
         responses = folder.evaluation if model is None else None if output is None else output.with_suffix("")
-        return _measure(inputs, inputs.plan.evaluation, merged, output, responses, ranks, console)
+        start = time.perf_counter()
+        measured = _measure(inputs, inputs.plan.evaluation, merged, responses, only, ranks, display)
+        document = build_result(measured, {"evaluation": time.perf_counter() - start})
+        if output is not None and ranks.is_first:
+            write_result(output, document)
+    if place.rank == 0:
+        console.print(ResultTable(document, {"result": output, "student": merged and Path(shown(merged))}))
+    return document
+
+
+def _check_only(only: Sequence[str], experts: Sequence[str], plan: EvaluationPlan) -> None:
+    known = ["base", *(f"expert/{name}" for name in experts)]
+    known += [*(f"merge/{merge.kind}" for merge in plan.static_merges), "merged"]
+    for name in only:
+        if name not in known:
+            names = joined(known, "or")
+            raise ModelError(f"--only {name}: the recipe measures no such model; name {names}")
 
 
 def _measure(
     inputs: Inputs,
     plan: EvaluationPlan,
-    merged: Path,
-    output: Path | None,
+    merged: Path | None,
     responses: Path | None,
+    only: Sequence[str],
     ranks: Communicator,
-    console: Console,
-) -> Result:
-    """Evaluate; rank 0 shows the table, writes the result and keeps the responses. Collective."""
-    import time
-
+    reporter: Reporter,
+) -> Measured:
+    """Evaluate, and keep the responses. Collective."""
+    _announcer(reporter)("importing torch and transformers")
     from mergeopd.engine.build import Machine, build_evaluation
     from mergeopd.engine.stages import Stages
     from mergeopd.models.causal import pick_device
-    from mergeopd.reporting.comparison import build_result
 
     _quiet_libraries()
-    console = console if ranks.is_first else Console(quiet=True)
-    start = time.perf_counter()
-    with console_reporter(console) if ranks.is_first else nullcontext(Reporters()) as reporter:
-        _report_notes(inputs, reporter)
-        stages = Stages(reporter, Clock(), ranks, None)
-        evaluation = build_evaluation(inputs, plan, Machine(pick_device(), ranks), stages)
-        measured = evaluation.run(merged, responses)
-    document = build_result(measured, {"evaluation": time.perf_counter() - start})
-    console.print(ResultTable(document, {"result": output, "student": Path(shown(merged))}))
-    if output is not None and ranks.is_first:
-        write_result(output, document)
-    return document
+    _report_notes(inputs, reporter)
+    stages = Stages(reporter, Clock(), ranks, None)
+    evaluation = build_evaluation(inputs, plan, Machine(pick_device(), ranks), stages)
+    return evaluation.run(merged, responses, only)
 
 
 def _try_verifiers(inputs: Inputs) -> None:
@@ -297,6 +419,7 @@ def _show_finished(folder: RunFolder, console: Console) -> None:
     result = _result(folder)
     if result is not None:
         files = {"result": folder.result_file, "student": folder.export, "report": folder.report_file}
+        files["card"] = folder.export / MODEL_CARD
         paths = {name: Path(shown(path)) for name, path in files.items() if path.exists()}
         console.print(ResultTable(result, paths))
 

@@ -99,6 +99,8 @@ class Scorer:
         alignments = {}
         for name, view in self.views.items():
             own = {i: r for i, r in enumerate(rollouts) if name in r.prompt.teachers and r.num_trained}
+            if view.bridge_kind is not None:
+                self.stages.begin("teachers", f"{name}: aligning tokens", len(own), "responses")
             aligned = view.align(own)
             if aligned or view.bridge_kind is not None:
                 alignments[name] = aligned

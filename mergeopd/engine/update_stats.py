@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,10 @@ from mergeopd.reporting.events import BridgeFigures, DomainStats, PolicyStats, T
 from mergeopd.student.loss import MicroStats
 from mergeopd.teacher.canary import refuse_uniform
 from mergeopd.teacher.token_view import TokenView
+from mergeopd.types import TokenIds
+
+# A 4-gram's hash is the sum of its ids times these odd numbers, modulo 2**64.
+_HASH = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93], np.uint64)
 
 
 @dataclass
@@ -212,5 +217,17 @@ class UpdateStats:
                 truncated_fraction=sum(r.finish == "length" for r in members.values()) / len(members),
                 reward=sum(known) / len(known) if known else None,
                 loss_share=sums.values["loss"] / loss if loss else None,
+                repetition=repetition([r.response_ids for r in members.values()]),
             )
         return result
+
+
+def repetition(responses: Sequence[TokenIds]) -> float | None:
+    """Return the share of 4-grams that occurred earlier in their response; None if all are shorter."""
+    num_ngrams = num_distinct = 0
+    for ids in responses:
+        if len(ids) >= len(_HASH):
+            ngrams = np.lib.stride_tricks.sliding_window_view(ids.astype(np.uint64), len(_HASH))
+            num_ngrams += len(ngrams)
+            num_distinct += len(np.unique(ngrams @ _HASH))
+    return 1.0 - num_distinct / num_ngrams if num_ngrams else None

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -96,6 +97,11 @@ class Checkpoint:
             )
         tensors = {name: shards[file].tensors[name] for name, file in weight_map.items()}
         return cls(folder, tuple(shards.values()), tensors)
+
+    @property
+    def num_weights(self) -> int:
+        """Number of elements of all tensors."""
+        return sum(prod(info.shape) for info in self.tensors.values())
 
     @cached_property
     def fingerprint(self) -> str:

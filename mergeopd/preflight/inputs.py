@@ -5,22 +5,23 @@ Does not import torch or transformers, so that `mergeopd check` is fast.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergeopd.config.tree import Keys
 from mergeopd.data.prompts import read_prompts
 from mergeopd.data.renderer import Renderer
 from mergeopd.errors import RecipeError
-from mergeopd.messages import joined
+from mergeopd.messages import joined, shown
 from mergeopd.preflight.capabilities import check_capabilities
 from mergeopd.preflight.models import ModelReader, file_digest
 from mergeopd.preflight.problems import Findings
 from mergeopd.preflight.prompts import LengthBudget, PromptChecks, check_verifier
+from mergeopd.recipe.controls import Control, control_plan
 from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan
 from mergeopd.recipe.resolve import Resolution, read
 from mergeopd.recipe.training import off_policy_origin, reads_dataset
@@ -45,7 +46,8 @@ class Inputs:
     share. `cross_tokenizers` has the teachers with a bridge; `prompts` and `evaluation` are by source name,
     and so is `overlap`, which counts the evaluation prompts that are also trained on. `notes` are remarks,
     not mistakes. `files` maps model folders and small files to digests of their contents. `now` is the time
-    in templates: the start of the run, also when it is resumed later.
+    in templates: the start of the run, also when it is resumed later. `document` is the recipe as written,
+    with what it extends and overrides.
     """
 
     plan: Plan
@@ -59,25 +61,31 @@ class Inputs:
     notes: tuple[str, ...]
     files: Mapping[str, str]
     now: datetime
+    document: Mapping[str, Any]
 
 
 def preflight(
     recipe: str | Path,
     overrides: Sequence[str] = (),
     *,
+    control: Control | None = None,
     engine: EngineCapabilities | None = None,
     teachers: Mapping[str, TeacherCapabilities] = MappingProxyType({}),
+    announce: Callable[[str], None] = lambda _: None,
 ) -> Inputs:
-    """Read a recipe and check all that it names.
+    """Read a recipe and check all that it names; with `control`, the inputs are those of its control.
 
     `engine` and `teachers` are the capabilities of a rollout engine and of teachers that replace the recipe's
-    in `build` and `load_models`.
+    in `build` and `load_models`. `announce` gets what is being read.
 
     Raises RecipeError with every problem found, the recipe's own and those of models, tokenizers, templates
     and prompt files, each with its place and remedy.
     """
     resolution = read(recipe, overrides)
-    check = _Check(resolution)
+    if control is not None and resolution.plan is not None:
+        plan = control_plan(resolution.plan, control)
+        resolution = replace(resolution, plan=plan, phases=dict(enumerate(plan.phases)))
+    check = _Check(resolution, announce)
     check.run()
     if engine is None and resolution.rollout is not None:
         engine = resolution.rollout.capabilities
@@ -98,6 +106,7 @@ def preflight(
         notes=tuple(check.findings.notes),
         files=dict(sorted(check.models.files.items())),
         now=check.now,
+        document=resolution.document,
     )
 
 
@@ -115,8 +124,9 @@ def advice(plan: Plan) -> str | None:
 class _Check:
     """Checks all parts of the recipe that resolved."""
 
-    def __init__(self, resolution: Resolution) -> None:
+    def __init__(self, resolution: Resolution, announce: Callable[[str], None]) -> None:
         self._resolution = resolution
+        self._announce = announce
         self.findings = Findings(resolution.origins)
         folder = None if resolution.plan is None else RunFolder(Path(resolution.plan.output))
         started = None if folder is None else self.findings.attempt(("output",), folder.started)
@@ -133,8 +143,10 @@ class _Check:
         """Check models, then prompts, then their combination."""
         resolution = self._resolution
         if resolution.student is not None:
+            self._announce("reading the student's tokenizer")
             self.student = self.models.student(resolution.student)
         for name, teacher in resolution.teachers.items():
+            self._announce(f"reading the tokenizer of {name}")
             renderer = self.models.teacher(teacher, self.student)
             if renderer is not None:
                 self.teachers[name] = renderer
@@ -170,9 +182,10 @@ class _Check:
     def _read(
         self, place: Keys, source: SourcePlan, teachers: Sequence[str], into: dict[str, tuple[Prompt, ...]]
     ) -> None:
+        self._announce(f"reading {shown(Path(source.source))}")
         check_verifier(self.findings, place, source)
-        shown = self._shown(teachers)
-        prompts = self.findings.attempt((*place, "source"), lambda: read_prompts(source, shown))
+        fields = self._shown(teachers)
+        prompts = self.findings.attempt((*place, "source"), lambda: read_prompts(source, fields))
         if prompts is not None:
             into[source.name] = prompts
             self.models.files[source.source] = file_digest(Path(source.source))
@@ -207,6 +220,7 @@ class _Check:
         with_responses = any(reads_dataset(phase) for phase in plan.phases)
         for index, source in enumerate(plan.sources):
             place = ("prompts", index)
+            self._announce(f"checking {shown(Path(source.source))}")
             checks = PromptChecks(self.findings, place, source, self.prompts.get(source.name, ()))
             checks.responses(plan.phases)
             budget = LengthBudget(plan.rollout.max_new_tokens, ("rollout", "max_new_tokens"))
@@ -263,15 +277,19 @@ class _Check:
                     f"expert '{name}' is evaluated with the student's prompt, because its own shows "
                     f"{joined([repr(field) for field in sorted(own.fields)], 'and')} of each row"
                 )
-        own_limit = plan.evaluation.max_new_tokens != plan.rollout.max_new_tokens
-        limit_place: Keys = ("evaluation" if own_limit else "rollout", "max_new_tokens")
-        budget = LengthBudget(plan.evaluation.max_new_tokens, limit_place)
+        suites = {source.name: suite for suite in plan.evaluation.suites for source in suite.sources}
         trained = {p.messages for prompts in self.prompts.values() for p in prompts}
-        for index, source in enumerate(plan.evaluation.sources):
+        for index, source in self._resolution.eval_sources.items():
             prompts = self.evaluation.get(source.name, ())
             place: Keys = ("evaluation", "prompts", index)
-            expert = plan.evaluation.experts[source.domain]
-            renderers = {name: renderer.as_measured for name, renderer in self._renderers((expert,)).items()}
+            self._announce(f"checking {shown(Path(source.source))}")
+            suite = suites[source.name]
+            limits = {each.max_new_tokens for each in suites.values()}
+            of_all: Keys = ("rollout",) if limits == {plan.rollout.max_new_tokens} else ("evaluation",)
+            limit_place: Keys = (*(of_all if len(limits) == 1 else place), "max_new_tokens")
+            budget = LengthBudget(suite.max_new_tokens, limit_place)
+            compared = () if suite.expert is None else (suite.expert,)
+            renderers = {name: renderer.as_measured for name, renderer in self._renderers(compared).items()}
             PromptChecks(self.findings, place, source, prompts).lengths(renderers, budget)
             num_seen = self.overlap[source.name] = sum(prompt.messages in trained for prompt in prompts)
             if num_seen and source.allow_overlap:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import sys
-from math import prod
 from pathlib import Path
 
 import torch
@@ -28,8 +27,7 @@ def refuse_without_room(plan: Plan, device: torch.device, ranks: Communicator) -
     Every process generates with an unsharded replica, and keeps a snapshot for each rule of self-teachers.
     Activations and caches are not counted, because their size is not known before the run.
     """
-    checkpoint = Checkpoint.open(Path(plan.student.model))
-    num_weights = sum(prod(info.shape) for info in checkpoint.tensors.values())
+    num_weights = Checkpoint.open(Path(plan.student.model)).num_weights
     width = DTYPES[plan.student.dtype].itemsize
     parts = {
         "for unsharded replicas that generate": num_weights * width,

@@ -158,4 +158,5 @@ def _plan(
         fingerprint=card.fingerprint,
         canary=card.canary,
         bridge=ref.bridge,
+        licence=card.licence,
     )

@@ -11,7 +11,7 @@ from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
 from mergeopd.messages import joined
 from mergeopd.recipe.models import Parallel, Student
-from mergeopd.recipe.schema import Reports, TrainSource
+from mergeopd.recipe.schema import NO_EXPERT, Reports, TrainSource
 from mergeopd.recipe.training import (
     Phase,
     RolloutSettings,
@@ -108,11 +108,12 @@ def unused_teachers(parts: ValidParts, weights: Weights, origins: Origins) -> It
 
 def experts(
     parts: ValidParts, weights: Weights | None, origins: Origins
-) -> tuple[dict[str, str], list[Problem]]:
+) -> tuple[dict[str, str | None], list[Problem]]:
     """Choose the teacher with which each evaluated domain is compared: the named one, else the heaviest.
 
-    A teacher's weight in a domain is the sum of its weights times `share` over the domain's training sources.
-    With `weights` None (not all routes are known), only the named ones are checked.
+    None where the recipe names none. A teacher's weight in a domain is the sum of its weights times `share`
+    over the domain's training sources. With `weights` None (not all routes are known), only the named ones
+    are checked.
     """
     chosen: dict[str, tuple[str, int]] = {}
     problems: list[Problem] = []
@@ -121,14 +122,18 @@ def experts(
         if source.expert is None:
             continue
         first = chosen.setdefault(source.domain, (source.expert, index))
-        if source.expert not in parts.names:
+        if source.expert not in (*parts.names, NO_EXPERT):
             remedy = did_you_mean(source.expert, parts.names, f"teachers are {', '.join(parts.names)}")
             problems.append(origins.problem(here, f"unknown teacher '{source.expert}'", remedy))
         elif first[0] != source.expert:
             other = dotted(("evaluation", "prompts", first[1]))
-            message = f"domain '{source.domain}' is compared with '{first[0]}' at {other}"
+            compared = "has no expert" if first[0] == NO_EXPERT else f"is compared with '{first[0]}'"
+            message = f"domain '{source.domain}' {compared} at {other}"
             problems.append(origins.problem(here, message, "name one expert for a domain"))
-    result = {domain: name for domain, (name, _) in chosen.items()}
+    result = {domain: None if name == NO_EXPERT else name for domain, (name, _) in chosen.items()}
+    if NO_EXPERT in parts.names and None in result.values():
+        message = f"`expert: {NO_EXPERT}` means no teacher, so no teacher can have this name"
+        problems.append(origins.problem(("teachers", NO_EXPERT), message, "give it another name", key=True))
     if weights is None:
         return result, problems
     for index, source in parts.eval_sources.items():
@@ -138,7 +143,8 @@ def experts(
         best = _heaviest(source.domain, parts.prompts, weights)
         if not best:
             trained = {of.domain for of in parts.prompts.values()}
-            remedy = did_you_mean(source.domain, trained, "name the `expert` to compare with")
+            remedy = "name the `expert` to compare with, or set `expert: none` to see what the student keeps"
+            remedy = did_you_mean(source.domain, trained, remedy)
             message = f"no training prompts of domain '{source.domain}', so no teacher to compare with"
             problems.append(origins.problem(where, message, remedy))
             continue
@@ -158,13 +164,13 @@ def _heaviest(domain: str, train: Mapping[int, TrainSource], weights: Weights) -
     return [name for name, total in totals.items() if total == max(totals.values())]
 
 
-def report_problems(report: Reports | None, origins: Origins) -> list[Problem]:
-    """Check that the packages of the reports are installed, without importing them."""
-    if report is None or not report.tensorboard or is_installed("tensorboard"):
-        return []
-    message = "the package tensorboard is not installed"
-    remedy = "pip install 'mergeopd[tensorboard]', or remove the key"
-    return [origins.problem(("report", "tensorboard"), message, remedy)]
+def report_problems(report: Reports | None, origins: Origins) -> Iterator[Problem]:
+    """Check that the packages of the trackers are installed, without importing them."""
+    for index, tracker in enumerate(report.trackers if report is not None else ()):
+        if not is_installed(tracker.kind):  # kind, package and extra have one name
+            message = f"the package {tracker.kind} is not installed"
+            remedy = f"pip install 'mergeopd[{tracker.kind}]', or remove the entry"
+            yield origins.problem(("report", "trackers", index), message, remedy)
 
 
 def student_problems(student: Student, origins: Origins) -> Iterator[Problem]:
@@ -201,8 +207,12 @@ def missing_package(verifier: Verifier) -> tuple[str, str] | None:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module can be imported. Only its parent packages are imported to find out."""
+    """Whether a module can be imported. Only its parent packages are imported to find out.
+
+    A folder of that name without `__init__.py`, such as wandb makes for its runs, is no module.
+    """
     try:
-        return find_spec(module) is not None
+        spec = find_spec(module)
+        return spec is not None and spec.origin is not None
     except ModuleNotFoundError:
         return False

@@ -8,7 +8,11 @@ _BATCH = (
 )
 _DEVICE = "remove it: a GPU is used if torch finds one; CUDA_VISIBLE_DEVICES selects it"
 _ADAPTER = "remove it: LoRA is not implemented, all weights of the student are trained"
+_TRACKERS = "trackers are listed under `report`: `report: {trackers: [wandb, mlflow, trackio, tensorboard]}`"
 _ENGINE = "it is not implemented yet; responses are sampled with `engine: local`"
+
+_INTERIM = "accuracy during training is `evaluation.interim: {every: N}`, with N in updates"
+_BEST = "the best student is exported with `checkpoint.best: accuracy`, or a suite's name"
 
 # By word, or by section and word: see `problems_of`.
 HINTS = {
@@ -24,11 +28,22 @@ HINTS = {
     "gradient_accumulation_steps": (
         "remove it: gradients are accumulated over forward passes of `student.micro_batch_tokens` tokens"
     ),
+    "evaluation.every": _INTERIM,
+    "eval_steps": _INTERIM,
+    "eval_every": _INTERIM,
+    "test_freq": _INTERIM,
+    "load_best_model_at_end": _BEST,
+    "metric_for_best_model": _BEST,
     "device": _DEVICE,
     "lora": _ADAPTER,
     "peft": _ADAPTER,
     "vllm": _ENGINE,
     "sglang": _ENGINE,
+    "report.tensorboard": "write `report: {trackers: [tensorboard]}`",  # its form in earlier versions
+    "report_to": _TRACKERS,
+    "logger": _TRACKERS,
+    "trackers": _TRACKERS,
+    "wandb": _TRACKERS,
     "phases.teach": "did you mean `distill_on`?",  # its name in earlier versions
     "model": "the model to train is `student.model`",
     "teachers.model": (

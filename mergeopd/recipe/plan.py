@@ -8,21 +8,24 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from mergeopd.config.values import Strict
+from mergeopd.recipe.alarms import Alarms
 from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.bridges import Bridge
 from mergeopd.recipe.models import Canary, SnapshotRule, Student
-from mergeopd.recipe.schema import Checkpoints, Memory, Reports
+from mergeopd.recipe.schema import Checkpoints, Interim, Memory, Reports
 from mergeopd.recipe.training import AnyRollout, Optimizer, Phase
 from mergeopd.recipe.verifiers import Verifier
 
-# Settings that may change when a run is resumed: paths, memory, reports, processes.
+# Settings that may change when a run is resumed: paths, alarms, memory, reports, processes, remarks.
 UNBOUND: Mapping[str, Any] = {
     "recipe_file": True,
     "output": True,
+    "alarms": True,
     "memory": True,
     "text_cache": True,
     "report": True,
     "student": {"parallel": True},
+    "teachers": {"__all__": {"licence": True}},
 }
 
 
@@ -43,6 +46,7 @@ class TeacherPlan(Strict):
     fingerprint: str | None
     canary: Canary | None
     bridge: Bridge | None
+    licence: str | None = None
 
     @property
     def snapshot_rule(self) -> SnapshotRule | None:
@@ -66,18 +70,40 @@ class SourcePlan(Strict):
     allow_overlap: bool = False
 
 
-class EvaluationPlan(Strict):
-    """The evaluation. `experts` maps each domain to the teacher with which it is compared."""
+class SuitePlan(Strict):
+    """Evaluation sources that are one row of the result, measured with the same settings.
 
+    `expert` is the teacher with which the student is compared; None if no prompt trains the domain.
+    """
+
+    name: str
+    domain: str
+    expert: str | None
     sources: tuple[SourcePlan, ...]
-    experts: dict[str, str]
     max_new_tokens: int
     samples: int
     temperature: float
     top_p: float
+
+
+class EvaluationPlan(Strict):
+    """The evaluation."""
+
+    suites: tuple[SuitePlan, ...]
     static_merges: tuple[StaticMerge, ...]
     all_experts: bool
     batch_size: int
+    interim: Interim | None = None
+
+    @property
+    def sources(self) -> tuple[SourcePlan, ...]:
+        """The sources of all suites."""
+        return tuple(source for suite in self.suites for source in suite.sources)
+
+    @property
+    def experts(self) -> dict[str, str]:
+        """The teachers with which suites are compared, by the suite's name."""
+        return {suite.name: suite.expert for suite in self.suites if suite.expert is not None}
 
 
 class Plan(Strict):
@@ -94,6 +120,7 @@ class Plan(Strict):
     phases: tuple[Phase, ...]
     optimizer: Optimizer
     evaluation: EvaluationPlan | None
+    alarms: Alarms
     checkpoint: Checkpoints
     allow_code: tuple[str, ...]
     memory: Memory
@@ -110,6 +137,11 @@ class Plan(Strict):
     def hash(self) -> str:
         """SHA-256 over the canonical JSON of `content`."""
         return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def experts(self) -> list[str]:
+        """The teachers that are evaluated: those with which suites are compared, or all if none is."""
+        return sorted(set(self.evaluation.experts.values() if self.evaluation else ()) or self.teachers)
 
     def has_policy(self, phase: Phase) -> bool:
         """Whether a phase has policy terms, including the bridge `span`."""

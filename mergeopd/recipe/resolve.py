@@ -25,6 +25,7 @@ from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
 from mergeopd.recipe.schema import NAMED, SHORTHANDS, Recipe
 from mergeopd.recipe.self_teacher_checks import idle_problems, rule_problems, self_plans
 from mergeopd.recipe.sources import Router, SourceResolver
+from mergeopd.recipe.suites import best_problems, suite_problems, suites
 from mergeopd.recipe.training import AnyRollout, Phase
 from mergeopd.recipe.valid_parts import ValidParts
 
@@ -37,7 +38,8 @@ class Resolution:
     and `evaluation.prompts` (by index) whose files and verifiers were found, `teachers` those whose card and
     folders (or the student's) were: they can be looked into although something else is wrong. `student` has
     its model's folder. `rollout` and `phases` (by index) are valid; there are no phases unless all routes
-    from prompts to teachers are known.
+    from prompts to teachers are known. `document` is the recipe as written, with what it extends and
+    overrides.
     """
 
     plan: Plan | None
@@ -49,6 +51,7 @@ class Resolution:
     student: Student | None = None
     rollout: AnyRollout | None = None
     phases: Mapping[int, Phase] = field(default_factory=dict)
+    document: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str] = os.environ) -> Resolution:
@@ -93,6 +96,7 @@ def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str]
         resolver.student,
         parts.rollout,
         parts.phases if resolver.routed else {},
+        data,
     )
 
 
@@ -119,7 +123,7 @@ class _Resolver:
         self.student: Student | None = None
         self.sources: dict[int, SourcePlan] = {}
         self.eval_sources: dict[int, SourcePlan] = {}
-        self.experts: dict[str, str] = {}
+        self.experts: dict[str, str | None] = {}
         self.problems: list[Problem] = []
         self.routed = False
 
@@ -151,6 +155,7 @@ class _Resolver:
         if parts.names:
             self.experts, problems = checks.experts(parts, weights if self.routed else None, origins)
             self.problems += problems
+        self.problems += [*suite_problems(parts, origins), *best_problems(parts, origins)]
         self.problems += checks.report_problems(parts.report, origins)
         self._check_phases(any(problem.path.endswith(".domain") for problem in unrouted))
 
@@ -224,15 +229,16 @@ class _Resolver:
         evaluation = None
         if recipe.evaluation is not None:
             evaluation = EvaluationPlan(
-                sources=tuple(self.eval_sources.values()),
-                experts=self.experts,
-                max_new_tokens=recipe.evaluation.max_new_tokens or recipe.rollout.max_new_tokens,
-                samples=recipe.evaluation.samples,
-                temperature=recipe.evaluation.temperature,
-                top_p=recipe.evaluation.top_p,
+                suites=suites(
+                    recipe.evaluation,
+                    recipe.rollout.max_new_tokens,
+                    tuple(self.eval_sources.values()),
+                    self.experts,
+                ),
                 static_merges=recipe.evaluation.static_merges,
                 all_experts=recipe.evaluation.all_experts,
                 batch_size=recipe.evaluation.batch_size,
+                interim=recipe.evaluation.interim,
             )
         text_cache = absolute(recipe.text_cache, self.origins.place(("text_cache",)).base)
         resolved = {

@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mergeopd.config.values import (
-    Flag,
     FunctionPath,
     Name,
     Positive,
@@ -26,6 +25,7 @@ from mergeopd.config.values import (
     Weight,
     kind_shorthand,
 )
+from mergeopd.recipe.alarms import ALARMS, Action, Alarms, action_shorthand
 from mergeopd.recipe.baselines import (
     StaticMerge,
     StaticMergeOrKind,
@@ -35,6 +35,7 @@ from mergeopd.recipe.baselines import (
 from mergeopd.recipe.loss_terms import SHORT_TERMS, loss_shorthand
 from mergeopd.recipe.models import Student, Teacher, card_shorthand
 from mergeopd.recipe.policy_terms import weight_shorthand
+from mergeopd.recipe.trackers import Tracker, TrackerOrKind
 from mergeopd.recipe.training import AnyRollout, LocalRollout, Optimizer, Phase
 from mergeopd.recipe.verifiers import VerifierOrKind
 
@@ -88,15 +89,46 @@ class TrainSource(PromptSource):
     loss)"""
 
 
+Temperature = Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)]
+TopP = Annotated[float, Field(gt=0.0, le=1.0, strict=True)]
+
+NO_EXPERT = "none"
+
+
 class EvalSource(PromptSource):
     """Held-out prompts for evaluation; never trained on."""
 
+    name: Name | None = None
+    """suite (row of the result) of these prompts; default: the domain. Sources of one name are one suite"""
     verifier: VerifierOrKind = Field(description="verifier that grades responses; shorthand: its kind")
     expert: Name | None = None
-    """teacher to compare with; default: the teacher with the largest weight for the domain"""
+    """teacher to compare with; default: the teacher with the largest weight for the domain. `none` for a
+    skill that no prompt trains: the result says what the student keeps of it, compared with the base"""
+    max_new_tokens: PositiveInt | None = None
+    """maximum response length, in tokens; default: that of `evaluation`"""
+    samples: PositiveInt | None = Field(
+        default=None, description="responses per prompt; default: that of `evaluation`"
+    )
+    temperature: Temperature | None = Field(
+        default=None, description="sampling temperature; default: that of `evaluation`"
+    )
+    top_p: TopP | None = Field(
+        default=None,
+        description="total probability of the tokens sampled from; default: that of `evaluation`",
+    )
     limit: PositiveInt | None = Field(default=None, description="evaluate on the first N prompts only")
     allow_overlap: Annotated[bool, Field(strict=True)] = False
     """evaluate although some of these prompts are also trained on; the result counts them"""
+
+
+class Interim(Strict):
+    """Accuracy during training: the student on a part of every suite, before the first update, every N
+    updates and after the last. The weights are the same with and without it.
+    """
+
+    every: PositiveInt = Field(description="updates between measurements")
+    prompts: PositiveInt = 64
+    """number of prompts of each suite, evenly spaced, with one response to each; all if it has fewer"""
 
 
 class Evaluation(Strict):
@@ -109,16 +141,19 @@ class Evaluation(Strict):
     max_new_tokens: PositiveInt | None = None
     """maximum response length, in tokens; default: `rollout.max_new_tokens`"""
     samples: PositiveInt = 1
-    """responses per prompt; accuracy is the mean over them (avg@k). More than one needs a `temperature`"""
-    temperature: Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)] = 0.0
+    """responses per prompt; accuracy is the mean over them (avg@k), and pass@k is reported beside it. More
+    than one needs a `temperature`"""
+    temperature: Temperature = 0.0
     """sampling temperature; 0 is greedy decoding"""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0, strict=True)] = 1.0
+    top_p: TopP = 1.0
     """sample from the most probable tokens with this total probability"""
     static_merges: tuple[StaticMergeOrKind, ...] = (WeightAverage(kind="weight_average"),)
     """merges of the experts' weights without training, to compare with; skipped where shapes differ"""
     all_experts: Annotated[bool, Field(strict=True)] = True
     """measure every expert on every domain, not only on its own"""
     batch_size: PositiveInt = Field(default=256, description="sequences decoded together")
+    interim: Interim | None = None
+    """accuracy during training as well; default: none"""
 
     @field_validator("static_merges")
     @classmethod
@@ -131,10 +166,13 @@ class Evaluation(Strict):
     @model_validator(mode="after")
     def _can_differ(self) -> Evaluation:
         if self.samples > 1 and not self.temperature:
-            raise ValueError(
-                f"{self.samples} greedy responses to a prompt are equal: set `temperature`, or `samples: 1`"
-            )
+            raise ValueError(equal_responses(self.samples))
         return self
+
+
+def equal_responses(samples: int) -> str:
+    """Return the message for several responses without a temperature."""
+    return f"{samples} greedy responses to a prompt are equal: set `temperature`, or `samples: 1`"
 
 
 class Checkpoints(Strict):
@@ -142,6 +180,9 @@ class Checkpoints(Strict):
 
     every: PositiveInt = Field(default=50, description="updates between checkpoints")
     keep: PositiveInt = Field(default=3, description="number of newest checkpoints to keep")
+    best: Name | None = None
+    """export the student of the update with the best interim accuracy, not that of the last: `accuracy` for
+    the mean over suites, or a suite's name; of equal ones the latest. Requires `evaluation.interim`"""
 
 
 class Memory(Strict):
@@ -154,8 +195,17 @@ class Memory(Strict):
 class Reports(Strict):
     """Output besides the terminal display, metrics.jsonl and report.html."""
 
-    tensorboard: Flag = False
-    """write TensorBoard events to `tensorboard/` in the run folder; requires `mergeopd[tensorboard]`"""
+    trackers: tuple[TrackerOrKind, ...] = ()
+    """experiment trackers, each once; shorthand: its kind. Not part of a run's identity: a resumed run may
+    have others"""
+
+    @field_validator("trackers")
+    @classmethod
+    def _once(cls, trackers: tuple[Tracker, ...]) -> tuple[Tracker, ...]:
+        kinds = [tracker.kind for tracker in trackers]
+        if twice := [kind for kind in kinds if kinds.count(kind) > 1]:
+            raise ValueError(f"'{twice[0]}' is listed twice")
+        return trackers
 
 
 class Recipe(Strict):
@@ -176,6 +226,10 @@ class Recipe(Strict):
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = Field(description="training phases, in order")
     optimizer: Optimizer = Field(default=Optimizer(), description="optimizer settings")
     evaluation: Evaluation | None = Field(default=None, description="evaluation after the run; default: none")
+    alarms: Annotated[Alarms, BeforeValidator(action_shorthand, json_schema_input_type=Action | Alarms)] = (
+        Alarms()
+    )
+    """signs that the run goes wrong, and what happens then; shorthand: the action of all"""
     checkpoint: Checkpoints = Field(default=Checkpoints(), description="how often the run is saved")
     allow_code: tuple[FunctionPath, ...] = ()
     """Python functions that this recipe may import and call"""
@@ -197,7 +251,10 @@ SHORTHANDS: dict[tuple[str, ...], Callable[[Any], Any]] = {
     ("prompts", "*", "teachers"): _teachers_shorthand,
     ("evaluation", "prompts", "*", "verifier"): kind_shorthand,
     ("evaluation", "static_merges", "*"): static_merge_shorthand,
+    ("report", "trackers", "*"): kind_shorthand,
     ("phases", "*", "loss"): loss_shorthand,
     ("phases", "*", "correction"): kind_shorthand,
     **{("phases", "*", "loss", term): weight_shorthand for term in SHORT_TERMS},
+    ("alarms",): action_shorthand,
+    **{("alarms", name): action_shorthand for name in ALARMS},
 }

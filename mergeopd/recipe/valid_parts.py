@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mergeopd.config.values import FunctionPath
 from mergeopd.recipe.models import Student, Teacher, TeacherRef
-from mergeopd.recipe.schema import EvalSource, Reports, TrainSource
+from mergeopd.recipe.schema import Checkpoints, EvalSource, Evaluation, Reports, TrainSource
 from mergeopd.recipe.training import AnyRollout, Optimizer, Phase
 
 T = TypeVar("T")
@@ -39,6 +39,8 @@ class ValidParts:
         self.all_phases = bool(phases) and len(self.phases) == len(phases)
         self.optimizer = _valid(TypeAdapter(Optimizer), data.get("optimizer", {}))
         self.eval_sources = _all_valid(EvalSource, _entries(evaluation, "prompts"))
+        self.evaluation = _valid(TypeAdapter(Evaluation), data.get("evaluation"))
+        self.checkpoint = _valid(TypeAdapter(Checkpoints), data.get("checkpoint", {}))
         self.allow_code = _valid(_ALLOW_CODE, data.get("allow_code", []))
         self.report = _valid(TypeAdapter(Reports), data.get("report", {}))
         self.output = data["output"] if isinstance(data.get("output"), str) else None

@@ -5,16 +5,19 @@ Means are per response token unless said otherwise; log-probs and divergences ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from mergeopd.distributed.communicator import Communicator
-from mergeopd.reporting.result import Estimate, Model, Result
+from mergeopd.reporting.result import AlarmSummary, Estimate, Model, Result
 from mergeopd.types import Finish, Origin
 
-StageName = Literal["rollout", "teachers", "update", "evaluation", "export", "text", "checkpoint"]
+if TYPE_CHECKING:
+    from mergeopd.reporting.jsonl import UpdateRecord
+
+StageName = Literal["startup", "text", "rollout", "teachers", "update", "checkpoint", "export", "evaluation"]
 
 
 class Event:
@@ -24,8 +27,29 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
+class RunFacts:
+    """The models of a run and what they run on.
+
+    `student` is its folder, `num_parameters` its size, of which `num_trainable` are trained. `teachers` maps
+    names to sizes, None for the student itself. `num_threads` are those of each process.
+    """
+
+    student: str
+    dtype: str
+    num_parameters: int
+    num_trainable: int
+    teachers: Mapping[str, int | None]
+    device: str
+    num_threads: int
+    num_processes: int
+
+
+@dataclass(frozen=True, slots=True)
 class RunStarted(Event):
-    """A run starts or resumes. `phases` are (name, updates); `resumed_at` counts updates done before."""
+    """A run starts or resumes. `phases` are (name, updates); `resumed_at` counts updates done before.
+
+    `seconds` is the wall time of the run so far, `history` has records of the last updates done before.
+    """
 
     name: str
     recipe: str
@@ -35,6 +59,9 @@ class RunStarted(Event):
     domains: tuple[str, ...]
     output: Path
     resumed_at: int = 0
+    seconds: float = 0.0
+    history: Sequence[UpdateRecord] = ()
+    facts: RunFacts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +123,8 @@ class DomainStats:
     Tokens are those in the loss. `mean_length` is in tokens, `token_share` of the update's tokens, `weight`
     the balance factor. `loss_share` is its part of the tokens' absolute losses, None where all are zero.
     `nll` is the mean of -logprob_S of the text, whichever model generated it; `reward` the mean over verified
-    responses; `truncated_fraction` the share of responses that ended at the length limit.
+    responses; `truncated_fraction` the share of responses that ended at the length limit, `repetition` the
+    share of 4-grams that occurred earlier in their response, None where all responses are shorter.
     """
 
     num_rollouts: int
@@ -109,6 +137,7 @@ class DomainStats:
     truncated_fraction: float
     reward: float | None = None
     loss_share: float | None = None
+    repetition: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +157,11 @@ class PolicyStats:
     rollout_logprob_gap: float
     rollout_logprob_gap_max: float
     zero_advantage_fraction: float | None = None
+
+
+def step_s(seconds: Mapping[str, float]) -> float:
+    """Add the seconds of an update's stages, except those of the first update of a process or phase."""
+    return sum(value for name, value in seconds.items() if name not in ("startup", "text", "interim"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +199,8 @@ class UpdateDone(Event):
 
     @property
     def step_s(self) -> float:
-        """Seconds of the stages that recur, without those of the first update of a process or phase."""
-        return sum(seconds for name, seconds in self.seconds.items() if name not in ("startup", "text"))
+        """Seconds of the stages that recur."""
+        return step_s(self.seconds)
 
 
 Candidates = tuple[tuple[tuple[str, float], ...] | None, ...]
@@ -284,6 +318,13 @@ class AlarmRaised(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class StopRequested(Event):
+    """A signal asks the run to stop. Sent to the display only, and from another thread than other events."""
+
+    signal: str
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationDone(Event):
     """Accuracy (0 to 1) of one model on one suite; `is_own_expert`: the student's expert there."""
 
@@ -297,7 +338,7 @@ class EvaluationDone(Event):
 class RunFinished(Event):
     """The end. `seconds` are wall seconds by stage, with their sum as `total`.
 
-    `result` is None where the recipe evaluates nothing. Paths are those to show.
+    `result` is None where the recipe evaluates nothing. Paths are those to show, `alarms` those of the run.
     """
 
     seconds: Mapping[str, float]
@@ -305,6 +346,7 @@ class RunFinished(Event):
     result_path: Path | None = None
     export_path: Path | None = None
     report_path: Path | None = None
+    alarms: tuple[AlarmSummary, ...] = ()
 
 
 class Reporter(Protocol):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from mergeopd.recipe.bridges import BRIDGES
 from mergeopd.recipe.loss_terms import TERMS
@@ -23,6 +24,7 @@ class Figure:
 
     A `unit` of % shows fractions times 100. A figure that always equals `hidden_when_constant` is not shown.
     On the page, the series of a `stacked` figure are stacked areas, and a `steady` one is not smoothed.
+    `aim` is the good direction: low, high or zero; "" if there is none. `legend` is a shorter subtitle.
     """
 
     key: str
@@ -33,6 +35,8 @@ class Figure:
     hidden_when_constant: float | None = None
     stacked: bool = False
     steady: bool = False
+    aim: Literal["low", "high", "zero", ""] = ""
+    legend: str = ""
 
     def is_informative(self, value: float | None) -> bool:
         """Whether a value is known and differs from `hidden_when_constant`."""
@@ -40,13 +44,23 @@ class Figure:
 
 
 def _of_term(key: str, row: TermDisplay) -> Figure:
-    return Figure(key, row.column, row.title, row.subtitle, row.unit)
+    return Figure(
+        key, row.column, row.title, row.subtitle, row.unit, aim="high" if key == "reward" else "low"
+    )
 
 
 _NATS = "nats per token"
 MEASURE_FIGURES = {key: _of_term(key, row) for key, row in MEASURES.items()}
 TEACHER_FIGURES = (
-    Figure("logprob_gap", "gap", "Log-prob gap", "log p of teacher minus student at sampled tokens", _NATS),
+    Figure(
+        "logprob_gap",
+        "gap",
+        "Log-prob gap",
+        "log p of teacher minus student at sampled tokens",
+        _NATS,
+        aim="zero",
+        legend="teacher minus student log p",
+    ),
     Figure("entropy_T", "", "Teacher entropy", "of the next-token distribution", _NATS),
     Figure("num_groups", "", "Aligned groups", "of tokens with the same bytes in both tokenizations"),
     Figure("tokens_per_group", "", "Tokens per group", "of the student"),
@@ -55,13 +69,53 @@ TEACHER_FIGURES = (
 )
 DOMAIN_FIGURES = (
     _of_term("reward", TERMS["outcome"]),
-    _of_term("nll", TERMS["nll"]),
-    Figure("entropy_S", "entropy", "Student entropy", "of the next-token distribution", _NATS),
-    Figure("mean_length", "length", "Response length", "mean response tokens", "tokens"),
-    Figure("truncated_fraction", "cut", "Truncated", "responses that ended at the length limit", "%", 0.0),
-    Figure("token_share", "share", "Token share", "of the update's response tokens", "%", stacked=True),
+    replace(_of_term("nll", TERMS["nll"]), legend="-log p of the student"),
+    Figure(
+        "entropy_S",
+        "entropy",
+        "Student entropy",
+        "of the next-token distribution",
+        _NATS,
+        legend="of the student",
+    ),
+    Figure(
+        "mean_length",
+        "length",
+        "Response length",
+        "mean response tokens",
+        "tokens",
+        legend="tokens per response",
+    ),
+    Figure(
+        "truncated_fraction",
+        "cut",
+        "Truncated",
+        "responses that ended at the length limit",
+        "%",
+        0.0,
+        aim="low",
+        legend="at the length limit",
+    ),
+    Figure("repetition", "", "Repetition", "4-grams that occurred earlier in a response", "%", 0.0),
+    Figure(
+        "token_share",
+        "share",
+        "Token share",
+        "of the update's response tokens",
+        "%",
+        stacked=True,
+        legend="of tokens",
+    ),
     Figure("loss_share", "", "Loss share", "of the sum of absolute losses", "%", stacked=True),
-    Figure("weight", "weight", "Balance factor", "multiplies the domain's tokens in the loss", "", 1.0),
+    Figure(
+        "weight",
+        "weight",
+        "Balance factor",
+        "multiplies the domain's tokens in the loss",
+        "",
+        1.0,
+        legend="factor in the loss",
+    ),
 )
 POLICY_FIGURES = (
     Figure("rollout_logprob_gap", "", "Rollout log-prob gap", "|log pi_old - log behaviour|, mean", _NATS),
@@ -87,6 +141,7 @@ STAGES: Mapping[str, tuple[int, str]] = {
     "teachers": (3, "magenta"),
     "update": (4, "green"),
     "text": (6, "yellow"),
+    "interim": (2, "bright_blue"),
     "evaluation": (7, "blue"),
     "checkpoint": (8, "bright_black"),
     "export": (2, "bright_black"),

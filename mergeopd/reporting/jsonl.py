@@ -9,9 +9,14 @@ lines back through the types that write them.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from mergeopd.reporting.events import (
     AccuracyMeasured,
@@ -22,9 +27,11 @@ from mergeopd.reporting.events import (
     TeacherStats,
     UpdateDone,
 )
+from mergeopd.storage.failures import named_failures
 from mergeopd.storage.metrics import MetricsFile
 
 Numbers = Mapping[str, float | None]
+_ACCURACY = TypeAdapter(AccuracyMeasured)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +93,19 @@ class UpdateRecord:
         )
 
 
+def read_updates(path: Path, newest: int) -> list[UpdateRecord]:
+    """Read the `newest` last updates of metrics.jsonl; damaged lines are left out."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        lines = deque(file, newest)
+    kind, records = TypeAdapter(UpdateRecord), []
+    for line in lines:
+        with suppress(ValidationError):
+            records.append(kind.validate_json(line))
+    return records
+
+
 def _teacher_numbers(stats: TeacherStats) -> dict[str, float | None]:
     numbers = {
         "num_tokens": stats.num_tokens,
@@ -106,6 +126,23 @@ def sample_record(event: RolloutSampled) -> dict[str, Any]:
     """Return the line of one sampled response in rollouts/samples.jsonl."""
     record = asdict(event)
     return {**record, "teachers": dict(sorted(record["teachers"].items()))}
+
+
+def read_accuracy(path: Path) -> tuple[AccuracyMeasured, ...]:
+    """Read accuracy.jsonl, if it is there; damaged lines are left out.
+
+    Raises:
+        StorageError: the disk fails.
+    """
+    if not path.is_file():
+        return ()
+    with named_failures("read", path):
+        lines = path.read_bytes().splitlines()
+    records = []
+    for line in lines:
+        with suppress(ValidationError):
+            records.append(_ACCURACY.validate_json(line))
+    return tuple(records)
 
 
 class RecordsReporter:

@@ -7,14 +7,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
+from mergeopd.recipe.controls import CONTROLS, Control
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import write_atomic
 from mergeopd.storage.metrics import json_text
 
-Kind = Literal["base", "expert", "static_merge", "merged"]
-KINDS: tuple[Kind, ...] = ("base", "expert", "static_merge", "merged")
+Kind = Literal["base", "expert", "static_merge", "control", "merged"]
+KINDS: tuple[Kind, ...] = ("base", "expert", "static_merge", "control", "merged")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,10 @@ class Model:
     @classmethod
     def expert(cls, teacher: str) -> Model:
         return cls(f"expert/{teacher}", "expert", teacher)
+
+    @classmethod
+    def control(cls, control: Control) -> Model:
+        return cls(f"control/{control}", "control", CONTROLS[control])
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +48,17 @@ class Estimate:
 class SuiteResult:
     """One suite of evaluation prompts: accuracies (0 to 1) by model, and the merged student beside others.
 
-    `expert` is the model that the student is compared with here. `recovered` is the share of the expert's
+    `expert` is the model that the student is compared with here; None for a skill that no prompt trains, of
+    which `over_base` says what was kept. `recovered` is the share of the expert's
     headroom over the base that the student reached: (merged - base) / (expert - base). The other estimates
-    are differences of accuracies, merged minus the other; `over_static` is to the best static merge.
-    `overlap` counts the prompts that are also trained on.
+    are differences of accuracies, merged minus the other; `over_static` is to the best static merge,
+    `over_control` to each control by its model key. `overlap` counts the prompts that are also trained on.
+    `samples` is the number of responses per prompt; with several, accuracy is avg@k and `pass_at_k` has the
+    probability that one of k responses is correct, by model and k. An estimate is None where one of its
+    models was not measured.
     """
 
-    expert: str
+    expert: str | None
     num_prompts: int
     accuracy: Mapping[str, Estimate]
     recovered: Estimate
@@ -57,16 +66,33 @@ class SuiteResult:
     over_expert: Estimate
     over_static: Estimate | None = None
     overlap: int = 0
+    domain: str = ""
+    samples: int = 1
+    pass_at_k: Mapping[str, Mapping[int, Estimate]] = field(default_factory=dict)
+    over_control: Mapping[str, Estimate] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AlarmSummary:
+    """An alarm of the run, at the first update that raised it; `subject` is a domain or teacher."""
+
+    update: int
+    name: str
+    subject: str
+    finding: str
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """What a run reached.
 
-    `mean` has the means over suites by kind of model: each suite's own expert, the best static merge.
-    `mean_recovered` is over the suites with headroom. `best_static` and `best_expert` are the static merge
-    and the expert with the highest mean accuracy over all suites, if there are any. `verdict` says it in
-    words, `seconds` is wall time by stage.
+    `mean` has the means by kind of model (each suite's own expert, the best static merge and control) over
+    the suites with an expert, or over all if none has one. `mean_recovered` is over the suites with headroom.
+    `best_static`, `best_expert` and `best_control` are the models of their kind with the highest such mean,
+    if there are any. `verdict` says it in words, `seconds` is wall time by stage. `update` is the one whose
+    weights were exported because they were the best; None where those of the last were. `trained_tokens`
+    counts the response tokens in the loss of the student and its controls, by model key; empty without
+    controls. `alarms` are those of the run.
     """
 
     models: tuple[Model, ...]
@@ -77,17 +103,27 @@ class Result:
     best_expert: str | None
     verdict: str
     seconds: Mapping[str, float] = field(default_factory=dict)
+    update: int | None = None
+    best_control: str | None = None
+    trained_tokens: Mapping[str, int] = field(default_factory=dict)
+    alarms: tuple[AlarmSummary, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of model to show: controls only if there are any."""
+        return tuple(kind for kind in KINDS if kind != "control" or self.best_control is not None)
 
     def headline(self, suite: str) -> dict[Kind, Estimate | None]:
-        """Return a suite's accuracies by kind: the expert of its domain, the best static merge."""
+        """Return a suite's accuracies by kind: its expert, the best static merge and control."""
         row = self.suites[suite]
         keys = {
             "base": "base",
-            "expert": row.expert,
+            "expert": row.expert or "",
             "static_merge": self.best_static or "",
+            "control": self.best_control or "",
             "merged": "merged",
         }
-        return {kind: row.accuracy.get(keys[kind]) for kind in KINDS}
+        return {kind: row.accuracy.get(keys[kind]) for kind in self.kinds}
 
 
 _RESULT = TypeAdapter(Result)
@@ -124,11 +160,15 @@ def read_result(path: Path) -> Result | None:
     """Read `result.json`; None where there is none.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: it "is damaged", or "is of another version of mergeopd".
         StorageError: the disk refuses.
     """
     if not path.is_file():
         return None
     with named_failures("read", path):
         content = path.read_bytes()
-    return _RESULT.validate_json(content)
+    try:
+        return _RESULT.validate_json(content)
+    except ValidationError as error:
+        is_json = all(fault["type"] != "json_invalid" for fault in error.errors())
+        raise ValueError("is of another version of mergeopd" if is_json else "is damaged") from error

@@ -111,7 +111,7 @@ class CompletionCache:
         Responses that another run has added meanwhile are ignored, since only one process would read them.
         """
         if self.ranks.is_first and fresh:
-            with waiting(path):
+            with waiting(path, "text_cache"):
                 _write(path, {**dict(filter(None, map(_parse, _lines(path)))), **fresh})
         return {**known, **fresh}
 
@@ -120,7 +120,7 @@ def _load(path: Path, origin: Origin) -> tuple[dict[str, Completion], int]:
     """Load the responses of a file; also return how many invalid lines were removed."""
     if not path.is_file():
         return {}, 0
-    with waiting(path):
+    with waiting(path, "text_cache"):
         lines = _lines(path)
         parsed = [row for line in lines if (row := _parse(line)) is not None]
         known = {key: completion for key, completion in parsed if origin.allows(completion)}
@@ -139,7 +139,8 @@ def _lines(path: Path) -> list[str]:
 
 
 def _write(path: Path, completions: Mapping[str, Completion]) -> None:
-    write_atomic(path, "".join(f"{_line(key, completion)}\n" for key, completion in completions.items()))
+    lines = (f"{_line(key, completion)}\n" for key, completion in completions.items())
+    write_atomic(path, "".join(lines), "text_cache")
 
 
 def _line(key: str, completion: Completion) -> str:

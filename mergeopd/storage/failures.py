@@ -38,10 +38,11 @@ def _errno_of(error: Exception) -> int | None:
 
 
 @contextmanager
-def named_failures(action: str, path: Path) -> Iterator[None]:
+def named_failures(action: str, path: Path, setting: str = "output") -> Iterator[None]:
     """Turn an operating-system error inside the block into a StorageError `cannot <action> <path>: ...`.
 
-    Errors of Rust libraries (for a full disk, say) are recognised too. Other exceptions are not changed.
+    `setting` is the key of the recipe that names the folder. Errors of Rust libraries (for a full disk, say)
+    are recognised too. Other exceptions are not changed.
     """
     try:
         yield
@@ -53,7 +54,7 @@ def named_failures(action: str, path: Path) -> Iterator[None]:
             raise
         named = getattr(error, "filename", None)
         inside = f" ({named})" if named and str(named) != str(path) else ""
-        remedy = _REMEDIES.get(number, _OTHER_REMEDY)
+        remedy = _REMEDIES.get(number, _OTHER_REMEDY).replace("`output`", f"`{setting}`")
         raise StorageError(
             f"cannot {action} {path}: {os.strerror(number)}{inside}; {remedy}, "
             "then run the same command again"

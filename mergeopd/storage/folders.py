@@ -1,7 +1,7 @@
 """Write folders and files atomically: after a crash they are either complete or absent.
 
 A folder is written to a temporary sibling, synced, given a manifest with sizes and SHA-256, and renamed.
-Folders that do not match their manifest are not read.
+Folders that do not match their manifest are not read. Permissions follow the umask.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import stat
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mergeopd.errors import StorageError
 from mergeopd.storage.failures import named_failures
 
 MANIFEST = "manifest.json"
+MODEL_CARD = "README.md"  # of an export; not in the manifest, since people edit it
 FORMAT = "mergeopd-folder-1"
 _PARTIAL = ".partial"
 _BROKEN = ".broken"
@@ -51,13 +53,13 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         _sync_folder(target.parent)
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
+def write_atomic(path: Path, content: str | bytes, setting: str = "output") -> None:
     """Replace a file by `content` (text as UTF-8): readers see the old or the new content, never a part.
 
-    Raises StorageError if writing fails.
+    `setting` is the key of the recipe that names its folder. Raises StorageError if writing fails.
     """
     temporary = _partial_of(path)
-    with named_failures("write", path):
+    with named_failures("write", path, setting):
         _make_folder(path.parent)
         try:
             _write_synced(temporary, content)
@@ -93,6 +95,11 @@ def newest_valid(parent: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     return None, skipped
 
 
+def newest_number(parent: Path) -> int:
+    """Return the highest number of a folder `step-<number>`, valid or not; 0 without one."""
+    return max(map(_number, _numbered(parent)), default=0)
+
+
 def set_aside(folder: Path) -> Path:
     """Rename a broken folder to `<name>.broken`, which frees its name and keeps it for inspection.
 
@@ -104,6 +111,27 @@ def set_aside(folder: Path) -> Path:
         folder.rename(aside)
         _sync_folder(folder.parent)
     return aside
+
+
+def keep_only(parent: Path, numbers: Collection[int]) -> int | None:
+    """Remove the folders `step-<number>` with other numbers, and leftovers; return the newest intact number.
+
+    Damaged ones that are newer are set aside. Raises StorageError if removing fails.
+    """
+    _remove(parent, [folder for folder in _numbered(parent) if _number(folder) not in numbers])
+    newest, skipped = newest_valid(parent)
+    for folder, _ in skipped:
+        set_aside(folder)
+    return None if newest is None else _number(newest)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy the files of a folder, except its manifest, into an existing one.
+
+    Raises StorageError if the disk fails.
+    """
+    with named_failures("copy", source):
+        shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
 
 
 def prune(parent: Path, keep: int) -> tuple[Path, ...]:
@@ -123,7 +151,12 @@ def prune(parent: Path, keep: int) -> tuple[Path, ...]:
     oldest_kept = _number(folders[min(keep, len(folders)) - 1]) if folders else 0
     all_broken = _numbered(parent, _BROKEN)
     broken = [folder for folder in all_broken if _number(folder) < oldest_kept]
-    for folder in (*removed, *broken):
+    _remove(parent, [*removed, *broken])
+    return removed
+
+
+def _remove(parent: Path, folders: Iterable[Path]) -> None:
+    for folder in folders:
         with named_failures("remove", folder):
             temporary = _partial_of(folder)
             _remove_tree(temporary)
@@ -131,7 +164,6 @@ def prune(parent: Path, keep: int) -> tuple[Path, ...]:
     with named_failures("clean", parent):
         for leftover in parent.glob(f".step-*{_PARTIAL}"):
             _remove_tree(leftover)
-    return removed
 
 
 def _seal(folder: Path, target: Path) -> None:
@@ -143,7 +175,9 @@ def _seal(folder: Path, target: Path) -> None:
         elif path.is_symlink() or not path.is_file():
             raise StorageError(f"cannot write {target}: {path.relative_to(folder)} is not a plain file")
         else:
+            share_as(folder, path)
             files[path.relative_to(folder).as_posix()] = _measure(path, sync=True)
+    files.pop(MODEL_CARD, None)
     if not files:
         raise StorageError(f"cannot write {target}: nothing was written into it")
     if MANIFEST in files:
@@ -158,6 +192,17 @@ def _write_synced(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def share_as(folder: Path, file: Path) -> None:
+    """Give a file the read and write permissions of a folder that was made under the umask.
+
+    Some writers, safetensors among them, create files that only their owner can read.
+    """
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    if stat.S_IMODE(file.stat().st_mode) != mode:
+        with suppress(PermissionError):  # of file systems without permissions of their own
+            file.chmod(mode)
 
 
 def _measure(path: Path, *, sync: bool = False) -> dict[str, int | str]:

@@ -21,7 +21,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises StorageError if another process holds the lock (with its id), or if writing fails.
     """
     path = folder / LOCK_NAME
-    with _opened(path) as descriptor:
+    with _opened(path, "output") as descriptor:
         with named_failures("lock", path):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -37,23 +37,23 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def waiting(file: Path) -> Iterator[None]:
+def waiting(file: Path, setting: str) -> Iterator[None]:
     """Lock `file` through a lock file beside it; blocks while another process holds the lock.
 
-    Raises StorageError if writing fails.
+    `setting` is the key of the recipe that names its folder. Raises StorageError if writing fails.
     """
     path = file.with_name(f".{file.name}.lock")
-    with _opened(path) as descriptor:
-        with named_failures("lock", path):
+    with _opened(path, setting) as descriptor:
+        with named_failures("lock", path, setting):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    with named_failures("lock", path):
+def _opened(path: Path, setting: str) -> Iterator[int]:
+    with named_failures("lock", path, setting):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         yield descriptor
     finally:

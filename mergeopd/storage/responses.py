@@ -17,7 +17,8 @@ class EvaluatedResponse:
     """One graded response: a row of the file.
 
     `key` names the prompt (`"<source>:<row>"`), `prompt` is its text in the model's own template. `reward` is
-    from 0 to 1; None where the verifier failed, with the reason in `failure`.
+    from 0 to 1; None where the verifier failed, with the reason in `failure`. `suite` is the row of the
+    result that it counts for, "" in files of earlier versions.
     """
 
     domain: str
@@ -31,6 +32,7 @@ class EvaluatedResponse:
     failure: str | None
     finish: Finish
     num_tokens: int
+    suite: str = ""
 
 
 def write_responses(path: Path, rows: Sequence[EvaluatedResponse]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -20,8 +22,9 @@ from mergeopd.errors import StorageError
 from mergeopd.messages import shown, shown_in
 from mergeopd.recipe.plan import Plan
 from mergeopd.storage import run_layout
-from mergeopd.storage.folders import is_leftover, write_atomic
-from mergeopd.storage.lock import LOCK_NAME
+from mergeopd.storage.failures import named_failures
+from mergeopd.storage.folders import is_leftover, newest_number, write_atomic
+from mergeopd.storage.lock import LOCK_NAME, exclusive
 
 _SHOWN = 12
 _NOTHING = object()
@@ -40,6 +43,7 @@ class RunFolder:
         self.spill = path / run_layout.SPILL
         self.checkpoints = path / run_layout.CHECKPOINTS
         self.export = path / run_layout.EXPORT
+        self.best = path / run_layout.BEST
         self.result_file = path / run_layout.RESULT
         self.evaluation = path / run_layout.EVALUATION
         self.report_file = path / run_layout.REPORT
@@ -53,29 +57,21 @@ class RunFolder:
         """Return why this plan with these files (path: digest) cannot start or resume here, or None.
 
         `allowed` are the changes declared by the user: dotted keys of the plan (including all keys below) or
-        files. Raises StorageError if plan.yaml is damaged.
+        files. A smoke run with other settings is no reason: `set_aside` moves it. Raises StorageError if
+        plan.yaml is damaged.
         """
         before = self._record()
         if before is None:
-            if self.path.is_dir() and any(
-                path.name != LOCK_NAME and not is_leftover(path) for path in self.path.iterdir()
-            ):
-                return (
-                    f"{shown(self.path)} is not empty and not a run folder; "
-                    "choose another with --set output=..."
-                )
-            return None
+            return self._foreign()
         all_changes = self._changes(before, plan, files)
-        changes = {
-            key: text
-            for key, text in all_changes.items()
-            if not any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in allowed)
-        }
+        changes = _undeclared(all_changes, allowed)
+        if changes and self._is_smoke(before):
+            return None
         if all_changes and not changes and self.export.exists():
             return (
                 f"{shown(self.path)} has exported its student, so its settings can no longer change; "
                 "evaluate other settings with mergeopd eval, move the export away to continue training, "
-                "or start a new run with --set output=..."
+                f"or start over with --fresh, which moves this run to {shown(self._next_aside())}"
             )
         if not changes:
             return None
@@ -85,7 +81,8 @@ class RunFolder:
         return (
             f"{shown(self.path)} belongs to a run that started with other settings or files:\n{listed}\n"
             "undo the changes to resume it, declare them with --allow-change KEY, "
-            "or start a new run with --set output=..."
+            f"start over with --fresh, which moves this run to {shown(self._next_aside())}, "
+            "or choose another folder with --set output=..."
         )
 
     def check(self, plan: Plan, files: Mapping[str, str], allowed: Sequence[str]) -> None:
@@ -93,6 +90,51 @@ class RunFolder:
         refusal = self.refusal(plan, files, allowed)
         if refusal is not None:
             raise StorageError(refusal)
+
+    def is_replaceable(self, plan: Plan, files: Mapping[str, str], allowed: Sequence[str]) -> bool:
+        """Whether the folder has a smoke run with settings or files other than those `allowed`."""
+        before = self._record()
+        if before is None or not self._is_smoke(before):
+            return False
+        return bool(_undeclared(self._changes(before, plan, files), allowed))
+
+    def set_aside(self) -> Path | None:
+        """Move the run to the first free of NAME.1, NAME.2, ... and return its new path; None without a run.
+
+        Raises StorageError for a folder of something else, and while another process uses the run.
+        """
+        if self._record() is None:
+            if (refusal := self._foreign()) is not None:
+                raise StorageError(refusal)
+            return None
+        with exclusive(self.path):
+            aside = self._next_aside()
+            real = self.path.resolve()  # a link to another disk continues to lead there
+            with named_failures("move", real):
+                real.rename(aside)
+                real.mkdir()
+        return aside
+
+    def _next_aside(self) -> Path:
+        real = self.path.resolve()
+        paths = (real.with_name(f"{real.name}.{number}") for number in itertools.count(1))
+        return next(path for path in paths if not os.path.lexists(path))
+
+    def _foreign(self) -> str | None:
+        """Return why a folder without plan.yaml cannot be used; None if it is empty or missing."""
+        if self.path.is_dir() and any(
+            path.name not in (LOCK_NAME, run_layout.CONTROLS) and not is_leftover(path)
+            for path in self.path.iterdir()
+        ):
+            return (
+                f"{shown(self.path)} is not empty and not a run folder; choose another with --set output=..."
+            )
+        return None
+
+    def _is_smoke(self, record: Mapping[str, Any]) -> bool:
+        """Whether only `--updates` runs worked here, none of them up to the first regular checkpoint."""
+        is_short = newest_number(self.checkpoints) < record["plan"]["checkpoint"]["every"]
+        return record.get("smoke_run") is True and is_short and not self.export.exists()
 
     def _changes(self, before: Mapping[str, Any], plan: Plan, files: Mapping[str, str]) -> dict[str, str]:
         changes = dict(_differences(before["plan"], plan.content))
@@ -102,25 +144,39 @@ class RunFolder:
                 changes[shown(Path(file))] = f"{shown(Path(file))} has other contents now"
         return changes
 
-    def claim(self, plan: Plan, files: Mapping[str, str], now: datetime, allowed: Sequence[str]) -> None:
+    def claim(
+        self,
+        plan: Plan,
+        files: Mapping[str, str],
+        now: datetime,
+        allowed: Sequence[str],
+        *,
+        is_smoke: bool = False,
+    ) -> None:
         """Create the folder, or check that it belongs to this plan and these files (path: digest).
 
-        Declared changes are recorded in plan.yaml. Raises StorageError if there are other changes.
+        Declared changes are recorded in plan.yaml, and whether all runs so far were smoke runs. Raises
+        StorageError if there are other changes.
         """
         self.check(plan, files, allowed)
         before = self._record()
         changes = list(self._changes(before, plan, files).values()) if before else []
-        if before and not changes:
+        is_smoke = is_smoke and (before is None or before.get("smoke_run") is True)
+        if before and not changes and is_smoke == before.get("smoke_run", False):
             return
         document = {
             "mergeopd": __version__,
             "format": run_layout.FORMAT,
             "started": now.isoformat(timespec="seconds"),
+            "smoke_run": is_smoke,
             "hash": plan.hash,
-            "earlier_hashes": [*before["earlier_hashes"], before["hash"]] if before else [],
+            "earlier_hashes": [*before["earlier_hashes"], *([before["hash"]] if changes else [])]
+            if before
+            else [],
             "declared_changes": [*before["declared_changes"], *changes] if before else [],
             "recipe_file": plan.recipe_file,
             "versions": _versions(),
+            "licences": {name: t.licence for name, t in plan.teachers.items() if t.licence is not None},
             "plan": plan.content,
             "files": dict(files),
         }
@@ -151,6 +207,15 @@ class RunFolder:
                 "the checkpoints of this one can be moved over)"
             )
         return record
+
+
+def _undeclared(changes: Mapping[str, str], allowed: Sequence[str]) -> dict[str, str]:
+    """Return the changes, by key, that `allowed` does not name, nor a key above them."""
+    return {
+        key: text
+        for key, text in changes.items()
+        if not any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in allowed)
+    }
 
 
 def _is_valid(record: Mapping[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from mergeopd.errors import StorageError
+from mergeopd.recipe import controls
 from mergeopd.storage.failures import named_failures
 
 FORMAT = 1
@@ -20,10 +21,13 @@ ALARMS = "alarms.jsonl"
 SPILL = "spill"
 CHECKPOINTS = "checkpoints"
 EXPORT = "export"
+BEST = "best"
 RESULT = "result.json"
 EVALUATION = "evaluation"
 REPORT = "report.html"
 TENSORBOARD = "tensorboard"
+TRACKED_RUN = "tracked_run"
+CONTROLS = controls.FOLDER
 
 
 def read_plan_document(path: Path) -> dict[str, Any] | None:

@@ -30,6 +30,7 @@ def follows(folder, name, expected):
     if results[1].exists():
         measured, wanted = (json.loads(path.read_text())["suites"] for path in results)
         assert measured == wanted
+        assert lines(actual / "accuracy.jsonl") == lines(expected / "accuracy.jsonl")
 
 
 @pytest.mark.parametrize(("recipe", "grid"), CASES)

@@ -65,11 +65,12 @@ LONG_BROKEN = (
     ("canary of a writer", "DP4"),
 )
 # Rank that gets SIGTERM, and the call of a stage: while the student generates its third round, the fifth of
-# the run; while the second teacher generates; while the second expert is evaluated.
+# the run; while the second teacher generates; while the second expert is evaluated, after three measurements of
+# three suites during training.
 STOPS = {
     "rollout": {"rank": 1, "call": 2, "stage": "rollout"},
     "text": {"rank": 3, "call": 1, "stage": "text"},
-    "evaluation": {"rank": 1, "call": 4, "stage": "evaluation"},
+    "evaluation": {"rank": 1, "call": 13, "stage": "evaluation"},
 }
 
 

@@ -60,8 +60,10 @@ COLD_START = {
     "evaluation": {
         "prompts": [
             {"source": f"eval_{domain}.jsonl", "domain": domain, "verifier": VERIFIER} for domain in PROMPTS
-        ]
+        ],
+        "interim": {"every": 3, "prompts": 2},
     },
+    "checkpoint": {"every": 2, "keep": 2, "best": "left"},
 }
 MIXED = {
     "phases": [

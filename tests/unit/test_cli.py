@@ -22,6 +22,8 @@ from byte_tokenizers import byte_level
 
 from mergeopd import __version__
 from mergeopd.cli import app, main
+from mergeopd.cli.opening import open_with
+from mergeopd.storage.lock import exclusive
 
 ROOT = Path(__file__).parents[2]
 Command = Callable[..., tuple[int, str, str]]
@@ -54,7 +56,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         except SystemExit as exit_:
             code = int(exit_.code or 0)
         shown = capsys.readouterr()
-        return code, shown.out, shown.err
+        return code, re.sub(r"\A[\d :-]+  mergeopd \S+, .*\n", "", shown.out), shown.err  # the first line
 
     return call
 
@@ -79,6 +81,7 @@ def test_help_names_the_commands_and_nothing_else(command: Command) -> None:
         "eval",
         "schema",
     ]
+    assert plain.index(" new ") < plain.index(" check ")
     assert "--version" in plain
     assert "--show-completion" not in plain
 
@@ -146,9 +149,17 @@ def test_run_shows_that_it_works_before_anything_slow(tmp_path: Path) -> None:
             shown += part
     os.close(master)
     assert process.wait() == 2
-    first = shown.index(b"Reading the recipe and the models that it names")
-    assert first < shown.index(b"no such file")
+    assert shown.startswith(b"\r\x1b[2Kreading none.yaml")  # before the imports of rich, pydantic and others
+    assert shown.index(b"\x1b[2K", 10) < shown.index(b"no such file")
     assert b"1 problem." in shown[shown.index(b"no such file") :]
+
+
+def test_pipes_get_a_first_line_once(capsys: pytest.CaptureFixture[str]) -> None:
+    open_with(Path("a\x1b[2Jb.yaml"))()
+    line = capsys.readouterr().out
+    assert re.fullmatch(rf"[\d-]+ [\d:]+  mergeopd {__version__}, a\\x1b\[2Jb.yaml\n", line)
+    open_with(Path("a.yaml"), only_terminal=True)()  # as in the first of several processes
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name", ["check", "run", "eval"])
@@ -256,15 +267,17 @@ def test_check_is_light_and_quick(job: Callable[..., Path]) -> None:
 def test_interrupting_leaves_no_traceback(
     command: Command, job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*args: object) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mergeopd.engine.run.preflight", interrupted)
     assert command("run", job()) == (
         130,
         "",
-        "Interrupted. Run the same command to resume from the newest checkpoint.\n",
+        "Interrupted. There is no checkpoint yet; run the same command to start again.\n",
     )
+    Path("run/checkpoints/step-7").mkdir(parents=True)
+    assert command("run", "job.yaml")[2].endswith("resume from the newest checkpoint, of update 7.\n")
     monkeypatch.setattr("mergeopd.api.preflight", interrupted)
     code, _, err = command("check", "job.yaml")
     assert code == 130
@@ -299,11 +312,93 @@ def test_a_changed_plan_is_refused_with_its_differences(command: Command, ran: P
         "error: run belongs to a run that started with other settings or files:\n"
         "    sources[0].share: 1.0 -> 2.0\n"
         "    optimizer.lr: 0.01 -> 0.005\n"
-        "undo the changes to resume it, declare them with --allow-change KEY, or start a new run with --set output=...\n"
+        "undo the changes to resume it, declare them with --allow-change KEY, start over with --fresh, "
+        "which moves this run to run.1, or choose another folder with --set output=...\n"
     )
     code, out, _ = command("check", ran, "--set", "optimizer.lr=0.005")
     assert code == 0
     assert "note: run belongs to a run that started with other settings" in out
+
+
+def test_fresh_keeps_the_earlier_run_and_starts_over(command: Command, ran: Path) -> None:
+    metrics = Path("run/metrics.jsonl").read_text()
+    code, out, err = command("run", ran, "--fresh", "--set", "optimizer.lr=0.005")
+    assert (code, err) == (0, "")
+    assert "note: the earlier run was moved from run to run.1; delete it if it is not needed" in out
+    assert Path("run.1/metrics.jsonl").read_text() == metrics
+    assert Path("run.1/export/model.safetensors").is_file()
+    assert '"lr": 0.005' in Path("run/metrics.jsonl").read_text()
+    code, out, _ = command("run", ran, "--fresh")
+    assert "moved from run to run.2" in out
+    assert command("run", ran, "--fresh", "--allow-change", "seed")[0] == 2
+
+
+def test_fresh_touches_neither_other_folders_nor_a_wrong_recipe(
+    command: Command, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = job(DATASET)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    code, _, err = command("run", recipe, "--fresh")
+    assert (code, "is not empty and not a run folder" in err) == (1, True)
+    (tmp_path / "run" / "thesis.txt").unlink()
+    assert command("run", recipe, "--fresh")[0] == 0  # an empty folder is that of no run
+    assert command("run", recipe, "--fresh", "--set", "optimizer.lr=-1")[0] == 2
+    with exclusive(tmp_path / "run"):
+        code, _, err = command("run", recipe, "--fresh")
+        assert (code, "another process" in err) == (1, True)
+    assert not (tmp_path / "run.1").exists()
+
+
+def test_a_link_to_another_disk_survives_fresh(
+    command: Command, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = job(DATASET)
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "run").symlink_to(tmp_path / "disk" / "real")
+    for arguments in ((), ("--fresh",)):
+        assert command("run", recipe, *arguments)[0] == 0
+    assert (tmp_path / "run").is_symlink()
+    assert (tmp_path / "disk" / "real.1" / "export").is_dir()
+    assert (tmp_path / "disk" / "real" / "export").is_dir()
+
+
+def test_a_smoke_run_does_not_claim_the_folder(command: Command, job: Callable[..., Path]) -> None:
+    phases = [{**DATASET["phases"][0], "updates": 6}]
+    recipe = job({"phases": phases, "checkpoint": {"every": 3}})
+    smoke = ("run", recipe, "--updates", "1")
+    assert command(*smoke)[0] == 3
+    code, out, _ = command(*smoke)  # the same settings resume
+    assert (code, "resumes after update 1 of 6" in out) == (3, True)
+    code, out, _ = command(*smoke, "--set", "seed=5")
+    assert (code, "a smoke run (--updates) with other settings was moved from run to run.1" in out) == (
+        3,
+        True,
+    )
+    assert len(Path("run.1/metrics.jsonl").read_text().splitlines()) == 2
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 1
+    # A declared change resumes it instead; the first regular checkpoint claims the folder.
+    allowed = ("--set", "seed=6", "--allow-change", "seed")
+    code, out, _ = command("run", recipe, "--updates", "2", *allowed)
+    assert (code, "resumes after update 1 of 6" in out) == (3, True)
+    code, _, err = command(*smoke, "--set", "seed=7")
+    assert (code, "seed: 6 -> 7" in err) == (1, True)
+
+
+def test_a_run_without_a_limit_claims_the_folder(
+    command: Command, job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = job({"phases": [{**DATASET["phases"][0], "updates": 6}]})
+    assert command("run", recipe, "--updates", "1")[0] == 3
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mergeopd.engine.run.train", interrupted)
+        assert command("run", recipe)[0] == 130
+    code, _, err = command("run", recipe, "--updates", "1", "--set", "seed=7")
+    assert (code, "seed: 3 -> 7" in err) == (1, True)
 
 
 def test_lists_and_sections_that_come_or_go(command: Command, ran: Path) -> None:
@@ -380,6 +475,12 @@ def test_eval_needs_something_to_measure(command: Command, job: Callable[..., Pa
     assert (code, err) == (
         1,
         "error: run/export: the run has not exported a student yet; run it, or name a folder with --model\n",
+    )
+    code, _, err = command("eval", recipe, "--only", "expert/tow")
+    assert (code, err) == (
+        1,
+        "error: --only expert/tow: the recipe measures no such model; "
+        "name base, expert/two, merge/weight_average or merged\n",
     )
     code, _, err = command("eval", recipe, "--model", "nowhere")
     assert (code, err) == (1, "error: nowhere: there is no such folder; name a Hugging Face model folder\n")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 
 from mergeopd import intervals
-from mergeopd.intervals import difference_interval, paired_interval, wilson
+from mergeopd.intervals import difference_interval, paired_interval, pass_at_k, wilson
 
 
 def test_wilson_of_a_proportion() -> None:
@@ -41,6 +42,23 @@ def test_wilson_covers(num: int, accuracy: float) -> None:
     found = {count: wilson([1.0] * count + [0.0] * (num - count)) for count in set(counts.tolist())}
     covered = [found[count].low <= accuracy <= found[count].high for count in counts.tolist()]
     assert 0.93 <= np.mean(covered) <= 0.97
+
+
+@pytest.mark.parametrize("num", [32, 256])
+@pytest.mark.parametrize("difficulty", [(0.3, 0.3), (0.2, 2.0), (2.0, 0.5), (5.0, 0.3)])
+def test_intervals_of_several_samples_cover(num: int, difficulty: tuple[float, float]) -> None:
+    """avg@16 and pass@4 of prompts whose probabilities are skewed, up to almost all certain."""
+    random = np.random.default_rng(num)
+    everyone = random.beta(*difficulty, 500_000)
+    truths = {1: everyone.mean(), 4: (1.0 - (1.0 - everyone) ** 4).mean()}
+    covered: dict[int, list[bool]] = {1: [], 4: []}
+    for _ in range(500):
+        counts = random.binomial(16, random.beta(*difficulty, num))
+        for k, truth in truths.items():
+            interval = wilson(pass_at_k(counts, 16, k))
+            covered[k].append(bool(interval.low <= truth <= interval.high))
+    # Three standard errors of 500 repetitions are 0.03; skewed ones are covered more often.
+    assert min(np.mean(of_k) for of_k in covered.values()) >= 0.92
 
 
 def recovered(means: intervals.Values) -> intervals.Values:
@@ -88,3 +106,14 @@ def test_domains_are_resampled_on_their_own() -> None:
 def test_an_undefined_statistic_has_no_interval() -> None:
     same = np.array([0.0, 1.0] * 20)
     assert paired_interval([[same, same, same]], recovered) is None
+
+
+@pytest.mark.parametrize("num", [1, 2, 5, 8])
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_response(num: int) -> None:
+    counts = np.arange(num + 1)
+    for k in range(1, num + 1):
+        subsets = list(itertools.combinations(range(num), k))
+        shares = [np.mean([any(i < c for i in subset) for subset in subsets]) for c in counts]
+        assert pass_at_k(counts, num, k) == pytest.approx(shares)
+    with pytest.raises(ValueError, match="k must be"):
+        pass_at_k(counts, num, num + 1)

@@ -74,7 +74,7 @@ def by_prompt(rows: Iterable[EvaluatedResponse], suite: str) -> dict[str, list[E
     """Group a model's responses of one suite by prompt."""
     groups: defaultdict[str, list[EvaluatedResponse]] = defaultdict(list)
     for row in rows:
-        if row.domain == suite:
+        if (row.suite or row.domain) == suite:
             groups[row.key].append(row)
     return dict(groups)
 

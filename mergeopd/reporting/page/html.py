@@ -19,14 +19,22 @@ from markupsafe import Markup
 from ruamel.yaml import YAML
 
 from mergeopd import __version__
-from mergeopd.reporting.events import CheckpointSaved, Event, Note, Reporter, RunFinished, UpdateDone
+from mergeopd.reporting.events import (
+    AlarmRaised,
+    CheckpointSaved,
+    Event,
+    Note,
+    Reporter,
+    RunFinished,
+    UpdateDone,
+)
 from mergeopd.reporting.figures import MEASURES, STAGES
 from mergeopd.reporting.page.cost import cost_of
 from mergeopd.reporting.page.curves import ACCENT, GOOD, SOFT, build_curves
 from mergeopd.reporting.page.evaluated import build_failures
 from mergeopd.reporting.page.responses import LEVELS, build_legends, build_responses
 from mergeopd.reporting.page.run_data import RunData, load_run
-from mergeopd.reporting.result import KINDS, Estimate, grade, standing
+from mergeopd.reporting.result import Estimate, grade, standing
 from mergeopd.reporting.terminal.timing import clock_text
 from mergeopd.storage import run_layout
 from mergeopd.storage.folders import write_atomic
@@ -65,9 +73,9 @@ def render(data: RunData, now: datetime) -> str:
         plan_document=data.document or {},
         started=_started(data),
         status=status_of(data),
-        standing=standing(data.result) if data.result and data.is_finished else "none",
+        standing=_standing(data),
         done=data.updates[-1].update if data.updates else 0,
-        kinds=KINDS,
+        kinds=data.result.kinds if data.result else (),
         curves=curves,
         sampled=sampled,
         failures=build_failures(data),
@@ -116,7 +124,7 @@ def clock_time(moment: datetime) -> str:
 
 
 class HtmlReporter:
-    """Writes report.html at checkpoints and ends of phases, if time allows, and at the end of the run.
+    """Writes report.html at checkpoints, alarms and ends of phases, if time allows, and at the end.
 
     It takes at most 2 % of the run's time. A failure becomes a note and does not end the run.
     """
@@ -133,7 +141,7 @@ class HtmlReporter:
             phase, self._phase = self._phase, event.phase
             due = bool(phase) and phase != event.phase
         else:
-            due = isinstance(event, CheckpointSaved | RunFinished)
+            due = isinstance(event, AlarmRaised | CheckpointSaved | RunFinished)
         if due and (self._clock() >= self._not_before or isinstance(event, RunFinished)):
             self._write()
 
@@ -164,6 +172,14 @@ def _started(data: RunData) -> str | None:
         return clock_time(datetime.fromisoformat(str((data.document or {})["started"])))
     except (KeyError, ValueError):
         return None
+
+
+def _standing(data: RunData) -> str:
+    """Return the colour class of a finished run's result; with alarms it is not green."""
+    if data.result is None or not data.is_finished:
+        return "none"
+    reached = standing(data.result)
+    return "fair" if reached == "good" and data.alarms else reached
 
 
 def usage(export: Path) -> dict[str, str]:

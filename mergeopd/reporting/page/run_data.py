@@ -78,9 +78,9 @@ def load_run(folder: Path) -> RunData:
     result = None
     try:
         result = read_result(folder / run_layout.RESULT)
-    except ValueError:
-        damaged = f"{run_layout.RESULT} is damaged: the result cannot be shown"
-        notes.append(f"{damaged}; `mergeopd eval` measures again")
+    except ValueError as error:
+        fault = f"{run_layout.RESULT} {error}: the result cannot be shown"
+        notes.append(f"{fault}; `mergeopd eval` measures again")
     exported = (folder / run_layout.EXPORT).is_dir()
     if not updates:
         if exported or result is not None:

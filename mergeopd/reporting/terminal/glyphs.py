@@ -18,7 +18,10 @@ _WIDEST_SPARKLINE = 48
 
 
 _LEVELS = "▁▂▃▄▅▆▇█"
-_ASCII = str.maketrans({**dict(zip(_LEVELS, "_.-=+*#@", strict=True)), "━": "=", "·": "|", "‖": "||"})
+_ASCII = str.maketrans(
+    {**dict(zip(_LEVELS, "_.-=+*#@", strict=True)), "━": "=", "·": "|", "‖": "||"}
+    | {"↓": "v", "↑": "^", "→": "->"}
+)
 
 
 def plain_text(text: str, ascii_only: bool) -> str:

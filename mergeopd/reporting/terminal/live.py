@@ -10,22 +10,31 @@ from functools import partial
 from rich.console import Console, Group, RenderableType
 from rich.constrain import Constrain
 from rich.live import Live
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
 from rich.table import Column, Table
 from rich.text import Text
 
 from mergeopd.reporting import events, figures
 from mergeopd.reporting.figures import MEASURE_FIGURES, Figure
 from mergeopd.reporting.jsonl import Numbers, UpdateRecord
-from mergeopd.reporting.terminal.glyphs import Sparkline, plain_text
-from mergeopd.reporting.terminal.result import Ending, PartialResultTable
+from mergeopd.reporting.terminal.glyphs import Sparkline, plain_text, sparkline
+from mergeopd.reporting.terminal.header import header
+from mergeopd.reporting.terminal.result import (
+    Ending,
+    PartialResultTable,
+    accuracy_line,
+    alarm_style,
+    alarm_text,
+)
 from mergeopd.reporting.terminal.timing import clock_text, split_line
 from mergeopd.reporting.terminal.view import RunView, measure_of
 
 REFRESHES_PER_S = 4
-_STAGE_AFTER_S = 2.0  # shorter stages would only flicker
-_WIDEST = 110
+_BAR_AFTER_S = 1.0  # bars of shorter stages would only flicker
+_WIDEST, _PADDED = 110, 30
 _FIXED_LINES = 7  # run, stage, time, the run's numbers with a gap, and two to spare
+_AIMS = {"low": " ↓", "high": " ↑", "zero": " → 0", "": ""}
+_LABELS = {"note": "cyan", "warning": "yellow", "SIGINT": "bold yellow", "SIGTERM": "bold yellow"}
 
 
 class LiveReporter:
@@ -37,9 +46,9 @@ class LiveReporter:
         self._view = RunView()
         self._plain_text = partial(plain_text, ascii_only=console.options.ascii_only)
         self._progress = Progress(
-            TextColumn("{task.description}", markup=False, table_column=_one_line()),
-            BarColumn(None, table_column=Column(ratio=1)),
-            _CountAndTimes(lambda: self._view.left_s(clock())),
+            _Steady(),
+            _Bar(),
+            _CountAndTimes(self._rest),
             console=console,
             get_time=clock,
             auto_refresh=False,
@@ -47,6 +56,8 @@ class LiveReporter:
         )
         self._run_task: TaskID | None = None
         self._stage_task: TaskID | None = None
+        self._stage = ""
+        self._is_open = True
         # The refresh thread draws while the run's thread reports. Never print while holding the lock: the
         # refresh thread takes rich's lock first, then this one.
         self._lock = threading.Lock()
@@ -63,6 +74,9 @@ class LiveReporter:
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._end_stage()
+            self._is_open = False
+            if self._run_task is None:
+                self._live.transient = True  # nothing to keep, such as a table of accuracies
         self._live.stop()
 
     def emit(self, event: events.Event) -> None:
@@ -72,9 +86,19 @@ class LiveReporter:
             self._move_bars(event)
         match event:
             case events.Note():
-                self._print("note", "cyan", event.text)
+                self._print("note", event.text)
+            case events.AccuracyMeasured():
+                self._print("eval", accuracy_line(event))
+            case events.AlarmRaised():
+                text = alarm_text(event, with_cause=self._view.is_new(event))
+                self._print("ALARM", text, alarm_style(event))
             case events.CheckpointSkipped():
-                self._print("warning", "yellow", f"skipped {event.path}: {event.reason}")
+                self._print("warning", f"skipped {event.path}: {event.reason}")
+            case events.StopRequested():
+                self._print(event.signal, self._view.stop_text())
+            case events.RunStarted():
+                for label, text in header(event):
+                    self._print(label, text)
             case events.RunFinished():
                 self._live.stop()
                 self._console.print()
@@ -82,25 +106,47 @@ class LiveReporter:
             case _ if not self._live.is_started:
                 self._live.start()
 
-    def _print(self, label: str, style: str, text: str) -> None:
-        self._console.print(Text.assemble((f"{label:<8}", style), self._plain_text(text)))
+    def _print(self, label: str, text: str, style: str | None = None) -> None:
+        """Print a line, or a paragraph indented after its label, above the frame."""
+        rows = Table.grid(padding=(0, 1, 0, 0))
+        rows.add_column(no_wrap=True, min_width=8, style=style or _LABELS.get(label, "dim"))
+        rows.add_row(label, Text(self._plain_text(text), overflow="fold"))
+        self._console.print(rows)
+
+    def _rest(self) -> str:
+        if self._view.stop is not None and self._is_open:
+            return ", stopping"
+        left = self._view.left_s(self._clock()) if self._is_open else None
+        return "" if left is None else f", about {clock_text(left)} left"
 
     def _move_bars(self, event: events.Event) -> None:
         match event:
             case events.RunStarted():
+                self._end_stage()
                 self._run_task = self._progress.add_task("", total=event.num_updates, unit="updates")
+                self._progress.tasks[-1].start_time = self._clock() - event.seconds
                 self._show_position(event)
             case events.StageStarted():
-                self._end_stage()
-                what = self._plain_text(f"{event.stage}  {event.detail}".rstrip())
-                total = event.total or None
-                self._stage_task = self._progress.add_task(what, total=total, unit=event.unit, visible=False)
+                self._begin_stage(event)
             case events.StageProgress() if self._stage_task is not None:
                 self._progress.update(self._stage_task, completed=event.done)
-            case events.UpdateDone() | events.RunFinished():
-                self._end_stage()
+            case events.UpdateDone():
+                self._stage = ""  # shown until the next one begins
                 if self._view.run is not None:
                     self._show_position(self._view.run)
+            case events.RunFinished():
+                self._end_stage()
+
+    def _begin_stage(self, event: events.StageStarted) -> None:
+        """Show the stage in place of the last one; the time of stages with one name is counted together."""
+        before = next((task for task in self._progress.tasks if task.id == self._stage_task), None)
+        began = before.start_time if before is not None and self._stage == event.stage else None
+        self._end_stage()
+        what = self._plain_text(f"{event.stage}  {event.detail}".rstrip())
+        self._stage, total = event.stage, event.total or None
+        self._stage_task = self._progress.add_task(what, total=total, unit=event.unit)
+        if began is not None:
+            self._progress.tasks[-1].start_time = began
 
     def _end_stage(self) -> None:
         if self._stage_task is not None:
@@ -123,13 +169,10 @@ class LiveReporter:
             return Constrain(Group(*self._parts(width, height)), width)
 
     def _parts(self, width: int, height: int) -> list[RenderableType]:
-        tasks = self._progress.tasks
-        for task in tasks:
-            task.visible = task.id == self._run_task or (task.elapsed or 0.0) >= _STAGE_AFTER_S
-        parts: list[RenderableType] = [self._progress.make_tasks_table(tasks)]
-        if self._stage_task is None or not tasks[-1].visible:
-            parts.append(Text())  # the frame keeps its height
         view = self._view
+        parts: list[RenderableType] = [self._progress.make_tasks_table(self._progress.tasks)]
+        if self._stage_task is None and self._run_task is not None:
+            parts.append(Text())  # the frame keeps its height
         if view.evaluations and not view.is_finished:
             return [*parts, Text(), PartialResultTable(view.evaluations)]
         if view.last is not None:
@@ -153,14 +196,15 @@ class LiveReporter:
         if for_domains > 0:
             trend = None if last.teachers else lambda _: "nll"
             parts += [Text(), self._table("domain", last.domains, of_domains, trend, for_domains)]
-        parts += [Text(), self._run_line(last)]
+        parts += [Text(), self._run_line(last, width)]
         parts += filter(
             None, [split_line(view.phase_seconds, width, ascii_only=self._console.options.ascii_only)]
         )
-        explained = [*of_teachers, *of_domains] if last.teachers else of_domains
-        legend = Text("   ").join(
-            Text.assemble(figure.column, (f" {self._plain_text(figure.subtitle)}", "dim"))
-            for figure in explained
+        explained = [*of_teachers[:-1], *of_domains] if last.teachers else of_domains
+        notes = [(figure.column, figure.legend or figure.subtitle) for figure in explained]
+        notes.append((self._plain_text("↓ ↑ → 0"), "the good direction"))
+        legend = Text("  ").join(
+            Text.assemble(column, (f" {self._plain_text(text)}", "dim")) for column, text in notes
         )
         if 1 + len(legend.wrap(self._console, width)) <= lines - for_teachers - for_domains:
             parts += [Text(), legend]
@@ -178,46 +222,89 @@ class LiveReporter:
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
         table.add_column(kind, no_wrap=True, overflow="ellipsis", min_width=8, max_width=24)
         for figure in columns:
-            table.add_column(figure.column, justify="right", no_wrap=True)
+            aim = self._plain_text(_AIMS[figure.aim])
+            table.add_column(figure.column + aim, justify="right", no_wrap=True)
         if trend is not None:
+            table.add_column("from", justify="right", no_wrap=True, style="dim")
             table.add_column("trend", style="cyan")
         shown = list(rows) if len(rows) <= lines else list(rows)[: lines - 1]
         for name in shown:
             cells: list[RenderableType] = [_cell(figure, rows[name]) for figure in columns]
             if trend is not None:
-                cells.append(Sparkline(self._view.trends[name, trend(rows[name])]))
+                history = self._view.trends[name, trend(rows[name])]
+                cells += [_number(history[0] if history else None, ""), Sparkline(history)]
             table.add_row(Text(self._plain_text(name)), *cells)
         if len(shown) < len(rows):
             table.add_row(Text(f"and {len(rows) - len(shown)} more", style="dim"))
         return table
 
-    def _run_line(self, last: UpdateRecord) -> Text:
+    def _run_line(self, last: UpdateRecord, width: int) -> Text:
+        """Return the run's numbers; the least important are left out if the line is too long."""
         view = self._view
-        pairs = [
-            (figure.column, _number(figures.run_value(last, figure.key), figure.unit))
+        pairs = {
+            figure.column: _number(figures.run_value(last, figure.key), figure.unit)
             for figure in view.columns(figures.RUN_FIGURES)
-        ]
+        }
+        if "loss" in pairs and len(view.losses) > 1:
+            history = self._plain_text(sparkline(view.losses, 8))
+            pairs["loss"].append(f" {history}", "cyan")
         if view.tokens_per_s is not None:
-            pairs.append(("tokens/s", Text(f"{view.tokens_per_s:,.0f}")))
+            pairs["tokens/s"] = Text(f"{view.tokens_per_s:,.0f}")
         if view.saved_at is not None:
-            pairs.append(("saved at", Text(str(view.saved_at))))
-        return Text("   ", no_wrap=True, overflow="ellipsis").join(
-            Text.assemble((f"{label} ", "dim"), value) for label, value in pairs
-        )
+            pairs["saved at"] = Text(f"update {view.saved_at}")
+        by_importance = ("loss", "saved at", "grad", "tokens/s", "lr", "on-policy")
+        for label in [*reversed([k for k in pairs if k not in by_importance]), *reversed(by_importance)]:
+            line = Text("   ", no_wrap=True, overflow="ellipsis").join(
+                Text.assemble((f"{label} ", "dim"), value) for label, value in pairs.items()
+            )
+            if len(line) <= width or len(pairs) == 1:
+                break
+            pairs.pop(label, None)
+        return line
 
 
-class _CountAndTimes(ProgressColumn):
-    """`64/256 responses  0:02`; for the run with an estimate of the time left."""
+class _Steady(ProgressColumn):
+    """A column of text that never becomes narrower, so that the bar beside it does not move."""
 
-    def __init__(self, left_s: Callable[[], float | None]) -> None:
+    def __init__(self) -> None:
         super().__init__(_one_line())
-        self._left_s = left_s
+        self._width = 0
+
+    def text(self, task: Task) -> Text:
+        return Text(task.description)
 
     def render(self, task: Task) -> Text:
+        text = self.text(task)
+        self._width = min(_PADDED, max(self._width, len(text)))
+        text.pad_right(self._width - len(text))
+        return text
+
+
+class _CountAndTimes(_Steady):
+    """`64/256 responses  0:02`; for the run with `rest()`, such as the time left."""
+
+    def __init__(self, rest: Callable[[], str]) -> None:
+        super().__init__()
+        self._rest = rest
+
+    def text(self, task: Task) -> Text:
+        is_run = task.fields["unit"] == "updates"
         count = f"{int(task.completed):,}/{int(task.total):,} {task.fields['unit']}" if task.total else ""
-        left = self._left_s() if task.fields["unit"] == "updates" and not task.finished else None
-        rest = "" if left is None else f", about {clock_text(left)} left"
-        return Text.assemble(count.rstrip(), (f"  {clock_text(task.elapsed or 0.0)}{rest}", "dim"))
+        rest = self._rest() if is_run and not task.finished else ""
+        elapsed = clock_text(task.elapsed or 0.0)
+        return Text.assemble(count, "  " if count else "", (f"{elapsed}{rest}", "dim"))
+
+
+class _Bar(ProgressColumn):
+    """A bar; none for stages that have just begun or whose length is unknown."""
+
+    def __init__(self) -> None:
+        super().__init__(Column(ratio=1))
+        self._bar = BarColumn(None)
+
+    def render(self, task: Task) -> RenderableType:
+        is_long = task.fields["unit"] == "updates" or (task.elapsed or 0.0) >= _BAR_AFTER_S
+        return self._bar.render(task) if task.total and is_long else Text()
 
 
 def _one_line() -> Column:

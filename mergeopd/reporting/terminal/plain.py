@@ -10,12 +10,14 @@ from rich.text import Text
 from mergeopd.reporting import events
 from mergeopd.reporting.figures import MEASURE_FIGURES, POLICY_FIGURES
 from mergeopd.reporting.terminal.glyphs import plain_text
-from mergeopd.reporting.terminal.result import Ending, percent
+from mergeopd.reporting.terminal.header import header
+from mergeopd.reporting.terminal.result import Ending, accuracy_line, alarm_style, alarm_text, percent
 from mergeopd.reporting.terminal.timing import clock_text, shares
 from mergeopd.reporting.terminal.view import RunView, measure_of
 
 _SHORTEST_S = 5.0
 _LONGEST_S = 60.0
+_STARTUP_S = 0.5  # shorter stages of the start are not printed
 _PRINTED_STAGES = ("export", "text")  # others return with every round, or end with a line of their own
 
 
@@ -40,13 +42,15 @@ class PlainReporter:
         self._view.add(event, now)
         match event:
             case events.RunStarted():
-                self._print(_opening(event))
+                for label, text in header(event):
+                    self._print(f"{label} {text}")
             case events.UpdateDone():
                 if self._is_edge(event.update) or self._is_due(now):
                     self._print(self._update_line(event, now))
             case events.StageStarted():
                 self._stage, self._stage_at = event, now
-                if event.stage in _PRINTED_STAGES:
+                is_late = event.stage == "startup" and now - self._printed_at >= _STARTUP_S
+                if event.stage in _PRINTED_STAGES or is_late:
                     self._print(_stage_line(event, 0))
             case events.StageProgress():
                 # Where stages are short, the updates themselves show progress.
@@ -55,12 +59,19 @@ class PlainReporter:
                     self._print(_stage_line(self._stage, event.done))
             case events.EvaluationDone():
                 self._print(f"evaluation {event.model.title} on {event.suite}: {percent(event.accuracy)} %")
+            case events.AccuracyMeasured():
+                self._print(accuracy_line(event))
             case events.CheckpointSaved():
                 self._print(f"saved {event.path}")
             case events.CheckpointSkipped():
                 self._print(f"warning: skipped {event.path}: {event.reason}")
+            case events.AlarmRaised():
+                text = alarm_text(event, with_cause=self._view.is_new(event))
+                self._print(f"ALARM {text}", alarm_style(event))
             case events.Note():
                 self._print(f"note: {event.text}")
+            case events.StopRequested():
+                self._print(f"{event.signal}: {self._view.stop_text()}")
             case events.RunFinished():
                 self._console.print(Ending(event))
 
@@ -76,11 +87,11 @@ class PlainReporter:
         pause = min(_LONGEST_S, max(_SHORTEST_S, (now - self._first_at) / 50))
         return now - self._printed_at >= pause
 
-    def _print(self, text: str) -> None:
+    def _print(self, text: str, style: str = "") -> None:
         self._printed_at = self._clock()
         line = f"{self._console.get_datetime():%Y-%m-%d %H:%M:%S}  {text}"
         line = plain_text(line, ascii_only=self._console.options.ascii_only)
-        self._console.print(Text(line), soft_wrap=True)
+        self._console.print(Text(line, style=style), soft_wrap=True)
 
     def _update_line(self, event: events.UpdateDone, now: float) -> str:
         view, last = self._view, self._view.last
@@ -107,15 +118,6 @@ class PlainReporter:
         if left is not None:
             parts.append(f"left {clock_text(left)}")
         return "  ".join(parts)
-
-
-def _opening(event: events.RunStarted) -> str:
-    phases = ", ".join(f"{name} {updates}" for name, updates in event.phases)
-    resumed = f", resumes after update {event.resumed_at}" if event.resumed_at else ""
-    return (
-        f"{event.name}: {event.num_updates} updates ({phases}){resumed}; "
-        f"teachers {', '.join(event.teachers)}; output {event.output}"
-    )
 
 
 def _stage_line(event: events.StageStarted, done: int) -> str:

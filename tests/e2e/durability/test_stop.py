@@ -61,7 +61,11 @@ def test_a_second_ctrl_c_stops_at_once(runs: Any, ends_well: Callable[..., str],
     name = "twice-" + place.replace(":", "-")
     code, printed = runs(name, fault=f"{place}:INT+INT")
     assert code == 130, printed
-    assert printed.endswith("Interrupted. Run the same command to resume from the newest checkpoint.\n")
+    number = saved(runs.folder(name))
+    kept = f"Run the same command to resume from the newest checkpoint, of update {number}.\n"
+    if place.startswith("evaluation"):
+        kept = "Training and export are saved; run the same command to evaluate.\n"
+    assert printed.endswith(f"Interrupted. {kept}")
     assert list(runs.folder(name).rglob("*.partial")) == []
     ends_well(name)
 

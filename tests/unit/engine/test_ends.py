@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from published import LLAMA, run_to_the_end, write_project
-from transformers import GenerationConfig
+from published import LLAMA, QWEN, run_to_the_end, write_project
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from mergeopd.data.renderer import Renderer, masked_in_teacher_term
 from mergeopd.errors import RecipeError
@@ -94,3 +95,50 @@ def test_the_export_ends_responses_as_it_was_trained_to(tmp_path: Path) -> None:
     folder = run_to_the_end(write_project(tmp_path / "chat", "llama-3.1", "llama-3.1"))
     published = (tmp_path / "chat" / "student" / "generation_config.json").read_bytes()
     assert (folder.export / "generation_config.json").read_bytes() == published
+
+
+@pytest.mark.parametrize(
+    ("name", "teacher", "published"),
+    [
+        # As published: Qwen3 samples by default, Qwen2.5's base limits the length, Mistral names its beginning.
+        ("qwen3", "qwen3", {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}),
+        ("qwen2.5-base", "qwen2.5", {"do_sample": False, "max_new_tokens": 2048, "_from_model_config": True}),
+        (
+            "gemma-3",
+            "gemma-3",
+            {"do_sample": True, "top_k": 64, "top_p": 0.95, "cache_implementation": "hybrid"},
+        ),
+        ("mistral", "mistral", {"bos_token_id": 1, "_from_model_config": True}),
+    ],
+)
+def test_an_export_generates_and_is_read_as_its_family(
+    tmp_path: Path, name: str, teacher: str, published: dict[str, object]
+) -> None:
+    recipe = write_project(tmp_path / "project", name, teacher)
+    student = tmp_path / "project" / "student"
+    config = student / "generation_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **published}))
+    files = ("tekken.json", "LICENSE.txt", "additional_chat_templates/tool_use.jinja")
+    for file in files:
+        (student / file).parent.mkdir(exist_ok=True)
+        (student / file).write_text("{}")
+    export = run_to_the_end(recipe).export
+    written = json.loads((export / "generation_config.json").read_text())
+    ends = written.pop("eos_token_id")
+    model_ends = set(preflight(recipe).student.eos_ids)
+    assert (set(ends) if isinstance(ends, list) else {ends}) == model_ends
+    is_changed = name == "qwen2.5-base"  # its own file names <|endoftext|> alone
+    assert written == {k: v for k, v in published.items() if not (is_changed and k.startswith("_"))}
+    for file in (*files, "tokenizer.json", "tokenizer_config.json"):
+        assert (export / file).read_bytes() == (student / file).read_bytes()
+    # A served model stops where the student did: transformers reads the same ends.
+    loaded = AutoModelForCausalLM.from_pretrained(export).generation_config.eos_token_id
+    assert (set(loaded) if isinstance(loaded, list) else {loaded}) == model_ends
+
+
+def test_the_recipes_template_is_where_older_programs_look(tmp_path: Path) -> None:
+    recipe = write_project(tmp_path, "qwen3-base", "qwen3")
+    (tmp_path / "chat.jinja").write_text(QWEN)
+    export = run_to_the_end(recipe, "student.template=chat.jinja").export
+    assert json.loads((export / "tokenizer_config.json").read_text())["chat_template"] == QWEN
+    assert AutoTokenizer.from_pretrained(export).chat_template == QWEN

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from mergeopd.engine.clock import Clock
 from mergeopd.engine.stages import Stages
 from mergeopd.errors import RecipeError
 from mergeopd.preflight.inputs import preflight
-from mergeopd.reporting.comparison import Measured
+from mergeopd.reporting.comparison import Measured, build_result
 from mergeopd.reporting.events import EvaluationDone, Event, Note
 from mergeopd.rollout import local
 from mergeopd.storage.responses import read_responses
@@ -60,12 +60,14 @@ def job(
     return write
 
 
-def evaluate(recipe: Path, responses: Path | None = None) -> tuple[Measured, Events]:
+def evaluate(
+    recipe: Path, responses: Path | None = None, only: Sequence[str] = (), merged: str | None = "two"
+) -> tuple[Measured, Events]:
     inputs, events = preflight(recipe), Events()
     assert inputs.plan.evaluation is not None
     stages = Stages(events, Clock(), SingleProcess(), None)
     evaluation = build_evaluation(inputs, inputs.plan.evaluation, Machine(CPU, SingleProcess()), stages)
-    return evaluation.run(recipe.parent / "two", responses), events
+    return evaluation.run(merged and recipe.parent / merged, responses, only), events
 
 
 def test_every_model_on_every_domain(job: Callable[..., Path]) -> None:
@@ -179,3 +181,95 @@ def test_prompts_that_are_trained_on(job: Callable[..., Path]) -> None:
 def test_settings_that_contradict(job: Callable[..., Path], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         preflight(job(**settings))
+
+
+def test_several_suites_of_a_domain_and_one_that_no_prompt_trains(
+    job: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = job(
+        prompts=[
+            *SOURCES,
+            {"source": "facts.jsonl", "domain": "facts", "verifier": "exact", "expert": "none"},
+            {"source": "more.jsonl", "domain": "left", "name": "more", "verifier": "exact"}
+            | {"samples": 4, "temperature": 1.0, "max_new_tokens": 2},
+        ]
+    )
+    for name in ("facts", "more"):
+        shutil.copy(tmp_path / "eval_right.jsonl", tmp_path / f"{name}.jsonl")
+    measured, events = evaluate(recipe, tmp_path / "evaluation")
+    suites = {"left": "left", "right": "right", "facts": "facts", "more": "left"}
+    assert measured.domains == suites
+    assert measured.experts == {
+        "left": "expert/one",
+        "right": "expert/two",
+        "facts": None,
+        "more": "expert/one",
+    }
+    assert all(list(row) == list(suites) for row in measured.scores.values())
+    own = [(e.model.key, e.suite) for e in events.done if e.is_own_expert]
+    assert own == [("expert/one", "left"), ("expert/one", "more"), ("expert/two", "right")]
+    # The same greedy prompts under another name; other settings in the last suite alone.
+    assert np.array_equal(measured.scores["merged"]["facts"], measured.scores["merged"]["right"])
+    rows = read_responses(tmp_path / "evaluation" / "merged.parquet")
+    counts = {suite: [row for row in rows if row.suite == suite] for suite in suites}
+    assert {suite: len(of) for suite, of in counts.items()} == {"left": 3, "right": 4, "facts": 4, "more": 16}
+    assert max(row.num_tokens for row in counts["more"]) == 2
+    result = build_result(measured, {})
+    correct = np.array([row.reward for row in counts["more"]]).reshape(4, 4)
+    pairs = [correct[:, [i, j]].max(1).mean() for i in range(4) for j in range(i)]
+    passes = result.suites["more"].pass_at_k["merged"]
+    assert [passes[2].value, passes[4].value] == pytest.approx([np.mean(pairs), correct.max(1).mean()])
+    assert set(result.suites["more"].pass_at_k) == set(measured.scores)
+    assert (result.suites["left"].pass_at_k, result.suites["more"].samples) == ({}, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"domain": "rigth", "expert": None}, "did you mean 'right'"),
+        ({"name": "left"}, "suite 'left' is of domain 'left' at evaluation.prompts\\[0\\]"),
+        (
+            {"domain": "left", "samples": 2, "temperature": 1.0, "expert": "one"},
+            "`samples: 1` at .*, and 2 here",
+        ),
+        ({"samples": 2}, "2 greedy responses to a prompt are equal"),
+        ({"domain": "left", "expert": "none"}, "domain 'left' is compared with 'one' at"),
+    ],
+)
+def test_suites_that_contradict(job: Callable[..., Path], change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        preflight(job(prompts=[SOURCES[0], {**SOURCES[1], **change}]))
+
+
+def test_only_named_models_are_opened(job: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = job()
+    alone, events = evaluate(recipe, tmp_path / "first", only=["merged"])
+    assert [model.key for model in alone.models] == ["merged"]
+    assert [path.stem for path in (tmp_path / "first").iterdir()] == ["merged"]
+    assert events.notes == [
+        "base, one, two and weight average are not measured: "
+        "`--only` leaves out models whose responses are not kept"
+    ]
+    base, _ = evaluate(recipe, only=["base"], merged=None)
+    assert list(base.scores) == ["base"]
+    # Both are kept now, so the next one has them, and opens a third.
+    third, events = evaluate(recipe, only=["expert/two"])
+    assert list(third.scores) == ["base", "expert/two", "merged"]
+    assert events.notes[0].startswith("base and merged were not loaded: all their responses are kept in ")
+    assert np.array_equal(third.scores["merged"]["right"], alone.scores["merged"]["right"])
+    whole, events = evaluate(recipe)
+    assert len(whole.scores) == 5
+    _, events = evaluate(recipe)
+    assert events.notes[0].startswith("base, one, two, weight average and merged were not loaded")
+
+
+def test_only_skills_that_no_prompt_trains(job: Callable[..., Path], tmp_path: Path) -> None:
+    """Without an expert to compare with, all teachers are measured."""
+    recipe = job(prompts=[{**SOURCES[1], "domain": "facts", "expert": "none"}])
+    measured, events = evaluate(recipe)
+    assert [model.title for model in measured.models] == ["base", "one", "two", "weight average", "merged"]
+    assert not any(event.is_own_expert for event in events.done)
+    result = build_result(measured, {})
+    assert result.verdict.startswith(("keeps facts (", "gains facts: ", "forgets facts: "))
+    assert set(result.mean) == {"base", "static_merge", "merged"}
+    assert result.mean_recovered.value is None

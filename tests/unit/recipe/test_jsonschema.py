@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 
 from mergeopd.config.schema import input_schema
 from mergeopd.config.schema_text import below, options
+from mergeopd.recipe.alarms import ALARMS
 from mergeopd.recipe.jsonschema import card_schema, recipe_schema
 from mergeopd.recipe.loss_terms import SHORT_TERMS
 from mergeopd.recipe.schema import SHORTHANDS, Recipe
@@ -125,9 +126,12 @@ def test_every_short_form_of_the_schema_is_in_the_table_and_works() -> None:
         ("evaluation", "static_merges", "*"): "ties",
         ("prompts", "*", "teachers"): ["a", "b"],
         ("evaluation", "prompts", "*", "verifier"): "exact",
+        ("report", "trackers", "*"): "wandb",
         ("phases", "*", "loss"): "nll",
         ("phases", "*", "correction"): "mask",
         **{("phases", "*", "loss", term): 0.5 for term in SHORT_TERMS},
+        ("alarms",): "stop",
+        **{("alarms", name): "off" for name in ALARMS},
     }
     assert samples.keys() == SHORTHANDS.keys()
     for path, sample in samples.items():

@@ -38,7 +38,9 @@ def test_a_good_recipe_becomes_a_plan_with_absolute_paths_and_all_defaults(proje
         "prompt": None,
         "fingerprint": None,
         "canary": None,
+        "licence": "Apache-2.0",
     }
+    assert "licence" not in plan.content["teachers"]["chat"]  # may change when a run is resumed
     assert [source.name for source in plan.sources] == ["math", "code", "chat"]
     # Prompt weight x card weight; the third source names no teacher, and chat's card lists its domain.
     assert [source.teachers for source in plan.sources] == [
@@ -50,7 +52,7 @@ def test_a_good_recipe_becomes_a_plan_with_absolute_paths_and_all_defaults(proje
     assert plan.sources[1].verifier.schema_file == str(project / "data" / "answer.schema.json")
     assert plan.evaluation is not None
     assert plan.evaluation.experts == {"math": "math", "code": "code"}
-    assert plan.evaluation.max_new_tokens == 64
+    assert plan.evaluation.suites[0].max_new_tokens == 64
     assert [(s.name, s.response_field, s.limit, s.teachers) for s in plan.evaluation.sources] == [
         ("math_eval", None, 256, {}),
         ("code_eval", None, None, {}),

@@ -136,3 +136,62 @@ def test_models_may_lack_domains() -> None:
     result = build_result(Measured(MODELS, scores, EXPERTS, {}), {})
     assert "expert/two" not in result.suites["math"].accuracy
     assert result.best_expert == "expert/one"
+
+
+def test_a_skill_that_no_prompt_trains() -> None:
+    """It has no headroom, counts in no mean, and the sentence says what was kept of it."""
+    own = measured(SCORES)
+    retained = {
+        "base": 90,
+        "expert/one": 70,
+        "expert/two": 80,
+        "merge/ties": 60,
+        "merge/slerp": 99,
+        "merged": 70,
+    }
+    scores = {key: {**row, "facts": rewards(retained[key])} for key, row in own.scores.items()}
+    result = build_result(Measured(MODELS, scores, {**EXPERTS, "facts": None}, {}), {})
+    facts = result.suites["facts"]
+    assert (facts.expert, facts.recovered, facts.over_expert) == (None, Estimate(None), Estimate(None))
+    assert facts.over_base.value == pytest.approx(-0.2)
+    assert set(facts.accuracy) == set(retained)
+    assert result.headline("facts")["expert"] is None
+    plain = build_result(own, {})
+    assert (result.mean, result.mean_recovered) == (plain.mean, plain.mean_recovered)
+    assert result.best_static == plain.best_static
+    assert result.verdict == plain.verdict + ", forgets facts: -20.0 points"
+    for num, words in ((88, "keeps facts (-2.0 points) within noise"), (100, "gains facts: +10.0 points")):
+        changed = {**scores, "merged": {**scores["merged"], "facts": rewards(num)}}
+        verdict = build_result(Measured(MODELS, changed, {**EXPERTS, "facts": None}, {}), {}).verdict
+        assert verdict == f"{plain.verdict}, {words}"
+
+
+def test_models_that_were_not_measured() -> None:
+    own = measured(SCORES)
+    merged = build_result(Measured(MODELS[-1:], {"merged": own.scores["merged"]}, EXPERTS, {}), {})
+    assert merged.suites["math"].over_base == merged.suites["math"].recovered == Estimate(None)
+    assert set(merged.mean) == {"merged"}
+    assert merged.verdict == "was measured without the models to compare it with"
+    without = {key: row for key, row in own.scores.items() if key != "merged"}
+    assert build_result(Measured(MODELS[:-1], without, EXPERTS, {}), {}).verdict == "was not measured"
+
+
+def test_controls_are_compared_one_by_one() -> None:
+    controls = {"control/sft": (83, 58), "control/sampled": (40, 90)}
+    scores = {**SCORES, **controls}
+    values = {k: {"math": rewards(m), "code": rewards(c)} for k, (m, c) in scores.items()}
+    models = (*MODELS, Model.control("sft"), Model.control("sampled"))
+    result = build_result(Measured(models, values, EXPERTS, {}, {"merged": 7}), {})
+    math = result.suites["math"].over_control
+    assert {key: e.value for key, e in math.items()} == pytest.approx(
+        {"control/sft": 0.0, "control/sampled": 0.43}
+    )
+    assert result.best_control == "control/sft"
+    assert result.mean["control"].value == pytest.approx((0.83 + 0.58) / 2)
+    assert result.headline("code")["control"] == result.suites["code"].accuracy["control/sft"]
+    assert (
+        ", level with SFT on expert text, ahead of sampled reverse KL in 1 of 2 and behind it in 1 of 2, "
+        in (result.verdict)
+    )
+    assert result.trained_tokens == {"merged": 7}
+    assert "control" not in build_result(measured(SCORES), {}).headline("code")

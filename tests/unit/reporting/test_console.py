@@ -16,22 +16,28 @@ from results import result_of
 from rich.console import Console
 
 from mergeopd.reporting.events import (
+    AccuracyMeasured,
+    AlarmRaised,
     CheckpointSaved,
     CheckpointSkipped,
     DomainStats,
     EvaluationDone,
     Event,
     Note,
+    RunFacts,
     RunFinished,
     RunStarted,
     StageProgress,
     StageStarted,
+    StopRequested,
     TeacherStats,
     UpdateDone,
 )
-from mergeopd.reporting.result import Estimate, Model
+from mergeopd.reporting.jsonl import UpdateRecord
+from mergeopd.reporting.result import AlarmSummary, Estimate, Model
 from mergeopd.reporting.terminal.console import console_reporter
 from mergeopd.reporting.terminal.glyphs import plain_text, sparkline
+from mergeopd.reporting.terminal.header import header
 from mergeopd.reporting.terminal.live import LiveReporter
 from mergeopd.reporting.terminal.plain import PlainReporter
 from mergeopd.reporting.terminal.result import ResultTable
@@ -124,17 +130,15 @@ def test_frame_shows_where_the_run_is() -> None:
     assert re.fullmatch(r"quick · merge 5/20 [━╸╺ ]{20,} 15/30 updates  0:30, about 0:30 left", lines[0])
     assert lines[1] == ""  # the place of a stage
     table = "\n".join(lines)
-    assert re.search(r"teacher +reverse KL +gap +tokens +trend\n", table)
-    assert re.search(r"\nmath +0\.1333 +-0\.5000 +500 +█▆▄▂▁\n", table)
-    assert re.search(r"\ndomain +reward +NLL +entropy +length +cut +share\n", table)
+    assert re.search(r"teacher +reverse KL ↓ +gap → 0 +tokens +from +trend\n", table)
+    assert re.search(r"\nmath +0\.1333 +-0\.5000 +500 +0\.1818 +█▆▄▂▁\n", table)
+    assert re.search(r"\ndomain +reward ↑ +NLL ↓ +entropy +length +cut ↓ +share\n", table)
     assert re.search(r"\nsort +0\.5000 +0\.2000 +0\.2500 +62\.5 +12 % +50 %\n", table)
-    assert "loss 0.0667   grad 0.7500   lr 3.0e-04   tokens/s 500   saved at 15" in table
+    assert "loss 0.0667 █▆▄▂▁   grad 0.7500   lr 3.0e-04   tokens/s 500   saved at update 15" in table
     assert re.search(r"time    ━+  rollout 50%  teachers 13%  update 37%", table)
     assert max(map(len, lines)) <= 80
-    assert (
-        "gap log p of teacher minus student at sampled tokens tokens response tokens in the loss"
-        in " ".join(table.split())
-    )
+    assert "gap teacher minus student log p reward" in " ".join(table.split())
+    assert table.endswith("the good direction")
 
 
 def test_frame_of_text_without_teachers_shows_the_domains_trend() -> None:
@@ -150,22 +154,29 @@ def test_frame_of_text_without_teachers_shows_the_domains_trend() -> None:
     assert "on-policy 0 %" in table
 
 
-def test_stage_appears_once_it_lasts() -> None:
+def test_stages_have_a_name_at_once_and_a_bar_once_they_last() -> None:
     reporter, clock, file = live()
     with reporter:
+        reporter.emit(StageStarted("startup", "loading base"))
+        clock.now += 3
+        assert drawn(reporter, file)[0].split() == ["startup", "loading", "base", "0:03"]
         reporter.emit(START)
-        reporter.emit(StageStarted("rollout", "math", 256, "responses"))
-        height = len(drawn(reporter, file))
-        clock.now += 1.9
-        assert "rollout" not in "\n".join(drawn(reporter, file))
-        clock.now += 0.2
-        reporter.emit(StageProgress(64))
+        reporter.emit(StageStarted("teachers", "math", 256, "responses"))
         lines = drawn(reporter, file)
-        assert re.fullmatch(r"rollout  math +[━╸╺ ]{10,} 64/256 responses  0:02", lines[1])
-        assert len(lines) == height  # nothing jumps
+        assert re.fullmatch(r"teachers  math +0/256 responses  0:00", lines[1])
+        clock.now += 1.9
+        reporter.emit(StageProgress(64))
+        assert re.fullmatch(r"teachers  math +[━╸╺ ]{10,} 64/256 responses  0:02", drawn(reporter, file)[1])
+        # The next teacher takes over the line and its clock, so that the bar stays.
+        reporter.emit(StageStarted("teachers", "sort", 256, "responses"))
+        clock.now += 1.1
+        reporter.emit(StageProgress(128))
+        assert re.fullmatch(r"teachers  sort +[━╸╺ ]{10,} 128/256 responses  0:03", drawn(reporter, file)[1])
+        assert drawn(reporter, file)[1].index("128/256") == drawn(reporter, file)[0].index("0/30")
         reporter.emit(update(1))
-        clock.now += 10
-        assert "64/256" not in "\n".join(drawn(reporter, file))
+        assert "teachers  sort" in drawn(reporter, file)[1]  # until the next stage begins
+        reporter.emit(StageStarted("teachers", "math", 9, "responses"))
+        assert drawn(reporter, file)[1].endswith("0:00")
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40), (60, 15), (40, 10), (20, 5)])
@@ -192,10 +203,12 @@ def test_notes_and_skipped_checkpoints_stay_above_the_frame() -> None:
         reporter.emit(START)
         reporter.emit(Note("heads of [red]math[/red] have\x1b[2J 152064 rows"))
         reporter.emit(CheckpointSkipped(Path("step-9"), "weights.bin is missing"))
+        reporter.emit(AccuracyMeasured(0, {"math": Estimate(0.125), "facts": Estimate(1.0)}, {}))
         reporter.emit(update(1))
     text = written(file)
-    assert "note    heads of [red]math[/red] have [2J 152064 rows" in text
-    assert "warning skipped step-9: weights.bin is missing" in text
+    assert "note     heads of [red]math[/red] have [2J 152064 rows" in text
+    assert "warning  skipped step-9: weights.bin is missing" in text
+    assert "eval     accuracy after 0 updates: math 12.5 %, facts 100.0 %" in text
 
 
 def test_the_terminal_is_restored_on_an_error() -> None:
@@ -223,6 +236,7 @@ def test_evaluation_fills_a_table_and_the_result_ends_the_display() -> None:
         reporter.emit(BASE)
         lines = drawn(reporter, file)
         assert any(re.match(r" math +12\.5 +- +- +- *$", line) for line in lines)
+        assert "left" not in lines[0]
         seconds = {"rollout": 30.0, "evaluation": 10.0, "total": 40.0}
         document = result_of({"math": ACCURACIES}, seconds)
         paths = [Path("runs/quick") / name for name in ("result.json", "export", "report.html")]
@@ -232,9 +246,112 @@ def test_evaluation_fills_a_table_and_the_result_ends_the_display() -> None:
     assert re.search(r"\n math +1000 +10\.0 +90\.0 +30\.0 +86\.0 \(84 to 88\) +95\.0 \(93 to 97\) *\n", text)
     assert re.search(r"\ntime    0:40  ━+  rollout 75%  evaluation 25%", text)
     assert re.search(
-        r"\nresult  runs/quick/result.json *\nstudent runs/quick/export *\nreport  runs/quick/report.html",
+        r"\nresult  runs/quick/result.json *\nstudent runs/quick/export *\nreport  runs/quick/report.html *"
+        r'\nload    AutoModelForCausalLM.from_pretrained\("runs/quick/export"\)',
         text,
     )
+
+
+def test_a_stop_is_acknowledged_and_ends_the_estimate() -> None:
+    reporter, _, file = live()
+    with reporter:
+        for event in (START, update(1), update(2), CheckpointSaved(2, Path("x")), update(3)):
+            reporter.emit(event)
+        reporter.emit(StageStarted("update", "", 3, "micro-batches"))
+        assert drawn(reporter, file)[0].endswith("left")
+        reporter.emit(StopRequested("SIGINT"))
+        assert drawn(reporter, file)[0].endswith(", stopping")
+    assert "left" not in drawn(reporter, file)[0]
+    assert "stopping" not in drawn(reporter, file)[0]
+    text = " ".join(written(file).split())
+    assert "SIGINT stopping as soon as possible, with a checkpoint of the updates made. Ctrl-C again" in text
+    assert "stops at once, and the run then resumes after update 2." in text
+
+
+@pytest.mark.parametrize(
+    ("events", "signal", "text"),
+    [
+        ([], "SIGINT", "no update is complete yet. Ctrl-C again stops at once."),
+        ([], "SIGTERM", "no update is complete yet."),
+        ([update(1)], "SIGINT", "Ctrl-C again stops at once, and the run then resumes from the beginning."),
+        ([update(1), CheckpointSaved(1, Path("x"))], "SIGINT", "the 1 updates made are saved. Ctrl-C again"),
+        (
+            [update(30), StageStarted("evaluation")],
+            "SIGINT",
+            "training is saved. Ctrl-C again stops at once.",
+        ),
+    ],
+)
+def test_what_a_second_ctrl_c_would_do(events: list[Event], signal: str, text: str) -> None:
+    view = RunView()
+    for event in (START, *events, StopRequested(signal)):
+        view.add(event, 0.0)
+    assert text in view.stop_text()
+    assert view.left_s(0.0) is None
+
+
+def test_a_resumed_run_continues_its_curves_and_its_clock() -> None:
+    whole, resumed = RunView(), RunView()
+    whole.add(START, 0.0)
+    for number in range(1, 16):
+        whole.add(update(number), 0.0)
+    history = [UpdateRecord.of(update(number)) for number in range(1, 16)]
+    start = replace(START, resumed_at=15, seconds=65.0, history=history)
+    resumed.add(start, 0.0)
+    assert resumed.trends == whole.trends
+    assert (resumed.done, resumed.saved_at, resumed.losses) == (15, 15, whole.losses)
+    assert resumed.left_s(0.0) == whole.left_s(0.0) == 30.0
+    reporter, clock, file = live()
+    with reporter:
+        reporter.emit(start)
+        clock.now += 5
+        assert "15/30 updates  1:10" in drawn(reporter, file)[0]
+    assert "resumes  after update 15 of 30, 1:05 so far" in written(file)
+
+
+def test_the_header_names_models_and_machine() -> None:
+    facts = RunFacts(
+        "models/base", "bfloat16", 7_615_616_512, 7_615_616_512, {"math": 1_720_574_976, "self": None},
+        "cuda (NVIDIA H200)", 4, 2,
+    )  # fmt: skip
+    lines = dict(header(replace(START, facts=facts)))
+    assert lines["student"] == (
+        "models/base, 7.62B parameters, bfloat16, on cuda (NVIDIA H200), 2 processes with 4 threads each"
+    )
+    assert lines["teachers"] == "math 1.72B, self (the student)"
+    adapters = replace(facts, num_trainable=9_000_000, num_processes=1, num_threads=1)
+    student = dict(header(replace(START, facts=adapters)))["student"]
+    assert student == ("models/base, 7.62B parameters, 9M trained, bfloat16, on cuda (NVIDIA H200), 1 thread")
+
+
+@pytest.mark.parametrize("is_live", [True, False])
+def test_alarms_are_shown_at_once_with_their_cause_and_again_at_the_end(is_live: bool) -> None:
+    text = io.StringIO()
+    console = Console(
+        file=text, force_terminal=is_live, width=80, color_system="standard", _environ={"TERM": "xterm"}
+    )
+    first = AlarmRaised(7, "repetition", "math", "90% of 4-grams", "it loops", "lower `lr`", stops=False)
+    second = replace(first, update=9, subject="sort", stops=True)
+    summaries = tuple(AlarmSummary(a.update, a.name, a.subject, a.finding) for a in (first, second))
+    with console_reporter(console, Clock()) as reporter:
+        reporter.emit(START)
+        reporter.emit(first)
+        shown = " ".join(text.getvalue().split())
+        assert re.search(
+            r"ALARM.*repetition \(math\) at update 7: 90% of 4-grams\. Likely cause: it loops\. ", shown
+        )
+        assert "Remedy: lower `lr`" in shown
+        reporter.emit(second)
+        result = replace(result_of({"math": ACCURACIES}), alarms=summaries)
+        for event in (RunFinished({}, result), RunFinished({}, alarms=summaries)):
+            before = len(text.getvalue())
+            reporter.emit(event)
+            end = text.getvalue()[before:]
+            assert "alarm   repetition at update 7: math, sort" in end
+    assert text.getvalue().count("it loops") == 1
+    if is_live:
+        assert "\x1b[1;33mALARM" in text.getvalue()
+        assert "\x1b[1;31mALARM" in text.getvalue()  # stops the run
 
 
 def test_evaluation_alone_is_shown_too() -> None:
@@ -281,13 +398,13 @@ def plain(events: list[tuple[float, Event]]) -> list[str]:
 
 def test_plain_lines_for_ends_of_phases_and_now_and_then() -> None:
     lines = plain([(0, START), *((i * 2.0, update(i)) for i in range(1, 31))])
-    assert lines[0] == (
-        "2026-01-02 03:04:05  "
-        "quick: 30 updates (cold_start 10, merge 20); teachers math, sort; output runs/quick"
-    )
-    numbers = [int(re.findall(r"update (\d+)/30", line)[0]) for line in lines[1:]]
+    assert lines[:2] == [
+        "2026-01-02 03:04:05  run quick, 30 updates (cold_start 10, merge 20), to runs/quick",
+        "2026-01-02 03:04:05  teachers math, sort",
+    ]
+    numbers = [int(re.findall(r"update (\d+)/30", line)[0]) for line in lines[2:]]
     assert numbers == [1, 4, 7, 10, 11, 14, 17, 20, 23, 26, 29, 30]
-    assert lines[8] == (
+    assert lines[9] == (
         "2026-01-02 03:04:05  update 20/30  merge  loss 0.0500  reverse KL: math 0.1000, sort 0.1000  "
         "reward 0.50  grad 0.75  500 tokens/s  "
         "rollout 50%, teachers 13%, update 37%  left 0:20"
@@ -320,13 +437,16 @@ def test_plain_lines_after_a_resume_and_of_everything_else() -> None:
     seconds = {"rollout": 2.0, "total": 2.0}
     lines = plain(
         [
+            (0, StageStarted("startup", "reading quick.yaml")),
             (0, CheckpointSkipped(Path("step-9"), "weights.bin is missing")),
+            (1, StageStarted("startup", "loading base")),
             (1, replace(START, resumed_at=6)),
             (1, StageStarted("rollout", "math", 256, "responses")),
             (2, StageProgress(8)),
             (20, StageProgress(64)),
             (21, update(7)),
             (22, update(8)),
+            (22, StopRequested("SIGTERM")),
             (23, CheckpointSaved(8, Path("step-8"))),
             (24, Note("something [bold]odd\nhere")),
             (25, StageStarted("export", "the student")),
@@ -335,14 +455,17 @@ def test_plain_lines_after_a_resume_and_of_everything_else() -> None:
         ]
     )
     lines = [untimed(line) for line in lines]
-    assert lines[:3] == [
+    assert lines[:6] == [
         "warning: skipped step-9: weights.bin is missing",
-        "quick: 30 updates (cold_start 10, merge 20), resumes after update 6; teachers math, sort; "
-        "output runs/quick",
+        "startup loading base",
+        "run quick, 30 updates (cold_start 10, merge 20), to runs/quick",
+        "teachers math, sort",
+        "resumes after update 6 of 30",
         "rollout math 64/256 responses",
     ]
-    assert lines[3].startswith("update 7/30  cold_start  loss 0.1429  reward 0.50")
-    assert lines[4:8] == [
+    assert lines[6].startswith("update 7/30  cold_start  loss 0.1429  reward 0.50")
+    assert lines[7:12] == [
+        "SIGTERM: stopping as soon as possible, with a checkpoint of the updates made.",
         "saved step-8",
         "note: something [bold]odd here",
         "export the student",

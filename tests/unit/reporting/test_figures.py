@@ -35,8 +35,8 @@ from mergeopd.reporting.figures import (
 )
 from mergeopd.reporting.jsonl import UpdateRecord, update_record
 from mergeopd.reporting.page.curves import build_curves
-from mergeopd.reporting.tensorboard import scalars
 from mergeopd.reporting.terminal.plain import PlainReporter
+from mergeopd.reporting.trackers.values import update_values
 
 OBJECTIVES = Path(__file__).parents[3] / "docs" / "objectives.md"
 UPDATE = UpdateDone(
@@ -56,11 +56,11 @@ def test_the_terms_of_recipe_kernel_and_display_agree() -> None:
 
 
 @pytest.mark.parametrize("key", MEASURES)
-def test_a_measure_has_one_name_in_metrics_terminal_page_and_tensorboard(key: str) -> None:
+def test_a_measure_has_one_name_in_metrics_terminal_page_and_trackers(key: str) -> None:
     title, column = MEASURES[key].title, MEASURES[key].column
     event = replace(UPDATE, teachers={"math": TeacherStats(4, {key: 0.25}, 0.0625)})
     assert update_record(event)["teachers"]["math"][key] == 0.25
-    assert dict(scalars(event))[f"teacher_{key}/math"] == 0.25
+    assert update_values(UpdateRecord.of(event))[f"teacher_{key}/math"] == 0.25
     charts = {chart.figure.title: chart for chart in build_curves([UpdateRecord.of(event)]).charts}
     assert charts[title].series[0].values == (0.25,)
     console = Console(file=io.StringIO(), width=300)

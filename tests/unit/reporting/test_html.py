@@ -231,7 +231,7 @@ def test_accuracies_during_the_run_are_charted_between_base_and_expert(folder: P
 
 
 def test_without_accuracies_the_page_says_how_to_get_them(folder: Path) -> None:
-    assert "evaluation: {every: 20}" in page_of(folder).text
+    assert "evaluation: {interim: {every: 20}}" in page_of(folder).text
 
 
 def test_a_divergence_is_charted_over_its_phases_and_on_a_logarithmic_axis_over_a_decade() -> None:
@@ -474,6 +474,7 @@ def three(change: Callable[[list[str]], None]) -> str:
         ("rollouts/samples.jsonl", None, "rollouts/samples.jsonl is missing or empty: no responses can be shown"),
         ("result.json", None, "result.json is missing: the evaluation is running, or `mergeopd run` resumes with it"),
         ("result.json", "{", "result.json is damaged: the result cannot be shown; `mergeopd eval` measures again"),
+        ("result.json", '{"domains": {}}', "result.json is of another version of mergeopd: the result cannot be shown; `mergeopd eval` measures again"),
     ],
 )  # fmt: skip
 def test_a_damaged_folder_is_shown_in_part_with_notes(

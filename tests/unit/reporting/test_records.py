@@ -38,7 +38,7 @@ UPDATE = UpdateDone(
         "sort": TeacherStats(200, {"reverse_kl": 0.25}, -0.125, 0.5),
         "math": TeacherStats(400, {"reverse_kl": math.nan, "forward_kl": 0.75}, 0.0625),
     },
-    domains={"math": DomainStats(4, 400, 100.0, 2 / 3, 0.75, 1.5, 0.9, 0.25, 0.5, 0.88)},
+    domains={"math": DomainStats(4, 400, 100.0, 2 / 3, 0.75, 1.5, 0.9, 0.25, 0.5, 0.88, 0.125)},
     seconds={"update": 2.0, "rollout": 1.0, "text": 30.0},
     teacher_bytes_read=4096,
     peak_memory_bytes=2**30,
@@ -70,7 +70,7 @@ def test_a_line_holds_every_figure_once_and_costs_apart(tmp_path: Path) -> None:
         },
         "domains": {"math": {"num_rollouts": 4, "num_tokens": 400, "mean_length": 100.0, "token_share": 2 / 3,
                              "weight": 0.75, "loss_share": 0.88, "nll": 1.5, "entropy_S": 0.9, "reward": 0.5,
-                             "truncated_fraction": 0.25}},
+                             "truncated_fraction": 0.25, "repetition": 0.125}},
         "policy": {"corrected_fraction": 0.125, "clipped_fraction": 0.0, "importance_weight": 0.9,
                    "rollout_logprob_gap": 0.01, "rollout_logprob_gap_max": 0.5, "zero_advantage_fraction": None},
         "verifier_failures": {"code": 2},
@@ -131,7 +131,10 @@ def test_result_file(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == json.loads(json.dumps(asdict(result)))
     assert read_result(path) == result
     path.write_text("{}")
-    with pytest.raises(ValueError, match="7 validation errors"):
+    with pytest.raises(ValueError, match=r"^is of another version of mergeopd$"):
+        read_result(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"^is damaged$"):
         read_result(path)
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="cannot write"):

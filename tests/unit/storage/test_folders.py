@@ -19,7 +19,10 @@ from mergeopd.errors import StorageError
 from mergeopd.storage.folders import (
     FORMAT,
     MANIFEST,
+    MODEL_CARD,
     atomic_folder,
+    copy_folder,
+    keep_only,
     newest_valid,
     prune,
     set_aside,
@@ -284,6 +287,10 @@ def test_a_failing_disk_is_reported_and_leaves_no_files(
     assert str(caught.value).endswith("then run the same command again")
     with pytest.raises(StorageError, match=r"cannot write .*result.json"):
         write_atomic(tmp_path / "result.json", "new")
+    with pytest.raises(StorageError) as caught:
+        write_atomic(tmp_path / "kept.jsonl", "new", "text_cache")
+    assert "`output`" not in str(caught.value)
+    assert "`output`" not in told or told.replace("`output`", "`text_cache`") in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     assert (tmp_path / "result.json").read_text() == "old"
 
@@ -332,3 +339,46 @@ def test_write_atomic_replaces_and_makes_folders(tmp_path: Path) -> None:
     write_atomic(path, "zwölf\n")
     assert path.read_bytes() == "zwölf\n".encode()
     assert os.listdir(path.parent) == ["result.json"]
+
+
+def test_only_wanted_numbers_are_kept(tmp_path: Path) -> None:
+    assert keep_only(tmp_path / "best", [1]) is None
+    for number in (2, 4, 7, 9):
+        make(tmp_path / f"step-{number}")
+    (tmp_path / "step-7" / "manifest.json").unlink()
+    assert keep_only(tmp_path, {2, 4, 7}) == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-2", "step-4", "step-7.broken"]
+    (tmp_path / "copy").mkdir()
+    copy_folder(tmp_path / "step-4", tmp_path / "copy")
+    files = {path.name for path in (tmp_path / "step-4").iterdir()}
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == files - {"manifest.json"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_permissions_follow_the_umask(tmp_path: Path, umask: int) -> None:
+    """safetensors creates files that only their owner can read."""
+    numpy = pytest.importorskip("safetensors.numpy")
+    import numpy as np
+
+    before = os.umask(umask)
+    try:
+        with atomic_folder(tmp_path / "export") as folder:
+            numpy.save_file({"w": np.zeros(3)}, folder / "model.safetensors")
+            (folder / "parts").mkdir()
+            numpy.save_file({"w": np.zeros(3)}, folder / "parts" / "model.safetensors")
+        write_atomic(tmp_path / "result.json", "{}")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "export", *tmp_path.rglob("*")):
+        wanted = (0o777 if path.is_dir() else 0o666) & ~umask
+        assert oct(path.stat().st_mode & 0o777) == oct(wanted), path
+
+
+def test_a_model_card_may_be_edited(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "export") as folder:
+        for name in (MODEL_CARD, "config.json"):
+            (folder / name).write_text("{}")
+    (tmp_path / "export" / MODEL_CARD).write_text("# My model")
+    assert verify(tmp_path / "export") is None
+    (tmp_path / "export" / "config.json").write_text("[]")
+    assert verify(tmp_path / "export") == "config.json is damaged: its SHA-256 differs from the manifest's"

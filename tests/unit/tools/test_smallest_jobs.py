@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -222,6 +223,16 @@ def test_runs_beside_each_other(
     assert "Recovered headroom in %" in printed
     exports = [folder.parent.name for folder in (tmp_path / "runs").glob("*/export")]
     assert len(exports) == {"run_controls": 1, "compare_objectives": 2}[name]
+
+
+def test_plant_failures(
+    project: Path, tmp_path: Path, call: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = load("plant_failures")
+    for name, value in {"RECIPE": project, "METHODS": (), "UPDATES": 4, "PROMPTS": 3}.items():
+        monkeypatch.setattr(tool, name, value)
+    printed = call(tool, "--only", "teacher_is_student", "--output", tmp_path)
+    assert re.search(r"teacher_is_student +│ +4 +│ +yes +│ .*identical_teacher 1 \(1\)", printed)
 
 
 @pytest.mark.long

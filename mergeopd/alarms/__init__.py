@@ -1,0 +1,1 @@
+"""Alarms: signs in the figures of a run that it goes wrong."""

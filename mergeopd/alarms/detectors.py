@@ -1,0 +1,385 @@
+"""Detectors of signs in the figures of updates. They keep state, and neither read files nor stop anything.
+
+A detector looks at one update after the other and returns, for every subject (a domain, a teacher, "" for
+the run) that it can judge at this update, its finding, or None where all is well. `watch.py` decides when a
+sign becomes an alarm.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import Protocol
+
+from mergeopd.recipe.alarms import (
+    DeadDomain,
+    DivergenceRising,
+    EntropyCollapse,
+    GradientSpike,
+    IdenticalTeacher,
+    LengthCollapse,
+    MismatchedTeacher,
+    NoColdStart,
+    Repetition,
+    RolloutGap,
+    StarvedDomain,
+    Truncation,
+    ZeroGradient,
+)
+from mergeopd.recipe.plan import Plan
+from mergeopd.reporting.figures import MEASURES
+from mergeopd.reporting.jsonl import Numbers, UpdateRecord
+
+Signs = Mapping[str, str | None]
+NO_SIGNS: Signs = {}
+_MEMORY = 0.25  # weight of the newest value in a running mean: about the last four updates
+_SPIKE_WINDOW = 32
+_FEWEST = 8  # earlier gradient norms, for a median
+_PROMPTS_PER_DOMAIN = 10  # fewer could be missing by chance
+
+
+class Detector(Protocol):
+    """Judges updates in order."""
+
+    def look(self, record: UpdateRecord) -> Signs:
+        """Return the finding by subject, None where all is well; subjects without figures are left out."""
+
+
+def divergence(numbers: Numbers) -> float | None:
+    """Return a teacher's first divergence or its bridge's measure; None without one."""
+    return next((numbers[key] for key in MEASURES if key in numbers), None)
+
+
+@dataclass
+class _RunningMean:
+    value: float | None = None
+
+    def add(self, new: float) -> float:
+        self.value = new if self.value is None else (1 - _MEMORY) * self.value + _MEMORY * new
+        return self.value
+
+
+@dataclass
+class ZeroGradientDetector:
+    settings: ZeroGradient
+
+    def look(self, record: UpdateRecord) -> Signs:
+        norm, below = record.grad_norm, self.settings.below
+        if norm is None:
+            return NO_SIGNS
+        return {"": f"gradient norm {norm:.2g} (limit {below:g})" if norm < below else None}
+
+
+@dataclass
+class GradientSpikeDetector:
+    settings: GradientSpike
+    _earlier: deque[float] = field(default_factory=lambda: deque(maxlen=_SPIKE_WINDOW))
+    _phase: str = ""
+
+    def look(self, record: UpdateRecord) -> Signs:
+        if record.phase != self._phase:
+            self._phase = record.phase
+            self._earlier.clear()
+        norm = record.grad_norm
+        if norm is None:
+            return NO_SIGNS
+        usual = median(self._earlier) if len(self._earlier) >= _FEWEST else 0.0
+        self._earlier.append(norm)
+        limit = self.settings.factor * usual
+        finding = f"gradient norm {norm:.3g}, usually {usual:.3g} (limit {limit:.3g})"
+        return {"": finding if 0.0 < limit < norm else None}
+
+
+@dataclass
+class DivergenceRisingDetector:
+    """Compares a running mean with its minimum, of one phase and one share of the student's responses.
+
+    Where the student generates all text, the negated log-prob gap estimates the reverse KL, and is judged,
+    too: a divergence over a part of the vocabulary can fall while the student leaves that part.
+    """
+
+    settings: DivergenceRising
+    teachers: Collection[str]
+    _means: defaultdict[tuple[str, str], _RunningMean] = field(
+        default_factory=lambda: defaultdict(_RunningMean)
+    )
+    _lowest: dict[tuple[str, str], float] = field(default_factory=dict)
+    _started: tuple[str, float] = ("", 0.0)
+
+    def look(self, record: UpdateRecord) -> Signs:
+        phase, fraction = self._started
+        now = record.on_policy_fraction or 0.0
+        if record.phase != phase or now > fraction + 0.1:
+            # The student's own responses have another divergence than text of others.
+            self._started = record.phase, now
+            self._means.clear()
+            self._lowest.clear()
+        signs: dict[str, str | None] = {}
+        for name, numbers in record.teachers.items():
+            if name in self.teachers:
+                gap = numbers.get("logprob_gap")
+                values = {"divergence": divergence(numbers)}
+                if now == 1.0 and gap is not None:
+                    values["estimated reverse KL (-log-prob gap)"] = -gap
+                known = {what: value for what, value in values.items() if value is not None}
+                findings = [self._finding(name, what, value) for what, value in known.items()]
+                if findings:
+                    signs[name] = next((finding for finding in findings if finding is not None), None)
+        return signs
+
+    def _finding(self, name: str, what: str, value: float) -> str | None:
+        mean = self._means[name, what].add(value)
+        lowest = self._lowest[name, what] = min(mean, self._lowest.get((name, what), mean))
+        limit = max(self.settings.factor * lowest, lowest + self.settings.margin)
+        finding = f"{what} {mean:.3g}, at its lowest {lowest:.3g} (limit {limit:.3g})"
+        return finding if mean > limit else None
+
+
+@dataclass
+class EntropyCollapseDetector:
+    settings: EntropyCollapse
+    teachers_of: Mapping[str, Collection[str]]
+
+    def look(self, record: UpdateRecord) -> Signs:
+        signs: dict[str, str | None] = {}
+        for domain, numbers in record.domains.items():
+            own = [divergence(record.teachers[t]) for t in self.teachers_of[domain] if t in record.teachers]
+            known = [value for value in own if value is not None]
+            entropy = numbers.get("entropy_S")
+            if entropy is None or not known:
+                continue
+            finding = f"student entropy {entropy:.2g} nats (limit {self.settings.below:g})"
+            finding += f" at a divergence of {max(known):.2g}"
+            is_certain = entropy < self.settings.below and max(known) > self.settings.divergence
+            signs[domain] = finding if is_certain else None
+        return signs
+
+
+@dataclass
+class LengthCollapseDetector:
+    """Compares the length of responses that ended by themselves with the longest running mean of it."""
+
+    settings: LengthCollapse
+    max_new_tokens: int
+    _means: defaultdict[str, _RunningMean] = field(default_factory=lambda: defaultdict(_RunningMean))
+    _longest: dict[str, float] = field(default_factory=dict)
+
+    def look(self, record: UpdateRecord) -> Signs:
+        signs: dict[str, str | None] = {}
+        for domain, numbers in record.domains.items():
+            length, truncated = numbers.get("mean_length"), numbers.get("truncated_fraction")
+            if length is None or truncated is None or truncated > 0.5:
+                continue
+            finished = max(0.0, (length - truncated * self.max_new_tokens) / (1.0 - truncated))
+            longest = self._longest.get(domain, 0.0)
+            limit = self.settings.fraction * longest
+            self._longest[domain] = max(longest, self._means[domain].add(finished))
+            finding = f"responses of {finished:.3g} tokens, before {longest:.3g} (limit {limit:.3g})"
+            signs[domain] = finding if finished < limit else None
+        return signs
+
+
+@dataclass
+class HighShareDetector:
+    """Finds a share of a domain's responses or tokens that is high for a while and does not fall."""
+
+    settings: Truncation | Repetition
+    key: str
+    what: str
+    _recent: defaultdict[str, deque[float]] = field(default_factory=lambda: defaultdict(deque))
+
+    def look(self, record: UpdateRecord) -> Signs:
+        signs: dict[str, str | None] = {}
+        number, limit = self.settings.updates, self.settings.share
+        for domain, numbers in record.domains.items():
+            value = numbers.get(self.key)
+            if value is None:
+                continue
+            recent = self._recent[domain]
+            recent.append(value)
+            if len(recent) > number:
+                recent.popleft()
+            half = number // 2
+            is_high = len(recent) == number and min(recent) >= limit
+            falls = is_high and half and fmean(list(recent)[-half:]) < fmean(list(recent)[:half]) - 0.05
+            finding = f"{value:.0%} of {self.what} (limit {limit:.0%}) for {number} updates"
+            if not falls:
+                signs[domain] = finding if is_high else None
+        return signs
+
+
+@dataclass
+class DeadDomainDetector:
+    """Counts graded responses since the mean reward of an update was positive, or changed."""
+
+    settings: DeadDomain
+    domains: Collection[str]
+    _counts: dict[str, float] = field(default_factory=dict)
+    _last: dict[str, float] = field(default_factory=dict)
+
+    def look(self, record: UpdateRecord) -> Signs:
+        signs: dict[str, str | None] = {}
+        for domain, numbers in record.domains.items():
+            reward, number = numbers.get("reward"), numbers.get("num_rollouts")
+            if domain not in self.domains or reward is None or number is None:
+                continue
+            is_dead = reward <= 0.0 and self._last.get(domain, reward) == reward
+            self._last[domain] = reward
+            graded = number * (record.on_policy_fraction or 0.0)  # others' responses have no reward
+            self._counts[domain] = self._counts.get(domain, 0.0) + graded if is_dead else 0.0
+            count, limit = self._counts[domain], self.settings.responses
+            finding = f"reward {reward:g} in {count:.0f} responses in a row (limit {limit})"
+            signs[domain] = finding if count >= limit else None
+        return signs
+
+
+@dataclass
+class StarvedDomainDetector:
+    """Measures each domain's share of the summed token weights, over enough updates to contain all."""
+
+    settings: StarvedDomain
+    domains: Collection[str]
+    _recent: deque[Mapping[str, tuple[float, float]]] = field(default_factory=deque)
+
+    def look(self, record: UpdateRecord) -> Signs:
+        if len(self.domains) < 2:
+            return NO_SIGNS
+        mass = {
+            name: (
+                n.get("num_rollouts") or 0.0,
+                (n.get("token_share") or 0.0) * (n.get("weight") or 0.0),
+            )
+            for name, n in record.domains.items()
+        }
+        recent = self._recent
+        recent.append(mass)
+        needed = _PROMPTS_PER_DOMAIN * len(self.domains)
+        sizes = [sum(rollouts for rollouts, _ in one.values()) for one in recent]
+        while len(recent) > self.settings.updates and sum(sizes[1:]) >= needed:
+            recent.popleft()
+            sizes.pop(0)
+        if len(recent) < self.settings.updates or sum(sizes) < needed:
+            return NO_SIGNS
+        totals = {d: sum(one[d][1] for one in recent if d in one) for d in self.domains}
+        whole, limit = sum(totals.values()), self.settings.share / len(self.domains)
+        if not whole:
+            return NO_SIGNS
+        return {
+            domain: f"{total / whole:.1%} of the loss's weight in {len(recent)} updates (limit {limit:.1%})"
+            if total / whole < limit
+            else None
+            for domain, total in totals.items()
+        }
+
+
+@dataclass
+class RolloutGapDetector:
+    settings: RolloutGap
+
+    def look(self, record: UpdateRecord) -> Signs:
+        gap, limit = record.policy.get("rollout_logprob_gap"), self.settings.nats
+        if gap is None:
+            return NO_SIGNS
+        finding = f"rollout and training log-probs differ by {gap:.2g} nats per token (limit {limit:g})"
+        return {"": finding if gap > limit else None}
+
+
+@dataclass
+class IdenticalTeacherDetector:
+    """Looks at the run's first update, whose figures are of the student before any change."""
+
+    settings: IdenticalTeacher
+    teachers: Collection[str]
+
+    def look(self, record: UpdateRecord) -> Signs:
+        if record.update > 1:
+            return NO_SIGNS
+        limit = self.settings.below
+        signs: dict[str, str | None] = {}
+        for name in record.teachers.keys() & set(self.teachers):
+            value = divergence(record.teachers[name])
+            if value is not None:
+                is_same = abs(value) < limit
+                signs[name] = (
+                    f"divergence {value:.1g} before the first update (limit {limit:g})" if is_same else None
+                )
+        return signs
+
+
+@dataclass
+class FirstGapDetector:
+    """Judges the log-prob gap in the first updates, on text of others or on the student's own.
+
+    `is_far` is the condition of a gap (log p of teacher minus student). Later updates are all well, so that
+    the alarm clears.
+    """
+
+    settings: MismatchedTeacher | NoColdStart
+    teachers: Collection[str]
+    on_policy_fraction: float
+    is_far: Callable[[float], bool]
+    limit: str
+    _seen: int = 0
+
+    def look(self, record: UpdateRecord) -> Signs:
+        is_kind = record.on_policy_fraction == self.on_policy_fraction
+        if not is_kind or self._seen >= self.settings.updates or (not self._seen and self._is_late(record)):
+            return NO_SIGNS
+        self._seen += 1
+        gaps = {name: record.teachers[name].get("logprob_gap") for name in record.teachers}
+        return {
+            name: f"log-prob gap {gap:+.2g} nats per token (limit {self.limit})" if self.is_far(gap) else None
+            for name, gap in gaps.items()
+            if name in self.teachers and gap is not None
+        }
+
+    def _is_late(self, record: UpdateRecord) -> bool:
+        """Whether a comparison with others' text would be of a student that has been trained."""
+        return self.on_policy_fraction == 0.0 and record.update > 1
+
+
+def detectors_of(plan: Plan) -> dict[str, Detector]:
+    """Return the detectors of a plan's alarms, by name."""
+    alarms = plan.alarms
+    domains = sorted({source.domain for source in plan.sources})
+    experts = [name for name, teacher in plan.teachers.items() if teacher.student is None]
+    of_domain = {d: sorted({t for s in plan.sources if s.domain == d for t in s.teachers}) for d in domains}
+    # A domain whose only teacher is the student itself need not improve, unless it has an outcome term.
+    has_outcome = any(phase.loss.outcome is not None for phase in plan.phases)
+    learning = [d for d in domains if has_outcome or any(t in experts for t in of_domain[d])]
+    mismatch, cold = alarms.mismatched_teacher, alarms.no_cold_start
+    return {
+        "zero_gradient": ZeroGradientDetector(alarms.zero_gradient),
+        "gradient_spike": GradientSpikeDetector(alarms.gradient_spike),
+        "divergence_rising": DivergenceRisingDetector(alarms.divergence_rising, experts),
+        "entropy_collapse": EntropyCollapseDetector(
+            alarms.entropy_collapse, {d: [t for t in own if t in experts] for d, own in of_domain.items()}
+        ),
+        "length_collapse": LengthCollapseDetector(alarms.length_collapse, plan.rollout.max_new_tokens),
+        "truncation": HighShareDetector(
+            alarms.truncation, "truncated_fraction", "responses end at the length limit"
+        ),
+        "repetition": HighShareDetector(
+            alarms.repetition, "repetition", "4-grams occurred earlier in their response"
+        ),
+        "dead_domain": DeadDomainDetector(alarms.dead_domain, learning),
+        "starved_domain": StarvedDomainDetector(alarms.starved_domain, domains),
+        "rollout_gap": RolloutGapDetector(alarms.rollout_gap),
+        "identical_teacher": IdenticalTeacherDetector(alarms.identical_teacher, experts),
+        "mismatched_teacher": FirstGapDetector(
+            mismatch,
+            experts,
+            on_policy_fraction=0.0,
+            is_far=lambda gap: abs(gap) > mismatch.nats,
+            limit=f"+-{mismatch.nats:g}",
+        ),
+        "no_cold_start": FirstGapDetector(
+            cold,
+            experts,
+            on_policy_fraction=1.0,
+            is_far=lambda gap: gap < -cold.nats,
+            limit=f"-{cold.nats:g}",
+        ),
+    }

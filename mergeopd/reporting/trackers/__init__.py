@@ -1,0 +1,1 @@
+"""Experiment trackers: W&B, MLflow, Trackio and TensorBoard behind one reporter."""

@@ -1,0 +1,264 @@
+"""Alarms from streams of figures: one stream for every alarm, once, again after it cleared, over a resume."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+from results import result_of
+
+from mergeopd.alarms.texts import TEXTS
+from mergeopd.alarms.watch import AlarmWatch
+from mergeopd.recipe.alarms import ALARMS
+from mergeopd.recipe.plan import Plan
+from mergeopd.recipe.resolve import read
+from mergeopd.reporting.events import (
+    AccuracyMeasured,
+    AlarmRaised,
+    DomainStats,
+    Event,
+    PolicyStats,
+    RunStarted,
+    TeacherStats,
+    UpdateDone,
+)
+from mergeopd.reporting.jsonl import UpdateRecord, update_record
+from mergeopd.reporting.result import Estimate
+from mergeopd.storage.metrics import json_text
+
+DOMAINS = ("chat", "code", "math")
+HEALTHY = DomainStats(10, 300, 30.0, 1 / 3, 1.0, 0.5, 0.6, 0.1, 0.4, 1 / 3, 0.05)
+TEACHER = TeacherStats(300, {"reverse_kl": 0.8}, -0.8, 0.4)
+POLICY = PolicyStats(0.0, 0.0, 1.0, 0.001, 0.1)
+START = RunStarted("run", "r.yaml", 100, (("merge", 100),), DOMAINS, DOMAINS, Path("run"))
+UPDATES = TypeAdapter(UpdateRecord)
+
+
+@pytest.fixture
+def plan(project: Path) -> Plan:
+    plan = read(project / "recipes" / "merge.yaml").plan
+    assert plan is not None
+    return plan
+
+
+class Kept:
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+
+    @property
+    def alarms(self) -> list[tuple[int, str, str]]:
+        return [(e.update, e.name, e.subject) for e in self.events if isinstance(e, AlarmRaised)]
+
+
+def update(number: int, **changes: Any) -> UpdateDone:
+    """An update of a healthy run; `domains` and `teachers` replace figures by name, `None` removes one."""
+    own, teachers = changes.pop("domains", {}), changes.pop("teachers", {})
+    event = UpdateDone(
+        update=number,
+        phase="merge",
+        round=number,
+        lr=1e-5,
+        loss=1.0,
+        grad_norm=2.0,
+        num_tokens=900,
+        on_policy_fraction=1.0,
+        teachers={name: replace(TEACHER, **teachers.get(name, {})) for name in DOMAINS},
+        domains={
+            name: replace(HEALTHY, **own.get(name, {})) for name in DOMAINS if own.get(name, {}) is not None
+        },
+        seconds={},
+        policy=POLICY,
+    )
+    return replace(event, **changes)
+
+
+def watched(plan: Plan, events: Sequence[Event], **overlap: int) -> list[tuple[int, str, str]]:
+    kept = Kept()
+    watch = AlarmWatch(plan, overlap, kept)
+    for event in events:
+        watch.emit(event)
+    return kept.alarms
+
+
+def kl(value: float) -> dict[str, Any]:
+    return {"divergence": {"reverse_kl": value}, "logprob_gap": -value}
+
+
+Stream = Callable[[int], UpdateDone]
+BAD: dict[str, tuple[Stream, tuple[int, str]]] = {
+    "zero_gradient": (lambda u: update(u, grad_norm=2.0 if u < 4 else 1e-8), (8, "")),
+    "gradient_spike": (lambda u: update(u, grad_norm=2.0 if u < 10 else 21.0), (12, "")),
+    "divergence_rising": (
+        # The running mean is 0.8 + 2.2 (1 - 0.75^k) after k updates, and above 0.8 + 1 from k = 3.
+        lambda u: update(u, teachers={"code": kl(0.8 if u < 5 else 3.0)}),
+        (11, "code"),
+    ),
+    "entropy_collapse": (
+        lambda u: update(u, domains={"math": {"entropy_S": 0.6 if u < 3 else 1e-4}}),
+        (5, "math"),
+    ),
+    "length_collapse": (lambda u: update(u, domains={"chat": {"mean_length": 30.0 if u < 6 else 9.0}}), (8, "chat")),
+    "truncation": (lambda u: update(u, domains={"math": {"truncated_fraction": 0.6}}), (6, "math")),
+    "repetition": (lambda u: update(u, domains={"math": {"repetition": 0.9}}), (6, "math")),
+    "dead_domain": (lambda u: update(u, domains={"code": {"reward": 0.0}}), (30, "code")),
+    "starved_domain": (lambda u: update(u, domains={"chat": {"weight": 0.05}}), (5, "chat")),
+    "rollout_gap": (lambda u: update(u, policy=replace(POLICY, rollout_logprob_gap=0.2)), (3, "")),
+    "identical_teacher": (
+        lambda u: update(u, teachers={"math": kl(1e-6 if u == 1 else 0.3)}),
+        (1, "math"),
+    ),
+    "mismatched_teacher": (
+        lambda u: update(u, on_policy_fraction=0.0, teachers={"code": {"logprob_gap": 4.0 if u < 9 else 0.5}}),
+        (2, "code"),
+    ),
+    "no_cold_start": (
+        lambda u: update(u, on_policy_fraction=float(u > 3), teachers={"code": kl(6.0 if u > 3 else 0.8)}),
+        (6, "code"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_each_alarm_is_raised_once_at_its_update(plan: Plan, name: str) -> None:
+    stream, (number, subject) = BAD[name]
+    assert watched(plan, [stream(u) for u in range(1, 40)]) == [(number, name, subject)]
+
+
+def test_healthy_runs_raise_nothing(plan: Plan) -> None:
+    """Noise of 30 %, a base that rambles at first, a rare reward, a phase whose divergence starts higher."""
+    noise = random.Random(0)
+    events = []
+    for u in range(1, 101):
+        value = (0.4 if u < 20 else 2.0 if u < 40 else 0.3) * noise.uniform(0.7, 1.3)
+        rambling = max(0.0, 1.0 - u / 10)
+        own = {
+            "truncated_fraction": rambling,
+            "repetition": rambling,
+            "mean_length": 64 * rambling + 30 * (1 - rambling),
+            "reward": float(u % 15 == 0) / 10,
+        }
+        phase = {"phase": "merge" if u >= 20 else "cold_start", "on_policy_fraction": float(u >= 20)}
+        grad = 2.0 * noise.uniform(0.3, 3.0)
+        teachers = {name: kl(value) for name in DOMAINS}
+        events.append(
+            update(u, grad_norm=grad, domains=dict.fromkeys(DOMAINS, own), teachers=teachers, **phase)
+        )
+    assert watched(plan, events) == []
+
+
+def test_an_alarm_comes_back_after_it_cleared(plan: Plan) -> None:
+    def is_dead(u: int) -> bool:
+        return u <= 12 or 16 <= u <= 20 or u >= 31  # the second gap is long enough
+
+    events = [update(u, grad_norm=0.0 if is_dead(u) else 1.0) for u in range(1, 41)]
+    assert watched(plan, events) == [(5, "zero_gradient", ""), (35, "zero_gradient", "")]
+
+
+def test_a_missing_domain_starves_only_if_enough_prompts_were_drawn(plan: Plan) -> None:
+    few = [update(u, domains={"chat": None, "code": {"num_rollouts": 1}, "math": {"num_rollouts": 1}}) for u in range(1, 16)]  # fmt: skip
+    assert watched(plan, few[:14]) == []
+    assert watched(plan, few) == [(15, "starved_domain", "chat")]
+
+
+def test_a_resume_restores_what_was_seen(plan: Plan) -> None:
+    """Split at every update, files and later events raise what an uninterrupted run raises."""
+
+    def stream(u: int) -> UpdateDone:
+        dead, spike = {"reward": 0.0}, 2.0 if u % 18 < 12 else 50.0
+        return update(
+            u, grad_norm=spike, domains={"code": dead}, teachers={"math": kl(0.5 + max(0, u - 12) / 4)}
+        )
+
+    events = [stream(u) for u in range(1, 41)]
+    whole = watched(plan, events)
+    assert {name for _, name, _ in whole} == {"gradient_spike", "dead_domain", "divergence_rising"}
+    for split in range(0, 41, 4):
+        first = Kept()
+        before = AlarmWatch(plan, {}, first)
+        for event in events[:split]:
+            before.emit(event)
+        lines = [UPDATES.validate_json(json_text(update_record(event))) for event in events[:split]]
+        kept = Kept()
+        watch = AlarmWatch(plan, {}, kept)
+        watch.replay(lines, (), [e for e in first.events if isinstance(e, AlarmRaised)])
+        for event in events[split:]:
+            watch.emit(event)
+        assert first.alarms + kept.alarms == whole
+        assert {(s.name, s.subject) for s in watch.summaries} == {(n, s) for _, n, s in whole}
+
+
+def test_actions(plan: Plan) -> None:
+    events = [BAD["zero_gradient"][0](u) for u in range(1, 20)]
+    off = plan.model_copy(update={"alarms": plan.alarms.model_copy(update={"action": "off"})})
+    assert watched(off, events) == []
+    own = plan.alarms.zero_gradient.model_copy(update={"action": "stop", "updates": 2})
+    stops = plan.model_copy(update={"alarms": plan.alarms.model_copy(update={"zero_gradient": own})})
+    watch = AlarmWatch(stops, {}, Kept())
+    reasons = []
+    for event in events:
+        watch.emit(event)
+        reasons.append(watch.take_stop())
+    assert reasons == [None] * 4 + ["zero_gradient"] + [None] * 14
+    watch = AlarmWatch(plan, {}, Kept())
+    for event in events:
+        watch.emit(event)
+    assert watch.take_stop() is None
+
+
+def test_inputs_and_evaluations_raise_alarms(plan: Plan) -> None:
+    def measured(u: int, **values: float) -> AccuracyMeasured:
+        return AccuracyMeasured(
+            u, {n: Estimate(v, max(0.0, v - 0.1), v + 0.1) for n, v in values.items()}, {"code": 50}
+        )
+
+    events = [
+        START,
+        measured(0, math=0.5, code=0.0),
+        measured(10, math=0.35, code=0.2),  # intervals overlap
+        measured(20, math=0.2, code=0.0),
+    ]
+    assert watched(plan, events, eval_math=3, eval_code=0) == [
+        (0, "overlap", "eval_math"),
+        (20, "below_base", "math"),
+        (20, "dead_domain", "code"),
+    ]
+
+
+def test_the_result_is_judged_and_names_all_alarms(plan: Plan) -> None:
+    kept = Kept()
+    watch = AlarmWatch(plan, {"eval_math": 2}, kept)
+    watch.emit(START)
+    accuracies = {
+        "math": {"base": 0.4, "expert/math": 0.9, "merged": 0.2},
+        "code": {"base": 0.5, "expert/code": 0.5, "merged": 0.6},
+        "chat": {"base": 0.0, "expert/chat": 0.7, "merged": 0.0},
+    }
+    result = watch.judge(result_of(accuracies))
+    expected = [
+        ("overlap", "eval_math"),
+        ("below_base", "math"),
+        ("weak_teacher", "code"),
+        ("dead_domain", "chat"),
+    ]
+    assert [(a.name, a.subject) for a in result.alarms] == expected
+    assert [a.update for a in result.alarms] == [0, 100, 100, 100]
+    assert "-20.0 points" in result.alarms[1].finding
+    assert watch.judge(result).alarms == result.alarms  # as after an interrupted evaluation
+    assert len(kept.alarms) == 4
+
+
+def test_every_alarm_has_a_text_and_a_section_in_the_documents() -> None:
+    assert set(TEXTS) == set(ALARMS)
+    page = (Path(__file__).parents[3] / "docs" / "alarms.md").read_text(encoding="utf-8")
+    assert [name for name in ALARMS if f"| `{name}` |" not in page] == []
+    line = json.loads(json_text(asdict(AlarmRaised(3, "overlap", "x", "f", *TEXTS["overlap"], stops=False))))
+    assert line["remedy"] == TEXTS["overlap"][1]
