@@ -288,15 +288,25 @@ def _result(path: Path) -> Result | None:
         raise StorageError(f"{path} {error}; `mergeopd eval` measures again") from error
 
 
-def report(folder: str | Path) -> tuple[Path, tuple[str, ...]]:
-    """Rebuild a run folder's report.html; return its path and notes on missing or damaged files.
+def report(
+    folder: str | Path, *others: str | Path, output: str | Path | None = None
+) -> tuple[Path, tuple[str, ...]]:
+    """Rebuild a run folder's report.html, or compare several; return the page and notes on damaged files.
+
+    Args:
+        folder: the run folder, the first of a comparison.
+        others: run folders that are compared with it.
+        output: the page; default: `report.html` in the folder, `comparison.html` here for several runs.
 
     Raises:
         StorageError: there is no such run folder, it has another format version, or the disk fails.
     """
-    from mergeopd.reporting.page import html
+    from mergeopd.reporting.page import compare, html
 
-    return html.write_report(Path(folder))
+    page = None if output is None else Path(output)
+    if not others:
+        return html.write_report(Path(folder), page)
+    return compare.write_comparison([Path(f) for f in (folder, *others)], page or Path("comparison.html"))
 
 
 class _Listener:

@@ -33,10 +33,11 @@ from mergeopd.loss.cross_tokenizer import Bridge
 from mergeopd.loss.heads import Head
 from mergeopd.models import static_merges
 from mergeopd.models.facts import ModelFacts
+from mergeopd.models.flops import ModelFlops, TrainingFlops
 from mergeopd.models.hf_folder import write_turns
 from mergeopd.models.static_merges import MergeTensors, static_merge
 from mergeopd.preflight.inputs import Inputs
-from mergeopd.preflight.memory import refuse_without_room
+from mergeopd.preflight.memory import peak_bytes, refuse_without_room
 from mergeopd.recipe import baselines
 from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
@@ -172,6 +173,11 @@ def build(
         vocab_size=inputs.vocab_size,
         device=machine.device,
         bytes_read=partial(_bytes_read, teachers, machine),
+        peak_memory=lambda: max(ranks.gather(peak_bytes(machine.device))),
+        flops=TrainingFlops(
+            ModelFlops.read(Path(plan.student.model)),
+            {name: ModelFlops.read(Path(teacher.model)) for name, teacher in plan.teachers.items()},
+        ),
         stages=stages,
     )
     return Trainer(

@@ -230,7 +230,8 @@ class Trainer:
         best = None if self.interim is None else self.interim.best
         if not self.stages.ranks.run_on_first(folder.export.exists):
             what = "the student" if best is None else f"the best student, of update {best},"
-            self._export(folder.export, f"{what} as a Hugging Face folder", best)
+            with clock.stage("export"):
+                self._export(folder.export, f"{what} as a Hugging Face folder", best)
             if self.stages.ranks.is_first:
                 write_model_card(folder.path, folder.export, reporter)
                 prune(folder.best, 1)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
+import numpy as np
 import torch
 
 from mergeopd.batch.micro_batch import MicroBatch
 from mergeopd.batch.records import PreparedUpdate
 from mergeopd.distributed.communicator import Communicator
 from mergeopd.loss.fused import TokenStats
+from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.objective import DistillationObjective
+from mergeopd.loss.observe import top_logits
+from mergeopd.loss.targets import TopK
+from mergeopd.models.causal import response_hidden
 from mergeopd.models.tokenizer import Tokenizer
-from mergeopd.reporting.events import RolloutSampled, TeacherTrace
+from mergeopd.reporting.events import Candidates, RolloutSampled, TeacherTrace
 from mergeopd.types import Rollout
 
 PER_DOMAIN = 2
+NUM_CANDIDATES = 3
 _TIMES = 20
 # The number of tokens that a decoder depends on (spaces between words, bytes of a character).
 _CONTEXT = 8
@@ -59,14 +66,59 @@ def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, ...]:
     return tuple(texts)
 
 
+@dataclass(frozen=True, slots=True)
+class _Top:
+    """The largest logits of a shard of the vocabulary at each trained token, and the log of its mass."""
+
+    ids: list[list[int]]
+    logits: list[list[float]]
+    log_mass: list[float]
+
+    @classmethod
+    def of(cls, target: Hidden | TopK, rows: slice, temperature: float) -> _Top:
+        if isinstance(target, Hidden):
+            parts = top_logits(target.hidden[rows], target.head, NUM_CANDIDATES, temperature=temperature)
+            return cls(*(part.tolist() for part in parts))
+        logprobs, order = target.logprobs[rows].topk(min(NUM_CANDIDATES, target.k), dim=1)
+        return cls(target.ids[rows].gather(1, order).tolist(), logprobs.tolist(), [0.0] * len(order))
+
+
 @dataclass
 class SampleTaker:
     """Collects the statistics of the chosen responses from an update's micro-batches."""
 
     chosen: Collection[int]
     objective: DistillationObjective
+    # By first token id of the shard.
+    _top_S: dict[int, dict[int, _Top]] = field(default_factory=dict, init=False)
+    _top_T: dict[tuple[int, str], dict[int, _Top]] = field(default_factory=dict, init=False)
     _logprob_S: dict[int, tuple[float | None, ...]] = field(default_factory=dict, init=False)
     _teachers: dict[int, dict[str, TeacherTrace]] = field(default_factory=dict, init=False)
+
+    @torch.no_grad()
+    def look_at_student(
+        self, body: torch.nn.Module, head: Head, rollouts: Sequence[Rollout], device: torch.device
+    ) -> None:
+        """Find the student's most probable tokens in the chosen responses, by a pass of their own."""
+        for index in self.chosen:
+            own = rollouts[index]
+            hidden = response_hidden(body, [own.prompt_ids], [own.response_ids], device, [own.trained])
+            everything = slice(0, len(hidden))
+            self._top_S[index] = {0: _Top.of(Hidden(hidden, head), everything, self.objective.temperature)}
+
+    def look_at_teachers(self, micro: MicroBatch) -> None:
+        """Find the teachers' most probable tokens, where a target shows them, before it is released."""
+        end = 0
+        for index, labels in zip(micro.rollouts, micro.labels, strict=True):
+            rows = slice(end, end + len(labels))
+            end = rows.stop
+            if index not in self.chosen:
+                continue
+            for name, target in zip(micro.teachers, micro.targets, strict=True):
+                if isinstance(target, Hidden | TopK):
+                    shard = target.head.vocab.start if isinstance(target, Hidden) else 0
+                    top = _Top.of(target, rows, self.objective.temperature)
+                    self._top_T.setdefault((index, name), {})[shard] = top
 
     def take(self, micro: MicroBatch, prepared: PreparedUpdate, stats: TokenStats) -> None:
         end = 0
@@ -92,9 +144,13 @@ class SampleTaker:
     def together(self, ranks: Communicator) -> None:
         """Gather the statistics of all processes. Collective, if any response was chosen."""
         if self.chosen:
-            for logprob_S, teachers in ranks.gather((self._logprob_S, self._teachers)):
+            own = (self._logprob_S, self._teachers, self._top_S, self._top_T)
+            for logprob_S, teachers, top_S, top_T in ranks.gather(own):
                 self._logprob_S |= logprob_S
                 self._teachers |= teachers
+                self._top_S |= top_S
+                for key, shards in top_T.items():
+                    self._top_T.setdefault(key, {}).update(shards)
 
     def events(
         self,
@@ -108,6 +164,11 @@ class SampleTaker:
         events = []
         for index in sorted(self._logprob_S, key=lambda i: (rollouts[i].prompt.domain, i)):
             rollout, teachers = rollouts[index], self._teachers[index]
+            text_of = _TokenText(tokenizer, int(rollout.prompt_ids[-1]))
+            traces = {
+                name: replace(trace, candidates=_candidates(self._top_T.get((index, name)), rollout, text_of))
+                for name, trace in teachers.items()
+            }
             events.append(
                 RolloutSampled(
                     update=update,
@@ -118,14 +179,44 @@ class SampleTaker:
                     tokens=token_texts(rollout.response_ids.tolist(), tokenizer),
                     logprob_S=self._logprob_S[index],
                     divergence=self.objective.measures[0] if teachers else "",
-                    teachers=teachers,
+                    teachers=traces,
                     reward=rewards[index],
                     origin=rollout.origin,
                     finish=rollout.finish,
                     trained=None if rollout.trained is None else tuple(rollout.trained.tolist()),
+                    reference=rollout.prompt.reference,
+                    candidates=_candidates(self._top_S.get(index), rollout, text_of),
                 )
             )
         return tuple(events)
+
+
+class _TokenText:
+    """Texts of single tokens as they read after `context`: some decoders drop the space of a first token."""
+
+    def __init__(self, tokenizer: Tokenizer, context: int) -> None:
+        self._decode = partial(tokenizer.decode, skip_special_tokens=False)
+        self._context = context
+        self._known: dict[int, str] = {}
+
+    def __getitem__(self, token: int) -> str:
+        if token not in self._known:
+            before = self._decode([self._context])
+            self._known[token] = self._decode([self._context, token])[len(before) :]
+        return self._known[token]
+
+
+def _candidates(shards: Mapping[int, _Top] | None, rollout: Rollout, texts: _TokenText) -> Candidates | None:
+    """Combine the shards of a vocabulary into the most probable tokens of each position."""
+    if shards is None:
+        return None
+    rows: list[tuple[tuple[str, float], ...] | None] = [None] * len(rollout.response_ids)
+    for row, place in enumerate(_places(rollout)):
+        log_mass = float(np.logaddexp.reduce([top.log_mass[row] for top in shards.values()]))
+        pairs = [pair for top in shards.values() for pair in zip(top.logits[row], top.ids[row], strict=True)]
+        best = sorted(pairs, reverse=True)[:NUM_CANDIDATES]
+        rows[place] = tuple((texts[token], float(f"{logit - log_mass:.6g}")) for logit, token in best)
+    return tuple(rows)
 
 
 def _places(rollout: Rollout) -> list[int]:

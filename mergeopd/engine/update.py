@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,25 +22,31 @@ from mergeopd.engine.stages import Stages
 from mergeopd.engine.targets import TeacherTargets
 from mergeopd.engine.update_stats import UpdateStats
 from mergeopd.loss.objective import DistillationObjective
+from mergeopd.models.flops import TrainingFlops
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.recipe.plan import Plan
+from mergeopd.recipe.sources import author
 from mergeopd.reporting.events import UpdateDone
-from mergeopd.student.protocol import Trainable
+from mergeopd.student.protocol import Student
+from mergeopd.types import Rollout
 
 
 @dataclass(frozen=True)
 class Updater:
     """Makes the updates of scored rounds.
 
-    `bytes_read` returns the checkpoint bytes of teachers read so far, over all processes.
+    `bytes_read` returns the checkpoint bytes of teachers read so far, over all processes, `peak_memory` the
+    most bytes that any of them has used.
     """
 
     plan: Plan
-    student: Trainable
+    student: Student
     tokenizer: Tokenizer
     vocab_size: int
     device: torch.device
     bytes_read: Callable[[], int]
+    peak_memory: Callable[[], int]
+    flops: TrainingFlops
     stages: Stages
 
     def step(self, scored: ScoredRound, update: UpdatePlan, progress: Progress) -> Progress:
@@ -58,11 +65,16 @@ class Updater:
             prepared = self.prepare(scored, update, updates_done)
             due = is_due(number, self.plan.num_updates)
             samples = SampleTaker(choose(rollouts, update.rollouts) if due else (), objective)
+            if samples.chosen:
+                with self.student.unsharded() as (body, head):
+                    if self.stages.ranks.is_first:
+                        samples.look_at_student(body, head, rollouts, self.device)
             packs = update.packs[self.student.placement.dp_rank]
             stats = self.accumulate_gradients(objective, prepared, packs, scored.targets, samples, stages)
             stats.refuse_uniform_teachers(self.vocab_size)
             grad_norm = self.student.optimizer_step(lr)
-        num_on_policy = sum(rollouts[i].origin == "student" for i in update.rollouts)
+        own = [rollouts[i] for i in update.rollouts]
+        num_on_policy = sum(rollout.origin == "student" for rollout in own)
         stages.reporter.emit(
             UpdateDone(
                 update=number,
@@ -71,8 +83,8 @@ class Updater:
                 lr=lr,
                 loss=stats.loss,
                 grad_norm=grad_norm,
-                num_tokens=sum(rollouts[i].num_trained for i in update.rollouts),
-                on_policy_fraction=num_on_policy / len(update.rollouts),
+                num_tokens=sum(rollout.num_trained for rollout in own),
+                on_policy_fraction=num_on_policy / len(own),
                 teachers=stats.teachers(scored.targets.views),
                 domains=stats.domains(prepared, collected.rewards),
                 seconds=stages.clock.lap(),
@@ -80,11 +92,28 @@ class Updater:
                 policy=stats.policy(scored.outcomes.zero_advantage_fraction),
                 clip_factor=clip_factor(grad_norm, self.plan.optimizer.clip_grad),
                 verifier_failures=collected.num_failures(update.rollouts),
+                peak_memory_bytes=self.peak_memory(),
+                num_generated=_num_generated(own),
+                flops=self._flops(own, scored),
             )
         )
         for sample in samples.events(number, phase.name, rollouts, collected.rewards, self.tokenizer):
             stages.reporter.emit(sample)
         return replace(progress, update=number)
+
+    def _flops(self, rollouts: Sequence[Rollout], scored: ScoredRound) -> dict[str, float]:
+        """Return the operations that responses cost, by stage; cached texts of teachers count, too."""
+        flops: Counter[str] = Counter()
+        prior_policy = self.plan.needs_prior_policy(scored.collected.phase)
+        for rollout in rollouts:
+            teachers = rollout.teacher_set if scored.targets.spec is not None else ()
+            flops += self.flops.of_training(
+                rollout.num_tokens, rollout.num_trained, teachers, prior_policy=prior_policy
+            )
+            if rollout.origin != "dataset":
+                by = author(rollout.prompt.teachers) if rollout.origin == "teacher" else None
+                flops += self.flops.of_generation(len(rollout.prompt_ids), len(rollout.response_ids), by)
+        return {stage: float(count) for stage, count in flops.items()}
 
     def prepare(self, scored: ScoredRound, update: UpdatePlan, updates_done: int) -> PreparedUpdate:
         """Compute all weights and denominators of an update, after `updates_done` updates of its phase."""
@@ -121,7 +150,10 @@ class Updater:
             for done, pack in enumerate(packs):
                 on_progress(done)
                 own = targets.of(pack) if has_loss else {}
-                yield micro_batch(pack, prepared, own, targets.views, like, with_policy=with_policy)
+                micro = micro_batch(pack, prepared, own, targets.views, like, with_policy=with_policy)
+                if has_loss:
+                    samples.look_at_teachers(micro)
+                yield micro
 
         measured = with_statistics(
             Stream(micro_batches(), len(packs)),
@@ -134,3 +166,10 @@ class Updater:
         stats.together(self.stages.ranks)
         samples.together(self.stages.ranks)
         return stats
+
+
+def _num_generated(rollouts: Sequence[Rollout]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for rollout in rollouts:
+        counts[rollout.origin] += len(rollout.response_ids)
+    return dict(counts)

@@ -70,3 +70,26 @@ def observe(
                 log_tail[tokens] = log_tail_mass(tail) - log_mass[0]
         require_finite(logprob[rows] + entropy[rows], rows, "the logits")
     return Sampled(logprob, entropy) if top_k is None else TopK(ids, logprobs, logprob, entropy, log_tail)
+
+
+@torch.no_grad()
+def top_logits(
+    hidden_ND: Tensor, head: Head, k: int, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the k largest logits of a head, or of a shard of it, at each of N positions, the largest first.
+
+    Returns token ids and tempered logits `[N, k]` (fewer where the head has fewer rows), and the log of the
+    sum of all exponentials `[N]`. The log-probability of a token is its logit minus that sum, which is to be
+    added over the shards.
+    """
+    dtype, num_rows = compute_dtype(hidden_ND), len(head.vocab)
+    model = Projection("observed", head, hidden_ND, temperature, dtype, Workspace())
+    ids, logits, log_mass = [], [], []
+    for rows in slices(0, hidden_ND.shape[0], rows_in_chunk(hidden_ND.device, num_rows, dtype)):
+        block = model.raw_logits(rows)
+        model.finish_logits(block)
+        values, columns = block.topk(min(k, num_rows), dim=1)
+        ids.append(columns + head.vocab.start)
+        logits.append(values)
+        log_mass.append(block.logsumexp(1))
+    return torch.cat(ids), torch.cat(logits), torch.cat(log_mass)

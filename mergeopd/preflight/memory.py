@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -68,6 +70,14 @@ def free_bytes(device: torch.device) -> int:
     import psutil
 
     return int(min(psutil.virtual_memory().available, _free_in_container()))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory that this process has had: on its GPU, or resident with its mapped files."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024  # Linux counts KiB
 
 
 def _free_in_container() -> int | float:

@@ -172,6 +172,9 @@ class UpdateDone(Event):
     share of responses that the student generated. `seconds` maps `rollout`, `teachers`, `update` (and `text`,
     once a phase) to the wall time since the last update, so a round's rollout counts to its first update.
     `teacher_bytes_read` counts from the start of the process; `policy` is None without policy terms.
+    `num_generated` counts the tokens of the update's responses by the origin of the text, `flops` the
+    operations that they cost by stage (`models/flops.py`). `peak_memory_bytes` is the most that any process
+    has had so far: allocated on its GPU, or resident without one.
     `verifier_failures` counts, by source, responses that have no reward because their verifier failed.
     """
 
@@ -187,6 +190,9 @@ class UpdateDone(Event):
     domains: Mapping[str, DomainStats]
     seconds: Mapping[str, float]
     teacher_bytes_read: int = 0
+    peak_memory_bytes: int = 0
+    num_generated: Mapping[str, int] = field(default_factory=dict)
+    flops: Mapping[str, float] = field(default_factory=dict)
     policy: PolicyStats | None = None
     verifier_failures: Mapping[str, int] = field(default_factory=dict)
     clip_factor: float = 1.0
@@ -197,18 +203,24 @@ class UpdateDone(Event):
         return step_s(self.seconds)
 
 
+Candidates = tuple[tuple[tuple[str, float], ...] | None, ...]
+"""A model's most probable tokens with their log-probs, per token of a response; None if not in the loss."""
+
+
 @dataclass(frozen=True, slots=True)
 class TeacherTrace:
     """One teacher's numbers for every token of a response.
 
     `divergence` is the first one of the objective, unweighted; `logprob_T` that of the sampled token.
     Tokens that are not in the loss have no number. `masked` are positions of end tokens that are left out of
-    this teacher's term, because its own end token differs.
+    this teacher's term, because its own end token differs. `candidates` are known where the loss
+    has its distribution over the student's vocabulary, or its top k.
     """
 
     divergence: tuple[float | None, ...]
     logprob_T: tuple[float | None, ...]
     masked: tuple[int, ...] = ()
+    candidates: Candidates | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +231,8 @@ class RolloutSampled(Event):
     spread over several tokens is in the last of them, and the others are empty. `divergence` names the
     values of the traces, "" where the objective has none. Numbers have six significant digits and are those
     of the loss: under its temperature, before the update. `trained` flags the tokens that are in the loss,
-    None where all are; others (of tools, users, the template) have no number.
+    None where all are; others (of tools, users, the template) have no number. `reference` is the prompt's, if
+    it has one; `candidates` are the student's.
 
     Raises:
         ValueError: the numbers of tokens and values differ.
@@ -238,11 +251,15 @@ class RolloutSampled(Event):
     divergence: str
     teachers: Mapping[str, TeacherTrace]
     trained: tuple[bool, ...] | None = None
+    reference: str | None = None
+    candidates: Candidates | None = None
 
     def __post_init__(self) -> None:
         rows: list[tuple[object, ...]] = [self.logprob_S]
-        rows += [self.trained] if self.trained is not None else []
-        rows += [row for trace in self.teachers.values() for row in (trace.divergence, trace.logprob_T)]
+        traces = self.teachers.values()
+        rows += [row for trace in traces for row in (trace.divergence, trace.logprob_T)]
+        optional = [self.trained, self.candidates, *(trace.candidates for trace in traces)]
+        rows += [row for row in optional if row is not None]
         if any(len(row) != len(self.tokens) for row in rows):
             raise ValueError("the numbers of tokens and values differ")
 

@@ -144,6 +144,7 @@ STAGES: Mapping[str, tuple[int, str]] = {
     "interim": (2, "bright_blue"),
     "evaluation": (7, "blue"),
     "checkpoint": (8, "bright_black"),
+    "export": (2, "bright_black"),
     "startup": (1, "bright_black"),
     "other": (9, "bright_black"),
 }

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,14 @@ _ACCURACY = TypeAdapter(AccuracyMeasured)
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The time and memory of an update."""
+    """Time, memory and computation of an update; see `UpdateDone`."""
 
     seconds: Mapping[str, float]
     tokens_per_s: float | None
     teacher_bytes_read: int
+    peak_memory_bytes: int = 0
+    num_generated: Mapping[str, int] = field(default_factory=dict)
+    flops: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,9 @@ class UpdateRecord:
                 seconds=dict(sorted(event.seconds.items())),
                 tokens_per_s=event.num_tokens / event.step_s if event.step_s > 0 else None,
                 teacher_bytes_read=event.teacher_bytes_read,
+                peak_memory_bytes=event.peak_memory_bytes,
+                num_generated=dict(sorted(event.num_generated.items())),
+                flops=dict(sorted(event.flops.items())),
             ),
         )
 

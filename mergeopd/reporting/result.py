@@ -136,6 +136,17 @@ def grade(recovered: float | None) -> str:
     return "good" if recovered >= 0.9 else "fair" if recovered >= 0.5 else "poor"
 
 
+def standing(result: Result) -> Literal["good", "fair", "poor"]:
+    """Return the colour class of a result: poor if the student is below the base in any suite, good if it
+    reaches the expert within noise in all; a difference counts if its interval excludes zero.
+    """
+    rows = result.suites.values()
+    if any(row.over_base.high is not None and row.over_base.high < 0 for row in rows):
+        return "poor"
+    is_short = (row.over_expert is not None and (row.over_expert.high or 0.0) < 0 for row in rows)
+    return "fair" if any(is_short) else "good"
+
+
 def write_result(path: Path, result: Result) -> None:
     """Write `result.json` atomically.
 

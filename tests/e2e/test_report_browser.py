@@ -55,7 +55,7 @@ def run_folder(write_job_in: Callable[..., Path], tmp_path_factory: pytest.TempP
 
 
 def document_of(page: str) -> dict[str, Any]:
-    text = page.split('id="run-data">')[1].split("</script>")[0]
+    text = page.split('id="page-data">')[1].split("</script>")[0]
     document: dict[str, Any] = json.loads(text)
     return document
 
@@ -75,7 +75,7 @@ def test_a_run_leaves_a_report_of_its_own_numbers(run_folder: Path) -> None:
     assert ">finished</span>" in page
 
 
-@pytest.mark.parametrize("width", [360, 1440])
+@pytest.mark.parametrize("width", [390, 1440])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_the_page_works_alone(run_folder: Path, browser: Any, width: int, dark: bool) -> None:
     url = (run_folder / "report.html").as_uri()
@@ -87,6 +87,8 @@ def test_the_page_works_alone(run_folder: Path, browser: Any, width: int, dark: 
         " wait(); })"
     )
     assert browser.evaluate("document.documentElement.scrollWidth") == width  # nothing sticks out
+    browser.evaluate("document.querySelectorAll('details').forEach(e => { e.open = true; })")
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
     background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background == ("rgb(19, 20, 22)" if dark else "rgb(247, 247, 245)")
     small = browser.evaluate(
@@ -103,13 +105,24 @@ def test_the_page_works_alone(run_folder: Path, browser: Any, width: int, dark: 
     assert alphas[-1] > 0.7
 
     # Another update, then a token, then the other theme.
-    browser.evaluate("document.querySelector('[data-tab=\"5\"]').click()")
-    panels = "[...document.querySelectorAll('[data-panel]')].filter(e => e.checkVisibility())"
-    assert browser.evaluate(f"{panels}.map(e => e.dataset.panel)") == ["5", "0"]  # of two domains
-    token = "document.querySelector('[data-panel=\"5\"] .response span')"
+    browser.evaluate(
+        "const at = document.getElementById('at'); at.value = 4; at.dispatchEvent(new Event('input'))"
+    )
+    panels = "[...document.querySelectorAll('[data-update]')].filter(e => e.checkVisibility())"
+    assert browser.evaluate(f"{panels}.map(e => e.dataset.update)") == [
+        "5",
+        "5",
+    ]  # one slider for both domains
+    token = "document.querySelector('[data-update=\"5\"] .response span')"
     browser.evaluate(f"{token}.dispatchEvent(new MouseEvent('mouseover', {{bubbles: true}}))")
     value = browser.evaluate(f"{token}.dataset.v").split()[0]
-    assert f"{value} nats" in browser.evaluate("document.getElementById('tip').innerText")
+    tip = browser.evaluate("document.getElementById('tip').innerText")
+    assert f"{value} nats" in tip
+    # The three candidates of the teacher and the student's, and no line of the token is covered.
+    assert browser.evaluate("document.querySelectorAll('#tip .best div').length") == 6
+    box = "document.getElementById('tip').getBoundingClientRect()"
+    rect = f"{token}.getBoundingClientRect()"
+    assert browser.evaluate(f"{box}.bottom <= {rect}.top || {box}.top >= {rect}.bottom")
     browser.evaluate("document.getElementById('theme').click()")
     assert browser.evaluate("getComputedStyle(document.body).backgroundColor") != background
     browser.evaluate("document.querySelector('[data-series]').click()")
@@ -127,3 +140,36 @@ def test_a_script_that_slips_in_does_not_run_and_nothing_is_fetched(run_folder: 
     browser.show(page.as_uri())
     assert browser.evaluate("window.slipped === undefined")
     assert any("Content Security Policy" in text for text in browser.complaints())
+
+
+def test_all_charts_are_drawn_without_scrolling_and_fill_their_cards_on_paper(
+    run_folder: Path, browser: Any
+) -> None:
+    browser.show((run_folder / "report.html").as_uri(), width=1440, height=600)
+    missing = "document.querySelectorAll('.plot:not(:has(.main-svg))').length"
+    browser.evaluate(
+        f"new Promise(done => {{ const wait = () => {missing} ? setTimeout(wait, 20) : done(); wait(); }})"
+    )
+    browser.evaluate("dispatchEvent(new Event('beforeprint'))")
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    browser.call(
+        "Emulation.setDeviceMetricsOverride", width=718, height=1000, deviceScaleFactor=1, mobile=False
+    )
+    widths = "[...document.querySelectorAll('.plot')].map(e => [e.clientWidth, e.querySelector('.main-svg').clientWidth])"
+    assert all(card == picture for card, picture in browser.evaluate(widths))
+    browser.call("Emulation.setEmulatedMedia", media="")
+
+
+def test_the_numbers_of_a_chart_can_be_downloaded(run_folder: Path, browser: Any, tmp_path: Path) -> None:
+    browser.show((run_folder / "report.html").as_uri())
+    browser.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    browser.evaluate(
+        "document.querySelector('[data-chart=\"run-loss\"]').closest('figure').querySelector('.csv').click()"
+    )
+    file = tmp_path / "run-loss.csv"
+    while not file.exists():  # renamed when it is complete
+        browser.evaluate("new Promise(done => setTimeout(done, 20))")
+    header, *rows = file.read_text().splitlines()
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert header == "update,loss"
+    assert [float(row.split(",")[1]) for row in rows] == [line["loss"] for line in lines]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import shlex
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import cache
@@ -29,70 +29,98 @@ from mergeopd.reporting.events import (
     UpdateDone,
 )
 from mergeopd.reporting.figures import MEASURES, STAGES
-from mergeopd.reporting.page.curves import ACCENT, build_curves
+from mergeopd.reporting.page.cost import cost_of
+from mergeopd.reporting.page.curves import ACCENT, GOOD, SOFT, build_curves
+from mergeopd.reporting.page.evaluated import build_failures
 from mergeopd.reporting.page.responses import LEVELS, build_legends, build_responses
 from mergeopd.reporting.page.run_data import RunData, load_run
-from mergeopd.reporting.result import Estimate, grade
-from mergeopd.reporting.terminal.timing import clock_text, shares
+from mergeopd.reporting.result import Estimate, grade, standing
+from mergeopd.reporting.terminal.timing import clock_text
 from mergeopd.storage import run_layout
 from mergeopd.storage.folders import write_atomic
 from mergeopd.storage.metrics import json_text
 
 _NUM_COLOURS = 10
+_NAMED = {ACCENT: "var(--accent)", SOFT: "var(--soft)", GOOD: "var(--good)"}
 _MIN_PAUSE_S = 30.0
 _MAX_SHARE = 0.02
 
 
-def write_report(folder: Path) -> tuple[Path, tuple[str, ...]]:
-    """Write `report.html` into a run folder; return its path and notes on missing or damaged files.
+def write_report(folder: Path, output: Path | None = None) -> tuple[Path, tuple[str, ...]]:
+    """Write `report.html` into a run folder, or another page; return it, and notes on damaged files.
 
     Raises:
         StorageError: there is no such run folder, it is of another format version, or the disk refuses.
     """
     data = load_run(folder)
-    path = folder / run_layout.REPORT
+    path = output or folder / run_layout.REPORT
     write_atomic(path, render(data, datetime.now().astimezone()))
     return path, data.notes
 
 
 def render(data: RunData, now: datetime) -> str:
-    """Render the page. Its content policy allows the page's own scripts by hash, and loads nothing."""
-    curves = build_curves(data.updates)
+    """Render the page of a run."""
+    curves = build_curves(data.updates, data.accuracy, data.result)
+    sampled = build_responses(data.samples)
+    document = {**curves.document(), "candidates": sampled.candidates if sampled else {}}
+    return render_page(
+        "report.html.j2",
+        name_of(data),
+        now,
+        document,
+        data=data,
+        plan=data.plan,
+        plan_document=data.document or {},
+        started=_started(data),
+        status=status_of(data),
+        standing=_standing(data),
+        done=data.updates[-1].update if data.updates else 0,
+        kinds=data.result.kinds if data.result else (),
+        curves=curves,
+        sampled=sampled,
+        failures=build_failures(data),
+        divergences={"": "-log p of the student"} | {key: row.title for key, row in MEASURES.items()},
+        legends=build_legends(data.samples),
+        levels=LEVELS,
+        cost=cost_of(data),
+        stage_colours={name: colour for name, (colour, _) in STAGES.items()},
+        plan_text=_yaml(data.plan) if data.plan else "",
+        usage=usage(data.folder.resolve() / run_layout.EXPORT) if data.exported else {},
+    )
+
+
+def render_page(template: str, name: str, now: datetime, document: Mapping[str, Any], **context: Any) -> str:
+    """Render a template with the data of its charts.
+
+    The page's content policy allows its own scripts by hash, and loads nothing.
+    """
     scripts = (_plotly(), _part("page.js"))
     hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
-    seconds = _seconds(data)
     return (
         _environment()
-        .get_template("report.html.j2")
+        .get_template(template)
         .render(
-            data=data,
-            plan=data.plan,
-            document=data.document or {},
-            name=data.plan.get("name") or data.folder.resolve().name,
-            now=now.isoformat(sep=" ", timespec="seconds"),
+            name=name,
+            now=clock_time(now),
             version=__version__,
             policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {hashes}",
             style=Markup(_part("style.css")),
             scripts=[Markup(script) for script in scripts],
-            status=_status(data),
-            done=data.updates[-1].update if data.updates else 0,
-            num_tokens=sum(update.num_tokens for update in data.updates),
-            kinds=data.result.kinds if data.result else (),
-            curves=curves,
             # Escaped, so that no text can close the element.
-            curves_json=Markup(json_text(curves.document()).replace("<", "\\u003c")),
-            responses=build_responses(data.samples),
-            divergences={"": "-log p of the student"} | {key: row.title for key, row in MEASURES.items()},
-            legends=build_legends(data.samples),
-            levels=LEVELS,
-            seconds=seconds,
-            total_s=data.result.seconds.get("total") if data.result else None,
-            percents=shares(seconds),
-            stage_colours={name: colour for name, (colour, _) in STAGES.items()},
-            plan_text=_yaml(data.plan) if data.plan else "",
-            clock_text=clock_text,
+            page_json=Markup(json_text(document).replace("<", "\\u003c")),
+            **context,
         )
     )
+
+
+def name_of(data: RunData) -> str:
+    """Return the name of a run, or of its folder where the plan is not known."""
+    return str(data.plan.get("name") or data.folder.resolve().name)
+
+
+def clock_time(moment: datetime) -> str:
+    """Format a time in the zone of this machine; times without one are of this machine."""
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M %Z")
 
 
 class HtmlReporter:
@@ -127,7 +155,8 @@ class HtmlReporter:
         self._not_before = start + max(_MIN_PAUSE_S, took / _MAX_SHARE)
 
 
-def _status(data: RunData) -> str:
+def status_of(data: RunData) -> str:
+    """Say how far a run is."""
     if data.is_finished:
         return "finished"
     done = data.updates[-1].update if data.updates else 0
@@ -138,16 +167,39 @@ def _status(data: RunData) -> str:
     return f"update {done:,} of {data.num_updates:,}"
 
 
-def _seconds(data: RunData) -> dict[str, float]:
-    """Return seconds by stage: the result's, else of the updates so far. Time between stages is `other`."""
-    seconds: defaultdict[str, float] = defaultdict(float)
-    for part in [data.result.seconds] if data.result else [update.cost.seconds for update in data.updates]:
-        for stage, value in part.items():
-            seconds[stage] += value
-    total = seconds.pop("total", 0.0)
-    if (rest := total - sum(seconds.values())) > 0.005 * total:
-        seconds["other"] = rest
-    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
+def _started(data: RunData) -> str | None:
+    try:
+        return clock_time(datetime.fromisoformat(str((data.document or {})["started"])))
+    except (KeyError, ValueError):
+        return None
+
+
+def _standing(data: RunData) -> str:
+    """Return the colour class of a finished run's result; with alarms it is not green."""
+    if data.result is None or not data.is_finished:
+        return "none"
+    reached = standing(data.result)
+    return "fair" if reached == "good" and data.alarms else reached
+
+
+def usage(export: Path) -> dict[str, str]:
+    """Return how to load and serve an exported student, by program."""
+    path = shlex.quote(str(export))
+    has_template = (export / "chat_template.jinja").is_file()
+    text = '[{"role": "user", "content": "..."}]' if has_template else '"..."'
+    call = "tokenizer.apply_chat_template" if has_template else "tokenizer"
+    more = ", add_generation_prompt=True, return_dict=True" if has_template else ""
+    return {
+        "transformers": f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = {str(export)!r}
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+inputs = {call}({text}{more}, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0]))""",
+        "vLLM": f"vllm serve {path} --host 127.0.0.1 --port 8000",
+        "SGLang": f"python -m sglang.launch_server --model-path {path} --host 127.0.0.1 --port 8000",
+    }
 
 
 def _yaml(value: Mapping[str, Any]) -> str:
@@ -172,6 +224,8 @@ def _environment() -> Environment:
     environment.filters["count"] = lambda value: f"{value:,}"
     environment.filters["colour"] = _colour
     environment.filters["grade"] = grade
+    environment.filters["bounds"] = _bounds
+    environment.globals["clock_text"] = clock_text
     return environment
 
 
@@ -186,8 +240,15 @@ def _interval(estimate: Estimate | None) -> str:
     return f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f}"
 
 
+def _bounds(estimate: Estimate) -> str:
+    """Return the place of a value's interval on a track from 0 to 1, as a style."""
+    if estimate.low is None or estimate.high is None:
+        return "display:none"
+    return f"left:{100 * estimate.low:.2f}%;width:{100 * (estimate.high - estimate.low):.2f}%"
+
+
 def _colour(index: int) -> str:
-    return "var(--accent)" if index == ACCENT else f"var(--c{index % _NUM_COLOURS})"
+    return _NAMED.get(index, f"var(--c{index % _NUM_COLOURS})")
 
 
 @cache

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from mergeopd.reporting.events import RolloutSampled, TeacherTrace
+from mergeopd.reporting.events import Candidates, RolloutSampled, TeacherTrace
 from mergeopd.reporting.figures import MEASURES
 
 LEVELS = 12
@@ -31,24 +32,72 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A response with one teacher's numbers. Without teachers `teacher` is empty and the value -log p_S."""
+    """A response with one teacher's numbers. Without teachers `teacher` is empty and the value -log p_S.
+
+    `top_S` and `top_T` number the candidates of student and teacher on the page, None where they are unknown.
+    """
 
     teacher: str
     mean: float | None
     tokens: tuple[Token, ...]
+    top_S: int | None = None
+    top_T: int | None = None
 
 
-Response = tuple[RolloutSampled, list[Reading]]
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A sampled response and its readings."""
+
+    sample: RolloutSampled
+    readings: tuple[Reading, ...]
+
+    @property
+    def colour(self) -> float:
+        """Mean level of its tokens."""
+        levels = [token.level for reading in self.readings for token in reading.tokens]
+        return sum(levels) / len(levels) if levels else 0.0
 
 
-def build_responses(samples: Sequence[RolloutSampled]) -> Mapping[str, Mapping[int, Sequence[Response]]]:
-    """Select responses by domain and update: at most `MAX_TIMES` updates, first and last included."""
-    result: dict[str, dict[int, list[Response]]] = {}
-    for domain in sorted({sample.domain for sample in samples}):
-        own = [sample for sample in samples if sample.domain == domain]
-        updates = _spread(sorted({sample.update for sample in own}), MAX_TIMES)
-        result[domain] = {u: [(s, _readings(s)) for s in own if s.update == u] for u in updates}
-    return result
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Responses of the shown updates by domain and update, and the update that shows most colour.
+
+    `candidates` is for the page's script: texts, and rows of indices and probabilities.
+    """
+
+    updates: tuple[int, ...]
+    by_domain: Mapping[str, Mapping[int, Sequence[Response]]]
+    most_coloured: int
+    candidates: Mapping[str, Any]
+
+    def phase_of(self, update: int) -> str:
+        """Return the name of the phase of a shown update."""
+        return next(r.sample.phase for rows in self.by_domain.values() for r in rows.get(update, ()))
+
+
+def build_responses(samples: Sequence[RolloutSampled]) -> Sampled | None:
+    """Select responses of at most `MAX_TIMES` updates in equal steps, and the first; None without any."""
+    if not samples:
+        return None
+    updates = _spread(sorted({sample.update for sample in samples}), MAX_TIMES)
+    pool = _Pool()
+    by_domain = {
+        domain: {
+            update: [
+                Response(sample, tuple(_readings(sample, pool)))
+                for sample in samples
+                if (sample.update, sample.domain) == (update, domain)
+            ]
+            for update in updates
+        }
+        for domain in sorted({sample.domain for sample in samples})
+    }
+
+    def colour(update: int) -> float:
+        shown = [response for rows in by_domain.values() for response in rows[update]]
+        return sum(response.colour for response in shown) / len(shown)
+
+    return Sampled(tuple(updates), by_domain, max(updates, key=colour), pool.document())
 
 
 def level(value: float | None, divergence: str) -> int:
@@ -73,15 +122,44 @@ def build_legends(samples: Sequence[RolloutSampled]) -> list[tuple[list[str], li
     ]
 
 
-def _readings(sample: RolloutSampled) -> list[Reading]:
-    """Return the numbers of every teacher; without one, the student's own."""
-    if sample.teachers:
-        return [_reading(sample, name, trace) for name, trace in sorted(sample.teachers.items())]
-    values = tuple(None if value is None else -value for value in sample.logprob_S)
-    return [_reading(sample, "", TeacherTrace(values, (None,) * len(values)))]
+@dataclass
+class _Pool:
+    """Collects candidates; each text is written once."""
+
+    _texts: dict[str, int] = field(default_factory=dict)
+    _rows: list[list[list[float]]] = field(default_factory=list)
+
+    def add(self, candidates: Candidates | None) -> int | None:
+        """Add a response's candidates; return their number."""
+        if candidates is None:
+            return None
+        rows = []
+        for row in candidates[:MAX_TOKENS]:
+            pairs = [
+                (self._texts.setdefault(text, len(self._texts)), float(f"{math.exp(logprob):.3g}"))
+                for text, logprob in row or ()
+            ]
+            rows.append([number for pair in pairs for number in pair])
+        self._rows.append(rows)
+        return len(self._rows) - 1
+
+    def document(self) -> dict[str, Any]:
+        return {"texts": list(self._texts), "rows": self._rows}
 
 
-def _reading(sample: RolloutSampled, teacher: str, trace: TeacherTrace) -> Reading:
+def _readings(sample: RolloutSampled, pool: _Pool) -> Iterator[Reading]:
+    """Yield the numbers of every teacher; without one, the student's own."""
+    top_S = pool.add(sample.candidates)
+    if not sample.teachers:
+        values = tuple(None if value is None else -value for value in sample.logprob_S)
+        yield _reading(sample, "", TeacherTrace(values, (None,) * len(values)), top_S, None)
+    for name, trace in sorted(sample.teachers.items()):
+        yield _reading(sample, name, trace, top_S, pool.add(trace.candidates))
+
+
+def _reading(
+    sample: RolloutSampled, teacher: str, trace: TeacherTrace, top_S: int | None, top_T: int | None
+) -> Reading:
     own = sample.trained or (True,) * len(sample.tokens)
     tokens, known = [], []
     rows = zip(sample.tokens, own, trace.divergence, sample.logprob_S, trace.logprob_T, strict=True)
@@ -94,10 +172,12 @@ def _reading(sample: RolloutSampled, teacher: str, trace: TeacherTrace) -> Readi
         tokens.append(Token(text, level(numbers[0], sample.divergence), shown, in_loss))
         if in_loss and numbers[0] is not None:
             known.append(numbers[0])
-    return Reading(teacher, sum(known) / len(known) if known else None, tuple(tokens[:MAX_TOKENS]))
+    mean = sum(known) / len(known) if known else None
+    return Reading(teacher, mean, tuple(tokens[:MAX_TOKENS]), top_S, top_T)
 
 
 def _spread(updates: Sequence[int], count: int) -> list[int]:
-    if len(updates) <= count:
-        return list(updates)
-    return [updates[round(i * (len(updates) - 1) / (count - 1))] for i in range(count)]
+    """Choose at most `count` of them in equal steps from the last, and the first."""
+    step = max(1, -(-(len(updates) - 1) // (count - 1)))
+    chosen = list(updates[::-step])[::-1]
+    return chosen if chosen[0] == updates[0] else [updates[0], *chosen]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from mergeopd.reporting.jsonl import UpdateRecord
 from mergeopd.reporting.result import Result, read_result
 from mergeopd.storage import run_layout
 from mergeopd.storage.failures import named_failures
+from mergeopd.storage.responses import EvaluatedResponse, read_responses
 
 _SHOWN_OF_PLAN = {"name", "student", "teachers", "phases"}
 # Keys of later versions of the same format are ignored.
@@ -27,7 +28,11 @@ _Record = TypeVar("_Record")
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """Contents of a run folder. `document` is plan.yaml; `notes` list what is missing or damaged."""
+    """Contents of a run folder.
+
+    `document` is plan.yaml, `responses` are the evaluated ones of merged student, base and experts, by model
+    key; `notes` list what is missing or damaged.
+    """
 
     folder: Path
     document: Mapping[str, Any] | None
@@ -36,6 +41,7 @@ class RunData:
     accuracy: tuple[AccuracyMeasured, ...]
     alarms: tuple[AlarmRaised, ...]
     result: Result | None
+    responses: Mapping[str, Sequence[EvaluatedResponse]]
     exported: bool
     notes: tuple[str, ...]
 
@@ -87,7 +93,24 @@ def load_run(folder: Path) -> RunData:
         notes.append(
             f"{run_layout.RESULT} is missing: the evaluation is running, or `mergeopd run` resumes with it"
         )
-    return RunData(folder, document, updates, samples, accuracy, alarms, result, exported, tuple(notes))
+    responses = {} if result is None else _responses(folder / run_layout.EVALUATION, result, notes)
+    return RunData(
+        folder, document, updates, samples, accuracy, alarms, result, responses, exported, tuple(notes)
+    )
+
+
+def _responses(folder: Path, result: Result, notes: list[str]) -> dict[str, Sequence[EvaluatedResponse]]:
+    """Read the responses of every model that is shown beside the merged student; older runs have none."""
+    responses: dict[str, Sequence[EvaluatedResponse]] = {}
+    experts = [row.expert for row in result.suites.values() if row.expert]
+    for key in dict.fromkeys(("merged", "base", *experts)):
+        path = folder / f"{key.replace('/', '-')}.parquet"
+        try:
+            if path.is_file():
+                responses[key] = read_responses(path)
+        except ValueError:
+            notes.append(f"{path.parent.name}/{path.name} is damaged: its responses cannot be shown")
+    return responses
 
 
 def _check_is_run(folder: Path) -> None:

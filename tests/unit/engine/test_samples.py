@@ -22,7 +22,7 @@ from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.samples import PER_DOMAIN, choose, is_due, token_texts
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.preflight.inputs import preflight
-from mergeopd.reporting.events import Event, RolloutSampled, UpdateDone
+from mergeopd.reporting.events import Candidates, Event, RolloutSampled, UpdateDone
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.types import Prompt, Rollout
 
@@ -89,6 +89,19 @@ def test_the_numbers_are_those_of_student_and_teachers(write_job: Callable[..., 
             assert trace.divergence == pytest.approx(reverse_kl.tolist(), rel=1e-3, abs=1e-5)
             assert trace.logprob_T == pytest.approx(teacher[rows, answer].tolist(), rel=1e-4)
             assert not trace.masked
+            assert_top(trace.candidates, teacher)
+        assert_top(sample.candidates, student)
+
+
+def assert_top(candidates: Candidates | None, expected: torch.Tensor) -> None:
+    """The three most probable tokens of every position, best first."""
+    assert candidates is not None
+    names = ["a", "b", "c", "d", "<eos>"]
+    best, ids = expected.topk(3)
+    for row, values, tokens in zip(candidates, best.tolist(), ids.tolist(), strict=True):
+        assert row is not None
+        assert [text.strip() for text, _ in row] == [names[token] for token in tokens]
+        assert [value for _, value in row] == pytest.approx(values, rel=1e-4)
 
 
 def test_a_resumed_run_samples_the_same(write_job: Callable[..., Path]) -> None:

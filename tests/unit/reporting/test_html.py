@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from html.parser import HTMLParser
+from dataclasses import asdict, replace
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
+from report_pages import EVIL, PLAN, Page, sample, update_line
 from results import result_of
 
 from mergeopd.errors import StorageError
@@ -29,90 +31,18 @@ from mergeopd.reporting.events import (
 )
 from mergeopd.reporting.jsonl import UpdateRecord, sample_record
 from mergeopd.reporting.page import html
+from mergeopd.reporting.page.cost import cost_of
 from mergeopd.reporting.page.curves import build_curves
+from mergeopd.reporting.page.evaluated import build_failures
 from mergeopd.reporting.page.html import HtmlReporter, write_report
-from mergeopd.reporting.page.responses import LEVELS, level
+from mergeopd.reporting.page.responses import LEVELS, build_responses, level
 from mergeopd.reporting.page.run_data import load_run
+from mergeopd.reporting.result import Estimate
+from mergeopd.storage.responses import EvaluatedResponse, write_responses
 
 UPDATES = TypeAdapter(UpdateRecord)
-EVIL = "</script><script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)>"
 
 
-def update_line(update: int, phase: str = "merge") -> dict[str, Any]:
-    return {
-        "update": update,
-        "phase": phase,
-        "round": update,
-        "lr": 1e-3 / update,
-        "loss": 1 / 3 + update,
-        "grad_norm": None if update == 2 else 0.1 * update,
-        "clip_factor": 1.0,
-        "num_tokens": 100 * update,
-        "on_policy_fraction": 0.25 * (update % 3),
-        "teachers": {
-            "math": {"num_tokens": 7, "reverse_kl": 0.1 / update, "logprob_gap": -0.3, "entropy_T": 0.7}
-        },
-        "domains": {
-            domain: {
-                "num_rollouts": 4,
-                "num_tokens": 7,
-                "mean_length": 2.5 + update,
-                "token_share": share,
-                "weight": 1.0,
-                "loss_share": share,
-                "nll": 0.1 + 0.2,
-                "entropy_S": 1 / 7,
-                "reward": None,
-                "truncated_fraction": 0.0,
-            }
-            for domain, share in (("math", 1 / 3), ("code", 2 / 3))
-        },
-        "policy": {},
-        "verifier_failures": {},
-        "cost": {
-            "seconds": {"rollout": 1.5, "update": 0.5},
-            "tokens_per_s": 50.0 * update,
-            "teacher_bytes_read": 0,
-        },
-    }
-
-
-def sample(**changes: Any) -> RolloutSampled:
-    values: dict[str, Any] = {
-        "update": 1,
-        "phase": "merge",
-        "domain": "math",
-        "key": "math:0",
-        "prompt": "1 + 1?",
-        "tokens": ("It", " is", "", "é", "<end>"),
-        "logprob_S": (-0.5, -1.0, -1.5, -2.0, -0.1),
-        "divergence": "reverse_kl",
-        "teachers": {
-            "math": TeacherTrace((0.0, 0.25, 1.0, 9.0, 5.0), (-0.1, -0.2, -0.3, -0.4, -9.0), masked=(4,))
-        },
-        "reward": 1.0,
-        "origin": "student",
-        "finish": "eos",
-        **changes,
-    }
-    return RolloutSampled(**values)
-
-
-PLAN = """mergeopd: 0.1.0
-format: 1
-started: '2026-01-02T03:04:05'
-hash: abc
-versions: {python: 3.11.9}
-plan:
-  name: two-experts
-  student: {model: /models/base, dtype: float32}
-  teachers:
-    math: {name: math, model: /models/math, dtype: bfloat16}
-  phases:
-  - {name: merge, updates: 3, text: student, loss: {reverse_kl: 1.0, nll: 0.5, jsd: null, temperature: 1.0}}
-  evaluation: {experts: {math: math}}
-files: {}
-"""
 RESULT = result_of(
     {
         "math": {"base": 0.25, "expert/math": 0.75, "merge/ties": 0.2, "merged": 0.7},
@@ -139,40 +69,6 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "rollouts/samples.jsonl").write_text(json.dumps(sample_record(sample())) + "\n")
     (tmp_path / "result.json").write_text(json.dumps(asdict(RESULT)))
     return tmp_path
-
-
-class Page(HTMLParser):
-    """Elements with their attributes, and their texts."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.scripts: list[str] = []
-        self._open = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        self._open = tag
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._open = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._open == "script":
-            self.scripts[-1] += data
-        elif self._open != "style":
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
-
-    def all(self, tag: str, **attributes: str) -> list[dict[str, str | None]]:
-        return [a for t, a in self.elements if t == tag and attributes.items() <= a.items()]
 
 
 def page_of(folder: Path) -> Page:
@@ -221,7 +117,8 @@ def test_constant_quantities_have_no_chart(folder: Path) -> None:
     lines[0]["domains"]["math"]["reward"] = 1.0
     ids = {c.id: c for c in build_curves([UPDATES.validate_python(line) for line in lines]).charts}
     assert ids["domains-truncated_fraction"].series[0].values == (0.0, 50.0)
-    assert [(s.name, s.values) for s in ids["domains-reward"].series] == [("math", (1.0, None))]
+    # Without measured accuracies it takes their place.
+    assert [(s.name, s.values) for s in ids["accuracy-reward"].series] == [("math", (1.0, None))]
 
 
 def test_long_runs_are_means_over_equal_stretches() -> None:
@@ -303,6 +200,161 @@ def test_without_teachers_the_students_own_log_probs_are_shown(folder: Path) -> 
     page = page_of(folder)
     assert next(a["data-v"] for a in page.all("span") if a.get("data-v")) == "0.5 -0.5 -"
     assert "-log p of the student, mean 1.02 nats" in page.text
+
+
+# ------------------------------------------------------------------------------------ accuracy and cost
+
+
+def test_accuracies_during_the_run_are_charted_between_base_and_expert(folder: Path) -> None:
+    lines = [
+        {
+            "update": n,
+            "accuracy": {"math": {"value": v, "low": v - 0.1, "high": v + 0.1}},
+            "num_prompts": {"math": 64},
+        }
+        for n, v in ((0, 0.25), (2, 0.5))
+    ]
+    (folder / "accuracy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = page_of(folder)
+    student, final, base, expert = document_of(page)["charts"]["accuracy-math"]["series"]
+    assert (student["x"], student["values"], student["low"]) == ([0, 2], [25.0, 50.0], [15.0, 40.0])
+    own = RESULT.suites["math"].accuracy["merged"]
+    assert final["x"] == [3]
+    assert [final[key] for key in ("values", "low", "high")] == [
+        [100 * v] for v in (own.value, own.low, own.high)
+    ]  # type: ignore[operator]
+    assert [(s["name"], s["kind"], s["values"]) for s in (base, expert)] == [
+        ("base", "level", [25.0]), ("expert", "level", [75.0]),
+    ]  # fmt: skip
+    assert "student, 64 prompts" in page.text
+    assert "at the end, 1,000 prompts" in page.text
+
+
+def test_without_accuracies_the_page_says_how_to_get_them(folder: Path) -> None:
+    assert "evaluation: {interim: {every: 20}}" in page_of(folder).text
+
+
+def test_a_divergence_is_charted_over_its_phases_and_on_a_logarithmic_axis_over_a_decade() -> None:
+    lines = [update_line(n, "cold" if n < 3 else "merge") for n in range(1, 6)]
+    for line in lines[:2]:
+        numbers = line["teachers"]["math"]
+        numbers["forward_kl"] = numbers.pop("reverse_kl")
+    lines[4]["teachers"]["math"]["reverse_kl"] = 0.002
+    charts = build_curves([UPDATES.validate_python(line) for line in lines]).in_group("teachers")
+    assert [(c.figure.key, c.span, c.phases, c.is_log) for c in charts[:2]] == [
+        ("forward_kl", (1, 2), ("cold",), False),  # from 0.1 to 0.05
+        ("reverse_kl", (3, 5), ("merge",), True),  # from 0.033 to 0.002
+    ]
+
+
+def test_the_cost_adds_up_over_updates_and_restarts(folder: Path) -> None:
+    lines = [update_line(n) for n in (1, 2, 3, 4)]
+    read = [2**30, 2**31, 2**30, 3 * 2**30]  # a restart after the second update
+    for line, teacher_bytes in zip(lines, read, strict=True):
+        line["cost"] |= {
+            "teacher_bytes_read": teacher_bytes,
+            "peak_memory_bytes": 2**30 * line["update"],
+            "num_generated": {"student": 100, "teacher": 10},
+            "flops": {"update": 3e12, "rollout": 1e12},
+        }
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cost = cost_of(load_run(folder))
+    assert (cost.teacher_bytes, cost.peak_memory_bytes) == (5 * 2**30, 4 * 2**30)
+    assert cost.num_generated == {"student": 400, "teacher": 40}
+    assert cost.flops == {"update": 1.2e13, "rollout": 4e12}
+    text = page_of(folder).text
+    assert "operations 16 TFLOP operations by stage update 75 %, rollout 25 %" in text
+    assert "operations per second 160 GFLOP/s" in text  # 1.6e13 in 100 s
+    assert "generated by the student 400 tokens" in text
+
+
+def test_a_run_below_its_base_is_not_green(folder: Path) -> None:
+    good = {"math": {"base": 0.25, "expert/math": 0.75, "merged": 0.75}}
+    for merged, expected in ((0.75, "good"), (0.5, "fair"), (0.1, "poor")):
+        good["math"]["merged"] = merged
+        (folder / "result.json").write_text(json.dumps(asdict(result_of(good))))
+        page = page_of(folder)
+        assert page.all("span", **{"class": f"status {expected}"})
+        assert page.all("p", **{"class": f"verdict {expected}"})
+
+
+def test_a_headroom_within_noise_is_marked_and_a_suite_may_lack_an_expert(folder: Path) -> None:
+    result = result_of({"math": {"base": 0.5, "expert/math": 0.51, "merged": 0.505}}, num=100)
+    (folder / "result.json").write_text(json.dumps(asdict(result)))
+    assert "headroom in noise" in page_of(folder).text
+    row = replace(result.suites["math"], expert=None, over_expert=None, recovered=Estimate(None))  # type: ignore[arg-type]
+    without = replace(result, suites={"math": row}, mean_recovered=Estimate(None))
+    text = Page(html.render(replace(load_run(folder), result=without), datetime.now())).text
+    assert re.search(r"math 100 50\.0 [^ ]+ to [^ ]+ - - 50\.[05] ", text)
+
+
+# ------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluated(key: str, reward: float, response: str = "r") -> EvaluatedResponse:
+    return EvaluatedResponse("math", "math", key, 0, f"prompt {key}", "ref", response, reward, None, "eos", 1)
+
+
+def test_failures_are_listed_beside_base_and_expert_regressions_first(folder: Path) -> None:
+    rewards = {
+        "merged": [1.0, 0.0, 0.0, *[0.0] * 30],
+        "base": [0.0, 0.0, 0.0, *[0.0] * 30],
+        "expert-math": [1.0, 0.0, 1.0, *[0.0] * 30],
+    }
+    for name, values in rewards.items():
+        rows = [evaluated(f"math:{i}", v, f"{name} {i}") for i, v in enumerate(values)]
+        if name == "merged":
+            rows[2] = replace(rows[2], prompt=EVIL, response=EVIL)
+        write_responses(folder / "evaluation" / f"{name}.parquet", rows)
+    page = page_of(folder)
+    failures = build_failures(load_run(folder))["math"]
+    assert (failures.num_prompts, failures.num_failed, failures.num_regressions) == (33, 32, 1)
+    assert len(failures.prompts) == 20
+    first = failures.prompts[0]
+    assert (first.prompt, [r.title for r in first.responses]) == (EVIL, ["merged", "base", "math"])
+    assert [r.reward for r in first.responses] == [0.0, 0.0, 1.0]
+    assert "math 32 of 33 prompts failed, 1 on which the base or the expert does better" in page.text
+    assert "12 more are in evaluation/merged.parquet" in page.text
+    assert EVIL in page.text
+    assert not page.all("img")
+    (folder / "evaluation/base.parquet").write_bytes(b"PAR1")
+    assert "evaluation/base.parquet is damaged" in page_of(folder).text
+
+
+# ------------------------------------------------------------------------------------- sampled responses
+
+
+def test_the_page_opens_at_the_most_coloured_of_even_updates() -> None:
+    def at(update: int) -> RolloutSampled:
+        value = 5.0 if update == 66 else 0.1
+        return sample(update=update, teachers={"math": TeacherTrace((value,) * 5, (-0.1,) * 5)})
+
+    sampled = build_responses([at(update) for update in (1, *range(11, 221, 11))])
+    assert sampled is not None
+    assert sampled.updates == (1, *range(22, 221, 22))
+    assert sampled.most_coloured == 66
+
+
+def test_candidates_reach_the_script_as_probabilities(folder: Path) -> None:
+    top = ((("It", math.log(0.5)), ("<b>", math.log(0.25))), None, None, None, None)
+    trace = replace(sample().teachers["math"], candidates=top)
+    record = sample_record(sample(teachers={"math": trace}, candidates=top, reference="2"))
+    (folder / "rollouts/samples.jsonl").write_text(json.dumps(record) + "\n")
+    page = page_of(folder)
+    candidates = document_of(page)["candidates"]
+    assert candidates["texts"] == ["It", "<b>"]
+    assert candidates["rows"] == [[[0, 0.5, 1, 0.25], [], [], [], []]] * 2
+    (response,) = page.all("pre", **{"class": "response"})
+    assert (response["data-top-s"], response["data-top-t"]) == ("0", "1")
+    assert "right merge" in page.text  # the reward is 1
+    assert "reference 2" in page.text
+
+
+def test_the_export_is_named_in_the_commands_that_load_it(folder: Path) -> None:
+    (folder / "export" / "chat_template.jinja").write_text("")
+    text = page_of(folder).text
+    assert f"vllm serve {folder}/export --host 127.0.0.1" in text
+    assert "apply_chat_template" in text
 
 
 # ------------------------------------------------------------------------------------------------- safety
