@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 METHODS = (
     "gkd", "exact_reverse_kl", "distillm", "anchor", "exact_outcome", "grpo", "dr_grpo",
-    "trajectories",
+    "glm5", "minillm", "trajectories",
 )  # fmt: skip
 PROMPTS = 48  # per round, instead of 120
 UPDATES = 48
