@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 METHODS = (
-    "gkd", "exact_reverse_kl", "distillm", "anchor", "exact_outcome", "grpo", "dr_grpo", "top_k_teacher",
-    "trajectories",
+    "gkd", "exact_reverse_kl", "distillm", "anchor", "exact_outcome", "grpo", "dr_grpo",
+    "glm5", "minillm", "trajectories",
 )  # fmt: skip
 PROMPTS = 48  # per round, instead of 120
 UPDATES = 48
