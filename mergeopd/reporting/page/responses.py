@@ -62,6 +62,8 @@ class Response:
 class Sampled:
     """Responses of the shown updates by domain and update, and the update that shows most colour.
 
+    If some updates have responses of the student, `most_coloured` is one of these.
+
     `candidates` is for the page's script: texts, and rows of indices and probabilities.
     """
 
@@ -93,9 +95,10 @@ def build_responses(samples: Sequence[RolloutSampled]) -> Sampled | None:
         for domain in sorted({sample.domain for sample in samples})
     }
 
-    def colour(update: int) -> float:
+    def colour(update: int) -> tuple[bool, float]:
         shown = [response for rows in by_domain.values() for response in rows[update]]
-        return sum(response.colour for response in shown) / len(shown)
+        is_own = any(response.sample.origin == "student" for response in shown)
+        return is_own, sum(response.colour for response in shown) / len(shown)
 
     return Sampled(tuple(updates), by_domain, max(updates, key=colour), pool.document())
 

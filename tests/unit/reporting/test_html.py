@@ -326,8 +326,13 @@ def test_failures_are_listed_beside_base_and_expert_regressions_first(folder: Pa
 
 def test_the_page_opens_at_the_most_coloured_of_even_updates() -> None:
     def at(update: int) -> RolloutSampled:
-        value = 5.0 if update == 66 else 0.1
-        return sample(update=update, teachers={"math": TeacherTrace((value,) * 5, (-0.1,) * 5)})
+        value = {1: 9.0, 66: 5.0}.get(update, 0.1)
+        origin = (
+            "teacher" if update == 1 else "student"
+        )  # text of teachers does not count beside the student's
+        return sample(
+            update=update, origin=origin, teachers={"math": TeacherTrace((value,) * 5, (-0.1,) * 5)}
+        )
 
     sampled = build_responses([at(update) for update in (1, *range(11, 221, 11))])
     assert sampled is not None
