@@ -12,9 +12,10 @@ TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))  # the tool is a script beside its package, not an installed module
 
 from tiny_experts.llama.settings import LlamaSettings  # noqa: E402
-from tiny_experts.settings import BaseTraining, ExpertTraining, Settings  # noqa: E402
+from tiny_experts.settings import BaseTraining, ExpertTraining, ModelSize, Settings  # noqa: E402
 
 DOMAINS = ("largest", "sort", "tool")
+KEPT = "reverse"
 ROWS = {"eval": 40, "merge": 30, "check": 10, "train": 120}
 
 
@@ -31,6 +32,7 @@ def load_script() -> ModuleType:
 def small_settings(num_updates: int = 6) -> Settings:
     """Settings with which base and experts are made: each as it is after so many updates."""
     # The base is the best of the states that are looked at, so one look, at the end.
+    domains = (*DOMAINS, KEPT)
     base = {"check_every": num_updates, "max_updates": num_updates}
     expert = {"check_every": 2, "cooldown_updates": 2, "max_updates": num_updates}
     return replace(
@@ -39,13 +41,8 @@ def small_settings(num_updates: int = 6) -> Settings:
         num_tokens=300,
         num_rows=304,
         expert_num_rows={"tool": 320},
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        base=BaseTraining(dict.fromkeys(DOMAINS, 4), dict.fromkeys(DOMAINS, 1.0), **base),
+        size=ModelSize(32, 48, num_layers=2, num_heads=2, num_key_value_heads=1, head_dim=16),
+        base=BaseTraining(dict.fromkeys(domains, 4), dict.fromkeys(domains, 1.0), **base),
         expert=dict.fromkeys(DOMAINS, ExpertTraining(4, 1.0, **expert)),
     )
 

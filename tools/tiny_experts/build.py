@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from transformers import Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from tiny_experts.settings import Settings
-from tiny_experts.tasks import DOMAINS, Example, splits
+from tiny_experts.settings import ModelSize, Settings
+from tiny_experts.tasks import SEVERAL_ORDERS, Example, splits
 from tiny_experts.tokens import Encoded, encode, pretrained, train_tokenizer
 from tiny_experts.train import Advance, Learner, accuracy, new_model, pad_rows, train_base, train_expert
 
@@ -33,7 +33,7 @@ def _save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, system: str, folder: Pa
 def build(folder: Path, settings: Settings, seed: int, watch: Watch) -> Accuracies:
     """Writes `data/`, `base/` and a folder per domain; returns accuracy by model, then domain."""
     transformers_logging.disable_progress_bar()
-    examples = {domain: splits(domain, settings.rows, seed) for domain in DOMAINS}
+    examples = {domain: splits(domain, settings.rows, seed) for domain in settings.domains}
     (folder / "data").mkdir()
     for domain, by_split in examples.items():
         for split, rows in by_split.items():
@@ -50,18 +50,35 @@ def build(folder: Path, settings: Settings, seed: int, watch: Watch) -> Accuraci
     def encoded(split: str, system: str = "") -> dict[str, list[Encoded]]:
         return {domain: encode(tokenizer, by_split[split], system) for domain, by_split in examples.items()}
 
+    def same_json(response: list[int], reference: list[int]) -> bool:
+        try:
+            return bool(json.loads(tokenizer.decode(response)) == json.loads(tokenizer.decode(reference)))
+        except ValueError:
+            return False
+
+    num_tokens, is_right = settings.num_tokens, dict.fromkeys(SEVERAL_ORDERS, same_json)
+
     def learner(name: str, start: Qwen3ForCausalLM, system: str = "") -> Learner:
         rows, check = encoded("train", system), encoded("check", system)
-        return Learner(start, rows, check, seed=f"{seed}/{name}", num_tokens=settings.num_tokens)
+        return Learner(start, rows, check, seed=f"{seed}/{name}", num_tokens=num_tokens, is_right=is_right)
 
     def accuracies(model: Qwen3ForCausalLM, system: str = "") -> dict[str, float]:
-        measured = encoded("eval", system).items()
-        return {domain: accuracy(model, rows, num_tokens=settings.num_tokens) for domain, rows in measured}
+        return {
+            domain: accuracy(model, rows, num_tokens=num_tokens, is_right=is_right.get(domain))
+            for domain, rows in encoded("eval", system).items()
+        }
 
-    untrained = learner("base", new_model(settings, seed))
-    base = train_base(untrained, settings.base, watch("base"))
-    _save(base, tokenizer, "", folder / "base")
-    result = {"base": accuracies(base)}
+    def base_of(name: str, size: ModelSize) -> Qwen3ForCausalLM:
+        untrained = learner(name, new_model(size, settings.num_rows, seed))
+        base = train_base(untrained, settings.base, settings.expert.keys(), watch(name))
+        _save(base, tokenizer, "", folder / name)
+        result[name] = accuracies(base)
+        return base
+
+    result: Accuracies = {}
+    base = base_of("base", settings.size)
+    if settings.small is not None:
+        base_of("small_base", settings.small)
     for domain, training in settings.expert.items():
         system = settings.expert_system.get(domain, "")
         expert = train_expert(learner(domain, base, system), domain, training, watch(domain))

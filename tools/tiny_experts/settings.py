@@ -1,4 +1,4 @@
-"""All that decides what the tiny experts are, beside the seed and this package's own source."""
+"""Everything that determines the tiny experts, besides the seed and this package's source."""
 
 from __future__ import annotations
 
@@ -8,21 +8,43 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
+class ModelSize:
+    """Sizes of a Qwen3 model."""
+
+    hidden_size: int = 128
+    intermediate_size: int = 256
+    num_layers: int = 4
+    head_dim: int = 32
+    num_heads: int = 4
+    num_key_value_heads: int = 2
+
+
+@dataclass(frozen=True, slots=True)
 class BaseTraining:
-    """How the base is trained: each domain's rows per update, and the accuracy that is enough of it."""
+    """Training of a base: rows of each domain per update, and the accuracy at which a domain pauses.
+
+    A paused domain gets `paused_share` of its rows, so that it is not forgotten. Domains without an expert
+    are skills that the base must have (`enough` near 1); no other domain may exceed `ceiling`, so that the
+    experts have something to add.
+    """
 
     batch: Mapping[str, int]
     enough: Mapping[str, float]
     ceiling: float = 0.45
+    paused_share: float = 0.0
     lr: float = 2e-3
     warmup_updates: int = 10
     check_every: int = 3
     max_updates: int = 240
 
+    def paused(self, rows: int) -> int:
+        """Return the rows per update of a paused domain that otherwise has `rows`."""
+        return round(self.paused_share * rows)
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertTraining:
-    """How an expert is trained: rows per update, and the accuracy at which it begins to cool down."""
+    """Training of an expert: rows per update, and the accuracy at which its learning rate begins to fall."""
 
     batch: int
     enough: float
@@ -33,48 +55,51 @@ class ExpertTraining:
     max_updates: int = 400
 
 
+def _base() -> BaseTraining:
+    return BaseTraining(
+        batch={"largest": 64, "sort": 32, "tool": 48},
+        enough={"largest": 0.35, "sort": 0.2, "tool": 0.2},
+    )
+
+
+def _experts() -> Mapping[str, ExpertTraining]:
+    return {
+        "largest": ExpertTraining(batch=96, enough=0.94),
+        "sort": ExpertTraining(batch=64, enough=0.9),
+        "tool": ExpertTraining(batch=48, enough=0.97),
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Sizes and trainings; the defaults make the quick start's experts."""
+    """Sizes and trainings of one set of experts.
+
+    Learning comes in leaps whose moment depends on the seed and on a machine's rounding, so trainings end by
+    accuracy on held-back rows.
+    """
 
     # Splits are drawn in this order from one stream, so the evaluation stays when the others grow.
     rows: Mapping[str, int] = field(
         default_factory=lambda: {"eval": 256, "merge": 2000, "check": 128, "train": 6000}
     )
-
     num_tokens: int = 448
     # The embedding has more rows than there are tokens, as in released models, ...
     num_rows: int = 464
     # ... and experts trained elsewhere are padded differently (Qwen: 151936 or 152064 rows).
     expert_num_rows: Mapping[str, int] = field(default_factory=lambda: {"tool": 512})
-
-    # An expert may have been tuned behind a system prompt that the student does not have.
+    # An expert may have been tuned with a system prompt that the student does not have.
     expert_system: Mapping[str, str] = field(default_factory=lambda: {"largest": "give one number"})
+    size: ModelSize = ModelSize()
+    base: BaseTraining = field(default_factory=_base)
+    expert: Mapping[str, ExpertTraining] = field(default_factory=_experts)
+    # A smaller base, for students that are smaller than their experts.
+    small: ModelSize | None = None
 
-    hidden_size: int = 128
-    intermediate_size: int = 256
-    num_layers: int = 4
-    head_dim: int = 32
-    num_heads: int = 4
-    num_key_value_heads: int = 2
-
-    # Learning comes in leaps whose moment depends on the seed (and on a machine's rounding), so trainings end
-    # by accuracy on held-back rows. The base, from which the student starts, is weak in every domain, but
-    # past the guessing with which each begins: 0.25 for the largest of four, nothing for the others.
-    base: BaseTraining = field(
-        default_factory=lambda: BaseTraining(
-            batch={"largest": 64, "sort": 32, "tool": 48},
-            enough={"largest": 0.35, "sort": 0.2, "tool": 0.2},
-        )
-    )
-    expert: Mapping[str, ExpertTraining] = field(
-        default_factory=lambda: {
-            "largest": ExpertTraining(batch=96, enough=0.94),
-            "sort": ExpertTraining(batch=64, enough=0.9),
-            "tool": ExpertTraining(batch=48, enough=0.97),
-        }
-    )
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Every domain of the base, those without an expert included."""
+        return tuple(self.base.batch)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for the manifest."""
+        """Return plain values, for the manifest."""
         return asdict(self)

@@ -1,33 +1,78 @@
-"""The synthetic domains: prompts with answers that can be checked. Pure functions of a random generator."""
+"""Synthetic domains: prompts with checkable answers. Pure functions of a random generator."""
 
 from __future__ import annotations
 
 import json
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One prompt with its only right answer."""
+    """A prompt with a correct answer."""
 
     prompt: str
     answer: str
 
 
+def _spaced(items: Sequence[object]) -> str:
+    return " ".join(map(str, items))
+
+
+def _digits(random: Random, num: int) -> list[int]:
+    return [random.randrange(10) for _ in range(num)]
+
+
+# One lookup per token.
+
+
 def largest(random: Random) -> Example:
-    """Largest of four two-digit numbers; answers of 2 tokens."""
+    """Name the largest of four two-digit numbers; 3 tokens."""
     numbers = random.sample(range(10, 100), 4)
-    return Example("largest " + " ".join(map(str, numbers)), str(max(numbers)))
+    return Example("largest " + _spaced(numbers), str(max(numbers)))
 
 
 def sort(random: Random) -> Example:
-    """Five letters into alphabetical order; answers of 5 tokens."""
+    """Sort five letters; 6 tokens."""
     letters = random.sample(string.ascii_lowercase, 5)
-    return Example("sort " + " ".join(letters), " ".join(sorted(letters)))
+    return Example("sort " + _spaced(letters), _spaced(sorted(letters)))
 
+
+def reverse(random: Random) -> Example:
+    """Reverse five letters; 6 tokens."""
+    letters = random.sample(string.ascii_lowercase, 5)
+    return Example("reverse " + _spaced(letters), _spaced(letters[::-1]))
+
+
+def upper(random: Random) -> Example:
+    """Write six letters in capitals; 7 tokens."""
+    letters = _spaced(random.sample(string.ascii_lowercase, 6))
+    return Example("upper " + letters, letters.upper())
+
+
+def shift(random: Random) -> Example:
+    """Shift six letters along the alphabet; 7 tokens."""
+    letters, by = random.choices(string.ascii_lowercase, k=6), random.randrange(1, 4)
+    shifted = [string.ascii_lowercase[(ord(one) - ord("a") + by) % 26] for one in letters]
+    return Example(f"shift {by} {_spaced(letters)}", _spaced(shifted))
+
+
+def interleave(random: Random) -> Example:
+    """Interleave five letters with five digits; 11 tokens."""
+    letters, digits = random.sample(string.ascii_lowercase, 5), _digits(random, 5)
+    pairs = [f"{letter} {digit}" for letter, digit in zip(letters, digits, strict=True)]
+    return Example(f"zip {_spaced(letters)} and {_spaced(digits)}", _spaced(pairs))
+
+
+def dedupe(random: Random) -> Example:
+    """Keep the first of equal letters; about 7 tokens."""
+    letters = random.choices("abcdefg", k=9)
+    return Example("dedupe " + _spaced(letters), _spaced(list(dict.fromkeys(letters))))
+
+
+# Tool calls.
 
 NAMES = ("Ada", "Bo", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ida", "Jon", "Kim", "Leo")
 CITIES = ("Rome", "Oslo", "Lima", "Cairo", "Delhi", "Kyoto", "Paris", "Quito", "Seoul", "Tunis")
@@ -35,7 +80,7 @@ DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 
 
 def tool(random: Random) -> Example:
-    """A request into a JSON tool call; answers of about 23 tokens."""
+    """Turn a request into a JSON tool call; about 23 tokens."""
     name, city, day = random.choice(NAMES), random.choice(CITIES), random.choice(DAYS)
     number = random.randrange(2, 10)
     kind = random.randrange(3)
@@ -51,11 +96,140 @@ def tool(random: Random) -> Example:
     return Example(prompt, json.dumps(call))
 
 
-DOMAINS: Mapping[str, Callable[[Random], Example]] = {"largest": largest, "sort": sort, "tool": tool}
+def form(random: Random) -> Example:
+    """Fill a JSON form, whose four keys may come in any order; about 19 tokens, 24 correct responses."""
+    fields: dict[str, object] = {
+        "name": random.choice(NAMES),
+        "city": random.choice(CITIES),
+        "day": random.choice(DAYS),
+        "seats": random.randrange(2, 20),
+    }
+    prompt = f"form for {fields['name']}, {fields['seats']} seats, {fields['city']}, {fields['day']}"
+    order = random.sample(list(fields), len(fields))
+    return Example(prompt, json.dumps({key: fields[key] for key in order}))
+
+
+ITEMS = ("tea", "pie", "rice", "milk", "soup", "cake", "bread", "fish", "plum", "salt")
+
+
+def order(random: Random) -> Example:
+    """Turn an order into JSON, whose keys may come in any order; about 16 tokens, 6 correct responses."""
+    items = {item: random.randrange(1, 10) for item in random.sample(ITEMS, 3)}
+    prompt = "order " + ", ".join(f"{num} {item}" for item, num in items.items())
+    keys = random.sample(list(items), len(items))
+    return Example(prompt, json.dumps({key: items[key] for key in keys}))
+
+
+# Chains: each step needs the one before, so an early error spoils the rest.
+
+
+def total(random: Random) -> Example:
+    """Add eight digits one by one, modulo ten; 9 tokens."""
+    digits, state, states = [random.randrange(1, 10) for _ in range(8)], 0, []
+    for digit in digits:
+        state = (state + digit) % 10
+        states.append(state)
+    return Example("total " + _spaced(digits), _spaced(states))
+
+
+def recur(random: Random) -> Example:
+    """Iterate 3 x + d modulo ten over eight digits; 9 tokens."""
+    start, digits, states = random.randrange(10), _digits(random, 8), []
+    state = start
+    for digit in digits:
+        state = (3 * state + digit) % 10
+        states.append(state)
+    return Example(f"recur {start} by {_spaced(digits)}", _spaced(states))
+
+
+def cells(random: Random) -> Example:
+    """Run a cellular automaton (rule 110) on a ring of 14 cells for three generations; 45 tokens."""
+    row, rows = [random.randrange(2) for _ in range(14)], []
+    prompt = _spaced(["ox"[cell] for cell in row])
+    for _ in range(3):
+        row = [110 >> (4 * row[i - 1] + 2 * row[i] + row[(i + 1) % 14]) & 1 for i in range(14)]
+        rows.append(_spaced(["ox"[cell] for cell in row]))
+    return Example(f"cells {prompt}", " , ".join(rows))
+
+
+def add(random: Random) -> Example:
+    """Add two six-digit numbers from the right, with carries; 18 tokens."""
+    pairs, carry, steps = list(zip(_digits(random, 6), _digits(random, 6), strict=True)), 0, []
+    for first, second in pairs:
+        carry, digit = divmod(first + second + carry, 10)
+        steps.append(f"{carry} {digit}")
+    return Example("add " + " , ".join(map(_spaced, pairs)), " , ".join(steps))
+
+
+def count(random: Random) -> Example:
+    """Count letters as they come; 19 tokens."""
+    letters, counts, steps = random.choices("abc", k=9), dict.fromkeys("abc", 0), []
+    for letter in letters:
+        counts[letter] += 1
+        steps.append(f"{letter} {counts[letter]}")
+    return Example("count " + _spaced(letters), _spaced(steps))
+
+
+def insert(random: Random) -> Example:
+    """Sort five letters by insertion, with every intermediate list; 20 tokens."""
+    letters = random.sample(string.ascii_lowercase, 5)
+    lists = [_spaced(sorted(letters[: i + 1])) for i in range(5)]
+    return Example("insert " + _spaced(letters), " / ".join(lists))
+
+
+def swap(random: Random) -> Example:
+    """Swap neighbours among three cups six times, with every state; 24 tokens."""
+    cups, moves, states = random.sample("klmnop", 3), random.choices(range(3), k=6), []
+    start = _spaced(cups)
+    for i in moves:
+        j = (i + 1) % 3
+        cups[i], cups[j] = cups[j], cups[i]
+        states.append(_spaced(cups))
+    return Example(f"swap {start} by {_spaced([i + 1 for i in moves])}", " / ".join(states))
+
+
+def stack(random: Random) -> Example:
+    """Push and pop eight times, with every state of the stack; about 30 tokens."""
+    items: list[str] = []
+    moves, states = [], []
+    for _ in range(8):
+        if items and random.random() < 0.4:
+            items.pop()
+            moves.append("pop")
+        else:
+            items.append(random.choice("klmnop"))
+            moves.append(items[-1])
+        states.append(_spaced(items) if items else "none")
+    return Example("stack " + _spaced(moves), " / ".join(states))
+
+
+_TASKS = (
+    largest,
+    sort,
+    reverse,
+    upper,
+    shift,
+    interleave,
+    dedupe,
+    tool,
+    form,
+    order,
+    total,
+    recur,
+    cells,
+    add,
+    count,
+    insert,
+    swap,
+    stack,
+)
+DOMAINS: Mapping[str, Callable[[Random], Example]] = {task.__name__: task for task in _TASKS}
+SEVERAL_ORDERS = ("form", "order")
+"""Domains whose answer is JSON with keys in any order."""
 
 
 def splits(domain: str, sizes: Mapping[str, int], seed: int) -> dict[str, list[Example]]:
-    """Disjoint lists of examples of one domain, `sizes` names and sizes them; no prompt occurs twice.
+    """Draw disjoint lists of examples of one domain, named and sized by `sizes`; no prompt occurs twice.
 
     Later splits depend on the sizes of earlier ones, so name the evaluation first to keep it when
     the others change.

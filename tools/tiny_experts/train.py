@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from random import Random
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tiny_experts.settings import BaseTraining, ExpertTraining, Settings
+from tiny_experts.settings import BaseTraining, ExpertTraining, ModelSize
 from tiny_experts.tokens import END_ID, PAD_ID, Encoded
 
 # Called after every update with the number of updates made and the most that there can be.
 Advance = Callable[[int, int], object]
 Rows = Mapping[str, Sequence[Encoded]]
+# Whether a response means the same as the reference; both are token ids.
+IsRight = Callable[[list[int], list[int]], bool]
 
 
-def new_model(settings: Settings, seed: int) -> Qwen3ForCausalLM:
-    """A Qwen3 with random weights; its generation config ends at the end token."""
+def new_model(size: ModelSize, num_rows: int, seed: int) -> Qwen3ForCausalLM:
+    """Create a Qwen3 with random weights; its generation config ends at the end token."""
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=settings.num_rows,
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.num_layers,
-        num_attention_heads=settings.num_heads,
-        num_key_value_heads=settings.num_key_value_heads,
-        head_dim=settings.head_dim,
+        vocab_size=num_rows,
+        hidden_size=size.hidden_size,
+        intermediate_size=size.intermediate_size,
+        num_hidden_layers=size.num_layers,
+        num_attention_heads=size.num_heads,
+        num_key_value_heads=size.num_key_value_heads,
+        head_dim=size.head_dim,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         pad_token_id=PAD_ID,
@@ -71,13 +74,24 @@ def _answer_logits(model: Qwen3ForCausalLM, ids: Tensor, predicts: Tensor) -> tu
 
 
 class Learner:
-    """A copy of a model with its optimizer and its rows; draws batches, updates, and says what it can."""
+    """A copy of a model with its optimizer and its rows.
+
+    `is_right` has the domains with several right responses.
+    """
 
     def __init__(
-        self, model: Qwen3ForCausalLM, rows: Rows, check: Rows, *, seed: str, num_tokens: int
+        self,
+        model: Qwen3ForCausalLM,
+        rows: Rows,
+        check: Rows,
+        *,
+        seed: str,
+        num_tokens: int,
+        is_right: Mapping[str, IsRight] = MappingProxyType({}),
     ) -> None:
         self.model = copy.deepcopy(model)
         self._rows, self._check, self._random, self._num_tokens = rows, check, Random(seed), num_tokens
+        self._is_right = is_right
         parameters = self.model.parameters()
         self._optimizer = torch.optim.AdamW(
             parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=True
@@ -100,18 +114,25 @@ class Learner:
         self._optimizer.zero_grad()
 
     def accuracy(self, domain: str) -> float:
-        """On the held-back rows."""
-        return accuracy(self.model, self._check[domain], num_tokens=self._num_tokens)
+        """Return the accuracy on the held-back rows."""
+        return accuracy(
+            self.model,
+            self._check[domain],
+            num_tokens=self._num_tokens,
+            is_right=self._is_right.get(domain),
+        )
 
 
-def train_base(learner: Learner, training: BaseTraining, advance: Advance) -> Qwen3ForCausalLM:
-    """A model that knows a little of every domain, and of none more than `ceiling`.
+def train_base(
+    learner: Learner, training: BaseTraining, capped: Collection[str], advance: Advance
+) -> Qwen3ForCausalLM:
+    """Train a model that knows a little of every domain, and of the `capped` ones no more than `ceiling`.
 
-    A domain that is good enough sits out until it has fallen behind. A leap may pass the ceiling between
-    two looks, so the best of the states that were looked at is taken: the one whose weakest domain, as a
-    share of what is enough, is strongest.
+    A domain that is good enough pauses, or gets fewer rows, until it falls behind. A leap may pass the
+    ceiling between two checks, so the best checked state is returned: the one whose weakest domain, as a
+    share of what is enough, is strongest, of equal ones the one with the best mean.
     """
-    best_share, best = -1.0, learner.model
+    best_shares, best = (-1.0, 0.0), learner.model
     learning = dict(training.batch)
     for update in range(1, training.max_updates + 1):
         learner.update(training.lr * min(1.0, update / training.warmup_updates), learning)
@@ -119,17 +140,20 @@ def train_base(learner: Learner, training: BaseTraining, advance: Advance) -> Qw
         if update % training.check_every:
             continue
         reached = {domain: learner.accuracy(domain) for domain in training.batch}
-        share = min(reached[domain] / training.enough[domain] for domain in reached)
-        if max(reached.values()) <= training.ceiling and share > best_share:
-            best_share, best = share, copy.deepcopy(learner.model)
-        learning = {
-            domain: size
-            for domain, size in training.batch.items()
-            if reached[domain] < training.enough[domain]
-        }
-        if not learning:
+        shares = [min(1.0, reached[domain] / training.enough[domain]) for domain in reached]
+        weakest_and_mean = min(shares), sum(shares) / len(shares)
+        highest = max((reached[domain] for domain in capped), default=0.0)
+        if highest <= training.ceiling and weakest_and_mean > best_shares:
+            best_shares, best = weakest_and_mean, copy.deepcopy(learner.model)
+        behind = {domain for domain in reached if reached[domain] < training.enough[domain]}
+        if not behind:
             advance(update, update)
             break
+        learning = {
+            domain: size if domain in behind else training.paused(size)
+            for domain, size in training.batch.items()
+            if domain in behind or training.paused(size)
+        }
     return best
 
 
@@ -153,12 +177,18 @@ def train_expert(
 
 
 @torch.no_grad()
-def accuracy(model: Qwen3ForCausalLM, rows: Sequence[Encoded], *, num_tokens: int) -> float:
-    """Share of prompts whose greedy answer is the reference, token for token.
+def accuracy(
+    model: Qwen3ForCausalLM, rows: Sequence[Encoded], *, num_tokens: int, is_right: IsRight | None = None
+) -> float:
+    """Return the share of prompts whose greedy response is right.
 
-    Greedy decoding writes the reference exactly when each of its tokens is the best one after those before
-    it, so a single forward pass over the references tells; nothing need be generated.
+    Without `is_right` the response must be the reference, token for token. Greedy decoding returns the
+    reference exactly when each of its tokens is the most probable one after those before it, so a single
+    forward pass over the references is enough.
     """
+    if is_right is not None:
+        responses = _greedy(model, rows, num_tokens)
+        return sum(map(is_right, responses, (row.answer_ids for row in rows))) / len(rows)
     num_right = 0
     ordered = sorted(rows, key=lambda row: len(row.prompt_ids) + len(row.answer_ids))
     for start in range(0, len(ordered), 128):
@@ -167,3 +197,19 @@ def accuracy(model: Qwen3ForCausalLM, rows: Sequence[Encoded], *, num_tokens: in
         agrees = logits[:, :num_tokens].argmax(dim=-1) == targets
         num_right += sum(bool(answer.all()) for answer in torch.split(agrees, predicts.sum(dim=1).tolist()))
     return num_right / len(rows)
+
+
+def _greedy(model: Qwen3ForCausalLM, rows: Sequence[Encoded], num_tokens: int) -> list[list[int]]:
+    """Return greedy responses, each up to and including its end token."""
+    longest = max(len(row.prompt_ids) for row in rows)
+    padding = [longest - len(row.prompt_ids) for row in rows]
+    ids = torch.tensor([[PAD_ID] * n + row.prompt_ids for n, row in zip(padding, rows, strict=True)])
+    generated = model.generate(
+        ids,
+        attention_mask=(torch.arange(longest) >= torch.tensor(padding)[:, None]).long(),
+        max_new_tokens=max(len(row.answer_ids) for row in rows) + 4,
+        do_sample=False,
+        suppress_tokens=list(range(num_tokens, model.config.vocab_size)),
+    )
+    responses = generated[:, longest:].tolist()
+    return [r[: r.index(END_ID) + 1] if END_ID in r else r for r in responses]

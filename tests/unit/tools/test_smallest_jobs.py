@@ -243,3 +243,37 @@ def test_soak_and_fault(project: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "kills 1, runs 1, differences 0" in done.stdout
+
+
+def test_merge_bench(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two candidates at equal updates and at equal time; figures are those of the runs' own results."""
+    from small_experts import small_settings
+
+    tool = load("merge_bench")
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    monkeypatch.setattr(tool, "SETS", {"agents": small_settings(24)})
+    out = call(
+        tool,
+        *("--sets", "agents", "--seeds", 3, "--only", "sft", "--updates", 3, "--prompts", 9),
+        *("--prompts-per-round", 6, "--equal-time", "--jobs", 1),
+    )
+    (folder,) = (tmp_path / "runs" / "bench").iterdir()
+    documents = {
+        path.name.removesuffix(".json"): json.loads(path.read_text()) for path in folder.glob("*.json")
+    }
+    equal_updates = [name for name in documents if "-3-base-" in name]
+    assert {name.split("-")[0] for name in equal_updates} == {"sft", "cold_start,_reverse_KL"}
+    assert "3 updates" in out
+    assert "the time of the reference" in out
+    for name, document in documents.items():
+        suites = json.loads((folder / name / "result.json").read_text())["suites"]
+        for domain, recovered in document["recovered"].items():
+            assert recovered == suites[domain]["recovered"]["value"]
+        (kept,) = (suite["over_base"]["value"] for suite in suites.values() if suite["expert"] is None)
+        assert document["kept"] == kept
+        assert document["num_tokens"] > 0
+
+
+def test_intervals_of_the_merge_bench() -> None:
+    """Student's t by the textbook: mean 2, standard deviation 1, three values: 4.30 / sqrt(3) = 2.48."""
+    assert load("merge_bench").interval([0.01, 0.02, 0.03]) == "+2.0 ± 2.5"
