@@ -89,9 +89,12 @@ def paired_interval(
     random = np.random.default_rng(_SEED)
     means = []
     for models in domains:
-        values = np.stack([np.asarray(v, np.float64) for v in models], axis=1)
-        total = len(values) + _NUM_ADDED
-        shares = np.array([*[1.0 / total] * len(values), _NUM_ADDED / total])
+        # Prompts with equal values are drawn together: there are few of these, and many prompts.
+        values, numbers = np.unique(
+            np.stack([np.asarray(v, np.float64) for v in models], axis=1), axis=0, return_counts=True
+        )
+        total = int(numbers.sum()) + _NUM_ADDED
+        shares = np.array([*numbers, _NUM_ADDED]) / total
         counts = random.multinomial(total, shares, size=_NUM_RESAMPLES)
         added = random.binomial(counts[:, -1:], 0.5, size=(_NUM_RESAMPLES, values.shape[1]))
         means.append((counts[:, :-1] @ values + added) / total)

@@ -15,7 +15,6 @@ from tiny_experts.llama.settings import LlamaSettings  # noqa: E402
 from tiny_experts.settings import BaseTraining, ExpertTraining, ModelSize, Settings  # noqa: E402
 
 DOMAINS = ("largest", "sort", "tool")
-KEPT = "reverse"
 ROWS = {"eval": 40, "merge": 30, "check": 10, "train": 120}
 
 
@@ -29,10 +28,13 @@ def load_script() -> ModuleType:
     return module
 
 
-def small_settings(num_updates: int = 6) -> Settings:
-    """Settings with which base and experts are made: each as it is after so many updates."""
+def small_settings(num_updates: int = 6, kept: tuple[str, ...] = ()) -> Settings:
+    """Settings with which base and experts are made: each as it is after so many updates.
+
+    `kept` are skills that only the base learns.
+    """
     # The base is the best of the states that are looked at, so one look, at the end.
-    domains = (*DOMAINS, KEPT)
+    domains = (*DOMAINS, *kept)
     base = {"check_every": num_updates, "max_updates": num_updates}
     expert = {"check_every": 2, "cooldown_updates": 2, "max_updates": num_updates}
     return replace(

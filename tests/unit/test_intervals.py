@@ -74,7 +74,7 @@ def test_paired_intervals_cover(
     num: int, base: float, expert: float, merged: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Models that agree on prompts more than independent ones would."""
-    monkeypatch.setattr(intervals, "_NUM_RESAMPLES", 400)
+    monkeypatch.setattr(intervals, "_NUM_RESAMPLES", 1500)
     random = np.random.default_rng(7)
     truth = (merged - base) / (expert - base)
     differences, ratios = [], []

@@ -251,7 +251,7 @@ def test_merge_bench(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch, 
 
     tool = load("merge_bench")
     monkeypatch.setattr(tool, "ROOT", tmp_path)
-    monkeypatch.setattr(tool, "SETS", {"agents": small_settings(24)})
+    monkeypatch.setattr(tool, "SETS", {"agents": small_settings(24, kept=("reverse",))})
     out = call(
         tool,
         *("--sets", "agents", "--seeds", 3, "--only", "sft", "--updates", 3, "--prompts", 9),
