@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,48 +18,48 @@ from mergeopd.errors import ProcessError, Stopped
 
 if TYPE_CHECKING:
     from mergeopd.api import RunResult
+    from mergeopd.recipe.controls import Control
 
 
-class ControlName(StrEnum):
-    """The controls of a recipe."""
-
-    sft = "sft"
-    sampled = "sampled"
+UpdatesOption = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Stop after N more updates, e.g. for a smoke run."),
+]
+AllowChangeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY",
+        help="Resume although this key of the plan, or file, has changed since the run began. Repeatable.",
+    ),
+]
+FreshOption = Annotated[
+    bool,
+    typer.Option(
+        "--fresh",
+        help="Start over; a run in the output folder is kept, in FOLDER.1 or the next free number.",
+    ),
+]
+ControlOption = Annotated[
+    Literal["sft", "sampled"] | None,  # `Control`, without the import of the recipe's schema
+    typer.Option(
+        help="Run a control instead, in controls/ of the run folder, and compare the run with it: sft: "
+        "fine-tuning on the teachers' text; sampled: sampled reverse KL.",
+    ),
+]
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Start N processes on this machine, for student.parallel."),
+]
 
 
 def run(
     recipe: RecipeArgument,
     overrides: SetOption = None,
-    updates: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Stop after N more updates, e.g. for a smoke run."),
-    ] = None,
-    allow_change: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY",
-            help="Resume although this key of the plan, or file, has changed since the run began. "
-            "Repeatable.",
-        ),
-    ] = None,
-    fresh: Annotated[
-        bool,
-        typer.Option(
-            "--fresh",
-            help="Start over; a run in the output folder is kept, in FOLDER.1 or the next free number.",
-        ),
-    ] = False,
-    control: Annotated[
-        ControlName | None,
-        typer.Option(
-            help="Run a control instead, in controls/ of the run folder, and compare the run with it: sft: "
-            "fine-tuning on the teachers' text; sampled: sampled reverse KL.",
-        ),
-    ] = None,
-    nproc: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Start N processes on this machine, for student.parallel."),
-    ] = None,
+    updates: UpdatesOption = None,
+    allow_change: AllowChangeOption = None,
+    fresh: FreshOption = False,
+    control: ControlOption = None,
+    nproc: ProcessesOption = None,
 ) -> None:
     """Run a merge, or resume it. Ctrl-C saves a checkpoint and stops; run the same command to resume.
 
@@ -79,7 +78,7 @@ def run(
             "updates": updates,
             "allow_change": allow_change or (),
             "fresh": fresh,
-            "control": None if control is None else control.value,
+            "control": control,
         }
         try:
             if nproc is not None and nproc > 1:
@@ -94,7 +93,7 @@ def run(
             result = _run(recipe, settings, place)
         except KeyboardInterrupt:
             if place.rank == 0:
-                typer.echo(f"Interrupted. {_what_is_kept(recipe, overrides or ())}", err=True)
+                typer.echo(f"Interrupted. {_what_is_kept(recipe, overrides or (), control)}", err=True)
             raise typer.Exit(130) from None
         if not result.is_finished:
             raise Stopped(
@@ -117,14 +116,16 @@ def _run(recipe: Path, settings: Mapping[str, Any], place: RankInfo) -> RunResul
         clear()
 
 
-def _what_is_kept(recipe: Path, overrides: Sequence[str]) -> str:
+def _what_is_kept(recipe: Path, overrides: Sequence[str], control: Control | None) -> str:
     """Say what a run that was interrupted at once resumes from."""
     with suppress(Exception):  # the recipe may be the reason why nothing has begun
         from mergeopd import api
+        from mergeopd.recipe.controls import control_plan
         from mergeopd.storage.folders import newest_number
         from mergeopd.storage.run_folder import RunFolder
 
-        folder = RunFolder(Path(api.load(recipe, set=overrides).output))
+        plan = api.load(recipe, set=overrides)
+        folder = RunFolder(Path((plan if control is None else control_plan(plan, control)).output))
         if folder.export.exists():
             return "Training and export are saved; run the same command to evaluate."
         if number := newest_number(folder.checkpoints):
