@@ -222,9 +222,10 @@ def test_inputs_and_evaluations_raise_alarms(plan: Plan) -> None:
 
     events = [
         START,
-        measured(0, math=0.5, code=0.0),
-        measured(10, math=0.35, code=0.2),  # intervals overlap
-        measured(20, math=0.2, code=0.0),
+        # What is forgotten of `facts`, a suite without an expert, is no alarm.
+        measured(0, math=0.5, code=0.0, facts=0.9),
+        measured(10, math=0.35, code=0.2, facts=0.0),  # intervals of math overlap
+        measured(20, math=0.2, code=0.0, facts=0.0),
     ]
     assert watched(plan, events, eval_math=3, eval_code=0) == [
         (0, "overlap", "eval_math"),
@@ -242,7 +243,9 @@ def test_the_result_is_judged_and_names_all_alarms(plan: Plan) -> None:
         "code": {"base": 0.5, "expert/code": 0.5, "merged": 0.6},
         "chat": {"base": 0.0, "expert/chat": 0.7, "merged": 0.0},
     }
-    result = watch.judge(result_of(accuracies))
+    measured = result_of(accuracies)
+    facts = replace(measured.suites["math"], expert=None)  # forgotten, which is no alarm
+    result = watch.judge(replace(measured, suites={**measured.suites, "facts": facts}))
     expected = [
         ("overlap", "eval_math"),
         ("below_base", "math"),

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 import mergeopd
 from mergeopd.recipe.schema import Recipe
 from mergeopd.reporting.events import AlarmRaised
-from mergeopd.reporting.model_card import RECIPE, CardModel, common_licence, model_card
+from mergeopd.reporting.model_card import RECIPE, CardModel, _decoding, common_licence, model_card
 from mergeopd.reporting.page.run_data import load_run
 from mergeopd.storage.folders import MODEL_CARD, verify
 
@@ -61,12 +61,22 @@ def test_a_card_is_written_with_the_export_and_again_with_the_result(recipe: Pat
     assert "| teacher `two` | two | - |" in text
     assert "1. `merge`: 2 updates, 4 prompts a round, on responses of the student itself" in text
     assert "MODEL=run/export " in text
+    assert "Greedy decoding, at most 2 tokens." in text
     # Neither file names a private folder, and the recipe is one.
     for file in (MODEL_CARD, RECIPE):
         assert str(tmp_path) not in (run.export / file).read_text()
     document = YAML(typ="safe").load(run.export / RECIPE)
     assert (document["student"]["model"], document["output"]) == ("base", "runs/job")
     assert Recipe.model_validate(document).name == "job"
+
+
+def test_decoding_is_told_by_suite_where_suites_differ() -> None:
+    greedy = {"name": "math", "max_new_tokens": 8, "samples": 1, "temperature": 0.0, "top_p": 1.0}
+    sampled = {**greedy, "name": "aime", "samples": 16, "temperature": 0.6, "top_p": 0.95}
+    assert _decoding([greedy, sampled, {**greedy, "name": "code"}]) == [
+        "- math and code: greedy decoding, at most 8 tokens.",
+        "- aime: mean of 16 responses to each prompt, sampled at temperature 0.6 and top_p 0.95, at most 8 tokens.",
+    ]
 
 
 def test_alarms_and_overlap_stand_in_the_card(recipe: Path) -> None:

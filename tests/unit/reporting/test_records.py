@@ -139,3 +139,8 @@ def test_result_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="cannot write"):
         write_result(tmp_path / "file" / "result.json", result)
+
+
+def test_speed_leaves_out_what_does_not_recur() -> None:
+    seconds = {"startup": 9.0, "text": 30.0, "interim": 5.0, "rollout": 1.0, "update": 2.0}
+    assert replace(UPDATE, seconds=seconds).step_s == 3.0

@@ -277,3 +277,20 @@ def test_merge_bench(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch, 
 def test_intervals_of_the_merge_bench() -> None:
     """Student's t by the textbook: mean 2, standard deviation 1, three values: 4.30 / sqrt(3) = 2.48."""
     assert load("merge_bench").interval([0.01, 0.02, 0.03]) == "+2.0 ± 2.5"
+
+
+def test_candidates_of_the_merge_bench_have_equal_updates_and_prompts() -> None:
+    from small_experts import small_settings
+
+    tool = load("merge_bench")
+    for name, phases_of in tool.CANDIDATES.items():
+        phases = phases_of(120)
+        assert sum(phase["updates"] for phase in phases) == 120
+        job = tool.Job("agents", 0, name, 120, prompts_per_round=8)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tool, "_prompts", lambda *_: Path("prompts"))
+            patch.setattr(tool, "_card", lambda *_: Path("card"))
+            phases = tool.recipe(job, small_settings())["phases"]
+        rounds = {phase["prompts_per_round"] / phase.get("updates_per_round", 1) for phase in phases}
+        assert rounds == {8}
+        assert ("four updates" in name) == any(phase.get("updates_per_round") == 4 for phase in phases)
