@@ -15,7 +15,7 @@ _BATCH = {"sort": 64, "reverse": 64, "shift": 64, "interleave": 64, "dedupe": 64
 _BATCH |= {"order": 48, "upper": 64}
 _BATCH |= {
     "total": 64,
-    "recur": 64,
+    "walk": 64,
     "cells": 24,
     "add": 48,
     "count": 48,
@@ -27,11 +27,11 @@ SIZE = ModelSize(hidden_size=96, intermediate_size=192, num_layers=3, num_heads=
 SMALL = ModelSize(hidden_size=64, intermediate_size=128, num_layers=3, num_heads=2, num_key_value_heads=2)
 
 
-def _settings(domains: tuple[str, ...], kept: str) -> Settings:
+def _settings(domains: tuple[str, ...], kept: str, num_tokens: int = 360) -> Settings:
     return Settings(
         rows={"eval": 200, "merge": 2000, "check": 64, "train": 6000},
-        num_tokens=360,
-        num_rows=376,
+        num_tokens=num_tokens,  # at most as many as the texts give
+        num_rows=num_tokens + 16,
         expert_num_rows={},
         expert_system={},
         size=SIZE,
@@ -41,9 +41,12 @@ def _settings(domains: tuple[str, ...], kept: str) -> Settings:
             enough={**dict.fromkeys(domains, 0.15), kept: 0.95},
             paused_share=0.25,
             check_every=5,
-            max_updates=400,
+            max_updates=600,
         ),
-        expert={domain: ExpertTraining(_BATCH[domain], enough=0.93, lr=3e-3) for domain in domains},
+        expert={
+            domain: ExpertTraining(_BATCH[domain], enough=0.93, lr=3e-3, max_updates=800)
+            for domain in domains
+        },
     )
 
 
@@ -51,6 +54,6 @@ SETS: Mapping[str, Settings] = {
     "quickstart": Settings(),
     "agents": _settings(("sort", "tool", "total", "count"), "reverse"),
     "chains": _settings(("shift", "cells", "add", "form"), "sort"),
-    "states": _settings(("interleave", "recur", "insert", "reverse"), "sort"),
+    "states": _settings(("interleave", "walk", "insert", "reverse"), "sort", num_tokens=312),
     "held_out": _settings(("dedupe", "swap", "stack", "order"), "upper"),
 }
