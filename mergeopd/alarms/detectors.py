@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean, median
-from typing import Protocol
+from typing import Literal, Protocol
 
 from mergeopd.recipe.alarms import (
     DeadDomain,
@@ -92,12 +92,17 @@ class GradientSpikeDetector:
         return {"": finding if 0.0 < limit < norm else None}
 
 
+_DIVERGENCE = "divergence"
+
+
 @dataclass
 class DivergenceRisingDetector:
-    """Compares a running mean with its minimum, of one phase and one share of the student's responses.
+    """Compares a running mean with its minimum, of one phase.
 
-    Where the student generates all text, the negated log-prob gap estimates the reverse KL, and is judged,
-    too: a divergence over a part of the vocabulary can fall while the student leaves that part.
+    A divergence over all text starts again when the share of the student's responses reaches a new maximum.
+
+    On the student's own responses the negated log-prob gap estimates the reverse KL, and is judged, too: a
+    divergence over a part of the vocabulary can fall while the student leaves that part.
     """
 
     settings: DivergenceRising
@@ -111,17 +116,21 @@ class DivergenceRisingDetector:
     def look(self, record: UpdateRecord) -> Signs:
         phase, fraction = self._started
         now = record.on_policy_fraction or 0.0
-        if record.phase != phase or now > fraction + 0.1:
-            # The student's own responses have another divergence than text of others.
-            self._started = record.phase, now
+        if record.phase != phase:
             self._means.clear()
             self._lowest.clear()
+        elif now > fraction:
+            # The student's own responses have another divergence than text of others.
+            for kept in (self._means, self._lowest):
+                for key in [key for key in kept if key[1] == _DIVERGENCE]:
+                    del kept[key]
+        self._started = record.phase, max(now, fraction if record.phase == phase else 0.0)
         signs: dict[str, str | None] = {}
         for name, numbers in record.teachers.items():
             if name in self.teachers:
-                gap = numbers.get("logprob_gap")
-                values = {"divergence": divergence(numbers)}
-                if now == 1.0 and gap is not None:
+                gap = numbers.get("logprob_gap_student")
+                values = {_DIVERGENCE: divergence(numbers)}
+                if gap is not None:
                     values["estimated reverse KL (-log-prob gap)"] = -gap
                 known = {what: value for what, value in values.items() if value is not None}
                 findings = [self._finding(name, what, value) for what, value in known.items()]
@@ -312,32 +321,34 @@ class IdenticalTeacherDetector:
 class FirstGapDetector:
     """Judges the log-prob gap in the first updates, on text of others or on the student's own.
 
-    `is_far` is the condition of a gap (log p of teacher minus student). Later updates are all well, so that
-    the alarm clears.
+    `figure` is the gap (log p of teacher minus student) that `is_far` judges. Text of others is judged in
+    mixtures, too. The student's own is not: it may be far from a teacher whose text it also learns from.
+    Later updates are all well, so that the alarm clears.
     """
 
     settings: MismatchedTeacher | NoColdStart
     teachers: Collection[str]
-    on_policy_fraction: float
+    figure: Literal["logprob_gap_student", "logprob_gap_text"]
     is_far: Callable[[float], bool]
     limit: str
     _seen: int = 0
 
     def look(self, record: UpdateRecord) -> Signs:
-        is_kind = record.on_policy_fraction == self.on_policy_fraction
-        if not is_kind or self._seen >= self.settings.updates or (not self._seen and self._is_late(record)):
+        if self._seen >= self.settings.updates or not self._is_judged(record):
             return NO_SIGNS
         self._seen += 1
-        gaps = {name: record.teachers[name].get("logprob_gap") for name in record.teachers}
+        gaps = {name: record.teachers[name].get(self.figure) for name in record.teachers}
         return {
             name: f"log-prob gap {gap:+.2g} nats per token (limit {self.limit})" if self.is_far(gap) else None
             for name, gap in gaps.items()
             if name in self.teachers and gap is not None
         }
 
-    def _is_late(self, record: UpdateRecord) -> bool:
-        """Whether a comparison with others' text would be of a student that has been trained."""
-        return self.on_policy_fraction == 0.0 and record.update > 1
+    def _is_judged(self, record: UpdateRecord) -> bool:
+        """Whether all text is the student's; or some is of others, and the student is not trained yet."""
+        if self.figure == "logprob_gap_student":
+            return record.on_policy_fraction == 1.0
+        return record.on_policy_fraction != 1.0 and (self._seen > 0 or record.update == 1)
 
 
 def detectors_of(plan: Plan) -> dict[str, Detector]:
@@ -371,14 +382,14 @@ def detectors_of(plan: Plan) -> dict[str, Detector]:
         "mismatched_teacher": FirstGapDetector(
             mismatch,
             experts,
-            on_policy_fraction=0.0,
+            figure="logprob_gap_text",
             is_far=lambda gap: abs(gap) > mismatch.nats,
             limit=f"+-{mismatch.nats:g}",
         ),
         "no_cold_start": FirstGapDetector(
             cold,
             experts,
-            on_policy_fraction=1.0,
+            figure="logprob_gap_student",
             is_far=lambda gap: gap < -cold.nats,
             limit=f"-{cold.nats:g}",
         ),

@@ -57,7 +57,8 @@ TEXTS: Mapping[str, tuple[str, str]] = {
     ),
     "no_cold_start": (
         "the base cannot respond to these prompts yet, or the teacher is not their expert",
-        "begin with a phase of `text: teacher`, or lengthen it; check `teachers` of the prompts",
+        "begin with a phase of `text: teacher`, or lengthen it, or mix text: "
+        "`text: {on_policy_fraction: 0.5, otherwise: teacher}`; check `teachers` of the prompts",
     ),
     "weak_teacher": (
         "the teacher is not an expert of this domain, or its template or the verifier does not fit",

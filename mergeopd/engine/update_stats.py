@@ -83,12 +83,14 @@ class UpdateStats:
         self._tally.loss += float(stats.loss.sum())
         gap = stats.logprob_T - stats.logprob_S
         measured = self.objective.measured(stats)
+        sizes = [len(labels) for labels in micro.labels]
+        is_own = _is_own(sizes, micro.rollouts, prepared)
         for k, name in enumerate(micro.teachers):
             divergence = {d: float(measured[k, i].sum()) for i, d in enumerate(self.objective.measures)}
             self._tally.teachers[name].add(
-                gap.shape[1], gap=float(gap[k].sum()), entropy=float(stats.entropy_T[k].sum()), **divergence
+                gap.shape[1], entropy=float(stats.entropy_T[k].sum()), **divergence
             )
-        sizes = [len(labels) for labels in micro.labels]
+            self._add_gap(name, gap[k], is_own)
         per_rollout = zip(
             micro.rollouts,
             torch.split(stats.logprob_S, sizes),
@@ -110,12 +112,10 @@ class UpdateStats:
         for name, seen in stats.bridged:
             self._tally.loss += float(seen.loss.sum())
             self._tally.teachers[name].add(
-                len(seen.value),
-                gap=float((seen.logprob_T - seen.logprob_S).sum()),
-                matched=float(seen.matched_T.sum()),
-                bridge=float(seen.value.sum()),
+                len(seen.value), matched=float(seen.matched_T.sum()), bridge=float(seen.value.sum())
             )
             sizes = [len(prepared.rollouts[i].alignments[name].student_starts) for i in micro.rollouts]
+            self._add_gap(name, seen.logprob_T - seen.logprob_S, _is_own(sizes, micro.rollouts, prepared))
             for index, loss in zip(micro.rollouts, torch.split(seen.loss.abs(), sizes), strict=True):
                 domain = prepared.rollouts[index].rollout.prompt.domain
                 self._tally.domains[domain].add(0, loss=float(loss.sum()))
@@ -127,8 +127,17 @@ class UpdateStats:
                 sums.add(0, tokens=member.rollout.num_trained, aligned=in_groups)
             for name, ratio in member.spans.items():
                 starts = torch.from_numpy(member.alignments[name].student_starts)
-                total = float(ratio[starts].sum())
-                self._tally.teachers[name].add(len(starts), gap=total, bridge=-total)
+                of_groups = ratio[starts]
+                self._tally.teachers[name].add(len(starts), bridge=-float(of_groups.sum()))
+                self._add_gap(name, of_groups, _is_own([len(starts)], [index], prepared))
+
+    def _add_gap(self, name: str, gap: Tensor, is_own: Tensor) -> None:
+        """Add a teacher's log-prob gaps `[n]`, those of the student's own responses apart."""
+        num, num_own = len(gap), int(is_own.sum())
+        total, own = float(gap.sum()), float(gap[is_own.to(gap.device)].sum())
+        self._tally.teachers[name].add(
+            0, gap=total, gap_student=own, num_student=num_own, gap_text=total - own, num_text=num - num_own
+        )
 
     def _add_policy(self, policy: Policy, rows: PolicyRows, weight_KN: Tensor, stats: MicroStats) -> None:
         tokens = policy_tokens(
@@ -171,6 +180,8 @@ class UpdateStats:
             num_tokens=sums.num_tokens,
             divergence={d: sums.mean(d) for d in self.objective.measures},
             logprob_gap=sums.mean("gap"),
+            logprob_gap_student=_gap(sums, "student"),
+            logprob_gap_text=_gap(sums, "text"),
             entropy_T=sums.mean("entropy"),
         )
 
@@ -182,6 +193,8 @@ class UpdateStats:
             # The mean over no group is not 0, which would look like a student equal to its teacher.
             divergence={kind: sums.mean("bridge") if sums.num_tokens else None},
             logprob_gap=sums.mean("gap") if sums.num_tokens else None,
+            logprob_gap_student=_gap(sums, "student"),
+            logprob_gap_text=_gap(sums, "text"),
             bridge=BridgeFigures(
                 num_groups=sums.num_tokens,
                 unaligned_fraction=1.0 - aligned / tokens if tokens else 0.0,
@@ -231,3 +244,15 @@ def repetition(responses: Sequence[TokenIds]) -> float | None:
             num_ngrams += len(ngrams)
             num_distinct += len(np.unique(ngrams @ _HASH))
     return 1.0 - num_distinct / num_ngrams if num_ngrams else None
+
+
+def _is_own(sizes: Sequence[int], rollouts: Sequence[int], prepared: PreparedUpdate) -> Tensor:
+    """Whether the student generated each position, `[sum(sizes)]`; `sizes` are the rollouts' positions."""
+    own = torch.tensor([prepared.rollouts[i].rollout.origin == "student" for i in rollouts])
+    return own.repeat_interleave(torch.tensor(sizes))
+
+
+def _gap(sums: Sums, who: str) -> float | None:
+    """Return the mean log-prob gap on text of one origin, `student` or (others') `text`; None without any."""
+    num = sums.values.get(f"num_{who}", 0.0)
+    return sums.values[f"gap_{who}"] / num if num else None

@@ -105,8 +105,9 @@ class TeacherStats:
 
     `divergence` maps the objective's divergences to unweighted means over the teacher's tokens; the first one
     is shown. An objective without divergences has `sampled_reverse_kl` (k3). `logprob_gap` is the mean of
-    logprob_T - logprob_S at the sampled tokens. With a `bridge` both are means over groups, None without
-    groups, and the divergence is the bridge's measure (of `span`, minus the gap).
+    logprob_T - logprob_S at the sampled tokens; `logprob_gap_student` that on the student's own responses and
+    `logprob_gap_text` that on text of others, None without any. With a `bridge` all are means over groups,
+    None without groups, and the divergence is the bridge's measure (of `span`, minus the gap).
     """
 
     num_tokens: int
@@ -114,6 +115,8 @@ class TeacherStats:
     logprob_gap: float | None
     entropy_T: float | None = None
     bridge: BridgeFigures | None = None
+    logprob_gap_student: float | None = None
+    logprob_gap_text: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ class Figure:
     steady: bool = False
     aim: Literal["low", "high", "zero", ""] = ""
     legend: str = ""
+    is_charted: bool = True
 
     def is_informative(self, value: float | None) -> bool:
         """Whether a value is known and differs from `hidden_when_constant`."""
@@ -60,6 +61,23 @@ TEACHER_FIGURES = (
         _NATS,
         aim="zero",
         legend="teacher minus student log p",
+        is_charted=False,  # in mixtures its two parts, charted below, cancel
+    ),
+    Figure(
+        "logprob_gap_student",
+        "",
+        "Log-prob gap, student's responses",
+        "log p of teacher minus student",
+        _NATS,
+        aim="zero",
+    ),
+    Figure(
+        "logprob_gap_text",
+        "",
+        "Log-prob gap, others' text",
+        "log p of teacher minus student",
+        _NATS,
+        aim="zero",
     ),
     Figure("entropy_T", "", "Teacher entropy", "of the next-token distribution", _NATS),
     Figure("num_groups", "", "Aligned groups", "of tokens with the same bytes in both tokenizations"),

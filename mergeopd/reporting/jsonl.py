@@ -111,6 +111,8 @@ def _teacher_numbers(stats: TeacherStats) -> dict[str, float | None]:
         "num_tokens": stats.num_tokens,
         **dict(sorted(stats.divergence.items())),
         "logprob_gap": stats.logprob_gap,
+        "logprob_gap_student": stats.logprob_gap_student,
+        "logprob_gap_text": stats.logprob_gap_text,
     }
     if stats.bridge is None:
         return {**numbers, "entropy_T": stats.entropy_T}

@@ -22,7 +22,12 @@ def update_line(update: int, phase: str = "merge") -> dict[str, Any]:
         "num_tokens": 100 * update,
         "on_policy_fraction": 0.25 * (update % 3),
         "teachers": {
-            "math": {"num_tokens": 7, "reverse_kl": 0.1 / update, "logprob_gap": -0.3, "entropy_T": 0.7}
+            "math": {
+                "num_tokens": 7,
+                "reverse_kl": 0.1 / update,
+                "logprob_gap_student": -0.3,
+                "entropy_T": 0.7,
+            }
         },
         "domains": {
             domain: {

@@ -187,7 +187,8 @@ def _candidates(updates: Sequence[UpdateRecord]) -> Iterator[tuple[Group, Figure
             for name in names
         ]
 
-    for figure in (*figures.MEASURE_FIGURES.values(), *figures.TEACHER_FIGURES):
+    charted = [figure for figure in figures.TEACHER_FIGURES if figure.is_charted]
+    for figure in (*figures.MEASURE_FIGURES.values(), *charted):
         yield "teachers", figure, lines("teachers", teachers, figure.key)
     for figure in figures.DOMAIN_FIGURES:
         yield "domains", figure, lines("domains", domains, figure.key)

@@ -34,7 +34,7 @@ from mergeopd.storage.metrics import json_text
 
 DOMAINS = ("chat", "code", "math")
 HEALTHY = DomainStats(10, 300, 30.0, 1 / 3, 1.0, 0.5, 0.6, 0.1, 0.4, 1 / 3, 0.05)
-TEACHER = TeacherStats(300, {"reverse_kl": 0.8}, -0.8, 0.4)
+TEACHER = TeacherStats(300, {"reverse_kl": 0.8}, -0.8, 0.4, logprob_gap_student=-0.8)
 POLICY = PolicyStats(0.0, 0.0, 1.0, 0.001, 0.1)
 START = RunStarted("run", "r.yaml", 100, (("merge", 100),), DOMAINS, DOMAINS, Path("run"))
 UPDATES = TypeAdapter(UpdateRecord)
@@ -90,9 +90,10 @@ def watched(plan: Plan, events: Sequence[Event], **overlap: int) -> list[tuple[i
 
 
 def kl(value: float) -> dict[str, Any]:
-    return {"divergence": {"reverse_kl": value}, "logprob_gap": -value}
+    return {"divergence": {"reverse_kl": value}, "logprob_gap_student": -value}
 
 
+ON_TEXT = {"logprob_gap_student": None}
 Stream = Callable[[int], UpdateDone]
 BAD: dict[str, tuple[Stream, tuple[int, str]]] = {
     "zero_gradient": (lambda u: update(u, grad_norm=2.0 if u < 4 else 1e-8), (8, "")),
@@ -117,14 +118,40 @@ BAD: dict[str, tuple[Stream, tuple[int, str]]] = {
         (1, "math"),
     ),
     "mismatched_teacher": (
-        lambda u: update(u, on_policy_fraction=0.0, teachers={"code": {"logprob_gap": 4.0 if u < 9 else 0.5}}),
+        lambda u: update(u, on_policy_fraction=0.0, teachers={"code": {"logprob_gap_text": 4.0 if u < 9 else 0.5}}),
         (2, "code"),
     ),
     "no_cold_start": (
-        lambda u: update(u, on_policy_fraction=float(u > 3), teachers={"code": kl(6.0 if u > 3 else 0.8)}),
+        lambda u: update(u, on_policy_fraction=float(u > 3), teachers={"code": kl(6.0) if u > 3 else ON_TEXT}),
         (6, "code"),
     ),
 }  # fmt: skip
+
+
+def test_text_of_a_mismatched_teacher_is_found_in_a_mixture_as_well(plan: Plan) -> None:
+    """Over all tokens, its gap and that of the student's own responses cancel."""
+
+    def stream(u: int, gap: float) -> UpdateDone:
+        figures = {"logprob_gap": 0.0, "logprob_gap_student": -6.0, "logprob_gap_text": gap}
+        return update(u, on_policy_fraction=0.5, teachers={"code": figures})
+
+    assert watched(plan, [stream(u, 6.0) for u in range(1, 9)]) == [(2, "mismatched_teacher", "code")]
+    # A student that also learns from its teachers' text needs no cold start.
+    assert watched(plan, [stream(u, 1.0) for u in range(1, 9)]) == []
+
+
+def test_a_ramp_towards_own_responses_raises_nothing_but_a_rising_gap_on_them_does(plan: Plan) -> None:
+    """Over all text the divergence grows with the share of the student's responses."""
+
+    def stream(u: int, gap: float) -> UpdateDone:
+        figures = {"divergence": {"reverse_kl": 0.2 + u / 10}, "logprob_gap_student": gap}
+        return update(u, on_policy_fraction=u / 40, teachers={"code": figures})
+
+    assert watched(plan, [stream(u, -2.0) for u in range(1, 40)]) == []
+    # The running mean of the estimate passes 2 + 2 soon after update 20.
+    (alarm,) = watched(plan, [stream(u, -2.0 if u < 20 else -5.0) for u in range(1, 40)])
+    assert alarm[1:] == ("divergence_rising", "code")
+    assert 24 <= alarm[0] <= 32
 
 
 @pytest.mark.parametrize("name", BAD)

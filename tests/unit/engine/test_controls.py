@@ -83,9 +83,8 @@ def test_controls_before_the_run_are_measured_by_it(recipe: Path) -> None:
     ]
     assert set(run.result.suites["right"].over_control) == {"control/sft", "control/sampled"}
     sampled = [json.loads(s) for s in (run.folder / "controls/sampled/metrics.jsonl").open()]
-    assert [sorted(row["teachers"]["two"]) for row in sampled[1:]] == [
-        ["entropy_T", "logprob_gap", "num_tokens", "sampled_reverse_kl"]
-    ] * 2
+    assert all("reverse_kl" not in row["teachers"]["two"] for row in sampled[1:])
+    assert all(row["teachers"]["two"]["sampled_reverse_kl"] is not None for row in sampled[1:])
 
 
 def test_a_control_of_other_settings_is_not_measured(recipe: Path) -> None:

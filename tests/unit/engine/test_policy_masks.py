@@ -60,6 +60,17 @@ def test_off_policy_responses_have_divergences_but_no_policy_term(write_job: Wri
     assert found.corrected_fraction == pytest.approx(float((rho > 1.5).double().mean()))
     assert found.rollout_logprob_gap == pytest.approx(float(rho.log().abs().mean()))
     assert found.rollout_logprob_gap_max == pytest.approx(float(rho.log().abs().max()))
+    # Log-prob gaps, of each teacher's tokens by their origin.
+    for name, figures in stats.teachers(parts.views).items():
+        taught = [i for i, r in enumerate(mixed) if name in r.prompt.teachers]
+        for who, mean in (("student", figures.logprob_gap_student), ("text", figures.logprob_gap_text)):
+            of_origin = [
+                plain.gaps[i][name] for i in taught if (mixed[i].origin == "student") == (who == "student")
+            ]
+            assert mean == (pytest.approx(float(torch.cat(of_origin).mean())) if of_origin else None)
+        assert figures.logprob_gap == pytest.approx(
+            float(torch.cat([plain.gaps[i][name] for i in taught]).mean())
+        )
     # What a verifier thinks of the others' answers is nobody's business.
     others = [v if r.origin == "student" else 1.0 - v for r, v in zip(mixed, grades, strict=True)]
     again = first_update(parts, mixed, others)

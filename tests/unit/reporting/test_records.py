@@ -35,8 +35,8 @@ UPDATE = UpdateDone(
     num_tokens=600,
     on_policy_fraction=1.0,
     teachers={
-        "sort": TeacherStats(200, {"reverse_kl": 0.25}, -0.125, 0.5),
-        "math": TeacherStats(400, {"reverse_kl": math.nan, "forward_kl": 0.75}, 0.0625),
+        "sort": TeacherStats(200, {"reverse_kl": 0.25}, -0.125, 0.5, logprob_gap_student=-0.125),
+        "math": TeacherStats(400, {"reverse_kl": math.nan, "forward_kl": 0.75}, 0.0625, logprob_gap_text=0.5),
     },
     domains={"math": DomainStats(4, 400, 100.0, 2 / 3, 0.75, 1.5, 0.9, 0.25, 0.5, 0.88, 0.125)},
     seconds={"update": 2.0, "rollout": 1.0, "text": 30.0},
@@ -65,8 +65,9 @@ def test_a_line_holds_every_figure_once_and_costs_apart(tmp_path: Path) -> None:
         "num_tokens": 600, "on_policy_fraction": 1.0,
         "teachers": {
             "math": {"num_tokens": 400, "forward_kl": 0.75, "reverse_kl": None, "logprob_gap": 0.0625,
-                     "entropy_T": None},
-            "sort": {"num_tokens": 200, "reverse_kl": 0.25, "logprob_gap": -0.125, "entropy_T": 0.5},
+                     "logprob_gap_student": None, "logprob_gap_text": 0.5, "entropy_T": None},
+            "sort": {"num_tokens": 200, "reverse_kl": 0.25, "logprob_gap": -0.125,
+                     "logprob_gap_student": -0.125, "logprob_gap_text": None, "entropy_T": 0.5},
         },
         "domains": {"math": {"num_rollouts": 4, "num_tokens": 400, "mean_length": 100.0, "token_share": 2 / 3,
                              "weight": 0.75, "loss_share": 0.88, "nll": 1.5, "entropy_S": 0.9, "reward": 0.5,
