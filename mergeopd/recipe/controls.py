@@ -26,7 +26,7 @@ def control_plan(plan: Plan, control: Control) -> Plan:
 
     Updates, prompts per round, samples per prompt, optimizer and seed are those of the plan. `sft` learns by
     NLL from text that the teachers generate; `sampled` replaces the divergences on the student's text by
-    sampled reverse KL of the same weight.
+    sampled reverse KL of the same weight, and in mixtures those on other text by NLL of the same weight.
 
     Raises RecipeError where the recipe has no such counterpart.
     """
@@ -63,17 +63,12 @@ def _sampled(phase: Phase) -> Phase:
     loss = phase.loss
     if never_student(phase) or not loss.has_divergence:
         return phase
-    if not only_student(phase):
-        raise _refusal(
-            "sampled",
-            f"phase '{phase.name}' mixes the student's text with other text, for which sampled reverse KL is "
-            "not defined",
-            "compare with a recipe of its own",
-        )
     used = [term for term in DIVERGENCE_TERMS if loss.uses(term)]
     weight = _weight(phase, [*used, *(["sampled_reverse_kl"] if loss.uses("sampled_reverse_kl") else [])])
     changes: dict[str, Any] = {term: Loss.model_fields[term].default for term in used}
     changes |= {"sampled_reverse_kl": SampledTerm(weight=weight), "temperature": 1.0, "support": None}
+    if not only_student(phase):
+        changes["nll"] = loss.nll or weight
     try:
         changed = Loss.model_validate(loss.model_dump() | changes)
     except ValidationError as error:

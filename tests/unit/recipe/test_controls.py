@@ -61,17 +61,23 @@ def test_sampled_reverse_kl_has_the_weight_of_the_divergences(plan: Callable[...
     assert losses[2] == {"sampled_reverse_kl": {"weight": ramp}}
 
 
+def test_sampled_reverse_kl_in_a_mixture_leaves_nll_for_the_other_text(plan: Callable[..., Plan]) -> None:
+    mixture = {"on_policy_fraction": 0.5, "otherwise": "teacher"}
+    both = {"reverse_kl": 0.5, "forward_kl": 0.25}
+    (phase,) = control_plan(plan({**MERGE, "text": mixture, "loss": both}), "sampled").phases
+    assert phase.loss.model_dump(exclude_defaults=True) == {
+        "sampled_reverse_kl": {"weight": 0.75},
+        "nll": 0.75,
+    }
+    assert phase.text.model_dump() == mixture  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("control", "phases", "message"),
     [
         ("sft", [MERGE, OUTCOME], "--control sft\n.*phase 'rl' learns from rewards"),
         ("sft", [{**COLD, "loss": "nll"}], "the recipe is this control already"),
         ("sampled", [COLD], "the recipe is this control already"),
-        (
-            "sampled",
-            [{**MERGE, "text": {"on_policy_fraction": 0.5, "otherwise": "teacher"}}],
-            "phase 'merge' mixes",
-        ),
         (
             "sampled",
             [{**MERGE, "loss": {"tvd": {"start": 1.0, "end": 0.5, "updates": 3}, "jsd": 1.0}}],
