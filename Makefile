@@ -8,11 +8,15 @@ GPU_FIGURES ?=
 # Tests of one file run in one process, and files in the order of their folders: the longest come first.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --no-loadscope-reorder
 
-.PHONY: quickstart cross-family install test test-dist test-gpu check format clean help
+.PHONY: quickstart smaller-student cross-family install test test-dist test-gpu check format clean help
 
 quickstart: $(STAMP)  ## tiny experts, the merge, the result
 	$(BIN)/python tools/make_tiny_experts.py
 	$(BIN)/mergeopd run recipes/quickstart.yaml
+
+smaller-student: $(STAMP)  ## the same, with a student smaller than its experts
+	$(BIN)/python tools/make_tiny_experts.py
+	$(BIN)/mergeopd run recipes/smaller_student.yaml
 
 cross-family: $(STAMP)  ## the same, with a teacher of another architecture and tokenizer
 	$(BIN)/python tools/make_tiny_experts.py --foreign

@@ -37,18 +37,41 @@ Overrides = Mapping[str, object] | Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
+class SourceSummary:
+    """A file of training prompts: its teachers with their weights, and how often a prompt is drawn."""
+
+    domain: str
+    teachers: Mapping[str, float]
+    num_prompts: int
+    passes: float
+
+
+@dataclass(frozen=True, slots=True)
 class CheckResult:
-    """A valid recipe. `notes` are remarks for the user; `num_prompts` counts prompts for training."""
+    """A valid recipe. `notes` are remarks for the user; `sources` are the training prompts by source name."""
 
     plan: Plan
     notes: tuple[str, ...]
-    num_prompts: int
+    sources: Mapping[str, SourceSummary]
 
     @classmethod
     def of(cls, inputs: Inputs, *more_notes: str | None) -> CheckResult:
         """Summarize the inputs of a check."""
         notes = (*inputs.notes, *(note for note in more_notes if note))
-        return cls(inputs.plan, notes, sum(map(len, inputs.prompts.values())))
+        plan = inputs.plan
+        num_drawn = sum(p.updates // p.updates_per_round * p.prompts_per_round for p in plan.phases)
+        shares = sum(source.share for source in plan.sources)
+        sources = {}
+        for source in plan.sources:
+            num = len(inputs.prompts[source.name])
+            passes = num_drawn * source.share / shares / num
+            sources[source.name] = SourceSummary(source.domain, source.teachers, num, passes)
+        return cls(plan, notes, sources)
+
+    @property
+    def num_prompts(self) -> int:
+        """The number of training prompts."""
+        return sum(source.num_prompts for source in self.sources.values())
 
     def __str__(self) -> str:
         plan = self.plan

@@ -72,28 +72,22 @@ def main() -> None:
 
 
 def phase(name: str, balance: str, updates: int) -> dict[str, Any]:
-    shares = {"largest": 0.3, "sort": 0.3, "tool": 0.4} if balance == "on" else "off"
     return {
         "name": "merge",
         "text": "student",
         "updates": updates,
         "prompts_per_round": 20,
-        "balance": {"tokens": shares},
+        "balance": {"tokens": "equal" if balance == "on" else "off"},
         **OBJECTIVES[name],
     }
 
 
 def cold_start() -> Path:
-    """Return the student after 15 updates of the quickstart's cold start."""
+    """Return the student after 15 updates on teacher text, which leave something to improve."""
     folder = FOLDER / "cold_start"
-    from mergeopd.recipe.resolve import read
-
-    plan = read(RECIPE).plan
-    if plan is None:
-        sys.exit(f"{RECIPE} has problems; see mergeopd check")
-    cold = plan.phases[0].model_dump(mode="json", exclude_defaults=True)
-    # Shorter than the quickstart's, so that the objectives can still improve the student.
-    mergeopd(folder, [f"phases={json.dumps([{**cold, 'updates': 15}])}", "optimizer.warmup_updates=5"])
+    phase = {"name": "cold_start", "text": "teacher", "updates": 15, "prompts_per_round": 120}
+    phase |= {"loss": "forward_kl", "balance": {"tokens": "equal"}}
+    mergeopd(folder, [f"phases={json.dumps([phase])}", "optimizer.warmup_updates=5"])
     return folder / "export"
 
 
@@ -101,7 +95,6 @@ def run(
     name: str, start: Path, settings: dict[str, Any], seed: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Return the result of one run."""
-    verifiers = ["number", "exact", "json"]
     sets = [
         f"student.model={start}",
         f"phases={json.dumps([settings])}",
@@ -109,10 +102,21 @@ def run(
         "rollout.samples_per_prompt=4",
         f"optimizer.lr={arguments.lr}",
         "optimizer.warmup_updates=5",
-        *(f"prompts.{i}.verifier={kind}" for i, kind in enumerate(verifiers)),
+        *(f"prompts.{i}.verifier={kind}" for i, kind in enumerate(verifiers())),
     ]
     mergeopd(FOLDER / name, sets)
     return measure(FOLDER / name / "export", name)
+
+
+def verifiers() -> list[str]:
+    """Return the verifier of each prompt source: that of its domain in the evaluation."""
+    from mergeopd.recipe.resolve import read
+
+    plan = read(RECIPE).plan
+    if plan is None or plan.evaluation is None:
+        sys.exit(f"{RECIPE} has problems or no evaluation; see mergeopd check")
+    of_domain = {one.domain: one.verifier.kind for one in plan.evaluation.sources if one.verifier is not None}
+    return [of_domain[source.domain] for source in plan.sources]
 
 
 def mergeopd(output: Path, sets: list[str]) -> None:

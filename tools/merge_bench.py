@@ -7,9 +7,10 @@ same optimizer; `--lr` and `--prompts` change these for all. Figures are recover
 (expert - base), in the mean over a set's domains; "kept" is the difference to the base, in points, on a skill
 that no prompt trains.
 
-At equal time, a candidate gets as many updates as fit in the time of `reference`: the seconds of rollout,
-teachers and update of its first run. Intervals are 95 % t-intervals over sets and seeds of the difference to
-the reference. Runs are in runs/bench, experts in experts/bench; finished ones are reused.
+At equal time, a candidate gets as many updates as fit in the time of the default: the seconds of text,
+rollout, teachers and update. Every run pays for the teachers' responses that it trains on. Intervals are 95 %
+t-intervals over sets and seeds of the difference to the default. The best static merge, of five, has no
+updates. Runs are in runs/bench, experts in experts/bench; finished ones are reused.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +28,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -35,9 +37,14 @@ from tiny_experts.sets import SETS
 from tiny_experts.settings import Settings
 from tiny_experts.tasks import DOMAINS
 
+if TYPE_CHECKING:
+    from mergeopd.reporting.result import Result
+
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("text", "rollout", "teachers", "update")  # the time of a run; start and evaluation do not count
-REFERENCE = "cold start, reverse KL"
+DEFAULT = "half text, both KL, four updates a round"
+STATIC = "best static merge"
+STATIC_MERGES = ["weight_average", "task_arithmetic", "ties", "dare", "slerp"]
 LARGEST_FACTOR = 6  # updates at equal time, at most so many times those at equal updates
 # 97.5 % quantiles of Student's t by degrees of freedom; 1.96 from 30 on.
 T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
@@ -77,7 +84,7 @@ CANDIDATES: Mapping[str, Callable[[int], Phases]] = {
     "sft": lambda n: _one(n, "nll", "teacher"),
     "forward KL on text": lambda n: _one(n, "forward_kl", "teacher"),
     "reverse KL": lambda n: _one(n, "reverse_kl", "student"),
-    REFERENCE: lambda n: _cold(n, "reverse_kl"),
+    "cold start, reverse KL": lambda n: _cold(n, "reverse_kl"),
     "cold start, sampled reverse KL": lambda n: _cold(n, "sampled_reverse_kl"),
     "cold start, forward KL": lambda n: _cold(n, "forward_kl"),
     "cold start, JSD": lambda n: _cold(n, JSD),
@@ -89,7 +96,14 @@ CANDIDATES: Mapping[str, Callable[[int], Phases]] = {
     "ramp, both KL": lambda n: _one(n, BOTH, _mixed(0.0, 1.0, n)),
     "half text, then reverse KL": lambda n: _cold(n, "reverse_kl", share=0.5),
     "cold start, reverse KL, four updates a round": lambda n: _four(_cold(n, "reverse_kl")),
-    "half text, both KL, four updates a round": lambda n: _four(_one(n, BOTH, _mixed(0.5, 0.5, n))),
+    "cold start, both KL, four updates a round": lambda n: _four(_cold(n, BOTH)),
+    "half text, forward KL, four updates a round": lambda n: _four(
+        _one(n, "forward_kl", _mixed(0.5, 0.5, n))
+    ),
+    DEFAULT: lambda n: _four(_one(n, BOTH, _mixed(0.5, 0.5, n))),
+    "ramp, both KL, four updates a round": lambda n: _four(_one(n, BOTH, _mixed(0.0, 1.0, n))),
+    "ramp to half, both KL, four updates a round": lambda n: _four(_one(n, BOTH, _mixed(0.0, 0.5, n))),
+    "quarter on-policy, both KL, four updates a round": lambda n: _four(_one(n, BOTH, _mixed(0.25, 0.25, n))),
 }
 
 
@@ -121,12 +135,14 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run reached: recovered headroom by domain, the change on the kept skill, seconds, and tokens."""
+    """What a run reached: recovered headroom by domain, and the change on the kept skill; what it cost."""
 
     recovered: Mapping[str, float | None]
     kept: float
-    seconds: float
-    num_tokens: int
+    seconds: float = 0.0
+    num_tokens: int = 0
+    alarms: Sequence[str] = ()
+    static: Mapping[str, Any] | None = None  # the fields of the best static merge's outcome
 
     @property
     def mean(self) -> float:
@@ -182,11 +198,20 @@ def recipe(job: Job, settings: Settings) -> dict[str, Any]:
             "schedule": "linear",
             "clip_grad": job.clip,
         },
-        "evaluation": {"prompts": evaluation, "static_merges": [], "all_experts": False},
+        "evaluation": {
+            "prompts": evaluation,
+            "static_merges": STATIC_MERGES if _has_static(job) else [],
+            "all_experts": False,
+        },
         "checkpoint": {"every": 1_000_000},
-        "text_cache": str(ROOT / ".mergeopd" / "texts"),
+        "text_cache": str(job.file("texts")),
         "output": str(job.folder),
     }
+
+
+def _has_static(job: Job) -> bool:
+    """Whether a job also measures static merges: they depend on nothing but the experts."""
+    return job.candidate == DEFAULT and job.student == "base"
 
 
 def _answer(domain: str) -> str:
@@ -229,16 +254,31 @@ def _run(job: Job) -> Outcome:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(recipe(job, settings)))
     done = mergeopd.run(path)
+    shutil.rmtree(job.file("texts"), ignore_errors=True)
     assert done.result is not None
-    suites = done.result.suites
-    changes = [suite.over_base.value for suite in suites.values() if suite.expert is None]
-    seconds = sum(row.get(f"cost.seconds.{stage}") or 0.0 for row in done.metrics for stage in STAGES)
+    best = done.result.best_static
     return Outcome(
-        recovered={name: suite.recovered.value for name, suite in suites.items() if suite.expert is not None},
-        kept=statistics.fmean(change for change in changes if change is not None),
-        seconds=seconds,
+        **_reached(done.result, "merged"),
+        seconds=sum(row.get(f"cost.seconds.{stage}") or 0.0 for row in done.metrics for stage in STAGES),
         num_tokens=sum(int(row["num_tokens"]) for row in done.metrics),
+        alarms=sorted({f"{alarm.name} {alarm.subject}".strip() for alarm in done.alarms}),
+        static=None if best is None else _reached(done.result, best),
     )
+
+
+def _reached(result: Result, model: str) -> dict[str, Any]:
+    """Return recovered headroom by domain and the change on the kept skills, of one model of a result."""
+    recovered: dict[str, float | None] = {}
+    changes = []
+    for name, suite in result.suites.items():
+        accuracy = {key: one.value for key, one in suite.accuracy.items() if one.value is not None}
+        gain = accuracy[model] - accuracy["base"]
+        if suite.expert is None:
+            changes.append(gain)
+        else:
+            headroom = accuracy[suite.expert] - accuracy["base"]
+            recovered[name] = gain / headroom if headroom > 0 else None
+    return {"recovered": recovered, "kept": statistics.fmean(changes)}
 
 
 def main() -> None:
@@ -261,7 +301,7 @@ def main() -> None:
     parser.add_argument("--equal-time", action="store_true", help="also run candidates at equal time")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     arguments = parser.parse_args()
-    names = [REFERENCE, *(name for name in arguments.only if name != REFERENCE)]
+    names = [DEFAULT, *(name for name in arguments.only if name != DEFAULT)]
     cases = [(name, seed) for name in arguments.sets for seed in arguments.seeds]
     job = partial(
         Job,
@@ -281,13 +321,13 @@ def main() -> None:
         outcomes = _all(over, jobs)
         show(cases, outcomes, f"{arguments.updates} updates")
         if arguments.equal_time:
-            target = statistics.fmean(o.seconds for o in outcomes[REFERENCE])
+            target = statistics.fmean(o.seconds for o in outcomes[DEFAULT])
             updates = {
                 name: _updates_in(target, statistics.fmean(o.seconds for o in own), arguments.updates)
                 for name, own in outcomes.items()
             }
             jobs = {name: [job(s, seed, name, updates[name]) for s, seed in cases] for name in names}
-            show(cases, _all(over, jobs), "the time of the reference", updates)
+            show(cases, _all(over, jobs), "the time of the default", updates)
 
 
 def _updates_in(target: float, seconds: float, updates: int) -> int:
@@ -315,24 +355,25 @@ def show(
     """Print recovered headroom by set, and the difference to the reference with its interval."""
     sets = list(dict.fromkeys(name for name, _ in cases))
     table = Table(title=f"Recovered headroom in %, {budget}", title_justify="left")
-    columns = ["candidate", *sets, "worst domain", "mean", "to the reference", "kept", "seconds"]
+    columns = ["candidate", *sets, "worst domain", "mean", "to the default", "kept", "seconds"]
     for column in columns if updates is None else [*columns, "updates"]:
         table.add_column(column, justify="left" if column == "candidate" else "right")
-    for name, own in outcomes.items():
+    reference = outcomes[DEFAULT]
+    static = [Outcome(**one.static) for one in reference if one.static is not None]
+    for name, own in (*outcomes.items(), *([(STATIC, static)] if static else [])):
         by_set = [[o.mean for (s, _), o in zip(cases, own, strict=True) if s == one] for one in sets]
         worst = min((v for o in own for v in o.recovered.values() if v is not None), default=math.nan)
-        reference = outcomes[REFERENCE]
         differences = [o.mean - r.mean for o, r in zip(own, reference, strict=True)]
         row = [
             name,
             *(f"{100 * statistics.fmean(values):.1f}" for values in by_set),
             f"{100 * worst:.0f}",
             f"{100 * statistics.fmean(o.mean for o in own):.1f}",
-            "" if name == REFERENCE else interval(differences),
+            "" if name == DEFAULT else interval(differences),
             interval([o.kept for o in own]),
             f"{statistics.fmean(o.seconds for o in own):.0f}",
         ]
-        table.add_row(*row, *([] if updates is None else [str(updates[name])]))
+        table.add_row(*row, *([] if updates is None else [str(updates.get(name, 0))]))
     Console(width=150).print(table)
 
 

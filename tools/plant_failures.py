@@ -61,15 +61,16 @@ class Planter:
 
     def failures(self) -> dict[str, Callable[[], Case]]:
         """Return functions that make the planted failures, by name."""
-        lr, (first, second, third) = self.plan.optimizer.lr, self.names
-        permuted = {f"prompts.{i}.teachers": n for i, n in enumerate((second, third, first))}
-        uneven = dict(zip(self.domains, (1.0, 1.0, 0.01), strict=True))
+        lr, (first, *others) = self.plan.optimizer.lr, self.names
+        permuted = {f"prompts.{i}.teachers": name for i, name in enumerate((*others, first))}
+        uneven = {**dict.fromkeys(self.domains, 1.0), self.domains[-1]: 0.01}
         return {
             "lr_100x": lambda: self.bad("divergence_rising", {"optimizer.lr": 100 * lr}),
             "lr_1000x": lambda: self.bad(
                 "divergence_rising", {"optimizer.lr": 1000 * lr, "optimizer.clip_grad": None}
             ),
             "permuted_teachers": lambda: self.bad("mismatched_teacher", permuted),
+            "permuted_mixture": lambda: self.bad("mismatched_teacher", self.mixture() | permuted),
             "permuted_on_policy": lambda: self.bad("no_cold_start", self.on_policy("reverse_kl") | permuted),
             "end_token_teachers": lambda: self.bad(
                 "length_collapse", self.on_policy("reverse_kl") | self.one_token(END_ID, "ends")
@@ -84,8 +85,10 @@ class Planter:
                 "dead_domain",
                 {
                     **self.on_policy({"reverse_kl": 1.0, "outcome": 1.0}, samples=4),
-                    **{f"prompts.{i}.verifier": {"kind": "regex", "pattern": "."} for i in (0, 2)},
-                    "prompts.1.verifier": {"kind": "regex", "pattern": "no response matches"},
+                    **{
+                        f"prompts.{i}.verifier": {"kind": "regex", "pattern": "."} for i in range(len(others))
+                    },
+                    f"prompts.{len(others)}.verifier": {"kind": "regex", "pattern": "no response matches"},
                 },
             ),
             "dead_rewards": lambda: self.bad(
@@ -113,11 +116,11 @@ class Planter:
 
     def bad(self, expected: str, changes: Mapping[str, Any]) -> Case:
         """Return a failure in an on-policy phase after a short cold start, unless it has its own phases."""
-        cold, merge = (p.model_dump(mode="json", exclude_defaults=True) for p in self.plan.phases)
         num_cold = max(1, UPDATES // 6)
+        phase = {"prompts_per_round": PROMPTS, "balance": {"tokens": "equal"}}
         phases = [
-            {**cold, "updates": num_cold, "prompts_per_round": PROMPTS},
-            {**merge, "updates": UPDATES - num_cold, "prompts_per_round": PROMPTS},
+            {**phase, "name": "cold_start", "text": "teacher", "updates": num_cold, "loss": "forward_kl"},
+            {**phase, "name": "merge", "updates": UPDATES - num_cold, "loss": "reverse_kl"},
         ]
         return Case(self.recipe, {"phases": phases, **changes}, expected)
 
@@ -130,6 +133,12 @@ class Planter:
             "optimizer.lr": scale * self.plan.optimizer.lr,
             "rollout.samples_per_prompt": samples,
         }
+
+    def mixture(self) -> dict[str, Any]:
+        """Return the recipe's own phase, in short."""
+        (merge,) = (p.model_dump(mode="json", exclude_defaults=True) for p in self.plan.phases)
+        short = {"updates": UPDATES, "prompts_per_round": PROMPTS, "updates_per_round": 1}
+        return {"phases": [merge | short]}
 
     def leak(self) -> dict[str, Any]:
         """Return an evaluation on prompts that are also trained on."""

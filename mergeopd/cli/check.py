@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -12,6 +14,10 @@ from mergeopd.cli.display import show_notes
 from mergeopd.cli.opening import open_with
 from mergeopd.cli.options import JsonOption, RecipeArgument, SetOption
 from mergeopd.errors import RecipeError
+from mergeopd.messages import joined
+
+if TYPE_CHECKING:
+    from mergeopd.api import SourceSummary
 
 
 def check(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
@@ -38,7 +44,34 @@ def check(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOpti
     finally:
         clear()
     if as_json:
-        typer.echo(json.dumps({"ok": True, "plan": result.plan.hash, "notes": result.notes}, indent=2))
+        sources = {name: asdict(source) for name, source in result.sources.items()}
+        document = {"ok": True, "plan": result.plan.hash, "notes": result.notes, "sources": sources}
+        typer.echo(json.dumps(document, indent=2))
         return
     show_notes(result.notes)
+    for line in _sources(result.sources):
+        typer.echo(line)
     typer.echo(f"{recipe}: OK. {result}.")
+
+
+def _sources(sources: Mapping[str, SourceSummary]) -> Iterator[str]:
+    """Yield a line per file of training prompts, in columns."""
+    rows = [
+        (
+            source.domain,
+            name,
+            f"{source.num_prompts:,} prompts",
+            f"drawn {_short(source.passes)} times",
+            joined([f"{t} {w:g}" if w != 1.0 else t for t, w in source.teachers.items()], "and")
+            or "no teacher",
+        )
+        for name, source in sources.items()
+    ]
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    for *cells, teachers in rows:
+        start = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        yield f"  {start}  by {teachers}"
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"

@@ -14,7 +14,8 @@ sys.path.insert(0, str(TOOLS))  # the tool is a script beside its package, not a
 from tiny_experts.llama.settings import LlamaSettings  # noqa: E402
 from tiny_experts.settings import BaseTraining, ExpertTraining, ModelSize, Settings  # noqa: E402
 
-DOMAINS = ("largest", "sort", "tool")
+DOMAINS = ("total", "sort", "tool", "cells")
+KEPT = "reverse"  # a skill that only the base learns
 ROWS = {"eval": 40, "merge": 30, "check": 10, "train": 120}
 
 
@@ -28,13 +29,10 @@ def load_script() -> ModuleType:
     return module
 
 
-def small_settings(num_updates: int = 6, kept: tuple[str, ...] = ()) -> Settings:
-    """Settings with which base and experts are made: each as it is after so many updates.
-
-    `kept` are skills that only the base learns.
-    """
+def small_settings(num_updates: int = 6) -> Settings:
+    """Settings with which base and experts are made: each as it is after so many updates."""
     # The base is the best of the states that are looked at, so one look, at the end.
-    domains = (*DOMAINS, *kept)
+    domains = (*DOMAINS, KEPT)
     base = {"check_every": num_updates, "max_updates": num_updates}
     expert = {"check_every": 2, "cooldown_updates": 2, "max_updates": num_updates}
     return replace(
@@ -44,6 +42,7 @@ def small_settings(num_updates: int = 6, kept: tuple[str, ...] = ()) -> Settings
         num_rows=304,
         expert_num_rows={"tool": 320},
         size=ModelSize(32, 48, num_layers=2, num_heads=2, num_key_value_heads=1, head_dim=16),
+        small=ModelSize(16, 24, num_layers=2, num_heads=1, num_key_value_heads=1, head_dim=16),
         base=BaseTraining(dict.fromkeys(domains, 4), dict.fromkeys(domains, 1.0), **base),
         expert=dict.fromkeys(DOMAINS, ExpertTraining(4, 1.0, **expert)),
     )

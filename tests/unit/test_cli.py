@@ -94,7 +94,10 @@ def test_a_good_recipe(command: Command, job: Callable[..., Path]) -> None:
     recipe = job()
     assert command("check", recipe) == (
         0,
-        f"note: {NO_CANARY}\njob.yaml: OK. 2 teachers, 4 prompts, 2 updates in 1 phase.\n",
+        f"note: {NO_CANARY}\n"
+        "  left   left   2 prompts  drawn 2 times  by one and two 0.5\n"
+        "  right  right  2 prompts  drawn 2 times  by two 0.7\n"
+        "job.yaml: OK. 2 teachers, 4 prompts, 2 updates in 1 phase.\n",
         "",
     )
     code, out, err = command("check", recipe, "--json", "--set", "optimizer.lr=0.005")
@@ -259,8 +262,8 @@ def test_check_is_light_and_quick(job: Callable[..., Path]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1].startswith("job.yaml: OK.")
-    assert done.stdout.splitlines()[2] == "heavy:"
+    assert done.stdout.splitlines()[3].startswith("job.yaml: OK.")
+    assert done.stdout.splitlines()[4] == "heavy:"
     assert seconds < 10, "about half a second on an idle machine; ten on one that is not"
 
 
@@ -525,10 +528,13 @@ def test_from_models_and_prompts_to_a_run(command: Command, job: Callable[..., P
     )
     assert command("check", "recipes/first.yaml") == (
         0,
+        # 50 rounds of 256 prompts
+        "  left  left  2 prompts  drawn 6,400 times  by left\n"
         "recipes/first.yaml: OK. 1 teacher, 2 prompts, 200 updates in 1 phase.\n",
         "",
     )
-    fast = ("--set", "rollout.max_new_tokens=2", "--set", "phases.0.prompts_per_round=2", "--updates", "1")
+    short = {"rollout.max_new_tokens": 2, "phases.0.prompts_per_round": 2, "phases.0.updates_per_round": 1}
+    fast = (*(part for key, value in short.items() for part in ("--set", f"{key}={value}")), "--updates", "1")
     code, _, err = command("run", "recipes/first.yaml", *fast)
     assert (code, err) == (
         3,

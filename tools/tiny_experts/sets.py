@@ -14,7 +14,7 @@ from tiny_experts.settings import BaseTraining, ExpertTraining, ModelSize, Setti
 _BATCH = {"sort": 64, "reverse": 64, "shift": 64, "interleave": 64, "dedupe": 64, "tool": 48, "form": 48}
 _BATCH |= {"order": 48, "upper": 64}
 _BATCH |= {
-    "total": 64,
+    "total": 96,
     "walk": 64,
     "cells": 24,
     "add": 48,
@@ -40,6 +40,7 @@ def _settings(domains: tuple[str, ...], kept: str, num_tokens: int = 360) -> Set
             batch={domain: _BATCH[domain] // 2 for domain in (*domains, kept)},
             enough={**dict.fromkeys(domains, 0.15), kept: 0.95},
             paused_share=0.25,
+            lr=3e-3,
             check_every=5,
             max_updates=600,
         ),

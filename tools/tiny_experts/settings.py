@@ -11,9 +11,9 @@ from typing import Any
 class ModelSize:
     """Sizes of a Qwen3 model."""
 
-    hidden_size: int = 128
-    intermediate_size: int = 256
-    num_layers: int = 4
+    hidden_size: int = 96
+    intermediate_size: int = 192
+    num_layers: int = 3
     head_dim: int = 32
     num_heads: int = 4
     num_key_value_heads: int = 2
@@ -56,17 +56,23 @@ class ExpertTraining:
 
 
 def _base() -> BaseTraining:
+    domains = ("total", "sort", "tool", "cells")
     return BaseTraining(
-        batch={"largest": 64, "sort": 32, "tool": 48},
-        enough={"largest": 0.35, "sort": 0.2, "tool": 0.2},
+        batch={"total": 48, "sort": 32, "tool": 24, "cells": 12, "reverse": 32},
+        enough={**dict.fromkeys(domains, 0.15), "reverse": 0.95},
+        paused_share=0.25,
+        lr=3e-3,
+        check_every=5,
+        max_updates=600,
     )
 
 
 def _experts() -> Mapping[str, ExpertTraining]:
     return {
-        "largest": ExpertTraining(batch=96, enough=0.94),
-        "sort": ExpertTraining(batch=64, enough=0.9),
-        "tool": ExpertTraining(batch=48, enough=0.97),
+        "total": ExpertTraining(batch=64, enough=0.93, lr=3e-3),
+        "sort": ExpertTraining(batch=64, enough=0.93, lr=3e-3),
+        "tool": ExpertTraining(batch=48, enough=0.97, lr=3e-3),
+        "cells": ExpertTraining(batch=24, enough=0.93, lr=3e-3),
     }
 
 
@@ -82,18 +88,22 @@ class Settings:
     rows: Mapping[str, int] = field(
         default_factory=lambda: {"eval": 256, "merge": 2000, "check": 128, "train": 6000}
     )
-    num_tokens: int = 448
+    num_tokens: int = 360
     # The embedding has more rows than there are tokens, as in released models, ...
-    num_rows: int = 464
+    num_rows: int = 376
     # ... and experts trained elsewhere are padded differently (Qwen: 151936 or 152064 rows).
-    expert_num_rows: Mapping[str, int] = field(default_factory=lambda: {"tool": 512})
+    expert_num_rows: Mapping[str, int] = field(default_factory=lambda: {"tool": 416})
     # An expert may have been tuned with a system prompt that the student does not have.
-    expert_system: Mapping[str, str] = field(default_factory=lambda: {"largest": "give one number"})
+    expert_system: Mapping[str, str] = field(default_factory=lambda: {"total": "give every sum"})
     size: ModelSize = ModelSize()
     base: BaseTraining = field(default_factory=_base)
     expert: Mapping[str, ExpertTraining] = field(default_factory=_experts)
     # A smaller base, for students that are smaller than their experts.
-    small: ModelSize | None = None
+    small: ModelSize | None = field(
+        default_factory=lambda: ModelSize(
+            hidden_size=64, intermediate_size=128, num_heads=2, num_key_value_heads=1
+        )
+    )
 
     @property
     def domains(self) -> tuple[str, ...]:

@@ -120,7 +120,7 @@ def order(random: Random) -> Example:
         "drink": random.choice(DRINKS),
         "dish": random.choice(DISHES),
         "sweet": random.choice(SWEETS),
-        "table": random.randrange(2, 20),
+        "table": random.randrange(2, 100),
     }
     prompt = f"order {fields['sweet']}, {fields['dish']} and {fields['drink']} to table {fields['table']}"
     keys = random.sample(list(fields), len(fields))

@@ -128,9 +128,10 @@ def train_base(
 ) -> Qwen3ForCausalLM:
     """Train a model that knows a little of every domain, and of the `capped` ones no more than `ceiling`.
 
-    A domain that is good enough pauses, or gets fewer rows, until it falls behind. A leap may pass the
-    ceiling between two checks, so the best checked state is returned: the one whose weakest domain, as a
-    share of what is enough, is strongest, of equal ones the one with the best mean.
+    A domain that is good enough gets fewer rows or none until it falls behind; one that leaped past the
+    ceiling between two checks gets none until it has fallen below. Returns the best checked state below the
+    ceiling: the one whose weakest domain, as a share of what is enough, is strongest, of equal ones the one
+    with the best mean.
     """
     best_shares, best = (-1.0, 0.0), learner.model
     learning = dict(training.batch)
@@ -146,14 +147,15 @@ def train_base(
         if highest <= training.ceiling and weakest_and_mean > best_shares:
             best_shares, best = weakest_and_mean, copy.deepcopy(learner.model)
         behind = {domain for domain in reached if reached[domain] < training.enough[domain]}
-        if not behind:
+        if not behind and highest <= training.ceiling:
             advance(update, update)
             break
-        learning = {
+        above = {domain for domain in capped if reached[domain] > training.ceiling}
+        rows = {
             domain: size if domain in behind else training.paused(size)
             for domain, size in training.batch.items()
-            if domain in behind or training.paused(size)
         }
+        learning = {domain: size for domain, size in rows.items() if size and domain not in above}
     return best
 
 

@@ -118,6 +118,7 @@ def run(recipe: Path, *overrides: str) -> None:
 
 TWO_UPDATES = (
     "phases.0.updates=2",
+    "phases.0.updates_per_round=1",
     "phases.0.prompts_per_round=4",
     "optimizer.warmup_updates=0",
     "rollout.max_new_tokens=4",

@@ -165,7 +165,7 @@ def test_siblings_stay_as_they_are(tmp_path: Path) -> None:
 def test_a_second_run_loads_neither_torch_nor_transformers(tmp_path: Path, foreign: bool) -> None:
     """The real script, in a fresh process, with manifests that match its own settings."""
     out, settings = tmp_path / "experts", Settings()
-    domains = dict.fromkeys(("largest", "sort"), 0.25)
+    domains = dict.fromkeys(("total", "sort"), 0.25)
     with written_aside(out, cache_key(settings, 0), {"accuracy": {"base": domains}}):
         pass
     with written_aside(

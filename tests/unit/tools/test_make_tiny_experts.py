@@ -113,8 +113,9 @@ def test_answers_are_right(domain: str) -> None:
             assert call["tool"] == {"table": "book", "wake": "alarm"}.get(words[0], "ride")
 
 
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_splits_of_the_quick_start_are_disjoint_and_whole(domain: str) -> None:
+@pytest.mark.parametrize("domain", tasks.DOMAINS)
+def test_splits_are_disjoint_and_whole(domain: str) -> None:
+    """Every task has enough different prompts."""
     rows = Settings().rows
     splits = tasks.splits(domain, rows, 0)
     assert {name: len(examples) for name, examples in splits.items()} == dict(rows)
@@ -149,8 +150,8 @@ def test_answer_lengths_differ_by_five_and_more() -> None:
         domain: sum(len(row.answer_ids) for row in encode(tokenizer, rows)) / len(rows)
         for domain, rows in examples.items()
     }
-    assert mean["largest"] == 3.0  # two digits and the end token
-    assert mean["tool"] >= 5 * mean["largest"]
+    assert mean["total"] == 9.0  # eight digits and the end token
+    assert mean["cells"] >= 5 * mean["total"]
 
 
 def test_encoding_is_what_the_chat_template_gives(experts: Path) -> None:
@@ -159,7 +160,7 @@ def test_encoding_is_what_the_chat_template_gives(experts: Path) -> None:
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
-    prompt = "largest 31 62 17 48"
+    prompt = "total 3 1 6 2 1 7 4 8"
     lengths = {}
     for name in ("base", *DOMAINS):
         loaded = AutoTokenizer.from_pretrained(experts / name)
@@ -167,13 +168,13 @@ def test_encoding_is_what_the_chat_template_gives(experts: Path) -> None:
         ids = loaded.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
         system = small_settings().expert_system.get(name, "")
         encoded = encode(
-            Tokenizer.from_file(str(experts / name / "tokenizer.json")), [Example(prompt, "62")], system
+            Tokenizer.from_file(str(experts / name / "tokenizer.json")), [Example(prompt, "3 4 0")], system
         )
         assert encoded[0].prompt_ids == ids
         assert encoded[0].answer_ids[-1] == loaded.eos_token_id
-        assert loaded.decode(encoded[0].answer_ids[:-1]) == "62"
+        assert loaded.decode(encoded[0].answer_ids[:-1]) == "3 4 0"
         lengths[name] = len(ids)
-    assert lengths["base"] == lengths["sort"] == lengths["tool"] < lengths["largest"]
+    assert lengths["base"] == lengths["sort"] == lengths["tool"] == lengths["cells"] < lengths["total"]
 
 
 def test_folders_are_ordinary_with_one_tokenizer_and_different_heads(experts: Path) -> None:
@@ -189,7 +190,7 @@ def test_folders_are_ordinary_with_one_tokenizer_and_different_heads(experts: Pa
         num_rows[name] = model.get_output_embeddings().weight.shape[0]
         assert model.config.vocab_size == num_rows[name] > small_settings().num_tokens
         assert not list((experts / name).glob("*.bin"))
-    assert num_rows == {"base": 304, "largest": 304, "sort": 304, "tool": 320}
+    assert num_rows == {"base": 304, "total": 304, "sort": 304, "tool": 320, "cells": 304}
 
 
 def test_padding_changes_no_logit_of_a_token() -> None:
