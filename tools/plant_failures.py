@@ -79,7 +79,7 @@ class Planter:
             "short_limit": lambda: self.bad("truncation", {"rollout.max_new_tokens": 4}),
             "hot_rollouts": lambda: self.bad("truncation", {"rollout.temperature": 10.0}),
             "cut_rollouts": lambda: self.bad(
-                "rollout_gap", {**self.on_policy("sampled_reverse_kl"), "rollout.top_p": 0.5}
+                "rollout_gap", {**self.on_policy("sampled_reverse_kl"), "rollout.top_p": 0.3}
             ),
             "dead_domain": lambda: self.bad(
                 "dead_domain",
