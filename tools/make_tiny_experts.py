@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,14 @@ def _torch(threads: int) -> None:
     """Import torch, which takes seconds, so it is not imported if the experts exist."""
     # Spinning threads wait for each other forever where another process keeps a core busy (20x slower).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
     import torch
 
     torch.set_num_threads(threads)
 
 
-def make(out: Path, settings: Settings, seed: int, threads: int, console: Console) -> None:
-    """Train the experts in `out`, replacing existing ones.
+def make(out: Path, settings: Settings, seed: int, num_processes: int, console: Console) -> None:
+    """Train the experts in `out`, `num_processes` models at a time, replacing existing ones.
 
     Raises:
         FileExistsError: `out` holds something that this tool did not write.
@@ -55,14 +57,14 @@ def make(out: Path, settings: Settings, seed: int, threads: int, console: Consol
     facts: dict[str, Any] = {"settings": settings.as_dict(), "seed": seed}
     start = time.perf_counter()
     with written_aside(out, cache_key(settings, seed), facts) as folder, _progress(console) as progress:
-        _torch(threads)
+        _torch(threads=1)
         from tiny_experts.build import build
 
         def watch(name: str) -> Any:
             task = progress.add_task(name, total=settings.base.max_updates)
             return lambda update, end: progress.update(task, completed=update, total=end)
 
-        facts["accuracy"] = build(folder, settings, seed, watch)
+        facts["accuracy"] = build(folder, settings, seed, watch, num_processes)
         facts["seconds"] = round(time.perf_counter() - start, 1)
 
 
@@ -120,14 +122,15 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     console, settings, out, seed = Console(), Settings(), arguments.out.resolve(), arguments.seed
-    llama, threads = LlamaSettings(), _num_cores()
+    llama, num_cores = LlamaSettings(), _num_cores()
     try:
         reason = why_stale(out, cache_key(settings, seed))
         if reason is None:
             console.print(f"The tiny experts are in {arguments.out} already.")
         else:
             console.print(f"Making the tiny experts in {arguments.out}: {reason}.")
-            make(out, settings, seed, threads, console)
+            # Forking a process that has loaded torch is safe on Linux only.
+            make(out, settings, seed, num_cores if sys.platform == "linux" else 1, console)
         if arguments.foreign:
             shown = arguments.out / FOLDER
             reason = why_stale(out / FOLDER, llama_key(settings, llama, seed))
@@ -135,7 +138,7 @@ def main() -> None:
                 console.print(f"The foreign expert is in {shown} already.")
             else:
                 console.print(f"Making the foreign expert in {shown}: {reason}.")
-                make_foreign(out / FOLDER, settings, llama, seed, threads, console)
+                make_foreign(out / FOLDER, settings, llama, seed, num_cores, console)
     except FileExistsError as error:
         parser.error(str(error))
     show(out, console, foreign=arguments.foreign)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
 from transformers import Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from tiny_experts.parallel import Advance, Watch, run
 from tiny_experts.settings import ModelSize, Settings
 from tiny_experts.tasks import SEVERAL_ORDERS, Example, splits
 from tiny_experts.tokens import Encoded, encode, pretrained, train_tokenizer
-from tiny_experts.train import Advance, Learner, accuracy, new_model, pad_rows, train_base, train_expert
+from tiny_experts.train import Learner, accuracy, new_model, pad_rows, train_base, train_expert
 
-# Told what is trained next; answers what to call after each of its updates.
-Watch = Callable[[str], Advance]
 Accuracies = dict[str, dict[str, float]]
 
 
@@ -30,8 +31,11 @@ def _save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, system: str, folder: Pa
     pretrained(tokenizer, system).save_pretrained(folder)
 
 
-def build(folder: Path, settings: Settings, seed: int, watch: Watch) -> Accuracies:
-    """Writes `data/`, `base/` and a folder per domain; returns accuracy by model, then domain."""
+def build(folder: Path, settings: Settings, seed: int, watch: Watch, num_processes: int = 1) -> Accuracies:
+    """Write `data/`, `base/`, `small_base/` and a folder per domain; return accuracy by model, then domain.
+
+    The weights do not depend on `num_processes`, how many models are trained at a time.
+    """
     transformers_logging.disable_progress_bar()
     examples = {domain: splits(domain, settings.rows, seed) for domain in settings.domains}
     (folder / "data").mkdir()
@@ -68,21 +72,22 @@ def build(folder: Path, settings: Settings, seed: int, watch: Watch) -> Accuraci
             for domain, rows in encoded("eval", system).items()
         }
 
-    def base_of(name: str, size: ModelSize) -> Qwen3ForCausalLM:
+    def make_base(name: str, size: ModelSize, advance: Advance) -> dict[str, float]:
         untrained = learner(name, new_model(size, settings.num_rows, seed))
-        base = train_base(untrained, settings.base, settings.expert.keys(), watch(name))
-        _save(base, tokenizer, "", folder / name)
-        result[name] = accuracies(base)
-        return base
+        trained = train_base(untrained, settings.base, settings.expert.keys(), advance)
+        _save(trained, tokenizer, "", folder / name)
+        return accuracies(trained)
 
-    result: Accuracies = {}
-    base = base_of("base", settings.size)
-    if settings.small is not None:
-        base_of("small_base", settings.small)
-    for domain, training in settings.expert.items():
+    def make_expert(domain: str, advance: Advance) -> dict[str, float]:
         system = settings.expert_system.get(domain, "")
-        expert = train_expert(learner(domain, base, system), domain, training, watch(domain))
-        result[domain] = accuracies(expert, system)
+        expert = train_expert(learner(domain, base, system), domain, settings.expert[domain], advance)
         num_rows = settings.expert_num_rows.get(domain, settings.num_rows)
         _save(pad_rows(expert, num_rows, seed), tokenizer, system, folder / domain)
-    return result
+        return accuracies(expert, system)
+
+    sizes = {"base": settings.size}
+    if settings.small is not None:
+        sizes["small_base"] = settings.small
+    result = run({n: partial(make_base, n, s) for n, s in sizes.items()}, watch, num_processes)
+    base = Qwen3ForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    return result | run({d: partial(make_expert, d) for d in settings.expert}, watch, num_processes)

@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from tiny_experts.parallel import Advance
 from tiny_experts.settings import BaseTraining, ExpertTraining, ModelSize
 from tiny_experts.tokens import END_ID, PAD_ID, Encoded
 
-# Called after every update with the number of updates made and the most that there can be.
-Advance = Callable[[int, int], object]
 Rows = Mapping[str, Sequence[Encoded]]
 # Whether a response means the same as the reference; both are token ids.
 IsRight = Callable[[list[int], list[int]], bool]

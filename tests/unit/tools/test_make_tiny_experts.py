@@ -225,15 +225,29 @@ def test_accuracy_is_that_of_greedy_generation() -> None:
 
 
 def test_same_seed_same_bytes_other_seed_other_weights(experts: Path, tmp_path: Path) -> None:
+    """Also from several processes."""
     script = load_script()
     for seed in (3, 4):
-        script.make(tmp_path / str(seed), small_settings(), seed, 1, Console(quiet=True))
+        script.make(tmp_path / str(seed), small_settings(), seed, 2, Console(quiet=True))
     first, again, other = (
         json.loads((folder / "manifest.json").read_text())["files"]
         for folder in (experts, tmp_path / "3", tmp_path / "4")
     )
     assert first == again
     assert first["sort/model.safetensors"] != other["sort/model.safetensors"]
+
+
+def test_a_training_that_fails_in_its_process_is_an_error() -> None:
+    from tiny_experts.parallel import run
+
+    def fails(advance: Callable[[int, int], object]) -> dict[str, float]:
+        advance(1, 2)
+        raise OSError("disk full")
+
+    seen: list[tuple[str, int, int]] = []
+    with pytest.raises(RuntimeError, match="the training of bad ended without a result"):
+        run({"bad": fails}, lambda name: lambda update, end: seen.append((name, update, end)), 2)
+    assert seen == [("bad", 1, 2)]
 
 
 def test_cache_notices_every_change(experts: Path, tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from transformers.utils import logging as transformers_logging
 
 from tiny_experts.llama.settings import DOMAIN, LlamaSettings
 from tiny_experts.llama.tokens import BEGIN_ID, END_ID, encode, pretrained, train_tokenizer
+from tiny_experts.parallel import Advance
 from tiny_experts.settings import Settings
 from tiny_experts.tasks import splits
-from tiny_experts.train import Advance, Learner, accuracy, train_expert
+from tiny_experts.train import Learner, accuracy, train_expert
 
 
 def new_model(llama: LlamaSettings, seed: int) -> LlamaForCausalLM:
