@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from mergeopd.messages import joined
 from mergeopd.recipe.controls import CONTROLS, Control
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import write_atomic
@@ -137,14 +138,25 @@ def grade(recovered: float | None) -> str:
 
 
 def standing(result: Result) -> Literal["good", "fair", "poor"]:
-    """Return the colour class of a result: poor if the student is below the base in any suite, good if it
-    reaches the expert within noise in all; a difference counts if its interval excludes zero.
+    """Return the colour class of a result: poor if the student is below the base in a domain with an expert,
+    good if it reaches the expert within noise in all and forgets nothing; a difference counts if its
+    interval excludes zero.
     """
-    rows = result.suites.values()
-    if any(row.over_base.high is not None and row.over_base.high < 0 for row in rows):
+    below = [row for row in result.suites.values() if (row.over_base.high or 0.0) < 0]
+    if any(row.expert is not None for row in below):
         return "poor"
-    is_short = (row.over_expert is not None and (row.over_expert.high or 0.0) < 0 for row in rows)
-    return "fair" if any(is_short) else "good"
+    is_short = (
+        row.over_expert is not None and (row.over_expert.high or 0.0) < 0 for row in result.suites.values()
+    )
+    return "fair" if below or any(is_short) else "good"
+
+
+def shortfall(result: Result) -> str:
+    """Return in words where the student is below the base beyond the intervals; "" if nowhere."""
+    below = {name: row for name, row in result.suites.items() if (row.over_base.high or 0.0) < 0}
+    lost = [name for name, row in below.items() if row.expert is None]
+    parts = ["below the base"] if len(lost) < len(below) else []
+    return ", ".join([*parts, *([f"forgets {joined(lost, 'and')}"] if lost else [])])
 
 
 def write_result(path: Path, result: Result) -> None:

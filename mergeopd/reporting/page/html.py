@@ -34,7 +34,7 @@ from mergeopd.reporting.page.curves import ACCENT, GOOD, SOFT, build_curves
 from mergeopd.reporting.page.evaluated import build_failures
 from mergeopd.reporting.page.responses import LEVELS, build_legends, build_responses
 from mergeopd.reporting.page.run_data import RunData, load_run
-from mergeopd.reporting.result import Estimate, grade, standing
+from mergeopd.reporting.result import Estimate, grade, shortfall, standing
 from mergeopd.reporting.terminal.timing import clock_text
 from mergeopd.storage import run_layout
 from mergeopd.storage.folders import write_atomic
@@ -74,6 +74,7 @@ def render(data: RunData, now: datetime) -> str:
         started=_started(data),
         status=status_of(data),
         standing=_standing(data),
+        shortfall=shortfall(data.result) if data.result is not None and data.is_finished else "",
         done=data.updates[-1].update if data.updates else 0,
         kinds=data.result.kinds if data.result else (),
         curves=curves,

@@ -278,6 +278,21 @@ def test_a_run_below_its_base_is_not_green(folder: Path) -> None:
         assert page.all("p", **{"class": f"verdict {expected}"})
 
 
+def test_a_forgotten_skill_is_named_beside_the_status_and_not_green(folder: Path) -> None:
+    accuracies = {"base": 0.25, "expert/math": 0.75, "merged": 0.75}
+    result = result_of({"math": accuracies, "facts": {**accuracies, "base": 0.9, "merged": 0.1}})
+    facts = replace(result.suites["facts"], expert=None)
+    for suites, expected in (
+        ({**result.suites, "facts": facts}, "finished, forgets facts"),
+        (result.suites, "finished, below the base"),
+    ):
+        page = Page(
+            html.render(replace(load_run(folder), result=replace(result, suites=suites)), datetime.now())
+        )
+        assert expected in page.text
+        assert page.all("span", **{"class": f"status {'fair' if 'forgets' in expected else 'poor'}"})
+
+
 def test_a_headroom_within_noise_is_marked_and_a_suite_may_lack_an_expert(folder: Path) -> None:
     result = result_of({"math": {"base": 0.5, "expert/math": 0.51, "merged": 0.505}}, num=100)
     (folder / "result.json").write_text(json.dumps(asdict(result)))
