@@ -237,6 +237,41 @@ def test_same_seed_same_bytes_other_seed_other_weights(experts: Path, tmp_path: 
     assert first["sort/model.safetensors"] != other["sort/model.safetensors"]
 
 
+def test_a_domain_past_the_ceiling_gets_no_rows_until_it_has_fallen_below() -> None:
+    """A stand-in learner: a domain with rows leaps from 0 to 0.9 at its second update, one without loses 0.3."""
+    from tiny_experts.settings import BaseTraining
+    from tiny_experts.train import train_base
+
+    class Leaper:
+        def __init__(self) -> None:
+            self.model, self.batches, self.reached = {"state": 0}, [], {"leaps": 0.0, "kept": 0.0}
+
+        def update(self, lr: float, batch: dict[str, int]) -> None:
+            self.batches.append(dict(batch))
+            self.model = {"state": len(self.batches)}
+            self.reached["kept"] = 1.0
+            leaped = len(self.batches) >= 2
+            self.reached["leaps"] = (
+                0.9 if "leaps" in batch and leaped else max(0.0, self.reached["leaps"] - 0.3)
+            )
+
+        def accuracy(self, domain: str) -> float:
+            return self.reached[domain]
+
+    learner = Leaper()
+    training = BaseTraining(
+        {"leaps": 8, "kept": 8}, {"leaps": 0.2, "kept": 0.9}, check_every=1, paused_share=0.25
+    )
+    best = train_base(learner, training, ["leaps"], lambda update, end: None)  # type: ignore[arg-type]
+    assert learner.batches == [
+        {"leaps": 8, "kept": 8},
+        {"leaps": 8, "kept": 2},  # leaps to 0.9, above the ceiling of 0.45
+        {"kept": 2},  # 0.6
+        {"kept": 2},  # 0.3: enough, and below the ceiling
+    ]
+    assert best == {"state": 4}  # type: ignore[comparison-overlap]
+
+
 def test_a_training_that_fails_in_its_process_is_an_error() -> None:
     from tiny_experts.parallel import run
 
