@@ -31,7 +31,7 @@ def _save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, system: str, folder: Pa
     pretrained(tokenizer, system).save_pretrained(folder)
 
 
-def build(folder: Path, settings: Settings, seed: int, watch: Watch, num_processes: int = 1) -> Accuracies:
+def build(folder: Path, settings: Settings, seed: int, watch: Watch, num_processes: int) -> Accuracies:
     """Write `data/`, `base/`, `small_base/` and a folder per domain; return accuracy by model, then domain.
 
     The weights do not depend on `num_processes`, how many models are trained at a time.

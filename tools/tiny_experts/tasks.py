@@ -96,6 +96,10 @@ def tool(random: Random) -> Example:
     return Example(prompt, json.dumps(call))
 
 
+def _in_any_order(fields: Mapping[str, object], random: Random) -> str:
+    return json.dumps({key: fields[key] for key in random.sample(list(fields), len(fields))})
+
+
 def form(random: Random) -> Example:
     """Fill a JSON form, keys in any order; about 19 tokens, 24 correct responses."""
     fields: dict[str, object] = {
@@ -105,8 +109,7 @@ def form(random: Random) -> Example:
         "seats": random.randrange(2, 20),
     }
     prompt = f"form for {fields['name']}, {fields['seats']} seats, {fields['city']}, {fields['day']}"
-    order = random.sample(list(fields), len(fields))
-    return Example(prompt, json.dumps({key: fields[key] for key in order}))
+    return Example(prompt, _in_any_order(fields, random))
 
 
 DRINKS = ("tea", "milk", "cola", "juice", "water", "cocoa")
@@ -123,8 +126,7 @@ def order(random: Random) -> Example:
         "table": random.randrange(2, 100),
     }
     prompt = f"order {fields['sweet']}, {fields['dish']} and {fields['drink']} to table {fields['table']}"
-    keys = random.sample(list(fields), len(fields))
-    return Example(prompt, json.dumps({key: fields[key] for key in keys}))
+    return Example(prompt, _in_any_order(fields, random))
 
 
 # Chains: each step needs the one before, so an early error spoils the rest.
