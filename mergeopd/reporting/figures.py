@@ -25,6 +25,7 @@ class Figure:
     A `unit` of % shows fractions times 100. A figure that always equals `hidden_when_constant` is not shown.
     On the page, the series of a `stacked` figure are stacked areas, and a `steady` one is not smoothed.
     `aim` is the good direction: low, high or zero; "" if there is none. `legend` is a shorter subtitle.
+    The page has no chart of a figure without `is_charted`.
     """
 
     key: str
