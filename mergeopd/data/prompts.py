@@ -5,22 +5,18 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mergeopd.data.messages import RowError, checked, kind, read_message, read_tools, tool_names
 from mergeopd.errors import DataError
 from mergeopd.recipe.plan import SourcePlan
 from mergeopd.recipe.verifiers import JsonVerifier, RegexVerifier, Verifier
 from mergeopd.types import Message, Prompt
 
-_ROLES = ("system", "user", "assistant", "tool")
 _SHOWN = 5
 _BATCH_ROWS = 4096
-
-
-class _RowError(Exception):
-    """A problem of one row, without its location."""
 
 
 def needs_reference(verifier: Verifier | None) -> bool:
@@ -60,7 +56,7 @@ def read_prompts(source: SourcePlan, shown: Mapping[str, str] = {}) -> tuple[Pro
             num_rows += 1
             try:
                 prompts.append(_prompt(source, row, value, shown))
-            except _RowError as error:
+            except RowError as error:
                 problems.setdefault(str(error), []).append(place)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -98,11 +94,11 @@ def _parse(raw: bytes) -> Any:
     try:
         return json.loads(raw.decode("utf-8").rstrip("\r\n"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
-        return _RowError(f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8")
+        return RowError(f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8")
     except json.JSONDecodeError as error:
-        return _RowError(f"not JSON: {error.msg} (column {error.colno}); write one JSON object per line")
+        return RowError(f"not JSON: {error.msg} (column {error.colno}); write one JSON object per line")
     except (ValueError, RecursionError) as error:
-        return _RowError(f"not JSON: {error}")
+        return RowError(f"not JSON: {error}")
 
 
 def _refuse_constant(name: str) -> Any:
@@ -124,12 +120,16 @@ def _parquet_rows(path: Path, source: SourcePlan, shown: Mapping[str, str]) -> I
             absent = [f"{path}: {_missing(f, names, key)}" for f, key in needed.items() if f not in names]
             if absent:
                 raise DataError("\n".join(absent))
-            used = {*needed, source.reference_field, source.response_field}
+            used = {*needed, source.reference_field, source.response_field, source.tools_field}
             columns = [name for name in names if name in used]
             row = 0
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
                 for value in batch.to_pylist():
-                    yield row, f"{path}: row {row}", value
+                    yield (
+                        row,
+                        f"{path}: row {row}",
+                        {key: _without_nulls(item) for key, item in value.items()},
+                    )
                     row += 1
     except pyarrow.ArrowException as error:
         raise DataError(
@@ -137,14 +137,23 @@ def _parquet_rows(path: Path, source: SourcePlan, shown: Mapping[str, str]) -> I
         ) from error
 
 
+def _without_nulls(value: Any) -> Any:
+    """Remove the keys of objects that parquet fills with null, because all objects of a column have them."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def _prompt(source: SourcePlan, row: int, value: Any, shown: Mapping[str, str]) -> Prompt:
-    if isinstance(value, _RowError):
+    if isinstance(value, RowError):
         raise value
     if not isinstance(value, dict):
-        raise _RowError(f"must be a JSON object, not {_kind(value)}")
+        raise RowError(f"must be a JSON object, not {kind(value)}")
     if source.prompt_field not in value:
-        raise _RowError(_missing(source.prompt_field, list(value), "prompt_field"))
-    messages = _messages(source.prompt_field, value[source.prompt_field])
+        raise RowError(_missing(source.prompt_field, list(value), "prompt_field"))
+    tools = read_tools(source.tools_field, value.get(source.tools_field))
+    names = tool_names(tools)
+    messages = _messages(source.prompt_field, value[source.prompt_field], names)
     reference: str | None
     if source.verifier is not None and needs_reference(source.verifier):
         user = f"verifier {source.verifier.kind!r} needs a reference"
@@ -161,7 +170,7 @@ def _prompt(source: SourcePlan, row: int, value: Any, shown: Mapping[str, str]) 
         messages=messages,
         teachers=source.teachers,
         reference=reference,
-        response=None if source.response_field is None else _response(source.response_field, value),
+        response=None if source.response_field is None else _response(source.response_field, value, names),
         fields={
             field: _required(
                 field, value, f"teachers.{teacher}.prompt", f"the prompt of teacher {teacher!r} needs a value"
@@ -169,6 +178,7 @@ def _prompt(source: SourcePlan, row: int, value: Any, shown: Mapping[str, str]) 
             for field, teacher in sorted(shown.items())
             if field != "reference"
         },
+        tools=tools,
     )
 
 
@@ -177,7 +187,7 @@ def _required(field: str, row: Mapping[str, Any], key: str, user: str) -> str:
     text = _text(field, row)
     if text is None:
         cause = f"field {field!r} is null" if field in row else _missing(field, list(row), key)
-        raise _RowError(f"{user}: {cause}")
+        raise RowError(f"{user}: {cause}")
     return text
 
 
@@ -190,50 +200,28 @@ def _missing(field: str, names: list[str], key: str) -> str:
     return f"field {field!r} is missing ({there}); name the field with `{key}`"
 
 
-def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "a boolean", dict: "an object", list: "a list", str: "text"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
-
-
-def _messages(field: str, value: Any) -> tuple[Message, ...]:
+def _messages(field: str, value: Any, tools: Collection[str]) -> tuple[Message, ...]:
     messages: tuple[Message, ...]
     if isinstance(value, str):
-        messages = (Message("user", _checked(field, value)),)
+        messages = (Message("user", checked(field, value)),)
     elif isinstance(value, list):
-        messages = tuple(_message(f"{field}[{i}]", item) for i, item in enumerate(value))
+        messages = tuple(read_message(f"{field}[{i}]", item, tools) for i, item in enumerate(value))
     else:
-        raise _RowError(f"field {field!r} must be text or a list of messages, not {_kind(value)}")
-    if not any(message.content.strip() for message in messages):
-        raise _RowError(f"field {field!r} is an empty prompt")
+        raise RowError(f"field {field!r} must be text or a list of messages, not {kind(value)}")
+    if all(message.is_empty for message in messages):
+        raise RowError(f"field {field!r} is an empty prompt")
     if messages[-1].role == "assistant":
-        raise _RowError(
+        raise RowError(
             f"field {field!r} ends with the assistant's message; a prompt ends before the response"
         )
     return messages
 
 
-def _message(place: str, value: Any) -> Message:
-    if not isinstance(value, Mapping):
-        raise _RowError(f"{place} must be an object with role and content, not {_kind(value)}")
-    for key in ("role", "content"):
-        if not isinstance(value.get(key), str):
-            raise _RowError(f"{place}.{key} must be text, not {_kind(value.get(key))}")
-    if value["role"] not in _ROLES:
-        close = difflib.get_close_matches(value["role"], _ROLES, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"must be one of {', '.join(_ROLES)}"
-        raise _RowError(f"{place}.role is {value['role']!r}; {hint}")
-    # Parquet fills the keys that a row lacks with null.
-    extra = [key for key, item in value.items() if key not in ("role", "content") and item is not None]
-    if extra:
-        raise _RowError(f"{place} has {', '.join(map(repr, extra))}; only role and content are supported")
-    return Message(value["role"], _checked(f"{place}.content", value["content"]))
-
-
-def _response(field: str, row: Mapping[str, Any]) -> str | tuple[Message, ...] | None:
+def _response(field: str, row: Mapping[str, Any], tools: Collection[str]) -> str | tuple[Message, ...] | None:
     """Return a text, or the messages of a trajectory; other values are converted to JSON."""
     value = row.get(field)
     if value == []:
-        raise _RowError(
+        raise RowError(
             f"field {field!r} is an empty list; a trajectory has at least one assistant's message, "
             "and an empty JSON list as a response is the text '[]'"
         )
@@ -241,17 +229,17 @@ def _response(field: str, row: Mapping[str, Any]) -> str | tuple[Message, ...] |
         isinstance(item, Mapping) and ("role" in item or "content" in item) for item in value
     ):
         return _text(field, row)
-    turns = tuple(_message(f"{field}[{i}]", item) for i, item in enumerate(value))
+    turns = tuple(read_message(f"{field}[{i}]", item, tools) for i, item in enumerate(value))
     for i, turn in enumerate(turns):
         if turn.role == "system":
-            raise _RowError(f"{field}[{i}].role is 'system'; instructions belong to the prompt")
+            raise RowError(f"{field}[{i}].role is 'system'; instructions belong to the prompt")
     if turns[0].role != "assistant":
-        raise _RowError(
+        raise RowError(
             f"{field}[0].role is {turns[0].role!r}; a trajectory begins with the assistant's message, "
             "move earlier messages to the prompt"
         )
     if turns[-1].role != "assistant":
-        raise _RowError(
+        raise RowError(
             f"{field}[{len(turns) - 1}].role is {turns[-1].role!r}; a trajectory ends with the assistant's "
             "message, remove the messages after it"
         )
@@ -264,19 +252,8 @@ def _text(field: str, row: Mapping[str, Any]) -> str | None:
     if value is None:
         return None
     if isinstance(value, str):
-        return _checked(field, value)
+        return checked(field, value)
     try:
-        return _checked(field, json.dumps(value, ensure_ascii=False, allow_nan=False))
+        return checked(field, json.dumps(value, ensure_ascii=False, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise _RowError(f"field {field!r} cannot be written as JSON: {error}") from error
-
-
-def _checked(field: str, text: str) -> str:
-    # JSON can escape unpaired surrogates, which no tokenizer accepts.
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _RowError(
-            f"field {field!r} has an unpaired surrogate at character {error.start + 1}"
-        ) from error
-    return text
+        raise RowError(f"field {field!r} cannot be written as JSON: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,6 +142,7 @@ class PromptChecks:
             identity = (
                 template.source,
                 *template.special_tokens.items(),
+                json.dumps(template.arguments, default=str),
                 id(renderer.tokenizer),
                 renderer.vocab_size,
                 renderer.max_positions,
