@@ -95,6 +95,10 @@ class VerifierError(MergeopdError, ValueError):
     """A verifier is misconfigured, or a user's reward function failed."""
 
 
+class EnvironmentFailed(MergeopdError, RuntimeError):  # noqa: N818  OSError has the other name
+    """An environment cannot be built, or its code, its server or its replies are at fault."""
+
+
 class TeacherError(MergeopdError, RuntimeError):
     """A teacher cannot be used: NaN or a wrong shape in its output, weights that do not match its card."""
 

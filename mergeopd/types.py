@@ -121,6 +121,24 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Episode(ArrayRecord):
+    """The turns of a response with tools.
+
+    `messages` follow the prompt: the assistant's turns, and replies of tools and users. `final_ids` are the
+    token ids of the last turn, which verifiers grade. `reward` is the environment's, if it gives one;
+    `failure` is the reason why the environment ended the response.
+    """
+
+    messages: tuple[Message, ...]
+    final_ids: TokenIds
+    num_turns: int
+    num_calls: int
+    num_failed_calls: int
+    reward: float | None = None
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Rollout(ArrayRecord):
     """A prompt with one response, as token ids that are never re-tokenised. Arrays are read-only.
 
@@ -130,7 +148,8 @@ class Rollout(ArrayRecord):
     the policy computes in it; None for text that the student did not generate.
     `policy_version` is the number of optimizer updates of the student that generated the response.
     `trained` flags the response tokens in the loss: False for tokens between the assistant's turns (tools,
-    users, template headers). None: all tokens are in the loss.
+    users, template headers). None: all tokens are in the loss. `episode` has the turns of a response with
+    tools.
     """
 
     prompt: Prompt
@@ -142,6 +161,7 @@ class Rollout(ArrayRecord):
     logprobs_behaviour: LogProbs | None = None
     policy_version: int = 0
     trained: Flags | None = None
+    episode: Episode | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_ids", token_ids(self.prompt_ids))
@@ -157,6 +177,17 @@ class Rollout(ArrayRecord):
     def trained_ids(self) -> TokenIds:
         """The response tokens that are in the loss, in order."""
         return self.response_ids if self.trained is None else self.response_ids[self.trained]
+
+    @property
+    def trained_logprobs(self) -> LogProbs | None:
+        """`logprobs_behaviour` of the response tokens that are in the loss."""
+        known = self.logprobs_behaviour
+        return known if known is None or self.trained is None else known[self.trained]
+
+    @property
+    def final_ids(self) -> TokenIds:
+        """The response tokens that a verifier grades: all, or the last turn of a response with tools."""
+        return self.response_ids if self.episode is None else self.episode.final_ids
 
     @property
     def num_trained(self) -> int:

@@ -91,7 +91,7 @@ def _policy_rows(members: Sequence[PreparedRollout], like: Tensor) -> PolicyRows
 
 
 def _behaviour(member: PreparedRollout) -> LogProbs:
-    known = member.rollout.logprobs_behaviour
+    known = member.rollout.trained_logprobs
     if known is None and member.is_own:
         raise ValueError(
             f"{member.rollout.prompt.key}: the student's response has no behaviour log-probabilities"

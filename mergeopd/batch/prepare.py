@@ -61,7 +61,7 @@ def _with_old_logprobs(
     plain: PreparedRollout, old: OldLogProbs, phase: Phase, updates_done: int, views: TokenViews
 ) -> PreparedRollout:
     """Add what follows from the prior policy's log-probabilities to a response of the student."""
-    known = plain.rollout.logprobs_behaviour
+    known = plain.rollout.trained_logprobs
     behaviour = old.logprob_S.new_tensor(() if known is None else known)
     sampled = phase.loss.sampled_reverse_kl
     advantage = None

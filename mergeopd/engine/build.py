@@ -29,6 +29,7 @@ from mergeopd.engine.score import Scorer
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.teacher_rollouts import TeacherRolloutCache
 from mergeopd.engine.update import Updater
+from mergeopd.environment.episodes import Environments
 from mergeopd.loss.cross_tokenizer import Bridge
 from mergeopd.loss.heads import Head
 from mergeopd.models import static_merges
@@ -203,18 +204,20 @@ def build(
 def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> SynchronousPipeline:
     inputs, student = models.inputs, models.student
     plan, ranks = models.plan, models.machine.ranks
+    environments = build_environments(plan.sources, plan, ranks)
     return SynchronousPipeline(
         plan,
         draw=PromptDraw(inputs.prompts, {s.name: s.share for s in plan.sources}, plan.seed),
         model=student,
         renderer=inputs.student,
-        rollouts=StudentRollouts(engine, plan.rollout, inputs.student, stages),
+        rollouts=StudentRollouts(engine, plan.rollout, inputs.student, environments, stages),
         teacher_rollouts=TeacherRolloutCache(
             plan,
             student=inputs.student,
             renderers=inputs.teachers,
             teachers=models.teachers,
             views=models.views,
+            environments=environments,
             stages=stages,
         ),
         rewards=Rewards(
@@ -258,6 +261,7 @@ def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, sta
         open_model=open_model,
         open_merge=open_merge,
         verifiers=build_verifiers(plan.sources, inputs.plan, machine.ranks),
+        environments=build_environments(plan.sources, inputs.plan, machine.ranks),
         stages=stages,
     )
 
@@ -275,6 +279,7 @@ def _interim(
         plan.checkpoint.best,
         engine=engine,
         verifiers=build_verifiers(plan.evaluation.sources, plan, machine.ranks),
+        environments=build_environments(plan.evaluation.sources, plan, machine.ranks),
         stages=stages,
     )
 
@@ -297,6 +302,12 @@ def build_verifiers(sources: Sequence[SourcePlan], plan: Plan, ranks: Communicat
     """Build the verifiers of these sources; the processes of a machine divide its cores."""
     specs = {s.name: s.verifier for s in sources if s.verifier is not None}
     return Verifiers(specs, plan.allow_code, plan.threads // ranks.num_local)
+
+
+def build_environments(sources: Sequence[SourcePlan], plan: Plan, ranks: Communicator) -> Environments:
+    """Build the environments of these sources; the first process runs them with all of its threads."""
+    settings = {s.name: s.environment for s in sources if s.environment is not None}
+    return Environments.of(settings, plan.allow_code, plan.threads // ranks.num_local, ranks)
 
 
 def _write_turns(inputs: Inputs, folder: Path) -> None:

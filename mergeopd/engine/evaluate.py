@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -14,12 +14,14 @@ import numpy as np
 from mergeopd.batch.advantages import RIGHT
 from mergeopd.data.renderer import Renderer
 from mergeopd.distributed.communicator import scatter_gather
-from mergeopd.engine.rollouts import submission
+from mergeopd.engine.rollouts import environment_grade, response_text, submission
 from mergeopd.engine.stages import Stages
+from mergeopd.environment.episodes import Environments, Response
 from mergeopd.intervals import Values, pass_at_k
 from mergeopd.messages import joined, shown
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.static_merges import why_not
+from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.preflight.inputs import Inputs
 from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.controls import Control
@@ -29,7 +31,7 @@ from mergeopd.recipe.suites import MEAN_ACCURACY
 from mergeopd.reporting.comparison import Measured, mean_reward
 from mergeopd.reporting.events import AccuracyMeasured, EvaluationDone
 from mergeopd.reporting.result import Estimate, Model
-from mergeopd.reward.grading import Submission, Verifiers
+from mergeopd.reward.grading import Verifiers
 from mergeopd.reward.pool import Grade, failures_note
 from mergeopd.rollout.protocol import Completion, GenerationRequest, RolloutEngine
 from mergeopd.storage.completion_cache import CompletionCache, Origin
@@ -87,6 +89,7 @@ class Evaluation:
     open_model: OpenModel
     open_merge: OpenMerge
     verifiers: Verifiers
+    environments: Environments
     stages: Stages
 
     def run(self, merged: Path | None, responses: Path | None, only: Collection[str] = ()) -> Measured:
@@ -105,7 +108,7 @@ class Evaluation:
         controls: dict[Control, RunFolder] = self.stages.ranks.run_on_first(
             lambda: finished_controls(self.inputs.plan, self.stages.note)
         )
-        with self.verifiers:
+        with self.verifiers, closing(self.environments):
             for candidate in self._candidates(merged, controls):
                 key = candidate.model.key
                 outcome = self._measure(candidate, not only or key in only)
@@ -251,13 +254,11 @@ class Evaluation:
     ) -> list[EvaluatedResponse]:
         """Generate the responses to a source's prompts, or read those kept, and grade them."""
         prompts = [p for p in self.inputs.evaluation[source.name] for _ in range(suite.samples)]
-        completions, on_progress = self._complete(candidate, suite, prompts, engine)
+        responses, on_progress = self._complete(candidate, suite, prompts, engine)
         tokenizer, stop = candidate.renderer.tokenizer, self.inputs.plan.rollout.stop
-        submissions = [
-            submission(prompt, completion.response_ids, completion.finish, tokenizer, stop)
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-        grades = verify_responses(self.verifiers, submissions, source.name, self.stages, on_progress)
+        grades = verify_responses(
+            self.verifiers, responses, source.name, tokenizer, stop, self.stages, on_progress
+        )
         return [
             EvaluatedResponse(
                 domain=source.domain,
@@ -265,17 +266,15 @@ class Evaluation:
                 key=prompt.key,
                 suite=suite.name,
                 sample=i % suite.samples,
-                prompt=candidate.renderer.text(prompt),
+                prompt=candidate.renderer.text(one.prompt),
                 reference=prompt.reference,
-                response=one.response,
+                response=response_text(one.completion.response_ids, tokenizer, stop),
                 reward=grade.reward,
                 failure=grade.failure,
-                finish=completion.finish,
-                num_tokens=len(completion.response_ids),
+                finish=one.completion.finish,
+                num_tokens=len(one.completion.response_ids),
             )
-            for i, (prompt, one, grade, completion) in enumerate(
-                zip(prompts, submissions, grades, completions, strict=True)
-            )
+            for i, (prompt, one, grade) in enumerate(zip(prompts, responses, grades, strict=True))
         ]
 
     def _complete(
@@ -284,7 +283,7 @@ class Evaluation:
         suite: SuitePlan,
         prompts: Sequence[Prompt],
         engine: Callable[[], RolloutEngine],
-    ) -> tuple[list[Completion], Callable[[int], None]]:
+    ) -> tuple[list[Response], Callable[[int], None]]:
         renderer = candidate.renderer
         detail = f"{candidate.model.title} on {suite.name}"
         on_progress = self.stages.begin("evaluation", detail, len(prompts), "responses")
@@ -304,11 +303,13 @@ class Evaluation:
         ) -> Iterator[tuple[Sequence[GenerationRequest], list[Completion]]]:
             yield requests, engine().submit(requests, how).wait(on_progress)
 
-        requests = [
-            GenerationRequest(p.key, i % suite.samples, renderer.render(p)) for i, p in enumerate(prompts)
-        ]
         kept = CompletionCache(Path(self.inputs.plan.text_cache), self.stages.ranks, self.stages.note)
-        return kept.complete(origin, requests, generate), on_progress
+
+        def turn(requests: Sequence[GenerationRequest], which: str) -> list[Completion]:
+            return kept.complete(origin, requests, generate)
+
+        asked = [(prompt, i % suite.samples) for i, prompt in enumerate(prompts)]
+        return self.environments.play(asked, renderer, turn, self.stages.check), on_progress
 
 
 @dataclass
@@ -325,6 +326,7 @@ class InterimEvaluation:
     best_by: str | None
     engine: RolloutEngine
     verifiers: Verifiers
+    environments: Environments
     stages: Stages
     measured: dict[int, AccuracyMeasured] = field(default_factory=dict)
     best: int | None = None
@@ -340,7 +342,7 @@ class InterimEvaluation:
         """Measure the student. Collective; raises AbandonRound when a stop was requested."""
         accuracy: dict[str, Estimate] = {}
         num_prompts: dict[str, int] = {}
-        with self.verifiers:
+        with self.verifiers, closing(self.environments):
             for suite in self.plan.suites:
                 prompts = [p for source in suite.sources for p in self.inputs.evaluation[source.name]]
                 num = min(len(prompts), self.settings.prompts)
@@ -366,13 +368,21 @@ class InterimEvaluation:
         on_progress = self.stages.begin(
             "evaluation", f"the student on {suite.name}", len(prompts), "responses"
         )
-        requests = [GenerationRequest(prompt.key, 0, student.render(prompt)) for prompt in prompts]
-        completions = self.engine.submit(requests, _sampling(suite, plan)).wait(on_progress)
-        submissions = [
-            submission(prompt, one.response_ids, one.finish, student.tokenizer, plan.rollout.stop)
-            for prompt, one in zip(prompts, completions, strict=True)
-        ]
-        grades = verify_responses(self.verifiers, submissions, suite.name, self.stages, on_progress)
+
+        def turn(requests: Sequence[GenerationRequest], which: str) -> list[Completion]:
+            return self.engine.submit(requests, _sampling(suite, plan)).wait(on_progress)
+
+        asked = [(prompt, 0) for prompt in prompts]
+        responses = self.environments.play(asked, student, turn, self.stages.check)
+        grades = verify_responses(
+            self.verifiers,
+            responses,
+            suite.name,
+            student.tokenizer,
+            plan.rollout.stop,
+            self.stages,
+            on_progress,
+        )
         return [grade.reward or 0.0 for grade in grades]
 
 
@@ -382,18 +392,27 @@ def _sampling(suite: SuitePlan, plan: Plan) -> Sampling:
 
 def verify_responses(
     verifiers: Verifiers,
-    submissions: Sequence[Submission],
+    responses: Sequence[Response],
     source: str,
+    tokenizer: Tokenizer,
+    stop: Sequence[str],
     stages: Stages,
     on_progress: Callable[[int], None],
 ) -> list[Grade]:
     """Grade responses to prompts of one source; each process grades its share. Collective."""
-    grades: list[Grade] = scatter_gather(
+    submissions = [
+        submission(one.prompt, one.final_ids, one.completion.finish, tokenizer, stop) for one in responses
+    ]
+    verified: list[Grade] = scatter_gather(
         stages.ranks,
         submissions,
         # Report progress again, so that a request to stop is handled while verifiers are slow.
         lambda own: verifiers.verify(own, lambda _: on_progress(len(own))),
     )
+    grades = [
+        environment_grade(one) if one.episode is not None and one.episode.failure else grade
+        for one, grade in zip(responses, verified, strict=True)
+    ]
     failures = [grade.failure for grade in grades if grade.failure is not None]
     if failures:
         stages.note(f"{failures_note(source, failures)}; they count as incorrect")

@@ -78,6 +78,7 @@ class SynchronousPipeline:
     def close(self) -> None:
         self.rollouts.engine.close()
         self.rewards.close()
+        self.rollouts.environments.close()
 
     def _collect(self, tasks: Sequence[Task]) -> list[Rollout]:
         """Return responses to all tasks, the student's first, each kind in the order of the tasks."""

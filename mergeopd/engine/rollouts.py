@@ -10,11 +10,12 @@ from mergeopd.data.trajectory import dataset_response
 from mergeopd.distributed.communicator import scatter_gather
 from mergeopd.engine.progress import Task
 from mergeopd.engine.stages import Stages
+from mergeopd.environment.episodes import Environments, Response
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.recipe.training import RolloutSettings
 from mergeopd.reward.grading import Submission, Verifiers
 from mergeopd.reward.pool import Grade, failures_note
-from mergeopd.rollout.protocol import GenerationRequest, RolloutEngine
+from mergeopd.rollout.protocol import Completion, GenerationRequest, RolloutEngine
 from mergeopd.types import Finish, Prompt, Rollout, Sampling, TokenIds, token_flags, token_ids
 
 
@@ -25,37 +26,47 @@ class StudentRollouts:
     engine: RolloutEngine
     settings: RolloutSettings
     student: Renderer
+    environments: Environments
     stages: Stages
 
     def generate(self, tasks: Sequence[Task]) -> list[Rollout]:
         """Generate responses to the student's tasks, in order. Collective."""
         num_samples = self.settings.samples_per_prompt
-        prompts = [t.prompt for t in tasks if t.origin == "student" for _ in range(num_samples)]
-        requests = [
-            GenerationRequest(
-                task.prompt.key, task.occurrence * num_samples + sample, self.student.render(task.prompt)
-            )
+        prompts = [
+            (task.prompt, task.occurrence * num_samples + sample)
             for task in tasks
             if task.origin == "student"
             for sample in range(num_samples)
         ]
-        if not requests:
+        if not prompts:
             return []
-        on_progress = self.stages.begin("rollout", "the student", len(requests), "responses")
-        completions = self.engine.submit(requests, sampling(self.settings)).wait(on_progress)
+
+        def turn(requests: Sequence[GenerationRequest], which: str) -> list[Completion]:
+            on_progress = self.stages.begin("rollout", f"the student{which}", len(requests), "responses")
+            return self.engine.submit(requests, sampling(self.settings)).wait(on_progress)
+
+        responses = self.environments.play(prompts, self.student, turn, self.stages.check)
         return [
-            Rollout(
-                prompt=prompt,
-                sample=request.sample,
-                prompt_ids=request.prompt_ids,
-                response_ids=completion.response_ids,
-                origin="student",
-                finish=completion.finish,
-                logprobs_behaviour=completion.logprobs if len(completion.logprobs) else None,
-                policy_version=completion.policy_version,
-            )
-            for prompt, request, completion in zip(prompts, requests, completions, strict=True)
+            student_rollout(response, sample)
+            for response, (_, sample) in zip(responses, prompts, strict=True)
         ]
+
+
+def student_rollout(response: Response, sample: int) -> Rollout:
+    """Return the student's response as a rollout."""
+    completion = response.completion
+    return Rollout(
+        prompt=response.prompt,
+        sample=sample,
+        prompt_ids=response.prompt_ids,
+        response_ids=completion.response_ids,
+        origin="student",
+        finish=completion.finish,
+        logprobs_behaviour=completion.logprobs if len(completion.logprobs) else None,
+        policy_version=completion.policy_version,
+        trained=response.trained,
+        episode=response.episode,
+    )
 
 
 def sampling(settings: RolloutSettings) -> Sampling:
@@ -97,7 +108,7 @@ class Rewards:
         graded = {
             i: r
             for i, r in enumerate(rollouts)
-            if r.origin == "student" and r.prompt.source in self.verifiers
+            if r.origin == "student" and r.prompt.source in self.verifiers and _failure(r) is None
         }
         num_slow = sum(self.verifiers.is_slow(rollout.prompt.source) for rollout in graded.values())
         on_progress: Callable[[int], None] = (
@@ -106,14 +117,16 @@ class Rewards:
 
         def verify(own: Sequence[Rollout]) -> list[Grade]:
             submissions = [
-                submission(r.prompt, r.response_ids, r.finish, self.tokenizer, self.stop) for r in own
+                submission(r.prompt, r.final_ids, r.finish, self.tokenizer, self.stop) for r in own
             ]
             return self.verifiers.verify(submissions, on_progress)
 
         by_index = dict(
             zip(graded, scatter_gather(self.stages.ranks, list(graded.values()), verify), strict=True)
         )
-        grades = [by_index.get(index, Grade(None)) for index in range(len(rollouts))]
+        grades = [
+            by_index[i] if i in by_index else environment_grade(rollout) for i, rollout in enumerate(rollouts)
+        ]
         self._note_failures(rollouts, grades)
         return grades
 
@@ -130,6 +143,16 @@ class Rewards:
             self._noted_sources.add(source)
             note = failures_note(source, reasons)
             self.stages.note(f"{note}; such responses have no reward, and metrics count them")
+
+
+def environment_grade(rollout: Rollout | Response) -> Grade:
+    """Return the reward of a response without a verifier: that of its environment, if it gives one."""
+    episode = rollout.episode
+    return Grade(None) if episode is None else Grade(episode.reward, _failure(rollout))
+
+
+def _failure(rollout: Rollout | Response) -> str | None:
+    return None if rollout.episode is None else rollout.episode.failure
 
 
 def submission(

@@ -27,11 +27,11 @@ class Stages:
         and is possible.
         """
         self.reporter.emit(StageStarted(stage, detail, total, unit))
-        self._check()
+        self.check()
 
         def on_progress(num_own: int) -> None:
             self.reporter.emit(StageProgress(min(total, num_own * self.ranks.size)))
-            self._check()
+            self.check()
 
         return on_progress
 
@@ -39,6 +39,7 @@ class Stages:
         """Report a remark for the user."""
         self.reporter.emit(Note(text))
 
-    def _check(self) -> None:
+    def check(self, num_done: int = 0) -> None:
+        """Raise AbandonRound when a stop was requested and is possible."""
         if self.guard is not None:
             self.guard.check()

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from mergeopd.data.renderer import Renderer
+from mergeopd.data.trajectory import dataset_response
 from mergeopd.engine.progress import Task
 from mergeopd.engine.rollouts import sampling
 from mergeopd.engine.stages import Stages
+from mergeopd.environment.episodes import Environments, Response
+from mergeopd.errors import DataError
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.sources import author
 from mergeopd.rollout.protocol import Completion, GenerationRequest
 from mergeopd.storage.completion_cache import CompletionCache, Origin
-from mergeopd.teacher.protocol import Teacher
+from mergeopd.teacher.protocol import Teacher, TeacherSession
 from mergeopd.teacher.token_view import TokenView
-from mergeopd.types import Prompt, Rollout
+from mergeopd.types import Prompt, Rollout, token_flags, token_ids
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,9 @@ class TeacherRolloutCache:
     renderers: Mapping[str, Renderer]
     teachers: Mapping[str, Teacher]
     views: Mapping[str, TokenView]
+    environments: Environments
     stages: Stages
-    _completions: dict[tuple[str, str, int], Completion] = field(default_factory=dict, init=False)
+    _responses: dict[tuple[str, str, int], Response] = field(default_factory=dict, init=False)
 
     def prepare(self, tasks: Sequence[Task]) -> None:
         """Generate the missing responses to these tasks; each teacher is opened at most once."""
@@ -40,20 +46,55 @@ class TeacherRolloutCache:
                 for sample in range(self.plan.rollout.samples_per_prompt):
                     needed.setdefault(author(task.prompt.teachers), {})[task.prompt.key, sample] = task.prompt
         for teacher, prompts in needed.items():
-            missing = {k: p for k, p in prompts.items() if (teacher, *k) not in self._completions}
+            missing = {k: p for k, p in prompts.items() if (teacher, *k) not in self._responses}
             if missing:
                 self._provide(teacher, missing)
 
     def of(self, task: Task) -> list[Rollout]:
-        """Return the prepared responses to a task, in the student's ids."""
-        name, prompt = author(task.prompt.teachers), task.prompt
+        """Return the prepared responses to a task, in the student's ids.
+
+        Responses with tools that the student's template cannot render are left out with a note.
+        """
+        name = author(task.prompt.teachers)
         rollouts = []
         for sample in range(self.plan.rollout.samples_per_prompt):
-            completion = self._completions[name, prompt.key, sample]
-            ids, finish = self.views[name].student_ids(completion, prompt)
-            rollout = Rollout(prompt, sample, self.student.render(prompt), ids, "teacher", finish)
-            rollouts.append(rollout)
+            response = self._responses[name, task.prompt.key, sample]
+            try:
+                rollouts.append(self._rollout(name, response, sample))
+            except DataError as error:
+                self.stages.note(f"a response of {name} to {task.prompt.key} is left out: {error}")
         return rollouts
+
+    def _rollout(self, name: str, response: Response, sample: int) -> Rollout:
+        prompt, episode = response.prompt, response.episode
+        prompt_ids = self.student.render(prompt)
+        ids, finish = self.views[name].student_ids(response.completion, prompt)
+        if episode is None or self._has_students_turns(name):
+            return Rollout(
+                prompt, sample, prompt_ids, ids, "teacher", finish, trained=response.trained, episode=episode
+            )
+        turns = episode.messages
+        while turns and turns[-1].role != "assistant":  # a truncated turn was to follow
+            turns = turns[:-1]
+        if not turns:
+            return Rollout(prompt, sample, prompt_ids, ids, "teacher", finish, episode=episode)
+        written = dataset_response(replace(prompt, response=turns), self.student)
+        return Rollout(
+            prompt,
+            sample,
+            prompt_ids,
+            token_ids(written.ids),
+            "teacher",
+            finish,
+            trained=None if written.trained is None else token_flags(written.trained),
+            episode=episode,
+        )
+
+    def _has_students_turns(self, name: str) -> bool:
+        """Whether a teacher writes turns and replies with the student's tokens and template."""
+        own, student = self.renderers[name].template, self.student.template
+        same = (own.source, own.arguments) == (student.source, student.arguments)
+        return same and self.views[name].bridge_kind is None
 
     def _provide(self, name: str, prompts: Mapping[tuple[str, int], Prompt]) -> None:
         renderer = self.renderers[name]
@@ -66,16 +107,24 @@ class TeacherRolloutCache:
             sampling=sampling(self.plan.rollout),
             seed=self.plan.seed,
         )
-        requests = [
-            GenerationRequest(key, sample, renderer.render(p)) for (key, sample), p in prompts.items()
-        ]
         cache = CompletionCache(Path(self.plan.text_cache), self.stages.ranks, self.stages.note)
-        completions = cache.complete(origin, requests, partial(self._generate, name))
-        for request, completion in zip(requests, completions, strict=True):
-            self._completions[name, request.key, request.sample] = completion
+        with ExitStack() as opened:
+            # Opened once, for the first turn with a missing response.
+            @functools.cache
+            def session() -> TeacherSession:
+                return opened.enter_context(self.teachers[name].open())
+
+            def turn(requests: Sequence[GenerationRequest], which: str) -> list[Completion]:
+                generate = partial(self._generate, session, f"{name} generates{which}")
+                return cache.complete(origin, requests, generate)
+
+            asked = [(prompt, sample) for (_, sample), prompt in prompts.items()]
+            responses = self.environments.play(asked, renderer, turn, self.stages.check)
+        for (key, sample), response in zip(prompts, responses, strict=True):
+            self._responses[name, key, sample] = response
 
     def _generate(
-        self, name: str, requests: Sequence[GenerationRequest]
+        self, session: Callable[[], TeacherSession], detail: str, requests: Sequence[GenerationRequest]
     ) -> Iterator[tuple[Sequence[GenerationRequest], list[Completion]]]:
         """Yield responses in batches, one of every process at a time. Collective.
 
@@ -83,11 +132,10 @@ class TeacherRolloutCache:
         """
         size = self.plan.rollout.batch_size * self.stages.ranks.size
         in_order = sorted(requests, key=lambda request: len(request.prompt_ids))
-        on_progress = self.stages.begin("text", f"{name} generates", len(requests), "responses")
-        with self.teachers[name].open() as session:
-            engine = session.generator()
-            for start in range(0, len(in_order), size):
-                batch = in_order[start : start + size]
-                yield batch, engine.submit(batch, sampling(self.plan.rollout)).wait(lambda _: None)
-                done = -(-(start + len(batch)) // self.stages.ranks.size)
-                self.stages.ranks.run_and_gather(lambda done=done: on_progress(done))  # type: ignore[misc]
+        on_progress = self.stages.begin("text", detail, len(requests), "responses")
+        engine = session().generator()
+        for start in range(0, len(in_order), size):
+            batch = in_order[start : start + size]
+            yield batch, engine.submit(batch, sampling(self.plan.rollout)).wait(lambda _: None)
+            done = -(-(start + len(batch)) // self.stages.ranks.size)
+            self.stages.ranks.run_and_gather(lambda done=done: on_progress(done))  # type: ignore[misc]

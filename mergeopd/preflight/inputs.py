@@ -19,9 +19,10 @@ from mergeopd.errors import RecipeError
 from mergeopd.messages import joined, shown
 from mergeopd.preflight.capabilities import check_capabilities
 from mergeopd.preflight.conversations import template_notes
+from mergeopd.preflight.environments import EnvironmentChecks
 from mergeopd.preflight.models import ModelReader, file_digest
 from mergeopd.preflight.problems import Findings
-from mergeopd.preflight.prompts import LengthBudget, PromptChecks, check_verifier
+from mergeopd.preflight.prompts import LengthBudget, PromptChecks, check_verifier, turns_budget
 from mergeopd.recipe.controls import Control, control_plan
 from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan
 from mergeopd.recipe.resolve import Resolution, read
@@ -139,6 +140,8 @@ class _Check:
         self.prompts: dict[str, tuple[Prompt, ...]] = {}
         self.evaluation: dict[str, tuple[Prompt, ...]] = {}
         self.overlap: dict[str, int] = {}
+        plan = resolution.plan
+        self.environments = EnvironmentChecks(self.findings, plan.allow_code if plan is not None else ())
 
     def run(self) -> None:
         """Check models, then prompts, then their combination."""
@@ -188,6 +191,8 @@ class _Check:
         fields = self._shown(teachers)
         prompts = self.findings.attempt((*place, "source"), lambda: read_prompts(source, fields))
         if prompts is not None:
+            if source.environment is not None:
+                prompts = self.environments.add_tools((*place, "environment"), source.environment, prompts)
             into[source.name] = prompts
             self.models.files[source.source] = file_digest(Path(source.source))
             PromptChecks(self.findings, place, source, prompts).references()
@@ -232,7 +237,13 @@ class _Check:
                 checks = replace(checks, prompts=[p for p in checks.prompts if p.key in bounds])
                 checks.response_tokens(self.student, self.vocab_size(self.student))
                 budget = replace(budget, bounds=bounds, student=self.student)
-            checks.lengths(self._renderers(tuple(source.teachers)), budget)
+            renderers = self._renderers(tuple(source.teachers))
+            if source.environment is not None and checks.prompts:
+                checks.bridged_turns(self.cross_tokenizers)
+                where = (*place, "environment")
+                self.environments.templates(where, source.environment, checks.prompts[0], renderers)
+                budget = turns_budget(source, budget, place)
+            checks.lengths(renderers, budget)
             self._compare_templates(source)
 
     def _note_sampling(self, plan: Plan) -> None:
@@ -302,6 +313,10 @@ class _Check:
             budget = LengthBudget(suite.max_new_tokens, limit_place)
             compared = () if suite.expert is None else (suite.expert,)
             renderers = {name: renderer.as_measured for name, renderer in self._renderers(compared).items()}
+            if source.environment is not None and prompts:
+                where = (*place, "environment")
+                self.environments.templates(where, source.environment, prompts[0], renderers)
+                budget = turns_budget(source, budget, place)
             PromptChecks(self.findings, place, source, prompts).lengths(renderers, budget)
             num_seen = self.overlap[source.name] = sum(prompt.messages in trained for prompt in prompts)
             if num_seen and source.allow_overlap:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mergeopd.config.tree import Keys
@@ -47,6 +47,14 @@ class LengthBudget:
     limit_place: Keys
     bounds: Mapping[str, int] = field(default_factory=dict)
     student: Renderer | None = None
+
+
+def turns_budget(source: SourcePlan, turn: LengthBudget, place: Keys) -> LengthBudget:
+    """Return the budget of responses of several turns, the last of which may begin just below the limit."""
+    if source.environment is None:
+        return turn
+    num_new = source.environment.max_tokens + turn.num_new
+    return replace(turn, num_new=num_new, limit_place=(*place, "environment", "max_tokens"))
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,16 @@ class PromptChecks:
                 rows,
                 f"teacher '{teachers[0]}' has a bridge, which aligns single-turn responses, but {count} "
                 "several turns",
+                "give these prompts a teacher of the student's family",
+            )
+
+    def bridged_turns(self, bridged: Collection[str]) -> None:
+        """Report an environment for teachers with a bridge, which aligns single-turn responses only."""
+        teachers = [name for name in self.source.teachers if name in bridged]
+        if teachers:
+            self.findings.report(
+                (*self.place, "environment"),
+                f"teacher '{teachers[0]}' has a bridge, which aligns single-turn responses",
                 "give these prompts a teacher of the student's family",
             )
 

@@ -8,6 +8,7 @@ from mergeopd.config.locate import Origins
 from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
 from mergeopd.messages import joined
+from mergeopd.recipe.environments import gives_reward
 from mergeopd.recipe.policy_terms import POLICY_TERMS, ClipRatio, NoCorrection, SequenceMask, TrustRegion
 from mergeopd.recipe.schema import TrainSource
 from mergeopd.recipe.training import Phase, RolloutSettings, never_student
@@ -101,7 +102,11 @@ def _reward_users(phase: Phase, here: Keys) -> dict[str, Keys]:
 def _verifier_problems(
     phase: Phase, users: Mapping[str, Keys], sources: Mapping[int, TrainSource], origins: Origins
 ) -> Iterator[Problem]:
-    unchecked = {index: source for index, source in sources.items() if source.verifier is None}
+    unchecked = {
+        index: source
+        for index, source in sources.items()
+        if source.verifier is None and not gives_reward(source.environment)
+    }
     remedy = f"give the sources a `verifier` ({', '.join(VERIFIERS)})"
     if len(unchecked) == len(sources):
         for name, where in users.items():

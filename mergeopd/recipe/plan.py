@@ -13,6 +13,7 @@ from mergeopd.config.values import Strict
 from mergeopd.recipe.alarms import Alarms
 from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.bridges import Bridge
+from mergeopd.recipe.environments import Environment
 from mergeopd.recipe.models import Canary, SnapshotRule, Student
 from mergeopd.recipe.schema import Checkpoints, Interim, Memory, Reports
 from mergeopd.recipe.training import AnyRollout, Optimizer, Phase
@@ -72,6 +73,7 @@ class SourcePlan(Strict):
     limit: int | None
     allow_overlap: bool = False
     tools_field: str = "tools"
+    environment: Environment | None = None
 
 
 class SuitePlan(Strict):

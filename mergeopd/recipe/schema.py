@@ -32,6 +32,7 @@ from mergeopd.recipe.baselines import (
     WeightAverage,
     static_merge_shorthand,
 )
+from mergeopd.recipe.environments import EnvironmentOrKind
 from mergeopd.recipe.loss_terms import SHORT_TERMS, loss_shorthand
 from mergeopd.recipe.models import Student, Teacher, card_shorthand
 from mergeopd.recipe.policy_terms import weight_shorthand
@@ -77,6 +78,9 @@ class PromptSource(Strict):
     """field with the reference answer that the verifier compares with"""
     tools_field: str = "tools"
     """field with the tools of a row: a list of JSON schemas of functions, or its JSON text"""
+    environment: EnvironmentOrKind | None = None
+    """environment that runs the tools that the model calls, turn by turn; shorthand: its kind. Default: a
+    response is one turn"""
 
 
 class TrainSource(PromptSource):
@@ -253,6 +257,8 @@ SHORTHANDS: dict[tuple[str, ...], Callable[[Any], Any]] = {
     ("prompts", "*", "verifier"): kind_shorthand,
     ("prompts", "*", "teachers"): _teachers_shorthand,
     ("evaluation", "prompts", "*", "verifier"): kind_shorthand,
+    ("prompts", "*", "environment"): kind_shorthand,
+    ("evaluation", "prompts", "*", "environment"): kind_shorthand,
     ("evaluation", "static_merges", "*"): static_merge_shorthand,
     ("report", "trackers", "*"): kind_shorthand,
     ("phases", "*", "loss"): loss_shorthand,

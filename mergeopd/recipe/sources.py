@@ -15,7 +15,13 @@ from mergeopd.config.suggest import did_you_mean
 from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
 from mergeopd.messages import shown
-from mergeopd.recipe.checks import missing_package
+from mergeopd.recipe.checks import is_installed, missing_package
+from mergeopd.recipe.environments import (
+    Environment,
+    FunctionsEnvironment,
+    SearchEnvironment,
+    UserEnvironment,
+)
 from mergeopd.recipe.models import TeacherRef
 from mergeopd.recipe.plan import SourcePlan
 from mergeopd.recipe.schema import PromptSource, TrainSource
@@ -40,11 +46,18 @@ class SourceResolver:
         before = len(self.problems)
         file = self._file(source, path)
         verifier = self._verifier(source.verifier, (*path, "verifier"))
+        environment = self._environment(source.environment, (*path, "environment"))
         if file is None or len(self.problems) > before:
             return None
         absent = {"response_field": None, "share": 1.0, "limit": None}  # of the other kind of source
         same = {name: value for name, value in source if name in SourcePlan.model_fields}
-        resolved = {"name": self._name(file), "source": str(file), "verifier": verifier, "teachers": teachers}
+        resolved = {
+            "name": self._name(file),
+            "source": str(file),
+            "verifier": verifier,
+            "environment": environment,
+            "teachers": teachers,
+        }
         return SourcePlan.model_validate(absent | same | resolved)
 
     def report(self, path: Keys, message: str, remedy: str = "") -> None:
@@ -93,10 +106,8 @@ class SourceResolver:
         return None
 
     def _verifier(self, verifier: Verifier | None, path: Keys) -> Verifier | None:
-        allowed = self.allow_code
-        if isinstance(verifier, UserVerifier) and allowed is not None and verifier.function not in allowed:
-            remedy = did_you_mean(verifier.function, allowed, f"add `allow_code: [{verifier.function}]`")
-            self.report((*path, "function"), f"'{verifier.function}' is not in `allow_code`", remedy)
+        if isinstance(verifier, UserVerifier):
+            self._allowed(verifier.function, (*path, "function"))
         missing = None if verifier is None else missing_package(verifier)
         if missing is not None:
             self.report((*path, "kind"), *missing)
@@ -108,6 +119,30 @@ class SourceResolver:
             else:
                 return verifier.model_copy(update={"schema_file": str(file)})
         return verifier
+
+    def _environment(self, environment: Environment | None, path: Keys) -> Environment | None:
+        match environment:
+            case FunctionsEnvironment(functions=functions):
+                for i, function in enumerate(functions):
+                    self._allowed(function, (*path, "functions", i))
+            case UserEnvironment(environment=function):
+                self._allowed(function, (*path, "environment"))
+            case SearchEnvironment(corpus=corpus):
+                where: Keys = (*path, "corpus")
+                if not is_installed("bm25s"):
+                    remedy = "install it: `pip install 'mergeopd[search]'`"
+                    self.report((*path, "kind"), "'search' needs the package bm25s", remedy)
+                file = existing_file(corpus, self.origins.place(where).base, "corpus", (".jsonl",))
+                if isinstance(file, Missing):
+                    self.report(where, file.message, file.remedy)
+                    return environment
+                return environment.model_copy(update={"corpus": str(file)})
+        return environment
+
+    def _allowed(self, function: str, path: Keys) -> None:
+        if self.allow_code is not None and function not in self.allow_code:
+            remedy = did_you_mean(function, self.allow_code, f"add `allow_code: [{function}]`")
+            self.report(path, f"'{function}' is not in `allow_code`", remedy)
 
 
 def _conversion(loader: str, target: str, **options: str) -> str:

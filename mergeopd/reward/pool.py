@@ -39,10 +39,10 @@ def failures_note(source: str, failures: Sequence[str]) -> str:
     return f"the verifier of {source} failed on {responses}; the first: {failures[0]}"
 
 
-class _Worker:
-    """A process that builds the verifiers of `setup` and then verifies one response at a time."""
+class WorkerProcess:
+    """A process that runs a module, which reads `setup` and then answers one message at a time."""
 
-    def __init__(self, setup: bytes) -> None:
+    def __init__(self, setup: bytes, module: str = "mergeopd.reward.worker") -> None:
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
@@ -52,7 +52,7 @@ class _Worker:
         with other:
             self._process = subprocess.Popen(
                 # -P: the current folder must not shadow the standard library.
-                [sys.executable, "-P", "-m", "mergeopd.reward.worker", str(other.fileno())],
+                [sys.executable, "-P", "-m", module, str(other.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -98,8 +98,8 @@ class WorkerPool:
     def __init__(self, setup: dict[str, Any], num_workers: int) -> None:
         self._setup = json.dumps(setup).encode()
         self._num_workers = num_workers
-        self._workers: set[_Worker] = set()
-        self._idle: list[_Worker] = []
+        self._workers: set[WorkerProcess] = set()
+        self._idle: list[WorkerProcess] = []
         self._lock = threading.Lock()
         self._is_closed = False
         weakref.finalize(self, _kill_all, self._workers)
@@ -168,14 +168,14 @@ class WorkerPool:
             return Grade(reply.get("reward"), reply.get("failure"))
         return Grade(None, "its process ended before it read the response")
 
-    def _started(self, max_failures: int) -> _Worker:
+    def _started(self, max_failures: int) -> WorkerProcess:
         """Start a worker and wait until its verifiers are built."""
         failure = "the verifiers were closed"
         for _ in range(max_failures):
             with self._lock:
                 if self._is_closed:
                     break
-                worker = _Worker(self._setup)
+                worker = WorkerProcess(self._setup)
                 self._workers.add(worker)
             try:
                 reply = worker.reply(START_TIMEOUT_S)
@@ -191,13 +191,13 @@ class WorkerPool:
             self._drop(worker)
         raise VerifierError(failure)
 
-    def _drop(self, worker: _Worker) -> None:
+    def _drop(self, worker: WorkerProcess) -> None:
         with self._lock:
             if worker in self._workers:  # else `close` has ended it
                 self._workers.remove(worker)
                 worker.kill()
 
 
-def _kill_all(workers: set[_Worker]) -> None:
+def _kill_all(workers: set[WorkerProcess]) -> None:
     while workers:
         workers.pop().kill()

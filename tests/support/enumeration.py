@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from mergeopd.batch.objective import phase_objective
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, Models, build, load_models
+from mergeopd.engine.build import Machine, Models, build, build_environments, load_models
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.loop import Trainer
@@ -55,6 +55,7 @@ def teacher_rollouts_of(parts: Models, reporter: Reporter | None = None) -> Teac
         renderers=parts.inputs.teachers,
         teachers=parts.teachers,
         views=parts.views,
+        environments=build_environments(parts.plan.sources, parts.plan, SingleProcess()),
         stages=stages,
     )
 

@@ -126,6 +126,8 @@ def test_every_short_form_of_the_schema_is_in_the_table_and_works() -> None:
         ("evaluation", "static_merges", "*"): "ties",
         ("prompts", "*", "teachers"): ["a", "b"],
         ("evaluation", "prompts", "*", "verifier"): "exact",
+        ("prompts", "*", "environment"): "calculator",
+        ("evaluation", "prompts", "*", "environment"): "calculator",
         ("report", "trackers", "*"): "wandb",
         ("phases", "*", "loss"): "nll",
         ("phases", "*", "correction"): "mask",

@@ -1,0 +1,1 @@
+"""Environments: the tools that a model calls during a response of several turns."""
