@@ -110,12 +110,15 @@ class ChatTemplate:
 
 
 def _as_template_sees(message: Message, with_parts: bool) -> dict[str, Any]:
+    """Return the keys of a message as transformers passes them: without nulls, reasoning by its two names."""
     if not message.fields:
         return {"role": message.role, "content": message.content}
-    fields = dict(message.fields)
+    fields = {key: value for key, value in message.fields.items() if value is not None}
     if isinstance(fields.get("content"), list) and not with_parts:
         fields["content"] = message.content
-    return fields
+    if message.reasoning is None:
+        return fields
+    return {"thinking": message.reasoning, **fields, "reasoning_content": message.reasoning}
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from mergeopd.data.renderer import Renderer
 from mergeopd.errors import DataError
-from mergeopd.types import Message, Prompt
+from mergeopd.types import REASONING_KEYS, Prompt
 
 
 def template_notes(
@@ -42,19 +42,15 @@ def _without_tools(prompt: Prompt) -> Prompt:
 
 
 def _without(*keys: str) -> Callable[[Prompt], Prompt]:
-    def removed(message: Message) -> Message:
-        if message.role != "assistant" or not message.fields.keys() & set(keys):
-            return message
-        fields = {key: value for key, value in message.fields.items() if key not in keys}
-        return Message(message.role, message.content, {**fields, "content": message.content})
-
-    return lambda prompt: replace(prompt, messages=tuple(map(removed, prompt.messages)))
+    return lambda prompt: replace(
+        prompt, messages=tuple(message.without(*keys) for message in prompt.messages)
+    )
 
 
 _PARTS: Mapping[str, Callable[[Prompt], Prompt]] = {
     "the tools": _without_tools,
     "calls of tools": _without("tool_calls"),
-    "the reasoning in earlier turns": _without("reasoning_content"),
+    "the reasoning in earlier turns": _without(*REASONING_KEYS),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mergeopd.data.chat_template import ChatTemplate
+from mergeopd.data.messages import read_message
 from mergeopd.errors import DataError
 from mergeopd.types import Message
 
@@ -173,6 +174,28 @@ def test_tool_messages_equal_transformers(reference: Any) -> None:
         chat, chat_template=THINKING, add_generation_prompt=True, tokenize=False
     )
     assert ChatTemplate(THINKING, SPECIAL).render(TOOL_CHAT) == expected
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": [1, None]}}}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "tool_calls": [CALL], "content": "", "reasoning_content": "hm"},
+        {"role": "assistant", "thinking": "hm", "content": "so"},
+        {"reasoning": "hm", "role": "assistant", "content": "so"},
+        {"role": "assistant", "content": "so", "reasoning": "b", "thinking": "a", "reasoning_content": None},
+        {"role": "tool", "content": "1", "tool_call_id": "c", "name": "f", "extra": {"b": None}},
+    ],
+)
+def test_templates_see_the_keys_that_transformers_passes(reference: Any, row: dict[str, Any]) -> None:
+    source = "{% for m in messages %}{% for key, value in m.items() %}{{ key }}={{ value | tojson }};{% endfor %}{% endfor %}"
+    user = {"role": "user", "content": "go"}
+    expected = reference.apply_chat_template([user, row], chat_template=source, tokenize=False)
+    messages = [read_message("m", one) for one in (user, row)]
+    assert ChatTemplate(source, SPECIAL).render(messages, add_generation_prompt=False) == expected
 
 
 def test_the_clock_is_an_argument() -> None:
