@@ -47,24 +47,15 @@ def segments(prompt: Prompt, trajectory: Sequence[Message], template: ChatTempla
     """
     rendered = _Rendered(prompt, tuple(trajectory), template)
     parts: list[Segment] = []
-    last, shown, end = 0, "", rendered.text(0)
+    last, shown = 0, ""
     for i, turn in enumerate(trajectory):
-        before, end = end, rendered.text(i + 1)
-        if not turn.is_empty and end == before:
-            raise DataError(
-                f"{template.name}: leaves out response[{i}], a message of role {turn.role!r}; "
-                "choose a template that renders such messages"
-            )
         if turn.role != "assistant":
             continue
-        if turn.tool_calls and rendered.is_without(i, "tool_calls", end):
-            raise DataError(
-                f"{template.name}: leaves out the calls of tools in response[{i}]; choose a template that "
-                "renders them, or write them into the text of the message as the model does"
-            )
-        start = rendered.text(i, prompted=True)
+        start, end = rendered.text(i, prompted=True), rendered.text(i + 1)
         if i:
             between = text_after(shown, start)
+            for j in range(last + 1, i):
+                rendered.check_shown(j, between)
             if between is None:
                 raise DataError(
                     f"{template.name}: response[{last}] is rendered differently once response[{last + 1}] "
@@ -73,11 +64,13 @@ def segments(prompt: Prompt, trajectory: Sequence[Message], template: ChatTempla
                 )
             parts.append(Segment(between, is_own=False))
         own = rendered.turn(i, start, end)
+        rendered.check_shown(i, own)
         if own is None:
             raise DataError(
                 f"{template.name}: response[{i}] does not begin with the generation prompt: "
                 f"{_change(start, end)}; {_ONE_EACH}, or correct the template or its `template_arguments`"
             )
+        rendered.check_calls_shown(i, own, end)
         parts.append(Segment(own, is_own=True))
         last, shown = i, start + own
     return tuple(parts)
@@ -92,14 +85,6 @@ class _Rendered(NamedTuple):
 
     def text(self, num_turns: int, *, prompted: bool = False) -> str:
         return self._of((*self.prompt.messages, *self.trajectory[:num_turns]), prompted)
-
-    def is_without(self, i: int, key: str, end: str) -> bool:
-        """Whether the rendering up to turn i, `end`, is the same without a key of that turn."""
-        messages = (*self.prompt.messages, *self.trajectory[:i], self.trajectory[i].without(key))
-        try:
-            return self._of(messages, prompted=False) == end
-        except DataError:
-            return False
 
     def turn(self, i: int, start: str, end: str) -> str | None:
         """Return the text of turn i: what `end` has after `start`, which ends with the generation prompt.
@@ -116,6 +101,35 @@ class _Rendered(NamedTuple):
             return None
         return text_after(self._of(forgotten, prompted=True), end)
 
+    def check_shown(self, i: int, text: str | None) -> None:
+        """Raise DataError if the template leaves message i out; `text` is the segment that has it, if any."""
+        turn = self.trajectory[i]
+        content = turn.content.strip()
+        if turn.is_empty or (content and text and (content in text or _quoted(content) in text)):
+            return
+        if self.text(i) == self.text(i + 1):
+            raise DataError(
+                f"{self.template.name}: leaves out response[{i}], a message of role {turn.role!r}; "
+                "choose a template that renders such messages"
+            )
+
+    def check_calls_shown(self, i: int, own: str, end: str) -> None:
+        """Raise DataError if the template leaves out the calls of turn i."""
+        turn = self.trajectory[i]
+        names = [str(call.get("function", call)["name"]) for call in turn.tool_calls]
+        if all(name in own and name not in turn.content for name in names):
+            return
+        messages = (*self.prompt.messages, *self.trajectory[:i], turn.without("tool_calls"))
+        try:
+            are_shown = self._of(messages, prompted=False) != end
+        except DataError:
+            return
+        if not are_shown:
+            raise DataError(
+                f"{self.template.name}: leaves out the calls of tools in response[{i}]; choose a template "
+                "that renders them, or write them into the text of the message as the model does"
+            )
+
     def _of(self, messages: Sequence[Message], prompted: bool) -> str:
         try:
             return self.template.render(messages, tools=self.prompt.tools, add_generation_prompt=prompted)
@@ -131,11 +145,27 @@ def text_after(start: str, whole: str) -> str | None:
     """
     if whole.startswith(start):
         return whole[len(start) :]
+    cut = _num_same(start, whole)
+    while cut and (start[cut - 1].isspace() or start[cut - 1] in "</think>"):  # no blank piece is cut in two
+        cut -= 1
+    start, whole = start[cut:], whole[cut:]
     bare = _BLANK.sub("", start)
     if not _BLANK.sub("", whole).startswith(bare):
         return None
     blank, rest = (text[_position(text, len(bare)) :] for text in (start, whole))
     return rest.removeprefix(blank) if rest.startswith(blank) or not blank.strip() else None
+
+
+def _num_same(one: str, other: str) -> int:
+    """Return the length of the common beginning of two texts."""
+    least, most = 0, min(len(one), len(other))
+    while least < most:
+        middle = (least + most + 1) // 2
+        if one[least:middle] == other[least:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least
 
 
 def _position(text: str, num_bare: int) -> int:
@@ -199,7 +229,11 @@ def length_bound(prompt: Prompt, student: Renderer) -> int:
 
 def _change(start: str, whole: str) -> str:
     """Describe the first difference between `start` and the beginning of `whole`."""
-    pairs = enumerate(zip(start, whole, strict=False))
-    same = next((i for i, (a, b) in pairs if a != b), min(len(start), len(whole)))
-    was, now = (json.dumps(text[same : same + _EXCERPT], ensure_ascii=False) for text in (start, whole))
+    same = _num_same(start, whole)
+    was, now = (f'"{_quoted(text[same : same + _EXCERPT])}"' for text in (start, whole))
     return f"{was} becomes {now}"
+
+
+def _quoted(text: str) -> str:
+    """Return the text as in JSON, without the quotes around it."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]

@@ -353,6 +353,8 @@ def test_calls_must_not_be_left_out(speak: Callable[..., Renderer]) -> None:
         ("a<think></think>", "a<think>b</think>", None),
         ("a<think>b</think>c", "ac", None),
         ("ab", "a c", None),
+        ("x <think>a</think>", "x <think>\n</think>a", None),
+        ("x.<think>\n</think>a\n", "x.<think>\n\n</think>a\n", ""),
     ],
 )
 def test_text_after_ignores_white_space_and_empty_reasoning(start: str, whole: str, rest: str | None) -> None:
