@@ -88,7 +88,11 @@ class ChatTemplate:
         except Exception as error:
             roles = ", ".join(message.role for message in messages)
             kind = "" if type(error) is jinja2.TemplateError else f"{type(error).__name__}: "
-            raise DataError(f"{self.name}: cannot render a conversation ({roles}): {kind}{error}") from error
+            is_null = any("content" in one.fields and one.fields["content"] is None for one in messages)
+            hint = "; templates get no content where it is null: try an empty text" if is_null else ""
+            raise DataError(
+                f"{self.name}: cannot render a conversation ({roles}): {kind}{error}{hint}"
+            ) from error
 
     def _render(
         self,

@@ -213,6 +213,14 @@ def test_a_refused_conversation_names_template_and_cause() -> None:
     )
 
 
+def test_a_template_that_needs_content_says_so_of_null() -> None:
+    call = read_message("m", {"role": "assistant", "content": None, "tool_calls": [CALL]})
+    with pytest.raises(
+        DataError, match=r"'content'; templates get no content where it is null: try an empty text$"
+    ):
+        ChatTemplate("{% for m in messages %}{{ m.content.strip() }}{% endfor %}", SPECIAL).render([call])
+
+
 @pytest.mark.parametrize(
     ("source", "cause"),
     [
