@@ -18,6 +18,9 @@ TokenIds: TypeAlias = "NDArray[np.int32]"
 Flags: TypeAlias = "NDArray[np.bool_]"
 LogProbs: TypeAlias = "NDArray[np.float32] | NDArray[np.float64]"
 
+# Keys of a message with its reasoning, as transformers reads them. The first is that of most templates.
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -38,9 +41,22 @@ class Message:
         return self.fields.get("tool_calls") or ()
 
     @property
+    def reasoning(self) -> Any:
+        """The reasoning before the text, under any of the names that rows use; None: there is none."""
+        values = (self.fields.get(name) for name in REASONING_KEYS)
+        return next((value for value in values if value is not None), None)
+
+    @property
     def is_empty(self) -> bool:
-        """Whether there is neither text nor a call."""
-        return not (self.content.strip() or self.tool_calls or self.fields.get("reasoning_content"))
+        """Whether there is neither text nor a call nor reasoning."""
+        return not (self.content.strip() or self.tool_calls or self.reasoning)
+
+    def without(self, *keys: str) -> Message:
+        """Return the message without these keys; content that is null becomes an empty text."""
+        if not self.fields.keys() & set(keys):
+            return self
+        fields = {key: value for key, value in self.fields.items() if key not in keys}
+        return Message(self.role, self.content, {"content": self.content, **fields})
 
 
 @dataclass(frozen=True, slots=True)
