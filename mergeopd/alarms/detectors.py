@@ -249,30 +249,24 @@ class StarvedDomainDetector:
     """Measures each domain's share of the summed token weights, over enough updates to contain all."""
 
     settings: StarvedDomain
-    domains: Collection[str]
-    _recent: deque[Mapping[str, tuple[float, float]]] = field(default_factory=deque)
+    domains_of: Mapping[str, frozenset[str]]  # by phase
+    _recent: dict[frozenset[str], deque[Mapping[str, tuple[float, float]]]] = field(default_factory=dict)
 
     def look(self, record: UpdateRecord) -> Signs:
-        if len(self.domains) < 2:
+        domains = self.domains_of[record.phase]
+        if len(domains) < 2:
             return NO_SIGNS
-        mass = {
-            name: (
-                n.get("num_rollouts") or 0.0,
-                (n.get("token_share") or 0.0) * (n.get("weight") or 0.0),
-            )
-            for name, n in record.domains.items()
-        }
-        recent = self._recent
-        recent.append(mass)
-        needed = _PROMPTS_PER_DOMAIN * len(self.domains)
+        recent = self._recent.setdefault(domains, deque())
+        recent.append({name: _mass(numbers) for name, numbers in record.domains.items()})
+        needed = _PROMPTS_PER_DOMAIN * len(domains)
         sizes = [sum(rollouts for rollouts, _ in one.values()) for one in recent]
         while len(recent) > self.settings.updates and sum(sizes[1:]) >= needed:
             recent.popleft()
             sizes.pop(0)
         if len(recent) < self.settings.updates or sum(sizes) < needed:
             return NO_SIGNS
-        totals = {d: sum(one[d][1] for one in recent if d in one) for d in self.domains}
-        whole, limit = sum(totals.values()), self.settings.share / len(self.domains)
+        totals = {d: sum(one[d][1] for one in recent if d in one) for d in sorted(domains)}
+        whole, limit = sum(totals.values()), self.settings.share / len(domains)
         if not whole:
             return NO_SIGNS
         return {
@@ -281,6 +275,12 @@ class StarvedDomainDetector:
             else None
             for domain, total in totals.items()
         }
+
+
+def _mass(numbers: Numbers) -> tuple[float, float]:
+    """Return a domain's number of rollouts and its part of the summed token weights."""
+    count, share, weight = (numbers.get(key) or 0.0 for key in ("num_rollouts", "token_share", "weight"))
+    return count, share * weight
 
 
 @dataclass
@@ -376,7 +376,10 @@ def detectors_of(plan: Plan) -> dict[str, Detector]:
             alarms.repetition, "repetition", "4-grams occurred earlier in their response"
         ),
         "dead_domain": DeadDomainDetector(alarms.dead_domain, learning),
-        "starved_domain": StarvedDomainDetector(alarms.starved_domain, domains),
+        "starved_domain": StarvedDomainDetector(
+            alarms.starved_domain,
+            {p.name: frozenset(s.domain for s in plan.sources_of(p)) for p in plan.phases},
+        ),
         "rollout_gap": RolloutGapDetector(alarms.rollout_gap),
         "identical_teacher": IdenticalTeacherDetector(alarms.identical_teacher, experts),
         "mismatched_teacher": FirstGapDetector(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mergeopd.alarms.watch import AlarmWatch
-from mergeopd.data.draw import PromptDraw
+from mergeopd.data.draw import PhasedDraw, PhaseShares
 from mergeopd.data.renderer import Renderer
 from mergeopd.distributed.communicator import Communicator, scatter_gather
 from mergeopd.engine.checkpoint import Checkpoints
@@ -205,7 +205,11 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
     plan, ranks = models.plan, models.machine.ranks
     return SynchronousPipeline(
         plan,
-        draw=PromptDraw(inputs.prompts, {s.name: s.share for s in plan.sources}, plan.seed),
+        draw=PhasedDraw(
+            inputs.prompts,
+            {phase.name: PhaseShares(plan.shares(phase), phase.num_prompts) for phase in plan.phases},
+            plan.seed,
+        ),
         model=student,
         renderer=inputs.student,
         rollouts=StudentRollouts(engine, plan.rollout, inputs.student, stages),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from mergeopd.data.draw import PromptDraw
+from mergeopd.data.draw import PhasedDraw
 from mergeopd.data.renderer import Renderer
 from mergeopd.engine.progress import Progress, Task, draw_tasks, phase_at
 from mergeopd.engine.rollouts import Rewards, StudentRollouts, dataset_rollout
@@ -38,7 +38,7 @@ class SynchronousPipeline:
     """Generates every round with the weights of the last update, while nothing else runs."""
 
     plan: Plan
-    draw: PromptDraw
+    draw: PhasedDraw
     model: Student
     renderer: Renderer
     rollouts: StudentRollouts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mergeopd.data.draw import PromptDraw
+from mergeopd.data.draw import PhasedDraw
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.training import Phase, off_policy_origin, on_policy_fraction
 from mergeopd.rollout.keyed import stream_key, uniforms
@@ -40,10 +40,10 @@ def phase_at(plan: Plan, update: int) -> tuple[Phase, int] | None:
 
 
 def draw_tasks(
-    draw: PromptDraw, seed: int, phase: Phase, progress: Progress, updates_done: int
+    draw: PhasedDraw, seed: int, phase: Phase, progress: Progress, updates_done: int
 ) -> list[Task]:
     """Draw the next round's prompts and the origin of responses, as a function of seed and cursor only."""
-    drawn = draw.draw(progress.drawn, phase.prompts_per_round)
+    drawn = draw.draw(phase.name, phase.num_drawn(updates_done), phase.prompts_per_round)
     fraction = on_policy_fraction(phase, updates_done)
     other = off_policy_origin(phase)
     keys = [stream_key(seed, "who answers", progress.drawn + i) for i in range(len(drawn))]

@@ -217,12 +217,13 @@ class _Check:
             phase.loss.needs_teacher or off_policy_origin(phase) == "teacher" for phase in plan.phases
         ):
             self.findings.notes.append("no phase uses a teacher: none will be loaded for training")
-        with_responses = any(reads_dataset(phase) for phase in plan.phases)
         for index, source in enumerate(plan.sources):
             place = ("prompts", index)
             self._announce(f"checking {shown(Path(source.source))}")
             checks = PromptChecks(self.findings, place, source, self.prompts.get(source.name, ()))
-            checks.responses(plan.phases)
+            phases = [phase for phase in plan.phases if source.name in plan.shares(phase)]
+            with_responses = any(reads_dataset(phase) for phase in phases)
+            checks.responses(phases)
             budget = LengthBudget(plan.rollout.max_new_tokens, ("rollout", "max_new_tokens"))
             if with_responses:
                 checks.bridged_responses(self.cross_tokenizers)

@@ -64,11 +64,12 @@ def _round_problems(
 
 
 def balance_problems(parts: ValidParts, origins: Origins) -> Iterator[Problem]:
-    """Check that target shares are given for exactly the training domains."""
-    domains = tuple(dict.fromkeys(source.domain for source in parts.prompts.values()))
+    """Check that target shares are given for exactly the domains of a phase."""
     for index, phase in parts.phases.items():
+        domains = tuple(dict.fromkeys(source.domain for source in parts.sources_of(phase).values()))
         shares, here = phase.balance.tokens, ("phases", index, "balance", "tokens")
-        if isinstance(shares, str):
+        unknown = set(phase.prompts or ()) - set(parts.source_names.values())  # reported separately
+        if isinstance(shares, str) or unknown:
             continue
         for domain in shares:
             if domain not in domains:

@@ -27,8 +27,8 @@ def objective_problems(parts: ValidParts, origins: Origins) -> Iterator[Problem]
         if parts.rollout is not None:
             yield from _sequence_mask_problems(phase, here, parts.rollout, origins)
         if needed := _reward_users(phase, here):
-            if parts.all_prompts:
-                yield from _verifier_problems(phase, needed, parts.prompts, origins)
+            if parts.all_prompts and (sources := parts.sources_of(phase)):
+                yield from _verifier_problems(phase, needed, sources, origins)
             if parts.rollout is not None and parts.rollout.samples_per_prompt == 1:
                 yield from _group_problems(phase, needed, origins)
 

@@ -143,6 +143,15 @@ class Plan(Strict):
         """The teachers that are evaluated: those with which suites are compared, or all if none is."""
         return sorted(set(self.evaluation.experts.values() if self.evaluation else ()) or self.teachers)
 
+    def shares(self, phase: Phase) -> dict[str, float]:
+        """Share of each source that a phase draws from, by name."""
+        return phase.shares({source.name: source.share for source in self.sources})
+
+    def sources_of(self, phase: Phase) -> tuple[SourcePlan, ...]:
+        """The sources that a phase draws from, in the recipe's order."""
+        shares = self.shares(phase)
+        return tuple(source for source in self.sources if source.name in shares)
+
     def has_policy(self, phase: Phase) -> bool:
         """Whether a phase has policy terms, including the bridge `span`."""
         return phase.loss.has_policy or self._has_spans(phase)

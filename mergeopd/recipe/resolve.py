@@ -21,6 +21,7 @@ from mergeopd.recipe.cards import CardFile, ResolvedTeachers, read_cards, resolv
 from mergeopd.recipe.hints import HINTS
 from mergeopd.recipe.models import Student
 from mergeopd.recipe.objective_checks import bridge_problems, objective_problems
+from mergeopd.recipe.phase_checks import draw_problems, name_problems
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
 from mergeopd.recipe.schema import NAMED, SHORTHANDS, Recipe
 from mergeopd.recipe.self_teacher_checks import idle_problems, rule_problems, self_plans
@@ -197,10 +198,11 @@ class _Resolver:
         self.problems.append(self.origins.problem(("output",), message, remedy))
 
     def _resolve_sources(self, weights: Mapping[int, Mapping[str, float]]) -> None:
-        resolver = SourceResolver(self.origins, self.parts.allow_code)
+        own_names = self.parts.source_names
+        resolver = SourceResolver(self.origins, self.parts.allow_code, set(own_names.values()))
         for index, source in self.parts.prompts.items():
             teachers = {name: weight for name, weight in weights[index].items() if weight}
-            if plan := resolver.resolve(source, ("prompts", index), teachers):
+            if plan := resolver.resolve(source, ("prompts", index), teachers, own_names[index]):
                 self.sources[index] = plan
         for index, measured in self.parts.eval_sources.items():
             if plan := resolver.resolve(measured, ("evaluation", "prompts", index), {}):
@@ -210,6 +212,7 @@ class _Resolver:
     def _check_phases(self, domains_doubtful: bool) -> None:
         parts, origins = self.parts, self.origins
         self.problems += checks.phase_problems(parts, origins)
+        self.problems += [*name_problems(parts, origins), *draw_problems(parts, origins)]
         self.problems += objective_problems(parts, origins)
         self.problems += bridge_problems(parts, origins)
         if parts.all_prompts and not domains_doubtful:

@@ -36,7 +36,7 @@ from mergeopd.recipe.loss_terms import SHORT_TERMS, loss_shorthand
 from mergeopd.recipe.models import Student, Teacher, card_shorthand
 from mergeopd.recipe.policy_terms import weight_shorthand
 from mergeopd.recipe.trackers import Tracker, TrackerOrKind
-from mergeopd.recipe.training import AnyRollout, LocalRollout, Optimizer, Phase
+from mergeopd.recipe.training import AnyRollout, LocalRollout, Optimizer, Phase, sources_shorthand
 from mergeopd.recipe.verifiers import VerifierOrKind
 
 
@@ -79,6 +79,8 @@ class PromptSource(Strict):
 class TrainSource(PromptSource):
     """Prompts to train on."""
 
+    name: Name | None = None
+    """name of the source, for `phases[].prompts` and in metrics; default: the file's name without suffix"""
     teachers: Routing | None = None
     """teacher, or teachers with weights; default: every teacher whose card lists the domain"""
     share: Positive = 1.0
@@ -252,6 +254,7 @@ SHORTHANDS: dict[tuple[str, ...], Callable[[Any], Any]] = {
     ("evaluation", "prompts", "*", "verifier"): kind_shorthand,
     ("evaluation", "static_merges", "*"): static_merge_shorthand,
     ("report", "trackers", "*"): kind_shorthand,
+    ("phases", "*", "prompts"): sources_shorthand,
     ("phases", "*", "loss"): loss_shorthand,
     ("phases", "*", "correction"): kind_shorthand,
     **{("phases", "*", "loss", term): weight_shorthand for term in SHORT_TERMS},

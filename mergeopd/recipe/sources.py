@@ -35,8 +35,10 @@ class SourceResolver:
     seen: dict[str, Keys] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
-    def resolve(self, source: PromptSource, path: Keys, teachers: Mapping[str, float]) -> SourcePlan | None:
-        """Make the paths of a source absolute; None if there is a problem."""
+    def resolve(
+        self, source: PromptSource, path: Keys, teachers: Mapping[str, float], name: str | None = None
+    ) -> SourcePlan | None:
+        """Make the paths of a source absolute; None if there is a problem. `name` defaults to the file's."""
         before = len(self.problems)
         file = self._file(source, path)
         verifier = self._verifier(source.verifier, (*path, "verifier"))
@@ -44,7 +46,8 @@ class SourceResolver:
             return None
         absent = {"response_field": None, "share": 1.0, "limit": None}  # of the other kind of source
         same = {name: value for name, value in source if name in SourcePlan.model_fields}
-        resolved = {"name": self._name(file), "source": str(file), "verifier": verifier, "teachers": teachers}
+        resolved = {"source": str(file), "verifier": verifier, "teachers": teachers}
+        resolved["name"] = self._name(file) if name is None else name
         return SourcePlan.model_validate(absent | same | resolved)
 
     def report(self, path: Keys, message: str, remedy: str = "") -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from mergeopd.config.values import Fraction, Name, Positive, PositiveInt, Strict, Weight
+from mergeopd.config.values import AnyName, Fraction, Name, Positive, PositiveInt, Strict, Weight
 from mergeopd.recipe.loss_terms import LossOrTerm
 from mergeopd.recipe.policy_terms import ClipRatio, Correction, NoCorrection, WeightRamp, amount_at
 from mergeopd.rollout.protocol import EngineCapabilities
@@ -84,6 +85,24 @@ class Balance(Strict):
     no correct response (`failed_groups`)"""
 
 
+def sources_shorthand(value: Any) -> Any:
+    """Expand names to a mapping without shares: those of the sources."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return value
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"source '{twice[0]}' is named twice: name it once, or give shares")
+    return dict.fromkeys(names)
+
+
+_Names = Annotated[list[AnyName], Field(min_length=1)]
+_Shares = Annotated[dict[AnyName, Positive | None], Field(min_length=1)]
+PhasePrompts = Annotated[
+    _Shares,
+    BeforeValidator(sources_shorthand, json_schema_input_type=AnyName | _Names | _Shares),
+]
+
+
 class Phase(Strict):
     """A training phase with one origin of text and one loss."""
 
@@ -91,6 +110,8 @@ class Phase(Strict):
     updates: PositiveInt = Field(description="number of optimizer updates")
     text: Text = "student"
     """origin of the responses: `student` (on-policy), `teacher`, `dataset`, or a mixture"""
+    prompts: PhasePrompts | None = None
+    """sources to draw from: names (with the sources' own shares), or names with shares; default: all"""
     loss: LossOrTerm = Field(description="loss to minimise")
     prompts_per_round: PositiveInt = Field(default=64, description="prompts per round")
     updates_per_round: PositiveInt = Field(default=1, description="optimizer updates per round")
@@ -105,6 +126,21 @@ class Phase(Strict):
     """importance weights pi_old / behaviour policy for policy terms, which correct for responses sampled by a
     slightly different policy; shorthand: the kind"""
     lr_scale: Weight = Field(default=1.0, description="factor on the learning rate during this phase")
+
+    def shares(self, own: Mapping[str, float]) -> dict[str, float]:
+        """Share of each source that the phase draws from; `own` are the shares of all sources by name."""
+        if self.prompts is None:
+            return dict(own)
+        return {name: own[name] if share is None else share for name, share in self.prompts.items()}
+
+    @property
+    def num_prompts(self) -> int:
+        """Number of prompts that the phase draws."""
+        return self.num_drawn(self.updates)
+
+    def num_drawn(self, updates_done: int) -> int:
+        """Number of prompts drawn in the rounds before update number `updates_done` (from 0) of the phase."""
+        return updates_done // self.updates_per_round * self.prompts_per_round
 
 
 class Optimizer(Strict):

@@ -127,6 +127,7 @@ def test_every_short_form_of_the_schema_is_in_the_table_and_works() -> None:
         ("prompts", "*", "teachers"): ["a", "b"],
         ("evaluation", "prompts", "*", "verifier"): "exact",
         ("report", "trackers", "*"): "wandb",
+        ("phases", "*", "prompts"): ["a"],
         ("phases", "*", "loss"): "nll",
         ("phases", "*", "correction"): "mask",
         **{("phases", "*", "loss", term): 0.5 for term in SHORT_TERMS},
