@@ -60,7 +60,10 @@ class CheckResult:
         notes = (*inputs.notes, *(note for note in more_notes if note))
         plan = inputs.plan
         drawn = dict.fromkeys((source.name for source in plan.sources), 0.0)
+        teachers: dict[str, dict[str, float]] = {name: {} for name in drawn}
         for phase in plan.phases:
+            for name, routed in plan.teachers_of(phase).routed.items():
+                teachers[name] = {**routed, **teachers[name]}
             shares = plan.shares(phase)
             for name, share in shares.items():
                 drawn[name] += phase.num_prompts * share / sum(shares.values())
@@ -68,7 +71,7 @@ class CheckResult:
         for source in plan.sources:
             num = len(inputs.prompts[source.name])
             sources[source.name] = SourceSummary(
-                source.domain, source.teachers, num, drawn[source.name] / num
+                source.domain, teachers[source.name], num, drawn[source.name] / num
             )
         return cls(plan, notes, sources)
 

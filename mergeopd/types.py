@@ -32,7 +32,9 @@ class Prompt:
     """One prompt of one source.
 
     `key` is unique in a run and stable over restarts (`"<source name>:<row>"`); random numbers and caches
-    depend on it. `teachers` maps teacher names to nonzero weights (prompt weight x teacher weight).
+    depend on it. `teachers` maps teacher names to nonzero weights (prompt weight x teacher weight), for all
+    loss terms but those in `term_teachers`, which have teachers of their own. `writer` is the teacher that
+    generates responses; None: the heaviest of `teachers`.
     `reference` is the verifier's reference answer, if any. `response` is a response from the dataset, if any:
     a text, or a logged trajectory whose first and last messages are the assistant's. `fields` are other
     columns of the row that teachers' prompts use, by name.
@@ -46,6 +48,18 @@ class Prompt:
     reference: str | None = None
     response: str | tuple[Message, ...] | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
+    term_teachers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    writer: str | None = None
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """Sorted names of the teachers that score its responses."""
+        of_terms = (name for weights in self.term_teachers.values() for name in weights)
+        return tuple(sorted({*self.teachers, *of_terms}))
+
+    def teacher_weight(self, teacher: str, term: str) -> float:
+        """Weight of a teacher in a loss term; 0 where it has no part in it."""
+        return self.term_teachers.get(term, self.teachers).get(teacher, 0.0)
 
 
 def token_ids(ids: Sequence[int] | NDArray[np.integer]) -> TokenIds:
@@ -152,8 +166,8 @@ class Rollout(ArrayRecord):
 
     @property
     def teacher_set(self) -> tuple[str, ...]:
-        """Sorted names of the prompt's teachers; responses are packed by this key."""
-        return tuple(sorted(self.prompt.teachers))
+        """Sorted names of the teachers that score it; responses are packed by this key."""
+        return self.prompt.scorers
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,7 +126,7 @@ class PhasedDraw:
     """The prompts of a run's phases; as in `PromptDraw`, `draw` depends on arguments alone.
 
     Phases whose shares have the same proportions continue one stream. Streams with a source in common do not
-XX
+    repeat each other: a later phase continues the order of a source where an earlier one stopped.
     """
 
     def __init__(

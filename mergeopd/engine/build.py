@@ -212,7 +212,12 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
         ),
         model=student,
         renderer=inputs.student,
-        rollouts=StudentRollouts(engine, plan.rollout, inputs.student, stages),
+        rollouts=StudentRollouts(
+            engine,
+            max(plan.rollout_of(phase).samples_per_prompt for phase in plan.phases),
+            inputs.student,
+            stages,
+        ),
         teacher_rollouts=TeacherRolloutCache(
             plan,
             student=inputs.student,
@@ -224,7 +229,6 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
         rewards=Rewards(
             build_verifiers(plan.sources, plan, ranks),
             inputs.student.tokenizer,
-            plan.rollout.stop,
             stages,
         ),
         stages=stages,

@@ -20,20 +20,24 @@ from mergeopd.types import Finish, Prompt, Rollout, Sampling, TokenIds, token_fl
 
 @dataclass(frozen=True)
 class StudentRollouts:
-    """Generates the student's responses, `samples_per_prompt` for each prompt."""
+    """Generates the student's responses.
+
+    No phase has more than `max_samples` responses to a prompt: a prompt's occurrences are as many random
+    streams apart.
+    """
 
     engine: RolloutEngine
-    settings: RolloutSettings
+    max_samples: int
     student: Renderer
     stages: Stages
 
-    def generate(self, tasks: Sequence[Task]) -> list[Rollout]:
-        """Generate responses to the student's tasks, in order. Collective."""
-        num_samples = self.settings.samples_per_prompt
+    def generate(self, tasks: Sequence[Task], settings: RolloutSettings) -> list[Rollout]:
+        """Generate responses to the student's tasks, `samples_per_prompt` for each, in order. Collective."""
+        num_samples = settings.samples_per_prompt
         prompts = [t.prompt for t in tasks if t.origin == "student" for _ in range(num_samples)]
         requests = [
             GenerationRequest(
-                task.prompt.key, task.occurrence * num_samples + sample, self.student.render(task.prompt)
+                task.prompt.key, task.occurrence * self.max_samples + sample, self.student.render(task.prompt)
             )
             for task in tasks
             if task.origin == "student"
@@ -42,7 +46,7 @@ class StudentRollouts:
         if not requests:
             return []
         on_progress = self.stages.begin("rollout", "the student", len(requests), "responses")
-        completions = self.engine.submit(requests, sampling(self.settings)).wait(on_progress)
+        completions = self.engine.submit(requests, sampling(settings)).wait(on_progress)
         return [
             Rollout(
                 prompt=prompt,
@@ -85,14 +89,14 @@ class Rewards:
 
     verifiers: Verifiers
     tokenizer: Tokenizer
-    stop: Sequence[str]
     stages: Stages
     _noted_sources: set[str] = field(default_factory=set, init=False)
 
-    def of(self, rollouts: Sequence[Rollout]) -> list[Grade]:
+    def of(self, rollouts: Sequence[Rollout], stop: Sequence[str]) -> list[Grade]:
         """Grade the student's responses; others, and those without a verifier, have no reward.
 
-        Every process grades its share. Collective; raises AbandonRound when a stop was requested.
+        `stop` are the strings that end a response. Every process grades its share. Collective; raises
+        AbandonRound when a stop was requested.
         """
         graded = {
             i: r
@@ -105,9 +109,7 @@ class Rewards:
         )
 
         def verify(own: Sequence[Rollout]) -> list[Grade]:
-            submissions = [
-                submission(r.prompt, r.response_ids, r.finish, self.tokenizer, self.stop) for r in own
-            ]
+            submissions = [submission(r.prompt, r.response_ids, r.finish, self.tokenizer, stop) for r in own]
             return self.verifiers.verify(submissions, on_progress)
 
         by_index = dict(

@@ -22,9 +22,9 @@ from mergeopd.preflight.models import ModelReader, file_digest
 from mergeopd.preflight.problems import Findings
 from mergeopd.preflight.prompts import LengthBudget, PromptChecks, check_verifier
 from mergeopd.recipe.controls import Control, control_plan
-from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan
+from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan, phase_teachers
 from mergeopd.recipe.resolve import Resolution, read
-from mergeopd.recipe.training import off_policy_origin, reads_dataset
+from mergeopd.recipe.training import Phase, never_student, reads_dataset, reads_teachers
 from mergeopd.recipe.verifiers import JsonVerifier
 from mergeopd.rollout.protocol import EngineCapabilities
 from mergeopd.storage.run_folder import RunFolder
@@ -153,7 +153,7 @@ class _Check:
         for name, renderer in self.teachers.items():
             self._cross(resolution.teachers[name], renderer)
         for index, source in resolution.sources.items():
-            self._read(("prompts", index), source, tuple(source.teachers), self.prompts)
+            self._read(("prompts", index), source, self._readers(source), self.prompts)
         for index, source in resolution.eval_sources.items():
             self._read(("evaluation", "prompts", index), source, (), self.evaluation)
         if resolution.plan is not None:
@@ -194,6 +194,15 @@ class _Check:
             schema = Path(source.verifier.schema_file)
             self.findings.attempt(place, lambda: self.models.files.update({str(schema): file_digest(schema)}))
 
+    def _readers(self, source: SourcePlan) -> tuple[str, ...]:
+        """Return the teachers that read prompts of a source in some phase, in the recipe's order."""
+        resolution, names = self._resolution, set(source.teachers)
+        for phase in resolution.phases.values():
+            if phase.prompts is None or source.name in phase.prompts:
+                own = phase_teachers(phase, resolution.sources.values(), resolution.teachers)
+                names |= {*own.scoring([source.name]), *own.routed[source.name]}
+        return tuple(name for name in resolution.teachers if name in names)
+
     def _shown(self, teachers: Sequence[str]) -> dict[str, str]:
         """Return the row fields that these teachers' prompts use, each with the first teacher that does."""
         shown: dict[str, str] = {}
@@ -213,9 +222,7 @@ class _Check:
     def _check_training(self, plan: Plan) -> None:
         self._note_sampling(plan)
         self._note_sizes(plan)
-        if not any(
-            phase.loss.needs_teacher or off_policy_origin(phase) == "teacher" for phase in plan.phases
-        ):
+        if not any(phase.loss.needs_teacher or reads_teachers(phase) for phase in plan.phases):
             self.findings.notes.append("no phase uses a teacher: none will be loaded for training")
         for index, source in enumerate(plan.sources):
             place = ("prompts", index)
@@ -224,23 +231,23 @@ class _Check:
             phases = [phase for phase in plan.phases if source.name in plan.shares(phase)]
             with_responses = any(reads_dataset(phase) for phase in phases)
             checks.responses(phases)
-            budget = LengthBudget(plan.rollout.max_new_tokens, ("rollout", "max_new_tokens"))
+            budget = _length_budget(plan, phases)
             if with_responses:
-                checks.bridged_responses(self.cross_tokenizers)
+                checks.bridged_responses([n for n in self._readers(source) if n in self.cross_tokenizers])
             if with_responses and self.student is not None:
                 bounds = checks.trajectories(self.student)
                 checks = replace(checks, prompts=[p for p in checks.prompts if p.key in bounds])
                 checks.response_tokens(self.student, self.vocab_size(self.student))
                 budget = replace(budget, bounds=bounds, student=self.student)
-            checks.lengths(self._renderers(tuple(source.teachers)), budget)
+            checks.lengths(self._renderers(self._readers(source)), budget)
 
     def _note_sampling(self, plan: Plan) -> None:
         """Note policy terms whose correction does not account for the sampling settings."""
-        rollout = plan.rollout
-        if rollout.temperature == 1.0 and rollout.top_p == 1.0:
-            return
-        where = f"responses are sampled at temperature {rollout.temperature} and top_p {rollout.top_p}"
         for phase in filter(plan.has_policy, plan.phases):
+            rollout = plan.rollout_of(phase)
+            if rollout.temperature == 1.0 and rollout.top_p == 1.0:
+                continue
+            where = f"responses are sampled at temperature {rollout.temperature} and top_p {rollout.top_p}"
             if phase.correction.kind == "none":
                 self.findings.notes.append(
                     f"phase '{phase.name}' has policy terms without correction, but {where}: its gradient is "
@@ -303,3 +310,15 @@ class _Check:
                     f"{num_seen} of {len(prompts)} prompts are also trained on",
                     "remove them from one file, or set `allow_overlap: true`; the result then counts them",
                 )
+
+
+def _length_budget(plan: Plan, phases: Sequence[Phase]) -> LengthBudget:
+    """Return the longest responses that are generated in these phases, and the key that sets their length."""
+    budget = LengthBudget(0, ("rollout", "max_new_tokens"))
+    for phase in phases:
+        length = plan.rollout_of(phase).max_new_tokens
+        if length > budget.num_new and not (never_student(phase) and reads_dataset(phase)):
+            of_phase: Keys = ("phases", plan.phases.index(phase), "rollout")
+            own = phase.rollout.max_new_tokens is not None
+            budget = LengthBudget(length, (*(of_phase if own else ("rollout",)), "max_new_tokens"))
+    return budget

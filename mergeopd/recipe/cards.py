@@ -158,5 +158,6 @@ def _plan(
         fingerprint=card.fingerprint,
         canary=card.canary,
         bridge=ref.bridge,
+        weight=ref.weight,
         licence=card.licence,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from mergeopd.config.values import Strict
@@ -12,6 +12,7 @@ from mergeopd.recipe.alarms import Alarms
 from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.bridges import Bridge
 from mergeopd.recipe.models import Canary, SnapshotRule, Student
+from mergeopd.recipe.routing import PhaseTeachers
 from mergeopd.recipe.schema import Checkpoints, Interim, Memory, Reports
 from mergeopd.recipe.training import AnyRollout, Optimizer, Phase
 from mergeopd.recipe.verifiers import Verifier
@@ -46,6 +47,7 @@ class TeacherPlan(Strict):
     fingerprint: str | None
     canary: Canary | None
     bridge: Bridge | None
+    weight: float = 1.0
     licence: str | None = None
 
     @property
@@ -68,6 +70,14 @@ class SourcePlan(Strict):
     share: float
     limit: int | None
     allow_overlap: bool = False
+
+
+def phase_teachers(
+    phase: Phase, sources: Iterable[SourcePlan], teachers: Mapping[str, TeacherPlan]
+) -> PhaseTeachers:
+    """Resolve the teachers of a phase of a recipe with these sources and teachers."""
+    drawn = {s.name: s.teachers for s in sources if phase.prompts is None or s.name in phase.prompts}
+    return PhaseTeachers.of(phase, drawn, {name: teacher.weight for name, teacher in teachers.items()})
 
 
 class SuitePlan(Strict):
@@ -152,13 +162,21 @@ class Plan(Strict):
         shares = self.shares(phase)
         return tuple(source for source in self.sources if source.name in shares)
 
+    def teachers_of(self, phase: Phase) -> PhaseTeachers:
+        """The teachers of a phase."""
+        return phase_teachers(phase, self.sources, self.teachers)
+
+    def rollout_of(self, phase: Phase) -> AnyRollout:
+        """How responses are sampled in a phase."""
+        return phase.rollout.over(self.rollout)
+
     def has_policy(self, phase: Phase) -> bool:
         """Whether a phase has policy terms, including the bridge `span`."""
         return phase.loss.has_policy or self._has_spans(phase)
 
     def _has_spans(self, phase: Phase) -> bool:
-        spans = any(t.bridge is not None and t.bridge.kind == "span" for t in self.teachers.values())
-        return spans and phase.loss.needs_teacher
+        bridges = [self.teachers[name].bridge for name in self.teachers_of(phase).scoring()]
+        return any(bridge is not None and bridge.kind == "span" for bridge in bridges)
 
     def needs_prior_policy(self, phase: Phase) -> bool:
         """Whether a phase needs the student's log-probabilities before a round's first update."""

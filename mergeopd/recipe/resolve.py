@@ -21,8 +21,9 @@ from mergeopd.recipe.cards import CardFile, ResolvedTeachers, read_cards, resolv
 from mergeopd.recipe.hints import HINTS
 from mergeopd.recipe.models import Student
 from mergeopd.recipe.objective_checks import bridge_problems, objective_problems
-from mergeopd.recipe.phase_checks import draw_problems, name_problems
+from mergeopd.recipe.phase_checks import draw_problems, name_problems, route_problems, teacher_problems
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
+from mergeopd.recipe.routing import PhaseTeachers
 from mergeopd.recipe.schema import NAMED, SHORTHANDS, Recipe
 from mergeopd.recipe.self_teacher_checks import idle_problems, rule_problems, self_plans
 from mergeopd.recipe.sources import Router, SourceResolver
@@ -126,6 +127,7 @@ class _Resolver:
         self.eval_sources: dict[int, SourcePlan] = {}
         self.experts: dict[str, str | None] = {}
         self.problems: list[Problem] = []
+        self.phase_teachers: dict[int, PhaseTeachers] = {}
         self.routed = False
 
     @property
@@ -146,13 +148,21 @@ class _Resolver:
         unrouted: list[Problem] = []
         if parts.names:  # without any, `teachers` itself is the mistake
             for index, source in parts.prompts.items():
-                unrouted += router.problems(source, ("prompts", index))
+                unrouted += router.problems(source, ("prompts", index), needed=parts.needs_teacher(index))
         self.problems += unrouted
         self._resolve_sources(weights)
+        own = {name: ref.weight for name, ref in parts.teachers.items()}
+        self.phase_teachers = {
+            index: PhaseTeachers.of(
+                phase, {parts.source_names[i]: weights[i] for i in parts.sources_of(phase)}, own
+            )
+            for index, phase in parts.phases.items()
+        }
         # These checks need all sources and all cards.
         self.routed = parts.all_prompts and all_cards and not unrouted and self.is_valid
         if self.routed:
-            self.problems += checks.unused_teachers(parts, weights, origins)
+            self.problems += route_problems(parts, self.phase_teachers, origins)
+            self.problems += checks.unused_teachers(parts, weights, self.phase_teachers, origins)
         if parts.names:
             self.experts, problems = checks.experts(parts, weights if self.routed else None, origins)
             self.problems += problems
@@ -211,17 +221,19 @@ class _Resolver:
 
     def _check_phases(self, domains_doubtful: bool) -> None:
         parts, origins = self.parts, self.origins
+        of_phases = self.phase_teachers
         self.problems += checks.phase_problems(parts, origins)
+        self.problems += teacher_problems(parts, origins)
         self.problems += [*name_problems(parts, origins), *draw_problems(parts, origins)]
-        self.problems += objective_problems(parts, origins)
-        self.problems += bridge_problems(parts, origins)
+        self.problems += objective_problems(parts, of_phases, origins)
+        self.problems += bridge_problems(parts, of_phases, origins)
         if parts.all_prompts and not domains_doubtful:
             self.problems += checks.balance_problems(parts, origins)
         if parts.all_phases:
             self.problems += checks.schedule_problems(parts, origins)
             of_rules = list(rule_problems(parts, origins))
             if not of_rules and parts.names and len(parts.teachers) == len(parts.names):
-                self.problems += idle_problems(parts, origins)
+                self.problems += idle_problems(parts, of_phases[0], origins)
             self.problems += of_rules
 
     def plan(self, recipe: Recipe, file: Path) -> Plan:

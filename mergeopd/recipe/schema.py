@@ -32,33 +32,13 @@ from mergeopd.recipe.baselines import (
     WeightAverage,
     static_merge_shorthand,
 )
-from mergeopd.recipe.loss_terms import SHORT_TERMS, loss_shorthand
+from mergeopd.recipe.loss_terms import SHORT_TERMS, TEACHER_TERMS, loss_shorthand
 from mergeopd.recipe.models import Student, Teacher, card_shorthand
 from mergeopd.recipe.policy_terms import weight_shorthand
+from mergeopd.recipe.routing import Routing, teachers_shorthand
 from mergeopd.recipe.trackers import Tracker, TrackerOrKind
 from mergeopd.recipe.training import AnyRollout, LocalRollout, Optimizer, Phase, sources_shorthand
 from mergeopd.recipe.verifiers import VerifierOrKind
-
-
-def _teachers_shorthand(value: Any) -> Any:
-    if isinstance(value, str):
-        return {value: 1.0}
-    if isinstance(value, list) and all(isinstance(name, str) for name in value):
-        if twice := [name for name in value if value.count(name) > 1]:
-            raise ValueError(f"teacher '{twice[0]}' is named twice: name it once, or give weights")
-        return dict.fromkeys(value, 1.0)
-    return value
-
-
-_Weights = Annotated[dict[Name, Weight], Field(min_length=1)]
-
-Routing = Annotated[
-    _Weights,
-    BeforeValidator(
-        _teachers_shorthand,
-        json_schema_input_type=Name | Annotated[list[Name], Field(min_length=1)] | _Weights,
-    ),
-]
 
 
 class PromptSource(Strict):
@@ -250,14 +230,16 @@ NAMED = ("teachers",)
 SHORTHANDS: dict[tuple[str, ...], Callable[[Any], Any]] = {
     ("teachers", "*"): card_shorthand,
     ("prompts", "*", "verifier"): kind_shorthand,
-    ("prompts", "*", "teachers"): _teachers_shorthand,
+    ("prompts", "*", "teachers"): teachers_shorthand,
     ("evaluation", "prompts", "*", "verifier"): kind_shorthand,
     ("evaluation", "static_merges", "*"): static_merge_shorthand,
     ("report", "trackers", "*"): kind_shorthand,
     ("phases", "*", "prompts"): sources_shorthand,
+    ("phases", "*", "teachers"): teachers_shorthand,
     ("phases", "*", "loss"): loss_shorthand,
     ("phases", "*", "correction"): kind_shorthand,
     **{("phases", "*", "loss", term): weight_shorthand for term in SHORT_TERMS},
+    **{("phases", "*", "loss", term, "teachers"): teachers_shorthand for term in TEACHER_TERMS},
     ("alarms",): action_shorthand,
     **{("alarms", name): action_shorthand for name in ALARMS},
 }

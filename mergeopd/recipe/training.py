@@ -10,8 +10,12 @@ from pydantic import BeforeValidator, Field
 from mergeopd.config.values import AnyName, Fraction, Name, Positive, PositiveInt, Strict, Weight
 from mergeopd.recipe.loss_terms import LossOrTerm
 from mergeopd.recipe.policy_terms import ClipRatio, Correction, NoCorrection, WeightRamp, amount_at
+from mergeopd.recipe.routing import Routing
 from mergeopd.rollout.protocol import EngineCapabilities
 from mergeopd.types import Origin
+
+Temperature = Annotated[float, Field(gt=0.0, le=10.0, strict=True)]
+TopP = Annotated[float, Field(gt=0.0, le=1.0, strict=True)]
 
 
 class RolloutSettings(Strict):
@@ -19,9 +23,9 @@ class RolloutSettings(Strict):
 
     engine: str
     samples_per_prompt: PositiveInt = Field(default=1, description="responses per prompt and round")
-    temperature: Annotated[float, Field(gt=0.0, le=10.0, strict=True)] = 1.0
+    temperature: Temperature = 1.0
     """sampling temperature"""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0, strict=True)] = 1.0
+    top_p: TopP = 1.0
     """nucleus sampling: sample from the smallest set of tokens with this total probability"""
     max_new_tokens: PositiveInt = Field(default=256, description="maximum response length, in tokens")
     stop: tuple[str, ...] = ()
@@ -40,6 +44,20 @@ class LocalRollout(RolloutSettings):
 
 AnyRollout = LocalRollout
 """The section `rollout` of a recipe: that of one engine."""
+
+
+class PhaseRollout(Strict):
+    """How responses are sampled in one phase; the default of every key is that of `rollout`."""
+
+    samples_per_prompt: PositiveInt | None = Field(default=None, description="responses per prompt and round")
+    temperature: Temperature | None = Field(default=None, description="sampling temperature")
+    top_p: TopP | None = Field(default=None, description="total probability of the tokens sampled from")
+    max_new_tokens: PositiveInt | None = Field(default=None, description="maximum length, in tokens")
+    stop: tuple[str, ...] | None = Field(default=None, description="strings that end a response")
+
+    def over(self, rollout: AnyRollout) -> AnyRollout:
+        """Return the settings of a phase: these, and those of `rollout` where there is none."""
+        return rollout.model_copy(update=self.model_dump(exclude_none=True))
 
 
 class Ramp(WeightRamp):
@@ -112,6 +130,12 @@ class Phase(Strict):
     """origin of the responses: `student` (on-policy), `teacher`, `dataset`, or a mixture"""
     prompts: PhasePrompts | None = None
     """sources to draw from: names (with the sources' own shares), or names with shares; default: all"""
+    teachers: Routing | None = None
+    """teachers of this phase: a name, names, or names with weights; default: those of each source. A teacher
+    keeps to the sources that are routed to it, with the product of both weights; one that none of the phase's
+    sources is routed to teaches all their prompts"""
+    rollout: PhaseRollout = PhaseRollout()
+    """sampling settings of this phase, for the student's and for teachers' responses"""
     loss: LossOrTerm = Field(description="loss to minimise")
     prompts_per_round: PositiveInt = Field(default=64, description="prompts per round")
     updates_per_round: PositiveInt = Field(default=1, description="optimizer updates per round")
@@ -190,6 +214,16 @@ def never_student(phase: Phase) -> bool:
 def _first_and_last_fraction(phase: Phase) -> set[float]:
     mixed = phase.text.on_policy_fraction if isinstance(phase.text, TextMixture) else None
     return {mixed.start, mixed.end} if isinstance(mixed, Ramp) else {on_policy_fraction(phase, 0)}
+
+
+def reads_teachers(phase: Phase) -> bool:
+    """Whether teachers generate some responses of a phase."""
+    return off_policy_origin(phase) == "teacher" and not only_student(phase)
+
+
+def needs_routed(phase: Phase) -> bool:
+    """Whether the prompts of a phase need teachers, to score responses or to generate them."""
+    return phase.loss.uses_routed or reads_teachers(phase)
 
 
 def reads_dataset(phase: Phase) -> bool:

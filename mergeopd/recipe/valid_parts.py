@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from mergeopd.config.values import FunctionPath
 from mergeopd.recipe.models import Student, Teacher, TeacherRef
 from mergeopd.recipe.schema import Checkpoints, EvalSource, Evaluation, Reports, TrainSource
-from mergeopd.recipe.training import AnyRollout, Optimizer, Phase
+from mergeopd.recipe.training import AnyRollout, Optimizer, Phase, needs_routed
 
 T = TypeVar("T")
 
@@ -52,6 +52,15 @@ class ValidParts:
         """The valid sources that a phase draws from, by index."""
         written = phase.prompts
         return {i: s for i, s in self.prompts.items() if written is None or self.source_names[i] in written}
+
+    def unknown_sources(self, phase: Phase) -> list[str]:
+        """Names in a phase's `prompts` that no source has."""
+        return [name for name in phase.prompts or () if name not in self.source_names.values()]
+
+    def needs_teacher(self, source: int) -> bool:
+        """Whether a phase may need teachers that the source itself is routed to."""
+        phases = [p for p in self.phases.values() if p.teachers is None and source in self.sources_of(p)]
+        return not self.all_phases or any(map(needs_routed, phases))
 
 
 def source_names(sources: Mapping[int, TrainSource]) -> dict[int, str]:
