@@ -67,7 +67,9 @@ def sampling(settings: RolloutSettings) -> Sampling:
 
 
 def dataset_rollout(task: Task, student: Renderer) -> Rollout:
-    """Encode the dataset's response in the student's ids."""
+    """Encode the dataset's response, or a document, in the student's ids."""
+    if (document := task.prompt.document) is not None:
+        return Rollout(task.prompt, task.occurrence, document.context_ids, document.ids, "dataset", "eos")
     response = dataset_response(task.prompt, student)
     return Rollout(
         prompt=task.prompt,

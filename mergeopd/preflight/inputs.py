@@ -13,8 +13,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mergeopd.config.tree import Keys
+from mergeopd.data.documents import MAX_TOKENS, sequences
 from mergeopd.data.prompts import read_prompts
 from mergeopd.data.renderer import Renderer
+from mergeopd.data.teacher_prompt import SAME
 from mergeopd.errors import RecipeError
 from mergeopd.messages import joined, shown
 from mergeopd.preflight.capabilities import check_capabilities
@@ -153,7 +155,7 @@ class _Check:
         for name, renderer in self.teachers.items():
             self._cross(resolution.teachers[name], renderer)
         for index, source in resolution.sources.items():
-            self._read(("prompts", index), source, self._readers(source), self.prompts)
+            self._read(("prompts", index), source, self._teachers_that_read(source), self.prompts)
         for index, source in resolution.eval_sources.items():
             self._read(("evaluation", "prompts", index), source, (), self.evaluation)
         if resolution.plan is not None:
@@ -184,8 +186,7 @@ class _Check:
     ) -> None:
         self._announce(f"reading {shown(Path(source.source))}")
         check_verifier(self.findings, place, source)
-        fields = self._shown(teachers)
-        prompts = self.findings.attempt((*place, "source"), lambda: read_prompts(source, fields))
+        prompts = self.findings.attempt((*place, "source"), lambda: self._read_rows(source, teachers))
         if prompts is not None:
             into[source.name] = prompts
             self.models.files[source.source] = file_digest(Path(source.source))
@@ -194,13 +195,22 @@ class _Check:
             schema = Path(source.verifier.schema_file)
             self.findings.attempt(place, lambda: self.models.files.update({str(schema): file_digest(schema)}))
 
-    def _readers(self, source: SourcePlan) -> tuple[str, ...]:
+    def _read_rows(self, source: SourcePlan, teachers: Sequence[str]) -> tuple[Prompt, ...]:
+        if source.text_field is None:
+            return read_prompts(source, self._shown(teachers))
+        rows = read_prompts(source)
+        student = self.student
+        return rows if student is None else sequences(source, rows, student, self.vocab_size(student))
+
+    def _teachers_that_read(self, source: SourcePlan) -> tuple[str, ...]:
         """Return the teachers that read prompts of a source in some phase, in the recipe's order."""
-        resolution, names = self._resolution, set(source.teachers)
+        resolution = self._resolution
+        names = set() if resolution.phases else set(source.teachers)
         for phase in resolution.phases.values():
             if phase.prompts is None or source.name in phase.prompts:
                 own = phase_teachers(phase, resolution.sources.values(), resolution.teachers)
-                names |= {*own.scoring([source.name]), *own.routed[source.name]}
+                names |= own.scoring([source.name])
+                names |= own.routed[source.name].keys() if reads_teachers(phase) else set()
         return tuple(name for name in resolution.teachers if name in names)
 
     def _shown(self, teachers: Sequence[str]) -> dict[str, str]:
@@ -228,18 +238,43 @@ class _Check:
             place = ("prompts", index)
             self._announce(f"checking {shown(Path(source.source))}")
             checks = PromptChecks(self.findings, place, source, self.prompts.get(source.name, ()))
+            if source.text_field is not None:
+                self._check_documents(place, source)
+                continue
             phases = [phase for phase in plan.phases if source.name in plan.shares(phase)]
             with_responses = any(reads_dataset(phase) for phase in phases)
             checks.responses(phases)
             budget = _length_budget(plan, phases)
             if with_responses:
-                checks.bridged_responses([n for n in self._readers(source) if n in self.cross_tokenizers])
+                checks.bridged_responses(
+                    [n for n in self._teachers_that_read(source) if n in self.cross_tokenizers]
+                )
             if with_responses and self.student is not None:
                 bounds = checks.trajectories(self.student)
                 checks = replace(checks, prompts=[p for p in checks.prompts if p.key in bounds])
                 checks.response_tokens(self.student, self.vocab_size(self.student))
                 budget = replace(budget, bounds=bounds, student=self.student)
-            checks.lengths(self._renderers(self._readers(source)), budget)
+            checks.lengths(self._renderers(self._teachers_that_read(source)), budget)
+
+    def _check_documents(self, place: Keys, source: SourcePlan) -> None:
+        """Report teachers that cannot read documents, and sequences longer than a model's context."""
+        names = self._teachers_that_read(source)
+        for name in names:
+            own, teacher = self.teachers.get(name), f"teacher '{name}'"
+            other = "give the source or the phase other `teachers`"
+            if name in self.cross_tokenizers:
+                message = f"{teacher} has another tokenizer, and documents are aligned with no bridge"
+                self.findings.report((*place, "text_field"), message, other)
+            elif own is not None and own.teacher_prompt != SAME:
+                message = (
+                    f"{teacher} has a prompt or a system message of its own, and documents have no prompt"
+                )
+                self.findings.report((*place, "text_field"), message, other)
+        length = source.max_tokens or MAX_TOKENS
+        for name, renderer in self._renderers(names).items():
+            if length > renderer.max_positions:
+                message = f"sequences of {length} tokens exceed {name}'s context of {renderer.max_positions}"
+                self.findings.report((*place, "max_tokens"), message, "lower it")
 
     def _note_sampling(self, plan: Plan) -> None:
         """Note policy terms whose correction does not account for the sampling settings."""

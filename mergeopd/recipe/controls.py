@@ -33,7 +33,7 @@ def control_plan(plan: Plan, control: Control) -> Plan:
     change = _sft if control == "sft" else _sampled
     if control == "sampled":
         _check_bridges(plan)
-    phases = tuple(change(phase) for phase in plan.phases)
+    phases = tuple(phase if plan.reads_documents(phase) else change(phase) for phase in plan.phases)
     if phases == plan.phases:
         raise _refusal(control, "the recipe is this control already", "run it without --control")
     return plan.model_copy(

@@ -10,7 +10,7 @@ from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
 from mergeopd.messages import joined
 from mergeopd.recipe.routing import PhaseTeachers, TeacherWeights
-from mergeopd.recipe.training import needs_routed
+from mergeopd.recipe.training import needs_routed, never_student, reads_dataset
 from mergeopd.recipe.valid_parts import ValidParts
 
 
@@ -35,12 +35,27 @@ def draw_problems(parts: ValidParts, origins: Origins) -> Iterator[Problem]:
             where: Keys = ("phases", index, "prompts", name)
             remedy = did_you_mean(name, names, f"sources are {joined(names, 'and')}")
             yield origins.problem(where, f"no source '{name}' in `prompts`", remedy, key=True)
+        yield from _document_problems(parts, index, origins)
     if not parts.all_phases or used - set(names):  # a misspelt name may be meant for an unused source
         return
     for index, name in parts.source_names.items():
         if name not in used:
             message = f"no phase draws from '{name}'"
             yield origins.problem(("prompts", index), message, "name it in a phase, or remove it")
+
+
+def _document_problems(parts: ValidParts, index: int, origins: Origins) -> Iterator[Problem]:
+    """Report a phase that would generate responses to documents."""
+    phase = parts.phases[index]
+    if never_student(phase) and reads_dataset(phase):
+        return
+    for i, source in parts.sources_of(phase).items():
+        if source.text_field is not None:
+            message = (
+                f"'{parts.source_names[i]}' has documents without prompts, and this phase generates responses"
+            )
+            remedy = "use `text: dataset`, or draw from other sources with `prompts`"
+            yield origins.problem(("phases", index, "text"), message, remedy)
 
 
 def teacher_problems(parts: ValidParts, origins: Origins) -> Iterator[Problem]:

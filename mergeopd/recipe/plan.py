@@ -70,6 +70,16 @@ class SourcePlan(Strict):
     share: float
     limit: int | None
     allow_overlap: bool = False
+    text_field: str | None = None
+    max_tokens: int | None = None
+    pack: bool = False
+
+    @property
+    def main_field(self) -> tuple[str, str]:
+        """The field with the prompt or document of a row, and the recipe's key that names it."""
+        if self.text_field is not None:
+            return self.text_field, "text_field"
+        return self.prompt_field, "prompt_field"
 
 
 def phase_teachers(
@@ -161,6 +171,10 @@ class Plan(Strict):
         """The sources that a phase draws from, in the recipe's order."""
         shares = self.shares(phase)
         return tuple(source for source in self.sources if source.name in shares)
+
+    def reads_documents(self, phase: Phase) -> bool:
+        """Whether a phase learns from text without prompts."""
+        return any(source.text_field is not None for source in self.sources_of(phase))
 
     def teachers_of(self, phase: Phase) -> PhaseTeachers:
         """The teachers of a phase."""

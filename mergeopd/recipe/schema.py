@@ -17,8 +17,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mergeopd.config.values import (
+    Flag,
     FunctionPath,
     Name,
+    NonEmptyText,
     Positive,
     PositiveInt,
     Strict,
@@ -69,6 +71,23 @@ class TrainSource(PromptSource):
     """field with a prepared response, for phases with `text: dataset`: text, or a trajectory (a list of
     `{role, content}` messages from the assistant's first to its last; only assistant messages are in the
     loss)"""
+    text_field: NonEmptyText | None = None
+    """field with a document, whose text is learned without a prompt in phases with `text: dataset`; takes the
+    place of `prompt_field` and `response_field`"""
+    max_tokens: Annotated[int, Field(ge=2, strict=True)] | None = None
+    """for documents: longest sequence, in tokens; longer documents are split; default: 1024"""
+    pack: Flag = False
+    """for documents: join them, with an end token after each, and cut the whole into sequences of
+    `max_tokens`"""
+
+    @model_validator(mode="after")
+    def _document_keys(self) -> TrainSource:
+        if self.text_field is None:
+            if self.max_tokens is not None or self.pack:
+                raise ValueError("`max_tokens` and `pack` are for documents: name their `text_field`")
+        elif self.verifier is not None:
+            raise ValueError("a document has no response to verify: remove `verifier` or `text_field`")
+        return self
 
 
 Temperature = Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)]

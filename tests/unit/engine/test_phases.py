@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -91,3 +92,29 @@ def test_a_run_that_is_stopped_in_any_phase_resumes_exactly(
         weights.append(load_file(folder.export / "model.safetensors"))
     whole, parts = weights
     assert all((whole[name] == parts[name]).all() for name in whole)
+
+
+def test_documents_are_learned_without_teachers_and_scored_where_a_term_names_one(
+    write_job: Callable[..., Path],
+) -> None:
+    phases = [
+        {"name": "learn", "prompts": ["facts"], "text": "dataset", "loss": "nll"},
+        {
+            "name": "keep",
+            "prompts": ["facts"],
+            "text": "dataset",
+            "loss": {"nll": 1.0, "forward_kl": {"teachers": "two", "weight": 0.5}},
+        },
+        {"name": "repair", "prompts": ["left", "right"], "loss": "reverse_kl"},
+    ]
+    facts = {"source": "facts.jsonl", "domain": "facts", "text_field": "text", "max_tokens": 4}
+    recipe = write_job({"phases": [{"updates": 1, "prompts_per_round": 3, **phase} for phase in phases]})
+    (recipe.parent / "facts.jsonl").write_text('{"text": "a b c d a"}\n{"text": "b"}')
+    document = json.loads(recipe.read_text())
+    recipe.write_text(json.dumps({**document, "prompts": [*document["prompts"], facts]}))
+    recorder = Recorder()
+    run_recorded(recipe, CPU, recorder=recorder)
+    learn, keep, repair = recorder.updates
+    assert (learn.num_tokens, set(learn.teachers), set(learn.domains)) == (6 + 2, set(), {"facts"})
+    assert set(keep.teachers) == {"two"}
+    assert set(repair.domains) == {"left", "right"}

@@ -19,30 +19,30 @@ def teachers_of(**settings: Any) -> PhaseTeachers:
     return PhaseTeachers.of(phase, SOURCES, OWN)
 
 
-def test_without_teachers_the_routes_of_the_sources_hold() -> None:
-    found = teachers_of()
-    assert found.routed == SOURCES
-    assert found.scoring() == {"maths", "chat"}
-    assert found.scoring(["chat"]) == {"chat"}
+def test_without_teachers_of_the_phase_sources_keep_theirs() -> None:
+    resolved = teachers_of()
+    assert resolved.routed == SOURCES
+    assert resolved.scoring() == {"maths", "chat"}
+    assert resolved.scoring(["chat"]) == {"chat"}
 
 
 def test_a_routed_teacher_keeps_to_its_sources_and_another_teaches_all() -> None:
-    found = teachers_of(teachers={"maths": 3.0, "past": 0.1, "sage": 0.0})
+    resolved = teachers_of(teachers={"maths": 3.0, "past": 0.1, "sage": 0.0})
     past = pytest.approx(0.05)
-    assert found.routed == {
+    assert resolved.routed == {
         "math": {"maths": 3.0, "past": past},
         "chat": {"past": past},
         "documents": {"past": past},
     }
-    assert found.scoring() == {"maths", "past"}
+    assert resolved.scoring() == {"maths", "past"}
 
 
 def test_teachers_of_a_term_score_every_prompt_and_generate_none() -> None:
     loss = {"nll": 1.0, "reverse_kl": {"teachers": ["past"], "weight": 0.3}}
-    found = teachers_of(loss=loss, text="teacher")
-    assert found.of_terms == {"reverse_kl": {"past": 0.5}}
-    assert found.scoring() == {"past"}
-    prompt = found.route(Prompt("math:0", "math", "math", (Message("user", "1"),)))
+    resolved = teachers_of(loss=loss, text="teacher")
+    assert resolved.of_terms == {"reverse_kl": {"past": 0.5}}
+    assert resolved.scoring() == {"past"}
+    prompt = resolved.route(Prompt("math:0", "math", "math", (Message("user", "1"),)))
     assert (prompt.scorers, writer_of(prompt)) == (("past",), "maths")
     assert prompt.teacher_weight("past", "reverse_kl") == 0.5
     assert prompt.teacher_weight("past", "forward_kl") == 0.0
