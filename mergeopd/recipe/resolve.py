@@ -164,11 +164,20 @@ class _Resolver:
             self.problems += route_problems(parts, self.phase_teachers, origins)
             self.problems += checks.unused_teachers(parts, weights, self.phase_teachers, origins)
         if parts.names:
-            self.experts, problems = checks.experts(parts, weights if self.routed else None, origins)
+            compared = {i: self._compared(i, own) for i, own in weights.items()} if self.routed else None
+            self.experts, problems = checks.experts(parts, compared, origins)
             self.problems += problems
         self.problems += [*suite_problems(parts, origins), *best_problems(parts, origins)]
         self.problems += checks.report_problems(parts.report, origins)
         self._check_phases(any(problem.path.endswith(".domain") for problem in unrouted))
+
+    def _compared(self, source: int, weights: Mapping[str, float]) -> Mapping[str, float]:
+        """Return a source's teachers, or where it has none, those of single terms in its phases."""
+        if weights:
+            return weights
+        phases = [i for i, p in self.parts.phases.items() if source in self.parts.sources_of(p)]
+        terms = [own for i in phases for own in self.phase_teachers[i].of_terms.values()]
+        return {name: weight for own in terms for name, weight in own.items()}
 
     def _find_student(self) -> None:
         if self.parts.student is None:
