@@ -1,14 +1,14 @@
-"""Read prompt files. All invalid rows are reported together."""
+"""Read prompts. All invalid rows are reported together."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
+from mergeopd.data.rows import RowError, missing_field, read_rows
 from mergeopd.errors import DataError
 from mergeopd.recipe.plan import SourcePlan
 from mergeopd.recipe.verifiers import JsonVerifier, RegexVerifier, Verifier
@@ -16,11 +16,6 @@ from mergeopd.types import Message, Prompt
 
 _ROLES = ("system", "user", "assistant", "tool")
 _SHOWN = 5
-_BATCH_ROWS = 4096
-
-
-class _RowError(Exception):
-    """A problem of one row, without its location."""
 
 
 def needs_reference(verifier: Verifier | None) -> bool:
@@ -35,46 +30,44 @@ def needs_reference(verifier: Verifier | None) -> bool:
 
 
 def read_prompts(source: SourcePlan, shown: Mapping[str, str] = {}) -> tuple[Prompt, ...]:
-    """Read the first `limit` prompts of a .jsonl or .parquet file.
+    """Read the first `limit` prompts of a source.
 
     `shown` maps the fields used by teachers' prompts to one such teacher each; "reference" is the reference,
     independent of the name of its field.
 
-    Keys are `"<source name>:<row>"`, where row counts lines (or parquet rows) from 0. Raises DataError if the
-    file is missing, empty or unreadable, or if rows lack a required field or have a wrong type.
+    Keys are `"<source name>:<row>"`, where row counts lines (or rows of a table) from 0. Raises DataError if
+    the source is missing, empty or unreadable, or if rows lack a required field or have a wrong type.
     """
-    path = Path(source.source)
-    row_readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    if path.suffix not in row_readers:
-        raise DataError(f"{path}: not a .jsonl or .parquet file; convert it to one of them")
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "there is no such file"
-        raise DataError(f"{path}: {kind}; name a file of prompts")
     prompts: list[Prompt] = []
     problems: dict[str, list[str]] = {}  # locations of the rows, by problem
     num_rows = 0
+    needed = {source.prompt_field: "prompt_field"}
+    if needs_reference(source.verifier) or "reference" in shown:
+        needed[source.reference_field] = "reference_field"
+    needed |= {f: f"teachers.{name}.prompt" for f, name in sorted(shown.items()) if f != "reference"}
+    used = {*needed, source.reference_field, source.response_field or ""}
     try:
-        for row, place, value in row_readers[path.suffix](path, source, shown):
+        for row, place, value in read_rows(source, needed, used):
             if source.limit is not None and num_rows >= source.limit:
                 break
             num_rows += 1
             try:
                 prompts.append(_prompt(source, row, value, shown))
-            except _RowError as error:
+            except RowError as error:
                 problems.setdefault(str(error), []).append(place)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{source.title}: cannot be read: {error.strerror or error}") from error
     if problems:
-        raise DataError(_summary(path, problems, num_rows))
+        raise DataError(_summary(source.title, problems, num_rows))
     if not prompts:
-        raise DataError(f"{path}: has no prompts; a source needs at least one row")
+        raise DataError(f"{source.title}: has no prompts; a source needs at least one row")
     return tuple(prompts)
 
 
-def _summary(path: Path, problems: Mapping[str, list[str]], num_rows: int) -> str:
+def _summary(title: str, problems: Mapping[str, list[str]], num_rows: int) -> str:
     """Format the first problems, each with its first row, because all rows often lack the same field."""
     num_bad = sum(map(len, problems.values()))
-    lines = [f"{path}: {num_bad} of {num_rows} {'row' if num_rows == 1 else 'rows'} cannot be used"]
+    lines = [f"{title}: {num_bad} of {num_rows} {'row' if num_rows == 1 else 'rows'} cannot be used"]
     for problem, places in list(problems.items())[:_SHOWN]:
         others = f" and {len(places) - 1} more" if len(places) > 1 else ""
         lines.append(f"  {places[0]}{others}  {problem}")
@@ -82,68 +75,13 @@ def _summary(path: Path, problems: Mapping[str, list[str]], num_rows: int) -> st
     return "\n".join([*lines, f"  and {rest} more"] if rest else lines)
 
 
-def _jsonl_rows(path: Path, source: SourcePlan, shown: Mapping[str, str]) -> Iterator[tuple[int, str, Any]]:
-    """Yield row, place and value of lines that are not blank. The value of an invalid line is its error."""
-    with path.open("rb") as file:
-        for row, raw in enumerate(file):
-            if b"\0" in raw:
-                raise DataError(f"{path}: is not a text file; write one JSON object per line")
-            if row == 0:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if raw.strip():
-                yield row, f"{path}:{row + 1}", _parse(raw)
-
-
-def _parse(raw: bytes) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8").rstrip("\r\n"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        return _RowError(f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8")
-    except json.JSONDecodeError as error:
-        return _RowError(f"not JSON: {error.msg} (column {error.colno}); write one JSON object per line")
-    except (ValueError, RecursionError) as error:
-        return _RowError(f"not JSON: {error}")
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _parquet_rows(path: Path, source: SourcePlan, shown: Mapping[str, str]) -> Iterator[tuple[int, str, Any]]:
-    """Yield row, place and value of every row; only the source's columns and those in `shown` are read."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            needed = {source.prompt_field: "prompt_field"}
-            if needs_reference(source.verifier) or "reference" in shown:
-                needed[source.reference_field] = "reference_field"
-            needed |= {f: f"teachers.{name}.prompt" for f, name in sorted(shown.items()) if f != "reference"}
-            absent = [f"{path}: {_missing(f, names, key)}" for f, key in needed.items() if f not in names]
-            if absent:
-                raise DataError("\n".join(absent))
-            used = {*needed, source.reference_field, source.response_field}
-            columns = [name for name in names if name in used]
-            row = 0
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
-                for value in batch.to_pylist():
-                    yield row, f"{path}: row {row}", value
-                    row += 1
-    except pyarrow.ArrowException as error:
-        raise DataError(
-            f"{path}: not a readable parquet file: {str(error).removesuffix('.')}; write it again"
-        ) from error
-
-
 def _prompt(source: SourcePlan, row: int, value: Any, shown: Mapping[str, str]) -> Prompt:
-    if isinstance(value, _RowError):
+    if isinstance(value, RowError):
         raise value
     if not isinstance(value, dict):
-        raise _RowError(f"must be a JSON object, not {_kind(value)}")
+        raise RowError(f"must be a JSON object, not {_kind(value)}")
     if source.prompt_field not in value:
-        raise _RowError(_missing(source.prompt_field, list(value), "prompt_field"))
+        raise RowError(missing_field(source.prompt_field, list(value), "prompt_field"))
     messages = _messages(source.prompt_field, value[source.prompt_field])
     reference: str | None
     if source.verifier is not None and needs_reference(source.verifier):
@@ -176,18 +114,9 @@ def _required(field: str, row: Mapping[str, Any], key: str, user: str) -> str:
     """Return the text of a field that `user` needs. `key` is the recipe key that sets the field's name."""
     text = _text(field, row)
     if text is None:
-        cause = f"field {field!r} is null" if field in row else _missing(field, list(row), key)
-        raise _RowError(f"{user}: {cause}")
+        cause = f"field {field!r} is null" if field in row else missing_field(field, list(row), key)
+        raise RowError(f"{user}: {cause}")
     return text
-
-
-def _missing(field: str, names: list[str], key: str) -> str:
-    close = difflib.get_close_matches(field, names, n=1)
-    if close:
-        return f"field {field!r} is missing; did you mean {close[0]!r}?"
-    listed = ", ".join(map(repr, names)) or "none"
-    there = f"there {'is' if len(names) == 1 else 'are'} {listed}"
-    return f"field {field!r} is missing ({there}); name the field with `{key}`"
 
 
 def _kind(value: Any) -> str:
@@ -202,11 +131,11 @@ def _messages(field: str, value: Any) -> tuple[Message, ...]:
     elif isinstance(value, list):
         messages = tuple(_message(f"{field}[{i}]", item) for i, item in enumerate(value))
     else:
-        raise _RowError(f"field {field!r} must be text or a list of messages, not {_kind(value)}")
+        raise RowError(f"field {field!r} must be text or a list of messages, not {_kind(value)}")
     if not any(message.content.strip() for message in messages):
-        raise _RowError(f"field {field!r} is an empty prompt")
+        raise RowError(f"field {field!r} is an empty prompt")
     if messages[-1].role == "assistant":
-        raise _RowError(
+        raise RowError(
             f"field {field!r} ends with the assistant's message; a prompt ends before the response"
         )
     return messages
@@ -214,18 +143,18 @@ def _messages(field: str, value: Any) -> tuple[Message, ...]:
 
 def _message(place: str, value: Any) -> Message:
     if not isinstance(value, Mapping):
-        raise _RowError(f"{place} must be an object with role and content, not {_kind(value)}")
+        raise RowError(f"{place} must be an object with role and content, not {_kind(value)}")
     for key in ("role", "content"):
         if not isinstance(value.get(key), str):
-            raise _RowError(f"{place}.{key} must be text, not {_kind(value.get(key))}")
+            raise RowError(f"{place}.{key} must be text, not {_kind(value.get(key))}")
     if value["role"] not in _ROLES:
         close = difflib.get_close_matches(value["role"], _ROLES, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"must be one of {', '.join(_ROLES)}"
-        raise _RowError(f"{place}.role is {value['role']!r}; {hint}")
-    # Parquet fills the keys that a row lacks with null.
+        raise RowError(f"{place}.role is {value['role']!r}; {hint}")
+    # Tables fill the keys that a row lacks with null.
     extra = [key for key, item in value.items() if key not in ("role", "content") and item is not None]
     if extra:
-        raise _RowError(f"{place} has {', '.join(map(repr, extra))}; only role and content are supported")
+        raise RowError(f"{place} has {', '.join(map(repr, extra))}; only role and content are supported")
     return Message(value["role"], _checked(f"{place}.content", value["content"]))
 
 
@@ -233,7 +162,7 @@ def _response(field: str, row: Mapping[str, Any]) -> str | tuple[Message, ...] |
     """Return a text, or the messages of a trajectory; other values are converted to JSON."""
     value = row.get(field)
     if value == []:
-        raise _RowError(
+        raise RowError(
             f"field {field!r} is an empty list; a trajectory has at least one assistant's message, "
             "and an empty JSON list as a response is the text '[]'"
         )
@@ -244,14 +173,14 @@ def _response(field: str, row: Mapping[str, Any]) -> str | tuple[Message, ...] |
     turns = tuple(_message(f"{field}[{i}]", item) for i, item in enumerate(value))
     for i, turn in enumerate(turns):
         if turn.role == "system":
-            raise _RowError(f"{field}[{i}].role is 'system'; instructions belong to the prompt")
+            raise RowError(f"{field}[{i}].role is 'system'; instructions belong to the prompt")
     if turns[0].role != "assistant":
-        raise _RowError(
+        raise RowError(
             f"{field}[0].role is {turns[0].role!r}; a trajectory begins with the assistant's message, "
             "move earlier messages to the prompt"
         )
     if turns[-1].role != "assistant":
-        raise _RowError(
+        raise RowError(
             f"{field}[{len(turns) - 1}].role is {turns[-1].role!r}; a trajectory ends with the assistant's "
             "message, remove the messages after it"
         )
@@ -268,7 +197,7 @@ def _text(field: str, row: Mapping[str, Any]) -> str | None:
     try:
         return _checked(field, json.dumps(value, ensure_ascii=False, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise _RowError(f"field {field!r} cannot be written as JSON: {error}") from error
+        raise RowError(f"field {field!r} cannot be written as JSON: {error}") from error
 
 
 def _checked(field: str, text: str) -> str:
@@ -276,7 +205,5 @@ def _checked(field: str, text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _RowError(
-            f"field {field!r} has an unpaired surrogate at character {error.start + 1}"
-        ) from error
+        raise RowError(f"field {field!r} has an unpaired surrogate at character {error.start + 1}") from error
     return text

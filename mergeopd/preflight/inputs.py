@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from mergeopd.config.tree import Keys
 from mergeopd.data.prompts import read_prompts
 from mergeopd.data.renderer import Renderer
+from mergeopd.data.rows import source_digest
 from mergeopd.errors import RecipeError
-from mergeopd.messages import joined, shown
+from mergeopd.messages import joined, shown_in
 from mergeopd.preflight.capabilities import check_capabilities
 from mergeopd.preflight.models import ModelReader, file_digest
 from mergeopd.preflight.problems import Findings
@@ -182,13 +183,13 @@ class _Check:
     def _read(
         self, place: Keys, source: SourcePlan, teachers: Sequence[str], into: dict[str, tuple[Prompt, ...]]
     ) -> None:
-        self._announce(f"reading {shown(Path(source.source))}")
+        self._announce(f"reading {shown_in(source.title)}")
         check_verifier(self.findings, place, source)
         fields = self._shown(teachers)
         prompts = self.findings.attempt((*place, "source"), lambda: read_prompts(source, fields))
         if prompts is not None:
             into[source.name] = prompts
-            self.models.files[source.source] = file_digest(Path(source.source))
+            self.models.files[source.title] = source_digest(source)
             PromptChecks(self.findings, place, source, prompts).references()
         if isinstance(source.verifier, JsonVerifier) and source.verifier.schema_file is not None:
             schema = Path(source.verifier.schema_file)
@@ -220,7 +221,7 @@ class _Check:
         with_responses = any(reads_dataset(phase) for phase in plan.phases)
         for index, source in enumerate(plan.sources):
             place = ("prompts", index)
-            self._announce(f"checking {shown(Path(source.source))}")
+            self._announce(f"checking {shown_in(source.title)}")
             checks = PromptChecks(self.findings, place, source, self.prompts.get(source.name, ()))
             checks.responses(plan.phases)
             budget = LengthBudget(plan.rollout.max_new_tokens, ("rollout", "max_new_tokens"))
@@ -282,7 +283,7 @@ class _Check:
         for index, source in self._resolution.eval_sources.items():
             prompts = self.evaluation.get(source.name, ())
             place: Keys = ("evaluation", "prompts", index)
-            self._announce(f"checking {shown(Path(source.source))}")
+            self._announce(f"checking {shown_in(source.title)}")
             suite = suites[source.name]
             limits = {each.max_new_tokens for each in suites.values()}
             of_all: Keys = ("rollout",) if limits == {plan.rollout.max_new_tokens} else ("evaluation",)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from mergeopd.config.tree import Keys
 from mergeopd.data.renderer import Renderer
+from mergeopd.data.rows import row_place
 from mergeopd.data.trajectory import dataset_response, dataset_text, length_bound
 from mergeopd.errors import DataError
-from mergeopd.messages import shown
+from mergeopd.messages import shown_in
 from mergeopd.preflight.problems import Findings
 from mergeopd.preflight.user_code import function_problem
 from mergeopd.recipe.plan import SourcePlan
@@ -214,8 +214,7 @@ class PromptChecks:
         if not rows:
             return
         prompt, text = rows[0]
-        row, file = int(prompt.key.rpartition(":")[2]), shown(Path(self.source.source))
-        line = f"{file}:{row + 1}" if self.source.source.endswith(".jsonl") else f"{file}: row {row}"
+        line = shown_in(row_place(self.source, int(prompt.key.rpartition(":")[2])))
         first = "first " if len(rows) > 1 else ""
         self.findings.report((*self.place, key), f"{message}: {first}{line}{text}", remedy)
 

@@ -55,7 +55,11 @@ class TeacherPlan(Strict):
 
 
 class SourcePlan(Strict):
-    """A prompt file. `teachers` are the nonzero products of prompt weight and teacher weight."""
+    """A file of prompts, or the folder of a dataset.
+
+    `dataset` is its id on the hub, whose `revision` (a commit) is read; both are None for local files.
+    `teachers` are the nonzero products of prompt weight and teacher weight.
+    """
 
     name: str
     source: str
@@ -68,6 +72,16 @@ class SourcePlan(Strict):
     share: float
     limit: int | None
     allow_overlap: bool = False
+    dataset: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The source in messages: its path or id, with subset and split."""
+        parts = ", ".join(part for part in (self.subset, self.split) if part)
+        return (self.dataset or self.source) + (f" ({parts})" if parts else "")
 
 
 class SuitePlan(Strict):

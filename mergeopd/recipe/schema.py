@@ -17,10 +17,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mergeopd.config.values import (
+    Flag,
     FunctionPath,
     Name,
+    NonEmptyText,
     Positive,
     PositiveInt,
+    Revision,
     Strict,
     Weight,
     kind_shorthand,
@@ -62,9 +65,21 @@ Routing = Annotated[
 
 
 class PromptSource(Strict):
-    """A file of prompts of one domain."""
+    """Prompts of one domain: a file, or a split of a dataset."""
 
-    source: str = Field(description="prompt file, `.jsonl` or `.parquet`")
+    source: str
+    """a file (`.jsonl`, `.json` or `.csv`, also with `.gz`, or `.parquet`); a folder of such files, or of
+    `save_to_disk`; or the id of a dataset on the Hugging Face hub (`openai/gsm8k`), read from the local
+    cache. Folders and ids need the package `datasets`"""
+    subset: NonEmptyText | None = None
+    """subset (`config_name`) of a dataset; default: its default, or the only one"""
+    split: NonEmptyText | None = None
+    """split of a dataset; default: the only one"""
+    revision: Revision | None = None
+    """commit, branch or tag of a dataset on the hub; default: `main`"""
+    download: Flag = False
+    """fetch what the local cache lacks of a dataset on the hub; without it nothing is downloaded"""
+    limit: PositiveInt | None = Field(default=None, description="use the first N rows only")
     domain: Name = Field(
         description="domain of the prompts; selects teachers, and groups budgets and reports"
     )
@@ -116,7 +131,6 @@ class EvalSource(PromptSource):
         default=None,
         description="total probability of the tokens sampled from; default: that of `evaluation`",
     )
-    limit: PositiveInt | None = Field(default=None, description="evaluate on the first N prompts only")
     allow_overlap: Annotated[bool, Field(strict=True)] = False
     """evaluate although some of these prompts are also trained on; the result counts them"""
 
@@ -137,7 +151,7 @@ class Evaluation(Strict):
     """
 
     prompts: Annotated[tuple[EvalSource, ...], Field(min_length=1)]
-    """evaluation sources, one entry per file"""
+    """evaluation sources, one entry per file or split"""
     max_new_tokens: PositiveInt | None = None
     """maximum response length, in tokens; default: `rollout.max_new_tokens`"""
     samples: PositiveInt = 1
@@ -221,7 +235,7 @@ class Recipe(Strict):
     teachers: dict[Name, Teacher] = Field(min_length=1)
     """the experts, by the names that `prompts` use; each entry is a mapping or the path of a card"""
     prompts: Annotated[tuple[TrainSource, ...], Field(min_length=1)]
-    """training sources, one entry per file"""
+    """training sources, one entry per file or split"""
     rollout: AnyRollout = Field(default=LocalRollout(), description="how responses are sampled")
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = Field(description="training phases, in order")
     optimizer: Optimizer = Field(default=Optimizer(), description="optimizer settings")
