@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from mergeopd.data.conversations import split_conversation
 from mergeopd.data.rows import RowError, missing_field, read_rows
 from mergeopd.errors import DataError
 from mergeopd.recipe.plan import SourcePlan
@@ -16,6 +17,7 @@ from mergeopd.types import Message, Prompt
 
 _ROLES = ("system", "user", "assistant", "tool")
 _SHOWN = 5
+_AFTER_PROMPT = "messages after the user's last one"
 
 
 def needs_reference(verifier: Verifier | None) -> bool:
@@ -42,6 +44,8 @@ def read_prompts(source: SourcePlan, shown: Mapping[str, str] = {}) -> tuple[Pro
     problems: dict[str, list[str]] = {}  # locations of the rows, by problem
     num_rows = 0
     needed = {source.prompt_field: "prompt_field"}
+    if source.messages_field is not None:
+        needed = {source.messages_field: "messages_field"}
     if needs_reference(source.verifier) or "reference" in shown:
         needed[source.reference_field] = "reference_field"
     needed |= {f: f"teachers.{name}.prompt" for f, name in sorted(shown.items()) if f != "reference"}
@@ -80,9 +84,15 @@ def _prompt(source: SourcePlan, row: int, value: Any, shown: Mapping[str, str]) 
         raise value
     if not isinstance(value, dict):
         raise RowError(f"must be a JSON object, not {_kind(value)}")
-    if source.prompt_field not in value:
-        raise RowError(missing_field(source.prompt_field, list(value), "prompt_field"))
-    messages = _messages(source.prompt_field, value[source.prompt_field])
+    prompt_field, response_field, key = source.prompt_field, source.response_field, "prompt_field"
+    if source.messages_field is not None:
+        prompt_field, response_field, key = source.messages_field, _AFTER_PROMPT, "messages_field"
+    if prompt_field not in value:
+        raise RowError(missing_field(prompt_field, list(value), key))
+    if source.messages_field is not None:
+        prompt, response = split_conversation(prompt_field, value[prompt_field])
+        value = {**value, prompt_field: prompt, _AFTER_PROMPT: response}
+    messages = _messages(prompt_field, value[prompt_field])
     reference: str | None
     if source.verifier is not None and needs_reference(source.verifier):
         user = f"verifier {source.verifier.kind!r} needs a reference"
@@ -99,7 +109,7 @@ def _prompt(source: SourcePlan, row: int, value: Any, shown: Mapping[str, str]) 
         messages=messages,
         teachers=source.teachers,
         reference=reference,
-        response=None if source.response_field is None else _response(source.response_field, value),
+        response=None if response_field is None else _response(response_field, value),
         fields={
             field: _required(
                 field, value, f"teachers.{teacher}.prompt", f"the prompt of teacher {teacher!r} needs a value"
@@ -136,7 +146,8 @@ def _messages(field: str, value: Any) -> tuple[Message, ...]:
         raise RowError(f"field {field!r} is an empty prompt")
     if messages[-1].role == "assistant":
         raise RowError(
-            f"field {field!r} ends with the assistant's message; a prompt ends before the response"
+            f"field {field!r} ends with the assistant's message; a prompt ends before the response, and "
+            "`messages_field` splits whole conversations"
         )
     return messages
 

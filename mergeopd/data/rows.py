@@ -20,6 +20,8 @@ from mergeopd.recipe.sources import file_format
 _BATCH_ROWS = 4096
 _MAX_CSV_FIELD = 2**31 - 1
 
+_CONVERSATIONS = ("messages", "conversations", "conversation")
+
 Row = tuple[int, str, Any]
 """Number (from 0), place and value of a row. The value of an invalid one is its RowError."""
 
@@ -80,6 +82,8 @@ def missing_field(field: str, names: Collection[str], key: str) -> str:
     near = closest(field, names)
     if near is not None:
         return f"field {field!r} is missing; did you mean {near!r}?"
+    if key == "prompt_field" and (whole := [name for name in _CONVERSATIONS if name in names]):
+        return f"field {field!r} is missing; `messages_field: {whole[0]}` splits whole conversations"
     listed = ", ".join(map(repr, names)) or "none"
     there = f"there {'is' if len(names) == 1 else 'are'} {listed}"
     return f"field {field!r} is missing ({there}); name the field with `{key}`"

@@ -78,12 +78,16 @@ class PromptChecks:
         """Report missing responses for phases with dataset text."""
         learners = [phase.name for phase in phases if reads_dataset(phase)]
         rows = [(prompt, "") for prompt in self.prompts if prompt.response is None]
-        if learners:
+        learns = f"phase '{learners[0]}' trains on the dataset's responses" if learners else ""
+        if learners and self.source.messages_field is not None:
+            count = _counted(rows, self.prompts, "conversation", "ends", "end")
+            remedy = "remove these rows, or choose another `text` for the phase"
+            self._report(rows, f"{learns}, but {count} with the user's message", remedy)
+        elif learners:
             count = _counted(rows, self.prompts, "row", "has", "have")
             self._report(
                 rows,
-                f"phase '{learners[0]}' trains on the dataset's responses, but {count} no field "
-                f"'{self.source.response_field}'",
+                f"{learns}, but {count} no field '{self.source.response_field}'",
                 "add the field, name another with `response_field`, or choose another `text` for the phase",
             )
 

@@ -72,6 +72,7 @@ class SourcePlan(Strict):
     share: float
     limit: int | None
     allow_overlap: bool = False
+    messages_field: str | None = None
     dataset: str | None = None
     subset: str | None = None
     split: str | None = None

@@ -87,8 +87,18 @@ class PromptSource(Strict):
     """verifier that grades responses; shorthand: its kind"""
     prompt_field: str = "prompt"
     """field with the prompt: text, or a list of `{role, content}` messages"""
+    messages_field: NonEmptyText | None = None
+    """field with a whole conversation, instead of `prompt_field` and `response_field`: messages up to the
+    user's last one are the prompt, those after it the response. Also takes ShareGPT's `{from, value}`"""
     reference_field: str = "answer"
     """field with the reference answer that the verifier compares with"""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> PromptSource:
+        twice = {"prompt_field", "response_field"} & self.model_fields_set
+        if self.messages_field is not None and twice:
+            raise ValueError(f"`messages_field` takes the place of `{min(twice)}`: remove one of them")
+        return self
 
 
 class TrainSource(PromptSource):
