@@ -163,6 +163,7 @@ class TextFilter:
     def _graded(self, phase: Phase, rollouts: Sequence[tuple[str, Rollout]]) -> list[GradedText]:
         """Return a row per response, with the reward of an earlier start of the run, or a new one."""
         path = Path(self.plan.output) / run_layout.TEACHER_TEXT
+        least = RIGHT if isinstance(phase.keep, str) else phase.keep
         verifiers = {source.name: str(source.verifier) for source in self.plan.sources}
         earlier = self.stages.ranks.run_on_first(lambda: read_graded(path))
         known = {(row.teacher, row.key, row.sample, row.digest): row.reward for row in earlier}
@@ -178,9 +179,11 @@ class TextFilter:
         rows = []
         for (_, rollout), name in zip(rollouts, names, strict=True):
             teacher, key, sample, digest = name
-            is_kept = _is_kept(phase, known[name], rollout)
-            domain = rollout.prompt.domain
-            rows.append(GradedText(phase.name, teacher, domain, key, sample, digest, known[name], is_kept))
+            truncated, reward = rollout.finish == "length", known[name]
+            # A truncated response is not correct, whatever its reward.
+            is_kept = reward is not None and reward >= least and not truncated
+            place = (phase.name, teacher, rollout.prompt.domain, key, sample, digest)
+            rows.append(GradedText(*place, reward, truncated, is_kept))
         others = [row for row in earlier if row.phase != phase.name]
         if [*others, *rows] != list(earlier):
             self.stages.ranks.run_on_first(lambda: write_graded(path, [*others, *rows]))
@@ -222,13 +225,8 @@ def replace_unsolved(
     return replacements
 
 
-def _is_kept(phase: Phase, reward: float | None, rollout: Rollout) -> bool:
-    """Whether a phase keeps a response. A truncated one is not correct, whatever its reward."""
-    least = RIGHT if isinstance(phase.keep, str) else phase.keep
-    return reward is not None and reward >= least and rollout.finish != "length"
-
-
 def _kept_note(each: KeptShare) -> str:
+    truncated = f", {each.num_truncated} are truncated" if each.num_truncated else ""
     replaced = ""
     if each.num_without and each.num_kept:
         replaced = (
@@ -237,5 +235,5 @@ def _kept_note(each: KeptShare) -> str:
         )
     return (
         f"phase '{each.phase}' keeps {each.num_kept} of {each.num_responses} responses "
-        f"({each.kept_fraction:.0%}) of {each.teacher} in domain {each.domain}{replaced}"
+        f"({each.kept_fraction:.0%}) of {each.teacher} in domain {each.domain}{truncated}{replaced}"
     )

@@ -18,7 +18,8 @@ from mergeopd.storage.metrics import json_text
 class GradedText:
     """A teacher's response in a phase.
 
-    `digest` is of response, reference and verifier. `reward` is None if the verifier failed.
+    `digest` is of response, reference and verifier. `reward` is None if the verifier failed. `truncated`: the
+    response ended at the length limit, and is not kept.
     """
 
     phase: str
@@ -28,17 +29,22 @@ class GradedText:
     sample: int
     digest: str
     reward: float | None
+    truncated: bool
     kept: bool
 
 
 @dataclass(frozen=True, slots=True)
 class KeptShare:
-    """How many responses of a teacher in a domain a phase keeps, and how many prompts have none left."""
+    """How many responses of a teacher in a domain a phase keeps, and how many prompts have none left.
+
+    `num_truncated` responses ended at the length limit.
+    """
 
     phase: str
     teacher: str
     domain: str
     num_responses: int
+    num_truncated: int
     num_kept: int
     num_prompts: int
     num_without: int
@@ -78,6 +84,7 @@ def kept_shares(rows: Sequence[GradedText]) -> tuple[KeptShare, ...]:
     for names, members in groups.items():
         prompts, solved = {row.key for row in members}, {row.key for row in members if row.kept}
         num_kept = sum(row.kept for row in members)
-        counts = (len(members), num_kept, len(prompts), len(prompts - solved))
+        num_truncated = sum(row.truncated for row in members)
+        counts = (len(members), num_truncated, num_kept, len(prompts), len(prompts - solved))
         shares.append(KeptShare(*names, *counts))
     return tuple(shares)

@@ -80,6 +80,8 @@ def test_only_correct_responses_are_learned_from_and_counted(
         assert Counter(task.prompt.domain for task in tasks) == {"left": 3, "right": 3}
         assert {task.prompt.key for task in tasks} == {rollout.prompt.key for rollout in rollouts}
     rows = lines("run/rollouts/teacher_text.jsonl")
+    assert all(not row["kept"] for row in rows if row["truncated"])
+    assert any(row["reward"] == 1 for row in rows if row["truncated"]), "one that only its length excludes"
     assert Counter(row["domain"] for row in rows) == {"left": 24, "right": 24}
     shares = {d: sum(r["kept"] for r in rows if r["domain"] == d) / 24 for d in ("left", "right")}
     assert min(shares.values()) > 0
@@ -168,7 +170,7 @@ def test_prompts_without_a_response_give_their_places_in_turn() -> None:
 
 def test_shares_count_responses_and_prompts() -> None:
     def row(key: str, sample: int, *, kept: bool, domain: str = "math") -> GradedText:
-        return GradedText("p", "t", domain, key, sample, "", None, kept)
+        return GradedText("p", "t", domain, key, sample, "", None, truncated=not kept, kept=kept)
 
     rows = [row("a", 0, kept=True), row("a", 1, kept=False), row("b", 0, kept=False), row("b", 1, kept=False)]
     one, other = kept_shares([*rows, row("c", 0, kept=True, domain="code")])
@@ -180,3 +182,4 @@ def test_shares_count_responses_and_prompts() -> None:
         1,
     )
     assert (one.kept_fraction, other.kept_fraction) == (0.25, 1.0)
+    assert (one.num_truncated, other.num_truncated) == (3, 0)
