@@ -21,10 +21,26 @@ LogProbs: TypeAlias = "NDArray[np.float32] | NDArray[np.float64]"
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat turn; `content` is plain text."""
+    """One chat turn; `content` is its text.
+
+    `fields` are all keys of a message that has more than role and content (`tool_calls`, `tool_call_id`,
+    `reasoning_content`, content as a list of parts), as JSON values in the order of the row: chat templates
+    get them as they are. Empty: role and content only.
+    """
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def tool_calls(self) -> Sequence[Mapping[str, Any]]:
+        """The calls of tools, as templates get them: arguments are objects."""
+        return self.fields.get("tool_calls") or ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is neither text nor a call."""
+        return not (self.content.strip() or self.tool_calls or self.fields.get("reasoning_content"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +51,8 @@ class Prompt:
     depend on it. `teachers` maps teacher names to nonzero weights (prompt weight x teacher weight).
     `reference` is the verifier's reference answer, if any. `response` is a response from the dataset, if any:
     a text, or a logged trajectory whose first and last messages are the assistant's. `fields` are other
-    columns of the row that teachers' prompts use, by name.
+    columns of the row that teachers' prompts use, by name. `tools` are the JSON schemas of the functions that
+    the assistant may call.
     """
 
     key: str
@@ -46,6 +63,7 @@ class Prompt:
     reference: str | None = None
     response: str | tuple[Message, ...] | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 def token_ids(ids: Sequence[int] | NDArray[np.integer]) -> TokenIds:

@@ -110,7 +110,7 @@ def _default(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, dict):
-        return "its defaults"
+        return "its defaults" if value else "`{}`"
     return f"`{json.dumps(value) if not isinstance(value, str) else value}`"
 
 

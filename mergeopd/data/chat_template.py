@@ -10,10 +10,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
@@ -26,7 +28,8 @@ from mergeopd.types import Message
 class ChatTemplate:
     """A compiled template. `name` is used in errors; `now` is the clock of `strftime_now`.
 
-    Raises DataError if the source is not a template.
+    `arguments` are further variables, such as `enable_thinking`. Raises DataError if the source is not a
+    template.
     """
 
     def __init__(
@@ -36,32 +39,83 @@ class ChatTemplate:
         *,
         name: str = "chat template",
         now: Callable[[], datetime] = datetime.now,
+        arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.source = source
         self.special_tokens = dict(special_tokens)
+        self.arguments = dict(arguments)
         self.name = name
         self._sandbox = sandbox(now)
         with not_a_template(name):
             self._template = self._sandbox.compiled(source)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """Render a conversation, by default with the generation prompt.
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names that the template reads, without the functions of its environment."""
+        names = meta.find_undeclared_variables(self._sandbox.parse(self.source))
+        return frozenset(names) - set(self._sandbox.globals)
+
+    @cached_property
+    def takes_parts(self) -> bool:
+        """Whether the template renders content that is a list of text parts; others get their text."""
+        mark = "any text"
+        message = Message("user", mark, {"role": "user", "content": [{"type": "text", "text": mark}]})
+        try:
+            text = self._render([message], (), add_generation_prompt=True, with_parts=True)
+        except Exception:  # noqa: BLE001  templates may raise anything
+            return False
+        return mark in text and "'type'" not in text and '"type"' not in text
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """Render a conversation, by default with the generation prompt; `tools` are JSON schemas.
 
         Raises DataError if the template rejects the conversation (an unsupported role, say) or fails.
         """
+        has_parts = any(isinstance(message.fields.get("content"), list) for message in messages)
         try:
-            values = {
-                "messages": [{"role": message.role, "content": message.content} for message in messages],
-                "tools": None,
-                "documents": None,
-                "add_generation_prompt": add_generation_prompt,
-                **self.special_tokens,
-            }
-            return self._sandbox.render(self._template, values)
+            return self._render(
+                messages,
+                tools,
+                add_generation_prompt=add_generation_prompt,
+                with_parts=has_parts and self.takes_parts,
+            )
         except Exception as error:
             roles = ", ".join(message.role for message in messages)
             kind = "" if type(error) is jinja2.TemplateError else f"{type(error).__name__}: "
             raise DataError(f"{self.name}: cannot render a conversation ({roles}): {kind}{error}") from error
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        with_parts: bool,
+    ) -> str:
+        values = {
+            "messages": [_as_template_sees(message, with_parts) for message in messages],
+            "tools": list(tools) or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self.special_tokens,
+            **self.arguments,
+        }
+        return self._sandbox.render(self._template, values)
+
+
+def _as_template_sees(message: Message, with_parts: bool) -> dict[str, Any]:
+    if not message.fields:
+        return {"role": message.role, "content": message.content}
+    fields = dict(message.fields)
+    if isinstance(fields.get("content"), list) and not with_parts:
+        fields["content"] = message.content
+    return fields
 
 
 @contextmanager

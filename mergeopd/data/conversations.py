@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mergeopd.data.rows import RowError
+from mergeopd.data.messages import RowError, kind
 
 # Roles of ShareGPT's `{from, value}`.
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant", "observation": "tool"}
@@ -18,7 +18,7 @@ def split_conversation(field: str, conversation: Any) -> tuple[list[Any], str | 
     is None. Messages may be ShareGPT's. Raises RowError if the user says nothing.
     """
     if not isinstance(conversation, list):
-        raise RowError(f"field {field!r} must be a list of messages")
+        raise RowError(f"field {field!r} must be a list of messages, not {kind(conversation)}")
     messages = [_message(f"{field}[{i}]", message) for i, message in enumerate(conversation)]
     ends = [i for i, message in enumerate(messages, 1) if _value(message, "role") == "user"]
     if not ends:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from mergeopd.data.conversations import split_conversation
-from mergeopd.data.rows import RowError, missing_field, read_rows
+from mergeopd.data.messages import RowError, checked, kind, read_message, read_tools, tool_names
+from mergeopd.data.rows import missing_field, read_rows
 from mergeopd.errors import DataError
 from mergeopd.recipe.plan import SourcePlan
 from mergeopd.recipe.verifiers import JsonVerifier, RegexVerifier, Verifier
 from mergeopd.types import Message, Prompt
 
-_ROLES = ("system", "user", "assistant", "tool")
 _SHOWN = 5
 _AFTER_PROMPT = "messages after the user's last one"
 
@@ -49,7 +48,7 @@ def read_prompts(source: SourcePlan, shown: Mapping[str, str] = {}) -> tuple[Pro
     if needs_reference(source.verifier) or "reference" in shown:
         needed[source.reference_field] = "reference_field"
     needed |= {f: f"teachers.{name}.prompt" for f, name in sorted(shown.items()) if f != "reference"}
-    used = {*needed, source.reference_field, source.response_field or ""}
+    used = {*needed, source.reference_field, source.response_field or "", source.tools_field}
     try:
         for row, place, value in read_rows(source, needed, used):
             if source.limit is not None and num_rows >= source.limit:
@@ -83,7 +82,7 @@ def _prompt(source: SourcePlan, row: int, value: Any, shown: Mapping[str, str]) 
     if isinstance(value, RowError):
         raise value
     if not isinstance(value, dict):
-        raise RowError(f"must be a JSON object, not {_kind(value)}")
+        raise RowError(f"must be a JSON object, not {kind(value)}")
     prompt_field, response_field, key = source.prompt_field, source.response_field, "prompt_field"
     if source.messages_field is not None:
         prompt_field, response_field, key = source.messages_field, _AFTER_PROMPT, "messages_field"
@@ -92,7 +91,9 @@ def _prompt(source: SourcePlan, row: int, value: Any, shown: Mapping[str, str]) 
     if source.messages_field is not None:
         prompt, response = split_conversation(prompt_field, value[prompt_field])
         value = {**value, prompt_field: prompt, _AFTER_PROMPT: response}
-    messages = _messages(prompt_field, value[prompt_field])
+    tools = read_tools(source.tools_field, value.get(source.tools_field))
+    names = tool_names(tools)
+    messages = _messages(prompt_field, value[prompt_field], names)
     reference: str | None
     if source.verifier is not None and needs_reference(source.verifier):
         user = f"verifier {source.verifier.kind!r} needs a reference"
@@ -109,7 +110,7 @@ def _prompt(source: SourcePlan, row: int, value: Any, shown: Mapping[str, str]) 
         messages=messages,
         teachers=source.teachers,
         reference=reference,
-        response=None if response_field is None else _response(response_field, value),
+        response=None if response_field is None else _response(response_field, value, names),
         fields={
             field: _required(
                 field, value, f"teachers.{teacher}.prompt", f"the prompt of teacher {teacher!r} needs a value"
@@ -117,6 +118,7 @@ def _prompt(source: SourcePlan, row: int, value: Any, shown: Mapping[str, str]) 
             for field, teacher in sorted(shown.items())
             if field != "reference"
         },
+        tools=tools,
     )
 
 
@@ -129,20 +131,15 @@ def _required(field: str, row: Mapping[str, Any], key: str, user: str) -> str:
     return text
 
 
-def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "a boolean", dict: "an object", list: "a list", str: "text"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
-
-
-def _messages(field: str, value: Any) -> tuple[Message, ...]:
+def _messages(field: str, value: Any, tools: Collection[str]) -> tuple[Message, ...]:
     messages: tuple[Message, ...]
     if isinstance(value, str):
-        messages = (Message("user", _checked(field, value)),)
+        messages = (Message("user", checked(field, value)),)
     elif isinstance(value, list):
-        messages = tuple(_message(f"{field}[{i}]", item) for i, item in enumerate(value))
+        messages = tuple(read_message(f"{field}[{i}]", item, tools) for i, item in enumerate(value))
     else:
-        raise RowError(f"field {field!r} must be text or a list of messages, not {_kind(value)}")
-    if not any(message.content.strip() for message in messages):
+        raise RowError(f"field {field!r} must be text or a list of messages, not {kind(value)}")
+    if all(message.is_empty for message in messages):
         raise RowError(f"field {field!r} is an empty prompt")
     if messages[-1].role == "assistant":
         raise RowError(
@@ -152,24 +149,7 @@ def _messages(field: str, value: Any) -> tuple[Message, ...]:
     return messages
 
 
-def _message(place: str, value: Any) -> Message:
-    if not isinstance(value, Mapping):
-        raise RowError(f"{place} must be an object with role and content, not {_kind(value)}")
-    for key in ("role", "content"):
-        if not isinstance(value.get(key), str):
-            raise RowError(f"{place}.{key} must be text, not {_kind(value.get(key))}")
-    if value["role"] not in _ROLES:
-        close = difflib.get_close_matches(value["role"], _ROLES, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"must be one of {', '.join(_ROLES)}"
-        raise RowError(f"{place}.role is {value['role']!r}; {hint}")
-    # Tables fill the keys that a row lacks with null.
-    extra = [key for key, item in value.items() if key not in ("role", "content") and item is not None]
-    if extra:
-        raise RowError(f"{place} has {', '.join(map(repr, extra))}; only role and content are supported")
-    return Message(value["role"], _checked(f"{place}.content", value["content"]))
-
-
-def _response(field: str, row: Mapping[str, Any]) -> str | tuple[Message, ...] | None:
+def _response(field: str, row: Mapping[str, Any], tools: Collection[str]) -> str | tuple[Message, ...] | None:
     """Return a text, or the messages of a trajectory; other values are converted to JSON."""
     value = row.get(field)
     if value == []:
@@ -181,7 +161,7 @@ def _response(field: str, row: Mapping[str, Any]) -> str | tuple[Message, ...] |
         isinstance(item, Mapping) and ("role" in item or "content" in item) for item in value
     ):
         return _text(field, row)
-    turns = tuple(_message(f"{field}[{i}]", item) for i, item in enumerate(value))
+    turns = tuple(read_message(f"{field}[{i}]", item, tools) for i, item in enumerate(value))
     for i, turn in enumerate(turns):
         if turn.role == "system":
             raise RowError(f"{field}[{i}].role is 'system'; instructions belong to the prompt")
@@ -204,17 +184,8 @@ def _text(field: str, row: Mapping[str, Any]) -> str | None:
     if value is None:
         return None
     if isinstance(value, str):
-        return _checked(field, value)
+        return checked(field, value)
     try:
-        return _checked(field, json.dumps(value, ensure_ascii=False, allow_nan=False))
+        return checked(field, json.dumps(value, ensure_ascii=False, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise RowError(f"field {field!r} cannot be written as JSON: {error}") from error
-
-
-def _checked(field: str, text: str) -> str:
-    # JSON can escape unpaired surrogates, which no tokenizer accepts.
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(f"field {field!r} has an unpaired surrogate at character {error.start + 1}") from error
-    return text

@@ -68,7 +68,7 @@ class Renderer:
 
     def text(self, prompt: Prompt) -> str:
         """Render a prompt as text, with the generation prompt. Raises DataError if a template rejects it."""
-        return self.template.render(self.teacher_prompt.messages(prompt), add_generation_prompt=True)
+        return self.template.render(self.teacher_prompt.messages(prompt), tools=prompt.tools)
 
     def render(self, prompt: Prompt) -> TokenIds:
         """Render a prompt as token ids, with the generation prompt."""

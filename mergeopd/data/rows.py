@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeopd.config.suggest import closest
+from mergeopd.data.messages import RowError
 from mergeopd.errors import DataError
 from mergeopd.recipe.plan import SourcePlan
 from mergeopd.recipe.sources import file_format
@@ -24,10 +25,6 @@ _CONVERSATIONS = ("messages", "conversations", "conversation")
 
 Row = tuple[int, str, Any]
 """Number (from 0), place and value of a row. The value of an invalid one is its RowError."""
-
-
-class RowError(Exception):
-    """A problem of one row, without its location."""
 
 
 def read_rows(source: SourcePlan, needed: Mapping[str, str], used: Collection[str]) -> Iterator[Row]:

@@ -32,10 +32,8 @@ class DatasetResponse(NamedTuple):
     trained: tuple[bool, ...] | None
 
 
-def segments(
-    messages: Sequence[Message], trajectory: Sequence[Message], template: ChatTemplate
-) -> tuple[Segment, ...]:
-    """Render the trajectory after the prompt `messages`, split at the start and end of assistant turns.
+def segments(prompt: Prompt, trajectory: Sequence[Message], template: ChatTemplate) -> tuple[Segment, ...]:
+    """Render the trajectory after a prompt, split at the start and end of assistant turns.
 
     A turn starts after the generation prompt and ends where the rendering of the conversation up to it ends.
     The segments are contiguous.
@@ -46,7 +44,11 @@ def segments(
 
     def rendered(num_turns: int, *, prompted: bool) -> str:
         try:
-            return template.render((*messages, *trajectory[:num_turns]), add_generation_prompt=prompted)
+            return template.render(
+                (*prompt.messages, *trajectory[:num_turns]),
+                tools=prompt.tools,
+                add_generation_prompt=prompted,
+            )
         except DataError as error:
             raise DataError(f"{error}; change the conversation or the template") from error
 
@@ -54,7 +56,7 @@ def segments(
     last, shown, end = 0, rendered(0, prompted=True), rendered(0, prompted=False)
     for i, turn in enumerate(trajectory):
         before, end = end, rendered(i + 1, prompted=False)
-        if turn.content.strip() and end == before:
+        if not turn.is_empty and end == before:
             raise DataError(
                 f"{template.name}: leaves out response[{i}], a message of role {turn.role!r}; "
                 "choose a template that renders such messages"
@@ -96,7 +98,7 @@ def dataset_response(prompt: Prompt, student: Renderer) -> DatasetResponse:
     ids: list[int] = []
     trained: list[bool] = []
     end = 0
-    for segment in segments(prompt.messages, prompt.response, student.template):
+    for segment in segments(prompt, prompt.response, student.template):
         new = encode(segment.text)
         ends = (position for position, i in enumerate(new, start=1) if i in student.eos_ids)
         num_own = next(ends, len(new)) if segment.is_own else 0
@@ -116,7 +118,7 @@ def dataset_text(prompt: Prompt, student: Renderer) -> str:
         case str(text):
             return text
         case turns:
-            return "".join(piece.text for piece in segments(prompt.messages, turns, student.template))
+            return "".join(piece.text for piece in segments(prompt, turns, student.template))
 
 
 def length_bound(prompt: Prompt, student: Renderer) -> int:

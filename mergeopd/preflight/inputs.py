@@ -19,6 +19,7 @@ from mergeopd.data.rows import source_digest
 from mergeopd.errors import RecipeError
 from mergeopd.messages import joined, shown_in
 from mergeopd.preflight.capabilities import check_capabilities
+from mergeopd.preflight.conversations import template_notes
 from mergeopd.preflight.models import ModelReader, file_digest
 from mergeopd.preflight.problems import Findings
 from mergeopd.preflight.prompts import LengthBudget, PromptChecks, check_verifier
@@ -233,6 +234,7 @@ class _Check:
                 checks.response_tokens(self.student, self.vocab_size(self.student))
                 budget = replace(budget, bounds=bounds, student=self.student)
             checks.lengths(self._renderers(tuple(source.teachers)), budget)
+            self._compare_templates(source)
 
     def _note_sampling(self, plan: Plan) -> None:
         """Note policy terms whose correction does not account for the sampling settings."""
@@ -267,6 +269,16 @@ class _Check:
                 f"the phases have {num_updates:,} updates, which take {num_updates / 86400:,.0f} days at one "
                 "second each"
             )
+
+    def _compare_templates(self, source: SourcePlan) -> None:
+        if self.student is not None:
+            same_tokens = {
+                name: self.teachers[name]
+                for name in source.teachers
+                if name in self.teachers and name not in self.cross_tokenizers
+            }
+            prompts = self.prompts.get(source.name, ())
+            self.findings.notes += template_notes(source.name, prompts, self.student, same_tokens)
 
     def _check_evaluation(self, plan: Plan) -> None:
         if plan.evaluation is None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+from mergeopd.config.suggest import did_you_mean
 from mergeopd.config.tree import Keys
 from mergeopd.data.chat_template import ChatTemplate
 from mergeopd.data.renderer import Renderer, turn_end
@@ -21,7 +23,7 @@ from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.preflight.parallelism import check_backend
 from mergeopd.preflight.problems import Findings
 from mergeopd.recipe.bridges import KINDS
-from mergeopd.recipe.models import Student
+from mergeopd.recipe.models import SET_BY_RENDERING, Student
 from mergeopd.recipe.plan import TeacherPlan
 from mergeopd.types import Message
 
@@ -58,7 +60,9 @@ class ModelReader:
             check_backend(self._findings, student, facts)
         if facts is None or tokenizer is None or not self._fits(place, folder, tokenizer, facts):
             return None
-        place, template = self._template(place, folder, tokenizer, ("student", "template"), student.template)
+        place, template = self._template(
+            place, folder, tokenizer, ("student", "template"), student.template, student.template_arguments
+        )
         if student.end_tokens is None:
             renderer = self._renderer(facts, tokenizer, place, template)
             if renderer is not None and renderer.end_id not in _configured(facts, tokenizer):
@@ -152,7 +156,12 @@ class ModelReader:
         if student is not None:
             self._compare(teacher, student.tokenizer, tokenizer, tokenizer_place)
         place, template = self._template(
-            tokenizer_place, folder, tokenizer, (*card, "template"), teacher.template
+            tokenizer_place,
+            folder,
+            tokenizer,
+            (*card, "template"),
+            teacher.template,
+            teacher.template_arguments,
         )
         return self._renderer(facts, tokenizer, place, template) if facts is not None and fits else None
 
@@ -249,20 +258,52 @@ class ModelReader:
         return False
 
     def _template(
-        self, place: Keys, folder: Path, tokenizer: Tokenizer, file_place: Keys, file: str | None
-    ) -> tuple[Keys, tuple[str, str] | None]:
-        """Return the place, text and name of a chat template: that of `file`, or the tokenizer's."""
+        self,
+        place: Keys,
+        folder: Path,
+        tokenizer: Tokenizer,
+        file_place: Keys,
+        file: str | None,
+        arguments: Mapping[str, Any],
+    ) -> tuple[Keys, ChatTemplate | None]:
+        """Return the place of a chat template and the template: that of `file`, or the tokenizer's."""
+
+        def compiled(place: Keys, text: str, name: str) -> ChatTemplate | None:
+            template = self._findings.attempt(
+                place,
+                lambda: ChatTemplate(
+                    text, tokenizer.special_tokens, name=name, now=lambda: self._now, arguments=arguments
+                ),
+                "correct the template",
+            )
+            if template is not None:
+                self._check_arguments((*file_place[:-1], "template_arguments"), template)
+            return template
+
         if file is not None:
             text = self._findings.attempt(file_place, lambda: self._text(Path(file)))
-            return file_place, None if text is None else (text, shown(Path(file)))
+            return file_place, None if text is None else compiled(file_place, text, shown(Path(file)))
         own = folder / "chat_template.jinja"
         if tokenizer.chat_template is not None:
             config = f"{shown(folder / 'tokenizer_config.json')}, chat_template"
-            return place, (tokenizer.chat_template, shown(own) if own.is_file() else config)
+            name = shown(own) if own.is_file() else config
+            return place, compiled(place, tokenizer.chat_template, name)
         where, key = ("card", "template") if place[0] == "teachers" else ("recipe", "student.template")
         remedy = f"add {shown(own)}, or name one in the {where} (`{key}: FILE.jinja`)"
         self._findings.report(place, f"{folder}: has no chat template to render prompts", remedy)
         return place, None
+
+    def _check_arguments(self, place: Keys, template: ChatTemplate) -> None:
+        """Report arguments that the template does not use."""
+        for name in template.arguments:
+            if name not in template.variables:
+                known = sorted(template.variables - template.special_tokens.keys() - set(SET_BY_RENDERING))
+                listed = f"its variables are {', '.join(known)}" if known else "it has no variables"
+                self._findings.report(
+                    (*place, name),
+                    f"the chat template does not use '{name}' ({template.name})",
+                    did_you_mean(name, known, f"remove it; {listed}"),
+                )
 
     def _text(self, file: Path) -> str:
         try:
@@ -276,18 +317,12 @@ class ModelReader:
         facts: ModelFacts,
         tokenizer: Tokenizer,
         place: Keys,
-        template: tuple[str, str] | None,
+        template: ChatTemplate | None,
         ends: tuple[int, ...] | None = None,
     ) -> Renderer | None:
         """Create a renderer. Responses end at `ends`, by default at the end tokens of config and template."""
         if template is None:
             return None
-        text, name = template
-        compiled = self._findings.attempt(
-            place,
-            lambda: ChatTemplate(text, tokenizer.special_tokens, name=name, now=lambda: self._now),
-            "correct the template",
-        )
         eos_ids = ends or _configured(facts, tokenizer)
         vocab_size = min(tokenizer.vocab_size, facts.vocab_rows)
         unknown = [i for i in eos_ids if i >= vocab_size]
@@ -298,11 +333,9 @@ class ModelReader:
                 "correct it in generation_config.json, or in config.json where there is none",
             )
             return None
-        if compiled is None:
-            return None
-        written = turn_end(tokenizer, compiled, eos_ids) if ends is None else None
+        written = turn_end(tokenizer, template, eos_ids) if ends is None else None
         added = () if written is None or written in eos_ids or written >= vocab_size else (written,)
-        return Renderer(tokenizer, compiled, vocab_size, (*eos_ids, *added), facts.max_positions)
+        return Renderer(tokenizer, template, vocab_size, (*eos_ids, *added), facts.max_positions)
 
 
 def _configured(facts: ModelFacts, tokenizer: Tokenizer) -> tuple[int, ...]:

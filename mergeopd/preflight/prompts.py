@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 
@@ -145,6 +146,7 @@ class PromptChecks:
             identity = (
                 template.source,
                 *template.special_tokens.items(),
+                json.dumps(template.arguments, default=str),
                 id(renderer.tokenizer),
                 renderer.vocab_size,
                 renderer.max_positions,

@@ -152,6 +152,7 @@ def _plan(
         model=paths["model"],
         tokenizer=paths.get("tokenizer", paths["model"]),
         template=paths.get("template"),
+        template_arguments=card.template_arguments,
         dtype=ref.dtype or "float32",
         system=ref.system,
         prompt=ref.prompt,

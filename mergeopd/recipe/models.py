@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from mergeopd.config.values import (
     DIGEST_PATTERN,
@@ -18,6 +18,18 @@ from mergeopd.config.values import (
     Weight,
 )
 from mergeopd.recipe.bridges import BridgeOrKind
+
+SET_BY_RENDERING = ("messages", "tools", "documents", "add_generation_prompt")
+
+
+def _free_names(arguments: dict[str, Any]) -> dict[str, Any]:
+    for name in arguments:
+        if name in SET_BY_RENDERING:
+            raise ValueError(f"'{name}' is set when a conversation is rendered: remove it")
+    return arguments
+
+
+TemplateArguments = Annotated[dict[str, Any], AfterValidator(_free_names)]
 
 
 class Parallel(Strict):
@@ -45,6 +57,8 @@ class Student(Strict):
     revision: Revision | None = Field(default=None, description="hub revision; only with a hub id")
     template: str | None = None
     """file with a Jinja chat template, also for the export; default: the tokenizer's own"""
+    template_arguments: TemplateArguments = Field(default={})
+    """variables of the chat template, such as `enable_thinking: false`"""
     end_tokens: Annotated[tuple[NonEmptyText, ...], Field(min_length=1)] | None = None
     """tokens that end its responses, also of the export; default: those of its generation_config.json and the
     special token that the chat template writes behind an assistant's turn"""
@@ -78,6 +92,8 @@ class TeacherCard(Strict):
     tokenizer: str | None = Field(default=None, description="tokenizer folder; default: the model's folder")
     template: str | None = None
     """file with a Jinja chat template; default: the tokenizer's chat template"""
+    template_arguments: TemplateArguments = Field(default={})
+    """variables of the chat template, such as `enable_thinking: true`"""
     domains: tuple[Name, ...] = ()
     """domains for which this teacher is used when a prompt source names no teachers"""
     licence: str | None = Field(default=None, description="licence of the weights; informational")

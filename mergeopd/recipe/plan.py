@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from pydantic import Field
+
 from mergeopd.config.values import Strict
 from mergeopd.recipe.alarms import Alarms
 from mergeopd.recipe.baselines import StaticMerge
@@ -47,6 +49,7 @@ class TeacherPlan(Strict):
     canary: Canary | None
     bridge: Bridge | None
     licence: str | None = None
+    template_arguments: dict[str, Any] = Field(default={})
 
     @property
     def snapshot_rule(self) -> SnapshotRule | None:
@@ -72,6 +75,7 @@ class SourcePlan(Strict):
     share: float
     limit: int | None
     allow_overlap: bool = False
+    tools_field: str = "tools"
     messages_field: str | None = None
     dataset: str | None = None
     subset: str | None = None

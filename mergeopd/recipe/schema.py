@@ -86,12 +86,15 @@ class PromptSource(Strict):
     verifier: VerifierOrKind | None = None
     """verifier that grades responses; shorthand: its kind"""
     prompt_field: str = "prompt"
-    """field with the prompt: text, or a list of `{role, content}` messages"""
+    """field with the prompt: text, or a list of messages as chat templates take them (`role`, `content`,
+    `tool_calls`, `reasoning_content`, ...)"""
     messages_field: NonEmptyText | None = None
     """field with a whole conversation, instead of `prompt_field` and `response_field`: messages up to the
     user's last one are the prompt, those after it the response. Also takes ShareGPT's `{from, value}`"""
     reference_field: str = "answer"
     """field with the reference answer that the verifier compares with"""
+    tools_field: str = "tools"
+    """field with the tools of a row: a list of JSON schemas of functions, or its JSON text"""
 
     @model_validator(mode="after")
     def _one_form(self) -> PromptSource:
@@ -110,8 +113,8 @@ class TrainSource(PromptSource):
     """how often prompts of this source are drawn, relative to the other sources"""
     response_field: str = "response"
     """field with a prepared response, for phases with `text: dataset`: text, or a trajectory (a list of
-    `{role, content}` messages from the assistant's first to its last; only assistant messages are in the
-    loss)"""
+    messages from the assistant's first to its last, with those of tools and users between; only assistant
+    messages are in the loss)"""
 
 
 Temperature = Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)]

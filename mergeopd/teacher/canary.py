@@ -89,7 +89,9 @@ def refuse_uniform(teacher: str, mean_entropy: float, num_valid: int, temperatur
 def sample_ids(renderer: Renderer, prompt: str, response: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the ids of a sample, with the prompt rendered as a user's message on a fixed date."""
     own = renderer.template
-    template = ChatTemplate(own.source, own.special_tokens, name=own.name, now=lambda: _DAY)
+    template = ChatTemplate(
+        own.source, own.special_tokens, name=own.name, now=lambda: _DAY, arguments=own.arguments
+    )
     text = template.render((Message("user", prompt),))
     return tuple(renderer.tokenizer.encode(text)), tuple(renderer.tokenizer.encode(response))
 

@@ -115,11 +115,18 @@ def test_all_bad_rows_are_counted_and_the_first_ones_named(tmp_path: Path) -> No
         ([], "is an empty prompt"),
         ([{"role": "user", "content": " "}], "is an empty prompt"),
         (["hi"], "prompt[0] must be an object with role and content, not text"),
-        ([{"role": "user"}], "prompt[0].content must be text, not null"),
-        ([{"role": "user", "content": ["parts"]}], "prompt[0].content must be text, not a list"),
+        ([{"role": "user"}], "prompt[0].content must be text or a list of text parts, not null"),
+        ([{"role": "user", "content": ["parts"]}], "prompt[0].content[0] is no text part (text); only text"),
+        (
+            [{"role": "user", "content": [{"type": "image", "url": "u"}]}],
+            "prompt[0].content[0] is no text part (image); only text is supported",
+        ),
+        ([{"role": "user", "content": [{"type": "text"}]}], "content[0].text must be text, not null"),
         ([{"role": "usr", "content": "a"}], "prompt[0].role is 'usr'; did you mean 'user'?"),
         ([{"role": "human", "content": "a"}], "must be one of system, user, assistant, tool"),
-        ([{"role": "user", "content": "a", "name": "b"}], "prompt[0] has 'name'; only role and content"),
+        ([{"role": "user", "content": "a", "name": 1}], "prompt[0].name must be text, not a number"),
+        ([{"role": "user", "content": "a", "tool_calls": []}], "only the assistant calls tools"),
+        ([{"role": "user", "content": "a", "reasoning_conten": "b"}], "did you mean 'reasoning_content'?"),
         (
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
             "ends with the assistant's message",
@@ -172,10 +179,18 @@ def test_dataset_responses(tmp_path: Path) -> None:
         ),
         ([CALL, "text"], "response[1] must be an object with role and content, not text"),
         ([{"content": "f()"}], "response[0].role must be text, not null"),
-        ([{**CALL, "content": None}], "response[0].content must be text, not null"),
+        ([{**CALL, "content": None}], "response[0].content must be text or a list of text parts, not null"),
         (
-            [CALL, {**RESULT, "name": "f"}, CALL],
-            "response[1] has 'name'; only role and content are supported",
+            [{**CALL, "tool_calls": [{"name": "f", "arguments": "{x"}]}, CALL],
+            "response[0].tool_calls[0].arguments is not JSON: Expecting property name",
+        ),
+        (
+            [{**CALL, "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}, CALL],
+            "response[0].tool_calls[0].function.arguments must be a JSON object, not a list",
+        ),
+        (
+            [{**CALL, "tool_calls": [{"id": "1", "arguments": {}}]}, CALL],
+            "response[0].tool_calls[0] has no name of a function",
         ),
         ([{**CALL, "content": "\ud800"}], "field 'response[0].content' has an unpaired surrogate"),
     ],
@@ -323,3 +338,76 @@ def test_parquet_rows_are_named(tmp_path: Path) -> None:
     assert f"  {path}: row 1  field 'prompt' must be text or a list of messages, not null" in message_of(
         plan(path)
     )
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALLING = [
+    {"role": "user", "content": [{"type": "text", "text": "Is it"}, {"type": "text", "text": "raining?"}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "reasoning_content": "Look it up.",
+        "tool_calls": [
+            {
+                "id": "c1",
+                "type": "function",
+                "function": {"name": "weather", "arguments": '{"city": "Bern", "days": null}'},
+            }
+        ],
+    },
+    {"role": "tool", "content": "no", "tool_call_id": "c1", "name": "weather"},
+]
+
+
+def test_calls_of_tools_are_read_as_templates_take_them(tmp_path: Path) -> None:
+    row = {"prompt": CALLING, "tools": json.dumps([WEATHER])}
+    (prompt,) = read_prompts(plan(write(tmp_path, row)))
+    assert prompt.tools == (WEATHER,)
+    user, call, tool = prompt.messages
+    assert user.content == "Is it\nraining?"
+    assert user.fields == CALLING[0]
+    (expected,) = CALLING[1]["tool_calls"]
+    function = {"name": "weather", "arguments": {"city": "Bern", "days": None}}
+    assert call.tool_calls == [{**expected, "function": function}]
+    assert (call.content, call.fields["content"], call.fields["reasoning_content"]) == (
+        "",
+        None,
+        "Look it up.",
+    )
+    assert dict(tool.fields) == CALLING[2]
+    assert hash(prompt.messages) == hash(prompt.messages)
+
+
+def test_a_call_of_an_undeclared_tool_is_refused(tmp_path: Path) -> None:
+    declared = {"function": {**WEATHER["function"], "name": "wether"}}
+    row = {"prompt": CALLING, "tools": [declared]}
+    assert message_of(plan(write(tmp_path, row))).endswith(
+        "prompt[1].tool_calls[0].function calls 'weather', which is not among the row's tools; "
+        "did you mean 'wether'?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ("[{", "field 'tools' is not JSON"),
+        ({"name": "f"}, "field 'tools' must be a list of JSON schemas, not an object"),
+        ([{"type": "function"}], "tools[0] has no name of a function"),
+    ],
+)
+def test_bad_tools(tmp_path: Path, tools: Any, message: str) -> None:
+    assert message in message_of(plan(write(tmp_path, {"prompt": "a", "tools": tools})))
+
+
+def test_nulls_with_which_parquet_fills_objects_are_removed(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    calls = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {"b": 2}}]
+    prompt = [{"role": "user", "content": "?"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    prompt.append({"role": "tool", "content": "1"})
+    path = tmp_path / "p.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"prompt": prompt}]), path)
+    (read,) = read_prompts(plan(path))
+    assert read.messages[1].tool_calls == calls
+    assert read.messages[0].fields == {}

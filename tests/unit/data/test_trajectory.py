@@ -202,7 +202,7 @@ def test_segments_concatenate_to_the_rendering(
         trajectory += [Message(role, text) for role in roles]  # type: ignore[arg-type]
         trajectory.append(Message("assistant", text[::-1]))
     dialect = speak(template)
-    pieces = segments(PROMPT, trajectory, dialect.template)
+    pieces = segments(prompt(), trajectory, dialect.template)
     whole = dialect.template.render((*PROMPT, *trajectory), add_generation_prompt=False)
     assert dialect.template.render(PROMPT) + "".join(piece.text for piece in pieces) == whole
     assert sum(piece.is_own for piece in pieces) == sum(turn.role == "assistant" for turn in trajectory)

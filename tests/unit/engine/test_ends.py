@@ -68,8 +68,11 @@ def test_a_teacher_that_ends_otherwise_is_noted_and_skips_the_end(tmp_path: Path
     )
     inputs = preflight(recipe, ["student.template=plain.jinja", 'student.end_tokens=["<|endoftext|>"]'])
     assert tokens(inputs.student, inputs.student.eos_ids) == ["<|endoftext|>"]
-    [note] = inputs.notes
-    assert note.startswith("teacher 't' ends turns with '<|im_end|>', the student with '<|endoftext|>': ")
+    ends, begins = inputs.notes
+    assert begins.startswith(
+        r"""teacher 't' begins responses behind "<|im_start|>assistant\n", the student"""
+    )
+    assert ends.startswith("teacher 't' ends turns with '<|im_end|>', the student with '<|endoftext|>': ")
     ids = (1, inputs.student.end_id)
     assert masked_in_teacher_term(ids, inputs.student, inputs.teachers) == {"t": (1,)}
 

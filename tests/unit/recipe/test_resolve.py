@@ -32,6 +32,7 @@ def test_a_good_recipe_becomes_a_plan_with_absolute_paths_and_all_defaults(proje
         "model": str(project / "models" / "chat"),
         "tokenizer": str(project / "models" / "chat"),
         "template": None,
+        "template_arguments": {},
         "dtype": "bfloat16",
         "bridge": None,
         "system": None,
