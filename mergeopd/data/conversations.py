@@ -26,8 +26,9 @@ def split_conversation(field: str, conversation: Any) -> tuple[list[Any], str | 
     prompt, response = messages[: ends[-1]], messages[ends[-1] :]
     if len(response) == 1 and isinstance(response[0], Mapping):
         plain = {key: value for key, value in response[0].items() if value is not None}
-        if plain.keys() == {"role", "content"} and plain["role"] == "assistant":
-            return prompt, plain["content"]
+        text = plain.get("content")
+        if plain.keys() == {"role", "content"} and plain["role"] == "assistant" and isinstance(text, str):
+            return prompt, text
     return prompt, response or None
 
 

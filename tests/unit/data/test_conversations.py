@@ -51,6 +51,16 @@ def test_the_users_last_message_ends_the_prompt(
     assert (turns if not isinstance(turns, tuple) else [f"{m.role}:{m.content}" for m in turns]) == response
 
 
+@pytest.mark.parametrize(
+    "more",
+    [{"content": [{"type": "text", "text": "r"}]}, {"reasoning_content": "why"}],
+)
+def test_more_than_a_text_stays_a_message(tmp_path: Path, more: dict[str, Any]) -> None:
+    prompt = prompt_of(tmp_path, [*say(Q), {"role": "assistant", "content": "r", **more}])
+    assert isinstance(prompt.response, tuple)
+    assert [(turn.role, turn.content) for turn in prompt.response] == [("assistant", "r")]
+
+
 def test_sharegpt_is_the_same_conversation(tmp_path: Path) -> None:
     pairs = [("system", "s"), ("human", "q"), ("gpt", "r"), ("observation", "t"), ("gpt", "r2")]
     prompt = prompt_of(tmp_path, [{"from": speaker, "value": text} for speaker, text in pairs])
