@@ -89,7 +89,7 @@ def existing_model(written: str, revision: str | None, base: Path, what: str = "
         return Missing(f"'{written}' is a file", f"name the {what}'s folder")
     near = closest_path(written, base, directory=True)
     if _HUB_ID.fullmatch(written):
-        snapshot = _cached_snapshot(written, revision)
+        snapshot = cached_snapshot(written, revision)
         if snapshot is not None:
             return snapshot
     if is_hub_id(written, base) and not near:
@@ -115,12 +115,18 @@ def _looked_for(written: str, path: Path) -> str:
     return "nothing of that name exists" if os.path.isabs(written) else "looked for it in the current folder"
 
 
-def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
+def cached_snapshot(repo: str, revision: str | None, repo_type: str = "model") -> Path | None:
+    """Return the folder of a revision of a repository in the hub's cache, or None. Nothing is downloaded."""
     # Imported here, because it is slow and most recipes name folders.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        return Path(snapshot_download(repo, revision=revision, repo_type=repo_type, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
+
+
+def is_hub_failure(error: Exception) -> bool:
+    """Whether an exception is of the system or of the HTTP client that huggingface_hub uses."""
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("httpx", "httpx2")

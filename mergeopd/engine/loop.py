@@ -29,6 +29,7 @@ from mergeopd.reporting.model_card import write_model_card
 from mergeopd.reporting.result import write_result
 from mergeopd.storage.folders import copy_folder, keep_only, prune
 from mergeopd.storage.run_folder import RunFolder
+from mergeopd.storage.teacher_text import kept_shares, read_graded
 from mergeopd.student.protocol import Student
 from mergeopd.teacher.snapshots import StudentSnapshots
 
@@ -244,6 +245,8 @@ class Trainer:
             gc.collect()  # a model and its optimizer contain reference cycles
             result = build_result(self._measure(self.evaluate), clock.seconds(), best)
             document = self.alarms.judge(result)
+            text = self.stages.ranks.run_on_first(lambda: read_graded(folder.teacher_text_file))
+            document = replace(document, text_kept=kept_shares(text))
             if self.stages.ranks.is_first:
                 write_result(folder.result_file, document)
                 write_model_card(folder.path, folder.export, reporter)

@@ -13,7 +13,7 @@ from mergeopd.engine.rollouts import Rewards, StudentRollouts, dataset_rollout
 from mergeopd.engine.schedule import RoundSchedule, schedule_round
 from mergeopd.engine.score import CollectedRound
 from mergeopd.engine.stages import Stages
-from mergeopd.engine.teacher_rollouts import TeacherRolloutCache
+from mergeopd.engine.teacher_rollouts import KeptText, TeacherRolloutCache, TextFilter
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.training import Phase, RolloutSettings
 from mergeopd.student.protocol import Student
@@ -46,6 +46,7 @@ class SynchronousPipeline:
     rewards: Rewards
     stages: Stages
     _prepared_phase: str = field(default="", init=False)
+    _kept: KeptText | None = field(default=None, init=False)
 
     def next(self, progress: Progress) -> CollectedRound:
         at = phase_at(self.plan, progress.update)
@@ -55,6 +56,8 @@ class SynchronousPipeline:
         if phase.name != self._prepared_phase:
             self._prepare_teacher_rollouts(phase, updates_done, progress)
         tasks = draw_tasks(self.draw, self.plan, phase, progress, updates_done)
+        if self._kept is not None:
+            tasks = self._kept.tasks(tasks, first=phase.num_drawn(updates_done))
         with self.stages.clock.stage("rollout"):
             settings = self.plan.rollout_of(phase)
             rollouts = self._collect(tasks, settings)
@@ -62,7 +65,8 @@ class SynchronousPipeline:
         work = self.work(rollouts, progress.round, phase.updates_per_round)
         rewards = [grade.reward for grade in grades]
         failures = {i: v.failure for i, v in enumerate(grades) if v.failure is not None}
-        return CollectedRound(phase, updates_done, rollouts, rewards, work, failures)
+        shares = {} if self._kept is None else self._kept.shares
+        return CollectedRound(phase, updates_done, rollouts, rewards, work, failures, shares)
 
     def work(self, rollouts: Sequence[Rollout], index: int, num_updates: int) -> RoundSchedule:
         return schedule_round(
@@ -86,13 +90,21 @@ class SynchronousPipeline:
         rollouts = self.rollouts.generate(tasks, settings)
         for task in tasks:
             if task.origin == "teacher":
-                rollouts += self.teacher_rollouts.of(task, settings)
+                responses = self.teacher_rollouts.of(task, settings)
+                rollouts += responses if self._kept is None else self._kept.of(responses)
             elif task.origin == "dataset":
                 rollouts.append(dataset_rollout(task, self.renderer))
         return rollouts
 
     def _prepare_teacher_rollouts(self, phase: Phase, updates_done: int, progress: Progress) -> None:
-        """Generate all teacher responses that the rest of this phase needs."""
+        """Generate all teacher responses that the rest of this phase needs.
+
+        A phase that keeps some of them needs those of its first rounds, too: what is kept takes the place of
+        what is not, in the whole phase.
+        """
+        if phase.keep != "all":
+            progress = replace(progress, drawn=progress.drawn - phase.num_drawn(updates_done))
+            updates_done = 0
         tasks: list[Task] = []
         while updates_done < phase.updates:
             tasks += draw_tasks(self.draw, self.plan, phase, progress, updates_done)
@@ -100,4 +112,8 @@ class SynchronousPipeline:
             updates_done += phase.updates_per_round
         with self.stages.clock.stage("text"):
             self.teacher_rollouts.prepare(tasks, self.plan.rollout_of(phase))
+            self._kept = None
+            if phase.keep != "all":
+                select = TextFilter(self.plan, self.teacher_rollouts, self.rewards, self.stages).select
+                self._kept = select(phase, tasks)
         self._prepared_phase = phase.name

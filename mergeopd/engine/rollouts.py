@@ -13,10 +13,11 @@ from mergeopd.engine.stages import Stages
 from mergeopd.environment.episodes import Environments, Response
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.recipe.training import RolloutSettings
+from mergeopd.reporting.events import StageName
 from mergeopd.reward.grading import Submission, Verifiers
 from mergeopd.reward.pool import Grade, failures_note
 from mergeopd.rollout.protocol import Completion, GenerationRequest, RolloutEngine
-from mergeopd.types import Finish, Prompt, Rollout, Sampling, TokenIds, token_flags, token_ids
+from mergeopd.types import Finish, Origin, Prompt, Rollout, Sampling, TokenIds, token_flags, token_ids
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def dataset_rollout(task: Task, student: Renderer) -> Rollout:
 
 @dataclass(frozen=True)
 class Rewards:
-    """Grades the student's responses with the verifiers of their sources.
+    """Grades responses with the verifiers of their sources.
 
     If a verifier fails, the response has no reward; failures are counted, and reported once per source.
     """
@@ -104,8 +105,8 @@ class Rewards:
     stages: Stages
     _noted_sources: set[str] = field(default_factory=set, init=False)
 
-    def of(self, rollouts: Sequence[Rollout], stop: Sequence[str]) -> list[Grade]:
-        """Grade the student's responses; others, and those without a verifier, have no reward.
+    def of(self, rollouts: Sequence[Rollout], stop: Sequence[str], origin: Origin = "student") -> list[Grade]:
+        """Grade the responses of one origin; others, and those without a verifier, have no reward.
 
         `stop` are the strings that end a response. Every process grades its share. Collective; raises
         AbandonRound when a stop was requested.
@@ -113,11 +114,12 @@ class Rewards:
         graded = {
             i: r
             for i, r in enumerate(rollouts)
-            if r.origin == "student" and r.prompt.source in self.verifiers and _failure(r) is None
+            if r.origin == origin and r.prompt.source in self.verifiers and _failure(r) is None
         }
+        stage: StageName = "rollout" if origin == "student" else "text"
         num_slow = sum(self.verifiers.is_slow(rollout.prompt.source) for rollout in graded.values())
         on_progress: Callable[[int], None] = (
-            self.stages.begin("rollout", "verifying", num_slow, "responses") if num_slow else lambda _: None
+            self.stages.begin(stage, "verifying", num_slow, "responses") if num_slow else lambda _: None
         )
 
         def verify(own: Sequence[Rollout]) -> list[Grade]:

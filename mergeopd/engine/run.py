@@ -245,7 +245,8 @@ def _compare(
     with ExitStack() as held:
         ranks.run_on_first(lambda: held.enter_context(exclusive(folder.path)))
         measured = _measure(inputs, plan, folder.export, folder.evaluation, (), ranks, reporter)
-        document = replace(build_result(measured, before.seconds, before.update), alarms=before.alarms)
+        document = build_result(measured, before.seconds, before.update)
+        document = replace(document, alarms=before.alarms, text_kept=before.text_kept)
         if ranks.is_first:
             write_result(folder.result_file, document)
             write_model_card(folder.path, folder.export, Reporters())

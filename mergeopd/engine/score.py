@@ -28,7 +28,8 @@ MakeCache = Callable[[RoundSchedule], AbstractContextManager[HiddenCache]]
 class CollectedRound:
     """Prompts with responses, not yet scored. `updates_done` counts the updates of the phase.
 
-    `rewards` are None without a verifier, or if it failed; `failures` has the reasons by rollout.
+    `rewards` are None without a verifier, or if it failed; `failures` has the reasons by rollout. `text_kept`
+    is the share of teachers' responses that the phase keeps, by teacher and domain; empty if it keeps all.
     """
 
     phase: Phase
@@ -37,6 +38,7 @@ class CollectedRound:
     rewards: Sequence[float | None]
     work: RoundSchedule
     failures: Mapping[int, str] = field(default_factory=dict)
+    text_kept: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def num_failures(self, members: Sequence[int]) -> dict[str, int]:
         """Count the rollouts among `members` whose verifier failed, by source."""

@@ -1,26 +1,35 @@
-"""Teacher responses, generated before a phase once per prompt and sample, and cached for later runs."""
+"""Teacher responses, generated before a phase once per prompt and sample, and cached for later runs.
+
+A phase may keep only those that the verifiers of their sources accept.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from mergeopd.batch.advantages import RIGHT
 from mergeopd.data.renderer import Renderer
 from mergeopd.data.trajectory import dataset_response
 from mergeopd.engine.progress import Task
-from mergeopd.engine.rollouts import sampling
+from mergeopd.engine.rollouts import Rewards, sampling
 from mergeopd.engine.stages import Stages
 from mergeopd.environment.episodes import Environments, Response
-from mergeopd.errors import DataError
+from mergeopd.errors import DataError, TeacherError
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.routing import writer_of
-from mergeopd.recipe.training import RolloutSettings
+from mergeopd.recipe.training import Phase, RolloutSettings
 from mergeopd.rollout.protocol import Completion, GenerationRequest
+from mergeopd.storage import run_layout
 from mergeopd.storage.completion_cache import CompletionCache, Origin
+from mergeopd.storage.teacher_text import GradedText, KeptShare, kept_shares, read_graded, write_graded
 from mergeopd.teacher.protocol import Teacher, TeacherSession
 from mergeopd.teacher.token_view import TokenView
 from mergeopd.types import Prompt, Rollout, Sampling, token_flags, token_ids
@@ -147,3 +156,139 @@ class TeacherRolloutCache:
             yield batch, engine.submit(batch, sampled).wait(lambda _: None)
             done = -(-(start + len(batch)) // self.stages.ranks.size)
             self.stages.ranks.run_and_gather(lambda done=done: on_progress(done))  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class KeptText:
+    """The responses of teachers that a phase keeps.
+
+    `samples` are their numbers, by teacher and prompt; `replacements` the tasks that take the place of those
+    without any, by position in the phase; `shares` what was kept, by teacher and domain.
+    """
+
+    samples: Mapping[tuple[str, str], Collection[int]]
+    replacements: Mapping[int, Task]
+    shares: Mapping[str, Mapping[str, float]]
+
+    def tasks(self, drawn: Sequence[Task], first: int) -> list[Task]:
+        """Return the tasks of a round that begins at position `first` of the phase."""
+        return [self.replacements.get(first + i, task) for i, task in enumerate(drawn)]
+
+    def of(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """Return the kept ones of the responses to a prompt."""
+        return [r for r in rollouts if r.sample in self.samples[writer_of(r.prompt), r.prompt.key]]
+
+
+@dataclass(frozen=True)
+class TextFilter:
+    """Grades teachers' responses before a phase, and selects those that it keeps.
+
+    Rewards are kept in the run folder, so that a resumed run selects the same, even where a verifier has a
+    time limit.
+    """
+
+    plan: Plan
+    responses: TeacherRolloutCache
+    rewards: Rewards
+    stages: Stages
+
+    def select(self, phase: Phase, tasks: Sequence[Task]) -> KeptText:
+        """Select from the prepared responses to all tasks of a phase. Collective.
+
+        Raises TeacherError if a domain has none left.
+        """
+        settings = self.plan.rollout_of(phase)
+        rollouts = {
+            (writer_of(task.prompt), task.prompt.key): self.responses.of(task, settings)
+            for task in tasks
+            if task.origin == "teacher"
+        }
+        rows = self._graded(phase, [(name, r) for (name, _), own in rollouts.items() for r in own])
+        samples: dict[tuple[str, str], list[int]] = {names: [] for names in rollouts}
+        for row in rows:
+            if row.kept:
+                samples[row.teacher, row.key].append(row.sample)
+        shares: dict[str, dict[str, float]] = {}
+        for each in kept_shares(rows):
+            shares.setdefault(each.teacher, {})[each.domain] = each.kept_fraction
+            self.stages.note(_kept_note(each))
+        replacements = self.stages.ranks.run_on_first(lambda: replace_unsolved(phase, tasks, samples))
+        return KeptText(samples, replacements, shares)
+
+    def _graded(self, phase: Phase, rollouts: Sequence[tuple[str, Rollout]]) -> list[GradedText]:
+        """Return a row per response, with the reward of an earlier start of the run, or a new one."""
+        path = Path(self.plan.output) / run_layout.TEACHER_TEXT
+        least = RIGHT if isinstance(phase.keep, str) else phase.keep
+        verifiers = {source.name: str(source.verifier) for source in self.plan.sources}
+        earlier = self.stages.ranks.run_on_first(lambda: read_graded(path))
+        known = {(row.teacher, row.key, row.sample, row.digest): row.reward for row in earlier}
+        names = []
+        for teacher, rollout in rollouts:
+            prompt = rollout.prompt
+            content = (rollout.response_ids.tolist(), prompt.reference, verifiers[prompt.source])
+            digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+            names.append((teacher, prompt.key, rollout.sample, digest))
+        new = [index for index, name in enumerate(names) if name not in known]
+        grades = self.rewards.of([rollouts[i][1] for i in new], self.plan.rollout_of(phase).stop, "teacher")
+        known |= {names[index]: grade.reward for index, grade in zip(new, grades, strict=True)}
+        rows = []
+        for (_, rollout), name in zip(rollouts, names, strict=True):
+            teacher, key, sample, digest = name
+            truncated, reward = rollout.finish == "length", known[name]
+            # A truncated response is not correct, whatever its reward.
+            is_kept = reward is not None and reward >= least and not truncated
+            place = (phase.name, teacher, rollout.prompt.domain, key, sample, digest)
+            rows.append(GradedText(*place, reward, truncated, is_kept))
+        others = [row for row in earlier if row.phase != phase.name]
+        if [*others, *rows] != list(earlier):
+            self.stages.ranks.run_on_first(lambda: write_graded(path, [*others, *rows]))
+        return rows
+
+
+def replace_unsolved(
+    phase: Phase, tasks: Sequence[Task], samples: Mapping[tuple[str, str], Collection[int]]
+) -> dict[int, Task]:
+    """Give the place of every prompt without a kept response to those with one in its domain, in turn.
+
+    Raises TeacherError if a domain has none.
+    """
+
+    def is_solved(task: Task) -> bool:
+        return bool(samples[writer_of(task.prompt), task.prompt.key])
+
+    solved: dict[str, dict[str, Task]] = {}
+    unsolved: list[tuple[int, Task]] = []
+    for position, task in enumerate(tasks):
+        if task.origin == "teacher" and is_solved(task):
+            solved.setdefault(task.prompt.domain, {}).setdefault(task.prompt.key, task)
+        elif task.origin == "teacher":
+            unsolved.append((position, task))
+    replacements: dict[int, Task] = {}
+    used: Counter[str] = Counter()
+    for position, task in unsolved:
+        domain = task.prompt.domain
+        others = list(solved.get(domain, {}).values())
+        if not others:
+            raise TeacherError(
+                f"phase '{phase.name}' keeps no response of '{writer_of(task.prompt)}' in domain "
+                f"'{domain}'; look at their rewards in {run_layout.TEACHER_TEXT} of the run folder, "
+                "check the verifier and `rollout.max_new_tokens`, raise `rollout.samples_per_prompt`, or "
+                "remove `keep`"
+            )
+        replacements[position] = others[used[domain] % len(others)]
+        used[domain] += 1
+    return replacements
+
+
+def _kept_note(each: KeptShare) -> str:
+    truncated = f", {each.num_truncated} are truncated" if each.num_truncated else ""
+    replaced = ""
+    if each.num_without and each.num_kept:
+        replaced = (
+            f"; {each.num_without} of {each.num_prompts} prompts have none, and others of the domain take "
+            "their places"
+        )
+    return (
+        f"phase '{each.phase}' keeps {each.num_kept} of {each.num_responses} responses "
+        f"({each.kept_fraction:.0%}) of {each.teacher} in domain {each.domain}{truncated}{replaced}"
+    )

@@ -16,9 +16,10 @@ from mergeopd.config.tree import Keys
 from mergeopd.data.documents import MAX_TOKENS, sequences
 from mergeopd.data.prompts import read_prompts
 from mergeopd.data.renderer import Renderer
+from mergeopd.data.rows import source_digest
 from mergeopd.data.teacher_prompt import SAME
 from mergeopd.errors import RecipeError
-from mergeopd.messages import joined, shown
+from mergeopd.messages import joined, shown_in
 from mergeopd.preflight.capabilities import check_capabilities
 from mergeopd.preflight.conversations import template_notes
 from mergeopd.preflight.environments import EnvironmentChecks
@@ -188,14 +189,14 @@ class _Check:
     def _read(
         self, place: Keys, source: SourcePlan, teachers: Sequence[str], into: dict[str, tuple[Prompt, ...]]
     ) -> None:
-        self._announce(f"reading {shown(Path(source.source))}")
+        self._announce(f"reading {shown_in(source.title)}")
         check_verifier(self.findings, place, source)
         prompts = self.findings.attempt((*place, "source"), lambda: self._read_rows(source, teachers))
         if prompts is not None:
             if source.environment is not None:
                 prompts = self.environments.add_tools((*place, "environment"), source.environment, prompts)
             into[source.name] = prompts
-            self.models.files[source.source] = file_digest(Path(source.source))
+            self.models.files[source.title] = source_digest(source)
             PromptChecks(self.findings, place, source, prompts).references()
         if isinstance(source.verifier, JsonVerifier) and source.verifier.schema_file is not None:
             schema = Path(source.verifier.schema_file)
@@ -242,7 +243,7 @@ class _Check:
             self.findings.notes.append("no phase uses a teacher: none will be loaded for training")
         for index, source in enumerate(plan.sources):
             place = ("prompts", index)
-            self._announce(f"checking {shown(Path(source.source))}")
+            self._announce(f"checking {shown_in(source.title)}")
             checks = PromptChecks(self.findings, place, source, self.prompts.get(source.name, ()))
             if source.text_field is not None:
                 self._check_documents(place, source)
@@ -348,7 +349,7 @@ class _Check:
         for index, source in self._resolution.eval_sources.items():
             prompts = self.evaluation.get(source.name, ())
             place: Keys = ("evaluation", "prompts", index)
-            self._announce(f"checking {shown(Path(source.source))}")
+            self._announce(f"checking {shown_in(source.title)}")
             suite = suites[source.name]
             limits = {each.max_new_tokens for each in suites.values()}
             of_all: Keys = ("rollout",) if limits == {plan.rollout.max_new_tokens} else ("evaluation",)

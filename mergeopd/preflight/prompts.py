@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from mergeopd.config.tree import Keys
 from mergeopd.data.renderer import Renderer
+from mergeopd.data.rows import row_place
 from mergeopd.data.trajectory import dataset_response, dataset_text, length_bound
 from mergeopd.errors import DataError
-from mergeopd.messages import shown
+from mergeopd.messages import shown_in
 from mergeopd.preflight.problems import Findings
 from mergeopd.preflight.user_code import function_problem
 from mergeopd.recipe.plan import SourcePlan
@@ -87,12 +87,16 @@ class PromptChecks:
         """Report missing responses for phases with dataset text."""
         learners = [phase.name for phase in phases if reads_dataset(phase)]
         rows = [(prompt, "") for prompt in self.prompts if prompt.response is None]
-        if learners:
+        learns = f"phase '{learners[0]}' trains on the dataset's responses" if learners else ""
+        if learners and self.source.messages_field is not None:
+            count = _counted(rows, self.prompts, "conversation", "ends", "end")
+            remedy = "remove these rows, or choose another `text` for the phase"
+            self._report(rows, f"{learns}, but {count} with the user's message", remedy)
+        elif learners:
             count = _counted(rows, self.prompts, "row", "has", "have")
             self._report(
                 rows,
-                f"phase '{learners[0]}' trains on the dataset's responses, but {count} no field "
-                f"'{self.source.response_field}'",
+                f"{learns}, but {count} no field '{self.source.response_field}'",
                 "add the field, name another with `response_field`, or choose another `text` for the phase",
             )
 
@@ -233,8 +237,7 @@ class PromptChecks:
         if not rows:
             return
         prompt, text = rows[0]
-        row, file = int(prompt.key.rpartition(":")[2]), shown(Path(self.source.source))
-        line = f"{file}:{row + 1}" if self.source.source.endswith(".jsonl") else f"{file}: row {row}"
+        line = shown_in(row_place(self.source, int(prompt.key.rpartition(":")[2])))
         first = "first " if len(rows) > 1 else ""
         self.findings.report((*self.place, key), f"{message}: {first}{line}{text}", remedy)
 

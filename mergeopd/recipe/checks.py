@@ -57,10 +57,13 @@ def _round_problems(
     if rollout is None:
         return
     count, formula = phase.prompts_per_round, "prompts_per_round: a data set has one response per prompt"
-    if not reads_dataset(phase):
+    if phase.keep != "all":
+        formula = "prompts_per_round: `keep` may leave one response per prompt"
+    elif not reads_dataset(phase):
         count, formula = count * rollout.samples_per_prompt, "prompts_per_round x samples_per_prompt"
     if count < size:
-        least = "has at least" if isinstance(phase.text, TextMixture) and reads_dataset(phase) else "has"
+        is_mixed = isinstance(phase.text, TextMixture) and reads_dataset(phase)
+        least = "has at least" if is_mixed or phase.keep != "all" else "has"
         message = f"a round {least} {count} responses ({formula}) for {size} updates"
         yield origins.problem((*here, "updates_per_round"), message, f"use {count} or fewer")
 

@@ -14,6 +14,9 @@ _ENGINE = "it is not implemented yet; responses are sampled with `engine: local`
 _INTERIM = "accuracy during training is `evaluation.interim: {every: N}`, with N in updates"
 _BEST = "the best student is exported with `checkpoint.best: accuracy`, or a suite's name"
 
+_SUBSET = "the subset of a dataset is `subset`"
+_SOURCES = "`prompts` lists the sources: `- {source: ID_OR_FILE, subset: NAME, split: train, domain: NAME}`"
+
 # By word, or by section and word: see `problems_of`.
 HINTS = {
     "epochs": _UPDATES,
@@ -34,6 +37,12 @@ HINTS = {
     "test_freq": _INTERIM,
     "load_best_model_at_end": _BEST,
     "metric_for_best_model": _BEST,
+    "prompts.name": _SUBSET,
+    "config_name": _SUBSET,
+    "dataset_config": _SUBSET,
+    "dataset": _SOURCES,
+    "dataset_name": _SOURCES,
+    "datasets": _SOURCES,
     "device": _DEVICE,
     "lora": _ADAPTER,
     "peft": _ADAPTER,

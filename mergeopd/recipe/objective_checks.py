@@ -13,7 +13,13 @@ from mergeopd.recipe.environments import gives_reward
 from mergeopd.recipe.policy_terms import POLICY_TERMS, ClipRatio, NoCorrection, SequenceMask, TrustRegion
 from mergeopd.recipe.routing import PhaseTeachers
 from mergeopd.recipe.schema import TrainSource
-from mergeopd.recipe.training import Phase, RolloutSettings, never_student
+from mergeopd.recipe.training import (
+    Phase,
+    RolloutSettings,
+    never_student,
+    off_policy_origin,
+    only_student,
+)
 from mergeopd.recipe.valid_parts import ValidParts
 from mergeopd.recipe.verifiers import KINDS as VERIFIERS
 
@@ -28,6 +34,9 @@ def objective_problems(
         here: Keys = ("phases", index)
         yield from _policy_problems(phase, here, origins, spans=spans)
         yield from _budget_problems(phase, here, origins)
+        if phase.keep != "all" and (off_policy_origin(phase) != "teacher" or only_student(phase)):
+            message = "keep selects responses of teachers, and this phase has none"
+            yield origins.problem((*here, "keep"), message, "remove it, or use `text: teacher`", key=True)
         rollout = None if parts.rollout is None else phase.rollout.over(parts.rollout)
         if rollout is not None:
             yield from _sequence_mask_problems(phase, here, rollout, origins)
@@ -103,6 +112,8 @@ def _reward_users(phase: Phase, here: Keys) -> dict[str, Keys]:
         users["pass_rate"] = (*here, "balance", "pass_rate")
     if phase.balance.distill_on != "all":
         users["distill_on"] = (*here, "balance", "distill_on")
+    if phase.keep != "all":
+        users["keep"] = (*here, "keep")
     return users
 
 
@@ -119,6 +130,10 @@ def _verifier_problems(
         for name, where in users.items():
             message = f"{name} needs rewards, and no prompt source has a verifier"
             yield origins.problem(where, message, remedy, key=True)
+    elif unchecked and "keep" in users:
+        names = ", ".join(f"'{source.source}'" for source in unchecked.values())
+        message = f"responses to prompts without a verifier cannot be selected: {names}"
+        yield origins.problem(users["keep"], message, remedy, key=True)
     elif unchecked and phase.loss.has_outcome and not phase.loss.has_teacher_term:
         names = ", ".join(f"'{source.source}'" for source in unchecked.values())
         message = f"prompts without a verifier have no loss in phase '{phase.name}': {names}"

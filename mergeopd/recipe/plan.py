@@ -61,7 +61,11 @@ class TeacherPlan(Strict):
 
 
 class SourcePlan(Strict):
-    """A prompt file. `teachers` are the nonzero products of prompt weight and teacher weight."""
+    """A file of prompts, or the folder of a dataset.
+
+    `dataset` is its id on the hub, whose `revision` (a commit) is read; both are None for local files.
+    `teachers` are the nonzero products of prompt weight and teacher weight.
+    """
 
     name: str
     source: str
@@ -79,12 +83,25 @@ class SourcePlan(Strict):
     text_field: str | None = None
     max_tokens: int | None = None
     pack: bool = False
+    messages_field: str | None = None
+    dataset: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The source in messages: its path or id, with subset and split."""
+        parts = ", ".join(part for part in (self.subset, self.split) if part)
+        return (self.dataset or self.source) + (f" ({parts})" if parts else "")
 
     @property
     def main_field(self) -> tuple[str, str]:
-        """The field with the prompt or document of a row, and the recipe's key that names it."""
+        """The field with a row's prompt, conversation or document, and the recipe's key that names it."""
         if self.text_field is not None:
             return self.text_field, "text_field"
+        if self.messages_field is not None:
+            return self.messages_field, "messages_field"
         return self.prompt_field, "prompt_field"
 
 

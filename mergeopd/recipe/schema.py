@@ -23,6 +23,7 @@ from mergeopd.config.values import (
     NonEmptyText,
     Positive,
     PositiveInt,
+    Revision,
     Strict,
     Weight,
     kind_shorthand,
@@ -45,9 +46,21 @@ from mergeopd.recipe.verifiers import VerifierOrKind
 
 
 class PromptSource(Strict):
-    """A file of prompts of one domain."""
+    """Prompts of one domain: a file, or a split of a dataset."""
 
-    source: str = Field(description="prompt file, `.jsonl` or `.parquet`")
+    source: str
+    """a file (`.jsonl`, `.json` or `.csv`, also with `.gz`, or `.parquet`); a folder of such files, or of
+    `save_to_disk`; or the id of a dataset on the Hugging Face hub (`openai/gsm8k`), read from the local
+    cache. Folders and ids need the package `datasets`"""
+    subset: NonEmptyText | None = None
+    """subset (`config_name`) of a dataset; default: its default, or the only one"""
+    split: NonEmptyText | None = None
+    """split of a dataset; default: the only one"""
+    revision: Revision | None = None
+    """commit, branch or tag of a dataset on the hub; default: `main`"""
+    download: Flag = False
+    """fetch what the local cache lacks of a dataset on the hub; without it nothing is downloaded"""
+    limit: PositiveInt | None = Field(default=None, description="use the first N rows only")
     domain: Name = Field(
         description="domain of the prompts; selects teachers, and groups budgets and reports"
     )
@@ -56,6 +69,9 @@ class PromptSource(Strict):
     prompt_field: str = "prompt"
     """field with the prompt: text, or a list of messages as chat templates take them (`role`, `content`,
     `tool_calls`, `reasoning_content`, ...)"""
+    messages_field: NonEmptyText | None = None
+    """field with a whole conversation, instead of `prompt_field` and `response_field`: messages up to the
+    user's last one are the prompt, those after it the response. Also takes ShareGPT's `{from, value}`"""
     reference_field: str = "answer"
     """field with the reference answer that the verifier compares with"""
     tools_field: str = "tools"
@@ -63,6 +79,13 @@ class PromptSource(Strict):
     environment: EnvironmentOrKind | None = None
     """environment that runs the tools that the model calls, turn by turn; shorthand: its kind. Default: a
     response is one turn"""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> PromptSource:
+        twice = {"prompt_field", "response_field"} & self.model_fields_set
+        if self.messages_field is not None and twice:
+            raise ValueError(f"`messages_field` takes the place of `{min(twice)}`: remove one of them")
+        return self
 
 
 class TrainSource(PromptSource):
@@ -124,7 +147,6 @@ class EvalSource(PromptSource):
         default=None,
         description="total probability of the tokens sampled from; default: that of `evaluation`",
     )
-    limit: PositiveInt | None = Field(default=None, description="evaluate on the first N prompts only")
     allow_overlap: Annotated[bool, Field(strict=True)] = False
     """evaluate although some of these prompts are also trained on; the result counts them"""
 
@@ -145,7 +167,7 @@ class Evaluation(Strict):
     """
 
     prompts: Annotated[tuple[EvalSource, ...], Field(min_length=1)]
-    """evaluation sources, one entry per file"""
+    """evaluation sources, one entry per file or split"""
     max_new_tokens: PositiveInt | None = None
     """maximum response length, in tokens; default: `rollout.max_new_tokens`"""
     samples: PositiveInt = 1
@@ -229,7 +251,7 @@ class Recipe(Strict):
     teachers: dict[Name, Teacher] = Field(min_length=1)
     """the experts, by the names that `prompts` use; each entry is a mapping or the path of a card"""
     prompts: Annotated[tuple[TrainSource, ...], Field(min_length=1)]
-    """training sources, one entry per file"""
+    """training sources, one entry per file or split"""
     rollout: AnyRollout = Field(default=LocalRollout(), description="how responses are sampled")
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = Field(description="training phases, in order")
     optimizer: Optimizer = Field(default=Optimizer(), description="optimizer settings")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mergeopd.config.folders import Missing, existing_file, is_hub_id
+from mergeopd.config.folders import Missing, absolute, existing_file, is_hub_id
 from mergeopd.config.locate import Origins, dotted
 from mergeopd.config.suggest import did_you_mean
 from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
-from mergeopd.messages import shown
-from mergeopd.recipe.checks import is_installed, missing_package
+from mergeopd.recipe import checks
+from mergeopd.recipe.dataset_folders import hub_dataset
 from mergeopd.recipe.environments import (
     Environment,
     FunctionsEnvironment,
@@ -27,18 +25,25 @@ from mergeopd.recipe.plan import SourcePlan
 from mergeopd.recipe.schema import PromptSource, TrainSource
 from mergeopd.recipe.verifiers import JsonVerifier, UserVerifier, Verifier
 
-PROMPT_SUFFIXES = (".jsonl", ".parquet")
-_LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json"}  # of `datasets`; also before .gz
+PROMPT_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
+
+
+def file_format(path: Path) -> str | None:
+    """Return `.jsonl`, `.json`, `.csv` or `.parquet`, without the `.gz` of text files; None for others."""
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if suffix == ".parquet" and path.suffix == ".gz":
+        return None
+    return suffix if suffix in PROMPT_SUFFIXES[:-1] else None
 
 
 @dataclass
 class SourceResolver:
-    """Resolves sources one by one: gives unique names, rejects a file that is used twice."""
+    """Resolves sources one by one: gives unique names, rejects prompts that are used twice."""
 
     origins: Origins
     allow_code: Collection[str] | None  # None: invalid, so functions are not checked against it
     names: set[str] = field(default_factory=set)
-    seen: dict[str, Keys] = field(default_factory=dict)
+    seen: dict[tuple[str, str | None, str | None], Keys] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     def resolve(
@@ -46,16 +51,22 @@ class SourceResolver:
     ) -> SourcePlan | None:
         """Make the paths of a source absolute; None if there is a problem. `name` defaults to the file's."""
         before = len(self.problems)
-        file = self._file(source, path)
+        place = self._find(source, path)
         verifier = self._verifier(source.verifier, (*path, "verifier"))
         environment = self._environment(source.environment, (*path, "environment"))
-        if file is None or len(self.problems) > before:
+        if place is None or len(self.problems) > before:
             return None
-        absent = {"response_field": None, "share": 1.0, "limit": None}  # of the other kind of source
+        file, dataset = place
+        absent = {"response_field": None, "share": 1.0}  # of the other kind of source
         same = {name: value for name, value in source if name in SourcePlan.model_fields}
+        own = (dataset or file.name).rpartition("/")[2].removesuffix(".gz")
+        if file_format(Path(own)):
+            own = Path(own).stem
         resolved = {
-            "name": self._name(file) if name is None else name,
+            "name": name or self._name(f"{own}-{source.split}" if source.split else own),
             "source": str(file),
+            "dataset": dataset,
+            "revision": file.name if dataset else None,
             "verifier": verifier,
             "environment": environment,
             "teachers": teachers,
@@ -65,52 +76,66 @@ class SourceResolver:
     def report(self, path: Keys, message: str, remedy: str = "") -> None:
         self.problems.append(self.origins.problem(path, message, remedy))
 
-    def _name(self, file: Path) -> str:
-        name, number = file.stem, 1
+    def _name(self, wanted: str) -> str:
+        name, number = wanted, 1
         while name in self.names:
             number += 1
-            name = f"{file.stem}#{number}"
+            name = f"{wanted}#{number}"
         self.names.add(name)
         return name
 
-    def _file(self, source: PromptSource, path: Keys) -> Path | None:
+    def _find(self, source: PromptSource, path: Keys) -> tuple[Path, str | None] | None:
+        """Return the file or folder, and the id of a dataset on the hub."""
         where: Keys = (*path, "source")
         base = self.origins.place(where).base
-        file = existing_file(source.source, base, "prompt file", PROMPT_SUFFIXES)
-        if isinstance(file, Missing):
-            message, remedy = file.message, file.remedy
-            if is_hub_id(source.source, base) and not source.source.endswith(PROMPT_SUFFIXES):
-                message = f"'{source.source}' is not a local file, and data sets are not fetched from a hub"
-                remedy = _conversion(source.source, f"{Path(source.source).name}.jsonl")
-            self.report(where, message, remedy)
-            return None
-        if file.suffix not in PROMPT_SUFFIXES:
-            message = f"'{source.source}' is neither .jsonl nor .parquet"
-            loader = next((_LOADERS[suffix] for suffix in file.suffixes if suffix in _LOADERS), None)
-            remedy = "convert it, one prompt a row"
-            if loader is not None:
-                target = file.with_name(f"{file.name.split('.')[0]}.jsonl")
-                remedy = _conversion(loader, shown(target), data_files=shown(file))
-            self.report(where, message, remedy)
-            return None
-        real = os.path.realpath(file)
-        first = self.seen.setdefault(real, path)
-        if first == path:
-            return file
-        if first[0] == path[0]:
-            share = "; `share` sets how often its prompts are drawn" if path[0] == "prompts" else ""
-            self.report(
-                where, f"'{source.source}' is already listed at {dotted(first)}", f"remove one{share}"
+        written, dataset = absolute(source.source, base), None
+        file: Path | Missing = written
+        if not os.path.exists(written) and is_hub_id(source.source, base) and not file_format(written):
+            dataset = source.source
+            file = hub_dataset(
+                dataset, source.subset, source.split, source.revision, download=source.download
             )
-        else:
+        elif not os.path.isdir(written):
+            file = existing_file(source.source, base, "prompt file", PROMPT_SUFFIXES)
+        if isinstance(file, Missing):
+            self.report(where, file.message, file.remedy)
+            return None
+        self._check_keys(source, path, file, dataset)
+        if not file.is_dir() and file_format(file) is None:
+            message = f"'{source.source}' is not a .jsonl, .json, .csv or .parquet file"
+            self.report(where, message, "convert it, one prompt a row")
+        if file.is_dir() and not checks.is_installed("datasets"):
+            remedy = "pip install 'mergeopd[data]', or name a .jsonl or .parquet file"
+            self.report(where, "the package datasets is not installed", remedy)
+        self._check_once(source, path, file)
+        return file, dataset
+
+    def _check_keys(self, source: PromptSource, path: Keys, file: Path, dataset: str | None) -> None:
+        """Report keys that the kind of source does not have."""
+        kind = "folder" if file.is_dir() else "file"
+        unused = [] if dataset else ["revision", "download"]
+        unused += [] if file.is_dir() else ["subset", "split"]
+        for key in unused:
+            if getattr(source, key):
+                self.report(
+                    (*path, key), f"'{source.source}' is a {kind}, and {kind}s have no `{key}`", "remove it"
+                )
+
+    def _check_once(self, source: PromptSource, path: Keys, file: Path) -> None:
+        first = self.seen.setdefault((os.path.realpath(file), source.subset, source.split), path)
+        where: Keys = (*path, "source")
+        if first != path and first[0] == path[0]:
+            share = "; `share` sets how often its prompts are drawn" if path[0] == "prompts" else ""
+            message = f"'{source.source}' is already listed at {dotted(first)}"
+            self.report(where, message, f"remove one{share}")
+        elif first != path:
             message = f"'{source.source}' is also trained on ({dotted(first)})"
             self.report(where, message, "evaluate on prompts that are not trained on")
-        return None
 
     def _verifier(self, verifier: Verifier | None, path: Keys) -> Verifier | None:
         if isinstance(verifier, UserVerifier):
             self._allowed(verifier.function, (*path, "function"))
-        missing = None if verifier is None else missing_package(verifier)
+        missing = None if verifier is None else checks.missing_package(verifier)
         if missing is not None:
             self.report((*path, "kind"), *missing)
         if isinstance(verifier, JsonVerifier) and verifier.schema_file is not None:
@@ -131,7 +156,7 @@ class SourceResolver:
                 self._allowed(function, (*path, "environment"))
             case SearchEnvironment(corpus=corpus):
                 where: Keys = (*path, "corpus")
-                if not is_installed("bm25s"):
+                if not checks.is_installed("bm25s"):
                     remedy = "install it: `pip install 'mergeopd[search]'`"
                     self.report((*path, "kind"), "'search' needs the package bm25s", remedy)
                 file = existing_file(corpus, self.origins.place(where).base, "corpus", (".jsonl",))
@@ -145,16 +170,6 @@ class SourceResolver:
         if self.allow_code is not None and function not in self.allow_code:
             remedy = did_you_mean(function, self.allow_code, f"add `allow_code: [{function}]`")
             self.report(path, f"'{function}' is not in `allow_code`", remedy)
-
-
-def _conversion(loader: str, target: str, **options: str) -> str:
-    """The remedy for prompts in another format: a command that writes them as JSON lines."""
-    arguments = [json.dumps(loader)] + [
-        f"{k}={json.dumps(v)}" for k, v in (*options.items(), ("split", "train"))
-    ]
-    load = f"load_dataset({', '.join(arguments)}).to_json({json.dumps(target)})"
-    command = shlex.join(["python", "-c", f"from datasets import load_dataset; {load}"])
-    return f"write {target} with the package datasets, and name that: `{command}`"
 
 
 @dataclass(frozen=True)

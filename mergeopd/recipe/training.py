@@ -76,6 +76,7 @@ class TextMixture(Strict):
 
 
 Text = Literal["student", "teacher", "dataset"] | TextMixture
+Keep = Literal["all", "right"] | Annotated[float, Field(gt=0.0, le=1.0, strict=True)]
 
 
 class PassRate(Strict):
@@ -136,6 +137,9 @@ class Phase(Strict):
     sources is routed to teaches all their prompts"""
     rollout: PhaseRollout = PhaseRollout()
     """sampling settings of this phase, for the student's and for teachers' responses"""
+    keep: Keep = "all"
+    """teachers' responses to learn from: `all`, only correct ones (`right`), or those with at least this
+    reward. A prompt without any is replaced by others of its domain"""
     loss: LossOrTerm = Field(description="loss to minimise")
     prompts_per_round: PositiveInt = Field(default=64, description="prompts per round")
     updates_per_round: PositiveInt = Field(default=1, description="optimizer updates per round")

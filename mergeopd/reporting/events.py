@@ -184,6 +184,7 @@ class UpdateDone(Event):
     operations that they cost by stage (`models/flops.py`). `peak_memory_bytes` is the most that any process
     has had so far: allocated on its GPU, or resident without one.
     `verifier_failures` counts, by source, responses that have no reward because their verifier failed.
+    `text_kept` is the share of teachers' responses that the phase keeps, by teacher and domain.
     """
 
     update: int
@@ -204,6 +205,7 @@ class UpdateDone(Event):
     policy: PolicyStats | None = None
     verifier_failures: Mapping[str, int] = field(default_factory=dict)
     clip_factor: float = 1.0
+    text_kept: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def step_s(self) -> float:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergeopd.config.folders import is_hub_failure
 from mergeopd.errors import HubError, StorageError
 from mergeopd.messages import shown
 from mergeopd.reporting.page.run_data import load_run
@@ -133,7 +134,7 @@ def _failures_in_words(upload: Upload) -> Iterator[None]:
     except HFValidationError as error:
         raise HubError(f"{error}; choose another name") from None
     except Exception as error:
-        if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _CLIENTS:
+        if not is_hub_failure(error):
             raise
         reason = str(error) or type(error).__name__
         raise HubError(
@@ -142,7 +143,6 @@ def _failures_in_words(upload: Upload) -> Iterator[None]:
         ) from None
 
 
-_CLIENTS = ("httpx", "httpx2")  # of the versions of huggingface_hub
 _NO_TOKEN = "the hub knows no user; run `hf auth login`, or set HF_TOKEN to a token that may write"
 
 

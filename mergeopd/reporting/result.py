@@ -14,6 +14,7 @@ from mergeopd.recipe.controls import CONTROLS, Control
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import write_atomic
 from mergeopd.storage.metrics import json_text
+from mergeopd.storage.teacher_text import KeptShare
 
 Kind = Literal["base", "expert", "static_merge", "control", "merged"]
 KINDS: tuple[Kind, ...] = ("base", "expert", "static_merge", "control", "merged")
@@ -93,7 +94,8 @@ class Result:
     if there are any. `verdict` says it in words, `seconds` is wall time by stage. `update` is the one whose
     weights were exported because they were the best; None where those of the last were. `trained_tokens`
     counts the response tokens in the loss of the student and its controls, by model key; empty without
-    controls. `alarms` are those of the run.
+    controls. `alarms` are those of the run. `text_kept` is what phases with `keep` have left of
+    the teachers' text.
     """
 
     models: tuple[Model, ...]
@@ -108,6 +110,7 @@ class Result:
     best_control: str | None = None
     trained_tokens: Mapping[str, int] = field(default_factory=dict)
     alarms: tuple[AlarmSummary, ...] = ()
+    text_kept: tuple[KeptShare, ...] = ()
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

@@ -16,11 +16,11 @@ from mergeopd.data.prompts import read_prompts
 from mergeopd.errors import DataError, Problem
 from mergeopd.messages import option_problem, shown
 from mergeopd.recipe.plan import SourcePlan
-from mergeopd.recipe.sources import PROMPT_SUFFIXES
 from mergeopd.reward.numbers import reference_number
 from mergeopd.scaffold.files import is_text
 
 PROMPT_FOLDER = "data"
+_SUFFIXES = (".jsonl", ".parquet")
 _HELD_OUT = frozenset(
     {"eval", "evaluation", "test", "val", "valid", "validation", "dev", "heldout", "holdout"}
 )
@@ -45,7 +45,7 @@ class PromptFile:
 
 
 def find_prompts() -> list[str]:
-    candidates = (file for file in Path(PROMPT_FOLDER).rglob("*") if file.suffix in PROMPT_SUFFIXES)
+    candidates = (file for file in Path(PROMPT_FOLDER).rglob("*") if file.suffix in _SUFFIXES)
     return sorted(shown(file) for file in candidates if file.is_file())
 
 
@@ -61,10 +61,10 @@ def sort_prompts(
     problems: list[Problem] = []
     for text in written:
         domain, file = _split(text)
-        path = existing_file(file, Path.cwd(), "prompt file", PROMPT_SUFFIXES)
+        path = existing_file(file, Path.cwd(), "prompt file", _SUFFIXES)
         if isinstance(path, Missing):
             problems.append(option_problem("--prompts", path.message, path.remedy))
-        elif path.suffix not in PROMPT_SUFFIXES or not is_text(str(path)):
+        elif path.suffix not in _SUFFIXES or not is_text(str(path)):
             message = (
                 f"'{file}' is neither .jsonl nor .parquet" if is_text(file) else "a path is not valid UTF-8"
             )

@@ -38,6 +38,7 @@ class RunFolder:
         self.plan_file = path / run_layout.PLAN
         self.metrics_file = path / run_layout.METRICS
         self.samples_file = path / run_layout.SAMPLES
+        self.teacher_text_file = path / run_layout.TEACHER_TEXT
         self.accuracy_file = path / run_layout.ACCURACY
         self.alarms_file = path / run_layout.ALARMS
         self.spill = path / run_layout.SPILL

@@ -16,6 +16,7 @@ FORMAT = 1
 PLAN = "plan.yaml"
 METRICS = "metrics.jsonl"
 SAMPLES = "rollouts/samples.jsonl"
+TEACHER_TEXT = "rollouts/teacher_text.jsonl"
 ACCURACY = "accuracy.jsonl"
 ALARMS = "alarms.jsonl"
 SPILL = "spill"

@@ -16,6 +16,7 @@ from mergeopd.reporting.result import Result, read_result
 from mergeopd.storage import run_layout
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.responses import EvaluatedResponse, read_responses
+from mergeopd.storage.teacher_text import GradedText, KeptShare, kept_shares
 
 _SHOWN_OF_PLAN = {"name", "student", "teachers", "phases"}
 # Keys of later versions of the same format are ignored.
@@ -23,6 +24,7 @@ _UPDATE = TypeAdapter(UpdateRecord)
 _SAMPLE = TypeAdapter(RolloutSampled)
 _ACCURACY = TypeAdapter(AccuracyMeasured)
 _ALARM = TypeAdapter(AlarmRaised)
+_GRADED = TypeAdapter(GradedText)
 _Record = TypeVar("_Record")
 
 
@@ -31,7 +33,8 @@ class RunData:
     """Contents of a run folder.
 
     `document` is plan.yaml, `responses` are the evaluated ones of merged student, base and experts, by model
-    key; `notes` list what is missing or damaged.
+    key; `notes` list what is missing or damaged; `text_kept` is what phases with `keep` have left of the
+    teachers' text.
     """
 
     folder: Path
@@ -44,6 +47,7 @@ class RunData:
     responses: Mapping[str, Sequence[EvaluatedResponse]]
     exported: bool
     notes: tuple[str, ...]
+    text_kept: tuple[KeptShare, ...] = ()
 
     @property
     def plan(self) -> Mapping[str, Any]:
@@ -94,8 +98,10 @@ def load_run(folder: Path) -> RunData:
             f"{run_layout.RESULT} is missing: the evaluation is running, or `mergeopd run` resumes with it"
         )
     responses = {} if result is None else _responses(folder / run_layout.EVALUATION, result, notes)
+    text_kept = kept_shares(_lines(folder, run_layout.TEACHER_TEXT, _GRADED, notes))
+    noted = tuple(notes)
     return RunData(
-        folder, document, updates, samples, accuracy, alarms, result, responses, exported, tuple(notes)
+        folder, document, updates, samples, accuracy, alarms, result, responses, exported, noted, text_kept
     )
 
 

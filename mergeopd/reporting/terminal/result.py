@@ -37,6 +37,11 @@ class ResultTable:
         yield from self._legend(ascii_only)
         if result.update is not None:
             yield Text(f"exported: the student after update {result.update}, the best during training")
+        for kept in result.text_kept:
+            yield Text(
+                f"phase {kept.phase} kept {kept.kept_fraction:.0%} of the {kept.num_responses} responses of "
+                f"{kept.teacher} in domain {kept.domain}"
+            )
         if len(result.models) > len(result.kinds):
             yield Text()
             yield self._matrix(ascii_only)

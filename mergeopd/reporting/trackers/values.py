@@ -32,6 +32,11 @@ def update_values(record: UpdateRecord) -> dict[str, float]:
         values |= {f"{kind}_{key}/{name}": value for name, own in parts.items() for key, value in own.items()}
     values |= {f"policy/{key}": value for key, value in record.policy.items()}
     values |= {f"verifier_failures/{source}": value for source, value in record.verifier_failures.items()}
+    values |= {
+        f"text_kept/{teacher}/{domain}": share
+        for teacher, own in record.text_kept.items()
+        for domain, share in own.items()
+    }
     values |= {f"seconds/{stage}": value for stage, value in record.cost.seconds.items()}
     values |= {f"cost/{key}": value for key, value in _numbers(record.cost)}
     return _known(values)

@@ -245,9 +245,9 @@ def test_empty_file(tmp_path: Path, content: str) -> None:
 def test_unreadable_files(tmp_path: Path) -> None:
     assert "there is no such file" in message_of(plan(tmp_path / "no.jsonl"))
     (tmp_path / "dir.jsonl").mkdir()
-    assert "is a folder" in message_of(plan(tmp_path / "dir.jsonl"))
-    (tmp_path / "p.csv").write_text("a")
-    assert "not a .jsonl or .parquet file" in message_of(plan(tmp_path / "p.csv"))
+    assert "contain any data files" in message_of(plan(tmp_path / "dir.jsonl"))
+    (tmp_path / "p.txt").write_text("a")
+    assert "not a .jsonl, .json, .csv or .parquet file" in message_of(plan(tmp_path / "p.txt"))
     (tmp_path / "p.parquet").write_text("no parquet")
     assert "not a readable parquet file" in message_of(plan(tmp_path / "p.parquet"))
 

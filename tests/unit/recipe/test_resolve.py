@@ -225,11 +225,15 @@ NLL = "nll on the student's own responses only reinforces them"
         ),
         ("prompts.0.teachers={math: 0}", "prompts[0].teachers", "every teacher has weight 0 here (math)"),
         ("teachers.chat.weight=0", "prompts[2].domain", "every teacher has weight 0 here (chat)"),
-        ("prompts.0.source=data", "prompts[0].source", "'data' is a folder"),
         (
-            "prompts.0.source=data/answer.schema.json",
+            "prompts.0.source=recipes/merge.yaml",
             "prompts[0].source",
-            "'data/answer.schema.json' is neither .jsonl nor .parquet",
+            "'recipes/merge.yaml' is not a .jsonl, .json, .csv or .parquet file",
+        ),
+        (
+            "prompts.0.split=train",
+            "prompts[0].split",
+            "'data/math.jsonl' is a file, and files have no `split`",
         ),
         (
             "prompts.0.source=data/code.jsonl",

@@ -46,6 +46,7 @@ UPDATE = UpdateDone(
     flops={"update": 3e12, "rollout": 1e12},
     policy=PolicyStats(0.125, 0.0, 0.9, 0.01, 0.5),
     verifier_failures={"code": 2},
+    text_kept={"sort": {"sort": 0.5}, "math": {"math": 0.25}},
     clip_factor=0.4,
 )
 
@@ -79,6 +80,7 @@ def test_a_line_holds_every_figure_once_and_costs_apart(tmp_path: Path) -> None:
         "cost": {"seconds": {"rollout": 1.0, "text": 30.0, "update": 2.0}, "tokens_per_s": 200.0,
                  "teacher_bytes_read": 4096, "peak_memory_bytes": 2**30, "num_generated": {"student": 640},
                  "flops": {"rollout": 1e12, "update": 3e12}},
+        "text_kept": {"math": {"math": 0.25}, "sort": {"sort": 0.5}},
     }  # fmt: skip
 
 
