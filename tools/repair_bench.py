@@ -2,8 +2,8 @@
 
     python tools/repair_bench.py EXPERTS OUT [--seeds 0 1 2] [--set KEY=VALUE ...]
 
-EXPERTS is a folder with `quickstart-SEED` folders of tools/make_tiny_experts.py, as tools/merge_bench.py makes them.
-The students after the first phases are those of runs whose later phases have a learning rate of 0.
+EXPERTS has folders `quickstart-SEED` of tools/make_tiny_experts.py (tools/merge_bench.py makes them). Students
+after the first phases are those of runs whose later phases have a learning rate of 0.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
         shutil.copytree(ROOT / "recipes", project / "recipes")
         experts = (options.experts / f"quickstart-{seed}").resolve()
         (project / "experts").symlink_to(experts)
-        rows = {}
+        rows: dict[str, tuple[float, float]] = {}
         for stage, phases in STAGES.items():
             off = [f"phases.{i}.{key}" for i in range(phases, 6) for key in ("updates=1", "lr_scale=0.0")]
             known, skill, base = student_of(project, seed, stage, *off, *options.settings)

@@ -186,6 +186,10 @@ class Loss(Strict):
                 "sampled_reverse_kl.future_only leaves out each token's own log-ratio: add `reverse_kl` with "
                 "the same weight, which covers it"
             )
+        if sampled is not None and sampled.future_only and self.reverse_kl is not None:
+            covering = self.reverse_kl.teachers
+            if sampled.teachers != covering:
+                raise ValueError("sampled_reverse_kl.future_only and reverse_kl need the same `teachers`")
         return self
 
     @model_validator(mode="after")

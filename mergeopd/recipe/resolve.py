@@ -151,13 +151,11 @@ class _Resolver:
                 unrouted += router.problems(source, ("prompts", index), needed=parts.needs_teacher(index))
         self.problems += unrouted
         self._resolve_sources(weights)
-        own = {name: ref.weight for name, ref in parts.teachers.items()}
-        self.phase_teachers = {
-            index: PhaseTeachers.of(
-                phase, {parts.source_names[i]: weights[i] for i in parts.sources_of(phase)}, own
-            )
-            for index, phase in parts.phases.items()
-        }
+        routed = {i: {name: w for name, w in own.items() if w} for i, own in weights.items()}
+        teacher_weights = {name: ref.weight for name, ref in parts.teachers.items()}
+        for index, phase in parts.phases.items():
+            sources = {parts.source_names[i]: routed[i] for i in parts.sources_of(phase)}
+            self.phase_teachers[index] = PhaseTeachers.of(phase, sources, teacher_weights)
         # These checks need all sources and all cards.
         self.routed = parts.all_prompts and all_cards and not unrouted and self.is_valid
         if self.routed:
