@@ -2,8 +2,8 @@
 
     python tools/repair_bench.py EXPERTS OUT [--seeds 0 1 2] [--set KEY=VALUE ...]
 
-EXPERTS has folders `quickstart-SEED` of tools/make_tiny_experts.py (tools/merge_bench.py makes them). Students
-after the first phases are those of runs whose later phases have a learning rate of 0.
+EXPERTS has folders `quickstart-SEED` of tools/make_tiny_experts.py (tools/merge_bench.py makes them).
+Students after the first phases are those of runs whose later phases have a learning rate of 0.
 """
 
 from __future__ import annotations

@@ -285,10 +285,12 @@ class _Check:
                 )
                 self.findings.report((*place, "text_field"), message, other)
         length = source.max_tokens or MAX_TOKENS
-        for name, renderer in self._renderers(names).items():
-            if length > renderer.max_positions:
-                message = f"sequences of {length} tokens exceed {name}'s context of {renderer.max_positions}"
-                self.findings.report((*place, "max_tokens"), message, "lower it")
+        contexts = {name: one.max_positions for name, one in self._renderers(names).items()}
+        shortest = min(contexts, key=contexts.__getitem__, default=None)
+        if shortest is not None and length > contexts[shortest]:
+            message = f"sequences of {length} tokens exceed the context of {shortest}"
+            remedy = f"set `max_tokens` to {contexts[shortest]} or less"
+            self.findings.report((*place, "max_tokens"), message, remedy)
 
     def _note_sampling(self, plan: Plan) -> None:
         """Note policy terms whose correction does not account for the sampling settings."""
