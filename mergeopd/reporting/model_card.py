@@ -192,7 +192,7 @@ def _is_on_policy(plan: Mapping[str, Any]) -> bool:
 
 
 def _phase(phase: Mapping[str, Any]) -> str:
-    """Describe a phase: updates, text, loss."""
+    """Describe a phase: updates, prompts, text, teachers, loss."""
     text, loss = phase["text"], phase["loss"]
     if isinstance(text, Mapping):
         fraction = text["on_policy_fraction"]
@@ -203,23 +203,34 @@ def _phase(phase: Mapping[str, Any]) -> str:
         origins = {
             "student": "responses of the student itself (on-policy)",
             "teacher": "responses of the teachers",
-            "dataset": "responses of the data set",
+            "dataset": "text of the data set",
         }
         origin = origins[text]
     terms = [_term(key, loss[key]) for key in TERMS if loss.get(key)]
+    sources, teachers = phase.get("prompts"), phase.get("teachers")
+    drawn = f" of {joined(list(sources), 'and')}" if sources else ""
+    taught = f"; teachers: {_names(teachers)}" if teachers else ""
     return (
-        f"`{phase['name']}`: {phase['updates']:,} updates, {phase['prompts_per_round']} prompts a round, on "
-        f"{origin}; loss: {joined([term for term in terms if term], 'and')}"
+        f"`{phase['name']}`: {phase['updates']:,} updates, {phase['prompts_per_round']} prompts{drawn} a "
+        f"round, on {origin}{taught}; loss: {joined([term for term in terms if term], 'and')}"
+    )
+
+
+def _names(teachers: Mapping[str, float]) -> str:
+    return joined(
+        [name if weight == 1 else f"{name} x {weight:g}" for name, weight in teachers.items()], "and"
     )
 
 
 def _term(key: str, value: Any) -> str:
-    weight = value.get("weight", value) if isinstance(value, Mapping) else value
+    weight, title = value.get("weight", value) if isinstance(value, Mapping) else value, TERMS[key].title
+    if isinstance(value, Mapping) and value.get("teachers"):
+        title += f" to {_names(value['teachers'])}"
     if isinstance(weight, Mapping):
-        return f"{TERMS[key].title} x {weight['start']:g} to {weight['end']:g}"
+        return f"{title} x {weight['start']:g} to {weight['end']:g}"
     if not weight:
         return ""
-    return TERMS[key].title if weight == 1 else f"{TERMS[key].title} x {weight:g}"
+    return title if weight == 1 else f"{title} x {weight:g}"
 
 
 def _decoding(suites: Sequence[Mapping[str, Any]]) -> list[str]:
