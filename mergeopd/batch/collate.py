@@ -33,8 +33,7 @@ def micro_batch(
     """Collate one pack, with weights in the dtype and on the device of `like`.
 
     `targets` has the targets of the pack's teachers; empty where none is needed. `terms` are the divergences
-    of the objective, in order. Responses that the student
-    generated have no likelihood term.
+    of the objective, in order. Responses that the student generated have no likelihood term.
     """
     members = [prepared.rollouts[i] for i in pack.rollouts]
     own: dict[str, Target] = {}

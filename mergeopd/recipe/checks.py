@@ -149,8 +149,11 @@ def experts(
         if not best:
             trained = {of.domain for of in parts.prompts.values()}
             remedy = "name the `expert` to compare with, or set `expert: none` to see what the student keeps"
-            remedy = did_you_mean(source.domain, trained, remedy)
             message = f"no training prompts of domain '{source.domain}', so no teacher to compare with"
+            if source.domain in trained:
+                message = f"the prompts of domain '{source.domain}' have no teacher to compare with"
+            else:
+                remedy = did_you_mean(source.domain, trained, remedy)
             problems.append(origins.problem(where, message, remedy))
             continue
         if len(best) > 1:

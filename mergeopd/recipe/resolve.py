@@ -150,8 +150,8 @@ class _Resolver:
             for index, source in parts.prompts.items():
                 unrouted += router.problems(source, ("prompts", index), needed=parts.needs_teacher(index))
         self.problems += unrouted
-        self._resolve_sources(weights)
         routed = {i: {name: w for name, w in own.items() if w} for i, own in weights.items()}
+        self._resolve_sources(routed)
         teacher_weights = {name: ref.weight for name, ref in parts.teachers.items()}
         for index, phase in parts.phases.items():
             sources = {parts.source_names[i]: routed[i] for i in parts.sources_of(phase)}
@@ -214,12 +214,11 @@ class _Resolver:
             message, remedy = f"'{written}' is a file", "name a folder for the run"
         self.problems.append(self.origins.problem(("output",), message, remedy))
 
-    def _resolve_sources(self, weights: Mapping[int, Mapping[str, float]]) -> None:
+    def _resolve_sources(self, routed: Mapping[int, Mapping[str, float]]) -> None:
         own_names = self.parts.source_names
         resolver = SourceResolver(self.origins, self.parts.allow_code, set(own_names.values()))
         for index, source in self.parts.prompts.items():
-            teachers = {name: weight for name, weight in weights[index].items() if weight}
-            if plan := resolver.resolve(source, ("prompts", index), teachers, own_names[index]):
+            if plan := resolver.resolve(source, ("prompts", index), routed[index], own_names[index]):
                 self.sources[index] = plan
         for index, measured in self.parts.eval_sources.items():
             if plan := resolver.resolve(measured, ("evaluation", "prompts", index), {}):
