@@ -98,6 +98,36 @@ class Prompt:
         return self.term_teachers.get(term, self.teachers).get(teacher, 0.0)
 
 
+def token_ids(ids: Sequence[int] | NDArray[np.integer]) -> TokenIds:
+    """Convert token ids to a read-only int32 array; an array of that type is not copied."""
+    import numpy as np
+
+    return _read_only(np.asarray(ids, np.int32))
+
+
+def token_flags(flags: Sequence[bool] | Flags) -> Flags:
+    """Convert flags to a read-only array; an array is not copied."""
+    import numpy as np
+
+    return _read_only(np.asarray(flags, np.bool_))
+
+
+def token_logprobs(logprobs: Sequence[float] | LogProbs) -> LogProbs:
+    """Convert numbers to a read-only array, in the precision given (float64 for Python's floats)."""
+    import numpy as np
+
+    array = np.asarray(logprobs)
+    return _read_only(array if array.dtype == np.float32 else array.astype(np.float64, copy=False))
+
+
+def _read_only(array: NDArray[Any]) -> NDArray[Any]:
+    if not array.flags.writeable:
+        return array
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
 class ArrayRecord:
     """A frozen dataclass (`eq=False`) with arrays among its fields: equal where all fields are equal."""
 
@@ -128,36 +158,6 @@ class Document(ArrayRecord):
 
     context_ids: TokenIds
     ids: TokenIds
-
-
-def token_ids(ids: Sequence[int] | NDArray[np.integer]) -> TokenIds:
-    """Convert token ids to a read-only int32 array; an array of that type is not copied."""
-    import numpy as np
-
-    return _read_only(np.asarray(ids, np.int32))
-
-
-def token_flags(flags: Sequence[bool] | Flags) -> Flags:
-    """Convert flags to a read-only array; an array is not copied."""
-    import numpy as np
-
-    return _read_only(np.asarray(flags, np.bool_))
-
-
-def token_logprobs(logprobs: Sequence[float] | LogProbs) -> LogProbs:
-    """Convert numbers to a read-only array, in the precision given (float64 for Python's floats)."""
-    import numpy as np
-
-    array = np.asarray(logprobs)
-    return _read_only(array if array.dtype == np.float32 else array.astype(np.float64, copy=False))
-
-
-def _read_only(array: NDArray[Any]) -> NDArray[Any]:
-    if not array.flags.writeable:
-        return array
-    view = array.view()
-    view.flags.writeable = False
-    return view
 
 
 @dataclass(frozen=True, slots=True, eq=False)
