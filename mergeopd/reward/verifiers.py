@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from decimal import Decimal
@@ -25,6 +24,7 @@ from mergeopd.recipe.verifiers import (
     pattern_problem,
 )
 from mergeopd.reward.numbers import final_number, last_boxed, reference_number
+from mergeopd.strict_json import finite, is_equal, parse_json
 
 
 class Verify(Protocol):
@@ -53,7 +53,7 @@ def reference_problem(spec: Verifier, reference: str) -> str | None:
         return f"the reference {_short(reference)} is not one number"
     if isinstance(spec, JsonVerifier) and spec.schema_file is None:
         try:
-            _parse_json(reference)
+            parse_json(reference)
         except (ValueError, RecursionError) as error:
             return f"the reference {_short(reference)} is not JSON: {error}"
     return None
@@ -123,11 +123,11 @@ def _build_json(spec: JsonVerifier, allow_code: Collection[str]) -> Verify:
     def verify(response: str, reference: str | None, /, *, truncated: bool = False) -> float:
         text = _required("json", reference)
         try:
-            expected = _parse_json(text)
+            expected = parse_json(text)
         except (ValueError, RecursionError):
             raise VerifierError(f"verifier 'json': {reference_problem(spec, text)}") from None
         try:
-            return float(_equal(_answer_json(response), expected))
+            return float(is_equal(_answer_json(response), expected))
         except (ValueError, RecursionError):
             return 0.0
 
@@ -162,7 +162,7 @@ def _build_json_schema(path: Path) -> Verify:
 
     def verify(response: str, reference: str | None, /, *, truncated: bool = False) -> float:
         try:
-            return float(validator.is_valid(_answer_json(response, _finite)))
+            return float(validator.is_valid(_answer_json(response, finite)))
         except referencing.exceptions.Unresolvable as error:
             raise VerifierError(
                 f"{path}: $ref {error.ref!r} is not in the file; copy it into $defs"
@@ -189,51 +189,14 @@ def _patterns(schema: object) -> Iterator[str]:
 def _answer_json(response: str, parse_float: Callable[[str], Any] = Decimal) -> Any:
     """Parse the whole response, or else its last fenced block (```json or bare), or raise ValueError."""
     try:
-        return _parse_json(response, parse_float)
+        return parse_json(response, parse_float)
     except ValueError:
         fences = list(_FENCE.finditer(response))
         # Fences come in pairs; an odd one at the end was truncated by the length limit.
         for opening, closing in reversed(list(zip(fences[::2], fences[1::2], strict=False))):
             if opening["language"].strip().lower() in ("", "json"):
-                return _parse_json(response[opening.end() : closing.start()], parse_float)
+                return parse_json(response[opening.end() : closing.start()], parse_float)
         raise
-
-
-def _parse_json(text: str, parse_float: Callable[[str], Any] = Decimal) -> Any:
-    """Parse with exact numbers by default; raise ValueError for NaN, Infinity or a duplicate key."""
-    return json.loads(
-        text, parse_float=parse_float, parse_constant=_refuse_constant, object_pairs_hook=_unique_object
-    )
-
-
-def _finite(text: str) -> float:
-    """Parse to the floats that JSON Schema validators expect."""
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"{text} is out of range")
-    return value
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return value
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Compare as JSON: 1 equals 1.0 but not true, unlike in Python."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(value, b[key]) for key, value in a.items())
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, bool) or isinstance(b, bool):
-        return a is b
-    return bool(a == b)
 
 
 # ------------------------------------------------------------------------------------------------- math
