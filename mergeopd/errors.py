@@ -95,6 +95,10 @@ class VerifierError(MergeopdError, ValueError):
     """A verifier is misconfigured, or a user's reward function failed."""
 
 
+class SandboxError(MergeopdError, RuntimeError):
+    """Generated programs cannot be isolated on this machine, or the sandbox itself failed."""
+
+
 class TeacherError(MergeopdError, RuntimeError):
     """A teacher cannot be used: NaN or a wrong shape in its output, weights that do not match its card."""
 
