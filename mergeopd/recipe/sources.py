@@ -19,7 +19,7 @@ from mergeopd.recipe.checks import missing_package
 from mergeopd.recipe.models import TeacherRef
 from mergeopd.recipe.plan import SourcePlan
 from mergeopd.recipe.schema import PromptSource, TrainSource
-from mergeopd.recipe.verifiers import JsonVerifier, UserVerifier, Verifier
+from mergeopd.recipe.verifiers import CombinedVerifier, JsonVerifier, UserVerifier, Verifier
 
 PROMPT_SUFFIXES = (".jsonl", ".parquet")
 _LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json"}  # of `datasets`; also before .gz
@@ -93,6 +93,12 @@ class SourceResolver:
         return None
 
     def _verifier(self, verifier: Verifier | None, path: Keys) -> Verifier | None:
+        if isinstance(verifier, CombinedVerifier):
+            for index, each in enumerate(verifier.of):
+                part = self._verifier(each.verifier, (*path, "of", index, "verifier"))
+                of = (*verifier.of[:index], each.model_copy(update={"verifier": part}))
+                verifier = verifier.model_copy(update={"of": (*of, *verifier.of[index + 1 :])})
+            return verifier
         allowed = self.allow_code
         if isinstance(verifier, UserVerifier) and allowed is not None and verifier.function not in allowed:
             remedy = did_you_mean(verifier.function, allowed, f"add `allow_code: [{verifier.function}]`")

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from mergeopd.recipe.verifiers import IsolatedVerifier, Verifier
+from mergeopd.recipe.verifiers import (
+    HumanEvalVerifier,
+    IsolatedVerifier,
+    PythonTestsVerifier,
+    Verifier,
+    single_verifiers,
+)
 from mergeopd.reward.pool import Grade, WorkerPool
 from mergeopd.reward.verifiers import build_verifier
 
@@ -18,6 +24,18 @@ class Submission:
     response: str
     reference: str | None
     truncated: bool = False
+
+
+_SANDBOX_GRACE_S = 10.0
+
+
+def _time_limit(spec: Verifier) -> float:
+    """Return after how many seconds a worker is ended. The sandbox ends programs at their own limit."""
+    limits = 0.0
+    for one in single_verifiers(spec).values():
+        limits += getattr(one, "timeout_s", 1.0)
+        limits += _SANDBOX_GRACE_S * isinstance(one, PythonTestsVerifier | HumanEvalVerifier)
+    return limits
 
 
 class Verifiers:
@@ -35,7 +53,7 @@ class Verifiers:
         self._local = {
             name: build_verifier(spec, ()) for name, spec in verifiers.items() if name not in isolated
         }
-        self._timeouts = {name: spec.timeout_s for name, spec in isolated.items()}
+        self._timeouts = {name: _time_limit(spec) for name, spec in isolated.items()}
         setup = {
             "verifiers": {name: spec.model_dump() for name, spec in isolated.items()},
             "allow_code": sorted(allow_code),
