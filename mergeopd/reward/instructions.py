@@ -117,7 +117,8 @@ def _number_sentences(text: str, num_sentences: int, relation: str) -> bool:
 def _count_sentences(text: str) -> int:
     count, start = 0, 0
     for match in _SENTENCE_END.finditer(text):
-        ends = "\n" in match[0] or not _ABBREVIATIONS.search(text[start : match.start() + 1])
+        last_word = text[max(start, match.start() - 8) : match.start() + 1]
+        ends = "\n" in match[0] or not _ABBREVIATIONS.search(last_word)
         if ends:
             count += bool(_WORD.search(text, start, match.start()))
             start = match.end()
