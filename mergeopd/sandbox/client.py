@@ -138,10 +138,15 @@ class Sandbox:
         """Start a server; return why it cannot isolate."""
         self._control, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.settimeout(_START_TIMEOUT_S)
-        self._scratch = tempfile.TemporaryDirectory(prefix="mergeopd-sandbox-", ignore_cleanup_errors=True)
+        scratch = ""
+        if mechanism == "landlock":  # namespaces have their own file system
+            self._scratch = tempfile.TemporaryDirectory(
+                prefix="mergeopd-sandbox-", ignore_cleanup_errors=True
+            )
+            scratch = self._scratch.name
         library_path = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
         entry = f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from mergeopd.sandbox.server import main"
-        arguments = f"{other.fileno()}, {mechanism!r}, {self._scratch.name!r}"
+        arguments = f"{other.fileno()}, {mechanism!r}, {scratch!r}"
         with other:
             self._process = subprocess.Popen(
                 [sys.executable, "-S", "-s", "-P", "-B", "-c", f"{entry}; main({arguments})"],
@@ -150,6 +155,7 @@ class Sandbox:
                 stderr=subprocess.DEVNULL,
                 pass_fds=[other.fileno()],
                 cwd="/",
+                start_new_session=True,  # it cleans up after a worker that is killed
                 env={"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "LANG": "C.UTF-8", **library_path},
             )
         reply = self._reply()

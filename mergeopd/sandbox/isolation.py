@@ -62,6 +62,18 @@ class Isolation:
         self._libc, self._base_bytes, self._ruleset = libc, base_bytes, ruleset
         self.scratch = scratch
 
+    def is_full(self) -> bool:
+        """Whether the scratch folder exceeds its limits, which with namespaces its file system enforces."""
+        if self._ruleset is None:
+            return False
+        num_files = num_bytes = 0
+        for folder, _, names in os.walk(self.scratch):
+            num_files += 1 + len(names)
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    num_bytes += os.lstat(os.path.join(folder, name)).st_blocks * 512
+        return num_bytes > _SCRATCH_BYTES or num_files > _SCRATCH_FILES
+
     def restrict(self, memory_mb: int, file_mb: int, cpu_s: int) -> None:
         """Limit this process for good; the last step before it runs a program."""
         limits = {

@@ -38,6 +38,7 @@ _ROLES: Mapping[str, Callable[[Mapping[str, int]], int]] = {
     "tests": run_tests,
 }
 _MAX_REQUEST, _MAX_DESCRIPTORS = 1 << 16, 16
+_POLL_S = 0.1
 
 
 def main(descriptor: int, mechanism: Any, scratch: str) -> None:
@@ -56,10 +57,12 @@ def main(descriptor: int, mechanism: Any, scratch: str) -> None:
     while True:
         data, descriptors, _, _ = socket.recv_fds(control, _MAX_REQUEST, _MAX_DESCRIPTORS)
         if not data:
-            return
-        result = _run(json.loads(data), descriptors, isolation)
+            break
+        result = _run(json.loads(data), descriptors, isolation, control)
         _empty(isolation.scratch)
-        control.send(json.dumps(result).encode())
+        with contextlib.suppress(BrokenPipeError):
+            control.send(json.dumps(result).encode())
+    shutil.rmtree(isolation.scratch, ignore_errors=True)
 
 
 def _prepare() -> None:
@@ -78,8 +81,14 @@ def _prepare() -> None:
     os.environ.clear()
 
 
-def _run(request: dict[str, Any], descriptors: list[int], isolation: Isolation) -> dict[str, Any]:
-    """Run the processes of a request; all end when the last of `roles` does, or at the time limit."""
+def _run(
+    request: dict[str, Any], descriptors: list[int], isolation: Isolation, control: socket.socket
+) -> dict[str, Any]:
+    """Run the processes of a request.
+
+    All end when the last of `roles` does, at the time limit, when the scratch folder is full, or when nobody
+    waits for the result.
+    """
     given = iter(descriptors)
     ends = [end.detach() for end in socket.socketpair()]
     pids: dict[int, str] = {}
@@ -97,15 +106,24 @@ def _run(request: dict[str, Any], descriptors: list[int], isolation: Isolation) 
     deadline = time.monotonic() + request["timeout_s"]
     codes: dict[str, int] = {}
     while last not in codes and (left := deadline - time.monotonic()) > 0:
-        signal.sigtimedwait({signal.SIGCHLD}, left)
+        signal.sigtimedwait({signal.SIGCHLD}, min(left, _POLL_S))
         for pid in list(pids):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 codes[pids.pop(pid)] = os.waitstatus_to_exitcode(status)
+        if isolation.is_full() or _is_closed(control):
+            break
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     return {"code": codes.get(last)}
+
+
+def _is_closed(control: socket.socket) -> bool:
+    try:
+        return not control.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
 
 
 def _become(role: str, own: dict[str, int], request: dict[str, Any], isolation: Isolation) -> None:

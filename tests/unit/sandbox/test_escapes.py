@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -129,6 +131,14 @@ def test_attempts_are_contained(sandbox: Sandbox, name: str, secret_file: Path) 
     assert after == ScriptOutcome(0, "[] next\n", "")
 
 
+def test_many_files_do_not_fill_the_disk(sandbox: Sandbox) -> None:
+    """The sum of the files is limited too, long before the time limit."""
+    program = "for n in range(10**6):\n  with open(str(n), 'wb') as file: file.write(b'x' * (1 << 20))"
+    start = time.monotonic()
+    assert sandbox.run(program, "", Limits(timeout_s=300)).exit_code != 0
+    assert time.monotonic() - start < 250
+
+
 def test_the_server_ends_with_its_owner(sandbox: Sandbox) -> None:
     """The processes of a closed sandbox are gone, also the one that runs a program."""
     with Sandbox() as other:
@@ -152,6 +162,28 @@ def _is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_nothing_stays_of_an_owner_that_is_killed(sandbox: Sandbox, tmp_path: Path) -> None:
+    """The server ends its program and removes the scratch folder."""
+    script = (
+        "import sys\nfrom mergeopd.sandbox.client import Limits, Sandbox\nbox = Sandbox()\n"
+        f"box.start([{sandbox.mechanism!r}])\nprint(box._process.pid, flush=True)\n"
+        "box.run('open(\"file\", \"w\")\\nwhile True: pass', '', Limits(timeout_s=60))"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment) as owner:
+        assert owner.stdout is not None
+        pid = int(owner.stdout.readline())
+        while not _children(_children(pid)[0] if sandbox.mechanism == "namespaces" else pid):
+            assert owner.poll() is None
+        family = [pid, *_descendants(pid)]
+        owner.kill()
+    deadline = time.monotonic() + 60
+    while any(map(_is_running, family)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not [one for one in family if _is_running(one)]
+    assert not list(tmp_path.iterdir())
 
 
 def _run_until_closed(box: Sandbox) -> None:
