@@ -21,7 +21,7 @@ import unittest
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from mergeopd.sandbox.remote import PROGRAM_OPERATIONS, TEST_OPERATIONS, Peer, Proxy
+from mergeopd.sandbox.remote import PROGRAM_OPERATIONS, TEST_OPERATIONS, Peer
 
 _MAX_REASON = 300
 # Their classes and functions are the tests' own where tests use them through an import of the program.
@@ -117,7 +117,7 @@ def run_tests(descriptors: Mapping[str, int]) -> int:
     failed = peer.receive()["failed"]
     if failed is not None:
         finish(False, f"the program raised {failed}")
-    module = _module("tests")
+    module = _module("__main__")
     try:
         exec(compile(tests["setup"], "setup.py", "exec"), module.__dict__)
         for name in tests["program_names"]:
@@ -129,7 +129,7 @@ def run_tests(descriptors: Mapping[str, int]) -> int:
         exec(compile(tree, "tests.py", "exec"), module.__dict__)
         _run_collected(module, _called(tree))
     except SystemExit as end:
-        finish(not end.code, "the tests exited")
+        finish(not end.code, f"the tests exited with {end.code!r}" if end.code else "")
     except BaseException as error:  # noqa: BLE001
         finish(False, _described(error))
     finish(True)
@@ -152,7 +152,7 @@ def _names(peer: _TestPeer, tree: ast.AST, defined: set[str]) -> dict[str, Any]:
     values: dict[str, Any] = {name: importlib.import_module(name) for name in modules}
     values |= _ask_program(peer, used - defined - modules)
     imports = any(isinstance(node, ast.ImportFrom) and node.module == "solution" for node in nodes)
-    if not imports and not any(isinstance(value, Proxy | type) for value in values.values()):
+    if not imports and all(isinstance(value, types.ModuleType) for value in values.values()):
         values |= _ask_program(peer, _called(tree) & vars(builtins).keys())
     return values
 

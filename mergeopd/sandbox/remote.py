@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 _MAX_MESSAGE = 64 << 20
 _MAX_INT = 1 << 53
+_STOPS = (StopIteration, StopAsyncIteration)
 _DATES: Mapping[str, tuple[type, tuple[str, ...]]] = {
     "datetime": (
         datetime.datetime,
@@ -68,7 +69,7 @@ class Peer:
             for index, value in reply.get("changed", {}).items():
                 _replace(args[int(index)], self.decode(value))
             if "error" in reply:
-                self._raise(reply["error"])
+                self._raise(reply["error"], stops=name == "next")
             return self.decode(reply["value"])
 
     def answer(self, request: dict[str, Any]) -> None:
@@ -121,12 +122,15 @@ class Peer:
             parts += part
         return bytes(parts)
 
-    def _raise(self, error: list[Any]) -> NoReturn:
-        """Raise the nearest exception that both sides have."""
+    def _raise(self, error: list[Any], *, stops: bool) -> NoReturn:
+        """Raise the nearest exception that both sides have.
+
+        Only `next` may raise StopIteration: in `all(map(f, cases))`, that of a function would end the test.
+        """
         names, text = error
         for name in names:
             kind = self.exceptions.get(name) or getattr(builtins, name, None)
-            if isinstance(kind, type) and issubclass(kind, Exception):
+            if isinstance(kind, type) and issubclass(kind, Exception) and (stops or kind not in _STOPS):
                 try:
                     raised = kind(text)
                 except TypeError:  # such as UnicodeDecodeError, which has five arguments

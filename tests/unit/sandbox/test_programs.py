@@ -98,6 +98,25 @@ def test_tests_keep_the_modules_that_they_use(sandbox: Sandbox, forgery: str) ->
     assert not sandbox.test(program, UnitTests("assert math.isclose(square(3), 9)"), LIMITS).passed
 
 
+@pytest.mark.parametrize(
+    ("program", "tests"),
+    [
+        ("def even(x): raise StopIteration", "assert all(map(even, [2, 4]))"),
+        ("N = 3\ndef abs(x): return 0", "assert abs(N - 7) < 1"),
+        ("def f(x): return 0\ndef abs(x): return 0", "from solution import f\nassert abs(f(1) - 5) < 1"),
+        ("def f(): return 2", "import unittest\nclass T(unittest.TestCase):\n  def test(self): self.assertEqual(f(), 1)\nunittest.main()"),
+        ("def f(): return 2", "import unittest\nclass T(unittest.TestCase):\n  def test(self): self.assertEqual(f(), 1)\nif __name__ == '__main__': unittest.main()"),
+        ("class A:\n  def __lt__(self, o): return True\n  __gt__ = __lt__\ndef f(): return A()", "assert f() < 3 or f() > 3"),
+        ("class A(dict):\n  def __eq__(self, o): return True\ndef f(): return A()", "assert f() == {1: 2}"),
+        ("class A(list):\n  def __contains__(self, o): return True\ndef f(): return A()", "assert 3 in f()"),
+        ("class A:\n  def __contains__(self, o): return True\n  def __iter__(self): return iter([1])\ndef f(): return A()", "assert 3 in f()"),
+        ("class A(float):\n  def __abs__(self): return 0.0\n  def __rsub__(self, o): return self\ndef f(): return A(1)", "assert abs(3 - f()) < 0.1"),
+    ],
+)  # fmt: skip
+def test_what_a_program_returns_decides_no_comparison(sandbox: Sandbox, program: str, tests: str) -> None:
+    assert not sandbox.test(program, UnitTests(tests), LIMITS).passed
+
+
 HONEST_PROGRAMS = {
     "changes its argument": ("def f(x): x.sort()", "a = [2, 1]\nf(a)\nassert a == [1, 2]"),
     "calls the test's function": ("def f(g, x): return g(g(x))", "assert f(lambda x: x + 1, 3) == 5"),
@@ -128,6 +147,11 @@ HONEST_PROGRAMS = {
     "a test case": (
         "def f(): return 1",
         "import unittest\nclass T(unittest.TestCase):\n  def test_f(self): self.assertEqual(f(), 1)",
+    ),
+    "a test program that runs itself": (
+        "def f(): return 1",
+        "import unittest\nclass T(unittest.TestCase):\n  def test_f(self): self.assertEqual(f(), 1)\n"
+        "if __name__ == '__main__': unittest.main()",
     ),
     "imported by the tests": ("def f(): return 1", "from solution import f\nassert f() == 1"),
     "threads": (
