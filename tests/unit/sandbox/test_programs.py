@@ -203,6 +203,22 @@ def test_setup_runs_beside_the_tests_and_not_the_program(sandbox: Sandbox) -> No
     assert "'zero' is not defined" in sandbox.test("", tests, LIMITS).reason
 
 
+def test_the_next_mechanism_is_used_where_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container, in which user namespaces are not permitted."""
+    launch = Sandbox._launch
+    monkeypatch.setattr(
+        Sandbox, "_launch", lambda self, name: "no" if name == "namespaces" else launch(self, name)
+    )
+    box = Sandbox()
+    try:
+        box.start()
+    except SandboxError as error:
+        pytest.skip(str(error))
+    with box:
+        assert box.mechanism == "landlock"
+        assert box.test(HONEST, SQUARE, LIMITS).passed
+
+
 def test_scripts(sandbox: Sandbox) -> None:
     program = "import sys\nname = input()\nprint('hello', name)\nsys.exit(len(sys.stdin.read()))"
     outcome = sandbox.run(program, "Ada\nxyz", LIMITS)
