@@ -88,14 +88,19 @@ class Sandbox:
         if self._control is not None:
             return
         reasons = []
-        for mechanism in mechanisms:
-            reason = self._launch(mechanism)
+        for mechanism in mechanisms if sys.platform == "linux" else ():
+            try:
+                reason = self._launch(mechanism)
+            except (SandboxError, OSError) as error:
+                reason = str(error)
             if reason is None:
                 self.mechanism = mechanism
                 return
             self.close()
             reasons.append(f"{mechanism}: {reason}")
-        raise SandboxError(f"programs cannot be isolated here ({'; '.join(reasons)}); {_REMEDY}")
+        raise SandboxError(
+            f"programs cannot be isolated here ({'; '.join(reasons) or sys.platform}); {_REMEDY}"
+        )
 
     def test(self, program: str, tests: UnitTests, limits: Limits) -> Outcome:
         """Run tests of a program. Raises SandboxError if the sandbox itself fails."""
