@@ -16,7 +16,8 @@ from mergeopd.recipe.verifiers import Verifier
 from mergeopd.reward.grading import Submission, Verifiers
 from mergeopd.reward.instructions import CHECKS
 from mergeopd.reward.protocol import Verify
-from mergeopd.reward.verifiers import build_verifier, reference_problem
+from mergeopd.reward.verifiers import BUILDERS, build_verifier, reference_problem
+from mergeopd.sandbox.client import sandbox_problem
 
 
 def spec(kind: str, **fields: Any) -> Verifier:
@@ -340,3 +341,37 @@ def test_a_row_without_a_field_that_the_verifier_needs(tmp_path: Path, parquet: 
     row = {"test": "def check(f): pass", "entry_point": "f"}
     with pytest.raises(DataError, match=r"field 'tests' is missing; did you mean 'test'\?"):
         prompts(tmp_path, verifier, row, parquet=parquet)
+
+
+# ------------------------------------------------------------------------------------------ every kind
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "regex": {"pattern": "(?P<answer>.*)"},
+    "choice": {"options_field": "o"},
+    "tool_call": {"tools_field": "t"},
+    "python_tests": {"setup_field": "s"},
+    "user": {"function": "json:dumps"},
+    "combined": {"of": [{"verifier": "exact"}, {"verifier": "number"}]},
+}
+REFERENCES = (None, "", "{", "[]", "[1]", "null", '{"a": 1}', '{"answer": [], "options": {}}', "\ud800")
+
+
+def test_no_reference_and_no_response_ends_the_run() -> None:
+    """They cost at most the reward of their response, for every kind of verifier."""
+    kinds = set(BUILDERS) - (set() if sandbox_problem() is None else {"python_tests", "humaneval"})
+    specs = {kind: spec(kind, **SETTINGS.get(kind, {})) for kind in sorted(kinds)}
+    submissions = [
+        Submission(kind, response, reference)
+        for kind in specs
+        for reference in REFERENCES
+        for response in ("", '{"name": "f", "arguments": {}}', "[" * 5000)
+    ]
+    with Verifiers(specs, ["json:dumps"], 1) as verifiers:
+        grades = verifiers.verify(submissions, lambda _: None)
+    for submission, grade in zip(submissions, grades, strict=True):
+        assert (grade.reward is None) == bool(grade.failure), submission
+        assert grade.reward is None or 0.0 <= grade.reward <= 1.0
+    failed = {
+        submission.source for submission, grade in zip(submissions, grades, strict=True) if grade.failure
+    }
+    assert failed >= kinds - {"math"}
