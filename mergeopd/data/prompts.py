@@ -165,11 +165,12 @@ def _reference_fields(verifier: Verifier | None, default: str, key: str = "verif
     if verifier is None or not needs_reference(verifier):
         return {}
     if isinstance(verifier, CombinedVerifier):
-        parts = (
-            _reference_fields(each.verifier, each.reference_field or default, f"{key}.of.{i}.verifier")
-            for i, each in enumerate(verifier.of)
-        )
-        return {field: where for part in parts for field, where in part.items()}
+        fields: dict[str, str] = {}
+        for i, each in enumerate(verifier.of):
+            fields |= {each.reference_field: f"{key}.of.{i}.reference_field"} if each.reference_field else {}
+            own = _reference_fields(each.verifier, each.reference_field or default, f"{key}.of.{i}.verifier")
+            fields = own | fields
+        return fields
     columns = columns_of(verifier) or {"": None}
     return {
         field or default: "reference_field" if field is None else f"{key}.{name}_field"

@@ -135,7 +135,7 @@ def _become(role: str, own: dict[str, int], request: dict[str, Any], isolation: 
         null = os.open("/dev/null", os.O_RDWR)
         for number, name in enumerate(("stdin", "stdout", "stderr")):
             os.dup2(own.pop(name, null), number)
-        moved = {name: os.dup2(descriptor, 900 + i) for i, (name, descriptor) in enumerate(own.items())}
+        moved = {name: os.dup2(descriptor, 200 + i) for i, (name, descriptor) in enumerate(own.items())}
         os.environ["TMPDIR"] = tempfile.tempdir = str(isolation.scratch)
         random.seed(0)
         isolation.restrict(request["memory_mb"], request["file_mb"], request["cpu_s"])

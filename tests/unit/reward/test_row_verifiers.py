@@ -303,7 +303,7 @@ def test_a_combination_is_the_weighted_mean(tmp_path: Path) -> None:
             {"verifier": "exact", "weight": 4.0, "reference_field": "text"},
         ],
     )
-    (reference,) = prompts(tmp_path, verifier, {"answer": 5, "text": "Answer 5"})
+    (reference,) = prompts(tmp_path, verifier, {"answer": 5, "text": "Answer 5"}, parquet=True)
     verify = build_verifier(verifier, ())
     assert [verify(text, reference) for text in ("Answer 5", "Answer: 5", "5", "Answer")] == [
         1.0,
@@ -311,6 +311,8 @@ def test_a_combination_is_the_weighted_mean(tmp_path: Path) -> None:
         0.375,
         0.125,
     ]
+    with pytest.raises(DataError, match=r"`verifier.of.2.reference_field`"):
+        prompts(tmp_path, verifier, {"answer": 5, "words": "Answer 5"}, parquet=True)
     (bad,) = prompts(tmp_path, verifier, {"answer": "five", "text": "t"})
     assert bad is not None
     assert reference_problem(verifier, bad) == "verifier 'number': the reference 'five' is not one number"
