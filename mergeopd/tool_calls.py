@@ -1,8 +1,10 @@
 """Parse the tool calls in the text of an assistant's message.
 
-Formats: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` (Hermes, Qwen), `{"name": ...,
-"parameters": {...}}`, also after `<|python_tag|>` and several separated by `;` (Llama 3), `[TOOL_CALLS][...]`
-and `[TOOL_CALLS]name[ARGS]{...}` (Mistral), and a message that is one JSON object or list of calls.
+Formats: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` (Hermes, Qwen), the same tags around
+`<function=NAME><parameter=KEY>VALUE</parameter></function>` (Qwen3-Coder; a value that is no JSON is text),
+`{"name": ..., "parameters": {...}}`, also after `<|python_tag|>` and several separated by `;` (Llama 3),
+`[TOOL_CALLS][...]` and `[TOOL_CALLS]name[ARGS]{...}` (Mistral), and a message that is one JSON object or list
+of calls.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import Any
 from mergeopd.strict_json import decoder, parse_json
 
 _TAGGED = re.compile(r"<tool_call>(?P<body>.*?)(?:</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
+_FUNCTION = re.compile(r"\s*<function=(?P<name>[^>\s]+)>(?P<body>.*?)(?:</function>\s*|\Z)", re.DOTALL)
+_PARAMETER = re.compile(r"<parameter=(?P<key>[^>\s]+)>\n?(?P<value>.*?)\n?</parameter>", re.DOTALL)
 _MISTRAL, _LLAMA = "[TOOL_CALLS]", "<|python_tag|>"
 _NAMED = re.compile(r"\s*(?P<name>[\w.-]+)(?:\[CALL_ID\](?P<id>\w+))?\[ARGS\]")
 _SEPARATOR = re.compile(r"[\s;,]*")
@@ -71,7 +75,26 @@ def _tagged(message: str) -> ParsedTurn | None:
     bodies = [match["body"] for match in _TAGGED.finditer(message)]
     if not bodies:
         return None
-    return _turn(_TAGGED.sub("", message).strip(), bodies, lambda body: [_call(_parsed(body))])
+    return _turn(_TAGGED.sub("", message).strip(), bodies, lambda body: [_tagged_call(body)])
+
+
+def _tagged_call(body: str) -> ToolCall:
+    function = _FUNCTION.fullmatch(body)
+    if function is None:
+        return _call(_parsed(body))
+    if _PARAMETER.sub("", function["body"]).strip():
+        raise _CallError(f"of {function['name']!r} has text between its parameters")
+    pairs = [(match["key"], match["value"]) for match in _PARAMETER.finditer(function["body"])]
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise _CallError(f"of {function['name']!r} has a parameter twice")
+    return ToolCall(function["name"], {key: _json_or_text(value) for key, value in pairs})
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return _DECODER.decode(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def _mistral(message: str) -> ParsedTurn | None:
@@ -82,7 +105,10 @@ def _mistral(message: str) -> ParsedTurn | None:
 def _mistral_calls(body: str) -> list[ToolCall]:
     named = _NAMED.match(body)
     if named is None:
-        return [_call(value) for value in _values(body)]
+        calls = [_call(value) for value in _values(body)]
+        if not calls:
+            raise _CallError("is empty")
+        return calls
     return [_call({"name": named["name"], "arguments": _parsed(body[named.end() :]), "id": named["id"]})]
 
 

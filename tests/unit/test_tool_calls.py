@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mergeopd.tool_calls import ParsedTurn, ToolCall, parse_tool_calls
 
@@ -17,6 +19,12 @@ READABLE = {
         [ADD, NOW],
     ),
     "tag at the end of the response": (f"<tool_call>\n{NOW_JSON}\n", "", [NOW]),
+    "qwen coder": (
+        "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n[2.5, null]\n</parameter>\n"
+        "</function>\n</tool_call>\n<tool_call><function=say>\n<parameter=text>\nHi\nyou</parameter></function></tool_call>",
+        "",
+        [ADD, ToolCall("say", {"text": "Hi\nyou"})],
+    ),
     "llama": ('{"name": "add", "parameters": {"a": 1, "b": [2.5, null]}}', "", [ADD]),
     "two of llama": (f"<|python_tag|>{ADD_JSON}; {NOW_JSON}", "", [ADD, NOW]),
     "mistral": (f"I will.[TOOL_CALLS] [{ADD_JSON}, {NOW_JSON}]", "I will.", [ADD, NOW]),
@@ -61,6 +69,7 @@ BROKEN = {
     '<tool_call>{"name": "f", "arguments": [1]}</tool_call>': "of 'f' has arguments that are not a JSON object",
     '{"name": "f", "arguments": "{"}': "arguments that are not JSON",
     '{"name": "f", "parameters": {"a": ': "tool call 1 is not JSON",
+    "<tool_call><function=f>1</function></tool_call>": "tool call 1 of 'f' has text between its parameters",
     "[TOOL_CALLS]nothing": "tool call 1 is not JSON",
     '<tool_call>{"name": "f", "arguments": {"a": ' + "[" * 100_000: "not JSON",
 }
@@ -89,3 +98,52 @@ def test_one_malformed_call_leaves_the_others() -> None:
     turn = parse_tool_calls(f"<tool_call>{{</tool_call><tool_call>{NOW_JSON}</tool_call>")
     assert turn.calls == (NOW,)
     assert turn.problems[0].startswith("tool call 1 is not JSON")
+
+
+PIECES = (
+    *(
+        "<tool_call>",
+        "</tool_call>",
+        "<think>",
+        "</think>",
+        "[TOOL_CALLS]",
+        "[ARGS]",
+        "[CALL_ID]",
+        "<|python_tag|>",
+    ),
+    *(
+        "<function=f>",
+        "</function>",
+        "<parameter=a>",
+        "</parameter>",
+        "add",
+        "text ",
+        "1e999",
+        '"a"',
+        ":",
+        ",",
+        ";",
+    ),
+    *(
+        ADD_JSON,
+        NOW_JSON,
+        "{",
+        "}",
+        "[",
+        "]",
+        '{"name": ',
+        '"arguments": ',
+        '{"function": []}',
+        "\n",
+        "\ud800",
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+def test_no_text_raises(text: str) -> None:
+    turn = parse_tool_calls(text)
+    assert all(isinstance(call.name, str) and isinstance(call.arguments, dict) for call in turn.calls)
+    if not turn.calls and not turn.problems:
+        assert turn.content == text

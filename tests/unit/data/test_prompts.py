@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from mergeopd.data.prompts import needs_reference, read_prompts
+from mergeopd.data.prompts import read_prompts
 from mergeopd.errors import DataError
 from mergeopd.recipe.plan import SourcePlan
+from mergeopd.recipe.verifiers import needs_reference
 from mergeopd.types import Message
 
 
