@@ -99,6 +99,10 @@ class EnvironmentFailed(MergeopdError, RuntimeError):  # noqa: N818  OSError has
     """An environment cannot be built, or its code, its server or its replies are at fault."""
 
 
+class SandboxError(MergeopdError, RuntimeError):
+    """Generated programs cannot be isolated on this machine, or the sandbox itself failed."""
+
+
 class TeacherError(MergeopdError, RuntimeError):
     """A teacher cannot be used: NaN or a wrong shape in its output, weights that do not match its card."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,11 @@ from typing import Any
 from mergeopd.data.messages import RowError, checked, kind, read_message, read_tools, tool_names
 from mergeopd.errors import DataError
 from mergeopd.recipe.plan import SourcePlan
-from mergeopd.recipe.verifiers import JsonVerifier, RegexVerifier, Verifier
+from mergeopd.recipe.verifiers import CombinedVerifier, Verifier, columns_of, needs_reference
 from mergeopd.types import Message, Prompt
 
 _SHOWN = 5
 _BATCH_ROWS = 4096
-
-
-def needs_reference(verifier: Verifier | None) -> bool:
-    """Whether the verifier compares with a reference, so that every prompt must have one."""
-    if verifier is None or verifier.kind == "user":
-        return False
-    if isinstance(verifier, JsonVerifier):
-        return verifier.schema_file is None
-    if isinstance(verifier, RegexVerifier):
-        return "answer" in re.compile(verifier.pattern).groupindex
-    return True
 
 
 def read_prompts(source: SourcePlan, shown: Mapping[str, str] = {}) -> tuple[Prompt, ...]:
@@ -114,7 +102,8 @@ def _parquet_rows(path: Path, source: SourcePlan, shown: Mapping[str, str]) -> I
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             needed = {source.prompt_field: "prompt_field"}
-            if needs_reference(source.verifier) or "reference" in shown:
+            needed |= _reference_fields(source.verifier, source.reference_field)
+            if "reference" in shown:
                 needed[source.reference_field] = "reference_field"
             needed |= {f: f"teachers.{name}.prompt" for f, name in sorted(shown.items()) if f != "reference"}
             absent = [f"{path}: {_missing(f, names, key)}" for f, key in needed.items() if f not in names]
@@ -156,8 +145,7 @@ def _prompt(source: SourcePlan, row: int, value: Any, shown: Mapping[str, str]) 
     messages = _messages(source.prompt_field, value[source.prompt_field], names)
     reference: str | None
     if source.verifier is not None and needs_reference(source.verifier):
-        user = f"verifier {source.verifier.kind!r} needs a reference"
-        reference = _required(source.reference_field, value, "reference_field", user)
+        reference = _reference(source.verifier, source.reference_field, value)
     elif "reference" in shown:
         user = f"the prompt of teacher {shown['reference']!r} needs a reference"
         reference = _required(source.reference_field, value, "reference_field", user)
@@ -180,6 +168,43 @@ def _prompt(source: SourcePlan, row: int, value: Any, shown: Mapping[str, str]) 
         },
         tools=tools,
     )
+
+
+def _reference_fields(verifier: Verifier | None, default: str, key: str = "verifier") -> dict[str, str]:
+    """Return the fields that a verifier's reference needs, each with the recipe key that names it."""
+    if verifier is None or not needs_reference(verifier):
+        return {}
+    if isinstance(verifier, CombinedVerifier):
+        parts = (
+            _reference_fields(each.verifier, each.reference_field or default, f"{key}.of.{i}.verifier")
+            for i, each in enumerate(verifier.of)
+        )
+        return {field: where for part in parts for field, where in part.items()}
+    columns = columns_of(verifier) or {"": None}
+    return {
+        field or default: "reference_field" if field is None else f"{key}.{name}_field"
+        for name, field in columns.items()
+    }
+
+
+def _reference(verifier: Verifier, default: str, row: Mapping[str, Any]) -> str | None:
+    """Return a verifier's reference: one field as text, or several as a JSON object.
+
+    That of a combination is a JSON list with the reference of each verifier.
+    """
+    if isinstance(verifier, CombinedVerifier):
+        parts = [_reference(each.verifier, each.reference_field or default, row) for each in verifier.of]
+        return json.dumps(parts, ensure_ascii=False)
+    user = f"verifier {verifier.kind!r} needs a reference"
+    fields = _reference_fields(verifier, default)
+    if not fields:
+        return _text(default, row)
+    for field, key in fields.items():
+        text = _required(field, row, key, user)
+    columns = columns_of(verifier)
+    if columns is None:
+        return text
+    return _text("reference", {"reference": {key: row[field or default] for key, field in columns.items()}})
 
 
 def _required(field: str, row: Mapping[str, Any], key: str, user: str) -> str:

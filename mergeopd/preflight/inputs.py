@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from mergeopd.recipe.controls import Control, control_plan
 from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan
 from mergeopd.recipe.resolve import Resolution, read
 from mergeopd.recipe.training import off_policy_origin, reads_dataset
-from mergeopd.recipe.verifiers import JsonVerifier
+from mergeopd.recipe.verifiers import JsonVerifier, single_verifiers
 from mergeopd.rollout.protocol import EngineCapabilities
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.teacher.protocol import TeacherCapabilities, capabilities
@@ -196,9 +197,11 @@ class _Check:
             into[source.name] = prompts
             self.models.files[source.source] = file_digest(Path(source.source))
             PromptChecks(self.findings, place, source, prompts).references()
-        if isinstance(source.verifier, JsonVerifier) and source.verifier.schema_file is not None:
-            schema = Path(source.verifier.schema_file)
-            self.findings.attempt(place, lambda: self.models.files.update({str(schema): file_digest(schema)}))
+        for verifier in single_verifiers(source.verifier).values() if source.verifier else ():
+            if isinstance(verifier, JsonVerifier) and verifier.schema_file is not None:
+                schema = Path(verifier.schema_file)
+                digest = self.findings.attempt(place, partial(file_digest, schema))
+                self.models.files |= {} if digest is None else {str(schema): digest}
 
     def _shown(self, teachers: Sequence[str]) -> dict[str, str]:
         """Return the row fields that these teachers' prompts use, each with the first teacher that does."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from mergeopd.config.tree import Keys
@@ -16,24 +17,35 @@ from mergeopd.preflight.problems import Findings
 from mergeopd.preflight.user_code import function_problem
 from mergeopd.recipe.plan import SourcePlan
 from mergeopd.recipe.training import Phase, reads_dataset
-from mergeopd.recipe.verifiers import JsonVerifier, UserVerifier
+from mergeopd.recipe.verifiers import (
+    HumanEvalVerifier,
+    JsonVerifier,
+    PythonTestsVerifier,
+    UserVerifier,
+    single_verifiers,
+)
 from mergeopd.reward.verifiers import build_verifier, reference_problem
+from mergeopd.sandbox.client import sandbox_problem
 from mergeopd.types import Prompt
 
 
 def check_verifier(findings: Findings, place: Keys, source: SourcePlan) -> None:
-    """Check the files and functions that a verifier names."""
-    match source.verifier:
-        case UserVerifier():
-            problem = function_problem(source.verifier.function)
-            if problem is not None:
-                findings.report((*place, "verifier", "function"), *problem)
-        case JsonVerifier(schema_file=str()):
-            verifier = source.verifier
-            where: Keys = (*place, "verifier", "schema_file")
-            findings.attempt(where, lambda: build_verifier(verifier, ()), "correct the file")
-        case _:
-            pass
+    """Check the files and functions that a verifier names, and that programs can be isolated."""
+    for path, verifier in single_verifiers(source.verifier).items() if source.verifier else ():
+        where: Keys = (*place, "verifier", *path)
+        match verifier:
+            case UserVerifier():
+                problem = function_problem(verifier.function)
+                if problem is not None:
+                    findings.report((*where, "function"), *problem)
+            case JsonVerifier(schema_file=str()):
+                build = partial(build_verifier, verifier, ())
+                findings.attempt((*where, "schema_file"), build, "correct the file")
+            case PythonTestsVerifier() | HumanEvalVerifier():
+                if (refusal := sandbox_problem()) is not None:
+                    findings.report((*where, "kind"), refusal)
+            case _:
+                pass
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,8 @@ def missing_package(verifier: Verifier) -> tuple[str, str] | None:
     """Return cause and remedy if a verifier needs a package that is not installed."""
     if not isinstance(verifier, MathVerifier) or is_installed("math_verify"):
         return None
-    return "the package math-verify is not installed", "pip install 'mergeopd[math]', or use another verifier"
+    remedy = "pip install 'mergeopd[math]', or name the built-in `number`, which compares single numbers"
+    return "the package math-verify is not installed", remedy
 
 
 def is_installed(module: str) -> bool:

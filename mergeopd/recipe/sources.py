@@ -25,7 +25,7 @@ from mergeopd.recipe.environments import (
 from mergeopd.recipe.models import TeacherRef
 from mergeopd.recipe.plan import SourcePlan
 from mergeopd.recipe.schema import PromptSource, TrainSource
-from mergeopd.recipe.verifiers import JsonVerifier, UserVerifier, Verifier
+from mergeopd.recipe.verifiers import CombinedVerifier, JsonVerifier, UserVerifier, Verifier
 
 PROMPT_SUFFIXES = (".jsonl", ".parquet")
 _LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json"}  # of `datasets`; also before .gz
@@ -106,6 +106,12 @@ class SourceResolver:
         return None
 
     def _verifier(self, verifier: Verifier | None, path: Keys) -> Verifier | None:
+        if isinstance(verifier, CombinedVerifier):
+            for index, each in enumerate(verifier.of):
+                part = self._verifier(each.verifier, (*path, "of", index, "verifier"))
+                of = (*verifier.of[:index], each.model_copy(update={"verifier": part}))
+                verifier = verifier.model_copy(update={"of": (*of, *verifier.of[index + 1 :])})
+            return verifier
         if isinstance(verifier, UserVerifier):
             self._allowed(verifier.function, (*path, "function"))
         missing = None if verifier is None else missing_package(verifier)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self, TypeAlias, get_args
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from mergeopd.config.values import Flag, FunctionPath, Strict, Weight, kind_shorthand
+from mergeopd.config.values import Flag, FunctionPath, Positive, Strict, Weight, kind_shorthand
 
 MAX_PATTERN_LENGTH = 10_000
+Columns: TypeAlias = Mapping[str, str | None]
 
 Timeout = Annotated[
     float,
@@ -99,22 +101,213 @@ class UserVerifier(Strict):
     timeout_s: Timeout = 10.0
 
 
-IsolatedVerifier = RegexVerifier | JsonVerifier | MathVerifier | UserVerifier
-"""Verifiers that run in worker processes, because patterns and code may not terminate."""
+FieldName = Annotated[str, Field(min_length=1)]
 
-Verifier = Annotated[
-    ExactVerifier | RegexVerifier | NumberVerifier | JsonVerifier | MathVerifier | UserVerifier,
-    Field(discriminator="kind"),
+
+class ChoiceVerifier(Strict):
+    """Correct when the response chooses the reference's option of a multiple-choice question.
+
+    The reference is an option's letter, its number counted from `first_index`, or, with `options_field`, its
+    text. The choice in a response is that in `\\boxed{}`, else after "answer is" or "answer:", else the
+    response must begin with the letter, or be the option's text. Others choose nothing.
+    """
+
+    kind: Literal["choice"] = Field(description="verifier kind")
+    first_index: Annotated[int, Field(ge=0, le=1, strict=True)] = 0
+    """number of option A where references are numbers"""
+    options_field: FieldName | None = None
+    """field with the list of the options' texts"""
+
+    @property
+    def columns(self) -> Columns | None:
+        return None if self.options_field is None else {"answer": None, "options": self.options_field}
+
+
+class InstructionVerifier(Strict):
+    """Correct when the response follows all of the row's instructions that a program can check (IFEval).
+
+    Instructions have the names and arguments of IFEval (arXiv 2311.07911), except for
+    `language:response_language`. Words and sentences are counted without a language model.
+    """
+
+    kind: Literal["instruction_following"] = Field(description="verifier kind")
+    instructions_field: FieldName = "instruction_id_list"
+    """field with the list of the instructions' names, such as `punctuation:no_comma`"""
+    arguments_field: FieldName = "kwargs"
+    """field with the list of their arguments, an object each"""
+
+    @property
+    def columns(self) -> Columns | None:
+        return {"instructions": self.instructions_field, "arguments": self.arguments_field}
+
+
+class ToolCallVerifier(Strict):
+    """Correct when the response's tool calls are those of the reference, in any order, and fit the tools.
+
+    The reference is a call, or a list of calls, each an object with `name` and `arguments`; `[]`: the
+    response must not call a tool. Calls are read in the formats of Hermes and Qwen, Llama 3, Mistral and
+    OpenAI. A malformed call makes the response incorrect.
+    """
+
+    kind: Literal["tool_call"] = Field(description="verifier kind")
+    tools_field: FieldName | None = None
+    """field with the tools' JSON schemas; calls must then be of these tools and have valid arguments"""
+    compare: Flag = True
+    """compare with the reference; otherwise any valid call of one of the tools is correct"""
+    timeout_s: Timeout = 2.0
+
+    @model_validator(mode="after")
+    def _compares(self) -> Self:
+        if not self.compare and self.tools_field is None:
+            raise ValueError("with `compare: false` nothing is checked; name the `tools_field`")
+        return self
+
+    @property
+    def columns(self) -> Columns | None:
+        if not self.compare:
+            return {"tools": self.tools_field}
+        return None if self.tools_field is None else {"calls": None, "tools": self.tools_field}
+
+
+class _CodeVerifier(Strict):
+    timeout_s: Annotated[float, Field(gt=0.0, le=3600.0, strict=True)] = 10.0
+    """seconds for all tests of a response; a program that takes longer is incorrect"""
+    memory_mb: Annotated[int, Field(ge=16, strict=True)] = 512
+    """memory of the program beyond the interpreter's, in MiB"""
+
+
+class PythonTestsVerifier(_CodeVerifier):
+    """Correct when the response's program passes the tests of the reference, in a sandbox.
+
+    The program is the last fenced block of Python, or else the whole response. The reference is a list of
+    statements such as `assert f(2) == 4`, a test program (assertions, functions `test_*`, or `unittest`), or
+    `{"inputs": [...], "outputs": [...]}`: texts for standard input and the output expected for each; with
+    `"fn_name"` lists of arguments and the values expected.
+    """
+
+    kind: Literal["python_tests"] = Field(description="verifier kind")
+    setup_field: FieldName | None = None
+    """field with statements that run before the tests, such as imports"""
+
+    @property
+    def columns(self) -> Columns | None:
+        return None if self.setup_field is None else {"tests": None, "setup": self.setup_field}
+
+
+class HumanEvalVerifier(_CodeVerifier):
+    """Correct when the response completes the row's code such that `check(ENTRY_POINT)` passes, in a sandbox.
+
+    The response continues the code, or defines the function again, also in a fenced block. The default
+    fields are those of HumanEval.
+    """
+
+    kind: Literal["humaneval"] = Field(description="verifier kind")
+    code_field: FieldName = "prompt"
+    """field with the code that the response completes"""
+    test_field: FieldName = "test"
+    """field with the definition of `check`"""
+    entry_point_field: FieldName = "entry_point"
+    """field with the function's name"""
+
+    @property
+    def columns(self) -> Columns | None:
+        return {"code": self.code_field, "test": self.test_field, "entry_point": self.entry_point_field}
+
+
+_Single = (
+    ExactVerifier
+    | RegexVerifier
+    | NumberVerifier
+    | JsonVerifier
+    | MathVerifier
+    | ChoiceVerifier
+    | InstructionVerifier
+    | ToolCallVerifier
+    | PythonTestsVerifier
+    | HumanEvalVerifier
+    | UserVerifier
+)
+SingleVerifier = Annotated[_Single, Field(discriminator="kind")]
+_ShortKind = Literal[  # those that need no settings
+    "exact",
+    "number",
+    "json",
+    "math",
+    "choice",
+    "instruction_following",
+    "tool_call",
+    "python_tests",
+    "humaneval",
 ]
 
+
+class WeightedVerifier(Strict):
+    """A verifier with its weight in a combination."""
+
+    verifier: Annotated[
+        SingleVerifier, BeforeValidator(kind_shorthand, json_schema_input_type=_ShortKind | SingleVerifier)
+    ] = Field(description="verifier; shorthand: its kind")
+    weight: Positive = 1.0
+    """relative weight"""
+    reference_field: FieldName | None = None
+    """field with this verifier's reference; default: that of the source"""
+
+
+class CombinedVerifier(Strict):
+    """Weighted mean of the rewards of several verifiers. If one fails, the response has no reward."""
+
+    kind: Literal["combined"] = Field(description="verifier kind")
+    of: tuple[WeightedVerifier, ...] = Field(min_length=2, description="verifiers with their weights")
+
+
+Verifier = Annotated[_Single | CombinedVerifier, Field(discriminator="kind")]
+IsolatedVerifier = (
+    RegexVerifier
+    | JsonVerifier
+    | MathVerifier
+    | ToolCallVerifier
+    | PythonTestsVerifier
+    | HumanEvalVerifier
+    | UserVerifier
+    | CombinedVerifier
+)
+"""Verifiers that run in worker processes, because patterns and code may not terminate."""
 
 KINDS: tuple[str, ...] = tuple(
     get_args(model.model_fields["kind"].annotation)[0] for model in get_args(get_args(Verifier)[0])
 )
 """Values of `verifier.kind`."""
 
-
-_ShortKind = Literal["exact", "number", "json", "math"]  # those that need no settings
 VerifierOrKind = Annotated[
     Verifier, BeforeValidator(kind_shorthand, json_schema_input_type=_ShortKind | Verifier)
 ]
+
+
+def single_verifiers(verifier: Verifier) -> dict[tuple[str | int, ...], _Single]:
+    """Return a verifier, or those that it combines, by their path below `verifier`."""
+    if isinstance(verifier, CombinedVerifier):
+        return {("of", index, "verifier"): each.verifier for index, each in enumerate(verifier.of)}
+    return {(): verifier}
+
+
+def columns_of(verifier: Verifier) -> Columns | None:
+    """Return the fields of which a reference consists, by its keys; None: it is one field's value.
+
+    The field None is the source's `reference_field`.
+    """
+    return getattr(verifier, "columns", None)
+
+
+def needs_reference(verifier: Verifier | None) -> bool:
+    """Whether the verifier compares with a reference, so that every prompt must have one."""
+    match verifier:
+        case None | UserVerifier():
+            return False
+        case JsonVerifier():
+            return verifier.schema_file is None
+        case RegexVerifier():
+            return "answer" in re.compile(verifier.pattern).groupindex
+        case CombinedVerifier():
+            return any(needs_reference(each.verifier) for each in verifier.of)
+        case _:
+            return True

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from mergeopd.recipe.verifiers import IsolatedVerifier, Verifier
+from mergeopd.errors import VerifierError
+from mergeopd.recipe.verifiers import (
+    HumanEvalVerifier,
+    IsolatedVerifier,
+    PythonTestsVerifier,
+    Verifier,
+    single_verifiers,
+)
 from mergeopd.reward.pool import Grade, WorkerPool
+from mergeopd.reward.protocol import Verify
 from mergeopd.reward.verifiers import build_verifier
 
 
@@ -18,6 +26,28 @@ class Submission:
     response: str
     reference: str | None
     truncated: bool = False
+
+
+_SANDBOX_GRACE_S = 10.0
+
+
+def _time_limit(spec: Verifier) -> float:
+    """Return after how many seconds a worker is ended. The sandbox ends programs at their own limit."""
+    limits = 0.0
+    for one in single_verifiers(spec).values():
+        limits += getattr(one, "timeout_s", 1.0)
+        limits += _SANDBOX_GRACE_S * isinstance(one, PythonTestsVerifier | HumanEvalVerifier)
+    return limits
+
+
+def _grade(verify: Verify, one: Submission) -> Grade:
+    """Verify in this process; a failure costs the reward of this response alone."""
+    try:
+        return Grade(verify(one.response, one.reference, truncated=one.truncated))
+    except Exception as error:  # noqa: BLE001
+        return Grade(
+            None, str(error) if isinstance(error, VerifierError) else f"{type(error).__name__}: {error}"
+        )
 
 
 class Verifiers:
@@ -35,7 +65,7 @@ class Verifiers:
         self._local = {
             name: build_verifier(spec, ()) for name, spec in verifiers.items() if name not in isolated
         }
-        self._timeouts = {name: spec.timeout_s for name, spec in isolated.items()}
+        self._timeouts = {name: _time_limit(spec) for name, spec in isolated.items()}
         setup = {
             "verifiers": {name: spec.model_dump() for name, spec in isolated.items()},
             "allow_code": sorted(allow_code),
@@ -72,7 +102,9 @@ class Verifiers:
 
         `on_progress` gets the number of responses that workers have verified, and may raise to leave.
 
-        Raises VerifierError if a reference is missing or unusable, or workers can no longer be started.
+        A missing or unusable reference costs its response the reward, as every failure does.
+
+        Raises VerifierError if workers can no longer be started.
         """
         slow = {
             index: {**asdict(one), "timeout_s": self._timeouts[one.source]}
@@ -82,6 +114,5 @@ class Verifiers:
         grades = dict(zip(slow, self._pool.run(list(slow.values()), on_progress), strict=True))
         for index, one in enumerate(submissions):
             if index not in grades:
-                verify = self._local[one.source]
-                grades[index] = Grade(verify(one.response, one.reference, truncated=one.truncated))
+                grades[index] = _grade(self._local[one.source], one)
         return [grades[index] for index in range(len(submissions))]

@@ -17,7 +17,8 @@ from pydantic import TypeAdapter
 
 from mergeopd.errors import VerifierError
 from mergeopd.recipe.verifiers import Verifier
-from mergeopd.reward.verifiers import Verify, build_verifier
+from mergeopd.reward.protocol import Verify
+from mergeopd.reward.verifiers import build_verifier
 
 START_TIMEOUT_S = 120.0
 """For importing a user's module, which may import torch on a loaded machine."""

@@ -3,7 +3,8 @@
 A case is a folder with `expected.txt`. Its files are copied over `project/`, and `recipes/merge.yaml` is read
 from there. `options.yaml` may give `set` (overrides), `env`, `remove` (files of the project), `cut` (files
 truncated to a number of bytes), `stale` (models that keep the weights of the project's config.json) and
-`missing` (packages reported as not installed; all others are reported as installed), `read_only` (folders
+`missing` (packages reported as not installed; all others are reported as installed), `sandbox` (why each
+mechanism cannot isolate programs; otherwise they can), `read_only` (folders
 reported as not writable). Cases under `preflight/`
 check the files that the recipe names, including model weights.
 Regenerate the texts and read them: `MERGEOPD_WRITE_EXPECTED=1 pytest tests/errors`.
@@ -27,6 +28,7 @@ from mergeopd.models.facts import ModelFacts, read_config
 from mergeopd.models.layout import expected_shapes
 from mergeopd.preflight.inputs import preflight
 from mergeopd.recipe.resolve import read
+from mergeopd.sandbox.client import Sandbox, sandbox_problem
 
 HERE = Path(__file__).parent
 CASES = sorted(path.parent for path in HERE.glob("*/expected.txt"))
@@ -77,7 +79,7 @@ def rendered(case: Path, check: Check, monkeypatch: pytest.MonkeyPatch) -> str:
     shutil.copytree(case, ".", dirs_exist_ok=True)
     read_options = YAML(typ="safe").load(case / "options.yaml") if (case / "options.yaml").exists() else {}
     lists = {name: [] for name in ("set", "remove", "missing", "read_only", "stale")}
-    options = {**lists, "env": {}, "cut": {}, **read_options}
+    options = {**lists, "env": {}, "cut": {}, "sandbox": {}, **read_options}
     for config in case.glob("models/*/config.json"):
         folder = Path("models", config.parent.name)
         if folder.name not in options["stale"] and (folder / "model.safetensors").exists():
@@ -85,6 +87,9 @@ def rendered(case: Path, check: Check, monkeypatch: pytest.MonkeyPatch) -> str:
                 write_weights(folder)
     missing = options["missing"]
     monkeypatch.setattr("mergeopd.recipe.checks.is_installed", lambda name: name not in missing)
+    refused: Mapping[str, str] = options["sandbox"]
+    monkeypatch.setattr(Sandbox, "_launch", lambda self, mechanism: refused.get(mechanism))
+    monkeypatch.setattr("mergeopd.preflight.prompts.sandbox_problem", sandbox_problem.__wrapped__)
     read_only = [Path(name).absolute() for name in options["read_only"]]
     monkeypatch.setattr("mergeopd.config.folders.os.access", lambda path, _: Path(path) not in read_only)
     for name in options["remove"]:

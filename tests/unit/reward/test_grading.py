@@ -109,6 +109,12 @@ def test_a_failure_costs_its_response_alone(verifiers: Verifiers, response: str,
     assert found[1].failure.startswith(failure)
 
 
+def test_a_bad_reference_of_a_cheap_verifier_costs_its_response_alone(verifiers: Verifiers) -> None:
+    found = verifiers.verify([Submission("number", "5", r) for r in ("5", "five", None)], lambda done: None)
+    assert [grade.reward for grade in found] == [1.0, None, None]
+    assert (found[1].failure or "").startswith("verifier 'number': the reference 'five' is not one number")
+
+
 def test_a_hanging_verifier_is_ended_at_its_time_limit(verifiers: Verifiers) -> None:
     found = verifiers.verify(
         [

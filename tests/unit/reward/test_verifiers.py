@@ -15,7 +15,8 @@ from pydantic import TypeAdapter
 from mergeopd.errors import VerifierError
 from mergeopd.recipe.verifiers import Verifier
 from mergeopd.reward.numbers import final_number
-from mergeopd.reward.verifiers import BUILDERS, Verify, build_verifier, reference_problem
+from mergeopd.reward.protocol import Verify
+from mergeopd.reward.verifiers import BUILDERS, build_verifier, reference_problem
 
 GSM8K = Path(__file__).resolve().parents[4] / "shared" / "data" / "gsm8k" / "train.jsonl"
 

@@ -18,6 +18,7 @@ from byte_tokenizers import byte_level
 from small_experts import TOOLS  # puts TOOLS on the path
 
 from mergeopd.distributed.communicator import SingleProcess
+from mergeopd.sandbox.client import sandbox_problem
 
 ROOT = TOOLS.parent
 HOOKS = {"docs_site"}  # called by the build of the documentation
@@ -167,6 +168,16 @@ def test_bench_rollouts(call: Callable[..., str], monkeypatch: pytest.MonkeyPatc
     result = json.loads(call(tool, *SMALL_ROUND.split(), "--json"))
     assert (result["round_tokens"], result["array_bytes_sent"]) == (64, 64 * 8)
     assert "4 responses of 16 tokens" in call(tool, *SMALL_ROUND.split())
+
+
+def test_bench_sandbox(call: Callable[..., str]) -> None:
+    if (problem := sandbox_problem()) is not None:
+        pytest.skip(problem)
+    tool = load("bench_sandbox")
+    assert [task.is_correct for task in tool.make_tasks(3)] == [True, False, True]
+    printed = call(tool, "--programs", 3, "--workers", 1)
+    assert "3 programs, 1 workers" in printed
+    assert printed.count("programs/minute") == 3
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Run generated Python programs in isolated processes. Standard library only, below all other packages."""
