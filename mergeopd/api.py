@@ -59,13 +59,20 @@ class CheckResult:
         """Summarize the inputs of a check."""
         notes = (*inputs.notes, *(note for note in more_notes if note))
         plan = inputs.plan
-        num_drawn = sum(p.updates // p.updates_per_round * p.prompts_per_round for p in plan.phases)
-        shares = sum(source.share for source in plan.sources)
+        drawn = dict.fromkeys((source.name for source in plan.sources), 0.0)
+        teachers: dict[str, dict[str, float]] = {name: {} for name in drawn}
+        for phase in plan.phases:
+            for name, routed in plan.teachers_of(phase).routed.items():
+                teachers[name] = {**routed, **teachers[name]}
+            shares = plan.shares(phase)
+            for name, share in shares.items():
+                drawn[name] += phase.num_prompts * share / sum(shares.values())
         sources = {}
         for source in plan.sources:
             num = len(inputs.prompts[source.name])
-            passes = num_drawn * source.share / shares / num
-            sources[source.name] = SourceSummary(source.domain, source.teachers, num, passes)
+            sources[source.name] = SourceSummary(
+                source.domain, teachers[source.name], num, drawn[source.name] / num
+            )
         return cls(plan, notes, sources)
 
     @property

@@ -18,6 +18,9 @@ TokenIds: TypeAlias = "NDArray[np.int32]"
 Flags: TypeAlias = "NDArray[np.bool_]"
 LogProbs: TypeAlias = "NDArray[np.float32] | NDArray[np.float64]"
 
+# Keys of a message with its reasoning, as transformers reads them. The first is that of most templates.
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -38,9 +41,22 @@ class Message:
         return self.fields.get("tool_calls") or ()
 
     @property
+    def reasoning(self) -> Any:
+        """The reasoning before the text, under any of the names that rows use; None: there is none."""
+        values = (self.fields.get(name) for name in REASONING_KEYS)
+        return next((value for value in values if value is not None), None)
+
+    @property
     def is_empty(self) -> bool:
-        """Whether there is neither text nor a call."""
-        return not (self.content.strip() or self.tool_calls or self.fields.get("reasoning_content"))
+        """Whether there is neither text nor a call nor reasoning."""
+        return not (self.content.strip() or self.tool_calls or self.reasoning)
+
+    def without(self, *keys: str) -> Message:
+        """Return the message without these keys; content that is null becomes an empty text."""
+        if not self.fields.keys() & set(keys):
+            return self
+        fields = {key: value for key, value in self.fields.items() if key not in keys}
+        return Message(self.role, self.content, {"content": self.content, **fields})
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +64,10 @@ class Prompt:
     """One prompt of one source.
 
     `key` is unique in a run and stable over restarts (`"<source name>:<row>"`); random numbers and caches
-    depend on it. `teachers` maps teacher names to nonzero weights (prompt weight x teacher weight).
+    depend on it. `teachers` maps teacher names to nonzero weights (prompt weight x teacher weight), for all
+    loss terms but those in `term_teachers`, which have teachers of their own. `writer` is the teacher that
+    generates responses; None: the heaviest of `teachers`. `document` is text without a prompt; then there are
+    no messages.
     `reference` is the verifier's reference answer, if any. `response` is a response from the dataset, if any:
     a text, or a logged trajectory whose first and last messages are the assistant's. `fields` are other
     columns of the row that teachers' prompts use, by name. `tools` are the JSON schemas of the functions that
@@ -64,6 +83,51 @@ class Prompt:
     response: str | tuple[Message, ...] | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
     tools: tuple[Mapping[str, Any], ...] = ()
+    term_teachers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    writer: str | None = None
+    document: Document | None = None
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """Sorted names of the teachers that score its responses."""
+        of_terms = (name for weights in self.term_teachers.values() for name in weights)
+        return tuple(sorted({*self.teachers, *of_terms}))
+
+    def teacher_weight(self, teacher: str, term: str) -> float:
+        """Weight of a teacher in a loss term; 0 where it has no part in it."""
+        return self.term_teachers.get(term, self.teachers).get(teacher, 0.0)
+
+
+class ArrayRecord:
+    """A frozen dataclass (`eq=False`) with arrays among its fields: equal where all fields are equal."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(
+            _is_same(getattr(self, f.name), getattr(other, f.name))
+            for f in fields(self)  # type: ignore[arg-type]
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    import numpy as np
+
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return np.array_equal(one, other)
+    return one is other or (one is not None and other is not None and bool(one == other))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Document(ArrayRecord):
+    """Text without a prompt, in the student's tokens: `ids` are learned, `context_ids` precede them."""
+
+    context_ids: TokenIds
+    ids: TokenIds
 
 
 def token_ids(ids: Sequence[int] | NDArray[np.integer]) -> TokenIds:
@@ -94,30 +158,6 @@ def _read_only(array: NDArray[Any]) -> NDArray[Any]:
     view = array.view()
     view.flags.writeable = False
     return view
-
-
-class ArrayRecord:
-    """A frozen dataclass (`eq=False`) with arrays among its fields: equal where all fields are equal."""
-
-    __slots__ = ()
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        return all(
-            _is_same(getattr(self, f.name), getattr(other, f.name))
-            for f in fields(self)  # type: ignore[arg-type]
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    import numpy as np
-
-    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
-        return np.array_equal(one, other)
-    return one is other or (one is not None and other is not None and bool(one == other))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -201,8 +241,8 @@ class Rollout(ArrayRecord):
 
     @property
     def teacher_set(self) -> tuple[str, ...]:
-        """Sorted names of the prompt's teachers; responses are packed by this key."""
-        return tuple(sorted(self.prompt.teachers))
+        """Sorted names of the teachers that score it; responses are packed by this key."""
+        return self.prompt.scorers
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,14 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from mergeopd.config.schema import model_schema
-from mergeopd.config.values import DIGEST_PATTERN, FUNCTION_PATTERN, NAME_PATTERN, REVISION_PATTERN, Strict
+from mergeopd.config.values import (
+    ANY_NAME_PATTERN,
+    DIGEST_PATTERN,
+    FUNCTION_PATTERN,
+    NAME_PATTERN,
+    REVISION_PATTERN,
+    Strict,
+)
 from mergeopd.recipe.models import TeacherCard
 from mergeopd.recipe.schema import Recipe
 
@@ -145,6 +152,7 @@ def _scalar(schema: Schema) -> str:
         names = {
             None: "text",
             NAME_PATTERN: "name",
+            ANY_NAME_PATTERN: "name",
             REVISION_PATTERN: "revision",
             FUNCTION_PATTERN: "function",
             DIGEST_PATTERN: "digest",

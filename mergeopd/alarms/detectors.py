@@ -28,7 +28,6 @@ from mergeopd.recipe.alarms import (
     Truncation,
     ZeroGradient,
 )
-from mergeopd.recipe.plan import Plan
 from mergeopd.reporting.figures import MEASURES
 from mergeopd.reporting.jsonl import Numbers, UpdateRecord
 
@@ -168,12 +167,14 @@ class EntropyCollapseDetector:
 
 @dataclass
 class LengthCollapseDetector:
-    """Compares the length of responses that ended by themselves with the longest running mean of it."""
+    """Compares the length of responses that ended by themselves with the phase's longest running mean."""
 
     settings: LengthCollapse
-    max_new_tokens: int
-    _means: defaultdict[str, _RunningMean] = field(default_factory=lambda: defaultdict(_RunningMean))
-    _longest: dict[str, float] = field(default_factory=dict)
+    max_new_tokens: Mapping[str, int]  # by phase
+    _means: defaultdict[tuple[str, str], _RunningMean] = field(
+        default_factory=lambda: defaultdict(_RunningMean)
+    )
+    _longest: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def look(self, record: UpdateRecord) -> Signs:
         signs: dict[str, str | None] = {}
@@ -181,10 +182,11 @@ class LengthCollapseDetector:
             length, truncated = numbers.get("mean_length"), numbers.get("truncated_fraction")
             if length is None or truncated is None or truncated > 0.5:
                 continue
-            finished = max(0.0, (length - truncated * self.max_new_tokens) / (1.0 - truncated))
-            longest = self._longest.get(domain, 0.0)
+            cut = truncated * self.max_new_tokens[record.phase]
+            finished, key = max(0.0, (length - cut) / (1.0 - truncated)), (record.phase, domain)
+            longest = self._longest.get(key, 0.0)
             limit = self.settings.fraction * longest
-            self._longest[domain] = max(longest, self._means[domain].add(finished))
+            self._longest[key] = max(longest, self._means[key].add(finished))
             finding = f"responses of {finished:.3g} tokens, before {longest:.3g} (limit {limit:.3g})"
             signs[domain] = finding if finished < limit else None
         return signs
@@ -249,30 +251,24 @@ class StarvedDomainDetector:
     """Measures each domain's share of the summed token weights, over enough updates to contain all."""
 
     settings: StarvedDomain
-    domains: Collection[str]
-    _recent: deque[Mapping[str, tuple[float, float]]] = field(default_factory=deque)
+    domains_of: Mapping[str, frozenset[str]]  # by phase
+    _recent: dict[frozenset[str], deque[Mapping[str, tuple[float, float]]]] = field(default_factory=dict)
 
     def look(self, record: UpdateRecord) -> Signs:
-        if len(self.domains) < 2:
+        domains = self.domains_of[record.phase]
+        if len(domains) < 2:
             return NO_SIGNS
-        mass = {
-            name: (
-                n.get("num_rollouts") or 0.0,
-                (n.get("token_share") or 0.0) * (n.get("weight") or 0.0),
-            )
-            for name, n in record.domains.items()
-        }
-        recent = self._recent
-        recent.append(mass)
-        needed = _PROMPTS_PER_DOMAIN * len(self.domains)
+        recent = self._recent.setdefault(domains, deque())
+        recent.append({name: _mass(numbers) for name, numbers in record.domains.items()})
+        needed = _PROMPTS_PER_DOMAIN * len(domains)
         sizes = [sum(rollouts for rollouts, _ in one.values()) for one in recent]
         while len(recent) > self.settings.updates and sum(sizes[1:]) >= needed:
             recent.popleft()
             sizes.pop(0)
         if len(recent) < self.settings.updates or sum(sizes) < needed:
             return NO_SIGNS
-        totals = {d: sum(one[d][1] for one in recent if d in one) for d in self.domains}
-        whole, limit = sum(totals.values()), self.settings.share / len(self.domains)
+        totals = {d: sum(one[d][1] for one in recent if d in one) for d in sorted(domains)}
+        whole, limit = sum(totals.values()), self.settings.share / len(domains)
         if not whole:
             return NO_SIGNS
         return {
@@ -281,6 +277,12 @@ class StarvedDomainDetector:
             else None
             for domain, total in totals.items()
         }
+
+
+def _mass(numbers: Numbers) -> tuple[float, float]:
+    """Return a domain's number of rollouts and its part of the summed token weights."""
+    count, share, weight = (numbers.get(key) or 0.0 for key in ("num_rollouts", "token_share", "weight"))
+    return count, share * weight
 
 
 @dataclass
@@ -349,48 +351,3 @@ class FirstGapDetector:
         if self.figure == "logprob_gap_student":
             return record.on_policy_fraction == 1.0
         return record.on_policy_fraction != 1.0 and (self._seen > 0 or record.update == 1)
-
-
-def detectors_of(plan: Plan) -> dict[str, Detector]:
-    """Return the detectors of a plan's alarms, by name."""
-    alarms = plan.alarms
-    domains = sorted({source.domain for source in plan.sources})
-    experts = [name for name, teacher in plan.teachers.items() if teacher.student is None]
-    of_domain = {d: sorted({t for s in plan.sources if s.domain == d for t in s.teachers}) for d in domains}
-    # A domain whose only teacher is the student itself need not improve, unless it has an outcome term.
-    has_outcome = any(phase.loss.outcome is not None for phase in plan.phases)
-    learning = [d for d in domains if has_outcome or any(t in experts for t in of_domain[d])]
-    mismatch, cold = alarms.mismatched_teacher, alarms.no_cold_start
-    return {
-        "zero_gradient": ZeroGradientDetector(alarms.zero_gradient),
-        "gradient_spike": GradientSpikeDetector(alarms.gradient_spike),
-        "divergence_rising": DivergenceRisingDetector(alarms.divergence_rising, experts),
-        "entropy_collapse": EntropyCollapseDetector(
-            alarms.entropy_collapse, {d: [t for t in own if t in experts] for d, own in of_domain.items()}
-        ),
-        "length_collapse": LengthCollapseDetector(alarms.length_collapse, plan.rollout.max_new_tokens),
-        "truncation": HighShareDetector(
-            alarms.truncation, "truncated_fraction", "responses end at the length limit"
-        ),
-        "repetition": HighShareDetector(
-            alarms.repetition, "repetition", "4-grams occurred earlier in their response"
-        ),
-        "dead_domain": DeadDomainDetector(alarms.dead_domain, learning),
-        "starved_domain": StarvedDomainDetector(alarms.starved_domain, domains),
-        "rollout_gap": RolloutGapDetector(alarms.rollout_gap),
-        "identical_teacher": IdenticalTeacherDetector(alarms.identical_teacher, experts),
-        "mismatched_teacher": FirstGapDetector(
-            mismatch,
-            experts,
-            figure="logprob_gap_text",
-            is_far=lambda gap: abs(gap) > mismatch.nats,
-            limit=f"+-{mismatch.nats:g}",
-        ),
-        "no_cold_start": FirstGapDetector(
-            cold,
-            experts,
-            figure="logprob_gap_student",
-            is_far=lambda gap: gap < -cold.nats,
-            limit=f"-{cold.nats:g}",
-        ),
-    }

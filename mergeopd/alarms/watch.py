@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from mergeopd.alarms.detectors import Detector, detectors_of
+from mergeopd.alarms.detectors import Detector
+from mergeopd.alarms.of_plan import detectors_of
 from mergeopd.alarms.texts import TEXTS
 from mergeopd.recipe.plan import Plan
 from mergeopd.reporting.events import AccuracyMeasured, AlarmRaised, Event, Reporter, RunStarted, UpdateDone

@@ -14,6 +14,7 @@ from mergeopd.batch.micro_batch import BridgedTarget, MicroBatch
 from mergeopd.batch.packing import MicroBatchPlan
 from mergeopd.batch.records import PreparedRollout, PreparedUpdate, TokenViews
 from mergeopd.loss.cross_tokenizer import Groups
+from mergeopd.loss.objective import SAMPLED
 from mergeopd.loss.policy import PolicyRows
 from mergeopd.loss.targets import Target
 from mergeopd.types import LogProbs
@@ -27,10 +28,12 @@ def micro_batch(
     like: Tensor,
     *,
     with_policy: bool,
+    terms: Sequence[str] = (),
 ) -> MicroBatch:
     """Collate one pack, with weights in the dtype and on the device of `like`.
 
-    `targets` has the targets of the pack's teachers; empty where none is needed. Responses that the student
+    `targets` has the targets of the pack's teachers; empty where none is needed. `terms` are the divergences
+    of the objective, in order. Responses that the student
     generated have no likelihood term.
     """
     members = [prepared.rollouts[i] for i in pack.rollouts]
@@ -42,7 +45,7 @@ def micro_batch(
             bridged.append(made)
         elif made is not None:
             own[name] = made
-    teacher_rows = [np.concatenate([m.teacher_token_weights(name) for m in members]) for name in own]
+    teacher_rows = _teacher_rows(members, list(own), "")
     nll_row = _per_token(members, [0.0 if m.is_own else m.token_weight for m in members])
     return MicroBatch(
         rollouts=pack.rollouts,
@@ -50,12 +53,25 @@ def micro_batch(
         prompts=tuple(m.rollout.prompt_ids for m in members),
         responses=tuple(m.rollout.response_ids for m in members),
         targets=tuple(own.values()),
-        teacher_weight_KN=like.new_tensor(np.array(teacher_rows).reshape(len(own), len(nll_row))),
+        teacher_weight_KN=like.new_tensor(teacher_rows),
         nll_weight_N=like.new_tensor(nll_row),
-        policy=_policy_rows(members, like) if with_policy else None,
+        policy=_policy_rows(members, list(own), like) if with_policy else None,
         trained=tuple(m.rollout.trained for m in members),
         bridged=tuple(bridged),
+        term_weight_KDN=like.new_tensor(
+            np.stack([_teacher_rows(members, list(own), term) for term in terms], axis=1)
+        )
+        if any(term in m.term_weight for m in members for term in terms)
+        else None,
     )
+
+
+def _teacher_rows(
+    members: Sequence[PreparedRollout], teachers: Sequence[str], term: str
+) -> NDArray[np.float64]:
+    """Return the final weights of teachers in a term, `[K, N]`."""
+    rows = [np.concatenate([m.teacher_token_weights(name, term) for m in members]) for name in teachers]
+    return np.array(rows, np.float64).reshape(len(teachers), sum(m.rollout.num_trained for m in members))
 
 
 def pack_groups(alignments: Sequence[Alignment], lengths: Sequence[int], device: torch.device) -> Groups:
@@ -73,7 +89,7 @@ def pack_groups(alignments: Sequence[Alignment], lengths: Sequence[int], device:
     return Groups(*(torch.from_numpy(column).to(device) for column in columns))
 
 
-def _policy_rows(members: Sequence[PreparedRollout], like: Tensor) -> PolicyRows:
+def _policy_rows(members: Sequence[PreparedRollout], teachers: Sequence[str], like: Tensor) -> PolicyRows:
     """Collate the constants of the policy terms, in the dtype and on the device of `like`."""
 
     def row(values: Sequence[float]) -> Tensor:
@@ -87,6 +103,9 @@ def _policy_rows(members: Sequence[PreparedRollout], like: Tensor) -> PolicyRows
         old_N=_joined([m.logprob_old for m in members], members, like),
         teacher_N=_joined([m.teacher_advantage for m in members], members, like),
         span_N=_joined([m.span_advantage for m in members], members, like),
+        sampled_KN=like.new_tensor(_teacher_rows(members, teachers, SAMPLED))
+        if any(SAMPLED in m.term_weight for m in members)
+        else None,
     )
 
 

@@ -36,7 +36,8 @@ class MicroBatch:
     """Responses that share one set of teachers; N is the number of their trained tokens, in order.
 
     `targets` has one entry per teacher (K). `teacher_weight_KN`, `nll_weight_N` and `policy` contain all
-    factors and denominators, so the loss of an update is the plain sum over its micro-batches. `policy` is
+    factors and denominators, so the loss of an update is the plain sum over its micro-batches.
+    `term_weight_KDN` has the weights by divergence (D) where terms have teachers of their own. `policy` is
     None where the objective has no policy term. `bridged` are the teachers with other tokenizers. `trained`
     flags the tokens of each response that are in the loss; None, as a whole or for a response: all of them.
     """
@@ -51,6 +52,7 @@ class MicroBatch:
     policy: PolicyRows | None = None
     trained: tuple[Flags | None, ...] | None = None
     bridged: tuple[BridgedTarget, ...] = ()
+    term_weight_KDN: Tensor | None = None
 
     @property
     def labels(self) -> tuple[TokenIds, ...]:

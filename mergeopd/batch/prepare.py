@@ -11,6 +11,7 @@ from mergeopd.batch.advantages import Outcomes, sequence_advantage, sequence_kep
 from mergeopd.batch.objective import correction
 from mergeopd.batch.records import Alignments, OldLogProbs, PreparedRollout, PreparedUpdate, TokenViews
 from mergeopd.batch.weights import ResponseSize, response_weights
+from mergeopd.loss.objective import SAMPLED
 from mergeopd.recipe.training import Phase
 from mergeopd.types import Rollout
 
@@ -36,16 +37,19 @@ def prepare(
     ]
     weights, budgets = response_weights(sizes, phase.reduce, phase.balance.tokens, phase.balance.follow_gap)
     outcome_weight = phase.loss.weight("outcome", updates_done)
-    factors = {name: view.loss_weight(phase.loss, updates_done) for name, view in views.items()}
     prepared = {}
     for index, weight in zip(update, weights, strict=True):
-        rollout = rollouts[index]
+        rollout, prompt, factor = rollouts[index], rollouts[index].prompt, outcomes.teacher_loss_weight[index]
         plain = PreparedRollout(
             rollout=rollout,
             token_weight=weight,
             teacher_weight={
-                name: w * outcomes.teacher_loss_weight[index] * factors[name]
-                for name, w in rollout.prompt.teachers.items()
+                name: factor * views[name].loss_weight(name, prompt, phase.loss, updates_done)
+                for name in prompt.scorers
+            },
+            term_weight={
+                term: {name: factor * w for name, w in teachers.items()}
+                for term, teachers in prompt.term_teachers.items()
             },
             eos_masked=masked_tokens(rollout, views),
             outcome=weight * outcome_weight * outcomes.advantage[index],
@@ -69,7 +73,7 @@ def _with_old_logprobs(
     if sampled is not None and sampled.needs_full_responses and old.logprob_T:
         coefficient = phase.loss.weight("sampled_reverse_kl", updates_done)
         gaps = [logprob - old.logprob_S for logprob in old.logprob_T.values()]
-        weights = [behaviour.new_tensor(plain.teacher_token_weights(name)) for name in old.logprob_T]
+        weights = [behaviour.new_tensor(plain.teacher_token_weights(name, SAMPLED)) for name in old.logprob_T]
         advantage = coefficient * sequence_advantage(gaps, weights, sampled)
     return replace(
         plain,
@@ -83,7 +87,7 @@ def _with_old_logprobs(
 
 def masked_tokens(rollout: Rollout, views: TokenViews) -> dict[str, tuple[int, ...]]:
     """Return the trained tokens, by position, that each teacher's term skips, for teachers with any."""
-    masked = {name: views[name].masked(rollout) for name in rollout.prompt.teachers}
+    masked = {name: views[name].masked(rollout) for name in rollout.prompt.scorers}
     return {name: positions for name, positions in masked.items() if positions}
 
 

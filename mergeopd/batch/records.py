@@ -14,7 +14,7 @@ from mergeopd.align.responses import Alignment
 from mergeopd.batch.micro_batch import BridgedTarget
 from mergeopd.loss.targets import Target
 from mergeopd.recipe.loss_terms import Loss
-from mergeopd.types import Rollout
+from mergeopd.types import Prompt, Rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,8 @@ class PreparedRollout:
     """A rollout with its final weights.
 
     `token_weight` multiplies every trained token: denominator and domain budget. `teacher_weight` is the
-    prompt's weight of each teacher times what the rewards make of it; `eos_masked` has the trained tokens
+    prompt's weight of each teacher times what the rewards make of it, and `term_weight` that of teachers that
+    single terms have instead, by term; `eos_masked` has the trained tokens
     (by position) that a teacher's term skips. `outcome` is the response's advantage with all weights;
     `is_kept` is False where a correction drops the response from policy terms. `logprob_old` and
     `teacher_advantage` and `span_advantage` (from the `spans` of `OldLogProbs`), with all weights, have one
@@ -57,15 +58,17 @@ class PreparedRollout:
     span_advantage: Tensor | None = None
     spans: Mapping[str, Tensor] = field(default_factory=dict)
     alignments: Mapping[str, Alignment] = field(default_factory=dict)
+    term_weight: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def is_own(self) -> bool:
         """Whether the student generated it."""
         return self.rollout.origin == "student"
 
-    def teacher_token_weights(self, teacher: str) -> NDArray[np.float64]:
-        """The final weight of this teacher's term for every trained token."""
-        weights = np.full(self.rollout.num_trained, self.token_weight * self.teacher_weight[teacher])
+    def teacher_token_weights(self, teacher: str, term: str = "") -> NDArray[np.float64]:
+        """The final weight of this teacher in a term, for every trained token; default: in most terms."""
+        weight = self.term_weight.get(term, self.teacher_weight).get(teacher, 0.0)
+        weights = np.full(self.rollout.num_trained, self.token_weight * weight)
         weights[list(self.eos_masked.get(teacher, ()))] = 0.0
         return weights
 
@@ -81,8 +84,8 @@ class PreparedUpdate:
 class TokenView(Protocol):
     """A teacher's view of responses, for weights and micro-batches; implemented in `teacher.token_view`."""
 
-    def loss_weight(self, loss: Loss, updates_done: int) -> float:
-        """Return a factor of this teacher's weights after `updates_done` updates of the phase."""
+    def loss_weight(self, teacher: str, prompt: Prompt, loss: Loss, updates_done: int) -> float:
+        """Return the weight of this teacher, named `teacher`, after `updates_done` updates of the phase."""
 
     def masked(self, rollout: Rollout) -> tuple[int, ...]:
         """Return the trained tokens, by position, that this teacher's term skips."""

@@ -102,6 +102,9 @@ def _follow(loc: tuple[int | str, ...], root: _At) -> tuple[_At, _At, list[tuple
             unions.append((here, number < len(loc) - 1))
             here = replace(here, schema=branch)
             continue
+        if not inside and known is not None and number < len(loc) - 1:  # a short form, expanded
+            here = replace(here, schema=known)
+            continue
         parent, here = here, _At((*here.path, step), known or {}, inside[0] if inside else None)
     return here, parent, unions
 

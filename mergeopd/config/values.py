@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+ANY_NAME_PATTERN = r"^\S.*$"  # names that are derived from files
 FUNCTION_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$"
 # Each part of a revision begins with a letter or digit, because it becomes a path in the hub's cache.
 REVISION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.+-]*(/[A-Za-z0-9][A-Za-z0-9_.+-]*)*$"
@@ -15,6 +16,7 @@ DIGEST_PATTERN = r"^[0-9a-f]{64}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN, description="letters, digits, _ . -")]
 Revision = Annotated[str, Field(pattern=REVISION_PATTERN)]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+AnyName = Annotated[str, Field(pattern=ANY_NAME_PATTERN)]
 NonEmptyText = Annotated[str, Field(min_length=1)]
 Flag = Annotated[bool, Field(strict=True)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, strict=True)]

@@ -88,7 +88,11 @@ class ChatTemplate:
         except Exception as error:
             roles = ", ".join(message.role for message in messages)
             kind = "" if type(error) is jinja2.TemplateError else f"{type(error).__name__}: "
-            raise DataError(f"{self.name}: cannot render a conversation ({roles}): {kind}{error}") from error
+            is_null = any("content" in one.fields and one.fields["content"] is None for one in messages)
+            hint = "; templates get no content where it is null: try an empty text" if is_null else ""
+            raise DataError(
+                f"{self.name}: cannot render a conversation ({roles}): {kind}{error}{hint}"
+            ) from error
 
     def _render(
         self,
@@ -110,12 +114,15 @@ class ChatTemplate:
 
 
 def _as_template_sees(message: Message, with_parts: bool) -> dict[str, Any]:
+    """Return the keys of a message as transformers passes them: without nulls, reasoning by its two names."""
     if not message.fields:
         return {"role": message.role, "content": message.content}
-    fields = dict(message.fields)
+    fields = {key: value for key, value in message.fields.items() if value is not None}
     if isinstance(fields.get("content"), list) and not with_parts:
         fields["content"] = message.content
-    return fields
+    if message.reasoning is None:
+        return fields
+    return {"thinking": message.reasoning, **fields, "reasoning_content": message.reasoning}
 
 
 @contextmanager

@@ -7,9 +7,12 @@ per epoch, in an order keyed by seed, source and epoch.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from math import gcd, lcm
+from types import MappingProxyType
 
 from mergeopd.errors import DataError
 from mergeopd.types import Prompt
@@ -41,22 +44,30 @@ class PromptDraw:
         self._orders: dict[str, tuple[int, list[int]]] = {}
         self._reached = (0, dict.fromkeys(self._weights, 0))
 
-    def draw(self, start: int, count: int) -> list[tuple[int, Prompt]]:
+    def draw(
+        self, start: int, count: int, elsewhere: Mapping[str, int] = MappingProxyType({})
+    ) -> list[tuple[int, Prompt]]:
         """Return positions `start` to `start + count` (exclusive) of the stream, as `(epoch, prompt)`.
 
         `epoch` is the number of earlier occurrences of the prompt; it keys the random numbers of its samples.
+        `elsewhere` counts the prompts that other streams have drawn from each source before.
         """
-        counts = self._counts(start)
+        counts = self.counts(start)
         drawn = []
         for position in range(start, start + count):
             name = self._choose(position, counts)
-            epoch, place = divmod(counts[name], len(self._sources[name]))
+            epoch, place = divmod(counts[name] + elsewhere.get(name, 0), len(self._sources[name]))
             drawn.append((epoch, self._sources[name][self._order(name, epoch)[place]]))
             counts[name] += 1
         self._reached = (start + count, counts)
         return drawn
 
-    def _counts(self, position: int) -> dict[str, int]:
+    @property
+    def proportions(self) -> tuple[tuple[str, int], ...]:
+        """The shares in coprime integers, by source."""
+        return tuple(self._weights.items())
+
+    def counts(self, position: int) -> dict[str, int]:
         """Return how often each source was drawn before `position`."""
         reached, counts = self._reached
         if reached != position:
@@ -101,6 +112,44 @@ class PromptDraw:
                 keys.append(digest.digest())
             self._orders[name] = (epoch, sorted(range(len(keys)), key=keys.__getitem__))
         return self._orders[name][1]
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseShares:
+    """The sources that a phase draws from, with their shares, and the number of prompts that it draws."""
+
+    shares: Mapping[str, float]
+    num_prompts: int
+
+
+class PhasedDraw:
+    """The prompts of a run's phases; as in `PromptDraw`, `draw` depends on arguments alone.
+
+    Phases whose shares have the same proportions continue one stream. Streams with a source in common do not
+    repeat each other: a later phase continues the order of a source where an earlier one stopped.
+    """
+
+    def __init__(
+        self, sources: Mapping[str, Sequence[Prompt]], phases: Mapping[str, PhaseShares], seed: int
+    ) -> None:
+        """`phases` are in the order of the run. Raises DataError as `PromptDraw` does."""
+        streams: dict[tuple[tuple[str, int], ...], PromptDraw] = {}
+        positions: Counter[PromptDraw] = Counter()
+        self._starts: dict[str, tuple[PromptDraw, Mapping[PromptDraw, int]]] = {}
+        for name, phase in phases.items():
+            new = PromptDraw({source: sources[source] for source in phase.shares}, phase.shares, seed)
+            stream = streams.setdefault(new.proportions, new)
+            self._starts[name] = stream, dict(positions)
+            positions[stream] += phase.num_prompts
+
+    def draw(self, phase: str, start: int, count: int) -> list[tuple[int, Prompt]]:
+        """Return the prompts `start` to `start + count` (exclusive) of a phase, as `PromptDraw.draw` does."""
+        stream, positions = self._starts[phase]
+        elsewhere: Counter[str] = Counter()
+        for other, position in positions.items():
+            if other is not stream:
+                elsewhere.update(other.counts(position))
+        return stream.draw(positions.get(stream, 0) + start, count, elsewhere)
 
 
 def _integer_weights(shares: Mapping[str, float]) -> dict[str, int]:

@@ -7,11 +7,11 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from mergeopd.types import Message
+from mergeopd.types import REASONING_KEYS, Message
 
 _ROLES = ("system", "user", "assistant", "tool")
 # Other keys are passed to the template as they are; a key close to one of these is a typing error.
-_KEYS = ("role", "content", "tool_calls", "tool_call_id", "reasoning_content", "name")
+_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", *REASONING_KEYS)
 
 
 class RowError(Exception):
@@ -38,7 +38,7 @@ def read_message(place: str, value: Any, tools: Collection[str] = ()) -> Message
         close = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.8)
         if close:
             raise RowError(f"{place} has {key!r}; did you mean {close[0]!r}?")
-    for key in ("reasoning_content", "tool_call_id", "name"):
+    for key in ("tool_call_id", "name", *REASONING_KEYS):
         if not isinstance(fields.get(key, ""), str):
             raise RowError(f"{place}.{key} must be text, not {kind(fields[key])}")
     if "tool_calls" in fields:

@@ -101,7 +101,7 @@ def _parquet_rows(path: Path, source: SourcePlan, shown: Mapping[str, str]) -> I
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            needed = {source.prompt_field: "prompt_field"}
+            needed = dict([source.main_field])
             needed |= _reference_fields(source.verifier, source.reference_field)
             if "reference" in shown:
                 needed[source.reference_field] = "reference_field"
@@ -138,11 +138,14 @@ def _prompt(source: SourcePlan, row: int, value: Any, shown: Mapping[str, str]) 
         raise value
     if not isinstance(value, dict):
         raise RowError(f"must be a JSON object, not {kind(value)}")
-    if source.prompt_field not in value:
-        raise RowError(_missing(source.prompt_field, list(value), "prompt_field"))
+    field, key = source.main_field
+    if field not in value:
+        raise RowError(_missing(field, list(value), key))
+    if source.text_field is not None and not isinstance(value[field], str):
+        raise RowError(f"field {field!r} must be text, not {kind(value[field])}")
     tools = read_tools(source.tools_field, value.get(source.tools_field))
     names = tool_names(tools)
-    messages = _messages(source.prompt_field, value[source.prompt_field], names)
+    messages = _messages(field, value[field], names)
     reference: str | None
     if source.verifier is not None and needs_reference(source.verifier):
         reference = _reference(source.verifier, source.reference_field, value)

@@ -71,7 +71,9 @@ class Renderer:
         return self.template.render(self.teacher_prompt.messages(prompt), tools=prompt.tools)
 
     def render(self, prompt: Prompt) -> TokenIds:
-        """Render a prompt as token ids, with the generation prompt."""
+        """Render a prompt as token ids, with the generation prompt; of a document, return its context."""
+        if prompt.document is not None:
+            return prompt.document.context_ids
         ids = self._rendered.get(prompt.key)
         if ids is None:
             ids = self._rendered[prompt.key] = token_ids(self.tokenizer.encode(self.text(prompt)))

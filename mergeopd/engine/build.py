@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mergeopd.alarms.watch import AlarmWatch
-from mergeopd.data.draw import PromptDraw
+from mergeopd.data.draw import PhasedDraw, PhaseShares
 from mergeopd.data.renderer import Renderer
 from mergeopd.distributed.communicator import Communicator, scatter_gather
 from mergeopd.engine.checkpoint import Checkpoints
@@ -207,10 +207,20 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
     environments = build_environments(plan.sources, plan, ranks)
     return SynchronousPipeline(
         plan,
-        draw=PromptDraw(inputs.prompts, {s.name: s.share for s in plan.sources}, plan.seed),
+        draw=PhasedDraw(
+            inputs.prompts,
+            {phase.name: PhaseShares(plan.shares(phase), phase.num_prompts) for phase in plan.phases},
+            plan.seed,
+        ),
         model=student,
         renderer=inputs.student,
-        rollouts=StudentRollouts(engine, plan.rollout, inputs.student, environments, stages),
+        rollouts=StudentRollouts(
+            engine,
+            max(plan.rollout_of(phase).samples_per_prompt for phase in plan.phases),
+            inputs.student,
+            environments,
+            stages,
+        ),
         teacher_rollouts=TeacherRolloutCache(
             plan,
             student=inputs.student,
@@ -223,7 +233,6 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
         rewards=Rewards(
             build_verifiers(plan.sources, plan, ranks),
             inputs.student.tokenizer,
-            plan.rollout.stop,
             stages,
         ),
         stages=stages,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from mergeopd.data.draw import PromptDraw
+from mergeopd.data.draw import PhasedDraw
 from mergeopd.data.renderer import Renderer
 from mergeopd.engine.progress import Progress, Task, draw_tasks, phase_at
 from mergeopd.engine.rollouts import Rewards, StudentRollouts, dataset_rollout
@@ -15,7 +15,7 @@ from mergeopd.engine.score import CollectedRound
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.teacher_rollouts import TeacherRolloutCache
 from mergeopd.recipe.plan import Plan
-from mergeopd.recipe.training import Phase
+from mergeopd.recipe.training import Phase, RolloutSettings
 from mergeopd.student.protocol import Student
 from mergeopd.types import Rollout
 
@@ -38,7 +38,7 @@ class SynchronousPipeline:
     """Generates every round with the weights of the last update, while nothing else runs."""
 
     plan: Plan
-    draw: PromptDraw
+    draw: PhasedDraw
     model: Student
     renderer: Renderer
     rollouts: StudentRollouts
@@ -54,10 +54,11 @@ class SynchronousPipeline:
         phase, updates_done = at
         if phase.name != self._prepared_phase:
             self._prepare_teacher_rollouts(phase, updates_done, progress)
-        tasks = draw_tasks(self.draw, self.plan.seed, phase, progress, updates_done)
+        tasks = draw_tasks(self.draw, self.plan, phase, progress, updates_done)
         with self.stages.clock.stage("rollout"):
-            rollouts = self._collect(tasks)
-            grades = self.rewards.of(rollouts)
+            settings = self.plan.rollout_of(phase)
+            rollouts = self._collect(tasks, settings)
+            grades = self.rewards.of(rollouts, settings.stop)
         work = self.work(rollouts, progress.round, phase.updates_per_round)
         rewards = [grade.reward for grade in grades]
         failures = {i: v.failure for i, v in enumerate(grades) if v.failure is not None}
@@ -80,12 +81,12 @@ class SynchronousPipeline:
         self.rewards.close()
         self.rollouts.environments.close()
 
-    def _collect(self, tasks: Sequence[Task]) -> list[Rollout]:
+    def _collect(self, tasks: Sequence[Task], settings: RolloutSettings) -> list[Rollout]:
         """Return responses to all tasks, the student's first, each kind in the order of the tasks."""
-        rollouts = self.rollouts.generate(tasks)
+        rollouts = self.rollouts.generate(tasks, settings)
         for task in tasks:
             if task.origin == "teacher":
-                rollouts += self.teacher_rollouts.of(task)
+                rollouts += self.teacher_rollouts.of(task, settings)
             elif task.origin == "dataset":
                 rollouts.append(dataset_rollout(task, self.renderer))
         return rollouts
@@ -94,9 +95,9 @@ class SynchronousPipeline:
         """Generate all teacher responses that the rest of this phase needs."""
         tasks: list[Task] = []
         while updates_done < phase.updates:
-            tasks += draw_tasks(self.draw, self.plan.seed, phase, progress, updates_done)
+            tasks += draw_tasks(self.draw, self.plan, phase, progress, updates_done)
             progress = replace(progress, drawn=progress.drawn + phase.prompts_per_round)
             updates_done += phase.updates_per_round
         with self.stages.clock.stage("text"):
-            self.teacher_rollouts.prepare(tasks)
+            self.teacher_rollouts.prepare(tasks, self.plan.rollout_of(phase))
         self._prepared_phase = phase.name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mergeopd.data.draw import PromptDraw
+from mergeopd.data.draw import PhasedDraw
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.training import Phase, off_policy_origin, on_policy_fraction
 from mergeopd.rollout.keyed import stream_key, uniforms
@@ -40,15 +40,19 @@ def phase_at(plan: Plan, update: int) -> tuple[Phase, int] | None:
 
 
 def draw_tasks(
-    draw: PromptDraw, seed: int, phase: Phase, progress: Progress, updates_done: int
+    draw: PhasedDraw, plan: Plan, phase: Phase, progress: Progress, updates_done: int
 ) -> list[Task]:
-    """Draw the next round's prompts and the origin of responses, as a function of seed and cursor only."""
-    drawn = draw.draw(progress.drawn, phase.prompts_per_round)
+    """Draw the next round's prompts and the origin of responses, as a function of plan and cursor only.
+
+    The prompts have the teachers of the phase.
+    """
+    teachers = plan.teachers_of(phase)
+    drawn = draw.draw(phase.name, phase.num_drawn(updates_done), phase.prompts_per_round)
     fraction = on_policy_fraction(phase, updates_done)
     other = off_policy_origin(phase)
-    keys = [stream_key(seed, "who answers", progress.drawn + i) for i in range(len(drawn))]
+    keys = [stream_key(plan.seed, "who answers", progress.drawn + i) for i in range(len(drawn))]
     chances = uniforms(keys, 1)[:, 0]
     return [
-        Task(prompt, occurrence, "student" if other is None or chance < fraction else other)
+        Task(teachers.route(prompt), occurrence, "student" if other is None or chance < fraction else other)
         for (occurrence, prompt), chance in zip(drawn, chances.tolist(), strict=True)
     ]

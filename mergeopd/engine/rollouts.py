@@ -21,29 +21,32 @@ from mergeopd.types import Finish, Prompt, Rollout, Sampling, TokenIds, token_fl
 
 @dataclass(frozen=True)
 class StudentRollouts:
-    """Generates the student's responses, `samples_per_prompt` for each prompt."""
+    """Generates the student's responses.
+
+    No phase has more than `max_samples` responses to a prompt: a prompt's occurrences are as many random
+    streams apart.
+    """
 
     engine: RolloutEngine
-    settings: RolloutSettings
+    max_samples: int
     student: Renderer
     environments: Environments
     stages: Stages
 
-    def generate(self, tasks: Sequence[Task]) -> list[Rollout]:
-        """Generate responses to the student's tasks, in order. Collective."""
-        num_samples = self.settings.samples_per_prompt
+    def generate(self, tasks: Sequence[Task], settings: RolloutSettings) -> list[Rollout]:
+        """Generate responses to the student's tasks, `samples_per_prompt` for each, in order. Collective."""
         prompts = [
-            (task.prompt, task.occurrence * num_samples + sample)
+            (task.prompt, task.occurrence * self.max_samples + sample)
             for task in tasks
             if task.origin == "student"
-            for sample in range(num_samples)
+            for sample in range(settings.samples_per_prompt)
         ]
         if not prompts:
             return []
 
         def turn(requests: Sequence[GenerationRequest], which: str) -> list[Completion]:
             on_progress = self.stages.begin("rollout", f"the student{which}", len(requests), "responses")
-            return self.engine.submit(requests, sampling(self.settings)).wait(on_progress)
+            return self.engine.submit(requests, sampling(settings)).wait(on_progress)
 
         responses = self.environments.play(prompts, self.student, turn, self.stages.check)
         return [
@@ -74,7 +77,9 @@ def sampling(settings: RolloutSettings) -> Sampling:
 
 
 def dataset_rollout(task: Task, student: Renderer) -> Rollout:
-    """Encode the dataset's response in the student's ids."""
+    """Encode the dataset's response, or a document, in the student's ids."""
+    if (document := task.prompt.document) is not None:
+        return Rollout(task.prompt, task.occurrence, document.context_ids, document.ids, "dataset", "eos")
     response = dataset_response(task.prompt, student)
     return Rollout(
         prompt=task.prompt,
@@ -96,14 +101,14 @@ class Rewards:
 
     verifiers: Verifiers
     tokenizer: Tokenizer
-    stop: Sequence[str]
     stages: Stages
     _noted_sources: set[str] = field(default_factory=set, init=False)
 
-    def of(self, rollouts: Sequence[Rollout]) -> list[Grade]:
+    def of(self, rollouts: Sequence[Rollout], stop: Sequence[str]) -> list[Grade]:
         """Grade the student's responses; others, and those without a verifier, have no reward.
 
-        Every process grades its share. Collective; raises AbandonRound when a stop was requested.
+        `stop` are the strings that end a response. Every process grades its share. Collective; raises
+        AbandonRound when a stop was requested.
         """
         graded = {
             i: r
@@ -116,9 +121,7 @@ class Rewards:
         )
 
         def verify(own: Sequence[Rollout]) -> list[Grade]:
-            submissions = [
-                submission(r.prompt, r.final_ids, r.finish, self.tokenizer, self.stop) for r in own
-            ]
+            submissions = [submission(r.prompt, r.final_ids, r.finish, self.tokenizer, stop) for r in own]
             return self.verifiers.verify(submissions, on_progress)
 
         by_index = dict(

@@ -33,7 +33,7 @@ def by_teacher(
     """
     rollouts_of: dict[str, list[int]] = {name: [] for name in order}
     for index, rollout in enumerate(rollouts):
-        for teacher in rollout.prompt.teachers:
+        for teacher in rollout.teacher_set:
             rollouts_of[teacher].append(index)
     names = order if round_index % 2 == 0 else tuple(reversed(order))
     return tuple(TeacherPass(name, tuple(rollouts_of[name])) for name in names if rollouts_of[name])

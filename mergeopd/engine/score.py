@@ -98,7 +98,7 @@ class Scorer:
         """Align a round for teachers with other tokenizers, by teacher and rollout; not collective."""
         alignments = {}
         for name, view in self.views.items():
-            own = {i: r for i, r in enumerate(rollouts) if name in r.prompt.teachers and r.num_trained}
+            own = {i: r for i, r in enumerate(rollouts) if name in r.prompt.scorers and r.num_trained}
             if view.bridge_kind is not None:
                 self.stages.begin("teachers", f"{name}: aligning tokens", len(own), "responses")
             aligned = view.align(own)

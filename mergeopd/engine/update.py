@@ -25,7 +25,7 @@ from mergeopd.loss.objective import DistillationObjective
 from mergeopd.models.flops import TrainingFlops
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.recipe.plan import Plan
-from mergeopd.recipe.sources import author
+from mergeopd.recipe.routing import writer_of
 from mergeopd.reporting.events import UpdateDone
 from mergeopd.student.protocol import Student
 from mergeopd.types import Rollout
@@ -111,7 +111,7 @@ class Updater:
                 rollout.num_tokens, rollout.num_trained, teachers, prior_policy=prior_policy
             )
             if rollout.origin != "dataset":
-                by = author(rollout.prompt.teachers) if rollout.origin == "teacher" else None
+                by = writer_of(rollout.prompt) if rollout.origin == "teacher" else None
                 flops += self.flops.of_generation(len(rollout.prompt_ids), len(rollout.response_ids), by)
         return {stage: float(count) for stage, count in flops.items()}
 
@@ -150,7 +150,9 @@ class Updater:
             for done, pack in enumerate(packs):
                 on_progress(done)
                 own = targets.of(pack) if has_loss else {}
-                micro = micro_batch(pack, prepared, own, targets.views, like, with_policy=with_policy)
+                micro = micro_batch(
+                    pack, prepared, own, targets.views, like, with_policy=with_policy, terms=objective.names
+                )
                 if has_loss:
                     samples.look_at_teachers(micro)
                 yield micro

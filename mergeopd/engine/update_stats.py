@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from mergeopd.reporting.events import BridgeFigures, DomainStats, PolicyStats, T
 from mergeopd.student.loss import MicroStats
 from mergeopd.teacher.canary import refuse_uniform
 from mergeopd.teacher.token_view import TokenView
-from mergeopd.types import TokenIds
+from mergeopd.types import Episode, TokenIds
 
 # A 4-gram's hash is the sum of its ids times these odd numbers, modulo 2**64.
 _HASH = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93], np.uint64)
@@ -230,9 +231,23 @@ class UpdateStats:
                 truncated_fraction=sum(r.finish == "length" for r in members.values()) / len(members),
                 reward=sum(known) / len(known) if known else None,
                 loss_share=sums.values["loss"] / loss if loss else None,
-                repetition=repetition([r.response_ids for r in members.values()]),
+                repetition=repetition([r.trained_ids for r in members.values()]),
+                **episode_stats([r.episode for r in members.values() if r.episode is not None]),
             )
         return result
+
+
+def episode_stats(episodes: Sequence[Episode]) -> dict[str, Any]:
+    """Return the figures of responses with tools that `DomainStats` has; nothing without any."""
+    if not episodes:
+        return {}
+    num_calls = sum(episode.num_calls for episode in episodes)
+    num_failed = sum(episode.num_failed_calls for episode in episodes)
+    return {
+        "mean_turns": sum(episode.num_turns for episode in episodes) / len(episodes),
+        "mean_calls": num_calls / len(episodes),
+        "failed_call_fraction": num_failed / num_calls if num_calls else None,
+    }
 
 
 def repetition(responses: Sequence[TokenIds]) -> float | None:

@@ -36,16 +36,24 @@ class DistillationObjective:
     support: Support | None = None
 
     def per_token(
-        self, teacher_weight_KN: Tensor, nll_weight_N: Tensor, policy_rows: PolicyRows | None = None
+        self,
+        teacher_weight_KN: Tensor,
+        nll_weight_N: Tensor,
+        policy_rows: PolicyRows | None = None,
+        term_weight_KDN: Tensor | None = None,
     ) -> Callable[[BlockStats, slice], Tensor]:
-        """Return the function that `fused_loss` calls for each block of rows."""
+        """Return the function that `fused_loss` calls for each block of rows.
+
+        `term_weight_KDN` replaces `teacher_weight_KN` in divergences that have weights of their own.
+        """
         scale = self.temperature**2
 
         def loss(stats: BlockStats, rows: slice) -> Tensor:
             weight = teacher_weight_KN[:, rows]
             total = -self.nll * nll_weight_N[rows] * stats.logprob_S
             for d, coefficient in enumerate(self.coefficients):
-                total = total + scale * coefficient * (weight * stats.divergence[:, d]).sum(0)
+                own = weight if term_weight_KDN is None else term_weight_KDN[:, d, rows]
+                total = total + scale * coefficient * (own * stats.divergence[:, d]).sum(0)
             if self.policy is not None and policy_rows is not None:
                 tokens = policy_tokens(
                     self.policy, policy_rows, rows, stats.logprob_S, stats.logprob_T, weight

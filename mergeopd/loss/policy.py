@@ -71,6 +71,7 @@ class PolicyRows:
     old_N        log-probability before the round's first update; None: this is the round's first update
     teacher_N    teachers' advantage with all weights where it depends on whole responses; None: on the token
     span_N       advantage, with all weights, from teachers with another tokenizer; None: there are none
+    sampled_KN   the teachers' weights in the sampled reverse KL; None: those of all terms
     """
 
     own_N: Tensor
@@ -80,6 +81,7 @@ class PolicyRows:
     old_N: Tensor | None = None
     teacher_N: Tensor | None = None
     span_N: Tensor | None = None
+    sampled_KN: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,8 @@ def policy_tokens(
         advantage = advantage + rows.teacher_N[slice_]
     elif policy.sampled:
         gap = bounded(logprob_T - current, policy.bound)
-        advantage = advantage + policy.sampled * own * (teacher_weight * gap).sum(0)
+        weight_T = teacher_weight if rows.sampled_KN is None else rows.sampled_KN[:, slice_]
+        advantage = advantage + policy.sampled * own * (weight_T * gap).sum(0)
     if rows.span_N is not None:
         advantage = advantage + rows.span_N[slice_]
     log_rho = torch.where(own > 0, old - rows.behaviour_N[slice_], 0.0)

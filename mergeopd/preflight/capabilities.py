@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from mergeopd.messages import joined
 from mergeopd.preflight.problems import Findings
-from mergeopd.recipe.plan import TeacherPlan
+from mergeopd.recipe.plan import TeacherPlan, phase_teachers
 from mergeopd.recipe.policy_terms import POLICY_TERMS
 from mergeopd.recipe.resolve import Resolution
-from mergeopd.recipe.sources import author
-from mergeopd.recipe.training import Phase, never_student, off_policy_origin, only_student
+from mergeopd.recipe.routing import PhaseTeachers, author
+from mergeopd.recipe.training import Phase, never_student, reads_teachers
 from mergeopd.rollout.protocol import EngineCapabilities
 from mergeopd.teacher.protocol import TargetKind, TeacherCapabilities, required_kind
 
@@ -32,14 +32,21 @@ def check_capabilities(
     `engine` is None where `rollout` is not valid; `teachers` has those that resolved.
     """
     for index, phase in resolution.phases.items():
+        own = phase_teachers(phase, resolution.sources.values(), resolution.teachers)
         if engine is not None and not engine.returns_logprobs and not never_student(phase):
-            _check_engine(findings, index, phase, resolution.teachers)
-        _check_targets(findings, index, phase, resolution, teachers)
-        if off_policy_origin(phase) == "teacher" and not only_student(phase):
-            _check_generators(findings, index, resolution, teachers)
+            _check_engine(findings, index, phase, resolution.teachers, own)
+        _check_targets(findings, index, phase, resolution, teachers, own)
+        if reads_teachers(phase):
+            _check_generators(findings, index, resolution, teachers, own)
 
 
-def _check_engine(findings: Findings, index: int, phase: Phase, teachers: Mapping[str, TeacherPlan]) -> None:
+def _check_engine(
+    findings: Findings,
+    index: int,
+    phase: Phase,
+    teachers: Mapping[str, TeacherPlan],
+    of_phase: PhaseTeachers,
+) -> None:
     message = "the rollout engine returns no log-probabilities of its responses"
     for term in POLICY_TERMS:
         if phase.loss.uses(term):
@@ -49,7 +56,8 @@ def _check_engine(findings: Findings, index: int, phase: Phase, teachers: Mappin
                 "use a divergence, or another `rollout.engine`",
             )
     for name, teacher in teachers.items():
-        if phase.loss.needs_teacher and teacher.bridge is not None and teacher.bridge.kind == "span":
+        spans = teacher.bridge is not None and teacher.bridge.kind == "span"
+        if spans and name in of_phase.scoring():
             findings.report(
                 ("teachers", name, "bridge"),
                 f"{message}, and `span` is a policy term, which needs them",
@@ -63,8 +71,9 @@ def _check_targets(
     phase: Phase,
     resolution: Resolution,
     teachers: Mapping[str, TeacherCapabilities],
+    of_phase: PhaseTeachers,
 ) -> None:
-    for name in _routed(resolution):
+    for name in (name for name in resolution.teachers if name in of_phase.scoring()):
         kind = required_kind(phase.loss, resolution.teachers[name])
         provided = teachers[name].can_provide
         if kind is None or kind in provided:
@@ -88,12 +97,20 @@ def _remedy(teacher: TeacherPlan, provided: frozenset[TargetKind]) -> str:
 
 
 def _check_generators(
-    findings: Findings, index: int, resolution: Resolution, teachers: Mapping[str, TeacherCapabilities]
+    findings: Findings,
+    index: int,
+    resolution: Resolution,
+    teachers: Mapping[str, TeacherCapabilities],
+    of_phase: PhaseTeachers,
 ) -> None:
-    """Report the first source for which the teacher that generates cannot do so."""
-    for source in resolution.sources.values():
-        name = author(source.teachers) if source.teachers else None
-        if name is None or name not in teachers or teachers[name].can_generate:
+    """Report the first source for which no teacher, or one that cannot, would generate."""
+    for source, routed in of_phase.routed.items():
+        if not routed:
+            message = f"no teacher is routed to generate responses to the prompts of '{source}'"
+            findings.report(("phases", index, "text"), message, "give the source `teachers`")
+            return
+        name = author(routed)
+        if name not in teachers or teachers[name].can_generate:
             continue
         other = "give another teacher of these prompts more weight"
         if resolution.teachers[name].snapshot_rule is None:
@@ -101,12 +118,6 @@ def _check_generators(
         else:
             cause = "responses are generated before a phase, and its weights change during it"
             remedy = f"{other}, or use `student: start`"
-        message = f"teacher '{name}' would generate responses to the prompts of '{source.name}', but {cause}"
+        message = f"teacher '{name}' would generate responses to the prompts of '{source}', but {cause}"
         findings.report(("phases", index, "text"), message, remedy)
         return
-
-
-def _routed(resolution: Resolution) -> Iterator[str]:
-    """Return the resolved teachers that a source of prompts names, in the recipe's order."""
-    named = {name for source in resolution.sources.values() for name in source.teachers}
-    return (name for name in resolution.teachers if name in named)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from mergeopd.data.renderer import Renderer
+from mergeopd.data.trajectory import dataset_text
 from mergeopd.errors import DataError
-from mergeopd.types import Message, Prompt
+from mergeopd.types import REASONING_KEYS, Prompt
 
 
 def template_notes(
@@ -26,6 +27,11 @@ def template_notes(
                     f"the chat template of {model} leaves {what} of source '{source}' out "
                     f"({renderer.template.name}): give it a `template` that renders them"
                 )
+    if _leaves_out_response_reasoning(prompts, student):
+        yield (
+            f"the chat template of the student leaves the reasoning of responses of source '{source}' out "
+            f"({student.template.name}): it learns the text alone; a `template` can render both"
+        )
     opening = _opening(prompts, student)
     for name, renderer in teachers.items():
         own = _opening(prompts, renderer)
@@ -42,19 +48,15 @@ def _without_tools(prompt: Prompt) -> Prompt:
 
 
 def _without(*keys: str) -> Callable[[Prompt], Prompt]:
-    def removed(message: Message) -> Message:
-        if message.role != "assistant" or not message.fields.keys() & set(keys):
-            return message
-        fields = {key: value for key, value in message.fields.items() if key not in keys}
-        return Message(message.role, message.content, {**fields, "content": message.content})
-
-    return lambda prompt: replace(prompt, messages=tuple(map(removed, prompt.messages)))
+    return lambda prompt: replace(
+        prompt, messages=tuple(message.without(*keys) for message in prompt.messages)
+    )
 
 
 _PARTS: Mapping[str, Callable[[Prompt], Prompt]] = {
     "the tools": _without_tools,
     "calls of tools": _without("tool_calls"),
-    "the reasoning in earlier turns": _without("reasoning_content"),
+    "the reasoning in earlier turns": _without(*REASONING_KEYS),
 }
 
 
@@ -65,6 +67,25 @@ def _leaves_out(prompts: Sequence[Prompt], renderer: Renderer, without: Callable
         return False
     try:
         return renderer.text(prompt) == renderer.text(without(prompt))
+    except DataError:
+        return False
+
+
+def _leaves_out_response_reasoning(prompts: Sequence[Prompt], student: Renderer) -> bool:
+    """Whether the first trajectory with reasoning is rendered as if its first or last such turn had none."""
+    for prompt in prompts:
+        turns = prompt.response if isinstance(prompt.response, tuple) else ()
+        places = [i for i, turn in enumerate(turns) if turn.reasoning]
+        if places:
+            break
+    else:
+        return False
+    without = (
+        (*turns[:i], turns[i].without(*REASONING_KEYS), *turns[i + 1 :]) for i in (places[0], places[-1])
+    )
+    try:
+        text = dataset_text(prompt, student)
+        return any(dataset_text(replace(prompt, response=one), student) == text for one in without)
     except DataError:
         return False
 

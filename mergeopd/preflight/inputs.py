@@ -14,8 +14,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mergeopd.config.tree import Keys
+from mergeopd.data.documents import MAX_TOKENS, sequences
 from mergeopd.data.prompts import read_prompts
 from mergeopd.data.renderer import Renderer
+from mergeopd.data.teacher_prompt import SAME
 from mergeopd.errors import RecipeError
 from mergeopd.messages import joined, shown
 from mergeopd.preflight.capabilities import check_capabilities
@@ -25,9 +27,9 @@ from mergeopd.preflight.models import ModelReader, file_digest
 from mergeopd.preflight.problems import Findings
 from mergeopd.preflight.prompts import LengthBudget, PromptChecks, check_verifier, turns_budget
 from mergeopd.recipe.controls import Control, control_plan
-from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan
+from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan, phase_teachers
 from mergeopd.recipe.resolve import Resolution, read
-from mergeopd.recipe.training import off_policy_origin, reads_dataset
+from mergeopd.recipe.training import Phase, never_student, reads_dataset, reads_teachers
 from mergeopd.recipe.verifiers import JsonVerifier, single_verifiers
 from mergeopd.rollout.protocol import EngineCapabilities
 from mergeopd.storage.run_folder import RunFolder
@@ -158,7 +160,7 @@ class _Check:
         for name, renderer in self.teachers.items():
             self._cross(resolution.teachers[name], renderer)
         for index, source in resolution.sources.items():
-            self._read(("prompts", index), source, tuple(source.teachers), self.prompts)
+            self._read(("prompts", index), source, self._teachers_that_read(source), self.prompts)
         for index, source in resolution.eval_sources.items():
             self._read(("evaluation", "prompts", index), source, (), self.evaluation)
         if resolution.plan is not None:
@@ -189,8 +191,7 @@ class _Check:
     ) -> None:
         self._announce(f"reading {shown(Path(source.source))}")
         check_verifier(self.findings, place, source)
-        fields = self._shown(teachers)
-        prompts = self.findings.attempt((*place, "source"), lambda: read_prompts(source, fields))
+        prompts = self.findings.attempt((*place, "source"), lambda: self._read_rows(source, teachers))
         if prompts is not None:
             if source.environment is not None:
                 prompts = self.environments.add_tools((*place, "environment"), source.environment, prompts)
@@ -202,6 +203,24 @@ class _Check:
                 schema = Path(verifier.schema_file)
                 digest = self.findings.attempt(place, partial(file_digest, schema))
                 self.models.files |= {} if digest is None else {str(schema): digest}
+
+    def _read_rows(self, source: SourcePlan, teachers: Sequence[str]) -> tuple[Prompt, ...]:
+        if source.text_field is None:
+            return read_prompts(source, self._shown(teachers))
+        rows = read_prompts(source)
+        student = self.student
+        return rows if student is None else sequences(source, rows, student, self.vocab_size(student))
+
+    def _teachers_that_read(self, source: SourcePlan) -> tuple[str, ...]:
+        """Return the teachers that read prompts of a source in some phase, in the recipe's order."""
+        resolution = self._resolution
+        names = set() if resolution.phases else set(source.teachers)
+        for phase in resolution.phases.values():
+            if phase.prompts is None or source.name in phase.prompts:
+                own = phase_teachers(phase, resolution.sources.values(), resolution.teachers)
+                names |= own.scoring([source.name])
+                names |= own.routed[source.name].keys() if reads_teachers(phase) else set()
+        return tuple(name for name in resolution.teachers if name in names)
 
     def _shown(self, teachers: Sequence[str]) -> dict[str, str]:
         """Return the row fields that these teachers' prompts use, each with the first teacher that does."""
@@ -222,25 +241,29 @@ class _Check:
     def _check_training(self, plan: Plan) -> None:
         self._note_sampling(plan)
         self._note_sizes(plan)
-        if not any(
-            phase.loss.needs_teacher or off_policy_origin(phase) == "teacher" for phase in plan.phases
-        ):
+        if not any(phase.loss.needs_teacher or reads_teachers(phase) for phase in plan.phases):
             self.findings.notes.append("no phase uses a teacher: none will be loaded for training")
-        with_responses = any(reads_dataset(phase) for phase in plan.phases)
         for index, source in enumerate(plan.sources):
             place = ("prompts", index)
             self._announce(f"checking {shown(Path(source.source))}")
             checks = PromptChecks(self.findings, place, source, self.prompts.get(source.name, ()))
-            checks.responses(plan.phases)
-            budget = LengthBudget(plan.rollout.max_new_tokens, ("rollout", "max_new_tokens"))
+            if source.text_field is not None:
+                self._check_documents(place, source)
+                continue
+            phases = [phase for phase in plan.phases if source.name in plan.shares(phase)]
+            with_responses = any(reads_dataset(phase) for phase in phases)
+            checks.responses(phases)
+            budget = _length_budget(plan, phases)
             if with_responses:
-                checks.bridged_responses(self.cross_tokenizers)
+                checks.bridged_responses(
+                    [n for n in self._teachers_that_read(source) if n in self.cross_tokenizers]
+                )
             if with_responses and self.student is not None:
                 bounds = checks.trajectories(self.student)
                 checks = replace(checks, prompts=[p for p in checks.prompts if p.key in bounds])
                 checks.response_tokens(self.student, self.vocab_size(self.student))
                 budget = replace(budget, bounds=bounds, student=self.student)
-            renderers = self._renderers(tuple(source.teachers))
+            renderers = self._renderers(self._teachers_that_read(source))
             if source.environment is not None and checks.prompts:
                 checks.bridged_turns(self.cross_tokenizers)
                 where = (*place, "environment")
@@ -249,13 +272,33 @@ class _Check:
             checks.lengths(renderers, budget)
             self._compare_templates(source)
 
+    def _check_documents(self, place: Keys, source: SourcePlan) -> None:
+        """Report teachers that cannot read documents, and sequences longer than a model's context."""
+        names = self._teachers_that_read(source)
+        for name in names:
+            own, teacher = self.teachers.get(name), f"teacher '{name}'"
+            other = "give the source or the phase other `teachers`"
+            if name in self.cross_tokenizers:
+                message = f"{teacher} has another tokenizer, and documents are aligned with no bridge"
+                self.findings.report((*place, "text_field"), message, other)
+            elif own is not None and own.teacher_prompt != SAME:
+                message = (
+                    f"{teacher} has a prompt or a system message of its own, and documents have no prompt"
+                )
+                self.findings.report((*place, "text_field"), message, other)
+        length = source.max_tokens or MAX_TOKENS
+        for name, renderer in self._renderers(names).items():
+            if length > renderer.max_positions:
+                message = f"sequences of {length} tokens exceed {name}'s context of {renderer.max_positions}"
+                self.findings.report((*place, "max_tokens"), message, "lower it")
+
     def _note_sampling(self, plan: Plan) -> None:
         """Note policy terms whose correction does not account for the sampling settings."""
-        rollout = plan.rollout
-        if rollout.temperature == 1.0 and rollout.top_p == 1.0:
-            return
-        where = f"responses are sampled at temperature {rollout.temperature} and top_p {rollout.top_p}"
         for phase in filter(plan.has_policy, plan.phases):
+            rollout = plan.rollout_of(phase)
+            if rollout.temperature == 1.0 and rollout.top_p == 1.0:
+                continue
+            where = f"responses are sampled at temperature {rollout.temperature} and top_p {rollout.top_p}"
             if phase.correction.kind == "none":
                 self.findings.notes.append(
                     f"phase '{phase.name}' has policy terms without correction, but {where}: its gradient is "
@@ -332,3 +375,15 @@ class _Check:
                     f"{num_seen} of {len(prompts)} prompts are also trained on",
                     "remove them from one file, or set `allow_overlap: true`; the result then counts them",
                 )
+
+
+def _length_budget(plan: Plan, phases: Sequence[Phase]) -> LengthBudget:
+    """Return the longest responses that are generated in these phases, and the key that sets their length."""
+    budget = LengthBudget(0, ("rollout", "max_new_tokens"))
+    for phase in phases:
+        length = plan.rollout_of(phase).max_new_tokens
+        if length > budget.num_new and not (never_student(phase) and reads_dataset(phase)):
+            of_phase: Keys = ("phases", plan.phases.index(phase), "rollout")
+            own = phase.rollout.max_new_tokens is not None
+            budget = LengthBudget(length, (*(of_phase if own else ("rollout",)), "max_new_tokens"))
+    return budget

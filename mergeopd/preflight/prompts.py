@@ -137,9 +137,8 @@ class PromptChecks:
             "remove it, or choose teachers of the student's family",
         )
 
-    def bridged_responses(self, bridged: Collection[str]) -> None:
+    def bridged_responses(self, teachers: Sequence[str]) -> None:
         """Report trajectories for teachers with a bridge, which aligns single-turn responses only."""
-        teachers = [name for name in self.source.teachers if name in bridged]
         rows = [(prompt, "") for prompt in self.prompts if isinstance(prompt.response, tuple)]
         if teachers:
             count = _counted(rows, self.prompts, "dataset response", "has", "have")

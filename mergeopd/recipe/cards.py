@@ -159,5 +159,6 @@ def _plan(
         fingerprint=card.fingerprint,
         canary=card.canary,
         bridge=ref.bridge,
+        weight=ref.weight,
         licence=card.licence,
     )

@@ -11,6 +11,7 @@ from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
 from mergeopd.messages import joined
 from mergeopd.recipe.models import Parallel, Student
+from mergeopd.recipe.routing import PhaseTeachers
 from mergeopd.recipe.schema import NO_EXPERT, Reports, TrainSource
 from mergeopd.recipe.training import (
     Phase,
@@ -40,7 +41,8 @@ def phase_problems(parts: ValidParts, origins: Origins) -> Iterator[Problem]:
             message = "nll on the student's own responses only reinforces them"
             remedy = "use a divergence, or `text: teacher` or `dataset`"
             yield origins.problem((*here, "loss", "nll"), message, remedy, key=True)
-        yield from _round_problems(phase, here, parts.rollout, origins)
+        rollout = None if parts.rollout is None else phase.rollout.over(parts.rollout)
+        yield from _round_problems(phase, here, rollout, origins)
 
 
 def _round_problems(
@@ -64,11 +66,11 @@ def _round_problems(
 
 
 def balance_problems(parts: ValidParts, origins: Origins) -> Iterator[Problem]:
-    """Check that target shares are given for exactly the training domains."""
-    domains = tuple(dict.fromkeys(source.domain for source in parts.prompts.values()))
+    """Check that target shares are given for exactly the domains of a phase."""
     for index, phase in parts.phases.items():
+        domains = tuple(dict.fromkeys(source.domain for source in parts.sources_of(phase).values()))
         shares, here = phase.balance.tokens, ("phases", index, "balance", "tokens")
-        if isinstance(shares, str):
+        if isinstance(shares, str) or parts.unknown_sources(phase):  # reported separately
             continue
         for domain in shares:
             if domain not in domains:
@@ -92,14 +94,14 @@ def schedule_problems(parts: ValidParts, origins: Origins) -> Iterator[Problem]:
         yield origins.problem(("optimizer", "warmup_updates"), message, f"use {num_updates} or fewer")
 
 
-def unused_teachers(parts: ValidParts, weights: Weights, origins: Origins) -> Iterator[Problem]:
+def unused_teachers(
+    parts: ValidParts, weights: Weights, of_phases: Mapping[int, PhaseTeachers], origins: Origins
+) -> Iterator[Problem]:
     """Report teachers without prompts. A source without any weight is reported separately."""
-    used = {
-        name
-        for of_source in weights.values()
-        for name, weight in of_source.items()
-        if weight or not any(of_source.values())
-    }
+    used = {name for w in weights.values() if not any(w.values()) for name in w}
+    used.update(name for teachers in of_phases.values() for name in teachers.named)
+    if any(parts.unknown_sources(phase) for phase in parts.phases.values()):  # reported separately
+        return
     for name in parts.names:
         if name not in used:
             message = f"no prompts are routed to teacher '{name}'"

@@ -12,7 +12,7 @@ from mergeopd.errors import RecipeError
 from mergeopd.messages import joined, option_problem
 from mergeopd.recipe.loss_terms import DIVERGENCE_TERMS, Loss
 from mergeopd.recipe.plan import Plan
-from mergeopd.recipe.policy_terms import ClipRatio, NoCorrection, SampledTerm, Term, WeightRamp
+from mergeopd.recipe.policy_terms import ClipRatio, NoCorrection, SampledTerm, TeacherTerm, WeightRamp
 from mergeopd.recipe.training import Phase, never_student, only_student
 
 Control = Literal["sft", "sampled"]
@@ -33,7 +33,7 @@ def control_plan(plan: Plan, control: Control) -> Plan:
     change = _sft if control == "sft" else _sampled
     if control == "sampled":
         _check_bridges(plan)
-    phases = tuple(change(phase) for phase in plan.phases)
+    phases = tuple(phase if plan.reads_documents(phase) else change(phase) for phase in plan.phases)
     if phases == plan.phases:
         raise _refusal(control, "the recipe is this control already", "run it without --control")
     return plan.model_copy(
@@ -66,7 +66,11 @@ def _sampled(phase: Phase) -> Phase:
     used = [term for term in DIVERGENCE_TERMS if loss.uses(term)]
     weight = _weight(phase, [*used, *(["sampled_reverse_kl"] if loss.uses("sampled_reverse_kl") else [])])
     changes: dict[str, Any] = {term: Loss.model_fields[term].default for term in used}
-    changes |= {"sampled_reverse_kl": SampledTerm(weight=weight), "temperature": 1.0, "support": None}
+    changes |= {
+        "sampled_reverse_kl": SampledTerm(weight=weight, teachers=getattr(loss, used[0]).teachers),
+        "temperature": 1.0,
+        "support": None,
+    }
     if not only_student(phase):
         changes["nll"] = loss.nll or weight
     try:
@@ -83,10 +87,14 @@ _NO_POLICY = {"clip_ratio": ClipRatio(), "correction": NoCorrection(kind="none")
 
 def _weight(phase: Phase, terms: list[str]) -> float | WeightRamp:
     """Return the sum of the terms' weights."""
-    values = [getattr(phase.loss, term) for term in terms]
-    weights: list[float | WeightRamp] = [
-        value.weight if isinstance(value, Term) else value for value in values
-    ]
+    values: list[TeacherTerm] = [getattr(phase.loss, term) for term in terms]
+    if any(value.teachers != values[0].teachers for value in values):
+        raise _refusal(
+            "sampled",
+            f"phase '{phase.name}' has {joined(terms, 'and')} with different teachers",
+            "compare with a recipe of its own",
+        )
+    weights: list[float | WeightRamp] = [value.weight for value in values]
     numbers = [weight for weight in weights if not isinstance(weight, WeightRamp)]
     if len(weights) == 1:
         return weights[0]

@@ -14,26 +14,32 @@ from mergeopd.recipe.policy_terms import (
     Amount,
     Outcome,
     Sampled,
+    TeacherTerm,
     Term,
     TrustRegion,
     WeightRamp,
     amount_at,
     weight_shorthand,
 )
+from mergeopd.recipe.routing import TeacherWeights
 from mergeopd.recipe.term_display import TermDisplay
 
 if TYPE_CHECKING:
     from mergeopd.loss.divergence import Divergence
 
 
-class JsdTerm(Term):
+class PlainTerm(TeacherTerm):
+    """A divergence without parameters."""
+
+
+class JsdTerm(TeacherTerm):
     """Generalised Jensen-Shannon divergence `beta KL(T||M) + (1-beta) KL(S||M)`, M = beta T + (1-beta) S."""
 
     beta: OpenFraction = 0.5
     """weight of the teacher in M; the divergence vanishes at 0 and 1, so both are refused"""
 
 
-class SkewTerm(Term):
+class SkewTerm(TeacherTerm):
     """A KL divergence against a mixture of both distributions, which bounds its gradient (DistiLLM)."""
 
     alpha: Annotated[float, Field(ge=0.0, lt=1.0, strict=True)] = 0.1
@@ -46,24 +52,25 @@ class SkewTerm(Term):
         return self
 
 
-class AlphaTerm(Term):
+class AlphaTerm(TeacherTerm):
     """Alpha divergence, between reverse KL (alpha -> 0) and forward KL (alpha -> 1)."""
 
     alpha: OpenFraction = 0.5
     """order of the divergence; at 1/2 it is 4 times the squared Hellinger distance"""
 
 
-class ClipTerm(Term):
+class ClipTerm(TeacherTerm):
     """Forward KL with capped entries (OPSD); can be negative."""
 
     bound: Positive = 0.05
     """maximum contribution of one vocabulary entry, in nats"""
 
 
-Jsd = Annotated[JsdTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Weight | JsdTerm)]
-Skew = Annotated[SkewTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Weight | SkewTerm)]
-Alpha = Annotated[AlphaTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Weight | AlphaTerm)]
-Clip = Annotated[ClipTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Weight | ClipTerm)]
+Plain = Annotated[PlainTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Amount | PlainTerm)]
+Jsd = Annotated[JsdTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Amount | JsdTerm)]
+Skew = Annotated[SkewTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Amount | SkewTerm)]
+Alpha = Annotated[AlphaTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Amount | AlphaTerm)]
+Clip = Annotated[ClipTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Amount | ClipTerm)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +115,7 @@ TERMS: Mapping[str, LossTerm] = {
 
 PLAIN_KLS = ("reverse_kl", "forward_kl")
 DIVERGENCE_TERMS = tuple(key for key, term in TERMS.items() if term.kernel)
+TEACHER_TERMS = (*DIVERGENCE_TERMS, "sampled_reverse_kl")
 
 
 class Support(Strict):
@@ -125,9 +133,12 @@ class Support(Strict):
 class Loss(Strict):
     """Weighted sum of terms per response token. Shorthand for one term with weight 1: its name."""
 
-    reverse_kl: Amount = Field(default=0.0, description="KL(student || teacher), mode seeking")
-    forward_kl: Amount = Field(default=0.0, description="KL(teacher || student), mass covering")
-    tvd: Amount = Field(default=0.0, description="total variation distance, half the sum of |S - T|")
+    reverse_kl: Plain | None = None
+    """KL(student || teacher), mode seeking; shorthand: its weight"""
+    forward_kl: Plain | None = None
+    """KL(teacher || student), mass covering; shorthand: its weight"""
+    tvd: Plain | None = None
+    """total variation distance, half the sum of |S - T|; shorthand: its weight"""
     jsd: Jsd | None = None
     """generalised Jensen-Shannon divergence; shorthand: its weight"""
     skew_forward_kl: Skew | None = None
@@ -191,12 +202,29 @@ class Loss(Strict):
             )
         return self
 
+    @property
+    def term_teachers(self) -> dict[str, TeacherWeights]:
+        """Teachers of the used terms that have teachers of their own, with weights."""
+        terms = {term: getattr(self, term) for term in TEACHER_TERMS if self.uses(term)}
+        return {term: value.teachers for term, value in terms.items() if value.teachers is not None}
+
+    @property
+    def uses_routed(self) -> bool:
+        """Whether the prompts' own teachers have to score the responses."""
+        own = self.term_teachers
+        return self.is_shaped or any(self.uses(term) and term not in own for term in TEACHER_TERMS)
+
+    @property
+    def is_shaped(self) -> bool:
+        """Whether teachers shape the outcome term."""
+        return self.has_outcome and self.outcome is not None and self.outcome.teacher is not None
+
     def divergence(self, term: str) -> Divergence:
         """Build the kernel's divergence of a term that the loss uses. Imports torch."""
         from mergeopd import loss as kernel
 
         settings, kind = getattr(self, term), TERMS[term].kernel
-        parameters = settings.model_dump(exclude={"weight"}) if isinstance(settings, Term) else {}
+        parameters = settings.model_dump(exclude={"weight", "teachers"}) if isinstance(settings, Term) else {}
         if isinstance(settings, SkewTerm) and not settings.alpha:
             kind, parameters = kind.removeprefix("Skew"), {}
         divergence: Divergence = getattr(kernel, kind)(**parameters)
@@ -204,15 +232,13 @@ class Loss(Strict):
 
     def weight(self, term: str, updates_done: int) -> float:
         """Weight of a divergence or policy term after `updates_done` updates of the phase; 0 if unused."""
-        value = getattr(self, term)
-        if value is None:
-            return 0.0
-        return float(amount_at(value.weight if isinstance(value, Term) else value, updates_done))
+        value: Term | None = getattr(self, term)
+        return 0.0 if value is None else float(amount_at(value.weight, updates_done))
 
     def uses(self, term: str) -> bool:
         """Whether a divergence or policy term has a positive weight at some point of the phase."""
-        value = getattr(self, term)
-        amount = value.weight if isinstance(value, Term) else value
+        value: Term | None = getattr(self, term)
+        amount = 0.0 if value is None else value.weight
         return bool(amount) if not isinstance(amount, WeightRamp) else bool(amount.start or amount.end)
 
     @property
@@ -235,15 +261,10 @@ class Loss(Strict):
         """Whether there is a distillation loss, independent of rewards."""
         return self.has_divergence or self.uses("sampled_reverse_kl")
 
-    def teachers_weight(self, updates_done: int) -> float:
-        """Sum of the weights of the distillation terms after `updates_done` updates of the phase."""
-        return sum(self.weight(term, updates_done) for term in (*DIVERGENCE_TERMS, "sampled_reverse_kl"))
-
     @property
     def needs_teacher(self) -> bool:
         """Whether teachers have to score the responses, if only to shape the outcome term."""
-        shaped = self.has_outcome and self.outcome is not None and self.outcome.teacher is not None
-        return self.has_teacher_term or shaped
+        return self.has_teacher_term or self.is_shaped
 
 
 SHORT_TERMS = tuple(key for key in TERMS if Loss.model_fields[key].default is None)

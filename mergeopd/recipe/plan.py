@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import Field
@@ -15,6 +15,7 @@ from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.bridges import Bridge
 from mergeopd.recipe.environments import Environment
 from mergeopd.recipe.models import Canary, SnapshotRule, Student
+from mergeopd.recipe.routing import PhaseTeachers
 from mergeopd.recipe.schema import Checkpoints, Interim, Memory, Reports
 from mergeopd.recipe.training import AnyRollout, Optimizer, Phase
 from mergeopd.recipe.verifiers import Verifier
@@ -49,6 +50,7 @@ class TeacherPlan(Strict):
     fingerprint: str | None
     canary: Canary | None
     bridge: Bridge | None
+    weight: float = 1.0
     licence: str | None = None
     template_arguments: dict[str, Any] = Field(default={})
 
@@ -74,6 +76,24 @@ class SourcePlan(Strict):
     allow_overlap: bool = False
     tools_field: str = "tools"
     environment: Environment | None = None
+    text_field: str | None = None
+    max_tokens: int | None = None
+    pack: bool = False
+
+    @property
+    def main_field(self) -> tuple[str, str]:
+        """The field with the prompt or document of a row, and the recipe's key that names it."""
+        if self.text_field is not None:
+            return self.text_field, "text_field"
+        return self.prompt_field, "prompt_field"
+
+
+def phase_teachers(
+    phase: Phase, sources: Iterable[SourcePlan], teachers: Mapping[str, TeacherPlan]
+) -> PhaseTeachers:
+    """Resolve the teachers of a phase of a recipe with these sources and teachers."""
+    drawn = {s.name: s.teachers for s in sources if phase.prompts is None or s.name in phase.prompts}
+    return PhaseTeachers.of(phase, drawn, {name: teacher.weight for name, teacher in teachers.items()})
 
 
 class SuitePlan(Strict):
@@ -149,13 +169,34 @@ class Plan(Strict):
         """The teachers that are evaluated: those with which suites are compared, or all if none is."""
         return sorted(set(self.evaluation.experts.values() if self.evaluation else ()) or self.teachers)
 
+    def shares(self, phase: Phase) -> dict[str, float]:
+        """Share of each source that a phase draws from, by name."""
+        return phase.shares({source.name: source.share for source in self.sources})
+
+    def sources_of(self, phase: Phase) -> tuple[SourcePlan, ...]:
+        """The sources that a phase draws from, in the recipe's order."""
+        shares = self.shares(phase)
+        return tuple(source for source in self.sources if source.name in shares)
+
+    def reads_documents(self, phase: Phase) -> bool:
+        """Whether a phase learns from text without prompts."""
+        return any(source.text_field is not None for source in self.sources_of(phase))
+
+    def teachers_of(self, phase: Phase) -> PhaseTeachers:
+        """The teachers of a phase."""
+        return phase_teachers(phase, self.sources, self.teachers)
+
+    def rollout_of(self, phase: Phase) -> AnyRollout:
+        """How responses are sampled in a phase."""
+        return phase.rollout.over(self.rollout)
+
     def has_policy(self, phase: Phase) -> bool:
         """Whether a phase has policy terms, including the bridge `span`."""
         return phase.loss.has_policy or self._has_spans(phase)
 
     def _has_spans(self, phase: Phase) -> bool:
-        spans = any(t.bridge is not None and t.bridge.kind == "span" for t in self.teachers.values())
-        return spans and phase.loss.needs_teacher
+        bridges = [self.teachers[name].bridge for name in self.teachers_of(phase).scoring()]
+        return any(bridge is not None and bridge.kind == "span" for bridge in bridges)
 
     def needs_prior_policy(self, phase: Phase) -> bool:
         """Whether a phase needs the student's log-probabilities before a round's first update."""

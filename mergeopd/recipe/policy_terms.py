@@ -19,6 +19,7 @@ from mergeopd.config.values import (
     Weight,
     kind_shorthand,
 )
+from mergeopd.recipe.routing import Routing
 
 
 class WeightRamp(Strict):
@@ -45,12 +46,22 @@ class Term(Strict):
     weight: Amount = Field(default=1.0, description="weight of the term, or a ramp {start, end, updates}")
 
 
+class TeacherTerm(Term):
+    """A term that compares the student with teachers. Shorthand: its weight, also as a ramp."""
+
+    teachers: Routing | None = None
+    """teachers of this term, on every prompt of the phase: a name, names, or names with weights, which are
+    multiplied by the teachers' own; default: the teachers of each prompt"""
+
+
 def weight_shorthand(value: Any) -> Any:
-    """Expand a number to a term of that weight."""
-    return {"weight": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+    """Expand a number, or a ramp, to a term of that weight."""
+    is_ramp = isinstance(value, dict) and bool(value) and value.keys() <= WeightRamp.model_fields.keys()
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return {"weight": value} if is_ramp or is_number else value
 
 
-class SampledTerm(Term):
+class SampledTerm(TeacherTerm):
     """Single-sample reverse KL: the log-ratio `log p_T - log p_S` of the sampled token is its advantage."""
 
     bound: Positive | None = None
@@ -115,10 +126,10 @@ class OutcomeTerm(Term):
 
 
 Sampled = Annotated[
-    SampledTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Weight | SampledTerm)
+    SampledTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Amount | SampledTerm)
 ]
 Outcome = Annotated[
-    OutcomeTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Weight | OutcomeTerm)
+    OutcomeTerm, BeforeValidator(weight_shorthand, json_schema_input_type=Amount | OutcomeTerm)
 ]
 
 POLICY_TERMS = ("sampled_reverse_kl", "outcome")

@@ -21,7 +21,9 @@ from mergeopd.recipe.cards import CardFile, ResolvedTeachers, read_cards, resolv
 from mergeopd.recipe.hints import HINTS
 from mergeopd.recipe.models import Student
 from mergeopd.recipe.objective_checks import bridge_problems, objective_problems
+from mergeopd.recipe.phase_checks import draw_problems, name_problems, route_problems, teacher_problems
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
+from mergeopd.recipe.routing import PhaseTeachers
 from mergeopd.recipe.schema import NAMED, SHORTHANDS, Recipe
 from mergeopd.recipe.self_teacher_checks import idle_problems, rule_problems, self_plans
 from mergeopd.recipe.sources import Router, SourceResolver
@@ -125,6 +127,7 @@ class _Resolver:
         self.eval_sources: dict[int, SourcePlan] = {}
         self.experts: dict[str, str | None] = {}
         self.problems: list[Problem] = []
+        self.phase_teachers: dict[int, PhaseTeachers] = {}
         self.routed = False
 
     @property
@@ -145,19 +148,36 @@ class _Resolver:
         unrouted: list[Problem] = []
         if parts.names:  # without any, `teachers` itself is the mistake
             for index, source in parts.prompts.items():
-                unrouted += router.problems(source, ("prompts", index))
+                unrouted += router.problems(source, ("prompts", index), needed=parts.needs_teacher(index))
         self.problems += unrouted
         self._resolve_sources(weights)
+        own = {name: ref.weight for name, ref in parts.teachers.items()}
+        self.phase_teachers = {
+            index: PhaseTeachers.of(
+                phase, {parts.source_names[i]: weights[i] for i in parts.sources_of(phase)}, own
+            )
+            for index, phase in parts.phases.items()
+        }
         # These checks need all sources and all cards.
         self.routed = parts.all_prompts and all_cards and not unrouted and self.is_valid
         if self.routed:
-            self.problems += checks.unused_teachers(parts, weights, origins)
+            self.problems += route_problems(parts, self.phase_teachers, origins)
+            self.problems += checks.unused_teachers(parts, weights, self.phase_teachers, origins)
         if parts.names:
-            self.experts, problems = checks.experts(parts, weights if self.routed else None, origins)
+            compared = {i: self._compared(i, own) for i, own in weights.items()} if self.routed else None
+            self.experts, problems = checks.experts(parts, compared, origins)
             self.problems += problems
         self.problems += [*suite_problems(parts, origins), *best_problems(parts, origins)]
         self.problems += checks.report_problems(parts.report, origins)
         self._check_phases(any(problem.path.endswith(".domain") for problem in unrouted))
+
+    def _compared(self, source: int, weights: Mapping[str, float]) -> Mapping[str, float]:
+        """Return a source's teachers, or where it has none, those of single terms in its phases."""
+        if weights:
+            return weights
+        phases = [i for i, p in self.parts.phases.items() if source in self.parts.sources_of(p)]
+        terms = [own for i in phases for own in self.phase_teachers[i].of_terms.values()]
+        return {name: weight for own in terms for name, weight in own.items()}
 
     def _find_student(self) -> None:
         if self.parts.student is None:
@@ -197,10 +217,11 @@ class _Resolver:
         self.problems.append(self.origins.problem(("output",), message, remedy))
 
     def _resolve_sources(self, weights: Mapping[int, Mapping[str, float]]) -> None:
-        resolver = SourceResolver(self.origins, self.parts.allow_code)
+        own_names = self.parts.source_names
+        resolver = SourceResolver(self.origins, self.parts.allow_code, set(own_names.values()))
         for index, source in self.parts.prompts.items():
             teachers = {name: weight for name, weight in weights[index].items() if weight}
-            if plan := resolver.resolve(source, ("prompts", index), teachers):
+            if plan := resolver.resolve(source, ("prompts", index), teachers, own_names[index]):
                 self.sources[index] = plan
         for index, measured in self.parts.eval_sources.items():
             if plan := resolver.resolve(measured, ("evaluation", "prompts", index), {}):
@@ -209,16 +230,19 @@ class _Resolver:
 
     def _check_phases(self, domains_doubtful: bool) -> None:
         parts, origins = self.parts, self.origins
+        of_phases = self.phase_teachers
         self.problems += checks.phase_problems(parts, origins)
-        self.problems += objective_problems(parts, origins)
-        self.problems += bridge_problems(parts, origins)
+        self.problems += teacher_problems(parts, origins)
+        self.problems += [*name_problems(parts, origins), *draw_problems(parts, origins)]
+        self.problems += objective_problems(parts, of_phases, origins)
+        self.problems += bridge_problems(parts, of_phases, origins)
         if parts.all_prompts and not domains_doubtful:
             self.problems += checks.balance_problems(parts, origins)
         if parts.all_phases:
             self.problems += checks.schedule_problems(parts, origins)
             of_rules = list(rule_problems(parts, origins))
             if not of_rules and parts.names and len(parts.teachers) == len(parts.names):
-                self.problems += idle_problems(parts, origins)
+                self.problems += idle_problems(parts, of_phases[0], origins)
             self.problems += of_rules
 
     def plan(self, recipe: Recipe, file: Path) -> Plan:

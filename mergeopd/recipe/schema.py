@@ -17,8 +17,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mergeopd.config.values import (
+    Flag,
     FunctionPath,
     Name,
+    NonEmptyText,
     Positive,
     PositiveInt,
     Strict,
@@ -33,33 +35,13 @@ from mergeopd.recipe.baselines import (
     static_merge_shorthand,
 )
 from mergeopd.recipe.environments import EnvironmentOrKind
-from mergeopd.recipe.loss_terms import SHORT_TERMS, loss_shorthand
+from mergeopd.recipe.loss_terms import SHORT_TERMS, TEACHER_TERMS, loss_shorthand
 from mergeopd.recipe.models import Student, Teacher, card_shorthand
 from mergeopd.recipe.policy_terms import weight_shorthand
+from mergeopd.recipe.routing import Routing, teachers_shorthand
 from mergeopd.recipe.trackers import Tracker, TrackerOrKind
-from mergeopd.recipe.training import AnyRollout, LocalRollout, Optimizer, Phase
+from mergeopd.recipe.training import AnyRollout, LocalRollout, Optimizer, Phase, sources_shorthand
 from mergeopd.recipe.verifiers import VerifierOrKind
-
-
-def _teachers_shorthand(value: Any) -> Any:
-    if isinstance(value, str):
-        return {value: 1.0}
-    if isinstance(value, list) and all(isinstance(name, str) for name in value):
-        if twice := [name for name in value if value.count(name) > 1]:
-            raise ValueError(f"teacher '{twice[0]}' is named twice: name it once, or give weights")
-        return dict.fromkeys(value, 1.0)
-    return value
-
-
-_Weights = Annotated[dict[Name, Weight], Field(min_length=1)]
-
-Routing = Annotated[
-    _Weights,
-    BeforeValidator(
-        _teachers_shorthand,
-        json_schema_input_type=Name | Annotated[list[Name], Field(min_length=1)] | _Weights,
-    ),
-]
 
 
 class PromptSource(Strict):
@@ -86,6 +68,8 @@ class PromptSource(Strict):
 class TrainSource(PromptSource):
     """Prompts to train on."""
 
+    name: Name | None = None
+    """name of the source, for `phases[].prompts` and in metrics; default: the file's name without suffix"""
     teachers: Routing | None = None
     """teacher, or teachers with weights; default: every teacher whose card lists the domain"""
     share: Positive = 1.0
@@ -94,6 +78,23 @@ class TrainSource(PromptSource):
     """field with a prepared response, for phases with `text: dataset`: text, or a trajectory (a list of
     messages from the assistant's first to its last, with those of tools and users between; only assistant
     messages are in the loss)"""
+    text_field: NonEmptyText | None = None
+    """field with a document, whose text is learned without a prompt in phases with `text: dataset`; takes the
+    place of `prompt_field` and `response_field`"""
+    max_tokens: Annotated[int, Field(ge=2, strict=True)] | None = None
+    """for documents: longest sequence, in tokens; longer documents are split; default: 1024"""
+    pack: Flag = False
+    """for documents: join them, with an end token after each, and cut the whole into sequences of
+    `max_tokens`"""
+
+    @model_validator(mode="after")
+    def _document_keys(self) -> TrainSource:
+        if self.text_field is None:
+            if self.max_tokens is not None or self.pack:
+                raise ValueError("`max_tokens` and `pack` are for documents: name their `text_field`")
+        elif self.verifier is not None:
+            raise ValueError("a document has no response to verify: remove `verifier` or `text_field`")
+        return self
 
 
 Temperature = Annotated[float, Field(ge=0.0, allow_inf_nan=False, strict=True)]
@@ -255,15 +256,18 @@ NAMED = ("teachers",)
 SHORTHANDS: dict[tuple[str, ...], Callable[[Any], Any]] = {
     ("teachers", "*"): card_shorthand,
     ("prompts", "*", "verifier"): kind_shorthand,
-    ("prompts", "*", "teachers"): _teachers_shorthand,
+    ("prompts", "*", "teachers"): teachers_shorthand,
     ("evaluation", "prompts", "*", "verifier"): kind_shorthand,
     ("prompts", "*", "environment"): kind_shorthand,
     ("evaluation", "prompts", "*", "environment"): kind_shorthand,
     ("evaluation", "static_merges", "*"): static_merge_shorthand,
     ("report", "trackers", "*"): kind_shorthand,
+    ("phases", "*", "prompts"): sources_shorthand,
+    ("phases", "*", "teachers"): teachers_shorthand,
     ("phases", "*", "loss"): loss_shorthand,
     ("phases", "*", "correction"): kind_shorthand,
     **{("phases", "*", "loss", term): weight_shorthand for term in SHORT_TERMS},
+    **{("phases", "*", "loss", term, "teachers"): teachers_shorthand for term in TEACHER_TERMS},
     ("alarms",): action_shorthand,
     **{("alarms", name): action_shorthand for name in ALARMS},
 }

@@ -8,6 +8,7 @@ from mergeopd.config.locate import Origins
 from mergeopd.errors import Problem
 from mergeopd.recipe.models import SnapshotRule, Student, TeacherRef
 from mergeopd.recipe.plan import TeacherPlan
+from mergeopd.recipe.routing import PhaseTeachers
 from mergeopd.recipe.valid_parts import ValidParts
 
 
@@ -26,6 +27,7 @@ def self_plans(refs: Mapping[str, TeacherRef], student: Student) -> dict[str, Te
             fingerprint=None,
             canary=None,
             bridge=None,
+            weight=ref.weight,
         )
         for name, ref in refs.items()
         if ref.student is not None
@@ -59,16 +61,17 @@ def rule_problems(parts: ValidParts, origins: Origins) -> Iterator[Problem]:
             )
 
 
-def idle_problems(parts: ValidParts, origins: Origins) -> Iterator[Problem]:
-    """Report a first phase in which all teachers equal the student and there is no other loss.
+def idle_problems(parts: ValidParts, teachers: PhaseTeachers, origins: Origins) -> Iterator[Problem]:
+    """Report a first phase in which all `teachers` equal the student and there is no other loss.
 
     Its gradient would be rounding noise, which AdamW scales to full steps. Every teacher and phase
     must be valid.
     """
     first = parts.phases[0]
     # At the start of a run, all snapshots equal the student.
-    differs = any(ref.student is None or ref.system or ref.prompt for ref in parts.teachers.values())
-    if differs or first.loss.has_outcome or first.loss.nll:
+    refs = [parts.teachers[name] for name in teachers.scoring()]
+    differs = any(ref.student is None or ref.system or ref.prompt for ref in refs)
+    if not refs or differs or first.loss.has_outcome or first.loss.nll:
         return
     yield origins.problem(
         ("phases", 0, "loss"),

@@ -41,8 +41,10 @@ class SourceResolver:
     seen: dict[str, Keys] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
-    def resolve(self, source: PromptSource, path: Keys, teachers: Mapping[str, float]) -> SourcePlan | None:
-        """Make the paths of a source absolute; None if there is a problem."""
+    def resolve(
+        self, source: PromptSource, path: Keys, teachers: Mapping[str, float], name: str | None = None
+    ) -> SourcePlan | None:
+        """Make the paths of a source absolute; None if there is a problem. `name` defaults to the file's."""
         before = len(self.problems)
         file = self._file(source, path)
         verifier = self._verifier(source.verifier, (*path, "verifier"))
@@ -52,7 +54,7 @@ class SourceResolver:
         absent = {"response_field": None, "share": 1.0, "limit": None}  # of the other kind of source
         same = {name: value for name, value in source if name in SourcePlan.model_fields}
         resolved = {
-            "name": self._name(file),
+            "name": self._name(file) if name is None else name,
             "source": str(file),
             "verifier": verifier,
             "environment": environment,
@@ -161,11 +163,6 @@ def _conversion(loader: str, target: str, **options: str) -> str:
     return f"write {target} with the package datasets, and name that: `{command}`"
 
 
-def author(weights: Mapping[str, float]) -> str:
-    """The teacher that generates text for these prompts: the heaviest, the first by name among equals."""
-    return min(weights, key=lambda name: (-weights[name], name))
-
-
 @dataclass(frozen=True)
 class Router:
     """Selects the teachers of a source.
@@ -189,11 +186,13 @@ class Router:
             name: weight * self.refs[name].weight for name, weight in written.items() if name in self.refs
         }
 
-    def problems(self, source: TrainSource, path: Keys) -> list[Problem]:
-        """Report unknown teachers, and sources without a teacher or with zero weights only."""
+    def problems(self, source: TrainSource, path: Keys, *, needed: bool) -> list[Problem]:
+        """Report unknown teachers, and sources with zero weights only, or without a needed teacher."""
         weights, written = self.weights(source), source.teachers
         where: Keys = (*path, "domain" if written is None else "teachers")
-        if written is None and not weights and self.all_cards:
+        if written is None and not weights:
+            if not needed or not self.all_cards:
+                return []
             listed = {domain for domains in self.domains.values() for domain in domains}
             remedy = did_you_mean(source.domain, listed, "name `teachers` here, or add the domain to a card")
             message = f"no teacher is named, and no card lists the domain '{source.domain}'"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from mergeopd.config.values import Fraction, Name, Positive, PositiveInt, Strict, Weight
+from mergeopd.config.values import AnyName, Fraction, Name, Positive, PositiveInt, Strict, Weight
 from mergeopd.recipe.loss_terms import LossOrTerm
 from mergeopd.recipe.policy_terms import ClipRatio, Correction, NoCorrection, WeightRamp, amount_at
+from mergeopd.recipe.routing import Routing
 from mergeopd.rollout.protocol import EngineCapabilities
 from mergeopd.types import Origin
+
+Temperature = Annotated[float, Field(gt=0.0, le=10.0, strict=True)]
+TopP = Annotated[float, Field(gt=0.0, le=1.0, strict=True)]
 
 
 class RolloutSettings(Strict):
@@ -18,9 +23,9 @@ class RolloutSettings(Strict):
 
     engine: str
     samples_per_prompt: PositiveInt = Field(default=1, description="responses per prompt and round")
-    temperature: Annotated[float, Field(gt=0.0, le=10.0, strict=True)] = 1.0
+    temperature: Temperature = 1.0
     """sampling temperature"""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0, strict=True)] = 1.0
+    top_p: TopP = 1.0
     """nucleus sampling: sample from the smallest set of tokens with this total probability"""
     max_new_tokens: PositiveInt = Field(default=256, description="maximum response length, in tokens")
     stop: tuple[str, ...] = ()
@@ -39,6 +44,20 @@ class LocalRollout(RolloutSettings):
 
 AnyRollout = LocalRollout
 """The section `rollout` of a recipe: that of one engine."""
+
+
+class PhaseRollout(Strict):
+    """How responses are sampled in one phase; the default of every key is that of `rollout`."""
+
+    samples_per_prompt: PositiveInt | None = Field(default=None, description="responses per prompt and round")
+    temperature: Temperature | None = Field(default=None, description="sampling temperature")
+    top_p: TopP | None = Field(default=None, description="total probability of the tokens sampled from")
+    max_new_tokens: PositiveInt | None = Field(default=None, description="maximum length, in tokens")
+    stop: tuple[str, ...] | None = Field(default=None, description="strings that end a response")
+
+    def over(self, rollout: AnyRollout) -> AnyRollout:
+        """Return the settings of a phase: these, and those of `rollout` where there is none."""
+        return rollout.model_copy(update=self.model_dump(exclude_none=True))
 
 
 class Ramp(WeightRamp):
@@ -84,6 +103,24 @@ class Balance(Strict):
     no correct response (`failed_groups`)"""
 
 
+def sources_shorthand(value: Any) -> Any:
+    """Expand names to a mapping without shares: those of the sources."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return value
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"source '{twice[0]}' is named twice: name it once, or give shares")
+    return dict.fromkeys(names)
+
+
+_Names = Annotated[list[AnyName], Field(min_length=1)]
+_Shares = Annotated[dict[AnyName, Positive | None], Field(min_length=1)]
+PhasePrompts = Annotated[
+    _Shares,
+    BeforeValidator(sources_shorthand, json_schema_input_type=AnyName | _Names | _Shares),
+]
+
+
 class Phase(Strict):
     """A training phase with one origin of text and one loss."""
 
@@ -91,6 +128,14 @@ class Phase(Strict):
     updates: PositiveInt = Field(description="number of optimizer updates")
     text: Text = "student"
     """origin of the responses: `student` (on-policy), `teacher`, `dataset`, or a mixture"""
+    prompts: PhasePrompts | None = None
+    """sources to draw from: names (with the sources' own shares), or names with shares; default: all"""
+    teachers: Routing | None = None
+    """teachers of this phase: a name, names, or names with weights; default: those of each source. A teacher
+    keeps to the sources that are routed to it, with the product of both weights; one that none of the phase's
+    sources is routed to teaches all their prompts"""
+    rollout: PhaseRollout = PhaseRollout()
+    """sampling settings of this phase, for the student's and for teachers' responses"""
     loss: LossOrTerm = Field(description="loss to minimise")
     prompts_per_round: PositiveInt = Field(default=64, description="prompts per round")
     updates_per_round: PositiveInt = Field(default=1, description="optimizer updates per round")
@@ -105,6 +150,21 @@ class Phase(Strict):
     """importance weights pi_old / behaviour policy for policy terms, which correct for responses sampled by a
     slightly different policy; shorthand: the kind"""
     lr_scale: Weight = Field(default=1.0, description="factor on the learning rate during this phase")
+
+    def shares(self, own: Mapping[str, float]) -> dict[str, float]:
+        """Share of each source that the phase draws from; `own` are the shares of all sources by name."""
+        if self.prompts is None:
+            return dict(own)
+        return {name: own[name] if share is None else share for name, share in self.prompts.items()}
+
+    @property
+    def num_prompts(self) -> int:
+        """Number of prompts that the phase draws."""
+        return self.num_drawn(self.updates)
+
+    def num_drawn(self, updates_done: int) -> int:
+        """Number of prompts drawn in the rounds before update number `updates_done` (from 0) of the phase."""
+        return updates_done // self.updates_per_round * self.prompts_per_round
 
 
 class Optimizer(Strict):
@@ -154,6 +214,16 @@ def never_student(phase: Phase) -> bool:
 def _first_and_last_fraction(phase: Phase) -> set[float]:
     mixed = phase.text.on_policy_fraction if isinstance(phase.text, TextMixture) else None
     return {mixed.start, mixed.end} if isinstance(mixed, Ramp) else {on_policy_fraction(phase, 0)}
+
+
+def reads_teachers(phase: Phase) -> bool:
+    """Whether teachers generate some responses of a phase."""
+    return off_policy_origin(phase) == "teacher" and not only_student(phase)
+
+
+def needs_routed(phase: Phase) -> bool:
+    """Whether the prompts of a phase need teachers, to score responses or to generate them."""
+    return phase.loss.uses_routed or reads_teachers(phase)
 
 
 def reads_dataset(phase: Phase) -> bool:

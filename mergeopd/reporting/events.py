@@ -128,6 +128,8 @@ class DomainStats:
     `nll` is the mean of -logprob_S of the text, whichever model generated it; `reward` the mean over verified
     responses; `truncated_fraction` the share of responses that ended at the length limit, `repetition` the
     share of 4-grams that occurred earlier in their response, None where all responses are shorter.
+    `mean_turns` and `mean_calls` are the assistant's turns and calls per response with tools,
+    `failed_call_fraction` the share of calls that could not be run; None without an environment.
     """
 
     num_rollouts: int
@@ -141,6 +143,9 @@ class DomainStats:
     reward: float | None = None
     loss_share: float | None = None
     repetition: float | None = None
+    mean_turns: float | None = None
+    mean_calls: float | None = None
+    failed_call_fraction: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

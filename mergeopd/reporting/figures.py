@@ -116,6 +116,9 @@ DOMAIN_FIGURES = (
         legend="at the length limit",
     ),
     Figure("repetition", "", "Repetition", "4-grams that occurred earlier in a response", "%", 0.0),
+    Figure("mean_turns", "turns", "Turns", "of the assistant, per response with tools"),
+    Figure("mean_calls", "", "Calls of tools", "per response"),
+    Figure("failed_call_fraction", "", "Failed calls", "calls that could not be run", "%", 0.0, aim="low"),
     Figure(
         "token_share",
         "share",

@@ -109,7 +109,9 @@ class TorchStudent:
         statistics = []
         what = Measured.of(objective)
         for micro in micro_batches:
-            per_token = objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N, micro.policy)
+            per_token = objective.per_token(
+                micro.teacher_weight_KN, micro.nll_weight_N, micro.policy, micro.term_weight_KDN
+            )
             loss, stats = self._fused(micro, per_token, what, self._head_to_train())
             loss.backward()  # type: ignore[no-untyped-call]
             self._collect_gradients()

@@ -20,7 +20,7 @@ from mergeopd.loss.cross_tokenizer import Bridge
 from mergeopd.loss.heads import Hidden
 from mergeopd.loss.policy import bounded
 from mergeopd.loss.targets import Target
-from mergeopd.recipe.loss_terms import Loss
+from mergeopd.recipe.loss_terms import TEACHER_TERMS, Loss
 from mergeopd.rollout.protocol import Completion
 from mergeopd.teacher.cross_tokenizer import CrossTokenizer
 from mergeopd.teacher.protocol import TargetSpec, TeacherSequence
@@ -64,9 +64,9 @@ class SameTokens:
     def required(self, spec: TargetSpec) -> TargetSpec:
         return spec
 
-    def loss_weight(self, loss: Loss, updates_done: int) -> float:
-        """1: the objective contains the weights of its terms."""
-        return 1.0
+    def loss_weight(self, teacher: str, prompt: Prompt, loss: Loss, updates_done: int) -> float:
+        """Return the prompt's weight: the objective contains the weights of its terms."""
+        return prompt.teachers.get(teacher, 0.0)
 
     def masked(self, rollout: Rollout) -> tuple[int, ...]:
         """Trained tokens, by position, that this teacher's term skips: end tokens that are not its own."""
@@ -118,9 +118,11 @@ class AlignedTokens:
         """Return hidden states for a bridge between distributions, sampled tokens for a policy term."""
         return TargetSpec("sampled" if self.bridge is None else "hidden")
 
-    def loss_weight(self, loss: Loss, updates_done: int) -> float:
-        """Return the summed weight of the terms that the bridge replaces."""
-        return loss.teachers_weight(updates_done)
+    def loss_weight(self, teacher: str, prompt: Prompt, loss: Loss, updates_done: int) -> float:
+        """Return the sum of the terms that the bridge replaces: their weight times the teacher's in each."""
+        return sum(
+            loss.weight(term, updates_done) * prompt.teacher_weight(teacher, term) for term in TEACHER_TERMS
+        )
 
     def masked(self, rollout: Rollout) -> tuple[int, ...]:
         """None: end tokens are aligned with each other."""

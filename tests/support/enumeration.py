@@ -27,7 +27,7 @@ from mergeopd.engine.teacher_rollouts import TeacherRolloutCache
 from mergeopd.engine.update_stats import UpdateStats
 from mergeopd.preflight.inputs import preflight
 from mergeopd.reporting.events import Reporter, Reporters
-from mergeopd.types import Rollout
+from mergeopd.types import Prompt, Rollout
 
 Gradients = dict[str, Tensor]
 CPU = torch.device("cpu")
@@ -193,7 +193,7 @@ class Reference:
         """Log-probabilities of every rollout under each of its teachers."""
         result: list[dict[str, Tensor]] = [{} for _ in rollouts]
         for name, model in self.teachers.items():
-            taught = [i for i, rollout in enumerate(rollouts) if name in rollout.prompt.teachers]
+            taught = [i for i, rollout in enumerate(rollouts) if name in rollout.prompt.scorers]
             with torch.no_grad():
                 rows = rollout_logprobs(model, [rollouts[i] for i in taught], tau, TEMPLATE_IDS[name])
             for i, row in zip(taught, rows, strict=True):
@@ -230,11 +230,16 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
         assert float((actual[name] - gradient).abs().max()) <= tolerance * scale, name
 
 
+def prompts_of(parts: Models) -> list[Prompt]:
+    """The prompts of all sources, with the teachers that they have in the first phase."""
+    route = parts.plan.teachers_of(parts.plan.phases[0]).route
+    return [route(p) for name in sorted(parts.inputs.prompts) for p in parts.inputs.prompts[name]]
+
+
 def rollouts_of(parts: Models, reference: Reference) -> list[Rollout]:
     """Every response to every prompt, with log-probs of teacher two at temperature 1.2; `a` at the end means cut off."""
-    prompts = [p for name in sorted(parts.inputs.prompts) for p in parts.inputs.prompts[name]]
     rollouts = []
-    for prompt in prompts:
+    for prompt in prompts_of(parts):
         ids = parts.inputs.student.render(prompt)
         with torch.no_grad():
             behaviour = response_logprobs(reference.teachers["two"], ids, ANSWERS, 1.2)

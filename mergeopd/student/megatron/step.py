@@ -143,7 +143,9 @@ class MegatronStudent:
             raise RuntimeError("the gradient is already summed over the ranks; call optimizer_step first")
 
         def per_token(micro: MicroBatch) -> Objective:
-            return objective.per_token(micro.teacher_weight_KN, micro.nll_weight_N, micro.policy)
+            return objective.per_token(
+                micro.teacher_weight_KN, micro.nll_weight_N, micro.policy, micro.term_weight_KDN
+            )
 
         return self._passes.run(micro_batches, per_token, Measured.of(objective), backward=True)
 

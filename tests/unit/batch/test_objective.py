@@ -81,7 +81,7 @@ def test_a_loss_without_policy_terms_has_none() -> None:
 
 def test_the_policy_before_a_round_is_measured_only_where_needed() -> None:
     """It costs a forward pass of the student."""
-    is_needed = Plan.model_construct(teachers={}).needs_prior_policy
+    is_needed = Plan.model_construct(teachers={}, sources=()).needs_prior_policy
     assert not is_needed(phase(loss="reverse_kl", updates_per_round=2))
     assert not is_needed(phase(loss={"reverse_kl": 1.0, "outcome": 1.0}, correction="mask"))
     assert not is_needed(phase(loss="sampled_reverse_kl"))

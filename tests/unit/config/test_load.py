@@ -164,7 +164,7 @@ def test_overrides_win_and_stand_on_the_command_line(project: Path) -> None:
     assert resolved.optimizer.warmup_updates == 5
     assert resolved.sources[0].share == 5
     assert resolved.sources[1].teachers == {"code": 0.8, "math": 0.5}
-    assert (resolved.phases[0].loss.forward_kl, resolved.phases[0].loss.nll) == (2.0, 0.0)
+    assert (resolved.phases[0].loss.weight("forward_kl", 0), resolved.phases[0].loss.nll) == (2.0, 0.0)
     assert resolved.checkpoint.every == 7
     assert resolved.rollout.stop == ("a", "b")
     assert resolution.origins.at("optimizer", "lr") == Location("--set #7")

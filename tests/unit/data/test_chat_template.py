@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mergeopd.data.chat_template import ChatTemplate
+from mergeopd.data.messages import read_message
 from mergeopd.errors import DataError
 from mergeopd.types import Message
 
@@ -175,6 +176,28 @@ def test_tool_messages_equal_transformers(reference: Any) -> None:
     assert ChatTemplate(THINKING, SPECIAL).render(TOOL_CHAT) == expected
 
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": [1, None]}}}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "tool_calls": [CALL], "content": "", "reasoning_content": "hm"},
+        {"role": "assistant", "thinking": "hm", "content": "so"},
+        {"reasoning": "hm", "role": "assistant", "content": "so"},
+        {"role": "assistant", "content": "so", "reasoning": "b", "thinking": "a", "reasoning_content": None},
+        {"role": "tool", "content": "1", "tool_call_id": "c", "name": "f", "extra": {"b": None}},
+    ],
+)
+def test_templates_see_the_keys_that_transformers_passes(reference: Any, row: dict[str, Any]) -> None:
+    source = "{% for m in messages %}{% for key, value in m.items() %}{{ key }}={{ value | tojson }};{% endfor %}{% endfor %}"
+    user = {"role": "user", "content": "go"}
+    expected = reference.apply_chat_template([user, row], chat_template=source, tokenize=False)
+    messages = [read_message("m", one) for one in (user, row)]
+    assert ChatTemplate(source, SPECIAL).render(messages, add_generation_prompt=False) == expected
+
+
 def test_the_clock_is_an_argument() -> None:
     template = ChatTemplate("{{ strftime_now('%Y-%m-%d') }}", {}, now=lambda: datetime(2001, 2, 3))
     assert template.render(CHATS[0]) == "2001-02-03"
@@ -188,6 +211,14 @@ def test_a_refused_conversation_names_template_and_cause() -> None:
         "teachers/x.jinja: cannot render a conversation (user, user): "
         "After the optional system message, roles must alternate user/assistant"
     )
+
+
+def test_a_template_that_needs_content_says_so_of_null() -> None:
+    call = read_message("m", {"role": "assistant", "content": None, "tool_calls": [CALL]})
+    with pytest.raises(
+        DataError, match=r"'content'; templates get no content where it is null: try an empty text$"
+    ):
+        ChatTemplate("{% for m in messages %}{{ m.content.strip() }}{% endfor %}", SPECIAL).render([call])
 
 
 @pytest.mark.parametrize(

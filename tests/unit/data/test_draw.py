@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergeopd.data.draw import PromptDraw
+from mergeopd.data.draw import PhasedDraw, PhaseShares, PromptDraw
 from mergeopd.errors import DataError
 from mergeopd.types import Message, Prompt
 
@@ -129,3 +129,31 @@ def test_far_cursors_are_reached_by_whole_periods() -> None:
 def test_bad_arguments(sizes: dict[str, int], shares: dict[str, float], message: str) -> None:
     with pytest.raises(DataError, match=message):
         PromptDraw(make(sizes), shares, 0)
+
+
+def test_phases_with_the_same_proportions_continue_one_stream() -> None:
+    sources, shares = make({"a": 3, "b": 2}), {"a": 2.0, "b": 1.0}
+    phases = {"one": PhaseShares(shares, 7), "two": PhaseShares({"a": 4.0, "b": 2.0}, 11)}
+    draw = PhasedDraw(sources, phases, 17)
+    found = [*draw.draw("one", 0, 7), *draw.draw("two", 0, 5), *draw.draw("two", 5, 6)]
+    assert found == PromptDraw(sources, shares, 17).draw(0, 18)
+
+
+def test_no_occurrence_of_a_prompt_is_drawn_twice_over_phases() -> None:
+    """Whatever the phases draw from, a source's prompts come in its own order, epoch after epoch."""
+    sources = make({"a": 5, "b": 4})
+    phases = {
+        "a": PhaseShares({"a": 1.0}, 7),
+        "both": PhaseShares({"a": 1.0, "b": 2.0}, 13),
+        "b": PhaseShares({"b": 3.0}, 6),
+        "a again": PhaseShares({"a": 1.0}, 9),
+    }
+    draw = PhasedDraw(sources, phases, 3)
+    drawn = {name: draw.draw(name, 0, phase.num_prompts) for name, phase in phases.items()}
+    for source in sources:
+        found = [(e, p.key) for part in drawn.values() for e, p in part if p.source == source]
+        assert found == stream(PromptDraw({source: sources[source]}, {source: 1.0}, 3), 0, len(found))
+    for name, phase in phases.items():  # as after a restart
+        resumed = PhasedDraw(sources, phases, 3)
+        half = phase.num_prompts // 2
+        assert resumed.draw(name, half, phase.num_prompts - half) == drawn[name][half:]

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mergeopd.data.chat_template import ChatTemplate
 from mergeopd.data.renderer import Renderer, masked_in_teacher_term
-from mergeopd.data.trajectory import dataset_response, length_bound, segments
+from mergeopd.data.trajectory import dataset_response, length_bound, segments, text_after
 from mergeopd.errors import DataError
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.types import Message, Prompt
@@ -55,9 +55,32 @@ BARE = """
 {%- for message in messages if message.role != 'tool' %}{{- message.role + ': ' + message.content + '\\n' }}{%- endfor %}
 {%- if add_generation_prompt %}{{- 'assistant: ' }}{%- endif %}
 """
+# Calls and reasoning. As Qwen3 writes: a turn without reasoning has an empty block while it is the last.
+CALLING = """
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == "assistant" and (loop.last or message.reasoning_content) %}
+        {{- '<think>\\n' + (message.reasoning_content or '') + '\\n</think>\\n\\n' }}
+    {%- endif %}
+    {{- message.content or '' }}
+    {%- for call in message.tool_calls or [] %}{{- '<call>' + call | tojson + '</call>' }}{%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+# As gpt-oss writes: reasoning is left out as soon as the last message is an assistant's without calls.
+CONCLUDING = CALLING.replace(
+    '"assistant" and (loop.last or message.reasoning_content)',
+    '"assistant" and message.reasoning_content and (loop.last or messages[-1].role == "tool" or messages[-1].tool_calls)',
+)
+# As GLM writes: no token ends a turn; a model generates the first token of the next header.
+OBSERVING = CHATML.replace("<|im_end|>\\n", "").replace(
+    "<|im_start|>user' }}{%- endif", "<|start|>' }}{%- endif"
+)
 SPECIAL = ("<s>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|endoftext|>")
 
 PROMPT = (Message("system", "Be brief."), Message("user", "What is in the box?"))
+CALL = {"name": "open", "arguments": {"what": "box"}}
 TRAJECTORY = (
     Message("assistant", '<call>{"open": "box"}</call>'),
     Message("tool", "a ball\r\nand  a bat"),
@@ -261,6 +284,81 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(speak: Callable[..., 
         "response, or give the student a template that does not change earlier turns"
     )
     assert shown(speak(FORGETFUL), dataset_response(prompt(turns[:1]), speak(FORGETFUL)))
+
+
+def calling(content: str | None = None, reasoning: str | None = None) -> Message:
+    fields = {"role": "assistant", "content": content, "tool_calls": [CALL]}
+    return Message(
+        "assistant", content or "", fields | ({"reasoning_content": reasoning} if reasoning else {})
+    )
+
+
+def concluding(content: str, reasoning: str) -> Message:
+    return Message("assistant", content, {"content": content, "role": "assistant", "thinking": reasoning})
+
+
+def test_empty_reasoning_of_earlier_turns_stays_as_generated(speak: Callable[..., Renderer]) -> None:
+    dialect = speak(CALLING)
+    turns = (calling(), Message("tool", "a ball"), Message("assistant", "A ball."))
+    empty = "<think>\n\n</think>\n\n"
+    assert empty not in dialect.template.render((*PROMPT, *turns, Message("user", "?")))
+    assert shown(dialect, dataset_response(prompt(turns), dialect)) == [
+        (True, empty + '<call>{"name": "open", "arguments": {"what": "box"}}</call><|im_end|>'),
+        (False, "\n<|im_start|>tool\na ball<|im_end|>\n<|im_start|>assistant\n"),
+        (True, empty + "A ball.<|im_end|>"),
+    ]
+
+
+def test_reasoning_that_the_complete_conversation_drops_stays(speak: Callable[..., Renderer]) -> None:
+    dialect = speak(CONCLUDING)
+    turns = (calling(reasoning="Look."), Message("tool", "a ball"), concluding("A ball.", "I see."))
+    assert "Look." not in dialect.template.render((*PROMPT, *turns), add_generation_prompt=False)
+    runs = shown(dialect, dataset_response(prompt(turns), dialect))
+    assert [text for own, text in runs if own] == [
+        '<think>\nLook.\n</think>\n\n<call>{"name": "open", "arguments": {"what": "box"}}</call><|im_end|>',
+        "<think>\nI see.\n</think>\n\nA ball.<|im_end|>",
+    ]
+    after = (*turns, Message("user", "Sure?"), Message("assistant", "Yes."))
+    with pytest.raises(DataError, match=r"response\[2\] is rendered differently once response\[3\] follows"):
+        dataset_response(prompt(after), dialect)
+
+
+def test_the_next_header_is_learned_where_it_ends_turns(speak: Callable[..., Renderer]) -> None:
+    dialect = speak(OBSERVING, ("<|start|>",))
+    turns = (TRAJECTORY[0], Message("tool", "a ball"), Message("assistant", "A ball."))
+    assert shown(dialect, dataset_response(prompt(turns), dialect)) == [
+        (True, '<call>{"open": "box"}</call><|start|>'),
+        (False, "\n<tool_response>\na ball\n</tool_response><|im_start|>assistant\n"),
+        (True, "A ball.<|start|>"),
+    ]
+
+
+def test_calls_must_not_be_left_out(speak: Callable[..., Renderer]) -> None:
+    turns = (calling("I open it."), Message("tool", "a ball"), Message("assistant", "A ball."))
+    with pytest.raises(
+        DataError, match=r"^t\.jinja: leaves out the calls of tools in response\[0\]; choose a "
+    ):
+        dataset_response(prompt(turns), speak(CHATML))
+
+
+@pytest.mark.parametrize(
+    ("start", "whole", "rest"),
+    [
+        ("ab", "abc", "c"),
+        ("a b\n", "a  b\n\nc", "\nc"),
+        ("a<think>\n</think>b\n", "ab\n c", " c"),
+        ("ab", "a\n<think>\n\n</think>\n\nb<think>x</think>", "<think>x</think>"),
+        ("</think>a", "a b", " b"),
+        ("a\n", "a<think></think>b", "<think></think>b"),
+        ("a<think></think>", "a<think>b</think>", None),
+        ("a<think>b</think>c", "ac", None),
+        ("ab", "a c", None),
+        ("x <think>a</think>", "x <think>\n</think>a", None),
+        ("x.<think>\n</think>a\n", "x.<think>\n\n</think>a\n", ""),
+    ],
+)
+def test_text_after_ignores_white_space_and_empty_reasoning(start: str, whole: str, rest: str | None) -> None:
+    assert text_after(start, whole) == rest
 
 
 def test_a_response_must_begin_with_the_generation_prompt(speak: Callable[..., Renderer]) -> None:

@@ -92,6 +92,34 @@ def test_a_bridge_over_one_tokenizer_equals_the_exact_loss(
 
 
 @pytest.mark.parametrize("bridge", ["span", "gold"])
+def test_a_bridged_teacher_of_one_term_has_the_weight_of_that_term(tmp_path: Path, bridge: str) -> None:
+    """The bridge replaces the terms that the teacher is in: here the second alone, 0.4 x 0.5."""
+    terms = {"reverse_kl": {"teachers": "self"}, "forward_kl": {"teachers": {"other": 0.5}, "weight": 0.4}}
+    selves = {"student": "start"}
+
+    def parts_with(**changes: object) -> Models:
+        teachers = {"other": {"card": "other.yaml", "dtype": "float64", "bridge": bridge}, "self": selves}
+        phase = {"name": "merge", "updates": 1, "prompts_per_round": 3, "loss": terms, **changes}
+        source = {"source": "p.jsonl", "domain": "d", "teachers": {"other": 0.2, "self": 1.0}}
+        recipe = {"teachers": teachers, "phases": [phase], "prompts": [source]}
+        folder = tmp_path / str(len(changes))
+        return load_models(
+            preflight(write_byte_job(folder, recipe, merges=OTHER, turned=True)),
+            Machine(CPU, SingleProcess()),
+        )
+
+    own, routed = parts_with(), parts_with(loss="forward_kl")
+    route = own.plan.teachers_of(own.plan.phases[0]).route
+    rollouts = rollouts_of(routed)
+    expected = gradient(routed, rollouts)  # 1.0 x 0.2; the student itself has no gradient
+    found = gradient(own, [replace(rollout, prompt=route(rollout.prompt)) for rollout in rollouts])
+    largest = max(float(g.abs().max()) for g in expected.values())
+    assert largest > 1e-4
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=1e-9, atol=1e-9 * largest), name
+
+
+@pytest.mark.parametrize("bridge", ["span", "gold"])
 @pytest.mark.parametrize("whole", [{"discount": 0.9}, {"early_gain": 0.5}])
 def test_prompts_of_bridged_teachers_beside_advantages_of_whole_responses(
     tmp_path: Path, bridge: str, whole: dict[str, float]

@@ -14,7 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from enumeration import ANSWERS, EOS, Reference, V, assert_equal, build_parts, engine_round, logprobs
+from enumeration import (
+    ANSWERS,
+    EOS,
+    Reference,
+    V,
+    assert_equal,
+    build_parts,
+    engine_round,
+    logprobs,
+    prompts_of,
+)
 
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.build import Machine, Models, load_models
@@ -50,11 +60,10 @@ LOSSES = {
 
 
 def all_answers(parts: Models, origin: str = "student") -> list[Rollout]:
-    prompts = [p for name in sorted(parts.inputs.prompts) for p in parts.inputs.prompts[name]]
     render = parts.inputs.student.render
     return [
         Rollout(p, i, render(p), answer, origin, "eos" if answer[-1] == EOS else "length")  # type: ignore[arg-type]
-        for p in prompts
+        for p in prompts_of(parts)
         for i, answer in enumerate(ANSWERS)
     ]
 

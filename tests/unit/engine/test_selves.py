@@ -306,8 +306,8 @@ def test_privileged_texts_are_not_taken_for_others(write_selves: Callable[..., P
         parts = load_models(preflight(recipe, overrides), Machine(CPU, SingleProcess()))
         tasks = [Task(p, 0, "teacher") for ps in parts.inputs.prompts.values() for p in ps]
         cache = teacher_rollouts_of(parts)
-        cache.prepare(tasks)
-        return [r.response_ids.tolist() for task in tasks for r in cache.of(task)]
+        cache.prepare(tasks, parts.plan.rollout)
+        return [r.response_ids.tolist() for task in tasks for r in cache.of(task, parts.plan.rollout)]
 
     plain = written()
     shown = written('teachers.self.prompt="{{ prompt }} {{ reference }} c c c"')

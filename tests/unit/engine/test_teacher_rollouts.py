@@ -48,8 +48,8 @@ def recorded(recipe: Path, *overrides: str) -> tuple[Recorder, list[Sequence[Rol
     tasks = [Task(p, 0, "teacher") for ps in parts.inputs.prompts.values() for p in ps]
     recorder = Recorder()
     cache = teacher_rollouts_of(parts, recorder)
-    cache.prepare(tasks)
-    return recorder, [cache.of(task) for task in tasks]
+    cache.prepare(tasks, parts.plan.rollout)
+    return recorder, [cache.of(task, parts.plan.rollout) for task in tasks]
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from mergeopd.data.chat_template import ChatTemplate
 from mergeopd.data.renderer import Renderer
 from mergeopd.data.teacher_prompt import TeacherPrompt
@@ -56,3 +58,20 @@ def test_generation_prompts_that_differ_are_shown() -> None:
     assert note.startswith(
         'teacher \'x\' begins responses behind "<assistant><think>", the student behind "<assistant>": '
     )
+
+
+@pytest.mark.parametrize("last", [None, "so"])
+def test_reasoning_of_responses_that_is_left_out_is_named(last: str | None) -> None:
+    fields = {"role": "assistant", "content": "Ho", "thinking": last}
+    first = Message("assistant", "", {**CALL, "content": "", "reasoning_content": "hm"})
+    response = (first, Message("tool", "1"), Message("assistant", "Ho", fields))
+    prompts = [BARE, Prompt("s:2", "s", "d", (Message("user", "Hi"),), response=response)]
+    assert list(template_notes("s", prompts, renderer(FULL), {})) == []
+    calls = "{%- for call in m.tool_calls or [] %}{{- call | tojson }}{%- endfor %}{{- '</s>' }}"
+    forgetful = PLAIN.replace("(m.content or '') + '</s>' }}", "(m.content or '') }}" + calls)
+    last_only = FULL.replace("if m.reasoning_content", "if m.reasoning_content and m.tool_calls")
+    for source in (forgetful, last_only) if last else (forgetful,):
+        (note,) = template_notes("s", prompts, renderer(source), {})
+        assert note.startswith(
+            "the chat template of the student leaves the reasoning of responses of source 's'"
+        )

@@ -14,7 +14,7 @@ from mergeopd.config.schema import input_schema
 from mergeopd.config.schema_text import below, options
 from mergeopd.recipe.alarms import ALARMS
 from mergeopd.recipe.jsonschema import card_schema, recipe_schema
-from mergeopd.recipe.loss_terms import SHORT_TERMS
+from mergeopd.recipe.loss_terms import SHORT_TERMS, TEACHER_TERMS
 from mergeopd.recipe.schema import SHORTHANDS, Recipe
 
 ROOT = Path(__file__).parents[3]
@@ -129,9 +129,12 @@ def test_every_short_form_of_the_schema_is_in_the_table_and_works() -> None:
         ("prompts", "*", "environment"): "calculator",
         ("evaluation", "prompts", "*", "environment"): "calculator",
         ("report", "trackers", "*"): "wandb",
+        ("phases", "*", "prompts"): ["a"],
+        ("phases", "*", "teachers"): ["a"],
         ("phases", "*", "loss"): "nll",
         ("phases", "*", "correction"): "mask",
         **{("phases", "*", "loss", term): 0.5 for term in SHORT_TERMS},
+        **{("phases", "*", "loss", term, "teachers"): "a" for term in TEACHER_TERMS},
         ("alarms",): "stop",
         **{("alarms", name): "off" for name in ALARMS},
     }
