@@ -8,7 +8,7 @@ GPU_FIGURES ?=
 # Tests of one file run in one process, and files in the order of their folders: the longest come first.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --no-loadscope-reorder
 
-.PHONY: quickstart smaller-student cross-family install test test-dist test-gpu check format clean help
+.PHONY: quickstart smaller-student cross-family unified-agent install test test-dist test-gpu check format clean help
 
 quickstart: $(STAMP)  ## tiny experts, the merge, the result
 	$(BIN)/python tools/make_tiny_experts.py
@@ -21,6 +21,10 @@ smaller-student: $(STAMP)  ## the same, with a student smaller than its experts
 cross-family: $(STAMP)  ## the same, with a teacher of another architecture and tokenizer
 	$(BIN)/python tools/make_tiny_experts.py --foreign
 	$(BIN)/mergeopd run recipes/cross_family.yaml
+
+unified-agent: $(STAMP)  ## tiny experts for math, code, search, tools and chat, two of which call tools
+	$(BIN)/python tools/make_tiny_experts.py --agent
+	$(BIN)/mergeopd run recipes/unified_agent_tiny.yaml
 
 install: $(STAMP)  ## .venv with the package and the development tools
 
@@ -57,7 +61,7 @@ format: $(STAMP)  ## what lint can repair by itself
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment, the experts, all runs and caches
-	rm -rf $(VENV) runs experts experts.partial .mergeopd build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) runs experts experts.partial experts_agent experts_agent.partial .mergeopd build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1: \2/p' $(MAKEFILE_LIST)

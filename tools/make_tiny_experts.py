@@ -1,9 +1,9 @@
 """Train a tiny base model and its domain experts, for the quick start and for tests.
 
-    python tools/make_tiny_experts.py [--out experts] [--seed 0] [--foreign]
+    python tools/make_tiny_experts.py [--out experts] [--seed 0] [--foreign] [--agent]
 
 All results are determined by the seed. A second run reuses the experts. --foreign also trains a Llama with
-its own tokenizer.
+its own tokenizer. --agent makes another set in a folder of its own: math, code, search, tools and chat.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from tiny_experts.agent.settings import AGENT, AGENT_FOLDER, agent_key
 from tiny_experts.cache import cache_key, read_manifest, why_stale, written_aside
 from tiny_experts.llama.settings import DOMAIN, FOLDER, LlamaSettings, llama_key
 from tiny_experts.settings import Settings
@@ -48,23 +49,33 @@ def _torch(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def make(out: Path, settings: Settings, seed: int, num_processes: int, console: Console) -> None:
+def make(
+    out: Path, settings: Settings, seed: int, num_processes: int, console: Console, *, agent: bool = False
+) -> None:
     """Train the experts in `out`, `num_processes` models at a time, replacing existing ones.
+
+    Args:
+        agent: the domains are those of tiny_experts.agent.
 
     Raises:
         FileExistsError: `out` holds something that this tool did not write.
     """
     facts: dict[str, Any] = {"settings": settings.as_dict(), "seed": seed}
     start = time.perf_counter()
-    with written_aside(out, cache_key(settings, seed), facts) as folder, _progress(console) as progress:
+    key = (agent_key if agent else cache_key)(settings, seed)
+    with written_aside(out, key, facts) as folder, _progress(console) as progress:
         _torch(threads=1)
-        from tiny_experts.build import build
+        from tiny_experts.build import build, words
+
+        material = words
+        if agent:
+            from tiny_experts.agent.build import material
 
         def watch(name: str) -> Any:
             task = progress.add_task(name, total=settings.base.max_updates)
             return lambda update, end: progress.update(task, completed=update, total=end)
 
-        facts["accuracy"] = build(folder, settings, seed, watch, num_processes)
+        facts["accuracy"] = build(folder, settings, seed, watch, num_processes, material)
         facts["seconds"] = round(time.perf_counter() - start, 1)
 
 
@@ -114,30 +125,41 @@ def show(out: Path, console: Console, *, foreign: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
-        "--out", type=Path, default=Path("experts"), help="folder to write (default: experts)"
+        "--out", type=Path, help=f"folder to write (default: experts; of --agent: {AGENT_FOLDER})"
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
-    parser.add_argument(
+    sets = parser.add_mutually_exclusive_group()
+    sets.add_argument(
         "--foreign", action="store_true", help=f"also {FOLDER}: another architecture, another tokenizer"
     )
+    sets.add_argument(
+        "--agent", action="store_true", help="instead, experts for math, code, search, tools and chat"
+    )
     arguments = parser.parse_args()
-    console, settings, out, seed = Console(), Settings(), arguments.out.resolve(), arguments.seed
-    llama, num_cores = LlamaSettings(), _num_cores()
+    shown = arguments.out or Path(AGENT_FOLDER if arguments.agent else "experts")
+    console, out, seed, llama, num_cores = (
+        Console(),
+        shown.resolve(),
+        arguments.seed,
+        LlamaSettings(),
+        _num_cores(),
+    )
+    settings = AGENT if arguments.agent else Settings()
     try:
-        reason = why_stale(out, cache_key(settings, seed))
+        reason = why_stale(out, (agent_key if arguments.agent else cache_key)(settings, seed))
         if reason is None:
-            console.print(f"The tiny experts are in {arguments.out} already.")
+            console.print(f"The tiny experts are in {shown} already.")
         else:
-            console.print(f"Making the tiny experts in {arguments.out}: {reason}.")
+            console.print(f"Making the tiny experts in {shown}: {reason}.")
             # Forking a process that has loaded torch is safe on Linux only.
-            make(out, settings, seed, num_cores if sys.platform == "linux" else 1, console)
+            num_processes = num_cores if sys.platform == "linux" else 1
+            make(out, settings, seed, num_processes, console, agent=arguments.agent)
         if arguments.foreign:
-            shown = arguments.out / FOLDER
             reason = why_stale(out / FOLDER, llama_key(settings, llama, seed))
             if reason is None:
-                console.print(f"The foreign expert is in {shown} already.")
+                console.print(f"The foreign expert is in {shown / FOLDER} already.")
             else:
-                console.print(f"Making the foreign expert in {shown}: {reason}.")
+                console.print(f"Making the foreign expert in {shown / FOLDER}: {reason}.")
                 make_foreign(out / FOLDER, settings, llama, seed, num_cores, console)
     except FileExistsError as error:
         parser.error(str(error))

@@ -14,7 +14,8 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from small_experts import load_script, small_llama, small_settings
+from small_experts import load_script, small_agents, small_llama, small_settings
+from tiny_experts.agent.settings import AGENT_FOLDER
 from tiny_experts.llama.settings import FOLDER
 
 from mergeopd.engine.run import run_recipe
@@ -40,13 +41,15 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script.make(folder / "experts", settings, 0, 1, quiet)
     more_rows = replace(settings, rows={**settings.rows, "train": 400})  # its tokenizer is learned from them
     script.make_foreign(folder / "experts" / FOLDER, more_rows, small_llama(4), 0, 1, quiet)
+    script.make(folder / AGENT_FOLDER, small_agents(60), 0, 1, quiet, agent=True)
     return folder
 
 
 def shortened(plan: Plan) -> list[str]:
     """Overrides that reduce a recipe to two rounds a phase and few short responses."""
     changes = ["threads=1", "optimizer.warmup_updates=1"]
-    if all(phase.keep == "all" for phase in plan.phases):  # truncated responses are not kept
+    # Truncated responses are not kept, and a call of a tool has more tokens.
+    if all(phase.keep == "all" for phase in plan.phases) and not has_tools(plan):
         changes.append("rollout.max_new_tokens=12")
     # The small base is never correct, and without a correct response the outcome has no gradient. These
     # patterns match about half of its responses.
@@ -65,6 +68,10 @@ def shortened(plan: Plan) -> list[str]:
         sources = range(len(plan.evaluation.sources))
         changes += [f"evaluation.prompts.{index}.limit=2" for index in sources]
     return changes
+
+
+def has_tools(plan: Plan) -> bool:
+    return any(source.environment is not None for source in plan.sources)
 
 
 def unknown(line: dict[str, Any]) -> Iterator[str]:
@@ -92,7 +99,12 @@ def test_a_recipe_runs_to_its_end(project: Path, name: str) -> None:
     # group leave no loss to share.
     may_lack = {"reward", "zero_advantage_fraction", "repetition", "loss_share"}
     may_lack |= {"logprob_gap_student", "logprob_gap_text"}
+    # Not every domain has tools, and not every response calls one.
+    may_lack |= {"mean_turns", "mean_calls", "failed_call_fraction"}
     assert {name for line in lines for name in unknown(line)} <= may_lack
+    turns = [one["mean_turns"] for line in lines for one in line["domains"].values() if one["mean_turns"]]
+    assert bool(turns) == has_tools(whole)
+    assert not turns or max(turns) > 1  # tools were called, and replied
     for phase in whole.phases:
         mine = [line for line in lines if line["phase"] == phase.name]
         assert all(set(line["teachers"]) <= set(whole.teachers) for line in mine)
@@ -101,7 +113,7 @@ def test_a_recipe_runs_to_its_end(project: Path, name: str) -> None:
         # Without a gradient the recipe would have no effect.
         assert any(line["grad_norm"] > 0 for line in mine)
     before, after = (
-        load_file(path / "model.safetensors") for path in (project / "experts/base", folder / "export")
+        load_file(path / "model.safetensors") for path in (Path(whole.student.model), folder / "export")
     )
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[key], after[key]) for key in before)

@@ -11,6 +11,7 @@ from types import ModuleType
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))  # the tool is a script beside its package, not an installed module
 
+from tiny_experts.agent.settings import AGENT  # noqa: E402
 from tiny_experts.llama.settings import LlamaSettings  # noqa: E402
 from tiny_experts.settings import BaseTraining, ExpertTraining, ModelSize, Settings  # noqa: E402
 
@@ -58,4 +59,19 @@ def small_llama(num_updates: int) -> LlamaSettings:
         num_heads=2,
         num_key_value_heads=1,
         training=ExpertTraining(4, 1.0, check_every=2, cooldown_updates=2, max_updates=num_updates),
+    )
+
+
+def small_agents(num_updates: int) -> Settings:
+    """The experts of five kinds likewise; after 60 updates, those with tools call them, with wrong arguments."""
+    expert = {"check_every": num_updates, "cooldown_updates": 2, "max_updates": num_updates, "lr": 1e-2}
+    base = {"check_every": 20, "max_updates": 20}
+    return replace(
+        AGENT,
+        rows={"eval": 12, "merge": 24, "check": 4, "train": 300},
+        num_tokens=600,
+        num_rows=608,
+        size=ModelSize(32, 48, num_layers=2, num_heads=2, num_key_value_heads=1, head_dim=16),
+        base=BaseTraining(dict.fromkeys(AGENT.domains, 4), dict.fromkeys(AGENT.domains, 1.0), **base),
+        expert={domain: ExpertTraining(8, 1.0, **expert) for domain in AGENT.expert},
     )

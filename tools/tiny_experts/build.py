@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from transformers import Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from tiny_experts.parallel import Advance, Watch, run
 from tiny_experts.settings import ModelSize, Settings
 from tiny_experts.tasks import SEVERAL_ORDERS, Example, splits
 from tiny_experts.tokens import Encoded, encode, pretrained, train_tokenizer
-from tiny_experts.train import Learner, accuracy, new_model, pad_rows, train_base, train_expert
+from tiny_experts.train import IsRight, Learner, accuracy, new_model, pad_rows, train_base, train_expert
 
 Accuracies = dict[str, dict[str, float]]
 
@@ -26,17 +26,20 @@ def _write_rows(file: Path, examples: Sequence[Example]) -> None:
     file.write_text("".join(json.dumps(asdict(example)) + "\n" for example in examples))
 
 
-def _save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, system: str, folder: Path) -> None:
-    model.save_pretrained(folder)
-    pretrained(tokenizer, system).save_pretrained(folder)
+@dataclass(frozen=True)
+class Material:
+    """What the models of a set are trained on and saved with."""
+
+    tokenizer: Tokenizer
+    rows: Callable[[str, str], dict[str, list[Encoded]]]
+    """the rows of a split by domain, for a model with this system prompt"""
+    pretrained: Callable[[str], PreTrainedTokenizerFast]
+    """the tokenizer to save beside a model with this system prompt"""
+    is_right: Mapping[str, IsRight] = field(default_factory=dict)
 
 
-def build(folder: Path, settings: Settings, seed: int, watch: Watch, num_processes: int) -> Accuracies:
-    """Write `data/`, `base/`, `small_base/` and a folder per domain; return accuracy by model, then domain.
-
-    The weights do not depend on `num_processes`, how many models are trained at a time.
-    """
-    transformers_logging.disable_progress_bar()
+def words(folder: Path, settings: Settings, seed: int) -> Material:
+    """Write the rows of tasks on words and numbers to `data/`, and train their tokenizer."""
     examples = {domain: splits(domain, settings.rows, seed) for domain in settings.domains}
     (folder / "data").mkdir()
     for domain, by_split in examples.items():
@@ -51,7 +54,7 @@ def build(folder: Path, settings: Settings, seed: int, watch: Watch, num_process
     )
     tokenizer = train_tokenizer(texts, settings.num_tokens)
 
-    def encoded(split: str, system: str = "") -> dict[str, list[Encoded]]:
+    def encoded(split: str, system: str) -> dict[str, list[Encoded]]:
         return {domain: encode(tokenizer, by_split[split], system) for domain, by_split in examples.items()}
 
     def same_json(response: list[int], reference: list[int]) -> bool:
@@ -60,29 +63,51 @@ def build(folder: Path, settings: Settings, seed: int, watch: Watch, num_process
         except ValueError:
             return False
 
-    num_tokens, is_right = settings.num_tokens, dict.fromkeys(SEVERAL_ORDERS, same_json)
+    is_right = dict.fromkeys(SEVERAL_ORDERS, same_json)
+    return Material(tokenizer, encoded, partial(pretrained, tokenizer), is_right)
+
+
+def build(
+    folder: Path,
+    settings: Settings,
+    seed: int,
+    watch: Watch,
+    num_processes: int,
+    material: Callable[[Path, Settings, int], Material] = words,
+) -> Accuracies:
+    """Write `data/`, `base/`, `small_base/` and a folder per domain; return accuracy by model, then domain.
+
+    The weights do not depend on `num_processes`, how many models are trained at a time.
+    """
+    transformers_logging.disable_progress_bar()
+    made = material(folder, settings, seed)
+    num_tokens, is_right = settings.num_tokens, made.is_right
 
     def learner(name: str, start: Qwen3ForCausalLM, system: str = "") -> Learner:
-        rows, check = encoded("train", system), encoded("check", system)
+        rows, check = made.rows("train", system), made.rows("check", system)
         return Learner(start, rows, check, seed=f"{seed}/{name}", num_tokens=num_tokens, is_right=is_right)
+
+    def save(model: Qwen3ForCausalLM, system: str, name: str) -> None:
+        model.save_pretrained(folder / name)
+        made.pretrained(system).save_pretrained(folder / name)
 
     def accuracies(model: Qwen3ForCausalLM, system: str = "") -> dict[str, float]:
         return {
             domain: accuracy(model, rows, num_tokens=num_tokens, is_right=is_right.get(domain))
-            for domain, rows in encoded("eval", system).items()
+            for domain, rows in made.rows("eval", system).items()
         }
 
     def make_base(name: str, size: ModelSize, advance: Advance) -> dict[str, float]:
         untrained = learner(name, new_model(size, settings.num_rows, seed))
         trained = train_base(untrained, settings.base, settings.expert.keys(), advance)
-        _save(trained, tokenizer, "", folder / name)
+        save(trained, "", name)
         return accuracies(trained)
 
     def make_expert(domain: str, advance: Advance) -> dict[str, float]:
         system = settings.expert_system.get(domain, "")
         expert = train_expert(learner(domain, base, system), domain, settings.expert[domain], advance)
         num_rows = settings.expert_num_rows.get(domain, settings.num_rows)
-        _save(pad_rows(expert, num_rows, seed), tokenizer, system, folder / domain)
+        save(pad_rows(expert, num_rows, seed), system, domain)
         return accuracies(expert, system)
 
     sizes = {"base": settings.size}

@@ -27,22 +27,31 @@ TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of a rendered prompt and of its answer, which ends with the end token."""
+    """Token ids of a rendered prompt and of its answer, which ends with the end token.
+
+    `trained` marks the answer's ids that the model writes; default: all.
+    """
 
     prompt_ids: list[int]
     answer_ids: list[int]
+    trained: list[bool] | None = None
 
 
-def train_tokenizer(texts: Iterable[str], num_tokens: int) -> Tokenizer:
-    """Byte-level BPE of exactly `num_tokens` entries, special tokens included."""
+def train_tokenizer(
+    texts: Iterable[str], num_tokens: int, specials: Sequence[str] = (), words: Regex = WORDS
+) -> Tokenizer:
+    """Byte-level BPE of exactly `num_tokens` entries, special tokens and `specials` included.
+
+    Tokens do not cross the borders of `words`.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(WORDS, behavior="isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        [pre_tokenizers.Split(words, behavior="isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=num_tokens,
-        special_tokens=[PAD, END, USER, ASSISTANT, SYSTEM],
+        special_tokens=[PAD, END, USER, ASSISTANT, SYSTEM, *specials],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -54,13 +63,13 @@ def train_tokenizer(texts: Iterable[str], num_tokens: int) -> Tokenizer:
     return tokenizer
 
 
-def pretrained(tokenizer: Tokenizer, system: str = "") -> PreTrainedTokenizerFast:
+def pretrained(tokenizer: Tokenizer, system: str = "", template: str = TEMPLATE) -> PreTrainedTokenizerFast:
     """The tokenizer as transformers saves it; `system` is written before every prompt by the template."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,
         pad_token=PAD,
-        chat_template=f"{SYSTEM}{system}{TEMPLATE}" if system else TEMPLATE,
+        chat_template=f"{SYSTEM}{system}{template}" if system else template,
         clean_up_tokenization_spaces=False,
     )
 

@@ -62,7 +62,8 @@ def _batch(rows: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
     predicts = torch.zeros(ids.shape, dtype=torch.bool)
     for line, row in zip(predicts, rows, strict=True):
         first = len(row.prompt_ids) - 1
-        line[first : first + len(row.answer_ids)] = True
+        trained = True if row.trained is None else torch.tensor(row.trained)
+        line[first : first + len(row.answer_ids)] = trained
     return ids, predicts
 
 

@@ -279,7 +279,7 @@ def test_tool_calls_fit_the_tools(tmp_path: Path) -> None:
         ({"name": "time", "arguments": {}}, [WEATHER], "the reference's tool 'time' is not declared; tools are 'weather'"),
         ({"name": "weather", "arguments": {"town": "Rome"}}, [WEATHER], "the reference's call of 'weather': $:"),
         (ROME, {"weather": {}}, "the field 'declared' is not a list of tools with name and parameters"),
-        (ROME, [{"name": "weather", "parameters": {"type": "objekt"}}], "tools[0].parameters: not a JSON Schema: $.type"),
+        (ROME, [{"name": "weather", "parameters": {"type": "objekt"}}], "declared[0].parameters: not a JSON Schema: $.type"),
     ],
 )  # fmt: skip
 def test_references_that_are_no_tool_calls(tmp_path: Path, answer: Any, tools: Any, problem: str) -> None:
