@@ -105,7 +105,9 @@ def existing_model(written: str, revision: str | None, base: Path, what: str = "
 
 
 def _where_instead(near: str, written: str, path: Path) -> str:
-    return f"did you mean '{near}'?" if near else _looked_for(written, path)
+    if near:
+        return f"did you mean '{near}'?"
+    return f"create it, or correct the path ({_looked_for(written, path)})"
 
 
 def _looked_for(written: str, path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 
 from mergeopd.config.locate import Origins, dotted
 from mergeopd.config.suggest import did_you_mean
@@ -201,10 +202,15 @@ def student_problems(student: Student, origins: Origins) -> Iterator[Problem]:
     if grid.sequence and grid.tensor == 1:
         message = "sequence parallelism splits over the processes of `tensor`, and `tensor` is 1"
         yield origins.problem((*here, "sequence"), message, "raise `tensor`, or remove the key")
-    if grid.layers == "transformer_engine" and not is_installed("transformer_engine"):
-        message = "the package transformer-engine is not installed"
-        remedy = "pip install 'transformer-engine[pytorch]', or use `auto` or `local`"
-        yield origins.problem((*here, "layers"), message, remedy)
+    if grid.layers == "transformer_engine":
+        if not has_gpu():
+            message = "Transformer Engine's layers need GPUs, and this machine has none"
+            remedy = "check and run this recipe on a machine with GPUs, or use `auto` or `local`"
+            yield origins.problem((*here, "layers"), message, remedy)
+        if not is_installed("transformer_engine"):
+            message = "the package transformer-engine is not installed"
+            remedy = "pip install 'transformer-engine[pytorch]', or use `auto` or `local`"
+            yield origins.problem((*here, "layers"), message, remedy)
 
 
 def missing_package(verifier: Verifier) -> tuple[str, str] | None:
@@ -213,6 +219,11 @@ def missing_package(verifier: Verifier) -> tuple[str, str] | None:
         return None
     remedy = "pip install 'mergeopd[math]', or name the built-in `number`, which compares single numbers"
     return "the package math-verify is not installed", remedy
+
+
+def has_gpu() -> bool:
+    """Whether the machine has an NVIDIA GPU with a driver. Does not import torch."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def is_installed(module: str) -> bool:

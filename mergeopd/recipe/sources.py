@@ -74,7 +74,10 @@ class SourceResolver:
         return SourcePlan.model_validate(absent | same | resolved)
 
     def report(self, path: Keys, message: str, remedy: str = "") -> None:
-        self.problems.append(self.origins.problem(path, message, remedy))
+        problem = self.origins.problem(path, message, remedy)
+        # A YAML anchor puts one mistake at several paths.
+        if not any((p.location, p.message) == (problem.location, message) for p in self.problems):
+            self.problems.append(problem)
 
     def _name(self, wanted: str) -> str:
         name, number = wanted, 1

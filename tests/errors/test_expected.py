@@ -3,7 +3,7 @@
 A case is a folder with `expected.txt`. Its files are copied over `project/`, and `recipes/merge.yaml` is read
 from there. `options.yaml` may give `set` (overrides), `env`, `remove` (files of the project), `cut` (files
 truncated to a number of bytes), `stale` (models that keep the weights of the project's config.json) and
-`missing` (packages reported as not installed; all others are reported as installed), `sandbox` (why each
+`missing` (packages, or `gpu`, reported as not installed; all others are reported as installed), `sandbox` (why each
 mechanism cannot isolate programs; otherwise they can), `read_only` (folders
 reported as not writable). Cases under `preflight/`
 check the files that the recipe names, including model weights.
@@ -87,6 +87,7 @@ def rendered(case: Path, check: Check, monkeypatch: pytest.MonkeyPatch) -> str:
                 write_weights(folder)
     missing = options["missing"]
     monkeypatch.setattr("mergeopd.recipe.checks.is_installed", lambda name: name not in missing)
+    monkeypatch.setattr("mergeopd.recipe.checks.has_gpu", lambda: "gpu" not in missing)
     refused: Mapping[str, str] = options["sandbox"]
     monkeypatch.setattr(Sandbox, "_launch", lambda self, mechanism: refused.get(mechanism))
     monkeypatch.setattr("mergeopd.preflight.prompts.sandbox_problem", sandbox_problem.__wrapped__)
