@@ -234,6 +234,7 @@ class Evaluation:
     def _fits(self, candidate: _Candidate, suite: SuitePlan) -> bool:
         longest = max(
             len(candidate.renderer.render(prompt))
+            + (0 if source.environment is None else source.environment.max_tokens)
             for source in suite.sources
             for prompt in self.inputs.evaluation[source.name]
         )
@@ -268,7 +269,7 @@ class Evaluation:
                 sample=i % suite.samples,
                 prompt=candidate.renderer.text(one.prompt),
                 reference=prompt.reference,
-                response=response_text(one.completion.response_ids, tokenizer, stop),
+                response=_shown(one, tokenizer, stop),
                 reward=grade.reward,
                 failure=grade.failure,
                 finish=one.completion.finish,
@@ -388,6 +389,14 @@ class InterimEvaluation:
 
 def _sampling(suite: SuitePlan, plan: Plan) -> Sampling:
     return Sampling(suite.temperature, suite.top_p, suite.max_new_tokens, plan.rollout.stop)
+
+
+def _shown(response: Response, tokenizer: Tokenizer, stop: Sequence[str]) -> str:
+    """Return a response's text; of several turns with the special tokens that separate them."""
+    ids = response.completion.response_ids
+    if response.episode is None:
+        return response_text(ids, tokenizer, stop)
+    return tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
 
 def verify_responses(

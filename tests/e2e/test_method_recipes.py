@@ -22,6 +22,7 @@ from mergeopd.engine.run import run_recipe
 from mergeopd.preflight.inputs import preflight
 from mergeopd.recipe.models import SnapshotRule
 from mergeopd.recipe.plan import Plan
+from mergeopd.storage.responses import read_responses
 
 ROOT = Path(__file__).parents[2]
 # Files whose names begin with an underscore are only extended by recipes.
@@ -42,6 +43,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     more_rows = replace(settings, rows={**settings.rows, "train": 400})  # its tokenizer is learned from them
     script.make_foreign(folder / "experts" / FOLDER, more_rows, small_llama(4), 0, 1, quiet)
     script.make(folder / AGENT_FOLDER, small_agents(60), 0, 1, quiet, agent=True)
+    config = folder / AGENT_FOLDER / "chat" / "config.json"  # too short for all turns of the other domains
+    config.write_text(
+        config.read_text().replace('"max_position_embeddings": 256', '"max_position_embeddings": 128')
+    )
     return folder
 
 
@@ -118,3 +123,15 @@ def test_a_recipe_runs_to_its_end(project: Path, name: str) -> None:
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[key], after[key]) for key in before)
     assert (folder / "result.json").is_file()
+    if has_tools(whole):
+        check_evaluated_turns(folder / "evaluation")
+
+
+def check_evaluated_turns(folder: Path) -> None:
+    """Records of responses show where turns end, and models are measured where all turns fit."""
+    tools = [row for row in read_responses(folder / "expert-tools.parquet") if row.suite == "tools"]
+    assert any("</tool_call><|end|><|tool|>" in row.response for row in tools)
+    code = [row for row in read_responses(folder / "expert-code.parquet") if row.suite == "code"]
+    assert not any("<|end|>" in row.response for row in code)
+    measured = {row.suite for row in read_responses(folder / "expert-chat.parquet")}
+    assert measured == {"math", "code", "chat"}

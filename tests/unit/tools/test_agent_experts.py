@@ -76,9 +76,11 @@ def test_answers_follow_from_the_prompts_alone(made: tuple[Path, Material]) -> N
         terms = re.findall(r"[-+]?\d+", prompt.messages[0].content.replace(" ", ""))
         assert sum(map(int, terms)) == int(prompt.reference or "")
     for prompt in prompts(folder, "tools"):
-        first, second = map(int, re.findall(r"\d+", text := prompt.messages[0].content))
-        signs = {"finds": first + second, "loses": first - second, "boxes": first * second}
-        assert [value for word, value in signs.items() if word in text] == [int(prompt.reference or "")]
+        story = prompt.messages[0].content
+        value, *others = map(int, re.findall(r"\d+", story))
+        for number, how in zip(others, re.findall("boxes|finds|loses", story), strict=True):
+            value = {"boxes": value * number, "finds": value + number, "loses": value - number}[how]
+        assert value == int(prompt.reference or "")
     for prompt in prompts(folder, "search"):
         _, _, _, _, thing, _, *name = prompt.messages[0].content.rstrip("?").split()
         assert f"The {thing} of {' '.join(name)} is {prompt.reference}." in facts

@@ -25,6 +25,7 @@ AGENT = Settings(
     base=BaseTraining(
         batch={domain: rows // 2 for domain, rows in _BATCH.items()},
         enough=dict.fromkeys(_BATCH, 0.15),
+        ceiling=0.35,
         paused_share=0.25,
         lr=3e-3,
         check_every=5,

@@ -70,23 +70,19 @@ _STORIES = {
     "{name} has {a} {things} and finds {b}": "{a} + {b}",
     "{name} has {a} {things} and loses {b}": "{a} - {b}",
     "{name} has {a} boxes of {b} {things}": "{a} * {b}",
+    "{name} has {a} {things}, finds {b} and loses {c}": "{a} + {b} - {c}",
+    "{name} has {a} boxes of {b} {things} and finds {c}": "{a} * {b} + {c}",
 }
 
 
 def tools(random: Random) -> AgentExample:
     """Solve a word problem on two-digit numbers with the tool `calculator`."""
     story, expression = random.choice(list(_STORIES.items()))
-    numbers = sorted((random.randrange(10, 100), random.randrange(10, 100)), reverse=True)
-    words = {
-        "name": random.choice(_NAMES),
-        "things": random.choice(_THINGS),
-        "a": numbers[0],
-        "b": numbers[1],
-    }
-    arguments = {"expression": expression.format(**words)}
+    a, b, c = sorted(random.sample(range(10, 100), 3), reverse=True)
+    arguments = {"expression": expression.format(a=a, b=b, c=c)}
+    prompt = story.format(name=random.choice(_NAMES), things=random.choice(_THINGS), a=a, b=b, c=c)
     value = calculate(arguments["expression"])
-    response = "{value} {things}".format(value=value, **words)
-    return AgentExample(story.format(**words), response, {"answer": value}, arguments)
+    return AgentExample(prompt, value, {"answer": value}, arguments)
 
 
 _SURNAMES = (
