@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,17 +21,24 @@ from tiny_experts.agent.settings import AGENT_FOLDER
 from tiny_experts.llama.settings import FOLDER
 
 from mergeopd.engine.run import run_recipe
+from mergeopd.errors import RecipeError
 from mergeopd.preflight.inputs import preflight
 from mergeopd.recipe.models import SnapshotRule
 from mergeopd.recipe.plan import Plan
 from mergeopd.storage.responses import read_responses
 
 ROOT = Path(__file__).parents[2]
+CLUSTER = "recipes/unified_agent.yaml"
 # Files whose names begin with an underscore are only extended by recipes.
 RECIPES = sorted(
-    str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml") if path.name[0] != "_"
+    {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml") if path.name[0] != "_"}
+    - {CLUSTER}
 )
-PATTERNS = {"sort": "[a-m]", "tool": "[KLM]"}
+PATTERNS = {
+    "sort": "[a-m]",
+    "tool": "[KLM]",
+    **dict.fromkeys(["math", "code", "search", "tools", "chat"], "."),
+}
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +134,27 @@ def test_a_recipe_runs_to_its_end(project: Path, name: str) -> None:
     assert (folder / "result.json").is_file()
     if has_tools(whole):
         check_evaluated_turns(folder / "evaluation")
+
+
+def test_the_recipe_of_a_cluster_lacks_only_files_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("mergeopd.recipe.checks.has_gpu", lambda: False)
+    monkeypatch.setattr("mergeopd.recipe.checks.is_installed", lambda name: name != "transformer_engine")
+    with pytest.raises(RecipeError) as caught:
+        preflight(CLUSTER)
+    absent = {
+        "models": r"'[\w./-]+' is neither a folder .* nor in the local cache of the Hugging Face hub",
+        "datasets": r"'[\w./-]+' is neither a file or folder nor in the local cache of the Hugging Face hub",
+        "files": r"unknown (prompt file|corpus) 'data/\w+\.(parquet|jsonl)'",
+        "GPUs": r"Transformer Engine's layers need GPUs, and this machine has none",
+        "package": r"the package transformer-engine is not installed",
+    }
+    kinds = [
+        next((kind for kind, pattern in absent.items() if re.fullmatch(pattern, problem.message)), problem)
+        for problem in caught.value.problems
+    ]
+    assert Counter(kinds) == {"models": 6, "datasets": 4, "files": 8, "GPUs": 1, "package": 1}
+    assert all(problem.remedy for problem in caught.value.problems)
 
 
 def check_evaluated_turns(folder: Path) -> None:
