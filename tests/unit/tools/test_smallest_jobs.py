@@ -282,6 +282,26 @@ def test_merge_bench(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch, 
         assert document["num_tokens"] > 0
 
 
+def test_repair_bench(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two updates a phase: a line per stage, whose skill of the start is the base's of the run."""
+    from rich.console import Console
+    from small_experts import load_script, small_settings
+
+    tool = load("repair_bench")
+    load_script().make(tmp_path / "quickstart-5", small_settings(24), 5, 1, Console(quiet=True))
+    monkeypatch.setattr(tool, "STAGES", {"learn": 1})
+    few = [f"phases.{i}.updates=1" for i in range(6)] + [f"phases.{i}.prompts_per_round=4" for i in range(6)]
+    changes = ["optimizer.warmup_updates=0", "evaluation.prompts.0.limit=20", *few]
+    printed = call(tool, tmp_path, tmp_path / "out", "--seeds", 5, "--set", *changes)
+    stages = re.findall(r"seed 5  (\w+) +facts +([\d.]+) %  skill +([\d.]+) %", printed)
+    assert [stage for stage, _, _ in stages] == ["start", "learn"]
+    result = json.loads((tmp_path / "out/5/runs/learn/result.json").read_text())
+    accuracy = result["suites"]["reverse"]["accuracy"]
+    assert [float(skill) for *_, skill in stages] == pytest.approx(
+        [100 * accuracy[model]["value"] for model in ("base", "merged")], abs=0.05
+    )
+
+
 def test_intervals_of_the_merge_bench() -> None:
     """Student's t by the textbook: mean 2, standard deviation 1, three values: 4.30 / sqrt(3) = 2.48."""
     assert load("merge_bench").interval([0.01, 0.02, 0.03]) == "+2.0 ± 2.5"
