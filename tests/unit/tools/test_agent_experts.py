@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pydantic import TypeAdapter
-from small_experts import small_agents  # puts tools/ on the path
+from small_experts import TOOLS, small_agents  # puts tools/ on the path
 from tiny_experts.agent import tasks
 from tiny_experts.agent.build import CORPUS, NUM_RESULTS, material
-from tiny_experts.agent.settings import AGENT, agent_key
+from tiny_experts.agent.settings import AGENT, AGENT_FOLDER, agent_key
 from tiny_experts.build import Material
-from tiny_experts.cache import cache_key
+from tiny_experts.cache import cache_key, written_aside
 from tiny_experts.tokens import END_ID, Encoded
 
 from mergeopd.data.chat_template import ChatTemplate
@@ -149,3 +151,20 @@ def next_turn(row: Encoded, start: int) -> Completion:
 def test_their_cache_notices_a_change() -> None:
     key = agent_key(AGENT, 0)
     assert key not in (agent_key(AGENT, 1), agent_key(replace(AGENT, num_rows=999), 0), cache_key(AGENT, 0))
+
+
+def test_a_second_run_finds_them_without_torch(tmp_path: Path) -> None:
+    """The real script, in a fresh process and an empty folder: its default folder and its own settings."""
+    with written_aside(tmp_path / AGENT_FOLDER, agent_key(AGENT, 0), {"accuracy": {"base": {"chat": 0.25}}}):
+        pass
+    code = (
+        f"import runpy, sys; sys.path.insert(0, {str(TOOLS)!r}); sys.argv = ['make_tiny_experts.py', '--agent']; "
+        f"runpy.run_path({str(TOOLS / 'make_tiny_experts.py')!r}, run_name='__main__'); "
+        "print('heavy:', sorted({'torch', 'transformers', 'tokenizers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert f"in {AGENT_FOLDER} already" in done.stdout
+    assert "25.0%" in done.stdout
+    assert "heavy: []" in done.stdout

@@ -32,7 +32,9 @@ AGENT = Settings(
         max_updates=600,
     ),
     expert={
-        domain: ExpertTraining(rows, enough=0.95, lr=3e-3, max_updates=800) for domain, rows in _BATCH.items()
+        # Until the learning rate falls, accuracy in `math` wavers around 0.8.
+        domain: ExpertTraining(rows, enough=0.8, lr=3e-3, cooldown_updates=80, max_updates=600)
+        for domain, rows in _BATCH.items()
     },
 )
 

@@ -26,10 +26,10 @@ class AgentExample:
 
 
 def math(random: Random) -> AgentExample:
-    """Add and subtract five numbers one by one, below twenty; the last sum is in a box."""
+    """Add and subtract four numbers one by one, below twenty; the last sum is in a box."""
     total = random.randrange(1, 10)
     prompt, sums = str(total), []
-    for _ in range(4):
+    for _ in range(3):
         number = random.randrange(1, 10)
         sign = random.choice("-+") if number <= total < 20 - number else "-" if number <= total else "+"
         total += number if sign == "+" else -number
