@@ -29,7 +29,9 @@ class Renderer:
     eos_ids: tuple[int, ...]
     max_positions: int
     teacher_prompt: TeacherPrompt = SAME
-    _rendered: dict[str, TokenIds] = field(init=False, default_factory=dict, repr=False, compare=False)
+    _rendered: dict[str, tuple[object, TokenIds]] = field(
+        init=False, default_factory=dict, repr=False, compare=False
+    )
 
     @cached_property
     def end_id(self) -> int:
@@ -74,10 +76,13 @@ class Renderer:
         """Render a prompt as token ids, with the generation prompt; of a document, return its context."""
         if prompt.document is not None:
             return prompt.document.context_ids
-        ids = self._rendered.get(prompt.key)
-        if ids is None:
-            ids = self._rendered[prompt.key] = token_ids(self.tokenizer.encode(self.text(prompt)))
-        return ids
+        # An environment may add other messages and tools to the same prompt.
+        content = prompt.messages, prompt.tools
+        rendered = self._rendered.get(prompt.key)
+        if rendered is None or rendered[0] != content:
+            ids = token_ids(self.tokenizer.encode(self.text(prompt)))
+            rendered = self._rendered[prompt.key] = content, ids
+        return rendered[1]
 
 
 def turn_end(tokenizer: Tokenizer, template: ChatTemplate, eos_ids: Collection[int]) -> int | None:

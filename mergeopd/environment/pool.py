@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -76,9 +77,12 @@ class EnvironmentPool:
         for position, request in enumerate(requests):
             queues[request.episode % len(self._slots)].append(position)
         replies: dict[int, dict[str, Any]] = {}
+        stopped = threading.Event()
 
         def work(slot: _Slot, positions: Sequence[int]) -> None:
             for position in positions:
+                if stopped.is_set():
+                    return
                 request = requests[position]
                 limit = self._limits[request.source]
                 replies[position] = slot.ask(request.episode, request.content, limit)
@@ -92,8 +96,8 @@ class EnvironmentPool:
                         future.result()
                     on_progress(len(replies))
             except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                self.close()  # ends the threads
+                stopped.set()
+                self.close()  # ends the threads' waiting
                 raise
         return [replies[position] for position in range(len(requests))]
 
@@ -103,8 +107,10 @@ class EnvironmentPool:
             slot.end([episode for episode in episodes if episode % len(self._slots) == i])
 
     def close(self) -> None:
-        """End all processes. They start again when needed."""
+        """End all processes and episodes. Processes start again when needed."""
         _close(self._slots)
+        for slot in self._slots:
+            slot.forget()
 
 
 def _close(slots: Sequence[_Slot]) -> None:
@@ -135,7 +141,7 @@ class _Slot:
         for earlier, its_limit in (*missing, (message, limit)):
             reply = self._exchange(earlier, its_limit)
             if "failure" in reply:
-                del self._asked[episode]
+                self._asked.pop(episode, None)
                 self._live.discard(episode)
                 return reply
         asked.append((message, limit))
@@ -149,6 +155,9 @@ class _Slot:
         self._live -= set(ended)
         if ended and self._worker is not None:
             self._exchange(json.dumps({"op": "end", "episode": -1, "episodes": ended}).encode(), 10.0)
+
+    def forget(self) -> None:
+        self._asked.clear()
 
     def close(self) -> None:
         worker, self._worker = self._worker, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -200,6 +201,27 @@ def test_episodes_keep_their_state_when_another_hangs_or_ends_the_process(module
     (last,) = served.run([call(0, "")])
     served.close()
     assert (last["done"], last["reward"]) == (True, 0.03)
+
+
+def test_a_stop_ends_waiting_at_once(module: str) -> None:
+    """While one environment hangs for a minute and others wait, a request to stop ends all."""
+    path = f"{module}:Counter"
+    served = pool({"kind": "user", "environment": path, "timeout_s": 60.0}, path)
+    served.run([reset(0, "12"), reset(1, "1"), reset(2, "1")])
+
+    class Stop(Exception):
+        pass
+
+    def stop(num_done: int) -> None:
+        raise Stop
+
+    started = time.monotonic()
+    with pytest.raises(Stop):
+        served.run([call(0, "add", by=1), call(1, "add", by=1), call(2, "add", by=1)], stop)
+    assert time.monotonic() - started < 30
+    (opening,) = served.run([reset(3, "5")])
+    served.close()
+    assert opening["messages"][0]["content"] == "start at 5"
 
 
 @pytest.fixture
