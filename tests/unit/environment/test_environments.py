@@ -209,14 +209,14 @@ def test_a_stop_ends_waiting_at_once(module: str) -> None:
     served = pool({"kind": "user", "environment": path, "timeout_s": 60.0}, path)
     served.run([reset(0, "12"), reset(1, "1"), reset(2, "1")])
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def stop(num_done: int) -> None:
-        raise Stop
+        raise StopError
 
     started = time.monotonic()
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         served.run([call(0, "add", by=1), call(1, "add", by=1), call(2, "add", by=1)], stop)
     assert time.monotonic() - started < 30
     (opening,) = served.run([reset(3, "5")])
