@@ -9,7 +9,7 @@ import copy
 
 from mergeopd.config.schema import Schema, mapped, model_schema
 from mergeopd.recipe.models import TeacherCard
-from mergeopd.recipe.schema import Recipe
+from mergeopd.recipe.schema import NAMED, Recipe
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _VARIABLE: Schema = {
@@ -29,6 +29,10 @@ def recipe_schema() -> Schema:
     defs: Schema = schema.pop("$defs")
     schema["properties"] = {"extends": _EXTENDS, **schema["properties"]}
     partial = _partial(schema, defs)
+    for section in NAMED:
+        for name, entry in partial["properties"][section]["patternProperties"].items():
+            removed = {"type": "null", "description": "remove the entry of the extended recipe"}
+            partial["properties"][section]["patternProperties"][name] = {"anyOf": [entry, removed]}
     document = {
         "$schema": _DIALECT,
         "title": "mergeopd recipe",
