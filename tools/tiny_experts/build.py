@@ -36,6 +36,8 @@ class Material:
     pretrained: Callable[[str], PreTrainedTokenizerFast]
     """the tokenizer to save beside a model with this system prompt"""
     is_right: Mapping[str, IsRight] = field(default_factory=dict)
+    base_split: str = "train"
+    """what bases are trained on"""
 
 
 def words(folder: Path, settings: Settings, seed: int) -> Material:
@@ -83,8 +85,8 @@ def build(
     made = material(folder, settings, seed)
     num_tokens, is_right = settings.num_tokens, made.is_right
 
-    def learner(name: str, start: Qwen3ForCausalLM, system: str = "") -> Learner:
-        rows, check = made.rows("train", system), made.rows("check", system)
+    def learner(name: str, start: Qwen3ForCausalLM, split: str, system: str = "") -> Learner:
+        rows, check = made.rows(split, system), made.rows("check", system)
         return Learner(start, rows, check, seed=f"{seed}/{name}", num_tokens=num_tokens, is_right=is_right)
 
     def save(model: Qwen3ForCausalLM, system: str, name: str) -> None:
@@ -98,14 +100,16 @@ def build(
         }
 
     def make_base(name: str, size: ModelSize, advance: Advance) -> dict[str, float]:
-        untrained = learner(name, new_model(size, settings.num_rows, seed))
+        untrained = learner(name, new_model(size, settings.num_rows, seed), made.base_split)
         trained = train_base(untrained, settings.base, settings.expert.keys(), advance)
         save(trained, "", name)
         return accuracies(trained)
 
     def make_expert(domain: str, advance: Advance) -> dict[str, float]:
         system = settings.expert_system.get(domain, "")
-        expert = train_expert(learner(domain, base, system), domain, settings.expert[domain], advance)
+        expert = train_expert(
+            learner(domain, base, "train", system), domain, settings.expert[domain], advance
+        )
         num_rows = settings.expert_num_rows.get(domain, settings.num_rows)
         save(pad_rows(expert, num_rows, seed), system, domain)
         return accuracies(expert, system)

@@ -18,6 +18,7 @@ from tiny_experts.tokens import pretrained, train_tokenizer
 
 CORPUS = "corpus_search.jsonl"
 NUM_RESULTS = 2
+EASY = "easy"
 
 
 def material(folder: Path, settings: Settings, seed: int) -> Material:
@@ -26,9 +27,11 @@ def material(folder: Path, settings: Settings, seed: int) -> Material:
     The tools' replies are those of mergeopd's environments.
     """
     examples = {domain: splits(domain, settings.rows, seed) for domain in settings.domains}
+    for by_split in examples.values():
+        by_split[EASY] = [row for row in by_split["train"] if row.is_easy]
     data = folder / "data"
     data.mkdir()
-    documents = [row.document for rows in examples["search"].values() for row in rows]
+    documents = [row.document for split in settings.rows for row in examples["search"][split]]
     (data / CORPUS).write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     environments = {"tools": calculator(), "search": search(data / CORPUS, "text", NUM_RESULTS)}
 
@@ -36,6 +39,8 @@ def material(folder: Path, settings: Settings, seed: int) -> Material:
     for domain, by_split in examples.items():
         for split, rows in by_split.items():
             turns[domain, split] = [_turns(row, environments.get(domain)) for row in rows]
+            if split == EASY:
+                continue
             lines = map(_row, rows, turns[domain, split], [environments.get(domain)] * len(rows))
             (data / f"{split}_{domain}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
@@ -56,6 +61,7 @@ def material(folder: Path, settings: Settings, seed: int) -> Material:
             domain: encode(tokenizer, prompts(domain, split), turns[domain, split]) for domain in examples
         },
         lambda system: pretrained(tokenizer, template=TEMPLATE),
+        base_split=EASY,
     )
 
 
