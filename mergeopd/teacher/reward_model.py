@@ -123,6 +123,7 @@ def _load(folder: Path, dtype: str, device: torch.device) -> Any:
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            device_map={"": device},
             output_loading_info=True,
         )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
@@ -131,4 +132,4 @@ def _load(folder: Path, dtype: str, device: torch.device) -> Any:
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise ModelError(f"{folder}: the reward model's weights lack {missing}; fetch the files again")
-    return model.eval().to(device)
+    return model.eval()
