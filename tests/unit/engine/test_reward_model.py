@@ -14,6 +14,7 @@ import torch
 from byte_tokenizers import byte_level
 from safetensors.torch import load_file, save_file
 
+from mergeopd.engine.rollouts import submission
 from mergeopd.engine.run import run_recipe
 from mergeopd.errors import RecipeError, UpdateLimitReached
 from mergeopd.preflight.inputs import Inputs, preflight
@@ -21,7 +22,7 @@ from mergeopd.reward.grading import Submission
 from mergeopd.reward.pool import Grade
 from mergeopd.teacher import reward_model as reward_model_module
 from mergeopd.teacher.reward_model import RewardModel, RewardModels
-from mergeopd.types import Message
+from mergeopd.types import Episode, Message, Prompt, Rollout, token_ids
 
 # Conversations end with the padding token, as those of Qwen may.
 TEMPLATE = (
@@ -164,6 +165,20 @@ def test_what_the_model_cannot_read_costs_its_response_the_reward(recipe: Path) 
     assert models.grade([submissions[0]], lambda _: None) == [
         Grade(None, "the score of the reward model is nan")
     ]
+
+
+def test_all_turns_of_a_response_are_read(recipe: Path) -> None:
+    tokenizer = preflight(recipe).student.tokenizer
+    tools = ({"name": "f"},)
+    prompt = Prompt("left:0", "left", "left", (Message("user", "a"),), tools=tools)
+    turns = (Message("assistant", "b"), Message("tool", "c"), Message("assistant", "d"))
+    ids = token_ids([3, 4])  # "d", and the end token
+    for is_truncated, given in ((False, turns), (True, turns[:2])):
+        episode = Episode(given, ids, num_turns=2, num_calls=1, num_failed_calls=0)
+        rollout = Rollout(prompt, 0, token_ids([0]), ids, "student", "eos", episode=episode)
+        one = submission(rollout, "length" if is_truncated else "eos", tokenizer, ())
+        assert one.messages == (*prompt.messages, *turns)
+        assert (one.response, one.truncated, one.tools) == ("d", is_truncated, tools)
 
 
 def metrics(run: str) -> list[dict[str, Any]]:
