@@ -20,21 +20,22 @@ def dotted(path: Keys) -> str:
 
 
 class Origins:
-    """Source locations of a recipe and its teacher cards.
+    """Source locations of a recipe and its cards.
 
-    A path below `("teachers", NAME, "card")` is located in the card's file. A missing value is located at its
-    nearest existing parent.
+    `cards` are by their path in the recipe; paths below are located in the card's file. A missing value is
+    located at its nearest existing parent.
     """
 
-    def __init__(self, file: Path, root: Node | None, cards: Mapping[str, Node]) -> None:
+    def __init__(self, file: Path, root: Node | None, cards: Mapping[Keys, Node]) -> None:
         self._file = file
         self._root = root
         self._cards = cards
 
     def place(self, path: Keys, *, key: bool = False) -> SourceLocation:
         """Return the location of the value at `path` (with `key`: of its key), and the base of its paths."""
-        if len(path) > 3 and path[0] == "teachers" and path[2] == "card" and path[1] in self._cards:
-            return find(self._cards[str(path[1])], path[3:], key=key)
+        for end in range(1, len(path)):
+            if path[:end] in self._cards:
+                return find(self._cards[path[:end]], path[end:], key=key)
         if self._root is None:
             return SourceLocation(Location(shown(self._file)), Path(os.path.abspath(self._file)).parent)
         return find(self._root, path, key=key)

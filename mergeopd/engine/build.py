@@ -42,6 +42,7 @@ from mergeopd.preflight.memory import peak_bytes, refuse_without_room
 from mergeopd.recipe import baselines
 from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
+from mergeopd.recipe.verifiers import RewardModelVerifier
 from mergeopd.reporting.events import Reporter
 from mergeopd.reporting.model_card import write_recipe
 from mergeopd.reward.grading import Verifiers
@@ -55,6 +56,7 @@ from mergeopd.teacher.canary import Canary
 from mergeopd.teacher.hidden_cache import HiddenCache
 from mergeopd.teacher.local import LocalTeacher, ResidentHeads, TeacherSource, TeacherStore
 from mergeopd.teacher.protocol import Teacher, capabilities
+from mergeopd.teacher.reward_model import RewardModel, RewardModels
 from mergeopd.teacher.shared_cache import SharedHiddenCache
 from mergeopd.teacher.snapshots import StudentSnapshots
 from mergeopd.teacher.token_view import AlignedTokens, SameTokens, TokenView
@@ -231,7 +233,7 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
             stages=stages,
         ),
         rewards=Rewards(
-            build_verifiers(plan.sources, plan, ranks),
+            build_verifiers(plan.sources, inputs, models.machine),
             inputs.student.tokenizer,
             stages,
         ),
@@ -269,7 +271,7 @@ def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, sta
         plan,
         open_model=open_model,
         open_merge=open_merge,
-        verifiers=build_verifiers(plan.sources, inputs.plan, machine.ranks),
+        verifiers=build_verifiers(plan.sources, inputs, machine),
         environments=build_environments(plan.sources, inputs.plan, machine.ranks),
         stages=stages,
     )
@@ -287,7 +289,7 @@ def _interim(
         plan.evaluation.interim,
         plan.checkpoint.best,
         engine=engine,
-        verifiers=build_verifiers(plan.evaluation.sources, plan, machine.ranks),
+        verifiers=build_verifiers(plan.evaluation.sources, inputs, machine),
         environments=build_environments(plan.evaluation.sources, plan, machine.ranks),
         stages=stages,
     )
@@ -307,10 +309,17 @@ def _static_merge(settings: StaticMerge, seed: int) -> MergeTensors:
             return static_merges.slerp()
 
 
-def build_verifiers(sources: Sequence[SourcePlan], plan: Plan, ranks: Communicator) -> Verifiers:
+def build_verifiers(sources: Sequence[SourcePlan], inputs: Inputs, machine: Machine) -> Verifiers:
     """Build the verifiers of these sources; the processes of a machine divide its cores."""
     specs = {s.name: s.verifier for s in sources if s.verifier is not None}
-    return Verifiers(specs, plan.allow_code, plan.threads // ranks.num_local)
+    models = {
+        s.name: RewardModel(Path(s.reward_model.model), inputs.reward_models[s.name], s.verifier)
+        for s in sources
+        if s.reward_model is not None and isinstance(s.verifier, RewardModelVerifier)
+    }
+    num_workers = inputs.plan.threads // machine.ranks.num_local
+    score = RewardModels(models, machine.device).grade
+    return Verifiers(specs, inputs.plan.allow_code, num_workers, score)
 
 
 def build_environments(sources: Sequence[SourcePlan], plan: Plan, ranks: Communicator) -> Environments:

@@ -409,9 +409,7 @@ def verify_responses(
     on_progress: Callable[[int], None],
 ) -> list[Grade]:
     """Grade responses to prompts of one source; each process grades its share. Collective."""
-    submissions = [
-        submission(one.prompt, one.final_ids, one.completion.finish, tokenizer, stop) for one in responses
-    ]
+    submissions = [submission(one, one.completion.finish, tokenizer, stop) for one in responses]
     verified: list[Grade] = scatter_gather(
         stages.ranks,
         submissions,

@@ -17,7 +17,7 @@ from mergeopd.reporting.events import StageName
 from mergeopd.reward.grading import Submission, Verifiers
 from mergeopd.reward.pool import Grade, failures_note
 from mergeopd.rollout.protocol import Completion, GenerationRequest, RolloutEngine
-from mergeopd.types import Finish, Origin, Prompt, Rollout, Sampling, TokenIds, token_flags, token_ids
+from mergeopd.types import Finish, Message, Origin, Rollout, Sampling, TokenIds, token_flags, token_ids
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Rewards:
         )
 
         def verify(own: Sequence[Rollout]) -> list[Grade]:
-            submissions = [submission(r.prompt, r.final_ids, r.finish, self.tokenizer, stop) for r in own]
+            submissions = [submission(r, r.finish, self.tokenizer, stop) for r in own]
             return self.verifiers.verify(submissions, on_progress)
 
         by_index = dict(
@@ -161,11 +161,21 @@ def _failure(rollout: Rollout | Response) -> str | None:
 
 
 def submission(
-    prompt: Prompt, response_ids: TokenIds, finish: Finish, tokenizer: Tokenizer, stop: Sequence[str]
+    one: Rollout | Response, finish: Finish, tokenizer: Tokenizer, stop: Sequence[str]
 ) -> Submission:
     """Decode a response for the verifier of its prompt."""
-    text = response_text(response_ids, tokenizer, stop)
-    return Submission(prompt.source, text, prompt.reference, truncated=finish == "length")
+    prompt, text = one.prompt, response_text(one.final_ids, tokenizer, stop)
+    turns = () if one.episode is None else one.episode.messages
+    if not turns or turns[-1].role != "assistant":  # the turns lack a last one that was truncated
+        turns = (*turns, Message("assistant", text))
+    return Submission(
+        source=prompt.source,
+        response=text,
+        reference=prompt.reference,
+        truncated=finish == "length",
+        messages=(*prompt.messages, *turns),
+        tools=prompt.tools,
+    )
 
 
 def response_text(response_ids: TokenIds, tokenizer: Tokenizer, stop: Sequence[str]) -> str:

@@ -132,13 +132,13 @@ def expected_shapes(facts: ModelFacts, config: Mapping[str, Any]) -> dict[str, S
     return shapes
 
 
-def check_layout(facts: ModelFacts, checkpoint: Checkpoint) -> None:
-    """Compare a checkpoint's tensors with those required by its config.json.
+def check_layout(facts: ModelFacts, checkpoint: Checkpoint, head: str = HEAD) -> None:
+    """Compare a checkpoint's tensors, except for `head`, with those required by its config.json.
 
     Raises ModelError naming the first differences.
     """
     expected = expected_shapes(facts, read_config(facts.folder))
-    apart = {facts.embedding_name, facts.head_name, EMBEDDING, HEAD, HEAD_BIAS}
+    apart = {facts.embedding_name, facts.head_name, EMBEDDING, HEAD, HEAD_BIAS, head}
     uncompared = {name: None for name in checkpoint.tensors if _UNCOMPARED.search(name)}
     given = {name: t.shape for name, t in checkpoint.tensors.items() if is_weight(name) and name not in apart}
     check_shapes(facts, given, expected, uncompared)

@@ -20,13 +20,7 @@ def template_notes(
     `teachers` score the student's tokens, so that their generation prompts matter; they are by name.
     """
     models = {"the student": student} | {f"teacher '{name}'": own for name, own in teachers.items()}
-    for what, without in _PARTS.items():
-        for model, renderer in models.items():
-            if _leaves_out(prompts, renderer, without):
-                yield (
-                    f"the chat template of {model} leaves {what} of source '{source}' out "
-                    f"({renderer.template.name}): give it a `template` that renders them"
-                )
+    yield from left_out(source, prompts, models)
     if _leaves_out_response_reasoning(prompts, student):
         yield (
             f"the chat template of the student leaves the reasoning of responses of source '{source}' out "
@@ -41,6 +35,17 @@ def template_notes(
                 f"{_quoted(opening)}: the teacher scores text that does not begin as its own does; "
                 "`template_arguments` or `template` can make both equal"
             )
+
+
+def left_out(source: str, prompts: Sequence[Prompt], models: Mapping[str, Renderer]) -> Iterator[str]:
+    """Yield what the templates of models, by their name in messages, leave out of a source's prompts."""
+    for what, without in _PARTS.items():
+        for model, renderer in models.items():
+            if _leaves_out(prompts, renderer, without):
+                yield (
+                    f"the chat template of {model} leaves {what} of source '{source}' out "
+                    f"({renderer.template.name}): give it a `template` that renders them"
+                )
 
 
 def _without_tools(prompt: Prompt) -> Prompt:

@@ -27,6 +27,7 @@ from mergeopd.preflight.environments import EnvironmentChecks
 from mergeopd.preflight.models import ModelReader, file_digest
 from mergeopd.preflight.problems import Findings
 from mergeopd.preflight.prompts import LengthBudget, PromptChecks, check_verifier, turns_budget
+from mergeopd.preflight.reward_models import RewardModelChecks
 from mergeopd.recipe.controls import Control, control_plan
 from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan, phase_teachers
 from mergeopd.recipe.resolve import Resolution, read
@@ -53,7 +54,7 @@ class Inputs:
     and so is `overlap`, which counts the evaluation prompts that are also trained on. `notes` are remarks,
     not mistakes. `files` maps model folders and small files to digests of their contents. `now` is the time
     in templates: the start of the run, also when it is resumed later. `document` is the recipe as written,
-    with what it extends and overrides.
+    with what it extends and overrides. `reward_models` have the renderers of reward models, by source name.
     """
 
     plan: Plan
@@ -68,6 +69,7 @@ class Inputs:
     files: Mapping[str, str]
     now: datetime
     document: Mapping[str, Any]
+    reward_models: Mapping[str, Renderer]
 
 
 def preflight(
@@ -113,6 +115,7 @@ def preflight(
         files=dict(sorted(check.models.files.items())),
         now=check.now,
         document=resolution.document,
+        reward_models=check.reward_models.renderers,
     )
 
 
@@ -138,6 +141,7 @@ class _Check:
         started = None if folder is None else self.findings.attempt(("output",), folder.started)
         self.now = started or datetime.now()
         self.models = ModelReader(self.findings, self.now)
+        self.reward_models = RewardModelChecks(self.findings, self.models)
         self.student: Renderer | None = None
         self.teachers: dict[str, Renderer] = {}
         self.cross_tokenizers: dict[str, CrossTokenizer] = {}
@@ -199,6 +203,7 @@ class _Check:
             into[source.name] = prompts
             self.models.files[source.title] = source_digest(source)
             PromptChecks(self.findings, place, source, prompts).references()
+        self.reward_models.read(place, source, prompts or ())
         for verifier in single_verifiers(source.verifier).values() if source.verifier else ():
             if isinstance(verifier, JsonVerifier) and verifier.schema_file is not None:
                 schema = Path(verifier.schema_file)
@@ -271,6 +276,7 @@ class _Check:
                 self.environments.templates(where, source.environment, checks.prompts[0], renderers)
                 budget = turns_budget(source, budget, place)
             checks.lengths(renderers, budget)
+            checks.lengths(self.reward_models.of(source), replace(budget, bounds={}))
             self._compare_templates(source)
 
     def _check_documents(self, place: Keys, source: SourcePlan) -> None:
@@ -366,7 +372,8 @@ class _Check:
                 where = (*place, "environment")
                 self.environments.templates(where, source.environment, prompts[0], renderers)
                 budget = turns_budget(source, budget, place)
-            PromptChecks(self.findings, place, source, prompts).lengths(renderers, budget)
+            read_by = {**renderers, **self.reward_models.of(source)}
+            PromptChecks(self.findings, place, source, prompts).lengths(read_by, budget)
             num_seen = self.overlap[source.name] = sum(prompt.messages in trained for prompt in prompts)
             if num_seen and source.allow_overlap:
                 self.findings.notes.append(

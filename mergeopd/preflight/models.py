@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -19,14 +19,16 @@ from mergeopd.messages import shown
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts, head_tensor
 from mergeopd.models.layout import check_layout
+from mergeopd.models.reward_facts import score_tensor
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.preflight.parallelism import check_backend
 from mergeopd.preflight.problems import Findings
 from mergeopd.recipe.bridges import KINDS
 from mergeopd.recipe.models import SET_BY_RENDERING, Student
-from mergeopd.recipe.plan import TeacherPlan
+from mergeopd.recipe.plan import RewardModelPlan, TeacherPlan
 from mergeopd.types import Message
 
+FindHead = Callable[[ModelFacts, Checkpoint], str]
 CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -136,32 +138,45 @@ class ModelReader:
             self._findings.report(place, message, "write it into the teacher's `prompt`")
 
     def _other_model(self, teacher: TeacherPlan, student: Renderer | None) -> Renderer | None:
-        card: Keys = ("teachers", teacher.name, "card")
+        def compare(place: Keys, own: Tokenizer) -> None:
+            if student is not None:
+                self._compare(teacher, student.tokenizer, own, place)
+
+        return self._of_card(("teachers", teacher.name, "card"), teacher, head_tensor, compare)
+
+    def reward_model(self, card: Keys, model: RewardModelPlan) -> Renderer | None:
+        """Create the renderer of a reward model, which reads text, so that its tokenizer is its own."""
+        return self._of_card(card, model, score_tensor, lambda place, tokenizer: None)
+
+    def _of_card(
+        self,
+        card: Keys,
+        model: TeacherPlan | RewardModelPlan,
+        find_head: FindHead,
+        compare: Callable[[Keys, Tokenizer], None],
+    ) -> Renderer | None:
+        """Create the renderer of a card's model; `compare` checks its tokenizer."""
         model_place = (*card, "model")
         # Without a tokenizer in the card, problems of the model's tokenizer are located at the model.
-        own = teacher.tokenizer == teacher.model
+        own = model.tokenizer == model.model
         tokenizer_place = model_place if own else (*card, "tokenizer")
-        folder = Path(teacher.tokenizer)
-        facts = self._model(model_place, Path(teacher.model))
-        if facts is not None and teacher.fingerprint not in (None, self.files[teacher.model]):
+        folder = Path(model.tokenizer)
+        facts = self._model(model_place, Path(model.model), find_head)
+        if facts is not None and model.fingerprint not in (None, self.files[model.model]):
             self._findings.report(
                 (*card, "fingerprint"),
-                f"the weights in {teacher.model} are not those of the card",
-                "fetch the weights of the card, or create a new card with mergeopd new teacher",
+                f"the weights in {model.model} are not those of the card",
+                "fetch the weights of the card, or create a new card with mergeopd new teacher"
+                if isinstance(model, TeacherPlan)
+                else f"fetch the weights of the card, or write their digest: {self.files[model.model]}",
             )
         tokenizer = self._tokenizer(tokenizer_place, folder)
         if tokenizer is None:
             return None
         fits = facts is None or self._fits(tokenizer_place, folder, tokenizer, facts)
-        if student is not None:
-            self._compare(teacher, student.tokenizer, tokenizer, tokenizer_place)
+        compare(tokenizer_place, tokenizer)
         place, template = self._template(
-            tokenizer_place,
-            folder,
-            tokenizer,
-            (*card, "template"),
-            teacher.template,
-            teacher.template_arguments,
+            tokenizer_place, folder, tokenizer, (*card, "template"), model.template, model.template_arguments
         )
         return self._renderer(facts, tokenizer, place, template) if facts is not None and fits else None
 
@@ -210,18 +225,19 @@ class ModelReader:
                 f"losses are over the {num} ids that both have, without these; evaluation has all"
             )
 
-    def _model(self, place: Keys, folder: Path) -> ModelFacts | None:
-        """Read the facts of a model; None if its weights are not complete."""
+    def _model(self, place: Keys, folder: Path, find_head: FindHead = head_tensor) -> ModelFacts | None:
+        """Read the facts of a model; None if its weights are not complete. `find_head` checks its head."""
         facts = self._findings.attempt(place, lambda: ModelFacts.read(folder))
         if facts is None and not (folder / "config.json").exists():
             return None
         checkpoint = self._findings.attempt(place, lambda: Checkpoint.open(folder))
         if facts is None or checkpoint is None:
             return None
-        if self._findings.attempt(place, lambda: head_tensor(facts, checkpoint)) is None:
+        head = self._findings.attempt(place, lambda: find_head(facts, checkpoint))
+        if head is None:
             return None
         if str(folder) not in self.files:
-            self._findings.attempt(place, lambda: check_layout(facts, checkpoint))
+            self._findings.attempt(place, lambda: check_layout(facts, checkpoint, head))
             fingerprint = self._findings.attempt(place, lambda: checkpoint.fingerprint)
             if fingerprint is None:
                 return None
@@ -288,7 +304,7 @@ class ModelReader:
             config = f"{shown(folder / 'tokenizer_config.json')}, chat_template"
             name = shown(own) if own.is_file() else config
             return place, compiled(place, tokenizer.chat_template, name)
-        where, key = ("card", "template") if place[0] == "teachers" else ("recipe", "student.template")
+        where, key = ("card", "template") if "card" in place else ("recipe", "student.template")
         remedy = f"add {shown(own)}, or name one in the {where} (`{key}: FILE.jinja`)"
         self._findings.report(place, f"{folder}: has no chat template to render prompts", remedy)
         return place, None

@@ -1,4 +1,4 @@
-"""Read teacher cards and find the folders they name."""
+"""Read the cards of teachers and reward models, and find the folders they name."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from mergeopd.config.validate import problems_of
 from mergeopd.errors import Problem
 from mergeopd.messages import shown
 from mergeopd.recipe.models import TeacherCard, TeacherRef
-from mergeopd.recipe.plan import TeacherPlan
+from mergeopd.recipe.plan import RewardModelPlan, TeacherPlan
 
 
 @dataclass(frozen=True, slots=True)
 class CardFile:
-    """A card's file as read for one teacher. Problems of a shared file are reported for the `first` only."""
+    """A card's file as read for one model. Problems of a shared file are reported for the `first` only."""
 
     path: Path
     root: Node | None
@@ -46,40 +46,45 @@ class ResolvedTeachers:
 
 
 def read_cards(
-    refs: Mapping[str, TeacherRef], recipe: Node, env: Mapping[str, str]
-) -> dict[str, CardFile | Missing]:
-    """Read the card of every teacher that has one, by teacher name."""
-    cards: dict[str, CardFile | Missing] = {}
+    named: Mapping[Keys, str], recipe: Node, env: Mapping[str, str]
+) -> dict[Keys, CardFile | Missing]:
+    """Read the cards that a recipe names, by the place where it does."""
+    cards: dict[Keys, CardFile | Missing] = {}
     by_path: dict[Path, CardFile] = {}
-    for name, ref in refs.items():
-        if ref.card is None:
-            continue
-        where: Keys = ("teachers", name, "card")
+    for where, written in named.items():
         base = find(recipe, where).base
-        path = existing_file(ref.card, base, "card", YAML_SUFFIXES)
+        path = existing_file(written, base, "card", YAML_SUFFIXES)
         if isinstance(path, Missing):
-            cards[name] = (
-                _model_instead(name, ref.card, base) or _named_without_folder(ref.card, base) or path
+            cards[where] = (
+                _model_instead(where, written, base) or _named_without_folder(written, base) or path
             )
         elif path in by_path:
-            cards[name] = CardFile(path, by_path[path].root, (), first=False)
+            cards[where] = CardFile(path, by_path[path].root, (), first=False)
         else:
             loaded = load_card(path, env, where)
-            cards[name] = by_path[path] = CardFile(path, loaded.root, loaded.problems, first=True)
+            cards[where] = by_path[path] = CardFile(path, loaded.root, loaded.problems, first=True)
     return cards
 
 
-def _model_instead(name: str, written: str, base: Path) -> Missing | None:
+def _model_instead(where: Keys, written: str, base: Path) -> Missing | None:
     """A model that was named in place of its card: a folder, or a hub id."""
     path = absolute(written, base)
     is_folder = (path / "config.json").is_file()
     if not is_folder and (path.suffix in YAML_SUFFIXES or not is_hub_id(written, base)):
         return None
     model = shown(path) if is_folder else written
-    command = shlex.join(["mergeopd", "new", "teacher", name, "--model", model])
-    remedy = f"write its card with `{command}`, and name that: `{name}: teachers/{name}.yaml`"
+    if where[0] == "teachers":
+        what, name = "teacher", str(where[1])
+        command = shlex.join(["mergeopd", "new", "teacher", name, "--model", model])
+        remedy = f"write its card with `{command}`, and name that: `{name}: teachers/{name}.yaml`"
+    else:
+        what = "reward model"
+        remedy = (
+            "write its card, such as teachers/reward.yaml, with `card: 1`, `name: reward` and "
+            f"`model: {model}`, and name that: `card: teachers/reward.yaml`"
+        )
     if is_folder:
-        return Missing(f"'{written}' is a model folder, not a teacher card", remedy)
+        return Missing(f"'{written}' is a model folder, not a {what} card", remedy)
     return Missing(f"unknown card '{written}'", f"if this is a hub id, {remedy}")
 
 
@@ -93,7 +98,7 @@ def _named_without_folder(written: str, base: Path) -> Missing | None:
 
 
 def resolve_teachers(
-    refs: Mapping[str, TeacherRef], cards: Mapping[str, CardFile | Missing], origins: Origins
+    refs: Mapping[str, TeacherRef], cards: Mapping[Keys, CardFile | Missing], origins: Origins
 ) -> ResolvedTeachers:
     """Check every card and find the folders it names, without reading them.
 
@@ -107,31 +112,68 @@ def resolve_teachers(
             domains[name] = ()
             continue
         where: Keys = ("teachers", name, "card")
-        card = cards[name]
-        if isinstance(card, Missing):
-            problems.append(origins.problem(where, card.message, card.remedy))
+        valid = _valid_card(where, cards[where], origins, problems)
+        if valid is None:
             continue
-        of_card = list(card.problems)
-        if card.root is not None:
-            data = plain(card.root)
-            invalid = problems_of(TeacherCard, data, origins, where)
-            of_card += invalid
-            if not invalid:
-                valid = TeacherCard.model_validate(data)
-                domains[name] = valid.domains
-                plan = _plan(name, ref, valid, card.path, origins, of_card)
-                if plan is not None and not of_card:
-                    plans[name] = plan
-        if card.first:
-            problems += of_card
+        card, paths = valid
+        domains[name] = card.domains
+        if paths is not None:
+            plans[name] = _teacher(name, ref, card, paths)
     return ResolvedTeachers(plans, domains, tuple(problems))
 
 
-def _plan(
-    name: str, ref: TeacherRef, card: TeacherCard, file: Path, origins: Origins, problems: list[Problem]
-) -> TeacherPlan | None:
-    """Make the paths of a teacher absolute; missing ones are added to `problems`."""
-    where: Keys = ("teachers", name, "card")
+def resolve_reward_model(
+    where: Keys, card: CardFile | Missing, origins: Origins, problems: list[Problem]
+) -> RewardModelPlan | None:
+    """Check a reward model's card and find the folders it names; None, and problems, if it has mistakes."""
+    result = _valid_card(where, card, origins, problems)
+    if result is None:
+        return None
+    valid, paths = result
+    if valid.canary is not None:
+        message = (
+            "a canary is a generated response with its log-probabilities, and reward models generate none"
+        )
+        problems.append(origins.problem((*where, "canary"), message, "remove it", key=True))
+        return None
+    if paths is None:
+        return None
+    return RewardModelPlan(
+        name=valid.name,
+        model=paths["model"],
+        tokenizer=paths.get("tokenizer", paths["model"]),
+        template=paths.get("template"),
+        template_arguments=valid.template_arguments,
+        fingerprint=valid.fingerprint,
+    )
+
+
+def _valid_card(
+    where: Keys, card: CardFile | Missing, origins: Origins, problems: list[Problem]
+) -> tuple[TeacherCard, dict[str, str] | None] | None:
+    """Return a valid card, and the absolute paths it names or None if one is missing; add to `problems`."""
+    if isinstance(card, Missing):
+        problems.append(origins.problem(where, card.message, card.remedy))
+        return None
+    of_card = list(card.problems)
+    result: tuple[TeacherCard, dict[str, str] | None] | None = None
+    if card.root is not None:
+        data = plain(card.root)
+        invalid = problems_of(TeacherCard, data, origins, where)
+        of_card += invalid
+        if not invalid:
+            valid = TeacherCard.model_validate(data)
+            paths = _paths(where, valid, card.path, origins, of_card)
+            result = valid, None if of_card else paths
+    if card.first:
+        problems += of_card
+    return result
+
+
+def _paths(
+    where: Keys, card: TeacherCard, file: Path, origins: Origins, problems: list[Problem]
+) -> dict[str, str]:
+    """Make the paths of a card absolute, by key; missing ones are added to `problems`."""
     base = project_folder(file, "teachers")
     paths: dict[str, str] = {}
     targets: dict[str, Path | Missing] = {"model": existing_model(card.model, card.revision, base)}
@@ -144,8 +186,10 @@ def _plan(
             problems.append(origins.problem((*where, key), path.message, path.remedy))
         else:
             paths[key] = str(path)
-    if "model" not in paths:
-        return None
+    return paths
+
+
+def _teacher(name: str, ref: TeacherRef, card: TeacherCard, paths: Mapping[str, str]) -> TeacherPlan:
     return TeacherPlan(
         name=name,
         student=None,

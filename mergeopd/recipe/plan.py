@@ -60,11 +60,23 @@ class TeacherPlan(Strict):
         return self.student if isinstance(self.student, SnapshotRule) else None
 
 
+class RewardModelPlan(Strict):
+    """A reward model with the values of its card. Paths are absolute."""
+
+    name: str
+    model: str
+    tokenizer: str
+    template: str | None
+    template_arguments: dict[str, Any]
+    fingerprint: str | None
+
+
 class SourcePlan(Strict):
     """A file of prompts, or the folder of a dataset.
 
     `dataset` is its id on the hub, whose `revision` (a commit) is read; both are None for local files.
-    `teachers` are the nonzero products of prompt weight and teacher weight.
+    `teachers` are the nonzero products of prompt weight and teacher weight. `reward_model` is the model of a
+    verifier of that kind.
     """
 
     name: str
@@ -88,6 +100,7 @@ class SourcePlan(Strict):
     subset: str | None = None
     split: str | None = None
     revision: str | None = None
+    reward_model: RewardModelPlan | None = None
 
     @property
     def title(self) -> str:

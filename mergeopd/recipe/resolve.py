@@ -76,14 +76,14 @@ def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str]
         return Resolution(None, _ordered(loaded.problems, of_schema, origins), origins)
     data = plain(root)
     parts = ValidParts(data)
-    cards = read_cards(parts.teachers, root, env)
-    roots = {n: c.root for n, c in cards.items() if isinstance(c, CardFile) and c.root is not None}
+    cards = read_cards(parts.cards, root, env)
+    roots = {place: c.root for place, c in cards.items() if isinstance(c, CardFile) and c.root is not None}
     origins = Origins(file, root, roots)
     of_schema = _schema_problems(data, origins, complete=True)
     with_cards = resolve_teachers(parts.teachers, cards, origins)
     unreadable = tuple(p for c in cards.values() if isinstance(c, CardFile) for p in c.problems)
     is_valid = not (of_schema or loaded.problems or unreadable)
-    resolver = _Resolver(parts, with_cards, origins, is_valid)
+    resolver = _Resolver(parts, cards, with_cards, origins, is_valid)
     resolver.run()
     later = (*of_schema, *with_cards.problems, *resolver.problems)
     problems = _ordered((*loaded.problems, *unreadable), later, origins)
@@ -116,9 +116,15 @@ class _Resolver:
     """Finds the files that the parts name, and checks the parts against each other."""
 
     def __init__(
-        self, parts: ValidParts, with_cards: ResolvedTeachers, origins: Origins, is_valid: bool
+        self,
+        parts: ValidParts,
+        cards: Mapping[Keys, CardFile | Missing],
+        with_cards: ResolvedTeachers,
+        origins: Origins,
+        is_valid: bool,
     ) -> None:
         self.parts = parts
+        self.cards = cards
         self.with_cards = with_cards
         self.origins = origins
         self.is_valid = is_valid
@@ -216,7 +222,7 @@ class _Resolver:
 
     def _resolve_sources(self, routed: Mapping[int, Mapping[str, float]]) -> None:
         own_names = self.parts.source_names
-        resolver = SourceResolver(self.origins, self.parts.allow_code, set(own_names.values()))
+        resolver = SourceResolver(self.origins, self.parts.allow_code, self.cards, set(own_names.values()))
         for index, source in self.parts.prompts.items():
             if plan := resolver.resolve(source, ("prompts", index), routed[index], own_names[index]):
                 self.sources[index] = plan

@@ -13,6 +13,7 @@ from mergeopd.config.suggest import did_you_mean
 from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
 from mergeopd.recipe import checks
+from mergeopd.recipe.cards import CardFile, resolve_reward_model
 from mergeopd.recipe.dataset_folders import hub_dataset
 from mergeopd.recipe.environments import (
     Environment,
@@ -21,9 +22,15 @@ from mergeopd.recipe.environments import (
     UserEnvironment,
 )
 from mergeopd.recipe.models import TeacherRef
-from mergeopd.recipe.plan import SourcePlan
+from mergeopd.recipe.plan import RewardModelPlan, SourcePlan
 from mergeopd.recipe.schema import PromptSource, TrainSource
-from mergeopd.recipe.verifiers import CombinedVerifier, JsonVerifier, UserVerifier, Verifier
+from mergeopd.recipe.verifiers import (
+    CombinedVerifier,
+    JsonVerifier,
+    RewardModelVerifier,
+    UserVerifier,
+    Verifier,
+)
 
 PROMPT_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 
@@ -38,10 +45,14 @@ def file_format(path: Path) -> str | None:
 
 @dataclass
 class SourceResolver:
-    """Resolves sources one by one: gives unique names, rejects prompts that are used twice."""
+    """Resolves sources one by one: gives unique names, rejects prompts that are used twice.
+
+    `cards` are those of reward models and teachers, by their place in the recipe.
+    """
 
     origins: Origins
     allow_code: Collection[str] | None  # None: invalid, so functions are not checked against it
+    cards: Mapping[Keys, CardFile | Missing]
     names: set[str] = field(default_factory=set)
     seen: dict[tuple[str, str | None, str | None], Keys] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -53,6 +64,7 @@ class SourceResolver:
         before = len(self.problems)
         place = self._find(source, path)
         verifier = self._verifier(source.verifier, (*path, "verifier"))
+        reward_model = self._reward_model(verifier, (*path, "verifier", "card"))
         environment = self._environment(source.environment, (*path, "environment"))
         if place is None or len(self.problems) > before:
             return None
@@ -68,6 +80,7 @@ class SourceResolver:
             "dataset": dataset,
             "revision": file.name if dataset else None,
             "verifier": verifier,
+            "reward_model": reward_model,
             "environment": environment,
             "teachers": teachers,
         }
@@ -155,6 +168,11 @@ class SourceResolver:
             else:
                 return verifier.model_copy(update={"schema_file": str(file)})
         return verifier
+
+    def _reward_model(self, verifier: Verifier | None, where: Keys) -> RewardModelPlan | None:
+        if not isinstance(verifier, RewardModelVerifier):
+            return None
+        return resolve_reward_model(where, self.cards[where], self.origins, self.problems)
 
     def _environment(self, environment: Environment | None, path: Keys) -> Environment | None:
         match environment:

@@ -8,10 +8,12 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from mergeopd.config.tree import Keys
 from mergeopd.config.values import FunctionPath
 from mergeopd.recipe.models import Student, Teacher, TeacherRef
 from mergeopd.recipe.schema import Checkpoints, EvalSource, Evaluation, Reports, TrainSource
 from mergeopd.recipe.training import AnyRollout, Optimizer, Phase, needs_routed
+from mergeopd.recipe.verifiers import RewardModelVerifier
 
 T = TypeVar("T")
 
@@ -47,6 +49,23 @@ class ValidParts:
         self.allow_code = _valid(_ALLOW_CODE, data.get("allow_code", []))
         self.report = _valid(TypeAdapter(Reports), data.get("report", {}))
         self.output = data["output"] if isinstance(data.get("output"), str) else None
+
+    @property
+    def cards(self) -> dict[Keys, str]:
+        """The paths of the cards of teachers and reward models, by the place that names them."""
+        named: dict[Keys, str] = {
+            ("teachers", name, "card"): ref.card
+            for name, ref in self.teachers.items()
+            if ref.card is not None
+        }
+        sources: dict[Keys, TrainSource | EvalSource] = {
+            **{("prompts", index): source for index, source in self.prompts.items()},
+            **{("evaluation", "prompts", index): source for index, source in self.eval_sources.items()},
+        }
+        for place, source in sources.items():
+            if isinstance(source.verifier, RewardModelVerifier):
+                named[*place, "verifier", "card"] = source.verifier.card
+        return named
 
     def sources_of(self, phase: Phase) -> dict[int, TrainSource]:
         """The valid sources that a phase draws from, by index."""

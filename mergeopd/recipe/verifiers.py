@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self, TypeAlias, get_args
+from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from mergeopd.config.values import Flag, FunctionPath, Positive, Strict, Weight, kind_shorthand
+from mergeopd.config.values import Flag, FunctionPath, Positive, PositiveInt, Strict, Weight, kind_shorthand
 
 MAX_PATTERN_LENGTH = 10_000
 Columns: TypeAlias = Mapping[str, str | None]
@@ -214,6 +214,22 @@ class HumanEvalVerifier(_CodeVerifier):
         return {"code": self.code_field, "test": self.test_field, "entry_point": self.entry_point_field}
 
 
+class RewardModelVerifier(Strict):
+    """The reward is `sigmoid(score / scale)` of a reward model, a sequence classifier with one label.
+
+    It reads the conversation with the response, in its own tokenizer and chat template.
+    """
+
+    kind: Literal["reward_model"] = Field(description="verifier kind")
+    card: str = Field(description="path of the reward model's card, in the format of teacher cards")
+    scale: Positive = 1.0
+    """score that changes the log-odds of the reward by 1"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """precision of the forward pass; for large models, use the checkpoint's dtype to avoid a copy"""
+    max_tokens: PositiveInt = 16384
+    """maximum number of tokens, padding included, in one forward pass"""
+
+
 _Single = (
     ExactVerifier
     | RegexVerifier
@@ -241,11 +257,19 @@ _ShortKind = Literal[  # those that need no settings
 ]
 
 
+def _combinable(value: Any) -> Any:
+    """Expand the shorthand, and refuse a reward model, which is loaded for whole rounds."""
+    value = kind_shorthand(value)
+    if isinstance(value, Mapping) and value.get("kind") == "reward_model":
+        raise ValueError("a reward model cannot be part of a combination: make it the verifier of a source")
+    return value
+
+
 class WeightedVerifier(Strict):
     """A verifier with its weight in a combination."""
 
     verifier: Annotated[
-        SingleVerifier, BeforeValidator(kind_shorthand, json_schema_input_type=_ShortKind | SingleVerifier)
+        SingleVerifier, BeforeValidator(_combinable, json_schema_input_type=_ShortKind | SingleVerifier)
     ] = Field(description="verifier; shorthand: its kind")
     weight: Positive = 1.0
     """relative weight"""
@@ -260,7 +284,7 @@ class CombinedVerifier(Strict):
     of: tuple[WeightedVerifier, ...] = Field(min_length=2, description="verifiers with their weights")
 
 
-Verifier = Annotated[_Single | CombinedVerifier, Field(discriminator="kind")]
+Verifier = Annotated[_Single | RewardModelVerifier | CombinedVerifier, Field(discriminator="kind")]
 IsolatedVerifier = (
     RegexVerifier
     | JsonVerifier
@@ -283,7 +307,7 @@ VerifierOrKind = Annotated[
 ]
 
 
-def single_verifiers(verifier: Verifier) -> dict[tuple[str | int, ...], _Single]:
+def single_verifiers(verifier: Verifier) -> dict[tuple[str | int, ...], _Single | RewardModelVerifier]:
     """Return a verifier, or those that it combines, by their path below `verifier`."""
     if isinstance(verifier, CombinedVerifier):
         return {("of", index, "verifier"): each.verifier for index, each in enumerate(verifier.of)}
@@ -301,7 +325,7 @@ def columns_of(verifier: Verifier) -> Columns | None:
 def needs_reference(verifier: Verifier | None) -> bool:
     """Whether the verifier compares with a reference, so that every prompt must have one."""
     match verifier:
-        case None | UserVerifier():
+        case None | UserVerifier() | RewardModelVerifier():
             return False
         case JsonVerifier():
             return verifier.schema_file is None

@@ -1,31 +1,45 @@
-"""Verify responses: cheap built-in verifiers in this process, all others in worker processes."""
+"""Verify responses: cheap built-in verifiers in this process, reward models by turns, others in workers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 from mergeopd.errors import VerifierError
 from mergeopd.recipe.verifiers import (
     HumanEvalVerifier,
     IsolatedVerifier,
     PythonTestsVerifier,
+    RewardModelVerifier,
     Verifier,
     single_verifiers,
 )
 from mergeopd.reward.pool import Grade, WorkerPool
 from mergeopd.reward.protocol import Verify
 from mergeopd.reward.verifiers import build_verifier
+from mergeopd.types import Message
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A response to verify. `truncated`: it ended at the length limit. `source` names the verifier."""
+    """A response to verify. `truncated`: it ended at the length limit. `source` names the verifier.
+
+    `messages` are the conversation that ends with the response, and `tools` its tools: reward models read
+    these.
+    """
 
     source: str
     response: str
     reference: str | None
     truncated: bool = False
+    messages: tuple[Message, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+OnProgress = Callable[[int], None]
+ScoreResponses = Callable[[Sequence[Submission], OnProgress], list[Grade]]
+"""Grades responses with the reward models of their sources; see `Verifiers.verify`."""
 
 
 _SANDBOX_GRACE_S = 10.0
@@ -58,12 +72,23 @@ class Verifiers:
     """
 
     def __init__(
-        self, verifiers: Mapping[str, Verifier], allow_code: Collection[str], num_workers: int
+        self,
+        verifiers: Mapping[str, Verifier],
+        allow_code: Collection[str],
+        num_workers: int,
+        score: ScoreResponses | None = None,
     ) -> None:
-        """Use at most `num_workers` processes. Raises VerifierError for a verifier that cannot work."""
+        """Use at most `num_workers` processes, and `score` for sources with a reward model.
+
+        Raises VerifierError for a verifier that cannot work.
+        """
         isolated = {name: spec for name, spec in verifiers.items() if isinstance(spec, IsolatedVerifier)}
+        self._scored = {name for name, spec in verifiers.items() if isinstance(spec, RewardModelVerifier)}
+        self._score = score
         self._local = {
-            name: build_verifier(spec, ()) for name, spec in verifiers.items() if name not in isolated
+            name: build_verifier(spec, ())
+            for name, spec in verifiers.items()
+            if name not in isolated and name not in self._scored
         }
         self._timeouts = {name: _time_limit(spec) for name, spec in isolated.items()}
         setup = {
@@ -79,11 +104,11 @@ class Verifiers:
         self.close()
 
     def __contains__(self, source: str) -> bool:
-        return source in self._local or source in self._timeouts
+        return source in self._local or self.is_slow(source)
 
     def is_slow(self, source: str) -> bool:
-        """Whether a source's verifier runs in worker processes."""
-        return source in self._timeouts
+        """Whether a source's verifier runs in worker processes, or is a reward model."""
+        return source in self._timeouts or source in self._scored
 
     def start(self) -> None:
         """Build the verifiers of a worker process now, to fail before a run rather than in it.
@@ -97,22 +122,34 @@ class Verifiers:
         """End the worker processes. They start again when needed."""
         self._pool.close()
 
-    def verify(self, submissions: Sequence[Submission], on_progress: Callable[[int], None]) -> list[Grade]:
+    def verify(self, submissions: Sequence[Submission], on_progress: OnProgress) -> list[Grade]:
         """Return a grade for each submission, in order.
 
-        `on_progress` gets the number of responses that workers have verified, and may raise to leave.
+        `on_progress` gets the number of responses with slow verifiers that are graded, and may raise to
+        leave.
 
         A missing or unusable reference costs its response the reward, as every failure does.
 
-        Raises VerifierError if workers can no longer be started.
+        Raises VerifierError if workers can no longer be started, and ModelError if a reward model cannot be
+        loaded.
         """
-        slow = {
-            index: {**asdict(one), "timeout_s": self._timeouts[one.source]}
-            for index, one in enumerate(submissions)
-            if one.source in self._timeouts
-        }
+        slow = {i: self._request(one) for i, one in enumerate(submissions) if one.source in self._timeouts}
         grades = dict(zip(slow, self._pool.run(list(slow.values()), on_progress), strict=True))
+        scored = {i: one for i, one in enumerate(submissions) if one.source in self._scored}
+        if scored:
+            assert self._score is not None
+            own = self._score(list(scored.values()), lambda done: on_progress(len(slow) + done))
+            grades |= zip(scored, own, strict=True)
         for index, one in enumerate(submissions):
             if index not in grades:
                 grades[index] = _grade(self._local[one.source], one)
         return [grades[index] for index in range(len(submissions))]
+
+    def _request(self, one: Submission) -> dict[str, Any]:
+        return {
+            "source": one.source,
+            "response": one.response,
+            "reference": one.reference,
+            "truncated": one.truncated,
+            "timeout_s": self._timeouts[one.source],
+        }
