@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mergeopd.data.renderer import Renderer
+from mergeopd.data.trajectory import text_after
 from mergeopd.errors import DataError
 from mergeopd.tool_calls import ParsedTurn, ToolCall, parse_tool_calls
 from mergeopd.types import Message, Prompt, TokenIds
@@ -55,27 +56,23 @@ def ids_between(
 ) -> list[int]:
     """Return the ids between the last of `turns`, which ended with the id `end`, and the next turn.
 
-    They are the template's text behind the end token, the replies, and the generation prompt. The assistant's
-    turns are rendered without their texts, because templates change those of earlier turns; the ids do not
+    They are the template's text behind the end token, the replies, and the generation prompt. Turns with
+    calls are rendered without their texts, because templates change those of earlier turns; the ids do not
     depend on them.
 
     Raises DataError if the template rejects the conversation, leaves the replies out, or renders a turn
     otherwise once replies follow.
     """
     template = renderer.template
-    opening = renderer.teacher_prompt.messages(prompt)
-    for reasoning in _REASONING:
-        messages = [*opening, *(_bare(turn, reasoning) for turn in turns)]
-        shown = template.render(messages, tools=prompt.tools, add_generation_prompt=False)
-        whole = template.render([*messages, *replies], tools=prompt.tools)
-        if whole.startswith(shown):
-            break
-    else:
+    messages = [*renderer.teacher_prompt.messages(prompt), *map(_bare, turns)]
+    shown = template.render(messages, tools=prompt.tools, add_generation_prompt=False)
+    whole = template.render([*messages, *replies], tools=prompt.tools)
+    behind = text_after(shown, whole)
+    if behind is None:
         raise DataError(
             f"{template.name}: renders the assistant's turn differently once a tool has replied; give the "
             "model a template that does not"
         )
-    behind = whole[len(shown) :]
     without_text = [
         Message(one.role, "", {**one.fields, "content": ""} if one.fields else {}) for one in replies
     ]
@@ -88,17 +85,11 @@ def ids_between(
     return renderer.tokenizer.encode(text.removeprefix(ended) if end in renderer.eos_ids else text)
 
 
-# Templates write an empty block for a turn without reasoning while it is the last.
-_REASONING = ("-", "")
-
-
-def _bare(message: Message, reasoning: str) -> Message:
-    """Return an assistant's turn with this reasoning, and without text beside calls."""
-    if message.role != "assistant":
+def _bare(message: Message) -> Message:
+    """Return an assistant's turn without the text beside its calls; others as they are."""
+    if not message.tool_calls:
         return message
-    content = "" if message.tool_calls else message.content
-    fields = {"role": "assistant", **message.fields, "content": content}
-    return Message("assistant", content, fields | ({"reasoning_content": reasoning} if reasoning else {}))
+    return Message("assistant", "", {**message.fields, "content": ""})
 
 
 def _behind_end(before: str, shown: str, renderer: Renderer) -> str:

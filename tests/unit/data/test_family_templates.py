@@ -20,6 +20,7 @@ from mergeopd.data.chat_template import ChatTemplate
 from mergeopd.data.prompts import read_prompts
 from mergeopd.data.renderer import Renderer
 from mergeopd.data.trajectory import dataset_response
+from mergeopd.data.turns import ids_between
 from mergeopd.errors import DataError
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.recipe.plan import SourcePlan
@@ -313,3 +314,10 @@ def test_trajectories_train_what_the_model_generates(name: str, tmp_path: Path) 
     )  # fmt: skip
     generated = student.text(prompt) + "".join(text for _, text in texts[:4])
     assert generated.replace(EMPTY, "") == context.replace(EMPTY, "")
+    # A rollout adds the same text between two turns.
+    assert isinstance(prompt.response, tuple)
+    for num, turn in ((1, first), (3, second)):
+        ids = ids_between(
+            prompt, prompt.response[:num], prompt.response[num : num + 1], tokenizer.encode(turn)[-1], student
+        )
+        assert tokenizer.decode(ids, skip_special_tokens=False) == family.between
