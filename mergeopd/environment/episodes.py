@@ -12,12 +12,11 @@ from mergeopd.data.renderer import Renderer
 from mergeopd.data.turns import ids_between, parse_turn, turn_message, turn_text
 from mergeopd.distributed.communicator import Communicator
 from mergeopd.environment.pool import EnvironmentPool, Request
-from mergeopd.environment.protocol import reply
 from mergeopd.errors import DataError
-from mergeopd.recipe.environments import Environment
+from mergeopd.recipe.environments import Environment, gives_reward
 from mergeopd.rollout.protocol import Completion, GenerationRequest
-from mergeopd.tool_calls import ParsedTurn, ToolCall
-from mergeopd.types import Episode, Finish, Message, Prompt, TokenIds, token_flags, token_ids
+from mergeopd.tool_calls import ParsedTurn
+from mergeopd.types import Episode, Finish, Flags, Message, Prompt, TokenIds, token_flags, token_ids
 
 Generate = Callable[[Sequence[GenerationRequest], str], list[Completion]]
 """Generates one turn of every request; the text describes the turn for the display."""
@@ -30,7 +29,7 @@ class Response:
     prompt: Prompt
     prompt_ids: TokenIds
     completion: Completion
-    trained: Any = None
+    trained: Flags | None = None
     episode: Episode | None = None
 
     @property
@@ -220,8 +219,9 @@ class _Played:
             self._fail(answer["failure"])
             return
         self._counts["num_failed_calls"] += answer["num_failed"]
-        self._reward = answer["reward"]
-        problems = [reply(ToolCall("", {}, None), f"Error: {problem}") for problem in self.turn.problems]
+        if gives_reward(self._settings) and answer["reward"] is not None:
+            self._reward = answer["reward"]
+        problems = [{"role": "tool", "content": f"Error: {problem}"} for problem in self.turn.problems]
         replies = [_message(one) for one in (*problems, *answer["messages"])]
         if answer["done"] or not replies:
             self.is_open = False

@@ -52,13 +52,6 @@ class EnvironmentPool:
         self._num_episodes = 0
         weakref.finalize(self, _close, self._slots)
 
-    def tools(self) -> Mapping[str, list[dict[str, Any]]]:
-        """Start a process; return the tools by source, without those that an episode adds.
-
-        Raises EnvironmentFailed if an environment cannot be built.
-        """
-        return self._slots[0].tools()
-
     def new_episodes(self, num: int) -> range:
         """Return the numbers of episodes to begin."""
         first = self._num_episodes
@@ -71,7 +64,7 @@ class EnvironmentPool:
         """Return the replies, in order; that of a request that failed has the reason as `failure`.
 
         `on_progress` gets the number of replies several times a second and may raise. Raises
-        EnvironmentFailed if processes can no longer be started.
+        EnvironmentFailed if an environment cannot be built, or processes can no longer be started.
         """
         queues = defaultdict(list)
         for position, request in enumerate(requests):
@@ -124,13 +117,8 @@ class _Slot:
 
     setup: bytes
     _worker: WorkerProcess | None = field(default=None, init=False)
-    _tools: dict[str, list[dict[str, Any]]] = field(default_factory=dict, init=False)
     _asked: dict[int, list[tuple[bytes, float]]] = field(default_factory=dict, init=False)
     _live: set[int] = field(default_factory=set, init=False)
-
-    def tools(self) -> dict[str, list[dict[str, Any]]]:
-        self._started()
-        return self._tools
 
     def ask(self, episode: int, content: Mapping[str, Any], limit_s: float) -> dict[str, Any]:
         asked = self._asked.setdefault(episode, [])
@@ -194,5 +182,4 @@ class _Slot:
                 if reply is None
                 else reply["failure"]
             )
-        self._tools = reply["tools"]
         return worker

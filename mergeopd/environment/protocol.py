@@ -21,7 +21,8 @@ class Opening:
 class Step:
     """The replies to a turn, messages of tools or of a user; without any, the response is over.
 
-    `reward` in [0, 1] is that of the whole response; `num_failed` counts calls that could not be run.
+    `reward` in [0, 1] is that of the whole response; the last one that is given counts. `num_failed` counts
+    calls that could not be run.
     """
 
     messages: Sequence[Mapping[str, Any]] = ()

@@ -41,7 +41,7 @@ def main(descriptor: int) -> None:
         except BaseException as error:  # noqa: BLE001  user code may raise anything
             _send(connection, {"failure": _message(error)})
             return
-        _send(connection, {"tools": server.tools})
+        _send(connection, {})
         with suppress(EOFError):  # the pool was closed
             while True:
                 _send(connection, server.reply(json.loads(connection.recv_bytes())))
@@ -49,23 +49,21 @@ def main(descriptor: int) -> None:
 
 @dataclass(frozen=True)
 class EnvironmentServer:
-    """Environments by source; `episodes` has an object for every response in progress."""
+    """Environments by source, with an object for every response in progress."""
 
     makers: Mapping[str, Callable[[], Environment]]
-    tools: Mapping[str, list[Mapping[str, Any]]]
     _episodes: dict[int, Environment] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(cls, setup: Mapping[str, Any]) -> EnvironmentServer:
         """Build the environments. Raises EnvironmentFailed for one that cannot work."""
-        makers, tools = {}, {}
+        makers = {}
         for source, spec in setup["environments"].items():
             made = _maker(
                 TypeAdapter(settings.Environment).validate_python(spec), frozenset(setup["allow_code"])
             )
             makers[source] = (lambda made=made: made) if isinstance(made, Tools) else made
-            tools[source] = list(made.schemas.values()) if isinstance(made, Tools) else []
-        return cls(makers, tools)
+        return cls(makers)
 
     def reply(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Return the reply to a request: `reset`, `step` or `end` of an episode."""

@@ -34,9 +34,9 @@ class Grade:
 
 
 def failures_note(source: str, failures: Sequence[str]) -> str:
-    """Describe failed verifications of one source in a line."""
+    """Describe in a line that responses of one source could not be graded, by verifier or environment."""
     responses = "1 response" if len(failures) == 1 else f"{len(failures)} responses"
-    return f"the verifier of {source} failed on {responses}; the first: {failures[0]}"
+    return f"{responses} of {source} could not be graded; the first: {failures[0]}"
 
 
 class WorkerProcess:

@@ -130,7 +130,6 @@ def test_schemas_of_functions_equal_those_of_transformers(module: str) -> None:
 def test_functions_get_typed_arguments_and_errors_are_replies(module: str) -> None:
     functions = [f"{module}:weather"]
     served = pool({"kind": "functions", "functions": functions}, *functions)
-    assert [tool["function"]["name"] for tool in served.tools()["s"]] == ["weather"]
     opening, *steps = served.run(
         [
             reset(0),
@@ -142,6 +141,7 @@ def test_functions_get_typed_arguments_and_errors_are_replies(module: str) -> No
     )
     served.close()
     assert opening["messages"] == []
+    assert [tool["function"]["name"] for tool in opening["tools"]] == ["weather"]
     replies = [step["messages"][0] for step in steps]
     assert {**replies[0]} == {
         "role": "tool",
@@ -167,7 +167,7 @@ def test_functions_that_cannot_be_tools(module: str, function: str, allowed: boo
     path = f"{module}:{function}"
     served = pool({"kind": "functions", "functions": [path]}, *([path] if allowed else []))
     with pytest.raises(EnvironmentFailed, match=message):
-        served.tools()
+        served.run([reset(0)])
 
 
 def test_search_ranks_documents(tmp_path: Path) -> None:

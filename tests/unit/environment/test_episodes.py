@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +237,29 @@ def test_a_failing_environment_ends_the_response(
     assert response.episode is not None
     assert response.episode.failure == "the environment ended its process"
     assert response.trained.all()
+
+
+@pytest.mark.parametrize("gives_reward", [True, False])
+def test_the_environment_of_the_documentation(
+    make_renderer: Callable[..., Renderer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gives_reward: bool,
+) -> None:
+    """Its reward counts where the recipe says that there is one."""
+    page = (Path(__file__).parents[3] / "docs" / "agents.md").read_text(encoding="utf-8")
+    (code,) = (block.split("```")[0] for block in page.split("```python\n")[1:])
+    (tmp_path / "games.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    guess = '<tool_call>{"name": "guess", "arguments": {"number": %d}}</tool_call><|im_end|>'
+    path, renderer = "games:Guess", make_renderer()
+    settings = {"kind": "user", "environment": path, "gives_reward": gives_reward}
+    environments = Environments.of(
+        {"s": TypeAdapter(Environment).validate_python(settings)}, (path,), 1, SingleProcess()
+    )
+    script = Script(renderer, [guess % 5, guess % 7, "It is 7.<|im_end|>"])
+    (response,) = environments.play([(replace(PROMPT, reference="7"), 0)], renderer, script)
+    environments.close()
+    assert response.episode is not None
+    assert [m.content for m in response.episode.messages if m.role == "tool"] == ["higher", "correct"]
+    assert response.episode.reward == (1.0 if gives_reward else None)
