@@ -13,8 +13,7 @@ import numpy as np
 
 from mergeopd.batch.advantages import RIGHT
 from mergeopd.data.renderer import Renderer
-from mergeopd.distributed.communicator import scatter_gather
-from mergeopd.engine.rollouts import environment_grade, response_text, submission
+from mergeopd.engine.rollouts import response_text, verify_responses
 from mergeopd.engine.stages import Stages
 from mergeopd.environment.episodes import Environments, Response
 from mergeopd.intervals import Values, pass_at_k
@@ -32,7 +31,6 @@ from mergeopd.reporting.comparison import Measured, mean_reward
 from mergeopd.reporting.events import AccuracyMeasured, EvaluationDone
 from mergeopd.reporting.result import Estimate, Model
 from mergeopd.reward.grading import Verifiers
-from mergeopd.reward.pool import Grade, failures_note
 from mergeopd.rollout.protocol import Completion, GenerationRequest, RolloutEngine
 from mergeopd.storage.completion_cache import CompletionCache, Origin
 from mergeopd.storage.controls import finished_controls, trained_tokens
@@ -397,33 +395,6 @@ def _shown(response: Response, tokenizer: Tokenizer, stop: Sequence[str]) -> str
     if response.episode is None:
         return response_text(ids, tokenizer, stop)
     return tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-
-
-def verify_responses(
-    verifiers: Verifiers,
-    responses: Sequence[Response],
-    source: str,
-    tokenizer: Tokenizer,
-    stop: Sequence[str],
-    stages: Stages,
-    on_progress: Callable[[int], None],
-) -> list[Grade]:
-    """Grade responses to prompts of one source; each process grades its share. Collective."""
-    submissions = [submission(one, one.completion.finish, tokenizer, stop) for one in responses]
-    verified: list[Grade] = scatter_gather(
-        stages.ranks,
-        submissions,
-        # Report progress again, so that a request to stop is handled while verifiers are slow.
-        lambda own: verifiers.verify(own, lambda _: on_progress(len(own))),
-    )
-    grades = [
-        environment_grade(one) if one.episode is not None and one.episode.failure else grade
-        for one, grade in zip(responses, verified, strict=True)
-    ]
-    failures = [grade.failure for grade in grades if grade.failure is not None]
-    if failures:
-        stages.note(f"{failures_note(source, failures)}; they count as incorrect")
-    return grades
 
 
 def _rewards(suite: SuitePlan, rows: Sequence[EvaluatedResponse]) -> Values:

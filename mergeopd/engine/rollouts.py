@@ -160,6 +160,33 @@ def _failure(rollout: Rollout | Response) -> str | None:
     return None if rollout.episode is None else rollout.episode.failure
 
 
+def verify_responses(
+    verifiers: Verifiers,
+    responses: Sequence[Response],
+    source: str,
+    tokenizer: Tokenizer,
+    stop: Sequence[str],
+    stages: Stages,
+    on_progress: Callable[[int], None],
+) -> list[Grade]:
+    """Grade responses to prompts of one source; each process grades its share. Collective."""
+    submissions = [submission(one, one.completion.finish, tokenizer, stop) for one in responses]
+    verified: list[Grade] = scatter_gather(
+        stages.ranks,
+        submissions,
+        # Report progress again, so that a request to stop is handled while verifiers are slow.
+        lambda own: verifiers.verify(own, lambda _: on_progress(len(own))),
+    )
+    grades = [
+        environment_grade(one) if one.episode is not None and one.episode.failure else grade
+        for one, grade in zip(responses, verified, strict=True)
+    ]
+    failures = [grade.failure for grade in grades if grade.failure is not None]
+    if failures:
+        stages.note(f"{failures_note(source, failures)}; they count as incorrect")
+    return grades
+
+
 def submission(
     one: Rollout | Response, finish: Finish, tokenizer: Tokenizer, stop: Sequence[str]
 ) -> Submission:
