@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from byte_tokenizers import byte_level
 from pydantic import TypeAdapter
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 
 from mergeopd.data.chat_template import ChatTemplate
 from mergeopd.data.renderer import Renderer
@@ -75,10 +74,7 @@ PROMPT = Prompt("s:0", "s", "d", (Message("user", "6 times 7?"),))
 def make_renderer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Renderer]:
     """Every byte a token."""
     folder = tmp_path_factory.mktemp("bytes")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Backend(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
+    backend = byte_level()
     backend.add_special_tokens(list(SPECIAL))
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
