@@ -107,6 +107,10 @@ class TeacherError(MergeopdError, RuntimeError):
     """A teacher cannot be used: NaN or a wrong shape in its output, weights that do not match its card."""
 
 
+class ServingError(MergeopdError, RuntimeError):
+    """An inference server cannot be used: it is lost, refuses requests, or gives wrong results."""
+
+
 class NumericsError(MergeopdError, ArithmeticError):
     """The student's loss or gradient is not finite."""
 

@@ -1,0 +1,1 @@
+"""HTTP of inference servers: vLLM and SGLang generate, score and take weights."""

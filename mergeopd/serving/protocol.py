@@ -1,0 +1,111 @@
+"""The wire protocol of an inference engine, as the clients of this package use it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from mergeopd.errors import ServingError
+from mergeopd.serving.transport import BadReply, Refused, Server, ServerPool, described
+from mergeopd.types import Finish, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """A response: token ids with the stop token, and the log-probability of each under the distribution that
+    was sampled from, in nats. `versions` are the weight versions that generated it, oldest first; empty where
+    the server does not tell.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    finish: Finish
+    versions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What a server says of itself. `max_tokens` is the longest sequence (prompt and response)."""
+
+    version: str
+    routes: frozenset[str]
+    max_tokens: int | None = None
+    model: str | None = None
+
+
+class InferenceApi(Protocol):
+    """Requests and replies of one engine. Bodies are JSON values; every sampling field is sent."""
+
+    @property
+    def name(self) -> str:
+        """The engine's name in recipes."""
+
+    async def facts(self, pool: ServerPool, server: Server) -> ServerFacts:
+        """Return the facts of a server. Raises ServingError below the oldest supported version."""
+
+    def generation(
+        self, prompt_ids: Sequence[int], sampling: Sampling, eos_ids: Collection[int]
+    ) -> tuple[str, dict[str, Any]]:
+        """Return path and body of a request for one response; only `eos_ids` and stop texts end it."""
+
+    def generated(self, reply: Any, eos_ids: Collection[int]) -> Generated:
+        """Read the reply. Raises BadReply."""
+
+    def scoring(self, ids: Sequence[int], start: int) -> tuple[str, dict[str, Any]]:
+        """Return path and body of a request for the log-probabilities of `ids[start:]` at temperature 1."""
+
+    def scored(self, reply: Any, ids: Sequence[int], start: int) -> list[float]:
+        """Read the log-probabilities, in nats. Raises BadReply."""
+
+    async def load_weights(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
+        """Load the weights of a folder and drop all cached states of other weights.
+
+        Running requests are finished first with the weights that they began with. Raises ServingError when
+        the server does not confirm version and weights.
+        """
+
+    async def keep_running(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
+        """Load weights as `load_weights` does, while running requests wait, and resume with the new ones."""
+
+
+def check_version(server: Server, engine: str, version: str, oldest: tuple[int, ...]) -> None:
+    """Raise ServingError if a server's version is below the oldest supported one, or cannot be read."""
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[: len(oldest)])
+    if len(numbers) < len(oldest) or numbers < oldest:
+        needed = ".".join(map(str, oldest))
+        raise ServingError(
+            f"{server.url}: {engine} {version or 'of unknown version'}; mergeopd needs {needed} or newer: "
+            f"update the server"
+        )
+
+
+def logprob_of(value: Any) -> float:
+    """Return a log-probability of a reply. Raises BadReply unless it is a finite number of at most 0."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise BadReply(f"a log-probability is {value!r}")
+    if value > 1e-3:
+        raise BadReply(f"a log-probability is {value!r}, more than 0")
+    return float(value)
+
+
+def ids_of(value: Any) -> list[int]:
+    """Return the token ids of a reply. Raises BadReply unless it is a list of integers that is not empty."""
+    if not isinstance(value, list) or not value or not all(type(i) is int and i >= 0 for i in value):
+        raise BadReply("the token ids are missing")
+    return value
+
+
+async def command(
+    pool: ServerPool, server: Server, path: str, body: object, *, timeout_s: float | None = None
+) -> Any:
+    """Send a request that changes a server, once. Raises ServingError when it fails."""
+    import httpx2
+
+    try:
+        return await pool.call(server, path, body, timeout_s=timeout_s)
+    except (httpx2.HTTPError, BadReply, Refused) as error:
+        raise ServingError(f"{server.url}{path}: {described(error)}") from error

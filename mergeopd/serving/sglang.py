@@ -1,0 +1,159 @@
+"""SGLang's server: `/generate` with token ids in and out, and weights from a folder.
+
+Facts by version: SGLang's `srt/managers/io_struct.py` and `srt/entrypoints/http_server.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mergeopd.errors import ServingError
+from mergeopd.serving.protocol import (
+    Generated,
+    ServerFacts,
+    check_version,
+    command,
+    ids_of,
+    logprob_of,
+)
+from mergeopd.serving.transport import BadReply, Server, ServerPool
+from mergeopd.types import Finish, Sampling
+
+GENERATE = "/generate"
+_OLDEST = (0, 5, 9)
+_FACTS_S = 20.0
+# Tokens per nucleus: SGLang returns the log-probabilities of truncated distributions for a finite top k, up
+# to its --sampling-mask-max-tokens.
+NUCLEUS_TOP_K = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SglangApi:
+    """Requests and replies of SGLang."""
+
+    name: ClassVar[str] = "sglang"
+
+    async def facts(self, pool: ServerPool, server: Server) -> ServerFacts:
+        info = await command(pool, server, "/server_info", None, timeout_s=_FACTS_S)
+        version = str(info.get("version", ""))
+        check_version(server, "SGLang", version, _OLDEST)
+        document = await command(pool, server, "/openapi.json", None, timeout_s=_FACTS_S)
+        limit = info.get("max_req_input_len") or info.get("context_length")
+        return ServerFacts(version, frozenset(document.get("paths", ())), limit, info.get("model_path"))
+
+    def generation(
+        self, prompt_ids: Sequence[int], sampling: Sampling, eos_ids: Collection[int]
+    ) -> tuple[str, dict[str, Any]]:
+        is_cut = sampling.top_p < 1.0
+        params = {
+            **_NEUTRAL,
+            "max_new_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": NUCLEUS_TOP_K if is_cut else -1,
+            "stop": list(sampling.stop),
+            "stop_token_ids": sorted(eos_ids),
+            "no_stop_trim": True,
+        }
+        body: dict[str, Any] = {"input_ids": list(prompt_ids), "sampling_params": params, "stream": False}
+        body |= {"return_logprob": True, "logprob_start_len": -1, "top_logprobs_num": 0}
+        if is_cut:  # other log-probabilities are of the distribution before truncation
+            body |= {"return_sampling_mask": True, "sampling_logprobs_mode": "selected"}
+        return GENERATE, body
+
+    def generated(self, reply: Any, eos_ids: Collection[int]) -> Generated:
+        ids, meta = _parts(reply)
+        entries = meta.get("output_token_logprobs")
+        if not isinstance(entries, list) or [entry[1] for entry in entries] != ids:
+            raise BadReply(
+                f"{len(entries or ())} log-probabilities for {len(ids)} tokens, or of other tokens"
+            )
+        values = [entry[0] for entry in entries]
+        if "output_token_sampling_logprobs" in meta:
+            values = meta["output_token_sampling_logprobs"]
+            if len(values) != len(ids):
+                raise BadReply(f"{len(values)} truncated log-probabilities for {len(ids)} tokens")
+        spans = meta.get("weight_versions")
+        versions = [s["version"] for s in spans] if spans else [meta.get("weight_version")]
+        return Generated(
+            ids,
+            [logprob_of(value) for value in values],
+            _finish(meta.get("finish_reason"), ids, eos_ids),
+            tuple(str(version) for version in versions if version is not None),
+        )
+
+    def scoring(self, ids: Sequence[int], start: int) -> tuple[str, dict[str, Any]]:
+        params = {**_NEUTRAL, "max_new_tokens": 0, "temperature": 1.0, "top_p": 1.0, "top_k": -1}
+        body = {"input_ids": list(ids), "sampling_params": params, "stream": False, "return_logprob": True}
+        return GENERATE, {**body, "logprob_start_len": max(start - 1, 0), "top_logprobs_num": 0}
+
+    def scored(self, reply: Any, ids: Sequence[int], start: int) -> list[float]:
+        meta = reply.get("meta_info") if isinstance(reply, dict) else None
+        entries = (meta or {}).get("input_token_logprobs")
+        wanted = list(ids[start:])
+        if not isinstance(entries, list) or [e[1] for e in entries[len(entries) - len(wanted) :]] != wanted:
+            raise BadReply(f"{len(entries or ())} log-probabilities for {len(wanted)} tokens, or of others")
+        return [logprob_of(entry[0]) for entry in entries[len(entries) - len(wanted) :]]
+
+    async def load_weights(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
+        # The update waits for running requests.
+        await self._update(pool, server, folder, version)
+
+    async def keep_running(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
+        # Requests return to the queue and their states are computed again with the new weights.
+        await command(pool, server, "/pause_generation", {"mode": "retract"})
+        try:
+            await self._update(pool, server, folder, version)
+        finally:
+            await command(pool, server, "/continue_generation", {})
+
+    async def _update(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
+        body = {"model_path": str(folder), "weight_version": version, "flush_cache": True}
+        reply = await command(pool, server, "/update_weights_from_disk", body)
+        if not isinstance(reply, dict) or reply.get("success") is not True:
+            reason = reply.get("message") if isinstance(reply, dict) else reply
+            raise ServingError(f"{server.url}: refused the weights of version {version}: {reason}")
+        told = (await command(pool, server, "/model_info", None)).get("weight_version")
+        if told != version:
+            raise ServingError(
+                f"{server.url}: has weights of version {told!r} after an update to {version!r}; restart the "
+                "server, then run the same command to resume"
+            )
+
+
+# Sampling fields that change nothing; a server would fill in those that are not sent.
+_NEUTRAL: dict[str, Any] = {
+    "n": 1,
+    "min_p": 0.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "min_new_tokens": 0,
+    "ignore_eos": False,
+    "skip_special_tokens": False,
+    "spaces_between_special_tokens": True,
+    "stop": [],
+    "stop_token_ids": [],
+}
+
+
+def _parts(reply: Any) -> tuple[list[int], dict[str, Any]]:
+    if not isinstance(reply, dict) or not isinstance(reply.get("meta_info"), dict):
+        raise BadReply("the reply has no response")
+    return ids_of(reply.get("output_ids")), reply["meta_info"]
+
+
+def _finish(reason: Any, ids: Sequence[int], eos_ids: Collection[int]) -> Finish:
+    kind, matched = (
+        (reason.get("type"), reason.get("matched")) if isinstance(reason, dict) else (reason, None)
+    )
+    if kind == "length":
+        return "length"
+    if kind == "stop" and isinstance(matched, str):
+        return "stop"
+    if kind == "stop" and ids[-1] in eos_ids:
+        return "eos"
+    raise BadReply(f"the response ended with {reason!r}")

@@ -1,0 +1,165 @@
+"""vLLM's server: `/inference/v1/generate` (token ids in and out), and weights from a folder.
+
+Facts by version: vLLM's `entrypoints/scale_out` and `entrypoints/rl`. The server must be started with
+`--enable-scale-out` and, for weights, with `VLLM_SERVER_DEV_MODE=1`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mergeopd.errors import ServingError
+from mergeopd.serving.protocol import (
+    Generated,
+    ServerFacts,
+    check_version,
+    command,
+    ids_of,
+    logprob_of,
+)
+from mergeopd.serving.transport import BadReply, Server, ServerPool
+from mergeopd.types import Finish, Sampling
+
+GENERATE = "/inference/v1/generate"
+_OLDEST = (0, 24)
+_FACTS_S = 20.0
+# Routes that weights need, and where they come from.
+_WEIGHT_ROUTES = ("/pause", "/resume", "/collective_rpc", "/reset_prefix_cache")
+
+
+@dataclass(frozen=True, slots=True)
+class VllmApi:
+    """Requests and replies of vLLM. `takes_weights`: the server must have the routes that load weights."""
+
+    takes_weights: bool = True
+    name: ClassVar[str] = "vllm"
+
+    async def facts(self, pool: ServerPool, server: Server) -> ServerFacts:
+        version = (await command(pool, server, "/version", None, timeout_s=_FACTS_S) or {}).get("version", "")
+        check_version(server, "vLLM", version, _OLDEST)
+        document = await command(pool, server, "/openapi.json", None, timeout_s=_FACTS_S)
+        routes = frozenset(document.get("paths", ()))
+        if GENERATE not in routes:
+            raise ServingError(
+                f"{server.url}: the server has no {GENERATE}; start it with --enable-scale-out"
+            )
+        if self.takes_weights and (missing := [route for route in _WEIGHT_ROUTES if route not in routes]):
+            raise ServingError(
+                f"{server.url}: the server has no {missing[0]}, which weight updates need; start it with "
+                "the environment variable VLLM_SERVER_DEV_MODE=1"
+            )
+        models = await command(pool, server, "/v1/models", None, timeout_s=_FACTS_S)
+        card = models["data"][0]
+        return ServerFacts(version, routes, card.get("max_model_len"), card.get("root"))
+
+    def generation(
+        self, prompt_ids: Sequence[int], sampling: Sampling, eos_ids: Collection[int]
+    ) -> tuple[str, dict[str, Any]]:
+        stops = list(sampling.stop)
+        params = {
+            **_NEUTRAL,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_new_tokens,
+            "stop": stops,
+            "stop_token_ids": sorted(eos_ids),
+            "ignore_eos": True,  # of the server's model: `stop_token_ids` has those of the recipe
+            "logprobs": 0,  # of the sampled token only
+            # Stop texts may contain special tokens, and are searched in the text.
+            "detokenize": bool(stops),
+            "skip_special_tokens": False,
+            "include_stop_str_in_output": True,
+        }
+        return GENERATE, {"token_ids": list(prompt_ids), "sampling_params": params, "stream": False}
+
+    def generated(self, reply: Any, eos_ids: Collection[int]) -> Generated:
+        choice = _choice(reply)
+        ids = ids_of(choice.get("token_ids"))
+        content = (choice.get("logprobs") or {}).get("content") or []
+        if [entry.get("token_id") for entry in content] != ids:
+            raise BadReply(f"{len(content)} log-probabilities for {len(ids)} tokens, or of other tokens")
+        return Generated(
+            ids,
+            [logprob_of(entry.get("logprob")) for entry in content],
+            _finish(choice, ids, eos_ids),
+            tuple(str(span["version"]) for span in choice.get("weight_versions") or ()),
+        )
+
+    def scoring(self, ids: Sequence[int], start: int) -> tuple[str, dict[str, Any]]:
+        params = {**_NEUTRAL, "temperature": 1.0, "top_p": 1.0, "max_tokens": 1, "ignore_eos": True}
+        params |= {"prompt_logprobs": 0, "detokenize": False}
+        return GENERATE, {"token_ids": list(ids), "sampling_params": params, "stream": False}
+
+    def scored(self, reply: Any, ids: Sequence[int], start: int) -> list[float]:
+        rows = reply.get("prompt_logprobs") if isinstance(reply, dict) else None
+        if not isinstance(rows, list) or len(rows) != len(ids):
+            raise BadReply(f"log-probabilities of {len(rows or ())} of {len(ids)} tokens")
+        try:
+            return [logprob_of(rows[i][str(ids[i])]["logprob"]) for i in range(start, len(ids))]
+        except (KeyError, TypeError) as error:
+            raise BadReply(f"a token has no log-probability ({error!r})") from error
+
+    async def load_weights(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
+        await self._load(pool, server, folder, version, "wait")
+
+    async def keep_running(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
+        await self._load(pool, server, folder, version, "keep")
+
+    async def _load(self, pool: ServerPool, server: Server, folder: Path, version: str, pause: str) -> None:
+        await command(pool, server, f"/pause?mode={pause}", {})
+        try:
+            body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+            await command(pool, server, "/collective_rpc", body)
+            # States of the old weights would be continued by the new ones.
+            await command(pool, server, "/reset_prefix_cache", {})
+            facts = await command(pool, server, "/openapi.json", None)
+            if "/update_weight_version" in facts["paths"]:
+                await command(pool, server, "/update_weight_version", {"new_version": version})
+                told = (await command(pool, server, "/weight_info", None)).get("weight_version")
+                if told != version:
+                    raise ServingError(
+                        f"{server.url}: has weights of version {told!r} after an update to {version!r}; "
+                        "restart the server, then run the same command to resume"
+                    )
+        finally:
+            await command(pool, server, "/resume", {})
+
+
+# Sampling fields that change nothing; a server would fill in those that are not sent.
+_NEUTRAL: dict[str, Any] = {
+    "n": 1,
+    "top_k": 0,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "min_tokens": 0,
+    "seed": None,
+    "stop": [],
+    "stop_token_ids": [],
+    "bad_words": [],
+    "logit_bias": None,
+    "allowed_token_ids": None,
+}
+
+
+def _choice(reply: Any) -> dict[str, Any]:
+    choices = reply.get("choices") if isinstance(reply, dict) else None
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        raise BadReply("the reply has no response")
+    choice: dict[str, Any] = choices[0]
+    return choice
+
+
+def _finish(choice: dict[str, Any], ids: Sequence[int], eos_ids: Collection[int]) -> Finish:
+    reason, stop = choice.get("finish_reason"), choice.get("stop_reason")
+    if reason == "length":
+        return "length"
+    if reason == "stop" and isinstance(stop, str):
+        return "stop"
+    if reason == "stop" and ids[-1] in eos_ids:
+        return "eos"
+    raise BadReply(f"the response ended with {reason!r} ({stop!r})")
