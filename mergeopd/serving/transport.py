@@ -169,8 +169,8 @@ class ServerPool:
             self.num_retries += 1
             if num_failed >= self.max_attempts:
                 raise ServingError(
-                    f"{server.url}{path}: failed {num_failed} times, at last: {described(cause)}; look at the "
-                    "server's log"
+                    f"{server.url}{path}: failed {num_failed} times, at last: {described(cause)}; "
+                    "look at the server's log"
                 ) from cause
             delay = min(_MAX_BACKOFF_S, _BACKOFF_S * 2**num_failed)
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
