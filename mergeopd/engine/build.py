@@ -91,6 +91,7 @@ def _context(renderer: Renderer, inputs: Inputs, machine: Machine) -> EngineCont
         device=machine.device,
         seed=inputs.plan.seed,
         deal=partial(scatter_gather, machine.ranks),
+        run_on_first=machine.ranks.run_on_first,
     )
 
 

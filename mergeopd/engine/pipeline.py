@@ -15,7 +15,8 @@ from mergeopd.engine.score import CollectedRound
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.teacher_rollouts import KeptText, TeacherRolloutCache, TextFilter
 from mergeopd.recipe.plan import Plan
-from mergeopd.recipe.training import Phase, RolloutSettings
+from mergeopd.recipe.rollout import RolloutSettings
+from mergeopd.recipe.training import Phase
 from mergeopd.student.protocol import Student
 from mergeopd.types import Rollout
 

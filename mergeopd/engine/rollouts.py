@@ -12,7 +12,7 @@ from mergeopd.engine.progress import Task
 from mergeopd.engine.stages import Stages
 from mergeopd.environment.episodes import Environments, Response
 from mergeopd.models.tokenizer import Tokenizer
-from mergeopd.recipe.training import RolloutSettings
+from mergeopd.recipe.rollout import RolloutSettings
 from mergeopd.reporting.events import StageName
 from mergeopd.reward.grading import Submission, Verifiers
 from mergeopd.reward.pool import Grade, failures_note

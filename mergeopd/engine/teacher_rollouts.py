@@ -24,8 +24,9 @@ from mergeopd.engine.stages import Stages
 from mergeopd.environment.episodes import Environments, Response
 from mergeopd.errors import DataError, TeacherError
 from mergeopd.recipe.plan import Plan
+from mergeopd.recipe.rollout import RolloutSettings
 from mergeopd.recipe.routing import writer_of
-from mergeopd.recipe.training import Phase, RolloutSettings
+from mergeopd.recipe.training import Phase
 from mergeopd.rollout.protocol import Completion, GenerationRequest
 from mergeopd.storage import run_layout
 from mergeopd.storage.completion_cache import CompletionCache, Origin

@@ -12,11 +12,11 @@ from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
 from mergeopd.messages import joined
 from mergeopd.recipe.models import Parallel, Student
+from mergeopd.recipe.rollout import RolloutSettings
 from mergeopd.recipe.routing import PhaseTeachers
 from mergeopd.recipe.schema import NO_EXPERT, Reports, TrainSource
 from mergeopd.recipe.training import (
     Phase,
-    RolloutSettings,
     TextMixture,
     only_student,
     reads_dataset,

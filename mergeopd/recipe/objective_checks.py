@@ -11,11 +11,11 @@ from mergeopd.messages import joined
 from mergeopd.recipe.bridges import Bridge
 from mergeopd.recipe.environments import gives_reward
 from mergeopd.recipe.policy_terms import POLICY_TERMS, ClipRatio, NoCorrection, SequenceMask, TrustRegion
+from mergeopd.recipe.rollout import RolloutSettings
 from mergeopd.recipe.routing import PhaseTeachers
 from mergeopd.recipe.schema import TrainSource
 from mergeopd.recipe.training import (
     Phase,
-    RolloutSettings,
     never_student,
     off_policy_origin,
     only_student,

@@ -15,9 +15,10 @@ from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.bridges import Bridge
 from mergeopd.recipe.environments import Environment
 from mergeopd.recipe.models import Canary, SnapshotRule, Student
+from mergeopd.recipe.rollout import AnyRollout
 from mergeopd.recipe.routing import PhaseTeachers
 from mergeopd.recipe.schema import Checkpoints, Interim, Memory, Reports
-from mergeopd.recipe.training import AnyRollout, Optimizer, Phase
+from mergeopd.recipe.training import Optimizer, Phase
 from mergeopd.recipe.verifiers import Verifier
 
 # Settings that may change when a run is resumed: paths, alarms, memory, reports, processes, remarks.
@@ -29,6 +30,7 @@ UNBOUND: Mapping[str, Any] = {
     "text_cache": True,
     "report": True,
     "student": {"parallel": True},
+    "rollout": dict.fromkeys(("url", "launch", "concurrency", "timeout_s", "sync", "parity"), True),
     "teachers": {"__all__": {"licence": True}},
 }
 

@@ -23,12 +23,13 @@ from mergeopd.recipe.models import Student
 from mergeopd.recipe.objective_checks import bridge_problems, objective_problems
 from mergeopd.recipe.phase_checks import draw_problems, name_problems, route_problems, teacher_problems
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
+from mergeopd.recipe.rollout import AnyRollout
 from mergeopd.recipe.routing import PhaseTeachers
 from mergeopd.recipe.schema import NAMED, SHORTHANDS, Recipe
 from mergeopd.recipe.self_teacher_checks import idle_problems, rule_problems, self_plans
 from mergeopd.recipe.sources import Router, SourceResolver
 from mergeopd.recipe.suites import best_problems, suite_problems, suites
-from mergeopd.recipe.training import AnyRollout, Phase
+from mergeopd.recipe.training import Phase
 from mergeopd.recipe.valid_parts import ValidParts
 
 

@@ -39,9 +39,10 @@ from mergeopd.recipe.environments import EnvironmentOrKind
 from mergeopd.recipe.loss_terms import SHORT_TERMS, TEACHER_TERMS, loss_shorthand
 from mergeopd.recipe.models import Student, Teacher, card_shorthand
 from mergeopd.recipe.policy_terms import weight_shorthand
+from mergeopd.recipe.rollout import AnyRollout, LocalRollout
 from mergeopd.recipe.routing import Routing, teachers_shorthand
 from mergeopd.recipe.trackers import Tracker, TrackerOrKind
-from mergeopd.recipe.training import AnyRollout, LocalRollout, Optimizer, Phase, sources_shorthand
+from mergeopd.recipe.training import Optimizer, Phase, sources_shorthand
 from mergeopd.recipe.verifiers import VerifierOrKind
 
 

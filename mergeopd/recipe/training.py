@@ -1,63 +1,18 @@
-"""Training settings: rollout, phases, optimizer."""
+"""Training settings: phases, optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from mergeopd.config.values import AnyName, Fraction, Name, Positive, PositiveInt, Strict, Weight
 from mergeopd.recipe.loss_terms import LossOrTerm
 from mergeopd.recipe.policy_terms import ClipRatio, Correction, NoCorrection, WeightRamp, amount_at
+from mergeopd.recipe.rollout import PhaseRollout
 from mergeopd.recipe.routing import Routing
-from mergeopd.rollout.protocol import EngineCapabilities
 from mergeopd.types import Origin
-
-Temperature = Annotated[float, Field(gt=0.0, le=10.0, strict=True)]
-TopP = Annotated[float, Field(gt=0.0, le=1.0, strict=True)]
-
-
-class RolloutSettings(Strict):
-    """How responses are sampled, whichever engine generates them."""
-
-    engine: str
-    samples_per_prompt: PositiveInt = Field(default=1, description="responses per prompt and round")
-    temperature: Temperature = 1.0
-    """sampling temperature"""
-    top_p: TopP = 1.0
-    """nucleus sampling: sample from the smallest set of tokens with this total probability"""
-    max_new_tokens: PositiveInt = Field(default=256, description="maximum response length, in tokens")
-    stop: tuple[str, ...] = ()
-    """strings that end a response, in addition to the end token"""
-    batch_size: PositiveInt = Field(default=256, description="sequences decoded together")
-
-
-class LocalRollout(RolloutSettings):
-    """Sampling inside the training process."""
-
-    capabilities: ClassVar = EngineCapabilities(returns_logprobs=True, is_reproducible=True)
-
-    engine: Literal["local"] = "local"
-    """rollout engine that generates the student's responses"""
-
-
-AnyRollout = LocalRollout
-"""The section `rollout` of a recipe: that of one engine."""
-
-
-class PhaseRollout(Strict):
-    """How responses are sampled in one phase; the default of every key is that of `rollout`."""
-
-    samples_per_prompt: PositiveInt | None = Field(default=None, description="responses per prompt and round")
-    temperature: Temperature | None = Field(default=None, description="sampling temperature")
-    top_p: TopP | None = Field(default=None, description="total probability of the tokens sampled from")
-    max_new_tokens: PositiveInt | None = Field(default=None, description="maximum length, in tokens")
-    stop: tuple[str, ...] | None = Field(default=None, description="strings that end a response")
-
-    def over(self, rollout: AnyRollout) -> AnyRollout:
-        """Return the settings of a phase: these, and those of `rollout` where there is none."""
-        return rollout.model_copy(update=self.model_dump(exclude_none=True))
 
 
 class Ramp(WeightRamp):

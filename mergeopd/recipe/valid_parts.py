@@ -11,8 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 from mergeopd.config.tree import Keys
 from mergeopd.config.values import FunctionPath
 from mergeopd.recipe.models import Student, Teacher, TeacherRef
+from mergeopd.recipe.rollout import AnyRollout
 from mergeopd.recipe.schema import Checkpoints, EvalSource, Evaluation, Reports, TrainSource
-from mergeopd.recipe.training import AnyRollout, Optimizer, Phase, needs_routed
+from mergeopd.recipe.training import Optimizer, Phase, needs_routed
 from mergeopd.recipe.verifiers import RewardModelVerifier
 
 T = TypeVar("T")

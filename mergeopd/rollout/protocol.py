@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mergeopd.types import ArrayRecord, Finish, LogProbs, Sampling, TokenIds, token_ids, token_logprobs
 
@@ -80,13 +80,18 @@ Deal = Callable[[Sequence[GenerationRequest], Generate], list[Completion]]
 
 @dataclass(frozen=True, slots=True)
 class EngineContext:
-    """Arguments of every engine: end tokens and tokenizer of its model, device, seed, process sharding."""
+    """Arguments of every engine: end tokens and tokenizer of its model, device, seed.
+
+    `deal` shards requests over the processes; `run_on_first` runs work on the first one and returns its
+    result on all. Both are collective.
+    """
 
     eos_ids: Collection[int]
     tokenizer: Decoder
     device: torch.device
     seed: int
     deal: Deal
+    run_on_first: Callable[[Callable[[], Any]], Any]
 
 
 class PendingRollouts(Protocol):

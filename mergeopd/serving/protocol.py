@@ -48,9 +48,16 @@ class InferenceApi(Protocol):
         """Return the facts of a server. Raises ServingError below the oldest supported version."""
 
     def generation(
-        self, prompt_ids: Sequence[int], sampling: Sampling, eos_ids: Collection[int]
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        eos_ids: Collection[int],
+        banned: Collection[int],
     ) -> tuple[str, dict[str, Any]]:
-        """Return path and body of a request for one response; only `eos_ids` and stop texts end it."""
+        """Return path and body of a request for one response.
+
+        Only `eos_ids` and stop texts end it; `banned` ids have no probability.
+        """
 
     def generated(self, reply: Any, eos_ids: Collection[int]) -> Generated:
         """Read the reply. Raises BadReply."""
@@ -70,6 +77,10 @@ class InferenceApi(Protocol):
 
     async def keep_running(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
         """Load weights as `load_weights` does, while running requests wait, and resume with the new ones."""
+
+
+# Added to the logits of banned ids: exp(-100) is lost beside any other probability.
+BANNED = -100.0
 
 
 def check_version(server: Server, engine: str, version: str, oldest: tuple[int, ...]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from mergeopd.errors import ServingError
 from mergeopd.serving.protocol import (
+    BANNED,
     Generated,
     ServerFacts,
     check_version,
@@ -41,11 +42,16 @@ class SglangApi:
         version = str(info.get("version", ""))
         check_version(server, "SGLang", version, _OLDEST)
         document = await command(pool, server, "/openapi.json", None, timeout_s=_FACTS_S)
-        limit = info.get("max_req_input_len") or info.get("context_length")
+        models = await command(pool, server, "/v1/models", None, timeout_s=_FACTS_S)
+        limit = models["data"][0].get("max_model_len")
         return ServerFacts(version, frozenset(document.get("paths", ())), limit, info.get("model_path"))
 
     def generation(
-        self, prompt_ids: Sequence[int], sampling: Sampling, eos_ids: Collection[int]
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        eos_ids: Collection[int],
+        banned: Collection[int],
     ) -> tuple[str, dict[str, Any]]:
         is_cut = sampling.top_p < 1.0
         params = {
@@ -56,6 +62,7 @@ class SglangApi:
             "top_k": NUCLEUS_TOP_K if is_cut else -1,
             "stop": list(sampling.stop),
             "stop_token_ids": sorted(eos_ids),
+            "logit_bias": {str(i): BANNED for i in banned} or None,
             "no_stop_trim": True,
         }
         body: dict[str, Any] = {"input_ids": list(prompt_ids), "sampling_params": params, "stream": False}
@@ -156,4 +163,10 @@ def _finish(reason: Any, ids: Sequence[int], eos_ids: Collection[int]) -> Finish
         return "stop"
     if kind == "stop" and ids[-1] in eos_ids:
         return "eos"
+    if kind == "stop":
+        # SGLang has no way to end responses at the recipe's tokens only.
+        raise ServingError(
+            f"the server ends responses at token {ids[-1]}, an end token of its model but not of the recipe; "
+            "add it to `student.end_tokens`, or use `engine: vllm`"
+        )
     raise BadReply(f"the response ended with {reason!r}")

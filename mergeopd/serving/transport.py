@@ -32,6 +32,10 @@ class BadReply(Exception):  # noqa: N818 (handled by the pool)
     """A reply without the fields or numbers that its request asks for; the request may be repeated."""
 
 
+class WrongWeights(BadReply):
+    """A reply from other weights than those that were loaded last, as after a restart of the server."""
+
+
 class Refused(Exception):  # noqa: N818 (handled by callers)
     """A server rejects a request (status 4xx), which another attempt would not change."""
 
@@ -160,9 +164,11 @@ class ServerPool:
             except httpx2.TransportError as error:
                 cause: Exception = error
                 if not isinstance(error, httpx2.ReadTimeout):
-                    self._lose(server)
+                    self.lose(server)
             except (BadReply, httpx2.HTTPStatusError) as error:
                 cause = error
+                if isinstance(error, WrongWeights):
+                    self.lose(server)
             finally:
                 await self._release(server)
             num_failed += 1
@@ -231,8 +237,9 @@ class ServerPool:
         async with self._freed:
             self._freed.notify()
 
-    def _lose(self, server: Server) -> None:
-        server.num_lost += 1
+    def lose(self, server: Server) -> None:
+        """Send no requests to a server until it is healthy and `on_return` has prepared it."""
+        server.num_lost += server.is_ready
         server.is_ready, server.down_until = False, time.monotonic() + _DOWN_S
 
     def _recover(self) -> None:

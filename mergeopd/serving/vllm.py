@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from mergeopd.errors import ServingError
 from mergeopd.serving.protocol import (
+    BANNED,
     Generated,
     ServerFacts,
     check_version,
@@ -51,12 +52,29 @@ class VllmApi:
                 f"{server.url}: the server has no {missing[0]}, which weight updates need; start it with "
                 "the environment variable VLLM_SERVER_DEV_MODE=1"
             )
+        if self.takes_weights and "/server_info" in routes:
+            await self._check_settings(pool, server)
         models = await command(pool, server, "/v1/models", None, timeout_s=_FACTS_S)
         card = models["data"][0]
         return ServerFacts(version, routes, card.get("max_model_len"), card.get("root"))
 
+    async def _check_settings(self, pool: ServerPool, server: Server) -> None:
+        """Raise ServingError if log-probabilities are not those of the distribution that is sampled from."""
+        info = await command(pool, server, "/server_info?config_format=json", None, timeout_s=_FACTS_S)
+        config = (info.get("vllm_config") or {}).get("model_config") or {}
+        mode = str(config.get("logprobs_mode", "processed_logprobs")).rpartition(".")[2].lower()
+        if "processed_logprobs" not in mode:
+            raise ServingError(
+                f"{server.url}: returns log-probabilities before temperature and top_p (--logprobs-mode "
+                f"{mode}); start it with --logprobs-mode processed_logprobs"
+            )
+
     def generation(
-        self, prompt_ids: Sequence[int], sampling: Sampling, eos_ids: Collection[int]
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        eos_ids: Collection[int],
+        banned: Collection[int],
     ) -> tuple[str, dict[str, Any]]:
         stops = list(sampling.stop)
         params = {
@@ -66,6 +84,7 @@ class VllmApi:
             "max_tokens": sampling.max_new_tokens,
             "stop": stops,
             "stop_token_ids": sorted(eos_ids),
+            "logit_bias": {str(i): BANNED for i in banned} or None,
             "ignore_eos": True,  # of the server's model: `stop_token_ids` has those of the recipe
             "logprobs": 0,  # of the sampled token only
             # Stop texts may contain special tokens, and are searched in the text.

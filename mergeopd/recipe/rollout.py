@@ -1,0 +1,172 @@
+"""Rollout settings: how responses are sampled, and the engines that generate them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from mergeopd.config.values import NonEmptyText, Positive, PositiveInt, Strict
+from mergeopd.rollout.protocol import EngineCapabilities
+
+Temperature = Annotated[float, Field(gt=0.0, le=10.0, strict=True)]
+TopP = Annotated[float, Field(gt=0.0, le=1.0, strict=True)]
+NotNegative = Annotated[int, Field(ge=0, strict=True)]
+
+
+class RolloutSettings(Strict):
+    """How responses are sampled, whichever engine generates them."""
+
+    engine: str
+    samples_per_prompt: PositiveInt = Field(default=1, description="responses per prompt and round")
+    temperature: Temperature = 1.0
+    """sampling temperature"""
+    top_p: TopP = 1.0
+    """nucleus sampling: sample from the smallest set of tokens with this total probability"""
+    max_new_tokens: PositiveInt = Field(default=256, description="maximum response length, in tokens")
+    stop: tuple[str, ...] = ()
+    """strings that end a response, in addition to the end token"""
+    batch_size: PositiveInt = Field(default=256, description="sequences decoded together in this process")
+
+
+class LocalRollout(RolloutSettings):
+    """Sampling inside the training process."""
+
+    capabilities: ClassVar = EngineCapabilities(returns_logprobs=True, is_reproducible=True)
+
+    engine: Literal["local"] = "local"
+    """rollout engine that generates the student's responses"""
+
+
+def url_shorthand(value: Any) -> Any:
+    """Expand one address to a list."""
+    return [value] if isinstance(value, str) else value
+
+
+_Urls = Annotated[tuple[str, ...], Field(min_length=1)]
+Urls = Annotated[_Urls, BeforeValidator(url_shorthand, json_schema_input_type=str | _Urls)]
+
+
+def checked_urls(urls: tuple[str, ...]) -> tuple[str, ...]:
+    """Return addresses of servers without a trailing slash. Raises ValueError for other texts."""
+    for url in urls:
+        if not url.startswith(("http://", "https://")) or any(map(str.isspace, url)):
+            raise ValueError(f"'{url}' is not an address: write http://HOST:PORT")
+    if len({url.rstrip("/") for url in urls}) < len(urls):
+        raise ValueError("a server is named twice")
+    return tuple(url.rstrip("/") for url in urls)
+
+
+class Launch(Strict):
+    """Servers that the run starts, watches, restarts once after a crash, and stops.
+
+    They listen on 127.0.0.1, and write their output into the folder `servers` of the run.
+    """
+
+    python: str = "python"
+    """Python interpreter of the environment in which the engine is installed"""
+    devices: tuple[NonEmptyText, ...] = ()
+    """one server for each entry: numbers of its GPUs, such as `"0"` or `"0,1"` (tensor parallel); empty: one
+    server on the CPU"""
+    port: Annotated[int, Field(ge=1, le=65535, strict=True)] = 8200
+    """port of the first server; the others follow"""
+    args: tuple[str, ...] = ()
+    """further arguments of the server's command line"""
+    env: dict[str, str] = Field(default={}, description="further environment variables of the server")
+    startup_s: Positive = Field(default=900.0, description="seconds that a server may take to start")
+
+
+class WeightSync(Strict):
+    """How the student's weights reach the servers."""
+
+    every: PositiveInt = Field(default=1, description="optimizer updates between two syncs")
+    folder: str | None = None
+    """folder for the weights, under the same path on the servers' machines; default: `weights` in the run
+    folder. On one machine, a folder in memory such as /dev/shm is faster"""
+
+
+class Parity(Strict):
+    """Compare the servers' log-probabilities with the student's on the same responses."""
+
+    every: PositiveInt = Field(default=50, description="updates between two comparisons, from the first on")
+    num_responses: PositiveInt = Field(default=8, description="responses that are compared")
+    max_mean_gap: Positive = 0.05
+    """largest mean of |server - student| over tokens, in nats; above it the run stops. Rounding in bfloat16
+    explains about 0.01"""
+
+
+class ServerRollout(RolloutSettings):
+    """Sampling by inference servers, which get the student's weights after its updates."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["url"]}, {"required": ["launch"]}]})
+    # Retries and batching change the order of random numbers.
+    capabilities: ClassVar = EngineCapabilities(returns_logprobs=True, is_reproducible=False)
+
+    url: Urls | None = None
+    """address of a running server, or of several; either `url` or `launch` is required"""
+    launch: Launch | None = Field(default=None, description="servers to start for this run")
+    concurrency: PositiveInt = Field(default=256, description="requests that run at once at each server")
+    timeout_s: Positive = Field(default=600.0, description="seconds that a response may take")
+    ahead: NotNegative = 0
+    """rounds that are generated while earlier ones are scored and trained on. 0: none, so that every response
+    comes from the current weights; 1: one-step-off"""
+    max_staleness: NotNegative | None = None
+    """largest number of updates between the weights that generated a response and those that learn from it
+    first; older responses are dropped, counted and generated again. Default: what `ahead` implies"""
+    sync: WeightSync = WeightSync()
+    """how the student's weights reach the servers"""
+    parity: Parity | None = Parity()
+    """comparison of the servers' log-probabilities with the student's; null: none"""
+
+    @field_validator("url")
+    @classmethod
+    def _addresses(cls, urls: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if urls is None else checked_urls(urls)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ServerRollout:
+        if self.url is None and self.launch is None:
+            raise ValueError("no server: give its address as `url`, or `launch: {}` to start one")
+        if self.url is not None and self.launch is not None:
+            raise ValueError("`url` and `launch` both name servers: remove one")
+        return self
+
+
+class VllmRollout(ServerRollout):
+    """Sampling by vLLM 0.24 or newer.
+
+    A server at `url` must run with `--enable-scale-out --logprobs-mode processed_logprobs
+    --generation-config vllm` and with the environment variable `VLLM_SERVER_DEV_MODE=1`.
+    """
+
+    engine: Literal["vllm"] = Field(description="rollout engine that generates the student's responses")
+
+
+class SglangRollout(ServerRollout):
+    """Sampling by SGLang 0.5.9 or newer."""
+
+    engine: Literal["sglang"] = Field(description="rollout engine that generates the student's responses")
+
+
+def default_engine(value: Any) -> Any:
+    """Add the default engine to a section that names none."""
+    return {"engine": "local", **value} if isinstance(value, dict) else value
+
+
+_Rollout = Annotated[LocalRollout | VllmRollout | SglangRollout, Field(discriminator="engine")]
+AnyRollout = Annotated[_Rollout, BeforeValidator(default_engine, json_schema_input_type=_Rollout)]
+"""The section `rollout` of a recipe: that of one engine."""
+
+
+class PhaseRollout(Strict):
+    """How responses are sampled in one phase; the default of every key is that of `rollout`."""
+
+    samples_per_prompt: PositiveInt | None = Field(default=None, description="responses per prompt and round")
+    temperature: Temperature | None = Field(default=None, description="sampling temperature")
+    top_p: TopP | None = Field(default=None, description="total probability of the tokens sampled from")
+    max_new_tokens: PositiveInt | None = Field(default=None, description="maximum length, in tokens")
+    stop: tuple[str, ...] | None = Field(default=None, description="strings that end a response")
+
+    def over(self, rollout: AnyRollout) -> AnyRollout:
+        """Return the settings of a phase: these, and those of `rollout` where there is none."""
+        return rollout.model_copy(update=self.model_dump(exclude_none=True))

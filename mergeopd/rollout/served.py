@@ -1,0 +1,301 @@
+"""Generate with inference servers, which get the student's weights through a folder."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from mergeopd.errors import ServingError
+from mergeopd.rollout.protocol import Completion, EngineContext, GenerationRequest, WeightSource
+from mergeopd.serving.protocol import Generated, InferenceApi, ServerFacts
+from mergeopd.serving.transport import BadReply, Server, ServerPool, WrongWeights
+from mergeopd.types import Sampling
+
+_log = logging.getLogger(__name__)
+# Interval at which progress is reported, and servers that were started are watched.
+_POLL_S = 0.2
+
+Publish = Callable[[WeightSource, int], Path]
+"""Writes a version of the weights as a folder that servers can load, and returns it. Collective."""
+
+
+class Servers(Protocol):
+    """Servers of a run: running ones, or some that the run starts."""
+
+    def start(self, on_progress: Callable[[int], None]) -> Sequence[str]:
+        """Return their addresses when all are ready; `on_progress` gets how many are, and may raise."""
+
+    def check(self) -> None:
+        """Restart a server that has crashed. Raises ServingError when it crashed before."""
+
+    def close(self) -> None:
+        """Stop the servers that the run has started."""
+
+
+@dataclass(frozen=True)
+class RunningServers:
+    """Servers that somebody else has started."""
+
+    urls: Sequence[str]
+
+    def start(self, on_progress: Callable[[int], None]) -> Sequence[str]:
+        return self.urls
+
+    def check(self) -> None:
+        """Do nothing: lost servers are noticed by their requests."""
+
+    def close(self) -> None:
+        """Do nothing: others may use them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServingStats:
+    """Counts since the start: requests that were repeated, responses of wrong weights, servers lost."""
+
+    num_retries: int = 0
+    num_stale: int = 0
+    num_lost: int = 0
+
+
+@dataclass
+class _Connection:
+    """The servers as the first process sees them."""
+
+    pool: ServerPool
+    folder: Path | None = None
+    version: int | None = None
+    num_stale: int = 0
+    banned: range = range(0)
+    running: int = 0  # calls of `submit` whose responses are not complete
+
+
+@dataclass
+class ServedEngine:
+    """Sends requests to servers from the first process; the others get the responses.
+
+    `padding` are the rows of the model's head behind its vocabulary, which hardly have any probability in
+    trained models: they are banned as soon as one of them is sampled. `concurrency` requests run at each
+    server.
+    """
+
+    api: InferenceApi
+    servers: Servers
+    context: EngineContext
+    publish: Publish
+    padding: range
+    concurrency: int
+    timeout_s: float
+    announce: Callable[[str], None] = lambda _: None
+    _connection: _Connection | None = field(default=None, init=False)
+
+    def submit(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> ServedRollouts:
+        """Start to generate; responses arrive while the caller computes. Collective."""
+        begun = self.context.run_on_first
+        started: list[_Running] = []
+        begun(lambda: started.append(self._start(requests, sampling)))
+        return ServedRollouts(self, started[0] if started else None, begun)
+
+    @property
+    def background(self) -> ServedEngine:
+        """The same engine for other threads of the first process: its methods are not collective."""
+        local = replace(self.context, run_on_first=lambda work: work())
+        engine = replace(self, context=local)
+        engine._connection = self._opened()
+        return engine
+
+    def sync_weights(self, source: WeightSource, version: int) -> None:
+        """Publish the weights, load them into every server and check that they are there. Collective.
+
+        Running requests continue with the new weights. Raises ServingError.
+        """
+        folder = self.publish(source, version)
+        self.context.run_on_first(lambda: self._load(folder, version))
+
+    def close(self) -> None:
+        """Close the connections, and stop servers that were started for the run."""
+        if self._connection is not None:
+            self._connection.pool.close()
+            self._connection = None
+        self.servers.close()
+
+    def stats(self) -> ServingStats:
+        """Return the counts of the first process; zeros on others."""
+        one = self._connection
+        if one is None:
+            return ServingStats()
+        num_lost = sum(server.num_lost for server in one.pool.servers)
+        return ServingStats(one.pool.num_retries, one.num_stale, num_lost)
+
+    def facts(self) -> list[ServerFacts]:
+        """Return the facts of all servers. Raises ServingError for servers that cannot be used."""
+        pool = self._opened().pool
+
+        async def all_facts() -> list[ServerFacts]:
+            return list(await asyncio.gather(*(self.api.facts(pool, server) for server in pool.servers)))
+
+        return pool.run(all_facts())
+
+    def _opened(self) -> _Connection:
+        """Start the servers if that is due, and connect to them."""
+        if self._connection is None:
+            self.announce("starting inference servers")
+            urls = self.servers.start(lambda num: self.announce(f"starting inference servers: {num} ready"))
+            pool = ServerPool(urls, max_running=self.concurrency, timeout_s=self.timeout_s)
+            self._connection = _Connection(pool)
+            pool.on_return = self._prepare
+            self.facts()
+        return self._connection
+
+    def _load(self, folder: Path, version: int) -> None:
+        one = self._opened()
+        one.folder, one.version = folder, version
+        pool = one.pool
+
+        async def load(server: Server) -> None:
+            run = self.api.keep_running if one.running else self.api.load_weights
+            await run(pool, server, folder.resolve(), str(version))
+
+        async def load_all() -> list[BaseException | None]:
+            ready = [server for server in pool.servers if server.is_ready]
+            results = await asyncio.gather(*map(load, ready), return_exceptions=True)
+            for server, error in zip(ready, results, strict=True):
+                if error is not None:
+                    _log.warning("%s", error)
+                    pool.lose(server)
+            return [*results]
+
+        errors = [error for error in pool.run(load_all()) if error is not None]
+        if errors and not any(server.is_ready for server in pool.servers):
+            raise errors[0]
+
+    async def _prepare(self, server: Server) -> None:
+        """Give a server that has returned the current weights."""
+        one = self._connection
+        if one is not None and one.folder is not None:
+            await self.api.load_weights(one.pool, server, one.folder.resolve(), str(one.version))
+
+    def _start(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> _Running:
+        one = self._opened()
+        if one.version is None:
+            raise ValueError("sync_weights must be called before submit")
+        running = _Running(self, one, one.version, requests, sampling)
+        one.running += 1
+        running.future = one.pool.submit(running.generate())
+        return running
+
+
+@dataclass
+class _Running:
+    """Requests in progress, on the first process."""
+
+    engine: ServedEngine
+    connection: _Connection
+    version: int
+    requests: Sequence[GenerationRequest]
+    sampling: Sampling
+    num_done: int = 0
+    future: Future[list[Completion]] = field(init=False)
+
+    async def generate(self) -> list[Completion]:
+        """Return a response per request, in order."""
+        completions: list[Completion | None] = [None] * len(self.requests)
+        positions = iter(range(len(self.requests)))
+
+        async def work() -> None:
+            for position in positions:
+                completions[position] = await self._one(self.requests[position])
+                self.num_done += 1
+
+        pool = self.connection.pool
+        try:
+            num_workers = min(len(self.requests), pool.max_running * len(pool.servers))
+            async with asyncio.TaskGroup() as group:
+                for _ in range(num_workers):
+                    group.create_task(work())
+        except* ServingError as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            self.connection.running -= 1
+        return [completion for completion in completions if completion is not None]
+
+    async def _one(self, request: GenerationRequest) -> Completion:
+        engine, pool = self.engine, self.connection.pool
+        eos_ids = engine.context.eos_ids
+        # JSON takes integers of Python only.
+        prompt_ids = request.prompt_ids.tolist()
+
+        async def attempt(server: Server) -> Completion:
+            banned = self.connection.banned
+            path, body = engine.api.generation(prompt_ids, self.sampling, eos_ids, banned)
+            reply = await pool.call(server, path, body)
+            return self._checked(engine.api.generated(reply, eos_ids))
+
+        return await pool.balanced("", attempt)
+
+    def _checked(self, generated: Generated) -> Completion:
+        """Convert a response. Raises BadReply for one that cannot be of this request and these weights."""
+        ids = generated.ids
+        if len(ids) > self.sampling.max_new_tokens:
+            raise BadReply(f"{len(ids)} tokens, more than {self.sampling.max_new_tokens}")
+        if generated.finish == "length" and len(ids) < self.sampling.max_new_tokens:
+            raise BadReply(
+                f"a response was cut after {len(ids)} tokens: the server's context is shorter than prompt "
+                "and `max_new_tokens`"
+            )
+        if max(ids) >= self.engine.padding.start:
+            self.connection.banned = self.engine.padding
+            raise BadReply(f"id {max(ids)} is no token: the vocabulary ends at {self.engine.padding.start}")
+        version = self.version
+        if generated.versions:
+            try:
+                version = min(map(int, generated.versions))
+            except ValueError:
+                version = -1
+            if version < self.version:
+                self.connection.num_stale += 1
+                raise WrongWeights(
+                    f"a response of weights {generated.versions[0]!r}, where {self.version} were loaded"
+                )
+        logprobs = np.array(generated.logprobs, np.float32)
+        return Completion(np.array(ids, np.int32), logprobs, generated.finish, version)
+
+
+@dataclass(frozen=True)
+class ServedRollouts:
+    """Submitted requests; `running` is None on other processes than the first."""
+
+    engine: ServedEngine
+    running: _Running | None
+    run_on_first: Callable[[Callable[[], list[Completion]]], list[Completion]]
+
+    def wait(self, on_progress: Callable[[int], None]) -> list[Completion]:
+        """Return all responses. Collective; `on_progress` may raise, which cancels the requests."""
+        return self.run_on_first(lambda: self._wait(on_progress))
+
+    def cancel(self) -> None:
+        """Abandon the requests; servers notice that the connections are closed."""
+        if self.running is not None:
+            self.running.future.cancel()
+
+    def _wait(self, on_progress: Callable[[int], None]) -> list[Completion]:
+        assert self.running is not None
+        running = self.running
+        try:
+            while True:
+                try:
+                    return running.future.result(_POLL_S)
+                except TimeoutError:
+                    if running.future.done():
+                        raise
+                on_progress(running.num_done)
+                self.engine.servers.check()
+        except BaseException:
+            running.future.cancel()
+            raise
