@@ -36,7 +36,9 @@ class RolloutSettings(Strict):
 class LocalRollout(RolloutSettings):
     """Sampling inside the training process."""
 
-    capabilities: ClassVar = EngineCapabilities(returns_logprobs=True, is_reproducible=True)
+    capabilities: ClassVar = EngineCapabilities(
+        returns_logprobs=True, is_reproducible=True, needs_replica=True
+    )
 
     engine: Literal["local"] = "local"
     """rollout engine that generates the student's responses"""

@@ -74,7 +74,10 @@ class Trainable(Protocol):
 
 
 class WeightSource(rollout.WeightSource, Protocol):
-    """A student's weights, for rollout engines and snapshots. All methods are collective."""
+    """A student's weights, for rollout engines and snapshots. All methods are collective.
+
+    Beside `folder_weights`, each needs memory for the whole student on every process.
+    """
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the forward pass's current weights by parameter name, unsharded on every process."""

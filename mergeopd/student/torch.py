@@ -95,6 +95,13 @@ class TorchStudent:
         """Yield the current body and head; not copies."""
         yield self.body, self.head
 
+    def folder_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the forward pass's current weights and buffers by the names of `export`; not copies."""
+        tied_head = {self._facts.head_name} if self._facts.tied else set()
+        for name, tensor in self._model.state_dict().items():
+            if name not in tied_head:
+                yield name, tensor
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the forward pass's current weights by parameter name; not copies."""
         return ((name, p.detach()) for name, p in self._parameters.items())

@@ -119,6 +119,10 @@ class MegatronStudent:
         finally:
             empty(self._skeleton)
 
+    def folder_weights(self) -> Iterator[tuple[str, Tensor]]:
+        shards = self.shards
+        return self._whole(shards.__getitem__, next(iter(shards.values())))
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         shards = self.shards
         return self._whole(shards.__getitem__, next(iter(shards.values())), everywhere=True)
@@ -179,7 +183,7 @@ class MegatronStudent:
         return norm
 
     def export(self, folder: Path) -> None:
-        export(self.shards, self._arch, self._grid, folder)
+        export(self.folder_weights(), self._arch.facts.folder, folder)
 
     def release(self) -> None:
         self.__dict__.clear()
