@@ -47,7 +47,7 @@ from mergeopd.reporting.events import Reporter
 from mergeopd.reporting.model_card import write_recipe
 from mergeopd.reward.grading import Verifiers
 from mergeopd.rollout.local import FixedWeights, LocalEngine
-from mergeopd.rollout.protocol import EngineContext, RolloutEngine, WeightSource
+from mergeopd.rollout.protocol import EngineContext, ReplicaSource, RolloutEngine, WeightSource
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.student.protocol import Student
 from mergeopd.student.torch import TorchStudent
@@ -243,7 +243,7 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
 
 
 def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, stages: Stages) -> Evaluation:
-    def engine(source: WeightSource, renderer: Renderer) -> RolloutEngine:
+    def engine(source: ReplicaSource, renderer: Renderer) -> RolloutEngine:
         return LocalEngine(source, _context(renderer, inputs, machine), plan.batch_size)
 
     @contextmanager
@@ -372,7 +372,7 @@ def _teachers(
     reader: Reader = MappedReader() if is_mapped else ShardedReader(machine.ranks)
     store = TeacherStore(sources, machine.device, reader)
 
-    def make_engine(name: str, source: WeightSource) -> RolloutEngine:
+    def make_engine(name: str, source: ReplicaSource) -> RolloutEngine:
         context = _context(inputs.teachers[name], inputs, machine)
         return LocalEngine(source, context, inputs.plan.rollout.batch_size)
 

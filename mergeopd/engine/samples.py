@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -13,11 +13,10 @@ from mergeopd.batch.micro_batch import MicroBatch
 from mergeopd.batch.records import PreparedUpdate
 from mergeopd.distributed.communicator import Communicator
 from mergeopd.loss.fused import TokenStats
-from mergeopd.loss.heads import Head, Hidden
+from mergeopd.loss.heads import Hidden
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.loss.observe import top_logits
 from mergeopd.loss.targets import TopK
-from mergeopd.models.causal import response_hidden
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.reporting.events import Candidates, RolloutSampled, TeacherTrace
 from mergeopd.types import Rollout
@@ -95,25 +94,15 @@ class SampleTaker:
     _logprob_S: dict[int, tuple[float | None, ...]] = field(default_factory=dict, init=False)
     _teachers: dict[int, dict[str, TeacherTrace]] = field(default_factory=dict, init=False)
 
-    @torch.no_grad()
-    def look_at_student(
-        self, body: torch.nn.Module, head: Head, rollouts: Sequence[Rollout], device: torch.device
-    ) -> None:
-        """Find the student's most probable tokens in the chosen responses, by a pass of their own."""
-        for index in self.chosen:
-            own = rollouts[index]
-            hidden = response_hidden(body, [own.prompt_ids], [own.response_ids], device, [own.trained])
-            everything = slice(0, len(hidden))
-            self._top_S[index] = {0: _Top.of(Hidden(hidden, head), everything, self.objective.temperature)}
+    def look_at_student(self, micro: MicroBatch, student: Hidden) -> None:
+        """Find the student's most probable tokens among this rank's rows of the head."""
+        for index, rows in self._chosen_rows(micro):
+            top = _Top.of(student, rows, self.objective.temperature)
+            self._top_S.setdefault(index, {})[student.head.vocab.start] = top
 
     def look_at_teachers(self, micro: MicroBatch) -> None:
         """Find the teachers' most probable tokens, where a target shows them, before it is released."""
-        end = 0
-        for index, labels in zip(micro.rollouts, micro.labels, strict=True):
-            rows = slice(end, end + len(labels))
-            end = rows.stop
-            if index not in self.chosen:
-                continue
+        for index, rows in self._chosen_rows(micro):
             for name, target in zip(micro.teachers, micro.targets, strict=True):
                 if isinstance(target, Hidden | TopK):
                     shard = target.head.vocab.start if isinstance(target, Hidden) else 0
@@ -121,13 +110,8 @@ class SampleTaker:
                     self._top_T.setdefault((index, name), {})[shard] = top
 
     def take(self, micro: MicroBatch, prepared: PreparedUpdate, stats: TokenStats) -> None:
-        end = 0
         measured = self.objective.measured(stats)
-        for index, labels in zip(micro.rollouts, micro.labels, strict=True):
-            rows = slice(end, end + len(labels))
-            end = rows.stop
-            if index not in self.chosen:
-                continue
+        for index, rows in self._chosen_rows(micro):
             member = prepared.rollouts[index]
             places = _places(member.rollout)
             num_tokens = len(member.rollout.response_ids)
@@ -148,9 +132,10 @@ class SampleTaker:
             for logprob_S, teachers, top_S, top_T in ranks.gather(own):
                 self._logprob_S |= logprob_S
                 self._teachers |= teachers
-                self._top_S |= top_S
-                for key, shards in top_T.items():
-                    self._top_T.setdefault(key, {}).update(shards)
+                for index, of_student in top_S.items():
+                    self._top_S.setdefault(index, {}).update(of_student)
+                for key, of_teacher in top_T.items():
+                    self._top_T.setdefault(key, {}).update(of_teacher)
 
     def events(
         self,
@@ -189,6 +174,15 @@ class SampleTaker:
                 )
             )
         return tuple(events)
+
+    def _chosen_rows(self, micro: MicroBatch) -> Iterator[tuple[int, slice]]:
+        """Yield the chosen responses of a micro-batch, by index in the round, with their rows."""
+        end = 0
+        for index, labels in zip(micro.rollouts, micro.labels, strict=True) if self.chosen else ():
+            rows = slice(end, end + len(labels))
+            end = rows.stop
+            if index in self.chosen:
+                yield index, rows
 
 
 class _TokenText:

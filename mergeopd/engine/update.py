@@ -65,10 +65,6 @@ class Updater:
             prepared = self.prepare(scored, update, updates_done)
             due = is_due(number, self.plan.num_updates)
             samples = SampleTaker(choose(rollouts, update.rollouts) if due else (), objective)
-            if samples.chosen:
-                with self.student.unsharded() as (body, head):
-                    if self.stages.ranks.is_first:
-                        samples.look_at_student(body, head, rollouts, self.device)
             packs = update.packs[self.student.placement.dp_rank]
             stats = self.accumulate_gradients(objective, prepared, packs, scored.targets, samples, stages)
             stats.refuse_uniform_teachers(self.vocab_size)
@@ -160,7 +156,7 @@ class Updater:
 
         measured = with_statistics(
             Stream(micro_batches(), len(packs)),
-            lambda them: self.student.accumulate_gradients(them, objective),
+            lambda them: self.student.accumulate_gradients(them, objective, samples.look_at_student),
         )
         for micro, tokens in measured:
             if self.student.placement.reports_stats:

@@ -24,13 +24,15 @@ _GRADIENT, _MOMENTS, _MAIN = 4, 8, 4
 def refuse_without_room(plan: Plan, device: torch.device, ranks: Communicator) -> None:
     """Raise ModelError if the student's replicas, snapshots and training state do not fit.
 
-    Every process generates with an unsharded replica, and keeps a snapshot for each rule of self-teachers.
+    If the rollout engine needs it, every process has an unsharded replica; it keeps a snapshot for each rule
+    of self-teachers.
     Activations and caches are not counted, because their size is not known before the run.
     """
     num_weights = Checkpoint.open(Path(plan.student.model)).num_weights
     width = DTYPES[plan.student.dtype].itemsize
+    replica_bytes = width if plan.rollout.capabilities.needs_replica else 0
     parts = {
-        "for unsharded replicas that generate": num_weights * width,
+        "for unsharded replicas that generate": num_weights * replica_bytes,
         "for snapshots of the student": num_weights * _snapshot_bytes(plan, width),
         "for training": num_weights * _training_bytes(plan, width, ranks.size),
     }

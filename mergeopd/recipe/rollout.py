@@ -32,7 +32,9 @@ class RolloutSettings(Strict):
 class LocalRollout(RolloutSettings):
     """Sampling inside the training process."""
 
-    capabilities: ClassVar = EngineCapabilities(returns_logprobs=True, is_reproducible=True)
+    capabilities: ClassVar = EngineCapabilities(
+        returns_logprobs=True, is_reproducible=True, needs_replica=True
+    )
 
     engine: Literal["local"] = "local"
     """rollout engine that generates the student's responses"""
@@ -100,7 +102,9 @@ class ServerRollout(RolloutSettings):
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["url"]}, {"required": ["launch"]}]})
     # Retries and batching change the order of random numbers.
-    capabilities: ClassVar = EngineCapabilities(returns_logprobs=True, is_reproducible=False)
+    capabilities: ClassVar = EngineCapabilities(
+        returns_logprobs=True, is_reproducible=False, needs_replica=False
+    )
 
     url: Urls | None = None
     """address of a running server, or of several; either `url` or `launch` is required"""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mergeopd.loss.heads import Head
 from mergeopd.rollout.head import DecodingHead
 from mergeopd.rollout.keyed import stream_key, uniforms
-from mergeopd.rollout.protocol import Completion, Decoder, EngineContext, GenerationRequest, WeightSource
+from mergeopd.rollout.protocol import Completion, Decoder, EngineContext, GenerationRequest, ReplicaSource
 from mergeopd.rollout.sampling import sample
 from mergeopd.types import Finish, LogProbs, Sampling, TokenIds
 
@@ -52,7 +52,7 @@ class LocalEngine:
     `sync_weights` replaces `source`, whose weights are read when responses are waited for.
     """
 
-    source: WeightSource
+    source: ReplicaSource
     context: EngineContext
     batch_size: int
     _version: int = field(default=0, init=False)
@@ -60,7 +60,7 @@ class LocalEngine:
     def submit(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> LocalRollouts:
         return LocalRollouts(lambda on_progress: self._generate(requests, sampling, on_progress))
 
-    def sync_weights(self, source: WeightSource, version: int) -> None:
+    def sync_weights(self, source: ReplicaSource, version: int) -> None:
         """Use these weights from now on; nothing is copied."""
         self.source, self._version = source, version
 

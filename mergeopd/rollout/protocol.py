@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -52,18 +52,36 @@ class EngineCapabilities:
     """Properties of an engine that `check` reads before it is started: `capabilities` of its recipe section.
 
     `returns_logprobs`: required by policy terms. `is_reproducible`: randomness is keyed by seed, prompt and
-    sample, so that a resumed run generates the same responses.
+    sample, so that a resumed run generates the same responses. `needs_replica`: every process needs memory
+    for an unsharded replica of the model.
     """
 
     returns_logprobs: bool
     is_reproducible: bool
+    needs_replica: bool
 
 
-class WeightSource(Protocol):
-    """A model that provides weights for generation."""
+class ReplicaSource(Protocol):
+    """A model with which the processes of a run generate themselves."""
 
     def unsharded(self) -> AbstractContextManager[tuple[nn.Module, Head]]:
         """Yield body and head with the current weights, unsharded on every process. Collective."""
+
+
+class WeightStream(Protocol):
+    """A model whose weights are passed on to other programs."""
+
+    def folder_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the forward pass's current weights by the tensor names of a Hugging Face folder.
+
+        Unsharded, one tensor at a time, on the first process only; the others yield nothing. A tied head has
+        no tensor of its own. A tensor may be the model's own memory. Collective: every process must exhaust
+        the iterator.
+        """
+
+
+class WeightSource(ReplicaSource, WeightStream, Protocol):
+    """A model under training, which provides weights for any engine."""
 
 
 class Decoder(Protocol):

@@ -37,10 +37,10 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     Raises StorageError if `target` exists, the block wrote nothing, or writing fails.
     """
     _refuse_existing(target)
-    temporary = _partial_of(target)
+    temporary = partial_of(target)
     with named_failures("write", target):
-        _make_folder(target.parent)
-        _remove_tree(temporary)
+        make_folder(target.parent)
+        remove_tree(temporary)
         temporary.mkdir()
         try:
             yield temporary
@@ -58,9 +58,9 @@ def write_atomic(path: Path, content: str | bytes, setting: str = "output") -> N
 
     `setting` is the key of the recipe that names its folder. Raises StorageError if writing fails.
     """
-    temporary = _partial_of(path)
+    temporary = partial_of(path)
     with named_failures("write", path, setting):
-        _make_folder(path.parent)
+        make_folder(path.parent)
         try:
             _write_synced(temporary, content)
             temporary.replace(path)
@@ -107,7 +107,7 @@ def set_aside(folder: Path) -> Path:
     """
     aside = folder.with_name(folder.name + _BROKEN)
     with named_failures("set aside", folder):
-        _remove_tree(aside)
+        remove_tree(aside)
         folder.rename(aside)
         _sync_folder(folder.parent)
     return aside
@@ -158,12 +158,12 @@ def prune(parent: Path, keep: int) -> tuple[Path, ...]:
 def _remove(parent: Path, folders: Iterable[Path]) -> None:
     for folder in folders:
         with named_failures("remove", folder):
-            temporary = _partial_of(folder)
-            _remove_tree(temporary)
+            temporary = partial_of(folder)
+            remove_tree(temporary)
             folder.rename(temporary)
     with named_failures("clean", parent):
         for leftover in parent.glob(f".step-*{_PARTIAL}"):
-            _remove_tree(leftover)
+            remove_tree(leftover)
 
 
 def _seal(folder: Path, target: Path) -> None:
@@ -260,7 +260,7 @@ def is_leftover(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(_PARTIAL)
 
 
-def _partial_of(target: Path) -> Path:
+def partial_of(target: Path) -> Path:
     """Return the hidden sibling in which `target` is prepared, on the same file system."""
     return target.with_name(f".{target.name}{_PARTIAL}")
 
@@ -286,16 +286,16 @@ def _number(folder: Path) -> int:
     return int(folder.name.removeprefix("step-").removesuffix(_BROKEN))
 
 
-def _make_folder(path: Path) -> None:
+def make_folder(path: Path) -> None:
     """Create a folder and those above it, and sync every new entry to the disk."""
     if path.is_dir():
         return
-    _make_folder(path.parent)
+    make_folder(path.parent)
     path.mkdir(exist_ok=True)
     _sync_folder(path.parent)
 
 
-def _remove_tree(path: Path) -> None:
+def remove_tree(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,22 +18,29 @@ from mergeopd.loss.cross_tokenizer import BridgeStats, bridge_loss
 from mergeopd.loss.divergence import Divergence
 from mergeopd.loss.full_vocabulary import BlockStats
 from mergeopd.loss.fused import Objective, TokenStats, fused_loss
-from mergeopd.loss.heads import Head
+from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.loss.support import Support
+
+Observe = Callable[[MicroBatch, Hidden], None]
+"""Gets a micro-batch, the hidden states that predict its trained tokens, and this rank's rows of the head."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Arguments of `fused_loss` that are equal for all micro-batches of a pass."""
+    """What a pass measures, equal for all its micro-batches: arguments of `fused_loss`, and an observer.
+
+    `observe` is called on every rank that computes losses, without a gradient; it must not be collective.
+    """
 
     divergences: Sequence[Divergence]
     support: Support | None
     temperature: float
+    observe: Observe | None = None
 
     @classmethod
-    def of(cls, objective: DistillationObjective) -> Measured:
-        return cls(objective.divergences, objective.support, objective.temperature)
+    def of(cls, objective: DistillationObjective, observe: Observe | None = None) -> Measured:
+        return cls(objective.divergences, objective.support, objective.temperature, observe)
 
 
 def check_norm(norm: float) -> None:
@@ -105,4 +112,6 @@ def micro_loss(
             raise NumericsError(f"teacher {bridged.teacher}: {error}") from error
         loss = loss + value
         bridge_stats.append((bridged.teacher, of_groups))
+    if what.observe is not None:
+        what.observe(micro, Hidden(hidden_ND.detach(), head))
     return loss, MicroStats(**vars(stats), bridged=tuple(bridge_stats))

@@ -14,7 +14,7 @@ from mergeopd.batch.micro_batch import MicroBatches
 from mergeopd.errors import StorageError
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.rollout import protocol as rollout
-from mergeopd.student.loss import Measured, MicroStats
+from mergeopd.student.loss import Measured, MicroStats, Observe
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +52,12 @@ class Trainable(Protocol):
         """Precision of losses and per-token weights."""
 
     def accumulate_gradients(
-        self, micro_batches: MicroBatches, objective: DistillationObjective
+        self, micro_batches: MicroBatches, objective: DistillationObjective, observe: Observe | None = None
     ) -> Sequence[MicroStats]:
         """Add the gradient of this copy's micro-batches; return statistics on ranks that compute losses.
 
-        Micro-batches are consumed one at a time. Raises NumericsError on all ranks when the student's or a
-        teacher's distribution is not finite.
+        Micro-batches are consumed one at a time; `observe` is that of `Measured`. Raises NumericsError on all
+        ranks when the student's or a teacher's distribution is not finite.
         """
 
     def score(self, micro_batches: MicroBatches, what: Measured) -> Sequence[MicroStats]:
@@ -74,7 +74,10 @@ class Trainable(Protocol):
 
 
 class WeightSource(rollout.WeightSource, Protocol):
-    """A student's weights, for rollout engines and snapshots. All methods are collective."""
+    """A student's weights, for rollout engines and snapshots. All methods are collective.
+
+    Beside `folder_weights`, each needs memory for the whole student on every process.
+    """
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the forward pass's current weights by parameter name, unsharded on every process."""

@@ -28,7 +28,7 @@ from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
 from mergeopd.models.hf_folder import copy_companions
 from mergeopd.recipe.training import Optimizer
-from mergeopd.student.loss import Measured, MicroStats, check_norm, micro_loss, no_loss
+from mergeopd.student.loss import Measured, MicroStats, Observe, check_norm, micro_loss, no_loss
 from mergeopd.student.protocol import UNSHARDED, Placement, check_masters
 
 
@@ -95,6 +95,13 @@ class TorchStudent:
         """Yield the current body and head; not copies."""
         yield self.body, self.head
 
+    def folder_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the forward pass's current weights and buffers by the names of `export`; not copies."""
+        tied_head = {self._facts.head_name} if self._facts.tied else set()
+        for name, tensor in self._model.state_dict().items():
+            if name not in tied_head:
+                yield name, tensor
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the forward pass's current weights by parameter name; not copies."""
         return ((name, p.detach()) for name, p in self._parameters.items())
@@ -104,10 +111,10 @@ class TorchStudent:
         return ((name, p.detach()) for name, p in self._masters.items())
 
     def accumulate_gradients(
-        self, micro_batches: MicroBatches, objective: DistillationObjective
+        self, micro_batches: MicroBatches, objective: DistillationObjective, observe: Observe | None = None
     ) -> list[MicroStats]:
         statistics = []
-        what = Measured.of(objective)
+        what = Measured.of(objective, observe)
         for micro in micro_batches:
             per_token = objective.per_token(
                 micro.teacher_weight_KN, micro.nll_weight_N, micro.policy, micro.term_weight_KDN

@@ -39,7 +39,7 @@ from mergeopd.models.causal import (
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts, head_tensor
 from mergeopd.rollout.local import FixedWeights
-from mergeopd.rollout.protocol import RolloutEngine, WeightSource
+from mergeopd.rollout.protocol import ReplicaSource, RolloutEngine
 from mergeopd.teacher.canary import Canary
 from mergeopd.teacher.protocol import TargetSpec, Teacher, TeacherCapabilities, TeacherSequence
 from mergeopd.teacher.snapshots import Snapshot
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 _log = logging.getLogger(__name__)
-MakeEngine = Callable[[WeightSource], RolloutEngine]
+MakeEngine = Callable[[ReplicaSource], RolloutEngine]
 # Responses are reduced in batches of about this many tokens: a matrix product of a few rows is slow.
 _ROWS = 256
 

@@ -110,10 +110,10 @@ def enumerated(tmp_path_factory, write_job_in):
     expected = reference.gradient(total / sum(len(r.response_ids) for r in rollouts))
     micro_batches, objectives, plain = [], [], parts.student.accumulate_gradients
 
-    def recorded(them, objective):
+    def recorded(them, objective, observe):
         objectives.append(objective)
         micro_batches.extend(them)
-        return plain(micro_batches, objective)
+        return plain(micro_batches, objective, observe)
 
     parts.student.accumulate_gradients = recorded
     engine_round(parts, rollouts)

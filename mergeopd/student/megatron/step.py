@@ -24,7 +24,7 @@ from mergeopd.models.causal import DTYPES, build_skeleton, check_fit, empty, fil
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
 from mergeopd.recipe.training import Optimizer
-from mergeopd.student.loss import Measured, MicroStats, check_norm, no_loss
+from mergeopd.student.loss import Measured, MicroStats, Observe, check_norm, no_loss
 from mergeopd.student.megatron.architecture import Architecture
 from mergeopd.student.megatron.grid import Grid
 from mergeopd.student.megatron.layout import shard, tensor_shapes, vocab_rows
@@ -119,6 +119,10 @@ class MegatronStudent:
         finally:
             empty(self._skeleton)
 
+    def folder_weights(self) -> Iterator[tuple[str, Tensor]]:
+        shards = self.shards
+        return self._whole(shards.__getitem__, next(iter(shards.values())))
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         shards = self.shards
         return self._whole(shards.__getitem__, next(iter(shards.values())), everywhere=True)
@@ -129,7 +133,7 @@ class MegatronStudent:
         return self._whole(lambda name: read(parameters[name], "param"), self._like, everywhere=True)
 
     def accumulate_gradients(
-        self, micro_batches: MicroBatches, objective: DistillationObjective
+        self, micro_batches: MicroBatches, objective: DistillationObjective, observe: Observe | None = None
     ) -> tuple[MicroStats, ...]:
         """Add the gradient of this data-parallel copy's micro-batches, if there are any.
 
@@ -147,7 +151,7 @@ class MegatronStudent:
                 micro.teacher_weight_KN, micro.nll_weight_N, micro.policy, micro.term_weight_KDN
             )
 
-        return self._passes.run(micro_batches, per_token, Measured.of(objective), backward=True)
+        return self._passes.run(micro_batches, per_token, Measured.of(objective, observe), backward=True)
 
     @torch.no_grad()
     def score(self, micro_batches: MicroBatches, what: Measured) -> tuple[MicroStats, ...]:
@@ -179,7 +183,7 @@ class MegatronStudent:
         return norm
 
     def export(self, folder: Path) -> None:
-        export(self.shards, self._arch, self._grid, folder)
+        export(self.folder_weights(), self._arch.facts.folder, folder)
 
     def release(self) -> None:
         self.__dict__.clear()

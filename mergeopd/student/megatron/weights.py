@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 
-from mergeopd.models.causal import DTYPES, tensor_names
-from mergeopd.models.checkpoint import INDEX, Checkpoint
-from mergeopd.models.facts import ModelFacts
-from mergeopd.models.hf_folder import copy_companions
+from mergeopd.models.causal import tensor_names
+from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.weight_files import write_model
 from mergeopd.student.megatron.architecture import Architecture
 from mergeopd.student.megatron.grid import Grid
 from mergeopd.student.megatron.layout import OUTPUT, Shard, global_name, parameter_names, shard, tensor_shapes
@@ -64,58 +61,38 @@ def whole_tensors(
 
     `part_of` returns this rank's part of a parameter of its stage, in the dtype and on the device of `like`;
     every rank of the stage calls it for the same parameter at the same time. Every rank must exhaust the
-    iterator. With `everywhere` all ranks get the tensors, else only rank 0. A rank holds one parameter at a
-    time, besides those that its caller keeps.
+    iterator. With `everywhere` all ranks get the tensors, else only rank 0. Besides its own parts and what
+    its caller keeps, rank 0 holds a tensor and one rank's part of it, and other ranks at most their part.
     """
     shapes, rank = tensor_shapes(arch), dist.get_rank()
     for stage in range(grid.pipeline):
         for name in parameter_names(arch, stage, grid.pipeline):
             first = shard(name, arch, grid.tensor, 0)
             owners = [grid.rank_of(t, stage) for t in range(1 if first.is_replicated else grid.tensor)]
+            parts = {owner: shard(name, arch, grid.tensor, t) for t, owner in enumerate(owners)}
             own = part_of(name) if stage == grid.stage else None
-            if own is not None and rank in owners and rank != 0:
-                dist.send(own.contiguous(), dst=0)
-            parts = [shard(name, arch, grid.tensor, t) for t in range(len(owners))]
-            whole: dict[str, Tensor] = {}
-            if rank == 0:
-                tensors = [
-                    own if own is not None and owner == 0 else _receive(owner, part, shapes, like)
-                    for owner, part in zip(owners, parts, strict=True)
-                ]
-                whole = _join(parts, tensors, shapes)
-            elif everywhere:
-                names = dict.fromkeys(piece.tensor for part in parts for piece in part.slices)
-                whole = {tensor: like.new_empty(shapes[tensor]) for tensor in names}
-            if everywhere:
-                for tensor in whole.values():
-                    dist.broadcast(tensor, src=0)
-            yield from whole.items()
+            for tensor in dict.fromkeys(piece.tensor for piece in first.slices):
+                if own is not None and rank in parts and rank != 0:
+                    _send(_take(own, parts[rank], tensor), 0)
+                if rank == 0 or everywhere:
+                    whole = like.new_empty(shapes[tensor])
+                    if rank == 0:
+                        _join(whole, own, parts, tensor)
+                    if everywhere:
+                        dist.broadcast(whole, src=0)
+                    yield tensor, whole
+                    del whole  # before the next one is allocated
 
 
-def export(parts: Mapping[str, Tensor], arch: Architecture, grid: Grid, folder: Path) -> None:
-    """Write a Hugging Face folder from all ranks' parameters; rank 0 writes and holds one file in memory.
+def export(tensors: Iterator[tuple[str, Tensor]], source: Path, folder: Path) -> None:
+    """Write the tensors that rank 0 yields as a Hugging Face folder like `source`; one file is in memory.
 
     Collective; returns when the folder is complete.
     """
-    like = next(iter(parts.values()))
-    shapes = tensor_shapes(arch)
-    meta = {name: torch.empty(shape, dtype=like.dtype, device="meta") for name, shape in shapes.items()}
-    split = split_torch_state_dict_into_shards(meta, max_shard_size=_MAX_FILE_BYTES)
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-    pending: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in whole_tensors(parts.__getitem__, like, arch, grid, everywhere=False):
-        file = split.tensor_to_filename[name]
-        held = pending.setdefault(file, {})
-        held[name] = tensor.cpu().contiguous()
-        if len(held) == len(split.filename_to_tensors[file]):
-            save_file(pending.pop(file), folder / file, metadata={"format": "pt"})
-    if dist.get_rank() == 0:
-        if split.is_sharded:
-            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        _write_config(arch.facts, folder, like.dtype)
-        copy_companions(arch.facts.folder, folder)
+        write_model(tensors, source, folder, _MAX_FILE_BYTES)
+    deque(tensors, maxlen=0)  # the other ranks only send
     dist.barrier()
 
 
@@ -134,32 +111,41 @@ def assemble(part: Shard, read: Callable[[str, int, int], Tensor]) -> Tensor:
     return torch.cat(pieces, part.dim) if len(pieces) > 1 else pieces[0]
 
 
-def _receive(owner: int, part: Shard, shapes: Mapping[str, tuple[int, ...]], like: Tensor) -> Tensor:
-    shape = list(shapes[part.slices[0].tensor])
-    shape[part.dim] = part.size
-    tensor = like.new_empty(shape)
-    dist.recv(tensor, src=owner)
-    return tensor
+def _join(whole: Tensor, own: Tensor | None, parts: Mapping[int, Shard], tensor: str) -> None:
+    """Fill a tensor on rank 0 with every rank's slices of it; `own` is this rank's part of the parameter."""
+    for owner, part in parts.items():
+        slices = _slices(part, tensor)
+        if own is not None and owner == 0:
+            values = _take(own, part, tensor)
+        else:
+            shape = list(whole.shape)
+            shape[part.dim] = sum(size for _, size, _ in slices)
+            values = whole.new_empty(shape)
+            if values.numel():
+                dist.recv(values, src=owner)
+        sizes = [size for _, size, _ in slices]
+        for (_, size, start), block in zip(slices, torch.split(values, sizes, part.dim), strict=True):
+            whole.narrow(part.dim, start, size).copy_(block)
+        del values, block  # before the next part is received
 
 
-def _join(
-    parts: Sequence[Shard], tensors: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Tensor]:
-    whole: dict[str, Tensor] = {}
-    for part, tensor in zip(parts, tensors, strict=True):
-        position = 0
-        for piece in part.slices:
-            if piece.tensor not in whole:
-                whole[piece.tensor] = tensor.new_empty(shapes[piece.tensor])
-            length = piece.stop - piece.start
-            target = whole[piece.tensor].narrow(part.dim, piece.start, length)
-            target.copy_(tensor.narrow(part.dim, position, length))
-            position += length
-    return whole
+def _send(values: Tensor, rank: int) -> None:
+    if values.numel():  # a rank may have padding only
+        dist.send(values.contiguous(), dst=rank)
 
 
-def _write_config(facts: ModelFacts, folder: Path, dtype: torch.dtype) -> None:
-    config = json.loads((facts.folder / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
-    config["dtype"] = next(name for name, value in DTYPES.items() if value == dtype)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def _take(own: Tensor, part: Shard, tensor: str) -> Tensor:
+    """Return a rank's slices of a tensor, joined, from its part of a parameter."""
+    blocks = [own.narrow(part.dim, position, size) for position, size, _ in _slices(part, tensor)]
+    return torch.cat(blocks, part.dim) if len(blocks) > 1 else blocks[0]
+
+
+def _slices(part: Shard, tensor: str) -> list[tuple[int, int, int]]:
+    """Return the slices of `tensor` in a shard: position in the shard, size, position in the tensor."""
+    slices, position = [], 0
+    for piece in part.slices:
+        size = piece.stop - piece.start
+        if piece.tensor == tensor:
+            slices.append((position, size, piece.start))
+        position += size
+    return slices

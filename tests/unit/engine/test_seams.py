@@ -155,7 +155,9 @@ def run(
     teachers = {name: Table(name, seed) for seed, name in enumerate(("one", "two"))}
     inputs = preflight(
         recipe,
-        engine=EngineCapabilities(returns_logprobs=engine.returns_logprobs, is_reproducible=True),
+        engine=EngineCapabilities(
+            returns_logprobs=engine.returns_logprobs, is_reproducible=True, needs_replica=True
+        ),
         teachers={name: teacher.capabilities for name, teacher in teachers.items()},
     )
     RunFolder(Path(inputs.plan.output)).claim(inputs.plan, inputs.files, inputs.now, ())

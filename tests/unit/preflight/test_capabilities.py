@@ -14,7 +14,7 @@ from mergeopd.rollout.protocol import EngineCapabilities
 from mergeopd.teacher.protocol import TargetKind, TeacherCapabilities
 
 Write = Callable[..., Path]
-SILENT = EngineCapabilities(returns_logprobs=False, is_reproducible=True)
+SILENT = EngineCapabilities(returns_logprobs=False, is_reproducible=True, needs_replica=True)
 TOP_K = {"support": {"top_k": 2, "of": "teacher"}, "reverse_kl": 1.0}
 
 

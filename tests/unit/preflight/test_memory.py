@@ -17,6 +17,8 @@ from mergeopd.preflight.memory import refuse_without_room
 from mergeopd.recipe.models import Parallel, SnapshotRule
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.resolve import read
+from mergeopd.recipe.training import LocalRollout
+from mergeopd.rollout.protocol import EngineCapabilities
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -91,6 +93,26 @@ def test_the_refusal_names_the_sizes(plan: Callable[..., Plan], monkeypatch: pyt
         "the student and 2 x 12.00 GiB for training are more than the 5.50 GiB that this machine has free; "
         "use more machines or fewer processes on each, or student.dtype: bfloat16"
     )
+
+
+class Served(LocalRollout):
+    """An engine outside the processes of the run."""
+
+    capabilities = EngineCapabilities(returns_logprobs=True, is_reproducible=False, needs_replica=False)
+
+
+def test_an_engine_without_replicas_needs_none(
+    plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left are the sharded weights, gradients and moments."""
+    tried = plan(**FLOAT32, **HALF).model_copy(update={"rollout": Served()})
+    needed = 2 * (4 + 4 + 8) / 2 * num_weights(tried)
+    ranks = SimpleNamespace(size=2, num_local=2)
+    monkeypatch.setattr(room, "free_bytes", lambda _: needed)
+    refuse_without_room(tried, CPU, ranks)  # type: ignore[arg-type]
+    monkeypatch.setattr(room, "free_bytes", lambda _: needed - 1)
+    with pytest.raises(ModelError, match=r"does not fit: 2 x [0-9.]+ GiB for training are more than"):
+        refuse_without_room(tried, CPU, ranks)  # type: ignore[arg-type]
 
 
 def test_the_narrowest_of_the_groups_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
