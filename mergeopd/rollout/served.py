@@ -22,8 +22,15 @@ _log = logging.getLogger(__name__)
 # Interval at which progress is reported, and servers that were started are watched.
 _POLL_S = 0.2
 
-Publish = Callable[[WeightSource, int], Path]
-"""Writes a version of the weights as a folder that servers can load, and returns it. Collective."""
+
+class Publisher(Protocol):
+    """Passes weights on to servers through folders."""
+
+    def publish(self, source: WeightSource, version: int) -> Path:
+        """Write a version of the weights as a folder that servers can load, and return it. Collective."""
+
+    def discard(self) -> None:
+        """Remove all versions. On the first process only."""
 
 
 class Servers(Protocol):
@@ -56,7 +63,7 @@ class RunningServers:
 
 
 @dataclass(frozen=True, slots=True)
-class ServingStats:
+class ServingCounts:
     """Counts since the start: requests that were repeated, responses of wrong weights, servers lost."""
 
     num_retries: int = 0
@@ -88,7 +95,7 @@ class ServedEngine:
     api: InferenceApi
     servers: Servers
     context: EngineContext
-    publish: Publish
+    publisher: Publisher
     padding: range
     concurrency: int
     timeout_s: float
@@ -115,7 +122,7 @@ class ServedEngine:
 
         Running requests continue with the new weights. Raises ServingError.
         """
-        folder = self.publish(source, version)
+        folder = self.publisher.publish(source, version)
         self.context.run_on_first(lambda: self._load(folder, version))
 
     def close(self) -> None:
@@ -123,15 +130,16 @@ class ServedEngine:
         if self._connection is not None:
             self._connection.pool.close()
             self._connection = None
-        self.servers.close()
+            self.servers.close()
+            self.publisher.discard()
 
-    def stats(self) -> ServingStats:
+    def counts(self) -> ServingCounts:
         """Return the counts of the first process; zeros on others."""
         one = self._connection
         if one is None:
-            return ServingStats()
+            return ServingCounts()
         num_lost = sum(server.num_lost for server in one.pool.servers)
-        return ServingStats(one.pool.num_retries, one.num_stale, num_lost)
+        return ServingCounts(one.pool.num_retries, one.num_stale, num_lost)
 
     def facts(self) -> list[ServerFacts]:
         """Return the facts of all servers. Raises ServingError for servers that cannot be used."""

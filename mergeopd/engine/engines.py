@@ -1,0 +1,83 @@
+"""Build the rollout engine that a recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mergeopd.distributed.communicator import Communicator
+from mergeopd.models.facts import ModelFacts
+from mergeopd.recipe.plan import Plan
+from mergeopd.recipe.rollout import ServerRollout, VllmRollout
+from mergeopd.rollout.local import LocalEngine
+from mergeopd.rollout.protocol import EngineContext, RolloutEngine, WeightSource
+from mergeopd.rollout.served import RunningServers, ServedEngine
+from mergeopd.serving.sglang import SglangApi
+from mergeopd.serving.vllm import VllmApi
+from mergeopd.storage.published_weights import PublishedWeights
+from mergeopd.storage.run_folder import RunFolder
+
+MakeEngine = Callable[[WeightSource, EngineContext, Any], RolloutEngine]
+
+ENGINES: Mapping[str, MakeEngine] = MappingProxyType(
+    {"local": lambda source, context, settings: LocalEngine(source, context, settings.batch_size)}
+)
+"""Engines that generate the student's responses, by `rollout.engine`; they get that section of the recipe."""
+
+
+def engines_of(
+    plan: Plan, vocab_size: int, ranks: Communicator, announce: Callable[[str], None]
+) -> dict[str, MakeEngine]:
+    """Return all engines that the recipe of `plan` can name; those with servers belong to its run folder.
+
+    `announce` gets what a start of servers is doing.
+    """
+    make = partial(_served, plan, vocab_size, ranks, announce)
+    return {**ENGINES, "vllm": make, "sglang": make}
+
+
+def _served(
+    plan: Plan,
+    vocab_size: int,
+    ranks: Communicator,
+    announce: Callable[[str], None],
+    source: WeightSource,
+    context: EngineContext,
+    settings: ServerRollout,
+) -> ServedEngine:
+    model = Path(plan.student.model)
+    folder = RunFolder(Path(plan.output)).weights
+    if settings.sync.folder is not None:
+        folder = Path(settings.sync.folder) / f"mergeopd-{plan.hash[:12]}"  # other runs may name it, too
+    assert settings.url is not None
+    return ServedEngine(
+        VllmApi() if isinstance(settings, VllmRollout) else SglangApi(),
+        RunningServers(settings.url),
+        context,
+        _Publisher(PublishedWeights(folder, model, ranks)),
+        padding=range(vocab_size, ModelFacts.read(model).vocab_rows),
+        concurrency=settings.concurrency,
+        timeout_s=settings.timeout_s,
+        announce=announce,
+    )
+
+
+@dataclass
+class _Publisher:
+    """Keeps the newest version and the one before, which servers may still read."""
+
+    weights: PublishedWeights
+    _num_kept: int = field(default=0, init=False)  # none of an earlier process
+
+    def publish(self, source: WeightSource, version: int) -> Path:
+        if self.weights.ranks.is_first:
+            self.weights.prune(self._num_kept)
+        self._num_kept = 1
+        return self.weights.publish(source, version)
+
+    def discard(self) -> None:
+        self.weights.prune(0)
