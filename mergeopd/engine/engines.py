@@ -11,13 +11,12 @@ from typing import Any
 
 from mergeopd.distributed.communicator import Communicator
 from mergeopd.models.facts import ModelFacts
+from mergeopd.preflight.servers import api_of, headers_of
 from mergeopd.recipe.plan import Plan
-from mergeopd.recipe.rollout import ServerRollout, VllmRollout
+from mergeopd.recipe.rollout import ServerRollout
 from mergeopd.rollout.local import LocalEngine
 from mergeopd.rollout.protocol import EngineContext, RolloutEngine, WeightSource
 from mergeopd.rollout.served import RunningServers, ServedEngine
-from mergeopd.serving.sglang import SglangApi
-from mergeopd.serving.vllm import VllmApi
 from mergeopd.storage.published_weights import PublishedWeights
 from mergeopd.storage.run_folder import RunFolder
 
@@ -55,13 +54,14 @@ def _served(
         folder = Path(settings.sync.folder) / f"mergeopd-{plan.hash[:12]}"  # other runs may name it, too
     assert settings.url is not None
     return ServedEngine(
-        VllmApi() if isinstance(settings, VllmRollout) else SglangApi(),
+        api_of(settings),
         RunningServers(settings.url),
         context,
         _Publisher(PublishedWeights(folder, model, ranks)),
         padding=range(vocab_size, ModelFacts.read(model).vocab_rows),
         concurrency=settings.concurrency,
         timeout_s=settings.timeout_s,
+        headers=headers_of(settings),
         announce=announce,
     )
 

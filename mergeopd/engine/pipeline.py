@@ -364,7 +364,8 @@ class AheadPipeline(SynchronousPipeline):
         on_progress = self.stages.begin("rollout", "the student", one.num_responses, "responses")
 
         def result() -> list[Rollout]:
-            assert one.rollouts is not None and self._background is not None
+            assert one.rollouts is not None
+            assert self._background is not None
             while True:
                 try:
                     return one.rollouts.result(_POLL_S)

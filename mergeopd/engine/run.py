@@ -159,7 +159,7 @@ def claim(
 
 def _same_inputs(recipe: Path, overrides: Sequence[str], control: Control | None = None) -> Inputs:
     """Read this process's inputs. Raises StorageError unless they are those of rank 0."""
-    inputs = preflight(recipe, overrides, control=control)
+    inputs = preflight(recipe, overrides, control=control, with_servers=False)
     folder = RunFolder(Path(inputs.plan.output))
     if inputs.plan.hash not in folder.plan_hashes():
         raise StorageError(
@@ -233,7 +233,7 @@ def _compare(
     from mergeopd.reporting.page.html import write_report
 
     gc.collect()  # the control's student and optimizer contain reference cycles
-    inputs = preflight(recipe, overrides)
+    inputs = preflight(recipe, overrides, with_servers=False)
     folder, plan = RunFolder(Path(inputs.plan.output)), inputs.plan.evaluation
     before = ranks.run_on_first(lambda: _result(folder))
     if plan is None:
@@ -329,7 +329,7 @@ def evaluate_recipe(
     with _display(console, place.rank == 0) as display, open_communicator(place, grouped=False) as ranks:
         announce = _announcer(display)
         announce(f"reading {shown(recipe)}")
-        inputs = preflight(recipe, overrides, announce=announce)
+        inputs = preflight(recipe, overrides, announce=announce, with_servers=False)
         if inputs.plan.evaluation is None:
             where = Location(shown(recipe))
             raise RecipeError([Problem(where, "evaluation", "missing section", "add `evaluation.prompts`")])

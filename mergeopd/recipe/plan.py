@@ -30,7 +30,9 @@ UNBOUND: Mapping[str, Any] = {
     "text_cache": True,
     "report": True,
     "student": {"parallel": True},
-    "rollout": dict.fromkeys(("url", "launch", "concurrency", "timeout_s", "sync", "parity"), True),
+    "rollout": dict.fromkeys(
+        ("url", "launch", "api_key_env", "concurrency", "timeout_s", "sync", "parity"), True
+    ),
     "teachers": {"__all__": {"licence": True}},
 }
 

@@ -108,6 +108,8 @@ class ServerRollout(RolloutSettings):
 
     url: Urls | None = None
     """address of a running server, or of several; either `url` or `launch` is required"""
+    api_key_env: NonEmptyText | None = None
+    """environment variable with the API key of the servers, if they ask for one"""
     launch: Launch | None = Field(default=None, description="servers to start for this run")
     concurrency: PositiveInt = Field(default=256, description="requests that run at once at each server")
     timeout_s: Positive = Field(default=600.0, description="seconds that a response may take")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -99,6 +99,7 @@ class ServedEngine:
     padding: range
     concurrency: int
     timeout_s: float
+    headers: Mapping[str, str] = field(default_factory=dict)
     announce: Callable[[str], None] = lambda _: None
     _connection: _Connection | None = field(default=None, init=False)
 
@@ -155,7 +156,9 @@ class ServedEngine:
         if self._connection is None:
             self.announce("starting inference servers")
             urls = self.servers.start(lambda num: self.announce(f"starting inference servers: {num} ready"))
-            pool = ServerPool(urls, max_running=self.concurrency, timeout_s=self.timeout_s)
+            pool = ServerPool(
+                urls, max_running=self.concurrency, timeout_s=self.timeout_s, headers=self.headers
+            )
             self._connection = _Connection(pool)
             pool.on_return = self._prepare
             self.facts()

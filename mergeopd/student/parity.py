@@ -37,9 +37,9 @@ def refuse_gap(gap: LogprobGap, bound: float) -> None:
     raise ServingError(
         f"the servers' log-probabilities of sampled tokens differ from the student's by {gap.mean:.3g} nats "
         f"on average (at most {gap.max:.3g}; `rollout.parity.max_mean_gap` is {bound:g}); usual causes: "
-        "another dtype than student.dtype, cached states of older weights (prefix cache), sampling defaults of the "
-        "server (generation_config), log-probabilities before temperature, quantised weights, or another "
-        "model at the address"
+        "another dtype than student.dtype, cached states of older weights (prefix cache), sampling defaults "
+        "of the server (generation_config), log-probabilities before temperature, quantised weights, or "
+        "another model at the address"
     )
 
 
