@@ -154,7 +154,6 @@ class SynchronousPipeline:
         """
         parity = settings.parity if isinstance(settings, ServerRollout) else None
         prompts = [task.prompt for task in tasks if task.origin == "student"]
-        self._gap = None
         if parity is None or not prompts or self._synced != self._version:
             return
         if self._compared is not None and self._version // parity.every <= self._compared // parity.every:
@@ -191,7 +190,7 @@ class SynchronousPipeline:
             return None
         lags = [progress.update - r.policy_version for r in rollouts if r.origin == "student"] or [0]
         gap, counts, sync_s = self._gap, engine.counts(), self._sync_s
-        self._sync_s = 0.0
+        self._sync_s, self._gap = 0.0, None
         return ServingStats(
             generation_s=self._generation_s,
             sync_s=sync_s,

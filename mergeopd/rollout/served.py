@@ -190,6 +190,7 @@ class ServedEngine:
         """Give a server that has returned the current weights."""
         one = self._connection
         if one is not None and one.folder is not None:
+            await self.api.facts(one.pool, server)  # it may have been started in another way
             await self.api.load_weights(one.pool, server, one.folder.resolve(), str(one.version))
 
     def _start(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> _Running:

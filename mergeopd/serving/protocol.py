@@ -35,6 +35,7 @@ class ServerFacts:
     routes: frozenset[str]
     max_tokens: int | None = None
     model: str | None = None
+    on_cpu: bool = False
 
 
 class InferenceApi(Protocol):

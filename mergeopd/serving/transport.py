@@ -70,9 +70,14 @@ class EventLoop:
 
 @dataclass(eq=False)
 class Server:
-    """One server of a pool. `is_ready` is False until its weights are those of the other servers."""
+    """One server of a pool.
+
+    `is_ready` is False until its weights are those of the other servers; `facts` is what the engine's
+    protocol has read of it.
+    """
 
     url: str
+    facts: Any = None
     is_ready: bool = True
     num_running: int = 0
     down_until: float = 0.0
