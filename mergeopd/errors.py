@@ -107,6 +107,10 @@ class TeacherError(MergeopdError, RuntimeError):
     """A teacher cannot be used: NaN or a wrong shape in its output, weights that do not match its card."""
 
 
+class ServerError(MergeopdError, RuntimeError):
+    """An inference server cannot be started or reached, or its replies are unusable."""
+
+
 class NumericsError(MergeopdError, ArithmeticError):
     """The student's loss or gradient is not finite."""
 
