@@ -19,6 +19,7 @@ from mergeopd.config.values import (
     ANY_NAME_PATTERN,
     DIGEST_PATTERN,
     FUNCTION_PATTERN,
+    GPUS_PATTERN,
     NAME_PATTERN,
     REVISION_PATTERN,
     Strict,
@@ -156,6 +157,7 @@ def _scalar(schema: Schema) -> str:
             REVISION_PATTERN: "revision",
             FUNCTION_PATTERN: "function",
             DIGEST_PATTERN: "digest",
+            GPUS_PATTERN: "GPUs",
         }
         return names[schema.get("pattern")]
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}

@@ -42,7 +42,7 @@ from mergeopd.preflight.memory import peak_bytes, refuse_without_room
 from mergeopd.recipe import baselines
 from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
-from mergeopd.recipe.rollout import ServerRollout
+from mergeopd.recipe.rollout import AnyServerRollout
 from mergeopd.recipe.verifiers import RewardModelVerifier
 from mergeopd.reporting.events import Reporter, StageStarted
 from mergeopd.reporting.model_card import write_recipe
@@ -215,7 +215,7 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
     )
     settings = plan.rollout
     make: Callable[..., SynchronousPipeline] = SynchronousPipeline
-    if isinstance(settings, ServerRollout) and settings.ahead:
+    if isinstance(settings, AnyServerRollout) and settings.ahead:
         make = partial(
             AheadPipeline,
             ahead=settings.ahead,

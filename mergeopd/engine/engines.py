@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,10 +14,11 @@ from mergeopd.distributed.communicator import Communicator
 from mergeopd.models.facts import ModelFacts
 from mergeopd.preflight.servers import api_of, headers_of
 from mergeopd.recipe.plan import Plan
-from mergeopd.recipe.rollout import ServerRollout
+from mergeopd.recipe.rollout import AnyServerRollout
 from mergeopd.rollout.local import LocalEngine
 from mergeopd.rollout.protocol import EngineContext, RolloutEngine, WeightSource
-from mergeopd.rollout.served import RunningServers, ServedEngine
+from mergeopd.rollout.served import LaunchedServers, RunningServers, ServedEngine, Servers
+from mergeopd.serving.launch import ServerLaunch
 from mergeopd.storage.published_weights import PublishedWeights
 from mergeopd.storage.run_folder import RunFolder
 
@@ -46,16 +48,15 @@ def _served(
     announce: Callable[[str], None],
     source: WeightSource,
     context: EngineContext,
-    settings: ServerRollout,
+    settings: AnyServerRollout,
 ) -> ServedEngine:
     model = Path(plan.student.model)
     folder = RunFolder(Path(plan.output)).weights
     if settings.sync.folder is not None:
         folder = Path(settings.sync.folder) / f"mergeopd-{plan.hash[:12]}"  # other runs may name it, too
-    assert settings.url is not None
     return ServedEngine(
         api_of(settings),
-        RunningServers(settings.url),
+        _servers(plan, settings),
         context,
         _Publisher(PublishedWeights(folder, model, ranks)),
         padding=range(vocab_size, ModelFacts.read(model).vocab_rows),
@@ -64,6 +65,34 @@ def _served(
         headers=headers_of(settings),
         announce=announce,
     )
+
+
+def _servers(plan: Plan, settings: AnyServerRollout) -> Servers:
+    launch, model = settings.launch, Path(plan.student.model)
+    if launch is None:
+        assert settings.url is not None
+        return RunningServers(settings.url)
+    logs = RunFolder(Path(plan.output)).servers
+    python = shutil.which(launch.python) or launch.python  # reported by `check` where it does not exist
+    devices = [tuple(map(int, entry.split(","))) for entry in launch.devices] or [()]
+    launches = [
+        ServerLaunch(
+            settings.engine,
+            model,
+            model_name="student",
+            context_length=launch.length(ModelFacts.read(model).max_positions),
+            dtype=plan.student.dtype,
+            log=logs / f"{index}.log",
+            devices=own,
+            port=None if launch.port is None else launch.port + index,
+            python=Path(python),
+            script=None if launch.script is None else Path(launch.script).resolve(),
+            arguments=launch.args,
+            environment=launch.env,
+        )
+        for index, own in enumerate(devices)
+    ]
+    return LaunchedServers(launches, launch.startup_s)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from mergeopd.engine.score import CollectedRound
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.teacher_rollouts import KeptText, TeacherRolloutCache, TextFilter
 from mergeopd.recipe.plan import Plan
-from mergeopd.recipe.rollout import RolloutSettings, ServerRollout
+from mergeopd.recipe.rollout import AnyServerRollout, RolloutSettings
 from mergeopd.recipe.training import Phase
 from mergeopd.reporting.events import Event, ServingStats, StageProgress, StageStarted
 from mergeopd.rollout.protocol import GenerationRequest
@@ -120,7 +120,7 @@ class SynchronousPipeline:
         """Give the engine the newest weights, if its own are `every` updates old (default: the recipe's)."""
         settings = self.plan.rollout
         if every is None:
-            every = settings.sync.every if isinstance(settings, ServerRollout) else 1
+            every = settings.sync.every if isinstance(settings, AnyServerRollout) else 1
         if self._synced is None or self._version - self._synced >= every:
             start = time.perf_counter()
             self.rollouts.engine.sync_weights(self.model, self._version)
@@ -152,7 +152,7 @@ class SynchronousPipeline:
         The responses are sampled for that, with the weights that engine and student both have. Raises
         ServingError on the first process when they differ.
         """
-        parity = settings.parity if isinstance(settings, ServerRollout) else None
+        parity = settings.parity if isinstance(settings, AnyServerRollout) else None
         prompts = [task.prompt for task in tasks if task.origin == "student"]
         if parity is None or not prompts or self._synced != self._version:
             return

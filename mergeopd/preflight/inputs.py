@@ -32,7 +32,7 @@ from mergeopd.preflight.servers import check_rollout_servers, note_staleness
 from mergeopd.recipe.controls import Control, control_plan
 from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan, phase_teachers
 from mergeopd.recipe.resolve import Resolution, read
-from mergeopd.recipe.rollout import ServerRollout
+from mergeopd.recipe.rollout import AnyServerRollout
 from mergeopd.recipe.training import Phase, never_student, reads_dataset, reads_teachers
 from mergeopd.recipe.verifiers import JsonVerifier, single_verifiers
 from mergeopd.rollout.protocol import EngineCapabilities
@@ -164,7 +164,7 @@ class _Check:
         if resolution.student is not None:
             self._announce("reading the student's tokenizer")
             self.student = self.models.student(resolution.student)
-        if self._with_servers and isinstance(resolution.rollout, ServerRollout):
+        if self._with_servers and isinstance(resolution.rollout, AnyServerRollout):
             self._announce("asking the inference servers")
             model = None if resolution.student is None else Path(resolution.student.model)
             self._server_tokens = check_rollout_servers(self.findings, resolution.rollout, model)

@@ -7,13 +7,16 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mergeopd.errors import ServingError
+from mergeopd.errors import ModelError, ServingError
+from mergeopd.models.facts import ModelFacts
 from mergeopd.preflight.problems import Findings
 from mergeopd.recipe.plan import Plan
-from mergeopd.recipe.rollout import Launch, ServerRollout, VllmRollout
+from mergeopd.recipe.rollout import AnyServerRollout, Launch, VllmRollout
+from mergeopd.serving.launch import ENGINE_TITLE, check_port_is_free
 from mergeopd.serving.protocol import InferenceApi, ServerFacts
 from mergeopd.serving.sglang import SglangApi
 from mergeopd.serving.transport import Server, ServerPool
@@ -26,18 +29,18 @@ _SHAPE = (
 )
 
 
-def api_of(settings: ServerRollout) -> InferenceApi:
+def api_of(settings: AnyServerRollout) -> InferenceApi:
     """Return the wire protocol of the engine that a recipe names."""
     return VllmApi() if isinstance(settings, VllmRollout) else SglangApi()
 
 
-def headers_of(settings: ServerRollout) -> dict[str, str]:
+def headers_of(settings: AnyServerRollout) -> dict[str, str]:
     """Return the headers of every request: the key from the environment, if the recipe names one."""
     key = settings.api_key_env and os.environ.get(settings.api_key_env)
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-def check_rollout_servers(findings: Findings, rollout: ServerRollout, student: Path | None) -> int | None:
+def check_rollout_servers(findings: Findings, rollout: AnyServerRollout, student: Path | None) -> int | None:
     """Report servers that cannot be reached, are too old, or run another model than the student's folder.
 
     Returns the longest sequence that all servers take, in tokens; None where none told.
@@ -48,8 +51,8 @@ def check_rollout_servers(findings: Findings, rollout: ServerRollout, student: P
         findings.report(("rollout", "api_key_env"), message, f"export {name}=... with the servers' key")
         return None
     if rollout.launch is not None:
-        _check_launch(findings, rollout.launch)
-        return None
+        _check_launch(findings, rollout)
+        return _context(rollout.launch, student)
     limits = []
     for url, told in _facts(rollout).items():
         if isinstance(told, ServingError):
@@ -67,7 +70,7 @@ def check_rollout_servers(findings: Findings, rollout: ServerRollout, student: P
 def note_staleness(findings: Findings, plan: Plan) -> None:
     """Note policy terms that learn from responses of older weights without a correction."""
     rollout = plan.rollout
-    if not isinstance(rollout, ServerRollout) or not (rollout.ahead or rollout.sync.every > 1):
+    if not isinstance(rollout, AnyServerRollout) or not (rollout.ahead or rollout.sync.every > 1):
         return
     for phase in filter(plan.has_policy, plan.phases):
         if phase.correction.kind == "none":
@@ -77,19 +80,33 @@ def note_staleness(findings: Findings, plan: Plan) -> None:
             )
 
 
-def _check_launch(findings: Findings, launch: Launch) -> None:
+def _check_launch(findings: Findings, rollout: AnyServerRollout) -> None:
+    launch, place = rollout.launch, ("rollout", "launch")
+    assert launch is not None
     if shutil.which(launch.python) is None:
         message = f"there is no Python interpreter '{launch.python}'"
         remedy = "name that of the environment in which the engine is installed"
-        findings.report(("rollout", "launch", "python"), message, remedy)
-    wanted = [int(gpu) for entry in launch.devices for gpu in entry.split(",") if gpu.strip().isdigit()]
+        findings.report((*place, "python"), message, remedy)
+    if launch.script is not None and not Path(launch.script).is_file():
+        findings.report((*place, "script"), f"there is no program '{launch.script}'", "correct the path")
+    gpus = [int(gpu) for entry in launch.devices for gpu in entry.split(",")]
     num = sum(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia[0-9]*"))
-    if wanted and max(wanted) >= num:
-        message = f"GPU {max(wanted)} is named, and this machine has {num or 'none'}"
-        findings.report(("rollout", "launch", "devices"), message, "name GPUs of this machine")
+    if gpus and max(gpus) >= num:
+        message = f"GPU {max(gpus)} is named, and this machine has {num or 'none'}"
+        findings.report((*place, "devices"), message, "name GPUs of this machine")
+    for index in range(max(1, len(launch.devices)) if launch.port is not None else 0):
+        port = (launch.port or 0) + index
+        findings.attempt((*place, "port"), partial(check_port_is_free, port, ENGINE_TITLE[rollout.engine]))
 
 
-def _facts(rollout: ServerRollout) -> Mapping[str, ServerFacts | ServingError]:
+def _context(launch: Launch, student: Path | None) -> int | None:
+    try:
+        return None if student is None else launch.length(ModelFacts.read(student).max_positions)
+    except ModelError:  # reported with the student
+        return None
+
+
+def _facts(rollout: AnyServerRollout) -> Mapping[str, ServerFacts | ServingError]:
     assert rollout.url is not None
     api = api_of(rollout)
     pool = ServerPool(rollout.url, headers=headers_of(rollout))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +14,7 @@ import numpy as np
 
 from mergeopd.errors import ServingError
 from mergeopd.rollout.protocol import Completion, EngineContext, GenerationRequest, WeightSource
+from mergeopd.serving.launch import ServerLaunch, ServerProcess
 from mergeopd.serving.protocol import Generated, InferenceApi, ServerFacts
 from mergeopd.serving.transport import BadReply, Server, ServerPool, WrongWeights
 from mergeopd.types import Sampling
@@ -60,6 +61,39 @@ class RunningServers:
 
     def close(self) -> None:
         """Do nothing: others may use them."""
+
+
+@dataclass
+class LaunchedServers:
+    """Servers that the run starts, all at once; `start_timeout_s` is for each."""
+
+    launches: Sequence[ServerLaunch]
+    start_timeout_s: float
+    _processes: list[ServerProcess] = field(default_factory=list, init=False)
+
+    def start(self, on_progress: Callable[[int], None]) -> Sequence[str]:
+        self._processes = [ServerProcess(one, self.start_timeout_s) for one in self.launches]
+        with ThreadPoolExecutor(len(self._processes)) as threads:
+            starts = [threads.submit(one.start) for one in self._processes]
+            try:
+                while pending := [start for start in starts if not start.done()]:
+                    on_progress(len(starts) - len(pending))
+                    wait(pending, _POLL_S, FIRST_EXCEPTION)
+                for start in starts:
+                    start.result()
+            except BaseException:
+                self.close()
+                raise
+        return [one.url for one in self._processes]
+
+    def check(self) -> None:
+        for one in self._processes:
+            if one.ensure_running():
+                _log.warning("restarted the inference server at %s", one.url)
+
+    def close(self) -> None:
+        for one in self._processes:
+            one.stop()
 
 
 @dataclass(frozen=True, slots=True)
