@@ -44,7 +44,7 @@ from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
 from mergeopd.recipe.rollout import AnyServerRollout
 from mergeopd.recipe.verifiers import RewardModelVerifier
-from mergeopd.reporting.events import Reporter, StageStarted
+from mergeopd.reporting.events import Reporter
 from mergeopd.reporting.model_card import write_recipe
 from mergeopd.reward.grading import Verifiers
 from mergeopd.rollout.local import FixedWeights, LocalEngine
@@ -153,7 +153,7 @@ def build(
     stages = Stages(alarms, clock, ranks, guard)
     if engines is None:
         engines = engines_of(
-            plan, inputs.vocab_size, ranks, lambda text: reporter.emit(StageStarted("startup", text))
+            plan, inputs.vocab_size, ranks, lambda num: stages.begin("startup", "servers", num, "servers")
         )
     engine = engines[plan.rollout.engine](student, _context(inputs.student, inputs, machine), plan.rollout)
     vocab = None if len(student.vocab) == inputs.vocab_size else student.vocab

@@ -17,7 +17,7 @@ from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.rollout import AnyServerRollout
 from mergeopd.rollout.local import LocalEngine
 from mergeopd.rollout.protocol import EngineContext, RolloutEngine, WeightSource
-from mergeopd.rollout.served import LaunchedServers, RunningServers, ServedEngine, Servers
+from mergeopd.rollout.served import Begin, LaunchedServers, RunningServers, ServedEngine, Servers
 from mergeopd.serving.launch import ServerLaunch
 from mergeopd.storage.published_weights import PublishedWeights
 from mergeopd.storage.run_folder import RunFolder
@@ -30,14 +30,12 @@ ENGINES: Mapping[str, MakeEngine] = MappingProxyType(
 """Engines that generate the student's responses, by `rollout.engine`; they get that section of the recipe."""
 
 
-def engines_of(
-    plan: Plan, vocab_size: int, ranks: Communicator, announce: Callable[[str], None]
-) -> dict[str, MakeEngine]:
+def engines_of(plan: Plan, vocab_size: int, ranks: Communicator, begin: Begin) -> dict[str, MakeEngine]:
     """Return all engines that the recipe of `plan` can name; those with servers belong to its run folder.
 
-    `announce` gets what a start of servers is doing.
+    `begin` reports that servers start.
     """
-    make = partial(_served, plan, vocab_size, ranks, announce)
+    make = partial(_served, plan, vocab_size, ranks, begin)
     return {**ENGINES, "vllm": make, "sglang": make}
 
 
@@ -45,7 +43,7 @@ def _served(
     plan: Plan,
     vocab_size: int,
     ranks: Communicator,
-    announce: Callable[[str], None],
+    begin: Begin,
     source: WeightSource,
     context: EngineContext,
     settings: AnyServerRollout,
@@ -63,7 +61,7 @@ def _served(
         concurrency=settings.concurrency,
         timeout_s=settings.timeout_s,
         headers=headers_of(settings),
-        announce=announce,
+        begin=begin,
     )
 
 

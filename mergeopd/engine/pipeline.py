@@ -104,7 +104,8 @@ class SynchronousPipeline:
 
     def trained(self, version: int) -> None:
         self._version = version
-        with self.stages.clock.stage("rollout"):
+        # The first time, the engine starts.
+        with self.stages.clock.stage("startup" if self._synced is None else "rollout"):
             self._sync()
 
     def use_newest_weights(self) -> None:
@@ -286,6 +287,8 @@ class AheadPipeline(SynchronousPipeline):
 
     def trained(self, version: int) -> None:
         """Remember the version: the engine gets it when the next round has been generated."""
+        if self._synced is None:
+            super().trained(version)
         self._version = version
 
     def use_newest_weights(self) -> None:

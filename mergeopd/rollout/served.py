@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -34,8 +34,16 @@ class Publisher(Protocol):
         """Remove all versions. On the first process only."""
 
 
+Begin = Callable[[int], Callable[[int], None]]
+"""Reports that a number of servers starts; returns a callback for how many are ready, which may raise."""
+
+
 class Servers(Protocol):
     """Servers of a run: running ones, or some that the run starts."""
+
+    @property
+    def num_to_start(self) -> int:
+        """Number of servers that `start` starts."""
 
     def start(self, on_progress: Callable[[int], None]) -> Sequence[str]:
         """Return their addresses when all are ready; `on_progress` gets how many are, and may raise."""
@@ -52,6 +60,7 @@ class RunningServers:
     """Servers that somebody else has started."""
 
     urls: Sequence[str]
+    num_to_start: ClassVar[int] = 0
 
     def start(self, on_progress: Callable[[int], None]) -> Sequence[str]:
         return self.urls
@@ -70,6 +79,10 @@ class LaunchedServers:
     launches: Sequence[ServerLaunch]
     start_timeout_s: float
     _processes: list[ServerProcess] = field(default_factory=list, init=False)
+
+    @property
+    def num_to_start(self) -> int:
+        return len(self.launches)
 
     def start(self, on_progress: Callable[[int], None]) -> Sequence[str]:
         self._processes = [ServerProcess(one, self.start_timeout_s) for one in self.launches]
@@ -134,7 +147,7 @@ class ServedEngine:
     concurrency: int
     timeout_s: float
     headers: Mapping[str, str] = field(default_factory=dict)
-    announce: Callable[[str], None] = lambda _: None
+    begin: Begin = lambda num: lambda num_ready: None
     _connection: _Connection | None = field(default=None, init=False)
 
     def submit(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> ServedRollouts:
@@ -188,8 +201,7 @@ class ServedEngine:
     def _opened(self) -> _Connection:
         """Start the servers if that is due, and connect to them."""
         if self._connection is None:
-            self.announce("starting inference servers")
-            urls = self.servers.start(lambda num: self.announce(f"starting inference servers: {num} ready"))
+            urls = self.servers.start(self.begin(self.servers.num_to_start))
             pool = ServerPool(
                 urls, max_running=self.concurrency, timeout_s=self.timeout_s, headers=self.headers
             )
