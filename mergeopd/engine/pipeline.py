@@ -70,6 +70,7 @@ class SynchronousPipeline:
     _compared: int | None = field(default=None, init=False)  # the version of the last parity check
     _gap: LogprobGap | None = field(default=None, init=False)
     _generation_s: float = field(default=0.0, init=False)
+    _wait_s: float = field(default=0.0, init=False)
     _sync_s: float = field(default=0.0, init=False)
 
     def next(self, progress: Progress) -> CollectedRound:
@@ -144,7 +145,7 @@ class SynchronousPipeline:
         self._compare(tasks, settings)
         start = time.perf_counter()
         rollouts = self.rollouts.generate(tasks, settings)
-        self._generation_s = time.perf_counter() - start
+        self._generation_s = self._wait_s = time.perf_counter() - start
         return rollouts
 
     def _compare(self, tasks: Sequence[Task], settings: RolloutSettings) -> None:
@@ -194,6 +195,7 @@ class SynchronousPipeline:
         self._sync_s, self._gap = 0.0, None
         return ServingStats(
             generation_s=self._generation_s,
+            wait_s=self._wait_s,
             sync_s=sync_s,
             lag=sum(lags) / len(lags),
             lag_max=max(lags),
@@ -313,8 +315,9 @@ class AheadPipeline(SynchronousPipeline):
             self._submit(progress)
         one = self._in_flight.popleft()
         assert one.round == progress.round
+        start = time.perf_counter()
         rollouts = self._wait(one)
-        self._generation_s = one.seconds
+        self._generation_s, self._wait_s = one.seconds, time.perf_counter() - start
         self._sync()
         if not self._in_flight:  # the comparison is of these weights alone
             self._compare(tasks, settings)
