@@ -32,7 +32,7 @@ class ServingTime:
         """Return texts by title."""
         hidden = max(0.0, 1.0 - self.wait_s / self.generation_s) if self.generation_s else 0.0
         return {
-            "generation by servers": f"{self.generation_s:.1f} s, {hidden:.0%} of it while scoring and training",
+            "generation by servers": f"{self.generation_s:.1f} s, {hidden:.0%} while scoring and training",
             "weight sync": f"{self.sync_s:.1f} s",
             "rounds": f"{self.rounds_s:.1f} s; with full overlap at least {self.bound_s:.1f} s",
         }
