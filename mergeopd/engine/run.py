@@ -132,7 +132,7 @@ def claim(
             overrides,
             control=control,
             announce=announce,
-            with_servers=not _is_trained(recipe, overrides, control),
+            with_servers=fresh or not _is_trained(recipe, overrides, control),
         )
         inputs = check_inputs()
         _try_verifiers(inputs)
