@@ -1,8 +1,8 @@
 """Start vLLM's server on a machine without a GPU with its newer model runner; the arguments are vLLM's.
 
 Only this runner returns log-probs of given ids per position (`prompt_logprob_token_ids`). It needs Triton
-with a CPU backend, which is not published. Triton's interpreter runs the kernels instead: slowly, and it fails
-at those of top-p sampling. The server's child processes are spawned, so they import this file first.
+with a CPU backend, which is not published. Triton's interpreter runs the kernels instead: slowly, and it
+fails at those of top-p sampling. The server's child processes are spawned, so they import this file first.
 """
 
 from __future__ import annotations
