@@ -10,14 +10,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from mergeopd.distributed.communicator import Communicator
+from mergeopd.errors import ServingError
 from mergeopd.models.facts import ModelFacts
 from mergeopd.preflight.servers import api_of, headers_of
 from mergeopd.recipe.plan import Plan
-from mergeopd.recipe.rollout import AnyServerRollout
+from mergeopd.recipe.rollout import AnyServerRollout, VllmRollout
 from mergeopd.rollout.local import LocalEngine
 from mergeopd.rollout.protocol import EngineContext, RolloutEngine, WeightSource
 from mergeopd.rollout.served import Begin, LaunchedServers, RunningServers, ServedEngine, Servers
+from mergeopd.rollout.transfer import GroupTransfer, TransferSync, WeightTransfer
+from mergeopd.rollout.vllm_transfer import VllmTransfer
 from mergeopd.serving.launch import ServerLaunch
 from mergeopd.storage.published_weights import PublishedWeights
 from mergeopd.storage.run_folder import RunFolder
@@ -49,20 +54,45 @@ def _served(
     settings: AnyServerRollout,
 ) -> ServedEngine:
     model = Path(plan.student.model)
-    folder = RunFolder(Path(plan.output)).weights
-    if settings.sync.folder is not None:
-        folder = Path(settings.sync.folder) / f"mergeopd-{plan.hash[:12]}"  # other runs may name it, too
     return ServedEngine(
         api_of(settings),
         _servers(plan, settings),
         context,
-        _Publisher(PublishedWeights(folder, model, ranks)),
+        _publisher(plan, ranks, context, settings),
         padding=range(vocab_size, ModelFacts.read(model).vocab_rows),
         concurrency=settings.concurrency,
         timeout_s=settings.timeout_s,
         headers=headers_of(settings),
         begin=begin,
     )
+
+
+def _publisher(
+    plan: Plan, ranks: Communicator, context: EngineContext, settings: AnyServerRollout
+) -> _Publisher | TransferSync:
+    """Return the way of weights to the servers: from memory, or through a folder."""
+    sync, device = settings.sync, context.device
+    if sync.method == "ipc" and ranks.size > 1:
+        raise ServingError(
+            "`rollout.sync.method: ipc` is for one training process: write `nccl` or `folder`, or train with "
+            "one process"
+        )
+    if sync.method != "folder":
+        if sync.method != "gloo" and device.type != "cuda":
+            raise ServingError(
+                f"`rollout.sync.method: {sync.method}` needs a student on a GPU; it is on {device}"
+            )
+        transfer: WeightTransfer
+        if sync.method == "ipc" or (sync.method == "nccl" and isinstance(settings, VllmRollout)):
+            transfer = VllmTransfer(sync.method, device)
+        else:
+            device = device if sync.method == "nccl" else torch.device("cpu")
+            transfer = GroupTransfer(sync.method, device)
+        return TransferSync(api_of(settings), transfer, context.run_on_first)
+    folder = RunFolder(Path(plan.output)).weights
+    if sync.folder is not None:
+        folder = Path(sync.folder) / f"mergeopd-{plan.hash[:12]}"  # other runs may name it, too
+    return _Publisher(PublishedWeights(folder, Path(plan.student.model), ranks))
 
 
 def _servers(plan: Plan, settings: AnyServerRollout) -> Servers:
@@ -85,6 +115,7 @@ def _servers(plan: Plan, settings: AnyServerRollout) -> Servers:
             port=None if launch.port is None else launch.port + index,
             python=Path(python),
             script=None if launch.script is None else Path(launch.script).resolve(),
+            weight_transfer=None if settings.sync.method == "folder" else settings.sync.method,
             arguments=launch.args,
             environment=launch.env,
         )

@@ -14,6 +14,7 @@ from typing import Any
 from mergeopd.errors import ModelError, ServingError
 from mergeopd.models.facts import ModelFacts
 from mergeopd.preflight.problems import Findings
+from mergeopd.recipe import checks
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.rollout import AnyServerRollout, Launch, VllmRollout
 from mergeopd.serving.launch import ENGINE_TITLE, check_port_is_free
@@ -31,7 +32,8 @@ _SHAPE = (
 
 def api_of(settings: AnyServerRollout) -> InferenceApi:
     """Return the wire protocol of the engine that a recipe names."""
-    return VllmApi() if isinstance(settings, VllmRollout) else SglangApi()
+    transfer = None if settings.sync.method == "folder" else settings.sync.method
+    return VllmApi(transfer=transfer) if isinstance(settings, VllmRollout) else SglangApi(transfer)
 
 
 def headers_of(settings: AnyServerRollout) -> dict[str, str]:
@@ -50,6 +52,7 @@ def check_rollout_servers(findings: Findings, rollout: AnyServerRollout, student
         message = f"the environment variable {name} is not set"
         findings.report(("rollout", "api_key_env"), message, f"export {name}=... with the servers' key")
         return None
+    _check_transfer(findings, rollout)
     if rollout.launch is not None:
         _check_launch(findings, rollout)
         return _context(rollout.launch, student)
@@ -97,6 +100,19 @@ def _check_launch(findings: Findings, rollout: AnyServerRollout) -> None:
     for index in range(max(1, len(launch.devices)) if launch.port is not None else 0):
         port = (launch.port or 0) + index
         findings.attempt((*place, "port"), partial(check_port_is_free, port, ENGINE_TITLE[rollout.engine]))
+
+
+def _check_transfer(findings: Findings, rollout: AnyServerRollout) -> None:
+    """Report what weights from memory need and this machine lacks."""
+    method, place = rollout.sync.method, ("rollout", "sync", "method")
+    if method not in ("nccl", "ipc"):
+        return
+    if not checks.has_gpu():
+        message = f"`{method}` sends weights from a GPU, and this machine has none"
+        findings.report(place, message, "train on a machine with a GPU, or write `method: folder`")
+    if isinstance(rollout, VllmRollout) and not checks.is_installed("vllm"):
+        message = f"`{method}` needs the package vllm in the environment of mergeopd, where it is missing"
+        findings.report(place, message, "install vLLM there, too, or write `method: folder`")
 
 
 def _context(launch: Launch, student: Path | None) -> int | None:

@@ -94,9 +94,19 @@ class WeightSync(Strict):
     """How the student's weights reach the servers."""
 
     every: PositiveInt = Field(default=1, description="optimizer updates between two syncs")
+    method: Literal["folder", "nccl", "gloo", "ipc"] = "folder"
+    """`folder`: through files, which works everywhere. From memory to memory: `nccl` between GPUs; `gloo` to
+    SGLang, over the network; `ipc` to one vLLM server on the training process's own GPU. With vLLM, `nccl`
+    and `ipc` need the package vllm in this environment, too"""
     folder: str | None = None
     """folder for the weights, under the same path on the servers' machines; default: `weights` in the run
     folder. On one machine, a folder in memory such as /dev/shm is faster"""
+
+    @model_validator(mode="after")
+    def _folder_is_used(self) -> WeightSync:
+        if self.folder is not None and self.method != "folder":
+            raise ValueError(f"`method: {self.method}` writes no files: remove `folder`, or `method`")
+        return self
 
 
 class Parity(Strict):
@@ -159,11 +169,36 @@ class VllmRollout(ServerRollout):
 
     engine: Literal["vllm"] = Field(description="rollout engine that generates the student's responses")
 
+    @model_validator(mode="after")
+    def _can_transfer(self) -> VllmRollout:
+        method, launch = self.sync.method, self.launch
+        if method == "gloo":
+            raise ValueError("vLLM takes no weights over `gloo`: write `sync: {method: nccl}` or `folder`")
+        # Its protocol has pickled handles in requests, which no server but the run's own should accept.
+        if method == "ipc" and (launch is None or [entry.isdecimal() for entry in launch.devices] != [True]):
+            raise ValueError(
+                "`sync: {method: ipc}` is for one server that the run starts on the GPU of the training "
+                'process: write it as `launch: {devices: ["0"]}`, or use `method: nccl`'
+            )
+        if method == "nccl" and launch is not None and not launch.devices:
+            raise ValueError("`sync: {method: nccl}` needs GPUs: name them in `launch.devices`")
+        return self
+
 
 class SglangRollout(ServerRollout):
     """Sampling by SGLang 0.5.9 or newer."""
 
     engine: Literal["sglang"] = Field(description="rollout engine that generates the student's responses")
+
+    @model_validator(mode="after")
+    def _can_transfer(self) -> SglangRollout:
+        if self.sync.method == "ipc":
+            raise ValueError("`sync: {method: ipc}` is for vLLM: write `method: nccl`, `gloo` or `folder`")
+        if self.sync.method == "nccl" and self.launch is not None and not self.launch.devices:
+            raise ValueError(
+                "`sync: {method: nccl}` needs GPUs: name them in `launch.devices`, or use `gloo`"
+            )
+        return self
 
 
 def default_engine(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Generate with inference servers, which get the student's weights through a folder."""
+"""Generate with inference servers, which get the student's weights through a folder or from memory."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from mergeopd.errors import ServingError
 from mergeopd.rollout.protocol import Completion, EngineContext, GenerationRequest, WeightSource
+from mergeopd.rollout.transfer import TransferSync
 from mergeopd.serving.launch import ServerLaunch, ServerProcess
 from mergeopd.serving.protocol import Generated, InferenceApi, ServerFacts
 from mergeopd.serving.transport import BadReply, Server, ServerPool, WrongWeights
@@ -142,7 +143,7 @@ class ServedEngine:
     api: InferenceApi
     servers: Servers
     context: EngineContext
-    publisher: Publisher
+    publisher: Publisher | TransferSync
     padding: range
     concurrency: int
     timeout_s: float
@@ -170,6 +171,11 @@ class ServedEngine:
 
         Running requests continue with the new weights. Raises ServingError.
         """
+        if isinstance(self.publisher, TransferSync):
+            self.publisher.sync(source, version, lambda: self._opened().pool)
+            if self._connection is not None:
+                self._connection.version = version  # not before: some servers have the weights earlier
+            return
         folder = self.publisher.publish(source, version)
         self.context.run_on_first(lambda: self._load(folder, version))
 
@@ -238,6 +244,9 @@ class ServedEngine:
         if one is not None and one.folder is not None:
             await self.api.facts(one.pool, server)  # it may have been started in another way
             await self.api.load_weights(one.pool, server, one.folder.resolve(), str(one.version))
+        if one is not None and isinstance(self.publisher, TransferSync):
+            await self.api.facts(one.pool, server)
+            await self.publisher.check(one.pool, server)
 
     def _start(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> _Running:
         one = self._opened()
@@ -292,7 +301,10 @@ class _Running:
         async def attempt(server: Server) -> Completion:
             banned = self.connection.banned
             path, body = engine.api.generation(prompt_ids, self.sampling, eos_ids, banned)
+            num_failed_loads = server.num_failed_loads
             reply = await pool.call(server, path, body)
+            if server.num_failed_loads > num_failed_loads:
+                raise BadReply("weights were loaded in part while the response was generated")
             return self._checked(engine.api.generated(reply, eos_ids))
 
         return await pool.balanced("", attempt)

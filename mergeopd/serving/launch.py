@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Literal
 
 from mergeopd.errors import ServingError, printable
+from mergeopd.serving.protocol import Transfer
 from mergeopd.serving.vllm import EXTENSION_FOLDER, WORKER_EXTENSION
 
 EngineName = Literal["vllm", "sglang"]
@@ -68,7 +69,7 @@ class ServerLaunch:
     """the interpreter of the engine's environment"""
     script: Path | None = None
     """run instead of the engine's own module"""
-    weight_transfer: Literal["nccl", "ipc"] | None = None
+    weight_transfer: Transfer | None = None
     """how new weights arrive, besides from a folder (vLLM; SGLang needs no option for it)"""
     arguments: tuple[str, ...] = ()
     """of the engine's command line; they come last, so they win"""
@@ -106,6 +107,9 @@ class ServerLaunch:
         if self.engine == "vllm":
             # Without development mode there are no routes for weights.
             own |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        if self.weight_transfer == "ipc":
+            # vLLM's handles of GPU memory are pickled; only processes of this machine reach the server.
+            own |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
         if not self.devices:
             own |= {"PYTHONPATH": str(EXTENSION_FOLDER)} if self.engine == "vllm" else {}
             own |= {"OMP_NUM_THREADS": inherited.get("OMP_NUM_THREADS", "1")}

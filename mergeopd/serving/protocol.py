@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from mergeopd.errors import ServingError
 from mergeopd.serving.transport import BadReply, Refused, Server, ServerPool, described
 from mergeopd.types import Finish, Sampling
+
+Transfer = Literal["nccl", "gloo", "ipc"]
+"""Ways of weights from memory to memory: a process group over NCCL or Gloo, or shared memory of one GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +33,18 @@ class Generated:
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """What a server says of itself. `max_tokens` is the longest sequence (prompt and response)."""
+    """What a server says of itself.
+
+    `max_tokens` is the longest sequence (prompt and response); `num_workers` processes hold parts of the
+    model.
+    """
 
     version: str
     routes: frozenset[str]
     max_tokens: int | None = None
     model: str | None = None
     on_cpu: bool = False
+    num_workers: int = 1
 
 
 class InferenceApi(Protocol):
@@ -69,15 +78,33 @@ class InferenceApi(Protocol):
     def scored(self, reply: Any, ids: Sequence[int], start: int) -> list[float]:
         """Read the log-probabilities, in nats. Raises BadReply."""
 
-    async def load_weights(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
-        """Load the weights of a folder and drop all cached states of other weights.
+    def updating(
+        self, pool: ServerPool, server: Server, version: str, *, keep_running: bool
+    ) -> AbstractAsyncContextManager[None]:
+        """Surround an update of the weights.
 
-        Running requests are finished first with the weights that they began with. Raises ServingError when
-        the server does not confirm version and weights.
+        Then all cached states of other weights are dropped. `keep_running`: nothing is generated meanwhile,
+        and running requests resume with the new weights; otherwise they are finished first. Raises
+        ServingError when the server does not confirm the version.
         """
+
+    async def load_weights(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
+        """Load the weights of a folder, when running requests are finished; see `updating`."""
 
     async def keep_running(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
         """Load weights as `load_weights` does, while running requests wait, and resume with the new ones."""
+
+    async def weight_version(self, pool: ServerPool, server: Server) -> str | None:
+        """Return the version of a server's weights, None where it tells none. Raises ServingError."""
+
+
+def check_weight_version(server: Server, told: str | None, version: str) -> None:
+    """Raise ServingError if a server has another version of the weights than it was given."""
+    if told != version:
+        raise ServingError(
+            f"{server.url}: has weights of version {told!r} after an update to {version!r}; restart the "
+            "server, then run the same command to resume"
+        )
 
 
 # Added to the logits of banned ids: exp(-100) is lost beside any other probability.

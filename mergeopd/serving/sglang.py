@@ -5,7 +5,8 @@ Facts by version: SGLang's `srt/managers/io_struct.py` and `srt/entrypoints/http
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +16,9 @@ from mergeopd.serving.protocol import (
     BANNED,
     Generated,
     ServerFacts,
+    Transfer,
     check_version,
+    check_weight_version,
     command,
     ids_of,
     logprob_of,
@@ -33,8 +36,9 @@ NUCLEUS_TOP_K = 1024
 
 @dataclass(frozen=True, slots=True)
 class SglangApi:
-    """Requests and replies of SGLang."""
+    """Requests and replies of SGLang. `transfer`: how the server gets weights, if not from a folder."""
 
+    transfer: Transfer | None = None
     name: ClassVar[str] = "sglang"
 
     async def facts(self, pool: ServerPool, server: Server) -> ServerFacts:
@@ -45,7 +49,14 @@ class SglangApi:
         models = await command(pool, server, "/v1/models", None, timeout_s=_FACTS_S)
         limit = models["data"][0].get("max_model_len")
         routes = frozenset(document.get("paths", ()))
-        server.facts = facts = ServerFacts(version, routes, limit, info.get("model_path"))
+        num_workers = int(info.get("tp_size") or 1)
+        if self.transfer and (info.get("pp_size") or 1, info.get("dp_size") or 1) != (1, 1):
+            raise ServingError(
+                f"{server.url}: has pipeline or data parallelism, with which weights arrive through a folder "
+                "only; start one server for each replica, or write `sync: {method: folder}`"
+            )
+        path = info.get("model_path")
+        server.facts = facts = ServerFacts(version, routes, limit, path, num_workers=num_workers)
         return facts
 
     def generation(
@@ -107,30 +118,44 @@ class SglangApi:
             raise BadReply(f"{len(entries or ())} log-probabilities for {len(wanted)} tokens, or of others")
         return [logprob_of(entry[0]) for entry in entries[len(entries) - len(wanted) :]]
 
+    @asynccontextmanager
+    async def updating(
+        self, pool: ServerPool, server: Server, version: str, *, keep_running: bool
+    ) -> AsyncIterator[None]:
+        # Otherwise the request that updates waits for those that run.
+        if keep_running:
+            # They return to the queue, and their states are computed again with the new weights.
+            await command(pool, server, "/pause_generation", {"mode": "retract"})
+        try:
+            yield
+            check_weight_version(server, await self.weight_version(pool, server), version)
+        finally:
+            if keep_running:
+                await command(pool, server, "/continue_generation", {})
+
     async def load_weights(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
-        # The update waits for running requests.
-        await self._update(pool, server, folder, version)
+        async with self.updating(pool, server, version, keep_running=False):
+            await self._read(pool, server, folder, version)
 
     async def keep_running(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
-        # Requests return to the queue and their states are computed again with the new weights.
-        await command(pool, server, "/pause_generation", {"mode": "retract"})
-        try:
-            await self._update(pool, server, folder, version)
-        finally:
-            await command(pool, server, "/continue_generation", {})
+        async with self.updating(pool, server, version, keep_running=True):
+            await self._read(pool, server, folder, version)
 
-    async def _update(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
+    async def _read(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
         body = {"model_path": str(folder), "weight_version": version, "flush_cache": True}
-        reply = await command(pool, server, "/update_weights_from_disk", body)
-        if not isinstance(reply, dict) or reply.get("success") is not True:
-            reason = reply.get("message") if isinstance(reply, dict) else reply
-            raise ServingError(f"{server.url}: refused the weights of version {version}: {reason}")
-        told = (await command(pool, server, "/model_info", None)).get("weight_version")
-        if told != version:
-            raise ServingError(
-                f"{server.url}: has weights of version {told!r} after an update to {version!r}; restart the "
-                "server, then run the same command to resume"
-            )
+        await confirmed(pool, server, "/update_weights_from_disk", body)
+
+    async def weight_version(self, pool: ServerPool, server: Server) -> str | None:
+        version: str | None = (await command(pool, server, "/model_info", None)).get("weight_version")
+        return version
+
+
+async def confirmed(pool: ServerPool, server: Server, path: str, body: object) -> None:
+    """Send a command about weights. Raises ServingError unless the server says that it succeeded."""
+    reply = await command(pool, server, path, body)
+    if not isinstance(reply, dict) or reply.get("success") is not True:
+        reason = reply.get("message") if isinstance(reply, dict) else reply
+        raise ServingError(f"{server.url}{path}: refused the weights: {reason}")
 
 
 # Sampling fields that change nothing; a server would fill in those that are not sent.

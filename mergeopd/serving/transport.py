@@ -6,8 +6,9 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -85,7 +86,8 @@ class Server:
     """One server of a pool.
 
     `is_ready` is False until its weights are those of the other servers; `facts` is what the engine's
-    protocol has read of it.
+    protocol has read of it. Replies to requests that began before `num_failed_loads` rose come from weights
+    that nobody knows.
     """
 
     url: str
@@ -94,6 +96,7 @@ class Server:
     num_running: int = 0
     down_until: float = 0.0
     num_lost: int = 0
+    num_failed_loads: int = 0
 
 
 OnReturn = Callable[[Server], Awaitable[None]]
@@ -133,6 +136,23 @@ class ServerPool:
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the pool's event loop to its end."""
         return self._loop.run(work)
+
+    @contextmanager
+    def inside(self, context: AbstractAsyncContextManager[T]) -> Iterator[T]:
+        """Enter and leave an asynchronous context in the pool's event loop, from another thread."""
+
+        async def leave(error: BaseException | None) -> bool | None:
+            trace = None if error is None else error.__traceback__
+            return await context.__aexit__(None if error is None else type(error), error, trace)
+
+        value = self.run(context.__aenter__())
+        try:
+            yield value
+        except BaseException as error:
+            if not self.run(leave(error)):
+                raise
+        else:
+            self.run(leave(None))
 
     def close(self) -> None:
         """Cancel running requests and close all connections."""

@@ -6,7 +6,8 @@ Facts by version: vLLM's `entrypoints/scale_out` and `entrypoints/rl`. The serve
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,9 @@ from mergeopd.serving.protocol import (
     BANNED,
     Generated,
     ServerFacts,
+    Transfer,
     check_version,
+    check_weight_version,
     command,
     ids_of,
     logprob_of,
@@ -31,13 +34,22 @@ _OLDEST = (0, 24)
 _FACTS_S = 20.0
 # Routes that weights need, and where they come from.
 _WEIGHT_ROUTES = ("/pause", "/resume", "/collective_rpc", "/reset_prefix_cache")
+_TRANSFER_ROUTES = (
+    *("/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update"),
+    "/get_world_size",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class VllmApi:
-    """Requests and replies of vLLM. `takes_weights`: the server must have the routes that load weights."""
+    """Requests and replies of vLLM.
+
+    `takes_weights`: the server must have the routes that load weights; `transfer`: how it gets them, if not
+    from a folder.
+    """
 
     takes_weights: bool = True
+    transfer: Transfer | None = None
     name: ClassVar[str] = "vllm"
 
     async def facts(self, pool: ServerPool, server: Server) -> ServerFacts:
@@ -54,13 +66,21 @@ class VllmApi:
                 f"{server.url}: the server has no {missing[0]}, which weight updates need; start it with "
                 "the environment variable VLLM_SERVER_DEV_MODE=1"
             )
-        on_cpu = False
+        if self.transfer and (missing := [route for route in _TRANSFER_ROUTES if route not in routes]):
+            raise ServingError(
+                f"{server.url}: vLLM {version} has no {missing[0]}, which `sync: {{method: "
+                f"{self.transfer}}}` needs; update it, or write `method: folder`"
+            )
+        on_cpu, num_workers = False, 1
+        if self.transfer:
+            told = await command(pool, server, "/get_world_size", None, timeout_s=_FACTS_S)
+            num_workers = int(told["world_size"])
         if self.takes_weights and "/server_info" in routes:
             on_cpu = await self._check_settings(pool, server)
         models = await command(pool, server, "/v1/models", None, timeout_s=_FACTS_S)
         card = models["data"][0]
-        facts = ServerFacts(version, routes, card.get("max_model_len"), card.get("root"), on_cpu)
-        server.facts = facts
+        length, model = card.get("max_model_len"), card.get("root")
+        server.facts = facts = ServerFacts(version, routes, length, model, on_cpu, num_workers)
         return facts
 
     async def _check_settings(self, pool: ServerPool, server: Server) -> bool:
@@ -77,6 +97,10 @@ class VllmApi:
                 f"{server.url}: returns log-probabilities before temperature and top_p (--logprobs-mode "
                 f"{mode}); start it with --logprobs-mode processed_logprobs"
             )
+        backend = (config.get("weight_transfer_config") or {}).get("backend")
+        if self.transfer and backend != self.transfer:
+            flag = f"""--weight-transfer-config '{{"backend": "{self.transfer}"}}'"""
+            raise ServingError(f"{server.url}: takes no weights over {self.transfer}; start it with {flag}")
         if str((config.get("device_config") or {}).get("device")) != "cpu":
             return False
         if (config.get("parallel_config") or {}).get("worker_extension_cls") != WORKER_EXTENSION:
@@ -138,31 +162,40 @@ class VllmApi:
         except (KeyError, TypeError) as error:
             raise BadReply(f"a token has no log-probability ({error!r})") from error
 
-    async def load_weights(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
-        await self._load(pool, server, folder, version, "wait")
-
-    async def keep_running(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
-        await self._load(pool, server, folder, version, "keep")
-
-    async def _load(self, pool: ServerPool, server: Server, folder: Path, version: str, pause: str) -> None:
-        await command(pool, server, f"/pause?mode={pause}", {})
+    @asynccontextmanager
+    async def updating(
+        self, pool: ServerPool, server: Server, version: str, *, keep_running: bool
+    ) -> AsyncIterator[None]:
+        await command(pool, server, f"/pause?mode={'keep' if keep_running else 'wait'}", {})
         try:
-            body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-            await command(pool, server, "/collective_rpc", body)
-            if server.facts is not None and server.facts.on_cpu:
-                await command(pool, server, "/collective_rpc", {"method": "pack_tied_head"})
+            yield
             # States of the old weights would be continued by the new ones.
             await command(pool, server, "/reset_prefix_cache", {})
             if server.facts is not None and "/update_weight_version" in server.facts.routes:
                 await command(pool, server, "/update_weight_version", {"new_version": version})
-                told = (await command(pool, server, "/weight_info", None)).get("weight_version")
-                if told != version:
-                    raise ServingError(
-                        f"{server.url}: has weights of version {told!r} after an update to {version!r}; "
-                        "restart the server, then run the same command to resume"
-                    )
+                check_weight_version(server, await self.weight_version(pool, server), version)
         finally:
             await command(pool, server, "/resume", {})
+
+    async def load_weights(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
+        async with self.updating(pool, server, version, keep_running=False):
+            await self._read(pool, server, folder)
+
+    async def keep_running(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
+        async with self.updating(pool, server, version, keep_running=True):
+            await self._read(pool, server, folder)
+
+    async def _read(self, pool: ServerPool, server: Server, folder: Path) -> None:
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        await command(pool, server, "/collective_rpc", body)
+        if server.facts is not None and server.facts.on_cpu:
+            await command(pool, server, "/collective_rpc", {"method": "pack_tied_head"})
+
+    async def weight_version(self, pool: ServerPool, server: Server) -> str | None:
+        if server.facts is None or "/weight_info" not in server.facts.routes:
+            return None
+        version: str | None = (await command(pool, server, "/weight_info", None)).get("weight_version")
+        return version
 
 
 # Sampling fields that change nothing; a server would fill in those that are not sent.

@@ -59,7 +59,7 @@ class EngineServers:
     """Start servers on demand, one of each engine at a time: other options replace the running server."""
 
     def __init__(self, environments: Path, logs: Path) -> None:
-        self._environments = environments
+        self.environments = environments
         self._logs = logs
         self._running: dict[EngineName, tuple[object, EngineServer]] = {}
 
@@ -93,7 +93,7 @@ class EngineServers:
             CONTEXT_LENGTH,
             "float32",
             self._logs / f"{engine}.log",
-            python=self._environments / engine / "bin" / "python",
+            python=self.environments / engine / "bin" / "python",
             script=TOOLS / script if script else None,
             arguments=usual + arguments,
             environment=environment,
