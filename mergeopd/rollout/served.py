@@ -172,7 +172,7 @@ class ServedEngine:
         Running requests continue with the new weights. Raises ServingError.
         """
         if isinstance(self.publisher, TransferSync):
-            self.publisher.sync(source, version, lambda: self._opened().pool)
+            self.publisher.sync(source, version, self._running_servers)
             if self._connection is not None:
                 self._connection.version = version  # not before: some servers have the weights earlier
             return
@@ -215,6 +215,12 @@ class ServedEngine:
             pool.on_return = self._prepare
             self.facts()
         return self._connection
+
+    def _running_servers(self) -> ServerPool:
+        """Return the servers, after a restart of those that have crashed."""
+        pool = self._opened().pool
+        self.servers.check()
+        return pool
 
     def _load(self, folder: Path, version: int) -> None:
         one = self._opened()

@@ -8,6 +8,7 @@ import logging
 import secrets
 import socket
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,8 @@ T = TypeVar("T")
 Tensors = Iterator[tuple[str, Tensor]]
 # A request and the thread beside it fail together; the request's error tells more.
 _SAME_FAILURE_S = 2.0
+# Interval at which servers are asked whether one is back.
+_ASK_S = 1.0
 
 
 class WeightTransfer(ABC):
@@ -81,7 +84,11 @@ class TransferSync:
         errors: list[ServingError] = []
 
         def find() -> int:
+            end = time.monotonic() + pool().lost_s
             servers.extend(self._reachable(pool()))
+            while not servers and time.monotonic() < end:
+                time.sleep(_ASK_S)
+                servers.extend(self._reachable(pool()))
             return len(servers)
 
         num_servers: int = self.run_on_first(find)

@@ -6,7 +6,7 @@ Facts by version: SGLang's `srt/managers/io_struct.py` and `srt/entrypoints/http
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -129,9 +129,15 @@ class SglangApi:
         try:
             yield
             check_weight_version(server, await self.weight_version(pool, server), version)
-        finally:
-            if keep_running:
-                await command(pool, server, "/continue_generation", {})
+        except BaseException:
+            with suppress(ServingError):  # report the first failure, not this one
+                await self._continue(pool, server, keep_running)
+            raise
+        await self._continue(pool, server, keep_running)
+
+    async def _continue(self, pool: ServerPool, server: Server, keep_running: bool) -> None:
+        if keep_running:
+            await command(pool, server, "/continue_generation", {})
 
     async def load_weights(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
         async with self.updating(pool, server, version, keep_running=False):

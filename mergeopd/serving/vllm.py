@@ -7,7 +7,7 @@ Facts by version: vLLM's `entrypoints/scale_out` and `entrypoints/rl`. The serve
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -174,8 +174,11 @@ class VllmApi:
             if server.facts is not None and "/update_weight_version" in server.facts.routes:
                 await command(pool, server, "/update_weight_version", {"new_version": version})
                 check_weight_version(server, await self.weight_version(pool, server), version)
-        finally:
-            await command(pool, server, "/resume", {})
+        except BaseException:
+            with suppress(ServingError):  # report the first failure, not this one
+                await command(pool, server, "/resume", {})
+            raise
+        await command(pool, server, "/resume", {})
 
     async def load_weights(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
         async with self.updating(pool, server, version, keep_running=False):

@@ -213,6 +213,10 @@ def test_vllm_serves_the_sampling_distribution_on_loopback(launch_of: Any) -> No
     assert environment["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert environment["PATH"] == "/bin"
+    # Only for handles of shared memory: it lets requests carry pickled objects.
+    assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in environment
+    shared = launch_of(devices=(2,), weight_transfer="ipc").process_environment({})
+    assert shared["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "1"
     assert not {"RANK", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS"} & set(environment)
 
 
