@@ -88,7 +88,8 @@ def _publisher(
         else:
             device = device if sync.method == "nccl" else torch.device("cpu")
             transfer = GroupTransfer(sync.method, device)
-        return TransferSync(api_of(settings), transfer, context.run_on_first)
+        is_current = settings.ahead == 0 and sync.every == 1
+        return TransferSync(api_of(settings), transfer, context.run_on_first, is_current)
     folder = RunFolder(Path(plan.output)).weights
     if sync.folder is not None:
         folder = Path(sync.folder) / f"mergeopd-{plan.hash[:12]}"  # other runs may name it, too

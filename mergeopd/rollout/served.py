@@ -216,6 +216,11 @@ class ServedEngine:
             self.facts()
         return self._connection
 
+    def repeat_transfer(self) -> None:
+        """Send the weights of the last sync again, to servers that were started again. Collective."""
+        assert isinstance(self.publisher, TransferSync)
+        self.publisher.repeat(self._running_servers)
+
     def _running_servers(self) -> ServerPool:
         """Return the servers, after a restart of those that have crashed."""
         pool = self._opened().pool
@@ -349,20 +354,23 @@ class ServedRollouts:
 
     engine: ServedEngine
     running: _Running | None
-    run_on_first: Callable[[Callable[[], list[Completion]]], list[Completion]]
+    run_on_first: Callable[[Callable[[], list[Completion] | None]], list[Completion] | None]
 
     def wait(self, on_progress: Callable[[int], None]) -> list[Completion]:
         """Return all responses. Collective; `on_progress` may raise, which cancels the requests."""
-        return self.run_on_first(lambda: self._wait(on_progress))
+        while (completions := self.run_on_first(lambda: self._wait(on_progress))) is None:
+            self.engine.repeat_transfer()
+        return completions
 
     def cancel(self) -> None:
         """Abandon the requests; servers notice that the connections are closed."""
         if self.running is not None:
             self.running.future.cancel()
 
-    def _wait(self, on_progress: Callable[[int], None]) -> list[Completion]:
+    def _wait(self, on_progress: Callable[[int], None]) -> list[Completion] | None:
+        """Return all responses, or None when servers must get weights from all processes before."""
         assert self.running is not None
-        running = self.running
+        running, publisher = self.running, self.engine.publisher
         try:
             while True:
                 try:
@@ -372,6 +380,9 @@ class ServedRollouts:
                         raise
                 on_progress(running.num_done)
                 self.engine.servers.check()
+                pool = running.connection.pool
+                if isinstance(publisher, TransferSync) and publisher.is_wanted(pool):
+                    return None
         except BaseException:
             running.future.cancel()
             raise

@@ -64,16 +64,21 @@ class TransferSync:
     """Gives servers the student's weights from memory, one after another, so that the others work meanwhile.
 
     A server that is started again, or to which a transfer broke off, gets weights at the next sync, and no
-    requests before.
+    requests before. `is_current`: the weights are still those of the last sync whenever responses are waited
+    for, so that they can be sent again when no other server is left.
     """
 
     api: InferenceApi
     transfer: WeightTransfer
     run_on_first: Callable[[Callable[[], Any]], Any]
+    is_current: bool = False
+    _source: WeightStream | None = field(default=None, init=False)
     _version: int | None = field(default=None, init=False)
     _unknown: set[Server] = field(default_factory=set, init=False)
     """servers that may have parts of several versions"""
     _connected: set[Server] = field(default_factory=set, init=False)
+    _waiting: set[Server] = field(default_factory=set, init=False)
+    """servers that have returned without the current weights"""
 
     def sync(self, source: WeightStream, version: int, pool: Callable[[], ServerPool]) -> None:
         """Send the weights to all servers that can be reached. Collective.
@@ -92,7 +97,7 @@ class TransferSync:
             return len(servers)
 
         num_servers: int = self.run_on_first(find)
-        self._version = version
+        self._source, self._version = source, version
         self.transfer.learn(source)
         for index in range(num_servers):
             tensors = source.folder_weights()
@@ -101,10 +106,21 @@ class TransferSync:
             deque(tensors, maxlen=0)  # the other processes only take part
         self.run_on_first(lambda: self._check_one_is_ready(pool(), errors))
 
+    def is_wanted(self, pool: ServerPool) -> bool:
+        """Whether `repeat` would help: no server has the weights, and one waits. On the first process only."""
+        return self.is_current and bool(self._waiting) and not any(one.is_ready for one in pool.servers)
+
+    def repeat(self, pool: Callable[[], ServerPool]) -> None:
+        """Send the weights of the last sync again. Collective; see `sync`."""
+        assert self._source is not None
+        assert self._version is not None
+        self.sync(self._source, self._version, pool)
+
     async def check(self, pool: ServerPool, server: Server) -> None:
         """Raise ServingError unless a server that was lost has the current weights."""
         told = await self.api.weight_version(pool, server)
         if server in self._unknown or told != str(self._version):
+            self._waiting.add(server)
             raise ServingError(
                 f"{server.url}: was started again, or got a part of its weights only; it gets weights at the "
                 "next sync"
@@ -148,6 +164,7 @@ class TransferSync:
             self._lose(pool, server, error)
             return [error]
         self._unknown.discard(server)
+        self._waiting.discard(server)
         server.is_ready = True
         return []
 

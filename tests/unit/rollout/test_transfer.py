@@ -12,17 +12,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore
 
 from mergeopd.errors import ServingError
 from mergeopd.rollout import vllm_transfer
+from mergeopd.rollout.protocol import EngineContext, GenerationRequest
+from mergeopd.rollout.served import RunningServers, ServedEngine
 from mergeopd.rollout.transfer import GroupTransfer, TransferSync
 from mergeopd.rollout.vllm_transfer import VllmTransfer
 from mergeopd.serving.sglang import SglangApi
 from mergeopd.serving.transport import ServerPool
 from mergeopd.serving.vllm import VllmApi
+from mergeopd.types import Sampling
 
 Reply = tuple[int, Any]
 
@@ -120,6 +124,12 @@ class FakeServer:
             group.broadcast([self.weights[name]], _from_first()).wait()
         self.version = body["weight_version"] or self.version
         return {"success": True}
+
+    def generate(self, _: Any) -> Any:
+        """A response of two tokens, of which 1 is the end token."""
+        entries = [[-0.5, 2, None], [-0.5, 1, None]]
+        facts = {"finish_reason": {"type": "stop", "matched": 1}, "output_token_logprobs": entries}
+        return {"output_ids": [2, 1], "meta_info": {**facts, "weight_version": self.version}}
 
     # vLLM
 
@@ -266,6 +276,29 @@ def test_other_processes_iterate_as_often_as_the_first_also_when_a_transfer_brea
     other = TransferSync(SglangApi("gloo"), transfer, lambda work: next(replies))
     other.sync(sources[1], 1, no_pool)
     assert sources[0].passes == sources[1].passes == [3, 3]
+
+
+def test_the_only_server_gets_the_weights_again_while_responses_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mergeopd.serving.transport._DOWN_S", 0.05)
+    fake, source = FakeServer(), Source()
+    context = EngineContext([1], None, torch.device("cpu"), 0, None, lambda work: work())  # type: ignore[arg-type]
+    transfer = GroupTransfer("gloo", torch.device("cpu"))
+    sync = TransferSync(SglangApi("gloo"), transfer, context.run_on_first, is_current=True)
+    with serving(fake) as pool:
+        servers = RunningServers([pool.servers[0].url])
+        engine = ServedEngine(
+            SglangApi("gloo"), servers, context, sync, range(9, 9), concurrency=2, timeout_s=20
+        )
+        engine.sync_weights(source, 1)  # type: ignore[arg-type]
+        fake.restart()
+        requests = [GenerationRequest(str(n), 0, np.array([3, 4])) for n in range(3)]
+        completions = engine.submit(requests, Sampling(1.0, 1.0, 8)).wait(lambda _: None)
+        assert [one.policy_version for one in completions] == [1] * 3
+        assert has(fake, source, 1)
+        assert engine.counts().num_lost == 1
+        engine.close()
 
 
 class Trainer:
