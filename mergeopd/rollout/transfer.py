@@ -107,7 +107,7 @@ class TransferSync:
         self.run_on_first(lambda: self._check_one_is_ready(pool(), errors))
 
     def is_wanted(self, pool: ServerPool) -> bool:
-        """Whether `repeat` would help: no server has the weights, and one waits. On the first process only."""
+        """Whether `repeat` would help: no server has the weights, and one waits. First process only."""
         return self.is_current and bool(self._waiting) and not any(one.is_ready for one in pool.servers)
 
     def repeat(self, pool: Callable[[], ServerPool]) -> None:
