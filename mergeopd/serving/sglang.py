@@ -161,10 +161,11 @@ def _finish(reason: Any, ids: Sequence[int], eos_ids: Collection[int]) -> Finish
     )
     if kind == "length":
         return "length"
-    if kind == "stop" and isinstance(matched, str):
-        return "stop"
+    # First the end token: a stop text may be part of its text.
     if kind == "stop" and ids[-1] in eos_ids:
         return "eos"
+    if kind == "stop" and isinstance(matched, str):
+        return "stop"
     if kind == "stop":
         # SGLang has no way to end responses at the recipe's tokens only.
         raise ServingError(

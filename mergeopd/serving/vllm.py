@@ -195,8 +195,9 @@ def _finish(choice: dict[str, Any], ids: Sequence[int], eos_ids: Collection[int]
     reason, stop = choice.get("finish_reason"), choice.get("stop_reason")
     if reason == "length":
         return "length"
-    if reason == "stop" and isinstance(stop, str):
-        return "stop"
+    # First the end token: a stop text may be part of its text.
     if reason == "stop" and ids[-1] in eos_ids:
         return "eos"
+    if reason == "stop" and isinstance(stop, str):
+        return "stop"
     raise BadReply(f"the response ended with {reason!r} ({stop!r})")
