@@ -19,6 +19,8 @@ from mergeopd.serving.protocol import (
     command,
     ids_of,
     logprob_of,
+    replies_of,
+    restored,
 )
 from mergeopd.serving.transport import BadReply, Server, ServerPool
 from mergeopd.types import Finish, Sampling
@@ -38,6 +40,10 @@ class SglangApi:
     name: ClassVar[str] = "sglang"
 
     async def facts(self, pool: ServerPool, server: Server) -> ServerFacts:
+        with replies_of(server, "SGLang"):
+            return await self._facts(pool, server)
+
+    async def _facts(self, pool: ServerPool, server: Server) -> ServerFacts:
         info = await command(pool, server, "/server_info", None, timeout_s=_FACTS_S)
         version = str(info.get("version", ""))
         check_version(server, "SGLang", version, _OLDEST)
@@ -114,10 +120,8 @@ class SglangApi:
     async def keep_running(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
         # Requests return to the queue and their states are computed again with the new weights.
         await command(pool, server, "/pause_generation", {"mode": "retract"})
-        try:
+        async with restored(lambda: command(pool, server, "/continue_generation", {})):
             await self._update(pool, server, folder, version)
-        finally:
-            await command(pool, server, "/continue_generation", {})
 
     async def _update(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
         body = {"model_path": str(folder), "weight_version": version, "flush_cache": True}
