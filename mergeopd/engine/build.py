@@ -153,7 +153,11 @@ def build(
     stages = Stages(alarms, clock, ranks, guard)
     if engines is None:
         engines = engines_of(
-            plan, inputs.vocab_size, ranks, lambda num: stages.begin("startup", "servers", num, "servers")
+            plan,
+            inputs.vocab_size,
+            ranks,
+            begin=lambda num: stages.begin("startup", "servers", num, "servers"),
+            check_stop=stages.check,
         )
     engine = engines[plan.rollout.engine](student, _context(inputs.student, inputs, machine), plan.rollout)
     vocab = None if len(student.vocab) == inputs.vocab_size else student.vocab
@@ -219,7 +223,6 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
         make = partial(
             AheadPipeline,
             ahead=settings.ahead,
-            max_staleness=settings.max_staleness,
             open_background=partial(_background, plan, rollouts),
         )
     return make(

@@ -22,6 +22,9 @@ from mergeopd.serving.launch import ServerLaunch
 from mergeopd.storage.published_weights import PublishedWeights
 from mergeopd.storage.run_folder import RunFolder
 
+# The run stops after so long without any server.
+_LOST_S = 60.0
+
 MakeEngine = Callable[[WeightSource, EngineContext, Any], RolloutEngine]
 
 ENGINES: Mapping[str, MakeEngine] = MappingProxyType(
@@ -30,12 +33,14 @@ ENGINES: Mapping[str, MakeEngine] = MappingProxyType(
 """Engines that generate the student's responses, by `rollout.engine`; they get that section of the recipe."""
 
 
-def engines_of(plan: Plan, vocab_size: int, ranks: Communicator, begin: Begin) -> dict[str, MakeEngine]:
+def engines_of(
+    plan: Plan, vocab_size: int, ranks: Communicator, begin: Begin, check_stop: Callable[[], None]
+) -> dict[str, MakeEngine]:
     """Return all engines that the recipe of `plan` can name; those with servers belong to its run folder.
 
-    `begin` reports that servers start.
+    `begin` reports that servers start; `check_stop` may raise while they load weights.
     """
-    make = partial(_served, plan, vocab_size, ranks, begin)
+    make = partial(_served, plan, vocab_size, ranks, begin, check_stop)
     return {**ENGINES, "vllm": make, "sglang": make}
 
 
@@ -44,6 +49,7 @@ def _served(
     vocab_size: int,
     ranks: Communicator,
     begin: Begin,
+    check_stop: Callable[[], None],
     source: WeightSource,
     context: EngineContext,
     settings: AnyServerRollout,
@@ -60,8 +66,11 @@ def _served(
         padding=range(vocab_size, ModelFacts.read(model).vocab_rows),
         concurrency=settings.concurrency,
         timeout_s=settings.timeout_s,
+        # A server that the run starts is restarted in this time.
+        lost_s=_LOST_S + (0.0 if settings.launch is None else settings.launch.startup_s),
         headers=headers_of(settings),
         begin=begin,
+        check_stop=check_stop,
     )
 
 

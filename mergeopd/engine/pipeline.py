@@ -67,7 +67,9 @@ class SynchronousPipeline:
     _kept: KeptText | None = field(default=None, init=False)
     _version: int = field(default=0, init=False)
     _synced: int | None = field(default=None, init=False)  # the version that the engine has
-    _compared: int | None = field(default=None, init=False)  # the version of the last parity check
+    # Versions of the weights in the first and the last parity check, and servers that were lost before it.
+    _compared: tuple[int, int] | None = field(default=None, init=False)
+    _num_lost: int = field(default=0, init=False)
     _gap: LogprobGap | None = field(default=None, init=False)
     _generation_s: float = field(default=0.0, init=False)
     _wait_s: float = field(default=0.0, init=False)
@@ -83,6 +85,8 @@ class SynchronousPipeline:
         tasks = draw_tasks(self.draw, self.plan, phase, progress, updates_done)
         if self._kept is not None:
             tasks = self._kept.tasks(tasks, first=phase.num_drawn(updates_done))
+        if self._synced is None and any(task.origin == "student" for task in tasks):
+            self.use_newest_weights()
         with self.stages.clock.stage("rollout"):
             settings = self.plan.rollout_of(phase)
             rollouts = self._collect(tasks, settings, progress)
@@ -104,13 +108,14 @@ class SynchronousPipeline:
         )
 
     def trained(self, version: int) -> None:
+        """Remember the version. Servers get it with the next round, when a request to stop may leave."""
         self._version = version
-        # The first time, the engine starts.
-        with self.stages.clock.stage("startup" if self._synced is None else "rollout"):
+        if not isinstance(self.plan.rollout, AnyServerRollout):
             self._sync()
 
     def use_newest_weights(self) -> None:
-        with self.stages.clock.stage("rollout"):
+        # The first time, servers start.
+        with self.stages.clock.stage("startup" if self._synced is None else "rollout"):
             self._sync(every=1)
 
     def close(self) -> None:
@@ -128,6 +133,23 @@ class SynchronousPipeline:
             self.rollouts.engine.sync_weights(self.model, self._version)
             self._synced, self._sync_s = self._version, self._sync_s + time.perf_counter() - start
 
+    def _is_sync_due(self, every: int | None = None) -> bool:
+        settings = self.plan.rollout
+        if every is None:
+            every = settings.sync.every if isinstance(settings, AnyServerRollout) else 1
+        return self._synced is None or self._version - self._synced >= every
+
+    def _is_too_old(self, progress: Progress) -> bool:
+        """Whether the engine's weights are too old for a round."""
+        settings = self.plan.rollout
+        if (
+            not isinstance(settings, AnyServerRollout)
+            or settings.max_staleness is None
+            or self._synced is None
+        ):
+            return False
+        return progress.update - self._synced > settings.max_staleness
+
     def _collect(self, tasks: Sequence[Task], settings: RolloutSettings, progress: Progress) -> list[Rollout]:
         """Return responses to all tasks, the student's first, each kind in the order of the tasks."""
         rollouts = self._of_student(tasks, settings, progress)
@@ -142,6 +164,9 @@ class SynchronousPipeline:
     def _of_student(
         self, tasks: Sequence[Task], settings: RolloutSettings, progress: Progress
     ) -> list[Rollout]:
+        if not any(task.origin == "student" for task in tasks):
+            return []
+        self._sync(every=1 if self._is_too_old(progress) else None)
         self._compare(tasks, settings)
         start = time.perf_counter()
         rollouts = self.rollouts.generate(tasks, settings)
@@ -154,17 +179,38 @@ class SynchronousPipeline:
         The responses are sampled for that, with the weights that engine and student both have. Raises
         ServingError on the first process when they differ.
         """
-        parity = settings.parity if isinstance(settings, AnyServerRollout) else None
+        if self._synced != self._version or not self._is_comparison_due(tasks, settings):
+            return
+        assert isinstance(settings, AnyServerRollout)
+        parity = settings.parity
+        assert parity is not None
+        first, _ = self._compared or (self._version, None)
+        self._compared, self._num_lost = (first, self._version), self._lost_so_far()
         prompts = [task.prompt for task in tasks if task.origin == "student"]
-        if parity is None or not prompts or self._synced != self._version:
-            return
-        if self._compared is not None and self._version // parity.every <= self._compared // parity.every:
-            return
-        self._compared = self._version
+        assert isinstance(self.rollouts.engine, ServedEngine)
+        self.rollouts.engine.compare_servers()
         gap = self._gap = self._measure_gap(prompts[: parity.num_responses], settings)
-        if gap.mean > parity.max_mean_gap:
+        if not gap.mean <= parity.max_mean_gap:  # NaN is no agreement
             # One process reports what all know.
             self.stages.ranks.run_on_first(partial(refuse_gap, gap, parity.max_mean_gap))
+
+    def _is_comparison_due(self, tasks: Sequence[Task], settings: RolloutSettings) -> bool:
+        """Whether to compare the newest weights: the first, the first changed ones, every so many updates.
+
+        And after a server was lost, as it may have been started in another way. Collective.
+        """
+        parity = settings.parity if isinstance(settings, AnyServerRollout) else None
+        if parity is None or not any(task.origin == "student" for task in tasks):
+            return False
+        if self._compared is None or self._lost_so_far() > self._num_lost:
+            return True
+        first, last = self._compared
+        return first == last < self._version or self._version // parity.every > last // parity.every
+
+    def _lost_so_far(self) -> int:
+        engine = self.rollouts.engine
+        assert isinstance(engine, ServedEngine)
+        return self.stages.ranks.run_on_first(lambda: engine.counts().num_lost)
 
     def _measure_gap(self, prompts: Sequence[Prompt], settings: RolloutSettings) -> LogprobGap:
         engine, ranks = self.rollouts.engine, self.stages.ranks
@@ -236,12 +282,15 @@ class _InFlight:
 
     round: int
     num_responses: int
-    started: float
     rollouts: Future[list[Rollout]] | None = None
     seconds: float = 0.0
 
-    def end(self) -> None:
-        self.seconds = time.perf_counter() - self.started
+    def run(self, generate: Callable[[], list[Rollout]]) -> list[Rollout]:
+        start = time.perf_counter()
+        try:
+            return generate()
+        finally:
+            self.seconds = time.perf_counter() - start
 
 
 @dataclass
@@ -275,29 +324,22 @@ class AheadPipeline(SynchronousPipeline):
     """Generates up to `ahead` rounds on servers while earlier ones are scored and trained on.
 
     With `ahead` 1 (one-step-off), the servers get new weights between two rounds. With more, rounds are in
-    flight then, and continue with the new weights. `max_staleness` limits the number of updates between the
-    weights that begin a round and those that learn from it first. A run that is resumed generates the rounds
-    in flight again: they follow from its progress, so no prompt is lost or trained on twice.
+    flight then, and continue with the new weights. `max_staleness` of the recipe limits the number of updates
+    between the weights that begin a round and those that learn from it first. A run that is resumed generates
+    the rounds in flight again: they follow from its progress, so no prompt is lost or trained on twice.
     """
 
     ahead: int = 1
-    max_staleness: int | None = None
     open_background: Callable[[], Background] = field(kw_only=True)
     _in_flight: deque[_InFlight] = field(default_factory=deque, init=False)
     _threads: ThreadPoolExecutor | None = field(default=None, init=False)
     _background: Background | None = field(default=None, init=False)
 
-    def trained(self, version: int) -> None:
-        """Remember the version: the engine gets it when the next round has been generated."""
-        if self._synced is None:
-            super().trained(version)
-        self._version = version
-
     def use_newest_weights(self) -> None:
         with self.stages.clock.stage("rollout"):
             for one in self._in_flight:
                 self._wait(one)
-            self._sync(every=1)
+        super().use_newest_weights()
 
     def close(self) -> None:
         if self._background is not None:
@@ -319,8 +361,7 @@ class AheadPipeline(SynchronousPipeline):
         rollouts = self._wait(one)
         self._generation_s, self._wait_s = one.seconds, time.perf_counter() - start
         self._sync()
-        if not self._in_flight:  # the comparison is of these weights alone
-            self._compare(tasks, settings)
+        self._compare(tasks, settings)
         self._submit_following(progress)
         return rollouts
 
@@ -340,12 +381,6 @@ class AheadPipeline(SynchronousPipeline):
             if progress.round > newest:
                 self._submit(progress)
 
-    def _is_too_old(self, progress: Progress) -> bool:
-        """Whether the engine's weights are too old for a round."""
-        if self.max_staleness is None or self._synced is None:
-            return False
-        return progress.update - self._synced > self.max_staleness
-
     def _submit(self, progress: Progress) -> None:
         at = phase_at(self.plan, progress.update)
         assert at is not None
@@ -353,15 +388,15 @@ class AheadPipeline(SynchronousPipeline):
         tasks = draw_tasks(self.draw, self.plan, phase, progress, updates_done)
         settings = self.plan.rollout_of(phase)
         num = sum(task.origin == "student" for task in tasks) * settings.samples_per_prompt
-        one = _InFlight(progress.round, num, time.perf_counter())
+        one = _InFlight(progress.round, num)
         if self.stages.ranks.is_first:
             if self._background is None or self._threads is None:
                 self._background = self.open_background()
                 # Environments serve one round at a time, and so their rounds follow each other.
                 num_threads = 1 if self._background.rollouts.environments.settings else self.ahead + 1
                 self._threads = ThreadPoolExecutor(num_threads, "mergeopd-rollouts")
-            one.rollouts = self._threads.submit(self._background.rollouts.generate, tasks, settings)
-            one.rollouts.add_done_callback(lambda _: one.end())
+            generate = partial(self._background.rollouts.generate, tasks, settings)
+            one.rollouts = self._threads.submit(one.run, generate)
         self._in_flight.append(one)
 
     def _wait(self, one: _InFlight) -> list[Rollout]:

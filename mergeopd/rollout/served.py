@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -16,8 +17,10 @@ from mergeopd.errors import ServingError
 from mergeopd.rollout.protocol import Completion, EngineContext, GenerationRequest, WeightSource
 from mergeopd.serving.launch import ServerLaunch, ServerProcess
 from mergeopd.serving.protocol import Generated, InferenceApi, ServerFacts
-from mergeopd.serving.transport import BadReply, Server, ServerPool, WrongWeights
+from mergeopd.serving.transport import BadReply, Server, ServerPool, WrongWeights, is_transient, parsed
 from mergeopd.types import Sampling
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 # Interval at which progress is reported, and servers that were started are watched.
@@ -48,8 +51,11 @@ class Servers(Protocol):
     def start(self, on_progress: Callable[[int], None]) -> Sequence[str]:
         """Return their addresses when all are ready; `on_progress` gets how many are, and may raise."""
 
-    def check(self) -> None:
-        """Restart a server that has crashed. Raises ServingError when it crashed before."""
+    def check(self, while_waiting: Callable[[], None]) -> None:
+        """Restart a server that has crashed; `while_waiting` may raise to leave.
+
+        Raises ServingError when it crashed before.
+        """
 
     def close(self) -> None:
         """Stop the servers that the run has started."""
@@ -65,7 +71,7 @@ class RunningServers:
     def start(self, on_progress: Callable[[int], None]) -> Sequence[str]:
         return self.urls
 
-    def check(self) -> None:
+    def check(self, while_waiting: Callable[[], None]) -> None:
         """Do nothing: lost servers are noticed by their requests."""
 
     def close(self) -> None:
@@ -79,13 +85,17 @@ class LaunchedServers:
     launches: Sequence[ServerLaunch]
     start_timeout_s: float
     _processes: list[ServerProcess] = field(default_factory=list, init=False)
+    _checking: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _while_waiting: Callable[[], None] = field(default=lambda: None, init=False)
 
     @property
     def num_to_start(self) -> int:
         return len(self.launches)
 
     def start(self, on_progress: Callable[[int], None]) -> Sequence[str]:
-        self._processes = [ServerProcess(one, self.start_timeout_s) for one in self.launches]
+        self._processes = [
+            ServerProcess(one, self.start_timeout_s, lambda _: self._while_waiting()) for one in self.launches
+        ]
         with ThreadPoolExecutor(len(self._processes)) as threads:
             starts = [threads.submit(one.start) for one in self._processes]
             try:
@@ -99,10 +109,16 @@ class LaunchedServers:
                 raise
         return [one.url for one in self._processes]
 
-    def check(self) -> None:
-        for one in self._processes:
-            if one.ensure_running():
-                _log.warning("restarted the inference server at %s", one.url)
+    def check(self, while_waiting: Callable[[], None]) -> None:
+        if not self._checking.acquire(blocking=False):
+            return  # another thread that waits for responses is at it
+        try:
+            self._while_waiting = while_waiting
+            for one in self._processes:
+                if one.ensure_running():
+                    _log.warning("restarted the inference server at %s", one.url)
+        finally:
+            self._checking.release()
 
     def close(self) -> None:
         for one in self._processes:
@@ -127,7 +143,7 @@ class _Connection:
     version: int | None = None
     num_stale: int = 0
     banned: range = range(0)
-    running: int = 0  # calls of `submit` whose responses are not complete
+    running: set[Future[list[Completion]]] = field(default_factory=set)  # of calls of `submit`
 
 
 @dataclass
@@ -136,7 +152,8 @@ class ServedEngine:
 
     `padding` are the rows of the model's head behind its vocabulary, which hardly have any probability in
     trained models: they are banned as soon as one of them is sampled. `concurrency` requests run at each
-    server.
+    server. After `lost_s` seconds without any server, the run stops. `check_stop` may raise while weights are
+    loaded, to stop the run.
     """
 
     api: InferenceApi
@@ -146,8 +163,10 @@ class ServedEngine:
     padding: range
     concurrency: int
     timeout_s: float
+    lost_s: float
     headers: Mapping[str, str] = field(default_factory=dict)
     begin: Begin = lambda num: lambda num_ready: None
+    check_stop: Callable[[], None] = lambda: None
     _connection: _Connection | None = field(default=None, init=False)
 
     def submit(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> ServedRollouts:
@@ -189,6 +208,26 @@ class ServedEngine:
         num_lost = sum(server.num_lost for server in one.pool.servers)
         return ServingCounts(one.pool.num_retries, one.num_stale, num_lost)
 
+    def compare_servers(self) -> None:
+        """Raise ServingError if servers have different weights, where they offer checksums. Collective."""
+        self.context.run_on_first(self._compare_checksums)
+
+    def _compare_checksums(self) -> None:
+        pool = self._opened().pool
+        ready = [server for server in pool.servers if server.is_ready]
+        if len(ready) < 2:
+            return
+
+        async def all_checksums() -> list[str | None]:
+            return list(await asyncio.gather(*(self.api.checksum(pool, server) for server in ready)))
+
+        for server, digest in zip(ready, checksums := pool.run(all_checksums()), strict=True):
+            if digest != checksums[0]:
+                raise ServingError(
+                    f"{server.url} and {ready[0].url} have different weights after one update, by their "
+                    "checksums; start both with the same options, or remove one"
+                )
+
     def facts(self) -> list[ServerFacts]:
         """Return the facts of all servers. Raises ServingError for servers that cannot be used."""
         pool = self._opened().pool
@@ -203,7 +242,11 @@ class ServedEngine:
         if self._connection is None:
             urls = self.servers.start(self.begin(self.servers.num_to_start))
             pool = ServerPool(
-                urls, max_running=self.concurrency, timeout_s=self.timeout_s, headers=self.headers
+                urls,
+                max_running=self.concurrency,
+                timeout_s=self.timeout_s,
+                lost_s=self.lost_s,
+                headers=self.headers,
             )
             self._connection = _Connection(pool)
             pool.on_return = self._prepare
@@ -215,37 +258,56 @@ class ServedEngine:
         one.folder, one.version = folder, version
         pool = one.pool
 
-        async def load(server: Server) -> None:
+        async def load(server: Server) -> Exception | None:
             run = self.api.keep_running if one.running else self.api.load_weights
-            await run(pool, server, folder.resolve(), str(version))
+            try:
+                await run(pool, server, folder.resolve(), str(version))
+            except ServingError as error:
+                _log.warning("%s", error)
+                server.num_failed_loads += 1
+                pool.lose(server, error)
+                return error
+            return None
 
-        async def load_all() -> list[BaseException | None]:
-            ready = [server for server in pool.servers if server.is_ready]
-            results = await asyncio.gather(*map(load, ready), return_exceptions=True)
-            for server, error in zip(ready, results, strict=True):
-                if error is not None:
-                    _log.warning("%s", error)
-                    pool.lose(server)
-            return [*results]
+        async def load_all() -> list[Exception | None]:
+            return await asyncio.gather(*(load(server) for server in pool.servers if server.is_ready))
 
-        errors = [error for error in pool.run(load_all()) if error is not None]
-        if errors and not any(server.is_ready for server in pool.servers):
+        errors = self._wait(pool.submit(load_all()), self.check_stop)
+        # Servers that are away or were restarted get the weights when they return.
+        if errors and all(error is not None and not is_transient(error) for error in errors):
+            assert errors[0] is not None
             raise errors[0]
 
     async def _prepare(self, server: Server) -> None:
         """Give a server that has returned the current weights."""
-        one = self._connection
-        if one is not None and one.folder is not None:
+        one, loaded = self._connection, None
+        while one is not None and one.folder is not None and loaded != one.version:
+            folder, loaded = one.folder, one.version
             await self.api.facts(one.pool, server)  # it may have been started in another way
-            await self.api.load_weights(one.pool, server, one.folder.resolve(), str(one.version))
+            await self.api.load_weights(one.pool, server, folder.resolve(), str(loaded))
+
+    def _wait(self, work: Future[T], while_waiting: Callable[[], None]) -> T:
+        """Return the result of work in the pool's loop; if `while_waiting` raises, the work is cancelled."""
+        try:
+            while True:
+                try:
+                    return work.result(_POLL_S)
+                except TimeoutError:
+                    if work.done():
+                        raise
+                while_waiting()
+        except BaseException:
+            work.cancel()
+            raise
 
     def _start(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> _Running:
         one = self._opened()
         if one.version is None:
             raise ValueError("sync_weights must be called before submit")
         running = _Running(self, one, one.version, requests, sampling)
-        one.running += 1
         running.future = one.pool.submit(running.generate())
+        one.running.add(running.future)
+        running.future.add_done_callback(one.running.discard)
         return running
 
 
@@ -279,9 +341,13 @@ class _Running:
                     group.create_task(work())
         except* ServingError as errors:
             raise errors.exceptions[0] from None
-        finally:
-            self.connection.running -= 1
         return [completion for completion in completions if completion is not None]
+
+    @property
+    def _newest(self) -> int:
+        """The version that was loaded last: running requests may have got it."""
+        version = self.connection.version
+        return self.version if version is None else version
 
     async def _one(self, request: GenerationRequest) -> Completion:
         engine, pool = self.engine, self.connection.pool
@@ -292,35 +358,44 @@ class _Running:
         async def attempt(server: Server) -> Completion:
             banned = self.connection.banned
             path, body = engine.api.generation(prompt_ids, self.sampling, eos_ids, banned)
+            num_failed_loads = server.num_failed_loads
             reply = await pool.call(server, path, body)
-            return self._checked(engine.api.generated(reply, eos_ids))
+            generated = parsed(lambda reply: engine.api.generated(reply, eos_ids), reply)
+            if server.num_failed_loads > num_failed_loads:
+                raise BadReply("weights were loaded in part while the response was generated")
+            return self._checked(generated)
 
         return await pool.balanced("", attempt)
 
     def _checked(self, generated: Generated) -> Completion:
-        """Convert a response. Raises BadReply for one that cannot be of this request and these weights."""
+        """Convert a response.
+
+        Raises BadReply for one that cannot be of this request and these weights, ServingError for one that
+        every attempt would cut.
+        """
         ids = generated.ids
         if len(ids) > self.sampling.max_new_tokens:
             raise BadReply(f"{len(ids)} tokens, more than {self.sampling.max_new_tokens}")
         if generated.finish == "length" and len(ids) < self.sampling.max_new_tokens:
-            raise BadReply(
-                f"a response was cut after {len(ids)} tokens: the server's context is shorter than prompt "
-                "and `max_new_tokens`"
+            raise ServingError(
+                f"a server cut a response after {len(ids)} tokens: its context is shorter than prompt and "
+                f"max_new_tokens ({self.sampling.max_new_tokens}); start it with a longer context, or lower "
+                "`rollout.max_new_tokens`"
             )
         if max(ids) >= self.engine.padding.start:
             self.connection.banned = self.engine.padding
             raise BadReply(f"id {max(ids)} is no token: the vocabulary ends at {self.engine.padding.start}")
         version = self.version
         if generated.versions:
-            try:
-                version = min(map(int, generated.versions))
-            except ValueError:
-                version = -1
-            if version < self.version:
+            known = {str(number): number for number in range(self.version, self._newest + 1)}
+            strange = [version for version in generated.versions if version not in known]
+            if strange:
                 self.connection.num_stale += 1
                 raise WrongWeights(
-                    f"a response of weights {generated.versions[0]!r}, where {self.version} were loaded"
+                    f"a response of weights {strange[0]!r}, where {self.version} were loaded; does another "
+                    "run use the server?"
                 )
+            version = min(known[version] for version in generated.versions)
         logprobs = np.array(generated.logprobs, np.float32)
         return Completion(np.array(ids, np.int32), logprobs, generated.finish, version)
 
@@ -343,17 +418,11 @@ class ServedRollouts:
             self.running.future.cancel()
 
     def _wait(self, on_progress: Callable[[int], None]) -> list[Completion]:
-        assert self.running is not None
         running = self.running
-        try:
-            while True:
-                try:
-                    return running.future.result(_POLL_S)
-                except TimeoutError:
-                    if running.future.done():
-                        raise
-                on_progress(running.num_done)
-                self.engine.servers.check()
-        except BaseException:
-            running.future.cancel()
-            raise
+        assert running is not None
+
+        def check() -> None:
+            on_progress(running.num_done)
+            self.engine.servers.check(lambda: on_progress(running.num_done))
+
+        return self.engine._wait(running.future, check)

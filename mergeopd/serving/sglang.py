@@ -19,6 +19,8 @@ from mergeopd.serving.protocol import (
     command,
     ids_of,
     logprob_of,
+    replies_of,
+    restored,
 )
 from mergeopd.serving.transport import BadReply, Server, ServerPool
 from mergeopd.types import Finish, Sampling
@@ -38,6 +40,10 @@ class SglangApi:
     name: ClassVar[str] = "sglang"
 
     async def facts(self, pool: ServerPool, server: Server) -> ServerFacts:
+        with replies_of(server, "SGLang"):
+            return await self._facts(pool, server)
+
+    async def _facts(self, pool: ServerPool, server: Server) -> ServerFacts:
         info = await command(pool, server, "/server_info", None, timeout_s=_FACTS_S)
         version = str(info.get("version", ""))
         check_version(server, "SGLang", version, _OLDEST)
@@ -107,6 +113,13 @@ class SglangApi:
             raise BadReply(f"{len(entries or ())} log-probabilities for {len(wanted)} tokens, or of others")
         return [logprob_of(entry[0]) for entry in entries[len(entries) - len(wanted) :]]
 
+    async def checksum(self, pool: ServerPool, server: Server) -> str | None:
+        if server.facts is None or "/weights_checker" not in server.facts.routes:
+            return None
+        reply = await command(pool, server, "/weights_checker", {"action": "checksum"})
+        digest: str | None = reply.get("per_engine_checksum")
+        return digest
+
     async def load_weights(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
         # The update waits for running requests.
         await self._update(pool, server, folder, version)
@@ -114,10 +127,8 @@ class SglangApi:
     async def keep_running(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
         # Requests return to the queue and their states are computed again with the new weights.
         await command(pool, server, "/pause_generation", {"mode": "retract"})
-        try:
+        async with restored(lambda: command(pool, server, "/continue_generation", {})):
             await self._update(pool, server, folder, version)
-        finally:
-            await command(pool, server, "/continue_generation", {})
 
     async def _update(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
         body = {"model_path": str(folder), "weight_version": version, "flush_cache": True}

@@ -6,6 +6,8 @@ Facts by version: vLLM's `entrypoints/scale_out` and `entrypoints/rl`. The serve
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ from mergeopd.serving.protocol import (
     command,
     ids_of,
     logprob_of,
+    replies_of,
+    restored,
 )
 from mergeopd.serving.transport import BadReply, Server, ServerPool
 from mergeopd.types import Finish, Sampling
@@ -41,6 +45,10 @@ class VllmApi:
     name: ClassVar[str] = "vllm"
 
     async def facts(self, pool: ServerPool, server: Server) -> ServerFacts:
+        with replies_of(server, "vLLM"):
+            return await self._facts(pool, server)
+
+    async def _facts(self, pool: ServerPool, server: Server) -> ServerFacts:
         version = (await command(pool, server, "/version", None, timeout_s=_FACTS_S) or {}).get("version", "")
         check_version(server, "vLLM", version, _OLDEST)
         document = await command(pool, server, "/openapi.json", None, timeout_s=_FACTS_S)
@@ -138,6 +146,12 @@ class VllmApi:
         except (KeyError, TypeError) as error:
             raise BadReply(f"a token has no log-probability ({error!r})") from error
 
+    async def checksum(self, pool: ServerPool, server: Server) -> str | None:
+        if server.facts is None or "/weight_checker" not in server.facts.routes:
+            return None
+        reply = await command(pool, server, "/weight_checker", {"action": "checksum"})
+        return hashlib.sha256(json.dumps(reply.get("checksums"), sort_keys=True).encode()).hexdigest()
+
     async def load_weights(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
         await self._load(pool, server, folder, version, "wait")
 
@@ -146,13 +160,16 @@ class VllmApi:
 
     async def _load(self, pool: ServerPool, server: Server, folder: Path, version: str, pause: str) -> None:
         await command(pool, server, f"/pause?mode={pause}", {})
-        try:
+        async with restored(lambda: command(pool, server, "/resume", {})):
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
             await command(pool, server, "/collective_rpc", body)
             if server.facts is not None and server.facts.on_cpu:
                 await command(pool, server, "/collective_rpc", {"method": "pack_tied_head"})
-            # States of the old weights would be continued by the new ones.
-            await command(pool, server, "/reset_prefix_cache", {})
+            # States of the old weights would be continued by the new ones: those of running requests, too.
+            reset = f"/reset_prefix_cache?reset_running_requests={str(pause == 'keep').lower()}"
+            reply = await command(pool, server, reset, {})
+            if isinstance(reply, dict) and reply.get("success") is False:
+                raise ServingError(f"{server.url}: has kept its prefix cache of older weights")
             if server.facts is not None and "/update_weight_version" in server.facts.routes:
                 await command(pool, server, "/update_weight_version", {"new_version": version})
                 told = (await command(pool, server, "/weight_info", None)).get("weight_version")
@@ -161,8 +178,6 @@ class VllmApi:
                         f"{server.url}: has weights of version {told!r} after an update to {version!r}; "
                         "restart the server, then run the same command to resume"
                     )
-        finally:
-            await command(pool, server, "/resume", {})
 
 
 # Sampling fields that change nothing; a server would fill in those that are not sent.

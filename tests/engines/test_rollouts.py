@@ -71,6 +71,7 @@ def engine(server: Any) -> Iterator[ServedEngine]:
         Folders(server.model),
         padding=range(NUM_TOKENS, NUM_ROWS),
         concurrency=16,
+        lost_s=60.0,
         timeout_s=60.0,
     )
     # Random weights give the rows of padding probabilities, unlike trained ones.
