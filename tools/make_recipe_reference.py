@@ -21,6 +21,7 @@ from mergeopd.config.values import (
     FUNCTION_PATTERN,
     NAME_PATTERN,
     REVISION_PATTERN,
+    VARIABLE_PATTERN,
     Strict,
 )
 from mergeopd.recipe.models import TeacherCard
@@ -156,6 +157,7 @@ def _scalar(schema: Schema) -> str:
             REVISION_PATTERN: "revision",
             FUNCTION_PATTERN: "function",
             DIGEST_PATTERN: "digest",
+            VARIABLE_PATTERN: "variable",
         }
         return names[schema.get("pattern")]
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}

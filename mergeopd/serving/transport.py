@@ -26,6 +26,7 @@ _CONNECT_S = 5.0
 # Statuses of servers that are overloaded, restarting, or that failed at one request.
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _SHOWN = 300  # characters of a server's error
+_MAX_WAIT_S = 120.0  # of a `Retry-After`
 
 
 class BadReply(Exception):  # noqa: N818 (handled by the pool)
@@ -88,8 +89,10 @@ class ServerPool:
 
     At most `max_running` requests run at each server. A request is repeated, at any server, when the
     connection fails, a reply is incomplete, or the status says that the server is at fault; at most one of
-    its replies is used. A server that cannot be reached gets no requests until it is healthy again, and
-    `on_return` has prepared it. Raises ServingError when a request has failed `max_attempts` times, or no
+    its replies is used. A server that cannot be reached gets no requests until it is healthy again (a GET of
+    `health`; None: after a pause), and `on_return` has prepared it. A server that names a time to wait gets
+    no other attempt before. `secret` is removed from errors; `trust_env` uses the proxies of the environment.
+    Raises ServingError when a request has failed `max_attempts` times, or no
     server has been reachable for `lost_s` seconds.
     """
 
@@ -98,7 +101,10 @@ class ServerPool:
     timeout_s: float = 600.0
     lost_s: float = 60.0
     max_attempts: int = 5
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    health: str | None = "/health"
+    secret: str = field(default="", repr=False)
+    trust_env: bool = False
     on_return: OnReturn | None = None
     num_retries: int = field(default=0, init=False)
 
@@ -179,7 +185,7 @@ class ServerPool:
                     "look at the server's log"
                 ) from cause
             delay = min(_MAX_BACKOFF_S, _BACKOFF_S * 2**num_failed)
-            await asyncio.sleep(delay * random.uniform(0.5, 1.0))
+            await asyncio.sleep(_told_to_wait(cause) + delay * random.uniform(0.5, 1.0))
 
     async def _exchange(self, server: Server, path: str, body: object, timeout_s: float) -> httpx2.Response:
         import httpx2
@@ -187,7 +193,9 @@ class ServerPool:
         if self._client is None:
             limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
             # Proxies of the environment are for other hosts: inference servers are on the local network.
-            self._client = httpx2.AsyncClient(headers=self.headers, limits=limits, trust_env=False)
+            self._client = httpx2.AsyncClient(
+                headers=self.headers, limits=limits, trust_env=self.trust_env, follow_redirects=False
+            )
         timeout = httpx2.Timeout(timeout_s, connect=_CONNECT_S)
         url = server.url + path
         reply = await (
@@ -197,11 +205,15 @@ class ServerPool:
         )
         if reply.status_code in _RETRIED:
             raise httpx2.HTTPStatusError(
-                f"status {reply.status_code}: {reply.text[:_SHOWN]}", request=reply.request, response=reply
+                f"status {reply.status_code}: {self._shown(reply)}", request=reply.request, response=reply
             )
         if reply.status_code >= 300:
-            raise Refused(reply.status_code, reply.text[:_SHOWN])
+            raise Refused(reply.status_code, self._shown(reply))
         return reply
+
+    def _shown(self, reply: httpx2.Response) -> str:
+        text = reply.text
+        return (text.replace(self.secret, "[key]") if self.secret else text)[:_SHOWN]
 
     async def _acquire(self) -> Server:
         """Wait for a reachable server with room; return the one with the fewest running requests."""
@@ -253,7 +265,8 @@ class ServerPool:
         import httpx2
 
         try:
-            await self._exchange(server, "/health", None, _CONNECT_S)
+            if self.health is not None:
+                await self._exchange(server, self.health, None, _CONNECT_S)
             if self.on_return is not None:
                 await self.on_return(server)
             server.is_ready = True
@@ -266,3 +279,13 @@ class ServerPool:
 def described(error: Exception) -> str:
     """Describe an error of a request in a few words."""
     return str(error) or type(error).__name__
+
+
+def _told_to_wait(error: Exception) -> float:
+    """Return the seconds of the reply's `Retry-After`; 0 without one, or where it is a date."""
+    reply = getattr(error, "response", None)
+    try:
+        wait_s = float("" if reply is None else reply.headers.get("retry-after", ""))
+    except ValueError:
+        return 0.0
+    return min(max(wait_s, 0.0), _MAX_WAIT_S)

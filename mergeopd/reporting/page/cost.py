@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from mergeopd.reporting.page.run_data import RunData
 from mergeopd.reporting.terminal.timing import clock_text
+from mergeopd.storage.chat_replies import ApiUse, use_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class RunCost:
     flops: Mapping[str, float]
     peak_memory_bytes: int
     teacher_bytes: int
+    api_use: Sequence[ApiUse] = ()
 
     def rows(self) -> dict[str, str]:
         """Return what is known, as texts by title."""
@@ -44,6 +46,8 @@ class RunCost:
             rows["peak memory of a process"] = f"{self.peak_memory_bytes / 2**30:.2f} GiB"
         if self.teacher_bytes:
             rows["teacher weights read"] = f"{self.teacher_bytes / 2**30:.3g} GiB"
+        for use in self.api_use:
+            rows[f"API of {use.teacher}"] = use_text(use)
         return rows
 
     @property
@@ -82,6 +86,7 @@ def cost_of(data: RunData) -> RunCost:
         flops=flops,
         peak_memory_bytes=max((cost.peak_memory_bytes for cost in costs), default=0),
         teacher_bytes=_over_restarts([cost.teacher_bytes_read for cost in costs]),
+        api_use=data.api_use,
     )
 
 
