@@ -27,6 +27,8 @@ def check_apis(findings: Findings, teachers: Mapping[str, TeacherPlan]) -> None:
 
 
 def _check(findings: Findings, place: Keys, api: TextApi) -> None:
+    key = f" and the key in {api.key_env}" if api.key_env else ""
+    findings.notes.append(f"teacher '{place[1]}' is behind an API: prompts{key} are sent to {api.url}")
     try:
         address = endpoint(api)
     except ServingError as error:

@@ -176,7 +176,8 @@ def test_what_an_api_cannot_do_is_told_at_the_start(
     ]
     for listed in (["models/writer"], None):
         server.models = listed
-        preflight(recipe)
+        told = f"teacher 'w' is behind an API: prompts and the key in WRITER_KEY are sent to {server.url}"
+        assert told in preflight(recipe).notes
     monkeypatch.setenv("WRITER_KEY", f"{KEY} {KEY}")
     ((place, message, _),) = problems(recipe)
     assert (place, message) == (

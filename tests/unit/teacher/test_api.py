@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,22 @@ from typing import Any
 import pytest
 from byte_tokenizers import byte_level
 from chat_server import ChatServer, Reply, completion
+from pydantic import TypeAdapter
 
 from mergeopd.data.chat_template import ChatTemplate
 from mergeopd.data.renderer import Renderer
+from mergeopd.distributed.communicator import SingleProcess
+from mergeopd.environment.episodes import Environments
 from mergeopd.errors import ServingError
 from mergeopd.models.tokenizer import Tokenizer
+from mergeopd.recipe.environments import EnvironmentOrKind
 from mergeopd.recipe.text_api import TextApi
 from mergeopd.rollout.protocol import Completion, GenerationRequest
 from mergeopd.serving import transport
 from mergeopd.serving.chat import wire_messages
 from mergeopd.storage.chat_replies import read_use
 from mergeopd.teacher.api import ApiTeacher
-from mergeopd.types import Message, Sampling, token_ids
+from mergeopd.types import Message, Prompt, Sampling, token_ids
 
 KEY = "sk-test-0123456789"
 SAMPLING = Sampling()
@@ -173,6 +178,9 @@ def test_seeds_differ_by_sample_alone(writer: Writer) -> None:
         teacher.submit([request], Sampling()).wait(lambda _: None)
     seeds = [body["seed"] for body in writer.server.bodies]
     assert len(seeds) == len(set(seeds)) == 2  # a renamed source is the same request
+    teacher = writer.teacher(extra={"seed": None})
+    requests = [GenerationRequest("s:0", i, token_ids([]), (Message("user", "x"),)) for i in range(2)]
+    assert teacher.num_missing(requests, Sampling()) == 2
 
 
 @pytest.mark.parametrize(
@@ -268,6 +276,27 @@ def test_a_refusal_keeps_what_has_arrived_and_does_not_show_the_key(writer: Writ
     assert KEY not in everything_in(writer.folder)
 
 
+def test_a_request_to_stop_keeps_what_has_arrived(writer: Writer) -> None:
+    released = threading.Event()
+
+    def reply(body: dict[str, Any], number: int) -> Reply:
+        if number == 2:
+            released.wait(30)
+        return completion("so")
+
+    def stop(num_done: int) -> None:
+        if num_done:
+            raise KeyboardInterrupt
+
+    writer.server.make_reply = reply
+    requests = [GenerationRequest("s:0", i, token_ids([]), (Message("user", "x"),)) for i in range(3)]
+    with pytest.raises(KeyboardInterrupt):
+        writer.teacher(concurrency=1).submit(requests, SAMPLING).wait(stop)
+    released.set()
+    assert writer.teacher().num_missing(requests, SAMPLING) == 2
+    assert len(writer.server.bodies) == 2
+
+
 def test_damaged_replies_are_asked_for_again(writer: Writer) -> None:
     writer.ask(writer.teacher(), "one", "two")
     (file,) = (writer.folder / "texts").glob("*.jsonl")
@@ -278,3 +307,35 @@ def test_damaged_replies_are_asked_for_again(writer: Writer) -> None:
     assert "discarded 2 damaged kept replies of w" in writer.notes[1]
     assert len(writer.ask(writer.teacher(), "one", "two")) == 2
     assert len(writer.server.bodies) == 4
+
+
+def test_calls_and_replies_of_tools_are_sent_back(writer: Writer) -> None:
+    function = {"name": "calculator", "arguments": '{"expression": "6 * 7"}'}
+    call = {"id": "abc", "type": "function", "function": function}
+
+    def reply(body: dict[str, Any], number: int) -> Reply:
+        is_first = body["messages"][-1]["role"] == "user"
+        return completion(None, "tool_calls", tool_calls=[call]) if is_first else completion("It is 42.")
+
+    writer.server.make_reply = reply
+    teacher = writer.teacher()
+    settings = TypeAdapter(EnvironmentOrKind).validate_python("calculator")
+    environments = Environments.of({"s": settings}, (), 1, SingleProcess())
+    prompt = Prompt("s:0", "s", "d", (Message("user", "6 times 7?"),))
+    (played,) = environments.play(
+        [(prompt, 0)], writer.renderer, lambda r, _: teacher.submit(r, SAMPLING).wait(lambda _: None)
+    )
+    environments.close()
+    assert played.episode is not None
+    assert played.trained is not None
+    (text, finish) = writer.decoded([played.completion])[0]
+    between = "\n<|im_start|>tool\n42<|im_end|>\n<|im_start|>assistant\n"
+    turn = '<tool_call>{"name": "calculator", "arguments": {"expression": "6 * 7"}}</tool_call><|im_end|>'
+    assert (text, finish) == (f"{turn}{between}It is 42.<|im_end|>", "eos")
+    untrained = played.completion.response_ids[~played.trained].tolist()
+    assert writer.renderer.tokenizer.decode(untrained, skip_special_tokens=False) == between
+    first, second = writer.server.bodies
+    assert [tool["function"]["name"] for tool in first["tools"]] == ["calculator"]
+    user, assistant, tool = second["messages"]
+    assert (user["content"], assistant["tool_calls"][0]["function"]) == ("6 times 7?", function)
+    assert (tool["content"], tool["tool_call_id"]) == ("42", assistant["tool_calls"][0]["id"])
