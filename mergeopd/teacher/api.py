@@ -243,8 +243,9 @@ def _completion(ids: Sequence[int], finish: Finish) -> Completion:
 
 
 def _text(reply: ChatReply) -> str:
-    """The text of a reply, with the stop text that ended it."""
-    return f"{reply.message['content']}{reply.stop or ''}"
+    """The text of a reply, with the stop text that ended it, and without a character that was cut."""
+    text = f"{reply.message['content']}{reply.stop or ''}"
+    return text.rstrip("\ufffd") if reply.is_cut else text
 
 
 @dataclass(frozen=True)

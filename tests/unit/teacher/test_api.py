@@ -195,6 +195,7 @@ def test_seeds_differ_by_sample_alone(writer: Writer) -> None:
             "eos",
         ),
         (completion("so wh", "length"), "so wh", "length"),
+        (completion("caf\ufffd", "length"), "caf", "length"),
         (completion("so", stop_reason="##"), "so##", "stop"),
         (completion("x" * 50), "x" * 40, "length"),
         (completion("a<|im_end|>b"), "a<|im_end|>", "eos"),
