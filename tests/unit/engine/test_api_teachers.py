@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 from chat_server import ChatServer, Reply, completion
+from rich.console import Console
 
-from mergeopd.engine.run import run_recipe
+from mergeopd.engine.run import evaluate_recipe, run_recipe
 from mergeopd.errors import RecipeError, TeacherError
 from mergeopd.preflight.inputs import preflight
 from mergeopd.reporting.page.html import write_report
@@ -94,6 +95,12 @@ def test_a_killed_run_asks_for_the_rest_only(
     assert result["suites"]["left"]["accuracy"]["expert/w"]["value"] == 1.0
     (use,) = result["api_use"]
     assert use == {"teacher": "w", "num_prompt": 50, "num_response": 25, "dollars": 5.0, "num_replies": 5}
+    # Measuring the student alone asks for nothing, and knows the expert as far as its replies are kept.
+    for cache, models in (("texts", {"merged", "expert/w"}), ("new-texts", {"merged"})):
+        overrides = () if cache == "texts" else (f"text_cache={cache}",)
+        again = evaluate_recipe(recipe, overrides, None, None, ("merged",), Console(quiet=True))
+        assert again.suites["left"].accuracy.keys() - {"base"} == models
+    assert len(server.bodies) == 6
     page, _ = write_report(tmp_path / "run")
     assert "5 responses, 50 tokens in and 25 out, $5.00" in page.read_text()
     model_card = (tmp_path / "run" / "export" / "README.md").read_text()
