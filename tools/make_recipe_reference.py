@@ -19,6 +19,7 @@ from mergeopd.config.values import (
     ANY_NAME_PATTERN,
     DIGEST_PATTERN,
     FUNCTION_PATTERN,
+    GPUS_PATTERN,
     NAME_PATTERN,
     REVISION_PATTERN,
     VARIABLE_PATTERN,
@@ -158,6 +159,7 @@ def _scalar(schema: Schema) -> str:
             FUNCTION_PATTERN: "function",
             DIGEST_PATTERN: "digest",
             VARIABLE_PATTERN: "variable",
+            GPUS_PATTERN: "GPUs",
         }
         return names[schema.get("pattern")]
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 
 from mergeopd.alarms.watch import AlarmWatch
 from mergeopd.data.draw import PhasedDraw, PhaseShares
 from mergeopd.data.renderer import Renderer
-from mergeopd.distributed.communicator import Communicator, scatter_gather
+from mergeopd.distributed.communicator import Communicator, SingleProcess, scatter_gather
 from mergeopd.engine.checkpoint import Checkpoints
 from mergeopd.engine.clock import Clock
+from mergeopd.engine.engines import MakeEngine, engines_of
 from mergeopd.engine.evaluate import Evaluation, InterimEvaluation
 from mergeopd.engine.interrupt import Interrupt, StopGuard
 from mergeopd.engine.loop import Trainer
-from mergeopd.engine.pipeline import SynchronousPipeline
+from mergeopd.engine.pipeline import AheadPipeline, Background, ProgressCounter, SynchronousPipeline
 from mergeopd.engine.prior_policy import PriorPolicy
 from mergeopd.engine.rollouts import Rewards, StudentRollouts
 from mergeopd.engine.schedule import RoundSchedule
@@ -42,12 +42,14 @@ from mergeopd.preflight.memory import peak_bytes, refuse_without_room
 from mergeopd.recipe import baselines
 from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
+from mergeopd.recipe.rollout import AnyServerRollout
 from mergeopd.recipe.verifiers import RewardModelVerifier
 from mergeopd.reporting.events import Reporter
 from mergeopd.reporting.model_card import write_recipe
 from mergeopd.reward.grading import Verifiers
 from mergeopd.rollout.local import FixedWeights, LocalEngine
-from mergeopd.rollout.protocol import EngineContext, ReplicaSource, RolloutEngine, WeightSource
+from mergeopd.rollout.protocol import EngineContext, ReplicaSource, RolloutEngine
+from mergeopd.rollout.served import ServedEngine
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.student.protocol import Student
 from mergeopd.student.torch import TorchStudent
@@ -75,14 +77,6 @@ class Machine:
     def shares_pages(self) -> bool:
         """Whether all processes share the pages of mapped files."""
         return self.device.type == "cpu" and len(set(self.ranks.machines)) == 1
-
-
-MakeEngine = Callable[[WeightSource, EngineContext, Any], RolloutEngine]
-
-ENGINES: Mapping[str, MakeEngine] = MappingProxyType(
-    {"local": lambda source, context, settings: LocalEngine(source, context, settings.batch_size)}
-)
-"""Engines that generate the student's responses, by `rollout.engine`; they get that section of the recipe."""
 
 
 def _context(renderer: Renderer, inputs: Inputs, machine: Machine) -> EngineContext:
@@ -150,14 +144,18 @@ def build(
     reporter: Reporter,
     clock: Clock,
     interrupt: Interrupt,
-    engines: Mapping[str, MakeEngine] = ENGINES,
+    engines: Mapping[str, MakeEngine] | None = None,
 ) -> Trainer:
-    """Compose a run. `engines` are the rollout engines that a recipe can name."""
+    """Compose a run. `engines` are the rollout engines that a recipe can name; default: `engines_of`."""
     inputs, machine, student = models.inputs, models.machine, models.student
     plan, ranks, teachers, views = models.plan, machine.ranks, models.teachers, models.views
     guard = StopGuard(interrupt, ranks)
     alarms = AlarmWatch(plan, inputs.overlap, reporter)
     stages = Stages(alarms, clock, ranks, guard)
+    if engines is None:
+        engines = engines_of(
+            plan, inputs.vocab_size, ranks, lambda num: stages.begin("startup", "servers", num, "servers")
+        )
     engine = engines[plan.rollout.engine](student, _context(inputs.student, inputs, machine), plan.rollout)
     vocab = None if len(student.vocab) == inputs.vocab_size else student.vocab
     folder = RunFolder(Path(plan.output))
@@ -209,7 +207,23 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
     inputs, student = models.inputs, models.student
     plan, ranks = models.plan, models.machine.ranks
     environments = build_environments(plan.sources, plan, ranks)
-    return SynchronousPipeline(
+    rollouts = StudentRollouts(
+        engine,
+        max(plan.rollout_of(phase).samples_per_prompt for phase in plan.phases),
+        inputs.student,
+        environments,
+        stages,
+    )
+    settings = plan.rollout
+    make: Callable[..., SynchronousPipeline] = SynchronousPipeline
+    if isinstance(settings, AnyServerRollout) and settings.ahead:
+        make = partial(
+            AheadPipeline,
+            ahead=settings.ahead,
+            max_staleness=settings.max_staleness,
+            open_background=partial(_background, plan, rollouts),
+        )
+    return make(
         plan,
         draw=PhasedDraw(
             inputs.prompts,
@@ -218,13 +232,7 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
         ),
         model=student,
         renderer=inputs.student,
-        rollouts=StudentRollouts(
-            engine,
-            max(plan.rollout_of(phase).samples_per_prompt for phase in plan.phases),
-            inputs.student,
-            environments,
-            stages,
-        ),
+        rollouts=rollouts,
         teacher_rollouts=TeacherRolloutCache(
             plan,
             student=inputs.student,
@@ -242,6 +250,19 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
         ),
         stages=stages,
     )
+
+
+def _background(plan: Plan, rollouts: StudentRollouts) -> Background:
+    """Build the student's rollouts for a thread of the first process: nothing in them is collective."""
+    assert isinstance(rollouts.engine, ServedEngine)
+    interrupt, progress, alone = Interrupt(), ProgressCounter(), SingleProcess()
+    own = replace(
+        rollouts,
+        engine=rollouts.engine.background,
+        environments=build_environments(plan.sources, plan, alone),
+        stages=Stages(progress, Clock(), alone, StopGuard(interrupt, alone)),
+    )
+    return Background(own, interrupt, progress)
 
 
 def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, stages: Stages) -> Evaluation:

@@ -128,6 +128,7 @@ class Trainer:
             return
         if self.stages.ranks.run_on_first(self.folder.export.exists):
             return  # without checkpoints, these weights are not the trained ones
+        self.pipeline.use_newest_weights()
         with self.stages.clock.stage("interim"):
             measured = interim.measure(progress.update)
             if interim.is_best(measured):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 from mergeopd.data.draw import PhasedDraw
 from mergeopd.data.renderer import Renderer
+from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.progress import Progress, Task, draw_tasks, phase_at
 from mergeopd.engine.rollouts import Rewards, StudentRollouts, dataset_rollout
 from mergeopd.engine.schedule import RoundSchedule, schedule_round
@@ -15,10 +20,19 @@ from mergeopd.engine.score import CollectedRound
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.teacher_rollouts import KeptText, TeacherRolloutCache, TextFilter
 from mergeopd.recipe.plan import Plan
-from mergeopd.recipe.rollout import RolloutSettings
+from mergeopd.recipe.rollout import AnyServerRollout, RolloutSettings
 from mergeopd.recipe.training import Phase
+from mergeopd.reporting.events import Event, ServingStats, StageProgress, StageStarted
+from mergeopd.rollout.protocol import GenerationRequest
+from mergeopd.rollout.served import ServedEngine
+from mergeopd.student.parity import LogprobGap, logprob_gap, refuse_gap
 from mergeopd.student.protocol import Student
-from mergeopd.types import Rollout
+from mergeopd.types import Prompt, Rollout, Sampling
+
+# Parity is compared on the beginnings of responses: gaps do not need long ones to show.
+_COMPARED_TOKENS = 256
+# Interval at which the wait for rounds in flight reports progress.
+_POLL_S = 0.2
 
 
 class RoundPipeline(Protocol):
@@ -29,6 +43,9 @@ class RoundPipeline(Protocol):
 
     def trained(self, version: int) -> None:
         """Generate with the student's weights after `version` updates from now on. Collective."""
+
+    def use_newest_weights(self) -> None:
+        """Make the engine generate with the weights of the last `trained`, at once. Collective."""
 
     def close(self) -> None:
         """Release the rollout engine."""
@@ -48,6 +65,13 @@ class SynchronousPipeline:
     stages: Stages
     _prepared_phase: str = field(default="", init=False)
     _kept: KeptText | None = field(default=None, init=False)
+    _version: int = field(default=0, init=False)
+    _synced: int | None = field(default=None, init=False)  # the version that the engine has
+    _compared: int | None = field(default=None, init=False)  # the version of the last parity check
+    _gap: LogprobGap | None = field(default=None, init=False)
+    _generation_s: float = field(default=0.0, init=False)
+    _wait_s: float = field(default=0.0, init=False)
+    _sync_s: float = field(default=0.0, init=False)
 
     def next(self, progress: Progress) -> CollectedRound:
         at = phase_at(self.plan, progress.update)
@@ -61,13 +85,14 @@ class SynchronousPipeline:
             tasks = self._kept.tasks(tasks, first=phase.num_drawn(updates_done))
         with self.stages.clock.stage("rollout"):
             settings = self.plan.rollout_of(phase)
-            rollouts = self._collect(tasks, settings)
+            rollouts = self._collect(tasks, settings, progress)
             grades = self.rewards.of(rollouts, settings.stop)
         work = self.work(rollouts, progress.round, phase.updates_per_round)
         rewards = [grade.reward for grade in grades]
         failures = {i: v.failure for i, v in enumerate(grades) if v.failure is not None}
         shares = {} if self._kept is None else self._kept.shares
-        return CollectedRound(phase, updates_done, rollouts, rewards, work, failures, shares)
+        serving = self._serving(rollouts, progress)
+        return CollectedRound(phase, updates_done, rollouts, rewards, work, failures, shares, serving)
 
     def work(self, rollouts: Sequence[Rollout], index: int, num_updates: int) -> RoundSchedule:
         return schedule_round(
@@ -79,16 +104,33 @@ class SynchronousPipeline:
         )
 
     def trained(self, version: int) -> None:
-        self.rollouts.engine.sync_weights(self.model, version)
+        self._version = version
+        # The first time, the engine starts.
+        with self.stages.clock.stage("startup" if self._synced is None else "rollout"):
+            self._sync()
+
+    def use_newest_weights(self) -> None:
+        with self.stages.clock.stage("rollout"):
+            self._sync(every=1)
 
     def close(self) -> None:
         self.rollouts.engine.close()
         self.rewards.close()
         self.rollouts.environments.close()
 
-    def _collect(self, tasks: Sequence[Task], settings: RolloutSettings) -> list[Rollout]:
+    def _sync(self, every: int | None = None) -> None:
+        """Give the engine the newest weights, if its own are `every` updates old (default: the recipe's)."""
+        settings = self.plan.rollout
+        if every is None:
+            every = settings.sync.every if isinstance(settings, AnyServerRollout) else 1
+        if self._synced is None or self._version - self._synced >= every:
+            start = time.perf_counter()
+            self.rollouts.engine.sync_weights(self.model, self._version)
+            self._synced, self._sync_s = self._version, self._sync_s + time.perf_counter() - start
+
+    def _collect(self, tasks: Sequence[Task], settings: RolloutSettings, progress: Progress) -> list[Rollout]:
         """Return responses to all tasks, the student's first, each kind in the order of the tasks."""
-        rollouts = self.rollouts.generate(tasks, settings)
+        rollouts = self._of_student(tasks, settings, progress)
         for task in tasks:
             if task.origin == "teacher":
                 responses = self.teacher_rollouts.of(task, settings)
@@ -96,6 +138,74 @@ class SynchronousPipeline:
             elif task.origin == "dataset":
                 rollouts.append(dataset_rollout(task, self.renderer))
         return rollouts
+
+    def _of_student(
+        self, tasks: Sequence[Task], settings: RolloutSettings, progress: Progress
+    ) -> list[Rollout]:
+        self._compare(tasks, settings)
+        start = time.perf_counter()
+        rollouts = self.rollouts.generate(tasks, settings)
+        self._generation_s = self._wait_s = time.perf_counter() - start
+        return rollouts
+
+    def _compare(self, tasks: Sequence[Task], settings: RolloutSettings) -> None:
+        """Compare the engine's log-probabilities with the student's, if that is due. Collective.
+
+        The responses are sampled for that, with the weights that engine and student both have. Raises
+        ServingError on the first process when they differ.
+        """
+        parity = settings.parity if isinstance(settings, AnyServerRollout) else None
+        prompts = [task.prompt for task in tasks if task.origin == "student"]
+        if parity is None or not prompts or self._synced != self._version:
+            return
+        if self._compared is not None and self._version // parity.every <= self._compared // parity.every:
+            return
+        self._compared = self._version
+        gap = self._gap = self._measure_gap(prompts[: parity.num_responses], settings)
+        if gap.mean > parity.max_mean_gap:
+            # One process reports what all know.
+            self.stages.ranks.run_on_first(partial(refuse_gap, gap, parity.max_mean_gap))
+
+    def _measure_gap(self, prompts: Sequence[Prompt], settings: RolloutSettings) -> LogprobGap:
+        engine, ranks = self.rollouts.engine, self.stages.ranks
+        assert isinstance(engine, ServedEngine)
+        requests = [
+            GenerationRequest(f"{prompt.key}#parity", 0, self.renderer.render(prompt)) for prompt in prompts
+        ]
+        length = min(settings.max_new_tokens, _COMPARED_TOKENS)
+        how = Sampling(settings.temperature, 1.0, length, settings.stop)
+        on_progress = self.stages.begin("rollout", "comparing log-probabilities", len(requests), "responses")
+        completions = engine.submit(requests, how).wait(on_progress)
+        rollouts = [
+            Rollout(prompt, 0, r.prompt_ids, c.response_ids, "student", c.finish, c.logprobs)
+            for prompt, r, c in zip(prompts, requests, completions, strict=True)
+        ]
+        max_tokens = self.plan.student.micro_batch_tokens
+        return logprob_gap(
+            self.model, rollouts, settings.temperature, max_tokens, engine.context.device, ranks
+        )
+
+    def _serving(self, rollouts: Sequence[Rollout], progress: Progress) -> ServingStats | None:
+        """Return what the servers did for a round; None for an engine without servers."""
+        engine = self.rollouts.engine
+        if not isinstance(engine, ServedEngine):
+            return None
+        lags = [progress.update - r.policy_version for r in rollouts if r.origin == "student"] or [0]
+        gap, counts, sync_s = self._gap, engine.counts(), self._sync_s
+        self._sync_s, self._gap = 0.0, None
+        return ServingStats(
+            generation_s=self._generation_s,
+            wait_s=self._wait_s,
+            sync_s=sync_s,
+            lag=sum(lags) / len(lags),
+            lag_max=max(lags),
+            num_retries=counts.num_retries,
+            num_stale=counts.num_stale,
+            num_lost=counts.num_lost,
+            engine_gap=None if gap is None else gap.mean,
+            engine_gap_max=None if gap is None else gap.max,
+            engine_kl=None if gap is None else gap.kl,
+        )
 
     def _prepare_teacher_rollouts(self, phase: Phase, updates_done: int, progress: Progress) -> None:
         """Generate all teacher responses that the rest of this phase needs.
@@ -118,3 +228,155 @@ class SynchronousPipeline:
                 select = TextFilter(self.plan, self.teacher_rollouts, self.rewards, self.stages).select
                 self._kept = select(phase, tasks)
         self._prepared_phase = phase.name
+
+
+@dataclass
+class _InFlight:
+    """A round that is generated while others are trained on; `rollouts` is None beside the first process."""
+
+    round: int
+    num_responses: int
+    started: float
+    rollouts: Future[list[Rollout]] | None = None
+    seconds: float = 0.0
+
+    def end(self) -> None:
+        self.seconds = time.perf_counter() - self.started
+
+
+@dataclass
+class ProgressCounter:
+    """A reporter that keeps the number of units done in the last stage."""
+
+    num_done: int = 0
+
+    def emit(self, event: Event) -> None:
+        if isinstance(event, StageStarted):
+            self.num_done = 0
+        elif isinstance(event, StageProgress):
+            self.num_done = event.done
+
+
+@dataclass(frozen=True)
+class Background:
+    """The student's rollouts for a thread of the first process; `interrupt` ends them."""
+
+    rollouts: StudentRollouts
+    interrupt: Interrupt
+    progress: ProgressCounter
+
+    def close(self) -> None:
+        self.interrupt.requested = "the end of the run"
+        self.rollouts.environments.close()
+
+
+@dataclass
+class AheadPipeline(SynchronousPipeline):
+    """Generates up to `ahead` rounds on servers while earlier ones are scored and trained on.
+
+    With `ahead` 1 (one-step-off), the servers get new weights between two rounds. With more, rounds are in
+    flight then, and continue with the new weights. `max_staleness` limits the number of updates between the
+    weights that begin a round and those that learn from it first. A run that is resumed generates the rounds
+    in flight again: they follow from its progress, so no prompt is lost or trained on twice.
+    """
+
+    ahead: int = 1
+    max_staleness: int | None = None
+    open_background: Callable[[], Background] = field(kw_only=True)
+    _in_flight: deque[_InFlight] = field(default_factory=deque, init=False)
+    _threads: ThreadPoolExecutor | None = field(default=None, init=False)
+    _background: Background | None = field(default=None, init=False)
+
+    def trained(self, version: int) -> None:
+        """Remember the version: the engine gets it when the next round has been generated."""
+        if self._synced is None:
+            super().trained(version)
+        self._version = version
+
+    def use_newest_weights(self) -> None:
+        with self.stages.clock.stage("rollout"):
+            for one in self._in_flight:
+                self._wait(one)
+            self._sync(every=1)
+
+    def close(self) -> None:
+        if self._background is not None:
+            self._background.close()
+        super().close()
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+
+    def _of_student(
+        self, tasks: Sequence[Task], settings: RolloutSettings, progress: Progress
+    ) -> list[Rollout]:
+        if not self._in_flight:
+            self._sync(every=1 if self._is_too_old(progress) else None)
+            self._compare(tasks, settings)
+            self._submit(progress)
+        one = self._in_flight.popleft()
+        assert one.round == progress.round
+        start = time.perf_counter()
+        rollouts = self._wait(one)
+        self._generation_s, self._wait_s = one.seconds, time.perf_counter() - start
+        self._sync()
+        if not self._in_flight:  # the comparison is of these weights alone
+            self._compare(tasks, settings)
+        self._submit_following(progress)
+        return rollouts
+
+    def _submit_following(self, progress: Progress) -> None:
+        """Start to generate the rounds after `progress`, unless their weights would be too old."""
+        newest = self._in_flight[-1].round if self._in_flight else progress.round
+        for _ in range(self.ahead):
+            phase, _ = phase_at(self.plan, progress.update) or (None, 0)
+            assert phase is not None
+            progress = Progress(
+                progress.update + phase.updates_per_round,
+                progress.round + 1,
+                progress.drawn + phase.prompts_per_round,
+            )
+            if phase_at(self.plan, progress.update) is None or self._is_too_old(progress):
+                return
+            if progress.round > newest:
+                self._submit(progress)
+
+    def _is_too_old(self, progress: Progress) -> bool:
+        """Whether the engine's weights are too old for a round."""
+        if self.max_staleness is None or self._synced is None:
+            return False
+        return progress.update - self._synced > self.max_staleness
+
+    def _submit(self, progress: Progress) -> None:
+        at = phase_at(self.plan, progress.update)
+        assert at is not None
+        phase, updates_done = at
+        tasks = draw_tasks(self.draw, self.plan, phase, progress, updates_done)
+        settings = self.plan.rollout_of(phase)
+        num = sum(task.origin == "student" for task in tasks) * settings.samples_per_prompt
+        one = _InFlight(progress.round, num, time.perf_counter())
+        if self.stages.ranks.is_first:
+            if self._background is None or self._threads is None:
+                self._background = self.open_background()
+                # Environments serve one round at a time, and so their rounds follow each other.
+                num_threads = 1 if self._background.rollouts.environments.settings else self.ahead + 1
+                self._threads = ThreadPoolExecutor(num_threads, "mergeopd-rollouts")
+            one.rollouts = self._threads.submit(self._background.rollouts.generate, tasks, settings)
+            one.rollouts.add_done_callback(lambda _: one.end())
+        self._in_flight.append(one)
+
+    def _wait(self, one: _InFlight) -> list[Rollout]:
+        """Return the responses of a round in flight, on all processes. Collective."""
+        on_progress = self.stages.begin("rollout", "the student", one.num_responses, "responses")
+
+        def result() -> list[Rollout]:
+            assert one.rollouts is not None
+            assert self._background is not None
+            while True:
+                try:
+                    return one.rollouts.result(_POLL_S)
+                except TimeoutError:
+                    if one.rollouts.done():
+                        raise
+                on_progress(self._background.progress.num_done)
+
+        return self.stages.ranks.run_on_first(result)

@@ -15,6 +15,7 @@ from mergeopd.engine.schedule import RoundSchedule, TeacherPass, by_teacher
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.targets import TeacherTargets
 from mergeopd.recipe.training import Phase
+from mergeopd.reporting.events import ServingStats
 from mergeopd.teacher.hidden_cache import HiddenCache
 from mergeopd.teacher.local import ResidentHeads
 from mergeopd.teacher.protocol import Teacher, TeacherSession, required_target
@@ -30,6 +31,7 @@ class CollectedRound:
 
     `rewards` are None without a verifier, or if it failed; `failures` has the reasons by rollout. `text_kept`
     is the share of teachers' responses that the phase keeps, by teacher and domain; empty if it keeps all.
+    `serving` is None without inference servers.
     """
 
     phase: Phase
@@ -39,6 +41,7 @@ class CollectedRound:
     work: RoundSchedule
     failures: Mapping[int, str] = field(default_factory=dict)
     text_kept: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    serving: ServingStats | None = None
 
     def num_failures(self, members: Sequence[int]) -> dict[str, int]:
         """Count the rollouts among `members` whose verifier failed, by source."""

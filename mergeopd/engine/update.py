@@ -92,6 +92,7 @@ class Updater:
                 peak_memory_bytes=self.peak_memory(),
                 num_generated=_num_generated(own),
                 flops=self._flops(own, scored),
+                serving=collected.serving if position == 0 else None,
             )
         )
         for sample in samples.events(number, phase.name, rollouts, collected.rewards, self.tokenizer):

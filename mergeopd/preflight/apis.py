@@ -27,13 +27,13 @@ def check_apis(findings: Findings, teachers: Mapping[str, TeacherPlan]) -> None:
 
 
 def _check(findings: Findings, place: Keys, api: TextApi) -> None:
-    key = f" and the key in {api.key_env}" if api.key_env else ""
+    key = f" and the key in {api.api_key_env}" if api.api_key_env else ""
     findings.notes.append(f"teacher '{place[1]}' is behind an API: prompts{key} are sent to {api.url}")
     try:
         address = endpoint(api)
     except ServingError as error:
-        remedy = f"set it in the shell, as in `export {api.key_env}=...`; it is not written to any file"
-        findings.report((*place, "key_env"), str(error), remedy)
+        remedy = f"set it in the shell, as in `export {api.api_key_env}=...`; it is not written to any file"
+        findings.report((*place, "api_key_env"), str(error), remedy)
         return
     if not api.probe:
         return
@@ -42,7 +42,11 @@ def _check(findings: Findings, place: Keys, api: TextApi) -> None:
     except ServingError as error:
         remedy = "start the server, or correct `url`; `probe: false` in the card leaves this check out"
         if "key" in str(error):
-            remedy = f"correct the key in {api.key_env}" if api.key_env else "name its variable as `key_env`"
+            remedy = (
+                f"correct the key in {api.api_key_env}"
+                if api.api_key_env
+                else "name its variable as `api_key_env`"
+            )
         findings.report((*place, "url"), str(error), remedy)
         return
     if models is None or _has(models, api.model):

@@ -29,9 +29,11 @@ from mergeopd.preflight.models import ModelReader, file_digest
 from mergeopd.preflight.problems import Findings
 from mergeopd.preflight.prompts import LengthBudget, PromptChecks, check_verifier, turns_budget
 from mergeopd.preflight.reward_models import RewardModelChecks
+from mergeopd.preflight.servers import check_rollout_servers, note_staleness
 from mergeopd.recipe.controls import Control, control_plan
 from mergeopd.recipe.plan import Plan, SourcePlan, TeacherPlan, phase_teachers
 from mergeopd.recipe.resolve import Resolution, read
+from mergeopd.recipe.rollout import AnyServerRollout
 from mergeopd.recipe.training import Phase, never_student, reads_dataset, reads_teachers
 from mergeopd.recipe.verifiers import JsonVerifier, single_verifiers
 from mergeopd.rollout.protocol import EngineCapabilities
@@ -81,11 +83,13 @@ def preflight(
     engine: EngineCapabilities | None = None,
     teachers: Mapping[str, TeacherCapabilities] = MappingProxyType({}),
     announce: Callable[[str], None] = lambda _: None,
+    with_servers: bool = True,
 ) -> Inputs:
     """Read a recipe and check all that it names; with `control`, the inputs are those of its control.
 
     `engine` and `teachers` are the capabilities of a rollout engine and of teachers that replace the recipe's
-    in `build` and `load_models`. `announce` gets what is being read.
+    in `build` and `load_models`. `announce` gets what is being read. Inference servers are asked only
+    `with_servers`: one process of a run does, and an evaluation needs none.
 
     Raises RecipeError with every problem found, the recipe's own and those of models, tokenizers, templates
     and prompt files, each with its place and remedy.
@@ -94,7 +98,7 @@ def preflight(
     if control is not None and resolution.plan is not None:
         plan = control_plan(resolution.plan, control)
         resolution = replace(resolution, plan=plan, phases=dict(enumerate(plan.phases)))
-    check = _Check(resolution, announce)
+    check = _Check(resolution, announce, with_servers=with_servers)
     check.run()
     if engine is None and resolution.rollout is not None:
         engine = resolution.rollout.capabilities
@@ -137,8 +141,10 @@ def advice(plan: Plan) -> str | None:
 class _Check:
     """Checks all parts of the recipe that resolved."""
 
-    def __init__(self, resolution: Resolution, announce: Callable[[str], None]) -> None:
-        self._resolution = resolution
+    def __init__(
+        self, resolution: Resolution, announce: Callable[[str], None], *, with_servers: bool
+    ) -> None:
+        self._resolution, self._with_servers = resolution, with_servers
         self._announce = announce
         self.findings = Findings(resolution.origins)
         folder = None if resolution.plan is None else RunFolder(Path(resolution.plan.output))
@@ -152,6 +158,7 @@ class _Check:
         self.prompts: dict[str, tuple[Prompt, ...]] = {}
         self.evaluation: dict[str, tuple[Prompt, ...]] = {}
         self.overlap: dict[str, int] = {}
+        self._server_tokens: int | None = None  # in the longest sequence that the servers take
         plan = resolution.plan
         self.environments = EnvironmentChecks(self.findings, plan.allow_code if plan is not None else ())
 
@@ -161,6 +168,10 @@ class _Check:
         if resolution.student is not None:
             self._announce("reading the student's tokenizer")
             self.student = self.models.student(resolution.student)
+        if self._with_servers and isinstance(resolution.rollout, AnyServerRollout):
+            self._announce("asking the inference servers")
+            model = None if resolution.student is None else Path(resolution.student.model)
+            self._server_tokens = check_rollout_servers(self.findings, resolution.rollout, model)
         for name, teacher in resolution.teachers.items():
             self._announce(f"reading the tokenizer of {name}")
             renderer = self.models.teacher(teacher, self.student)
@@ -244,12 +255,16 @@ class _Check:
     def _renderers(self, teachers: Sequence[str]) -> dict[str, Renderer]:
         """Return the models that read a prompt, by their name in messages."""
         renderers = {} if self.student is None else {"the student": self.student}
+        if self.student is not None and self._server_tokens is not None:
+            limited = replace(self.student, max_positions=self._server_tokens)
+            renderers = {"the inference server": limited} | renderers
         return renderers | {
             f"teacher '{name}'": self.teachers[name] for name in teachers if name in self.teachers
         }
 
     def _check_training(self, plan: Plan) -> None:
         self._note_sampling(plan)
+        note_staleness(self.findings, plan)
         self._note_sizes(plan)
         if not any(phase.loss.needs_teacher or reads_teachers(phase) for phase in plan.phases):
             self.findings.notes.append("no phase uses a teacher: none will be loaded for training")

@@ -9,7 +9,8 @@ _BATCH = (
 _DEVICE = "remove it: a GPU is used if torch finds one; CUDA_VISIBLE_DEVICES selects it"
 _ADAPTER = "remove it: LoRA is not implemented, all weights of the student are trained"
 _TRACKERS = "trackers are listed under `report`: `report: {trackers: [wandb, mlflow, trackio, tensorboard]}`"
-_ENGINE = "it is not implemented yet; responses are sampled with `engine: local`"
+_ENGINE = "servers are `rollout: {engine: vllm, url: http://HOST:PORT}` (or `sglang`)"
+_SERVED = "it needs an engine that generates outside the training process: `engine: vllm` or `engine: sglang`"
 
 _INTERIM = "accuracy during training is `evaluation.interim: {every: N}`, with N in updates"
 _BEST = "the best student is exported with `checkpoint.best: accuracy`, or a suite's name"
@@ -48,6 +49,13 @@ HINTS = {
     "peft": _ADAPTER,
     "vllm": _ENGINE,
     "sglang": _ENGINE,
+    "use_vllm": _ENGINE,
+    "vllm_mode": _ENGINE,
+    "vllm_server_base_url": _ENGINE,
+    "rollout.ahead": _SERVED,
+    "rollout.max_staleness": _SERVED,
+    "rollout.url": _SERVED,
+    "rollout.launch": _SERVED,
     "report.tensorboard": "write `report: {trackers: [tensorboard]}`",  # its form in earlier versions
     "report_to": _TRACKERS,
     "logger": _TRACKERS,

@@ -24,7 +24,7 @@ from mergeopd.recipe.training import Optimizer, Phase
 from mergeopd.recipe.verifiers import Verifier
 
 # Settings of an API that do not change its responses.
-API_UNBOUND = ("url", "key_env", "allow_http_to", "concurrency", "timeout_s", "prices", "probe")
+API_UNBOUND = ("url", "api_key_env", "allow_http_to", "concurrency", "timeout_s", "prices", "probe")
 
 # Settings that may change when a run is resumed: paths, alarms, memory, reports, processes, remarks.
 UNBOUND: Mapping[str, Any] = {
@@ -35,7 +35,9 @@ UNBOUND: Mapping[str, Any] = {
     "text_cache": True,
     "report": True,
     "student": {"parallel": True},
-    "rollout": dict.fromkeys(("url", "launch", "concurrency", "timeout_s", "sync", "parity"), True),
+    "rollout": dict.fromkeys(
+        ("url", "launch", "api_key_env", "concurrency", "timeout_s", "sync", "parity"), True
+    ),
     "teachers": {"__all__": {"licence": True, "api": dict.fromkeys(API_UNBOUND, True)}},
 }
 

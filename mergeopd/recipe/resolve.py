@@ -23,7 +23,7 @@ from mergeopd.recipe.models import Student
 from mergeopd.recipe.objective_checks import bridge_problems, objective_problems
 from mergeopd.recipe.phase_checks import draw_problems, name_problems, route_problems, teacher_problems
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
-from mergeopd.recipe.rollout import AnyRollout
+from mergeopd.recipe.rollout import AnyRollout, with_paths
 from mergeopd.recipe.routing import PhaseTeachers
 from mergeopd.recipe.schema import NAMED, SHORTHANDS, Recipe
 from mergeopd.recipe.self_teacher_checks import idle_problems, rule_problems, self_plans
@@ -80,6 +80,8 @@ def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str]
     cards = read_cards(parts.cards, root, env)
     roots = {place: c.root for place, c in cards.items() if isinstance(c, CardFile) and c.root is not None}
     origins = Origins(file, root, roots)
+    if parts.rollout is not None:
+        parts.rollout = with_paths(parts.rollout, lambda key: origins.place(("rollout", *key)).base)
     of_schema = _schema_problems(data, origins, complete=True)
     with_cards = resolve_teachers(parts.teachers, cards, origins)
     unreadable = tuple(p for c in cards.values() if isinstance(c, CardFile) for p in c.problems)
@@ -275,6 +277,7 @@ class _Resolver:
             "student": self.student,
             "teachers": self.teachers,
             "sources": tuple(self.sources.values()),
+            "rollout": self.parts.rollout,
             "evaluation": evaluation,
             "text_cache": str(text_cache),
             "output": str(output),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from mergeopd.config.values import NonEmptyText, Positive, PositiveInt, Strict
+from mergeopd.config.folders import absolute
+from mergeopd.config.values import GPUS_PATTERN, NonEmptyText, Positive, PositiveInt, Strict
 from mergeopd.rollout.protocol import EngineCapabilities
 
 Temperature = Annotated[float, Field(gt=0.0, le=10.0, strict=True)]
@@ -67,15 +71,23 @@ class Launch(Strict):
 
     python: str = "python"
     """Python interpreter of the environment in which the engine is installed"""
-    devices: tuple[NonEmptyText, ...] = ()
+    devices: tuple[Annotated[str, Field(pattern=GPUS_PATTERN)], ...] = ()
     """one server for each entry: numbers of its GPUs, such as `"0"` or `"0,1"` (tensor parallel); empty: one
     server on the CPU"""
-    port: Annotated[int, Field(ge=1, le=65535, strict=True)] = 8200
-    """port of the first server; the others follow"""
+    port: Annotated[int, Field(ge=1, le=65535, strict=True)] | None = None
+    """port of the first server; the others follow. Default: free ones"""
+    context_length: PositiveInt | None = None
+    """longest sequence of prompt and response, in tokens; default: the student's context, at most 32768"""
+    script: str | None = None
+    """program to run in place of the engine's own, with the same arguments"""
     args: tuple[str, ...] = ()
     """further arguments of the server's command line"""
     env: dict[str, str] = Field(default={}, description="further environment variables of the server")
     startup_s: Positive = Field(default=900.0, description="seconds that a server may take to start")
+
+    def length(self, max_positions: int) -> int:
+        """Return the servers' context for a model with this one."""
+        return min(max_positions, self.context_length or 32768)
 
 
 class WeightSync(Strict):
@@ -108,6 +120,8 @@ class ServerRollout(RolloutSettings):
 
     url: Urls | None = None
     """address of a running server, or of several; either `url` or `launch` is required"""
+    api_key_env: NonEmptyText | None = None
+    """environment variable with the API key of the servers, if they ask for one"""
     launch: Launch | None = Field(default=None, description="servers to start for this run")
     concurrency: PositiveInt = Field(default=256, description="requests that run at once at each server")
     timeout_s: Positive = Field(default=600.0, description="seconds that a response may take")
@@ -160,6 +174,26 @@ def default_engine(value: Any) -> Any:
 _Rollout = Annotated[LocalRollout | VllmRollout | SglangRollout, Field(discriminator="engine")]
 AnyRollout = Annotated[_Rollout, BeforeValidator(default_engine, json_schema_input_type=_Rollout)]
 """The section `rollout` of a recipe: that of one engine."""
+
+
+AnyServerRollout = VllmRollout | SglangRollout
+
+
+def with_paths(rollout: AnyRollout, base: Callable[[tuple[str, ...]], Path]) -> AnyRollout:
+    """Make the paths of servers absolute; `base` returns the project folder of a key."""
+    if not isinstance(rollout, AnyServerRollout):
+        return rollout
+    changes: dict[str, Any] = {}
+    if rollout.sync.folder is not None:
+        folder = absolute(rollout.sync.folder, base(("sync", "folder")))
+        changes["sync"] = rollout.sync.model_copy(update={"folder": str(folder)})
+    if (launch := rollout.launch) is not None:
+        own = {"python": launch.python if os.sep in launch.python else None, "script": launch.script}
+        paths = {
+            key: str(absolute(written, base(("launch", key)))) for key, written in own.items() if written
+        }
+        changes["launch"] = launch.model_copy(update=paths)
+    return rollout.model_copy(update=changes)
 
 
 class PhaseRollout(Strict):

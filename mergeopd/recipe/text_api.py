@@ -36,7 +36,7 @@ class TextApi(Strict):
 
     url: str = Field(description="base address, to which `/chat/completions` is added")
     model: NonEmptyText = Field(description="the API's name of the model")
-    key_env: Annotated[str, Field(pattern=VARIABLE_PATTERN)] | None = None
+    api_key_env: Annotated[str, Field(pattern=VARIABLE_PATTERN)] | None = None
     """name of the environment variable with the API key, in capitals; default: no key is sent"""
     allow_http_to: NonEmptyText | None = None
     """host to which the key may be sent unencrypted; needed for `http://` and another machine"""
@@ -54,7 +54,7 @@ class TextApi(Strict):
     probe: Flag = True
     """whether `check` asks the API for the names of its models"""
 
-    @field_validator("key_env", mode="before")
+    @field_validator("api_key_env", mode="before")
     @classmethod
     def _is_name(cls, name: Any) -> Any:
         # The message must not repeat a key that was written here by mistake.
@@ -95,7 +95,7 @@ class TextApi(Strict):
     @model_validator(mode="after")
     def _key_is_encrypted(self) -> TextApi:
         is_plain = self.url.startswith("http://") and not self.is_loopback
-        if self.key_env is not None and is_plain and self.allow_http_to != self.host:
+        if self.api_key_env is not None and is_plain and self.allow_http_to != self.host:
             raise ValueError(
                 f"the key would be sent unencrypted to {self.host}: use https, or allow this host with "
                 f"`allow_http_to: {self.host}`"

@@ -168,6 +168,33 @@ class PolicyStats:
     zero_advantage_fraction: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ServingStats:
+    """Inference servers in the first update of a round.
+
+    `generation_s` is the wall time from the first request of the round to its last response, also of what ran
+    while earlier rounds were scored and trained on; `wait_s` is the part for which the run waited, and
+    `sync_s` the time of passing weights to the servers. `lag` and `lag_max` are mean and maximum of the
+    updates between the weights that generated a response and those that learn from it. Requests that were
+    repeated, responses of wrong weights (generated again) and losses of servers count from the start of the
+    process. `engine_gap`, `engine_gap_max` and `engine_kl` compare the
+    servers' log-probabilities with the student's
+    (`student/parity.py`); None where they were not compared.
+    """
+
+    generation_s: float
+    wait_s: float
+    sync_s: float
+    lag: float
+    lag_max: float
+    num_retries: int
+    num_stale: int
+    num_lost: int
+    engine_gap: float | None = None
+    engine_gap_max: float | None = None
+    engine_kl: float | None = None
+
+
 def step_s(seconds: Mapping[str, float]) -> float:
     """Add the seconds of an update's stages, except those of the first update of a process or phase."""
     return sum(value for name, value in seconds.items() if name not in ("startup", "text", "interim"))
@@ -185,7 +212,8 @@ class UpdateDone(Event):
     operations that they cost by stage (`models/flops.py`). `peak_memory_bytes` is the most that any process
     has had so far: allocated on its GPU, or resident without one.
     `verifier_failures` counts, by source, responses that have no reward because their verifier failed.
-    `text_kept` is the share of teachers' responses that the phase keeps, by teacher and domain.
+    `text_kept` is the share of teachers' responses that the phase keeps, by teacher and domain. `serving` is
+    None without inference servers, and after the first update of a round.
     """
 
     update: int
@@ -207,6 +235,7 @@ class UpdateDone(Event):
     verifier_failures: Mapping[str, int] = field(default_factory=dict)
     clip_factor: float = 1.0
     text_kept: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    serving: ServingStats | None = None
 
     @property
     def step_s(self) -> float:

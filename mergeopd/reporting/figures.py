@@ -147,12 +147,26 @@ POLICY_FIGURES = (
     Figure("clipped_fraction", "clipped", "Clipped", "tokens without gradient because of the clip", "%", 0.0),
     Figure("zero_advantage_fraction", "", "Zero advantage", "groups whose responses had one reward", "%"),
 )
+SERVING_FIGURES = (
+    Figure("engine_gap", "", "Engine gap", "|log-prob of the servers - of the student|, mean", _NATS),
+    Figure("engine_gap_max", "", "Largest engine gap", "of any token", "nats"),
+    Figure("engine_kl", "", "Engine KL", "KL(servers || student) per sampled token", _NATS),
+    Figure("lag", "", "Weight lag", "updates between generating and learning weights", "", 0.0),
+    Figure("lag_max", "", "Largest weight lag", "of any response", "", 0.0),
+    Figure("generation_s", "", "Generation", "seconds of a round, also behind training", "s"),
+    Figure("wait_s", "", "Wait for responses", "seconds of the generation that were not hidden", "s"),
+    Figure("sync_s", "", "Weight sync", "seconds to pass weights to the servers", "s"),
+    Figure("num_retries", "", "Repeated requests", "to servers, so far", "", 0.0),
+    Figure("num_stale", "", "Stale responses", "of other weights than the last, so far", "", 0.0),
+    Figure("num_lost", "", "Lost servers", "so far", "", 0.0),
+)
 RUN_FIGURES = (
     Figure("loss", "loss", "Loss", "as minimised, with all weights"),
     Figure("grad_norm", "grad", "Gradient norm", "before clipping"),
     Figure("lr", "lr", "Learning rate", steady=True),
     Figure("on_policy_fraction", "on-policy", "On-policy", "responses of the student", "%", 1.0, steady=True),
     *POLICY_FIGURES,
+    *SERVING_FIGURES,
     Figure("tokens_per_s", "", "Speed", "response tokens through a round", "tokens/s"),
 )
 NUM_TOKENS = Figure("num_tokens", "tokens", "Tokens", "response tokens in the loss")
@@ -174,8 +188,9 @@ STAGES: Mapping[str, tuple[int, str]] = {
 
 
 def run_value(record: UpdateRecord, key: str) -> float | None:
-    """Return the value of one of `RUN_FIGURES`: of the update, of its policy terms, or of its cost."""
-    if key in record.policy:
-        return record.policy[key]
+    """Return the value of one of `RUN_FIGURES`: of the update, its policy terms, its servers, or its cost."""
+    for group in (record.policy, record.serving):
+        if key in group:
+            return group[key]
     value: float | None = getattr(record if hasattr(record, key) else record.cost, key, None)
     return value

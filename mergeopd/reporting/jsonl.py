@@ -65,6 +65,7 @@ class UpdateRecord:
     verifier_failures: Mapping[str, int]
     cost: Cost
     text_kept: Mapping[str, Numbers] = field(default_factory=dict)
+    serving: Numbers = field(default_factory=dict)
 
     @staticmethod
     def of(event: UpdateDone) -> UpdateRecord:
@@ -84,6 +85,7 @@ class UpdateRecord:
             policy={} if event.policy is None else asdict(event.policy),
             verifier_failures=dict(sorted(event.verifier_failures.items())),
             text_kept={name: dict(sorted(own.items())) for name, own in sorted(event.text_kept.items())},
+            serving={} if event.serving is None else asdict(event.serving),
             cost=Cost(
                 seconds=dict(sorted(event.seconds.items())),
                 tokens_per_s=event.num_tokens / event.step_s if event.step_s > 0 else None,

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from mergeopd.errors import ServingError
 from mergeopd.rollout.protocol import Completion, EngineContext, GenerationRequest, WeightSource
+from mergeopd.serving.launch import ServerLaunch, ServerProcess
 from mergeopd.serving.protocol import Generated, InferenceApi, ServerFacts
 from mergeopd.serving.transport import BadReply, Server, ServerPool, WrongWeights
 from mergeopd.types import Sampling
@@ -22,12 +23,27 @@ _log = logging.getLogger(__name__)
 # Interval at which progress is reported, and servers that were started are watched.
 _POLL_S = 0.2
 
-Publish = Callable[[WeightSource, int], Path]
-"""Writes a version of the weights as a folder that servers can load, and returns it. Collective."""
+
+class Publisher(Protocol):
+    """Passes weights on to servers through folders."""
+
+    def publish(self, source: WeightSource, version: int) -> Path:
+        """Write a version of the weights as a folder that servers can load, and return it. Collective."""
+
+    def discard(self) -> None:
+        """Remove all versions. On the first process only."""
+
+
+Begin = Callable[[int], Callable[[int], None]]
+"""Reports that a number of servers starts; returns a callback for how many are ready, which may raise."""
 
 
 class Servers(Protocol):
     """Servers of a run: running ones, or some that the run starts."""
+
+    @property
+    def num_to_start(self) -> int:
+        """Number of servers that `start` starts."""
 
     def start(self, on_progress: Callable[[int], None]) -> Sequence[str]:
         """Return their addresses when all are ready; `on_progress` gets how many are, and may raise."""
@@ -44,6 +60,7 @@ class RunningServers:
     """Servers that somebody else has started."""
 
     urls: Sequence[str]
+    num_to_start: ClassVar[int] = 0
 
     def start(self, on_progress: Callable[[int], None]) -> Sequence[str]:
         return self.urls
@@ -55,8 +72,45 @@ class RunningServers:
         """Do nothing: others may use them."""
 
 
+@dataclass
+class LaunchedServers:
+    """Servers that the run starts, all at once; `start_timeout_s` is for each."""
+
+    launches: Sequence[ServerLaunch]
+    start_timeout_s: float
+    _processes: list[ServerProcess] = field(default_factory=list, init=False)
+
+    @property
+    def num_to_start(self) -> int:
+        return len(self.launches)
+
+    def start(self, on_progress: Callable[[int], None]) -> Sequence[str]:
+        self._processes = [ServerProcess(one, self.start_timeout_s) for one in self.launches]
+        with ThreadPoolExecutor(len(self._processes)) as threads:
+            starts = [threads.submit(one.start) for one in self._processes]
+            try:
+                while pending := [start for start in starts if not start.done()]:
+                    on_progress(len(starts) - len(pending))
+                    wait(pending, _POLL_S, FIRST_EXCEPTION)
+                for start in starts:
+                    start.result()
+            except BaseException:
+                self.close()
+                raise
+        return [one.url for one in self._processes]
+
+    def check(self) -> None:
+        for one in self._processes:
+            if one.ensure_running():
+                _log.warning("restarted the inference server at %s", one.url)
+
+    def close(self) -> None:
+        for one in self._processes:
+            one.stop()
+
+
 @dataclass(frozen=True, slots=True)
-class ServingStats:
+class ServingCounts:
     """Counts since the start: requests that were repeated, responses of wrong weights, servers lost."""
 
     num_retries: int = 0
@@ -88,11 +142,12 @@ class ServedEngine:
     api: InferenceApi
     servers: Servers
     context: EngineContext
-    publish: Publish
+    publisher: Publisher
     padding: range
     concurrency: int
     timeout_s: float
-    announce: Callable[[str], None] = lambda _: None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    begin: Begin = lambda num: lambda num_ready: None
     _connection: _Connection | None = field(default=None, init=False)
 
     def submit(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> ServedRollouts:
@@ -115,7 +170,7 @@ class ServedEngine:
 
         Running requests continue with the new weights. Raises ServingError.
         """
-        folder = self.publish(source, version)
+        folder = self.publisher.publish(source, version)
         self.context.run_on_first(lambda: self._load(folder, version))
 
     def close(self) -> None:
@@ -123,15 +178,16 @@ class ServedEngine:
         if self._connection is not None:
             self._connection.pool.close()
             self._connection = None
-        self.servers.close()
+            self.servers.close()
+            self.publisher.discard()
 
-    def stats(self) -> ServingStats:
+    def counts(self) -> ServingCounts:
         """Return the counts of the first process; zeros on others."""
         one = self._connection
         if one is None:
-            return ServingStats()
+            return ServingCounts()
         num_lost = sum(server.num_lost for server in one.pool.servers)
-        return ServingStats(one.pool.num_retries, one.num_stale, num_lost)
+        return ServingCounts(one.pool.num_retries, one.num_stale, num_lost)
 
     def facts(self) -> list[ServerFacts]:
         """Return the facts of all servers. Raises ServingError for servers that cannot be used."""
@@ -145,9 +201,10 @@ class ServedEngine:
     def _opened(self) -> _Connection:
         """Start the servers if that is due, and connect to them."""
         if self._connection is None:
-            self.announce("starting inference servers")
-            urls = self.servers.start(lambda num: self.announce(f"starting inference servers: {num} ready"))
-            pool = ServerPool(urls, max_running=self.concurrency, timeout_s=self.timeout_s)
+            urls = self.servers.start(self.begin(self.servers.num_to_start))
+            pool = ServerPool(
+                urls, max_running=self.concurrency, timeout_s=self.timeout_s, headers=self.headers
+            )
             self._connection = _Connection(pool)
             pool.on_return = self._prepare
             self.facts()
@@ -179,6 +236,7 @@ class ServedEngine:
         """Give a server that has returned the current weights."""
         one = self._connection
         if one is not None and one.folder is not None:
+            await self.api.facts(one.pool, server)  # it may have been started in another way
             await self.api.load_weights(one.pool, server, one.folder.resolve(), str(one.version))
 
     def _start(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> _Running:

@@ -1,1 +1,1 @@
-"""HTTP of inference servers: vLLM and SGLang generate, score and take weights."""
+"""Inference servers: start them, talk to them over HTTP. Nothing here imports torch."""

@@ -35,6 +35,7 @@ class ServerFacts:
     routes: frozenset[str]
     max_tokens: int | None = None
     model: str | None = None
+    on_cpu: bool = False
 
 
 class InferenceApi(Protocol):
@@ -86,11 +87,15 @@ BANNED = -100.0
 def check_version(server: Server, engine: str, version: str, oldest: tuple[int, ...]) -> None:
     """Raise ServingError if a server's version is below the oldest supported one, or cannot be read."""
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[: len(oldest)])
-    if len(numbers) < len(oldest) or numbers < oldest:
-        needed = ".".join(map(str, oldest))
+    needed = ".".join(map(str, oldest))
+    if len(numbers) < len(oldest):
         raise ServingError(
-            f"{server.url}: {engine} {version or 'of unknown version'}; mergeopd needs {needed} or newer: "
-            f"update the server"
+            f"{server.url}: the server does not tell a version of {engine}; start {engine} {needed} or newer "
+            "there, or name its `engine`"
+        )
+    if numbers < oldest:
+        raise ServingError(
+            f"{server.url}: {engine} {version} is too old; update the server to {needed} or newer"
         )
 
 

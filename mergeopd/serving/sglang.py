@@ -44,7 +44,9 @@ class SglangApi:
         document = await command(pool, server, "/openapi.json", None, timeout_s=_FACTS_S)
         models = await command(pool, server, "/v1/models", None, timeout_s=_FACTS_S)
         limit = models["data"][0].get("max_model_len")
-        return ServerFacts(version, frozenset(document.get("paths", ())), limit, info.get("model_path"))
+        routes = frozenset(document.get("paths", ()))
+        server.facts = facts = ServerFacts(version, routes, limit, info.get("model_path"))
+        return facts
 
     def generation(
         self,

@@ -61,9 +61,21 @@ class EventLoop:
         """Run a coroutine to its end."""
         return self.submit(work).result()
 
+    def cancel_all(self) -> None:
+        """Cancel all coroutines, and wait for their ends."""
+
+        async def cancel() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+        self.run(cancel())
+
     def close(self) -> None:
-        """Stop the loop and its thread."""
+        """Cancel all coroutines, then stop the loop and its thread."""
         if self._thread.is_alive():
+            self.cancel_all()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -71,9 +83,14 @@ class EventLoop:
 
 @dataclass(eq=False)
 class Server:
-    """One server of a pool. `is_ready` is False until its weights are those of the other servers."""
+    """One server of a pool.
+
+    `is_ready` is False until its weights are those of the other servers; `facts` is what the engine's
+    protocol has read of it.
+    """
 
     url: str
+    facts: Any = None
     is_ready: bool = True
     num_running: int = 0
     down_until: float = 0.0
@@ -124,7 +141,8 @@ class ServerPool:
         return self._loop.run(work)
 
     def close(self) -> None:
-        """Close all connections; running requests are cancelled."""
+        """Cancel running requests and close all connections."""
+        self._loop.cancel_all()
         if self._client is not None:
             self._loop.run(self._client.aclose())
             self._client = None

@@ -25,6 +25,8 @@ from mergeopd.serving.transport import BadReply, Server, ServerPool
 from mergeopd.types import Finish, Sampling
 
 GENERATE = "/inference/v1/generate"
+WORKER_EXTENSION = "mergeopd_vllm_worker.CpuWeights"
+EXTENSION_FOLDER = Path(__file__).with_name("worker_extension")
 _OLDEST = (0, 24)
 _FACTS_S = 20.0
 # Routes that weights need, and where they come from.
@@ -52,22 +54,37 @@ class VllmApi:
                 f"{server.url}: the server has no {missing[0]}, which weight updates need; start it with "
                 "the environment variable VLLM_SERVER_DEV_MODE=1"
             )
+        on_cpu = False
         if self.takes_weights and "/server_info" in routes:
-            await self._check_settings(pool, server)
+            on_cpu = await self._check_settings(pool, server)
         models = await command(pool, server, "/v1/models", None, timeout_s=_FACTS_S)
         card = models["data"][0]
-        return ServerFacts(version, routes, card.get("max_model_len"), card.get("root"))
+        facts = ServerFacts(version, routes, card.get("max_model_len"), card.get("root"), on_cpu)
+        server.facts = facts
+        return facts
 
-    async def _check_settings(self, pool: ServerPool, server: Server) -> None:
-        """Raise ServingError if log-probabilities are not those of the distribution that is sampled from."""
+    async def _check_settings(self, pool: ServerPool, server: Server) -> bool:
+        """Return whether the server runs on a CPU.
+
+        Raises ServingError if log-probabilities are not those of the distribution that is sampled from, or
+        weights would be updated in part only.
+        """
         info = await command(pool, server, "/server_info?config_format=json", None, timeout_s=_FACTS_S)
-        config = (info.get("vllm_config") or {}).get("model_config") or {}
-        mode = str(config.get("logprobs_mode", "processed_logprobs")).rpartition(".")[2].lower()
-        if "processed_logprobs" not in mode:
+        config = info.get("vllm_config") or {}
+        mode = str((config.get("model_config") or {}).get("logprobs_mode", "processed_logprobs"))
+        if "processed_logprobs" not in mode.lower():
             raise ServingError(
                 f"{server.url}: returns log-probabilities before temperature and top_p (--logprobs-mode "
                 f"{mode}); start it with --logprobs-mode processed_logprobs"
             )
+        if str((config.get("device_config") or {}).get("device")) != "cpu":
+            return False
+        if (config.get("parallel_config") or {}).get("worker_extension_cls") != WORKER_EXTENSION:
+            raise ServingError(
+                f"{server.url}: on a CPU, vLLM does not update a tied head; start it with "
+                f"--worker-extension-cls {WORKER_EXTENSION} and PYTHONPATH={EXTENSION_FOLDER}"
+            )
+        return True
 
     def generation(
         self,
@@ -132,10 +149,11 @@ class VllmApi:
         try:
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
             await command(pool, server, "/collective_rpc", body)
+            if server.facts is not None and server.facts.on_cpu:
+                await command(pool, server, "/collective_rpc", {"method": "pack_tied_head"})
             # States of the old weights would be continued by the new ones.
             await command(pool, server, "/reset_prefix_cache", {})
-            facts = await command(pool, server, "/openapi.json", None)
-            if "/update_weight_version" in facts["paths"]:
+            if server.facts is not None and "/update_weight_version" in server.facts.routes:
                 await command(pool, server, "/update_weight_version", {"new_version": version})
                 told = (await command(pool, server, "/weight_info", None)).get("weight_version")
                 if told != version:

@@ -43,6 +43,8 @@ class RunFolder:
         self.accuracy_file = path / run_layout.ACCURACY
         self.alarms_file = path / run_layout.ALARMS
         self.spill = path / run_layout.SPILL
+        self.weights = path / run_layout.WEIGHTS
+        self.servers = path / run_layout.SERVERS
         self.checkpoints = path / run_layout.CHECKPOINTS
         self.export = path / run_layout.EXPORT
         self.best = path / run_layout.BEST

@@ -32,7 +32,7 @@ _POLL_S = 0.2
 
 def endpoint(api: TextApi) -> ChatEndpoint:
     """Return the address of an API, with the key from the environment. Raises ServingError."""
-    key = "" if api.key_env is None else read_key(api.key_env)
+    key = "" if api.api_key_env is None else read_key(api.api_key_env)
     return ChatEndpoint(api.url, key, is_local=api.is_loopback)
 
 

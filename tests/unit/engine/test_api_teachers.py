@@ -23,7 +23,7 @@ PHASE = {"name": "imitate", "text": "teacher", "updates": 2, "loss": "nll", "pro
 
 
 def api_card(folder: Path, url: str, **api: Any) -> None:
-    settings = {"url": url, "model": "writer", "key_env": "WRITER_KEY", "concurrency": 1, **api}
+    settings = {"url": url, "model": "writer", "api_key_env": "WRITER_KEY", "concurrency": 1, **api}
     (folder / "writer.yaml").write_text(json.dumps({"card": 1, "name": "w", "api": settings}))
 
 
@@ -188,30 +188,30 @@ def test_what_an_api_cannot_do_is_told_at_the_start(
     monkeypatch.setenv("WRITER_KEY", f"{KEY} {KEY}")
     ((place, message, _),) = problems(recipe)
     assert (place, message) == (
-        f"{api}.key_env",
+        f"{api}.api_key_env",
         "environment variable 'WRITER_KEY' has characters that no key has",
     )
     monkeypatch.delenv("WRITER_KEY")
     assert problems(recipe) == [
         (
-            f"{api}.key_env",
+            f"{api}.api_key_env",
             "environment variable 'WRITER_KEY' is not set",
             "set it in the shell, as in `export WRITER_KEY=...`; it is not written to any file",
         )
     ]
-    api_card(tmp_path, "http://127.0.0.1:9/v1", key_env=None)
+    api_card(tmp_path, "http://127.0.0.1:9/v1", api_key_env=None)
     ((place, message, remedy),) = problems(recipe)
     assert (place, message.partition(" (")[0]) == (f"{api}.url", "http://127.0.0.1:9/v1: not reachable")
     assert "start the server" in remedy
-    api_card(tmp_path, "http://127.0.0.1:9/v1", key_env=None, probe=False)
+    api_card(tmp_path, "http://127.0.0.1:9/v1", api_key_env=None, probe=False)
     preflight(recipe)
 
 
 @pytest.mark.parametrize(
     ("api", "place", "cause"),
     [
-        ({"key_env": "sk-secret-key"}, "key_env", "not the name of an environment variable"),
-        ({"key_env": "abcdef0123456789"}, "key_env", "not the name of an environment variable"),
+        ({"api_key_env": "sk-secret-key"}, "api_key_env", "not the name of an environment variable"),
+        ({"api_key_env": "abcdef0123456789"}, "api_key_env", "not the name of an environment variable"),
         ({"url": "https://user:pw@host/v1"}, "url", "not an address"),
         ({"url": "https://host/v1/chat/completions"}, "url", "not an address"),
         ({"url": "http://10.0.0.5/v1"}, "", "the key would be sent unencrypted to 10.0.0.5"),
@@ -238,4 +238,4 @@ def test_a_host_of_ones_own_can_be_allowed(write_job: Callable[..., Path], tmp_p
     plan = read(job(write_job, tmp_path, url, {}, allow_http_to="writer.lan")).plan
     assert plan is not None
     assert plan.content["teachers"]["w"]["api"].keys() == {"model", "max_tokens", "max_tokens_field", "extra"}
-    assert read(job(write_job, tmp_path, url, {}, key_env=None)).problems == ()
+    assert read(job(write_job, tmp_path, url, {}, api_key_env=None)).problems == ()

@@ -17,7 +17,7 @@ from mergeopd.preflight.memory import refuse_without_room
 from mergeopd.recipe.models import Parallel, SnapshotRule
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.resolve import read
-from mergeopd.recipe.training import LocalRollout
+from mergeopd.recipe.rollout import LocalRollout
 from mergeopd.rollout.protocol import EngineCapabilities
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -68,7 +68,7 @@ class Writer:
         self.server, self.renderer, self.folder, self.notes = server, renderer, folder, list[str]()
 
     def teacher(self, **api: Any) -> ApiTeacher:
-        settings = {"url": self.server.url, "model": "org/writer", "key_env": "WRITER_KEY", **api}
+        settings = {"url": self.server.url, "model": "org/writer", "api_key_env": "WRITER_KEY", **api}
         return ApiTeacher(
             "w",
             TextApi.model_validate(settings),
