@@ -57,7 +57,6 @@ class ChatEndpoint:
             max_attempts=_MAX_ATTEMPTS,
             headers=self._headers,
             health=None,
-            secret=self.key,
             trust_env=not self.is_local,
         )
 

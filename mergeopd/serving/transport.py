@@ -108,9 +108,9 @@ class ServerPool:
     connection fails, a reply is incomplete, or the status says that the server is at fault; at most one of
     its replies is used. A server that cannot be reached gets no requests until it is healthy again (a GET of
     `health`; None: after a pause), and `on_return` has prepared it. A server that names a time to wait gets
-    no other attempt before. `secret` is removed from errors; `trust_env` uses the proxies of the environment.
-    Raises ServingError when a request has failed `max_attempts` times, or no
-    server has been reachable for `lost_s` seconds.
+    no other attempt before. A key in `headers` is removed from errors; `trust_env` uses the proxies of the
+    environment. Raises ServingError when a request has failed `max_attempts` times, or no server has been
+    reachable for `lost_s` seconds.
     """
 
     urls: Sequence[str]
@@ -120,7 +120,6 @@ class ServerPool:
     max_attempts: int = 5
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     health: str | None = "/health"
-    secret: str = field(default="", repr=False)
     trust_env: bool = False
     on_return: OnReturn | None = None
     num_retries: int = field(default=0, init=False)
@@ -230,8 +229,8 @@ class ServerPool:
         return reply
 
     def _shown(self, reply: httpx2.Response) -> str:
-        text = reply.text
-        return (text.replace(self.secret, "[key]") if self.secret else text)[:_SHOWN]
+        text, key = reply.text, self.headers.get("Authorization", "").removeprefix("Bearer ")
+        return (text.replace(key, "[key]") if key else text)[:_SHOWN]
 
     async def _acquire(self) -> Server:
         """Wait for a reachable server with room; return the one with the fewest running requests."""
