@@ -128,7 +128,7 @@ def measure(recipe: Path, num_rounds: int) -> dict[str, int]:
     with peak_anonymous() as peak:
         trainer = build(parts, reporter=Reporters(), clock=Clock(), interrupt=Interrupt())
         trainer.run(Progress(), None)
-    files = [Path(t.model) / "model.safetensors" for t in inputs.plan.teachers.values()]
+    files = [t.folder / "model.safetensors" for t in inputs.plan.teachers.values()]
     return {
         "num_teachers": len(files),
         "num_rounds": num_rounds,

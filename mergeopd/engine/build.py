@@ -53,6 +53,7 @@ from mergeopd.rollout.served import ServedEngine
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.student.protocol import Student
 from mergeopd.student.torch import TorchStudent
+from mergeopd.teacher.api import ApiTeacher
 from mergeopd.teacher.bridges import measure
 from mergeopd.teacher.canary import Canary
 from mergeopd.teacher.hidden_cache import HiddenCache
@@ -182,7 +183,7 @@ def build(
         peak_memory=lambda: max(ranks.gather(peak_bytes(machine.device))),
         flops=TrainingFlops(
             ModelFlops.read(Path(plan.student.model)),
-            {name: ModelFlops.read(Path(teacher.model)) for name, teacher in plan.teachers.items()},
+            {name: ModelFlops.read(t.folder) for name, t in plan.teachers.items() if t.api is None},
         ),
         stages=stages,
     )
@@ -240,6 +241,7 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
             student=inputs.student,
             renderers=inputs.teachers,
             teachers=models.teachers,
+            api_teachers=_api_teachers(inputs, models.machine, stages),
             views=models.views,
             environments=environments,
             stages=stages,
@@ -298,6 +300,7 @@ def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, sta
         open_merge=open_merge,
         verifiers=build_verifiers(plan.sources, inputs, machine),
         environments=build_environments(plan.sources, inputs.plan, machine.ranks),
+        api_teachers=_api_teachers(inputs, machine, stages),
         stages=stages,
     )
 
@@ -388,7 +391,7 @@ def _teachers(
     inputs: Inputs, machine: Machine, snapshots: StudentSnapshots, *, skip: Collection[str]
 ) -> dict[str, Teacher]:
     """Build the recipe's teachers, whose weights are read by one store."""
-    plans = {name: teacher for name, teacher in inputs.plan.teachers.items() if name not in skip}
+    plans = {n: t for n, t in inputs.plan.teachers.items() if n not in skip and t.api is None}
     sources = {name: _source(teacher, inputs, snapshots) for name, teacher in plans.items()}
     # Each process reads a part of the bytes if several need their own copies. On one machine's CPUs, they
     # share the pages of mapped files, so each file is read once anyway.
@@ -413,11 +416,30 @@ def _teachers(
     }
 
 
+def _api_teachers(inputs: Inputs, machine: Machine, stages: Stages) -> dict[str, ApiTeacher]:
+    plan = inputs.plan
+    return {
+        name: ApiTeacher(
+            name,
+            teacher.api,
+            inputs.teachers[name],
+            vocab_size=inputs.vocab_size,
+            seed=plan.seed,
+            text_cache=Path(plan.text_cache),
+            use_file=RunFolder(Path(plan.output)).api_use_file,
+            run_on_first=machine.ranks.run_on_first,
+            note=stages.note,
+        )
+        for name, teacher in plan.teachers.items()
+        if teacher.api is not None
+    }
+
+
 def _source(teacher: TeacherPlan, inputs: Inputs, snapshots: StudentSnapshots) -> TeacherSource:
     snapshot = None if teacher.snapshot_rule is None else snapshots.snapshots[teacher.snapshot_rule]
     is_crossed = teacher.name in inputs.cross_tokenizers
     num_valid = inputs.teachers[teacher.name].vocab_size if is_crossed else inputs.vocab_size
-    return TeacherSource(Path(teacher.model), teacher.dtype, num_valid, snapshot)
+    return TeacherSource(teacher.folder, teacher.dtype, num_valid, snapshot)
 
 
 def _views(inputs: Inputs, machine: Machine, announce: Callable[[str], None]) -> dict[str, TokenView]:

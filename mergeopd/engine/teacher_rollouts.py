@@ -31,6 +31,7 @@ from mergeopd.rollout.protocol import Completion, GenerationRequest
 from mergeopd.storage import run_layout
 from mergeopd.storage.completion_cache import CompletionCache, Origin
 from mergeopd.storage.teacher_text import GradedText, KeptShare, kept_shares, read_graded, write_graded
+from mergeopd.teacher.api import ApiTeacher
 from mergeopd.teacher.protocol import Teacher, TeacherSession
 from mergeopd.teacher.token_view import TokenView
 from mergeopd.types import Prompt, Rollout, Sampling, token_flags, token_ids
@@ -44,6 +45,7 @@ class TeacherRolloutCache:
     student: Renderer
     renderers: Mapping[str, Renderer]
     teachers: Mapping[str, Teacher]
+    api_teachers: Mapping[str, ApiTeacher]
     views: Mapping[str, TokenView]
     environments: Environments
     stages: Stages
@@ -59,18 +61,23 @@ class TeacherRolloutCache:
         own = sampling(settings)
         for teacher, prompts in needed.items():
             missing = {k: p for k, p in prompts.items() if (teacher, *k, own) not in self._responses}
-            if missing:
+            if missing and teacher in self.api_teachers:
+                self._ask(self.api_teachers[teacher], missing, own)
+            elif missing:
                 self._provide(teacher, missing, own)
 
     def of(self, task: Task, settings: RolloutSettings) -> list[Rollout]:
         """Return the prepared responses to a task, in the student's ids.
 
-        Responses with tools that the student's template cannot render are left out with a note.
+        Responses with tools that the student's template cannot render are left out with a note; replies of an
+        API that cannot be used were counted in one.
         """
         name = writer_of(task.prompt)
         rollouts = []
         for sample in range(settings.samples_per_prompt):
             response = self._responses[name, task.prompt.key, sample, sampling(settings)]
+            if not len(response.completion.response_ids):
+                continue
             try:
                 rollouts.append(self._rollout(task.prompt, name, response, sample))
             except DataError as error:
@@ -109,6 +116,26 @@ class TeacherRolloutCache:
         own, student = self.renderers[name].template, self.student.template
         same = (own.source, own.arguments) == (student.source, student.arguments)
         return same and self.views[name].bridge_kind is None
+
+    def _ask(self, teacher: ApiTeacher, prompts: Mapping[tuple[str, int], Prompt], sampled: Sampling) -> None:
+        """Let an API write the responses, whose replies it keeps itself."""
+
+        def turn(requests: Sequence[GenerationRequest], which: str) -> list[Completion]:
+            on_progress: Callable[[int], None] = self.stages.check
+            if num := teacher.num_missing(requests, sampled):
+                on_progress = self.stages.begin("text", f"{teacher.name} generates{which}", num, "responses")
+            size = self.stages.ranks.size
+            return teacher.submit(requests, sampled).wait(lambda done: on_progress(-(-done // size)))
+
+        asked = [(prompt, sample) for (_, sample), prompt in prompts.items()]
+        responses = self.environments.play(asked, self.renderers[teacher.name], turn, self.stages.check)
+        if not any(len(response.completion.response_ids) for response in responses):
+            raise TeacherError(
+                f"none of the {len(responses)} responses of teacher '{teacher.name}' can be used; if they "
+                "are cut in their reasoning, raise `api.max_tokens` in its card"
+            )
+        for (key, sample), response in zip(prompts, responses, strict=True):
+            self._responses[teacher.name, key, sample, sampled] = response
 
     def _provide(self, name: str, prompts: Mapping[tuple[str, int], Prompt], sampled: Sampling) -> None:
         renderer = self.renderers[name]

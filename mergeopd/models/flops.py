@@ -72,8 +72,13 @@ class TrainingFlops:
     teachers: Mapping[str, ModelFlops]
 
     def of_generation(self, num_prompt: int, num_response: int, teacher: str | None) -> Counter[str]:
-        """Return the operations of generating a response: `rollout` by the student, `text` by a teacher."""
-        model = self.student if teacher is None else self.teachers[teacher]
+        """Return the operations of generating a response: `rollout` by the student, `text` by a teacher.
+
+        Those of a model behind an API are not known, and count as none.
+        """
+        model = self.student if teacher is None else self.teachers.get(teacher)
+        if model is None:
+            return Counter()
         stage = "rollout" if teacher is None else "text"
         return Counter({stage: model.forward(num_prompt + num_response, num_response)})
 

@@ -87,6 +87,8 @@ def _check_targets(
 
 
 def _remedy(teacher: TeacherPlan, provided: frozenset[TargetKind]) -> str:
+    if teacher.api is not None:
+        return "learn its text with `nll` alone, or give the other terms `teachers` of their own"
     if teacher.bridge is not None:
         return "use another bridge, or another teacher"
     if "top_k" in provided:

@@ -21,6 +21,7 @@ from mergeopd.data.rows import source_digest
 from mergeopd.data.teacher_prompt import SAME
 from mergeopd.errors import RecipeError
 from mergeopd.messages import joined, shown_in
+from mergeopd.preflight.apis import check_apis
 from mergeopd.preflight.capabilities import check_capabilities
 from mergeopd.preflight.conversations import template_notes
 from mergeopd.preflight.environments import EnvironmentChecks
@@ -103,6 +104,7 @@ def preflight(
         engine = resolution.rollout.capabilities
     own = {name: capabilities(teacher) for name, teacher in resolution.teachers.items()}
     check_capabilities(check.findings, resolution, engine, {**own, **teachers})
+    check_apis(check.findings, resolution.teachers)
     problems = (*resolution.problems, *check.findings.problems)
     if resolution.plan is None or check.student is None or problems:
         raise RecipeError(resolution.origins.in_order(problems))
@@ -126,7 +128,9 @@ def preflight(
 def advice(plan: Plan) -> str | None:
     """Return a warning about teachers without a canary; None if every card has one."""
     bare = [
-        name for name, teacher in plan.teachers.items() if teacher.canary is None and teacher.student is None
+        name
+        for name, teacher in plan.teachers.items()
+        if teacher.canary is None and teacher.student is None and teacher.api is None
     ]
     if not bare:
         return None

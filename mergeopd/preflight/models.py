@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -95,9 +96,10 @@ class ModelReader:
     def teacher(self, teacher: TeacherPlan, student: Renderer | None) -> Renderer | None:
         """Create a teacher's renderer; without a bridge, its tokenizer must be the student's.
 
-        A self-teacher has the student's renderer with its own teacher prompt.
+        A self-teacher, and one behind an API, has the student's renderer with its own teacher prompt.
         """
-        renderer = student if teacher.student is not None else self._other_model(teacher, student)
+        is_other = teacher.student is None and teacher.api is None
+        renderer = self._other_model(teacher, student) if is_other else student
         prompt = self._teacher_prompt(teacher)
         if renderer is None or prompt is None:
             return None
@@ -109,7 +111,9 @@ class ModelReader:
                 f"{student.end_token!r}: the token that ends a response is left out of this teacher's terms; "
                 "`student.template` can give the student the teacher's chat template"
             )
-        if prompt.system is not None:
+        if teacher.api is not None:
+            renderer = replace(renderer, max_positions=sys.maxsize)  # the API knows its context
+        elif prompt.system is not None:
             self._check_system_message(("teachers", teacher.name, "system"), renderer.template, prompt.system)
         return replace(renderer, teacher_prompt=prompt)
 
@@ -156,6 +160,8 @@ class ModelReader:
         compare: Callable[[Keys, Tokenizer], None],
     ) -> Renderer | None:
         """Create the renderer of a card's model; `compare` checks its tokenizer."""
+        assert model.model is not None
+        assert model.tokenizer is not None
         model_place = (*card, "model")
         # Without a tokenizer in the card, problems of the model's tokenizer are located at the model.
         own = model.tokenizer == model.model

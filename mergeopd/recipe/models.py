@@ -17,7 +17,9 @@ from mergeopd.config.values import (
     Strict,
     Weight,
 )
+from mergeopd.messages import joined
 from mergeopd.recipe.bridges import BridgeOrKind
+from mergeopd.recipe.text_api import TextApi
 
 SET_BY_RENDERING = ("messages", "tools", "documents", "add_generation_prompt")
 
@@ -85,9 +87,14 @@ class Canary(Strict):
 class TeacherCard(Strict):
     """A file in `teachers/` that describes a teacher, independent of any recipe."""
 
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["model"]}, {"required": ["api"]}]})
+
     card: Literal[1] = Field(description="version of the card format")
     name: str = Field(description="display name")
-    model: str = Field(description="Hugging Face folder, or a hub id that is in the local cache")
+    model: str | None = None
+    """Hugging Face folder, or a hub id that is in the local cache; either `model` or `api` is required"""
+    api: TextApi | None = None
+    """a model behind an OpenAI-compatible chat API, which writes text for `text: teacher`"""
     revision: Revision | None = Field(default=None, description="hub revision; only with a hub id")
     tokenizer: str | None = Field(default=None, description="tokenizer folder; default: the model's folder")
     template: str | None = None
@@ -101,6 +108,26 @@ class TeacherCard(Strict):
     """digest of the checkpoint; other weights at this path are refused"""
     canary: Canary | None = None
     """sample that is compared before the teacher is used"""
+
+    @model_validator(mode="after")
+    def _one_model(self) -> TeacherCard:
+        if self.model is None and self.api is None:
+            raise ValueError(
+                "no model: name a folder or hub id as `model`, or give `api` for one behind an API"
+            )
+        of_folder = self.model_fields_set & {
+            "model",
+            "revision",
+            "tokenizer",
+            "template",
+            "template_arguments",
+            "fingerprint",
+            "canary",
+        }
+        if self.api is not None and of_folder:
+            keys = joined([f"`{key}`" for key in sorted(of_folder)], "and")
+            raise ValueError(f"a model behind an API has no folder: remove {keys}")
+        return self
 
 
 class SnapshotRule(Strict):

@@ -115,7 +115,7 @@ def _read(options: NewTeacherOptions, folder: Path, template: Path | None) -> Pr
             ]
         )
     dtype = native_dtype(Checkpoint.open(folder))
-    return ProbedModel(plan.model_copy(update={"dtype": dtype}), renderer, reader.files[plan.model])
+    return ProbedModel(plan.model_copy(update={"dtype": dtype}), renderer, reader.files[str(folder)])
 
 
 def take_canary(probed: ProbedModel, prompt: str) -> Canary:
@@ -141,7 +141,7 @@ def take_canary(probed: ProbedModel, prompt: str) -> Canary:
     vocab = renderer.vocab_size
     prompt_ids = _prompt_ids(renderer, prompt)
     room = min(MAX_TOKENS, renderer.max_positions - len(prompt_ids))
-    store = TeacherStore({plan.name: TeacherSource(Path(plan.model), plan.dtype, vocab)}, device)
+    store = TeacherStore({plan.name: TeacherSource(plan.folder, plan.dtype, vocab)}, device)
     with store.open(plan.name) as teacher:
         head = store.head(plan.name)
         generator = Generator(teacher.body, head, renderer.eos_ids, renderer.tokenizer, device)
@@ -151,7 +151,7 @@ def take_canary(probed: ProbedModel, prompt: str) -> Canary:
             [response] = generate(generator, requests, greedy, seed=0, batch_size=1, progress=lambda _: None)
         except NumericsError as error:
             raise TeacherError(
-                f"{shown(Path(plan.model))}: gives probabilities that are NaN; the weights are damaged"
+                f"{shown(plan.folder)}: gives probabilities that are NaN; the weights are damaged"
             ) from error
         written = tuple(i for i in response.response_ids.tolist() if i not in renderer.eos_ids)
         text = _whole_characters(renderer.tokenizer.decode(written))

@@ -25,7 +25,7 @@ _DOWN_S = 2.0
 _BACKOFF_S = 0.25
 _MAX_BACKOFF_S = 8.0
 _CONNECT_S = 5.0
-_MAX_RETRY_AFTER_S = 60.0
+_MAX_RETRY_AFTER_S = 120.0
 # Servers close connections that are idle for 5 seconds, without regard to a request on its way.
 _KEEP_ALIVE_S = 2.0
 _CLOSE_S = 5.0
@@ -114,10 +114,11 @@ class ServerPool:
 
     At most `max_running` requests run at each server. A request is repeated, at another server if there is
     one, when the connection fails, a reply is incomplete, or the status says that the server is at fault; at
-    most one of its replies is used. A server that cannot be reached, or is not healthy after a failure, gets
-    no requests until it is healthy again, and `on_return` has prepared it. Raises ServingError when a request
-    has failed `max_attempts` times, or no server has been reachable for `lost_s` seconds. A server that is
-    busy (status 429) is asked again for `timeout_s`.
+    most one of its replies is used. A server that cannot be reached, or is not healthy after a failure (a GET
+    of `health`; None: not asked), gets no requests until it is healthy again, and `on_return` has prepared
+    it. A key in `headers` is removed from errors; `trust_env` uses the proxies of the environment. Raises
+    ServingError when a request has failed `max_attempts` times, or no server has been reachable for `lost_s`
+    seconds. A server that is busy (status 429) is asked again for `timeout_s`.
     """
 
     urls: Sequence[str]
@@ -125,7 +126,9 @@ class ServerPool:
     timeout_s: float = 600.0
     lost_s: float = 60.0
     max_attempts: int = 5
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    health: str | None = "/health"
+    trust_env: bool = False
     on_return: OnReturn | None = None
     num_retries: int = field(default=0, init=False)
 
@@ -213,9 +216,9 @@ class ServerPool:
         is_slow = isinstance(cause, httpx2.ReadTimeout)
         if isinstance(cause, WrongWeights) or (isinstance(cause, httpx2.TransportError) and not is_slow):
             self.lose(server, cause)
-        elif server.is_ready and not _is_busy(cause) and not isinstance(cause, BadReply):
+        elif self.health and server.is_ready and not _is_busy(cause) and not isinstance(cause, BadReply):
             try:
-                await self._exchange(server, "/health", None, _CONNECT_S)
+                await self._exchange(server, self.health, None, _CONNECT_S)
             except (httpx2.HTTPError, Refused) as error:
                 self.lose(server, error)
 
@@ -225,7 +228,9 @@ class ServerPool:
         if self._client is None:
             limits = httpx2.Limits(keepalive_expiry=_KEEP_ALIVE_S)
             # Proxies of the environment are for other hosts: inference servers are on the local network.
-            self._client = httpx2.AsyncClient(headers=self.headers, limits=limits, trust_env=False)
+            self._client = httpx2.AsyncClient(
+                headers=self.headers, limits=limits, trust_env=self.trust_env, follow_redirects=False
+            )
         timeout = httpx2.Timeout(timeout_s, connect=_CONNECT_S)
         url = server.url + path
         reply = await (
@@ -235,11 +240,15 @@ class ServerPool:
         )
         if reply.status_code in _RETRIED:
             raise httpx2.HTTPStatusError(
-                f"status {reply.status_code}: {reply.text[:_SHOWN]}", request=reply.request, response=reply
+                f"status {reply.status_code}: {self._shown(reply)}", request=reply.request, response=reply
             )
         if reply.status_code >= 300:
-            raise Refused(reply.status_code, reply.text[:_SHOWN])
+            raise Refused(reply.status_code, self._shown(reply))
         return reply
+
+    def _shown(self, reply: httpx2.Response) -> str:
+        text, key = reply.text, self.headers.get("Authorization", "").removeprefix("Bearer ")
+        return (text.replace(key, "[key]") if key else text)[:_SHOWN]
 
     async def _acquire(self, avoided: Server | None) -> Server:
         """Wait for a reachable server with room; return the one with the fewest running requests.
@@ -296,7 +305,8 @@ class ServerPool:
 
     async def _return(self, server: Server) -> None:
         try:
-            await self._exchange(server, "/health", None, _CONNECT_S)
+            if self.health is not None:
+                await self._exchange(server, self.health, None, _CONNECT_S)
             if self.on_return is not None:
                 await self.on_return(server)
             server.is_ready = True
@@ -330,9 +340,9 @@ def _status(cause: Exception) -> int | None:
 
 
 def _retry_after(cause: Exception) -> float | None:
-    """Return the seconds that a server asks to wait, if it does."""
+    """Return the seconds of a reply's `Retry-After`; None without one, or where it is a date."""
     after = "" if _status(cause) is None else cause.response.headers.get("retry-after", "")  # type: ignore[attr-defined]
-    return min(float(after), _MAX_RETRY_AFTER_S) if after.isdecimal() else None
+    return min(float(after), _MAX_RETRY_AFTER_S) if after.replace(".", "", 1).isdecimal() else None
 
 
 def described(error: Exception) -> str:

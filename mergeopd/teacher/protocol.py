@@ -77,10 +77,13 @@ class TeacherCapabilities:
 LOCAL = TeacherCapabilities(frozenset(("hidden", "top_k", "sampled")), can_generate=True)
 # Its responses would be generated before the phase, with weights that have changed when they are learned.
 SNAPSHOT = TeacherCapabilities(LOCAL.can_provide, can_generate=False)
+TEXT = TeacherCapabilities(frozenset(), can_generate=True)
 
 
 def capabilities(teacher: TeacherPlan) -> TeacherCapabilities:
     """Return the capabilities of a resolved teacher."""
+    if teacher.api is not None:
+        return TEXT
     return LOCAL if teacher.snapshot_rule is None else SNAPSHOT
 
 

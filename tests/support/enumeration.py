@@ -54,6 +54,7 @@ def teacher_rollouts_of(parts: Models, reporter: Reporter | None = None) -> Teac
         student=parts.inputs.student,
         renderers=parts.inputs.teachers,
         teachers=parts.teachers,
+        api_teachers={},
         views=parts.views,
         environments=build_environments(parts.plan.sources, parts.plan, SingleProcess()),
         stages=stages,
