@@ -27,7 +27,7 @@ from mergeopd.engine.rollouts import Rewards, StudentRollouts
 from mergeopd.engine.schedule import RoundSchedule
 from mergeopd.engine.score import Scorer
 from mergeopd.engine.stages import Stages
-from mergeopd.engine.teacher_rollouts import TeacherRolloutCache
+from mergeopd.engine.teacher_rollouts import FixedText, TeacherRolloutCache
 from mergeopd.engine.update import Updater
 from mergeopd.environment.episodes import Environments
 from mergeopd.loss.cross_tokenizer import Bridge
@@ -207,15 +207,10 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
     inputs, student = models.inputs, models.student
     plan, ranks = models.plan, models.machine.ranks
     environments = build_environments(plan.sources, plan, ranks)
+    rewards = Rewards(build_verifiers(plan.sources, inputs, models.machine), inputs.student.tokenizer, stages)
     return SynchronousPipeline(
         plan,
-        draw=PhasedDraw(
-            inputs.prompts,
-            {phase.name: PhaseShares(plan.shares(phase), phase.num_prompts) for phase in plan.phases},
-            plan.seed,
-        ),
         model=student,
-        renderer=inputs.student,
         rollouts=StudentRollouts(
             engine,
             max(plan.rollout_of(phase).samples_per_prompt for phase in plan.phases),
@@ -223,22 +218,32 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
             environments,
             stages,
         ),
-        teacher_rollouts=TeacherRolloutCache(
-            plan,
-            student=inputs.student,
-            renderers=inputs.teachers,
-            teachers=models.teachers,
-            views=models.views,
-            environments=environments,
-            stages=stages,
-        ),
-        rewards=Rewards(
-            build_verifiers(plan.sources, inputs, models.machine),
-            inputs.student.tokenizer,
-            stages,
-        ),
+        text=_fixed_text(inputs, models.teachers, models.views, environments, rewards, stages),
+        rewards=rewards,
         stages=stages,
     )
+
+
+def _fixed_text(
+    inputs: Inputs,
+    teachers: Mapping[str, Teacher],
+    views: Mapping[str, TokenView],
+    environments: Environments,
+    rewards: Rewards,
+    stages: Stages,
+) -> FixedText:
+    plan = inputs.plan
+    shares = {phase.name: PhaseShares(plan.shares(phase), phase.num_prompts) for phase in plan.phases}
+    responses = TeacherRolloutCache(
+        plan,
+        student=inputs.student,
+        renderers=inputs.teachers,
+        teachers=teachers,
+        views=views,
+        environments=environments,
+        stages=stages,
+    )
+    return FixedText(plan, PhasedDraw(inputs.prompts, shares, plan.seed), responses, rewards, stages)
 
 
 def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, stages: Stages) -> Evaluation:
