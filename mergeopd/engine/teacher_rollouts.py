@@ -276,11 +276,29 @@ class FixedText:
 
     def of(self, tasks: Sequence[Task], settings: RolloutSettings) -> list[Rollout]:
         """Return the responses to tasks of a prepared phase, in their order; the student's are left out."""
+        return self._of(tasks, settings, self._kept)
+
+    def of_phases(self, names: Collection[str]) -> Iterator[tuple[Phase, list[Rollout]]]:
+        """Yield the responses of every phase of these names, once for every prompt and origin. Collective.
+
+        They are all of a teacher's responses, even if the phase keeps only some.
+        """
+        drawn = 0
+        for phase in self.plan.phases:
+            settings = self.plan.rollout_of(phase)
+            if phase.name in names:
+                drawn_tasks = self._drawn(phase, 0, Progress(drawn=drawn))
+                tasks = list({(task.prompt.key, task.origin): task for task in drawn_tasks}.values())
+                self.responses.prepare(tasks, settings)
+                yield phase, self._of(tasks, settings, None)
+            drawn += phase.prompts_per_round * (phase.updates // phase.updates_per_round)
+
+    def _of(self, tasks: Sequence[Task], settings: RolloutSettings, kept: KeptText | None) -> list[Rollout]:
         rollouts = []
         for task in tasks:
             if task.origin == "teacher":
                 responses = self.responses.of(task, settings)
-                rollouts += responses if self._kept is None else self._kept.of(responses)
+                rollouts += responses if kept is None else kept.of(responses)
             elif task.origin == "dataset":
                 rollouts.append(dataset_rollout(task, self.responses.student))
         return rollouts
@@ -294,11 +312,7 @@ class FixedText:
         if phase.keep != "all":
             progress = replace(progress, drawn=progress.drawn - phase.num_drawn(updates_done))
             updates_done = 0
-        tasks: list[Task] = []
-        while updates_done < phase.updates:
-            tasks += draw_tasks(self.draw, self.plan, phase, progress, updates_done)
-            progress = replace(progress, drawn=progress.drawn + phase.prompts_per_round)
-            updates_done += phase.updates_per_round
+        tasks = self._drawn(phase, updates_done, progress)
         with self.stages.clock.stage("text"):
             self.responses.prepare(tasks, self.plan.rollout_of(phase))
             self._kept = None
@@ -306,6 +320,15 @@ class FixedText:
                 select = TextFilter(self.plan, self.responses, self.rewards, self.stages).select
                 self._kept = select(phase, tasks)
         self._prepared_phase = phase.name
+
+    def _drawn(self, phase: Phase, updates_done: int, progress: Progress) -> list[Task]:
+        """Draw the tasks of the rest of a phase."""
+        tasks: list[Task] = []
+        while updates_done < phase.updates:
+            tasks += draw_tasks(self.draw, self.plan, phase, progress, updates_done)
+            progress = replace(progress, drawn=progress.drawn + phase.prompts_per_round)
+            updates_done += phase.updates_per_round
+        return tasks
 
 
 def replace_unsolved(

@@ -29,7 +29,8 @@ UNBOUND: Mapping[str, Any] = {
     "text_cache": True,
     "report": True,
     "student": {"parallel": True},
-    "teachers": {"__all__": {"licence": True}},
+    # Recorded targets are those of the teacher itself.
+    "teachers": {"__all__": {"licence": True, "targets": True}},
 }
 
 
@@ -53,6 +54,7 @@ class TeacherPlan(Strict):
     weight: float = 1.0
     licence: str | None = None
     template_arguments: dict[str, Any] = Field(default={})
+    targets: str | None = None
 
     @property
     def snapshot_rule(self) -> SnapshotRule | None:
