@@ -210,8 +210,9 @@ class TargetRecorder:
             )
 
     def _split(self, sequences: Mapping[bytes, TeacherSequence]) -> Iterator[list[bytes]]:
-        """Yield the keys of each shard."""
-        most = max(1, min(SHARD_TOKENS, SHARD_BYTES // self.row_bytes))
+        """Yield the keys of each shard; every process gets one if there are enough sequences."""
+        share = -(-sum(one.num_trained for one in sequences.values()) // self.stages.ranks.size)
+        most = max(1, min(SHARD_TOKENS, SHARD_BYTES // self.row_bytes, share))
         keys: list[bytes] = []
         num_tokens = 0
         for key, sequence in sequences.items():
