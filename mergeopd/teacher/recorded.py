@@ -58,9 +58,9 @@ class ShardIndex:
         try:
             with _opened(path) as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
+                if FORMAT not in metadata:
                     raise StorageError(f"{path}: not a file of targets; move it to another folder")
-                origin = _ORIGIN.validate_json(metadata.get("origin", ""))
+                origin = _ORIGIN.validate_json(metadata[FORMAT])
                 keys, offsets = file.get_tensor("keys"), file.get_tensor("offsets").tolist()
                 num_rows, _ = file.get_slice("rows").get_shape()
         except (SafetensorError, ValidationError, ValueError) as error:
@@ -95,7 +95,7 @@ def shard_content(origin: TargetOrigin, keys: Sequence[bytes], rows: Sequence[Te
         "offsets": torch.tensor(lengths).cumsum(0),
         "keys": torch.from_numpy(np.frombuffer(b"".join(keys), np.uint8).copy()).view(len(keys), -1),
     }
-    return save(tensors, {"format": FORMAT, "origin": json.dumps(asdict(origin))})
+    return save(tensors, {FORMAT: json.dumps(asdict(origin))})
 
 
 @dataclass(eq=False)

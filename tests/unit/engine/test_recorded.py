@@ -8,7 +8,9 @@ import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -308,6 +310,39 @@ def test_a_full_disk_is_told_before_a_teacher_is_loaded(
         api.record_targets(recipe, set=BOTH)
     with pytest.raises(RecipeError, match="no teacher has a folder for its targets"):
         api.record_targets(recipe)
+
+
+def test_text_that_is_kept_no_longer_is_not_generated_by_a_recorded_teacher(
+    write_job: Write, here: Path
+) -> None:
+    recipe = write_job(
+        {"phases": [{**PHASE, "text": "teacher", "loss": "reverse_kl"}], "text_cache": "texts"}
+    )
+    api.record_targets(recipe, set=BOTH)
+    shutil.rmtree("texts")
+    with pytest.raises(TeacherError, match=r"is not loaded, .* `text_cache` lacks some of its responses"):
+        api.run(recipe, set=BOTH)
+
+
+def test_targets_of_another_day_are_refused_where_the_template_shows_it(
+    write_job: Write, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_job({"phases": [{**PHASE, "text": "dataset", "loss": top_k(2)}]})
+    file = Path("two/tokenizer_config.json")
+    shown = "{% if strftime_now('%Y') == '2031' %}a {% endif %}"
+    file.write_text(file.read_text().replace("{{ messages", shown + "{{ messages"))
+    api.record_targets(recipe, set=BOTH[1:])
+    api.check(recipe, set=BOTH[1:])
+    later = SimpleNamespace(now=lambda: datetime(2031, 1, 1))
+    monkeypatch.setattr("mergeopd.preflight.inputs.datetime", later)
+    with pytest.raises(RecipeError, match="or date that the template shows"):
+        api.check(recipe, set=BOTH[1:])
+
+
+def test_weights_that_follow_the_student_have_no_fixed_targets(write_job: Write, here: Path) -> None:
+    recipe = write_job({"phases": [{**PHASE, "text": "dataset", "loss": "reverse_kl"}]})
+    with pytest.raises(RecipeError, match="weights that follow the student have no fixed `targets`"):
+        api.load(recipe, set=["teachers.two={student: {every: 2}, targets: t}"])
 
 
 def test_a_control_has_its_teachers(recorded: Path) -> None:
