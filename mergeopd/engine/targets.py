@@ -41,7 +41,7 @@ from mergeopd.teacher.token_view import TokenView
 from mergeopd.types import Rollout
 
 SHARD_BYTES = 512 << 20
-SHARD_TOKENS = 1 << 18  # of small rows: a kill loses the passes over so many tokens
+SHARD_TOKENS = 1 << 16  # of small rows: a kill loses the passes over so many tokens
 _SHARD_NAME = "targets-{:05d}.safetensors"
 
 
