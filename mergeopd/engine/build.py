@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -27,12 +28,15 @@ from mergeopd.engine.rollouts import Rewards, StudentRollouts
 from mergeopd.engine.schedule import RoundSchedule
 from mergeopd.engine.score import Scorer
 from mergeopd.engine.stages import Stages
-from mergeopd.engine.teacher_rollouts import TeacherRolloutCache
+from mergeopd.engine.targets import TargetRecorder, read_by
+from mergeopd.engine.teacher_rollouts import FixedText, TeacherRolloutCache
 from mergeopd.engine.update import Updater
 from mergeopd.environment.episodes import Environments
+from mergeopd.errors import TeacherError
 from mergeopd.loss.cross_tokenizer import Bridge
 from mergeopd.loss.heads import Head
 from mergeopd.models import static_merges
+from mergeopd.models.causal import DTYPES
 from mergeopd.models.facts import ModelFacts
 from mergeopd.models.flops import ModelFlops, TrainingFlops
 from mergeopd.models.hf_folder import write_turns
@@ -58,10 +62,12 @@ from mergeopd.teacher.bridges import measure
 from mergeopd.teacher.canary import Canary
 from mergeopd.teacher.hidden_cache import HiddenCache
 from mergeopd.teacher.local import LocalTeacher, ResidentHeads, TeacherSource, TeacherStore
-from mergeopd.teacher.protocol import Teacher, capabilities
+from mergeopd.teacher.protocol import TargetSpec, Teacher, TeacherSequence, capabilities, required_of
+from mergeopd.teacher.recorded import RecordedTargets, RecordedTeacher, recorded_spec
 from mergeopd.teacher.reward_model import RewardModel, RewardModels
 from mergeopd.teacher.shared_cache import SharedHiddenCache
 from mergeopd.teacher.snapshots import StudentSnapshots
+from mergeopd.teacher.target_folder import TargetOrigin, complete_manifest, verify_shards
 from mergeopd.teacher.token_view import AlignedTokens, SameTokens, TokenView
 from mergeopd.teacher.weight_reader import MappedReader, Reader, ShardedReader
 
@@ -124,7 +130,7 @@ def load_models(
     for whose unsharded replicas the machine has no memory.
     """
     plan = inputs.plan
-    torch.set_num_threads(max(1, plan.threads // machine.ranks.num_local))
+    _divide_threads(plan, machine)
     student = _student(inputs, machine)
     rules = [t.snapshot_rule for t in plan.teachers.values() if t.snapshot_rule is not None]
     snapshots = StudentSnapshots(rules, student.weights, student.master_weights)
@@ -133,7 +139,12 @@ def load_models(
         machine=machine,
         student=student,
         snapshots=snapshots,
-        teachers={**_teachers(inputs, machine, snapshots, skip=teachers.keys()), **teachers},
+        teachers=_recorded(
+            {**_teachers(inputs, machine, snapshots, skip=teachers.keys()), **teachers},
+            inputs,
+            machine,
+            announce,
+        ),
         views=_views(inputs, machine, announce),
     )
 
@@ -183,7 +194,7 @@ def build(
         peak_memory=lambda: max(ranks.gather(peak_bytes(machine.device))),
         flops=TrainingFlops(
             ModelFlops.read(Path(plan.student.model)),
-            {name: ModelFlops.read(t.folder) for name, t in plan.teachers.items() if t.api is None},
+            {name: _teacher_flops(t) for name, t in plan.teachers.items() if t.api is None},
         ),
         stages=stages,
     )
@@ -211,6 +222,7 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
     inputs, student = models.inputs, models.student
     plan, ranks = models.plan, models.machine.ranks
     environments = build_environments(plan.sources, plan, ranks)
+    rewards = Rewards(build_verifiers(plan.sources, inputs, models.machine), inputs.student.tokenizer, stages)
     rollouts = StudentRollouts(
         engine,
         max(plan.rollout_of(phase).samples_per_prompt for phase in plan.phases),
@@ -228,29 +240,12 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
         )
     return make(
         plan,
-        draw=PhasedDraw(
-            inputs.prompts,
-            {phase.name: PhaseShares(plan.shares(phase), phase.num_prompts) for phase in plan.phases},
-            plan.seed,
-        ),
         model=student,
-        renderer=inputs.student,
         rollouts=rollouts,
-        teacher_rollouts=TeacherRolloutCache(
-            plan,
-            student=inputs.student,
-            renderers=inputs.teachers,
-            teachers=models.teachers,
-            api_teachers=_api_teachers(inputs, models.machine, stages),
-            views=models.views,
-            environments=environments,
-            stages=stages,
+        text=_fixed_text(
+            inputs, models.teachers, models.views, environments, rewards, stages, models.machine
         ),
-        rewards=Rewards(
-            build_verifiers(plan.sources, inputs, models.machine),
-            inputs.student.tokenizer,
-            stages,
-        ),
+        rewards=rewards,
         stages=stages,
     )
 
@@ -266,6 +261,30 @@ def _background(plan: Plan, rollouts: StudentRollouts) -> Background:
         stages=Stages(progress, Clock(), alone, StopGuard(interrupt, alone)),
     )
     return Background(own, interrupt, progress)
+
+
+def _fixed_text(
+    inputs: Inputs,
+    teachers: Mapping[str, Teacher],
+    views: Mapping[str, TokenView],
+    environments: Environments,
+    rewards: Rewards,
+    stages: Stages,
+    machine: Machine,
+) -> FixedText:
+    plan = inputs.plan
+    shares = {phase.name: PhaseShares(plan.shares(phase), phase.num_prompts) for phase in plan.phases}
+    responses = TeacherRolloutCache(
+        plan,
+        student=inputs.student,
+        renderers=inputs.teachers,
+        teachers=teachers,
+        api_teachers=_api_teachers(inputs, machine, stages),
+        views=views,
+        environments=environments,
+        stages=stages,
+    )
+    return FixedText(plan, PhasedDraw(inputs.prompts, shares, plan.seed), responses, rewards, stages)
 
 
 def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, stages: Stages) -> Evaluation:
@@ -433,6 +452,91 @@ def _api_teachers(inputs: Inputs, machine: Machine, stages: Stages) -> dict[str,
         for name, teacher in plan.teachers.items()
         if teacher.api is not None
     }
+
+
+def _recorded(
+    teachers: Mapping[str, Teacher], inputs: Inputs, machine: Machine, announce: Callable[[str], None]
+) -> dict[str, Teacher]:
+    """Replace the teachers whose targets the recipe names by these. Collective.
+
+    Raises StorageError for a folder that is not complete, or damaged.
+    """
+    teachers = dict(teachers)
+    for name, plan in inputs.plan.teachers.items():
+        if plan.targets is None:
+            continue
+        folder = Path(plan.targets)
+        manifest = complete_manifest(folder)
+        announce(f"verifying the targets of {name}, {manifest.num_bytes / 2**30:,.1f} GiB")
+        machine.ranks.run_on_first(partial(verify_shards, folder, manifest.shards))
+        teachers[name] = RecordedTeacher(teachers[name], RecordedTargets(folder, manifest), machine.device)
+    return teachers
+
+
+def build_recorders(
+    inputs: Inputs, names: Sequence[str], machine: Machine, stages: Stages
+) -> Iterator[tuple[TargetRecorder, list[TeacherSequence]]]:
+    """Yield what writes each teacher's targets, with the sequences that phases need. Collective."""
+    plan = inputs.plan
+    _divide_threads(plan, machine)
+    moving = {name for name, teacher in plan.teachers.items() if teacher.snapshot_rule is not None}
+    teachers = _teachers(inputs, machine, StudentSnapshots((), _none, _none), skip=moving)
+    views = _views(inputs, machine, stages.note)
+    specs: dict[str, list[TargetSpec]] = {name: [] for name in names}
+    sequences: dict[str, list[TeacherSequence]] = {name: [] for name in names}
+    scored = {
+        phase.name: [n for n in names if n in plan.teachers_of(phase).scoring()]
+        for phase in plan.phases
+        if phase.loss.needs_teacher
+    }
+    with ExitStack() as opened:
+        environments = build_environments(plan.sources, plan, machine.ranks)
+        opened.callback(environments.close)
+        rewards = Rewards(build_verifiers(plan.sources, inputs, machine), inputs.student.tokenizer, stages)
+        opened.callback(rewards.close)
+        text = _fixed_text(inputs, teachers, views, environments, rewards, stages, machine)
+        for phase, rollouts in text.of_phases([phase for phase, own in scored.items() if own]):
+            for name in scored[phase.name]:
+                if (spec := required_of(phase.loss, plan.teachers[name])) is not None:
+                    specs[name].append(spec)
+                    sequences[name] += read_by(views[name], name, rollouts)
+    for name in names:
+        yield _recorder(inputs, teachers[name], specs[name], stages), sequences[name]
+
+
+def _recorder(
+    inputs: Inputs, teacher: Teacher, needed: Sequence[TargetSpec], stages: Stages
+) -> TargetRecorder:
+    plan, renderer = inputs.plan.teachers[teacher.name], inputs.teachers[teacher.name]
+    if teacher.fingerprint is None:
+        raise TeacherError(
+            f"teacher '{teacher.name}' has no fingerprint, so its targets could not be told from those of "
+            "other weights; use its checkpoint, or remove `targets`"
+        )
+    folder = Path(str(plan.targets))
+    spec = stages.ranks.run_on_first(partial(recorded_spec, folder, needed))
+    origin = TargetOrigin.of(plan, renderer, teacher.fingerprint, inputs.vocab_size, spec)
+    reduced_dtype = torch.float64 if plan.dtype == "float64" else torch.float32
+    if origin.kind == "hidden":
+        row_bytes = ModelFacts.read(plan.folder).hidden_size * DTYPES[plan.dtype].itemsize
+    else:
+        row_bytes = (2 if origin.k is None else 2 * origin.k + 3) * reduced_dtype.itemsize
+    max_tokens = inputs.plan.student.micro_batch_tokens
+    return TargetRecorder(teacher, origin, folder, row_bytes, max_tokens, stages)
+
+
+def _none() -> Iterator[Any]:
+    return iter(())
+
+
+def _teacher_flops(teacher: TeacherPlan) -> ModelFlops:
+    """Return the operations of a teacher; a recorded one has no pass, but its logits are computed."""
+    flops = ModelFlops.read(teacher.folder)
+    return flops if teacher.targets is None else replace(flops, per_token=0, per_position=0)
+
+
+def _divide_threads(plan: Plan, machine: Machine) -> None:
+    torch.set_num_threads(max(1, plan.threads // machine.ranks.num_local))
 
 
 def _source(teacher: TeacherPlan, inputs: Inputs, snapshots: StudentSnapshots) -> TeacherSource:

@@ -6,22 +6,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from mergeopd.data.draw import PhasedDraw
-from mergeopd.data.renderer import Renderer
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.progress import Progress, Task, draw_tasks, phase_at
-from mergeopd.engine.rollouts import Rewards, StudentRollouts, dataset_rollout
+from mergeopd.engine.rollouts import Rewards, StudentRollouts
 from mergeopd.engine.schedule import RoundSchedule, schedule_round
 from mergeopd.engine.score import CollectedRound
 from mergeopd.engine.stages import Stages
-from mergeopd.engine.teacher_rollouts import KeptText, TeacherRolloutCache, TextFilter
+from mergeopd.engine.teacher_rollouts import FixedText
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.rollout import AnyServerRollout, RolloutSettings
-from mergeopd.recipe.training import Phase
 from mergeopd.reporting.events import Event, ServingStats, StageProgress, StageStarted
 from mergeopd.rollout.protocol import GenerationRequest
 from mergeopd.rollout.served import ServedEngine
@@ -56,15 +53,11 @@ class SynchronousPipeline:
     """Generates every round with the weights of the last update, while nothing else runs."""
 
     plan: Plan
-    draw: PhasedDraw
     model: Student
-    renderer: Renderer
     rollouts: StudentRollouts
-    teacher_rollouts: TeacherRolloutCache
+    text: FixedText
     rewards: Rewards
     stages: Stages
-    _prepared_phase: str = field(default="", init=False)
-    _kept: KeptText | None = field(default=None, init=False)
     _version: int = field(default=0, init=False)
     _synced: int | None = field(default=None, init=False)  # the version that the engine has
     # Versions of the weights in the first and the last parity check, and servers that were lost before it.
@@ -80,11 +73,7 @@ class SynchronousPipeline:
         if at is None:
             raise ValueError(f"the run is complete after {progress.update} updates")
         phase, updates_done = at
-        if phase.name != self._prepared_phase:
-            self._prepare_teacher_rollouts(phase, updates_done, progress)
-        tasks = draw_tasks(self.draw, self.plan, phase, progress, updates_done)
-        if self._kept is not None:
-            tasks = self._kept.tasks(tasks, first=phase.num_drawn(updates_done))
+        tasks = self.text.tasks(phase, updates_done, progress)
         if self._synced is None and any(task.origin == "student" for task in tasks):
             self.use_newest_weights()
         with self.stages.clock.stage("rollout"):
@@ -94,8 +83,7 @@ class SynchronousPipeline:
         work = self.work(rollouts, progress.round, phase.updates_per_round)
         rewards = [grade.reward for grade in grades]
         failures = {i: v.failure for i, v in enumerate(grades) if v.failure is not None}
-        shares = {} if self._kept is None else self._kept.shares
-        serving = self._serving(rollouts, progress)
+        shares, serving = self.text.kept_shares, self._serving(rollouts, progress)
         return CollectedRound(phase, updates_done, rollouts, rewards, work, failures, shares, serving)
 
     def work(self, rollouts: Sequence[Rollout], index: int, num_updates: int) -> RoundSchedule:
@@ -152,14 +140,7 @@ class SynchronousPipeline:
 
     def _collect(self, tasks: Sequence[Task], settings: RolloutSettings, progress: Progress) -> list[Rollout]:
         """Return responses to all tasks, the student's first, each kind in the order of the tasks."""
-        rollouts = self._of_student(tasks, settings, progress)
-        for task in tasks:
-            if task.origin == "teacher":
-                responses = self.teacher_rollouts.of(task, settings)
-                rollouts += responses if self._kept is None else self._kept.of(responses)
-            elif task.origin == "dataset":
-                rollouts.append(dataset_rollout(task, self.renderer))
-        return rollouts
+        return [*self._of_student(tasks, settings, progress), *self.text.of(tasks, settings)]
 
     def _of_student(
         self, tasks: Sequence[Task], settings: RolloutSettings, progress: Progress
@@ -215,9 +196,8 @@ class SynchronousPipeline:
     def _measure_gap(self, prompts: Sequence[Prompt], settings: RolloutSettings) -> LogprobGap:
         engine, ranks = self.rollouts.engine, self.stages.ranks
         assert isinstance(engine, ServedEngine)
-        requests = [
-            GenerationRequest(f"{prompt.key}#parity", 0, self.renderer.render(prompt)) for prompt in prompts
-        ]
+        render = self.rollouts.student.render
+        requests = [GenerationRequest(f"{prompt.key}#parity", 0, render(prompt)) for prompt in prompts]
         length = min(settings.max_new_tokens, _COMPARED_TOKENS)
         how = Sampling(settings.temperature, 1.0, length, settings.stop)
         on_progress = self.stages.begin("rollout", "comparing log-probabilities", len(requests), "responses")
@@ -252,28 +232,6 @@ class SynchronousPipeline:
             engine_gap_max=None if gap is None else gap.max,
             engine_kl=None if gap is None else gap.kl,
         )
-
-    def _prepare_teacher_rollouts(self, phase: Phase, updates_done: int, progress: Progress) -> None:
-        """Generate all teacher responses that the rest of this phase needs.
-
-        A phase that keeps some of them needs those of its first rounds, too: what is kept takes the place of
-        what is not, in the whole phase.
-        """
-        if phase.keep != "all":
-            progress = replace(progress, drawn=progress.drawn - phase.num_drawn(updates_done))
-            updates_done = 0
-        tasks: list[Task] = []
-        while updates_done < phase.updates:
-            tasks += draw_tasks(self.draw, self.plan, phase, progress, updates_done)
-            progress = replace(progress, drawn=progress.drawn + phase.prompts_per_round)
-            updates_done += phase.updates_per_round
-        with self.stages.clock.stage("text"):
-            self.teacher_rollouts.prepare(tasks, self.plan.rollout_of(phase))
-            self._kept = None
-            if phase.keep != "all":
-                select = TextFilter(self.plan, self.teacher_rollouts, self.rewards, self.stages).select
-                self._kept = select(phase, tasks)
-        self._prepared_phase = phase.name
 
 
 @dataclass
@@ -385,7 +343,7 @@ class AheadPipeline(SynchronousPipeline):
         at = phase_at(self.plan, progress.update)
         assert at is not None
         phase, updates_done = at
-        tasks = draw_tasks(self.draw, self.plan, phase, progress, updates_done)
+        tasks = draw_tasks(self.text.draw, self.plan, phase, progress, updates_done)
         settings = self.plan.rollout_of(phase)
         num = sum(task.origin == "student" for task in tasks) * settings.samples_per_prompt
         one = _InFlight(progress.round, num)

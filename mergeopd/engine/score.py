@@ -14,11 +14,14 @@ from mergeopd.engine.prior_policy import PriorPolicy
 from mergeopd.engine.schedule import RoundSchedule, TeacherPass, by_teacher
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.targets import TeacherTargets
+from mergeopd.errors import TeacherError
+from mergeopd.messages import shown
 from mergeopd.recipe.training import Phase
 from mergeopd.reporting.events import ServingStats
 from mergeopd.teacher.hidden_cache import HiddenCache
 from mergeopd.teacher.local import ResidentHeads
 from mergeopd.teacher.protocol import Teacher, TeacherSession, required_target
+from mergeopd.teacher.recorded import UnrecordedSequences
 from mergeopd.teacher.token_view import TokenView
 from mergeopd.types import Rollout
 
@@ -143,7 +146,16 @@ class Scorer:
             one.teacher, rollouts, work.scored_by(self.stages.ranks.rank, one.rollouts)
         )
         order = list(sequences)
-        scored = session.score(list(sequences.values()), targets.spec_of(one.teacher), self.max_tokens)
-        for done, (position, rows) in enumerate(scored, start=1):
-            targets.cache.put(one.teacher, order[position], rows)
-            on_progress(done)
+        try:
+            scored = session.score(list(sequences.values()), targets.spec_of(one.teacher), self.max_tokens)
+            for done, (position, rows) in enumerate(scored, start=1):
+                targets.cache.put(one.teacher, order[position], rows)
+                on_progress(done)
+        except UnrecordedSequences as lacking:
+            first = rollouts[order[lacking.indices[0]]].prompt.key
+            raise TeacherError(
+                f"{shown(lacking.folder)} lacks the targets of teacher '{one.teacher}' for "
+                f"{len(lacking.indices)} of {len(order)} responses of a round, such as that to prompt "
+                f"'{first}': the text has changed since they were recorded; run `mergeopd targets` again, "
+                "which adds them, then run the same command again"
+            ) from lacking

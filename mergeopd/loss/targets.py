@@ -47,6 +47,20 @@ class TopK:
         """Tokens per position."""
         return self.ids.shape[1]
 
+    def largest(self, k: int) -> TopK:
+        """Keep the k most probable tokens; the mass of the others is added to the tail."""
+        if k >= self.k:
+            return self
+        kept = self.logprobs.argsort(dim=1, descending=True, stable=True)[:, :k]
+        others = self.logprobs.scatter(1, kept, -torch.inf).logsumexp(1)
+        return TopK(
+            ids=self.ids.gather(1, kept),
+            logprobs=self.logprobs.gather(1, kept),
+            logprob=self.logprob,
+            entropy=self.entropy,
+            log_tail=torch.logaddexp(self.log_tail, others),
+        )
+
     def packed(self) -> Tensor:
         """Pack all fields, without loss, into one matrix `[N, 2k + 3]` of the dtype of `logprobs`.
 

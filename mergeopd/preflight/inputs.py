@@ -28,6 +28,7 @@ from mergeopd.preflight.environments import EnvironmentChecks
 from mergeopd.preflight.models import ModelReader, file_digest
 from mergeopd.preflight.problems import Findings
 from mergeopd.preflight.prompts import LengthBudget, PromptChecks, check_verifier, turns_budget
+from mergeopd.preflight.recorded import check_recorded
 from mergeopd.preflight.reward_models import RewardModelChecks
 from mergeopd.preflight.servers import check_rollout_servers, note_staleness
 from mergeopd.recipe.controls import Control, control_plan
@@ -38,7 +39,8 @@ from mergeopd.recipe.training import Phase, never_student, reads_dataset, reads_
 from mergeopd.recipe.verifiers import JsonVerifier, single_verifiers
 from mergeopd.rollout.protocol import EngineCapabilities
 from mergeopd.storage.run_folder import RunFolder
-from mergeopd.teacher.protocol import TeacherCapabilities, capabilities
+from mergeopd.teacher.protocol import TargetSpec, TeacherCapabilities, capabilities
+from mergeopd.teacher.target_folder import TargetOrigin
 from mergeopd.types import Prompt
 
 if TYPE_CHECKING:
@@ -84,12 +86,14 @@ def preflight(
     teachers: Mapping[str, TeacherCapabilities] = MappingProxyType({}),
     announce: Callable[[str], None] = lambda _: None,
     with_servers: bool = True,
+    records: bool = False,
 ) -> Inputs:
     """Read a recipe and check all that it names; with `control`, the inputs are those of its control.
 
     `engine` and `teachers` are the capabilities of a rollout engine and of teachers that replace the recipe's
     in `build` and `load_models`. `announce` gets what is being read. Inference servers are asked only
-    `with_servers`: one process of a run does, and an evaluation needs none.
+    `with_servers`: one process of a run does, and an evaluation needs none. `records`: the folders of
+    teachers' targets are to be written, so they are not compared.
 
     Raises RecipeError with every problem found, the recipe's own and those of models, tokenizers, templates
     and prompt files, each with its place and remedy.
@@ -97,7 +101,8 @@ def preflight(
     resolution = read(recipe, overrides)
     if control is not None and resolution.plan is not None:
         plan = control_plan(resolution.plan, control)
-        resolution = replace(resolution, plan=plan, phases=dict(enumerate(plan.phases)))
+        phases = dict(enumerate(plan.phases))
+        resolution = replace(resolution, plan=plan, phases=phases, teachers=plan.teachers)
     check = _Check(resolution, announce, with_servers=with_servers)
     check.run()
     if engine is None and resolution.rollout is not None:
@@ -105,6 +110,7 @@ def preflight(
     own = {name: capabilities(teacher) for name, teacher in resolution.teachers.items()}
     check_capabilities(check.findings, resolution, engine, {**own, **teachers})
     check_apis(check.findings, resolution.teachers)
+    check_recorded(check.findings, resolution, None if records else check.current_origin)
     problems = (*resolution.problems, *check.findings.problems)
     if resolution.plan is None or check.student is None or problems:
         raise RecipeError(resolution.origins.in_order(problems))
@@ -190,6 +196,14 @@ class _Check:
     def vocab_size(self, student: Renderer) -> int:
         """Number of leading ids that the student and every teacher without a bridge share."""
         return min((student.vocab_size, *self.models.num_shared.values()))
+
+    def current_origin(self, teacher: TeacherPlan, spec: TargetSpec) -> TargetOrigin | None:
+        """Describe the targets that a teacher has now; None if it could not be read."""
+        fingerprint = self.models.files.get(teacher.model or "")
+        if self.student is None or teacher.name not in self.teachers or fingerprint is None:
+            return None
+        renderer, size = self.teachers[teacher.name], self.vocab_size(self.student)
+        return TargetOrigin.of(teacher, renderer, fingerprint, size, spec)
 
     def _cross(self, teacher: TeacherPlan, renderer: Renderer) -> None:
         student, bridge = self.student, teacher.bridge

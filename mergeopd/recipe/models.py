@@ -181,6 +181,10 @@ class TeacherRef(Strict):
     """loss for a teacher with another tokenizer: a bridge name, or a bridge with settings. It replaces the
     divergences and `sampled_reverse_kl` of the phase for this teacher, with the sum of their weights"""
 
+    targets: NonEmptyText | None = None
+    """folder with this teacher's targets for the text of the phases that it scores, which must not be the
+    student's; `mergeopd targets` writes it. The teacher is then not loaded for training"""
+
     @model_validator(mode="after")
     def _one_model(self) -> TeacherRef:
         if self.card is None and self.student is None:
@@ -191,6 +195,8 @@ class TeacherRef(Strict):
             raise ValueError("`card` and `student` name two models: remove one")
         if self.student is not None and self.bridge is not None:
             raise ValueError("the student's own tokenizer needs no `bridge`: remove it")
+        if isinstance(self.student, SnapshotRule) and self.targets is not None:
+            raise ValueError("weights that follow the student have no fixed `targets`: remove the key")
         return self
 
 

@@ -38,7 +38,8 @@ UNBOUND: Mapping[str, Any] = {
     "rollout": dict.fromkeys(
         ("url", "launch", "api_key_env", "concurrency", "timeout_s", "sync", "parity"), True
     ),
-    "teachers": {"__all__": {"licence": True, "api": dict.fromkeys(API_UNBOUND, True)}},
+    # Recorded targets are those of the teacher itself.
+    "teachers": {"__all__": {"licence": True, "targets": True, "api": dict.fromkeys(API_UNBOUND, True)}},
 }
 
 
@@ -64,6 +65,7 @@ class TeacherPlan(Strict):
     licence: str | None = None
     template_arguments: dict[str, Any] = Field(default={})
     api: TextApi | None = None
+    targets: str | None = None
 
     @property
     def folder(self) -> Path:

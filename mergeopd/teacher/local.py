@@ -115,7 +115,7 @@ class LocalSession:
         Raises TeacherError when a hidden state is not finite.
         """
         states = self.hidden(sequences, max_tokens)
-        return states if spec.kind == "hidden" else _reduced(states, sequences, self.read_head(), spec)
+        return states if spec.kind == "hidden" else reduced(states, sequences, self.read_head(), spec)
 
     def generator(self) -> RolloutEngine:
         assert self.make_engine is not None, "opened without an engine"
@@ -197,7 +197,7 @@ class ResidentHeads:
         self._heads = {}
 
 
-def _reduced(
+def reduced(
     states: Iterable[tuple[int, Tensor]], sequences: Sequence[TeacherSequence], head: Head, spec: TargetSpec
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield `(index, numbers to keep [trained tokens, w])` for every `(index, hidden states)`, in order."""

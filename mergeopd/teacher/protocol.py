@@ -100,10 +100,16 @@ def required_target(loss: Loss) -> TargetSpec | None:
 
 def required_kind(loss: Loss, teacher: TeacherPlan) -> TargetKind | None:
     """The kind of target that a loss needs of one teacher; None where it needs no teacher."""
+    spec = required_of(loss, teacher)
+    return None if spec is None else spec.kind
+
+
+def required_of(loss: Loss, teacher: TeacherPlan) -> TargetSpec | None:
+    """Return the smallest target that a loss needs of one teacher; None where it needs no teacher."""
     spec = required_target(loss)
     if spec is None or teacher.bridge is None:
-        return None if spec is None else spec.kind
-    return "sampled" if teacher.bridge.kind == "span" else "hidden"
+        return spec
+    return TargetSpec("sampled" if teacher.bridge.kind == "span" else "hidden")
 
 
 class TeacherSession(Protocol):

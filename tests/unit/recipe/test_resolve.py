@@ -42,6 +42,7 @@ def test_a_good_recipe_becomes_a_plan_with_absolute_paths_and_all_defaults(proje
         "weight": 1.0,
         "licence": "Apache-2.0",
         "api": None,
+        "targets": None,
     }
     assert "licence" not in plan.content["teachers"]["chat"]  # may change when a run is resumed
     assert [source.name for source in plan.sources] == ["math", "code", "chat"]
