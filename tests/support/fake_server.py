@@ -89,8 +89,8 @@ class Table:
             text = "".join(self.words[i] for i in response)
             if token in params["stop_token_ids"]:
                 return response, logprobs, str(token)
-            if found := next((stop for stop in params["stop"] if stop in text), None):
-                return response, logprobs, found
+            if stops := [stop for stop in params["stop"] if stop in text]:
+                return response, logprobs, stops[0]
         return response, logprobs, "length"
 
     def score(self, ids: Sequence[int]) -> list[float]:
@@ -98,9 +98,14 @@ class Table:
 
 
 class TorchModel:
-    """A model folder of transformers, decoded like the local engine decodes, one sequence at a time."""
+    """A model folder of transformers, decoded like the local engine decodes, one sequence at a time.
 
-    def __init__(self, folder: Path, stream: Callable[[Sequence[int]], tuple[int, str, int]] = stream_of):
+    Ids behind its tokenizer's vocabulary have no probability, as in trained models.
+    """
+
+    def __init__(
+        self, folder: Path, stream: Callable[[Sequence[int]], tuple[int, str, int]] = stream_of
+    ) -> None:
         from mergeopd.models.tokenizer import Tokenizer
 
         self.tokenizer, self.stream = Tokenizer.load(folder), stream
@@ -125,11 +130,9 @@ class TorchModel:
         from mergeopd.types import Sampling
 
         seed, key, sample = self.stream(ids)
-        # Banned are the last rows: those behind the vocabulary.
-        rows = len(self.head.weight) - len(params["logit_bias"] or ())
         generator = Generator(
             self.body,
-            Head(self.head.weight[:rows]),
+            Head(self.head.weight[: self.tokenizer.vocab_size]),
             params["stop_token_ids"],
             self.tokenizer,
             torch.device("cpu"),

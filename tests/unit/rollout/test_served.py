@@ -84,8 +84,11 @@ class Rig:
     def params(self, bias: dict[str, float] | None) -> dict[str, Any]:
         how = self.sampling
         return {
-            **{"temperature": how.temperature, "logit_bias": bias, "stop": how.stop},
-            **{"stop_token_ids": [EOS], "max_tokens": how.max_new_tokens},
+            "temperature": how.temperature,
+            "logit_bias": bias,
+            "stop": how.stop,
+            "stop_token_ids": [EOS],
+            "max_tokens": how.max_new_tokens,
         }
 
 
@@ -190,7 +193,7 @@ def test_a_context_that_is_too_short_stops_at_once(make: Callable[..., Rig]) -> 
     assert len(rig.servers[0].generated()) == 1
     other = make("sglang", server={"max_len": 4})
     other.sync(0)
-    with pytest.raises(ServingError, match="status 400: .*context length 4"):
+    with pytest.raises(ServingError, match=r"status 400: .*context length 4"):
         other.generate([[2]])
 
 
@@ -327,7 +330,7 @@ def test_weights_that_are_loaded_in_part_spoil_what_runs(make: Callable[..., Rig
 
 
 def test_a_request_to_stop_leaves_a_hanging_server_at_once(kind: str, make: Callable[..., Rig]) -> None:
-    class Stop(Exception):
+    class Stop(Exception):  # noqa: N818
         pass
 
     def stop(*_: int) -> None:
