@@ -5,10 +5,11 @@ PYTHON ?= python3
 STAMP  := $(VENV)/.installed
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_FIGURES ?=
+ENGINES ?= .engines
 # Tests of one file run in one process, and files in the order of their folders: the longest come first.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --no-loadscope-reorder
 
-.PHONY: quickstart smaller-student cross-family unified-agent install test test-dist test-gpu check format clean help
+.PHONY: quickstart smaller-student cross-family unified-agent install test test-dist engines test-engines test-gpu check format clean help
 
 quickstart: $(STAMP)  ## tiny experts, the merge, the result
 	$(BIN)/python tools/make_tiny_experts.py
@@ -34,10 +35,16 @@ $(STAMP): pyproject.toml
 	touch $@
 
 test: $(STAMP)  ## the CPU test suite
-	$(PYTEST) -m 'not long'
+	$(PYTEST) -m 'not long and not engines'
 
 test-dist: $(STAMP)  ## its long part: several processes, minutes
 	$(PYTEST) -m long
+
+engines: $(STAMP)  ## the environments of vLLM and SGLang for the CPU in ENGINES; 7 GB, minutes, kept
+	$(BIN)/python tools/engines/build.py vllm sglang --out $(ENGINES)
+
+test-engines: engines  ## the tests with real vLLM and SGLang servers
+	MERGEOPD_ENGINES="$(abspath $(ENGINES))" OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engines --durations=10
 
 # Not through the stamp: a machine with a GPU often has Python and torch of its own, and no network. There
 # `make test-gpu PYTHON=python3` runs the checkout as it is.
@@ -61,7 +68,7 @@ format: $(STAMP)  ## what lint can repair by itself
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment, the experts, all runs and caches
-	rm -rf $(VENV) runs experts experts.partial experts_agent experts_agent.partial .mergeopd build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .engines runs experts experts.partial experts_agent experts_agent.partial .mergeopd build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1: \2/p' $(MAKEFILE_LIST)

@@ -44,7 +44,7 @@ from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
 from mergeopd.recipe.rollout import AnyServerRollout
 from mergeopd.recipe.verifiers import RewardModelVerifier
-from mergeopd.reporting.events import Reporter, StageStarted
+from mergeopd.reporting.events import Reporter
 from mergeopd.reporting.model_card import write_recipe
 from mergeopd.reward.grading import Verifiers
 from mergeopd.rollout.local import FixedWeights, LocalEngine
@@ -156,7 +156,7 @@ def build(
             plan,
             inputs.vocab_size,
             ranks,
-            announce=lambda text: reporter.emit(StageStarted("startup", text)),
+            begin=lambda num: stages.begin("startup", "servers", num, "servers"),
             check_stop=stages.check,
         )
     engine = engines[plan.rollout.engine](student, _context(inputs.student, inputs, machine), plan.rollout)

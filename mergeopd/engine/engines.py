@@ -17,7 +17,7 @@ from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.rollout import AnyServerRollout
 from mergeopd.rollout.local import LocalEngine
 from mergeopd.rollout.protocol import EngineContext, RolloutEngine, WeightSource
-from mergeopd.rollout.served import LaunchedServers, RunningServers, ServedEngine, Servers
+from mergeopd.rollout.served import Begin, LaunchedServers, RunningServers, ServedEngine, Servers
 from mergeopd.serving.launch import ServerLaunch
 from mergeopd.storage.published_weights import PublishedWeights
 from mergeopd.storage.run_folder import RunFolder
@@ -34,17 +34,13 @@ ENGINES: Mapping[str, MakeEngine] = MappingProxyType(
 
 
 def engines_of(
-    plan: Plan,
-    vocab_size: int,
-    ranks: Communicator,
-    announce: Callable[[str], None],
-    check_stop: Callable[[], None],
+    plan: Plan, vocab_size: int, ranks: Communicator, begin: Begin, check_stop: Callable[[], None]
 ) -> dict[str, MakeEngine]:
     """Return all engines that the recipe of `plan` can name; those with servers belong to its run folder.
 
-    `announce` gets what a start of servers is doing; `check_stop` may raise while they load weights.
+    `begin` reports that servers start; `check_stop` may raise while they load weights.
     """
-    make = partial(_served, plan, vocab_size, ranks, announce, check_stop)
+    make = partial(_served, plan, vocab_size, ranks, begin, check_stop)
     return {**ENGINES, "vllm": make, "sglang": make}
 
 
@@ -52,7 +48,7 @@ def _served(
     plan: Plan,
     vocab_size: int,
     ranks: Communicator,
-    announce: Callable[[str], None],
+    begin: Begin,
     check_stop: Callable[[], None],
     source: WeightSource,
     context: EngineContext,
@@ -73,7 +69,7 @@ def _served(
         # A server that the run starts is restarted in this time.
         lost_s=_LOST_S + (0.0 if settings.launch is None else settings.launch.startup_s),
         headers=headers_of(settings),
-        announce=announce,
+        begin=begin,
         check_stop=check_stop,
     )
 

@@ -72,6 +72,7 @@ class SynchronousPipeline:
     _num_lost: int = field(default=0, init=False)
     _gap: LogprobGap | None = field(default=None, init=False)
     _generation_s: float = field(default=0.0, init=False)
+    _wait_s: float = field(default=0.0, init=False)
     _sync_s: float = field(default=0.0, init=False)
 
     def next(self, progress: Progress) -> CollectedRound:
@@ -84,6 +85,8 @@ class SynchronousPipeline:
         tasks = draw_tasks(self.draw, self.plan, phase, progress, updates_done)
         if self._kept is not None:
             tasks = self._kept.tasks(tasks, first=phase.num_drawn(updates_done))
+        if self._synced is None and any(task.origin == "student" for task in tasks):
+            self.use_newest_weights()
         with self.stages.clock.stage("rollout"):
             settings = self.plan.rollout_of(phase)
             rollouts = self._collect(tasks, settings, progress)
@@ -111,7 +114,8 @@ class SynchronousPipeline:
             self._sync()
 
     def use_newest_weights(self) -> None:
-        with self.stages.clock.stage("rollout"):
+        # The first time, servers start.
+        with self.stages.clock.stage("startup" if self._synced is None else "rollout"):
             self._sync(every=1)
 
     def close(self) -> None:
@@ -166,7 +170,7 @@ class SynchronousPipeline:
         self._compare(tasks, settings)
         start = time.perf_counter()
         rollouts = self.rollouts.generate(tasks, settings)
-        self._generation_s = time.perf_counter() - start
+        self._generation_s = self._wait_s = time.perf_counter() - start
         return rollouts
 
     def _compare(self, tasks: Sequence[Task], settings: RolloutSettings) -> None:
@@ -183,6 +187,8 @@ class SynchronousPipeline:
         first, _ = self._compared or (self._version, None)
         self._compared, self._num_lost = (first, self._version), self._lost_so_far()
         prompts = [task.prompt for task in tasks if task.origin == "student"]
+        assert isinstance(self.rollouts.engine, ServedEngine)
+        self.rollouts.engine.compare_servers()
         gap = self._gap = self._measure_gap(prompts[: parity.num_responses], settings)
         if not gap.mean <= parity.max_mean_gap:  # NaN is no agreement
             # One process reports what all know.
@@ -235,6 +241,7 @@ class SynchronousPipeline:
         self._sync_s, self._gap = 0.0, None
         return ServingStats(
             generation_s=self._generation_s,
+            wait_s=self._wait_s,
             sync_s=sync_s,
             lag=sum(lags) / len(lags),
             lag_max=max(lags),
@@ -332,7 +339,7 @@ class AheadPipeline(SynchronousPipeline):
         with self.stages.clock.stage("rollout"):
             for one in self._in_flight:
                 self._wait(one)
-            self._sync(every=1)
+        super().use_newest_weights()
 
     def close(self) -> None:
         if self._background is not None:
@@ -350,8 +357,9 @@ class AheadPipeline(SynchronousPipeline):
             self._submit(progress)
         one = self._in_flight.popleft()
         assert one.round == progress.round
+        start = time.perf_counter()
         rollouts = self._wait(one)
-        self._generation_s = one.seconds
+        self._generation_s, self._wait_s = one.seconds, time.perf_counter() - start
         self._sync()
         self._compare(tasks, settings)
         self._submit_following(progress)

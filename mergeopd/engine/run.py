@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from mergeopd.messages import joined, shown
 from mergeopd.preflight.inputs import Inputs, preflight
 from mergeopd.preflight.models import check_student_folder
 from mergeopd.preflight.parallelism import check_processes
-from mergeopd.recipe.controls import Control
+from mergeopd.recipe.controls import Control, control_plan
 from mergeopd.recipe.plan import EvaluationPlan, Plan
 from mergeopd.recipe.resolve import read
 from mergeopd.reporting.events import Note, Reporter, Reporters, StageStarted, StopRequested
@@ -125,7 +126,15 @@ def claim(
     mine: list[Inputs] = []
 
     def take() -> bool:
-        inputs = preflight(recipe, overrides, control=control, announce=announce)
+        check_inputs = partial(
+            preflight,
+            recipe,
+            overrides,
+            control=control,
+            announce=announce,
+            with_servers=fresh or not _is_trained(recipe, overrides, control),
+        )
+        inputs = check_inputs()
         _try_verifiers(inputs)
         check_processes(inputs.plan, ranks.size)
         folder = RunFolder(Path(inputs.plan.output))
@@ -136,7 +145,7 @@ def claim(
                 f"{what} was moved from {shown(folder.path)} to {shown(aside)}; delete it if it is not needed"
             )
             # Templates may show the start of the run, which is now.
-            inputs = preflight(recipe, overrides, control=control, announce=announce)
+            inputs = check_inputs()
             inputs = replace(inputs, notes=(*inputs.notes, note))
         if control is not None and (plan := read(recipe, overrides).plan) is not None:
             RunFolder(Path(plan.output)).check(plan, inputs.files, allowed_changes)
@@ -155,6 +164,14 @@ def claim(
         return None
     # The others read after rank 0 has written the start of the run, which templates may show.
     return mine[0] if mine else _same_inputs(recipe, overrides, control)
+
+
+def _is_trained(recipe: Path, overrides: Sequence[str], control: Control | None) -> bool:
+    """Whether a run has exported its student, and therefore needs no inference servers any more."""
+    plan = read(recipe, overrides).plan
+    if plan is not None and control is not None:
+        plan = control_plan(plan, control)
+    return plan is not None and RunFolder(Path(plan.output)).export.exists()
 
 
 def _same_inputs(recipe: Path, overrides: Sequence[str], control: Control | None = None) -> Inputs:

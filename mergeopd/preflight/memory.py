@@ -44,7 +44,8 @@ def refuse_without_room(plan: Plan, device: torch.device, ranks: Communicator) -
         raise ModelError(
             f"{plan.student.model} does not fit: {joined(listed, 'and')} are more than the "
             f"{free / _GIB:.2f} GiB that {where} has free; "
-            "use more machines or fewer processes on each, or student.dtype: bfloat16"
+            "use more machines or fewer processes on each, student.dtype: bfloat16, or inference servers "
+            "(rollout.engine: vllm or sglang), which need no replica here"
         )
 
 

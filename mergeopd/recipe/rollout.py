@@ -129,8 +129,8 @@ class ServerRollout(RolloutSettings):
     """rounds that are generated while earlier ones are scored and trained on. 0: none, so that every response
     comes from the current weights; 1: one-step-off"""
     max_staleness: NotNegative | None = None
-    """largest number of updates between the weights that generated a response and those that learn from it
-    first; older responses are dropped, counted and generated again. Default: what `ahead` implies"""
+    """largest number of updates between the weights that begin a round and those that learn from it first;
+    rounds wait until the servers' weights are new enough. Default: what `ahead` implies"""
     sync: WeightSync = WeightSync()
     """how the student's weights reach the servers"""
     parity: Parity | None = Parity()

@@ -172,15 +172,17 @@ class ServingStats:
     """Inference servers in the first update of a round.
 
     `generation_s` is the wall time from the first request of the round to its last response, also of what ran
-    while earlier rounds were scored and trained on; `sync_s` is that of passing weights to the servers. `lag`
-    and `lag_max` are mean and maximum of the updates between the weights that generated a response and those
-    that learn from it. Requests that were repeated, responses of wrong weights (generated again) and losses
-    of servers count from the start of the process. `engine_gap`, `engine_gap_max` and `engine_kl` compare the
+    while earlier rounds were scored and trained on; `wait_s` is the part for which the run waited, and
+    `sync_s` the time of passing weights to the servers. `lag` and `lag_max` are mean and maximum of the
+    updates between the weights that generated a response and those that learn from it. Requests that were
+    repeated, responses of wrong weights (generated again) and losses of servers count from the start of the
+    process. `engine_gap`, `engine_gap_max` and `engine_kl` compare the
     servers' log-probabilities with the student's
     (`student/parity.py`); None where they were not compared.
     """
 
     generation_s: float
+    wait_s: float
     sync_s: float
     lag: float
     lag_max: float

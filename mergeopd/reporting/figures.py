@@ -154,6 +154,7 @@ SERVING_FIGURES = (
     Figure("lag", "", "Weight lag", "updates between generating and learning weights", "", 0.0),
     Figure("lag_max", "", "Largest weight lag", "of any response", "", 0.0),
     Figure("generation_s", "", "Generation", "seconds of a round, also behind training", "s"),
+    Figure("wait_s", "", "Wait for responses", "seconds of the generation that were not hidden", "s"),
     Figure("sync_s", "", "Weight sync", "seconds to pass weights to the servers", "s"),
     Figure("num_retries", "", "Repeated requests", "to servers, so far", "", 0.0),
     Figure("num_stale", "", "Stale responses", "of other weights than the last, so far", "", 0.0),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -37,8 +37,16 @@ class Publisher(Protocol):
         """Remove all versions. On the first process only."""
 
 
+Begin = Callable[[int], Callable[[int], None]]
+"""Reports that a number of servers starts; returns a callback for how many are ready, which may raise."""
+
+
 class Servers(Protocol):
     """Servers of a run: running ones, or some that the run starts."""
+
+    @property
+    def num_to_start(self) -> int:
+        """Number of servers that `start` starts."""
 
     def start(self, on_progress: Callable[[int], None]) -> Sequence[str]:
         """Return their addresses when all are ready; `on_progress` gets how many are, and may raise."""
@@ -58,6 +66,7 @@ class RunningServers:
     """Servers that somebody else has started."""
 
     urls: Sequence[str]
+    num_to_start: ClassVar[int] = 0
 
     def start(self, on_progress: Callable[[int], None]) -> Sequence[str]:
         return self.urls
@@ -78,6 +87,10 @@ class LaunchedServers:
     _processes: list[ServerProcess] = field(default_factory=list, init=False)
     _checking: threading.Lock = field(default_factory=threading.Lock, init=False)
     _while_waiting: Callable[[], None] = field(default=lambda: None, init=False)
+
+    @property
+    def num_to_start(self) -> int:
+        return len(self.launches)
 
     def start(self, on_progress: Callable[[int], None]) -> Sequence[str]:
         self._processes = [
@@ -152,7 +165,7 @@ class ServedEngine:
     timeout_s: float
     lost_s: float
     headers: Mapping[str, str] = field(default_factory=dict)
-    announce: Callable[[str], None] = lambda _: None
+    begin: Begin = lambda num: lambda num_ready: None
     check_stop: Callable[[], None] = lambda: None
     _connection: _Connection | None = field(default=None, init=False)
 
@@ -195,6 +208,26 @@ class ServedEngine:
         num_lost = sum(server.num_lost for server in one.pool.servers)
         return ServingCounts(one.pool.num_retries, one.num_stale, num_lost)
 
+    def compare_servers(self) -> None:
+        """Raise ServingError if servers have different weights, where they offer checksums. Collective."""
+        self.context.run_on_first(self._compare_checksums)
+
+    def _compare_checksums(self) -> None:
+        pool = self._opened().pool
+        ready = [server for server in pool.servers if server.is_ready]
+        if len(ready) < 2:
+            return
+
+        async def all_checksums() -> list[str | None]:
+            return list(await asyncio.gather(*(self.api.checksum(pool, server) for server in ready)))
+
+        for server, digest in zip(ready, checksums := pool.run(all_checksums()), strict=True):
+            if digest != checksums[0]:
+                raise ServingError(
+                    f"{server.url} and {ready[0].url} have different weights after one update, by their "
+                    "checksums; start both with the same options, or remove one"
+                )
+
     def facts(self) -> list[ServerFacts]:
         """Return the facts of all servers. Raises ServingError for servers that cannot be used."""
         pool = self._opened().pool
@@ -207,8 +240,7 @@ class ServedEngine:
     def _opened(self) -> _Connection:
         """Start the servers if that is due, and connect to them."""
         if self._connection is None:
-            self.announce("starting inference servers")
-            urls = self.servers.start(lambda num: self.announce(f"starting inference servers: {num} ready"))
+            urls = self.servers.start(self.begin(self.servers.num_to_start))
             pool = ServerPool(
                 urls,
                 max_running=self.concurrency,

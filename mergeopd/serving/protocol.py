@@ -77,6 +77,9 @@ class InferenceApi(Protocol):
         the server does not confirm version and weights.
         """
 
+    async def checksum(self, pool: ServerPool, server: Server) -> str | None:
+        """Return a digest of the weights; None where the server offers none. Raises ServingError."""
+
     async def keep_running(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
         """Load weights as `load_weights` does, while running requests wait, and resume with the new ones."""
 

@@ -113,6 +113,13 @@ class SglangApi:
             raise BadReply(f"{len(entries or ())} log-probabilities for {len(wanted)} tokens, or of others")
         return [logprob_of(entry[0]) for entry in entries[len(entries) - len(wanted) :]]
 
+    async def checksum(self, pool: ServerPool, server: Server) -> str | None:
+        if server.facts is None or "/weights_checker" not in server.facts.routes:
+            return None
+        reply = await command(pool, server, "/weights_checker", {"action": "checksum"})
+        digest: str | None = reply.get("per_engine_checksum")
+        return digest
+
     async def load_weights(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
         # The update waits for running requests.
         await self._update(pool, server, folder, version)
@@ -165,10 +172,11 @@ def _finish(reason: Any, ids: Sequence[int], eos_ids: Collection[int]) -> Finish
     )
     if kind == "length":
         return "length"
-    if kind == "stop" and isinstance(matched, str):
-        return "stop"
+    # First the end token: a stop text may be part of its text.
     if kind == "stop" and ids[-1] in eos_ids:
         return "eos"
+    if kind == "stop" and isinstance(matched, str):
+        return "stop"
     if kind == "stop":
         # SGLang has no way to end responses at the recipe's tokens only.
         raise ServingError(

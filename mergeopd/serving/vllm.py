@@ -6,6 +6,8 @@ Facts by version: vLLM's `entrypoints/scale_out` and `entrypoints/rl`. The serve
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +146,12 @@ class VllmApi:
         except (KeyError, TypeError) as error:
             raise BadReply(f"a token has no log-probability ({error!r})") from error
 
+    async def checksum(self, pool: ServerPool, server: Server) -> str | None:
+        if server.facts is None or "/weight_checker" not in server.facts.routes:
+            return None
+        reply = await command(pool, server, "/weight_checker", {"action": "checksum"})
+        return hashlib.sha256(json.dumps(reply.get("checksums"), sort_keys=True).encode()).hexdigest()
+
     async def load_weights(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
         await self._load(pool, server, folder, version, "wait")
 
@@ -202,8 +210,9 @@ def _finish(choice: dict[str, Any], ids: Sequence[int], eos_ids: Collection[int]
     reason, stop = choice.get("finish_reason"), choice.get("stop_reason")
     if reason == "length":
         return "length"
-    if reason == "stop" and isinstance(stop, str):
-        return "stop"
+    # First the end token: a stop text may be part of its text.
     if reason == "stop" and ids[-1] in eos_ids:
         return "eos"
+    if reason == "stop" and isinstance(stop, str):
+        return "stop"
     raise BadReply(f"the response ended with {reason!r} ({stop!r})")

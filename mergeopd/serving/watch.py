@@ -51,8 +51,8 @@ def main(caller: int, grace_s: float, command: list[str]) -> int:
     server = subprocess.Popen(command, stdout=2, start_new_session=True, preexec_fn=_in_server)
     print(server.pid, flush=True)
     while server.poll() is None:
-        found = signal.sigtimedwait(waited_for, POLL_S)
-        if os.getppid() != caller or (found and found.si_signo != signal.SIGCHLD):
+        received = signal.sigtimedwait(waited_for, POLL_S)
+        if os.getppid() != caller or (received and received.si_signo != signal.SIGCHLD):
             os.killpg(server.pid, signal.SIGTERM)
             try:
                 server.wait(grace_s)

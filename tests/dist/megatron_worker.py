@@ -137,6 +137,7 @@ def run(case, grid):
     result["scores"] = scores(case, student, grid)
     with mock.patch.object(weights, "_MAX_FILE_BYTES", 20_000):
         student.export(folder / "untouched")
+    result["stream"] = dict(student.folder_weights())
     result |= training(case, student, grid)
     student.export(folder / "trained")
     return result

@@ -2,7 +2,8 @@
 
 A job is a JSON object: `name`, `recipe`, `overrides`, and where wanted `max_updates`, `machines` (a name for
 every rank), `stop` ({"rank", "call", "stage"}: the rank that gets SIGTERM, and at which part of which stage), `round` (a file of rollouts
-and rewards: the gradient of one round instead of a run), `copied` (a run folder and its copy, made before).
+and rewards: the gradient of one round instead of a run), `copied` (a run folder and its copy, made before), `is_sharded` (no rank
+may have the whole student).
 The results of a rank are written to OUT.
 """
 
@@ -63,6 +64,10 @@ def stopping(stage, at):
     return mock.patch.object(Stages, "begin", begin)
 
 
+def whole_student(*_):
+    raise AssertionError("a rank asks for the whole student")
+
+
 def one_round(job, ranks, out):
     """Save the raw gradients of a round's updates, on rank 0; return the losses."""
     from enumeration import engine_round
@@ -84,6 +89,11 @@ def run_job(job, rank, world, out):
     result = {"error": None}
     try:
         with ExitStack() as held:
+            if job.get("is_sharded"):
+                from mergeopd.student.megatron.step import MegatronStudent
+
+                for name in ("unsharded", "weights", "master_weights"):
+                    held.enter_context(mock.patch.object(MegatronStudent, name, whole_student))
             if stop["rank"] == rank:
                 held.enter_context(stopping(stop.get("stage", "rollout"), stop["call"]))
             if "round" in job:

@@ -347,6 +347,17 @@ def test_export_of_untouched_weights_is_the_source_bit_for_bit(grids, cases, gri
     assert loaded.dtype == expected["model.norm.weight"].dtype
 
 
+@on_grids(*PARITY, "bfloat16")
+def test_the_first_rank_streams_the_folders_tensors_bit_for_bit(grids, cases, grid, case):
+    first, *others = [rank[case]["stream"] for rank in grids(grid)[1]]
+    assert others == [{}] * len(others)
+    expected = load_file(cases[case].folder / "model.safetensors")
+    assert first.keys() == expected.keys()  # a tied head once, as the embedding
+    for name, tensor in first.items():
+        assert tensor.dtype == expected[name].dtype
+        assert torch.equal(tensor, expected[name]), name
+
+
 @on_grids("failures")
 def test_all_ranks_raise_the_same_and_keep_their_weights(grids, grid, case):
     result = [rank[case] for rank in grids(grid)[1]]

@@ -117,7 +117,7 @@ def jobs(folder: Path, launch: str) -> tuple[int, list[dict[str, Any]]]:
         ],
         "one": lambda: [*_in_parts(folder, "chain", ("alone", 2))],
         "four": lambda: [
-            *(_run(folder, *case) for case in LONG),
+            *(_run(folder, *case, is_sharded=case[0] == "recorded") for case in LONG),
             *_in_parts(folder, "chain", ("DP4", 1), ("PP2xDP2", 1), ("TP2xPP2", None)),
             _run(folder, "mixed", "TP2xDP2", name="copies apart", machines=APART),
             _run(folder, "selves", "TP2xPP2", name="selves, all apart", machines=("a", "b", "c", "d")),

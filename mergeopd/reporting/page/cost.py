@@ -3,12 +3,39 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
+from mergeopd.reporting.jsonl import UpdateRecord
 from mergeopd.reporting.page.run_data import RunData
 from mergeopd.reporting.terminal.timing import clock_text
+
+_STAGES = ("rollout", "teachers", "update")  # of every round
+
+
+@dataclass(frozen=True, slots=True)
+class ServingTime:
+    """Seconds of all rounds with inference servers.
+
+    `bound_s` is the least that the rounds can take with any overlap: the sum over rounds of the larger of
+    generation and everything else.
+    """
+
+    generation_s: float
+    wait_s: float
+    sync_s: float
+    rounds_s: float
+    bound_s: float
+
+    def rows(self) -> dict[str, str]:
+        """Return texts by title."""
+        hidden = max(0.0, 1.0 - self.wait_s / self.generation_s) if self.generation_s else 0.0
+        return {
+            "generation by servers": f"{self.generation_s:.1f} s, {hidden:.0%} while scoring and training",
+            "weight sync": f"{self.sync_s:.1f} s",
+            "rounds": f"{self.rounds_s:.1f} s; with full overlap at least {self.bound_s:.1f} s",
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +54,7 @@ class RunCost:
     flops: Mapping[str, float]
     peak_memory_bytes: int
     teacher_bytes: int
+    serving: ServingTime | None = None
 
     def rows(self) -> dict[str, str]:
         """Return what is known, as texts by title."""
@@ -44,6 +72,8 @@ class RunCost:
             rows["peak memory of a process"] = f"{self.peak_memory_bytes / 2**30:.2f} GiB"
         if self.teacher_bytes:
             rows["teacher weights read"] = f"{self.teacher_bytes / 2**30:.3g} GiB"
+        if self.serving is not None:
+            rows |= self.serving.rows()
         return rows
 
     @property
@@ -82,7 +112,27 @@ def cost_of(data: RunData) -> RunCost:
         flops=flops,
         peak_memory_bytes=max((cost.peak_memory_bytes for cost in costs), default=0),
         teacher_bytes=_over_restarts([cost.teacher_bytes_read for cost in costs]),
+        serving=_serving_time(data.updates),
     )
+
+
+def _serving_time(updates: Sequence[UpdateRecord]) -> ServingTime | None:
+    """Sum the times of rounds with inference servers; None if there are none."""
+    generation = wait = sync = rounds = bound = 0.0
+    for _, group in groupby(updates, key=lambda update: update.round):
+        own = list(group)
+        serving = {key: value or 0.0 for key, value in own[0].serving.items()}
+        if not serving:
+            continue
+        spent = sum(
+            u.cost.seconds.get(stage, 0.0) for u in own for stage in ("rollout", "teachers", "update")
+        )
+        generation += serving["generation_s"]
+        wait += serving["wait_s"]
+        sync += serving["sync_s"]
+        rounds += spent
+        bound += max(serving["generation_s"], spent - serving["wait_s"])
+    return ServingTime(generation, wait, sync, rounds, bound) if generation else None
 
 
 def _over_restarts(counts: list[int]) -> int:

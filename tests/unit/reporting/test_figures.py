@@ -44,7 +44,7 @@ OBJECTIVES = Path(__file__).parents[3] / "docs" / "objectives.md"
 UPDATE = UpdateDone(
     update=1, phase="merge", round=0, lr=0.1, loss=0.2, grad_norm=0.3, num_tokens=4, on_policy_fraction=0.5,
     teachers={}, domains={}, seconds={"update": 2.0}, policy=PolicyStats(0.6, 0.7, 0.8, 0.9, 1.1, 1.2),
-    serving=ServingStats(1.3, 1.4, 1.5, 2, 3, 4, 5, 1.6, 1.7, 1.8),
+    serving=ServingStats(1.3, 1.35, 1.4, 1.5, 2, 3, 4, 5, 1.6, 1.7, 1.8),
 )  # fmt: skip
 
 
@@ -107,6 +107,6 @@ def test_values_of_the_run_come_from_update_policy_and_cost() -> None:
         "loss": 0.2, "grad_norm": 0.3, "lr": 0.1, "on_policy_fraction": 0.5, "tokens_per_s": 2.0,
         "corrected_fraction": 0.6, "clipped_fraction": 0.7, "importance_weight": 0.8,
         "rollout_logprob_gap": 0.9, "rollout_logprob_gap_max": 1.1, "zero_advantage_fraction": 1.2,
-        "generation_s": 1.3, "sync_s": 1.4, "lag": 1.5, "lag_max": 2, "num_retries": 3, "num_stale": 4, "num_lost": 5,
+        "generation_s": 1.3, "wait_s": 1.35, "sync_s": 1.4, "lag": 1.5, "lag_max": 2, "num_retries": 3, "num_stale": 4, "num_lost": 5,
         "engine_gap": 1.6, "engine_gap_max": 1.7, "engine_kl": 1.8,
     }  # fmt: skip

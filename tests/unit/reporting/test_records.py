@@ -49,7 +49,7 @@ UPDATE = UpdateDone(
     verifier_failures={"code": 2},
     text_kept={"sort": {"sort": 0.5}, "math": {"math": 0.25}},
     clip_factor=0.4,
-    serving=ServingStats(4.0, 0.5, 1.0, 1, 2, 3, 0, 0.001, 0.25),
+    serving=ServingStats(4.0, 3.0, 0.5, 1.0, 1, 2, 3, 0, 0.001, 0.25),
 )
 
 
@@ -79,7 +79,7 @@ def test_a_line_holds_every_figure_once_and_costs_apart(tmp_path: Path) -> None:
         "policy": {"corrected_fraction": 0.125, "clipped_fraction": 0.0, "importance_weight": 0.9,
                    "rollout_logprob_gap": 0.01, "rollout_logprob_gap_max": 0.5, "zero_advantage_fraction": None},
         "verifier_failures": {"code": 2},
-        "serving": {"generation_s": 4.0, "sync_s": 0.5, "lag": 1.0, "lag_max": 1, "num_retries": 2, "num_stale": 3,
+        "serving": {"generation_s": 4.0, "wait_s": 3.0, "sync_s": 0.5, "lag": 1.0, "lag_max": 1, "num_retries": 2, "num_stale": 3,
                     "num_lost": 0, "engine_gap": 0.001, "engine_gap_max": 0.25, "engine_kl": None},
         "cost": {"seconds": {"rollout": 1.0, "text": 30.0, "update": 2.0}, "tokens_per_s": 200.0,
                  "teacher_bytes_read": 4096, "peak_memory_bytes": 2**30, "num_generated": {"student": 640},
