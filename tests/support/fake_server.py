@@ -164,7 +164,8 @@ class FakeServer:
 
     `faults` are names, consumed in order by the requests to a path: a status ("500", "429"), "drop" (the
     connection), "die" (the server, until `start`), "hang", "half" (a body), or a change of the reply, see
-    `_spoiled`; "ok" is none. `requests` has path and body of all requests. `max_len` cuts responses.
+    `_spoiled`; "ok" is none. `requests` has path and body of all requests,
+    `heads` their headers in lower case. `max_len` cuts responses.
     """
 
     model: Model
@@ -180,6 +181,7 @@ class FakeServer:
     settings: dict[str, Any] = field(default_factory=dict)
     faults: dict[str, deque[str]] = field(default_factory=dict)
     requests: list[tuple[str, Any]] = field(default_factory=list)
+    heads: list[str] = field(default_factory=list)
     weight_version: str = "default"
     folder: str | None = None
     num_running: int = 0
@@ -264,6 +266,7 @@ class FakeServer:
         ):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+                self.heads.append(head)
                 _, target, *_ = head.split(" ", 2)
                 length = head.partition("content-length:")[2].partition("\r\n")[0]
                 body = await reader.readexactly(int(length)) if length else b""
@@ -297,6 +300,8 @@ class FakeServer:
             finally:
                 self.num_running -= 1
             content = b"" if reply is None else json.dumps(_spoiled(reply, fault)).encode()
+        if fault == "empty_list":
+            content = b"[]"
         if fault == "html":
             content = b"<html>; hello</html>"
         if fault == "half_json":
