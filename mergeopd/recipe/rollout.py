@@ -100,7 +100,10 @@ class WeightSync(Strict):
 
 
 class Parity(Strict):
-    """Compare the servers' log-probabilities with the student's on the same responses."""
+    """Compare the servers' log-probabilities with the student's on the same responses.
+
+    At the start, with the first weights that training has changed, and after a server was lost, too.
+    """
 
     every: PositiveInt = Field(default=50, description="updates between two comparisons, from the first on")
     num_responses: PositiveInt = Field(default=8, description="responses that are compared")

@@ -163,7 +163,7 @@ class ServedEngine:
     padding: range
     concurrency: int
     timeout_s: float
-    lost_s: float
+    lost_s: float = 60.0
     headers: Mapping[str, str] = field(default_factory=dict)
     begin: Begin = lambda num: lambda num_ready: None
     check_stop: Callable[[], None] = lambda: None

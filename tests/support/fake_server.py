@@ -89,8 +89,8 @@ class Table:
             text = "".join(self.words[i] for i in response)
             if token in params["stop_token_ids"]:
                 return response, logprobs, str(token)
-            if found := next((stop for stop in params["stop"] if stop in text), None):
-                return response, logprobs, found
+            if stops := [stop for stop in params["stop"] if stop in text]:
+                return response, logprobs, stops[0]
         return response, logprobs, "length"
 
     def score(self, ids: Sequence[int]) -> list[float]:
@@ -98,9 +98,14 @@ class Table:
 
 
 class TorchModel:
-    """A model folder of transformers, decoded like the local engine decodes, one sequence at a time."""
+    """A model folder of transformers, decoded like the local engine decodes, one sequence at a time.
 
-    def __init__(self, folder: Path, stream: Callable[[Sequence[int]], tuple[int, str, int]] = stream_of):
+    Ids behind its tokenizer's vocabulary have no probability, as in trained models.
+    """
+
+    def __init__(
+        self, folder: Path, stream: Callable[[Sequence[int]], tuple[int, str, int]] = stream_of
+    ) -> None:
         from mergeopd.models.tokenizer import Tokenizer
 
         self.tokenizer, self.stream = Tokenizer.load(folder), stream
@@ -125,11 +130,9 @@ class TorchModel:
         from mergeopd.types import Sampling
 
         seed, key, sample = self.stream(ids)
-        # Banned are the last rows: those behind the vocabulary.
-        rows = len(self.head.weight) - len(params["logit_bias"] or ())
         generator = Generator(
             self.body,
-            Head(self.head.weight[:rows]),
+            Head(self.head.weight[: self.tokenizer.vocab_size]),
             params["stop_token_ids"],
             self.tokenizer,
             torch.device("cpu"),
@@ -161,7 +164,8 @@ class FakeServer:
 
     `faults` are names, consumed in order by the requests to a path: a status ("500", "429"), "drop" (the
     connection), "die" (the server, until `start`), "hang", "half" (a body), or a change of the reply, see
-    `_spoiled`; "ok" is none. `requests` has path and body of all requests. `max_len` cuts responses.
+    `_spoiled`; "ok" is none. `requests` has path and body of all requests,
+    `heads` their headers in lower case. `max_len` cuts responses.
     """
 
     model: Model
@@ -177,6 +181,7 @@ class FakeServer:
     settings: dict[str, Any] = field(default_factory=dict)
     faults: dict[str, deque[str]] = field(default_factory=dict)
     requests: list[tuple[str, Any]] = field(default_factory=list)
+    heads: list[str] = field(default_factory=list)
     weight_version: str = "default"
     folder: str | None = None
     num_running: int = 0
@@ -261,6 +266,7 @@ class FakeServer:
         ):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+                self.heads.append(head)
                 _, target, *_ = head.split(" ", 2)
                 length = head.partition("content-length:")[2].partition("\r\n")[0]
                 body = await reader.readexactly(int(length)) if length else b""
@@ -294,6 +300,8 @@ class FakeServer:
             finally:
                 self.num_running -= 1
             content = b"" if reply is None else json.dumps(_spoiled(reply, fault)).encode()
+        if fault == "empty_list":
+            content = b"[]"
         if fault == "html":
             content = b"<html>; hello</html>"
         if fault == "half_json":
