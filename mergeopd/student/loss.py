@@ -30,6 +30,7 @@ class Measured:
     divergences: Sequence[Divergence]
     support: Support | None
     temperature: float
+    top_ids: int | None = None
 
     @classmethod
     def of(cls, objective: DistillationObjective) -> Measured:
@@ -83,6 +84,7 @@ def micro_loss(
             temperature=what.temperature,
             group=group,
             workspace=workspace,
+            top_ids=what.top_ids,
         )
     except ArithmeticError as error:
         raise NumericsError(micro.with_teacher_names(error)) from error

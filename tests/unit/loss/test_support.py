@@ -585,7 +585,7 @@ def test_broken_top_k(reference):
     broken = top.logprobs.clone()
     broken[6, 1] = -torch.inf
     call(ArithmeticError, r"from target 0: not finite at 1 of .*first at 6", logprobs=broken)
-    call(ArithmeticError, "target 0: not finite at 13", entropy=top.entropy * torch.nan)
+    call(ArithmeticError, "target 0: not finite at 13", logprob=top.logprob * torch.nan)
     short = TopK(top.ids[1:], top.logprobs[1:], top.logprob[1:], top.entropy[1:], top.log_tail[1:])
     with pytest.raises(ValueError, match="target 0: it has 12 tokens, the student 13"):
         run(problem, plain, KLS, support, [short])
