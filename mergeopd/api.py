@@ -147,7 +147,7 @@ def check(path: str | Path, *, set: Overrides = ()) -> CheckResult:
         RecipeError: with every problem found, each with its place and remedy.
         StorageError: the plan in the run folder is damaged.
     """
-    inputs = preflight(path, _as_texts(set))
+    inputs = preflight(path, _as_texts(set), ask_servers=True)
     refusal = RunFolder(Path(inputs.plan.output)).refusal(inputs.plan, inputs.files)
     return CheckResult.of(inputs, advice(inputs.plan), refusal)
 

@@ -179,10 +179,12 @@ class Trainer:
             num_parameters=Checkpoint.open(Path(plan.student.model)).num_weights,
             num_trainable=sum(map(prod, self.student.state_shapes().values())),
             teachers={
-                teacher.name: Checkpoint.open(Path(teacher.model)).num_weights
-                if teacher.student is None
-                else None
-                for teacher in plan.teachers.values()
+                name: f"served by {teacher.served.engine}"
+                if teacher.served is not None
+                else "the student"
+                if teacher.student is not None
+                else Checkpoint.open(Path(teacher.model)).num_weights
+                for name, teacher in plan.teachers.items()
             },
             device=name,
             num_threads=torch.get_num_threads(),

@@ -125,7 +125,7 @@ def claim(
     mine: list[Inputs] = []
 
     def take() -> bool:
-        inputs = preflight(recipe, overrides, control=control, announce=announce)
+        inputs = preflight(recipe, overrides, control=control, announce=announce, ask_servers=True)
         _try_verifiers(inputs)
         check_processes(inputs.plan, ranks.size)
         folder = RunFolder(Path(inputs.plan.output))

@@ -130,6 +130,10 @@ def resolve_reward_model(
     if result is None:
         return None
     valid, paths = result
+    if valid.served is not None:
+        message = "reward models are read from local folders"
+        problems.append(origins.problem((*where, "served"), message, "remove it", key=True))
+        return None
     if valid.canary is not None:
         message = (
             "a canary is a generated response with its log-probabilities, and reward models generate none"
@@ -205,4 +209,5 @@ def _teacher(name: str, ref: TeacherRef, card: TeacherCard, paths: Mapping[str, 
         bridge=ref.bridge,
         weight=ref.weight,
         licence=card.licence,
+        served=card.served,
     )

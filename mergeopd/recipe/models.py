@@ -18,6 +18,7 @@ from mergeopd.config.values import (
     Weight,
 )
 from mergeopd.recipe.bridges import BridgeOrKind
+from mergeopd.recipe.served import Served
 
 SET_BY_RENDERING = ("messages", "tools", "documents", "add_generation_prompt")
 
@@ -101,6 +102,9 @@ class TeacherCard(Strict):
     """digest of the checkpoint; other weights at this path are refused"""
     canary: Canary | None = None
     """sample that is compared before the teacher is used"""
+    served: Served | None = None
+    """servers that score for the teacher; `model` then needs the configuration, the tokenizer and, for hidden
+    states, the tensor of the prediction head"""
 
 
 class SnapshotRule(Strict):

@@ -17,6 +17,7 @@ from mergeopd.recipe.environments import Environment
 from mergeopd.recipe.models import Canary, SnapshotRule, Student
 from mergeopd.recipe.routing import PhaseTeachers
 from mergeopd.recipe.schema import Checkpoints, Interim, Memory, Reports
+from mergeopd.recipe.served import Served
 from mergeopd.recipe.training import AnyRollout, Optimizer, Phase
 from mergeopd.recipe.verifiers import Verifier
 
@@ -29,7 +30,9 @@ UNBOUND: Mapping[str, Any] = {
     "text_cache": True,
     "report": True,
     "student": {"parallel": True},
-    "teachers": {"__all__": {"licence": True}},
+    "teachers": {
+        "__all__": {"licence": True, "served": dict.fromkeys(("url", "concurrency", "timeout_s"), True)}
+    },
 }
 
 
@@ -53,6 +56,12 @@ class TeacherPlan(Strict):
     weight: float = 1.0
     licence: str | None = None
     template_arguments: dict[str, Any] = Field(default={})
+    served: Served | None = None
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether its prediction head is read here: not for servers that return log-probabilities."""
+        return self.served is None or self.served.hidden_states
 
     @property
     def snapshot_rule(self) -> SnapshotRule | None:

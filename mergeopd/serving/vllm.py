@@ -24,7 +24,7 @@ from mergeopd.serving.transport import BadReply, Server, ServerPool
 from mergeopd.types import Finish, Sampling
 
 GENERATE = "/inference/v1/generate"
-_OLDEST = (0, 24)
+OLDEST = (0, 24)
 _FACTS_S = 20.0
 # Routes that weights need, and where they come from.
 _WEIGHT_ROUTES = ("/pause", "/resume", "/collective_rpc", "/reset_prefix_cache")
@@ -39,7 +39,7 @@ class VllmApi:
 
     async def facts(self, pool: ServerPool, server: Server) -> ServerFacts:
         version = (await command(pool, server, "/version", None, timeout_s=_FACTS_S) or {}).get("version", "")
-        check_version(server, "vLLM", version, _OLDEST)
+        check_version(server, "vLLM", version, OLDEST)
         document = await command(pool, server, "/openapi.json", None, timeout_s=_FACTS_S)
         routes = frozenset(document.get("paths", ()))
         if GENERATE not in routes:
