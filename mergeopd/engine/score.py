@@ -120,7 +120,7 @@ class Scorer:
         passes = by_teacher(rollouts, tuple(sorted(self.teachers)), work.index)
         served = [one for one in passes if self.teachers[one.teacher].capabilities.is_served]
         local = [one for one in passes if one not in served]
-        following = [one.teacher for one in local[1:]] + [None]
+        following = [*(one.teacher for one in local[1:]), None]
         ranks = self.stages.ranks
         with ExitStack() as open_sessions:
             begun = []
@@ -128,7 +128,7 @@ class Scorer:
                 session = open_sessions.enter_context(self.teachers[one.teacher].open())
                 begin = partial(self._begin, one, session, targets, rollouts, work)
                 ranks.run_and_gather(lambda begin=begin: begun.append(begin()))  # type: ignore[misc]
-            for one, next_teacher in zip(local, following, strict=True):
+            for one, next_teacher in zip(local, following, strict=False):
                 with self.teachers[one.teacher].open() as session:
                     if next_teacher is not None:
                         self.teachers[next_teacher].prefetch()

@@ -239,11 +239,12 @@ class SglangScoring:
             given = np.array(api.scored(reply, ids, start), np.float32)
             meta = _meta(reply)
             rows, width = meta.get("input_top_logprobs_shape") or (0, 0)
-            if rows < num or width != k:
+            if (rows, width) != (num, k):
                 raise BadReply(f"{width} likely tokens at {rows} positions, not {k} at {num}")
-            values = _decoded(meta, "val", "float32").reshape(rows, k)[rows - num :]
-            ids_of_rows = _decoded(meta, "idx", "int32").reshape(rows, k)[rows - num :]
-            return Likely(ids_of_rows.astype(np.int32), _logprobs(values), given)
+            values, best = _decoded(meta, "val", "float32"), _decoded(meta, "idx", "int32")
+            if len(values) != num * k or len(best) != num * k:
+                raise BadReply(f"{len(values)} log-probabilities of {num * k} likely tokens")
+            return Likely(best.astype(np.int32).reshape(num, k), _logprobs(values.reshape(num, k)), given)
 
         return Exchange(path, body, read)
 

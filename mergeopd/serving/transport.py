@@ -58,8 +58,9 @@ class EventLoop:
         return self.submit(work).result()
 
     def close(self) -> None:
-        """Stop the loop and its thread."""
+        """Cancel what runs, and stop the loop and its thread."""
         if self._thread.is_alive():
+            self.run(_cancel_all())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -117,6 +118,7 @@ class ServerPool:
     def close(self) -> None:
         """Close all connections; running requests are cancelled."""
         if self._client is not None:
+            self._loop.run(_cancel_all())
             self._loop.run(self._client.aclose())
             self._client = None
         self._loop.close()
@@ -261,6 +263,14 @@ class ServerPool:
             server.down_until = time.monotonic() + _DOWN_S
         finally:
             del self._returning[server]
+
+
+async def _cancel_all() -> None:
+    """Cancel all other tasks of the running loop, and wait for their ends."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def described(error: Exception) -> str:
