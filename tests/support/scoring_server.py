@@ -97,10 +97,10 @@ class ScoringServer:
             return {"output_ids": [0], "meta_info": {"hidden_states": states}}
         start, k = body["logprob_start_len"], body["top_logprobs_num"]
         rows = self._logprobs(ids)[start:-1]
-        given = [
-            [None, ids[start], None],
-            *([r[t], t, None] for r, t in zip(rows, ids[start + 1 :], strict=True)),
-        ]
+        # The last id is shown as 0, as SGLang does.
+        shown = [token if token < rows.shape[1] - 1 else 0 for token in ids[start:]]
+        own = [row[token] for row, token in zip(rows, ids[start + 1 :], strict=True)]
+        given = [[value, token, None] for value, token in zip([None, *own], shown, strict=True)]
         meta: dict[str, Any] = {"input_token_logprobs": given}
         if k:
             best = np.argsort(-rows, 1)[:, :k].astype("<i4")
