@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from enumeration import CPU, EOS, V, engine_round, trainer_of
+from recorded_runs import Recorder, run_recorded
 from scoring_server import ScoringServer, scoring_server
 
 from mergeopd.distributed.communicator import SingleProcess
@@ -22,6 +23,7 @@ from mergeopd.engine.score import CollectedRound
 from mergeopd.errors import ServingError, TeacherError
 from mergeopd.preflight.inputs import preflight
 from mergeopd.recipe.served import Served
+from mergeopd.reporting.jsonl import update_record
 from mergeopd.teacher.protocol import TargetSpec, TeacherCapabilities, TeacherSequence
 from mergeopd.teacher.served import ServedModel, ServedTeacher
 from mergeopd.types import Rollout, token_flags
@@ -216,3 +218,29 @@ def test_a_round_opens_served_teachers_before_local_ones_score(write_job: Write)
         rollouts = rollouts_of(parts)
         with trainer.scorer.score(CollectedRound(parts.plan.phases[0], 0, rollouts, [None] * 8, work)):
             assert order == ["two", "one"]
+
+
+def test_a_run_with_a_served_teacher_is_the_local_one(write_job: Write, tmp_path: Path) -> None:
+    """Beside a local teacher; what is not known is absent from the metrics."""
+    loss = {"reverse_kl": 1.0, "support": STUDENT, "sampled_reverse_kl": 0.3}
+    phase = {"name": "merge", "updates": 3, "prompts_per_round": 4, "loss": loss}
+    recipe = write_job({"phases": [phase], "rollout": {"samples_per_prompt": 2, "max_new_tokens": 6}})
+
+    def lines(output: str) -> list[dict[str, Any]]:
+        recorder = Recorder()
+        run_recorded(recipe, CPU, f"output={output}", recorder=recorder)
+        records = [update_record(event) for event in recorder.updates]
+        return json.loads(json.dumps(records, allow_nan=False))
+
+    local = lines("local")
+    with scoring_server(recipe.parent / "two", "vllm") as server:
+        card = recipe.parent / "two.yaml"
+        served = {"url": server.url, "engine": "vllm"}
+        card.write_text(json.dumps(json.loads(card.read_text()) | {"served": served}))
+        (recipe.parent / "two" / "model.safetensors").unlink()
+        remote = lines("remote")
+    for one, other in zip(local, remote, strict=True):
+        own, others = one["teachers"]["two"], other["teachers"]["two"]
+        assert "entropy_T" in own
+        assert others == pytest.approx({k: v for k, v in own.items() if k != "entropy_T"}, abs=2e-4)
+        assert other["teachers"]["one"] == pytest.approx(one["teachers"]["one"], abs=2e-4)
