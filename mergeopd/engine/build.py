@@ -65,6 +65,7 @@ from mergeopd.teacher.local import LocalTeacher, ResidentHeads, TeacherSource, T
 from mergeopd.teacher.protocol import TargetSpec, Teacher, TeacherSequence, capabilities, required_of
 from mergeopd.teacher.recorded import RecordedTargets, RecordedTeacher, recorded_spec
 from mergeopd.teacher.reward_model import RewardModel, RewardModels
+from mergeopd.teacher.served import ServedModel, ServedTeacher
 from mergeopd.teacher.shared_cache import SharedHiddenCache
 from mergeopd.teacher.snapshots import StudentSnapshots
 from mergeopd.teacher.target_folder import TargetOrigin, complete_manifest, verify_shards
@@ -194,7 +195,11 @@ def build(
         peak_memory=lambda: max(ranks.gather(peak_bytes(machine.device))),
         flops=TrainingFlops(
             ModelFlops.read(Path(plan.student.model)),
-            {name: _teacher_flops(t) for name, t in plan.teachers.items() if t.api is None},
+            {
+                name: _teacher_flops(teacher)
+                for name, teacher in plan.teachers.items()
+                if teacher.api is None and teacher.served is None
+            },
         ),
         stages=stages,
     )
@@ -411,7 +416,9 @@ def _teachers(
 ) -> dict[str, Teacher]:
     """Build the recipe's teachers, whose weights are read by one store."""
     plans = {n: t for n, t in inputs.plan.teachers.items() if n not in skip and t.api is None}
-    sources = {name: _source(teacher, inputs, snapshots) for name, teacher in plans.items()}
+    sources = {
+        name: _source(teacher, inputs, snapshots) for name, teacher in plans.items() if teacher.needs_head
+    }
     # Each process reads a part of the bytes if several need their own copies. On one machine's CPUs, they
     # share the pages of mapped files, so each file is read once anyway.
     is_mapped = machine.ranks.size == 1 or machine.shares_pages
@@ -422,17 +429,19 @@ def _teachers(
         context = _context(inputs.teachers[name], inputs, machine)
         return LocalEngine(source, context, inputs.plan.rollout.batch_size)
 
-    return {
-        name: LocalTeacher(
-            name,
-            store,
-            capabilities(teacher),
-            canary=Canary.of(teacher, inputs.teachers[name]),
-            run_on_first=machine.ranks.run_on_first,
-            make_engine=partial(make_engine, name),
-        )
-        for name, teacher in plans.items()
-    }
+    def make(name: str, teacher: TeacherPlan) -> Teacher:
+        canary, run_on_first = Canary.of(teacher, inputs.teachers[name]), machine.ranks.run_on_first
+        own = capabilities(teacher)
+        if teacher.served is None:
+            return LocalTeacher(name, store, own, canary, run_on_first, partial(make_engine, name))
+        facts = ModelFacts.read(teacher.folder)
+        num_valid = _num_valid(teacher, inputs)
+        model = ServedModel(facts.hidden_size, facts.vocab_rows, num_valid, teacher.dtype)
+        head = store if teacher.needs_head else None
+        num_ranks = machine.ranks.size
+        return ServedTeacher(name, teacher.served, model, own, head, canary, run_on_first, num_ranks)
+
+    return {name: make(name, teacher) for name, teacher in plans.items()}
 
 
 def _api_teachers(inputs: Inputs, machine: Machine, stages: Stages) -> dict[str, ApiTeacher]:
@@ -541,9 +550,14 @@ def _divide_threads(plan: Plan, machine: Machine) -> None:
 
 def _source(teacher: TeacherPlan, inputs: Inputs, snapshots: StudentSnapshots) -> TeacherSource:
     snapshot = None if teacher.snapshot_rule is None else snapshots.snapshots[teacher.snapshot_rule]
+    num_valid, has_body = _num_valid(teacher, inputs), teacher.served is None
+    return TeacherSource(teacher.folder, teacher.dtype, num_valid, snapshot, has_body)
+
+
+def _num_valid(teacher: TeacherPlan, inputs: Inputs) -> int:
+    """Number of a teacher's ids that are scored: all with a bridge, else those that the student has."""
     is_crossed = teacher.name in inputs.cross_tokenizers
-    num_valid = inputs.teachers[teacher.name].vocab_size if is_crossed else inputs.vocab_size
-    return TeacherSource(teacher.folder, teacher.dtype, num_valid, snapshot)
+    return inputs.teachers[teacher.name].vocab_size if is_crossed else inputs.vocab_size
 
 
 def _views(inputs: Inputs, machine: Machine, announce: Callable[[str], None]) -> dict[str, TokenView]:

@@ -260,8 +260,10 @@ class Trainer:
         )
 
 
-def _size(teacher: TeacherPlan) -> int | str | None:
-    """Return a teacher's number of weights; the name of a model behind an API; None for the student."""
+def _size(teacher: TeacherPlan) -> int | str:
+    """Return a teacher's number of weights, or what it is without weights of its own here."""
     if teacher.api is not None:
         return teacher.api.model
-    return None if teacher.student is not None else Checkpoint.open(teacher.folder).num_weights
+    if teacher.served is not None:
+        return f"served by {teacher.served.engine}"
+    return "the student" if teacher.student is not None else Checkpoint.open(teacher.folder).num_weights

@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import is_leftover, write_atomic
 from mergeopd.teacher.hidden_cache import HiddenCache
 from mergeopd.teacher.local import ResidentHeads
-from mergeopd.teacher.protocol import TargetSpec, Teacher, TeacherSequence, TeacherSession
+from mergeopd.teacher.protocol import SupportIds, TargetSpec, Teacher, TeacherSequence, TeacherSession
 from mergeopd.teacher.recorded import ShardIndex, shard_content
 from mergeopd.teacher.target_folder import (
     FORMAT,
@@ -51,7 +51,9 @@ class TeacherTargets:
 
     Hidden states are kept where the loss needs whole distributions. Otherwise a teacher's top k, or the
     sampled token's log-probability: a few numbers per token, and no head in memory during the updates.
-    `alignments` are those of teachers with other tokenizers.
+    `alignments` are those of teachers with other tokenizers. `supports` are the student's likeliest ids at
+    each trained token, by rollout, where a teacher is asked for them (`student_top_k`); of this copy's
+    rollouts only.
     """
 
     cache: HiddenCache
@@ -59,12 +61,14 @@ class TeacherTargets:
     views: Mapping[str, TokenView]
     heads: ResidentHeads
     alignments: Alignments = field(default_factory=dict)
+    supports: Mapping[int, SupportIds] = field(default_factory=dict)
 
     def spec_of(self, teacher: str) -> TargetSpec:
         """Return the kind of target kept for a teacher. Raises ValueError where none is needed."""
         if self.spec is None:
             raise ValueError(f"the phase needs no teacher, so nothing is kept of {teacher!r}")
-        return self.views[teacher].required(self.spec)
+        spec = self.views[teacher].required(self.spec)
+        return self.heads.teachers[teacher].capabilities.smallest(spec)
 
     def sequences(
         self, teacher: str, rollouts: Sequence[Rollout], indices: Sequence[int]
@@ -72,7 +76,12 @@ class TeacherTargets:
         """Return these rollouts in the teacher's tokens, by index; those without tokens are left out."""
         alignments = self.alignments.get(teacher, {})
         read = {i: self.views[teacher].read(rollouts[i], alignments.get(i)) for i in indices}
-        return {i: sequence for i, sequence in read.items() if sequence is not None}
+        has_support = self.spec_of(teacher).kind == "student_top_k"
+        return {
+            i: replace(sequence, support=self.supports[i]) if has_support else sequence
+            for i, sequence in read.items()
+            if sequence is not None
+        }
 
     def of(self, pack: MicroBatchPlan) -> dict[str, Target]:
         """Return the pack's targets for the kernel, by teacher; heads of all other teachers are freed.
@@ -93,6 +102,8 @@ class TeacherTargets:
                     targets[name] = Hidden(rows, heads[name])
                 case "top_k":
                     targets[name] = TopK.unpack(rows)
+                case "student_top_k":
+                    targets[name] = TopK.unpack(rows, of="student")
                 case "sampled":
                     targets[name] = Sampled.unpack(rows)
         return targets

@@ -88,10 +88,15 @@ class TrainingFlops:
         """Return the operations of training on a sequence of prompt and response, `num_trained` in the loss.
 
         `teachers` includes their logits of the trained tokens, `update` the prior policy's pass, if any.
-        Teachers with another prompt or tokenizer count as if the sequence had as many tokens.
+        Teachers with another prompt or tokenizer count as if the sequence had as many tokens; served ones,
+        whose passes are not on this machine, do not count.
         """
         passes = TRAINING + (1 if prior_policy else 0)
         return Counter(
             update=passes * self.student.forward(num_tokens, num_trained),
-            teachers=sum(self.teachers[name].forward(num_tokens, num_trained) for name in teachers),
+            teachers=sum(
+                self.teachers[name].forward(num_tokens, num_trained)
+                for name in teachers
+                if name in self.teachers
+            ),
         )

@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mergeopd.config.tree import Keys
 from mergeopd.data.documents import MAX_TOKENS, sequences
@@ -39,7 +39,7 @@ from mergeopd.recipe.training import Phase, never_student, reads_dataset, reads_
 from mergeopd.recipe.verifiers import JsonVerifier, single_verifiers
 from mergeopd.rollout.protocol import EngineCapabilities
 from mergeopd.storage.run_folder import RunFolder
-from mergeopd.teacher.protocol import TargetSpec, TeacherCapabilities, capabilities
+from mergeopd.teacher.protocol import TargetSpec, TeacherCapabilities, capabilities, required_target
 from mergeopd.teacher.target_folder import TargetOrigin
 from mergeopd.types import Prompt
 
@@ -185,6 +185,7 @@ class _Check:
                 self.teachers[name] = renderer
         for name, renderer in self.teachers.items():
             self._cross(resolution.teachers[name], renderer)
+        self._check_servers()
         for index, source in resolution.sources.items():
             self._read(("prompts", index), source, self._teachers_that_read(source), self.prompts)
         for index, source in resolution.eval_sources.items():
@@ -219,6 +220,27 @@ class _Check:
         )
         if cross_tokenizer is not None:
             self.cross_tokenizers[teacher.name] = cross_tokenizer
+
+    def _check_servers(self) -> None:
+        """Ask the servers of teachers, if any; where their context is shorter, it is the teacher's."""
+        teachers = self._resolution.teachers
+        for name in [n for n in self.teachers if teachers[n].served is not None and self._with_servers]:
+            # Imported here, because it imports the HTTP client.
+            from mergeopd.preflight.served_teachers import ServerProbe
+
+            self._announce(f"asking the servers of {name}")
+            renderer = self.teachers[name]
+            is_crossed = name in self.cross_tokenizers or self.student is None
+            num_valid = renderer.vocab_size if is_crossed else self.vocab_size(cast(Renderer, self.student))
+            own = capabilities(teachers[name])
+            specs = [
+                own.smallest(spec)
+                for phase in self._resolution.phases.values()
+                if (spec := required_target(phase.loss)) is not None and teachers[name].bridge is None
+            ]
+            place: Keys = ("teachers", name, "card")
+            probe = ServerProbe(self.findings, place, teachers[name], renderer, num_valid, specs)
+            self.teachers[name] = probe.run()
 
     def _read(
         self, place: Keys, source: SourcePlan, teachers: Sequence[str], into: dict[str, tuple[Prompt, ...]]
@@ -381,6 +403,9 @@ class _Check:
     def _check_evaluation(self, plan: Plan) -> None:
         if plan.evaluation is None:
             return
+        measured = plan.teachers if plan.evaluation.static_merges else plan.experts
+        for name in sorted(n for n in measured if n in plan.teachers and plan.teachers[n].served is not None):
+            self.models.check_weights(plan.teachers[name])
         for name in sorted(set(plan.evaluation.experts.values()) & self.teachers.keys()):
             own = self.teachers[name].teacher_prompt.prompt
             if own is not None and own.fields:

@@ -167,8 +167,14 @@ class ModelReader:
         own = model.tokenizer == model.model
         tokenizer_place = model_place if own else (*card, "tokenizer")
         folder = Path(model.tokenizer)
-        facts = self._model(model_place, Path(model.model), find_head)
-        if facts is not None and model.fingerprint not in (None, self.files[model.model]):
+        served = model.served if isinstance(model, TeacherPlan) else None
+        if served is None:
+            facts = self._model(model_place, Path(model.model), find_head)
+        else:  # the weights of the servers are checked by the card's sample
+            facts = self._served_model(model_place, Path(model.model), hidden_states=served.hidden_states)
+        if facts is None or served is not None:
+            pass
+        elif model.fingerprint not in (None, self.files[model.model]):
             self._findings.report(
                 (*card, "fingerprint"),
                 f"the weights in {model.model} are not those of the card",
@@ -250,6 +256,35 @@ class ModelReader:
             self.files[str(folder)] = fingerprint
             self._remember(folder, CONFIG_FILES)
         return facts
+
+    def _served_model(self, place: Keys, folder: Path, *, hidden_states: bool) -> ModelFacts | None:
+        """Read the facts of a model that servers have; with `hidden_states`, its head must be here."""
+        facts = self._findings.attempt(place, lambda: ModelFacts.read(folder))
+        if facts is not None and hidden_states:
+            checkpoint = self._findings.attempt(place, lambda: Checkpoint.open(folder))
+            if (
+                checkpoint is None
+                or self._findings.attempt(place, lambda: head_tensor(facts, checkpoint)) is None
+            ):
+                return None
+            self.files[str(folder)] = checkpoint.fingerprint
+        self._remember(folder, CONFIG_FILES)
+        return facts
+
+    def check_weights(self, teacher: TeacherPlan) -> None:
+        """Report a served teacher whose weights are not here, although the evaluation loads them."""
+        place, folder = ("teachers", teacher.name, "card", "model"), teacher.folder
+
+        def check() -> None:
+            facts, checkpoint = ModelFacts.read(folder), Checkpoint.open(folder)
+            check_layout(facts, checkpoint, head_tensor(facts, checkpoint))
+
+        self._findings.attempt(
+            place,
+            check,
+            "the evaluation measures this teacher and needs its weights here: name a folder with them, or "
+            "leave the teacher out of the evaluation",
+        )
 
     def _remember(self, folder: Path, names: Sequence[str]) -> None:
         for file in (folder / name for name in names):

@@ -135,6 +135,9 @@ def resolve_reward_model(
     if valid.api is not None:
         message = "a reward model needs its weights, and this card names a model behind an API"
         problems.append(origins.problem((*where, "api"), message, "name the card of a folder", key=True))
+    if valid.served is not None:
+        message = "reward models are read from local folders"
+        problems.append(origins.problem((*where, "served"), message, "remove it", key=True))
         return None
     if valid.canary is not None:
         message = (
@@ -214,6 +217,7 @@ def _teacher(name: str, ref: TeacherRef, card: TeacherCard, paths: Mapping[str, 
         weight=ref.weight,
         licence=card.licence,
         api=card.api,
+        served=card.served,
     )
 
 

@@ -19,6 +19,7 @@ from mergeopd.config.values import (
 )
 from mergeopd.messages import joined
 from mergeopd.recipe.bridges import BridgeOrKind
+from mergeopd.recipe.served import Served
 from mergeopd.recipe.text_api import TextApi
 
 SET_BY_RENDERING = ("messages", "tools", "documents", "add_generation_prompt")
@@ -108,6 +109,9 @@ class TeacherCard(Strict):
     """digest of the checkpoint; other weights at this path are refused"""
     canary: Canary | None = None
     """sample that is compared before the teacher is used"""
+    served: Served | None = None
+    """servers that score for the teacher; `model` then needs the configuration, the tokenizer and, for hidden
+    states, the tensor of the prediction head"""
 
     @model_validator(mode="after")
     def _one_model(self) -> TeacherCard:

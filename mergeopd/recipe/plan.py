@@ -19,6 +19,7 @@ from mergeopd.recipe.models import Canary, SnapshotRule, Student
 from mergeopd.recipe.rollout import AnyRollout
 from mergeopd.recipe.routing import PhaseTeachers
 from mergeopd.recipe.schema import Checkpoints, Interim, Memory, Reports
+from mergeopd.recipe.served import Served
 from mergeopd.recipe.text_api import TextApi
 from mergeopd.recipe.training import Optimizer, Phase
 from mergeopd.recipe.verifiers import Verifier
@@ -39,7 +40,14 @@ UNBOUND: Mapping[str, Any] = {
         ("url", "launch", "api_key_env", "concurrency", "timeout_s", "sync", "parity"), True
     ),
     # Recorded targets are those of the teacher itself.
-    "teachers": {"__all__": {"licence": True, "targets": True, "api": dict.fromkeys(API_UNBOUND, True)}},
+    "teachers": {
+        "__all__": {
+            "licence": True,
+            "targets": True,
+            "api": dict.fromkeys(API_UNBOUND, True),
+            "served": dict.fromkeys(("url", "concurrency", "timeout_s"), True),
+        }
+    },
 }
 
 
@@ -66,6 +74,7 @@ class TeacherPlan(Strict):
     template_arguments: dict[str, Any] = Field(default={})
     api: TextApi | None = None
     targets: str | None = None
+    served: Served | None = None
 
     @property
     def folder(self) -> Path:
@@ -73,6 +82,11 @@ class TeacherPlan(Strict):
         if self.model is None:
             raise ValueError(f"teacher '{self.name}' has no folder")
         return Path(self.model)
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether its prediction head is read here: not for servers that return log-probabilities."""
+        return self.served is None or self.served.hidden_states
 
     @property
     def snapshot_rule(self) -> SnapshotRule | None:

@@ -39,7 +39,7 @@ class RunFacts:
     dtype: str
     num_parameters: int
     num_trainable: int
-    teachers: Mapping[str, int | str | None]
+    teachers: Mapping[str, int | str]
     device: str
     num_threads: int
     num_processes: int

@@ -130,10 +130,11 @@ def take_canary(probed: ProbedModel, prompt: str) -> Canary:
         ModelError: weights and configuration do not match.
     """
     # torch and transformers take seconds to import, so they come after every check that needs neither.
+    from mergeopd.data.canary import sample_ids
     from mergeopd.models.causal import pick_device
     from mergeopd.rollout.local import Generator, generate
     from mergeopd.rollout.protocol import GenerationRequest
-    from mergeopd.teacher.canary import logprobs, refuse_uniform, sample_ids
+    from mergeopd.teacher.canary import logprobs, refuse_uniform
     from mergeopd.teacher.local import TeacherSource, TeacherStore
     from mergeopd.teacher.protocol import TeacherSequence
 
@@ -170,7 +171,7 @@ def take_canary(probed: ProbedModel, prompt: str) -> Canary:
 
 def _prompt_ids(renderer: Renderer, prompt: str) -> TokenIds:
     """Return the ids of a prompt that leaves space for a response. Raises RecipeError."""
-    from mergeopd.teacher.canary import sample_ids
+    from mergeopd.data.canary import sample_ids
 
     try:
         ids, _ = sample_ids(renderer, prompt, "")

@@ -109,9 +109,11 @@ class SglangApi:
         meta = reply.get("meta_info") if isinstance(reply, dict) else None
         entries = (meta or {}).get("input_token_logprobs")
         wanted = list(ids[start:])
-        if not isinstance(entries, list) or [e[1] for e in entries[len(entries) - len(wanted) :]] != wanted:
+        own = entries[-len(wanted) :] if isinstance(entries, list) else []
+        # SGLang shows the last id of a vocabulary as 0; its log-probability is right.
+        if len(own) != len(wanted) or any(e[1] not in (i, 0) for e, i in zip(own, wanted, strict=True)):
             raise BadReply(f"{len(entries or ())} log-probabilities for {len(wanted)} tokens, or of others")
-        return [logprob_of(entry[0]) for entry in entries[len(entries) - len(wanted) :]]
+        return [logprob_of(entry[0]) for entry in own]
 
     async def checksum(self, pool: ServerPool, server: Server) -> str | None:
         if server.facts is None or "/weights_checker" not in server.facts.routes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import threading
 import time
@@ -163,13 +164,19 @@ class ServerPool:
 
         An empty reply is None. Raises httpx2.TransportError, BadReply, Refused.
         """
-        reply = await self._exchange(server, path, body, timeout_s or self.timeout_s)
-        if not reply.content:
+        content = await self.content(server, path, body, timeout_s=timeout_s)
+        if not content:
             return None
         try:
-            return reply.json()
+            return json.loads(content)
         except ValueError as error:
-            raise BadReply(f"the reply is not JSON ({len(reply.content)} bytes)") from error
+            raise BadReply(f"the reply is not JSON ({len(content)} bytes)") from error
+
+    async def content(
+        self, server: Server, path: str, body: object = None, *, timeout_s: float | None = None
+    ) -> bytes:
+        """Send one request as `call` does; return the bytes of its reply."""
+        return bytes((await self._exchange(server, path, body, timeout_s or self.timeout_s)).content)
 
     async def request(self, path: str, body: object, parse: Callable[[Any], T]) -> T:
         """Send a request that may be repeated; return what `parse` makes of its reply.

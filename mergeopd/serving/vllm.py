@@ -31,7 +31,7 @@ from mergeopd.types import Finish, Sampling
 GENERATE = "/inference/v1/generate"
 WORKER_EXTENSION = "mergeopd_vllm_worker.CpuWeights"
 EXTENSION_FOLDER = Path(__file__).with_name("worker_extension")
-_OLDEST = (0, 24)
+OLDEST = (0, 24)
 _FACTS_S = 20.0
 # Routes that weights need, and where they come from.
 _WEIGHT_ROUTES = ("/pause", "/resume", "/collective_rpc", "/reset_prefix_cache")
@@ -50,7 +50,7 @@ class VllmApi:
 
     async def _facts(self, pool: ServerPool, server: Server) -> ServerFacts:
         version = (await command(pool, server, "/version", None, timeout_s=_FACTS_S) or {}).get("version", "")
-        check_version(server, "vLLM", version, _OLDEST)
+        check_version(server, "vLLM", version, OLDEST)
         document = await command(pool, server, "/openapi.json", None, timeout_s=_FACTS_S)
         routes = frozenset(document.get("paths", ()))
         if GENERATE not in routes:

@@ -59,13 +59,15 @@ _ROWS = 256
 class TeacherSource:
     """A teacher's model folder, dtype and true vocabulary (`num_valid`).
 
-    With a `snapshot`, the folder gives the architecture only, and the weights are the snapshot's.
+    With a `snapshot`, the folder gives the architecture only, and the weights are the snapshot's. Without
+    `has_body`, only the prediction head is used, and the folder need not have more.
     """
 
     model: Path
     dtype: str
     num_valid: int
     snapshot: Snapshot | None = None
+    has_body: bool = True
 
 
 @dataclass(eq=False)
@@ -243,7 +245,8 @@ class TeacherStore:
         self._skeletons: dict[tuple[str, str], PreTrainedModel] = {}
         self._bytes_read = Counter[str]()
         for name, checkpoint in self._checkpoints.items():
-            check_fit(self._skeleton(name), self._facts[name], checkpoint)
+            if sources[name].has_body:
+                check_fit(self._skeleton(name), self._facts[name], checkpoint)
 
     @contextmanager
     def open(self, name: str, make_engine: MakeEngine | None = None) -> Iterator[LocalSession]:

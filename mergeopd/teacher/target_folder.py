@@ -57,13 +57,14 @@ class TargetOrigin:
         `vocab_size` is that of the teachers without a bridge; one with a bridge has its own.
         """
         size = vocab_size if teacher.bridge is None else renderer.vocab_size
-        assert spec.kind != "sampled"
+        assert spec.kind in ("hidden", "top_k")
         return cls(
             teacher=teacher.name,
             fingerprint=fingerprint,
             dtype=teacher.dtype,
-            kind=spec.kind,
-            k=None if spec.k is None else min(spec.k, size),
+            kind="hidden" if spec.kind == "hidden" else "top_k",
+            # With hidden states, `k` only says that the student's top k would do.
+            k=None if spec.k is None or spec.kind == "hidden" else min(spec.k, size),
             temperature=spec.temperature,
             vocab_size=size,
             tokenizer=renderer.tokenizer.digest,
@@ -79,7 +80,9 @@ class TargetOrigin:
         """Whether targets of another kind can be computed from these, without the teacher's body."""
         if self.kind == "hidden":
             return True
-        if needed.k is None or self.k is None or needed.temperature != self.temperature:
+        if needed.kind != "top_k" or needed.temperature != self.temperature:
+            return False
+        if needed.k is None or self.k is None:
             return False
         return min(needed.k, self.vocab_size) <= self.k
 
@@ -215,7 +218,7 @@ def sequence_key(sequence: TeacherSequence) -> bytes:
 def covering(specs: Sequence[TargetSpec]) -> TargetSpec:
     """Return the smallest targets from which all of these can be computed."""
     temperatures = {spec.temperature for spec in specs}
-    sizes = [spec.k for spec in specs if spec.k is not None]
+    sizes = [spec.k for spec in specs if spec.kind == "top_k" and spec.k is not None]
     if len(temperatures) > 1 or len(sizes) < len(specs):
         return TargetSpec("hidden")
     return TargetSpec("top_k", temperatures.pop(), max(sizes))

@@ -35,7 +35,7 @@ def _models(facts: RunFacts) -> Iterator[tuple[str, str]]:
         ),
     )
     teachers = (
-        f"{name} {count(size)}" if isinstance(size, int) else f"{name} ({size or 'the student'})"
+        f"{name} ({size})" if isinstance(size, str) else f"{name} {count(size)}"
         for name, size in facts.teachers.items()
     )
     yield "teachers", ", ".join(teachers)

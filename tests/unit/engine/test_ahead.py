@@ -118,7 +118,7 @@ class Job:
         rounds, progress = [], Progress()
         while (at := phase_at(inputs.plan, progress.update)) is not None:
             phase, done = at
-            tasks = draw_tasks(pipeline.draw, inputs.plan, phase, progress, done)
+            tasks = draw_tasks(pipeline.text.draw, inputs.plan, phase, progress, done)
             rounds.append(sorted((task.prompt.key, task.origin) for task in tasks))
             progress = Progress(
                 progress.update + phase.updates_per_round,

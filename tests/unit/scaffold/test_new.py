@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from mergeopd.config.load import load_card
 from mergeopd.config.parse import parse
 from mergeopd.config.tree import SourceLocation, plain
+from mergeopd.data.canary import sample_ids
 from mergeopd.data.chat_template import ChatTemplate
 from mergeopd.data.renderer import Renderer
 from mergeopd.distributed.communicator import SingleProcess
@@ -47,7 +48,6 @@ from mergeopd.scaffold.teacher import (
     take_canary,
     write_card,
 )
-from mergeopd.teacher.canary import sample_ids
 
 NASTY = [
     "",
