@@ -158,6 +158,12 @@ class ServerProbe:
             states = await self._replies(pool, lambda: api.hidden(sample.ids, width), _hidden_flags(api))
             self._check_spread(states, "hidden states", "of their length", _SPREAD_HIDDEN, relative=True)
             return
+        num_more = ModelFacts.read(Path(self.teacher.model)).vocab_rows - self.num_valid
+        if num_more > 0:
+            self.findings.notes.append(
+                f"the servers of teacher '{self.teacher.name}' return log-probabilities over {num_more} rows "
+                "more than the ids that are compared; their probability counts to the tail of a support"
+            )
         given = await self._replies(pool, lambda: api.given(sample.ids, sample.start), "")
         self._check_spread(given, "log-probabilities", "nats per token", _SPREAD_NATS, relative=False)
         for kind, k in sorted({(spec.kind, spec.k) for spec in self.specs if spec.k is not None}):

@@ -238,3 +238,15 @@ def test_losses_that_need_more(write_job: Write, engine: str, loss: Any, expecte
 def test_checking_other_recipes_imports_no_http_client(write_job: Write) -> None:
     code = "import sys; from mergeopd import api; api.check(sys.argv[1]); sys.exit('httpx2' in sys.modules)"
     subprocess.run([sys.executable, "-c", code, str(write_job())], check=True)
+
+
+def test_rows_behind_the_vocabulary_are_noted(write_job: Write) -> None:
+    """Teacher one has 8 rows, 5 of them ids of the student."""
+    folder = write_job().parent
+    with scoring_server(folder / "one", "vllm") as server:
+        recipe = recipe_of(write_job, ON_STUDENT, {"url": server.url, "engine": "vllm"})
+        card = {"card": 1, "name": "one", "model": "one", "served": {"url": server.url, "engine": "vllm"}}
+        (folder / "two.yaml").write_text(json.dumps({"card": 1, "name": "two", "model": "two"}))
+        (folder / "one.yaml").write_text(json.dumps(card))
+        notes = preflight(recipe, ask_servers=True).notes
+    assert any("log-probabilities over 3 rows more than the ids" in note for note in notes)
