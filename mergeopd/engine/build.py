@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,13 +14,20 @@ import torch
 from mergeopd.alarms.watch import AlarmWatch
 from mergeopd.data.draw import PhasedDraw, PhaseShares
 from mergeopd.data.renderer import Renderer
-from mergeopd.distributed.communicator import Communicator, SingleProcess, scatter_gather
-from mergeopd.engine.checkpoint import Checkpoints
+from mergeopd.distributed.communicator import Communicator, SingleProcess
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.engines import MakeEngine, engines_of
 from mergeopd.engine.evaluate import Evaluation, InterimEvaluation
 from mergeopd.engine.interrupt import Interrupt, StopGuard
 from mergeopd.engine.loop import Trainer
+from mergeopd.engine.models import (
+    Machine,
+    Models,
+    build_teachers,
+    build_views,
+    divide_threads,
+    engine_context,
+)
 from mergeopd.engine.pipeline import AheadPipeline, Background, ProgressCounter, SynchronousPipeline
 from mergeopd.engine.prior_policy import PriorPolicy
 from mergeopd.engine.rollouts import Rewards, StudentRollouts
@@ -33,7 +39,6 @@ from mergeopd.engine.teacher_rollouts import FixedText, TeacherRolloutCache
 from mergeopd.engine.update import Updater
 from mergeopd.environment.episodes import Environments
 from mergeopd.errors import TeacherError
-from mergeopd.loss.cross_tokenizer import Bridge
 from mergeopd.loss.heads import Head
 from mergeopd.models import static_merges
 from mergeopd.models.causal import DTYPES
@@ -42,7 +47,7 @@ from mergeopd.models.flops import ModelFlops, TrainingFlops
 from mergeopd.models.hf_folder import write_turns
 from mergeopd.models.static_merges import MergeTensors, static_merge
 from mergeopd.preflight.inputs import Inputs
-from mergeopd.preflight.memory import peak_bytes, refuse_without_room
+from mergeopd.preflight.memory import peak_bytes
 from mergeopd.recipe import baselines
 from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
@@ -52,102 +57,20 @@ from mergeopd.reporting.events import Reporter
 from mergeopd.reporting.model_card import write_recipe
 from mergeopd.reward.grading import Verifiers
 from mergeopd.rollout.local import FixedWeights, LocalEngine
-from mergeopd.rollout.protocol import EngineContext, ReplicaSource, RolloutEngine
+from mergeopd.rollout.protocol import ReplicaSource, RolloutEngine
 from mergeopd.rollout.served import ServedEngine
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.student.protocol import Student
-from mergeopd.student.torch import TorchStudent
 from mergeopd.teacher.api import ApiTeacher
-from mergeopd.teacher.bridges import measure
-from mergeopd.teacher.canary import Canary
 from mergeopd.teacher.hidden_cache import HiddenCache
-from mergeopd.teacher.local import LocalTeacher, ResidentHeads, TeacherSource, TeacherStore
-from mergeopd.teacher.protocol import TargetSpec, Teacher, TeacherSequence, capabilities, required_of
-from mergeopd.teacher.recorded import RecordedTargets, RecordedTeacher, recorded_spec
+from mergeopd.teacher.local import ResidentHeads, TeacherSource, TeacherStore
+from mergeopd.teacher.protocol import TargetSpec, Teacher, TeacherSequence, required_of
+from mergeopd.teacher.recorded import recorded_spec
 from mergeopd.teacher.reward_model import RewardModel, RewardModels
-from mergeopd.teacher.served import ServedModel, ServedTeacher
 from mergeopd.teacher.shared_cache import SharedHiddenCache
 from mergeopd.teacher.snapshots import StudentSnapshots
-from mergeopd.teacher.target_folder import TargetOrigin, complete_manifest, verify_shards
-from mergeopd.teacher.token_view import AlignedTokens, SameTokens, TokenView
-from mergeopd.teacher.weight_reader import MappedReader, Reader, ShardedReader
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The device and the processes of a run."""
-
-    device: torch.device
-    ranks: Communicator
-
-    @property
-    def shares_pages(self) -> bool:
-        """Whether all processes share the pages of mapped files."""
-        return self.device.type == "cpu" and len(set(self.ranks.machines)) == 1
-
-
-def _context(renderer: Renderer, inputs: Inputs, machine: Machine) -> EngineContext:
-    return EngineContext(
-        eos_ids=renderer.eos_ids,
-        tokenizer=renderer.tokenizer,
-        device=machine.device,
-        seed=inputs.plan.seed,
-        deal=partial(scatter_gather, machine.ranks),
-        run_on_first=machine.ranks.run_on_first,
-    )
-
-
-@dataclass(frozen=True)
-class Models:
-    """The models of a run in their roles, with a token view for each teacher."""
-
-    inputs: Inputs
-    machine: Machine
-    student: Student
-    snapshots: StudentSnapshots
-    teachers: Mapping[str, Teacher]
-    views: Mapping[str, TokenView]
-
-    @property
-    def plan(self) -> Plan:
-        return self.inputs.plan
-
-    def checkpoints(self) -> Checkpoints:
-        folder = RunFolder(Path(self.plan.output)).checkpoints
-        return Checkpoints(folder, self.plan, self.student, self.snapshots, self.machine.ranks)
-
-
-def load_models(
-    inputs: Inputs,
-    machine: Machine,
-    teachers: Mapping[str, Teacher] = MappingProxyType({}),
-    announce: Callable[[str], None] = lambda _: None,
-) -> Models:
-    """Load the student and open the teachers; the processes of a machine divide its threads. Collective.
-
-    `teachers` take the place of the recipe's teachers of these names; `announce` gets what is being built.
-
-    Raises ModelError for checkpoints that do not fit configs, and for a student that does not fit the grid or
-    for whose unsharded replicas the machine has no memory.
-    """
-    plan = inputs.plan
-    _divide_threads(plan, machine)
-    student = _student(inputs, machine)
-    rules = [t.snapshot_rule for t in plan.teachers.values() if t.snapshot_rule is not None]
-    snapshots = StudentSnapshots(rules, student.weights, student.master_weights)
-    return Models(
-        inputs=inputs,
-        machine=machine,
-        student=student,
-        snapshots=snapshots,
-        teachers=_recorded(
-            {**_teachers(inputs, machine, snapshots, skip=teachers.keys()), **teachers},
-            inputs,
-            machine,
-            announce,
-        ),
-        views=_views(inputs, machine, announce),
-    )
+from mergeopd.teacher.target_folder import TargetOrigin
+from mergeopd.teacher.token_view import TokenView
 
 
 def build(
@@ -172,7 +95,9 @@ def build(
             begin=lambda num: stages.begin("startup", "servers", num, "servers"),
             check_stop=stages.check,
         )
-    engine = engines[plan.rollout.engine](student, _context(inputs.student, inputs, machine), plan.rollout)
+    engine = engines[plan.rollout.engine](
+        student, engine_context(inputs.student, inputs, machine), plan.rollout
+    )
     vocab = None if len(student.vocab) == inputs.vocab_size else student.vocab
     folder = RunFolder(Path(plan.output))
     scorer = Scorer(
@@ -294,7 +219,7 @@ def _fixed_text(
 
 def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, stages: Stages) -> Evaluation:
     def engine(source: ReplicaSource, renderer: Renderer) -> RolloutEngine:
-        return LocalEngine(source, _context(renderer, inputs, machine), plan.batch_size)
+        return LocalEngine(source, engine_context(renderer, inputs, machine), plan.batch_size)
 
     @contextmanager
     def open_model(folder: Path, renderer: Renderer) -> Iterator[RolloutEngine]:
@@ -387,63 +312,6 @@ def _write_turns(inputs: Inputs, folder: Path) -> None:
     write_turns(folder, student.eos_ids, None if own is None else student.template.source)
 
 
-def _student(inputs: Inputs, machine: Machine) -> Student:
-    plan, num_valid = inputs.plan, inputs.vocab_size
-    folder, dtype, device = Path(plan.student.model), plan.student.dtype, machine.device
-    if plan.student.backend == "torch":
-        return TorchStudent(folder, dtype=dtype, num_valid=num_valid, optimizer=plan.optimizer, device=device)
-    # Imported here, since Megatron is an extra and changes the process that imports it.
-    from mergeopd.student.megatron.grid import Grid
-    from mergeopd.student.megatron.step import MegatronStudent
-
-    parallel = plan.student.parallel
-    refuse_without_room(plan, device, machine.ranks)
-    grid = Grid.open(tensor=parallel.tensor, pipeline=parallel.pipeline, sequence_parallel=parallel.sequence)
-    return MegatronStudent(
-        folder,
-        dtype=dtype,
-        num_valid=num_valid,
-        optimizer=plan.optimizer,
-        grid=grid,
-        device=device,
-        recompute=parallel.recompute,
-        layers=parallel.layers,
-    )
-
-
-def _teachers(
-    inputs: Inputs, machine: Machine, snapshots: StudentSnapshots, *, skip: Collection[str]
-) -> dict[str, Teacher]:
-    """Build the recipe's teachers, whose weights are read by one store."""
-    plans = {n: t for n, t in inputs.plan.teachers.items() if n not in skip and t.api is None}
-    sources = {
-        name: _source(teacher, inputs, snapshots) for name, teacher in plans.items() if teacher.needs_head
-    }
-    # Each process reads a part of the bytes if several need their own copies. On one machine's CPUs, they
-    # share the pages of mapped files, so each file is read once anyway.
-    is_mapped = machine.ranks.size == 1 or machine.shares_pages
-    reader: Reader = MappedReader() if is_mapped else ShardedReader(machine.ranks)
-    store = TeacherStore(sources, machine.device, reader)
-
-    def make_engine(name: str, source: ReplicaSource) -> RolloutEngine:
-        context = _context(inputs.teachers[name], inputs, machine)
-        return LocalEngine(source, context, inputs.plan.rollout.batch_size)
-
-    def make(name: str, teacher: TeacherPlan) -> Teacher:
-        canary, run_on_first = Canary.of(teacher, inputs.teachers[name]), machine.ranks.run_on_first
-        own = capabilities(teacher)
-        if teacher.served is None:
-            return LocalTeacher(name, store, own, canary, run_on_first, partial(make_engine, name))
-        facts = ModelFacts.read(teacher.folder)
-        num_valid = _num_valid(teacher, inputs)
-        model = ServedModel(facts.hidden_size, facts.vocab_rows, num_valid, teacher.dtype)
-        head = store if teacher.needs_head else None
-        num_ranks = machine.ranks.size
-        return ServedTeacher(name, teacher.served, model, own, head, canary, run_on_first, num_ranks)
-
-    return {name: make(name, teacher) for name, teacher in plans.items()}
-
-
 def _api_teachers(inputs: Inputs, machine: Machine, stages: Stages) -> dict[str, ApiTeacher]:
     plan = inputs.plan
     return {
@@ -463,34 +331,15 @@ def _api_teachers(inputs: Inputs, machine: Machine, stages: Stages) -> dict[str,
     }
 
 
-def _recorded(
-    teachers: Mapping[str, Teacher], inputs: Inputs, machine: Machine, announce: Callable[[str], None]
-) -> dict[str, Teacher]:
-    """Replace the teachers whose targets the recipe names by these. Collective.
-
-    Raises StorageError for a folder that is not complete, or damaged.
-    """
-    teachers = dict(teachers)
-    for name, plan in inputs.plan.teachers.items():
-        if plan.targets is None:
-            continue
-        folder = Path(plan.targets)
-        manifest = complete_manifest(folder)
-        announce(f"verifying the targets of {name}, {manifest.num_bytes / 2**30:,.1f} GiB")
-        machine.ranks.run_on_first(partial(verify_shards, folder, manifest.shards))
-        teachers[name] = RecordedTeacher(teachers[name], RecordedTargets(folder, manifest), machine.device)
-    return teachers
-
-
 def build_recorders(
     inputs: Inputs, names: Sequence[str], machine: Machine, stages: Stages
 ) -> Iterator[tuple[TargetRecorder, list[TeacherSequence]]]:
     """Yield what writes each teacher's targets, with the sequences that phases need. Collective."""
     plan = inputs.plan
-    _divide_threads(plan, machine)
+    divide_threads(plan, machine)
     moving = {name for name, teacher in plan.teachers.items() if teacher.snapshot_rule is not None}
-    teachers = _teachers(inputs, machine, StudentSnapshots((), _none, _none), skip=moving)
-    views = _views(inputs, machine, stages.note)
+    teachers = build_teachers(inputs, machine, StudentSnapshots((), _none, _none), skip=moving)
+    views = build_views(inputs, machine, stages.note)
     specs: dict[str, list[TargetSpec]] = {name: [] for name in names}
     sequences: dict[str, list[TeacherSequence]] = {name: [] for name in names}
     scored = {
@@ -542,45 +391,6 @@ def _teacher_flops(teacher: TeacherPlan) -> ModelFlops:
     """Return the operations of a teacher; a recorded one has no pass, but its logits are computed."""
     flops = ModelFlops.read(teacher.folder)
     return flops if teacher.targets is None else replace(flops, per_token=0, per_position=0)
-
-
-def _divide_threads(plan: Plan, machine: Machine) -> None:
-    torch.set_num_threads(max(1, plan.threads // machine.ranks.num_local))
-
-
-def _source(teacher: TeacherPlan, inputs: Inputs, snapshots: StudentSnapshots) -> TeacherSource:
-    snapshot = None if teacher.snapshot_rule is None else snapshots.snapshots[teacher.snapshot_rule]
-    num_valid, has_body = _num_valid(teacher, inputs), teacher.served is None
-    return TeacherSource(teacher.folder, teacher.dtype, num_valid, snapshot, has_body)
-
-
-def _num_valid(teacher: TeacherPlan, inputs: Inputs) -> int:
-    """Number of a teacher's ids that are scored: all with a bridge, else those that the student has."""
-    is_crossed = teacher.name in inputs.cross_tokenizers
-    return inputs.teachers[teacher.name].vocab_size if is_crossed else inputs.vocab_size
-
-
-def _views(inputs: Inputs, machine: Machine, announce: Callable[[str], None]) -> dict[str, TokenView]:
-    """Build each teacher's token view; rank 0 builds missing vocabulary maps. Collective."""
-    cache, student = Path(inputs.plan.text_cache), inputs.student
-
-    def bridges() -> dict[str, Bridge | None]:
-        made = {}
-        for name, cross in inputs.cross_tokenizers.items():
-            announce(f"vocabulary map of {name}")
-            made[name] = measure(cross, cache, machine.device)
-        return made
-
-    made: list[dict[str, Bridge | None]] = []
-    if inputs.cross_tokenizers:
-        machine.ranks.run_on_first(lambda: made.append(bridges()))
-        made = made or [bridges()]
-    return {
-        name: AlignedTokens(inputs.cross_tokenizers[name], student, made[0][name])
-        if name in inputs.cross_tokenizers
-        else SameTokens(renderer, student)
-        for name, renderer in inputs.teachers.items()
-    }
 
 
 def _make_cache(

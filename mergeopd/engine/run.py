@@ -211,7 +211,8 @@ def train(
     with clock.stage("startup"):
         # torch and transformers take seconds to import, so all checks that need neither come first.
         announce("importing torch and transformers")
-        from mergeopd.engine.build import Machine, build, load_models
+        from mergeopd.engine.build import build
+        from mergeopd.engine.models import Machine, load_models
         from mergeopd.models.causal import pick_device
 
         _quiet_libraries()
@@ -399,7 +400,8 @@ def record_targets(
             known = joined(list(folders), "and")
             raise TeacherError(f"--teacher {name}: teachers with `targets` are {known}; name one of them")
         announce("importing torch and transformers")
-        from mergeopd.engine.build import Machine, build_recorders
+        from mergeopd.engine.build import build_recorders
+        from mergeopd.engine.models import Machine
         from mergeopd.engine.stages import Stages
         from mergeopd.models.causal import pick_device
 
@@ -434,7 +436,8 @@ def _measure(
 ) -> Measured:
     """Evaluate, and keep the responses. Collective."""
     _announcer(reporter)("importing torch and transformers")
-    from mergeopd.engine.build import Machine, build_evaluation
+    from mergeopd.engine.build import build_evaluation
+    from mergeopd.engine.models import Machine
     from mergeopd.engine.stages import Stages
     from mergeopd.models.causal import pick_device
 

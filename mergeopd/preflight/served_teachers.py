@@ -158,7 +158,7 @@ class ServerProbe:
             states = await self._replies(pool, lambda: api.hidden(sample.ids, width), _hidden_flags(api))
             self._check_spread(states, "hidden states", "of their length", _SPREAD_HIDDEN, relative=True)
             return
-        num_more = ModelFacts.read(Path(self.teacher.model)).vocab_rows - self.num_valid
+        num_more = ModelFacts.read(self.teacher.folder).vocab_rows - self.num_valid
         if num_more > 0:
             self.findings.notes.append(
                 f"the servers of teacher '{self.teacher.name}' return log-probabilities over {num_more} rows "

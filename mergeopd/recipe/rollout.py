@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_
 
 from mergeopd.config.folders import absolute
 from mergeopd.config.values import GPUS_PATTERN, NonEmptyText, Positive, PositiveInt, Strict
+from mergeopd.recipe.served import Urls, checked_urls
 from mergeopd.rollout.protocol import EngineCapabilities
 
 Temperature = Annotated[float, Field(gt=0.0, le=10.0, strict=True)]
@@ -42,25 +43,6 @@ class LocalRollout(RolloutSettings):
 
     engine: Literal["local"] = "local"
     """rollout engine that generates the student's responses"""
-
-
-def url_shorthand(value: Any) -> Any:
-    """Expand one address to a list."""
-    return [value] if isinstance(value, str) else value
-
-
-_Urls = Annotated[tuple[str, ...], Field(min_length=1)]
-Urls = Annotated[_Urls, BeforeValidator(url_shorthand, json_schema_input_type=str | _Urls)]
-
-
-def checked_urls(urls: tuple[str, ...]) -> tuple[str, ...]:
-    """Return addresses of servers without a trailing slash. Raises ValueError for other texts."""
-    for url in urls:
-        if not url.startswith(("http://", "https://")) or any(map(str.isspace, url)):
-            raise ValueError(f"'{url}' is not an address: write http://HOST:PORT")
-    if len({url.rstrip("/") for url in urls}) < len(urls):
-        raise ValueError("a server is named twice")
-    return tuple(url.rstrip("/") for url in urls)
 
 
 class Launch(Strict):

@@ -14,7 +14,7 @@ import torch
 from enumeration import CPU, engine_round
 
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, Models, load_models
+from mergeopd.engine.models import Machine, Models, load_models
 from mergeopd.preflight.inputs import preflight
 from mergeopd.types import Rollout, token_flags
 

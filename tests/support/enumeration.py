@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from mergeopd.batch.objective import phase_objective
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, Models, build, build_environments, load_models
+from mergeopd.engine.build import build, build_environments
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.loop import Trainer
+from mergeopd.engine.models import Machine, Models, load_models
 from mergeopd.engine.samples import SampleTaker
 from mergeopd.engine.score import CollectedRound
 from mergeopd.engine.stages import Stages

@@ -18,9 +18,10 @@ from fake_server import FakeServer, TorchModel
 from recorded_runs import Crash, Recorder
 
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, build, load_models
+from mergeopd.engine.build import build
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
+from mergeopd.engine.models import Machine, load_models
 from mergeopd.engine.pipeline import SynchronousPipeline
 from mergeopd.engine.progress import Progress, draw_tasks, phase_at
 from mergeopd.engine.score import CollectedRound

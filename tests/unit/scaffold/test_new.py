@@ -27,9 +27,10 @@ from mergeopd.data.canary import sample_ids
 from mergeopd.data.chat_template import ChatTemplate
 from mergeopd.data.renderer import Renderer
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, build, load_models
+from mergeopd.engine.build import build
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
+from mergeopd.engine.models import Machine, load_models
 from mergeopd.engine.progress import Progress
 from mergeopd.errors import Location, RecipeError, StorageError, TeacherError
 from mergeopd.models.checkpoint import Checkpoint

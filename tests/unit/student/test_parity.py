@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, load_models
+from mergeopd.engine.models import Machine, load_models
 from mergeopd.errors import ServingError
 from mergeopd.preflight.inputs import preflight
 from mergeopd.student.parity import LogprobGap, logprob_gap, refuse_gap

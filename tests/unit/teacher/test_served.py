@@ -18,7 +18,7 @@ from recorded_runs import Recorder, run_recorded
 from scoring_server import ScoringServer, scoring_server
 
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, Models, load_models
+from mergeopd.engine.models import Machine, Models, load_models
 from mergeopd.engine.score import CollectedRound
 from mergeopd.errors import ServingError, TeacherError
 from mergeopd.preflight.inputs import preflight
@@ -173,7 +173,11 @@ def half(path: str, reply: Any) -> Any:
             "of 5 tokens",
         ),
         (False, lambda path, reply: {**reply, "prompt_logprobs": None}, "of 0 of 5 tokens"),
-        (False, lambda path, reply: reply if path == "/health" else 503, "failed 5 times, at last: status 503"),
+        (
+            False,
+            lambda path, reply: reply if path == "/health" else 503,
+            "failed 5 times, at last: status 503",
+        ),
         (False, lambda path, reply: 400, "status 400: refused"),
     ],
 )
