@@ -47,6 +47,8 @@ class ScoringServer:
             case "/openapi.json":
                 own = "/pooling" if self.hidden_states else "/inference/v1/generate"
                 return {"paths": {own: {}, "/generate": {}}}
+            case "/health":
+                return {}
             case "/v1/models":
                 return {"data": [{"max_model_len": self.max_tokens, "root": "/models/teacher"}]}
             case "/detokenize" if self.engine == "vllm":
