@@ -9,7 +9,17 @@ Names are imported on first use, and torch by the functions that need it, so `im
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mergeopd.api import CheckResult, RunResult, check, evaluate, load, load_run, report, run
+    from mergeopd.api import (
+        CheckResult,
+        RunResult,
+        check,
+        evaluate,
+        load,
+        load_run,
+        record_targets,
+        report,
+        run,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +30,7 @@ __all__ = [
     "evaluate",
     "load",
     "load_run",
+    "record_targets",
     "report",
     "run",
 ]

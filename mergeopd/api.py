@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mergeopd.preflight.inputs import Inputs
+    from mergeopd.teacher.target_folder import Manifest
 
 Overrides = Mapping[str, object] | Sequence[str]
 """Values that replace those of a recipe: `{"optimizer.lr": 1e-5}`, or texts as for `--set`."""
@@ -266,6 +267,39 @@ def evaluate(
     file = None if output is None else Path(output)
     shown_on = Console(quiet=True) if console is None else console
     return evaluate_recipe(Path(path), _as_texts(set), folder, file, only, shown_on)
+
+
+def record_targets(
+    path: str | Path,
+    *,
+    set: Overrides = (),
+    teachers: Sequence[str] = (),
+    console: Console | None = None,
+) -> Mapping[str, Manifest]:
+    """Write the targets of teachers with `targets: FOLDER` for the recipe's text, which `run` then reads.
+
+    What a folder has already is kept, and only the rest is written.
+
+    Args:
+        path: the recipe.
+        set: values that replace those of the recipe.
+        teachers: names of teachers; default: all with `targets`.
+        console: a `rich.console.Console` on which progress is shown; None shows none.
+
+    Returns:
+        The manifest of each teacher's folder, by the teacher's name.
+
+    Raises:
+        RecipeError: with every problem of the recipe and the files that it names, or without `targets`.
+        StorageError: a folder has other targets, is damaged, cannot be written, or its disk has no room.
+        TeacherError: there is no such teacher, or it is not the model of its card.
+    """
+    from rich.console import Console
+
+    from mergeopd.engine.run import record_targets as record
+
+    shown_on = Console(quiet=True) if console is None else console
+    return record(Path(path), _as_texts(set), teachers, shown_on)
 
 
 def load_run(folder: str | Path) -> RunResult:

@@ -141,9 +141,10 @@ def run(recipe: Path, arguments: argparse.Namespace) -> dict[str, float]:
     from step_bench.sides import NEVER
 
     from mergeopd.distributed.communicator import SingleProcess
-    from mergeopd.engine.build import Machine, build, load_models
+    from mergeopd.engine.build import build
     from mergeopd.engine.clock import Clock
     from mergeopd.engine.interrupt import Interrupt
+    from mergeopd.engine.models import Machine, load_models
     from mergeopd.engine.progress import Progress
     from mergeopd.preflight.inputs import preflight
 

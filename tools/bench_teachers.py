@@ -116,9 +116,10 @@ def measure(recipe: Path, num_rounds: int) -> dict[str, int]:
     import torch
 
     from mergeopd.distributed.communicator import SingleProcess
-    from mergeopd.engine.build import Machine, build, load_models
+    from mergeopd.engine.build import build
     from mergeopd.engine.clock import Clock
     from mergeopd.engine.interrupt import Interrupt
+    from mergeopd.engine.models import Machine, load_models
     from mergeopd.engine.progress import Progress
     from mergeopd.preflight.inputs import preflight
     from mergeopd.reporting.events import Reporters
@@ -128,7 +129,7 @@ def measure(recipe: Path, num_rounds: int) -> dict[str, int]:
     with peak_anonymous() as peak:
         trainer = build(parts, reporter=Reporters(), clock=Clock(), interrupt=Interrupt())
         trainer.run(Progress(), None)
-    files = [Path(t.model) / "model.safetensors" for t in inputs.plan.teachers.values()]
+    files = [t.folder / "model.safetensors" for t in inputs.plan.teachers.values()]
     return {
         "num_teachers": len(files),
         "num_rounds": num_rounds,

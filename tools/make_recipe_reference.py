@@ -22,6 +22,7 @@ from mergeopd.config.values import (
     GPUS_PATTERN,
     NAME_PATTERN,
     REVISION_PATTERN,
+    VARIABLE_PATTERN,
     Strict,
 )
 from mergeopd.recipe.models import TeacherCard
@@ -157,6 +158,7 @@ def _scalar(schema: Schema) -> str:
             REVISION_PATTERN: "revision",
             FUNCTION_PATTERN: "function",
             DIGEST_PATTERN: "digest",
+            VARIABLE_PATTERN: "variable",
             GPUS_PATTERN: "GPUs",
         }
         return names[schema.get("pattern")]

@@ -180,7 +180,7 @@ class Planter:
         """Replace all experts by ones that generate one token, whatever the prompt."""
         changes = {f"prompts.{i}.teachers": teacher for i, teacher in enumerate(self.names)}
         for teacher in self.names:
-            source = Path(self.plan.teachers[teacher].model)
+            source = self.plan.teachers[teacher].folder
             made = self.model(f"{name}_{teacher}", source, partial(prefer, token))
             changes[f"teachers.{teacher}"] = self.card(f"{name}_{teacher}", made)
         return changes

@@ -1,4 +1,4 @@
-"""The command line: `mergeopd run | check | eval | report | push | schema | tokenizers | new`.
+"""The command line: `mergeopd run | check | eval | targets | report | push | schema | tokenizers | new`.
 
 Exit codes: 0 success; 2 the recipe or the command's arguments are wrong; 3 stopped on request (SIGTERM,
 Ctrl-C, --updates) with everything saved; 130 interrupted at once (second Ctrl-C); 1 any other error.
@@ -25,6 +25,7 @@ from mergeopd.cli.push import push
 from mergeopd.cli.report import report
 from mergeopd.cli.run import run
 from mergeopd.cli.schema import schema
+from mergeopd.cli.targets import targets
 from mergeopd.cli.tokenizers import tokenizers
 from mergeopd.distributed.rendezvous import join_launcher
 
@@ -49,6 +50,7 @@ app.add_typer(new, name="new")
 app.command(cls=RecipeCommand)(check)
 app.command(cls=RecipeCommand)(run)
 app.command(cls=RecipeCommand, name="eval")(evaluate)
+app.command(cls=RecipeCommand)(targets)
 app.command()(report)
 app.command()(push)
 app.command()(tokenizers)

@@ -12,6 +12,7 @@ FUNCTION_PATTERN = r"^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$"
 # Each part of a revision begins with a letter or digit, because it becomes a path in the hub's cache.
 REVISION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.+-]*(/[A-Za-z0-9][A-Za-z0-9_.+-]*)*$"
 DIGEST_PATTERN = r"^[0-9a-f]{64}$"
+VARIABLE_PATTERN = r"^[A-Z_][A-Z0-9_]*$"
 GPUS_PATTERN = r"^\d+(,\d+)*$"
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN, description="letters, digits, _ . -")]

@@ -2,43 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from mergeopd.alarms.watch import AlarmWatch
 from mergeopd.data.draw import PhasedDraw, PhaseShares
 from mergeopd.data.renderer import Renderer
-from mergeopd.distributed.communicator import Communicator, SingleProcess, scatter_gather
-from mergeopd.engine.checkpoint import Checkpoints
+from mergeopd.distributed.communicator import Communicator, SingleProcess
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.engines import MakeEngine, engines_of
 from mergeopd.engine.evaluate import Evaluation, InterimEvaluation
 from mergeopd.engine.interrupt import Interrupt, StopGuard
 from mergeopd.engine.loop import Trainer
+from mergeopd.engine.models import (
+    Machine,
+    Models,
+    build_teachers,
+    build_views,
+    divide_threads,
+    engine_context,
+)
 from mergeopd.engine.pipeline import AheadPipeline, Background, ProgressCounter, SynchronousPipeline
 from mergeopd.engine.prior_policy import PriorPolicy
 from mergeopd.engine.rollouts import Rewards, StudentRollouts
 from mergeopd.engine.schedule import RoundSchedule
 from mergeopd.engine.score import Scorer
 from mergeopd.engine.stages import Stages
-from mergeopd.engine.teacher_rollouts import TeacherRolloutCache
+from mergeopd.engine.targets import TargetRecorder, read_by
+from mergeopd.engine.teacher_rollouts import FixedText, TeacherRolloutCache
 from mergeopd.engine.update import Updater
 from mergeopd.environment.episodes import Environments
-from mergeopd.loss.cross_tokenizer import Bridge
+from mergeopd.errors import TeacherError
 from mergeopd.loss.heads import Head
 from mergeopd.models import static_merges
+from mergeopd.models.causal import DTYPES
 from mergeopd.models.facts import ModelFacts
 from mergeopd.models.flops import ModelFlops, TrainingFlops
 from mergeopd.models.hf_folder import write_turns
 from mergeopd.models.static_merges import MergeTensors, static_merge
 from mergeopd.preflight.inputs import Inputs
-from mergeopd.preflight.memory import peak_bytes, refuse_without_room
+from mergeopd.preflight.memory import peak_bytes
 from mergeopd.recipe import baselines
 from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.plan import EvaluationPlan, Plan, SourcePlan, TeacherPlan
@@ -48,93 +57,20 @@ from mergeopd.reporting.events import Reporter
 from mergeopd.reporting.model_card import write_recipe
 from mergeopd.reward.grading import Verifiers
 from mergeopd.rollout.local import FixedWeights, LocalEngine
-from mergeopd.rollout.protocol import EngineContext, ReplicaSource, RolloutEngine
+from mergeopd.rollout.protocol import ReplicaSource, RolloutEngine
 from mergeopd.rollout.served import ServedEngine
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.student.protocol import Student
-from mergeopd.student.torch import TorchStudent
-from mergeopd.teacher.bridges import measure
-from mergeopd.teacher.canary import Canary
+from mergeopd.teacher.api import ApiTeacher
 from mergeopd.teacher.hidden_cache import HiddenCache
-from mergeopd.teacher.local import LocalTeacher, ResidentHeads, TeacherSource, TeacherStore
-from mergeopd.teacher.protocol import Teacher, capabilities
+from mergeopd.teacher.local import ResidentHeads, TeacherSource, TeacherStore
+from mergeopd.teacher.protocol import TargetSpec, Teacher, TeacherSequence, required_of
+from mergeopd.teacher.recorded import recorded_spec
 from mergeopd.teacher.reward_model import RewardModel, RewardModels
 from mergeopd.teacher.shared_cache import SharedHiddenCache
 from mergeopd.teacher.snapshots import StudentSnapshots
-from mergeopd.teacher.token_view import AlignedTokens, SameTokens, TokenView
-from mergeopd.teacher.weight_reader import MappedReader, Reader, ShardedReader
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The device and the processes of a run."""
-
-    device: torch.device
-    ranks: Communicator
-
-    @property
-    def shares_pages(self) -> bool:
-        """Whether all processes share the pages of mapped files."""
-        return self.device.type == "cpu" and len(set(self.ranks.machines)) == 1
-
-
-def _context(renderer: Renderer, inputs: Inputs, machine: Machine) -> EngineContext:
-    return EngineContext(
-        eos_ids=renderer.eos_ids,
-        tokenizer=renderer.tokenizer,
-        device=machine.device,
-        seed=inputs.plan.seed,
-        deal=partial(scatter_gather, machine.ranks),
-        run_on_first=machine.ranks.run_on_first,
-    )
-
-
-@dataclass(frozen=True)
-class Models:
-    """The models of a run in their roles, with a token view for each teacher."""
-
-    inputs: Inputs
-    machine: Machine
-    student: Student
-    snapshots: StudentSnapshots
-    teachers: Mapping[str, Teacher]
-    views: Mapping[str, TokenView]
-
-    @property
-    def plan(self) -> Plan:
-        return self.inputs.plan
-
-    def checkpoints(self) -> Checkpoints:
-        folder = RunFolder(Path(self.plan.output)).checkpoints
-        return Checkpoints(folder, self.plan, self.student, self.snapshots, self.machine.ranks)
-
-
-def load_models(
-    inputs: Inputs,
-    machine: Machine,
-    teachers: Mapping[str, Teacher] = MappingProxyType({}),
-    announce: Callable[[str], None] = lambda _: None,
-) -> Models:
-    """Load the student and open the teachers; the processes of a machine divide its threads. Collective.
-
-    `teachers` take the place of the recipe's teachers of these names; `announce` gets what is being built.
-
-    Raises ModelError for checkpoints that do not fit configs, and for a student that does not fit the grid or
-    for whose unsharded replicas the machine has no memory.
-    """
-    plan = inputs.plan
-    torch.set_num_threads(max(1, plan.threads // machine.ranks.num_local))
-    student = _student(inputs, machine)
-    rules = [t.snapshot_rule for t in plan.teachers.values() if t.snapshot_rule is not None]
-    snapshots = StudentSnapshots(rules, student.weights, student.master_weights)
-    return Models(
-        inputs=inputs,
-        machine=machine,
-        student=student,
-        snapshots=snapshots,
-        teachers={**_teachers(inputs, machine, snapshots, skip=teachers.keys()), **teachers},
-        views=_views(inputs, machine, announce),
-    )
+from mergeopd.teacher.target_folder import TargetOrigin
+from mergeopd.teacher.token_view import TokenView
 
 
 def build(
@@ -153,9 +89,15 @@ def build(
     stages = Stages(alarms, clock, ranks, guard)
     if engines is None:
         engines = engines_of(
-            plan, inputs.vocab_size, ranks, lambda num: stages.begin("startup", "servers", num, "servers")
+            plan,
+            inputs.vocab_size,
+            ranks,
+            begin=lambda num: stages.begin("startup", "servers", num, "servers"),
+            check_stop=stages.check,
         )
-    engine = engines[plan.rollout.engine](student, _context(inputs.student, inputs, machine), plan.rollout)
+    engine = engines[plan.rollout.engine](
+        student, engine_context(inputs.student, inputs, machine), plan.rollout
+    )
     vocab = None if len(student.vocab) == inputs.vocab_size else student.vocab
     folder = RunFolder(Path(plan.output))
     scorer = Scorer(
@@ -178,7 +120,11 @@ def build(
         peak_memory=lambda: max(ranks.gather(peak_bytes(machine.device))),
         flops=TrainingFlops(
             ModelFlops.read(Path(plan.student.model)),
-            {name: ModelFlops.read(Path(teacher.model)) for name, teacher in plan.teachers.items()},
+            {
+                name: _teacher_flops(teacher)
+                for name, teacher in plan.teachers.items()
+                if teacher.api is None and teacher.served is None
+            },
         ),
         stages=stages,
     )
@@ -206,6 +152,7 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
     inputs, student = models.inputs, models.student
     plan, ranks = models.plan, models.machine.ranks
     environments = build_environments(plan.sources, plan, ranks)
+    rewards = Rewards(build_verifiers(plan.sources, inputs, models.machine), inputs.student.tokenizer, stages)
     rollouts = StudentRollouts(
         engine,
         max(plan.rollout_of(phase).samples_per_prompt for phase in plan.phases),
@@ -219,33 +166,16 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
         make = partial(
             AheadPipeline,
             ahead=settings.ahead,
-            max_staleness=settings.max_staleness,
             open_background=partial(_background, plan, rollouts),
         )
     return make(
         plan,
-        draw=PhasedDraw(
-            inputs.prompts,
-            {phase.name: PhaseShares(plan.shares(phase), phase.num_prompts) for phase in plan.phases},
-            plan.seed,
-        ),
         model=student,
-        renderer=inputs.student,
         rollouts=rollouts,
-        teacher_rollouts=TeacherRolloutCache(
-            plan,
-            student=inputs.student,
-            renderers=inputs.teachers,
-            teachers=models.teachers,
-            views=models.views,
-            environments=environments,
-            stages=stages,
+        text=_fixed_text(
+            inputs, models.teachers, models.views, environments, rewards, stages, models.machine
         ),
-        rewards=Rewards(
-            build_verifiers(plan.sources, inputs, models.machine),
-            inputs.student.tokenizer,
-            stages,
-        ),
+        rewards=rewards,
         stages=stages,
     )
 
@@ -263,9 +193,33 @@ def _background(plan: Plan, rollouts: StudentRollouts) -> Background:
     return Background(own, interrupt, progress)
 
 
+def _fixed_text(
+    inputs: Inputs,
+    teachers: Mapping[str, Teacher],
+    views: Mapping[str, TokenView],
+    environments: Environments,
+    rewards: Rewards,
+    stages: Stages,
+    machine: Machine,
+) -> FixedText:
+    plan = inputs.plan
+    shares = {phase.name: PhaseShares(plan.shares(phase), phase.num_prompts) for phase in plan.phases}
+    responses = TeacherRolloutCache(
+        plan,
+        student=inputs.student,
+        renderers=inputs.teachers,
+        teachers=teachers,
+        api_teachers=_api_teachers(inputs, machine, stages),
+        views=views,
+        environments=environments,
+        stages=stages,
+    )
+    return FixedText(plan, PhasedDraw(inputs.prompts, shares, plan.seed), responses, rewards, stages)
+
+
 def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, stages: Stages) -> Evaluation:
     def engine(source: ReplicaSource, renderer: Renderer) -> RolloutEngine:
-        return LocalEngine(source, _context(renderer, inputs, machine), plan.batch_size)
+        return LocalEngine(source, engine_context(renderer, inputs, machine), plan.batch_size)
 
     @contextmanager
     def open_model(folder: Path, renderer: Renderer) -> Iterator[RolloutEngine]:
@@ -295,6 +249,7 @@ def build_evaluation(inputs: Inputs, plan: EvaluationPlan, machine: Machine, sta
         open_merge=open_merge,
         verifiers=build_verifiers(plan.sources, inputs, machine),
         environments=build_environments(plan.sources, inputs.plan, machine.ranks),
+        api_teachers=_api_teachers(inputs, machine, stages),
         stages=stages,
     )
 
@@ -357,87 +312,85 @@ def _write_turns(inputs: Inputs, folder: Path) -> None:
     write_turns(folder, student.eos_ids, None if own is None else student.template.source)
 
 
-def _student(inputs: Inputs, machine: Machine) -> Student:
-    plan, num_valid = inputs.plan, inputs.vocab_size
-    folder, dtype, device = Path(plan.student.model), plan.student.dtype, machine.device
-    if plan.student.backend == "torch":
-        return TorchStudent(folder, dtype=dtype, num_valid=num_valid, optimizer=plan.optimizer, device=device)
-    # Imported here, since Megatron is an extra and changes the process that imports it.
-    from mergeopd.student.megatron.grid import Grid
-    from mergeopd.student.megatron.step import MegatronStudent
-
-    parallel = plan.student.parallel
-    refuse_without_room(plan, device, machine.ranks)
-    grid = Grid.open(tensor=parallel.tensor, pipeline=parallel.pipeline, sequence_parallel=parallel.sequence)
-    return MegatronStudent(
-        folder,
-        dtype=dtype,
-        num_valid=num_valid,
-        optimizer=plan.optimizer,
-        grid=grid,
-        device=device,
-        recompute=parallel.recompute,
-        layers=parallel.layers,
-    )
-
-
-def _teachers(
-    inputs: Inputs, machine: Machine, snapshots: StudentSnapshots, *, skip: Collection[str]
-) -> dict[str, Teacher]:
-    """Build the recipe's teachers, whose weights are read by one store."""
-    plans = {name: teacher for name, teacher in inputs.plan.teachers.items() if name not in skip}
-    sources = {name: _source(teacher, inputs, snapshots) for name, teacher in plans.items()}
-    # Each process reads a part of the bytes if several need their own copies. On one machine's CPUs, they
-    # share the pages of mapped files, so each file is read once anyway.
-    is_mapped = machine.ranks.size == 1 or machine.shares_pages
-    reader: Reader = MappedReader() if is_mapped else ShardedReader(machine.ranks)
-    store = TeacherStore(sources, machine.device, reader)
-
-    def make_engine(name: str, source: ReplicaSource) -> RolloutEngine:
-        context = _context(inputs.teachers[name], inputs, machine)
-        return LocalEngine(source, context, inputs.plan.rollout.batch_size)
-
+def _api_teachers(inputs: Inputs, machine: Machine, stages: Stages) -> dict[str, ApiTeacher]:
+    plan = inputs.plan
     return {
-        name: LocalTeacher(
+        name: ApiTeacher(
             name,
-            store,
-            capabilities(teacher),
-            canary=Canary.of(teacher, inputs.teachers[name]),
+            teacher.api,
+            inputs.teachers[name],
+            vocab_size=inputs.vocab_size,
+            seed=plan.seed,
+            text_cache=Path(plan.text_cache),
+            use_file=RunFolder(Path(plan.output)).api_use_file,
             run_on_first=machine.ranks.run_on_first,
-            make_engine=partial(make_engine, name),
+            note=stages.note,
         )
-        for name, teacher in plans.items()
+        for name, teacher in plan.teachers.items()
+        if teacher.api is not None
     }
 
 
-def _source(teacher: TeacherPlan, inputs: Inputs, snapshots: StudentSnapshots) -> TeacherSource:
-    snapshot = None if teacher.snapshot_rule is None else snapshots.snapshots[teacher.snapshot_rule]
-    is_crossed = teacher.name in inputs.cross_tokenizers
-    num_valid = inputs.teachers[teacher.name].vocab_size if is_crossed else inputs.vocab_size
-    return TeacherSource(Path(teacher.model), teacher.dtype, num_valid, snapshot)
-
-
-def _views(inputs: Inputs, machine: Machine, announce: Callable[[str], None]) -> dict[str, TokenView]:
-    """Build each teacher's token view; rank 0 builds missing vocabulary maps. Collective."""
-    cache, student = Path(inputs.plan.text_cache), inputs.student
-
-    def bridges() -> dict[str, Bridge | None]:
-        made = {}
-        for name, cross in inputs.cross_tokenizers.items():
-            announce(f"vocabulary map of {name}")
-            made[name] = measure(cross, cache, machine.device)
-        return made
-
-    made: list[dict[str, Bridge | None]] = []
-    if inputs.cross_tokenizers:
-        machine.ranks.run_on_first(lambda: made.append(bridges()))
-        made = made or [bridges()]
-    return {
-        name: AlignedTokens(inputs.cross_tokenizers[name], student, made[0][name])
-        if name in inputs.cross_tokenizers
-        else SameTokens(renderer, student)
-        for name, renderer in inputs.teachers.items()
+def build_recorders(
+    inputs: Inputs, names: Sequence[str], machine: Machine, stages: Stages
+) -> Iterator[tuple[TargetRecorder, list[TeacherSequence]]]:
+    """Yield what writes each teacher's targets, with the sequences that phases need. Collective."""
+    plan = inputs.plan
+    divide_threads(plan, machine)
+    moving = {name for name, teacher in plan.teachers.items() if teacher.snapshot_rule is not None}
+    teachers = build_teachers(inputs, machine, StudentSnapshots((), _none, _none), skip=moving)
+    views = build_views(inputs, machine, stages.note)
+    specs: dict[str, list[TargetSpec]] = {name: [] for name in names}
+    sequences: dict[str, list[TeacherSequence]] = {name: [] for name in names}
+    scored = {
+        phase.name: [n for n in names if n in plan.teachers_of(phase).scoring()]
+        for phase in plan.phases
+        if phase.loss.needs_teacher
     }
+    with ExitStack() as opened:
+        environments = build_environments(plan.sources, plan, machine.ranks)
+        opened.callback(environments.close)
+        rewards = Rewards(build_verifiers(plan.sources, inputs, machine), inputs.student.tokenizer, stages)
+        opened.callback(rewards.close)
+        text = _fixed_text(inputs, teachers, views, environments, rewards, stages, machine)
+        for phase, rollouts in text.of_phases([phase for phase, own in scored.items() if own]):
+            for name in scored[phase.name]:
+                if (spec := required_of(phase.loss, plan.teachers[name])) is not None:
+                    specs[name].append(spec)
+                    sequences[name] += read_by(views[name], name, rollouts)
+    for name in names:
+        yield _recorder(inputs, teachers[name], specs[name], stages), sequences[name]
+
+
+def _recorder(
+    inputs: Inputs, teacher: Teacher, needed: Sequence[TargetSpec], stages: Stages
+) -> TargetRecorder:
+    plan, renderer = inputs.plan.teachers[teacher.name], inputs.teachers[teacher.name]
+    if teacher.fingerprint is None:
+        raise TeacherError(
+            f"teacher '{teacher.name}' has no fingerprint, so its targets could not be told from those of "
+            "other weights; use its checkpoint, or remove `targets`"
+        )
+    folder = Path(str(plan.targets))
+    spec = stages.ranks.run_on_first(partial(recorded_spec, folder, needed))
+    origin = TargetOrigin.of(plan, renderer, teacher.fingerprint, inputs.vocab_size, spec)
+    reduced_dtype = torch.float64 if plan.dtype == "float64" else torch.float32
+    if origin.kind == "hidden":
+        row_bytes = ModelFacts.read(plan.folder).hidden_size * DTYPES[plan.dtype].itemsize
+    else:
+        row_bytes = (2 if origin.k is None else 2 * origin.k + 3) * reduced_dtype.itemsize
+    max_tokens = inputs.plan.student.micro_batch_tokens
+    return TargetRecorder(teacher, origin, folder, row_bytes, max_tokens, stages)
+
+
+def _none() -> Iterator[Any]:
+    return iter(())
+
+
+def _teacher_flops(teacher: TeacherPlan) -> ModelFlops:
+    """Return the operations of a teacher; a recorded one has no pass, but its logits are computed."""
+    flops = ModelFlops.read(teacher.folder)
+    return flops if teacher.targets is None else replace(flops, per_token=0, per_position=0)
 
 
 def _make_cache(

@@ -20,12 +20,16 @@ from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.rollout import AnyServerRollout, VllmRollout
 from mergeopd.rollout.local import LocalEngine
 from mergeopd.rollout.protocol import EngineContext, RolloutEngine, WeightSource
-from mergeopd.rollout.served import Begin, LaunchedServers, RunningServers, ServedEngine, Servers
+from mergeopd.rollout.served import Begin, ServedEngine
+from mergeopd.rollout.servers import LaunchedServers, RunningServers, Servers
 from mergeopd.rollout.transfer import GroupTransfer, TransferSync, WeightTransfer
 from mergeopd.rollout.vllm_transfer import VllmTransfer
 from mergeopd.serving.launch import ServerLaunch
 from mergeopd.storage.published_weights import PublishedWeights
 from mergeopd.storage.run_folder import RunFolder
+
+# The run stops after so long without any server.
+_LOST_S = 60.0
 
 MakeEngine = Callable[[WeightSource, EngineContext, Any], RolloutEngine]
 
@@ -35,12 +39,14 @@ ENGINES: Mapping[str, MakeEngine] = MappingProxyType(
 """Engines that generate the student's responses, by `rollout.engine`; they get that section of the recipe."""
 
 
-def engines_of(plan: Plan, vocab_size: int, ranks: Communicator, begin: Begin) -> dict[str, MakeEngine]:
+def engines_of(
+    plan: Plan, vocab_size: int, ranks: Communicator, begin: Begin, check_stop: Callable[[], None]
+) -> dict[str, MakeEngine]:
     """Return all engines that the recipe of `plan` can name; those with servers belong to its run folder.
 
-    `begin` reports that servers start.
+    `begin` reports that servers start; `check_stop` may raise while they load weights.
     """
-    make = partial(_served, plan, vocab_size, ranks, begin)
+    make = partial(_served, plan, vocab_size, ranks, begin, check_stop)
     return {**ENGINES, "vllm": make, "sglang": make}
 
 
@@ -49,6 +55,7 @@ def _served(
     vocab_size: int,
     ranks: Communicator,
     begin: Begin,
+    check_stop: Callable[[], None],
     source: WeightSource,
     context: EngineContext,
     settings: AnyServerRollout,
@@ -62,8 +69,11 @@ def _served(
         padding=range(vocab_size, ModelFacts.read(model).vocab_rows),
         concurrency=settings.concurrency,
         timeout_s=settings.timeout_s,
+        # A server that the run starts is restarted in this time.
+        lost_s=_LOST_S + (0.0 if settings.launch is None else settings.launch.startup_s),
         headers=headers_of(settings),
         begin=begin,
+        check_stop=check_stop,
     )
 
 

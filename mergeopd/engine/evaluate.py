@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ from mergeopd.storage.completion_cache import CompletionCache, Origin
 from mergeopd.storage.controls import finished_controls, trained_tokens
 from mergeopd.storage.responses import EvaluatedResponse, write_responses
 from mergeopd.storage.run_folder import RunFolder
+from mergeopd.teacher.api import ApiTeacher
 from mergeopd.types import Prompt, Sampling
 
 OpenModel = Callable[[Path, Renderer], AbstractContextManager[RolloutEngine]]
@@ -44,12 +45,13 @@ OpenMerge = Callable[[StaticMerge, Path, Sequence[Path]], AbstractContextManager
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """A model to measure."""
+    """A model to measure; `api` keeps the responses of one behind an API itself."""
 
     model: Model
     renderer: Renderer
     fingerprint: str
-    open: Callable[[], AbstractContextManager[RolloutEngine]]
+    open: Callable[[], AbstractContextManager[RolloutEngine | ApiTeacher]]
+    api: ApiTeacher | None = None
 
     def is_expert_of(self, suite: SuitePlan) -> bool:
         return suite.expert is not None and self.model == Model.expert(suite.expert)
@@ -57,6 +59,10 @@ class _Candidate:
     @property
     def file_stem(self) -> str:
         return self.model.key.replace("/", "-")
+
+
+def _opened(api: ApiTeacher) -> AbstractContextManager[ApiTeacher]:
+    return nullcontext(api)
 
 
 class _NotKept(Exception):  # noqa: N818 (control flow, not an error)
@@ -88,6 +94,7 @@ class Evaluation:
     open_merge: OpenMerge
     verifiers: Verifiers
     environments: Environments
+    api_teachers: Mapping[str, ApiTeacher]
     stages: Stages
 
     def run(self, merged: Path | None, responses: Path | None, only: Collection[str] = ()) -> Measured:
@@ -156,7 +163,7 @@ class Evaluation:
         with ExitStack() as opened:
             # Opened once, at the first source with a missing response.
             @cache
-            def engine() -> RolloutEngine:
+            def engine() -> RolloutEngine | ApiTeacher:
                 if not may_open:
                     raise _NotKept
                 return opened.enter_context(candidate.open())
@@ -180,7 +187,11 @@ class Evaluation:
         yield self._of_folder(Model("base", "base", "base"), base, student)
         for name in self.inputs.plan.experts:
             renderer = self.inputs.teachers[name].as_measured
-            yield self._of_folder(Model.expert(name), Path(plan.teachers[name].model), renderer)
+            api = self.api_teachers.get(name)
+            if api is None:
+                yield self._of_folder(Model.expert(name), plan.teachers[name].folder, renderer)
+            else:
+                yield _Candidate(Model.expert(name), renderer, api.fingerprint, partial(_opened, api), api)
         yield from self._static_merges(base)
         for control, folder in controls.items():
             yield self._of_folder(Model.control(control), folder.export, student)
@@ -192,10 +203,13 @@ class Evaluation:
 
     def _static_merges(self, base: Path) -> Iterator[_Candidate]:
         teachers = [self.inputs.plan.teachers[name] for name in self.inputs.plan.experts]
-        experts = [Path(teacher.model) for teacher in teachers if teacher.student is None]
+        remote = [teacher.name for teacher in teachers if teacher.api is not None]
+        experts = [t.folder for t in teachers if t.student is None and t.api is None]
         foreign = [teacher.name for teacher in teachers if teacher.bridge is not None]
         if foreign:  # even if all shapes match, since their rows are of other tokens
             reason: str | None = f"{foreign[0]} has another tokenizer than the student"
+        elif remote:
+            reason = f"{remote[0]} is behind an API, and its weights are not here"
         else:
             reason = why_not(base, experts) if experts else "the experts are the student itself"
         if reason is not None:
@@ -249,7 +263,7 @@ class Evaluation:
         candidate: _Candidate,
         suite: SuitePlan,
         source: SourcePlan,
-        engine: Callable[[], RolloutEngine],
+        engine: Callable[[], RolloutEngine | ApiTeacher],
     ) -> list[EvaluatedResponse]:
         """Generate the responses to a source's prompts, or read those kept, and grade them."""
         prompts = [p for p in self.inputs.evaluation[source.name] for _ in range(suite.samples)]
@@ -281,7 +295,7 @@ class Evaluation:
         candidate: _Candidate,
         suite: SuitePlan,
         prompts: Sequence[Prompt],
-        engine: Callable[[], RolloutEngine],
+        engine: Callable[[], RolloutEngine | ApiTeacher],
     ) -> tuple[list[Response], Callable[[int], None]]:
         renderer = candidate.renderer
         detail = f"{candidate.model.title} on {suite.name}"
@@ -305,6 +319,10 @@ class Evaluation:
         kept = CompletionCache(Path(self.inputs.plan.text_cache), self.stages.ranks, self.stages.note)
 
         def turn(requests: Sequence[GenerationRequest], which: str) -> list[Completion]:
+            if candidate.api is not None:
+                if candidate.api.num_missing(requests, how):
+                    engine()
+                return candidate.api.submit(requests, how).wait(on_progress)
             return kept.complete(origin, requests, generate)
 
         asked = [(prompt, i % suite.samples) for i, prompt in enumerate(prompts)]

@@ -21,12 +21,13 @@ from mergeopd.engine.update import Updater
 from mergeopd.errors import Stopped, StoppedByAlarm, UpdateLimitReached
 from mergeopd.messages import shown
 from mergeopd.models.checkpoint import Checkpoint
-from mergeopd.recipe.plan import Plan
+from mergeopd.recipe.plan import Plan, TeacherPlan
 from mergeopd.reporting.comparison import Measured, build_result
 from mergeopd.reporting.events import AccuracyMeasured, RunFacts, RunFinished, RunStarted, StageStarted
 from mergeopd.reporting.jsonl import read_accuracy, read_updates
 from mergeopd.reporting.model_card import write_model_card
 from mergeopd.reporting.result import write_result
+from mergeopd.storage.chat_replies import read_use
 from mergeopd.storage.folders import copy_folder, keep_only, prune
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.storage.teacher_text import kept_shares, read_graded
@@ -179,12 +180,7 @@ class Trainer:
             dtype=plan.student.dtype,
             num_parameters=Checkpoint.open(Path(plan.student.model)).num_weights,
             num_trainable=sum(map(prod, self.student.state_shapes().values())),
-            teachers={
-                teacher.name: Checkpoint.open(Path(teacher.model)).num_weights
-                if teacher.student is None
-                else None
-                for teacher in plan.teachers.values()
-            },
+            teachers={teacher.name: _size(teacher) for teacher in plan.teachers.values()},
             device=name,
             num_threads=torch.get_num_threads(),
             num_processes=self.stages.ranks.size,
@@ -247,7 +243,8 @@ class Trainer:
             result = build_result(self._measure(self.evaluate), clock.seconds(), best)
             document = self.alarms.judge(result)
             text = self.stages.ranks.run_on_first(lambda: read_graded(folder.teacher_text_file))
-            document = replace(document, text_kept=kept_shares(text))
+            used = self.stages.ranks.run_on_first(lambda: read_use(folder.api_use_file))
+            document = replace(document, text_kept=kept_shares(text), api_use=used)
             if self.stages.ranks.is_first:
                 write_result(folder.result_file, document)
                 write_model_card(folder.path, folder.export, reporter)
@@ -261,3 +258,12 @@ class Trainer:
                 alarms=self.alarms.summaries,
             )
         )
+
+
+def _size(teacher: TeacherPlan) -> int | str:
+    """Return a teacher's number of weights, or what it is without weights of its own here."""
+    if teacher.api is not None:
+        return teacher.api.model
+    if teacher.served is not None:
+        return f"served by {teacher.served.engine}"
+    return "the student" if teacher.student is not None else Checkpoint.open(teacher.folder).num_weights

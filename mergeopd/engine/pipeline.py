@@ -6,22 +6,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from mergeopd.data.draw import PhasedDraw
-from mergeopd.data.renderer import Renderer
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.progress import Progress, Task, draw_tasks, phase_at
-from mergeopd.engine.rollouts import Rewards, StudentRollouts, dataset_rollout
+from mergeopd.engine.rollouts import Rewards, StudentRollouts
 from mergeopd.engine.schedule import RoundSchedule, schedule_round
 from mergeopd.engine.score import CollectedRound
 from mergeopd.engine.stages import Stages
-from mergeopd.engine.teacher_rollouts import KeptText, TeacherRolloutCache, TextFilter
+from mergeopd.engine.teacher_rollouts import FixedText
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.rollout import AnyServerRollout, RolloutSettings
-from mergeopd.recipe.training import Phase
 from mergeopd.reporting.events import Event, ServingStats, StageProgress, StageStarted
 from mergeopd.rollout.protocol import GenerationRequest
 from mergeopd.rollout.served import ServedEngine
@@ -56,18 +53,16 @@ class SynchronousPipeline:
     """Generates every round with the weights of the last update, while nothing else runs."""
 
     plan: Plan
-    draw: PhasedDraw
     model: Student
-    renderer: Renderer
     rollouts: StudentRollouts
-    teacher_rollouts: TeacherRolloutCache
+    text: FixedText
     rewards: Rewards
     stages: Stages
-    _prepared_phase: str = field(default="", init=False)
-    _kept: KeptText | None = field(default=None, init=False)
     _version: int = field(default=0, init=False)
     _synced: int | None = field(default=None, init=False)  # the version that the engine has
-    _compared: int | None = field(default=None, init=False)  # the version of the last parity check
+    # Versions of the weights in the first and the last parity check, and servers that were lost before it.
+    _compared: tuple[int, int] | None = field(default=None, init=False)
+    _num_lost: int = field(default=0, init=False)
     _gap: LogprobGap | None = field(default=None, init=False)
     _generation_s: float = field(default=0.0, init=False)
     _wait_s: float = field(default=0.0, init=False)
@@ -78,11 +73,9 @@ class SynchronousPipeline:
         if at is None:
             raise ValueError(f"the run is complete after {progress.update} updates")
         phase, updates_done = at
-        if phase.name != self._prepared_phase:
-            self._prepare_teacher_rollouts(phase, updates_done, progress)
-        tasks = draw_tasks(self.draw, self.plan, phase, progress, updates_done)
-        if self._kept is not None:
-            tasks = self._kept.tasks(tasks, first=phase.num_drawn(updates_done))
+        tasks = self.text.tasks(phase, updates_done, progress)
+        if self._synced is None and any(task.origin == "student" for task in tasks):
+            self.use_newest_weights()
         with self.stages.clock.stage("rollout"):
             settings = self.plan.rollout_of(phase)
             rollouts = self._collect(tasks, settings, progress)
@@ -90,8 +83,7 @@ class SynchronousPipeline:
         work = self.work(rollouts, progress.round, phase.updates_per_round)
         rewards = [grade.reward for grade in grades]
         failures = {i: v.failure for i, v in enumerate(grades) if v.failure is not None}
-        shares = {} if self._kept is None else self._kept.shares
-        serving = self._serving(rollouts, progress)
+        shares, serving = self.text.kept_shares, self._serving(rollouts, progress)
         return CollectedRound(phase, updates_done, rollouts, rewards, work, failures, shares, serving)
 
     def work(self, rollouts: Sequence[Rollout], index: int, num_updates: int) -> RoundSchedule:
@@ -104,13 +96,14 @@ class SynchronousPipeline:
         )
 
     def trained(self, version: int) -> None:
+        """Remember the version. Servers get it with the next round, when a request to stop may leave."""
         self._version = version
-        # The first time, the engine starts.
-        with self.stages.clock.stage("startup" if self._synced is None else "rollout"):
+        if not isinstance(self.plan.rollout, AnyServerRollout):
             self._sync()
 
     def use_newest_weights(self) -> None:
-        with self.stages.clock.stage("rollout"):
+        # The first time, servers start.
+        with self.stages.clock.stage("startup" if self._synced is None else "rollout"):
             self._sync(every=1)
 
     def close(self) -> None:
@@ -128,20 +121,33 @@ class SynchronousPipeline:
             self.rollouts.engine.sync_weights(self.model, self._version)
             self._synced, self._sync_s = self._version, self._sync_s + time.perf_counter() - start
 
+    def _is_sync_due(self, every: int | None = None) -> bool:
+        settings = self.plan.rollout
+        if every is None:
+            every = settings.sync.every if isinstance(settings, AnyServerRollout) else 1
+        return self._synced is None or self._version - self._synced >= every
+
+    def _is_too_old(self, progress: Progress) -> bool:
+        """Whether the engine's weights are too old for a round."""
+        settings = self.plan.rollout
+        if (
+            not isinstance(settings, AnyServerRollout)
+            or settings.max_staleness is None
+            or self._synced is None
+        ):
+            return False
+        return progress.update - self._synced > settings.max_staleness
+
     def _collect(self, tasks: Sequence[Task], settings: RolloutSettings, progress: Progress) -> list[Rollout]:
         """Return responses to all tasks, the student's first, each kind in the order of the tasks."""
-        rollouts = self._of_student(tasks, settings, progress)
-        for task in tasks:
-            if task.origin == "teacher":
-                responses = self.teacher_rollouts.of(task, settings)
-                rollouts += responses if self._kept is None else self._kept.of(responses)
-            elif task.origin == "dataset":
-                rollouts.append(dataset_rollout(task, self.renderer))
-        return rollouts
+        return [*self._of_student(tasks, settings, progress), *self.text.of(tasks, settings)]
 
     def _of_student(
         self, tasks: Sequence[Task], settings: RolloutSettings, progress: Progress
     ) -> list[Rollout]:
+        if not any(task.origin == "student" for task in tasks):
+            return []
+        self._sync(every=1 if self._is_too_old(progress) else None)
         self._compare(tasks, settings)
         start = time.perf_counter()
         rollouts = self.rollouts.generate(tasks, settings)
@@ -154,24 +160,44 @@ class SynchronousPipeline:
         The responses are sampled for that, with the weights that engine and student both have. Raises
         ServingError on the first process when they differ.
         """
-        parity = settings.parity if isinstance(settings, AnyServerRollout) else None
+        if self._synced != self._version or not self._is_comparison_due(tasks, settings):
+            return
+        assert isinstance(settings, AnyServerRollout)
+        parity = settings.parity
+        assert parity is not None
+        first, _ = self._compared or (self._version, None)
+        self._compared, self._num_lost = (first, self._version), self._lost_so_far()
         prompts = [task.prompt for task in tasks if task.origin == "student"]
-        if parity is None or not prompts or self._synced != self._version:
-            return
-        if self._compared is not None and self._version // parity.every <= self._compared // parity.every:
-            return
-        self._compared = self._version
+        assert isinstance(self.rollouts.engine, ServedEngine)
+        self.rollouts.engine.compare_servers()
         gap = self._gap = self._measure_gap(prompts[: parity.num_responses], settings)
-        if gap.mean > parity.max_mean_gap:
+        if not gap.mean <= parity.max_mean_gap:  # NaN is no agreement
             # One process reports what all know.
             self.stages.ranks.run_on_first(partial(refuse_gap, gap, parity.max_mean_gap))
+
+    def _is_comparison_due(self, tasks: Sequence[Task], settings: RolloutSettings) -> bool:
+        """Whether to compare the newest weights: the first, the first changed ones, every so many updates.
+
+        And after a server was lost, as it may have been started in another way. Collective.
+        """
+        parity = settings.parity if isinstance(settings, AnyServerRollout) else None
+        if parity is None or not any(task.origin == "student" for task in tasks):
+            return False
+        if self._compared is None or self._lost_so_far() > self._num_lost:
+            return True
+        first, last = self._compared
+        return first == last < self._version or self._version // parity.every > last // parity.every
+
+    def _lost_so_far(self) -> int:
+        engine = self.rollouts.engine
+        assert isinstance(engine, ServedEngine)
+        return self.stages.ranks.run_on_first(lambda: engine.counts().num_lost)
 
     def _measure_gap(self, prompts: Sequence[Prompt], settings: RolloutSettings) -> LogprobGap:
         engine, ranks = self.rollouts.engine, self.stages.ranks
         assert isinstance(engine, ServedEngine)
-        requests = [
-            GenerationRequest(f"{prompt.key}#parity", 0, self.renderer.render(prompt)) for prompt in prompts
-        ]
+        render = self.rollouts.student.render
+        requests = [GenerationRequest(f"{prompt.key}#parity", 0, render(prompt)) for prompt in prompts]
         length = min(settings.max_new_tokens, _COMPARED_TOKENS)
         how = Sampling(settings.temperature, 1.0, length, settings.stop)
         on_progress = self.stages.begin("rollout", "comparing log-probabilities", len(requests), "responses")
@@ -207,28 +233,6 @@ class SynchronousPipeline:
             engine_kl=None if gap is None else gap.kl,
         )
 
-    def _prepare_teacher_rollouts(self, phase: Phase, updates_done: int, progress: Progress) -> None:
-        """Generate all teacher responses that the rest of this phase needs.
-
-        A phase that keeps some of them needs those of its first rounds, too: what is kept takes the place of
-        what is not, in the whole phase.
-        """
-        if phase.keep != "all":
-            progress = replace(progress, drawn=progress.drawn - phase.num_drawn(updates_done))
-            updates_done = 0
-        tasks: list[Task] = []
-        while updates_done < phase.updates:
-            tasks += draw_tasks(self.draw, self.plan, phase, progress, updates_done)
-            progress = replace(progress, drawn=progress.drawn + phase.prompts_per_round)
-            updates_done += phase.updates_per_round
-        with self.stages.clock.stage("text"):
-            self.teacher_rollouts.prepare(tasks, self.plan.rollout_of(phase))
-            self._kept = None
-            if phase.keep != "all":
-                select = TextFilter(self.plan, self.teacher_rollouts, self.rewards, self.stages).select
-                self._kept = select(phase, tasks)
-        self._prepared_phase = phase.name
-
 
 @dataclass
 class _InFlight:
@@ -236,12 +240,15 @@ class _InFlight:
 
     round: int
     num_responses: int
-    started: float
     rollouts: Future[list[Rollout]] | None = None
     seconds: float = 0.0
 
-    def end(self) -> None:
-        self.seconds = time.perf_counter() - self.started
+    def run(self, generate: Callable[[], list[Rollout]]) -> list[Rollout]:
+        start = time.perf_counter()
+        try:
+            return generate()
+        finally:
+            self.seconds = time.perf_counter() - start
 
 
 @dataclass
@@ -275,29 +282,22 @@ class AheadPipeline(SynchronousPipeline):
     """Generates up to `ahead` rounds on servers while earlier ones are scored and trained on.
 
     With `ahead` 1 (one-step-off), the servers get new weights between two rounds. With more, rounds are in
-    flight then, and continue with the new weights. `max_staleness` limits the number of updates between the
-    weights that begin a round and those that learn from it first. A run that is resumed generates the rounds
-    in flight again: they follow from its progress, so no prompt is lost or trained on twice.
+    flight then, and continue with the new weights. `max_staleness` of the recipe limits the number of updates
+    between the weights that begin a round and those that learn from it first. A run that is resumed generates
+    the rounds in flight again: they follow from its progress, so no prompt is lost or trained on twice.
     """
 
     ahead: int = 1
-    max_staleness: int | None = None
     open_background: Callable[[], Background] = field(kw_only=True)
     _in_flight: deque[_InFlight] = field(default_factory=deque, init=False)
     _threads: ThreadPoolExecutor | None = field(default=None, init=False)
     _background: Background | None = field(default=None, init=False)
 
-    def trained(self, version: int) -> None:
-        """Remember the version: the engine gets it when the next round has been generated."""
-        if self._synced is None:
-            super().trained(version)
-        self._version = version
-
     def use_newest_weights(self) -> None:
         with self.stages.clock.stage("rollout"):
             for one in self._in_flight:
                 self._wait(one)
-            self._sync(every=1)
+        super().use_newest_weights()
 
     def close(self) -> None:
         if self._background is not None:
@@ -319,8 +319,7 @@ class AheadPipeline(SynchronousPipeline):
         rollouts = self._wait(one)
         self._generation_s, self._wait_s = one.seconds, time.perf_counter() - start
         self._sync()
-        if not self._in_flight:  # the comparison is of these weights alone
-            self._compare(tasks, settings)
+        self._compare(tasks, settings)
         self._submit_following(progress)
         return rollouts
 
@@ -340,28 +339,22 @@ class AheadPipeline(SynchronousPipeline):
             if progress.round > newest:
                 self._submit(progress)
 
-    def _is_too_old(self, progress: Progress) -> bool:
-        """Whether the engine's weights are too old for a round."""
-        if self.max_staleness is None or self._synced is None:
-            return False
-        return progress.update - self._synced > self.max_staleness
-
     def _submit(self, progress: Progress) -> None:
         at = phase_at(self.plan, progress.update)
         assert at is not None
         phase, updates_done = at
-        tasks = draw_tasks(self.draw, self.plan, phase, progress, updates_done)
+        tasks = draw_tasks(self.text.draw, self.plan, phase, progress, updates_done)
         settings = self.plan.rollout_of(phase)
         num = sum(task.origin == "student" for task in tasks) * settings.samples_per_prompt
-        one = _InFlight(progress.round, num, time.perf_counter())
+        one = _InFlight(progress.round, num)
         if self.stages.ranks.is_first:
             if self._background is None or self._threads is None:
                 self._background = self.open_background()
                 # Environments serve one round at a time, and so their rounds follow each other.
                 num_threads = 1 if self._background.rollouts.environments.settings else self.ahead + 1
                 self._threads = ThreadPoolExecutor(num_threads, "mergeopd-rollouts")
-            one.rollouts = self._threads.submit(self._background.rollouts.generate, tasks, settings)
-            one.rollouts.add_done_callback(lambda _: one.end())
+            generate = partial(self._background.rollouts.generate, tasks, settings)
+            one.rollouts = self._threads.submit(one.run, generate)
         self._in_flight.append(one)
 
     def _wait(self, one: _InFlight) -> list[Rollout]:

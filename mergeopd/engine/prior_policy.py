@@ -6,7 +6,7 @@ They cost one more forward pass of the student, so they are computed only where 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +23,12 @@ from mergeopd.engine.stages import Stages
 from mergeopd.engine.targets import TeacherTargets
 from mergeopd.loss.cross_tokenizer import group_logratio
 from mergeopd.loss.divergence import ReverseKL
+from mergeopd.loss.targets import Target
 from mergeopd.recipe.training import Phase
-from mergeopd.student.loss import Measured
+from mergeopd.student.loss import Measured, MicroStats
 from mergeopd.student.protocol import Trainable
+from mergeopd.teacher.protocol import SupportIds
+from mergeopd.teacher.token_view import TokenView
 from mergeopd.types import Rollout
 
 
@@ -45,28 +48,13 @@ class PriorPolicy:
         divergences = (ReverseKL(),) if phase.balance.follow_gap and loss.has_divergence else ()
         what = Measured(divergences, support(loss), loss.temperature)
         packs = work.packs_of(placement.dp_rank)
-        # The gap is weighted by the prompts' own weights, without denominators.
-        update = PreparedUpdate(
-            {
-                i: PreparedRollout(r, 1.0, r.prompt.teachers, masked_tokens(r, targets.views))
-                for i, r in enumerate(rollouts)
-            },
-            {},
-        )
-        like = torch.empty((), dtype=self.student.statistics_dtype, device=self.device)
         on_progress = self.stages.begin("update", "the policy before", len(packs), "micro-batches")
 
-        def micro_batches() -> Iterator[MicroBatch]:
-            for done, part in enumerate(packs):
-                on_progress(done)
-                own = targets.of(part) if placement.has_loss else {}
-                same = {name: target for name, target in own.items() if name not in targets.alignments}
-                yield micro_batch(part, update, same, targets.views, like, with_policy=False)
+        def same_tokens(part: MicroBatchPlan) -> dict[str, Target]:
+            own = targets.of(part) if placement.has_loss else {}
+            return {name: target for name, target in own.items() if name not in targets.alignments}
 
-        scored = with_statistics(
-            Stream(micro_batches(), len(packs)),
-            lambda them: self.student.score(them, what),
-        )
+        scored = self._scored(rollouts, packs, targets.views, what, same_tokens, on_progress)
         old_logprobs: dict[int, OldLogProbs] = {}
         for part, (micro, stats) in zip(packs if placement.has_loss else (), scored, strict=True):
             if not placement.reports_stats:
@@ -87,6 +75,51 @@ class PriorPolicy:
                 own = {name: ratios[index].clone() for name, ratios in spans.items()}
                 old_logprobs[index] = OldLogProbs(logprob_S.clone(), by_teacher, float(gap.sum()), own)
         return {index: old for part in self.stages.ranks.gather(old_logprobs) for index, old in part.items()}
+
+    def top_ids(
+        self, rollouts: Sequence[Rollout], phase: Phase, work: RoundSchedule, targets: TeacherTargets, k: int
+    ) -> dict[int, SupportIds]:
+        """Return the student's k most probable ids at each trained token, `[tokens, k]`, by rollout.
+
+        Those of this copy's rollouts, on the ranks that compute its losses; empty on others. Collective.
+        """
+        packs = work.packs_of(self.student.placement.dp_rank)
+        on_progress = self.stages.begin("teachers", "the student's top k", len(packs), "micro-batches")
+        what = Measured((), None, phase.loss.temperature, top_ids=k)
+        supports: dict[int, SupportIds] = {}
+        for micro, stats in self._scored(rollouts, packs, targets.views, what, lambda _: {}, on_progress):
+            assert stats.top_ids is not None
+            parts = torch.split(stats.top_ids, [len(labels) for labels in micro.labels])
+            supports |= {i: ids.numpy() for i, ids in zip(micro.rollouts, parts, strict=True)}
+        return supports
+
+    def _scored(
+        self,
+        rollouts: Sequence[Rollout],
+        packs: Sequence[MicroBatchPlan],
+        views: Mapping[str, TokenView],
+        what: Measured,
+        targets_of: Callable[[MicroBatchPlan], Mapping[str, Target]],
+        on_progress: Callable[[int], None],
+    ) -> list[tuple[MicroBatch, MicroStats]]:
+        # The gap is weighted by the prompts' own weights, without denominators.
+        update = PreparedUpdate(
+            {
+                i: PreparedRollout(r, 1.0, r.prompt.teachers, masked_tokens(r, views))
+                for i, r in enumerate(rollouts)
+            },
+            {},
+        )
+        like = torch.empty((), dtype=self.student.statistics_dtype, device=self.device)
+
+        def micro_batches() -> Iterator[MicroBatch]:
+            for done, part in enumerate(packs):
+                on_progress(done)
+                yield micro_batch(part, update, targets_of(part), views, like, with_policy=False)
+
+        return with_statistics(
+            Stream(micro_batches(), len(packs)), lambda them: self.student.score(them, what)
+        )
 
 
 def _spans(

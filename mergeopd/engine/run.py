@@ -17,7 +17,7 @@ from mergeopd.distributed.communicator import Communicator, SingleProcess
 from mergeopd.distributed.rendezvous import RankInfo, open_communicator
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
-from mergeopd.errors import Location, ModelError, Problem, RecipeError, StorageError
+from mergeopd.errors import Location, ModelError, Problem, RecipeError, StorageError, TeacherError
 from mergeopd.messages import joined, shown
 from mergeopd.preflight.inputs import Inputs, preflight
 from mergeopd.preflight.models import check_student_folder
@@ -39,6 +39,7 @@ from mergeopd.storage.folders import MODEL_CARD, prune, set_aside, verify
 from mergeopd.storage.lock import exclusive
 from mergeopd.storage.metrics import MetricsFile
 from mergeopd.storage.run_folder import RunFolder
+from mergeopd.teacher.target_folder import Manifest, setting_of
 
 if TYPE_CHECKING:
     from mergeopd.reporting.comparison import Measured
@@ -210,7 +211,8 @@ def train(
     with clock.stage("startup"):
         # torch and transformers take seconds to import, so all checks that need neither come first.
         announce("importing torch and transformers")
-        from mergeopd.engine.build import Machine, build, load_models
+        from mergeopd.engine.build import build
+        from mergeopd.engine.models import Machine, load_models
         from mergeopd.models.causal import pick_device
 
         _quiet_libraries()
@@ -375,6 +377,45 @@ def evaluate_recipe(
     return document
 
 
+def record_targets(
+    recipe: Path, overrides: Sequence[str], only: Sequence[str], console: Console
+) -> dict[str, Manifest]:
+    """Write the targets of the recipe's teachers for its fixed text; return their manifests.
+
+    `only` are names of teachers; none: all that have `targets`. If there are several processes, all of them
+    call this with the same arguments and write a share each.
+    """
+    place = RankInfo.of()
+    with ExitStack() as held:
+        display = held.enter_context(_display(console, place.rank == 0))
+        ranks = held.enter_context(open_communicator(place, grouped=False))
+        announce = _announcer(display)
+        announce(f"reading {shown(recipe)}")
+        inputs = preflight(recipe, overrides, announce=announce, records=True)
+        folders = {name: t.targets for name, t in inputs.plan.teachers.items() if t.targets is not None}
+        if not folders:
+            cause = "no teacher has a folder for its targets"
+            raise RecipeError([Problem(Location(shown(recipe)), "teachers", cause, "add `targets: FOLDER`")])
+        for name in (name for name in only if name not in folders):
+            known = joined(list(folders), "and")
+            raise TeacherError(f"--teacher {name}: teachers with `targets` are {known}; name one of them")
+        announce("importing torch and transformers")
+        from mergeopd.engine.build import build_recorders
+        from mergeopd.engine.models import Machine
+        from mergeopd.engine.stages import Stages
+        from mergeopd.models.causal import pick_device
+
+        _quiet_libraries()
+        _report_notes(inputs, display)
+        names = [name for name in folders if not only or name in only]
+        for name in names:
+            lock = partial(exclusive, Path(folders[name]), setting_of(name))
+            ranks.run_on_first(lambda lock=lock: held.enter_context(lock()))  # type: ignore[misc]
+        stages = Stages(display, Clock(), ranks, None)
+        recorders = build_recorders(inputs, names, Machine(pick_device(), ranks), stages)
+        return {each.teacher.name: each.record(sequences) for each, sequences in recorders}
+
+
 def _check_only(only: Sequence[str], experts: Sequence[str], plan: EvaluationPlan) -> None:
     known = ["base", *(f"expert/{name}" for name in experts)]
     known += [*(f"merge/{merge.kind}" for merge in plan.static_merges), "merged"]
@@ -395,7 +436,8 @@ def _measure(
 ) -> Measured:
     """Evaluate, and keep the responses. Collective."""
     _announcer(reporter)("importing torch and transformers")
-    from mergeopd.engine.build import Machine, build_evaluation
+    from mergeopd.engine.build import build_evaluation
+    from mergeopd.engine.models import Machine
     from mergeopd.engine.stages import Stages
     from mergeopd.models.causal import pick_device
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
+
+from torch import Tensor
 
 from mergeopd.batch.advantages import Outcomes, outcomes
 from mergeopd.batch.records import Alignments, OldLogProbs
@@ -14,11 +16,14 @@ from mergeopd.engine.prior_policy import PriorPolicy
 from mergeopd.engine.schedule import RoundSchedule, TeacherPass, by_teacher
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.targets import TeacherTargets
+from mergeopd.errors import TeacherError
+from mergeopd.messages import shown
 from mergeopd.recipe.training import Phase
 from mergeopd.reporting.events import ServingStats
 from mergeopd.teacher.hidden_cache import HiddenCache
 from mergeopd.teacher.local import ResidentHeads
 from mergeopd.teacher.protocol import Teacher, TeacherSession, required_target
+from mergeopd.teacher.recorded import UnrecordedSequences
 from mergeopd.teacher.token_view import TokenView
 from mergeopd.types import Rollout
 
@@ -88,6 +93,7 @@ class Scorer:
         with self.make_cache(work) as cache:
             targets = TeacherTargets(cache, spec, self.views, self.heads, alignments)
             if spec is not None:
+                targets = self._with_supports(targets, collected)
                 with self.stages.clock.stage("teachers"):
                     self.fill(targets, rollouts, work)
             old: Mapping[int, OldLogProbs] = {}
@@ -114,36 +120,103 @@ class Scorer:
     def fill(self, targets: TeacherTargets, rollouts: Sequence[Rollout], work: RoundSchedule) -> None:
         """Put the targets of every trained token under each of its teachers into the cache. Collective.
 
-        While one teacher scores, the next one's files are read ahead. Every process scores its share, and has
-        the targets that it trains on when the pass ends.
+        Served teachers score while the others do. While one teacher scores, the next one's files are read
+        ahead. Every process scores its share, and has the targets that it trains on when the pass ends.
         """
         passes = by_teacher(rollouts, tuple(sorted(self.teachers)), work.index)
-        following = [one.teacher for one in passes[1:]] + [None]
-        for one, next_teacher in zip(passes, following, strict=True):
-            total = sum(rollouts[i].num_trained > 0 for i in one.rollouts)
-            on_progress = self.stages.begin("teachers", one.teacher, total, "responses")
-            with self.teachers[one.teacher].open() as session:
-                if next_teacher is not None:
-                    self.teachers[next_teacher].prefetch()
-                score = partial(self._score_own, one, session, targets, rollouts, work, on_progress)
-                self.stages.ranks.run_and_gather(score)
-            targets.cache.publish()
+        served = [one for one in passes if self.teachers[one.teacher].capabilities.is_served]
+        local = [one for one in passes if one not in served]
+        following = [*(one.teacher for one in local[1:]), None]
+        ranks = self.stages.ranks
+        with ExitStack() as open_sessions:
+            begun = []
+            for one in served:
+                session = open_sessions.enter_context(self.teachers[one.teacher].open())
+                begin = partial(self._begin, one, session, targets, rollouts, work)
+                ranks.run_and_gather(lambda begin=begin: begun.append(begin()))  # type: ignore[misc]
+            for one, next_teacher in zip(local, following, strict=False):
+                with self.teachers[one.teacher].open() as session:
+                    if next_teacher is not None:
+                        self.teachers[next_teacher].prefetch()
+                    begin = partial(self._begin, one, session, targets, rollouts, work)
+                    self._collect(one, begin, targets, rollouts)
+            for one, scored in zip(served, begun, strict=True):
+                self._collect(one, lambda scored=scored: scored, targets, rollouts)  # type: ignore[misc]
 
-    def _score_own(
+    def _begin(
         self,
         one: TeacherPass,
         session: TeacherSession,
         targets: TeacherTargets,
         rollouts: Sequence[Rollout],
         work: RoundSchedule,
-        on_progress: Callable[[int], None],
-    ) -> None:
-        """Score this process's share of a teacher's pass."""
-        sequences = targets.sequences(
-            one.teacher, rollouts, work.scored_by(self.stages.ranks.rank, one.rollouts)
-        )
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Begin to score this process's share of a teacher's pass; yield rows by rollout."""
+        spec = targets.spec_of(one.teacher)
+        if spec.kind == "student_top_k":  # shared by those that know the student's ids
+            own, loss_ranks = [i for i in one.rollouts if i in targets.supports], self._loss_ranks
+            rank = self.stages.ranks.rank
+            share = own[loss_ranks.index(rank) :: len(loss_ranks)] if rank in loss_ranks else []
+        else:
+            share = work.scored_by(self.stages.ranks.rank, one.rollouts)
+        sequences = targets.sequences(one.teacher, rollouts, share)
         order = list(sequences)
-        scored = session.score(list(sequences.values()), targets.spec_of(one.teacher), self.max_tokens)
-        for done, (position, rows) in enumerate(scored, start=1):
-            targets.cache.put(one.teacher, order[position], rows)
-            on_progress(done)
+        scored = session.score(list(sequences.values()), spec, self.max_tokens)
+        return self._named(one, order, scored, rollouts)
+
+    def _named(
+        self,
+        one: TeacherPass,
+        order: Sequence[int],
+        scored: Iterator[tuple[int, Tensor]],
+        rollouts: Sequence[Rollout],
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield rows by rollout; name the prompts of sequences without recorded targets."""
+        try:
+            for position, rows in scored:
+                yield order[position], rows
+        except UnrecordedSequences as lacking:
+            first = rollouts[order[lacking.indices[0]]].prompt.key
+            raise TeacherError(
+                f"{shown(lacking.folder)} lacks the targets of teacher '{one.teacher}' for "
+                f"{len(lacking.indices)} of {len(order)} responses of a round, such as that to prompt "
+                f"'{first}': the text has changed since they were recorded; run `mergeopd targets` again, "
+                "which adds them, then run the same command again"
+            ) from lacking
+
+    def _collect(
+        self,
+        one: TeacherPass,
+        begin: Callable[[], Iterator[tuple[int, Tensor]]],
+        targets: TeacherTargets,
+        rollouts: Sequence[Rollout],
+    ) -> None:
+        """Put the rows of a teacher's pass into the cache. Collective."""
+        total = sum(rollouts[i].num_trained > 0 for i in one.rollouts)
+        on_progress = self.stages.begin("teachers", one.teacher, total, "responses")
+
+        def collect() -> None:
+            for done, (rollout, rows) in enumerate(begin(), start=1):
+                targets.cache.put(one.teacher, rollout, rows)
+                on_progress(done)
+
+        self.stages.ranks.run_and_gather(collect)
+        targets.cache.publish()
+
+    @property
+    def _loss_ranks(self) -> Sequence[int]:
+        placement = self.prior_policy.student.placement
+        return placement.loss_ranks[placement.dp_rank]
+
+    def _with_supports(self, targets: TeacherTargets, collected: CollectedRound) -> TeacherTargets:
+        """Add the student's likeliest ids where a teacher of the round is asked for them. Collective."""
+        names = {name for rollout in collected.rollouts for name in rollout.teacher_set}
+        specs = [targets.spec_of(name) for name in sorted(names)]
+        wanted = [spec.k for spec in specs if spec.kind == "student_top_k" and spec.k is not None]
+        if not wanted:
+            return targets
+        with self.stages.clock.stage("teachers"):
+            supports = self.prior_policy.top_ids(
+                collected.rollouts, collected.phase, collected.work, targets, max(wanted)
+            )
+        return replace(targets, supports=supports)

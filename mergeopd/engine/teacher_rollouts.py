@@ -1,6 +1,7 @@
-"""Teacher responses, generated before a phase once per prompt and sample, and cached for later runs.
+"""Text that the student does not generate: the dataset's, and teachers' responses.
 
-A phase may keep only those that the verifiers of their sources accept.
+Teachers generate before a phase, once per prompt and sample, and their responses are cached for later runs. A
+phase may keep only those that the verifiers of their sources accept.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from functools import partial
 from pathlib import Path
 
 from mergeopd.batch.advantages import RIGHT
+from mergeopd.data.draw import PhasedDraw
 from mergeopd.data.renderer import Renderer
 from mergeopd.data.trajectory import dataset_response
-from mergeopd.engine.progress import Task
-from mergeopd.engine.rollouts import Rewards, sampling
+from mergeopd.engine.progress import Progress, Task, draw_tasks
+from mergeopd.engine.rollouts import Rewards, dataset_rollout, sampling
 from mergeopd.engine.stages import Stages
 from mergeopd.environment.episodes import Environments, Response
 from mergeopd.errors import DataError, TeacherError
@@ -31,6 +33,7 @@ from mergeopd.rollout.protocol import Completion, GenerationRequest
 from mergeopd.storage import run_layout
 from mergeopd.storage.completion_cache import CompletionCache, Origin
 from mergeopd.storage.teacher_text import GradedText, KeptShare, kept_shares, read_graded, write_graded
+from mergeopd.teacher.api import ApiTeacher
 from mergeopd.teacher.protocol import Teacher, TeacherSession
 from mergeopd.teacher.token_view import TokenView
 from mergeopd.types import Prompt, Rollout, Sampling, token_flags, token_ids
@@ -44,6 +47,7 @@ class TeacherRolloutCache:
     student: Renderer
     renderers: Mapping[str, Renderer]
     teachers: Mapping[str, Teacher]
+    api_teachers: Mapping[str, ApiTeacher]
     views: Mapping[str, TokenView]
     environments: Environments
     stages: Stages
@@ -59,18 +63,23 @@ class TeacherRolloutCache:
         own = sampling(settings)
         for teacher, prompts in needed.items():
             missing = {k: p for k, p in prompts.items() if (teacher, *k, own) not in self._responses}
-            if missing:
+            if missing and teacher in self.api_teachers:
+                self._ask(self.api_teachers[teacher], missing, own)
+            elif missing:
                 self._provide(teacher, missing, own)
 
     def of(self, task: Task, settings: RolloutSettings) -> list[Rollout]:
         """Return the prepared responses to a task, in the student's ids.
 
-        Responses with tools that the student's template cannot render are left out with a note.
+        Responses with tools that the student's template cannot render are left out with a note; replies of an
+        API that cannot be used were counted in one.
         """
         name = writer_of(task.prompt)
         rollouts = []
         for sample in range(settings.samples_per_prompt):
             response = self._responses[name, task.prompt.key, sample, sampling(settings)]
+            if not len(response.completion.response_ids):
+                continue
             try:
                 rollouts.append(self._rollout(task.prompt, name, response, sample))
             except DataError as error:
@@ -109,6 +118,26 @@ class TeacherRolloutCache:
         own, student = self.renderers[name].template, self.student.template
         same = (own.source, own.arguments) == (student.source, student.arguments)
         return same and self.views[name].bridge_kind is None
+
+    def _ask(self, teacher: ApiTeacher, prompts: Mapping[tuple[str, int], Prompt], sampled: Sampling) -> None:
+        """Let an API write the responses, whose replies it keeps itself."""
+
+        def turn(requests: Sequence[GenerationRequest], which: str) -> list[Completion]:
+            on_progress: Callable[[int], None] = self.stages.check
+            if num := teacher.num_missing(requests, sampled):
+                on_progress = self.stages.begin("text", f"{teacher.name} generates{which}", num, "responses")
+            size = self.stages.ranks.size
+            return teacher.submit(requests, sampled).wait(lambda done: on_progress(-(-done // size)))
+
+        asked = [(prompt, sample) for (_, sample), prompt in prompts.items()]
+        responses = self.environments.play(asked, self.renderers[teacher.name], turn, self.stages.check)
+        if not any(len(response.completion.response_ids) for response in responses):
+            raise TeacherError(
+                f"none of the {len(responses)} responses of teacher '{teacher.name}' can be used; if they "
+                "are cut in their reasoning, raise `api.max_tokens` in its card"
+            )
+        for (key, sample), response in zip(prompts, responses, strict=True):
+            self._responses[teacher.name, key, sample, sampled] = response
 
     def _provide(self, name: str, prompts: Mapping[tuple[str, int], Prompt], sampled: Sampling) -> None:
         renderer = self.renderers[name]
@@ -244,6 +273,90 @@ class TextFilter:
         if [*others, *rows] != list(earlier):
             self.stages.ranks.run_on_first(lambda: write_graded(path, [*others, *rows]))
         return rows
+
+
+@dataclass
+class FixedText:
+    """The responses of a run's phases that the student does not generate.
+
+    They and the tasks of every round are a function of the plan alone.
+    """
+
+    plan: Plan
+    draw: PhasedDraw
+    responses: TeacherRolloutCache
+    rewards: Rewards
+    stages: Stages
+    _prepared_phase: str = field(default="", init=False)
+    _kept: KeptText | None = field(default=None, init=False)
+
+    @property
+    def kept_shares(self) -> Mapping[str, Mapping[str, float]]:
+        """The share of teachers' responses that the phase keeps; empty if it keeps all."""
+        return {} if self._kept is None else self._kept.shares
+
+    def tasks(self, phase: Phase, updates_done: int, progress: Progress) -> list[Task]:
+        """Return the tasks of a round; the first of a phase generates its teachers' responses. Collective."""
+        if phase.name != self._prepared_phase:
+            self._prepare(phase, updates_done, progress)
+        tasks = draw_tasks(self.draw, self.plan, phase, progress, updates_done)
+        return tasks if self._kept is None else self._kept.tasks(tasks, first=phase.num_drawn(updates_done))
+
+    def of(self, tasks: Sequence[Task], settings: RolloutSettings) -> list[Rollout]:
+        """Return the responses to tasks of a prepared phase, in their order; the student's are left out."""
+        return self._of(tasks, settings, self._kept)
+
+    def of_phases(self, names: Collection[str]) -> Iterator[tuple[Phase, list[Rollout]]]:
+        """Yield the responses of every phase of these names, once for every prompt and origin. Collective.
+
+        They are all of a teacher's responses, even if the phase keeps only some.
+        """
+        drawn = 0
+        for phase in self.plan.phases:
+            settings = self.plan.rollout_of(phase)
+            if phase.name in names:
+                drawn_tasks = self._drawn(phase, 0, Progress(drawn=drawn))
+                tasks = list({(task.prompt.key, task.origin): task for task in drawn_tasks}.values())
+                self.responses.prepare(tasks, settings)
+                yield phase, self._of(tasks, settings, None)
+            drawn += phase.prompts_per_round * (phase.updates // phase.updates_per_round)
+
+    def _of(self, tasks: Sequence[Task], settings: RolloutSettings, kept: KeptText | None) -> list[Rollout]:
+        rollouts = []
+        for task in tasks:
+            if task.origin == "teacher":
+                responses = self.responses.of(task, settings)
+                rollouts += responses if kept is None else kept.of(responses)
+            elif task.origin == "dataset":
+                rollouts.append(dataset_rollout(task, self.responses.student))
+        return rollouts
+
+    def _prepare(self, phase: Phase, updates_done: int, progress: Progress) -> None:
+        """Generate all teacher responses that the rest of this phase needs.
+
+        A phase that keeps some of them needs those of its first rounds, too: what is kept takes the place of
+        what is not, in the whole phase.
+        """
+        if phase.keep != "all":
+            progress = replace(progress, drawn=progress.drawn - phase.num_drawn(updates_done))
+            updates_done = 0
+        tasks = self._drawn(phase, updates_done, progress)
+        with self.stages.clock.stage("text"):
+            self.responses.prepare(tasks, self.plan.rollout_of(phase))
+            self._kept = None
+            if phase.keep != "all":
+                select = TextFilter(self.plan, self.responses, self.rewards, self.stages).select
+                self._kept = select(phase, tasks)
+        self._prepared_phase = phase.name
+
+    def _drawn(self, phase: Phase, updates_done: int, progress: Progress) -> list[Task]:
+        """Draw the tasks of the rest of a phase."""
+        tasks: list[Task] = []
+        while updates_done < phase.updates:
+            tasks += draw_tasks(self.draw, self.plan, phase, progress, updates_done)
+            progress = replace(progress, drawn=progress.drawn + phase.prompts_per_round)
+            updates_done += phase.updates_per_round
+        return tasks
 
 
 def replace_unsolved(

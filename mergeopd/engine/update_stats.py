@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -88,9 +89,10 @@ class UpdateStats:
         is_own = _is_own(sizes, micro.rollouts, prepared)
         for k, name in enumerate(micro.teachers):
             divergence = {d: float(measured[k, i].sum()) for i, d in enumerate(self.objective.measures)}
-            self._tally.teachers[name].add(
-                gap.shape[1], entropy=float(stats.entropy_T[k].sum()), **divergence
-            )
+            entropy_T = float(stats.entropy_T[k].sum())
+            # Servers that return log-probabilities of single tokens do not tell the entropy.
+            known = {} if math.isnan(entropy_T) else {"entropy": entropy_T}
+            self._tally.teachers[name].add(gap.shape[1], **known, **divergence)
             self._add_gap(name, gap[k], is_own)
         per_rollout = zip(
             micro.rollouts,
@@ -183,7 +185,7 @@ class UpdateStats:
             logprob_gap=sums.mean("gap"),
             logprob_gap_student=_gap(sums, "student"),
             logprob_gap_text=_gap(sums, "text"),
-            entropy_T=sums.mean("entropy"),
+            entropy_T=sums.mean("entropy") if "entropy" in sums.values else None,
         )
 
     def _bridged(self, kind: str, sums: Sums) -> TeacherStats:

@@ -156,7 +156,9 @@ class _Played:
     def request(self) -> GenerationRequest:
         num = self._counts["num_turns"]
         key = self.prompt.key if not num else f"{self.prompt.key}#turn{num + 1}"
-        return GenerationRequest(key, self.sample, token_ids([*self._prompt_ids.tolist(), *self._ids]))
+        ids = token_ids([*self._prompt_ids.tolist(), *self._ids])
+        messages = (*self.renderer.teacher_prompt.messages(self.prompt), *self._messages)
+        return GenerationRequest(key, self.sample, ids, messages, self.prompt.tools)
 
     @property
     def response(self) -> Response:

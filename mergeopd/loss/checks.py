@@ -129,11 +129,12 @@ def check_hidden(name: str, hidden: Tensor, head: Head, num: int) -> None:
 
 
 def _check_top_k(name: str, target: TopK, support: Support | None, all_ids: range) -> None:
-    if support is None or support.of != "teacher":
+    if support is None or support.of != target.of:
         requested = "the whole vocabulary" if support is None else f'a support of="{support.of}"'
+        known = f"its top {target.k}" if target.of == "teacher" else f"the student's top {target.k}"
         raise ValueError(
-            f"{name}: divergences over {requested} need its hidden states, but only its top {target.k} are "
-            f'known; use Support(k={target.k}, of="teacher", rest=...), or give hidden states'
+            f"{name}: divergences over {requested} need its hidden states, but only {known} are "
+            f'known; use Support(k={target.k}, of="{target.of}", rest=...), or give hidden states'
         )
     if target.k != min(support.k, len(all_ids)):
         raise ValueError(

@@ -9,12 +9,13 @@ ready when the forward returns.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mergeopd.loss import support as supports
 from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.checks import check_inputs, check_support, check_vocabulary, require_finite
 from mergeopd.loss.divergence import Divergence
@@ -32,9 +33,13 @@ Objective = Callable[[BlockStats, slice], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class TokenStats(BlockStats):
-    """Statistics of all N tokens, detached, and `loss [N]`, the objective's value per token."""
+    """Statistics of all N tokens, detached, and `loss [N]`, the objective's value per token.
+
+    `top_ids` are the student's most probable ids `[N, k]`, int32 on the CPU; None where none were asked for.
+    """
 
     loss: Tensor
+    top_ids: Tensor | None = None
 
 
 def fused_loss(
@@ -50,6 +55,7 @@ def fused_loss(
     group: dist.ProcessGroup | None = None,
     chunk_rows: int | None = None,
     workspace: Workspace | None = None,
+    top_ids: int | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """Sum over tokens of an objective on exact full-vocabulary statistics (DeepSeek-V4, 2606.19348 5.1.2).
 
@@ -57,7 +63,8 @@ def fused_loss(
 
     hidden_ND    student's last hidden states `[N, d_S]`; float64 computes in float64, others in float32
     targets      K teachers, constants, may be none: `Hidden` (hidden states `[N, d_T]` and a head), `TopK`
-                 (its own k best, for a support that the teacher chooses) or `Sampled` (no divergences)
+                 (log-probabilities of its own or the student's k best, for a support of that model) or
+                 `Sampled` (no divergences)
     labels_N     sampled token ids, int64
     per_token    `(stats, rows) -> [n]`: the loss of the tokens `rows`, already weighted and divided by its
                  global denominator. Called block by block with `divergence` and `logprob_S` requiring grad;
@@ -70,6 +77,7 @@ def fused_loss(
     chunk_rows   tokens per matrix product; None chooses by device. Memory is about
                  `chunk_rows * V * (1 + K)` elements
     workspace    buffers to reuse over calls
+    top_ids      also return the student's so many most probable ids of every token (`TokenStats.top_ids`)
 
     Returns the loss, a scalar whose backward hands out gradients for `hidden_ND`, `head.weight` and
     `head.bias` (once differentiable; none are computed where nothing requires grad), and the statistics. The
@@ -93,7 +101,10 @@ def fused_loss(
         if not is_exact or (support is not None and divergences and targets):
             scorer = SupportScorer(softmaxes, targets, divergences, support, all_ids)
         stats = _empty_stats(len(targets), len(divergences), hidden_ND)
-        run = _Run(labels_N, per_token, divergences, softmaxes, scorer, gradients, stats)
+        if top_ids is not None:
+            num_ids = min(top_ids, len(all_ids))
+            stats = replace(stats, top_ids=torch.empty(len(labels_N), num_ids, dtype=torch.int32))
+        run = _Run(labels_N, per_token, targets, divergences, softmaxes, scorer, gradients, stats, all_ids)
         for rows in slices(0, hidden_ND.shape[0], chunk_rows):
             run.chunk(rows)
     return gradients.attach(stats.loss.sum()), stats
@@ -105,11 +116,13 @@ class _Run:
 
     labels_N: Tensor
     per_token: Objective
+    targets: Sequence[Target]
     divergences: Sequence[Divergence]
     softmaxes: Softmaxes
     scorer: BlockScorer | SupportScorer
     gradients: HeadGradients
     stats: TokenStats
+    all_ids: range
     gradient_sum: Tensor | float = 0.0
 
     def chunk(self, rows: slice) -> None:
@@ -130,10 +143,18 @@ class _Run:
         block, stats = scored.stats, self.stats
         for name in ("divergence", "logprob_S", "logprob_T", "entropy_S", "entropy_T"):
             getattr(stats, name)[..., rows] = getattr(block, name)
+        if stats.top_ids is not None:
+            stats.top_ids[rows] = self._top_ids(scored.block.logits[0], stats.top_ids.shape[1])
         loss, gradients = self._objective(block, rows)
         stats.loss[rows] = loss
         if gradients is not None:
             scored.logit_gradient(*gradients, out=logits_S)
+
+    def _top_ids(self, logits_nV: Tensor, k: int) -> Tensor:
+        if k >= len(self.all_ids):
+            return torch.tensor(self.all_ids, dtype=torch.int32).expand(logits_nV.shape[0], -1)
+        [ids] = supports.top_ids([logits_nV], k, self.softmaxes.vocab, self.softmaxes.group)
+        return ids.int().cpu()
 
     def _objective(self, stats: BlockStats, rows: slice) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         num = rows.stop - rows.start
@@ -155,7 +176,8 @@ class _Run:
         stats = self.stats
         require_finite(stats.logprob_S[rows] + stats.entropy_S[rows], rows, "the student's logits")
         for k, (logprob, entropy) in enumerate(zip(stats.logprob_T, stats.entropy_T, strict=True)):
-            require_finite(logprob[rows] + entropy[rows], rows, f"the logits of target {k}")
+            known = logprob[rows] + entropy[rows] if isinstance(self.targets[k], Hidden) else logprob[rows]
+            require_finite(known, rows, f"the logits of target {k}")
             for d, divergence in enumerate(self.divergences):
                 require_finite(stats.divergence[k, d, rows], rows, f"{divergence} from target {k}")
         require_finite(stats.loss[rows], rows, "the objective's value (its statistics are finite)")

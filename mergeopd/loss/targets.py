@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -17,14 +17,15 @@ _PACKED_DTYPES = (torch.float32, torch.float64)
 
 @dataclass(frozen=True, eq=False)
 class TopK:
-    """A teacher's k most probable tokens at each of N positions, in nats, at the loss temperature.
+    """A teacher's log-probabilities of k tokens at each of N positions, in nats, at the loss temperature.
 
     ids      `[N, k]` int64 token ids, none twice at a position, in any order
     logprobs `[N, k]` their log-probabilities over the whole vocabulary
     logprob  `[N]` of the sampled token
-    entropy  `[N]` of the whole distribution
+    entropy  `[N]` of the whole distribution; NaN where it is not known
     log_tail `[N]` log of the mass of all other tokens; 1 minus the sum of `logprobs` loses it where it is
              small. Unused where there are no others
+    of       whose k most probable tokens they are; a support must be of the same model
     """
 
     ids: Tensor
@@ -32,6 +33,7 @@ class TopK:
     logprob: Tensor
     entropy: Tensor
     log_tail: Tensor
+    of: Literal["teacher", "student"] = "teacher"
 
     def __post_init__(self) -> None:
         if self.ids.dim() != 2 or self.ids.shape[1] < 1 or self.ids.dtype != torch.int64:
@@ -46,6 +48,20 @@ class TopK:
     def k(self) -> int:
         """Tokens per position."""
         return self.ids.shape[1]
+
+    def largest(self, k: int) -> TopK:
+        """Keep the k most probable tokens; the mass of the others is added to the tail."""
+        if k >= self.k:
+            return self
+        kept = self.logprobs.argsort(dim=1, descending=True, stable=True)[:, :k]
+        others = self.logprobs.scatter(1, kept, -torch.inf).logsumexp(1)
+        return TopK(
+            ids=self.ids.gather(1, kept),
+            logprobs=self.logprobs.gather(1, kept),
+            logprob=self.logprob,
+            entropy=self.entropy,
+            log_tail=torch.logaddexp(self.log_tail, others),
+        )
 
     def packed(self) -> Tensor:
         """Pack all fields, without loss, into one matrix `[N, 2k + 3]` of the dtype of `logprobs`.
@@ -63,21 +79,22 @@ class TopK:
         return torch.cat([self.ids.to(dtype), self.logprobs, scalars], 1)
 
     @classmethod
-    def unpack(cls, packed: Tensor) -> Self:
+    def unpack(cls, packed: Tensor, of: Literal["teacher", "student"] = "teacher") -> Self:
         """Invert `packed`; all fields but ids share its memory. Raises ValueError for another shape."""
         width = packed.shape[1] if packed.dim() == 2 else 0
         if width < 5 or not width % 2:
             raise ValueError(f"TopK.unpack: must be [N, 2k + 3], got {list(packed.shape)}")
         _require_exact("TopK.unpack", packed.dtype)
         k = (width - 3) // 2
-        return cls(packed[:, :k].long(), packed[:, k : 2 * k], *packed[:, 2 * k :].unbind(1))
+        logprob, entropy, log_tail = packed[:, 2 * k :].unbind(1)
+        return cls(packed[:, :k].long(), packed[:, k : 2 * k], logprob, entropy, log_tail, of)
 
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
     """`logprob [N]` of the sampled token and `entropy [N]`, in nats, at the loss temperature.
 
-    No divergence can be computed from it.
+    No divergence can be computed from it. The entropy is NaN where it is not known.
     """
 
     logprob: Tensor

@@ -133,7 +133,8 @@ class SupportScorer:
         """Choose each target's support, with one collective for all models."""
         softmaxes = self.softmaxes
         places = [m for m in self._places if m and support.of != "student"]
-        choosers = [*([] if support.of == "teacher" else [0]), *places]
+        is_given = support.of == "teacher" or all(isinstance(target, TopK) for target in self.targets)
+        choosers = [*([] if is_given else [0]), *places]
         if support.k >= len(self.all_ids):
             everything = torch.tensor(self.all_ids, device=block.logits[0].device)
             chosen = {m: everything.expand(block.logits[0].shape[0], -1) for m in choosers}
@@ -141,7 +142,9 @@ class SupportScorer:
             ids = top_ids([block.logits[m] for m in choosers], support.k, softmaxes.vocab, softmaxes.group)
             chosen = dict(zip(choosers, ids, strict=True))
         if support.of == "student":
-            return [Members.locate(chosen[0], softmaxes.vocab)] * len(self.targets)
+            given = [target.ids[rows] if isinstance(target, TopK) else chosen[0] for target in self.targets]
+            located = {id(ids): Members.locate(ids, softmaxes.vocab) for ids in given}
+            return [located[id(ids)] for ids in given]
         members = []
         for target, place in zip(self.targets, self._places, strict=True):
             own = target.ids[rows] if isinstance(target, TopK) else chosen[place]

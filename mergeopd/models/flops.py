@@ -72,8 +72,13 @@ class TrainingFlops:
     teachers: Mapping[str, ModelFlops]
 
     def of_generation(self, num_prompt: int, num_response: int, teacher: str | None) -> Counter[str]:
-        """Return the operations of generating a response: `rollout` by the student, `text` by a teacher."""
-        model = self.student if teacher is None else self.teachers[teacher]
+        """Return the operations of generating a response: `rollout` by the student, `text` by a teacher.
+
+        Those of a model behind an API are not known, and count as none.
+        """
+        model = self.student if teacher is None else self.teachers.get(teacher)
+        if model is None:
+            return Counter()
         stage = "rollout" if teacher is None else "text"
         return Counter({stage: model.forward(num_prompt + num_response, num_response)})
 
@@ -83,10 +88,15 @@ class TrainingFlops:
         """Return the operations of training on a sequence of prompt and response, `num_trained` in the loss.
 
         `teachers` includes their logits of the trained tokens, `update` the prior policy's pass, if any.
-        Teachers with another prompt or tokenizer count as if the sequence had as many tokens.
+        Teachers with another prompt or tokenizer count as if the sequence had as many tokens; served ones,
+        whose passes are not on this machine, do not count.
         """
         passes = TRAINING + (1 if prior_policy else 0)
         return Counter(
             update=passes * self.student.forward(num_tokens, num_trained),
-            teachers=sum(self.teachers[name].forward(num_tokens, num_trained) for name in teachers),
+            teachers=sum(
+                self.teachers[name].forward(num_tokens, num_trained)
+                for name in teachers
+                if name in self.teachers
+            ),
         )

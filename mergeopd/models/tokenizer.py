@@ -5,6 +5,7 @@ Text maps to the same ids as with transformers' generic fast tokenizer and `add_
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -110,6 +111,11 @@ class Tokenizer:
             return self.backend
         state = first_ids(json.loads(self._state), num_ids)
         return tokenizers.Tokenizer.from_str(json.dumps(state))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the tokenizer, all declared tokens included."""
+        return hashlib.sha256(self._state.encode()).hexdigest()
 
     @cached_property
     def _state(self) -> str:

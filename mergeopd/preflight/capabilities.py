@@ -17,8 +17,12 @@ from mergeopd.teacher.protocol import TargetKind, TeacherCapabilities, required_
 _TARGETS: Mapping[TargetKind, str] = {
     "hidden": "hidden states",
     "top_k": "its most probable tokens",
+    "student_top_k": "log-probabilities of the student's most probable tokens",
     "sampled": "log-probabilities of sampled tokens",
 }
+
+
+_HIDDEN_STATES = "start the servers with hidden states and write `hidden_states: true` into the card"
 
 
 def check_capabilities(
@@ -74,9 +78,18 @@ def _check_targets(
     of_phase: PhaseTeachers,
 ) -> None:
     for name in (name for name in resolution.teachers if name in of_phase.scoring()):
-        kind = required_kind(phase.loss, resolution.teachers[name])
-        provided = teachers[name].can_provide
-        if kind is None or kind in provided:
+        own = teachers[name]
+        kind, provided = required_kind(phase.loss, resolution.teachers[name], own), own.can_provide
+        if kind is None:
+            continue
+        if kind in provided:
+            if not own.any_temperature and phase.loss.temperature != 1.0 and kind != "hidden":
+                findings.report(
+                    ("phases", index, "loss", "temperature"),
+                    f"servers return log-probabilities of given text at temperature 1 only, also those of "
+                    f"teacher '{name}'",
+                    f"remove `temperature` from the loss, or {_HIDDEN_STATES}",
+                )
             continue
         given = joined([_TARGETS[other] for other in _TARGETS if other in provided], "and") or "no targets"
         findings.report(
@@ -87,8 +100,15 @@ def _check_targets(
 
 
 def _remedy(teacher: TeacherPlan, provided: frozenset[TargetKind]) -> str:
+    if teacher.api is not None:
+        return "learn its text with `nll` alone, or give the other terms `teachers` of their own"
     if teacher.bridge is not None:
-        return "use another bridge, or another teacher"
+        other = "use another bridge, or another teacher"
+        return other if teacher.served is None else f"{_HIDDEN_STATES}, or {other}"
+    if teacher.served is not None and "student_top_k" in provided:
+        return f"give the loss `support: {{top_k: K, of: student}}` (or `of: teacher`), or {_HIDDEN_STATES}"
+    if teacher.served is not None:
+        return f"give the loss `support: {{top_k: K, of: teacher}}`, or {_HIDDEN_STATES}"
     if "top_k" in provided:
         return "give the loss `support: {top_k: K, of: teacher}`, or use another teacher"
     if "sampled" in provided:

@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mergeopd.config.tree import Keys
 from mergeopd.data.documents import MAX_TOKENS, sequences
@@ -21,12 +21,14 @@ from mergeopd.data.rows import source_digest
 from mergeopd.data.teacher_prompt import SAME
 from mergeopd.errors import RecipeError
 from mergeopd.messages import joined, shown_in
+from mergeopd.preflight.apis import check_apis
 from mergeopd.preflight.capabilities import check_capabilities
 from mergeopd.preflight.conversations import template_notes
 from mergeopd.preflight.environments import EnvironmentChecks
 from mergeopd.preflight.models import ModelReader, file_digest
 from mergeopd.preflight.problems import Findings
 from mergeopd.preflight.prompts import LengthBudget, PromptChecks, check_verifier, turns_budget
+from mergeopd.preflight.recorded import check_recorded
 from mergeopd.preflight.reward_models import RewardModelChecks
 from mergeopd.preflight.servers import check_rollout_servers, note_staleness
 from mergeopd.recipe.controls import Control, control_plan
@@ -37,7 +39,8 @@ from mergeopd.recipe.training import Phase, never_student, reads_dataset, reads_
 from mergeopd.recipe.verifiers import JsonVerifier, single_verifiers
 from mergeopd.rollout.protocol import EngineCapabilities
 from mergeopd.storage.run_folder import RunFolder
-from mergeopd.teacher.protocol import TeacherCapabilities, capabilities
+from mergeopd.teacher.protocol import TargetSpec, TeacherCapabilities, capabilities, required_target
+from mergeopd.teacher.target_folder import TargetOrigin
 from mergeopd.types import Prompt
 
 if TYPE_CHECKING:
@@ -83,12 +86,14 @@ def preflight(
     teachers: Mapping[str, TeacherCapabilities] = MappingProxyType({}),
     announce: Callable[[str], None] = lambda _: None,
     with_servers: bool = True,
+    records: bool = False,
 ) -> Inputs:
     """Read a recipe and check all that it names; with `control`, the inputs are those of its control.
 
     `engine` and `teachers` are the capabilities of a rollout engine and of teachers that replace the recipe's
     in `build` and `load_models`. `announce` gets what is being read. Inference servers are asked only
-    `with_servers`: one process of a run does, and an evaluation needs none.
+    `with_servers`: one process of a run does, and an evaluation needs none. `records`: the folders of
+    teachers' targets are to be written, so they are not compared.
 
     Raises RecipeError with every problem found, the recipe's own and those of models, tokenizers, templates
     and prompt files, each with its place and remedy.
@@ -96,13 +101,16 @@ def preflight(
     resolution = read(recipe, overrides)
     if control is not None and resolution.plan is not None:
         plan = control_plan(resolution.plan, control)
-        resolution = replace(resolution, plan=plan, phases=dict(enumerate(plan.phases)))
+        phases = dict(enumerate(plan.phases))
+        resolution = replace(resolution, plan=plan, phases=phases, teachers=plan.teachers)
     check = _Check(resolution, announce, with_servers=with_servers)
     check.run()
     if engine is None and resolution.rollout is not None:
         engine = resolution.rollout.capabilities
     own = {name: capabilities(teacher) for name, teacher in resolution.teachers.items()}
     check_capabilities(check.findings, resolution, engine, {**own, **teachers})
+    check_apis(check.findings, resolution.teachers)
+    check_recorded(check.findings, resolution, None if records else check.current_origin)
     problems = (*resolution.problems, *check.findings.problems)
     if resolution.plan is None or check.student is None or problems:
         raise RecipeError(resolution.origins.in_order(problems))
@@ -126,7 +134,9 @@ def preflight(
 def advice(plan: Plan) -> str | None:
     """Return a warning about teachers without a canary; None if every card has one."""
     bare = [
-        name for name, teacher in plan.teachers.items() if teacher.canary is None and teacher.student is None
+        name
+        for name, teacher in plan.teachers.items()
+        if teacher.canary is None and teacher.student is None and teacher.api is None
     ]
     if not bare:
         return None
@@ -175,6 +185,7 @@ class _Check:
                 self.teachers[name] = renderer
         for name, renderer in self.teachers.items():
             self._cross(resolution.teachers[name], renderer)
+        self._check_servers()
         for index, source in resolution.sources.items():
             self._read(("prompts", index), source, self._teachers_that_read(source), self.prompts)
         for index, source in resolution.eval_sources.items():
@@ -186,6 +197,14 @@ class _Check:
     def vocab_size(self, student: Renderer) -> int:
         """Number of leading ids that the student and every teacher without a bridge share."""
         return min((student.vocab_size, *self.models.num_shared.values()))
+
+    def current_origin(self, teacher: TeacherPlan, spec: TargetSpec) -> TargetOrigin | None:
+        """Describe the targets that a teacher has now; None if it could not be read."""
+        fingerprint = self.models.files.get(teacher.model or "")
+        if self.student is None or teacher.name not in self.teachers or fingerprint is None:
+            return None
+        renderer, size = self.teachers[teacher.name], self.vocab_size(self.student)
+        return TargetOrigin.of(teacher, renderer, fingerprint, size, spec)
 
     def _cross(self, teacher: TeacherPlan, renderer: Renderer) -> None:
         student, bridge = self.student, teacher.bridge
@@ -201,6 +220,27 @@ class _Check:
         )
         if cross_tokenizer is not None:
             self.cross_tokenizers[teacher.name] = cross_tokenizer
+
+    def _check_servers(self) -> None:
+        """Ask the servers of teachers, if any; where their context is shorter, it is the teacher's."""
+        teachers = self._resolution.teachers
+        for name in [n for n in self.teachers if teachers[n].served is not None and self._with_servers]:
+            # Imported here, because it imports the HTTP client.
+            from mergeopd.preflight.served_teachers import ServerProbe
+
+            self._announce(f"asking the servers of {name}")
+            renderer = self.teachers[name]
+            is_crossed = name in self.cross_tokenizers or self.student is None
+            num_valid = renderer.vocab_size if is_crossed else self.vocab_size(cast(Renderer, self.student))
+            own = capabilities(teachers[name])
+            specs = [
+                own.smallest(spec)
+                for phase in self._resolution.phases.values()
+                if (spec := required_target(phase.loss)) is not None and teachers[name].bridge is None
+            ]
+            place: Keys = ("teachers", name, "card")
+            probe = ServerProbe(self.findings, place, teachers[name], renderer, num_valid, specs)
+            self.teachers[name] = probe.run()
 
     def _read(
         self, place: Keys, source: SourcePlan, teachers: Sequence[str], into: dict[str, tuple[Prompt, ...]]
@@ -363,6 +403,9 @@ class _Check:
     def _check_evaluation(self, plan: Plan) -> None:
         if plan.evaluation is None:
             return
+        measured = plan.teachers if plan.evaluation.static_merges else plan.experts
+        for name in sorted(n for n in measured if n in plan.teachers and plan.teachers[n].served is not None):
+            self.models.check_weights(plan.teachers[name])
         for name in sorted(set(plan.evaluation.experts.values()) & self.teachers.keys()):
             own = self.teachers[name].teacher_prompt.prompt
             if own is not None and own.fields:

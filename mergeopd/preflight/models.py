@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -95,9 +96,10 @@ class ModelReader:
     def teacher(self, teacher: TeacherPlan, student: Renderer | None) -> Renderer | None:
         """Create a teacher's renderer; without a bridge, its tokenizer must be the student's.
 
-        A self-teacher has the student's renderer with its own teacher prompt.
+        A self-teacher, and one behind an API, has the student's renderer with its own teacher prompt.
         """
-        renderer = student if teacher.student is not None else self._other_model(teacher, student)
+        is_other = teacher.student is None and teacher.api is None
+        renderer = self._other_model(teacher, student) if is_other else student
         prompt = self._teacher_prompt(teacher)
         if renderer is None or prompt is None:
             return None
@@ -109,7 +111,9 @@ class ModelReader:
                 f"{student.end_token!r}: the token that ends a response is left out of this teacher's terms; "
                 "`student.template` can give the student the teacher's chat template"
             )
-        if prompt.system is not None:
+        if teacher.api is not None:
+            renderer = replace(renderer, max_positions=sys.maxsize)  # the API knows its context
+        elif prompt.system is not None:
             self._check_system_message(("teachers", teacher.name, "system"), renderer.template, prompt.system)
         return replace(renderer, teacher_prompt=prompt)
 
@@ -156,13 +160,21 @@ class ModelReader:
         compare: Callable[[Keys, Tokenizer], None],
     ) -> Renderer | None:
         """Create the renderer of a card's model; `compare` checks its tokenizer."""
+        assert model.model is not None
+        assert model.tokenizer is not None
         model_place = (*card, "model")
         # Without a tokenizer in the card, problems of the model's tokenizer are located at the model.
         own = model.tokenizer == model.model
         tokenizer_place = model_place if own else (*card, "tokenizer")
         folder = Path(model.tokenizer)
-        facts = self._model(model_place, Path(model.model), find_head)
-        if facts is not None and model.fingerprint not in (None, self.files[model.model]):
+        served = model.served if isinstance(model, TeacherPlan) else None
+        if served is None:
+            facts = self._model(model_place, Path(model.model), find_head)
+        else:  # the weights of the servers are checked by the card's sample
+            facts = self._served_model(model_place, Path(model.model), hidden_states=served.hidden_states)
+        if facts is None or served is not None:
+            pass
+        elif model.fingerprint not in (None, self.files[model.model]):
             self._findings.report(
                 (*card, "fingerprint"),
                 f"the weights in {model.model} are not those of the card",
@@ -244,6 +256,35 @@ class ModelReader:
             self.files[str(folder)] = fingerprint
             self._remember(folder, CONFIG_FILES)
         return facts
+
+    def _served_model(self, place: Keys, folder: Path, *, hidden_states: bool) -> ModelFacts | None:
+        """Read the facts of a model that servers have; with `hidden_states`, its head must be here."""
+        facts = self._findings.attempt(place, lambda: ModelFacts.read(folder))
+        if facts is not None and hidden_states:
+            checkpoint = self._findings.attempt(place, lambda: Checkpoint.open(folder))
+            if (
+                checkpoint is None
+                or self._findings.attempt(place, lambda: head_tensor(facts, checkpoint)) is None
+            ):
+                return None
+            self.files[str(folder)] = checkpoint.fingerprint
+        self._remember(folder, CONFIG_FILES)
+        return facts
+
+    def check_weights(self, teacher: TeacherPlan) -> None:
+        """Report a served teacher whose weights are not here, although the evaluation loads them."""
+        place, folder = ("teachers", teacher.name, "card", "model"), teacher.folder
+
+        def check() -> None:
+            facts, checkpoint = ModelFacts.read(folder), Checkpoint.open(folder)
+            check_layout(facts, checkpoint, head_tensor(facts, checkpoint))
+
+        self._findings.attempt(
+            place,
+            check,
+            "the evaluation measures this teacher and needs its weights here: name a folder with them, or "
+            "leave the teacher out of the evaluation",
+        )
 
     def _remember(self, folder: Path, names: Sequence[str]) -> None:
         for file in (folder / name for name in names):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +117,8 @@ def resolve_teachers(
             continue
         card, paths = valid
         domains[name] = card.domains
+        if card.api is not None:
+            problems += _unused_settings(name, ref, origins)
         if paths is not None:
             plans[name] = _teacher(name, ref, card, paths)
     return ResolvedTeachers(plans, domains, tuple(problems))
@@ -130,6 +132,13 @@ def resolve_reward_model(
     if result is None:
         return None
     valid, paths = result
+    if valid.api is not None:
+        message = "a reward model needs its weights, and this card names a model behind an API"
+        problems.append(origins.problem((*where, "api"), message, "name the card of a folder", key=True))
+    if valid.served is not None:
+        message = "reward models are read from local folders"
+        problems.append(origins.problem((*where, "served"), message, "remove it", key=True))
+        return None
     if valid.canary is not None:
         message = (
             "a canary is a generated response with its log-probabilities, and reward models generate none"
@@ -176,7 +185,9 @@ def _paths(
     """Make the paths of a card absolute, by key; missing ones are added to `problems`."""
     base = project_folder(file, "teachers")
     paths: dict[str, str] = {}
-    targets: dict[str, Path | Missing] = {"model": existing_model(card.model, card.revision, base)}
+    targets: dict[str, Path | Missing] = {}
+    if card.model is not None:
+        targets["model"] = existing_model(card.model, card.revision, base)
     if card.tokenizer is not None:
         targets["tokenizer"] = existing_model(card.tokenizer, None, base, "tokenizer")
     if card.template is not None:
@@ -193,8 +204,8 @@ def _teacher(name: str, ref: TeacherRef, card: TeacherCard, paths: Mapping[str, 
     return TeacherPlan(
         name=name,
         student=None,
-        model=paths["model"],
-        tokenizer=paths.get("tokenizer", paths["model"]),
+        model=paths.get("model"),
+        tokenizer=paths.get("tokenizer", paths.get("model")),
         template=paths.get("template"),
         template_arguments=card.template_arguments,
         dtype=ref.dtype or "float32",
@@ -205,4 +216,18 @@ def _teacher(name: str, ref: TeacherRef, card: TeacherCard, paths: Mapping[str, 
         bridge=ref.bridge,
         weight=ref.weight,
         licence=card.licence,
+        api=card.api,
+        served=card.served,
     )
+
+
+def _unused_settings(name: str, ref: TeacherRef, origins: Origins) -> Iterator[Problem]:
+    """Report settings of a pass over tokens, for a teacher that only writes text."""
+    for key in ("bridge", "dtype"):
+        if getattr(ref, key) is not None:
+            yield origins.problem(
+                ("teachers", name, key),
+                f"teacher '{name}' is behind an API and writes text only, so `{key}` has no effect",
+                "remove it",
+                key=True,
+            )

@@ -36,8 +36,11 @@ def control_plan(plan: Plan, control: Control) -> Plan:
     phases = tuple(phase if plan.reads_documents(phase) else change(phase) for phase in plan.phases)
     if phases == plan.phases:
         raise _refusal(control, "the recipe is this control already", "run it without --control")
+    # A control learns from other text than the run, or needs other targets.
+    teachers = {name: one.model_copy(update={"targets": None}) for name, one in plan.teachers.items()}
     return plan.model_copy(
         update={
+            "teachers": teachers,
             "name": f"{plan.name}-{control}",
             "phases": phases,
             "evaluation": None,

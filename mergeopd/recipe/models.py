@@ -17,7 +17,10 @@ from mergeopd.config.values import (
     Strict,
     Weight,
 )
+from mergeopd.messages import joined
 from mergeopd.recipe.bridges import BridgeOrKind
+from mergeopd.recipe.served import Served
+from mergeopd.recipe.text_api import TextApi
 
 SET_BY_RENDERING = ("messages", "tools", "documents", "add_generation_prompt")
 
@@ -85,9 +88,14 @@ class Canary(Strict):
 class TeacherCard(Strict):
     """A file in `teachers/` that describes a teacher, independent of any recipe."""
 
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["model"]}, {"required": ["api"]}]})
+
     card: Literal[1] = Field(description="version of the card format")
     name: str = Field(description="display name")
-    model: str = Field(description="Hugging Face folder, or a hub id that is in the local cache")
+    model: str | None = None
+    """Hugging Face folder, or a hub id that is in the local cache; either `model` or `api` is required"""
+    api: TextApi | None = None
+    """a model behind an OpenAI-compatible chat API, which writes text for `text: teacher`"""
     revision: Revision | None = Field(default=None, description="hub revision; only with a hub id")
     tokenizer: str | None = Field(default=None, description="tokenizer folder; default: the model's folder")
     template: str | None = None
@@ -101,6 +109,29 @@ class TeacherCard(Strict):
     """digest of the checkpoint; other weights at this path are refused"""
     canary: Canary | None = None
     """sample that is compared before the teacher is used"""
+    served: Served | None = None
+    """servers that score for the teacher; `model` then needs the configuration, the tokenizer and, for hidden
+    states, the tensor of the prediction head"""
+
+    @model_validator(mode="after")
+    def _one_model(self) -> TeacherCard:
+        if self.model is None and self.api is None:
+            raise ValueError(
+                "no model: name a folder or hub id as `model`, or give `api` for one behind an API"
+            )
+        of_folder = self.model_fields_set & {
+            "model",
+            "revision",
+            "tokenizer",
+            "template",
+            "template_arguments",
+            "fingerprint",
+            "canary",
+        }
+        if self.api is not None and of_folder:
+            keys = joined([f"`{key}`" for key in sorted(of_folder)], "and")
+            raise ValueError(f"a model behind an API has no folder: remove {keys}")
+        return self
 
 
 class SnapshotRule(Strict):
@@ -154,6 +185,10 @@ class TeacherRef(Strict):
     """loss for a teacher with another tokenizer: a bridge name, or a bridge with settings. It replaces the
     divergences and `sampled_reverse_kl` of the phase for this teacher, with the sum of their weights"""
 
+    targets: NonEmptyText | None = None
+    """folder with this teacher's targets for the text of the phases that it scores, which must not be the
+    student's; `mergeopd targets` writes it. The teacher is then not loaded for training"""
+
     @model_validator(mode="after")
     def _one_model(self) -> TeacherRef:
         if self.card is None and self.student is None:
@@ -164,6 +199,8 @@ class TeacherRef(Strict):
             raise ValueError("`card` and `student` name two models: remove one")
         if self.student is not None and self.bridge is not None:
             raise ValueError("the student's own tokenizer needs no `bridge`: remove it")
+        if isinstance(self.student, SnapshotRule) and self.targets is not None:
+            raise ValueError("weights that follow the student have no fixed `targets`: remove the key")
         return self
 
 

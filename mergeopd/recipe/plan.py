@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -18,8 +19,13 @@ from mergeopd.recipe.models import Canary, SnapshotRule, Student
 from mergeopd.recipe.rollout import AnyRollout
 from mergeopd.recipe.routing import PhaseTeachers
 from mergeopd.recipe.schema import Checkpoints, Interim, Memory, Reports
+from mergeopd.recipe.served import Served
+from mergeopd.recipe.text_api import TextApi
 from mergeopd.recipe.training import Optimizer, Phase
 from mergeopd.recipe.verifiers import Verifier
+
+# Settings of an API that do not change its responses.
+API_UNBOUND = ("url", "api_key_env", "allow_http_to", "concurrency", "timeout_s", "prices", "probe")
 
 # Settings that may change when a run is resumed: paths, alarms, memory, reports, processes, remarks.
 UNBOUND: Mapping[str, Any] = {
@@ -33,20 +39,29 @@ UNBOUND: Mapping[str, Any] = {
     "rollout": dict.fromkeys(
         ("url", "launch", "api_key_env", "concurrency", "timeout_s", "sync", "parity"), True
     ),
-    "teachers": {"__all__": {"licence": True}},
+    # Recorded targets are those of the teacher itself.
+    "teachers": {
+        "__all__": {
+            "licence": True,
+            "targets": True,
+            "api": dict.fromkeys(API_UNBOUND, True),
+            "served": dict.fromkeys(("url", "concurrency", "timeout_s"), True),
+        }
+    },
 }
 
 
 class TeacherPlan(Strict):
     """A teacher with the values of its card. Paths are absolute.
 
-    For a self-teacher, `student` selects the student's weights and `model` is the student's folder.
+    For a self-teacher, `student` selects the student's weights and `model` is the student's folder. One
+    behind an API has neither model nor tokenizer.
     """
 
     name: str
     student: Literal["start"] | SnapshotRule | None
-    model: str
-    tokenizer: str
+    model: str | None
+    tokenizer: str | None
     template: str | None
     dtype: str
     system: str | None
@@ -57,6 +72,21 @@ class TeacherPlan(Strict):
     weight: float = 1.0
     licence: str | None = None
     template_arguments: dict[str, Any] = Field(default={})
+    api: TextApi | None = None
+    targets: str | None = None
+    served: Served | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The model's folder. Raises ValueError for a teacher behind an API."""
+        if self.model is None:
+            raise ValueError(f"teacher '{self.name}' has no folder")
+        return Path(self.model)
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether its prediction head is read here: not for servers that return log-probabilities."""
+        return self.served is None or self.served.hidden_states
 
     @property
     def snapshot_rule(self) -> SnapshotRule | None:

@@ -144,7 +144,15 @@ class _Resolver:
         """The teachers that resolved, in the recipe's order."""
         own = {} if self.student is None else self_plans(self.parts.teachers, self.student)
         known = {**self.with_cards.plans, **own}
-        return {name: known[name] for name in self.parts.names if name in known}
+        return {name: self._with_targets(known[name]) for name in self.parts.names if name in known}
+
+    def _with_targets(self, teacher: TeacherPlan) -> TeacherPlan:
+        """Add the path of the folder with the teacher's targets, if the recipe names one."""
+        written = self.parts.teachers[teacher.name].targets
+        if written is None:
+            return teacher
+        base = self.origins.place(("teachers", teacher.name, "targets")).base
+        return teacher.model_copy(update={"targets": str(absolute(written, base))})
 
     def run(self) -> None:
         self._find_student()

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_
 
 from mergeopd.config.folders import absolute
 from mergeopd.config.values import GPUS_PATTERN, NonEmptyText, Positive, PositiveInt, Strict
+from mergeopd.recipe.served import Urls, checked_urls
 from mergeopd.rollout.protocol import EngineCapabilities
 
 Temperature = Annotated[float, Field(gt=0.0, le=10.0, strict=True)]
@@ -42,25 +43,6 @@ class LocalRollout(RolloutSettings):
 
     engine: Literal["local"] = "local"
     """rollout engine that generates the student's responses"""
-
-
-def url_shorthand(value: Any) -> Any:
-    """Expand one address to a list."""
-    return [value] if isinstance(value, str) else value
-
-
-_Urls = Annotated[tuple[str, ...], Field(min_length=1)]
-Urls = Annotated[_Urls, BeforeValidator(url_shorthand, json_schema_input_type=str | _Urls)]
-
-
-def checked_urls(urls: tuple[str, ...]) -> tuple[str, ...]:
-    """Return addresses of servers without a trailing slash. Raises ValueError for other texts."""
-    for url in urls:
-        if not url.startswith(("http://", "https://")) or any(map(str.isspace, url)):
-            raise ValueError(f"'{url}' is not an address: write http://HOST:PORT")
-    if len({url.rstrip("/") for url in urls}) < len(urls):
-        raise ValueError("a server is named twice")
-    return tuple(url.rstrip("/") for url in urls)
 
 
 class Launch(Strict):
@@ -110,7 +92,10 @@ class WeightSync(Strict):
 
 
 class Parity(Strict):
-    """Compare the servers' log-probabilities with the student's on the same responses."""
+    """Compare the servers' log-probabilities with the student's on the same responses.
+
+    At the start, with the first weights that training has changed, and after a server was lost, too.
+    """
 
     every: PositiveInt = Field(default=50, description="updates between two comparisons, from the first on")
     num_responses: PositiveInt = Field(default=8, description="responses that are compared")
@@ -139,8 +124,8 @@ class ServerRollout(RolloutSettings):
     """rounds that are generated while earlier ones are scored and trained on. 0: none, so that every response
     comes from the current weights; 1: one-step-off"""
     max_staleness: NotNegative | None = None
-    """largest number of updates between the weights that generated a response and those that learn from it
-    first; older responses are dropped, counted and generated again. Default: what `ahead` implies"""
+    """largest number of updates between the weights that begin a round and those that learn from it first;
+    rounds wait until the servers' weights are new enough. Default: what `ahead` implies"""
     sync: WeightSync = WeightSync()
     """how the student's weights reach the servers"""
     parity: Parity | None = Parity()

@@ -31,14 +31,15 @@ class RunFacts:
     """The models of a run and what they run on.
 
     `student` is its folder, `num_parameters` its size, of which `num_trainable` are trained. `teachers` maps
-    names to sizes, None for the student itself. `num_threads` are those of each process.
+    names to sizes, to the API's name of a model that writes text only, and to None for the student itself.
+    `num_threads` are those of each process.
     """
 
     student: str
     dtype: str
     num_parameters: int
     num_trainable: int
-    teachers: Mapping[str, int | None]
+    teachers: Mapping[str, int | str]
     device: str
     num_threads: int
     num_processes: int

@@ -119,7 +119,7 @@ def _teacher_numbers(stats: TeacherStats) -> dict[str, float | None]:
         "logprob_gap_text": stats.logprob_gap_text,
     }
     if stats.bridge is None:
-        return {**numbers, "entropy_T": stats.entropy_T}
+        return numbers if stats.entropy_T is None else {**numbers, "entropy_T": stats.entropy_T}
     return numbers | {key: value for key, value in asdict(stats.bridge).items() if value is not None}
 
 

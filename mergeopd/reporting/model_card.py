@@ -72,7 +72,9 @@ def model_card(data: RunData) -> str:
     digests, licences = document["files"], document.get("licences", {})
     student = CardModel.of(plan["student"]["model"], digests.get(plan["student"]["model"]), None)
     teachers = {
-        name: CardModel.of(teacher["model"], digests.get(teacher["model"]), licences.get(name))
+        name: CardModel(teacher["api"]["model"], None, None, None, licences.get(name))
+        if teacher.get("api")
+        else CardModel.of(teacher["model"], digests.get(teacher["model"]), licences.get(name))
         for name, teacher in plan["teachers"].items()
         if teacher["student"] is None
     }

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mergeopd.messages import joined
 from mergeopd.recipe.controls import CONTROLS, Control
+from mergeopd.storage.chat_replies import ApiUse
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import write_atomic
 from mergeopd.storage.metrics import json_text
@@ -95,7 +96,7 @@ class Result:
     weights were exported because they were the best; None where those of the last were. `trained_tokens`
     counts the response tokens in the loss of the student and its controls, by model key; empty without
     controls. `alarms` are those of the run. `text_kept` is what phases with `keep` have left of
-    the teachers' text.
+    the teachers' text, `api_use` what teachers behind APIs have counted.
     """
 
     models: tuple[Model, ...]
@@ -111,6 +112,7 @@ class Result:
     trained_tokens: Mapping[str, int] = field(default_factory=dict)
     alarms: tuple[AlarmSummary, ...] = ()
     text_kept: tuple[KeptShare, ...] = ()
+    api_use: tuple[ApiUse, ...] = ()
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mergeopd.types import ArrayRecord, Finish, LogProbs, Sampling, TokenIds, token_ids, token_logprobs
+from mergeopd.types import (
+    ArrayRecord,
+    Finish,
+    LogProbs,
+    Message,
+    Sampling,
+    TokenIds,
+    token_ids,
+    token_logprobs,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -18,11 +27,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GenerationRequest(ArrayRecord):
-    """One response to generate; `key` and `sample` identify its random stream."""
+    """One response to generate; `key` and `sample` identify its random stream.
+
+    `messages` and `tools` are what `prompt_ids` render, for a model that reads text.
+    """
 
     key: str
     sample: int
     prompt_ids: TokenIds
+    messages: tuple[Message, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_ids", token_ids(self.prompt_ids))

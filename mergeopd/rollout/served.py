@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from mergeopd.errors import ServingError
 from mergeopd.rollout.protocol import Completion, EngineContext, GenerationRequest, WeightSource
+from mergeopd.rollout.servers import Servers
 from mergeopd.rollout.transfer import TransferSync
-from mergeopd.serving.launch import ServerLaunch, ServerProcess
 from mergeopd.serving.protocol import Generated, InferenceApi, ServerFacts
-from mergeopd.serving.transport import BadReply, Server, ServerPool, WrongWeights
+from mergeopd.serving.transport import BadReply, Server, ServerPool, WrongWeights, is_transient, parsed
 from mergeopd.types import Sampling
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 # Interval at which progress is reported, and servers that were started are watched.
@@ -39,77 +41,6 @@ Begin = Callable[[int], Callable[[int], None]]
 """Reports that a number of servers starts; returns a callback for how many are ready, which may raise."""
 
 
-class Servers(Protocol):
-    """Servers of a run: running ones, or some that the run starts."""
-
-    @property
-    def num_to_start(self) -> int:
-        """Number of servers that `start` starts."""
-
-    def start(self, on_progress: Callable[[int], None]) -> Sequence[str]:
-        """Return their addresses when all are ready; `on_progress` gets how many are, and may raise."""
-
-    def check(self) -> None:
-        """Restart a server that has crashed. Raises ServingError when it crashed before."""
-
-    def close(self) -> None:
-        """Stop the servers that the run has started."""
-
-
-@dataclass(frozen=True)
-class RunningServers:
-    """Servers that somebody else has started."""
-
-    urls: Sequence[str]
-    num_to_start: ClassVar[int] = 0
-
-    def start(self, on_progress: Callable[[int], None]) -> Sequence[str]:
-        return self.urls
-
-    def check(self) -> None:
-        """Do nothing: lost servers are noticed by their requests."""
-
-    def close(self) -> None:
-        """Do nothing: others may use them."""
-
-
-@dataclass
-class LaunchedServers:
-    """Servers that the run starts, all at once; `start_timeout_s` is for each."""
-
-    launches: Sequence[ServerLaunch]
-    start_timeout_s: float
-    _processes: list[ServerProcess] = field(default_factory=list, init=False)
-
-    @property
-    def num_to_start(self) -> int:
-        return len(self.launches)
-
-    def start(self, on_progress: Callable[[int], None]) -> Sequence[str]:
-        self._processes = [ServerProcess(one, self.start_timeout_s) for one in self.launches]
-        with ThreadPoolExecutor(len(self._processes)) as threads:
-            starts = [threads.submit(one.start) for one in self._processes]
-            try:
-                while pending := [start for start in starts if not start.done()]:
-                    on_progress(len(starts) - len(pending))
-                    wait(pending, _POLL_S, FIRST_EXCEPTION)
-                for start in starts:
-                    start.result()
-            except BaseException:
-                self.close()
-                raise
-        return [one.url for one in self._processes]
-
-    def check(self) -> None:
-        for one in self._processes:
-            if one.ensure_running():
-                _log.warning("restarted the inference server at %s", one.url)
-
-    def close(self) -> None:
-        for one in self._processes:
-            one.stop()
-
-
 @dataclass(frozen=True, slots=True)
 class ServingCounts:
     """Counts since the start: requests that were repeated, responses of wrong weights, servers lost."""
@@ -117,6 +48,10 @@ class ServingCounts:
     num_retries: int = 0
     num_stale: int = 0
     num_lost: int = 0
+
+
+class _WeightsWanted(Exception):  # noqa: N818 (handled here)
+    """Responses that are waited for need servers that have lost their weights."""
 
 
 @dataclass
@@ -128,7 +63,7 @@ class _Connection:
     version: int | None = None
     num_stale: int = 0
     banned: range = range(0)
-    running: int = 0  # calls of `submit` whose responses are not complete
+    running: set[Future[list[Completion]]] = field(default_factory=set)  # of calls of `submit`
 
 
 @dataclass
@@ -137,7 +72,8 @@ class ServedEngine:
 
     `padding` are the rows of the model's head behind its vocabulary, which hardly have any probability in
     trained models: they are banned as soon as one of them is sampled. `concurrency` requests run at each
-    server.
+    server. After `lost_s` seconds without any server, the run stops. `check_stop` may raise while weights are
+    loaded, to stop the run.
     """
 
     api: InferenceApi
@@ -147,8 +83,10 @@ class ServedEngine:
     padding: range
     concurrency: int
     timeout_s: float
+    lost_s: float = 60.0
     headers: Mapping[str, str] = field(default_factory=dict)
     begin: Begin = lambda num: lambda num_ready: None
+    check_stop: Callable[[], None] = lambda: None
     _connection: _Connection | None = field(default=None, init=False)
 
     def submit(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> ServedRollouts:
@@ -195,6 +133,26 @@ class ServedEngine:
         num_lost = sum(server.num_lost for server in one.pool.servers)
         return ServingCounts(one.pool.num_retries, one.num_stale, num_lost)
 
+    def compare_servers(self) -> None:
+        """Raise ServingError if servers have different weights, where they offer checksums. Collective."""
+        self.context.run_on_first(self._compare_checksums)
+
+    def _compare_checksums(self) -> None:
+        pool = self._opened().pool
+        ready = [server for server in pool.servers if server.is_ready]
+        if len(ready) < 2:
+            return
+
+        async def all_checksums() -> list[str | None]:
+            return list(await asyncio.gather(*(self.api.checksum(pool, server) for server in ready)))
+
+        for server, digest in zip(ready, checksums := pool.run(all_checksums()), strict=True):
+            if digest != checksums[0]:
+                raise ServingError(
+                    f"{server.url} and {ready[0].url} have different weights after one update, by their "
+                    "checksums; start both with the same options, or remove one"
+                )
+
     def facts(self) -> list[ServerFacts]:
         """Return the facts of all servers. Raises ServingError for servers that cannot be used."""
         pool = self._opened().pool
@@ -209,7 +167,11 @@ class ServedEngine:
         if self._connection is None:
             urls = self.servers.start(self.begin(self.servers.num_to_start))
             pool = ServerPool(
-                urls, max_running=self.concurrency, timeout_s=self.timeout_s, headers=self.headers
+                urls,
+                max_running=self.concurrency,
+                timeout_s=self.timeout_s,
+                lost_s=self.lost_s,
+                headers=self.headers,
             )
             self._connection = _Connection(pool)
             pool.on_return = self._prepare
@@ -224,7 +186,7 @@ class ServedEngine:
     def _running_servers(self) -> ServerPool:
         """Return the servers, after a restart of those that have crashed."""
         pool = self._opened().pool
-        self.servers.check()
+        self.servers.check(self.check_stop)
         return pool
 
     def _load(self, folder: Path, version: int) -> None:
@@ -232,40 +194,64 @@ class ServedEngine:
         one.folder, one.version = folder, version
         pool = one.pool
 
-        async def load(server: Server) -> None:
+        async def load(server: Server) -> Exception | None:
             run = self.api.keep_running if one.running else self.api.load_weights
-            await run(pool, server, folder.resolve(), str(version))
+            try:
+                await run(pool, server, folder.resolve(), str(version))
+            except ServingError as error:
+                _log.warning("%s", error)
+                server.num_failed_loads += 1
+                pool.lose(server, error)
+                return error
+            return None
 
-        async def load_all() -> list[BaseException | None]:
-            ready = [server for server in pool.servers if server.is_ready]
-            results = await asyncio.gather(*map(load, ready), return_exceptions=True)
-            for server, error in zip(ready, results, strict=True):
-                if error is not None:
-                    _log.warning("%s", error)
-                    pool.lose(server)
-            return [*results]
+        async def load_all() -> list[Exception | None]:
+            return await asyncio.gather(*(load(server) for server in pool.servers if server.is_ready))
 
-        errors = [error for error in pool.run(load_all()) if error is not None]
-        if errors and not any(server.is_ready for server in pool.servers):
+        errors = self._wait(pool.submit(load_all()), self.check_stop)
+        # Servers that are away or were restarted get the weights when they return.
+        if errors and all(error is not None and not is_transient(error) for error in errors):
+            assert errors[0] is not None
             raise errors[0]
 
     async def _prepare(self, server: Server) -> None:
         """Give a server that has returned the current weights."""
-        one = self._connection
-        if one is not None and one.folder is not None:
+        one, loaded = self._connection, None
+        while one is not None and one.folder is not None and loaded != one.version:
+            folder, loaded = one.folder, one.version
             await self.api.facts(one.pool, server)  # it may have been started in another way
-            await self.api.load_weights(one.pool, server, one.folder.resolve(), str(one.version))
+            await self.api.load_weights(one.pool, server, folder.resolve(), str(loaded))
         if one is not None and isinstance(self.publisher, TransferSync):
             await self.api.facts(one.pool, server)
             await self.publisher.check(one.pool, server)
+
+    def _wait(self, work: Future[T], while_waiting: Callable[[], None]) -> T:
+        """Return the result of work in the pool's loop; if `while_waiting` raises, the work is cancelled.
+
+        It continues after `_WeightsWanted`.
+        """
+        try:
+            while True:
+                try:
+                    return work.result(_POLL_S)
+                except TimeoutError:
+                    if work.done():
+                        raise
+                while_waiting()
+        except _WeightsWanted:
+            raise
+        except BaseException:
+            work.cancel()
+            raise
 
     def _start(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> _Running:
         one = self._opened()
         if one.version is None:
             raise ValueError("sync_weights must be called before submit")
         running = _Running(self, one, one.version, requests, sampling)
-        one.running += 1
         running.future = one.pool.submit(running.generate())
+        one.running.add(running.future)
+        running.future.add_done_callback(one.running.discard)
         return running
 
 
@@ -299,9 +285,15 @@ class _Running:
                     group.create_task(work())
         except* ServingError as errors:
             raise errors.exceptions[0] from None
-        finally:
-            self.connection.running -= 1
         return [completion for completion in completions if completion is not None]
+
+    @property
+    def _newest(self) -> int:
+        """The version that was loaded last: running requests may have got it."""
+        publisher, version = self.engine.publisher, self.connection.version
+        if isinstance(publisher, TransferSync):
+            version = publisher.version  # some servers have it before all have it
+        return self.version if version is None else version
 
     async def _one(self, request: GenerationRequest) -> Completion:
         engine, pool = self.engine, self.connection.pool
@@ -314,36 +306,42 @@ class _Running:
             path, body = engine.api.generation(prompt_ids, self.sampling, eos_ids, banned)
             num_failed_loads = server.num_failed_loads
             reply = await pool.call(server, path, body)
+            generated = parsed(lambda reply: engine.api.generated(reply, eos_ids), reply)
             if server.num_failed_loads > num_failed_loads:
                 raise BadReply("weights were loaded in part while the response was generated")
-            return self._checked(engine.api.generated(reply, eos_ids))
+            return self._checked(generated)
 
         return await pool.balanced("", attempt)
 
     def _checked(self, generated: Generated) -> Completion:
-        """Convert a response. Raises BadReply for one that cannot be of this request and these weights."""
+        """Convert a response.
+
+        Raises BadReply for one that cannot be of this request and these weights, ServingError for one that
+        every attempt would cut.
+        """
         ids = generated.ids
         if len(ids) > self.sampling.max_new_tokens:
             raise BadReply(f"{len(ids)} tokens, more than {self.sampling.max_new_tokens}")
         if generated.finish == "length" and len(ids) < self.sampling.max_new_tokens:
-            raise BadReply(
-                f"a response was cut after {len(ids)} tokens: the server's context is shorter than prompt "
-                "and `max_new_tokens`"
+            raise ServingError(
+                f"a server cut a response after {len(ids)} tokens: its context is shorter than prompt and "
+                f"max_new_tokens ({self.sampling.max_new_tokens}); start it with a longer context, or lower "
+                "`rollout.max_new_tokens`"
             )
         if max(ids) >= self.engine.padding.start:
             self.connection.banned = self.engine.padding
             raise BadReply(f"id {max(ids)} is no token: the vocabulary ends at {self.engine.padding.start}")
         version = self.version
         if generated.versions:
-            try:
-                version = min(map(int, generated.versions))
-            except ValueError:
-                version = -1
-            if version < self.version:
+            known = {str(number): number for number in range(self.version, self._newest + 1)}
+            strange = [version for version in generated.versions if version not in known]
+            if strange:
                 self.connection.num_stale += 1
                 raise WrongWeights(
-                    f"a response of weights {generated.versions[0]!r}, where {self.version} were loaded"
+                    f"a response of weights {strange[0]!r}, where {self.version} were loaded; does another "
+                    "run use the server?"
                 )
+            version = min(known[version] for version in generated.versions)
         logprobs = np.array(generated.logprobs, np.float32)
         return Completion(np.array(ids, np.int32), logprobs, generated.finish, version)
 
@@ -369,20 +367,16 @@ class ServedRollouts:
 
     def _wait(self, on_progress: Callable[[int], None]) -> list[Completion] | None:
         """Return all responses, or None when servers must get weights from all processes before."""
-        assert self.running is not None
         running, publisher = self.running, self.engine.publisher
+        assert running is not None
+
+        def check() -> None:
+            on_progress(running.num_done)
+            self.engine.servers.check(lambda: on_progress(running.num_done))
+            if isinstance(publisher, TransferSync) and publisher.is_wanted(running.connection.pool):
+                raise _WeightsWanted
+
         try:
-            while True:
-                try:
-                    return running.future.result(_POLL_S)
-                except TimeoutError:
-                    if running.future.done():
-                        raise
-                on_progress(running.num_done)
-                self.engine.servers.check()
-                pool = running.connection.pool
-                if isinstance(publisher, TransferSync) and publisher.is_wanted(pool):
-                    return None
-        except BaseException:
-            running.future.cancel()
-            raise
+            return self.engine._wait(running.future, check)
+        except _WeightsWanted:
+            return None

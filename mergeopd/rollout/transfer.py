@@ -73,7 +73,8 @@ class TransferSync:
     run_on_first: Callable[[Callable[[], Any]], Any]
     is_current: bool = False
     _source: WeightStream | None = field(default=None, init=False)
-    _version: int | None = field(default=None, init=False)
+    version: int | None = field(default=None, init=False)
+    """that servers have, or are getting"""
     _unknown: set[Server] = field(default_factory=set, init=False)
     """servers that may have parts of several versions"""
     _connected: set[Server] = field(default_factory=set, init=False)
@@ -97,7 +98,7 @@ class TransferSync:
             return len(servers)
 
         num_servers: int = self.run_on_first(find)
-        self._source, self._version = source, version
+        self._source, self.version = source, version
         self.transfer.learn(source)
         for index in range(num_servers):
             tensors = source.folder_weights()
@@ -113,13 +114,13 @@ class TransferSync:
     def repeat(self, pool: Callable[[], ServerPool]) -> None:
         """Send the weights of the last sync again. Collective; see `sync`."""
         assert self._source is not None
-        assert self._version is not None
-        self.sync(self._source, self._version, pool)
+        assert self.version is not None
+        self.sync(self._source, self.version, pool)
 
     async def check(self, pool: ServerPool, server: Server) -> None:
         """Raise ServingError unless a server that was lost has the current weights."""
         told = await self.api.weight_version(pool, server)
-        if server in self._unknown or told != str(self._version):
+        if server in self._unknown or told != str(self.version):
             self._waiting.add(server)
             raise ServingError(
                 f"{server.url}: was started again, or got a part of its weights only; it gets weights at the "
@@ -136,7 +137,7 @@ class TransferSync:
             try:
                 await self.api.facts(pool, server)
                 told = await self.api.weight_version(pool, server)
-                if not server.is_ready or told not in (None, str(self._version)):
+                if not server.is_ready or told not in (None, str(self.version)):
                     self.transfer.forget(server)  # it has been started again since
             except ServingError as error:
                 self._lose(pool, server, error)
@@ -149,7 +150,7 @@ class TransferSync:
         return [server for server in pool.run(ask_all()) if server is not None]
 
     def _send(self, pool: ServerPool, server: Server, tensors: Tensors) -> list[ServingError]:
-        version = str(self._version)
+        version = str(self.version)
         self._connected.add(server)
         try:
             # A transfer takes several requests, between which nothing may be generated.
@@ -174,7 +175,7 @@ class TransferSync:
 
     def _lose(self, pool: ServerPool, server: Server, error: ServingError) -> None:
         _log.warning("%s", error)
-        pool.lose(server)
+        pool.lose(server, error)
         self.transfer.forget(server)
 
     def _check_one_is_ready(self, pool: ServerPool, errors: Sequence[ServingError]) -> None:
@@ -182,7 +183,7 @@ class TransferSync:
             urls = ", ".join(server.url for server in pool.servers)
             raise ServingError(
                 f"{errors[0] if errors else f'{urls}: not reachable'}\nNo server has the weights of version "
-                f"{self._version}: start the servers again, then run the same command to resume"
+                f"{self.version}: start the servers again, then run the same command to resume"
             )
 
 

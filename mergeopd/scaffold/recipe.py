@@ -175,6 +175,8 @@ class _Search:
                 self.report("--teacher", path.message, path.remedy)
             elif expert := self._expert(card, path, experts):
                 experts[expert.name] = expert
+        if written and not experts and not self.problems:
+            self.report("--teacher", "no card has a model that can score", "name the card of a model folder")
         return list(experts.values())
 
     def _expert(self, card: str, path: Path, taken: Mapping[str, Expert]) -> Expert | None:
@@ -187,6 +189,9 @@ class _Search:
             return None
         valid = TeacherCard.model_validate(plain(loaded.root))
         project = project_folder(path, "teachers")
+        if valid.model is None:
+            self.notes.append(f"{card}: a model behind an API writes text only; add it to the recipe by hand")
+            return None
         folder = existing_model(valid.model, valid.revision, project)
         if isinstance(folder, Missing):
             place = Origins(path, loaded.root, {}).at("model")

@@ -115,7 +115,7 @@ def _read(options: NewTeacherOptions, folder: Path, template: Path | None) -> Pr
             ]
         )
     dtype = native_dtype(Checkpoint.open(folder))
-    return ProbedModel(plan.model_copy(update={"dtype": dtype}), renderer, reader.files[plan.model])
+    return ProbedModel(plan.model_copy(update={"dtype": dtype}), renderer, reader.files[str(folder)])
 
 
 def take_canary(probed: ProbedModel, prompt: str) -> Canary:
@@ -130,10 +130,11 @@ def take_canary(probed: ProbedModel, prompt: str) -> Canary:
         ModelError: weights and configuration do not match.
     """
     # torch and transformers take seconds to import, so they come after every check that needs neither.
+    from mergeopd.data.canary import sample_ids
     from mergeopd.models.causal import pick_device
     from mergeopd.rollout.local import Generator, generate
     from mergeopd.rollout.protocol import GenerationRequest
-    from mergeopd.teacher.canary import logprobs, refuse_uniform, sample_ids
+    from mergeopd.teacher.canary import logprobs, refuse_uniform
     from mergeopd.teacher.local import TeacherSource, TeacherStore
     from mergeopd.teacher.protocol import TeacherSequence
 
@@ -141,7 +142,7 @@ def take_canary(probed: ProbedModel, prompt: str) -> Canary:
     vocab = renderer.vocab_size
     prompt_ids = _prompt_ids(renderer, prompt)
     room = min(MAX_TOKENS, renderer.max_positions - len(prompt_ids))
-    store = TeacherStore({plan.name: TeacherSource(Path(plan.model), plan.dtype, vocab)}, device)
+    store = TeacherStore({plan.name: TeacherSource(plan.folder, plan.dtype, vocab)}, device)
     with store.open(plan.name) as teacher:
         head = store.head(plan.name)
         generator = Generator(teacher.body, head, renderer.eos_ids, renderer.tokenizer, device)
@@ -151,7 +152,7 @@ def take_canary(probed: ProbedModel, prompt: str) -> Canary:
             [response] = generate(generator, requests, greedy, seed=0, batch_size=1, progress=lambda _: None)
         except NumericsError as error:
             raise TeacherError(
-                f"{shown(Path(plan.model))}: gives probabilities that are NaN; the weights are damaged"
+                f"{shown(plan.folder)}: gives probabilities that are NaN; the weights are damaged"
             ) from error
         written = tuple(i for i in response.response_ids.tolist() if i not in renderer.eos_ids)
         text = _whole_characters(renderer.tokenizer.decode(written))
@@ -170,7 +171,7 @@ def take_canary(probed: ProbedModel, prompt: str) -> Canary:
 
 def _prompt_ids(renderer: Renderer, prompt: str) -> TokenIds:
     """Return the ids of a prompt that leaves space for a response. Raises RecipeError."""
-    from mergeopd.teacher.canary import sample_ids
+    from mergeopd.data.canary import sample_ids
 
     try:
         ids, _ = sample_ids(renderer, prompt, "")

@@ -259,8 +259,6 @@ class ServerProcess:
         except subprocess.TimeoutExpired:
             self._watch.kill()  # takes the server with it
             self._watch.wait()
-        if self._watch.stdout is not None:
-            self._watch.stdout.close()
 
     def __enter__(self) -> ServerProcess:
         self.start()
@@ -287,7 +285,8 @@ class ServerProcess:
                 start_new_session=True,
             )
         assert self._watch.stdout is not None
-        pid = self._watch.stdout.readline()
+        with self._watch.stdout as output:
+            pid = output.readline()
         self.pid = int(pid) if pid else None
 
     def _wait_until_healthy(self) -> None:
@@ -308,9 +307,8 @@ class ServerProcess:
             self._on_wait(waited)
 
     def _ended(self, status: int) -> str:
-        how = f"status {status}"
-        if status > 128:
-            how = signal.Signals(status - 128).name
+        number = status - 128
+        how = signal.Signals(number).name if number in signal.valid_signals() else f"status {status}"
         return f"{self.launch.title} on {self.url} ended with {how}"
 
     def _last_output(self) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -88,6 +88,9 @@ class InferenceApi(Protocol):
         ServingError when the server does not confirm the version.
         """
 
+    async def checksum(self, pool: ServerPool, server: Server) -> str | None:
+        """Return a digest of the weights; None where the server offers none. Raises ServingError."""
+
     async def load_weights(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
         """Load the weights of a folder, when running requests are finished; see `updating`."""
 
@@ -126,6 +129,17 @@ def check_version(server: Server, engine: str, version: str, oldest: tuple[int, 
         )
 
 
+@contextmanager
+def replies_of(server: Server, engine: str) -> Iterator[None]:
+    """Raise ServingError for replies that an engine would not send."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ServingError(
+            f"{server.url}: does not reply as {engine} does ({error!r}); correct the address"
+        ) from error
+
+
 def logprob_of(value: Any) -> float:
     """Return a log-probability of a reply. Raises BadReply unless it is a finite number of at most 0."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
@@ -140,6 +154,18 @@ def ids_of(value: Any) -> list[int]:
     if not isinstance(value, list) or not value or not all(type(i) is int and i >= 0 for i in value):
         raise BadReply("the token ids are missing")
     return value
+
+
+@asynccontextmanager
+async def restored(restore: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
+    """Run `restore` at the end; the error of failed work is raised rather than that of `restore`."""
+    try:
+        yield
+    except BaseException:
+        with suppress(ServingError):
+            await restore()
+        raise
+    await restore()
 
 
 async def command(

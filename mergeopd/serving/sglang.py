@@ -6,7 +6,7 @@ Facts by version: SGLang's `srt/managers/io_struct.py` and `srt/entrypoints/http
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +22,8 @@ from mergeopd.serving.protocol import (
     command,
     ids_of,
     logprob_of,
+    replies_of,
+    restored,
 )
 from mergeopd.serving.transport import BadReply, Server, ServerPool
 from mergeopd.types import Finish, Sampling
@@ -42,6 +44,10 @@ class SglangApi:
     name: ClassVar[str] = "sglang"
 
     async def facts(self, pool: ServerPool, server: Server) -> ServerFacts:
+        with replies_of(server, "SGLang"):
+            return await self._facts(pool, server)
+
+    async def _facts(self, pool: ServerPool, server: Server) -> ServerFacts:
         info = await command(pool, server, "/server_info", None, timeout_s=_FACTS_S)
         version = str(info.get("version", ""))
         check_version(server, "SGLang", version, _OLDEST)
@@ -114,30 +120,31 @@ class SglangApi:
         meta = reply.get("meta_info") if isinstance(reply, dict) else None
         entries = (meta or {}).get("input_token_logprobs")
         wanted = list(ids[start:])
-        if not isinstance(entries, list) or [e[1] for e in entries[len(entries) - len(wanted) :]] != wanted:
+        own = entries[-len(wanted) :] if isinstance(entries, list) else []
+        # SGLang shows the last id of a vocabulary as 0; its log-probability is right.
+        if len(own) != len(wanted) or any(e[1] not in (i, 0) for e, i in zip(own, wanted, strict=True)):
             raise BadReply(f"{len(entries or ())} log-probabilities for {len(wanted)} tokens, or of others")
-        return [logprob_of(entry[0]) for entry in entries[len(entries) - len(wanted) :]]
+        return [logprob_of(entry[0]) for entry in own]
+
+    async def checksum(self, pool: ServerPool, server: Server) -> str | None:
+        if server.facts is None or "/weights_checker" not in server.facts.routes:
+            return None
+        reply = await command(pool, server, "/weights_checker", {"action": "checksum"})
+        digest: str | None = reply.get("per_engine_checksum")
+        return digest
 
     @asynccontextmanager
     async def updating(
         self, pool: ServerPool, server: Server, version: str, *, keep_running: bool
     ) -> AsyncIterator[None]:
-        # Otherwise the request that updates waits for those that run.
-        if keep_running:
+        if not keep_running:  # the request that updates waits for those that run
+            yield
+        else:
             # They return to the queue, and their states are computed again with the new weights.
             await command(pool, server, "/pause_generation", {"mode": "retract"})
-        try:
-            yield
-            check_weight_version(server, await self.weight_version(pool, server), version)
-        except BaseException:
-            with suppress(ServingError):  # report the first failure, not this one
-                await self._continue(pool, server, keep_running)
-            raise
-        await self._continue(pool, server, keep_running)
-
-    async def _continue(self, pool: ServerPool, server: Server, keep_running: bool) -> None:
-        if keep_running:
-            await command(pool, server, "/continue_generation", {})
+            async with restored(lambda: command(pool, server, "/continue_generation", {})):
+                yield
+        check_weight_version(server, await self.weight_version(pool, server), version)
 
     async def load_weights(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
         async with self.updating(pool, server, version, keep_running=False):
@@ -192,10 +199,11 @@ def _finish(reason: Any, ids: Sequence[int], eos_ids: Collection[int]) -> Finish
     )
     if kind == "length":
         return "length"
-    if kind == "stop" and isinstance(matched, str):
-        return "stop"
+    # First the end token: a stop text may be part of its text.
     if kind == "stop" and ids[-1] in eos_ids:
         return "eos"
+    if kind == "stop" and isinstance(matched, str):
+        return "stop"
     if kind == "stop":
         # SGLang has no way to end responses at the recipe's tokens only.
         raise ServingError(

@@ -6,8 +6,10 @@ Facts by version: vLLM's `entrypoints/scale_out` and `entrypoints/rl`. The serve
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +25,8 @@ from mergeopd.serving.protocol import (
     command,
     ids_of,
     logprob_of,
+    replies_of,
+    restored,
 )
 from mergeopd.serving.transport import BadReply, Server, ServerPool
 from mergeopd.types import Finish, Sampling
@@ -30,7 +34,7 @@ from mergeopd.types import Finish, Sampling
 GENERATE = "/inference/v1/generate"
 WORKER_EXTENSION = "mergeopd_vllm_worker.CpuWeights"
 EXTENSION_FOLDER = Path(__file__).with_name("worker_extension")
-_OLDEST = (0, 24)
+OLDEST = (0, 24)
 _FACTS_S = 20.0
 # Routes that weights need, and where they come from.
 _WEIGHT_ROUTES = ("/pause", "/resume", "/collective_rpc", "/reset_prefix_cache")
@@ -53,8 +57,12 @@ class VllmApi:
     name: ClassVar[str] = "vllm"
 
     async def facts(self, pool: ServerPool, server: Server) -> ServerFacts:
+        with replies_of(server, "vLLM"):
+            return await self._facts(pool, server)
+
+    async def _facts(self, pool: ServerPool, server: Server) -> ServerFacts:
         version = (await command(pool, server, "/version", None, timeout_s=_FACTS_S) or {}).get("version", "")
-        check_version(server, "vLLM", version, _OLDEST)
+        check_version(server, "vLLM", version, OLDEST)
         document = await command(pool, server, "/openapi.json", None, timeout_s=_FACTS_S)
         routes = frozenset(document.get("paths", ()))
         if GENERATE not in routes:
@@ -162,23 +170,27 @@ class VllmApi:
         except (KeyError, TypeError) as error:
             raise BadReply(f"a token has no log-probability ({error!r})") from error
 
+    async def checksum(self, pool: ServerPool, server: Server) -> str | None:
+        if server.facts is None or "/weight_checker" not in server.facts.routes:
+            return None
+        reply = await command(pool, server, "/weight_checker", {"action": "checksum"})
+        return hashlib.sha256(json.dumps(reply.get("checksums"), sort_keys=True).encode()).hexdigest()
+
     @asynccontextmanager
     async def updating(
         self, pool: ServerPool, server: Server, version: str, *, keep_running: bool
     ) -> AsyncIterator[None]:
         await command(pool, server, f"/pause?mode={'keep' if keep_running else 'wait'}", {})
-        try:
+        async with restored(lambda: command(pool, server, "/resume", {})):
             yield
-            # States of the old weights would be continued by the new ones.
-            await command(pool, server, "/reset_prefix_cache", {})
+            # States of the old weights would be continued by the new ones: those of running requests, too.
+            reset = f"/reset_prefix_cache?reset_running_requests={str(keep_running).lower()}"
+            reply = await command(pool, server, reset, {})
+            if isinstance(reply, dict) and reply.get("success") is False:
+                raise ServingError(f"{server.url}: has kept its prefix cache of older weights")
             if server.facts is not None and "/update_weight_version" in server.facts.routes:
                 await command(pool, server, "/update_weight_version", {"new_version": version})
                 check_weight_version(server, await self.weight_version(pool, server), version)
-        except BaseException:
-            with suppress(ServingError):  # report the first failure, not this one
-                await command(pool, server, "/resume", {})
-            raise
-        await command(pool, server, "/resume", {})
 
     async def load_weights(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
         async with self.updating(pool, server, version, keep_running=False):
@@ -231,8 +243,9 @@ def _finish(choice: dict[str, Any], ids: Sequence[int], eos_ids: Collection[int]
     reason, stop = choice.get("finish_reason"), choice.get("stop_reason")
     if reason == "length":
         return "length"
-    if reason == "stop" and isinstance(stop, str):
-        return "stop"
+    # First the end token: a stop text may be part of its text.
     if reason == "stop" and ids[-1] in eos_ids:
         return "eos"
+    if reason == "stop" and isinstance(stop, str):
+        return "stop"
     raise BadReply(f"the response ended with {reason!r} ({stop!r})")

@@ -15,21 +15,23 @@ LOCK_NAME = ".lock"
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path, setting: str = "output") -> Iterator[None]:
     """Lock a folder, creating it if missing, until the context ends or the process dies.
 
-    Raises StorageError if another process holds the lock (with its id), or if writing fails.
+    `setting` is the key of the recipe that names it. Raises StorageError if another process holds the lock
+    (with its id), or if writing fails.
     """
     path = folder / LOCK_NAME
-    with _opened(path, "output") as descriptor:
-        with named_failures("lock", path):
+    kind = "run folder" if setting == "output" else "folder"
+    with _opened(path, setting) as descriptor:
+        with named_failures("lock", path, setting):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 owner = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
                 raise StorageError(
-                    f"{folder}: another process (id {owner}) is using this run folder; "
-                    "wait for it, stop it, or choose another folder with --set output=..."
+                    f"{folder}: another process (id {owner}) is using this {kind}; "
+                    f"wait for it, stop it, or choose another folder with --set {setting}=..."
                 ) from None
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)

@@ -39,6 +39,7 @@ class RunFolder:
         self.metrics_file = path / run_layout.METRICS
         self.samples_file = path / run_layout.SAMPLES
         self.teacher_text_file = path / run_layout.TEACHER_TEXT
+        self.api_use_file = path / run_layout.API_USE
         self.accuracy_file = path / run_layout.ACCURACY
         self.alarms_file = path / run_layout.ALARMS
         self.spill = path / run_layout.SPILL

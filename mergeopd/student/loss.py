@@ -37,6 +37,7 @@ class Measured:
     support: Support | None
     temperature: float
     observe: Observe | None = None
+    top_ids: int | None = None
 
     @classmethod
     def of(cls, objective: DistillationObjective, observe: Observe | None = None) -> Measured:
@@ -90,6 +91,7 @@ def micro_loss(
             temperature=what.temperature,
             group=group,
             workspace=workspace,
+            top_ids=what.top_ids,
         )
     except ArithmeticError as error:
         raise NumericsError(micro.with_teacher_names(error)) from error

@@ -5,26 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 
 import torch
 from torch import Tensor
 
-from mergeopd.data.chat_template import ChatTemplate
+from mergeopd.data.canary import sample_ids
 from mergeopd.data.renderer import Renderer
 from mergeopd.errors import TeacherError
 from mergeopd.loss.heads import Head
 from mergeopd.loss.observe import observe
 from mergeopd.recipe.plan import TeacherPlan
 from mergeopd.teacher.protocol import TeacherSequence
-from mergeopd.types import Message, token_ids
+from mergeopd.types import token_ids
 
 # Log-probabilities differ by a few hundredths of a nat between bfloat16 and float32, and by whole nats for a
 # model with a re-initialised layer.
 _TOLERANCE_NATS = 0.1
 # Fraction of the largest possible entropy, log V, that no trained model reaches over a whole batch.
 _UNIFORM = 0.995
-_DAY = datetime(2026, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +52,10 @@ class Canary:
         Raises TeacherError when they differ by more than rounding.
         """
         head = replace(head, num_valid=self.vocab_size)
-        measured = logprobs(hidden_ND, head, self.sequence.response_ids.tolist())
+        self.compare(logprobs(hidden_ND, head, self.sequence.response_ids.tolist()))
+
+    def compare(self, measured: Sequence[float]) -> None:
+        """Compare measured log-probabilities of the sample with the card's. Raises TeacherError."""
         if len(measured) != len(self.logprobs):
             raise TeacherError(
                 f"teacher {self.teacher!r} cuts its card's sample into {len(measured)} tokens, the "
@@ -84,16 +85,6 @@ def refuse_uniform(teacher: str, mean_entropy: float, num_valid: int, temperatur
             f"(entropy {mean_entropy:.3f} of at most {largest:.3f} nats); its weights are not trained, "
             "or damaged"
         )
-
-
-def sample_ids(renderer: Renderer, prompt: str, response: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the ids of a sample, with the prompt rendered as a user's message on a fixed date."""
-    own = renderer.template
-    template = ChatTemplate(
-        own.source, own.special_tokens, name=own.name, now=lambda: _DAY, arguments=own.arguments
-    )
-    text = template.render((Message("user", prompt),))
-    return tuple(renderer.tokenizer.encode(text)), tuple(renderer.tokenizer.encode(response))
 
 
 def logprobs(hidden_ND: Tensor, head: Head, response_ids: Sequence[int]) -> list[float]:

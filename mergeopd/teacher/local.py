@@ -59,13 +59,15 @@ _ROWS = 256
 class TeacherSource:
     """A teacher's model folder, dtype and true vocabulary (`num_valid`).
 
-    With a `snapshot`, the folder gives the architecture only, and the weights are the snapshot's.
+    With a `snapshot`, the folder gives the architecture only, and the weights are the snapshot's. Without
+    `has_body`, only the prediction head is used, and the folder need not have more.
     """
 
     model: Path
     dtype: str
     num_valid: int
     snapshot: Snapshot | None = None
+    has_body: bool = True
 
 
 @dataclass(eq=False)
@@ -115,7 +117,7 @@ class LocalSession:
         Raises TeacherError when a hidden state is not finite.
         """
         states = self.hidden(sequences, max_tokens)
-        return states if spec.kind == "hidden" else _reduced(states, sequences, self.read_head(), spec)
+        return states if spec.kind == "hidden" else reduced(states, sequences, self.read_head(), spec)
 
     def generator(self) -> RolloutEngine:
         assert self.make_engine is not None, "opened without an engine"
@@ -197,7 +199,7 @@ class ResidentHeads:
         self._heads = {}
 
 
-def _reduced(
+def reduced(
     states: Iterable[tuple[int, Tensor]], sequences: Sequence[TeacherSequence], head: Head, spec: TargetSpec
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield `(index, numbers to keep [trained tokens, w])` for every `(index, hidden states)`, in order."""
@@ -243,7 +245,8 @@ class TeacherStore:
         self._skeletons: dict[tuple[str, str], PreTrainedModel] = {}
         self._bytes_read = Counter[str]()
         for name, checkpoint in self._checkpoints.items():
-            check_fit(self._skeleton(name), self._facts[name], checkpoint)
+            if sources[name].has_body:
+                check_fit(self._skeleton(name), self._facts[name], checkpoint)
 
     @contextmanager
     def open(self, name: str, make_engine: MakeEngine | None = None) -> Iterator[LocalSession]:

@@ -16,10 +16,12 @@ def grid_folder(tmp_path_factory):
     """Write models and recipes; the run folders lie in `runs`."""
     from grid_jobs import write_recipes
     from grid_runs import write_grid_job
+    from scoring_server import scoring_server
 
     folder = write_grid_job(tmp_path_factory.mktemp("grid"))
-    write_recipes(folder)
-    return folder
+    with scoring_server(folder / "two", "vllm") as server:
+        write_recipes(folder, server.url)
+        yield folder
 
 
 @pytest.fixture(scope="session")

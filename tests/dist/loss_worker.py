@@ -23,6 +23,7 @@ from mergeopd.loss import (
     SkewForwardKL,
     SkewReverseKL,
     Support,
+    TopK,
     fused_loss,
     observe,
 )
@@ -62,6 +63,7 @@ SUPPORTS = {
     "all tail": (Support(40, "union", "tail"), EVERY),
     "known tail": (Support(6, "teacher", "tail"), EVERY),
     "known generalised": (Support(6, "teacher", "generalised"), KLS),
+    "known student": (Support(6, "student", "tail"), EVERY),
 }
 
 
@@ -113,9 +115,17 @@ def run(hidden, head, teachers, labels, divergences, group, support=None):
         temperature=1.5,
         group=group,
         chunk_rows=4,
+        top_ids=6,
     )
     loss.backward()
     return loss.detach(), stats, [leaf.grad for leaf in leaves]
+
+
+def at_ids(whole, ids):
+    """A target at the student's ids, from one with all ids."""
+    logprobs = torch.empty_like(whole.logprobs).scatter(1, whole.ids, whole.logprobs)
+    others = logprobs.scatter(1, ids, -torch.inf)
+    return TopK(ids, logprobs.gather(1, ids), whole.logprob, whole.entropy, others.logsumexp(1), of="student")
 
 
 def worst(actual, wanted):
@@ -132,6 +142,11 @@ def compare(layout, divergences, dtype, num_teachers, group, support=None, num_k
     known = [
         observe(t.hidden, t.head, labels, temperature=1.5, top_k=support.k) for t in teachers[:num_known]
     ]
+    if support is not None and support.of == "student" and known:
+        ids = run(hidden, head, (), labels, (), None)[1].top_ids[:, : support.k].long()
+        known = [
+            at_ids(observe(teachers[0].hidden, teachers[0].head, labels, temperature=1.5, top_k=VOCAB), ids)
+        ]
     loss, stats, whole = run(
         hidden, head, [*known, *teachers[num_known:]], labels, divergences, None, support
     )
@@ -146,7 +161,9 @@ def compare(layout, divergences, dtype, num_teachers, group, support=None, num_k
     errors |= {
         field.name: worst(getattr(stats_tp, field.name), getattr(stats, field.name))
         for field in fields(stats)
+        if field.name != "top_ids"
     }
+    errors["top_ids"] = float((stats_tp.top_ids.sort(1).values != stats.top_ids.sort(1).values).sum())
     scale = whole[1].abs().max(), whole[2].abs().max()
     errors["dW"] = ((d_weight[:valid] - whole[1][span]).abs().sum() / scale[0]).item()
     errors["dbias"] = ((d_bias[:valid] - whole[2][span]).abs().sum() / scale[1]).item()

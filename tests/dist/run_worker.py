@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 warnings.filterwarnings("ignore")
 
 from mergeopd.distributed.communicator import SingleProcess, TorchCommunicator  # noqa: E402
-from mergeopd.engine.build import Machine, load_models  # noqa: E402
 from mergeopd.engine.clock import Clock  # noqa: E402
+from mergeopd.engine.models import Machine, load_models  # noqa: E402
 from mergeopd.engine.run import claim, train  # noqa: E402
 from mergeopd.engine.stages import Stages  # noqa: E402
 from mergeopd.errors import MergeopdError  # noqa: E402

@@ -17,7 +17,7 @@ from megatron_cases import write_dense
 from ranks import needs_megatron, run_ranks
 
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, load_models
+from mergeopd.engine.models import Machine, load_models
 from mergeopd.engine.schedule import split_updates
 from mergeopd.preflight.inputs import preflight
 

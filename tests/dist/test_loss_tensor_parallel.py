@@ -41,6 +41,7 @@ def test_ranks_equal_one_process(reports, layout, divergence, dtype, bound):
         "all tail",
         "known tail",
         "known generalised",
+        "known student",
     ],
 )
 @pytest.mark.parametrize("layout", ["2 even", "2 uneven", "2 padding only", "4 uneven", "4 padding only"])

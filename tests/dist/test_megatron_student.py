@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, load_models
+from mergeopd.engine.models import Machine, load_models
 from mergeopd.preflight.inputs import preflight
 from mergeopd.recipe.training import Optimizer
 from mergeopd.types import Rollout

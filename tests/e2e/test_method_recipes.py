@@ -20,6 +20,7 @@ from small_experts import load_script, small_agents, small_llama, small_settings
 from tiny_experts.agent.settings import AGENT_FOLDER
 from tiny_experts.llama.settings import FOLDER
 
+from mergeopd.api import record_targets
 from mergeopd.engine.run import run_recipe
 from mergeopd.errors import RecipeError
 from mergeopd.preflight.inputs import preflight
@@ -99,8 +100,10 @@ def unknown(line: dict[str, Any]) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs_to_its_end(project: Path, name: str) -> None:
-    whole = preflight(project / name).plan  # raises where `check` finds a problem
+    whole = preflight(project / name, records=True).plan  # raises where `check` finds a problem
     assert whole.name == Path(name).stem
+    if any(teacher.targets for teacher in whole.teachers.values()):
+        record_targets(project / name, set=shortened(whole))
     run_recipe(project / name, shortened(whole), None, ())
 
     folder = Path(whole.output)

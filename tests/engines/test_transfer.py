@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from mergeopd.errors import ServingError
 from mergeopd.rollout.protocol import EngineContext, GenerationRequest
-from mergeopd.rollout.served import RunningServers, ServedEngine
+from mergeopd.rollout.served import ServedEngine
+from mergeopd.rollout.servers import RunningServers
 from mergeopd.rollout.transfer import GroupTransfer, TransferSync
 from mergeopd.serving.sglang import SglangApi
 from mergeopd.serving.transport import ServerPool

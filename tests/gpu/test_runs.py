@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, load_models
+from mergeopd.engine.models import Machine, load_models
 from mergeopd.preflight.inputs import preflight
 from mergeopd.reporting.events import EvaluationDone
 from mergeopd.rollout.local import Generator, generate

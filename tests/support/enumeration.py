@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from mergeopd.batch.objective import phase_objective
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, Models, build, build_environments, load_models
+from mergeopd.engine.build import build, build_environments
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.engine.loop import Trainer
+from mergeopd.engine.models import Machine, Models, load_models
 from mergeopd.engine.samples import SampleTaker
 from mergeopd.engine.score import CollectedRound
 from mergeopd.engine.stages import Stages
@@ -54,6 +55,7 @@ def teacher_rollouts_of(parts: Models, reporter: Reporter | None = None) -> Teac
         student=parts.inputs.student,
         renderers=parts.inputs.teachers,
         teachers=parts.teachers,
+        api_teachers={},
         views=parts.views,
         environments=build_environments(parts.plan.sources, parts.plan, SingleProcess()),
         stages=stages,

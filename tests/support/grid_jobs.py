@@ -21,7 +21,7 @@ GRIDS = {
     "TP2xPP2 sequence": (2, 2, 4),
 }
 # Recipes on grids: in `make test`, and in `make test-dist`.
-SHORT = (("cold start", "TP2xPP2"), ("mixed", "TP2xDP2"), ("reduced", "PP2xDP2"))
+SHORT = (("cold start", "TP2xPP2"), ("mixed", "TP2xDP2"), ("reduced", "PP2xDP2"), ("served", "TP2xPP2"))
 LONG = (
     ("cold start", "DP4"),
     ("mixed", "TP2xPP2"),
@@ -29,6 +29,7 @@ LONG = (
     ("reduced", "TP2xPP2 sequence"),
     ("selves", "TP2xDP2"),
     ("recorded", "TP2xPP2"),
+    ("served", "TP2xDP2"),
 )
 # Machines of the four ranks: both stages of TP2xPP2 apart, or both copies of TP2xDP2.
 APART = ("m0", "m0", "m1", "m1")
@@ -41,6 +42,21 @@ COUNTED: dict[str, Any] = {
     ],
 }
 _CARDS = {name: f"{name}.yaml" for name in ("one", "two", "three")}
+# The student's ranks of the last stage know its top k, which the server of teacher two is asked for.
+SERVED: dict[str, Any] = {
+    "phases": [
+        {
+            "name": "merge",
+            "updates": 4,
+            "updates_per_round": 2,
+            "prompts_per_round": 9,
+            "loss": {"reverse_kl": 1.0, "support": {"top_k": 3, "of": "student"}},
+            "balance": {"tokens": "equal", "follow_gap": 0.5},
+        }
+    ],
+    "teachers": {**_CARDS, "two": "served.yaml"},
+    "optimizer": {"lr": 1e-3, "eps": 1e-4},
+}
 _MERGE = {"name": "p", "updates": 3, "prompts_per_round": 13, "loss": "reverse_kl"}
 # Recipes that end with an error: the teacher, and the model that replaces it.
 _STAND_INS = {
@@ -74,9 +90,12 @@ STOPS = {
 }
 
 
-def write_recipes(folder: Path) -> None:
-    """Write all recipes of this module beside the job's models."""
+def write_recipes(folder: Path, url: str) -> None:
+    """Write all recipes of this module beside the job's models; teacher two is served at `url`."""
     write_recipe(folder, "counted", COUNTED)
+    card = {"card": 1, "name": "two", "model": "two", "served": {"url": url, "engine": "vllm"}}
+    (folder / "served.yaml").write_text(json.dumps(card))
+    write_recipe(folder, "served", SERVED)
     for name, recipe in BROKEN.items():
         write_recipe(folder, name, recipe)
     _write_bad_teachers(folder)

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, build, load_models
+from mergeopd.engine.build import build
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
+from mergeopd.engine.models import Machine, load_models
 from mergeopd.preflight.inputs import preflight
 from mergeopd.reporting.events import Event, UpdateDone
 from mergeopd.storage.run_folder import RunFolder

@@ -49,9 +49,10 @@ def run_mergeopd(arguments: argparse.Namespace, steps: Steps) -> None:
     import torch
 
     from mergeopd.distributed.communicator import SingleProcess
-    from mergeopd.engine.build import Machine, build, load_models
+    from mergeopd.engine.build import build
     from mergeopd.engine.clock import Clock
     from mergeopd.engine.interrupt import Interrupt
+    from mergeopd.engine.models import Machine, load_models
     from mergeopd.engine.progress import Progress
     from mergeopd.preflight.inputs import preflight
     from mergeopd.reporting.events import RunStarted, UpdateDone

@@ -10,6 +10,7 @@ from itertools import groupby, pairwise
 from mergeopd.reporting.jsonl import UpdateRecord
 from mergeopd.reporting.page.run_data import RunData
 from mergeopd.reporting.terminal.timing import clock_text
+from mergeopd.storage.chat_replies import ApiUse, use_text
 
 _STAGES = ("rollout", "teachers", "update")  # of every round
 
@@ -54,6 +55,7 @@ class RunCost:
     flops: Mapping[str, float]
     peak_memory_bytes: int
     teacher_bytes: int
+    api_use: Sequence[ApiUse] = ()
     serving: ServingTime | None = None
 
     def rows(self) -> dict[str, str]:
@@ -72,6 +74,8 @@ class RunCost:
             rows["peak memory of a process"] = f"{self.peak_memory_bytes / 2**30:.2f} GiB"
         if self.teacher_bytes:
             rows["teacher weights read"] = f"{self.teacher_bytes / 2**30:.3g} GiB"
+        for use in self.api_use:
+            rows[f"API of {use.teacher}"] = use_text(use)
         if self.serving is not None:
             rows |= self.serving.rows()
         return rows
@@ -112,6 +116,7 @@ def cost_of(data: RunData) -> RunCost:
         flops=flops,
         peak_memory_bytes=max((cost.peak_memory_bytes for cost in costs), default=0),
         teacher_bytes=_over_restarts([cost.teacher_bytes_read for cost in costs]),
+        api_use=data.api_use,
         serving=_serving_time(data.updates),
     )
 

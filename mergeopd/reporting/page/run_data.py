@@ -14,6 +14,7 @@ from mergeopd.reporting.events import AccuracyMeasured, AlarmRaised, RolloutSamp
 from mergeopd.reporting.jsonl import UpdateRecord
 from mergeopd.reporting.result import Result, read_result
 from mergeopd.storage import run_layout
+from mergeopd.storage.chat_replies import ApiUse, read_use
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.responses import EvaluatedResponse, read_responses
 from mergeopd.storage.teacher_text import GradedText, KeptShare, kept_shares
@@ -34,7 +35,7 @@ class RunData:
 
     `document` is plan.yaml, `responses` are the evaluated ones of merged student, base and experts, by model
     key; `notes` list what is missing or damaged; `text_kept` is what phases with `keep` have left of the
-    teachers' text.
+    teachers' text, `api_use` what teachers behind APIs have counted.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class RunData:
     exported: bool
     notes: tuple[str, ...]
     text_kept: tuple[KeptShare, ...] = ()
+    api_use: tuple[ApiUse, ...] = ()
 
     @property
     def plan(self) -> Mapping[str, Any]:
@@ -99,9 +101,19 @@ def load_run(folder: Path) -> RunData:
         )
     responses = {} if result is None else _responses(folder / run_layout.EVALUATION, result, notes)
     text_kept = kept_shares(_lines(folder, run_layout.TEACHER_TEXT, _GRADED, notes))
-    noted = tuple(notes)
     return RunData(
-        folder, document, updates, samples, accuracy, alarms, result, responses, exported, noted, text_kept
+        folder,
+        document,
+        updates,
+        samples,
+        accuracy,
+        alarms,
+        result,
+        responses,
+        exported,
+        tuple(notes),
+        text_kept,
+        read_use(folder / run_layout.API_USE),
     )
 
 

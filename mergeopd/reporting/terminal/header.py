@@ -35,7 +35,7 @@ def _models(facts: RunFacts) -> Iterator[tuple[str, str]]:
         ),
     )
     teachers = (
-        f"{name} (the student)" if size is None else f"{name} {count(size)}"
+        f"{name} ({size})" if isinstance(size, str) else f"{name} {count(size)}"
         for name, size in facts.teachers.items()
     )
     yield "teachers", ", ".join(teachers)

@@ -14,6 +14,7 @@ from mergeopd.reporting.events import AccuracyMeasured, AlarmRaised, RunFinished
 from mergeopd.reporting.result import KINDS, AlarmSummary, Estimate, Kind, Result, grade
 from mergeopd.reporting.terminal.glyphs import plain_text, table
 from mergeopd.reporting.terminal.timing import split_line
+from mergeopd.storage.chat_replies import use_text
 from mergeopd.storage.folders import MODEL_CARD
 
 _MISSING = "-"
@@ -42,6 +43,8 @@ class ResultTable:
                 f"phase {kept.phase} kept {kept.kept_fraction:.0%} of the {kept.num_responses} responses of "
                 f"{kept.teacher} in domain {kept.domain}"
             )
+        for use in result.api_use:
+            yield Text(f"{use.teacher} gave {use_text(use)}")
         if len(result.models) > len(result.kinds):
             yield Text()
             yield self._matrix(ascii_only)

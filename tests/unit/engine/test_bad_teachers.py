@@ -10,16 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mergeopd.data.canary import sample_ids
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, build, load_models
+from mergeopd.engine.build import build
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
+from mergeopd.engine.models import Machine, load_models
 from mergeopd.engine.progress import Progress
 from mergeopd.errors import MergeopdError, RecipeError, TeacherError
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.preflight.inputs import preflight
 from mergeopd.reporting.events import Reporters, UpdateDone
-from mergeopd.teacher.canary import logprobs, sample_ids
+from mergeopd.teacher.canary import logprobs
 from mergeopd.teacher.protocol import TargetSpec, TeacherSequence
 
 CPU = torch.device("cpu")

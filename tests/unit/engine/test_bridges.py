@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from mergeopd.align.responses import Unaligned
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, Models, build_evaluation, load_models
+from mergeopd.engine.build import build_evaluation
 from mergeopd.engine.clock import Clock
+from mergeopd.engine.models import Machine, Models, load_models
 from mergeopd.engine.stages import Stages
 from mergeopd.preflight.inputs import preflight
 from mergeopd.reporting.events import Event, Note

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine import checkpoint
-from mergeopd.engine.build import Machine, load_models
 from mergeopd.engine.checkpoint import Checkpoints, Record
+from mergeopd.engine.models import Machine, load_models
 from mergeopd.engine.progress import Progress
 from mergeopd.preflight.inputs import preflight
 from mergeopd.reporting.jsonl import RecordsReporter

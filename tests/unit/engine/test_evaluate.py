@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, build_evaluation
+from mergeopd.engine.build import build_evaluation
 from mergeopd.engine.clock import Clock
+from mergeopd.engine.models import Machine
 from mergeopd.engine.stages import Stages
 from mergeopd.errors import RecipeError
 from mergeopd.preflight.inputs import preflight

@@ -27,7 +27,7 @@ from enumeration import (
 )
 
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, Models, load_models
+from mergeopd.engine.models import Machine, Models, load_models
 from mergeopd.engine.schedule import split_updates
 from mergeopd.preflight.inputs import preflight
 from mergeopd.types import Prompt, Rollout

@@ -25,7 +25,7 @@ from enumeration import (
     rollout_logprobs,
 )
 
-from mergeopd.engine.build import Models
+from mergeopd.engine.models import Models
 from mergeopd.types import Rollout, token_flags
 
 TURNS = [(EOS,), *((x, EOS) for x in range(4))]

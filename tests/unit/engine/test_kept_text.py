@@ -65,8 +65,8 @@ def test_only_correct_responses_are_learned_from_and_counted(
     rounds = []
     collect = SynchronousPipeline._collect
 
-    def collected(self: SynchronousPipeline, tasks: list[Task], settings: Any) -> Any:
-        rounds.append((tasks, collect(self, tasks, settings)))
+    def collected(self: SynchronousPipeline, tasks: list[Task], settings: Any, progress: Any) -> Any:
+        rounds.append((tasks, collect(self, tasks, settings, progress)))
         return rounds[-1][1]
 
     monkeypatch.setattr(SynchronousPipeline, "_collect", collected)

@@ -14,10 +14,11 @@ from recorded_runs import Recorder, run_recorded
 from safetensors.torch import load_file
 
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, build, load_models
+from mergeopd.engine.build import build
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.evaluate import Evaluation
 from mergeopd.engine.interrupt import Interrupt
+from mergeopd.engine.models import Machine, load_models
 from mergeopd.engine.progress import Progress
 from mergeopd.preflight.inputs import preflight
 from mergeopd.reporting.comparison import Measured

@@ -24,7 +24,7 @@ from enumeration import (
     rollouts_of,
 )
 
-from mergeopd.engine.build import Models
+from mergeopd.engine.models import Models
 from mergeopd.engine.schedule import split_updates
 from mergeopd.teacher.token_view import SameTokens
 from mergeopd.types import Rollout

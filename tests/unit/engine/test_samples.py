@@ -16,9 +16,10 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, build, load_models
+from mergeopd.engine.build import build
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
+from mergeopd.engine.models import Machine, load_models
 from mergeopd.engine.samples import PER_DOMAIN, choose, is_due, token_texts
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.preflight.inputs import preflight

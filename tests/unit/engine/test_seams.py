@@ -13,9 +13,10 @@ from enumeration import CPU, on_support
 from torch import Tensor, nn
 
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, build, load_models
+from mergeopd.engine.build import build
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
+from mergeopd.engine.models import Machine, load_models
 from mergeopd.engine.progress import Progress
 from mergeopd.errors import RecipeError
 from mergeopd.loss.heads import Head

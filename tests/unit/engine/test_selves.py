@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, Models, build, build_evaluation, load_models
+from mergeopd.engine.build import build, build_evaluation
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
+from mergeopd.engine.models import Machine, Models, load_models
 from mergeopd.engine.progress import Task
 from mergeopd.engine.stages import Stages
 from mergeopd.errors import RecipeError

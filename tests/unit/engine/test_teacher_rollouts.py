@@ -14,7 +14,7 @@ import torch
 from enumeration import teacher_rollouts_of
 
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, load_models
+from mergeopd.engine.models import Machine, load_models
 from mergeopd.engine.progress import Task
 from mergeopd.preflight.inputs import preflight
 from mergeopd.reporting.events import Event, Note, StageStarted

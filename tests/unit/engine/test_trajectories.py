@@ -19,9 +19,10 @@ from torch import Tensor
 from mergeopd.batch.collate import PreparedUpdate
 from mergeopd.batch.objective import phase_objective
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, Models, build, load_models
+from mergeopd.engine.build import build
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
+from mergeopd.engine.models import Machine, Models, load_models
 from mergeopd.engine.progress import Task
 from mergeopd.engine.rollouts import dataset_rollout
 from mergeopd.engine.samples import SampleTaker

@@ -12,7 +12,7 @@ from enumeration import CPU, VERIFIER, trainer_of
 
 import mergeopd
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, load_models
+from mergeopd.engine.models import Machine, load_models
 from mergeopd.engine.progress import Progress
 from mergeopd.preflight.inputs import preflight
 

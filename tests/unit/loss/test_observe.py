@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mergeopd.loss.heads import Head
-from mergeopd.loss.observe import top_logits
+from mergeopd.loss.observe import observe, top_logits
+from mergeopd.loss.targets import TopK
 
 
 @pytest.mark.parametrize("cut", [None, 7, 38], ids=["whole", "two shards", "few rows in the second"])
@@ -32,3 +33,23 @@ def test_top_logits_of_shards_are_those_of_the_whole_vocabulary(cut: int | None)
     best, order = torch.cat(logits, 1).topk(3)
     torch.testing.assert_close((best - log_mass[:, None]).double(), expected.values, rtol=1e-5, atol=1e-5)
     assert torch.equal(torch.cat(ids, 1).gather(1, order), expected.indices)
+
+
+@pytest.mark.parametrize("k", [1, 4, 7])
+def test_the_largest_of_a_top_k_are_those_of_a_smaller_one(k: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    hidden = 4 * torch.randn(50, 8, generator=generator, dtype=torch.float64)
+    head = Head(torch.randn(30, 8, generator=generator, dtype=torch.float64))
+    labels = torch.randint(30, (50,), generator=generator)
+    logprobs = torch.log_softmax(hidden @ head.weight.T, 1)
+    whole = observe(hidden, head, labels, top_k=7)
+    assert isinstance(whole, TopK)
+    cut = whole.largest(k)
+    values, ids = logprobs.topk(k)
+    order = cut.logprobs.argsort(dim=1, descending=True)
+    assert torch.equal(cut.ids.gather(1, order), ids)
+    torch.testing.assert_close(cut.logprobs.gather(1, order), values, rtol=0, atol=1e-12)
+    others = logprobs.scatter(1, ids, -torch.inf).logsumexp(1)
+    torch.testing.assert_close(cut.log_tail, others, rtol=0, atol=1e-12)
+    assert torch.equal(cut.logprob, whole.logprob)
+    assert torch.equal(cut.entropy, whole.entropy)

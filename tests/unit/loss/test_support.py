@@ -1,6 +1,7 @@
 """Top-k supports against their definition, token by token, on full logits with autograd in float64."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -382,6 +383,33 @@ def test_candidates_as_actions_pull_like_the_generalised_kl_over_the_mass_inside
 @pytest.mark.parametrize("rest", MEASURABLE)
 @pytest.mark.parametrize("k", [1, 6, 23, 30])
 @pytest.mark.parametrize("option", OPTIONS)
+def test_the_students_top_k_equals_hidden_states(reference, option, k, rest):
+    problem = reference.problem(**OPTIONS[option])
+    support, divergences = Support(k, "student", rest), MEASURABLE[rest]
+    with torch.no_grad():
+        ids = run(problem, plain, (), None, (), temperature=1.5, chunk_rows=5, top_ids=k)[1].top_ids.long()
+    assert ids.shape == (len(problem.labels), min(k, 23))
+    whole = [at_ids(top, ids.flip(1)) for top in observed(problem, 23, temperature=1.5)]
+    for targets in (whole, [problem.targets[0], *whole[1:]], [whole[0], *problem.targets[1:]]):
+        wanted = run(problem, mixed(problem), divergences, support, temperature=1.5)
+        again = run(problem, mixed(problem), divergences, support, targets, temperature=1.5, chunk_rows=5)
+        assert_same(again, wanted, problem, reference)
+    unknown = [replace(target, entropy=target.entropy * torch.nan) for target in whole]
+    assert run(problem, plain, divergences, support, unknown, temperature=1.5)[1].entropy_T.isnan().all()
+    with pytest.raises(ValueError, match="only the student's top"):
+        run(problem, plain, divergences, Support(k, "teacher", rest), whole, temperature=1.5)
+
+
+def at_ids(whole, ids):
+    """A target at other ids, from one with all ids."""
+    logprobs = torch.empty_like(whole.logprobs).scatter(1, whole.ids, whole.logprobs)
+    others = logprobs.scatter(1, ids, -torch.inf)
+    return TopK(ids, logprobs.gather(1, ids), whole.logprob, whole.entropy, others.logsumexp(1), of="student")
+
+
+@pytest.mark.parametrize("rest", MEASURABLE)
+@pytest.mark.parametrize("k", [1, 6, 23, 30])
+@pytest.mark.parametrize("option", OPTIONS)
 def test_observed_top_k_equals_hidden_states(reference, option, k, rest):
     problem = reference.problem(**OPTIONS[option])
     support, divergences = Support(k, "teacher", rest), MEASURABLE[rest]
@@ -585,7 +613,7 @@ def test_broken_top_k(reference):
     broken = top.logprobs.clone()
     broken[6, 1] = -torch.inf
     call(ArithmeticError, r"from target 0: not finite at 1 of .*first at 6", logprobs=broken)
-    call(ArithmeticError, "target 0: not finite at 13", entropy=top.entropy * torch.nan)
+    call(ArithmeticError, "target 0: not finite at 13", logprob=top.logprob * torch.nan)
     short = TopK(top.ids[1:], top.logprobs[1:], top.logprob[1:], top.entropy[1:], top.log_tail[1:])
     with pytest.raises(ValueError, match="target 0: it has 12 tokens, the student 13"):
         run(problem, plain, KLS, support, [short])

@@ -91,7 +91,8 @@ def test_the_refusal_names_the_sizes(plan: Callable[..., Plan], monkeypatch: pyt
     assert str(caught.value).endswith(
         "does not fit: 2 x 2.00 GiB for unsharded replicas that generate, 2 x 4.00 GiB for snapshots of "
         "the student and 2 x 12.00 GiB for training are more than the 5.50 GiB that this machine has free; "
-        "use more machines or fewer processes on each, or student.dtype: bfloat16"
+        "use more machines or fewer processes on each, student.dtype: bfloat16, or inference servers "
+        "(rollout.engine: vllm or sglang), which need no replica here"
     )
 
 

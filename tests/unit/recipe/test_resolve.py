@@ -12,6 +12,7 @@ import pytest
 from mergeopd.config.folders import project_folder
 from mergeopd.errors import Location
 from mergeopd.recipe.resolve import read
+from mergeopd.recipe.served import Served
 
 
 def problems(path: Path | str, overrides: tuple[str, ...] = ()) -> list[tuple[str, str, str]]:
@@ -41,8 +42,15 @@ def test_a_good_recipe_becomes_a_plan_with_absolute_paths_and_all_defaults(proje
         "canary": None,
         "weight": 1.0,
         "licence": "Apache-2.0",
+        "api": None,
+        "targets": None,
+        "served": None,
     }
     assert "licence" not in plan.content["teachers"]["chat"]  # may change when a run is resumed
+    served = Served(url=["http://127.0.0.1:1"], engine="vllm")
+    chat = plan.teachers["chat"].model_copy(update={"served": served})
+    moved = plan.model_copy(update={"teachers": {**plan.teachers, "chat": chat}})
+    assert moved.content["teachers"]["chat"]["served"] == {"engine": "vllm", "hidden_states": False}
     assert [source.name for source in plan.sources] == ["math", "code", "chat"]
     # Prompt weight x card weight; the third source names no teacher, and chat's card lists its domain.
     assert [source.teachers for source in plan.sources] == [

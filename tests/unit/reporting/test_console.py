@@ -312,7 +312,7 @@ def test_a_resumed_run_continues_its_curves_and_its_clock() -> None:
 
 def test_the_header_names_models_and_machine() -> None:
     facts = RunFacts(
-        "models/base", "bfloat16", 7_615_616_512, 7_615_616_512, {"math": 1_720_574_976, "self": None},
+        "models/base", "bfloat16", 7_615_616_512, 7_615_616_512, {"math": 1_720_574_976, "self": "the student"},
         "cuda (NVIDIA H200)", 4, 2,
     )  # fmt: skip
     lines = dict(header(replace(START, facts=facts)))

@@ -20,7 +20,8 @@ from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore
 from mergeopd.errors import ServingError
 from mergeopd.rollout import vllm_transfer
 from mergeopd.rollout.protocol import EngineContext, GenerationRequest
-from mergeopd.rollout.served import RunningServers, ServedEngine
+from mergeopd.rollout.served import ServedEngine
+from mergeopd.rollout.servers import RunningServers
 from mergeopd.rollout.transfer import GroupTransfer, TransferSync
 from mergeopd.rollout.vllm_transfer import VllmTransfer
 from mergeopd.serving.sglang import SglangApi
@@ -358,7 +359,7 @@ def test_vllms_classes_send_what_the_student_has_between_pause_and_resume(traine
             assert all(torch.equal(engine.read[name], one) for name, one in source.tensors().items())
         commands = [path for path, body in fake.calls if body is not None]
         transferred = ["/start_weight_update", "/update_weights", "/finish_weight_update"]
-        ends = ["/reset_prefix_cache", "/update_weight_version", "/resume"]
+        ends = ["/reset_prefix_cache?reset_running_requests=true", "/update_weight_version", "/resume"]
         assert commands == ["/pause?mode=keep", *transferred, *ends]
         assert (engine.info.rank, engine.info.world_size, engine.info.packed) == (0, 5, True)
         assert source.passes == [3, 3, 3]  # the first only for their facts

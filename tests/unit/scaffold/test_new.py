@@ -23,12 +23,14 @@ from transformers import AutoModelForCausalLM
 from mergeopd.config.load import load_card
 from mergeopd.config.parse import parse
 from mergeopd.config.tree import SourceLocation, plain
+from mergeopd.data.canary import sample_ids
 from mergeopd.data.chat_template import ChatTemplate
 from mergeopd.data.renderer import Renderer
 from mergeopd.distributed.communicator import SingleProcess
-from mergeopd.engine.build import Machine, build, load_models
+from mergeopd.engine.build import build
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.interrupt import Interrupt
+from mergeopd.engine.models import Machine, load_models
 from mergeopd.engine.progress import Progress
 from mergeopd.errors import Location, RecipeError, StorageError, TeacherError
 from mergeopd.models.checkpoint import Checkpoint
@@ -47,7 +49,6 @@ from mergeopd.scaffold.teacher import (
     take_canary,
     write_card,
 )
-from mergeopd.teacher.canary import sample_ids
 
 NASTY = [
     "",
@@ -377,17 +378,19 @@ def test_only_the_given_files_are_used(project: Path) -> None:
 
 def test_files_that_do_not_fit_are_left_out_with_a_note(project: Path) -> None:
     write_cards(a=["left"], b=["right"], c=["poems"])
+    Path("teachers/w.yaml").write_text("card: 1\nname: w\napi: {url: 'https://host/v1', model: writer}\n")
     Path("data/misc.jsonl").write_text('{"prompt": "a"}\n')
     Path("data/right_eval.jsonl").write_text('{"prompt": "a"}\n')
     inputs, left_out = new_recipe(NewRecipeOptions("r", "base", (), ()))
     assert set(inputs.plan.teachers) == {"a", "b"}
     assert left_out == (
+        "teachers/w.yaml: a model behind an API writes text only; add it to the recipe by hand",
         "data/misc.jsonl: its name contains none of the domains left, right, poems",
         "data/right_eval.jsonl: no verifier fits all of its references",
         "teachers/c.yaml: no prompts for teacher 'c' (domain poems)",
     )
     text = Path("recipes/r.yaml").read_text()
-    assert all(f"# left out: '{note}'" in text or f"# left out: {note}" in text for note in left_out[:2])
+    assert all(f"# left out: '{note}'" in text or f"# left out: {note}" in text for note in left_out[:3])
 
 
 def test_the_names_and_fields_of_data_sets(project: Path) -> None:

@@ -1,0 +1,227 @@
+"""The models of a run: student, teachers and their token views, loaded from checked inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+from mergeopd.data.renderer import Renderer
+from mergeopd.distributed.communicator import Communicator, scatter_gather
+from mergeopd.engine.checkpoint import Checkpoints
+from mergeopd.loss.cross_tokenizer import Bridge
+from mergeopd.models.facts import ModelFacts
+from mergeopd.preflight.inputs import Inputs
+from mergeopd.preflight.memory import refuse_without_room
+from mergeopd.recipe.plan import Plan, TeacherPlan
+from mergeopd.rollout.local import LocalEngine
+from mergeopd.rollout.protocol import EngineContext, ReplicaSource, RolloutEngine
+from mergeopd.storage.run_folder import RunFolder
+from mergeopd.student.protocol import Student
+from mergeopd.student.torch import TorchStudent
+from mergeopd.teacher.bridges import measure
+from mergeopd.teacher.canary import Canary
+from mergeopd.teacher.local import LocalTeacher, TeacherSource, TeacherStore
+from mergeopd.teacher.protocol import Teacher, capabilities
+from mergeopd.teacher.recorded import RecordedTargets, RecordedTeacher
+from mergeopd.teacher.served import ServedModel, ServedTeacher
+from mergeopd.teacher.snapshots import StudentSnapshots
+from mergeopd.teacher.target_folder import complete_manifest, verify_shards
+from mergeopd.teacher.token_view import AlignedTokens, SameTokens, TokenView
+from mergeopd.teacher.weight_reader import MappedReader, Reader, ShardedReader
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device and the processes of a run."""
+
+    device: torch.device
+    ranks: Communicator
+
+    @property
+    def shares_pages(self) -> bool:
+        """Whether all processes share the pages of mapped files."""
+        return self.device.type == "cpu" and len(set(self.ranks.machines)) == 1
+
+
+def engine_context(renderer: Renderer, inputs: Inputs, machine: Machine) -> EngineContext:
+    return EngineContext(
+        eos_ids=renderer.eos_ids,
+        tokenizer=renderer.tokenizer,
+        device=machine.device,
+        seed=inputs.plan.seed,
+        deal=partial(scatter_gather, machine.ranks),
+        run_on_first=machine.ranks.run_on_first,
+    )
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a run in their roles, with a token view for each teacher."""
+
+    inputs: Inputs
+    machine: Machine
+    student: Student
+    snapshots: StudentSnapshots
+    teachers: Mapping[str, Teacher]
+    views: Mapping[str, TokenView]
+
+    @property
+    def plan(self) -> Plan:
+        return self.inputs.plan
+
+    def checkpoints(self) -> Checkpoints:
+        folder = RunFolder(Path(self.plan.output)).checkpoints
+        return Checkpoints(folder, self.plan, self.student, self.snapshots, self.machine.ranks)
+
+
+def load_models(
+    inputs: Inputs,
+    machine: Machine,
+    teachers: Mapping[str, Teacher] = MappingProxyType({}),
+    announce: Callable[[str], None] = lambda _: None,
+) -> Models:
+    """Load the student and open the teachers; the processes of a machine divide its threads. Collective.
+
+    `teachers` take the place of the recipe's teachers of these names; `announce` gets what is being built.
+
+    Raises ModelError for checkpoints that do not fit configs, and for a student that does not fit the grid or
+    for whose unsharded replicas the machine has no memory.
+    """
+    plan = inputs.plan
+    divide_threads(plan, machine)
+    student = _student(inputs, machine)
+    rules = [t.snapshot_rule for t in plan.teachers.values() if t.snapshot_rule is not None]
+    snapshots = StudentSnapshots(rules, student.weights, student.master_weights)
+    return Models(
+        inputs=inputs,
+        machine=machine,
+        student=student,
+        snapshots=snapshots,
+        teachers=_recorded(
+            {**build_teachers(inputs, machine, snapshots, skip=teachers.keys()), **teachers},
+            inputs,
+            machine,
+            announce,
+        ),
+        views=build_views(inputs, machine, announce),
+    )
+
+
+def _student(inputs: Inputs, machine: Machine) -> Student:
+    plan, num_valid = inputs.plan, inputs.vocab_size
+    folder, dtype, device = Path(plan.student.model), plan.student.dtype, machine.device
+    if plan.student.backend == "torch":
+        return TorchStudent(folder, dtype=dtype, num_valid=num_valid, optimizer=plan.optimizer, device=device)
+    # Imported here, since Megatron is an extra and changes the process that imports it.
+    from mergeopd.student.megatron.grid import Grid
+    from mergeopd.student.megatron.step import MegatronStudent
+
+    parallel = plan.student.parallel
+    refuse_without_room(plan, device, machine.ranks)
+    grid = Grid.open(tensor=parallel.tensor, pipeline=parallel.pipeline, sequence_parallel=parallel.sequence)
+    return MegatronStudent(
+        folder,
+        dtype=dtype,
+        num_valid=num_valid,
+        optimizer=plan.optimizer,
+        grid=grid,
+        device=device,
+        recompute=parallel.recompute,
+        layers=parallel.layers,
+    )
+
+
+def build_teachers(
+    inputs: Inputs, machine: Machine, snapshots: StudentSnapshots, *, skip: Collection[str]
+) -> dict[str, Teacher]:
+    """Build the recipe's teachers, whose weights are read by one store."""
+    plans = {n: t for n, t in inputs.plan.teachers.items() if n not in skip and t.api is None}
+    sources = {
+        name: _source(teacher, inputs, snapshots) for name, teacher in plans.items() if teacher.needs_head
+    }
+    # Each process reads a part of the bytes if several need their own copies. On one machine's CPUs, they
+    # share the pages of mapped files, so each file is read once anyway.
+    is_mapped = machine.ranks.size == 1 or machine.shares_pages
+    reader: Reader = MappedReader() if is_mapped else ShardedReader(machine.ranks)
+    store = TeacherStore(sources, machine.device, reader)
+
+    def make_engine(name: str, source: ReplicaSource) -> RolloutEngine:
+        context = engine_context(inputs.teachers[name], inputs, machine)
+        return LocalEngine(source, context, inputs.plan.rollout.batch_size)
+
+    def make(name: str, teacher: TeacherPlan) -> Teacher:
+        canary, run_on_first = Canary.of(teacher, inputs.teachers[name]), machine.ranks.run_on_first
+        own = capabilities(teacher)
+        if teacher.served is None:
+            return LocalTeacher(name, store, own, canary, run_on_first, partial(make_engine, name))
+        facts = ModelFacts.read(teacher.folder)
+        num_valid = _num_valid(teacher, inputs)
+        model = ServedModel(facts.hidden_size, facts.vocab_rows, num_valid, teacher.dtype)
+        head = store if teacher.needs_head else None
+        num_ranks = machine.ranks.size
+        return ServedTeacher(name, teacher.served, model, own, head, canary, run_on_first, num_ranks)
+
+    return {name: make(name, teacher) for name, teacher in plans.items()}
+
+
+def _recorded(
+    teachers: Mapping[str, Teacher], inputs: Inputs, machine: Machine, announce: Callable[[str], None]
+) -> dict[str, Teacher]:
+    """Replace the teachers whose targets the recipe names by these. Collective.
+
+    Raises StorageError for a folder that is not complete, or damaged.
+    """
+    teachers = dict(teachers)
+    for name, plan in inputs.plan.teachers.items():
+        if plan.targets is None:
+            continue
+        folder = Path(plan.targets)
+        manifest = complete_manifest(folder)
+        announce(f"verifying the targets of {name}, {manifest.num_bytes / 2**30:,.1f} GiB")
+        machine.ranks.run_on_first(partial(verify_shards, folder, manifest.shards))
+        teachers[name] = RecordedTeacher(teachers[name], RecordedTargets(folder, manifest), machine.device)
+    return teachers
+
+
+def divide_threads(plan: Plan, machine: Machine) -> None:
+    torch.set_num_threads(max(1, plan.threads // machine.ranks.num_local))
+
+
+def _source(teacher: TeacherPlan, inputs: Inputs, snapshots: StudentSnapshots) -> TeacherSource:
+    snapshot = None if teacher.snapshot_rule is None else snapshots.snapshots[teacher.snapshot_rule]
+    num_valid, has_body = _num_valid(teacher, inputs), teacher.served is None
+    return TeacherSource(teacher.folder, teacher.dtype, num_valid, snapshot, has_body)
+
+
+def _num_valid(teacher: TeacherPlan, inputs: Inputs) -> int:
+    """Number of a teacher's ids that are scored: all with a bridge, else those that the student has."""
+    is_crossed = teacher.name in inputs.cross_tokenizers
+    return inputs.teachers[teacher.name].vocab_size if is_crossed else inputs.vocab_size
+
+
+def build_views(inputs: Inputs, machine: Machine, announce: Callable[[str], None]) -> dict[str, TokenView]:
+    """Build each teacher's token view; rank 0 builds missing vocabulary maps. Collective."""
+    cache, student = Path(inputs.plan.text_cache), inputs.student
+
+    def bridges() -> dict[str, Bridge | None]:
+        made = {}
+        for name, cross in inputs.cross_tokenizers.items():
+            announce(f"vocabulary map of {name}")
+            made[name] = measure(cross, cache, machine.device)
+        return made
+
+    made: list[dict[str, Bridge | None]] = []
+    if inputs.cross_tokenizers:
+        machine.ranks.run_on_first(lambda: made.append(bridges()))
+        made = made or [bridges()]
+    return {
+        name: AlignedTokens(inputs.cross_tokenizers[name], student, made[0][name])
+        if name in inputs.cross_tokenizers
+        else SameTokens(renderer, student)
+        for name, renderer in inputs.teachers.items()
+    }
