@@ -61,16 +61,14 @@ class LaunchedServers:
     start_timeout_s: float
     _processes: list[ServerProcess] = field(default_factory=list, init=False)
     _checking: threading.Lock = field(default_factory=threading.Lock, init=False)
-    _while_waiting: Callable[[], None] = field(default=lambda: None, init=False)
+    _while_waiting: Callable[[], None] | None = field(default=None, init=False)
 
     @property
     def num_to_start(self) -> int:
         return len(self.launches)
 
     def start(self, on_progress: Callable[[int], None]) -> Sequence[str]:
-        self._processes = [
-            ServerProcess(one, self.start_timeout_s, lambda _: self._while_waiting()) for one in self.launches
-        ]
+        self._processes = [ServerProcess(one, self.start_timeout_s, self._on_wait) for one in self.launches]
         with ThreadPoolExecutor(len(self._processes)) as threads:
             starts = [threads.submit(one.start) for one in self._processes]
             try:
@@ -98,3 +96,7 @@ class LaunchedServers:
     def close(self) -> None:
         for one in self._processes:
             one.stop()
+
+    def _on_wait(self, _: float) -> None:
+        if self._while_waiting is not None:
+            self._while_waiting()

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from mergeopd.errors import ServingError
+from mergeopd.rollout.servers import LaunchedServers
 from mergeopd.serving.launch import ServerLaunch, ServerProcess, check_port_is_free, free_port, is_healthy
 
 SERVER = """
@@ -231,3 +232,29 @@ def test_sglang_without_devices_runs_on_the_cpu(tmp_path: Path) -> None:
     assert environment["OMP_NUM_THREADS"] == "2"
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
     assert environment["SGLANG_USE_CPU_ENGINE"] == "1"
+
+
+def test_servers_of_a_run_start_together_are_restarted_once_and_end_with_it(
+    launch_of: Any, tmp_path: Path
+) -> None:
+    servers = LaunchedServers([launch_of(), replace(launch_of(), log=tmp_path / "other.log")], 30)
+    num_ready: list[int] = []
+    urls = servers.start(num_ready.append)
+    assert servers.num_to_start == len(set(urls)) == 2
+    assert num_ready
+    lost, other = servers._processes
+    servers.check(lambda: None)
+    assert lost.pid is not None
+    for is_last in (False, True):
+        os.kill(lost.pid, signal.SIGKILL)
+        wait_until(lambda: lost.poll() is not None)
+        if is_last:
+            with pytest.raises(ServingError, match="after it had been restarted"):
+                servers.check(lambda: None)
+        else:
+            servers.check(lambda: None)
+            assert is_healthy(lost.port)
+            assert lost.url in urls
+    servers.close()
+    assert other.pid is not None
+    assert not is_running(other.pid)
