@@ -10,6 +10,10 @@ limits files to N bytes from there on (RLIMIT_FSIZE; writes fail as on a full di
 
 writes how often each place was called to FILE, as JSON.
 
+    python tools/fault.py --trained FILE [PLACE:CALL:ACTION] run recipe.yaml
+
+appends a line to FILE after each update: its number, and prompt, origin and sample of all responses.
+
     python tools/fault.py --serve run recipe.yaml --set output=warm-up
 
 runs this once without output, then reads requests, one JSON document per line, and writes one response for
@@ -39,6 +43,10 @@ from typing import Any, NoReturn
 PLACES = {
     "text": ("mergeopd.storage.completion_cache:_write", "before"),
     "rollout": ("mergeopd.rollout.local:sample", "before"),
+    "publish": ("mergeopd.storage.published_weights:write_model", "after"),
+    "load": ("mergeopd.rollout.served:ServedEngine._load", "before"),
+    "loaded": ("mergeopd.rollout.served:ServedEngine._load", "after"),
+    "reply": ("mergeopd.rollout.served:_Running._checked", "after"),
     "scoring": ("mergeopd.teacher.hidden_cache:HiddenCache.put", "before"),
     "gradient": ("mergeopd.student.torch:TorchStudent._collect_gradients", "after"),
     "update": ("mergeopd.student.torch:TorchStudent.optimizer_step", "before"),
@@ -128,6 +136,24 @@ def count(file: Path, argv: Sequence[str]) -> int:
     return code
 
 
+def record_trained(file: Path) -> None:
+    """Append prompt, origin and sample of all responses of an update to a file, after each."""
+    from mergeopd.engine.update import Updater
+
+    step = Updater.step
+
+    @functools.wraps(step)
+    def recorded(self: Any, scored: Any, update: Any, progress: Any) -> Any:
+        after = step(self, scored, update, progress)
+        responses = [scored.collected.rollouts[i] for i in update.rollouts]
+        trained = sorted((one.prompt.key, one.origin, one.sample) for one in responses)
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"update": after.update, "trained": trained}) + "\n")
+        return after
+
+    Updater.step = recorded  # type: ignore[method-assign]
+
+
 def serve(warm_up: Sequence[str]) -> None:
     """Run a command line, then process requests until the input ends."""
     told = io.StringIO()
@@ -178,6 +204,12 @@ if __name__ == "__main__":
         serve(sys.argv[2:])
     elif sys.argv[1:2] == ["--count"]:
         sys.exit(count(Path(sys.argv[2]), sys.argv[3:]))
+    elif sys.argv[1:2] == ["--trained"]:
+        record_trained(Path(sys.argv[2]))
+        given = sys.argv[3:]
+        if given[0] != "run":
+            arm(given.pop(0))
+        sys.exit(call_main(given))
     elif len(sys.argv) > 2:
         arm(sys.argv[1])
         sys.exit(call_main(sys.argv[2:]))

@@ -175,7 +175,13 @@ class ServedEngine:
             )
             self._connection = _Connection(pool)
             pool.on_return = self._prepare
-            self.facts()
+            try:
+                self.facts()
+            except ServingError as error:
+                if not is_transient(error):
+                    raise
+                again = "start the server, then run the same command to resume"
+                raise ServingError(f"{error}; {again}") from error
         return self._connection
 
     def repeat_transfer(self) -> None:

@@ -388,3 +388,12 @@ def test_servers_that_cannot_be_used_are_refused_by_name(
     rig = make(kind, server=change)
     with pytest.raises(ServingError, match=message):
         rig.sync(0)
+
+
+def test_a_server_that_is_away_at_the_start_is_named_with_the_remedy(
+    kind: str, make: Callable[..., Rig]
+) -> None:
+    rig = make(kind)
+    rig.servers[0].kill()
+    with pytest.raises(ServingError, match=rf"{rig.servers[0].url}/.*; start the server, then run the same"):
+        rig.sync(0)
