@@ -29,7 +29,8 @@ import torch
 
 from mergeopd.models.tokenizer import Tokenizer
 from mergeopd.rollout.protocol import EngineContext, GenerationRequest
-from mergeopd.rollout.served import RunningServers, ServedEngine
+from mergeopd.rollout.served import ServedEngine
+from mergeopd.rollout.servers import RunningServers
 from mergeopd.serving.protocol import InferenceApi
 from mergeopd.serving.sglang import SglangApi
 from mergeopd.serving.vllm import VllmApi

@@ -11,7 +11,8 @@ without cached teacher responses. Prints a line per kill and a summary; exits wi
 differs from the uninterrupted one.
 
 With `--server`, that server is started for all runs, half of the kills are of it, and it is started again at
-once: the run must survive, or stop with the advice to start the server. Responses differ from run to run where the server's random numbers are not keyed,
+once: the run must survive, or stop with the advice to start the server. Responses differ from run to run
+where the server's random numbers are not keyed,
 or with `rollout.ahead`; `--samples-only` compares what every update was trained on: prompts and samples.
 """
 
