@@ -135,10 +135,11 @@ class TransferSync:
     def _reachable(self, pool: ServerPool) -> list[Server]:
         async def ask(server: Server) -> Server | None:
             try:
-                await self.api.facts(pool, server)
-                told = await self.api.weight_version(pool, server)
-                if not server.is_ready or told not in (None, str(self.version)):
+                told = None if server.facts is None else await self.api.weight_version(pool, server)
+                is_same = server.facts is not None and told in (None, str(self.version))
+                if not (is_same and server.is_ready):
                     self.transfer.forget(server)  # it has been started again since
+                    await self.api.facts(pool, server)
             except ServingError as error:
                 self._lose(pool, server, error)
                 return None
