@@ -105,7 +105,7 @@ def test_bench_step(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -
 def test_bench_engines(call: Callable[..., str], write_job_in: Callable[..., Path], tmp_path: Path) -> None:
     write_job_in(tmp_path)
     server = FakeServer(TorchModel(tmp_path / "base"))
-    sizes = "--prompts 3 --input 4 --output 3 --repeats 1 --json".split()
+    sizes = ["--prompts", "3", "--input", "4", "--output", "3", "--repeats", "1", "--json"]
     result = json.loads(call(load("bench_engines"), server.url, "--model", tmp_path / "base", *sizes))
     server.close()
     assert result["output_tokens"] == 9
