@@ -10,10 +10,9 @@ checkpoint, at a rename and so on (`tools/fault.py`). Some finish before. The ne
 without cached teacher responses. Prints a line per kill and a summary; exits with 1 when any run fails or
 differs from the uninterrupted one.
 
-With `--server`, that server is started for all runs, half of the kills are of it, and it is started again at
-once: the run must survive, or stop with the advice to start the server. Responses differ from run to run
-where the server's random numbers are not keyed,
-or with `rollout.ahead`; `--samples-only` compares what every update was trained on: prompts and samples.
+With `--server`, that server is started for all runs, half of the kills are of it, and it is started again:
+the run must survive, or stop with the advice to start it. `--samples-only` compares what every update was
+trained on, for responses that differ from run to run (`rollout.ahead`).
 """
 
 from __future__ import annotations

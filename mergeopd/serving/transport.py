@@ -30,8 +30,6 @@ _MAX_RETRY_AFTER_S = 120.0
 # Servers close connections that are idle for 5 seconds, without regard to a request on its way.
 _KEEP_ALIVE_S = 2.0
 _CLOSE_S = 5.0
-# A client looks at all its connections for every request, so each has about so many only.
-_MAX_CONNECTIONS = 16
 # Statuses of servers that are overloaded, restarting, or that failed at one request.
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _BUSY = frozenset({425, 429})
@@ -102,7 +100,6 @@ class Server:
     facts: Any = None
     is_ready: bool = True
     num_running: int = 0
-    num_sent: int = 0
     down_until: float = 0.0
     num_lost: int = 0
     num_failed_loads: int = 0
@@ -139,7 +136,7 @@ class ServerPool:
     def __post_init__(self) -> None:
         self.servers = [Server(url.rstrip("/")) for url in self.urls]
         self._loop = EventLoop()
-        self._clients: dict[tuple[Server, int], httpx2.AsyncClient] = {}
+        self._client: httpx2.AsyncClient | None = None
         self._waiting: deque[asyncio.Future[None]] = deque()  # for a server with room
         self._returning: dict[Server, asyncio.Task[None]] = {}
 
@@ -171,10 +168,11 @@ class ServerPool:
     def close(self) -> None:
         """Cancel running requests and close all connections."""
 
-        async def close_clients() -> None:
-            await asyncio.gather(*(client.aclose() for client in self._clients.values()))
+        async def close_client() -> None:
+            if self._client is not None:
+                await self._client.aclose()
 
-        self._loop.close(close_clients)
+        self._loop.close(close_client)
 
     async def call(
         self, server: Server, path: str, body: object = None, *, timeout_s: float | None = None
@@ -251,11 +249,18 @@ class ServerPool:
     async def _exchange(self, server: Server, path: str, body: object, timeout_s: float) -> httpx2.Response:
         import httpx2
 
-        client = self._client_of(server)
+        if self._client is None:
+            limits = httpx2.Limits(keepalive_expiry=_KEEP_ALIVE_S)
+            # Proxies of the environment are for other hosts: inference servers are on the local network.
+            self._client = httpx2.AsyncClient(
+                headers=self.headers, limits=limits, trust_env=self.trust_env, follow_redirects=False
+            )
         timeout = httpx2.Timeout(timeout_s, connect=_CONNECT_S)
         url = server.url + path
         reply = await (
-            client.get(url, timeout=timeout) if body is None else client.post(url, json=body, timeout=timeout)
+            self._client.get(url, timeout=timeout)
+            if body is None
+            else self._client.post(url, json=body, timeout=timeout)
         )
         if reply.status_code in _RETRIED:
             raise httpx2.HTTPStatusError(
@@ -268,20 +273,6 @@ class ServerPool:
     def _shown(self, reply: httpx2.Response) -> str:
         text, key = reply.text, self.headers.get("Authorization", "").removeprefix("Bearer ")
         return (text.replace(key, "[key]") if key else text)[:_SHOWN]
-
-    def _client_of(self, server: Server) -> httpx2.AsyncClient:
-        """Return a client for the next request to a server, in turn: see `_MAX_CONNECTIONS`."""
-        import httpx2
-
-        server.num_sent += 1
-        key = server, server.num_sent % -(-self.max_running // _MAX_CONNECTIONS)
-        if key not in self._clients:
-            limits = httpx2.Limits(keepalive_expiry=_KEEP_ALIVE_S)
-            # Proxies of the environment are for other hosts: inference servers are on the local network.
-            self._clients[key] = httpx2.AsyncClient(
-                headers=self.headers, limits=limits, trust_env=self.trust_env, follow_redirects=False
-            )
-        return self._clients[key]
 
     async def _acquire(self, avoided: Server | None) -> Server:
         """Wait for a reachable server with room; return the one with the fewest running requests.

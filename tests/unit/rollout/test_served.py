@@ -30,7 +30,7 @@ PROMPTS = [[1], [2, 3], [7], [5, 5], [4], [6, 1, 2]]
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("_DOWN_S", 0.02), ("_BACKOFF_S", 0.001), ("_CONNECT_S", 0.2), ("_CLOSE_S", 0.2)):
+    for name, value in (("_DOWN_S", 0.02), ("_BACKOFF_S", 0.001), ("_CONNECT_S", 1.0), ("_CLOSE_S", 0.2)):
         monkeypatch.setattr(transport, name, value)
     monkeypatch.setattr("mergeopd.rollout.served._POLL_S", 0.01)
 

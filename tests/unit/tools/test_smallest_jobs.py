@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from byte_tokenizers import byte_level
+from fake_server import FakeServer, TorchModel
 from small_experts import TOOLS  # puts TOOLS on the path
 
 from mergeopd.distributed.communicator import SingleProcess
@@ -99,6 +100,16 @@ def test_bench_step(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -
     result = json.loads(call(tool, *SMALL_STEP.split(), "--json"))
     assert result["mergeopd_s"] > result["bound_s"] > 0
     assert "generation" in call(tool, *SMALL_STEP.split())
+
+
+def test_bench_engines(call: Callable[..., str], write_job_in: Callable[..., Path], tmp_path: Path) -> None:
+    write_job_in(tmp_path)
+    server = FakeServer(TorchModel(tmp_path / "base"))
+    sizes = ["--prompts", "3", "--input", "4", "--output", "3", "--repeats", "1", "--json"]
+    result = json.loads(call(load("bench_engines"), server.url, "--model", tmp_path / "base", *sizes))
+    server.close()
+    assert result["output_tokens"] == 9
+    assert result["ours"][0] > 0
 
 
 def test_bench_loss(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
