@@ -202,7 +202,9 @@ class _Played:
             self._logprobs.append(completion.logprobs[:room])
         self._final_ids = ids
         self._finish = completion.finish if len(ids) == len(completion.response_ids) else "length"
-        self._version = completion.policy_version
+        first = not self._counts["num_turns"]
+        version = completion.policy_version
+        self._version = version if first else min(self._version, version)  # of the oldest tokens
         self._counts["num_turns"] += 1
         if self._settings is None or self._finish == "length":
             self.is_open = self.is_waiting = False

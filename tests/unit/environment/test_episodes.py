@@ -89,7 +89,7 @@ def make_renderer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ren
 
 
 class Script:
-    """Generates given turns; the log-prob of the n-th token of a turn is -n - 100 x turn."""
+    """Generates given turns; the log-prob of the n-th token of a turn is -n - 100 x turn, its version 4 + turn."""
 
     def __init__(self, renderer: Renderer, turns: Sequence[str]) -> None:
         self.renderer, self.turns = renderer, turns
@@ -101,7 +101,8 @@ class Script:
         ids = self.renderer.tokenizer.encode(text)
         finish = "eos" if ids[-1] in self.renderer.eos_ids else "length"
         logprobs = -np.arange(len(ids), dtype=np.float64) - 100 * len(self.requests)
-        return [Completion(ids, logprobs, finish, 5) for _ in requests]  # type: ignore[arg-type]
+        version = 4 + len(self.requests)  # servers get new weights between turns
+        return [Completion(ids, logprobs, finish, version) for _ in requests]  # type: ignore[arg-type]
 
 
 def play(renderer: Renderer, *turns: str, **settings: Any) -> tuple[Response, Script]:
