@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from engine_models import CONTEXT_LENGTH, write_engine_model
+from engine_rollouts import make_engine
 
 from mergeopd.serving.launch import HOST, EngineName, ServerLaunch, ServerProcess
 
@@ -137,3 +138,12 @@ def server(
 ) -> EngineServer:
     """A server of each engine with the options of a rollout engine, and the model with seed 0."""
     return start_server(request.param, engine_model(0))
+
+
+@pytest.fixture
+def restored(server: EngineServer) -> Iterator[None]:
+    """Afterwards the server has its first weights again."""
+    yield
+    engine = make_engine(server, server.url)
+    engine.sync_weights(None, 99)  # type: ignore[arg-type]
+    engine.close()
