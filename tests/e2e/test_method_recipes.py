@@ -30,10 +30,12 @@ from mergeopd.storage.responses import read_responses
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = "recipes/unified_agent.yaml"
+# They need the environments of inference engines; tests/engines has runs with servers.
+ENGINES = {"recipes/quickstart_vllm.yaml", "recipes/quickstart_sglang.yaml"}
 # Files whose names begin with an underscore are only extended by recipes.
 RECIPES = sorted(
     {str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml") if path.name[0] != "_"}
-    - {CLUSTER}
+    - {CLUSTER, *ENGINES}
 )
 PATTERNS = {
     "sort": "[a-m]",

@@ -248,5 +248,5 @@ def test_rows_behind_the_vocabulary_are_noted(write_job: Write) -> None:
         card = {"card": 1, "name": "one", "model": "one", "served": {"url": server.url, "engine": "vllm"}}
         (folder / "two.yaml").write_text(json.dumps({"card": 1, "name": "two", "model": "two"}))
         (folder / "one.yaml").write_text(json.dumps(card))
-        notes = preflight(recipe, ask_servers=True).notes
+        notes = preflight(recipe, with_servers=True).notes
     assert any("log-probabilities over 3 rows more than the ids" in note for note in notes)

@@ -68,7 +68,7 @@ def test_a_line_holds_every_figure_once_and_costs_apart(tmp_path: Path) -> None:
         "num_tokens": 600, "on_policy_fraction": 1.0,
         "teachers": {
             "math": {"num_tokens": 400, "forward_kl": 0.75, "reverse_kl": None, "logprob_gap": 0.0625,
-                     "logprob_gap_student": None, "logprob_gap_text": 0.5, "entropy_T": None},
+                     "logprob_gap_student": None, "logprob_gap_text": 0.5},
             "sort": {"num_tokens": 200, "reverse_kl": 0.25, "logprob_gap": -0.125,
                      "logprob_gap_student": -0.125, "logprob_gap_text": None, "entropy_T": 0.5},
         },
