@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_models import NUM_TOKENS
-from engine_rollouts import expected, generate, make_engine, write_recipe
+from engine_rollouts import assert_logprobs_right, generate, make_engine, write_recipe
 from tiny_experts.tokens import END_ID
 
 import mergeopd
@@ -39,9 +39,7 @@ def test_logprobs_are_those_of_the_weights_that_were_loaded_last(
         engine.sync_weights(None, version)  # type: ignore[arg-type]
         for request, response in zip(requests, generate(engine, requests, how), strict=True):
             assert response.policy_version == version
-            ids = response.response_ids.tolist()
-            logprobs = expected(model, request.prompt_ids.tolist(), ids, how)
-            np.testing.assert_allclose(response.logprobs, logprobs, atol=1e-4)
+            assert_logprobs_right(model, request.prompt_ids.tolist(), response, how)
 
 
 def test_responses_end_at_end_tokens_stop_texts_or_the_limit(engine: ServedEngine, server: Any) -> None:

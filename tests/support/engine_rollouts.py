@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from engine_models import NUM_ROWS, NUM_TOKENS, reference_logits
 from tiny_experts.tokens import END_ID
@@ -112,13 +111,20 @@ def generate(
     return engine.submit(requests, sampling).wait(lambda _: None)
 
 
-def expected(model: Path, prompt: Sequence[int], response: Sequence[int], how: Sampling) -> np.ndarray:
-    """Log-probs by transformers, of the distribution over tokens after temperature and truncation."""
-    logits = reference_logits(model, [*prompt, *response])[len(prompt) - 1 : -1, :NUM_TOKENS].double()
-    values = []
-    for row, token in zip((logits / how.temperature).softmax(-1), response, strict=True):
+def assert_logprobs_right(model: Path, prompt: Sequence[int], response: Completion, how: Sampling) -> None:
+    """Compare with transformers, to 1e-4: the distribution over tokens after temperature and truncation.
+
+    Where the mass of a nucleus is `top_p` up to rounding, its last token may be in or out.
+    """
+    ids = response.response_ids.tolist()
+    logits = reference_logits(model, [*prompt, *ids])[len(prompt) - 1 : -1, :NUM_TOKENS].double()
+    rows = (logits / how.temperature).softmax(-1)
+    for row, token, logprob in zip(rows, ids, response.logprobs.tolist(), strict=True):
         probs, order = row.sort(descending=True)
-        kept = int((probs.cumsum(0) < how.top_p).sum()) + 1 if how.top_p < 1 else len(probs)
-        assert token in order[:kept]
-        values.append(float(row[token].log() - probs[:kept].sum().log()))
-    return np.array(values)
+        nuclei = {len(probs)}
+        if how.top_p < 1:
+            mass = probs.cumsum(0)
+            nuclei = {int((mass < how.top_p + shift).sum()) + 1 for shift in (-1e-5, 0.0, 1e-5)}
+        own = [float(row[token].log() - probs[:kept].sum().log()) for kept in nuclei if token in order[:kept]]
+        assert own, "a token outside the nucleus was sampled"
+        assert min(abs(logprob - value) for value in own) < 1e-4
