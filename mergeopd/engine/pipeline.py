@@ -119,7 +119,9 @@ class SynchronousPipeline:
         if self._synced is None or self._version - self._synced >= every:
             start = time.perf_counter()
             self.rollouts.engine.sync_weights(self.model, self._version)
-            self._synced, self._sync_s = self._version, self._sync_s + time.perf_counter() - start
+            if self._synced is not None:  # the first time, servers start
+                self._sync_s += time.perf_counter() - start
+            self._synced = self._version
 
     def _is_sync_due(self, every: int | None = None) -> bool:
         settings = self.plan.rollout
