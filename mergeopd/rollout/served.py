@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -312,7 +313,8 @@ class _Running:
             path, body = engine.api.generation(prompt_ids, self.sampling, eos_ids, banned)
             num_failed_loads = server.num_failed_loads
             reply = await pool.call(server, path, body)
-            generated = parsed(lambda reply: engine.api.generated(reply, eos_ids), reply)
+            read = partial(engine.api.generated, sampling=self.sampling, eos_ids=eos_ids)
+            generated = parsed(read, reply)
             if server.num_failed_loads > num_failed_loads:
                 raise BadReply("weights were loaded in part while the response was generated")
             return self._checked(generated)

@@ -69,8 +69,8 @@ class InferenceApi(Protocol):
         Only `eos_ids` and stop texts end it; `banned` ids have no probability.
         """
 
-    def generated(self, reply: Any, eos_ids: Collection[int]) -> Generated:
-        """Read the reply. Raises BadReply."""
+    def generated(self, reply: Any, sampling: Sampling, eos_ids: Collection[int]) -> Generated:
+        """Read the reply. Raises BadReply, and ServingError for a server that cannot do what was asked."""
 
     def scoring(self, ids: Sequence[int], start: int) -> tuple[str, dict[str, Any]]:
         """Return path and body of a request for the log-probabilities of `ids[start:]` at temperature 1."""

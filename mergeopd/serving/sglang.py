@@ -90,7 +90,7 @@ class SglangApi:
             body |= {"return_sampling_mask": True, "sampling_logprobs_mode": "selected"}
         return GENERATE, body
 
-    def generated(self, reply: Any, eos_ids: Collection[int]) -> Generated:
+    def generated(self, reply: Any, sampling: Sampling, eos_ids: Collection[int]) -> Generated:
         ids, meta = _parts(reply)
         entries = meta.get("output_token_logprobs")
         if not isinstance(entries, list) or [entry[1] for entry in entries] != ids:
@@ -98,7 +98,12 @@ class SglangApi:
                 f"{len(entries or ())} log-probabilities for {len(ids)} tokens, or of other tokens"
             )
         values = [entry[0] for entry in entries]
-        if "output_token_sampling_logprobs" in meta:
+        if sampling.top_p < 1.0:
+            if "output_token_sampling_logprobs" not in meta:  # older servers ignore the request for them
+                raise ServingError(
+                    "the server returns no log-probabilities of truncated distributions; update it to SGLang "
+                    "0.5.18 or newer, or sample with `top_p: 1`"
+                )
             values = meta["output_token_sampling_logprobs"]
             if len(values) != len(ids):
                 raise BadReply(f"{len(values)} truncated log-probabilities for {len(ids)} tokens")

@@ -143,7 +143,7 @@ class VllmApi:
         }
         return GENERATE, {"token_ids": list(prompt_ids), "sampling_params": params, "stream": False}
 
-    def generated(self, reply: Any, eos_ids: Collection[int]) -> Generated:
+    def generated(self, reply: Any, sampling: Sampling, eos_ids: Collection[int]) -> Generated:
         choice = _choice(reply)
         ids = ids_of(choice.get("token_ids"))
         content = (choice.get("logprobs") or {}).get("content") or []

@@ -186,6 +186,25 @@ def test_stop_texts_and_end_tokens_end_responses(kind: str, make: Callable[..., 
     assert {one.finish for one in completions} == {"stop", "eos"}
 
 
+def test_an_older_sglang_that_ignores_the_sampling_mask_is_refused(
+    make: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log-probabilities would be of the distribution before truncation."""
+    rig = make("sglang")
+    rig.sampling = Sampling(1.0, 0.5, 4)
+    rig.sync(0)
+    rig.generate([[2]])
+    generation = SglangApi.generation
+
+    def without_mask(*arguments: Any, **options: Any) -> tuple[str, dict[str, Any]]:
+        path, body = generation(*arguments, **options)
+        return path, {key: value for key, value in body.items() if key != "return_sampling_mask"}
+
+    monkeypatch.setattr(SglangApi, "generation", without_mask)
+    with pytest.raises(ServingError, match=r"truncated distributions; update it to SGLang 0\.5\.18"):
+        rig.generate([[2]])
+
+
 def test_a_context_that_is_too_short_stops_at_once(make: Callable[..., Rig]) -> None:
     rig = make("vllm", server={"max_len": 4})
     rig.sync(0)

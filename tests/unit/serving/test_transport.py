@@ -55,7 +55,7 @@ def ask(pool: ServerPool, server: FakeServer, *prompts: list[int], eos: tuple[in
 
     async def one(ids: list[int]) -> Any:
         path, body = api.generation(ids, SHORT, eos, ())
-        return await pool.request(path, body, lambda reply: api.generated(reply, eos))
+        return await pool.request(path, body, lambda reply: api.generated(reply, SHORT, eos))
 
     async def every() -> list[Any]:
         return await asyncio.gather(*map(one, prompts))
