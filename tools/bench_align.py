@@ -81,7 +81,7 @@ def run_mergeopd(arguments: argparse.Namespace) -> tuple[list[str], dict[str, An
     from mergeopd.align.groups import Ends, close_groups
     from mergeopd.align.responses import EndTokens, align
     from mergeopd.align.sides import Side
-    from mergeopd.inspect.tokenizers import SAMPLE
+    from mergeopd.inspection.tokenizers import SAMPLE
 
     own, other = (
         ByteTokenizer.of(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), str(folder))

@@ -30,7 +30,7 @@ def tokenizers(
     """
     from rich.console import Console
 
-    from mergeopd.inspect.tokenizers import compare_tokenizers
+    from mergeopd.inspection.tokenizers import compare_tokenizers
 
     large = text is not None and text.is_file() and text.stat().st_size > _LARGE_TEXT
     with waiting(f"Reading {text} with both") if large else nullcontext():

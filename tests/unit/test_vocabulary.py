@@ -24,7 +24,7 @@ CLEAN = (
     "tests/invariant",
     "tests/support",
     "tests/unit/config",
-    "tests/unit/inspect",
+    "tests/unit/inspection",
     "tests/unit/recipe",
     "tests/unit/reporting",
     "tests/unit/storage",

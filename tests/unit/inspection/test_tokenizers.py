@@ -16,7 +16,7 @@ from rich.console import Console
 from tokenizers import models, normalizers
 
 from mergeopd.errors import RecipeError
-from mergeopd.inspect.tokenizers import compare_tokenizers
+from mergeopd.inspection.tokenizers import compare_tokenizers
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}[{{ messages[0]['content'] }}]"
@@ -127,7 +127,7 @@ def test_word_pieces_are_refused(write: Write) -> None:
 def test_neither_torch_nor_transformers_is_loaded(write: Write) -> None:
     write("own", byte_level(), "<end>")
     code = (
-        "import sys; from mergeopd.inspect.tokenizers import compare_tokenizers\n"
+        "import sys; from mergeopd.inspection.tokenizers import compare_tokenizers\n"
         "compare_tokenizers('own', 'own', None)\n"
         "print(*sorted({'torch', 'transformers'} & sys.modules.keys()))"
     )

@@ -1,1 +1,0 @@
-"""Reports about models and recipes, made without training."""

@@ -1,0 +1,1 @@
+"""Inspection of teachers, tokenizers and finished runs."""
