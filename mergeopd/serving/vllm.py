@@ -37,7 +37,7 @@ EXTENSION_FOLDER = Path(__file__).with_name("worker_extension")
 OLDEST = (0, 24)
 _FACTS_S = 20.0
 # Routes that weights need, and where they come from.
-_WEIGHT_ROUTES = ("/pause", "/resume", "/collective_rpc", "/reset_prefix_cache")
+_WEIGHT_ROUTES = ("/pause", "/resume", "/collective_rpc", "/reset_prefix_cache", "/server_info")
 _TRANSFER_ROUTES = (
     *("/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update"),
     "/get_world_size",
@@ -83,7 +83,7 @@ class VllmApi:
         if self.transfer:
             told = await command(pool, server, "/get_world_size", None, timeout_s=_FACTS_S)
             num_workers = int(told["world_size"])
-        if self.takes_weights and "/server_info" in routes:
+        if self.takes_weights:
             on_cpu = await self._check_settings(pool, server)
         models = await command(pool, server, "/v1/models", None, timeout_s=_FACTS_S)
         card = models["data"][0]
@@ -99,7 +99,7 @@ class VllmApi:
         """
         info = await command(pool, server, "/server_info?config_format=json", None, timeout_s=_FACTS_S)
         config = info.get("vllm_config") or {}
-        mode = str((config.get("model_config") or {}).get("logprobs_mode", "processed_logprobs"))
+        mode = str((config.get("model_config") or {}).get("logprobs_mode"))
         if "processed_logprobs" not in mode.lower():
             raise ServingError(
                 f"{server.url}: returns log-probabilities before temperature and top_p (--logprobs-mode "

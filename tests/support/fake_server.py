@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 VLLM_GENERATE, SGLANG_GENERATE = "/inference/v1/generate", "/generate"
+_SETTINGS = {"model_config": {"logprobs_mode": "processed_logprobs"}}
 ROUTES = {
     "vllm": [
         *(VLLM_GENERATE, "/pause", "/resume", "/collective_rpc", "/reset_prefix_cache", "/server_info"),
@@ -334,7 +335,7 @@ class FakeServer:
             case "/version":
                 return 200, {"version": self.version}
             case "/server_info" if self.engine == "vllm":
-                return 200, {"vllm_config": self.settings}
+                return 200, {"vllm_config": {**_SETTINGS, **self.settings}}
             case "/server_info":
                 return 200, {"version": self.version, "model_path": self.root}
             case "/model_info" | "/weight_info":

@@ -86,12 +86,16 @@ class FakeServer:
         names = [
             *("begin_weight_update", "inference/v1/generate", "pause", "resume", "collective_rpc"),
             *("reset_prefix_cache", "init_weight_transfer_engine", "start_weight_update", "update_weights"),
-            *("finish_weight_update", "get_world_size", "weight_info", "update_weight_version"),
+            *("finish_weight_update", "get_world_size", "weight_info", "update_weight_version", "server_info"),
         ]
         return {"paths": {f"/{name}": {} for name in names}}
 
     def server_info(self, _: Any) -> Any:
-        return {"version": "0.5.23", "tp_size": 1, "pp_size": 1, "dp_size": 1}
+        vllm = {
+            "model_config": {"logprobs_mode": "processed_logprobs"},
+            "weight_transfer_config": {"backend": "nccl"},
+        }
+        return {"version": "0.5.23", "tp_size": 1, "pp_size": 1, "dp_size": 1, "vllm_config": vllm}
 
     def v1_models(self, _: Any) -> Any:
         return {"data": [{}]}
