@@ -278,6 +278,7 @@ def main() -> None:
     if arguments.kills is None and arguments.minutes is None:
         parser.error("missing option: --kills N or --minutes M")
     max_kills = sys.maxsize if arguments.kills is None else arguments.kills
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the stack, which ends the server
     with contextlib.ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         soak = Soak(arguments.recipe, arguments.overrides, folder.resolve(), random.Random(arguments.seed))

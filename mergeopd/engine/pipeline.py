@@ -123,12 +123,6 @@ class SynchronousPipeline:
                 self._sync_s += time.perf_counter() - start
             self._synced = self._version
 
-    def _is_sync_due(self, every: int | None = None) -> bool:
-        settings = self.plan.rollout
-        if every is None:
-            every = settings.sync.every if isinstance(settings, AnyServerRollout) else 1
-        return self._synced is None or self._version - self._synced >= every
-
     def _is_too_old(self, progress: Progress) -> bool:
         """Whether the engine's weights are too old for a round."""
         settings = self.plan.rollout

@@ -202,9 +202,11 @@ class ServedEngine:
         pool = one.pool
 
         async def load(server: Server) -> Exception | None:
-            run = self.api.keep_running if one.running else self.api.load_weights
+            running = bool(one.running)
             try:
-                await run(pool, server, folder.resolve(), str(version))
+                await self.api.load_weights(
+                    pool, server, folder.resolve(), str(version), keep_running=running
+                )
             except ServingError as error:
                 _log.warning("%s", error)
                 server.num_failed_loads += 1
@@ -227,7 +229,7 @@ class ServedEngine:
         while one is not None and one.folder is not None and loaded != one.version:
             folder, loaded = one.folder, one.version
             await self.api.facts(one.pool, server)  # it may have been started in another way
-            await self.api.load_weights(one.pool, server, folder.resolve(), str(loaded))
+            await self.api.load_weights(one.pool, server, folder.resolve(), str(loaded), keep_running=False)
         if one is not None and isinstance(self.publisher, TransferSync):
             await self.api.facts(one.pool, server)
             await self.publisher.check(one.pool, server)

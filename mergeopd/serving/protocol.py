@@ -50,10 +50,6 @@ class ServerFacts:
 class InferenceApi(Protocol):
     """Requests and replies of one engine. Bodies are JSON values; every sampling field is sent."""
 
-    @property
-    def name(self) -> str:
-        """The engine's name in recipes."""
-
     async def facts(self, pool: ServerPool, server: Server) -> ServerFacts:
         """Return the facts of a server. Raises ServingError below the oldest supported version."""
 
@@ -91,11 +87,10 @@ class InferenceApi(Protocol):
     async def checksum(self, pool: ServerPool, server: Server) -> str | None:
         """Return a digest of the weights; None where the server offers none. Raises ServingError."""
 
-    async def load_weights(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
-        """Load the weights of a folder, when running requests are finished; see `updating`."""
-
-    async def keep_running(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
-        """Load weights as `load_weights` does, while running requests wait, and resume with the new ones."""
+    async def load_weights(
+        self, pool: ServerPool, server: Server, folder: Path, version: str, *, keep_running: bool
+    ) -> None:
+        """Load the weights of a folder; see `updating`."""
 
     async def weight_version(self, pool: ServerPool, server: Server) -> str | None:
         """Return the version of a server's weights, None where it tells none. Raises ServingError."""

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from mergeopd.errors import ServingError
 from mergeopd.serving.protocol import (
@@ -41,7 +41,6 @@ class SglangApi:
     """Requests and replies of SGLang. `transfer`: how the server gets weights, if not from a folder."""
 
     transfer: Transfer | None = None
-    name: ClassVar[str] = "sglang"
 
     async def facts(self, pool: ServerPool, server: Server) -> ServerFacts:
         with replies_of(server, "SGLang"):
@@ -151,12 +150,10 @@ class SglangApi:
                 yield
         check_weight_version(server, await self.weight_version(pool, server), version)
 
-    async def load_weights(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
-        async with self.updating(pool, server, version, keep_running=False):
-            await self._read(pool, server, folder, version)
-
-    async def keep_running(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
-        async with self.updating(pool, server, version, keep_running=True):
+    async def load_weights(
+        self, pool: ServerPool, server: Server, folder: Path, version: str, *, keep_running: bool
+    ) -> None:
+        async with self.updating(pool, server, version, keep_running=keep_running):
             await self._read(pool, server, folder, version)
 
     async def _read(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:

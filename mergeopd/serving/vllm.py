@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from mergeopd.errors import ServingError
 from mergeopd.serving.protocol import (
@@ -54,7 +54,6 @@ class VllmApi:
 
     takes_weights: bool = True
     transfer: Transfer | None = None
-    name: ClassVar[str] = "vllm"
 
     async def facts(self, pool: ServerPool, server: Server) -> ServerFacts:
         with replies_of(server, "vLLM"):
@@ -192,12 +191,10 @@ class VllmApi:
                 await command(pool, server, "/update_weight_version", {"new_version": version})
                 check_weight_version(server, await self.weight_version(pool, server), version)
 
-    async def load_weights(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
-        async with self.updating(pool, server, version, keep_running=False):
-            await self._read(pool, server, folder)
-
-    async def keep_running(self, pool: ServerPool, server: Server, folder: Path, version: str) -> None:
-        async with self.updating(pool, server, version, keep_running=True):
+    async def load_weights(
+        self, pool: ServerPool, server: Server, folder: Path, version: str, *, keep_running: bool
+    ) -> None:
+        async with self.updating(pool, server, version, keep_running=keep_running):
             await self._read(pool, server, folder)
 
     async def _read(self, pool: ServerPool, server: Server, folder: Path) -> None:

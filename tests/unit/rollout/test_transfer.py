@@ -86,7 +86,13 @@ class FakeServer:
         names = [
             *("begin_weight_update", "inference/v1/generate", "pause", "resume", "collective_rpc"),
             *("reset_prefix_cache", "init_weight_transfer_engine", "start_weight_update", "update_weights"),
-            *("finish_weight_update", "get_world_size", "weight_info", "update_weight_version", "server_info"),
+            *(
+                "finish_weight_update",
+                "get_world_size",
+                "weight_info",
+                "update_weight_version",
+                "server_info",
+            ),
         ]
         return {"paths": {f"/{name}": {} for name in names}}
 
