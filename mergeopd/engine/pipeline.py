@@ -11,6 +11,7 @@ from functools import partial
 from typing import Protocol
 
 from mergeopd.engine.interrupt import Interrupt
+from mergeopd.engine.parity import ParityGuard
 from mergeopd.engine.progress import Progress, Task, draw_tasks, phase_at
 from mergeopd.engine.rollouts import Rewards, StudentRollouts
 from mergeopd.engine.schedule import RoundSchedule, schedule_round
@@ -20,14 +21,10 @@ from mergeopd.engine.teacher_rollouts import FixedText
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.rollout import AnyServerRollout, RolloutSettings
 from mergeopd.reporting.events import Event, ServingStats, StageProgress, StageStarted
-from mergeopd.rollout.protocol import GenerationRequest
 from mergeopd.rollout.served import ServedEngine
-from mergeopd.student.parity import LogprobGap, logprob_gap, refuse_gap
 from mergeopd.student.protocol import Student
-from mergeopd.types import Prompt, Rollout, Sampling
+from mergeopd.types import Rollout
 
-# Parity is compared on the beginnings of responses: gaps do not need long ones to show.
-_COMPARED_TOKENS = 256
 # Interval at which the wait for rounds in flight reports progress.
 _POLL_S = 0.2
 
@@ -60,13 +57,13 @@ class SynchronousPipeline:
     stages: Stages
     _version: int = field(default=0, init=False)
     _synced: int | None = field(default=None, init=False)  # the version that the engine has
-    # Versions of the weights in the first and the last parity check, and servers that were lost before it.
-    _compared: tuple[int, int] | None = field(default=None, init=False)
-    _num_lost: int = field(default=0, init=False)
-    _gap: LogprobGap | None = field(default=None, init=False)
+    _parity: ParityGuard = field(init=False)
     _generation_s: float = field(default=0.0, init=False)
     _wait_s: float = field(default=0.0, init=False)
     _sync_s: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self._parity = ParityGuard(self.plan, self.model, self.rollouts, self.stages)
 
     def next(self, progress: Progress) -> CollectedRound:
         at = phase_at(self.plan, progress.update)
@@ -151,61 +148,10 @@ class SynchronousPipeline:
         return rollouts
 
     def _compare(self, tasks: Sequence[Task], settings: RolloutSettings) -> None:
-        """Compare the engine's log-probabilities with the student's, if that is due. Collective.
-
-        The responses are sampled for that, with the weights that engine and student both have. Raises
-        ServingError on the first process when they differ.
-        """
-        if self._synced != self._version or not self._is_comparison_due(tasks, settings):
-            return
-        assert isinstance(settings, AnyServerRollout)
-        parity = settings.parity
-        assert parity is not None
-        first, _ = self._compared or (self._version, None)
-        self._compared, self._num_lost = (first, self._version), self._lost_so_far()
+        """Compare the engine's log-probabilities with the student's, if both have the same weights."""
         prompts = [task.prompt for task in tasks if task.origin == "student"]
-        assert isinstance(self.rollouts.engine, ServedEngine)
-        self.rollouts.engine.compare_servers()
-        gap = self._gap = self._measure_gap(prompts[: parity.num_responses], settings)
-        if not gap.mean <= parity.max_mean_gap:  # NaN is no agreement
-            # One process reports what all know.
-            self.stages.ranks.run_on_first(partial(refuse_gap, gap, parity.max_mean_gap))
-
-    def _is_comparison_due(self, tasks: Sequence[Task], settings: RolloutSettings) -> bool:
-        """Whether to compare the newest weights: the first, the first changed ones, every so many updates.
-
-        And after a server was lost, as it may have been started in another way. Collective.
-        """
-        parity = settings.parity if isinstance(settings, AnyServerRollout) else None
-        if parity is None or not any(task.origin == "student" for task in tasks):
-            return False
-        if self._compared is None or self._lost_so_far() > self._num_lost:
-            return True
-        first, last = self._compared
-        return first == last < self._version or self._version // parity.every > last // parity.every
-
-    def _lost_so_far(self) -> int:
-        engine = self.rollouts.engine
-        assert isinstance(engine, ServedEngine)
-        return self.stages.ranks.run_on_first(lambda: engine.counts().num_lost)
-
-    def _measure_gap(self, prompts: Sequence[Prompt], settings: RolloutSettings) -> LogprobGap:
-        engine, ranks = self.rollouts.engine, self.stages.ranks
-        assert isinstance(engine, ServedEngine)
-        render = self.rollouts.student.render
-        requests = [GenerationRequest(f"{prompt.key}#parity", 0, render(prompt)) for prompt in prompts]
-        length = min(settings.max_new_tokens, _COMPARED_TOKENS)
-        how = Sampling(settings.temperature, 1.0, length, settings.stop)
-        on_progress = self.stages.begin("rollout", "comparing log-probabilities", len(requests), "responses")
-        completions = engine.submit(requests, how).wait(on_progress)
-        rollouts = [
-            Rollout(prompt, 0, r.prompt_ids, c.response_ids, "student", c.finish, c.logprobs)
-            for prompt, r, c in zip(prompts, requests, completions, strict=True)
-        ]
-        max_tokens = self.plan.student.micro_batch_tokens
-        return logprob_gap(
-            self.model, rollouts, settings.temperature, max_tokens, engine.context.device, ranks
-        )
+        if prompts and self._synced == self._version:
+            self._parity.check(prompts, settings, self._version)
 
     def _serving(self, rollouts: Sequence[Rollout], progress: Progress) -> ServingStats | None:
         """Return what the servers did for a round; None for an engine without servers."""
@@ -213,8 +159,8 @@ class SynchronousPipeline:
         if not isinstance(engine, ServedEngine):
             return None
         lags = [progress.update - r.policy_version for r in rollouts if r.origin == "student"] or [0]
-        gap, counts, sync_s = self._gap, engine.counts(), self._sync_s
-        self._sync_s, self._gap = 0.0, None
+        gap, counts, sync_s = self._parity.take(), engine.counts(), self._sync_s
+        self._sync_s = 0.0
         return ServingStats(
             generation_s=self._generation_s,
             wait_s=self._wait_s,
