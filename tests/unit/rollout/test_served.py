@@ -337,12 +337,13 @@ def test_requests_in_flight_continue_with_new_weights(kind: str, make: Callable[
 
 
 def test_weights_that_are_loaded_in_part_spoil_what_runs(make: Callable[..., Rig]) -> None:
-    rig = make("vllm", lost_s=5.0, server={"delay_s": 0.05})
+    rig = make("vllm", lost_s=5.0, server={"delay_s": 1.0})
     rig.sync(0)
     requests = [GenerationRequest("p", i, np.array([i], np.int32)) for i in range(3)]
     pending = rig.engine.submit(requests, SHORT)
     while rig.servers[0].num_running < 3:
         time.sleep(0.001)
+    rig.servers[0].delay_s = 0.0  # of the repeated ones
     rig.servers[0].fail("500", path=LOADS["vllm"])
     rig.sync(1)
     rig.check(pending.wait(lambda _: None), 1, [[0], [1], [2]])
