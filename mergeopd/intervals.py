@@ -111,3 +111,41 @@ def difference_interval(values: Values, others: Values) -> Interval:
     interval = paired_interval([[values, others]], lambda means: means[:, 0, 0] - means[:, 0, 1])
     assert interval is not None
     return interval
+
+
+def cluster_interval(sums: Values, counts: Values) -> Interval | None:
+    """Return the interval of sum(sums) / sum(counts), a mean over tokens, by prompts.
+
+    `sums` and `counts` are per prompt: the tokens of a prompt are not independent. The variance is that of a
+    ratio of means, by linearisation, and the quantile Student's for the number of prompts. None for fewer
+    than two prompts.
+    """
+    num = len(sums)
+    if num < 2:
+        return None
+    total = float(counts.sum())
+    mean = float(sums.sum()) / total
+    residuals = sums - mean * counts
+    spread = math.sqrt(num / (num - 1) * float(np.square(residuals).sum())) / total
+    half = _student_quantile(num - 1) * spread
+    return Interval(mean - half, mean + half)
+
+
+def _student_quantile(degrees: int) -> float:
+    """Return the 97.5 % quantile of Student's distribution, by bisection of its distribution function."""
+    low, high = _Z, 13.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student_inside(middle, degrees) < 0.95 else (low, middle)
+    return high
+
+
+def _student_inside(value: float, degrees: int) -> float:
+    """Return P(|t| < value) for whole degrees of freedom (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4)."""
+    angle = math.atan(value / math.sqrt(degrees))
+    cosine, is_odd = math.cos(angle), degrees % 2
+    term = total = (cosine if is_odd else 1.0) if degrees > 1 else 0.0
+    for i in range(2 + is_odd, degrees - 1, 2):
+        term *= cosine**2 * (i - 1) / i
+        total += term
+    return 2 / math.pi * (angle + math.sin(angle) * total) if is_odd else math.sin(angle) * total

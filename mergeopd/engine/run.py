@@ -71,7 +71,7 @@ def run_recipe(
     with ExitStack() as held, _display(console, is_first) as display:
         events: Reporter = Reporters(listener, display) if listener is not None and is_first else display
         with clock.stage("startup"):
-            announce = _announcer(events)
+            announce = announcer(events)
             announce(f"reading {shown(recipe)}")
             ranks = SingleProcess() if alone else held.enter_context(open_communicator(place, grouped=True))
             inputs = claim(
@@ -105,7 +105,7 @@ def _display(console: Console, is_first: bool) -> AbstractContextManager[Reporte
     return console_reporter(console) if is_first else nullcontext(Reporters())
 
 
-def _announcer(reporter: Reporter) -> Callable[[str], None]:
+def announcer(reporter: Reporter) -> Callable[[str], None]:
     """Return a function that reports what the start of a run is doing."""
     return lambda text: reporter.emit(StageStarted("startup", text))
 
@@ -136,7 +136,7 @@ def claim(
             with_servers=fresh or not _is_trained(recipe, overrides, control),
         )
         inputs = check_inputs()
-        _try_verifiers(inputs)
+        try_verifiers(inputs)
         check_processes(inputs.plan, ranks.size)
         folder = RunFolder(Path(inputs.plan.output))
         replaces = folder.is_replaceable(inputs.plan, inputs.files, allowed_changes)
@@ -207,7 +207,7 @@ def train(
     """
     events = Reporters() if events is None else events
     interrupt = Interrupt() if interrupt is None else interrupt
-    folder, announce = RunFolder(Path(inputs.plan.output)), _announcer(events)
+    folder, announce = RunFolder(Path(inputs.plan.output)), announcer(events)
     with clock.stage("startup"):
         # torch and transformers take seconds to import, so all checks that need neither come first.
         announce("importing torch and transformers")
@@ -215,7 +215,7 @@ def train(
         from mergeopd.engine.models import Machine, load_models
         from mergeopd.models.causal import pick_device
 
-        _quiet_libraries()
+        quiet_libraries()
         announce(f"loading {shown(Path(inputs.plan.student.model))}")
         models = load_models(inputs, Machine(pick_device(), ranks), announce=announce)
         announce("looking for a checkpoint")
@@ -226,7 +226,7 @@ def train(
         reporter: Reporter = Reporters()
         if ranks.is_first:
             reporter = _reporters(inputs, folder, num_done, opened, events)
-            _report_notes(inputs, reporter)
+            report_notes(inputs, reporter)
         trainer = build(models, reporter=reporter, clock=clock, interrupt=interrupt)
         opened.callback(trainer.pipeline.close)
         if ranks.is_first and num_done:
@@ -346,13 +346,13 @@ def evaluate_recipe(
 
     place = RankInfo.of()
     with _display(console, place.rank == 0) as display, open_communicator(place, grouped=False) as ranks:
-        announce = _announcer(display)
+        announce = announcer(display)
         announce(f"reading {shown(recipe)}")
         inputs = preflight(recipe, overrides, announce=announce, with_servers=False)
         if inputs.plan.evaluation is None:
             where = Location(shown(recipe))
             raise RecipeError([Problem(where, "evaluation", "missing section", "add `evaluation.prompts`")])
-        _try_verifiers(inputs)
+        try_verifiers(inputs)
         _check_only(only, inputs.plan.experts, inputs.plan.evaluation)
         export = model or Path(inputs.plan.output) / "export"
         needs_export = model is not None or not only or "merged" in only
@@ -389,7 +389,7 @@ def record_targets(
     with ExitStack() as held:
         display = held.enter_context(_display(console, place.rank == 0))
         ranks = held.enter_context(open_communicator(place, grouped=False))
-        announce = _announcer(display)
+        announce = announcer(display)
         announce(f"reading {shown(recipe)}")
         inputs = preflight(recipe, overrides, announce=announce, records=True)
         folders = {name: t.targets for name, t in inputs.plan.teachers.items() if t.targets is not None}
@@ -405,8 +405,8 @@ def record_targets(
         from mergeopd.engine.stages import Stages
         from mergeopd.models.causal import pick_device
 
-        _quiet_libraries()
-        _report_notes(inputs, display)
+        quiet_libraries()
+        report_notes(inputs, display)
         names = [name for name in folders if not only or name in only]
         for name in names:
             lock = partial(exclusive, Path(folders[name]), setting_of(name))
@@ -435,20 +435,20 @@ def _measure(
     reporter: Reporter,
 ) -> Measured:
     """Evaluate, and keep the responses. Collective."""
-    _announcer(reporter)("importing torch and transformers")
+    announcer(reporter)("importing torch and transformers")
     from mergeopd.engine.build import build_evaluation
     from mergeopd.engine.models import Machine
     from mergeopd.engine.stages import Stages
     from mergeopd.models.causal import pick_device
 
-    _quiet_libraries()
-    _report_notes(inputs, reporter)
+    quiet_libraries()
+    report_notes(inputs, reporter)
     stages = Stages(reporter, Clock(), ranks, None)
     evaluation = build_evaluation(inputs, plan, Machine(pick_device(), ranks), stages)
     return evaluation.run(merged, responses, only)
 
 
-def _try_verifiers(inputs: Inputs) -> None:
+def try_verifiers(inputs: Inputs) -> None:
     """Import the functions that the recipe allows, to report mistakes in them before the evaluation."""
     plan = inputs.plan
     sources = (*plan.sources, *(plan.evaluation.sources if plan.evaluation else ()))
@@ -457,12 +457,12 @@ def _try_verifiers(inputs: Inputs) -> None:
         verifiers.start()
 
 
-def _report_notes(inputs: Inputs, reporter: Reporter) -> None:
+def report_notes(inputs: Inputs, reporter: Reporter) -> None:
     for note in inputs.notes:
         reporter.emit(Note(note))
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Silence progress bars of transformers, and irrelevant warnings of Megatron and torch."""
     import warnings
 

@@ -149,7 +149,7 @@ class SampleTaker:
         events = []
         for index in sorted(self._logprob_S, key=lambda i: (rollouts[i].prompt.domain, i)):
             rollout, teachers = rollouts[index], self._teachers[index]
-            text_of = _TokenText(tokenizer, int(rollout.prompt_ids[-1]))
+            text_of = TokenText(tokenizer, int(rollout.prompt_ids[-1]))
             traces = {
                 name: replace(trace, candidates=_candidates(self._top_T.get((index, name)), rollout, text_of))
                 for name, trace in teachers.items()
@@ -185,7 +185,7 @@ class SampleTaker:
                 yield index, rows
 
 
-class _TokenText:
+class TokenText:
     """Texts of single tokens as they read after `context`: some decoders drop the space of a first token."""
 
     def __init__(self, tokenizer: Tokenizer, context: int) -> None:
@@ -200,7 +200,7 @@ class _TokenText:
         return self._known[token]
 
 
-def _candidates(shards: Mapping[int, _Top] | None, rollout: Rollout, texts: _TokenText) -> Candidates | None:
+def _candidates(shards: Mapping[int, _Top] | None, rollout: Rollout, texts: TokenText) -> Candidates | None:
     """Combine the shards of a vocabulary into the most probable tokens of each position."""
     if shards is None:
         return None

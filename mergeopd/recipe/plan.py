@@ -15,6 +15,7 @@ from mergeopd.recipe.alarms import Alarms
 from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.bridges import Bridge
 from mergeopd.recipe.environments import Environment
+from mergeopd.recipe.inspection import InspectionSettings
 from mergeopd.recipe.models import Canary, SnapshotRule, Student
 from mergeopd.recipe.rollout import AnyRollout
 from mergeopd.recipe.routing import PhaseTeachers
@@ -27,7 +28,8 @@ from mergeopd.recipe.verifiers import Verifier
 # Settings of an API that do not change its responses.
 API_UNBOUND = ("url", "api_key_env", "allow_http_to", "concurrency", "timeout_s", "prices", "probe")
 
-# Settings that may change when a run is resumed: paths, alarms, memory, reports, processes, remarks.
+# Settings that may change when a run is resumed: paths, alarms, memory, reports,
+# inspections, processes, remarks.
 UNBOUND: Mapping[str, Any] = {
     "recipe_file": True,
     "output": True,
@@ -35,6 +37,7 @@ UNBOUND: Mapping[str, Any] = {
     "memory": True,
     "text_cache": True,
     "report": True,
+    "inspect": True,
     "student": {"parallel": True},
     "rollout": dict.fromkeys(
         ("url", "launch", "api_key_env", "concurrency", "timeout_s", "sync", "parity"), True
@@ -215,6 +218,7 @@ class Plan(Strict):
     allow_code: tuple[str, ...]
     memory: Memory
     report: Reports
+    inspect: InspectionSettings
     text_cache: str
     output: str
 

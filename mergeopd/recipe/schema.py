@@ -36,6 +36,7 @@ from mergeopd.recipe.baselines import (
     static_merge_shorthand,
 )
 from mergeopd.recipe.environments import EnvironmentOrKind
+from mergeopd.recipe.inspection import InspectionSettings
 from mergeopd.recipe.loss_terms import SHORT_TERMS, TEACHER_TERMS, loss_shorthand
 from mergeopd.recipe.models import Student, Teacher, card_shorthand
 from mergeopd.recipe.policy_terms import weight_shorthand
@@ -266,6 +267,9 @@ class Recipe(Strict):
     """Python functions that this recipe may import and call"""
     memory: Memory = Field(default=Memory(), description="limit on main memory")
     report: Reports = Field(default=Reports(), description="additional reports")
+    inspect: InspectionSettings = Field(
+        default=InspectionSettings(), description="sample and thresholds of `mergeopd inspect`"
+    )
     text_cache: str = ".mergeopd/texts"
     """folder for teacher responses and vocabulary maps, shared between runs"""
     output: str = Field(description="run folder")

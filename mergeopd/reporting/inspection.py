@@ -88,9 +88,15 @@ class Compatibility:
     alignment: Estimate | None = None
 
 
+_UNKNOWN = Estimate(None)
+
+
 @dataclass(frozen=True, slots=True)
 class PositionBucket:
-    """Means over the response tokens at positions `start <= position < stop`."""
+    """Means over the response tokens at positions `start <= position < stop`.
+
+    `own_entropy_T` is the teacher's entropy on its own responses; all others are on the student's.
+    """
 
     start: int
     stop: int
@@ -101,6 +107,33 @@ class PositionBucket:
     entropy_T: float | None
     advantage: float | None = None
     alignment: float | None = None
+    own_entropy_T: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """A teacher that reads the prompts in another way than its card says: the student's template, another
+    value of a template's switch.
+    """
+
+    name: str
+    pass_rate_T: Estimate
+    reverse_kl: Estimate
+    first_token_kl: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Onset:
+    """The token of a teacher's own responses from which its entropy differs most from that before.
+
+    `before` and `after` are the means of that entropy, `num_before` and `num_after` their tokens.
+    """
+
+    start: int
+    before: float
+    after: float
+    num_before: int
+    num_after: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +149,13 @@ class Signal:
     pass_rate_S, _T     share of correct responses of student and teacher to the same prompts
     teacher_logprob_gap mean log p of student minus teacher at the tokens of the teacher's own responses
     num_frontier        prompts that the student solves sometimes, but not always
+    first_token_kl      reverse KL at the first token of responses
+    own_entropy_T       entropy of the teacher on its own responses; `onset` is where it changes most
+    pass_gain           pass rate of the teacher minus that of the student, on the same prompts
+    max_entropy         log of the vocabulary's size: the entropy of a uniform distribution
+    foreign_ends        share of the student's ended responses whose end token the teacher does not use;
+                        such tokens are in no other figure
+    truncated_S, _T     share of responses that reached the length limit
     """
 
     num_prompts: int
@@ -137,6 +177,16 @@ class Signal:
     teacher_logprob_gap: Estimate
     num_frontier: int
     positions: tuple[PositionBucket, ...] = ()
+    first_token_kl: Estimate = _UNKNOWN
+    own_entropy_T: Estimate = _UNKNOWN
+    pass_gain: Estimate = _UNKNOWN
+    max_entropy: float | None = None
+    foreign_ends: float | None = None
+    truncated_S: float | None = None
+    truncated_T: float | None = None
+    onset: Onset | None = None
+    renderings: tuple[Rendering, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +349,7 @@ class Inspection:
                 verdict = teacher.domain_verdicts.get(domain, teacher.verdict)
                 row: dict[str, Any] = {"teacher": teacher.name, "domain": domain, "verdict": verdict.kind}
                 for key, value in {} if signal is None else asdict(signal).items():
-                    if key != "positions":
+                    if key not in ("positions", "onset", "renderings", "notes"):
                         row[key] = value["value"] if isinstance(value, dict) else value
                 if domain == "" and teacher.gradients is not None:
                     row["alignment"] = teacher.gradients.score.value

@@ -1,0 +1,65 @@
+"""`mergeopd inspect`: what the teachers of a recipe could teach its student."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+
+from rich.console import Console
+
+from mergeopd.distributed.communicator import SingleProcess
+from mergeopd.engine.clock import Clock
+from mergeopd.engine.run import announcer, quiet_libraries, report_notes
+from mergeopd.errors import TeacherError
+from mergeopd.messages import joined, shown
+from mergeopd.preflight.inputs import Inputs, preflight
+from mergeopd.reporting.events import Reporter
+from mergeopd.reporting.inspection import Inspection
+from mergeopd.reporting.terminal.console import console_reporter
+
+
+def inspect_recipe(
+    recipe: Path,
+    overrides: Sequence[str],
+    *,
+    teachers: Sequence[str] = (),
+    prompts: int | None = None,
+    console: Console,
+) -> Inspection:
+    """Inspect the teachers of a recipe with these names, or all, on a sample of its prompts.
+
+    `prompts` replaces `inspect.prompts` of the recipe. Progress is shown on `console`.
+
+    Raises RecipeError with every problem of the recipe, TeacherError for a name that is no teacher's.
+    """
+    clock = Clock()
+    with ExitStack() as opened:
+        reporter: AbstractContextManager[Reporter] = console_reporter(console)
+        display = opened.enter_context(reporter)
+        announce = announcer(display)
+        announce(f"reading {shown(recipe)}")
+        inputs = preflight(recipe, overrides, announce=announce, with_servers=False)
+        names = _chosen(inputs, teachers)
+        report_notes(inputs, display)
+        announce("importing torch and transformers")
+        from mergeopd.engine.models import Machine
+        from mergeopd.engine.stages import Stages
+        from mergeopd.inspection.inspector import open_inspector
+        from mergeopd.inspection.records import inspection_of
+        from mergeopd.models.causal import pick_device
+
+        quiet_libraries()
+        machine = Machine(pick_device(), SingleProcess())
+        stages = Stages(display, clock, machine.ranks, None)
+        inspector = opened.enter_context(open_inspector(inputs, names, prompts, machine, stages))
+        findings = inspector.run()
+        return inspection_of(inspector, findings, recipe, clock.seconds())
+
+
+def _chosen(inputs: Inputs, teachers: Sequence[str]) -> list[str]:
+    known = list(inputs.plan.teachers)
+    for name in teachers:
+        if name not in known:
+            raise TeacherError(f"--teacher {name}: the recipe has {joined(known, 'and')}; name one of them")
+    return [name for name in known if not teachers or name in teachers]
