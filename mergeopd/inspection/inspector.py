@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +23,7 @@ from mergeopd.inspection.measure import (
     OnStudent,
     OwnResponses,
     StudentResponses,
+    both_teachers,
     counted,
     own_sequence,
     rollouts_of,
@@ -29,9 +31,10 @@ from mergeopd.inspection.measure import (
 )
 from mergeopd.inspection.renderings import other_renderings
 from mergeopd.inspection.sample import Responder, draw_sample, sampled_sources, with_verifiers
-from mergeopd.inspection.signal import Measured, MeasuredRendering
+from mergeopd.inspection.signal import Measured, MeasuredRendering, token_mean
 from mergeopd.preflight.inputs import Inputs
 from mergeopd.recipe.inspection import InspectionSettings
+from mergeopd.reporting.inspection import Conflict
 from mergeopd.rollout.local import LocalEngine
 from mergeopd.rollout.protocol import ReplicaSource, RolloutEngine
 from mergeopd.teacher.hidden_cache import HiddenCache
@@ -54,6 +57,14 @@ class TeacherFindings:
     fault: str | None = None
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What was measured of all teachers, by name, and of every two that share prompts."""
+
+    teachers: Mapping[str, TeacherFindings]
+    conflicts: Sequence[Conflict]
+
+
 @dataclass
 class Inspector:
     """Measures teachers on the prompts of a sample. `members` are each teacher's prompts, by number."""
@@ -70,7 +81,7 @@ class Inspector:
     cache: HiddenCache
     student: StudentResponses = field(init=False)
 
-    def run(self) -> dict[str, TeacherFindings]:
+    def run(self) -> Findings:
         """Measure all teachers, by name."""
         with self.stages.clock.stage("rollout"), self._open_student() as session:
             self.student = self._respond(session)
@@ -79,7 +90,9 @@ class Inspector:
             with self.stages.clock.stage("teachers"):
                 findings[name] = self._teacher(name)
         with self.stages.clock.stage("rollout"), self._open_student() as session:
-            return {name: self._with_gaps(session, one) for name, one in findings.items()}
+            findings = {name: self._with_gaps(session, one) for name, one in findings.items()}
+        with self.stages.clock.stage("teachers"):
+            return Findings(findings, self._conflicts(findings))
 
     @contextmanager
     def _open_student(self) -> Iterator[LocalSession]:
@@ -140,7 +153,7 @@ class Inspector:
             self.student, self.settings.top_k, self.stages, self._shown(members), self._kept(name)
         )
         responses = self.student.of(members)
-        has_distributions = "hidden" in teacher.capabilities.can_provide and view.bridge_kind is None
+        has_distributions = self._has_distributions(name)
         if has_distributions:
             head = teacher.head(None)
             scored = on_student.distributions(name, session, head, view, responses)
@@ -220,15 +233,39 @@ class Inspector:
         in_turn = [own[row] for row in range(rows) for own in by_domain.values() if row < len(own)]
         return frozenset(in_turn[: self.settings.responses])
 
+    def _has_distributions(self, name: str) -> bool:
+        """Whether a teacher's distributions over the student's tokens are known."""
+        if name not in self.teachers or self.views[name].bridge_kind is not None:
+            return False
+        return "hidden" in self.teachers[name].capabilities.can_provide
+
     def _kept(self, name: str) -> frozenset[int]:
-        """Return the responses whose prompts have another teacher with the student's tokens, too."""
-        others = {
-            prompt
-            for other, members in self.members.items()
-            if other != name and other in self.teachers
-            for prompt in members
-        }
-        return frozenset(self.student.of(set(self.members[name]) & others))
+        """Return the responses that another teacher can be compared on with this one."""
+        others = [other for other in self.members if other != name and self._has_distributions(other)]
+        shared = {prompt for other in others for prompt in self.members[other]}
+        return frozenset(self.student.of(set(self.members[name]) & shared))
+
+    def _conflicts(self, findings: Mapping[str, TeacherFindings]) -> list[Conflict]:
+        """Compare the gradients of every two teachers of the same prompts."""
+        names = [name for name in findings if self._has_distributions(name) and not findings[name].fault]
+        conflicts = []
+        for first, second in combinations(names, 2):
+            shared = self.student.of(set(self.members[first]) & set(self.members[second]))
+            if shared:
+                views = self.views[first], self.views[second]
+                heads = self.teachers[first].head(None), self.teachers[second].head(None)
+                weights = [(self.weight(first, i), self.weight(second, i)) for i in shared]
+                scored = both_teachers(self.student, (first, second), heads, views, shared, weights)
+                num_tokens = sum(len(one.positions) for one in scored)
+                cosine, floor = (token_mean(scored, figure) for figure in ("cosine", "floor"))
+                conflicts.append(Conflict(first, second, num_tokens, cosine, floor))
+        return conflicts
+
+    def weight(self, name: str, response: int) -> float:
+        """Return a teacher's weight at a prompt: the largest that it has in a term."""
+        prompt = self.prompts[self.student.graded[response].prompt]
+        of_terms = (weights.get(name, 0.0) for weights in prompt.term_teachers.values())
+        return max(prompt.teachers.get(name, 0.0), *of_terms, 0.0)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from mergeopd.errors import DataError
 from mergeopd.inspection.sample import GradedResponse
 from mergeopd.inspection.signal import Graded, Scored
 from mergeopd.intervals import Values
-from mergeopd.loss.compare import Comparison, compare
+from mergeopd.loss.compare import Comparison, compare, compare_teachers
 from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.targets import Sampled
 from mergeopd.teacher.hidden_cache import HiddenCache
@@ -32,6 +32,7 @@ STUDENT = ""
 NUM_CANDIDATES = 5
 # Distributions are compared at about so many tokens at once: a matrix product of a few rows is slow.
 _ROWS = 512
+_PAIRED = 32  # responses
 _FIGURES = (
     "reverse_kl",
     "forward_kl",
@@ -216,6 +217,44 @@ class OnStudent:
             scored = Scored(own.graded[i].prompt, positions_of(own.rollouts[i]), figures)
             self.figures[i] = scored.without(view.masked(own.rollouts[i]))
         return [self.figures[i] for i in members if i in self.figures]
+
+
+def both_teachers(
+    student: StudentResponses,
+    names: tuple[str, str],
+    heads: tuple[Head, Head],
+    views: tuple[TokenView, TokenView],
+    members: Sequence[int],
+    weights: Sequence[tuple[float, float]],
+) -> list[Scored]:
+    """Compare two teachers on the student's responses that both have scored, whose states are kept.
+
+    `weights` are those of both teachers at each response.
+    """
+    scored = []
+    numbered = list(zip(members, weights, strict=True))
+    for start in range(0, len(numbered), _PAIRED):
+        batch = numbered[start : start + _PAIRED]
+        own = [i for i, _ in batch]
+        sizes = torch.tensor([student.rollouts[i].num_trained for i in own])
+        first, second = (
+            Hidden(student.cache.gather(name, own), head) for name, head in zip(names, heads, strict=True)
+        )
+        labels = np.concatenate([student.rollouts[i].trained_ids for i in own])
+        compared = compare_teachers(
+            Hidden(student.cache.gather(STUDENT, own), student.head),
+            first,
+            second,
+            torch.tensor(labels, dtype=torch.long, device=first.hidden.device),
+            torch.tensor([pair for _, pair in batch]).repeat_interleave(sizes, 0).unbind(1),
+        )
+        parts = [torch.split(each, sizes.tolist()) for each in (compared.cosine, compared.floor)]
+        for i, cosine, floor in zip(own, *parts, strict=True):
+            rollout = student.rollouts[i]
+            figures = {"cosine": _numbers(cosine), "floor": _numbers(floor)}
+            one = Scored(student.graded[i].prompt, positions_of(rollout), figures)
+            scored.append(one.without({*views[0].masked(rollout), *views[1].masked(rollout)}))
+    return scored
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from mergeopd.engine.rollouts import response_text
 from mergeopd.engine.samples import TokenText, token_texts
-from mergeopd.inspection.inspector import Inspector, TeacherFindings
+from mergeopd.inspection.budget import DomainSample, domain_budgets
+from mergeopd.inspection.inspector import Findings, Inspector, TeacherFindings
 from mergeopd.inspection.measure import positions_of
-from mergeopd.inspection.signal import signal_of
-from mergeopd.inspection.verdicts import verdict_of
+from mergeopd.inspection.signal import signal_of, token_mean
+from mergeopd.inspection.verdicts import over_domains, verdict_of
 from mergeopd.intervals import Values
 from mergeopd.messages import shown
 from mergeopd.reporting.inspection import (
@@ -29,7 +32,7 @@ from mergeopd.reporting.inspection import (
 
 def inspection_of(
     inspector: Inspector,
-    findings: Mapping[str, TeacherFindings],
+    findings: Findings,
     recipe: Path,
     seconds: Mapping[str, float],
 ) -> Inspection:
@@ -42,10 +45,41 @@ def inspection_of(
         student=shown(Path(inputs.plan.student.model)),
         created=inputs.now.isoformat(timespec="seconds"),
         settings={**inspector.settings.values, "prompts": len(inspector.prompts)},
-        teachers=tuple(_teacher(inspector, one) for one in findings.values()),
+        teachers=tuple(_teacher(inspector, one) for one in findings.teachers.values()),
+        domains=domain_budgets(inputs.plan, _domain_samples(inspector, findings.teachers)),
+        conflicts=tuple(findings.conflicts),
         notes=inputs.notes,
         seconds=dict(seconds),
     )
+
+
+def _domain_samples(inspector: Inspector, findings: Mapping[str, TeacherFindings]) -> dict[str, DomainSample]:
+    """Return the student's responses by domain; documents count with their own lengths."""
+    student, inputs = inspector.student, inspector.inputs
+    samples = {}
+    for source in inputs.plan.sources:
+        if source.text_field is not None:
+            lengths = [len(p.document.ids) for p in inputs.prompts[source.name] if p.document is not None]
+            samples[source.domain] = DomainSample(float(np.mean(lengths)), ())
+    for domain in dict.fromkeys(prompt.domain for prompt in inspector.prompts):
+        members = [i for i, prompt in enumerate(inspector.prompts) if prompt.domain == domain]
+        own = [r.num_trained for r in student.rollouts if r.prompt.domain == domain]
+        gaps = [_gap(inspector, one, members) for one in findings.values()]
+        known = [gap for gap in gaps if gap is not None]
+        gap = sum(known) if known else None
+        samples[domain] = DomainSample(float(np.mean(own)), student.counted(members), gap)
+    return samples
+
+
+def _gap(inspector: Inspector, one: TeacherFindings, members: Sequence[int]) -> float | None:
+    """Return a teacher's mean reverse KL on these prompts, times its weight there."""
+    own = sorted(set(members) & set(one.members))
+    if one.measured is None or not own:
+        return None
+    scored = [each for each in one.measured.on_student if each.prompt in own]
+    mean = token_mean(scored, "reverse_kl").value
+    weights = [inspector.weight(one.name, i) for i in inspector.student.of(own)]
+    return None if mean is None else mean * float(np.mean(weights))
 
 
 def _teacher(inspector: Inspector, one: TeacherFindings) -> TeacherInspection:
@@ -59,7 +93,8 @@ def _teacher(inspector: Inspector, one: TeacherFindings) -> TeacherInspection:
         for domain in dict.fromkeys(inspector.prompts[i].domain for i in one.members):
             members = [i for i in one.members if inspector.prompts[i].domain == domain]
             by_domain[domain] = signal_of(one.measured, members)
-    verdict = verdict_of(signal, limits, compatibility)
+    of_domains = {name: verdict_of(own, limits, compatibility) for name, own in by_domain.items()}
+    verdict = over_domains(verdict_of(signal, limits, compatibility), of_domains)
     if one.fault is not None:
         kind = verdict.kind if one.name not in inspector.teachers else "wrong_teacher"
         verdict = Verdict(kind, one.fault)
@@ -71,7 +106,7 @@ def _teacher(inspector: Inspector, one: TeacherFindings) -> TeacherInspection:
         compatibility=compatibility,
         signal=signal,
         by_domain=by_domain,
-        domain_verdicts={name: verdict_of(own, limits, compatibility) for name, own in by_domain.items()},
+        domain_verdicts=of_domains,
         responses=_responses(inspector, one),
     )
 

@@ -17,6 +17,10 @@ from mergeopd.reporting.result import Estimate
 
 # A teacher's entropies before and after an onset are means over at least this share of its tokens.
 _LEAST_SHARE = 0.05
+_LEAST_PROMPTS = 4
+# Figures that cannot be below zero; of these, shares cannot be above one.
+_POSITIVE = ("reverse_kl", "forward_kl", "entropy_S", "entropy_T", "entropy_gap", "floor")
+_SHARES = ("overlap", "mass_S", "mass_T")
 _UNDEFINED = Estimate(None)
 
 
@@ -139,16 +143,22 @@ def token_mean(scored: Sequence[Scored], name: str) -> Estimate:
         if values is not None and (known := values[~np.isnan(values)]).size:
             sums[one.prompt] = sums.get(one.prompt, 0.0) + float(known.sum())
             counts[one.prompt] = counts.get(one.prompt, 0) + known.size
-    return _ratio(sums, counts)
+    least = 0.0 if name in (*_POSITIVE, *_SHARES) else -math.inf
+    return _ratio(sums, counts, least, 1.0 if name in _SHARES else math.inf)
 
 
-def _ratio(sums: Mapping[int, float], counts: Mapping[int, int]) -> Estimate:
+def _ratio(
+    sums: Mapping[int, float], counts: Mapping[int, int], least: float = -1.0, most: float = 1.0
+) -> Estimate:
+    """Return sum(sums) / sum(counts), by prompts, whose interval ends at the bounds."""
     if not sums:
         return _UNDEFINED
     by_prompt, sizes = np.array(list(sums.values())), np.array(list(counts.values()), np.float64)
     interval = cluster_interval(by_prompt, sizes)
     value = float(by_prompt.sum() / sizes.sum())
-    return Estimate(value) if interval is None else Estimate(value, interval.low, interval.high)
+    if interval is None:
+        return Estimate(value)
+    return Estimate(value, max(interval.low, least), min(interval.high, most))
 
 
 def pass_rate(graded: Sequence[Graded]) -> Estimate:
@@ -231,26 +241,36 @@ def _within(one: Scored, start: int, stop: int) -> Scored:
 
 
 def entropy_onset(on_own: Sequence[Scored]) -> Onset | None:
-    """Find the token from which a teacher's entropy on its own responses differs most from that before.
+    """Find the token of a teacher's own responses from which its entropy differs most from that before.
 
-    This is the split that explains most of the variance between positions (least squares). None without a
-    split that leaves a share of the tokens on both sides.
+    At each position the means before and after are over the responses that reach beyond it, so that they
+    are of the same prompts; of all positions the split counts that explains most of the variance (least
+    squares). None where no split leaves enough tokens and prompts on both sides.
     """
     usable = [one for one in on_own if len(one.positions) and "entropy_T" in one.values]
-    if not usable:
+    length = max((int(one.positions[-1]) + 1 for one in usable), default=0)
+    if length < 2:
         return None
-    positions = np.concatenate([one.positions for one in usable])
-    entropies = np.concatenate([one.values["entropy_T"] for one in usable])
-    positions, entropies = positions[~np.isnan(entropies)], entropies[~np.isnan(entropies)]
-    counts = np.bincount(positions).astype(np.float64)
-    before, sums = np.cumsum(counts)[:-1], np.cumsum(np.bincount(positions, entropies))[:-1]
-    total, total_sum = counts.sum(), entropies.sum()
-    after = total - before
-    is_possible = (before >= _LEAST_SHARE * total) & (after >= _LEAST_SHARE * total)
+    counts, sums = np.zeros((2, 2, length - 1))
+    longest: dict[int, int] = {}
+    total = 0
+    for one in usable:
+        places, entropies = one.positions, one.values["entropy_T"]
+        last = int(places[-1])
+        before = np.cumsum(np.bincount(places, minlength=last + 1))[:-1]
+        sum_before = np.cumsum(np.bincount(places, entropies, minlength=last + 1))[:-1]
+        counts[:, :last] += before, len(places) - before
+        sums[:, :last] += sum_before, entropies.sum() - sum_before
+        total += len(places)
+        longest[one.prompt] = max(longest.get(one.prompt, 0), last)
+    is_possible = (counts >= _LEAST_SHARE * total).all(0)
+    num_prompts = (np.array(list(longest.values()))[:, None] > np.arange(length - 1)).sum(0)
+    is_possible &= num_prompts >= _LEAST_PROMPTS
     if not is_possible.any():
         return None
     with np.errstate(invalid="ignore", divide="ignore"):
-        means, rest = sums / before, (total_sum - sums) / after
-    gain = np.where(is_possible, before * after * np.square(rest - means), -1.0)
-    best = int(gain.argmax())
-    return Onset(best + 1, float(means[best]), float(rest[best]), int(before[best]), int(after[best]))
+        means = sums / counts
+        explained = counts.prod(0) / counts.sum(0) * np.square(means[1] - means[0])
+    best = int(np.where(is_possible, explained, -1.0).argmax())
+    (low, high), (num_low, num_high) = means[:, best].tolist(), counts[:, best].tolist()
+    return Onset(best + 1, low, high, int(num_low), int(num_high))

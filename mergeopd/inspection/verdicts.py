@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from mergeopd.messages import joined
 from mergeopd.recipe.inspection import InspectionThresholds
-from mergeopd.reporting.inspection import Compatibility, Reason, Rendering, Signal, Verdict
+from mergeopd.reporting.inspection import Compatibility, Reason, Rendering, Signal, Verdict, VerdictKind
 from mergeopd.reporting.result import Estimate
 
 _NONE = Compatibility(())
+_GRAVEST_FIRST: Sequence[VerdictKind] = (
+    "template_mismatch",
+    "wrong_teacher",
+    "noisy",
+    "nothing_new",
+    "cold_start",
+    "unknown",
+    "ready",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +53,16 @@ def verdict_of(
         for verdict in rule(case):
             return verdict
     raise AssertionError("the last rule always yields a verdict")
+
+
+def over_domains(pooled: Verdict, by_domain: Mapping[str, Verdict]) -> Verdict:
+    """Return the verdict on a teacher: that over all its prompts, or the gravest where its domains differ."""
+    if len({verdict.kind for verdict in by_domain.values()}) < 2:
+        return pooled
+    domain = min(by_domain, key=lambda name: _GRAVEST_FIRST.index(by_domain[name].kind))
+    worst = by_domain[domain]
+    rest = [f"{own.kind.replace('_', ' ')} for {name}" for name, own in by_domain.items() if name != domain]
+    return replace(worst, sentence=f"for {domain}: {worst.sentence}; {joined(rest, 'and')}")
 
 
 def _untrained(case: _Case) -> Iterator[Verdict]:

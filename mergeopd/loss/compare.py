@@ -90,7 +90,7 @@ def compare_teachers(
     first: Hidden,
     second: Hidden,
     labels_N: Tensor,
-    weights: tuple[Tensor, Tensor],
+    weights: Sequence[Tensor],
     *,
     chunk_rows: int | None = None,
 ) -> TwoTeachers:
@@ -104,7 +104,7 @@ def compare_teachers(
         gradients = [_gradient(logprob_S, each) for each in teachers]
         norms = [gradient.norm(dim=1) for gradient in gradients]
         cosine = torch.linalg.vecdot(*gradients) / (norms[0] * norms[1])
-        own = [weight[rows].to(logprob_S).unsqueeze(1) for weight in weights]
+        own = [weight.to(logprob_S)[rows].unsqueeze(1) for weight in weights]
         total = own[0] + own[1]
         mean = (own[0] * teachers[0] + own[1] * teachers[1]) / total
         return TwoTeachers(cosine, -(total.squeeze(1) * mean.logsumexp(1)).clamp_max(0.0))
