@@ -41,7 +41,7 @@ def test_means_are_over_the_tokens_where_a_figure_is_defined() -> None:
 
 
 def test_intervals_cover_the_mean_at_the_stated_rate() -> None:
-    """Prompts differ in their means and lengths; tokens of a prompt are alike."""
+    """Prompts differ in their means and lengths, and tokens of a prompt share its mean."""
     random = np.random.default_rng(0)
     hits = 0
     for _ in range(400):
@@ -91,11 +91,11 @@ def test_the_onset_of_noise_is_the_token_from_which_entropy_rises(onset: int) ->
         )
         for p in range(6)
     ]
-    found = entropy_onset([*short, *long])
-    assert found is not None
-    assert found.start == onset
-    assert found.before == pytest.approx(0.1, abs=0.05)
-    assert found.after == pytest.approx(1.5, abs=0.2)
+    measured = entropy_onset([*short, *long])
+    assert measured is not None
+    assert measured.start == onset
+    assert measured.before == pytest.approx(0.1, abs=0.05)
+    assert measured.after == pytest.approx(1.5, abs=0.2)
     assert entropy_onset(long[:3]) is None  # too few prompts
 
 
