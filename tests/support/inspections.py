@@ -10,8 +10,8 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 
+from inspected_signals import estimate, fraction, gradient_alignment, signal
 from report_pages import EVIL
 
 from mergeopd.reporting.inspection import (
@@ -21,22 +21,17 @@ from mergeopd.reporting.inspection import (
     DiffSpan,
     DomainBudget,
     Finding,
-    GradientAlignment,
     InspectedResponse,
     InspectedToken,
     Inspection,
-    PositionBucket,
     Reason,
-    Signal,
     TeacherInspection,
     TemplateDiff,
     TokenCandidate,
     Verdict,
-    VerdictKind,
 )
 from mergeopd.reporting.result import Estimate
 
-UNKNOWN = Estimate(None)
 CONTROL_CHARACTERS = "\u202egnirts lanretxe\u202c \u0007\u001b[31m\u200b\u0000 é"
 
 _MATH = (
@@ -59,102 +54,10 @@ _PROMPTS = {
 }
 
 
-def estimate(value: float | None, half_width: float = 0.03) -> Estimate:
-    """Return an estimate with a symmetric interval."""
-    return UNKNOWN if value is None else Estimate(value, value - half_width, value + half_width)
-
-
-def fraction(value: float, half_width: float = 0.05) -> Estimate:
-    """Return an estimate of a fraction, whose interval stays between 0 and 1."""
-    return Estimate(value, max(0.0, value - half_width), min(1.0, value + half_width))
-
-
-def signal(
-    overlap: float,
-    reverse_kl: float | None,
-    passes: tuple[float, float],
-    beyond: int | None = None,
-    num_prompts: int = 64,
-) -> Signal:
-    """Return a signal with the given overlap, divergence, and pass rates of student and teacher."""
-    return Signal(
-        num_prompts=num_prompts,
-        num_responses=4 * num_prompts,
-        num_tokens=410 * 4 * num_prompts,
-        k=16,
-        overlap=fraction(overlap, 0.02),
-        overlap_advantage=estimate(-0.4 * (1 - overlap), 0.01),
-        entropy_gap=estimate(0.5 * (1 - overlap) + 0.02, 0.015),
-        entropy_S=estimate(0.62),
-        entropy_T=estimate(0.41),
-        shared_mass_S=fraction(0.90 + 0.09 * overlap, 0.004),
-        shared_mass_T=fraction(0.88 + 0.11 * overlap, 0.005),
-        reverse_kl=estimate(reverse_kl, 0.02),
-        forward_kl=estimate(None if reverse_kl is None else 1.3 * reverse_kl, 0.03),
-        logprob_gap=estimate(-0.8 * (1 - overlap), 0.02),
-        pass_rate_S=fraction(passes[0]),
-        pass_rate_T=fraction(passes[1]),
-        teacher_logprob_gap=estimate(-1.1 * (1 - overlap), 0.03),
-        num_frontier=round(num_prompts * min(passes[0], 1 - passes[0]) * 1.4),
-        positions=positions(overlap, reverse_kl, beyond),
-    )
-
-
-def positions(overlap: float, reverse_kl: float | None, beyond: int | None) -> tuple[PositionBucket, ...]:
-    """Return buckets that double from 16 to 4,096 tokens; a teacher is noisy `beyond` a token."""
-    edges = [0, *(16 * 2**i for i in range(9))]
-    buckets = []
-    for i, (start, stop) in enumerate(pairwise(edges)):
-        is_noisy = beyond is not None and start >= beyond
-        wave = 0.05 * random.Random(i).uniform(-1, 1)
-        divergence = (
-            None if reverse_kl is None else reverse_kl * (3.0 if is_noisy else 1.25 - 0.06 * i + wave)
-        )
-        buckets.append(
-            PositionBucket(
-                start=start,
-                stop=stop,
-                num_tokens=(stop - start) * max(8, 256 >> (i // 2)),
-                reverse_kl=divergence,
-                overlap=overlap * (0.6 if is_noisy else 0.95 + 0.01 * i + wave / 5),
-                entropy_S=0.75 - 0.03 * i + wave,
-                entropy_T=1.4 if is_noisy else 0.5 - 0.02 * i + wave,
-                advantage=-0.4 * (1 - overlap) * (2.5 if is_noisy else 1.0 + wave),
-            )
-        )
-    return tuple(buckets)
-
-
-def gradient_alignment() -> GradientAlignment:
-    """Return cosines of gradients that agree more on incorrect responses, and less at depth."""
-    return GradientAlignment(
-        num_nodes=96,
-        num_skipped=31,
-        num_rollouts=6144,
-        score=Estimate(0.34, 0.27, 0.41),
-        on_correct=Estimate(0.08, -0.05, 0.21),
-        on_incorrect=Estimate(0.47, 0.38, 0.56),
-        positions=tuple(
-            PositionBucket(start, stop, 24, None, None, None, None, alignment=value)
-            for start, stop, value in ((0, 64, 0.41), (64, 256, 0.37), (256, 1024, 0.28), (1024, 4096, -0.06))
-        ),
-    )
-
-
-def verdict(kind: VerdictKind, sentence: str, *, remedy: str = "", beyond: int | None = None) -> Verdict:
-    """Return a verdict whose reasons fail where the kind says so."""
-    reasons = (
-        Reason(
-            "The teacher's pass rate exceeds the student's", "min_gain", 0.21, 0.05, kind != "nothing_new"
-        ),
-        Reason("The likeliest tokens overlap", "min_overlap", 0.41, 0.5, kind != "cold_start"),
-        Reason("Reverse KL is high enough to teach", "min_reverse_kl", 0.084, 0.01, kind != "nothing_new"),
-        Reason("Late divergence is close to early divergence", "max_noise_ratio", 2.9, 2.0, kind != "noisy"),
-        Reason(
-            "The template renders equal prompts", "max_template_diff", None, 0.0, kind != "template_mismatch"
-        ),
-    )
-    return Verdict(kind, sentence, reasons, remedy, beyond)
+def reason(text: str, threshold: str, value: float | None, limit: float) -> Reason:
+    """Return a reason that is met above its limit, or below it for the thresholds that are upper bounds."""
+    is_bound = threshold in ("cold_pass_rate", "cold_overlap", "identical_kl", "least_pass_rate")
+    return Reason(text, threshold, value, limit, value is not None and (value < limit) == is_bound)
 
 
 def response(
@@ -255,38 +158,67 @@ def _compatibility(name: str) -> Compatibility:
     return Compatibility(_OK, (_SAME_TEMPLATE,))
 
 
-_READY = "The teacher passes 21 points more often than the student, and both prefer the same tokens."
+_GAIN = "pass rate of the teacher, minus the student's"
 _VERDICTS: dict[str, Verdict] = {
-    "math": verdict("ready", _READY),
-    "code": verdict(
+    "math": Verdict(
+        "ready",
+        "can teach: pass rate 42% -> 63%, 0.08 nats per token to learn",
+        (reason(_GAIN, "pass_margin", 0.21, 0.05),),
+    ),
+    "code": Verdict(
         "cold_start",
-        "The teacher is better, but the student rarely prefers its tokens: 41 % overlap.",
-        remedy="Add a phase with `text: teacher` before the on-policy phase.",
+        "can teach, but the student is far from it: it solves 4%, and 1.31 nats per token separate it from the "
+        "teacher's responses",
+        (
+            reason("pass rate of the student", "cold_pass_rate", 0.04, 0.05),
+            reason(
+                "nats by which the student finds its responses less likely", "cold_logprob_gap", 1.31, 1.0
+            ),
+            reason("overlap of the 16 likeliest tokens", "cold_overlap", 0.71, 0.6),
+        ),
+        "begin with a phase with `text: teacher`, then let the student generate",
     ),
-    "chat": verdict(
+    "chat": Verdict(
         "template_mismatch",
-        "The teacher reads another prompt than the student; its divergence is mostly in the first tokens.",
-        remedy="Set `template: student` for this teacher.",
+        "does better with the student's template: pass rate 58% -> 81%",
+        (
+            reason(
+                "pass rate with the student's template, minus that as configured", "template_gain", 0.23, 0.15
+            ),
+        ),
+        "compare the templates, and correct `template` or `template_arguments` in the teacher's card",
     ),
-    "agent": verdict(
+    "agent": Verdict(
         "noisy",
-        "Beyond token 1,024 the teacher's divergence triples and its overlap falls.",
-        remedy="Limit `rollout.max_new_tokens` to 1024, or weight late tokens less.",
+        "is noisy beyond token 1024: its entropy on its own responses rises from 0.38 to 1.40 nats per token",
+        (
+            reason("rise of the teacher's entropy, as a factor", "noise_factor", 3.7, 3.0),
+            reason("rise of the teacher's entropy, nats per token", "noise_nats", 1.02, 0.3),
+        ),
+        "set `rollout.max_new_tokens` to 1024, or use a teacher trained on longer responses",
         beyond=1024,
     ),
-    "sql": verdict("wrong_teacher", "The teacher passes less often than the student on these prompts."),
-    "summary": verdict(
-        "nothing_new", "Student and teacher have nearly the same distributions and pass rates."
+    "sql": Verdict(
+        "wrong_teacher",
+        "solves 3% of these prompts: it does not know this domain, or cannot read them",
+        (reason("pass rate of the teacher", "least_pass_rate", 0.03, 0.1),),
+        "route these prompts to another teacher, and check this one's weights and template",
     ),
-    "legal": Verdict("unknown", "No prompt of the recipe uses this teacher, so its signal is unknown."),
+    "summary": Verdict(
+        "nothing_new",
+        "has the student's distributions (reverse KL 0.0004 nats per token)",
+        (reason("reverse KL, nats per token", "identical_kl", 0.0004, 0.001),),
+        "choose a teacher that was trained further",
+    ),
+    "legal": Verdict("unknown", "was not measured: no prompt of the recipe uses it"),
 }
 _SIGNALS: dict[str, tuple[float, float | None, tuple[float, float]]] = {
     "math": (0.78, 0.084, (0.42, 0.63)),
-    "code": (0.41, 0.61, (0.18, 0.55)),
+    "code": (0.71, 0.61, (0.04, 0.55)),
     "chat": (0.52, 0.92, (0.50, 0.58)),
     "agent": (0.71, 0.15, (0.22, 0.47)),
-    "sql": (0.49, None, (0.44, 0.31)),
-    "summary": (0.97, 0.006, (0.71, 0.72)),
+    "sql": (0.49, None, (0.44, 0.03)),
+    "summary": (0.97, 0.0004, (0.71, 0.71)),
 }
 
 
@@ -302,9 +234,13 @@ def inspected_teacher(
     by_domain = {name: signal(*measured, beyond=beyond, num_prompts=48)}
     domain_verdicts: dict[str, Verdict] = {}
     if name == "math":
+        by_domain[name] = signal(0.85, 0.05, (0.52, 0.81), num_prompts=48)
         by_domain["algebra, second year"] = signal(0.55, 0.3, (0.12, 0.10), num_prompts=16)
-        domain_verdicts["algebra, second year"] = verdict(
-            "wrong_teacher", "The teacher passes no more often than the student on these prompts."
+        domain_verdicts["algebra, second year"] = Verdict(
+            "nothing_new",
+            "is no better than the student: pass rate 12% -> 10%",
+            (reason(_GAIN, "pass_margin", -0.02, 0.05),),
+            "leave this teacher out, or give it harder prompts",
         )
     texts = {0: "", 1: f"It is {EVIL} {CONTROL_CHARACTERS} done. ", 2: ""} if name == "math" else {}
     return TeacherInspection(
@@ -344,14 +280,13 @@ def inspection(num_responses: int = 3, num_tokens: int = 120, num_candidates: in
         created="2026-01-02T03:04:05+00:00",
         settings={
             "prompts": 64,
-            "responses": 4,
-            "k": 16,
+            "samples": 4,
+            "top_k": 16,
             "seed": 0,
-            "min_overlap": 0.5,
-            "min_gain": 0.05,
-            "min_reverse_kl": 0.01,
-            "max_noise_ratio": 2.0,
-            "max_template_diff": 0,
+            "pass_margin": 0.05,
+            "cold_overlap": 0.6,
+            "noise_factor": 3.0,
+            "template_gain": 0.15,
         },
         teachers=tuple(inspected_teacher(name, num_responses, num_tokens, num_candidates) for name in names),
         domains=tuple(
