@@ -34,6 +34,7 @@ from mergeopd.reporting.page.curves import ACCENT, GOOD, SOFT, build_curves
 from mergeopd.reporting.page.evaluated import build_failures
 from mergeopd.reporting.page.responses import LEVELS, build_legends, build_responses
 from mergeopd.reporting.page.run_data import RunData, load_run
+from mergeopd.reporting.page.text import visible
 from mergeopd.reporting.result import Estimate, grade, shortfall, standing
 from mergeopd.reporting.terminal.timing import clock_text
 from mergeopd.storage import run_layout
@@ -90,12 +91,21 @@ def render(data: RunData, now: datetime) -> str:
     )
 
 
-def render_page(template: str, name: str, now: datetime, document: Mapping[str, Any], **context: Any) -> str:
-    """Render a template with the data of its charts.
+def render_page(
+    template: str,
+    name: str,
+    now: datetime,
+    document: Mapping[str, Any],
+    *,
+    script: str = "page.js",
+    has_charts: bool = True,
+    **context: Any,
+) -> str:
+    """Render a template with the data of its script; plotly.js is in it if it `has_charts`.
 
     The page's content policy allows its own scripts by hash, and loads nothing.
     """
-    scripts = (_plotly(), _part("page.js"))
+    scripts = (*([_plotly()] if has_charts else []), _part("base.js") + _part(script))
     hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
     return (
         _environment()
@@ -217,6 +227,7 @@ def _environment() -> Environment:
         loader=PackageLoader("mergeopd.reporting.page", "assets"),
         autoescape=True,  # prompts and responses are untrusted text
         undefined=StrictUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,  # not markup
         trim_blocks=True,
         lstrip_blocks=True,
     )

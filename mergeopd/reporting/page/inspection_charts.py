@@ -1,0 +1,270 @@
+"""Build charts of an inspection: curves by token position, a map of teachers. Places are in % of a chart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from mergeopd.reporting.inspection import PositionBucket, Signal, TeacherInspection
+from mergeopd.reporting.page.text import visible
+
+_NUM_TICKS = 4
+_LABEL_GAP = (24.0, 9.0)
+"""Labels on the map that are nearer than this, across and down, are moved apart."""
+_MAX_X_LABELS = 7
+_MINUS = "\u2212"
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A label at a place on an axis."""
+
+    place: float
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A curve as SVG path data, and its points as paths of length zero. `colour` is a custom property."""
+
+    name: str
+    colour: str
+    path: str
+    points: str
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """The part of a chart that belongs to one bucket of positions; `rows` are shown when it is pointed at."""
+
+    left: float
+    width: float
+    rows: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PositionChart:
+    """Curves over token positions. `marker` is the place of the position from which a teacher is noisy."""
+
+    title: str
+    subtitle: str
+    lines: tuple[Line, ...]
+    bands: tuple[Band, ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    marker: float | None = None
+    zero: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """The values of a curve, one per bucket."""
+
+    name: str
+    colour: str
+    values: tuple[float | None, ...]
+
+
+def position_charts(
+    signal: Signal | None, by_domain: Mapping[str, Signal], beyond: int | None
+) -> tuple[PositionChart, ...]:
+    """Build the charts of a teacher's signal; with several domains, each with the same buckets has a line."""
+    if signal is None or not signal.positions:
+        return ()
+    buckets = signal.positions
+    edges = [(bucket.start, bucket.stop) for bucket in buckets]
+    domains = {
+        name: one.positions
+        for name, one in by_domain.items()
+        if [(bucket.start, bucket.stop) for bucket in one.positions] == edges
+    }
+    if len(domains) < 2:
+        domains = {}
+
+    def curves(key: str, factor: float = 1.0) -> list[Curve]:
+        own = Curve("all prompts" if domains else "", "--accent", _column(buckets, key, factor))
+        parts = enumerate(domains.items())
+        return [
+            own,
+            *(
+                Curve(visible(name), f"--c{(i + 1) % 10}", _column(part, key, factor))
+                for i, (name, part) in parts
+            ),
+        ]
+
+    entropies = [
+        Curve("student", "--accent", _column(buckets, "entropy_S")),
+        Curve("teacher", "--good", _column(buckets, "entropy_T")),
+    ]
+    figures = (
+        ("Reverse KL", "nats per token", curves("reverse_kl")),
+        ("Overlap", f"of the {signal.k} likeliest tokens, in %", curves("overlap", 100.0)),
+        ("Entropy", "of the next-token distribution, in nats", entropies),
+        ("Overlap advantage", "on the common tokens, in nats; 0 where both agree", curves("advantage")),
+    )
+    charts = (_chart(title, subtitle, buckets, lines, beyond) for title, subtitle, lines in figures)
+    return tuple(chart for chart in charts if chart is not None)
+
+
+def alignment_chart(buckets: Sequence[PositionBucket]) -> PositionChart | None:
+    """Build the chart of gradient alignment by position; None where there is none."""
+    curve = Curve("", "--accent", _column(buckets, "alignment"))
+    return _chart(
+        "Alignment by position", "cosine with the ideal gradient", buckets, [curve], None, unit="nodes"
+    )
+
+
+def _column(buckets: Sequence[PositionBucket], key: str, factor: float = 1.0) -> tuple[float | None, ...]:
+    values: Iterator[float | None] = (getattr(bucket, key) for bucket in buckets)
+    return tuple(None if value is None else factor * value for value in values)
+
+
+def _chart(
+    title: str,
+    subtitle: str,
+    buckets: Sequence[PositionBucket],
+    curves: Sequence[Curve],
+    beyond: int | None,
+    unit: str = "tokens",
+) -> PositionChart | None:
+    """Build a chart with buckets of equal widths and a vertical axis that includes 0."""
+    shown = [curve for curve in curves if any(value is not None for value in curve.values)]
+    known = [value for curve in shown for value in curve.values if value is not None]
+    if not known:
+        return None
+    ticks = nice_ticks(min(0.0, *known), max(0.0, *known))
+    low, high = ticks[0], ticks[-1]
+    width = 100.0 / len(buckets)
+
+    def y(value: float) -> float:
+        return 100.0 * (high - value) / (high - low)
+
+    bands = []
+    for i, bucket in enumerate(buckets):
+        rows = [("positions", f"{bucket.start:,} to {bucket.stop - 1:,}"), (unit, f"{bucket.num_tokens:,}")]
+        for curve in shown:
+            value = curve.values[i]
+            rows.append((curve.name or title, "-" if value is None else f"{value:.3g}"))
+        bands.append(Band(i * width, width, tuple(rows)))
+    return PositionChart(
+        title=title,
+        subtitle=subtitle,
+        lines=tuple(_line(curve, width, y) for curve in shown),
+        bands=tuple(bands),
+        x_ticks=_edges(buckets),
+        y_ticks=tuple(Tick(y(value), _label(value)) for value in ticks),
+        marker=None if beyond is None else _place(beyond, buckets),
+        zero=y(0.0) if low < 0.0 < high else None,
+    )
+
+
+def _line(curve: Curve, width: float, y: Callable[[float], float]) -> Line:
+    """Join the known values at the middles of the buckets; a gap stays a gap."""
+    places = [
+        None if value is None else f"{(i + 0.5) * width:.2f} {y(value):.2f}"
+        for i, value in enumerate(curve.values)
+    ]
+    path = "".join(
+        f"{'M' if i == 0 or places[i - 1] is None else 'L'}{place}"
+        for i, place in enumerate(places)
+        if place is not None
+    )
+    return Line(curve.name, curve.colour, path, "".join(f"M{place}h0" for place in places if place))
+
+
+def _edges(buckets: Sequence[PositionBucket]) -> tuple[Tick, ...]:
+    """Label the edges between buckets, some of them where they are many."""
+    edges = [*(bucket.start for bucket in buckets), buckets[-1].stop]
+    last = len(edges) - 1
+    counts = range(min(last, _MAX_X_LABELS - 1), 0, -1)
+    count = next((n for n in counts if last % n == 0 and n >= 3), counts[0])
+    chosen = [round(i * last / count) for i in range(count + 1)]
+    return tuple(Tick(100.0 * i / last, f"{edges[i]:,}") for i in chosen)
+
+
+def _place(position: int, buckets: Sequence[PositionBucket]) -> float | None:
+    """Return the place of a position between the edges of its bucket; None outside all of them."""
+    for i, bucket in enumerate(buckets):
+        if bucket.start <= position < bucket.stop:
+            return 100.0 * (i + (position - bucket.start) / (bucket.stop - bucket.start)) / len(buckets)
+    return None
+
+
+def nice_ticks(low: float, high: float) -> list[float]:
+    """Return multiples of 1, 2 or 5 times a power of ten, from below `low` to above `high`."""
+    span = high - low or 1.0
+    power = 10.0 ** math.floor(math.log10(span / _NUM_TICKS))
+    step = next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= _NUM_TICKS)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    last = max(last, first + 1)  # all values are 0
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _label(value: float) -> str:
+    return f"{value:g}".replace("-", _MINUS)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A teacher on the map. `size` is in pixels; `shift` moves its label down by lines, away from others."""
+
+    index: int
+    name: str
+    kind: str
+    x: float
+    y: float
+    size: float
+    is_left: bool
+    shift: int
+    overlap: float
+    gain: float
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherMap:
+    """Teachers by overlap and by how much more often they pass than the student; `missing` lack either."""
+
+    marks: tuple[Mark, ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    zero: float
+    missing: tuple[str, ...]
+
+
+def teacher_map(teachers: Sequence[TeacherInspection]) -> TeacherMap | None:
+    """Build the map of the teachers; None where none has both numbers."""
+    rows = []
+    for i, teacher in enumerate(teachers):
+        signal = teacher.signal
+        if signal is None:
+            continue
+        rates = signal.pass_rate_T.value, signal.pass_rate_S.value
+        if signal.overlap.value is not None and rates[0] is not None and rates[1] is not None:
+            rows.append((i, teacher, signal.overlap.value, rates[0] - rates[1], signal.reverse_kl.value))
+    if not rows:
+        return None
+    gains = [100.0 * row[3] for row in rows]
+    ticks = nice_ticks(min(0.0, *gains), max(0.0, *gains))
+    low, high = ticks[0], ticks[-1]
+    marks: list[Mark] = []
+    for i, teacher, overlap, gain, divergence in sorted(rows, key=lambda row: -row[3]):
+        x, y = 100.0 * overlap, 100.0 * (high - 100.0 * gain) / (high - low)
+        near = [mark for mark in marks if abs(mark.x - x) < _LABEL_GAP[0]]
+        shift = sum(1 for mark in near if y - (mark.y + mark.shift * _LABEL_GAP[1]) < _LABEL_GAP[1])
+        size = 12.0 + 14.0 * math.sqrt(min(1.0, divergence or 0.0))
+        marks.append(
+            Mark(i, teacher.name, teacher.verdict.kind, x, y, size, x > 70, shift, overlap, 100.0 * gain)
+        )
+    names = {row[1].name for row in rows}
+    return TeacherMap(
+        marks=tuple(marks),
+        x_ticks=tuple(Tick(25.0 * i, f"{25 * i} %") for i in range(5)),
+        y_ticks=tuple(Tick(100.0 * (high - value) / (high - low), _signed(value)) for value in ticks),
+        zero=100.0 * high / (high - low),
+        missing=tuple(teacher.name for teacher in teachers if teacher.name not in names),
+    )
+
+
+def _signed(value: float) -> str:
+    return f"{value:+g}".replace("-", _MINUS) if value else "0"
