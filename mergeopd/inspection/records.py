@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mergeopd.engine.rollouts import response_text
 from mergeopd.engine.samples import TokenText, token_texts
+from mergeopd.inspection.compatibility import compatibility, licence_of
 from mergeopd.inspection.inspector import Inspector, TeacherFindings
 from mergeopd.inspection.measure import positions_of
 from mergeopd.inspection.signal import signal_of
@@ -16,7 +17,6 @@ from mergeopd.intervals import Values
 from mergeopd.messages import shown
 from mergeopd.reporting.inspection import (
     VERSION,
-    Compatibility,
     InspectedResponse,
     InspectedToken,
     Inspection,
@@ -51,7 +51,7 @@ def inspection_of(
 def _teacher(inspector: Inspector, one: TeacherFindings) -> TeacherInspection:
     inputs, limits = inspector.inputs, inspector.settings.thresholds
     plan = inputs.plan.teachers[one.name]
-    compatibility = Compatibility(())
+    comparison = compatibility(inputs, one.name)
     signal: Signal | None = None
     by_domain: dict[str, Signal] = {}
     if one.measured is not None:
@@ -59,19 +59,19 @@ def _teacher(inspector: Inspector, one: TeacherFindings) -> TeacherInspection:
         for domain in dict.fromkeys(inspector.prompts[i].domain for i in one.members):
             members = [i for i in one.members if inspector.prompts[i].domain == domain]
             by_domain[domain] = signal_of(one.measured, members)
-    verdict = verdict_of(signal, limits, compatibility)
+    verdict = verdict_of(signal, limits, comparison)
     if one.fault is not None:
         kind = verdict.kind if one.name not in inspector.teachers else "wrong_teacher"
         verdict = Verdict(kind, one.fault)
     return TeacherInspection(
         name=one.name,
         model=shown(plan.folder) if plan.api is None else plan.api.model,
-        licence=plan.licence,
+        licence=licence_of(plan),
         verdict=verdict,
-        compatibility=compatibility,
+        compatibility=comparison,
         signal=signal,
         by_domain=by_domain,
-        domain_verdicts={name: verdict_of(own, limits, compatibility) for name, own in by_domain.items()},
+        domain_verdicts={name: verdict_of(own, limits, comparison) for name, own in by_domain.items()},
         responses=_responses(inspector, one),
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -60,15 +61,15 @@ class InspectionTable:
     def _teachers(self, ascii_only: bool) -> Table:
         num = self.inspection.settings.get("prompts")
         sample = f" from {num} prompts" if num else ""
-        student = plain_text(self.inspection.student, ascii_only)
+        student = escape(plain_text(self.inspection.student, ascii_only))
         rows = table(
             ("teacher", *_HEADINGS),
             ascii_only=ascii_only,
             title=f"Teachers of {student}{sample}: pass rate of student and teacher, and means per token",
         )
-        rows.columns[1].justify = "left"
+        rows.columns[1].justify, rows.columns[1].no_wrap = "left", True
         for teacher in self.inspection.teachers:
-            name = plain_text(teacher.name, ascii_only)
+            name = _plain(teacher.name, ascii_only)
             rows.add_row(name, *_figures(teacher.verdict, teacher.signal, ascii_only))
         return rows
 
@@ -80,10 +81,11 @@ class InspectionTable:
         rows = table(("teacher", "domain", *_HEADINGS), ascii_only=ascii_only, title="By domain")
         for column in rows.columns[1:3]:
             column.justify = "left"
+        rows.columns[2].no_wrap = True
         for teacher in several:
             for i, (domain, signal) in enumerate(teacher.by_domain.items()):
                 verdict = teacher.domain_verdicts.get(domain, teacher.verdict)
-                names = (plain_text(text, ascii_only) for text in ("" if i else teacher.name, domain))
+                names = (_plain(text, ascii_only) for text in ("" if i else teacher.name, domain))
                 rows.add_row(*names, *_figures(verdict, signal, ascii_only))
         yield rows
 
@@ -99,7 +101,7 @@ class InspectionTable:
         )
         for one in domains:
             rows.add_row(
-                plain_text(one.domain, ascii_only),
+                _plain(one.domain, ascii_only),
                 *(f"{100 * share:.0f}" for share in (one.share, one.token_share, one.balanced_share)),
                 f"{one.mean_length:,.0f}",
                 f"{100 * one.truncated_fraction:.0f} %",
@@ -119,8 +121,8 @@ class InspectionTable:
         )
         for name, one in measured:
             rows.add_row(
-                plain_text(name, ascii_only),
-                _number(one.score, with_range=True),
+                _plain(name, ascii_only),
+                plain_text(_number(one.score, with_range=True), ascii_only),
                 _number(one.on_correct),
                 _number(one.on_incorrect),
                 *(f"{num:,}" for num in (one.num_nodes, one.num_skipped, one.num_rollouts)),
@@ -136,7 +138,7 @@ class InspectionTable:
             title="Agreement of teachers: cosine of their gradients, and what no student can go below",
         )
         for one in self.inspection.conflicts:
-            names = plain_text(f"{one.first}, {one.second}", ascii_only)
+            names = _plain(f"{one.first}, {one.second}", ascii_only)
             rows.add_row(names, _number(one.cosine), _number(one.floor), f"{one.num_tokens:,}")
         yield rows
 
@@ -152,8 +154,8 @@ class InspectionTable:
             column.justify = "left"
         for one in self.inspection.checkpoints:
             rows.add_row(
-                plain_text(one.domain, ascii_only),
-                plain_text(one.checkpoint, ascii_only),
+                _plain(one.domain, ascii_only),
+                _plain(one.checkpoint, ascii_only),
                 _title(one.verdict),
                 _percent(one.pass_rate),
                 _number(one.reverse_kl),
@@ -168,7 +170,7 @@ def _figures(verdict: Verdict, signal: Signal | None, ascii_only: bool) -> tuple
     rates = f"{_percent(signal.pass_rate_S)} → {_percent(signal.pass_rate_T)}"
     return (
         _title(verdict),
-        plain_text(rates, ascii_only),
+        _plain(rates, ascii_only),
         _number(signal.reverse_kl),
         _number(signal.overlap),
         _number(signal.entropy_gap),
@@ -187,7 +189,7 @@ def _sentences(teachers: Sequence[TeacherInspection], ascii_only: bool) -> Itera
     rows = _grid(2)
     for teacher in teachers:
         verdict = teacher.verdict
-        name = Text(plain_text(teacher.name, ascii_only), style=_STYLES[verdict.kind])
+        name = _plain(teacher.name, ascii_only, _STYLES[verdict.kind])
         rows.add_row(name, _with_remedy(verdict.sentence, verdict.remedy, ascii_only))
     yield rows
     yield Text()
@@ -202,10 +204,17 @@ def _grid(num_columns: int) -> Table:
 
 
 def _with_remedy(text: str, remedy: str, ascii_only: bool) -> Text:
-    line = Text(plain_text(text.removesuffix("."), ascii_only) + ".")
-    if remedy:
-        line.append(f" Remedy: {plain_text(remedy.removesuffix('.'), ascii_only)}.", style="dim")
-    return line
+    line = _plain(text.removesuffix(".") + ".", ascii_only)
+    return (
+        line.append_text(_plain(f" Remedy: {remedy.removesuffix('.')}.", ascii_only, "dim"))
+        if remedy
+        else line
+    )
+
+
+def _plain(text: str, ascii_only: bool, style: str = "") -> Text:
+    """Return text of models and recipes, in which brackets are no markup."""
+    return Text(plain_text(text, ascii_only), style=style)
 
 
 def _findings(teachers: Sequence[TeacherInspection], ascii_only: bool) -> Iterator[RenderableType]:
@@ -224,7 +233,7 @@ def _findings(teachers: Sequence[TeacherInspection], ascii_only: bool) -> Iterat
             if finding.level == level:
                 who = "all" if 1 < len(names) == len(teachers) else ", ".join(names)
                 text = _with_remedy(finding.text, finding.remedy, ascii_only)
-                rows.add_row(Text(level, style=style), plain_text(who, ascii_only), text)
+                rows.add_row(Text(level, style=style), _plain(who, ascii_only), text)
     yield rows
     yield Text()
 
