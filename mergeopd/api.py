@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from mergeopd.config.folders import unwritable
 from mergeopd.errors import RecipeError, StorageError, UpdateLimitReached
 from mergeopd.preflight.inputs import advice, preflight
 from mergeopd.recipe.controls import Control, control_plan
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mergeopd.preflight.inputs import Inputs
+    from mergeopd.reporting.inspection import Inspection
     from mergeopd.teacher.target_folder import Manifest
 
 Overrides = Mapping[str, object] | Sequence[str]
@@ -267,6 +269,53 @@ def evaluate(
     file = None if output is None else Path(output)
     shown_on = Console(quiet=True) if console is None else console
     return evaluate_recipe(Path(path), _as_texts(set), folder, file, only, shown_on)
+
+
+def inspect(
+    path: str | Path,
+    *,
+    set: Overrides = (),
+    teachers: Sequence[str] = (),
+    prompts: int | None = None,
+    output: str | Path | None = None,
+    console: Console | None = None,
+) -> Inspection:
+    """Measure what each teacher of a recipe could teach its student, on a sample of the recipe's prompts.
+
+    Args:
+        path: the recipe.
+        set: values that replace those of the recipe.
+        teachers: names of teachers; default: all.
+        prompts: number of prompts to sample; default: `inspect.prompts` of the recipe.
+        output: folder for `inspect.json` and the page `inspect.html`; None writes neither.
+        console: a `rich.console.Console` on which progress is shown; None shows none.
+
+    Returns:
+        The contents of inspect.json; `to_pandas()` has a row per teacher and domain, `to_pandas("position")`
+        also per range of positions.
+
+    Raises:
+        RecipeError: with every problem of the recipe and the files that it names, and unknown teachers.
+        StorageError: `output` cannot be written.
+    """
+    from rich.console import Console
+
+    from mergeopd.inspection.run import inspect_recipe
+    from mergeopd.reporting.inspection import write_inspection
+    from mergeopd.reporting.page.inspection import write_inspection_page
+
+    folder = None if output is None else Path(output)
+    if folder is not None and (obstacle := unwritable(folder)) is not None:
+        cause = f"no permission to write to {obstacle}" if obstacle.is_dir() else f"{obstacle} is a file"
+        raise StorageError(f"{folder} cannot be written: {cause}; name another folder")
+    shown_on = Console(quiet=True) if console is None else console
+    inspection = inspect_recipe(
+        Path(path), _as_texts(set), teachers=teachers, prompts=prompts, console=shown_on
+    )
+    if folder is not None:
+        write_inspection(inspection, folder / run_layout.INSPECTION_DATA)
+        write_inspection_page(inspection, folder / run_layout.INSPECTION_PAGE)
+    return inspection
 
 
 def record_targets(

@@ -51,6 +51,23 @@ class Alignment:
     unaligned: Mapping[Unaligned, int]
     space_on_one_side: bool
 
+    @property
+    def num_student(self) -> int:
+        """Number of the student's tokens that are in a group."""
+        return int((self.student_stops - self.student_starts).sum())
+
+    @property
+    def num_teacher(self) -> int:
+        """Number of the teacher's tokens that are in a group."""
+        return int((self.teacher_stops - self.teacher_starts).sum())
+
+    @property
+    def num_one_to_one(self) -> int:
+        """Number of groups with one token on both sides."""
+        sizes_S = self.student_stops - self.student_starts
+        sizes_T = self.teacher_stops - self.teacher_starts
+        return int(np.count_nonzero((sizes_S == 1) & (sizes_T == 1)))
+
     def groups(self) -> list[tuple[slice, slice]]:
         """Return each group as slices of the response and of `teacher_ids`."""
         bounds = (self.student_starts, self.student_stops, self.teacher_starts, self.teacher_stops)

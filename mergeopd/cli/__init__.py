@@ -1,4 +1,4 @@
-"""The command line: `mergeopd run | check | eval | targets | report | push | schema | tokenizers | new`.
+"""The command line: `mergeopd run | check | inspect | eval | targets | report | push | new` and others.
 
 Exit codes: 0 success; 2 the recipe or the command's arguments are wrong; 3 stopped on request (SIGTERM,
 Ctrl-C, --updates) with everything saved; 130 interrupted at once (second Ctrl-C); 1 any other error.
@@ -18,6 +18,7 @@ from mergeopd import __version__
 from mergeopd.cli.check import check
 from mergeopd.cli.errors import errors_shown
 from mergeopd.cli.evaluate import evaluate
+from mergeopd.cli.inspect import inspect
 from mergeopd.cli.logs import VERBOSE, log_to_stderr
 from mergeopd.cli.new import new
 from mergeopd.cli.options import RecipeCommand
@@ -48,6 +49,7 @@ app = typer.Typer(
 )
 app.add_typer(new, name="new")
 app.command(cls=RecipeCommand)(check)
+app.command(cls=RecipeCommand)(inspect)
 app.command(cls=RecipeCommand)(run)
 app.command(cls=RecipeCommand, name="eval")(evaluate)
 app.command(cls=RecipeCommand)(targets)

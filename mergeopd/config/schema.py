@@ -9,12 +9,13 @@ from typing import Any
 from mergeopd.config.values import Strict
 
 Schema = dict[str, Any]
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 @cache
 def model_schema(model: type[Strict]) -> Schema:
     """Return the JSON Schema of a model's input, short forms included. Cached: do not modify it."""
-    return _tidied(model.model_json_schema(mode="validation"))
+    return tidied(model.model_json_schema(mode="validation"))
 
 
 def input_schema(model: type[Strict]) -> Schema:
@@ -48,9 +49,9 @@ def mapped(schema: Schema, change: Callable[[Schema], Schema]) -> Schema:
     return result
 
 
-def _tidied(schema: Schema) -> Schema:
+def tidied(schema: Schema) -> Schema:
     """Drop pydantic's titles and the line breaks of fields' docstrings; forbid keys that match no pattern."""
-    tidy = mapped({key: value for key, value in schema.items() if key != "title"}, _tidied)
+    tidy = mapped({key: value for key, value in schema.items() if key != "title"}, tidied)
     for field in tidy.get("properties", {}).values():
         if "description" in field:
             field["description"] = " ".join(field["description"].split())

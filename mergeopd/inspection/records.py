@@ -11,6 +11,7 @@ import numpy as np
 from mergeopd.engine.rollouts import response_text
 from mergeopd.engine.samples import TokenText, token_texts
 from mergeopd.inspection.budget import DomainSample, domain_budgets
+from mergeopd.inspection.compatibility import compatibility, licence_of
 from mergeopd.inspection.inspector import Findings, Inspector, TeacherFindings
 from mergeopd.inspection.measure import positions_of
 from mergeopd.inspection.signal import signal_of, token_mean
@@ -19,7 +20,6 @@ from mergeopd.intervals import Values
 from mergeopd.messages import shown
 from mergeopd.reporting.inspection import (
     VERSION,
-    Compatibility,
     InspectedResponse,
     InspectedToken,
     Inspection,
@@ -85,7 +85,7 @@ def _gap(inspector: Inspector, one: TeacherFindings, members: Sequence[int]) -> 
 def _teacher(inspector: Inspector, one: TeacherFindings) -> TeacherInspection:
     inputs, limits = inspector.inputs, inspector.settings.thresholds
     plan = inputs.plan.teachers[one.name]
-    compatibility = Compatibility(())
+    comparison = compatibility(inputs, one.name)
     signal: Signal | None = None
     by_domain: dict[str, Signal] = {}
     if one.measured is not None:
@@ -93,17 +93,17 @@ def _teacher(inspector: Inspector, one: TeacherFindings) -> TeacherInspection:
         for domain in dict.fromkeys(inspector.prompts[i].domain for i in one.members):
             members = [i for i in one.members if inspector.prompts[i].domain == domain]
             by_domain[domain] = signal_of(one.measured, members)
-    of_domains = {name: verdict_of(own, limits, compatibility) for name, own in by_domain.items()}
-    verdict = over_domains(verdict_of(signal, limits, compatibility), of_domains)
+    of_domains = {name: verdict_of(own, limits, comparison) for name, own in by_domain.items()}
+    verdict = over_domains(verdict_of(signal, limits, comparison), of_domains)
     if one.fault is not None:
         kind = verdict.kind if one.name not in inspector.teachers else "wrong_teacher"
         verdict = Verdict(kind, one.fault)
     return TeacherInspection(
         name=one.name,
         model=shown(plan.folder) if plan.api is None else plan.api.model,
-        licence=plan.licence,
+        licence=licence_of(plan),
         verdict=verdict,
-        compatibility=compatibility,
+        compatibility=comparison,
         signal=signal,
         by_domain=by_domain,
         domain_verdicts=of_domains,

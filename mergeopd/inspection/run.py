@@ -8,11 +8,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mergeopd.config.suggest import did_you_mean
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.run import announcer, quiet_libraries, report_notes
-from mergeopd.errors import TeacherError
-from mergeopd.messages import joined, shown
+from mergeopd.errors import Location, Problem, RecipeError
+from mergeopd.inspection.pairs import Pair
+from mergeopd.messages import joined, option_problem, shown
 from mergeopd.preflight.inputs import Inputs, preflight
 from mergeopd.reporting.events import Reporter
 from mergeopd.reporting.inspection import Inspection
@@ -31,7 +33,7 @@ def inspect_recipe(
 
     `prompts` replaces `inspect.prompts` of the recipe. Progress is shown on `console`.
 
-    Raises RecipeError with every problem of the recipe, TeacherError for a name that is no teacher's.
+    Raises RecipeError with every problem of the recipe, or for a name that is no teacher's.
     """
     clock = Clock()
     with ExitStack() as opened:
@@ -40,7 +42,7 @@ def inspect_recipe(
         announce = announcer(display)
         announce(f"reading {shown(recipe)}")
         inputs = preflight(recipe, overrides, announce=announce, with_servers=False)
-        names = _chosen(inputs, teachers)
+        names = _chosen(recipe, inputs, teachers)
         report_notes(inputs, display)
         announce("importing torch and transformers")
         from mergeopd.engine.models import Machine
@@ -57,9 +59,25 @@ def inspect_recipe(
         return inspection_of(inspector, findings, recipe, clock.seconds())
 
 
-def _chosen(inputs: Inputs, teachers: Sequence[str]) -> list[str]:
+def _chosen(recipe: Path, inputs: Inputs, teachers: Sequence[str]) -> list[str]:
     known = list(inputs.plan.teachers)
-    for name in teachers:
-        if name not in known:
-            raise TeacherError(f"--teacher {name}: the recipe has {joined(known, 'and')}; name one of them")
-    return [name for name in known if not teachers or name in teachers]
+    unknown = [
+        option_problem(
+            "--teacher",
+            f"unknown teacher '{name}'",
+            did_you_mean(name, known, f"the recipe has {joined(known, 'and')}"),
+        )
+        for name in teachers
+        if name not in known
+    ]
+    if unknown:
+        raise RecipeError(unknown)
+    chosen = [name for name in known if not teachers or name in teachers]
+    idle = [name for name in chosen if not Pair.of(inputs, name).prompts]
+    if idle == chosen or (teachers and idle):
+        cause = f"no prompt is routed to teacher {joined([repr(name) for name in idle], 'and')}"
+        if not chosen:
+            cause = "the recipe has no teacher to inspect"
+        remedy = "give a source of `prompts` this teacher; documents have no prompts"
+        raise RecipeError([Problem(Location(shown(recipe)), "prompts", cause, remedy)])
+    return chosen

@@ -148,11 +148,9 @@ def _coverage(writer: _Side, reader: _Side, content: str) -> Coverage:
         responses = own.encode(lines[start : start + _BATCH])
         num_writer += sum(map(len, responses))
         for aligned in align(responses, own.tokens, other.tokens, other.encode, EndTokens((), 0)):
-            sizes_S = aligned.student_stops - aligned.student_starts
-            sizes_T = aligned.teacher_stops - aligned.teacher_starts
-            num_groups += len(sizes_S)
-            num_reader += int(sizes_T.sum())
-            one_to_one += int(np.count_nonzero((sizes_S == 1) & (sizes_T == 1)))
+            num_groups += len(aligned.student_starts)
+            num_reader += aligned.num_teacher
+            one_to_one += aligned.num_one_to_one
             unaligned.update({reason.value: count for reason, count in aligned.unaligned.items()})
     return Coverage(
         writer=writer.name,

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import copy
 
-from mergeopd.config.schema import Schema, mapped, model_schema
+from mergeopd.config.schema import DIALECT, Schema, mapped, model_schema
 from mergeopd.recipe.models import TeacherCard
 from mergeopd.recipe.schema import NAMED, Recipe
 
-_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _VARIABLE: Schema = {
     "type": "string",
     "pattern": r"\$\{",
@@ -34,7 +33,7 @@ def recipe_schema() -> Schema:
             removed = {"type": "null", "description": "remove the entry of the extended recipe"}
             partial["properties"][section]["patternProperties"][name] = {"anyOf": [entry, removed]}
     document = {
-        "$schema": _DIALECT,
+        "$schema": DIALECT,
         "title": "mergeopd recipe",
         "description": schema["description"],
         "type": "object",
@@ -52,7 +51,7 @@ def card_schema() -> Schema:
     """Return the JSON Schema of a teacher card."""
     schema = _with_variables(copy.deepcopy(model_schema(TeacherCard)))
     defs = {**schema["$defs"], "Variable": _VARIABLE}
-    return {**schema, "$schema": _DIALECT, "title": "mergeopd teacher card", "$defs": defs}
+    return {**schema, "$schema": DIALECT, "title": "mergeopd teacher card", "$defs": defs}
 
 
 def _with_variables(schema: Schema) -> Schema:

@@ -10,14 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from mergeopd.config.schema import DIALECT, Schema, tidied
 from mergeopd.errors import StorageError
 from mergeopd.reporting.result import Estimate
 from mergeopd.storage.folders import write_atomic
 from mergeopd.storage.metrics import json_text
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
 
 VERSION = 1
 
@@ -31,6 +36,16 @@ VerdictKind = Literal[
     "unknown",
 ]
 """What a teacher is good for: `noisy` beyond a token position; `unknown` where too little was measured."""
+
+VERDICT_TITLES: Mapping[VerdictKind, str] = {
+    "ready": "ready",
+    "cold_start": "cold start first",
+    "template_mismatch": "template mismatch",
+    "nothing_new": "nothing new to teach",
+    "wrong_teacher": "wrong teacher",
+    "noisy": "noisy",
+    "unknown": "not known",
+}
 
 FindingLevel = Literal["ok", "note", "problem"]
 
@@ -356,8 +371,42 @@ class Inspection:
                 rows.append(row)
         return rows
 
+    def position_rows(self) -> list[dict[str, Any]]:
+        """Return one flat row per teacher, domain ("" for all its prompts) and range of positions."""
+        rows = []
+        for teacher in self.teachers:
+            signals = {"": teacher.signal, **teacher.by_domain}
+            aligned = () if teacher.gradients is None else teacher.gradients.positions
+            by_range = {(one.start, one.stop): one.alignment for one in aligned}
+            for domain, signal in signals.items():
+                for bucket in () if signal is None else signal.positions:
+                    row = {"teacher": teacher.name, "domain": domain, **asdict(bucket)}
+                    if domain == "" and row["alignment"] is None:
+                        row["alignment"] = by_range.get((bucket.start, bucket.stop))
+                    rows.append(row)
+        return rows
+
+    def to_arrow(self, by: Literal["domain", "position"] = "domain") -> pyarrow.Table:
+        """Convert the figures to a table: a row per teacher and domain, or also per range of positions."""
+        import pyarrow
+
+        rows = self.to_rows() if by == "domain" else self.position_rows()
+        keys = dict.fromkeys(key for row in rows for key in row)
+        return pyarrow.table({key: [row.get(key) for row in rows] for key in keys})
+
+    def to_pandas(self, by: Literal["domain", "position"] = "domain") -> pandas.DataFrame:
+        """Convert the figures to a pandas data frame. Raises ModuleNotFoundError without pandas."""
+        return self.to_arrow(by).to_pandas()
+
 
 _ADAPTER = TypeAdapter(Inspection)
+
+
+def inspection_schema() -> Schema:
+    """Return the JSON Schema of `inspect.json`."""
+    schema = tidied(_ADAPTER.json_schema(mode="serialization"))
+    schema["properties"]["version"] = {"const": VERSION}
+    return {"$schema": DIALECT, "title": "mergeopd inspection", **schema}
 
 
 def write_inspection(inspection: Inspection, file: Path) -> None:

@@ -53,7 +53,7 @@ class CardModel:
         hub_id = f"{hub['owner']}/{hub['name']}" if hub else None
         title = hub_id or Path(folder).name
         revision = hub["revision"] if hub else None
-        return cls(title, hub_id, revision, fingerprint, licence or _licence_of(Path(folder)))
+        return cls(title, hub_id, revision, fingerprint, licence or folder_licence(Path(folder)))
 
 
 def write_model_card(run: Path, export: Path, notes: Reporter) -> None:
@@ -172,7 +172,7 @@ def _metadata(data: RunData, student: CardModel, licence: str | None) -> str:
     return card.to_yaml()
 
 
-def _licence_of(folder: Path) -> str | None:
+def folder_licence(folder: Path) -> str | None:
     """Return the licence that a model folder's own card states."""
     from huggingface_hub import metadata_load
 

@@ -127,7 +127,7 @@ class RunFolder:
     def _foreign(self) -> str | None:
         """Return why a folder without plan.yaml cannot be used; None if it is empty or missing."""
         if self.path.is_dir() and any(
-            path.name not in (LOCK_NAME, run_layout.CONTROLS) and not is_leftover(path)
+            path.name not in (LOCK_NAME, run_layout.CONTROLS, run_layout.INSPECTION) and not is_leftover(path)
             for path in self.path.iterdir()
         ):
             return (

@@ -32,6 +32,9 @@ REPORT = "report.html"
 TENSORBOARD = "tensorboard"
 TRACKED_RUN = "tracked_run"
 CONTROLS = controls.FOLDER
+INSPECTION = "inspect"  # may be there before the run begins, as controls may
+INSPECTION_DATA = "inspect.json"
+INSPECTION_PAGE = "inspect.html"
 
 
 def read_plan_document(path: Path) -> dict[str, Any] | None:

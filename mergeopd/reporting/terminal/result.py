@@ -48,7 +48,7 @@ class ResultTable:
         if len(result.models) > len(result.kinds):
             yield Text()
             yield self._matrix(ascii_only)
-        yield from _times_and_paths(result.seconds, self.paths, options)
+        yield from times_and_paths(result.seconds, self.paths, options)
 
     def _headline(self, ascii_only: bool) -> Table:
         result = self.result
@@ -145,7 +145,7 @@ class Ending:
             yield ResultTable(event.result, paths)
         else:
             yield from _alarms(event.alarms, options.ascii_only)
-            yield from _times_and_paths(event.seconds, paths, options)
+            yield from times_and_paths(event.seconds, paths, options)
 
 
 def alarm_text(alarm: AlarmRaised, *, with_cause: bool) -> str:
@@ -175,9 +175,10 @@ def _alarms(alarms: Sequence[AlarmSummary], ascii_only: bool) -> Iterator[Text]:
         yield Text()
 
 
-def _times_and_paths(
+def times_and_paths(
     seconds: Mapping[str, float], paths: Mapping[str, Path | None], options: ConsoleOptions
 ) -> Iterator[RenderableType]:
+    """Yield the time by stage, the paths of written files, and how to load a `student`."""
     by_stage = {stage: value for stage, value in seconds.items() if stage != "total"}
     rest = seconds.get("total", 0.0) - sum(by_stage.values())
     if rest > 0:

@@ -16,6 +16,7 @@ from mergeopd.recipe.alarms import ALARMS
 from mergeopd.recipe.jsonschema import card_schema, recipe_schema
 from mergeopd.recipe.loss_terms import SHORT_TERMS, TEACHER_TERMS
 from mergeopd.recipe.schema import SHORTHANDS, Recipe
+from mergeopd.reporting.inspection import inspection_schema
 
 ROOT = Path(__file__).parents[3]
 HEADER = "# yaml-language-server: $schema={}docs/schema/recipe.schema.json"
@@ -32,7 +33,10 @@ def load(text: str | Path) -> Any:
     return YAML(typ="safe").load(text)
 
 
-@pytest.mark.parametrize(("name", "schema"), [("recipe", recipe_schema()), ("card", card_schema())])
+SCHEMAS = {"recipe": recipe_schema(), "card": card_schema(), "inspect": inspection_schema()}
+
+
+@pytest.mark.parametrize(("name", "schema"), SCHEMAS.items())
 def test_the_schema_files_are_up_to_date(name: str, schema: dict[str, Any]) -> None:
     Draft202012Validator.check_schema(schema)
     text = (ROOT / "docs" / "schema" / f"{name}.schema.json").read_text()
