@@ -24,7 +24,7 @@ from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.targets import Sampled
 from mergeopd.teacher.hidden_cache import HiddenCache
 from mergeopd.teacher.protocol import TargetSpec, TeacherSequence, TeacherSession
-from mergeopd.teacher.token_view import SameTokens, TokenView
+from mergeopd.teacher.token_view import AlignedTokens, SameTokens, TokenView
 from mergeopd.types import Rollout, token_flags, token_ids
 
 STUDENT = ""
@@ -303,10 +303,17 @@ class OwnResponses:
 
 
 def _reading(view: TokenView, student: Renderer, response: Response) -> TeacherSequence | None:
-    """Return a teacher's response as the student reads it; None for turns that its template cannot render."""
-    prompt, episode = response.prompt, response.episode
+    """Return a teacher's response as the student reads it.
+
+    None for turns that its template cannot render, and for bytes that are no text.
+    """
+    prompt, episode, completion = response.prompt, response.episode, response.completion
+    if isinstance(view, AlignedTokens):
+        ended = completion.finish == "eos"
+        ids, is_whole = view.crossing.in_student_ids(completion.response_ids, ended=ended)
+        return TeacherSequence(student.render(prompt), token_ids(ids)) if is_whole else None
     if episode is None or _has_students_turns(view, student):
-        ids, _ = view.student_ids(response.completion, prompt)
+        ids, _ = view.student_ids(completion, prompt)
         return TeacherSequence(student.render(prompt), ids, response.trained)
     turns = episode.messages
     while turns and turns[-1].role != "assistant":  # a truncated turn was to follow
