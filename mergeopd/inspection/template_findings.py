@@ -99,8 +99,8 @@ def _system_default(student: Rendering, teacher: Rendering) -> Iterator[Finding]
             "note",
             "without a system message, the templates write different ones: "
             f"{named[0]} for the student, {named[1]} for the teacher",
-            "nothing to do if the teacher was trained with it; in most templates, a system message in the "
-            "prompts replaces it",
+            "keep it if the teacher was trained with it; a system message in the prompts replaces most "
+            "defaults",
         )
 
 
