@@ -40,18 +40,19 @@ def inspect_recipe(
         reporter: AbstractContextManager[Reporter] = console_reporter(console)
         display = opened.enter_context(reporter)
         announce = announcer(display)
-        announce(f"reading {shown(recipe)}")
-        inputs = preflight(recipe, overrides, announce=announce, with_servers=False)
-        names = _chosen(recipe, inputs, teachers)
-        report_notes(inputs, display)
-        announce("importing torch and transformers")
-        from mergeopd.engine.models import Machine
-        from mergeopd.engine.stages import Stages
-        from mergeopd.inspection.inspector import open_inspector
-        from mergeopd.inspection.records import inspection_of
-        from mergeopd.models.causal import pick_device
+        with clock.stage("startup"):
+            announce(f"reading {shown(recipe)}")
+            inputs = preflight(recipe, overrides, announce=announce, with_servers=False)
+            names = _chosen(recipe, inputs, teachers)
+            report_notes(inputs, display)
+            announce("importing torch and transformers")
+            from mergeopd.engine.models import Machine
+            from mergeopd.engine.stages import Stages
+            from mergeopd.inspection.inspector import open_inspector
+            from mergeopd.inspection.records import inspection_of
+            from mergeopd.models.causal import pick_device
 
-        quiet_libraries()
+            quiet_libraries()
         machine = Machine(pick_device(), SingleProcess())
         stages = Stages(display, clock, machine.ranks, None)
         inspector = opened.enter_context(open_inspector(inputs, names, prompts, machine, stages))

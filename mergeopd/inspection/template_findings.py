@@ -81,12 +81,21 @@ def _opening(pair: Pair, student: Rendering, teacher: Rendering) -> Iterator[Fin
             "template",
             "problem",
             f"{text}: only the {name}'s opens or closes its reasoning there",
-            "make both the same, for example with `template_arguments: {enable_thinking: false}`",
+            _same_thinking(pair),
         )
     elif pair.cross_tokenizer is None and (own.startswith(other) or other.startswith(own)):
         yield Finding("template", "problem", f"{text}: the teacher expects other first tokens", _REMEDY)
     elif pair.cross_tokenizer is None:
         yield Finding("template", "note", text, _REMEDY)
+
+
+def _same_thinking(pair: Pair) -> str:
+    """Return the remedy for thinking on one side only, with the templates' own switch if they have one."""
+    variables = pair.student.template.variables | pair.teacher.template.variables
+    switch = next((name for name in sorted(variables) if thinks(f"<{name}>")), None)
+    if switch is None:
+        return _REMEDY
+    return f"make both the same, with `template_arguments: {{{switch}: ...}}` of the card or of `student`"
 
 
 def _system_default(student: Rendering, teacher: Rendering) -> Iterator[Finding]:
@@ -99,8 +108,8 @@ def _system_default(student: Rendering, teacher: Rendering) -> Iterator[Finding]
             "note",
             "without a system message, the templates write different ones: "
             f"{named[0]} for the student, {named[1]} for the teacher",
-            "nothing to do if the teacher was trained with it; in most templates, a system message in the "
-            "prompts replaces it",
+            "keep it if the teacher was trained with it; a system message in the prompts replaces most "
+            "defaults",
         )
 
 

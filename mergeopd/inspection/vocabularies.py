@@ -19,23 +19,23 @@ def vocabulary(pair: Pair) -> Iterator[Finding]:
     """Compare ids, and the rows of the heads with them."""
     student, teacher = pair.student, pair.teacher
     rows_S, rows_T = pair.student_facts.vocab_rows, pair.teacher_facts.vocab_rows
-    shared = student.tokenizer.num_shared(teacher.tokenizer)
     num_S, num_T = student.tokenizer.vocab_size, teacher.tokenizer.vocab_size
     difference = student.tokenizer.difference(teacher.tokenizer)
-    if pair.plan.bridge is not None and difference is None:
+    if difference is None and pair.plan.bridge is None:
+        yield Finding("vocabulary", "ok", f"the same tokenizer, {num_S:,} ids")
+    elif difference is None:
         text = f"the same tokenizer, {num_S:,} ids: without the bridge, the loss is exact"
         yield Finding("vocabulary", "note", text, "remove `bridge`")
-    elif pair.plan.bridge is not None or shared is None:
-        bridge = "" if pair.plan.bridge is None else f", with the bridge '{pair.plan.bridge.kind}'"
-        yield Finding(
-            "vocabulary",
-            "note",
-            f"another tokenizer: {num_S:,} ids for the student, {num_T:,} for the teacher{bridge}; "
-            f"here the student's ids, there the teacher's: {(difference or '').partition(' (here: ')[0]}",
+    elif (cross := pair.cross_tokenizer) is not None:
+        num_same = len(cross.student.tokens.ids.keys() & cross.other.tokens.ids.keys())
+        text = (
+            f"another tokenizer, with the bridge '{cross.bridge.kind}': {num_S:,} ids for the student, "
+            f"{num_T:,} for the teacher; {num_same:,} tokens have the same bytes"
         )
-    elif num_S == num_T == shared:
-        yield Finding("vocabulary", "ok", f"the same tokenizer, {shared:,} ids")
+        yield Finding("vocabulary", "ok", text)
     else:
+        shared = student.tokenizer.num_shared(teacher.tokenizer)
+        assert shared is not None  # a check refuses others
         only = {
             name: _quoted(side.tokenizer.added_from(shared) or ())
             for name, side in (("the student", student), ("the teacher", teacher))

@@ -22,7 +22,10 @@ from mergeopd.inspection.templates import diff
 from mergeopd.preflight.inputs import preflight
 from mergeopd.reporting.inspection import Compatibility, Finding
 
-OPENS_THINKING = QWEN3.replace("assistant\\n' }}{%- endif", "assistant\\n<think>\\n' }}{%- endif")
+OPENS_THINKING = QWEN3.replace(
+    "assistant\\n' }}{%- endif",
+    "assistant\\n' }}{%- if enable_thinking is not false %}{{- '<think>\\n' }}{%- endif %}{%- endif",
+)
 NO_SYSTEM = QWEN.replace("You are a helpful assistant.", "Think step by step.")
 ENDS_TEXT = QWEN3.replace("message.content + '<|im_end|>\\n'", "message.content + '<|endoftext|>'")
 WITH_TOOLS = QWEN.replace("{%- for m", "{%- if tools %}{{- tools | tojson }}{%- endif %}{%- for m", 1)
@@ -102,7 +105,9 @@ def test_thinking_on_one_side(compare: Callable[..., Compatibility]) -> None:
     [problem] = of(result, "template", "problem")
     assert r'behind "<|im_start|>assistant\n" for the student' in problem.text
     assert r'behind "<|im_start|>assistant\n<think>\n" for the teacher' in problem.text
-    assert "enable_thinking" in problem.remedy
+    assert problem.remedy == (
+        "make both the same, with `template_arguments: {enable_thinking: ...}` of the card or of `student`"
+    )
     [prompt] = [t for t in result.templates if t.case == "a prompt"]
     assert [s.teacher for s in prompt.spans if not s.is_equal] == ["<think>\n"]
 
@@ -180,8 +185,10 @@ def test_begin_of_sequence(tmp_path: Path, compare: Callable[..., Compatibility]
 def test_a_teacher_of_another_family(compare: Callable[..., Compatibility]) -> None:
     result = compare("qwen2.5", "gemma-3", bridge="span")
     assert [f.text for f in result.findings if f.level == "problem"] == []
-    [vocabulary] = of(result, "vocabulary", "note")
-    assert "260 ids for the student, 261 for the teacher, with the bridge 'span'" in vocabulary.text
+    assert of(result, "vocabulary", "ok")[0].text == (
+        "another tokenizer, with the bridge 'span': 260 ids for the student, 261 for the teacher; 256 tokens "
+        "have the same bytes"
+    )
     assert [f.text for f in of(result, "end_tokens")][-1] == (
         "the student's '<|im_end|>' means the teacher's '<end_of_turn>'"
     )
