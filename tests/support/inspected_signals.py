@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from itertools import pairwise
 
-from mergeopd.reporting.inspection import GradientAlignment, PositionBucket, Signal
+from mergeopd.reporting.inspection import GradientAlignment, Onset, PositionBucket, Rendering, Signal
 from mergeopd.reporting.result import Estimate
 
 UNKNOWN = Estimate(None)
@@ -27,6 +27,7 @@ def signal(
     passes: tuple[float, float],
     beyond: int | None = None,
     num_prompts: int = 64,
+    renderings: tuple[Rendering, ...] = (),
 ) -> Signal:
     """Return a signal with the given overlap, divergence, and pass rates of student and teacher."""
     return Signal(
@@ -49,6 +50,15 @@ def signal(
         teacher_logprob_gap=estimate(-1.1 * (1 - overlap), 0.03),
         num_frontier=round(num_prompts * min(passes[0], 1 - passes[0]) * 1.4),
         positions=positions(overlap, reverse_kl, beyond),
+        first_token_kl=estimate(None if reverse_kl is None else 1.5 * reverse_kl, 0.05),
+        own_entropy_T=estimate(0.38),
+        pass_gain=estimate(passes[1] - passes[0], 0.06),
+        max_entropy=11.93,
+        foreign_ends=0.0,
+        truncated_S=0.02,
+        truncated_T=0.0,
+        onset=None if beyond is None else Onset(beyond, 0.38, 1.4, 81_000, 21_500),
+        renderings=renderings,
     )
 
 
@@ -71,6 +81,7 @@ def positions(overlap: float, reverse_kl: float | None, beyond: int | None) -> t
                 overlap=overlap * (0.6 if is_noisy else 0.95 + 0.01 * i + wave / 5),
                 entropy_S=0.75 - 0.03 * i + wave,
                 entropy_T=1.4 if is_noisy else 0.5 - 0.02 * i + wave,
+                own_entropy_T=1.4 if is_noisy else 0.38 + wave,
                 advantage=-0.4 * (1 - overlap) * (2.5 if is_noisy else 1.0 + wave),
             )
         )

@@ -25,6 +25,7 @@ from mergeopd.reporting.inspection import (
     InspectedToken,
     Inspection,
     Reason,
+    Rendering,
     TeacherInspection,
     TemplateDiff,
     TokenCandidate,
@@ -222,6 +223,11 @@ _SIGNALS: dict[str, tuple[float, float | None, tuple[float, float]]] = {
 }
 
 
+_RENDERINGS = {
+    "chat": (Rendering("the student's template", fraction(0.81), estimate(0.14), estimate(0.06)),),
+}
+
+
 def inspected_teacher(
     name: str, num_responses: int = 3, num_tokens: int = 120, num_candidates: int = 5
 ) -> TeacherInspection:
@@ -249,7 +255,7 @@ def inspected_teacher(
         licence="apache-2.0" if name != "sql" else "llama3.1",
         verdict=_VERDICTS[name],
         compatibility=_compatibility(name),
-        signal=signal(overlap, reverse_kl, passes, beyond),
+        signal=signal(overlap, reverse_kl, passes, beyond, renderings=_RENDERINGS.get(name, ())),
         by_domain=by_domain,
         domain_verdicts=domain_verdicts,
         gradients=gradient_alignment() if name in ("math", "code") else None,

@@ -49,9 +49,11 @@ _STANDINGS: Mapping[VerdictKind, str] = {
 _QUANTITIES = (
     ("pass_rate_S", "pass rate, student", "correct responses, in %"),
     ("pass_rate_T", "pass rate, teacher", "on the same prompts, in %"),
+    ("pass_gain", "pass rate gained", "teacher minus student, in percentage points"),
     ("overlap", "overlap", "of the likeliest tokens, in %"),
     ("overlap_advantage", "overlap advantage", "on the common tokens, nats; 0 where both agree"),
     ("reverse_kl", "reverse KL", "nats per token"),
+    ("first_token_kl", "reverse KL at first", "at the first token of responses, nats"),
     ("forward_kl", "forward KL", "nats per token"),
     ("logprob_gap", "log-prob gap", "teacher minus student, on the student's responses"),
     (
@@ -61,11 +63,19 @@ _QUANTITIES = (
     ),
     ("entropy_S", "entropy, student", "nats"),
     ("entropy_T", "entropy, teacher", "nats"),
+    ("own_entropy_T", "entropy, teacher's text", "of the teacher on its own responses, nats"),
     ("entropy_gap", "entropy gap", "mean of the absolute differences, nats"),
     ("shared_mass_S", "mass in common, student", "on the common tokens, in %"),
     ("shared_mass_T", "mass in common, teacher", "on the common tokens, in %"),
 )
-_FRACTIONS = frozenset({"pass_rate_S", "pass_rate_T", "overlap", "shared_mass_S", "shared_mass_T"})
+_FRACTIONS = frozenset(
+    {"pass_rate_S", "pass_rate_T", "pass_gain", "overlap", "shared_mass_S", "shared_mass_T"}
+)
+_SHARES = (
+    ("truncated_S", "truncated, student", "responses that reached the length limit, in %"),
+    ("truncated_T", "truncated, teacher", "responses that reached the length limit, in %"),
+    ("foreign_ends", "foreign ends", "responses whose end token the teacher does not use, in %"),
+)
 _COUNTS = (
     ("num_prompts", "prompts"),
     ("num_frontier", "prompts solved sometimes"),
@@ -131,6 +141,7 @@ def render(inspection: Inspection, now: datetime) -> str:
         standings=_STANDINGS,
         quantities=_QUANTITIES,
         fractions=_FRACTIONS,
+        shares=_SHARES,
         counts=_COUNTS,
         levels=LEVELS,
         legend=legend(),
@@ -194,7 +205,7 @@ def _teacher(index: int, teacher: TeacherInspection, pool: TokenPool) -> Teacher
     columns = []
     if teacher.signal is not None:
         columns.append(Column("all prompts", teacher.signal, None))
-    if len(teacher.by_domain) > 1 or teacher.domain_verdicts:
+    if len(teacher.by_domain) > 1:
         columns += [
             Column(domain, signal, teacher.domain_verdicts.get(domain))
             for domain, signal in teacher.by_domain.items()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mergeopd.reporting.inspection import PositionBucket, Signal, TeacherInspection
+from mergeopd.reporting.inspection import PositionBucket, Signal, TeacherInspection, VerdictKind
 from mergeopd.reporting.page.text import visible
 
 _NUM_TICKS = 4
-_LABEL_GAP = (24.0, 9.0)
-"""Labels on the map that are nearer than this, across and down, are moved apart."""
+_LINE, _LETTER, _DOT = 6.5, 2.3, 3.5
+"""Height of a label on the map, width of its letters, and half a circle, in % of the map on a phone."""
 _MAX_X_LABELS = 7
 _MINUS = "\u2212"
 
@@ -32,6 +32,7 @@ class Line:
     colour: str
     path: str
     points: str
+    is_thin: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Curve:
     name: str
     colour: str
     values: tuple[float | None, ...]
+    is_thin: bool = False
 
 
 def position_charts(
@@ -88,7 +90,7 @@ def position_charts(
         return [
             own,
             *(
-                Curve(visible(name), f"--c{(i + 1) % 10}", _column(part, key, factor))
+                Curve(visible(name), f"--c{(i + 1) % 10}", _column(part, key, factor), is_thin=True)
                 for i, (name, part) in parts
             ),
         ]
@@ -96,6 +98,7 @@ def position_charts(
     entropies = [
         Curve("student", "--accent", _column(buckets, "entropy_S")),
         Curve("teacher", "--good", _column(buckets, "entropy_T")),
+        Curve("teacher, own responses", "--fair", _column(buckets, "own_entropy_T")),
     ]
     figures = (
         ("Reverse KL", "nats per token", curves("reverse_kl")),
@@ -170,7 +173,9 @@ def _line(curve: Curve, width: float, y: Callable[[float], float]) -> Line:
         for i, place in enumerate(places)
         if place is not None
     )
-    return Line(curve.name, curve.colour, path, "".join(f"M{place}h0" for place in places if place))
+    return Line(
+        curve.name, curve.colour, path, "".join(f"M{place}h0" for place in places if place), curve.is_thin
+    )
 
 
 def _edges(buckets: Sequence[PositionBucket]) -> tuple[Tick, ...]:
@@ -207,18 +212,34 @@ def _label(value: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A teacher on the map. `size` is in pixels; `shift` moves its label down by lines, away from others."""
+    """A teacher on the map. `size` is in pixels; its label is at the right or left, `shift` lines lower."""
 
     index: int
     name: str
-    kind: str
+    kind: VerdictKind
     x: float
     y: float
     size: float
-    is_left: bool
-    shift: int
     overlap: float
     gain: float
+    is_left: bool = False
+    shift: int = 0
+
+    def is_clear_of(self, other: Mark) -> bool:
+        """Whether the label covers neither the label nor the circle of another mark."""
+        left, right, top, bottom = self._label()
+        boxes = (other._label(), (other.x - _DOT, other.x + _DOT, other.y - _LINE / 2, other.y + _LINE / 2))
+        return all(right <= a or b <= left or bottom <= c or d <= top for a, b, c, d in boxes)
+
+    def is_inside(self) -> bool:
+        """Whether the label is inside the map."""
+        left, right, top, bottom = self._label()
+        return left >= 0 and right <= 100 + 2 * _DOT and top >= -_LINE and bottom <= 100 + _LINE / 2
+
+    def _label(self) -> tuple[float, float, float, float]:
+        width, middle = _DOT + _LETTER * len(self.name), self.y + self.shift * _LINE
+        left = self.x - width if self.is_left else self.x + _DOT
+        return left, left + width - _DOT, middle - _LINE / 2, middle + _LINE / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,29 +262,45 @@ def teacher_map(teachers: Sequence[TeacherInspection]) -> TeacherMap | None:
             continue
         rates = signal.pass_rate_T.value, signal.pass_rate_S.value
         if signal.overlap.value is not None and rates[0] is not None and rates[1] is not None:
-            rows.append((i, teacher, signal.overlap.value, rates[0] - rates[1], signal.reverse_kl.value))
+            gain = 100.0 * (rates[0] - rates[1])
+            rows.append((i, teacher, signal.overlap.value, gain, signal.reverse_kl.value))
     if not rows:
         return None
-    gains = [100.0 * row[3] for row in rows]
+    gains = [row[3] for row in rows]
     ticks = nice_ticks(min(0.0, *gains), max(0.0, *gains))
     low, high = ticks[0], ticks[-1]
-    marks: list[Mark] = []
-    for i, teacher, overlap, gain, divergence in sorted(rows, key=lambda row: -row[3]):
-        x, y = 100.0 * overlap, 100.0 * (high - 100.0 * gain) / (high - low)
-        near = [mark for mark in marks if abs(mark.x - x) < _LABEL_GAP[0]]
-        shift = sum(1 for mark in near if y - (mark.y + mark.shift * _LABEL_GAP[1]) < _LABEL_GAP[1])
+    marks = []
+    for i, teacher, overlap, gain, divergence in rows:
+        y = 100.0 * (high - gain) / (high - low)
         size = 12.0 + 14.0 * math.sqrt(min(1.0, divergence or 0.0))
-        marks.append(
-            Mark(i, teacher.name, teacher.verdict.kind, x, y, size, x > 70, shift, overlap, 100.0 * gain)
-        )
+        name = visible(teacher.name)
+        marks.append(Mark(i, name, teacher.verdict.kind, 100.0 * overlap, y, size, overlap, gain))
     names = {row[1].name for row in rows}
     return TeacherMap(
-        marks=tuple(marks),
+        marks=_with_labels_apart(marks),
         x_ticks=tuple(Tick(25.0 * i, f"{25 * i} %") for i in range(5)),
         y_ticks=tuple(Tick(100.0 * (high - value) / (high - low), _signed(value)) for value in ticks),
         zero=100.0 * high / (high - low),
         missing=tuple(teacher.name for teacher in teachers if teacher.name not in names),
     )
+
+
+def _with_labels_apart(marks: Sequence[Mark]) -> tuple[Mark, ...]:
+    """Place the label of each mark, from the top, where it covers no other mark; the nearest such place."""
+    waiting, done = sorted(marks, key=lambda mark: mark.y), list[Mark]()
+    while waiting:
+        mark = waiting.pop(0)
+        places = [
+            replace(mark, shift=shift, is_left=is_left)
+            for shift in (0, 1, -1, 2, -2)
+            for is_left in (False, True)
+        ]
+        inside = [place for place in places if place.is_inside()] or places
+        others = [*done, *waiting]
+        # The labels of marks that wait are not placed yet: they count where they would be first.
+        clear = (place for place in inside if all(place.is_clear_of(other) for other in others))
+        done.append(next(clear, inside[0]))
+    return tuple(done)
 
 
 def _signed(value: float) -> str:

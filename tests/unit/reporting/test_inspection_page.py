@@ -33,6 +33,7 @@ from mergeopd.reporting.page.inspection_charts import nice_ticks, position_chart
 from mergeopd.reporting.page.inspection_tokens import TokenPool
 from mergeopd.reporting.page.responses import level
 from mergeopd.reporting.page.text import visible
+from mergeopd.reporting.result import Estimate
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
@@ -56,6 +57,8 @@ def test_the_page_has_every_part_of_the_inspection(tmp_path: Path) -> None:
         assert all(finding.text in page.text for finding in teacher.compatibility.findings)
     assert "noisy beyond token 1,024" in page.text
     assert "42.0 → 63.0 %" in page.text
+    assert "the student's template 81.0 76.0 to 86.0" in page.text
+    assert "rises most at token 1,024: 0.38 before (81,000 tokens), 1.4" in page.text
     assert "0.084 0.064 to 0.104" in page.text  # reverse KL with its interval
     assert "-0.21 -0.27 to -0.15" in page.text.replace("\u2212", "-")  # a conflict
     assert all(f"{100 * domain.token_share:.1f}" in page.text for domain in made.domains)
@@ -240,7 +243,7 @@ def test_points_of_curves_are_where_their_values_are() -> None:
     assert charts["Reverse KL"].lines[0].path.count("M") == 2  # a gap is not drawn over
     # Token 1,500 is 476 of 1,024 into the eighth of nine buckets.
     assert charts["Entropy"].marker == pytest.approx(100 * (7 + 476 / 1024) / 9)
-    assert [line.name for line in charts["Entropy"].lines] == ["student", "teacher"]
+    assert [line.name for line in charts["Entropy"].lines] == ["student", "teacher", "teacher, own responses"]
     assert charts["Overlap advantage"].zero is None  # the upper edge
 
 
@@ -267,6 +270,20 @@ def test_teachers_stand_on_the_map_by_overlap_and_gain() -> None:
     assert marks["chat"].size > marks["math"].size > marks["summary"].size  # by reverse KL
     assert marks["code"].gain == pytest.approx(51)
     assert teacher_map(made.teachers[-1:]) is None
+
+
+def test_labels_on_the_map_cover_nothing() -> None:
+    teacher = inspected_teacher("math", 0)
+    assert teacher.signal is not None
+    at = [(0.51, 0.98), (0.53, 0.97), (0.53, 0.85), (0.59, 0.85), (0.99, 0.9), (0.02, 0.42), (0.98, 0.42)]
+    signals = [replace(teacher.signal, overlap=Estimate(x), pass_rate_T=Estimate(y)) for x, y in at]
+    chart = teacher_map(
+        [replace(teacher, name=f"one-{i}", signal=signal) for i, signal in enumerate(signals)]
+    )
+    assert chart is not None
+    for mark in chart.marks:
+        assert mark.is_inside()
+        assert all(mark.is_clear_of(other) for other in chart.marks if other is not mark)
 
 
 def test_buckets_of_one_chart_show_their_numbers() -> None:

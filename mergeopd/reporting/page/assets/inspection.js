@@ -54,7 +54,7 @@
     const sample = item.closest("[data-response]"), response = data.responses[sample.dataset.response];
     const place = [...item.parentElement.children].indexOf(item), chosen = response.texts[place];
     const rows = [["token", `${place + 1}`], ["reverse KL", nats(response.reverse_kl[place])]];
-    if (response.advantage[place] !== null) rows.push(["advantage", nats(response.advantage[place])]);
+    if (response.advantage[place] !== null) rows.push(["log p, teacher - student", nats(response.advantage[place])]);
     const student = data.rows[response.student][place], teacher = data.rows[response.teacher][place];
     const both = make("div", "", [candidates("student", student, chosen), candidates(sample.dataset.teacher, teacher, chosen)]);
     both.className = "two";
@@ -90,11 +90,12 @@
     const item = itemOf(event.target);
     if (item) focus(item);
   });
-  addEventListener("scroll", () => {
+  function follow() {
     if (shown && shown === focused()) tip.move(shown);
     else show(null);
-  }, {passive: true, capture: true});
-  addEventListener("resize", () => show(null));
+  }
+  addEventListener("scroll", follow, {passive: true, capture: true});
+  addEventListener("resize", follow);
 
   const isStrong = (item) => {
     const response = data.responses[item.closest("[data-response]").dataset.response];
