@@ -115,6 +115,15 @@ class Successes:
         squared: Floats = np.square(ideal_gradient(self.probability, self.mean)).sum(-1) - noise
         return squared
 
+    @property
+    def is_constant(self) -> NDArray[np.bool_]:
+        """Whether all continuations of a node have the same reward, so that it has no ideal gradient."""
+        present = self.probability > 0.0
+        low = np.where(present, self.mean, np.inf).min(-1)
+        high = np.where(present, self.mean, -np.inf).max(-1)
+        is_constant: NDArray[np.bool_] = (low == high) & ~(self.variance * present).any(-1)
+        return is_constant
+
     def inner(self, descent: Floats) -> Floats:
         """Unbiased estimates of `<g, d>` by node for a known direction `[n, candidates]`."""
         product: Floats = (ideal_gradient(self.probability, self.mean) * descent).sum(-1)
