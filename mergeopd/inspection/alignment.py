@@ -25,12 +25,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mergeopd.intervals import student_quantile
 from mergeopd.reporting.result import Estimate
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-_Z = 1.959963984540054  # the standard normal's 97.5 % quantile
 # Every candidate's variance is estimated from its own rewards.
 _LEAST_CONTINUATIONS = 2
 # The share of the draws that every node gets equally, so that the weight of a node is bounded.
@@ -184,7 +184,7 @@ def alignment(totals: Totals) -> Estimate:
         return Estimate(_cut(value))
     scale = known.scale()
     top, bottom = known.inner.sum(), scale.sum()
-    covariance = np.cov(known.inner, scale) * len(scale) * _student_t(num - 1) ** 2
+    covariance = np.cov(known.inner, scale) * len(scale) * student_quantile(num - 1) ** 2
     # (top - c bottom)^2 <= t^2 var(top - c bottom) is a quadratic inequality in c.
     square = bottom**2 - covariance[1, 1]
     middle = top * bottom - covariance[0, 1]
@@ -210,7 +210,7 @@ def difference(first: Totals, second: Totals) -> Estimate:
     known = [gap for gap in without if gap is not None]
     if len(known) < total:
         return Estimate(value)
-    half = _student_t(num - 1) * math.sqrt((total - 1) * float(np.var(known)))
+    half = student_quantile(num - 1) * math.sqrt((total - 1) * float(np.var(known)))
     return Estimate(value, value - half, value + half)
 
 
@@ -220,17 +220,4 @@ def _gap(first: Totals, second: Totals) -> float | None:
 
 
 def _cut(value: float) -> float:
-    return min(1.0, max(-1.0, value))
-
-
-def _student_t(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t: exact for 1 and 2, else by Cornish and Fisher's series."""
-    if freedom <= 2:
-        return (math.tan(0.475 * math.pi), 0.95 * math.sqrt(2.0 / (1.0 - 0.95**2)))[freedom - 1]
-    z = _Z
-    return (
-        z
-        + (z**3 + z) / (4 * freedom)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    )
+    return float(min(1.0, max(-1.0, value)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -31,6 +33,9 @@ from mergeopd.reporting.result import Estimate
 from mergeopd.types import Sampling
 
 Mask = NDArray[np.bool_]
+T = TypeVar("T")
+# Nodes are compared in batches of about this many: a matrix product of a few rows is slow.
+_ROWS = 256
 # First positions of the buckets of responses.
 _STARTS = (0, 8, 32, 128, 512, 2048, 8192, 32768)
 
@@ -64,16 +69,16 @@ class ProbedResponse:
 
 @dataclass(eq=False)
 class ProbedSource:
-    """All tokens of the student's responses to prompts of one source, as nodes.
+    """All tokens of the student's responses to prompts of one source, T nodes, response after response.
 
-    `hidden` are the student's states `[T, d]` before the tokens. `descent` has the directions of the teachers
-    that were added, `[T, candidates]`.
+    `states` returns the student's hidden states before the tokens of some of the responses. `descent` has the
+    directions of the teachers that were added, `[T, candidates]`.
     """
 
     responses: Sequence[ProbedResponse]
     sampling: Sampling
     objective: DistillationObjective
-    hidden: Tensor
+    states: Callable[[Sequence[int]], Tensor]
     head: Head
     num_candidates: int
     candidates: Candidates = field(init=False)
@@ -83,16 +88,60 @@ class ProbedSource:
         """Raises ValueError for greedy sampling, which has no gradient."""
         if not self.sampling.temperature:
             raise ValueError("greedy responses have no policy gradient")
-        self.candidates = find_candidates(self._student, self.sampling, self.num_candidates)
+        parts = [
+            find_candidates(Hidden(self.states(members), self.head), self.sampling, self.num_candidates)
+            for members in _batches(enumerate(self.lengths), lambda length: length)
+        ]
+        self.candidates = Candidates.joined(parts)
 
     @property
-    def _student(self) -> Hidden:
-        return Hidden(self.hidden, self.head)
+    def lengths(self) -> list[int]:
+        """Number of tokens of each response."""
+        return [len(one.response.completion.response_ids) for one in self.responses]
 
-    def add_teacher(self, name: str, hidden: Tensor, head: Head) -> None:
-        """Add a teacher with the student's tokens, by its states `[T, d_T]` before the same tokens."""
-        teacher = Hidden(hidden, head)
-        self.descent[name] = find_descent(self.candidates, self._student, teacher, self.objective)
+    @property
+    def num_nodes(self) -> int:
+        return sum(self.lengths)
+
+    def add_teacher(
+        self, name: str, states: Iterable[tuple[int, Tensor]], head: Head, masked: Sequence[Sequence[int]]
+    ) -> None:
+        """Add a teacher with the student's tokens, by its states before the tokens of every response.
+
+        `masked` are the tokens of each response that are not in its loss.
+        """
+        ends = np.cumsum(self.lengths)
+        rows = [np.arange(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
+        descent = np.zeros_like(self.candidates.probability)
+        hidden: dict[int, Tensor] = {}
+
+        def kept() -> Iterator[tuple[int, Tensor]]:
+            for index, own in states:
+                hidden[index] = own
+                yield index, own
+
+        for members in _batches(kept(), len):
+            teacher = Hidden(torch.cat([hidden.pop(i) for i in members]), head)
+            student = Hidden(self.states(members), self.head)
+            places = np.concatenate([rows[i] for i in members])
+            descent[places] = find_descent(self.candidates.at(places), student, teacher, self.objective)
+        for own_rows, tokens in zip(rows, masked, strict=True):
+            descent[own_rows[list(tokens)]] = 0.0
+        self.descent[name] = descent
+
+
+def _batches(items: Iterable[tuple[int, T]], size: Callable[[T], int]) -> Iterator[list[int]]:
+    """Collect the numbers of responses until they have enough tokens for a matrix product."""
+    members: list[int] = []
+    total = 0
+    for index, item in items:
+        members.append(index)
+        total += size(item)
+        if total >= _ROWS:
+            yield members
+            members, total = [], 0
+    if members:
+        yield members
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +158,8 @@ class _Table:
 
     @classmethod
     def of(cls, sources: Sequence[ProbedSource]) -> _Table:
-        lengths = [len(one.response.completion.response_ids) for s in sources for one in s.responses]
-        sizes = [len(source.hidden) for source in sources]
+        lengths = [length for source in sources for length in source.lengths]
+        sizes = [source.num_nodes for source in sources]
         shapes = [source.candidates.probability.shape for source in sources]
         names = dict.fromkeys(name for source in sources for name in source.descent)
         return cls(
@@ -147,13 +196,15 @@ class _Table:
         return numbers
 
     def node(self, index: int) -> Node:
-        source, row = self.sources[self.source_T[index]], self.row_T[index]
+        number, row, position = self.source_T[index], self.row_T[index], int(self.position_T[index])
+        source, response = self.sources[number], self.response_T[index]
+        first = int(self.response_T[self.source_T == number][0])
         return Node(
-            self.responses[self.response_T[index]].response,
-            int(self.position_T[index]),
+            self.responses[response].response,
+            position,
             source.candidates.ids[row],
             source.candidates.probability[row],
-            source.hidden[row],
+            source.states([int(response) - first])[position],
         )
 
 
@@ -166,6 +217,11 @@ class Gradients:
     weight: Floats
     successes: Successes
     num_continuations: Ints
+
+    @property
+    def teachers(self) -> list[str]:
+        """The teachers that were added."""
+        return list(self.table.descent)
 
     def of_teacher(self, name: str) -> GradientAlignment:
         """Return the alignment of a teacher on the prompts that it teaches, and on each domain."""

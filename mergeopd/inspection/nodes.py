@@ -20,7 +20,7 @@ from mergeopd.loss.slicing import compute_dtype, rows_in_chunk, slices
 from mergeopd.rollout import sampling as policy
 from mergeopd.rollout.keyed import stream_key, uniforms
 from mergeopd.rollout.protocol import Completion, GenerationRequest, RolloutEngine
-from mergeopd.types import Finish, Flags, Sampling, token_ids, token_logprobs
+from mergeopd.types import Finish, Sampling, token_ids, token_logprobs
 
 # Tokens below this probability, and a rest below it, are not continued.
 NEGLIGIBLE = 0.01
@@ -39,11 +39,13 @@ class Candidates:
     ids: Ints
     probability: Floats
 
-    @property
-    def is_open(self) -> Flags:
-        """Whether a node has a choice: several candidates with a probability above 0."""
-        is_open: Flags = (self.probability > 0.0).sum(1) > 1
-        return is_open
+    @classmethod
+    def joined(cls, parts: Sequence[Candidates]) -> Candidates:
+        return cls(np.concatenate([p.ids for p in parts]), np.concatenate([p.probability for p in parts]))
+
+    def at(self, rows: Ints) -> Candidates:
+        """Return the candidates of these nodes."""
+        return Candidates(self.ids[rows], self.probability[rows])
 
 
 @torch.no_grad()
@@ -55,12 +57,12 @@ def find_candidates(student: Hidden, sampling: Sampling, num: int) -> Candidates
         best = _policy(student, rows, sampling).topk(num, dim=1)
         ids.append(best.indices.cpu().numpy())
         probabilities.append(best.values.double().cpu().numpy())
-    likeliest = np.concatenate(probabilities) if probabilities else np.zeros((0, num))
+    likeliest = np.concatenate(probabilities)
     kept = np.where(likeliest >= NEGLIGIBLE, likeliest, 0.0)
     rest = 1.0 - kept.sum(1, keepdims=True)
     probability = np.concatenate([kept, np.where(rest >= NEGLIGIBLE, rest, 0.0)], axis=1)
     probability /= probability.sum(1, keepdims=True)
-    return Candidates(np.concatenate(ids) if ids else np.zeros((0, num), np.int64), probability)
+    return Candidates(np.concatenate(ids), probability)
 
 
 def find_descent(
@@ -75,8 +77,7 @@ def find_descent(
         direction.gather(1, ids[rows]).double().cpu().numpy()
         for rows, direction in descent_directions(student, teacher, objective)
     ]
-    own = np.concatenate(parts) if parts else np.zeros(candidates.ids.shape)
-    own = own * (candidates.probability[:, :-1] > 0.0)
+    own = np.concatenate(parts) * (candidates.probability[:, :-1] > 0.0)
     return np.concatenate([own, -own.sum(1, keepdims=True)], axis=1)
 
 

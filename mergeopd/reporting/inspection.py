@@ -123,6 +123,8 @@ class PositionBucket:
     advantage: float | None = None
     alignment: float | None = None
     own_entropy_T: float | None = None
+    alignment_low: float | None = None
+    alignment_high: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +151,6 @@ class Onset:
     after: float
     num_before: int
     num_after: int
-    alignment_low: float | None = None
-    alignment_high: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
