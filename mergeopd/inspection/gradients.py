@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from mergeopd.inspection.alignment import (
     expected_length,
 )
 from mergeopd.inspection.nodes import Candidates, Continuer, Node, find_candidates, find_descent
+from mergeopd.inspection.signal import position_bounds
 from mergeopd.loss import DistillationObjective, Head, Hidden, ReverseKL, build_objective
 from mergeopd.recipe.loss_terms import DIVERGENCE_TERMS
 from mergeopd.recipe.training import Phase
@@ -36,8 +38,6 @@ Mask = NDArray[np.bool_]
 T = TypeVar("T")
 # Nodes are compared in batches of about this many: a matrix product of a few rows is slow.
 _ROWS = 256
-# First positions of the buckets of responses.
-_STARTS = (0, 8, 32, 128, 512, 2048, 8192, 32768)
 
 
 def distillation_objective(phase: Phase) -> DistillationObjective:
@@ -115,12 +115,12 @@ class ProbedSource:
         descent = np.zeros_like(self.candidates.probability)
         hidden: dict[int, Tensor] = {}
 
-        def kept() -> Iterator[tuple[int, Tensor]]:
+        def read() -> Iterator[tuple[int, Tensor]]:
             for index, own in states:
                 hidden[index] = own
                 yield index, own
 
-        for members in _batches(kept(), len):
+        for members in _batches(read(), len):
             teacher = Hidden(torch.cat([hidden.pop(i) for i in members]), head)
             student = Hidden(self.states(members), self.head)
             places = np.concatenate([rows[i] for i in members])
@@ -290,20 +290,24 @@ class Gradients:
     def _score(self, name: str, members: Mask) -> Estimate:
         return alignment(self.totals(name, members)) if members.any() else Estimate(None)
 
-    def _positions(self, name: str, members: Mask) -> list[PositionBucket]:
-        position, buckets = self.table.position_T, []
-        for start, stop in zip(_STARTS, [*_STARTS[1:], np.iinfo(np.int64).max], strict=True):
+    def _positions(self, name: str, members: Mask) -> Iterator[PositionBucket]:
+        """Yield the alignment by position; `num_tokens` counts drawn nodes."""
+        position = self.table.position_T
+        for start, stop in pairwise(position_bounds(int(position[members].max(initial=0)) + 1)):
             own = members & (position >= start) & (position < stop)
-            if own.any():
-                score = self._score(name, own)
-                end = min(int(stop), int(position[members].max()) + 1)
-                buckets.append(
-                    PositionBucket(
-                        start, end, int(own.sum()), None, None, None, None,
-                        alignment=score.value, alignment_low=score.low, alignment_high=score.high,
-                    )
-                )  # fmt: skip
-        return buckets
+            score = self._score(name, own)
+            yield PositionBucket(
+                start,
+                stop,
+                int(own[self.drawn].sum()),
+                reverse_kl=None,
+                overlap=None,
+                entropy_S=None,
+                entropy_T=None,
+                alignment=score.value,
+                alignment_low=score.low,
+                alignment_high=score.high,
+            )
 
     def _has(self, name: str) -> Mask:
         has: Mask = ~np.isnan(self.table.descent[name][:, 0])

@@ -213,7 +213,7 @@ class GradientAlignment:
     `score` is of all tokens of the student's responses to the teacher's prompts together, estimated from
     `num_nodes` drawn ones with `num_rollouts` continuations; `on_correct` and `on_incorrect` are of such
     responses. `num_skipped` of the nodes have no ideal gradient: all their continuations have one reward.
-    `by_domain` also has domains that the teacher does not teach.
+    In `positions`, `num_tokens` counts nodes. `by_domain` also has domains that the teacher does not teach.
     """
 
     num_nodes: int

@@ -155,17 +155,21 @@ def test_estimates_match_the_enumeration(job):
     assert abs(squares.mean() - 1.0) < 5 * math.sqrt(3 / is_random.sum())
     inner, ideal = (ideal_gradient(P, S) * D).sum(), (ideal_gradient(P, S) ** 2).sum()
     truth = inner / math.sqrt(ideal * (D**2).sum())
-    found = gradients.of_teacher("two")
-    assert found.score.low < truth < found.score.high
-    assert abs(found.score.value - truth) < 0.15
-    assert found.score.high - found.score.low < 0.8
-    assert found.by_domain == {"right": found.score}
-    assert found.num_rollouts == counts.sum()
-    assert 0 < found.num_skipped < found.num_nodes == len(drawn)
+    teacher = gradients.of_teacher("two")
+    assert teacher.score.low < truth < teacher.score.high
+    assert abs(teacher.score.value - truth) < 0.15
+    assert teacher.score.high - teacher.score.low < 0.8
+    assert teacher.by_domain == {"right": teacher.score}
+    assert teacher.num_rollouts == counts.sum()
+    assert 0 < teacher.num_skipped < teacher.num_nodes == len(drawn)
     correct = np.array([one.is_correct for one in source.responses])[gradients.table.response_T]
-    assert found.on_correct != found.on_incorrect
+    assert teacher.on_correct != teacher.on_incorrect
     assert correct[drawn].mean() == pytest.approx(0.5)
-    assert [(b.start, b.stop, b.num_tokens) for b in found.positions] == [(0, LONGEST, len(P))]
+    assert [(b.start, b.stop) for b in teacher.positions] == [(0, 1), (1, 2), (2, 4)]
+    assert [b.num_tokens for b in teacher.positions] == np.bincount(
+        gradients.table.position_T[drawn]
+    ).tolist()
+    assert all(b.alignment_low <= b.alignment <= b.alignment_high for b in teacher.positions)
     assert gradients.ranks() == []  # nothing to compare with
 
 
