@@ -277,6 +277,7 @@ def inspect(
     set: Overrides = (),
     teachers: Sequence[str] = (),
     prompts: int | None = None,
+    gradients: bool = False,
     output: str | Path | None = None,
     console: Console | None = None,
 ) -> Inspection:
@@ -287,6 +288,8 @@ def inspect(
         set: values that replace those of the recipe.
         teachers: names of teachers; default: all.
         prompts: number of prompts to sample; default: `inspect.prompts` of the recipe.
+        gradients: also compare the teachers' gradients with that of the student's success, by letting the
+            student finish its responses after other tokens.
         output: folder for `inspect.json` and the page `inspect.html`; None writes neither.
         console: a `rich.console.Console` on which progress is shown; None shows none.
 
@@ -310,7 +313,12 @@ def inspect(
         raise StorageError(f"{folder} cannot be written: {cause}; name another folder")
     shown_on = Console(quiet=True) if console is None else console
     inspection = inspect_recipe(
-        Path(path), _as_texts(set), teachers=teachers, prompts=prompts, console=shown_on
+        Path(path),
+        _as_texts(set),
+        teachers=teachers,
+        prompts=prompts,
+        gradients=gradients,
+        console=shown_on,
     )
     if folder is not None:
         write_inspection(inspection, folder / run_layout.INSPECTION_DATA)

@@ -127,11 +127,11 @@ def cluster_interval(sums: Values, counts: Values) -> Interval | None:
     mean = float(sums.sum()) / total
     residuals = sums - mean * counts
     spread = math.sqrt(num / (num - 1) * float(np.square(residuals).sum())) / total
-    half = _student_quantile(num - 1) * spread
+    half = student_quantile(num - 1) * spread
     return Interval(mean - half, mean + half)
 
 
-def _student_quantile(degrees: int) -> float:
+def student_quantile(degrees: int) -> float:
     """Return the 97.5 % quantile of Student's distribution, by bisection of its distribution function."""
     low, high = _Z, 13.0
     while high - low > 1e-6:

@@ -34,6 +34,14 @@ def inspect(
             show_default=False,
         ),
     ] = None,
+    gradients: Annotated[
+        bool,
+        typer.Option(
+            "--gradients",
+            help="Also compare the teachers' gradients with that of the student's success, which needs "
+            "many more responses.",
+        ),
+    ] = False,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -62,6 +70,7 @@ def inspect(
             set=overrides or (),
             teachers=teacher or (),
             prompts=prompts,
+            gradients=gradients,
             output=folder,
             console=console,
         )

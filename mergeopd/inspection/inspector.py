@@ -18,6 +18,7 @@ from mergeopd.engine.build import build_environments, build_verifiers
 from mergeopd.engine.models import Machine, build_teachers, build_views, divide_threads, engine_context
 from mergeopd.engine.stages import Stages
 from mergeopd.errors import TeacherError
+from mergeopd.inspection.gradients import Gradients
 from mergeopd.inspection.measure import (
     STUDENT,
     OnStudent,
@@ -29,6 +30,7 @@ from mergeopd.inspection.measure import (
     rollouts_of,
     sampled_figures,
 )
+from mergeopd.inspection.probe import GradientProbe
 from mergeopd.inspection.renderings import other_renderings
 from mergeopd.inspection.sample import Responder, draw_sample, sampled_sources, with_verifiers
 from mergeopd.inspection.signal import Measured, MeasuredRendering, token_mean
@@ -79,20 +81,43 @@ class Inspector:
     teachers: Mapping[str, Teacher]
     views: Mapping[str, TokenView]
     cache: HiddenCache
+    with_gradients: bool
     student: StudentResponses = field(init=False)
+    probe: GradientProbe | None = field(default=None, init=False)
+    gradients: Gradients | None = field(default=None, init=False)
 
     def run(self) -> Findings:
         """Measure all teachers, by name."""
         with self.stages.clock.stage("rollout"), self._open_student() as session:
             self.student = self._respond(session)
+        if self.with_gradients:
+            self.probe = self._gradient_probe()
         findings = {}
         for name in self.members:
             with self.stages.clock.stage("teachers"):
                 findings[name] = self._teacher(name)
         with self.stages.clock.stage("rollout"), self._open_student() as session:
+            if self.probe is not None:
+                self.gradients = self._finish(self.probe, session)
             findings = {name: self._with_gaps(session, one) for name, one in findings.items()}
         with self.stages.clock.stage("teachers"):
             return Findings(findings, self._conflicts(findings))
+
+    def _gradient_probe(self) -> GradientProbe:
+        responder = self.responder
+        return GradientProbe.of(
+            self.settings.gradients, self.student, responder.sources, self.members, responder.verifiers
+        )
+
+    def _finish(self, probe: GradientProbe, session: LocalSession) -> Gradients | None:
+        """Let the student continue its responses after forced tokens."""
+        return probe.finish(
+            session.generator(),
+            self.inputs.student,
+            self.inputs.plan.seed,
+            self.responder.verifiers,
+            self.stages,
+        )
 
     @contextmanager
     def _open_student(self) -> Iterator[LocalSession]:
@@ -158,6 +183,8 @@ class Inspector:
             head = teacher.head(None)
             scored = on_student.distributions(name, session, head, view, responses)
             renderings = self._renderings(name, session)
+            if self.probe is not None:
+                self.probe.add_teacher(name, session, head, view)
         else:
             scored = on_student.spans(name, session, view, responses)
             renderings = []
@@ -270,7 +297,13 @@ class Inspector:
 
 @contextmanager
 def open_inspector(
-    inputs: Inputs, names: Sequence[str], num_prompts: int | None, machine: Machine, stages: Stages
+    inputs: Inputs,
+    names: Sequence[str],
+    num_prompts: int | None,
+    machine: Machine,
+    stages: Stages,
+    *,
+    with_gradients: bool,
 ) -> Iterator[Inspector]:
     """Compose the inspection of these teachers; its memory and processes end with the context."""
     divide_threads(inputs.plan, machine)
@@ -303,6 +336,7 @@ def open_inspector(
             teachers,
             views,
             opened.enter_context(HiddenCache(budget, folder, machine.device)),
+            with_gradients,
         )
 
 

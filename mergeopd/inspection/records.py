@@ -20,6 +20,7 @@ from mergeopd.intervals import Values
 from mergeopd.messages import shown
 from mergeopd.reporting.inspection import (
     VERSION,
+    GradientAlignment,
     InspectedResponse,
     InspectedToken,
     Inspection,
@@ -48,7 +49,8 @@ def inspection_of(
         teachers=tuple(_teacher(inspector, one) for one in findings.teachers.values()),
         domains=domain_budgets(inputs.plan, _domain_samples(inspector, findings.teachers)),
         conflicts=tuple(findings.conflicts),
-        notes=inputs.notes,
+        alignments=() if inspector.gradients is None else tuple(inspector.gradients.ranks()),
+        notes=(*inputs.notes, *(() if inspector.probe is None else inspector.probe.notes)),
         seconds=dict(seconds),
     )
 
@@ -107,8 +109,15 @@ def _teacher(inspector: Inspector, one: TeacherFindings) -> TeacherInspection:
         signal=signal,
         by_domain=by_domain,
         domain_verdicts=of_domains,
+        gradients=_gradients(inspector, one.name),
         responses=_responses(inspector, one),
     )
+
+
+def _gradients(inspector: Inspector, name: str) -> GradientAlignment | None:
+    """Return the alignment of a teacher whose distributions over the student's tokens are known."""
+    gradients = inspector.gradients
+    return None if gradients is None or name not in gradients.teachers else gradients.of_teacher(name)
 
 
 def _responses(inspector: Inspector, one: TeacherFindings) -> tuple[InspectedResponse, ...]:

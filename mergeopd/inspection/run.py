@@ -27,11 +27,14 @@ def inspect_recipe(
     *,
     teachers: Sequence[str] = (),
     prompts: int | None = None,
+    gradients: bool = False,
     console: Console,
 ) -> Inspection:
     """Inspect the teachers of a recipe with these names, or all, on a sample of its prompts.
 
-    `prompts` replaces `inspect.prompts` of the recipe. Progress is shown on `console`.
+    `prompts` replaces `inspect.prompts` of the recipe. With `gradients`, the student also finishes responses
+    after other tokens, to compare the teachers' gradients with that of its success. Progress is shown on
+    `console`.
 
     Raises RecipeError with every problem of the recipe, or for a name that is no teacher's.
     """
@@ -55,7 +58,9 @@ def inspect_recipe(
             quiet_libraries()
         machine = Machine(pick_device(), SingleProcess())
         stages = Stages(display, clock, machine.ranks, None)
-        inspector = opened.enter_context(open_inspector(inputs, names, prompts, machine, stages))
+        inspector = opened.enter_context(
+            open_inspector(inputs, names, prompts, machine, stages, with_gradients=gradients)
+        )
         findings = inspector.run()
         return inspection_of(inspector, findings, recipe, clock.seconds())
 

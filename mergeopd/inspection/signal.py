@@ -206,15 +206,20 @@ def _firsts(scored: Sequence[Scored]) -> list[Scored]:
     ]
 
 
+def position_bounds(longest: int) -> list[int]:
+    """Return the bounds of buckets of positions below `longest`: powers of two."""
+    bounds = [0, 1]
+    while bounds[-1] < longest:
+        bounds.append(2 * bounds[-1])
+    return bounds
+
+
 def _positions(on_student: Sequence[Scored], on_own: Sequence[Scored]) -> tuple[PositionBucket, ...]:
     """Return the means in buckets of positions whose bounds are powers of two."""
     both = [one for one in (*on_student, *on_own) if len(one.positions)]
     longest = max((int(one.positions[-1]) + 1 for one in both), default=0)
-    bounds = [0, 1]
-    while bounds[-1] < longest:
-        bounds.append(2 * bounds[-1])
     buckets = []
-    for start, stop in pairwise(bounds):
+    for start, stop in pairwise(position_bounds(longest)):
         own = [_within(one, start, stop) for one in on_student]
         teacher = [_within(one, start, stop) for one in on_own]
         buckets.append(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from mergeopd.config.values import Fraction, Positive, PositiveInt, Strict, Weight
@@ -46,6 +48,17 @@ class InspectionThresholds(Strict):
     rose to 0.91 in runs that succeeded (2604.13016)"""
 
 
+class GradientSettings(Strict):
+    """Budget of `mergeopd inspect --gradients`: tokens at which the student finishes its responses again."""
+
+    nodes: PositiveInt = 96
+    """tokens in each domain, half of them from correct responses, if there are any"""
+    candidates: PositiveInt = 4
+    """likeliest next tokens that are compared at each; all others count as one more"""
+    continuations: Annotated[int, Field(ge=2, strict=True)] = 4
+    """responses of the student per candidate, on average"""
+
+
 class InspectionSettings(Strict):
     """The sample from which `mergeopd inspect` measures the teachers. Not part of a run's identity."""
 
@@ -57,6 +70,9 @@ class InspectionSettings(Strict):
     """number of likeliest tokens whose overlap is measured; 16 in 2604.13016"""
     responses: PositiveInt = 4
     """responses per teacher that are shown token by token"""
+    gradients: GradientSettings = Field(
+        default=GradientSettings(), description="budget of the alignment of gradients"
+    )
     thresholds: InspectionThresholds = Field(
         default=InspectionThresholds(), description="thresholds of the verdicts"
     )
@@ -64,5 +80,6 @@ class InspectionSettings(Strict):
     @property
     def values(self) -> dict[str, float | int]:
         """Every number by its name, as an inspection shows them."""
-        sizes = self.model_dump(exclude={"thresholds"})
-        return {**sizes, **self.thresholds.model_dump()}
+        sizes = self.model_dump(exclude={"thresholds", "gradients"})
+        budget = {f"gradient_{name}": value for name, value in self.gradients.model_dump().items()}
+        return {**sizes, **budget, **self.thresholds.model_dump()}

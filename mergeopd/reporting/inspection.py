@@ -123,6 +123,8 @@ class PositionBucket:
     advantage: float | None = None
     alignment: float | None = None
     own_entropy_T: float | None = None
+    alignment_low: float | None = None
+    alignment_high: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,10 +208,12 @@ class Signal:
 
 @dataclass(frozen=True, slots=True)
 class GradientAlignment:
-    """Cosine of the ideal gradient with a teacher's distillation gradient, per node (2605.10889).
+    """Cosine of the ideal gradient with a teacher's distillation gradient (2605.10889).
 
-    `score` is the mean over nodes; `on_correct` and `on_incorrect` are over the nodes of such responses.
-    `num_skipped` nodes have no ideal gradient: every candidate succeeds equally often.
+    `score` is of all tokens of the student's responses to the teacher's prompts together, estimated from
+    `num_nodes` drawn ones with `num_rollouts` continuations; `on_correct` and `on_incorrect` are of such
+    responses. `num_skipped` of the nodes have no ideal gradient: all their continuations have one reward.
+    In `positions`, `num_tokens` counts nodes. `by_domain` also has domains that the teacher does not teach.
     """
 
     num_nodes: int
@@ -219,6 +223,21 @@ class GradientAlignment:
     on_correct: Estimate
     on_incorrect: Estimate
     positions: tuple[PositionBucket, ...] = ()
+    by_domain: Mapping[str, Estimate] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AlignmentRank:
+    """A teacher among all that were compared on one domain, by the alignment of its gradient.
+
+    `behind` is the best teacher's alignment minus this one's, on the same nodes; 0 for the best.
+    """
+
+    domain: str
+    teacher: str
+    alignment: Estimate
+    behind: Estimate
+    is_best: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,6 +367,7 @@ class Inspection:
     domains: tuple[DomainBudget, ...] = ()
     conflicts: tuple[Conflict, ...] = ()
     checkpoints: tuple[CheckpointRank, ...] = ()
+    alignments: tuple[AlignmentRank, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
 

@@ -32,10 +32,15 @@ def sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: floa
     rows = _block_rows(len(logits_BV), logits_BV.shape[1], logits_BV.device)
     parts = []
     for logits, uniform in zip(torch.split(logits_BV, rows), torch.split(uniform_B, rows), strict=True):
-        mass = torch.softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
-        parts.append(_draw(mass if top_p >= 1.0 else _nucleus(mass, top_p), uniform))
+        parts.append(draw(masses(logits, temperature, top_p), uniform))
     tokens, logprobs = zip(*parts, strict=True)
     return torch.cat(tokens), torch.cat(logprobs)
+
+
+def masses(logits_nV: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Return the distributions of `sample` before renormalisation, for a positive temperature."""
+    mass = torch.softmax(logits_nV if temperature == 1.0 else logits_nV / temperature, dim=-1)
+    return mass if top_p >= 1.0 else _nucleus(mass, top_p)
 
 
 def _block_rows(num_rows: int, vocab: int, device: torch.device) -> int:
@@ -43,7 +48,7 @@ def _block_rows(num_rows: int, vocab: int, device: torch.device) -> int:
     return max(_BLOCK_ELEMENTS // vocab, 1) if device.type == "cpu" else max(num_rows, 1)
 
 
-def _draw(mass_nV: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
+def draw(mass_nV: Tensor, uniform_n: Tensor) -> tuple[Tensor, Tensor]:
     """Draw tokens from masses that need not sum to one; return them with log-probabilities."""
     num, vocab = mass_nV.shape
     width = min(_SEGMENT, vocab)

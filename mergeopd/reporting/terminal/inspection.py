@@ -128,6 +128,21 @@ class InspectionTable:
                 *(f"{num:,}" for num in (one.num_nodes, one.num_skipped, one.num_rollouts)),
             )
         yield rows
+        if not self.inspection.alignments:
+            return
+        ranks = table(
+            ("domain", "teacher", "alignment", "behind the best"),
+            ascii_only=ascii_only,
+            title="Teachers by the alignment of their gradients on each domain",
+        )
+        for rank in self.inspection.alignments:
+            ranks.add_row(
+                _plain(rank.domain, ascii_only),
+                _plain(rank.teacher, ascii_only),
+                plain_text(_number(rank.alignment, with_range=True), ascii_only),
+                "" if rank.is_best else plain_text(_number(rank.behind, with_range=True), ascii_only),
+            )
+        yield ranks
 
     def _conflicts(self, ascii_only: bool) -> Iterator[Table]:
         if not self.inspection.conflicts:
