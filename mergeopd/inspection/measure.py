@@ -310,8 +310,8 @@ def _reading(view: TokenView, student: Renderer, response: Response) -> TeacherS
     prompt, episode, completion = response.prompt, response.episode, response.completion
     if isinstance(view, AlignedTokens):
         ended = completion.finish == "eos"
-        ids, is_whole = view.crossing.in_student_ids(completion.response_ids, ended=ended)
-        return TeacherSequence(student.render(prompt), token_ids(ids)) if is_whole else None
+        same, is_whole = view.crossing.in_student_ids(completion.response_ids, ended=ended)
+        return TeacherSequence(student.render(prompt), token_ids(same)) if is_whole else None
     if episode is None or _has_students_turns(view, student):
         ids, _ = view.student_ids(completion, prompt)
         return TeacherSequence(student.render(prompt), ids, response.trained)
