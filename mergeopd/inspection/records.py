@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def inspection_of(
         recipe=shown(recipe),
         plan_hash=inputs.plan.hash,
         student=shown(Path(inputs.plan.student.model)),
-        created=inputs.now.isoformat(timespec="seconds"),
+        created=datetime.now().astimezone().isoformat(timespec="seconds"),
         settings={**inspector.settings.values, "prompts": len(inspector.prompts)},
         teachers=tuple(_teacher(inspector, one) for one in findings.teachers.values()),
         domains=domain_budgets(inputs.plan, _domain_samples(inspector, findings.teachers)),
