@@ -149,7 +149,8 @@ def test_the_template_of_another_model(compare: Callable[..., Compatibility]) ->
 def test_tools_that_a_template_leaves_out(compare: Callable[..., Compatibility]) -> None:
     rows = [{"prompt": "ab", "answer": "a", "tools": [SEARCH]}]
     result = compare("qwen2.5", "qwen2.5-base", student_template=WITH_TOOLS, rows=rows)
-    assert "tools block" in causes(result, "a prompt")
+    assert causes(result, "a prompt") == causes(result, "tools") == ("tools block",)
+    assert causes(result, "a second turn") == ()
     [problem] = of(result, "template", "problem")
     assert problem.text == "the teacher's chat template leaves tools out, which prompts of the recipe have"
 
