@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mergeopd.data.renderer import Renderer
 from mergeopd.inspection.coverage import align_prompts, alignment
-from mergeopd.inspection.pairs import Pair
+from mergeopd.inspection.pairs import Pair, sources_of
 from mergeopd.inspection.template_findings import template_findings
 from mergeopd.inspection.templates import compare_templates, num_characters
 from mergeopd.inspection.vocabularies import end_tokens, special_tokens, vocabulary
@@ -59,8 +59,10 @@ def _context(pair: Pair, ratio: float) -> Iterator[Finding]:
     The teacher has `ratio` tokens per token of the student.
     """
     plan = pair.inputs.plan
-    num_new = max(plan.rollout_of(phase).max_new_tokens for phase in plan.phases)
-    environments = [source.environment for source in plan.sources if pair.plan.name in source.teachers]
+    phases = [phase for phase in plan.phases if pair.plan.name in plan.teachers_of(phase).named]
+    num_new = max((plan.rollout_of(phase).max_new_tokens for phase in phases), default=0)
+    read = sources_of(plan, pair.plan.name)
+    environments = [source.environment for source in plan.sources if source.name in read]
     num_new += max((e.max_tokens for e in environments if e is not None), default=0)
     sides = []
     for name, side, length in (

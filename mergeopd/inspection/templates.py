@@ -76,7 +76,10 @@ class Rendering:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A conversation in both templates; None where a template refuses it."""
+    """A conversation in both templates; None where a template refuses it.
+
+    The renderings are without tools and the teacher's own prompt, which `diff` has.
+    """
 
     conversation: Conversation
     student: Rendering | None
@@ -96,11 +99,12 @@ def compare_templates(pair: Pair) -> tuple[Comparison, ...]:
 
 def _is_shown(pair: Pair, one: Comparison) -> bool:
     """Whether a template renders a conversation; of one with tools that no prompt has, whether with them."""
-    if one.conversation.is_used or not one.conversation.tools:
+    conversation = one.conversation
+    if conversation.is_used or not conversation.tools:
         return one.student is not None or one.teacher is not None
-    bare = replace(one.conversation, tools=())
-    sides = (pair.student, one.student), (pair.teacher, one.teacher)
-    return any(own is not None and own != _render(side.template, bare) for side, own in sides)
+    bare = replace(conversation, tools=())
+    sides = (pair.student.template, pair.teacher.template)
+    return any(_render(side, conversation) not in (None, _render(side, bare)) for side in sides)
 
 
 def _conversations(pair: Pair) -> Iterator[Conversation]:
@@ -127,26 +131,26 @@ def num_characters(prompt: Prompt) -> int:
 
 def _compare(pair: Pair, conversation: Conversation) -> Comparison:
     own, other = pair.student.template, pair.teacher.template
-    plain_S, plain_T = _render(own, conversation), _render(other, conversation)
-    student, teacher, more = plain_S, plain_T, list[str]()
-    if conversation.case == PROMPT:
-        teacher = _render(other, _for_teacher(pair, conversation))
-        more = [] if teacher == plain_T else [TEACHER_PROMPT]
+    for_teacher = _for_teacher(pair, conversation) if conversation.case == PROMPT else conversation
+    student, teacher = _render(own, conversation), _render(other, for_teacher)
     if student is None or teacher is None:
         spans: tuple[DiffSpan, ...] = (DiffSpan(_text(student), _text(teacher)),)
         causes = [REFUSED.format("student" if student is None else "teacher")]
-        return Comparison(
-            conversation, student, teacher, TemplateDiff(conversation.case, spans, tuple(causes))
-        )
-    spans = _diff_of_parts(student, teacher, is_same=not more)
-    if plain_S is not None and plain_T is not None:
-        more = [*_causes(plain_S, plain_T, conversation), *more]
+        refused = TemplateDiff(conversation.case, spans, tuple(causes))
+        return Comparison(conversation, student, teacher, refused)
+    is_same = for_teacher == conversation
+    spans = joined(_diff_of_parts(student, teacher, is_same=is_same))
+    bare = replace(conversation, tools=())
+    student, teacher = _render(own, bare) or student, _render(other, bare) or teacher
+    causes = list(_causes(student, teacher, bare))
+    if not is_same:
+        causes.append(TEACHER_PROMPT)
     if conversation.tools and _tools_differ(own, other, conversation):
-        more.append(TOOLS)
-    causes = [] if all(span.is_equal for span in spans) else list(dict.fromkeys(more))
-    return Comparison(
-        conversation, student, teacher, TemplateDiff(conversation.case, joined(spans), tuple(causes))
-    )
+        causes.append(TOOLS)
+    if all(span.is_equal for span in spans):
+        causes = []
+    compared = TemplateDiff(conversation.case, spans, tuple(dict.fromkeys(causes)))
+    return Comparison(conversation, student, teacher, compared)
 
 
 def _diff_of_parts(student: Rendering, teacher: Rendering, *, is_same: bool) -> tuple[DiffSpan, ...]:

@@ -9,7 +9,7 @@ from mergeopd.errors import DataError
 from mergeopd.inspection.pairs import Pair
 from mergeopd.models.facts import ModelFacts
 from mergeopd.models.tokenizer import SPECIAL_NAMES, Tokenizer
-from mergeopd.reporting.inspection import Finding
+from mergeopd.reporting.inspection import Finding, FindingLevel
 from mergeopd.types import Message
 
 _SHOWN = 4
@@ -64,19 +64,17 @@ def vocabulary(pair: Pair) -> Iterator[Finding]:
 
 
 def special_tokens(pair: Pair) -> Iterator[Finding]:
-    """Compare the named special tokens but EOS, the added tokens, and what begins a prompt."""
+    """Compare the named special tokens, and what begins a prompt."""
     own, other = pair.student.tokenizer, pair.teacher.tokenizer
     if pair.cross_tokenizer is None:
-        names = [name for name in SPECIAL_NAMES if name != "eos_token"]
         differing = [
             f"{name} is {_named(own, name)} for the student and {_named(other, name)} for the teacher"
-            for name in names
+            for name in SPECIAL_NAMES
             if own.special_tokens.get(name) != other.special_tokens.get(name)
         ]
-        if differing:
-            yield Finding("special_tokens", "note", "; ".join(differing))
-        else:
-            yield Finding("special_tokens", "ok", "the same special tokens")
+        # Others are in no prompt: PAD is never read, and end tokens have findings of their own.
+        level: FindingLevel = "note" if any(text.startswith("bos_token") for text in differing) else "ok"
+        yield Finding("special_tokens", level, "; ".join(differing) or "the same special tokens")
     for name, side in (("student", pair.student), ("teacher", pair.teacher)):
         yield from _bos(name, side)
 

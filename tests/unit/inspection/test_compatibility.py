@@ -149,7 +149,8 @@ def test_the_template_of_another_model(compare: Callable[..., Compatibility]) ->
 def test_tools_that_a_template_leaves_out(compare: Callable[..., Compatibility]) -> None:
     rows = [{"prompt": "ab", "answer": "a", "tools": [SEARCH]}]
     result = compare("qwen2.5", "qwen2.5-base", student_template=WITH_TOOLS, rows=rows)
-    assert "tools block" in causes(result, "a prompt")
+    assert causes(result, "a prompt") == causes(result, "tools") == ("tools block",)
+    assert causes(result, "a second turn") == ()
     [problem] = of(result, "template", "problem")
     assert problem.text == "the teacher's chat template leaves tools out, which prompts of the recipe have"
 
@@ -276,3 +277,17 @@ def test_spans_are_the_two_texts(one: str, other: str) -> None:
     assert "".join(span.teacher for span in spans) == other
     assert not any(a.is_equal and b.is_equal for a, b in pairwise(spans))
     assert (one == other) == all(span.is_equal for span in spans)
+
+
+def test_teachers_that_are_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY", "k")
+    project = tmp_path / "project"
+    project.mkdir()
+    phases = [{"name": "p", "updates": 1, "text": "teacher", "loss": "nll", "prompts_per_round": 2}]
+    recipe = write_project(project, "qwen3", "qwen3", {"phases": phases})
+    api = {"url": "http://127.0.0.1:9/v1", "model": "writer", "api_key_env": "KEY", "probe": False}
+    card = {"card": 1, "name": "t", "licence": "mit", "api": api}
+    (project / "teacher.yaml").write_text(json.dumps(card))
+    result = compatibility(preflight(recipe), "t")
+    assert [(f.topic, f.level) for f in result.findings] == [("vocabulary", "ok"), ("licence", "ok")]
+    assert result.templates == ()
