@@ -319,13 +319,13 @@ def _reading(view: TokenView, student: Renderer, response: Response) -> TeacherS
     while turns and turns[-1].role != "assistant":  # a truncated turn was to follow
         turns = turns[:-1]
     try:
-        written = dataset_response(replace(prompt, response=turns), student) if turns else None
+        rendered = dataset_response(replace(prompt, response=turns), student) if turns else None
     except DataError:
-        written = None
-    if written is None:
         return None
-    trained = None if written.trained is None else token_flags(written.trained)
-    return TeacherSequence(student.render(prompt), token_ids(written.ids), trained)
+    if rendered is None:
+        return None
+    trained = None if rendered.trained is None else token_flags(rendered.trained)
+    return TeacherSequence(student.render(prompt), token_ids(rendered.ids), trained)
 
 
 def _has_students_turns(view: TokenView, student: Renderer) -> bool:

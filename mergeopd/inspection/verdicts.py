@@ -10,6 +10,7 @@ from mergeopd.recipe.inspection import InspectionThresholds
 from mergeopd.reporting.inspection import Compatibility, Reason, Rendering, Signal, Verdict, VerdictKind
 from mergeopd.reporting.result import Estimate
 
+_GAIN = "pass rate of the teacher, minus the student's"
 _NONE = Compatibility(())
 _GRAVEST_FIRST: Sequence[VerdictKind] = (
     "template_mismatch",
@@ -91,7 +92,8 @@ def _identical(case: _Case) -> Iterator[Verdict]:
             "nothing_new",
             f"has the student's distributions (reverse KL {case.signal.reverse_kl.value:.2g} nats per token)",
             (reason,),
-            "choose a teacher that was trained further, or give this one a prompt with more information",
+            "choose a teacher that was trained further, or give this one a prompt with more information; "
+            "as an anchor against forgetting it is right",
         )
 
 
@@ -180,6 +182,26 @@ def _noise(case: _Case) -> Iterator[Verdict]:
         )
 
 
+def _other_text(case: _Case) -> Iterator[Verdict]:
+    """A teacher that does not succeed, and reads other prompts than the student in a way that explains it."""
+    topics = ("template", "special_tokens")
+    problems = [f for f in case.compatibility.findings if f.level == "problem" and f.topic in topics]
+    if not problems:
+        return
+    gain, first = case.signal.pass_gain.value, case.signal.first_token_kl.value
+    if gain is not None:
+        reason = case.below(_GAIN, gain, "pass_margin")
+    else:
+        reason = case.above("reverse KL at the first token, nats", first, "first_token_kl")
+    if reason.is_met:
+        yield Verdict(
+            "template_mismatch",
+            f"does not agree with the student, probably because of what it reads: {problems[0].text}",
+            (reason,),
+            problems[0].remedy or "correct `template` or `template_arguments` in the teacher's card",
+        )
+
+
 def _incapable(case: _Case) -> Iterator[Verdict]:
     """A teacher that does not solve these prompts."""
     rate = case.signal.pass_rate_T
@@ -196,9 +218,7 @@ def _incapable(case: _Case) -> Iterator[Verdict]:
 def _no_better(case: _Case) -> Iterator[Verdict]:
     """A teacher that solves no more than the student."""
     signal = case.signal
-    reason = case.below(
-        "pass rate of the teacher, minus the student's", signal.pass_gain.value, "pass_margin"
-    )
+    reason = case.below(_GAIN, signal.pass_gain.value, "pass_margin")
     if reason.is_met:
         yield Verdict(
             "nothing_new",
@@ -222,11 +242,10 @@ def _cold(case: _Case) -> Iterator[Verdict]:
         case.below(f"overlap of the {signal.k} likeliest tokens", signal.overlap.value, "cold_overlap"),
     )
     if sum(reason.is_met for reason in reasons) >= 2:
+        far = "" if gap is None else f", and is {-gap:.2f} nats per token away from the teacher's responses"
         yield Verdict(
             "cold_start",
-            f"can teach, but the student is far from it: it solves {_percent(signal.pass_rate_S)}, and "
-            f"{-gap if gap is not None else float('nan'):.2f} nats per token separate it from the teacher's "
-            "responses",
+            f"can teach, but the student is far from it: it solves {_percent(signal.pass_rate_S)}{far}",
             reasons,
             "begin with a phase with `text: teacher`, then let the student generate",
         )
@@ -234,7 +253,7 @@ def _cold(case: _Case) -> Iterator[Verdict]:
 
 def _ready(case: _Case) -> Iterator[Verdict]:
     signal = case.signal
-    gain = case.above("pass rate of the teacher, minus the student's", signal.pass_gain.value, "pass_margin")
+    gain = case.above(_GAIN, signal.pass_gain.value, "pass_margin")
     if signal.pass_gain.value is None:
         yield Verdict(
             "unknown",
@@ -257,6 +276,7 @@ RULES: Sequence[Rule] = (
     _other_rendering,
     _ends,
     _noise,
+    _other_text,
     _incapable,
     _no_better,
     _cold,

@@ -8,7 +8,7 @@ import pytest
 
 from mergeopd.inspection.verdicts import over_domains, verdict_of
 from mergeopd.recipe.inspection import InspectionSettings, InspectionThresholds
-from mergeopd.reporting.inspection import Onset, Rendering, Signal, Verdict
+from mergeopd.reporting.inspection import Compatibility, Finding, Onset, Rendering, Signal, Verdict
 from mergeopd.reporting.result import Estimate
 
 LIMITS = InspectionThresholds()
@@ -94,6 +94,28 @@ def test_verdicts(kind: str, changes: dict[str, object]) -> None:
         assert verdict.remedy
     for reason in verdict.reasons:
         assert hasattr(LIMITS, reason.threshold)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({}, "ready"),  # its own template is the right one for it
+        ({"pass_rate_T": about(0.02), "pass_gain": about(-0.28)}, "template_mismatch"),
+        ({"pass_gain": about(None), "first_token_kl": about(5.0)}, "template_mismatch"),
+        ({"pass_gain": about(None)}, "unknown"),
+    ],
+)
+def test_a_problem_of_the_template_explains_a_teacher_that_fails(
+    changes: dict[str, object], kind: str
+) -> None:
+    finding = Finding("template", "problem", "responses begin in the reasoning", "set `enable_thinking`")
+    verdict = verdict_of(replace(GOOD, **changes), LIMITS, Compatibility((finding,)))
+    assert verdict.kind == kind
+    if kind == "template_mismatch":
+        assert "begin in the reasoning" in verdict.sentence
+        assert verdict.remedy == "set `enable_thinking`"
+        note = replace(finding, level="note")
+        assert verdict_of(replace(GOOD, **changes), LIMITS, Compatibility((note,))).kind != kind
 
 
 def test_no_verdict_rests_on_overlap_alone() -> None:
