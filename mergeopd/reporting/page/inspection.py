@@ -10,6 +10,7 @@ from typing import Any
 
 from mergeopd.messages import joined
 from mergeopd.reporting.inspection import (
+    VERDICT_TITLES,
     DiffSpan,
     Inspection,
     Signal,
@@ -28,15 +29,6 @@ from mergeopd.reporting.page.inspection_tokens import MAX_TOKENS, STRONG, Respon
 from mergeopd.reporting.page.responses import LEVELS
 from mergeopd.storage.folders import write_atomic
 
-_TITLES: Mapping[VerdictKind, str] = {
-    "ready": "ready",
-    "cold_start": "cold start first",
-    "template_mismatch": "template mismatch",
-    "noisy": "noisy",
-    "wrong_teacher": "wrong teacher",
-    "nothing_new": "nothing new to teach",
-    "unknown": "not known",
-}
 _STANDINGS: Mapping[VerdictKind, str] = {
     "ready": "good",
     "cold_start": "fair",
@@ -116,6 +108,14 @@ class TeacherView:
     alignment: PositionChart | None
     responses: tuple[ResponseView, ...]
 
+    @property
+    def has_template_problem(self) -> bool:
+        """Whether the teacher's template harms; a different one does not by itself."""
+        findings = self.teacher.compatibility.findings
+        return self.teacher.verdict.kind == "template_mismatch" or any(
+            finding.topic == "template" and finding.level == "problem" for finding in findings
+        )
+
 
 def write_inspection_page(inspection: Inspection, file: Path) -> None:
     """Write `inspect.html`. Raises StorageError if the disk refuses."""
@@ -137,7 +137,7 @@ def render(inspection: Inspection, now: datetime) -> str:
         inspection=inspection,
         created=_created(inspection.created),
         sections=sections,
-        titles=_TITLES,
+        titles=VERDICT_TITLES,
         standings=_STANDINGS,
         quantities=_QUANTITIES,
         fractions=_FRACTIONS,
@@ -169,7 +169,7 @@ def build_sections(inspection: Inspection, pool: TokenPool) -> tuple[Section, ..
 def _overview(inspection: Inspection) -> dict[str, Any]:
     teachers = inspection.teachers
     groups: dict[VerdictKind, list[tuple[int, TeacherInspection]]] = {}
-    for kind in _TITLES:
+    for kind in _STANDINGS:
         members = [(i, teacher) for i, teacher in enumerate(teachers) if teacher.verdict.kind == kind]
         if members:
             groups[kind] = members
@@ -187,7 +187,11 @@ def headline(teachers: Sequence[TeacherInspection]) -> str:
     ready = [teacher.name for teacher in teachers if teacher.verdict.kind == "ready"]
     if len(teachers) == 1:
         kind = teachers[0].verdict.kind
-        return f"{teachers[0].name} is ready to teach" if ready else f"{teachers[0].name}: {_TITLES[kind]}"
+        return (
+            f"{teachers[0].name} is ready to teach"
+            if ready
+            else f"{teachers[0].name}: {VERDICT_TITLES[kind]}"
+        )
     if not ready:
         return f"None of {len(teachers)} teachers is ready"
     if len(ready) == len(teachers):

@@ -12,7 +12,7 @@ from mergeopd.reporting.page.text import visible
 _NUM_TICKS = 4
 _LINE, _LETTER, _DOT = 6.5, 2.3, 3.5
 """Height of a label on the map, width of its letters, and half a circle, in % of the map on a phone."""
-_MAX_X_LABELS = 7
+_MAX_X_LABELS = 9
 _MINUS = "\u2212"
 
 
