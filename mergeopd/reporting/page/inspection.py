@@ -11,6 +11,7 @@ from typing import Any
 from mergeopd.messages import joined
 from mergeopd.reporting.inspection import (
     VERDICT_TITLES,
+    AlignmentRank,
     DiffSpan,
     Inspection,
     Signal,
@@ -154,6 +155,7 @@ def build_sections(inspection: Inspection, pool: TokenPool) -> tuple[Section, ..
     """Build the parts of the page in their order, without those that the inspection lacks."""
     teachers = (_teacher(i, teacher, pool) for i, teacher in enumerate(inspection.teachers))
     several = (
+        Section("alignments", "Alignment", "inspection_alignments.html.j2", _alignments(inspection)),
         Section("conflicts", "Conflicts", "inspection_conflicts.html.j2", inspection.conflicts),
         Section("domains", "Domains", "inspection_domains.html.j2", inspection.domains),
         Section("checkpoints", "Checkpoints", "inspection_checkpoints.html.j2", _by_domain(inspection)),
@@ -223,6 +225,17 @@ def _teacher(index: int, teacher: TeacherInspection, pool: TokenPool) -> Teacher
         alignment=alignment_chart(gradients.positions) if gradients and gradients.positions else None,
         responses=tuple(pool.add(response) for response in teacher.responses),
     )
+
+
+def _alignments(inspection: Inspection) -> dict[str, Any]:
+    by_domain: dict[str, dict[str, AlignmentRank]] = {}
+    for rank in inspection.alignments:
+        by_domain.setdefault(rank.domain, {})[rank.teacher] = rank
+    if not by_domain:
+        return {}
+    compared = {rank.teacher for rank in inspection.alignments}
+    names = [teacher.name for teacher in inspection.teachers if teacher.name in compared]
+    return {"teachers": names, "by_domain": by_domain}
 
 
 def _by_domain(inspection: Inspection) -> dict[str, list[Any]]:
