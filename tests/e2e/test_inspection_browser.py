@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,6 +86,28 @@ def test_the_page_is_legible_and_loads_nothing(url: str, browser: Any, width: in
     assert browser.evaluate(LOW_CONTRAST) == []
     assert browser.complaints() == []
     assert browser.requests() == [url]
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_long_names_fit(tmp_path: Path, browser: Any, width: int) -> None:
+    name = "mathematics-and-physics/" + "x" * 80
+    made = inspection(1, 12)
+    assert made.teachers[0].signal is not None
+    teacher = replace(made.teachers[0], name=name, model=name, by_domain={name: made.teachers[0].signal})
+    long = replace(
+        made,
+        recipe=name,
+        student=name,
+        teachers=(teacher, replace(teacher, verdict=made.teachers[1].verdict)),
+        domains=(replace(made.domains[0], domain=name),),
+        conflicts=(replace(made.conflicts[0], first=name),),
+        checkpoints=(replace(made.checkpoints[0], domain=name, checkpoint=name),),
+        alignments=(replace(made.alignments[0], domain=name, teacher=name),),
+    )
+    write_inspection_page(long, tmp_path / "inspect.html")
+    browser.show((tmp_path / "inspect.html").as_uri(), width=width, height=20_000)
+    browser.evaluate("document.querySelectorAll('details').forEach((e) => { e.open = true; })")
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
 
 
 def test_tokens_and_curves_can_be_read_by_keyboard(

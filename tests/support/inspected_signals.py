@@ -98,7 +98,22 @@ def gradient_alignment() -> GradientAlignment:
         on_correct=Estimate(0.08, -0.05, 0.21),
         on_incorrect=Estimate(0.47, 0.38, 0.56),
         positions=tuple(
-            PositionBucket(start, stop, 24, None, None, None, None, alignment=value)
+            PositionBucket(
+                start,
+                stop,
+                24,
+                None,
+                None,
+                None,
+                None,
+                alignment=value,
+                alignment_low=value - 0.1,
+                alignment_high=value + 0.1,
+            )
             for start, stop, value in ((0, 64, 0.41), (64, 256, 0.37), (256, 1024, 0.28), (1024, 4096, -0.06))
         ),
+        by_domain={
+            "math": Estimate(0.34, 0.27, 0.41),
+            "algebra, second year": Estimate(-0.0594, -0.239, 0.0675),
+        },
     )

@@ -15,6 +15,7 @@ from inspected_signals import estimate, fraction, gradient_alignment, signal
 from report_pages import EVIL
 
 from mergeopd.reporting.inspection import (
+    AlignmentRank,
     CheckpointRank,
     Compatibility,
     Conflict,
@@ -308,6 +309,11 @@ def inspection(num_responses: int = 3, num_tokens: int = 120, num_candidates: in
                 truncated_fraction=0.18 if name == "agent" else 0.01,
             )
             for name, length in lengths.items()
+        ),
+        alignments=tuple(
+            AlignmentRank(domain, teacher, estimate(value, 0.08), estimate(best - value, 0.05), value == best)
+            for domain, best, values in (("math", 0.34, (0.34, 0.31)), ("code", 0.41, (-0.12, 0.41)))
+            for teacher, value in zip(("math", "code"), values, strict=True)
         ),
         conflicts=(
             Conflict("math", "code", 12_400, Estimate(0.62, 0.58, 0.66), Estimate(0.011, 0.009, 0.013)),

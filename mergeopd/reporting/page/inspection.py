@@ -10,6 +10,8 @@ from typing import Any
 
 from mergeopd.messages import joined
 from mergeopd.reporting.inspection import (
+    VERDICT_TITLES,
+    AlignmentRank,
     DiffSpan,
     Inspection,
     Signal,
@@ -28,15 +30,6 @@ from mergeopd.reporting.page.inspection_tokens import MAX_TOKENS, STRONG, Respon
 from mergeopd.reporting.page.responses import LEVELS
 from mergeopd.storage.folders import write_atomic
 
-_TITLES: Mapping[VerdictKind, str] = {
-    "ready": "ready",
-    "cold_start": "cold start first",
-    "template_mismatch": "template mismatch",
-    "noisy": "noisy",
-    "wrong_teacher": "wrong teacher",
-    "nothing_new": "nothing new to teach",
-    "unknown": "not known",
-}
 _STANDINGS: Mapping[VerdictKind, str] = {
     "ready": "good",
     "cold_start": "fair",
@@ -116,6 +109,14 @@ class TeacherView:
     alignment: PositionChart | None
     responses: tuple[ResponseView, ...]
 
+    @property
+    def has_template_problem(self) -> bool:
+        """Whether the teacher's template harms; a different one does not by itself."""
+        findings = self.teacher.compatibility.findings
+        return self.teacher.verdict.kind == "template_mismatch" or any(
+            finding.topic == "template" and finding.level == "problem" for finding in findings
+        )
+
 
 def write_inspection_page(inspection: Inspection, file: Path) -> None:
     """Write `inspect.html`. Raises StorageError if the disk refuses."""
@@ -137,7 +138,7 @@ def render(inspection: Inspection, now: datetime) -> str:
         inspection=inspection,
         created=_created(inspection.created),
         sections=sections,
-        titles=_TITLES,
+        titles=VERDICT_TITLES,
         standings=_STANDINGS,
         quantities=_QUANTITIES,
         fractions=_FRACTIONS,
@@ -154,6 +155,7 @@ def build_sections(inspection: Inspection, pool: TokenPool) -> tuple[Section, ..
     """Build the parts of the page in their order, without those that the inspection lacks."""
     teachers = (_teacher(i, teacher, pool) for i, teacher in enumerate(inspection.teachers))
     several = (
+        Section("alignments", "Alignment", "inspection_alignments.html.j2", _alignments(inspection)),
         Section("conflicts", "Conflicts", "inspection_conflicts.html.j2", inspection.conflicts),
         Section("domains", "Domains", "inspection_domains.html.j2", inspection.domains),
         Section("checkpoints", "Checkpoints", "inspection_checkpoints.html.j2", _by_domain(inspection)),
@@ -169,7 +171,7 @@ def build_sections(inspection: Inspection, pool: TokenPool) -> tuple[Section, ..
 def _overview(inspection: Inspection) -> dict[str, Any]:
     teachers = inspection.teachers
     groups: dict[VerdictKind, list[tuple[int, TeacherInspection]]] = {}
-    for kind in _TITLES:
+    for kind in _STANDINGS:
         members = [(i, teacher) for i, teacher in enumerate(teachers) if teacher.verdict.kind == kind]
         if members:
             groups[kind] = members
@@ -187,7 +189,11 @@ def headline(teachers: Sequence[TeacherInspection]) -> str:
     ready = [teacher.name for teacher in teachers if teacher.verdict.kind == "ready"]
     if len(teachers) == 1:
         kind = teachers[0].verdict.kind
-        return f"{teachers[0].name} is ready to teach" if ready else f"{teachers[0].name}: {_TITLES[kind]}"
+        return (
+            f"{teachers[0].name} is ready to teach"
+            if ready
+            else f"{teachers[0].name}: {VERDICT_TITLES[kind]}"
+        )
     if not ready:
         return f"None of {len(teachers)} teachers is ready"
     if len(ready) == len(teachers):
@@ -219,6 +225,17 @@ def _teacher(index: int, teacher: TeacherInspection, pool: TokenPool) -> Teacher
         alignment=alignment_chart(gradients.positions) if gradients and gradients.positions else None,
         responses=tuple(pool.add(response) for response in teacher.responses),
     )
+
+
+def _alignments(inspection: Inspection) -> dict[str, Any]:
+    by_domain: dict[str, dict[str, AlignmentRank]] = {}
+    for rank in inspection.alignments:
+        by_domain.setdefault(rank.domain, {})[rank.teacher] = rank
+    if not by_domain:
+        return {}
+    compared = {rank.teacher for rank in inspection.alignments}
+    names = [teacher.name for teacher in inspection.teachers if teacher.name in compared]
+    return {"teachers": names, "by_domain": by_domain}
 
 
 def _by_domain(inspection: Inspection) -> dict[str, list[Any]]:

@@ -12,7 +12,9 @@ from mergeopd.reporting.page.text import visible
 _NUM_TICKS = 4
 _LINE, _LETTER, _DOT = 6.5, 2.3, 3.5
 """Height of a label on the map, width of its letters, and half a circle, in % of the map on a phone."""
-_MAX_X_LABELS = 7
+_MAX_LABEL = 18
+"""Letters: longer labels might fit at neither side."""
+_MAX_X_LABELS = 9
 _MINUS = "\u2212"
 
 
@@ -26,12 +28,13 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A curve as SVG path data, and its points as paths of length zero. `colour` is a custom property."""
+    """A curve as SVG path data, its points as paths of length zero. `colour` is a custom property."""
 
     name: str
     colour: str
     path: str
     points: str
+    whiskers: str
     is_thin: bool
 
 
@@ -66,6 +69,8 @@ class Curve:
     colour: str
     values: tuple[float | None, ...]
     is_thin: bool = False
+    low: tuple[float | None, ...] = ()
+    high: tuple[float | None, ...] = ()
 
 
 def position_charts(
@@ -112,7 +117,8 @@ def position_charts(
 
 def alignment_chart(buckets: Sequence[PositionBucket]) -> PositionChart | None:
     """Build the chart of gradient alignment by position; None where there is none."""
-    curve = Curve("", "--accent", _column(buckets, "alignment"))
+    value, low, high = (_column(buckets, f"alignment{end}") for end in ("", "_low", "_high"))
+    curve = Curve("", "--accent", value, low=low, high=high)
     return _chart(
         "Alignment by position", "cosine with the ideal gradient", buckets, [curve], None, unit="nodes"
     )
@@ -133,7 +139,8 @@ def _chart(
 ) -> PositionChart | None:
     """Build a chart with buckets of equal widths and a vertical axis that includes 0."""
     shown = [curve for curve in curves if any(value is not None for value in curve.values)]
-    known = [value for curve in shown for value in curve.values if value is not None]
+    columns = (column for curve in shown for column in (curve.values, curve.low, curve.high))
+    known = [value for column in columns for value in column if value is not None]
     if not known:
         return None
     ticks = nice_ticks(min(0.0, *known), max(0.0, *known))
@@ -149,6 +156,8 @@ def _chart(
         for curve in shown:
             value = curve.values[i]
             rows.append((curve.name or title, "-" if value is None else f"{value:.3g}"))
+            if curve.low and curve.low[i] is not None:
+                rows.append(("95 % interval", f"{curve.low[i]:.3g} to {curve.high[i]:.3g}"))
         bands.append(Band(i * width, width, tuple(rows)))
     return PositionChart(
         title=title,
@@ -173,9 +182,14 @@ def _line(curve: Curve, width: float, y: Callable[[float], float]) -> Line:
         for i, place in enumerate(places)
         if place is not None
     )
-    return Line(
-        curve.name, curve.colour, path, "".join(f"M{place}h0" for place in places if place), curve.is_thin
+    points = "".join(f"M{place}h0" for place in places if place)
+    bounds = enumerate(zip(curve.low, curve.high, strict=True))
+    whiskers = "".join(
+        f"M{(i + 0.5) * width:.2f} {y(low):.2f}V{y(high):.2f}"
+        for i, (low, high) in bounds
+        if low is not None and high is not None
     )
+    return Line(curve.name, curve.colour, path, points, whiskers, curve.is_thin)
 
 
 def _edges(buckets: Sequence[PositionBucket]) -> tuple[Tick, ...]:
@@ -274,6 +288,7 @@ def teacher_map(teachers: Sequence[TeacherInspection]) -> TeacherMap | None:
         y = 100.0 * (high - gain) / (high - low)
         size = 12.0 + 14.0 * math.sqrt(min(1.0, divergence or 0.0))
         name = visible(teacher.name)
+        name = name if len(name) <= _MAX_LABEL else f"{name[: _MAX_LABEL - 1]}…"
         marks.append(Mark(i, name, teacher.verdict.kind, 100.0 * overlap, y, size, overlap, gain))
     names = {row[1].name for row in rows}
     return TeacherMap(

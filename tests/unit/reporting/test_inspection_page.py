@@ -29,12 +29,18 @@ from mergeopd.reporting.inspection import (
 )
 from mergeopd.reporting.page import inspection as page_module
 from mergeopd.reporting.page.inspection import headline, render, sides, write_inspection_page
-from mergeopd.reporting.page.inspection_charts import nice_ticks, position_charts, teacher_map
+from mergeopd.reporting.page.inspection_charts import (
+    alignment_chart,
+    nice_ticks,
+    position_charts,
+    teacher_map,
+)
 from mergeopd.reporting.page.inspection_tokens import TokenPool
 from mergeopd.reporting.page.responses import level
 from mergeopd.reporting.page.text import visible
 from mergeopd.reporting.result import Estimate
 
+NOTHING: dict[str, Any] = {"domains": (), "alignments": (), "conflicts": (), "checkpoints": ()}
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
 
@@ -49,7 +55,7 @@ def test_the_page_has_every_part_of_the_inspection(tmp_path: Path) -> None:
     page = Page((tmp_path / "inspect.html").read_text(encoding="utf-8"))
     ids = [attributes["id"] for attributes in page.all("section")]
     teachers = [f"teacher-{i}" for i in range(7)]
-    assert ids == ["overview", *teachers, "conflicts", "domains", "checkpoints", "settings"]
+    assert ids == ["overview", *teachers, "alignments", "conflicts", "domains", "checkpoints", "settings"]
     assert {link["href"] for link in page.all("a")} == {f"#{id}" for id in ids}
     assert "1 of 7 teachers is ready to teach: math" in page.text
     for teacher in made.teachers:
@@ -70,7 +76,7 @@ def test_parts_that_an_inspection_lacks_are_left_out() -> None:
     unknown = TeacherInspection(
         "only", "models/only", None, Verdict("unknown", "Not run."), Compatibility(())
     )
-    made = replace(inspection(1, 8), teachers=(unknown,), domains=(), conflicts=(), checkpoints=(), notes=())
+    made = replace(inspection(1, 8), teachers=(unknown,), **NOTHING, notes=())
     page = Page(render(made, NOW))
     assert [a["id"] for a in page.all("section")] == ["overview", "teacher-0", "settings"]
     assert "only: not known" in page.text
@@ -270,6 +276,22 @@ def test_teachers_stand_on_the_map_by_overlap_and_gain() -> None:
     assert marks["chat"].size > marks["math"].size > marks["summary"].size  # by reverse KL
     assert marks["code"].gain == pytest.approx(51)
     assert teacher_map(made.teachers[-1:]) is None
+
+
+def test_intervals_of_alignments_are_drawn_and_ranks_are_a_table() -> None:
+    gradients = inspected_teacher("math").gradients
+    assert gradients is not None
+    chart = alignment_chart(gradients.positions)
+    assert chart is not None
+    top, bottom = (float(chart.y_ticks[i].label.replace("\u2212", "-")) for i in (-1, 0))
+    assert bottom <= -0.16
+    first = re.match(r"M12\.50 ([\d.]+)V([\d.]+)", chart.lines[0].whiskers)
+    assert first is not None
+    ends = [top + (bottom - top) * float(place) / 100 for place in first.groups()]
+    assert ends == pytest.approx([0.31, 0.51], abs=1e-3)
+    page = Page(render(inspection(0), NOW))
+    cells = [a["class"] for a in page.all("td") if "--v" in (a.get("style") or "")]
+    assert cells == ["num own", "num", "num harms pale", "num own"]
 
 
 def test_labels_on_the_map_cover_nothing() -> None:
