@@ -278,6 +278,7 @@ def inspect(
     teachers: Sequence[str] = (),
     prompts: int | None = None,
     gradients: bool = False,
+    checkpoints: Sequence[str | Path] = (),
     output: str | Path | None = None,
     console: Console | None = None,
 ) -> Inspection:
@@ -290,6 +291,8 @@ def inspect(
         prompts: number of prompts to sample; default: `inspect.prompts` of the recipe.
         gradients: also compare the teachers' gradients with that of the student's success, by letting the
             student finish its responses after other tokens.
+        checkpoints: folders of models, or folders with such folders in them, to compare in the place of the
+            one teacher; the cards of the best are written into `teachers` in `output`.
         output: folder for `inspect.json` and the page `inspect.html`; None writes neither.
         console: a `rich.console.Console` on which progress is shown; None shows none.
 
@@ -318,6 +321,8 @@ def inspect(
         teachers=teachers,
         prompts=prompts,
         gradients=gradients,
+        checkpoints=[Path(one) for one in checkpoints],
+        cards=None if folder is None else folder / "teachers",
         console=shown_on,
     )
     if folder is not None:

@@ -42,6 +42,14 @@ def inspect(
             "many more responses.",
         ),
     ] = False,
+    checkpoints: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Compare this model folder, or all in this folder, in the place of the teacher, and write "
+            "cards of the best. Repeatable.",
+        ),
+    ] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -71,6 +79,7 @@ def inspect(
             teachers=teacher or (),
             prompts=prompts,
             gradients=gradients,
+            checkpoints=checkpoints or (),
             output=folder,
             console=console,
         )

@@ -88,8 +88,23 @@ class Inspector:
 
     def run(self) -> Findings:
         """Measure all teachers, by name."""
+        self.respond()
+        return self.compare()
+
+    def respond(self) -> None:
+        """Let the student respond to all prompts, and keep its hidden states."""
         with self.stages.clock.stage("rollout"), self._open_student() as session:
             self.student = self._respond(session)
+
+    def with_weights(self, inputs: Inputs) -> Inspector:
+        """Return an inspector of other weights of its teachers, on the same responses of the student."""
+        teachers = _built(inputs, list(self.members), self.machine)
+        other = replace(self, inputs=inputs, teachers=teachers)
+        other.student = self.student
+        return other
+
+    def compare(self) -> Findings:
+        """Measure all teachers on the student's responses."""
         if self.with_gradients:
             self.probe = self._gradient_probe()
         findings = {}
@@ -132,7 +147,6 @@ class Inspector:
         return LocalEngine(source, context, self.inputs.plan.rollout.batch_size)
 
     def _respond(self, session: LocalSession) -> StudentResponses:
-        """Let the student respond to all prompts, and keep its hidden states."""
         everything = range(len(self.prompts))
         engine, max_tokens = session.generator(), self.inputs.plan.student.micro_batch_tokens
         graded = self.responder.respond(engine, self.inputs.student, everything, "rollout", "the student")
@@ -312,12 +326,7 @@ def open_inspector(
     sources = sampled_sources(plan, names)
     prompts = draw_sample(inputs, sources, names, num_prompts or settings.prompts)
     plans = with_verifiers(inputs, sources)
-    teachers = build_teachers(
-        inputs,
-        machine,
-        StudentSnapshots((), _nothing, _nothing),
-        skip=plan.teachers.keys() - set(names),
-    )
+    teachers = _built(inputs, names, machine)
     views = build_views(inputs, machine, stages.note)
     with ExitStack() as opened:
         environments = build_environments(plans, plan, machine.ranks)
@@ -338,6 +347,11 @@ def open_inspector(
             opened.enter_context(HiddenCache(budget, folder, machine.device)),
             with_gradients,
         )
+
+
+def _built(inputs: Inputs, names: Sequence[str], machine: Machine) -> dict[str, Teacher]:
+    snapshots = StudentSnapshots((), _nothing, _nothing)
+    return build_teachers(inputs, machine, snapshots, skip=inputs.plan.teachers.keys() - set(names))
 
 
 def _with_student_snapshots(inputs: Inputs) -> Inputs:

@@ -47,7 +47,7 @@ def inspection_of(
         student=shown(Path(inputs.plan.student.model)),
         created=datetime.now().astimezone().isoformat(timespec="seconds"),
         settings={**inspector.settings.values, "prompts": len(inspector.prompts)},
-        teachers=tuple(_teacher(inspector, one) for one in findings.teachers.values()),
+        teachers=tuple(teacher_inspection(inspector, one) for one in findings.teachers.values()),
         domains=domain_budgets(inputs.plan, _domain_samples(inspector, findings.teachers)),
         conflicts=tuple(findings.conflicts),
         alignments=() if inspector.gradients is None else tuple(inspector.gradients.ranks()),
@@ -85,7 +85,8 @@ def _gap(inspector: Inspector, one: TeacherFindings, members: Sequence[int]) -> 
     return None if mean is None else mean * float(np.mean(weights))
 
 
-def _teacher(inspector: Inspector, one: TeacherFindings) -> TeacherInspection:
+def teacher_inspection(inspector: Inspector, one: TeacherFindings) -> TeacherInspection:
+    """Return the record of one teacher."""
     inputs, limits = inspector.inputs, inspector.settings.thresholds
     plan = inputs.plan.teachers[one.name]
     comparison = compatibility(inputs, one.name)

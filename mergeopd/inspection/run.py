@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -28,6 +29,8 @@ def inspect_recipe(
     teachers: Sequence[str] = (),
     prompts: int | None = None,
     gradients: bool = False,
+    checkpoints: Sequence[Path] = (),
+    cards: Path | None = None,
     console: Console,
 ) -> Inspection:
     """Inspect the teachers of a recipe with these names, or all, on a sample of its prompts.
@@ -35,6 +38,9 @@ def inspect_recipe(
     `prompts` replaces `inspect.prompts` of the recipe. With `gradients`, the student also finishes responses
     after other tokens, to compare the teachers' gradients with that of its success. Progress is shown on
     `console`.
+
+    `checkpoints` are folders of models, or folders with such folders in them, that are compared in the place
+    of the one teacher that is named, and `cards` is the folder for the cards of the best.
 
     Raises RecipeError with every problem of the recipe, or for a name that is no teacher's.
     """
@@ -47,11 +53,13 @@ def inspect_recipe(
             announce(f"reading {shown(recipe)}")
             inputs = preflight(recipe, overrides, announce=announce, with_servers=False)
             names = _chosen(recipe, inputs, teachers)
+            if checkpoints and len(names) > 1:
+                raise RecipeError([option_problem("--checkpoints", *_which(names))])
             report_notes(inputs, display)
             announce("importing torch and transformers")
             from mergeopd.engine.models import Machine
             from mergeopd.engine.stages import Stages
-            from mergeopd.inspection.inspector import open_inspector
+            from mergeopd.inspection.inspector import Findings, open_inspector
             from mergeopd.inspection.records import inspection_of
             from mergeopd.models.causal import pick_device
 
@@ -61,8 +69,18 @@ def inspect_recipe(
         inspector = opened.enter_context(
             open_inspector(inputs, names, prompts, machine, stages, with_gradients=gradients)
         )
-        findings = inspector.run()
-        return inspection_of(inspector, findings, recipe, clock.seconds())
+        if not checkpoints:
+            return inspection_of(inspector, inspector.run(), recipe, clock.seconds())
+        from mergeopd.inspection.checkpoints import compare_checkpoints
+
+        compared = compare_checkpoints(inspector, names[0], checkpoints, cards)
+        empty = inspection_of(inspector, Findings({}, ()), recipe, clock.seconds())
+        return replace(empty, teachers=compared.teachers, checkpoints=compared.ranks, notes=compared.notes)
+
+
+def _which(names: Sequence[str]) -> tuple[str, str]:
+    cause = f"the recipe has the teachers {joined(names, 'and')}, and the checkpoints are of one"
+    return cause, "say which one they replace with --teacher NAME"
 
 
 def _chosen(recipe: Path, inputs: Inputs, teachers: Sequence[str]) -> list[str]:

@@ -343,7 +343,10 @@ class Conflict:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRank:
-    """A checkpoint of an expert as a teacher of one domain: its pass rate there and its signal."""
+    """A checkpoint of an expert as a teacher of one domain: its pass rate there and its signal.
+
+    `behind` is the best checkpoint's pass rate minus this one's, on the same prompts; 0 for the best.
+    """
 
     domain: str
     checkpoint: str
@@ -351,6 +354,7 @@ class CheckpointRank:
     reverse_kl: Estimate
     verdict: Verdict
     is_best: bool
+    behind: Estimate = _UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -194,14 +194,21 @@ def _whole_characters(text: str) -> str:
     return text.rstrip("\ufffd") or text
 
 
-def card_text(options: NewTeacherOptions, fingerprint: str, canary: Canary) -> str:
+def card_text(
+    options: NewTeacherOptions,
+    fingerprint: str,
+    canary: Canary,
+    written: Callable[[Path], str] = shown,
+) -> str:
+    """Return a card. `written` formats paths: relative to the current folder if possible, so that the project
+    can move, unless the card is for another folder.
+    """
     numbers = ", ".join(map(str, canary.logprobs))
     return render(
         "card",
         options=options,
-        # Relative to the current folder if possible, so that the project can move.
-        model=shown(Path(options.model)) if Path(options.model).is_dir() else options.model,
-        template=None if options.template is None else shown(options.template),
+        model=written(Path(options.model)) if Path(options.model).is_dir() else options.model,
+        template=None if options.template is None else written(options.template),
         domains=list(dict.fromkeys(options.domains or (options.name,))),
         fingerprint=fingerprint,
         canary=canary,

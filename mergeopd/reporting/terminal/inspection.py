@@ -161,7 +161,7 @@ class InspectionTable:
         if not self.inspection.checkpoints:
             return
         rows = table(
-            ("domain", "checkpoint", "verdict", "pass rate", "reverse KL", ""),
+            ("domain", "checkpoint", "verdict", "pass rate", "behind", "reverse KL", ""),
             ascii_only=ascii_only,
             title="Checkpoints as teachers",
         )
@@ -173,10 +173,20 @@ class InspectionTable:
                 _plain(one.checkpoint, ascii_only),
                 _title(one.verdict),
                 _percent(one.pass_rate),
+                "" if one.is_best else _points(one.behind, ascii_only),
                 _number(one.reverse_kl),
                 "best" if one.is_best else "",
             )
         yield rows
+
+
+def _points(estimate: Estimate, ascii_only: bool) -> str:
+    """Format a difference of rates in percentage points, with half of its interval."""
+    value, low, high = estimate.value, estimate.low, estimate.high
+    if value is None:
+        return _MISSING
+    half = "" if low is None or high is None else f" ± {50 * (high - low):.0f}"
+    return plain_text(f"{100 * value:.0f}{half}", ascii_only)
 
 
 def _figures(verdict: Verdict, signal: Signal | None, ascii_only: bool) -> tuple[Text | str, ...]:
