@@ -321,7 +321,15 @@ def inspection(num_responses: int = 3, num_tokens: int = 120, num_candidates: in
             Conflict("code", "chat", 9_900, Estimate(0.05, -0.02, 0.12), Estimate(0.08, 0.07, 0.09)),
         ),
         checkpoints=tuple(
-            CheckpointRank("math", checkpoint, fraction(rate), estimate(kl), _VERDICTS[like], is_best)
+            CheckpointRank(
+                "math",
+                checkpoint,
+                fraction(rate),
+                estimate(kl),
+                _VERDICTS[like],
+                is_best,
+                estimate(0.63 - rate, 0.04),
+            )
             for checkpoint, rate, kl, like, is_best in (
                 ("checkpoints/math/step-2000", 0.63, 0.084, "math", True),
                 ("checkpoints/math/step-4000", 0.61, 0.21, "math", False),

@@ -69,6 +69,7 @@ def test_the_page_has_every_part_of_the_inspection(tmp_path: Path) -> None:
     assert "-0.21 -0.27 to -0.15" in page.text.replace("\u2212", "-")  # a conflict
     assert all(f"{100 * domain.token_share:.1f}" in page.text for domain in made.domains)
     assert all(rank.checkpoint in page.text for rank in made.checkpoints)
+    assert "2.0 -2.0 to 6.0" in page.text  # points that a checkpoint is behind the best
     assert all(name in page.text for name in made.settings)
 
 
