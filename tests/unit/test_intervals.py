@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mergeopd import intervals
-from mergeopd.intervals import difference_interval, paired_interval, pass_at_k, wilson
+from mergeopd.intervals import cluster_interval, difference_interval, paired_interval, pass_at_k, wilson
 
 
 def test_wilson_of_a_proportion() -> None:
@@ -117,3 +117,27 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_response(num: int) -> 
         assert pass_at_k(counts, num, k) == pytest.approx(shares)
     with pytest.raises(ValueError, match="k must be"):
         pass_at_k(counts, num, num + 1)
+
+
+def test_cluster_interval_of_equal_counts_is_students() -> None:
+    """Means of 5 prompts with equal numbers of tokens: mean +- 2.776445 s / sqrt(5)."""
+    means = np.array([0.3, -1.0, 2.0, 0.7, 0.1])
+    interval = cluster_interval(7.0 * means, np.full(5, 7.0))
+    assert interval is not None
+    half = 2.776445 * means.std(ddof=1) / math.sqrt(5)
+    assert interval.low == pytest.approx(means.mean() - half, abs=1e-5)
+    assert interval.high == pytest.approx(means.mean() + half, abs=1e-5)
+    assert cluster_interval(means[:1], np.ones(1)) is None
+
+
+@pytest.mark.parametrize(
+    ("degrees", "quantile"),
+    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (5, 2.5706), (30, 2.0423), (200, 1.9719)],
+)
+def test_cluster_interval_has_the_quantiles_of_tables(degrees: int, quantile: float) -> None:
+    sums = np.zeros(degrees + 1)
+    sums[:2] = 1.0, -1.0
+    interval = cluster_interval(sums, np.ones(degrees + 1))
+    assert interval is not None
+    spread = sums.std(ddof=1) / math.sqrt(degrees + 1)
+    assert interval.high / spread == pytest.approx(quantile, abs=2e-4)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from byte_jobs import write_byte_job
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +20,7 @@ from mergeopd.inspection.sample import shared_out
 from mergeopd.inspection.signal import Graded, Measured, Scored, entropy_onset, signal_of, token_mean
 from mergeopd.recipe.resolve import read
 from mergeopd.reporting.inspection import Inspection, read_inspection, write_inspection
+from mergeopd.teacher.protocol import TeacherCapabilities
 
 
 def scored(prompt: int, **values: Sequence[float]) -> Scored:
@@ -204,3 +206,51 @@ def test_the_student_as_its_own_teacher_has_nothing_new(job: Path) -> None:
     assert one.signal.entropy_gap.value == pytest.approx(0.0, abs=1e-12)
     assert one.signal.teacher_logprob_gap.value == pytest.approx(0.0, abs=1e-9)
     assert one.verdict.kind == "nothing_new"
+
+
+def test_end_tokens_that_the_teacher_does_not_use_are_in_no_figure(write_job: Callable[..., Path]) -> None:
+    recipe = write_job({"inspect": {"samples": 4}}, end_tokens=["d"])
+    [teacher] = inspect(recipe, teachers=["two"]).teachers
+    signal = teacher.signal
+    assert signal.foreign_ends == 1.0
+    shown = [token for response in teacher.responses for token in response.tokens]
+    assert {token.text.strip() for token in shown if token.reverse_kl is None} == {"d"}
+    assert signal.truncated_S < 1.0
+    assert teacher.verdict.kind == "template_mismatch"
+
+
+def test_a_teacher_without_distributions_is_compared_at_sampled_tokens(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_eval(job)
+    [whole] = inspect(job, teachers=["two"]).teachers
+    only_sampled = TeacherCapabilities(frozenset(["sampled"]), can_generate=False)
+    monkeypatch.setattr("mergeopd.engine.models.capabilities", lambda _: only_sampled)
+    [part] = inspect(job, teachers=["two"]).teachers
+    assert part.signal.logprob_gap.value == pytest.approx(whole.signal.logprob_gap.value)
+    assert part.signal.entropy_T.value == pytest.approx(whole.signal.entropy_T.value)
+    assert part.signal.reverse_kl.value is None
+    assert part.signal.pass_rate_T.value is None
+    assert part.verdict.kind == "unknown"
+    assert len(part.signal.notes) == 2
+
+
+def test_spans_of_one_token_are_tokens(tmp_path: Path) -> None:
+    """A bridge to a teacher with the student's own tokens gives the differences that no bridge gives."""
+
+    def advantages(bridge: str | None) -> dict[tuple[str, int], float | None]:
+        card = {"card": "other.yaml", "dtype": "float64"} | ({} if bridge is None else {"bridge": bridge})
+        phases = [{"name": "m", "updates": 1, "prompts_per_round": 3, "loss": {"sampled_reverse_kl": 1.0}}]
+        recipe = {"teachers": {"other": card}, "phases": phases, "inspect": {"responses": 3}}
+        path = write_byte_job(tmp_path / str(bridge), recipe, merges=[("a", "b")], turned=False)
+        [teacher] = inspect(path).teachers
+        return {
+            (response.prompt, i): token.advantage
+            for response in teacher.responses
+            for i, token in enumerate(response.tokens)
+        }
+
+    plain, bridged = advantages(None), advantages("span")
+    known = {place: value for place, value in bridged.items() if value is not None}
+    assert 0 < len(known) < len(bridged)  # bytes that are no text have no span
+    assert known == pytest.approx({place: plain[place] for place in known}, rel=1e-5)
