@@ -125,7 +125,8 @@ class Tree:
 def test_estimates_match_the_enumeration(job):
     parts, engine = job
     source = probe(parts, engine)
-    trees = {one.response.prompt.key: Tree(parts, one.response.prompt_ids) for one in source.responses}
+    prompt_ids = {one.response.prompt.key: one.response.prompt_ids for one in source.responses}
+    trees = {key: Tree(parts, ids) for key, ids in prompt_ids.items()}
     places = [
         (one.response, t)
         for one in source.responses
