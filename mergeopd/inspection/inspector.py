@@ -198,7 +198,8 @@ class Inspector:
             scored = on_student.distributions(name, session, head, view, responses)
             renderings = self._renderings(name, session)
             if self.probe is not None:
-                self.probe.add_teacher(name, session, head, view)
+                context = self.inputs.teachers[name].max_positions
+                self.probe.add_teacher(name, session, head, view, context)
         else:
             scored = on_student.spans(name, session, view, responses)
             renderings = []

@@ -85,10 +85,13 @@ class GradientProbe:
         }
         return cls(settings, student, sources, responses, probed, notes)
 
-    def add_teacher(self, name: str, session: TeacherSession, head: Head, view: TokenView) -> None:
+    def add_teacher(
+        self, name: str, session: TeacherSession, head: Head, view: TokenView, max_positions: int
+    ) -> None:
         """Compare a teacher with the student's tokens at every token of every source.
 
-        Sources whose prompts it cannot read, as they lack fields of its template, are left out.
+        Sources whose prompts it cannot read are left out: they lack fields of its template, or exceed its
+        context of `max_positions` tokens.
         """
         for source, own in self.responses.items():
             rollouts = [self.student.rollouts[i] for i in own]
@@ -97,6 +100,8 @@ class GradientProbe:
             except DataError:
                 continue
             known = [sequence for sequence in sequences if sequence is not None]
+            if max(sequence.num_tokens for sequence in known) > max_positions:
+                continue
             states = session.score(known, TargetSpec("hidden"), self.student.max_tokens)
             masked = [view.masked(rollout) for rollout in rollouts]
             self.probed[source].add_teacher(name, states, head, masked)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from enumeration import CPU, EOS, build_parts, response_logprobs
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from mergeopd.distributed.communicator import SingleProcess
@@ -17,8 +18,10 @@ from mergeopd.environment.episodes import Response
 from mergeopd.inspection.alignment import divide, ideal_gradient
 from mergeopd.inspection.gradients import ProbedResponse, ProbedSource, distillation_objective, measure
 from mergeopd.inspection.nodes import NEGLIGIBLE, Continuer, Node
+from mergeopd.inspection.run import inspect_recipe
 from mergeopd.loss import ForwardKL, ReverseKL, build_objective
 from mergeopd.models.causal import response_hidden
+from mergeopd.reporting.inspection import read_inspection, write_inspection
 from mergeopd.rollout.local import LocalEngine
 from mergeopd.rollout.protocol import Completion, GenerationRequest
 from mergeopd.teacher.protocol import TargetSpec
@@ -122,7 +125,8 @@ class Tree:
 def test_estimates_match_the_enumeration(job):
     parts, engine = job
     source = probe(parts, engine)
-    trees = {one.response.prompt.key: Tree(parts, one.response.prompt_ids) for one in source.responses}
+    prompt_ids = {one.response.prompt.key: one.response.prompt_ids for one in source.responses}
+    trees = {key: Tree(parts, ids) for key, ids in prompt_ids.items()}
     places = [
         (one.response, t)
         for one in source.responses
@@ -244,3 +248,34 @@ def test_objective_of_a_phase(write_job_in, tmp_path):
         2.0,
     )
     assert of({"sampled_reverse_kl": 0.3}) == ({ReverseKL(): 0.3}, 1.0)
+
+
+def test_an_inspection_with_gradients(write_job, tmp_path):
+    """Teachers are compared on all sources that have a verifier; the others are named with the reason."""
+    odd = {"kind": "regex", "pattern": "^(a|c)"}
+    left = {"source": "left.jsonl", "domain": "left", "teachers": {"one": 1.0}}
+    right = {"source": "right.jsonl", "domain": "right", "teachers": {"two": 1.0}, "verifier": odd}
+    inspection = inspect_recipe(
+        write_job({"prompts": [left, right]}),
+        [
+            "inspect.samples=8",
+            "rollout.max_new_tokens=4",
+            "inspect.gradients={nodes: 12, candidates: 3, continuations: 2}",
+        ],
+        gradients=True,
+        console=Console(quiet=True),
+    )
+    one, two = (teacher.gradients for teacher in inspection.teachers)
+    assert (one.num_nodes, one.score.value) == (0, None)
+    assert list(one.by_domain) == list(two.by_domain) == ["right"]
+    assert two.num_nodes == 12
+    assert two.num_rollouts >= 12 * 2
+    assert two.score == two.by_domain["right"]
+    assert -1.0 <= two.score.value <= 1.0
+    ranks = {rank.teacher: rank.alignment for rank in inspection.alignments}
+    assert ranks == {"one": one.by_domain["right"], "two": two.score}
+    assert [note for note in inspection.notes if "alignment" in note] == [
+        "no alignment of gradients on left: it has no verifier"
+    ]
+    write_inspection(inspection, tmp_path / "inspect.json")
+    assert read_inspection(tmp_path / "inspect.json") == inspection
