@@ -132,7 +132,9 @@ def open_students(
     names = [name for name in inputs.plan.teachers if name not in run.faults]
     exported = inputs.plan.student.model_copy(update={"model": str(run.export.absolute())})
     with ExitStack() as opened:
-        base = opened.enter_context(open_inspector(inputs, names, num_prompts, machine, stages))
+        base = opened.enter_context(
+            open_inspector(inputs, names, num_prompts, machine, stages, with_gradients=False)
+        )
         base = replace(base, who="the base")
         folder = Path(opened.enter_context(TemporaryDirectory()))
         merged = replace(

@@ -19,12 +19,12 @@ Cell = tuple[str, str, TeacherChange]
 
 
 def summary_of(teachers: Sequence[TeacherContribution], domains: Sequence[DomainChange]) -> tuple[str, ...]:
-    """Return sentences on what changed: divergence, what is left, forgetting, behaviour."""
+    """Return sentences on what changed: divergence, forgetting, what is left, behaviour."""
     cells = [(t.name, domain, change) for t in teachers for domain, change in t.by_domain.items()]
     return (
         *_closed(cells),
-        *_rest(cells),
         *_forgotten(domains),
+        *_rest(cells),
         *_behaviour(domains),
         *(f"{teacher.name} {teacher.fault}" for teacher in teachers if teacher.fault is not None),
     )
@@ -61,7 +61,7 @@ def _rest(cells: Sequence[Cell]) -> Iterator[str]:
 
 def _rates(change: TeacherChange) -> str:
     own, teacher = change.pass_rate.merged.value, change.pass_rate_T.value
-    return "" if own is None or teacher is None else f", pass rate {own:.0%} of the teacher's {teacher:.0%}"
+    return "" if own is None or teacher is None else f", pass rate {own:.0%}, the teacher's {teacher:.0%}"
 
 
 def _cell(cell: Cell) -> str:
@@ -74,7 +74,7 @@ def _forgotten(domains: Sequence[DomainChange]) -> Iterator[str]:
     lost = [_change("pass_rate", domain) for domain in known if domain.pass_rate.sign < 0]
     gained = [_change("pass_rate", domain) for domain in known if domain.pass_rate.sign > 0]
     if lost:
-        yield f"it forgot: fewer correct responses than the base in {joined(lost, 'and')}"
+        yield f"forgotten: fewer correct responses than the base in {joined(lost, 'and')}"
     if gained:
         yield f"more correct responses than the base in {joined(gained, 'and')}"
     if known and not lost:

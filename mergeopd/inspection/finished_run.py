@@ -46,11 +46,6 @@ class FinishedRun:
         return self.folder / run_layout.EXPORT
 
 
-def is_run(path: Path) -> bool:
-    """Whether a path is a folder, as runs are, and not a recipe."""
-    return path.is_dir()
-
-
 def open_run(folder: Path, announce: Callable[[str], None] = lambda _: None) -> FinishedRun:
     """Read a finished run. Teachers that cannot be read become faults.
 

@@ -9,16 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from mergeopd.config.schema import DIALECT, Schema, tidied
 from mergeopd.errors import StorageError
 from mergeopd.reporting.inspection import VERSION
 from mergeopd.reporting.result import Estimate
 from mergeopd.storage.folders import write_atomic
 from mergeopd.storage.metrics import json_text
 from mergeopd.types import Finish
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
 
 MeasuredOn = Literal["evaluation", "sample"]
 """The responses of the run's evaluation, or those that the inspection sampled to prompts of training."""
@@ -175,6 +180,17 @@ class Contribution:
         """Return one flat row per domain or suite, for data frames."""
         return [_flat(domain) for domain in self.domains]
 
+    def to_arrow(self, by: Literal["teacher", "domain"] = "teacher") -> pyarrow.Table:
+        """Convert the figures to a table: a row per teacher and domain, or per domain alone."""
+        import pyarrow
+
+        rows = self.to_rows() if by == "teacher" else self.domain_rows()
+        return pyarrow.table({key: [row[key] for row in rows] for key in (rows[0] if rows else ())})
+
+    def to_pandas(self, by: Literal["teacher", "domain"] = "teacher") -> pandas.DataFrame:
+        """Convert the figures to a pandas data frame. Raises ModuleNotFoundError without pandas."""
+        return self.to_arrow(by).to_pandas()
+
 
 def _flat(record: TeacherChange | DomainChange) -> dict[str, Any]:
     """Return the values of a record: of a change, both values and their difference."""
@@ -190,6 +206,13 @@ def _flat(record: TeacherChange | DomainChange) -> dict[str, Any]:
 
 
 _ADAPTER = TypeAdapter(Contribution)
+
+
+def contribution_schema() -> Schema:
+    """Return the JSON Schema of `contribution.json`."""
+    schema = tidied(_ADAPTER.json_schema(mode="serialization"))
+    schema["properties"]["version"] = {"const": VERSION}
+    return {"$schema": DIALECT, "title": "mergeopd contribution", **schema}
 
 
 def write_contribution(contribution: Contribution, file: Path) -> None:

@@ -10,12 +10,20 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from mergeopd.reporting.contribution import Change, Contribution, DomainChange
+from mergeopd.messages import joined
+from mergeopd.reporting.contribution import Change, Contribution
 from mergeopd.reporting.result import Estimate, grade
 from mergeopd.reporting.terminal.glyphs import plain_text, table
 from mergeopd.reporting.terminal.result import times_and_paths
 
 _MISSING = "-"
+_BEHAVIOUR = {
+    "length": "tokens",
+    "truncated": "cut off, %",
+    "tool_calls": "tool calls, %",
+    "refusals": "refusals, %",
+    "repetition": "repeated, %",
+}
 _STYLES = {"good": "bold green", "fair": "bold yellow", "poor": "bold red", "none": "dim"}
 
 
@@ -27,36 +35,43 @@ class ContributionTable:
     paths: Mapping[str, Path] = field(default_factory=dict)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        found, ascii_only = self.contribution, options.ascii_only
-        style = "bold yellow" if found.forgotten else "bold"
-        yield Text(plain_text(f"{found.name}: from {found.base} to {found.merged}", ascii_only), style=style)
-        for sentence in found.summary:
+        contribution, ascii_only = self.contribution, options.ascii_only
+        style = "bold yellow" if contribution.forgotten else "bold"
+        yield Text(
+            plain_text(f"{contribution.name}: from {contribution.base} to {contribution.merged}", ascii_only),
+            style=style,
+        )
+        for sentence in contribution.summary:
             yield Text(plain_text(f"- {sentence}", ascii_only), overflow="fold")
         yield Text()
         yield from self._teachers(ascii_only)
         yield from self._domains(ascii_only)
-        for note in found.notes:
+        for note in contribution.notes:
             yield Text(plain_text(f"note    {note}", ascii_only), style="yellow", overflow="fold")
-        yield from times_and_paths(found.seconds, self.paths, options)
+        yield from times_and_paths(contribution.seconds, self.paths, options)
 
     def _teachers(self, ascii_only: bool) -> Iterator[Table]:
-        found = self.contribution
-        cells = list(found.cells)
+        cells = list(self.contribution.cells)
         if not cells:
             return
+        with_domains = any(teacher != domain for teacher, domain, _ in cells)
+        headings = ("reverse KL", "gone, %", "pass, %", "teacher", "recovered", "left, %")
         rows = table(
-            ("teacher", "domain", "reverse KL", "gone, %", "pass, %", "teacher", "recovered", "left, %"),
+            ("teacher", *(["domain"] if with_domains else []), *headings),
             ascii_only=ascii_only,
-            title=f"What each teacher changed: {found.settings['prompts']} prompts of training, base → merged"
-            if not ascii_only
-            else "What each teacher changed, base -> merged",
+            title=plain_text(
+                f"What each teacher changed on {self.contribution.settings['prompts']} prompts of training, "
+                "base → merged",
+                ascii_only,
+            ),
         )
-        rows.columns[1].justify = "left"
+        if with_domains:
+            rows.columns[1].justify = "left"
         before = ""
         for teacher, domain, change in cells:
+            names = [plain_text("" if teacher == before else teacher, ascii_only)]
             rows.add_row(
-                plain_text("" if teacher == before else teacher, ascii_only),
-                plain_text(domain, ascii_only),
+                *([*names, plain_text(domain, ascii_only)] if with_domains else names),
                 plain_text(_both(change.reverse_kl, _nats), ascii_only),
                 _share(change.closed),
                 plain_text(_both(change.pass_rate, _percent), ascii_only),
@@ -71,41 +86,55 @@ class ContributionTable:
         domains = self.contribution.domains
         if not domains:
             return
-        figures: list[tuple[str, Callable[[DomainChange], str]]] = [
-            ("length", lambda one: _both(one.length, lambda estimate: f"{estimate.value:.3g}"))
-        ]
-        for key, heading in (
-            ("truncated", "cut off, %"),
-            ("tool_calls", "tools, %"),
-            ("refusals", "refusals, %"),
-            ("repetition", "repeated, %"),
-        ):
-            if any(_is_seen(getattr(domain, key)) for domain in domains):
-                figures.append((heading, _percents(key)))
         rows = table(
-            ("domain", "n", "pass, %", "change", *(heading for heading, _ in figures)),
+            ("domain", "n", "pass, %", "change and its 95 % interval"),
             ascii_only=ascii_only,
-            title=plain_text("Responses by domain, base → merged", ascii_only),
+            title=plain_text("Correct responses by domain, base → merged", ascii_only),
         )
         for domain in domains:
-            cells = [plain_text(figure(domain), ascii_only) for _, figure in figures]
-            name = domain.name if domain.is_trained else f"{domain.name} (not trained)"
             rows.add_row(
-                plain_text(name, ascii_only),
+                plain_text(domain.name, ascii_only),
                 f"{domain.num_prompts:,}",
                 plain_text(_both(domain.pass_rate, _percent), ascii_only),
                 _points(domain.pass_rate),
-                *cells,
             )
         yield rows
-        if sampled := [domain.name for domain in domains if domain.measured_on == "sample"]:
-            text = f"{', '.join(sampled)}: prompts of training, since the run's evaluation has no responses"
-            yield Text(plain_text(text, ascii_only), style="dim")
-            yield Text()
+        legends = {
+            "no prompt trains": [one.name for one in domains if not one.is_trained],
+            "sampled prompts of training:": [one.name for one in domains if one.measured_on == "sample"],
+        }
+        for text, names in legends.items():
+            if names:
+                yield Text(plain_text(f"{text} {joined(names, 'and')}", ascii_only), style="dim")
+        yield Text()
+        yield from self._behaviour(ascii_only)
 
-
-def _percents(key: str) -> Callable[[DomainChange], str]:
-    return lambda domain: _both(getattr(domain, key), _percent)
+    def _behaviour(self, ascii_only: bool) -> Iterator[Table]:
+        """Yield the figures of behaviour that are not zero everywhere."""
+        domains = self.contribution.domains
+        seen = {
+            heading: key
+            for key, heading in _BEHAVIOUR.items()
+            if any(_is_seen(getattr(domain, key)) for domain in domains)
+        }
+        if not seen:
+            return
+        rows = table(
+            ("domain", *seen),
+            ascii_only=ascii_only,
+            title=plain_text("Behaviour by domain, base → merged", ascii_only),
+        )
+        for domain in domains:
+            changes = {key: getattr(domain, key) for key in seen.values()}
+            cells = [
+                Text(
+                    plain_text(_both(change, _length if key == "length" else _percent), ascii_only),
+                    style="bold" if change.sign else "",
+                )
+                for key, change in changes.items()
+            ]
+            rows.add_row(plain_text(domain.name, ascii_only), *cells)
+        yield rows
 
 
 def _is_seen(change: Change) -> bool:
@@ -119,7 +148,12 @@ def _both(change: Change, text: Callable[[Estimate], str]) -> str:
 
 
 def _nats(estimate: Estimate) -> str:
-    return _MISSING if estimate.value is None else f"{estimate.value:.2g}"
+    value = estimate.value
+    return _MISSING if value is None else f"{value:.2g}" if value >= 0.001 or value == 0 else "<0.001"
+
+
+def _length(estimate: Estimate) -> str:
+    return _MISSING if estimate.value is None else f"{estimate.value:.3g}"
 
 
 def _percent(estimate: Estimate) -> str:
@@ -137,5 +171,5 @@ def _points(change: Change) -> Text:
         return Text(_MISSING)
     text = f"{100 * value:+.1f}"
     if low is not None and high is not None:
-        text += f" ({100 * low:+.0f} to {100 * high:+.0f})"
+        text += f" ({100 * low:+.1f} to {100 * high:+.1f})"
     return Text(text, style={1: "bold green", 0: "", -1: "bold red"}[change.sign])
