@@ -60,6 +60,7 @@ REFUSALS = (
 """Openings of responses that count as refusals, in lower case. A heuristic: of English responses only."""
 _THOUGHT = re.compile(r"\A\s*(?:<think>)?.*?</think>", re.DOTALL)
 _COMPARED_WORDS = 400
+_COMPARED_PROMPTS = 300
 _UNKNOWN = Estimate(None)
 
 
@@ -277,7 +278,7 @@ def changed_responses(
     in_turn = [p for p in chain.from_iterable(zip_longest(lost, gained)) if p is not None]
     if len(in_turn) < number:
         others = [p for p in pairs if not p.change and p.base.text != p.merged.text]
-        in_turn += sorted(others, key=_similarity)
+        in_turn += sorted(others[:_COMPARED_PROMPTS], key=_similarity)
     return in_turn[:number]
 
 

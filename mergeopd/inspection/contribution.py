@@ -46,10 +46,14 @@ class _OnBoth:
 
 @dataclass(frozen=True)
 class BothStudents:
-    """Inspectors of the base and of the merged student, on one sample."""
+    """Inspectors of the base and of the merged student, on one sample.
+
+    `followers` are the teachers that were updated from the student during the run.
+    """
 
     base: Inspector
     merged: Inspector
+    followers: frozenset[str]
 
     def run(self) -> dict[str, MeasuredTeacher]:
         """Measure all teachers, by name. Every model is opened at most twice, one at a time."""
@@ -73,6 +77,8 @@ class BothStudents:
     def _teacher(self, name: str, session: TeacherSession) -> _OnBoth:
         inspector, view = self.base, self.base.views[name]
         own, notes = None, []
+        if name in self.followers:
+            notes.append("it followed the student; here it is the base, which it was at the start")
         if inspector.teachers[name].capabilities.can_generate:
             graded = inspector.responder.respond(
                 session.generator(),
@@ -145,7 +151,8 @@ def open_students(
             ),
             who="the merged student",
         )
-        yield BothStudents(base, merged)
+        followers = (name for name in names if inputs.plan.teachers[name].snapshot_rule is not None)
+        yield BothStudents(base, merged, frozenset(followers))
 
 
 def sampled_responses(inspector: Inspector) -> list[EvaluatedResponse]:

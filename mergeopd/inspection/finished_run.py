@@ -68,7 +68,10 @@ def open_run(folder: Path, announce: Callable[[str], None] = lambda _: None) -> 
     if changed:
         have = "has" if len(changed) == 1 else "have"
         notes.append(f"{joined(changed, 'and')} {have} other contents than when the run began")
-    return FinishedRun(folder, data, inputs, data.document["hash"], faults, (*data.notes, *notes))
+    # What the folder lacks for other pages does not matter here.
+    measured = (run_layout.RESULT, run_layout.EVALUATION)
+    notes += [note for note in data.notes if note.startswith(measured)]
+    return FinishedRun(folder, data, inputs, data.document["hash"], faults, tuple(notes))
 
 
 def _check_export(own: RunFolder, data: RunData) -> None:

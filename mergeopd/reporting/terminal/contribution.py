@@ -46,7 +46,8 @@ class ContributionTable:
         yield Text()
         yield from self._teachers(ascii_only)
         yield from self._domains(ascii_only)
-        for note in contribution.notes:
+        of_teachers = [f"{one.name}: {note}" for one in contribution.teachers for note in one.notes]
+        for note in (*of_teachers, *contribution.notes):
             yield Text(plain_text(f"note    {note}", ascii_only), style="yellow", overflow="fold")
         yield from times_and_paths(contribution.seconds, self.paths, options)
 
@@ -54,24 +55,19 @@ class ContributionTable:
         cells = list(self.contribution.cells)
         if not cells:
             return
-        with_domains = any(teacher != domain for teacher, domain, _ in cells)
-        headings = ("reverse KL", "gone, %", "pass, %", "teacher", "recovered", "left, %")
         rows = table(
-            ("teacher", *(["domain"] if with_domains else []), *headings),
+            ("teacher", "reverse KL", "gone", "pass rate", "teacher", "recovered", "left"),
             ascii_only=ascii_only,
             title=plain_text(
                 f"What each teacher changed on {self.contribution.settings['prompts']} prompts of training, "
-                "base → merged",
+                "base → merged; shares in %",
                 ascii_only,
             ),
         )
-        if with_domains:
-            rows.columns[1].justify = "left"
-        before = ""
         for teacher, domain, change in cells:
-            names = [plain_text("" if teacher == before else teacher, ascii_only)]
+            name = teacher if teacher == domain else f"{teacher}: {domain}"
             rows.add_row(
-                *([*names, plain_text(domain, ascii_only)] if with_domains else names),
+                plain_text(name, ascii_only),
                 plain_text(_both(change.reverse_kl, _nats), ascii_only),
                 _share(change.closed),
                 plain_text(_both(change.pass_rate, _percent), ascii_only),
@@ -79,7 +75,6 @@ class ContributionTable:
                 _share(change.recovered),
                 _MISSING if change.rest_share is None else f"{100 * change.rest_share:.0f}",
             )
-            before = teacher
         yield rows
 
     def _domains(self, ascii_only: bool) -> Iterator[RenderableType]:
