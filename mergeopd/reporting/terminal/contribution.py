@@ -37,10 +37,9 @@ class ContributionTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         contribution, ascii_only = self.contribution, options.ascii_only
         style = "bold yellow" if contribution.forgotten else "bold"
-        yield Text(
-            plain_text(f"{contribution.name}: from {contribution.base} to {contribution.merged}", ascii_only),
-            style=style,
-        )
+        num = contribution.settings["prompts"]
+        title = f"{contribution.name}: from {contribution.base} to {contribution.merged}, on {num} prompts"
+        yield Text(plain_text(title, ascii_only), style=style)
         for sentence in contribution.summary:
             yield Text(plain_text(f"- {sentence}", ascii_only), overflow="fold")
         yield Text()
@@ -58,11 +57,7 @@ class ContributionTable:
         rows = table(
             ("teacher", "reverse KL", "gone", "pass rate", "teacher", "recovered", "left"),
             ascii_only=ascii_only,
-            title=plain_text(
-                f"What each teacher changed on {self.contribution.settings['prompts']} prompts of training, "
-                "base → merged; shares in %",
-                ascii_only,
-            ),
+            title=plain_text("What each teacher changed, base → merged; shares in %", ascii_only),
         )
         for teacher, domain, change in cells:
             name = teacher if teacher == domain else f"{teacher}: {domain}"
