@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mergeopd.config.folders import unwritable
 from mergeopd.errors import RecipeError, StorageError, UpdateLimitReached
+from mergeopd.messages import option_problem
 from mergeopd.preflight.inputs import advice, preflight
 from mergeopd.recipe.controls import Control, control_plan
 from mergeopd.recipe.plan import Plan
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mergeopd.preflight.inputs import Inputs
+    from mergeopd.reporting.contribution import Contribution
     from mergeopd.reporting.inspection import Inspection
     from mergeopd.teacher.target_folder import Manifest
 
@@ -281,28 +283,32 @@ def inspect(
     checkpoints: Sequence[str | Path] = (),
     output: str | Path | None = None,
     console: Console | None = None,
-) -> Inspection:
+) -> Inspection | Contribution:
     """Measure what each teacher of a recipe could teach its student, on a sample of the recipe's prompts.
 
+    With the folder of a finished run: what the run changed in its student.
+
     Args:
-        path: the recipe.
-        set: values that replace those of the recipe.
-        teachers: names of teachers; default: all.
+        path: the recipe, or the run folder.
+        set: values that replace those of the recipe; not with a run folder.
+        teachers: names of teachers; default: all, as always with a run folder.
         prompts: number of prompts to sample; default: `inspect.prompts` of the recipe.
         gradients: also compare the teachers' gradients with that of the student's success, by letting the
-            student finish its responses after other tokens.
+            student finish its responses after other tokens; not with a run folder.
         checkpoints: folders of models, or folders with such folders in them, to compare in the place of the
-            one teacher; the cards of the best are written into `teachers` in `output`.
-        output: folder for `inspect.json` and the page `inspect.html`; None writes neither.
+            one teacher; the cards of the best are written into `teachers` in `output`. Not with a run folder.
+        output: folder for `inspect.json` and the page `inspect.html`, for a run `contribution.json` and
+            `contribution.html`; None writes neither.
         console: a `rich.console.Console` on which progress is shown; None shows none.
 
     Returns:
         The contents of inspect.json; `to_pandas()` has a row per teacher and domain, `to_pandas("position")`
-        also per range of positions.
+        also per range of positions. Of a run, those of contribution.json; `to_pandas()` has a row per teacher
+        and domain, `to_pandas("domain")` per domain of the evaluation.
 
     Raises:
         RecipeError: with every problem of the recipe and the files that it names, and unknown teachers.
-        StorageError: `output` cannot be written.
+        StorageError: `output` cannot be written, or the run is damaged or has no exported student.
     """
     from rich.console import Console
 
@@ -315,6 +321,12 @@ def inspect(
         cause = f"no permission to write to {obstacle}" if obstacle.is_dir() else f"{obstacle} is a file"
         raise StorageError(f"{folder} cannot be written: {cause}; name another folder")
     shown_on = Console(quiet=True) if console is None else console
+    if Path(path).is_dir():
+        given = {"--set": set, "--teacher": teachers, "--gradients": gradients, "--checkpoints": checkpoints}
+        for option in [option for option, value in given.items() if value]:
+            message = f"{path} is the folder of a run, which is inspected as it ran"
+            raise RecipeError([option_problem(option, message, "leave this out, or inspect a recipe")])
+        return _inspect_run(Path(path), prompts, folder, shown_on)
     inspection = inspect_recipe(
         Path(path),
         _as_texts(set),
@@ -329,6 +341,18 @@ def inspect(
         write_inspection(inspection, folder / run_layout.INSPECTION_DATA)
         write_inspection_page(inspection, folder / run_layout.INSPECTION_PAGE)
     return inspection
+
+
+def _inspect_run(run: Path, prompts: int | None, output: Path | None, console: Console) -> Contribution:
+    from mergeopd.inspection.run import inspect_run
+    from mergeopd.reporting.contribution import write_contribution
+    from mergeopd.reporting.page.contribution import write_contribution_page
+
+    contribution = inspect_run(run, prompts=prompts, console=console)
+    if output is not None:
+        write_contribution(contribution, output / run_layout.CONTRIBUTION_DATA)
+        write_contribution_page(contribution, output / run_layout.CONTRIBUTION_PAGE)
+    return contribution
 
 
 def record_targets(

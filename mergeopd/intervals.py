@@ -116,19 +116,32 @@ def difference_interval(values: Values, others: Values) -> Interval:
 def cluster_interval(sums: Values, counts: Values) -> Interval | None:
     """Return the interval of sum(sums) / sum(counts), a mean over tokens, by prompts.
 
-    `sums` and `counts` are per prompt: the tokens of a prompt are not independent. The variance is that of a
-    ratio of means, by linearisation, and the quantile Student's for the number of prompts. None for fewer
-    than two prompts.
+    `sums` and `counts` are per prompt: the tokens of a prompt are not independent. None for fewer than two
+    prompts.
     """
-    num = len(sums)
+    return influence_interval(float(sums.sum() / counts.sum()), cluster_influences(sums, counts))
+
+
+def cluster_influences(sums: Values, counts: Values) -> Values:
+    """Return each prompt's influence on sum(sums) / sum(counts), by linearisation of the ratio."""
+    total = float(counts.sum())
+    influences: Values = (sums - float(sums.sum()) / total * counts) / total
+    return influences
+
+
+def influence_interval(value: float, influences: Values) -> Interval | None:
+    """Return the interval of an estimate from the influences of the prompts on it, whose sum is zero.
+
+    The influences on a difference of two estimates from the same prompts are the differences of those on
+    each, so that its interval is paired. The quantile is Student's for the number of prompts; None for fewer
+    than two.
+    """
+    num = len(influences)
     if num < 2:
         return None
-    total = float(counts.sum())
-    mean = float(sums.sum()) / total
-    residuals = sums - mean * counts
-    spread = math.sqrt(num / (num - 1) * float(np.square(residuals).sum())) / total
+    spread = math.sqrt(num / (num - 1) * float(np.square(influences).sum()))
     half = student_quantile(num - 1) * spread
-    return Interval(mean - half, mean + half)
+    return Interval(value - half, value + half)
 
 
 def student_quantile(degrees: int) -> float:

@@ -6,18 +6,29 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mergeopd.cli.opening import open_with
-from mergeopd.cli.options import JsonOption, RecipeArgument, SetOption
+from mergeopd.cli.options import JsonOption, SetOption
 from mergeopd.distributed.rendezvous import RankInfo
 from mergeopd.errors import ProcessError, RecipeError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mergeopd.reporting.contribution import Contribution
+    from mergeopd.reporting.inspection import Inspection
+
+RunArgument = Annotated[
+    Path,
+    typer.Argument(metavar="RECIPE|RUN", help="The recipe, or a finished run's folder.", show_default=False),
+]
+
 
 def inspect(
-    recipe: RecipeArgument,
+    recipe: RunArgument,
     teacher: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Inspect this teacher only. Repeatable."),
@@ -30,7 +41,8 @@ def inspect(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Folder for inspect.json and inspect.html; default: inspect in the run folder.",
+            help="Folder for inspect.json and inspect.html (of a run: contribution.json and "
+            "contribution.html); default: inspect in the run folder.",
             show_default=False,
         ),
     ] = None,
@@ -53,10 +65,11 @@ def inspect(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what each teacher of a recipe could teach its student, before training.
+    """Say what each teacher of a recipe could teach its student; of a run, what it changed.
 
     Compares vocabularies, templates and end tokens, lets the student and every teacher respond to a sample of
-    the recipe's prompts, and compares their distributions.
+    the recipe's prompts, and compares their distributions. With the folder of a finished run, base and merged
+    student respond to the same prompts: what each teacher changed, what was forgotten, what is left to learn.
 
     Example: mergeopd inspect recipes/quickstart.yaml --teacher sort
     """
@@ -93,12 +106,22 @@ def inspect(
 
         typer.echo(json_text(inspection.document(), indent=2))
         return
+    _show(inspection, folder, console)
+
+
+def _show(inspection: Inspection | Contribution, folder: Path | None, console: Console) -> None:
     from mergeopd.messages import shown
+    from mergeopd.reporting.inspection import Inspection
+    from mergeopd.reporting.terminal.contribution import ContributionTable
     from mergeopd.reporting.terminal.inspection import InspectionTable
 
-    written = {} if folder is None else {"data": "inspect.json", "page": "inspect.html"}
+    stem = "inspect" if isinstance(inspection, Inspection) else "contribution"
+    written = {} if folder is None else {"data": f"{stem}.json", "page": f"{stem}.html"}
     paths = {label: Path(shown(folder / name)) for label, name in written.items()} if folder else {}
-    console.print(InspectionTable(inspection, paths))
+    if isinstance(inspection, Inspection):
+        console.print(InspectionTable(inspection, paths))
+    else:
+        console.print(ContributionTable(inspection, paths))
 
 
 def _folder(recipe: Path, overrides: Sequence[str]) -> Path | None:
@@ -106,6 +129,8 @@ def _folder(recipe: Path, overrides: Sequence[str]) -> Path | None:
     from mergeopd import api
     from mergeopd.storage import run_layout
 
+    if recipe.is_dir():
+        return recipe / run_layout.INSPECTION
     with suppress(RecipeError):  # the inspection reports all mistakes
         return Path(api.load(recipe, set=overrides).output) / run_layout.INSPECTION
     return None

@@ -13,15 +13,20 @@ def schema(
     inspect: Annotated[
         bool, typer.Option("--inspect", help="Print the schema of inspect.json instead.")
     ] = False,
+    contribution: Annotated[
+        bool, typer.Option("--contribution", help="Print the schema of contribution.json instead.")
+    ] = False,
 ) -> None:
     """Print the JSON Schema of recipes, for editors.
 
     Example: mergeopd schema > recipe.schema.json
     """
     from mergeopd.recipe.jsonschema import card_schema, recipe_schema
+    from mergeopd.reporting.contribution import contribution_schema
     from mergeopd.reporting.inspection import inspection_schema
 
-    if card and inspect:
-        raise typer.BadParameter("choose one of --card and --inspect")
-    schema = card_schema if card else inspection_schema if inspect else recipe_schema
+    if card + inspect + contribution > 1:
+        raise typer.BadParameter("choose one of --card, --inspect and --contribution")
+    others = {card_schema: card, inspection_schema: inspect, contribution_schema: contribution}
+    schema = next((make for make, is_chosen in others.items() if is_chosen), recipe_schema)
     typer.echo(json.dumps(schema(), indent=2))

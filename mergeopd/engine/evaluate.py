@@ -281,7 +281,7 @@ class Evaluation:
                 sample=i % suite.samples,
                 prompt=candidate.renderer.text(one.prompt),
                 reference=prompt.reference,
-                response=_shown(one, tokenizer, stop),
+                response=shown_text(one, tokenizer, stop),
                 reward=grade.reward,
                 failure=grade.failure,
                 finish=one.completion.finish,
@@ -407,7 +407,7 @@ def _sampling(suite: SuitePlan, plan: Plan) -> Sampling:
     return Sampling(suite.temperature, suite.top_p, suite.max_new_tokens, plan.rollout.stop)
 
 
-def _shown(response: Response, tokenizer: Tokenizer, stop: Sequence[str]) -> str:
+def shown_text(response: Response, tokenizer: Tokenizer, stop: Sequence[str]) -> str:
     """Return a response's text; of several turns with the special tokens that separate them."""
     ids = response.completion.response_ids
     if response.episode is None:

@@ -33,7 +33,7 @@ from mergeopd.inspection.measure import (
 from mergeopd.inspection.probe import GradientProbe
 from mergeopd.inspection.renderings import other_renderings
 from mergeopd.inspection.sample import Responder, draw_sample, sampled_sources, with_verifiers
-from mergeopd.inspection.signal import Measured, MeasuredRendering, token_mean
+from mergeopd.inspection.signal import Measured, MeasuredRendering, Scored, token_mean
 from mergeopd.preflight.inputs import Inputs
 from mergeopd.recipe.inspection import InspectionSettings
 from mergeopd.reporting.inspection import Conflict
@@ -82,6 +82,7 @@ class Inspector:
     views: Mapping[str, TokenView]
     cache: HiddenCache
     with_gradients: bool
+    who: str = "the student"
     student: StudentResponses = field(init=False)
     probe: GradientProbe | None = field(default=None, init=False)
     gradients: Gradients | None = field(default=None, init=False)
@@ -93,7 +94,7 @@ class Inspector:
 
     def respond(self) -> None:
         """Let the student respond to all prompts, and keep its hidden states."""
-        with self.stages.clock.stage("rollout"), self._open_student() as session:
+        with self.stages.clock.stage("rollout"), self.open_student() as session:
             self.student = self._respond(session)
 
     def with_weights(self, inputs: Inputs) -> Inspector:
@@ -111,7 +112,7 @@ class Inspector:
         for name in self.members:
             with self.stages.clock.stage("teachers"):
                 findings[name] = self._teacher(name)
-        with self.stages.clock.stage("rollout"), self._open_student() as session:
+        with self.stages.clock.stage("rollout"), self.open_student() as session:
             if self.probe is not None:
                 self.gradients = self._finish(self.probe, session)
             findings = {name: self._with_gaps(session, one) for name, one in findings.items()}
@@ -135,11 +136,11 @@ class Inspector:
         )
 
     @contextmanager
-    def _open_student(self) -> Iterator[LocalSession]:
+    def open_student(self) -> Iterator[LocalSession]:
         plan = self.inputs.plan.student
         source = TeacherSource(Path(plan.model), plan.dtype, self.inputs.vocab_size)
-        store = TeacherStore({"the student": source}, self.machine.device)
-        with store.open("the student", partial(self._engine, self.inputs.student)) as session:
+        store = TeacherStore({self.who: source}, self.machine.device)
+        with store.open(self.who, partial(self._engine, self.inputs.student)) as session:
             yield session
 
     def _engine(self, renderer: Renderer, source: ReplicaSource) -> RolloutEngine:
@@ -149,7 +150,7 @@ class Inspector:
     def _respond(self, session: LocalSession) -> StudentResponses:
         everything = range(len(self.prompts))
         engine, max_tokens = session.generator(), self.inputs.plan.student.micro_batch_tokens
-        graded = self.responder.respond(engine, self.inputs.student, everything, "rollout", "the student")
+        graded = self.responder.respond(engine, self.inputs.student, everything, "rollout", self.who)
         student = StudentResponses(graded, rollouts_of(graded), session.head, self.cache, max_tokens)
         sequences = [own_sequence(one.response) for one in graded]
         figures = sampled_figures(session, sequences, max_tokens)
@@ -159,7 +160,7 @@ class Inspector:
             student.logprobs.append(logprobs)
             student.entropies.append(entropies)
         known = [i for i, sequence in enumerate(sequences) if sequence.num_trained]
-        on_progress = self.stages.begin("teachers", "the student", len(known), "responses")
+        on_progress = self.stages.begin("teachers", self.who, len(known), "responses")
         for done, (position, rows) in enumerate(
             session.score([sequences[i] for i in known], TargetSpec("hidden"), max_tokens), start=1
         ):
@@ -192,17 +193,13 @@ class Inspector:
             self.student, self.settings.top_k, self.stages, self._shown(members), self._kept(name)
         )
         responses = self.student.of(members)
-        has_distributions = self._has_distributions(name)
-        if has_distributions:
-            head = teacher.head(None)
-            scored = on_student.distributions(name, session, head, view, responses)
-            renderings = self._renderings(name, session)
-            if self.probe is not None:
-                context = self.inputs.teachers[name].max_positions
-                self.probe.add_teacher(name, session, head, view, context)
-        else:
-            scored = on_student.spans(name, session, view, responses)
-            renderings = []
+        scored = self.compare_with(name, session, on_student)
+        has_distributions = self.has_distributions(name)
+        renderings = self._renderings(name, session) if has_distributions else []
+        if has_distributions and self.probe is not None:
+            context = self.inputs.teachers[name].max_positions
+            self.probe.add_teacher(name, session, teacher.head(None), view, context)
+        if not has_distributions:
             notes.append(
                 "it has another tokenizer, so only log-probabilities of whole spans were compared"
                 if view.bridge_kind is not None
@@ -220,6 +217,19 @@ class Inspector:
             notes=tuple(notes),
         )
         return TeacherFindings(name, members, measured, on_student, own)
+
+    def compare_with(self, name: str, session: TeacherSession, on_student: OnStudent) -> list[Scored]:
+        """Compare a teacher with the student on the student's responses to the teacher's prompts."""
+        view, responses = self.views[name], self.student.of(self.members[name])
+        if self.has_distributions(name):
+            return on_student.distributions(name, session, self.teachers[name].head(None), view, responses)
+        return on_student.spans(name, session, view, responses)
+
+    def has_distributions(self, name: str) -> bool:
+        """Whether a teacher's distributions over the student's tokens are known."""
+        if name not in self.teachers or self.views[name].bridge_kind is not None:
+            return False
+        return "hidden" in self.teachers[name].capabilities.can_provide
 
     def _renderings(self, name: str, session: TeacherSession) -> list[MeasuredRendering]:
         """Measure the teacher with other renderings of its prompts."""
@@ -275,21 +285,15 @@ class Inspector:
         in_turn = [own[row] for row in range(rows) for own in by_domain.values() if row < len(own)]
         return frozenset(in_turn[: self.settings.responses])
 
-    def _has_distributions(self, name: str) -> bool:
-        """Whether a teacher's distributions over the student's tokens are known."""
-        if name not in self.teachers or self.views[name].bridge_kind is not None:
-            return False
-        return "hidden" in self.teachers[name].capabilities.can_provide
-
     def _kept(self, name: str) -> frozenset[int]:
         """Return the responses that another teacher can be compared on with this one."""
-        others = [other for other in self.members if other != name and self._has_distributions(other)]
+        others = [other for other in self.members if other != name and self.has_distributions(other)]
         shared = {prompt for other in others for prompt in self.members[other]}
         return frozenset(self.student.of(set(self.members[name]) & shared))
 
     def _conflicts(self, findings: Mapping[str, TeacherFindings]) -> list[Conflict]:
         """Compare the gradients of every two teachers of the same prompts."""
-        names = [name for name in findings if self._has_distributions(name) and not findings[name].fault]
+        names = [name for name in findings if self.has_distributions(name) and not findings[name].fault]
         conflicts = []
         for first, second in combinations(names, 2):
             shared = self.student.of(set(self.members[first]) & set(self.members[second]))

@@ -14,9 +14,11 @@ from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.clock import Clock
 from mergeopd.engine.run import announcer, quiet_libraries, report_notes
 from mergeopd.errors import Location, Problem, RecipeError
+from mergeopd.inspection.finished_run import open_run
 from mergeopd.inspection.pairs import Pair
 from mergeopd.messages import joined, option_problem, shown
 from mergeopd.preflight.inputs import Inputs, preflight
+from mergeopd.reporting.contribution import Contribution
 from mergeopd.reporting.events import Reporter
 from mergeopd.reporting.inspection import Inspection
 from mergeopd.reporting.terminal.console import console_reporter
@@ -81,6 +83,36 @@ def inspect_recipe(
 def _which(names: Sequence[str]) -> tuple[str, str]:
     cause = f"the recipe has the teachers {joined(names, 'and')}, and the checkpoints are of one"
     return cause, "say which one they replace with --teacher NAME"
+
+
+def inspect_run(folder: Path, *, prompts: int | None = None, console: Console) -> Contribution:
+    """Measure what a finished run changed in its student, on a sample of its prompts.
+
+    `prompts` replaces `inspect.prompts` of the recipe. Progress is shown on `console`.
+
+    Raises StorageError for a folder that is no finished run, RecipeError for a base or prompts that cannot be
+    read.
+    """
+    clock = Clock()
+    with ExitStack() as opened:
+        reporter: AbstractContextManager[Reporter] = console_reporter(console)
+        display = opened.enter_context(reporter)
+        announce = announcer(display)
+        announce(f"reading {shown(folder)}")
+        run = open_run(folder, announce)
+        announce("importing torch and transformers")
+        from mergeopd.engine.models import Machine
+        from mergeopd.engine.stages import Stages
+        from mergeopd.inspection.contribution import open_students
+        from mergeopd.inspection.contribution_records import contribution_of
+        from mergeopd.models.causal import pick_device
+
+        quiet_libraries()
+        machine = Machine(pick_device(), SingleProcess())
+        stages = Stages(display, clock, machine.ranks, None)
+        students = opened.enter_context(open_students(run, prompts, machine, stages))
+        measured = students.run()
+        return contribution_of(run, students, measured, clock.seconds())
 
 
 def _chosen(recipe: Path, inputs: Inputs, teachers: Sequence[str]) -> list[str]:

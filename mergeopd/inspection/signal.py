@@ -136,15 +136,25 @@ def _rendering(one: MeasuredRendering, prompts: Collection[int]) -> Rendering:
 
 def token_mean(scored: Sequence[Scored], name: str) -> Estimate:
     """Return the mean of a figure over the tokens where it is defined, with its interval by prompts."""
-    sums: dict[int, float] = {}
-    counts: dict[int, int] = {}
+    sums = sums_by_prompt(scored, name)
+    least = 0.0 if name in (*_POSITIVE, *_SHARES) else -math.inf
+    return _ratio(
+        {prompt: total for prompt, (total, _) in sums.items()},
+        {prompt: num for prompt, (_, num) in sums.items()},
+        least,
+        1.0 if name in _SHARES else math.inf,
+    )
+
+
+def sums_by_prompt(scored: Sequence[Scored], name: str) -> dict[int, tuple[float, int]]:
+    """Return the sum of a figure and the number of tokens where it is defined, by prompt."""
+    sums: dict[int, tuple[float, int]] = {}
     for one in scored:
         values = one.values.get(name)
         if values is not None and (known := values[~np.isnan(values)]).size:
-            sums[one.prompt] = sums.get(one.prompt, 0.0) + float(known.sum())
-            counts[one.prompt] = counts.get(one.prompt, 0) + known.size
-    least = 0.0 if name in (*_POSITIVE, *_SHARES) else -math.inf
-    return _ratio(sums, counts, least, 1.0 if name in _SHARES else math.inf)
+            total, num = sums.get(one.prompt, (0.0, 0))
+            sums[one.prompt] = total + float(known.sum()), num + known.size
+    return sums
 
 
 def _ratio(
@@ -163,7 +173,7 @@ def _ratio(
 
 def pass_rate(graded: Sequence[Graded]) -> Estimate:
     """Return the mean reward, of prompts with equal weights."""
-    means = list(_rewards(graded).values())
+    means = list(rewards_by_prompt(graded).values())
     if not means:
         return _UNDEFINED
     values = [float(np.mean(rewards)) for rewards in means]
@@ -173,14 +183,14 @@ def pass_rate(graded: Sequence[Graded]) -> Estimate:
 
 def _pass_gain(graded_S: Sequence[Graded], graded_T: Sequence[Graded]) -> Estimate:
     """Return the difference of both pass rates on the prompts that both have responded to."""
-    student, teacher = _rewards(graded_S), _rewards(graded_T)
+    student, teacher = rewards_by_prompt(graded_S), rewards_by_prompt(graded_T)
     gains = {p: float(np.mean(teacher[p]) - np.mean(student[p])) for p in student.keys() & teacher.keys()}
     return _ratio(gains, dict.fromkeys(gains, 1))
 
 
 def num_frontier(graded: Sequence[Graded]) -> int:
     """Count the prompts with correct and incorrect responses."""
-    rewards = _rewards(graded).values()
+    rewards = rewards_by_prompt(graded).values()
     return sum(0 < sum(one >= RIGHT for one in of_prompt) < len(of_prompt) for of_prompt in rewards)
 
 
@@ -188,7 +198,7 @@ def truncated_fraction(graded: Sequence[Graded]) -> float | None:
     return float(np.mean([one.is_truncated for one in graded])) if graded else None
 
 
-def _rewards(graded: Sequence[Graded]) -> dict[int, list[float]]:
+def rewards_by_prompt(graded: Sequence[Graded]) -> dict[int, list[float]]:
     """Return the rewards by prompt; responses that could not be graded are left out."""
     rewards: dict[int, list[float]] = {}
     for one in graded:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
+from mergeopd.config.locate import Origins
 from mergeopd.config.tree import Keys
 from mergeopd.data.documents import MAX_TOKENS, sequences
 from mergeopd.data.prompts import read_prompts
@@ -114,21 +115,33 @@ def preflight(
     problems = (*resolution.problems, *check.findings.problems)
     if resolution.plan is None or check.student is None or problems:
         raise RecipeError(resolution.origins.in_order(problems))
-    return Inputs(
-        plan=resolution.plan,
-        student=check.student,
-        vocab_size=check.vocab_size(check.student),
-        teachers=check.teachers,
-        cross_tokenizers=check.cross_tokenizers,
-        prompts=check.prompts,
-        evaluation=check.evaluation,
-        overlap=check.overlap,
-        notes=tuple(check.findings.notes),
-        files=dict(sorted(check.models.files.items())),
-        now=check.now,
-        document=resolution.document,
-        reward_models=check.reward_models.renderers,
+    return check.inputs(resolution.plan, check.student)
+
+
+def read_again(
+    plan: Plan, file: Path, teachers: Sequence[str], announce: Callable[[str], None] = lambda _: None
+) -> Inputs:
+    """Read the models and the prompts of training of a run again, with these of its teachers.
+
+    `file` is the run's plan. What was checked when the run began is not checked again.
+
+    Raises RecipeError with every problem of what is read.
+    """
+    resolution = Resolution(
+        plan,
+        (),
+        Origins(file, None, {}),
+        teachers={name: plan.teachers[name] for name in teachers},
+        sources=dict(enumerate(plan.sources)),
+        student=plan.student,
+        rollout=plan.rollout,
+        phases=dict(enumerate(plan.phases)),
     )
+    check = _Check(resolution, announce, with_servers=False)
+    check.read()
+    if check.student is None or check.findings.problems:
+        raise RecipeError(check.findings.problems)
+    return check.inputs(plan, check.student)
 
 
 def advice(plan: Plan) -> str | None:
@@ -170,6 +183,13 @@ class _Check:
 
     def run(self) -> None:
         """Check models, then prompts, then their combination."""
+        self.read()
+        if self._resolution.plan is not None:
+            self._check_training(self._resolution.plan)
+            self._check_evaluation(self._resolution.plan)
+
+    def read(self) -> None:
+        """Read models and prompts."""
         resolution = self._resolution
         if resolution.student is not None:
             self._announce("reading the student's tokenizer")
@@ -190,9 +210,24 @@ class _Check:
             self._read(("prompts", index), source, self._teachers_that_read(source), self.prompts)
         for index, source in resolution.eval_sources.items():
             self._read(("evaluation", "prompts", index), source, (), self.evaluation)
-        if resolution.plan is not None:
-            self._check_training(resolution.plan)
-            self._check_evaluation(resolution.plan)
+
+    def inputs(self, plan: Plan, student: Renderer) -> Inputs:
+        """Return what was read, for a plan without problems."""
+        return Inputs(
+            plan=plan,
+            student=student,
+            vocab_size=self.vocab_size(student),
+            teachers=self.teachers,
+            cross_tokenizers=self.cross_tokenizers,
+            prompts=self.prompts,
+            evaluation=self.evaluation,
+            overlap=self.overlap,
+            notes=tuple(self.findings.notes),
+            files=dict(sorted(self.models.files.items())),
+            now=self.now,
+            document=self._resolution.document,
+            reward_models=self.reward_models.renderers,
+        )
 
     def vocab_size(self, student: Renderer) -> int:
         """Number of leading ids that the student and every teacher without a bridge share."""

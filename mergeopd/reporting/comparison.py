@@ -67,7 +67,9 @@ def build_result(measured: Measured, seconds: Mapping[str, float], update: int |
             for kind, row in values.items()
             if len(of := [v for v in row if v is not None]) == len(row)
         },
-        mean_recovered=_recovered([_triple(scores, suite, str(experts[suite])) for suite in with_headroom]),
+        mean_recovered=recovered_share(
+            [_triple(scores, suite, str(experts[suite])) for suite in with_headroom]
+        ),
         best_static=static,
         best_expert=best["expert"],
         best_control=control,
@@ -90,11 +92,11 @@ def _suite(suite: str, static: str | None, controls: Sequence[str], measured: Me
         expert=expert,
         num_prompts=max(map(len, own.values()), default=0),
         accuracy={key: mean_reward(values) for key, values in own.items()},
-        recovered=_recovered([_triple(scores, suite, str(expert))] if is_whole else []),
-        over_base=_difference(own.get("merged"), own.get("base")),
-        over_expert=_difference(own.get("merged"), own.get(expert or "")),
-        over_static=None if static is None else _difference(own.get("merged"), own.get(static)),
-        over_control={key: _difference(own.get("merged"), own[key]) for key in controls if key in own},
+        recovered=recovered_share([_triple(scores, suite, str(expert))] if is_whole else []),
+        over_base=difference(own.get("merged"), own.get("base")),
+        over_expert=difference(own.get("merged"), own.get(expert or "")),
+        over_static=None if static is None else difference(own.get("merged"), own.get(static)),
+        over_control={key: difference(own.get("merged"), own[key]) for key in controls if key in own},
         overlap=measured.overlap.get(suite, 0),
         domain=measured.domains.get(suite, suite),
         samples=measured.samples.get(suite, 1),
@@ -128,14 +130,15 @@ def _mean(values: Sequence[Values]) -> Estimate:
     return _estimate(mean, [[v] for v in values], lambda means: means[:, :, 0].mean(1))
 
 
-def _difference(merged: Values | None, other: Values | None) -> Estimate:
+def difference(merged: Values | None, other: Values | None) -> Estimate:
+    """Return the difference of two accuracies on the same prompts."""
     if merged is None or other is None:
         return Estimate(None)
     interval = difference_interval(merged, other)
     return Estimate(float(merged.mean() - other.mean()), interval.low, interval.high)
 
 
-def _recovered(domains: Sequence[Sequence[Values]]) -> Estimate:
+def recovered_share(domains: Sequence[Sequence[Values]]) -> Estimate:
     """Return the mean recovered headroom; not defined where an expert is not better than the base."""
     if not domains:
         return Estimate(None)

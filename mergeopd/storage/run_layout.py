@@ -35,6 +35,8 @@ CONTROLS = controls.FOLDER
 INSPECTION = "inspect"  # may be there before the run begins, as controls may
 INSPECTION_DATA = "inspect.json"
 INSPECTION_PAGE = "inspect.html"
+CONTRIBUTION_DATA = "contribution.json"
+CONTRIBUTION_PAGE = "contribution.html"
 
 
 def read_plan_document(path: Path) -> dict[str, Any] | None:

@@ -97,7 +97,7 @@ def render_page(
     now: datetime,
     document: Mapping[str, Any],
     *,
-    script: str = "page.js",
+    script: str | None = "page.js",
     has_charts: bool = True,
     **context: Any,
 ) -> str:
@@ -105,7 +105,7 @@ def render_page(
 
     The page's content policy allows its own scripts by hash, and loads nothing.
     """
-    scripts = (*([_plotly()] if has_charts else []), _part("base.js") + _part(script))
+    scripts = (*([_plotly()] if has_charts else []), _part("base.js") + (_part(script) if script else ""))
     hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
     return (
         _environment()

@@ -16,6 +16,7 @@ from mergeopd.recipe.alarms import ALARMS
 from mergeopd.recipe.jsonschema import card_schema, recipe_schema
 from mergeopd.recipe.loss_terms import SHORT_TERMS, TEACHER_TERMS
 from mergeopd.recipe.schema import SHORTHANDS, Recipe
+from mergeopd.reporting.contribution import contribution_schema
 from mergeopd.reporting.inspection import inspection_schema
 
 ROOT = Path(__file__).parents[3]
@@ -33,7 +34,12 @@ def load(text: str | Path) -> Any:
     return YAML(typ="safe").load(text)
 
 
-SCHEMAS = {"recipe": recipe_schema(), "card": card_schema(), "inspect": inspection_schema()}
+SCHEMAS = {
+    "recipe": recipe_schema(),
+    "card": card_schema(),
+    "inspect": inspection_schema(),
+    "contribution": contribution_schema(),
+}
 
 
 @pytest.mark.parametrize(("name", "schema"), SCHEMAS.items())
