@@ -109,6 +109,12 @@ class TeacherStats:
     logprob_T - logprob_S at the sampled tokens; `logprob_gap_student` that on the student's own responses and
     `logprob_gap_text` that on text of others, None without any. With a `bridge` all are means over groups,
     None without groups, and the divergence is the bridge's measure (of `span`, minus the gap).
+
+    Of 2604.13016, with k = 16: `overlap` is the share of both models' k most probable tokens that is common,
+    `overlap_advantage` the mean over these of pbar_S (log pbar_T - log pbar_S), both renormalised on them;
+    `shared_mass_S` and `shared_mass_T` are the probability of either model on them, and `entropy_gap` the
+    mean |H(teacher) - H(student)|. The entropy gap is over all of the teacher's tokens, the others over a
+    part of them (`batch/collate.py`); None where the teacher's distribution or likeliest tokens are unknown.
     """
 
     num_tokens: int
@@ -118,6 +124,11 @@ class TeacherStats:
     bridge: BridgeFigures | None = None
     logprob_gap_student: float | None = None
     logprob_gap_text: float | None = None
+    overlap: float | None = None
+    overlap_advantage: float | None = None
+    entropy_gap: float | None = None
+    shared_mass_S: float | None = None
+    shared_mass_T: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,16 @@ from mergeopd.reporting.events import (
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.metrics import MetricsFile
 
+# Numbers of a teacher's distribution, which not all targets contain.
+_WHERE_KNOWN = (
+    "entropy_T",
+    "entropy_gap",
+    "overlap",
+    "overlap_advantage",
+    "shared_mass_S",
+    "shared_mass_T",
+)
+
 Numbers = Mapping[str, float | None]
 _ACCURACY = TypeAdapter(AccuracyMeasured)
 
@@ -119,7 +129,8 @@ def _teacher_numbers(stats: TeacherStats) -> dict[str, float | None]:
         "logprob_gap_text": stats.logprob_gap_text,
     }
     if stats.bridge is None:
-        return numbers if stats.entropy_T is None else {**numbers, "entropy_T": stats.entropy_T}
+        known = {key: getattr(stats, key) for key in _WHERE_KNOWN}
+        return numbers | {key: value for key, value in known.items() if value is not None}
     return numbers | {key: value for key, value in asdict(stats.bridge).items() if value is not None}
 
 
