@@ -166,8 +166,8 @@ def compare(layout, divergences, dtype, num_teachers, group, support=None, num_k
     }
     if stats.overlap is not None:
         errors |= {
-            f"overlap {name}": worst(found.nan_to_num(-9.0), getattr(stats.overlap, name).nan_to_num(-9.0))
-            for name, found in vars(stats_tp.overlap).items()
+            f"overlap {name}": worst(part.nan_to_num(-9.0), getattr(stats.overlap, name).nan_to_num(-9.0))
+            for name, part in vars(stats_tp.overlap).items()
         }
     errors["top_ids"] = float((stats_tp.top_ids.sort(1).values != stats.top_ids.sort(1).values).sum())
     scale = whole[1].abs().max(), whole[2].abs().max()
