@@ -89,6 +89,7 @@ class Updater:
                 clip_factor=clip_factor(grad_norm, self.plan.optimizer.clip_grad),
                 verifier_failures=collected.num_failures(update.rollouts),
                 text_kept=collected.text_kept,
+                selected=collected.selected,
                 peak_memory_bytes=self.peak_memory(),
                 num_generated=_num_generated(own),
                 flops=self._flops(own, scored),

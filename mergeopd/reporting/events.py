@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from mergeopd.distributed.communicator import Communicator
 from mergeopd.reporting.result import AlarmSummary, Estimate, Model, Result
+from mergeopd.storage.selection import SelectedShare
 from mergeopd.types import Finish, Origin
 
 if TYPE_CHECKING:
@@ -223,7 +224,8 @@ class UpdateDone(Event):
     operations that they cost by stage (`models/flops.py`). `peak_memory_bytes` is the most that any process
     has had so far: allocated on its GPU, or resident without one.
     `verifier_failures` counts, by source, responses that have no reward because their verifier failed.
-    `text_kept` is the share of teachers' responses that the phase keeps, by teacher and domain. `serving` is
+    `text_kept` is the share of teachers' responses that the phase keeps, by teacher and domain, and
+    `selected` the share of each source's prompts that it draws from; empty if these are all. `serving` is
     None without inference servers, and after the first update of a round.
     """
 
@@ -246,6 +248,7 @@ class UpdateDone(Event):
     verifier_failures: Mapping[str, int] = field(default_factory=dict)
     clip_factor: float = 1.0
     text_kept: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    selected: Mapping[str, float] = field(default_factory=dict)
     serving: ServingStats | None = None
 
     @property
@@ -336,6 +339,22 @@ class Note(Event):
     """A remark for the user."""
 
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class PromptsSelected(Event):
+    """A phase has selected the prompts of one source that it draws from."""
+
+    share: SelectedShare
+
+    @property
+    def text(self) -> str:
+        each = self.share
+        kept = (
+            f"{each.num_kept:,} of {each.num_prompts:,} prompts of {each.source} ({each.kept_fraction:.0%})"
+        )
+        reasons = f"; {each.reasons}" if each.dropped else ""
+        return f"phase '{each.phase}' draws from {kept}{reasons}"
 
 
 @dataclass(frozen=True, slots=True)

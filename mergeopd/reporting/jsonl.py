@@ -75,6 +75,7 @@ class UpdateRecord:
     verifier_failures: Mapping[str, int]
     cost: Cost
     text_kept: Mapping[str, Numbers] = field(default_factory=dict)
+    selected: Mapping[str, float] = field(default_factory=dict)
     serving: Numbers = field(default_factory=dict)
 
     @staticmethod
@@ -94,6 +95,7 @@ class UpdateRecord:
             domains={name: asdict(stats) for name, stats in sorted(event.domains.items())},
             policy={} if event.policy is None else asdict(event.policy),
             verifier_failures=dict(sorted(event.verifier_failures.items())),
+            selected=dict(sorted(event.selected.items())),
             text_kept={name: dict(sorted(own.items())) for name, own in sorted(event.text_kept.items())},
             serving={} if event.serving is None else asdict(event.serving),
             cost=Cost(
