@@ -185,7 +185,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--d-teacher", type=int, default=384)
     parser.add_argument("--chunk-rows", type=int, default=256)
     parser.add_argument("--divergence", choices=sorted(DIVERGENCES), default="reverse_kl")
-    parser.add_argument("--overlap-every", type=int, default=16, help="tokens per token with an overlap")
+    parser.add_argument("--overlap-every", type=int, default=8, help="tokens per token with an overlap")
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--peak", choices=["fused", "naive"], help=argparse.SUPPRESS)

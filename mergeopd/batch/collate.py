@@ -21,7 +21,7 @@ from mergeopd.types import LogProbs
 
 # The overlap of likely tokens is measured on this share of an update's tokens, or on about this number if
 # that is less: a search for the likeliest tokens costs more than a divergence.
-_LARGEST_SHARE, _ENOUGH_TOKENS = 1 / 4, 2048
+_LARGEST_SHARE, _ENOUGH_TOKENS = 1 / 8, 2048
 # Steps of a two-dimensional sequence of low discrepancy (the inverse of the plastic number, and its square).
 _STEP_OF_TOKEN, _STEP_OF_ROLLOUT = 0.7548776662466927, 0.5698402909980532
 

@@ -36,12 +36,12 @@ def duplicates(texts: Sequence[str], similarity: float | None) -> dict[int, int]
     `similarity` is the least Jaccard similarity of near duplicates; None: only equal texts.
     """
     first: dict[str, int] = {}
-    found: dict[int, int] = {}
+    twins: dict[int, int] = {}
     for index, text in enumerate(texts):
         if (earlier := first.setdefault(text, index)) != index:
-            found[index] = earlier
+            twins[index] = earlier
     if similarity is None:
-        return found
+        return twins
     buckets: defaultdict[tuple[int, bytes], list[int]] = defaultdict(list)
     kept: dict[int, frozenset[int]] = {}
     for index in first.values():
@@ -50,12 +50,12 @@ def duplicates(texts: Sequence[str], similarity: float | None) -> dict[int, int]
         candidates = sorted({other for place in places for other in buckets[place]})
         twin = next((other for other in candidates if _jaccard(own, kept[other]) >= similarity), None)
         if twin is not None:
-            found[index] = twin
+            twins[index] = twin
             continue
         kept[index] = own
         for place in places:
             buckets[place].append(index)
-    return found
+    return twins
 
 
 def _shingles(text: str) -> frozenset[int]:

@@ -255,14 +255,14 @@ def _key(rollout: Rollout) -> str:
 
 def _without_duplicates(rows: Rows, prompts: Sequence[Prompt], rule: str | float) -> Rows:
     texts = [normal_text(prompt) for prompt in prompts]
-    found = duplicates(texts, None if isinstance(rule, str) else rule)
+    twins = duplicates(texts, None if isinstance(rule, str) else rule)
     return {
         prompts[index].key: replace(
             rows[prompts[index].key],
             dropped="duplicate" if texts[index] == texts[twin] else "near_duplicate",
             twin=prompts[twin].key,
         )
-        for index, twin in found.items()
+        for index, twin in twins.items()
     }
 
 

@@ -114,4 +114,4 @@ def test_what_a_target_does_not_contain_is_absent() -> None:
 
 
 def test_large_updates_measure_a_small_share() -> None:
-    assert [overlap_share(n) for n in (0, 100, 8192, 1 << 20)] == [0.25, 0.25, 0.25, 2048 / (1 << 20)]
+    assert [overlap_share(n) for n in (0, 100, 16384, 1 << 20)] == [1 / 8, 1 / 8, 1 / 8, 2048 / (1 << 20)]
