@@ -3,7 +3,8 @@
     python tools/bench_loss.py [--json]
 
 Times are interleaved medians of one process with one thread: the floor (the four products, tiled over tokens,
-into fixed buffers), the kernel (forward and backward), and full logits with autograd for comparison. The peak
+into fixed buffers), the kernel (forward and backward) without and with the overlap of every so many tokens,
+and full logits with autograd for comparison. The peak
 is the increase of a new process's resident anonymous memory during a first call, without the returned
 gradients.
 """
@@ -53,9 +54,14 @@ class Problem:
         self.hidden_T = torch.randn(self.num, arguments.d_teacher)
         self.weight_T = torch.randn(self.vocab, arguments.d_teacher) * 0.1
         self.labels = torch.randint(self.vocab, (self.num,))
+        self.overlap_rows = torch.arange(0, self.num, arguments.overlap_every)
         self.workspace = Workspace()
 
-    def fused(self) -> None:
+    def overlap(self) -> None:
+        """Run the kernel with the overlap of some tokens, as training does."""
+        self.fused(self.overlap_rows)
+
+    def fused(self, overlap_rows: Tensor | None = None) -> None:
         """Run the kernel forward and backward with new gradients."""
         self.hidden.grad = self.weight.grad = None
 
@@ -71,6 +77,7 @@ class Problem:
             divergences=[self.divergence],
             chunk_rows=self.chunk_rows,
             workspace=self.workspace,
+            overlap_rows=overlap_rows,
         )
         torch.autograd.backward(loss)
 
@@ -178,6 +185,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--d-teacher", type=int, default=384)
     parser.add_argument("--chunk-rows", type=int, default=256)
     parser.add_argument("--divergence", choices=sorted(DIVERGENCES), default="reverse_kl")
+    parser.add_argument("--overlap-every", type=int, default=8, help="tokens per token with an overlap")
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--peak", choices=["fused", "naive"], help=argparse.SUPPRESS)
@@ -191,6 +199,7 @@ def show(result: dict[str, Any]) -> None:
     rows = [
         ("four matrix products (floor)", result["floor_s"], None),
         ("fused_loss", result["fused_s"], result["peak_extra_bytes"]),
+        ("fused_loss with overlaps", result["overlap_s"], None),
         ("full logits and autograd", result["naive_s"], result["naive_peak_extra_bytes"]),
     ]
     for name, seconds, peak in rows:
@@ -208,12 +217,18 @@ def main() -> None:
         sys.stdout.write(f"{measure_peak(arguments)}\n")
         return
     problem = Problem(arguments)
-    seconds = interleaved(
-        {"floor": problem.floor(), "fused": problem.fused, "naive": problem.naive}, arguments.repeats
-    )
+    contestants = {
+        "floor": problem.floor(),
+        "fused": problem.fused,
+        "overlap": problem.overlap,
+        "naive": problem.naive,
+    }
+    seconds = interleaved(contestants, arguments.repeats)
     result = {
         "ratio_to_floor": round(seconds["fused"] / seconds["floor"], 4),
         "peak_extra_bytes": peak_in_fresh_process(arguments, "fused"),
+        "overlap_ratio_to_fused": round(seconds["overlap"] / seconds["fused"], 4),
+        "overlap_s": round(seconds["overlap"], 4),
         "fused_s": round(seconds["fused"], 4),
         "floor_s": round(seconds["floor"], 4),
         "naive_s": round(seconds["naive"], 4),
@@ -227,6 +242,7 @@ def main() -> None:
             "threads": 1,
             "chunk_rows": arguments.chunk_rows,
             "divergence": arguments.divergence,
+            "overlap_every": arguments.overlap_every,
             "repeats": arguments.repeats,
             "torch": torch.__version__,
         },

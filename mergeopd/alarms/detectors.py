@@ -52,7 +52,9 @@ def divergence(numbers: Numbers) -> float | None:
 
 
 @dataclass
-class _RunningMean:
+class RunningMean:
+    """A mean over about the last four values."""
+
     value: float | None = None
 
     def add(self, new: float) -> float:
@@ -106,8 +108,8 @@ class DivergenceRisingDetector:
 
     settings: DivergenceRising
     teachers: Collection[str]
-    _means: defaultdict[tuple[str, str], _RunningMean] = field(
-        default_factory=lambda: defaultdict(_RunningMean)
+    _means: defaultdict[tuple[str, str], RunningMean] = field(
+        default_factory=lambda: defaultdict(RunningMean)
     )
     _lowest: dict[tuple[str, str], float] = field(default_factory=dict)
     _started: tuple[str, float] = ("", 0.0)
@@ -171,8 +173,8 @@ class LengthCollapseDetector:
 
     settings: LengthCollapse
     max_new_tokens: Mapping[str, int]  # by phase
-    _means: defaultdict[tuple[str, str], _RunningMean] = field(
-        default_factory=lambda: defaultdict(_RunningMean)
+    _means: defaultdict[tuple[str, str], RunningMean] = field(
+        default_factory=lambda: defaultdict(RunningMean)
     )
     _longest: dict[tuple[str, str], float] = field(default_factory=dict)
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from mergeopd.alarms.agreement import (
+    EntropyGapRisingDetector,
+    LowSharedMassDetector,
+    SharedMassFallingDetector,
+)
 from mergeopd.alarms.detectors import (
     DeadDomainDetector,
     Detector,
@@ -75,4 +80,7 @@ def detectors_of(plan: Plan) -> dict[str, Detector]:
             is_far=lambda gap: gap < -cold.nats,
             limit=f"-{cold.nats:g}",
         ),
+        "low_shared_mass": LowSharedMassDetector(alarms.low_shared_mass, experts),
+        "shared_mass_falling": SharedMassFallingDetector(alarms.shared_mass_falling, experts),
+        "entropy_gap_rising": EntropyGapRisingDetector(alarms.entropy_gap_rising, experts),
     }

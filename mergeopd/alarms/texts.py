@@ -60,6 +60,21 @@ TEXTS: Mapping[str, tuple[str, str]] = {
         "begin with a phase of `text: teacher`, or lengthen it, or mix text: "
         "`text: {on_policy_fraction: 0.5, otherwise: teacher}`; check `teachers` of the prompts",
     ),
+    "low_shared_mass": (
+        "the student is too far from this teacher to learn from its own responses, or the teacher reads "
+        "another template",
+        "begin with a phase of `text: teacher`, or lengthen it; check `template` of the card and `teachers` "
+        "of the prompts",
+    ),
+    "shared_mass_falling": (
+        "the student moves away from this teacher: the learning rate is too high, its text degenerates, or "
+        "another teacher or reward pulls it elsewhere",
+        "lower `optimizer.lr`, look at the responses, and balance the domains (`balance.tokens`)",
+    ),
+    "entropy_gap_rising": (
+        "the student becomes certain where the teacher is not, or uncertain where it is certain",
+        "lower `optimizer.lr`, or add `forward_kl` to a reverse KL, which keeps several modes",
+    ),
     "weak_teacher": (
         "the teacher is not an expert of this domain, or its template or the verifier does not fit",
         "leave the teacher out, or check `template` of its card and `verifier`",

@@ -19,6 +19,12 @@ from mergeopd.loss.policy import PolicyRows
 from mergeopd.loss.targets import Target
 from mergeopd.types import LogProbs
 
+# The overlap of likely tokens is measured on this share of an update's tokens, or on about this number if
+# that is less: a search for the likeliest tokens costs more than a divergence.
+_LARGEST_SHARE, _ENOUGH_TOKENS = 1 / 8, 2048
+# Steps of a two-dimensional sequence of low discrepancy (the inverse of the plastic number, and its square).
+_STEP_OF_TOKEN, _STEP_OF_ROLLOUT = 0.7548776662466927, 0.5698402909980532
+
 
 def micro_batch(
     pack: MicroBatchPlan,
@@ -29,11 +35,13 @@ def micro_batch(
     *,
     with_policy: bool,
     terms: Sequence[str] = (),
+    overlap_share: float | None = None,
 ) -> MicroBatch:
     """Collate one pack, with weights in the dtype and on the device of `like`.
 
     `targets` has the targets of the pack's teachers; empty where none is needed. `terms` are the divergences
-    of the objective, in order. Responses that the student generated have no likelihood term.
+    of the objective, in order. Responses that the student generated have no likelihood term. The overlap with
+    teachers is measured on `overlap_share` of the tokens; None: not at all.
     """
     members = [prepared.rollouts[i] for i in pack.rollouts]
     own: dict[str, Target] = {}
@@ -62,7 +70,24 @@ def micro_batch(
         )
         if any(term in m.term_weight for m in members for term in terms)
         else None,
+        overlap_rows=None
+        if overlap_share is None
+        else torch.from_numpy(_spread(pack.rollouts, members, overlap_share)),
     )
+
+
+def overlap_share(num_tokens: int) -> float:
+    """Return the share of an update's `num_tokens` tokens whose overlap is measured."""
+    return min(_LARGEST_SHARE, _ENOUGH_TOKENS / max(num_tokens, 1))
+
+
+def _spread(rollouts: Sequence[int], members: Sequence[PreparedRollout], share: float) -> NDArray[np.int64]:
+    """Choose a share of the tokens, evenly over responses and positions, whatever the micro-batches are."""
+    phases = [
+        index * _STEP_OF_ROLLOUT + np.arange(m.rollout.num_trained) * _STEP_OF_TOKEN
+        for index, m in zip(rollouts, members, strict=True)
+    ]
+    return np.flatnonzero(np.concatenate(phases) % 1.0 < share)
 
 
 def _teacher_rows(

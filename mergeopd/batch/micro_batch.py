@@ -40,6 +40,7 @@ class MicroBatch:
     `term_weight_KDN` has the weights by divergence (D) where terms have teachers of their own. `policy` is
     None where the objective has no policy term. `bridged` are the teachers with other tokenizers. `trained`
     flags the tokens of each response that are in the loss; None, as a whole or for a response: all of them.
+    `overlap_rows` are the tokens whose overlap is measured, ascending, on the CPU; None: it is not measured.
     """
 
     rollouts: tuple[int, ...]
@@ -53,6 +54,7 @@ class MicroBatch:
     trained: tuple[Flags | None, ...] | None = None
     bridged: tuple[BridgedTarget, ...] = ()
     term_weight_KDN: Tensor | None = None
+    overlap_rows: Tensor | None = None
 
     @property
     def labels(self) -> tuple[TokenIds, ...]:

@@ -17,6 +17,8 @@ from types import MappingProxyType
 from mergeopd.errors import DataError
 from mergeopd.types import Prompt
 
+_EPOCHS_APART = 1 << 20
+
 
 class PromptDraw:
     """The stream of prompts. The result of `draw` depends only on its arguments and the constructor's.
@@ -116,10 +118,14 @@ class PromptDraw:
 
 @dataclass(frozen=True, slots=True)
 class PhaseShares:
-    """The sources that a phase draws from, with their shares, and the number of prompts that it draws."""
+    """The sources that a phase draws from, with their shares, and the number of prompts that it draws.
+
+    A phase that `selects` its prompts has a stream of its own, once `PhasedDraw.narrow` knows them.
+    """
 
     shares: Mapping[str, float]
     num_prompts: int
+    selects: bool = False
 
 
 class PhasedDraw:
@@ -136,11 +142,26 @@ class PhasedDraw:
         streams: dict[tuple[tuple[str, int], ...], PromptDraw] = {}
         positions: Counter[PromptDraw] = Counter()
         self._starts: dict[str, tuple[PromptDraw, Mapping[PromptDraw, int]]] = {}
+        self._epochs: dict[str, int] = {}
+        self._phases, self._seed = dict(phases), seed
         for name, phase in phases.items():
+            if phase.selects:
+                continue
             new = PromptDraw({source: sources[source] for source in phase.shares}, phase.shares, seed)
             stream = streams.setdefault(new.proportions, new)
             self._starts[name] = stream, dict(positions)
             positions[stream] += phase.num_prompts
+
+    def narrow(self, phase: str, prompts: Mapping[str, Sequence[Prompt]]) -> None:
+        """Draw a phase that selects its prompts from these of its sources.
+
+        Its epochs are far from those of all other phases, so that no two rollouts of a prompt have the same
+        random numbers. Raises DataError if a source has no prompts.
+        """
+        own = PromptDraw(prompts, self._phases[phase].shares, self._seed)
+        apart = (list(self._phases).index(phase) + 1) * _EPOCHS_APART
+        self._starts[phase] = own, {}
+        self._epochs[phase] = apart
 
     def draw(self, phase: str, start: int, count: int) -> list[tuple[int, Prompt]]:
         """Return the prompts `start` to `start + count` (exclusive) of a phase, as `PromptDraw.draw` does."""
@@ -149,7 +170,9 @@ class PhasedDraw:
         for other, position in positions.items():
             if other is not stream:
                 elsewhere.update(other.counts(position))
-        return stream.draw(positions.get(stream, 0) + start, count, elsewhere)
+        drawn = stream.draw(positions.get(stream, 0) + start, count, elsewhere)
+        apart = self._epochs.get(phase, 0)
+        return [(epoch + apart, prompt) for epoch, prompt in drawn]
 
 
 def _integer_weights(shares: Mapping[str, float]) -> dict[str, int]:

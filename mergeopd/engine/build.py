@@ -31,8 +31,9 @@ from mergeopd.engine.models import (
 from mergeopd.engine.pipeline import AheadPipeline, Background, ProgressCounter, SynchronousPipeline
 from mergeopd.engine.prior_policy import PriorPolicy
 from mergeopd.engine.rollouts import Rewards, StudentRollouts
-from mergeopd.engine.schedule import RoundSchedule
+from mergeopd.engine.schedule import RoundSchedule, schedule_round
 from mergeopd.engine.score import Scorer
+from mergeopd.engine.selection import PromptSelection
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.targets import TargetRecorder, read_by
 from mergeopd.engine.teacher_rollouts import FixedText, TeacherRolloutCache
@@ -133,7 +134,7 @@ def build(
         folder=folder,
         student=student,
         snapshots=models.snapshots,
-        pipeline=_pipeline(models, engine, stages),
+        pipeline=_pipeline(models, engine, scorer, stages),
         scorer=scorer,
         updater=updater,
         checkpoints=models.checkpoints(),
@@ -148,7 +149,7 @@ def build(
     )
 
 
-def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> SynchronousPipeline:
+def _pipeline(models: Models, engine: RolloutEngine, scorer: Scorer, stages: Stages) -> SynchronousPipeline:
     inputs, student = models.inputs, models.student
     plan, ranks = models.plan, models.machine.ranks
     environments = build_environments(plan.sources, plan, ranks)
@@ -159,6 +160,24 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
         inputs.student,
         environments,
         stages,
+    )
+    text = _fixed_text(inputs, models.teachers, models.views, environments, rewards, stages, models.machine)
+    selection = PromptSelection(
+        plan,
+        prompts=inputs.prompts,
+        draw=text.draw,
+        rollouts=rollouts,
+        responses=text.responses,
+        rewards=rewards,
+        scorer=scorer,
+        schedule=partial(
+            schedule_round,
+            index=0,
+            num_updates=1,
+            max_tokens=plan.student.micro_batch_tokens,
+            members=student.placement.replica_ranks,
+        ),
+        stages=stages,
     )
     settings = plan.rollout
     make: Callable[..., SynchronousPipeline] = SynchronousPipeline
@@ -172,10 +191,9 @@ def _pipeline(models: Models, engine: RolloutEngine, stages: Stages) -> Synchron
         plan,
         model=student,
         rollouts=rollouts,
-        text=_fixed_text(
-            inputs, models.teachers, models.views, environments, rewards, stages, models.machine
-        ),
+        text=text,
         rewards=rewards,
+        selection=selection,
         stages=stages,
     )
 
@@ -203,7 +221,10 @@ def _fixed_text(
     machine: Machine,
 ) -> FixedText:
     plan = inputs.plan
-    shares = {phase.name: PhaseShares(plan.shares(phase), phase.num_prompts) for phase in plan.phases}
+    shares = {
+        phase.name: PhaseShares(plan.shares(phase), phase.num_prompts, selects=phase.select is not None)
+        for phase in plan.phases
+    }
     responses = TeacherRolloutCache(
         plan,
         student=inputs.student,

@@ -16,6 +16,7 @@ from mergeopd.engine.progress import Progress, Task, draw_tasks, phase_at
 from mergeopd.engine.rollouts import Rewards, StudentRollouts
 from mergeopd.engine.schedule import RoundSchedule, schedule_round
 from mergeopd.engine.score import CollectedRound
+from mergeopd.engine.selection import PromptSelection
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.teacher_rollouts import FixedText
 from mergeopd.recipe.plan import Plan
@@ -54,6 +55,7 @@ class SynchronousPipeline:
     rollouts: StudentRollouts
     text: FixedText
     rewards: Rewards
+    selection: PromptSelection
     stages: Stages
     _version: int = field(default=0, init=False)
     _synced: int | None = field(default=None, init=False)  # the version that the engine has
@@ -70,6 +72,7 @@ class SynchronousPipeline:
         if at is None:
             raise ValueError(f"the run is complete after {progress.update} updates")
         phase, updates_done = at
+        self.selection.prepare(phase, updates_done, self.use_newest_weights)
         tasks = self.text.tasks(phase, updates_done, progress)
         if self._synced is None and any(task.origin == "student" for task in tasks):
             self.use_newest_weights()
@@ -81,7 +84,10 @@ class SynchronousPipeline:
         rewards = [grade.reward for grade in grades]
         failures = {i: v.failure for i, v in enumerate(grades) if v.failure is not None}
         shares, serving = self.text.kept_shares, self._serving(rollouts, progress)
-        return CollectedRound(phase, updates_done, rollouts, rewards, work, failures, shares, serving)
+        selected = self.selection.shares(phase)
+        return CollectedRound(
+            phase, updates_done, rollouts, rewards, work, failures, shares, serving, selected
+        )
 
     def work(self, rollouts: Sequence[Rollout], index: int, num_updates: int) -> RoundSchedule:
         return schedule_round(
@@ -276,7 +282,12 @@ class AheadPipeline(SynchronousPipeline):
                 progress.round + 1,
                 progress.drawn + phase.prompts_per_round,
             )
-            if phase_at(self.plan, progress.update) is None or self._is_too_old(progress):
+            following = phase_at(self.plan, progress.update)
+            if following is None or self._is_too_old(progress):
+                return
+            if not self.selection.is_ready(
+                following[0]
+            ):  # its prompts depend on weights that are not there yet
                 return
             if progress.round > newest:
                 self._submit(progress)

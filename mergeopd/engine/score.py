@@ -36,6 +36,7 @@ class CollectedRound:
 
     `rewards` are None without a verifier, or if it failed; `failures` has the reasons by rollout. `text_kept`
     is the share of teachers' responses that the phase keeps, by teacher and domain; empty if it keeps all.
+    `selected` is the share of each source's prompts that the phase draws from; empty without `select`.
     `serving` is None without inference servers.
     """
 
@@ -47,6 +48,7 @@ class CollectedRound:
     failures: Mapping[int, str] = field(default_factory=dict)
     text_kept: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     serving: ServingStats | None = None
+    selected: Mapping[str, float] = field(default_factory=dict)
 
     def num_failures(self, members: Sequence[int]) -> dict[str, int]:
         """Count the rollouts among `members` whose verifier failed, by source."""

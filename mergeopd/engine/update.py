@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mergeopd.batch.collate import micro_batch
+from mergeopd.batch.collate import micro_batch, overlap_share
 from mergeopd.batch.micro_batch import MicroBatch, Stream, with_statistics
 from mergeopd.batch.objective import phase_objective
 from mergeopd.batch.packing import MicroBatchPlan
@@ -89,6 +89,7 @@ class Updater:
                 clip_factor=clip_factor(grad_norm, self.plan.optimizer.clip_grad),
                 verifier_failures=collected.num_failures(update.rollouts),
                 text_kept=collected.text_kept,
+                selected=collected.selected,
                 peak_memory_bytes=self.peak_memory(),
                 num_generated=_num_generated(own),
                 flops=self._flops(own, scored),
@@ -143,13 +144,21 @@ class Updater:
         on_progress = stages.begin("update", "", len(packs), "micro-batches")
         like = torch.empty((), dtype=self.student.statistics_dtype, device=self.device)
         has_loss, with_policy = self.student.placement.has_loss, objective.policy is not None
+        share = overlap_share(sum(member.rollout.num_trained for member in prepared.rollouts.values()))
 
         def micro_batches() -> Iterator[MicroBatch]:
             for done, pack in enumerate(packs):
                 on_progress(done)
                 own = targets.of(pack) if has_loss else {}
                 micro = micro_batch(
-                    pack, prepared, own, targets.views, like, with_policy=with_policy, terms=objective.names
+                    pack,
+                    prepared,
+                    own,
+                    targets.views,
+                    like,
+                    with_policy=with_policy,
+                    terms=objective.names,
+                    overlap_share=share,
                 )
                 if has_loss:
                     samples.look_at_teachers(micro)

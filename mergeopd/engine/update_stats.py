@@ -16,6 +16,7 @@ from mergeopd.batch.micro_batch import MicroBatch
 from mergeopd.batch.records import PreparedUpdate
 from mergeopd.distributed.communicator import Communicator
 from mergeopd.loss.objective import DistillationObjective
+from mergeopd.loss.overlap import Overlap
 from mergeopd.loss.policy import Policy, PolicyRows, policy_tokens
 from mergeopd.reporting.events import BridgeFigures, DomainStats, PolicyStats, TeacherStats
 from mergeopd.student.loss import MicroStats
@@ -92,8 +93,12 @@ class UpdateStats:
             entropy_T = float(stats.entropy_T[k].sum())
             # Servers that return log-probabilities of single tokens do not tell the entropy.
             known = {} if math.isnan(entropy_T) else {"entropy": entropy_T}
+            if known:
+                known["entropy_gap"] = float((stats.entropy_T[k] - stats.entropy_S).abs().sum())
             self._tally.teachers[name].add(gap.shape[1], **known, **divergence)
             self._add_gap(name, gap[k], is_own)
+            if stats.overlap is not None:
+                self._add_overlap(name, k, stats.overlap)
         per_rollout = zip(
             micro.rollouts,
             torch.split(stats.logprob_S, sizes),
@@ -142,6 +147,19 @@ class UpdateStats:
             0, gap=total, gap_student=own, num_student=num_own, gap_text=total - own, num_text=num - num_own
         )
 
+    def _add_overlap(self, name: str, k: int, overlap: Overlap) -> None:
+        """Add the overlap with teacher k, where its likeliest tokens are known, and common tokens apart."""
+        advantage = overlap.advantage[k]
+        names = ("overlap", "shared_mass_S", "shared_mass_T", "overlap_advantage")
+        own = torch.stack([overlap.ratio[k], overlap.mass_S[k], overlap.mass_T[k], advantage])
+        is_known, is_defined = ~own[0].isnan(), ~advantage.isnan()
+        self._tally.teachers[name].add(
+            0,
+            num_overlap=int(is_known.sum()),
+            num_overlap_advantage=int(is_defined.sum()),
+            **dict(zip(names, own.nansum(1).tolist(), strict=True)),
+        )
+
     def _add_policy(self, policy: Policy, rows: PolicyRows, weight_KN: Tensor, stats: MicroStats) -> None:
         tokens = policy_tokens(
             policy, rows, slice(0, len(rows.own_N)), stats.logprob_S, stats.logprob_T, weight_KN
@@ -186,6 +204,11 @@ class UpdateStats:
             logprob_gap_student=_gap(sums, "student"),
             logprob_gap_text=_gap(sums, "text"),
             entropy_T=sums.mean("entropy") if "entropy" in sums.values else None,
+            entropy_gap=sums.mean("entropy_gap") if "entropy_gap" in sums.values else None,
+            overlap=_mean(sums, "overlap", "num_overlap"),
+            overlap_advantage=_mean(sums, "overlap_advantage", "num_overlap_advantage"),
+            shared_mass_S=_mean(sums, "shared_mass_S", "num_overlap"),
+            shared_mass_T=_mean(sums, "shared_mass_T", "num_overlap"),
         )
 
     def _bridged(self, kind: str, sums: Sums) -> TeacherStats:
@@ -271,5 +294,10 @@ def _is_own(sizes: Sequence[int], rollouts: Sequence[int], prepared: PreparedUpd
 
 def _gap(sums: Sums, who: str) -> float | None:
     """Return the mean log-prob gap on text of one origin, `student` or (others') `text`; None without any."""
-    num = sums.values.get(f"num_{who}", 0.0)
-    return sums.values[f"gap_{who}"] / num if num else None
+    return _mean(sums, f"gap_{who}", f"num_{who}")
+
+
+def _mean(sums: Sums, name: str, count: str) -> float | None:
+    """Return the mean over the tokens that are counted under another name; None without any."""
+    num = sums.values.get(count, 0.0)
+    return sums.values[name] / num if num else None

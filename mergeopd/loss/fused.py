@@ -22,6 +22,7 @@ from mergeopd.loss.divergence import Divergence
 from mergeopd.loss.full_vocabulary import BlockScorer, BlockStats
 from mergeopd.loss.gradients import HeadGradients
 from mergeopd.loss.heads import Head, Hidden, Projection
+from mergeopd.loss.overlap import OVERLAP_K, Overlap, OverlapMeter
 from mergeopd.loss.slicing import compute_dtype, rows_in_cache, rows_in_chunk, slices
 from mergeopd.loss.softmax import Softmaxes
 from mergeopd.loss.support import Support
@@ -35,11 +36,13 @@ Objective = Callable[[BlockStats, slice], Tensor]
 class TokenStats(BlockStats):
     """Statistics of all N tokens, detached, and `loss [N]`, the objective's value per token.
 
-    `top_ids` are the student's most probable ids `[N, k]`, int32 on the CPU; None where none were asked for.
+    `top_ids` are the student's most probable ids `[N, k]`, int32 on the CPU; `overlap` is that of some tokens
+    with the teachers. None where they were not asked for.
     """
 
     loss: Tensor
     top_ids: Tensor | None = None
+    overlap: Overlap | None = None
 
 
 def fused_loss(
@@ -56,6 +59,8 @@ def fused_loss(
     chunk_rows: int | None = None,
     workspace: Workspace | None = None,
     top_ids: int | None = None,
+    overlap_rows: Tensor | None = None,
+    overlap_k: int = OVERLAP_K,
 ) -> tuple[Tensor, TokenStats]:
     """Sum over tokens of an objective on exact full-vocabulary statistics (DeepSeek-V4, 2606.19348 5.1.2).
 
@@ -78,6 +83,8 @@ def fused_loss(
                  `chunk_rows * V * (1 + K)` elements
     workspace    buffers to reuse over calls
     top_ids      also return the student's so many most probable ids of every token (`TokenStats.top_ids`)
+    overlap_rows also compare the `overlap_k` most probable ids of both models at these tokens: ascending,
+                 int64, on the CPU (`TokenStats.overlap`). Loss and gradients stay the same, bit by bit
 
     Returns the loss, a scalar whose backward hands out gradients for `hidden_ND`, `head.weight` and
     `head.bias` (once differentiable; none are computed where nothing requires grad), and the statistics. The
@@ -104,9 +111,18 @@ def fused_loss(
         if top_ids is not None:
             num_ids = min(top_ids, len(all_ids))
             stats = replace(stats, top_ids=torch.empty(len(labels_N), num_ids, dtype=torch.int32))
-        run = _Run(labels_N, per_token, targets, divergences, softmaxes, scorer, gradients, stats, all_ids)
+        meter = None
+        if overlap_rows is not None and targets:
+            like = stats.loss
+            meter = OverlapMeter.of(softmaxes, targets, overlap_rows, overlap_k, like, all_ids)
+            stats = replace(stats, overlap=meter.overlap)
+        run = _Run(
+            labels_N, per_token, targets, divergences, softmaxes, scorer, gradients, stats, all_ids, meter
+        )
         for rows in slices(0, hidden_ND.shape[0], chunk_rows):
             run.chunk(rows)
+        if meter is not None:
+            meter.measure()
     return gradients.attach(stats.loss.sum()), stats
 
 
@@ -123,12 +139,15 @@ class _Run:
     gradients: HeadGradients
     stats: TokenStats
     all_ids: range
+    meter: OverlapMeter | None
     gradient_sum: Tensor | float = 0.0
 
     def chunk(self, rows: slice) -> None:
         student, num = self.softmaxes.student, rows.stop - rows.start
         logits_S = student.raw_logits(rows)
         logits_T = [teacher.raw_logits(rows) for teacher in self.softmaxes.teachers]
+        if self.meter is not None:
+            self.meter.add(logits_S, logits_T, rows)
         # Collectives and kernel launches cost per block: with either, the block is the whole chunk.
         in_cache = self.softmaxes.group is None and logits_S.device.type == "cpu"
         for block in slices(0, num, rows_in_cache(logits_S.shape[1], logits_S.dtype) if in_cache else num):
@@ -199,17 +218,19 @@ def _project(
 
 
 def _empty_stats(num_targets: int, num_divergences: int, hidden_ND: Tensor) -> TokenStats:
-    num = hidden_ND.shape[0]
-    shapes = (
-        (num_targets, num_divergences, num),
-        (num,),
-        (num_targets, num),
-        (num,),
-        (num_targets, num),
-        (num,),
+    num, dtype = hidden_ND.shape[0], compute_dtype(hidden_ND)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=hidden_ND.device)
+
+    return TokenStats(
+        divergence=empty(num_targets, num_divergences, num),
+        logprob_S=empty(num),
+        logprob_T=empty(num_targets, num),
+        entropy_S=empty(num),
+        entropy_T=empty(num_targets, num),
+        loss=empty(num),
     )
-    dtype = compute_dtype(hidden_ND)
-    return TokenStats(*(torch.empty(shape, dtype=dtype, device=hidden_ND.device) for shape in shapes))
 
 
 def _checked(loss: Tensor, num: int) -> Tensor:

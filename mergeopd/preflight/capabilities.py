@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from mergeopd.config.tree import Keys
 from mergeopd.messages import joined
 from mergeopd.preflight.problems import Findings
 from mergeopd.recipe.plan import TeacherPlan, phase_teachers
@@ -41,7 +42,12 @@ def check_capabilities(
             _check_engine(findings, index, phase, resolution.teachers, own)
         _check_targets(findings, index, phase, resolution, teachers, own)
         if reads_teachers(phase):
-            _check_generators(findings, index, resolution, teachers, own)
+            _check_generators(findings, ("phases", index, "text"), resolution, teachers, own)
+        if phase.select is not None and phase.select.teacher_right is not None:
+            where: Keys = ("phases", index, "select", "teacher_right")
+            _check_generators(findings, where, resolution, teachers, own)
+        if phase.select is not None and phase.select.near_teacher is not None:
+            _check_near_teachers(findings, index, resolution, teachers, own)
 
 
 def _check_engine(
@@ -116,9 +122,36 @@ def _remedy(teacher: TeacherPlan, provided: frozenset[TargetKind]) -> str:
     return "use another teacher"
 
 
-def _check_generators(
+def _check_near_teachers(
     findings: Findings,
     index: int,
+    resolution: Resolution,
+    teachers: Mapping[str, TeacherCapabilities],
+    of_phase: PhaseTeachers,
+) -> None:
+    """Report the first teacher that cannot score the student's tokens in any text."""
+    for name in sorted({name for routed in of_phase.routed.values() for name in routed}):
+        plan = resolution.teachers.get(name)
+        if plan is None or name not in teachers:
+            continue
+        causes = {
+            "has another tokenizer": plan.bridge is not None,
+            "has recorded targets only": plan.targets is not None,
+            "writes text only": not teachers[name].can_provide,
+        }
+        if cause := next((text for text, is_so in causes.items() if is_so), None):
+            findings.report(
+                ("phases", index, "select", "near_teacher"),
+                "near_teacher compares log-probabilities of the student's tokens, and teacher "
+                f"'{name}' {cause}",
+                "use `teacher_right`, or remove it",
+            )
+            return
+
+
+def _check_generators(
+    findings: Findings,
+    where: Keys,
     resolution: Resolution,
     teachers: Mapping[str, TeacherCapabilities],
     of_phase: PhaseTeachers,
@@ -127,7 +160,7 @@ def _check_generators(
     for source, routed in of_phase.routed.items():
         if not routed:
             message = f"no teacher is routed to generate responses to the prompts of '{source}'"
-            findings.report(("phases", index, "text"), message, "give the source `teachers`")
+            findings.report(where, message, "give the source `teachers`")
             return
         name = author(routed)
         if name not in teachers or teachers[name].can_generate:
@@ -139,5 +172,5 @@ def _check_generators(
             cause = "responses are generated before a phase, and its weights change during it"
             remedy = f"{other}, or use `student: start`"
         message = f"teacher '{name}' would generate responses to the prompts of '{source}', but {cause}"
-        findings.report(("phases", index, "text"), message, remedy)
+        findings.report(where, message, remedy)
         return

@@ -43,7 +43,14 @@ def _needed(
         if spec is None or teacher.name not in own.scoring():
             continue
         is_used = True
-        if never_student(phase):
+        if phase.select is not None:
+            findings.report(
+                place,
+                f"phase '{phase.name}' selects its prompts when it starts, so targets of teacher "
+                f"'{teacher.name}' cannot be recorded for it before",
+                "remove `select`, or `targets`",
+            )
+        elif never_student(phase):
             needed.append(spec)
         else:
             findings.report(

@@ -113,6 +113,30 @@ class NoColdStart(Lasting):
     nats: Positive = Field(default=5.0, description="log p of student minus teacher, per token")
 
 
+class LowSharedMass(Lasting):
+    """Student and teacher consider different tokens on the student's responses, and this does not change.
+
+    Measured by the smaller probability of either model on the common tokens of their 16 likeliest ones.
+    """
+
+    after: PositiveInt = Field(default=8, description="updates of a phase before the first judgement")
+    share: Fraction = Field(default=0.5, description="probability below which they have little in common")
+    rise: Fraction = Field(default=0.1, description="rise since the phase's first update that is enough")
+
+
+class SharedMassFalling(Lasting):
+    """Student and teacher have ever less probability on their common likely tokens."""
+
+    fall: Fraction = Field(default=0.25, description="fall below the phase's highest mean of about 4 updates")
+
+
+class EntropyGapRising(Lasting):
+    """The entropies of student and teacher move apart."""
+
+    factor: Positive = Field(default=2.0, description="multiple of the lowest mean over about 4 updates")
+    margin: Positive = Field(default=0.5, description="least rise, in nats per token")
+
+
 def action_shorthand(value: Any) -> Any:
     """Expand an action to the settings of an alarm with that action."""
     return {"action": value} if isinstance(value, str) else value
@@ -154,6 +178,12 @@ class Alarms(Strict):
     """a teacher is of another domain, template or family than the student"""
     no_cold_start: Annotated[NoColdStart, _or_action(NoColdStart)] = NoColdStart()
     """the student cannot respond yet when on-policy training starts"""
+    low_shared_mass: Annotated[LowSharedMass, _or_action(LowSharedMass)] = LowSharedMass()
+    """student and teacher consider different tokens, and this does not improve"""
+    shared_mass_falling: Annotated[SharedMassFalling, _or_action(SharedMassFalling)] = SharedMassFalling()
+    """student and teacher have ever less in common"""
+    entropy_gap_rising: Annotated[EntropyGapRising, _or_action(EntropyGapRising)] = EntropyGapRising()
+    """the entropies of student and teacher move apart"""
     weak_teacher: Annotated[Alarm, _or_action(Alarm)] = Alarm()
     """an expert is not better than the base on its domain; needs an evaluation"""
     below_base: Annotated[Alarm, _or_action(Alarm)] = Alarm()

@@ -23,6 +23,9 @@ from mergeopd.recipe.training import (
 from mergeopd.recipe.valid_parts import ValidParts
 from mergeopd.recipe.verifiers import KINDS as VERIFIERS
 
+_REWARDED_RULES = {"frontier", "teacher_right"}
+_SELECTING = ("keep", "teacher_right", "frontier")
+
 
 def objective_problems(
     parts: ValidParts, of_phases: Mapping[int, PhaseTeachers], origins: Origins
@@ -40,6 +43,7 @@ def objective_problems(
         rollout = None if parts.rollout is None else phase.rollout.over(parts.rollout)
         if rollout is not None:
             yield from _sequence_mask_problems(phase, here, rollout, origins)
+        yield from _select_problems(parts, phase, here, origins)
         if needed := _reward_users(phase, here):
             if parts.all_prompts and (sources := parts.sources_of(phase)):
                 yield from _verifier_problems(phase, needed, sources, origins)
@@ -114,7 +118,22 @@ def _reward_users(phase: Phase, here: Keys) -> dict[str, Keys]:
         users["distill_on"] = (*here, "balance", "distill_on")
     if phase.keep != "all":
         users["keep"] = (*here, "keep")
+    if phase.select is not None:
+        users |= {rule: (*here, "select", rule) for rule in _REWARDED_RULES & set(phase.select.rules)}
     return users
+
+
+def _select_problems(parts: ValidParts, phase: Phase, here: Keys, origins: Origins) -> Iterator[Problem]:
+    """Report documents, which have no prompt to select by."""
+    if phase.select is None:
+        return
+    documents = [
+        parts.source_names[i] for i, s in parts.sources_of(phase).items() if s.text_field is not None
+    ]
+    if documents:
+        message = f"'{documents[0]}' has documents without prompts, which cannot be selected"
+        remedy = "remove `select`, or draw from other sources with `prompts`"
+        yield origins.problem((*here, "select"), message, remedy, key=True)
 
 
 def _verifier_problems(
@@ -130,10 +149,11 @@ def _verifier_problems(
         for name, where in users.items():
             message = f"{name} needs rewards, and no prompt source has a verifier"
             yield origins.problem(where, message, remedy, key=True)
-    elif unchecked and "keep" in users:
+    elif unchecked and (first := next((name for name in _SELECTING if name in users), None)):
         names = ", ".join(f"'{source.source}'" for source in unchecked.values())
-        message = f"responses to prompts without a verifier cannot be selected: {names}"
-        yield origins.problem(users["keep"], message, remedy, key=True)
+        what = "responses to prompts" if first == "keep" else "prompts"
+        message = f"{what} without a verifier cannot be selected: {names}"
+        yield origins.problem(users[first], message, remedy, key=True)
     elif unchecked and phase.loss.has_outcome and not phase.loss.has_teacher_term:
         names = ", ".join(f"'{source.source}'" for source in unchecked.values())
         message = f"prompts without a verifier have no loss in phase '{phase.name}': {names}"

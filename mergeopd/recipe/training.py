@@ -12,6 +12,7 @@ from mergeopd.recipe.loss_terms import LossOrTerm
 from mergeopd.recipe.policy_terms import ClipRatio, Correction, NoCorrection, WeightRamp, amount_at
 from mergeopd.recipe.rollout import PhaseRollout
 from mergeopd.recipe.routing import Routing
+from mergeopd.recipe.selection import Select
 from mergeopd.types import Origin
 
 
@@ -86,6 +87,8 @@ class Phase(Strict):
     """origin of the responses: `student` (on-policy), `teacher`, `dataset`, or a mixture"""
     prompts: PhasePrompts | None = None
     """sources to draw from: names (with the sources' own shares), or names with shares; default: all"""
+    select: Select | None = None
+    """prompts of these sources to draw from, chosen once when the phase starts; default: all"""
     teachers: Routing | None = None
     """teachers of this phase: a name, names, or names with weights; default: those of each source. A teacher
     keeps to the sources that are routed to it, with the product of both weights; one that none of the phase's
@@ -181,8 +184,9 @@ def reads_teachers(phase: Phase) -> bool:
 
 
 def needs_routed(phase: Phase) -> bool:
-    """Whether the prompts of a phase need teachers, to score responses or to generate them."""
-    return phase.loss.uses_routed or reads_teachers(phase)
+    """Whether the prompts of a phase need teachers: to score or generate responses, or to be selected."""
+    selects = phase.select is not None and bool(phase.select.teacher_rules)
+    return phase.loss.uses_routed or reads_teachers(phase) or selects
 
 
 def reads_dataset(phase: Phase) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from mergeopd.distributed.communicator import Communicator
 from mergeopd.reporting.result import AlarmSummary, Estimate, Model, Result
+from mergeopd.storage.selection import SelectedShare
 from mergeopd.types import Finish, Origin
 
 if TYPE_CHECKING:
@@ -109,6 +110,12 @@ class TeacherStats:
     logprob_T - logprob_S at the sampled tokens; `logprob_gap_student` that on the student's own responses and
     `logprob_gap_text` that on text of others, None without any. With a `bridge` all are means over groups,
     None without groups, and the divergence is the bridge's measure (of `span`, minus the gap).
+
+    Of 2604.13016, with k = 16: `overlap` is the share of both models' k most probable tokens that is common,
+    `overlap_advantage` the mean over these of pbar_S (log pbar_T - log pbar_S), both renormalised on them;
+    `shared_mass_S` and `shared_mass_T` are the probability of either model on them, and `entropy_gap` the
+    mean |H(teacher) - H(student)|. The entropy gap is over all of the teacher's tokens, the others over a
+    part of them (`batch/collate.py`); None where the teacher's distribution or likeliest tokens are unknown.
     """
 
     num_tokens: int
@@ -118,6 +125,11 @@ class TeacherStats:
     bridge: BridgeFigures | None = None
     logprob_gap_student: float | None = None
     logprob_gap_text: float | None = None
+    overlap: float | None = None
+    overlap_advantage: float | None = None
+    entropy_gap: float | None = None
+    shared_mass_S: float | None = None
+    shared_mass_T: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +224,8 @@ class UpdateDone(Event):
     operations that they cost by stage (`models/flops.py`). `peak_memory_bytes` is the most that any process
     has had so far: allocated on its GPU, or resident without one.
     `verifier_failures` counts, by source, responses that have no reward because their verifier failed.
-    `text_kept` is the share of teachers' responses that the phase keeps, by teacher and domain. `serving` is
+    `text_kept` is the share of teachers' responses that the phase keeps, by teacher and domain, and
+    `selected` the share of each source's prompts that it draws from; empty if these are all. `serving` is
     None without inference servers, and after the first update of a round.
     """
 
@@ -235,6 +248,7 @@ class UpdateDone(Event):
     verifier_failures: Mapping[str, int] = field(default_factory=dict)
     clip_factor: float = 1.0
     text_kept: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    selected: Mapping[str, float] = field(default_factory=dict)
     serving: ServingStats | None = None
 
     @property
@@ -325,6 +339,22 @@ class Note(Event):
     """A remark for the user."""
 
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class PromptsSelected(Event):
+    """A phase has selected the prompts of one source that it draws from."""
+
+    share: SelectedShare
+
+    @property
+    def text(self) -> str:
+        each = self.share
+        kept = (
+            f"{each.num_kept:,} of {each.num_prompts:,} prompts of {each.source} ({each.kept_fraction:.0%})"
+        )
+        reasons = f"; {each.reasons}" if each.dropped else ""
+        return f"phase '{each.phase}' draws from {kept}{reasons}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,16 @@ from mergeopd.reporting.events import (
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.metrics import MetricsFile
 
+# Numbers of a teacher's distribution, which not all targets contain.
+_WHERE_KNOWN = (
+    "entropy_T",
+    "entropy_gap",
+    "overlap",
+    "overlap_advantage",
+    "shared_mass_S",
+    "shared_mass_T",
+)
+
 Numbers = Mapping[str, float | None]
 _ACCURACY = TypeAdapter(AccuracyMeasured)
 
@@ -65,6 +75,7 @@ class UpdateRecord:
     verifier_failures: Mapping[str, int]
     cost: Cost
     text_kept: Mapping[str, Numbers] = field(default_factory=dict)
+    selected: Mapping[str, float] = field(default_factory=dict)
     serving: Numbers = field(default_factory=dict)
 
     @staticmethod
@@ -84,6 +95,7 @@ class UpdateRecord:
             domains={name: asdict(stats) for name, stats in sorted(event.domains.items())},
             policy={} if event.policy is None else asdict(event.policy),
             verifier_failures=dict(sorted(event.verifier_failures.items())),
+            selected=dict(sorted(event.selected.items())),
             text_kept={name: dict(sorted(own.items())) for name, own in sorted(event.text_kept.items())},
             serving={} if event.serving is None else asdict(event.serving),
             cost=Cost(
@@ -119,7 +131,8 @@ def _teacher_numbers(stats: TeacherStats) -> dict[str, float | None]:
         "logprob_gap_text": stats.logprob_gap_text,
     }
     if stats.bridge is None:
-        return numbers if stats.entropy_T is None else {**numbers, "entropy_T": stats.entropy_T}
+        known = {key: getattr(stats, key) for key in _WHERE_KNOWN}
+        return numbers | {key: value for key, value in known.items() if value is not None}
     return numbers | {key: value for key, value in asdict(stats.bridge).items() if value is not None}
 
 

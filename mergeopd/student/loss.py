@@ -92,6 +92,7 @@ def micro_loss(
             group=group,
             workspace=workspace,
             top_ids=what.top_ids,
+            overlap_rows=micro.overlap_rows,
         )
     except ArithmeticError as error:
         raise NumericsError(micro.with_teacher_names(error)) from error

@@ -116,6 +116,7 @@ def run(hidden, head, teachers, labels, divergences, group, support=None):
         group=group,
         chunk_rows=4,
         top_ids=6,
+        overlap_rows=torch.tensor([0, 1, 3, 8, 10]),
     )
     loss.backward()
     return loss.detach(), stats, [leaf.grad for leaf in leaves]
@@ -161,8 +162,13 @@ def compare(layout, divergences, dtype, num_teachers, group, support=None, num_k
     errors |= {
         field.name: worst(getattr(stats_tp, field.name), getattr(stats, field.name))
         for field in fields(stats)
-        if field.name != "top_ids"
+        if field.name not in ("top_ids", "overlap")
     }
+    if stats.overlap is not None:
+        errors |= {
+            f"overlap {name}": worst(part.nan_to_num(-9.0), getattr(stats.overlap, name).nan_to_num(-9.0))
+            for name, part in vars(stats_tp.overlap).items()
+        }
     errors["top_ids"] = float((stats_tp.top_ids.sort(1).values != stats.top_ids.sort(1).values).sum())
     scale = whole[1].abs().max(), whole[2].abs().max()
     errors["dW"] = ((d_weight[:valid] - whole[1][span]).abs().sum() / scale[0]).item()

@@ -75,6 +75,7 @@ MIXED = {
             "loss": {"reverse_kl": 0.7, "outcome": 0.5, "sampled_reverse_kl": 0.4},
             "correction": {"kind": "mask", "low": 0.85, "high": 1.2},
             "balance": {"tokens": "equal", "follow_gap": 1.0},
+            "select": {"frontier": {"low": 0.0, "high": 0.8, "samples": 3}, "near_teacher": {"nats": 4.0}},
         }
     ],
     "rollout": {"max_new_tokens": 7, "samples_per_prompt": 2, "temperature": 1.1},

@@ -1,5 +1,6 @@
 """An independent reference: full logits, `log_softmax` and autograd, by the definitions."""
 
+import math
 from types import SimpleNamespace
 
 import torch
@@ -55,6 +56,17 @@ def divergence(spec, log_S, log_T):
 
 def entropy(log_p):
     return -(log_p.exp() * log_p).sum(-1)
+
+
+def overlap(logits_S, logits_T, k, temperature=1.0):
+    """Ratio, advantage and both masses of the k likeliest tokens at one position, over sets of ids."""
+    p_S = [math.exp(z) for z in torch.log_softmax(logits_S / temperature, 0).tolist()]
+    p_T = [math.exp(z) for z in torch.log_softmax(logits_T / temperature, 0).tolist()]
+    ranked = [sorted(range(len(p)), key=lambda v, p=p: -p[v])[:k] for p in (p_S, p_T)]
+    common = set(ranked[0]) & set(ranked[1])
+    mass_S, mass_T = sum(p_S[v] for v in common), sum(p_T[v] for v in common)
+    terms = [p_S[v] / mass_S * math.log(p_T[v] / mass_T * mass_S / p_S[v]) for v in common]
+    return len(common) / k, sum(terms) / len(terms) if terms else math.nan, mass_S, mass_T
 
 
 def naive_loss(hidden, head, targets, labels, per_token, *, divergences, temperature=1.0, measure=divergence):

@@ -17,6 +17,7 @@ from mergeopd.storage import run_layout
 from mergeopd.storage.chat_replies import ApiUse, read_use
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.responses import EvaluatedResponse, read_responses
+from mergeopd.storage.selection import SelectedPrompt, SelectedShare, selected_shares
 from mergeopd.storage.teacher_text import GradedText, KeptShare, kept_shares
 
 _SHOWN_OF_PLAN = {"name", "student", "teachers", "phases"}
@@ -26,6 +27,7 @@ _SAMPLE = TypeAdapter(RolloutSampled)
 _ACCURACY = TypeAdapter(AccuracyMeasured)
 _ALARM = TypeAdapter(AlarmRaised)
 _GRADED = TypeAdapter(GradedText)
+_SELECTED = TypeAdapter(SelectedPrompt)
 _Record = TypeVar("_Record")
 
 
@@ -35,7 +37,8 @@ class RunData:
 
     `document` is plan.yaml, `responses` are the evaluated ones of merged student, base and experts, by model
     key; `notes` list what is missing or damaged; `text_kept` is what phases with `keep` have left of the
-    teachers' text, `api_use` what teachers behind APIs have counted.
+    teachers' text, `api_use` what teachers behind APIs have counted, `selected` what phases with `select`
+    have left of their prompts.
     """
 
     folder: Path
@@ -50,6 +53,7 @@ class RunData:
     notes: tuple[str, ...]
     text_kept: tuple[KeptShare, ...] = ()
     api_use: tuple[ApiUse, ...] = ()
+    selected: tuple[SelectedShare, ...] = ()
 
     @property
     def plan(self) -> Mapping[str, Any]:
@@ -114,6 +118,7 @@ def load_run(folder: Path) -> RunData:
         tuple(notes),
         text_kept,
         read_use(folder / run_layout.API_USE),
+        selected_shares(_lines(folder, run_layout.SELECTION, _SELECTED, notes)),
     )
 
 

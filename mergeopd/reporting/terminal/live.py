@@ -85,7 +85,7 @@ class LiveReporter:
             self._view.add(event, self._clock())
             self._move_bars(event)
         match event:
-            case events.Note():
+            case events.Note() | events.PromptsSelected():
                 self._print("note", event.text)
             case events.AccuracyMeasured():
                 self._print("eval", accuracy_line(event))

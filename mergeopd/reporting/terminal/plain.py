@@ -68,7 +68,7 @@ class PlainReporter:
             case events.AlarmRaised():
                 text = alarm_text(event, with_cause=self._view.is_new(event))
                 self._print(f"ALARM {text}", alarm_style(event))
-            case events.Note():
+            case events.Note() | events.PromptsSelected():
                 self._print(f"note: {event.text}")
             case events.StopRequested():
                 self._print(f"{event.signal}: {self._view.stop_text()}")

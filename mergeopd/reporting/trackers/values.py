@@ -37,6 +37,7 @@ def update_values(record: UpdateRecord) -> dict[str, float]:
         for teacher, own in record.text_kept.items()
         for domain, share in own.items()
     }
+    values |= {f"selected/{source}": share for source, share in record.selected.items()}
     values |= {f"seconds/{stage}": value for stage, value in record.cost.seconds.items()}
     values |= {f"cost/{key}": value for key, value in _numbers(record.cost)}
     return _known(values)

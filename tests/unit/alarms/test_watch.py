@@ -93,6 +93,10 @@ def kl(value: float) -> dict[str, Any]:
     return {"divergence": {"reverse_kl": value}, "logprob_gap_student": -value}
 
 
+def shared(student: float, teacher: float) -> dict[str, Any]:
+    return {"shared_mass_S": student, "shared_mass_T": teacher}
+
+
 ON_TEXT = {"logprob_gap_student": None}
 Stream = Callable[[int], UpdateDone]
 BAD: dict[str, tuple[Stream, tuple[int, str]]] = {
@@ -125,6 +129,18 @@ BAD: dict[str, tuple[Stream, tuple[int, str]]] = {
         lambda u: update(u, on_policy_fraction=float(u > 3), teachers={"code": kl(6.0) if u > 3 else ON_TEXT}),
         (6, "code"),
     ),
+    # 8 updates to rise, then 3 in a row.
+    "low_shared_mass": (lambda u: update(u, teachers={"code": shared(0.4, 0.9)}), (11, "code")),
+    "shared_mass_falling": (
+        # The running mean is 0.95 - 0.4 (1 - 0.75^k) after k updates, and below 0.95 - 0.25 from k = 4.
+        lambda u: update(u, teachers={"math": shared(0.99, 0.95 if u < 5 else 0.55)}),
+        (10, "math"),
+    ),
+    "entropy_gap_rising": (
+        # 0.1 + 1.4 (1 - 0.75^k) is above 0.1 + 0.5 from k = 2.
+        lambda u: update(u, teachers={"math": {"entropy_gap": 0.1 if u < 5 else 1.5}}),
+        (8, "math"),
+    ),
 }  # fmt: skip
 
 
@@ -138,6 +154,23 @@ def test_text_of_a_mismatched_teacher_is_found_in_a_mixture_as_well(plan: Plan) 
     assert watched(plan, [stream(u, 6.0) for u in range(1, 9)]) == [(2, "mismatched_teacher", "code")]
     # A student that also learns from its teachers' text needs no cold start.
     assert watched(plan, [stream(u, 1.0) for u in range(1, 9)]) == []
+
+
+def test_likely_tokens_may_be_few_at_first_and_on_text_of_others(plan: Plan) -> None:
+    """Shared mass that rises, that falls with a new share of the student's responses, or without any."""
+
+    def rising(u: int) -> UpdateDone:
+        return update(u, teachers={"code": shared(min(0.9, 0.1 + u / 50), 0.9)})
+
+    def ramp(u: int) -> UpdateDone:
+        return update(u, on_policy_fraction=min(u / 20, 1.0), teachers={"code": shared(1.0 - u / 50, 0.9)})
+
+    def cold_start(u: int) -> UpdateDone:
+        figures = ON_TEXT | shared(0.1, 0.1)
+        return update(u, on_policy_fraction=0.0, teachers={"code": figures})
+
+    for stream in (rising, ramp, cold_start):
+        assert watched(plan, [stream(u) for u in range(1, 26)]) == []
 
 
 def test_a_ramp_towards_own_responses_raises_nothing_but_a_rising_gap_on_them_does(plan: Plan) -> None:

@@ -15,4 +15,5 @@ def reference():
         logprobs=loss_reference.logprobs,
         divergence=loss_reference.divergence,
         entropy=loss_reference.entropy,
+        overlap=loss_reference.overlap,
     )

@@ -36,7 +36,18 @@ UPDATE = UpdateDone(
     num_tokens=600,
     on_policy_fraction=1.0,
     teachers={
-        "sort": TeacherStats(200, {"reverse_kl": 0.25}, -0.125, 0.5, logprob_gap_student=-0.125),
+        "sort": TeacherStats(
+            200,
+            {"reverse_kl": 0.25},
+            -0.125,
+            0.5,
+            logprob_gap_student=-0.125,
+            overlap=0.625,
+            overlap_advantage=-0.25,
+            entropy_gap=0.375,
+            shared_mass_S=0.75,
+            shared_mass_T=0.875,
+        ),
         "math": TeacherStats(400, {"reverse_kl": math.nan, "forward_kl": 0.75}, 0.0625, logprob_gap_text=0.5),
     },
     domains={"math": DomainStats(4, 400, 100.0, 2 / 3, 0.75, 1.5, 0.9, 0.25, 0.5, 0.88, 0.125)},
@@ -48,6 +59,7 @@ UPDATE = UpdateDone(
     policy=PolicyStats(0.125, 0.0, 0.9, 0.01, 0.5),
     verifier_failures={"code": 2},
     text_kept={"sort": {"sort": 0.5}, "math": {"math": 0.25}},
+    selected={"math": 0.75},
     clip_factor=0.4,
     serving=ServingStats(4.0, 3.0, 0.5, 1.0, 1, 2, 3, 0, 0.001, 0.25),
 )
@@ -70,7 +82,9 @@ def test_a_line_holds_every_figure_once_and_costs_apart(tmp_path: Path) -> None:
             "math": {"num_tokens": 400, "forward_kl": 0.75, "reverse_kl": None, "logprob_gap": 0.0625,
                      "logprob_gap_student": None, "logprob_gap_text": 0.5},
             "sort": {"num_tokens": 200, "reverse_kl": 0.25, "logprob_gap": -0.125,
-                     "logprob_gap_student": -0.125, "logprob_gap_text": None, "entropy_T": 0.5},
+                     "logprob_gap_student": -0.125, "logprob_gap_text": None, "entropy_T": 0.5,
+                     "entropy_gap": 0.375, "overlap": 0.625, "overlap_advantage": -0.25,
+                     "shared_mass_S": 0.75, "shared_mass_T": 0.875},
         },
         "domains": {"math": {"num_rollouts": 4, "num_tokens": 400, "mean_length": 100.0, "token_share": 2 / 3,
                              "weight": 0.75, "loss_share": 0.88, "nll": 1.5, "entropy_S": 0.9, "reward": 0.5,
@@ -84,7 +98,7 @@ def test_a_line_holds_every_figure_once_and_costs_apart(tmp_path: Path) -> None:
         "cost": {"seconds": {"rollout": 1.0, "text": 30.0, "update": 2.0}, "tokens_per_s": 200.0,
                  "teacher_bytes_read": 4096, "peak_memory_bytes": 2**30, "num_generated": {"student": 640},
                  "flops": {"rollout": 1e12, "update": 3e12}},
-        "text_kept": {"math": {"math": 0.25}, "sort": {"sort": 0.5}},
+        "text_kept": {"math": {"math": 0.25}, "sort": {"sort": 0.5}}, "selected": {"math": 0.75},
     }  # fmt: skip
 
 
