@@ -115,14 +115,14 @@ class InspectionTable:
         if not measured:
             return
         rows = table(
-            ("teacher", "alignment", "on correct", "on wrong", "nodes", "skipped", "rollouts"),
+            ("teacher", "alignment", "correct", "wrong", "nodes", "skipped", "rollouts"),
             ascii_only=ascii_only,
-            title="Cosine of the ideal gradient with the teacher's",
+            title="Cosine of the ideal gradient with the teacher's, by all responses and by outcome",
         )
         for name, one in measured:
             rows.add_row(
                 _plain(name, ascii_only),
-                plain_text(_number(one.score, with_range=True), ascii_only),
+                _bounds(one.score),
                 _number(one.on_correct),
                 _number(one.on_incorrect),
                 *(f"{num:,}" for num in (one.num_nodes, one.num_skipped, one.num_rollouts)),
@@ -139,8 +139,8 @@ class InspectionTable:
             ranks.add_row(
                 _plain(rank.domain, ascii_only),
                 _plain(rank.teacher, ascii_only),
-                plain_text(_number(rank.alignment, with_range=True), ascii_only),
-                "" if rank.is_best else plain_text(_number(rank.behind, with_range=True), ascii_only),
+                _bounds(rank.alignment),
+                "" if rank.is_best else _bounds(rank.behind),
             )
         yield ranks
 
@@ -267,14 +267,16 @@ def _percent(estimate: Estimate) -> str:
     return _MISSING if estimate.value is None else f"{100 * estimate.value:.0f}"
 
 
-def _number(estimate: Estimate, *, with_range: bool = False) -> str:
+def _bounds(estimate: Estimate) -> str:
+    """Format a cosine with its interval, which is not symmetric."""
+    value, low, high = estimate.value, estimate.low, estimate.high
+    if value is None:
+        return _MISSING
+    return f"{value:.2f}" if low is None or high is None else f"{value:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _number(estimate: Estimate) -> str:
     if estimate.value is None:
         return _MISSING
-    text = (
-        f"{estimate.value:.2f}"
-        if abs(estimate.value) >= 0.005 or estimate.value == 0
-        else f"{estimate.value:.0e}"
-    )
-    if with_range and estimate.low is not None and estimate.high is not None:
-        text += f" ± {(estimate.high - estimate.low) / 2:.2f}"
-    return text
+    is_plain = abs(estimate.value) >= 0.005 or estimate.value == 0
+    return f"{estimate.value:.2f}" if is_plain else f"{estimate.value:.0e}"

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from mergeopd.reporting.inspection import (
     VERDICT_TITLES,
+    AlignmentRank,
     CheckpointRank,
     Compatibility,
     Conflict,
@@ -75,6 +76,8 @@ def inspection() -> Inspection:
     unseen = teacher("unseen", Verdict("unknown", "has no prompt"), FINDING, signal=None)
     budget = DomainBudget("algebra", 8, 0.29, 610.0, 0.61, 0.17, Estimate(0.42), 38, 0.18)
     rank = CheckpointRank("algebra", "steps/2000", Estimate(0.63), Estimate(0.08), READY, is_best=True)
+    behind = Estimate(0.02, -0.02, 0.06)
+    earlier = CheckpointRank("algebra", "steps/1000", Estimate(0.61), Estimate(0.05), READY, False, behind)
     return Inspection(
         version=1,
         recipe="r.yaml",
@@ -85,7 +88,13 @@ def inspection() -> Inspection:
         teachers=(math, evil, unseen),
         domains=(budget,),
         conflicts=(Conflict("math", "unseen", 1240, Estimate(-0.21), Estimate(0.003)),),
-        checkpoints=(rank,),
+        checkpoints=(rank, earlier),
+        alignments=(
+            AlignmentRank("algebra", "math", Estimate(0.34, 0.27, 0.41), Estimate(0.0), is_best=True),
+            AlignmentRank(
+                "algebra", "code", Estimate(0.3, -0.1, 0.55), Estimate(0.04, -0.02, 0.5), is_best=False
+            ),
+        ),
         seconds={"rollout": 20.0, "teachers": 10.0, "total": 40.0},
     )
 
@@ -109,7 +118,9 @@ def test_every_part_fits_the_terminal(inspection: Inspection, width: int, encodi
     assert "noisy beyond" in words
     assert "unseen not known - - - -" in words
     assert "algebra 29 61 17 610 18 % 42 % 38" in words
-    assert ("0.34 ± 0.07" if encoding == "utf-8" else "0.34 +- 0.07") in words
+    assert "math 0.34 (0.27 to 0.41) 0.34 0.34 96" in words
+    assert "algebra code 0.30 (-0.10 to 0.55) 0.04 (-0.02 to 0.50)" in words
+    assert ("steps/1000 ready 61 2 ± 4" if encoding == "utf-8" else "steps/1000 ready 61 2 +- 4") in words
     assert "math, unseen -0.21 3e-03 1,240" in words
     assert "algebra steps/2000 ready 63 0.08 best" in words
     # A finding of every teacher is shown once, after the problems.
