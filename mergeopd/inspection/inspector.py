@@ -36,7 +36,7 @@ from mergeopd.inspection.sample import Responder, draw_sample, sampled_sources, 
 from mergeopd.inspection.signal import Measured, MeasuredRendering, Scored, token_mean
 from mergeopd.preflight.inputs import Inputs
 from mergeopd.recipe.inspection import InspectionSettings
-from mergeopd.reporting.inspection import Conflict
+from mergeopd.reporting.inspection import Conflict, Verdict
 from mergeopd.rollout.local import LocalEngine
 from mergeopd.rollout.protocol import ReplicaSource, RolloutEngine
 from mergeopd.teacher.hidden_cache import HiddenCache
@@ -49,14 +49,14 @@ from mergeopd.types import Prompt
 
 @dataclass(frozen=True)
 class TeacherFindings:
-    """What was measured of a teacher; `fault` is the reason why it could not be."""
+    """What was measured of a teacher; `fault` is the verdict where that was not possible."""
 
     name: str
     members: Sequence[int]
     measured: Measured | None = None
     on_student: OnStudent | None = None
     own: OwnResponses | None = None
-    fault: str | None = None
+    fault: Verdict | None = None
 
 
 @dataclass(frozen=True)
@@ -171,12 +171,17 @@ class Inspector:
     def _teacher(self, name: str) -> TeacherFindings:
         members = self.members[name]
         if name not in self.teachers:
-            return TeacherFindings(name, members, fault="is behind an API, which an inspection does not ask")
+            fault = Verdict("unknown", "is behind an API, which an inspection does not ask")
+            return TeacherFindings(name, members, fault=fault)
+        if not members:
+            remedy = "name it in the `teachers` of a source or a phase"
+            fault = Verdict("unknown", "has no prompts in any phase", remedy=remedy)
+            return TeacherFindings(name, members, fault=fault)
         try:
             with self.teachers[name].open() as session:
                 return self._measure(name, session)
         except TeacherError as error:
-            return TeacherFindings(name, members, fault=f"cannot be used: {error}")
+            return TeacherFindings(name, members, fault=Verdict("wrong_teacher", f"cannot be used: {error}"))
 
     def _measure(self, name: str, session: TeacherSession) -> TeacherFindings:
         members, view = self.members[name], self.views[name]

@@ -28,7 +28,6 @@ from mergeopd.reporting.inspection import (
     Signal,
     TeacherInspection,
     TokenCandidate,
-    Verdict,
 )
 
 
@@ -98,10 +97,7 @@ def teacher_inspection(inspector: Inspector, one: TeacherFindings) -> TeacherIns
             members = [i for i in one.members if inspector.prompts[i].domain == domain]
             by_domain[domain] = signal_of(one.measured, members)
     of_domains = {name: verdict_of(own, limits, comparison) for name, own in by_domain.items()}
-    verdict = over_domains(verdict_of(signal, limits, comparison), of_domains)
-    if one.fault is not None:
-        kind = verdict.kind if one.name not in inspector.teachers else "wrong_teacher"
-        verdict = Verdict(kind, one.fault)
+    verdict = one.fault or over_domains(verdict_of(signal, limits, comparison), of_domains)
     return TeacherInspection(
         name=one.name,
         model=shown(plan.folder) if plan.api is None else plan.api.model,

@@ -219,6 +219,19 @@ def test_end_tokens_that_the_teacher_does_not_use_are_in_no_figure(write_job: Ca
     assert teacher.verdict.kind == "template_mismatch"
 
 
+def test_a_teacher_that_cannot_be_measured_does_not_stop_the_others(job: Path) -> None:
+    write_eval(job)
+    canary = {"prompt": "a", "response": "b c", "logprobs": [-40.0, -40.0]}
+    (job.parent / "one.yaml").write_text(
+        json.dumps({"card": 1, "name": "one", "model": "one", "canary": canary})
+    )
+    one, two = inspect(job).teachers
+    assert one.verdict.kind == "wrong_teacher"
+    assert "is not the model its card describes" in one.verdict.sentence
+    assert one.signal is None
+    assert two.signal is not None
+
+
 def test_a_teacher_without_distributions_is_compared_at_sampled_tokens(
     job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
