@@ -285,9 +285,8 @@ class AheadPipeline(SynchronousPipeline):
             following = phase_at(self.plan, progress.update)
             if following is None or self._is_too_old(progress):
                 return
-            if not self.selection.is_ready(
-                following[0]
-            ):  # its prompts depend on weights that are not there yet
+            # The prompts of a phase that selects them depend on weights that are not there yet.
+            if not self.selection.is_ready(following[0]):
                 return
             if progress.round > newest:
                 self._submit(progress)

@@ -244,6 +244,23 @@ def test_phases_texts_and_samples_change_between_rounds_in_flight(make_job: Call
     assert len(ledger.updates) == 10
 
 
+def test_no_round_of_a_phase_is_generated_before_its_prompts_are_selected(
+    make_job: Callable[..., Job],
+) -> None:
+    """They depend on the weights at its start; within the phase, rounds are ahead again."""
+    hard = {**PHASE, "name": "hard", "updates": 3, "select": {"near_teacher": {"nats": 50.0}}}
+    job = make_job({"phases": [{**PHASE, "updates": 3}, hard]}, {"ahead": 1})
+    ledger = Ledger()
+    folder = job.run(ledger)
+    assert [lag for lag, _ in lags(ledger)] == [0, 1, 1, 0, 1, 1]
+    selected = [one.selected for one in ledger.rounds]
+    assert selected == [{}] * 3 + [{"left": 1.0, "right": 1.0}] * 3
+    rows = (folder.path / "rollouts" / "selection.jsonl").read_text().splitlines()
+    assert all(0.0 < json.loads(row)["gap"] < 50.0 for row in rows)
+    samples = [sample for update in ledger.trained for _, _, sample in update]
+    assert min(samples[12:]) >= 2 << 20
+
+
 def test_a_killed_run_resumes_without_a_prompt_lost_or_doubled(make_job: Callable[..., Job]) -> None:
     job = make_job({"checkpoint": {"every": 1}}, {"ahead": 2})
     done: dict[int, list[tuple[str, str]]] = {}
