@@ -14,9 +14,13 @@ from hypothesis import HealthCheck, settings
 WORDS = ("a", "b", "c", "d", "<eos>")
 
 
-# The same examples every time, so that failures can be repeated. Health checks of speed depend on the load.
+# The same examples every time, so that failures can be repeated. Limits of time would depend on the load.
 settings.register_profile(
-    "repeatable", derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("repeatable")
 
