@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
 from contributions import contribution
+from results import result_of
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -36,8 +38,9 @@ from mergeopd.reporting.contribution import (
     read_contribution,
     write_contribution,
 )
+from mergeopd.reporting.result import write_result
 from mergeopd.storage.folders import atomic_folder
-from mergeopd.storage.responses import EvaluatedResponse
+from mergeopd.storage.responses import EvaluatedResponse, write_responses
 from mergeopd.storage.run_folder import RunFolder
 
 QUIET = Console(quiet=True)
@@ -140,6 +143,7 @@ def test_an_export_of_an_expert_has_reached_it(finish: Finish, job: Path) -> Non
 def test_teachers_whose_weights_are_gone_are_told_and_the_rest_is_measured(finish: Finish, job: Path) -> None:
     folder = finish("two")
     shutil.rmtree(job.parent / "one")
+    write_evaluation(folder)
     called = CliRunner().invoke(app, ["inspect", str(folder), "--json", "--prompts", "4"])
     assert called.exit_code == 0, called.output
     made = read_contribution(folder / "inspect" / "contribution.json")
@@ -150,6 +154,30 @@ def test_teachers_whose_weights_are_gone_are_told_and_the_rest_is_measured(finis
     assert "cannot be read" in one.fault
     assert any(sentence.startswith("one cannot be read") for sentence in made.summary)
     assert two.by_domain["left"].closed.value == pytest.approx(1.0)
+
+    # Accuracies are those of the result; what the evaluation has no responses of is sampled.
+    left, right, chat = made.domains
+    assert [(d.name, d.measured_on) for d in made.domains] == [
+        ("left", "evaluation"),
+        ("right", "sample"),
+        ("chat", "evaluation"),
+    ]
+    assert (left.pass_rate.base.value, left.pass_rate.merged.value, left.num_prompts) == (1.0, 0.25, 4)
+    assert (left.length.base.value, left.length.merged.value) == (3, 7)
+    assert (chat.pass_rate.change.value, chat.length.change.value) == (-0.75, None)
+    assert not chat.is_trained
+    assert right.num_prompts == 2
+    assert [pair.key for pair in made.responses if pair.name == "left"] == ["p1", "p2", "p3", "p0"]
+
+
+def write_evaluation(run: Path) -> None:
+    """Write a result of two suites, of which one has responses."""
+    accuracies = {"base": 1.0, "merged": 0.25, "expert/two": 1.0}
+    write_result(run / "result.json", result_of({"left": accuracies, "chat": accuracies}, num=4))
+    for model, num, rewards in (("base", 3, (1, 1, 1, 1)), ("merged", 7, (1, 0, 0, 0))):
+        rows = [row(f"p{i}", model, reward, num=num) for i, reward in enumerate(rewards)]
+        own = [replace(one, domain="left", suite="left") for one in rows]
+        write_responses(run / "evaluation" / f"{model}.parquet", own)
 
 
 def test_options_of_recipes_are_refused_for_runs(finish: Finish) -> None:
