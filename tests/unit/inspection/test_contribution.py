@@ -67,7 +67,7 @@ def finish(job: Path) -> Finish:
     """`finish(model)` writes the folder of a run that exported this model; returns the folder."""
 
     def write(model: str) -> Path:
-        inputs = preflight(job)
+        inputs = preflight(job, with_servers=False)
         folder = RunFolder(Path(inputs.plan.output))
         folder.claim(inputs.plan, inputs.files, datetime(2026, 1, 2), ())
         with atomic_folder(folder.export) as target:
@@ -196,6 +196,32 @@ def test_a_run_without_its_recipe_is_inspected_from_its_plan(finish: Finish, job
     assert after.inputs.plan.teachers == before.inputs.plan.teachers
     (job.parent / "left.jsonl").write_text(json.dumps({"prompt": "a", "answer": "b", "response": "c"}))
     assert "left.jsonl has other contents than when the run began" in open_run(folder).notes
+
+
+def test_remote_teachers_of_a_run_without_its_recipe(finish: Finish, job: Path) -> None:
+    """Servers' addresses are not in a run folder; an API is not asked anyway."""
+    document = json.loads(job.read_text())
+    document["teachers"]["far"] = {"card": "far.yaml"}
+    document["prompts"][0]["teachers"]["far"] = 1.0
+    warm = {"name": "warm", "updates": 1, "loss": "nll", "text": "teacher", "prompts": ["left"]}
+    document["phases"].insert(0, {**warm, "prompts_per_round": 2, "teachers": {"far": 1.0}})
+    document["phases"][1]["teachers"] = {"one": 1.0, "two": 1.0}
+    job.write_text(json.dumps(document))
+    api = {"url": "https://example.invalid/v1", "model": "big", "probe": False}
+    (job.parent / "far.yaml").write_text(json.dumps({"card": 1, "name": "far", "api": api}))
+    card = json.loads((job.parent / "one.yaml").read_text())
+    card["served"] = {"engine": "vllm", "url": "http://127.0.0.1:9", "hidden_states": True}
+    (job.parent / "one.yaml").write_text(json.dumps(card))
+    folder = finish("two")
+    run = open_run(folder)
+    assert run.faults == {"far": "is behind an API, which an inspection does not ask"}
+    assert run.inputs.plan.teachers["one"].served is not None
+    assert not any("weights" in note for note in run.notes)
+    job.unlink()
+    run = open_run(folder)
+    assert list(run.faults) == ["far"]
+    assert run.inputs.plan.teachers["one"].served is None
+    assert run.notes[0].startswith("one: read from their own weights")
 
 
 def test_runs_that_cannot_be_inspected_are_refused_with_a_remedy(finish: Finish, job: Path) -> None:
