@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from mergeopd.engine.evaluate import shown_text
 from mergeopd.engine.models import Machine
 from mergeopd.engine.stages import Stages
-from mergeopd.errors import TeacherError
+from mergeopd.errors import ServingError, TeacherError
 from mergeopd.inspection.changes import Side
 from mergeopd.inspection.finished_run import FinishedRun
 from mergeopd.inspection.inspector import Inspector, open_inspector
@@ -66,7 +66,7 @@ class BothStudents:
             try:
                 with self.base.stages.clock.stage("teachers"), self.base.teachers[name].open() as session:
                     on_both[name] = self._teacher(name, session)
-            except TeacherError as error:
+            except (TeacherError, ServingError) as error:
                 measured[name] = MeasuredTeacher(members, fault=f"cannot be used: {error}")
         gaps = [self._gaps(student, on_both) for student in (self.merged, self.base)]
         return measured | {

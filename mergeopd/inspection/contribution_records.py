@@ -87,7 +87,7 @@ def _teachers(
             members = [i for i in one.members if prompts[i].domain == domain]
             by_domain[name][domain] = teacher_change(one.base, one.merged, one.graded, members)
             rest = rest_nats(one.merged.on_student, members)
-            if rest is not None:
+            if rest is not None and name not in students.followers:
                 nats[name, domain] = rest
     sum_of_rests = sum(nats.values())
     if sum_of_rests > 0:

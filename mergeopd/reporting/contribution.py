@@ -58,7 +58,7 @@ class TeacherChange:
     closed                share of the base's reverse KL that is gone: 1 - merged / base
     recovered             share of the teacher's lead in pass rate that the merged student reached
     rest_share            share of what is left to learn, in nats over all tokens of the sample, over all
-                          teachers; None without distributions
+                          teachers; None without distributions, and for one that followed the student
     """
 
     num_prompts: int

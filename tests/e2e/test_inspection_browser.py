@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from contributions import contribution
 from inspections import inspection
 
+from mergeopd.reporting.page.contribution import write_contribution_page
 from mergeopd.reporting.page.inspection import write_inspection_page
 
 # The least contrast (WCAG 2) that a text has with the colours behind it, where it is below 4.5, or 3 for large text.
@@ -178,3 +180,26 @@ def test_a_tap_shows_a_token_and_hostile_text_is_inert(url: str, browser: Any) -
     assert browser.evaluate(PLACE) > 5
     assert browser.complaints() == []
     assert browser.requests() == [url]
+
+
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (1440, False)])
+def test_the_page_of_a_contribution_is_legible_and_loads_nothing(
+    browser: Any, tmp_path: Path, width: int, dark: bool
+) -> None:
+    file = tmp_path / "contribution.html"
+    write_contribution_page(contribution(), file)
+    browser.show(file.as_uri(), width=width, height=20_000, dark=dark)
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    browser.evaluate("document.querySelectorAll('details').forEach((e) => { e.open = true; })")
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    assert browser.evaluate(LOW_CONTRAST) == []
+    browser.evaluate("document.getElementById('theme').click()")
+    assert browser.evaluate(LOW_CONTRAST) == []
+    # The bar of the merged student is an eighth as long as that of the base.
+    bars = (
+        "[...document.querySelectorAll('.kl .bar i')].slice(0, 2).map((e) => e.getBoundingClientRect().width)"
+    )
+    base, merged = browser.evaluate(bars)
+    assert merged == pytest.approx(base / 8, abs=1.0)
+    assert browser.complaints() == []
+    assert browser.requests() == [file.as_uri()]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
 from contributions import contribution
+from results import result_of
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -36,8 +38,9 @@ from mergeopd.reporting.contribution import (
     read_contribution,
     write_contribution,
 )
+from mergeopd.reporting.result import write_result
 from mergeopd.storage.folders import atomic_folder
-from mergeopd.storage.responses import EvaluatedResponse
+from mergeopd.storage.responses import EvaluatedResponse, write_responses
 from mergeopd.storage.run_folder import RunFolder
 
 QUIET = Console(quiet=True)
@@ -64,7 +67,7 @@ def finish(job: Path) -> Finish:
     """`finish(model)` writes the folder of a run that exported this model; returns the folder."""
 
     def write(model: str) -> Path:
-        inputs = preflight(job)
+        inputs = preflight(job, with_servers=False)
         folder = RunFolder(Path(inputs.plan.output))
         folder.claim(inputs.plan, inputs.files, datetime(2026, 1, 2), ())
         with atomic_folder(folder.export) as target:
@@ -140,6 +143,7 @@ def test_an_export_of_an_expert_has_reached_it(finish: Finish, job: Path) -> Non
 def test_teachers_whose_weights_are_gone_are_told_and_the_rest_is_measured(finish: Finish, job: Path) -> None:
     folder = finish("two")
     shutil.rmtree(job.parent / "one")
+    write_evaluation(folder)
     called = CliRunner().invoke(app, ["inspect", str(folder), "--json", "--prompts", "4"])
     assert called.exit_code == 0, called.output
     made = read_contribution(folder / "inspect" / "contribution.json")
@@ -150,6 +154,30 @@ def test_teachers_whose_weights_are_gone_are_told_and_the_rest_is_measured(finis
     assert "cannot be read" in one.fault
     assert any(sentence.startswith("one cannot be read") for sentence in made.summary)
     assert two.by_domain["left"].closed.value == pytest.approx(1.0)
+
+    # Accuracies are those of the result; what the evaluation has no responses of is sampled.
+    left, right, chat = made.domains
+    assert [(d.name, d.measured_on) for d in made.domains] == [
+        ("left", "evaluation"),
+        ("right", "sample"),
+        ("chat", "evaluation"),
+    ]
+    assert (left.pass_rate.base.value, left.pass_rate.merged.value, left.num_prompts) == (1.0, 0.25, 4)
+    assert (left.length.base.value, left.length.merged.value) == (3, 7)
+    assert (chat.pass_rate.change.value, chat.length.change.value) == (-0.75, None)
+    assert not chat.is_trained
+    assert right.num_prompts == 2
+    assert [pair.key for pair in made.responses if pair.name == "left"] == ["p1", "p2", "p3", "p0"]
+
+
+def write_evaluation(run: Path) -> None:
+    """Write a result of two suites, of which one has responses."""
+    accuracies = {"base": 1.0, "merged": 0.25, "expert/two": 1.0}
+    write_result(run / "result.json", result_of({"left": accuracies, "chat": accuracies}, num=4))
+    for model, num, rewards in (("base", 3, (1, 1, 1, 1)), ("merged", 7, (1, 0, 0, 0))):
+        rows = [row(f"p{i}", model, reward, num=num) for i, reward in enumerate(rewards)]
+        own = [replace(one, domain="left", suite="left") for one in rows]
+        write_responses(run / "evaluation" / f"{model}.parquet", own)
 
 
 def test_options_of_recipes_are_refused_for_runs(finish: Finish) -> None:
@@ -168,6 +196,32 @@ def test_a_run_without_its_recipe_is_inspected_from_its_plan(finish: Finish, job
     assert after.inputs.plan.teachers == before.inputs.plan.teachers
     (job.parent / "left.jsonl").write_text(json.dumps({"prompt": "a", "answer": "b", "response": "c"}))
     assert "left.jsonl has other contents than when the run began" in open_run(folder).notes
+
+
+def test_remote_teachers_of_a_run_without_its_recipe(finish: Finish, job: Path) -> None:
+    """Servers' addresses are not in a run folder; an API is not asked anyway."""
+    document = json.loads(job.read_text())
+    document["teachers"]["far"] = {"card": "far.yaml"}
+    document["prompts"][0]["teachers"]["far"] = 1.0
+    warm = {"name": "warm", "updates": 1, "loss": "nll", "text": "teacher", "prompts": ["left"]}
+    document["phases"].insert(0, {**warm, "prompts_per_round": 2, "teachers": {"far": 1.0}})
+    document["phases"][1]["teachers"] = {"one": 1.0, "two": 1.0}
+    job.write_text(json.dumps(document))
+    api = {"url": "https://example.invalid/v1", "model": "big", "probe": False}
+    (job.parent / "far.yaml").write_text(json.dumps({"card": 1, "name": "far", "api": api}))
+    card = json.loads((job.parent / "one.yaml").read_text())
+    card["served"] = {"engine": "vllm", "url": "http://127.0.0.1:9", "hidden_states": True}
+    (job.parent / "one.yaml").write_text(json.dumps(card))
+    folder = finish("two")
+    run = open_run(folder)
+    assert run.faults == {"far": "is behind an API, which an inspection does not ask"}
+    assert run.inputs.plan.teachers["one"].served is not None
+    assert not any("weights" in note for note in run.notes)
+    job.unlink()
+    run = open_run(folder)
+    assert list(run.faults) == ["far"]
+    assert run.inputs.plan.teachers["one"].served is None
+    assert run.notes[0].startswith("one: read from their own weights")
 
 
 def test_runs_that_cannot_be_inspected_are_refused_with_a_remedy(finish: Finish, job: Path) -> None:
