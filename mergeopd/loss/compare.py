@@ -12,6 +12,7 @@ from torch import Tensor
 from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.checks import check_inputs, check_vocabulary, require_finite
 from mergeopd.loss.heads import Hidden, Projection
+from mergeopd.loss.overlap import on_common
 from mergeopd.loss.slicing import compute_dtype, rows_in_chunk, slices
 from mergeopd.loss.support import top_columns
 
@@ -25,10 +26,7 @@ class Comparison:
     reverse_kl, forward_kl  KL(S || T) and KL(T || S) over the whole vocabulary
     entropy_S, entropy_T    of the whole distributions
     logprob_S, logprob_T    log-probability of the sampled token
-    overlap    |S_t n Q_t| / k of the k likeliest tokens of each (2604.13016)
-    advantage  mean over the tokens in both sets of pbar_S (log pbar_T - log pbar_S), both renormalised on
-               them; NaN where there are none
-    mass_S, mass_T          mass of each model on the tokens in both sets
+    overlap, advantage, mass_S, mass_T     on the common tokens, as `mergeopd.loss.overlap` defines them
     ids_S, logprobs_S, ids_T, logprobs_T   the c likeliest tokens of each, the likeliest first
     """
 
@@ -125,11 +123,9 @@ def compare_logprobs(
     top_S, top_T = top_columns(logprobs_S, k), top_columns(logprobs_T, k)
     is_top_T = torch.zeros_like(logprobs_T, dtype=torch.bool).scatter_(1, top_T, True)
     is_common = is_top_T.gather(1, top_S)
-    common_S = _where(is_common, logprobs_S.gather(1, top_S))
-    common_T = _where(is_common, logprobs_T.gather(1, top_S))
-    mass_S, mass_T = common_S.logsumexp(1, keepdim=True), common_T.logsumexp(1, keepdim=True)
-    ratios = torch.where(is_common, (common_T - mass_T) - (common_S - mass_S), 0.0)
-    weighted = torch.where(is_common, (common_S - mass_S).exp() * ratios, 0.0)
+    overlap, advantage, mass_S, mass_T = on_common(
+        logprobs_S.gather(1, top_S), logprobs_T.gather(1, top_S), is_common
+    )
     best_S, best_T = (logprobs.topk(num_candidates, dim=1) for logprobs in (logprobs_S, logprobs_T))
     labels_n1 = labels_n.unsqueeze(1)
     return Comparison(
@@ -139,10 +135,10 @@ def compare_logprobs(
         entropy_T=-torch.linalg.vecdot(probs_T, logprobs_T),
         logprob_S=logprobs_S.gather(1, labels_n1).squeeze(1),
         logprob_T=logprobs_T.gather(1, labels_n1).squeeze(1),
-        overlap=is_common.sum(1).to(logprobs_S) / k,
-        advantage=weighted.sum(1) / is_common.sum(1),
-        mass_S=mass_S.squeeze(1).exp(),
-        mass_T=mass_T.squeeze(1).exp(),
+        overlap=overlap,
+        advantage=advantage,
+        mass_S=mass_S,
+        mass_T=mass_T,
         ids_S=best_S.indices,
         logprobs_S=best_S.values,
         ids_T=best_T.indices,
@@ -191,7 +187,3 @@ def _gradient(logprobs_S: Tensor, logprobs_T: Tensor) -> Tensor:
     probs, ratios = logprobs_S.exp(), logprobs_S - logprobs_T
     gradient: Tensor = probs * (ratios - torch.linalg.vecdot(probs, ratios).unsqueeze(1))
     return gradient
-
-
-def _where(is_member: Tensor, logprobs: Tensor) -> Tensor:
-    return torch.where(is_member, logprobs, -torch.inf)

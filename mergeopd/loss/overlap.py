@@ -125,15 +125,25 @@ class OverlapMeter:
 
     def _fill(self, index: int, part: slice, log_S: Tensor, log_T: Tensor, is_common: Tensor) -> None:
         """Compute one teacher's numbers from log-probabilities `[m, k]` of the student's k ids."""
-        overlap, num = self.overlap, is_common.sum(1)
-        mass_S = log_S.masked_fill(~is_common, -torch.inf).logsumexp(1)
-        mass_T = log_T.masked_fill(~is_common, -torch.inf).logsumexp(1)
-        excess = (log_T - mass_T.unsqueeze(1)) - (log_S - mass_S.unsqueeze(1))
-        terms = torch.where(is_common, (log_S - mass_S.unsqueeze(1)).exp() * excess, 0.0)
-        overlap.ratio[index, part] = num.to(log_S) / self.k
-        overlap.advantage[index, part] = torch.where(num > 0, terms.sum(1) / num, torch.nan)
-        overlap.mass_S[index, part] = mass_S.exp()
-        overlap.mass_T[index, part] = mass_T.exp()
+        own = self.overlap
+        kept = (own.ratio, own.advantage, own.mass_S, own.mass_T)
+        for values, new in zip(kept, on_common(log_S, log_T, is_common), strict=True):
+            values[index, part] = new
+
+
+def on_common(log_S: Tensor, log_T: Tensor, is_common: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ratio, advantage, and the masses of student and teacher, `[m]` each; see the module.
+
+    `log_S` and `log_T` are both models' log-probabilities of the student's k likeliest ids, `[m, k]`;
+    `is_common` are those of them that are also among the teacher's.
+    """
+    num = is_common.sum(1)
+    mass_S = log_S.masked_fill(~is_common, -torch.inf).logsumexp(1)
+    mass_T = log_T.masked_fill(~is_common, -torch.inf).logsumexp(1)
+    excess = (log_T - mass_T.unsqueeze(1)) - (log_S - mass_S.unsqueeze(1))
+    terms = torch.where(is_common, (log_S - mass_S.unsqueeze(1)).exp() * excess, 0.0)
+    advantage = torch.where(num > 0, terms.sum(1) / num, torch.nan)
+    return num.to(log_S) / is_common.shape[1], advantage, mass_S.exp(), mass_T.exp()
 
 
 def _over_shards(log_mass: Tensor, group: dist.ProcessGroup | None) -> Tensor:
