@@ -1,4 +1,4 @@
-"""The command line: `mergeopd run | check | eval | targets | report | push | schema | tokenizers | new`.
+"""The command line: `mergeopd run | check | plan | eval | targets | report | push | schema | tokenizers | new`.
 
 Exit codes: 0 success; 2 the recipe or the command's arguments are wrong; 3 stopped on request (SIGTERM,
 Ctrl-C, --updates) with everything saved; 130 interrupted at once (second Ctrl-C); 1 any other error.
@@ -21,6 +21,7 @@ from mergeopd.cli.evaluate import evaluate
 from mergeopd.cli.logs import VERBOSE, log_to_stderr
 from mergeopd.cli.new import new
 from mergeopd.cli.options import RecipeCommand
+from mergeopd.cli.plan import plan
 from mergeopd.cli.push import push
 from mergeopd.cli.report import report
 from mergeopd.cli.run import run
@@ -48,6 +49,7 @@ app = typer.Typer(
 )
 app.add_typer(new, name="new")
 app.command(cls=RecipeCommand)(check)
+app.command(cls=RecipeCommand)(plan)
 app.command(cls=RecipeCommand)(run)
 app.command(cls=RecipeCommand, name="eval")(evaluate)
 app.command(cls=RecipeCommand)(targets)
