@@ -161,7 +161,7 @@ class ModelShape:
         attention = 2 * query + 2 * key + wide * self.heads
         feed_forward = (4 if self.is_gated else 2) * self.ffn
         of_layer = norms + attention + feed_forward + (head_norms if self.has_head_norms else 0)
-        return of_layer, (2 + wide) * hidden + wide
+        return of_layer, (1 + wide) * hidden + wide
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,16 +187,15 @@ def stored_bytes(config: Mapping[str, Any]) -> float:
 
 
 def _dense_counts(facts: ModelFacts, config: Mapping[str, Any]) -> Counts:
-    shapes = expected_shapes(facts, config)
-    unknown = next((name for name, shape in shapes.items() if None in shape), None)
-    if unknown is not None:
-        raise ModelError(
-            f"{facts.folder / 'config.json'}: does not determine the shape of {unknown}; "
-            "fetch the model's own config.json"
-        )
-    known = [tuple(size or 0 for size in shape) for shape in shapes.values()]
-    matrices = sum(prod(shape) for shape in known if len(shape) > 1)
-    vectors = sum(prod(shape) for shape in known if len(shape) == 1)
-    ffn = positive_int(facts.folder / "config.json", dict(config), "intermediate_size")
-    return Counts(matrices, matrices, vectors, ffn)
-
+    path = facts.folder / "config.json"
+    shapes = []
+    for name, shape in expected_shapes(facts, config).items():
+        # Sizes that transformers takes from other keys than most models: heads times their size.
+        of_keys = any(part in name for part in ("k_proj", "v_proj"))
+        heads = config["num_key_value_heads" if of_keys else "num_attention_heads"]
+        if None in shape and "self_attn" not in name:
+            raise ModelError(f"{path}: does not determine the shape of {name}; fetch the model's own config.json")
+        shapes.append(tuple(heads * config["head_dim"] if size is None else size for size in shape))
+    matrices = sum(prod(shape) for shape in shapes if len(shape) > 1)
+    vectors = sum(prod(shape) for shape in shapes if len(shape) == 1)
+    return Counts(matrices, matrices, vectors, positive_int(path, dict(config), "intermediate_size"))

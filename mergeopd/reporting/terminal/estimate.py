@@ -55,7 +55,8 @@ def _memory(result: Estimate, console: Console, ascii_only: bool) -> None:
         filled = min(round(share * width), width)
         rows.append((name, f"{size / _GIB:,.2f}", f"{share:.1%}", "━" * filled))
     others = [f"{s.stage} {s.total() / _GIB:,.2f}" for s in result.memory if s.stage != peak.stage]
-    shown = table(("part", "GiB", "of limit", ""), rows, ascii_only=ascii_only, title=title)
+    console.print(Text(plain_text(title, ascii_only), style="bold"))
+    shown = table(("part", "GiB", "of limit", ""), rows, ascii_only=ascii_only)
     shown.columns[-1].justify = "left"
     shown.columns[-1].no_wrap = True
     console.print(shown)
@@ -94,7 +95,8 @@ def _phase(phase: PhaseEstimate, console: Console, ascii_only: bool) -> None:
         )
         for stage in phase.stages
     ]
-    console.print(table(("stage", "a round", "share", "TFLOP", "bound by"), rows, ascii_only=ascii_only, title=title))
+    console.print(Text(plain_text(title, ascii_only), style="bold"))
+    console.print(table(("stage", "a round", "share", "TFLOP", "bound by"), rows, ascii_only=ascii_only))
     slowest = max(phase.stages, key=lambda stage: stage.seconds, default=None)
     words = [f"read {phase.bytes_read / 1e9:,.2f} GB of teachers a round"]
     if slowest is not None:
@@ -136,7 +138,8 @@ def _changes(result: Estimate, console: Console, ascii_only: bool) -> None:
         for change in result.changes
     ]
     headings = ("change", "run", "time", "GiB", "because")
-    console.print(table(headings, rows, ascii_only=ascii_only, title="To save time, planned again with:"))
+    console.print(Text("To save time, planned again with:", style="bold"))
+    console.print(table(headings, rows, ascii_only=ascii_only))
 
 
 def _settings(change: Change) -> str:
@@ -156,7 +159,8 @@ def _fitted(fitted: tuple[Fitted, ...], console: Console, ascii_only: bool) -> N
         for one in fitted
     ]
     headings = ("grid", "micro_batch_tokens", "recompute", "rollout.batch_size", "GiB", "run")
-    console.print(table(headings, rows, ascii_only=ascii_only, title="Settings that fit, the fastest first:"))
+    console.print(Text("Settings that fit, the fastest first:", style="bold"))
+    console.print(table(headings, rows, ascii_only=ascii_only))
 
 
 def duration(seconds: float) -> str:
