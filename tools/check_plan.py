@@ -2,11 +2,11 @@
 
     python tools/check_plan.py --hardware FILE [--jobs NAME...] [--repeats 2] [--json]
 
-Each job is a run of `mergeopd run` with random models: a few rounds of one phase. The memory is the largest peak
-of its processes (resident, mapped files included), and the time of a round is the smallest of all rounds but the
-first, over all repeats, because other work on the machine only adds to it. Take the profile with
-`mergeopd plan --measure` in the same session, when the machine has nothing else to do. Where it always has, compare
-the seconds of `--clock cpu`, which are those of a machine without other work, except for waiting.
+Each job is a run of `mergeopd run` with random models: a few rounds of one phase. The memory is the largest
+peak of its processes (resident, mapped files included), and the time of a round is the smallest of all rounds
+but the first, over all repeats, because other work on the machine only adds to it. Take the profile with
+`mergeopd plan --measure` in the same session, when the machine has nothing else to do. Where it always has,
+compare the seconds of `--clock cpu`: those that the first process computes, without its waiting.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 from step_bench.job import write_model
 
-# Seconds that the first process computes, in place of those that pass: other work on the machine does not count.
+# Seconds that the first process computes, in place of those that pass.
 CPU_CLOCK = """import time, types
 import mergeopd.engine.clock
 mergeopd.engine.clock.time = types.SimpleNamespace(perf_counter=time.process_time)
@@ -66,6 +66,7 @@ def megatron(**parallel: int) -> dict[str, Any]:
 
 
 SMALL, MIDDLE, LARGE = Size(256, 4, 8192), Size(512, 6, 8192), Size(1024, 4, 16384)
+TOP, MIXED = {"top_k": 32, "of": "teacher"}, {"forward_kl": 1.0, "nll": 0.1}
 JOBS = (
     Job("small", SMALL, (SMALL,), 96, 32, 64),
     Job("large", LARGE, (LARGE,), 12, 96, 48),
@@ -81,7 +82,7 @@ JOBS = (
         settings={"student": {"model": "student", "dtype": "bfloat16"}},
         teacher_dtype="bfloat16",
     ),
-    Job("top-k", MIDDLE, (MIDDLE,), 32, 64, 48, {"loss": {"jsd": 1.0, "support": {"top_k": 32, "of": "teacher"}}}),
+    Job("top-k", MIDDLE, (MIDDLE,), 32, 64, 48, {"loss": {"jsd": 1.0, "support": TOP}}),
     Job(
         "policy",
         MIDDLE,
@@ -91,7 +92,7 @@ JOBS = (
         48,
         {"loss": "sampled_reverse_kl", "updates_per_round": 2},
     ),
-    Job("dataset", MIDDLE, (MIDDLE,), 64, 64, 128, {"loss": {"forward_kl": 1.0, "nll": 0.1}, "text": "dataset"}),
+    Job("dataset", MIDDLE, (MIDDLE,), 64, 64, 128, {"loss": MIXED, "text": "dataset"}),
     Job("tensor-2", MIDDLE, (MIDDLE,), 32, 64, 48, settings=megatron(tensor=2), num_processes=2),
     Job("pipeline-2", MIDDLE, (MIDDLE,), 32, 64, 48, settings=megatron(pipeline=2), num_processes=2),
     Job("data-2", MIDDLE, (MIDDLE,), 32, 64, 48, settings=megatron(), num_processes=2),
@@ -107,11 +108,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             recipe = write_job(job, Path(folder))
             measured = [measure(job, recipe, arguments.clock) for _ in range(arguments.repeats)]
-            rows.append(compare(job, recipe, measured, arguments.hardware))
+            rows.append(compare(job, recipe, measured, arguments))
         if not arguments.json:
             print(line(rows[-1]), flush=True)
     if arguments.json:
-        print(json.dumps({"memory_within": MEMORY_WITHIN, "time_within": TIME_WITHIN, "jobs": rows}, indent=1))
+        print(
+            json.dumps({"memory_within": MEMORY_WITHIN, "time_within": TIME_WITHIN, "jobs": rows}, indent=1)
+        )
     else:
         print(summary(rows))
 
@@ -203,18 +206,29 @@ def measure(job: Job, recipe: Path, clock: str) -> dict[str, Any]:
         for i in range(0, len(updates), size)
     ]
     peak = max(each["peak_memory_bytes"] for each in updates)
-    return {"rounds": rounds, "peak_bytes": peak, "bytes_read": updates[size - 1]["teacher_bytes_read"]}
+    flops = {name: sum(each["flops"].get(name, 0.0) for each in updates[:size]) for name in STAGES}
+    read = updates[size - 1]["teacher_bytes_read"]
+    return {"rounds": rounds, "peak_bytes": peak, "bytes_read": read, "flops": flops}
 
 
-def compare(job: Job, recipe: Path, measured: Sequence[Mapping[str, Any]], hardware: str) -> dict[str, Any]:
+def compare(
+    job: Job, recipe: Path, measured: Sequence[Mapping[str, Any]], arguments: argparse.Namespace
+) -> dict[str, Any]:
     """Plan a job, and set the plan beside what was measured."""
     import mergeopd
 
-    plan = mergeopd.plan(recipe, hardware=hardware, num_processes=job.num_processes)
+    plan = mergeopd.plan(recipe, hardware=arguments.hardware, num_processes=job.num_processes)
     [phase] = plan.phases
     later = [each for one in measured for each in one["rounds"][1:]]
     best = {stage: min(each[stage] for each in later) for stage in STAGES}
-    planned = {stage: sum(s.seconds for s in phase.stages if s.name == stage) for stage in STAGES}
+    waits = ("waiting",) if arguments.clock == "cpu" else ()
+    planned = {
+        stage.name: sum(s for cause, s in stage.causes.items() if cause not in waits)
+        for stage in phase.stages
+    }
+    # A run reads the weights that generate in the stage rollout.
+    planned["rollout"] = planned.get("rollout", 0.0) + planned.pop("sync", 0.0)
+    planned = {stage: planned.get(stage, 0.0) for stage in STAGES}
     peak = max(one["peak_bytes"] for one in measured)
     return {
         "job": job.name,
@@ -226,6 +240,8 @@ def compare(job: Job, recipe: Path, measured: Sequence[Mapping[str, Any]], hardw
         "time_ratio": sum(planned.values()) / sum(best.values()),
         "measured_bytes_read": measured[0]["bytes_read"],
         "planned_bytes_read": phase.bytes_read,
+        "measured_flops": measured[0]["flops"],
+        "planned_flops": {stage: phase.flops.get(stage, 0.0) for stage in STAGES},
     }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `mergeopd run | check | plan | eval | targets | report | push | schema | tokenizers | new`.
+"""The command line: `mergeopd run`, `check`, `plan`, `eval`, `targets`, `report`, `push`, `schema` and more.
 
 Exit codes: 0 success; 2 the recipe or the command's arguments are wrong; 3 stopped on request (SIGTERM,
 Ctrl-C, --updates) with everything saved; 130 interrupted at once (second Ctrl-C); 1 any other error.

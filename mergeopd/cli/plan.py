@@ -48,7 +48,8 @@ def plan(
         bool, typer.Option("--measure", help="Measure this machine and write its profile.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --measure: the profile's file; default: in the cache.")
+        Path | None,
+        typer.Option(metavar="FILE", help="With --measure: the profile's file; default: in the cache."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -98,7 +99,9 @@ def _named(text: str) -> tuple[str, Path]:
     name, separator, folder = text.partition("=")
     if not separator or not name or not folder:
         message = f"'{text}' is not NAME=FOLDER"
-        raise RecipeError([option_problem("--model", message, "write for example --model student=configs/4b")])
+        raise RecipeError(
+            [option_problem("--model", message, "write for example --model student=configs/4b")]
+        )
     return name, Path(folder)
 
 

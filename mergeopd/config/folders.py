@@ -38,11 +38,11 @@ class Lookup:
         """Find a model's folder; see `existing_model`."""
         if name in self.configs:
             return self.configs[name]
-        found = existing_model(written, revision, base)
-        if isinstance(found, Missing) and self.is_elsewhere:
+        folder = existing_model(written, revision, base)
+        if isinstance(folder, Missing) and self.is_elsewhere:
             remedy = f"its config.json is enough for a plan: --model {name}=FOLDER"
-            return Missing(found.message, f"{remedy}; {found.remedy}")
-        return found
+            return Missing(folder.message, f"{remedy}; {folder.remedy}")
+        return folder
 
 
 HERE = Lookup()

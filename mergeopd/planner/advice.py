@@ -17,13 +17,13 @@ def changes(setup: Setup, now: Estimate, again: Again) -> tuple[Change, ...]:
 
     Each is alone, and changes neither the objective nor the number of tokens.
     """
-    found = []
+    worthwhile = []
     for settings, effect, candidate in _candidates(setup):
         result = again(candidate)
         if result.seconds <= (1 - _WORTH) * now.seconds:
-            found.append(Change(settings, effect, result.seconds, result.peak_bytes, result.fits))
-    found.sort(key=lambda change: (not change.fits, change.seconds))
-    return tuple(found[:_SHOWN])
+            worthwhile.append(Change(settings, effect, result.seconds, result.peak_bytes, result.fits))
+    worthwhile.sort(key=lambda change: (not change.fits, change.seconds))
+    return tuple(worthwhile[:_SHOWN])
 
 
 def _candidates(setup: Setup) -> Iterator[tuple[dict[str, Any], str, Setup]]:

@@ -89,7 +89,7 @@ def estimate_setup(setup: Setup, texts: Texts) -> Estimate:
     memory = stage_memory(setup)
     profile = hardware.profile
     own = hardware.with_devices(setup.world)
-    result = Estimate(
+    return Estimate(
         recipe=shown(Path(plan.recipe_file)),
         hardware=hardware.name,
         device=profile.title,
@@ -107,7 +107,6 @@ def estimate_setup(setup: Setup, texts: Texts) -> Estimate:
         notes=(*texts.notes, *_notes(setup)),
         obstacles=tuple(_obstacles(setup)),
     )
-    return result
 
 
 def _with_proposals(result: Estimate, setup: Setup, texts: Texts, *, fit: bool) -> Estimate:
@@ -195,23 +194,27 @@ def _notes(setup: Setup) -> list[str]:
     if setup.is_megatron and setup.uses_fused_layers and setup.plan.student.parallel.layers == "auto":
         notes.append("assumed: Transformer Engine's layers, whose attention keeps no matrix of scores")
     if any(source.environment is not None for source in setup.plan.sources):
-        notes.append("environments: the tokens of all turns are counted, the time of tools and further turns not")
+        notes.append(
+            "environments: the tokens of all turns are counted, the time of tools and further turns not"
+        )
     if not setup.is_megatron and setup.hardware.num_devices > 1:
-        notes.append(f"`backend: torch` trains in one process; the other {setup.hardware.num_devices - 1} idle")
+        notes.append(
+            f"`backend: torch` trains in one process; the other {setup.hardware.num_devices - 1} idle"
+        )
     return notes
 
 
 def _obstacles(setup: Setup) -> list[str]:
     """Return what this version cannot run, however much memory there is."""
-    found = []
+    obstacles = []
     if setup.student.runs is not None:
-        found.append(f"the student does not run: {setup.student.runs}")
+        obstacles.append(f"the student does not run: {setup.student.runs}")
     elif setup.is_megatron and setup.architecture is None:
-        found.append(
+        obstacles.append(
             f"the student does not run with `backend: megatron`: {setup.student.model_type} is not mapped to "
             "Megatron; its memory is divided evenly here"
         )
     for name, shape in setup.shapes.items():
         if setup.is_loaded(name) and shape.runs is not None and setup.teacher(name).student is None:
-            found.append(f"teacher '{name}' does not run: {shape.runs}; serve it (`served` in its card)")
-    return found
+            obstacles.append(f"teacher '{name}' does not run: {shape.runs}; serve it (`served` in its card)")
+    return obstacles

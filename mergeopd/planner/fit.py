@@ -20,9 +20,11 @@ def fitted(setup: Setup, again: Again) -> tuple[Fitted, ...]:
     Settings are grids of these devices, micro-batch sizes and recomputation; a student of `backend: torch`
     has only its micro-batch.
     """
-    found = [_fitted(candidate, again(candidate)) for candidate in _candidates(setup)]
+    fitting = [_fitted(candidate, again(candidate)) for candidate in _candidates(setup)]
     # Of settings with about one time, the one with the most room.
-    ranked = sorted(found, key=lambda one: (round(one.seconds, -1 if one.seconds > 1000 else 1), one.peak_bytes))
+    ranked = sorted(
+        fitting, key=lambda one: (round(one.seconds, -1 if one.seconds > 1000 else 1), one.peak_bytes)
+    )
     return tuple(ranked[:_SHOWN])
 
 
@@ -79,7 +81,9 @@ def _fits(setup: Setup) -> bool:
     stages, hardware = stage_memory(setup), setup.hardware.with_devices(setup.world)
     host = hardware.host_limit_bytes
     in_host = max(stage.total("host") for stage in stages)
-    return max(stage.total() for stage in stages) <= hardware.limit_bytes and (host is None or in_host <= host)
+    return max(stage.total() for stage in stages) <= hardware.limit_bytes and (
+        host is None or in_host <= host
+    )
 
 
 def _grids(setup: Setup) -> Iterator[Parallel]:

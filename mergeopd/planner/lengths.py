@@ -36,9 +36,7 @@ class Texts:
     notes: tuple[str, ...]
 
 
-def text_lengths(
-    resolution: Resolution, prompt_tokens: int | None, response_tokens: int | None
-) -> Texts:
+def text_lengths(resolution: Resolution, prompt_tokens: int | None, response_tokens: int | None) -> Texts:
     """Measure the first prompts of each file with the student's template, where both are here.
 
     `prompt_tokens` and `response_tokens` are means that replace what is measured or assumed.
@@ -127,9 +125,7 @@ class _Reader:
         length = self.prompt(source, None)
         return len(self._prompts(source, None)) or source.limit or _NUM_EVALUATED, length
 
-    def _measure(
-        self, source: SourcePlan, limit: int | None, length: Callable[[Prompt], int]
-    ) -> list[int]:
+    def _measure(self, source: SourcePlan, limit: int | None, length: Callable[[Prompt], int]) -> list[int]:
         try:
             return [length(prompt) for prompt in self._prompts(source, limit)[:_SAMPLE]]
         except MergeopdError:

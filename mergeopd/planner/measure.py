@@ -1,11 +1,13 @@
 """Measure this machine's profile: products by size, bandwidths, passes of small models, overheads.
 
-The only module of this package that imports torch. On a CPU one thread is measured, in seconds that it computes,
-so that other work on the machine counts little.
+The only module of this package that imports torch. On a CPU one thread is measured, in seconds that it
+computes, so that other work on the machine counts little.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mergeopd.errors import ProcessError
 from mergeopd.loss.divergence import ReverseKL
 from mergeopd.loss.fused import fused_loss
 from mergeopd.loss.heads import Head, Hidden
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 _GIB = 2**30
 _SIDES_CPU = (1, 4, 8, 16, 32, 64, 256, 1024)
 _SIDES_GPU = (1, 16, 64, 256, 1024, 4096, 8192)
-_START = "from mergeopd.planner.measure import started_bytes; print(started_bytes())"
+_START = "from mergeopd.planner.measure import report_process; report_process"
 _HEAD_ROWS = 8192
 _WEIGHTS_BYTES, _FEW_ROWS = 128 << 20, 64
 
@@ -46,7 +49,7 @@ class Bench:
     device: torch.device
 
     def seconds(self, work: Callable[[], object], repeats: int = 5) -> float:
-        """Return the seconds of `work`: those that this thread computes on a CPU, those that pass on a GPU."""
+        """Return the seconds of `work`: those that it computes on a CPU, those that pass on a GPU."""
         is_cpu = self.device.type == "cpu"
         clock = time.process_time if is_cpu else time.perf_counter
         work()
@@ -97,7 +100,9 @@ def _measure(bench: Bench, announce: Callable[[str], None], folder: Path | None)
             "memory_gib": round(total, 2),
             "usable": 0.9 if is_cpu else 0.92,
             "host_memory_gib": None if is_cpu else round(profile.memory_gib, 1),
-            "process_bytes": float(_process_bytes()) if is_cpu else 0.0,
+            **(
+                _processes(profile, announce) if is_cpu else {"process_bytes": 0.0, "grid_process_bytes": 0.0}
+            ),
             "rates": rates,
             "memory_bandwidth": bandwidth,
             "host_bandwidth": bandwidth if is_cpu else _host_bandwidth(bench),
@@ -212,24 +217,66 @@ def _disk_bandwidth(folder: Path | None) -> float:
         return size / (time.perf_counter() - start)
 
 
-def _process_bytes() -> int:
-    """Start a process with everything that a run imports, and return its memory."""
-    done = subprocess.run([sys.executable, "-c", _START], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
+def _processes(profile: Profile, announce: Callable[[str], None]) -> dict[str, Any]:
+    """Measure a process with all that a run imports, and two of a grid if Megatron is installed."""
+    announce("processes")
+    alone = _started(1)[0]
+    measured: dict[str, Any] = {"process_bytes": float(alone["bytes"])}
+    if importlib.util.find_spec("megatron") is None:
+        return measured
+    of_grid = _started(2)[0]
+    overheads = profile.overheads.model_copy(update={"message_s": of_grid["message_s"]})
+    return measured | {
+        "grid_process_bytes": float(max(of_grid["bytes"] - alone["bytes"], 0)),
+        "link_bandwidth": of_grid["bandwidth"],
+        "link_attainable": 1.0,
+        "overheads": overheads,
+    }
 
 
-def started_bytes() -> int:
-    """Return this process's memory after the imports of a run and a pass of a tiny model."""
-    import mergeopd.engine.run  # noqa: F401
+def _started(number: int) -> list[dict[str, float]]:
+    """Start processes that measure themselves, and return what each has found."""
+    with tempfile.TemporaryDirectory() as folder:
+        calls = [f"{_START}({rank}, {number}, {str(Path(folder) / 'store')!r})" for rank in range(number)]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", call], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            for call in calls
+        ]
+        outputs = [process.communicate() for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        if process.returncode:
+            raise ProcessError(f"a process that measures itself failed: {errors.strip().splitlines()[-1]}")
+    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+
+
+def report_process(rank: int, number: int, store: str) -> None:
+    """Print this process's memory after a run's imports and a pass, and the cost of sums over a group."""
+    import psutil
+
+    import mergeopd.engine.run
 
     torch.set_num_threads(1)
+    measured: dict[str, float] = {}
+    if number > 1:
+        import torch.distributed as dist
+
+        import mergeopd.student.megatron.step  # noqa: F401
+
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=number)
     model = _Model(Bench(torch.device("cpu")), hidden=32, layers=1)
     model.passes(1, 4, repeats=1)
     model.decode(1, 2)
-    import psutil
-
     # Not the most that it had: Linux counts what the parent had when it started this process.
-    return int(psutil.Process().memory_info().rss)
+    measured["bytes"] = psutil.Process().memory_info().rss
+    if number > 1:
+        bench, small, large = Bench(torch.device("cpu")), torch.zeros(16), torch.zeros(4 << 20)
+        measured["message_s"] = bench.seconds(lambda: dist.all_reduce(small), 20)
+        # Two processes send a tensor once each way.
+        measured["bandwidth"] = large.nbytes / bench.seconds(lambda: dist.all_reduce(large))
+        dist.destroy_process_group()
+    print(json.dumps(measured))
 
 
 class _Model:
@@ -264,7 +311,7 @@ class _Model:
 
         def both() -> None:
             states = forward()
-            states.backward(torch.ones_like(states))
+            states.backward(torch.ones_like(states))  # type: ignore[no-untyped-call]
             self._model.zero_grad()
 
         alone = self._bench.seconds(forward, repeats)

@@ -29,7 +29,9 @@ def stage_memory(setup: Setup) -> tuple[StageMemory, ...]:
 def _of_rank(setup: Setup, stage: int) -> tuple[StageMemory, ...]:
     """Return the memory of a rank of this pipeline stage."""
     always = dict(_always(setup, stage))
-    rollout, teachers, update = {}, {}, {}
+    rollout: dict[str, float] = {}
+    teachers: dict[str, float] = {}
+    update: dict[str, float] = {}
     for work in setup.phases:
         _largest(rollout, dict(_rollout(setup, work)))
         _largest(teachers, dict(_teachers(setup, work)))
@@ -60,7 +62,7 @@ def _keep_freed(setup: Setup, stages: Mapping[str, dict[str, float]]) -> None:
     block = micro_batch_tokens(setup, work) * setup.student.ffn * setup.itemsize
     if block >= _HEAP_BLOCK:
         return
-    given_back = {"teacher (mapped file)", "hidden states"}
+    given_back = {"teacher (mapped file)", "hidden states", "collectives"}
     if setup.student.embedding * setup.itemsize >= _HEAP_BLOCK:
         given_back |= {"head gradient", "teachers' heads"}
     used = {
@@ -69,9 +71,12 @@ def _keep_freed(setup: Setup, stages: Mapping[str, dict[str, float]]) -> None:
     # The gradients of the first micro-batch lie between what later ones free.
     num = max(num_micro_batches(setup, work) / setup.grid.data for work in setup.phases)
     most = max(used.values()) * (1 + _FRAGMENTED * max(0.0, num - 2) / num)
+    if setup.needs_replica:
+        # Between them lie the buffers of collectives, so later stages reuse little of it.
+        most += stages["rollout"].get("replica that generates", 0.0) + stages["rollout"].get("KV cache", 0.0)
     for name, own in stages.items():
         if own:
-            own["kept by the allocator"] = most - used[name]
+            own["kept by the allocator"] = max(most - used[name], 0.0)
 
 
 # Largest share of the heap in use that lies in gaps; fitted to measured runs (docs/planning.md).
@@ -92,7 +97,8 @@ def _always(setup: Setup, stage: int) -> Iterator[tuple[str, float]]:
     """Yield what a rank has all the time."""
     weights, width = setup.stage_weights(stage), setup.itemsize
     shards = setup.grid.data if setup.is_megatron else 1
-    yield "process", setup.hardware.profile.process_bytes
+    profile = setup.hardware.profile
+    yield "process", profile.process_bytes + (profile.grid_process_bytes if setup.is_megatron else 0)
     yield "weights", weights * width
     yield "optimizer: moments", weights * 2 * max(width, _FLOAT32) / shards
     yield "optimizer: main weights", weights * _FLOAT32 / shards if width < _FLOAT32 else 0
@@ -216,6 +222,9 @@ def _update(setup: Setup, work: PhaseWork, stage: int) -> Iterator[tuple[str, fl
         yield "loss chunk", rows * vocab * _FLOAT32 * sides + blocks
         yield "head gradient", vocab * shape.hidden * (_FLOAT32 + width)
         yield "teachers' heads", _heads(setup, work)
+    if setup.is_megatron and grid.data > 1 and setup.hardware.profile.is_cpu:
+        # Gloo sums copies of the gradients, and gathers the weights into others.
+        yield "collectives", 2 * weights * _FLOAT32
     if work.teachers:
         yield "hidden states", hidden_bytes(setup, work)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from mergeopd.config.suggest import did_you_mean
 from mergeopd.config.values import NonEmptyText, OpenFraction, Positive, PositiveInt, Strict
@@ -110,6 +111,8 @@ class Profile(Strict):
     """main memory of a machine with GPUs"""
     process_bytes: NotNegative
     """memory of a process before it has a model"""
+    grid_process_bytes: NotNegative = 0.0
+    """what Megatron and its process groups add to it"""
     rates: dict[Literal["float32", "bfloat16", "float64"], Rate]
     attention: Share
     """share of the rate of matrix products that attention reaches"""
@@ -159,7 +162,7 @@ class Hardware:
 
     @property
     def threads(self) -> int:
-        """Threads of a process on a CPU; 1 on a GPU. `num_threads` are those of a machine, default: its cores."""
+        """Threads of a process on a CPU, of the machine's `num_threads` or cores; 1 on a GPU."""
         cores = self.num_threads or self.profile.cores or 1
         return max(1, cores // self.num_devices) if self.profile.is_cpu else 1
 

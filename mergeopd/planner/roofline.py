@@ -14,7 +14,6 @@ from mergeopd.planner.profile import Hardware
 from mergeopd.planner.shapes import ITEMSIZE, ModelShape
 
 
-
 class Causes(dict[str, float]):
     """Seconds by cause."""
 
@@ -74,7 +73,9 @@ class Device:
             return 0.0
         return times * head.embedding * (ITEMSIZE[dtype] + 4) / self._bandwidth
 
-    def forward(self, shape: ModelShape, tokens: float, positions: float, dtype: str, passes: float) -> Causes:
+    def forward(
+        self, shape: ModelShape, tokens: float, positions: float, dtype: str, passes: float
+    ) -> Causes:
         """Return the seconds of `passes` forward passes of a body over `tokens` tokens in all.
 
         `positions` counts the pairs of tokens that attention reads.
@@ -107,7 +108,13 @@ class Device:
         return seconds
 
     def loss(
-        self, shape: ModelShape, teachers: Mapping[str, ModelShape], trained: float, *, dtype: str, gradient: bool
+        self,
+        shape: ModelShape,
+        teachers: Mapping[str, ModelShape],
+        trained: float,
+        *,
+        dtype: str,
+        gradient: bool,
     ) -> Causes:
         """Return the seconds of the loss kernel on `trained` tokens, with teachers of hidden states."""
         sides = [shape, *teachers.values()]

@@ -100,7 +100,7 @@ class Setup:
             return self.student.parameters
         if arch is None:
             return -(-self.student.parameters // (grid.tensor * grid.pipeline))
-        return _shard_weights(arch, grid.tensor, grid.pipeline, stage)
+        return shard_weights(arch, grid.tensor, grid.pipeline, stage)
 
     @property
     def architecture(self) -> Architecture | None:
@@ -129,7 +129,7 @@ def _architecture(folder: str) -> Architecture | None:
 
 
 @cache
-def _shard_weights(arch: Architecture, tensor: int, pipeline: int, stage: int) -> int:
+def shard_weights(arch: Architecture, tensor: int, pipeline: int, stage: int) -> int:
     """Return the parameters of the first tensor-parallel rank of a stage, from the layout of its shards."""
     shapes = tensor_shapes(arch)
     names = list(parameter_names(arch, stage, pipeline))

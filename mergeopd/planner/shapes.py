@@ -194,7 +194,9 @@ def _dense_counts(facts: ModelFacts, config: Mapping[str, Any]) -> Counts:
         of_keys = any(part in name for part in ("k_proj", "v_proj"))
         heads = config["num_key_value_heads" if of_keys else "num_attention_heads"]
         if None in shape and "self_attn" not in name:
-            raise ModelError(f"{path}: does not determine the shape of {name}; fetch the model's own config.json")
+            raise ModelError(
+                f"{path}: does not determine the shape of {name}; fetch the model's own config.json"
+            )
         shapes.append(tuple(heads * config["head_dim"] if size is None else size for size in shape))
     matrices = sum(prod(shape) for shape in shapes if len(shape) > 1)
     vectors = sum(prod(shape) for shape in shapes if len(shape) == 1)

@@ -105,7 +105,9 @@ def _scoring(setup: Setup, work: PhaseWork, name: str) -> Causes:
         trained = sum(group.trained for group in groups) / setup.world
         seconds.add(device.loss(shape, {}, trained, dtype=dtype, gradient=False))
     elif not setup.hardware.profile.is_cpu:
-        seconds[NETWORK] += cached_bytes(setup, work, name) / setup.world / setup.hardware.profile.host_bandwidth
+        seconds[NETWORK] += (
+            cached_bytes(setup, work, name) / setup.world / setup.hardware.profile.host_bandwidth
+        )
     return seconds
 
 
@@ -121,7 +123,9 @@ def _loading(setup: Setup, work: PhaseWork, name: str) -> Causes:
     memory = (profile.memory_gib if profile.is_cpu else profile.host_memory_gib or 0.0) * 2**30
     seconds = Causes()
     if every <= _CACHED_SHARE * memory:
-        reading = stored / (profile.host_bandwidth * (1 if setup.shares_pages else setup.hardware.per_machine))
+        reading = stored / (
+            profile.host_bandwidth * (1 if setup.shares_pages else setup.hardware.per_machine)
+        )
         if not setup.shares_pages or shape.stored != setup.teacher(name).dtype:
             seconds["memory"] += reading
     else:
@@ -274,8 +278,9 @@ def _bytes_read(setup: Setup, work: PhaseWork, name: str) -> float:
         return 0.0
     body = shape.without_head * shape.stored_bytes if setup.is_loaded(name) else 0.0
     head = shape.embedding * shape.stored_bytes if plan.needs_head else 0.0
-    if work.kept_numbers.get(name) is None and setup.is_megatron and not setup.shares_pages:
-        head *= setup.grid.data  # each copy reads the rows of its ranks
+    if work.kept_numbers.get(name) is None and setup.is_megatron:
+        # Each rank of the loss reads its rows of the head; where pages are shared, those of one rank count.
+        head *= 1 / setup.grid.tensor if setup.shares_pages else setup.grid.data
     return body + head
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
@@ -121,7 +120,7 @@ def phase_work(plan: Plan, phase: Phase, lengths: Mapping[str, TextLengths]) -> 
     shares, routed = plan.shares(phase), plan.teachers_of(phase)
     settings = plan.rollout_of(phase)
     fraction = fmean(on_policy_fraction(phase, done) for done in range(phase.updates))
-    groups, text_prompts = [], Counter[str]()
+    groups, text_prompts = [], dict[str, float]()
     for source in plan.sources_of(phase):
         prompts = phase.prompts_per_round * shares[source.name] / sum(shares.values())
         scorers = routed.scoring([source.name]) if phase.loss.needs_teacher else frozenset()
@@ -141,7 +140,8 @@ def phase_work(plan: Plan, phase: Phase, lengths: Mapping[str, TextLengths]) -> 
         samples = settings.samples_per_prompt if other == "teacher" else 1
         groups.append(Group(source.name, other, prompts * (1 - fraction) * samples, own, teachers, writer))
         if writer is not None:
-            text_prompts[writer] += prompts * (1 - fraction) * (phase.updates // phase.updates_per_round)
+            rounds = phase.updates // phase.updates_per_round
+            text_prompts[writer] = text_prompts.get(writer, 0.0) + prompts * (1 - fraction) * rounds
     return PhaseWork(
         name=phase.name,
         updates=phase.updates,

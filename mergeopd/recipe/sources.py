@@ -160,8 +160,9 @@ class SourceResolver:
             return verifier
         if isinstance(verifier, UserVerifier):
             self._allowed(verifier.function, (*path, "function"))
-        skips = verifier is None or self.lookup.is_elsewhere
-        missing = None if skips else checks.missing_package(verifier)
+        missing = None
+        if verifier is not None and not self.lookup.is_elsewhere:
+            missing = checks.missing_package(verifier)
         if missing is not None:
             self.report((*path, "kind"), *missing)
         if isinstance(verifier, JsonVerifier) and verifier.schema_file is not None:

@@ -11,7 +11,7 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class MemoryPart:
-    """Bytes of one rank. `where`: the memory that a device's limit is about, or the main memory beside GPUs."""
+    """Bytes of one rank. `where`: in the memory of its device, or in the main memory beside GPUs."""
 
     name: str
     num_bytes: float
@@ -119,7 +119,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A grid, a size of micro-batches and a batch of decoding that fit, with seconds of the run and peak memory of a rank."""
+    """A grid and batches that fit, with seconds of the run and peak memory of a rank."""
 
     backend: str
     grid: Grid

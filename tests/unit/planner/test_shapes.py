@@ -24,7 +24,13 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 2,
 }
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
-LATENT = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 12}
+LATENT = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 12,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
     "qwen2": {},
@@ -65,11 +71,23 @@ def test_parameters(tmp_path: Path, model_type: str, tied: bool) -> None:
 def test_published_sizes(tmp_path: Path) -> None:
     """Totals and active parameters as DeepSeek states them: 671 billion, 37 billion."""
     sizes = {
-        **{"hidden_size": 7168, "intermediate_size": 18432, "num_hidden_layers": 61, "vocab_size": 129280},
-        **{"num_attention_heads": 128, "num_key_value_heads": 128, "n_routed_experts": 256},
-        **{"n_shared_experts": 1, "num_experts_per_tok": 8, "moe_intermediate_size": 2048},
-        **{"first_k_dense_replace": 3, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_rope_head_dim": 64},
-        **{"qk_nope_head_dim": 128, "v_head_dim": 128, "quantization_config": {"quant_method": "fp8"}},
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "num_hidden_layers": 61,
+        "vocab_size": 129280,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 2048,
+        "first_k_dense_replace": 3,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "quantization_config": {"quant_method": "fp8"},
     }
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3", **sizes}))
     shape = ModelShape.read(tmp_path)
