@@ -40,6 +40,8 @@ _SIDES_GPU = (1, 16, 64, 256, 1024, 4096, 8192)
 _START = "from mergeopd.planner.measure import report_process; report_process"
 _HEAD_ROWS = 8192
 _WEIGHTS_BYTES, _FEW_ROWS = 128 << 20, 64
+_DISK_BYTES, _COPIED, _TRAINED = 128 << 20, 32 << 20, 1 << 20
+_HIDDEN, _REPEATS = (256, 512), 5
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,13 @@ class Bench:
 
     device: torch.device
 
-    def seconds(self, work: Callable[[], object], repeats: int = 5) -> float:
+    def seconds(self, work: Callable[[], object]) -> float:
         """Return the seconds of `work`: those that it computes on a CPU, those that pass on a GPU."""
         is_cpu = self.device.type == "cpu"
         clock = time.process_time if is_cpu else time.perf_counter
         work()
         fastest = float("inf")
-        for _ in range(repeats):
+        for _ in range(_REPEATS):
             self._wait()
             start = clock()
             work()
@@ -138,7 +140,7 @@ def _with_passes(bench: Bench, profile: Profile) -> Profile:
 def _elementwise(bench: Bench, profile: Profile, dtype: str, shared: Mapping[str, float]) -> Elementwise:
     """Measure passes of two sizes in a dtype, and the loss."""
     rates: dict[str, list[float]] = {"forward": [], "backward": []}
-    for hidden in (256, 512):
+    for hidden in _HIDDEN:
         model = _Model(bench, hidden=hidden, layers=4, dtype=dtype)
         for kind, seconds in zip(rates, model.passes(16, 96), strict=True):
             rates[kind].append(_elementwise_rate(profile, model.shape, kind, seconds, dtype))
@@ -190,7 +192,7 @@ def _rate(bench: Bench, dtype: torch.dtype) -> Rate:
 
 
 def _memory_bandwidth(bench: Bench) -> float:
-    source = torch.zeros(32 << 20, device=bench.device)
+    source = torch.zeros(_COPIED, device=bench.device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / bench.seconds(lambda: target.copy_(source))
 
@@ -203,7 +205,7 @@ def _host_bandwidth(bench: Bench) -> float:
 
 def _disk_bandwidth(folder: Path | None) -> float:
     """Read a file that was written and dropped from the file cache; wall time, since disks are waited for."""
-    size = 128 << 20
+    size = _DISK_BYTES
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         file.write(os.urandom(size))
         file.flush()
@@ -266,13 +268,13 @@ def report_process(rank: int, number: int, store: str) -> None:
 
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=number)
     model = _Model(Bench(torch.device("cpu")), hidden=32, layers=1)
-    model.passes(1, 4, repeats=1)
+    model.passes(1, 4)
     model.decode(1, 2)
     # Not the most that it had: Linux counts what the parent had when it started this process.
     measured["bytes"] = psutil.Process().memory_info().rss
     if number > 1:
         bench, small, large = Bench(torch.device("cpu")), torch.zeros(16), torch.zeros(4 << 20)
-        measured["message_s"] = bench.seconds(lambda: dist.all_reduce(small), 20)
+        measured["message_s"] = bench.seconds(lambda: dist.all_reduce(small))
         # Two processes send a tensor once each way.
         measured["bandwidth"] = large.nbytes / bench.seconds(lambda: dist.all_reduce(large))
         dist.destroy_process_group()
@@ -301,7 +303,7 @@ class _Model:
             config.save_pretrained(folder)
             self.shape = ModelShape.read(Path(folder))
 
-    def passes(self, rows: int, tokens: int, repeats: int = 5) -> tuple[float, float]:
+    def passes(self, rows: int, tokens: int) -> tuple[float, float]:
         """Return seconds forward, and backward, over `rows` sequences."""
         ids = torch.zeros(rows, tokens, dtype=torch.long, device=self._bench.device)
 
@@ -314,8 +316,8 @@ class _Model:
             states.backward(torch.ones_like(states))  # type: ignore[no-untyped-call]
             self._model.zero_grad()
 
-        alone = self._bench.seconds(forward, repeats)
-        return alone, max(self._bench.seconds(both, repeats) - alone, 1e-9)
+        alone = self._bench.seconds(forward)
+        return alone, max(self._bench.seconds(both) - alone, 1e-9)
 
     @torch.no_grad()
     def decode(self, rows: int, steps: int) -> float:
@@ -361,7 +363,7 @@ def _loss_rate(bench: Bench, profile: Profile, dtype: str) -> float:
         value.backward()  # type: ignore[no-untyped-call]
         states.grad = head.weight.grad = None
 
-    seconds = bench.seconds(loss, 3)
+    seconds = bench.seconds(loss)
     shape = replace(_Model(bench, hidden=hidden, layers=1).shape, vocab=_HEAD_ROWS)
     parts = Device(_single(profile)).loss(shape, {"teacher": shape}, rows, dtype=dtype, gradient=True)
     num_bytes = parts.pop(ELEMENTWISE)
@@ -386,7 +388,7 @@ def _sampling_rate(bench: Bench) -> float:
 
 def _optimizer_rate(bench: Bench) -> float:
     """Return bytes per second of an AdamW step with clipping, counted as the roofline does."""
-    weights = [torch.zeros(1 << 20, device=bench.device, requires_grad=True) for _ in range(8)]
+    weights = [torch.zeros(_TRAINED, device=bench.device, requires_grad=True) for _ in range(8)]
     optimizer = torch.optim.AdamW(weights, 1e-5, fused=True)
     for weight in weights:
         weight.grad = torch.zeros_like(weight)

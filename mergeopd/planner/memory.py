@@ -68,15 +68,25 @@ def _keep_freed(setup: Setup, stages: Mapping[str, dict[str, float]]) -> None:
     used = {
         name: sum(num for part, num in own.items() if part not in given_back) for name, own in stages.items()
     }
-    # The gradients of the first micro-batch lie between what later ones free.
-    num = max(num_micro_batches(setup, work) / setup.grid.data for work in setup.phases)
-    most = max(used.values()) * (1 + _FRAGMENTED * max(0.0, num - 2) / num)
+    # The gradients of the first micro-batch lie between what it frees; smaller ones later fit there.
+    num = max(_equal_micro_batches(setup, work) for work in setup.phases)
+    most = max(used.values()) * (1 + _FRAGMENTED * (1 - 1 / num))
     if setup.needs_replica:
         # Between them lie the buffers of collectives, so later stages reuse little of it.
         most += stages["rollout"].get("replica that generates", 0.0) + stages["rollout"].get("KV cache", 0.0)
     for name, own in stages.items():
         if own:
             own["kept by the allocator"] = max(most - used[name], 0.0)
+
+
+def _equal_micro_batches(setup: Setup, work: PhaseWork) -> int:
+    """Return how many micro-batches of an update of one copy are as large as the largest."""
+    largest = micro_batch_tokens(setup, work) * work.updates_per_round * setup.grid.data
+    sets = (
+        sum(group.tokens for group in work.groups if group.teachers == teachers)
+        for teachers in work.teacher_sets
+    )
+    return max(1, sum(int(tokens / largest + 1e-6) for tokens in sets))
 
 
 # Largest share of the heap in use that lies in gaps; fitted to measured runs (docs/planning.md).
