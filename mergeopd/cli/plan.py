@@ -15,42 +15,48 @@ from mergeopd.errors import RecipeError
 from mergeopd.messages import option_problem
 
 
+_Recipe = Annotated[Path | None, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+_Hardware = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICES", help="h200x8, h100x64, cpu:16,64GiB, or a profile's file; default: this machine."
+    ),
+]
+_Processes = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Processes of a grid on a CPU; GPUs have one each.")
+]
+_Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=FOLDER",
+        help="Folder with the config.json of `student` or of a teacher that is not here. Repeatable.",
+    ),
+]
+_PromptTokens = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Mean length of prompts; default: of the files.")
+]
+_ResponseTokens = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Mean length of responses; default: the maximum.")
+]
+_Fit = Annotated[bool, typer.Option("--fit", help="Search for a grid and batches that fit.")]
+_Measure = Annotated[bool, typer.Option("--measure", help="Measure this machine and write its profile.")]
+_Out = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="With --measure: the profile's file; default: in the cache."),
+]
+
+
 def plan(
-    recipe: Annotated[
-        Path | None, typer.Argument(help="The recipe, a YAML file.", show_default=False)
-    ] = None,
+    recipe: _Recipe = None,
     overrides: SetOption = None,
-    hardware: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DEVICES",
-            help="h200x8, h100x64, cpu:16,64GiB, or a profile's file; default: this machine.",
-        ),
-    ] = None,
-    nproc: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Processes of a grid on a CPU; GPUs have one each.")
-    ] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=FOLDER",
-            help="Folder with the config.json of `student` or of a teacher that is not here. Repeatable.",
-        ),
-    ] = None,
-    prompt_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Mean length of prompts; default: of the files.")
-    ] = None,
-    response_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Mean length of responses; default: the maximum.")
-    ] = None,
-    fit: Annotated[bool, typer.Option("--fit", help="Search for a grid and batches that fit.")] = False,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Measure this machine and write its profile.")
-    ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="With --measure: the profile's file; default: in the cache."),
-    ] = None,
+    hardware: _Hardware = None,
+    nproc: _Processes = None,
+    model: _Models = None,
+    prompt_tokens: _PromptTokens = None,
+    response_tokens: _ResponseTokens = None,
+    fit: _Fit = False,
+    measure: _Measure = False,
+    out: _Out = None,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate memory, time and the cost of each teacher before a run; weights need not be here.

@@ -79,7 +79,7 @@ def read_setup(
     texts = text_lengths(resolution, prompt_tokens, response_tokens)
     known = {name: shape for name, shape in shapes.items() if shape is not None}
     assert student is not None
-    return Setup(plan, student, known, texts.of_phases, hardware), texts
+    return Setup(plan, student, known, texts.of_phases, hardware, texts.num_prompts), texts
 
 
 def estimate_setup(setup: Setup, texts: Texts) -> Estimate:

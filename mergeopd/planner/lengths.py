@@ -28,11 +28,13 @@ _PROMPT_TOKENS, _NUM_EVALUATED = 512, 1000
 class Texts:
     """Lengths of every phase's sources, and number and lengths of the prompts of evaluations.
 
+    `num_prompts` are those of JSON lines that are here; other files are not read to the end.
     `notes` say what is assumed.
     """
 
     of_phases: dict[str, dict[str, TextLengths]]
     evaluated: dict[str, tuple[int, Lengths]]
+    num_prompts: dict[str, int]
     notes: tuple[str, ...]
 
 
@@ -58,7 +60,9 @@ def text_lengths(resolution: Resolution, prompt_tokens: int | None, response_tok
         notes.append(f"assumed: prompts of {_PROMPT_TOKENS} tokens from {names}; set --prompt-tokens")
     if response_tokens is None:
         notes.append("assumed: responses as long as they may be, an upper bound; set --response-tokens")
-    return Texts(of_phases, evaluated, tuple(notes))
+    known = {source.name: _num_rows(source) for source in plan.sources}
+    num_prompts = {name: number for name, number in known.items() if number is not None}
+    return Texts(of_phases, evaluated, num_prompts, tuple(notes))
 
 
 def _lengths(
@@ -130,6 +134,16 @@ class _Reader:
             return [length(prompt) for prompt in self._prompts(source, limit)[:_SAMPLE]]
         except MergeopdError:
             return []
+
+
+def _num_rows(source: SourcePlan) -> int | None:
+    """Return the rows of a file of JSON lines, at most the source's limit; None for others."""
+    path = Path(source.source)
+    if path.suffix != ".jsonl" or not path.is_file() or source.text_field is not None:
+        return None
+    with path.open("rb") as file:
+        number = sum(not line.isspace() for line in file)
+    return number if source.limit is None else min(number, source.limit)
 
 
 def _renderer(resolution: Resolution) -> Renderer | None:

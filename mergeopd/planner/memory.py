@@ -126,7 +126,7 @@ def _snapshots(setup: Setup) -> float:
 def _rollout(setup: Setup, work: PhaseWork) -> Iterator[tuple[str, float]]:
     """Yield what local generation adds: the student's, or a teacher's text if that needs more."""
     settings = setup.plan.rollout
-    writers = [name for name in work.text_prompts if setup.is_loaded(name)]
+    writers = [name for name in work.text_responses if setup.is_loaded(name)]
     local = work.generated and settings.capabilities.needs_replica
     if not local and not writers:
         if setup.is_megatron and not settings.capabilities.needs_replica and work.generated:
@@ -142,8 +142,8 @@ def _generation(
     setup: Setup, work: PhaseWork, shape: ModelShape, dtype: str, writer: str
 ) -> Iterator[tuple[str, float]]:
     groups = [g for g in work.groups if (g.writer == writer if writer else g.origin == "student")]
-    prompts = work.text_prompts[writer] * work.samples if writer else sum(g.responses for g in groups)
-    rows = min(work.batch_size, ceil(prompts / setup.world))
+    responses = work.text_responses[writer] if writer else sum(g.responses for g in groups)
+    rows = min(work.batch_size, ceil(responses / setup.world))
     width = ITEMSIZE[dtype]
     longest = max(group.lengths.longest for group in groups)
     prompt = max(group.lengths.prompt.longest for group in groups)

@@ -21,17 +21,24 @@ from mergeopd.student.megatron.layout import OUTPUT, parameter_names, shard, ten
 
 @dataclass(frozen=True)
 class Setup:
-    """A run to estimate. `lengths` has the sources' text lengths by phase; `shapes` all models by name."""
+    """A run to estimate. `lengths` has the sources' text lengths by phase; `shapes` all models by name.
+
+    `num_prompts` are those of the sources whose files are here.
+    """
 
     plan: Plan
     student: ModelShape
     shapes: Mapping[str, ModelShape]
     lengths: Mapping[str, Mapping[str, TextLengths]]
     hardware: Hardware
+    num_prompts: Mapping[str, int]
 
     @cached_property
     def phases(self) -> tuple[PhaseWork, ...]:
-        return tuple(phase_work(self.plan, phase, self.lengths[phase.name]) for phase in self.plan.phases)
+        plan = self.plan
+        return tuple(
+            phase_work(plan, phase, self.lengths[phase.name], self.num_prompts) for phase in plan.phases
+        )
 
     @property
     def dtype(self) -> str:

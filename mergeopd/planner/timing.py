@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from math import ceil
 
 from mergeopd.models.flops import TRAINING
@@ -29,7 +30,7 @@ def phase_estimate(setup: Setup, work: PhaseWork) -> PhaseEstimate:
     stages = [("rollout", _rollout(setup, work)), ("teachers", scoring), ("update", _update(setup, work))]
     if work.generated:
         stages.append(("sync", _sync(setup, work)))
-    text = sum((sum(_text(setup, work, name).values()) for name in work.text_prompts), 0.0)
+    text = sum((sum(_text(setup, work, name).values()) for name in work.text_responses), 0.0)
     return PhaseEstimate(
         name=work.name,
         updates=work.updates,
@@ -84,12 +85,10 @@ def _text(setup: Setup, work: PhaseWork, name: str) -> Causes:
     """Return the seconds of the text that a teacher generates before a phase; none if it is not local."""
     if not setup.is_loaded(name):
         return Causes()
-    groups = [group for group in work.groups if group.writer == name]
-    rounds = work.rounds
-    one = _generation(
+    groups = [replace(group, responses=group.text_responses) for group in work.groups if group.writer == name]
+    return _generation(
         setup, setup.shapes[name], setup.teacher(name).dtype, groups, work.batch_size, setup.world
     )
-    return Causes().add(one, rounds)
 
 
 def _scoring(setup: Setup, work: PhaseWork, name: str) -> Causes:

@@ -52,6 +52,8 @@ class Group:
     lengths: TextLengths
     teachers: tuple[str, ...]
     writer: str | None = None
+    text_responses: float = 0.0
+    """Responses that the writer generates before the phase: one text for every prompt and sample."""
 
     @property
     def tokens(self) -> float:
@@ -68,7 +70,7 @@ class PhaseWork:
     """A phase: its groups of a round, and what its loss needs.
 
     `kept_numbers` is what a teacher's targets keep for a token, None for hidden states; by teacher.
-    `num_divergences` and `has_support` are those of the loss; `text_prompts` the prompts whose responses each
+    `num_divergences` and `has_support` are those of the loss; `text_responses` the responses that each
     teacher generates before the phase begins.
     """
 
@@ -82,7 +84,7 @@ class PhaseWork:
     needs_prior_policy: bool
     batch_size: int
     samples: int
-    text_prompts: Mapping[str, float]
+    text_responses: Mapping[str, float]
 
     @property
     def rounds(self) -> int:
@@ -115,12 +117,18 @@ class PhaseWork:
         return tuple(sorted({group.teachers for group in self.groups if group.responses}))
 
 
-def phase_work(plan: Plan, phase: Phase, lengths: Mapping[str, TextLengths]) -> PhaseWork:
-    """Return the work of a phase; `lengths` are those of each source with the phase's settings."""
+def phase_work(
+    plan: Plan, phase: Phase, lengths: Mapping[str, TextLengths], num_prompts: Mapping[str, int]
+) -> PhaseWork:
+    """Return the work of a phase; `lengths` are those of each source with the phase's settings.
+
+    `num_prompts` are those of files, where they are known: a teacher generates a prompt's text once.
+    """
     shares, routed = plan.shares(phase), plan.teachers_of(phase)
     settings = plan.rollout_of(phase)
     fraction = fmean(on_policy_fraction(phase, done) for done in range(phase.updates))
-    groups, text_prompts = [], dict[str, float]()
+    groups: list[Group] = []
+    text_responses: dict[str, float] = {}
     for source in plan.sources_of(phase):
         prompts = phase.prompts_per_round * shares[source.name] / sum(shares.values())
         scorers = routed.scoring([source.name]) if phase.loss.needs_teacher else frozenset()
@@ -138,10 +146,12 @@ def phase_work(plan: Plan, phase: Phase, lengths: Mapping[str, TextLengths]) -> 
         weights = routed.routed.get(source.name, {})
         writer = author(weights) if other == "teacher" and weights else None
         samples = settings.samples_per_prompt if other == "teacher" else 1
-        groups.append(Group(source.name, other, prompts * (1 - fraction) * samples, own, teachers, writer))
+        of_round = prompts * (1 - fraction)
+        drawn = of_round * (phase.updates // phase.updates_per_round)
+        texts = samples * min(drawn, num_prompts.get(source.name, drawn)) if writer else 0.0
+        groups.append(Group(source.name, other, of_round * samples, own, teachers, writer, texts))
         if writer is not None:
-            rounds = phase.updates // phase.updates_per_round
-            text_prompts[writer] = text_prompts.get(writer, 0.0) + prompts * (1 - fraction) * rounds
+            text_responses[writer] = text_responses.get(writer, 0.0) + texts
     return PhaseWork(
         name=phase.name,
         updates=phase.updates,
@@ -153,7 +163,7 @@ def phase_work(plan: Plan, phase: Phase, lengths: Mapping[str, TextLengths]) -> 
         needs_prior_policy=plan.needs_prior_policy(phase),
         batch_size=settings.batch_size,
         samples=settings.samples_per_prompt,
-        text_prompts=dict(text_prompts),
+        text_responses=text_responses,
     )
 
 
