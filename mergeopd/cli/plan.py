@@ -14,7 +14,6 @@ from mergeopd.cli.options import JsonOption, SetOption
 from mergeopd.errors import RecipeError
 from mergeopd.messages import option_problem
 
-
 _Recipe = Annotated[Path | None, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
 _Hardware = Annotated[
     str | None,
