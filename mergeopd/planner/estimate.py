@@ -56,6 +56,10 @@ def estimate(
     if hardware is None and num_processes is None and setup.is_megatron:
         parallel = plan.student.parallel
         setup = setup.changed(num_devices=parallel.tensor * parallel.pipeline)
+    if not setup.is_megatron and machine.num_devices > 1:
+        idle = f"`backend: torch` trains in one process; the other {machine.num_devices - 1} devices are idle"
+        texts = replace(texts, notes=(*texts.notes, idle))
+        setup = setup.changed(num_devices=1)
     _refuse_grid(setup)
     result = estimate_setup(setup, texts)
     return _with_proposals(result, setup, texts, fit=fit)
@@ -196,10 +200,6 @@ def _notes(setup: Setup) -> list[str]:
     if any(source.environment is not None for source in setup.plan.sources):
         notes.append(
             "environments: the tokens of all turns are counted, the time of tools and further turns not"
-        )
-    if not setup.is_megatron and setup.hardware.num_devices > 1:
-        notes.append(
-            f"`backend: torch` trains in one process; the other {setup.hardware.num_devices - 1} idle"
         )
     return notes
 

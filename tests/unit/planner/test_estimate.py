@@ -159,6 +159,14 @@ def test_missing_model_names_the_option(write_recipe: Callable[..., Path], tmp_p
     assert result.phases[0].teachers[0].parameters == pytest.approx(8.19e9, rel=1e-3)
 
 
+def test_torch_uses_one_device(write_recipe: Callable[..., Path]) -> None:
+    path = write_recipe(student={"model": "student", "dtype": "bfloat16", "micro_batch_tokens": 4096})
+    one, eight = (mergeopd.plan(path, hardware=f"h200x{n}") for n in (1, 8))
+    assert eight.seconds == one.seconds
+    assert eight.peak_bytes == one.peak_bytes
+    assert any("the other 7 devices are idle" in note for note in eight.notes)
+
+
 def test_nothing_fits(write_recipe: Callable[..., Path]) -> None:
     result = mergeopd.plan(
         write_recipe(student={"model": "student"}), hardware="cpu:8,16GiB", response_tokens=100
