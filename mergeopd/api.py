@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -22,6 +23,7 @@ from mergeopd.preflight.inputs import advice, preflight
 from mergeopd.recipe.controls import Control, control_plan
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.resolve import read
+from mergeopd.reporting.estimate import Estimate
 from mergeopd.reporting.events import AlarmRaised, Event
 from mergeopd.reporting.result import Result, read_result
 from mergeopd.storage import run_layout
@@ -155,6 +157,50 @@ def check(path: str | Path, *, set: Overrides = ()) -> CheckResult:
     inputs = preflight(path, _as_texts(set))
     refusal = RunFolder(Path(inputs.plan.output)).refusal(inputs.plan, inputs.files)
     return CheckResult.of(inputs, advice(inputs.plan), refusal)
+
+
+def plan(
+    path: str | Path,
+    *,
+    set: Overrides = (),
+    hardware: str | Path | None = None,
+    num_processes: int | None = None,
+    models: Mapping[str, str | Path] = MappingProxyType({}),
+    prompt_tokens: int | None = None,
+    response_tokens: int | None = None,
+    fit: bool = False,
+) -> Estimate:
+    """Estimate memory, time and the cost of each teacher of a run, from sizes alone.
+
+    Weights and data need not be on this machine, and torch is not imported.
+
+    Args:
+        path: the recipe.
+        set: values that replace those of the recipe.
+        hardware: devices such as `h200x8` or `cpu:16,64GiB`, or the file of a profile; default: this machine,
+            as `mergeopd plan --measure` found it.
+        num_processes: processes of a grid on a CPU; with GPUs there is one for each.
+        models: folders with the config.json of the student (`student`) and of teachers by name, where the
+            models themselves are not here.
+        prompt_tokens: mean length of prompts; default: that of the files' first prompts.
+        response_tokens: mean length of responses; default: as long as they may be.
+        fit: also search for grids, micro-batches and batches of decoding that fit.
+
+    Raises:
+        RecipeError: with every problem of the recipe, unknown hardware, or a grid that cannot be formed.
+    """
+    from mergeopd.planner.estimate import estimate
+
+    return estimate(
+        path,
+        _as_texts(set),
+        hardware=None if hardware is None else str(hardware),
+        num_processes=num_processes,
+        models={name: Path(folder) for name, folder in models.items()},
+        prompt_tokens=prompt_tokens,
+        response_tokens=response_tokens,
+        fit=fit,
+    )
 
 
 def run(

@@ -1,4 +1,4 @@
-"""The command line: `mergeopd run | check | inspect | eval | targets | report | push | new` and others.
+"""The command line: `mergeopd run | check | plan | inspect | eval | targets | report | push | new` and others.
 
 Exit codes: 0 success; 2 the recipe or the command's arguments are wrong; 3 stopped on request (SIGTERM,
 Ctrl-C, --updates) with everything saved; 130 interrupted at once (second Ctrl-C); 1 any other error.
@@ -22,6 +22,7 @@ from mergeopd.cli.inspect import inspect
 from mergeopd.cli.logs import VERBOSE, log_to_stderr
 from mergeopd.cli.new import new
 from mergeopd.cli.options import RecipeCommand
+from mergeopd.cli.plan import plan
 from mergeopd.cli.push import push
 from mergeopd.cli.report import report
 from mergeopd.cli.run import run
@@ -49,6 +50,7 @@ app = typer.Typer(
 )
 app.add_typer(new, name="new")
 app.command(cls=RecipeCommand)(check)
+app.command(cls=RecipeCommand)(plan)
 app.command(cls=RecipeCommand)(inspect)
 app.command(cls=RecipeCommand)(run)
 app.command(cls=RecipeCommand, name="eval")(evaluate)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mergeopd.config.suggest import closest_path
@@ -19,6 +20,33 @@ class Missing:
 
     message: str
     remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """How a recipe's files are found, when only its plan is needed.
+
+    `configs` are folders with the config.json of models, by `student` or a teacher's name; they stand for the
+    models that the recipe names. With `is_elsewhere`, the run is on another machine: other files, packages
+    and GPUs need not be here.
+    """
+
+    configs: Mapping[str, Path] = field(default_factory=dict)
+    is_elsewhere: bool = False
+
+    def model(self, name: str, written: str, revision: str | None, base: Path) -> Path | Missing:
+        """Find a model's folder; see `existing_model`."""
+        if name in self.configs:
+            return self.configs[name]
+        folder = existing_model(written, revision, base)
+        if isinstance(folder, Missing) and self.is_elsewhere:
+            remedy = f"its config.json is enough for a plan: --model {name}=FOLDER"
+            return Missing(folder.message, f"{remedy}; {folder.remedy}")
+        return folder
+
+
+HERE = Lookup()
+"""Every file that a recipe names must exist."""
 
 
 def project_folder(file: Path, marker: str) -> Path:

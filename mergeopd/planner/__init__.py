@@ -1,1 +1,1 @@
-"""Prediction of a run's memory, time and bytes from its plan and the hardware."""
+"""Cost of a run before it starts: memory, time, and settings that fit (`mergeopd plan`)."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergeopd.config.folders import (
+    HERE,
+    Lookup,
     Missing,
     absolute,
     existing_file,
@@ -98,7 +100,10 @@ def _named_without_folder(written: str, base: Path) -> Missing | None:
 
 
 def resolve_teachers(
-    refs: Mapping[str, TeacherRef], cards: Mapping[Keys, CardFile | Missing], origins: Origins
+    refs: Mapping[str, TeacherRef],
+    cards: Mapping[Keys, CardFile | Missing],
+    origins: Origins,
+    lookup: Lookup = HERE,
 ) -> ResolvedTeachers:
     """Check every card and find the folders it names, without reading them.
 
@@ -112,7 +117,7 @@ def resolve_teachers(
             domains[name] = ()
             continue
         where: Keys = ("teachers", name, "card")
-        valid = _valid_card(where, cards[where], origins, problems)
+        valid = _valid_card(where, cards[where], origins, problems, lookup)
         if valid is None:
             continue
         card, paths = valid
@@ -125,10 +130,14 @@ def resolve_teachers(
 
 
 def resolve_reward_model(
-    where: Keys, card: CardFile | Missing, origins: Origins, problems: list[Problem]
+    where: Keys,
+    card: CardFile | Missing,
+    origins: Origins,
+    problems: list[Problem],
+    lookup: Lookup = HERE,
 ) -> RewardModelPlan | None:
     """Check a reward model's card and find the folders it names; None, and problems, if it has mistakes."""
-    result = _valid_card(where, card, origins, problems)
+    result = _valid_card(where, card, origins, problems, lookup)
     if result is None:
         return None
     valid, paths = result
@@ -158,7 +167,11 @@ def resolve_reward_model(
 
 
 def _valid_card(
-    where: Keys, card: CardFile | Missing, origins: Origins, problems: list[Problem]
+    where: Keys,
+    card: CardFile | Missing,
+    origins: Origins,
+    problems: list[Problem],
+    lookup: Lookup,
 ) -> tuple[TeacherCard, dict[str, str] | None] | None:
     """Return a valid card, and the absolute paths it names or None if one is missing; add to `problems`."""
     if isinstance(card, Missing):
@@ -172,7 +185,7 @@ def _valid_card(
         of_card += invalid
         if not invalid:
             valid = TeacherCard.model_validate(data)
-            paths = _paths(where, valid, card.path, origins, of_card)
+            paths = _paths(where, valid, card.path, origins, of_card, lookup)
             result = valid, None if of_card else paths
     if card.first:
         problems += of_card
@@ -180,20 +193,23 @@ def _valid_card(
 
 
 def _paths(
-    where: Keys, card: TeacherCard, file: Path, origins: Origins, problems: list[Problem]
+    where: Keys, card: TeacherCard, file: Path, origins: Origins, problems: list[Problem], lookup: Lookup
 ) -> dict[str, str]:
     """Make the paths of a card absolute, by key; missing ones are added to `problems`."""
     base = project_folder(file, "teachers")
+    name = str(where[1]) if where[0] == "teachers" else ""
     paths: dict[str, str] = {}
     targets: dict[str, Path | Missing] = {}
     if card.model is not None:
-        targets["model"] = existing_model(card.model, card.revision, base)
+        targets["model"] = lookup.model(name, card.model, card.revision, base)
     if card.tokenizer is not None:
         targets["tokenizer"] = existing_model(card.tokenizer, None, base, "tokenizer")
     if card.template is not None:
         targets["template"] = existing_file(card.template, base, "template")
     for key, path in targets.items():
-        if isinstance(path, Missing):
+        if isinstance(path, Missing) and lookup.is_elsewhere and key != "model":
+            paths[key] = str(absolute(str(getattr(card, key)), base))
+        elif isinstance(path, Missing):
             problems.append(origins.problem((*where, key), path.message, path.remedy))
         else:
             paths[key] = str(path)

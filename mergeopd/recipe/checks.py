@@ -183,7 +183,7 @@ def report_problems(report: Reports | None, origins: Origins) -> Iterator[Proble
 
 
 def student_problems(student: Student, origins: Origins) -> Iterator[Problem]:
-    """Check that the backend's settings are consistent and its packages installed."""
+    """Check that the backend's settings are consistent."""
     grid = student.parallel
     here: Keys = ("student", "parallel")
     if student.backend == "torch":
@@ -192,17 +192,24 @@ def student_problems(student: Student, origins: Origins) -> Iterator[Problem]:
             remedy = "set `backend: megatron`, or remove the section"
             yield origins.problem(here, message, remedy, key=True)
         return
-    if not is_installed("megatron.core"):
-        message = "the package megatron-core is not installed"
-        remedy = "pip install 'mergeopd[megatron]', or use `backend: torch`"
-        yield origins.problem(("student", "backend"), message, remedy)
     if student.dtype == "float64":
         remedy = "use float32 or bfloat16, or `backend: torch`"
         yield origins.problem(("student", "dtype"), "Megatron's layers do not support float64", remedy)
     if grid.sequence and grid.tensor == 1:
         message = "sequence parallelism splits over the processes of `tensor`, and `tensor` is 1"
         yield origins.problem((*here, "sequence"), message, "raise `tensor`, or remove the key")
-    if grid.layers == "transformer_engine":
+
+
+def missing_backend(student: Student, origins: Origins) -> Iterator[Problem]:
+    """Report packages and devices of the student's backend that this machine lacks."""
+    if student.backend == "torch":
+        return
+    here: Keys = ("student", "parallel")
+    if not is_installed("megatron.core"):
+        message = "the package megatron-core is not installed"
+        remedy = "pip install 'mergeopd[megatron]', or use `backend: torch`"
+        yield origins.problem(("student", "backend"), message, remedy)
+    if student.parallel.layers == "transformer_engine":
         if not has_gpu():
             message = "Transformer Engine's layers need GPUs, and this machine has none"
             remedy = "check and run this recipe on a machine with GPUs, or use `auto` or `local`"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mergeopd.config.folders import Missing, absolute, existing_file, existing_model, unwritable
+from mergeopd.config.folders import HERE, Lookup, Missing, absolute, existing_file, unwritable
 from mergeopd.config.load import load
 from mergeopd.config.locate import Origins
 from mergeopd.config.tree import Keys, plain
@@ -57,13 +57,19 @@ class Resolution:
     document: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str] = os.environ) -> Resolution:
+def read(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    env: Mapping[str, str] = os.environ,
+    lookup: Lookup = HERE,
+) -> Resolution:
     """Read and resolve a recipe and its teacher cards. An invalid recipe does not raise.
 
     Args:
         path: the recipe.
         overrides: `a.b=c`, applied in order to the recipe.
         env: values of `${VARIABLE}`.
+        lookup: how files are found.
 
     Returns:
         The plan, or all problems. Prompt files, tokenizers and weights are located, but not opened.
@@ -83,10 +89,10 @@ def read(path: str | Path, overrides: Sequence[str] = (), env: Mapping[str, str]
     if parts.rollout is not None:
         parts.rollout = with_paths(parts.rollout, lambda key: origins.place(("rollout", *key)).base)
     of_schema = _schema_problems(data, origins, complete=True)
-    with_cards = resolve_teachers(parts.teachers, cards, origins)
+    with_cards = resolve_teachers(parts.teachers, cards, origins, lookup)
     unreadable = tuple(p for c in cards.values() if isinstance(c, CardFile) for p in c.problems)
     is_valid = not (of_schema or loaded.problems or unreadable)
-    resolver = _Resolver(parts, cards, with_cards, origins, is_valid)
+    resolver = _Resolver(parts, cards, with_cards, origins, is_valid, lookup)
     resolver.run()
     later = (*of_schema, *with_cards.problems, *resolver.problems)
     problems = _ordered((*loaded.problems, *unreadable), later, origins)
@@ -125,12 +131,14 @@ class _Resolver:
         with_cards: ResolvedTeachers,
         origins: Origins,
         is_valid: bool,
+        lookup: Lookup,
     ) -> None:
         self.parts = parts
         self.cards = cards
         self.with_cards = with_cards
         self.origins = origins
         self.is_valid = is_valid
+        self.lookup = lookup
         self.student: Student | None = None
         self.sources: dict[int, SourcePlan] = {}
         self.eval_sources: dict[int, SourcePlan] = {}
@@ -183,7 +191,8 @@ class _Resolver:
             self.experts, problems = checks.experts(parts, compared, origins)
             self.problems += problems
         self.problems += [*suite_problems(parts, origins), *best_problems(parts, origins)]
-        self.problems += checks.report_problems(parts.report, origins)
+        if not self.lookup.is_elsewhere:
+            self.problems += checks.report_problems(parts.report, origins)
         self._check_phases(any(problem.path.endswith(".domain") for problem in unrouted))
 
     def _compared(self, source: int, weights: Mapping[str, float]) -> Mapping[str, float]:
@@ -200,14 +209,20 @@ class _Resolver:
         where: Keys = ("student", "model")
         written = self.parts.student
         self.problems += checks.student_problems(written, self.origins)
-        folder = existing_model(written.model, written.revision, self.origins.place(where).base)
+        if not self.lookup.is_elsewhere:
+            self.problems += checks.missing_backend(written, self.origins)
+        base = self.origins.place(where).base
+        folder = self.lookup.model("student", written.model, written.revision, base)
         if isinstance(folder, Missing):
             self.problems.append(self.origins.problem(where, folder.message, folder.remedy))
             return
         paths = {"model": str(folder)}
         if written.template is not None:
             where = ("student", "template")
-            template = existing_file(written.template, self.origins.place(where).base, "template")
+            base = self.origins.place(where).base
+            template = existing_file(written.template, base, "template")
+            if isinstance(template, Missing) and self.lookup.is_elsewhere:
+                template = absolute(written.template, base)
             if isinstance(template, Missing):
                 self.problems.append(self.origins.problem(where, template.message, template.remedy))
                 return
@@ -233,7 +248,8 @@ class _Resolver:
 
     def _resolve_sources(self, routed: Mapping[int, Mapping[str, float]]) -> None:
         own_names = self.parts.source_names
-        resolver = SourceResolver(self.origins, self.parts.allow_code, self.cards, set(own_names.values()))
+        names = set(own_names.values())
+        resolver = SourceResolver(self.origins, self.parts.allow_code, self.cards, self.lookup, names)
         for index, source in self.parts.prompts.items():
             if plan := resolver.resolve(source, ("prompts", index), routed[index], own_names[index]):
                 self.sources[index] = plan

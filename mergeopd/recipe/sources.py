@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mergeopd.config.folders import Missing, absolute, existing_file, is_hub_id
+from mergeopd.config.folders import Lookup, Missing, absolute, existing_file, is_hub_id
 from mergeopd.config.locate import Origins, dotted
 from mergeopd.config.suggest import did_you_mean
 from mergeopd.config.tree import Keys
@@ -53,6 +53,7 @@ class SourceResolver:
     origins: Origins
     allow_code: Collection[str] | None  # None: invalid, so functions are not checked against it
     cards: Mapping[Keys, CardFile | Missing]
+    lookup: Lookup
     names: set[str] = field(default_factory=set)
     seen: dict[tuple[str, str | None, str | None], Keys] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -113,6 +114,8 @@ class SourceResolver:
             )
         elif not os.path.isdir(written):
             file = existing_file(source.source, base, "prompt file", PROMPT_SUFFIXES)
+        if isinstance(file, Missing) and self.lookup.is_elsewhere:
+            return written, dataset
         if isinstance(file, Missing):
             self.report(where, file.message, file.remedy)
             return None
@@ -157,22 +160,24 @@ class SourceResolver:
             return verifier
         if isinstance(verifier, UserVerifier):
             self._allowed(verifier.function, (*path, "function"))
-        missing = None if verifier is None else checks.missing_package(verifier)
+        missing = None
+        if verifier is not None and not self.lookup.is_elsewhere:
+            missing = checks.missing_package(verifier)
         if missing is not None:
             self.report((*path, "kind"), *missing)
         if isinstance(verifier, JsonVerifier) and verifier.schema_file is not None:
             where: Keys = (*path, "schema_file")
             file = existing_file(verifier.schema_file, self.origins.place(where).base, "JSON Schema file")
-            if isinstance(file, Missing):
+            if isinstance(file, Missing) and not self.lookup.is_elsewhere:
                 self.report(where, file.message, file.remedy)
-            else:
+            elif not isinstance(file, Missing):
                 return verifier.model_copy(update={"schema_file": str(file)})
         return verifier
 
     def _reward_model(self, verifier: Verifier | None, where: Keys) -> RewardModelPlan | None:
         if not isinstance(verifier, RewardModelVerifier):
             return None
-        return resolve_reward_model(where, self.cards[where], self.origins, self.problems)
+        return resolve_reward_model(where, self.cards[where], self.origins, self.problems, self.lookup)
 
     def _environment(self, environment: Environment | None, path: Keys) -> Environment | None:
         match environment:
@@ -183,12 +188,13 @@ class SourceResolver:
                 self._allowed(function, (*path, "environment"))
             case SearchEnvironment(corpus=corpus):
                 where: Keys = (*path, "corpus")
-                if not checks.is_installed("bm25s"):
+                if not checks.is_installed("bm25s") and not self.lookup.is_elsewhere:
                     remedy = "install it: `pip install 'mergeopd[search]'`"
                     self.report((*path, "kind"), "'search' needs the package bm25s", remedy)
                 file = existing_file(corpus, self.origins.place(where).base, "corpus", (".jsonl",))
                 if isinstance(file, Missing):
-                    self.report(where, file.message, file.remedy)
+                    if not self.lookup.is_elsewhere:
+                        self.report(where, file.message, file.remedy)
                     return environment
                 return environment.model_copy(update={"corpus": str(file)})
         return environment

@@ -122,7 +122,8 @@ def made(case, grid):
 def run(case, grid):
     grid = replace(grid, sequence_parallel=case["sequence_parallel"])
     student = made(case, grid)
-    result = {"vocab": (student.vocab.start, student.vocab.stop)}
+    result = {"vocab": (student.vocab.start, student.vocab.stop), "stage": grid.stage}
+    result["num_weights"] = sum(weight.numel() for weight in student.shards.values())
     if case["fails"]:
         return result | failures(case, student, grid)
     folder = Path(case["export"])

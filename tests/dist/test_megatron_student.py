@@ -25,8 +25,11 @@ from transformers import AutoModelForCausalLM
 
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.models import Machine, load_models
+from mergeopd.models.facts import ModelFacts
+from mergeopd.planner.setup import shard_weights
 from mergeopd.preflight.inputs import preflight
 from mergeopd.recipe.training import Optimizer
+from mergeopd.student.megatron.architecture import Architecture
 from mergeopd.types import Rollout
 
 pytestmark = needs_megatron
@@ -280,6 +283,15 @@ def test_ranks_share_the_true_vocabulary(grids, grid, case):
     tensor, ranks = LAUNCHES[grid][0], grids(grid)[1]
     expected = {1: [(0, 35)], 2: [(0, 19), (19, 35)]}[tensor]
     assert [rank[case]["vocab"] for rank in ranks] == expected * (len(ranks) // tensor)
+
+
+@on_grids("qwen3 tied mixed")
+def test_a_plan_counts_the_weights_of_every_rank(grids, cases, grid, case):
+    (tensor, pipeline), ranks = LAUNCHES[grid][:2], grids(grid)[1]
+    arch = Architecture.read(ModelFacts.read(cases[case].folder))
+    for rank in ranks:
+        own = rank[case]
+        assert own["num_weights"] == shard_weights(arch, tensor, pipeline, own["stage"])
 
 
 @on_grids("qwen2 untied reverse")

@@ -333,3 +333,26 @@ def test_candidates_of_the_merge_bench_have_equal_updates_and_prompts() -> None:
         rounds = {phase["prompts_per_round"] / phase.get("updates_per_round", 1) for phase in phases}
         assert rounds == {8}
         assert ("four updates" in name) == any(phase.get("updates_per_round") == 4 for phase in phases)
+
+
+def test_check_plan(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes and operations of the plan are those that a run counts."""
+    tool = load("check_plan")
+    size = tool.Size(64, 2, 64)
+    small = tool.Job("small", size, (size, tool.Size(64, 1, 64)), 8, 6, 4, rounds=2)
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        run_here(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(tool, "JOBS", (small,))
+    monkeypatch.setattr(tool, "subprocess", SimpleNamespace(run=run))
+    options = ["--hardware", "cpu:2,8GiB", "--repeats", "1"]
+    [row] = json.loads(call(tool, *options, "--json").partition("\n{")[2].join(("{", "")))["jobs"]
+    headers = 2 * 8192
+    assert 0 <= row["measured_bytes_read"] - row["planned_bytes_read"] < headers
+    # A response may end before its last token.
+    for stage in ("rollout", "teachers", "update"):
+        assert row["measured_flops"][stage] == pytest.approx(row["planned_flops"][stage], rel=0.05)
+    assert row["memory_ratio"] > 0
+    assert "memory within 10%" in call(tool, *options, "--clock", "cpu")

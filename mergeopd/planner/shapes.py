@@ -1,0 +1,203 @@
+"""Sizes of a language model from its config.json alone: parameters, operations, caches. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from mergeopd.errors import ModelError
+from mergeopd.models.facts import ModelFacts, positive_int, read_config
+from mergeopd.models.flops import ModelFlops
+from mergeopd.models.layout import expected_shapes
+from mergeopd.planner.mixtures import Counts, layer_counts
+
+ITEMSIZE: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_UNGATED = frozenset(("apertus", "arcee", "nemotron", "phi", "starcoder2"))
+_HEAD_NORMS = frozenset(("apertus", "exaone4", "gemma3_text", "qwen3"))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Sizes of a causal language model.
+
+    `body_matrices` and `body_vectors` count the parameters without embedding and head; of a mixture of
+    experts, `active_matrices` those that one token uses. `head_size` is that of keys; `ffn` is the size that
+    one token uses. `runs` is None, or why mergeopd cannot load the model today.
+    """
+
+    folder: Path
+    model_type: str
+    hidden: int
+    layers: int
+    heads: int
+    groups: int
+    head_size: int
+    ffn: int
+    vocab: int
+    tied: bool
+    stored: str
+    stored_bytes: float
+    max_positions: int
+    body_matrices: int
+    active_matrices: int
+    body_vectors: int
+    is_gated: bool = True
+    has_head_norms: bool = False
+    kv_numbers: int = 0
+    """Numbers that a layer caches for one token."""
+    runs: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def read(cls, folder: Path) -> ModelShape:
+        """Read `folder`/config.json.
+
+        Raises ModelError when there is none, or sizes are missing from it.
+        """
+        path, config = folder / "config.json", text_config(read_config(folder))
+        model_type = str(config.get("model_type"))
+        try:
+            facts: ModelFacts | None = ModelFacts.read(folder)
+            runs = None
+        except ModelError as error:
+            facts, runs = None, str(error).partition("; known:")[0]
+        hidden, heads = (positive_int(path, config, key) for key in ("hidden_size", "num_attention_heads"))
+        head_size = config.get("head_dim") or hidden // heads
+        groups = config.get("num_key_value_heads") or heads
+        if facts is not None and model_type in ("phi", "stablelm"):
+            head_size = hidden // heads
+        own = config | {"head_dim": head_size, "num_key_value_heads": groups}
+        if facts is not None:
+            counts = _dense_counts(facts, own)
+        else:
+            counts = layer_counts(path, own)
+        tied = facts.tied if facts is not None else bool(config.get("tie_word_embeddings", False))
+        return cls(
+            folder=folder,
+            model_type=model_type,
+            hidden=hidden,
+            layers=positive_int(path, config, "num_hidden_layers"),
+            heads=heads,
+            groups=groups,
+            head_size=head_size,
+            ffn=counts.ffn,
+            vocab=positive_int(path, config, "vocab_size"),
+            tied=tied,
+            stored=stored_dtype(config),
+            stored_bytes=stored_bytes(config),
+            max_positions=int(config.get("max_position_embeddings") or 32768),
+            body_matrices=counts.matrices,
+            active_matrices=counts.active,
+            body_vectors=counts.vectors,
+            is_gated=model_type not in _UNGATED,
+            has_head_norms=model_type in _HEAD_NORMS or bool(config.get("use_qk_norm")),
+            kv_numbers=counts.kv_numbers or 2 * groups * head_size,
+            runs=runs,
+            config=own,
+        )
+
+    @property
+    def query_size(self) -> int:
+        return self.heads * self.head_size
+
+    @property
+    def key_size(self) -> int:
+        return self.groups * self.head_size
+
+    @property
+    def body(self) -> int:
+        """Parameters of the layers and the last norm."""
+        return self.body_matrices + self.body_vectors
+
+    @property
+    def embedding(self) -> int:
+        return self.vocab * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """All parameters; a tied head counts once."""
+        return self.body + self.embedding * (1 if self.tied else 2)
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token uses, head included, embedding not unless it is the head."""
+        return self.active_matrices + self.body_vectors + self.embedding
+
+    @property
+    def without_head(self) -> int:
+        """Parameters of a teacher's body: without a head of its own."""
+        return self.body + self.embedding
+
+    @property
+    def is_mixture(self) -> bool:
+        return self.active_matrices < self.body_matrices
+
+    @property
+    def flops(self) -> ModelFlops:
+        """Operations of its passes."""
+        return ModelFlops(
+            per_token=2 * self.active_matrices,
+            per_position=4 * self.layers * self.query_size,
+            per_logits=2 * self.embedding,
+        )
+
+    def kv_bytes(self, dtype: str) -> int:
+        """Return the bytes that the cache of keys and values has for one token."""
+        return self.layers * self.kv_numbers * ITEMSIZE[dtype]
+
+    def saved_numbers(self, dtype: str) -> tuple[float, float]:
+        """Return the numbers that autograd keeps for a token: of one layer, and of the last norm.
+
+        Those of transformers' Llama and Qwen3 with torch's fused attention: inputs and outputs of the norms
+        (which compute in float32), of the projections, of attention and of the feed-forward network.
+        """
+        wide = 4 / ITEMSIZE[dtype] if dtype in ("bfloat16", "float16") else 1.0
+        hidden, query, key = self.hidden, self.query_size, self.key_size
+        norms = 2 * ((2 + wide) * hidden + wide)
+        head_norms = (1 + wide) * (query + key) + wide * (self.heads + self.groups)
+        attention = 2 * query + 2 * key + wide * self.heads
+        feed_forward = (4 if self.is_gated else 2) * self.ffn
+        of_layer = norms + attention + feed_forward + (head_norms if self.has_head_norms else 0)
+        return of_layer, (1 + wide) * hidden + wide
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the language model's part of a config, which multimodal models nest."""
+    inner = config.get("text_config")
+    return dict(inner) if isinstance(inner, dict) and "hidden_size" in inner else dict(config)
+
+
+def stored_dtype(config: Mapping[str, Any]) -> str:
+    """Return the dtype of the weights in the files, as config.json says; float32 if it does not."""
+    written = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return written if written in ITEMSIZE else "float32"
+
+
+def stored_bytes(config: Mapping[str, Any]) -> float:
+    """Return the bytes of a weight in the files; of quantised ones without their scales."""
+    quantised = config.get("quantization_config")
+    if isinstance(quantised, dict) and quantised:
+        method = str(quantised.get("quant_method", ""))
+        bits = quantised.get("bits") or (4 if "4" in method else 8)
+        return float(bits) / 8
+    return float(ITEMSIZE[stored_dtype(config)])
+
+
+def _dense_counts(facts: ModelFacts, config: Mapping[str, Any]) -> Counts:
+    path = facts.folder / "config.json"
+    shapes = []
+    for name, shape in expected_shapes(facts, config).items():
+        # Sizes that transformers takes from other keys than most models: heads times their size.
+        of_keys = any(part in name for part in ("k_proj", "v_proj"))
+        heads = config["num_key_value_heads" if of_keys else "num_attention_heads"]
+        if None in shape and "self_attn" not in name:
+            raise ModelError(
+                f"{path}: does not determine the shape of {name}; fetch the model's own config.json"
+            )
+        shapes.append(tuple(heads * config["head_dim"] if size is None else size for size in shape))
+    matrices = sum(prod(shape) for shape in shapes if len(shape) > 1)
+    vectors = sum(prod(shape) for shape in shapes if len(shape) == 1)
+    return Counts(matrices, matrices, vectors, positive_int(path, dict(config), "intermediate_size"))

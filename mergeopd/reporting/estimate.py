@@ -1,0 +1,199 @@
+"""Records of what a run costs before it starts: memory, time, teachers, changes. Written as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPart:
+    """Bytes of one rank. `where`: in the memory of its device, or in the main memory beside GPUs."""
+
+    name: str
+    num_bytes: float
+    where: Literal["device", "host"] = "device"
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """What a rank has in memory during a stage."""
+
+    stage: str
+    parts: tuple[MemoryPart, ...]
+
+    def total(self, where: str = "device") -> float:
+        """Return the bytes of the parts in this memory."""
+        return sum(part.num_bytes for part in self.parts if part.where == where)
+
+
+@dataclass(frozen=True, slots=True)
+class StageTime:
+    """Seconds of a stage per round, by cause; a cause is what a faster machine or less work would shorten."""
+
+    name: str
+    causes: Mapping[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.causes.values())
+
+    @property
+    def bound(self) -> str:
+        """The largest cause."""
+        return max(self.causes, key=lambda cause: self.causes[cause], default="")
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherCost:
+    """What one teacher costs in a round: seconds of all ranks together, bytes read, operations, cached bytes.
+
+    `how` says how its weights reach a rank; `runs_not` why mergeopd cannot run it today, if it cannot.
+    """
+
+    name: str
+    parameters: int
+    active: int
+    how: str
+    responses: float
+    seconds: float
+    bytes_read: float
+    flops: float
+    cached_bytes: float
+    runs_not: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseEstimate:
+    """A phase: seconds of its rounds by stage, and of the text that teachers generate before it begins."""
+
+    name: str
+    updates: int
+    rounds: int
+    responses: float
+    tokens: float
+    stages: tuple[StageTime, ...]
+    teachers: tuple[TeacherCost, ...]
+    bytes_read: float
+    flops: Mapping[str, float]
+    text_s: float
+
+    @property
+    def round_s(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        return self.rounds * self.round_s + self.text_s
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Processes of a student: `tensor` x `pipeline` hold one replica, of which there are `data`."""
+
+    tensor: int
+    pipeline: int
+    data: int
+
+    @property
+    def size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    def __str__(self) -> str:
+        return f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Settings that shorten the run, planned again: seconds, and peak memory of a rank."""
+
+    settings: Mapping[str, Any]
+    effect: str
+    seconds: float
+    peak_bytes: float
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A grid and batches that fit, with seconds of the run and peak memory of a rank."""
+
+    backend: str
+    grid: Grid
+    micro_batch_tokens: int
+    recompute: bool
+    batch_size: int
+    seconds: float
+    peak_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """The plan of a run on given hardware.
+
+    `memory` is that of the rank that needs most, by stage; `limit_bytes` what it may fill. `notes` are
+    assumptions, `obstacles` what does not run or fit as the recipe is.
+    """
+
+    recipe: str
+    hardware: str
+    device: str
+    sources: tuple[str, ...]
+    num_processes: int
+    num_machines: int
+    backend: str
+    grid: Grid
+    micro_batch_tokens: int
+    memory: tuple[StageMemory, ...]
+    limit_bytes: float
+    host_limit_bytes: float | None
+    phases: tuple[PhaseEstimate, ...]
+    evaluation_s: float
+    changes: tuple[Change, ...] = ()
+    fitted: tuple[Fitted, ...] = ()
+    notes: tuple[str, ...] = ()
+    obstacles: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> StageMemory:
+        """The stage that needs most."""
+        return max(self.memory, key=lambda stage: stage.total())
+
+    @property
+    def peak_bytes(self) -> float:
+        return self.peak.total()
+
+    @property
+    def peak_host_bytes(self) -> float:
+        return max(stage.total("host") for stage in self.memory)
+
+    @property
+    def fits(self) -> bool:
+        """Whether both memories suffice."""
+        host = self.host_limit_bytes
+        return self.peak_bytes <= self.limit_bytes and (host is None or self.peak_host_bytes <= host)
+
+    @property
+    def seconds(self) -> float:
+        """All phases and the evaluation."""
+        return sum(phase.seconds for phase in self.phases) + self.evaluation_s
+
+    def document(self) -> dict[str, Any]:
+        """Return the plan as JSON values, with the format's version and the sums that readers ask for."""
+        summed = {
+            "seconds": self.seconds,
+            "peak_bytes": self.peak_bytes,
+            "peak_stage": self.peak.stage,
+            "fits": self.fits,
+        }
+        document = {"estimate": VERSION, **summed, **asdict(self)}
+        for phase, record in zip(self.phases, document["phases"], strict=True):
+            record |= {"round_s": phase.round_s, "seconds": phase.seconds}
+            for stage, entry in zip(phase.stages, record["stages"], strict=True):
+                entry |= {"seconds": stage.seconds, "bound": stage.bound}
+        for memory, record in zip(self.memory, document["memory"], strict=True):
+            record["total_bytes"] = memory.total()
+        return document
