@@ -1,4 +1,4 @@
-"""The command line: `mergeopd run | check | plan | inspect | eval | targets | report | push | new` and others.
+"""The command line: `mergeopd run | check | plan | inspect | eval | targets | report | push | new` and more.
 
 Exit codes: 0 success; 2 the recipe or the command's arguments are wrong; 3 stopped on request (SIGTERM,
 Ctrl-C, --updates) with everything saved; 130 interrupted at once (second Ctrl-C); 1 any other error.

@@ -17,7 +17,7 @@ from mergeopd.errors import RecipeError
 from mergeopd.messages import joined
 
 if TYPE_CHECKING:
-    from mergeopd.api import SourceSummary
+    from mergeopd.preflight.summary import SourceSummary
 
 
 def check(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:

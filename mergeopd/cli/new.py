@@ -46,7 +46,7 @@ def recipe(
 
     Example: mergeopd new recipe mine --student experts/base --prompts experts/data/merge_sort.jsonl
     """
-    from mergeopd.api import CheckResult
+    from mergeopd.preflight.summary import CheckResult
     from mergeopd.scaffold.recipe import NewRecipeOptions, new_recipe
 
     options = NewRecipeOptions(name, student, teachers or (), prompts or ())

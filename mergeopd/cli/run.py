@@ -17,8 +17,8 @@ from mergeopd.distributed.rendezvous import LAUNCHER, RankInfo
 from mergeopd.errors import ProcessError, Stopped
 
 if TYPE_CHECKING:
-    from mergeopd.api import RunResult
     from mergeopd.recipe.controls import Control
+    from mergeopd.reporting.run_result import RunResult
 
 
 UpdatesOption = Annotated[

@@ -17,7 +17,7 @@ from mergeopd.data.renderer import Renderer
 from mergeopd.engine.build import build_environments, build_verifiers
 from mergeopd.engine.models import Machine, build_teachers, build_views, divide_threads, engine_context
 from mergeopd.engine.stages import Stages
-from mergeopd.errors import TeacherError
+from mergeopd.errors import ServingError, TeacherError
 from mergeopd.inspection.gradients import Gradients
 from mergeopd.inspection.measure import (
     STUDENT,
@@ -180,7 +180,7 @@ class Inspector:
         try:
             with self.teachers[name].open() as session:
                 return self._measure(name, session)
-        except TeacherError as error:
+        except (TeacherError, ServingError) as error:
             return TeacherFindings(name, members, fault=Verdict("wrong_teacher", f"cannot be used: {error}"))
 
     def _measure(self, name: str, session: TeacherSession) -> TeacherFindings:
