@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -109,6 +110,7 @@ def plan(
 
     Raises:
         RecipeError: with every problem of the recipe, unknown hardware, or a grid that cannot be formed.
+        ValueError: a length below 1.
     """
     from mergeopd.planner.estimate import estimate
 
@@ -294,9 +296,10 @@ def inspect(
             message = f"{path} is the folder of a run, which is inspected as it ran"
             raise RecipeError([option_problem(option, message, "leave this out, or inspect a recipe")])
         return _inspect_run(Path(path), prompts, folder, shown_on)
+    texts = _as_texts(set)
     inspection = inspect_recipe(
         Path(path),
-        _as_texts(set),
+        texts,
         teachers=teachers,
         prompts=prompts,
         gradients=gradients,
@@ -304,10 +307,24 @@ def inspect(
         cards=None if folder is None else folder / "teachers",
         console=shown_on,
     )
+    inspection = _with_cost(inspection, Path(path), texts)
     if folder is not None:
         write_inspection(inspection, folder / run_layout.INSPECTION_DATA)
         write_inspection_page(inspection, folder / run_layout.INSPECTION_PAGE)
     return inspection
+
+
+def _with_cost(inspection: Inspection, recipe: Path, overrides: Sequence[str]) -> Inspection:
+    """Add what a run would cost on this machine, with the lengths of the student's sampled responses."""
+    from mergeopd.planner.estimate import estimate
+
+    shares = sum(domain.share for domain in inspection.domains)
+    length = sum(domain.share * domain.mean_length for domain in inspection.domains) / (shares or 1.0)
+    try:
+        cost = estimate(recipe, overrides, response_tokens=max(1, round(length)) if shares else None)
+    except RecipeError as error:  # a grid of more processes than this machine's profile has, for example
+        return replace(inspection, notes=(*inspection.notes, f"not planned: {error}"))
+    return replace(inspection, cost=cost)
 
 
 def _inspect_run(run: Path, prompts: int | None, output: Path | None, console: Console) -> Contribution:

@@ -42,7 +42,11 @@ def estimate(
     Raises:
         RecipeError: with every problem of the recipe, unknown hardware, or a grid that its processes or the
             model's sizes do not form; the weights and data of a run need not be here.
+        ValueError: a length below 1.
     """
+    for name, value in (("prompt_tokens", prompt_tokens), ("response_tokens", response_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}, must be at least 1")
     machine = read_hardware(hardware, num_processes)
     configs = {name: _config_folder(name, path) for name, path in (models or {}).items()}
     resolution = read(recipe, overrides, lookup=Lookup(configs, is_elsewhere=True))

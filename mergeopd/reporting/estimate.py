@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 VERSION = 1
+_SMALLEST = 0.01  # share of the peak below which parts are joined
+_OTHER = "other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,3 +199,22 @@ class Estimate:
         for memory, record in zip(self.memory, document["memory"], strict=True):
             record["total_bytes"] = memory.total()
         return document
+
+
+def shown_parts(stage: StageMemory) -> Iterator[tuple[str, float]]:
+    """Yield the parts in device memory from large to small; small ones are joined."""
+    parts = sorted((p for p in stage.parts if p.where == "device"), key=lambda p: -p.num_bytes)
+    small = [part for part in parts if part.num_bytes < _SMALLEST * stage.total()]
+    for part in parts:
+        if part not in small:
+            yield part.name, part.num_bytes
+    if small:
+        yield _OTHER, sum(part.num_bytes for part in small)
+
+
+def duration(seconds: float) -> str:
+    """Format seconds in the largest unit that has at least two digits."""
+    for limit, size, unit in ((120.0, 1.0, "s"), (7200.0, 60.0, "min"), (172800.0, 3600.0, "h")):
+        if seconds < limit:
+            return f"{seconds / size:,.{1 if seconds / size >= 10 else 2}f} {unit}"
+    return f"{seconds / 86400:,.1f} days"

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mergeopd.config.schema import DIALECT, Schema, tidied
 from mergeopd.errors import StorageError
+from mergeopd.reporting.estimate import Estimate as RunEstimate
 from mergeopd.reporting.result import Estimate
 from mergeopd.storage.folders import write_atomic
 from mergeopd.storage.metrics import json_text
@@ -374,6 +375,7 @@ class Inspection:
     alignments: tuple[AlignmentRank, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    cost: RunEstimate | None = None
 
     def document(self) -> dict[str, Any]:
         """Return the JSON values of `inspect.json`."""

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from inspected_signals import estimate, fraction, gradient_alignment, signal
 from report_pages import EVIL
 
+from mergeopd.reporting.estimate import Estimate as RunEstimate
+from mergeopd.reporting.estimate import Grid, MemoryPart, PhaseEstimate, StageMemory, StageTime
 from mergeopd.reporting.inspection import (
     AlignmentRank,
     CheckpointRank,
@@ -341,4 +343,47 @@ def inspection(num_responses: int = 3, num_tokens: int = 120, num_candidates: in
             "The domain chat has no verifier; its pass rates are judged by the reward model.",
         ),
         seconds={"rollout": 21.4, "teachers": 17.9, "gradients": 9.2, "total": 51.0},
+        cost=cost(),
+    )
+
+
+def cost() -> RunEstimate:
+    """Return what a run costs that does not fit."""
+    parts = (("weights", 6.1), ("moments and main weights", 24.5), ("KV cache", 71.0), ("loss chunk", 0.2))
+    return RunEstimate(
+        recipe="five-experts.yaml",
+        hardware="h100x8",
+        device="NVIDIA H100 SXM5 80 GB",
+        sources=(),
+        num_processes=8,
+        num_machines=1,
+        backend="megatron",
+        grid=Grid(4, 2, 1),
+        micro_batch_tokens=16384,
+        memory=(
+            StageMemory("rollout", tuple(MemoryPart(name, size * 2**30) for name, size in parts)),
+            StageMemory("update", (MemoryPart("weights", 6.1 * 2**30),)),
+        ),
+        limit_bytes=74.4 * 2**30,
+        host_limit_bytes=1800.0 * 2**30,
+        phases=(
+            PhaseEstimate(
+                name="merge",
+                updates=800,
+                rounds=200,
+                responses=1024.0,
+                tokens=9.6e5,
+                stages=(
+                    StageTime("rollout", {"memory": 310.0, "matrix products": 12.0}),
+                    StageTime("teachers", {"matrix products": 41.0, "disk": 8.0}),
+                    StageTime("update", {"matrix products": 66.0}),
+                ),
+                teachers=(),
+                bytes_read=8.1e10,
+                flops={},
+                text_s=0.0,
+            ),
+        ),
+        evaluation_s=900.0,
+        obstacles=("needs 101.8 GiB of 74.4 GiB at its peak: rollout; the nearest that fits: batch_size 32",),
     )

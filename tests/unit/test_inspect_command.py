@@ -58,6 +58,11 @@ def test_verdicts_are_printed_and_files_written(
     assert [teacher["name"] for teacher in document["teachers"]] == ["one", "two"]
     assert all(teacher["compatibility"]["findings"] for teacher in document["teachers"])
     assert "<html" in Path("run/inspect/inspect.html").read_text()
+    # What a run costs, with responses as long as the student's.
+    assert "A run on this machine: " in words
+    length = sum(domain["share"] * domain["mean_length"] for domain in document["domains"])
+    planned = mergeopd.plan(recipe, response_tokens=max(1, round(length))).document()
+    assert document["cost"]["phases"][0]["tokens"] == planned["phases"][0]["tokens"]
     # The inspection does not keep a run from starting there.
     assert mergeopd.check(recipe).notes[-1].startswith("teachers one and two have no canary")
     assert mergeopd.run(recipe, updates=1).num_updates == 1
@@ -83,7 +88,11 @@ def test_the_function_repeats_the_numbers_and_writes_nothing_by_itself(
     assert set(Path().rglob("*")) == before
     assert capsys.readouterr() == ("", "")
     mergeopd.inspect(recipe, set={"inspect.samples": 1}, teachers=["one"], output="there")
-    assert read_inspection(Path("there/inspect.json")).teachers == first.teachers
+    read = read_inspection(Path("there/inspect.json"))
+    assert read.teachers == first.teachers
+    assert read.cost is not None
+    # Lengths of some domains say nothing of the others.
+    assert read.cost.document() == mergeopd.plan(recipe, set={"inspect.samples": 1}).document()
 
 
 def test_bad_input_is_refused_before_models_are_loaded(recipe: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergeopd.messages import joined
+from mergeopd.reporting.estimate import duration, shown_parts
 from mergeopd.reporting.inspection import (
     VERDICT_TITLES,
     AlignmentRank,
@@ -148,6 +149,8 @@ def render(inspection: Inspection, now: datetime) -> str:
         legend=legend(),
         strong=STRONG,
         sides=sides,
+        shown_parts=shown_parts,
+        duration=duration,
     )
 
 
@@ -159,6 +162,7 @@ def build_sections(inspection: Inspection, pool: TokenPool) -> tuple[Section, ..
         Section("conflicts", "Conflicts", "inspection_conflicts.html.j2", inspection.conflicts),
         Section("domains", "Domains", "inspection_domains.html.j2", inspection.domains),
         Section("checkpoints", "Checkpoints", "inspection_checkpoints.html.j2", _by_domain(inspection)),
+        Section("cost", "Cost", "inspection_cost.html.j2", inspection.cost),
     )
     return (
         Section("overview", "Overview", "inspection_overview.html.j2", _overview(inspection)),

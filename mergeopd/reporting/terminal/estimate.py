@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from rich.console import Console
 from rich.text import Text
 
-from mergeopd.reporting.estimate import Change, Estimate, Fitted, PhaseEstimate, StageMemory
+from mergeopd.reporting.estimate import Change, Estimate, Fitted, PhaseEstimate, duration, shown_parts
 from mergeopd.reporting.terminal.glyphs import plain_text, table
 
 _GIB = 2**30
-_SMALLEST = 0.01  # share of the peak below which parts are joined
-_OTHER = "other"
 
 
 def show_estimate(result: Estimate, console: Console) -> None:
@@ -50,7 +46,7 @@ def _memory(result: Estimate, console: Console, ascii_only: bool) -> None:
     )
     width = max(10, min(console.width - 48, 48))
     rows = []
-    for name, size in _shown_parts(peak):
+    for name, size in shown_parts(peak):
         share = size / max(limit, 1)
         filled = min(round(share * width), width)
         rows.append((name, f"{size / _GIB:,.2f}", f"{share:.1%}", "━" * filled))
@@ -66,17 +62,6 @@ def _memory(result: Estimate, console: Console, ascii_only: bool) -> None:
         words.append(f"main memory beside the GPU: {host:,.2f} of {result.host_limit_bytes / _GIB:,.2f} GiB")
     if words:
         console.print(Text(plain_text("; ".join(words), ascii_only)))
-
-
-def _shown_parts(stage: StageMemory) -> Iterator[tuple[str, float]]:
-    """Yield the parts in device memory from large to small; small ones are joined."""
-    parts = sorted((p for p in stage.parts if p.where == "device"), key=lambda p: -p.num_bytes)
-    small = [part for part in parts if part.num_bytes < _SMALLEST * stage.total()]
-    for part in parts:
-        if part not in small:
-            yield part.name, part.num_bytes
-    if small:
-        yield _OTHER, sum(part.num_bytes for part in small)
 
 
 def _phase(phase: PhaseEstimate, console: Console, ascii_only: bool) -> None:
@@ -161,14 +146,6 @@ def _fitted(fitted: tuple[Fitted, ...], console: Console, ascii_only: bool) -> N
     headings = ("grid", "micro_batch_tokens", "recompute", "rollout.batch_size", "GiB", "run")
     console.print(Text("Settings that fit, the fastest first:", style="bold"))
     console.print(table(headings, rows, ascii_only=ascii_only))
-
-
-def duration(seconds: float) -> str:
-    """Format seconds in the largest unit that has at least two digits."""
-    for limit, size, unit in ((120.0, 1.0, "s"), (7200.0, 60.0, "min"), (172800.0, 3600.0, "h")):
-        if seconds < limit:
-            return f"{seconds / size:,.{1 if seconds / size >= 10 else 2}f} {unit}"
-    return f"{seconds / 86400:,.1f} days"
 
 
 def _count(parameters: int) -> str:

@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from mergeopd.reporting.estimate import Estimate as RunEstimate
+from mergeopd.reporting.estimate import duration
 from mergeopd.reporting.inspection import (
     VERDICT_TITLES,
     Finding,
@@ -56,6 +58,7 @@ class InspectionTable:
         yield from self._conflicts(ascii_only)
         yield from self._checkpoints(ascii_only)
         yield from _findings(inspection.teachers, ascii_only)
+        yield from _cost(inspection.cost, ascii_only)
         yield from times_and_paths(inspection.seconds, self.paths, options)
 
     def _teachers(self, ascii_only: bool) -> Table:
@@ -235,6 +238,20 @@ def _with_remedy(text: str, remedy: str, ascii_only: bool) -> Text:
         if remedy
         else line
     )
+
+
+def _cost(cost: RunEstimate | None, ascii_only: bool) -> Iterator[Text]:
+    """Yield what a run would cost on this machine, in a line."""
+    if cost is None:
+        return
+    peak, limit = (size / 2**30 for size in (cost.peak_bytes, cost.limit_bytes))
+    line = (
+        f"A run on {cost.hardware}: {peak:,.2f} of {limit:,.2f} GiB at its peak ({cost.peak.stage}), "
+        f"{duration(cost.seconds)}. mergeopd plan says more."
+    )
+    yield Text(plain_text(line, ascii_only))
+    for obstacle in cost.obstacles:
+        yield Text(plain_text(f"! {obstacle}", ascii_only), style="bold red")
 
 
 def _plain(text: str, ascii_only: bool, style: str = "") -> Text:

@@ -40,7 +40,7 @@ from mergeopd.reporting.page.responses import level
 from mergeopd.reporting.page.text import visible
 from mergeopd.reporting.result import Estimate
 
-NOTHING: dict[str, Any] = {"domains": (), "alignments": (), "conflicts": (), "checkpoints": ()}
+NOTHING: dict[str, Any] = {"domains": (), "alignments": (), "conflicts": (), "checkpoints": (), "cost": None}
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
 
@@ -55,7 +55,16 @@ def test_the_page_has_every_part_of_the_inspection(tmp_path: Path) -> None:
     page = Page((tmp_path / "inspect.html").read_text(encoding="utf-8"))
     ids = [attributes["id"] for attributes in page.all("section")]
     teachers = [f"teacher-{i}" for i in range(7)]
-    assert ids == ["overview", *teachers, "alignments", "conflicts", "domains", "checkpoints", "settings"]
+    assert ids == [
+        "overview",
+        *teachers,
+        "alignments",
+        "conflicts",
+        "domains",
+        "checkpoints",
+        "cost",
+        "settings",
+    ]
     assert {link["href"] for link in page.all("a")} == {f"#{id}" for id in ids}
     assert "1 of 7 teachers is ready to teach: math" in page.text
     for teacher in made.teachers:
@@ -325,3 +334,17 @@ def test_making_the_page_imports_neither_torch_nor_plotly() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_memory_is_shown_by_part_with_what_does_not_fit() -> None:
+    page = render(inspection(), NOW)
+    assert "Memory of a process at its peak, rollout: 101.80 GiB of 74.40 GiB" in page
+    assert "the nearest that fits: batch_size 32" in page
+    for name, size, share in (("KV cache", "71.00 GiB", "95.4"), ("weights", "6.10 GiB", "8.2")):
+        row = page[page.index(f'<th scope="row">{name}</th>') :]
+        row = row[: row.index("</tr>")]
+        assert size in row
+        assert share in row
+    # 200 rounds of 437 s and the evaluation.
+    assert "Time: 24.5 h in all" in page
+    assert "rollout 5.37 min, by memory" in page
