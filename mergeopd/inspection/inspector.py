@@ -217,7 +217,7 @@ class Inspector:
             on_own=[] if own is None else own.scored(),
             graded_S=self.student.counted(members),
             graded_T=[] if own is None else counted(own.graded),
-            foreign_ends=self._foreign_ends(view, responses),
+            foreign_ends=self._foreign_ends(view, responses, own),
             renderings=renderings,
             notes=tuple(notes),
         )
@@ -269,14 +269,21 @@ class Inspector:
         gaps = one.own.gaps(session, self.inputs.student, self.views[one.name], self.student.max_tokens)
         return replace(one, measured=replace(one.measured, on_own=[*one.measured.on_own, *gaps]))
 
-    def _foreign_ends(self, view: TokenView, responses: Sequence[int]) -> list[tuple[int, bool]]:
-        """Return whether each ended response's end token is one that the teacher does not use."""
+    def _foreign_ends(
+        self, view: TokenView, responses: Sequence[int], own: OwnResponses | None
+    ) -> list[tuple[int, bool]]:
+        """Return whether each ended response's end token is one that the teacher does not use.
+
+        Such a token is not in its template, or not at the end of its own responses.
+        """
+        used = frozenset[int]() if own is None or not isinstance(view, SameTokens) else own.end_ids()
         ends = []
         for i in responses:
             rollout = self.student.rollouts[i]
             if rollout.finish == "eos":
                 last = rollout.num_trained - 1
-                ends.append((self.student.graded[i].prompt, last in view.masked(rollout)))
+                unused = bool(used) and int(rollout.response_ids[-1]) not in used
+                ends.append((self.student.graded[i].prompt, unused or last in view.masked(rollout)))
         return ends
 
     def _shown(self, members: Sequence[int]) -> frozenset[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -46,6 +47,8 @@ _FIGURES = (
     "mass_T",
 )
 _SAMPLED = TargetSpec("sampled")
+# A teacher uses an end token if at least this share of its ended responses end with it.
+_LEAST_SHARE_OF_ENDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +270,12 @@ class OwnResponses:
     @classmethod
     def of(cls, graded: Sequence[GradedResponse], session: TeacherSession, max_tokens: int) -> OwnResponses:
         return cls(graded, sampled_figures(session, [own_sequence(g.response) for g in graded], max_tokens))
+
+    def end_ids(self) -> frozenset[int]:
+        """Return the tokens that end these responses; one at the end of very few is none."""
+        completions = [g.response.completion for g in self.graded]
+        ends = Counter(int(one.response_ids[-1]) for one in completions if one.finish == "eos")
+        return frozenset(i for i, num in ends.items() if num >= _LEAST_SHARE_OF_ENDS * ends.total())
 
     def scored(self) -> list[Scored]:
         """Return the teacher's entropies on its own responses."""

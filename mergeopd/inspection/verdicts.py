@@ -11,6 +11,7 @@ from mergeopd.reporting.inspection import Compatibility, Reason, Rendering, Sign
 from mergeopd.reporting.result import Estimate
 
 _GAIN = "pass rate of the teacher, minus the student's"
+_GAP = "nats per token by which the student finds the teacher's responses less likely"
 _NONE = Compatibility(())
 _GRAVEST_FIRST: Sequence[VerdictKind] = (
     "template_mismatch",
@@ -106,7 +107,7 @@ def _other_rendering(case: _Case) -> Iterator[Verdict]:
         if reasons:
             yield Verdict(
                 "template_mismatch",
-                f"does better with {other.name}: {_rates(case.signal.pass_rate_T, other.pass_rate_T)}, "
+                f"fits {other.name} better: {_rates(case.signal.pass_rate_T, other.pass_rate_T)}, "
                 f"{_kls(case.signal.first_token_kl, other.first_token_kl)} at the first token",
                 reasons,
                 "compare the templates, and correct `template` or `template_arguments` in the teacher's card",
@@ -114,7 +115,7 @@ def _other_rendering(case: _Case) -> Iterator[Verdict]:
 
 
 def _rendering_reasons(case: _Case, other: Rendering) -> tuple[Reason, ...]:
-    signal, limits = case.signal, case.limits
+    signal = case.signal
     gain = _difference(other.pass_rate_T, signal.pass_rate_T)
     better = case.above(f"pass rate with {other.name}, minus that as configured", gain, "template_gain")
     if better.is_met and _is_separate(signal.pass_rate_T, other.pass_rate_T):
@@ -122,16 +123,11 @@ def _rendering_reasons(case: _Case, other: Rendering) -> tuple[Reason, ...]:
     first, left = signal.first_token_kl.value, other.first_token_kl.value
     if not first or left is None or gain is None:
         return ()
+    share = 1.0 if gain >= 0 else 1.0 + gain / (signal.pass_rate_T.value or 1.0)
     reasons = (
         case.above("reverse KL at the first token, nats", first, "first_token_kl"),
         case.below(f"share of it that is left with {other.name}", left / first, "first_token_share"),
-        Reason(
-            f"pass rate with {other.name}, minus that as configured",
-            "pass_margin",
-            gain,
-            -limits.pass_margin,
-            gain >= -limits.pass_margin,
-        ),
+        case.above(f"pass rate with {other.name}, as a share of that as configured", share, "template_kept"),
     )
     return reasons if all(reason.is_met for reason in reasons) else ()
 
@@ -149,15 +145,6 @@ def _ends(case: _Case) -> Iterator[Verdict]:
             "cannot teach the student where to stop",
             (foreign,),
             "give student and teacher the same end token (`student.end_tokens`, or the template)",
-        )
-    endless = case.above("share of the teacher's responses without an end", signal.truncated_T, "truncated")
-    if endless.is_met and (signal.truncated_S or 0.0) <= case.limits.truncated:
-        yield Verdict(
-            "template_mismatch",
-            f"does not end {signal.truncated_T:.0%} of its responses: its end token is not the configured "
-            "one, or it reads the prompts in a template that it was not trained with",
-            (endless,),
-            "check the end tokens and the template of the teacher, and `rollout.max_new_tokens`",
         )
 
 
@@ -204,14 +191,31 @@ def _other_text(case: _Case) -> Iterator[Verdict]:
 
 def _incapable(case: _Case) -> Iterator[Verdict]:
     """A teacher that does not solve these prompts."""
-    rate = case.signal.pass_rate_T
-    reason = case.below("pass rate of the teacher", rate.value, "least_pass_rate")
-    if reason.is_met:
+    rate, gap = case.signal.pass_rate_T, case.signal.teacher_logprob_gap.value
+    reasons = (
+        case.below("pass rate of the teacher", rate.value, "least_pass_rate"),
+        case.above(_GAP, None if gap is None else -gap, "wrong_logprob_gap"),
+    )
+    if all(reason.is_met for reason in reasons):
         yield Verdict(
             "wrong_teacher",
             f"solves {_percent(rate)} of these prompts: it does not know this domain, or cannot read them",
-            (reason,),
+            reasons,
             "route these prompts to another teacher, and check this one's weights and template",
+        )
+
+
+def _endless(case: _Case) -> Iterator[Verdict]:
+    """A teacher that does not end its responses, where the student does."""
+    signal = case.signal
+    reason = case.above("share of the teacher's responses without an end", signal.truncated_T, "truncated")
+    if reason.is_met and (signal.truncated_S or 0.0) <= case.limits.truncated:
+        yield Verdict(
+            "template_mismatch",
+            f"does not end {signal.truncated_T:.0%} of its responses: its end token is not the configured "
+            "one, or it reads the prompts in a template that it was not trained with",
+            (reason,),
+            "check the end tokens and the template of the teacher, and `rollout.max_new_tokens`",
         )
 
 
@@ -235,7 +239,7 @@ def _cold(case: _Case) -> Iterator[Verdict]:
     reasons = (
         case.below("pass rate of the student", signal.pass_rate_S.value, "cold_pass_rate"),
         case.above(
-            "nats per token by which the student finds the teacher's responses less likely",
+            _GAP,
             None if gap is None else -gap,
             "cold_logprob_gap",
         ),
@@ -271,13 +275,14 @@ def _ready(case: _Case) -> Iterator[Verdict]:
 
 
 RULES: Sequence[Rule] = (
-    _untrained,
     _identical,
+    _untrained,
     _other_rendering,
     _ends,
     _noise,
     _other_text,
     _incapable,
+    _endless,
     _no_better,
     _cold,
     _ready,

@@ -22,6 +22,9 @@ class InspectionThresholds(Strict):
     head is not trained"""
     least_pass_rate: Fraction = 0.1
     """wrong teacher: pass rate of the teacher below which it does not know the domain"""
+    wrong_logprob_gap: Positive = 2.0
+    """wrong teacher: nats per token by which the student's log-probability of the responses of a teacher that
+    solves nothing is below the teacher's own; a weaker teacher of the same kind is nearer"""
     template_gain: Fraction = 0.15
     """template mismatch: rise of the teacher's pass rate with another rendering of the prompts"""
     first_token_kl: Positive = 1.0
@@ -29,6 +32,8 @@ class InspectionThresholds(Strict):
     another beginning"""
     first_token_share: Fraction = 0.5
     """template mismatch: what is left of it with another rendering, as a share"""
+    template_kept: Fraction = 0.8
+    """template mismatch: pass rate of the teacher with that rendering, as a share of that as configured"""
     foreign_ends: Fraction = 0.5
     """template mismatch: share of the student's responses that end with a token that the teacher does not
     use"""

@@ -6,6 +6,8 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from mergeopd.inspection.budget import DomainSample, domain_budgets
+from mergeopd.inspection.measure import OwnResponses
 from mergeopd.inspection.run import inspect_recipe
 from mergeopd.inspection.sample import shared_out
 from mergeopd.inspection.signal import Graded, Measured, Scored, entropy_onset, signal_of, token_mean
@@ -230,6 +233,17 @@ def test_a_teacher_that_cannot_be_measured_does_not_stop_the_others(job: Path) -
     assert "is not the model its card describes" in one.verdict.sentence
     assert one.signal is None
     assert two.signal is not None
+
+
+def test_a_teacher_uses_the_end_tokens_that_it_writes() -> None:
+    """Not one by chance, in one of forty responses; the last token of a response without an end is none."""
+    written = [([5, 7], "eos")] * 30 + [([8], "eos")] * 9 + [([5, 9], "eos")] + [([6, 6], "length")] * 20
+    graded: list[Any] = [
+        SimpleNamespace(response=SimpleNamespace(completion=SimpleNamespace(response_ids=ids, finish=finish)))
+        for ids, finish in written
+    ]
+    assert OwnResponses(graded, {}).end_ids() == {7, 8}
+    assert OwnResponses(graded[40:], {}).end_ids() == frozenset()
 
 
 def test_a_teacher_without_distributions_is_compared_at_sampled_tokens(

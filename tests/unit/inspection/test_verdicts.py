@@ -64,13 +64,30 @@ CASES = {
         {"pass_rate_T": about(0.1), "pass_gain": about(-0.2), "renderings": (rendering(0.9, 0.4),)},
     ),
     "thinking": ("template_mismatch", {"first_token_kl": about(9.0), "renderings": (rendering(0.88, 0.5),)}),
+    "thinking, and a little worse without": (
+        "template_mismatch",
+        {"first_token_kl": about(9.0), "renderings": (rendering(0.8, 0.01),)},
+    ),
     "its own system prompt": ("ready", {"first_token_kl": about(3.0), "renderings": (rendering(0.2, 0.1),)}),
     "other ends": ("template_mismatch", {"foreign_ends": 1.0}),
     "never ends": ("template_mismatch", {"truncated_T": 1.0, "pass_rate_T": about(0.0)}),
     "nobody ends": ("ready", {"truncated_T": 0.8, "truncated_S": 0.8}),
     "noisy": ("noisy", {"onset": Onset(20, 0.05, 1.5, 300, 300), "pass_rate_T": about(0.0)}),
     "calmer later": ("ready", {"onset": Onset(20, 1.5, 0.05, 300, 300)}),
-    "other domain": ("wrong_teacher", {"pass_rate_T": about(0.02), "pass_gain": about(-0.28)}),
+    "other domain": (
+        "wrong_teacher",
+        {"pass_rate_T": about(0.02), "pass_gain": about(-0.28), "teacher_logprob_gap": about(-5.0)},
+    ),
+    "weak generalist": ("nothing_new", {"pass_rate_T": about(0.02), "pass_gain": about(-0.28)}),
+    "other domain, endless": (
+        "wrong_teacher",
+        {
+            "pass_rate_T": about(0.0),
+            "pass_gain": about(-0.3),
+            "teacher_logprob_gap": about(-5.0),
+            "truncated_T": 1.0,
+        },
+    ),
     "weaker": ("nothing_new", {"pass_rate_T": about(0.25), "pass_gain": about(-0.05)}),
     "far": (
         "cold_start",
