@@ -24,7 +24,14 @@ from mergeopd.sandbox.client import sandbox_problem
 ROOT = TOOLS.parent
 HOOKS = {"docs_site"}  # called by the build of the documentation
 # Tools whose smallest job another test runs.
-ELSEWHERE = {"bench_teachers", "draw_terminal", "fault", "make_recipe_reference", "make_tiny_experts"}
+ELSEWHERE = {
+    "bench_teachers",
+    "draw_terminal",
+    "fault",
+    "inspect_trials",
+    "make_recipe_reference",
+    "make_tiny_experts",
+}
 SMALL_STEP = "--hidden 64 --layers 1 --vocab 64 --batch 2 --prompt 8 --new-tokens 3 --steps 1"
 SMALL_LOSS = "--tokens 256 --vocab 2048 --d-student 8 --d-teacher 8 --repeats 1"
 SMALL_ROUNDS = (
