@@ -81,7 +81,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def wait_until(condition: Any, timeout_s: float = 15.0) -> None:
+def wait_until(condition: Any, timeout_s: float = 60.0) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "waited in vain"
