@@ -96,6 +96,18 @@ JOBS = (
     Job("tensor-2", MIDDLE, (MIDDLE,), 32, 64, 48, settings=megatron(tensor=2), num_processes=2),
     Job("pipeline-2", MIDDLE, (MIDDLE,), 32, 64, 48, settings=megatron(pipeline=2), num_processes=2),
     Job("data-2", MIDDLE, (MIDDLE,), 32, 64, 48, settings=megatron(), num_processes=2),
+    # Of other shapes than those with which the planner was made.
+    Job("unseen-1", Size(384, 6, 12288), (Size(640, 6, 12288),), 48, 48, 64, {"loss": "forward_kl"}),
+    Job(
+        "unseen-2",
+        Size(768, 5, 8192),
+        (Size(512, 4, 8192), Size(896, 4, 8192)),
+        24,
+        64,
+        64,
+        {"loss": {"reverse_kl": 0.5, "forward_kl": 0.5}},
+    ),
+    Job("unseen-3", Size(640, 7, 10240), (Size(512, 8, 10240),), 40, 80, 56),
 )  # fmt: skip
 
 

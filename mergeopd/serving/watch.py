@@ -45,6 +45,8 @@ def _end_group(group: int) -> None:
 
 def main(caller: int, grace_s: float, command: list[str]) -> int:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # workers whose server has ended become children of this process
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # a caller that ignores them would pass that on to the server
     # Blocked signals stay pending, so that sigtimedwait sees those that arrive before it is called.
     waited_for = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)

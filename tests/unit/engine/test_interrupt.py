@@ -6,20 +6,11 @@ import hashlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
 
 import pytest
 
 from mergeopd.engine.interrupt import Interrupt
 from mergeopd.errors import Stopped
-
-
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def test_ctrl_c_after_sigterm_is_the_first_one() -> None:

@@ -102,6 +102,16 @@ def test_a_server_runs_until_it_is_stopped_with_its_workers(running: ServerProce
     assert running.poll() == 128 + signal.SIGTERM
 
 
+def test_a_caller_that_ignores_sigterm_does_not_pass_that_on(launch_of: Any) -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with ServerProcess(launch_of(), 30) as server:
+            server.stop()
+            assert server.poll() == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_server_that_ignores_sigterm_is_killed(launch_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mergeopd.serving.launch._GRACE_S", 0.3)
     server = ServerProcess(launch_of("stubborn"), 30)
