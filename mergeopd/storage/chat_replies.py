@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from mergeopd.serving.chat import ChatReply
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.lock import waiting
 from mergeopd.storage.metrics import json_text
+from mergeopd.storage.records import read_records
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +89,7 @@ def add_use(path: Path, use: ApiUse) -> None:
 
 def read_use(path: Path) -> tuple[ApiUse, ...]:
     """Return what a run has used so far, by teacher; damaged lines are left out. Raises StorageError."""
-    if not path.is_file():
-        return ()
-    with named_failures("read", path):
-        lines = path.read_bytes().splitlines()
-    rows = []
-    for line in lines:
-        with suppress(ValidationError):
-            rows.append(_USE.validate_json(line))
-    return total_use(rows)
+    return total_use(read_records(path, _USE))
 
 
 def total_use(rows: Iterable[ApiUse]) -> tuple[ApiUse, ...]:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from mergeopd.storage.failures import named_failures
-from mergeopd.storage.folders import write_atomic
-from mergeopd.storage.metrics import json_text
+from mergeopd.storage.records import read_records, write_records
 
 REASONS = {
     "duplicate": "equal to an earlier prompt",
@@ -71,20 +68,12 @@ _LINE = TypeAdapter(SelectedPrompt)
 
 def read_selection(path: Path) -> tuple[SelectedPrompt, ...]:
     """Read the file, if it is there; damaged lines are left out. Raises StorageError if the disk fails."""
-    if not path.is_file():
-        return ()
-    with named_failures("read", path):
-        lines = path.read_bytes().splitlines()
-    rows = []
-    for line in lines:
-        with suppress(ValidationError):
-            rows.append(_LINE.validate_json(line))
-    return tuple(rows)
+    return read_records(path, _LINE)
 
 
 def write_selection(path: Path, rows: Iterable[SelectedPrompt]) -> None:
     """Write all rows. Raises StorageError if the disk fails."""
-    write_atomic(path, "".join(json_text(asdict(row)) + "\n" for row in rows))
+    write_records(path, rows)
 
 
 def selected_shares(rows: Sequence[SelectedPrompt]) -> tuple[SelectedShare, ...]:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from mergeopd.storage.failures import named_failures
-from mergeopd.storage.folders import write_atomic
-from mergeopd.storage.metrics import json_text
+from mergeopd.storage.records import read_records, write_records
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +56,12 @@ _LINE = TypeAdapter(GradedText)
 
 def read_graded(path: Path) -> tuple[GradedText, ...]:
     """Read the file, if it is there; damaged lines are left out. Raises StorageError if the disk fails."""
-    if not path.is_file():
-        return ()
-    with named_failures("read", path):
-        lines = path.read_bytes().splitlines()
-    rows = []
-    for line in lines:
-        with suppress(ValidationError):
-            rows.append(_LINE.validate_json(line))
-    return tuple(rows)
+    return read_records(path, _LINE)
 
 
 def write_graded(path: Path, rows: Iterable[GradedText]) -> None:
     """Write all rows. Raises StorageError if the disk fails."""
-    write_atomic(path, "".join(json_text(asdict(row)) + "\n" for row in rows))
+    write_records(path, rows)
 
 
 def kept_shares(rows: Sequence[GradedText]) -> tuple[KeptShare, ...]:
