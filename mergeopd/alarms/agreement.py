@@ -6,10 +6,11 @@ number of these: two models that are certain of every token agree on it, and the
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from mergeopd.alarms.detectors import RunningMean, Signs
+from mergeopd.alarms.detectors import NO_SIGNS, RunningMean, Signs
 from mergeopd.recipe.alarms import EntropyGapRising, LowSharedMass, SharedMassFalling
 from mergeopd.reporting.jsonl import Numbers, UpdateRecord
 
@@ -54,62 +55,71 @@ class PhaseMeans:
 
 
 @dataclass
-class LowSharedMassDetector:
+class _TeacherDetector(ABC):
+    """Judges a figure of every watched teacher by its running mean."""
+
+    teachers: Collection[str]
+    _means: PhaseMeans = field(default_factory=PhaseMeans, init=False)
+
+    def look(self, record: UpdateRecord) -> Signs:
+        self._means.start(record)
+        signs: dict[str, str | None] = {}
+        for name, numbers in record.teachers.items():
+            value = self._figure(numbers) if name in self.teachers and self._is_judged(record) else None
+            if value is not None:
+                mean = self._means.add(name, value)
+                signs |= self._judge(name, mean)
+        return signs
+
+    def _is_judged(self, record: UpdateRecord) -> bool:
+        return True
+
+    def _figure(self, numbers: Numbers) -> float | None:
+        return shared_mass(numbers)
+
+    @abstractmethod
+    def _judge(self, name: str, mean: float) -> Signs:
+        """Return the teacher's sign; none while it is too early."""
+
+
+@dataclass
+class LowSharedMassDetector(_TeacherDetector):
     """Judges phases of the student's own responses, after the updates in which the mass may rise."""
 
     settings: LowSharedMass
-    teachers: Collection[str]
-    _means: PhaseMeans = field(default_factory=PhaseMeans)
 
-    def look(self, record: UpdateRecord) -> Signs:
-        self._means.start(record)
-        signs: dict[str, str | None] = {}
-        for name, numbers in record.teachers.items():
-            mass = shared_mass(numbers)
-            if name not in self.teachers or mass is None or record.on_policy_fraction != 1.0:
-                continue
-            mean = self._means.add(name, mass)
-            if self._means.num[name] > self.settings.after:
-                first, limit = self._means.first[name], self.settings.share
-                is_low = mean < limit and mean < first + self.settings.rise
-                finding = f"both models give {mean:.0%} to their common likely tokens, at first {first:.0%}"
-                signs[name] = f"{finding} (limit {limit:.0%})" if is_low else None
-        return signs
+    def _is_judged(self, record: UpdateRecord) -> bool:
+        return record.on_policy_fraction == 1.0
+
+    def _judge(self, name: str, mean: float) -> Signs:
+        if self._means.num[name] <= self.settings.after:
+            return NO_SIGNS
+        first, limit = self._means.first[name], self.settings.share
+        finding = f"both models give {mean:.0%} to their common likely tokens, at first {first:.0%}"
+        is_low = mean < limit and mean < first + self.settings.rise
+        return {name: f"{finding} (limit {limit:.0%})" if is_low else None}
 
 
 @dataclass
-class SharedMassFallingDetector:
+class SharedMassFallingDetector(_TeacherDetector):
     settings: SharedMassFalling
-    teachers: Collection[str]
-    _means: PhaseMeans = field(default_factory=PhaseMeans)
 
-    def look(self, record: UpdateRecord) -> Signs:
-        self._means.start(record)
-        signs: dict[str, str | None] = {}
-        for name, numbers in record.teachers.items():
-            mass = shared_mass(numbers)
-            if name in self.teachers and mass is not None:
-                mean, highest = self._means.add(name, mass), self._means.highest[name]
-                limit = highest - self.settings.fall
-                finding = f"both models give {mean:.0%} to their common likely tokens, before {highest:.0%}"
-                signs[name] = f"{finding} (limit {limit:.0%})" if mean < limit else None
-        return signs
+    def _judge(self, name: str, mean: float) -> Signs:
+        highest = self._means.highest[name]
+        limit = highest - self.settings.fall
+        finding = f"both models give {mean:.0%} to their common likely tokens, before {highest:.0%}"
+        return {name: f"{finding} (limit {limit:.0%})" if mean < limit else None}
 
 
 @dataclass
-class EntropyGapRisingDetector:
+class EntropyGapRisingDetector(_TeacherDetector):
     settings: EntropyGapRising
-    teachers: Collection[str]
-    _means: PhaseMeans = field(default_factory=PhaseMeans)
 
-    def look(self, record: UpdateRecord) -> Signs:
-        self._means.start(record)
-        signs: dict[str, str | None] = {}
-        for name, numbers in record.teachers.items():
-            gap = numbers.get("entropy_gap")
-            if name in self.teachers and gap is not None:
-                mean, lowest = self._means.add(name, gap), self._means.lowest[name]
-                limit = max(self.settings.factor * lowest, lowest + self.settings.margin)
-                finding = f"entropies differ by {mean:.2g} nats per token, at the lowest {lowest:.2g}"
-                signs[name] = f"{finding} (limit {limit:.2g})" if mean > limit else None
-        return signs
+    def _figure(self, numbers: Numbers) -> float | None:
+        return numbers.get("entropy_gap")
+
+    def _judge(self, name: str, mean: float) -> Signs:
+        lowest = self._means.lowest[name]
+        limit = max(self.settings.factor * lowest, lowest + self.settings.margin)
+        finding = f"entropies differ by {mean:.2g} nats per token, at the lowest {lowest:.2g}"
+        return {name: f"{finding} (limit {limit:.2g})" if mean > limit else None}

@@ -80,7 +80,7 @@ def detectors_of(plan: Plan) -> dict[str, Detector]:
             is_far=lambda gap: gap < -cold.nats,
             limit=f"-{cold.nats:g}",
         ),
-        "low_shared_mass": LowSharedMassDetector(alarms.low_shared_mass, experts),
-        "shared_mass_falling": SharedMassFallingDetector(alarms.shared_mass_falling, experts),
-        "entropy_gap_rising": EntropyGapRisingDetector(alarms.entropy_gap_rising, experts),
+        "low_shared_mass": LowSharedMassDetector(experts, alarms.low_shared_mass),
+        "shared_mass_falling": SharedMassFallingDetector(experts, alarms.shared_mass_falling),
+        "entropy_gap_rising": EntropyGapRisingDetector(experts, alarms.entropy_gap_rising),
     }
