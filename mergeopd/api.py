@@ -316,8 +316,13 @@ def inspect(
 
 def _with_cost(inspection: Inspection, recipe: Path, overrides: Sequence[str]) -> Inspection:
     """Add what a run would cost on this machine, with the lengths of the student's sampled responses."""
+    from mergeopd.models.causal import pick_device
     from mergeopd.planner.estimate import estimate
+    from mergeopd.planner.profile import read_hardware
 
+    if pick_device().type != "cpu" and read_hardware(None).profile.is_cpu:
+        note = "not planned: this machine's GPU is not measured; run `mergeopd plan --measure` once"
+        return replace(inspection, notes=(*inspection.notes, note))
     shares = sum(domain.share for domain in inspection.domains)
     length = sum(domain.share * domain.mean_length for domain in inspection.domains) / (shares or 1.0)
     try:

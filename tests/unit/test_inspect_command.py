@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 from jsonschema import Draft202012Validator
 
 import mergeopd
+from mergeopd.api import _with_cost
 from mergeopd.cli import main
 from mergeopd.errors import RecipeError, StorageError
 from mergeopd.reporting.inspection import inspection_schema, read_inspection
@@ -93,6 +97,15 @@ def test_the_function_repeats_the_numbers_and_writes_nothing_by_itself(
     assert read.cost is not None
     # Lengths of some domains say nothing of the others.
     assert read.cost.document() == mergeopd.plan(recipe, set={"inspect.samples": 1}).document()
+
+
+def test_a_gpu_is_not_planned_as_a_cpu(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inspection = mergeopd.inspect(recipe, set={"inspect.samples": 1}, teachers=["one"])
+    monkeypatch.setattr("mergeopd.models.causal.pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("mergeopd.planner.estimate.estimate", Mock(side_effect=AssertionError))
+    planned = _with_cost(replace(inspection, cost=None), recipe, [])
+    assert planned.cost is None
+    assert "mergeopd plan --measure" in planned.notes[-1]
 
 
 def test_bad_input_is_refused_before_models_are_loaded(recipe: Path) -> None:
