@@ -249,7 +249,11 @@ class SglangScoring:
         return Exchange(path, body, read)
 
     def chosen(self, ids: Sequence[int], start: int, rows: Sequence[Sequence[int]]) -> Exchange[Floats]:
-        raise NotImplementedError("SGLang takes one list of ids for all positions")
+        # `capabilities` offers this for vLLM alone, so `check` refuses the recipe before.
+        raise ServingError(
+            "SGLang returns log-probabilities of one list of ids for all positions, not of the student's "
+            "likeliest ones; serve the teacher with vLLM, or with `hidden_states: true`"
+        )
 
 
 POOLING_FLAGS = (
