@@ -106,22 +106,26 @@ def inspect(
 
         typer.echo(json_text(inspection.document(), indent=2))
         return
+    assert folder is not None  # else the recipe had mistakes
     _show(inspection, folder, console)
 
 
-def _show(inspection: Inspection | Contribution, folder: Path | None, console: Console) -> None:
+def _show(inspection: Inspection | Contribution, folder: Path, console: Console) -> None:
     from mergeopd.messages import shown
     from mergeopd.reporting.inspection import Inspection
     from mergeopd.reporting.terminal.contribution import ContributionTable
     from mergeopd.reporting.terminal.inspection import InspectionTable
+    from mergeopd.storage import run_layout
 
-    stem = "inspect" if isinstance(inspection, Inspection) else "contribution"
-    written = {} if folder is None else {"data": f"{stem}.json", "page": f"{stem}.html"}
-    paths = {label: Path(shown(folder / name)) for label, name in written.items()} if folder else {}
+    def paths(data: str, page: str) -> dict[str, Path]:
+        return {"data": Path(shown(folder / data)), "page": Path(shown(folder / page))}
+
     if isinstance(inspection, Inspection):
-        console.print(InspectionTable(inspection, paths))
+        written = paths(run_layout.INSPECTION_DATA, run_layout.INSPECTION_PAGE)
+        console.print(InspectionTable(inspection, written))
     else:
-        console.print(ContributionTable(inspection, paths))
+        written = paths(run_layout.CONTRIBUTION_DATA, run_layout.CONTRIBUTION_PAGE)
+        console.print(ContributionTable(inspection, written))
 
 
 def _folder(recipe: Path, overrides: Sequence[str]) -> Path | None:
