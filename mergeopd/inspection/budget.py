@@ -9,6 +9,7 @@ import numpy as np
 
 from mergeopd.batch.weights import follow_gap, token_share_weights
 from mergeopd.inspection.signal import Graded, num_frontier, pass_rate, truncated_fraction
+from mergeopd.messages import joined
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.training import Phase
 from mergeopd.reporting.inspection import DomainBudget
@@ -57,6 +58,20 @@ def domain_budgets(plan: Plan, samples: Mapping[str, DomainSample]) -> tuple[Dom
         )
         for domain in domains
     )
+
+
+def unknown_gaps(plan: Plan, samples: Mapping[str, DomainSample]) -> tuple[str, ...]:
+    """Return a note for each phase whose `follow_gap` a budget leaves out, as a domain's gap is not known."""
+    notes = []
+    for phase in plan.phases:
+        own = dict.fromkeys(source.domain for source in plan.sources_of(phase))
+        unknown = [name for name in own if name in samples and samples[name].gap is None]
+        if phase.balance.follow_gap and unknown:
+            names = joined([repr(name) for name in unknown], "and")
+            notes.append(
+                f"the shares of phase '{phase.name}' leave out `follow_gap`: no gap is known of {names}"
+            )
+    return tuple(notes)
 
 
 def _prompt_shares(plan: Plan, phase: Phase) -> dict[str, float]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mergeopd.engine.rollouts import response_text
 from mergeopd.engine.samples import TokenText, token_texts
-from mergeopd.inspection.budget import DomainSample, domain_budgets
+from mergeopd.inspection.budget import DomainSample, domain_budgets, unknown_gaps
 from mergeopd.inspection.compatibility import compatibility, licence_of
 from mergeopd.inspection.inspector import Findings, Inspector, TeacherFindings
 from mergeopd.inspection.measure import positions_of
@@ -38,7 +38,8 @@ def inspection_of(
     seconds: Mapping[str, float],
 ) -> Inspection:
     """Return the record of an inspection."""
-    inputs = inspector.inputs
+    inputs, samples = inspector.inputs, _domain_samples(inspector, findings.teachers)
+    probed = () if inspector.probe is None else inspector.probe.notes
     return Inspection(
         version=VERSION,
         recipe=shown(recipe),
@@ -47,10 +48,10 @@ def inspection_of(
         created=datetime.now().astimezone().isoformat(timespec="seconds"),
         settings={**inspector.settings.values, "prompts": len(inspector.prompts)},
         teachers=tuple(teacher_inspection(inspector, one) for one in findings.teachers.values()),
-        domains=domain_budgets(inputs.plan, _domain_samples(inspector, findings.teachers)),
+        domains=domain_budgets(inputs.plan, samples),
         conflicts=tuple(findings.conflicts),
         alignments=() if inspector.gradients is None else tuple(inspector.gradients.ranks()),
-        notes=(*inputs.notes, *(() if inspector.probe is None else inspector.probe.notes)),
+        notes=(*inputs.notes, *unknown_gaps(inputs.plan, samples), *probed),
         seconds=dict(seconds),
     )
 

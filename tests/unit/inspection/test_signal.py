@@ -16,7 +16,7 @@ from byte_jobs import write_byte_job
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from mergeopd.inspection.budget import DomainSample, domain_budgets
+from mergeopd.inspection.budget import DomainSample, domain_budgets, unknown_gaps
 from mergeopd.inspection.measure import OwnResponses
 from mergeopd.inspection.run import inspect_recipe
 from mergeopd.inspection.sample import shared_out
@@ -132,6 +132,22 @@ def test_budgets_follow_lengths_and_balance(
     assert (left.balanced_share, right.balanced_share) == pytest.approx(expected)
     assert (left.num_prompts, right.num_prompts) == (4, 4)
     assert domain_budgets(plan, {"left": samples["left"]}) == ()
+    assert unknown_gaps(plan, samples) == ()
+
+
+def test_budgets_follow_gaps_or_say_which_are_unknown(write_job: Callable[..., Path]) -> None:
+    phase = {"name": "merge", "updates": 2, "loss": "reverse_kl", "prompts_per_round": 4}
+    balance = {"tokens": "equal", "follow_gap": 1.0}
+    plan = read(write_job({"phases": [{**phase, "balance": balance}]}), ()).plan
+    known = {"left": DomainSample(30.0, (), 0.2), "right": DomainSample(10.0, (), 0.1)}
+    left, right = domain_budgets(plan, known)
+    assert left.balanced_share > right.balanced_share
+    assert unknown_gaps(plan, known) == ()
+    samples = known | {"right": DomainSample(10.0, ())}
+    left, right = domain_budgets(plan, samples)
+    assert (left.balanced_share, right.balanced_share) == (0.5, 0.5)
+    [note] = unknown_gaps(plan, samples)
+    assert note.endswith("'merge' leave out `follow_gap`: no gap is known of 'right'")
 
 
 @pytest.fixture
