@@ -21,7 +21,9 @@ from mergeopd.recipe.plan import Plan, TeacherPlan
 from mergeopd.rollout.local import LocalEngine
 from mergeopd.rollout.protocol import EngineContext, ReplicaSource, RolloutEngine
 from mergeopd.storage.run_folder import RunFolder
+from mergeopd.student.grid_sizes import GridSizes
 from mergeopd.student.protocol import Student
+from mergeopd.student.shard_grid import ShardGrid
 from mergeopd.student.torch import TorchStudent
 from mergeopd.teacher.bridges import measure
 from mergeopd.teacher.canary import Canary
@@ -115,13 +117,19 @@ def load_models(
 def _student(inputs: Inputs, machine: Machine) -> Student:
     plan, num_valid = inputs.plan, inputs.vocab_size
     folder, dtype, device = Path(plan.student.model), plan.student.dtype, machine.device
+    parallel = plan.student.parallel
     if plan.student.backend == "torch":
-        return TorchStudent(folder, dtype=dtype, num_valid=num_valid, optimizer=plan.optimizer, device=device)
+        shards = None
+        if machine.ranks.size > 1:
+            refuse_without_room(plan, device, machine.ranks)
+            shards = ShardGrid.open(GridSizes.of(parallel, machine.ranks.size).shard, device)
+        return TorchStudent(
+            folder, dtype=dtype, num_valid=num_valid, optimizer=plan.optimizer, device=device, grid=shards
+        )
     # Imported here, since Megatron is an extra and changes the process that imports it.
     from mergeopd.student.megatron.grid import Grid
     from mergeopd.student.megatron.step import MegatronStudent
 
-    parallel = plan.student.parallel
     refuse_without_room(plan, device, machine.ranks)
     grid = Grid.open(tensor=parallel.tensor, pipeline=parallel.pipeline, sequence_parallel=parallel.sequence)
     return MegatronStudent(

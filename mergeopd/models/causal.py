@@ -85,11 +85,14 @@ def check_fit(model: nn.Module, facts: ModelFacts, checkpoint: Checkpoint) -> No
     check_shapes(facts, given, wanted, buffers)
 
 
-def head_of(facts: ModelFacts, weights: Mapping[str, Tensor], vocab: range) -> Head:
+def head_of(
+    facts: ModelFacts, weights: Mapping[str, Tensor], vocab: range, weight_grad: Tensor | None = None
+) -> Head:
     """Return the prediction head among weights by parameter name, whose rows score the token ids `vocab`."""
     bias = weights[facts.head_bias_name] if facts.head_bias_name else None
     scale, softcap = facts.logit_scale, facts.softcap
-    return Head(weights[facts.head_parameter], bias, scale, softcap, len(vocab), vocab.start)
+    weight, start = weights[facts.head_parameter], vocab.start
+    return Head(weight, bias, scale, softcap, len(vocab), start, weight_grad)
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

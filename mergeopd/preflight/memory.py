@@ -14,6 +14,7 @@ from mergeopd.messages import joined
 from mergeopd.models.causal import DTYPES
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.recipe.plan import Plan
+from mergeopd.student.grid_sizes import GridSizes
 
 _GIB = 2**30
 _CGROUP, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -58,9 +59,13 @@ def _snapshot_bytes(plan: Plan, width: int) -> int:
 def _training_bytes(plan: Plan, width: int, world: int) -> float:
     """Bytes per process and weight of the student: parameter, gradient and AdamW state.
 
-    Data-parallel replicas shard the state: float32 moments, and main parameters if the dtype is smaller.
+    Megatron's data-parallel replicas shard the state: float32 moments, and main parameters if the dtype is
+    smaller. FSDP shards everything; the shards are main parameters.
     """
     parallel = plan.student.parallel
+    if plan.student.backend == "torch":
+        master = max(width, _MAIN)
+        return 4 * master / GridSizes.of(parallel, world).shard
     model = parallel.tensor * parallel.pipeline
     shared = _MOMENTS + (_MAIN if width < _MAIN else 0)
     return (width + _GRADIENT + shared / (world // model)) / model

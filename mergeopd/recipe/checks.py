@@ -182,15 +182,28 @@ def report_problems(report: Reports | None, origins: Origins) -> Iterator[Proble
             yield origins.problem(("report", "trackers", index), message, remedy)
 
 
+# The keys of `student.parallel` that only the other backend has, and what this one has for them.
+_OTHER_BACKEND = {
+    "torch": ("megatron", ("tensor", "pipeline", "sequence", "layers")),
+    "megatron": ("torch", ("data", "shard")),
+}
+_INSTEAD = {
+    "torch": "shard the model with `shard`",
+    "megatron": "remove the key: processes beyond `tensor` x `pipeline` are replicas",
+}
+
+
 def student_problems(student: Student, origins: Origins) -> Iterator[Problem]:
     """Check that the backend's settings are consistent."""
     grid = student.parallel
     here: Keys = ("student", "parallel")
+    other, foreign = _OTHER_BACKEND[student.backend]
+    for key in foreign:
+        if getattr(grid, key) != getattr(Parallel(), key):
+            message = f"`{key}` is a setting of `backend: {other}`, and the backend is {student.backend}"
+            remedy = f"set `backend: {other}`, or {_INSTEAD[student.backend]}"
+            yield origins.problem((*here, key), message, remedy, key=True)
     if student.backend == "torch":
-        if grid != Parallel():
-            message = "`backend: torch` trains in one process"
-            remedy = "set `backend: megatron`, or remove the section"
-            yield origins.problem(here, message, remedy, key=True)
         return
     if student.dtype == "float64":
         remedy = "use float32 or bfloat16, or `backend: torch`"

@@ -1,81 +1,81 @@
-"""The reference student: one process, one device, AdamW over float32 master weights."""
+"""The torch student: a Hugging Face model in one process, or sharded over several, under AdamW."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mergeopd.batch.micro_batch import MicroBatch, MicroBatches
+from mergeopd.errors import NumericsError
 from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.fused import Objective
 from mergeopd.loss.heads import Head
 from mergeopd.loss.objective import DistillationObjective
-from mergeopd.models.causal import (
-    DTYPES,
-    build_skeleton,
-    check_fit,
-    fill,
-    head_of,
-    response_hidden,
-    tensor_names,
-)
-from mergeopd.models.checkpoint import Checkpoint
-from mergeopd.models.facts import ModelFacts
-from mergeopd.models.hf_folder import copy_companions
+from mergeopd.models.causal import response_hidden
+from mergeopd.models.weight_files import write_model
 from mergeopd.recipe.training import Optimizer
 from mergeopd.student.loss import Measured, MicroStats, Observe, check_norm, micro_loss, no_loss
-from mergeopd.student.protocol import UNSHARDED, Placement, check_masters
+from mergeopd.student.protocol import Placement, check_masters
+from mergeopd.student.shard_grid import ShardGrid
+from mergeopd.student.sharded_weights import ShardedWeights
+from mergeopd.student.whole_weights import Weights, WholeWeights
+from mergeopd.types import token_ids
+
+# Run by a process without a micro-batch, so that it takes part in the collectives of the others' passes.
+_EMPTY = MicroBatch((), (), (token_ids((0,)),), (token_ids(()),), (), torch.zeros(0, 0), torch.zeros(0))
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_MAX_FILE_BYTES = 5_000_000_000
 
 
 class TorchStudent:
     """A Hugging Face model under training.
 
     `dtype` is the dtype of the forward pass. In bfloat16 the optimizer works on float32 master weights and
-    gradients summed in float32, and the rounded weights are copied after each update. Dropout is off: the
-    student must be the policy that sampled.
+    gradients summed in float32. Dropout is off: the student must be the policy that sampled. With a `grid`,
+    every rank creates a student and makes the same calls.
     """
 
     def __init__(
-        self, folder: Path, *, dtype: str, num_valid: int, optimizer: Optimizer, device: torch.device
+        self,
+        folder: Path,
+        *,
+        dtype: str,
+        num_valid: int,
+        optimizer: Optimizer,
+        device: torch.device,
+        grid: ShardGrid | None = None,
     ) -> None:
         self._folder = folder
         self._device = device
-        self._facts = ModelFacts.read(folder)
-        self._model = build_skeleton(folder, device, DTYPES[dtype])
-        checkpoint = Checkpoint.open(folder)
-        check_fit(self._model, self._facts, checkpoint)
-        weights = {
-            # A copy: the file's pages are read-only and belong to the file cache.
-            name: checkpoint.read(tensor).to(device=device, dtype=DTYPES[dtype], copy=True)
-            for name, tensor in tensor_names(self._facts, checkpoint).items()
-        }
-        fill(self._model, weights)
-        self._model.tie_weights()
-        self._model.requires_grad_(True)
-        self.body = self._model.base_model
+        self._weights: Weights
+        if grid is None:
+            self._weights = WholeWeights(folder, dtype, device)
+        else:
+            self._weights = ShardedWeights(folder, dtype, device, grid)
         self._num_valid = num_valid
-        self._parameters = dict(self._model.named_parameters())
-        self._masters = {
-            name: p if p.dtype in (torch.float32, torch.float64) else p.detach().float()
-            for name, p in self._parameters.items()
-        }
-        masters = self._masters.values()
-        matrices, vectors = [p for p in masters if p.ndim > 1], [p for p in masters if p.ndim <= 1]
-        decays = ((matrices, optimizer.weight_decay), (vectors, 0.0))
+        masters = self._weights.masters
+        decayed = [p for name, p in masters.items() if len(self._weights.shapes[name]) > 1]
+        spared = [p for name, p in masters.items() if len(self._weights.shapes[name]) <= 1]
+        decays = ((decayed, optimizer.weight_decay), (spared, 0.0))
         groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays]
         self._adamw = torch.optim.AdamW(groups, 0.0, optimizer.betas, optimizer.eps, fused=True)
-        self._masters_are_double = DTYPES[dtype] == torch.float64
+        self._dtype = torch.float64 if dtype == "float64" else torch.float32
         self._clip_grad = optimizer.clip_grad
         self._workspace = Workspace()
 
     @property
+    def body(self) -> nn.Module:
+        """The body under training; sharded on a grid."""
+        return self._weights.body
+
+    @property
     def placement(self) -> Placement:
-        return UNSHARDED
+        return self._weights.placement
 
     @property
     def vocab(self) -> range:
@@ -83,134 +83,135 @@ class TorchStudent:
 
     @property
     def statistics_dtype(self) -> torch.dtype:
-        return torch.float64 if self._masters_are_double else torch.float32
+        return self._dtype
 
-    @property
-    def head(self) -> Head:
-        """The current prediction head, over the true vocabulary."""
-        return head_of(self._facts, self._parameters, self.vocab)
-
-    @contextmanager
-    def unsharded(self) -> Iterator[tuple[nn.Module, Head]]:
-        """Yield the current body and head; not copies."""
-        yield self.body, self.head
+    def unsharded(self) -> AbstractContextManager[tuple[nn.Module, Head]]:
+        """Yield the current body and head; a copy on a grid only."""
+        return self._weights.unsharded(self.vocab)
 
     def folder_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the forward pass's current weights and buffers by the names of `export`; not copies."""
-        tied_head = {self._facts.head_name} if self._facts.tied else set()
-        for name, tensor in self._model.state_dict().items():
-            if name not in tied_head:
-                yield name, tensor
+        """Yield the forward pass's current weights and buffers by the names of `export`, on rank 0."""
+        return self._weights.folder_weights()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the forward pass's current weights by parameter name; not copies."""
-        return ((name, p.detach()) for name, p in self._parameters.items())
+        """Yield the forward pass's current weights by parameter name."""
+        return self._weights.weights()
 
     def master_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the optimizer's current weights by parameter name; not copies."""
-        return ((name, p.detach()) for name, p in self._masters.items())
+        """Yield the optimizer's current weights by parameter name."""
+        return ((name, self._weights.unshard(name, p.detach())) for name, p in self._weights.masters.items())
 
     def accumulate_gradients(
         self, micro_batches: MicroBatches, objective: DistillationObjective, observe: Observe | None = None
     ) -> list[MicroStats]:
-        statistics = []
-        what = Measured.of(objective, observe)
-        for micro in micro_batches:
-            per_token = objective.per_token(
+        def per_token(micro: MicroBatch) -> Objective:
+            return objective.per_token(
                 micro.teacher_weight_KN, micro.nll_weight_N, micro.policy, micro.term_weight_KDN
             )
-            loss, stats = self._fused(micro, per_token, what, self._head_to_train())
-            loss.backward()  # type: ignore[no-untyped-call]
-            self._collect_gradients()
-            statistics.append(stats)
-        return statistics
+
+        return self._run(micro_batches, per_token, Measured.of(objective, observe), train=True)
 
     def score(self, micro_batches: MicroBatches, what: Measured) -> list[MicroStats]:
-        statistics = []
-        for micro in micro_batches:
-            with torch.no_grad():
-                _, stats = self._fused(micro, no_loss, what, self.head)
-            statistics.append(stats)
-        return statistics
+        with torch.no_grad():
+            return self._run(micro_batches, lambda _: no_loss, what, train=False)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Return the gradient accumulated so far, by parameter name, in master precision."""
-        return {name: p.grad for name, p in self._masters.items() if p.grad is not None}
+        """Return the gradient accumulated so far, by parameter name, in master precision; on rank 0.
+
+        Collective. For inspection: every rank needs memory for all of it.
+        """
+        summed = {n: p.grad for n, p in self._weights.masters.items() if p.grad is not None}
+        whole = {name: self._weights.unshard(name, gradient) for name, gradient in summed.items()}
+        return whole if self.placement.dp_rank == 0 else {}
 
     def optimizer_step(self, lr: float) -> float:
-        norm = torch.nn.utils.get_total_norm(list(self.gradients().values()))
+        masters = list(self._weights.masters.values())
+        own = torch.nn.utils.get_total_norm([p.grad for p in masters if p.grad is not None])
+        norm = self._weights.norm(own)
         check_norm(float(norm))
         if self._clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(list(self._masters.values()), self._clip_grad, norm)
+            torch.nn.utils.clip_grads_with_norm_(masters, self._clip_grad, norm)
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
-        self._publish()
+        self._weights.publish()
         return float(norm)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        for name, p in self._masters.items():
-            yield f"master.{name}", p.detach()
-        for name, p in self._masters.items():
+        is_first = self.placement.dp_rank == 0
+        for name, tensor in self.master_weights():
+            if is_first:
+                yield f"master.{name}", tensor
+        for name, p in self._weights.masters.items():
             for key, value in self._adamw.state.get(p, {}).items():
-                yield f"adamw.{key}.{name}", value
+                whole = value if key == "step" else self._weights.unshard(name, value)
+                if is_first:
+                    yield f"adamw.{key}.{name}", whole
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {f"master.{name}": tuple(p.shape) for name, p in self._masters.items()}
+        return {f"master.{name}": shape for name, shape in self._weights.shapes.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         check_masters(self.state_shapes(), tensors)
+        part = self._weights.part
         with torch.no_grad():
-            for name, p in self._masters.items():
-                p.copy_(tensors[f"master.{name}"])
+            for name, p in self._weights.masters.items():
+                p.copy_(part(name, tensors[f"master.{name}"]))
+                saved = {key: tensors.get(f"adamw.{key}.{name}") for key in _MOMENTS}
+                # Fused AdamW keeps its step count, too, on the parameter's device.
                 moments = {
-                    # Fused AdamW keeps its step count, too, on the parameter's device.
-                    key: tensors[f"adamw.{key}.{name}"].to(p.device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                    if f"adamw.{key}.{name}" in tensors
+                    key: (value if key == "step" else part(name, value)).to(p.device, copy=True)
+                    for key, value in saved.items()
+                    if value is not None
                 }
                 if moments:
                     self._adamw.state[p] = moments
-        self._publish()
+        self._weights.publish()
 
     def export(self, folder: Path) -> None:
-        self._model.save_pretrained(folder)
-        copy_companions(self._folder, folder)
+        tensors = self.folder_weights()
+        if self.placement.dp_rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_model(tensors, self._folder, folder, _MAX_FILE_BYTES)
+        for _ in tensors:
+            pass  # the other ranks only send
+        if len(self.placement.replica_ranks) > 1:
+            dist.barrier()
 
     def release(self) -> None:
         self.__dict__.clear()
 
-    def _fused(
-        self, micro: MicroBatch, per_token: Objective, what: Measured, head: Head
-    ) -> tuple[Tensor, MicroStats]:
-        hidden = response_hidden(self.body, micro.prompts, micro.responses, self._device, micro.trained)
-        return micro_loss(hidden, head, micro, per_token, what, self._workspace)
-
-    def _head_to_train(self) -> Head:
-        """Return the head with a float32 gradient buffer: bfloat16 would round before the sum."""
-        name = self._facts.head_parameter
-        master = self._masters[name]
-        if master is self._parameters[name]:
-            return self.head
-        if master.grad is None:
-            master.grad = torch.zeros_like(master)
-        return replace(self.head, weight_grad=master.grad)
-
-    def _collect_gradients(self) -> None:
-        """Sum bfloat16 gradients in float32, outside the parameters."""
-        for name, master in self._masters.items():
-            parameter = self._parameters[name]
-            if master is parameter or parameter.grad is None:
-                continue
-            if master.grad is None:
-                master.grad = parameter.grad.float()
-            else:
-                master.grad += parameter.grad
-            parameter.grad = None
-
-    @torch.no_grad()
-    def _publish(self) -> None:
-        for name, master in self._masters.items():
-            if master is not self._parameters[name]:
-                self._parameters[name].copy_(master)
+    def _run(
+        self,
+        micro_batches: MicroBatches,
+        per_token: Callable[[MicroBatch], Objective],
+        what: Measured,
+        *,
+        train: bool,
+    ) -> list[MicroStats]:
+        """Make the passes of all micro-batches; failures are raised after them, when all processes can."""
+        statistics: list[MicroStats] = []
+        failures: list[str] = []
+        num_passes, stream = self._weights.num_passes(len(micro_batches)), iter(micro_batches)
+        with self._weights.passes(train=train):
+            for number in range(num_passes):
+                micro = next(stream, None)
+                own = _EMPTY if micro is None else micro
+                hidden = response_hidden(self.body, own.prompts, own.responses, self._device, own.trained)
+                loss = None
+                if micro is not None:
+                    head = self._weights.head(self.vocab)
+                    try:
+                        loss, stats = micro_loss(hidden, head, micro, per_token(micro), what, self._workspace)
+                        statistics.append(stats)
+                    except NumericsError as error:
+                        failures.append(str(error))
+                if train:
+                    # Without a loss the backward pass is for the other processes alone.
+                    loss = hidden.sum() * 0.0 if loss is None else loss
+                    self._weights.backward(loss, is_last=number + 1 == num_passes)
+                else:
+                    self._weights.end_forward()
+        self._weights.raise_together(failures)
+        return statistics

@@ -11,7 +11,7 @@ from grid_runs import DOMAINS, ROUTES, run_alone, write_recipe
 
 from mergeopd.errors import MergeopdError
 
-# Tensor, pipeline, processes.
+# Tensor, pipeline, processes; the torch student's grids have their shards in place of `tensor`.
 GRIDS = {
     "alone": (1, 1, 1),
     "TP2xPP2": (2, 2, 4),
@@ -19,10 +19,22 @@ GRIDS = {
     "PP2xDP2": (1, 2, 4),
     "DP4": (1, 1, 4),
     "TP2xPP2 sequence": (2, 2, 4),
+    "FSDP4": (4, 1, 4),
+    "FSDP2x2": (2, 1, 4),
 }
 # Recipes on grids: in `make test`, and in `make test-dist`.
-SHORT = (("cold start", "TP2xPP2"), ("mixed", "TP2xDP2"), ("reduced", "PP2xDP2"), ("served", "TP2xPP2"))
+SHORT = (
+    ("cold start", "TP2xPP2"),
+    ("mixed", "TP2xDP2"),
+    ("reduced", "PP2xDP2"),
+    ("served", "TP2xPP2"),
+    ("mixed", "FSDP2x2"),
+)
 LONG = (
+    ("cold start", "FSDP4"),
+    ("reduced", "FSDP4"),
+    ("selves", "FSDP2x2"),
+    ("served", "FSDP4"),
     ("cold start", "DP4"),
     ("mixed", "TP2xPP2"),
     ("mixed", "PP2xDP2"),
@@ -79,6 +91,8 @@ SHORT_BROKEN = (("NaN in a body", "TP2xDP2"),)
 LONG_BROKEN = (
     *((name, "TP2xPP2") for name in BROKEN),
     ("canary of a writer", "DP4"),
+    ("NaN in a body", "FSDP2x2"),
+    ("NaN in a head", "FSDP4"),
 )
 # Rank that gets SIGTERM, and the call of a stage: while the student generates its third round, the fifth of
 # the run; while the second teacher generates; while the second expert is evaluated, after three measurements of
@@ -143,6 +157,7 @@ def jobs(folder: Path, launch: str) -> tuple[int, list[dict[str, Any]]]:
             *(_run(folder, *case) for case in LONG_BROKEN),
             *_stopped(folder, "text", "TP2xPP2"),
             *_stopped(folder, "evaluation", "TP2xPP2"),
+            *_in_parts(folder, "shards", ("FSDP4", 2), ("FSDP2x2", None)),
         ],
     }
     return {"short": 4, "one": 1, "four": 4}[launch], result[launch]()
@@ -152,9 +167,11 @@ def _run(folder: Path, recipe: str, grid: str, name: str = "", **options: Any) -
     """Job for `recipe` on `grid`; its run folder is `runs/NAME`, or that of another job with `into`."""
     name = name or f"{recipe}, {grid}"
     tensor, pipeline, _ = GRIDS[grid]
-    parallel = {"tensor": tensor, "pipeline": pipeline, "sequence": "sequence" in grid}
+    backend, parallel = "megatron", {"tensor": tensor, "pipeline": pipeline, "sequence": "sequence" in grid}
+    if "FSDP" in grid:
+        backend, parallel = "torch", {"shard": tensor}
     overrides = [
-        "student.backend=megatron",
+        f"student.backend={backend}",
         f"student.parallel={json.dumps(parallel)}",
         f"output={folder / 'runs' / options.pop('into', name)}",
     ]

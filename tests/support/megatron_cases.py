@@ -96,7 +96,8 @@ def write_dense(
         initializer_range=spread,
         rms_norm_eps=1e-5,
         eos_token_id=eos,
-        **({"head_dim": 16} if model_type == "qwen3" else {}),
+        **({"head_dim": 16} if model_type in ("qwen3", "gemma2", "gemma3_text") else {}),
+        **({"pad_token_id": 0} if model_type == "phi3" else {}),
         **({"rope_parameters": ROPES[model_type]} if model_type in ROPES else {}),
     )
     model = AutoModelForCausalLM.from_config(config)

@@ -176,7 +176,8 @@ def test_export_loads_in_transformers_with_the_students_logits(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
     ids = torch.tensor([[1, 2, 3, 4, 5]])
     with torch.no_grad():
-        expected = student.body(input_ids=ids).last_hidden_state @ student.head.weight.T
+        with student.unsharded() as (body, head):
+            expected = body(input_ids=ids).last_hidden_state @ head.weight.T
         assert torch.equal(loaded(ids).logits, expected)
 
 
@@ -186,11 +187,12 @@ def test_a_resumed_optimizer_lives_where_the_weights_do(make_model: Callable[...
     first, second = student_of(folder), student_of(folder)
     list(first.accumulate_gradients([micro_batch()], OBJECTIVE))
     first.optimizer_step(1e-3)
-    second._masters = {name: p.to("meta") for name, p in second._masters.items()}
-    second._parameters = second._masters
+    weights = second._weights
+    weights.masters = {name: p.to("meta") for name, p in weights.masters.items()}
+    weights._parameters = weights.masters
     second.load_state(dict(first.state()))
     moments = [value for of_one in second._adamw.state.values() for value in of_one.values()]
-    assert len(moments) == 3 * len(second._masters)
+    assert len(moments) == 3 * len(weights.masters)
     assert {moment.device.type for moment in moments} == {"meta"}
 
 
@@ -206,7 +208,8 @@ def test_the_heads_gradient_is_summed_in_float32(make_model: Callable[..., Path]
     torch.testing.assert_close(student.gradients()["lm_head.weight"], 2 * one, rtol=1e-6, atol=0.0)
     # In float64 from the same rounded hidden states and weights.
     hidden = response_hidden(student.body, PROMPTS, RESPONSES, CPU).detach()
-    weight = student.head.weight.detach().double().requires_grad_()
+    with student.unsharded() as (_, head):
+        weight = head.weight.detach().double().requires_grad_()
     target = micro_batch().targets[0]
     log_s = (hidden.double() @ weight.T)[:, :VALID].log_softmax(-1)
     log_t = (target.hidden @ target.head.weight.T).double().log_softmax(-1)
