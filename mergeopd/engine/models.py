@@ -22,6 +22,7 @@ from mergeopd.rollout.local import LocalEngine
 from mergeopd.rollout.protocol import EngineContext, ReplicaSource, RolloutEngine
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.student.grid_sizes import GridSizes
+from mergeopd.student.layer_options import PassOptions
 from mergeopd.student.protocol import Student
 from mergeopd.student.shard_grid import ShardGrid
 from mergeopd.student.torch import TorchStudent
@@ -123,8 +124,15 @@ def _student(inputs: Inputs, machine: Machine) -> Student:
         if machine.ranks.size > 1:
             refuse_without_room(plan, device, machine.ranks)
             shards = ShardGrid.open(GridSizes.of(parallel, machine.ranks.size).shard, device)
+        options = PassOptions(parallel.recompute, plan.student.compile, plan.student.packing)
         return TorchStudent(
-            folder, dtype=dtype, num_valid=num_valid, optimizer=plan.optimizer, device=device, grid=shards
+            folder,
+            dtype=dtype,
+            num_valid=num_valid,
+            optimizer=plan.optimizer,
+            device=device,
+            grid=shards,
+            options=options,
         )
     # Imported here, since Megatron is an extra and changes the process that imports it.
     from mergeopd.student.megatron.grid import Grid

@@ -205,6 +205,10 @@ def student_problems(student: Student, origins: Origins) -> Iterator[Problem]:
             yield origins.problem((*here, key), message, remedy, key=True)
     if student.backend == "torch":
         return
+    for key in ("packing", "compile"):
+        if getattr(student, key):
+            message = f"`{key}` is a setting of `backend: torch`, and the backend is megatron"
+            yield origins.problem(("student", key), message, "remove the key", key=True)
     if student.dtype == "float64":
         remedy = "use float32 or bfloat16, or `backend: torch`"
         yield origins.problem(("student", "dtype"), "Megatron's layers do not support float64", remedy)

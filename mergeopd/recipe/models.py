@@ -80,6 +80,11 @@ class Student(Strict):
     (megatron-core: tensor and pipeline parallel)"""
     parallel: Parallel = Parallel()
     """process grid; it may change when a run is resumed"""
+    packing: Flag = False
+    """`torch`: put the sequences of a micro-batch into one row without padding, whose attention is masked by
+    blocks; saves padding where lengths differ, but the attention of a row costs the square of its tokens"""
+    compile: Flag = False
+    """`torch`: compile the layers for training with torch.compile; the first updates take minutes"""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """precision of the forward pass; master weights, gradients and AdamW state are float32 (`float64` uses
     float64 for everything and is meant for tests)"""

@@ -17,6 +17,7 @@ from mergeopd.loss.heads import Head
 from mergeopd.models.causal import DTYPES, build_skeleton, check_fit, empty, fill, head_of, tensor_names
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
+from mergeopd.student.layer_options import PassOptions, set_layer_options
 from mergeopd.student.protocol import Placement
 from mergeopd.student.shard_grid import ShardGrid
 
@@ -32,7 +33,9 @@ class ShardedWeights:
     passes, in a buffer of the head's size, and over the ranks at their end.
     """
 
-    def __init__(self, folder: Path, dtype: str, device: torch.device, grid: ShardGrid) -> None:
+    def __init__(
+        self, folder: Path, dtype: str, device: torch.device, grid: ShardGrid, options: PassOptions
+    ) -> None:
         self.facts = ModelFacts.read(folder)
         self._folder, self._grid, self._device, self._dtype = folder, grid, device, DTYPES[dtype]
         self._master_dtype = torch.float64 if dtype == "float64" else torch.float32
@@ -48,6 +51,7 @@ class ShardedWeights:
         in_body = {name: p for name, p in model.named_parameters() if name.startswith(prefix)}
         fill(model, {name: torch.empty_like(p, dtype=self._master_dtype) for name, p in in_body.items()})
         self.body.requires_grad_(True)
+        set_layer_options(self.body, options)
         self._shard_body()
         read = {name: self._read(checkpoint, name) for name in self.shapes}
         self._assign({name.removeprefix(prefix): part for name, part in read.items() if name in in_body})
@@ -149,7 +153,9 @@ class ShardedWeights:
         # Masters may be wider than the forward pass; its inputs are not cast, as in one process.
         param_dtype = None if self._dtype == self._master_dtype else self._dtype
         policy = MixedPrecisionPolicy(param_dtype, self._master_dtype, cast_forward_inputs=False)
-        for layer in self.body.layers:
+        layers = self.body.layers
+        assert isinstance(layers, nn.ModuleList)
+        for layer in layers:
             fully_shard(layer, mesh=self._grid.fsdp_mesh, mp_policy=policy)
         fully_shard(self.body, mesh=self._grid.fsdp_mesh, mp_policy=policy)
         for module in self.body.modules():

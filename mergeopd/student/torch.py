@@ -19,6 +19,7 @@ from mergeopd.loss.objective import DistillationObjective
 from mergeopd.models.causal import response_hidden
 from mergeopd.models.weight_files import write_model
 from mergeopd.recipe.training import Optimizer
+from mergeopd.student.layer_options import PassOptions
 from mergeopd.student.loss import Measured, MicroStats, Observe, check_norm, micro_loss, no_loss
 from mergeopd.student.protocol import Placement, check_masters
 from mergeopd.student.shard_grid import ShardGrid
@@ -30,6 +31,7 @@ from mergeopd.types import token_ids
 _EMPTY = MicroBatch((), (), (token_ids((0,)),), (token_ids(()),), (), torch.zeros(0, 0), torch.zeros(0))
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _MAX_FILE_BYTES = 5_000_000_000
+_DEFAULT = PassOptions()
 
 
 class TorchStudent:
@@ -49,14 +51,15 @@ class TorchStudent:
         optimizer: Optimizer,
         device: torch.device,
         grid: ShardGrid | None = None,
+        options: PassOptions = _DEFAULT,
     ) -> None:
         self._folder = folder
         self._device = device
         self._weights: Weights
         if grid is None:
-            self._weights = WholeWeights(folder, dtype, device)
+            self._weights = WholeWeights(folder, dtype, device, options)
         else:
-            self._weights = ShardedWeights(folder, dtype, device, grid)
+            self._weights = ShardedWeights(folder, dtype, device, grid, options)
         self._num_valid = num_valid
         masters = self._weights.masters
         decayed = [p for name, p in masters.items() if len(self._weights.shapes[name]) > 1]
@@ -65,6 +68,7 @@ class TorchStudent:
         groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays]
         self._adamw = torch.optim.AdamW(groups, 0.0, optimizer.betas, optimizer.eps, fused=True)
         self._dtype = torch.float64 if dtype == "float64" else torch.float32
+        self._packing = options.packing
         self._clip_grad = optimizer.clip_grad
         self._workspace = Workspace()
 
@@ -182,6 +186,10 @@ class TorchStudent:
     def release(self) -> None:
         self.__dict__.clear()
 
+    def _hidden(self, micro: MicroBatch) -> Tensor:
+        sequences = micro.prompts, micro.responses
+        return response_hidden(self.body, *sequences, self._device, micro.trained, packing=self._packing)
+
     def _run(
         self,
         micro_batches: MicroBatches,
@@ -198,7 +206,7 @@ class TorchStudent:
             for number in range(num_passes):
                 micro = next(stream, None)
                 own = _EMPTY if micro is None else micro
-                hidden = response_hidden(self.body, own.prompts, own.responses, self._device, own.trained)
+                hidden = self._hidden(own)
                 loss = None
                 if micro is not None:
                     head = self._weights.head(self.vocab)

@@ -16,6 +16,7 @@ from mergeopd.loss.heads import Head
 from mergeopd.models.causal import DTYPES, build_skeleton, check_fit, fill, head_of, tensor_names
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
+from mergeopd.student.layer_options import PassOptions, set_layer_options
 from mergeopd.student.protocol import UNSHARDED, Placement
 
 
@@ -83,7 +84,7 @@ class WholeWeights:
     copied after each update.
     """
 
-    def __init__(self, folder: Path, dtype: str, device: torch.device) -> None:
+    def __init__(self, folder: Path, dtype: str, device: torch.device, options: PassOptions) -> None:
         self.facts = ModelFacts.read(folder)
         self._model = build_skeleton(folder, device, DTYPES[dtype])
         checkpoint = Checkpoint.open(folder)
@@ -97,6 +98,7 @@ class WholeWeights:
         self._model.tie_weights()
         self._model.requires_grad_(True)
         self.body: nn.Module = self._model.base_model
+        set_layer_options(self.body, options)
         self._parameters = dict(self._model.named_parameters())
         self.masters: dict[str, Tensor] = {
             name: p if p.dtype in (torch.float32, torch.float64) else p.detach().float()

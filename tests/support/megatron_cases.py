@@ -76,6 +76,7 @@ def write_dense(
     seed: int = 5,
     layers: int = 4,
     spread: float = 0.15,
+    **settings: object,
 ) -> Path:
     """Write a random model whose norms and biases differ from their initial values."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -98,6 +99,7 @@ def write_dense(
         eos_token_id=eos,
         **({"head_dim": 16} if model_type in ("qwen3", "gemma2", "gemma3_text") else {}),
         **({"pad_token_id": 0} if model_type == "phi3" else {}),
+        **settings,
         **({"rope_parameters": ROPES[model_type]} if model_type in ROPES else {}),
     )
     model = AutoModelForCausalLM.from_config(config)
