@@ -164,7 +164,11 @@ class TorchCommunicator(Communicator):
             value = work()
         except Exception as error:
             self.outside_collective = False
-            self.gather((None, type(error) if isinstance(error, CollectiveAbort) else PeerFailed))
+            own = type(error) if isinstance(error, CollectiveAbort) else PeerFailed
+            for _, reason in self.gather((None, own)):
+                # Ranks that wait for each other in `work` know only that a peer ended, not why.
+                if isinstance(error, PeerFailed) and reason not in (None, PeerFailed):
+                    raise reason() from None
             raise
         finally:
             self.outside_collective = False

@@ -18,6 +18,7 @@ from mergeopd.models.facts import ModelFacts
 from mergeopd.preflight.inputs import Inputs
 from mergeopd.preflight.memory import refuse_without_room
 from mergeopd.recipe.plan import Plan, TeacherPlan
+from mergeopd.recipe.rollout import LocalRollout
 from mergeopd.rollout.local import LocalEngine
 from mergeopd.rollout.protocol import EngineContext, ReplicaSource, RolloutEngine
 from mergeopd.storage.run_folder import RunFolder
@@ -124,7 +125,8 @@ def _student(inputs: Inputs, machine: Machine) -> Student:
         if machine.ranks.size > 1:
             refuse_without_room(plan, device, machine.ranks)
             shards = ShardGrid.open(GridSizes.of(parallel, machine.ranks.size).shard, device)
-        options = PassOptions(parallel.recompute, plan.student.compile, plan.student.packing)
+        layerwise = isinstance(plan.rollout, LocalRollout) and plan.rollout.gather == "layer"
+        options = PassOptions(parallel.recompute, plan.student.compile, plan.student.packing, layerwise)
         return TorchStudent(
             folder,
             dtype=dtype,

@@ -14,6 +14,7 @@ from mergeopd.messages import joined
 from mergeopd.models.causal import DTYPES
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.recipe.plan import Plan
+from mergeopd.recipe.rollout import LocalRollout
 from mergeopd.student.grid_sizes import GridSizes
 
 _GIB = 2**30
@@ -31,7 +32,8 @@ def refuse_without_room(plan: Plan, device: torch.device, ranks: Communicator) -
     """
     num_weights = Checkpoint.open(Path(plan.student.model)).num_weights
     width = DTYPES[plan.student.dtype].itemsize
-    replica_bytes = width if plan.rollout.capabilities.needs_replica else 0
+    layerwise = isinstance(plan.rollout, LocalRollout) and plan.rollout.gather == "layer"
+    replica_bytes = width if plan.rollout.capabilities.needs_replica and not layerwise else 0
     parts = {
         "for unsharded replicas that generate": num_weights * replica_bytes,
         "for snapshots of the student": num_weights * _snapshot_bytes(plan, width),

@@ -12,7 +12,7 @@ from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
 from mergeopd.messages import joined
 from mergeopd.recipe.models import Parallel, Student
-from mergeopd.recipe.rollout import RolloutSettings
+from mergeopd.recipe.rollout import AnyRollout, LocalRollout, RolloutSettings
 from mergeopd.recipe.routing import PhaseTeachers
 from mergeopd.recipe.schema import NO_EXPERT, Reports, TrainSource
 from mergeopd.recipe.training import (
@@ -193,8 +193,8 @@ _INSTEAD = {
 }
 
 
-def student_problems(student: Student, origins: Origins) -> Iterator[Problem]:
-    """Check that the backend's settings are consistent."""
+def student_problems(student: Student, rollout: AnyRollout | None, origins: Origins) -> Iterator[Problem]:
+    """Check that the settings of the backend, and of rollouts from it, are consistent."""
     grid = student.parallel
     here: Keys = ("student", "parallel")
     other, foreign = _OTHER_BACKEND[student.backend]
@@ -209,6 +209,9 @@ def student_problems(student: Student, origins: Origins) -> Iterator[Problem]:
         if getattr(student, key):
             message = f"`{key}` is a setting of `backend: torch`, and the backend is megatron"
             yield origins.problem(("student", key), message, "remove the key", key=True)
+    if isinstance(rollout, LocalRollout) and rollout.gather == "layer":
+        message = "`gather: layer` is for students of `backend: torch`, and the backend is megatron"
+        yield origins.problem(("rollout", "gather"), message, "remove the key, or use a server", key=True)
     if student.dtype == "float64":
         remedy = "use float32 or bfloat16, or `backend: torch`"
         yield origins.problem(("student", "dtype"), "Megatron's layers do not support float64", remedy)

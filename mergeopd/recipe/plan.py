@@ -40,7 +40,7 @@ UNBOUND: Mapping[str, Any] = {
     "inspect": True,
     "student": {"parallel": True, "packing": True, "compile": True},
     "rollout": dict.fromkeys(
-        ("url", "launch", "api_key_env", "concurrency", "timeout_s", "sync", "parity"), True
+        ("url", "launch", "api_key_env", "concurrency", "timeout_s", "sync", "parity", "gather"), True
     ),
     # Recorded targets are those of the teacher itself.
     "teachers": {

@@ -43,6 +43,9 @@ class LocalRollout(RolloutSettings):
 
     engine: Literal["local"] = "local"
     """rollout engine that generates the student's responses"""
+    gather: Literal["model", "layer"] = "model"
+    """with a student that `backend: torch` shards: `model` gathers a whole copy on every process; `layer`
+    gathers one layer at a time for every token, which is slower and needs no copy"""
 
 
 class Launch(Strict):

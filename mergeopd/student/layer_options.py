@@ -19,12 +19,14 @@ class PassOptions:
     """How passes are made, without a change of what they compute.
 
     `recompute`: layers are computed again in the backward pass, `compiled`: by torch.compile; `packing`: the
-    sequences of a micro-batch form one row without padding.
+    sequences of a micro-batch form one row without padding; `layerwise`: a sharded student generates without
+    a whole copy on every process.
     """
 
     recompute: bool = False
     compiled: bool = False
     packing: bool = False
+    layerwise: bool = False
 
 
 def set_layer_options(body: nn.Module, options: PassOptions) -> None:

@@ -46,6 +46,11 @@ class ShardGrid:
         return self.mesh[_SHARD].size()
 
     @property
+    def shard_group(self) -> dist.ProcessGroup:
+        """The processes that share this one's replica."""
+        return self.mesh[_SHARD].get_group()
+
+    @property
     def fsdp_mesh(self) -> DeviceMesh:
         """The mesh for `fully_shard`: two-dimensional (hybrid sharding) if there are several replicas."""
         return self.mesh if self.data > 1 else self.mesh[_SHARD]
@@ -73,14 +78,14 @@ class ShardGrid:
             padded = own.new_zeros(self.padded_rows(count), *own.shape[1:])
             padded[: len(own)] = own
         whole = own.new_empty(self.shard * len(padded), *own.shape[1:])
-        dist.all_gather_into_tensor(whole, padded, group=self.mesh[_SHARD].get_group())
+        dist.all_gather_into_tensor(whole, padded, group=self.shard_group)
         return whole[:count]
 
     @torch.no_grad()
     def reduce_scatter(self, padded: Tensor, count: int) -> Tensor:
         """Sum tensors of `shard * padded_rows(count)` rows over all ranks; return this rank's. Collective."""
         own = padded.new_empty(self.padded_rows(count), *padded.shape[1:])
-        dist.reduce_scatter_tensor(own, padded, group=self.mesh[_SHARD].get_group())
+        dist.reduce_scatter_tensor(own, padded, group=self.shard_group)
         if self.data > 1:
             dist.all_reduce(own, group=self.mesh[_DATA].get_group())
         return own[: len(self.rows(count))]

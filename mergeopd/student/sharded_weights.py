@@ -17,6 +17,7 @@ from mergeopd.loss.heads import Head
 from mergeopd.models.causal import DTYPES, build_skeleton, check_fit, empty, fill, head_of, tensor_names
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
+from mergeopd.rollout.joined import JoinedBody
 from mergeopd.student.layer_options import PassOptions, set_layer_options
 from mergeopd.student.protocol import Placement
 from mergeopd.student.shard_grid import ShardGrid
@@ -129,6 +130,20 @@ class ShardedWeights:
         for name, tensor in self.weights():
             if is_first:
                 yield name, tensor
+
+    @contextmanager
+    def layerwise(self, vocab: range) -> Iterator[tuple[nn.Module, Head]]:
+        """Yield a body that gathers one layer at a time, and the head; no rank has the whole model."""
+        weights = {name: self._gathered(name) for name in self._outside}
+        joined = JoinedBody(self.body, self._grid.shard_group, self._device)
+        with torch.no_grad():  # afterwards the embedding, which may be the head, is in memory
+            self.body(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self._device), use_cache=False)
+        if self.facts.tied:
+            weights[self.facts.head_parameter] = self._model.get_parameter(self.facts.head_parameter)
+        try:
+            yield joined, head_of(self.facts, weights, vocab)
+        finally:
+            self.end_forward()
 
     @contextmanager
     def unsharded(self, vocab: range) -> Iterator[tuple[nn.Module, Head]]:

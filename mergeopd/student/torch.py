@@ -68,7 +68,7 @@ class TorchStudent:
         groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays]
         self._adamw = torch.optim.AdamW(groups, 0.0, optimizer.betas, optimizer.eps, fused=True)
         self._dtype = torch.float64 if dtype == "float64" else torch.float32
-        self._packing = options.packing
+        self._packing, self._layerwise = options.packing, options.layerwise
         self._clip_grad = optimizer.clip_grad
         self._workspace = Workspace()
 
@@ -90,7 +90,9 @@ class TorchStudent:
         return self._dtype
 
     def unsharded(self) -> AbstractContextManager[tuple[nn.Module, Head]]:
-        """Yield the current body and head; a copy on a grid only."""
+        """Yield the current body and head; on a grid a copy, or layer by layer if the options say so."""
+        if self._layerwise and isinstance(self._weights, ShardedWeights):
+            return self._weights.layerwise(self.vocab)
         return self._weights.unsharded(self.vocab)
 
     def folder_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -21,6 +21,7 @@ GRIDS = {
     "TP2xPP2 sequence": (2, 2, 4),
     "FSDP4": (4, 1, 4),
     "FSDP2x2": (2, 1, 4),
+    "FSDP4 layers packed": (4, 1, 4),
 }
 # Recipes on grids: in `make test`, and in `make test-dist`.
 SHORT = (
@@ -33,6 +34,7 @@ SHORT = (
 LONG = (
     ("cold start", "FSDP4"),
     ("reduced", "FSDP4"),
+    ("cold start", "FSDP4 layers packed"),
     ("selves", "FSDP2x2"),
     ("served", "FSDP4"),
     ("cold start", "DP4"),
@@ -157,7 +159,7 @@ def jobs(folder: Path, launch: str) -> tuple[int, list[dict[str, Any]]]:
             *(_run(folder, *case) for case in LONG_BROKEN),
             *_stopped(folder, "text", "TP2xPP2"),
             *_stopped(folder, "evaluation", "TP2xPP2"),
-            *_in_parts(folder, "shards", ("FSDP4", 2), ("FSDP2x2", None)),
+            *_in_parts(folder, "shards", ("FSDP4", 2), ("FSDP2x2", 4), ("FSDP4 layers packed", None)),
         ],
     }
     return {"short": 4, "one": 1, "four": 4}[launch], result[launch]()
@@ -169,10 +171,11 @@ def _run(folder: Path, recipe: str, grid: str, name: str = "", **options: Any) -
     tensor, pipeline, _ = GRIDS[grid]
     backend, parallel = "megatron", {"tensor": tensor, "pipeline": pipeline, "sequence": "sequence" in grid}
     if "FSDP" in grid:
-        backend, parallel = "torch", {"shard": tensor}
+        backend, parallel = "torch", {"shard": tensor, "recompute": "packed" in grid}
     overrides = [
         f"student.backend={backend}",
         f"student.parallel={json.dumps(parallel)}",
+        *(["student.packing=true", "rollout.gather=layer"] if "packed" in grid else []),
         f"output={folder / 'runs' / options.pop('into', name)}",
     ]
     return {"name": name, "recipe": str(folder / f"{recipe}.recipe.yaml"), "overrides": overrides, **options}
