@@ -16,6 +16,7 @@ from mergeopd.recipe.rollout import AnyRollout, LocalRollout, RolloutSettings
 from mergeopd.recipe.routing import PhaseTeachers
 from mergeopd.recipe.schema import NO_EXPERT, Reports, TrainSource
 from mergeopd.recipe.training import (
+    Optimizer,
     Phase,
     TextMixture,
     only_student,
@@ -218,6 +219,18 @@ def student_problems(student: Student, rollout: AnyRollout | None, origins: Orig
     if grid.sequence and grid.tensor == 1:
         message = "sequence parallelism splits over the processes of `tensor`, and `tensor` is 1"
         yield origins.problem((*here, "sequence"), message, "raise `tensor`, or remove the key")
+
+
+def offload_problems(student: Student, optimizer: Optimizer | None, origins: Origins) -> Iterator[Problem]:
+    """Check that the state of the optimizer can leave a GPU for main memory, if it is to."""
+    if optimizer is None or not optimizer.offload:
+        return
+    if student.backend != "torch":
+        message = "`offload` is a setting of `backend: torch`, and the backend is megatron"
+        yield origins.problem(("optimizer", "offload"), message, "remove the key", key=True)
+    elif not has_gpu():
+        message = "this machine has no GPU, so the optimizer's state is in main memory anyway"
+        yield origins.problem(("optimizer", "offload"), message, "remove the key", key=True)
 
 
 def missing_backend(student: Student, origins: Origins) -> Iterator[Problem]:

@@ -39,6 +39,7 @@ UNBOUND: Mapping[str, Any] = {
     "report": True,
     "inspect": True,
     "student": {"parallel": True, "packing": True, "compile": True},
+    "optimizer": {"offload": True},
     "rollout": dict.fromkeys(
         ("url", "launch", "api_key_env", "concurrency", "timeout_s", "sync", "parity", "gather"), True
     ),

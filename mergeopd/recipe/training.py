@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from mergeopd.config.values import AnyName, Fraction, Name, Positive, PositiveInt, Strict, Weight
+from mergeopd.config.values import AnyName, Flag, Fraction, Name, Positive, PositiveInt, Strict, Weight
 from mergeopd.recipe.loss_terms import LossOrTerm
 from mergeopd.recipe.policy_terms import ClipRatio, Correction, NoCorrection, WeightRamp, amount_at
 from mergeopd.recipe.rollout import PhaseRollout
@@ -147,6 +147,9 @@ class Optimizer(Strict):
     """final learning rate of `linear` and `cosine`, as a fraction of `lr`"""
     clip_grad: Positive | None = 1.0
     """maximum gradient norm; null: no clipping"""
+    offload: Flag = False
+    """`backend: torch` on a GPU: keep AdamW's moments in main memory and update the weights there. Half of
+    the training state leaves the GPU; each update copies gradients and weights"""
 
 
 def on_policy_fraction(phase: Phase, updates_done: int) -> float:

@@ -19,6 +19,7 @@ from mergeopd.loss.objective import DistillationObjective
 from mergeopd.models.causal import response_hidden
 from mergeopd.models.weight_files import write_model
 from mergeopd.recipe.training import Optimizer
+from mergeopd.student.adamw import MOMENTS, AdamW
 from mergeopd.student.layer_options import PassOptions
 from mergeopd.student.loss import Measured, MicroStats, Observe, check_norm, micro_loss, no_loss
 from mergeopd.student.protocol import Placement, check_masters
@@ -29,7 +30,6 @@ from mergeopd.types import token_ids
 
 # Run by a process without a micro-batch, so that it takes part in the collectives of the others' passes.
 _EMPTY = MicroBatch((), (), (token_ids((0,)),), (token_ids(()),), (), torch.zeros(0, 0), torch.zeros(0))
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _MAX_FILE_BYTES = 5_000_000_000
 _DEFAULT = PassOptions()
 
@@ -61,12 +61,7 @@ class TorchStudent:
         else:
             self._weights = ShardedWeights(folder, dtype, device, grid, options)
         self._num_valid = num_valid
-        masters = self._weights.masters
-        decayed = [p for name, p in masters.items() if len(self._weights.shapes[name]) > 1]
-        spared = [p for name, p in masters.items() if len(self._weights.shapes[name]) <= 1]
-        decays = ((decayed, optimizer.weight_decay), (spared, 0.0))
-        groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays]
-        self._adamw = torch.optim.AdamW(groups, 0.0, optimizer.betas, optimizer.eps, fused=True)
+        self._adamw = AdamW(self._weights.masters, self._weights.shapes, optimizer)
         self._dtype = torch.float64 if dtype == "float64" else torch.float32
         self._packing, self._layerwise = options.packing, options.layerwise
         self._clip_grad = optimizer.clip_grad
@@ -137,10 +132,7 @@ class TorchStudent:
         check_norm(float(norm))
         if self._clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(masters, self._clip_grad, norm)
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
-        self._adamw.step()
-        self._adamw.zero_grad(set_to_none=True)
+        self._adamw.step(lr)
         self._weights.publish()
         return float(norm)
 
@@ -149,8 +141,8 @@ class TorchStudent:
         for name, tensor in self.master_weights():
             if is_first:
                 yield f"master.{name}", tensor
-        for name, p in self._weights.masters.items():
-            for key, value in self._adamw.state.get(p, {}).items():
+        for name in self._weights.masters:
+            for key, value in self._adamw.moments(name).items():
                 whole = value if key == "step" else self._weights.unshard(name, value)
                 if is_first:
                     yield f"adamw.{key}.{name}", whole
@@ -161,18 +153,11 @@ class TorchStudent:
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         check_masters(self.state_shapes(), tensors)
         part = self._weights.part
-        with torch.no_grad():
-            for name, p in self._weights.masters.items():
+        for name, p in self._weights.masters.items():
+            with torch.no_grad():
                 p.copy_(part(name, tensors[f"master.{name}"]))
-                saved = {key: tensors.get(f"adamw.{key}.{name}") for key in _MOMENTS}
-                # Fused AdamW keeps its step count, too, on the parameter's device.
-                moments = {
-                    key: (value if key == "step" else part(name, value)).to(p.device, copy=True)
-                    for key, value in saved.items()
-                    if value is not None
-                }
-                if moments:
-                    self._adamw.state[p] = moments
+            saved = {key: tensors[k] for key in MOMENTS if (k := f"adamw.{key}.{name}") in tensors}
+            self._adamw.load(name, {k: t if k == "step" else part(name, t) for k, t in saved.items()})
         self._weights.publish()
 
     def export(self, folder: Path) -> None:

@@ -17,6 +17,7 @@ from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.objective import build_objective
 from mergeopd.models.causal import response_hidden
 from mergeopd.recipe.training import Optimizer
+from mergeopd.student.adamw import AdamW
 from mergeopd.student.torch import TorchStudent
 from mergeopd.types import token_ids
 
@@ -161,6 +162,25 @@ def test_state_of_another_model_is_refused(make_model: Callable[..., Path]) -> N
         student.load_state(dict(other.state()))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_offloaded_optimizer_makes_the_same_updates(make_model: Callable[..., Path], dtype: str) -> None:
+    """Its state is that of an optimizer beside the weights, bit for bit, and either continues from the other's."""
+    folder = make_model("s")
+    plain = student_of(folder, dtype, weight_decay=0.1, clip_grad=0.05, **ADAM)
+    offloaded = student_of(folder, dtype, weight_decay=0.1, clip_grad=0.05, offload=True, **ADAM)
+    assert offloaded._adamw._copies.keys() == offloaded._weights.masters.keys()
+    assert all(copy is not offloaded._weights.masters[n] for n, copy in offloaded._adamw._copies.items())
+    for lr in (1e-3, 3e-3, 2e-3):
+        for student in (plain, offloaded):
+            student.accumulate_gradients([micro_batch()], OBJECTIVE)
+            student.optimizer_step(lr)
+        assert all(torch.equal(t, dict(offloaded.weights())[n]) for n, t in plain.weights())
+        state = {name: t.clone() for name, t in plain.state()}
+        assert dict(offloaded.state()).keys() == state.keys()
+        assert all(torch.equal(t, state[name]) for name, t in offloaded.state())
+        offloaded.load_state(state)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_export_loads_in_transformers_with_the_students_logits(
     make_model: Callable[..., Path], tmp_path: Path, tied: bool
@@ -187,12 +207,12 @@ def test_a_resumed_optimizer_lives_where_the_weights_do(make_model: Callable[...
     first, second = student_of(folder), student_of(folder)
     list(first.accumulate_gradients([micro_batch()], OBJECTIVE))
     first.optimizer_step(1e-3)
-    weights = second._weights
-    weights.masters = {name: p.to("meta") for name, p in weights.masters.items()}
-    weights._parameters = weights.masters
+    masters = {name: p.detach().to("meta") for name, p in second._weights.masters.items()}
+    second._weights.masters = second._weights._parameters = masters
+    second._adamw = AdamW(masters, second._weights.shapes, Optimizer())
     second.load_state(dict(first.state()))
-    moments = [value for of_one in second._adamw.state.values() for value in of_one.values()]
-    assert len(moments) == 3 * len(weights.masters)
+    moments = [value for name in masters for value in second._adamw.moments(name).values()]
+    assert len(moments) == 3 * len(masters)
     assert {moment.device.type for moment in moments} == {"meta"}
 
 
