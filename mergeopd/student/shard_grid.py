@@ -14,6 +14,9 @@ from mergeopd.errors import NumericsError
 from mergeopd.student.protocol import Placement
 
 _DATA, _SHARD = "data", "shard"
+# Their names since torch 2.13, which warns of the former ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,14 +81,14 @@ class ShardGrid:
             padded = own.new_zeros(self.padded_rows(count), *own.shape[1:])
             padded[: len(own)] = own
         whole = own.new_empty(self.shard * len(padded), *own.shape[1:])
-        dist.all_gather_into_tensor(whole, padded, group=self.shard_group)
+        _all_gather(whole, padded, group=self.shard_group)
         return whole[:count]
 
     @torch.no_grad()
     def reduce_scatter(self, padded: Tensor, count: int) -> Tensor:
         """Sum tensors of `shard * padded_rows(count)` rows over all ranks; return this rank's. Collective."""
         own = padded.new_empty(self.padded_rows(count), *padded.shape[1:])
-        dist.reduce_scatter_tensor(own, padded, group=self.shard_group)
+        _reduce_scatter(own, padded, group=self.shard_group)
         if self.data > 1:
             dist.all_reduce(own, group=self.mesh[_DATA].get_group())
         return own[: len(self.rows(count))]
