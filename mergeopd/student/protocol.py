@@ -87,7 +87,7 @@ class WeightSource(rollout.WeightSource, Protocol):
 
 
 class Stateful(Protocol):
-    """A student's part of a checkpoint."""
+    """A student's part of a checkpoint; NAME is that of a published folder's tensor (`models/experts.py`)."""
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield master weights (`master.NAME`) and optimizer moments, unsharded, on rank 0. Collective."""

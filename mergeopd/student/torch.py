@@ -17,16 +17,18 @@ from mergeopd.loss.heads import Head
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.models.causal import (
     DTYPES,
+    assembled,
     build_skeleton,
     check_fit,
     fill,
     head_of,
+    parameter_parts,
     response_hidden,
-    tensor_names,
 )
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.experts import published
 from mergeopd.models.facts import ModelFacts
-from mergeopd.models.hf_folder import copy_companions
+from mergeopd.models.weight_files import MAX_FILE_BYTES, write_model
 from mergeopd.recipe.training import Optimizer
 from mergeopd.student.loss import Measured, MicroStats, Observe, check_norm, micro_loss, no_loss
 from mergeopd.student.protocol import UNSHARDED, Placement, check_masters
@@ -49,12 +51,10 @@ class TorchStudent:
         self._model = build_skeleton(folder, device, DTYPES[dtype])
         checkpoint = Checkpoint.open(folder)
         check_fit(self._model, self._facts, checkpoint)
-        weights = {
-            # A copy: the file's pages are read-only and belong to the file cache.
-            name: checkpoint.read(tensor).to(device=device, dtype=DTYPES[dtype], copy=True)
-            for name, tensor in tensor_names(self._facts, checkpoint).items()
-        }
-        fill(self._model, weights)
+        parts = parameter_parts(self._facts, checkpoint)
+        tensors = checkpoint.read_all(part.tensor for own in parts.values() for part in own)
+        # A copy: the file's pages are read-only and belong to the file cache.
+        fill(self._model, dict(assembled(parts, tensors, device, DTYPES[dtype], copy=True)))
         self._model.tie_weights()
         self._model.requires_grad_(True)
         self.body = self._model.base_model
@@ -100,7 +100,7 @@ class TorchStudent:
         tied_head = {self._facts.head_name} if self._facts.tied else set()
         for name, tensor in self._model.state_dict().items():
             if name not in tied_head:
-                yield name, tensor
+                yield from self._published(name, tensor)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the forward pass's current weights by parameter name; not copies."""
@@ -151,32 +151,45 @@ class TorchStudent:
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         for name, p in self._masters.items():
-            yield f"master.{name}", p.detach()
+            for tensor, values in self._published(name, p.detach()):
+                yield f"master.{tensor}", values
         for name, p in self._masters.items():
             for key, value in self._adamw.state.get(p, {}).items():
-                yield f"adamw.{key}.{name}", value
+                for tensor, values in self._published(name, value.expand_as(p)):
+                    yield f"adamw.{key}.{tensor}", values if value.ndim else value.clone()
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {f"master.{name}": tuple(p.shape) for name, p in self._masters.items()}
+        return {
+            f"master.{tensor}": tuple(values.shape)
+            for name, p in self._masters.items()
+            for tensor, values in self._published(name, p)
+        }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         check_masters(self.state_shapes(), tensors)
         with torch.no_grad():
             for name, p in self._masters.items():
-                p.copy_(tensors[f"master.{name}"])
-                moments = {
+                self._load(name, p, "master", tensors)
+                first, _ = next(self._published(name, p))
+                if f"adamw.step.{first}" in tensors:
                     # Fused AdamW keeps its step count, too, on the parameter's device.
-                    key: tensors[f"adamw.{key}.{name}"].to(p.device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                    if f"adamw.{key}.{name}" in tensors
-                }
-                if moments:
+                    moments = {"step": tensors[f"adamw.step.{first}"].to(p.device)}
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        moments[key] = torch.empty_like(p)
+                        self._load(name, moments[key], f"adamw.{key}", tensors)
                     self._adamw.state[p] = moments
         self._publish()
 
+    def _load(self, name: str, values: Tensor, key: str, tensors: Mapping[str, Tensor]) -> None:
+        for tensor, part in self._published(name, values):
+            part.copy_(tensors[f"{key}.{tensor}"])
+
+    def _published(self, name: str, values: Tensor) -> Iterator[tuple[str, Tensor]]:
+        return published(self._facts.model_type, name, values)
+
     def export(self, folder: Path) -> None:
-        self._model.save_pretrained(folder)
-        copy_companions(self._folder, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_model(self.folder_weights(), self._folder, folder, MAX_FILE_BYTES)
 
     def release(self) -> None:
         self.__dict__.clear()

@@ -28,15 +28,17 @@ from mergeopd.loss.heads import Head
 from mergeopd.loss.observe import observe
 from mergeopd.models.causal import (
     DTYPES,
+    assembled,
     build_skeleton,
     check_fit,
     empty,
     fill,
     head_of,
+    parameter_parts,
     response_hidden,
-    tensor_names,
 )
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.experts import Part
 from mergeopd.models.facts import ModelFacts, head_tensor
 from mergeopd.rollout.local import FixedWeights
 from mergeopd.rollout.protocol import ReplicaSource, RolloutEngine
@@ -268,7 +270,7 @@ class TeacherStore:
     def read_ahead(self, name: str) -> None:
         """Start reading a teacher's files into the system's file cache; no memory of the process is used."""
         if self._sources[name].snapshot is None:
-            self._reader.read_ahead(self._checkpoints[name], list(self._body_tensors(name).values()))
+            self._reader.read_ahead(self._checkpoints[name], self._body_tensors(name))
 
     def head_key(self, name: str) -> Hashable:
         """Equal for teachers whose heads are equal: one checkpoint, precision and true vocabulary."""
@@ -304,21 +306,24 @@ class TeacherStore:
         self._bytes_read[name] += info.num_bytes * len(rows) // info.shape[0]
         return self._converted(name, checkpoint.read_slice(tensor_name, rows.start, rows.stop))
 
-    def _body_tensors(self, name: str) -> dict[str, str]:
+    def _body_parts(self, name: str) -> dict[str, tuple[Part, ...]]:
         facts = self._facts[name]
         head = {facts.head_name, facts.head_bias_name}
-        return {p: t for p, t in tensor_names(facts, self._checkpoints[name]).items() if p not in head}
+        parts = parameter_parts(facts, self._checkpoints[name])
+        return {parameter: own for parameter, own in parts.items() if parameter not in head}
+
+    def _body_tensors(self, name: str) -> list[str]:
+        return [part.tensor for parts in self._body_parts(name).values() for part in parts]
 
     def _body(self, name: str) -> dict[str, Tensor]:
-        snapshot, checkpoint = self._sources[name].snapshot, self._checkpoints[name]
-        tensors = self._body_tensors(name)
-        if snapshot is not None:
+        source, checkpoint, parts = self._sources[name], self._checkpoints[name], self._body_parts(name)
+        if (snapshot := source.snapshot) is not None:
             # Buffers do not change with the student: the skeleton's are the folder's.
-            return {p: self._converted(name, snapshot.tensors[p]) for p in tensors if p in snapshot.tensors}
-        parameters = {tensor: parameter for parameter, tensor in tensors.items()}
-        read = self._reader.read(checkpoint, list(parameters), self._device)
-        weights = {parameters[tensor]: self._converted(name, values) for tensor, values in read}
-        num_bytes = checkpoint.header_bytes + self._reader.num_bytes(checkpoint, list(parameters))
+            return {p: self._converted(name, snapshot.tensors[p]) for p in parts if p in snapshot.tensors}
+        tensors = self._body_tensors(name)
+        read = self._reader.read(checkpoint, tensors, self._device)
+        weights = dict(assembled(parts, read, self._device, DTYPES[source.dtype]))
+        num_bytes = checkpoint.header_bytes + self._reader.num_bytes(checkpoint, tensors)
         _log.debug("read %d bytes of teacher %s", num_bytes, name)
         self._bytes_read[name] += num_bytes
         return weights

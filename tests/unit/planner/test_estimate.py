@@ -60,7 +60,7 @@ def test_all_ranks_hold_the_model(write_recipe: Callable[..., Path]) -> None:
 
 
 def test_trillions_are_served(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """A mixture does not run here; served, it is planned with its active parameters."""
+    """A mixture that is not known does not run here; served, it is planned with its active parameters."""
     prompts = [{"source": "absent.jsonl", "domain": "mixture"}]
     teachers = {"mixture": {"card": "mixture.yaml", "dtype": "bfloat16"}}
     path = write_recipe(teachers=teachers, prompts=prompts)
