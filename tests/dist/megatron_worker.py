@@ -136,7 +136,7 @@ def run(case, grid):
         return result
     result["fresh state"] = sorted(dict(student.state()))
     result["scores"] = scores(case, student, grid)
-    with mock.patch.object(weights, "_MAX_FILE_BYTES", 20_000):
+    with mock.patch.object(weights, "MAX_FILE_BYTES", 20_000):
         student.export(folder / "untouched")
     result["stream"] = dict(student.folder_weights())
     result |= training(case, student, grid)
