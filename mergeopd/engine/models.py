@@ -160,7 +160,7 @@ def build_teachers(
         if teacher.served is None:
             return LocalTeacher(name, store, own, canary, run_on_first, partial(make_engine, name))
         facts = ModelFacts.read(teacher.folder)
-        num_valid = _num_valid(teacher, inputs)
+        num_valid = num_scored_ids(teacher, inputs)
         model = ServedModel(facts.hidden_size, facts.vocab_rows, num_valid, teacher.dtype)
         head = store if teacher.needs_head else None
         num_ranks = machine.ranks.size
@@ -194,11 +194,11 @@ def divide_threads(plan: Plan, machine: Machine) -> None:
 
 def _source(teacher: TeacherPlan, inputs: Inputs, snapshots: StudentSnapshots) -> TeacherSource:
     snapshot = None if teacher.snapshot_rule is None else snapshots.snapshots[teacher.snapshot_rule]
-    num_valid, has_body = _num_valid(teacher, inputs), teacher.served is None
+    num_valid, has_body = num_scored_ids(teacher, inputs), teacher.served is None
     return TeacherSource(teacher.folder, teacher.dtype, num_valid, snapshot, has_body)
 
 
-def _num_valid(teacher: TeacherPlan, inputs: Inputs) -> int:
+def num_scored_ids(teacher: TeacherPlan, inputs: Inputs) -> int:
     """Number of a teacher's ids that are scored: all with a bridge, else those that the student has."""
     is_crossed = teacher.name in inputs.cross_tokenizers
     return inputs.teachers[teacher.name].vocab_size if is_crossed else inputs.vocab_size

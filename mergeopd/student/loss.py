@@ -109,6 +109,7 @@ def micro_loss(
                 bridged.measure,
                 bridged.weight_G,
                 temperature=what.temperature,
+                group=group,
                 workspace=workspace,
             )
         except ArithmeticError as error:

@@ -181,11 +181,11 @@ class LocalTeacher:
 class ResidentHeads:
     """The prediction heads in memory: those of one set of teachers at a time, equal ones only once.
 
-    `vocab`: token ids whose rows this process scores; None: all.
+    `vocab_of`: a teacher's token ids whose rows this process scores; None: all.
     """
 
     teachers: Mapping[str, Teacher]
-    vocab: range | None
+    vocab_of: Callable[[str], range | None]
     _heads: dict[Hashable, Head] = field(init=False, default_factory=dict)
 
     def of(self, names: Iterable[str]) -> dict[str, Head]:
@@ -194,7 +194,7 @@ class ResidentHeads:
         self._heads = {key: head for key, head in self._heads.items() if key in wanted.values()}
         for name, key in wanted.items():
             if key not in self._heads:
-                self._heads[key] = self.teachers[name].head(self.vocab)
+                self._heads[key] = self.teachers[name].head(self.vocab_of(name))
         return {name: self._heads[key] for name, key in wanted.items()}
 
     def release(self) -> None:

@@ -8,6 +8,7 @@ import json
 import sys
 from dataclasses import fields
 
+import bridge_cases
 import torch
 import torch.distributed as dist
 
@@ -230,6 +231,7 @@ def main(rank, world, store, out):
                     layout, divergences, dtype, 2, group, support, num_known
                 )
     report = {"errors": errors, "supports": on_supports, "refusals": refusals(dist.group.WORLD)}
+    report["bridges"] = bridge_cases.report(rank, pair)
     with open(out, "w") as file:
         json.dump(report, file)
     dist.destroy_process_group()

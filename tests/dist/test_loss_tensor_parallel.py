@@ -1,4 +1,4 @@
-"""`fused_loss` with the vocabulary on 2 and 4 gloo ranks equals one process, values and gradients."""
+"""`fused_loss` and `bridge_loss` with the vocabulary on 2 and 4 gloo ranks equals one process, values and gradients."""
 
 import json
 from pathlib import Path
@@ -74,3 +74,32 @@ def test_a_rank_with_misfitting_shards_stops_all(reports):
     assert result[1].startswith("ValueError: target 0 scores token ids [3, 23), the student [3, 24); give")
     for text in (result[0], result[2], result[3]):
         assert text == "ValueError: on another rank of the group, student and target shards do not match"
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("torch.float64", 1e-10), ("torch.float32", 1e-5)])
+@pytest.mark.parametrize(
+    "bridge",
+    ["gold", "gold bayesian", "uld", "projection", "projection best", "pieces", "pieces jsd"],
+)
+@pytest.mark.parametrize("layout", ["2 even", "2 uneven", "2 padding only", "4 uneven"])
+def test_bridges_on_ranks_equal_one_process(reports, layout, bridge, dtype, bound):
+    for report in reports[: int(layout[0])]:
+        errors = report["bridges"]["errors"][f"{layout}|{bridge}|{dtype}"]
+        assert errors["padding dW"] == errors["padding dbias"] == 0.0
+        assert max(errors.values()) < bound, errors
+
+
+def test_all_ranks_raise_where_a_bridge_fits_not_on_one(reports):
+    result = [report["bridges"]["refusals"] for report in reports]
+    assert {r["nan"] for r in result} == {
+        "ArithmeticError: the teacher's log-probability: not finite at 13 of the groups 0 to 12, first at 0"
+    }
+    assert {r["hole"] for r in result} == {
+        "ValueError: the teacher's head scores token ids [0, 0), [0, 13), [14, 23), [22, 23); a bridge needs all "
+        "ids from 0, each once: give every rank its shard, and the group of these ranks"
+    }
+    assert result[1]["width"].startswith("ValueError: the teacher: hidden states are")
+    for other in (0, 2, 3):
+        assert result[other]["width"] == (
+            "ValueError: on another rank of the group, hidden states and head do not match"
+        )

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from byte_jobs import write_byte_tokenizer
 from grid_runs import DOMAINS, ROUTES, run_alone, write_recipe
+from megatron_cases import write_dense
 
 from mergeopd.errors import MergeopdError
 
@@ -30,6 +32,7 @@ LONG = (
     ("selves", "TP2xDP2"),
     ("recorded", "TP2xPP2"),
     ("served", "TP2xDP2"),
+    ("bridged", "TP2xDP2"),
 )
 # Machines of the four ranks: both stages of TP2xPP2 apart, or both copies of TP2xDP2.
 APART = ("m0", "m0", "m1", "m1")
@@ -56,6 +59,19 @@ SERVED: dict[str, Any] = {
     ],
     "teachers": {**_CARDS, "two": "served.yaml"},
     "optimizer": {"lr": 1e-3, "eps": 1e-4},
+}
+# One teacher with longer tokens under four names: all bridges that compare whole vocabularies.
+BRIDGED: dict[str, Any] = {
+    "student": {"model": "bytes", "micro_batch_tokens": 60},
+    "phases": [{"name": "merge", "updates": 3, "prompts_per_round": 9, "loss": "reverse_kl"}],
+    "teachers": {
+        kind: {"card": "longer.yaml", "bridge": kind} for kind in ("pieces", "gold", "uld", "projection")
+    },
+    "prompts": [
+        {"source": "left.jsonl", "domain": "left", "teachers": {"pieces": 1.0, "uld": 0.5}},
+        {"source": "mid.jsonl", "domain": "mid", "teachers": {"gold": 0.7}},
+        {"source": "right.jsonl", "domain": "right", "teachers": {"projection": 0.6, "pieces": 0.2}},
+    ],
 }
 _MERGE = {"name": "p", "updates": 3, "prompts_per_round": 13, "loss": "reverse_kl"}
 # Recipes that end with an error: the teacher, and the model that replaces it.
@@ -96,9 +112,24 @@ def write_recipes(folder: Path, url: str) -> None:
     card = {"card": 1, "name": "two", "model": "two", "served": {"url": url, "engine": "vllm"}}
     (folder / "served.yaml").write_text(json.dumps(card))
     write_recipe(folder, "served", SERVED)
+    _write_byte_models(folder)
+    write_recipe(folder, "bridged", BRIDGED)
     for name, recipe in BROKEN.items():
         write_recipe(folder, name, recipe)
     _write_bad_teachers(folder)
+
+
+def _write_byte_models(folder: Path) -> None:
+    """Write a student of bytes, whose vocabulary two ranks cannot halve, and a teacher with longer tokens."""
+    for seed, (name, merges) in enumerate(
+        {"bytes": [], "longer": [("a", "b"), ("c", "d"), ("ab", "c")]}.items()
+    ):
+        size = write_byte_tokenizer(folder / name, merges)
+        write_dense(
+            folder / name, "qwen3", tied=True, vocab=size, eos=size - 1, seed=seed, layers=2, spread=0.25
+        )
+        write_byte_tokenizer(folder / name, merges)  # over the empty one of the model
+    (folder / "longer.yaml").write_text(json.dumps({"card": 1, "name": "longer", "model": "longer"}))
 
 
 def _write_bad_teachers(folder: Path) -> None:

@@ -35,7 +35,7 @@ def teacher_of(store: TeacherStore, name: str) -> LocalTeacher:
 
 
 def heads_of(store: TeacherStore, names: Iterable[str], vocab: range | None = None) -> ResidentHeads:
-    return ResidentHeads({name: teacher_of(store, name) for name in names}, vocab)
+    return ResidentHeads({name: teacher_of(store, name) for name in names}, lambda name: vocab)
 
 
 def reference_logits(folder: Path, prompts=PROMPTS) -> list[torch.Tensor]:
