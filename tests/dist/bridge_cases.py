@@ -121,9 +121,9 @@ def compare(layout: str, name: str, dtype: torch.dtype, group) -> dict[str, floa
     errors = {
         key: ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item() for key, (a, b) in pairs.items()
     }
-    for key, found, wanted in (("dW", d_weight, whole[1]), ("dbias", d_bias, whole[2])):
-        errors[key] = ((found[:width] - wanted[rows]).abs().sum() / wanted.abs().max()).item()
-        errors[f"padding {key}"] = found[width:].abs().sum().item()
+    for key, actual, wanted in (("dW", d_weight, whole[1]), ("dbias", d_bias, whole[2])):
+        errors[key] = ((actual[:width] - wanted[rows]).abs().sum() / wanted.abs().max()).item()
+        errors[f"padding {key}"] = actual[width:].abs().sum().item()
     return errors
 
 
