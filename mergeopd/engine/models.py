@@ -123,7 +123,12 @@ def _student(inputs: Inputs, machine: Machine) -> Student:
 
     parallel = plan.student.parallel
     refuse_without_room(plan, device, machine.ranks)
-    grid = Grid.open(tensor=parallel.tensor, pipeline=parallel.pipeline, sequence_parallel=parallel.sequence)
+    grid = Grid.open(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        context=parallel.context,
+        sequence_parallel=parallel.sequence,
+    )
     return MegatronStudent(
         folder,
         dtype=dtype,

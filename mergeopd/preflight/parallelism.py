@@ -26,14 +26,14 @@ def check_backend(findings: Findings, student: Student, facts: ModelFacts) -> No
 def check_processes(plan: Plan, world: int) -> None:
     """Raise RecipeError if `world` processes cannot train this plan's student."""
     grid = plan.student.parallel
-    needed = grid.tensor * grid.pipeline
+    needed = grid.replica_size
     if plan.student.backend == "torch":
         if world == 1:
             return
         path, message = "student.backend", f"`backend: torch` trains in one process, and {world} were started"
         remedy = "start one, or use `backend: megatron`"
     else:
-        problem = count_problem(grid.tensor, grid.pipeline, world)
+        problem = count_problem(grid.tensor, grid.pipeline, grid.context, world)
         if problem is None:
             return
         path, message = "student.parallel", problem

@@ -36,13 +36,15 @@ TemplateArguments = Annotated[dict[str, Any], AfterValidator(_free_names)]
 
 
 class Parallel(Strict):
-    """Process grid of a Megatron student; `tensor` x `pipeline` processes hold one replica."""
+    """Process grid of a Megatron student; `tensor` x `pipeline` x `context` processes hold one replica."""
 
     tensor: PositiveInt = 1
     """tensor-parallel size: processes that share each weight matrix; must divide the attention heads,
     key-value heads and feed-forward size"""
     pipeline: PositiveInt = 1
     """pipeline-parallel size: number of model stages; must divide the number of layers"""
+    context: PositiveInt = 1
+    """context-parallel size: processes that share each sequence's positions, for long sequences"""
     sequence: Flag = False
     """sequence parallelism: split activations along the sequence outside the matrix products"""
     recompute: Flag = False
@@ -51,6 +53,11 @@ class Parallel(Strict):
     layers: Literal["auto", "local", "transformer_engine"] = "auto"
     """layer implementation: Transformer Engine's or Megatron's own; `auto` uses Transformer Engine on a GPU
     where it can be imported"""
+
+    @property
+    def replica_size(self) -> int:
+        """Number of processes that hold one replica."""
+        return self.tensor * self.pipeline * self.context
 
 
 class Student(Strict):

@@ -63,7 +63,7 @@ def training(case, student, grid):
         # Two calls add up like one.
         parts = [mine[:1], mine[1:]] if case["split"] else [mine]
         stats = [s for part in parts for s in student.accumulate_gradients(part, case["objective"])]
-        counts = grid.is_last_stage and grid.tensor_rank == 0
+        counts = student.placement.reports_stats
         losses.append(sum(float(s.loss.sum()) for s in stats) if counts else 0.0)
         if number == 0:
             gradients = {name: g.clone() for name, g in student.gradients().items()}
@@ -144,7 +144,7 @@ def run(case, grid):
     return result
 
 
-def main(rank, world, store, out, jobs, tensor, pipeline):
+def main(rank, world, store, out, jobs, tensor, pipeline, context):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -153,7 +153,7 @@ def main(rank, world, store, out, jobs, tensor, pipeline):
         world_size=world,
         timeout=datetime.timedelta(seconds=60),
     )
-    grid = Grid.open(tensor=tensor, pipeline=pipeline)
+    grid = Grid.open(tensor=tensor, pipeline=pipeline, context=context)
     cases = torch.load(jobs, weights_only=False)
     torch.save({name: run(case, grid) for name, case in cases.items()}, out)
     dist.barrier()
@@ -161,4 +161,4 @@ def main(rank, world, store, out, jobs, tensor, pipeline):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6], int(sys.argv[6]), int(sys.argv[7]))
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6], *map(int, sys.argv[6:9]))

@@ -64,8 +64,9 @@ def test_a_stopped_run_continues_on_another_grid(grid_folder, single_process_run
 
 @long
 def test_a_run_continues_on_one_grid_after_another(grid_folder, single_process_run, errors_of):
-    steps = (("one", "alone", 2), ("four", "DP4", 3), ("four", "PP2xDP2", 4), ("four", "TP2xPP2", None))
-    for launch, grid, updates in steps:
+    done = {"alone": 2, "DP4": 3, "TP2xCP2": 4, "PP2xDP2": 5, "TP2xPP2": None}
+    for grid, updates in done.items():
+        launch = "one" if grid == "alone" else "four"
         end = None if updates is None else stops(updates)
         assert errors_of(launch)[f"chain, {grid}"] == [end] * GRIDS[grid][2]
     assert_continued(grid_folder, "chain", single_process_run("cold start"))

@@ -36,12 +36,15 @@ pytestmark = needs_megatron
 
 WORKER = Path(__file__).with_name("megatron_worker.py")
 DEADLINE_S = 300
-# tensor, pipeline, processes
+# tensor, pipeline, processes, context
 GRIDS = {
-    "1x1": (1, 1, 1),
-    "TP2xPP2": (2, 2, 4),
-    "TP2xDP2": (2, 1, 4),
-    "PP2xDP2": (1, 2, 4),
+    "1x1": (1, 1, 1, 1),
+    "TP2xPP2": (2, 2, 4, 1),
+    "TP2xDP2": (2, 1, 4, 1),
+    "PP2xDP2": (1, 2, 4, 1),
+    "TP2xCP2": (2, 1, 4, 2),
+    "CP2xPP2": (1, 2, 4, 2),
+    "CP2xDP2": (1, 1, 4, 2),
 }
 OPTIMIZER = Optimizer(weight_decay=0.1, clip_grad=0.3, betas=(0.9, 0.98), eps=1e-6)
 # Family, head and loss; every loss meets every family and both heads.
@@ -186,7 +189,7 @@ def grids(cases, tmp_path_factory):
 
     def grid(name):
         if name not in made:
-            tensor, pipeline, world = LAUNCHES[name]
+            tensor, pipeline, world, context = LAUNCHES[name]
             folder = tmp_path_factory.mktemp(name)
             for case in cases:
                 (folder / case).mkdir()
@@ -197,7 +200,7 @@ def grids(cases, tmp_path_factory):
                 and (GRIDS["TP2xPP2"] != LAUNCHES[name] or (case in SHORT) == (name == "TP2xPP2"))
             }
             torch.save(jobs, folder / "jobs")
-            arguments = (str(folder / "jobs"), str(tensor), str(pipeline))
+            arguments = (str(folder / "jobs"), str(tensor), str(pipeline), str(context))
             outputs = run_ranks(WORKER, world, folder, *arguments, deadline_s=DEADLINE_S)
             made[name] = folder, [torch.load(out, weights_only=False) for out in outputs]
         return made[name]
@@ -279,10 +282,15 @@ def test_a_state_passes_between_torch_and_every_grid(grids, references, cases, g
 
 @on_grids("qwen3 tied mixed")
 def test_ranks_share_the_true_vocabulary(grids, grid, case):
-    """37 rows are padded to 38 for two ranks; 35 of them are tokens."""
-    tensor, ranks = LAUNCHES[grid][0], grids(grid)[1]
-    expected = {1: [(0, 35)], 2: [(0, 19), (19, 35)]}[tensor]
-    assert [rank[case]["vocab"] for rank in ranks] == expected * (len(ranks) // tensor)
+    """37 rows are padded to 38 for two ranks; 35 of them are tokens. Context ranks divide a shard."""
+    (tensor, _, _, context), ranks = LAUNCHES[grid], grids(grid)[1]
+    expected = {
+        (1, 1): [(0, 35)],
+        (2, 1): [(0, 19), (19, 35)],
+        (1, 2): [(0, 18), (18, 35)],
+        (2, 2): [(0, 9), (19, 28), (9, 19), (28, 35)],
+    }[tensor, context]
+    assert [rank[case]["vocab"] for rank in ranks] == expected * (len(ranks) // len(expected))
 
 
 @on_grids("qwen3 tied mixed")
@@ -319,7 +327,7 @@ def test_bfloat16_keeps_float32_main_parameters(grids, references, cases, grid, 
 def test_scores_equal_transformers(grids, cases, grid, case):
     """Log-probabilities and entropies of every trained token against full logits of the Hugging Face model."""
     reference = AutoModelForCausalLM.from_pretrained(cases[case].folder)
-    _, pipeline, world = LAUNCHES[grid]
+    _, pipeline, world, _ = LAUNCHES[grid]
     for rank, result in enumerate(grids(grid)[1]):
         scores = result[case]["scores"]
         if rank < world - world // pipeline:  # not the last stage

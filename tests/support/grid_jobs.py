@@ -13,18 +13,23 @@ from megatron_cases import write_dense
 
 from mergeopd.errors import MergeopdError
 
-# Tensor, pipeline, processes.
+# Tensor, pipeline, processes, context.
 GRIDS = {
-    "alone": (1, 1, 1),
-    "TP2xPP2": (2, 2, 4),
-    "TP2xDP2": (2, 1, 4),
-    "PP2xDP2": (1, 2, 4),
-    "DP4": (1, 1, 4),
-    "TP2xPP2 sequence": (2, 2, 4),
+    "alone": (1, 1, 1, 1),
+    "TP2xPP2": (2, 2, 4, 1),
+    "TP2xDP2": (2, 1, 4, 1),
+    "PP2xDP2": (1, 2, 4, 1),
+    "DP4": (1, 1, 4, 1),
+    "TP2xPP2 sequence": (2, 2, 4, 1),
+    "TP2xCP2": (2, 1, 4, 2),
+    "CP2xDP2": (1, 1, 4, 2),
 }
 # Recipes on grids: in `make test`, and in `make test-dist`.
-SHORT = (("cold start", "TP2xPP2"), ("mixed", "TP2xDP2"), ("reduced", "PP2xDP2"), ("served", "TP2xPP2"))
+SHORT = (("cold start", "TP2xPP2"), ("mixed", "TP2xDP2"), ("reduced", "PP2xDP2"), ("served", "TP2xCP2"))
 LONG = (
+    ("served", "TP2xPP2"),
+    ("mixed", "CP2xDP2"),
+    ("cold start", "TP2xCP2"),
     ("cold start", "DP4"),
     ("mixed", "TP2xPP2"),
     ("mixed", "PP2xDP2"),
@@ -168,7 +173,7 @@ def jobs(folder: Path, launch: str) -> tuple[int, list[dict[str, Any]]]:
         "one": lambda: [*_in_parts(folder, "chain", ("alone", 2))],
         "four": lambda: [
             *(_run(folder, *case, is_sharded=case[0] == "recorded") for case in LONG),
-            *_in_parts(folder, "chain", ("DP4", 1), ("PP2xDP2", 1), ("TP2xPP2", None)),
+            *_in_parts(folder, "chain", ("DP4", 1), ("TP2xCP2", 1), ("PP2xDP2", 1), ("TP2xPP2", None)),
             _run(folder, "mixed", "TP2xDP2", name="copies apart", machines=APART),
             _run(folder, "selves", "TP2xPP2", name="selves, all apart", machines=("a", "b", "c", "d")),
             *(_run(folder, *case) for case in LONG_BROKEN),
@@ -182,8 +187,9 @@ def jobs(folder: Path, launch: str) -> tuple[int, list[dict[str, Any]]]:
 def _run(folder: Path, recipe: str, grid: str, name: str = "", **options: Any) -> dict[str, Any]:
     """Job for `recipe` on `grid`; its run folder is `runs/NAME`, or that of another job with `into`."""
     name = name or f"{recipe}, {grid}"
-    tensor, pipeline, _ = GRIDS[grid]
-    parallel = {"tensor": tensor, "pipeline": pipeline, "sequence": "sequence" in grid}
+    tensor, pipeline, _, context = GRIDS[grid]
+    sizes = {"tensor": tensor, "pipeline": pipeline, "context": context}
+    parallel = {**sizes, "sequence": "sequence" in grid}
     overrides = [
         "student.backend=megatron",
         f"student.parallel={json.dumps(parallel)}",

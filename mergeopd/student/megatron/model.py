@@ -18,6 +18,7 @@ from mergeopd.errors import ModelError
 from mergeopd.student.megatron.architecture import Architecture
 from mergeopd.student.megatron.grid import Grid
 from mergeopd.student.megatron.layout import vocab_rows
+from mergeopd.student.megatron.sequence import CausalAttention
 
 
 class HiddenModel(GPTModel):  # type: ignore[misc]
@@ -122,6 +123,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=grid.tensor,
+        context_parallel_size=grid.context,
         pipeline_model_parallel_size=grid.pipeline,
         sequence_parallel=grid.sequence_parallel,
         # Micro-batches differ in shape. Megatron requires a dispatcher even for a dense model.
@@ -151,6 +153,7 @@ def _block(config: TransformerConfig, grid: Grid, device: torch.device, layers: 
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
     parts, attention = layer.submodules, layer.submodules.self_attention.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = Norm
+    attention.core_attention = CausalAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = Norm
     return TransformerBlockSubmodules(

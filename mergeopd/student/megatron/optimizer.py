@@ -19,8 +19,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def build_adamw(ddp: Any, optimizer: Optimizer, dtype: torch.dtype, grid: Grid) -> Any:
     """Build AdamW over float32 parameters, grouped as in `TorchStudent`: matrices decay, vectors do not.
 
-    Its state is sharded over data-parallel copies. Always torch's AdamW: those of Transformer Engine and Apex
-    store the number of updates elsewhere, so that a checkpoint could not be written.
+    Its state is sharded over the processes that hold the same weights. Always torch's AdamW: those of
+    Transformer Engine and Apex store the number of updates elsewhere, so that a checkpoint could not be
+    written.
     """
     library.USING_PYTORCH_OPTIMIZER = True
     options = OptimizerConfig(
@@ -32,7 +33,7 @@ def build_adamw(ddp: Any, optimizer: Optimizer, dtype: torch.dtype, grid: Grid) 
         weight_decay=optimizer.weight_decay,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=grid.data > 1,
+        use_distributed_optimizer=grid.holders > 1,
     )
     adamw = get_megatron_optimizer(options, [ddp], use_gloo_process_groups=False, pg_collection=grid.groups)
     for group in adamw.param_groups:  # Megatron leaves this to a scheduler that is not used here
@@ -58,16 +59,16 @@ class MainParameters:
         return next((int(state["step"]) for state in states), 0)
 
     def read(self, parameter: nn.Parameter, key: str) -> Tensor:
-        """Return `param` or a moment, float32, in the parameter's shape. Collective over dp copies."""
+        """Return `param` or a moment, float32, in the parameter's shape. Collective over its holders."""
         main = self._main(parameter)
         value = main if key == "param" or main is None else self._inner.optimizer.state[main][key]
-        if self._grid.data == 1:
+        if self._grid.holders == 1:
             detached: Tensor = value.detach()
             return detached
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         if value is not None:
             whole[self._own(parameter)] = value.detach()
-        dist.all_reduce(whole, group=self._grid.groups.dp)
+        dist.all_reduce(whole, group=self._grid.groups.dp_cp)
         return whole.view(parameter.shape)
 
     @torch.no_grad()
@@ -78,7 +79,7 @@ class MainParameters:
         if main is None:
             return
         own = {key: value.to(main) for key, value in values.items()}
-        if self._grid.data > 1:
+        if self._grid.holders > 1:
             own = {key: value.flatten()[self._own(parameter)] for key, value in own.items()}
         main.copy_(own["param"])
         if step:
@@ -88,7 +89,7 @@ class MainParameters:
 
     def _main(self, parameter: nn.Parameter) -> Any:
         """Return AdamW's part of `parameter`: all, this copy's flat part, or None."""
-        if self._grid.data == 1:
+        if self._grid.holders == 1:
             return getattr(parameter, "main_param", parameter)
         place = self._inner.model_param_group_index_map.get(parameter)
         if place is None:

@@ -78,7 +78,7 @@ class MegatronStudent:
         )
         read_shards(self._model, self._arch, grid)
         buffers = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=grid.data > 1
+            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=grid.holders > 1
         )
         self._ddp = DistributedDataParallel(
             self._model.config, buffers, self._model, pg_collection=grid.groups
@@ -95,9 +95,9 @@ class MegatronStudent:
 
     @property
     def vocab(self) -> range:
-        rows = vocab_rows(self._arch, self._grid.tensor) // self._grid.tensor
-        start = rows * self._grid.tensor_rank
-        return range(min(start, self._num_valid), min(start + rows, self._num_valid))
+        start = self._grid.tensor_rank * vocab_rows(self._arch, self._grid.tensor) // self._grid.tensor
+        rows = self._scored_rows
+        return range(min(start + rows.start, self._num_valid), min(start + rows.stop, self._num_valid))
 
     @property
     def placement(self) -> Placement:
@@ -235,8 +235,18 @@ class MegatronStudent:
             self._main.write(parameter, values, step)
 
     def _head(self) -> Head:
-        facts = self._arch.facts
-        return head_of(facts, {facts.head_parameter: self._model.head_weight}, self.vocab)
+        facts, rows = self._arch.facts, self._scored_rows
+        return head_of(
+            facts, {facts.head_parameter: self._model.head_weight[rows.start : rows.stop]}, self.vocab
+        )
+
+    @property
+    def _scored_rows(self) -> range:
+        """Rows of this shard of the head that this process scores: context-parallel ranks divide them."""
+        rows, parts = vocab_rows(self._arch, self._grid.tensor) // self._grid.tensor, self._grid.context
+        return range(
+            *(part * rows // parts for part in (self._grid.context_rank, self._grid.context_rank + 1))
+        )
 
     def _whole(
         self, part_of: Callable[[str], Tensor], like: Tensor, *, everywhere: bool = False
