@@ -44,6 +44,11 @@ class Scored:
     factor: Tensor  # [K, D, n]: p_S * g = direction * factor
     total: Tensor  # [K, D, n]: <p_S, g>
 
+    @property
+    def student_ranking(self) -> Tensor:
+        """`[n, V]`, in each row in the order of the student's logits."""
+        return self.block.logits[0]
+
     def logit_gradient(self, grad_divergence: Tensor, grad_logprob: Tensor, out: Tensor) -> None:
         """Write d(loss)/d(raw student logits) `[n, V]` into `out`, which may be the scored student logits.
 
@@ -72,17 +77,17 @@ class BlockScorer:
         return any(divergence.num_reductions == 3 for divergence in self.divergences)
 
     def score(
-        self, raw_S: Tensor, raw_T: Sequence[Tensor], labels_N: Tensor, rows: slice, *, with_grad: bool
+        self, raw: Tensor | Sequence[Tensor], labels_N: Tensor, rows: slice, *, with_grad: bool
     ) -> Scored:
-        """Score the tokens `rows` from raw logits `[n, V]`, which are overwritten. Performs all reductions.
+        """Score the tokens `rows` from raw logits, which are overwritten. Performs all reductions.
 
-        raw_T: of the targets that have hidden states, in their order. The result's matrices live in the
-        logits' memory and in buffers that the next block reuses.
+        raw: `[n, V]` of the student and of the targets that have hidden states, in their order. The result's
+        matrices live in the logits' memory and in buffers that the next block reuses.
         """
-        block = self.softmaxes.begin(raw_S, raw_T, labels_N[rows], with_grad=with_grad)
+        block = self.softmaxes.begin(raw, labels_N[rows], with_grad=with_grad)
         logits, masses, sums = block.logits, block.masses, block.sums
         for centred_T in logits[1:]:
-            torch.sub(raw_S, centred_T, out=centred_T)
+            torch.sub(logits[0], centred_T, out=centred_T)
         terms: list[list[Terms]] = []
         if not self._normalise:
             terms = self._terms(masses, logits[1:])

@@ -45,16 +45,16 @@ class Softmaxes:
     vocab: range
     group: dist.ProcessGroup | None
 
-    def begin(self, raw_S: Tensor, raw_T: Sequence[Tensor], labels_n: Tensor, *, with_grad: bool) -> Block:
+    def begin(self, raw: Tensor | Sequence[Tensor], labels_n: Tensor, *, with_grad: bool) -> Block:
         """Centre logits in the memory of the raw ones; compute masses in buffers that the next block reuses.
 
         Performs one reduction (maxima). The caller reduces the sums, together with its other sums.
         """
         slope = self.student.take("slope", len(labels_n)) if self.student.is_capped and with_grad else None
-        self.student.finish_logits(raw_S, slope)
-        for projection, raw in zip(self.teachers, raw_T, strict=True):
-            projection.finish_logits(raw)
-        logits = (raw_S, *raw_T)
+        logits = tuple(raw)
+        self.student.finish_logits(logits[0], slope)
+        for projection, matrix in zip(self.teachers, logits[1:], strict=True):
+            projection.finish_logits(matrix)
         self._centre(logits)
         is_local = (labels_n >= self.vocab.start) & (labels_n < self.vocab.stop)
         column_n1 = (labels_n - self.vocab.start).clamp_(0, max(len(self.vocab) - 1, 0)).unsqueeze(1)

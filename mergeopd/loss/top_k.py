@@ -48,6 +48,10 @@ class SupportScored:
     per_mass_S: Tensor  # [n]: p_S = block.masses[0] * per_mass_S
     reduced: tuple[Reduced, ...]  # one per target, none without divergences
 
+    @property
+    def student_ranking(self) -> Tensor:
+        return self.block.logits[0]
+
     def logit_gradient(self, grad_divergence: Tensor, grad_logprob: Tensor, out: Tensor) -> None:
         """Write the gradient as `full_vocabulary.Scored.logit_gradient` does."""
         mass, gain = self.block.masses[0], self.block.student.gain
@@ -81,9 +85,10 @@ class SupportScorer:
         return [next(place) if isinstance(target, Hidden) else 0 for target in self.targets]
 
     def score(
-        self, raw_S: Tensor, raw_T: Sequence[Tensor], labels_N: Tensor, rows: slice, *, with_grad: bool
+        self, raw: Tensor | Sequence[Tensor], labels_N: Tensor, rows: slice, *, with_grad: bool
     ) -> SupportScored:
-        block = self.softmaxes.begin(raw_S, raw_T, labels_N[rows], with_grad=with_grad)
+        raw_S = raw[0]
+        block = self.softmaxes.begin(raw, labels_N[rows], with_grad=with_grad)
         moments = self.softmaxes.sum(torch.stack(block.sums)).view(len(block.logits), 3, -1)
         log_mass, entropy, logprob = entropy_and_logprob(moments)
         logprob_T, entropy_T = raw_S.new_empty(2, len(self.targets), raw_S.shape[0])

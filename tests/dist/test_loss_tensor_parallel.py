@@ -1,13 +1,14 @@
 """`fused_loss` and `bridge_loss` with the vocabulary on 2 and 4 gloo ranks equals one process, values and gradients."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from ranks import run_ranks
 
 WORKER = Path(__file__).with_name("loss_worker.py")
-DEADLINE_S = 120
+DEADLINE_S = 400
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,14 @@ def test_ranks_equal_one_process(reports, layout, divergence, dtype, bound):
             errors = dict(reports[rank]["errors"][f"{layout}|{divergence}|{dtype}|{num_teachers}"])
             assert errors.pop("padding") == 0.0
             assert max(errors.values()) < bound, (rank, num_teachers, errors)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("layout", ["2 uneven", "2 padding only", "4 uneven"])
+def test_triton_on_ranks_equals_torch_in_one_process(reports, layout):
+    for report in reports[: int(layout[0])]:
+        errors = report["triton"][layout]
+        assert max(errors.values()) < 1e-10, errors
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("torch.float64", 1e-10), ("torch.float32", 2e-5)])
@@ -60,7 +69,10 @@ def test_two_ranks_report_only_their_cases(reports):
     ("case", "text"),
     [
         ("label", "ValueError: labels_N[3] = 37 is not in exactly one shard"),
-        ("nan", "ArithmeticError: the logits of target 1: not finite at 4 of the tokens 0 to 3, first at 0"),
+        (
+            "nan",
+            "ArithmeticError: the logits of target 1: not finite at 11 of the tokens 0 to 10, first at 0",
+        ),
     ],
 )
 def test_all_ranks_raise_the_same_error(reports, case, text):
