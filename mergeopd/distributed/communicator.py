@@ -77,7 +77,8 @@ class Communicator(ABC):
     def run_and_gather(self, work: Callable[[], T]) -> list[T]:
         """Run `work` on every rank and return all results, by rank, on all ranks. Collective.
 
-        `work` must not be collective. If it raises on one rank, the other ranks raise as in `run_on_first`.
+        `work` must not be collective, except in ways that end on all ranks when it raises on one. If it
+        raises on one rank, the other ranks raise as in `run_on_first`.
         """
 
     @abstractmethod
@@ -164,7 +165,10 @@ class TorchCommunicator(Communicator):
             value = work()
         except Exception as error:
             self.outside_collective = False
-            self.gather((None, type(error) if isinstance(error, CollectiveAbort) else PeerFailed))
+            own: tuple[Any, Any] = (None, type(error) if isinstance(error, CollectiveAbort) else PeerFailed)
+            for _, kind in self.gather(own):
+                if isinstance(error, PeerFailed) and kind not in (None, PeerFailed):
+                    raise kind() from error  # what the peer raised
             raise
         finally:
             self.outside_collective = False

@@ -27,6 +27,7 @@ from mergeopd.engine.models import (
     build_views,
     divide_threads,
     engine_context,
+    held_teachers,
     num_scored_ids,
 )
 from mergeopd.engine.pipeline import AheadPipeline, Background, ProgressCounter, SynchronousPipeline
@@ -359,7 +360,8 @@ def build_recorders(
     plan = inputs.plan
     divide_threads(plan, machine)
     moving = {name for name, teacher in plan.teachers.items() if teacher.snapshot_rule is not None}
-    teachers = build_teachers(inputs, machine, StudentSnapshots((), _none, _none), skip=moving)
+    held = held_teachers(inputs, machine)
+    teachers = build_teachers(inputs, machine, StudentSnapshots((), _none, _none), skip=moving, held=held)
     views = build_views(inputs, machine, stages.note)
     specs: dict[str, list[TargetSpec]] = {name: [] for name in names}
     sequences: dict[str, list[TeacherSequence]] = {name: [] for name in names}

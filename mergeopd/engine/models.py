@@ -15,8 +15,10 @@ from mergeopd.distributed.communicator import Communicator, scatter_gather
 from mergeopd.engine.checkpoint import Checkpoints
 from mergeopd.loss.cross_tokenizer import Bridge
 from mergeopd.models.facts import ModelFacts
+from mergeopd.models.residency import Held
 from mergeopd.preflight.inputs import Inputs
-from mergeopd.preflight.memory import refuse_without_room
+from mergeopd.preflight.memory import free_bytes, refuse_without_room
+from mergeopd.preflight.residency import hold, note, of_teacher, teacher_room
 from mergeopd.recipe.plan import Plan, TeacherPlan
 from mergeopd.rollout.local import LocalEngine
 from mergeopd.rollout.protocol import EngineContext, ReplicaSource, RolloutEngine
@@ -47,6 +49,11 @@ class Machine:
         """Whether all processes share the pages of mapped files."""
         return self.device.type == "cpu" and len(set(self.ranks.machines)) == 1
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether each process reads all of a teacher's bytes: where they share the pages of mapped files."""
+        return self.ranks.size == 1 or self.shares_pages
+
 
 def engine_context(renderer: Renderer, inputs: Inputs, machine: Machine) -> EngineContext:
     return EngineContext(
@@ -74,6 +81,12 @@ class Models:
     def plan(self) -> Plan:
         return self.inputs.plan
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks on how teachers are held in memory."""
+        local = {name: t.held for name, t in self.teachers.items() if isinstance(t, LocalTeacher)}
+        return tuple(text for name, one in local.items() if one is not None for text in note(name, one))
+
     def checkpoints(self) -> Checkpoints:
         folder = RunFolder(Path(self.plan.output)).checkpoints
         return Checkpoints(folder, self.plan, self.student, self.snapshots, self.machine.ranks)
@@ -89,11 +102,12 @@ def load_models(
 
     `teachers` take the place of the recipe's teachers of these names; `announce` gets what is being built.
 
-    Raises ModelError for checkpoints that do not fit configs, and for a student that does not fit the grid or
-    for whose unsharded replicas the machine has no memory.
+    Raises ModelError for checkpoints that do not fit configs, for a student that does not fit the grid or for
+    whose unsharded replicas the machine has no memory, and for teachers that do not fit as they are wanted.
     """
     plan = inputs.plan
     divide_threads(plan, machine)
+    held = held_teachers(inputs, machine)
     student = _student(inputs, machine)
     rules = [t.snapshot_rule for t in plan.teachers.values() if t.snapshot_rule is not None]
     snapshots = StudentSnapshots(rules, student.weights, student.master_weights)
@@ -103,7 +117,7 @@ def load_models(
         student=student,
         snapshots=snapshots,
         teachers=_recorded(
-            {**build_teachers(inputs, machine, snapshots, skip=teachers.keys()), **teachers},
+            {**build_teachers(inputs, machine, snapshots, skip=teachers.keys(), held=held), **teachers},
             inputs,
             machine,
             announce,
@@ -141,18 +155,37 @@ def _student(inputs: Inputs, machine: Machine) -> Student:
     )
 
 
+def held_teachers(inputs: Inputs, machine: Machine) -> dict[str, Held | None]:
+    """Decide how each teacher is held, from the memory that is free before any weights are read. Collective.
+
+    It is that of the process that has least, so that all decide alike. Raises ModelError for a teacher that
+    does not fit.
+    """
+    plan, ranks, is_cpu = inputs.plan, machine.ranks, machine.device.type == "cpu"
+    sharers = ranks.num_local if is_cpu else 1
+    free = free_bytes(machine.device)
+    room = min(ranks.gather(teacher_room(plan, free, sharers=sharers, world=ranks.size, is_cpu=is_cpu)))
+    shares_pages = is_cpu and machine.is_mapped
+    return {
+        name: of_teacher(name, partial(hold, teacher, plan, room, shares_pages=shares_pages))
+        for name, teacher in plan.teachers.items()
+    }
+
+
 def build_teachers(
-    inputs: Inputs, machine: Machine, snapshots: StudentSnapshots, *, skip: Collection[str]
+    inputs: Inputs,
+    machine: Machine,
+    snapshots: StudentSnapshots,
+    *,
+    skip: Collection[str],
+    held: Mapping[str, Held | None],
 ) -> dict[str, Teacher]:
-    """Build the recipe's teachers, whose weights are read by one store."""
+    """Build the recipe's teachers, which are `held` so, and whose weights are read by one store."""
     plans = {n: t for n, t in inputs.plan.teachers.items() if n not in skip and t.api is None}
     sources = {
         name: _source(teacher, inputs, snapshots) for name, teacher in plans.items() if teacher.needs_head
     }
-    # Each process reads a part of the bytes if several need their own copies. On one machine's CPUs, they
-    # share the pages of mapped files, so each file is read once anyway.
-    is_mapped = machine.ranks.size == 1 or machine.shares_pages
-    reader: Reader = MappedReader() if is_mapped else ShardedReader(machine.ranks)
+    reader: Reader = MappedReader() if machine.is_mapped else ShardedReader(machine.ranks)
     store = TeacherStore(sources, machine.device, reader)
 
     def make_engine(name: str, source: ReplicaSource) -> RolloutEngine:
@@ -163,7 +196,8 @@ def build_teachers(
         canary, run_on_first = Canary.of(teacher, inputs.teachers[name]), machine.ranks.run_on_first
         own = capabilities(teacher)
         if teacher.served is None:
-            return LocalTeacher(name, store, own, canary, run_on_first, partial(make_engine, name))
+            engine, is_first = partial(make_engine, name), machine.ranks.is_first
+            return LocalTeacher(name, store, own, canary, run_on_first, engine, held[name], is_first)
         facts = ModelFacts.read(teacher.folder)
         num_valid = num_scored_ids(teacher, inputs)
         model = ServedModel(facts.hidden_size, facts.vocab_rows, num_valid, teacher.dtype)

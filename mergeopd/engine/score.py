@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -152,7 +152,7 @@ class Scorer:
         targets: TeacherTargets,
         rollouts: Sequence[Rollout],
         work: RoundSchedule,
-    ) -> Iterator[tuple[int, Tensor]]:
+    ) -> Generator[tuple[int, Tensor], None, None]:
         """Begin to score this process's share of a teacher's pass; yield rows by rollout."""
         spec = targets.spec_of(one.teacher)
         if spec.kind == "student_top_k":  # shared by those that know the student's ids
@@ -172,7 +172,7 @@ class Scorer:
         order: Sequence[int],
         scored: Iterator[tuple[int, Tensor]],
         rollouts: Sequence[Rollout],
-    ) -> Iterator[tuple[int, Tensor]]:
+    ) -> Generator[tuple[int, Tensor], None, None]:
         """Yield rows by rollout; name the prompts of sequences without recorded targets."""
         try:
             for position, rows in scored:
@@ -189,7 +189,7 @@ class Scorer:
     def _collect(
         self,
         one: TeacherPass,
-        begin: Callable[[], Iterator[tuple[int, Tensor]]],
+        begin: Callable[[], Generator[tuple[int, Tensor], None, None]],
         targets: TeacherTargets,
         rollouts: Sequence[Rollout],
     ) -> None:
@@ -198,9 +198,11 @@ class Scorer:
         on_progress = self.stages.begin("teachers", one.teacher, total, "responses")
 
         def collect() -> None:
-            for done, (rollout, rows) in enumerate(begin(), start=1):
-                targets.cache.put(one.teacher, rollout, rows)
-                on_progress(done)
+            # Closed at once, so that a streamed teacher's other ranks are told before the next collective.
+            with closing(begin()) as scored:
+                for done, (rollout, rows) in enumerate(scored, start=1):
+                    targets.cache.put(one.teacher, rollout, rows)
+                    on_progress(done)
 
         self.stages.ranks.run_and_gather(collect)
         targets.cache.publish()

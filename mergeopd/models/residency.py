@@ -116,35 +116,43 @@ class Held:
 
 
 def held(
-    wanted: Residency, sizes: BodySizes, batch_tokens: int, room_bytes: int | None, *, is_mapped: bool = False
+    wanted: Residency,
+    sizes: BodySizes,
+    batch_tokens: int,
+    room_bytes: int,
+    *,
+    is_mapped: bool = False,
+    is_strict: bool = False,
 ) -> Held:
-    """Decide how a teacher is held in `room_bytes`, the memory that its pass may have; None: not known.
+    """Decide how a teacher is held in `room_bytes`, the memory that its pass may have.
 
-    `auto` keeps the whole body where it fits. `is_mapped`: a resident body is pages of a mapped file, which
-    need no memory of the process, so that one that was asked for always fits.
+    `auto` keeps the whole body where it fits with a batch of `batch_tokens`. `is_mapped`: a resident body is
+    pages of a mapped file, which need no memory of the process, so that one that was asked for always fits.
+    Batches are often smaller than they may be: only where the room `is_strict` must one of them fit.
 
     Raises ModelError when what is wanted does not fit.
     """
-    resident, least = sizes.resident_bytes(batch_tokens), sizes.stream_bytes(batch_tokens, batch_tokens)
-    if wanted == "stream" and room_bytes is None:
-        raise ValueError("a streamed teacher needs a memory limit")
-    fits = room_bytes is None or resident <= room_bytes
-    if wanted != "stream" and (fits or (wanted == "resident" and is_mapped)):
-        return Held(None, resident, f"its {gib(resident)} fit" if fits else "its card says so")
-    assert room_bytes is not None
+    resident, room = sizes.resident_bytes(batch_tokens), gib(room_bytes)
+    if wanted != "stream" and resident <= room_bytes:
+        return Held(None, resident, f"its {gib(resident)} fit into {room}")
+    if wanted == "resident" and is_mapped:
+        return Held(None, resident, "its card says so")
     tokens = sizes.pass_tokens(batch_tokens, room_bytes)
+    if not tokens and not is_strict and sizes.stream_bytes(1, 1) <= room_bytes:
+        tokens = batch_tokens
+    least = gib(sizes.stream_bytes(batch_tokens, batch_tokens))
     if wanted == "resident":
-        other = f"`residency: stream` needs {gib(least)}" if tokens else _smaller(sizes, room_bytes)
-        raise ModelError(
-            f"resident, it needs {gib(resident)} of the {gib(room_bytes)} that there are; {other}"
-        )
-    if not tokens:
-        raise ModelError(
-            f"streamed, it needs {gib(least)} of the {gib(room_bytes)} that there are, for two layers and a "
-            f"batch of {batch_tokens:,} tokens; {_smaller(sizes, room_bytes)}"
-        )
-    cause = "its card says so" if wanted == "stream" else f"its {gib(resident)} exceed {gib(room_bytes)}"
-    return Held(tokens, sizes.stream_bytes(batch_tokens, tokens), cause)
+        other = f"`residency: stream` takes {least}" if tokens else _smaller(sizes, room_bytes)
+        raise ModelError(f"held whole, it takes {gib(resident)}, and there are {room}; {other}")
+    if tokens:
+        cause = "its card says so" if wanted == "stream" else f"whole, its {gib(resident)} exceed {room}"
+        return Held(tokens, sizes.stream_bytes(batch_tokens, tokens), cause)
+    if wanted == "auto" and is_mapped:
+        return Held(None, resident, "pages of a mapped file take no memory of the process")
+    raise ModelError(
+        f"streamed, it takes {least} for two layers and a batch of {batch_tokens:,} tokens, and there are "
+        f"{room}; {_smaller(sizes, room_bytes)}"
+    )
 
 
 def _smaller(sizes: BodySizes, room_bytes: int) -> str:
@@ -154,7 +162,10 @@ def _smaller(sizes: BodySizes, room_bytes: int) -> str:
         tokens //= 2
     if tokens:
         return f"`residency: stream` with `student.micro_batch_tokens: {tokens}` fits"
-    return f"even streamed with batches of one token it needs {gib(sizes.stream_bytes(1, 1))}"
+    return (
+        f"streamed in batches of one token, it takes {gib(sizes.stream_bytes(1, 1))}: raise "
+        "`memory.teacher_gib`, or use a machine with more free memory"
+    )
 
 
 def by_layer(parameters: Iterable[str]) -> dict[int | None, list[str]]:
@@ -166,4 +177,7 @@ def by_layer(parameters: Iterable[str]) -> dict[int | None, list[str]]:
 
 
 def gib(num_bytes: int) -> str:
+    """Format bytes: `15.21 GiB`, `3.5 MiB`."""
+    if num_bytes < 2**30 // 10:
+        return f"{num_bytes / 2**20:,.1f} MiB"
     return f"{num_bytes / 2**30:,.2f} GiB"

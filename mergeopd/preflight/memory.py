@@ -5,15 +5,17 @@ from __future__ import annotations
 import resource
 import sys
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from mergeopd.distributed.communicator import Communicator
 from mergeopd.errors import ModelError
 from mergeopd.messages import joined
-from mergeopd.models.causal import DTYPES
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.residency import ITEMSIZE
 from mergeopd.recipe.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
 
 _GIB = 2**30
 _CGROUP, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -28,14 +30,7 @@ def refuse_without_room(plan: Plan, device: torch.device, ranks: Communicator) -
     of self-teachers.
     Activations and caches are not counted, because their size is not known before the run.
     """
-    num_weights = Checkpoint.open(Path(plan.student.model)).num_weights
-    width = DTYPES[plan.student.dtype].itemsize
-    replica_bytes = width if plan.rollout.capabilities.needs_replica else 0
-    parts = {
-        "for unsharded replicas that generate": num_weights * replica_bytes,
-        "for snapshots of the student": num_weights * _snapshot_bytes(plan, width),
-        "for training": num_weights * _training_bytes(plan, width, ranks.size),
-    }
+    parts = student_bytes(plan, ranks.size)
     sharers = 1 if device.type == "cuda" else ranks.num_local
     free = free_bytes(device)
     if sharers * sum(parts.values()) > free:
@@ -47,6 +42,18 @@ def refuse_without_room(plan: Plan, device: torch.device, ranks: Communicator) -
             "use more machines or fewer processes on each, student.dtype: bfloat16, or inference servers "
             "(rollout.engine: vllm or sglang), which need no replica here"
         )
+
+
+def student_bytes(plan: Plan, world: int) -> dict[str, float]:
+    """Return the bytes of a process for the student in a run of `world` processes, by purpose."""
+    num_weights = Checkpoint.open(Path(plan.student.model)).num_weights
+    width = ITEMSIZE[plan.student.dtype]
+    is_copied = plan.student.backend == "megatron" and plan.rollout.capabilities.needs_replica
+    return {
+        "for unsharded replicas that generate": num_weights * (width if is_copied else 0),
+        "for snapshots of the student": num_weights * _snapshot_bytes(plan, width),
+        "for training": num_weights * _training_bytes(plan, width, world),
+    }
 
 
 def _snapshot_bytes(plan: Plan, width: int) -> int:
@@ -69,7 +76,14 @@ def _training_bytes(plan: Plan, width: int, world: int) -> float:
 def free_bytes(device: torch.device) -> int:
     """Free memory of the device; on a CPU, within the limit of the container."""
     if device.type == "cuda":
+        import torch
+
         return int(torch.cuda.mem_get_info(device)[0])
+    return free_host_bytes()
+
+
+def free_host_bytes() -> int:
+    """Free main memory, within the limit of the container."""
     import psutil
 
     return int(min(psutil.virtual_memory().available, _free_in_container()))
@@ -78,6 +92,8 @@ def free_bytes(device: torch.device) -> int:
 def peak_bytes(device: torch.device) -> int:
     """Return the most memory that this process has had: on its GPU, or resident with its mapped files."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else resident * 1024  # Linux counts KiB

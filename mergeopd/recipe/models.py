@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from mergeopd.config.values import (
     DIGEST_PATTERN,
@@ -18,6 +26,7 @@ from mergeopd.config.values import (
     Weight,
 )
 from mergeopd.messages import joined
+from mergeopd.models.residency import Residency
 from mergeopd.recipe.bridges import BridgeOrKind
 from mergeopd.recipe.served import Served
 from mergeopd.recipe.text_api import TextApi
@@ -119,6 +128,16 @@ class TeacherCard(Strict):
     served: Served | None = None
     """servers that score for the teacher; `model` then needs the configuration, the tokenizer and, for hidden
     states, the tensor of the prediction head"""
+    residency: Residency = "auto"
+    """how its weights are in memory while it scores: whole (`resident`), or one layer after the other
+    (`stream`), which takes the memory of two layers and cannot generate text; `auto`: whole where it fits"""
+
+    @field_validator("residency")
+    @classmethod
+    def _has_weights(cls, residency: Residency, info: ValidationInfo) -> Residency:
+        if residency != "auto" and (info.data.get("api") or info.data.get("served")):
+            raise ValueError("servers have its weights, so this has no effect: remove it")
+        return residency
 
     @model_validator(mode="after")
     def _one_model(self) -> TeacherCard:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mergeopd.config.values import Strict
+from mergeopd.models.residency import Residency
 from mergeopd.recipe.alarms import Alarms
 from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.bridges import Bridge
@@ -46,6 +47,7 @@ UNBOUND: Mapping[str, Any] = {
     "teachers": {
         "__all__": {
             "licence": True,
+            "residency": True,
             "targets": True,
             "api": dict.fromkeys(API_UNBOUND, True),
             "served": dict.fromkeys(("url", "concurrency", "timeout_s"), True),
@@ -78,6 +80,7 @@ class TeacherPlan(Strict):
     api: TextApi | None = None
     targets: str | None = None
     served: Served | None = None
+    residency: Residency = "auto"
 
     @property
     def folder(self) -> Path:

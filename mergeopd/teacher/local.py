@@ -36,7 +36,7 @@ from mergeopd.models.causal import (
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.experts import Part
 from mergeopd.models.facts import ModelFacts, head_tensor
-from mergeopd.models.residency import WINDOW, by_layer
+from mergeopd.models.residency import WINDOW, Held, by_layer
 from mergeopd.rollout.local import FixedWeights
 from mergeopd.rollout.protocol import ReplicaSource, RolloutEngine
 from mergeopd.teacher.canary import Canary
@@ -127,8 +127,8 @@ class LocalTeacher:
     """A teacher whose weights are in a local folder, or are a snapshot of the student's.
 
     `canary` is verified the first time that the teacher is opened, on rank 0 (`run_on_first`). `make_engine`
-    builds an engine that generates with a model's weights and this teacher's end tokens. With `pass_tokens`
-    it is streamed: it scores in passes of so many tokens, and its body is loaded only to generate.
+    builds an engine that generates with a model's weights and this teacher's end tokens. Where it is `held`
+    streamed, its body is loaded only to generate.
     """
 
     name: str
@@ -137,7 +137,7 @@ class LocalTeacher:
     canary: Canary | None
     run_on_first: Callable[[Callable[[], None]], None]
     make_engine: MakeEngine
-    pass_tokens: int | None = None
+    held: Held | None = None
     is_first: bool = True
 
     @property
@@ -157,9 +157,13 @@ class LocalTeacher:
 
         Raises TeacherError when the canary does not match; a streamed one is verified when it first scores.
         """
-        if self.pass_tokens is None:
+        if self._pass_tokens is None:
             return self._loaded()
-        return self.store.stream(self.name, self.pass_tokens, self._take_canary, self._loaded)
+        return self.store.stream(self.name, self._pass_tokens, self._take_canary, self._loaded)
+
+    @property
+    def _pass_tokens(self) -> int | None:
+        return None if self.held is None else self.held.pass_tokens
 
     @contextmanager
     def _loaded(self) -> Iterator[LocalSession]:
@@ -180,7 +184,7 @@ class LocalTeacher:
         return canary if self.is_first else None
 
     def prefetch(self) -> None:
-        self.store.read_ahead(self.name, WINDOW if self.pass_tokens is not None else None)
+        self.store.read_ahead(self.name, WINDOW if self._pass_tokens is not None else None)
 
     def head(self, vocab: range | None) -> Head:
         return self.store.head(self.name, vocab)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mergeopd.models.checkpoint import Checkpoint
-from mergeopd.models.facts import ARCHITECTURES, EMBEDDING
+from mergeopd.models.facts import ARCHITECTURES
+from mergeopd.models.residency import Held
 from mergeopd.teacher.local import LocalTeacher, TeacherSource, TeacherStore
 from mergeopd.teacher.protocol import LOCAL, TargetSpec, TeacherSequence
-from mergeopd.teacher.weight_reader import MappedReader
 
 CPU = torch.device("cpu")
 SEQUENCES = [
@@ -24,6 +21,7 @@ SEQUENCES = [
     TeacherSequence((7, 8, 9, 20), (17, 18, 19)),
 ]
 VOCAB = 48
+HIDDEN = TargetSpec("hidden")
 # Of models whose layers differ, both kinds occur; windows are shorter than the longest sequence.
 SHORT_WINDOW = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
 SLIDING = ("cohere2", "exaone4", "gemma2", "gemma3_text", "olmo3", "smollm3")
@@ -56,11 +54,12 @@ def teacher_of(store: TeacherStore, pass_tokens: int | None) -> LocalTeacher:
     def never(source: object) -> None:
         raise AssertionError("this teacher generates nothing")
 
-    return LocalTeacher("t", store, LOCAL, None, lambda work: work(), never, pass_tokens)  # type: ignore[arg-type]
+    held = Held(pass_tokens, 0, "of the test")
+    return LocalTeacher("t", store, LOCAL, None, lambda work: work(), never, held)  # type: ignore[arg-type]
 
 
 def scored(
-    teacher: LocalTeacher, spec: TargetSpec = TargetSpec("hidden"), max_tokens: int = 16
+    teacher: LocalTeacher, spec: TargetSpec = HIDDEN, max_tokens: int = 16
 ) -> list[tuple[int, torch.Tensor]]:
     with teacher.open() as session:
         return list(session.score(SEQUENCES, spec, max_tokens))
