@@ -145,6 +145,22 @@ def test_bench_rounds(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch)
     assert "2 teachers" in tool.table(result)
 
 
+def test_bench_streaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the limit on the address space, which would be this process's own."""
+    tool = load("bench_streaming")
+    monkeypatch.setattr(tool, "LENGTH", 8)
+    load("bench_teachers").write_model(
+        tmp_path, seed=0, hidden_size=64, intermediate_size=64, num_hidden_layers=3
+    )
+    cases = {name: case for name, case in tool.CASES.items() if name != "limited"}
+    result = {name: case(tool.Job(tmp_path, tokens=128, repeats=1)) for name, case in cases.items()}
+    assert result["pair"]["equal_bits"]
+    assert result["pair"]["layer_bytes"] < result["pair"]["bytes_read_in_a_pass"]
+    assert [one["teachers"] for one in result["many"]] == [1, 4, 16]
+    limited = {"allowed_bytes": 1, "streamed": "scored", "resident": "Cannot allocate memory"}
+    assert "| 16 |" in tool.table({**result, "limited": limited})
+
+
 def test_bench_bridge(call: Callable[..., str]) -> None:
     tool = load("bench_bridge")
     rows = json.loads(call(tool, *SMALL_BRIDGE.split(), "--threads", 1, "--json"))
