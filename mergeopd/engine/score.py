@@ -11,7 +11,7 @@ from functools import partial
 from torch import Tensor
 
 from mergeopd.batch.advantages import Outcomes, outcomes
-from mergeopd.batch.records import Alignments, OldLogProbs
+from mergeopd.batch.records import Alignments, PriorScores
 from mergeopd.engine.prior_policy import PriorPolicy
 from mergeopd.engine.schedule import RoundSchedule, TeacherPass, by_teacher
 from mergeopd.engine.stages import Stages
@@ -20,6 +20,7 @@ from mergeopd.errors import TeacherError
 from mergeopd.messages import shown
 from mergeopd.recipe.training import Phase
 from mergeopd.reporting.events import ServingStats
+from mergeopd.student.protocol import Placement
 from mergeopd.teacher.hidden_cache import HiddenCache
 from mergeopd.teacher.local import ResidentHeads
 from mergeopd.teacher.protocol import Teacher, TeacherSession, required_target
@@ -57,14 +58,14 @@ class CollectedRound:
 
 @dataclass(frozen=True)
 class ScoredRound:
-    """A round before its updates: advantages, the teachers' targets, and the prior policy's
-    log-probabilities where the phase needs them.
+    """A round before its updates: advantages, the teachers' targets, and the prior policy's scores where
+    the phase needs them.
     """
 
     collected: CollectedRound
     outcomes: Outcomes
     targets: TeacherTargets
-    old: Mapping[int, OldLogProbs] = field(default_factory=dict)
+    old: PriorScores = field(default_factory=PriorScores)
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,14 @@ class Scorer:
         """
         phase, rollouts, work = collected.phase, collected.rollouts, collected.work
         spec = required_target(phase.loss)
-        alignments = self.align(rollouts) if spec is not None else {}
+        alignments = self.align(rollouts, work) if spec is not None else {}
         with self.make_cache(work) as cache:
             targets = TeacherTargets(cache, spec, self.views, self.heads, alignments)
             if spec is not None:
                 targets = self._with_supports(targets, collected)
                 with self.stages.clock.stage("teachers"):
                     self.fill(targets, rollouts, work)
-            old: Mapping[int, OldLogProbs] = {}
+            old = PriorScores()
             if self.needs_prior_policy(phase):
                 with self.stages.clock.stage("update"):
                     old = self.prior_policy.score(rollouts, phase, work, targets)
@@ -107,11 +108,15 @@ class Scorer:
             finally:
                 self.heads.release()
 
-    def align(self, rollouts: Sequence[Rollout]) -> Alignments:
-        """Align a round for teachers with other tokenizers, by teacher and rollout; not collective."""
+    def align(self, rollouts: Sequence[Rollout], work: RoundSchedule) -> Alignments:
+        """Align this copy's rollouts for teachers with other tokenizers, by teacher and rollout.
+
+        Not collective: the ranks of a copy do the same work.
+        """
         alignments = {}
+        trained = [i for i, copy in work.copy_of.items() if copy == self._placement.dp_rank]
         for name, view in self.views.items():
-            own = {i: r for i, r in enumerate(rollouts) if name in r.prompt.scorers and r.num_trained}
+            own = {i: rollouts[i] for i in sorted(trained) if name in rollouts[i].prompt.scorers}
             if view.bridge_kind is not None:
                 self.stages.begin("teachers", f"{name}: aligning tokens", len(own), "responses")
             aligned = view.align(own)
@@ -208,9 +213,12 @@ class Scorer:
         targets.cache.publish()
 
     @property
+    def _placement(self) -> Placement:
+        return self.prior_policy.student.placement
+
+    @property
     def _loss_ranks(self) -> Sequence[int]:
-        placement = self.prior_policy.student.placement
-        return placement.loss_ranks[placement.dp_rank]
+        return self._placement.loss_ranks[self._placement.dp_rank]
 
     def _with_supports(self, targets: TeacherTargets, collected: CollectedRound) -> TeacherTargets:
         """Add the student's likeliest ids where a teacher of the round is asked for them. Collective."""

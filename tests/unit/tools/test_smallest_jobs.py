@@ -109,6 +109,19 @@ def test_bench_step(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -
     assert "generation" in call(tool, *SMALL_STEP.split())
 
 
+def test_simulate_cluster(call: Callable[..., str]) -> None:
+    """On four times the ranks, a rank sends fewer bytes and trains on fewer responses."""
+    tool = load("simulate_cluster")
+    sizes = "--responses 64 --tokens 64 --teachers 3"
+    few, many = (json.loads(call(tool, *f"--ranks {ranks} {sizes} --json".split())) for ranks in (4, 16))
+    for result in (few, many):
+        assert list(result["stages"]) == list(tool.STAGES)
+        assert result["total"]["seconds"] > 0
+    sent = [result["stages"]["rollouts"]["sent_bytes"] for result in (few, many)]
+    assert 3 < sent[0] / sent[1] < 5
+    assert "16 ranks, 64 responses" in tool.table(many)
+
+
 def test_bench_engines(call: Callable[..., str], write_job_in: Callable[..., Path], tmp_path: Path) -> None:
     write_job_in(tmp_path)
     server = FakeServer(TorchModel(tmp_path / "base"))
