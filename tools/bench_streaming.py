@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ def many(job: Job) -> list[dict[str, float]]:
     for repeat in range(job.repeats + 1):
         for num, own in seconds.items():
             with peak_anonymous() as peak:
-                taken = both(lambda num=num: job.score(streamed=True, num=num))
+                taken = both(partial(job.score, streamed=True, num=num))
             if repeat:  # the first one warms up
                 own.append(taken)
                 peaks[num] = max(peaks[num], peak[0])

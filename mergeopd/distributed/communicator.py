@@ -199,9 +199,9 @@ class TorchCommunicator(Communicator):
             value = work()
         except Exception as error:
             self.outside_collective = False
-            for _, kind in self.gather((None, _kind(error))):
-                if isinstance(error, PeerFailed) and kind not in (None, PeerFailed):
-                    raise kind() from error  # what the peer raised
+            for _, peer in self.gather((None, _kind(error))):
+                if isinstance(error, PeerFailed) and peer not in (None, PeerFailed):
+                    raise peer() from error  # what the peer raised
             raise
         finally:
             self.outside_collective = False
