@@ -32,7 +32,7 @@ BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _PR_SET_PDEATHSIG = 1
 # Timeout of collectives, for a process that hangs (one that ends is noticed at once). Must be longer than
-# rank 0 takes to write a checkpoint (840 GB for 70 billion weights) while the others wait.
+# rank 0 takes to write an export (140 GB for 70 billion weights) while the others wait.
 _TIMEOUT = timedelta(hours=2)
 # Above this number of processes, each connects to another one when it first has something to send: all pairs
 # take minutes and a thousand open files in every process.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from mergeopd.models.experts import published
 from mergeopd.models.facts import ModelFacts
 from mergeopd.models.weight_files import MAX_FILE_BYTES, write_model
 from mergeopd.recipe.training import Optimizer
+from mergeopd.storage.state_parts import SavedTensors, StatePart
 from mergeopd.student.loss import Measured, MicroStats, Observe, check_norm, micro_loss, no_loss
 from mergeopd.student.protocol import UNSHARDED, Placement, check_masters
 
@@ -149,14 +150,13 @@ class TorchStudent:
         self._publish()
         return float(norm)
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
+    def state(self) -> Iterator[StatePart]:
         for name, p in self._masters.items():
             for tensor, values in self._published(name, p.detach()):
-                yield f"master.{tensor}", values
-        for name, p in self._masters.items():
+                yield StatePart.full(f"master.{tensor}", values)
             for key, value in self._adamw.state.get(p, {}).items():
                 for tensor, values in self._published(name, value.expand_as(p)):
-                    yield f"adamw.{key}.{tensor}", values if value.ndim else value.clone()
+                    yield StatePart.full(f"adamw.{key}.{tensor}", values if value.ndim else value)
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         return {
@@ -165,24 +165,26 @@ class TorchStudent:
             for tensor, values in self._published(name, p)
         }
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        check_masters(self.state_shapes(), tensors)
+    def load_state(self, tensors: SavedTensors) -> None:
+        saved = tensors.shapes
+        check_masters(self.state_shapes(), saved)
         with torch.no_grad():
             for name, p in self._masters.items():
                 self._load(name, p, "master", tensors)
                 first, _ = next(self._published(name, p))
-                if f"adamw.step.{first}" in tensors:
+                if f"adamw.step.{first}" in saved:
                     # Fused AdamW keeps its step count, too, on the parameter's device.
-                    moments = {"step": tensors[f"adamw.step.{first}"].to(p.device)}
+                    step = tensors.read(f"adamw.step.{first}").to(p.device, copy=True)
+                    moments = {"step": step}
                     for key in ("exp_avg", "exp_avg_sq"):
                         moments[key] = torch.empty_like(p)
                         self._load(name, moments[key], f"adamw.{key}", tensors)
                     self._adamw.state[p] = moments
         self._publish()
 
-    def _load(self, name: str, values: Tensor, key: str, tensors: Mapping[str, Tensor]) -> None:
+    def _load(self, name: str, values: Tensor, key: str, tensors: SavedTensors) -> None:
         for tensor, part in self._published(name, values):
-            part.copy_(tensors[f"{key}.{tensor}"])
+            part.copy_(tensors.read(f"{key}.{tensor}"))
 
     def _published(self, name: str, values: Tensor) -> Iterator[tuple[str, Tensor]]:
         return published(self._facts.model_type, name, values)

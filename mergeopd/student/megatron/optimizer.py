@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,31 +61,45 @@ class MainParameters:
 
     def read(self, parameter: nn.Parameter, key: str) -> Tensor:
         """Return `param` or a moment, float32, in the parameter's shape. Collective over its holders."""
-        main = self._main(parameter)
-        value = main if key == "param" or main is None else self._inner.optimizer.state[main][key]
+        own, value = self.own(parameter), self.read_own(parameter, key)
         if self._grid.holders == 1:
-            detached: Tensor = value.detach()
-            return detached
+            return value.view(parameter.shape)
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-        if value is not None:
-            whole[self._own(parameter)] = value.detach()
+        whole[own.start : own.stop] = value
         dist.all_reduce(whole, group=self._grid.groups.dp_cp)
         return whole.view(parameter.shape)
 
-    @torch.no_grad()
-    def write(self, parameter: nn.Parameter, values: dict[str, Tensor], step: int) -> None:
-        """Set `param` and, if given, the moments after `step` updates, from full shards."""
-        parameter.copy_(values["param"])
+    def own(self, parameter: nn.Parameter) -> range:
+        """Return the flat range of the parameter whose state is on this rank; it may be empty."""
+        if self._grid.holders == 1:
+            return range(parameter.numel())
+        if parameter not in self._inner.model_param_group_index_map:
+            return range(0)
+        part = self._inner._get_model_param_range_map(parameter)["param"]
+        return range(part.start, part.end)
+
+    def read_own(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """Return the elements `own(parameter)` of `param` or a moment, flat and float32; not a copy."""
         main = self._main(parameter)
         if main is None:
+            return parameter.new_empty(0, dtype=torch.float32)
+        value: Tensor = main if key == "param" else self._inner.optimizer.state[main][key]
+        return value.detach().view(-1)
+
+    @torch.no_grad()
+    def write_own(self, parameter: nn.Parameter, values: Mapping[str, Tensor], step: int) -> None:
+        """Set `param` and, if given, the moments after `step` updates, from elements `own(parameter)`.
+
+        Sets the same elements of the model's parameter.
+        """
+        main, own = self._main(parameter), self.own(parameter)
+        if main is None:
             return
-        own = {key: value.to(main) for key, value in values.items()}
-        if self._grid.holders > 1:
-            own = {key: value.flatten()[self._own(parameter)] for key, value in own.items()}
-        main.copy_(own["param"])
+        parameter.view(-1)[own.start : own.stop] = values["param"].to(parameter.device)
+        main.copy_(values["param"].view(main.shape))
         if step:
             # One step tensor per parameter: AdamW increments it in place.
-            moments = {key: own[key].clone() for key in MOMENTS}
+            moments = {key: values[key].to(main, copy=True).view(main.shape) for key in MOMENTS}
             self._inner.optimizer.state[main] = {"step": torch.tensor(float(step)), **moments}
 
     def _main(self, parameter: nn.Parameter) -> Any:
@@ -96,7 +111,3 @@ class MainParameters:
             return None
         group, position = place
         return self._inner.optimizer.param_groups[group]["params"][position]
-
-    def _own(self, parameter: nn.Parameter) -> slice:
-        part = self._inner._get_model_param_range_map(parameter)["param"]
-        return slice(part.start, part.end)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from mixtures import FAMILIES, write_mixture
 from safetensors.torch import load_file, save_file
+from states import HeldTensors, joined
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
@@ -146,17 +147,17 @@ def test_checkpoints_resume_under_published_names(tmp_path: Path) -> None:
     for _ in range(2):
         list(first.accumulate_gradients([micro], OBJECTIVE))
         first.optimizer_step(1e-2)
-    state = {name: tensor.clone() for name, tensor in first.state()}
+    state = joined(first.state())
     names = load_file(folder / "model.safetensors").keys()
     kinds = ("master", "adamw.step", "adamw.exp_avg", "adamw.exp_avg_sq")
     assert state.keys() == {f"{kind}.{name}" for kind in kinds for name in names}
     second = student_of(folder)
-    second.load_state(state)
+    second.load_state(HeldTensors(state))
     for student in (first, second):
         list(student.accumulate_gradients([micro], OBJECTIVE))
         student.optimizer_step(1e-2)
-    again = dict(second.state())
-    assert all(torch.equal(tensor, again[name]) for name, tensor in first.state())
+    again = joined(second.state())
+    assert all(torch.equal(tensor, again[name]) for name, tensor in joined(first.state()).items())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from states import HeldTensors, joined
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -77,7 +78,7 @@ def test_updates_equal_plain_pytorch(make_model: Callable[..., Path], tied: bool
         assert float(stats.loss.sum()) == pytest.approx(loss.item(), rel=1e-5)
         assert norm == pytest.approx(float(expected_norm), rel=1e-4)
     expected = dict(model.named_parameters())
-    for name, parameter in student.state():
+    for name, parameter in joined(student.state()).items():
         if name.startswith("master."):
             assert torch.allclose(parameter, expected[name.removeprefix("master.")], atol=2e-6), name
 
@@ -105,12 +106,12 @@ def test_micro_batches_add_up(make_model: Callable[..., Path]) -> None:
 def test_bfloat16_keeps_small_updates_in_master_weights(make_model: Callable[..., Path]) -> None:
     """Updates far below bfloat16's resolution add up in the float32 masters and reach the weights at last."""
     student = student_of(make_model("s"), dtype="bfloat16", clip_grad=None)
-    before = {n: t.clone() for n, t in student.state() if n.startswith("master.")}
+    before = {n: t for n, t in joined(student.state()).items() if n.startswith("master.")}
     compute_before = {n: p.detach().clone() for n, p in student.body.named_parameters()}
     for _ in range(60):
         list(student.accumulate_gradients([micro_batch()], OBJECTIVE))
         student.optimizer_step(1e-5)
-    after = dict(student.state())
+    after = joined(student.state())
     name = "model.layers.0.mlp.up_proj.weight"
     moved = (after[f"master.{name}"] - before[f"master.{name}"]).abs()
     assert float(moved.median()) > 3e-4  # 60 x 1e-5, had every step the same sign
@@ -123,12 +124,12 @@ def test_bfloat16_keeps_small_updates_in_master_weights(make_model: Callable[...
 
 def test_a_gradient_that_is_not_finite_changes_nothing(make_model: Callable[..., Path]) -> None:
     student = student_of(make_model("s"))
-    before = {name: t.clone() for name, t in student.state()}
+    before = joined(student.state())
     list(student.accumulate_gradients([micro_batch()], OBJECTIVE))
     student.gradients()["model.norm.weight"][2] = float("inf")
     with pytest.raises(NumericsError, match="weights are unchanged"):
         student.optimizer_step(1e-3)
-    assert all(torch.equal(t, before[name]) for name, t in student.state())
+    assert all(torch.equal(t, before[name]) for name, t in joined(student.state()).items())
 
 
 def test_a_teacher_with_nan_is_named(make_model: Callable[..., Path]) -> None:
@@ -145,20 +146,20 @@ def test_state_goes_on_bit_for_bit(make_model: Callable[..., Path]) -> None:
         list(student.accumulate_gradients([micro_batch()], OBJECTIVE))
         student.optimizer_step(1e-3)
     second = student_of(folder, **ADAM)
-    second.load_state({name: t.clone() for name, t in first.state()})
+    second.load_state(HeldTensors(joined(first.state())))
     for student in (straight, second):
         list(student.accumulate_gradients([micro_batch()], OBJECTIVE))
         student.optimizer_step(1e-3)
-    expected = dict(straight.state())
-    assert dict(second.state()).keys() == expected.keys()
-    assert all(torch.equal(t, expected[name]) for name, t in second.state())
+    expected, found = joined(straight.state()), joined(second.state())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(t, expected[name]) for name, t in found.items())
 
 
 def test_state_of_another_model_is_refused(make_model: Callable[..., Path]) -> None:
     student = student_of(make_model("s"))
     other = student_of(make_model("o", layers=3))
     with pytest.raises(StorageError, match=r"not of this student: master\.model\.layers\.2"):
-        student.load_state(dict(other.state()))
+        student.load_state(HeldTensors(joined(other.state())))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -188,7 +189,7 @@ def test_a_resumed_optimizer_lives_where_the_weights_do(make_model: Callable[...
     first.optimizer_step(1e-3)
     second._masters = {name: p.to("meta") for name, p in second._masters.items()}
     second._parameters = second._masters
-    second.load_state(dict(first.state()))
+    second.load_state(HeldTensors(joined(first.state())))
     moments = [value for of_one in second._adamw.state.values() for value in of_one.values()]
     assert len(moments) == 3 * len(second._masters)
     assert {moment.device.type for moment in moments} == {"meta"}
