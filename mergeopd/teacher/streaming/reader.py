@@ -162,14 +162,14 @@ class LayerReader:
         checkpoint = self._checkpoint
         if self._ranks.size == 1:
             return self._own_passes
-        found = self._ranks.gather((checkpoint.fingerprint, self._own_passes))
-        odd = [str(rank) for rank, (fingerprint, _) in enumerate(found) if fingerprint != found[0][0]]
+        of_ranks = self._ranks.gather((checkpoint.fingerprint, self._own_passes))
+        odd = [str(rank) for rank, (fingerprint, _) in enumerate(of_ranks) if fingerprint != of_ranks[0][0]]
         if odd:
             raise ModelError(
                 f"{checkpoint.folder}: the files on rank {', '.join(odd)} are not those on rank 0; "
                 "give every machine the same model folder"
             )
-        return max(passes for _, passes in found)
+        return max(passes for _, passes in of_ranks)
 
     def _filled(self, batch: Batch) -> _Slot:
         """Read and gather a layer into a free slot. Collective."""
