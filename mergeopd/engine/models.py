@@ -158,8 +158,8 @@ def _student(inputs: Inputs, machine: Machine) -> Student:
 def held_teachers(inputs: Inputs, machine: Machine) -> dict[str, Held | None]:
     """Decide how each teacher is held, from the memory that is free before any weights are read. Collective.
 
-    It is that of the process that has least, so that all decide alike. Raises ModelError for a teacher that
-    does not fit.
+    It is that of the process that has least, so that all decide the same. Raises ModelError for a teacher
+    that does not fit.
     """
     plan, ranks, is_cpu = inputs.plan, machine.ranks, machine.device.type == "cpu"
     sharers = ranks.num_local if is_cpu else 1

@@ -16,11 +16,13 @@ from typing import Literal
 
 from mergeopd.errors import ModelError
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.experts import part_of
 from mergeopd.models.facts import ModelFacts, read_config
 
 Residency = Literal["auto", "resident", "stream"]
 # Layers whose bytes are in memory: one is computed, the next is being read.
 WINDOW = 2
+_STORED = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Masks and rotary embeddings that are kept for the shapes of a pass.
 ARGUMENT_BYTES = 64 << 20
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -33,12 +35,22 @@ def layer_of(parameter: str) -> int | None:
     return None if match is None else int(match[1])
 
 
+def is_copied(facts: ModelFacts, checkpoint: Checkpoint, dtype: str) -> bool:
+    """Whether a body's parameters are made of its tensors by copies: of another precision, or by expert."""
+    return any(
+        info.dtype != _STORED[dtype] or part_of(facts.model_type, name)[1].expert is not None
+        for name, info in checkpoint.tensors.items()
+        if layer_of(name) is not None
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class BodySizes:
     """Bytes of a teacher's body: the model without a prediction head of its own.
 
     `body` and `layer`, the largest, are in the computing precision, `stored_layer` in that of the files.
-    `per_token` is a token's hidden state, `working` what a layer needs besides to compute it.
+    `per_token` is a token's hidden state, `working` what a layer needs besides to compute it. `is_copied`:
+    parameters are not views of what is read, see `is_copied`.
     """
 
     body: int
@@ -47,7 +59,7 @@ class BodySizes:
     embedding: int
     per_token: int
     working: int
-    is_converted: bool
+    is_copied: bool
 
     @classmethod
     def of(cls, facts: ModelFacts, checkpoint: Checkpoint, dtype: str) -> BodySizes:
@@ -68,7 +80,7 @@ class BodySizes:
             embedding=facts.vocab_rows * facts.hidden_size * width,
             per_token=facts.hidden_size * width,
             working=(2 * facts.hidden_size + 3 * int(ffn)) * width,
-            is_converted=sum(stored.values()) != sum(computed.values()),
+            is_copied=is_copied(facts, checkpoint, dtype),
         )
 
     def resident_bytes(self, batch_tokens: int) -> int:
@@ -77,8 +89,8 @@ class BodySizes:
 
     def window_bytes(self, batch_tokens: int) -> int:
         """Return the memory of a streamed pass besides its hidden states."""
-        converted = self.layer if self.is_converted else 0
-        return WINDOW * self.stored_layer + converted + ARGUMENT_BYTES + batch_tokens * self.working
+        layers = self.stored_layer + self.layer if self.is_copied else WINDOW * self.stored_layer
+        return layers + ARGUMENT_BYTES + batch_tokens * self.working
 
     def hidden_bytes(self, tokens: int) -> int:
         """Return the memory of a pass's hidden states, and of the embeddings that they start from."""

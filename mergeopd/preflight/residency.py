@@ -45,7 +45,7 @@ def hold(teacher: TeacherPlan, plan: Plan, room_bytes: int, *, shares_pages: boo
     if not is_loaded(teacher) or teacher.snapshot_rule is not None:
         return None
     sizes = BodySizes.of(ModelFacts.read(teacher.folder), Checkpoint.open(teacher.folder), teacher.dtype)
-    is_mapped = shares_pages and not sizes.is_converted
+    is_mapped = shares_pages and not sizes.is_copied
     tokens, is_strict = plan.student.micro_batch_tokens, plan.memory.teacher_gib is not None
     return held(teacher.residency, sizes, tokens, room_bytes, is_mapped=is_mapped, is_strict=is_strict)
 

@@ -36,7 +36,7 @@ from mergeopd.models.causal import (
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.experts import Part
 from mergeopd.models.facts import ModelFacts, head_tensor
-from mergeopd.models.residency import WINDOW, Held, by_layer
+from mergeopd.models.residency import WINDOW, Held, by_layer, is_copied
 from mergeopd.rollout.local import FixedWeights
 from mergeopd.rollout.protocol import ReplicaSource, RolloutEngine
 from mergeopd.teacher.canary import Canary
@@ -255,10 +255,11 @@ class TeacherStore:
         load: Callable[[], AbstractContextManager[TeacherSession]],
     ) -> Iterator[StreamedSession]:
         """Open a teacher whose layers are read while it scores; see `StreamedSession`."""
-        model, parts = self._skeleton(name), self._body_parts(name)
+        model, parts, dtype = self._skeleton(name), self._body_parts(name), self._sources[name].dtype
+        copy = is_copied(self._facts[name], self._checkpoints[name], dtype)
 
         def assemble(read: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-            return assembled(parts, read, self._device, DTYPES[self._sources[name].dtype])
+            return assembled(parts, read, self._device, DTYPES[dtype], copy=copy)
 
         def count(num_bytes: int) -> None:
             self._bytes_read[name] += num_bytes
@@ -269,6 +270,7 @@ class TeacherStore:
             parts[self._facts[name].embedding_name][0].tensor,
             model.base_model_prefix,
             assemble,
+            copy,
             count,
         )
         with ExitStack() as opened:

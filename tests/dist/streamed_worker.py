@@ -48,8 +48,8 @@ def compare(ranks, model, dtype, share, pass_tokens, spec):
     _, resident = teacher_of(model, dtype, None)
     expected = scored(resident, own, SPECS[spec])
     store, streamed = teacher_of(model, dtype, pass_tokens, ShardedReader(ranks))
-    found = scored(streamed, own, SPECS[spec])
-    is_right = found.keys() == expected.keys() and all(torch.equal(found[i], expected[i]) for i in expected)
+    rows = scored(streamed, own, SPECS[spec])
+    is_right = rows.keys() == expected.keys() and all(torch.equal(rows[i], expected[i]) for i in expected)
     if spec == "top_k":
         head = store.head("t").weight.nbytes
         return {"right": is_right and head > 0}

@@ -50,7 +50,9 @@ class LayerReader:
     Each rank reads a part of every layer, and the thread gathers the parts over torch's default process
     group. So while the context is entered, no other thread of this process may take part in a collective,
     and all ranks must enter it. It takes as many passes as the rank that needs most. On a GPU, parts are
-    read into pinned memory and copied on a stream of their own. `bytes_read` counts this rank's parts.
+    read into pinned memory and copied on a stream of their own. A layer that the caller copies is overwritten
+    as soon as its last tensor was taken, others when the next layer is asked for. `bytes_read` counts this
+    rank's parts.
     """
 
     def __init__(
@@ -60,12 +62,15 @@ class LayerReader:
         num_passes: int,
         ranks: Communicator,
         device: torch.device,
+        *,
+        is_copied: bool,
     ) -> None:
         self._checkpoint = checkpoint
         self._batches = [Batch.of(checkpoint, names) for names in layers]
         self._own_passes = num_passes
         self._ranks = ranks
         self._device = device
+        self._is_copied = is_copied
         self._free: SimpleQueue[_Slot | None] = SimpleQueue()
         self._ready: SimpleQueue[int | _Layer | BaseException] = SimpleQueue()
         self._thread = Thread(target=self._run, name="layer reader", daemon=True)
@@ -97,20 +102,29 @@ class LayerReader:
         return number
 
     def layers(self) -> Iterator[Iterator[tuple[str, Tensor]]]:
-        """Yield the tensors of each layer of a pass, on the device; they are overwritten after their turn.
+        """Yield the tensors of each layer of a pass, on the device.
 
         Raises ModelError when this rank cannot read its part, PeerFailed when another one has failed.
         """
         for _ in self._batches:
             layer = self._next()
             assert isinstance(layer, _Layer)
-            slot = layer.slot
             if self._side is not None:
-                torch.cuda.current_stream(self._device).wait_event(slot.copied)
-            yield layer.batch.tensors(self._checkpoint, slot.whole)
-            if self._side is not None:
-                slot.computed = torch.cuda.current_stream(self._device).record_event()
-            self._free.put(slot)
+                torch.cuda.current_stream(self._device).wait_event(layer.slot.copied)
+            if self._is_copied:
+                yield self._taken(layer)
+            else:
+                yield layer.batch.tensors(self._checkpoint, layer.slot.whole)
+                self._release(layer.slot)
+
+    def _taken(self, layer: _Layer) -> Iterator[tuple[str, Tensor]]:
+        yield from layer.batch.tensors(self._checkpoint, layer.slot.whole)
+        self._release(layer.slot)
+
+    def _release(self, slot: _Slot) -> None:
+        if self._side is not None:
+            slot.computed = torch.cuda.current_stream(self._device).record_event()
+        self._free.put(slot)
 
     def _next(self) -> int | _Layer:
         item = self._ready.get()
@@ -121,7 +135,7 @@ class LayerReader:
     def _slots(self) -> Iterator[_Slot]:
         size, on_gpu = self._ranks.size, self._side is not None
         part_bytes = max(batch.part_bytes(size) for batch in self._batches)
-        for _ in range(min(WINDOW, len(self._batches) * self._own_passes) if size == 1 else WINDOW):
+        for _ in range(1 if self._is_copied else WINDOW):
             part = torch.empty(part_bytes, dtype=torch.uint8, pin_memory=on_gpu)
             own = torch.empty(part_bytes, dtype=torch.uint8, device=self._device) if on_gpu else part
             whole = own
@@ -148,14 +162,14 @@ class LayerReader:
         checkpoint = self._checkpoint
         if self._ranks.size == 1:
             return self._own_passes
-        found = self._ranks.gather((checkpoint.fingerprint, self._own_passes))
-        odd = [str(rank) for rank, (fingerprint, _) in enumerate(found) if fingerprint != found[0][0]]
+        of_ranks = self._ranks.gather((checkpoint.fingerprint, self._own_passes))
+        odd = [str(rank) for rank, (fingerprint, _) in enumerate(of_ranks) if fingerprint != of_ranks[0][0]]
         if odd:
             raise ModelError(
                 f"{checkpoint.folder}: the files on rank {', '.join(odd)} are not those on rank 0; "
                 "give every machine the same model folder"
             )
-        return max(passes for _, passes in found)
+        return max(passes for _, passes in of_ranks)
 
     def _filled(self, batch: Batch) -> _Slot:
         """Read and gather a layer into a free slot. Collective."""

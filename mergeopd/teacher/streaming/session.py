@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -92,7 +93,14 @@ class StreamedSession:
             batches.insert(0, _Batch.of(None, [canary.sequence]))
         passes = list(self._passes(batches))
         body, weights = LayeredBody(self.body), self.weights
-        reader = LayerReader(weights.checkpoint, weights.layers, len(passes), self.ranks, self.device)
+        reader = LayerReader(
+            weights.checkpoint,
+            weights.layers,
+            len(passes),
+            self.ranks,
+            self.device,
+            is_copied=weights.is_copied,
+        )
         try:
             with body.apart(), reader:
                 for number in range(reader.num_passes()):
@@ -123,6 +131,7 @@ class StreamedSession:
         hidden = self._embedded(body, batches)
         for index, tensors in enumerate(reader.layers()):
             if not hidden:
+                deque(tensors, maxlen=0)
                 continue
             layer = body.layers[index]
             fill(layer, self.weights.of_layer(index, tensors))

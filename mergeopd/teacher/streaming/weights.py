@@ -24,8 +24,8 @@ class StreamedWeights:
     """The tensors of a body: those of each layer, the embedding's, and the rest, such as the final norm.
 
     `tensors` are all of their names, `embedding` is one of them. `assemble` yields parameters by their full
-    names, which begin with `prefix`, in the precision and on the device of computation. `count` gets the
-    bytes that were read.
+    names, which begin with `prefix`, in the precision and on the device of computation. `is_copied`: none is
+    a view of what it gets. `count` gets the bytes that were read.
     """
 
     checkpoint: Checkpoint
@@ -33,6 +33,7 @@ class StreamedWeights:
     embedding: str
     prefix: str
     assemble: Assemble
+    is_copied: bool
     count: Callable[[int], None]
 
     @cached_property

@@ -55,6 +55,11 @@ def save(folder: Path, model_type: str, dtype: torch.dtype = torch.float32) -> P
         head_dim=16,
         max_position_embeddings=64,
         pad_token_id=47,
+        num_experts=6,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=32,
         **(SHORT_WINDOW if model_type in SLIDING else {}),
     )
     model = AutoModelForCausalLM.from_config(config)
