@@ -92,7 +92,8 @@ def _equal_micro_batches(setup: Setup, work: PhaseWork) -> int:
 # Largest share of the heap in use that lies in gaps; fitted to measured runs (docs/planning.md).
 _FRAGMENTED = 0.6
 _HEAP_BLOCK = 32 << 20
-_IN_HOST = ("hidden states",)
+_OFFLOADED = "optimizer: moments on the host"
+_IN_HOST = ("hidden states", _OFFLOADED)
 
 
 def _parts(setup: Setup, parts: Mapping[str, float]) -> Iterator[MemoryPart]:
@@ -110,7 +111,8 @@ def _always(setup: Setup, stage: int) -> Iterator[tuple[str, float]]:
     profile = setup.hardware.profile
     yield "process", profile.process_bytes + (profile.grid_process_bytes if setup.is_megatron else 0)
     yield "weights", weights * width
-    yield "optimizer: moments", weights * 2 * max(width, _FLOAT32) / shards
+    moments = _OFFLOADED if setup.plan.optimizer.offload else "optimizer: moments"
+    yield moments, weights * 2 * max(width, _FLOAT32) / shards
     yield "optimizer: main weights", weights * _FLOAT32 / shards if width < _FLOAT32 else 0
     if setup.is_megatron:
         yield "gradients", weights * _FLOAT32

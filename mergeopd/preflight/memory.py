@@ -30,7 +30,7 @@ def refuse_without_room(plan: Plan, device: torch.device, ranks: Communicator) -
     of self-teachers.
     Activations and caches are not counted, because their size is not known before the run.
     """
-    parts = student_bytes(plan, ranks.size)
+    parts = student_bytes(plan, ranks.size, on_gpu=device.type == "cuda")
     sharers = 1 if device.type == "cuda" else ranks.num_local
     free = free_bytes(device)
     if sharers * sum(parts.values()) > free:
@@ -44,15 +44,18 @@ def refuse_without_room(plan: Plan, device: torch.device, ranks: Communicator) -
         )
 
 
-def student_bytes(plan: Plan, world: int) -> dict[str, float]:
-    """Return the bytes of a process for the student in a run of `world` processes, by purpose."""
+def student_bytes(plan: Plan, world: int, *, on_gpu: bool) -> dict[str, float]:
+    """Return the bytes of a process for the student in a run of `world` processes, by purpose.
+
+    On a GPU, without what is offloaded to the host.
+    """
     num_weights = Checkpoint.open(Path(plan.student.model)).num_weights
     width = ITEMSIZE[plan.student.dtype]
     is_copied = plan.student.backend == "megatron" and plan.rollout.capabilities.needs_replica
     return {
         "for unsharded replicas that generate": num_weights * (width if is_copied else 0),
         "for snapshots of the student": num_weights * _snapshot_bytes(plan, width),
-        "for training": num_weights * _training_bytes(plan, width, world),
+        "for training": num_weights * _training_bytes(plan, width, world, on_gpu=on_gpu),
     }
 
 
@@ -62,14 +65,15 @@ def _snapshot_bytes(plan: Plan, width: int) -> int:
     return sum(width if rule.ema is None else _MAIN for rule in rules)
 
 
-def _training_bytes(plan: Plan, width: int, world: int) -> float:
+def _training_bytes(plan: Plan, width: int, world: int, *, on_gpu: bool) -> float:
     """Bytes per process and weight of the student: parameter, gradient and AdamW state.
 
     Data-parallel replicas shard the state: float32 moments, and main parameters if the dtype is smaller.
     """
     parallel = plan.student.parallel
     model = parallel.tensor * parallel.pipeline
-    shared = _MOMENTS + (_MAIN if width < _MAIN else 0)
+    moments = 0 if plan.optimizer.offload and on_gpu else _MOMENTS
+    shared = moments + (_MAIN if width < _MAIN else 0)
     return (width + _GRADIENT + shared / (world // model)) / model
 
 

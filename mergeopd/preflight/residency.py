@@ -29,7 +29,7 @@ def teacher_room(plan: Plan, free_bytes: int, *, sharers: int, world: int, is_cp
     """
     if plan.memory.teacher_gib is not None:
         return int(plan.memory.teacher_gib * 2**30)
-    used = sum(student_bytes(plan, world).values())
+    used = sum(student_bytes(plan, world, on_gpu=not is_cpu).values())
     used += _cache_bytes(plan) if is_cpu else 0
     return max(0, int(_SHARE * free_bytes / sharers - used))
 

@@ -16,6 +16,7 @@ from mergeopd.recipe.rollout import RolloutSettings
 from mergeopd.recipe.routing import PhaseTeachers
 from mergeopd.recipe.schema import NO_EXPERT, Reports, TrainSource
 from mergeopd.recipe.training import (
+    Optimizer,
     Phase,
     TextMixture,
     only_student,
@@ -182,7 +183,7 @@ def report_problems(report: Reports | None, origins: Origins) -> Iterator[Proble
             yield origins.problem(("report", "trackers", index), message, remedy)
 
 
-def student_problems(student: Student, origins: Origins) -> Iterator[Problem]:
+def student_problems(student: Student, optimizer: Optimizer | None, origins: Origins) -> Iterator[Problem]:
     """Check that the backend's settings are consistent."""
     grid = student.parallel
     here: Keys = ("student", "parallel")
@@ -191,6 +192,10 @@ def student_problems(student: Student, origins: Origins) -> Iterator[Problem]:
             message = "`backend: torch` trains in one process"
             remedy = "set `backend: megatron`, or remove the section"
             yield origins.problem(here, message, remedy, key=True)
+        if optimizer is not None and optimizer.offload:
+            message = "`backend: torch` keeps AdamW's state where the weights are"
+            remedy = "set `backend: megatron`, or remove the key"
+            yield origins.problem(("optimizer", "offload"), message, remedy, key=True)
         return
     if student.dtype == "float64":
         remedy = "use float32 or bfloat16, or `backend: torch`"

@@ -40,6 +40,7 @@ UNBOUND: Mapping[str, Any] = {
     "report": True,
     "inspect": True,
     "student": {"parallel": True},
+    "optimizer": {"offload": True},
     "rollout": dict.fromkeys(
         ("url", "launch", "api_key_env", "concurrency", "timeout_s", "sync", "parity"), True
     ),

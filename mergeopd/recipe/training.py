@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from mergeopd.config.values import AnyName, Fraction, Name, Positive, PositiveInt, Strict, Weight
+from mergeopd.config.values import AnyName, Flag, Fraction, Name, Positive, PositiveInt, Strict, Weight
 from mergeopd.recipe.loss_terms import LossOrTerm
 from mergeopd.recipe.policy_terms import ClipRatio, Correction, NoCorrection, WeightRamp, amount_at
 from mergeopd.recipe.rollout import PhaseRollout
@@ -147,6 +147,8 @@ class Optimizer(Strict):
     """final learning rate of `linear` and `cosine`, as a fraction of `lr`"""
     clip_grad: Positive | None = 1.0
     """maximum gradient norm; null: no clipping"""
+    offload: Flag = False
+    """keep AdamW's moments in host memory; they visit the GPU one parameter at a time in each update"""
 
 
 def on_policy_fraction(phase: Phase, updates_done: int) -> float:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 warnings.filterwarnings("ignore")
 
+from fused_norms import FusedParts  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from states import HeldTensors  # noqa: E402
 
@@ -20,7 +21,7 @@ from mergeopd.errors import MergeopdError  # noqa: E402
 from mergeopd.loss import Head, Hidden  # noqa: E402
 from mergeopd.storage.boxes import Box  # noqa: E402
 from mergeopd.student.loss import Measured  # noqa: E402
-from mergeopd.student.megatron import weights  # noqa: E402
+from mergeopd.student.megatron import specs, weights  # noqa: E402
 from mergeopd.student.megatron.grid import Grid  # noqa: E402
 from mergeopd.student.megatron.step import MegatronStudent  # noqa: E402
 
@@ -110,6 +111,12 @@ def failures(case, student, grid):
 
 
 def made(case, grid):
+    parts = {"local": FusedParts} if case["fused_norms"] else {}
+    with mock.patch.dict(specs.PARTS, parts):
+        return student_of(case, grid)
+
+
+def student_of(case, grid):
     return MegatronStudent(
         case["folder"],
         dtype=case["dtype"],

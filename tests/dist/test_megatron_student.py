@@ -69,6 +69,9 @@ SHORT = (
     "bfloat16 resumed",
     "enumerated",
     "failures",
+    "fused norms sequence parallel",
+    "offloaded",
+    "offloaded resumed",
 )
 LAUNCHES = {**GRIDS, "TP2xPP2 others": GRIDS["TP2xPP2"]}
 
@@ -145,6 +148,12 @@ def cases(tmp_path_factory, enumerated):
             result[name] = Case(model, MIXED, updates, OPTIMIZER, split=True)
     result["sequence parallel"] = replace(result["llama untied mixed"], sequence_parallel=True)
     result["sequence parallel tied"] = replace(result["qwen2 tied mixed"], sequence_parallel=True)
+    result["fused norms"] = replace(result["qwen3 untied reverse"], fused_norms=True)
+    result["fused norms sequence parallel"] = replace(
+        result["qwen2 untied reverse"], fused_norms=True, sequence_parallel=True
+    )
+    offloaded = OPTIMIZER.model_copy(update={"offload": True})
+    result["offloaded"] = replace(result["qwen3 tied mixed"], optimizer=offloaded)
     result["recompute"] = replace(result["llama tied reverse"], recompute=True)
     half = write_dense(folder / "half", "qwen3", tied=True, dtype="bfloat16")
     result["bfloat16"] = Case(
@@ -155,7 +164,7 @@ def cases(tmp_path_factory, enumerated):
         lrs=(4e-5,) * 16,
         dtype="bfloat16",
     )
-    for name in ("qwen3 tied mixed", "qwen2 untied reverse", "bfloat16"):
+    for name in ("qwen3 tied mixed", "qwen2 untied reverse", "bfloat16", "offloaded"):
         result[f"{name} resumed"] = resumed(result[name], folder / f"{name}.safetensors")
     generator = torch.Generator().manual_seed(20)
     result["twenty"] = Case(
@@ -261,7 +270,32 @@ def test_recomputed_layers_change_nothing(grids, references, grid, case):
         assert rank[case]["calls"] == 2 * rank["llama tied reverse"]["calls"]
 
 
-@on_grids("qwen3 tied mixed resumed", "qwen2 untied reverse resumed", "bfloat16 resumed")
+@on_grids("fused norms")
+def test_norms_within_linear_layers_change_nothing(grids, references, cases, grid, case):
+    """As in Transformer Engine: the names of the folder and of the local layers, the same gradients."""
+    follows(grids, references, grid, case)
+    assert (
+        grids(grid)[1][0][case]["stream"].keys() == load_file(cases[case].folder / "model.safetensors").keys()
+    )
+
+
+@on_grids("fused norms sequence parallel", tensor=2)
+def test_partial_gradients_of_norms_within_linear_layers_are_summed(grids, references, grid, case):
+    follows(grids, references, grid, case)
+
+
+@on_grids("offloaded")
+def test_moments_on_the_host_change_no_bit(grids, grid, case):
+    folder, ranks = grids(grid)
+    for rank in ranks:
+        assert rank[case]["norms"] == rank["qwen3 tied mixed"]["norms"]
+    actual, expected = (
+        load_file(folder / name / "trained" / "model.safetensors") for name in (case, "qwen3 tied mixed")
+    )
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+
+
+@on_grids("qwen3 tied mixed resumed", "qwen2 untied reverse resumed", "bfloat16 resumed", "offloaded resumed")
 def test_a_state_passes_between_torch_and_every_grid(grids, references, cases, grid, case):
     """A state of the torch student resumes on the grid, and that of the grid in the torch student."""
     _, ranks = grids(grid)

@@ -12,9 +12,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor, nn
 
 from mergeopd.recipe.training import Optimizer
+from mergeopd.student.host_adamw import MOMENTS, HostAdamW
 from mergeopd.student.megatron.grid import Grid
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def build_adamw(ddp: Any, optimizer: Optimizer, dtype: torch.dtype, grid: Grid) -> Any:
@@ -39,6 +38,8 @@ def build_adamw(ddp: Any, optimizer: Optimizer, dtype: torch.dtype, grid: Grid) 
     adamw = get_megatron_optimizer(options, [ddp], use_gloo_process_groups=False, pg_collection=grid.groups)
     for group in adamw.param_groups:  # Megatron leaves this to a scheduler that is not used here
         group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
+    for inner in adamw.chained_optimizers if optimizer.offload else ():
+        inner.optimizer = HostAdamW.replacing(inner.optimizer)
     return adamw
 
 
@@ -63,7 +64,7 @@ class MainParameters:
         """Return `param` or a moment, float32, in the parameter's shape. Collective over its holders."""
         own, value = self.own(parameter), self.read_own(parameter, key)
         if self._grid.holders == 1:
-            return value.view(parameter.shape)
+            return value.to(parameter.device).view(parameter.shape)
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         whole[own.start : own.stop] = value
         dist.all_reduce(whole, group=self._grid.groups.dp_cp)
@@ -99,8 +100,12 @@ class MainParameters:
         main.copy_(values["param"].view(main.shape))
         if step:
             # One step tensor per parameter: AdamW increments it in place.
-            moments = {key: values[key].to(main, copy=True).view(main.shape) for key in MOMENTS}
-            self._inner.optimizer.state[main] = {"step": torch.tensor(float(step)), **moments}
+            inner, held = self._inner.optimizer, {key: values[key].view(main.shape) for key in MOMENTS}
+            if isinstance(inner, HostAdamW):
+                inner.hold(main, float(step), held)
+            else:
+                moments = {key: moment.to(main, copy=True) for key, moment in held.items()}
+                inner.state[main] = {"step": torch.tensor(float(step)), **moments}
 
     def _main(self, parameter: nn.Parameter) -> Any:
         """Return AdamW's part of `parameter`: all, this copy's flat part, or None."""

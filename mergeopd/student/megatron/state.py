@@ -11,11 +11,12 @@ from torch import Tensor
 from mergeopd.errors import StorageError
 from mergeopd.storage.boxes import Box, equal_part, flat_boxes
 from mergeopd.storage.state_parts import SavedTensors, StatePart
+from mergeopd.student.host_adamw import MOMENTS
 from mergeopd.student.megatron.architecture import Architecture
 from mergeopd.student.megatron.grid import Grid
 from mergeopd.student.megatron.layout import EMBEDDING, OUTPUT, Shard, shard, tensor_boxes, tensor_shapes
 from mergeopd.student.megatron.model import HiddenModel
-from mergeopd.student.megatron.optimizer import MOMENTS, MainParameters
+from mergeopd.student.megatron.optimizer import MainParameters
 from mergeopd.student.megatron.weights import named
 
 # Blocks of rows that each of two stages with the same embedding saves: alternating, because data-parallel
