@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from mergeopd.data.renderer import Renderer
 from mergeopd.distributed.communicator import Communicator, scatter_gather
 from mergeopd.engine.checkpoint import Checkpoints
 from mergeopd.loss.cross_tokenizer import Bridge
+from mergeopd.loss.kernel_choice import choose_kernel
 from mergeopd.models.facts import ModelFacts
 from mergeopd.models.residency import Held
 from mergeopd.preflight.inputs import Inputs
@@ -35,6 +37,8 @@ from mergeopd.teacher.snapshots import StudentSnapshots
 from mergeopd.teacher.target_folder import complete_manifest, verify_shards
 from mergeopd.teacher.token_view import AlignedTokens, SameTokens, TokenView
 from mergeopd.teacher.weight_reader import MappedReader, Reader, ShardedReader
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -129,8 +133,16 @@ def load_models(
 def _student(inputs: Inputs, machine: Machine) -> Student:
     plan, num_valid = inputs.plan, inputs.vocab_size
     folder, dtype, device = Path(plan.student.model), plan.student.dtype, machine.device
+    _log.info("student.kernel: %s", choose_kernel(plan.student.kernel, device.type))
     if plan.student.backend == "torch":
-        return TorchStudent(folder, dtype=dtype, num_valid=num_valid, optimizer=plan.optimizer, device=device)
+        return TorchStudent(
+            folder,
+            dtype=dtype,
+            num_valid=num_valid,
+            optimizer=plan.optimizer,
+            device=device,
+            kernel=plan.student.kernel,
+        )
     # Imported here, since Megatron is an extra and changes the process that imports it.
     from mergeopd.student.megatron.grid import Grid
     from mergeopd.student.megatron.step import MegatronStudent
@@ -152,6 +164,7 @@ def _student(inputs: Inputs, machine: Machine) -> Student:
         device=device,
         recompute=parallel.recompute,
         layers=parallel.layers,
+        kernel=plan.student.kernel,
     )
 
 

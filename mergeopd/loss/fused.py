@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,10 +27,11 @@ from mergeopd.loss.checks import (
     require_labels,
 )
 from mergeopd.loss.divergence import Divergence
-from mergeopd.loss.full_vocabulary import BlockScorer, BlockStats
+from mergeopd.loss.full_vocabulary import BlockScorer, BlockStats, Scored
 from mergeopd.loss.gradients import HeadGradients
 from mergeopd.loss.heads import Head, Hidden, Projection
 from mergeopd.loss.kernel_choice import KernelName, choose_kernel
+from mergeopd.loss.objective import LinearObjective
 from mergeopd.loss.overlap import OVERLAP_K, Overlap, OverlapMeter
 from mergeopd.loss.slicing import ChunkPlan, compute_dtype, slices
 from mergeopd.loss.softmax import Softmaxes
@@ -121,7 +123,7 @@ def fused_loss(
     with torch.no_grad():
         projections = _project(hidden_ND, head, targets, temperature, workspace)
         student, vocab_size = projections[0], len(head.vocab)
-        softmaxes = Softmaxes(student, projections[1:], head.vocab, group)
+        softmaxes = Softmaxes(student, projections[1:], head.vocab, group, labels_N)
         scorer: BlockScorer | SupportScorer | TritonScorer = BlockScorer(softmaxes, divergences)
         if on_support:
             scorer = SupportScorer(softmaxes, targets, divergences, support, all_ids)
@@ -150,6 +152,7 @@ def fused_loss(
             run.chunk(rows)
         if meter is not None:
             meter.measure()
+        run.finish()
         run.check(owners_N)
         if stats.top_ids is not None:
             stats = replace(stats, top_ids=stats.top_ids.cpu())
@@ -203,16 +206,45 @@ class _Run:
 
     def _block(self, logits: Tensor, dz: Tensor, rows: slice) -> None:
         """Compute statistics and objective, and write the logit gradient."""
-        scored = self.scorer.score(logits, self.labels_N, rows, with_grad=self.gradients.any)
-        block, stats = scored.stats, self.stats
-        for name in ("divergence", "logprob_S", "logprob_T", "entropy_S", "entropy_T"):
-            getattr(stats, name)[..., rows] = getattr(block, name)
-        if stats.top_ids is not None:
-            stats.top_ids[rows] = self._top_ids(scored.student_ranking, stats.top_ids.shape[1])
-        loss, gradients = self._objective(block, rows)
-        stats.loss[rows] = loss
-        if gradients is not None:
+        scored = self.scorer.score(logits, rows, with_grad=self.gradients.any)
+        if self.stats.top_ids is not None:
+            self.stats.top_ids[rows] = self._top_ids(scored.student_ranking, self.stats.top_ids.shape[1])
+        gradients: tuple[Tensor, Tensor | None] | None
+        if isinstance(self.per_token, LinearObjective):
+            by_divergence, by_logprob = self.per_token.derivatives(rows)
+            dtype = self.stats.loss.dtype
+            gradients = by_divergence.to(dtype), None if by_logprob is None else by_logprob.to(dtype)
+            if isinstance(scored, Scored):
+                self.sums[:, rows] = scored.sums
+            else:
+                self._keep(scored.stats, rows)
+        else:
+            stats = scored.stats
+            self._keep(stats, rows)
+            self.stats.loss[rows], gradients = self._objective(stats, rows)
+        if gradients is not None and self.gradients.any:
             scored.logit_gradient(*gradients, out=dz)
+
+    def _keep(self, stats: BlockStats, rows: slice) -> None:
+        for name in ("divergence", "logprob_S", "logprob_T", "entropy_S", "entropy_T"):
+            getattr(self.stats, name)[..., rows] = getattr(stats, name)
+
+    def finish(self) -> None:
+        """Compute the loss, and the statistics from sums, of an objective that did not need them."""
+        if not isinstance(self.per_token, LinearObjective):
+            return
+        rows = slice(0, len(self.labels_N))
+        if isinstance(self.scorer, BlockScorer):
+            self._keep(self.scorer.stats(self.sums), rows)
+        self.stats.loss[:] = self.per_token(self.stats, rows)
+        for gradient in self.per_token.derivatives(rows):
+            self.gradient_sum = self.gradient_sum + (0.0 if gradient is None else gradient.sum())
+
+    @cached_property
+    def sums(self) -> Tensor:
+        """Sums of all tokens, `[R, N]`."""
+        assert isinstance(self.scorer, BlockScorer)
+        return self.stats.loss.new_empty(self.scorer.num_sums, len(self.labels_N))
 
     def _top_ids(self, logits_nV: Tensor, k: int) -> Tensor:
         if k >= len(self.all_ids):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -120,9 +122,16 @@ class Projection:
         hidden = self._hidden_ND[rows].to(self.operand)
         if out is None:
             out = self.take("logits", hidden.shape[0])
-        for tile, weight in self._tiles():
-            _mm(hidden, weight.t(), out[:, tile])
+        with _exact_bfloat16_products() if self._has_bfloat16_operands else nullcontext():
+            for tile, weight in self._tiles():
+                _mm(hidden, weight.t(), out[:, tile])
         return out
+
+    @property
+    def _has_bfloat16_operands(self) -> bool:
+        """Whether states and head are bfloat16 numbers, which are multiplied as float32."""
+        is_wide = self.operand == torch.float32 and self.device.type == "cpu"
+        return is_wide and self._hidden_ND.dtype == torch.bfloat16 and _has_amx()
 
     def finish_logits(self, raw_nV: Tensor, slope: Tensor | None = None) -> None:
         """Apply bias, scale, soft cap and temperature in place; `slope [n, V]` receives the cap's slope."""
@@ -184,6 +193,26 @@ class Projection:
                 part = self._converted("rounded", part, self._rounding)
                 part = self._converted("operand", part, self.operand)
             yield tile, part
+
+
+@contextmanager
+def _exact_bfloat16_products() -> Iterator[None]:
+    """Multiply float32 matrices of bfloat16 numbers with a CPU's bfloat16 units, which add up in float32.
+
+    Nothing is rounded. The logit gradient is no such matrix: its products stay those of float32.
+    """
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@cache
+def _has_amx() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def _multiplies_halves(device: torch.device) -> bool:

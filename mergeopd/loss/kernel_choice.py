@@ -10,27 +10,17 @@ from typing import Literal
 KernelName = Literal["auto", "torch", "triton"]
 
 
-def kernel_problem(kernel: KernelName, device_type: str) -> str | None:
-    """Return why a kernel cannot run on a device, and the remedy; None if it can. Imports nothing."""
-    if kernel != "triton":
-        return None
-    if not _has_triton():
-        return "Triton is not installed; use `torch`, or install the package `triton`"
-    if device_type != "cuda" and not _interprets():
-        return (
-            f"Triton needs a GPU, this device is {device_type!r}; use `auto` or `torch`, "
-            "or set TRITON_INTERPRET=1 for its (slow) interpreter"
-        )
-    return None
-
-
 def choose_kernel(kernel: KernelName, device_type: str) -> Literal["torch", "triton"]:
     """Resolve `auto`: Triton on a GPU where it is installed. Raises ValueError for one that cannot run."""
-    problem = kernel_problem(kernel, device_type)
-    if problem is not None:
-        raise ValueError(f"kernel 'triton': {problem}")
     if kernel == "auto":
         return "triton" if device_type == "cuda" and _has_triton() else "torch"
+    if kernel == "triton" and not _has_triton():
+        raise ValueError("kernel 'triton': it is not installed; pip install triton, or use 'auto' or 'torch'")
+    if kernel == "triton" and device_type != "cuda" and not _interprets():
+        raise ValueError(
+            f"kernel 'triton': it needs a GPU, and the tensors are on the device {device_type!r}; use 'auto' "
+            "or 'torch', or set TRITON_INTERPRET=1 for Triton's (slow) interpreter"
+        )
     return kernel
 
 
@@ -41,4 +31,4 @@ def _has_triton() -> bool:
 
 def _interprets() -> bool:
     """Whether Triton runs kernels in its interpreter: decided by the environment when it is imported."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "on", "true", "y", "yes")
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -47,7 +47,7 @@ def observe(
     require_labels(labels_N, check_vocabulary(labels_N, head, (), None)[1], head.vocab, None)
     workspace = Workspace() if workspace is None else workspace
     model = Projection("observed", head, hidden_ND, temperature, dtype, workspace)
-    softmaxes = Softmaxes(model, (), head.vocab, None)
+    softmaxes = Softmaxes(model, (), head.vocab, None, labels_N)
     num, k = hidden_ND.shape[0], min(top_k or 0, len(head.vocab))
     logprob, entropy = hidden_ND.new_empty(2, num, dtype=dtype)
     ids = labels_N.new_empty(num, k)
@@ -58,7 +58,7 @@ def observe(
         block_rows = rows_in_cache(len(head.vocab), dtype) if on_cpu else raw.shape[0]
         for part in slices(0, raw.shape[0], block_rows):
             tokens = slice(rows.start + part.start, rows.start + part.stop)
-            block = softmaxes.begin([raw[part]], labels_N[tokens], with_grad=False)
+            block = softmaxes.begin([raw[part]], tokens, with_grad=False)
             log_mass, entropies, picked = entropy_and_logprob(torch.stack(block.sums).unsqueeze(0))
             logprob[tokens], entropy[tokens] = picked[0], entropies[0]
             if k:

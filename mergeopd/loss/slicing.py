@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# About four such matrices exist at a time. Together they should stay in the last-level cache, and each block
-# should be long enough to hide the cost of some fifty small torch calls.
-_BLOCK_BYTES = 2 << 20
+# About three such matrices exist at a time. They should stay in a core's second-level cache, and each block
+# should be long enough to hide the cost of some thirty small torch calls.
+_BLOCK_BYTES = 1 << 20
 # Rows of a matrix product. More are not faster on a CPU. An accelerator reads the head and adds to its
 # gradient once per chunk, so there a chunk's logits may take this much memory.
 _CPU_ROWS = 256
@@ -70,7 +70,7 @@ def rows_in_chunk(device: torch.device, vocab_size: int, dtype: torch.dtype) -> 
 
 def rows_in_cache(vocab_size: int, dtype: torch.dtype) -> int:
     """Rows of a block whose matrices stay in a processor's cache."""
-    return max(_BLOCK_BYTES // (max(vocab_size, 1) * dtype.itemsize), 1)
+    return max(torch.get_num_threads() * _BLOCK_BYTES // (max(vocab_size, 1) * dtype.itemsize), 1)
 
 
 def slices(start: int, stop: int, step: int) -> Iterator[slice]:

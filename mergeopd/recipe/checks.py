@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -206,7 +207,9 @@ def student_problems(student: Student, optimizer: Optimizer | None, origins: Ori
 
 
 def missing_backend(student: Student, origins: Origins) -> Iterator[Problem]:
-    """Report packages and devices of the student's backend that this machine lacks."""
+    """Report packages and devices of the student's backend and kernel that this machine lacks."""
+    if student.kernel == "triton":
+        yield from _missing_triton(origins)
     if student.backend == "torch":
         return
     here: Keys = ("student", "parallel")
@@ -223,6 +226,19 @@ def missing_backend(student: Student, origins: Origins) -> Iterator[Problem]:
             message = "the package transformer-engine is not installed"
             remedy = "pip install 'transformer-engine[pytorch]', or use `auto` or `local`"
             yield origins.problem((*here, "layers"), message, remedy)
+
+
+def _missing_triton(origins: Origins) -> Iterator[Problem]:
+    if not is_installed("triton"):
+        message, remedy = (
+            "the package triton is not installed",
+            "pip install triton, or use `auto` or `torch`",
+        )
+        yield origins.problem(("student", "kernel"), message, remedy)
+    elif not has_gpu() and os.environ.get("TRITON_INTERPRET") != "1":
+        message = "Triton's kernels need a GPU, and this machine has none"
+        remedy = "use `auto` or `torch`, or set TRITON_INTERPRET=1 for Triton's (slow) interpreter"
+        yield origins.problem(("student", "kernel"), message, remedy)
 
 
 def missing_package(verifier: Verifier) -> tuple[str, str] | None:

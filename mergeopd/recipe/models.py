@@ -90,6 +90,9 @@ class Student(Strict):
     float64 for everything and is meant for tests)"""
     micro_batch_tokens: PositiveInt = 16384
     """maximum number of tokens (prompts, responses and padding) in one forward and backward pass"""
+    kernel: Literal["auto", "torch", "triton"] = "auto"
+    """operations of the exact loss between its matrix products: `torch`, or `triton` for a GPU; `auto` uses
+    Triton on a GPU where it is installed. Top-k supports and bridges always use torch"""
 
 
 class Canary(Strict):

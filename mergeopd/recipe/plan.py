@@ -39,7 +39,7 @@ UNBOUND: Mapping[str, Any] = {
     "text_cache": True,
     "report": True,
     "inspect": True,
-    "student": {"parallel": True},
+    "student": {"parallel": True, "kernel": True},
     "optimizer": {"offload": True},
     "rollout": dict.fromkeys(
         ("url", "launch", "api_key_env", "concurrency", "timeout_s", "sync", "parity"), True

@@ -14,6 +14,7 @@ from mergeopd.batch.micro_batch import MicroBatch, MicroBatches
 from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.fused import Objective
 from mergeopd.loss.heads import Head
+from mergeopd.loss.kernel_choice import KernelName
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.models.causal import (
     DTYPES,
@@ -44,7 +45,14 @@ class TorchStudent:
     """
 
     def __init__(
-        self, folder: Path, *, dtype: str, num_valid: int, optimizer: Optimizer, device: torch.device
+        self,
+        folder: Path,
+        *,
+        dtype: str,
+        num_valid: int,
+        optimizer: Optimizer,
+        device: torch.device,
+        kernel: KernelName = "auto",
     ) -> None:
         self._folder = folder
         self._device = device
@@ -72,7 +80,7 @@ class TorchStudent:
         self._adamw = torch.optim.AdamW(groups, 0.0, optimizer.betas, optimizer.eps, fused=True)
         self._masters_are_double = DTYPES[dtype] == torch.float64
         self._clip_grad = optimizer.clip_grad
-        self._workspace = Workspace()
+        self._workspace, self._kernel = Workspace(), kernel
 
     @property
     def placement(self) -> Placement:
@@ -200,7 +208,7 @@ class TorchStudent:
         self, micro: MicroBatch, per_token: Objective, what: Measured, head: Head
     ) -> tuple[Tensor, MicroStats]:
         hidden = response_hidden(self.body, micro.prompts, micro.responses, self._device, micro.trained)
-        return micro_loss(hidden, head, micro, per_token, what, self._workspace)
+        return micro_loss(hidden, head, micro, per_token, what, self._workspace, self._kernel)
 
     def _head_to_train(self) -> Head:
         """Return the head with a float32 gradient buffer: bfloat16 would round before the sum."""

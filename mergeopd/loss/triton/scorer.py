@@ -124,12 +124,14 @@ class TritonScored:
         logits_S = self.chunk.logits[0]
         return logits_S + self.chunk.bias[0] if self.chunk.options["BIASED"] else logits_S
 
-    def logit_gradient(self, grad_divergence: Tensor, grad_logprob: Tensor, out: Tensor) -> None:
+    def logit_gradient(self, grad_divergence: Tensor, grad_logprob: Tensor | None, out: Tensor) -> None:
         """Write d(loss)/d(raw student logits) `[n, V]` into `out`, of any floating-point dtype."""
         chunk = self.chunk
         if not chunk.num_parts:
             return
-        at_label = grad_logprob * self.gain
+        at_label = (
+            torch.zeros_like(self.stats.logprob_S) if grad_logprob is None else grad_logprob * self.gain
+        )
         push = grad_divergence * self.gain
         pull = torch.linalg.vecdot(push.flatten(0, 1), self.total.flatten(0, 1), dim=0).add_(at_label)
         codes = tuple(zip(*map(code_of, self.divergences), strict=True)) or ((), ())
@@ -148,10 +150,10 @@ class TritonScorer:
     softmaxes: Softmaxes
     divergences: Sequence[Divergence]
 
-    def score(self, raw: Tensor, labels_N: Tensor, rows: slice, *, with_grad: bool) -> TritonScored:
+    def score(self, raw: Tensor, rows: slice, *, with_grad: bool) -> TritonScored:
         """Score the tokens `rows` from raw logits `[models, n, V]`, unchanged. Performs all reductions."""
         softmaxes, logits = self.softmaxes, raw
-        chunk = self._chunk(logits, labels_N[rows])
+        chunk = self._chunk(logits, rows)
         moments, pairs, sampled = chunk.launch_statistics()
         centres = _row_maxima(moments, logits)
         if softmaxes.group is not None:
@@ -169,9 +171,14 @@ class TritonScorer:
         stats = BlockStats(divergence, logprob[0], logprob[1:], entropy[0], entropy[1:])
         return TritonScored(stats, chunk, softmax, self.divergences, total, softmaxes.student.gain)
 
-    def _chunk(self, logits: Tensor, labels_n: Tensor) -> Chunk:
-        models, vocab = (self.softmaxes.student, *self.softmaxes.teachers), self.softmaxes.vocab
-        is_local = (labels_n >= vocab.start) & (labels_n < vocab.stop)
+    @cached_property
+    def _columns(self) -> Tensor:
+        """The sampled tokens' columns, -1 for those of other shards."""
+        labels, vocab = self.softmaxes.labels_N, self.softmaxes.vocab
+        return torch.where((labels >= vocab.start) & (labels < vocab.stop), labels - vocab.start, -1)
+
+    def _chunk(self, logits: Tensor, rows_N: slice) -> Chunk:
+        models = (self.softmaxes.student, *self.softmaxes.teachers)
         rows, block, warps = _ON_DEVICE if logits.is_cuda else _INTERPRETED
         options = {
             "BIASED": self._bias.shape[1] > 0,
@@ -180,8 +187,7 @@ class TritonScorer:
             "BLOCK": block,
             "num_warps": warps,
         }
-        columns = torch.where(is_local, labels_n - vocab.start, -1)
-        return Chunk(logits, self._bias, self._factors, columns, options)
+        return Chunk(logits, self._bias, self._factors, self._columns[rows_N], options)
 
     @cached_property
     def _bias(self) -> Tensor:

@@ -16,6 +16,7 @@ from mergeopd.errors import NumericsError
 from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.fused import Objective
 from mergeopd.loss.heads import Head
+from mergeopd.loss.kernel_choice import KernelName
 from mergeopd.models.causal import padded
 from mergeopd.student.loss import Measured, MicroStats, micro_loss
 from mergeopd.student.megatron.grid import Grid
@@ -34,14 +35,20 @@ class Passes:
     """
 
     def __init__(
-        self, model: nn.Module, config: Any, head: Callable[[], Head], grid: Grid, device: torch.device
+        self,
+        model: nn.Module,
+        config: Any,
+        head: Callable[[], Head],
+        grid: Grid,
+        device: torch.device,
+        kernel: KernelName,
     ) -> None:
         self._model, self._head, self._grid, self._device = model, head, grid, device
         self._schedule = get_forward_backward_func(pp_size=grid.pipeline)
         self._neighbours = P2PCommunicator(pp_group=grid.groups.pp, config=config)
         self._trained_rows = TrainedRows(grid)
         self._loss_group = grid.groups.tp_cp if grid.tensor * grid.context > 1 else None
-        self._workspace = Workspace()
+        self._workspace, self._kernel = Workspace(), kernel
 
     def run(
         self,
@@ -70,6 +77,7 @@ class Passes:
                     per_token(micro),
                     what,
                     self._workspace,
+                    self._kernel,
                     self._loss_group,
                 )
             except NumericsError as error:

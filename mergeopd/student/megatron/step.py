@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mergeopd.batch.micro_batch import MicroBatch, MicroBatches
 from mergeopd.loss.fused import Objective
 from mergeopd.loss.heads import Head
+from mergeopd.loss.kernel_choice import KernelName
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.models.causal import DTYPES, build_skeleton, check_fit, empty, fill, head_of
 from mergeopd.models.checkpoint import Checkpoint
@@ -57,11 +58,13 @@ class MegatronStudent:
         device: torch.device,
         recompute: bool = False,
         layers: str = "auto",
+        kernel: KernelName = "auto",
     ) -> None:
         """Build the model on this rank and read its weights.
 
         `recompute` keeps only the input of each layer and recomputes the layer in the backward pass.
         `layers`: `local` for Megatron's own, `transformer_engine`, or `auto` for the latter where it runs.
+        `kernel` is that of `fused_loss`.
 
         Raises ModelError, before weights are read, for a model that is not mapped or does not fit the grid,
         and ValueError for float64, which Megatron's layers do not support.
@@ -86,7 +89,7 @@ class MegatronStudent:
         )
         self._adamw = build_adamw(self._ddp, optimizer, DTYPES[dtype], grid)
         self._main = MainParameters(self._adamw, grid)
-        self._passes = Passes(self._ddp, self._model.config, self._head, grid, device)
+        self._passes = Passes(self._ddp, self._model.config, self._head, grid, device, kernel)
         self._like = torch.empty((), device=device)  # dtype and device of gradients, main parameters, moments
         self._is_summed = False
 
