@@ -18,6 +18,7 @@ from mergeopd.config.folders import unwritable
 from mergeopd.errors import RecipeError, StorageError, UpdateLimitReached
 from mergeopd.messages import option_problem
 from mergeopd.preflight.inputs import advice, preflight
+from mergeopd.preflight.residency import residency_notes
 from mergeopd.preflight.summary import CheckResult
 from mergeopd.recipe.controls import Control, control_plan
 from mergeopd.recipe.plan import Plan
@@ -78,7 +79,7 @@ def check(path: str | Path, *, set: Overrides = ()) -> CheckResult:
     """
     inputs = preflight(path, _as_texts(set))
     refusal = RunFolder(Path(inputs.plan.output)).refusal(inputs.plan, inputs.files)
-    return CheckResult.of(inputs, advice(inputs.plan), refusal)
+    return CheckResult.of(inputs, advice(inputs.plan), refusal, *residency_notes(inputs.plan))
 
 
 def plan(

@@ -53,7 +53,7 @@ PLACES = {
     "step": ("torch.optim:AdamW.step", "after"),
     "metrics": ("mergeopd.storage.metrics:MetricsFile.append", "after"),
     "checkpoint": ("mergeopd.engine.checkpoint:Checkpoints.save", "before"),
-    "files": ("mergeopd.engine.checkpoint:save_file", "after"),
+    "files": ("mergeopd.storage.state_parts:save_file", "after"),
     "manifest": ("mergeopd.storage.folders:_manifest_text", "before"),
     "rename": ("pathlib:Path.rename", "before"),
     "renamed": ("pathlib:Path.rename", "after"),

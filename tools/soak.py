@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -53,7 +54,7 @@ def outcome(folder: Path) -> dict[str, str]:
     measured = json.loads(result.read_text()) if result.is_file() else {}
     measured.pop("seconds", None)
     return {
-        "weights and optimizer": _digests(checkpoints[-1])["student.safetensors"],
+        "weights and optimizer": _digest_of_tensors(checkpoints[-1]),
         "progress": json.dumps(state["progress"]),
         **{f"export/{name}": digest for name, digest in _digests(folder / "export").items()},
         "metrics": "\n".join(json.dumps({**line, "cost": None}) for line in lines),
@@ -111,6 +112,19 @@ class InferenceServer:
 def _digests(folder: Path) -> dict[str, str]:
     files = json.loads((folder / "manifest.json").read_text())["files"]
     return {name: record["sha256"] for name, record in files.items()}
+
+
+def _digest_of_tensors(checkpoint: Path) -> str:
+    """Return a digest of all tensors by name, whichever process wrote which part of them."""
+    from mergeopd.storage.state_parts import INDEX, PartsFolder
+
+    digest = hashlib.sha256()
+    index = json.loads((checkpoint / INDEX).read_text())
+    for group in sorted(index["tensors"]):
+        tensors = PartsFolder.open_group(checkpoint, index, group)
+        for name in sorted(tensors.shapes):
+            digest.update(name.encode() + tensors.read(name).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass

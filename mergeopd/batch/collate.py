@@ -35,13 +35,11 @@ def micro_batch(
     *,
     with_policy: bool,
     terms: Sequence[str] = (),
-    overlap_share: float | None = None,
 ) -> MicroBatch:
     """Collate one pack, with weights in the dtype and on the device of `like`.
 
     `targets` has the targets of the pack's teachers; empty where none is needed. `terms` are the divergences
-    of the objective, in order. Responses that the student generated have no likelihood term. The overlap with
-    teachers is measured on `overlap_share` of the tokens; None: not at all.
+    of the objective, in order. Responses that the student generated have no likelihood term.
     """
     members = [prepared.rollouts[i] for i in pack.rollouts]
     own: dict[str, Target] = {}
@@ -71,8 +69,8 @@ def micro_batch(
         if any(term in m.term_weight for m in members for term in terms)
         else None,
         overlap_rows=None
-        if overlap_share is None
-        else torch.from_numpy(_spread(pack.rollouts, members, overlap_share)),
+        if prepared.overlap_share is None
+        else torch.from_numpy(_spread(pack.rollouts, members, prepared.overlap_share)),
     )
 
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
 from mergeopd.batch.advantages import Outcomes, sequence_advantage, sequence_kept
+from mergeopd.batch.collate import overlap_share
 from mergeopd.batch.objective import correction
-from mergeopd.batch.records import Alignments, OldLogProbs, PreparedRollout, PreparedUpdate, TokenViews
+from mergeopd.batch.records import (
+    Alignments,
+    OldLogProbs,
+    PreparedRollout,
+    PreparedUpdate,
+    PriorScores,
+    TokenViews,
+)
 from mergeopd.batch.weights import ResponseSize, response_weights
 from mergeopd.loss.objective import SAMPLED
 from mergeopd.recipe.training import Phase
@@ -19,26 +27,28 @@ from mergeopd.types import Rollout
 def prepare(
     rollouts: Sequence[Rollout],
     update: Sequence[int],
+    own: Sequence[int],
     phase: Phase,
     updates_done: int,
     views: TokenViews,
     outcomes: Outcomes,
-    old: Mapping[int, OldLogProbs],
+    old: PriorScores,
     alignments: Alignments,
 ) -> PreparedUpdate:
-    """Compute all weights and global denominators of one update.
+    """Compute the weights of some rollouts of an update, with global denominators.
 
-    `update` has the indices of its rollouts; `outcomes`, `old` and `alignments` (empty if not needed) are the
-    round's; `updates_done` counts the updates of the phase.
+    `update` has the indices of its rollouts, `own` of those to prepare; `outcomes`, `old` and `alignments`
+    (empty if not needed) are the round's; `updates_done` counts the updates of the phase.
     """
     sizes = [
-        ResponseSize(rollouts[i].prompt.domain, rollouts[i].num_trained, old[i].gap if i in old else 0.0)
-        for i in update
+        ResponseSize(rollouts[i].prompt.domain, rollouts[i].num_trained, old.gaps.get(i, 0.0)) for i in update
     ]
     weights, budgets = response_weights(sizes, phase.reduce, phase.balance.tokens, phase.balance.follow_gap)
     outcome_weight = phase.loss.weight("outcome", updates_done)
+    weight_of = dict(zip(update, weights, strict=True))
     prepared = {}
-    for index, weight in zip(update, weights, strict=True):
+    for index in own:
+        weight = weight_of[index]
         rollout, prompt, factor = rollouts[index], rollouts[index].prompt, outcomes.teacher_loss_weight[index]
         plain = PreparedRollout(
             rollout=rollout,
@@ -53,12 +63,13 @@ def prepare(
             },
             eos_masked=masked_tokens(rollout, views),
             outcome=weight * outcome_weight * outcomes.advantage[index],
-            alignments={n: own[index] for n, own in alignments.items() if index in own},
+            alignments={n: aligned[index] for n, aligned in alignments.items() if index in aligned},
         )
-        if plain.is_own and index in old and (phase.loss.has_policy or old[index].spans):
-            plain = _with_old_logprobs(plain, old[index], phase, updates_done, views)
+        before = old.logprobs.get(index)
+        if plain.is_own and before is not None and (phase.loss.has_policy or before.spans):
+            plain = _with_old_logprobs(plain, before, phase, updates_done, views)
         prepared[index] = plain
-    return PreparedUpdate(prepared, budgets)
+    return PreparedUpdate(prepared, budgets, overlap_share(sum(size.num_tokens for size in sizes)))
 
 
 def _with_old_logprobs(

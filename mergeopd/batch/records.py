@@ -34,6 +34,18 @@ class OldLogProbs:
 
 
 @dataclass(frozen=True, slots=True)
+class PriorScores:
+    """What the prior policy's pass over a round yields.
+
+    `logprobs` of the rollouts of this process's copy of the student, by index in the round; `gaps` are those
+    of all rollouts, where the weights of a domain follow them, else empty.
+    """
+
+    logprobs: Mapping[int, OldLogProbs] = field(default_factory=dict)
+    gaps: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class PreparedRollout:
     """A rollout with its final weights.
 
@@ -75,10 +87,14 @@ class PreparedRollout:
 
 @dataclass(frozen=True, slots=True)
 class PreparedUpdate:
-    """One update of a round; `rollouts` by their index in the round, `budgets` by domain."""
+    """One update of a round; `rollouts` by their index in the round, `budgets` by domain.
+
+    `overlap_share`: the share of tokens whose overlap with teachers is measured; None: none.
+    """
 
     rollouts: Mapping[int, PreparedRollout]
     budgets: Mapping[str, float]
+    overlap_share: float | None = None
 
 
 class TokenView(Protocol):

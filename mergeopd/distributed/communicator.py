@@ -7,25 +7,25 @@ so that all ranks end with the same state. Objects are pickled, but only between
 from __future__ import annotations
 
 import os
-import pickle
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from mergeopd.distributed.exchange import HEAD_BYTES, Packed, size_of, steps, unpacked, unpacked_head
 from mergeopd.errors import PeerFailed
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Arrays are sent in parts of about this size: the sender needs memory for a second copy of one part only.
-_PART_BYTES = 16 << 20
-_ALIGNMENT = 8
+# Objects are sent in parts of about this size, for which each process needs memory beside what it receives.
+PART_BYTES = 64 << 20
 
 
 class CollectiveAbort(Exception):  # noqa: N818 (control flow, not an error)
@@ -77,7 +77,8 @@ class Communicator(ABC):
     def run_and_gather(self, work: Callable[[], T]) -> list[T]:
         """Run `work` on every rank and return all results, by rank, on all ranks. Collective.
 
-        `work` must not be collective. If it raises on one rank, the other ranks raise as in `run_on_first`.
+        `work` must not be collective, except in ways that end on all ranks when it raises on one. If it
+        raises on one rank, the other ranks raise as in `run_on_first`.
         """
 
     @abstractmethod
@@ -125,38 +126,72 @@ class TorchCommunicator(Communicator):
         self.machines = tuple(self.gather(machine))
 
     def gather(self, value: T) -> list[T]:
-        import torch.distributed as dist
-
-        buffers: list[pickle.PickleBuffer] = []
-        rest = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-        own = [buffer.raw() for buffer in buffers]
-        pickles: list[Any] = [None] * self.size
-        dist.all_gather_object(pickles, (rest, [buffer.nbytes for buffer in own]))
+        own = Packed.of(value)
+        heads = self._gather_heads(own.head)
+        contents = self._exchange(own, [size_of(head) for head in heads])
         return [
-            # From a process of this run, and torch itself has unpickled the list.
-            pickle.loads(rest, buffers=list(self._broadcast(rank, own, sizes)))  # noqa: S301
-            for rank, (rest, sizes) in enumerate(pickles)
+            own.own() if rank == self.rank else _of_other(head, content)
+            for rank, (head, content) in enumerate(zip(heads, contents, strict=True))
         ]
 
-    def _broadcast(self, rank: int, own: Sequence[memoryview], sizes: Sequence[int]) -> Iterator[memoryview]:
-        """Yield the buffers of process `rank`, whose `own` they are, as read-only bytes. Collective."""
+    def run_on_first(self, work: Callable[[], T]) -> T:
+        import torch.distributed as dist
+
+        outcome: tuple[T | None, type[Exception] | None] = (None, None)
+        failure = None
+        if self.is_first:
+            self.outside_collective = True
+            try:
+                outcome = work(), None
+            except Exception as error:  # noqa: BLE001 - raised below, when the others know
+                failure, outcome = error, (None, _kind(error))
+            finally:
+                self.outside_collective = False
+        own = Packed.of(outcome)
+        row = _row(own.head)
+        dist.broadcast(row, src=0)
+        head = row.numpy().tobytes()
+        content, *_ = self._exchange(own, [size_of(head), *(0 for _ in range(1, self.size))])
+        if failure is not None:
+            raise failure
+        value, kind = own.own() if self.is_first else _of_other(head, content)
+        if kind is not None:
+            raise kind()
+        return cast(T, value)
+
+    def _gather_heads(self, head: bytes) -> list[bytes]:
+        """Return the heads of all processes. Through the first one: a ring has a hop for each process."""
+        import torch
+        import torch.distributed as dist
+
+        every = torch.zeros((self.size, HEAD_BYTES), dtype=torch.uint8)
+        dist.gather(_row(head), list(every) if self.is_first else None, dst=0)
+        dist.broadcast(every, src=0)
+        return [row.numpy().tobytes() for row in every]
+
+    def _exchange(self, own: Packed, sizes: Sequence[int]) -> list[NDArray[np.uint8]]:
+        """Return the bytes of every process, whose numbers are `sizes`; empty for this one. Collective."""
         import numpy as np
         import torch
         import torch.distributed as dist
 
-        for part in _parts(sizes):
-            starts = [0, *accumulate(sizes[i] + -sizes[i] % _ALIGNMENT for i in part)]
-            content = np.empty(starts[-1], np.uint8)
-            if rank == self.rank:
-                for i, start in zip(part, starts, strict=False):
-                    content[start : start + sizes[i]] = np.frombuffer(own[i], np.uint8)
-            if len(content):
-                dist.broadcast(torch.from_numpy(content), src=rank)
-            if rank == self.rank:
-                yield from (own[i].toreadonly() for i in part)
+        contents = [np.empty(0 if r == self.rank else size, np.uint8) for r, size in enumerate(sizes)]
+        for step in steps(sizes, PART_BYTES):
+            span = slice(step.start, step.start + step.num_bytes)
+            if step.sender is None:
+                part = np.empty(step.num_bytes, np.uint8)
+                parts = np.empty((self.size, step.num_bytes), np.uint8)
+                own.copy_to(part, step.start)
+                all_gather(torch.from_numpy(parts).view(-1), torch.from_numpy(part))
+                for content, received in zip(contents, parts, strict=True):
+                    content[span] = received[: len(content[span])]
             else:
-                read_only = content.data.toreadonly()
-                yield from (read_only[s : s + sizes[i]] for i, s in zip(part, starts, strict=False))
+                part = contents[step.sender][span]
+                if step.sender == self.rank:
+                    part = np.empty(step.num_bytes, np.uint8)
+                    own.copy_to(part, step.start)
+                dist.broadcast(torch.from_numpy(part), src=step.sender)
+        return contents
 
     def run_and_gather(self, work: Callable[[], T]) -> list[T]:
         self.outside_collective = True
@@ -164,11 +199,9 @@ class TorchCommunicator(Communicator):
             value = work()
         except Exception as error:
             self.outside_collective = False
-            own = type(error) if isinstance(error, CollectiveAbort) else PeerFailed
-            for _, reason in self.gather((None, own)):
-                # Ranks that wait for each other in `work` know only that a peer ended, not why.
-                if isinstance(error, PeerFailed) and reason not in (None, PeerFailed):
-                    raise reason() from None
+            for _, peer in self.gather((None, _kind(error))):
+                if isinstance(error, PeerFailed) and peer not in (None, PeerFailed):
+                    raise peer() from error  # what the peer raised
             raise
         finally:
             self.outside_collective = False
@@ -187,6 +220,15 @@ class TorchCommunicator(Communicator):
         import torch.distributed as dist
 
         dist.recv(tensor, src=rank)
+
+
+def all_gather(whole: Tensor, own: Tensor) -> None:
+    """Fill `whole` with the `own` of all ranks, of equal size, by rank. Collective of the default group."""
+    import torch.distributed as dist
+
+    # The same function: torch 2.13 deprecates the second name, which is the only one in earlier versions.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(whole, own)
 
 
 def this_machine() -> str:
@@ -209,11 +251,16 @@ def scatter_gather(
     return [shares[position % ranks.size][position // ranks.size] for position in range(len(items))]
 
 
-def _parts(sizes: Sequence[int]) -> Iterator[range]:
-    """Yield ranges of consecutive indices whose sizes reach `_PART_BYTES` together."""
-    start = total = 0
-    for i, size in enumerate(sizes):
-        total += size
-        if total >= _PART_BYTES or i + 1 == len(sizes):
-            yield range(start, i + 1)
-            start, total = i + 1, 0
+def _kind(error: Exception) -> type[Exception]:
+    """Return what other processes raise when this one fails with an error."""
+    return type(error) if isinstance(error, CollectiveAbort) else PeerFailed
+
+
+def _of_other(head: bytes, content: NDArray[np.uint8]) -> Any:
+    return unpacked(content.data) if len(content) else unpacked_head(head)
+
+
+def _row(head: bytes) -> Tensor:
+    import torch
+
+    return torch.frombuffer(bytearray(head), dtype=torch.uint8)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 import time
@@ -31,8 +32,13 @@ BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _PR_SET_PDEATHSIG = 1
 # Timeout of collectives, for a process that hangs (one that ends is noticed at once). Must be longer than
-# rank 0 takes to write a checkpoint (840 GB for 70 billion weights) while the others wait.
+# rank 0 takes to write an export (140 GB for 70 billion weights) while the others wait.
 _TIMEOUT = timedelta(hours=2)
+# Above this number of processes, each connects to another one when it first has something to send: all pairs
+# take minutes and a thousand open files in every process.
+_MAX_MESH = 128
+# Open files of a process beside its connections.
+_OTHER_FILES = 512
 # How long a process that lost another one waits for a process that reports the cause.
 _CLAIM_WAIT_S = 3.0
 _CLAIM = "mergeopd/error"
@@ -177,6 +183,9 @@ def _init_process_group(place: RankInfo) -> Store:
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _get_default_store
 
+    if place.world > _MAX_MESH:
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    allow_files(num_files(place))
     backend = _backend(place.local_rank)
     store = None
     if place.rendezvous is not None:
@@ -192,6 +201,25 @@ def _init_process_group(place: RankInfo) -> Store:
             "check that all were started and reach each other (GLOO_SOCKET_IFNAME sets the network interface)"
         ) from error
     return _get_default_store()
+
+
+def num_files(place: RankInfo) -> int:
+    """Return the open files that a process needs: rank 0 has two connections to every other one."""
+    peers = 2 * place.world if place.rank == 0 else min(place.world, _MAX_MESH)
+    return peers + _OTHER_FILES
+
+
+def allow_files(num: int) -> None:
+    """Let this process open `num` files; raises ProcessError where the system does not allow it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = sys.maxsize if hard == resource.RLIM_INFINITY else hard
+    if most < num:
+        raise ProcessError(
+            f"the run needs {num} open files in a process, and the system allows {most}; raise the limit "
+            "(`ulimit -Hn`, or LimitNOFILE of the job's service), or start fewer processes"
+        )
+    if soft != resource.RLIM_INFINITY and soft < num:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (num, hard))
 
 
 def _backend(local_rank: int) -> str:

@@ -27,6 +27,8 @@ from mergeopd.engine.models import (
     build_views,
     divide_threads,
     engine_context,
+    held_teachers,
+    num_scored_ids,
 )
 from mergeopd.engine.pipeline import AheadPipeline, Background, ProgressCounter, SynchronousPipeline
 from mergeopd.engine.prior_policy import PriorPolicy
@@ -99,14 +101,13 @@ def build(
     engine = engines[plan.rollout.engine](
         student, engine_context(inputs.student, inputs, machine), plan.rollout
     )
-    vocab = None if len(student.vocab) == inputs.vocab_size else student.vocab
     folder = RunFolder(Path(plan.output))
     scorer = Scorer(
         needs_prior_policy=plan.needs_prior_policy,
         max_tokens=plan.student.micro_batch_tokens,
         teachers=teachers,
         views=views,
-        heads=ResidentHeads(teachers, vocab),
+        heads=ResidentHeads(teachers, partial(_scored_ids, student, inputs)),
         prior_policy=PriorPolicy(student, machine.device, stages),
         make_cache=partial(_make_cache, inputs, machine, student, folder.spill),
         stages=stages,
@@ -360,7 +361,8 @@ def build_recorders(
     plan = inputs.plan
     divide_threads(plan, machine)
     moving = {name for name, teacher in plan.teachers.items() if teacher.snapshot_rule is not None}
-    teachers = build_teachers(inputs, machine, StudentSnapshots((), _none, _none), skip=moving)
+    held = held_teachers(inputs, machine)
+    teachers = build_teachers(inputs, machine, StudentSnapshots((), _none, _none), skip=moving, held=held)
     views = build_views(inputs, machine, stages.note)
     specs: dict[str, list[TargetSpec]] = {name: [] for name in names}
     sequences: dict[str, list[TeacherSequence]] = {name: [] for name in names}
@@ -413,6 +415,14 @@ def _teacher_flops(teacher: TeacherPlan) -> ModelFlops:
     """Return the operations of a teacher; a recorded one has no pass, but its logits are computed."""
     flops = ModelFlops.read(teacher.folder)
     return flops if teacher.targets is None else replace(flops, per_token=0, per_position=0)
+
+
+def _scored_ids(student: Student, inputs: Inputs, teacher: str) -> range | None:
+    """Return the ids of a teacher's vocabulary that this process scores: the student's share; None: all."""
+    if len(student.vocab) == inputs.vocab_size:
+        return None
+    size = num_scored_ids(inputs.plan.teachers[teacher], inputs)
+    return range(*(id * size // inputs.vocab_size for id in (student.vocab.start, student.vocab.stop)))
 
 
 def _make_cache(

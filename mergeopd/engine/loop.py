@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import NoReturn
@@ -23,7 +24,14 @@ from mergeopd.messages import shown
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.recipe.plan import Plan, TeacherPlan
 from mergeopd.reporting.comparison import Measured, build_result
-from mergeopd.reporting.events import AccuracyMeasured, RunFacts, RunFinished, RunStarted, StageStarted
+from mergeopd.reporting.events import (
+    AccuracyMeasured,
+    Reporter,
+    RunFacts,
+    RunFinished,
+    RunStarted,
+    StageStarted,
+)
 from mergeopd.reporting.jsonl import read_accuracy, read_updates
 from mergeopd.reporting.model_card import write_model_card
 from mergeopd.reporting.result import write_result
@@ -70,6 +78,14 @@ class Trainer:
         Raises Stopped, after a checkpoint, when a stop was requested or `max_updates` were made, and
         StoppedByAlarm likewise.
         """
+        try:
+            self._train(progress, max_updates)
+            self._finish()
+        except BaseException as error:
+            self.checkpoints.close(at_once=isinstance(error, KeyboardInterrupt))
+            raise
+
+    def _train(self, progress: Progress, max_updates: int | None) -> None:
         first = progress.update
         self._report_start(progress)
         self._recall_interim(progress)
@@ -92,9 +108,10 @@ class Trainer:
             # Only the first process has restored the alarms of a resumed run.
             if alarm is not None and self.stages.ranks.is_first:
                 self.stop.interrupt.requested = f"{ALARM} {alarm}"
+            self._saved(self.checkpoints.poll)
             if self.stop.is_requested_anywhere():
                 self._stop(progress)
-        self._finish()
+        self._saved(self.checkpoints.finish)
 
     def _round(self, progress: Progress) -> Progress:
         """Run one round and its updates. Raises AbandonRound only before the first update."""
@@ -188,17 +205,26 @@ class Trainer:
 
     def _save(self, progress: Progress) -> None:
         with self.stages.clock.stage("checkpoint"):
-            self.checkpoints.save(Record(progress, self.stages.clock.seconds()), self.stages.reporter)
-            if self.stages.ranks.is_first:
-                prune(self.folder.best, 1)  # the checkpoint does not lead back before the newest one
+            record = Record(progress, self.stages.clock.seconds())
+            self._saved(partial(self.checkpoints.save, record))
+
+    def _saved(self, action: Callable[[Reporter], None]) -> None:
+        """Save, look for the end of a save or wait for it; drop best students of before it. Collective."""
+        before = self.checkpoints.saved
+        action(self.stages.reporter)
+        saved = self.checkpoints.saved
+        if saved is not None and saved != before and self.stages.ranks.is_first:
+            # The checkpoint does not lead back before the newest best student of its time.
+            prune(self.folder.best, 1, up_to=saved)
 
     def _stop(self, progress: Progress) -> NoReturn:
         """Save a checkpoint if there is none of this update, and raise."""
         self.stop.is_requested_anywhere()  # agree on the reason, since launchers signal others after one ends
         reason = self.stop.interrupt.requested
+        self._saved(self.checkpoints.finish)
         if progress.update and not self.stages.ranks.run_on_first(lambda: self.checkpoints.has(progress)):
             self._save(progress)
-        self.stages.ranks.gather(None)  # wait until all have written
+            self._saved(self.checkpoints.finish)
         self.stop.interrupt.ignore_further()
         error = UpdateLimitReached if reason == UPDATE_LIMIT else Stopped
         saved = "all saved; run the same command to resume"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +15,12 @@ from mergeopd.data.renderer import Renderer
 from mergeopd.distributed.communicator import Communicator, scatter_gather
 from mergeopd.engine.checkpoint import Checkpoints
 from mergeopd.loss.cross_tokenizer import Bridge
+from mergeopd.loss.kernel_choice import choose_kernel
 from mergeopd.models.facts import ModelFacts
+from mergeopd.models.residency import Held
 from mergeopd.preflight.inputs import Inputs
-from mergeopd.preflight.memory import refuse_without_room
+from mergeopd.preflight.memory import free_bytes, refuse_without_room
+from mergeopd.preflight.residency import hold, note, of_teacher, teacher_room
 from mergeopd.recipe.plan import Plan, TeacherPlan
 from mergeopd.recipe.rollout import LocalRollout
 from mergeopd.rollout.local import LocalEngine
@@ -38,6 +42,8 @@ from mergeopd.teacher.target_folder import complete_manifest, verify_shards
 from mergeopd.teacher.token_view import AlignedTokens, SameTokens, TokenView
 from mergeopd.teacher.weight_reader import MappedReader, Reader, ShardedReader
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -50,6 +56,11 @@ class Machine:
     def shares_pages(self) -> bool:
         """Whether all processes share the pages of mapped files."""
         return self.device.type == "cpu" and len(set(self.ranks.machines)) == 1
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether each process reads all of a teacher's bytes: where they share the pages of mapped files."""
+        return self.ranks.size == 1 or self.shares_pages
 
 
 def engine_context(renderer: Renderer, inputs: Inputs, machine: Machine) -> EngineContext:
@@ -78,6 +89,12 @@ class Models:
     def plan(self) -> Plan:
         return self.inputs.plan
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks on how teachers are held in memory."""
+        local = {name: t.held for name, t in self.teachers.items() if isinstance(t, LocalTeacher)}
+        return tuple(text for name, one in local.items() if one is not None for text in note(name, one))
+
     def checkpoints(self) -> Checkpoints:
         folder = RunFolder(Path(self.plan.output)).checkpoints
         return Checkpoints(folder, self.plan, self.student, self.snapshots, self.machine.ranks)
@@ -93,11 +110,12 @@ def load_models(
 
     `teachers` take the place of the recipe's teachers of these names; `announce` gets what is being built.
 
-    Raises ModelError for checkpoints that do not fit configs, and for a student that does not fit the grid or
-    for whose unsharded replicas the machine has no memory.
+    Raises ModelError for checkpoints that do not fit configs, for a student that does not fit the grid or for
+    whose unsharded replicas the machine has no memory, and for teachers that do not fit as they are wanted.
     """
     plan = inputs.plan
     divide_threads(plan, machine)
+    held = held_teachers(inputs, machine)
     student = _student(inputs, machine)
     rules = [t.snapshot_rule for t in plan.teachers.values() if t.snapshot_rule is not None]
     snapshots = StudentSnapshots(rules, student.weights, student.master_weights)
@@ -107,7 +125,7 @@ def load_models(
         student=student,
         snapshots=snapshots,
         teachers=_recorded(
-            {**build_teachers(inputs, machine, snapshots, skip=teachers.keys()), **teachers},
+            {**build_teachers(inputs, machine, snapshots, skip=teachers.keys(), held=held), **teachers},
             inputs,
             machine,
             announce,
@@ -119,6 +137,7 @@ def load_models(
 def _student(inputs: Inputs, machine: Machine) -> Student:
     plan, num_valid = inputs.plan, inputs.vocab_size
     folder, dtype, device = Path(plan.student.model), plan.student.dtype, machine.device
+    _log.info("student.kernel: %s", choose_kernel(plan.student.kernel, device.type))
     parallel = plan.student.parallel
     if plan.student.backend == "torch":
         shards = None
@@ -133,6 +152,7 @@ def _student(inputs: Inputs, machine: Machine) -> Student:
             num_valid=num_valid,
             optimizer=plan.optimizer,
             device=device,
+            kernel=plan.student.kernel,
             grid=shards,
             options=options,
         )
@@ -141,7 +161,12 @@ def _student(inputs: Inputs, machine: Machine) -> Student:
     from mergeopd.student.megatron.step import MegatronStudent
 
     refuse_without_room(plan, device, machine.ranks)
-    grid = Grid.open(tensor=parallel.tensor, pipeline=parallel.pipeline, sequence_parallel=parallel.sequence)
+    grid = Grid.open(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        context=parallel.context,
+        sequence_parallel=parallel.sequence,
+    )
     return MegatronStudent(
         folder,
         dtype=dtype,
@@ -151,21 +176,41 @@ def _student(inputs: Inputs, machine: Machine) -> Student:
         device=device,
         recompute=parallel.recompute,
         layers=parallel.layers,
+        kernel=plan.student.kernel,
     )
 
 
+def held_teachers(inputs: Inputs, machine: Machine) -> dict[str, Held | None]:
+    """Decide how each teacher is held, from the memory that is free before any weights are read. Collective.
+
+    It is that of the process that has least, so that all decide the same. Raises ModelError for a teacher
+    that does not fit.
+    """
+    plan, ranks, is_cpu = inputs.plan, machine.ranks, machine.device.type == "cpu"
+    sharers = ranks.num_local if is_cpu else 1
+    free = free_bytes(machine.device)
+    room = min(ranks.gather(teacher_room(plan, free, sharers=sharers, world=ranks.size, is_cpu=is_cpu)))
+    shares_pages = is_cpu and machine.is_mapped
+    return {
+        name: of_teacher(name, partial(hold, teacher, plan, room, shares_pages=shares_pages))
+        for name, teacher in plan.teachers.items()
+    }
+
+
 def build_teachers(
-    inputs: Inputs, machine: Machine, snapshots: StudentSnapshots, *, skip: Collection[str]
+    inputs: Inputs,
+    machine: Machine,
+    snapshots: StudentSnapshots,
+    *,
+    skip: Collection[str],
+    held: Mapping[str, Held | None],
 ) -> dict[str, Teacher]:
-    """Build the recipe's teachers, whose weights are read by one store."""
+    """Build the recipe's teachers, which are `held` so, and whose weights are read by one store."""
     plans = {n: t for n, t in inputs.plan.teachers.items() if n not in skip and t.api is None}
     sources = {
         name: _source(teacher, inputs, snapshots) for name, teacher in plans.items() if teacher.needs_head
     }
-    # Each process reads a part of the bytes if several need their own copies. On one machine's CPUs, they
-    # share the pages of mapped files, so each file is read once anyway.
-    is_mapped = machine.ranks.size == 1 or machine.shares_pages
-    reader: Reader = MappedReader() if is_mapped else ShardedReader(machine.ranks)
+    reader: Reader = MappedReader() if machine.is_mapped else ShardedReader(machine.ranks)
     store = TeacherStore(sources, machine.device, reader)
 
     def make_engine(name: str, source: ReplicaSource) -> RolloutEngine:
@@ -176,9 +221,10 @@ def build_teachers(
         canary, run_on_first = Canary.of(teacher, inputs.teachers[name]), machine.ranks.run_on_first
         own = capabilities(teacher)
         if teacher.served is None:
-            return LocalTeacher(name, store, own, canary, run_on_first, partial(make_engine, name))
+            engine, is_first = partial(make_engine, name), machine.ranks.is_first
+            return LocalTeacher(name, store, own, canary, run_on_first, engine, held[name], is_first)
         facts = ModelFacts.read(teacher.folder)
-        num_valid = _num_valid(teacher, inputs)
+        num_valid = num_scored_ids(teacher, inputs)
         model = ServedModel(facts.hidden_size, facts.vocab_rows, num_valid, teacher.dtype)
         head = store if teacher.needs_head else None
         num_ranks = machine.ranks.size
@@ -212,11 +258,11 @@ def divide_threads(plan: Plan, machine: Machine) -> None:
 
 def _source(teacher: TeacherPlan, inputs: Inputs, snapshots: StudentSnapshots) -> TeacherSource:
     snapshot = None if teacher.snapshot_rule is None else snapshots.snapshots[teacher.snapshot_rule]
-    num_valid, has_body = _num_valid(teacher, inputs), teacher.served is None
+    num_valid, has_body = num_scored_ids(teacher, inputs), teacher.served is None
     return TeacherSource(teacher.folder, teacher.dtype, num_valid, snapshot, has_body)
 
 
-def _num_valid(teacher: TeacherPlan, inputs: Inputs) -> int:
+def num_scored_ids(teacher: TeacherPlan, inputs: Inputs) -> int:
     """Number of a teacher's ids that are scored: all with a bridge, else those that the student has."""
     is_crossed = teacher.name in inputs.cross_tokenizers
     return inputs.teachers[teacher.name].vocab_size if is_crossed else inputs.vocab_size

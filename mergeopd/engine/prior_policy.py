@@ -17,7 +17,7 @@ from mergeopd.batch.micro_batch import MicroBatch, Stream, with_statistics
 from mergeopd.batch.objective import support
 from mergeopd.batch.packing import MicroBatchPlan
 from mergeopd.batch.prepare import masked_tokens
-from mergeopd.batch.records import OldLogProbs, PreparedRollout, PreparedUpdate
+from mergeopd.batch.records import OldLogProbs, PreparedRollout, PreparedUpdate, PriorScores
 from mergeopd.engine.schedule import RoundSchedule
 from mergeopd.engine.stages import Stages
 from mergeopd.engine.targets import TeacherTargets
@@ -42,8 +42,11 @@ class PriorPolicy:
 
     def score(
         self, rollouts: Sequence[Rollout], phase: Phase, work: RoundSchedule, targets: TeacherTargets
-    ) -> dict[int, OldLogProbs]:
-        """Return `OldLogProbs` of every response with trained tokens, by index in the round. Collective."""
+    ) -> PriorScores:
+        """Return the scores of this copy's responses, on ranks that compute losses. Collective.
+
+        The gaps of all responses are known to all ranks, if the phase follows them.
+        """
         loss, placement = phase.loss, self.student.placement
         divergences = (ReverseKL(),) if phase.balance.follow_gap and loss.has_divergence else ()
         what = Measured(divergences, support(loss), loss.temperature)
@@ -57,8 +60,6 @@ class PriorPolicy:
         scored = self._scored(rollouts, packs, targets.views, what, same_tokens, on_progress)
         old_logprobs: dict[int, OldLogProbs] = {}
         for part, (micro, stats) in zip(packs if placement.has_loss else (), scored, strict=True):
-            if not placement.reports_stats:
-                continue
             spans = _spans(part, stats.logprob_S.cpu(), rollouts, targets)
             distance = stats.divergence[:, 0] if divergences else (stats.logprob_T - stats.logprob_S).abs()
             sizes = [len(labels) for labels in micro.labels]
@@ -70,11 +71,15 @@ class PriorPolicy:
                 strict=True,
             )
             for index, logprob_S, logprob_T, gap in by_response:
-                # Clone: a view would be sent and kept with the memory of the whole micro-batch.
-                by_teacher = {n: row.clone() for n, row in zip(micro.teachers, logprob_T, strict=True)}
-                own = {name: ratios[index].clone() for name, ratios in spans.items()}
-                old_logprobs[index] = OldLogProbs(logprob_S.clone(), by_teacher, float(gap.sum()), own)
-        return {index: old for part in self.stages.ranks.gather(old_logprobs) for index, old in part.items()}
+                by_teacher = dict(zip(micro.teachers, logprob_T, strict=True))
+                own = {name: ratios[index] for name, ratios in spans.items()}
+                old_logprobs[index] = OldLogProbs(logprob_S, by_teacher, float(gap.sum()), own)
+        gaps: dict[int, float] = {}
+        if phase.balance.follow_gap:
+            own_gaps = {i: old.gap for i, old in old_logprobs.items()} if placement.reports_stats else {}
+            for of_rank in self.stages.ranks.gather(own_gaps):
+                gaps |= of_rank
+        return PriorScores(old_logprobs, gaps)
 
     def top_ids(
         self, rollouts: Sequence[Rollout], phase: Phase, work: RoundSchedule, targets: TeacherTargets, k: int
@@ -106,7 +111,9 @@ class PriorPolicy:
         update = PreparedUpdate(
             {
                 i: PreparedRollout(r, 1.0, r.prompt.teachers, masked_tokens(r, views))
-                for i, r in enumerate(rollouts)
+                for pack in packs
+                for i in pack.rollouts
+                for r in (rollouts[i],)
             },
             {},
         )

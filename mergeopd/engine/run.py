@@ -226,7 +226,7 @@ def train(
         reporter: Reporter = Reporters()
         if ranks.is_first:
             reporter = _reporters(inputs, folder, num_done, opened, events)
-            report_notes(inputs, reporter)
+            report_notes(inputs, reporter, models.notes)
         trainer = build(models, reporter=reporter, clock=clock, interrupt=interrupt)
         opened.callback(trainer.pipeline.close)
         if ranks.is_first and num_done:
@@ -457,8 +457,8 @@ def try_verifiers(inputs: Inputs) -> None:
         verifiers.start()
 
 
-def report_notes(inputs: Inputs, reporter: Reporter) -> None:
-    for note in inputs.notes:
+def report_notes(inputs: Inputs, reporter: Reporter, more: Sequence[str] = ()) -> None:
+    for note in (*inputs.notes, *more):
         reporter.emit(Note(note))
 
 

@@ -80,6 +80,10 @@ class RoundSchedule:
         """Return the `rollouts` that this rank scores, in order."""
         return [i for i in rollouts if self.scorer_of.get(i) == rank]
 
+    def trained_by(self, copy: int, rollouts: Sequence[int]) -> list[int]:
+        """Return the `rollouts` that this copy trains, in order, and those without trained tokens."""
+        return [i for i in rollouts if self.copy_of.get(i, copy) == copy]
+
     def packs_of(self, copy: int) -> tuple[MicroBatchPlan, ...]:
         """Return a copy's micro-batches of the whole round, sorted by teacher set as in an update."""
         packs = [pack for update in self.updates for pack in update.packs[copy]]

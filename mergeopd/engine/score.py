@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import Tensor
 
 from mergeopd.batch.advantages import Outcomes, outcomes
-from mergeopd.batch.records import Alignments, OldLogProbs
+from mergeopd.batch.records import Alignments, PriorScores
 from mergeopd.engine.prior_policy import PriorPolicy
 from mergeopd.engine.schedule import RoundSchedule, TeacherPass, by_teacher
 from mergeopd.engine.stages import Stages
@@ -20,6 +20,7 @@ from mergeopd.errors import TeacherError
 from mergeopd.messages import shown
 from mergeopd.recipe.training import Phase
 from mergeopd.reporting.events import ServingStats
+from mergeopd.student.protocol import Placement
 from mergeopd.teacher.hidden_cache import HiddenCache
 from mergeopd.teacher.local import ResidentHeads
 from mergeopd.teacher.protocol import Teacher, TeacherSession, required_target
@@ -57,14 +58,14 @@ class CollectedRound:
 
 @dataclass(frozen=True)
 class ScoredRound:
-    """A round before its updates: advantages, the teachers' targets, and the prior policy's
-    log-probabilities where the phase needs them.
+    """A round before its updates: advantages, the teachers' targets, and the prior policy's scores where
+    the phase needs them.
     """
 
     collected: CollectedRound
     outcomes: Outcomes
     targets: TeacherTargets
-    old: Mapping[int, OldLogProbs] = field(default_factory=dict)
+    old: PriorScores = field(default_factory=PriorScores)
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,14 @@ class Scorer:
         """
         phase, rollouts, work = collected.phase, collected.rollouts, collected.work
         spec = required_target(phase.loss)
-        alignments = self.align(rollouts) if spec is not None else {}
+        alignments = self.align(rollouts, work) if spec is not None else {}
         with self.make_cache(work) as cache:
             targets = TeacherTargets(cache, spec, self.views, self.heads, alignments)
             if spec is not None:
                 targets = self._with_supports(targets, collected)
                 with self.stages.clock.stage("teachers"):
                     self.fill(targets, rollouts, work)
-            old: Mapping[int, OldLogProbs] = {}
+            old = PriorScores()
             if self.needs_prior_policy(phase):
                 with self.stages.clock.stage("update"):
                     old = self.prior_policy.score(rollouts, phase, work, targets)
@@ -107,11 +108,15 @@ class Scorer:
             finally:
                 self.heads.release()
 
-    def align(self, rollouts: Sequence[Rollout]) -> Alignments:
-        """Align a round for teachers with other tokenizers, by teacher and rollout; not collective."""
+    def align(self, rollouts: Sequence[Rollout], work: RoundSchedule) -> Alignments:
+        """Align this copy's rollouts for teachers with other tokenizers, by teacher and rollout.
+
+        Not collective: the ranks of a copy do the same work.
+        """
         alignments = {}
+        trained = [i for i, copy in work.copy_of.items() if copy == self._placement.dp_rank]
         for name, view in self.views.items():
-            own = {i: r for i, r in enumerate(rollouts) if name in r.prompt.scorers and r.num_trained}
+            own = {i: rollouts[i] for i in sorted(trained) if name in rollouts[i].prompt.scorers}
             if view.bridge_kind is not None:
                 self.stages.begin("teachers", f"{name}: aligning tokens", len(own), "responses")
             aligned = view.align(own)
@@ -152,7 +157,7 @@ class Scorer:
         targets: TeacherTargets,
         rollouts: Sequence[Rollout],
         work: RoundSchedule,
-    ) -> Iterator[tuple[int, Tensor]]:
+    ) -> Generator[tuple[int, Tensor], None, None]:
         """Begin to score this process's share of a teacher's pass; yield rows by rollout."""
         spec = targets.spec_of(one.teacher)
         if spec.kind == "student_top_k":  # shared by those that know the student's ids
@@ -172,7 +177,7 @@ class Scorer:
         order: Sequence[int],
         scored: Iterator[tuple[int, Tensor]],
         rollouts: Sequence[Rollout],
-    ) -> Iterator[tuple[int, Tensor]]:
+    ) -> Generator[tuple[int, Tensor], None, None]:
         """Yield rows by rollout; name the prompts of sequences without recorded targets."""
         try:
             for position, rows in scored:
@@ -189,7 +194,7 @@ class Scorer:
     def _collect(
         self,
         one: TeacherPass,
-        begin: Callable[[], Iterator[tuple[int, Tensor]]],
+        begin: Callable[[], Generator[tuple[int, Tensor], None, None]],
         targets: TeacherTargets,
         rollouts: Sequence[Rollout],
     ) -> None:
@@ -198,17 +203,22 @@ class Scorer:
         on_progress = self.stages.begin("teachers", one.teacher, total, "responses")
 
         def collect() -> None:
-            for done, (rollout, rows) in enumerate(begin(), start=1):
-                targets.cache.put(one.teacher, rollout, rows)
-                on_progress(done)
+            # Closed at once, so that a streamed teacher's other ranks are told before the next collective.
+            with closing(begin()) as scored:
+                for done, (rollout, rows) in enumerate(scored, start=1):
+                    targets.cache.put(one.teacher, rollout, rows)
+                    on_progress(done)
 
         self.stages.ranks.run_and_gather(collect)
         targets.cache.publish()
 
     @property
+    def _placement(self) -> Placement:
+        return self.prior_policy.student.placement
+
+    @property
     def _loss_ranks(self) -> Sequence[int]:
-        placement = self.prior_policy.student.placement
-        return placement.loss_ranks[placement.dp_rank]
+        return self._placement.loss_ranks[self._placement.dp_rank]
 
     def _with_supports(self, targets: TeacherTargets, collected: CollectedRound) -> TeacherTargets:
         """Add the student's likeliest ids where a teacher of the round is asked for them. Collective."""

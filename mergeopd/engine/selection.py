@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
+from mergeopd.batch.records import PriorScores
 from mergeopd.data.draw import PhasedDraw
 from mergeopd.data.duplicates import duplicates, normal_text
 from mergeopd.engine.clock import Clock
@@ -220,14 +221,27 @@ class PromptSelection:
             part = rollouts[start : start + phase.prompts_per_round]
             collected = CollectedRound(probe, 0, part, [None] * len(part), self.schedule(part))
             with self.stages.clock.stage("text"), scorer.score(collected) as scored:
-                for index, old in scored.old.items():
-                    weights = part[index].prompt.teachers
+                for index, gap in self._gathered_gaps(part, scored.old).items():
                     total, count = sums[_key(part[index])]
-                    for name, logprob_T in old.logprob_T.items():
-                        total += weights[name] * float((old.logprob_S - logprob_T).sum())
-                        count += weights[name] * len(logprob_T)
-                    sums[_key(part[index])] = total, count
+                    sums[_key(part[index])] = total + gap[0], count + gap[1]
         return {key: total / count if count else None for key, (total, count) in sums.items()}
+
+    def _gathered_gaps(self, rollouts: Sequence[Rollout], old: PriorScores) -> dict[int, tuple[float, float]]:
+        """Return each rollout's weighted sums of gaps and of tokens, over its teachers. Collective."""
+        own = {}
+        for index, before in old.logprobs.items():
+            weights = rollouts[index].prompt.teachers
+            gaps = {
+                name: float((before.logprob_S - logprob_T).sum())
+                for name, logprob_T in before.logprob_T.items()
+            }
+            own[index] = (
+                sum(weights[name] * gap for name, gap in gaps.items()),
+                sum(weights[name] * len(before.logprob_S) for name in gaps),
+            )
+        reports = self.scorer.prior_policy.student.placement.reports_stats
+        parts = self.stages.ranks.gather(own if reports else {})
+        return {index: gap for part in parts for index, gap in part.items()}
 
     def _check_left(self, shares: Sequence[SelectedShare]) -> None:
         """Raise DataError for the first source without a prompt left, with what dropped them."""

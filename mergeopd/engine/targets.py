@@ -6,7 +6,8 @@ import hashlib
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -174,7 +175,8 @@ class TargetRecorder:
             shards = list(enumerate(self._split(missing), start=first))
             with self.teacher.open() as session:
                 own = shards[ranks.rank :: ranks.size]
-                written = ranks.run_and_gather(partial(self._write_all, session, own, missing))
+                num_calls = -(-len(shards) // ranks.size)
+                written = ranks.run_and_gather(partial(self._write_all, session, own, missing, num_calls))
             made = sorted((shard for part in written for shard in part), key=lambda shard: shard.file)
             seconds = time.perf_counter() - start
             stages.note(
@@ -239,8 +241,9 @@ class TargetRecorder:
         session: TeacherSession,
         shards: Sequence[tuple[int, Sequence[bytes]]],
         sequences: Mapping[bytes, TeacherSequence],
+        num_calls: int,
     ) -> list[Shard]:
-        """Score and write shards of these numbers and keys."""
+        """Score and write shards of these numbers and keys; score `num_calls` times, as all ranks must."""
         written = []
         rate = ""
         for done, (number, keys) in enumerate(shards):
@@ -249,16 +252,23 @@ class TargetRecorder:
             detail = f"{self.teacher.name}, shard {done + 1} of {len(shards)}{rate}"
             on_progress = self.stages.begin("teachers", detail, len(own), "responses")
             rows: list[Tensor | None] = [None] * len(own)
-            scored = session.score(own, self.origin.spec, self.max_tokens)
-            for count, (position, hidden) in enumerate(scored, start=1):
-                rows[position] = hidden.cpu()
-                on_progress(count)
+            with closing(self._scored(session, own)) as scored:
+                for count, (position, hidden) in enumerate(scored, start=1):
+                    rows[position] = hidden.cpu()
+                    on_progress(count)
             name = _SHARD_NAME.format(number)
             content = shard_content(self.origin, keys, [one for one in rows if one is not None])
             write_atomic(self.folder / name, content, self._setting)
             written.append(_shard(name, content, keys, num_tokens))
             rate = f", {num_tokens / (time.perf_counter() - start):,.0f} tokens/s"
+        for _ in range(num_calls - len(shards)):
+            list(self._scored(session, ()))
         return written
+
+    def _scored(
+        self, session: TeacherSession, sequences: Sequence[TeacherSequence]
+    ) -> Generator[tuple[int, Tensor], None, None]:
+        yield from session.score(sequences, self.origin.spec, self.max_tokens)
 
 
 def _shard(name: str, content: bytes, keys: Sequence[bytes], num_tokens: int) -> Shard:

@@ -28,7 +28,7 @@ from mergeopd.errors import DataError, TeacherError
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.rollout import RolloutSettings
 from mergeopd.recipe.routing import writer_of
-from mergeopd.recipe.training import Phase
+from mergeopd.recipe.training import Phase, reads_teachers
 from mergeopd.rollout.protocol import Completion, GenerationRequest
 from mergeopd.storage import run_layout
 from mergeopd.storage.completion_cache import CompletionCache, Origin
@@ -340,13 +340,14 @@ class FixedText:
         if phase.keep != "all":
             progress = replace(progress, drawn=progress.drawn - phase.num_drawn(updates_done))
             updates_done = 0
-        tasks = self._drawn(phase, updates_done, progress)
-        with self.stages.clock.stage("text"):
-            self.responses.prepare(tasks, self.plan.rollout_of(phase))
-            self._kept = None
-            if phase.keep != "all":
-                select = TextFilter(self.plan, self.responses, self.rewards, self.stages).select
-                self._kept = select(phase, tasks)
+        self._kept = None
+        if reads_teachers(phase):
+            tasks = self._drawn(phase, updates_done, progress)
+            with self.stages.clock.stage("text"):
+                self.responses.prepare(tasks, self.plan.rollout_of(phase))
+                if phase.keep != "all":
+                    select = TextFilter(self.plan, self.responses, self.rewards, self.stages).select
+                    self._kept = select(phase, tasks)
         self._prepared_phase = phase.name
 
     def _drawn(self, phase: Phase, updates_done: int, progress: Progress) -> list[Task]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mergeopd.batch.collate import micro_batch, overlap_share
+from mergeopd.batch.collate import micro_batch
 from mergeopd.batch.micro_batch import MicroBatch, Stream, with_statistics
 from mergeopd.batch.objective import phase_objective
 from mergeopd.batch.packing import MicroBatchPlan
@@ -69,7 +69,8 @@ class Updater:
             stats = self.accumulate_gradients(objective, prepared, packs, scored.targets, samples, stages)
             stats.refuse_uniform_teachers(self.vocab_size)
             grad_norm = self.student.optimizer_step(lr)
-        own = [rollouts[i] for i in update.rollouts]
+        members = {i: rollouts[i] for i in update.rollouts}
+        own = list(members.values())
         num_on_policy = sum(rollout.origin == "student" for rollout in own)
         stages.reporter.emit(
             UpdateDone(
@@ -82,7 +83,7 @@ class Updater:
                 num_tokens=sum(rollout.num_trained for rollout in own),
                 on_policy_fraction=num_on_policy / len(own),
                 teachers=stats.teachers(scored.targets.views),
-                domains=stats.domains(prepared, collected.rewards),
+                domains=stats.domains(members, prepared.budgets, collected.rewards),
                 seconds=stages.clock.lap(),
                 teacher_bytes_read=self.bytes_read(),
                 policy=stats.policy(scored.outcomes.zero_advantage_fraction),
@@ -96,8 +97,9 @@ class Updater:
                 serving=collected.serving if position == 0 else None,
             )
         )
-        for sample in samples.events(number, phase.name, rollouts, collected.rewards, self.tokenizer):
-            stages.reporter.emit(sample)
+        if stages.ranks.is_first:  # the only one that writes them
+            for sample in samples.events(number, phase.name, rollouts, collected.rewards, self.tokenizer):
+                stages.reporter.emit(sample)
         return replace(progress, update=number)
 
     def _flops(self, rollouts: Sequence[Rollout], scored: ScoredRound) -> dict[str, float]:
@@ -115,11 +117,16 @@ class Updater:
         return {stage: float(count) for stage, count in flops.items()}
 
     def prepare(self, scored: ScoredRound, update: UpdatePlan, updates_done: int) -> PreparedUpdate:
-        """Compute all weights and denominators of an update, after `updates_done` updates of its phase."""
+        """Compute the weights of this copy's rollouts, after `updates_done` updates of the phase.
+
+        The denominators are those of the whole update.
+        """
+        collected = scored.collected
         return prepare(
-            scored.collected.rollouts,
+            collected.rollouts,
             update.rollouts,
-            scored.collected.phase,
+            collected.work.trained_by(self.student.placement.dp_rank, update.rollouts),
+            collected.phase,
             updates_done,
             scored.targets.views,
             scored.outcomes,
@@ -144,7 +151,6 @@ class Updater:
         on_progress = stages.begin("update", "", len(packs), "micro-batches")
         like = torch.empty((), dtype=self.student.statistics_dtype, device=self.device)
         has_loss, with_policy = self.student.placement.has_loss, objective.policy is not None
-        share = overlap_share(sum(member.rollout.num_trained for member in prepared.rollouts.values()))
 
         def micro_batches() -> Iterator[MicroBatch]:
             for done, pack in enumerate(packs):
@@ -158,7 +164,6 @@ class Updater:
                     like,
                     with_policy=with_policy,
                     terms=objective.names,
-                    overlap_share=share,
                 )
                 if has_loss:
                     samples.look_at_teachers(micro)

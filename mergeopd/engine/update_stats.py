@@ -22,7 +22,7 @@ from mergeopd.reporting.events import BridgeFigures, DomainStats, PolicyStats, T
 from mergeopd.student.loss import MicroStats
 from mergeopd.teacher.canary import refuse_uniform
 from mergeopd.teacher.token_view import TokenView
-from mergeopd.types import Episode, TokenIds
+from mergeopd.types import Episode, Rollout, TokenIds
 
 # A 4-gram's hash is the sum of its ids times these odd numbers, modulo 2**64.
 _HASH = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93], np.uint64)
@@ -107,9 +107,15 @@ class UpdateStats:
             strict=True,
         )
         for index, logprob, entropy, loss in per_rollout:
-            domain = prepared.rollouts[index].rollout.prompt.domain
-            self._tally.domains[domain].add(
-                len(logprob), nll=-float(logprob.sum()), entropy=float(entropy.sum()), loss=float(loss.sum())
+            rollout = prepared.rollouts[index].rollout
+            num, num_distinct = _count_ngrams(rollout.trained_ids)
+            self._tally.domains[rollout.prompt.domain].add(
+                len(logprob),
+                nll=-float(logprob.sum()),
+                entropy=float(entropy.sum()),
+                loss=float(loss.sum()),
+                ngrams=num,
+                distinct_ngrams=num_distinct,
             )
 
         if self.objective.policy is not None and micro.policy is not None:
@@ -235,28 +241,31 @@ class UpdateStats:
             if sums.num_tokens and "entropy" in sums.values:
                 refuse_uniform(name, sums.mean("entropy"), num_valid, self.objective.temperature)
 
-    def domains(self, prepared: PreparedUpdate, rewards: Sequence[float | None]) -> dict[str, DomainStats]:
-        """Return figures per domain over its rollouts; `rewards` are the round's."""
+    def domains(
+        self,
+        rollouts: Mapping[int, Rollout],
+        budgets: Mapping[str, float],
+        rewards: Sequence[float | None],
+    ) -> dict[str, DomainStats]:
+        """Return figures per domain over the update's rollouts; `rewards` are the round's."""
         total = sum(sums.num_tokens for sums in self._tally.domains.values())
         loss = sum(sums.values["loss"] for sums in self._tally.domains.values())
         result = {}
         for domain, sums in sorted(self._tally.domains.items()):
-            members = {
-                i: p.rollout for i, p in prepared.rollouts.items() if p.rollout.prompt.domain == domain
-            }
+            members = {i: rollout for i, rollout in rollouts.items() if rollout.prompt.domain == domain}
             known = [r for i in members if (r := rewards[i]) is not None]
             result[domain] = DomainStats(
                 num_rollouts=len(members),
                 num_tokens=sums.num_tokens,
                 mean_length=sums.num_tokens / len(members),
                 token_share=sums.num_tokens / total,
-                weight=prepared.budgets.get(domain, 0.0),
+                weight=budgets.get(domain, 0.0),
                 nll=sums.mean("nll"),
                 entropy_S=sums.mean("entropy"),
                 truncated_fraction=sum(r.finish == "length" for r in members.values()) / len(members),
                 reward=sum(known) / len(known) if known else None,
                 loss_share=sums.values["loss"] / loss if loss else None,
-                repetition=repetition([r.trained_ids for r in members.values()]),
+                repetition=_repeated(sums.values["ngrams"], sums.values["distinct_ngrams"]),
                 **episode_stats([r.episode for r in members.values() if r.episode is not None]),
             )
         return result
@@ -277,12 +286,19 @@ def episode_stats(episodes: Sequence[Episode]) -> dict[str, Any]:
 
 def repetition(responses: Sequence[TokenIds]) -> float | None:
     """Return the share of 4-grams that occurred earlier in their response; None if all are shorter."""
-    num_ngrams = num_distinct = 0
-    for ids in responses:
-        if len(ids) >= len(_HASH):
-            ngrams = np.lib.stride_tricks.sliding_window_view(ids.astype(np.uint64), len(_HASH))
-            num_ngrams += len(ngrams)
-            num_distinct += len(np.unique(ngrams @ _HASH))
+    counts = [_count_ngrams(ids) for ids in responses]
+    return _repeated(sum(num for num, _ in counts), sum(num for _, num in counts))
+
+
+def _count_ngrams(ids: TokenIds) -> tuple[int, int]:
+    """Return the number of 4-grams of a response, and how many of them are distinct."""
+    if len(ids) < len(_HASH):
+        return 0, 0
+    ngrams = np.lib.stride_tricks.sliding_window_view(ids.astype(np.uint64), len(_HASH))
+    return len(ngrams), len(np.unique(ngrams @ _HASH))
+
+
+def _repeated(num_ngrams: float, num_distinct: float) -> float | None:
     return 1.0 - num_distinct / num_ngrams if num_ngrams else None
 
 

@@ -139,8 +139,9 @@ class _Played:
     is_waiting: bool = False
     turn: ParsedTurn = field(default_factory=lambda: ParsedTurn("", ()))
     _settings: Environment | None = None
-    _ids: list[int] = field(default_factory=list)
-    _trained: list[bool] = field(default_factory=list)
+    # The tokens of turns, and those between them.
+    _ids: list[TokenIds] = field(default_factory=list)
+    _trained: list[Flags] = field(default_factory=list)
     _logprobs: list[Any] = field(default_factory=list)
     _messages: list[Message] = field(default_factory=list)
     _final_ids: TokenIds = field(default_factory=lambda: token_ids([]))
@@ -156,25 +157,35 @@ class _Played:
     def request(self) -> GenerationRequest:
         num = self._counts["num_turns"]
         key = self.prompt.key if not num else f"{self.prompt.key}#turn{num + 1}"
-        ids = token_ids([*self._prompt_ids.tolist(), *self._ids])
+        ids = self._prompt_ids if not self._ids else np.concatenate([self._prompt_ids, *self._ids])
         messages = (*self.renderer.teacher_prompt.messages(self.prompt), *self._messages)
         return GenerationRequest(key, self.sample, ids, messages, self.prompt.tools)
 
     @property
     def response(self) -> Response:
         """The finished response."""
-        logprobs = np.concatenate(self._logprobs) if self._logprobs else np.zeros(0, np.float32)
-        completion = Completion(token_ids(self._ids), logprobs, self._finish, self._version)
+        logprobs = _joined(self._logprobs) if self._logprobs else np.zeros(0, np.float32)
+        ids = _joined(self._ids) if self._ids else token_ids([])
+        completion = Completion(ids, logprobs, self._finish, self._version)
         if self._settings is None:
             return Response(self.prompt, self._prompt_ids, completion)
         episode = Episode(
             tuple(self._messages), self._final_ids, **self._counts, reward=self._reward, failure=self._failure
         )
-        return Response(self.prompt, self._prompt_ids, completion, token_flags(self._trained), episode)
+        trained = _joined(self._trained) if self._trained else token_flags([])
+        return Response(self.prompt, self._prompt_ids, completion, trained, episode)
 
     @property
     def _prompt_ids(self) -> TokenIds:
         return self.renderer.render(self.prompt)
+
+    @property
+    def _last_id(self) -> int:
+        return next(int(part[-1]) for part in reversed(self._ids) if len(part))
+
+    @property
+    def _num_ids(self) -> int:
+        return sum(map(len, self._ids))
 
     def begin(self, number: int, settings: Environment) -> None:
         self.number, self._settings = number, settings
@@ -194,10 +205,10 @@ class _Played:
         """Add a turn that was generated; `is_waiting` where the environment has to reply."""
         room = len(completion.response_ids)
         if self._settings is not None:
-            room = self._settings.max_tokens - len(self._ids)
+            room = self._settings.max_tokens - self._num_ids
         ids = completion.response_ids[:room]
-        self._ids += ids.tolist()
-        self._trained += [True] * len(ids)
+        self._ids.append(ids)
+        self._trained.append(np.ones(len(ids), bool))
         if len(completion.logprobs):
             self._logprobs.append(completion.logprobs[:room])
         self._final_ids = ids
@@ -232,22 +243,27 @@ class _Played:
             return
         assert self._settings is not None
         try:
-            between = ids_between(self.prompt, self._messages, replies, self._ids[-1], self.renderer)
+            between = ids_between(self.prompt, self._messages, replies, self._last_id, self.renderer)
         except DataError as error:
             self._fail(str(error))
             return
-        is_full = len(self._ids) + len(between) >= self._settings.max_tokens
+        is_full = self._num_ids + len(between) >= self._settings.max_tokens
         if is_full or self._counts["num_turns"] >= self._settings.max_turns:
             self.is_open, self._finish = False, "length"
             return
         self._messages += replies
-        self._ids += between
-        self._trained += [False] * len(between)
+        self._ids.append(token_ids(between))
+        self._trained.append(np.zeros(len(between), bool))
         if self._logprobs:
             self._logprobs.append(np.zeros(len(between), self._logprobs[0].dtype))
 
     def _fail(self, reason: str) -> None:
         self.is_open, self._failure = False, reason
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Concatenate arrays; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _message(fields: Mapping[str, Any]) -> Message:

@@ -15,7 +15,14 @@ import numpy as np
 
 from mergeopd.data.renderer import Renderer
 from mergeopd.engine.build import build_environments, build_verifiers
-from mergeopd.engine.models import Machine, build_teachers, build_views, divide_threads, engine_context
+from mergeopd.engine.models import (
+    Machine,
+    build_teachers,
+    build_views,
+    divide_threads,
+    engine_context,
+    held_teachers,
+)
 from mergeopd.engine.stages import Stages
 from mergeopd.errors import ServingError, TeacherError
 from mergeopd.inspection.gradients import Gradients
@@ -368,7 +375,9 @@ def open_inspector(
 
 def _built(inputs: Inputs, names: Sequence[str], machine: Machine) -> dict[str, Teacher]:
     snapshots = StudentSnapshots((), _nothing, _nothing)
-    return build_teachers(inputs, machine, snapshots, skip=inputs.plan.teachers.keys() - set(names))
+    held = held_teachers(inputs, machine)
+    skip = inputs.plan.teachers.keys() - set(names)
+    return build_teachers(inputs, machine, snapshots, skip=skip, held=held)
 
 
 def _with_student_snapshots(inputs: Inputs) -> Inputs:

@@ -24,7 +24,7 @@ def check_inputs(
     targets: Sequence[Target],
     labels_N: Tensor,
     temperature: float,
-    chunk_rows: int,
+    chunk_rows: int | None,
 ) -> None:
     """Raise ValueError for shapes, dtypes and numbers that do not fit."""
     if hidden_ND.dim() != 2:
@@ -44,11 +44,11 @@ def check_inputs(
 
 def check_vocabulary(
     labels_N: Tensor, head: Head, targets: Sequence[Target], group: dist.ProcessGroup | None
-) -> range:
-    """Return the range of all token ids over the group.
+) -> tuple[range, Tensor]:
+    """Return the range of all token ids over the group, and the number of shards with each label, `[N]`.
 
-    Raises ValueError unless every head scores the student's ids and every sampled id is a true token of
-    exactly one shard. One small all-reduce; all ranks raise.
+    Raises ValueError unless every head scores the student's ids; all ranks do. One small all-reduce.
+    `require_labels` checks the numbers of shards, which waits for the device.
     """
     vocab, problem = head.vocab, None
     for k, target in enumerate(targets):
@@ -57,22 +57,27 @@ def check_vocabulary(
                 f"target {k} scores token ids [{target.head.vocab.start}, {target.head.vocab.stop}), "
                 f"the student [{vocab.start}, {vocab.stop}); give each head its num_valid and vocab_start"
             )
-    is_local = (labels_N >= vocab.start) & (labels_N < vocab.stop)
-    facts = is_local.new_tensor([problem is not None, len(vocab)], dtype=torch.int64)
-    owners = torch.cat([is_local.long(), facts])
+    owners = ((labels_N >= vocab.start) & (labels_N < vocab.stop)).long()
+    num_problems, vocab_size = int(problem is not None), len(vocab)
     if group is not None:
+        owners = torch.cat([owners, owners.new_tensor([num_problems, vocab_size])])
         dist.all_reduce(owners, dist.ReduceOp.SUM, group=group)
-    num_problems, vocab_size = owners[-2:].tolist()
+        num_problems, vocab_size = owners[-2:].tolist()
+        owners = owners[:-2]
     if num_problems:
         raise ValueError(problem or "on another rank of the group, student and target shards do not match")
-    if torch.any(owners[:-2] != 1):
-        token = int((owners[:-2] != 1).nonzero()[0])
+    return vocab if group is None else range(vocab_size), owners
+
+
+def require_labels(labels_N: Tensor, owners_N: Tensor, vocab: range, group: dist.ProcessGroup | None) -> None:
+    """Raise ValueError unless every sampled id is a true token of exactly one shard."""
+    if torch.any(owners_N != 1):
+        token = int((owners_N != 1).nonzero()[0])
         where = f"the true vocabulary [{vocab.start}, {vocab.stop})" if group is None else "exactly one shard"
         raise ValueError(
             f"labels_N[{token}] = {int(labels_N[token])} is not in {where}; "
             "leave out padding and prompt tokens"
         )
-    return vocab if group is None else range(vocab_size)
 
 
 def check_support(
@@ -98,7 +103,10 @@ def check_support(
 
 
 def require_finite(values: Tensor, rows: slice, what: str, of: str = "tokens") -> None:
-    """Raise ArithmeticError naming `what` and the first of `rows` with NaN or infinity; `of` is the unit."""
+    """Raise ArithmeticError naming `what` and the first of `rows` with NaN or infinity; `of` is the unit.
+
+    Waits for the device.
+    """
     bad = torch.isfinite(values).logical_not_()
     if bad.any():
         token = rows.start + int(bad.nonzero()[0])
@@ -113,10 +121,10 @@ def check_labels(name: str, labels: Tensor, num: int) -> None:
         raise ValueError(f"{name} must be int64 [{num}], got {labels.dtype} {list(labels.shape)}")
 
 
-def check_numbers(temperature: float, chunk_rows: int) -> None:
+def check_numbers(temperature: float, chunk_rows: int | None) -> None:
     if not temperature > 0.0:
         raise ValueError(f"temperature is {temperature}, must be positive")
-    if chunk_rows < 1:
+    if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}, must be at least 1")
 
 

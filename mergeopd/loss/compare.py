@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergeopd.loss.buffers import Workspace
-from mergeopd.loss.checks import check_inputs, check_vocabulary, require_finite
+from mergeopd.loss.checks import check_inputs, check_vocabulary, require_finite, require_labels
 from mergeopd.loss.heads import Hidden, Projection
 from mergeopd.loss.overlap import on_common
 from mergeopd.loss.slicing import compute_dtype, rows_in_chunk, slices
@@ -160,7 +160,7 @@ def _chunks(
     if chunk_rows is None:
         chunk_rows = rows_in_chunk(student.hidden.device, len(head.vocab), dtype)
     check_inputs(student.hidden, head, others, labels_N, 1.0, chunk_rows)
-    check_vocabulary(labels_N, head, others, None)
+    require_labels(labels_N, check_vocabulary(labels_N, head, others, None)[1], head.vocab, None)
     workspace = Workspace()
     projections = [
         Projection(f"compared {i}", model.head, model.hidden, 1.0, dtype, workspace)

@@ -37,14 +37,14 @@ def descent_directions(
     if chunk_rows is None:
         chunk_rows = rows_in_chunk(student.hidden.device, len(head.vocab), compute_dtype(student.hidden))
     check_inputs(student.hidden, head, [teacher], labels_N, objective.temperature, chunk_rows)
-    all_ids = check_vocabulary(labels_N, head, [teacher], None)
+    all_ids, _ = check_vocabulary(labels_N, head, [teacher], None)
     check_support([teacher], objective.divergences, objective.support, all_ids)
     workspace, dtype = Workspace(), compute_dtype(student.hidden)
     own, other = (
         Projection(name, side.head, side.hidden, objective.temperature, dtype, workspace)
         for name, side in (("student", student), ("teacher", teacher))
     )
-    softmaxes = Softmaxes(own, [other], head.vocab, None)
+    softmaxes = Softmaxes(own, [other], head.vocab, None, labels_N)
     scorer: BlockScorer | SupportScorer = BlockScorer(softmaxes, objective.divergences)
     if objective.support is not None:
         scorer = SupportScorer(softmaxes, [teacher], objective.divergences, objective.support, all_ids)
@@ -52,7 +52,7 @@ def descent_directions(
     for rows in slices(0, num, chunk_rows):
         size = rows.stop - rows.start
         logits = own.raw_logits(rows)
-        scored = scorer.score(logits, [other.raw_logits(rows)], labels_N, rows, with_grad=True)
+        scored = scorer.score([logits, other.raw_logits(rows)], rows, with_grad=True)
         weights = (objective.temperature**2 * coefficients)[None, :, None].expand(1, -1, size)
         scored.logit_gradient(weights, logits.new_zeros(size), out=logits)
         if own.is_capped:

@@ -43,17 +43,28 @@ class Terms(NamedTuple):
     scale: float
 
 
+# Columns from which a dot product per row is faster than one call that writes all products and adds them up.
+_DOT_COLUMNS = 8192
+
+
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Return the dot product of each row of two matrices, `[n]`."""
+    if a.device.type != "cpu" or a.shape[1] < _DOT_COLUMNS:
+        products: Tensor = torch.linalg.vecdot(a, b)
+        return products
+    return torch.stack([torch.dot(x, y) for x, y in zip(a, b, strict=True)])
+
+
 @dataclass(frozen=True)
 class ForwardKL:
     """KL(p_T ‖ p_S); `dz = p_S - p_T`."""
 
     num_reductions: ClassVar[Literal[2, 3]] = 2
-    weighted_by: ClassVar[Literal["student", "teacher"]] = "teacher"  # whose mass its sums are taken under
-    ratio_sign: ClassVar[float] = -1.0  # the value is the mean of this sign times the log-ratio
     own_direction: ClassVar[bool] = False  # the direction is the teacher's mass, unchanged
+    uses_mass_T: ClassVar[bool] = True
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
-        value = torch.linalg.vecdot(pair.mass_T, pair.log_ratio).neg_()
+        value = row_dots(pair.mass_T, pair.log_ratio).neg_()
         return Terms(value, pair.mass_T, pair.mass_T.sum(1), scale=-1.0)
 
 
@@ -62,9 +73,8 @@ class ReverseKL:
     """KL(p_S ‖ p_T); `dz = p_S * (log p_S - log p_T - KL)`."""
 
     num_reductions: ClassVar[Literal[2, 3]] = 2
-    weighted_by: ClassVar[Literal["student", "teacher"]] = "student"
-    ratio_sign: ClassVar[float] = 1.0
     own_direction: ClassVar[bool] = True
+    uses_mass_T: ClassVar[bool] = False
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
         direction = torch.mul(pair.mass_S, pair.log_ratio, out=out)
@@ -77,6 +87,7 @@ class Normalised:
 
     num_reductions: ClassVar[Literal[2, 3]] = 3
     own_direction: ClassVar[bool] = True
+    uses_mass_T: ClassVar[bool] = True
 
 
 def largest_log(dtype: torch.dtype) -> float:
@@ -110,7 +121,7 @@ class JSD(Normalised):
         torch.log1p(excess.expm1_().mul_(beta), out=excess)
         # The clamped ratio once more, so that log(M / p_T) keeps its limit log(beta).
         torch.clamp(pair.log_ratio, min=-bound, out=out).add_(excess)
-        teacher = torch.linalg.vecdot(pair.mass_T, out)
+        teacher = row_dots(pair.mass_T, out)
         direction = torch.mul(pair.mass_S, excess, out=out)
         student = direction.sum(1)
         value = teacher.mul_(-beta).sub_(student, alpha=1.0 - beta)
@@ -121,11 +132,12 @@ class Divergence(Protocol):
     """A divergence that the kernel can compute.
 
     `num_reductions`: all-reduces over the ranks of a sharded vocabulary. `own_direction`: whether the
-    direction needs its own memory.
+    direction needs its own memory. `uses_mass_T`: whether `terms` reads the teacher's mass.
     """
 
     num_reductions: ClassVar[Literal[2, 3]]
     own_direction: ClassVar[bool]
+    uses_mass_T: ClassVar[bool]
 
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
         """Compute value and direction on a block of rows.

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mergeopd.loss.divergence import Divergence, ForwardKL, Pair, ReverseKL, Terms
+from mergeopd.loss.divergence import Divergence, ForwardKL, Pair, Terms
 from mergeopd.loss.heads import Projection
 from mergeopd.loss.softmax import Block, Softmaxes, entropy_and_logprob
 
@@ -35,27 +35,47 @@ class BlockStats:
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """A block between its statistics and its gradient: masses, directions and their per-row factors."""
+    """A block between its statistics and its gradient: masses, directions and their sums.
 
-    stats: BlockStats
+    `sums [R, n]` are over all shards: what `BlockScorer.stats` needs of these tokens.
+    """
+
+    scorer: BlockScorer
     block: Block
-    per_mass_S: Tensor  # [n]: p_S = block.masses[0] * per_mass_S
-    directions: tuple[tuple[Tensor, ...], ...]  # [K][D] of [n, V]
-    factor: Tensor  # [K, D, n]: p_S * g = direction * factor
-    total: Tensor  # [K, D, n]: <p_S, g>
+    terms: tuple[tuple[Terms, ...], ...]  # [K][D]
+    sums: Tensor
 
-    def logit_gradient(self, grad_divergence: Tensor, grad_logprob: Tensor, out: Tensor) -> None:
+    @property
+    def stats(self) -> BlockStats:
+        return self.scorer.stats(self.sums)
+
+    @property
+    def student_ranking(self) -> Tensor:
+        """`[n, V]`, in each row in the order of the student's logits."""
+        return self.block.logits[0]
+
+    def logit_gradient(self, grad_divergence: Tensor, grad_logprob: Tensor | None, out: Tensor) -> None:
         """Write d(loss)/d(raw student logits) `[n, V]` into `out`, which may be the scored student logits.
 
-        `grad_divergence` `[K, D, n]` and `grad_logprob` `[n]` are the objective's derivatives.
+        `grad_divergence` `[K, D, n]` and `grad_logprob` `[n]` (None: zero) are the objective's derivatives.
+        `dz = gain * slope * (sum_kd push * direction - p_S * pull + the sampled token's part)`.
         """
-        gain = self.block.student.gain
-        pull = (grad_divergence * self.total).sum((0, 1)).add_(grad_logprob).mul_(self.per_mass_S).mul_(-gain)
+        scorer, gain, moments = self.scorer, self.block.student.gain, self.sums
+        direction_sums = moments[scorer.num_moments :].view(*grad_divergence.shape[:2], 2, out.shape[0])[
+            :, :, 1
+        ]
+        pull, pushes = torch.zeros_like(moments[0]) if grad_logprob is None else grad_logprob * gain, []
+        for k, row in enumerate(self.terms):
+            for d, term in enumerate(row):
+                push = grad_divergence[k, d] * (term.scale * gain)
+                if not scorer.normalises:
+                    push = push / moments[3 * scorer.weighting_model(k, d)]
+                pull = torch.addcmul(pull, push, direction_sums[k, d])
+                pushes.append((term.direction, push.unsqueeze(1)))
+        pull = pull.neg_() if scorer.normalises else pull.div_(moments[0]).neg_()
         torch.mul(self.block.masses[0], pull.unsqueeze(1), out=out)
-        push = grad_divergence * self.factor * gain
-        for directions, rows in zip(self.directions, push, strict=True):
-            for direction, row in zip(directions, rows, strict=True):
-                out.addcmul_(direction, row.unsqueeze(1))
+        for direction, push in pushes:
+            out.addcmul_(direction, push)
         self.block.finish_gradient(grad_logprob, out)
 
 
@@ -67,57 +87,73 @@ class BlockScorer:
     divergences: Sequence[Divergence]
 
     @cached_property
-    def _normalise(self) -> bool:
-        # One divergence that needs log-probabilities makes them available to all.
+    def normalises(self) -> bool:
+        """Whether a divergence needs log-probabilities, which are then available to all."""
         return any(divergence.num_reductions == 3 for divergence in self.divergences)
 
-    def score(
-        self, raw_S: Tensor, raw_T: Sequence[Tensor], labels_N: Tensor, rows: slice, *, with_grad: bool
-    ) -> Scored:
-        """Score the tokens `rows` from raw logits `[n, V]`, which are overwritten. Performs all reductions.
+    @property
+    def num_moments(self) -> int:
+        """Rows of the sums that are the models' own; the others are those of divergences."""
+        return 3 * (1 + len(self.softmaxes.teachers))
 
-        raw_T: of the targets that have hidden states, in their order. The result's matrices live in the
-        logits' memory and in buffers that the next block reuses.
+    @property
+    def num_sums(self) -> int:
+        return self.num_moments + 2 * len(self.softmaxes.teachers) * len(self.divergences)
+
+    def weighting_model(self, k: int, d: int) -> int:
+        """Return the model (0: the student) under whose mass a KL's sums are taken."""
+        spec = self.divergences[d]
+        return k + 1 if isinstance(spec, ForwardKL) else 0
+
+    def score(self, raw: Tensor | Sequence[Tensor], rows: slice, *, with_grad: bool) -> Scored:
+        """Score the tokens `rows` from raw logits, which are overwritten. Performs all reductions.
+
+        raw: `[n, V]` of the student and of the targets that have hidden states, in their order. The result's
+        matrices live in the logits' memory and in buffers that the next block reuses.
         """
-        block = self.softmaxes.begin(raw_S, raw_T, labels_N[rows], with_grad=with_grad)
+        keep = any(divergence.uses_mass_T for divergence in self.divergences)
+        block = self.softmaxes.begin(raw, rows, with_grad=with_grad, keep_teachers=keep)
         logits, masses, sums = block.logits, block.masses, block.sums
         for centred_T in logits[1:]:
-            torch.sub(raw_S, centred_T, out=centred_T)
-        terms: list[list[Terms]] = []
-        if not self._normalise:
+            torch.sub(logits[0], centred_T, out=centred_T)
+        terms: list[tuple[Terms, ...]] = []
+        if not self.normalises:
             terms = self._terms(masses, logits[1:])
-            sums = sums + _flat(terms)
+            return Scored(self, block, tuple(terms), self.softmaxes.sum(torch.stack(sums + _flat(terms))))
         sums_Rn = self.softmaxes.sum(torch.stack(sums))
-        moments = sums_Rn[: 3 * len(logits)].view(len(logits), 3, -1)  # [1+K, 3, n]
-        log_mass, entropy, logprob = entropy_and_logprob(moments)
-        per_mass = moments[:, 0].reciprocal()
-        offset = log_mass[0] - log_mass[1:]  # [K, n]: the excess of the log-ratios of centred logits
-        if self._normalise:
-            for mass, factor in zip(masses, per_mass, strict=True):
-                mass.mul_(factor.unsqueeze(1))
-            for log_ratio, row in zip(logits[1:], offset, strict=True):
-                log_ratio.sub_(row.unsqueeze(1))
-            per_mass = torch.ones_like(per_mass)
-            terms = self._terms(masses, logits[1:])
-            flat = _flat(terms)
-            partial = self.softmaxes.sum(torch.stack(flat)) if flat else sums_Rn[:0]
-        else:
-            partial = sums_Rn[3 * len(logits) :]
-        divergence, factor, total = self._combine(terms, partial, per_mass, offset)
-        return Scored(
-            BlockStats(divergence, logprob[0], logprob[1:], entropy[0], entropy[1:]),
-            block,
-            per_mass[0],
-            tuple(tuple(term.direction for term in row) for row in terms),
-            factor,
-            total,
-        )
+        mass_sums = sums_Rn[::3]
+        for mass, total in zip(masses, mass_sums[: len(masses)], strict=True):
+            mass.div_(total.unsqueeze(1))
+        log_mass = mass_sums.log()
+        for log_ratio, row in zip(logits[1:], log_mass[:1] - log_mass[1:], strict=True):
+            log_ratio.sub_(row.unsqueeze(1))
+        terms = self._terms(masses, logits[1:])
+        if flat := _flat(terms):
+            sums_Rn = torch.cat([sums_Rn, self.softmaxes.sum(torch.stack(flat))])
+        return Scored(self, block, tuple(terms), sums_Rn)
 
-    def _terms(self, masses: Sequence[Tensor], log_ratios: Sequence[Tensor]) -> list[list[Terms]]:
+    def stats(self, sums_Rn: Tensor) -> BlockStats:
+        """Compute the statistics of tokens from their sums."""
+        num_models, num = 1 + len(self.softmaxes.teachers), sums_Rn.shape[1]
+        moments = sums_Rn[: self.num_moments].view(num_models, 3, num)
+        log_mass, entropy, logprob = entropy_and_logprob(moments)
+        value = sums_Rn[self.num_moments :].view(num_models - 1, len(self.divergences), 2, num)[:, :, 0]
+        divergence = value.clone()
+        if not self.normalises:
+            # The log-ratios of centred logits exceed the true ones by a constant.
+            excess = log_mass[:1] - log_mass[1:]
+            for d, spec in enumerate(self.divergences):
+                is_forward = isinstance(spec, ForwardKL)
+                mass = moments[1:, 0] if is_forward else moments[:1, 0]
+                divergence[:, d] = value[:, d] / mass + (excess if is_forward else -excess)
+        return BlockStats(divergence, logprob[0], logprob[1:], entropy[0], entropy[1:])
+
+    def _terms(self, masses: Sequence[Tensor], log_ratios: Sequence[Tensor]) -> list[tuple[Terms, ...]]:
         terms = []
-        for teacher, mass_T, log_ratio in zip(self.softmaxes.teachers, masses[1:], log_ratios, strict=True):
-            pair = Pair(masses[0], mass_T, log_ratio)
-            terms.append([self._term(d, teacher, pair) for d in range(len(self.divergences))])
+        for k, (teacher, log_ratio) in enumerate(zip(self.softmaxes.teachers, log_ratios, strict=True)):
+            # Masses that are not kept are not read.
+            pair = Pair(masses[0], masses[k + 1] if len(masses) > 1 else masses[0], log_ratio)
+            terms.append(tuple(self._term(d, teacher, pair) for d in range(len(self.divergences))))
         return terms
 
     def _term(self, index: int, teacher: Projection, pair: Pair) -> Terms:
@@ -129,22 +165,6 @@ class BlockScorer:
         else:
             out = teacher.take(f"direction{index}", num_rows)
         return divergence.terms(pair, out, lambda: self.softmaxes.student.take("scratch", num_rows))
-
-    def _combine(
-        self, terms: Sequence[Sequence[Terms]], partial: Tensor, per_mass: Tensor, offset: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Reduced sums -> divergence, factor and total, `[K, D, n]` each."""
-        shape = (len(terms), len(self.divergences), per_mass.shape[1])
-        value, direction_sum = partial.reshape(*shape[:2], 2, shape[2]).unbind(2)
-        factor = torch.ones(shape, dtype=per_mass.dtype, device=per_mass.device)
-        divergence = value.clone()
-        for d, spec in enumerate(self.divergences):
-            if not self._normalise and isinstance(spec, ForwardKL | ReverseKL):
-                factor[:, d] = per_mass[0] if spec.weighted_by == "student" else per_mass[1:]
-                divergence[:, d] = value[:, d] * factor[:, d] - spec.ratio_sign * offset
-            for k, row in enumerate(terms):
-                factor[k, d] *= row[d].scale
-        return divergence, factor, direction_sum * factor
 
 
 def _flat(terms: Sequence[Sequence[Terms]]) -> list[Tensor]:

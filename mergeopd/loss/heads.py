@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -27,8 +29,9 @@ class Head:
     num_valid   rows that belong to the true vocabulary, 0 to V_rows; the rest is excluded from every softmax
                 and gets no gradient. None: all rows
     vocab_start token id of row 0
-    weight_grad `[V_rows, d]`, owned by the caller. Backward adds the weight's gradient to it instead of
-                returning it: for a half-precision weight it would be rounded before micro-batches are summed
+    weight_grad `[V_rows, d]`, owned by the caller, in the dtype of computation. The loss functions add the
+                weight's gradient to it at once, without a matrix of their own and without rounding it to the
+                weight's dtype; backward then returns none, and must be called on the plain loss
     """
 
     weight: Tensor
@@ -88,45 +91,61 @@ class Projection:
         self._workspace = workspace
         self._hidden_ND = hidden_ND.detach()
         self._weight_VD = head.weight.detach()[: len(head.vocab)]
-        self._bias_V = None if head.bias is None else head.bias.detach()[: len(head.vocab)].to(dtype)
+        self.bias_V = None if head.bias is None else head.bias.detach()[: len(head.vocab)].to(dtype)
         self._scale, self._softcap = head.scale, head.softcap
         self._temperature = temperature
-        self._dtype = dtype
+        self.dtype, self.device = dtype, hidden_ND.device
         is_half = hidden_ND.dtype in _HALVES
         self._rounding = hidden_ND.dtype if is_half else self._weight_VD.dtype
-        self._operand = hidden_ND.dtype if is_half and _multiplies_halves(hidden_ND.device) else dtype
+        self.operand = hidden_ND.dtype if is_half and _multiplies_halves(hidden_ND.device) else dtype
 
     @property
     def gain(self) -> float:
         """d(tempered logit) / d(raw logit), without the soft cap's slope."""
         return self._scale / self._temperature
 
+    @property
+    def factors(self) -> tuple[float, float]:
+        """Factors of the (biased) logits before and after the soft cap; without a cap, 0 after it."""
+        if self._softcap is None:
+            return self.gain, 0.0
+        return self._scale / self._softcap, self._softcap / self._temperature
+
     def take(self, name: str, rows: int) -> Tensor:
         """Return a buffer `[rows, V]` of this projection."""
         return self._workspace.take(
-            f"{self._name}.{name}", (rows, self._weight_VD.shape[0]), self._dtype, self._weight_VD.device
+            f"{self._name}.{name}", (rows, self._weight_VD.shape[0]), self.dtype, self._weight_VD.device
         )
 
-    def raw_logits(self, rows: slice) -> Tensor:
-        """Compute `h W^T` of the rows, `[n, V]`, in a buffer that the next call reuses."""
-        hidden = self._hidden_ND[rows].to(self._operand)
-        out = self.take("logits", hidden.shape[0])
-        for tile, weight in self._tiles():
-            _mm(hidden, weight.t(), out[:, tile])
+    def raw_logits(self, rows: slice, out: Tensor | None = None) -> Tensor:
+        """Compute `h W^T` of the rows, `[n, V]`, in `out` or in a buffer that the next call reuses."""
+        hidden = self._hidden_ND[rows].to(self.operand)
+        if out is None:
+            out = self.take("logits", hidden.shape[0])
+        with _exact_bfloat16_products() if self._has_bfloat16_operands else nullcontext():
+            for tile, weight in self._tiles():
+                _mm(hidden, weight.t(), out[:, tile])
         return out
+
+    @property
+    def _has_bfloat16_operands(self) -> bool:
+        """Whether states and head are bfloat16 numbers, which are multiplied as float32."""
+        is_wide = self.operand == torch.float32 and self.device.type == "cpu"
+        return is_wide and self._hidden_ND.dtype == torch.bfloat16 and _has_amx()
 
     def finish_logits(self, raw_nV: Tensor, slope: Tensor | None = None) -> None:
         """Apply bias, scale, soft cap and temperature in place; `slope [n, V]` receives the cap's slope."""
-        if self._bias_V is not None:
-            raw_nV.add_(self._bias_V)
+        if self.bias_V is not None:
+            raw_nV.add_(self.bias_V)
+        before, after = self.factors
+        if before != 1.0:
+            raw_nV.mul_(before)
         if self._softcap is None:
-            if self.gain != 1.0:
-                raw_nV.mul_(self.gain)
             return
-        raw_nV.mul_(self._scale / self._softcap).tanh_()
+        raw_nV.tanh_()
         if slope is not None:
             torch.mul(raw_nV, raw_nV, out=slope).neg_().add_(1.0)
-        raw_nV.mul_(self._softcap / self._temperature)
+        raw_nV.mul_(after)
 
     @property
     def is_capped(self) -> bool:
@@ -135,10 +154,10 @@ class Projection:
     def grad_hidden(self, dz_nV: Tensor, out_nD: Tensor) -> None:
         """Compute `dH = dz W` of the rows; `out_nD` may have the hidden states' narrower dtype."""
         wide = out_nD
-        if out_nD.dtype != self._dtype:
+        if out_nD.dtype != self.dtype:
             shape, device = tuple(out_nD.shape), out_nD.device
-            wide = self._workspace.take(f"{self._name}.dH", shape, self._dtype, device)
-        dz = self._converted("dz", dz_nV, self._operand)
+            wide = self._workspace.take(f"{self._name}.dH", shape, self.dtype, device)
+        dz = self._converted("dz", dz_nV, self.operand)
         if not self._weight_VD.shape[0]:
             wide.zero_()
         for index, (tile, weight) in enumerate(self._tiles()):
@@ -148,9 +167,9 @@ class Projection:
 
     def grad_weight(self, dz_nV: Tensor, rows: slice, out_VD: Tensor, *, accumulate: bool) -> None:
         """Compute `dW (+)= dz^T h` of the rows, in `dtype`, true vocabulary only."""
-        hidden = self._hidden_ND[rows].to(self._operand)
-        dz = self._converted("dz", dz_nV, self._operand)
-        for tile in self._tile_slices(whole=self._operand == self._dtype):
+        hidden = self._hidden_ND[rows].to(self.operand)
+        dz = self._converted("dz", dz_nV, self.operand)
+        for tile in self._tile_slices(whole=self.operand == self.dtype):
             _mm(dz[:, tile].t(), hidden, out_VD[tile], accumulate=accumulate)
 
     def _converted(self, name: str, matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -167,13 +186,33 @@ class Projection:
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield the head in the dtype of its products, converted into a small fixed buffer if needed."""
         weight = self._weight_VD
-        as_stored = weight.dtype == self._rounding == self._operand
+        as_stored = weight.dtype == self._rounding == self.operand
         for tile in self._tile_slices(whole=as_stored):
             part = weight[tile]
             if not as_stored:
                 part = self._converted("rounded", part, self._rounding)
-                part = self._converted("operand", part, self._operand)
+                part = self._converted("operand", part, self.operand)
             yield tile, part
+
+
+@contextmanager
+def _exact_bfloat16_products() -> Iterator[None]:
+    """Multiply float32 matrices of bfloat16 numbers with a CPU's bfloat16 units, which add up in float32.
+
+    Nothing is rounded. The logit gradient is no such matrix: its products stay those of float32.
+    """
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@cache
+def _has_amx() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def _multiplies_halves(device: torch.device) -> bool:
@@ -182,12 +221,12 @@ def _multiplies_halves(device: torch.device) -> bool:
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
-    """`out (+)= a b` in the precision of `out`, without a temporary unless halves are accumulated."""
+    """`out (+)= a b` in the precision of `out`, without a temporary."""
     if a.dtype == out.dtype and accumulate:
         out.addmm_(a, b)
     elif a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif accumulate:
-        out.add_(torch.mm(a, b, out_dtype=out.dtype))
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)

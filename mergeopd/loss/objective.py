@@ -18,6 +18,26 @@ from mergeopd.loss.support import Support
 SAMPLED = "sampled_reverse_kl"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearObjective:
+    """`sum_kd weight[k, d] D[k, d] - nll log p_S(y)` of each token.
+
+    Its derivatives are known before any statistic, so that `fused_loss` calls it only once, for all tokens.
+    weight `[K, D, N]`; nll `[N]`, None for no such term.
+    """
+
+    weight_KDN: Tensor
+    nll_N: Tensor | None
+
+    def __call__(self, stats: BlockStats, rows: slice) -> Tensor:
+        total = (self.weight_KDN[..., rows] * stats.divergence).sum((0, 1))
+        return total if self.nll_N is None else total - self.nll_N[rows] * stats.logprob_S
+
+    def derivatives(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Return those by the divergences, `[K, D, n]`, and by `log p_S(y)`, `[n]` or None for zero."""
+        return self.weight_KDN[..., rows], None if self.nll_N is None else -self.nll_N[rows]
+
+
 @dataclass(frozen=True, slots=True)
 class DistillationObjective:
     """`sum_k w_k sum_d c_d tau^2 D_d(teacher k, student) - w_nll log p_S(y) + policy terms`, per token.
@@ -46,20 +66,19 @@ class DistillationObjective:
 
         `term_weight_KDN` replaces `teacher_weight_KN` in divergences that have weights of their own.
         """
-        scale = self.temperature**2
+        weights = teacher_weight_KN.unsqueeze(1) if term_weight_KDN is None else term_weight_KDN
+        factors = [self.temperature**2 * coefficient for coefficient in self.coefficients]
+        linear = LinearObjective(
+            weights * weights.new_tensor(factors).unsqueeze(1), self.nll * nll_weight_N if self.nll else None
+        )
+        if self.policy is None or policy_rows is None:
+            return linear
+        policy, known = self.policy, policy_rows
 
         def loss(stats: BlockStats, rows: slice) -> Tensor:
             weight = teacher_weight_KN[:, rows]
-            total = -self.nll * nll_weight_N[rows] * stats.logprob_S
-            for d, coefficient in enumerate(self.coefficients):
-                own = weight if term_weight_KDN is None else term_weight_KDN[:, d, rows]
-                total = total + scale * coefficient * (own * stats.divergence[:, d]).sum(0)
-            if self.policy is not None and policy_rows is not None:
-                tokens = policy_tokens(
-                    self.policy, policy_rows, rows, stats.logprob_S, stats.logprob_T, weight
-                )
-                total = total + tokens.loss
-            return total
+            tokens = policy_tokens(policy, known, rows, stats.logprob_S, stats.logprob_T, weight)
+            return linear(stats, rows) + tokens.loss
 
         return loss
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mergeopd.loss.buffers import Workspace
-from mergeopd.loss.checks import check_inputs, check_vocabulary, require_finite
+from mergeopd.loss.checks import check_inputs, check_vocabulary, require_finite, require_labels
 from mergeopd.loss.heads import Head, Projection
 from mergeopd.loss.slicing import compute_dtype, rows_in_cache, rows_in_chunk, slices
 from mergeopd.loss.softmax import Softmaxes, entropy_and_logprob
@@ -44,10 +44,10 @@ def observe(
     if chunk_rows is None:
         chunk_rows = rows_in_chunk(hidden_ND.device, len(head.vocab), dtype)
     check_inputs(hidden_ND, head, (), labels_N, temperature, chunk_rows)
-    check_vocabulary(labels_N, head, (), None)
+    require_labels(labels_N, check_vocabulary(labels_N, head, (), None)[1], head.vocab, None)
     workspace = Workspace() if workspace is None else workspace
     model = Projection("observed", head, hidden_ND, temperature, dtype, workspace)
-    softmaxes = Softmaxes(model, (), head.vocab, None)
+    softmaxes = Softmaxes(model, (), head.vocab, None, labels_N)
     num, k = hidden_ND.shape[0], min(top_k or 0, len(head.vocab))
     logprob, entropy = hidden_ND.new_empty(2, num, dtype=dtype)
     ids = labels_N.new_empty(num, k)
@@ -58,7 +58,7 @@ def observe(
         block_rows = rows_in_cache(len(head.vocab), dtype) if on_cpu else raw.shape[0]
         for part in slices(0, raw.shape[0], block_rows):
             tokens = slice(rows.start + part.start, rows.start + part.stop)
-            block = softmaxes.begin(raw[part], (), labels_N[tokens], with_grad=False)
+            block = softmaxes.begin([raw[part]], tokens, with_grad=False)
             log_mass, entropies, picked = entropy_and_logprob(torch.stack(block.sums).unsqueeze(0))
             logprob[tokens], entropy[tokens] = picked[0], entropies[0]
             if k:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from mergeopd.loss.divergence import Normalised, Pair, Terms, largest_log
+from mergeopd.loss.divergence import Normalised, Pair, Terms, largest_log, row_dots
 
 # 1 + (1 - alpha) expm1(x) cancels to alpha far from equality: below this, float32 keeps under four digits.
 _LEAST_SKEW = 1e-3
@@ -24,7 +25,7 @@ class TVD(Normalised):
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
         sign = torch.sign(pair.log_ratio, out=scratch())
         # sum |p_S - p_T| = sum sign (p_S - p_T)
-        teacher = torch.linalg.vecdot(sign, pair.mass_T)
+        teacher = row_dots(sign, pair.mass_T)
         direction = torch.mul(pair.mass_S, sign, out=out)
         student = direction.sum(1)
         return Terms((student - teacher).mul_(0.5), direction, student, scale=0.5)
@@ -56,7 +57,7 @@ class SkewForwardKL(Skewed):
         ratio = torch.clamp(pair.log_ratio, min=-bound, max=bound, out=scratch())
         ratio.expm1_().mul_(1.0 - alpha)
         log_ratio = torch.log1p(ratio, out=out)
-        value = torch.linalg.vecdot(pair.mass_T, log_ratio).neg_()
+        value = row_dots(pair.mass_T, log_ratio).neg_()
         # p_S p_T / M
         direction = torch.div(pair.mass_S, ratio.add_(1.0), out=out)
         return Terms(value, direction, direction.sum(1), scale=alpha - 1.0)
@@ -69,6 +70,8 @@ class SkewReverseKL(Skewed):
     `g = log(p_S / M) - alpha p_S / M`.
     """
 
+    uses_mass_T: ClassVar[bool] = False
+
     def terms(self, pair: Pair, out: Tensor, scratch: Callable[[], Tensor]) -> Terms:
         alpha, bound = self.alpha, largest_log(out.dtype)
         # M / p_S = 1 + (1 - alpha) expm1(log p_T - log p_S)
@@ -76,7 +79,7 @@ class SkewReverseKL(Skewed):
         ratio.expm1_().mul_(1.0 - alpha)
         # log(p_S / M)
         log_part = torch.log1p(ratio, out=out).neg_()
-        value = torch.linalg.vecdot(pair.mass_S, log_part)
+        value = row_dots(pair.mass_S, log_part)
         log_part.sub_(ratio.add_(1.0).reciprocal_(), alpha=alpha)
         direction = log_part.mul_(pair.mass_S)
         return Terms(value, direction, direction.sum(1), scale=1.0)
@@ -111,6 +114,8 @@ class AlphaDivergence(Normalised):
     Tends to the reverse KL as alpha -> 0 and to the forward KL as alpha -> 1; at 1/2 it is 4 times the
     squared Hellinger distance. `g = -(p_T / p_S)^alpha / alpha`.
     """
+
+    uses_mass_T: ClassVar[bool] = False
 
     alpha: float
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mergeopd.loss.divergence import row_dots
 from mergeopd.loss.heads import Projection
 
 
@@ -16,8 +18,9 @@ from mergeopd.loss.heads import Projection
 class Block:
     """n rows of the student, then of each teacher, on this shard's columns.
 
-    logits `[n, V]` are centred: the row's largest is 0. masses are their exponentials. sums holds three `[n]`
-    for each model, of this shard alone: mass, mass times centred logit, centred logit of the sampled token.
+    logits `[n, V]` are centred: the row's largest is 0. masses are their exponentials, of the teachers only
+    if they are kept. sums holds three `[n]` for each model, of this shard alone: mass, mass times centred
+    logit, centred logit of the sampled token.
     """
 
     student: Projection
@@ -25,12 +28,14 @@ class Block:
     masses: tuple[Tensor, ...]
     sums: list[Tensor]
     column_n1: Tensor
-    is_local: Tensor  # [n]: the sampled token is one of this shard's columns
+    is_local: Tensor | None  # [n]: the sampled token is one of this shard's columns; None: all are
 
-    def finish_gradient(self, grad_logprob: Tensor, out: Tensor) -> None:
+    def finish_gradient(self, grad_logprob: Tensor | None, out: Tensor) -> None:
         """Add the sampled token's part of d(loss)/d(raw logits) and apply the soft cap's slope, in place."""
-        if out.shape[1]:
-            at_label = torch.where(self.is_local, grad_logprob * self.student.gain, 0.0)
+        if grad_logprob is not None and out.shape[1]:
+            at_label = grad_logprob * self.student.gain
+            if self.is_local is not None:
+                at_label = torch.where(self.is_local, at_label, 0.0)
             out.scatter_add_(1, self.column_n1, at_label.unsqueeze(1))
         if self.student.is_capped:
             out.mul_(self.student.take("slope", out.shape[0]))
@@ -38,46 +43,64 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Softmaxes:
-    """The student and its teachers, whose vocabulary may be sharded over a group."""
+    """The student and its teachers at N tokens; their vocabulary may be sharded over a group."""
 
     student: Projection
     teachers: Sequence[Projection]
     vocab: range
     group: dist.ProcessGroup | None
+    labels_N: Tensor
 
-    def begin(self, raw_S: Tensor, raw_T: Sequence[Tensor], labels_n: Tensor, *, with_grad: bool) -> Block:
+    @cached_property
+    def columns(self) -> Tensor:
+        """The sampled tokens' columns `[N, 1]`; those of other shards, or of none, are clamped."""
+        columns = self.labels_N - self.vocab.start
+        return columns.clamp_(0, max(len(self.vocab) - 1, 0)).unsqueeze(1)
+
+    @cached_property
+    def are_local(self) -> Tensor | None:
+        """Whether the sampled tokens are this shard's, `[N]`; None without a group."""
+        if self.group is None and len(self.vocab):
+            return None
+        return (self.labels_N >= self.vocab.start) & (self.labels_N < self.vocab.stop)
+
+    def begin(
+        self, raw: Tensor | Sequence[Tensor], rows: slice, *, with_grad: bool, keep_teachers: bool = True
+    ) -> Block:
         """Centre logits in the memory of the raw ones; compute masses in buffers that the next block reuses.
 
-        Performs one reduction (maxima). The caller reduces the sums, together with its other sums.
+        Performs one reduction (maxima). The caller reduces the sums, together with its other sums. The
+        student comes last: without the teachers' masses, its matrices are what remains in a cache.
         """
-        slope = self.student.take("slope", len(labels_n)) if self.student.is_capped and with_grad else None
-        self.student.finish_logits(raw_S, slope)
-        for projection, raw in zip(self.teachers, raw_T, strict=True):
-            projection.finish_logits(raw)
-        logits = (raw_S, *raw_T)
-        self._centre(logits)
-        is_local = (labels_n >= self.vocab.start) & (labels_n < self.vocab.stop)
-        column_n1 = (labels_n - self.vocab.start).clamp_(0, max(len(self.vocab) - 1, 0)).unsqueeze(1)
-        masses = tuple(
-            torch.exp(centred, out=projection.take("mass", len(labels_n)))
-            for projection, centred in zip((self.student, *self.teachers), logits, strict=True)
-        )
-        sums = []
-        for centred, mass in zip(logits, masses, strict=True):
-            sums += [mass.sum(1), torch.linalg.vecdot(mass, centred), _pick(centred, column_n1, is_local)]
-        return Block(self.student, logits, masses, sums, column_n1, is_local)
+        models, logits = (self.student, *self.teachers), tuple(raw)
+        num, last = rows.stop - rows.start, len(models) - 1
+        column_n1 = self.columns[rows]
+        is_local = None if self.are_local is None else self.are_local[rows]
+        slope = self.student.take("slope", num) if self.student.is_capped and with_grad else None
+        tops: Tensor | None = None
+        if self.group is not None:
+            for index, (model, matrix) in enumerate(zip(models, logits, strict=True)):
+                model.finish_logits(matrix, None if index else slope)
+            tops = torch.stack([_row_max(matrix) for matrix in logits])
+            dist.all_reduce(tops, dist.ReduceOp.MAX, group=self.group)
+        masses: list[Tensor] = []
+        sums: list[Tensor] = []
+        for index in (*range(1, last + 1), 0):
+            model, matrix = models[index], logits[index]
+            if tops is None:
+                model.finish_logits(matrix, None if index else slope)
+            matrix.sub_((_row_max(matrix) if tops is None else tops[index]).unsqueeze(1))
+            owner = model if keep_teachers else self.student
+            mass = torch.exp(matrix, out=owner.take("mass", num))
+            masses.append(mass)
+            sums += [mass.sum(1), row_dots(mass, matrix), _pick(matrix, column_n1, is_local)]
+        masses = [masses[-1], *masses[:-1]] if keep_teachers else masses[-1:]
+        return Block(self.student, logits, tuple(masses), [*sums[-3:], *sums[:-3]], column_n1, is_local)
 
     def sum(self, partial: Tensor) -> Tensor:
         if self.group is not None:
             dist.all_reduce(partial, dist.ReduceOp.SUM, group=self.group)
         return partial
-
-    def _centre(self, logits: Sequence[Tensor]) -> None:
-        top = torch.stack([_row_max(matrix) for matrix in logits])
-        if self.group is not None:
-            dist.all_reduce(top, dist.ReduceOp.MAX, group=self.group)
-        for matrix, row in zip(logits, top, strict=True):
-            matrix.sub_(row.unsqueeze(1))
 
 
 def entropy_and_logprob(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +115,8 @@ def _row_max(matrix: Tensor) -> Tensor:
     return matrix.new_full((matrix.shape[0],), -torch.inf) if is_empty else matrix.amax(1)
 
 
-def _pick(matrix: Tensor, column_n1: Tensor, is_local: Tensor) -> Tensor:
+def _pick(matrix: Tensor, column_n1: Tensor, is_local: Tensor | None) -> Tensor:
     if matrix.shape[1] == 0:
         return matrix.new_zeros(matrix.shape[0])
-    return torch.where(is_local, matrix.gather(1, column_n1).squeeze(1), 0.0)
+    picked = matrix.gather(1, column_n1).squeeze(1)
+    return picked if is_local is None else torch.where(is_local, picked, 0.0)

@@ -48,11 +48,18 @@ class SupportScored:
     per_mass_S: Tensor  # [n]: p_S = block.masses[0] * per_mass_S
     reduced: tuple[Reduced, ...]  # one per target, none without divergences
 
-    def logit_gradient(self, grad_divergence: Tensor, grad_logprob: Tensor, out: Tensor) -> None:
+    @property
+    def student_ranking(self) -> Tensor:
+        return self.block.logits[0]
+
+    def logit_gradient(self, grad_divergence: Tensor, grad_logprob: Tensor | None, out: Tensor) -> None:
         """Write the gradient as `full_vocabulary.Scored.logit_gradient` does."""
         mass, gain = self.block.masses[0], self.block.student.gain
         per_mass = self.per_mass_S * gain
-        torch.mul(mass, (-grad_logprob * per_mass).unsqueeze(1), out=out)
+        if grad_logprob is None:
+            out.zero_()
+        else:
+            torch.mul(mass, (-grad_logprob * per_mass).unsqueeze(1), out=out)
         for reduced, grad_Dn in zip(self.reduced, grad_divergence[: len(self.reduced)], strict=True):
             members = reduced.members
             inside = torch.linalg.vecdot(grad_Dn.unsqueeze(2), reduced.inside, dim=0).mul_(gain)
@@ -80,10 +87,9 @@ class SupportScorer:
         place = iter(range(1, len(self.targets) + 1))
         return [next(place) if isinstance(target, Hidden) else 0 for target in self.targets]
 
-    def score(
-        self, raw_S: Tensor, raw_T: Sequence[Tensor], labels_N: Tensor, rows: slice, *, with_grad: bool
-    ) -> SupportScored:
-        block = self.softmaxes.begin(raw_S, raw_T, labels_N[rows], with_grad=with_grad)
+    def score(self, raw: Tensor | Sequence[Tensor], rows: slice, *, with_grad: bool) -> SupportScored:
+        raw_S = raw[0]
+        block = self.softmaxes.begin(raw, rows, with_grad=with_grad)
         moments = self.softmaxes.sum(torch.stack(block.sums)).view(len(block.logits), 3, -1)
         log_mass, entropy, logprob = entropy_and_logprob(moments)
         logprob_T, entropy_T = raw_S.new_empty(2, len(self.targets), raw_S.shape[0])

@@ -7,7 +7,7 @@ norm. The head is applied in the loss and in sampling, over the true vocabulary 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mergeopd.errors import ModelError
 from mergeopd.loss.heads import Head
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.experts import Part, part_of, published_shapes
 from mergeopd.models.facts import ModelFacts, head_tensor
 from mergeopd.models.layout import check_shapes, is_ignored
 from mergeopd.types import Flags, TokenIds
@@ -42,10 +43,12 @@ def build_skeleton(folder: Path, device: torch.device, dtype: torch.dtype) -> Pr
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    # Torch's grouped products, transformers' default for experts, do not exist in float64.
+    options = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ModelError(f"{folder}: transformers cannot build this model: {reason}") from error
@@ -56,15 +59,19 @@ def build_skeleton(folder: Path, device: torch.device, dtype: torch.dtype) -> Pr
     return model.eval()
 
 
-def tensor_names(facts: ModelFacts, checkpoint: Checkpoint) -> dict[str, str]:
-    """Map parameters and buffers to tensor names; a tied head has no entry, since it is the embedding.
+def parameter_parts(facts: ModelFacts, checkpoint: Checkpoint) -> dict[str, tuple[Part, ...]]:
+    """Map parameters and buffers to the tensors that they are made of, by expert and rows.
 
-    Raises ModelError when the head's tensor is missing or ambiguous.
+    A tied head has no entry, since it is the embedding. Raises ModelError when the head's tensor is missing
+    or ambiguous.
     """
-    head = head_tensor(facts, checkpoint)
-    names = {name: name for name in checkpoint.tensors if name != facts.head_name and not is_ignored(name)}
-    names[facts.head_parameter] = head
-    return names
+    parts: dict[str, list[Part]] = {}
+    for tensor in checkpoint.tensors:
+        if tensor != facts.head_name and not is_ignored(tensor):
+            parameter, part = part_of(facts.model_type, tensor)
+            parts.setdefault(parameter, []).append(part)
+    parts[facts.head_parameter] = [Part(head_tensor(facts, checkpoint))]
+    return {name: tuple(sorted(own, key=lambda p: (p.expert or 0, p.piece))) for name, own in parts.items()}
 
 
 def check_fit(model: nn.Module, facts: ModelFacts, checkpoint: Checkpoint) -> None:
@@ -75,14 +82,50 @@ def check_fit(model: nn.Module, facts: ModelFacts, checkpoint: Checkpoint) -> No
     tied_head = {facts.head_name} if facts.tied else set()
     parameters = model.named_parameters(remove_duplicate=False)
     wanted = {name: tuple(p.shape) for name, p in parameters if name not in tied_head}
-    given = {name: checkpoint.tensors[t].shape for name, t in tensor_names(facts, checkpoint).items()}
     buffers = {
         f"{prefix}.{leaf}" if prefix else leaf: tuple(buffer.shape)
         for prefix, module in model.named_modules()
         for leaf, buffer in module._buffers.items()
         if buffer is not None and leaf not in module._non_persistent_buffers_set
     }
-    check_shapes(facts, given, wanted, buffers)
+    given = {
+        facts.head_parameter if name == facts.head_parameter else part.tensor: part.tensor
+        for name, parts in parameter_parts(facts, checkpoint).items()
+        for part in parts
+    }
+    required, optional = (published_shapes(facts.model_type, own, given) for own in (wanted, buffers))
+    check_shapes(facts, {name: checkpoint.tensors[t].shape for name, t in given.items()}, required, optional)
+
+
+def assembled(
+    parts: Mapping[str, Sequence[Part]],
+    tensors: Iterable[tuple[str, Tensor]],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    copy: bool = False,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters made of a folder's tensors, each when the last of its tensors has come.
+
+    A parameter that is one tensor is not copied if it has this device and dtype, unless `copy` is set.
+    """
+    places = {part.tensor: (name, part) for name, own in parts.items() for part in own}
+    unfinished: dict[str, tuple[Tensor, int]] = {}
+    for tensor, values in tensors:
+        name, part = places[tensor]
+        if part.expert is None:
+            yield name, values.to(device=device, dtype=dtype, copy=copy)
+            continue
+        if name not in unfinished:
+            last = parts[name][-1]
+            shape = (1 + (last.expert or 0), (1 + last.piece) * len(values), *values.shape[1:])
+            unfinished[name] = torch.empty(shape, device=device, dtype=dtype), len(parts[name])
+        whole, missing = unfinished.pop(name)
+        whole[part.expert, part.rows(len(values))] = values
+        if missing == 1:
+            yield name, whole
+        else:
+            unfinished[name] = whole, missing - 1
 
 
 def head_of(

@@ -172,22 +172,28 @@ class Checkpoint:
 
         Raises ModelError when there is no such tensor or byte, or the file cannot be read.
         """
-        info, stop = self._find(name), start + len(buffer)
-        if not 0 <= start <= stop <= info.num_bytes:
-            raise ModelError(
-                f"{info.file}: {name!r} of {info.num_bytes} bytes has no bytes {start} to {stop}"
-            )
+        self.read_parts(name, [(start, buffer)])
+
+    def read_parts(self, name: str, parts: Iterable[tuple[int, memoryview]]) -> None:
+        """Fill several buffers with bytes of one tensor; see `read_into`."""
+        info = self._find(name)
         try:
             with info.file.open("rb", buffering=0) as file:
-                file.seek(info.offset + start)
-                done = 0
-                while done < len(buffer):
-                    count = file.readinto(buffer[done:])
-                    if not count:
+                for start, buffer in parts:
+                    stop = start + len(buffer)
+                    if not 0 <= start <= stop <= info.num_bytes:
                         raise ModelError(
-                            f"{info.file}: was truncated while {name!r} was read; fetch it again"
+                            f"{info.file}: {name!r} of {info.num_bytes} bytes has no bytes {start} to {stop}"
                         )
-                    done += count
+                    file.seek(info.offset + start)
+                    done = 0
+                    while done < len(buffer):
+                        count = file.readinto(buffer[done:])
+                        if not count:
+                            raise ModelError(
+                                f"{info.file}: was truncated while {name!r} was read; fetch it again"
+                            )
+                        done += count
         except OSError as error:
             raise ModelError(f"{info.file}: cannot be read: {error.strerror}") from error
 

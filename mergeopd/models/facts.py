@@ -1,8 +1,9 @@
 """Facts of a model's architecture, such as the form of its logits, read from config.json only.
 
 For every known architecture `logits = softcap * tanh((scale * (hidden @ W.T + bias)) / softcap)`, where
-`hidden` is the state after the final norm; by default scale is 1, and softcap and bias are absent. Only dense
-decoder-only models, whose checkpoint tensors have the module's own names.
+`hidden` is the state after the final norm; by default scale is 1, and softcap and bias are absent. Only
+decoder-only models, dense or mixtures of experts, whose checkpoint tensors have the module's own names or
+those of `experts.py`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class _Architecture:
     softcap_key: str | None = None
     softcap_default: float | None = None
     head_bias: bool = False
+    experts: tuple[int, int] | None = None  # experts of a layer, and those that compute a token
 
 
 _LIKE_LLAMA = (
@@ -49,8 +51,20 @@ ARCHITECTURES = MappingProxyType(
         "gemma3_text": _Architecture(tied=True, softcap_key="final_logit_softcapping"),
         "granite": _Architecture(divisor_key="logits_scaling"),
         "phi": _Architecture(head_bias=True),
+        "mixtral": _Architecture(experts=(8, 2)),
+        "olmoe": _Architecture(experts=(64, 8)),
+        "qwen2_moe": _Architecture(experts=(60, 4)),
+        "qwen3_moe": _Architecture(experts=(128, 8)),
     }
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The experts of a layer: how many there are, and how many of them compute a token."""
+
+    count: int
+    per_token: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +73,8 @@ class ModelFacts:
 
     `vocab_rows` counts the head's rows, padding included; the tokenizer determines the true vocabulary.
     `tied` is the config's value: if True, the head is the tensor `embedding_name`, and `head_name` may be
-    missing. `eos_ids` is empty when neither config.json nor generation_config.json has one.
+    missing. `eos_ids` is empty when neither config.json nor generation_config.json has one. `experts` is None
+    for a dense model.
     """
 
     folder: Path
@@ -75,6 +90,7 @@ class ModelFacts:
     embedding_name: str = EMBEDDING
     head_name: str = HEAD
     head_bias_name: str | None = None
+    experts: Experts | None = None
 
     @property
     def head_parameter(self) -> str:
@@ -111,6 +127,7 @@ class ModelFacts:
             softcap=_softcap(path, config, architecture),
             eos_ids=_eos_ids(folder, config),
             head_bias_name=HEAD_BIAS if architecture.head_bias else None,
+            experts=_experts(path, config, architecture),
         )
 
 
@@ -195,6 +212,21 @@ def _softcap(path: Path, config: dict[str, Any], architecture: _Architecture) ->
         return None
     value = config.get(architecture.softcap_key, architecture.softcap_default)
     return None if value is None else _positive(path, architecture.softcap_key, value)
+
+
+def _experts(path: Path, config: dict[str, Any], architecture: _Architecture) -> Experts | None:
+    if architecture.experts is None:
+        return None
+    default, default_per_token = architecture.experts
+    # Publishers write the first key, transformers 5 the second.
+    key = next((key for key in ("num_experts", "num_local_experts") if key in config), None)
+    count = default if key is None else positive_int(path, config, key)
+    per_token = positive_int(
+        path, {"num_experts_per_tok": default_per_token, **config}, "num_experts_per_tok"
+    )
+    if per_token > count:
+        raise ModelError(f"{path}: num_experts_per_tok must be from 1 to {count}, not {per_token}")
+    return Experts(count, per_token)
 
 
 def _eos_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:

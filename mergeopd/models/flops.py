@@ -3,8 +3,9 @@
 A matrix with P parameters takes 2 P operations per token forward and 4 P backward, so training takes 6 P per
 token (Kaplan et al. 2020, 2001.08361). Attention adds 4 x layers x width of the heads per token and position
 that it reads, forward, and twice as much backward (PaLM, 2204.02311, appendix B, there without the causal
-half). These are the operations that the method needs: padding, recomputed activations, norms, softmaxes and
-the optimizer are left out, and sliding windows count as full attention.
+half). Of a mixture of experts, a token counts those that compute it. These are the operations that the method
+needs: padding, recomputed activations, norms, softmaxes and the optimizer are left out, and sliding windows
+count as full attention.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from math import prod
 from pathlib import Path
 
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.experts import is_of_expert
 from mergeopd.models.facts import ModelFacts, positive_int, read_config
 from mergeopd.models.layout import is_weight
 
@@ -42,15 +44,19 @@ class ModelFlops:
         """
         facts, config = ModelFacts.read(folder), read_config(folder)
         outside = (facts.embedding_name, facts.head_name)
-        shapes = (
-            tensor.shape
-            for name, tensor in Checkpoint.open(folder).tensors.items()
-            if is_weight(name) and name not in outside
+        tensors = Checkpoint.open(folder).tensors
+        weights = {name: tensors[name] for name in tensors if is_weight(name) and name not in outside}
+        of_experts = {name for name in weights if is_of_expert(facts.model_type, name)}
+        all_tokens = sum(
+            prod(t.shape) for n, t in weights.items() if len(t.shape) > 1 and n not in of_experts
         )
+        some = sum(prod(weights[name].shape) for name in of_experts)
+        if facts.experts is not None:
+            some = some * facts.experts.per_token // facts.experts.count
         num_heads = positive_int(folder / "config.json", config, "num_attention_heads")
         head_dim = config.get("head_dim") or facts.hidden_size // num_heads
         return cls(
-            per_token=2 * sum(prod(shape) for shape in shapes if len(shape) > 1),
+            per_token=2 * (all_tokens + some),
             per_position=4 * facts.num_layers * num_heads * head_dim,
             per_logits=2 * facts.vocab_rows * facts.hidden_size,
         )

@@ -1,21 +1,23 @@
 """The tensors that a checkpoint of each architecture must have, from config.json only, without torch.
 
-Names are those of transformers' modules. Shapes are written in letters: `d` hidden size, `f` intermediate
-size, `q` and `k` heads times head size of queries and of keys, `h` the head size. Sizes that config.json
-leaves to the defaults of transformers are not compared.
+Names are those of transformers' modules, and become those of published folders. Shapes are written in
+letters: `d` hidden size, `f` intermediate size, `q` and `k` heads times head size of queries and of keys, `g`
+the latter where the head size is always `d` over heads, `h` the head size, `e` experts, `m` and `s` the
+intermediate sizes of an expert and of the one that all tokens use. Sizes that config.json leaves to the
+defaults of transformers are not compared.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 from mergeopd.errors import ModelError
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.experts import Sizes, has_experts, published_shapes
 from mergeopd.models.facts import EMBEDDING, HEAD, HEAD_BIAS, ModelFacts, read_config
 
-Sizes = tuple[int | None, ...]
 # Buffers of old conversions; transformers computes them.
 _IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 # Constants of activation functions, which are saved with the weights but not trained.
@@ -41,6 +43,12 @@ _SHAPES = {
     "mlp.c_fc": "f d",
     "mlp.c_proj": "d f",
 }
+_EXPERTS = ("mlp.gate:e d", "mlp.experts.gate_up_proj:e m+m d", "mlp.experts.down_proj:e d m")
+_WIDE_EXPERTS = ("mlp.gate:e d", "mlp.experts.gate_up_proj:e f+f d", "mlp.experts.down_proj:e d f")
+_SHARED_EXPERT = (
+    *("mlp.shared_expert.gate_proj:s d", "mlp.shared_expert.up_proj:s d", "mlp.shared_expert.down_proj:d s"),
+    "mlp.shared_expert_gate:1 d",
+)
 _LLAMA = (*_QKVO, *_GATED, *_NORMS)
 _UNGATED = (*_QKVO, "mlp.up_proj", "mlp.down_proj", *_NORMS)
 _HEAD_NORMS = ("self_attn.q_norm:h", "self_attn.k_norm:h")
@@ -68,12 +76,19 @@ _MODULES: Mapping[str, tuple[str, ...]] = {
     "helium": (*_QKV, "self_attn.o_proj:d d", *_GATED, *_NORMS),
     "nemotron": _UNGATED,
     "olmo": (*_QKVO, *_GATED),
+    "olmoe": (*_LLAMA, "self_attn.q_norm:d", "self_attn.k_norm:g"),
     "olmo2": (*_AFTER, *_FULL_NORMS),
     "olmo3": (*_AFTER, *_FULL_NORMS),
     "phi": _PHI,
     "phi3": ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj", *_NORMS),
-    "qwen3": (*_LLAMA, *_HEAD_NORMS),
+    **dict.fromkeys(("qwen3", "qwen3_moe"), (*_LLAMA, *_HEAD_NORMS)),
     "starcoder2": _STARCODER,
+}
+# What layers with experts have in place of `_GATED`.
+_MIXTURES: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("mixtral", "olmoe"), _WIDE_EXPERTS),
+    "qwen2_moe": (*_EXPERTS, *_SHARED_EXPERT),
+    "qwen3_moe": _EXPERTS,
 }
 # Modules of a layer that have a bias: always, or depending on a key of config.json with its default.
 _BIASES: Mapping[str, tuple[str, ...]] = {
@@ -88,12 +103,13 @@ _MLP = ("mlp_bias", False, _GATED)
 _MLP_UNGATED = ("mlp_bias", False, ("mlp.up_proj", "mlp.down_proj"))
 _BIASES_BY_KEY: Mapping[str, tuple[tuple[str, bool, tuple[str, ...]], ...]] = {
     **dict.fromkeys(("apertus", "cohere", "cohere2", "gemma", "gemma2", "gemma3_text"), (_ATTENTION,)),
-    **dict.fromkeys(("olmo", "olmo2", "olmo3", "qwen3"), (_ATTENTION,)),
+    **dict.fromkeys(("olmo", "olmo2", "olmo3", "olmoe", "qwen3", "qwen3_moe"), (_ATTENTION,)),
     **dict.fromkeys(("granite", "llama", "smollm3"), (_ATTENTION, _MLP)),
     **dict.fromkeys(("arcee", "nemotron"), (_ATTENTION, _MLP_UNGATED)),
     **dict.fromkeys(("glm", "glm4"), (("attention_bias", True, _QKV),)),
     "ernie4_5": (("use_bias", False, (*_QKVO, *_GATED)),),
     "helium": (("attention_bias", False, _QKV), _MLP),
+    "qwen2_moe": (("qkv_bias", True, _QKV),),
     "seed_oss": (
         *(("attention_bias", True, _QKV), ("attention_out_bias", False, ("self_attn.o_proj",))),
         _MLP,
@@ -120,16 +136,25 @@ def is_weight(name: str) -> bool:
     return not _IGNORED.search(name) and not _CONSTANT.search(name)
 
 
-def expected_shapes(facts: ModelFacts, config: Mapping[str, Any]) -> dict[str, Sizes]:
-    """Return shapes of all tensors by name, without head and embedding; None is an unknown size."""
+def parameter_shapes(facts: ModelFacts, config: Mapping[str, Any]) -> dict[str, Sizes]:
+    """Return shapes of all parameters by name, without head and embedding; None is an unknown size."""
     sizes = _sizes(facts, config)
     final = _FINAL_NORM.get(facts.model_type, ("model.norm.weight",))
     shapes: dict[str, Sizes] = dict.fromkeys(final, (facts.hidden_size,))
-    tensors = dict(_layer_tensors(facts.model_type, config))
     for layer in range(facts.num_layers):
-        for name, letters in tensors.items():
+        for name, letters in _layer_tensors(facts.model_type, config, layer):
             shapes[f"model.layers.{layer}.{name}"] = tuple(_size(part, sizes) for part in letters.split())
     return shapes
+
+
+def expected_shapes(
+    facts: ModelFacts, config: Mapping[str, Any], given: Container[str] = ()
+) -> dict[str, Sizes]:
+    """Return shapes of a published folder's tensors, without head and embedding; None is an unknown size.
+
+    Parameters whose own names are `given` keep them.
+    """
+    return published_shapes(facts.model_type, parameter_shapes(facts, config), given)
 
 
 def check_layout(facts: ModelFacts, checkpoint: Checkpoint, head: str = HEAD) -> None:
@@ -137,7 +162,7 @@ def check_layout(facts: ModelFacts, checkpoint: Checkpoint, head: str = HEAD) ->
 
     Raises ModelError naming the first differences.
     """
-    expected = expected_shapes(facts, read_config(facts.folder))
+    expected = expected_shapes(facts, read_config(facts.folder), checkpoint.tensors)
     apart = {facts.embedding_name, facts.head_name, EMBEDDING, HEAD, HEAD_BIAS, head}
     uncompared = {name: None for name in checkpoint.tensors if _UNCOMPARED.search(name)}
     given = {name: t.shape for name, t in checkpoint.tensors.items() if is_weight(name) and name not in apart}
@@ -170,10 +195,12 @@ def check_shapes(
         )
 
 
-def _layer_tensors(model_type: str, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield names below a layer, and their shapes in letters."""
-    modules = {}
-    for entry in _MODULES.get(model_type, _LLAMA):
+def _layer_tensors(model_type: str, config: Mapping[str, Any], layer: int) -> Iterator[tuple[str, str]]:
+    """Yield names of parameters below a layer, and their shapes in letters."""
+    modules, entries = {}, _MODULES.get(model_type, _LLAMA)
+    if has_experts(model_type, config, layer):
+        entries = (*(entry for entry in entries if entry not in _GATED), *_MIXTURES[model_type])
+    for entry in entries:
         name, _, letters = entry.partition(":")
         modules[name] = letters or _SHAPES.get(name, "d")
     biases = set(_BIASES.get(model_type, ()))
@@ -183,7 +210,7 @@ def _layer_tensors(model_type: str, config: Mapping[str, Any]) -> Iterator[tuple
     if model_type == "stablelm" and config.get("use_parallel_residual"):
         del modules["post_attention_layernorm"]
     for module, letters in modules.items():
-        yield f"{module}.weight", letters
+        yield module if ".experts." in module else f"{module}.weight", letters
         if module in biases:
             yield f"{module}.bias", letters.split()[0]
 
@@ -200,8 +227,13 @@ def _sizes(facts: ModelFacts, config: Mapping[str, Any]) -> dict[str, int | None
         "d": facts.hidden_size,
         "f": number("intermediate_size"),
         "h": head,
+        "e": facts.experts.count if facts.experts else None,
+        "m": number("moe_intermediate_size"),
+        "s": number("shared_expert_intermediate_size"),
+        "1": 1,
         "q": heads * head if heads and head else None,
         "k": groups * head if groups and head else None,
+        "g": groups * facts.hidden_size // heads if groups and heads else None,
     }
 
 

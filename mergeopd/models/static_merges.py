@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mergeopd.models.causal import build_skeleton, fill, tensor_names
+from mergeopd.models.causal import assembled, build_skeleton, fill, parameter_parts
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
 
@@ -128,28 +128,42 @@ def static_merge(
     """Return a model of the base's shape with merged weights, in float32, and the base's padding rows."""
     facts, checkpoint = ModelFacts.read(base), Checkpoint.open(base)
     opened = [Checkpoint.open(expert) for expert in experts]
-    names = [tensor_names(ModelFacts.read(expert), o) for expert, o in zip(experts, opened, strict=True)]
+    tensors = [_tensors(ModelFacts.read(expert), o) for expert, o in zip(experts, opened, strict=True)]
     vocabulary = {facts.embedding_name, facts.head_name, facts.head_bias_name}
     model = build_skeleton(base, device, torch.float32)
     parameters = {name for name, _ in model.named_parameters()}
-    weights: dict[str, Tensor] = {}
-    for name, tensor in tensor_names(facts, checkpoint).items():
-        if name not in parameters:  # a constant of the architecture
-            weights[name] = checkpoint.read(tensor).to(device)
-            continue
-        merged = checkpoint.read(tensor).to(torch.float32, copy=True)
-        rows = num_valid if name in vocabulary else len(merged)
-        parts = [o.read_slice(n[name], 0, rows).float() for o, n in zip(opened, names, strict=True)]
-        merged[:rows] = merge(name, merged[:rows], parts)
-        weights[name] = merged.to(device)
-    fill(model, weights)
+    parts = parameter_parts(facts, checkpoint)
+
+    def merged() -> Iterator[tuple[str, Tensor]]:
+        for (parameter, name), tensor in _tensors(facts, checkpoint).items():
+            values = checkpoint.read(tensor)
+            if parameter in parameters:  # the others are constants of the architecture
+                values = values.to(torch.float32, copy=True)
+                rows = num_valid if parameter in vocabulary else len(values)
+                own = [
+                    o.read_slice(t[parameter, name], 0, rows).float()
+                    for o, t in zip(opened, tensors, strict=True)
+                ]
+                values[:rows] = merge(name, values[:rows], own)
+            yield tensor, values
+
+    fill(model, dict(assembled(parts, merged(), device, torch.float32)))
     model.tie_weights()
     return model
+
+
+def _tensors(facts: ModelFacts, checkpoint: Checkpoint) -> dict[tuple[str, str], str]:
+    """Map parameters and tensors to tensors; one that alone is a parameter has the parameter's name."""
+    return {
+        (parameter, parameter if part.expert is None else part.tensor): part.tensor
+        for parameter, parts in parameter_parts(facts, checkpoint).items()
+        for part in parts
+    }
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return shapes by name; of vocabulary-sized tensors without their number of rows."""
     facts, checkpoint = ModelFacts.read(folder), Checkpoint.open(folder)
     vocabulary = {facts.embedding_name, facts.head_name, facts.head_bias_name}
-    shapes = {n: checkpoint.tensors[t].shape for n, t in tensor_names(facts, checkpoint).items()}
+    shapes = {name: checkpoint.tensors[t].shape for (_, name), t in _tensors(facts, checkpoint).items()}
     return {name: shape[1:] if name in vocabulary else shape for name, shape in shapes.items()}

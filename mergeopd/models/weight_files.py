@@ -14,6 +14,9 @@ from mergeopd.models.checkpoint import INDEX
 from mergeopd.models.facts import read_config
 from mergeopd.models.hf_folder import copy_companions
 
+MAX_FILE_BYTES = 5_000_000_000
+"""Size of the files of an exported model."""
+
 
 def write_model(tensors: Iterable[tuple[str, Tensor]], source: Path, folder: Path, max_bytes: int) -> None:
     """Write tensors, and configuration and tokenizer of the folder `source`, into an existing folder.

@@ -59,7 +59,7 @@ def estimate(
     setup, texts = read_setup(resolution, machine, prompt_tokens, response_tokens)
     if hardware is None and num_processes is None and setup.is_megatron:
         parallel = plan.student.parallel
-        setup = setup.changed(num_devices=parallel.tensor * parallel.pipeline)
+        setup = setup.changed(num_devices=parallel.replica_size)
     if not setup.is_megatron and machine.num_devices > 1:
         others = machine.num_devices - 1
         idle = f"estimated for one device; a run would shard the student over the other {others}, too"
@@ -178,9 +178,9 @@ def _refuse_grid(setup: Setup) -> None:
     file = Location(shown(Path(setup.plan.recipe_file)))
     parallel, world = setup.plan.student.parallel, setup.world
     problems = []
-    of_count = count_problem(parallel.tensor, parallel.pipeline, world)
+    of_count = count_problem(parallel.tensor, parallel.pipeline, parallel.context, world)
     if of_count is not None:
-        needed = parallel.tensor * parallel.pipeline
+        needed = parallel.replica_size
         below, above = world // needed * needed, -(-world // needed) * needed
         fits = f"use {above} processes" if below == 0 else f"use {below} or {above} processes"
         remedy = f"{fits}, or let `mergeopd plan --fit` choose the grid"
@@ -200,8 +200,6 @@ def _notes(setup: Setup) -> list[str]:
     served = [name for name in setup.shapes if setup.teacher(name).served is not None]
     if served:
         notes.append(f"served teachers score elsewhere, their passes are not estimated: {', '.join(served)}")
-    if setup.is_megatron and setup.uses_fused_layers and setup.plan.student.parallel.layers == "auto":
-        notes.append("assumed: Transformer Engine's layers, whose attention keeps no matrix of scores")
     if any(source.environment is not None for source in setup.plan.sources):
         notes.append(
             "environments: the tokens of all turns are counted, the time of tools and further turns not"

@@ -93,8 +93,8 @@ def _grids(setup: Setup) -> Iterator[Parallel]:
         return
     world, arch, own = setup.hardware.num_devices, setup.architecture, setup.plan.student.parallel
     for tensor in (n for n in range(1, setup.hardware.per_machine + 1) if world % n == 0):
-        for pipeline in (n for n in range(1, setup.student.layers + 1) if world // tensor % n == 0):
-            if arch is not None and arch.split_problems(tensor, pipeline):
+        for pipeline in range(1, setup.student.layers + 1):
+            if world % (tensor * pipeline * own.context) or (arch and arch.split_problems(tensor, pipeline)):
                 continue
             for recompute in (False, True):
                 split = {"tensor": tensor, "pipeline": pipeline, "recompute": recompute}

@@ -92,7 +92,8 @@ def _equal_micro_batches(setup: Setup, work: PhaseWork) -> int:
 # Largest share of the heap in use that lies in gaps; fitted to measured runs (docs/planning.md).
 _FRAGMENTED = 0.6
 _HEAP_BLOCK = 32 << 20
-_IN_HOST = ("hidden states",)
+_OFFLOADED = "optimizer: moments on the host"
+_IN_HOST = ("hidden states", _OFFLOADED)
 
 
 def _parts(setup: Setup, parts: Mapping[str, float]) -> Iterator[MemoryPart]:
@@ -106,11 +107,12 @@ def _parts(setup: Setup, parts: Mapping[str, float]) -> Iterator[MemoryPart]:
 def _always(setup: Setup, stage: int) -> Iterator[tuple[str, float]]:
     """Yield what a rank has all the time."""
     weights, width = setup.stage_weights(stage), setup.itemsize
-    shards = setup.grid.data if setup.is_megatron else 1
+    shards = setup.grid.holders if setup.is_megatron else 1
     profile = setup.hardware.profile
     yield "process", profile.process_bytes + (profile.grid_process_bytes if setup.is_megatron else 0)
     yield "weights", weights * width
-    yield "optimizer: moments", weights * 2 * max(width, _FLOAT32) / shards
+    moments = _OFFLOADED if setup.plan.optimizer.offload else "optimizer: moments"
+    yield moments, weights * 2 * max(width, _FLOAT32) / shards
     yield "optimizer: main weights", weights * _FLOAT32 / shards if width < _FLOAT32 else 0
     if setup.is_megatron:
         yield "gradients", weights * _FLOAT32
@@ -216,13 +218,13 @@ def cached_bytes(setup: Setup, work: PhaseWork, name: str) -> float:
 def _update(setup: Setup, work: PhaseWork, stage: int) -> Iterator[tuple[str, float]]:
     shape, grid, width = setup.student, setup.grid, setup.itemsize
     weights, is_last = setup.stage_weights(stage), stage == grid.pipeline - 1
-    vocab = shape.vocab / grid.tensor
+    vocab = shape.vocab / (grid.tensor * grid.context)
     if not setup.is_megatron:
         # In bfloat16, the gradients of a micro-batch exist before they are added to the sum.
         yield "gradients", weights * (max(width, _FLOAT32) + (width if width < _FLOAT32 else 0))
     yield "activations", activation_bytes(setup, work, stage)
     tokens = micro_batch_tokens(setup, work)
-    yield "working set of a layer", _backward_set(shape, tokens, setup.dtype) / grid.tensor
+    yield "working set of a layer", _backward_set(shape, tokens / grid.context, setup.dtype) / grid.tensor
     if is_last:
         exact = [name for name in work.teachers if work.kept_numbers.get(name) is None]
         most = max((len(set(own) & set(exact)) for own in work.teacher_sets), default=0)
@@ -232,7 +234,7 @@ def _update(setup: Setup, work: PhaseWork, stage: int) -> Iterator[tuple[str, fl
         yield "loss chunk", rows * vocab * _FLOAT32 * sides + blocks
         yield "head gradient", vocab * shape.hidden * (_FLOAT32 + width)
         yield "teachers' heads", _heads(setup, work)
-    if setup.is_megatron and grid.data > 1 and setup.hardware.profile.is_cpu:
+    if setup.is_megatron and grid.holders > 1 and setup.hardware.profile.is_cpu:
         # Gloo sums copies of the gradients, and gathers the weights into others.
         yield "collectives", 2 * weights * _FLOAT32
     if work.teachers:
@@ -244,7 +246,7 @@ def _heads(setup: Setup, work: PhaseWork) -> float:
 
     def size(name: str) -> float:
         shape, dtype = setup.shapes[name], setup.teacher(name).dtype
-        rows = shape.embedding / setup.grid.tensor
+        rows = shape.embedding / (setup.grid.tensor * setup.grid.context)
         mapped = rows * shape.stored_bytes if setup.hardware.profile.is_cpu else 0.0
         copied = shape.stored != dtype or not setup.hardware.profile.is_cpu
         return mapped + (rows * ITEMSIZE[dtype] if copied else 0.0)
@@ -268,10 +270,10 @@ def activation_bytes(setup: Setup, work: PhaseWork, stage: int) -> float:
     """Return the bytes that a rank keeps for the backward passes that are in flight."""
     shape, grid, width = setup.student, setup.grid, setup.itemsize
     parallel = setup.plan.student.parallel
-    tokens = micro_batch_tokens(setup, work)
+    tokens = micro_batch_tokens(setup, work) / grid.context
     of_layer, of_end = shape.saved_numbers(setup.dtype)
     if setup.is_megatron:
-        of_layer = _megatron_numbers(setup, work, of_layer)
+        of_layer = _megatron_numbers(setup, of_layer)
     layers = shape.layers / grid.pipeline
     in_flight = min(grid.pipeline - stage, ceil(num_micro_batches(setup, work) / grid.data))
     kept = of_layer * layers
@@ -282,7 +284,7 @@ def activation_bytes(setup: Setup, work: PhaseWork, stage: int) -> float:
     return max(in_flight, 1) * tokens * width * kept + tokens * width * end
 
 
-def _megatron_numbers(setup: Setup, work: PhaseWork, of_layer: float) -> float:
+def _megatron_numbers(setup: Setup, of_layer: float) -> float:
     """Return the numbers that a layer of Megatron keeps for a token on a rank.
 
     Norms and the residual stream are whole on every rank without sequence parallelism; the rest is divided.
@@ -291,10 +293,6 @@ def _megatron_numbers(setup: Setup, work: PhaseWork, of_layer: float) -> float:
     wide = 4 / setup.itemsize if setup.itemsize < _FLOAT32 else 1.0
     whole = 2 * (2 + wide) * shape.hidden
     divided = (of_layer - whole) / grid.tensor
-    if not setup.uses_fused_layers:
-        longest = max(group.lengths.longest for group in work.groups)
-        # Scores scaled and masked in float32, and their softmax.
-        divided += 2 * wide * shape.heads * longest / grid.tensor
     return divided + whole / (grid.tensor if setup.plan.student.parallel.sequence else 1)
 
 

@@ -1,6 +1,6 @@
 """Parameters of mixtures of experts and of latent attention, from config.json.
 
-mergeopd does not load these models; a plan counts them, for example as served teachers.
+mergeopd loads some of these models (`models/facts.py`); a plan counts the others, too, as served teachers.
 """
 
 from __future__ import annotations

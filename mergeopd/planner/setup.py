@@ -55,18 +55,13 @@ class Setup:
     @property
     def grid(self) -> Grid:
         parallel, world = self.plan.student.parallel, self.world
-        return Grid(parallel.tensor, parallel.pipeline, world // (parallel.tensor * parallel.pipeline))
+        data = world // parallel.replica_size
+        return Grid(parallel.tensor, parallel.pipeline, data, parallel.context)
 
     @property
     def world(self) -> int:
         """Processes of the run."""
         return self.hardware.num_devices if self.is_megatron else 1
-
-    @property
-    def uses_fused_layers(self) -> bool:
-        """Whether attention keeps no matrix of scores: always in transformers, in Megatron on GPUs."""
-        layers = self.plan.student.parallel.layers
-        return not self.is_megatron or (layers != "local" and not self.hardware.profile.is_cpu)
 
     @property
     def micro_batch_tokens(self) -> int:

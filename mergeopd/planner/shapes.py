@@ -11,12 +11,12 @@ from typing import Any
 from mergeopd.errors import ModelError
 from mergeopd.models.facts import ModelFacts, positive_int, read_config
 from mergeopd.models.flops import ModelFlops
-from mergeopd.models.layout import expected_shapes
+from mergeopd.models.layout import parameter_shapes
 from mergeopd.planner.mixtures import Counts, layer_counts
 
 ITEMSIZE: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _UNGATED = frozenset(("apertus", "arcee", "nemotron", "phi", "starcoder2"))
-_HEAD_NORMS = frozenset(("apertus", "exaone4", "gemma3_text", "qwen3"))
+_HEAD_NORMS = frozenset(("apertus", "exaone4", "gemma3_text", "olmoe", "qwen3", "qwen3_moe"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class ModelShape:
             head_size = hidden // heads
         own = config | {"head_dim": head_size, "num_key_value_heads": groups}
         if facts is not None:
-            counts = _dense_counts(facts, own)
+            counts = _known_counts(facts, own)
         else:
             counts = layer_counts(path, own)
         tied = facts.tied if facts is not None else bool(config.get("tie_word_embeddings", False))
@@ -186,10 +186,10 @@ def stored_bytes(config: Mapping[str, Any]) -> float:
     return float(ITEMSIZE[stored_dtype(config)])
 
 
-def _dense_counts(facts: ModelFacts, config: Mapping[str, Any]) -> Counts:
-    path = facts.folder / "config.json"
-    shapes = []
-    for name, shape in expected_shapes(facts, config).items():
+def _known_counts(facts: ModelFacts, config: Mapping[str, Any]) -> Counts:
+    path, data, experts = facts.folder / "config.json", dict(config), facts.experts
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in parameter_shapes(facts, config).items():
         # Sizes that transformers takes from other keys than most models: heads times their size.
         of_keys = any(part in name for part in ("k_proj", "v_proj"))
         heads = config["num_key_value_heads" if of_keys else "num_attention_heads"]
@@ -197,7 +197,14 @@ def _dense_counts(facts: ModelFacts, config: Mapping[str, Any]) -> Counts:
             raise ModelError(
                 f"{path}: does not determine the shape of {name}; fetch the model's own config.json"
             )
-        shapes.append(tuple(heads * config["head_dim"] if size is None else size for size in shape))
-    matrices = sum(prod(shape) for shape in shapes if len(shape) > 1)
-    vectors = sum(prod(shape) for shape in shapes if len(shape) == 1)
-    return Counts(matrices, matrices, vectors, positive_int(path, dict(config), "intermediate_size"))
+        shapes[name] = tuple(heads * config["head_dim"] if size is None else size for size in shape)
+    matrices = sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
+    vectors = sum(prod(shape) for shape in shapes.values() if len(shape) == 1)
+    if experts is None:
+        return Counts(matrices, matrices, vectors, positive_int(path, data, "intermediate_size"))
+    of_experts = {name: shape for name, shape in shapes.items() if len(shape) == 3}
+    num_weights = sum(map(prod, of_experts.values()))
+    active = matrices - num_weights + num_weights * experts.per_token // experts.count
+    own = max((shape[-1] for name, shape in of_experts.items() if name.endswith("down_proj")), default=0)
+    shared = config.get("shared_expert_intermediate_size") or 0
+    return Counts(matrices, active, vectors, experts.per_token * own + shared)

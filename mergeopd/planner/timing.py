@@ -145,8 +145,8 @@ def _update(setup: Setup, work: PhaseWork) -> Causes:
     grid, profile = setup.grid, setup.hardware.profile
     shape, dtype = setup.student, setup.dtype
     device = Device(setup.hardware, grid.tensor)
-    tokens, positions = work.tokens / grid.data, _positions(work.groups) / grid.data
-    trained = work.trained / grid.data
+    tokens, positions = work.tokens / grid.holders, _positions(work.groups) / grid.holders
+    trained = work.trained / grid.holders
     passes = work.updates_per_round * max(1.0, num_micro_batches(setup, work) / grid.data)
     forward = device.forward(shape, tokens, positions, dtype, passes)
     backward = device.backward(shape, tokens, positions, dtype, passes)
@@ -162,7 +162,7 @@ def _update(setup: Setup, work: PhaseWork) -> Causes:
         per_update = max(1.0, passes / work.updates_per_round)
         bubble = (grid.pipeline - 1) / per_update
         seconds[WAITING] += bubble * sum(seconds.values())
-    weights = setup.stage_weights(grid.pipeline - 1) / (grid.data if setup.is_megatron else 1)
+    weights = setup.stage_weights(grid.pipeline - 1) / (grid.holders if setup.is_megatron else 1)
     seconds.add(device.optimizer(weights, dtype), work.updates_per_round)
     seconds[OVERHEAD] += work.updates_per_round * profile.overheads.update_s
     if setup.is_megatron:
@@ -191,7 +191,7 @@ def _messages(setup: Setup, work: PhaseWork, tokens: float, passes: float) -> Ca
     """Return the seconds of a grid's collectives in a round's updates."""
     grid, profile, shape = setup.grid, setup.hardware.profile, setup.student
     overheads = profile.overheads
-    inside = grid.tensor * grid.pipeline <= setup.hardware.per_machine
+    inside = grid.tensor * grid.context * grid.pipeline <= setup.hardware.per_machine
     link = (profile.link_bandwidth if inside else profile.network_bandwidth) * profile.link_attainable
     everywhere = profile.link_bandwidth if setup.hardware.num_machines == 1 else profile.network_bandwidth
     everywhere *= profile.link_attainable
@@ -205,8 +205,12 @@ def _messages(setup: Setup, work: PhaseWork, tokens: float, passes: float) -> Ca
         seconds[NETWORK] += 4 * layers * (state * ring / link + passes * overheads.message_s)
     if grid.pipeline > 1:
         seconds[NETWORK] += 2 * (state / link + passes * overheads.message_s)
-    if grid.data > 1:
-        ring = 2 * (grid.data - 1) / grid.data
+    if grid.context > 1:
+        # Keys and values of the other ranks in each layer, once forward, and their gradients.
+        share = shape.kv_numbers * width * tokens * (grid.context - 1) / grid.tensor
+        seconds[NETWORK] += 2 * layers * (share / link + passes * overheads.message_s)
+    if grid.holders > 1:
+        ring = 2 * (grid.holders - 1) / grid.holders
         weights = setup.stage_weights(0)
         per_update = weights * (_FLOAT32 + width) / 2 * ring / everywhere
         seconds[NETWORK] += work.updates_per_round * (per_update + overheads.message_s)
@@ -279,7 +283,7 @@ def _bytes_read(setup: Setup, work: PhaseWork, name: str) -> float:
     head = shape.embedding * shape.stored_bytes if plan.needs_head else 0.0
     if work.kept_numbers.get(name) is None and setup.is_megatron:
         # Each rank of the loss reads its rows of the head; where pages are shared, those of one rank count.
-        head *= 1 / setup.grid.tensor if setup.shares_pages else setup.grid.data
+        head *= 1 / (setup.grid.tensor * setup.grid.context) if setup.shares_pages else setup.grid.data
     return body + head
 
 

@@ -166,7 +166,10 @@ def _check_generators(
         if name not in teachers or teachers[name].can_generate:
             continue
         other = "give another teacher of these prompts more weight"
-        if resolution.teachers[name].snapshot_rule is None:
+        if resolution.teachers[name].residency == "stream":
+            cause = "its card has `residency: stream`, and generation needs all layers for every token"
+            remedy = "write `residency: auto`, which streams it only to score, or use other `text`"
+        elif resolution.teachers[name].snapshot_rule is None:
             cause, remedy = "it cannot generate", f"{other}, or use other `text`"
         else:
             cause = "responses are generated before a phase, and its weights change during it"

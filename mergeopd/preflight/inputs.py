@@ -30,6 +30,7 @@ from mergeopd.preflight.models import ModelReader, file_digest
 from mergeopd.preflight.problems import Findings
 from mergeopd.preflight.prompts import LengthBudget, PromptChecks, check_verifier, turns_budget
 from mergeopd.preflight.recorded import check_recorded
+from mergeopd.preflight.residency import check_residency
 from mergeopd.preflight.reward_models import RewardModelChecks
 from mergeopd.preflight.servers import check_rollout_servers, note_staleness
 from mergeopd.recipe.controls import Control, control_plan
@@ -334,6 +335,7 @@ class _Check:
         }
 
     def _check_training(self, plan: Plan) -> None:
+        check_residency(self.findings, plan, self.teachers)
         self._note_sampling(plan)
         note_staleness(self.findings, plan)
         self._note_sizes(plan)

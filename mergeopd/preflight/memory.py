@@ -5,17 +5,19 @@ from __future__ import annotations
 import resource
 import sys
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from mergeopd.distributed.communicator import Communicator
 from mergeopd.errors import ModelError
 from mergeopd.messages import joined
-from mergeopd.models.causal import DTYPES
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.residency import ITEMSIZE
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.rollout import LocalRollout
 from mergeopd.student.grid_sizes import GridSizes
+
+if TYPE_CHECKING:
+    import torch
 
 _GIB = 2**30
 _CGROUP, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -30,15 +32,7 @@ def refuse_without_room(plan: Plan, device: torch.device, ranks: Communicator) -
     of self-teachers.
     Activations and caches are not counted, because their size is not known before the run.
     """
-    num_weights = Checkpoint.open(Path(plan.student.model)).num_weights
-    width = DTYPES[plan.student.dtype].itemsize
-    layerwise = isinstance(plan.rollout, LocalRollout) and plan.rollout.gather == "layer"
-    replica_bytes = width if plan.rollout.capabilities.needs_replica and not layerwise else 0
-    parts = {
-        "for unsharded replicas that generate": num_weights * replica_bytes,
-        "for snapshots of the student": num_weights * _snapshot_bytes(plan, width),
-        "for training": num_weights * _training_bytes(plan, width, ranks.size),
-    }
+    parts = student_bytes(plan, ranks.size, on_gpu=device.type == "cuda")
     sharers = 1 if device.type == "cuda" else ranks.num_local
     free = free_bytes(device)
     if sharers * sum(parts.values()) > free:
@@ -52,31 +46,55 @@ def refuse_without_room(plan: Plan, device: torch.device, ranks: Communicator) -
         )
 
 
+def student_bytes(plan: Plan, world: int, *, on_gpu: bool) -> dict[str, float]:
+    """Return the bytes of a process for the student in a run of `world` processes, by purpose.
+
+    On a GPU, without what is offloaded to the host.
+    """
+    num_weights = Checkpoint.open(Path(plan.student.model)).num_weights
+    width = ITEMSIZE[plan.student.dtype]
+    layerwise = isinstance(plan.rollout, LocalRollout) and plan.rollout.gather == "layer"
+    is_sharded = plan.student.backend == "megatron" or world > 1
+    is_copied = is_sharded and plan.rollout.capabilities.needs_replica and not layerwise
+    return {
+        "for unsharded replicas that generate": num_weights * (width if is_copied else 0),
+        "for snapshots of the student": num_weights * _snapshot_bytes(plan, width),
+        "for training": num_weights * _training_bytes(plan, width, world, on_gpu=on_gpu),
+    }
+
+
 def _snapshot_bytes(plan: Plan, width: int) -> int:
     """Bytes of all snapshots per weight of the student; averages are float32."""
     rules = {t.snapshot_rule for t in plan.teachers.values() if t.snapshot_rule is not None}
     return sum(width if rule.ema is None else _MAIN for rule in rules)
 
 
-def _training_bytes(plan: Plan, width: int, world: int) -> float:
+def _training_bytes(plan: Plan, width: int, world: int, *, on_gpu: bool) -> float:
     """Bytes per process and weight of the student: parameter, gradient and AdamW state.
 
     Megatron's data-parallel replicas shard the state: float32 moments, and main parameters if the dtype is
     smaller. FSDP shards everything; the shards are main parameters.
     """
     parallel = plan.student.parallel
-    if plan.student.backend == "torch":
-        master = max(width, _MAIN)
-        return 4 * master / GridSizes.of(parallel, world).shard
+    moments = 0 if plan.optimizer.offload and on_gpu else _MOMENTS
+    if plan.student.backend == "torch" and world > 1:
+        return (_MAIN + _GRADIENT + moments) * max(1, width // _MAIN) / GridSizes.of(parallel, world).shard
     model = parallel.tensor * parallel.pipeline
-    shared = _MOMENTS + (_MAIN if width < _MAIN else 0)
+    shared = moments + (_MAIN if width < _MAIN else 0)
     return (width + _GRADIENT + shared / (world // model)) / model
 
 
 def free_bytes(device: torch.device) -> int:
     """Free memory of the device; on a CPU, within the limit of the container."""
     if device.type == "cuda":
+        import torch
+
         return int(torch.cuda.mem_get_info(device)[0])
+    return free_host_bytes()
+
+
+def free_host_bytes() -> int:
+    """Free main memory, within the limit of the container."""
     import psutil
 
     return int(min(psutil.virtual_memory().available, _free_in_container()))
@@ -85,6 +103,8 @@ def free_bytes(device: torch.device) -> int:
 def peak_bytes(device: torch.device) -> int:
     """Return the most memory that this process has had: on its GPU, or resident with its mapped files."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else resident * 1024  # Linux counts KiB

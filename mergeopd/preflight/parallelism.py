@@ -35,8 +35,8 @@ def check_processes(plan: Plan, world: int) -> None:
         else:
             return
     else:
-        needed = grid.tensor * grid.pipeline
-        problem = count_problem(grid.tensor, grid.pipeline, world)
+        needed = grid.replica_size
+        problem = count_problem(grid.tensor, grid.pipeline, grid.context, world)
         if problem is None:
             return
         message = problem

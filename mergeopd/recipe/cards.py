@@ -148,6 +148,10 @@ def resolve_reward_model(
         message = "reward models are read from local folders"
         problems.append(origins.problem((*where, "served"), message, "remove it", key=True))
         return None
+    if valid.residency != "auto":
+        message = "reward models are in memory as a whole"
+        problems.append(origins.problem((*where, "residency"), message, "remove it", key=True))
+        return None
     if valid.canary is not None:
         message = (
             "a canary is a generated response with its log-probabilities, and reward models generate none"
@@ -234,6 +238,7 @@ def _teacher(name: str, ref: TeacherRef, card: TeacherCard, paths: Mapping[str, 
         licence=card.licence,
         api=card.api,
         served=card.served,
+        residency=card.residency,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,6 @@ from mergeopd.recipe.rollout import AnyRollout, LocalRollout, RolloutSettings
 from mergeopd.recipe.routing import PhaseTeachers
 from mergeopd.recipe.schema import NO_EXPERT, Reports, TrainSource
 from mergeopd.recipe.training import (
-    Optimizer,
     Phase,
     TextMixture,
     only_student,
@@ -185,12 +185,12 @@ def report_problems(report: Reports | None, origins: Origins) -> Iterator[Proble
 
 # The keys of `student.parallel` that only the other backend has, and what this one has for them.
 _OTHER_BACKEND = {
-    "torch": ("megatron", ("tensor", "pipeline", "sequence", "layers")),
+    "torch": ("megatron", ("tensor", "pipeline", "context", "sequence", "layers")),
     "megatron": ("torch", ("data", "shard")),
 }
 _INSTEAD = {
     "torch": "shard the model with `shard`",
-    "megatron": "remove the key: processes beyond `tensor` x `pipeline` are replicas",
+    "megatron": "remove the key: processes beyond `tensor` x `pipeline` x `context` are replicas",
 }
 
 
@@ -221,20 +221,10 @@ def student_problems(student: Student, rollout: AnyRollout | None, origins: Orig
         yield origins.problem((*here, "sequence"), message, "raise `tensor`, or remove the key")
 
 
-def offload_problems(student: Student, optimizer: Optimizer | None, origins: Origins) -> Iterator[Problem]:
-    """Check that the state of the optimizer can leave a GPU for main memory, if it is to."""
-    if optimizer is None or not optimizer.offload:
-        return
-    if student.backend != "torch":
-        message = "`offload` is a setting of `backend: torch`, and the backend is megatron"
-        yield origins.problem(("optimizer", "offload"), message, "remove the key", key=True)
-    elif not has_gpu():
-        message = "this machine has no GPU, so the optimizer's state is in main memory anyway"
-        yield origins.problem(("optimizer", "offload"), message, "remove the key", key=True)
-
-
 def missing_backend(student: Student, origins: Origins) -> Iterator[Problem]:
-    """Report packages and devices of the student's backend that this machine lacks."""
+    """Report packages and devices of the student's backend and kernel that this machine lacks."""
+    if student.kernel == "triton":
+        yield from _missing_triton(origins)
     if student.backend == "torch":
         return
     here: Keys = ("student", "parallel")
@@ -251,6 +241,19 @@ def missing_backend(student: Student, origins: Origins) -> Iterator[Problem]:
             message = "the package transformer-engine is not installed"
             remedy = "pip install 'transformer-engine[pytorch]', or use `auto` or `local`"
             yield origins.problem((*here, "layers"), message, remedy)
+
+
+def _missing_triton(origins: Origins) -> Iterator[Problem]:
+    if not is_installed("triton"):
+        message, remedy = (
+            "the package triton is not installed",
+            "pip install triton, or use `auto` or `torch`",
+        )
+        yield origins.problem(("student", "kernel"), message, remedy)
+    elif not has_gpu() and os.environ.get("TRITON_INTERPRET") != "1":
+        message = "Triton's kernels need a GPU, and this machine has none"
+        remedy = "use `auto` or `torch`, or set TRITON_INTERPRET=1 for Triton's (slow) interpreter"
+        yield origins.problem(("student", "kernel"), message, remedy)
 
 
 def missing_package(verifier: Verifier) -> tuple[str, str] | None:

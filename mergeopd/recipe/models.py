@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from mergeopd.config.values import (
     DIGEST_PATTERN,
@@ -18,6 +26,7 @@ from mergeopd.config.values import (
     Weight,
 )
 from mergeopd.messages import joined
+from mergeopd.models.residency import Residency
 from mergeopd.recipe.bridges import BridgeOrKind
 from mergeopd.recipe.served import Served
 from mergeopd.recipe.text_api import TextApi
@@ -39,7 +48,7 @@ class Parallel(Strict):
     """Process grid of the student.
 
     With `backend: torch`, `shard` processes hold one replica (FSDP2), and each has micro-batches of its own.
-    With `backend: megatron`, `tensor` x `pipeline` processes hold one.
+    With `backend: megatron`, `tensor` x `pipeline` x `context` processes hold one.
     """
 
     data: PositiveInt | None = None
@@ -53,6 +62,9 @@ class Parallel(Strict):
     heads, key-value heads and feed-forward size"""
     pipeline: PositiveInt = 1
     """`megatron`: pipeline-parallel size: number of model stages; must divide the number of layers"""
+    context: PositiveInt = 1
+    """`megatron`: context-parallel size: processes that share each sequence's positions, for long
+    sequences"""
     sequence: Flag = False
     """`megatron`: sequence parallelism: split activations along the sequence outside the matrix products"""
     recompute: Flag = False
@@ -61,6 +73,11 @@ class Parallel(Strict):
     layers: Literal["auto", "local", "transformer_engine"] = "auto"
     """`megatron`: layer implementation: Transformer Engine's or Megatron's own; `auto` uses Transformer
     Engine on a GPU where it can be imported"""
+
+    @property
+    def replica_size(self) -> int:
+        """Number of processes that hold one replica."""
+        return self.tensor * self.pipeline * self.context
 
 
 class Student(Strict):
@@ -90,6 +107,9 @@ class Student(Strict):
     float64 for everything and is meant for tests)"""
     micro_batch_tokens: PositiveInt = 16384
     """maximum number of tokens (prompts, responses and padding) in one forward and backward pass"""
+    kernel: Literal["auto", "torch", "triton"] = "auto"
+    """operations of the exact loss between its matrix products: `torch`, or `triton` for a GPU; `auto` uses
+    Triton on a GPU where it is installed. Top-k supports and bridges always use torch"""
 
 
 class Canary(Strict):
@@ -128,6 +148,16 @@ class TeacherCard(Strict):
     served: Served | None = None
     """servers that score for the teacher; `model` then needs the configuration, the tokenizer and, for hidden
     states, the tensor of the prediction head"""
+    residency: Residency = "auto"
+    """how its weights are in memory while it scores: whole (`resident`), or one layer after the other
+    (`stream`), which takes the memory of two layers and cannot generate text; `auto`: whole where it fits"""
+
+    @field_validator("residency")
+    @classmethod
+    def _has_weights(cls, residency: Residency, info: ValidationInfo) -> Residency:
+        if residency != "auto" and (info.data.get("api") or info.data.get("served")):
+            raise ValueError("servers have its weights, so this has no effect: remove it")
+        return residency
 
     @model_validator(mode="after")
     def _one_model(self) -> TeacherCard:

@@ -197,12 +197,6 @@ def bridge_problems(
         if bridge.kind == "span":
             scored = [phase for i, phase in parts.phases.items() if name in of_phases[i].scoring()]
             yield from _span_problems(name, scored, origins)
-        elif parts.student is not None and parts.student.parallel.tensor > 1:
-            message = (
-                f"{bridge.kind} compares whole vocabularies, and each process has a part of the student's"
-            )
-            remedy = "use `bridge: span`, or student.parallel.tensor: 1"
-            yield origins.problem(("teachers", name, "bridge"), message, remedy)
 
 
 def _bridged(parts: ValidParts, names: Iterable[str]) -> dict[str, Bridge]:

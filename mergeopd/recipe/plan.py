@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mergeopd.config.values import Strict
+from mergeopd.models.residency import Residency
 from mergeopd.recipe.alarms import Alarms
 from mergeopd.recipe.baselines import StaticMerge
 from mergeopd.recipe.bridges import Bridge
@@ -38,7 +39,7 @@ UNBOUND: Mapping[str, Any] = {
     "text_cache": True,
     "report": True,
     "inspect": True,
-    "student": {"parallel": True, "packing": True, "compile": True},
+    "student": {"parallel": True, "kernel": True, "packing": True, "compile": True},
     "optimizer": {"offload": True},
     "rollout": dict.fromkeys(
         ("url", "launch", "api_key_env", "concurrency", "timeout_s", "sync", "parity", "gather"), True
@@ -47,6 +48,7 @@ UNBOUND: Mapping[str, Any] = {
     "teachers": {
         "__all__": {
             "licence": True,
+            "residency": True,
             "targets": True,
             "api": dict.fromkeys(API_UNBOUND, True),
             "served": dict.fromkeys(("url", "concurrency", "timeout_s"), True),
@@ -79,6 +81,7 @@ class TeacherPlan(Strict):
     api: TextApi | None = None
     targets: str | None = None
     served: Served | None = None
+    residency: Residency = "auto"
 
     @property
     def folder(self) -> Path:

@@ -211,7 +211,6 @@ class _Resolver:
         self.problems += checks.student_problems(written, self.parts.rollout, self.origins)
         if not self.lookup.is_elsewhere:
             self.problems += checks.missing_backend(written, self.origins)
-            self.problems += checks.offload_problems(written, self.parts.optimizer, self.origins)
         base = self.origins.place(where).base
         folder = self.lookup.model("student", written.model, written.revision, base)
         if isinstance(folder, Missing):

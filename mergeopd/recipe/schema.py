@@ -218,10 +218,14 @@ class Checkpoints(Strict):
 
 
 class Memory(Strict):
-    """Limit on main memory for data that can be spilled to disk."""
+    """Limits on memory for data that can be on disk."""
 
     hidden_states_gib: Weight = 8.0
     """GiB of main memory for one round's teacher hidden states; the rest is written to the run folder"""
+    teacher_gib: Positive | None = None
+    """GiB of memory, of the GPU if there is one, that a process may use for a local teacher's pass; larger
+    teachers are streamed layer by layer. Default: nine tenths of what is free, less the student and the
+    hidden states"""
 
 
 class Reports(Strict):

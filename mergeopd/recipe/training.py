@@ -148,8 +148,7 @@ class Optimizer(Strict):
     clip_grad: Positive | None = 1.0
     """maximum gradient norm; null: no clipping"""
     offload: Flag = False
-    """`backend: torch` on a GPU: keep AdamW's moments in main memory and update the weights there. Half of
-    the training state leaves the GPU; each update copies gradients and weights"""
+    """keep AdamW's moments in host memory; they visit the GPU one parameter at a time in each update"""
 
 
 def on_policy_fraction(phase: Phase, updates_done: int) -> float:

@@ -94,18 +94,25 @@ class PhaseEstimate:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Processes of a student: `tensor` x `pipeline` hold one replica, of which there are `data`."""
+    """Processes of a student: `tensor` x `pipeline` x `context` hold one of `data` replicas."""
 
     tensor: int
     pipeline: int
     data: int
+    context: int
 
     @property
     def size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.holders
 
     def __str__(self) -> str:
-        return f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}"
+        context = f" x context {self.context}" if self.context > 1 else ""
+        return f"tensor {self.tensor} x pipeline {self.pipeline}{context} x data {self.data}"
+
+    @property
+    def holders(self) -> int:
+        """Processes with the same weights, which share the optimizer's state."""
+        return self.context * self.data
 
 
 @dataclass(frozen=True, slots=True)

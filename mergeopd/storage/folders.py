@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 
 from mergeopd.errors import StorageError
 from mergeopd.storage.failures import named_failures
@@ -25,6 +27,8 @@ MODEL_CARD = "README.md"  # of an export; not in the manifest, since people edit
 FORMAT = "mergeopd-folder-1"
 _PARTIAL = ".partial"
 _BROKEN = ".broken"
+# "bytes" and "sha256" by file.
+Manifest = Mapping[str, Mapping[str, int | str]]
 
 
 @contextmanager
@@ -36,20 +40,40 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
     Raises StorageError if `target` exists, the block wrote nothing, or writing fails.
     """
+    temporary = begin_folder(target)
+    with named_failures("write", target):
+        try:
+            yield temporary
+            complete_folder(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)  # report the first failure, not this one
+            raise
+
+
+def begin_folder(target: Path, suffix: str = "") -> Path:
+    """Create and return an empty temporary sibling of `target`, for `complete_folder`.
+
+    Temporaries of the same target are told apart by `suffix`. Raises StorageError if `target` exists.
+    """
     _refuse_existing(target)
-    temporary = partial_of(target)
+    temporary = partial_of(target.with_name(target.name + suffix))
     with named_failures("write", target):
         make_folder(target.parent)
         remove_tree(temporary)
         temporary.mkdir()
-        try:
-            yield temporary
-            _seal(temporary, target)
-            _refuse_existing(target)
-            temporary.rename(target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)  # report the first failure, not this one
-            raise
+    return temporary
+
+
+def complete_folder(temporary: Path, target: Path, measured: Manifest = MappingProxyType({})) -> None:
+    """Sync a temporary folder, write its manifest, and rename it to `target`.
+
+    `measured` has entries of the manifest for files that are synced already, and is not read again. Raises
+    StorageError if `target` exists, the folder is empty, or writing fails.
+    """
+    with named_failures("write", target):
+        _seal(temporary, target, measured)
+        _refuse_existing(target)
+        temporary.rename(target)
         _sync_folder(target.parent)
 
 
@@ -62,7 +86,7 @@ def write_atomic(path: Path, content: str | bytes, setting: str = "output") -> N
     with named_failures("write", path, setting):
         make_folder(path.parent)
         try:
-            _write_synced(temporary, content)
+            write_synced(temporary, content)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -75,10 +99,30 @@ def verify(folder: Path) -> str | None:
 
     Files that the manifest does not list are ignored.
     """
+    files = read_manifest(folder)
+    return files if isinstance(files, str) else content_fault(folder, files)
+
+
+def read_manifest(folder: Path) -> Manifest | str:
+    """Return a folder's manifest, or a description of the fault if it is damaged or files are missing.
+
+    Compares the files' sizes; their contents are compared by `content_fault`.
+    """
     try:
-        return _first_fault(folder)
+        return _manifest_or_fault(folder)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
+
+
+def content_fault(folder: Path, files: Manifest) -> str | None:
+    """Compare files with their entries of the manifest. Returns a description of the first fault, or None."""
+    try:
+        for name, expected in files.items():
+            if measure(folder / name) != expected:
+                return f"{name} is damaged: its SHA-256 differs from the manifest's"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    return None
 
 
 def newest_valid(parent: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -87,7 +131,7 @@ def newest_valid(parent: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     Raises StorageError if `parent` exists but cannot be listed.
     """
     skipped: list[tuple[Path, str]] = []
-    for folder in _numbered(parent):
+    for folder in numbered(parent):
         fault = verify(folder)
         if fault is None:
             return folder, skipped
@@ -97,7 +141,7 @@ def newest_valid(parent: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 def newest_number(parent: Path) -> int:
     """Return the highest number of a folder `step-<number>`, valid or not; 0 without one."""
-    return max(map(_number, _numbered(parent)), default=0)
+    return max(map(_number, numbered(parent)), default=0)
 
 
 def set_aside(folder: Path) -> Path:
@@ -118,7 +162,7 @@ def keep_only(parent: Path, numbers: Collection[int]) -> int | None:
 
     Damaged ones that are newer are set aside. Raises StorageError if removing fails.
     """
-    _remove(parent, [folder for folder in _numbered(parent) if _number(folder) not in numbers])
+    _remove(parent, [folder for folder in numbered(parent) if _number(folder) not in numbers])
     newest, skipped = newest_valid(parent)
     for folder, _ in skipped:
         set_aside(folder)
@@ -134,10 +178,11 @@ def copy_folder(source: Path, target: Path) -> None:
         shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
 
 
-def prune(parent: Path, keep: int) -> tuple[Path, ...]:
+def prune(parent: Path, keep: int, up_to: float = math.inf) -> tuple[Path, ...]:
     """Remove all but the `keep` highest numbered folders, older broken folders, and leftovers.
 
-    Folders are renamed before they are emptied, so that a kill leaves no partial folder under its final name.
+    Folders with numbers above `up_to` are kept and not counted. Folders are renamed before they are emptied,
+    so that a kill leaves no partial folder under its final name.
     Returns the numbered folders that were removed, newest first.
 
     Raises:
@@ -146,10 +191,10 @@ def prune(parent: Path, keep: int) -> tuple[Path, ...]:
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
-    folders = _numbered(parent)
+    folders = [folder for folder in numbered(parent) if _number(folder) <= up_to]
     removed = tuple(folders[keep:])
     oldest_kept = _number(folders[min(keep, len(folders)) - 1]) if folders else 0
-    all_broken = _numbered(parent, _BROKEN)
+    all_broken = numbered(parent, _BROKEN)
     broken = [folder for folder in all_broken if _number(folder) < oldest_kept]
     _remove(parent, [*removed, *broken])
     return removed
@@ -166,8 +211,8 @@ def _remove(parent: Path, folders: Iterable[Path]) -> None:
             remove_tree(leftover)
 
 
-def _seal(folder: Path, target: Path) -> None:
-    files: dict[str, dict[str, int | str]] = {}
+def _seal(folder: Path, target: Path, measured: Manifest) -> None:
+    files: dict[str, Mapping[str, int | str]] = {}
     folders = [folder]
     for path in sorted(folder.rglob("*")):
         if path.is_dir() and not path.is_symlink():
@@ -175,19 +220,21 @@ def _seal(folder: Path, target: Path) -> None:
         elif path.is_symlink() or not path.is_file():
             raise StorageError(f"cannot write {target}: {path.relative_to(folder)} is not a plain file")
         else:
+            name = path.relative_to(folder).as_posix()
             share_as(folder, path)
-            files[path.relative_to(folder).as_posix()] = _measure(path, sync=True)
+            files[name] = measured[name] if name in measured else measure(path, sync=True)
     files.pop(MODEL_CARD, None)
     if not files:
         raise StorageError(f"cannot write {target}: nothing was written into it")
     if MANIFEST in files:
         raise StorageError(f"cannot write {target}: the name {MANIFEST} is taken by the manifest")
-    _write_synced(folder / MANIFEST, _manifest_text(files))
+    write_synced(folder / MANIFEST, _manifest_text(files))
     for path in reversed(folders):
         _sync_folder(path)
 
 
-def _write_synced(path: Path, content: str | bytes) -> None:
+def write_synced(path: Path, content: str | bytes) -> None:
+    """Write a file and sync it to the disk."""
     with path.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
@@ -205,7 +252,8 @@ def share_as(folder: Path, file: Path) -> None:
             file.chmod(mode)
 
 
-def _measure(path: Path, *, sync: bool = False) -> dict[str, int | str]:
+def measure(path: Path, *, sync: bool = False) -> dict[str, int | str]:
+    """Return a file's entry in a manifest, after syncing the file to the disk if asked."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         if sync:
@@ -213,13 +261,13 @@ def _measure(path: Path, *, sync: bool = False) -> dict[str, int | str]:
         return {"bytes": file.tell(), "sha256": digest}
 
 
-def _manifest_text(files: Mapping[str, Mapping[str, int | str]]) -> str:
+def _manifest_text(files: Manifest) -> str:
     """Return the canonical text of a manifest. It contains its own hash, which detects lost entries."""
     own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     return json.dumps({"format": FORMAT, "files": files, "sha256": own}, indent=1, sort_keys=True) + "\n"
 
 
-def _first_fault(folder: Path) -> str | None:
+def _manifest_or_fault(folder: Path) -> Manifest | str:
     if not folder.is_dir():
         return "is not a folder"
     manifest = folder / MANIFEST
@@ -236,23 +284,18 @@ def _first_fault(folder: Path) -> str | None:
         return f"{MANIFEST} is damaged: it lists no files"
     if record.get("format") != FORMAT:
         return f"{MANIFEST} has format {record.get('format')!r}, not {FORMAT!r}"
-    if content != _manifest_text(record["files"]).encode() or not record["files"]:
+    files: dict[str, dict[str, int | str]] = record["files"]
+    if content != _manifest_text(files).encode() or not files:
         return f"{MANIFEST} is damaged: it does not match its own hash"
-    for name, expected in record["files"].items():
-        fault = _file_fault(folder / name, expected)
-        if fault:
-            return f"{name} {fault}"
-    return None
-
-
-def _file_fault(path: Path, expected: Mapping[str, int | str]) -> str | None:
-    if not path.is_file():
-        return "is missing"
-    if path.stat().st_size != expected["bytes"]:  # cheaper and more informative than a hash
-        return f"has {path.stat().st_size} bytes instead of {expected['bytes']}"
-    if _measure(path) != expected:
-        return "is damaged: its SHA-256 differs from the manifest's"
-    return None
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        count = f", and {len(missing) - 1} more of {len(files)} files" if len(missing) > 1 else ""
+        return f"{missing[0]} is missing{count}"
+    for name, expected in files.items():
+        size = (folder / name).stat().st_size
+        if size != expected["bytes"]:  # cheaper and more informative than a hash
+            return f"{name} has {size} bytes instead of {expected['bytes']}"
+    return files
 
 
 def is_leftover(path: Path) -> bool:
@@ -272,7 +315,7 @@ def _refuse_existing(target: Path) -> None:
         )
 
 
-def _numbered(parent: Path, suffix: str = "") -> list[Path]:
+def numbered(parent: Path, suffix: str = "") -> list[Path]:
     """List folders `step-<number><suffix>`, highest number first; none if `parent` is missing."""
     if not os.path.lexists(parent):
         return []

@@ -19,6 +19,7 @@ from mergeopd.loss.divergence import Divergence
 from mergeopd.loss.full_vocabulary import BlockStats
 from mergeopd.loss.fused import Objective, TokenStats, fused_loss
 from mergeopd.loss.heads import Head, Hidden
+from mergeopd.loss.kernel_choice import KernelName
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.loss.support import Support
 
@@ -72,6 +73,7 @@ def micro_loss(
     per_token: Objective,
     what: Measured,
     workspace: Workspace,
+    kernel: KernelName,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, MicroStats]:
     """Compute the loss of a micro-batch and its statistics; `hidden_ND` has a row for each trained token.
@@ -93,6 +95,7 @@ def micro_loss(
             workspace=workspace,
             top_ids=what.top_ids,
             overlap_rows=micro.overlap_rows,
+            kernel=kernel,
         )
     except ArithmeticError as error:
         raise NumericsError(micro.with_teacher_names(error)) from error
@@ -109,6 +112,7 @@ def micro_loss(
                 bridged.measure,
                 bridged.weight_G,
                 temperature=what.temperature,
+                group=group,
                 workspace=workspace,
             )
         except ArithmeticError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +14,7 @@ from mergeopd.batch.micro_batch import MicroBatches
 from mergeopd.errors import StorageError
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.rollout import protocol as rollout
+from mergeopd.storage.state_parts import SavedTensors, StatePart
 from mergeopd.student.loss import Measured, MicroStats, Observe
 
 
@@ -87,21 +88,25 @@ class WeightSource(rollout.WeightSource, Protocol):
 
 
 class Stateful(Protocol):
-    """A student's part of a checkpoint."""
+    """A student's part of a checkpoint; NAME is that of a published folder's tensor (`models/experts.py`)."""
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield master weights (`master.NAME`) and optimizer moments, unsharded, on rank 0. Collective."""
+    def state(self) -> Iterator[StatePart]:
+        """Yield this rank's boxes of master weights (`master.NAME`) and moments (`adamw.KEY.NAME`).
+
+        The boxes of all ranks are disjoint and make up the tensors; ranks with the same values divide them,
+        so that all yield nearly the same number of bytes. Not copies; not collective.
+        """
 
     def state_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shapes of the master weights in `state`; not collective."""
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore `state()`."""
+    def load_state(self, tensors: SavedTensors) -> None:
+        """Restore the `state()` of any backend and grid; a rank reads the boxes that it needs. Collective."""
 
 
-def check_masters(own: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
+def check_masters(own: Mapping[str, object], saved: Collection[str]) -> None:
     """Raise StorageError unless a checkpoint's master weights have the names of `own`."""
-    odd = own.keys() ^ {key for key in tensors if key.startswith("master.")}
+    odd = own.keys() ^ {key for key in saved if key.startswith("master.")}
     if odd:
         listed = ", ".join(sorted(odd)[:3])
         raise StorageError(f"the checkpoint is not of this student: {listed} on one side only")

@@ -49,6 +49,11 @@ class ShardGrid:
         return self.mesh[_SHARD].size()
 
     @property
+    def replica(self) -> int:
+        """Index of this process's replica."""
+        return self.mesh[_DATA].get_local_rank()
+
+    @property
     def shard_group(self) -> dist.ProcessGroup:
         """The processes that share this one's replica."""
         return self.mesh[_SHARD].get_group()

@@ -14,10 +14,22 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from mergeopd.loss.heads import Head
-from mergeopd.models.causal import DTYPES, build_skeleton, check_fit, empty, fill, head_of, tensor_names
+from mergeopd.models.causal import (
+    DTYPES,
+    assembled,
+    build_skeleton,
+    check_fit,
+    empty,
+    fill,
+    head_of,
+    parameter_parts,
+)
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.experts import parts_of, published
 from mergeopd.models.facts import ModelFacts
 from mergeopd.rollout.joined import JoinedBody
+from mergeopd.storage.boxes import Box
+from mergeopd.storage.state_parts import StatePart
 from mergeopd.student.layer_options import PassOptions, set_layer_options
 from mergeopd.student.protocol import Placement
 from mergeopd.student.shard_grid import ShardGrid
@@ -43,7 +55,7 @@ class ShardedWeights:
         model = build_skeleton(folder, device, self._dtype)
         checkpoint = Checkpoint.open(folder)
         check_fit(model, self.facts, checkpoint)
-        self._stored = tensor_names(self.facts, checkpoint)
+        self._stored = parameter_parts(self.facts, checkpoint)
         model.tie_weights()
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         fill(model, self._buffers(checkpoint))
@@ -68,6 +80,10 @@ class ShardedWeights:
     @property
     def placement(self) -> Placement:
         return self._grid.placement
+
+    @property
+    def replica(self) -> tuple[int, int]:
+        return self._grid.replica, self._grid.data
 
     def num_passes(self, num_micro_batches: int) -> int:
         return self._grid.largest(num_micro_batches)
@@ -115,9 +131,18 @@ class ShardedWeights:
     def unshard(self, name: str, part: Tensor) -> Tensor:
         return self._grid.unshard(part, self.shapes[name][0])
 
-    def part(self, name: str, whole: Tensor) -> Tensor:
-        rows = self._grid.rows(self.shapes[name][0])
-        return whole[rows.start : rows.stop]
+    def parts(self, name: str, values: Tensor) -> Iterator[StatePart]:
+        shape = self.shapes[name]
+        rows = self._grid.rows(shape[0])
+        parts = parts_of(self.facts.model_type, name, shape[0])
+        num_pieces = 1 + parts[-1].piece
+        for part in parts:
+            if part.expert is None:
+                box = Box((rows.start, *(0 for _ in shape[1:])), (len(rows), *shape[1:]))
+                yield StatePart(part.tensor, shape, box, values)
+            elif part.expert in rows:
+                matrices = values[part.expert - rows.start]
+                yield StatePart.full(part.tensor, matrices[part.rows(len(matrices) // num_pieces)])
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, self._gathered(name)) for name in self.masters)
@@ -129,7 +154,7 @@ class ShardedWeights:
             yield from ((name, persistent[name]) for name in self._stored if name not in self.shapes)
         for name, tensor in self.weights():
             if is_first:
-                yield name, tensor
+                yield from published(self.facts.model_type, name, tensor)
 
     @contextmanager
     def layerwise(self, vocab: range) -> Iterator[tuple[nn.Module, Head]]:
@@ -181,17 +206,22 @@ class ShardedWeights:
 
     def _buffers(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         """Read what the folder stores beside parameters."""
-        return {
-            name: checkpoint.read(stored).to(device=self._device, dtype=self._dtype, copy=True)
-            for name, stored in self._stored.items()
-            if name not in self.shapes
-        }
+        parts = {name: parts for name, parts in self._stored.items() if name not in self.shapes}
+        tensors = checkpoint.read_all(part.tensor for own in parts.values() for part in own)
+        return dict(assembled(parts, tensors, self._device, self._dtype, copy=True))
 
     def _read(self, checkpoint: Checkpoint, name: str) -> Tensor:
-        """Read this rank's rows of a parameter."""
-        rows = self._grid.rows(self.shapes[name][0])
-        part = checkpoint.read_slice(self._stored[name], rows.start, rows.stop)
-        return part.to(device=self._device, dtype=self._master_dtype, copy=True)
+        """Read this rank's rows of a parameter; those of experts are their matrices."""
+        count, *others = self.shapes[name]
+        rows = self._grid.rows(count)
+        own = torch.empty(len(rows), *others, dtype=self._master_dtype, device=self._device)
+        for part in self._stored[name]:
+            if part.expert is None:
+                own.copy_(checkpoint.read_slice(part.tensor, rows.start, rows.stop))
+            elif part.expert in rows:
+                matrix = checkpoint.read(part.tensor)
+                own[part.expert - rows.start, part.rows(len(matrix))] = matrix
+        return own
 
     def _assign(self, parts: dict[str, Tensor]) -> None:
         """Give the sharded parameters of the body, on the meta device, this rank's rows."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -15,22 +16,25 @@ from mergeopd.errors import NumericsError
 from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.fused import Objective
 from mergeopd.loss.heads import Head
+from mergeopd.loss.kernel_choice import KernelName
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.models.causal import response_hidden
-from mergeopd.models.weight_files import write_model
+from mergeopd.models.experts import published_shapes
+from mergeopd.models.weight_files import MAX_FILE_BYTES, write_model
 from mergeopd.recipe.training import Optimizer
-from mergeopd.student.adamw import MOMENTS, AdamW
+from mergeopd.storage.state_parts import SavedTensors, StatePart
+from mergeopd.student.adamw import AdamW
 from mergeopd.student.layer_options import PassOptions
 from mergeopd.student.loss import Measured, MicroStats, Observe, check_norm, micro_loss, no_loss
 from mergeopd.student.protocol import Placement, check_masters
 from mergeopd.student.shard_grid import ShardGrid
 from mergeopd.student.sharded_weights import ShardedWeights
+from mergeopd.student.torch_state import load_parts, state_parts
 from mergeopd.student.whole_weights import Weights, WholeWeights
 from mergeopd.types import token_ids
 
 # Run by a process without a micro-batch, so that it takes part in the collectives of the others' passes.
 _EMPTY = MicroBatch((), (), (token_ids((0,)),), (token_ids(()),), (), torch.zeros(0, 0), torch.zeros(0))
-_MAX_FILE_BYTES = 5_000_000_000
 _DEFAULT = PassOptions()
 
 
@@ -50,6 +54,7 @@ class TorchStudent:
         num_valid: int,
         optimizer: Optimizer,
         device: torch.device,
+        kernel: KernelName = "auto",
         grid: ShardGrid | None = None,
         options: PassOptions = _DEFAULT,
     ) -> None:
@@ -65,7 +70,7 @@ class TorchStudent:
         self._dtype = torch.float64 if dtype == "float64" else torch.float32
         self._packing, self._layerwise = options.packing, options.layerwise
         self._clip_grad = optimizer.clip_grad
-        self._workspace = Workspace()
+        self._workspace, self._kernel = Workspace(), kernel
 
     @property
     def body(self) -> nn.Module:
@@ -136,35 +141,23 @@ class TorchStudent:
         self._weights.publish()
         return float(norm)
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        is_first = self.placement.dp_rank == 0
-        for name, tensor in self.master_weights():
-            if is_first:
-                yield f"master.{name}", tensor
-        for name in self._weights.masters:
-            for key, value in self._adamw.moments(name).items():
-                whole = value if key == "step" else self._weights.unshard(name, value)
-                if is_first:
-                    yield f"adamw.{key}.{name}", whole
+    def state(self) -> Iterator[StatePart]:
+        return state_parts(self._weights, self._adamw)
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {f"master.{name}": shape for name, shape in self._weights.shapes.items()}
+        shapes = published_shapes(self._weights.facts.model_type, self._weights.shapes)
+        return {f"master.{name}": cast(tuple[int, ...], shape) for name, shape in shapes.items()}
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        check_masters(self.state_shapes(), tensors)
-        part = self._weights.part
-        for name, p in self._weights.masters.items():
-            with torch.no_grad():
-                p.copy_(part(name, tensors[f"master.{name}"]))
-            saved = {key: tensors[k] for key in MOMENTS if (k := f"adamw.{key}.{name}") in tensors}
-            self._adamw.load(name, {k: t if k == "step" else part(name, t) for k, t in saved.items()})
+    def load_state(self, tensors: SavedTensors) -> None:
+        check_masters(self.state_shapes(), tensors.shapes)
+        load_parts(tensors, self._weights, self._adamw)
         self._weights.publish()
 
     def export(self, folder: Path) -> None:
         tensors = self.folder_weights()
         if self.placement.dp_rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            write_model(tensors, self._folder, folder, _MAX_FILE_BYTES)
+            write_model(tensors, self._folder, folder, MAX_FILE_BYTES)
         for _ in tensors:
             pass  # the other ranks only send
         if len(self.placement.replica_ranks) > 1:
@@ -198,7 +191,9 @@ class TorchStudent:
                 if micro is not None:
                     head = self._weights.head(self.vocab)
                     try:
-                        loss, stats = micro_loss(hidden, head, micro, per_token(micro), what, self._workspace)
+                        loss, stats = micro_loss(
+                            hidden, head, micro, per_token(micro), what, self._workspace, self._kernel
+                        )
                         statistics.append(stats)
                     except NumericsError as error:
                         failures.append(str(error))

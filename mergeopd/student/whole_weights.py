@@ -13,9 +13,19 @@ from torch import Tensor, nn
 
 from mergeopd.errors import NumericsError
 from mergeopd.loss.heads import Head
-from mergeopd.models.causal import DTYPES, build_skeleton, check_fit, fill, head_of, tensor_names
+from mergeopd.models.causal import (
+    DTYPES,
+    assembled,
+    build_skeleton,
+    check_fit,
+    fill,
+    head_of,
+    parameter_parts,
+)
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.experts import published
 from mergeopd.models.facts import ModelFacts
+from mergeopd.storage.state_parts import StatePart
 from mergeopd.student.layer_options import PassOptions, set_layer_options
 from mergeopd.student.protocol import UNSHARDED, Placement
 
@@ -36,6 +46,10 @@ class Weights(Protocol):
     @property
     def placement(self) -> Placement:
         """This process's part of the work."""
+
+    @property
+    def replica(self) -> tuple[int, int]:
+        """Index and number of the processes with the same `masters`."""
 
     def num_passes(self, num_micro_batches: int) -> int:
         """Return the number of passes in which every process must take part."""
@@ -64,8 +78,11 @@ class Weights(Protocol):
     def unshard(self, name: str, part: Tensor) -> Tensor:
         """Return the whole tensor of which `part`, shaped as `masters[name]`, is this process's part."""
 
-    def part(self, name: str, whole: Tensor) -> Tensor:
-        """Return this process's part of a whole tensor, as a view. Not collective."""
+    def parts(self, name: str, values: Tensor) -> Iterator[StatePart]:
+        """Yield views of `values`, shaped as `masters[name]`, as boxes of a folder's tensors.
+
+        Not collective.
+        """
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the forward pass's current weights by parameter name, whole on every process."""
@@ -89,12 +106,10 @@ class WholeWeights:
         self._model = build_skeleton(folder, device, DTYPES[dtype])
         checkpoint = Checkpoint.open(folder)
         check_fit(self._model, self.facts, checkpoint)
-        weights = {
-            # A copy: the file's pages are read-only and belong to the file cache.
-            name: checkpoint.read(tensor).to(device=device, dtype=DTYPES[dtype], copy=True)
-            for name, tensor in tensor_names(self.facts, checkpoint).items()
-        }
-        fill(self._model, weights)
+        parts = parameter_parts(self.facts, checkpoint)
+        tensors = checkpoint.read_all(part.tensor for own in parts.values() for part in own)
+        # A copy: the file's pages are read-only and belong to the file cache.
+        fill(self._model, dict(assembled(parts, tensors, device, DTYPES[dtype], copy=True)))
         self._model.tie_weights()
         self._model.requires_grad_(True)
         self.body: nn.Module = self._model.base_model
@@ -107,6 +122,7 @@ class WholeWeights:
         self.shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
 
     placement = UNSHARDED
+    replica = (0, 1)
 
     def num_passes(self, num_micro_batches: int) -> int:
         return num_micro_batches
@@ -157,8 +173,9 @@ class WholeWeights:
     def unshard(self, name: str, part: Tensor) -> Tensor:
         return part
 
-    def part(self, name: str, whole: Tensor) -> Tensor:
-        return whole
+    def parts(self, name: str, values: Tensor) -> Iterator[StatePart]:
+        for tensor, view in published(self.facts.model_type, name, values):
+            yield StatePart.full(tensor, view)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, p.detach()) for name, p in self._parameters.items())
@@ -167,7 +184,7 @@ class WholeWeights:
         tied_head = {self.facts.head_name} if self.facts.tied else set()
         for name, tensor in self._model.state_dict().items():
             if name not in tied_head:
-                yield name, tensor
+                yield from published(self.facts.model_type, name, tensor)
 
     @contextmanager
     def unsharded(self, vocab: range) -> Iterator[tuple[nn.Module, Head]]:

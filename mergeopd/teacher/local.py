@@ -11,39 +11,47 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mergeopd.batch.packing import length_batches
-from mergeopd.errors import TeacherError
-from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.heads import Head
-from mergeopd.loss.observe import observe
 from mergeopd.models.causal import (
     DTYPES,
+    assembled,
     build_skeleton,
     check_fit,
     empty,
     fill,
     head_of,
+    parameter_parts,
     response_hidden,
-    tensor_names,
 )
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.experts import Part
 from mergeopd.models.facts import ModelFacts, head_tensor
+from mergeopd.models.residency import WINDOW, Held, by_layer, is_copied
 from mergeopd.rollout.local import FixedWeights
 from mergeopd.rollout.protocol import ReplicaSource, RolloutEngine
 from mergeopd.teacher.canary import Canary
-from mergeopd.teacher.protocol import TargetSpec, Teacher, TeacherCapabilities, TeacherSequence
+from mergeopd.teacher.protocol import (
+    TargetSpec,
+    Teacher,
+    TeacherCapabilities,
+    TeacherSequence,
+    TeacherSession,
+)
+from mergeopd.teacher.scoring import reduced, rows_of
 from mergeopd.teacher.snapshots import Snapshot
-from mergeopd.teacher.weight_reader import MappedReader, Reader
+from mergeopd.teacher.streaming.session import StreamedSession
+from mergeopd.teacher.streaming.weights import StreamedWeights
+from mergeopd.teacher.weight_reader import MappedReader, Reader, ShardedReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,8 +59,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 MakeEngine = Callable[[ReplicaSource], RolloutEngine]
-# Responses are reduced in batches of about this many tokens: a matrix product of a few rows is slow.
-_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +105,7 @@ class LocalSession:
                 self.device,
                 [sequence.trained for sequence in own],
             )
-            if not torch.isfinite(states).all():
-                raise TeacherError(
-                    f"teacher {self.name!r} produced NaN or infinite hidden states; "
-                    "its weights are damaged or its dtype is too narrow (try dtype: float32)"
-                )
-            # Clone: a view would keep the whole batch alive when most of it is spilled or dropped.
-            sizes = [sequence.num_trained for sequence in own]
-            for index, rows in zip(batch, torch.split(states, sizes), strict=True):
-                yield index, rows.clone()
+            yield from rows_of(self.name, states, batch, sequences)
 
     def score(
         self, sequences: Sequence[TeacherSequence], spec: TargetSpec, max_tokens: int
@@ -117,7 +115,7 @@ class LocalSession:
         Raises TeacherError when a hidden state is not finite.
         """
         states = self.hidden(sequences, max_tokens)
-        return states if spec.kind == "hidden" else reduced(states, sequences, self.read_head(), spec)
+        return states if spec.kind == "hidden" else reduced(states, sequences, self.read_head, spec)
 
     def generator(self) -> RolloutEngine:
         assert self.make_engine is not None, "opened without an engine"
@@ -129,7 +127,8 @@ class LocalTeacher:
     """A teacher whose weights are in a local folder, or are a snapshot of the student's.
 
     `canary` is verified the first time that the teacher is opened, on rank 0 (`run_on_first`). `make_engine`
-    builds an engine that generates with a model's weights and this teacher's end tokens.
+    builds an engine that generates with a model's weights and this teacher's end tokens. Where it is `held`
+    streamed, its body is loaded only to generate.
     """
 
     name: str
@@ -138,6 +137,8 @@ class LocalTeacher:
     canary: Canary | None
     run_on_first: Callable[[Callable[[], None]], None]
     make_engine: MakeEngine
+    held: Held | None = None
+    is_first: bool = True
 
     @property
     def fingerprint(self) -> str | None:
@@ -151,12 +152,21 @@ class LocalTeacher:
     def head_key(self) -> Hashable:
         return self.store.head_key(self.name)
 
-    @contextmanager
-    def open(self) -> Iterator[LocalSession]:
-        """Load the body; it is freed when the context ends. Collective.
+    def open(self) -> AbstractContextManager[LocalSession | StreamedSession]:
+        """Load the body, or prepare to stream it; it is freed when the context ends. Collective.
 
-        Raises TeacherError when the canary does not match.
+        Raises TeacherError when the canary does not match; a streamed one is verified when it first scores.
         """
+        if self._pass_tokens is None:
+            return self._loaded()
+        return self.store.stream(self.name, self._pass_tokens, self._take_canary, self._loaded)
+
+    @property
+    def _pass_tokens(self) -> int | None:
+        return None if self.held is None else self.held.pass_tokens
+
+    @contextmanager
+    def _loaded(self) -> Iterator[LocalSession]:
         with self.store.open(self.name, self.make_engine) as session:
             if self.canary is not None:
                 canary, self.canary = self.canary, None
@@ -168,8 +178,13 @@ class LocalTeacher:
         [(_, hidden)] = session.hidden([canary.sequence], canary.sequence.num_tokens)
         canary.verify(hidden, session.head)
 
+    def _take_canary(self) -> Canary | None:
+        """Return the canary to the session that verifies it; None afterwards, and on other ranks."""
+        canary, self.canary = self.canary, None
+        return canary if self.is_first else None
+
     def prefetch(self) -> None:
-        self.store.read_ahead(self.name)
+        self.store.read_ahead(self.name, WINDOW if self._pass_tokens is not None else None)
 
     def head(self, vocab: range | None) -> Head:
         return self.store.head(self.name, vocab)
@@ -179,11 +194,11 @@ class LocalTeacher:
 class ResidentHeads:
     """The prediction heads in memory: those of one set of teachers at a time, equal ones only once.
 
-    `vocab`: token ids whose rows this process scores; None: all.
+    `vocab_of`: a teacher's token ids whose rows this process scores; None: all.
     """
 
     teachers: Mapping[str, Teacher]
-    vocab: range | None
+    vocab_of: Callable[[str], range | None]
     _heads: dict[Hashable, Head] = field(init=False, default_factory=dict)
 
     def of(self, names: Iterable[str]) -> dict[str, Head]:
@@ -192,39 +207,11 @@ class ResidentHeads:
         self._heads = {key: head for key, head in self._heads.items() if key in wanted.values()}
         for name, key in wanted.items():
             if key not in self._heads:
-                self._heads[key] = self.teachers[name].head(self.vocab)
+                self._heads[key] = self.teachers[name].head(self.vocab_of(name))
         return {name: self._heads[key] for name, key in wanted.items()}
 
     def release(self) -> None:
         self._heads = {}
-
-
-def reduced(
-    states: Iterable[tuple[int, Tensor]], sequences: Sequence[TeacherSequence], head: Head, spec: TargetSpec
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield `(index, numbers to keep [trained tokens, w])` for every `(index, hidden states)`, in order."""
-    workspace = Workspace()
-    for batch in _batches(states):
-        hidden = torch.cat([rows for _, rows in batch])
-        labels = np.concatenate([sequences[index].trained_ids for index, _ in batch])
-        labels_N = torch.tensor(labels, dtype=torch.long, device=hidden.device)
-        packed = observe(
-            hidden, head, labels_N, temperature=spec.temperature, top_k=spec.k, workspace=workspace
-        ).packed()
-        parts = torch.split(packed, [len(rows) for _, rows in batch])
-        for (index, _), part in zip(batch, parts, strict=True):
-            yield index, part.clone()
-
-
-def _batches(states: Iterable[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
-    batch: list[tuple[int, Tensor]] = []
-    for index, rows in states:
-        batch.append((index, rows))
-        if sum(len(rows) for _, rows in batch) >= _ROWS:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 class TeacherStore:
@@ -259,16 +246,67 @@ class TeacherStore:
         finally:
             empty(model)
 
+    @contextmanager
+    def stream(
+        self,
+        name: str,
+        pass_tokens: int,
+        take_canary: Callable[[], Canary | None],
+        load: Callable[[], AbstractContextManager[TeacherSession]],
+    ) -> Iterator[StreamedSession]:
+        """Open a teacher whose layers are read while it scores; see `StreamedSession`."""
+        model, parts, dtype = self._skeleton(name), self._body_parts(name), self._sources[name].dtype
+        copy = is_copied(self._facts[name], self._checkpoints[name], dtype)
+
+        def assemble(read: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+            return assembled(parts, read, self._device, DTYPES[dtype], copy=copy)
+
+        def count(num_bytes: int) -> None:
+            self._bytes_read[name] += num_bytes
+
+        weights = StreamedWeights(
+            self._checkpoints[name],
+            self._body_tensors(name),
+            parts[self._facts[name].embedding_name][0].tensor,
+            model.base_model_prefix,
+            assemble,
+            copy,
+            count,
+        )
+        with ExitStack() as opened:
+            yield StreamedSession(
+                name,
+                model.base_model,
+                weights,
+                self._device,
+                self._reader.ranks,
+                pass_tokens,
+                partial(self.head, name),
+                take_canary,
+                load,
+                opened,
+            )
+
     def fingerprint(self, name: str) -> str | None:
         return None if self._sources[name].snapshot is not None else self._checkpoints[name].fingerprint
 
     def bytes_read(self, name: str) -> int:
         return self._bytes_read[name]
 
-    def read_ahead(self, name: str) -> None:
-        """Start reading a teacher's files into the system's file cache; no memory of the process is used."""
-        if self._sources[name].snapshot is None:
-            self._reader.read_ahead(self._checkpoints[name], list(self._body_tensors(name).values()))
+    def read_ahead(self, name: str, num_layers: int | None = None) -> None:
+        """Start reading a teacher's files into the system's file cache; no memory of the process is used.
+
+        Of a streamed teacher, whose body may be larger than the cache, the first `num_layers`.
+        """
+        if self._sources[name].snapshot is not None:
+            return
+        checkpoint, tensors = self._checkpoints[name], self._body_tensors(name)
+        if num_layers is None:
+            self._reader.read_ahead(checkpoint, tensors)
+        else:
+            groups = by_layer(tensors)
+            first = [tensor for layer in range(num_layers) for tensor in groups.get(layer, ())]
+            ShardedReader(self._reader.ranks).read_ahead(checkpoint, first)
 
     def head_key(self, name: str) -> Hashable:
         """Equal for teachers whose heads are equal: one checkpoint, precision and true vocabulary."""
@@ -304,21 +342,24 @@ class TeacherStore:
         self._bytes_read[name] += info.num_bytes * len(rows) // info.shape[0]
         return self._converted(name, checkpoint.read_slice(tensor_name, rows.start, rows.stop))
 
-    def _body_tensors(self, name: str) -> dict[str, str]:
+    def _body_parts(self, name: str) -> dict[str, tuple[Part, ...]]:
         facts = self._facts[name]
         head = {facts.head_name, facts.head_bias_name}
-        return {p: t for p, t in tensor_names(facts, self._checkpoints[name]).items() if p not in head}
+        parts = parameter_parts(facts, self._checkpoints[name])
+        return {parameter: own for parameter, own in parts.items() if parameter not in head}
+
+    def _body_tensors(self, name: str) -> list[str]:
+        return [part.tensor for parts in self._body_parts(name).values() for part in parts]
 
     def _body(self, name: str) -> dict[str, Tensor]:
-        snapshot, checkpoint = self._sources[name].snapshot, self._checkpoints[name]
-        tensors = self._body_tensors(name)
-        if snapshot is not None:
+        source, checkpoint, parts = self._sources[name], self._checkpoints[name], self._body_parts(name)
+        if (snapshot := source.snapshot) is not None:
             # Buffers do not change with the student: the skeleton's are the folder's.
-            return {p: self._converted(name, snapshot.tensors[p]) for p in tensors if p in snapshot.tensors}
-        parameters = {tensor: parameter for parameter, tensor in tensors.items()}
-        read = self._reader.read(checkpoint, list(parameters), self._device)
-        weights = {parameters[tensor]: self._converted(name, values) for tensor, values in read}
-        num_bytes = checkpoint.header_bytes + self._reader.num_bytes(checkpoint, list(parameters))
+            return {p: self._converted(name, snapshot.tensors[p]) for p in parts if p in snapshot.tensors}
+        tensors = self._body_tensors(name)
+        read = self._reader.read(checkpoint, tensors, self._device)
+        weights = dict(assembled(parts, read, self._device, DTYPES[source.dtype]))
+        num_bytes = checkpoint.header_bytes + self._reader.num_bytes(checkpoint, tensors)
         _log.debug("read %d bytes of teacher %s", num_bytes, name)
         self._bytes_read[name] += num_bytes
         return weights

@@ -97,6 +97,8 @@ class TeacherCapabilities:
 LOCAL = TeacherCapabilities(frozenset(("hidden", "top_k", "sampled")), can_generate=True)
 # Its responses would be generated before the phase, with weights that have changed when they are learned.
 SNAPSHOT = TeacherCapabilities(LOCAL.can_provide, can_generate=False)
+# Each token would read all weights again.
+STREAMED = TeacherCapabilities(LOCAL.can_provide, can_generate=False)
 TEXT = TeacherCapabilities(frozenset(), can_generate=True)
 
 
@@ -105,6 +107,8 @@ def capabilities(teacher: TeacherPlan) -> TeacherCapabilities:
     if teacher.api is not None:
         return TEXT
     served = teacher.served
+    if served is None and teacher.residency == "stream":
+        return STREAMED
     if served is None:
         return LOCAL if teacher.snapshot_rule is None else SNAPSHOT
     kinds: set[TargetKind] = {"top_k", "sampled"}

@@ -23,8 +23,8 @@ from mergeopd.loss.targets import TopK
 from mergeopd.messages import shown
 from mergeopd.rollout.protocol import RolloutEngine
 from mergeopd.storage.failures import named_failures
-from mergeopd.teacher.local import reduced
 from mergeopd.teacher.protocol import TargetSpec, Teacher, TeacherCapabilities, TeacherSequence
+from mergeopd.teacher.scoring import reduced
 from mergeopd.teacher.target_folder import FORMAT, Manifest, TargetOrigin, covering, sequence_key
 
 _ORIGIN = TypeAdapter(TargetOrigin)
@@ -165,7 +165,7 @@ class RecordedSession:
             return states
         if kept == "hidden":
             on_device = ((index, rows.to(device)) for index, rows in states)
-            return reduced(on_device, sequences, self.teacher.head(None), spec)
+            return reduced(on_device, sequences, lambda: self.teacher.head(None), spec)
         k = spec.k
         assert k is not None, "`check` refuses losses that need another kind"
         return ((index, TopK.unpack(rows).largest(k).packed()) for index, rows in states)

@@ -30,8 +30,9 @@ from mergeopd.rollout.protocol import RolloutEngine
 from mergeopd.serving.scoring import Likely, ScoringApi, scoring_api, send
 from mergeopd.serving.transport import ServerPool
 from mergeopd.teacher.canary import Canary
-from mergeopd.teacher.local import TeacherStore, reduced
+from mergeopd.teacher.local import TeacherStore
 from mergeopd.teacher.protocol import TargetSpec, TeacherCapabilities, TeacherSequence
+from mergeopd.teacher.scoring import reduced
 
 # Sequences whose hidden states may wait for this process, in multiples of the requests that run at once.
 _AHEAD = 2
@@ -76,7 +77,7 @@ class ServedSession:
             states = self._in_order_of_arrival(sequences, self._hidden, ahead)
             if spec.kind == "hidden":
                 return states
-            return reduced(states, sequences, self.read_head(), spec)
+            return reduced(states, sequences, self.read_head, spec)
         return self._in_order_of_arrival(sequences, partial(self._logprobs, spec), len(sequences))
 
     def generator(self) -> RolloutEngine:

@@ -5,13 +5,14 @@ They change only between rounds: a teacher's cached hidden states and its head m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from mergeopd.errors import StorageError
 from mergeopd.recipe.models import SnapshotRule
+from mergeopd.storage.state_parts import SavedTensors
 
 # Returns a student's current weights by parameter name.
 NamedWeights = Callable[[], Iterator[tuple[str, Tensor]]]
@@ -50,9 +51,9 @@ class Snapshot:
         self.version += 1
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: SavedTensors) -> None:
         for name, held in self.tensors.items():
-            held.copy_(tensors[name])
+            held.copy_(tensors.read(f"{self.label}/{name}"))
         self.version += 1
 
     def _own(self, weights: NamedWeights, masters: NamedWeights) -> Iterator[tuple[str, Tensor]]:
@@ -79,20 +80,21 @@ class StudentSnapshots:
             snapshot.tensors.clear()
 
     def state(self) -> dict[str, Tensor]:
+        """Return all weights, equal on all ranks; not copies."""
         return {
             f"{snapshot.label}/{name}": tensor
             for snapshot in self.snapshots.values()
             for name, tensor in snapshot.tensors.items()
         }
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_state(self, tensors: SavedTensors) -> None:
         """Restore `state()`. Raises StorageError when it is of other rules or another student."""
-        own = self.state()
-        odd = own.keys() ^ tensors.keys() or {n for n, t in own.items() if t.shape != tensors[n].shape}
+        own, saved = self.state(), tensors.shapes
+        odd = own.keys() ^ saved.keys() or {n for n, t in own.items() if t.shape != saved[n]}
         if odd:
             raise StorageError(
                 "its snapshots of the student do not match the teachers of this recipe "
                 f"({', '.join(sorted(odd)[:3])} on one side only or of another shape)"
             )
         for snapshot in self.snapshots.values():
-            snapshot.load({name: tensors[f"{snapshot.label}/{name}"] for name in snapshot.tensors})
+            snapshot.load(tensors)

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from safetensors.torch import _getdtype as stored_dtype
 from torch import Tensor
 
-from mergeopd.distributed.communicator import Communicator
+from mergeopd.distributed.communicator import Communicator, SingleProcess
 from mergeopd.errors import ModelError
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.teacher.packing import Batch, Piece, all_gather, batches
 
 # Bytes gathered per collective, so that small tensors do not cost one message each.
 _BATCH_BYTES = 256 << 20
-# The same function: torch 2.13 deprecates the second name, which is the only one in earlier versions.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-# Alignment of tensors and parts, in bytes: enough for every element type and for fast copies.
-_ALIGNMENT = 64
 
 
 class MappedReader:
     """Memory-maps the files: on a CPU nothing is copied, and processes of a machine share the pages.
 
-    All methods take the same `names`, in any order.
+    All methods take the same `names`, in any order. `ranks` are the processes that read together.
     """
+
+    ranks: Communicator = SingleProcess()
 
     def read(
         self, checkpoint: Checkpoint, names: Sequence[str], device: torch.device
@@ -43,7 +39,7 @@ class MappedReader:
     def read_ahead(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
         """Start reading whole files into the file cache: the rest, the head, is needed soon after."""
         for file in sorted({checkpoint.tensors[name].file for name in names}):
-            _will_need(file, [(0, 0)])
+            will_need(file, [(0, 0)])
 
 
 class ShardedReader:
@@ -55,7 +51,7 @@ class ShardedReader:
     """
 
     def __init__(self, ranks: Communicator, batch_bytes: int = _BATCH_BYTES) -> None:
-        self._ranks = ranks
+        self.ranks = ranks
         self._batch_bytes = batch_bytes
 
     def read(
@@ -67,12 +63,8 @@ class ShardedReader:
         and PeerFailed on the others.
         """
         self._agree(checkpoint)
-        for batch in self._batches(checkpoint, names):
-            whole = self._whole(checkpoint, batch, device)
-            for name, start in batch.starts.items():
-                info = checkpoint.tensors[name]
-                flat = whole[start : start + info.num_bytes].view(stored_dtype(info.dtype))
-                yield name, flat.view(info.shape)
+        for batch in batches(checkpoint, names, self._batch_bytes):
+            yield from batch.tensors(checkpoint, self._whole(checkpoint, batch, device))
 
     def num_bytes(self, checkpoint: Checkpoint, names: Sequence[str]) -> int:
         return sum(piece.num_bytes for piece in self._pieces(checkpoint, names))
@@ -83,15 +75,15 @@ class ShardedReader:
             info = checkpoint.tensors[piece.name]
             spans.setdefault(info.file, []).append((info.offset + piece.start, piece.num_bytes))
         for file, own in spans.items():
-            _will_need(file, own)
+            will_need(file, own)
 
-    def _pieces(self, checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[_Piece]:
-        for batch in self._batches(checkpoint, names):
-            yield from batch.pieces(checkpoint, self._ranks.rank, self._ranks.size)
+    def _pieces(self, checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[Piece]:
+        for batch in batches(checkpoint, names, self._batch_bytes):
+            yield from batch.pieces(checkpoint, self.ranks.rank, self.ranks.size)
 
     def _agree(self, checkpoint: Checkpoint) -> None:
         """Raise ModelError on all ranks unless all have the same checkpoint."""
-        fingerprints = self._ranks.run_and_gather(lambda: checkpoint.fingerprint)
+        fingerprints = self.ranks.run_and_gather(lambda: checkpoint.fingerprint)
         odd = [str(rank) for rank, fingerprint in enumerate(fingerprints) if fingerprint != fingerprints[0]]
         if odd:
             raise ModelError(
@@ -99,78 +91,23 @@ class ShardedReader:
                 "give every machine the same model folder"
             )
 
-    def _batches(self, checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[_Batch]:
-        """Yield batches in file order, the same on all ranks, so that parts are mostly contiguous."""
-        starts: dict[str, int] = {}
-        end = 0
-        infos = checkpoint.tensors
-        for name in sorted(names, key=lambda n: (infos[n].file, infos[n].offset, n)):
-            size = _aligned(infos[name].num_bytes)
-            if starts and end + size > self._batch_bytes:
-                yield _Batch(starts, end)
-                starts, end = {}, 0
-            starts[name] = end
-            end += size
-        if starts:
-            yield _Batch(starts, end)
-
-    def _whole(self, checkpoint: Checkpoint, batch: _Batch, device: torch.device) -> Tensor:
-        part = torch.empty(batch.part_bytes(self._ranks.size), dtype=torch.uint8)
-
-        def read() -> None:
-            for piece in batch.pieces(checkpoint, self._ranks.rank, self._ranks.size):
-                place = slice(piece.position, piece.position + piece.num_bytes)
-                checkpoint.read_into(piece.name, piece.start, part.numpy().data[place])
-
+    def _whole(self, checkpoint: Checkpoint, batch: Batch, device: torch.device) -> Tensor:
+        part = torch.empty(batch.part_bytes(self.ranks.size), dtype=torch.uint8)
+        rank, size = self.ranks.rank, self.ranks.size
         # Before the collective, so that no rank waits for one that cannot read.
-        self._ranks.run_and_gather(read)
+        self.ranks.run_and_gather(lambda: batch.read_part(checkpoint, rank, size, part.numpy().data))
         own = part.to(device)
-        if self._ranks.size == 1 or not len(own):
+        if self.ranks.size == 1 or not len(own):
             return own
-        whole = torch.empty(len(own) * self._ranks.size, dtype=torch.uint8, device=device)
-        _all_gather(whole, own)
+        whole = torch.empty(len(own) * self.ranks.size, dtype=torch.uint8, device=device)
+        all_gather(whole, own)
         return whole
 
 
 Reader = MappedReader | ShardedReader
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Bytes `start` to `start + num_bytes` of a tensor, at `position` in a rank's part."""
-
-    name: str
-    start: int
-    num_bytes: int
-    position: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Tensors packed into `num_bytes` bytes, with their offsets. Gaps are never read."""
-
-    starts: Mapping[str, int]
-    num_bytes: int
-
-    def part_bytes(self, size: int) -> int:
-        """Return the bytes per rank of `size` ranks; the last ranks' parts may exceed the end."""
-        return _aligned(-(-self.num_bytes // size))
-
-    def pieces(self, checkpoint: Checkpoint, rank: int, size: int) -> Iterator[_Piece]:
-        first = rank * self.part_bytes(size)
-        end = first + self.part_bytes(size)
-        for name, start in self.starts.items():
-            stop = start + checkpoint.tensors[name].num_bytes
-            low, high = max(first, start), min(end, stop)
-            if low < high:
-                yield _Piece(name, low - start, high - low, low - first)
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _will_need(file: Path, spans: Sequence[tuple[int, int]]) -> None:
+def will_need(file: Path, spans: Sequence[tuple[int, int]]) -> None:
     """Read ahead spans of (offset, length); length 0 is to the end. No effect without posix_fadvise."""
     if not hasattr(os, "posix_fadvise"):
         return

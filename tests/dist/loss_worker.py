@@ -5,9 +5,12 @@ Communicator 0 and 1 also form a group of two; every rank computes the unsharded
 
 import datetime
 import json
+import os
 import sys
 from dataclasses import fields
+from importlib.util import find_spec
 
+import bridge_cases
 import torch
 import torch.distributed as dist
 
@@ -67,6 +70,10 @@ SUPPORTS = {
 }
 
 
+TRITON_LAYOUTS = ("2 uneven", "2 padding only", "4 uneven") if find_spec("triton") else ()
+os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, at the first use
+
+
 def make(dtype, num_teachers):
     g = torch.Generator().manual_seed(7)
 
@@ -97,7 +104,7 @@ def objective(stats, rows):
     return total - 0.1 * stats.logprob_S * stats.entropy_S
 
 
-def run(hidden, head, teachers, labels, divergences, group, support=None):
+def run(hidden, head, teachers, labels, divergences, group, support=None, kernel="torch"):
     leaves = [
         hidden.clone().requires_grad_(),
         head.weight.clone().requires_grad_(),
@@ -115,6 +122,7 @@ def run(hidden, head, teachers, labels, divergences, group, support=None):
         temperature=1.5,
         group=group,
         chunk_rows=4,
+        kernel=kernel,
         top_ids=6,
         overlap_rows=torch.tensor([0, 1, 3, 8, 10]),
     )
@@ -136,8 +144,8 @@ def worst(actual, wanted):
     return ((actual - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()
 
 
-def compare(layout, divergences, dtype, num_teachers, group, support=None, num_known=0):
-    """Compare losses on a support; `num_known` teachers give only their own top k."""
+def compare(layout, divergences, dtype, num_teachers, group, support=None, num_known=0, kernel="torch"):
+    """Compare with one process and torch; on a support, `num_known` teachers give only their own top k."""
     rank = dist.get_rank(group)
     hidden, head, teachers, labels = make(dtype, num_teachers)
     known = [
@@ -154,7 +162,7 @@ def compare(layout, divergences, dtype, num_teachers, group, support=None, num_k
     parts = [Hidden(t.hidden, shard(t.head, layout, rank)) for t in teachers]
     own = shard(head, layout, rank)
     loss_tp, stats_tp, (d_hidden, d_weight, d_bias) = run(
-        hidden, own, [*known, *parts[num_known:]], labels, divergences, group, support
+        hidden, own, [*known, *parts[num_known:]], labels, divergences, group, support, kernel
     )
     dist.all_reduce(d_hidden, group=group)
     valid, span = layout[rank][0], slice(own.vocab_start, own.vocab_start + layout[rank][0])
@@ -213,7 +221,7 @@ def main(rank, world, store, out):
         timeout=datetime.timedelta(seconds=60),
     )
     pair = dist.new_group([0, 1])
-    errors, on_supports = {}, {}
+    errors, on_supports, in_triton = {}, {}, {}
     for layout_name, layout in LAYOUTS.items():
         if len(layout) == 2 and rank > 1:
             continue
@@ -229,7 +237,17 @@ def main(rank, world, store, out):
                 on_supports[f"{layout_name}|{name}|{dtype}"] = compare(
                     layout, divergences, dtype, 2, group, support, num_known
                 )
-    report = {"errors": errors, "supports": on_supports, "refusals": refusals(dist.group.WORLD)}
+        if layout_name in TRITON_LAYOUTS:
+            in_triton[layout_name] = compare(
+                layout, DIVERGENCES["all"], torch.float64, 2, group, kernel="triton"
+            )
+    report = {
+        "triton": in_triton,
+        "errors": errors,
+        "supports": on_supports,
+        "refusals": refusals(dist.group.WORLD),
+        "bridges": bridge_cases.report(rank, pair),
+    }
     with open(out, "w") as file:
         json.dump(report, file)
     dist.destroy_process_group()

@@ -10,14 +10,18 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 warnings.filterwarnings("ignore")
 
-from safetensors.torch import load_file, save_file  # noqa: E402
+from fused_norms import FusedParts  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from states import HeldTensors  # noqa: E402
 
 from mergeopd.errors import MergeopdError  # noqa: E402
 from mergeopd.loss import Head, Hidden  # noqa: E402
+from mergeopd.storage.boxes import Box  # noqa: E402
 from mergeopd.student.loss import Measured  # noqa: E402
-from mergeopd.student.megatron import weights  # noqa: E402
+from mergeopd.student.megatron import specs, weights  # noqa: E402
 from mergeopd.student.megatron.grid import Grid  # noqa: E402
 from mergeopd.student.megatron.step import MegatronStudent  # noqa: E402
 
@@ -63,7 +67,7 @@ def training(case, student, grid):
         # Two calls add up like one.
         parts = [mine[:1], mine[1:]] if case["split"] else [mine]
         stats = [s for part in parts for s in student.accumulate_gradients(part, case["objective"])]
-        counts = grid.is_last_stage and grid.tensor_rank == 0
+        counts = student.placement.reports_stats
         losses.append(sum(float(s.loss.sum()) for s in stats) if counts else 0.0)
         if number == 0:
             gradients = {name: g.clone() for name, g in student.gradients().items()}
@@ -81,11 +85,9 @@ def scores(case, student, grid):
 def state_again(path, student):
     """Load the state of another student's file; whether the state is the same bit for bit."""
     given = load_file(path)
-    student.load_state(given)
-    result = dict(student.state())
-    if dist.get_rank() != 0:
-        return result == {}
-    return result.keys() == given.keys() and all(torch.equal(result[key], given[key]) for key in given)
+    student.load_state(HeldTensors(given))
+    whole = {name: Box.full(tuple(tensor.shape)) for name, tensor in given.items()}
+    return all(torch.equal(p.tensor, given[p.name][p.box.within(whole[p.name])]) for p in student.state())
 
 
 def failures(case, student, grid):
@@ -101,12 +103,20 @@ def failures(case, student, grid):
     result["summed"] = error_text(lambda: student.accumulate_gradients(micro_batches, case["objective"]))
     result["float64"] = error_text(lambda: made({**case, "dtype": "float64"}, grid))
     result["layers"] = error_text(lambda: made({**case, "layers": "transformer_engine"}, grid))
-    result["state"] = error_text(lambda: student.load_state({"master.model.norm.weight": torch.zeros(48)}))
+    result["state"] = error_text(
+        lambda: student.load_state(HeldTensors({"master.model.norm.weight": torch.zeros(48)}))
+    )
     result["unchanged"] = all(torch.equal(w, before[name]) for name, w in student.shards.items())
     return result
 
 
 def made(case, grid):
+    parts = {"local": FusedParts} if case["fused_norms"] else {}
+    with mock.patch.dict(specs.PARTS, parts):
+        return student_of(case, grid)
+
+
+def student_of(case, grid):
     return MegatronStudent(
         case["folder"],
         dtype=case["dtype"],
@@ -130,13 +140,11 @@ def run(case, grid):
     if case["state"] is not None:
         result["same state"] = state_again(case["state"], student)
         result |= training(case, student, grid)
-        state = dict(student.state())
-        if state:
-            save_file(state, folder / "state.safetensors")
+        result["state"] = [replace(part, tensor=part.tensor.clone()) for part in student.state()]
         return result
-    result["fresh state"] = sorted(dict(student.state()))
+    result["fresh state"] = sorted({part.name for part in student.state()})
     result["scores"] = scores(case, student, grid)
-    with mock.patch.object(weights, "_MAX_FILE_BYTES", 20_000):
+    with mock.patch.object(weights, "MAX_FILE_BYTES", 20_000):
         student.export(folder / "untouched")
     result["stream"] = dict(student.folder_weights())
     result |= training(case, student, grid)
@@ -144,7 +152,7 @@ def run(case, grid):
     return result
 
 
-def main(rank, world, store, out, jobs, tensor, pipeline):
+def main(rank, world, store, out, jobs, tensor, pipeline, context):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -153,7 +161,7 @@ def main(rank, world, store, out, jobs, tensor, pipeline):
         world_size=world,
         timeout=datetime.timedelta(seconds=60),
     )
-    grid = Grid.open(tensor=tensor, pipeline=pipeline)
+    grid = Grid.open(tensor=tensor, pipeline=pipeline, context=context)
     cases = torch.load(jobs, weights_only=False)
     torch.save({name: run(case, grid) for name, case in cases.items()}, out)
     dist.barrier()
@@ -161,4 +169,4 @@ def main(rank, world, store, out, jobs, tensor, pipeline):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6], int(sys.argv[6]), int(sys.argv[7]))
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6], *map(int, sys.argv[6:9]))

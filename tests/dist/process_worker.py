@@ -31,7 +31,7 @@ def fine(ranks):
 
 def arrays(ranks):
     """Gather arrays of several parts, empty arrays and other objects."""
-    communicator._PART_BYTES = 1000
+    communicator.PART_BYTES = 1000
 
     def completions(rank):
         random = np.random.default_rng(rank)

@@ -4,6 +4,7 @@ import datetime
 import importlib
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 warnings.filterwarnings("ignore")
 
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from states import HeldTensors  # noqa: E402
 
 from mergeopd.errors import MergeopdError  # noqa: E402
 from mergeopd.student.loss import Measured  # noqa: E402
@@ -76,7 +78,7 @@ def failures(case, grid):
     if dist.get_rank() == 0:
         next(iter(student._weights.masters.values())).grad[0] = torch.inf
     result["gradient"] = error_text(lambda: student.optimizer_step(0.1))
-    result["state"] = error_text(lambda: student.load_state({"master.model.norm.weight": torch.zeros(48)}))
+    result["state"] = error_text(lambda: student.load_state(HeldTensors({"master.model.norm.weight": torch.zeros(48)})))
     result["unchanged"] = all(torch.equal(w, before[name]) for name, w in student.weights())
     return result
 
@@ -87,7 +89,7 @@ def run(case, grid):
         return failures(case, grid)
     student = made(case, grid)
     if case["state"] is not None:
-        student.load_state(load_file(case["state"]))
+        student.load_state(HeldTensors(load_file(case["state"])))
     result = {"own": sum(p.numel() for p in student._weights.masters.values())}
     what = Measured(case["objective"].divergences, None, 1.0)
     scored = student.score(own_micro_batches(case["updates"][0]), what)
@@ -95,9 +97,7 @@ def run(case, grid):
     if case["state"] is None:
         student.export(folder / "untouched")
     result |= training(case, student)
-    state = dict(student.state())
-    if state:
-        save_file(state, folder / "state.safetensors")
+    result["state"] = [replace(part, tensor=part.tensor.clone()) for part in student.state()]
     with student.unsharded() as (body, head):
         ids = torch.tensor([[1, 2, 3, 4, 5]])
         with torch.no_grad():

@@ -21,11 +21,11 @@ long = pytest.mark.long
 CASES = [*SHORT, *(pytest.param(*case, marks=long) for case in LONG)]
 
 
-def follows(folder, name, expected):
+def follows(folder, name, expected, student="base"):
     """Compare metrics, student and result of a run with those of another folder."""
     actual = folder / "runs" / name
     assert_same_figures(actual, expected)
-    assert weights_gap(actual / "export", expected / "export", folder / "base") <= OF_THE_WAY
+    assert weights_gap(actual / "export", expected / "export", folder / student) <= OF_THE_WAY
     results = [run / "result.json" for run in (actual, expected)]
     if results[1].exists():
         measured, wanted = (json.loads(path.read_text())["suites"] for path in results)
@@ -38,7 +38,8 @@ def test_a_run_on_a_grid_equals_one_process(grid_folder, single_process_run, err
     launch = "short" if (recipe, grid) in SHORT else "four"
     name = f"{recipe}, {grid}"
     assert errors_of(launch)[name] == [None] * GRIDS[grid][2]
-    follows(grid_folder, name, single_process_run(recipe))
+    student = json.loads((grid_folder / f"{recipe}.recipe.yaml").read_text())["student"]["model"]
+    follows(grid_folder, name, single_process_run(recipe), student)
 
 
 def stops(updates):
@@ -67,7 +68,13 @@ def test_a_stopped_run_continues_on_another_grid(grid_folder, single_process_run
     [
         (
             "chain",
-            (("one", "alone", 2), ("four", "DP4", 3), ("four", "PP2xDP2", 4), ("four", "TP2xPP2", None)),
+            (
+                ("one", "alone", 2),
+                ("four", "DP4", 3),
+                ("four", "TP2xCP2", 4),
+                ("four", "PP2xDP2", 5),
+                ("four", "TP2xPP2", None),
+            ),
         ),
         ("shards", (("four", "FSDP4", 2), ("four", "FSDP2x2", 4), ("four", "FSDP4 layers packed", None))),
     ],

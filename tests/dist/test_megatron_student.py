@@ -21,6 +21,7 @@ from megatron_cases import (
 )
 from ranks import needs_megatron, run_ranks
 from safetensors.torch import load_file, save_file
+from states import HeldTensors, joined
 from transformers import AutoModelForCausalLM
 
 from mergeopd.distributed.communicator import SingleProcess
@@ -36,12 +37,15 @@ pytestmark = needs_megatron
 
 WORKER = Path(__file__).with_name("megatron_worker.py")
 DEADLINE_S = 300
-# tensor, pipeline, processes
+# tensor, pipeline, processes, context
 GRIDS = {
-    "1x1": (1, 1, 1),
-    "TP2xPP2": (2, 2, 4),
-    "TP2xDP2": (2, 1, 4),
-    "PP2xDP2": (1, 2, 4),
+    "1x1": (1, 1, 1, 1),
+    "TP2xPP2": (2, 2, 4, 1),
+    "TP2xDP2": (2, 1, 4, 1),
+    "PP2xDP2": (1, 2, 4, 1),
+    "TP2xCP2": (2, 1, 4, 2),
+    "CP2xPP2": (1, 2, 4, 2),
+    "CP2xDP2": (1, 1, 4, 2),
 }
 OPTIMIZER = Optimizer(weight_decay=0.1, clip_grad=0.3, betas=(0.9, 0.98), eps=1e-6)
 # Family, head and loss; every loss meets every family and both heads.
@@ -65,6 +69,9 @@ SHORT = (
     "bfloat16 resumed",
     "enumerated",
     "failures",
+    "fused norms sequence parallel",
+    "offloaded",
+    "offloaded resumed",
 )
 LAUNCHES = {**GRIDS, "TP2xPP2 others": GRIDS["TP2xPP2"]}
 
@@ -86,7 +93,7 @@ def resumed(case, path):
     for batches, lr in zip(case.updates[:-2], case.lrs[:-2], strict=True):
         list(student.accumulate_gradients(batches, case.objective))
         student.optimizer_step(lr)
-    save_file({key: tensor.clone() for key, tensor in student.state()}, path)
+    save_file(joined(student.state()), path)
     return replace(case, updates=case.updates[-2:], lrs=case.lrs[-2:], state=path)
 
 
@@ -141,6 +148,12 @@ def cases(tmp_path_factory, enumerated):
             result[name] = Case(model, MIXED, updates, OPTIMIZER, split=True)
     result["sequence parallel"] = replace(result["llama untied mixed"], sequence_parallel=True)
     result["sequence parallel tied"] = replace(result["qwen2 tied mixed"], sequence_parallel=True)
+    result["fused norms"] = replace(result["qwen3 untied reverse"], fused_norms=True)
+    result["fused norms sequence parallel"] = replace(
+        result["qwen2 untied reverse"], fused_norms=True, sequence_parallel=True
+    )
+    offloaded = OPTIMIZER.model_copy(update={"offload": True})
+    result["offloaded"] = replace(result["qwen3 tied mixed"], optimizer=offloaded)
     result["recompute"] = replace(result["llama tied reverse"], recompute=True)
     half = write_dense(folder / "half", "qwen3", tied=True, dtype="bfloat16")
     result["bfloat16"] = Case(
@@ -151,7 +164,7 @@ def cases(tmp_path_factory, enumerated):
         lrs=(4e-5,) * 16,
         dtype="bfloat16",
     )
-    for name in ("qwen3 tied mixed", "qwen2 untied reverse", "bfloat16"):
+    for name in ("qwen3 tied mixed", "qwen2 untied reverse", "bfloat16", "offloaded"):
         result[f"{name} resumed"] = resumed(result[name], folder / f"{name}.safetensors")
     generator = torch.Generator().manual_seed(20)
     result["twenty"] = Case(
@@ -186,7 +199,7 @@ def grids(cases, tmp_path_factory):
 
     def grid(name):
         if name not in made:
-            tensor, pipeline, world = LAUNCHES[name]
+            tensor, pipeline, world, context = LAUNCHES[name]
             folder = tmp_path_factory.mktemp(name)
             for case in cases:
                 (folder / case).mkdir()
@@ -197,7 +210,7 @@ def grids(cases, tmp_path_factory):
                 and (GRIDS["TP2xPP2"] != LAUNCHES[name] or (case in SHORT) == (name == "TP2xPP2"))
             }
             torch.save(jobs, folder / "jobs")
-            arguments = (str(folder / "jobs"), str(tensor), str(pipeline))
+            arguments = (str(folder / "jobs"), str(tensor), str(pipeline), str(context))
             outputs = run_ranks(WORKER, world, folder, *arguments, deadline_s=DEADLINE_S)
             made[name] = folder, [torch.load(out, weights_only=False) for out in outputs]
         return made[name]
@@ -257,10 +270,35 @@ def test_recomputed_layers_change_nothing(grids, references, grid, case):
         assert rank[case]["calls"] == 2 * rank["llama tied reverse"]["calls"]
 
 
-@on_grids("qwen3 tied mixed resumed", "qwen2 untied reverse resumed", "bfloat16 resumed")
+@on_grids("fused norms")
+def test_norms_within_linear_layers_change_nothing(grids, references, cases, grid, case):
+    """As in Transformer Engine: the names of the folder and of the local layers, the same gradients."""
+    follows(grids, references, grid, case)
+    assert (
+        grids(grid)[1][0][case]["stream"].keys() == load_file(cases[case].folder / "model.safetensors").keys()
+    )
+
+
+@on_grids("fused norms sequence parallel", tensor=2)
+def test_partial_gradients_of_norms_within_linear_layers_are_summed(grids, references, grid, case):
+    follows(grids, references, grid, case)
+
+
+@on_grids("offloaded")
+def test_moments_on_the_host_change_no_bit(grids, grid, case):
+    folder, ranks = grids(grid)
+    for rank in ranks:
+        assert rank[case]["norms"] == rank["qwen3 tied mixed"]["norms"]
+    actual, expected = (
+        load_file(folder / name / "trained" / "model.safetensors") for name in (case, "qwen3 tied mixed")
+    )
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+
+
+@on_grids("qwen3 tied mixed resumed", "qwen2 untied reverse resumed", "bfloat16 resumed", "offloaded resumed")
 def test_a_state_passes_between_torch_and_every_grid(grids, references, cases, grid, case):
     """A state of the torch student resumes on the grid, and that of the grid in the torch student."""
-    folder, ranks = grids(grid)
+    _, ranks = grids(grid)
     model = case.removesuffix(" resumed")
     expected = references(model)
     rel = 5e-2 if model == "bfloat16" else 1e-5
@@ -269,20 +307,32 @@ def test_a_state_passes_between_torch_and_every_grid(grids, references, cases, g
     assert losses == pytest.approx(expected.losses[-2:], rel=rel)
     assert ranks[0][case]["norms"] == pytest.approx(expected.norms[-2:], rel=rel)
     student = torch_student(cases[model])
-    student.load_state(load_file(folder / case / "state.safetensors"))
+    student.load_state(HeldTensors(joined(part for rank in ranks for part in rank[case]["state"])))
     stats = student.accumulate_gradients(cases[model].updates[0], cases[model].objective)
     assert sum(float(s.loss.sum()) for s in stats) == pytest.approx(expected.next_loss, rel=rel)
     assert student.optimizer_step(1e-3) == pytest.approx(expected.next_norm, rel=rel)
-    second = {float(t) for key, t in student.state() if key.startswith("adamw.step.")}
+    second = {float(t) for key, t in joined(student.state()).items() if key.startswith("adamw.step.")}
     assert second == {len(expected.losses) + 1.0}
+
+
+@on_grids("qwen3 tied mixed resumed", "qwen2 untied reverse resumed", "bfloat16 resumed")
+def test_ranks_save_equal_numbers_of_bytes(grids, grid, case):
+    """Tied embeddings of two stages, norms that ranks have in common, and flat ranges of the optimizer."""
+    sizes = [sum(part.tensor.nbytes for part in rank[case]["state"]) for rank in grids(grid)[1]]
+    assert max(sizes) <= 1.1 * min(sizes)
 
 
 @on_grids("qwen3 tied mixed")
 def test_ranks_share_the_true_vocabulary(grids, grid, case):
-    """37 rows are padded to 38 for two ranks; 35 of them are tokens."""
-    tensor, ranks = LAUNCHES[grid][0], grids(grid)[1]
-    expected = {1: [(0, 35)], 2: [(0, 19), (19, 35)]}[tensor]
-    assert [rank[case]["vocab"] for rank in ranks] == expected * (len(ranks) // tensor)
+    """37 rows are padded to 38 for two ranks; 35 of them are tokens. Context ranks divide a shard."""
+    (tensor, _, _, context), ranks = LAUNCHES[grid], grids(grid)[1]
+    expected = {
+        (1, 1): [(0, 35)],
+        (2, 1): [(0, 19), (19, 35)],
+        (1, 2): [(0, 18), (18, 35)],
+        (2, 2): [(0, 9), (19, 28), (9, 19), (28, 35)],
+    }[tensor, context]
+    assert [rank[case]["vocab"] for rank in ranks] == expected * (len(ranks) // len(expected))
 
 
 @on_grids("qwen3 tied mixed")
@@ -296,8 +346,8 @@ def test_a_plan_counts_the_weights_of_every_rank(grids, cases, grid, case):
 
 @on_grids("qwen2 untied reverse")
 def test_a_new_state_has_no_moments(grids, cases, grid, case):
-    result = grids(grid)[1][0][case]["fresh state"]
-    assert result == sorted(dict(torch_student(cases[case]).state()))
+    names = {name for rank in grids(grid)[1] for name in rank[case]["fresh state"]}
+    assert names == joined(torch_student(cases[case]).state()).keys()
 
 
 @on_grids("bfloat16")
@@ -319,7 +369,7 @@ def test_bfloat16_keeps_float32_main_parameters(grids, references, cases, grid, 
 def test_scores_equal_transformers(grids, cases, grid, case):
     """Log-probabilities and entropies of every trained token against full logits of the Hugging Face model."""
     reference = AutoModelForCausalLM.from_pretrained(cases[case].folder)
-    _, pipeline, world = LAUNCHES[grid]
+    _, pipeline, world, _ = LAUNCHES[grid]
     for rank, result in enumerate(grids(grid)[1]):
         scores = result[case]["scores"]
         if rank < world - world // pipeline:  # not the last stage

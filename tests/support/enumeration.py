@@ -95,7 +95,7 @@ def engine_round(
             if not sgd_lr:
                 continue
             with torch.no_grad():
-                state = dict(parts.student.state())
+                state = {part.name: part.tensor for part in parts.student.state()}
                 for name, gradient in gradients.items():
                     state[f"master.{name}"].sub_(sgd_lr * gradient)
     return results

@@ -36,7 +36,7 @@ def run_rank(worker: str, rank: int, world: int, folder: Path, arguments: list[s
 
 
 def main(worker: str, world: int, folder: Path, arguments: list[str]) -> int:
-    sys.path[0] = str(Path(worker).parent)
+    sys.path.insert(0, str(Path(worker).parent))
     runpy.run_path(worker)
     gc.freeze()  # the ranks need not collect the imported modules
     ranks = []

@@ -7,28 +7,32 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from byte_jobs import write_byte_tokenizer
 from grid_runs import DOMAINS, ROUTES, run_alone, write_recipe
+from megatron_cases import write_dense
 
 from mergeopd.errors import MergeopdError
 
-# Tensor, pipeline, processes; the torch student's grids have their shards in place of `tensor`.
+# Tensor, pipeline, processes, context; the torch student's grids have their shards in place of `tensor`.
 GRIDS = {
-    "alone": (1, 1, 1),
-    "TP2xPP2": (2, 2, 4),
-    "TP2xDP2": (2, 1, 4),
-    "PP2xDP2": (1, 2, 4),
-    "DP4": (1, 1, 4),
-    "TP2xPP2 sequence": (2, 2, 4),
-    "FSDP4": (4, 1, 4),
-    "FSDP2x2": (2, 1, 4),
-    "FSDP4 layers packed": (4, 1, 4),
+    "alone": (1, 1, 1, 1),
+    "TP2xPP2": (2, 2, 4, 1),
+    "TP2xDP2": (2, 1, 4, 1),
+    "PP2xDP2": (1, 2, 4, 1),
+    "DP4": (1, 1, 4, 1),
+    "TP2xPP2 sequence": (2, 2, 4, 1),
+    "TP2xCP2": (2, 1, 4, 2),
+    "CP2xDP2": (1, 1, 4, 2),
+    "FSDP4": (4, 1, 4, 1),
+    "FSDP2x2": (2, 1, 4, 1),
+    "FSDP4 layers packed": (4, 1, 4, 1),
 }
 # Recipes on grids: in `make test`, and in `make test-dist`.
 SHORT = (
     ("cold start", "TP2xPP2"),
     ("mixed", "TP2xDP2"),
     ("reduced", "PP2xDP2"),
-    ("served", "TP2xPP2"),
+    ("served", "TP2xCP2"),
     ("mixed", "FSDP2x2"),
 )
 LONG = (
@@ -37,6 +41,9 @@ LONG = (
     ("cold start", "FSDP4 layers packed"),
     ("selves", "FSDP2x2"),
     ("served", "FSDP4"),
+    ("served", "TP2xPP2"),
+    ("mixed", "CP2xDP2"),
+    ("cold start", "TP2xCP2"),
     ("cold start", "DP4"),
     ("mixed", "TP2xPP2"),
     ("mixed", "PP2xDP2"),
@@ -44,6 +51,7 @@ LONG = (
     ("selves", "TP2xDP2"),
     ("recorded", "TP2xPP2"),
     ("served", "TP2xDP2"),
+    ("bridged", "TP2xDP2"),
 )
 # Machines of the four ranks: both stages of TP2xPP2 apart, or both copies of TP2xDP2.
 APART = ("m0", "m0", "m1", "m1")
@@ -70,6 +78,19 @@ SERVED: dict[str, Any] = {
     ],
     "teachers": {**_CARDS, "two": "served.yaml"},
     "optimizer": {"lr": 1e-3, "eps": 1e-4},
+}
+# One teacher with longer tokens under four names: all bridges that compare whole vocabularies.
+BRIDGED: dict[str, Any] = {
+    "student": {"model": "bytes", "micro_batch_tokens": 60},
+    "phases": [{"name": "merge", "updates": 3, "prompts_per_round": 9, "loss": "reverse_kl"}],
+    "teachers": {
+        kind: {"card": "longer.yaml", "bridge": kind} for kind in ("pieces", "gold", "uld", "projection")
+    },
+    "prompts": [
+        {"source": "left.jsonl", "domain": "left", "teachers": {"pieces": 1.0, "uld": 0.5}},
+        {"source": "mid.jsonl", "domain": "mid", "teachers": {"gold": 0.7}},
+        {"source": "right.jsonl", "domain": "right", "teachers": {"projection": 0.6, "pieces": 0.2}},
+    ],
 }
 _MERGE = {"name": "p", "updates": 3, "prompts_per_round": 13, "loss": "reverse_kl"}
 # Recipes that end with an error: the teacher, and the model that replaces it.
@@ -112,9 +133,24 @@ def write_recipes(folder: Path, url: str) -> None:
     card = {"card": 1, "name": "two", "model": "two", "served": {"url": url, "engine": "vllm"}}
     (folder / "served.yaml").write_text(json.dumps(card))
     write_recipe(folder, "served", SERVED)
+    _write_byte_models(folder)
+    write_recipe(folder, "bridged", BRIDGED)
     for name, recipe in BROKEN.items():
         write_recipe(folder, name, recipe)
     _write_bad_teachers(folder)
+
+
+def _write_byte_models(folder: Path) -> None:
+    """Write a student of bytes, whose vocabulary two ranks cannot halve, and a teacher with longer tokens."""
+    for seed, (name, merges) in enumerate(
+        {"bytes": [], "longer": [("a", "b"), ("c", "d"), ("ab", "c")]}.items()
+    ):
+        size = write_byte_tokenizer(folder / name, merges)
+        write_dense(
+            folder / name, "qwen3", tied=True, vocab=size, eos=size - 1, seed=seed, layers=2, spread=0.25
+        )
+        write_byte_tokenizer(folder / name, merges)  # over the empty one of the model
+    (folder / "longer.yaml").write_text(json.dumps({"card": 1, "name": "longer", "model": "longer"}))
 
 
 def _write_bad_teachers(folder: Path) -> None:
@@ -153,7 +189,7 @@ def jobs(folder: Path, launch: str) -> tuple[int, list[dict[str, Any]]]:
         "one": lambda: [*_in_parts(folder, "chain", ("alone", 2))],
         "four": lambda: [
             *(_run(folder, *case, is_sharded=case[0] == "recorded") for case in LONG),
-            *_in_parts(folder, "chain", ("DP4", 1), ("PP2xDP2", 1), ("TP2xPP2", None)),
+            *_in_parts(folder, "chain", ("DP4", 1), ("TP2xCP2", 1), ("PP2xDP2", 1), ("TP2xPP2", None)),
             _run(folder, "mixed", "TP2xDP2", name="copies apart", machines=APART),
             _run(folder, "selves", "TP2xPP2", name="selves, all apart", machines=("a", "b", "c", "d")),
             *(_run(folder, *case) for case in LONG_BROKEN),
@@ -168,10 +204,13 @@ def jobs(folder: Path, launch: str) -> tuple[int, list[dict[str, Any]]]:
 def _run(folder: Path, recipe: str, grid: str, name: str = "", **options: Any) -> dict[str, Any]:
     """Job for `recipe` on `grid`; its run folder is `runs/NAME`, or that of another job with `into`."""
     name = name or f"{recipe}, {grid}"
-    tensor, pipeline, _ = GRIDS[grid]
-    backend, parallel = "megatron", {"tensor": tensor, "pipeline": pipeline, "sequence": "sequence" in grid}
-    if "FSDP" in grid:
-        backend, parallel = "torch", {"shard": tensor, "recompute": "packed" in grid}
+    tensor, pipeline, _, context = GRIDS[grid]
+    backend = "torch" if "FSDP" in grid else "megatron"
+    if backend == "torch":
+        parallel = {"shard": tensor, "recompute": "packed" in grid}
+    else:
+        sizes = {"tensor": tensor, "pipeline": pipeline, "context": context}
+        parallel = {**sizes, "sequence": "sequence" in grid}
     overrides = [
         f"student.backend={backend}",
         f"student.parallel={json.dumps(parallel)}",

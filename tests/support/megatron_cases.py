@@ -55,6 +55,7 @@ class Case:
     split: bool = False
     recompute: bool = False
     fails: bool = False
+    fused_norms: bool = False
     state: Path | None = None
 
     def job(self, export: Path) -> dict[str, object]:

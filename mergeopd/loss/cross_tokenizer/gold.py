@@ -98,4 +98,3 @@ def _gradient(
         s.logits.index_add_(0, base, merged)
         at_label = total[s.group].index_fill(0, base, 0.0)
         s.logits.scatter_add_(1, s.labels.unsqueeze(1), at_label.unsqueeze(1))
-    s.finish_gradient()

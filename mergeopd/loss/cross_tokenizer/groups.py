@@ -66,6 +66,16 @@ class Groups:
                     "a token belongs to one group at most"
                 )
 
+    def take(self, order_G: Tensor) -> Groups:
+        """Return the groups in another order; `follows` is meaningful where it keeps neighbours."""
+        return Groups(
+            first_S=self.first_S[order_G],
+            num_S=self.num_S[order_G],
+            first_T=self.first_T[order_G],
+            num_T=self.num_T[order_G],
+            follows=None if self.follows is None else self.follows[order_G],
+        )
+
     def rows(self) -> tuple[Tensor, Tensor]:
         """`[sum num_S]` and `[sum num_T]`: both sides' rows, group by group."""
         return _rows(self.first_S, self.num_S), _rows(self.first_T, self.num_T)

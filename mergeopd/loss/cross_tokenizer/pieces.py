@@ -64,7 +64,6 @@ class PieceScorer:
             u = terms.direction * weight.unsqueeze(1)
             dz = u - pair.mass_S * u.sum(1, keepdim=True)
             s.logits.zero_().index_add_(0, row, dz)
-            s.finish_gradient()
         return Scored(value, matched_S, q_T[is_first].sum(1))
 
     def _first(self, p_T: Tensor, label_S: Tensor, label_T: Tensor, t: Side) -> Tensor:

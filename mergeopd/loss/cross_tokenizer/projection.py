@@ -78,7 +78,6 @@ class ProjectionScorer:
             turned.scatter_(0, ids_nk.t(), d_projected.t())
         dz = torch.mul(p_S, self.table.by_S.times(turned).t(), out=s.logits)
         dz.sub_(p_S.mul_(dz.sum(1, keepdim=True)))
-        s.finish_gradient()
 
     def _turned(self, name: str, matrix: Tensor) -> Tensor:
         """Copy the transpose: a sparse product reads whole rows of it."""

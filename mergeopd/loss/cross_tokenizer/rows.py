@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.cross_tokenizer.groups import group_of_rows, sum_rows
-from mergeopd.loss.heads import Projection
 
 MergeStrategy = Literal["observed", "bayesian"]
 
@@ -18,11 +18,12 @@ MergeStrategy = Literal["observed", "bayesian"]
 class Side:
     """One model's rows in a block.
 
-    logits `[n, V]` are centred, in the memory of the raw ones; mass `[n, V]` are their exponentials, in a
+    logits `[n, V]` are centred, in the memory of the given ones; mass `[n, V]` are their exponentials, in a
     buffer that the next block reuses; log_mass `[n]`; logprob `[n]` of the labels; group `[n]`; num `[g]`.
     """
 
-    projection: Projection
+    name: str
+    workspace: Workspace
     logits: Tensor
     mass: Tensor
     log_mass: Tensor
@@ -32,17 +33,14 @@ class Side:
     num: Tensor
 
     @classmethod
-    def begin(
-        cls, projection: Projection, raw: Tensor, labels: Tensor, num: Tensor, *, with_slope: bool
-    ) -> Side:
-        """Compute the softmaxes of a block's rows; `with_slope` keeps the soft cap's slope for gradients."""
-        slope = projection.take("slope", raw.shape[0]) if with_slope and projection.is_capped else None
-        projection.finish_logits(raw, slope)
-        raw.sub_(raw.amax(1, keepdim=True))
-        mass = torch.exp(raw, out=projection.take("mass", raw.shape[0]))
+    def begin(cls, name: str, logits: Tensor, labels: Tensor, num: Tensor, workspace: Workspace) -> Side:
+        """Compute the softmaxes of a block's rows from their logits at the loss temperature."""
+        logits.sub_(logits.amax(1, keepdim=True))
+        like = tuple(logits.shape), logits.dtype, logits.device
+        mass = torch.exp(logits, out=workspace.take(f"{name}.mass", *like))
         log_mass = mass.sum(1).log_()
-        logprob = raw.gather(1, labels.unsqueeze(1)).squeeze(1) - log_mass
-        return cls(projection, raw, mass, log_mass, logprob, labels, group_of_rows(num), num)
+        logprob = logits.gather(1, labels.unsqueeze(1)).squeeze(1) - log_mass
+        return cls(name, workspace, logits, mass, log_mass, logprob, labels, group_of_rows(num), num)
 
     @property
     def is_single(self) -> bool:
@@ -65,15 +63,10 @@ class Side:
         is_base = torch.zeros_like(self.group, dtype=torch.bool)
         is_base[base] = True
         others = sum_rows(torch.where(is_base, 0.0, self.logprob), self.num)
-        out = torch.index_select(self.logits, 0, base, out=self.projection.take("merged", base.shape[0]))
+        shape, dtype, device = (len(base), self.logits.shape[1]), self.logits.dtype, self.logits.device
+        out = self.workspace.take(f"{self.name}.merged", shape, dtype, device)
+        torch.index_select(self.logits, 0, base, out=out)
         return out.add_((others - self.log_mass[base]).unsqueeze(1))
-
-    def finish_gradient(self) -> None:
-        """Convert the gradient of tempered logits, in the memory of `logits`, to that of raw logits."""
-        if self.projection.gain != 1.0:
-            self.logits.mul_(self.projection.gain)
-        if self.projection.is_capped:
-            self.logits.mul_(self.projection.take("slope", self.logits.shape[0]))
 
 
 class Block(NamedTuple):

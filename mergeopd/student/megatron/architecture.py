@@ -108,14 +108,13 @@ class Architecture:
         return problems
 
 
-def count_problem(tensor: int, pipeline: int, world: int) -> str | None:
+def count_problem(tensor: int, pipeline: int, context: int, world: int) -> str | None:
     """Return why `world` processes do not form a grid; None if they do."""
-    if world % (tensor * pipeline) == 0:
+    size = tensor * pipeline * context
+    if world % size == 0:
         return None
-    return (
-        f"tensor {tensor} x pipeline {pipeline} = {tensor * pipeline} does not divide the number of "
-        f"processes, {world}"
-    )
+    sizes = f"tensor {tensor} x pipeline {pipeline}" + (f" x context {context}" if context > 1 else "")
+    return f"{sizes} = {size} does not divide the number of processes, {world}"
 
 
 def _unmapped(config: dict[str, Any]) -> list[str]:

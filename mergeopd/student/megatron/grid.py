@@ -10,37 +10,39 @@ import torch.distributed as dist
 from mergeopd.student.megatron import shim
 from mergeopd.student.protocol import Placement
 
-# Order of ranks: tensor-parallel neighbours first, then data-parallel copies, then pipeline stages.
+# Order of ranks: tensor-parallel neighbours, context-parallel ones, data-parallel copies, pipeline stages.
 _ORDER = "tp-cp-ep-dp-pp"
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """This process's position among `tensor` x `pipeline` x `data` processes.
+    """This process's position among `tensor` x `context` x `data` x `pipeline` processes.
 
     `groups` is Megatron's ProcessGroupCollection; `sequence_parallel` splits activations between the
     tensor-parallel regions along the sequence.
     """
 
     tensor: int
+    context: int
     pipeline: int
     data: int
     tensor_rank: int
+    context_rank: int
     stage: int
     data_rank: int
     sequence_parallel: bool
     groups: Any
 
     @classmethod
-    def open(cls, *, tensor: int, pipeline: int, sequence_parallel: bool = False) -> Grid:
+    def open(cls, *, tensor: int, pipeline: int, context: int = 1, sequence_parallel: bool = False) -> Grid:
         """Create the groups from all processes of the (initialised) default group; once per process.
 
-        Raises ValueError when `tensor * pipeline` does not divide their number, or for sequence parallelism
-        over a single rank.
+        Raises ValueError when the sizes do not divide their number, or for sequence parallelism over a single
+        rank.
         """
         world = dist.get_world_size()
-        if world % (tensor * pipeline):
-            raise ValueError(f"{world} processes cannot be split into {tensor} x {pipeline}")
+        if world % (tensor * context * pipeline):
+            raise ValueError(f"{world} processes cannot be split into {tensor} x {context} x {pipeline}")
         if sequence_parallel and tensor == 1:
             raise ValueError("sequence_parallel needs tensor > 1")
         shim.install()
@@ -49,16 +51,22 @@ class Grid:
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
         parallel_state.initialize_model_parallel(
-            tensor, pipeline, order=_ORDER, create_gloo_process_groups=False
+            tensor,
+            pipeline,
+            context_parallel_size=context,
+            order=_ORDER,
+            create_gloo_process_groups=False,
         )
         # Nothing is random here (no dropout, weights are read), but Megatron forks this state anyway.
         model_parallel_cuda_manual_seed(0)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         return cls(
             tensor=tensor,
+            context=context,
             pipeline=pipeline,
             data=groups.dp.size(),
             tensor_rank=groups.tp.rank(),
+            context_rank=groups.cp.rank(),
             stage=groups.pp.rank(),
             data_rank=groups.dp.rank(),
             sequence_parallel=sequence_parallel,
@@ -70,19 +78,31 @@ class Grid:
         """Whether this process has the last hidden states, the head and the loss."""
         return self.stage == self.pipeline - 1
 
-    def rank_of(self, tensor_rank: int, stage: int, copy: int = 0) -> int:
-        return tensor_rank + self.tensor * (copy + self.data * stage)
+    @property
+    def holders(self) -> int:
+        """Number of processes with the same shard of the weights, which share the optimizer's state."""
+        return self.context * self.data
+
+    def rank_of(self, tensor_rank: int, stage: int, copy: int = 0, context_rank: int = 0) -> int:
+        return tensor_rank + self.tensor * (context_rank + self.context * (copy + self.data * stage))
 
     @property
     def placement(self) -> Placement:
         by_copy = [
-            [self.rank_of(t, stage, copy) for stage in range(self.pipeline) for t in range(self.tensor)]
+            [
+                self.rank_of(t, stage, copy, c)
+                for stage in range(self.pipeline)
+                for c in range(self.context)
+                for t in range(self.tensor)
+            ]
             for copy in range(self.data)
         ]
+        # On the last stage all ranks of a copy share the head's rows, whichever positions they compute.
+        sharing = self.tensor * self.context
         return Placement(
             dp_rank=self.data_rank,
             replica_ranks=tuple(tuple(ranks) for ranks in by_copy),
-            loss_ranks=tuple(tuple(ranks[-self.tensor :]) for ranks in by_copy),
+            loss_ranks=tuple(tuple(ranks[-sharing:]) for ranks in by_copy),
             has_loss=self.is_last_stage,
-            reports_stats=self.is_last_stage and self.tensor_rank == 0,
+            reports_stats=self.is_last_stage and self.tensor_rank == self.context_rank == 0,
         )

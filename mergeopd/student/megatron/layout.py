@@ -6,8 +6,10 @@ description is used for reading and for export.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mergeopd.storage.boxes import Box
 from mergeopd.student.megatron.architecture import Architecture
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -107,6 +109,25 @@ def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
             shape = (hidden, length) if part.dim else (length, hidden)
             shapes[piece.tensor] = (length,) if part.is_replicated or name.endswith(".bias") else shape
     return shapes
+
+
+def tensor_boxes(part: Shard, shape: tuple[int, ...], box: Box) -> Iterator[tuple[str, Box, Box]]:
+    """Map a box of a parameter, whose shard `part` has the shape `shape`, to boxes of the folder's tensors.
+
+    Yields tensor, box of the tensor, and the same elements as a box of the parameter. Padding is left out.
+    """
+    dim, position = part.dim, 0
+    for piece in part.slices:
+        length = piece.stop - piece.start
+        own = Box(_put((0,) * len(shape), dim, position), _put(shape, dim, length))
+        if (common := own.intersect(box)) is not None:
+            start = piece.start + common.start[dim] - position
+            yield piece.tensor, Box(_put(common.start, dim, start), common.shape), common
+        position += length
+
+
+def _put(values: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:
+    return (*values[:dim], value, *values[dim + 1 :])
 
 
 def _leaves(arch: Architecture) -> list[str]:

@@ -6,18 +6,13 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
 
-from mergeopd.errors import ModelError
 from mergeopd.student.megatron.architecture import Architecture
 from mergeopd.student.megatron.grid import Grid
 from mergeopd.student.megatron.layout import vocab_rows
+from mergeopd.student.megatron.specs import block, chosen
 
 
 class HiddenModel(GPTModel):  # type: ignore[misc]
@@ -42,17 +37,6 @@ class HiddenModel(GPTModel):  # type: ignore[misc]
         return int(self.decoder.layers[0].layer_number) - 1
 
 
-class Norm(nn.RMSNorm):
-    """Torch's RMSNorm with Megatron's mark for partial gradients under sequence parallelism.
-
-    Megatron's own wrapper does not support sequence parallelism.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
 def build_model(
     arch: Architecture,
     grid: Grid,
@@ -71,7 +55,11 @@ def build_model(
     config = transformer_config(arch, grid, dtype, device, recompute=recompute)
     model = HiddenModel(
         config,
-        _block(config, grid, device, layers),
+        block(
+            chosen(device, layers),
+            num_layers=config.num_layers // grid.pipeline,
+            qk_norm=arch.qk_norm,
+        ),
         vocab_size=vocab_rows(arch, grid.tensor),
         max_sequence_length=arch.facts.max_positions,
         pre_process=grid.stage == 0,
@@ -122,6 +110,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=grid.tensor,
+        context_parallel_size=grid.context,
         pipeline_model_parallel_size=grid.pipeline,
         sequence_parallel=grid.sequence_parallel,
         # Micro-batches differ in shape. Megatron requires a dispatcher even for a dense model.
@@ -137,33 +126,6 @@ def transformer_config(
         persist_layer_norm=False,
         **(layer_by_layer if recompute else {}),
     )
-
-
-def _block(config: TransformerConfig, grid: Grid, device: torch.device, layers: str) -> Any:
-    on_gpu = device.type == "cuda"
-    if layers == "transformer_engine" and not (on_gpu and _has_transformer_engine()):
-        cause = "transformer-engine cannot be imported" if on_gpu else "there is no GPU"
-        raise ModelError(
-            f"student.parallel.layers: transformer_engine, but {cause} in this process; use auto or local"
-        )
-    if layers != "local" and on_gpu and _has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    parts, attention = layer.submodules, layer.submodules.self_attention.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = Norm
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = Norm
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * (config.num_layers // grid.pipeline), layer_norm=Norm
-    )
-
-
-def _has_transformer_engine() -> bool:
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def _leave(weight: Tensor) -> None:

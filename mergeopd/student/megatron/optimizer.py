@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,16 +12,16 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor, nn
 
 from mergeopd.recipe.training import Optimizer
+from mergeopd.student.host_adamw import MOMENTS, HostAdamW
 from mergeopd.student.megatron.grid import Grid
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def build_adamw(ddp: Any, optimizer: Optimizer, dtype: torch.dtype, grid: Grid) -> Any:
     """Build AdamW over float32 parameters, grouped as in `TorchStudent`: matrices decay, vectors do not.
 
-    Its state is sharded over data-parallel copies. Always torch's AdamW: those of Transformer Engine and Apex
-    store the number of updates elsewhere, so that a checkpoint could not be written.
+    Its state is sharded over the processes that hold the same weights. Always torch's AdamW: those of
+    Transformer Engine and Apex store the number of updates elsewhere, so that a checkpoint could not be
+    written.
     """
     library.USING_PYTORCH_OPTIMIZER = True
     options = OptimizerConfig(
@@ -32,11 +33,13 @@ def build_adamw(ddp: Any, optimizer: Optimizer, dtype: torch.dtype, grid: Grid) 
         weight_decay=optimizer.weight_decay,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=grid.data > 1,
+        use_distributed_optimizer=grid.holders > 1,
     )
     adamw = get_megatron_optimizer(options, [ddp], use_gloo_process_groups=False, pg_collection=grid.groups)
     for group in adamw.param_groups:  # Megatron leaves this to a scheduler that is not used here
         group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
+    for inner in adamw.chained_optimizers if optimizer.offload else ():
+        inner.optimizer = HostAdamW.replacing(inner.optimizer)
     return adamw
 
 
@@ -58,44 +61,58 @@ class MainParameters:
         return next((int(state["step"]) for state in states), 0)
 
     def read(self, parameter: nn.Parameter, key: str) -> Tensor:
-        """Return `param` or a moment, float32, in the parameter's shape. Collective over dp copies."""
-        main = self._main(parameter)
-        value = main if key == "param" or main is None else self._inner.optimizer.state[main][key]
-        if self._grid.data == 1:
-            detached: Tensor = value.detach()
-            return detached
+        """Return `param` or a moment, float32, in the parameter's shape. Collective over its holders."""
+        own, value = self.own(parameter), self.read_own(parameter, key)
+        if self._grid.holders == 1:
+            return value.to(parameter.device).view(parameter.shape)
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-        if value is not None:
-            whole[self._own(parameter)] = value.detach()
-        dist.all_reduce(whole, group=self._grid.groups.dp)
+        whole[own.start : own.stop] = value
+        dist.all_reduce(whole, group=self._grid.groups.dp_cp)
         return whole.view(parameter.shape)
 
-    @torch.no_grad()
-    def write(self, parameter: nn.Parameter, values: dict[str, Tensor], step: int) -> None:
-        """Set `param` and, if given, the moments after `step` updates, from full shards."""
-        parameter.copy_(values["param"])
+    def own(self, parameter: nn.Parameter) -> range:
+        """Return the flat range of the parameter whose state is on this rank; it may be empty."""
+        if self._grid.holders == 1:
+            return range(parameter.numel())
+        if parameter not in self._inner.model_param_group_index_map:
+            return range(0)
+        part = self._inner._get_model_param_range_map(parameter)["param"]
+        return range(part.start, part.end)
+
+    def read_own(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """Return the elements `own(parameter)` of `param` or a moment, flat and float32; not a copy."""
         main = self._main(parameter)
         if main is None:
+            return parameter.new_empty(0, dtype=torch.float32)
+        value: Tensor = main if key == "param" else self._inner.optimizer.state[main][key]
+        return value.detach().view(-1)
+
+    @torch.no_grad()
+    def write_own(self, parameter: nn.Parameter, values: Mapping[str, Tensor], step: int) -> None:
+        """Set `param` and, if given, the moments after `step` updates, from elements `own(parameter)`.
+
+        Sets the same elements of the model's parameter.
+        """
+        main, own = self._main(parameter), self.own(parameter)
+        if main is None:
             return
-        own = {key: value.to(main) for key, value in values.items()}
-        if self._grid.data > 1:
-            own = {key: value.flatten()[self._own(parameter)] for key, value in own.items()}
-        main.copy_(own["param"])
+        parameter.view(-1)[own.start : own.stop] = values["param"].to(parameter.device)
+        main.copy_(values["param"].view(main.shape))
         if step:
             # One step tensor per parameter: AdamW increments it in place.
-            moments = {key: own[key].clone() for key in MOMENTS}
-            self._inner.optimizer.state[main] = {"step": torch.tensor(float(step)), **moments}
+            inner, held = self._inner.optimizer, {key: values[key].view(main.shape) for key in MOMENTS}
+            if isinstance(inner, HostAdamW):
+                inner.hold(main, float(step), held)
+            else:
+                moments = {key: moment.to(main, copy=True) for key, moment in held.items()}
+                inner.state[main] = {"step": torch.tensor(float(step)), **moments}
 
     def _main(self, parameter: nn.Parameter) -> Any:
         """Return AdamW's part of `parameter`: all, this copy's flat part, or None."""
-        if self._grid.data == 1:
+        if self._grid.holders == 1:
             return getattr(parameter, "main_param", parameter)
         place = self._inner.model_param_group_index_map.get(parameter)
         if place is None:
             return None
         group, position = place
         return self._inner.optimizer.param_groups[group]["params"][position]
-
-    def _own(self, parameter: nn.Parameter) -> slice:
-        part = self._inner._get_model_param_range_map(parameter)["param"]
-        return slice(part.start, part.end)

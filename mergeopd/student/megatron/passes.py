@@ -9,10 +9,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from torch import Tensor, nn
 
 from mergeopd.batch.micro_batch import MicroBatch, MicroBatches
@@ -20,9 +16,11 @@ from mergeopd.errors import NumericsError
 from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.fused import Objective
 from mergeopd.loss.heads import Head
+from mergeopd.loss.kernel_choice import KernelName
 from mergeopd.models.causal import padded
 from mergeopd.student.loss import Measured, MicroStats, micro_loss
 from mergeopd.student.megatron.grid import Grid
+from mergeopd.student.megatron.sequence import TrainedRows, own_positions, width_multiple
 from mergeopd.types import token_ids
 
 # Run by a copy without responses: one token without loss.
@@ -37,12 +35,20 @@ class Passes:
     """
 
     def __init__(
-        self, model: nn.Module, config: Any, head: Callable[[], Head], grid: Grid, device: torch.device
+        self,
+        model: nn.Module,
+        config: Any,
+        head: Callable[[], Head],
+        grid: Grid,
+        device: torch.device,
+        kernel: KernelName,
     ) -> None:
         self._model, self._head, self._grid, self._device = model, head, grid, device
         self._schedule = get_forward_backward_func(pp_size=grid.pipeline)
         self._neighbours = P2PCommunicator(pp_group=grid.groups.pp, config=config)
-        self._workspace = Workspace()
+        self._trained_rows = TrainedRows(grid)
+        self._loss_group = grid.groups.tp_cp if grid.tensor * grid.context > 1 else None
+        self._workspace, self._kernel = Workspace(), kernel
 
     def run(
         self,
@@ -58,18 +64,21 @@ class Passes:
         """
         failures: list[str] = []
 
-        def loss(micro: MicroBatch, rows: Tensor, hidden_sbd: Tensor) -> tuple[Tensor, Tensor, Any]:
+        def loss(
+            micro: MicroBatch, rows: Tensor, width: int, hidden_sbd: Tensor
+        ) -> tuple[Tensor, Tensor, Any]:
             # Megatron divides by the number of tokens; with 0 it leaves the sum unchanged.
             no_division = torch.zeros((), dtype=torch.int, device=self._device)
             try:
                 value, stats = micro_loss(
-                    self._rows(hidden_sbd, rows),
+                    self._trained_rows.of(hidden_sbd, rows, width),
                     self._head(),
                     micro,
                     per_token(micro),
                     what,
                     self._workspace,
-                    self._grid.groups.tp if self._grid.tensor > 1 else None,
+                    self._kernel,
+                    self._loss_group,
                 )
             except NumericsError as error:
                 failures.append(str(error))
@@ -79,13 +88,12 @@ class Passes:
 
         def step(batches: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
             micro = next(batches)
-            multiple = self._grid.tensor if self._grid.sequence_parallel else 1
+            multiple = width_multiple(self._grid)
             ids, rows = padded(micro.prompts, micro.responses, micro.trained, multiple=multiple)
-            positions = torch.arange(ids.shape[1]).expand_as(ids)
-            hidden = model(ids.to(self._device), positions.to(self._device), None)
-            batch, width = ids.shape
-            sequence_first = rows % width * batch + rows // width
-            return hidden, lambda output: loss(micro, sequence_first, output)
+            own = own_positions(ids.shape[1], self._grid)
+            positions = own.expand(len(ids), -1)
+            hidden = model(ids[:, own].to(self._device), positions.to(self._device), None)
+            return hidden, lambda output: loss(micro, rows, ids.shape[1], output)
 
         num = len(micro_batches)
         statistics = self._schedule(
@@ -101,19 +109,6 @@ class Passes:
         )
         _raise_together(failures)
         return tuple(statistics) if num and self._grid.is_last_stage else ()
-
-    def _rows(self, hidden_sbd: Tensor, rows_N: Tensor) -> Tensor:
-        """Return hidden states that predict trained tokens `[N, d]`, full on every tensor-parallel rank.
-
-        The kernel returns their gradient partial; the region sums it.
-        """
-        group = self._grid.groups.tp
-        if self._grid.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden_sbd, group=group)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden_sbd, group=group)
-        rows: Tensor = hidden.flatten(0, 1).index_select(0, rows_N.to(hidden.device))
-        return rows
 
 
 def _raise_together(failures: Sequence[str]) -> None:

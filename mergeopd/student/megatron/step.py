@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,22 +16,24 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor, nn
 
 from mergeopd.batch.micro_batch import MicroBatch, MicroBatches
-from mergeopd.errors import StorageError
 from mergeopd.loss.fused import Objective
 from mergeopd.loss.heads import Head
+from mergeopd.loss.kernel_choice import KernelName
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.models.causal import DTYPES, build_skeleton, check_fit, empty, fill, head_of
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.facts import ModelFacts
 from mergeopd.recipe.training import Optimizer
+from mergeopd.storage.state_parts import SavedTensors, StatePart
 from mergeopd.student.loss import Measured, MicroStats, Observe, check_norm, no_loss
 from mergeopd.student.megatron.architecture import Architecture
 from mergeopd.student.megatron.grid import Grid
-from mergeopd.student.megatron.layout import shard, tensor_shapes, vocab_rows
+from mergeopd.student.megatron.layout import tensor_shapes, vocab_rows
 from mergeopd.student.megatron.model import build_model
-from mergeopd.student.megatron.optimizer import MOMENTS, MainParameters, build_adamw
+from mergeopd.student.megatron.optimizer import MainParameters, build_adamw
 from mergeopd.student.megatron.passes import Passes
-from mergeopd.student.megatron.weights import assemble, export, named, read_shards, whole_tensors
+from mergeopd.student.megatron.state import load_parts, state_parts
+from mergeopd.student.megatron.weights import export, named, read_shards, whole_tensors
 from mergeopd.student.protocol import Placement, check_masters
 
 # The attribute in which Megatron accumulates a parameter's gradient.
@@ -56,11 +58,13 @@ class MegatronStudent:
         device: torch.device,
         recompute: bool = False,
         layers: str = "auto",
+        kernel: KernelName = "auto",
     ) -> None:
         """Build the model on this rank and read its weights.
 
         `recompute` keeps only the input of each layer and recomputes the layer in the backward pass.
         `layers`: `local` for Megatron's own, `transformer_engine`, or `auto` for the latter where it runs.
+        `kernel` is that of `fused_loss`.
 
         Raises ModelError, before weights are read, for a model that is not mapped or does not fit the grid,
         and ValueError for float64, which Megatron's layers do not support.
@@ -78,14 +82,14 @@ class MegatronStudent:
         )
         read_shards(self._model, self._arch, grid)
         buffers = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=grid.data > 1
+            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=grid.holders > 1
         )
         self._ddp = DistributedDataParallel(
             self._model.config, buffers, self._model, pg_collection=grid.groups
         )
         self._adamw = build_adamw(self._ddp, optimizer, DTYPES[dtype], grid)
         self._main = MainParameters(self._adamw, grid)
-        self._passes = Passes(self._ddp, self._model.config, self._head, grid, device)
+        self._passes = Passes(self._ddp, self._model.config, self._head, grid, device, kernel)
         self._like = torch.empty((), device=device)  # dtype and device of gradients, main parameters, moments
         self._is_summed = False
 
@@ -95,9 +99,9 @@ class MegatronStudent:
 
     @property
     def vocab(self) -> range:
-        rows = vocab_rows(self._arch, self._grid.tensor) // self._grid.tensor
-        start = rows * self._grid.tensor_rank
-        return range(min(start, self._num_valid), min(start + rows, self._num_valid))
+        start = self._grid.tensor_rank * vocab_rows(self._arch, self._grid.tensor) // self._grid.tensor
+        rows = self._scored_rows
+        return range(min(start + rows.start, self._num_valid), min(start + rows.stop, self._num_valid))
 
     @property
     def placement(self) -> Placement:
@@ -188,55 +192,36 @@ class MegatronStudent:
     def release(self) -> None:
         self.__dict__.clear()
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield main parameters and moments by the names of `TorchStudent.state`, unsharded, on rank 0.
+    def state(self) -> Iterator[StatePart]:
+        """Yield this rank's boxes by the names of `TorchStudent.state`, whose state any grid can restore.
 
-        Any grid or a `TorchStudent` can restore the state of any grid. Collective: every rank must exhaust
-        the iterator, which is empty on ranks other than 0. Raises RuntimeError for an optimizer other than
-        torch's AdamW.
+        Raises RuntimeError for an optimizer other than torch's AdamW.
         """
-        step, parameters = self._main.step(), named(self._model)
-        for key, prefix in _prefixes(step).items():
-
-            def part_of(name: str, key: str = key) -> Tensor:
-                return self._main.read(parameters[name], key)
-
-            for name, tensor in self._whole(part_of, self._like):
-                yield f"{prefix}.{name}", tensor
-                if key == "param" and step:
-                    yield f"adamw.step.{name}", torch.tensor(float(step))
+        return state_parts(self._model, self._main, self._arch, self._grid)
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         return {f"master.{name}": shape for name, shape in tensor_shapes(self._arch).items()}
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore `state()` of either backend; of memory-mapped tensors a rank reads only its slices.
-
-        Raises StorageError when it belongs to another model.
-        """
-        check_masters(self.state_shapes(), tensors)
-        steps = {int(tensors[key]) for key in tensors if key.startswith("adamw.step.")}
-        if len(steps) > 1:
-            raise StorageError(
-                f"the checkpoint's parameters differ in their number of updates: {sorted(steps)}"
-            )
-        step = next(iter(steps), 0)
-        for name, parameter in named(self._model).items():
-            part = shard(name, self._arch, self._grid.tensor, self._grid.tensor_rank)
-            values = {}
-            for key, prefix in _prefixes(step).items():
-
-                def read(
-                    tensor: str, start: int, stop: int, prefix: str = prefix, dim: int = part.dim
-                ) -> Tensor:
-                    return tensors[f"{prefix}.{tensor}"].narrow(dim, start, stop - start)
-
-                values[key] = assemble(part, read)
-            self._main.write(parameter, values, step)
+    def load_state(self, tensors: SavedTensors) -> None:
+        """Restore `state()` of either backend. Raises StorageError when it belongs to another model."""
+        check_masters(self.state_shapes(), tensors.shapes)
+        load_parts(tensors, self._model, self._main, self._arch, self._grid)
+        if self._grid.holders > 1:  # each has read its own part
+            self._ddp.start_param_sync()
 
     def _head(self) -> Head:
-        facts = self._arch.facts
-        return head_of(facts, {facts.head_parameter: self._model.head_weight}, self.vocab)
+        facts, rows = self._arch.facts, self._scored_rows
+        return head_of(
+            facts, {facts.head_parameter: self._model.head_weight[rows.start : rows.stop]}, self.vocab
+        )
+
+    @property
+    def _scored_rows(self) -> range:
+        """Rows of this shard of the head that this process scores: context-parallel ranks divide them."""
+        rows, parts = vocab_rows(self._arch, self._grid.tensor) // self._grid.tensor, self._grid.context
+        return range(
+            *(part * rows // parts for part in (self._grid.context_rank, self._grid.context_rank + 1))
+        )
 
     def _whole(
         self, part_of: Callable[[str], Tensor], like: Tensor, *, everywhere: bool = False
@@ -252,8 +237,3 @@ class MegatronStudent:
         if not self._is_summed:
             finalize_model_grads([self._ddp], pg_collection=self._grid.groups, force_all_reduce=everywhere)
             self._is_summed = True
-
-
-def _prefixes(step: int) -> dict[str, str]:
-    """Map what AdamW keeps of a parameter to prefixes of names in a checkpoint after `step` updates."""
-    return {"param": "master", **({key: f"adamw.{key}" for key in MOMENTS} if step else {})}

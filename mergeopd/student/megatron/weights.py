@@ -10,15 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mergeopd.models.causal import tensor_names
+from mergeopd.models.causal import parameter_parts
 from mergeopd.models.checkpoint import Checkpoint
-from mergeopd.models.weight_files import write_model
+from mergeopd.models.weight_files import MAX_FILE_BYTES, write_model
 from mergeopd.student.megatron.architecture import Architecture
 from mergeopd.student.megatron.grid import Grid
 from mergeopd.student.megatron.layout import OUTPUT, Shard, global_name, parameter_names, shard, tensor_shapes
 from mergeopd.student.megatron.model import HiddenModel
-
-_MAX_FILE_BYTES = 5_000_000_000
 
 
 def named(model: HiddenModel) -> dict[str, torch.nn.Parameter]:
@@ -33,7 +31,7 @@ def read_shards(model: HiddenModel, arch: Architecture, grid: Grid) -> None:
     Raises ModelError when a tensor or a part of it is missing.
     """
     checkpoint = Checkpoint.open(arch.facts.folder)
-    stored = tensor_names(arch.facts, checkpoint)
+    stored = {name: parts[0].tensor for name, parts in parameter_parts(arch.facts, checkpoint).items()}
     parameters = named(model)
     expected = set(parameter_names(arch, grid.stage, grid.pipeline))
     if arch.facts.tied and grid.is_last_stage and grid.stage > 0:
@@ -91,7 +89,7 @@ def export(tensors: Iterator[tuple[str, Tensor]], source: Path, folder: Path) ->
     """
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        write_model(tensors, source, folder, _MAX_FILE_BYTES)
+        write_model(tensors, source, folder, MAX_FILE_BYTES)
     deque(tensors, maxlen=0)  # the other ranks only send
     dist.barrier()
 

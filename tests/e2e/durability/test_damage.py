@@ -29,11 +29,14 @@ def half_delete(folder: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated": (lambda c: cut(c / "student.safetensors"), "bytes instead of"),
-    "flipped in the weights": (lambda c: flip(c / "student.safetensors", -9), "SHA-256 differs"),
+    "truncated": (lambda c: cut(c / "student-1-of-1.safetensors"), "bytes instead of"),
+    "flipped in the weights": (lambda c: flip(c / "student-1-of-1.safetensors", -9), "SHA-256 differs"),
     "flipped in the state": (lambda c: flip(c / "state.json", 12), "SHA-256 differs"),
     "flipped in the manifest": (lambda c: flip(c / MANIFEST, 40), "manifest.json is damaged"),
-    "no weights": (lambda c: (c / "student.safetensors").unlink(), "student.safetensors is missing"),
+    "no weights": (
+        lambda c: (c / "student-1-of-1.safetensors").unlink(),
+        "student-1-of-1.safetensors is missing",
+    ),
     "no state": (lambda c: (c / "state.json").unlink(), "state.json is missing"),
     "empty manifest": (lambda c: (c / MANIFEST).write_text(""), "manifest.json is empty"),
     "no manifest": (half_delete, "manifest.json is missing"),
@@ -92,7 +95,7 @@ def rewrite(checkpoint: Path, change: Callable[[Path], object]) -> None:
     old = checkpoint.with_name("old")
     checkpoint.rename(old)
     with atomic_folder(checkpoint) as folder:
-        for name in ("student.safetensors", "state.json"):
+        for name in ("student-1-of-1.safetensors", "index.json", "state.json"):
             shutil.copyfile(old / name, folder / name)
         change(folder)
     shutil.rmtree(old)
@@ -107,24 +110,33 @@ def edit_state(**changes: object) -> Callable[[Path], object]:
 
 
 def other_student(folder: Path) -> None:
+    path = folder / "index.json"
+    index = json.loads(path.read_text())
+    name = next(n for n in index["tensors"]["student"] if n.startswith("master."))
+    index["tensors"]["student"][name]["shape"][0] -= 1
+    path.write_text(json.dumps(index))
+
+
+def other_tensors(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    tensors = load_file(folder / "student.safetensors")
+    tensors = load_file(folder / "student-1-of-1.safetensors")
     name = next(n for n in tensors if n.startswith("master.") and tensors[n].ndim == 2)
-    save_file({**tensors, name: tensors[name][:-1].contiguous()}, folder / "student.safetensors")
+    save_file({**tensors, name: tensors[name][:-1].contiguous()}, folder / "student-1-of-1.safetensors")
 
 
 STRANGERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "another recipe": (edit_state(plan="0" * 64), "belongs to another recipe"),
-    "another format": (edit_state(format=7), "has format 7, and this version of mergeopd reads 1"),
+    "another format": (edit_state(format=7), "has format 7, and this version of mergeopd reads 2"),
     "no format": (lambda f: (f / "state.json").write_text("[]"), "has format None"),
     "no plan": (edit_state(plan=None), "state.json is not that of a run (plan: Input should be"),
     "no JSON": (lambda f: (f / "state.json").write_text("{"), "is not a checkpoint of a run"),
     "other files": (lambda f: (f / "state.json").rename(f / "status.json"), "is not a checkpoint of a run"),
     "no tensors": (
-        lambda f: (f / "student.safetensors").write_text("x" * 99),
-        "is not a checkpoint of a run",
+        lambda f: (f / "student-1-of-1.safetensors").write_text("x" * 99),
+        "student-1-of-1.safetensors is not what index.json lists",
     ),
+    "other tensors": (other_tensors, "numbers as master."),
     "another student": (other_student, "is of another student"),
 }
 

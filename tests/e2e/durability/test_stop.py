@@ -56,7 +56,7 @@ def test_teacher_rollouts_made_before_a_stop_are_kept(runs: Any) -> None:
     assert file.read_text().splitlines() == first
 
 
-@pytest.mark.parametrize("place", ["rollout:70", "update:5", "files:2", "evaluation:1"])
+@pytest.mark.parametrize("place", ["rollout:70", "update:5", "checkpoint:2", "evaluation:1"])
 def test_a_second_ctrl_c_stops_at_once(runs: Any, ends_well: Callable[..., str], place: str) -> None:
     name = "twice-" + place.replace(":", "-")
     code, printed = runs(name, fault=f"{place}:INT+INT")

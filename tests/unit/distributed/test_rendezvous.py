@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
 
-from mergeopd.distributed.rendezvous import RankInfo
+from mergeopd.distributed.rendezvous import RankInfo, allow_files, num_files
 from mergeopd.errors import ProcessError
 
 ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
@@ -54,3 +55,17 @@ def test_an_incomplete_environment_is_refused(env: dict[str, str], text: str) ->
     with pytest.raises(ProcessError) as caught:
         RankInfo.of(env)
     assert str(caught.value) == text
+
+
+def test_a_large_run_may_open_a_file_for_every_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, other = (num_files(RankInfo(rank, rank % 8, 1024)) for rank in (0, 700))
+    assert first > 2048 > 1024 > other
+    limits = [(1024, 4096)]
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, new: limits.append(new))
+    allow_files(other)
+    assert limits == [(1024, 4096)]
+    allow_files(first)
+    assert limits[-1] == (first, 4096)
+    with pytest.raises(ProcessError, match="needs 5000 open files in a process, and the system allows 4096"):
+        allow_files(5000)

@@ -153,7 +153,7 @@ def test_the_best_student_is_exported(recipe: Path, straight: Path, metric: str)
     assert (best == 9) == (metric == "accuracy")
     assert best_update(folder) == best
     assert [path.name for path in (folder / "best").iterdir()] == [f"step-{best}"]
-    state = load_file(straight / "checkpoints" / f"step-{best}" / "student.safetensors")
+    state = load_file(straight / "checkpoints" / f"step-{best}" / "student-1-of-1.safetensors")
     exported = weights(folder / "export")
     assert all(torch.equal(exported[name], state[f"master.{name}"]) for name in exported)
 

@@ -220,7 +220,7 @@ def test_copies_are_the_students_weights_at_the_start_of_the_round_that_reached_
         **student,
     )
     recorder, parts, folder = run(recipe)
-    held = [load_file(folder.checkpoints / f"step-{n}" / "past.safetensors") for n in (2, 4, 6)]
+    held = [load_file(folder.checkpoints / f"step-{n}" / "past-1-of-1.safetensors") for n in (2, 4, 6)]
     base = load_file(recipe.parent / "base" / "model.safetensors")
     dtype = next(parts.student.weights())[1].dtype
     # Rounds end after updates 2, 4 and 6: 3 is reached in the second, 6 in the third.
@@ -292,7 +292,7 @@ def test_a_run_that_went_down_ends_as_if_it_had_not(
     first = after.updates[0].update
     assert stop_after - 1 <= first <= stop_after
     assert before.records()[: first - 1] + after.records() == whole.records()
-    for file in ("export/model.safetensors", "checkpoints/step-8/past.safetensors"):
+    for file in ("export/model.safetensors", "checkpoints/step-8/past-1-of-1.safetensors"):
         expected, found = load_file(straight.path / file), load_file(resumed.path / file)
         assert expected.keys() == found.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -47,7 +47,7 @@ class Problem:
             i: PreparedRollout(Rollout(prompt, 0, (0,), own, "student", "eos"), 0.1, {"t": 1.0}, {})
             for i, own in enumerate(ids)
         }
-        self.prepared = PreparedUpdate(members, {})
+        self.prepared = PreparedUpdate(members, {}, SHARE)
 
     def run(
         self, packs: Sequence[tuple[int, ...]], top_k: int | None = None
@@ -64,9 +64,7 @@ class Problem:
             if top_k is not None:
                 target = observe(hidden_T, self.head, labels.long(), top_k=top_k or None)
             plan = MicroBatchPlan(("t",), pack)
-            micro = micro_batch(
-                plan, self.prepared, {"t": target}, {"t": view}, LIKE, with_policy=False, overlap_share=SHARE
-            )
+            micro = micro_batch(plan, self.prepared, {"t": target}, {"t": view}, LIKE, with_policy=False)
             assert micro.overlap_rows is not None
             places = [(i, t) for i in pack for t in range(LENGTHS[i])]
             chosen |= {places[row] for row in micro.overlap_rows.tolist()}

@@ -322,7 +322,7 @@ def test_workspace_grows_by_nothing(reference):
     sizes = []
     for support in (None, Support(8, "union", "tail")):
         workspace = Workspace()
-        run(problem, plain, [ReverseKL()], support, workspace=workspace, chunk_rows=32)
+        run(problem, plain, [ForwardKL()], support, workspace=workspace, chunk_rows=32)
         sizes.append(workspace.num_bytes)
     assert sizes[0] == sizes[1]
 

@@ -11,7 +11,7 @@ import pytest
 
 from mergeopd.errors import ModelError
 from mergeopd.models.checkpoint import Checkpoint
-from mergeopd.models.facts import ARCHITECTURES, ModelFacts, head_tensor
+from mergeopd.models.facts import ARCHITECTURES, Experts, ModelFacts, head_tensor
 
 VOCAB = 48
 TINY = {
@@ -34,6 +34,10 @@ OWN: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 3.0},
     "gemma2": {"final_logit_softcapping": 1.5},
     "gemma3_text": {"final_logit_softcapping": 1.5},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 3},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 3},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 16},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 16},
 }
 
 
@@ -55,6 +59,8 @@ def save(folder: Path, model_type: str, **fields: Any) -> Any:
 def test_head_and_transform_give_the_models_logits(tmp_path: Path, model_type: str) -> None:
     import torch
 
+    from mergeopd.models.causal import parameter_parts
+
     model = save(tmp_path, model_type)
     facts, checkpoint = ModelFacts.read(tmp_path), Checkpoint.open(tmp_path)
     ids = torch.tensor([[5, 7, 11, 13, 40]])
@@ -71,8 +77,9 @@ def test_head_and_transform_give_the_models_logits(tmp_path: Path, model_type: s
     assert (model.lm_head.bias is not None) == (facts.head_bias_name is not None)
     assert model.get_input_embeddings().weight is model.get_parameter(facts.embedding_name)
     assert model.get_output_embeddings().weight is model.get_parameter(facts.head_name)
-    # The store fills modules by tensor name, so a file must use the module's own names.
-    assert checkpoint.tensors.keys() <= model.state_dict().keys()
+    # The store fills modules by these names.
+    assert parameter_parts(facts, checkpoint).keys() <= model.state_dict().keys()
+    assert facts.experts in (None, Experts(4, 3))
     assert facts.tied == model.config.tie_word_embeddings
     assert (facts.hidden_size, facts.vocab_rows, facts.num_layers, facts.max_positions) == (32, VOCAB, 2, 64)
     assert facts.eos_ids == (2, 3)
@@ -96,6 +103,9 @@ def test_missing_settings_have_the_defaults_of_transformers(tmp_path: Path, mode
     assert ours.softcap == getattr(theirs, "final_logit_softcapping", None)
     assert ours.logit_scale == getattr(theirs, "logit_scale", 1.0) / getattr(theirs, "logits_scaling", 1.0)
     assert ours.eos_ids == ()
+    if ours.experts is not None:
+        counts = getattr(theirs, "num_local_experts", None) or theirs.num_experts
+        assert ours.experts == Experts(counts, theirs.num_experts_per_tok)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma2"])
@@ -146,6 +156,7 @@ def test_eos(tmp_path: Path, config: Any, generation: Any, expected: tuple[int, 
         ({"model_type": "cohere", "logit_scale": None}, "logit_scale must be a positive number, not None"),
         ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling must be a positive number, not 0"),
         ({"model_type": "gemma2", "final_logit_softcapping": -1}, "final_logit_softcapping must be"),
+        ({"model_type": "qwen3_moe", "num_experts": 4}, "num_experts_per_tok must be from 1 to 4, not 8"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
     ],
 )

@@ -24,9 +24,16 @@ SIZES = {
     "max_position_embeddings": 64,
     "pad_token_id": None,
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+OWN: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": EXPERTS | {"head_dim": 4},
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 20, "mlp_only_layers": [0]},
+    "qwen3_moe": EXPERTS | {"decoder_sparse_step": 2},
+}
 KEYS = (
-    *("attention_bias", "attention_out_bias", "mlp_bias", "use_bias", "use_qkv_bias", "use_qk_norm"),
-    *("qk_layernorm", "use_parallel_residual"),
+    *("attention_bias", "attention_out_bias", "mlp_bias", "qkv_bias", "use_bias", "use_qkv_bias"),
+    *("use_qk_norm", "qk_layernorm", "use_parallel_residual"),
 )
 
 
@@ -45,16 +52,20 @@ def save(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Checkpoint:
     return Checkpoint.open(folder)
 
 
-def transformers_shapes(folder: Path, model_type: str, **changes: Any) -> dict[str, tuple[int, ...]]:
-    """Writes config.json; the shapes of what transformers saves of such a model."""
+def transformers_shapes(
+    folder: Path, model_type: str, *, fused: bool = False, **changes: Any
+) -> dict[str, tuple[int, ...]]:
+    """Writes config.json; the shapes of what transformers saves of such a model, or of its own parameters."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
-    config = AutoConfig.for_model(model_type, **SIZES, **changes)
+    config = AutoConfig.for_model(model_type, **(SIZES | OWN.get(model_type, {}) | changes))
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config)
     config.save_pretrained(folder)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = model.state_dict() if fused else revert_weight_conversion(model, model.state_dict())
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -66,6 +77,8 @@ def test_every_architecture_has_the_tensors_that_transformers_saves(tmp_path: Pa
         if key in config and not (model_type == "phi" and key == "use_qk_norm"):
             changed = transformers_shapes(tmp_path, model_type, **{key: not config[key]})
             check_layout(ModelFacts.read(tmp_path), save(tmp_path, changed))
+    fused = transformers_shapes(tmp_path, model_type, fused=True)
+    check_layout(ModelFacts.read(tmp_path), save(tmp_path, fused))
     for name in [name for name in shapes if name.startswith("model.layers.1.") and ".act_fn." not in name][
         ::4
     ]:

@@ -22,7 +22,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 0,
 }
 EXPERT = {
-    "model_type": "qwen3_moe",
+    "model_type": "qwen3_next",
     "num_experts": 128,
     "num_experts_per_tok": 8,
     "moe_intermediate_size": 1536,

@@ -49,6 +49,23 @@ def test_memory_in_closed_form(write_recipe: Callable[..., Path]) -> None:
     assert parts(result, "rollout")["KV cache"] == pytest.approx(cache * (1 + 1 / 36), rel=1e-6)
 
 
+def test_context_ranks_share_tokens_and_moments(write_recipe: Callable[..., Path]) -> None:
+    """With 16 devices as 2 copies, or as 1 copy of 2 context ranks: the same weights, half of the tokens."""
+    path = write_recipe()
+    copies = mergeopd.plan(path, hardware="h100x16")
+    context = {"student.parallel.context": 2}
+    split = mergeopd.plan(path, set=context, hardware="h100x16")
+    host = mergeopd.plan(path, set=context | {"optimizer.offload": True}, hardware="h100x16")
+    assert split.grid.size == 16
+    before, after, offloaded = (parts(one, "update") for one in (copies, split, host))
+    for name in ("weights", "gradients", "optimizer: moments", "optimizer: main weights"):
+        assert after[name] == pytest.approx(before[name], rel=1e-4)
+    worked = "working set of a layer"
+    assert after[worked] == pytest.approx(before[worked] / 2)
+    assert offloaded["optimizer: moments on the host"] == pytest.approx(after["optimizer: moments"], rel=1e-4)
+    assert split.peak_bytes - host.peak_bytes == pytest.approx(after["optimizer: moments"], rel=0.01)
+
+
 def test_all_ranks_hold_the_model(write_recipe: Callable[..., Path]) -> None:
     """The shards of a grid add up to the model, with one copy of replicated norms for each rank."""
     path = write_recipe()
@@ -60,7 +77,7 @@ def test_all_ranks_hold_the_model(write_recipe: Callable[..., Path]) -> None:
 
 
 def test_trillions_are_served(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """A mixture does not run here; served, it is planned with its active parameters."""
+    """A mixture that is not known does not run here; served, it is planned with its active parameters."""
     prompts = [{"source": "absent.jsonl", "domain": "mixture"}]
     teachers = {"mixture": {"card": "mixture.yaml", "dtype": "bfloat16"}}
     path = write_recipe(teachers=teachers, prompts=prompts)

@@ -41,6 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "qwen3_moe": EXPERTS | {"head_dim": 32, "num_experts": 8, "mlp_only_layers": [1]},
     "qwen2_moe": EXPERTS | {"num_experts": 8, "shared_expert_intermediate_size": 72},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 3},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v3": EXPERTS | LATENT | {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1}
     | {"n_group": 2, "topk_group": 1, "num_key_value_heads": 4},

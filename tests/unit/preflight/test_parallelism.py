@@ -45,6 +45,13 @@ def test_a_grid_for_more_processes_than_there_are(plan: Callable[..., Plan]) -> 
     )
 
 
+def test_context_ranks_are_part_of_a_replica(plan: Callable[..., Plan]) -> None:
+    split = plan(backend="megatron", parallel={"tensor": 2, "context": 2})
+    check_processes(split, 8)
+    with pytest.raises(RecipeError, match=r"pipeline 1 x context 2 = 4 does not divide .* 6; start 4 or a"):
+        check_processes(split, 6)
+
+
 @pytest.mark.parametrize(
     ("parallel", "world", "sizes"),
     [

@@ -35,7 +35,7 @@ def teacher_of(store: TeacherStore, name: str) -> LocalTeacher:
 
 
 def heads_of(store: TeacherStore, names: Iterable[str], vocab: range | None = None) -> ResidentHeads:
-    return ResidentHeads({name: teacher_of(store, name) for name in names}, vocab)
+    return ResidentHeads({name: teacher_of(store, name) for name in names}, lambda name: vocab)
 
 
 def reference_logits(folder: Path, prompts=PROMPTS) -> list[torch.Tensor]:
@@ -202,6 +202,8 @@ def test_empty_shards_of_other_places_are_other_heads(make_model: Callable[..., 
 
 
 def test_rows_of_a_follower_are_views_of_its_weights(make_model: Callable[..., Path]) -> None:
+    from states import HeldTensors
+
     from mergeopd.recipe.models import SnapshotRule
     from mergeopd.teacher.snapshots import Snapshot
 
@@ -214,5 +216,5 @@ def test_rows_of_a_follower_are_views_of_its_weights(make_model: Callable[..., P
     assert torch.equal(part.weight, weight[7:20])
     assert part.weight.data_ptr() == snapshot.tensors["lm_head.weight"][7:].data_ptr()
     assert store.bytes_read("t") == 0
-    snapshot.load({"lm_head.weight": weight + 1})
+    snapshot.load(HeldTensors({f"{snapshot.label}/lm_head.weight": weight + 1}))
     assert heads.of(["t"])["t"] is not part

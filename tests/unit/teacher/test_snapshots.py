@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from states import HeldTensors
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -81,18 +82,18 @@ def test_saved_state_is_restored() -> None:
     state = {name: tensor.clone() for name, tensor in past.state().items()}
     fresh = StudentSnapshots([EMA, EVERY], named(1.0), named(1.0))
     before = {rule: f.version for rule, f in fresh.snapshots.items()}
-    fresh.load_state(state)
+    fresh.load_state(HeldTensors(state))
     assert held(fresh, EVERY) == 3.0
     assert held(fresh, EMA) == 1.5
     assert all(f.version != before[rule] for rule, f in fresh.snapshots.items())
-    StudentSnapshots([], named(1.0), named(1.0)).load_state({})
+    StudentSnapshots([], named(1.0), named(1.0)).load_state(HeldTensors({}))
 
 
 @pytest.mark.parametrize("rules", [[], [EVERY], [EVERY, SnapshotRule(ema=0.5)]])
 def test_the_state_of_other_rules_is_refused(rules: list[SnapshotRule]) -> None:
     state = StudentSnapshots([EVERY, EMA], named(1.0), named(1.0)).state()
     with pytest.raises(StorageError, match=r"ema-0\.75/a\.weight"):
-        StudentSnapshots(rules, named(1.0), named(1.0)).load_state(state)
+        StudentSnapshots(rules, named(1.0), named(1.0)).load_state(HeldTensors(state))
 
 
 @pytest.mark.parametrize("tied", [True, False])

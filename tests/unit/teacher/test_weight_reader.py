@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.models.checkpoint import ELEMENT_TYPES, Checkpoint
-from mergeopd.teacher.weight_reader import MappedReader, ShardedReader, _Batch, stored_dtype
+from mergeopd.teacher.packing import Batch, stored_dtype
+from mergeopd.teacher.weight_reader import MappedReader, ShardedReader
 
 CPU = torch.device("cpu")
 
@@ -57,7 +58,7 @@ def test_ranks_read_every_byte_once(sizes: list[int], world: int) -> None:
     for name, info in tensors.items():
         starts[name] = end
         end += -(-info.num_bytes // 64) * 64
-    batch = _Batch(starts, end)
+    batch = Batch(starts, end)
     whole: list[tuple[str, int] | None] = []
     counts = []
     for rank in range(world):

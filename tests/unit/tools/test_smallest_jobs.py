@@ -109,6 +109,19 @@ def test_bench_step(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -
     assert "generation" in call(tool, *SMALL_STEP.split())
 
 
+def test_simulate_cluster(call: Callable[..., str]) -> None:
+    """On four times the ranks, a rank sends fewer bytes and trains on fewer responses."""
+    tool = load("simulate_cluster")
+    sizes = "--responses 64 --tokens 64 --teachers 3"
+    few, many = (json.loads(call(tool, *f"--ranks {ranks} {sizes} --json".split())) for ranks in (4, 16))
+    for result in (few, many):
+        assert list(result["stages"]) == list(tool.STAGES)
+        assert result["total"]["seconds"] > 0
+    sent = [result["stages"]["rollouts"]["sent_bytes"] for result in (few, many)]
+    assert 3 < sent[0] / sent[1] < 5
+    assert "16 ranks, 64 responses" in tool.table(many)
+
+
 def test_bench_engines(call: Callable[..., str], write_job_in: Callable[..., Path], tmp_path: Path) -> None:
     write_job_in(tmp_path)
     server = FakeServer(TorchModel(tmp_path / "base"))
@@ -143,6 +156,24 @@ def test_bench_rounds(call: Callable[..., str], monkeypatch: pytest.MonkeyPatch)
     result = json.loads(call(tool, *SMALL_ROUNDS.split(), "--json"))
     assert result["cpu"]["ratio"] == pytest.approx(runs[3]["cpu"] / runs[2]["cpu"], abs=1e-3)
     assert "2 teachers" in tool.table(result)
+
+
+def test_bench_streaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the limit on the address space, which would be this process's own."""
+    tool = load("bench_streaming")
+    monkeypatch.setattr(tool, "LENGTH", 8)
+    load("bench_teachers").write_model(
+        tmp_path, seed=0, hidden_size=64, intermediate_size=64, num_hidden_layers=3
+    )
+    cases = {name: case for name, case in tool.CASES.items() if name != "limited"}
+    result = {name: case(tool.Job(tmp_path, tokens=128, repeats=1)) for name, case in cases.items()}
+    assert result["pair"]["equal_bits"]
+    assert result["pair"]["layer_bytes"] < result["pair"]["bytes_read_in_a_pass"]
+    assert [one["teachers"] for one in result["many"]] == [1, 4, 16]
+    for one in result["many"]:
+        one.update(result.pop(f"peak{one['teachers']}"))
+    limited = {"allowed_bytes": 1, "streamed": "scored", "resident": "Cannot allocate memory"}
+    assert "| 16 |" in tool.table({**result, "limited": limited})
 
 
 def test_bench_bridge(call: Callable[..., str]) -> None:

@@ -366,7 +366,7 @@ def test_inputs_that_do_not_fit_are_errors():
         ({"weight_G": problem.weight_G[1:]}, gold, "one for each group"),
         ({"labels_S": problem.labels_S + 30}, gold, "student's label 0 is"),
         ({"labels_T": problem.labels_T[:-1]}, gold, "teacher's labels must be int64"),
-        ({"head": Head(problem.head.weight, vocab_start=19)}, gold, "no tensor parallelism"),
+        ({"head": Head(problem.head.weight, vocab_start=19)}, gold, "a bridge needs all ids from 0"),
         ({"head": Head(problem.head.weight[:10])}, Gold(reference.pairs_of(5)), "made for 19 student"),
         ({"target": Hidden(problem.target.hidden[:, :3], problem.target.head)}, gold, "its head needs"),
         ({"groups": reference.groups_of((1, 9, 1, 1, 1, 1, 20), (1,) * 7)}, gold, "at least one row"),

@@ -1,0 +1,1 @@
+"""The fused loss's work between its matrix products, in Triton."""

@@ -1,0 +1,1 @@
+"""Teachers that score layer by layer: one layer's weights are in memory, and the next is being read."""

@@ -1,0 +1,1 @@
+"""Parts of tools/simulate_cluster.py."""
