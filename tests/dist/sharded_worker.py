@@ -78,7 +78,9 @@ def failures(case, grid):
     if dist.get_rank() == 0:
         next(iter(student._weights.masters.values())).grad[0] = torch.inf
     result["gradient"] = error_text(lambda: student.optimizer_step(0.1))
-    result["state"] = error_text(lambda: student.load_state(HeldTensors({"master.model.norm.weight": torch.zeros(48)})))
+    result["state"] = error_text(
+        lambda: student.load_state(HeldTensors({"master.model.norm.weight": torch.zeros(48)}))
+    )
     result["unchanged"] = all(torch.equal(w, before[name]) for name, w in student.weights())
     return result
 

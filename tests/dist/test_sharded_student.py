@@ -19,6 +19,7 @@ from megatron_cases import (
 )
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
+from states import HeldTensors, joined
 from transformers import AutoModelForCausalLM
 
 from mergeopd.recipe.training import Optimizer
@@ -29,51 +30,63 @@ DEADLINE_S = 300
 # shard, processes
 GRIDS = {"2": (2, 2), "4": (4, 4), "2x2": (2, 4), "replicas": (1, 2)}
 OPTIMIZER = Optimizer(weight_decay=0.1, clip_grad=0.3, betas=(0.9, 0.98), eps=1e-6)
-# Family, head and loss. Two of them on 2x2 in `make test`; the others follow in `make test-dist`.
+# Family, head and loss.
 SHORT = ("qwen3 tied mixed", "llama untied reverse")
-LONG = (
+# Experts that no grid divides; on four ranks one has none of them.
+MIXTURE = "qwen3_moe untied mixed"
+FAMILIES = (
+    *SHORT,
+    MIXTURE,
     "qwen2 tied reverse",
     "mistral untied mixed",
     "gemma2 tied reverse",
     "gemma3_text tied mixed",
     "olmo2 untied mixed",
-    "phi3 untied reverse",
-    "phi untied mixed",
+    "phi untied reverse",
 )
-EVERYWHERE = (*SHORT, "bfloat16", "resumed", "failures")
-SHORT_GRID = "2x2"
+RESUMED = {"resumed": SHORT[0], "resumed mixture": MIXTURE}
+CASES = {
+    "2": (*FAMILIES, "bfloat16"),
+    "4": (*SHORT, MIXTURE, *RESUMED),
+    "2x2": (*SHORT, "bfloat16", "resumed", "failures"),
+    "replicas": (SHORT[0], "resumed"),
+}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+SHORT_GRID = "2x2"  # in `make test`; the others follow in `make test-dist`
 
 
 def on_grids(*cases):
-    """Parametrize with the cases on every grid; families other than `SHORT` on 2 and 4 ranks."""
+    """Parametrize with these cases on the grids that run them."""
     return pytest.mark.parametrize(
         ("grid", "case"),
         [
             pytest.param(grid, case, marks=() if grid == SHORT_GRID else pytest.mark.long)
             for grid in GRIDS
             for case in cases
-            if case in EVERYWHERE or grid in ("2", "4")
+            if case in CASES[grid]
         ],
     )
 
 
 def resumed(case, path):
-    """Reduce `case` to its last two updates, resumed from the state of one process."""
+    """Reduce `case` to its last two updates, resumed from the state of one process, with moments on the host."""
     student = torch_student(case)
     for batches, lr in zip(case.updates[:-2], case.lrs[:-2], strict=True):
         student.accumulate_gradients(batches, case.objective)
         student.optimizer_step(lr)
-    save_file({key: tensor.clone() for key, tensor in student.state()}, path)
-    return replace(case, updates=case.updates[-2:], lrs=case.lrs[-2:], state=path)
+    save_file(joined(student.state()), path)
+    offloaded = case.optimizer.model_copy(update={"offload": True})
+    return replace(case, updates=case.updates[-2:], lrs=case.lrs[-2:], state=path, optimizer=offloaded)
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     result = {}
-    for name in (*SHORT, *LONG):
+    for name in FAMILIES:
         family, head, loss = name.split()
-        model = write_dense(folder / name.replace(" ", "_"), family, tied=head == "tied")
+        experts = EXPERTS if name == MIXTURE else {}
+        model = write_dense(folder / name.replace(" ", "_"), family, tied=head == "tied", **experts)
         generator = torch.Generator().manual_seed(len(result))
         # Some ranks have fewer micro-batches than others, or none.
         updates = [micro_batches(generator, num) for num in (5, 4, 3, 1)]
@@ -91,7 +104,8 @@ def cases(tmp_path_factory):
         lrs=(4e-5,) * 16,
         dtype="bfloat16",
     )
-    result["resumed"] = resumed(result[SHORT[0]], folder / "state.safetensors")
+    for name, case in RESUMED.items():
+        result[name] = resumed(result[case], folder / f"{name}.safetensors")
     result["failures"] = replace(result[SHORT[1]], fails=True)
     return result
 
@@ -119,10 +133,9 @@ def grids(cases, tmp_path_factory):
             shard, world = GRIDS[name]
             folder = tmp_path_factory.mktemp(name)
             jobs = {}
-            for case, settings in cases.items():
-                if case in EVERYWHERE or name in ("2", "4"):
-                    (folder / case).mkdir()
-                    jobs[case] = settings.job(folder / case)
+            for case in CASES[name]:
+                (folder / case).mkdir()
+                jobs[case] = cases[case].job(folder / case)
             torch.save(jobs, folder / "jobs")
             arguments = (str(folder / "jobs"), str(shard))
             outputs = run_ranks(WORKER, world, folder, *arguments, deadline_s=DEADLINE_S)
@@ -149,7 +162,12 @@ def follows(grids, references, grid, case, rel=1e-5, rel_gradient=1e-5):
     return load_file(folder / case / "trained" / "model.safetensors"), expected.weights
 
 
-@on_grids(*SHORT, *LONG)
+def state_of(ranks, case):
+    """The state of all ranks; `joined` sees to it that they have every element once."""
+    return joined(part for rank in ranks for part in rank[case]["state"])
+
+
+@on_grids(*FAMILIES)
 def test_updates_follow_one_process(grids, references, cases, grid, case):
     """Four updates with clipping and weight decay; ranks with few micro-batches, or none, among them."""
     actual, expected = follows(grids, references, grid, case)
@@ -160,20 +178,34 @@ def test_updates_follow_one_process(grids, references, cases, grid, case):
     assert float(apart / moved) < 1e-4
 
 
-@on_grids("resumed")
+@on_grids(*FAMILIES)
+def test_the_ranks_together_save_what_one_process_would(grids, cases, grid, case):
+    folder, ranks = grids(grid)
+    state, exported = state_of(ranks, case), load_file(folder / case / "trained" / "model.safetensors")
+    masters = {name: tuple(t.shape) for name, t in state.items() if name.startswith("master.")}
+    assert masters == torch_student(cases[case]).state_shapes()
+    assert all(torch.equal(state[f"master.{name}"], tensor) for name, tensor in exported.items())
+    assert {float(state[f"adamw.step.{name}"]) for name in exported} == {4.0}
+    sizes = [sum(part.tensor.nbytes for part in rank[case]["state"]) for rank in ranks]
+    assert case == MIXTURE or max(sizes) < 1.1 * sum(sizes) / len(sizes)
+
+
+@on_grids(*RESUMED)
 def test_a_state_passes_between_one_process_and_every_grid(grids, references, cases, grid, case):
     """A state of one process resumes on the grid, and that of the grid in one process."""
-    folder, ranks = grids(grid)
-    expected = references(SHORT[0])
+    _, ranks = grids(grid)
+    straight = cases[RESUMED[case]]
+    expected = references(RESUMED[case])
     losses = [sum(rank[case]["losses"][i] for rank in ranks) for i in range(2)]
     assert losses == pytest.approx(expected.losses[-2:], rel=1e-5)
     assert ranks[0][case]["norms"] == pytest.approx(expected.norms[-2:], rel=1e-5)
-    student = torch_student(cases[SHORT[0]])
-    student.load_state(load_file(folder / case / "state.safetensors"))
-    stats = student.accumulate_gradients(cases[SHORT[0]].updates[0], cases[SHORT[0]].objective)
+    student = torch_student(straight)
+    student.load_state(HeldTensors(state_of(ranks, case)))
+    stats = student.accumulate_gradients(straight.updates[0], straight.objective)
     assert sum(float(s.loss.sum()) for s in stats) == pytest.approx(expected.next_loss, rel=1e-5)
     assert student.optimizer_step(1e-3) == pytest.approx(expected.next_norm, rel=1e-5)
-    assert {float(t) for key, t in student.state() if key.startswith("adamw.step.")} == {5.0}
+    steps = {float(t) for key, t in joined(student.state()).items() if key.startswith("adamw.step.")}
+    assert steps == {5.0}
 
 
 @on_grids("bfloat16")
@@ -189,11 +221,10 @@ def test_bfloat16_keeps_float32_shards(grids, references, cases, grid, case):
     assert {t.dtype for t in actual.values()} == {torch.bfloat16}
     assert moved(expected) > 0.8  # 0.09 if each update were rounded
     assert moved(actual) == pytest.approx(moved(expected), abs=0.05)
-    state = load_file(grids(grid)[0] / case / "state.safetensors")
-    assert {t.dtype for t in state.values()} == {torch.float32}
+    assert {t.dtype for t in state_of(grids(grid)[1], case).values()} == {torch.float32}
 
 
-@on_grids(*SHORT, "bfloat16")
+@on_grids(*SHORT, MIXTURE, "bfloat16")
 def test_export_of_untouched_weights_is_the_source_bit_for_bit(grids, cases, grid, case):
     exported = load_file(grids(grid)[0] / case / "untouched" / "model.safetensors")
     source = load_file(cases[case].folder / "model.safetensors")
@@ -201,7 +232,7 @@ def test_export_of_untouched_weights_is_the_source_bit_for_bit(grids, cases, gri
     assert all(torch.equal(exported[name], source[name]) for name in source)
 
 
-@on_grids(*SHORT)
+@on_grids(*SHORT, MIXTURE)
 def test_scores_and_the_unsharded_model_are_those_of_one_process(grids, cases, grid, case):
     folder, ranks = grids(grid)
     student = torch_student(cases[case])

@@ -191,7 +191,7 @@ def trained(case: Case) -> Trajectory:
         )
         gradients = gradients or {name: g.clone() for name, g in student.gradients().items()}
         norms.append(student.optimizer_step(lr))
-    weights = {name: w.clone() for name, w in student.weights()}
+    weights = {name: w.clone() for name, w in student.folder_weights()}
     next_loss = sum(
         float(s.loss.sum()) for s in student.accumulate_gradients(case.updates[0], case.objective)
     )
