@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from math import ceil
 
+from mergeopd.planner.residency import READ_AHEAD, pass_tokens, streamed_bytes
 from mergeopd.planner.setup import Setup
 from mergeopd.planner.shapes import ITEMSIZE, ModelShape
+from mergeopd.planner.student_state import OFFLOADED, replica_bytes, student_state
 from mergeopd.planner.workload import PhaseWork
 from mergeopd.reporting.estimate import MemoryPart, StageMemory
 
@@ -92,8 +94,7 @@ def _equal_micro_batches(setup: Setup, work: PhaseWork) -> int:
 # Largest share of the heap in use that lies in gaps; fitted to measured runs (docs/planning.md).
 _FRAGMENTED = 0.6
 _HEAP_BLOCK = 32 << 20
-_OFFLOADED = "optimizer: moments on the host"
-_IN_HOST = ("hidden states", _OFFLOADED)
+_IN_HOST = ("hidden states", OFFLOADED, READ_AHEAD)
 
 
 def _parts(setup: Setup, parts: Mapping[str, float]) -> Iterator[MemoryPart]:
@@ -106,23 +107,9 @@ def _parts(setup: Setup, parts: Mapping[str, float]) -> Iterator[MemoryPart]:
 
 def _always(setup: Setup, stage: int) -> Iterator[tuple[str, float]]:
     """Yield what a rank has all the time."""
-    weights, width = setup.stage_weights(stage), setup.itemsize
-    shards = setup.grid.holders if setup.is_megatron else 1
     profile = setup.hardware.profile
     yield "process", profile.process_bytes + (profile.grid_process_bytes if setup.is_megatron else 0)
-    yield "weights", weights * width
-    moments = _OFFLOADED if setup.plan.optimizer.offload else "optimizer: moments"
-    yield moments, weights * 2 * max(width, _FLOAT32) / shards
-    yield "optimizer: main weights", weights * _FLOAT32 / shards if width < _FLOAT32 else 0
-    if setup.is_megatron:
-        yield "gradients", weights * _FLOAT32
-    yield "snapshots of the student", _snapshots(setup)
-
-
-def _snapshots(setup: Setup) -> float:
-    rules = {t.snapshot_rule for t in setup.plan.teachers.values() if t.snapshot_rule is not None}
-    widths = [setup.itemsize if rule.ema is None else _FLOAT32 for rule in rules]
-    return sum(widths) * setup.student.parameters
+    yield from student_state(setup, stage)
 
 
 def _rollout(setup: Setup, work: PhaseWork) -> Iterator[tuple[str, float]]:
@@ -146,13 +133,12 @@ def _generation(
     groups = [g for g in work.groups if (g.writer == writer if writer else g.origin == "student")]
     responses = work.text_responses[writer] if writer else sum(g.responses for g in groups)
     rows = min(work.batch_size, ceil(responses / setup.world))
-    width = ITEMSIZE[dtype]
     longest = max(group.lengths.longest for group in groups)
     prompt = max(group.lengths.prompt.longest for group in groups)
     if writer:
         yield from _body(setup, shape, dtype, is_snapshot=False)
-    elif setup.needs_replica:
-        yield "replica that generates", shape.parameters * width
+    else:
+        yield "replica that generates", replica_bytes(setup)
     cache = rows * longest * shape.kv_bytes(dtype)
     # The cache of a layer grows by copies, so that one layer's is there twice.
     yield "KV cache", cache * (1 + 1 / shape.layers)
@@ -170,7 +156,11 @@ def _teachers(setup: Setup, work: PhaseWork) -> Iterator[tuple[str, float]]:
     largest: dict[str, float] = {}
     for name in names:
         shape, dtype = setup.shapes[name], setup.teacher(name).dtype
-        own = dict(_body(setup, shape, dtype, is_snapshot=setup.teacher(name).snapshot_rule is not None))
+        limit = pass_tokens(setup, name)
+        if limit is None:
+            own = dict(_body(setup, shape, dtype, is_snapshot=setup.teacher(name).snapshot_rule is not None))
+        else:
+            own = dict(streamed_bytes(setup, work, name, limit))
         tokens = min(setup.micro_batch_tokens, sum(g.tokens for g in work.of_teacher(name)))
         tokens = max(tokens, max(g.lengths.longest for g in work.of_teacher(name)))
         own["teacher's pass"] = _working_set(shape, tokens, dtype)
@@ -182,19 +172,19 @@ def _teachers(setup: Setup, work: PhaseWork) -> Iterator[tuple[str, float]]:
 
 
 def _body(setup: Setup, shape: ModelShape, dtype: str, *, is_snapshot: bool) -> Iterator[tuple[str, float]]:
-    """Yield a teacher's body as it is loaded today, whole on every rank: mapped, converted, or gathered."""
+    """Yield a teacher's body that is whole on every rank: mapped, converted, or gathered."""
     computed = shape.without_head * ITEMSIZE[dtype]
     stored = shape.without_head * shape.stored_bytes
     if setup.hardware.profile.is_cpu and setup.shares_pages:
         # Pages of the file; shared between processes, but each counts them as its own.
         if not is_snapshot:
             yield "teacher (mapped file)", stored
-        if shape.stored != dtype:
+        if shape.is_copied(dtype):
             yield "teacher (converted)", computed
         return
     yield "teacher", computed
     if setup.world > 1 and not is_snapshot:
-        yield "teacher (gathered batch)", _GATHERED_BYTES * (2 if shape.stored != dtype else 1)
+        yield "teacher (gathered batch)", _GATHERED_BYTES * (2 if shape.is_copied(dtype) else 1)
 
 
 def hidden_bytes(setup: Setup, work: PhaseWork) -> float:

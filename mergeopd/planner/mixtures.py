@@ -26,6 +26,8 @@ class Counts:
     vectors: int
     ffn: int
     kv_numbers: int = 0
+    layer: int = 0
+    """Parameters of the largest layer; 0: that of the mean."""
 
 
 MIXTURES: Mapping[str, str] = {
