@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from mergeopd.planner.fit import fitted, nearest
 from mergeopd.planner.lengths import Texts, text_lengths
 from mergeopd.planner.memory import stage_memory
 from mergeopd.planner.profile import Hardware, read_hardware
+from mergeopd.planner.residency import hold, residency_problems
 from mergeopd.planner.setup import Setup
 from mergeopd.planner.shapes import ModelShape
 from mergeopd.planner.timing import evaluation_seconds, phase_estimate
+from mergeopd.preflight.residency import note
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.resolve import Resolution, read
 from mergeopd.recipe.rollout import AnyServerRollout
@@ -193,7 +196,10 @@ def _refuse_grid(setup: Setup) -> None:
 
 
 def _notes(setup: Setup) -> list[str]:
-    notes = []
+    notes: list[str] = []
+    for name in setup.loaded_teachers:
+        with suppress(ModelError):
+            notes.extend(note(name, hold(setup, name)))
     if isinstance(setup.plan.rollout, AnyServerRollout):
         notes.append("inference servers have devices of their own: their time and memory are not estimated")
     served = [name for name in setup.shapes if setup.teacher(name).served is not None]
@@ -219,4 +225,6 @@ def _obstacles(setup: Setup) -> list[str]:
     for name, shape in setup.shapes.items():
         if setup.is_loaded(name) and shape.runs is not None and setup.teacher(name).student is None:
             obstacles.append(f"teacher '{name}' does not run: {shape.runs}; serve it (`served` in its card)")
+        else:
+            obstacles.extend(residency_problems(setup, name))
     return obstacles

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from mergeopd.planner.memory import stage_memory
+from mergeopd.planner.residency import residency_problems
 from mergeopd.planner.setup import Setup
 from mergeopd.recipe.models import Parallel
 from mergeopd.reporting.estimate import Estimate, Fitted
@@ -78,6 +79,8 @@ def _candidates(setup: Setup) -> Iterator[Setup]:
 
 
 def _fits(setup: Setup) -> bool:
+    if any(problem for name in setup.shapes for problem in residency_problems(setup, name)):
+        return False
     stages, hardware = stage_memory(setup), setup.hardware.with_devices(setup.world)
     host = hardware.host_limit_bytes
     in_host = max(stage.total("host") for stage in stages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -12,6 +13,7 @@ from mergeopd.errors import ModelError
 from mergeopd.models.facts import ModelFacts, positive_int, read_config
 from mergeopd.models.flops import ModelFlops
 from mergeopd.models.layout import parameter_shapes
+from mergeopd.models.residency import layer_of
 from mergeopd.planner.mixtures import Counts, layer_counts
 
 ITEMSIZE: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -48,6 +50,13 @@ class ModelShape:
     has_head_norms: bool = False
     kv_numbers: int = 0
     """Numbers that a layer caches for one token."""
+    layer: int = 0
+    """Parameters of the largest layer."""
+    experts: int = 0
+    per_token: int = 0
+    """Experts of a layer, and those that one token uses; 0 for a dense model."""
+    shared_ffn: int = 0
+    """Size of the expert that all tokens use."""
     runs: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -95,6 +104,10 @@ class ModelShape:
             is_gated=model_type not in _UNGATED,
             has_head_norms=model_type in _HEAD_NORMS or bool(config.get("use_qk_norm")),
             kv_numbers=counts.kv_numbers or 2 * groups * head_size,
+            layer=counts.layer or -(-(counts.matrices + counts.vectors) // int(config["num_hidden_layers"])),
+            experts=counts.experts,
+            per_token=counts.per_token,
+            shared_ffn=counts.shared,
             runs=runs,
             config=own,
         )
@@ -131,6 +144,10 @@ class ModelShape:
         """Parameters of a teacher's body: without a head of its own."""
         return self.body + self.embedding
 
+    def is_copied(self, dtype: str) -> bool:
+        """Whether a body is made of its files by copies: of another precision, or by expert."""
+        return self.stored != dtype or self.is_mixture
+
     @property
     def is_mixture(self) -> bool:
         return self.active_matrices < self.body_matrices
@@ -161,7 +178,30 @@ class ModelShape:
         attention = 2 * query + 2 * key + wide * self.heads
         feed_forward = (4 if self.is_gated else 2) * self.ffn
         of_layer = norms + attention + feed_forward + (head_norms if self.has_head_norms else 0)
-        return of_layer, (1 + wide) * hidden + wide
+        return of_layer + self._routed_numbers(wide), (1 + wide) * hidden + wide
+
+    def _routed_numbers(self, wide: float) -> float:
+        """Return what a layer of experts keeps besides: a token's copies for its experts and their outputs.
+
+        And its probabilities of all experts, in float32, their weights, and the gate of a shared expert.
+        """
+        routed = self.per_token * (2 * self.hidden + 1) + wide * self.experts
+        return routed + (self.hidden + 1 if self.shared_ffn else 0)
+
+    def read_matrices(self, tokens: float) -> float:
+        """Return the parameters of the matrices that a pass reads; of experts, those that its tokens use."""
+        if not self.per_token or self.per_token == self.experts:
+            return self.active_matrices
+        share = self.per_token / self.experts
+        more: float = (1 - (1 - share) ** tokens - share) / (1 - share)
+        return self.active_matrices + max(more, 0.0) * (self.body_matrices - self.active_matrices)
+
+    def smallest_side(self, tokens: float) -> float:
+        """Return the smallest side of the products of a pass of `tokens` tokens."""
+        if not self.per_token:
+            return min(tokens, self.hidden)
+        size = (self.ffn - self.shared_ffn) / self.per_token
+        return min(tokens * self.per_token / self.experts, size, self.hidden)
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,13 +238,27 @@ def _known_counts(facts: ModelFacts, config: Mapping[str, Any]) -> Counts:
                 f"{path}: does not determine the shape of {name}; fetch the model's own config.json"
             )
         shapes[name] = tuple(heads * config["head_dim"] if size is None else size for size in shape)
+    by_layer = Counter[int | None]()
+    for name, shape in shapes.items():
+        by_layer[layer_of(name)] += prod(shape)
+    layer = max(size for number, size in by_layer.items() if number is not None)
     matrices = sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
     vectors = sum(prod(shape) for shape in shapes.values() if len(shape) == 1)
     if experts is None:
-        return Counts(matrices, matrices, vectors, positive_int(path, data, "intermediate_size"))
+        ffn = positive_int(path, data, "intermediate_size")
+        return Counts(matrices, matrices, vectors, ffn, layer=layer)
     of_experts = {name: shape for name, shape in shapes.items() if len(shape) == 3}
     num_weights = sum(map(prod, of_experts.values()))
     active = matrices - num_weights + num_weights * experts.per_token // experts.count
     own = max((shape[-1] for name, shape in of_experts.items() if name.endswith("down_proj")), default=0)
     shared = config.get("shared_expert_intermediate_size") or 0
-    return Counts(matrices, active, vectors, experts.per_token * own + shared)
+    return Counts(
+        matrices,
+        active,
+        vectors,
+        experts.per_token * own + shared,
+        layer=layer,
+        experts=experts.count,
+        per_token=experts.per_token,
+        shared=shared,
+    )

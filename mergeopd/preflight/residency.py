@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from mergeopd.recipe.plan import Plan, TeacherPlan
 from mergeopd.recipe.training import reads_dataset
 
 # Share of the free memory that is planned with: activations of the update and fragments come on top.
-_SHARE = 0.9
+FREE_SHARE = 0.9
 _GPUS = Path("/proc/driver/nvidia/gpus")
 
 
@@ -30,8 +30,8 @@ def teacher_room(plan: Plan, free_bytes: int, *, sharers: int, world: int, is_cp
     if plan.memory.teacher_gib is not None:
         return int(plan.memory.teacher_gib * 2**30)
     used = sum(student_bytes(plan, world, on_gpu=not is_cpu).values())
-    used += _cache_bytes(plan) if is_cpu else 0
-    return max(0, int(_SHARE * free_bytes / sharers - used))
+    used += cache_bytes(plan, _hidden_widths(plan)) if is_cpu else 0
+    return max(0, int(FREE_SHARE * free_bytes / sharers - used))
 
 
 def hold(teacher: TeacherPlan, plan: Plan, room_bytes: int, *, shares_pages: bool) -> Held | None:
@@ -104,13 +104,17 @@ def note(name: str, decision: Held | None, where: str = "") -> Iterator[str]:
         )
 
 
-def _cache_bytes(plan: Plan) -> float:
-    """Return the most main memory that the hidden states of a round take."""
-    widths = [
+def _hidden_widths(plan: Plan) -> list[int]:
+    """Return the bytes of a token's hidden state, of each teacher whose head the loss uses."""
+    return [
         ModelFacts.read(teacher.folder).hidden_size * ITEMSIZE[teacher.dtype]
         for teacher in plan.teachers.values()
         if teacher.api is None and teacher.needs_head
     ]
+
+
+def cache_bytes(plan: Plan, widths: Sequence[int]) -> float:
+    """Return the most main memory that the hidden states of a round take; `widths` are bytes of a token."""
     limit = plan.memory.hidden_states_gib * 2**30
     if not widths or any(reads_dataset(phase) for phase in plan.phases):
         return limit if widths else 0.0
