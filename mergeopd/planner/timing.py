@@ -10,7 +10,7 @@ from mergeopd.models.flops import TRAINING
 from mergeopd.planner.memory import cached_bytes, num_micro_batches
 from mergeopd.planner.roofline import DISK, ELEMENTWISE, NETWORK, OVERHEAD, WAITING, Causes, Device
 from mergeopd.planner.setup import Setup
-from mergeopd.planner.shapes import ITEMSIZE, ModelShape
+from mergeopd.planner.shapes import ModelShape
 from mergeopd.planner.workload import Group, Lengths, PhaseWork, TextLengths
 from mergeopd.recipe.rollout import AnyServerRollout
 from mergeopd.reporting.estimate import PhaseEstimate, StageTime, TeacherCost
@@ -113,19 +113,15 @@ def _scoring(setup: Setup, work: PhaseWork, name: str) -> Causes:
 def _loading(setup: Setup, work: PhaseWork, name: str) -> Causes:
     """Return the seconds of reading a teacher's body: from the file cache once it is there, or from disk."""
     shape, profile = setup.shapes[name], setup.hardware.profile
-    stored = shape.without_head * shape.stored_bytes
-    every = sum(
-        setup.shapes[t].without_head * setup.shapes[t].stored_bytes
-        for t in work.teachers
-        if setup.is_loaded(t)
-    )
+    stored = shape.stored_body_bytes
+    every = sum(setup.shapes[t].stored_body_bytes for t in work.teachers if setup.is_loaded(t))
     memory = (profile.memory_gib if profile.is_cpu else profile.host_memory_gib or 0.0) * 2**30
     seconds = Causes()
     if every <= _CACHED_SHARE * memory:
         reading = stored / (
             profile.host_bandwidth * (1 if setup.shares_pages else setup.hardware.per_machine)
         )
-        if not setup.shares_pages or shape.stored != setup.teacher(name).dtype:
+        if not setup.shares_pages or shape.is_converted(setup.teacher(name).dtype):
             seconds["memory"] += reading
     else:
         seconds[DISK] += stored / setup.hardware.num_machines / profile.disk_bandwidth
@@ -134,8 +130,8 @@ def _loading(setup: Setup, work: PhaseWork, name: str) -> Causes:
     if setup.world > 1 and not setup.shares_pages:
         bandwidth = profile.link_bandwidth if setup.hardware.num_machines == 1 else profile.network_bandwidth
         seconds[NETWORK] += stored / (bandwidth * profile.link_attainable)
-    if shape.stored != setup.teacher(name).dtype:
-        converted = shape.without_head * (shape.stored_bytes + ITEMSIZE[setup.teacher(name).dtype])
+    if shape.is_converted(setup.teacher(name).dtype):
+        converted = stored + shape.body_bytes(setup.teacher(name).dtype)
         seconds["memory"] += converted / (profile.memory_bandwidth * setup.hardware.threads)
     return seconds
 
@@ -270,7 +266,7 @@ def _how(setup: Setup, name: str) -> str:
     if plan.snapshot_rule is not None:
         return "snapshot of the student"
     if setup.shares_pages and setup.hardware.profile.is_cpu:
-        return "mapped file" if setup.shapes[name].stored == plan.dtype else "mapped file, converted"
+        return "mapped file, converted" if setup.shapes[name].is_converted(plan.dtype) else "mapped file"
     return "whole on every rank" if setup.world > 1 else "whole"
 
 
@@ -279,8 +275,8 @@ def _bytes_read(setup: Setup, work: PhaseWork, name: str) -> float:
     shape, plan = setup.shapes[name], setup.teacher(name)
     if plan.snapshot_rule is not None:
         return 0.0
-    body = shape.without_head * shape.stored_bytes if setup.is_loaded(name) else 0.0
-    head = shape.embedding * shape.stored_bytes if plan.needs_head else 0.0
+    body = shape.stored_body_bytes if setup.is_loaded(name) else 0.0
+    head = shape.embedding * shape.stored_head_bytes if plan.needs_head else 0.0
     if work.kept_numbers.get(name) is None and setup.is_megatron:
         # Each rank of the loss reads its rows of the head; where pages are shared, those of one rank count.
         head *= 1 / (setup.grid.tensor * setup.grid.context) if setup.shares_pages else setup.grid.data
