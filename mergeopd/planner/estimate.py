@@ -10,6 +10,7 @@ from pathlib import Path
 from mergeopd.config.folders import Lookup
 from mergeopd.errors import Location, ModelError, Problem, RecipeError
 from mergeopd.messages import option_problem, shown
+from mergeopd.models.facts import Weights
 from mergeopd.planner.advice import changes
 from mergeopd.planner.fit import fitted, nearest
 from mergeopd.planner.lengths import Texts, text_lengths
@@ -84,7 +85,8 @@ def read_setup(
     for name, teacher in plan.teachers.items():
         if teacher.model is not None:
             place = ("teachers", name) if teacher.student is not None else ("teachers", name, "card", "model")
-            shapes[name] = _shape(place, teacher.model, resolution, problems)
+            shape = _shape(place, teacher.model, resolution, problems, "readable")
+            shapes[name] = shape if shape is None or teacher.quantize is None else shape.quantized()
     if problems:
         raise RecipeError(resolution.origins.in_order(problems))
     texts = text_lengths(resolution, prompt_tokens, response_tokens)
@@ -148,10 +150,14 @@ def _too_large(result: Estimate, nearest_fit: str | None) -> str:
 
 
 def _shape(
-    place: tuple[str, ...], folder: str, resolution: Resolution, problems: list[Problem]
+    place: tuple[str, ...],
+    folder: str,
+    resolution: Resolution,
+    problems: list[Problem],
+    weights: Weights = "float",
 ) -> ModelShape | None:
     try:
-        return ModelShape.read(Path(folder))
+        return ModelShape.read(Path(folder), weights)
     except ModelError as error:
         problems.append(resolution.origins.problem(place, str(error)))
         return None

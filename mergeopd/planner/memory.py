@@ -182,8 +182,7 @@ def _teachers(setup: Setup, work: PhaseWork) -> Iterator[tuple[str, float]]:
 
 def _body(setup: Setup, shape: ModelShape, dtype: str, *, is_snapshot: bool) -> Iterator[tuple[str, float]]:
     """Yield a teacher's body that is whole on every rank: mapped, converted, or gathered."""
-    computed = shape.without_head * ITEMSIZE[dtype]
-    stored = shape.without_head * shape.stored_bytes
+    computed, stored = shape.body_bytes(dtype), shape.stored_body_bytes
     if setup.hardware.profile.is_cpu and setup.shares_pages:
         # Pages of the file; shared between processes, but each counts them as its own.
         if not is_snapshot:
@@ -257,7 +256,7 @@ def _heads(setup: Setup, work: PhaseWork) -> float:
     def size(name: str) -> float:
         shape, dtype = setup.shapes[name], setup.teacher(name).dtype
         rows = shape.embedding / (setup.grid.tensor * setup.grid.context)
-        mapped = rows * shape.stored_bytes if setup.hardware.profile.is_cpu else 0.0
+        mapped = rows * shape.stored_head_bytes if setup.hardware.profile.is_cpu else 0.0
         copied = shape.stored != dtype or not setup.hardware.profile.is_cpu
         return mapped + (rows * ITEMSIZE[dtype] if copied else 0.0)
 

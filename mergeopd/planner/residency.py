@@ -22,8 +22,8 @@ def body_sizes(shape: ModelShape, dtype: str) -> BodySizes:
     width = ITEMSIZE[dtype]
     ffn = shape.config.get("intermediate_size") or 4 * shape.hidden
     return BodySizes(
-        body=shape.without_head * width,
-        layer=shape.layer * width,
+        body=int(shape.body_bytes(dtype)),
+        layer=int(shape.layer * (shape.stored_bytes if shape.is_packed else width)),
         stored_layer=int(shape.layer * shape.stored_bytes),
         embedding=shape.embedding * width,
         per_token=shape.hidden * width,
@@ -85,7 +85,7 @@ def streamed_bytes(setup: Setup, work: PhaseWork, name: str, limit: int) -> Iter
     tokens = min(float(limit), _tokens_of_rank(setup, work, name))
     yield "teacher (states of a pass)", tokens * sizes.per_token
     rows = used_rows(shape, tokens)
-    yield "teacher (embeddings)", rows * shape.hidden * (ITEMSIZE[dtype] + shape.stored_bytes)
+    yield "teacher (embeddings)", rows * shape.hidden * (ITEMSIZE[dtype] + shape.stored_head_bytes)
 
 
 def streamed_bytes_read(setup: Setup, work: PhaseWork, name: str) -> float:
@@ -93,7 +93,8 @@ def streamed_bytes_read(setup: Setup, work: PhaseWork, name: str) -> float:
     shape, passes = setup.shapes[name], num_passes(setup, work, name)
     tokens = _tokens_of_rank(setup, work, name) / passes
     rows = used_rows(shape, tokens) * setup.world
-    return passes * (shape.body + rows * shape.hidden) * shape.stored_bytes
+    layers = shape.stored_body_bytes - shape.embedding * shape.stored_head_bytes
+    return passes * (layers + rows * shape.hidden * shape.stored_head_bytes)
 
 
 def used_rows(shape: ModelShape, tokens: float) -> float:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from mergeopd.errors import ModelError
-from mergeopd.models.facts import ModelFacts, positive_int, read_config
+from mergeopd.models.facts import ModelFacts, Weights, positive_int, read_config
 from mergeopd.models.flops import ModelFlops
 from mergeopd.models.layout import parameter_shapes
 from mergeopd.models.residency import layer_of
@@ -58,18 +58,20 @@ class ModelShape:
     shared_ffn: int = 0
     """Size of the expert that all tokens use."""
     runs: str | None = None
+    is_packed: bool = False
+    """Whether quantised weights stay in memory as they are stored."""
     config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def read(cls, folder: Path) -> ModelShape:
-        """Read `folder`/config.json.
+    def read(cls, folder: Path, weights: Weights = "float") -> ModelShape:
+        """Read `folder`/config.json, of a model whose `weights` are used so.
 
         Raises ModelError when there is none, or sizes are missing from it.
         """
         path, config = folder / "config.json", text_config(read_config(folder))
         model_type = str(config.get("model_type"))
         try:
-            facts: ModelFacts | None = ModelFacts.read(folder)
+            facts: ModelFacts | None = ModelFacts.read(folder, weights)
             runs = None
         except ModelError as error:
             facts, runs = None, str(error).partition("; known:")[0]
@@ -109,6 +111,7 @@ class ModelShape:
             per_token=counts.per_token,
             shared_ffn=counts.shared,
             runs=runs,
+            is_packed=facts is not None and facts.quantization is not None and facts.quantization.is_packed,
             config=own,
         )
 
@@ -144,9 +147,33 @@ class ModelShape:
         """Parameters of a teacher's body: without a head of its own."""
         return self.body + self.embedding
 
+    @property
+    def stored_body_bytes(self) -> float:
+        """Bytes of a teacher's body in the files; what is quantised are its matrices."""
+        return self.body_matrices * self.stored_bytes + self._rest * self.stored_head_bytes
+
+    @property
+    def stored_head_bytes(self) -> int:
+        """Bytes of a weight in the files that is not quantised, such as one of the head."""
+        return ITEMSIZE[self.stored]
+
+    def body_bytes(self, dtype: str) -> float:
+        """Return the bytes of a teacher's body in memory."""
+        of_matrix = self.stored_bytes if self.is_packed else ITEMSIZE[dtype]
+        return self.body_matrices * of_matrix + self._rest * ITEMSIZE[dtype]
+
     def is_copied(self, dtype: str) -> bool:
-        """Whether a body is made of its files by copies: of another precision, or by expert."""
-        return self.stored != dtype or self.is_mixture
+        """Whether a body is made of its files by copies: decoded, of another precision, or by expert."""
+        is_decoded = self.stored_bytes != self.stored_head_bytes and not self.is_packed
+        return is_decoded or self.stored != dtype or self.is_mixture
+
+    @property
+    def _rest(self) -> int:
+        return self.without_head - self.body_matrices
+
+    def quantized(self) -> ModelShape:
+        """Return the model with 8 bits for each weight of its matrices, in files and memory."""
+        return replace(self, stored_bytes=1.0, is_packed=True)
 
     @property
     def is_mixture(self) -> bool:

@@ -20,7 +20,7 @@ from mergeopd.planner.roofline import (
     Device,
 )
 from mergeopd.planner.setup import Setup
-from mergeopd.planner.shapes import ITEMSIZE, ModelShape
+from mergeopd.planner.shapes import ModelShape
 from mergeopd.planner.workload import Group, Lengths, PhaseWork, TextLengths
 from mergeopd.recipe.rollout import AnyServerRollout
 from mergeopd.reporting.estimate import PhaseEstimate, StageTime, TeacherCost
@@ -134,12 +134,8 @@ def _loading(setup: Setup, work: PhaseWork, name: str) -> Causes:
     shape, profile, dtype = setup.shapes[name], setup.hardware.profile, setup.teacher(name).dtype
     is_streamed = pass_tokens(setup, name) is not None
     is_copied, times = shape.is_copied(dtype), num_passes(setup, work, name)
-    stored = times * shape.without_head * shape.stored_bytes
-    every = sum(
-        setup.shapes[t].without_head * setup.shapes[t].stored_bytes
-        for t in work.teachers
-        if setup.is_loaded(t)
-    )
+    stored = times * shape.stored_body_bytes
+    every = sum(setup.shapes[t].stored_body_bytes for t in work.teachers if setup.is_loaded(t))
     memory = (profile.memory_gib if profile.is_cpu else profile.host_memory_gib or 0.0) * 2**30
     # Each process that shares pages maps them; streamed layers are dealt over the processes, and copied.
     readers = setup.hardware.per_machine if is_streamed or not setup.shares_pages else 1
@@ -154,7 +150,7 @@ def _loading(setup: Setup, work: PhaseWork, name: str) -> Causes:
         bandwidth = profile.link_bandwidth if setup.hardware.num_machines == 1 else profile.network_bandwidth
         seconds[NETWORK] += stored / (bandwidth * profile.link_attainable)
     if is_copied:
-        copied = times * shape.without_head * (shape.stored_bytes + ITEMSIZE[dtype])
+        copied = times * (shape.stored_body_bytes + shape.body_bytes(dtype))
         seconds[MEMORY] += copied / (profile.memory_bandwidth * setup.hardware.threads)
     return seconds
 
@@ -303,9 +299,9 @@ def _bytes_read(setup: Setup, work: PhaseWork, name: str) -> float:
         return 0.0
     body = 0.0
     if setup.is_loaded(name):
-        body = shape.without_head * shape.stored_bytes
+        body = shape.stored_body_bytes
         body = body if pass_tokens(setup, name) is None else streamed_bytes_read(setup, work, name)
-    head = shape.embedding * shape.stored_bytes if plan.needs_head else 0.0
+    head = shape.embedding * shape.stored_head_bytes if plan.needs_head else 0.0
     if work.kept_numbers.get(name) is None and setup.is_megatron:
         # Each rank of the loss reads its rows of the head; where pages are shared, those of one rank count.
         head *= 1 / (setup.grid.tensor * setup.grid.context) if setup.shares_pages else setup.grid.data

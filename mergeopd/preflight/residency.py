@@ -44,7 +44,8 @@ def hold(teacher: TeacherPlan, plan: Plan, room_bytes: int, *, shares_pages: boo
     """
     if not is_loaded(teacher) or teacher.snapshot_rule is not None:
         return None
-    sizes = BodySizes.of(ModelFacts.read(teacher.folder), Checkpoint.open(teacher.folder), teacher.dtype)
+    facts, checkpoint = ModelFacts.read(teacher.folder, "readable"), Checkpoint.open(teacher.folder)
+    sizes = BodySizes.of(facts, checkpoint, teacher.dtype, quantize=teacher.quantize is not None)
     is_mapped = shares_pages and not sizes.is_copied
     tokens, is_strict = plan.student.micro_batch_tokens, plan.memory.teacher_gib is not None
     return held(teacher.residency, sizes, tokens, room_bytes, is_mapped=is_mapped, is_strict=is_strict)
@@ -107,7 +108,7 @@ def note(name: str, decision: Held | None, where: str = "") -> Iterator[str]:
 def _hidden_widths(plan: Plan) -> list[int]:
     """Return the bytes of a token's hidden state, of each teacher whose head the loss uses."""
     return [
-        ModelFacts.read(teacher.folder).hidden_size * ITEMSIZE[teacher.dtype]
+        ModelFacts.read(teacher.folder, "any").hidden_size * ITEMSIZE[teacher.dtype]
         for teacher in plan.teachers.values()
         if teacher.api is None and teacher.needs_head
     ]

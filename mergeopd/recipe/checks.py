@@ -12,7 +12,7 @@ from mergeopd.config.suggest import did_you_mean
 from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
 from mergeopd.messages import joined
-from mergeopd.recipe.models import Parallel, Student
+from mergeopd.recipe.models import Parallel, Student, TeacherRef
 from mergeopd.recipe.rollout import RolloutSettings
 from mergeopd.recipe.routing import PhaseTeachers
 from mergeopd.recipe.schema import NO_EXPERT, Reports, TrainSource
@@ -239,6 +239,15 @@ def _missing_triton(origins: Origins) -> Iterator[Problem]:
         message = "Triton's kernels need a GPU, and this machine has none"
         remedy = "use `auto` or `torch`, or set TRITON_INTERPRET=1 for Triton's (slow) interpreter"
         yield origins.problem(("student", "kernel"), message, remedy)
+
+
+def missing_quantizer(teachers: Mapping[str, TeacherRef], origins: Origins) -> Iterator[Problem]:
+    """Report `quantize` where the package that quantises is not installed."""
+    for name, teacher in teachers.items():
+        if teacher.quantize is not None and not is_installed("torchao"):
+            remedy = "pip install 'mergeopd[quantize]', or remove the key"
+            message = "the package torchao is not installed"
+            yield origins.problem(("teachers", name, "quantize"), message, remedy)
 
 
 def missing_package(verifier: Verifier) -> tuple[str, str] | None:

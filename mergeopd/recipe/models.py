@@ -203,6 +203,10 @@ class TeacherRef(Strict):
     dtype: Literal["float32", "bfloat16", "float64"] | None = None
     """precision of the forward pass and of cached hidden states; default: float32, or the student's dtype for
     a self-teacher. For large teachers, use the checkpoint's dtype to avoid a copy"""
+    quantize: Literal["int8", "float8"] | None = None
+    """read linear layers with 8 bits per weight and a scale for each row: half of the bytes of bfloat16. The
+    folder is converted once, into `text_cache`, and the divergence that this adds is measured and shown; the
+    prediction head stays exact. Requires `pip install 'mergeopd[quantize]'`"""
     system: NonEmptyText | None = None
     """system message for this teacher only; replaces the one of the prompt, if it has one"""
     prompt: NonEmptyText | None = None
@@ -230,6 +234,10 @@ class TeacherRef(Strict):
             raise ValueError("the student's own tokenizer needs no `bridge`: remove it")
         if isinstance(self.student, SnapshotRule) and self.targets is not None:
             raise ValueError("weights that follow the student have no fixed `targets`: remove the key")
+        if self.quantize is not None and isinstance(self.student, SnapshotRule):
+            raise ValueError("weights that follow the student have no folder to `quantize`: remove the key")
+        if self.quantize is not None and self.targets is not None:
+            raise ValueError("recorded `targets` are read in place of the weights: remove `quantize`")
         return self
 
 
