@@ -101,7 +101,7 @@ def note(name: str, decision: Held | None, where: str = "") -> Iterator[str]:
     if decision is not None and decision.pass_tokens is not None:
         yield (
             f"teacher '{name}' is streamed layer by layer{where}: {decision.reason}; passes of up to "
-            f"{decision.pass_tokens:,} tokens take {gib(decision.num_bytes)}"
+            f"{decision.pass_tokens:,} tokens within {gib(decision.num_bytes)}"
         )
 
 
