@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from mergeopd.planner.memory import stage_memory
-from mergeopd.planner.residency import residency_problems
+from mergeopd.planner.residency import pass_tokens, residency_problems
 from mergeopd.planner.setup import Setup
 from mergeopd.recipe.models import Parallel
 from mergeopd.reporting.estimate import Estimate, Fitted
@@ -49,6 +49,8 @@ def describe(one: Fitted) -> str:
     words = f"micro_batch_tokens {one.micro_batch_tokens:,}, rollout.batch_size {one.batch_size}"
     if one.backend == "megatron":
         words = f"{one.grid}, {words}" + (", recompute" if one.recompute else "")
+    if one.streamed:
+        words += f", {', '.join(one.streamed)} with `residency: stream` in the card"
     return f"{words} ({one.peak_bytes / 2**30:,.1f} GiB)"
 
 
@@ -61,6 +63,7 @@ def _fitted(setup: Setup, result: Estimate) -> Fitted:
         batch_size=setup.plan.rollout.batch_size,
         seconds=result.seconds,
         peak_bytes=result.peak_bytes,
+        streamed=tuple(n for n in setup.read_teachers if pass_tokens(setup, n) is not None),
     )
 
 
@@ -71,8 +74,11 @@ def _candidates(setup: Setup) -> Iterator[Setup]:
         for size in sizes:
             batch = setup.plan.rollout.batch_size
             while batch >= 1:
-                candidate = setup.changed(parallel=parallel, micro_batch_tokens=size).with_batch(batch)
-                if _fits(candidate):
+                own = setup.changed(parallel=parallel, micro_batch_tokens=size).with_batch(batch)
+                # As the cards say, or else with all teachers streamed.
+                candidates = own, own.with_streamed(own.read_teachers)
+                candidate = next(filter(_fits, candidates), None)
+                if candidate is not None:
                     yield candidate
                     break
                 batch //= 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import prod
@@ -90,6 +90,18 @@ class Setup:
             teachers[name] = teachers[name].model_copy(update={"dtype": dtype})
         return replace(self, plan=self.plan.model_copy(update={"teachers": teachers}))
 
+    def with_streamed(self, names: Iterable[str]) -> Setup:
+        """Return the run with these teachers streamed, as their cards could say."""
+        teachers = dict(self.plan.teachers)
+        for name in names:
+            teachers[name] = teachers[name].model_copy(update={"residency": "stream"})
+        return replace(self, plan=self.plan.model_copy(update={"teachers": teachers}))
+
+    def with_teacher_gib(self, gib: float) -> Setup:
+        """Return the run with another limit on the memory of a teacher's pass."""
+        memory = self.plan.memory.model_copy(update={"teacher_gib": gib})
+        return replace(self, plan=self.plan.model_copy(update={"memory": memory}))
+
     def with_batch(self, size: int) -> Setup:
         """Return the run with other batches of decoding."""
         rollout = self.plan.rollout.model_copy(update={"batch_size": size})
@@ -116,6 +128,11 @@ class Setup:
     def loaded_teachers(self) -> tuple[str, ...]:
         """Teachers whose weights this run reads for passes: not served, recorded or behind an API."""
         return tuple(name for name in self.shapes if self.is_loaded(name))
+
+    @property
+    def read_teachers(self) -> tuple[str, ...]:
+        """Those whose weights are read from files: not snapshots of the student."""
+        return tuple(n for n in self.loaded_teachers if self.plan.teachers[n].snapshot_rule is None)
 
     def is_loaded(self, name: str) -> bool:
         teacher = self.plan.teachers[name]

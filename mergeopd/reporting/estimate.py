@@ -128,7 +128,10 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A grid and batches that fit, with seconds of the run and peak memory of a rank."""
+    """A grid and batches that fit, with seconds of the run and peak memory of a rank.
+
+    `streamed` are the teachers that are read layer by layer.
+    """
 
     backend: str
     grid: Grid
@@ -137,6 +140,7 @@ class Fitted:
     batch_size: int
     seconds: float
     peak_bytes: float
+    streamed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,9 @@ from mergeopd.reporting.estimate import Estimate
 LAYER = 4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 12288 + 2 * 4096 + 2 * 128
 BODY = 36 * LAYER + 4096 + 151936 * 4096
 
+# So few responses that copying the teacher to the device takes longer than its pass.
+SHORT_PHASE = {"name": "merge", "updates": 10, "loss": "reverse_kl", "prompts_per_round": 16}
+
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
@@ -94,3 +97,15 @@ def test_passes_of_a_teacher_that_does_not_fit(write_recipe: Callable[..., Path]
     assert layers < cost.bytes_read < layers + (times + 1) * 2 * 151936 * 4096
     refused = planned(write_recipe, "resident", "h200x1", memory={"teacher_gib": 3})
     assert "held whole, it takes" in refused.obstacles[0]
+
+
+def test_proposals_stream_what_does_not_fit(write_recipe: Callable[..., Path]) -> None:
+    """Whole, a body of 28 GiB in float32 does not fit beside a student of 28 GiB in 60; streamed, it does."""
+    result = planned(write_recipe, "resident", "cpu:8,60GiB", teachers={"dense": {"card": "dense.yaml"}})
+    assert "held whole, it takes" in result.obstacles[0]
+    assert "dense with `residency: stream` in the card" in result.obstacles[-1]
+    assert result.fitted == ()
+    slow = planned(write_recipe, "resident", "h200x1", phases=[SHORT_PHASE])
+    [change] = [c for c in slow.changes if "teachers.dense.card.residency" in c.settings]
+    streamed = planned(write_recipe, "stream", "h200x1", phases=[SHORT_PHASE])
+    assert change.seconds == pytest.approx(streamed.seconds)
