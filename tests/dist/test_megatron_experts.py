@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from megatron_cases import MIXED, REVERSE, Case, micro_batches, torch_student, trained, with_policy
@@ -58,6 +59,9 @@ def cases(tmp_path_factory):
     updates = [with_policy(batches, student, generator) for batches in result["qwen3_moe"].updates]
     result["qwen3_moe"] = replace(result["qwen3_moe"], objective=MIXED, updates=updates, split=True)
     result["recomputed"] = replace(result["qwen3_moe"], recompute=True)
+    updates = [with_routes(batches, generator) for batches in result["qwen3_moe"].updates]
+    result["replayed"] = replace(result["qwen3_moe"], updates=updates)
+    result["replayed recomputed"] = replace(result["replayed"], recompute=True)
     result["resumed"] = resumed(result["qwen3_moe"], folder / "state.safetensors")
     return result
 
@@ -67,6 +71,19 @@ EIGHT = {
     "qwen2_moe": {"num_experts": 8},
     "mixtral": {"num_local_experts": 8},
 }
+
+
+def with_routes(batches, generator):
+    """Random experts for all tokens but the last of each response, and none for every third response."""
+    result = []
+    for micro in batches:
+        routes = []
+        for prompt, response in zip(micro.prompts, micro.responses, strict=True):
+            tokens = len(prompt) + len(response) - 1
+            chosen = torch.rand(tokens, 3, 8, generator=generator).argsort(-1)[..., :2].numpy()
+            routes.append(None if len(routes) % 3 == 2 else chosen.astype(np.uint8))
+        result.append(replace(micro, routes=tuple(routes)))
+    return result
 
 
 def resumed(case, path):
@@ -113,7 +130,7 @@ def references(cases):
     return reference
 
 
-@pytest.mark.parametrize("case", [*CASES, "recomputed"])
+@pytest.mark.parametrize("case", [*CASES, "recomputed", "replayed", "replayed recomputed"])
 @on_grids
 def test_updates_follow_the_torch_student(grids, references, cases, grid, case):
     """Losses, norms and the first raw gradient; the weights after three updates with clipping and decay.
@@ -121,7 +138,7 @@ def test_updates_follow_the_torch_student(grids, references, cases, grid, case):
     Copies have different numbers of micro-batches, and in the last update one has none.
     """
     folder, ranks = grids(grid)
-    expected = references("qwen3_moe" if case == "recomputed" else case)
+    expected = references({"recomputed": "qwen3_moe"}.get(case, case.removesuffix(" recomputed")))
     losses = [sum(rank[case]["losses"][i] for rank in ranks) for i in range(3)]
     assert losses == pytest.approx(expected.losses, rel=1e-5)
     for rank in ranks:

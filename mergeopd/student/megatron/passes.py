@@ -22,6 +22,7 @@ from mergeopd.loss.kernel_choice import KernelName
 from mergeopd.models.causal import padded
 from mergeopd.student.loss import Measured, MicroStats, micro_loss
 from mergeopd.student.megatron.grid import Grid
+from mergeopd.student.megatron.router import StageRoutes
 from mergeopd.student.megatron.sequence import TrainedRows, own_positions, width_multiple
 from mergeopd.types import token_ids
 
@@ -41,11 +42,12 @@ class Passes:
         model: nn.Module,
         config: Any,
         head: Callable[[], Head],
+        routes: StageRoutes,
         grid: Grid,
         device: torch.device,
         kernel: KernelName,
     ) -> None:
-        self._model, self._head, self._grid, self._device = model, head, grid, device
+        self._model, self._head, self._routes, self._grid, self._device = model, head, routes, grid, device
         self._schedule = get_forward_backward_func(pp_size=grid.pipeline)
         self._neighbours = P2PCommunicator(pp_group=grid.groups.pp, config=config)
         self._trained_rows = TrainedRows(grid)
@@ -94,9 +96,11 @@ class Passes:
             ids, rows = padded(micro.prompts, micro.responses, micro.trained, multiple=multiple)
             own = own_positions(ids.shape[1], self._grid)
             positions = own.expand(len(ids), -1)
+            self._routes.begin(micro, ids.shape[1])
             hidden = model(ids[:, own].to(self._device), positions.to(self._device), None)
             return hidden, lambda output: loss(micro, rows, ids.shape[1], output)
 
+        self._routes.reset()
         num = len(micro_batches)
         total = self._most(num) if self._grid.expert > 1 else num
         statistics = self._schedule(

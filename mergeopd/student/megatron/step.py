@@ -32,6 +32,7 @@ from mergeopd.student.megatron.layout import tensor_shapes, vocab_rows
 from mergeopd.student.megatron.model import build_model
 from mergeopd.student.megatron.optimizer import MainParameters, build_adamw
 from mergeopd.student.megatron.passes import Passes
+from mergeopd.student.megatron.router import StageRoutes
 from mergeopd.student.megatron.state import load_parts, state_parts
 from mergeopd.student.megatron.weights import by_parameter, export, named, read_shards, whole_tensors
 from mergeopd.student.protocol import Placement, check_masters
@@ -92,7 +93,8 @@ class MegatronStudent:
         )
         self._adamw = build_adamw(self._ddp, optimizer, DTYPES[dtype], grid)
         self._main = MainParameters(self._adamw, grid)
-        self._passes = Passes(self._ddp, self._model.config, self._head, grid, device, kernel)
+        routes = StageRoutes(self._model, self._arch, grid, device)
+        self._passes = Passes(self._ddp, self._model.config, self._head, routes, grid, device, kernel)
         self._like = torch.empty((), device=device)  # dtype and device of gradients, main parameters, moments
         self._is_summed = False
 
