@@ -207,7 +207,7 @@ class _Decoding:
             own = self._tokens[row, :num].copy(), self._logprobs[row, :num].copy()
             routes = None
             if take_routes is not None:
-                # A row may go on after its end; its last token was not fed to the model.
+                # A row continues after its end until it is dropped; its last token was not fed to the model.
                 known = self._num_prompt[row] + num - 1
                 routes = np.concatenate(self._routes[row])[:known].copy()
             completions.append(Completion(*own, finish, routes=routes))
