@@ -71,6 +71,7 @@ def micro_batch(
         overlap_rows=None
         if prepared.overlap_share is None
         else torch.from_numpy(_spread(pack.rollouts, members, prepared.overlap_share)),
+        routes=tuple(m.rollout.routes for m in members),
     )
 
 

@@ -158,6 +158,7 @@ def _student(inputs: Inputs, machine: Machine) -> Student:
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         context=parallel.context,
+        expert=parallel.expert,
         sequence_parallel=parallel.sequence,
     )
     return MegatronStudent(

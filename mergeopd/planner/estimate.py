@@ -63,7 +63,7 @@ def estimate(
     setup, texts = read_setup(resolution, machine, prompt_tokens, response_tokens)
     if hardware is None and num_processes is None and setup.is_megatron:
         parallel = plan.student.parallel
-        setup = setup.changed(num_devices=parallel.replica_size)
+        setup = setup.changed(num_devices=parallel.smallest_world)
     if not setup.is_megatron and machine.num_devices > 1:
         idle = f"`backend: torch` trains in one process; the other {machine.num_devices - 1} devices are idle"
         texts = replace(texts, notes=(*texts.notes, idle))
@@ -186,15 +186,16 @@ def _refuse_grid(setup: Setup) -> None:
     file = Location(shown(Path(setup.plan.recipe_file)))
     parallel, world = setup.plan.student.parallel, setup.world
     problems = []
-    of_count = count_problem(parallel.tensor, parallel.pipeline, parallel.context, world)
+    sizes = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "expert": parallel.expert}
+    of_count = count_problem(world, **sizes, context=parallel.context)
     if of_count is not None:
-        needed = parallel.replica_size
+        needed = parallel.smallest_world
         below, above = world // needed * needed, -(-world // needed) * needed
         fits = f"use {above} processes" if below == 0 else f"use {below} or {above} processes"
         remedy = f"{fits}, or let `mergeopd plan --fit` choose the grid"
         problems.append(Problem(file, "student.parallel", of_count, remedy))
     if setup.architecture is not None:
-        for problem in setup.architecture.split_problems(parallel.tensor, parallel.pipeline):
+        for problem in setup.architecture.split_problems(**sizes, sequence=parallel.sequence):
             path = f"student.parallel.{problem.key}"
             problems.append(Problem(file, path, problem.message, problem.remedy))
     if problems:

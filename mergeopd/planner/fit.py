@@ -9,6 +9,7 @@ from mergeopd.planner.residency import pass_tokens, residency_problems
 from mergeopd.planner.setup import Setup
 from mergeopd.recipe.models import Parallel
 from mergeopd.reporting.estimate import Estimate, Fitted
+from mergeopd.student.megatron.architecture import count_problem
 
 _MOST_DEVICES, _SHOWN = 1024, 5
 _MICRO_BATCHES = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -102,9 +103,14 @@ def _grids(setup: Setup) -> Iterator[Parallel]:
         return
     world, arch, own = setup.hardware.num_devices, setup.architecture, setup.plan.student.parallel
     for tensor in (n for n in range(1, setup.hardware.per_machine + 1) if world % n == 0):
-        for pipeline in range(1, setup.student.layers + 1):
-            if world % (tensor * pipeline * own.context) or (arch and arch.split_problems(tensor, pipeline)):
-                continue
-            for recompute in (False, True):
-                split = {"tensor": tensor, "pipeline": pipeline, "recompute": recompute}
-                yield own.model_copy(update=split | {"sequence": own.sequence and tensor > 1})
+        for pipeline in (n for n in range(1, setup.student.layers + 1) if world // tensor % n == 0):
+            is_mixture = arch is not None and arch.experts is not None
+            for expert in range(1, (world // pipeline if is_mixture else 1) + 1):
+                sequence = tensor > 1 and (own.sequence or is_mixture)
+                sizes = {"tensor": tensor, "pipeline": pipeline, "expert": expert}
+                if count_problem(world, **sizes, context=own.context):
+                    continue
+                if arch is not None and arch.split_problems(**sizes, sequence=sequence):
+                    continue
+                for recompute in (False, True):
+                    yield own.model_copy(update=sizes | {"sequence": sequence, "recompute": recompute})

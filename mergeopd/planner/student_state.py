@@ -16,11 +16,11 @@ _FLOAT32 = 4
 def student_state(setup: Setup, stage: int) -> Iterator[tuple[str, float]]:
     """Yield the bytes of a rank of a pipeline stage, by part."""
     weights, width = setup.stage_weights(stage), setup.itemsize
-    shards = setup.grid.holders if setup.is_megatron else 1
+    own = setup.state_weights(stage)
     yield "weights", weights * width
     moments = OFFLOADED if setup.plan.optimizer.offload else "optimizer: moments"
-    yield moments, weights * 2 * max(width, _FLOAT32) / shards
-    yield "optimizer: main weights", weights * _FLOAT32 / shards if width < _FLOAT32 else 0
+    yield moments, own * 2 * max(width, _FLOAT32)
+    yield "optimizer: main weights", own * _FLOAT32 if width < _FLOAT32 else 0
     if setup.is_megatron:
         yield "gradients", weights * _FLOAT32
     yield "snapshots of the student", _snapshots(setup)
@@ -49,8 +49,7 @@ def checkpoint_copy(setup: Setup, stage: int) -> float:
 
 def checkpoint_bytes(setup: Setup, stage: int) -> float:
     """Return the bytes that a rank writes: its part of main weights, moments and snapshots."""
-    holders = setup.grid.holders if setup.is_megatron else 1
-    state = 3 * max(setup.itemsize, _FLOAT32) * setup.stage_weights(stage) / holders
+    state = 3 * max(setup.itemsize, _FLOAT32) * setup.state_weights(stage)
     return state + _snapshots(setup) / setup.world
 
 

@@ -177,8 +177,8 @@ def _update(setup: Setup, work: PhaseWork) -> Causes:
         per_update = max(1.0, passes / work.updates_per_round)
         bubble = (grid.pipeline - 1) / per_update
         seconds[WAITING] += bubble * sum(seconds.values())
-    weights = setup.stage_weights(grid.pipeline - 1) / (grid.holders if setup.is_megatron else 1)
-    seconds.add(device.optimizer(weights, dtype), work.updates_per_round)
+    own = setup.state_weights(grid.pipeline - 1)
+    seconds.add(device.optimizer(own, dtype), work.updates_per_round)
     seconds[OVERHEAD] += work.updates_per_round * profile.overheads.update_s
     if setup.is_megatron:
         seconds.add(_messages(setup, work, tokens, passes))
@@ -224,6 +224,10 @@ def _messages(setup: Setup, work: PhaseWork, tokens: float, passes: float) -> Ca
         # Keys and values of the other ranks in each layer, once forward, and their gradients.
         share = shape.kv_numbers * width * tokens * (grid.context - 1) / grid.tensor
         seconds[NETWORK] += 2 * layers * (share / link + passes * overheads.message_s)
+    if grid.expert > 1 and setup.architecture is not None and setup.architecture.experts is not None:
+        # A token's state to each of its experts and back, forward and backward; as if all were elsewhere.
+        sent = state / grid.tensor * setup.architecture.experts.per_token
+        seconds[NETWORK] += 4 * layers * (sent / link + passes * overheads.message_s)
     if grid.holders > 1:
         ring = 2 * (grid.holders - 1) / grid.holders
         weights = setup.stage_weights(0)

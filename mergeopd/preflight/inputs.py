@@ -198,6 +198,7 @@ class _Check:
         if resolution.student is not None:
             self._announce("reading the student's tokenizer")
             self.student = self.models.student(resolution.student)
+            self.models.check_replay(resolution.student, resolution.rollout)
         if self._with_servers and isinstance(resolution.rollout, AnyServerRollout):
             self._announce("asking the inference servers")
             model = None if resolution.student is None else Path(resolution.student.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from mergeopd.distributed.communicator import Communicator
 from mergeopd.errors import ModelError
 from mergeopd.messages import joined
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.experts import is_of_expert
+from mergeopd.models.facts import ModelFacts
 from mergeopd.models.residency import ITEMSIZE
 from mergeopd.recipe.plan import Plan
 
@@ -49,13 +52,19 @@ def student_bytes(plan: Plan, world: int, *, on_gpu: bool) -> dict[str, float]:
 
     On a GPU, without what is offloaded to the host.
     """
-    num_weights = Checkpoint.open(Path(plan.student.model)).num_weights
+    checkpoint = Checkpoint.open(Path(plan.student.model))
+    num_weights, model_type = checkpoint.num_weights, ModelFacts.read(checkpoint.folder).model_type
+    of_experts = sum(
+        prod(info.shape) for name, info in checkpoint.tensors.items() if is_of_expert(model_type, name)
+    )
     width = ITEMSIZE[plan.student.dtype]
     is_copied = plan.student.backend == "megatron" and plan.rollout.capabilities.needs_replica
     return {
         "for unsharded replicas that generate": num_weights * (width if is_copied else 0),
         "for snapshots of the student": num_weights * _snapshot_bytes(plan, width),
-        "for training": num_weights * _training_bytes(plan, width, world, on_gpu=on_gpu),
+        "for training": _training_bytes(
+            plan, width, world, num_weights - of_experts, of_experts, on_gpu=on_gpu
+        ),
     }
 
 
@@ -65,16 +74,22 @@ def _snapshot_bytes(plan: Plan, width: int) -> int:
     return sum(width if rule.ema is None else _MAIN for rule in rules)
 
 
-def _training_bytes(plan: Plan, width: int, world: int, *, on_gpu: bool) -> float:
-    """Bytes per process and weight of the student: parameter, gradient and AdamW state.
+def _training_bytes(
+    plan: Plan, width: int, world: int, common: int, of_experts: int, *, on_gpu: bool
+) -> float:
+    """Bytes per process of the student's parameters, gradients and AdamW state.
 
-    Data-parallel replicas shard the state: float32 moments, and main parameters if the dtype is smaller.
+
+    Processes with the same parameters shard the state: float32 moments, and main parameters if the dtype is
+    smaller. Experts are divided over other processes than the `common` parameters.
     """
-    parallel = plan.student.parallel
-    model = parallel.tensor * parallel.pipeline
-    moments = 0 if plan.optimizer.offload and on_gpu else _MOMENTS
-    shared = moments + (_MAIN if width < _MAIN else 0)
-    return (width + _GRADIENT + shared / (world // model)) / model
+    parallel, state = plan.student.parallel, 0 if plan.optimizer.offload and on_gpu else _MOMENTS
+    state += _MAIN if width < _MAIN else 0
+    total = 0.0
+    for num_weights, ways in ((common, parallel.tensor), (of_experts, parallel.expert)):
+        parts = ways * parallel.pipeline
+        total += num_weights * (width + _GRADIENT + state / (world // parts)) / parts
+    return total
 
 
 def free_bytes(device: torch.device) -> int:

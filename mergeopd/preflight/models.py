@@ -27,6 +27,7 @@ from mergeopd.preflight.problems import Findings
 from mergeopd.recipe.bridges import KINDS
 from mergeopd.recipe.models import SET_BY_RENDERING, Student
 from mergeopd.recipe.plan import RewardModelPlan, TeacherPlan
+from mergeopd.recipe.rollout import LocalRollout, RolloutSettings
 from mergeopd.types import Message
 
 FindHead = Callable[[ModelFacts, Checkpoint], str]
@@ -53,6 +54,18 @@ class ModelReader:
         self._tokenizers: dict[tuple[str | None, ...], Tokenizer] = {}
         self.files: dict[str, str] = {}
         self.num_shared: dict[str, int] = {}
+
+    def check_replay(self, student: Student, rollout: RolloutSettings | None) -> None:
+        """Report routes that cannot be replayed, because the student has none."""
+        if not isinstance(rollout, LocalRollout) or not rollout.replay_routes:
+            return
+        try:
+            facts = ModelFacts.read(Path(student.model))
+        except ModelError:
+            return  # reported with the model
+        if facts.experts is None:
+            message = f"the student, {facts.model_type}, is not a mixture of experts"
+            self._findings.report(("rollout", "replay_routes"), message, "remove the key")
 
     def student(self, student: Student) -> Renderer | None:
         """Create the student's renderer; None if there is a problem."""

@@ -19,21 +19,23 @@ def check_backend(findings: Findings, student: Student, facts: ModelFacts) -> No
         return
     arch = findings.attempt(("student", "backend"), lambda: Architecture.read(facts))
     grid = student.parallel
-    for problem in () if arch is None else arch.split_problems(grid.tensor, grid.pipeline):
+    sizes = {"tensor": grid.tensor, "pipeline": grid.pipeline, "expert": grid.expert}
+    for problem in () if arch is None else arch.split_problems(**sizes, sequence=grid.sequence):
         findings.report(("student", "parallel", problem.key), problem.message, problem.remedy)
 
 
 def check_processes(plan: Plan, world: int) -> None:
     """Raise RecipeError if `world` processes cannot train this plan's student."""
     grid = plan.student.parallel
-    needed = grid.replica_size
+    needed = grid.smallest_world
     if plan.student.backend == "torch":
         if world == 1:
             return
         path, message = "student.backend", f"`backend: torch` trains in one process, and {world} were started"
         remedy = "start one, or use `backend: megatron`"
     else:
-        problem = count_problem(grid.tensor, grid.pipeline, grid.context, world)
+        sizes = {"tensor": grid.tensor, "pipeline": grid.pipeline, "expert": grid.expert}
+        problem = count_problem(world, **sizes, context=grid.context)
         if problem is None:
             return
         path, message = "student.parallel", problem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import lcm
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -45,7 +46,10 @@ TemplateArguments = Annotated[dict[str, Any], AfterValidator(_free_names)]
 
 
 class Parallel(Strict):
-    """Process grid of a Megatron student; `tensor` x `pipeline` x `context` processes hold one replica."""
+    """Process grid of a Megatron student; `tensor` x `pipeline` x `context` processes hold one replica.
+
+    With `expert`, processes of one or more replicas divide the experts of a mixture.
+    """
 
     tensor: PositiveInt = 1
     """tensor-parallel size: processes that share each weight matrix; must divide the attention heads,
@@ -54,6 +58,9 @@ class Parallel(Strict):
     """pipeline-parallel size: number of model stages; must divide the number of layers"""
     context: PositiveInt = 1
     """context-parallel size: processes that share each sequence's positions, for long sequences"""
+    expert: PositiveInt = 1
+    """expert-parallel size of a mixture of experts: processes of a pipeline stage that divide each layer's
+    experts, among all of the stage; must divide the number of experts"""
     sequence: Flag = False
     """sequence parallelism: split activations along the sequence outside the matrix products"""
     recompute: Flag = False
@@ -67,6 +74,11 @@ class Parallel(Strict):
     def replica_size(self) -> int:
         """Number of processes that hold one replica."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def smallest_world(self) -> int:
+        """Number of processes of the smallest grid."""
+        return lcm(self.tensor * self.context, self.expert) * self.pipeline
 
 
 class Student(Strict):

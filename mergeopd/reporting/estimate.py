@@ -94,12 +94,16 @@ class PhaseEstimate:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Processes of a student: `tensor` x `pipeline` x `context` hold one of `data` replicas."""
+    """Processes of a student: `tensor` x `pipeline` x `context` hold one of `data` replicas.
+
+    Of a stage's processes, `expert` divide the experts of a mixture.
+    """
 
     tensor: int
     pipeline: int
     data: int
     context: int
+    expert: int
 
     @property
     def size(self) -> int:
@@ -107,7 +111,8 @@ class Grid:
 
     def __str__(self) -> str:
         context = f" x context {self.context}" if self.context > 1 else ""
-        return f"tensor {self.tensor} x pipeline {self.pipeline}{context} x data {self.data}"
+        experts = f" (expert {self.expert})" if self.expert > 1 else ""
+        return f"tensor {self.tensor} x pipeline {self.pipeline}{context} x data {self.data}{experts}"
 
     @property
     def holders(self) -> int:

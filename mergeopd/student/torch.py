@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from mergeopd.models.experts import published
 from mergeopd.models.facts import ModelFacts
 from mergeopd.models.weight_files import MAX_FILE_BYTES, write_model
 from mergeopd.recipe.training import Optimizer
+from mergeopd.rollout.routes import forced, route_table
 from mergeopd.storage.state_parts import SavedTensors, StatePart
 from mergeopd.student.loss import Measured, MicroStats, Observe, check_norm, micro_loss, no_loss
 from mergeopd.student.protocol import UNSHARDED, Placement, check_masters
@@ -128,8 +129,9 @@ class TorchStudent:
             per_token = objective.per_token(
                 micro.teacher_weight_KN, micro.nll_weight_N, micro.policy, micro.term_weight_KDN
             )
-            loss, stats = self._fused(micro, per_token, what, self._head_to_train())
-            loss.backward()  # type: ignore[no-untyped-call]
+            with self._replayed(micro):
+                loss, stats = self._fused(micro, per_token, what, self._head_to_train())
+                loss.backward()  # type: ignore[no-untyped-call]
             self._collect_gradients()
             statistics.append(stats)
         return statistics
@@ -137,7 +139,7 @@ class TorchStudent:
     def score(self, micro_batches: MicroBatches, what: Measured) -> list[MicroStats]:
         statistics = []
         for micro in micro_batches:
-            with torch.no_grad():
+            with torch.no_grad(), self._replayed(micro):
                 _, stats = self._fused(micro, no_loss, what, self.head)
             statistics.append(stats)
         return statistics
@@ -209,6 +211,10 @@ class TorchStudent:
     ) -> tuple[Tensor, MicroStats]:
         hidden = response_hidden(self.body, micro.prompts, micro.responses, self._device, micro.trained)
         return micro_loss(hidden, head, micro, per_token, what, self._workspace, self._kernel)
+
+    def _replayed(self, micro: MicroBatch) -> AbstractContextManager[None]:
+        width = max(len(p) + len(r) for p, r in zip(micro.prompts, micro.responses, strict=True))
+        return forced(self.body, route_table(micro.routes, width, self._device))
 
     def _head_to_train(self) -> Head:
         """Return the head with a float32 gradient buffer: bfloat16 would round before the sum."""
