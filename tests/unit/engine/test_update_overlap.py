@@ -74,7 +74,7 @@ class Problem:
             if top_k is not None:
                 loss = build_objective({}).per_token(micro.teacher_weight_KN, micro.nll_weight_N)
                 stats.objective = build_objective({})
-            _, seen = micro_loss(hidden, self.head, micro, loss, what, Workspace())
+            _, seen = micro_loss(hidden, self.head, micro, loss, what, Workspace(), "auto")
             stats.add(micro, self.prepared, seen)
         views: Any = {"t": view}
         return stats.teachers(views)["t"], chosen
