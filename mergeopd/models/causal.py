@@ -24,6 +24,7 @@ from mergeopd.models.facts import ModelFacts, head_tensor
 from mergeopd.models.layout import check_shapes, is_ignored
 from mergeopd.models.quiet import without_warnings
 from mergeopd.models.stored import stored_weights
+from mergeopd.transfers import to_device
 from mergeopd.types import Flags, TokenIds
 
 if TYPE_CHECKING:
@@ -176,8 +177,8 @@ def response_hidden(
     their gradient when the body's parameters require one.
     """
     ids, rows = padded(prompts, responses, trained)
-    hidden = body(input_ids=ids.to(device), use_cache=False).last_hidden_state
-    rows_ND: Tensor = hidden.flatten(0, 1).index_select(0, rows.to(device))
+    hidden = body(input_ids=to_device(ids, device), use_cache=False).last_hidden_state
+    rows_ND: Tensor = hidden.flatten(0, 1).index_select(0, to_device(rows, device))
     return rows_ND
 
 

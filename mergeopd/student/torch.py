@@ -150,7 +150,8 @@ class TorchStudent:
 
     def optimizer_step(self, lr: float) -> float:
         norm = torch.nn.utils.get_total_norm(list(self.gradients().values()))
-        check_norm(float(norm))
+        length = float(norm)
+        check_norm(length)
         if self._clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(list(self._masters.values()), self._clip_grad, norm)
         for group in self._adamw.param_groups:
@@ -158,7 +159,7 @@ class TorchStudent:
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
         self._publish()
-        return float(norm)
+        return length
 
     def state(self) -> Iterator[StatePart]:
         for name, p in self._masters.items():

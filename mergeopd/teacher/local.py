@@ -50,7 +50,7 @@ from mergeopd.teacher.protocol import (
     TeacherSequence,
     TeacherSession,
 )
-from mergeopd.teacher.scoring import reduced, rows_of
+from mergeopd.teacher.scoring import FiniteCheck, reduced, rows_of
 from mergeopd.teacher.snapshots import Snapshot
 from mergeopd.teacher.streaming.session import StreamedSession
 from mergeopd.teacher.streaming.weights import Assemble, StreamedWeights
@@ -97,8 +97,9 @@ class LocalSession:
     def hidden(self, sequences: Sequence[TeacherSequence], max_tokens: int) -> Iterator[tuple[int, Tensor]]:
         """Yield `(index, [trained tokens, d_T])` for every sequence, in batches of at most `max_tokens`.
 
-        Raises TeacherError when a hidden state is not finite.
+        Raises TeacherError at the end when a hidden state is not finite.
         """
+        check = FiniteCheck(self.name)
         for batch in length_batches([sequence.num_tokens for sequence in sequences], max_tokens):
             own = [sequences[i] for i in batch]
             states = response_hidden(
@@ -108,7 +109,9 @@ class LocalSession:
                 self.device,
                 [sequence.trained for sequence in own],
             )
-            yield from rows_of(self.name, states, batch, sequences)
+            check.add(states)
+            yield from rows_of(states, batch, sequences)
+        check.end()
 
     def score(
         self, sequences: Sequence[TeacherSequence], spec: TargetSpec, max_tokens: int
@@ -118,7 +121,9 @@ class LocalSession:
         Raises TeacherError when a hidden state is not finite.
         """
         states = self.hidden(sequences, max_tokens)
-        return states if spec.kind == "hidden" else reduced(states, sequences, self.read_head, spec)
+        if spec.kind == "hidden":
+            return states
+        return reduced(self.name, states, sequences, self.read_head, spec)
 
     def generator(self) -> RolloutEngine:
         assert self.make_engine is not None, "opened without an engine"
