@@ -15,6 +15,7 @@ Finish = Literal["eos", "stop", "length"]
 
 # An entry per token. In quotes, so that numpy need not be imported.
 TokenIds: TypeAlias = "NDArray[np.int32]"
+Routes: TypeAlias = "NDArray[np.unsignedinteger]"
 Flags: TypeAlias = "NDArray[np.bool_]"
 LogProbs: TypeAlias = "NDArray[np.float32] | NDArray[np.float64]"
 
@@ -189,7 +190,8 @@ class Rollout(ArrayRecord):
     `policy_version` is the number of optimizer updates of the student that generated the response.
     `trained` flags the response tokens in the loss: False for tokens between the assistant's turns (tools,
     users, template headers). None: all tokens are in the loss. `episode` has the turns of a response with
-    tools.
+    tools. `routes` are the experts that computed the student's tokens, from the first of the prompt on, where
+    they are to be replayed (`rollout/routes.py`).
     """
 
     prompt: Prompt
@@ -202,6 +204,7 @@ class Rollout(ArrayRecord):
     policy_version: int = 0
     trained: Flags | None = None
     episode: Episode | None = None
+    routes: Routes | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_ids", token_ids(self.prompt_ids))

@@ -34,7 +34,7 @@ def main() -> None:
     add_sizes(parser)
     parser.add_argument("--steps", type=int, default=9, help="timed steps of each, after one warm-up")
     parser.add_argument("--pairs", type=int, default=5, help="timed processes of each for the loss")
-    parser.add_argument("--loss", default="", help="options for bench_loss.py, in one string")
+    parser.add_argument("--loss", default="", help="options for bench_loss.py in one string, such as --peers")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     arguments = parser.parse_args()
     other = arguments.checkout.resolve()

@@ -168,8 +168,8 @@ def many(job: Job) -> list[dict[str, float]]:
 
 
 def peak_of(num: int, job: Job) -> dict[str, int]:
-    """Return the memory of a process in which `num` streamed teachers score a quarter of the tokens."""
-    job.sequences = job.sequences[: max(num, len(job.sequences) // 4)]
+    """Return the memory of a process in which `num` streamed teachers score the tokens."""
+    job.score(streamed=True)  # what is imported and allocated once
     with peak_anonymous() as peak:
         job.score(streamed=True, num=num)
     return {"peak_anonymous_bytes": peak[0]}
@@ -178,42 +178,52 @@ def peak_of(num: int, job: Job) -> dict[str, int]:
 def throttled(job: Job) -> dict[str, float]:
     """Slow reads down to a rate at which they take most of the time of computation."""
     job.score(streamed=True)
-    plain, slow, read = [], [], []
     rate = job.layer_bytes / (THROTTLED * timed(lambda: job.score(streamed=True)))
+    seconds, read, waited = [], [], []
     for _ in range(job.repeats):
-        plain.append(timed(lambda: job.score(streamed=True)))
-        with slow_reads(rate) as spent:
-            slow.append(timed(lambda: job.score(streamed=True)))
-        read.append(sum(spent))
-    hidden = [1 - max(0.0, b - a) / c for a, b, c in zip(plain, slow, read, strict=True)]
+        with slow_reads(rate) as (own_read, own_waited):
+            seconds.append(timed(lambda: job.score(streamed=True)))
+        read.append(sum(own_read))
+        waited.append(sum(own_waited))
     return {
         "bytes_per_s": rate,
-        "plain_s": statistics.median(plain),
-        "throttled_s": statistics.median(slow),
+        "seconds": statistics.median(seconds),
         "reading_s": statistics.median(read),
-        "hidden_share": statistics.median(hidden),
+        "waiting_s": statistics.median(waited),
+        "hidden_share": statistics.median(1 - b / a for a, b in zip(read, waited, strict=True)),
     }
 
 
 @contextmanager
 def slow_reads(rate: float) -> Any:
-    """Make reads of checkpoints take as long as at `rate` bytes per second; yield the seconds of each."""
-    from mergeopd.models.checkpoint import Checkpoint
+    """Make reads of checkpoints take as long as at `rate` bytes per second.
 
-    spent: list[float] = []
-    original = Checkpoint.read_parts
+    Yields the seconds of each read, and those for which the computation waited for each layer.
+    """
+    from mergeopd.models.checkpoint import Checkpoint
+    from mergeopd.teacher.streaming.reader import LayerReader
+
+    read: list[float] = []
+    waited: list[float] = []
+    read_parts, next_layer = Checkpoint.read_parts, LayerReader._next
 
     def slowed(self: Checkpoint, name: str, parts: Iterable[tuple[int, memoryview]]) -> None:
         own, start = list(parts), time.perf_counter()
-        original(self, name, own)
+        read_parts(self, name, own)
         time.sleep(max(0.0, sum(len(buffer) for _, buffer in own) / rate - (time.perf_counter() - start)))
-        spent.append(time.perf_counter() - start)
+        read.append(time.perf_counter() - start)
 
-    Checkpoint.read_parts = slowed  # type: ignore[method-assign]
+    def timed_next(self: LayerReader) -> Any:
+        start = time.perf_counter()
+        layer = next_layer(self)
+        waited.append(time.perf_counter() - start)
+        return layer
+
+    Checkpoint.read_parts, LayerReader._next = slowed, timed_next  # type: ignore[method-assign]
     try:
-        yield spent
+        yield read, waited
     finally:
-        Checkpoint.read_parts = original  # type: ignore[method-assign]
+        Checkpoint.read_parts, LayerReader._next = read_parts, next_layer  # type: ignore[method-assign]
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -262,8 +272,8 @@ def table(result: dict[str, Any]) -> str:
             f"{one['cpu_ratio']:.2f} | {one['peak_anonymous_bytes'] / 2**20:,.0f} MiB |"
             for one in result["many"]
         ),
-        f"at {slow['bytes_per_s'] / 2**20:,.0f} MiB/s: {slow['throttled_s']:.2f} s instead of "
-        f"{slow['plain_s']:.2f} s, {slow['reading_s']:.2f} s of reading, {slow['hidden_share']:.0%} hidden",
+        f"at {slow['bytes_per_s'] / 2**20:,.0f} MiB/s: {slow['seconds']:.2f} s, {slow['reading_s']:.2f} s of "
+        f"reading, {slow['waiting_s']:.2f} s of waiting for it, {slow['hidden_share']:.0%} hidden",
     ]
     return "\n".join(lines)
 

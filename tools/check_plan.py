@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from step_bench.job import write_model
+from step_bench.job import model_sizes, write_model
 
 # Seconds that the first process computes, in place of those that pass.
 CPU_CLOCK = """import time, types
@@ -36,12 +36,13 @@ MEMORY_WITHIN, TIME_WITHIN = 0.10, 0.25
 
 @dataclass(frozen=True)
 class Size:
-    """A random model's sizes, and the dtype of its file."""
+    """A random model's sizes, and the dtype of its file; with experts, two of which each token uses."""
 
     hidden: int
     layers: int
     vocab: int
     dtype: str = "float32"
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Job:
     phase: Mapping[str, Any] = field(default_factory=lambda: {"loss": "reverse_kl"})
     settings: Mapping[str, Any] = field(default_factory=dict)
     teacher_dtype: str = "float32"
+    card: Mapping[str, Any] = field(default_factory=dict)
     num_processes: int = 1
     rounds: int = 3
 
@@ -93,6 +95,21 @@ JOBS = (
         {"loss": "sampled_reverse_kl", "updates_per_round": 2},
     ),
     Job("dataset", MIDDLE, (MIDDLE,), 64, 64, 128, {"loss": MIXED, "text": "dataset"}),
+    Job("streamed", MIDDLE, (Size(1024, 8, 8192),), 16, 64, 48, card={"residency": "stream"}),
+    Job(
+        "streamed-twice",
+        MIDDLE,
+        (Size(1024, 8, 8192),),
+        32,
+        64,
+        48,
+        settings={
+            "memory": {"teacher_gib": 0.215},
+            "student": {"model": "student", "micro_batch_tokens": 1024},
+        },
+    ),
+    Job("experts", Size(512, 4, 8192, experts=8), (MIDDLE,), 32, 64, 48),
+    Job("expert-teacher", MIDDLE, (Size(512, 4, 8192, experts=8),), 32, 64, 48),
     Job("tensor-2", MIDDLE, (MIDDLE,), 32, 64, 48, settings=megatron(tensor=2), num_processes=2),
     Job("pipeline-2", MIDDLE, (MIDDLE,), 32, 64, 48, settings=megatron(pipeline=2), num_processes=2),
     Job("data-2", MIDDLE, (MIDDLE,), 32, 64, 48, settings=megatron(), num_processes=2),
@@ -153,7 +170,9 @@ def write_job(job: Job, folder: Path) -> Path:
     for number, size in enumerate(job.teachers):
         name = f"t{number}"
         write_sized(folder / name, size, number + 1)
-        (folder / f"{name}.yaml").write_text(json.dumps({"card": 1, "name": name, "model": name}))
+        (folder / f"{name}.yaml").write_text(
+            json.dumps({"card": 1, "name": name, "model": name} | dict(job.card))
+        )
         rows = [
             {"prompt": words(rng, job.prompt, job), "response": words(rng, job.new_tokens - 1, job)}
             for _ in range(job.num_prompts // len(job.teachers))
@@ -188,11 +207,19 @@ def words(rng: random.Random, number: int, job: Job) -> str:
 
 def write_sized(folder: Path, size: Size, seed: int) -> None:
     """Write a random model in the dtype of its size."""
-    write_model(folder, argparse.Namespace(**vars(size)), seed)
-    if size.dtype != "float32":
-        import torch
-        from transformers import AutoModelForCausalLM
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+    sizes = argparse.Namespace(**vars(size))
+    write_model(folder, sizes, seed)
+    if size.experts:
+        own = {"num_experts": size.experts, "num_experts_per_tok": 2, "moe_intermediate_size": size.hidden}
+        config = Qwen3MoeConfig(**model_sizes(sizes), **own, tie_word_embeddings=True, eos_token_id=0)
+        mixture = Qwen3MoeForCausalLM(config)
+        with torch.no_grad():
+            mixture.lm_head.weight.mul_(5.0)
+        mixture.save_pretrained(folder)
+    elif size.dtype != "float32":
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, size.dtype))
         model.save_pretrained(folder)
 

@@ -17,6 +17,7 @@ from mergeopd.loss.cross_tokenizer import Groups
 from mergeopd.loss.objective import SAMPLED
 from mergeopd.loss.policy import PolicyRows
 from mergeopd.loss.targets import Target
+from mergeopd.transfers import to_device
 from mergeopd.types import LogProbs
 
 # The overlap of likely tokens is measured on this share of an update's tokens, or on about this number if
@@ -58,19 +59,20 @@ def micro_batch(
         prompts=tuple(m.rollout.prompt_ids for m in members),
         responses=tuple(m.rollout.response_ids for m in members),
         targets=tuple(own.values()),
-        teacher_weight_KN=like.new_tensor(teacher_rows),
-        nll_weight_N=like.new_tensor(nll_row),
+        teacher_weight_KN=_like(teacher_rows, like),
+        nll_weight_N=_like(nll_row, like),
         policy=_policy_rows(members, list(own), like) if with_policy else None,
         trained=tuple(m.rollout.trained for m in members),
         bridged=tuple(bridged),
-        term_weight_KDN=like.new_tensor(
-            np.stack([_teacher_rows(members, list(own), term) for term in terms], axis=1)
+        term_weight_KDN=_like(
+            np.stack([_teacher_rows(members, list(own), term) for term in terms], axis=1), like
         )
         if any(term in m.term_weight for m in members for term in terms)
         else None,
         overlap_rows=None
         if prepared.overlap_share is None
         else torch.from_numpy(_spread(pack.rollouts, members, prepared.overlap_share)),
+        routes=tuple(m.rollout.routes for m in members),
     )
 
 
@@ -108,24 +110,24 @@ def pack_groups(alignments: Sequence[Alignment], lengths: Sequence[int], device:
         rows.append((own.student_starts + row_S, num_S, own.teacher_starts + row_T, num_T, follows))
         row_S, row_T = row_S + length, row_T + len(own.teacher_ids)
     columns = (np.concatenate(column) for column in zip(*rows, strict=True))
-    return Groups(*(torch.from_numpy(column).to(device) for column in columns))
+    return Groups(*(to_device(torch.from_numpy(column), device) for column in columns))
 
 
 def _policy_rows(members: Sequence[PreparedRollout], teachers: Sequence[str], like: Tensor) -> PolicyRows:
     """Collate the constants of the policy terms, in the dtype and on the device of `like`."""
 
     def row(values: Sequence[float]) -> Tensor:
-        return like.new_tensor(_per_token(members, values))
+        return _like(_per_token(members, values), like)
 
     return PolicyRows(
         own_N=row([float(m.is_own) for m in members]),
         outcome_N=row([m.outcome for m in members]),
-        behaviour_N=like.new_tensor(np.concatenate([_behaviour(m) for m in members])),
+        behaviour_N=_like(np.concatenate([_behaviour(m) for m in members]), like),
         keep_N=row([float(m.is_kept) for m in members]),
         old_N=_joined([m.logprob_old for m in members], members, like),
         teacher_N=_joined([m.teacher_advantage for m in members], members, like),
         span_N=_joined([m.span_advantage for m in members], members, like),
-        sampled_KN=like.new_tensor(_teacher_rows(members, teachers, SAMPLED))
+        sampled_KN=_like(_teacher_rows(members, teachers, SAMPLED), like)
         if any(SAMPLED in m.term_weight for m in members)
         else None,
     )
@@ -148,10 +150,15 @@ def _joined(
         return None
     rows = [
         # Rows of the prior policy are on the CPU, where they are kept for a round.
-        like.new_zeros(m.rollout.num_trained) if part is None else part.to(like)
+        like.new_zeros(m.rollout.num_trained) if part is None else to_device(part.to(like.dtype), like.device)
         for part, m in zip(parts, members, strict=True)
     ]
     return torch.cat(rows)
+
+
+def _like(values: NDArray[np.generic], like: Tensor) -> Tensor:
+    """Copy numbers to the device of `like`, in its dtype."""
+    return to_device(torch.as_tensor(values, dtype=like.dtype), like.device)
 
 
 def _per_token(members: Sequence[PreparedRollout], values: Sequence[float]) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ from mergeopd.loss.cross_tokenizer import Bridge, Groups
 from mergeopd.loss.heads import Hidden
 from mergeopd.loss.policy import PolicyRows
 from mergeopd.loss.targets import Target
-from mergeopd.types import Flags, TokenIds
+from mergeopd.types import Flags, Routes, TokenIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,8 @@ class MicroBatch:
     None where the objective has no policy term. `bridged` are the teachers with other tokenizers. `trained`
     flags the tokens of each response that are in the loss; None, as a whole or for a response: all of them.
     `overlap_rows` are the tokens whose overlap is measured, ascending, on the CPU; None: it is not measured.
+    `routes` has the experts that computed a sequence when its response was generated, where they are to
+    compute it again; empty, or None for a sequence: its tokens choose their experts.
     """
 
     rollouts: tuple[int, ...]
@@ -55,6 +57,7 @@ class MicroBatch:
     bridged: tuple[BridgedTarget, ...] = ()
     term_weight_KDN: Tensor | None = None
     overlap_rows: Tensor | None = None
+    routes: tuple[Routes | None, ...] = ()
 
     @property
     def labels(self) -> tuple[TokenIds, ...]:

@@ -68,6 +68,7 @@ from mergeopd.teacher.api import ApiTeacher
 from mergeopd.teacher.hidden_cache import HiddenCache
 from mergeopd.teacher.local import ResidentHeads, TeacherSource, TeacherStore
 from mergeopd.teacher.protocol import TargetSpec, Teacher, TeacherSequence, required_of
+from mergeopd.teacher.quantized import quantizations
 from mergeopd.teacher.recorded import recorded_spec
 from mergeopd.teacher.reward_model import RewardModel, RewardModels
 from mergeopd.teacher.shared_cache import SharedHiddenCache
@@ -147,6 +148,7 @@ def build(
         stop=guard,
         alarms=alarms,
         stages=stages,
+        quantized=quantizations(teachers),
     )
 
 
@@ -400,7 +402,7 @@ def _recorder(
     origin = TargetOrigin.of(plan, renderer, teacher.fingerprint, inputs.vocab_size, spec)
     reduced_dtype = torch.float64 if plan.dtype == "float64" else torch.float32
     if origin.kind == "hidden":
-        row_bytes = ModelFacts.read(plan.folder).hidden_size * DTYPES[plan.dtype].itemsize
+        row_bytes = ModelFacts.read(plan.folder, "any").hidden_size * DTYPES[plan.dtype].itemsize
     else:
         row_bytes = (2 if origin.k is None else 2 * origin.k + 3) * reduced_dtype.itemsize
     max_tokens = inputs.plan.student.micro_batch_tokens

@@ -34,7 +34,11 @@ _LOST_S = 60.0
 MakeEngine = Callable[[WeightSource, EngineContext, Any], RolloutEngine]
 
 ENGINES: Mapping[str, MakeEngine] = MappingProxyType(
-    {"local": lambda source, context, settings: LocalEngine(source, context, settings.batch_size)}
+    {
+        "local": lambda source, context, settings: LocalEngine(
+            source, context, settings.batch_size, settings.replay_routes
+        )
+    }
 )
 """Engines that generate the student's responses, by `rollout.engine`; they get that section of the recipe."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -22,6 +22,8 @@ from mergeopd.engine.update import Updater
 from mergeopd.errors import Stopped, StoppedByAlarm, UpdateLimitReached
 from mergeopd.messages import shown
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.facts import ModelFacts
+from mergeopd.models.stored import num_weights
 from mergeopd.recipe.plan import Plan, TeacherPlan
 from mergeopd.reporting.comparison import Measured, build_result
 from mergeopd.reporting.events import (
@@ -37,6 +39,7 @@ from mergeopd.reporting.model_card import write_model_card
 from mergeopd.reporting.result import write_result
 from mergeopd.storage.chat_replies import read_use
 from mergeopd.storage.folders import copy_folder, keep_only, prune
+from mergeopd.storage.quantized import Quantization
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.storage.teacher_text import kept_shares, read_graded
 from mergeopd.student.protocol import Student
@@ -71,6 +74,7 @@ class Trainer:
     alarms: AlarmWatch
     stages: Stages
     write_turns: Callable[[Path], None]
+    quantized: Mapping[str, Quantization]
 
     def run(self, progress: Progress, max_updates: int | None) -> None:
         """Train from `progress` to the last update, export, evaluate, write the result. Collective.
@@ -197,7 +201,8 @@ class Trainer:
             dtype=plan.student.dtype,
             num_parameters=Checkpoint.open(Path(plan.student.model)).num_weights,
             num_trainable=sum(map(prod, self.student.state_shapes().values())),
-            teachers={teacher.name: _size(teacher) for teacher in plan.teachers.values()},
+            teachers={name: _size(teacher) for name, teacher in plan.teachers.items()},
+            quantized={name: f"{one.format}, {one.text}" for name, one in self.quantized.items()},
             device=name,
             num_threads=torch.get_num_threads(),
             num_processes=self.stages.ranks.size,
@@ -270,7 +275,7 @@ class Trainer:
             document = self.alarms.judge(result)
             text = self.stages.ranks.run_on_first(lambda: read_graded(folder.teacher_text_file))
             used = self.stages.ranks.run_on_first(lambda: read_use(folder.api_use_file))
-            document = replace(document, text_kept=kept_shares(text), api_use=used)
+            document = replace(document, text_kept=kept_shares(text), api_use=used, quantized=self.quantized)
             if self.stages.ranks.is_first:
                 write_result(folder.result_file, document)
                 write_model_card(folder.path, folder.export, reporter)
@@ -292,4 +297,6 @@ def _size(teacher: TeacherPlan) -> int | str:
         return teacher.api.model
     if teacher.served is not None:
         return f"served by {teacher.served.engine}"
-    return "the student" if teacher.student is not None else Checkpoint.open(teacher.folder).num_weights
+    if teacher.student is not None:
+        return "the student"
+    return num_weights(ModelFacts.read(teacher.folder, "readable"), Checkpoint.open(teacher.folder))

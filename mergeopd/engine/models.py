@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +25,7 @@ from mergeopd.recipe.plan import Plan, TeacherPlan
 from mergeopd.recipe.rollout import LocalRollout
 from mergeopd.rollout.local import LocalEngine
 from mergeopd.rollout.protocol import EngineContext, ReplicaSource, RolloutEngine
+from mergeopd.storage.quantized import Quantization
 from mergeopd.storage.run_folder import RunFolder
 from mergeopd.student.grid_sizes import GridSizes
 from mergeopd.student.layer_options import PassOptions
@@ -35,6 +36,7 @@ from mergeopd.teacher.bridges import measure
 from mergeopd.teacher.canary import Canary
 from mergeopd.teacher.local import LocalTeacher, TeacherSource, TeacherStore
 from mergeopd.teacher.protocol import Teacher, capabilities
+from mergeopd.teacher.quantized import QuantizedTeacher
 from mergeopd.teacher.recorded import RecordedTargets, RecordedTeacher
 from mergeopd.teacher.served import ServedModel, ServedTeacher
 from mergeopd.teacher.snapshots import StudentSnapshots
@@ -125,7 +127,10 @@ def load_models(
         student=student,
         snapshots=snapshots,
         teachers=_recorded(
-            {**build_teachers(inputs, machine, snapshots, skip=teachers.keys(), held=held), **teachers},
+            {
+                **build_teachers(inputs, machine, snapshots, announce, skip=teachers.keys(), held=held),
+                **teachers,
+            },
             inputs,
             machine,
             announce,
@@ -165,6 +170,7 @@ def _student(inputs: Inputs, machine: Machine) -> Student:
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         context=parallel.context,
+        expert=parallel.expert,
         sequence_parallel=parallel.sequence,
     )
     return MegatronStudent(
@@ -201,15 +207,28 @@ def build_teachers(
     inputs: Inputs,
     machine: Machine,
     snapshots: StudentSnapshots,
+    announce: Callable[[str], None] = lambda _: None,
     *,
     skip: Collection[str],
     held: Mapping[str, Held | None],
 ) -> dict[str, Teacher]:
-    """Build the recipe's teachers, which are `held` so, and whose weights are read by one store."""
+    """Build the recipe's teachers, which are `held` so, and whose weights are read by one store. Collective.
+
+    Those that the recipe quantises are converted first, where they are not in the cache; `announce` gets what
+    is being done. Raises TeacherError for one that this makes another model.
+    """
     plans = {n: t for n, t in inputs.plan.teachers.items() if n not in skip and t.api is None}
+    cache = Path(inputs.plan.text_cache)
     sources = {
         name: _source(teacher, inputs, snapshots) for name, teacher in plans.items() if teacher.needs_head
     }
+    quantized = {
+        name: QuantizedTeacher(plan, inputs.teachers[name], cache, machine.device, announce)
+        for name, plan in plans.items()
+        if plan.quantize is not None
+    }
+    measured = {name: _converted(teacher, machine) for name, teacher in quantized.items()}
+    sources |= {name: replace(sources[name], model=own.folder) for name, own in quantized.items()}
     reader: Reader = MappedReader() if machine.is_mapped else ShardedReader(machine.ranks)
     store = TeacherStore(sources, machine.device, reader)
 
@@ -221,9 +240,20 @@ def build_teachers(
         canary, run_on_first = Canary.of(teacher, inputs.teachers[name]), machine.ranks.run_on_first
         own = capabilities(teacher)
         if teacher.served is None:
-            engine, is_first = partial(make_engine, name), machine.ranks.is_first
-            return LocalTeacher(name, store, own, canary, run_on_first, engine, held[name], is_first)
-        facts = ModelFacts.read(teacher.folder)
+            if name in quantized:
+                canary = quantized[name].canary(measured[name])
+            return LocalTeacher(
+                name,
+                store,
+                own,
+                canary,
+                run_on_first,
+                partial(make_engine, name),
+                held[name],
+                machine.ranks.is_first,
+                measured.get(name),
+            )
+        facts = ModelFacts.read(teacher.folder, "any")
         num_valid = num_scored_ids(teacher, inputs)
         model = ServedModel(facts.hidden_size, facts.vocab_rows, num_valid, teacher.dtype)
         head = store if teacher.needs_head else None
@@ -231,6 +261,13 @@ def build_teachers(
         return ServedTeacher(name, teacher.served, model, own, head, canary, run_on_first, num_ranks)
 
     return {name: make(name, teacher) for name, teacher in plans.items()}
+
+
+def _converted(teacher: QuantizedTeacher, machine: Machine) -> Quantization:
+    """Convert a teacher on rank 0, then on machines that do not share its cache; measure it. Collective."""
+    machine.ranks.run_on_first(teacher.convert)
+    machine.ranks.run_and_gather(teacher.convert)
+    return machine.ranks.run_on_first(teacher.measure)
 
 
 def _recorded(

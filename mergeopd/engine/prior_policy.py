@@ -29,6 +29,7 @@ from mergeopd.student.loss import Measured, MicroStats
 from mergeopd.student.protocol import Trainable
 from mergeopd.teacher.protocol import SupportIds
 from mergeopd.teacher.token_view import TokenView
+from mergeopd.transfers import to_host
 from mergeopd.types import Rollout
 
 
@@ -58,22 +59,30 @@ class PriorPolicy:
             return {name: target for name, target in own.items() if name not in targets.alignments}
 
         scored = self._scored(rollouts, packs, targets.views, what, same_tokens, on_progress)
-        old_logprobs: dict[int, OldLogProbs] = {}
-        for part, (micro, stats) in zip(packs if placement.has_loss else (), scored, strict=True):
-            spans = _spans(part, stats.logprob_S.cpu(), rollouts, targets)
+        sizes = [[len(labels) for labels in micro.labels] for micro, _ in scored]
+        logprobs: list[Tensor] = []
+        gaps_on_device: list[Tensor] = []
+        for (micro, stats), own_sizes in zip(scored, sizes, strict=True):
             distance = stats.divergence[:, 0] if divergences else (stats.logprob_T - stats.logprob_S).abs()
-            sizes = [len(labels) for labels in micro.labels]
+            gaps_N = (micro.teacher_weight_KN * distance).sum(0)
+            gaps_on_device += [own.sum() for own in torch.split(gaps_N, own_sizes)]
+            logprobs += (stats.logprob_S, stats.logprob_T)
+        read, gap_of = iter(to_host(logprobs)), iter(torch.stack(gaps_on_device).tolist() if scored else ())
+        old_logprobs: dict[int, OldLogProbs] = {}
+        own_packs = packs if placement.has_loss else ()
+        for part, (micro, _), own_sizes in zip(own_packs, scored, sizes, strict=True):
+            logprobs_S, logprobs_T = next(read), next(read)
+            spans = _spans(part, logprobs_S, rollouts, targets)
             by_response = zip(
                 micro.rollouts,
-                torch.split(stats.logprob_S.cpu(), sizes),
-                torch.split(stats.logprob_T.cpu(), sizes, dim=1),
-                torch.split((micro.teacher_weight_KN * distance).sum(0), sizes),
+                torch.split(logprobs_S, own_sizes),
+                torch.split(logprobs_T, own_sizes, dim=1),
                 strict=True,
             )
-            for index, logprob_S, logprob_T, gap in by_response:
+            for index, logprob_S, logprob_T in by_response:
                 by_teacher = dict(zip(micro.teachers, logprob_T, strict=True))
                 own = {name: ratios[index] for name, ratios in spans.items()}
-                old_logprobs[index] = OldLogProbs(logprob_S, by_teacher, float(gap.sum()), own)
+                old_logprobs[index] = OldLogProbs(logprob_S, by_teacher, next(gap_of), own)
         gaps: dict[int, float] = {}
         if phase.balance.follow_gap:
             own_gaps = {i: old.gap for i, old in old_logprobs.items()} if placement.reports_stats else {}

@@ -70,6 +70,7 @@ def student_rollout(response: Response, sample: int) -> Rollout:
         policy_version=completion.policy_version,
         trained=response.trained,
         episode=response.episode,
+        routes=completion.routes,
     )
 
 

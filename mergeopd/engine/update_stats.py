@@ -22,10 +22,14 @@ from mergeopd.reporting.events import BridgeFigures, DomainStats, PolicyStats, T
 from mergeopd.student.loss import MicroStats
 from mergeopd.teacher.canary import refuse_uniform
 from mergeopd.teacher.token_view import TokenView
+from mergeopd.transfers import to_device
 from mergeopd.types import Episode, Rollout, TokenIds
 
 # A 4-gram's hash is the sum of its ids times these odd numbers, modulo 2**64.
 _HASH = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93], np.uint64)
+
+# Servers that return log-probabilities of single tokens do not tell the entropy: it is NaN.
+_MAY_BE_UNKNOWN = ("entropy", "entropy_gap")
 
 
 @dataclass
@@ -48,34 +52,67 @@ class Sums:
 class Tally:
     """All sums over an update; those of several copies of the student can be added."""
 
-    loss: float = 0.0
+    whole: Sums = field(default_factory=Sums)
     largest_gap: float = 0.0
     policy: Sums = field(default_factory=Sums)
     teachers: defaultdict[str, Sums] = field(default_factory=lambda: defaultdict(Sums))
     domains: defaultdict[str, Sums] = field(default_factory=lambda: defaultdict(Sums))
 
     def add(self, other: Tally) -> None:
-        self.loss += other.loss
         self.largest_gap = max(self.largest_gap, other.largest_gap)
-        self.policy.add(other.policy.num_tokens, **other.policy.values)
+        for own, sums in ((self.whole, other.whole), (self.policy, other.policy)):
+            own.add(sums.num_tokens, **sums.values)
         for mine, others in ((self.teachers, other.teachers), (self.domains, other.domains)):
             for name, sums in others.items():
                 mine[name].add(sums.num_tokens, **sums.values)
 
 
+class Later:
+    """Numbers on a device that belong to sums in main memory, where they are read together, once."""
+
+    def __init__(self) -> None:
+        self._sums: list[tuple[Sums, tuple[str, ...], Tensor]] = []
+        self._gaps: list[Tensor] = []
+
+    def add(self, sums: Sums, **numbers: Tensor) -> None:
+        """Add scalars to `sums`, by name; an unknown entropy, which is NaN, is left out."""
+        self._sums.append((sums, tuple(numbers), torch.stack([one.double() for one in numbers.values()])))
+
+    def add_gap(self, gap: Tensor) -> None:
+        """Take the largest of these gaps into account."""
+        self._gaps.append(gap.max().double())
+
+    def read(self, tally: Tally) -> None:
+        """Add everything to the sums, and the largest gap to `tally`. Waits for each device once."""
+        gaps = [(None, ("",), gap.unsqueeze(0)) for gap in self._gaps]
+        for device in {values.device for _, _, values in (*self._sums, *gaps)}:
+            own = [entry for entry in (*self._sums, *gaps) if entry[2].device == device]
+            numbers = iter(torch.cat([values for _, _, values in own]).tolist())
+            for sums, names, _ in own:
+                values = {name: next(numbers) for name in names}
+                if sums is None:
+                    tally.largest_gap = max(tally.largest_gap, *values.values())
+                    continue
+                unknown = [name for name in _MAY_BE_UNKNOWN if math.isnan(values.get(name, 0.0))]
+                sums.add(0, **{name: value for name, value in values.items() if name not in unknown})
+        self._sums, self._gaps = [], []
+
+
 @dataclass
 class UpdateStats:
-    """Collects the statistics of an update's micro-batches."""
+    """Collects the statistics of an update's micro-batches, which stay on their device until `together`."""
 
     objective: DistillationObjective
     _tally: Tally = field(default_factory=Tally, init=False)
+    _later: Later = field(default_factory=Later, init=False)
 
     @property
     def loss(self) -> float:
-        return self._tally.loss
+        return self._tally.whole.values.get("loss", 0.0)
 
     def together(self, ranks: Communicator) -> None:
         """Sum over all processes; all have the result. Collective."""
+        self._later.read(self._tally)
         first, *others = ranks.gather(self._tally)
         for tally in others:
             first.add(tally)
@@ -83,19 +120,20 @@ class UpdateStats:
 
     def add(self, micro: MicroBatch, prepared: PreparedUpdate, stats: MicroStats) -> None:
         self._add_bridged(micro, prepared, stats)
-        self._tally.loss += float(stats.loss.sum())
+        self._later.add(self._tally.whole, loss=stats.loss.sum())
         gap = stats.logprob_T - stats.logprob_S
         measured = self.objective.measured(stats)
         sizes = [len(labels) for labels in micro.labels]
-        is_own = _is_own(sizes, micro.rollouts, prepared)
+        is_own = _is_own(sizes, micro.rollouts, prepared, gap.device)
         for k, name in enumerate(micro.teachers):
-            divergence = {d: float(measured[k, i].sum()) for i, d in enumerate(self.objective.measures)}
-            entropy_T = float(stats.entropy_T[k].sum())
-            # Servers that return log-probabilities of single tokens do not tell the entropy.
-            known = {} if math.isnan(entropy_T) else {"entropy": entropy_T}
-            if known:
-                known["entropy_gap"] = float((stats.entropy_T[k] - stats.entropy_S).abs().sum())
-            self._tally.teachers[name].add(gap.shape[1], **known, **divergence)
+            sums = self._tally.teachers[name]
+            sums.add(gap.shape[1])
+            self._later.add(
+                sums,
+                **{d: measured[k, i].sum() for i, d in enumerate(self.objective.measures)},
+                entropy=stats.entropy_T[k].sum(),
+                entropy_gap=(stats.entropy_T[k] - stats.entropy_S).abs().sum(),
+            )
             self._add_gap(name, gap[k], is_own)
             if stats.overlap is not None:
                 self._add_overlap(name, k, stats.overlap)
@@ -109,30 +147,27 @@ class UpdateStats:
         for index, logprob, entropy, loss in per_rollout:
             rollout = prepared.rollouts[index].rollout
             num, num_distinct = _count_ngrams(rollout.trained_ids)
-            self._tally.domains[rollout.prompt.domain].add(
-                len(logprob),
-                nll=-float(logprob.sum()),
-                entropy=float(entropy.sum()),
-                loss=float(loss.sum()),
-                ngrams=num,
-                distinct_ngrams=num_distinct,
-            )
-
+            sums = self._tally.domains[rollout.prompt.domain]
+            sums.add(len(logprob), ngrams=num, distinct_ngrams=num_distinct)
+            self._later.add(sums, nll=-logprob.sum(), entropy=entropy.sum(), loss=loss.sum())
         if self.objective.policy is not None and micro.policy is not None:
+            members = [prepared.rollouts[i] for i in micro.rollouts]
+            self._tally.policy.add(sum(m.rollout.num_trained for m in members if m.is_own))
             self._add_policy(self.objective.policy, micro.policy, micro.teacher_weight_KN, stats)
 
     def _add_bridged(self, micro: MicroBatch, prepared: PreparedUpdate, stats: MicroStats) -> None:
         """Add teachers with another tokenizer, whose means are over groups."""
         for name, seen in stats.bridged:
-            self._tally.loss += float(seen.loss.sum())
-            self._tally.teachers[name].add(
-                len(seen.value), matched=float(seen.matched_T.sum()), bridge=float(seen.value.sum())
-            )
+            self._later.add(self._tally.whole, loss=seen.loss.sum())
+            sums = self._tally.teachers[name]
+            sums.add(len(seen.value))
+            self._later.add(sums, matched=seen.matched_T.sum(), bridge=seen.value.sum())
             sizes = [len(prepared.rollouts[i].alignments[name].student_starts) for i in micro.rollouts]
-            self._add_gap(name, seen.logprob_T - seen.logprob_S, _is_own(sizes, micro.rollouts, prepared))
+            gap = seen.logprob_T - seen.logprob_S
+            self._add_gap(name, gap, _is_own(sizes, micro.rollouts, prepared, gap.device))
             for index, loss in zip(micro.rollouts, torch.split(seen.loss.abs(), sizes), strict=True):
                 domain = prepared.rollouts[index].rollout.prompt.domain
-                self._tally.domains[domain].add(0, loss=float(loss.sum()))
+                self._later.add(self._tally.domains[domain], loss=loss.sum())
         for index in micro.rollouts:
             member = prepared.rollouts[index]
             for name, own in member.alignments.items():
@@ -142,28 +177,34 @@ class UpdateStats:
             for name, ratio in member.spans.items():
                 starts = torch.from_numpy(member.alignments[name].student_starts)
                 of_groups = ratio[starts]
-                self._tally.teachers[name].add(len(starts), bridge=-float(of_groups.sum()))
-                self._add_gap(name, of_groups, _is_own([len(starts)], [index], prepared))
+                sums = self._tally.teachers[name]
+                sums.add(len(starts))
+                self._later.add(sums, bridge=-of_groups.sum())
+                self._add_gap(name, of_groups, _is_own([len(starts)], [index], prepared, ratio.device))
 
     def _add_gap(self, name: str, gap: Tensor, is_own: Tensor) -> None:
         """Add a teacher's log-prob gaps `[n]`, those of the student's own responses apart."""
-        num, num_own = len(gap), int(is_own.sum())
-        total, own = float(gap.sum()), float(gap[is_own.to(gap.device)].sum())
-        self._tally.teachers[name].add(
-            0, gap=total, gap_student=own, num_student=num_own, gap_text=total - own, num_text=num - num_own
+        total, own, num_own = gap.sum().double(), torch.where(is_own, gap, 0.0).sum().double(), is_own.sum()
+        self._later.add(
+            self._tally.teachers[name],
+            gap=total,
+            gap_student=own,
+            num_student=num_own,
+            gap_text=total - own,
+            num_text=len(gap) - num_own,
         )
 
     def _add_overlap(self, name: str, k: int, overlap: Overlap) -> None:
         """Add the overlap with teacher k, where its likeliest tokens are known, and common tokens apart."""
         advantage = overlap.advantage[k]
-        names = ("overlap", "shared_mass_S", "shared_mass_T", "overlap_advantage")
-        own = torch.stack([overlap.ratio[k], overlap.mass_S[k], overlap.mass_T[k], advantage])
-        is_known, is_defined = ~own[0].isnan(), ~advantage.isnan()
-        self._tally.teachers[name].add(
-            0,
-            num_overlap=int(is_known.sum()),
-            num_overlap_advantage=int(is_defined.sum()),
-            **dict(zip(names, own.nansum(1).tolist(), strict=True)),
+        self._later.add(
+            self._tally.teachers[name],
+            num_overlap=(~overlap.ratio[k].isnan()).sum(),
+            num_overlap_advantage=(~advantage.isnan()).sum(),
+            overlap=overlap.ratio[k].nansum(),
+            shared_mass_S=overlap.mass_S[k].nansum(),
+            shared_mass_T=overlap.mass_T[k].nansum(),
+            overlap_advantage=advantage.nansum(),
         )
 
     def _add_policy(self, policy: Policy, rows: PolicyRows, weight_KN: Tensor, stats: MicroStats) -> None:
@@ -171,15 +212,15 @@ class UpdateStats:
             policy, rows, slice(0, len(rows.own_N)), stats.logprob_S, stats.logprob_T, weight_KN
         )
         gap = tokens.log_ratio_old.abs()
-        self._tally.policy.add(
-            int(rows.own_N.sum()),
-            corrected=float(tokens.is_corrected.sum()),
-            clipped=float(tokens.is_clipped.sum()),
-            gap=float(gap.sum()),
-            weight=float((tokens.weight * rows.own_N).sum()),
+        self._later.add(
+            self._tally.policy,
+            corrected=tokens.is_corrected.sum(),
+            clipped=tokens.is_clipped.sum(),
+            gap=gap.sum(),
+            weight=(tokens.weight * rows.own_N).sum(),
         )
         if gap.numel():
-            self._tally.largest_gap = max(self._tally.largest_gap, float(gap.max()))
+            self._later.add_gap(gap)
 
     def policy(self, zero_advantage_fraction: float | None) -> PolicyStats | None:
         """Return figures of the student's own tokens; None where the objective has no policy term."""
@@ -302,10 +343,12 @@ def _repeated(num_ngrams: float, num_distinct: float) -> float | None:
     return 1.0 - num_distinct / num_ngrams if num_ngrams else None
 
 
-def _is_own(sizes: Sequence[int], rollouts: Sequence[int], prepared: PreparedUpdate) -> Tensor:
+def _is_own(
+    sizes: Sequence[int], rollouts: Sequence[int], prepared: PreparedUpdate, device: torch.device
+) -> Tensor:
     """Whether the student generated each position, `[sum(sizes)]`; `sizes` are the rollouts' positions."""
     own = torch.tensor([prepared.rollouts[i].rollout.origin == "student" for i in rollouts])
-    return own.repeat_interleave(torch.tensor(sizes))
+    return to_device(own.repeat_interleave(torch.tensor(sizes)), device)
 
 
 def _gap(sums: Sums, who: str) -> float | None:

@@ -16,7 +16,7 @@ from mergeopd.errors import DataError
 from mergeopd.recipe.environments import Environment, gives_reward
 from mergeopd.rollout.protocol import Completion, GenerationRequest
 from mergeopd.tool_calls import ParsedTurn
-from mergeopd.types import Episode, Finish, Flags, Message, Prompt, TokenIds, token_flags, token_ids
+from mergeopd.types import Episode, Finish, Flags, Message, Prompt, Routes, TokenIds, token_flags, token_ids
 
 Generate = Callable[[Sequence[GenerationRequest], str], list[Completion]]
 """Generates one turn of every request; the text describes the turn for the display."""
@@ -147,6 +147,7 @@ class _Played:
     _final_ids: TokenIds = field(default_factory=lambda: token_ids([]))
     _finish: Finish = "length"
     _version: int = 0
+    _routes: Routes | None = None  # the last turn was generated from the whole text before
     _counts: dict[str, int] = field(
         default_factory=lambda: {"num_turns": 0, "num_calls": 0, "num_failed_calls": 0}
     )
@@ -166,7 +167,7 @@ class _Played:
         """The finished response."""
         logprobs = _joined(self._logprobs) if self._logprobs else np.zeros(0, np.float32)
         ids = _joined(self._ids) if self._ids else token_ids([])
-        completion = Completion(ids, logprobs, self._finish, self._version)
+        completion = Completion(ids, logprobs, self._finish, self._version, self._routes)
         if self._settings is None:
             return Response(self.prompt, self._prompt_ids, completion)
         episode = Episode(
@@ -215,6 +216,7 @@ class _Played:
         self._finish = completion.finish if len(ids) == len(completion.response_ids) else "length"
         first = not self._counts["num_turns"]
         version = completion.policy_version
+        self._routes = completion.routes
         self._version = version if first else min(self._version, version)  # of the oldest tokens
         self._counts["num_turns"] += 1
         if self._settings is None or self._finish == "length":

@@ -49,6 +49,7 @@ from mergeopd.rollout.protocol import ReplicaSource, RolloutEngine
 from mergeopd.teacher.hidden_cache import HiddenCache
 from mergeopd.teacher.local import LocalSession, TeacherSource, TeacherStore
 from mergeopd.teacher.protocol import TargetSpec, Teacher, TeacherSession
+from mergeopd.teacher.quantized import quantizations
 from mergeopd.teacher.snapshots import StudentSnapshots
 from mergeopd.teacher.token_view import SameTokens, TokenView
 from mergeopd.types import Prompt
@@ -193,7 +194,9 @@ class Inspector:
     def _measure(self, name: str, session: TeacherSession) -> TeacherFindings:
         members, view = self.members[name], self.views[name]
         teacher, own = self.teachers[name], None
-        notes = []
+        notes = [
+            f"its weights are {one.format}, {one.text}" for one in quantizations({name: teacher}).values()
+        ]
         if teacher.capabilities.can_generate:
             graded = self.responder.respond(
                 session.generator(), self.inputs.teachers[name], members, "text", f"{name} generates"

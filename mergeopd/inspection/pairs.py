@@ -42,7 +42,7 @@ class Pair:
 
     @cached_property
     def teacher_facts(self) -> ModelFacts:
-        return ModelFacts.read(self.plan.folder)
+        return ModelFacts.read(self.plan.folder, "any")
 
 
 def sources_of(plan: Plan, teacher: str) -> tuple[str, ...]:

@@ -66,10 +66,14 @@ class DistillationObjective:
 
         `term_weight_KDN` replaces `teacher_weight_KN` in divergences that have weights of their own.
         """
-        weights = teacher_weight_KN.unsqueeze(1) if term_weight_KDN is None else term_weight_KDN
-        factors = [self.temperature**2 * coefficient for coefficient in self.coefficients]
+        scale = self.temperature**2
+        weights = [
+            scale * coefficient * (teacher_weight_KN if term_weight_KDN is None else term_weight_KDN[:, d])
+            for d, coefficient in enumerate(self.coefficients)
+        ]
+        none = teacher_weight_KN.new_zeros(len(teacher_weight_KN), 0, teacher_weight_KN.shape[1])
         linear = LinearObjective(
-            weights * weights.new_tensor(factors).unsqueeze(1), self.nll * nll_weight_N if self.nll else None
+            torch.stack(weights, 1) if weights else none, self.nll * nll_weight_N if self.nll else None
         )
         if self.policy is None or policy_rows is None:
             return linear

@@ -80,7 +80,10 @@ class OverlapMeter:
         stop = int(torch.searchsorted(self.overlap.rows, chunk.stop))
         while self._stop < stop:
             num = min(stop - self._stop, len(self._buffers[0]) - (self._stop - self._start))
-            own = self.overlap.rows[self._stop : self._stop + num].to(logits_S.device) - chunk.start
+            own = (
+                self.overlap.rows[self._stop : self._stop + num].to(logits_S.device, non_blocking=True)
+                - chunk.start
+            )
             place = slice(self._stop - self._start, self._stop - self._start + num)
             for buffer, raw in zip(self._buffers, (logits_S, *logits_T), strict=True):
                 torch.index_select(raw, 0, own, out=buffer[place])
@@ -97,7 +100,7 @@ class OverlapMeter:
         logits = [buffer[: self._stop - self._start] for buffer in self._buffers]
         for model, matrix in zip(models, logits, strict=True):
             model.finish_logits(matrix)
-        self._measure(logits, self.overlap.rows[part].to(logits[0].device), part)
+        self._measure(logits, self.overlap.rows[part].to(logits[0].device, non_blocking=True), part)
         self._start = self._stop
 
     def _measure(self, logits: Sequence[Tensor], rows: Tensor, part: slice) -> None:

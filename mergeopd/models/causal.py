@@ -18,9 +18,13 @@ from torch import Tensor, nn
 from mergeopd.errors import ModelError
 from mergeopd.loss.heads import Head
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.decode import is_packed, plain
 from mergeopd.models.experts import Part, part_of, published_shapes
 from mergeopd.models.facts import ModelFacts, head_tensor
 from mergeopd.models.layout import check_shapes, is_ignored
+from mergeopd.models.quiet import without_warnings
+from mergeopd.models.stored import stored_weights
+from mergeopd.transfers import to_device
 from mergeopd.types import Flags, TokenIds
 
 if TYPE_CHECKING:
@@ -47,7 +51,7 @@ def build_skeleton(folder: Path, device: torch.device, dtype: torch.dtype) -> Pr
     options = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), without_warnings():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
     except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
@@ -60,13 +64,13 @@ def build_skeleton(folder: Path, device: torch.device, dtype: torch.dtype) -> Pr
 
 
 def parameter_parts(facts: ModelFacts, checkpoint: Checkpoint) -> dict[str, tuple[Part, ...]]:
-    """Map parameters and buffers to the tensors that they are made of, by expert and rows.
+    """Map parameters and buffers to the folder's weights that they are made of, by expert and rows.
 
     A tied head has no entry, since it is the embedding. Raises ModelError when the head's tensor is missing
-    or ambiguous.
+    or ambiguous, or a weight cannot be decoded.
     """
     parts: dict[str, list[Part]] = {}
-    for tensor in checkpoint.tensors:
+    for tensor in stored_weights(facts, checkpoint):
         if tensor != facts.head_name and not is_ignored(tensor):
             parameter, part = part_of(facts.model_type, tensor)
             parts.setdefault(parameter, []).append(part)
@@ -94,7 +98,8 @@ def check_fit(model: nn.Module, facts: ModelFacts, checkpoint: Checkpoint) -> No
         for part in parts
     }
     required, optional = (published_shapes(facts.model_type, own, given) for own in (wanted, buffers))
-    check_shapes(facts, {name: checkpoint.tensors[t].shape for name, t in given.items()}, required, optional)
+    stored = stored_weights(facts, checkpoint)
+    check_shapes(facts, {name: stored[weight].shape for name, weight in given.items()}, required, optional)
 
 
 def assembled(
@@ -114,14 +119,14 @@ def assembled(
     for tensor, values in tensors:
         name, part = places[tensor]
         if part.expert is None:
-            yield name, values.to(device=device, dtype=dtype, copy=copy)
+            yield name, values if is_packed(values) else values.to(device=device, dtype=dtype, copy=copy)
             continue
         if name not in unfinished:
             last = parts[name][-1]
             shape = (1 + (last.expert or 0), (1 + last.piece) * len(values), *values.shape[1:])
             unfinished[name] = torch.empty(shape, device=device, dtype=dtype), len(parts[name])
         whole, missing = unfinished.pop(name)
-        whole[part.expert, part.rows(len(values))] = values
+        whole[part.expert, part.rows(len(values))] = plain(values)
         if missing == 1:
             yield name, whole
         else:
@@ -156,7 +161,7 @@ def empty(model: nn.Module) -> None:
     for module in model.modules():
         for leaf, parameter in module._parameters.items():
             if parameter is not None and not parameter.is_meta:
-                meta = torch.empty_like(parameter, device="meta")
+                meta = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
                 module._parameters[leaf] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
 
 
@@ -180,11 +185,11 @@ def response_hidden(
     positions = {}
     if packing:
         ids, starts, rows = packed(prompts, responses, trained)
-        positions = {"position_ids": starts.to(device)}
+        positions = {"position_ids": to_device(starts, device)}
     else:
         ids, rows = padded(prompts, responses, trained)
-    hidden = body(input_ids=ids.to(device), **positions, use_cache=False).last_hidden_state
-    rows_ND: Tensor = hidden.flatten(0, 1).index_select(0, rows.to(device))
+    hidden = body(input_ids=to_device(ids, device), **positions, use_cache=False).last_hidden_state
+    rows_ND: Tensor = hidden.flatten(0, 1).index_select(0, to_device(rows, device))
     return rows_ND
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,7 @@ ELEMENT_TYPES = (
     *("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "U16", "I16", "F16", "BF16"),
     *("U32", "I32", "F32", "U64", "I64", "F64"),
 )
+FLOATS = frozenset(("BF16", "F16", "F32", "F64"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +55,19 @@ class _Shard:
     size: int
     header_bytes: int
     tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
 
 
 class Checkpoint:
     """The weights of a Hugging Face folder. Opening reads headers only.
 
-    `header_bytes` is the part of `file_bytes` that is not tensor data, over all files.
+    `header_bytes` is the part of `file_bytes` that is not tensor data, over all files; `metadata` the text
+    that headers have beside the tensors.
     """
 
     def __init__(self, folder: Path, shards: tuple[_Shard, ...], tensors: Mapping[str, TensorInfo]) -> None:
         self.folder = folder
+        self.metadata = {key: value for shard in shards for key, value in shard.metadata.items()}
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
         self.file_bytes = sum(shard.size for shard in shards)
         self.header_bytes = sum(shard.header_bytes for shard in shards)
@@ -197,6 +202,15 @@ class Checkpoint:
         except OSError as error:
             raise ModelError(f"{info.file}: cannot be read: {error.strerror}") from error
 
+    def read_integers(self, name: str) -> tuple[int, ...]:
+        """Return the numbers of a small tensor of 64-bit integers. Raises ModelError, see `read_into`."""
+        info = self._find(name)
+        if info.dtype != "I64":
+            raise ModelError(f"{info.file}: {name!r} has elements of type {info.dtype}, not I64")
+        data = bytearray(info.num_bytes)
+        self.read_into(name, 0, memoryview(data))
+        return struct.unpack(f"<{info.num_bytes // 8}q", data)
+
     def same_bytes(self, first: str, second: str) -> bool:
         """Whether two tensors are bitwise equal, such as a tied head that was saved twice.
 
@@ -281,9 +295,10 @@ def _read_shard(path: Path) -> _Shard:
         raise ModelError(
             f"{path}: truncated, damaged or not a safetensors file ({size} bytes): {reason}; fetch it again"
         ) from error
-    tensors = {}
+    tensors, metadata = {}, {}
     for name, entry in header.items():
         if name == "__metadata__":
+            metadata = entry
             continue
         if entry["dtype"] not in ELEMENT_TYPES:
             raise ModelError(
@@ -291,4 +306,4 @@ def _read_shard(path: Path) -> _Shard:
             )
         first, stop = entry["data_offsets"]
         tensors[name] = TensorInfo(path, entry["dtype"], tuple(entry["shape"]), start + first, stop - first)
-    return _Shard(path, size, start, tensors)
+    return _Shard(path, size, start, tensors, metadata)

@@ -79,16 +79,26 @@ def is_of_expert(model_type: str, tensor: str) -> bool:
 
 def parts_of(model_type: str, parameter: str, num_experts: int) -> tuple[Part, ...]:
     """Return the tensors, under their published names, of which a parameter is made: by expert and rows."""
+    parts = (part for e in range(num_experts) for part in expert_parts(model_type, parameter, e))
+    return tuple(parts) or (Part(published_name(model_type, parameter)),)
+
+
+def expert_parts(model_type: str, parameter: str, expert: int) -> tuple[Part, ...]:
+    """Return the tensors of one expert in a parameter, by rows; empty if it has no experts."""
+    names, match = _FAMILIES.get(model_type), _FOLDER_NAME.fullmatch(published_name(model_type, parameter))
+    if names is None or match is None or not match["rest"].startswith("experts."):
+        return ()
+    prefix = f"{match['layer']}.{names.block}.experts.{expert}"
+    pieces = names.matrices.get(match["rest"].removeprefix("experts."), ())
+    return tuple(Part(f"{prefix}.{matrix}.weight", expert, piece) for piece, matrix in enumerate(pieces))
+
+
+def published_name(model_type: str, parameter: str) -> str:
+    """Return the name under which a parameter is published that is one tensor."""
     names, match = _FAMILIES.get(model_type), _FOLDER_NAME.fullmatch(parameter)
     if names is None or match is None or match["block"] != _MODULE_BLOCK:
-        return (Part(parameter),)
-    prefix, rest = f"{match['layer']}.{names.block}", match["rest"]
-    pieces = names.matrices.get(rest.removeprefix("experts."), ()) if rest.startswith("experts.") else ()
-    return tuple(
-        Part(f"{prefix}.experts.{expert}.{matrix}.weight", expert, piece)
-        for expert in range(num_experts if pieces else 0)
-        for piece, matrix in enumerate(pieces)
-    ) or (Part(f"{prefix}.{rest}"),)
+        return parameter
+    return f"{match['layer']}.{names.block}.{match['rest']}"
 
 
 def published_shapes(

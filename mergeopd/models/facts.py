@@ -12,15 +12,24 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from mergeopd.errors import ModelError
-from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.checkpoint import FLOATS, Checkpoint
 from mergeopd.models.json_file import read_object
+from mergeopd.models.quantization import Quantization, read_quantization
 
+Weights = Literal["float", "readable", "any"]
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 HEAD_BIAS = "lm_head.bias"
+QUANTISED_HEAD = (
+    "{name!r} is quantised, and embedding and prediction head must not be: the loss needs the head exact; "
+    "name a folder where they are not (most quantisation tools leave them out)"
+)
+_NO_HEAD = "the checkpoint has no tensor {name!r}, the prediction head"
+# Data of a quantised weight, in place of `weight`.
+_QUANTISED = ("weight_packed", "_weight_qdata")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +83,7 @@ class ModelFacts:
     `vocab_rows` counts the head's rows, padding included; the tokenizer determines the true vocabulary.
     `tied` is the config's value: if True, the head is the tensor `embedding_name`, and `head_name` may be
     missing. `eos_ids` is empty when neither config.json nor generation_config.json has one. `experts` is None
-    for a dense model.
+    for a dense model, `quantization` for float weights.
     """
 
     folder: Path
@@ -91,6 +100,7 @@ class ModelFacts:
     head_name: str = HEAD
     head_bias_name: str | None = None
     experts: Experts | None = None
+    quantization: Quantization | None = None
 
     @property
     def head_parameter(self) -> str:
@@ -98,19 +108,23 @@ class ModelFacts:
         return self.embedding_name if self.tied else self.head_name
 
     @classmethod
-    def read(cls, folder: Path) -> ModelFacts:
+    def read(cls, folder: Path, weights: Weights = "float") -> ModelFacts:
         """Read `folder`/config.json and generation_config.json; no code of the folder is executed.
 
-        Raises ModelError when there is no config, it is damaged or quantised, or its architecture unknown.
+        `weights` are those that the caller can use: not quantised, quantised in a format with a loader, or
+        any, where it reads none but the prediction head. Raises ModelError when there is no config, it is
+        damaged, its architecture unknown, or the weights are others.
         """
         path, config = folder / "config.json", read_config(folder)
         model_type = config.get("model_type")
         architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
         if architecture is None:
             raise ModelError(_unknown(path, model_type, config))
-        if config.get("quantization_config"):
+        quantization = read_quantization(path, config) if weights == "readable" else None
+        if config.get("quantization_config") and weights == "float":
             raise ModelError(
-                f"{path}: the weights are quantised (quantization_config); name a folder with float weights"
+                f"{path}: the weights are quantised (quantization_config), and only teachers are read from "
+                "such folders; name a folder with float weights"
             )
         tied = config.get("tie_word_embeddings", architecture.tied)
         if not isinstance(tied, bool):
@@ -128,6 +142,7 @@ class ModelFacts:
             eos_ids=_eos_ids(folder, config),
             head_bias_name=HEAD_BIAS if architecture.head_bias else None,
             experts=_experts(path, config, architecture),
+            quantization=quantization,
         )
 
 
@@ -160,7 +175,13 @@ def head_tensor(facts: ModelFacts, checkpoint: Checkpoint) -> str:
     else:
         name = embedding if embedding in checkpoint.tensors else head
     if name not in checkpoint.tensors:
-        raise ModelError(f"{facts.folder}: the checkpoint has no tensor {name!r}, the prediction head")
+        module = name.removesuffix("weight")
+        is_quantised = any(f"{module}{role}" in checkpoint.tensors for role in _QUANTISED)
+        raise ModelError(
+            f"{facts.folder}: " + (QUANTISED_HEAD if is_quantised else _NO_HEAD).format(name=name)
+        )
+    if checkpoint.tensors[name].dtype not in FLOATS:
+        raise ModelError(f"{facts.folder}: {QUANTISED_HEAD.format(name=name)}")
     shape, expected = checkpoint.tensors[name].shape, (facts.vocab_rows, facts.hidden_size)
     if shape != expected:
         raise ModelError(

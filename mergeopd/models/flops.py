@@ -20,6 +20,7 @@ from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.experts import is_of_expert
 from mergeopd.models.facts import ModelFacts, positive_int, read_config
 from mergeopd.models.layout import is_weight
+from mergeopd.models.stored import stored_weights
 
 TRAINING = 3
 """Forward and backward together, in units of a forward pass."""
@@ -42,10 +43,10 @@ class ModelFlops:
         Raises:
             ModelError: config or weights are missing, damaged, or of an unknown architecture.
         """
-        facts, config = ModelFacts.read(folder), read_config(folder)
+        facts, config = ModelFacts.read(folder, "readable"), read_config(folder)
         outside = (facts.embedding_name, facts.head_name)
-        tensors = Checkpoint.open(folder).tensors
-        weights = {name: tensors[name] for name in tensors if is_weight(name) and name not in outside}
+        stored = stored_weights(facts, Checkpoint.open(folder))
+        weights = {name: stored[name] for name in stored if is_weight(name) and name not in outside}
         of_experts = {name for name in weights if is_of_expert(facts.model_type, name)}
         all_tokens = sum(
             prod(t.shape) for n, t in weights.items() if len(t.shape) > 1 and n not in of_experts

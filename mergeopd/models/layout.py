@@ -17,6 +17,7 @@ from mergeopd.errors import ModelError
 from mergeopd.models.checkpoint import Checkpoint
 from mergeopd.models.experts import Sizes, has_experts, published_shapes
 from mergeopd.models.facts import EMBEDDING, HEAD, HEAD_BIAS, ModelFacts, read_config
+from mergeopd.models.stored import stored_weights
 
 # Buffers of old conversions; transformers computes them.
 _IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
@@ -162,10 +163,11 @@ def check_layout(facts: ModelFacts, checkpoint: Checkpoint, head: str = HEAD) ->
 
     Raises ModelError naming the first differences.
     """
-    expected = expected_shapes(facts, read_config(facts.folder), checkpoint.tensors)
+    stored = stored_weights(facts, checkpoint)
+    expected = expected_shapes(facts, read_config(facts.folder), stored)
     apart = {facts.embedding_name, facts.head_name, EMBEDDING, HEAD, HEAD_BIAS, head}
     uncompared = {name: None for name in checkpoint.tensors if _UNCOMPARED.search(name)}
-    given = {name: t.shape for name, t in checkpoint.tensors.items() if is_weight(name) and name not in apart}
+    given = {name: own.shape for name, own in stored.items() if is_weight(name) and name not in apart}
     check_shapes(facts, given, expected, uncompared)
 
 

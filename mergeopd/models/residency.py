@@ -11,13 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil
 from typing import Literal
 
 from mergeopd.errors import ModelError
 from mergeopd.models.checkpoint import Checkpoint
-from mergeopd.models.experts import part_of
+from mergeopd.models.experts import is_of_expert
 from mergeopd.models.facts import ModelFacts, read_config
+from mergeopd.models.stored import StoredWeight, stored_weights
 
 Residency = Literal["auto", "resident", "stream"]
 # Layers whose bytes are in memory: one is computed, the next is being read.
@@ -38,10 +39,18 @@ def layer_of(parameter: str) -> int | None:
 def is_copied(facts: ModelFacts, checkpoint: Checkpoint, dtype: str) -> bool:
     """Whether a body's parameters are made of its tensors by copies: of another precision, or by expert."""
     return any(
-        info.dtype != _STORED[dtype] or part_of(facts.model_type, name)[1].expert is not None
-        for name, info in checkpoint.tensors.items()
+        is_of_expert(facts.model_type, name) or not _is_kept(own, checkpoint, dtype)
+        for name, own in stored_weights(facts, checkpoint).items()
         if layer_of(name) is not None
     )
+
+
+def _is_kept(stored: StoredWeight, checkpoint: Checkpoint, dtype: str) -> bool:
+    """Whether a weight stays in memory as it is stored."""
+    if stored.encoding is not None:
+        return stored.encoding.packed is not None
+    [tensor] = stored.tensors.values()
+    return checkpoint.tensors[tensor].dtype == _STORED[dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +71,24 @@ class BodySizes:
     is_copied: bool
 
     @classmethod
-    def of(cls, facts: ModelFacts, checkpoint: Checkpoint, dtype: str) -> BodySizes:
-        """Read the sizes from headers and config.json."""
+    def of(
+        cls, facts: ModelFacts, checkpoint: Checkpoint, dtype: str, *, quantize: bool = False
+    ) -> BodySizes:
+        """Read the sizes from headers and config.json; with `quantize`, of a copy with a byte per weight."""
         width = ITEMSIZE[dtype]
         head = {facts.head_bias_name} | (set() if facts.tied else {facts.head_name})
         stored, computed = dict[int | None, int](), dict[int | None, int]()
-        for name, info in checkpoint.tensors.items():
-            if name not in head:
-                layer, count = layer_of(name), prod(info.shape)
-                stored[layer] = stored.get(layer, 0) + info.num_bytes
-                computed[layer] = computed.get(layer, 0) + count * width
+        for name, own in stored_weights(facts, checkpoint).items():
+            if name in head:
+                continue
+            layer = layer_of(name)
+            in_files = sum(checkpoint.tensors[tensor].num_bytes for tensor in own.tensors.values())
+            will_be_packed = quantize and layer is not None and len(own.shape) > 1
+            in_files = own.numel if will_be_packed else in_files
+            is_packed = will_be_packed or (own.encoding is not None and own.encoding.packed is not None)
+            keeps = is_packed and not is_of_expert(facts.model_type, name)
+            stored[layer] = stored.get(layer, 0) + in_files
+            computed[layer] = computed.get(layer, 0) + (in_files if keeps else own.numel * width)
         ffn = read_config(facts.folder).get("intermediate_size") or 4 * facts.hidden_size
         return cls(
             body=sum(computed.values()),

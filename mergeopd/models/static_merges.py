@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mergeopd.models.causal import assembled, build_skeleton, fill, parameter_parts
 from mergeopd.models.checkpoint import Checkpoint
-from mergeopd.models.facts import ModelFacts
+from mergeopd.models.facts import ModelFacts, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,6 +110,8 @@ def why_not(base: Path, experts: Sequence[Path]) -> str | None:
     """
     reference = _shapes(base)
     for expert in experts:
+        if read_config(expert).get("quantization_config"):
+            return f"the weights of {expert.name} are quantised"
         shapes = _shapes(expert)
         if shapes.keys() != reference.keys():
             odd = sorted(shapes.keys() ^ reference.keys())[0]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,11 +19,18 @@ MAX_FILE_BYTES = 5_000_000_000
 """Size of the files of an exported model."""
 
 
-def write_model(tensors: Iterable[tuple[str, Tensor]], source: Path, folder: Path, max_bytes: int) -> None:
+def write_model(
+    tensors: Iterable[tuple[str, Tensor]],
+    source: Path,
+    folder: Path,
+    max_bytes: int,
+    quantization: Mapping[str, Any] | None = None,
+) -> None:
     """Write tensors, and configuration and tokenizer of the folder `source`, into an existing folder.
 
     The tensors are written in order, in files of at most `max_bytes` or one tensor, with an index if there
-    are several. config.json gets the first tensor's dtype. Raises ModelError if `source` has no config.
+    are several. config.json gets the first tensor's dtype, or keeps its own and gets the settings of
+    quantised tensors. Raises ModelError if `source` has no config.
     """
     files: list[tuple[list[str], int]] = []
     dtype = None
@@ -42,8 +50,11 @@ def write_model(tensors: Iterable[tuple[str, Tensor]], source: Path, folder: Pat
         }
         _write_json(folder / INDEX, index)
     config = read_config(source)
-    config.pop("torch_dtype", None)
-    config["dtype"] = next(name for name, value in DTYPES.items() if value == dtype)
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
+    else:
+        config.pop("torch_dtype", None)
+        config["dtype"] = next(name for name, value in DTYPES.items() if value == dtype)
     _write_json(folder / "config.json", config)
     copy_companions(source, folder)
 

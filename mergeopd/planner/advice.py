@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from mergeopd.planner.residency import pass_tokens
 from mergeopd.planner.setup import Setup
 from mergeopd.reporting.estimate import Change, Estimate
 
@@ -46,6 +47,7 @@ def _candidates(setup: Setup) -> Iterator[tuple[dict[str, Any], str, Setup]]:
     if setup.is_megatron:
         yield from _grids(setup)
     yield from _teachers(setup)
+    yield from _residencies(setup)
     yield from _rollouts(setup)
 
 
@@ -80,6 +82,17 @@ def _teachers(setup: Setup) -> Iterator[tuple[dict[str, Any], str, Setup]]:
         dtypes = {name: setup.shapes[name].stored for name in odd}
         settings = {f"teachers.{name}.dtype": dtype for name, dtype in dtypes.items()}
         yield settings, "no conversion of weights", setup.with_teachers(dtypes)
+
+
+def _residencies(setup: Setup) -> Iterator[tuple[dict[str, Any], str, Setup]]:
+    """Yield all teachers streamed, and more memory for those that are read several times a round."""
+    whole = [name for name in setup.read_teachers if pass_tokens(setup, name) is None]
+    if whole:
+        settings = {f"teachers.{name}.card.residency": "stream" for name in whole}
+        yield settings, "in the cards: weights are read while layers are computed", setup.with_streamed(whole)
+    limit = setup.plan.memory.teacher_gib
+    if limit is not None and len(whole) < len(setup.read_teachers):
+        yield {"memory.teacher_gib": 2 * limit}, "fewer passes", setup.with_teacher_gib(2 * limit)
 
 
 def _rollouts(setup: Setup) -> Iterator[tuple[dict[str, Any], str, Setup]]:

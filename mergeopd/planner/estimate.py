@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from mergeopd.config.folders import Lookup
 from mergeopd.errors import Location, ModelError, Problem, RecipeError
 from mergeopd.messages import option_problem, shown
+from mergeopd.models.facts import Weights
 from mergeopd.planner.advice import changes
 from mergeopd.planner.fit import fitted, nearest
 from mergeopd.planner.lengths import Texts, text_lengths
 from mergeopd.planner.memory import stage_memory
 from mergeopd.planner.profile import Hardware, read_hardware
+from mergeopd.planner.residency import hold, residency_problems
 from mergeopd.planner.setup import Setup
 from mergeopd.planner.shapes import ModelShape
 from mergeopd.planner.timing import evaluation_seconds, phase_estimate
+from mergeopd.preflight.residency import note
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.resolve import Resolution, read
 from mergeopd.recipe.rollout import AnyServerRollout
@@ -59,7 +63,7 @@ def estimate(
     setup, texts = read_setup(resolution, machine, prompt_tokens, response_tokens)
     if hardware is None and num_processes is None and setup.is_megatron:
         parallel = plan.student.parallel
-        setup = setup.changed(num_devices=parallel.replica_size)
+        setup = setup.changed(num_devices=parallel.smallest_world)
     if not setup.is_megatron and machine.num_devices > 1:
         others = machine.num_devices - 1
         idle = f"estimated for one device; a run would shard the student over the other {others}, too"
@@ -82,7 +86,8 @@ def read_setup(
     for name, teacher in plan.teachers.items():
         if teacher.model is not None:
             place = ("teachers", name) if teacher.student is not None else ("teachers", name, "card", "model")
-            shapes[name] = _shape(place, teacher.model, resolution, problems)
+            shape = _shape(place, teacher.model, resolution, problems, "readable")
+            shapes[name] = shape if shape is None or teacher.quantize is None else shape.quantized()
     if problems:
         raise RecipeError(resolution.origins.in_order(problems))
     texts = text_lengths(resolution, prompt_tokens, response_tokens)
@@ -146,10 +151,14 @@ def _too_large(result: Estimate, nearest_fit: str | None) -> str:
 
 
 def _shape(
-    place: tuple[str, ...], folder: str, resolution: Resolution, problems: list[Problem]
+    place: tuple[str, ...],
+    folder: str,
+    resolution: Resolution,
+    problems: list[Problem],
+    weights: Weights = "float",
 ) -> ModelShape | None:
     try:
-        return ModelShape.read(Path(folder))
+        return ModelShape.read(Path(folder), weights)
     except ModelError as error:
         problems.append(resolution.origins.problem(place, str(error)))
         return None
@@ -178,15 +187,16 @@ def _refuse_grid(setup: Setup) -> None:
     file = Location(shown(Path(setup.plan.recipe_file)))
     parallel, world = setup.plan.student.parallel, setup.world
     problems = []
-    of_count = count_problem(parallel.tensor, parallel.pipeline, parallel.context, world)
+    sizes = {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "expert": parallel.expert}
+    of_count = count_problem(world, **sizes, context=parallel.context)
     if of_count is not None:
-        needed = parallel.replica_size
+        needed = parallel.smallest_world
         below, above = world // needed * needed, -(-world // needed) * needed
         fits = f"use {above} processes" if below == 0 else f"use {below} or {above} processes"
         remedy = f"{fits}, or let `mergeopd plan --fit` choose the grid"
         problems.append(Problem(file, "student.parallel", of_count, remedy))
     if setup.architecture is not None:
-        for problem in setup.architecture.split_problems(parallel.tensor, parallel.pipeline):
+        for problem in setup.architecture.split_problems(**sizes, sequence=parallel.sequence):
             path = f"student.parallel.{problem.key}"
             problems.append(Problem(file, path, problem.message, problem.remedy))
     if problems:
@@ -194,7 +204,10 @@ def _refuse_grid(setup: Setup) -> None:
 
 
 def _notes(setup: Setup) -> list[str]:
-    notes = []
+    notes: list[str] = []
+    for name in setup.loaded_teachers:
+        with suppress(ModelError):
+            notes.extend(note(name, hold(setup, name)))
     if isinstance(setup.plan.rollout, AnyServerRollout):
         notes.append("inference servers have devices of their own: their time and memory are not estimated")
     served = [name for name in setup.shapes if setup.teacher(name).served is not None]
@@ -220,4 +233,6 @@ def _obstacles(setup: Setup) -> list[str]:
     for name, shape in setup.shapes.items():
         if setup.is_loaded(name) and shape.runs is not None and setup.teacher(name).student is None:
             obstacles.append(f"teacher '{name}' does not run: {shape.runs}; serve it (`served` in its card)")
+        else:
+            obstacles.extend(residency_problems(setup, name))
     return obstacles

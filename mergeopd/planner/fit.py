@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from mergeopd.planner.memory import stage_memory
+from mergeopd.planner.residency import pass_tokens, residency_problems
 from mergeopd.planner.setup import Setup
 from mergeopd.recipe.models import Parallel
 from mergeopd.reporting.estimate import Estimate, Fitted
+from mergeopd.student.megatron.architecture import count_problem
 
 _MOST_DEVICES, _SHOWN = 1024, 5
 _MICRO_BATCHES = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -48,6 +50,8 @@ def describe(one: Fitted) -> str:
     words = f"micro_batch_tokens {one.micro_batch_tokens:,}, rollout.batch_size {one.batch_size}"
     if one.backend == "megatron":
         words = f"{one.grid}, {words}" + (", recompute" if one.recompute else "")
+    if one.streamed:
+        words += f", {', '.join(one.streamed)} with `residency: stream` in the card"
     return f"{words} ({one.peak_bytes / 2**30:,.1f} GiB)"
 
 
@@ -60,6 +64,7 @@ def _fitted(setup: Setup, result: Estimate) -> Fitted:
         batch_size=setup.plan.rollout.batch_size,
         seconds=result.seconds,
         peak_bytes=result.peak_bytes,
+        streamed=tuple(n for n in setup.read_teachers if pass_tokens(setup, n) is not None),
     )
 
 
@@ -70,14 +75,19 @@ def _candidates(setup: Setup) -> Iterator[Setup]:
         for size in sizes:
             batch = setup.plan.rollout.batch_size
             while batch >= 1:
-                candidate = setup.changed(parallel=parallel, micro_batch_tokens=size).with_batch(batch)
-                if _fits(candidate):
+                own = setup.changed(parallel=parallel, micro_batch_tokens=size).with_batch(batch)
+                # As the cards say, or else with all teachers streamed.
+                candidates = own, own.with_streamed(own.read_teachers)
+                candidate = next(filter(_fits, candidates), None)
+                if candidate is not None:
                     yield candidate
                     break
                 batch //= 2
 
 
 def _fits(setup: Setup) -> bool:
+    if any(problem for name in setup.shapes for problem in residency_problems(setup, name)):
+        return False
     stages, hardware = stage_memory(setup), setup.hardware.with_devices(setup.world)
     host = hardware.host_limit_bytes
     in_host = max(stage.total("host") for stage in stages)
@@ -93,9 +103,14 @@ def _grids(setup: Setup) -> Iterator[Parallel]:
         return
     world, arch, own = setup.hardware.num_devices, setup.architecture, setup.plan.student.parallel
     for tensor in (n for n in range(1, setup.hardware.per_machine + 1) if world % n == 0):
-        for pipeline in range(1, setup.student.layers + 1):
-            if world % (tensor * pipeline * own.context) or (arch and arch.split_problems(tensor, pipeline)):
-                continue
-            for recompute in (False, True):
-                split = {"tensor": tensor, "pipeline": pipeline, "recompute": recompute}
-                yield own.model_copy(update=split | {"sequence": own.sequence and tensor > 1})
+        for pipeline in (n for n in range(1, setup.student.layers + 1) if world // tensor % n == 0):
+            is_mixture = arch is not None and arch.experts is not None
+            for expert in range(1, (world // pipeline if is_mixture else 1) + 1):
+                sequence = tensor > 1 and (own.sequence or is_mixture)
+                sizes = {"tensor": tensor, "pipeline": pipeline, "expert": expert}
+                if count_problem(world, **sizes, context=own.context):
+                    continue
+                if arch is not None and arch.split_problems(**sizes, sequence=sequence):
+                    continue
+                for recompute in (False, True):
+                    yield own.model_copy(update=sizes | {"sequence": sequence, "recompute": recompute})

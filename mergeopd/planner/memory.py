@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from math import ceil
 
+from mergeopd.planner.residency import READ_AHEAD, pass_tokens, streamed_bytes
 from mergeopd.planner.setup import Setup
 from mergeopd.planner.shapes import ITEMSIZE, ModelShape
+from mergeopd.planner.student_state import (
+    CHECKPOINT,
+    OFFLOADED,
+    checkpoint_copy,
+    replica_bytes,
+    student_state,
+)
 from mergeopd.planner.workload import PhaseWork
 from mergeopd.reporting.estimate import MemoryPart, StageMemory
 
 # As in `loss/slicing.py`: rows of a product on a CPU, and bytes of a chunk's logits elsewhere.
 _CPU_ROWS, _CHUNK_BYTES, _BLOCK_BYTES = 256, 1 << 30, 2 << 20
+# There too, for the Triton kernels: bytes of all logits, of logit gradients, and the multiple of their rows.
+_TRITON_LOGITS, _TRITON_GRADIENT, _TRITON_ROWS = 3 << 27, 9 << 26, 64
 # As in `teacher/weight_reader.py`: bytes that are gathered at once.
 _GATHERED_BYTES = 256 << 20
 _FLOAT32 = 4
@@ -92,8 +102,7 @@ def _equal_micro_batches(setup: Setup, work: PhaseWork) -> int:
 # Largest share of the heap in use that lies in gaps; fitted to measured runs (docs/planning.md).
 _FRAGMENTED = 0.6
 _HEAP_BLOCK = 32 << 20
-_OFFLOADED = "optimizer: moments on the host"
-_IN_HOST = ("hidden states", _OFFLOADED)
+_IN_HOST = ("hidden states", OFFLOADED, READ_AHEAD, CHECKPOINT)
 
 
 def _parts(setup: Setup, parts: Mapping[str, float]) -> Iterator[MemoryPart]:
@@ -106,23 +115,10 @@ def _parts(setup: Setup, parts: Mapping[str, float]) -> Iterator[MemoryPart]:
 
 def _always(setup: Setup, stage: int) -> Iterator[tuple[str, float]]:
     """Yield what a rank has all the time."""
-    weights, width = setup.stage_weights(stage), setup.itemsize
-    shards = setup.grid.holders if setup.is_megatron else 1
     profile = setup.hardware.profile
     yield "process", profile.process_bytes + (profile.grid_process_bytes if setup.is_megatron else 0)
-    yield "weights", weights * width
-    moments = _OFFLOADED if setup.plan.optimizer.offload else "optimizer: moments"
-    yield moments, weights * 2 * max(width, _FLOAT32) / shards
-    yield "optimizer: main weights", weights * _FLOAT32 / shards if width < _FLOAT32 else 0
-    if setup.is_megatron:
-        yield "gradients", weights * _FLOAT32
-    yield "snapshots of the student", _snapshots(setup)
-
-
-def _snapshots(setup: Setup) -> float:
-    rules = {t.snapshot_rule for t in setup.plan.teachers.values() if t.snapshot_rule is not None}
-    widths = [setup.itemsize if rule.ema is None else _FLOAT32 for rule in rules]
-    return sum(widths) * setup.student.parameters
+    yield from student_state(setup, stage)
+    yield CHECKPOINT, checkpoint_copy(setup, stage)
 
 
 def _rollout(setup: Setup, work: PhaseWork) -> Iterator[tuple[str, float]]:
@@ -146,13 +142,12 @@ def _generation(
     groups = [g for g in work.groups if (g.writer == writer if writer else g.origin == "student")]
     responses = work.text_responses[writer] if writer else sum(g.responses for g in groups)
     rows = min(work.batch_size, ceil(responses / setup.world))
-    width = ITEMSIZE[dtype]
     longest = max(group.lengths.longest for group in groups)
     prompt = max(group.lengths.prompt.longest for group in groups)
     if writer:
         yield from _body(setup, shape, dtype, is_snapshot=False)
-    elif setup.needs_replica:
-        yield "replica that generates", shape.parameters * width
+    else:
+        yield "replica that generates", replica_bytes(setup)
     cache = rows * longest * shape.kv_bytes(dtype)
     # The cache of a layer grows by copies, so that one layer's is there twice.
     yield "KV cache", cache * (1 + 1 / shape.layers)
@@ -170,7 +165,11 @@ def _teachers(setup: Setup, work: PhaseWork) -> Iterator[tuple[str, float]]:
     largest: dict[str, float] = {}
     for name in names:
         shape, dtype = setup.shapes[name], setup.teacher(name).dtype
-        own = dict(_body(setup, shape, dtype, is_snapshot=setup.teacher(name).snapshot_rule is not None))
+        limit = pass_tokens(setup, name)
+        if limit is None:
+            own = dict(_body(setup, shape, dtype, is_snapshot=setup.teacher(name).snapshot_rule is not None))
+        else:
+            own = dict(streamed_bytes(setup, work, name, limit))
         tokens = min(setup.micro_batch_tokens, sum(g.tokens for g in work.of_teacher(name)))
         tokens = max(tokens, max(g.lengths.longest for g in work.of_teacher(name)))
         own["teacher's pass"] = _working_set(shape, tokens, dtype)
@@ -182,19 +181,18 @@ def _teachers(setup: Setup, work: PhaseWork) -> Iterator[tuple[str, float]]:
 
 
 def _body(setup: Setup, shape: ModelShape, dtype: str, *, is_snapshot: bool) -> Iterator[tuple[str, float]]:
-    """Yield a teacher's body as it is loaded today, whole on every rank: mapped, converted, or gathered."""
-    computed = shape.without_head * ITEMSIZE[dtype]
-    stored = shape.without_head * shape.stored_bytes
+    """Yield a teacher's body that is whole on every rank: mapped, converted, or gathered."""
+    computed, stored = shape.body_bytes(dtype), shape.stored_body_bytes
     if setup.hardware.profile.is_cpu and setup.shares_pages:
         # Pages of the file; shared between processes, but each counts them as its own.
         if not is_snapshot:
             yield "teacher (mapped file)", stored
-        if shape.stored != dtype:
+        if shape.is_copied(dtype):
             yield "teacher (converted)", computed
         return
     yield "teacher", computed
     if setup.world > 1 and not is_snapshot:
-        yield "teacher (gathered batch)", _GATHERED_BYTES * (2 if shape.stored != dtype else 1)
+        yield "teacher (gathered batch)", _GATHERED_BYTES * (2 if shape.is_copied(dtype) else 1)
 
 
 def hidden_bytes(setup: Setup, work: PhaseWork) -> float:
@@ -228,10 +226,8 @@ def _update(setup: Setup, work: PhaseWork, stage: int) -> Iterator[tuple[str, fl
     if is_last:
         exact = [name for name in work.teachers if work.kept_numbers.get(name) is None]
         most = max((len(set(own) & set(exact)) for own in work.teacher_sets), default=0)
-        rows = _chunk_rows(setup, int(vocab))
         sides = 1 + most + (1 if work.has_support or len(exact) < len(work.teachers) else 0)
-        blocks = (4 + 2 * work.num_divergences) * min(_BLOCK_BYTES, rows * vocab * _FLOAT32)
-        yield "loss chunk", rows * vocab * _FLOAT32 * sides + blocks
+        yield "loss chunk", _loss_chunk(setup, work, vocab, sides)
         yield "head gradient", vocab * shape.hidden * (_FLOAT32 + width)
         yield "teachers' heads", _heads(setup, work)
     if setup.is_megatron and grid.holders > 1 and setup.hardware.profile.is_cpu:
@@ -241,13 +237,26 @@ def _update(setup: Setup, work: PhaseWork, stage: int) -> Iterator[tuple[str, fl
         yield "hidden states", hidden_bytes(setup, work)
 
 
+def _loss_chunk(setup: Setup, work: PhaseWork, vocab: float, sides: int) -> float:
+    """Return the bytes of a chunk's logits of all `sides`, and of what is made of them."""
+    is_cpu, kernel = setup.hardware.profile.is_cpu, setup.plan.student.kernel
+    if not is_cpu and kernel != "torch" and not work.has_support:
+        of_row = vocab * _FLOAT32 * sides
+        rows = max(_TRITON_LOGITS // of_row // _TRITON_ROWS, 1) * _TRITON_ROWS
+        of_gradient = rows * vocab * setup.itemsize
+        return rows * of_row + max(_TRITON_GRADIENT // of_gradient, 1) * of_gradient
+    rows = _chunk_rows(setup, int(vocab))
+    blocks = (4 + 2 * work.num_divergences) * min(_BLOCK_BYTES, rows * vocab * _FLOAT32)
+    return rows * vocab * _FLOAT32 * sides + blocks
+
+
 def _heads(setup: Setup, work: PhaseWork) -> float:
     """Return the bytes of the heads of one set of teachers, or of their rows that a rank needs."""
 
     def size(name: str) -> float:
         shape, dtype = setup.shapes[name], setup.teacher(name).dtype
         rows = shape.embedding / (setup.grid.tensor * setup.grid.context)
-        mapped = rows * shape.stored_bytes if setup.hardware.profile.is_cpu else 0.0
+        mapped = rows * shape.stored_head_bytes if setup.hardware.profile.is_cpu else 0.0
         copied = shape.stored != dtype or not setup.hardware.profile.is_cpu
         return mapped + (rows * ITEMSIZE[dtype] if copied else 0.0)
 
@@ -309,14 +318,17 @@ def num_micro_batches(setup: Setup, work: PhaseWork) -> float:
 
 def _working_set(shape: ModelShape, tokens: float, dtype: str) -> float:
     """Return the bytes of a layer's forward pass without gradients: its largest set of live numbers."""
-    feed_forward = 2 * shape.hidden + (3 if shape.is_gated else 2) * shape.ffn
+    copies = 2 * shape.per_token * shape.hidden
+    feed_forward = 2 * shape.hidden + (3 if shape.is_gated else 2) * shape.ffn + copies
     attention = 2 * shape.hidden + 2 * shape.query_size + 2 * shape.key_size
     return tokens * max(feed_forward, attention) * ITEMSIZE[dtype]
 
 
 def _backward_set(shape: ModelShape, tokens: float, dtype: str) -> float:
     """Return the bytes of the gradients within a layer."""
-    return tokens * (2 * shape.hidden + (3 if shape.is_gated else 2) * shape.ffn) * ITEMSIZE[dtype]
+    copies = 2 * shape.per_token * shape.hidden
+    feed_forward = (3 if shape.is_gated else 2) * shape.ffn
+    return tokens * (2 * shape.hidden + feed_forward + copies) * ITEMSIZE[dtype]
 
 
 def _chunk_rows(setup: Setup, vocab: int) -> int:

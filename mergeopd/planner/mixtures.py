@@ -26,6 +26,13 @@ class Counts:
     vectors: int
     ffn: int
     kv_numbers: int = 0
+    layer: int = 0
+    """Parameters of the largest layer; 0: that of the mean."""
+    experts: int = 0
+    per_token: int = 0
+    """Experts of a layer, and those that one token uses; 0 for a dense model."""
+    shared: int = 0
+    """Size of the expert that all tokens use."""
 
 
 MIXTURES: Mapping[str, str] = {
@@ -66,7 +73,16 @@ def layer_counts(path: Path, config: Mapping[str, Any]) -> Counts:
     active = layers * attention + dense + num_mixed * (per_token * one + router + always)
     extra = _expert_vectors(data, hidden, own, experts)
     total = layers * (vectors + 2 * hidden) + num_mixed * extra + hidden
-    return Counts(matrices, active, total, per_token * own + int(shared), kv_numbers)
+    return Counts(
+        matrices,
+        active,
+        total,
+        per_token * own + int(shared),
+        kv_numbers,
+        experts=experts,
+        per_token=per_token,
+        shared=int(shared),
+    )
 
 
 def _attention(path: Path, config: dict[str, Any], hidden: int) -> tuple[int, int, int]:

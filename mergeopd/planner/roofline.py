@@ -82,8 +82,8 @@ class Device:
         """
         profile, flops = self.hardware.profile, shape.flops
         per_pass = tokens / max(passes, 1.0)
-        weights = passes * shape.active_matrices * ITEMSIZE[dtype]
-        seconds = self._products(flops.per_token * tokens, weights, dtype, min(per_pass, shape.hidden))
+        weights = passes * shape.read_matrices(per_pass) * ITEMSIZE[dtype]
+        seconds = self._products(flops.per_token * tokens, weights, dtype, shape.smallest_side(per_pass))
         rate = profile.rate(dtype, shape.head_size) * profile.attention * self.hardware.threads
         seconds[ATTENTION] += flops.per_position * positions / self.tensor / rate
         saved = shape.saved_numbers(dtype)[0] * shape.layers * ITEMSIZE[dtype]
@@ -97,9 +97,9 @@ class Device:
         """Return the seconds of the backward passes after `forward`."""
         profile, flops = self.hardware.profile, shape.flops
         per_pass = tokens / max(passes, 1.0)
-        weights = 2 * passes * shape.active_matrices * ITEMSIZE[dtype]
+        weights = 2 * passes * shape.read_matrices(per_pass) * ITEMSIZE[dtype]
         products = (TRAINING - 1) * flops.per_token * tokens
-        seconds = self._products(products, weights, dtype, min(per_pass, shape.hidden))
+        seconds = self._products(products, weights, dtype, shape.smallest_side(per_pass))
         rate = profile.rate(dtype, shape.head_size) * profile.attention * self.hardware.threads
         seconds[ATTENTION] += _ATTENTION_BACKWARD * flops.per_position * positions / self.tensor / rate
         saved = shape.saved_numbers(dtype)[0] * shape.layers * ITEMSIZE[dtype]
@@ -137,7 +137,7 @@ class Device:
         profile, width = self.hardware.profile, ITEMSIZE[dtype]
         seconds = Causes()
         flops = shape.flops
-        weights = shape.active_matrices * width
+        weights = shape.read_matrices(rows) * width
         seconds.add(self._products(flops.per_token * rows * new, steps * weights, dtype, rows))
         head = shape.embedding * (4 if profile.is_cpu else width)
         wide = "float32" if profile.is_cpu and dtype == "bfloat16" else dtype

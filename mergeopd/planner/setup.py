@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import prod
@@ -56,7 +56,7 @@ class Setup:
     def grid(self) -> Grid:
         parallel, world = self.plan.student.parallel, self.world
         data = world // parallel.replica_size
-        return Grid(parallel.tensor, parallel.pipeline, data, parallel.context)
+        return Grid(parallel.tensor, parallel.pipeline, data, parallel.context, parallel.expert)
 
     @property
     def world(self) -> int:
@@ -90,6 +90,18 @@ class Setup:
             teachers[name] = teachers[name].model_copy(update={"dtype": dtype})
         return replace(self, plan=self.plan.model_copy(update={"teachers": teachers}))
 
+    def with_streamed(self, names: Iterable[str]) -> Setup:
+        """Return the run with these teachers streamed, as their cards could say."""
+        teachers = dict(self.plan.teachers)
+        for name in names:
+            teachers[name] = teachers[name].model_copy(update={"residency": "stream"})
+        return replace(self, plan=self.plan.model_copy(update={"teachers": teachers}))
+
+    def with_teacher_gib(self, gib: float) -> Setup:
+        """Return the run with another limit on the memory of a teacher's pass."""
+        memory = self.plan.memory.model_copy(update={"teacher_gib": gib})
+        return replace(self, plan=self.plan.model_copy(update={"memory": memory}))
+
     def with_batch(self, size: int) -> Setup:
         """Return the run with other batches of decoding."""
         rollout = self.plan.rollout.model_copy(update={"batch_size": size})
@@ -102,7 +114,17 @@ class Setup:
             return self.student.parameters
         if arch is None:
             return -(-self.student.parameters // (grid.tensor * grid.pipeline))
-        return shard_weights(arch, grid.tensor, grid.pipeline, stage)
+        return shard_weights(arch, grid.tensor, grid.pipeline, grid.expert, stage)
+
+    def state_weights(self, stage: int) -> float:
+        """Return the parameters whose optimizer state is on a rank of a pipeline stage."""
+        grid, arch, weights = self.grid, self.architecture, self.stage_weights(stage)
+        if not self.is_megatron:
+            return weights
+        if arch is None or arch.experts is None:
+            return weights / grid.holders
+        common = shard_weights(arch, grid.tensor, grid.pipeline, None, stage)
+        return common / grid.holders + (weights - common) * grid.expert / (grid.tensor * grid.holders)
 
     @property
     def architecture(self) -> Architecture | None:
@@ -116,6 +138,11 @@ class Setup:
     def loaded_teachers(self) -> tuple[str, ...]:
         """Teachers whose weights this run reads for passes: not served, recorded or behind an API."""
         return tuple(name for name in self.shapes if self.is_loaded(name))
+
+    @property
+    def read_teachers(self) -> tuple[str, ...]:
+        """Those whose weights are read from files: not snapshots of the student."""
+        return tuple(n for n in self.loaded_teachers if self.plan.teachers[n].snapshot_rule is None)
 
     def is_loaded(self, name: str) -> bool:
         teacher = self.plan.teachers[name]
@@ -131,13 +158,19 @@ def _architecture(folder: str) -> Architecture | None:
 
 
 @cache
-def shard_weights(arch: Architecture, tensor: int, pipeline: int, stage: int) -> int:
-    """Return the parameters of the first tensor-parallel rank of a stage, from the layout of its shards."""
-    shapes = tensor_shapes(arch)
-    names = list(parameter_names(arch, stage, pipeline))
+def shard_weights(arch: Architecture, tensor: int, pipeline: int, expert: int | None, stage: int) -> int:
+    """Return the parameters of the first rank of a stage, from the layout of its shards.
+
+    `expert` ranks divide the experts; with None, these are left out.
+    """
+    shapes, names = tensor_shapes(arch), list(parameter_names(arch, stage, pipeline, range(0)))
     if arch.facts.tied and stage == pipeline - 1 and stage > 0:
         names.append(OUTPUT)
     total = 0
+    if arch.experts is not None and expert is not None:
+        per_stage = arch.facts.num_layers // pipeline
+        layers = arch.experts.layers & set(range(stage * per_stage, (stage + 1) * per_stage))
+        total += len(layers) * arch.experts.count // expert * 3 * arch.experts.size * arch.facts.hidden_size
     for name in names:
         part = shard(name, arch, tensor, 0)
         shape = shapes[part.slices[0].tensor]

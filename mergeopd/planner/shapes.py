@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from mergeopd.errors import ModelError
-from mergeopd.models.facts import ModelFacts, positive_int, read_config
+from mergeopd.models.facts import ModelFacts, Weights, positive_int, read_config
 from mergeopd.models.flops import ModelFlops
 from mergeopd.models.layout import parameter_shapes
+from mergeopd.models.residency import layer_of
 from mergeopd.planner.mixtures import Counts, layer_counts
 
 ITEMSIZE: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -48,19 +50,28 @@ class ModelShape:
     has_head_norms: bool = False
     kv_numbers: int = 0
     """Numbers that a layer caches for one token."""
+    layer: int = 0
+    """Parameters of the largest layer."""
+    experts: int = 0
+    per_token: int = 0
+    """Experts of a layer, and those that one token uses; 0 for a dense model."""
+    shared_ffn: int = 0
+    """Size of the expert that all tokens use."""
     runs: str | None = None
+    is_packed: bool = False
+    """Whether quantised weights stay in memory as they are stored."""
     config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def read(cls, folder: Path) -> ModelShape:
-        """Read `folder`/config.json.
+    def read(cls, folder: Path, weights: Weights = "float") -> ModelShape:
+        """Read `folder`/config.json, of a model whose `weights` are used so.
 
         Raises ModelError when there is none, or sizes are missing from it.
         """
         path, config = folder / "config.json", text_config(read_config(folder))
         model_type = str(config.get("model_type"))
         try:
-            facts: ModelFacts | None = ModelFacts.read(folder)
+            facts: ModelFacts | None = ModelFacts.read(folder, weights)
             runs = None
         except ModelError as error:
             facts, runs = None, str(error).partition("; known:")[0]
@@ -95,7 +106,12 @@ class ModelShape:
             is_gated=model_type not in _UNGATED,
             has_head_norms=model_type in _HEAD_NORMS or bool(config.get("use_qk_norm")),
             kv_numbers=counts.kv_numbers or 2 * groups * head_size,
+            layer=counts.layer or -(-(counts.matrices + counts.vectors) // int(config["num_hidden_layers"])),
+            experts=counts.experts,
+            per_token=counts.per_token,
+            shared_ffn=counts.shared,
             runs=runs,
+            is_packed=facts is not None and facts.quantization is not None and facts.quantization.is_packed,
             config=own,
         )
 
@@ -132,6 +148,34 @@ class ModelShape:
         return self.body + self.embedding
 
     @property
+    def stored_body_bytes(self) -> float:
+        """Bytes of a teacher's body in the files; what is quantised are its matrices."""
+        return self.body_matrices * self.stored_bytes + self._rest * self.stored_head_bytes
+
+    @property
+    def stored_head_bytes(self) -> int:
+        """Bytes of a weight in the files that is not quantised, such as one of the head."""
+        return ITEMSIZE[self.stored]
+
+    def body_bytes(self, dtype: str) -> float:
+        """Return the bytes of a teacher's body in memory."""
+        of_matrix = self.stored_bytes if self.is_packed else ITEMSIZE[dtype]
+        return self.body_matrices * of_matrix + self._rest * ITEMSIZE[dtype]
+
+    def is_copied(self, dtype: str) -> bool:
+        """Whether a body is made of its files by copies: decoded, of another precision, or by expert."""
+        is_decoded = self.stored_bytes != self.stored_head_bytes and not self.is_packed
+        return is_decoded or self.stored != dtype or self.is_mixture
+
+    @property
+    def _rest(self) -> int:
+        return self.without_head - self.body_matrices
+
+    def quantized(self) -> ModelShape:
+        """Return the model with 8 bits for each weight of its matrices, in files and memory."""
+        return replace(self, stored_bytes=1.0, is_packed=True)
+
+    @property
     def is_mixture(self) -> bool:
         return self.active_matrices < self.body_matrices
 
@@ -161,7 +205,30 @@ class ModelShape:
         attention = 2 * query + 2 * key + wide * self.heads
         feed_forward = (4 if self.is_gated else 2) * self.ffn
         of_layer = norms + attention + feed_forward + (head_norms if self.has_head_norms else 0)
-        return of_layer, (1 + wide) * hidden + wide
+        return of_layer + self._routed_numbers(wide), (1 + wide) * hidden + wide
+
+    def _routed_numbers(self, wide: float) -> float:
+        """Return what a layer of experts keeps besides: a token's copies for its experts and their outputs.
+
+        And its probabilities of all experts, in float32, their weights, and the gate of a shared expert.
+        """
+        routed = self.per_token * (2 * self.hidden + 1) + wide * self.experts
+        return routed + (self.hidden + 1 if self.shared_ffn else 0)
+
+    def read_matrices(self, tokens: float) -> float:
+        """Return the parameters of the matrices that a pass reads; of experts, those that its tokens use."""
+        if not self.per_token or self.per_token == self.experts:
+            return self.active_matrices
+        share = self.per_token / self.experts
+        more: float = (1 - (1 - share) ** tokens - share) / (1 - share)
+        return self.active_matrices + max(more, 0.0) * (self.body_matrices - self.active_matrices)
+
+    def smallest_side(self, tokens: float) -> float:
+        """Return the smallest side of the products of a pass of `tokens` tokens."""
+        if not self.per_token:
+            return min(tokens, self.hidden)
+        size = (self.ffn - self.shared_ffn) / self.per_token
+        return min(tokens * self.per_token / self.experts, size, self.hidden)
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,13 +265,27 @@ def _known_counts(facts: ModelFacts, config: Mapping[str, Any]) -> Counts:
                 f"{path}: does not determine the shape of {name}; fetch the model's own config.json"
             )
         shapes[name] = tuple(heads * config["head_dim"] if size is None else size for size in shape)
+    by_layer = Counter[int | None]()
+    for name, shape in shapes.items():
+        by_layer[layer_of(name)] += prod(shape)
+    layer = max(size for number, size in by_layer.items() if number is not None)
     matrices = sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
     vectors = sum(prod(shape) for shape in shapes.values() if len(shape) == 1)
     if experts is None:
-        return Counts(matrices, matrices, vectors, positive_int(path, data, "intermediate_size"))
+        ffn = positive_int(path, data, "intermediate_size")
+        return Counts(matrices, matrices, vectors, ffn, layer=layer)
     of_experts = {name: shape for name, shape in shapes.items() if len(shape) == 3}
     num_weights = sum(map(prod, of_experts.values()))
     active = matrices - num_weights + num_weights * experts.per_token // experts.count
     own = max((shape[-1] for name, shape in of_experts.items() if name.endswith("down_proj")), default=0)
     shared = config.get("shared_expert_intermediate_size") or 0
-    return Counts(matrices, active, vectors, experts.per_token * own + shared)
+    return Counts(
+        matrices,
+        active,
+        vectors,
+        experts.per_token * own + shared,
+        layer=layer,
+        experts=experts.count,
+        per_token=experts.per_token,
+        shared=shared,
+    )

@@ -8,9 +8,19 @@ from math import ceil
 
 from mergeopd.models.flops import TRAINING
 from mergeopd.planner.memory import cached_bytes, num_micro_batches
-from mergeopd.planner.roofline import DISK, ELEMENTWISE, NETWORK, OVERHEAD, WAITING, Causes, Device
+from mergeopd.planner.residency import num_passes, pass_tokens, streamed_bytes_read
+from mergeopd.planner.roofline import (
+    DISK,
+    ELEMENTWISE,
+    MEMORY,
+    NETWORK,
+    OVERHEAD,
+    WAITING,
+    Causes,
+    Device,
+)
 from mergeopd.planner.setup import Setup
-from mergeopd.planner.shapes import ITEMSIZE, ModelShape
+from mergeopd.planner.shapes import ModelShape
 from mergeopd.planner.workload import Group, Lengths, PhaseWork, TextLengths
 from mergeopd.recipe.rollout import AnyServerRollout
 from mergeopd.reporting.estimate import PhaseEstimate, StageTime, TeacherCost
@@ -98,7 +108,9 @@ def _scoring(setup: Setup, work: PhaseWork, name: str) -> Causes:
     tokens = _tokens(groups) / setup.world
     passes = max(1.0, ceil(tokens / setup.micro_batch_tokens))
     seconds = device.forward(shape, tokens, _positions(groups) / setup.world, dtype, passes)
-    if setup.teacher(name).snapshot_rule is None:
+    if pass_tokens(setup, name) is not None:
+        _add_streaming(seconds, _loading(setup, work, name), shape.layers)
+    elif setup.teacher(name).snapshot_rule is None:
         seconds.add(_loading(setup, work, name))
     if work.kept_numbers.get(name) is not None:
         trained = sum(group.trained for group in groups) / setup.world
@@ -110,33 +122,36 @@ def _scoring(setup: Setup, work: PhaseWork, name: str) -> Causes:
     return seconds
 
 
+def _add_streaming(computing: Causes, reading: Causes, layers: int) -> None:
+    """Add what of the reading is not hidden behind computing: the first layer, and what takes longer."""
+    behind = reading.total * (1 - 1 / layers)
+    exposed = reading.total - min(behind, computing.total)
+    computing.add(reading, exposed / reading.total if reading.total else 0.0)
+
+
 def _loading(setup: Setup, work: PhaseWork, name: str) -> Causes:
     """Return the seconds of reading a teacher's body: from the file cache once it is there, or from disk."""
-    shape, profile = setup.shapes[name], setup.hardware.profile
-    stored = shape.without_head * shape.stored_bytes
-    every = sum(
-        setup.shapes[t].without_head * setup.shapes[t].stored_bytes
-        for t in work.teachers
-        if setup.is_loaded(t)
-    )
+    shape, profile, dtype = setup.shapes[name], setup.hardware.profile, setup.teacher(name).dtype
+    is_streamed = pass_tokens(setup, name) is not None
+    is_copied, times = shape.is_copied(dtype), num_passes(setup, work, name)
+    stored = times * shape.stored_body_bytes
+    every = sum(setup.shapes[t].stored_body_bytes for t in work.teachers if setup.is_loaded(t))
     memory = (profile.memory_gib if profile.is_cpu else profile.host_memory_gib or 0.0) * 2**30
+    # Each process that shares pages maps them; streamed layers are dealt over the processes, and copied.
+    readers = setup.hardware.per_machine if is_streamed or not setup.shares_pages else 1
     seconds = Causes()
-    if every <= _CACHED_SHARE * memory:
-        reading = stored / (
-            profile.host_bandwidth * (1 if setup.shares_pages else setup.hardware.per_machine)
-        )
-        if not setup.shares_pages or shape.stored != setup.teacher(name).dtype:
-            seconds["memory"] += reading
-    else:
+    if every > _CACHED_SHARE * memory:
         seconds[DISK] += stored / setup.hardware.num_machines / profile.disk_bandwidth
+    elif is_streamed or is_copied or not setup.shares_pages:
+        seconds[MEMORY] += stored / (profile.host_bandwidth * readers)
     if not profile.is_cpu:
-        seconds["memory"] += stored / setup.hardware.num_devices / profile.host_bandwidth
-    if setup.world > 1 and not setup.shares_pages:
+        seconds[MEMORY] += stored / setup.hardware.num_devices / profile.host_bandwidth
+    if setup.world > 1 and (is_streamed or not setup.shares_pages):
         bandwidth = profile.link_bandwidth if setup.hardware.num_machines == 1 else profile.network_bandwidth
         seconds[NETWORK] += stored / (bandwidth * profile.link_attainable)
-    if shape.stored != setup.teacher(name).dtype:
-        converted = shape.without_head * (shape.stored_bytes + ITEMSIZE[setup.teacher(name).dtype])
-        seconds["memory"] += converted / (profile.memory_bandwidth * setup.hardware.threads)
+    if is_copied:
+        copied = times * (shape.stored_body_bytes + shape.body_bytes(dtype))
+        seconds[MEMORY] += copied / (profile.memory_bandwidth * setup.hardware.threads)
     return seconds
 
 
@@ -162,8 +177,8 @@ def _update(setup: Setup, work: PhaseWork) -> Causes:
         per_update = max(1.0, passes / work.updates_per_round)
         bubble = (grid.pipeline - 1) / per_update
         seconds[WAITING] += bubble * sum(seconds.values())
-    weights = setup.stage_weights(grid.pipeline - 1) / (grid.holders if setup.is_megatron else 1)
-    seconds.add(device.optimizer(weights, dtype), work.updates_per_round)
+    own = setup.state_weights(grid.pipeline - 1)
+    seconds.add(device.optimizer(own, dtype), work.updates_per_round)
     seconds[OVERHEAD] += work.updates_per_round * profile.overheads.update_s
     if setup.is_megatron:
         seconds.add(_messages(setup, work, tokens, passes))
@@ -209,6 +224,10 @@ def _messages(setup: Setup, work: PhaseWork, tokens: float, passes: float) -> Ca
         # Keys and values of the other ranks in each layer, once forward, and their gradients.
         share = shape.kv_numbers * width * tokens * (grid.context - 1) / grid.tensor
         seconds[NETWORK] += 2 * layers * (share / link + passes * overheads.message_s)
+    if grid.expert > 1 and setup.architecture is not None and setup.architecture.experts is not None:
+        # A token's state to each of its experts and back, forward and backward; as if all were elsewhere.
+        sent = state / grid.tensor * setup.architecture.experts.per_token
+        seconds[NETWORK] += 4 * layers * (sent / link + passes * overheads.message_s)
     if grid.holders > 1:
         ring = 2 * (grid.holders - 1) / grid.holders
         weights = setup.stage_weights(0)
@@ -251,7 +270,7 @@ def _teacher(setup: Setup, work: PhaseWork, name: str) -> TeacherCost:
         name=name,
         parameters=shape.parameters,
         active=shape.active,
-        how=_how(setup, name),
+        how=_how(setup, work, name),
         responses=sum(group.responses for group in groups),
         seconds=sum(_scoring(setup, work, name).values()) if is_local else 0.0,
         bytes_read=_bytes_read(setup, work, name),
@@ -261,7 +280,7 @@ def _teacher(setup: Setup, work: PhaseWork, name: str) -> TeacherCost:
     )
 
 
-def _how(setup: Setup, name: str) -> str:
+def _how(setup: Setup, work: PhaseWork, name: str) -> str:
     plan = setup.teacher(name)
     if plan.served is not None:
         return f"served by {plan.served.engine}"
@@ -269,8 +288,11 @@ def _how(setup: Setup, name: str) -> str:
         return "recorded targets"
     if plan.snapshot_rule is not None:
         return "snapshot of the student"
+    if pass_tokens(setup, name) is not None:
+        times = num_passes(setup, work, name)
+        return "streamed" if times == 1 else f"streamed, {times} times"
     if setup.shares_pages and setup.hardware.profile.is_cpu:
-        return "mapped file" if setup.shapes[name].stored == plan.dtype else "mapped file, converted"
+        return "mapped file, converted" if setup.shapes[name].is_copied(plan.dtype) else "mapped file"
     return "whole on every rank" if setup.world > 1 else "whole"
 
 
@@ -279,8 +301,11 @@ def _bytes_read(setup: Setup, work: PhaseWork, name: str) -> float:
     shape, plan = setup.shapes[name], setup.teacher(name)
     if plan.snapshot_rule is not None:
         return 0.0
-    body = shape.without_head * shape.stored_bytes if setup.is_loaded(name) else 0.0
-    head = shape.embedding * shape.stored_bytes if plan.needs_head else 0.0
+    body = 0.0
+    if setup.is_loaded(name):
+        body = shape.stored_body_bytes
+        body = body if pass_tokens(setup, name) is None else streamed_bytes_read(setup, work, name)
+    head = shape.embedding * shape.stored_head_bytes if plan.needs_head else 0.0
     if work.kept_numbers.get(name) is None and setup.is_megatron:
         # Each rank of the loss reads its rows of the head; where pages are shared, those of one rank count.
         head *= 1 / (setup.grid.tensor * setup.grid.context) if setup.shares_pages else setup.grid.data

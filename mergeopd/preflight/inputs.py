@@ -29,6 +29,7 @@ from mergeopd.preflight.environments import EnvironmentChecks
 from mergeopd.preflight.models import ModelReader, file_digest
 from mergeopd.preflight.problems import Findings
 from mergeopd.preflight.prompts import LengthBudget, PromptChecks, check_verifier, turns_budget
+from mergeopd.preflight.quantization import quantization_notes
 from mergeopd.preflight.recorded import check_recorded
 from mergeopd.preflight.residency import check_residency
 from mergeopd.preflight.reward_models import RewardModelChecks
@@ -188,6 +189,8 @@ class _Check:
         if self._resolution.plan is not None:
             self._check_training(self._resolution.plan)
             self._check_evaluation(self._resolution.plan)
+            quantized = quantization_notes(self._resolution.plan, self.teachers, self.models.files)
+            self.findings.notes += quantized
 
     def read(self) -> None:
         """Read models and prompts."""
@@ -195,6 +198,7 @@ class _Check:
         if resolution.student is not None:
             self._announce("reading the student's tokenizer")
             self.student = self.models.student(resolution.student)
+            self.models.check_replay(resolution.student, resolution.rollout)
         if self._with_servers and isinstance(resolution.rollout, AnyServerRollout):
             self._announce("asking the inference servers")
             model = None if resolution.student is None else Path(resolution.student.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from mergeopd.distributed.communicator import Communicator
 from mergeopd.errors import ModelError
 from mergeopd.messages import joined
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.experts import is_of_expert
+from mergeopd.models.facts import ModelFacts
 from mergeopd.models.residency import ITEMSIZE
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.rollout import LocalRollout
@@ -51,7 +54,11 @@ def student_bytes(plan: Plan, world: int, *, on_gpu: bool) -> dict[str, float]:
 
     On a GPU, without what is offloaded to the host.
     """
-    num_weights = Checkpoint.open(Path(plan.student.model)).num_weights
+    checkpoint = Checkpoint.open(Path(plan.student.model))
+    num_weights, model_type = checkpoint.num_weights, ModelFacts.read(checkpoint.folder).model_type
+    of_experts = sum(
+        prod(info.shape) for name, info in checkpoint.tensors.items() if is_of_expert(model_type, name)
+    )
     width = ITEMSIZE[plan.student.dtype]
     layerwise = isinstance(plan.rollout, LocalRollout) and plan.rollout.gather == "layer"
     is_sharded = plan.student.backend == "megatron" or world > 1
@@ -59,7 +66,9 @@ def student_bytes(plan: Plan, world: int, *, on_gpu: bool) -> dict[str, float]:
     return {
         "for unsharded replicas that generate": num_weights * (width if is_copied else 0),
         "for snapshots of the student": num_weights * _snapshot_bytes(plan, width),
-        "for training": num_weights * _training_bytes(plan, width, world, on_gpu=on_gpu),
+        "for training": _training_bytes(
+            plan, width, world, num_weights - of_experts, of_experts, on_gpu=on_gpu
+        ),
     }
 
 
@@ -69,19 +78,25 @@ def _snapshot_bytes(plan: Plan, width: int) -> int:
     return sum(width if rule.ema is None else _MAIN for rule in rules)
 
 
-def _training_bytes(plan: Plan, width: int, world: int, *, on_gpu: bool) -> float:
-    """Bytes per process and weight of the student: parameter, gradient and AdamW state.
+def _training_bytes(
+    plan: Plan, width: int, world: int, common: int, of_experts: int, *, on_gpu: bool
+) -> float:
+    """Bytes per process of the student's parameters, gradients and AdamW state.
 
-    Megatron's data-parallel replicas shard the state: float32 moments, and main parameters if the dtype is
-    smaller. FSDP shards everything; the shards are main parameters.
+    Megatron's processes with the same parameters shard the state: float32 moments, and main parameters if the
+    dtype is smaller. Experts are divided over other processes than the `common` parameters. FSDP shards
+    everything; the shards are main parameters.
     """
-    parallel = plan.student.parallel
-    moments = 0 if plan.optimizer.offload and on_gpu else _MOMENTS
+    parallel, moments = plan.student.parallel, 0 if plan.optimizer.offload and on_gpu else _MOMENTS
     if plan.student.backend == "torch" and world > 1:
-        return (_MAIN + _GRADIENT + moments) * max(1, width // _MAIN) / GridSizes.of(parallel, world).shard
-    model = parallel.tensor * parallel.pipeline
-    shared = moments + (_MAIN if width < _MAIN else 0)
-    return (width + _GRADIENT + shared / (world // model)) / model
+        per_weight = (_MAIN + _GRADIENT + moments) * max(1, width // _MAIN)
+        return (common + of_experts) * per_weight / GridSizes.of(parallel, world).shard
+    state = moments + (_MAIN if width < _MAIN else 0)
+    total = 0.0
+    for num_weights, ways in ((common, parallel.tensor), (of_experts, parallel.expert)):
+        parts = ways * parallel.pipeline
+        total += num_weights * (width + _GRADIENT + state / (world // parts)) / parts
+    return total
 
 
 def free_bytes(device: torch.device) -> int:

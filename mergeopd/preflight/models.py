@@ -18,7 +18,7 @@ from mergeopd.data.teacher_prompt import PromptTemplate, TeacherPrompt
 from mergeopd.errors import DataError, ModelError, TokenizerError
 from mergeopd.messages import shown
 from mergeopd.models.checkpoint import Checkpoint
-from mergeopd.models.facts import ModelFacts, head_tensor
+from mergeopd.models.facts import ModelFacts, Weights, head_tensor
 from mergeopd.models.layout import check_layout
 from mergeopd.models.reward_facts import score_tensor
 from mergeopd.models.tokenizer import Tokenizer
@@ -27,6 +27,7 @@ from mergeopd.preflight.problems import Findings
 from mergeopd.recipe.bridges import KINDS
 from mergeopd.recipe.models import SET_BY_RENDERING, Student
 from mergeopd.recipe.plan import RewardModelPlan, TeacherPlan
+from mergeopd.recipe.rollout import LocalRollout, RolloutSettings
 from mergeopd.types import Message
 
 FindHead = Callable[[ModelFacts, Checkpoint], str]
@@ -53,6 +54,18 @@ class ModelReader:
         self._tokenizers: dict[tuple[str | None, ...], Tokenizer] = {}
         self.files: dict[str, str] = {}
         self.num_shared: dict[str, int] = {}
+
+    def check_replay(self, student: Student, rollout: RolloutSettings | None) -> None:
+        """Report routes that cannot be replayed, because the student has none."""
+        if not isinstance(rollout, LocalRollout) or not rollout.replay_routes:
+            return
+        try:
+            facts = ModelFacts.read(Path(student.model))
+        except ModelError:
+            return  # reported with the model
+        if facts.experts is None:
+            message = f"the student, {facts.model_type}, is not a mixture of experts"
+            self._findings.report(("rollout", "replay_routes"), message, "remove the key")
 
     def student(self, student: Student) -> Renderer | None:
         """Create the student's renderer; None if there is a problem."""
@@ -141,6 +154,22 @@ class ModelReader:
             message = "the chat template leaves system messages out, so this one would have no effect"
             self._findings.report(place, message, "write it into the teacher's `prompt`")
 
+    def _check_quantized(self, teacher: TeacherPlan, facts: ModelFacts) -> None:
+        """Report `quantize` of weights that are quantised already; note activations that are not."""
+        if facts.quantization is None:
+            return
+        if teacher.quantize is not None:
+            self._findings.report(
+                ("teachers", teacher.name, "quantize"),
+                f"the weights in {shown(teacher.folder)} are quantised already ({facts.quantization.method})",
+                "remove the key, or name a folder with float weights",
+            )
+        elif facts.quantization.quantizes_activations:
+            self._findings.notes.append(
+                f"teacher '{teacher.name}' is a folder that quantises activations, too: here its quantised "
+                "weights are used with activations as they are"
+            )
+
     def _other_model(self, teacher: TeacherPlan, student: Renderer | None) -> Renderer | None:
         def compare(place: Keys, own: Tokenizer) -> None:
             if student is not None:
@@ -169,7 +198,8 @@ class ModelReader:
         folder = Path(model.tokenizer)
         served = model.served if isinstance(model, TeacherPlan) else None
         if served is None:
-            facts = self._model(model_place, Path(model.model), find_head)
+            weights: Weights = "readable" if isinstance(model, TeacherPlan) else "float"
+            facts = self._model(model_place, Path(model.model), find_head, weights)
         else:  # the weights of the servers are checked by the card's sample
             facts = self._served_model(model_place, Path(model.model), hidden_states=served.hidden_states)
         if facts is None or served is not None:
@@ -182,6 +212,8 @@ class ModelReader:
                 if isinstance(model, TeacherPlan)
                 else f"fetch the weights of the card, or write their digest: {self.files[model.model]}",
             )
+        if facts is not None and isinstance(model, TeacherPlan):
+            self._check_quantized(model, facts)
         tokenizer = self._tokenizer(tokenizer_place, folder)
         if tokenizer is None:
             return None
@@ -237,9 +269,15 @@ class ModelReader:
                 f"losses are over the {num} ids that both have, without these; evaluation has all"
             )
 
-    def _model(self, place: Keys, folder: Path, find_head: FindHead = head_tensor) -> ModelFacts | None:
+    def _model(
+        self,
+        place: Keys,
+        folder: Path,
+        find_head: FindHead = head_tensor,
+        weights: Weights = "float",
+    ) -> ModelFacts | None:
         """Read the facts of a model; None if its weights are not complete. `find_head` checks its head."""
-        facts = self._findings.attempt(place, lambda: ModelFacts.read(folder))
+        facts = self._findings.attempt(place, lambda: ModelFacts.read(folder, weights))
         if facts is None and not (folder / "config.json").exists():
             return None
         checkpoint = self._findings.attempt(place, lambda: Checkpoint.open(folder))
@@ -259,7 +297,7 @@ class ModelReader:
 
     def _served_model(self, place: Keys, folder: Path, *, hidden_states: bool) -> ModelFacts | None:
         """Read the facts of a model that servers have; with `hidden_states`, its head must be here."""
-        facts = self._findings.attempt(place, lambda: ModelFacts.read(folder))
+        facts = self._findings.attempt(place, lambda: ModelFacts.read(folder, "any"))
         if facts is not None and hidden_states:
             checkpoint = self._findings.attempt(place, lambda: Checkpoint.open(folder))
             if (
@@ -276,7 +314,7 @@ class ModelReader:
         place, folder = ("teachers", teacher.name, "card", "model"), teacher.folder
 
         def check() -> None:
-            facts, checkpoint = ModelFacts.read(folder), Checkpoint.open(folder)
+            facts, checkpoint = ModelFacts.read(folder, "readable"), Checkpoint.open(folder)
             check_layout(facts, checkpoint, head_tensor(facts, checkpoint))
 
         self._findings.attempt(

@@ -20,7 +20,8 @@ def check_backend(findings: Findings, student: Student, facts: ModelFacts) -> No
         return
     arch = findings.attempt(("student", "backend"), lambda: Architecture.read(facts))
     grid = student.parallel
-    for problem in () if arch is None else arch.split_problems(grid.tensor, grid.pipeline):
+    sizes = {"tensor": grid.tensor, "pipeline": grid.pipeline, "expert": grid.expert}
+    for problem in () if arch is None else arch.split_problems(**sizes, sequence=grid.sequence):
         findings.report(("student", "parallel", problem.key), problem.message, problem.remedy)
 
 
@@ -35,8 +36,9 @@ def check_processes(plan: Plan, world: int) -> None:
         else:
             return
     else:
-        needed = grid.replica_size
-        problem = count_problem(grid.tensor, grid.pipeline, grid.context, world)
+        needed = grid.smallest_world
+        sizes = {"tensor": grid.tensor, "pipeline": grid.pipeline, "expert": grid.expert}
+        problem = count_problem(world, **sizes, context=grid.context)
         if problem is None:
             return
         message = problem

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from mergeopd.recipe.plan import Plan, TeacherPlan
 from mergeopd.recipe.training import reads_dataset
 
 # Share of the free memory that is planned with: activations of the update and fragments come on top.
-_SHARE = 0.9
+FREE_SHARE = 0.9
 _GPUS = Path("/proc/driver/nvidia/gpus")
 
 
@@ -30,8 +30,8 @@ def teacher_room(plan: Plan, free_bytes: int, *, sharers: int, world: int, is_cp
     if plan.memory.teacher_gib is not None:
         return int(plan.memory.teacher_gib * 2**30)
     used = sum(student_bytes(plan, world, on_gpu=not is_cpu).values())
-    used += _cache_bytes(plan) if is_cpu else 0
-    return max(0, int(_SHARE * free_bytes / sharers - used))
+    used += cache_bytes(plan, _hidden_widths(plan)) if is_cpu else 0
+    return max(0, int(FREE_SHARE * free_bytes / sharers - used))
 
 
 def hold(teacher: TeacherPlan, plan: Plan, room_bytes: int, *, shares_pages: bool) -> Held | None:
@@ -44,7 +44,8 @@ def hold(teacher: TeacherPlan, plan: Plan, room_bytes: int, *, shares_pages: boo
     """
     if not is_loaded(teacher) or teacher.snapshot_rule is not None:
         return None
-    sizes = BodySizes.of(ModelFacts.read(teacher.folder), Checkpoint.open(teacher.folder), teacher.dtype)
+    facts, checkpoint = ModelFacts.read(teacher.folder, "readable"), Checkpoint.open(teacher.folder)
+    sizes = BodySizes.of(facts, checkpoint, teacher.dtype, quantize=teacher.quantize is not None)
     is_mapped = shares_pages and not sizes.is_copied
     tokens, is_strict = plan.student.micro_batch_tokens, plan.memory.teacher_gib is not None
     return held(teacher.residency, sizes, tokens, room_bytes, is_mapped=is_mapped, is_strict=is_strict)
@@ -100,17 +101,21 @@ def note(name: str, decision: Held | None, where: str = "") -> Iterator[str]:
     if decision is not None and decision.pass_tokens is not None:
         yield (
             f"teacher '{name}' is streamed layer by layer{where}: {decision.reason}; passes of up to "
-            f"{decision.pass_tokens:,} tokens take {gib(decision.num_bytes)}"
+            f"{decision.pass_tokens:,} tokens within {gib(decision.num_bytes)}"
         )
 
 
-def _cache_bytes(plan: Plan) -> float:
-    """Return the most main memory that the hidden states of a round take."""
-    widths = [
-        ModelFacts.read(teacher.folder).hidden_size * ITEMSIZE[teacher.dtype]
+def _hidden_widths(plan: Plan) -> list[int]:
+    """Return the bytes of a token's hidden state, of each teacher whose head the loss uses."""
+    return [
+        ModelFacts.read(teacher.folder, "any").hidden_size * ITEMSIZE[teacher.dtype]
         for teacher in plan.teachers.values()
         if teacher.api is None and teacher.needs_head
     ]
+
+
+def cache_bytes(plan: Plan, widths: Sequence[int]) -> float:
+    """Return the most main memory that the hidden states of a round take; `widths` are bytes of a token."""
     limit = plan.memory.hidden_states_gib * 2**30
     if not widths or any(reads_dataset(phase) for phase in plan.phases):
         return limit if widths else 0.0

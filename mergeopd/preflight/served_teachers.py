@@ -154,11 +154,11 @@ class ServerProbe:
         """Ask for every kind of score that a phase needs, and compare the replicas."""
         api, sample = self._api(self.served.engine), self._sample()
         if self.served.hidden_states:
-            width = ModelFacts.read(self.teacher.folder).hidden_size
+            width = ModelFacts.read(self.teacher.folder, "any").hidden_size
             states = await self._replies(pool, lambda: api.hidden(sample.ids, width), _hidden_flags(api))
             self._check_spread(states, "hidden states", "of their length", _SPREAD_HIDDEN, relative=True)
             return
-        num_more = ModelFacts.read(self.teacher.folder).vocab_rows - self.num_valid
+        num_more = ModelFacts.read(self.teacher.folder, "any").vocab_rows - self.num_valid
         if num_more > 0:
             self.findings.notes.append(
                 f"the servers of teacher '{self.teacher.name}' return log-probabilities over {num_more} rows "

@@ -124,6 +124,10 @@ def resolve_teachers(
         domains[name] = card.domains
         if card.api is not None:
             problems += _unused_settings(name, ref, origins)
+        if ref.quantize is not None and card.served is not None:
+            message = f"the servers of teacher '{name}' have its weights, so `quantize` has no effect"
+            remedy = "remove it, and start the servers with a quantised model"
+            problems.append(origins.problem(("teachers", name, "quantize"), message, remedy, key=True))
         if paths is not None:
             plans[name] = _teacher(name, ref, card, paths)
     return ResolvedTeachers(plans, domains, tuple(problems))
@@ -239,12 +243,13 @@ def _teacher(name: str, ref: TeacherRef, card: TeacherCard, paths: Mapping[str, 
         api=card.api,
         served=card.served,
         residency=card.residency,
+        quantize=ref.quantize,
     )
 
 
 def _unused_settings(name: str, ref: TeacherRef, origins: Origins) -> Iterator[Problem]:
     """Report settings of a pass over tokens, for a teacher that only writes text."""
-    for key in ("bridge", "dtype"):
+    for key in ("bridge", "dtype", "quantize"):
         if getattr(ref, key) is not None:
             yield origins.problem(
                 ("teachers", name, key),

@@ -12,7 +12,7 @@ from mergeopd.config.suggest import did_you_mean
 from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
 from mergeopd.messages import joined
-from mergeopd.recipe.models import Parallel, Student
+from mergeopd.recipe.models import Parallel, Student, TeacherRef
 from mergeopd.recipe.rollout import AnyRollout, LocalRollout, RolloutSettings
 from mergeopd.recipe.routing import PhaseTeachers
 from mergeopd.recipe.schema import NO_EXPERT, Reports, TrainSource
@@ -185,7 +185,7 @@ def report_problems(report: Reports | None, origins: Origins) -> Iterator[Proble
 
 # The keys of `student.parallel` that only the other backend has, and what this one has for them.
 _OTHER_BACKEND = {
-    "torch": ("megatron", ("tensor", "pipeline", "context", "sequence", "layers")),
+    "torch": ("megatron", ("tensor", "pipeline", "context", "expert", "sequence", "layers")),
     "megatron": ("torch", ("data", "shard")),
 }
 _INSTEAD = {
@@ -204,6 +204,9 @@ def student_problems(student: Student, rollout: AnyRollout | None, origins: Orig
             message = f"`{key}` is a setting of `backend: {other}`, and the backend is {student.backend}"
             remedy = f"set `backend: {other}`, or {_INSTEAD[student.backend]}"
             yield origins.problem((*here, key), message, remedy, key=True)
+    if student.compile and isinstance(rollout, LocalRollout) and rollout.replay_routes:
+        message = "compiled layers would keep the routes of one micro-batch, and `replay_routes` changes them"
+        yield origins.problem(("student", "compile"), message, "remove one of the two", key=True)
     if student.backend == "torch":
         return
     for key in ("packing", "compile"):
@@ -254,6 +257,15 @@ def _missing_triton(origins: Origins) -> Iterator[Problem]:
         message = "Triton's kernels need a GPU, and this machine has none"
         remedy = "use `auto` or `torch`, or set TRITON_INTERPRET=1 for Triton's (slow) interpreter"
         yield origins.problem(("student", "kernel"), message, remedy)
+
+
+def missing_quantizer(teachers: Mapping[str, TeacherRef], origins: Origins) -> Iterator[Problem]:
+    """Report `quantize` where the package that quantises is not installed."""
+    for name, teacher in teachers.items():
+        if teacher.quantize is not None and not is_installed("torchao"):
+            remedy = "pip install 'mergeopd[quantize]', or remove the key"
+            message = "the package torchao is not installed"
+            yield origins.problem(("teachers", name, "quantize"), message, remedy)
 
 
 def missing_package(verifier: Verifier) -> tuple[str, str] | None:

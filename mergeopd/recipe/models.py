@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import lcm
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -48,7 +49,8 @@ class Parallel(Strict):
     """Process grid of the student.
 
     With `backend: torch`, `shard` processes hold one replica (FSDP2), and each has micro-batches of its own.
-    With `backend: megatron`, `tensor` x `pipeline` x `context` processes hold one.
+    With `backend: megatron`, `tensor` x `pipeline` x `context` processes hold one; with `expert`, processes
+    of one or more replicas divide the experts of a mixture.
     """
 
     data: PositiveInt | None = None
@@ -65,6 +67,9 @@ class Parallel(Strict):
     context: PositiveInt = 1
     """`megatron`: context-parallel size: processes that share each sequence's positions, for long
     sequences"""
+    expert: PositiveInt = 1
+    """`megatron`: expert-parallel size of a mixture of experts: processes of a pipeline stage that divide
+    each layer's experts, among all of the stage; must divide the number of experts"""
     sequence: Flag = False
     """`megatron`: sequence parallelism: split activations along the sequence outside the matrix products"""
     recompute: Flag = False
@@ -78,6 +83,11 @@ class Parallel(Strict):
     def replica_size(self) -> int:
         """Number of processes that hold one replica."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def smallest_world(self) -> int:
+        """Number of processes of the smallest grid."""
+        return lcm(self.tensor * self.context, self.expert) * self.pipeline
 
 
 class Student(Strict):
@@ -220,6 +230,10 @@ class TeacherRef(Strict):
     dtype: Literal["float32", "bfloat16", "float64"] | None = None
     """precision of the forward pass and of cached hidden states; default: float32, or the student's dtype for
     a self-teacher. For large teachers, use the checkpoint's dtype to avoid a copy"""
+    quantize: Literal["int8", "float8"] | None = None
+    """read linear layers with 8 bits per weight and a scale for each row: half of the bytes of bfloat16. The
+    folder is converted once, into `text_cache`, and the divergence that this adds is measured and shown; the
+    prediction head stays exact. Requires `pip install 'mergeopd[quantize]'`"""
     system: NonEmptyText | None = None
     """system message for this teacher only; replaces the one of the prompt, if it has one"""
     prompt: NonEmptyText | None = None
@@ -247,6 +261,10 @@ class TeacherRef(Strict):
             raise ValueError("the student's own tokenizer needs no `bridge`: remove it")
         if isinstance(self.student, SnapshotRule) and self.targets is not None:
             raise ValueError("weights that follow the student have no fixed `targets`: remove the key")
+        if self.quantize is not None and isinstance(self.student, SnapshotRule):
+            raise ValueError("weights that follow the student have no folder to `quantize`: remove the key")
+        if self.quantize is not None and self.targets is not None:
+            raise ValueError("recorded `targets` are read in place of the weights: remove `quantize`")
         return self
 
 

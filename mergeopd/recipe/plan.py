@@ -82,6 +82,7 @@ class TeacherPlan(Strict):
     targets: str | None = None
     served: Served | None = None
     residency: Residency = "auto"
+    quantize: Literal["int8", "float8"] | None = None
 
     @property
     def folder(self) -> Path:

@@ -164,6 +164,8 @@ class _Resolver:
 
     def run(self) -> None:
         self._find_student()
+        if not self.lookup.is_elsewhere:
+            self.problems += checks.missing_quantizer(self.parts.teachers, self.origins)
         self._check_output()
         parts, origins = self.parts, self.origins
         domains = self.with_cards.domains

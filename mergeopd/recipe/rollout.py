@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from mergeopd.config.folders import absolute
-from mergeopd.config.values import GPUS_PATTERN, NonEmptyText, Positive, PositiveInt, Strict
+from mergeopd.config.values import GPUS_PATTERN, Flag, NonEmptyText, Positive, PositiveInt, Strict
 from mergeopd.recipe.served import Urls, checked_urls
 from mergeopd.rollout.protocol import EngineCapabilities
 
@@ -43,6 +43,9 @@ class LocalRollout(RolloutSettings):
 
     engine: Literal["local"] = "local"
     """rollout engine that generates the student's responses"""
+    replay_routes: Flag = False
+    """for a student that is a mixture of experts: in training, each token of its own responses is computed by
+    the experts that computed it when it was generated"""
     gather: Literal["model", "layer"] = "model"
     """with a student that `backend: torch` shards: `model` gathers a whole copy on every process; `layer`
     gathers one layer at a time for every token, which is slower and needs no copy"""

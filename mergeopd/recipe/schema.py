@@ -275,7 +275,7 @@ class Recipe(Strict):
         default=InspectionSettings(), description="sample and thresholds of `mergeopd inspect`"
     )
     text_cache: str = ".mergeopd/texts"
-    """folder for teacher responses and vocabulary maps, shared between runs"""
+    """folder for teacher responses, vocabulary maps and quantised teachers, shared between runs"""
     output: str = Field(description="run folder")
 
 

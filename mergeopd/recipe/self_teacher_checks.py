@@ -28,6 +28,7 @@ def self_plans(refs: Mapping[str, TeacherRef], student: Student) -> dict[str, Te
             canary=None,
             bridge=None,
             weight=ref.weight,
+            quantize=ref.quantize,
         )
         for name, ref in refs.items()
         if ref.student is not None

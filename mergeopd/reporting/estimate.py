@@ -94,12 +94,16 @@ class PhaseEstimate:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Processes of a student: `tensor` x `pipeline` x `context` hold one of `data` replicas."""
+    """Processes of a student: `tensor` x `pipeline` x `context` hold one of `data` replicas.
+
+    Of a stage's processes, `expert` divide the experts of a mixture.
+    """
 
     tensor: int
     pipeline: int
     data: int
     context: int
+    expert: int
 
     @property
     def size(self) -> int:
@@ -107,7 +111,8 @@ class Grid:
 
     def __str__(self) -> str:
         context = f" x context {self.context}" if self.context > 1 else ""
-        return f"tensor {self.tensor} x pipeline {self.pipeline}{context} x data {self.data}"
+        experts = f" (expert {self.expert})" if self.expert > 1 else ""
+        return f"tensor {self.tensor} x pipeline {self.pipeline}{context} x data {self.data}{experts}"
 
     @property
     def holders(self) -> int:
@@ -128,7 +133,10 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A grid and batches that fit, with seconds of the run and peak memory of a rank."""
+    """A grid and batches that fit, with seconds of the run and peak memory of a rank.
+
+    `streamed` are the teachers that are read layer by layer.
+    """
 
     backend: str
     grid: Grid
@@ -137,6 +145,7 @@ class Fitted:
     batch_size: int
     seconds: float
     peak_bytes: float
+    streamed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

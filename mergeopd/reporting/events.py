@@ -33,7 +33,8 @@ class RunFacts:
 
     `student` is its folder, `num_parameters` its size, of which `num_trainable` are trained. `teachers` maps
     names to sizes, to the API's name of a model that writes text only, and to None for the student itself.
-    `num_threads` are those of each process.
+    `quantized` says of quantised teachers how far they are from their own weights. `num_threads` are those of
+    each process.
     """
 
     student: str
@@ -44,6 +45,7 @@ class RunFacts:
     device: str
     num_threads: int
     num_processes: int
+    quantized: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

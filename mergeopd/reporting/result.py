@@ -15,6 +15,7 @@ from mergeopd.storage.chat_replies import ApiUse
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import write_atomic
 from mergeopd.storage.metrics import json_text
+from mergeopd.storage.quantized import Quantization
 from mergeopd.storage.teacher_text import KeptShare
 
 Kind = Literal["base", "expert", "static_merge", "control", "merged"]
@@ -96,7 +97,8 @@ class Result:
     weights were exported because they were the best; None where those of the last were. `trained_tokens`
     counts the response tokens in the loss of the student and its controls, by model key; empty without
     controls. `alarms` are those of the run. `text_kept` is what phases with `keep` have left of
-    the teachers' text, `api_use` what teachers behind APIs have counted.
+    the teachers' text, `api_use` what teachers behind APIs have counted, `quantized` how far quantised
+    teachers are from their own weights.
     """
 
     models: tuple[Model, ...]
@@ -113,6 +115,7 @@ class Result:
     alarms: tuple[AlarmSummary, ...] = ()
     text_kept: tuple[KeptShare, ...] = ()
     api_use: tuple[ApiUse, ...] = ()
+    quantized: Mapping[str, Quantization] = field(default_factory=dict)
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

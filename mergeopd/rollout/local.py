@@ -15,8 +15,9 @@ from mergeopd.rollout.head import DecodingHead
 from mergeopd.rollout.joined import JoinedBody
 from mergeopd.rollout.keyed import stream_key, uniforms
 from mergeopd.rollout.protocol import Completion, Decoder, EngineContext, GenerationRequest, ReplicaSource
+from mergeopd.rollout.routes import recorded
 from mergeopd.rollout.sampling import sample
-from mergeopd.types import Finish, LogProbs, Sampling, TokenIds
+from mergeopd.types import Finish, LogProbs, Routes, Sampling, TokenIds
 
 # Finished rows are dropped from the batch when fewer than this fraction of its rows are unfinished.
 _COMPACT_BELOW = 0.75
@@ -52,12 +53,14 @@ class LocalEngine:
 
     Each has an unsharded replica, or they decode together with one that is sharded (`JoinedBody`).
 
-    `sync_weights` replaces `source`, whose weights are read when responses are waited for.
+    `sync_weights` replaces `source`, whose weights are read when responses are waited for. `records_routes`
+    keeps which experts of a mixture compute each token.
     """
 
     source: ReplicaSource
     context: EngineContext
     batch_size: int
+    records_routes: bool = False
     _version: int = field(default=0, init=False)
 
     def submit(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> LocalRollouts:
@@ -90,6 +93,7 @@ class LocalEngine:
                         sampling,
                         seed=context.seed,
                         batch_size=self.batch_size,
+                        records_routes=self.records_routes,
                         progress=on_progress,
                     )
 
@@ -114,13 +118,14 @@ def generate(
     *,
     seed: int,
     batch_size: int,
+    records_routes: bool = False,
     progress: Callable[[int], None],
 ) -> list[Completion]:
     """Generate a response to every request, in the order of the requests.
 
     Requests are decoded in batches of similar prompt length; a sequence that ends leaves its batch. The
     result does not depend on the batching beyond floating-point error of the logits. `progress` is called
-    with the number of responses generated so far.
+    with the number of responses generated so far. `records_routes` is for mixtures of experts.
     """
     order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
     completions: dict[int, Completion] = {}
@@ -131,7 +136,7 @@ def generate(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = _Decoding(generator, head, [requests[i] for i in chosen], sampling, seed)
-            completions.update(zip(chosen, batch.run(), strict=True))
+            completions.update(zip(chosen, batch.run(records_routes=records_routes), strict=True))
             progress(len(completions))
     finally:
         generator.body.train(was_training)
@@ -155,7 +160,7 @@ class _Decoding:
         device = generator.device
         lengths = [len(request.prompt_ids) for request in requests]
         width = max(lengths)
-        self._width = width
+        self._width, self._num_prompt = width, lengths
         self._ids = torch.zeros(len(requests), width, dtype=torch.long)
         self._mask = torch.ones(len(requests), width + sampling.max_new_tokens, dtype=torch.long)
         for row, request in enumerate(requests):
@@ -171,15 +176,23 @@ class _Decoding:
         self._tokens = np.zeros((len(requests), sampling.max_new_tokens), np.int32)
         self._logprobs: LogProbs = np.zeros(self._tokens.shape, np.float32)
         self._finish: dict[int, tuple[Finish, int]] = {}  # with the number of tokens
+        self._routes: list[list[Routes]] = [[] for _ in requests]
 
     @torch.no_grad()
-    def run(self) -> list[Completion]:
+    def run(self, *, records_routes: bool) -> list[Completion]:
+        body = self._generator.body
+        with recorded(body) if records_routes else nullcontext() as take:
+            return self._run(take)
+
+    def _run(self, take_routes: Callable[[], Routes] | None) -> list[Completion]:
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self._generator.body.config)
         first = torch.arange(self._width, device=self._ids.device)
         pad = (self._width - self._position)[:, None]
         hidden = self._forward(self._ids, (first[None] - pad).clamp(min=0), cache, self._width)
+        if take_routes is not None:
+            self._record(take_routes(), self._position.tolist())
         for step in range(self._sampling.max_new_tokens):
             token = self._sample(hidden, step)
             alive = [i for i, row in enumerate(self._rows) if row not in self._finish]
@@ -189,14 +202,27 @@ class _Decoding:
                 token = self._compact(alive, token, cache)
             if step + 1 < self._sampling.max_new_tokens:
                 hidden = self._forward(token[:, None], self._position[:, None], cache, self._width + step + 1)
+                if take_routes is not None:
+                    self._record(take_routes(), [1] * len(self._rows))
                 self._position = self._position + 1
         completions = []
         for row in range(len(self._tokens)):
             finish, num = self._finish.get(row, ("length", self._sampling.max_new_tokens))
             # Copies, because a view would keep the whole batch.
             own = self._tokens[row, :num].copy(), self._logprobs[row, :num].copy()
-            completions.append(Completion(*own, finish))
+            routes = None
+            if take_routes is not None:
+                # A row continues after its end until it is dropped; its last token was not fed to the model.
+                known = self._num_prompt[row] + num - 1
+                routes = np.concatenate(self._routes[row])[:known].copy()
+            completions.append(Completion(*own, finish, routes=routes))
         return completions
+
+    def _record(self, routes: Routes, lengths: Sequence[int]) -> None:
+        """Keep the routes of the last `lengths` tokens of each row."""
+        by_row = routes.reshape(len(self._rows), -1, *routes.shape[1:])
+        for row, own, num in zip(self._rows, by_row, lengths, strict=True):
+            self._routes[row].append(own[-num:])
 
     def _forward(self, ids: Tensor, position: Tensor, cache: object, seen: int) -> Tensor:
         """Return the hidden states `[rows, d]` of the last position."""

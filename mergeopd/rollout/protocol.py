@@ -12,6 +12,7 @@ from mergeopd.types import (
     Finish,
     LogProbs,
     Message,
+    Routes,
     Sampling,
     TokenIds,
     token_ids,
@@ -48,13 +49,15 @@ class Completion(ArrayRecord):
 
     `response_ids` includes the stop token. `logprobs` has one number per id, under the distribution that was
     sampled from; empty if the engine returns none. `policy_version` is the number of optimizer updates of the
-    weights that generated it.
+    weights that generated it. `routes` are the experts that computed the tokens of prompt and response but
+    the last, where the engine records them.
     """
 
     response_ids: TokenIds
     logprobs: LogProbs
     finish: Finish
     policy_version: int = 0
+    routes: Routes | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "response_ids", token_ids(self.response_ids))

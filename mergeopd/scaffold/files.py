@@ -17,7 +17,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString, SingleQuotedScala
 from mergeopd.config.values import NAME_PATTERN
 from mergeopd.errors import Problem, StorageError
 from mergeopd.messages import option_problem, shown
-from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.checkpoint import FLOATS, Checkpoint
 from mergeopd.recipe.jsonschema import card_schema, recipe_schema
 from mergeopd.storage.failures import named_failures
 from mergeopd.storage.folders import write_atomic
@@ -136,7 +136,7 @@ def is_text(value: str) -> bool:
 
 
 def native_dtype(checkpoint: Checkpoint) -> str:
-    """Return the dtype of most of a checkpoint's bytes: bfloat16 or, for all others, float32."""
-    tensors = checkpoint.tensors.values()
+    """Return the dtype of most bytes of float weights: bfloat16 or, for all others, float32."""
+    tensors = [tensor for tensor in checkpoint.tensors.values() if tensor.dtype in FLOATS]
     narrow = sum(t.num_bytes for t in tensors if t.dtype == "BF16")
     return "bfloat16" if 2 * narrow > sum(t.num_bytes for t in tensors) else "float32"

@@ -304,7 +304,7 @@ def _max_new_tokens(folders: Sequence[Path]) -> int:
     smallest = 2 * _MAX_NEW_TOKENS
     for folder in folders:
         with suppress(ModelError):  # the check of the written recipe reports it
-            smallest = min(smallest, ModelFacts.read(folder).max_positions)
+            smallest = min(smallest, ModelFacts.read(folder, "any").max_positions)
     return max(smallest // 2, 1)
 
 

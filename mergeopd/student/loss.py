@@ -22,6 +22,7 @@ from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.kernel_choice import KernelName
 from mergeopd.loss.objective import DistillationObjective
 from mergeopd.loss.support import Support
+from mergeopd.transfers import to_device
 
 Observe = Callable[[MicroBatch, Hidden], None]
 """Gets a micro-batch, the hidden states that predict its trained tokens, and this rank's rows of the head."""
@@ -80,7 +81,7 @@ def micro_loss(
 
     Raises NumericsError, with the names of the teachers, for distributions that are not finite.
     """
-    labels = torch.tensor(np.concatenate(micro.labels), dtype=torch.long, device=hidden_ND.device)
+    labels = to_device(torch.as_tensor(np.concatenate(micro.labels), dtype=torch.long), hidden_ND.device)
     try:
         loss, stats = fused_loss(
             hidden_ND,

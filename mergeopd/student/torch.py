@@ -22,6 +22,7 @@ from mergeopd.models.causal import response_hidden
 from mergeopd.models.experts import published_shapes
 from mergeopd.models.weight_files import MAX_FILE_BYTES, write_model
 from mergeopd.recipe.training import Optimizer
+from mergeopd.rollout.routes import forced, route_table
 from mergeopd.storage.state_parts import SavedTensors, StatePart
 from mergeopd.student.adamw import AdamW
 from mergeopd.student.layer_options import PassOptions
@@ -134,12 +135,13 @@ class TorchStudent:
         masters = list(self._weights.masters.values())
         own = torch.nn.utils.get_total_norm([p.grad for p in masters if p.grad is not None])
         norm = self._weights.norm(own)
-        check_norm(float(norm))
+        length = float(norm)
+        check_norm(length)
         if self._clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(masters, self._clip_grad, norm)
         self._adamw.step(lr)
         self._weights.publish()
-        return float(norm)
+        return length
 
     def state(self) -> Iterator[StatePart]:
         return state_parts(self._weights, self._adamw)
@@ -170,6 +172,13 @@ class TorchStudent:
         sequences = micro.prompts, micro.responses
         return response_hidden(self.body, *sequences, self._device, micro.trained, packing=self._packing)
 
+    def _replayed(self, micro: MicroBatch) -> AbstractContextManager[None]:
+        lengths = [len(p) + len(r) for p, r in zip(micro.prompts, micro.responses, strict=True)]
+        table = route_table(micro.routes, max(lengths), self._device)
+        if table is not None and self._packing:
+            table = torch.cat([own[:length] for own, length in zip(table, lengths, strict=True)])[None]
+        return forced(self.body, table)
+
     def _run(
         self,
         micro_batches: MicroBatches,
@@ -186,22 +195,23 @@ class TorchStudent:
             for number in range(num_passes):
                 micro = next(stream, None)
                 own = _EMPTY if micro is None else micro
-                hidden = self._hidden(own)
-                loss = None
-                if micro is not None:
-                    head = self._weights.head(self.vocab)
-                    try:
-                        loss, stats = micro_loss(
-                            hidden, head, micro, per_token(micro), what, self._workspace, self._kernel
-                        )
-                        statistics.append(stats)
-                    except NumericsError as error:
-                        failures.append(str(error))
-                if train:
-                    # Without a loss the backward pass is for the other processes alone.
-                    loss = hidden.sum() * 0.0 if loss is None else loss
-                    self._weights.backward(loss, is_last=number + 1 == num_passes)
-                else:
-                    self._weights.end_forward()
+                with self._replayed(own):
+                    hidden = self._hidden(own)
+                    loss = None
+                    if micro is not None:
+                        head = self._weights.head(self.vocab)
+                        try:
+                            loss, stats = micro_loss(
+                                hidden, head, micro, per_token(micro), what, self._workspace, self._kernel
+                            )
+                            statistics.append(stats)
+                        except NumericsError as error:
+                            failures.append(str(error))
+                    if train:
+                        # Without a loss the backward pass is for the other processes alone.
+                        loss = hidden.sum() * 0.0 if loss is None else loss
+                        self._weights.backward(loss, is_last=number + 1 == num_passes)
+                    else:
+                        self._weights.end_forward()
         self._weights.raise_together(failures)
         return statistics

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from mergeopd.data.renderer import Renderer
 from mergeopd.errors import TeacherError
 from mergeopd.loss.heads import Head
 from mergeopd.loss.observe import observe
+from mergeopd.messages import shown
 from mergeopd.recipe.plan import TeacherPlan
 from mergeopd.teacher.protocol import TeacherSequence
 from mergeopd.types import token_ids
@@ -27,12 +29,16 @@ _UNIFORM = 0.995
 
 @dataclass(frozen=True, slots=True)
 class Canary:
-    """A card's sample: a response with the log-probabilities that the described model gives its tokens."""
+    """A card's sample: a response with the log-probabilities that the described model gives its tokens.
+
+    With `copy`, they were measured when this quantised copy of the model was made.
+    """
 
     teacher: str
     sequence: TeacherSequence
     logprobs: tuple[float, ...]
     vocab_size: int
+    copy: Path | None = None
 
     @classmethod
     def of(cls, teacher: TeacherPlan, renderer: Renderer) -> Canary | None:
@@ -63,6 +69,12 @@ class Canary:
                 "mergeopd new teacher"
             )
         gap = sum(abs(a - b) for a, b in zip(measured, self.logprobs, strict=True)) / len(measured)
+        if not gap <= _TOLERANCE_NATS and self.copy is not None:
+            raise TeacherError(
+                f"teacher {self.teacher!r}: its quantised copy in {shown(self.copy)} is damaged: the "
+                f"log-probabilities of a sample are off by {gap:.2f} nats per token from those when it was "
+                "made; delete the folder, and it is made again"
+            )
         if not gap <= _TOLERANCE_NATS:
             raise TeacherError(
                 f"teacher {self.teacher!r} is not the model its card describes: the log-probabilities of its "

@@ -16,8 +16,12 @@ from torch import Tensor
 
 from mergeopd.errors import StorageError
 from mergeopd.storage.failures import named_failures
+from mergeopd.transfers import Outbox, host_buffer, to_device
 
 Key = tuple[str, int]  # teacher, rollout
+
+# Maximum bytes on their way from an accelerator; about as many are pinned.
+_UNDER_WAY_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,8 @@ class HiddenCache:
 
     Holds at most `budget_bytes` in main memory; the rest is appended to a file in `folder`, bit for bit. The
     file has no name and is deleted when the context or the process ends.
-    Nothing stays on an accelerator: `put` copies to the CPU, `gather` returns tensors on `device`.
+    Nothing stays on an accelerator: `put` begins a copy to main memory, and `publish` and `gather` wait for
+    all of them; `gather` returns tensors on `device`, for whose copies the host does not wait.
     `num_bytes` and `num_spilled_bytes` count what this process holds in memory and on disk.
     """
 
@@ -54,6 +59,8 @@ class HiddenCache:
         self._slots: dict[Key, SpillSlot] = {}
         self._opened: dict[str, int] = {}
         self._open_files = ExitStack()
+        self._outbox = Outbox(_UNDER_WAY_BYTES)
+        self._leaving: set[Key] = set()
         self.num_bytes = 0
         self.num_spilled_bytes = 0
 
@@ -63,6 +70,8 @@ class HiddenCache:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._outbox.clear()
+        self._leaving.clear()
         self._held.clear()
         self._slots.clear()
         self._opened.clear()
@@ -72,25 +81,37 @@ class HiddenCache:
     def put(self, teacher: str, rollout: int, hidden: Tensor) -> None:
         """Keep `[trained tokens, d_T]` for one rollout (its index in the round).
 
-        Raises KeyError when it is there already, StorageError when memory or the disk fails.
+        Raises KeyError when it is there already. Raises StorageError, or `publish` does, when memory or the
+        disk fails.
         """
         key = (teacher, rollout)
-        if key in self._held or key in self._slots:
+        if self._has(key) or key in self._leaving:
             raise KeyError(f"teacher {teacher!r} has already scored rollout {rollout}")
+        self._leaving.add(key)
+        self._outbox.send(hidden, lambda copy: self._arrive(key, copy))
+
+    def _has(self, key: Key) -> bool:
+        return key in self._held or key in self._slots
+
+    def _arrive(self, key: Key, hidden: Tensor) -> None:
+        """Keep states that are in main memory."""
+        self._leaving.discard(key)
         if self.num_bytes + hidden.nbytes <= self._budget_bytes:
-            self._held[key] = hidden.cpu()
+            self._held[key] = hidden.clone() if hidden.is_pinned() else hidden
             self.num_bytes += hidden.nbytes
         else:
             self._slots[key] = self._keep_tensor(hidden)
 
     def publish(self) -> None:
         """Make what was put since the last call available to `gather`. Collective; at once in one process."""
+        self._outbox.flush()
 
     def gather(self, teacher: str, rollouts: Sequence[int]) -> Tensor:
         """`[sum of their trained tokens, d_T]` in the order of `rollouts`, on this cache's device.
 
         Raises KeyError for a rollout that was not published for this process.
         """
+        self._outbox.flush()
         keys = [(teacher, rollout) for rollout in rollouts]
         missing = [key[1] for key in keys if key not in self._held and key not in self._slots]
         if missing:
@@ -99,11 +120,13 @@ class HiddenCache:
                 f"rank {self._rank}"
             )
         if not any(key in self._held for key in keys):
-            return self._load(teacher, [self._slots[key] for key in keys]).to(self._device)
-        parts = (
+            return to_device(self._load(teacher, [self._slots[key] for key in keys]), self._device)
+        parts = [
             self._held[key] if key in self._held else self._load(teacher, [self._slots[key]]) for key in keys
-        )
-        return torch.cat(list(parts)).to(self._device)
+        ]
+        shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+        gathered = host_buffer(shape, parts[0].dtype, self._device)
+        return to_device(torch.cat(parts, out=gathered), self._device)
 
     def _load(self, teacher: str, slots: Sequence[SpillSlot]) -> Tensor:
         """Read hidden states from their files, one behind the other."""
@@ -111,12 +134,12 @@ class HiddenCache:
         if len(kinds) != 1:
             raise ValueError(f"hidden states of teacher {teacher!r} are of {len(kinds)} kinds: {kinds}")
         ((width, dtype),) = kinds
-        gathered = torch.empty((sum(slot.shape[0] for slot in slots), *width), dtype=dtype)
+        gathered = host_buffer((sum(slot.shape[0] for slot in slots), *width), dtype, self._device)
         self._read(slots, bytes_of(gathered))
         return gathered
 
     def _keep_tensor(self, hidden: Tensor) -> SpillSlot:
-        return self._keep(bytes_of(hidden.cpu().contiguous()), tuple(hidden.shape), hidden.dtype)
+        return self._keep(bytes_of(hidden.contiguous()), tuple(hidden.shape), hidden.dtype)
 
     def _keep(self, data: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> SpillSlot:
         """Append to the memory file within the budget, else to the one on disk."""

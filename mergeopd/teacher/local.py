@@ -34,11 +34,14 @@ from mergeopd.models.causal import (
     response_hidden,
 )
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.decode import decoded
 from mergeopd.models.experts import Part
 from mergeopd.models.facts import ModelFacts, head_tensor
 from mergeopd.models.residency import WINDOW, Held, by_layer, is_copied
+from mergeopd.models.stored import StoredWeight, stored_weights
 from mergeopd.rollout.local import FixedWeights
 from mergeopd.rollout.protocol import ReplicaSource, RolloutEngine
+from mergeopd.storage.quantized import Quantization
 from mergeopd.teacher.canary import Canary
 from mergeopd.teacher.protocol import (
     TargetSpec,
@@ -47,10 +50,10 @@ from mergeopd.teacher.protocol import (
     TeacherSequence,
     TeacherSession,
 )
-from mergeopd.teacher.scoring import reduced, rows_of
+from mergeopd.teacher.scoring import FiniteCheck, reduced, rows_of
 from mergeopd.teacher.snapshots import Snapshot
 from mergeopd.teacher.streaming.session import StreamedSession
-from mergeopd.teacher.streaming.weights import StreamedWeights
+from mergeopd.teacher.streaming.weights import Assemble, StreamedWeights
 from mergeopd.teacher.weight_reader import MappedReader, Reader, ShardedReader
 
 if TYPE_CHECKING:
@@ -94,8 +97,9 @@ class LocalSession:
     def hidden(self, sequences: Sequence[TeacherSequence], max_tokens: int) -> Iterator[tuple[int, Tensor]]:
         """Yield `(index, [trained tokens, d_T])` for every sequence, in batches of at most `max_tokens`.
 
-        Raises TeacherError when a hidden state is not finite.
+        Raises TeacherError at the end when a hidden state is not finite.
         """
+        check = FiniteCheck(self.name)
         for batch in length_batches([sequence.num_tokens for sequence in sequences], max_tokens):
             own = [sequences[i] for i in batch]
             states = response_hidden(
@@ -105,7 +109,9 @@ class LocalSession:
                 self.device,
                 [sequence.trained for sequence in own],
             )
-            yield from rows_of(self.name, states, batch, sequences)
+            check.add(states)
+            yield from rows_of(states, batch, sequences)
+        check.end()
 
     def score(
         self, sequences: Sequence[TeacherSequence], spec: TargetSpec, max_tokens: int
@@ -115,7 +121,9 @@ class LocalSession:
         Raises TeacherError when a hidden state is not finite.
         """
         states = self.hidden(sequences, max_tokens)
-        return states if spec.kind == "hidden" else reduced(states, sequences, self.read_head, spec)
+        if spec.kind == "hidden":
+            return states
+        return reduced(self.name, states, sequences, self.read_head, spec)
 
     def generator(self) -> RolloutEngine:
         assert self.make_engine is not None, "opened without an engine"
@@ -128,7 +136,8 @@ class LocalTeacher:
 
     `canary` is verified the first time that the teacher is opened, on rank 0 (`run_on_first`). `make_engine`
     builds an engine that generates with a model's weights and this teacher's end tokens. Where it is `held`
-    streamed, its body is loaded only to generate.
+    streamed, its body is loaded only to generate. `quantization` is how far its weights are from those of its
+    card, if the recipe quantises them.
     """
 
     name: str
@@ -139,6 +148,7 @@ class LocalTeacher:
     make_engine: MakeEngine
     held: Held | None = None
     is_first: bool = True
+    quantization: Quantization | None = None
 
     @property
     def fingerprint(self) -> str | None:
@@ -228,7 +238,9 @@ class TeacherStore:
         self._device = device
         self._reader = MappedReader() if reader is None else reader
         self._checkpoints = {name: Checkpoint.open(s.model) for name, s in sources.items()}
-        self._facts = {name: ModelFacts.read(s.model) for name, s in sources.items()}
+        self._facts = {
+            name: ModelFacts.read(s.model, "readable" if s.has_body else "any") for name, s in sources.items()
+        }
         self._skeletons: dict[tuple[str, str], PreTrainedModel] = {}
         self._bytes_read = Counter[str]()
         for name, checkpoint in self._checkpoints.items():
@@ -258,9 +270,6 @@ class TeacherStore:
         model, parts, dtype = self._skeleton(name), self._body_parts(name), self._sources[name].dtype
         copy = is_copied(self._facts[name], self._checkpoints[name], dtype)
 
-        def assemble(read: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-            return assembled(parts, read, self._device, DTYPES[dtype], copy=copy)
-
         def count(num_bytes: int) -> None:
             self._bytes_read[name] += num_bytes
 
@@ -269,7 +278,7 @@ class TeacherStore:
             self._body_tensors(name),
             parts[self._facts[name].embedding_name][0].tensor,
             model.base_model_prefix,
-            assemble,
+            self._assembler(name, copy=copy),
             copy,
             count,
         )
@@ -348,8 +357,12 @@ class TeacherStore:
         parts = parameter_parts(facts, self._checkpoints[name])
         return {parameter: own for parameter, own in parts.items() if parameter not in head}
 
+    def _body_weights(self, name: str) -> dict[str, StoredWeight]:
+        stored = stored_weights(self._facts[name], self._checkpoints[name])
+        return {part.tensor: stored[part.tensor] for own in self._body_parts(name).values() for part in own}
+
     def _body_tensors(self, name: str) -> list[str]:
-        return [part.tensor for parts in self._body_parts(name).values() for part in parts]
+        return [tensor for own in self._body_weights(name).values() for tensor in own.tensors.values()]
 
     def _body(self, name: str) -> dict[str, Tensor]:
         source, checkpoint, parts = self._sources[name], self._checkpoints[name], self._body_parts(name)
@@ -357,12 +370,22 @@ class TeacherStore:
             # Buffers do not change with the student: the skeleton's are the folder's.
             return {p: self._converted(name, snapshot.tensors[p]) for p in parts if p in snapshot.tensors}
         tensors = self._body_tensors(name)
-        read = self._reader.read(checkpoint, tensors, self._device)
-        weights = dict(assembled(parts, read, self._device, DTYPES[source.dtype]))
+        weights = dict(self._assembler(name)(self._reader.read(checkpoint, tensors, self._device)))
         num_bytes = checkpoint.header_bytes + self._reader.num_bytes(checkpoint, tensors)
         _log.debug("read %d bytes of teacher %s", num_bytes, name)
         self._bytes_read[name] += num_bytes
         return weights
+
+    def _assembler(self, name: str, *, copy: bool = False) -> Assemble:
+        """Return a function that yields parameters of a body, each when its last tensor has come.
+
+        With `copy`, none is a view of a tensor.
+        """
+        parts, weights = self._body_parts(name), self._body_weights(name)
+        dtype, device = DTYPES[self._sources[name].dtype], self._device
+        return lambda tensors: assembled(
+            parts, decoded(weights, tensors, dtype, device, copy=copy), device, dtype, copy=copy
+        )
 
     def _converted(self, name: str, tensor: Tensor) -> Tensor:
         return tensor.to(device=self._device, dtype=DTYPES[self._sources[name].dtype])

@@ -26,6 +26,7 @@ from mergeopd.storage.failures import named_failures
 from mergeopd.teacher.protocol import TargetSpec, Teacher, TeacherCapabilities, TeacherSequence
 from mergeopd.teacher.scoring import reduced
 from mergeopd.teacher.target_folder import FORMAT, Manifest, TargetOrigin, covering, sequence_key
+from mergeopd.transfers import to_device
 
 _ORIGIN = TypeAdapter(TargetOrigin)
 _KEY_BYTES = 32
@@ -164,8 +165,8 @@ class RecordedSession:
         if kept == spec.kind == "hidden":
             return states
         if kept == "hidden":
-            on_device = ((index, rows.to(device)) for index, rows in states)
-            return reduced(on_device, sequences, lambda: self.teacher.head(None), spec)
+            on_device = ((index, to_device(rows, device)) for index, rows in states)
+            return reduced(self.teacher.name, on_device, sequences, lambda: self.teacher.head(None), spec)
         k = spec.k
         assert k is not None, "`check` refuses losses that need another kind"
         return ((index, TopK.unpack(rows).largest(k).packed()) for index, rows in states)

@@ -77,7 +77,7 @@ class ServedSession:
             states = self._in_order_of_arrival(sequences, self._hidden, ahead)
             if spec.kind == "hidden":
                 return states
-            return reduced(states, sequences, self.read_head, spec)
+            return reduced(self.name, states, sequences, self.read_head, spec)
         return self._in_order_of_arrival(sequences, partial(self._logprobs, spec), len(sequences))
 
     def generator(self) -> RolloutEngine:

@@ -68,12 +68,16 @@ class SharedHiddenCache(HiddenCache):
         self._fresh: dict[Key, SpillSlot] = {}
         self._scorers: dict[Key, int] = {}
 
-    def put(self, teacher: str, rollout: int, hidden: Tensor) -> None:
-        """Keep `[trained tokens, d_T]` for one rollout until `publish`; see `HiddenCache.put`."""
-        key = (teacher, rollout)
-        if key in self._scorers or key in self._fresh:
-            raise KeyError(f"teacher {teacher!r} has already scored rollout {rollout}")
+    def _has(self, key: Key) -> bool:
+        return key in self._scorers or key in self._fresh
+
+    def _arrive(self, key: Key, hidden: Tensor) -> None:
+        self._leaving.discard(key)
         self._fresh[key] = self._keep_tensor(hidden)
+
+    def _arrived(self) -> tuple[_Entry, ...]:
+        self._outbox.flush()
+        return tuple(self._fresh.items())
 
     def publish(self) -> None:
         """Make what was put since the last call available to all loss ranks. Collective, after every pass.
@@ -82,7 +86,7 @@ class SharedHiddenCache(HiddenCache):
         Raises KeyError on all ranks when two have scored the same rollout; StorageError on the rank whose
         memory or disk fails, and PeerFailed on the others.
         """
-        scored = self._ranks.gather(tuple(self._fresh.items()))
+        scored = self._ranks.run_and_gather(self._arrived)
         self._fresh = {}
         for rank, entries in enumerate(scored):
             for (teacher, rollout), _ in entries:

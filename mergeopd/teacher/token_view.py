@@ -24,6 +24,7 @@ from mergeopd.recipe.loss_terms import TEACHER_TERMS, Loss
 from mergeopd.rollout.protocol import Completion
 from mergeopd.teacher.cross_tokenizer import CrossTokenizer
 from mergeopd.teacher.protocol import TargetSpec, TeacherSequence
+from mergeopd.transfers import to_device
 from mergeopd.types import Finish, Prompt, Rollout, TokenIds, token_ids
 
 
@@ -143,16 +144,16 @@ class AlignedTokens:
             return None
         own = [m.alignments[self.crossing.teacher] for m in members]
         groups = pack_groups(own, [m.rollout.num_trained for m in members], like.device)
-        weights = like.new_tensor([m.token_weight * m.teacher_weight[self.crossing.teacher] for m in members])
         num_groups = [len(a.student_starts) for a in own]
-        sizes = torch.tensor(num_groups, device=like.device)
+        factors = [m.token_weight * m.teacher_weight[self.crossing.teacher] for m in members]
+        weights = torch.tensor(np.repeat(factors, num_groups), dtype=like.dtype)
         return BridgedTarget(
             teacher=self.crossing.teacher,
             target=target,
-            labels=torch.from_numpy(np.concatenate([a.teacher_ids for a in own])).to(like.device),
+            labels=to_device(torch.from_numpy(np.concatenate([a.teacher_ids for a in own])), like.device),
             groups=groups,
             measure=self.bridge,
-            weight_G=weights.repeat_interleave(sizes, output_size=sum(num_groups)) * groups.num_S.to(like),
+            weight_G=to_device(weights, like.device) * groups.num_S.to(like),
         )
 
     def student_ids(self, completion: Completion, prompt: Prompt) -> tuple[TokenIds, Finish]:

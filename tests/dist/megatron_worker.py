@@ -1,6 +1,7 @@
 """One rank of the Megatron tests: a list of cases on one grid, writes the results to a file."""
 
 import datetime
+import json
 import sys
 import warnings
 from dataclasses import replace
@@ -60,19 +61,29 @@ def error_text(action):
 
 def training(case, student, grid):
     """Losses (this rank's own_micro_batches, 0 where another has it) and norms of the updates, the first raw gradient."""
-    losses, norms, gradients, calls = [], [], {}, []
+    losses, norms, gradients, calls, observed = [], [], {}, [], []
     student._model.decoder.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
     for number, (micro_batches, lr) in enumerate(zip(case["updates"], case["lrs"], strict=True)):
         mine = own_micro_batches(micro_batches, student, grid)
         # Two calls add up like one.
         parts = [mine[:1], mine[1:]] if case["split"] else [mine]
-        stats = [s for part in parts for s in student.accumulate_gradients(part, case["objective"])]
+        stats = []
+        for part in parts:
+            stats += student.accumulate_gradients(
+                part, case["objective"], lambda micro, _: observed.append(len(micro.rollouts))
+            )
         counts = student.placement.reports_stats
         losses.append(sum(float(s.loss.sum()) for s in stats) if counts else 0.0)
         if number == 0:
             gradients = {name: g.clone() for name, g in student.gradients().items()}
         norms.append(student.optimizer_step(lr))
-    return {"losses": losses, "norms": norms, "gradients": gradients, "calls": len(calls)}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "gradients": gradients,
+        "calls": len(calls),
+        "observed": observed,
+    }
 
 
 def scores(case, student, grid):
@@ -152,7 +163,7 @@ def run(case, grid):
     return result
 
 
-def main(rank, world, store, out, jobs, tensor, pipeline, context):
+def main(rank, world, store, out, jobs, sizes):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -161,7 +172,7 @@ def main(rank, world, store, out, jobs, tensor, pipeline, context):
         world_size=world,
         timeout=datetime.timedelta(seconds=60),
     )
-    grid = Grid.open(tensor=tensor, pipeline=pipeline, context=context)
+    grid = Grid.open(**json.loads(sizes))
     cases = torch.load(jobs, weights_only=False)
     torch.save({name: run(case, grid) for name, case in cases.items()}, out)
     dist.barrier()
@@ -169,4 +180,4 @@ def main(rank, world, store, out, jobs, tensor, pipeline, context):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6], *map(int, sys.argv[6:9]))
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:7])

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from mergeopd.loss import (
     JSD,
-    BlockStats,
     Divergence,
     ForwardKL,
     Head,
@@ -28,6 +27,7 @@ from mergeopd.loss import (
     Workspace,
     fused_loss,
 )
+from mergeopd.loss.objective import LinearObjective
 from mergeopd.loss.slicing import rows_in_chunk
 from mergeopd.rollout.sampling import sample
 
@@ -83,15 +83,13 @@ class Problem:
         """Forward and backward; the head's gradient is added to a float32 sum, as in training."""
         self.hidden.grad = None
 
-        def objective(stats: BlockStats, rows: slice) -> Tensor:
-            return stats.divergence[0, 0].div(self.num)
-
+        weight = torch.full((1, 1, self.num), 1.0 / self.num, device=self.device)
         loss, _ = fused_loss(
             self.hidden,
             Head(self.weight, weight_grad=self.weight_grad),
             [Hidden(self.hidden_T, Head(self.weight_T))],
             self.labels,
-            objective,
+            LinearObjective(weight, None),
             divergences=[divergence],
             chunk_rows=chunk_rows,
             workspace=self.workspace,
@@ -133,7 +131,7 @@ def test_kernel_against_its_products(device: torch.device, record: Callable[[str
             "seconds": taken, "ratio_to_products": taken / floor, "tokens_per_second": num / taken,
             "first_call_peak_bytes": peak, "workspace_bytes": problem.workspace.num_bytes,
         }  # fmt: skip
-        problem.workspace.clear()
+        problem.workspace = Workspace()
     result["seconds_by_chunk_rows"] = {
         str(rows): seconds(device, lambda r=rows: problem.fused(ReverseKL(), r))  # type: ignore[misc]
         for rows in (256, 1024, 4096)
@@ -143,6 +141,21 @@ def test_kernel_against_its_products(device: torch.device, record: Callable[[str
     record("kernel", result)
     assert bool(torch.isfinite(problem.weight_grad).all())
     assert not on_gpu or result["reverse_kl"]["ratio_to_products"] < 10
+
+
+def test_loss_beside_trl_and_liger(device: torch.device, record: Callable[[str, object], None]) -> None:
+    """The tool of docs/benchmarks.md: floor, both kernels and the peers that are installed, in one run."""
+    sizes = "--tokens 16384 --vocab 151936 --d-student 4096 --d-teacher 4096 --dtype bfloat16"
+    if device.type != "cuda":
+        sizes = "--tokens 256 --vocab 1500 --d-student 16 --d-teacher 16 --repeats 1"
+    for divergence in ("reverse_kl", "jsd"):
+        options = [*sizes.split(), "--device", device.type, "--divergence", divergence, "--json"]
+        done = subprocess.run(
+            [sys.executable, ROOT / "tools" / "bench_loss.py", *options],
+            env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        record(f"loss_{divergence}", json.loads(done.stdout.splitlines()[-1]))
 
 
 def accumulation(problem: Problem, rows: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,7 @@ from mergeopd.loss import (
     fused_loss,
     observe,
 )
+from mergeopd.loss.objective import LinearObjective
 
 ALL = (
     ReverseKL(),
@@ -97,11 +99,14 @@ def assert_same(
         assert relative(gradient, wanted) < tolerance
 
 
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_all_divergences_equal_autograd_on_full_logits(
-    device: torch.device, shape: str, dtype: torch.dtype
+    device: torch.device, shape: str, dtype: torch.dtype, kernel: Any
 ) -> None:
+    if kernel == "triton" and device.type != "cuda":
+        pytest.skip("the interpreter is tested in tests/unit/loss")
     rounded = moved(make_problem(**SHAPES[shape], spread=0.3), torch.device("cpu"), dtype)
     here, there = moved(rounded, torch.device("cpu"), torch.float64), moved(rounded, device, dtype)
     for divergences in (*((one,) for one in ALL), ALL):
@@ -112,11 +117,11 @@ def test_all_divergences_equal_autograd_on_full_logits(
             )  # fmt: skip
             actual = fused_loss(
                 there.hidden, there.head, there.targets, there.labels, linear(there),
-                divergences=divergences, temperature=1.5, chunk_rows=chunk_rows,
+                divergences=divergences, temperature=1.5, chunk_rows=chunk_rows, kernel=kernel,
             )  # fmt: skip
             assert_same(actual, expected, there, here, TOLERANCES[dtype])
     expected = naive_loss(here.hidden, here.head, [], here.labels, nll(here), divergences=())
-    actual = fused_loss(there.hidden, there.head, [], there.labels, nll(there), divergences=())
+    actual = fused_loss(there.hidden, there.head, [], there.labels, nll(there), divergences=(), kernel=kernel)
     assert_same(actual, expected, there, here, TOLERANCES[dtype])
 
 
@@ -144,6 +149,29 @@ def test_supports_equal_those_of_the_cpu(
         kept = [observe(t.hidden, t.head, there.labels, top_k=17) for t in there.targets]
         expected = loss(here, here.targets)
         assert_same(loss(there, kept), expected, there, here, TOLERANCES[dtype])
+
+
+def test_auto_waits_for_the_device_once(device: torch.device) -> None:
+    """Reading a flag at the end is the only wait that a call with a linear objective needs."""
+    if device.type != "cuda":
+        pytest.skip("only a GPU runs ahead of the host")
+    problem = moved(make_problem(**SHAPES["odd"], spread=0.3), device, torch.bfloat16)
+    objective = LinearObjective(problem.weights.expand(1, 1, -1), None)
+
+    def loss() -> Tensor:
+        return fused_loss(
+            problem.hidden, problem.head, problem.targets, problem.labels, objective, divergences=ALL[:1]
+        )[0]
+
+    loss().backward()  # compiles
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            loss().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([one for one in waits if "synchroniz" in str(one.message)]) <= 1
 
 
 def test_a_float32_gradient_of_a_half_precision_head(device: torch.device) -> None:

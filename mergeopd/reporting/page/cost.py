@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 
 from mergeopd.reporting.jsonl import UpdateRecord
 from mergeopd.reporting.page.run_data import RunData
 from mergeopd.reporting.terminal.timing import clock_text
 from mergeopd.storage.chat_replies import ApiUse, use_text
+from mergeopd.storage.quantized import Quantization
 
 _STAGES = ("rollout", "teachers", "update")  # of every round
 
@@ -56,6 +57,7 @@ class RunCost:
     peak_memory_bytes: int
     teacher_bytes: int
     api_use: Sequence[ApiUse] = ()
+    quantized: Mapping[str, Quantization] = field(default_factory=dict)
     serving: ServingTime | None = None
 
     def rows(self) -> dict[str, str]:
@@ -74,6 +76,8 @@ class RunCost:
             rows["peak memory of a process"] = f"{self.peak_memory_bytes / 2**30:.2f} GiB"
         if self.teacher_bytes:
             rows["teacher weights read"] = f"{self.teacher_bytes / 2**30:.3g} GiB"
+        for name, one in self.quantized.items():
+            rows[f"{name} in {one.format}"] = one.text
         for use in self.api_use:
             rows[f"API of {use.teacher}"] = use_text(use)
         if self.serving is not None:
@@ -117,6 +121,7 @@ def cost_of(data: RunData) -> RunCost:
         peak_memory_bytes=max((cost.peak_memory_bytes for cost in costs), default=0),
         teacher_bytes=_over_restarts([cost.teacher_bytes_read for cost in costs]),
         api_use=data.api_use,
+        quantized=data.result.quantized if data.result else {},
         serving=_serving_time(data.updates),
     )
 

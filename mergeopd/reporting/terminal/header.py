@@ -39,6 +39,8 @@ def _models(facts: RunFacts) -> Iterator[tuple[str, str]]:
         for name, size in facts.teachers.items()
     )
     yield "teachers", ", ".join(teachers)
+    for name, text in facts.quantized.items():
+        yield "quantised", f"{name}: {text}"
 
 
 def count(number: int) -> str:

@@ -45,6 +45,8 @@ class ResultTable:
             )
         for use in result.api_use:
             yield Text(f"{use.teacher} gave {use_text(use)}")
+        for name, one in result.quantized.items():
+            yield Text(f"{name} was read in {one.format}, {one.text}")
         if len(result.models) > len(result.kinds):
             yield Text()
             yield self._matrix(ascii_only)

@@ -18,23 +18,36 @@ _ORDER = "tp-cp-ep-dp-pp"
 class Grid:
     """This process's position among `tensor` x `context` x `data` x `pipeline` processes.
 
-    `groups` is Megatron's ProcessGroupCollection; `sequence_parallel` splits activations between the
-    tensor-parallel regions along the sequence.
+    Of a stage's processes, `expert` neighbours divide the experts of each layer, whole:
+    number `expert_rank`; `expert_data` of them have the same experts. `groups` is Megatron's
+    ProcessGroupCollection; `sequence_parallel` splits activations between the tensor-parallel regions along
+    the sequence.
     """
 
     tensor: int
     context: int
     pipeline: int
     data: int
+    expert: int
+    expert_data: int
     tensor_rank: int
     context_rank: int
     stage: int
     data_rank: int
+    expert_rank: int
     sequence_parallel: bool
     groups: Any
 
     @classmethod
-    def open(cls, *, tensor: int, pipeline: int, context: int = 1, sequence_parallel: bool = False) -> Grid:
+    def open(
+        cls,
+        *,
+        tensor: int,
+        pipeline: int,
+        context: int = 1,
+        expert: int = 1,
+        sequence_parallel: bool = False,
+    ) -> Grid:
         """Create the groups from all processes of the (initialised) default group; once per process.
 
         Raises ValueError when the sizes do not divide their number, or for sequence parallelism over a single
@@ -43,6 +56,8 @@ class Grid:
         world = dist.get_world_size()
         if world % (tensor * context * pipeline):
             raise ValueError(f"{world} processes cannot be split into {tensor} x {context} x {pipeline}")
+        if world % (expert * pipeline):
+            raise ValueError(f"{world} processes cannot be split into {expert} x {pipeline} for experts")
         if sequence_parallel and tensor == 1:
             raise ValueError("sequence_parallel needs tensor > 1")
         shim.install()
@@ -54,6 +69,8 @@ class Grid:
             tensor,
             pipeline,
             context_parallel_size=context,
+            expert_model_parallel_size=expert,
+            expert_tensor_parallel_size=1,
             order=_ORDER,
             create_gloo_process_groups=False,
         )
@@ -65,10 +82,13 @@ class Grid:
             context=context,
             pipeline=pipeline,
             data=groups.dp.size(),
+            expert=expert,
+            expert_data=groups.expt_dp.size(),
             tensor_rank=groups.tp.rank(),
             context_rank=groups.cp.rank(),
             stage=groups.pp.rank(),
             data_rank=groups.dp.rank(),
+            expert_rank=groups.ep.rank(),
             sequence_parallel=sequence_parallel,
             groups=groups,
         )
@@ -85,6 +105,15 @@ class Grid:
 
     def rank_of(self, tensor_rank: int, stage: int, copy: int = 0, context_rank: int = 0) -> int:
         return tensor_rank + self.tensor * (context_rank + self.context * (copy + self.data * stage))
+
+    def own_experts(self, count: int) -> range:
+        """Return this process's experts of a layer's `count`."""
+        size = count // self.expert
+        return range(self.expert_rank * size, (self.expert_rank + 1) * size)
+
+    def rank_of_expert(self, number: int, count: int, stage: int) -> int:
+        """Return the first process of a stage that has expert `number` of `count`."""
+        return number // (count // self.expert) + self.tensor * self.holders * stage
 
     @property
     def placement(self) -> Placement:

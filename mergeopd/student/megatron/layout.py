@@ -1,14 +1,18 @@
 """Mapping of Megatron's parameters to Hugging Face tensors: every shard as slices. Pure, no torch.
 
-Names are those of Megatron's local layer spec with the layer's number in the whole model. The same
-description is used for reading and for export.
+Names are those of Megatron's local layer spec with the numbers of layer and expert in the whole model. The
+same description is used for reading and for export. Experts are whole: they are dealt to ranks, not split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
 
+from mergeopd.models.experts import expert_parts, published_name
 from mergeopd.storage.boxes import Box
 from mergeopd.student.megatron.architecture import Architecture
 
@@ -16,7 +20,11 @@ EMBEDDING = "embedding.word_embeddings.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
 OUTPUT = "output_layer.weight"
 _LAYER = "decoder.layers."
+_EXPERT = "mlp.experts.local_experts."
+_SHARED = "mlp.shared_experts."
 
+# Transformer Engine's experts of a layer have one module.
+_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(?P<matrix>linear_fc[12]\.weight)(?P<expert>\d+)")
 # Transformer engine keeps a norm inside the linear layer that follows it.
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -37,7 +45,8 @@ class Slice:
 class Shard:
     """One rank's part of a parameter: concatenated slices along `dim`, then `padding` rows of zeros.
 
-    `is_replicated` is True for a parameter that is unsharded on every rank of the tensor-parallel group.
+    `is_replicated` is True for a parameter that is unsharded on every rank of the tensor-parallel group; an
+    expert is on the ranks to which it is dealt.
     """
 
     slices: tuple[Slice, ...]
@@ -51,23 +60,40 @@ class Shard:
         return sum(s.stop - s.start for s in self.slices) + self.padding
 
 
-def parameter_names(arch: Architecture, stage: int, stages: int) -> tuple[str, ...]:
-    """Return the parameters of a pipeline stage in model order, without a tied copy of the embedding."""
+def parameter_names(
+    arch: Architecture, stage: int, stages: int, experts: range | None = None
+) -> tuple[str, ...]:
+    """Return the parameters of a pipeline stage in model order, without a tied copy of the embedding.
+
+    Of the experts of a layer only `experts`, if given.
+    """
     per_stage = arch.facts.num_layers // stages
     names = [EMBEDDING] if stage == 0 else []
     for layer in range(stage * per_stage, (stage + 1) * per_stage):
-        names += [f"{_LAYER}{layer}.{leaf}" for leaf in _leaves(arch)]
+        names += [f"{_LAYER}{layer}.{leaf}" for leaf in _leaves(arch, layer, experts)]
     if stage == stages - 1:
         names += [FINAL_NORM] if arch.facts.tied else [FINAL_NORM, OUTPUT]
     return tuple(names)
 
 
-def global_name(local: str, first_layer: int) -> str:
-    """Return the whole model's name of a stage's (or Transformer Engine's) parameter `local`."""
+def global_name(local: str, first_layer: int, first_expert: int = 0) -> str:
+    """Return the whole model's name of a rank's (or Transformer Engine's) parameter `local`."""
     if not local.startswith(_LAYER):
         return local
     number, _, leaf = local.removeprefix(_LAYER).partition(".")
+    grouped = _GROUPED_EXPERT.fullmatch(leaf)
+    if grouped is not None:
+        leaf = f"{_EXPERT}{grouped['expert']}.{grouped['matrix']}"
+    if leaf.startswith(_EXPERT):
+        expert, _, matrix = leaf.removeprefix(_EXPERT).partition(".")
+        leaf = f"{_EXPERT}{int(expert) + first_expert}.{matrix}"
     return f"{_LAYER}{int(number) + first_layer}.{_FUSED_NORMS.get(leaf, leaf)}"
+
+
+def expert_of(name: str) -> int | None:
+    """Return the expert to which a parameter belongs; None if all ranks of its stage have a part of it."""
+    leaf = name.removeprefix(_LAYER).partition(".")[2]
+    return int(leaf.removeprefix(_EXPERT).partition(".")[0]) if leaf.startswith(_EXPERT) else None
 
 
 def vocab_rows(arch: Architecture, tensor: int) -> int:
@@ -97,7 +123,8 @@ def shard(name: str, arch: Architecture, tensor: int, rank: int) -> Shard:
     return _whole(f"{prefix}{norm[leaf]}.weight", facts.hidden_size)
 
 
-def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+@cache
+def tensor_shapes(arch: Architecture) -> Mapping[str, tuple[int, ...]]:
     """Return the shapes of the folder's tensors by name, in the order of their parameters."""
     hidden = arch.facts.hidden_size
     lengths: dict[str, int] = {}
@@ -107,8 +134,8 @@ def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
         for piece in part.slices:
             length = lengths[piece.tensor] = max(lengths.get(piece.tensor, 0), piece.stop)
             shape = (hidden, length) if part.dim else (length, hidden)
-            shapes[piece.tensor] = (length,) if part.is_replicated or name.endswith(".bias") else shape
-    return shapes
+            shapes[piece.tensor] = (length,) if name.endswith((".bias", "norm.weight")) else shape
+    return MappingProxyType(shapes)
 
 
 def tensor_boxes(part: Shard, shape: tuple[int, ...], box: Box) -> Iterator[tuple[str, Box, Box]]:
@@ -130,7 +157,7 @@ def _put(values: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:
     return (*values[:dim], value, *values[dim + 1 :])
 
 
-def _leaves(arch: Architecture) -> list[str]:
+def _leaves(arch: Architecture, layer: int, experts: range | None) -> list[str]:
     attention = ["linear_qkv.weight"]
     attention += ["linear_qkv.bias"] if arch.qkv_bias else []
     attention += ["q_layernorm.weight", "k_layernorm.weight"] if arch.qk_norm else []
@@ -138,8 +165,20 @@ def _leaves(arch: Architecture) -> list[str]:
         "input_layernorm.weight",
         *(f"self_attention.{leaf}" for leaf in [*attention, "linear_proj.weight"]),
         "pre_mlp_layernorm.weight",
-        "mlp.linear_fc1.weight",
-        "mlp.linear_fc2.weight",
+        *_feed_forward_leaves(arch, layer, experts),
+    ]
+
+
+def _feed_forward_leaves(arch: Architecture, layer: int, experts: range | None) -> list[str]:
+    matrices = ("linear_fc1.weight", "linear_fc2.weight")
+    if arch.experts is None or layer not in arch.experts.layers:
+        return [f"mlp.{matrix}" for matrix in matrices]
+    shared = (*matrices, "gate_weight") if arch.experts.shared_size else ()
+    own = range(arch.experts.count) if experts is None else experts
+    return [
+        "mlp.router.weight",
+        *(f"{_EXPERT}{expert}.{matrix}" for expert in own for matrix in matrices),
+        *(f"{_SHARED}{leaf}" for leaf in shared),
     ]
 
 
@@ -167,11 +206,29 @@ def _attention(leaf: str, prefix: str, arch: Architecture, tensor: int, rank: in
 
 
 def _feed_forward(leaf: str, prefix: str, arch: Architecture, tensor: int, rank: int) -> Shard:
-    span = arch.ffn_size // tensor
+    ffn_size, experts = arch.ffn_size, arch.experts
+    if experts is not None:
+        if leaf == "mlp.router.weight":
+            return _whole(published_name(arch.facts.model_type, f"{prefix}gate.weight"), experts.count)
+        if leaf.startswith(_EXPERT):
+            return _expert(leaf.removeprefix(_EXPERT), prefix, arch, experts.size)
+        if leaf == f"{_SHARED}gate_weight":
+            return _whole(f"{prefix}shared_expert_gate.weight", 1)
+        if leaf.startswith(_SHARED):
+            prefix, ffn_size = f"{prefix}shared_expert.", experts.shared_size
+    span = ffn_size // tensor
     start, stop = rank * span, (rank + 1) * span
-    if leaf.startswith("mlp.linear_fc2"):
+    if leaf.endswith("linear_fc2.weight"):
         return Shard((Slice(f"{prefix}down_proj.weight", start, stop),), dim=1)
     return Shard(tuple(Slice(f"{prefix}{x}_proj.weight", start, stop) for x in ("gate", "up")))
+
+
+def _expert(leaf: str, prefix: str, arch: Architecture, size: int) -> Shard:
+    expert, _, matrix = leaf.partition(".")
+    is_last = matrix.startswith("linear_fc2")
+    parameter = f"{prefix}experts.{'down_proj' if is_last else 'gate_up_proj'}"
+    parts = expert_parts(arch.facts.model_type, parameter, int(expert))
+    return Shard(tuple(Slice(part.tensor, 0, size) for part in parts), dim=int(is_last))
 
 
 def _vocabulary(tensor_name: str, arch: Architecture, tensor: int, rank: int) -> Shard:

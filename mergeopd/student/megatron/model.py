@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 
-from mergeopd.student.megatron.architecture import Architecture
+from mergeopd.student.megatron.architecture import Architecture, ExpertSizes
 from mergeopd.student.megatron.grid import Grid
-from mergeopd.student.megatron.layout import vocab_rows
+from mergeopd.student.megatron.layout import expert_of, global_name, vocab_rows
 from mergeopd.student.megatron.specs import block, chosen
 
 
@@ -36,6 +37,12 @@ class HiddenModel(GPTModel):  # type: ignore[misc]
         """Number, in the whole model, of this stage's first layer."""
         return int(self.decoder.layers[0].layer_number) - 1
 
+    @property
+    def first_expert(self) -> int:
+        """Number of this rank's first expert in every layer that has experts; else 0."""
+        layers = [layer.mlp for layer in self.decoder.layers if isinstance(layer.mlp, MoELayer)]
+        return int(layers[0].local_expert_indices[0]) if layers else 0
+
 
 def build_model(
     arch: Architecture,
@@ -55,11 +62,7 @@ def build_model(
     config = transformer_config(arch, grid, dtype, device, recompute=recompute)
     model = HiddenModel(
         config,
-        block(
-            chosen(device, layers),
-            num_layers=config.num_layers // grid.pipeline,
-            qk_norm=arch.qk_norm,
-        ),
+        block(chosen(device, layers), _num_experts(arch, grid), qk_norm=arch.qk_norm),
         vocab_size=vocab_rows(arch, grid.tensor),
         max_sequence_length=arch.facts.max_positions,
         pre_process=grid.stage == 0,
@@ -71,13 +74,19 @@ def build_model(
     )
     model.rotary_pos_emb.inv_freq = torch.tensor(inv_freq.tolist(), device=device)
     model.to(device)
+    if arch.experts is not None:
+        for name, parameter in model.named_parameters():
+            # Megatron sums the gradients of experts over the ranks that have them only if it divides them
+            # over ranks, and not where tensor-parallel ranks have different tokens and the same experts.
+            if expert_of(global_name(name, 0)) is not None:
+                parameter.allreduce = False
     return model
 
 
 def transformer_config(
     arch: Architecture, grid: Grid, dtype: torch.dtype, device: torch.device, *, recompute: bool
 ) -> TransformerConfig:
-    """Return Megatron's configuration of a dense model; MoE settings would be added here."""
+    """Return Megatron's configuration of a model."""
     layer_by_layer = {
         "recompute_granularity": "full",
         "recompute_method": "uniform",
@@ -113,7 +122,7 @@ def transformer_config(
         context_parallel_size=grid.context,
         pipeline_model_parallel_size=grid.pipeline,
         sequence_parallel=grid.sequence_parallel,
-        # Micro-batches differ in shape. Megatron requires a dispatcher even for a dense model.
+        # Micro-batches differ in shape: the only dispatcher that allows it, required even for a dense model.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         # With a token count of 0, gradients are plain sums; denominators are part of the tokens' weights.
@@ -125,7 +134,34 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         **(layer_by_layer if recompute else {}),
+        **({} if arch.experts is None else _expert_settings(arch, arch.experts, grid)),
     )
+
+
+def _expert_settings(arch: Architecture, experts: ExpertSizes, grid: Grid) -> dict[str, Any]:
+    """Return the settings of experts: as in transformers, without loss for balance and capacities."""
+    return {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.per_token,
+        "moe_ffn_hidden_size": experts.size,
+        "moe_layer_freq": [int(layer in experts.layers) for layer in range(arch.facts.num_layers)],
+        "moe_shared_expert_intermediate_size": experts.shared_size or None,
+        "moe_shared_expert_gate": experts.shared_size > 0,
+        # A softmax over the chosen experts is one over all of them, divided by the sum of the chosen.
+        "moe_router_pre_softmax": not experts.renormalizes,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "expert_model_parallel_size": grid.expert,
+        "expert_tensor_parallel_size": 1,
+    }
+
+
+def _num_experts(arch: Architecture, grid: Grid) -> list[int | None]:
+    """Return the number of experts of each layer of this stage; None for a layer without."""
+    per_stage = arch.facts.num_layers // grid.pipeline
+    own = range(grid.stage * per_stage, (grid.stage + 1) * per_stage)
+    experts = arch.experts
+    return [None if experts is None or layer not in experts.layers else experts.count for layer in own]
 
 
 def _leave(weight: Tensor) -> None:

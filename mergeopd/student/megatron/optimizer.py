@@ -19,9 +19,9 @@ from mergeopd.student.megatron.grid import Grid
 def build_adamw(ddp: Any, optimizer: Optimizer, dtype: torch.dtype, grid: Grid) -> Any:
     """Build AdamW over float32 parameters, grouped as in `TorchStudent`: matrices decay, vectors do not.
 
-    Its state is sharded over the processes that hold the same weights. Always torch's AdamW: those of
-    Transformer Engine and Apex store the number of updates elsewhere, so that a checkpoint could not be
-    written.
+    Its state is sharded over the ranks that have the same parameters, if `ddp` is so configured. Always
+    torch's AdamW: those of Transformer Engine and Apex store the number of updates elsewhere, so that a
+    checkpoint could not be written.
     """
     library.USING_PYTORCH_OPTIMIZER = True
     options = OptimizerConfig(
@@ -33,7 +33,7 @@ def build_adamw(ddp: Any, optimizer: Optimizer, dtype: torch.dtype, grid: Grid) 
         weight_decay=optimizer.weight_decay,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=grid.holders > 1,
+        use_distributed_optimizer=ddp.ddp_config.use_distributed_optimizer,
     )
     adamw = get_megatron_optimizer(options, [ddp], use_gloo_process_groups=False, pg_collection=grid.groups)
     for group in adamw.param_groups:  # Megatron leaves this to a scheduler that is not used here
@@ -47,36 +47,40 @@ class MainParameters:
     """AdamW's float32 parameters and their moments, by the model's parameters."""
 
     def __init__(self, adamw: Any, grid: Grid) -> None:
-        [self._inner] = adamw.chained_optimizers
-        self._grid = grid
+        self._optimizers, self._grid = adamw.chained_optimizers, grid
+        self.is_sharded = self._optimizers[0].config.use_distributed_optimizer
 
     def step(self) -> int:
         """Number of updates, read from any parameter.
 
         Raises RuntimeError for an optimizer that keeps it elsewhere, such as Transformer Engine's.
         """
-        if not isinstance(self._inner.optimizer, torch.optim.AdamW):
-            raise RuntimeError(f"the state of {type(self._inner.optimizer).__name__} is not mapped")
-        states = self._inner.optimizer.state.values()
-        return next((int(state["step"]) for state in states), 0)
+        states: list[Any] = []
+        for inner in self._optimizers:
+            if not isinstance(inner.optimizer, torch.optim.AdamW):
+                raise RuntimeError(f"the state of {type(inner.optimizer).__name__} is not mapped")
+            states += inner.optimizer.state.values()
+        return int(states[0]["step"]) if states else 0
 
     def read(self, parameter: nn.Parameter, key: str) -> Tensor:
         """Return `param` or a moment, float32, in the parameter's shape. Collective over its holders."""
         own, value = self.own(parameter), self.read_own(parameter, key)
-        if self._grid.holders == 1:
+        if not self.is_sharded:
             return value.to(parameter.device).view(parameter.shape)
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         whole[own.start : own.stop] = value
-        dist.all_reduce(whole, group=self._grid.groups.dp_cp)
+        groups = self._grid.groups
+        dist.all_reduce(whole, group=groups.expt_dp if _is_of_expert(parameter) else groups.dp_cp)
         return whole.view(parameter.shape)
 
     def own(self, parameter: nn.Parameter) -> range:
         """Return the flat range of the parameter whose state is on this rank; it may be empty."""
-        if self._grid.holders == 1:
+        if not self.is_sharded:
             return range(parameter.numel())
-        if parameter not in self._inner.model_param_group_index_map:
+        inner = self._optimizer_of(parameter)
+        if parameter not in inner.model_param_group_index_map:
             return range(0)
-        part = self._inner._get_model_param_range_map(parameter)["param"]
+        part = inner._get_model_param_range_map(parameter)["param"]
         return range(part.start, part.end)
 
     def read_own(self, parameter: nn.Parameter, key: str) -> Tensor:
@@ -84,7 +88,7 @@ class MainParameters:
         main = self._main(parameter)
         if main is None:
             return parameter.new_empty(0, dtype=torch.float32)
-        value: Tensor = main if key == "param" else self._inner.optimizer.state[main][key]
+        value: Tensor = main if key == "param" else self._optimizer_of(parameter).optimizer.state[main][key]
         return value.detach().view(-1)
 
     @torch.no_grad()
@@ -100,7 +104,8 @@ class MainParameters:
         main.copy_(values["param"].view(main.shape))
         if step:
             # One step tensor per parameter: AdamW increments it in place.
-            inner, held = self._inner.optimizer, {key: values[key].view(main.shape) for key in MOMENTS}
+            inner = self._optimizer_of(parameter).optimizer
+            held = {key: values[key].view(main.shape) for key in MOMENTS}
             if isinstance(inner, HostAdamW):
                 inner.hold(main, float(step), held)
             else:
@@ -109,10 +114,20 @@ class MainParameters:
 
     def _main(self, parameter: nn.Parameter) -> Any:
         """Return AdamW's part of `parameter`: all, this copy's flat part, or None."""
-        if self._grid.holders == 1:
+        if not self.is_sharded:
             return getattr(parameter, "main_param", parameter)
-        place = self._inner.model_param_group_index_map.get(parameter)
+        inner = self._optimizer_of(parameter)
+        place = inner.model_param_group_index_map.get(parameter)
         if place is None:
             return None
         group, position = place
-        return self._inner.optimizer.param_groups[group]["params"][position]
+        return inner.optimizer.param_groups[group]["params"][position]
+
+    def _optimizer_of(self, parameter: nn.Parameter) -> Any:
+        """Return Megatron's optimizer of a parameter: the last one has the experts, if there are any."""
+        return self._optimizers[-1 if _is_of_expert(parameter) else 0]
+
+
+def _is_of_expert(parameter: nn.Parameter) -> bool:
+    """Whether the ranks with this parameter are those with the same experts, not all data-parallel copies."""
+    return not getattr(parameter, "allreduce", True)

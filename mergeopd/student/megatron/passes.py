@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -20,10 +22,11 @@ from mergeopd.loss.kernel_choice import KernelName
 from mergeopd.models.causal import padded
 from mergeopd.student.loss import Measured, MicroStats, micro_loss
 from mergeopd.student.megatron.grid import Grid
+from mergeopd.student.megatron.router import StageRoutes
 from mergeopd.student.megatron.sequence import TrainedRows, own_positions, width_multiple
 from mergeopd.types import token_ids
 
-# Run by a copy without responses: one token without loss.
+# Run by a copy that has fewer micro-batches than passes to take part in: one token without loss.
 _EMPTY = MicroBatch((), (), (token_ids((0,)),), (token_ids(()),), (), torch.zeros(0, 0), torch.zeros(0))
 
 
@@ -39,11 +42,12 @@ class Passes:
         model: nn.Module,
         config: Any,
         head: Callable[[], Head],
+        routes: StageRoutes,
         grid: Grid,
         device: torch.device,
         kernel: KernelName,
     ) -> None:
-        self._model, self._head, self._grid, self._device = model, head, grid, device
+        self._model, self._head, self._routes, self._grid, self._device = model, head, routes, grid, device
         self._schedule = get_forward_backward_func(pp_size=grid.pipeline)
         self._neighbours = P2PCommunicator(pp_group=grid.groups.pp, config=config)
         self._trained_rows = TrainedRows(grid)
@@ -75,7 +79,7 @@ class Passes:
                     self._head(),
                     micro,
                     per_token(micro),
-                    what,
+                    replace(what, observe=None) if micro is _EMPTY else what,
                     self._workspace,
                     self._kernel,
                     self._loss_group,
@@ -92,15 +96,18 @@ class Passes:
             ids, rows = padded(micro.prompts, micro.responses, micro.trained, multiple=multiple)
             own = own_positions(ids.shape[1], self._grid)
             positions = own.expand(len(ids), -1)
+            self._routes.begin(micro, ids.shape[1])
             hidden = model(ids[:, own].to(self._device), positions.to(self._device), None)
             return hidden, lambda output: loss(micro, rows, ids.shape[1], output)
 
+        self._routes.reset()
         num = len(micro_batches)
+        total = self._most(num) if self._grid.expert > 1 else num
         statistics = self._schedule(
             forward_step_func=step,
-            data_iterator=iter(micro_batches if num else [_EMPTY]),
+            data_iterator=chain(micro_batches, repeat(_EMPTY)),
             model=[self._model],
-            num_microbatches=max(num, 1),
+            num_microbatches=max(total, 1),
             seq_length=0,  # shapes travel with the tensors
             micro_batch_size=0,
             forward_only=not backward,
@@ -108,7 +115,13 @@ class Passes:
             pg_collection=self._grid.groups,
         )
         _raise_together(failures)
-        return tuple(statistics) if num and self._grid.is_last_stage else ()
+        return tuple(statistics[:num]) if self._grid.is_last_stage else ()
+
+    def _most(self, num: int) -> int:
+        """Return the largest number of micro-batches of any copy: copies exchange tokens in every layer."""
+        most = torch.tensor(num, device=self._device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
 
 
 def _raise_together(failures: Sequence[str]) -> None:

@@ -1,20 +1,32 @@
 """CPU stand-ins for the CUDA calls that megatron-core 0.16 makes unconditionally.
 
-Megatron calls `torch.cuda.current_device()`, creates tensors on "cuda" and compares `Tensor.type()` with
-`torch.cuda.FloatTensor`. `install` redirects these to the CPU. It changes the whole process, so use it only
-in processes of a grid; with a GPU it has no effect.
+Megatron calls `torch.cuda.current_device()`, creates tensors on "cuda", compares `Tensor.type()` with
+`torch.cuda.FloatTensor`, and copies the numbers of tokens for experts on a stream of its own. `install`
+redirects these to the CPU. It changes the whole process, so use it only in processes of a grid; with a GPU it
+has no effect.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+
+
+class _Stream:
+    """The CPU's stream: what was submitted has been computed."""
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None:
+        """Return at once."""
 
 
 class _OnCpu(TorchFunctionMode):
@@ -46,17 +58,23 @@ def install() -> None:
     if torch.cuda.is_available() or vars(torch.cuda)["current_device"] is _current_device:
         return
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import token_dispatcher
 
+    stream = _Stream()
     replacements: dict[str, Callable[..., Any]] = {
         "current_device": _current_device,
         "synchronize": lambda *_, **__: None,
         "empty_cache": lambda: None,
+        "current_stream": lambda *_, **__: stream,
+        "stream": lambda _: nullcontext(),
         "manual_seed": torch.manual_seed,
         "get_rng_state": lambda *_, **__: torch.get_rng_state(),
         "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
+    token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = stream
+    token_dispatcher.maybe_move_tensor_to_cpu = _counts
     megatron_random._get_cuda_rng_state = replacements["get_rng_state"]
     megatron_random._set_cuda_rng_state = replacements["set_rng_state"]
     logging.getLogger(megatron_random.__name__).addFilter(
@@ -65,6 +83,11 @@ def install() -> None:
     # torch.autograd.backward would dispatch to the mode, which calls it: infinite recursion.
     vars(torch.autograd)["has_torch_function"] = lambda _: False
     _OnCpu().__enter__()  # type: ignore[no-untyped-call]
+
+
+def _counts(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Return numbers of tokens as Megatron does with those of a GPU."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 def _is_cuda(device: object) -> bool:

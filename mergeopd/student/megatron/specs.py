@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import nn
 
 from mergeopd.errors import ModelError
+from mergeopd.student.megatron.router import Router
 from mergeopd.student.megatron.sequence import CausalAttention
 
 
@@ -62,8 +64,10 @@ def chosen(device: torch.device, layers: str) -> BackendSpecProvider:
     return PARTS["local" if layers == "local" or missing else "transformer_engine"]()
 
 
-def block(parts: BackendSpecProvider, *, num_layers: int, qk_norm: bool) -> TransformerBlockSubmodules:
-    """Return the layers of a stage and its final norm.
+def block(
+    parts: BackendSpecProvider, num_experts: Sequence[int | None], *, qk_norm: bool
+) -> TransformerBlockSubmodules:
+    """Return the layers of a stage, each with its number of experts or None, and the stage's final norm.
 
     Where `parts` fuse a norm with the linear layer behind it, the norm's weight belongs to that layer
     (`layout.global_name`).
@@ -79,18 +83,31 @@ def block(parts: BackendSpecProvider, *, num_layers: int, qk_norm: bool) -> Tran
         q_layernorm=of_heads,
         k_layernorm=of_heads,
     )
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=get_mlp_module_spec_for_backend(backend=parts),
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
-    return TransformerBlockSubmodules([layer] * num_layers, parts.layer_norm(rms_norm=True))
+    layers = [
+        ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=norm,
+                self_attention=ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
+                self_attn_bda=get_bias_dropout_add,
+                # A router stands before the experts' linear layers.
+                pre_mlp_layernorm=norm if experts is None else parts.layer_norm(rms_norm=True),
+                mlp=_feed_forward(parts, experts),
+                mlp_bda=get_bias_dropout_add,
+            ),
+        )
+        for experts in num_experts
+    ]
+    return TransformerBlockSubmodules(layers, parts.layer_norm(rms_norm=True))
+
+
+def _feed_forward(parts: BackendSpecProvider, num_experts: int | None) -> ModuleSpec:
+    """Return a feed-forward network, or experts: one after another in Megatron's own modules."""
+    grouped = not isinstance(parts, LocalSpecProvider)
+    spec = get_mlp_module_spec_for_backend(parts, num_experts, moe_grouped_gemm=grouped)
+    if num_experts is not None:
+        spec.submodules.router = Router
+    return spec
 
 
 def _has_transformer_engine() -> bool:

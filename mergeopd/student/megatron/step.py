@@ -32,8 +32,9 @@ from mergeopd.student.megatron.layout import tensor_shapes, vocab_rows
 from mergeopd.student.megatron.model import build_model
 from mergeopd.student.megatron.optimizer import MainParameters, build_adamw
 from mergeopd.student.megatron.passes import Passes
+from mergeopd.student.megatron.router import StageRoutes
 from mergeopd.student.megatron.state import load_parts, state_parts
-from mergeopd.student.megatron.weights import export, named, read_shards, whole_tensors
+from mergeopd.student.megatron.weights import by_parameter, export, named, read_shards, whole_tensors
 from mergeopd.student.protocol import Placement, check_masters
 
 # The attribute in which Megatron accumulates a parameter's gradient.
@@ -82,14 +83,18 @@ class MegatronStudent:
         )
         read_shards(self._model, self._arch, grid)
         buffers = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=grid.holders > 1
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=grid.holders > 1
+            or (self._arch.experts is not None and grid.expert_data > 1),
         )
         self._ddp = DistributedDataParallel(
             self._model.config, buffers, self._model, pg_collection=grid.groups
         )
         self._adamw = build_adamw(self._ddp, optimizer, DTYPES[dtype], grid)
         self._main = MainParameters(self._adamw, grid)
-        self._passes = Passes(self._ddp, self._model.config, self._head, grid, device, kernel)
+        routes = StageRoutes(self._model, self._arch, grid, device)
+        self._passes = Passes(self._ddp, self._model.config, self._head, routes, grid, device, kernel)
         self._like = torch.empty((), device=device)  # dtype and device of gradients, main parameters, moments
         self._is_summed = False
 
@@ -129,12 +134,14 @@ class MegatronStudent:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         shards = self.shards
-        return self._whole(shards.__getitem__, next(iter(shards.values())), everywhere=True)
+        like = next(iter(shards.values()))
+        return by_parameter(self._whole(shards.__getitem__, like, everywhere=True), self._arch, like)
 
     def master_weights(self) -> Iterator[tuple[str, Tensor]]:
         parameters = named(self._model)
         read = self._main.read
-        return self._whole(lambda name: read(parameters[name], "param"), self._like, everywhere=True)
+        whole = self._whole(lambda name: read(parameters[name], "param"), self._like, everywhere=True)
+        return by_parameter(whole, self._arch, self._like)
 
     def accumulate_gradients(
         self, micro_batches: MicroBatches, objective: DistillationObjective, observe: Observe | None = None
@@ -163,13 +170,14 @@ class MegatronStudent:
         return self._passes.run(micro_batches, lambda micro: no_loss, what, backward=False)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Return the accumulated gradient, unsharded float32, by the folder's names; empty except on rank 0.
+        """Return the accumulated gradient, unsharded float32, by parameter name; empty except on rank 0.
 
         Collective. For inspection: rank 0 needs memory for all of it.
         """
         self._sum_gradients(everywhere=True)
         parameters = named(self._model)
-        return dict(self._whole(lambda name: getattr(parameters[name], _SUM), self._like))
+        whole = self._whole(lambda name: getattr(parameters[name], _SUM), self._like)
+        return dict(by_parameter(whole, self._arch, self._like))
 
     def optimizer_step(self, lr: float) -> float:
         self._sum_gradients(everywhere=False)
@@ -177,7 +185,8 @@ class MegatronStudent:
         norm = float(self._adamw.get_grad_norm())
         check_norm(norm)
         if self._clip_grad is not None:
-            clip_grad_by_total_norm_fp32(self._adamw.get_parameters(), self._clip_grad, norm)
+            parameters = [p for group in self._adamw.param_groups for p in group["params"]]
+            clip_grad_by_total_norm_fp32(parameters, self._clip_grad, norm)
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step_with_ready_grads()
@@ -206,7 +215,7 @@ class MegatronStudent:
         """Restore `state()` of either backend. Raises StorageError when it belongs to another model."""
         check_masters(self.state_shapes(), tensors.shapes)
         load_parts(tensors, self._model, self._main, self._arch, self._grid)
-        if self._grid.holders > 1:  # each has read its own part
+        if self._main.is_sharded:  # each has read its own part
             self._ddp.start_param_sync()
 
     def _head(self) -> Head:
@@ -229,7 +238,7 @@ class MegatronStudent:
         return whole_tensors(part_of, like, self._arch, self._grid, everywhere=everywhere)
 
     def _sum_gradients(self, *, everywhere: bool) -> None:
-        """Sum over data-parallel copies, shared embeddings and split sequences; once per update.
+        """Sum over ranks with the same parameters, shared embeddings and split sequences; once per update.
 
         Must run after the last micro-batch, since a second sum would count twice. A copy of the model needs
         the sum for its shard of the parameters; with `everywhere` it gets the other shards too.

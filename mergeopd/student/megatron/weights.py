@@ -10,18 +10,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mergeopd.models.causal import parameter_parts
+from mergeopd.models.causal import assembled, parameter_parts
 from mergeopd.models.checkpoint import Checkpoint
+from mergeopd.models.experts import Part, expert_parts, part_of
+from mergeopd.models.facts import ModelFacts
 from mergeopd.models.weight_files import MAX_FILE_BYTES, write_model
 from mergeopd.student.megatron.architecture import Architecture
 from mergeopd.student.megatron.grid import Grid
-from mergeopd.student.megatron.layout import OUTPUT, Shard, global_name, parameter_names, shard, tensor_shapes
+from mergeopd.student.megatron.layout import (
+    OUTPUT,
+    Shard,
+    expert_of,
+    global_name,
+    parameter_names,
+    shard,
+    tensor_shapes,
+)
 from mergeopd.student.megatron.model import HiddenModel
 
 
 def named(model: HiddenModel) -> dict[str, torch.nn.Parameter]:
     """Return this stage's parameters by their names in the whole model."""
-    return {global_name(name, model.first_layer): p for name, p in model.named_parameters()}
+    first = model.first_layer, model.first_expert
+    return {global_name(name, *first): p for name, p in model.named_parameters()}
 
 
 @torch.no_grad()
@@ -30,10 +41,10 @@ def read_shards(model: HiddenModel, arch: Architecture, grid: Grid) -> None:
 
     Raises ModelError when a tensor or a part of it is missing.
     """
-    checkpoint = Checkpoint.open(arch.facts.folder)
-    stored = {name: parts[0].tensor for name, parts in parameter_parts(arch.facts, checkpoint).items()}
+    source = _Source(arch.facts)
     parameters = named(model)
-    expected = set(parameter_names(arch, grid.stage, grid.pipeline))
+    own_experts = None if arch.experts is None else grid.own_experts(arch.experts.count)
+    expected = set(parameter_names(arch, grid.stage, grid.pipeline, own_experts))
     if arch.facts.tied and grid.is_last_stage and grid.stage > 0:
         expected.add(OUTPUT)
     if parameters.keys() != expected:
@@ -43,12 +54,32 @@ def read_shards(model: HiddenModel, arch: Architecture, grid: Grid) -> None:
         part = shard(name, arch, grid.tensor, grid.tensor_rank)
 
         def read(tensor: str, start: int, stop: int, dim: int = part.dim) -> Tensor:
-            return checkpoint.read_slice(stored[tensor], start, stop, dim)
+            return source.read_slice(tensor, start, stop, dim)
 
         tensor = assemble(part, read)
         if tensor.shape != parameter.shape:
             raise RuntimeError(f"{name}: {list(tensor.shape)} read, {list(parameter.shape)} expected")
         parameter.copy_(tensor)
+
+
+class _Source:
+    """A model's folder, read by published names; its experts may be stored together, as in the module."""
+
+    def __init__(self, facts: ModelFacts) -> None:
+        self._facts, self._checkpoint = facts, Checkpoint.open(facts.folder)
+        self._parts = parameter_parts(facts, self._checkpoint)
+
+    def read_slice(self, tensor: str, start: int, stop: int, dim: int) -> Tensor:
+        parameter, part = part_of(self._facts.model_type, tensor)
+        stored = self._parts.get(parameter, ())
+        if part.expert is None:
+            return self._checkpoint.read_slice(stored[0].tensor if stored else tensor, start, stop, dim)
+        if len(stored) > 1:
+            return self._checkpoint.read_slice(tensor, start, stop, dim)
+        [matrix] = self._checkpoint.read_slice(parameter, part.expert, part.expert + 1)
+        num_pieces = len(expert_parts(self._facts.model_type, parameter, 0))
+        rows: Tensor = matrix[part.rows(len(matrix) // num_pieces)]
+        return rows.narrow(dim, start, stop - start)
 
 
 @torch.no_grad()
@@ -58,17 +89,23 @@ def whole_tensors(
     """Yield the folder's tensors one at a time, assembled on rank 0 from every rank's parts.
 
     `part_of` returns this rank's part of a parameter of its stage, in the dtype and on the device of `like`;
-    every rank of the stage calls it for the same parameter at the same time. Every rank must exhaust the
+    every rank of the stage that has the parameter calls it at the same time. Every rank must exhaust the
     iterator. With `everywhere` all ranks get the tensors, else only rank 0. Besides its own parts and what
     its caller keeps, rank 0 holds a tensor and one rank's part of it, and other ranks at most their part.
     """
     shapes, rank = tensor_shapes(arch), dist.get_rank()
+    num_experts = 0 if arch.experts is None else arch.experts.count
     for stage in range(grid.pipeline):
         for name in parameter_names(arch, stage, grid.pipeline):
             first = shard(name, arch, grid.tensor, 0)
-            owners = [grid.rank_of(t, stage) for t in range(1 if first.is_replicated else grid.tensor)]
+            expert = expert_of(name)
+            if expert is None:
+                owners = [grid.rank_of(t, stage) for t in range(1 if first.is_replicated else grid.tensor)]
+            else:
+                owners = [grid.rank_of_expert(expert, num_experts, stage)]
             parts = {owner: shard(name, arch, grid.tensor, t) for t, owner in enumerate(owners)}
-            own = part_of(name) if stage == grid.stage else None
+            is_here = expert is None or expert in grid.own_experts(num_experts)
+            own = part_of(name) if stage == grid.stage and is_here else None
             for tensor in dict.fromkeys(piece.tensor for piece in first.slices):
                 if own is not None and rank in parts and rank != 0:
                     _send(_take(own, parts[rank], tensor), 0)
@@ -80,6 +117,17 @@ def whole_tensors(
                         dist.broadcast(whole, src=0)
                     yield tensor, whole
                     del whole  # before the next one is allocated
+
+
+def by_parameter(
+    tensors: Iterator[tuple[str, Tensor]], arch: Architecture, like: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of transformers' module that are made of the folder's tensors."""
+    parts: dict[str, list[Part]] = {}
+    for tensor in tensor_shapes(arch):
+        parameter, part = part_of(arch.facts.model_type, tensor)
+        parts.setdefault(parameter, []).append(part)
+    return assembled(parts, tensors, like.device, like.dtype)
 
 
 def export(tensors: Iterator[tuple[str, Tensor]], source: Path, folder: Path) -> None:

@@ -19,10 +19,11 @@ from mergeopd.models.causal import empty, fill, padded
 from mergeopd.rollout.protocol import RolloutEngine
 from mergeopd.teacher.canary import Canary
 from mergeopd.teacher.protocol import TargetSpec, TeacherSequence, TeacherSession
-from mergeopd.teacher.scoring import reduced, rows_of
+from mergeopd.teacher.scoring import FiniteCheck, reduced, rows_of
 from mergeopd.teacher.streaming.layers import LayeredBody
 from mergeopd.teacher.streaming.reader import LayerReader
 from mergeopd.teacher.streaming.weights import StreamedWeights
+from mergeopd.transfers import to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +76,9 @@ class StreamedSession:
         if self._whole is not None:
             return self._whole.score(sequences, spec, max_tokens)
         states = self.hidden(sequences, max_tokens)
-        return states if spec.kind == "hidden" else reduced(states, sequences, self.read_head, spec)
+        if spec.kind == "hidden":
+            return states
+        return reduced(self.name, states, sequences, self.read_head, spec)
 
     def generator(self) -> RolloutEngine:
         """Load the whole body, until the session ends, and return its engine."""
@@ -92,7 +95,7 @@ class StreamedSession:
         if canary is not None:  # in a batch of its own, so that the others do not change
             batches.insert(0, _Batch.of(None, [canary.sequence]))
         passes = list(self._passes(batches))
-        body, weights = LayeredBody(self.body), self.weights
+        body, weights, check = LayeredBody(self.body), self.weights, FiniteCheck(self.name)
         reader = LayerReader(
             weights.checkpoint,
             weights.layers,
@@ -107,9 +110,11 @@ class StreamedSession:
                     own = passes[number] if number < len(passes) else []
                     for batch, states in self._pass(body, reader, own):
                         if batch.indices is not None:
-                            yield from rows_of(self.name, states, batch.indices, sequences)
+                            check.add(states)
+                            yield from rows_of(states, batch.indices, sequences)
                         elif canary is not None:
                             canary.verify(states, self.read_head())
+                    check.end()
         finally:
             weights.count(reader.bytes_read)
             empty(self.body)
@@ -140,7 +145,7 @@ class StreamedSession:
             empty(layer)
         for number, batch in enumerate(batches):
             states, hidden[number] = body.finish(hidden[number]), torch.empty(0)
-            yield batch, states.flatten(0, 1).index_select(0, batch.rows.to(self.device))
+            yield batch, states.flatten(0, 1).index_select(0, to_device(batch.rows, self.device))
         body.forget()
 
     def _embedded(self, body: LayeredBody, batches: Sequence[_Batch]) -> list[Tensor]:
@@ -156,7 +161,7 @@ class StreamedSession:
         sizes = [batch.ids.numel() for batch in batches]
         of_batches = torch.split(torch.from_numpy(places.ravel()), sizes)
         hidden = [
-            body.embed(own.view(batch.ids.shape).to(self.device))
+            body.embed(to_device(own.view(batch.ids.shape), self.device))
             for batch, own in zip(batches, of_batches, strict=True)
         ]
         empty(embedding)

@@ -13,6 +13,7 @@ from loss_reference import entropy, overlap
 from mergeopd.batch.collate import micro_batch, overlap_share
 from mergeopd.batch.packing import MicroBatchPlan
 from mergeopd.batch.records import PreparedRollout, PreparedUpdate
+from mergeopd.distributed.communicator import SingleProcess
 from mergeopd.engine.update_stats import UpdateStats
 from mergeopd.loss.buffers import Workspace
 from mergeopd.loss.divergence import ReverseKL
@@ -74,8 +75,9 @@ class Problem:
             if top_k is not None:
                 loss = build_objective({}).per_token(micro.teacher_weight_KN, micro.nll_weight_N)
                 stats.objective = build_objective({})
-            _, seen = micro_loss(hidden, self.head, micro, loss, what, Workspace())
+            _, seen = micro_loss(hidden, self.head, micro, loss, what, Workspace(), "auto")
             stats.add(micro, self.prepared, seen)
+        stats.together(SingleProcess())
         views: Any = {"t": view}
         return stats.teachers(views)["t"], chosen
 

@@ -90,7 +90,7 @@ def test_losses_gradients_and_updates_are_those_of_transformers(tmp_path: Path, 
         assert gradients.keys() == parameters.keys()
         for name, gradient in gradients.items():
             scale = float(parameters[name].grad.abs().max())
-            torch.testing.assert_close(gradient, parameters[name].grad, rtol=1e-4, atol=1e-5 * scale + 1e-9)
+            torch.testing.assert_close(gradient, parameters[name].grad, rtol=1e-4, atol=3e-5 * scale + 1e-9)
         student.optimizer_step(1e-2)
         adamw.step()
         adamw.zero_grad()

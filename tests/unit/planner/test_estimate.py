@@ -45,6 +45,7 @@ def test_memory_in_closed_form(write_recipe: Callable[..., Path]) -> None:
     assert own["optimizer: moments"] == pytest.approx(8 * rank / 2, rel=1e-4)
     assert own["optimizer: main weights"] == pytest.approx(4 * rank / 2, rel=1e-4)
     assert parts(result, "rollout")["replica that generates"] == pytest.approx(2 * 8.19e9, rel=1e-3)
+    assert own["copy of a checkpoint"] == pytest.approx(12 * rank / 2, rel=1e-4)
     cache = 16 * (512 + 1024) * 36 * 2 * 8 * 128 * 2
     assert parts(result, "rollout")["KV cache"] == pytest.approx(cache * (1 + 1 / 36), rel=1e-6)
 
@@ -182,6 +183,20 @@ def test_torch_uses_one_device(write_recipe: Callable[..., Path]) -> None:
     assert eight.seconds == one.seconds
     assert eight.peak_bytes == one.peak_bytes
     assert any("over the other 7, too" in note for note in eight.notes)
+
+
+def test_chunk_of_the_triton_kernels(write_recipe: Callable[..., Path]) -> None:
+    """Logits of student and teacher in 384 MiB, by 64 rows, and gradients of such chunks in 576 MiB."""
+    student = {"model": "student", "dtype": "bfloat16", "micro_batch_tokens": 4096}
+    logits, gradients = 384 * 2**20, 576 * 2**20
+    rows = logits // (2 * 4 * 151936) // 64 * 64
+    chunks = gradients // (2 * 151936 * rows)
+    own = parts(mergeopd.plan(write_recipe(student=student), hardware="h200x1"), "update")
+    assert own["loss chunk"] == rows * 151936 * (8 + 2 * chunks)
+    of_torch = parts(
+        mergeopd.plan(write_recipe(student=student | {"kernel": "torch"}), hardware="h200x1"), "update"
+    )
+    assert of_torch["loss chunk"] > 2 * 2**30
 
 
 def test_nothing_fits(write_recipe: Callable[..., Path]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -100,10 +102,11 @@ def test_published_sizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("model_type", ["qwen3", "llama", "qwen2"])
+@pytest.mark.parametrize("model_type", ["qwen3", "llama", "qwen2", "qwen3_moe", "qwen2_moe", "mixtral"])
 def test_activations(tmp_path: Path, model_type: str, dtype: str) -> None:
     """Bytes that autograd saves for a forward pass, each storage once, without weights."""
-    config = write_config(tmp_path, model_type, hidden_size=256, intermediate_size=640)
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 640, "mlp_only_layers": []}
+    config = write_config(tmp_path, model_type, **sizes)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     ids, kept = torch.zeros(3, 40, dtype=torch.long), {}
@@ -143,6 +146,18 @@ def test_cache(tmp_path: Path, dtype: str) -> None:
     model(input_ids=torch.zeros(2, 7, dtype=torch.long), past_key_values=cache, use_cache=True)
     cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert ModelShape.read(tmp_path).kv_bytes(dtype) * 2 * 7 == cached
+
+
+def test_experts_that_a_pass_reads(tmp_path: Path) -> None:
+    """One token reads its own experts, many read all; between, what random routing reaches."""
+    write_config(tmp_path, "olmoe")
+    shape = ModelShape.read(tmp_path)
+    assert shape.read_matrices(1) == pytest.approx(shape.active_matrices)
+    assert shape.read_matrices(1000) == pytest.approx(shape.body_matrices)
+    choices = [set(one) for one in combinations(range(8), 3)]
+    reached = fmean(len(first | second) for first in choices for second in choices)
+    of_expert = (shape.body_matrices - shape.active_matrices) / 5
+    assert shape.read_matrices(2) == pytest.approx(shape.active_matrices + (reached - 3) * of_expert)
 
 
 def test_missing_sizes(tmp_path: Path) -> None:

@@ -52,6 +52,18 @@ def test_context_ranks_are_part_of_a_replica(plan: Callable[..., Plan]) -> None:
         check_processes(split, 6)
 
 
+def test_experts_are_divided_among_the_processes_of_a_stage(plan: Callable[..., Plan]) -> None:
+    parallel = {"tensor": 2, "pipeline": 2, "expert": 4, "sequence": True}
+    check_processes(plan(backend="megatron", parallel=parallel), 8)
+    with pytest.raises(RecipeError) as caught:
+        check_processes(plan(backend="megatron", parallel=parallel), 4)
+    assert str(caught.value) == (
+        "job.yaml  student.parallel\n"
+        "    expert 4 x pipeline 2 = 8 does not divide the number of processes, 4; "
+        "start 8 or a multiple of it: mergeopd run --nproc 8, or torchrun"
+    )
+
+
 @pytest.mark.parametrize(
     ("parallel", "world", "sizes"),
     [

@@ -46,6 +46,7 @@ def test_a_good_recipe_becomes_a_plan_with_absolute_paths_and_all_defaults(proje
         "targets": None,
         "served": None,
         "residency": "auto",
+        "quantize": None,
     }
     for key in ("licence", "residency"):  # may change when a run is resumed
         assert key not in plan.content["teachers"]["chat"]

@@ -14,8 +14,15 @@ from torch import Tensor
 
 from mergeopd.errors import ModelError
 from mergeopd.models.facts import ModelFacts
-from mergeopd.student.megatron.architecture import Architecture, SplitProblem
-from mergeopd.student.megatron.layout import global_name, parameter_names, shard, tensor_shapes
+from mergeopd.student.megatron.architecture import Architecture, SplitProblem, count_problem
+from mergeopd.student.megatron.layout import (
+    Shard,
+    expert_of,
+    global_name,
+    parameter_names,
+    shard,
+    tensor_shapes,
+)
 
 SIZES = {
     "vocab_size": 37,
@@ -26,6 +33,14 @@ SIZES = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-6,
+}
+MIXTURE = {
+    "model_type": "qwen3_moe",
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 12,
+    "num_local_experts": 6,
 }
 
 
@@ -120,12 +135,20 @@ def test_names_of_later_stages_and_of_transformer_engine() -> None:
     fused = "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"
     assert global_name(fused, 0) == "decoder.layers.0.pre_mlp_layernorm.weight"
     assert global_name("decoder.final_layernorm.weight", 3) == "decoder.final_layernorm.weight"
+    expert = "decoder.layers.5.mlp.experts.local_experts.7.linear_fc1.weight"
+    assert global_name("decoder.layers.1.mlp.experts.local_experts.3.linear_fc1.weight", 4, 4) == expert
+    assert global_name("decoder.layers.1.mlp.experts.linear_fc1.weight3", 4, 4) == expert
+    assert expert_of(expert) == 7
+    assert expert_of("decoder.layers.5.mlp.router.weight") is None
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"model_type": "phi3"}, "phi3 is not mapped to Megatron (known: llama, qwen2, qwen3)"),
+        ({"model_type": "phi3"}, "phi3 is not mapped to Megatron (known: llama, qwen2, qwen3, mixtral,"),
+        (MIXTURE | {"norm_topk_prob": True, "num_experts_per_tok": 1}, "one expert for each token"),
+        (MIXTURE | {"model_type": "qwen2_moe", "qkv_bias": False}, "qkv_bias: false"),
+        ({"model_type": "mixtral", "sliding_window": 32}, "sliding_window: 32"),
         ({"attention_bias": True}, "attention_bias: true"),
         ({"mlp_bias": True, "hidden_act": "gelu"}, "mlp_bias: true, hidden_act: gelu"),
         ({"use_sliding_window": True}, "use_sliding_window: true"),
@@ -151,8 +174,8 @@ def test_the_first_llamas_have_a_key_for_every_head(read: Callable[..., Architec
 
 def test_grids_that_do_not_fit_are_reported_at_once(read: Callable[..., Architecture]) -> None:
     arch = read()
-    assert arch.split_problems(2, 3) == []
-    assert arch.split_problems(8, 4) == [
+    assert arch.split_problems(tensor=2, pipeline=3) == []
+    assert arch.split_problems(tensor=8, pipeline=4) == [
         SplitProblem(
             "tensor",
             "8 does not divide the model's 4 key-value heads and 20 feed-forward units",
@@ -160,6 +183,58 @@ def test_grids_that_do_not_fit_are_reported_at_once(read: Callable[..., Architec
         ),
         SplitProblem("pipeline", "4 does not divide the model's 6 layers", "use 1, 2, 3 or 6"),
     ]
+    assert arch.split_problems(tensor=1, pipeline=1, expert=2) == [
+        SplitProblem("expert", "qwen3 is not a mixture of experts", "remove the key")
+    ]
+
+
+def test_grids_of_a_mixture(read: Callable[..., Architecture]) -> None:
+    """Its own feed-forward size counts only where a layer has no experts."""
+    arch = read(**MIXTURE)
+    assert arch.split_problems(tensor=4, pipeline=3, expert=6, sequence=True) == []
+    assert arch.split_problems(tensor=2, pipeline=1, expert=4) == [
+        SplitProblem("expert", "4 does not divide the model's 6 experts of a layer", "use 1, 2, 3 or 6"),
+        SplitProblem(
+            "sequence",
+            "a mixture of experts with `tensor` above 1 needs sequence parallelism",
+            "use `sequence: true`",
+        ),
+    ]
+    sizes = {"tensor": 4, "pipeline": 1, "sequence": True}
+    assert read(**MIXTURE | {"intermediate_size": 10}).split_problems(**sizes) == []
+    [problem] = read(**MIXTURE | {"intermediate_size": 10, "mlp_only_layers": [3]}).split_problems(**sizes)
+    assert problem.message == "4 does not divide the model's 10 feed-forward units"
+    assert count_problem(8, tensor=4, pipeline=2, expert=2) is None
+    assert count_problem(6, tensor=3, pipeline=2, expert=2) == (
+        "expert 2 x pipeline 2 = 4 does not divide the number of processes, 6"
+    )
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen2_moe", "mixtral"])
+@pytest.mark.parametrize(("tensor", "stages", "ways"), [(1, 1, 1), (2, 1, 3), (2, 3, 2)])
+def test_every_number_of_a_mixture_has_one_place(
+    read: Callable[..., Architecture], model_type: str, tensor: int, stages: int, ways: int
+) -> None:
+    dense = {} if model_type == "mixtral" else {"mlp_only_layers": [2]}
+    arch = read(**MIXTURE | {"model_type": model_type} | dense)
+    count = {name: torch.zeros(shape) for name, shape in tensor_shapes(arch).items()}
+    for stage in range(stages):
+        for name in parameter_names(arch, stage, stages, range(0)):
+            parts = [shard(name, arch, tensor, rank) for rank in range(tensor)]
+            for part in parts[:1] if parts[0].is_replicated else parts:
+                add(count, part)
+        for way in range(ways):
+            own = range(6 * way // ways, 6 * (way + 1) // ways)
+            for name in parameter_names(arch, stage, stages, own):
+                if expert_of(name) is not None:
+                    add(count, shard(name, arch, tensor, 0))
+    assert all(bool((c == 1).all()) for c in count.values())
+    assert ("model.layers.2.mlp.gate_proj.weight" in count) == bool(dense)
+
+
+def add(count: dict[str, Tensor], part: Shard) -> None:
+    for s in part.slices:
+        count[s.tensor].narrow(part.dim, s.start, s.stop - s.start).add_(1)
 
 
 def test_the_layout_imports_neither_torch_nor_megatron() -> None:

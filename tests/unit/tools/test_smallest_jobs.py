@@ -33,7 +33,7 @@ ELSEWHERE = {
     "make_tiny_experts",
 }
 SMALL_STEP = "--hidden 64 --layers 1 --vocab 64 --batch 2 --prompt 8 --new-tokens 3 --steps 1"
-SMALL_LOSS = "--tokens 256 --vocab 2048 --d-student 8 --d-teacher 8 --repeats 1"
+SMALL_LOSS = "--tokens 256 --vocab 2048 --d-student 8 --d-teacher 8 --repeats 1 --peers"
 SMALL_ROUNDS = (
     "--teachers 2 --prompts 4 --new-tokens 2 --hidden 64 --layers 1 --vocab 64 --rounds 2 --repeats 1"
 )
