@@ -195,7 +195,7 @@ def jobs(folder: Path, launch: str) -> tuple[int, list[dict[str, Any]]]:
             *(_run(folder, *case) for case in LONG_BROKEN),
             *_stopped(folder, "text", "TP2xPP2"),
             *_stopped(folder, "evaluation", "TP2xPP2"),
-            *_in_parts(folder, "shards", ("FSDP4", 2), ("FSDP2x2", 4), ("FSDP4 layers packed", None)),
+            *_in_parts(folder, "shards", ("FSDP4", 2), ("FSDP2x2", 2), ("FSDP4 layers packed", None)),
         ],
     }
     return {"short": 4, "one": 1, "four": 4}[launch], result[launch]()
