@@ -16,6 +16,7 @@ from mergeopd.loss.heads import Head, Hidden
 from mergeopd.recipe.training import Optimizer
 from mergeopd.rollout.local import Generator, generate
 from mergeopd.rollout.protocol import GenerationRequest
+from mergeopd.student.layer_options import PassOptions
 from mergeopd.student.torch import TorchStudent
 from mergeopd.types import Sampling, token_ids
 
@@ -107,6 +108,33 @@ def test_experts_are_replayed_when_the_routers_have_moved(tmp_path: Path, model_
     slope = float((gradient * direction).sum())
     assert slope != 0.0
     assert slope == pytest.approx((sides[0] - sides[1]) / 6e-4, rel=1e-2)
+
+
+def test_replayed_routes_are_those_of_packed_rows(tmp_path: Path) -> None:
+    folder = write_mixture(tmp_path / "model", "qwen3_moe")
+    generator = torch.Generator().manual_seed(1)
+    case = Case(folder, REVERSE, [micro_batches(generator, 3)], Optimizer(), dtype="float64")
+    padded = torch_student(case)
+    case = with_routes(padded, case)
+    packed = TorchStudent(
+        folder,
+        dtype="float64",
+        num_valid=case.num_valid,
+        optimizer=Optimizer(),
+        device=torch.device("cpu"),
+        options=PassOptions(packing=True, recompute=True),
+    )
+    losses = []
+    for student in (padded, packed):
+        moved = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for router in routers_of(student):
+                router.weight.add_(torch.randn(router.weight.shape, generator=moved, dtype=torch.float64))
+        stats = student.accumulate_gradients(case.updates[0], case.objective)
+        losses.append(sum(float(s.loss.sum()) for s in stats))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-9)
+    for name, gradient in packed.gradients().items():
+        torch.testing.assert_close(gradient, padded.gradients()[name], rtol=1e-6, atol=1e-9)
 
 
 def test_replayed_passes_use_the_recorded_experts(tmp_path: Path) -> None:
