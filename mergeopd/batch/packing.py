@@ -13,6 +13,22 @@ from mergeopd.types import Rollout
 _PASS_SHARE = 1 / 64
 
 
+def sum_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Group indices so that the lengths of a group sum to at most `max_tokens`, longest first.
+
+    A sequence longer than `max_tokens` gets a group of its own. Every index appears exactly once.
+    """
+    batches: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not batches or lengths[i] > room:
+            batches.append([])
+            room = max_tokens
+        batches[-1].append(i)
+        room -= lengths[i]
+    return batches
+
+
 def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Group indices so that a group padded to its longest member has at most `max_tokens` tokens.
 
@@ -53,20 +69,26 @@ class MicroBatchPlan:
 
 
 def pack(
-    rollouts: Sequence[Rollout], update: Sequence[int], max_tokens: int, round_index: int
+    rollouts: Sequence[Rollout],
+    update: Sequence[int],
+    max_tokens: int,
+    round_index: int,
+    *,
+    packing: bool = False,
 ) -> tuple[MicroBatchPlan, ...]:
     """Plan the micro-batches of an update, sorted by teacher set, so that a set's heads are read once.
 
     The order is reversed in odd rounds, as that of the teacher passes. A micro-batch padded to its longest
-    member has at most `max_tokens` tokens. Responses without a trained token have no loss and are left out.
+    member has at most `max_tokens` tokens; with `packing`, which needs no padding, one of any lengths.
+    Responses without a trained token have no loss and are left out.
     """
     sets: dict[tuple[str, ...], list[int]] = {}
     for index in update:
         if rollouts[index].num_trained:
             sets.setdefault(rollouts[index].teacher_set, []).append(index)
-    packs = []
+    packs, group = [], sum_batches if packing else length_batches
     for teachers in sorted(sets, reverse=round_index % 2 == 1):
         members = sets[teachers]
-        for batch in length_batches([rollouts[i].num_tokens for i in members], max_tokens):
+        for batch in group([rollouts[i].num_tokens for i in members], max_tokens):
             packs.append(MicroBatchPlan(teachers, tuple(members[i] for i in batch)))
     return tuple(packs)

@@ -179,6 +179,7 @@ def _pipeline(models: Models, engine: RolloutEngine, scorer: Scorer, stages: Sta
             num_updates=1,
             max_tokens=plan.student.micro_batch_tokens,
             members=student.placement.replica_ranks,
+            packing=plan.student.packing,
         ),
         stages=stages,
     )

@@ -22,11 +22,15 @@ from mergeopd.preflight.inputs import Inputs
 from mergeopd.preflight.memory import free_bytes, refuse_without_room
 from mergeopd.preflight.residency import hold, note, of_teacher, teacher_room
 from mergeopd.recipe.plan import Plan, TeacherPlan
+from mergeopd.recipe.rollout import LocalRollout
 from mergeopd.rollout.local import LocalEngine
 from mergeopd.rollout.protocol import EngineContext, ReplicaSource, RolloutEngine
 from mergeopd.storage.quantized import Quantization
 from mergeopd.storage.run_folder import RunFolder
+from mergeopd.student.grid_sizes import GridSizes
+from mergeopd.student.layer_options import PassOptions
 from mergeopd.student.protocol import Student
+from mergeopd.student.shard_grid import ShardGrid
 from mergeopd.student.torch import TorchStudent
 from mergeopd.teacher.bridges import measure
 from mergeopd.teacher.canary import Canary
@@ -139,7 +143,14 @@ def _student(inputs: Inputs, machine: Machine) -> Student:
     plan, num_valid = inputs.plan, inputs.vocab_size
     folder, dtype, device = Path(plan.student.model), plan.student.dtype, machine.device
     _log.info("student.kernel: %s", choose_kernel(plan.student.kernel, device.type))
+    parallel = plan.student.parallel
     if plan.student.backend == "torch":
+        shards = None
+        if machine.ranks.size > 1:
+            refuse_without_room(plan, device, machine.ranks)
+            shards = ShardGrid.open(GridSizes.of(parallel, machine.ranks.size).shard, device)
+        layerwise = isinstance(plan.rollout, LocalRollout) and plan.rollout.gather == "layer"
+        options = PassOptions(parallel.recompute, plan.student.compile, plan.student.packing, layerwise)
         return TorchStudent(
             folder,
             dtype=dtype,
@@ -147,12 +158,13 @@ def _student(inputs: Inputs, machine: Machine) -> Student:
             optimizer=plan.optimizer,
             device=device,
             kernel=plan.student.kernel,
+            grid=shards,
+            options=options,
         )
     # Imported here, since Megatron is an extra and changes the process that imports it.
     from mergeopd.student.megatron.grid import Grid
     from mergeopd.student.megatron.step import MegatronStudent
 
-    parallel = plan.student.parallel
     refuse_without_room(plan, device, machine.ranks)
     grid = Grid.open(
         tensor=parallel.tensor,

@@ -96,6 +96,7 @@ class SynchronousPipeline:
             num_updates=num_updates,
             max_tokens=self.plan.student.micro_batch_tokens,
             members=self.model.placement.replica_ranks,
+            packing=self.plan.student.packing,
         )
 
     def trained(self, version: int) -> None:

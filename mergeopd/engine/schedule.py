@@ -97,16 +97,17 @@ def schedule_round(
     num_updates: int,
     max_tokens: int,
     members: Sequence[Sequence[int]],
+    packing: bool = False,
 ) -> RoundSchedule:
     """Assign a round's work to updates, copies and ranks.
 
-    `members` has the ranks of each copy of the student. An update's micro-batches are assigned to the copies
-    in order, so every copy uses the teachers in the same order. A copy's rollouts are scored by its own
-    ranks, where their hidden states are needed, balanced by length.
+    `members` has the ranks of each copy of the student; `packing` is that of `pack`. The micro-batches of an
+    update are assigned to the copies in order, so every copy uses the teachers in the same order. A copy's
+    rollouts are scored by its own ranks, where their hidden states are needed, balanced by length.
     """
     updates = []
     for chosen in split_updates(rollouts, num_updates):
-        packs = pack(rollouts, chosen, max_tokens, index)
+        packs = pack(rollouts, chosen, max_tokens, index, packing=packing)
         updates.append(UpdatePlan(chosen, tuple(packs[copy :: len(members)] for copy in range(len(members)))))
     copy_of: dict[int, int] = {}
     scorer_of: dict[int, int] = {}

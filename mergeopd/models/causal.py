@@ -133,11 +133,14 @@ def assembled(
             unfinished[name] = whole, missing - 1
 
 
-def head_of(facts: ModelFacts, weights: Mapping[str, Tensor], vocab: range) -> Head:
+def head_of(
+    facts: ModelFacts, weights: Mapping[str, Tensor], vocab: range, weight_grad: Tensor | None = None
+) -> Head:
     """Return the prediction head among weights by parameter name, whose rows score the token ids `vocab`."""
     bias = weights[facts.head_bias_name] if facts.head_bias_name else None
     scale, softcap = facts.logit_scale, facts.softcap
-    return Head(weights[facts.head_parameter], bias, scale, softcap, len(vocab), vocab.start)
+    weight, start = weights[facts.head_parameter], vocab.start
+    return Head(weight, bias, scale, softcap, len(vocab), start, weight_grad)
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -168,16 +171,24 @@ def response_hidden(
     responses: Sequence[TokenIds],
     device: torch.device,
     trained: Sequence[Flags | None] | None = None,
+    *,
+    packing: bool = False,
 ) -> Tensor:
     """Compute the hidden states that predict trained response tokens, `[tokens, d]`, responses in order.
 
     The state after `prompt + response[:t]` predicts `response[t]`; there is a row for every t flagged in
     `trained` (one flag per token; None, as a whole or for a response: every t). Sequences are padded on the
-    right, which causal attention never reads, so no mask is needed. Every prompt must have a token. Rows keep
-    their gradient when the body's parameters require one.
+    right, which causal attention never reads, so no mask is needed. With `packing` they form one row without
+    padding, and positions that begin again keep them apart. Every prompt must have a token. Rows keep their
+    gradient when the body's parameters require one.
     """
-    ids, rows = padded(prompts, responses, trained)
-    hidden = body(input_ids=to_device(ids, device), use_cache=False).last_hidden_state
+    positions = {}
+    if packing:
+        ids, starts, rows = packed(prompts, responses, trained)
+        positions = {"position_ids": to_device(starts, device)}
+    else:
+        ids, rows = padded(prompts, responses, trained)
+    hidden = body(input_ids=to_device(ids, device), **positions, use_cache=False).last_hidden_state
     rows_ND: Tensor = hidden.flatten(0, 1).index_select(0, to_device(rows, device))
     return rows_ND
 
@@ -205,6 +216,30 @@ def padded(
         places = np.arange(len(response)) if own is None else np.flatnonzero(own)
         rows.append(i * width + len(prompt) - 1 + places)
     return torch.from_numpy(ids), torch.from_numpy(np.concatenate(rows))
+
+
+def packed(
+    prompts: Sequence[TokenIds],
+    responses: Sequence[TokenIds],
+    trained: Sequence[Flags | None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return token ids and positions `[1, T]` of the sequences in one row, and rows as `padded` does.
+
+    transformers masks a row whose positions begin again by blocks: no token attends to another sequence.
+    """
+    ids, rows, starts = [], [], []
+    begin = 0
+    flags = [None] * len(prompts) if trained is None else trained
+    for prompt, response, own in zip(prompts, responses, flags, strict=True):
+        length = len(prompt) + len(response)
+        places = np.arange(len(response)) if own is None else np.flatnonzero(own)
+        ids += [prompt, response]
+        rows.append(begin + len(prompt) - 1 + places)
+        starts.append(np.arange(length))
+        begin += length
+    parts = (np.concatenate(column).astype(np.int64) for column in (ids, starts, rows))
+    ids_T, starts_T, rows_N = (torch.from_numpy(part) for part in parts)
+    return ids_T[None], starts_T[None], rows_N
 
 
 def pick_device() -> torch.device:

@@ -65,7 +65,8 @@ def estimate(
         parallel = plan.student.parallel
         setup = setup.changed(num_devices=parallel.smallest_world)
     if not setup.is_megatron and machine.num_devices > 1:
-        idle = f"`backend: torch` trains in one process; the other {machine.num_devices - 1} devices are idle"
+        others = machine.num_devices - 1
+        idle = f"estimated for one device; a run would shard the student over the other {others}, too"
         texts = replace(texts, notes=(*texts.notes, idle))
         setup = setup.changed(num_devices=1)
     _refuse_grid(setup)

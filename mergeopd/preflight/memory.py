@@ -16,6 +16,8 @@ from mergeopd.models.experts import is_of_expert
 from mergeopd.models.facts import ModelFacts
 from mergeopd.models.residency import ITEMSIZE
 from mergeopd.recipe.plan import Plan
+from mergeopd.recipe.rollout import LocalRollout
+from mergeopd.student.grid_sizes import GridSizes
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +60,9 @@ def student_bytes(plan: Plan, world: int, *, on_gpu: bool) -> dict[str, float]:
         prod(info.shape) for name, info in checkpoint.tensors.items() if is_of_expert(model_type, name)
     )
     width = ITEMSIZE[plan.student.dtype]
-    is_copied = plan.student.backend == "megatron" and plan.rollout.capabilities.needs_replica
+    layerwise = isinstance(plan.rollout, LocalRollout) and plan.rollout.gather == "layer"
+    is_sharded = plan.student.backend == "megatron" or world > 1
+    is_copied = is_sharded and plan.rollout.capabilities.needs_replica and not layerwise
     return {
         "for unsharded replicas that generate": num_weights * (width if is_copied else 0),
         "for snapshots of the student": num_weights * _snapshot_bytes(plan, width),
@@ -79,12 +83,15 @@ def _training_bytes(
 ) -> float:
     """Bytes per process of the student's parameters, gradients and AdamW state.
 
-
-    Processes with the same parameters shard the state: float32 moments, and main parameters if the dtype is
-    smaller. Experts are divided over other processes than the `common` parameters.
+    Megatron's processes with the same parameters shard the state: float32 moments, and main parameters if the
+    dtype is smaller. Experts are divided over other processes than the `common` parameters. FSDP shards
+    everything; the shards are main parameters.
     """
-    parallel, state = plan.student.parallel, 0 if plan.optimizer.offload and on_gpu else _MOMENTS
-    state += _MAIN if width < _MAIN else 0
+    parallel, moments = plan.student.parallel, 0 if plan.optimizer.offload and on_gpu else _MOMENTS
+    if plan.student.backend == "torch" and world > 1:
+        per_weight = (_MAIN + _GRADIENT + moments) * max(1, width // _MAIN)
+        return (common + of_experts) * per_weight / GridSizes.of(parallel, world).shard
+    state = moments + (_MAIN if width < _MAIN else 0)
     total = 0.0
     for num_weights, ways in ((common, parallel.tensor), (of_experts, parallel.expert)):
         parts = ways * parallel.pipeline

@@ -10,6 +10,7 @@ from mergeopd.models.facts import ModelFacts
 from mergeopd.preflight.problems import Findings
 from mergeopd.recipe.models import Student
 from mergeopd.recipe.plan import Plan
+from mergeopd.student.grid_sizes import GridError, GridSizes
 from mergeopd.student.megatron.architecture import Architecture, count_problem
 
 
@@ -27,17 +28,20 @@ def check_backend(findings: Findings, student: Student, facts: ModelFacts) -> No
 def check_processes(plan: Plan, world: int) -> None:
     """Raise RecipeError if `world` processes cannot train this plan's student."""
     grid = plan.student.parallel
-    needed = grid.smallest_world
     if plan.student.backend == "torch":
-        if world == 1:
+        try:
+            GridSizes.of(grid, world)
+        except GridError as error:
+            message, remedy = str(error), error.remedy
+        else:
             return
-        path, message = "student.backend", f"`backend: torch` trains in one process, and {world} were started"
-        remedy = "start one, or use `backend: megatron`"
     else:
+        needed = grid.smallest_world
         sizes = {"tensor": grid.tensor, "pipeline": grid.pipeline, "expert": grid.expert}
         problem = count_problem(world, **sizes, context=grid.context)
         if problem is None:
             return
-        path, message = "student.parallel", problem
+        message = problem
         remedy = f"start {needed} or a multiple of it: mergeopd run --nproc {needed}, or torchrun"
-    raise RecipeError([Problem(Location(shown(Path(plan.recipe_file))), path, message, remedy)])
+    location = Location(shown(Path(plan.recipe_file)))
+    raise RecipeError([Problem(location, "student.parallel", message, remedy)])

@@ -13,11 +13,10 @@ from mergeopd.config.tree import Keys
 from mergeopd.errors import Problem
 from mergeopd.messages import joined
 from mergeopd.recipe.models import Parallel, Student, TeacherRef
-from mergeopd.recipe.rollout import RolloutSettings
+from mergeopd.recipe.rollout import AnyRollout, LocalRollout, RolloutSettings
 from mergeopd.recipe.routing import PhaseTeachers
 from mergeopd.recipe.schema import NO_EXPERT, Reports, TrainSource
 from mergeopd.recipe.training import (
-    Optimizer,
     Phase,
     TextMixture,
     only_student,
@@ -184,20 +183,39 @@ def report_problems(report: Reports | None, origins: Origins) -> Iterator[Proble
             yield origins.problem(("report", "trackers", index), message, remedy)
 
 
-def student_problems(student: Student, optimizer: Optimizer | None, origins: Origins) -> Iterator[Problem]:
-    """Check that the backend's settings are consistent."""
+# The keys of `student.parallel` that only the other backend has, and what this one has for them.
+_OTHER_BACKEND = {
+    "torch": ("megatron", ("tensor", "pipeline", "context", "expert", "sequence", "layers")),
+    "megatron": ("torch", ("data", "shard")),
+}
+_INSTEAD = {
+    "torch": "shard the model with `shard`",
+    "megatron": "remove the key: processes beyond `tensor` x `pipeline` x `context` are replicas",
+}
+
+
+def student_problems(student: Student, rollout: AnyRollout | None, origins: Origins) -> Iterator[Problem]:
+    """Check that the settings of the backend, and of rollouts from it, are consistent."""
     grid = student.parallel
     here: Keys = ("student", "parallel")
+    other, foreign = _OTHER_BACKEND[student.backend]
+    for key in foreign:
+        if getattr(grid, key) != getattr(Parallel(), key):
+            message = f"`{key}` is a setting of `backend: {other}`, and the backend is {student.backend}"
+            remedy = f"set `backend: {other}`, or {_INSTEAD[student.backend]}"
+            yield origins.problem((*here, key), message, remedy, key=True)
+    if student.compile and isinstance(rollout, LocalRollout) and rollout.replay_routes:
+        message = "compiled layers would keep the routes of one micro-batch, and `replay_routes` changes them"
+        yield origins.problem(("student", "compile"), message, "remove one of the two", key=True)
     if student.backend == "torch":
-        if grid != Parallel():
-            message = "`backend: torch` trains in one process"
-            remedy = "set `backend: megatron`, or remove the section"
-            yield origins.problem(here, message, remedy, key=True)
-        if optimizer is not None and optimizer.offload:
-            message = "`backend: torch` keeps AdamW's state where the weights are"
-            remedy = "set `backend: megatron`, or remove the key"
-            yield origins.problem(("optimizer", "offload"), message, remedy, key=True)
         return
+    for key in ("packing", "compile"):
+        if getattr(student, key):
+            message = f"`{key}` is a setting of `backend: torch`, and the backend is megatron"
+            yield origins.problem(("student", key), message, "remove the key", key=True)
+    if isinstance(rollout, LocalRollout) and rollout.gather == "layer":
+        message = "`gather: layer` is for students of `backend: torch`, and the backend is megatron"
+        yield origins.problem(("rollout", "gather"), message, "remove the key, or use a server", key=True)
     if student.dtype == "float64":
         remedy = "use float32 or bfloat16, or `backend: torch`"
         yield origins.problem(("student", "dtype"), "Megatron's layers do not support float64", remedy)

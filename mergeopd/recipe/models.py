@@ -46,29 +46,38 @@ TemplateArguments = Annotated[dict[str, Any], AfterValidator(_free_names)]
 
 
 class Parallel(Strict):
-    """Process grid of a Megatron student; `tensor` x `pipeline` x `context` processes hold one replica.
+    """Process grid of the student.
 
-    With `expert`, processes of one or more replicas divide the experts of a mixture.
+    With `backend: torch`, `shard` processes hold one replica (FSDP2), and each has micro-batches of its own.
+    With `backend: megatron`, `tensor` x `pipeline` x `context` processes hold one; with `expert`, processes
+    of one or more replicas divide the experts of a mixture.
     """
 
+    data: PositiveInt | None = None
+    """`torch`: number of replicas of the model; default: processes / `shard`. Sharded replicas
+    (hybrid sharding) gather weights within one machine if `shard` is its number of GPUs"""
+    shard: PositiveInt | None = None
+    """`torch`: processes over which the weights, gradients and AdamW state of a replica are sharded; default:
+    processes / `data`, or all processes. 1: every process has a whole replica"""
     tensor: PositiveInt = 1
-    """tensor-parallel size: processes that share each weight matrix; must divide the attention heads,
-    key-value heads and feed-forward size"""
+    """`megatron`: tensor-parallel size: processes that share each weight matrix; must divide the attention
+    heads, key-value heads and feed-forward size"""
     pipeline: PositiveInt = 1
-    """pipeline-parallel size: number of model stages; must divide the number of layers"""
+    """`megatron`: pipeline-parallel size: number of model stages; must divide the number of layers"""
     context: PositiveInt = 1
-    """context-parallel size: processes that share each sequence's positions, for long sequences"""
+    """`megatron`: context-parallel size: processes that share each sequence's positions, for long
+    sequences"""
     expert: PositiveInt = 1
-    """expert-parallel size of a mixture of experts: processes of a pipeline stage that divide each layer's
-    experts, among all of the stage; must divide the number of experts"""
+    """`megatron`: expert-parallel size of a mixture of experts: processes of a pipeline stage that divide
+    each layer's experts, among all of the stage; must divide the number of experts"""
     sequence: Flag = False
-    """sequence parallelism: split activations along the sequence outside the matrix products"""
+    """`megatron`: sequence parallelism: split activations along the sequence outside the matrix products"""
     recompute: Flag = False
     """activation checkpointing: keep only each layer's input and recompute the layer in the backward pass;
     less memory, about a third more time"""
     layers: Literal["auto", "local", "transformer_engine"] = "auto"
-    """layer implementation: Transformer Engine's or Megatron's own; `auto` uses Transformer Engine on a GPU
-    where it can be imported"""
+    """`megatron`: layer implementation: Transformer Engine's or Megatron's own; `auto` uses Transformer
+    Engine on a GPU where it can be imported"""
 
     @property
     def replica_size(self) -> int:
@@ -94,9 +103,15 @@ class Student(Strict):
     """tokens that end its responses, also of the export; default: those of its generation_config.json and the
     special token that the chat template writes behind an assistant's turn"""
     backend: Literal["torch", "megatron"] = "torch"
-    """training backend: `torch` (one process) or `megatron` (megatron-core, one or more processes)"""
+    """training backend: `torch` (transformers' models; several processes shard them with FSDP2) or `megatron`
+    (megatron-core: tensor and pipeline parallel)"""
     parallel: Parallel = Parallel()
-    """process grid for `backend: megatron`; it may change when a run is resumed"""
+    """process grid; it may change when a run is resumed"""
+    packing: Flag = False
+    """`torch`: put the sequences of a micro-batch into one row without padding, whose attention is masked by
+    blocks; saves padding where lengths differ, but the attention of a row costs the square of its tokens"""
+    compile: Flag = False
+    """`torch`: compile the layers for training with torch.compile; the first updates take minutes"""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """precision of the forward pass; master weights, gradients and AdamW state are float32 (`float64` uses
     float64 for everything and is meant for tests)"""

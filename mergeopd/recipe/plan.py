@@ -39,10 +39,10 @@ UNBOUND: Mapping[str, Any] = {
     "text_cache": True,
     "report": True,
     "inspect": True,
-    "student": {"parallel": True, "kernel": True},
+    "student": {"parallel": True, "kernel": True, "packing": True, "compile": True},
     "optimizer": {"offload": True},
     "rollout": dict.fromkeys(
-        ("url", "launch", "api_key_env", "concurrency", "timeout_s", "sync", "parity"), True
+        ("url", "launch", "api_key_env", "concurrency", "timeout_s", "sync", "parity", "gather"), True
     ),
     # Recorded targets are those of the teacher itself.
     "teachers": {

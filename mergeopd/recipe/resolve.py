@@ -210,7 +210,7 @@ class _Resolver:
             return
         where: Keys = ("student", "model")
         written = self.parts.student
-        self.problems += checks.student_problems(written, self.parts.optimizer, self.origins)
+        self.problems += checks.student_problems(written, self.parts.rollout, self.origins)
         if not self.lookup.is_elsewhere:
             self.problems += checks.missing_backend(written, self.origins)
         base = self.origins.place(where).base

@@ -46,6 +46,9 @@ class LocalRollout(RolloutSettings):
     replay_routes: Flag = False
     """for a student that is a mixture of experts: in training, each token of its own responses is computed by
     the experts that computed it when it was generated"""
+    gather: Literal["model", "layer"] = "model"
+    """with a student that `backend: torch` shards: `model` gathers a whole copy on every process; `layer`
+    gathers one layer at a time for every token, which is slower and needs no copy"""
 
 
 class Launch(Strict):

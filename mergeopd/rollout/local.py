@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mergeopd.loss.heads import Head
 from mergeopd.rollout.head import DecodingHead
+from mergeopd.rollout.joined import JoinedBody
 from mergeopd.rollout.keyed import stream_key, uniforms
 from mergeopd.rollout.protocol import Completion, Decoder, EngineContext, GenerationRequest, ReplicaSource
 from mergeopd.rollout.routes import recorded
@@ -48,7 +49,9 @@ class FixedWeights:
 
 @dataclass
 class LocalEngine:
-    """Samples inside the training processes: each has an unsharded replica and a share of the requests.
+    """Samples inside the training processes: each has a share of the requests.
+
+    Each has an unsharded replica, or they decode together with one that is sharded (`JoinedBody`).
 
     `sync_weights` replaces `source`, whose weights are read when responses are waited for. `records_routes`
     keeps which experts of a mixture compute each token.
@@ -81,18 +84,20 @@ class LocalEngine:
         with self.source.unsharded() as (body, head):
             context = self.context
             generator = Generator(body, head, context.eos_ids, context.tokenizer, context.device)
-            completions = context.deal(
-                requests,
-                lambda own: generate(
-                    generator,
-                    own,
-                    sampling,
-                    seed=context.seed,
-                    batch_size=self.batch_size,
-                    records_routes=self.records_routes,
-                    progress=on_progress,
-                ),
-            )
+
+            def generate_own(own: Sequence[GenerationRequest]) -> list[Completion]:
+                with body.joined() if isinstance(body, JoinedBody) else nullcontext():
+                    return generate(
+                        generator,
+                        own,
+                        sampling,
+                        seed=context.seed,
+                        batch_size=self.batch_size,
+                        records_routes=self.records_routes,
+                        progress=on_progress,
+                    )
+
+            completions = context.deal(requests, generate_own)
         return [replace(completion, policy_version=self._version) for completion in completions]
 
 

@@ -82,7 +82,10 @@ class ReplicaSource(Protocol):
     """A model with which the processes of a run generate themselves."""
 
     def unsharded(self) -> AbstractContextManager[tuple[nn.Module, Head]]:
-        """Yield body and head with the current weights, unsharded on every process. Collective."""
+        """Yield body and head with the current weights. Collective.
+
+        The body is unsharded on every process, or a `JoinedBody`, whose forward is collective.
+        """
 
 
 class WeightStream(Protocol):

@@ -63,13 +63,27 @@ def test_a_stopped_run_continues_on_another_grid(grid_folder, single_process_run
 
 
 @long
-def test_a_run_continues_on_one_grid_after_another(grid_folder, single_process_run, errors_of):
-    done = {"alone": 2, "DP4": 3, "TP2xCP2": 4, "PP2xDP2": 5, "TP2xPP2": None}
-    for grid, updates in done.items():
-        launch = "one" if grid == "alone" else "four"
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        (
+            "chain",
+            (
+                ("one", "alone", 2),
+                ("four", "DP4", 3),
+                ("four", "TP2xCP2", 4),
+                ("four", "PP2xDP2", 5),
+                ("four", "TP2xPP2", None),
+            ),
+        ),
+        ("shards", (("four", "FSDP4", 2), ("four", "FSDP2x2", 4), ("four", "FSDP4 layers packed", None))),
+    ],
+)
+def test_a_run_continues_on_one_grid_after_another(grid_folder, single_process_run, errors_of, name, steps):
+    for launch, grid, updates in steps:
         end = None if updates is None else stops(updates)
-        assert errors_of(launch)[f"chain, {grid}"] == [end] * GRIDS[grid][2]
-    assert_continued(grid_folder, "chain", single_process_run("cold start"))
+        assert errors_of(launch)[f"{name}, {grid}"] == [end] * GRIDS[grid][2]
+    assert_continued(grid_folder, name, single_process_run("cold start"))
 
 
 def test_processes_of_two_machines_read_each_byte_of_a_teacher_once(

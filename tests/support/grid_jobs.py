@@ -13,7 +13,7 @@ from megatron_cases import write_dense
 
 from mergeopd.errors import MergeopdError
 
-# Tensor, pipeline, processes, context.
+# Tensor, pipeline, processes, context; the torch student's grids have their shards in place of `tensor`.
 GRIDS = {
     "alone": (1, 1, 1, 1),
     "TP2xPP2": (2, 2, 4, 1),
@@ -23,10 +23,24 @@ GRIDS = {
     "TP2xPP2 sequence": (2, 2, 4, 1),
     "TP2xCP2": (2, 1, 4, 2),
     "CP2xDP2": (1, 1, 4, 2),
+    "FSDP4": (4, 1, 4, 1),
+    "FSDP2x2": (2, 1, 4, 1),
+    "FSDP4 layers packed": (4, 1, 4, 1),
 }
 # Recipes on grids: in `make test`, and in `make test-dist`.
-SHORT = (("cold start", "TP2xPP2"), ("mixed", "TP2xDP2"), ("reduced", "PP2xDP2"), ("served", "TP2xCP2"))
+SHORT = (
+    ("cold start", "TP2xPP2"),
+    ("mixed", "TP2xDP2"),
+    ("reduced", "PP2xDP2"),
+    ("served", "TP2xCP2"),
+    ("mixed", "FSDP2x2"),
+)
 LONG = (
+    ("cold start", "FSDP4"),
+    ("reduced", "FSDP4"),
+    ("cold start", "FSDP4 layers packed"),
+    ("selves", "FSDP2x2"),
+    ("served", "FSDP4"),
     ("served", "TP2xPP2"),
     ("mixed", "CP2xDP2"),
     ("cold start", "TP2xCP2"),
@@ -100,6 +114,8 @@ SHORT_BROKEN = (("NaN in a body", "TP2xDP2"),)
 LONG_BROKEN = (
     *((name, "TP2xPP2") for name in BROKEN),
     ("canary of a writer", "DP4"),
+    ("NaN in a body", "FSDP2x2"),
+    ("NaN in a head", "FSDP4"),
 )
 # Rank that gets SIGTERM, and the call of a stage: while the student generates its third round, the fifth of
 # the run; while the second teacher generates; while the second expert is evaluated, after three measurements of
@@ -179,6 +195,7 @@ def jobs(folder: Path, launch: str) -> tuple[int, list[dict[str, Any]]]:
             *(_run(folder, *case) for case in LONG_BROKEN),
             *_stopped(folder, "text", "TP2xPP2"),
             *_stopped(folder, "evaluation", "TP2xPP2"),
+            *_in_parts(folder, "shards", ("FSDP4", 2), ("FSDP2x2", 4), ("FSDP4 layers packed", None)),
         ],
     }
     return {"short": 4, "one": 1, "four": 4}[launch], result[launch]()
@@ -188,11 +205,16 @@ def _run(folder: Path, recipe: str, grid: str, name: str = "", **options: Any) -
     """Job for `recipe` on `grid`; its run folder is `runs/NAME`, or that of another job with `into`."""
     name = name or f"{recipe}, {grid}"
     tensor, pipeline, _, context = GRIDS[grid]
-    sizes = {"tensor": tensor, "pipeline": pipeline, "context": context}
-    parallel = {**sizes, "sequence": "sequence" in grid}
+    backend = "torch" if "FSDP" in grid else "megatron"
+    if backend == "torch":
+        parallel = {"shard": tensor, "recompute": "packed" in grid}
+    else:
+        sizes = {"tensor": tensor, "pipeline": pipeline, "context": context}
+        parallel = {**sizes, "sequence": "sequence" in grid}
     overrides = [
-        "student.backend=megatron",
+        f"student.backend={backend}",
         f"student.parallel={json.dumps(parallel)}",
+        *(["student.packing=true", "rollout.gather=layer"] if "packed" in grid else []),
         f"output={folder / 'runs' / options.pop('into', name)}",
     ]
     return {"name": name, "recipe": str(folder / f"{recipe}.recipe.yaml"), "overrides": overrides, **options}

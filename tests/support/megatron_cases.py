@@ -77,6 +77,7 @@ def write_dense(
     seed: int = 5,
     layers: int = 4,
     spread: float = 0.15,
+    **settings: object,
 ) -> Path:
     """Write a random model whose norms and biases differ from their initial values."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -97,7 +98,9 @@ def write_dense(
         initializer_range=spread,
         rms_norm_eps=1e-5,
         eos_token_id=eos,
-        **({"head_dim": 16} if model_type == "qwen3" else {}),
+        **({"head_dim": 16} if model_type in ("qwen3", "gemma2", "gemma3_text") else {}),
+        **({"pad_token_id": 0} if model_type == "phi3" else {}),
+        **settings,
         **({"rope_parameters": ROPES[model_type]} if model_type in ROPES else {}),
     )
     model = AutoModelForCausalLM.from_config(config)
@@ -188,7 +191,7 @@ def trained(case: Case) -> Trajectory:
         )
         gradients = gradients or {name: g.clone() for name, g in student.gradients().items()}
         norms.append(student.optimizer_step(lr))
-    weights = {name: w.clone() for name, w in student.weights()}
+    weights = {name: w.clone() for name, w in student.folder_weights()}
     next_loss = sum(
         float(s.loss.sum()) for s in student.accumulate_gradients(case.updates[0], case.objective)
     )

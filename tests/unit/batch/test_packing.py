@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergeopd.batch.packing import length_batches
+from mergeopd.batch.packing import length_batches, sum_batches
 
 
 def cost(lengths: list[int], batches: list[list[int]], max_tokens: int) -> float:
@@ -44,3 +44,13 @@ def test_a_few_long_sequences_do_not_pad_many_short_ones() -> None:
         [14] * 29,
     ]
     assert length_batches([184, 200, 190, 197], 16384) == [[1, 3, 2, 0]]  # little to save: one pass
+
+
+@given(lengths=st.lists(st.integers(1, 40), max_size=30), max_tokens=st.integers(1, 60))
+def test_groups_without_padding_are_filled_in_order(lengths: list[int], max_tokens: int) -> None:
+    batches = sum_batches(lengths, max_tokens)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch, following in pairwise(batches):
+        # Full: the next one would not fit.
+        assert sum(lengths[i] for i in batch) + lengths[following[0]] > max_tokens
+    assert all(sum(lengths[i] for i in batch) <= max_tokens for batch in batches if len(batch) > 1)

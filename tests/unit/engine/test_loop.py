@@ -111,7 +111,7 @@ def test_training_is_freed_before_the_evaluation(
     parts = load_models(inputs, Machine(CPU, SingleProcess()))
     assert isinstance(parts.student, TorchStudent)
     [snapshot] = parts.snapshots.snapshots.values()
-    held = [weakref.ref(t) for t in (*snapshot.tensors.values(), *parts.student._masters.values())]
+    held = [weakref.ref(t) for t in (*snapshot.tensors.values(), *parts.student._weights.masters.values())]
     held += [weakref.ref(parts.student._adamw)]
     alive: list[int] = []
 

@@ -47,6 +47,7 @@ def num_weights(plan: Plan) -> int:
 
 FLOAT32, BFLOAT16 = {"dtype": "float32"}, {"dtype": "bfloat16"}
 HALF = {"parallel": Parallel(tensor=2, pipeline=1)}
+SHARDED = {"backend": "torch", "parallel": Parallel(shard=2)}
 AVERAGE, SLOWER, COPY = SnapshotRule(ema=0.5), SnapshotRule(ema=0.9), SnapshotRule(every=3)
 
 
@@ -59,6 +60,9 @@ AVERAGE, SLOWER, COPY = SnapshotRule(ema=0.5), SnapshotRule(ema=0.9), SnapshotRu
         # Copies share what AdamW keeps, and nothing else.
         (FLOAT32, (), 4, 4 + 4 + 4 + 8 / 4),
         (BFLOAT16 | HALF, (), 8, 2 + (2 + 4 + 12 / 4) / 2),
+        # FSDP shards everything; only the replica that generates is whole.
+        (FLOAT32 | SHARDED, (), 4, 4 + (4 + 4 + 8) / 2),
+        (BFLOAT16 | SHARDED, (), 4, 2 + (4 + 4 + 8) / 2),
         # A whole copy for each rule, however many teachers have it: averages in float32, others as they are.
         (BFLOAT16, (AVERAGE, AVERAGE, SLOWER, COPY), 1, 20 + 4 + 4 + 2),
     ],

@@ -12,6 +12,7 @@ from mergeopd.preflight.parallelism import check_processes
 from mergeopd.recipe.models import Parallel, Student
 from mergeopd.recipe.plan import Plan
 from mergeopd.recipe.resolve import read
+from mergeopd.student.grid_sizes import GridSizes
 
 
 @pytest.fixture
@@ -63,15 +64,53 @@ def test_experts_are_divided_among_the_processes_of_a_stage(plan: Callable[..., 
     )
 
 
-def test_torch_trains_in_one_process(plan: Callable[..., Plan]) -> None:
-    check_processes(plan(), 1)
+@pytest.mark.parametrize(
+    ("parallel", "world", "sizes"),
+    [
+        ({}, 1, (1, 1)),
+        ({}, 6, (1, 6)),
+        ({"shard": 2}, 6, (3, 2)),
+        ({"data": 2}, 6, (2, 3)),
+        ({"data": 3, "shard": 2}, 6, (3, 2)),
+        ({"shard": 1}, 6, (6, 1)),
+    ],
+)
+def test_sizes_that_are_left_open_are_what_remains(
+    plan: Callable[..., Plan], parallel: dict[str, int], world: int, sizes: tuple[int, int]
+) -> None:
+    check_processes(plan(parallel=parallel), world)
+    assert GridSizes.of(Parallel(**parallel), world) == GridSizes(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world", "text"),
+    [
+        (
+            {"shard": 4},
+            6,
+            "shard 4 does not divide the number of processes, 6; "
+            "start 4 or a multiple of it: mergeopd run --nproc 4, or use `shard: 3` or `shard: 6`",
+        ),
+        (
+            {"data": 2},
+            1,
+            "data 2 does not divide the number of processes, 1; "
+            "start 2 or a multiple of it: mergeopd run --nproc 2, or use `data: 1`",
+        ),
+        (
+            {"data": 2, "shard": 3},
+            4,
+            "data 2 x shard 3 = 6 is not the number of processes, 4; start 6: mergeopd run --nproc 6, or use "
+            "`{data: 2, shard: 2}` or `{data: 1, shard: 4}`",
+        ),
+    ],
+)
+def test_a_shard_grid_that_the_processes_do_not_form(
+    plan: Callable[..., Plan], parallel: dict[str, int], world: int, text: str
+) -> None:
     with pytest.raises(RecipeError) as caught:
-        check_processes(plan(), 2)
-    assert str(caught.value) == (
-        "job.yaml  student.backend\n"
-        "    `backend: torch` trains in one process, and 2 were started; "
-        "start one, or use `backend: megatron`"
-    )
+        check_processes(plan(parallel=parallel), world)
+    assert str(caught.value) == f"job.yaml  student.parallel\n    {text}"
 
 
 def test_the_grid_may_change_and_the_backend_may_not(plan: Callable[..., Plan]) -> None:

@@ -18,6 +18,7 @@ from mergeopd.loss.heads import Head, Hidden
 from mergeopd.loss.objective import build_objective
 from mergeopd.models.causal import response_hidden
 from mergeopd.recipe.training import Optimizer
+from mergeopd.student.adamw import AdamW
 from mergeopd.student.torch import TorchStudent
 from mergeopd.types import token_ids
 
@@ -162,6 +163,24 @@ def test_state_of_another_model_is_refused(make_model: Callable[..., Path]) -> N
         student.load_state(HeldTensors(joined(other.state())))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_offloaded_optimizer_makes_the_same_updates(make_model: Callable[..., Path], dtype: str) -> None:
+    """Its state is that of fused AdamW, up to rounding, and it continues from that of fused AdamW."""
+    folder = make_model("s")
+    plain = student_of(folder, dtype, weight_decay=0.1, clip_grad=0.05, **ADAM)
+    offloaded = student_of(folder, dtype, weight_decay=0.1, clip_grad=0.05, offload=True, **ADAM)
+    for lr in (1e-3, 3e-3, 2e-3):
+        for student in (plain, offloaded):
+            student.accumulate_gradients([micro_batch()], OBJECTIVE)
+            student.optimizer_step(lr)
+        expected, found = joined(plain.state()), joined(offloaded.state())
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-8)
+        offloaded.load_state(HeldTensors(expected))
+        assert all(torch.equal(t, expected[name]) for name, t in joined(offloaded.state()).items())
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_export_loads_in_transformers_with_the_students_logits(
     make_model: Callable[..., Path], tmp_path: Path, tied: bool
@@ -177,7 +196,8 @@ def test_export_loads_in_transformers_with_the_students_logits(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
     ids = torch.tensor([[1, 2, 3, 4, 5]])
     with torch.no_grad():
-        expected = student.body(input_ids=ids).last_hidden_state @ student.head.weight.T
+        with student.unsharded() as (body, head):
+            expected = body(input_ids=ids).last_hidden_state @ head.weight.T
         assert torch.equal(loaded(ids).logits, expected)
 
 
@@ -187,11 +207,12 @@ def test_a_resumed_optimizer_lives_where_the_weights_do(make_model: Callable[...
     first, second = student_of(folder), student_of(folder)
     list(first.accumulate_gradients([micro_batch()], OBJECTIVE))
     first.optimizer_step(1e-3)
-    second._masters = {name: p.to("meta") for name, p in second._masters.items()}
-    second._parameters = second._masters
+    masters = {name: p.detach().to("meta") for name, p in second._weights.masters.items()}
+    second._weights.masters = second._weights._parameters = masters
+    second._adamw = AdamW(masters, second._weights.shapes, Optimizer())
     second.load_state(HeldTensors(joined(first.state())))
-    moments = [value for of_one in second._adamw.state.values() for value in of_one.values()]
-    assert len(moments) == 3 * len(second._masters)
+    moments = [value for of_one in second._adamw._adamw.state.values() for value in of_one.values()]
+    assert len(moments) == 3 * len(masters)
     assert {moment.device.type for moment in moments} == {"meta"}
 
 
@@ -207,7 +228,8 @@ def test_the_heads_gradient_is_summed_in_float32(make_model: Callable[..., Path]
     torch.testing.assert_close(student.gradients()["lm_head.weight"], 2 * one, rtol=1e-6, atol=0.0)
     # In float64 from the same rounded hidden states and weights.
     hidden = response_hidden(student.body, PROMPTS, RESPONSES, CPU).detach()
-    weight = student.head.weight.detach().double().requires_grad_()
+    with student.unsharded() as (_, head):
+        weight = head.weight.detach().double().requires_grad_()
     target = micro_batch().targets[0]
     log_s = (hidden.double() @ weight.T)[:, :VALID].log_softmax(-1)
     log_t = (target.hidden @ target.head.weight.T).double().log_softmax(-1)
