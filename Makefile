@@ -51,7 +51,8 @@ test-engines: engines  ## the tests with real vLLM and SGLang servers
 test-gpu:  ## the tests that need a GPU; GPU_FIGURES=FILE keeps what they measure
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 		PYTHONPATH="$(CURDIR):$$PYTHONPATH" MERGEOPD_GPU_FIGURES="$(GPU_FIGURES)" \
-		$(GPU_PYTHON) -m pytest tests/gpu --durations=10; \
+		MERGEOPD_ENGINES="$(if $(wildcard $(ENGINES)),$(abspath $(ENGINES)))" \
+		$(GPU_PYTHON) -m pytest tests/gpu tests/engines --durations=10; \
 	else echo "test-gpu: torch sees no CUDA device, nothing was tested"; fi
 
 check: $(STAMP) docs  ## lint, types, import contracts, documentation

@@ -23,7 +23,7 @@ def body_sizes(shape: ModelShape, dtype: str) -> BodySizes:
     ffn = shape.config.get("intermediate_size") or 4 * shape.hidden
     return BodySizes(
         body=int(shape.body_bytes(dtype)),
-        layer=int(shape.layer * (shape.stored_bytes if shape.is_packed else width)),
+        layer=int(shape.layer * shape.matrix_bytes(dtype)),
         stored_layer=int(shape.layer * shape.stored_bytes),
         embedding=shape.embedding * width,
         per_token=shape.hidden * width,

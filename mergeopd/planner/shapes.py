@@ -159,8 +159,11 @@ class ModelShape:
 
     def body_bytes(self, dtype: str) -> float:
         """Return the bytes of a teacher's body in memory."""
-        of_matrix = self.stored_bytes if self.is_packed else ITEMSIZE[dtype]
-        return self.body_matrices * of_matrix + self._rest * ITEMSIZE[dtype]
+        return self.body_matrices * self.matrix_bytes(dtype) + self._rest * ITEMSIZE[dtype]
+
+    def matrix_bytes(self, dtype: str) -> float:
+        """Return the bytes of a weight of the layers in memory; experts are put together unpacked."""
+        return self.stored_bytes if self.is_packed and not self.is_mixture else ITEMSIZE[dtype]
 
     def is_copied(self, dtype: str) -> bool:
         """Whether a body is made of its files by copies: decoded, of another precision, or by expert."""

@@ -32,7 +32,7 @@ def replica_bytes(setup: Setup) -> float:
 
 
 def checkpoint_copy(setup: Setup, stage: int) -> float:
-    """Return the bytes in main memory of a checkpoint that is written while training goes on.
+    """Return the bytes in main memory of a checkpoint that is written beside training.
 
     Where a machine has not twice as much free, training waits, and a rank needs one buffer.
     """

@@ -138,12 +138,12 @@ def _loading(setup: Setup, work: PhaseWork, name: str) -> Causes:
     every = sum(setup.shapes[t].stored_body_bytes for t in work.teachers if setup.is_loaded(t))
     memory = (profile.memory_gib if profile.is_cpu else profile.host_memory_gib or 0.0) * 2**30
     # Each process that shares pages maps them; streamed layers are dealt over the processes, and copied.
-    readers = setup.hardware.per_machine if is_streamed or not setup.shares_pages else 1
+    num_reading = setup.hardware.per_machine if is_streamed or not setup.shares_pages else 1
     seconds = Causes()
     if every > _CACHED_SHARE * memory:
         seconds[DISK] += stored / setup.hardware.num_machines / profile.disk_bandwidth
     elif is_streamed or is_copied or not setup.shares_pages:
-        seconds[MEMORY] += stored / (profile.host_bandwidth * readers)
+        seconds[MEMORY] += stored / (profile.host_bandwidth * num_reading)
     if not profile.is_cpu:
         seconds[MEMORY] += stored / setup.hardware.num_devices / profile.host_bandwidth
     if setup.world > 1 and (is_streamed or not setup.shares_pages):

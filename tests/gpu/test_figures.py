@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -31,8 +30,8 @@ from mergeopd.loss.objective import LinearObjective
 from mergeopd.loss.slicing import rows_in_chunk
 from mergeopd.rollout.sampling import sample
 
-ROOT = Path(__file__).parents[2]
 DIVERGENCES: dict[str, Divergence] = {"reverse_kl": ReverseKL(), "forward_kl": ForwardKL(), "jsd": JSD(0.5)}
+ROOT = Path(__file__).parents[2]
 REPEATS = 5
 STOPPED = 3  # exit code of a run that was asked to stop
 
@@ -190,54 +189,34 @@ def test_sampling(device: torch.device, record: Callable[[str, object], None]) -
     record("sampling", {"rows": rows, "vocabulary": vocab, **taken})
 
 
-@pytest.fixture(scope="module")
-def project(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the recipes, the cards, and the experts: those of the checkout, or new ones."""
-    folder = tmp_path_factory.mktemp("project")
-    for name in ("recipes", "teachers"):
-        shutil.copytree(ROOT / name, folder / name)
-    if (ROOT / "experts").is_dir():
-        shutil.copytree(ROOT / "experts", folder / "experts")
-    command("tools/make_tiny_experts.py", "--out", str(folder / "experts"), cwd=ROOT)
-    return folder
-
-
-def command(*arguments: str, cwd: Path, returns: int = 0) -> float:
-    """Run Python in a new process; its seconds. Shows the output if the process fails."""
-    start = time.perf_counter()
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == returns, done.stdout[-3000:] + done.stderr[-3000:]
-    return time.perf_counter() - start
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_quickstart(
-    device: torch.device, project: Path, record: Callable[[str, object], None], dtype: str
+    project: Path,
+    command: Callable[..., float],
+    shortened: Callable[..., list[str]],
+    record: Callable[[str, object], None],
+    dtype: str,
 ) -> None:
     """Run, stop and resume. MERGEOPD_GPU_WHOLE=1 makes all updates, in float32."""
     whole = os.environ.get("MERGEOPD_GPU_WHOLE") == "1" and dtype == "float32"
-    cold, merge = (40, 180) if whole else (4, 6)
-    settings = [f"phases.0.updates={cold}", f"phases.1.updates={merge}", f"student.dtype={dtype}"]
-    if not whole:
-        settings += ["optimizer.warmup_updates=2", *(f"evaluation.prompts.{i}.limit=16" for i in range(3))]
-    output = f"runs/{dtype}"
-    options = [part for one in (*settings, f"output={output}") for part in ("--set", one)]
+    updates, output = 240 if whole else 12, f"runs/{dtype}"
+    precision = f"student.dtype={dtype}"
+    options = shortened(output, updates, 256, precision)
+    if whole:
+        options = ["--set", f"output={output}", "--set", precision]
     run = ("-m", "mergeopd", "run", "recipes/quickstart.yaml", *options)
-    taken = command(*run, "--updates", str(cold // 2), cwd=project, returns=STOPPED)
+    taken = command(*run, "--updates", "5", cwd=project, returns=STOPPED)
     taken += command(*run, cwd=project)
     records = [json.loads(line) for line in (project / output / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((project / output / "result.json").read_text())
-    assert len(records) == cold + merge
+    assert len(records) == updates
     # The first updates of a process pay for what is loaded and compiled once.
-    steady = [r for r in records if r["phase"] == "merge"][2:]
+    steady = records[4:]
     spent = sum(sum(r["cost"]["seconds"].values()) for r in steady)
     measured = {
         "updates": len(records),
         "seconds": taken,
-        "merge_updates_per_second": len(steady) / spent,
+        "updates_per_second": len(steady) / spent,
         "seconds_by_stage": result["seconds"],
         "domains": result["suites"],
         "mean_recovered": result["mean_recovered"],

@@ -43,9 +43,9 @@ def reads(write_job: Callable[..., Path], phase: dict[str, Any], tokens: int) ->
         return accumulate(micro_batches, *rest)
 
     student.accumulate_gradients = counted  # type: ignore[method-assign]
-    with HostReads() as found:
+    with HostReads() as counted_reads:
         engine_round(parts, rollouts)
-    return found.by_module, num
+    return counted_reads.by_module, num
 
 
 @pytest.mark.parametrize("name", PHASES)
