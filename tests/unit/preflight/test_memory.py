@@ -142,3 +142,11 @@ def test_the_narrowest_of_the_groups_counts(monkeypatch: pytest.MonkeyPatch, tmp
     assert room._free_in_container() == 100
     limit("other", "10", 10, 0)
     assert room._free_in_container() == 100
+
+
+def test_offloaded_moments_of_shards_are_not_on_the_gpu(plan: Callable[..., Plan]) -> None:
+    tried = plan(**FLOAT32, **SHARDED)
+    tried = tried.model_copy(update={"optimizer": tried.optimizer.model_copy(update={"offload": True})})
+    for on_gpu, per_weight in ((True, 4 + 4), (False, 4 + 4 + 8)):
+        training = room.student_bytes(tried, 4, on_gpu=on_gpu)["for training"]
+        assert training == per_weight / 2 * num_weights(tried)
