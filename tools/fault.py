@@ -48,7 +48,7 @@ PLACES = {
     "loaded": ("mergeopd.rollout.served:ServedEngine._load", "after"),
     "reply": ("mergeopd.rollout.served:_Running._checked", "after"),
     "scoring": ("mergeopd.teacher.hidden_cache:HiddenCache.put", "before"),
-    "gradient": ("mergeopd.student.torch:TorchStudent._collect_gradients", "after"),
+    "gradient": ("mergeopd.student.whole_weights:WholeWeights.backward", "after"),
     "update": ("mergeopd.student.torch:TorchStudent.optimizer_step", "before"),
     "step": ("torch.optim:AdamW.step", "after"),
     "metrics": ("mergeopd.storage.metrics:MetricsFile.append", "after"),

@@ -363,7 +363,7 @@ def build_recorders(
     plan = inputs.plan
     divide_threads(plan, machine)
     moving = {name for name, teacher in plan.teachers.items() if teacher.snapshot_rule is not None}
-    held = held_teachers(inputs, machine)
+    held = held_teachers(inputs, machine, skip=moving)
     teachers = build_teachers(inputs, machine, StudentSnapshots((), _none, _none), skip=moving, held=held)
     views = build_views(inputs, machine, stages.note)
     specs: dict[str, list[TargetSpec]] = {name: [] for name in names}

@@ -117,7 +117,7 @@ def load_models(
     """
     plan = inputs.plan
     divide_threads(plan, machine)
-    held = held_teachers(inputs, machine)
+    held = held_teachers(inputs, machine, skip=teachers.keys())
     student = _student(inputs, machine)
     rules = [t.snapshot_rule for t in plan.teachers.values() if t.snapshot_rule is not None]
     snapshots = StudentSnapshots(rules, student.weights, student.master_weights)
@@ -186,20 +186,22 @@ def _student(inputs: Inputs, machine: Machine) -> Student:
     )
 
 
-def held_teachers(inputs: Inputs, machine: Machine) -> dict[str, Held | None]:
-    """Decide how each teacher is held, from the memory that is free before any weights are read. Collective.
+def held_teachers(inputs: Inputs, machine: Machine, *, skip: Collection[str]) -> dict[str, Held | None]:
+    """Decide how the other teachers are held, from the memory that is free before any weights are read.
 
-    It is that of the process that has least, so that all decide the same. Raises ModelError for a teacher
-    that does not fit.
+    It is that of the process that has least, so that all decide the same. Collective. Raises ModelError for a
+    teacher that does not fit.
     """
-    plan, ranks, is_cpu = inputs.plan, machine.ranks, machine.device.type == "cpu"
+    teachers = {name: teacher for name, teacher in inputs.plan.teachers.items() if name not in skip}
+    plan = inputs.plan.model_copy(update={"teachers": teachers})
+    ranks, is_cpu = machine.ranks, machine.device.type == "cpu"
     sharers = ranks.num_local if is_cpu else 1
     free = free_bytes(machine.device)
     room = min(ranks.gather(teacher_room(plan, free, sharers=sharers, world=ranks.size, is_cpu=is_cpu)))
     shares_pages = is_cpu and machine.is_mapped
     return {
         name: of_teacher(name, partial(hold, teacher, plan, room, shares_pages=shares_pages))
-        for name, teacher in plan.teachers.items()
+        for name, teacher in teachers.items()
     }
 
 

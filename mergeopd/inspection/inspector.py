@@ -378,8 +378,8 @@ def open_inspector(
 
 def _built(inputs: Inputs, names: Sequence[str], machine: Machine) -> dict[str, Teacher]:
     snapshots = StudentSnapshots((), _nothing, _nothing)
-    held = held_teachers(inputs, machine)
     skip = inputs.plan.teachers.keys() - set(names)
+    held = held_teachers(inputs, machine, skip=skip)
     return build_teachers(inputs, machine, snapshots, skip=skip, held=held)
 
 

@@ -358,7 +358,7 @@ def cost() -> RunEstimate:
         num_processes=8,
         num_machines=1,
         backend="megatron",
-        grid=Grid(4, 2, 1, 1),
+        grid=Grid(tensor=4, pipeline=2, context=1, expert=1, data=1),
         micro_batch_tokens=16384,
         memory=(
             StageMemory("rollout", tuple(MemoryPart(name, size * 2**30) for name, size in parts)),
