@@ -28,5 +28,6 @@ def test_the_optimizer_is_torchs_also_with_transformer_engine(monkeypatch: pytes
     monkeypatch.setattr(library, "USING_PYTORCH_OPTIMIZER", False)
     monkeypatch.setattr(optimizer, "get_megatron_optimizer", get)
     grid = SimpleNamespace(data=1, groups=None)
-    optimizer.build_adamw(None, Optimizer(lr=1e-3), torch.bfloat16, grid)  # type: ignore[arg-type]
+    ddp = SimpleNamespace(ddp_config=SimpleNamespace(use_distributed_optimizer=False))
+    optimizer.build_adamw(ddp, Optimizer(lr=1e-3), torch.bfloat16, grid)  # type: ignore[arg-type]
     assert chosen == [True]
