@@ -40,12 +40,16 @@ def _num_cores() -> int:
 
 
 def _torch(threads: int) -> None:
-    """Import torch, which takes seconds, so it is not imported if the experts exist."""
+    """Import torch and the model, which takes seconds, so neither is imported if the experts exist."""
     # Spinning threads wait for each other forever where another process keeps a core busy (20x slower).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
     import torch
 
+    from mergeopd.models.quiet import without_warnings
+
+    with without_warnings():
+        from transformers import Qwen3ForCausalLM  # noqa: F401
     torch.set_num_threads(threads)
 
 
